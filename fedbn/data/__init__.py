@@ -1,0 +1,1 @@
+"""Loading, partitioning, shifting and measuring data."""

@@ -1,0 +1,113 @@
+"""The evaluation matrix: on whose data (rows), with which statistics (columns).
+
+Rows: *own*, a seen user's own later recordings; *global*, the pooled test rows of all seen users with that
+user's model; *unseen*, a user who never trained. Columns: *aggregated*, statistics as the strategy leaves
+them; *recalibrated*, measured again on the user's own unlabelled training recordings under the final
+weights; *online*, following the user's unlabelled test stream, each block predicted before it is used.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from sklearn.metrics import f1_score
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fedbn.online import predict_online
+from fedbn.recalibration import recalibrate
+from fedbn.roles import State, clone, statistics_layers
+from fedbn.scenario import Examples
+from fedbn.training import logits
+
+Row = Literal["own", "global", "unseen"]
+Column = Literal["aggregated", "recalibrated", "online"]
+COLUMNS: tuple[Column, ...] = ("aggregated", "recalibrated", "online")
+
+
+@dataclass(frozen=True)
+class Score:
+    """One cell of the matrix for one user.
+
+    Attributes:
+        row, column: where in the matrix.
+        n: examples tested.
+        accuracy: share right.
+        macro_f1: unweighted mean of F1 over the classes that occur or are predicted.
+        loss: mean cross-entropy, in nats.
+    """
+
+    row: Row
+    column: Column
+    n: int
+    accuracy: float
+    macro_f1: float
+    loss: float
+
+
+def score(row: Row, column: Column, outputs: Tensor, y: Tensor) -> Score:
+    """Score logits ``[n, classes]`` against labels ``[n]``.
+
+    >>> score("own", "aggregated", torch.tensor([[2.0, 0.0], [0.0, 2.0]]), torch.tensor([0, 1])).accuracy
+    1.0
+    """
+    predicted = outputs.argmax(1)
+    return Score(
+        row,
+        column,
+        len(y),
+        float((predicted == y).double().mean()),
+        float(f1_score(y.cpu().numpy(), predicted.cpu().numpy(), average="macro", zero_division=0.0)),
+        float(F.cross_entropy(outputs.double(), y)),
+    )
+
+
+def evaluate_user(
+    model: nn.Module,
+    state: State,
+    *,
+    calibration: Tensor,
+    test: Examples,
+    unseen: bool,
+    everyone: Examples | None,
+    columns: tuple[Column, ...] = COLUMNS,
+    online_prior: float = 256.0,
+) -> list[Score]:
+    """All cells of one user.
+
+    Args:
+        model: scratch model; left in an undefined state.
+        state: the user's model as assembled after aggregation.
+        calibration: the user's unlabelled training rows ``[n, *shape]``.
+        test: the user's test rows in recorded order.
+        unseen: whether the user never trained.
+        everyone: pooled test rows, or None to leave the global row out.
+        columns: which columns; those that need statistics are left out of a model without any.
+        online_prior: weight of the source statistics in the online column, in windows.
+    """
+    row: Row = "unseen" if unseen else "own"
+    stateful = bool(statistics_layers(model))
+    kept = clone(state)
+    out: list[Score] = []
+    for column in columns:
+        if column != "aggregated" and not stateful:
+            continue
+        model.load_state_dict(kept)
+        if column == "online":
+            outputs = predict_online(model, test.x, prior=online_prior)
+        else:
+            if column == "recalibrated":
+                recalibrate(model, calibration)
+            outputs = logits(model, test.x)
+        out.append(score(row, column, outputs, test.y))
+        if everyone is not None:
+            out.append(score("global", column, logits(model, everyone.x), everyone.y))
+    return out
+
+
+def pooled_test(parts: list[Examples], rows: int, draw: torch.Generator) -> Examples:
+    """At most ``rows`` test rows, an equal share from every part, drawn without replacement."""
+    share = max(1, rows // len(parts))
+    return Examples.concat([p.take(torch.randperm(len(p), generator=draw)[:share].sort().values) for p in parts])

@@ -1,0 +1,160 @@
+r"""One algebra for everything that is a mean and a variance: a batch, a client, a user, a population.
+
+A set of :math:`n` values with mean :math:`\mu` and :math:`M_2=\sum_i (x_i-\mu)^2` is ``Moments(n, mean, m2)``.
+Union of disjoint sets is `merge` (Chan, Golub and LeVeque, 1979, *Updating formulae and a pairwise
+algorithm for computing sample variances*): with :math:`\delta=\mu_b-\mu_a`,
+
+.. math:: n=n_a+n_b,\quad \mu=\mu_a+\delta\,n_b/n,\quad M_2=M_{2a}+M_{2b}+\delta^2\,n_a n_b/n .
+
+It is a commutative monoid with the empty set as unit. `unmerge` takes a part out again, `decay`
+forgets, `shrink` mixes in a prior worth ``n0`` values. Arithmetic is float64 throughout: a difference
+of large sums never loses the variance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Count, mean and sum of squared deviations per channel.
+
+    Attributes:
+        n: 0-d float64, how many values each channel has seen (samples times positions).
+        mean: ``[C]`` float64.
+        m2: ``[C]`` float64, non-negative.
+    """
+
+    n: Tensor
+    mean: Tensor
+    m2: Tensor
+
+    @staticmethod
+    def empty(channels: int) -> Moments:
+        """The unit of `merge`."""
+        zeros = torch.zeros(channels, dtype=torch.float64)
+        return Moments(torch.zeros((), dtype=torch.float64), zeros, zeros)
+
+    @staticmethod
+    def of(x: Tensor) -> Moments:
+        """Moments of activations ``[N, C, *positions]`` over everything but the channel.
+
+        >>> Moments.of(torch.tensor([[0.0], [1.0], [2.0], [3.0]])).variance()
+        tensor([1.2500], dtype=torch.float64)
+        """
+        rows = x.detach().to(torch.float64).transpose(0, 1).flatten(1)
+        mean = rows.mean(1)
+        return Moments(
+            torch.tensor(float(rows.shape[1]), dtype=torch.float64),
+            mean.cpu(),
+            ((rows - mean[:, None]) ** 2).sum(1).cpu(),
+        )
+
+    @staticmethod
+    def from_variance(n: float | Tensor, mean: Tensor, variance: Tensor, *, unbiased: bool = False) -> Moments:
+        """From a mean and a variance that ``n`` values had (``unbiased``: divided by ``n - 1``)."""
+        count = torch.as_tensor(n, dtype=torch.float64)
+        return Moments(count, mean.double(), variance.double() * (count - 1 if unbiased else count))
+
+    def variance(self, *, unbiased: bool = False) -> Tensor:
+        """Variance per channel, ``[C]``; biased as BN normalises, or unbiased as PyTorch stores it.
+
+        Raises:
+            ValueError: fewer values than the definition needs.
+        """
+        dof = self.n - 1 if unbiased else self.n
+        if dof <= 0:
+            raise ValueError(f"{float(self.n):g} values have no {'unbiased ' if unbiased else ''}variance")
+        return self.m2 / dof
+
+    def merge(self, other: Moments) -> Moments:
+        """Moments of the union of two disjoint sets."""
+        n = self.n + other.n
+        if n == 0:
+            return self
+        delta = other.mean - self.mean
+        share = other.n / n
+        return Moments(n, self.mean + delta * share, self.m2 + other.m2 + delta**2 * (self.n * share))
+
+    def unmerge(self, part: Moments) -> Moments:
+        """Take a part that had been merged out again (erase one recording).
+
+        Raises:
+            ValueError: the part holds more values than there are.
+        """
+        n = self.n - part.n
+        if n < 0:
+            raise ValueError(f"cannot take {float(part.n):g} values out of {float(self.n):g}")
+        if n == 0:
+            return Moments.empty(len(self.mean))
+        mean = self.mean + (self.mean - part.mean) * (part.n / n)
+        m2 = self.m2 - part.m2 - (part.mean - mean) ** 2 * (part.n * n / self.n)
+        return Moments(n, mean, m2.clamp_min(0.0))
+
+    def decay(self, factor: float) -> Moments:
+        """Forget: every value seen so far counts ``factor`` as much; mean and variance stay.
+
+        Raises:
+            ValueError: ``factor`` outside [0, 1].
+        """
+        if not 0.0 <= factor <= 1.0:
+            raise ValueError(f"a decay factor lies in [0, 1], not {factor}")
+        return Moments(self.n * factor, self.mean, self.m2 * factor)
+
+    def shrink(self, prior: Moments, n0: float) -> Moments:
+        """Merge with a prior that weighs as much as ``n0`` values (``n0=0``: the data alone).
+
+        Raises:
+            ValueError: ``n0`` negative.
+        """
+        if n0 < 0:
+            raise ValueError(f"a prior weighs n0 >= 0 values, not {n0}")
+        return Moments(torch.tensor(n0, dtype=torch.float64), prior.mean, prior.variance() * n0).merge(self)
+
+    def w2(self, other: Moments) -> Tensor:
+        """2-Wasserstein distance between the diagonal Gaussians of these moments, 0-d.
+
+        >>> a = Moments.of(torch.tensor([[0.0], [2.0]])); b = Moments.of(torch.tensor([[3.0], [5.0]]))
+        >>> float(a.w2(b))
+        3.0
+        """
+        spread = self.variance().sqrt() - other.variance().sqrt()
+        return torch.sqrt(((self.mean - other.mean) ** 2).sum() + (spread**2).sum())
+
+
+def pooled(parts: Iterable[Moments]) -> Moments:
+    """Moments of the union of all parts."""
+    return reduce(Moments.merge, parts)
+
+
+def naive_mean(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Weighted mean accumulated in float64, given back in the values' dtype.
+
+    Right for weights and means. For variances it drops the spread between the parts' means: the
+    baseline that FedAvg on a whole state dict is, kept under its own name.
+    """
+    total = float(sum(weights))
+    acc = torch.zeros_like(values[0], dtype=torch.float64)
+    for value, weight in zip(values, weights, strict=True):
+        acc += value.double() * (weight / total)
+    return acc.to(values[0].dtype)
+
+
+def pooled_variance(means: Sequence[Tensor], variances: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Law of total variance: mean of the variances plus variance of the means, in float64, dtype kept.
+
+    Exact for biased variances, or for parts large enough that ``n - 1`` and ``n`` do not differ.
+    """
+    share = torch.tensor(weights, dtype=torch.float64) / float(sum(weights))
+    shape = (-1, *[1] * variances[0].dim())
+    mu = torch.stack([m.double().cpu() for m in means])
+    var = torch.stack([v.double().cpu() for v in variances])
+    w = share.view(shape)
+    centre = (w * mu).sum(0)
+    return (w * (var + (mu - centre) ** 2)).sum(0).to(variances[0].device, variances[0].dtype)

@@ -1,0 +1,59 @@
+r"""Follow one user's stream: predict a block of windows, then let the statistics move towards it.
+
+For every BN layer the statistics in use are the source's, worth :math:`n_0` windows, merged with the moments of
+all windows met so far (pseudo-count rule; Schneider et al., 2020, https://arxiv.org/abs/2006.16971, made
+cumulative). No label is used. With the default prior the source weighs as much as about ten minutes of data:
+activity streams hold one class for long, and a light prior collapses on them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fedbn.layers import inputs_of
+from fedbn.moments import Moments
+from fedbn.recalibration import set_statistics
+from fedbn.roles import statistics_layers
+
+BLOCK = 8
+"""Windows predicted between two updates."""
+
+
+def predict_online(model: nn.Module, x: Tensor, *, prior: float = 256.0, block: int = BLOCK) -> Tensor:
+    """Logits ``[n, classes]`` of a stream ``x`` in its order, each block predicted before it is learnt from.
+
+    The model is left with the statistics it has after the stream.
+
+    Args:
+        model: a network with BN layers, in place.
+        x: ``[n, *shape]`` in the order of arrival.
+        prior: weight n0 of the source statistics, in windows; ``inf`` never moves.
+        block: windows per update.
+
+    >>> _ = torch.manual_seed(0); net = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 2)).eval()
+    >>> x = torch.randn(20, 2) + 5
+    >>> bool(torch.equal(predict_online(net, x, prior=float("inf")), net(x)))
+    True
+    """
+    layers = statistics_layers(model)
+    source = {p: (m.running_mean.clone(), m.running_var.clone()) for p, m in layers.items()}  # type: ignore[operator,union-attr]
+    met: dict[str, Moments] = {}
+    now: dict[str, Moments] = {}
+    rows = 0
+    out = []
+    model.eval()
+    with torch.no_grad(), inputs_of(layers, lambda path, value: now.__setitem__(path, Moments.of(value))):
+        for part in x.split(block):
+            out.append(model(part))
+            rows += len(part)
+            if prior == float("inf"):
+                continue
+            for path, layer in layers.items():
+                met[path] = met[path].merge(now[path]) if path in met else now[path]
+                mean, var = source[path]
+                values_per_row = float(met[path].n) / rows
+                weight = prior * values_per_row
+                base = Moments.from_variance(weight, mean.cpu(), var.cpu())
+                set_statistics(layer, met[path].shrink(base, weight) if weight else met[path])
+    return torch.cat(out)

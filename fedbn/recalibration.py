@@ -1,0 +1,147 @@
+r"""Measure statistics again under the weights that are used.
+
+The input of layer :math:`\ell` depends on the statistics used in all layers before it, so they are fixed one
+after the other: exact moments of layer 1, then of layer 2 given layer 1's, and so on. When all data fit
+in one batch a single pass in which every layer normalises by its own batch gives the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from fedbn.layers import inputs_of
+from fedbn.moments import Moments
+from fedbn.roles import State, statistics_layers
+from fedbn.strategy import Talk
+
+CHUNK = 512
+"""Rows a forward pass takes at once."""
+
+
+class _Reached(Exception):
+    """Raised by a hook to stop a forward pass at the layer of interest."""
+
+
+def set_statistics(layer: nn.Module, moments: Moments) -> None:
+    """Write mean and (as PyTorch stores it) unbiased variance into a layer, in place."""
+    bn = cast(Any, layer)
+    variance = moments.variance(unbiased=bool(moments.n > 1))
+    with torch.no_grad():
+        bn.running_mean.copy_(moments.mean)
+        bn.running_var.copy_(variance)
+
+
+def statistics_of(model: nn.Module) -> State:
+    """The running means and variances of a model, by state name."""
+    out: State = {}
+    for path, layer in statistics_layers(model).items():
+        dot = f"{path}." if path else ""
+        out[f"{dot}running_mean"] = cast(Tensor, layer.running_mean)
+        out[f"{dot}running_var"] = cast(Tensor, layer.running_var)
+    return out
+
+
+def layer_moments(model: nn.Module, path: str, x: Tensor) -> Moments:
+    """Exact moments of the input of the layer at ``path`` over all rows of ``x``, the model in evaluation mode."""
+    layer = model.get_submodule(path)
+    total: list[Moments] = []
+
+    def see(_path: str, value: Tensor) -> None:
+        total.append(Moments.of(value))
+        raise _Reached
+
+    model.eval()
+    with torch.no_grad(), inputs_of({path: layer}, see):
+        for rows in x.split(CHUNK):
+            try:
+                model(rows)
+            except _Reached:
+                continue
+    merged = total[0]
+    for part in total[1:]:
+        merged = merged.merge(part)
+    return merged
+
+
+def all_moments(model: nn.Module, x: Tensor) -> dict[str, Moments]:
+    """Exact moments of every statistics layer's input in one evaluation-mode pass, statistics as they are."""
+    layers = statistics_layers(model)
+    seen: dict[str, Moments] = {}
+
+    def see(path: str, value: Tensor) -> None:
+        now = Moments.of(value)
+        seen[path] = seen[path].merge(now) if path in seen else now
+
+    model.eval()
+    with torch.no_grad(), inputs_of(layers, see):
+        for rows in x.split(CHUNK):
+            model(rows)
+    return seen
+
+
+def agree_layerwise(model: nn.Module, x: Tensor) -> Talk:
+    """A client's part in measuring statistics over all clients: one exchange of moments a layer.
+
+    Yields this client's moments of a layer, hears the union over all clients, goes on with that.
+    """
+    for path, layer in statistics_layers(model).items():
+        heard = yield {path: layer_moments(model, path, x)}
+        set_statistics(layer, heard[path])
+
+
+def recalibrate(model: nn.Module, x: Tensor) -> nn.Module:
+    """Replace the model's statistics by the exact ones of unlabelled data ``x``, in place; weights stay.
+
+    Li, Wang, Shi, Liu, Hou, 2016 (AdaBN), https://arxiv.org/abs/1603.04779
+
+    >>> _ = torch.manual_seed(0); net = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)); x = torch.randn(50, 2)
+    >>> out = recalibrate(net, x).eval()(x)
+    >>> bool(out.mean(0).abs().max() < 1e-5)
+    True
+    """
+    talk = agree_layerwise(model, x)
+    try:
+        moments = next(talk)
+        while True:
+            moments = talk.send(moments)
+    except StopIteration:
+        return model
+
+
+def replay(start: Callable[[], Talk], answers: Sequence[dict[str, Moments]]) -> dict[str, Moments] | None:
+    """What a conversation says after having heard ``answers``; None when it has ended.
+
+    Clients are stateless between messages, so the talk is held again from its start.
+    """
+    talk = start()
+    try:
+        said = next(talk)
+        for heard in answers:
+            said = talk.send(heard)
+    except StopIteration:
+        return None
+    return said
+
+
+def union(replies: Iterable[dict[str, Moments]]) -> dict[str, Moments]:
+    """Layer by layer, the moments of all clients' data together, merged in the order given."""
+    out: dict[str, Moments] = {}
+    for reply in replies:
+        for path, moments in reply.items():
+            out[path] = out[path].merge(moments) if path in out else moments
+    return out
+
+
+def flatten(moments: dict[str, Moments]) -> State:
+    """Moments as named tensors, for a message; `unflatten` is the inverse."""
+    return {f"{path}|{f}": getattr(m, f) for path, m in moments.items() for f in ("n", "mean", "m2")}
+
+
+def unflatten(state: State) -> dict[str, Moments]:
+    """Named tensors back to moments."""
+    paths = dict.fromkeys(k.rpartition("|")[0] for k in state)
+    return {p: Moments(*(state[f"{p}|{f}"] for f in ("n", "mean", "m2"))) for p in paths}

@@ -1,0 +1,122 @@
+"""Who is who: every entry of a model's state has a role, read off the type of the module that owns it.
+
+Names decide nothing. ``'bn' in key`` misses ``downsample.1`` in every torchvision ResNet and all of
+MobileNet, DenseNet and VGG-BN; a type does not lie.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+State = dict[str, Tensor]
+"""A model's state, or a part of it: entry name -> tensor."""
+
+
+class Role(StrEnum):
+    """What an entry is for.
+
+    Attributes:
+        BODY: weights of feature-extracting layers.
+        HEAD: weights of the last linear (or convolutional) layer, the classifier.
+        AFFINE: scale and shift (gamma, beta) of a normalisation layer.
+        STATISTICS: running moments of a normalisation layer.
+        COUNTER: an integer that counts batches; it is never averaged and never travels.
+    """
+
+    BODY = "body"
+    HEAD = "head"
+    AFFINE = "affine"
+    STATISTICS = "statistics"
+    COUNTER = "counter"
+
+
+NORM_TYPES: tuple[type[nn.Module], ...] = (
+    _NormBase,  # BatchNorm, InstanceNorm, SyncBatchNorm and their lazy forms
+    nn.GroupNorm,
+    nn.LayerNorm,
+    nn.RMSNorm,
+    nn.LocalResponseNorm,
+)
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module normalises activations (torch's own types and their subclasses)."""
+    return isinstance(module, NORM_TYPES) or getattr(module, "normalises", False) is True
+
+
+def keeps_statistics(module: nn.Module) -> bool:
+    """Whether a module carries running mean and variance."""
+    return is_norm(module) and isinstance(getattr(module, "running_mean", None), Tensor)
+
+
+def norm_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Path -> module of all normalisation layers, in registration order."""
+    return {path: m for path, m in model.named_modules() if is_norm(m)}
+
+
+def statistics_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Path -> module of the layers with running statistics, in registration order."""
+    return {path: m for path, m in model.named_modules() if keeps_statistics(m)}
+
+
+def head(model: nn.Module) -> str | None:
+    """Path of the classifier: the last linear or convolutional layer registered."""
+    weighted = [p for p, m in model.named_modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))]
+    return weighted[-1] if weighted else None
+
+
+def roles(model: nn.Module) -> dict[str, Role]:
+    """Role of every entry of ``model.state_dict()``, in its order.
+
+    >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
+    >>> {str(r) for r in roles(net).values()} == {"body", "affine", "statistics", "counter", "head"}
+    True
+    """
+    last = head(model)
+    table: dict[str, Role] = {}
+    for path, module in model.named_modules():
+        norm = is_norm(module)
+        own = [
+            *((n, p, False) for n, p in module.named_parameters(recurse=False)),
+            *((n, b, True) for n, b in module.named_buffers(recurse=False)),
+        ]
+        for name, tensor, buffer in own:
+            if not tensor.is_floating_point() and not tensor.is_complex():
+                role = Role.COUNTER
+            elif buffer and norm:
+                role = Role.STATISTICS
+            elif norm:
+                role = Role.AFFINE
+            else:
+                role = Role.HEAD if path == last else Role.BODY
+            table[f"{path}.{name}" if path else name] = role
+    return {k: table[k] for k in model.state_dict()}
+
+
+def split(state: State, keys: set[str]) -> tuple[State, State]:
+    """``state`` as (the entries in ``keys``, the rest); `combine` is the inverse."""
+    return {k: v for k, v in state.items() if k in keys}, {k: v for k, v in state.items() if k not in keys}
+
+
+def combine(order: dict[str, Role], *parts: State) -> State:
+    """Disjoint parts as one state in the order of ``order``.
+
+    Raises:
+        KeyError: an entry is missing, unknown or given twice: states are never loaded partially.
+    """
+    merged: State = {}
+    for part in parts:
+        if twice := merged.keys() & part.keys():
+            raise KeyError(f"entries given twice: {sorted(twice)}")
+        merged |= part
+    if merged.keys() != order.keys():
+        raise KeyError(f"missing {sorted(order.keys() - merged.keys())}, unknown {sorted(merged.keys() - order.keys())}")
+    return {k: merged[k] for k in order}
+
+
+def clone(state: State) -> State:
+    """Detached copies of all tensors."""
+    return {k: v.detach().clone() for k, v in state.items()}

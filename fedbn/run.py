@@ -1,0 +1,155 @@
+"""A run is a value: scenario, model, strategy, plan and seed. Its JSON is its identity."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Literal
+
+from fedbn.errors import UserError
+from fedbn.models import factory
+from fedbn.scenario import scenario
+from fedbn.spec import build, render
+from fedbn.strategy import strategy
+
+Weighting = Literal["samples", "uniform"]
+ServerOptimizer = Literal["none", "fedavgm", "fedadam", "fedyogi", "fedadagrad"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a run trains and evaluates; the same for every strategy of a comparison.
+
+    Attributes:
+        rounds: communication rounds.
+        clients_per_round: seen users drawn a round (seeded by round); None for all.
+        local_epochs: passes over a client's data a round.
+        batch_size: rows a step; a last batch of one row joins the batch before it.
+        lr: client learning rate (SGD).
+        momentum: of the client's SGD.
+        weight_decay: of the client's SGD.
+        optimizer_state: ``reset`` each round, or ``keep`` with the client (never sent).
+        weighting: clients count by ``samples`` or ``uniform``.
+        proximal: FedProx's mu, on shared parameters (0: off).
+        server_optimizer: how the server applies the mean update to parameters (never to statistics).
+        server_lr: its learning rate.
+        eval_every: rounds between evaluations for the curve; the last round always counts.
+        global_test: rows of the pooled test set every client's model is also tested on.
+        online_prior: weight of the source statistics, in windows, when adapting online.
+    """
+
+    rounds: int = 20
+    clients_per_round: int | None = None
+    local_epochs: int = 1
+    batch_size: int = 32
+    lr: float = 0.05
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    optimizer_state: Literal["reset", "keep"] = "reset"
+    weighting: Weighting = "samples"
+    proximal: float = 0.0
+    server_optimizer: ServerOptimizer = "none"
+    server_lr: float = 1.0
+    eval_every: int = 5
+    global_test: int = 600
+    online_prior: float = 256.0
+
+    def __post_init__(self) -> None:
+        least: dict[str, float] = {
+            "rounds": 1,
+            "local_epochs": 1,
+            "batch_size": 1,
+            "eval_every": 1,
+            "global_test": 1,
+            "clients_per_round": 1,
+            "momentum": 0,
+            "weight_decay": 0,
+            "proximal": 0,
+            "online_prior": 0,
+        }
+        for name, low in least.items():
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise UserError(f"{name} must be at least {low:g}, not {value}")
+        for name in ("lr", "server_lr"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"{name} must be positive, not {getattr(self, name)}")
+        if self.momentum >= 1:
+            raise UserError(f"momentum must be below 1, not {self.momentum}")
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that determines a result, and nothing else.
+
+    Attributes:
+        scenario: text of a scenario, e.g. ``hapt``.
+        strategy: text of a strategy, e.g. ``groupnorm:groups=4``.
+        seed: decides who is unseen, the initial weights, sampling and shuffling.
+        model: name of a model or ``package.module:factory``; empty for the scenario's own.
+        partition: text of a partition of the seen users' pooled data; ``natural`` leaves users as they are.
+        shift: text of a feature shift; empty for none.
+        plan: training and evaluation settings.
+        validation: test on a held-out part of the training recordings instead (for tuning).
+        device: where tensors live.
+
+    >>> Run("digits8", "fedbn", seed=1).id == Run("digits8", "fedbn", seed=1).id
+    True
+    """
+
+    scenario: str
+    strategy: str
+    seed: int = 0
+    model: str = ""
+    partition: str = "natural"
+    shift: str = ""
+    plan: Plan = field(default_factory=Plan)
+    validation: bool = False
+    device: str = "cpu"
+
+    @property
+    def id(self) -> str:
+        """A name that is also a digest: strategy, seed and ten hexadecimal digits."""
+        digest = hashlib.sha256(self.to_json().encode()).hexdigest()[:10]
+        return f"{self.strategy.replace(':', '_').replace('=', '')}-s{self.seed}-{digest}"
+
+    def to_json(self) -> str:
+        """Canonical JSON."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> Run:
+        """From parsed JSON or TOML.
+
+        Raises:
+            UserError: an unknown key or a value of the wrong type.
+        """
+        plan = build(Plan, dict(values.get("plan", {})), "plan")
+        rest = {k: v for k, v in values.items() if k != "plan"}
+        return replace(build(Run, rest, "run"), plan=plan)
+
+    def resolved(self) -> Run:
+        """Every text parsed, checked and written in its shortest form; the scenario's model filled in.
+
+        Raises:
+            UserError: anything unknown, with the nearest name.
+        """
+        chosen = scenario(self.scenario)
+        model = self.model or chosen.model
+        factory(model)
+        return replace(
+            self,
+            scenario=render(chosen),
+            strategy=render(strategy(self.strategy)),
+            model=model,
+        )
+
+
+def plan_for(scenario_text: str, **overrides: Any) -> Plan:
+    """The scenario's plan with overrides that are not None."""
+    values = dict(scenario(scenario_text).plan) | {k: v for k, v in overrides.items() if v is not None}
+    return build(Plan, values, "plan")
+
+
+PLAN_FIELDS = tuple(f.name for f in fields(Plan))

@@ -1,0 +1,139 @@
+"""A scenario: real users with their recordings, some of them never seen in training.
+
+``Scenario.load(seed)`` gives a `Population`. Splits are by whole recordings or with a gap, never by
+overlapping windows; rows stay in the order in which they were recorded, so that a user's test set is
+also a stream.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fedbn.errors import UserError
+from fedbn.seeds import numpy_generator
+from fedbn.spec import discover, parse
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Labelled examples in recorded order.
+
+    Attributes:
+        x: ``[n, *shape]`` float32.
+        y: ``[n]`` int64, class indices.
+        recording: ``[n]`` int64, which recording of the user (or which source row group) a row is from.
+    """
+
+    x: Tensor
+    y: Tensor
+    recording: Tensor
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def take(self, index: Tensor) -> Examples:
+        """The rows ``index``, in that order."""
+        return Examples(self.x[index], self.y[index], self.recording[index])
+
+    def to(self, device: str | torch.device) -> Examples:
+        """The same examples on another device."""
+        return Examples(self.x.to(device), self.y.to(device), self.recording.to(device))
+
+    @staticmethod
+    def concat(parts: Sequence[Examples]) -> Examples:
+        """All parts, one after the other."""
+        return Examples(
+            torch.cat([p.x for p in parts]),
+            torch.cat([p.y for p in parts]),
+            torch.cat([p.recording for p in parts]),
+        )
+
+
+@dataclass(frozen=True)
+class User:
+    """One person, device or institution: what it trains on, and later recordings to test on."""
+
+    name: str
+    domain: str
+    train: Examples
+    test: Examples
+
+
+@dataclass(frozen=True)
+class Population:
+    """All users of a run.
+
+    Attributes:
+        users: seen and unseen ones, in an order that does not depend on the seed.
+        unseen: indices of the users that never train; they only meet the finished model.
+        classes: names of the classes, by index.
+        skew: one sentence naming the skew between users (label, feature, quantity; natural or made).
+        sources: file or package name -> sha256 of the data, part of a run's identity.
+    """
+
+    users: tuple[User, ...]
+    unseen: tuple[int, ...]
+    classes: tuple[str, ...]
+    skew: str
+    sources: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def seen(self) -> tuple[int, ...]:
+        """Indices of the users that train."""
+        away = set(self.unseen)
+        return tuple(i for i in range(len(self.users)) if i not in away)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one example."""
+        return tuple(self.users[0].train.x.shape[1:])
+
+
+@dataclass(frozen=True)
+class Scenario(ABC):
+    """Fields are the scenario's options; subclasses live one to a file in ``fedbn.scenarios``.
+
+    Attributes:
+        name: what the command line calls it.
+        about: one line for lists.
+        model: name of the model used unless the run says otherwise.
+        plan: settings (fields of `fedbn.run.Plan`) that differ from the general defaults here.
+    """
+
+    name: ClassVar[str]
+    about: ClassVar[str]
+    model: ClassVar[str]
+    plan: ClassVar[dict[str, object]] = {}
+
+    @abstractmethod
+    def load(self, seed: int) -> Population:
+        """Load, check and split the data. ``seed`` decides which users are unseen."""
+
+
+def scenarios() -> dict[str, type[Scenario]]:
+    """All scenarios found, by name."""
+    return discover("fedbn.scenarios", Scenario)
+
+
+def scenario(text: str) -> Scenario:
+    """The scenario that a text such as ``hapt`` or ``hapt:unseen=10`` names."""
+    return parse(text, "scenario", scenarios())
+
+
+def hold_out(users: int, unseen: int, seed: int) -> tuple[int, ...]:
+    """Which users are unseen: folds of one fixed shuffle, so that successive seeds hold out others.
+
+    >>> sorted(hold_out(6, 2, 0) + hold_out(6, 2, 1) + hold_out(6, 2, 2))
+    [0, 1, 2, 3, 4, 5]
+    """
+    if not 0 <= unseen < users:
+        raise UserError(f"{unseen} unseen of {users} users leaves nobody to train; choose 0 to {users - 1}")
+    order = numpy_generator(0, "unseen users").permutation(users).tolist()
+    start = seed * unseen
+    return tuple(sorted(order[(start + i) % users] for i in range(unseen)))

@@ -1,0 +1,251 @@
+"""Digits: one task, six domains, one client each: the setting in which FedBN was proposed.
+
+Li, Jiang, Zhang, Kamp, Dou, *FedBN: Federated Learning on Non-IID Features via Local Batch Normalization*,
+ICLR 2021, https://arxiv.org/abs/2102.07623, train one client per data set on 743 images each. Their five
+data sets cannot be had without a download; these six can:
+
+========== ========================================================= ===========================
+domain     what it is                                                how it becomes 28x28
+========== ========================================================= ===========================
+mnist      handwriting, US (LeCun et al., 1998)                      as it is
+optdigits  handwriting, Turkey, 8x8 counts (Alpaydin and Kaynak)     20x20 box, bilinear
+mfeat      digits on Dutch utility maps, 16x15 (van Breukelen et al.) 20x20 box, bilinear
+pendigits  pen movements on a tablet, 8 points (Alpaydin, Alimoglu)  points joined by a stroke
+fonts      21 printed typefaces that come with matplotlib            drawn, turned, moved
+mnistm     MNIST against photographs (after Ganin, Lempitsky, 2015)  absolute difference
+========== ========================================================= ===========================
+
+The skew is a *feature* skew: part of it natural (who wrote, with what), part of it our choice of how to
+draw the domains that are not images of that size. ``mnist`` and ``mnistm`` are made from different halves
+of the 5,000 packaged MNIST images, so no digit is trained on in one domain and tested in another.
+
+Images are independent of each other and some files are sorted by class, so their order carries no time;
+rows are in one fixed random order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from fedbn.data.packages import SOURCES, Arrays, cached, fetch
+from fedbn.errors import UserError, unknown
+from fedbn.scenario import Examples, Population, Scenario, User, hold_out
+from fedbn.seeds import numpy_generator
+
+FACES = (
+    *(f"DejaVuSans{s}" for s in ("", "-Bold", "-Oblique", "-BoldOblique")),
+    *(f"DejaVuSansMono{s}" for s in ("", "-Bold", "-Oblique", "-BoldOblique")),
+    *(f"DejaVuSerif{s}" for s in ("", "-Bold", "-Italic", "-BoldItalic")),
+    *(f"STIXGeneral{s}" for s in ("", "Bol", "Italic", "BolIta")),
+    *("cmb10", "cmr10", "cmss10", "cmti10", "cmtt10"),
+)
+FONT_IMAGES = 3000
+SIZE, BOX, FINE = 28, 20, 4  # pixels; FINE: drawn this much larger, then averaged down
+
+
+@dataclass(frozen=True)
+class Digits(Scenario):
+    """Six clients, images ``[3, 28, 28]`` in -1 to 1, 10 classes.
+
+    A fifth of every domain, stratified by class, tests; of the rest, ``train`` images are used, so that
+    no domain outweighs another.
+
+    Attributes:
+        unseen: how many domains never train, or which: names joined by ``+``.
+        train: training images per domain.
+        test: at most this many test images per domain; none: all.
+    """
+
+    name: ClassVar[str] = "digits"
+    about: ClassVar[str] = "digits in 6 domains, one client each (FedBN's setting)"
+    model: ClassVar[str] = "digit-cnn"
+    plan: ClassVar[dict[str, object]] = {
+        "rounds": 30,
+        "local_epochs": 1,
+        "batch_size": 32,
+        "lr": 0.01,
+        "momentum": 0.0,
+    }
+
+    unseen: str = "1"
+    train: int = 743
+    test: int | None = None
+
+    def load(self, seed: int) -> Population:
+        away = self._unseen(seed)
+        drawn = _domains()
+        users = tuple(self._user(name, drawn[f"{name}_x"], drawn[f"{name}_y"]) for name in DOMAINS)
+        return Population(
+            users=users,
+            unseen=away,
+            classes=tuple("0123456789"),
+            skew="feature skew between six kinds of digits, partly of our drawing; labels and quantity balanced",
+            sources={f"digits/{name}": _sha256(drawn[f"{name}_x"]) for name in DOMAINS},
+        )
+
+    def _unseen(self, seed: int) -> tuple[int, ...]:
+        names = list(DOMAINS)
+        if self.unseen.isdigit():
+            return hold_out(len(names), int(self.unseen), seed)
+        chosen = self.unseen.split("+")
+        for name in chosen:
+            if name not in names:
+                raise unknown("domain of scenario 'digits'", name, names)
+        if len(set(chosen)) == len(names):
+            raise UserError("unseen names all six domains, which leaves nobody to train; leave one out")
+        return tuple(sorted({names.index(name) for name in chosen}))
+
+    def _user(self, name: str, images: np.ndarray, labels: np.ndarray) -> User:
+        rng = numpy_generator(0, "digits", "split", name)
+        order = rng.permutation(len(labels))
+        tests = np.zeros(len(labels), bool)
+        for digit in range(10):
+            of_class = order[labels[order] == digit]
+            tests[of_class[: len(of_class) // 5]] = True
+        train, test = order[~tests[order]], order[tests[order]]
+        if not 10 <= self.train <= len(train):
+            raise UserError(f"train={self.train}: choose 10 to {len(train)}, what domain {name!r} has")
+        if self.test is not None and self.test < 1:
+            raise UserError(f"test={self.test}: choose 1 or more, or none for all test images")
+        parts = (train[: self.train], test[: self.test])
+        return User(name, name, *(_examples(images[p], labels[p], k) for k, p in enumerate(parts)))
+
+
+def _examples(images: np.ndarray, labels: np.ndarray, recording: int) -> Examples:
+    """Grey ``[n, 28, 28]`` or colour ``[n, 28, 28, 3]`` bytes as ``[n, 3, 28, 28]`` in -1 to 1."""
+    x = torch.from_numpy(images).float().div(255).sub(0.5).div(0.5)
+    x = x.permute(0, 3, 1, 2) if x.ndim == 4 else x[:, None].expand(-1, 3, -1, -1)
+    y = torch.from_numpy(labels.astype(np.int64))
+    return Examples(x.contiguous(), y, torch.full_like(y, recording))
+
+
+def _domains() -> Arrays:
+    """``<domain>_x`` uint8 and ``<domain>_y`` of all six, drawn once and then cached."""
+    paths = {name: fetch(source) for name, source in SOURCES.items() if source.scenario == "digits"}
+    # Other versions of the drawing libraries draw other bytes.
+    drawn_with = [f"{p} {version(p)}" for p in ("pillow", "matplotlib", "scikit-learn")]
+    identity = "\n".join([*(SOURCES[name].sha256 for name in sorted(paths)), *drawn_with])
+
+    def draw() -> Arrays:
+        made = {name: make(paths) for name, make in DOMAINS.items()}
+        return {f"{name}_{k}": a for name, pair in made.items() for k, a in zip("xy", pair, strict=True)}
+
+    return cached("digits", 1, identity, draw)
+
+
+Drawn = tuple[np.ndarray, np.ndarray]
+Paths = dict[str, Path]
+
+
+def _mnist(paths: Paths) -> Drawn:
+    """Every other image of the file, which is sorted by class: half of each class."""
+    images, labels = _mnist_all(paths)
+    return images[::2], labels[::2]
+
+
+def _mnistm(paths: Paths) -> Drawn:
+    """The other half, each against a crop of a photograph."""
+    from sklearn.datasets import load_sample_images
+
+    images, labels = (a[1::2] for a in _mnist_all(paths))
+    photographs = load_sample_images().images
+    rng = numpy_generator(0, "digits", "mnistm")
+    out = np.empty((*images.shape, 3), np.uint8)
+    for i, image in enumerate(images):
+        photograph = photographs[rng.integers(len(photographs))]
+        top, left = (rng.integers(n - 2 * SIZE) for n in photograph.shape[:2])
+        # A crop of twice the size, halved: two photographs have too few edges in 28 pixels.
+        crop = photograph[top : top + 2 * SIZE, left : left + 2 * SIZE].astype(np.int16)
+        crop = crop.reshape(SIZE, 2, SIZE, 2, 3).mean(axis=(1, 3))
+        out[i] = np.abs(crop - image[..., None])
+    return out, labels
+
+
+def _mnist_all(paths: Paths) -> Drawn:
+    table = np.loadtxt(paths["mnist"], delimiter=",", dtype=np.uint8)
+    return table[:, :-1].reshape(-1, SIZE, SIZE), table[:, -1]
+
+
+def _optdigits(paths: Paths) -> Drawn:
+    table = np.loadtxt(paths["optdigits"], delimiter=",", dtype=np.uint8)
+    return _enlarged(table[:, :-1].reshape(-1, 8, 8), 16), table[:, -1]
+
+
+def _mfeat(paths: Paths) -> Drawn:
+    table = np.loadtxt(paths["mfeat"], delimiter=",", skiprows=1).astype(np.uint8)
+    return _enlarged(table[:, :-1].reshape(-1, 16, 15), 6), table[:, -1]
+
+
+def _enlarged(images: np.ndarray, top: int) -> np.ndarray:
+    """Images with values 0 to ``top``, at their aspect ratio in a centred box like MNIST's."""
+    height, width = images.shape[1:]
+    scale = BOX / max(height, width)
+    size = (round(width * scale), round(height * scale))
+    out = np.zeros((len(images), SIZE, SIZE), np.uint8)
+    y, x = (SIZE - size[1]) // 2, (SIZE - size[0]) // 2
+    for canvas, image in zip(out, np.uint8(images * (255 / top)), strict=True):
+        big = Image.fromarray(image).resize(size, Image.Resampling.BILINEAR)
+        canvas[y : y + size[1], x : x + size[0]] = big
+    return out
+
+
+def _pendigits(paths: Paths) -> Drawn:
+    """Eight points (x, y) in 0 to 100, y upwards, joined by a round pen; where the pen was up is not kept."""
+    table = np.loadtxt(paths["pendigits"], delimiter=",", dtype=np.int64)
+    strokes = table[:, :-1].reshape(-1, 8, 2)
+    margin, pen = FINE * (SIZE - BOX) / 2, 2.5 * FINE
+    out = np.empty((len(table), SIZE, SIZE), np.uint8)
+    for i, points in enumerate(strokes):
+        xy = [(margin + x * FINE * BOX / 100, margin + (100 - y) * FINE * BOX / 100) for x, y in points]
+        canvas = Image.new("L", (SIZE * FINE, SIZE * FINE))
+        brush = ImageDraw.Draw(canvas)
+        brush.line(xy, fill=255, width=round(pen), joint="curve")
+        for x, y in (xy[0], xy[-1]):
+            brush.ellipse((x - pen / 2, y - pen / 2, x + pen / 2, y + pen / 2), fill=255)
+        out[i] = canvas.resize((SIZE, SIZE), Image.Resampling.BOX)
+    return out, table[:, -1].astype(np.uint8)
+
+
+def _fonts(paths: Paths) -> Drawn:
+    """Every digit in every face, each time at another size (18 to 24 px), angle (up to 12°) and place (2 px)."""
+    import matplotlib
+
+    folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+    rng = numpy_generator(0, "digits", "fonts")
+    labels = (np.arange(FONT_IMAGES) % 10).astype(np.uint8)
+    out = np.empty((FONT_IMAGES, SIZE, SIZE), np.uint8)
+    for i, label in enumerate(labels):
+        face = folder / f"{FACES[i // 10 % len(FACES)]}.ttf"
+        font = ImageFont.truetype(face, round(rng.uniform(18, 24) * FINE))
+        canvas = Image.new("L", (SIZE * FINE, SIZE * FINE))
+        centre = tuple(FINE * (SIZE / 2 + rng.uniform(-2, 2, 2)))
+        # Centred by its own box rather than anchor "mm", whose height is the face's and differs.
+        left, top, right, bottom = font.getbbox(str(label))
+        corner = (centre[0] - (left + right) / 2, centre[1] - (top + bottom) / 2)
+        ImageDraw.Draw(canvas).text(corner, str(label), fill=255, font=font)
+        turned = canvas.rotate(rng.uniform(-12, 12), Image.Resampling.BILINEAR)
+        out[i] = turned.resize((SIZE, SIZE), Image.Resampling.BOX)
+    return out, labels
+
+
+def _sha256(array: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array)).hexdigest()
+
+
+DOMAINS: dict[str, Callable[[Paths], Drawn]] = {
+    "mnist": _mnist,
+    "optdigits": _optdigits,
+    "mfeat": _mfeat,
+    "pendigits": _pendigits,
+    "fonts": _fonts,
+    "mnistm": _mnistm,
+}

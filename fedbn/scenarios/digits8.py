@@ -1,0 +1,81 @@
+"""Digits8: scikit-learn's bundled 8x8 digits, dealt to a few users with different cameras.
+
+Alpaydin and Kaynak, *Optical Recognition of Handwritten Digits*, UCI (1998), as shipped by
+``sklearn.datasets.load_digits``. Needs no download and loads at once: for tests and first steps. Images
+are dealt independently and at random; what differs between users is *made*: each has a gain and an
+offset, and some see white on black as black on white. Results here say nothing about real users.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+
+from fedbn.errors import UserError
+from fedbn.scenario import Examples, Population, Scenario, User, hold_out
+from fedbn.seeds import numpy_generator
+
+
+@dataclass(frozen=True)
+class Digits8(Scenario):
+    """1,797 images ``[1, 8, 8]``, 10 classes, three quarters of each user's images train.
+
+    Attributes:
+        unseen: users that never train.
+        users: how many users share the images, 2 to 60.
+    """
+
+    name: ClassVar[str] = "digits8"
+    about: ClassVar[str] = "8x8 digits, 10 made-up cameras; tiny, for tests and first steps"
+    model: ClassVar[str] = "small-cnn"
+    plan: ClassVar[dict[str, object]] = {
+        "rounds": 10,
+        "local_epochs": 1,
+        "batch_size": 16,
+        "lr": 0.05,
+        "momentum": 0.9,
+    }
+
+    unseen: int = 2
+    users: int = 10
+
+    def load(self, seed: int) -> Population:
+        if not 2 <= self.users <= 60:
+            raise UserError(f"users={self.users}: choose 2 to 60, the 1,797 images do not serve more")
+        # Imported here because listing the scenarios should not cost scikit-learn's import.
+        from sklearn.datasets import load_digits
+
+        pixels, labels = load_digits(return_X_y=True)
+        images = (pixels.reshape(-1, 1, 8, 8) / 16).astype(np.float32)
+        order = numpy_generator(0, "digits8", "deal").permutation(len(labels))
+        users = []
+        for i in range(self.users):
+            name = f"user{i + 1:02d}"
+            # Back in the file's order: who gets an image is random, the order in time is not.
+            rows = np.sort(order[i :: self.users])
+            x = torch.from_numpy(_camera(images[rows], name))
+            y = torch.from_numpy(labels[rows].astype(np.int64))
+            cut = 3 * len(rows) // 4
+            train, test = (
+                Examples(x[part], y[part], torch.full((len(y[part]),), k))
+                for k, part in enumerate((slice(None, cut), slice(cut, None)))
+            )
+            users.append(User(name, "digits8", train, test))
+        return Population(
+            users=tuple(users),
+            unseen=hold_out(self.users, self.unseen, seed),
+            classes=tuple("0123456789"),
+            skew="made feature skew: gain, offset and inversion per user; labels independent of the user",
+            sources={"sklearn/load_digits": hashlib.sha256(pixels.astype(np.uint8).tobytes()).hexdigest()},
+        )
+
+
+def _camera(images: np.ndarray, name: str) -> np.ndarray:
+    """``images`` in 0 to 1 as the user called ``name`` sees them, the same in every run."""
+    rng = numpy_generator(0, "digits8", "camera", name)
+    gain, offset, inverted = rng.uniform(0.6, 1.4), rng.uniform(-0.3, 0.3), rng.random() < 0.3
+    return ((1 - images if inverted else images) * np.float32(gain) + np.float32(offset)).astype(np.float32)

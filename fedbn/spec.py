@@ -1,0 +1,111 @@
+"""Text to values and back: ``groupnorm:groups=4`` is ``GroupNorm(groups=4)``.
+
+A *plug-in* is a frozen dataclass with a class variable ``name``; its fields are its hyper-parameters.
+It is found by being there: a module in the family's package, or an entry point of another
+distribution (group ``fedbn.strategies``, ``fedbn.scenarios``, ...).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import pkgutil
+import typing
+from functools import cache
+from importlib.metadata import entry_points
+from types import NoneType, UnionType
+from typing import Any, TypeVar
+
+from fedbn.errors import UserError, unknown
+
+T = TypeVar("T")
+
+
+@cache
+def discover(package: str, base: type[T]) -> dict[str, type[T]]:
+    """All concrete subclasses of ``base`` that modules of ``package`` define, by their ``name``."""
+    found: dict[str, type[T]] = {}
+    root = importlib.import_module(package)
+    modules = [importlib.import_module(f"{package}.{m.name}") for m in pkgutil.iter_modules(root.__path__)]
+    candidates = [
+        c for m in modules for c in vars(m).values() if inspect.isclass(c) and c.__module__ == m.__name__
+    ]
+    candidates += [e.load() for e in entry_points(group=package)]
+    for cls in candidates:
+        if issubclass(cls, base) and cls is not base and not inspect.isabstract(cls):
+            name = vars(cls).get("name")
+            if name is None:
+                continue
+            if name in found and found[name] is not cls:
+                raise UserError(f"two plug-ins of {package} are called {name!r}: rename one of {found[name]}, {cls}")
+            found[name] = cls
+    return dict(sorted(found.items()))
+
+
+def parse(text: str, kind: str, known: dict[str, type[T]]) -> T:
+    """Build a plug-in from ``name:field=value:field=value``.
+
+    Raises:
+        UserError: unknown name or field (the nearest is suggested), or a value of the wrong type.
+    """
+    name, *parts = text.strip().split(":")
+    if name not in known:
+        raise unknown(kind, name, known)
+    values: dict[str, object] = {}
+    for part in parts:
+        field, sep, value = part.partition("=")
+        if not sep:
+            raise UserError(f"{kind} {text!r}: write options as {name}:field=value, not {part!r}")
+        values[field] = value
+    return build(known[name], values, f"{kind} {name!r}")
+
+
+def build(cls: type[T], values: dict[str, Any], what: str) -> T:
+    """``cls(**values)`` with each value converted to its field's type; errors name the field."""
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
+    converted: dict[str, Any] = {}
+    for field, value in values.items():
+        if field not in fields:
+            if not fields:
+                raise UserError(f"{what} has no options, so {field!r} cannot be set")
+            raise unknown(f"option of {what}", field, fields)
+        converted[field] = convert(value, hints[field], f"{what}, option {field!r}")
+    return cls(**converted)
+
+
+def convert(value: Any, hint: Any, what: str) -> Any:
+    """``value`` as the type ``hint`` says: int, float, bool, str, a tuple of these, or None where allowed."""
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, UnionType) else (hint,)
+    if value is None or (isinstance(value, str) and value.lower() == "none"):
+        if NoneType in options:
+            return None
+        raise UserError(f"{what} cannot be none")
+    kind = next(o for o in options if o is not NoneType)
+    if typing.get_origin(kind) is typing.Literal:
+        choices = typing.get_args(kind)
+        if value not in choices:
+            raise unknown(f"value for {what}", str(value), map(str, choices))
+        return value
+    if typing.get_origin(kind) is tuple:
+        items = value.replace("+", " ").split() if isinstance(value, str) else list(value)
+        return tuple(convert(v, typing.get_args(kind)[0], what) for v in items)
+    try:
+        if kind is bool and isinstance(value, str):
+            return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[value.lower()]
+        if kind is int and isinstance(value, float) and value != int(value):
+            raise ValueError
+        return kind(value)
+    except (ValueError, TypeError, KeyError):
+        raise UserError(f"{what} must be {kind.__name__}, not {value!r}") from None
+
+
+def render(plugin: Any) -> str:
+    """The shortest text that `parse` turns back into ``plugin``: options at their defaults are left out."""
+    text = str(type(plugin).name)
+    for f in dataclasses.fields(plugin):
+        value = getattr(plugin, f.name)
+        if f.init and value != f.default:
+            text += f":{f.name}=" + ("+".join(map(str, value)) if isinstance(value, tuple) else str(value))
+    return text

@@ -1,0 +1,27 @@
+"""Bound: all seen users' data in one place, trained as one client."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from fedbn.strategy import NormStrategy
+
+
+@dataclass(frozen=True)
+class Centralised(NormStrategy):
+    """One model on the union of the seen users' training data, as many epochs as in federation.
+
+    What federation would give if data could be pooled; it is no upper bound for personal models.
+
+    >>> Centralised.gathers
+    True
+    """
+
+    name = "centralised"
+    about = "bound: all seen users' data trained in one place"
+    gathers = True
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        return model

@@ -1,0 +1,24 @@
+"""Global BN as FedAvg does it on a whole state dict: running variances averaged like weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedbn.strategy import NormStrategy
+
+
+@dataclass(frozen=True)
+class GlobalNaive(NormStrategy):
+    r"""Share everything; :math:`\sigma^2 \leftarrow \sum_k w_k \sigma_k^2`, without the spread between the means.
+
+    McMahan, Moore, Ramage, Hampson, Agüera y Arcas, 2017, https://arxiv.org/abs/1602.05629
+
+    >>> import torch; from fedbn.strategy import Update
+    >>> clients = [Update(i, {"v": torch.ones(1)}, 1, 0.0) for i in (0, 1)]
+    >>> GlobalNaive().pool(clients, [1, 1], ["v"])
+    {'v': tensor([1.])}
+    """
+
+    name = "global-naive"
+    about = "one BN for all; means and variances averaged like weights (FedAvg)"
+    source = "McMahan et al. 2017"

@@ -1,0 +1,41 @@
+"""Global BN with the variance of the union: mean of the variances plus variance of the means."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fedbn.moments import naive_mean, pooled_variance
+from fedbn.roles import State
+from fedbn.strategy import NormStrategy, Update
+
+
+@dataclass(frozen=True)
+class GlobalPooled(NormStrategy):
+    r"""Share everything; :math:`\sigma^2 \leftarrow \sum_k w_k \sigma_k^2 + \sum_k w_k (\mu_k-\mu)^2`.
+
+    Law of total variance. It is exact for moments measured under one set of weights; running averages of
+    clients that trained apart are not, which `global-recalibrated` mends.
+
+    >>> import torch; from fedbn.strategy import Update
+    >>> def client(i, mean): return Update(
+    ...     i, {"bn.running_mean": torch.tensor([mean]), "bn.running_var": torch.ones(1)}, 1, 0.0)
+    >>> GlobalPooled().pool([client(0, -3.0), client(1, 3.0)], [1, 1], ["bn.running_mean", "bn.running_var"])
+    {'bn.running_mean': tensor([0.]), 'bn.running_var': tensor([10.])}
+    """
+
+    name = "global-pooled"
+    about = "one BN for all; variance of the union (law of total variance)"
+    source = "Chan, Golub, LeVeque 1979"
+
+    def pool(self, updates: Sequence[Update], weights: Sequence[float], keys: Sequence[str]) -> State:
+        out: State = {}
+        for key in keys:
+            values = [u.state[key] for u in updates]
+            layer, _, entry = key.rpartition(".")
+            mean_key = f"{layer}.running_mean" if layer else "running_mean"
+            if entry == "running_var" and mean_key in keys:
+                out[key] = pooled_variance([u.state[mean_key] for u in updates], values, weights)
+            else:
+                out[key] = naive_mean(values, weights)
+        return out

@@ -1,0 +1,32 @@
+"""Global BN whose statistics are measured again, layer by layer, under the aggregated weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from fedbn.recalibration import agree_layerwise
+from fedbn.strategy import NormStrategy, Talk
+
+
+@dataclass(frozen=True)
+class GlobalRecalibrated(NormStrategy):
+    """Train as global BN; before each evaluation every client passes its data forward, one layer after the other.
+
+    Running averages describe each client's own drifted weights, not the average of the weights. The pass gives the
+    exact moments of the union of all clients' data under the weights that are used: static BN of HeteroFL with pooled
+    moments in place of a mean of batch variances. Diao, Ding, Tarokh, 2021, https://arxiv.org/abs/2010.01264
+    One exchange of moments a BN layer.
+
+    >>> GlobalRecalibrated.settles
+    True
+    """
+
+    name = "global-recalibrated"
+    about = "one BN for all; exact moments re-measured under the aggregated weights"
+    source = "after Diao et al. 2021 (sBN)"
+    settles = True
+
+    def settle(self, model: nn.Module, x: Tensor) -> Talk:
+        return agree_layerwise(model, x)

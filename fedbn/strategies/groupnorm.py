@@ -1,0 +1,38 @@
+"""GroupNorm in place of every normalisation layer (Wu, He, 2018; in FL: Hsieh et al., ICML 2020)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from fedbn.layers import convert
+from fedbn.strategy import StatelessNorm
+
+
+@dataclass(frozen=True)
+class GroupNorm(StatelessNorm):
+    """Normalise each sample over groups of channels: nothing to share but scale and shift.
+
+    https://arxiv.org/abs/1803.08494, https://arxiv.org/abs/1910.00189
+
+    Attributes:
+        groups: groups wished; the largest divisor of each layer's channels not above it is taken.
+        channels: channels per group instead of ``groups``.
+
+    >>> from torch import nn as torch_nn
+    >>> net = torch_nn.Sequential(torch_nn.Conv2d(3, 48, 1), torch_nn.BatchNorm2d(48))
+    >>> GroupNorm(groups=32).prepare(net)[1].num_groups
+    24
+    """
+
+    name = "groupnorm"
+    about = "GroupNorm instead of BN; options groups or channels (per group)"
+    source = "Wu & He 2018; Hsieh et al. 2020"
+    groups: int = 8
+    channels: int | None = None
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        if self.channels is not None:
+            return convert(model, "group", per_group=self.channels)
+        return convert(model, "group", groups=self.groups)

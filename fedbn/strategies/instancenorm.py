@@ -1,0 +1,30 @@
+"""InstanceNorm in place of every normalisation layer (Ulyanov, Vedaldi, Lempitsky, 2016)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from fedbn.layers import convert
+from fedbn.strategy import StatelessNorm
+
+
+@dataclass(frozen=True)
+class InstanceNorm(StatelessNorm):
+    """Normalise each channel of each sample over its positions. https://arxiv.org/abs/1607.08022
+
+    Layers that follow a linear layer have no positions; a model with such layers is refused.
+
+    >>> from torch import nn as torch_nn
+    >>> net = torch_nn.Sequential(torch_nn.Conv1d(3, 4, 1), torch_nn.BatchNorm1d(4))
+    >>> type(InstanceNorm().prepare(net)[1]).__name__
+    'AnyInstanceNorm'
+    """
+
+    name = "instancenorm"
+    about = "InstanceNorm instead of BN (layers with positions only)"
+    source = "Ulyanov et al. 2016"
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        return convert(model, "instance")

@@ -1,0 +1,29 @@
+"""LayerNorm in place of every normalisation layer (Ba, Kiros, Hinton, 2016; in FL: Du et al., 2022)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from fedbn.layers import convert
+from fedbn.strategy import StatelessNorm
+
+
+@dataclass(frozen=True)
+class LayerNorm(StatelessNorm):
+    """Normalise each sample over all channels and positions: GroupNorm with one group.
+
+    https://arxiv.org/abs/1607.06450, https://arxiv.org/abs/2210.03277
+
+    >>> from torch import nn as torch_nn
+    >>> LayerNorm().prepare(torch_nn.Sequential(torch_nn.Linear(3, 4), torch_nn.BatchNorm1d(4)))[1].num_groups
+    1
+    """
+
+    name = "layernorm"
+    about = "LayerNorm instead of BN"
+    source = "Ba et al. 2016"
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        return convert(model, "layer")

@@ -1,0 +1,28 @@
+"""Bound: every user trains alone, nothing is shared."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from fedbn.strategy import LOCAL, NormStrategy
+
+
+@dataclass(frozen=True)
+class Local(NormStrategy):
+    """Each user's own model, as many epochs as in federation. There is no model for an unseen user.
+
+    >>> set(map(str, Local().owners().values()))
+    {'local'}
+    """
+
+    name = "local"
+    about = "bound: each user alone, nothing shared"
+    body = LOCAL
+    head = LOCAL
+    affine = LOCAL
+    statistics = LOCAL
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        return model

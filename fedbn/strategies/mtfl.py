@@ -1,0 +1,33 @@
+"""MTFL: which BN entries are private, all four choices (Mills, Hu, Min, IEEE TPDS 2021)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from fedbn.roles import Role
+from fedbn.strategy import LOCAL, SHARED, NormStrategy, Owner
+
+
+@dataclass(frozen=True)
+class MTFL(NormStrategy):
+    """Multi-task FL with private BN patches. https://arxiv.org/abs/2007.09236
+
+    Attributes:
+        private: ``yb`` scale and shift (local affine), ``us`` statistics (= SiloBN), ``usyb`` both (= FedBN),
+            ``none`` neither (= FedAvg).
+
+    >>> str(MTFL("yb").owners()[Role.AFFINE]), str(MTFL("yb").owners()[Role.STATISTICS])
+    ('local', 'shared')
+    """
+
+    name = "mtfl"
+    about = "private BN patches: yb (local affine, shared statistics), us, usyb or none"
+    source = "Mills et al. 2021"
+    private: Literal["yb", "us", "usyb", "none"] = "yb"
+
+    def owners(self) -> dict[Role, Owner]:
+        table = super().owners()
+        table[Role.AFFINE] = LOCAL if "yb" in self.private else SHARED
+        table[Role.STATISTICS] = LOCAL if "us" in self.private else SHARED
+        return table

@@ -1,0 +1,27 @@
+"""No normalisation at all: every normalisation layer becomes the identity."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from fedbn.layers import convert
+from fedbn.roles import norm_layers
+from fedbn.strategy import StatelessNorm
+
+
+@dataclass(frozen=True)
+class NoNorm(StatelessNorm):
+    """The control without normalisation.
+
+    >>> from torch import nn as torch_nn
+    >>> NoNorm().prepare(torch_nn.Sequential(torch_nn.Linear(3, 4), torch_nn.BatchNorm1d(4)))[1]
+    Identity()
+    """
+
+    name = "nonorm"
+    about = "normalisation layers removed"
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        return convert(model, "none") if norm_layers(model) else model

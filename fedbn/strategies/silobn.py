@@ -1,0 +1,23 @@
+"""SiloBN: share scale and shift, keep the statistics (Andreux, du Terrail, Béguier, Tramel, 2020)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedbn.strategy import LOCAL, NormStrategy
+
+
+@dataclass(frozen=True)
+class SiloBN(NormStrategy):
+    """Statistics hold what is particular to a centre, the affine part transfers. https://arxiv.org/abs/2008.07424
+
+    For an unseen centre the paper recomputes statistics on its unlabelled data: the column *recalibrated*.
+
+    >>> str(SiloBN.affine), str(SiloBN.statistics)
+    ('shared', 'local')
+    """
+
+    name = "silobn"
+    about = "BN statistics stay local, scale and shift are shared"
+    source = "Andreux et al. 2020"
+    statistics = LOCAL

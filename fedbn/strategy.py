@@ -1,0 +1,232 @@
+"""A treatment of normalisation in federated learning, as a value.
+
+`NormStrategy` is a frozen dataclass. Its class variables say, role by role, whose value counts (`Owner`);
+its fields are hyper-parameters; a few hooks do the rest. The base class is global BN, naively averaged:
+a strategy's file holds only what differs, and lies in ``fedbn.strategies``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from fedbn.layers import require_statistics
+from fedbn.moments import Moments, naive_mean
+from fedbn.roles import Role, State, roles
+from fedbn.spec import discover, parse
+
+
+class Owner(StrEnum):
+    """Whose value of an entry counts.
+
+    Attributes:
+        SHARED: the server's, for everybody, every round.
+        SEEDED: the client's own; it is also sent and averaged, so that newcomers start from the population.
+        LOCAL: the client's own; it never travels. A newcomer starts from the model's initial value.
+    """
+
+    SHARED = "shared"
+    SEEDED = "seeded"
+    LOCAL = "local"
+
+
+SHARED, SEEDED, LOCAL = Owner.SHARED, Owner.SEEDED, Owner.LOCAL
+
+Talk = Generator[dict[str, Moments], dict[str, Moments], None]
+"""A client's side of a conversation: it yields moments by layer and hears their union over all clients."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands: ``round`` counts from 1 to ``rounds``."""
+
+    round: int
+    rounds: int
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one client sends after training.
+
+    Attributes:
+        user: index of the client in the population.
+        state: the entries that travel, after local training.
+        examples: number of training examples.
+        loss: mean training loss of the round.
+    """
+
+    user: int
+    state: State
+    examples: int
+    loss: float
+
+
+@dataclass(frozen=True)
+class NormStrategy:
+    """Global BN: everything shared, running statistics averaged like weights.
+
+    Attributes:
+        name: what the command line calls it.
+        about: one line for lists.
+        source: authors, year, link.
+        body, head, affine, statistics: the owner of each role. Counters are always local.
+        gathers: all seen users' data are brought to one place (the centralised bound).
+        settles: `settle` is held before each evaluation.
+        newcomer: in words, what an unseen user starts from.
+    """
+
+    name: ClassVar[str]
+    about: ClassVar[str]
+    source: ClassVar[str] = ""
+    body: ClassVar[Owner] = SHARED
+    head: ClassVar[Owner] = SHARED
+    affine: ClassVar[Owner] = SHARED
+    statistics: ClassVar[Owner] = SHARED
+    gathers: ClassVar[bool] = False
+    settles: ClassVar[bool] = False
+
+    def owners(self) -> dict[Role, Owner]:
+        """Owner of every role."""
+        return {
+            Role.BODY: self.body,
+            Role.HEAD: self.head,
+            Role.AFFINE: self.affine,
+            Role.STATISTICS: self.statistics,
+            Role.COUNTER: LOCAL,
+        }
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """Adapt a freshly built model, in place or as a new one.
+
+        Raises:
+            UserError: the strategy makes no sense for this model.
+        """
+        require_statistics(model, f"strategy {self.name!r}")
+        return model
+
+    def begin(self, model: nn.Module, progress: Progress) -> None:
+        """Set the model's mode for one round of local training."""
+        model.train()
+
+    def pool(self, updates: Sequence[Update], weights: Sequence[float], keys: Sequence[str]) -> State:
+        """The server's new statistics entries ``keys`` from what clients sent."""
+        return {k: naive_mean([u.state[k] for u in updates], weights) for k in keys}
+
+    def settle(self, model: nn.Module, x: Tensor) -> Talk:
+        """A client's part in agreeing on statistics after aggregation (only if ``settles``)."""
+        raise NotImplementedError(f"{self.name} does not settle")
+
+    @property
+    def newcomer(self) -> str:
+        """In words, what a user starts from who has never trained."""
+        owners = self.owners()
+        if owners[Role.BODY] is LOCAL:
+            return "none: no model is shared"
+        words = {SHARED: "the server's", SEEDED: "the clients' mean", LOCAL: "initial (0, 1)"}
+        return f"statistics {words[owners[Role.STATISTICS]]}, affine {words[owners[Role.AFFINE]].replace('0, 1', '1, 0')}"
+
+
+class StatelessNorm(NormStrategy):
+    """Base of strategies whose normalisation keeps no running statistics."""
+
+    @property
+    def newcomer(self) -> str:
+        return "the server's model; there are no statistics"
+
+
+@dataclass(frozen=True)
+class Ownership:
+    """The table that says who owns each entry of a model under a strategy."""
+
+    roles: dict[str, Role]
+    owners: dict[Role, Owner]
+    shapes: dict[str, tuple[int, ...]]
+    sizes: dict[str, int]
+
+    @staticmethod
+    def of(model: nn.Module, strategy: NormStrategy) -> Ownership:
+        """Read the table off a prepared model."""
+        state = model.state_dict()
+        return Ownership(
+            roles(model),
+            strategy.owners(),
+            {k: tuple(v.shape) for k, v in state.items()},
+            {k: v.numel() * v.element_size() for k, v in state.items()},
+        )
+
+    def owner(self, key: str) -> Owner:
+        """Owner of one entry."""
+        return self.owners[self.roles[key]]
+
+    def keys(self, *owners: Owner) -> list[str]:
+        """Entries with any of these owners, in the model's order."""
+        return [k for k in self.roles if self.owner(k) in owners]
+
+    @property
+    def travels(self) -> list[str]:
+        """Entries that go to the server and come back."""
+        return self.keys(SHARED, SEEDED)
+
+    @property
+    def kept(self) -> list[str]:
+        """Entries of which each client keeps its own value."""
+        return self.keys(SEEDED, LOCAL)
+
+    @property
+    def personal(self) -> bool:
+        """Whether two clients can end up with different models (counters do not count)."""
+        return any(self.roles[k] is not Role.COUNTER for k in self.kept)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row a role that occurs: owner, entries, elements, bytes, bytes down and up per client and round.
+
+        >>> from fedbn.strategies.silobn import SiloBN
+        >>> net = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
+        >>> [(r["role"], r["owner"], r["bytes_up"]) for r in Ownership.of(net, SiloBN()).rows()]
+        [('body', 'shared', 60), ('head', 'shared', 32), ('affine', 'shared', 24), ('statistics', 'local', 0), \
+('counter', 'local', 0)]
+        """
+        out = []
+        for role in Role:
+            keys = [k for k in self.roles if self.roles[k] is role]
+            if not keys:
+                continue
+            size = sum(self.sizes[k] for k in keys)
+            moved = 0 if self.owners[role] is LOCAL else size
+            out.append(
+                {
+                    "role": str(role),
+                    "owner": str(self.owners[role]),
+                    "entries": len(keys),
+                    "elements": sum(_numel(self.shapes[k]) for k in keys),
+                    "bytes": size,
+                    "bytes_down": moved,
+                    "bytes_up": moved,
+                }
+            )
+        return out
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total
+
+
+def strategies() -> dict[str, type[NormStrategy]]:
+    """All strategies found, by name."""
+    return discover("fedbn.strategies", NormStrategy)
+
+
+def strategy(text: str) -> NormStrategy:
+    """The strategy that a text such as ``fedbn`` or ``groupnorm:groups=4`` names.
+
+    Raises:
+        UserError: unknown strategy or option, with the nearest one suggested.
+    """
+    return parse(text, "strategy", strategies())

@@ -1,0 +1,425 @@
+"""Statistics over a result directory, against direct computation on made-up results with known means."""
+
+import json
+import warnings
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from fedbn.errors import UserError
+from simulations import results
+from simulations.results import Comparison, mean_of_users, user_interval, worst_of_users
+
+MEANS = {"global": 0.80, "fedbn": 0.85, "groupnorm": 0.82}
+ROLES = {"body": 4000, "head": 200, "affine": 64, "statistics": 64, "counter": 2}
+
+
+def write(
+    directory,
+    strategies=MEANS,
+    *,
+    seeds=(0, 1, 2),
+    users=12,
+    unseen=4,
+    spread=0.05,
+    noise=0.01,
+    domains=1,
+    columns=("aggregated", "recalibrated", "online"),
+    unfinished=(),
+    name=lambda i: f"user {i:02d}",
+    **meta,
+):
+    """A comparison in which a user's accuracy is strategy mean + user effect + noise of the seed.
+
+    groupnorm has no statistics (one column); fedbn's users differ on the global test, the others' do not.
+    """
+    rng = np.random.default_rng(7)
+    effect = rng.normal(0, spread, users + unseen)
+    labels = list(strategies)
+    results.write_comparison(
+        directory,
+        {
+            "title": "Made-up comparison",
+            "scenario": "synthetic",
+            "strategies": labels,
+            "seeds": list(seeds),
+            "columns": list(columns),
+            "settings": {"rounds": 20, "batch_size": 32},
+            "versions": {"fedbn": "0.1.0", "torch": "2.9"},
+            "sources": {"synthetic": "ab" * 32},
+            "command": "fedbn compare synthetic --strategies global,fedbn",
+            "skew": "Feature skew between users, natural; little label skew.",
+            "created": "2025-11-22T15:00:00+00:00",
+            "notices": [],
+        }
+        | meta,
+    )
+    names = [name(i) for i in range(users + unseen)]
+    for label, mean in strategies.items():
+        for seed in seeds:
+            # One draw per user and seed, the same for all strategies: paired, as with common seeds.
+            luck = np.random.default_rng(seed).normal(0, noise, (users + unseen, 3))
+            own_noise = np.random.default_rng([seed, labels.index(label)]).normal(
+                0, noise, (users + unseen, 3)
+            )
+            lines = []
+            for k, column in enumerate(columns[:1] if label == "groupnorm" else columns):
+                for i, user in enumerate(names):
+                    rows = ("own", "global") if i < users else ("unseen",)
+                    for row in rows:
+                        local = label == "fedbn" or row != "global"
+                        shown = mean + 0.01 * k
+                        shown += effect[i] + luck[i, k] if local else 0.001 * seed
+                        if local and label != labels[0]:
+                            shown += own_noise[i, k]
+                        accuracy = float(np.clip(shown, 0, 1))
+                        lines.append(
+                            {
+                                "user": user,
+                                "domain": f"domain {i % domains}",
+                                "row": row,
+                                "column": column,
+                                "n": 100,
+                                "accuracy": accuracy,
+                                "macro_f1": accuracy - 0.05,
+                                "loss": 1 - accuracy,
+                            }
+                        )
+            if (label, seed) in unfinished:
+                (directory / "runs" / f"{labels.index(label)}-{seed}").mkdir(parents=True)
+                continue
+            local = {"fedbn": ("affine", "statistics", "counter")}.get(label, ())
+            results.write_run(
+                directory,
+                f"{labels.index(label)}-{seed}",
+                {
+                    "strategy": label,
+                    "seed": seed,
+                    "lr": 0.1,
+                    "seconds": 10.0 + seed,
+                    "rounds": 20,
+                    "notices": [],
+                    "ownership": [
+                        {
+                            "role": role,
+                            "owner": "local" if role in local else "shared",
+                            "entries": 2,
+                            "elements": n,
+                            "bytes": 4 * n,
+                            "bytes_down": 0 if role in local else 4 * n,
+                            "bytes_up": 0 if role in local else 4 * n,
+                        }
+                        for role, n in ROLES.items()
+                    ],
+                    "newcomer": "the mean of the seen users' statistics"
+                    if label == "fedbn"
+                    else "the shared model",
+                    "curve": [
+                        {
+                            "round": r,
+                            "train_loss": 2 * 0.8**r + 0.02 * seed,
+                            "own": (mean + 0.005 * seed) * (1 - 0.6**r) if r % 2 == 0 else None,
+                            "unseen": (mean - 0.04) * (1 - 0.6**r) if r % 2 == 0 and unseen else None,
+                        }
+                        for r in range(1, 21)
+                    ],
+                    "evaluations": lines,
+                },
+            )
+    return directory
+
+
+def one(frame, **where):
+    for key, value in where.items():
+        frame = frame[frame[key] == value]
+    assert len(frame) == 1
+    return frame.iloc[0]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("comparison"))
+
+
+@pytest.fixture(scope="module")
+def comparison(directory):
+    return Comparison.load(directory)
+
+
+@pytest.fixture(autouse=True)
+def _no_warnings():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+@pytest.mark.parametrize("metric", results.METRICS)
+def test_means_equal_direct_computation(comparison, metric):
+    for line in comparison.matrix(metric).dropna(subset="mean").itertuples():
+        if line.row != "worst":
+            cell = comparison.evaluations.query(
+                "strategy == @line.strategy and row == @line.row and column == @line.column"
+            )
+            assert line.mean == pytest.approx(cell[metric].mean(), abs=1e-12)
+            assert line.n_users == cell["user"].nunique()
+            per_seed = cell.groupby("seed")[metric].mean()
+            assert line.seed_sd == pytest.approx(per_seed.std(), abs=1e-12)
+            low, high = stats.t.interval(0.95, 2, loc=per_seed.mean(), scale=per_seed.std() / 3**0.5)
+            assert (line.seed_low, line.seed_high) == pytest.approx((low, high), abs=1e-9)
+
+
+@pytest.mark.parametrize(("metric", "worst_is_low"), [("accuracy", True), ("loss", False)])
+@pytest.mark.parametrize(("users", "tenth"), [(5, 1), (19, 1), (20, 2), (35, 3)])
+def test_worst_tenth(tmp_path, users, tenth, metric, worst_is_low):
+    comparison = Comparison.load(write(tmp_path, {"global": 0.8}, users=users, columns=("aggregated",)))
+    per_seed = []
+    for _, cell in comparison.evaluations.query("row == 'own'").groupby("seed"):
+        ordered = np.sort(cell[metric].to_numpy())
+        per_seed.append((ordered[:tenth] if worst_is_low else ordered[-tenth:]).mean())
+    line = one(comparison.matrix(metric), row="worst")
+    assert line["mean"] == pytest.approx(np.mean(per_seed))
+    assert line["ci_low"] <= line["mean"] <= line["ci_high"]
+
+
+def test_worst_of_users_with_different_users_per_seed():
+    values = np.array([[0.9, np.nan], [0.2, np.nan], [0.4, 0.7]])
+    assert worst_of_users(values) == pytest.approx((0.2 + 0.7) / 2)
+    assert worst_of_users(values[:, [1]]) == pytest.approx(0.7)
+    # In a resample a seed may lose all its users; the other seeds then speak.
+    assert worst_of_users(values[:2]) == pytest.approx(0.2)
+    assert mean_of_users(values[:2]) == pytest.approx(0.55)
+
+
+def test_interval_grows_with_the_difference_between_users_not_with_seeds():
+    rng = np.random.default_rng(0)
+    effect = rng.normal(0, 1, (30, 1))
+    luck = rng.normal(0, 0.01, (30, 5))
+    narrow, wide = (user_interval(mean_of_users, 0.8 + s * effect + luck) for s in (0.01, 0.1))
+    assert wide.high - wide.low > 5 * (narrow.high - narrow.low)
+    # The same users with more seeds are not more users.
+    again = user_interval(mean_of_users, np.tile(0.8 + 0.1 * effect, (1, 20)))
+    assert again.high - again.low > 0.8 * (wide.high - wide.low)
+
+
+def test_interval_agrees_with_the_normal_approximation():
+    values = np.random.default_rng(3).normal(0.8, 0.1, (400, 1))
+    low, high = user_interval(mean_of_users, values)
+    half = 1.96 * values.std(ddof=1) / 20
+    assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.1 * half)
+
+
+def test_interval_is_reproducible_and_memory_is_bounded_for_many_users():
+    values = np.random.default_rng(1).random((5000, 2))
+    assert user_interval(mean_of_users, values) == user_interval(mean_of_users, values)
+
+
+def test_paired_is_the_mean_difference_by_user(comparison):
+    line = one(comparison.paired(), strategy="fedbn", row="own", column="aggregated")
+    users = comparison.evaluations.query("row == 'own' and column == 'aggregated'")
+    table = users.pivot_table(index="user", columns="strategy", values="accuracy")
+    difference = table["fedbn"] - table["global"]
+    assert line["difference"] == pytest.approx(difference.mean())
+    assert line["better"] == (difference > 0.01).sum()
+    assert line["worse"] == (difference < -0.01).sum()
+    assert line["p"] == pytest.approx(stats.wilcoxon(difference).pvalue)
+    # Pairing removes what users have in common: much narrower than the interval of a mean.
+    mean = one(comparison.matrix(), strategy="fedbn", row="own", column="aggregated")
+    assert line["ci_high"] - line["ci_low"] < 0.5 * (mean["ci_high"] - mean["ci_low"])
+    assert line["ci_low"] < 0.05 < line["ci_high"]
+
+
+def test_identical_strategies_differ_by_exactly_nothing(directory, tmp_path):
+    for source in (directory / "runs").glob("0-*/result.json"):
+        result = json.loads(source.read_text())
+        results.write_run(tmp_path, source.parent.name, result)
+        results.write_run(tmp_path, f"twin-{source.parent.name}", result | {"strategy": "twin"})
+    meta = json.loads((directory / "comparison.json").read_text())
+    results.write_comparison(tmp_path, meta | {"strategies": ["global", "twin"]})
+    comparison = Comparison.load(tmp_path)
+    paired = comparison.paired()
+    assert (paired[["difference", "ci_low", "ci_high", "seed_low", "seed_high"]] == 0).all(axis=None)
+    per_user = paired[paired["row"] != "worst"]
+    assert (per_user[["p", "p_adjusted"]] == 1).all(axis=None)
+    assert (per_user[["better", "worse"]] == 0).all(axis=None)
+    assert paired[paired["row"] == "worst"]["p"].isna().all()
+    assert comparison.clear_best() == set()
+
+
+def test_two_shared_models_on_shared_test_data_are_not_many_observations(comparison):
+    line = one(comparison.paired(), strategy="groupnorm", row="global", column="aggregated")
+    assert line["difference"] == pytest.approx(0.02)
+    assert np.isnan(line[["ci_low", "ci_high", "p"]].astype(float)).all()
+    assert line["seed_low"] == pytest.approx(0.02)
+
+
+def test_adjusted_p_is_monotone_and_never_smaller(comparison):
+    known = comparison.paired().dropna(subset="p").sort_values("p")
+    assert (known["p_adjusted"] >= known["p"]).all()
+    assert (known["p_adjusted"].diff().dropna() >= -1e-15).all()
+    assert known["p_adjusted"].iloc[-1] == pytest.approx(known["p"].iloc[-1])
+    assert results.adjust(pd.Series([np.nan, np.nan])).isna().all()
+
+
+def test_loss_counts_a_decrease_as_better(comparison):
+    accuracy, loss = (
+        one(comparison.paired(m), strategy="fedbn", row="own", column="online") for m in ("accuracy", "loss")
+    )
+    assert loss["difference"] == pytest.approx(-accuracy["difference"])
+    assert (loss["better"], loss["worse"]) == (accuracy["better"], accuracy["worse"])
+
+
+def test_clear_best_needs_every_paired_interval(comparison):
+    best = comparison.clear_best()
+    assert ("fedbn", "own", "aggregated") in best
+    assert ("fedbn", "unseen", "aggregated") in best
+    # Between two strategies without a spread over users there is no interval, so nothing is clear.
+    assert not any(strategy == "groupnorm" for strategy, _, _ in best)
+    assert {b[:2] for b in comparison.clear_best("loss")} >= {("fedbn", "own")}
+
+
+def test_missing_cells(comparison):
+    line = one(comparison.matrix(), strategy="groupnorm", row="own", column="online")
+    assert np.isnan(line["mean"])
+    assert (line["n_users"], line["n_seeds"]) == (0, 0)
+    line = one(comparison.paired(), strategy="groupnorm", row="unseen", column="recalibrated")
+    assert np.isnan(line["difference"])
+    assert line["n_users"] == 0
+    assert "groupnorm" not in comparison.wide().loc["adapted online"].index
+    assert comparison.differences("groupnorm", "own", "online").empty
+
+
+def test_a_strategy_without_a_model_for_unseen_users(tmp_path):
+    write(tmp_path)
+    for path in (tmp_path / "runs").glob("1-*/result.json"):
+        result = json.loads(path.read_text())
+        result["evaluations"] = [e for e in result["evaluations"] if e["row"] == "own"]
+        results.write_run(tmp_path, path.parent.name, result)
+    comparison = Comparison.load(tmp_path)
+    assert comparison.wide().loc[("as aggregated", "fedbn"), "unseen users"] == "–"
+
+
+@pytest.mark.parametrize(("users", "seeds"), [(1, (0, 1)), (6, (0,)), (1, (0,))])
+def test_one_user_or_one_seed(tmp_path, users, seeds):
+    comparison = Comparison.load(write(tmp_path, users=users, unseen=0, seeds=seeds))
+    line = one(comparison.matrix(), strategy="fedbn", row="own", column="aggregated")
+    paired = one(comparison.paired(), strategy="fedbn", row="own", column="aggregated")
+    for found in (line, paired):
+        assert np.isnan(found["ci_low"]) == (users == 1)
+        assert np.isnan(found["seed_low"]) == (len(seeds) == 1)
+    assert np.isnan(paired["p"]) == (users == 1)
+    assert "unseen" not in set(comparison.matrix()["row"])
+    assert comparison.to_markdown()
+    assert comparison.to_latex()
+
+
+def test_unfinished_runs_are_skipped_and_pairs_use_common_seeds(tmp_path):
+    comparison = Comparison.load(write(tmp_path, unfinished=[("global", 1), ("fedbn", 2)]))
+    assert comparison.missing == 2
+    assert "2 of 9 runs are not finished" in comparison.notices[0]
+    assert one(comparison.matrix(), strategy="fedbn", row="own", column="aggregated")["n_seeds"] == 2
+    paired = one(comparison.paired(), strategy="fedbn", row="own", column="aggregated")
+    assert paired["n_seeds"] == 1
+    both = comparison.evaluations.query("seed == 0 and row == 'own' and column == 'aggregated'")
+    means = both.groupby("strategy")["accuracy"].mean()
+    assert paired["difference"] == pytest.approx(means["fedbn"] - means["global"])
+
+
+def test_a_comparison_whose_reference_is_not_finished(tmp_path):
+    comparison = Comparison.load(write(tmp_path, seeds=(0,), unfinished=[("global", 0)]))
+    assert comparison.paired()["difference"].isna().all()
+
+
+def test_by_domain(tmp_path):
+    comparison = Comparison.load(write(tmp_path, domains=3))
+    found = comparison.by_domain()
+    assert set(found["domain"]) == {"domain 0", "domain 1", "domain 2"}
+    assert set(found["row"]) == {"own", "unseen"}
+    line = one(found, strategy="fedbn", row="own", column="aggregated", domain="domain 1")
+    cell = comparison.evaluations.query(
+        "strategy == 'fedbn' and row == 'own' and column == 'aggregated' and domain == 'domain 1'"
+    )
+    assert line["mean"] == pytest.approx(cell["accuracy"].mean())
+    assert line["n_users"] == 4
+
+
+@pytest.mark.parametrize("domains", [1, 13])
+def test_domains_are_shown_only_when_there_are_a_few(tmp_path, domains):
+    comparison = Comparison.load(write(tmp_path, {"global": 0.8}, users=20, domains=domains, seeds=(0,)))
+    assert comparison.by_domain().empty
+
+
+def test_traffic_and_seconds(comparison):
+    traffic = comparison.traffic().set_index(["strategy", "role"])
+    assert traffic.loc[("fedbn", "statistics"), "owner"] == "local"
+    assert traffic.loc[("fedbn", "statistics"), "bytes_up"] == 0
+    assert traffic.loc[("global", "statistics"), "bytes_up"] == 4 * ROLES["statistics"]
+    seconds = comparison.seconds().set_index("strategy").loc["fedbn"]
+    assert (seconds["mean"], seconds["sd"], seconds["lr"]) == (11.0, 1.0, "0.1")
+    assert seconds["per_round"] == pytest.approx(11 / 20)
+
+
+def test_exported_csv_equals_the_frame(comparison, tmp_path):
+    comparison.to_csv(tmp_path / "matrix.csv")
+    pd.testing.assert_frame_equal(
+        pd.read_csv(tmp_path / "matrix.csv"), comparison.matrix(), check_exact=False
+    )
+
+
+def test_markdown_and_latex_show_every_strategy_and_escape(tmp_path):
+    comparison = Comparison.load(write(tmp_path, {"a|b": 0.8, "50%_x": 0.7}))
+    assert "| a\\|b |" in comparison.to_markdown()
+    assert comparison.to_markdown().count("\n") == 2 + 2 * 3
+    assert "50\\%\\_x" in comparison.to_latex()
+    assert "worst 10 \\%" in comparison.to_latex()
+
+
+def test_frames_are_the_callers_to_change(comparison):
+    changed = comparison.matrix()
+    changed["mean"] = 0.0
+    assert comparison.matrix()["mean"].max() > 0
+
+
+def test_a_diverged_loss_is_written_as_null_and_read_as_missing(tmp_path):
+    write(tmp_path, {"global": 0.8}, seeds=(0,))
+    path = tmp_path / "runs" / "0-0" / "result.json"
+    result = json.loads(path.read_text())
+    result["evaluations"][0]["loss"] = float("nan")
+    result["curve"][0]["train_loss"] = float("inf")
+    results.write_run(tmp_path, "0-0", result)
+    assert "NaN" not in path.read_text()
+    comparison = Comparison.load(tmp_path)
+    assert comparison.curves["train_loss"].isna().sum() == 1
+    assert one(comparison.matrix("loss"), row="own", column="aggregated")["n_users"] == 11
+    assert one(comparison.matrix(), row="own", column="aggregated")["n_users"] == 12
+
+
+def test_mistakes_are_named(tmp_path, directory):
+    with pytest.raises(UserError, match="no comparison"):
+        Comparison.load(tmp_path)
+    with pytest.raises(UserError, match="no finished run"):
+        Comparison.load(write(tmp_path / "empty", {"global": 0.8}, seeds=(0,), unfinished=[("global", 0)]))
+    with pytest.raises(UserError, match=r"unknown metric 'acuracy'\. Did you mean 'accuracy'"):
+        Comparison.load(directory).matrix("acuracy")
+    damaged = write(tmp_path / "damaged", {"global": 0.8})
+    (damaged / "runs" / "0-1" / "result.json").write_text('{"strategy": "gl')
+    with pytest.raises(UserError, match="is damaged"):
+        Comparison.load(damaged)
+    (damaged / "runs" / "0-1" / "result.json").write_text("[]")
+    with pytest.raises(UserError, match="is damaged"):
+        Comparison.load(damaged)
+    twice = write(tmp_path / "twice", {"global": 0.8})
+    results.write_run(twice, "copy", json.loads((twice / "runs" / "0-1" / "result.json").read_text()))
+    with pytest.raises(UserError, match="two results of strategy 'global' with seed 1"):
+        Comparison.load(twice)
+
+
+def test_runs_of_another_comparison_are_left_out(tmp_path):
+    write(tmp_path)
+    meta = json.loads((tmp_path / "comparison.json").read_text())
+    results.write_comparison(tmp_path, meta | {"strategies": ["global", "fedbn"]})
+    comparison = Comparison.load(tmp_path)
+    assert comparison.missing == 0
+    assert "2-0, 2-1, 2-2" in comparison.notices[0]
+    assert set(comparison.runs["strategy"]) == {"global", "fedbn"}
