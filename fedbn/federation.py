@@ -1,7 +1,7 @@
 """A round of federation, as plain functions, and the readable one-process loop made of them.
 
-`client_round`, `client_evaluation` and `client_talk` are what a client does; `aggregate` and `settled` what the
-server does. Flower's apps call the very same functions, so `federate` is the oracle of every engine.
+`client_round`, `client_evaluation` and `client_talk` are what a client does; `Server.advance` and `settled` what
+the server does. Flower's apps call the very same functions, so `federate` is the oracle of every engine.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from fedbn.training import fit
 OPTIMIZER = "optimizer/"
 """Prefix of a client's momentum buffers among the entries it keeps; such entries never travel."""
 
-ServerStep = Callable[[int, State, State], State]
-"""How the server moves its parameters: (round, old, mean of the clients') -> new."""
+ServerStep = Callable[[int, State, State, State], tuple[State, State]]
+"""How the server moves its parameters: (round, old, mean of the clients', memory) -> (new, memory)."""
 
 
 @dataclass
@@ -35,10 +35,38 @@ class Server:
     Attributes:
         state: entries that travel.
         serving: the same with statistics that the strategy settled for evaluation.
+        memory: what the server's optimiser remembers.
     """
 
     state: State
     serving: State
+    memory: State = field(default_factory=dict)
+
+    def advance(
+        self,
+        here: Setting,
+        updates: Sequence[Update],
+        round: int,  # noqa: A002
+        step: ServerStep | None = None,
+    ) -> None:
+        """Aggregate: parameters by weighted mean and server step, statistics by the strategy's pool.
+
+        Raises:
+            ValueError: no updates.
+        """
+        if not updates:
+            raise ValueError("nothing to aggregate")
+        weights = [here.weight(u.examples) for u in updates]
+        travels = here.ownership.travels
+        statistics = [k for k in travels if here.ownership.roles[k] is Role.STATISTICS]
+        parameters = [k for k in travels if here.ownership.roles[k] is not Role.STATISTICS]
+        new = {k: naive_mean([u.state[k] for u in updates], weights) for k in parameters}
+        if step is not None and new:
+            new, self.memory = step(round, {k: self.state[k] for k in parameters}, new, self.memory)
+        if statistics:
+            new |= here.strategy.pool(updates, weights, statistics)
+        self.state = {k: new[k] for k in travels}
+        self.serving = self.state
 
 
 @dataclass(frozen=True)
@@ -135,27 +163,6 @@ def client_talk(
     return replay(lambda: here.strategy.settle(here.load(state), x), answers)
 
 
-def aggregate(
-    here: Setting, state: State, updates: Sequence[Update], round: int, step: ServerStep | None = None  # noqa: A002
-) -> State:
-    """The server's next state: parameters by weighted mean and server step, statistics by the strategy's pool.
-
-    Raises:
-        ValueError: no updates.
-    """
-    if not updates:
-        raise ValueError("nothing to aggregate")
-    weights = [here.weight(u.examples) for u in updates]
-    travels = here.ownership.travels
-    statistics = [k for k in travels if here.ownership.roles[k] is Role.STATISTICS]
-    parameters = [k for k in travels if here.ownership.roles[k] is not Role.STATISTICS]
-    mean = {k: naive_mean([u.state[k] for u in updates], weights) for k in parameters}
-    if step is not None and mean:
-        mean = step(round, {k: state[k] for k in parameters}, mean)
-    new = mean | (here.strategy.pool(updates, weights, statistics) if statistics else {})
-    return {k: new[k] for k in travels}
-
-
 def settled(here: Setting, state: State, answers: Sequence[dict[str, Moments]]) -> State:
     """``state`` with its statistics replaced by those that the clients agreed on."""
     model: nn.Module = here.load(here.assemble(state, None))
@@ -225,8 +232,7 @@ def federate(
         for user in here.sampled(number):
             update, out.kept[user] = client_round(here, user, out.server.state, out.kept.get(user), progress)
             updates.append(update)
-        out.server.state = aggregate(here, out.server.state, updates, number, step)
-        out.server.serving = out.server.state
+        out.server.advance(here, updates, number, step)
         if evaluated(here, number) and here.strategy.settles:
             out.server.serving = settled(here, out.server.state, list(_talk(here, out)))
         scores = _evaluate(here, out, ("aggregated",), ()) if evaluated(here, number) else {}
@@ -292,7 +298,6 @@ __all__ = [
     "Point",
     "Server",
     "ServerStep",
-    "aggregate",
     "client_evaluation",
     "client_round",
     "client_talk",

@@ -78,16 +78,15 @@ def build(cls: type[T], values: dict[str, Any], what: str) -> T:
 def convert(value: Any, hint: Any, what: str) -> Any:
     """``value`` as the type ``hint`` says: int, float, bool, str, a tuple of these, or None where allowed."""
     options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, UnionType) else (hint,)
+    if any(typing.get_origin(o) is typing.Literal and value in typing.get_args(o) for o in options):
+        return value
     if value is None or (isinstance(value, str) and value.lower() == "none"):
         if NoneType in options:
             return None
         raise UserError(f"{what} cannot be none")
     kind = next(o for o in options if o is not NoneType)
     if typing.get_origin(kind) is typing.Literal:
-        choices = typing.get_args(kind)
-        if value not in choices:
-            raise unknown(f"value for {what}", str(value), map(str, choices))
-        return value
+        raise unknown(f"value for {what}", str(value), map(str, typing.get_args(kind)))
     if typing.get_origin(kind) is tuple:
         items = value.replace("+", " ").split() if isinstance(value, str) else list(value)
         return tuple(convert(v, typing.get_args(kind)[0], what) for v in items)

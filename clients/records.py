@@ -1,0 +1,69 @@
+"""Tensors, moments and scores as Flower records and back: the only file that knows both sides."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import cast
+
+import torch
+from flwr.app import ArrayRecord, MetricRecord, RecordDict
+
+from fedbn.evaluation import Column, Row, Score
+from fedbn.moments import Moments
+from fedbn.recalibration import flatten, unflatten
+from fedbn.roles import State
+
+
+def arrays(state: State) -> ArrayRecord:
+    """Named tensors as a record; dtypes and zero-dimensional entries are kept."""
+    return ArrayRecord({k: v.detach().cpu() for k, v in state.items()})
+
+
+def tensors(record: ArrayRecord, device: str = "cpu") -> State:
+    """A record as named tensors."""
+    state = record.to_torch_state_dict()
+    return {k: v.to(device) for k, v in state.items()}
+
+
+def scores_to(scores: list[Score]) -> MetricRecord:
+    """Scores as a record."""
+    out: dict[str, int | float] = {}
+    for score in scores:
+        values = asdict(score)
+        prefix = f"{values.pop('row')}|{values.pop('column')}"
+        out |= {f"{prefix}|{name}": value for name, value in values.items()}
+    return MetricRecord(cast(dict, out))
+
+
+def scores_from(record: MetricRecord) -> list[Score]:
+    """A record as scores, in the order sent."""
+    cells: dict[tuple[str, str], dict[str, float]] = {}
+    for key, value in record.items():
+        row, column, name = key.split("|")
+        cells.setdefault((row, column), {})[name] = cast(float, value)
+    return [
+        Score(
+            cast(Row, row), cast(Column, column), int(v["n"]), v["accuracy"], v["macro_f1"], v["loss"]
+        )
+        for (row, column), v in cells.items()
+    ]
+
+
+def answers_to(answers: list[dict[str, Moments]]) -> RecordDict:
+    """What has been agreed so far, one record an answer."""
+    return RecordDict({f"answer-{i}": arrays(flatten(a)) for i, a in enumerate(answers)})
+
+
+def answers_from(content: RecordDict) -> list[dict[str, Moments]]:
+    """The answers in a message's content, in order."""
+    names = sorted((k for k in content if k.startswith("answer-")), key=lambda k: int(k.split("-")[1]))
+    return [unflatten(tensors(content.array_records[k])) for k in names]
+
+
+def set_threads() -> None:
+    """One thread in torch, whichever engine runs the client.
+
+    Sums come out differently with another number of threads; engines would no longer agree bit for bit.
+    """
+    if torch.get_num_threads() != 1:
+        torch.set_num_threads(1)

@@ -1,0 +1,216 @@
+"""The ServerApp: rounds of training, statistics settled, the evaluation matrix; the same under every engine.
+
+Replies are put in the order of their users before anything is summed, so a run does not depend on who answers
+first.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.serverapp import Grid, ServerApp
+
+from clients.config import run_from_config
+from clients.records import answers_to, arrays, scores_from, set_threads, tensors
+from fedbn.evaluation import COLUMNS, Column, Score
+from fedbn.federation import (
+    Outcome,
+    Point,
+    Server,
+    evaluated,
+    final_scores,
+    global_testers,
+    mean_accuracy,
+    mean_loss,
+    served,
+    settled,
+)
+from fedbn.moments import Moments
+from fedbn.recalibration import union, unflatten
+from fedbn.roles import State
+from fedbn.run import Run
+from fedbn.setting import EVERYONE, Setting, setting
+from fedbn.strategy import Update
+from simulations.server_optimizer import server_step
+from simulations.store import save_outcome
+
+app = ServerApp()
+
+
+class ClientError(RuntimeError):
+    """A client answered with an error; the run stops, completed rounds are kept."""
+
+
+@dataclass(frozen=True)
+class Listener:
+    """What the caller of an in-process run wants to know, and where it wants to go on from.
+
+    Attributes:
+        resume: an unfinished outcome.
+        on_round: told after each round.
+        on_end: given the finished outcome.
+    """
+
+    resume: Outcome | None = None
+    on_round: Callable[[int, Outcome], None] | None = None
+    on_end: Callable[[Outcome], None] | None = None
+
+
+_listener: ContextVar[Listener] = ContextVar("listener", default=Listener())
+
+
+@contextmanager
+def listening(listener: Listener) -> Iterable[None]:  # type: ignore[misc]
+    """Attach a listener to the runs of this block."""
+    token = _listener.set(listener)
+    try:
+        yield
+    finally:
+        _listener.reset(token)
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Conduct the run that the run-config describes; write it below ``out`` if that is given."""
+    set_threads()
+    run = run_from_config(context.run_config)
+    outcome = conduct(grid, run, _listener.get())
+    if out := str(context.run_config.get("out", "")):
+        save_outcome(Path(out), run, outcome)
+
+
+
+
+class Clients:
+    """The nodes of a grid, addressed by the user they serve.
+
+    Raises:
+        ClientError: a node answers with an error.
+    """
+
+    def __init__(self, grid: Grid, users: int) -> None:
+        """Ask every node which user it serves, until all users have one."""
+        self.grid = grid
+        self.node: dict[int, int] = {}
+        while len(self.node) < users:
+            known = set(self.node.values())
+            asked = [n for n in grid.get_node_ids() if n not in known]
+            for reply in grid.send_and_receive([Message(RecordDict(), n, "query.partition") for n in asked]):
+                if reply.has_error():
+                    raise ClientError(f"node {reply.metadata.src_node_id}: {reply.error.reason}")
+                partition = cast(int, reply.content.config_records["info"]["partition-id"])
+                self.node[partition] = reply.metadata.src_node_id
+            if len(self.node) < users:
+                time.sleep(0.5)
+
+    def ask(self, kind: str, content: dict[int, RecordDict]) -> dict[int, RecordDict]:
+        """Send each user its content; the replies, in the order of the users."""
+        user_of = {self.node[max(user, 0)]: user for user in content}
+        messages = [Message(record, self.node[max(user, 0)], kind) for user, record in content.items()]
+        replies: dict[int, RecordDict] = {}
+        for reply in self.grid.send_and_receive(messages):
+            user = user_of[reply.metadata.src_node_id]
+            if reply.has_error():
+                name = "everyone" if user == EVERYONE else f"user {user}"
+                raise ClientError(f"{kind}, {name}: {reply.error.reason}")
+            replies[user] = reply.content
+        if missing := sorted(content.keys() - replies.keys()):
+            raise ClientError(f"{kind}: no reply from users {missing}")
+        return {user: replies[user] for user in content}
+
+
+def conduct(grid: Grid, run: Run, listener: Listener | None = None) -> Outcome:
+    """Run a federation over the nodes of a grid.
+
+    The order of operations is that of `fedbn.federation.federate`, and so are the numbers, to the last bit.
+
+    Raises:
+        UserError: the run cannot work.
+        ClientError: a client failed.
+    """
+    listener = listener or Listener()
+    here = setting(run)
+    step = server_step(run.plan)
+    clients = Clients(grid, len(here.population.users))
+    began = time.perf_counter()
+    out = listener.resume or Outcome(Server(here.start(), here.start()))
+    spent = out.seconds
+    for number in range(len(out.curve) + 1, run.plan.rounds + 1):
+        updates = _train(here, clients, out.server.state, number)
+        out.server.advance(here, updates, number, step)
+        if evaluated(here, number) and here.strategy.settles:
+            out.server.serving = _settle(here, clients, out.server.state)
+        scores: dict[int, list[Score]] = {}
+        if evaluated(here, number):
+            scores = _evaluate(here, clients, out.server.serving, ("aggregated",), ())
+        point = Point(
+            number, mean_loss(updates), mean_accuracy(here, scores, unseen=False), mean_accuracy(here, scores, unseen=True)
+        )
+        out.curve.append(point)
+        out.seconds = spent + time.perf_counter() - began
+        if listener.on_round:
+            listener.on_round(number, out)
+    out.scores = final_scores(
+        _evaluate(here, clients, out.server.serving, ("aggregated",), global_testers(here)),
+        _evaluate(here, clients, out.server.serving, COLUMNS[1:], here.population.seen),
+    )
+    out.seconds = spent + time.perf_counter() - began
+    if listener.on_end:
+        listener.on_end(out)
+    return out
+
+
+def _train(here: Setting, clients: Clients, state: State, number: int) -> list[Update]:
+    record = RecordDict(
+        {"arrays": arrays(state), "config": ConfigRecord({"round": number, "rounds": here.run.plan.rounds})}
+    )
+    replies = clients.ask("train", dict.fromkeys(here.sampled(number), record))
+    updates = []
+    for user, content in replies.items():
+        metrics = content.metric_records["metrics"]
+        updates.append(
+            Update(
+                user,
+                tensors(content.array_records["arrays"], here.run.device),
+                cast(int, metrics["num-examples"]),
+                cast(float, metrics["loss"]),
+            )
+        )
+    return updates
+
+
+def _settle(here: Setting, clients: Clients, state: State) -> State:
+    record = arrays(state)
+    answers: list[dict[str, Moments]] = []
+    while True:
+        content = RecordDict({"arrays": record, **answers_to(answers)})
+        replies = clients.ask("query.settle", dict.fromkeys(here.trainers, content))
+        said = [_moments(content.array_records["moments"]) for content in replies.values()]
+        if not all(said):
+            return settled(here, state, answers)
+        answers.append(union(said))
+
+
+def _moments(record: ArrayRecord) -> dict[str, Moments]:
+    return unflatten(tensors(record))
+
+
+def _evaluate(
+    here: Setting, clients: Clients, state: State, columns: tuple[Column, ...], globally: Sequence[int] | set[int]
+) -> dict[int, list[Score]]:
+    record = arrays(state)
+
+    def content(user: int) -> RecordDict:
+        config = ConfigRecord({"columns": list(columns), "globally": user in globally})
+        return RecordDict({"arrays": record, "config": config})
+
+    replies = clients.ask("evaluate", {user: content(user) for user in served(here)})
+    return {user: scores_from(content.metric_records["metrics"]) for user, content in replies.items()}

@@ -1,0 +1,131 @@
+"""Runs on disk: one safetensors file a run, replaced whole after every round.
+
+The file holds the server's and the clients' tensors, and in its header the curve, the scores and the run itself.
+It is written beside itself, synced and renamed: a kill at any moment leaves the last complete round.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+import clients
+import fedbn
+from fedbn.errors import UserError
+from fedbn.evaluation import Score
+from fedbn.federation import Outcome, Point, Server
+from fedbn.roles import State
+from fedbn.run import Run
+
+PACKAGES = ("fedbn", "flwr", "torch", "numpy", "scikit-learn", "flwr-datasets")
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that decide results."""
+    return {name: version(name) for name in PACKAGES}
+
+
+@cache
+def code_digest() -> str:
+    """Digest of the source of the packages that compute: another digest may mean other numbers."""
+    digest = hashlib.sha256()
+    for package in (fedbn, clients):
+        root = Path(str(package.__file__)).parent
+        for path in sorted(root.rglob("*.py")):
+            digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write beside, sync, rename.
+
+    Raises:
+        UserError: the place cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; choose another --out or free the disk") from None
+
+
+def save_outcome(path: Path, run: Run, outcome: Outcome, sources: dict[str, str] | None = None) -> None:
+    """Write an outcome, finished or not."""
+    tensors = _prefixed("server", outcome.server.state) | _prefixed("memory", outcome.server.memory)
+    if outcome.server.serving is not outcome.server.state:
+        tensors |= _prefixed("serving", outcome.server.serving)
+    for user, kept in outcome.kept.items():
+        tensors |= _prefixed(f"kept/{user}", kept)
+    header = {
+        "run": run.to_json(),
+        "code": code_digest(),
+        "versions": versions(),
+        "sources": sources or {},
+        "seconds": outcome.seconds,
+        "curve": [asdict(p) for p in outcome.curve],
+        "kept": sorted(outcome.kept),
+        "scores": {str(u): [asdict(s) for s in scores] for u, scores in outcome.scores.items()},
+    }
+    write_atomically(path, save(tensors, metadata={"outcome": json.dumps(header)}))
+
+
+def load_outcome(path: Path, run: Run, sources: dict[str, str] | None = None) -> Outcome:
+    """Read an outcome of exactly this run, made by this code on these data.
+
+    Raises:
+        UserError: unreadable file, another run, other code, versions or data.
+    """
+    header, tensors = _read(path)
+    if header["run"] != run.to_json():
+        raise UserError(f"{path} belongs to another run; delete it or choose another --out")
+    if header["code"] != code_digest():
+        raise UserError(
+            f"{path} was made by other code (digest {header['code']}, now {code_digest()}): go back to that version, "
+            "or start afresh with another --out; mixing them would not be one experiment"
+        )
+    if changed := {k: v for k, v in header["versions"].items() if versions().get(k) != v}:
+        raise UserError(
+            f"{path} was made with other versions ({changed}): install those, or start afresh with another --out"
+        )
+    if sources is not None and header["sources"] != sources:
+        raise UserError(f"{path} was made on other data (hashes differ): restore them, or start afresh with another --out")
+    state = _under("server", tensors)
+    serving = _under("serving", tensors)
+    return Outcome(
+        server=Server(state, serving or state, _under("memory", tensors)),
+        kept={u: _under(f"kept/{u}", tensors) for u in header["kept"]},
+        curve=[Point(**p) for p in header["curve"]],
+        scores={int(u): [Score(**s) for s in scores] for u, scores in header["scores"].items()},
+        seconds=header["seconds"],
+    )
+
+
+def _read(path: Path) -> tuple[dict[str, Any], State]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {})["outcome"])
+            return header, {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+    except (SafetensorError, KeyError, json.JSONDecodeError, OSError) as error:
+        raise UserError(f"checkpoint {path} cannot be read ({error}): delete it and resume; its run starts anew") from None
+
+
+def _prefixed(prefix: str, state: State) -> State:
+    return {f"{prefix}/{k}": v.detach().cpu().contiguous().clone() for k, v in state.items()}
+
+
+def _under(prefix: str, tensors: State) -> State:
+    return {k.removeprefix(f"{prefix}/"): v for k, v in tensors.items() if k.startswith(f"{prefix}/")}
