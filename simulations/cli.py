@@ -1,0 +1,302 @@
+"""The command line: compare, resume, report, list, audit, data.
+
+Heavy imports happen inside commands, so that ``fedbn --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import time
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from fedbn.errors import UserError
+
+app = typer.Typer(
+    name="fedbn",
+    help="How should normalisation be treated when data live with many different users?",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+console = Console()
+errors = Console(stderr=True)
+
+
+class EngineName(StrEnum):
+    """Ways to execute a run."""
+
+    REFERENCE = "reference"
+    GRID = "grid"
+    RAY = "ray"
+
+
+class Kind(StrEnum):
+    """What can be listed."""
+
+    STRATEGIES = "strategies"
+    SCENARIOS = "scenarios"
+    MODELS = "models"
+    PARTITIONS = "partitions"
+    SHIFTS = "shifts"
+
+
+def main() -> None:
+    """Entry point: user mistakes become one line and exit code 2, an interruption exit code 130."""
+    try:
+        app()
+    except UserError as error:
+        errors.print(f"[bold red]error:[/] {_plain(str(error))}", highlight=False)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        errors.print("interrupted; what was finished is kept")
+        sys.exit(130)
+
+
+def _plain(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+Out = Annotated[Path | None, typer.Option(help="Directory of results; default results/SCENARIO.")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Processes; default one a core.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON instead of tables.")]
+
+
+@app.command()
+def compare(
+    scenario: Annotated[
+        str | None, typer.Argument(help="hapt, watch, digits, ... with options as hapt:unseen=10.")
+    ] = None,
+    run_file: Annotated[Path | None, typer.Option(help="TOML file with the same settings.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Your own .npz, .csv, .parquet or datasets directory.")] = None,
+    columns: Annotated[
+        str | None,
+        typer.Option(help="With --data: columns as x=acc:y=activity:user=subject:recording=session."),
+    ] = None,
+    strategies: Annotated[str | None, typer.Option(help="Comma-separated, or 'all'; the first is the reference.")] = None,
+    seeds: Annotated[int | None, typer.Option(help="Paired seeds. [default: 3]")] = None,
+    model: Annotated[str | None, typer.Option(help="Built-in name or package.module:factory.")] = None,
+    partition: Annotated[str | None, typer.Option(help="E.g. dirichlet:alpha=0.1:clients=20. [default: natural]")] = None,
+    shift: Annotated[str | None, typer.Option(help="Feature shift between users, e.g. rotation:strength=0.5,gain.")] = None,
+    rounds: Annotated[int | None, typer.Option(help="Communication rounds.")] = None,
+    clients_per_round: Annotated[int | None, typer.Option(help="Users drawn a round; default all.")] = None,
+    local_epochs: Annotated[int | None, typer.Option(help="Passes over a user's data a round.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Rows a step.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Client learning rate.")] = None,
+    momentum: Annotated[float | None, typer.Option(help="Client momentum.")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="Client weight decay.")] = None,
+    optimizer_state: Annotated[str | None, typer.Option(help="reset or keep (never sent).")] = None,
+    weighting: Annotated[str | None, typer.Option(help="samples or uniform.")] = None,
+    proximal: Annotated[float | None, typer.Option(help="FedProx mu.")] = None,
+    server_optimizer: Annotated[
+        str | None, typer.Option(help="none, fedavgm, fedadam, fedyogi, fedadagrad: on parameters only.")
+    ] = None,
+    server_lr: Annotated[float | None, typer.Option(help="Server learning rate.")] = None,
+    eval_every: Annotated[int | None, typer.Option(help="Rounds between points on the curve.")] = None,
+    tune: Annotated[bool, typer.Option("--tune", help="Choose each strategy's learning rate on validation data.")] = False,
+    grid: Annotated[str | None, typer.Option(help="Learning rates for --tune, comma-separated.")] = None,
+    engine: Annotated[EngineName, typer.Option(help="How runs are executed; the numbers are the same.")] = EngineName.GRID,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
+    workers: Workers = None,
+    out: Out = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare treatments of normalisation on the same users, seeds and budget.
+
+    Example: [bold]fedbn compare hapt --strategies global-naive,fedbn,groupnorm[/]
+    """
+    from simulations.compare import compare as conduct
+    from simulations.experiment import GRID, Experiment, read_run_file
+
+    values: dict[str, Any] = read_run_file(run_file) if run_file else {}
+    if data is not None:
+        if scenario:
+            raise UserError("give a scenario or --data, not both")
+        if ":" in str(data):
+            raise UserError(f"a path with a colon cannot be named here: rename {data}")
+        scenario = f"files:path={data.resolve()}" + (f":{columns}" if columns else "")
+    given = {
+        "scenario": scenario,
+        "strategies": _strategies(strategies),
+        "seeds": seeds,
+        "model": model,
+        "partition": partition,
+        "shift": shift,
+        "device": device,
+        "tune": _numbers(grid) if grid else (GRID if tune else None),
+    }
+    plan = {
+        "rounds": rounds,
+        "clients_per_round": clients_per_round,
+        "local_epochs": local_epochs,
+        "batch_size": batch_size,
+        "lr": lr,
+        "momentum": momentum,
+        "weight_decay": weight_decay,
+        "optimizer_state": optimizer_state,
+        "weighting": weighting,
+        "proximal": proximal,
+        "server_optimizer": server_optimizer,
+        "server_lr": server_lr,
+        "eval_every": eval_every,
+    }
+    values |= {k: v for k, v in given.items() if v is not None}
+    values["plan"] = dict(values.get("plan", {})) | {k: v for k, v in plan.items() if v is not None}
+    experiment = Experiment.from_dict(values).resolved()
+    place = out or Path("results") / experiment.scenario.split(":")[0]
+    _conduct(
+        lambda **told: conduct(
+            experiment, place, engine=engine.value, workers=workers, command=shlex.join(["fedbn", *sys.argv[1:]]), **told
+        ),
+        place,
+        as_json,
+    )
+
+
+@app.command()
+def resume(
+    directory: Annotated[Path, typer.Argument(help="Directory of an interrupted comparison.")],
+    workers: Workers = None,
+    as_json: AsJson = False,
+) -> None:
+    """Go on with an interrupted comparison, to the same numbers as if it had never stopped."""
+    from simulations.compare import resume as go_on
+
+    _conduct(lambda **told: go_on(directory, workers=workers, **told), directory, as_json)
+
+
+@app.command()
+def report(
+    directory: Annotated[Path, typer.Argument(help="Directory of a comparison.")], as_json: AsJson = False
+) -> None:
+    """Print the tables of a comparison and write its HTML report."""
+    _show(directory, as_json)
+
+
+@app.command("list")
+def list_(kind: Annotated[Kind, typer.Argument(help="What to list.")], as_json: AsJson = False) -> None:
+    """List what is there, installed plug-ins included."""
+    rows = _rows(kind)
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in rows[0]:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*(str(v) for v in row.values()))
+    console.print(table)
+
+
+@app.command()
+def audit(
+    model: Annotated[str, typer.Argument(help="Built-in name or package.module:factory.")],
+    strategy: Annotated[str | None, typer.Option(help="Show owners and bytes under this strategy.")] = None,
+    shape: Annotated[str, typer.Option(help="Shape of an example, comma-separated.")] = "3,32,32",
+    classes: Annotated[int, typer.Option(min=2, help="Number of classes.")] = 10,
+    full: Annotated[bool, typer.Option("--full", help="One line for every entry.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Print role, owner and bytes of every state entry, and lint the traps of averaging normalised networks."""
+    from fedbn.audit import audit_model
+    from simulations.audit_view import show
+
+    found = audit_model(model, strategy, tuple(int(n) for n in _numbers(shape)), classes)
+    if as_json:
+        print(json.dumps(found.as_dict(), indent=1))
+    else:
+        show(found, console, full=full)
+
+
+@app.command()
+def data() -> None:
+    """Show which data sets are installed and intact, and how to get the others."""
+    from rich.table import Table
+
+    from fedbn.data.packages import status
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    rows = [item if isinstance(item, dict) else vars(item) for item in status()]
+    for name in rows[0]:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*(str(v) for v in row.values()))
+    console.print(table)
+
+
+def _strategies(text: str | None) -> tuple[str, ...] | None:
+    if text is None:
+        return None
+    if text == "all":
+        from fedbn.strategy import strategies
+
+        return tuple(strategies())
+    return tuple(filter(None, (part.strip() for part in text.split(","))))
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(f"expected numbers separated by commas, not {text!r}") from None
+
+
+def _rows(kind: Kind) -> list[dict[str, str]]:
+    from fedbn.data.partition import partitions
+    from fedbn.data.shift import shifts
+    from fedbn.models import models
+    from fedbn.scenario import scenarios
+    from fedbn.strategy import strategies
+
+    match kind:
+        case Kind.STRATEGIES:
+            return [{"name": n, "what": s.about, "source": s.source} for n, s in strategies().items()]
+        case Kind.SCENARIOS:
+            return [{"name": n, "what": s.about, "model": s.model} for n, s in scenarios().items()]
+        case Kind.MODELS:
+            return [{"name": n, "what": m.about} for n, m in models().items()]
+        case Kind.PARTITIONS:
+            return [{"name": n, "what": p.about} for n, p in partitions().items()]
+        case Kind.SHIFTS:
+            return [{"name": n, "what": s.about} for n, s in shifts().items()]
+
+
+def _conduct(conduct: Any, place: Path, as_json: bool) -> None:
+    from simulations.progress import Bars
+
+    began = time.perf_counter()
+    try:
+        with Bars(errors) as bars:
+            conduct(report=bars.report, started=bars.started)
+    except KeyboardInterrupt:
+        errors.print(f"interrupted; go on with [bold]fedbn resume {place}[/]")
+        sys.exit(130)
+    if not as_json:
+        from simulations.compare import elapsed
+
+        console.print(f"done in {elapsed(began)}")
+    _show(place, as_json)
+
+
+def _show(directory: Path, as_json: bool) -> None:
+    from simulations.report import write_report
+    from simulations.results import Comparison
+    from simulations.tables import answer, show
+
+    comparison = Comparison.load(directory)
+    page = write_report(directory)
+    if as_json:
+        matrix = json.loads(comparison.matrix().to_json(orient="records"))
+        paired = json.loads(comparison.paired().to_json(orient="records"))
+        print(json.dumps({"answer": answer(comparison), "matrix": matrix, "paired": paired, "report": str(page)}, indent=1))
+    else:
+        show(comparison, console)
+        console.print(f"report: {page.resolve()}", soft_wrap=True)
