@@ -118,7 +118,8 @@ def client_round(
         here.run.plan,
         seed=here.run.seed,
         round=progress.round,
-        user=user,
+        # One place that holds one user's data draws as that user would: then it is the same training.
+        user=here.population.seen[0] if user == EVERYONE else user,
         shared=set(here.ownership.travels),
         optimizer_state=momentum,
     )

@@ -1,8 +1,10 @@
 r"""Measure statistics again under the weights that are used.
 
 The input of layer :math:`\ell` depends on the statistics used in all layers before it, so they are fixed one
-after the other: exact moments of layer 1, then of layer 2 given layer 1's, and so on. When all data fit
-in one batch a single pass in which every layer normalises by its own batch gives the same numbers.
+after the other: exact moments of layer 1, then of layer 2 given layer 1's, and so on. In the end every layer's
+stored statistics are the moments of what it meets in evaluation. (A single training-mode pass over all data as
+one batch gives the same but for :math:`n/(n-1)`: batches are normalised by the biased variance, PyTorch stores
+the unbiased one.)
 """
 
 from __future__ import annotations

@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+import hypothesis
+import pytest
+import torch
+
+from fedbn.run import Run, plan_for
+
+
+hypothesis.settings.register_profile("fedbn", deadline=None, max_examples=60, derandomize=True)
+hypothesis.settings.load_profile("fedbn")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def small():
+    """A function giving a short run on scikit-learn's digits."""
+
+    def make(strategy="global-naive", **settings):
+        run = {k: settings.pop(k) for k in ("seed", "model", "partition", "shift", "validation") if k in settings}
+        plan = plan_for("digits8", **{"rounds": 2, "eval_every": 1, "global_test": 60, **settings})
+        return Run("digits8", strategy, plan=plan, **run).resolved()
+
+    return make
+
+
+def same(a, b):
+    """Equal to the last bit, names and dtypes included."""
+    return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)

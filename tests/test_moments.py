@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedbn.moments import Moments, naive_mean, pooled, pooled_variance
+
+values = st.lists(st.lists(st.floats(-100, 100), min_size=2, max_size=2), min_size=1, max_size=12)
+parts = st.lists(values, min_size=1, max_size=5)
+
+
+def of(rows):
+    return Moments.of(torch.tensor(rows, dtype=torch.float64))
+
+
+def close(a, b):
+    assert float(a.n) == pytest.approx(float(b.n), rel=1e-12)
+    torch.testing.assert_close(a.mean, b.mean, rtol=1e-9, atol=1e-8)
+    torch.testing.assert_close(a.m2, b.m2, rtol=1e-9, atol=1e-6)
+
+
+@given(parts)
+def test_pooling_any_partition_gives_the_moments_of_the_union(groups):
+    close(pooled(map(of, groups)), of([row for group in groups for row in group]))
+
+
+@given(values, values, values)
+def test_merge_is_a_commutative_monoid(a, b, c):
+    a, b, c = of(a), of(b), of(c)
+    close(a.merge(b), b.merge(a))
+    close(a.merge(b).merge(c), a.merge(b.merge(c)))
+    close(a.merge(Moments.empty(2)), a)
+    close(Moments.empty(2).merge(a), a)
+
+
+@given(values, values)
+def test_unmerge_takes_a_part_out_again(a, b):
+    close(of(a).merge(of(b)).unmerge(of(b)), of(a))
+
+
+@given(values, st.floats(0.01, 1))
+def test_decay_forgets_but_keeps_mean_and_variance(a, factor):
+    old, new = of(a), of(a).decay(factor)
+    torch.testing.assert_close(new.mean, old.mean)
+    torch.testing.assert_close(new.variance(), old.variance(), rtol=1e-9, atol=1e-12)
+    assert float(new.n) == pytest.approx(factor * len(a))
+
+
+@given(values, values, st.floats(0, 1000))
+def test_shrinking_is_merging_with_a_prior_of_that_weight(a, prior, n0):
+    weighted = Moments.from_variance(n0, of(prior).mean, of(prior).variance())
+    close(of(a).shrink(of(prior), n0), weighted.merge(of(a)))
+
+
+def test_a_large_mean_does_not_eat_the_variance():
+    x = torch.tensor([[1e9], [1e9 + 1], [1e9 + 2]], dtype=torch.float64)
+    assert float(pooled([Moments.of(x[:1]), Moments.of(x[1:])]).variance()) == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (5, 3, 4), (5, 3, 4, 2), (5, 3, 2, 2, 2)])
+def test_moments_agree_with_torch_for_any_number_of_positions(shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    dims = [d for d in range(x.dim()) if d != 1]
+    m = Moments.of(x)
+    torch.testing.assert_close(m.mean, x.double().mean(dims))
+    torch.testing.assert_close(m.variance(unbiased=True), x.double().var(dims, correction=1))
+
+
+def test_pooled_variance_adds_the_spread_of_the_means_that_the_naive_mean_drops():
+    means = [torch.tensor([-3.0]), torch.tensor([3.0])]
+    variances = [torch.tensor([1.0]), torch.tensor([1.0])]
+    assert float(naive_mean(variances, [1, 1])) == 1.0
+    assert float(pooled_variance(means, variances, [1, 1])) == 10.0
+    assert pooled_variance(means, variances, [1, 1]).dtype == torch.float32
+
+
+def test_w2_is_a_metric_on_these_points():
+    a, b, c = (of([[i, 2.0 * i], [i + 1.0, 3.0 * i]]) for i in (0.0, 1.0, 5.0))
+    assert float(a.w2(a)) == 0
+    assert float(a.w2(b)) == float(b.w2(a)) > 0
+    assert float(a.w2(c)) <= float(a.w2(b)) + float(b.w2(c)) + 1e-12
+
+
+def test_impossible_requests_say_so():
+    one = of([[1.0, 2.0]])
+    with pytest.raises(ValueError, match="unbiased variance"):
+        one.variance(unbiased=True)
+    with pytest.raises(ValueError, match="cannot take 2 values out of 1"):
+        one.unmerge(of([[1.0, 2.0], [3.0, 4.0]]))
+    with pytest.raises(ValueError, match=r"decay factor lies in \[0, 1\]"):
+        one.decay(1.5)
+    with pytest.raises(ValueError, match="n0 >= 0"):
+        one.shrink(one, -1)

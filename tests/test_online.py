@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+from fedbn.moments import Moments
+from fedbn.online import predict_online
+from fedbn.roles import statistics_layers
+
+
+def network():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv1d(2, 4, 3), nn.BatchNorm1d(4), nn.ReLU(), nn.Conv1d(4, 3, 3), nn.BatchNorm1d(3))
+    return nn.Sequential(net, nn.Flatten(), nn.Linear(12, 2)).eval()
+
+
+def stream(n=37):
+    return torch.randn(n, 2, 8, generator=torch.Generator().manual_seed(1)) * 2 + 1
+
+
+def slow(model, x, prior, block):
+    """Written from the formula: per layer, source worth n0 windows plus everything met, one block behind."""
+    layers = statistics_layers(model)
+    source = {p: (m.running_mean.double().clone(), m.running_var.double().clone()) for p, m in layers.items()}
+    inputs = {p: [] for p in layers}
+    handles = [
+        m.register_forward_pre_hook(lambda _m, a, p=p: inputs[p].append(a[0].double())) for p, m in layers.items()
+    ]
+    out = []
+    for start in range(0, len(x), block):
+        with torch.no_grad():
+            out.append(model(x[start : start + block]))
+        for p, m in layers.items():
+            met = torch.cat(inputs[p]).transpose(0, 1).flatten(1)
+            n, n0 = met.shape[1], prior * met.shape[1] / min(start + block, len(x))
+            mean0, var0 = source[p]
+            mean = (n0 * mean0 + met.sum(1)) / (n0 + n)
+            second = n0 * (var0 + (mean0 - mean) ** 2) + ((met - mean[:, None]) ** 2).sum(1)
+            m.running_mean.copy_(mean)
+            m.running_var.copy_(second / (n0 + n - 1))
+    for handle in handles:
+        handle.remove()
+    return torch.cat(out)
+
+
+def test_it_follows_its_formula():
+    x = stream()
+    for prior, block in ((5.0, 8), (0.0, 8), (50.0, 1)):
+        torch.testing.assert_close(
+            predict_online(network(), x, prior=prior, block=block), slow(network(), x, prior, block), rtol=1e-5, atol=1e-5
+        )
+
+
+def test_the_first_block_is_predicted_by_the_source_and_later_rows_change_nothing_before_them():
+    net, x = network(), stream()
+    out = predict_online(copy.deepcopy(net), x, block=8)
+    with torch.no_grad():
+        assert torch.equal(out[:8], net(x[:8]))
+    changed = x.clone()
+    changed[16:] += 100
+    assert torch.equal(predict_online(copy.deepcopy(net), changed, block=8)[:16], out[:16])
+
+
+def test_without_a_prior_the_statistics_end_at_those_of_the_stream():
+    net, x = network(), stream()
+    first = next(iter(statistics_layers(net)))
+    seen = []
+    net.get_submodule(first).register_forward_pre_hook(lambda _m, a: seen.append(a[0]))
+    predict_online(net, x, prior=0.0)
+    moments = Moments.of(torch.cat(seen))
+    torch.testing.assert_close(net.get_submodule(first).running_mean.double(), moments.mean, rtol=1e-5, atol=1e-5)

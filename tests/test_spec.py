@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import pytest
+
+from fedbn.errors import UserError
+from fedbn.run import Plan, Run, plan_for
+from fedbn.scenario import scenario, scenarios
+from fedbn.spec import render
+from fedbn.strategy import strategies, strategy
+
+
+@pytest.mark.parametrize("name", strategies())
+def test_text_and_value_are_inverses(name):
+    assert render(strategy(name)) == name
+    assert strategy(render(strategy(name))) == strategy(name)
+
+
+def test_options_are_parsed_and_rendered():
+    assert render(strategy("groupnorm:groups=4:channels=2")) == "groupnorm:groups=4:channels=2"
+    assert render(strategy("groupnorm:groups=8:channels=none")) == "groupnorm"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("fedbm", r"unknown strategy 'fedbm'. Did you mean 'fedbn'\?"),
+        ("groupnorm:group=4", r"unknown option of strategy 'groupnorm' 'group'. Did you mean 'groups'\?"),
+        ("groupnorm:groups=four", r"option 'groups' must be int, not 'four'"),
+        ("groupnorm:groups", r"write options as groupnorm:field=value, not 'groups'"),
+        ("groupnorm:groups=none", r"option 'groups' cannot be none"),
+        ("mtfl:private=bn", r"unknown value for strategy 'mtfl', option 'private' 'bn'"),
+        ("fedbn:x=1", r"strategy 'fedbn' has no options, so 'x' cannot be set"),
+    ],
+)
+def test_a_wrong_strategy_text_names_the_mistake(text, message):
+    with pytest.raises(UserError, match=message):
+        strategy(text)
+
+
+def test_an_unknown_scenario_suggests_the_nearest():
+    with pytest.raises(UserError, match=r"unknown scenario 'hapd'. Did you mean 'hapt'\?"):
+        scenario("hapd")
+    assert "digits8" in scenarios()
+
+
+def test_a_run_is_its_json():
+    run = Run("digits8", "groupnorm:groups=2", 3, plan=Plan(rounds=4))
+    assert Run.from_dict(__import__("json").loads(run.to_json())) == run
+    assert run.id != Run("digits8", "groupnorm:groups=2", 4, plan=Plan(rounds=4)).id
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rounds": 0}, "rounds must be at least 1, not 0"),
+        ({"lr": 0.0}, "lr must be positive"),
+        ({"lr": float("nan")}, "lr must be positive"),
+        ({"momentum": 1.0}, "momentum must be below 1"),
+        ({"clients_per_round": 0}, "clients_per_round must be at least 1"),
+        ({"weighting": "size"}, "unknown value for plan, option 'weighting' 'size'"),
+        ({"round": 3}, r"unknown option of plan 'round'. Did you mean 'rounds'\?"),
+    ],
+)
+def test_a_wrong_setting_names_the_mistake(settings, message):
+    with pytest.raises(UserError, match=message):
+        plan_for("digits8", **settings)

@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+from fedbn.federation import OPTIMIZER, client_round, federate
+from fedbn.run import Plan
+from fedbn.scenario import Examples
+from fedbn.setting import setting
+from fedbn.strategy import Progress
+from fedbn.training import batches, fit
+
+
+def examples(n=21):
+    draw = torch.Generator().manual_seed(0)
+    return Examples(torch.randn(n, 4, generator=draw), torch.randint(0, 3, (n,), generator=draw), torch.zeros(n).long())
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 3)).train()
+
+
+@given(st.integers(1, 200), st.integers(1, 40))
+def test_batches_cover_every_row_once_and_none_is_left_alone(n, size):
+    parts = list(batches(n, size, torch.Generator().manual_seed(1)))
+    assert torch.equal(torch.cat(parts).sort().values, torch.arange(n))
+    if size > 1 and n > 1:
+        assert min(map(len, parts)) > 1
+
+
+def train(model, plan, **options):
+    return fit(model, examples(), plan, seed=1, round=1, user=0, shared={"0.weight"}, **options)
+
+
+def test_training_leaves_the_global_generator_alone_and_repeats():
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    a, b = network(), network()
+    torch.set_rng_state(before)
+    loss_a, _ = train(a, Plan(batch_size=8))
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(3)
+    loss_b, _ = train(b, Plan(batch_size=8))
+    assert loss_a == loss_b
+    assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def test_one_full_batch_step_is_plain_gradient_descent():
+    a, b = network(), network()
+    a[3].p = b[3].p = 0.0
+    data = examples()
+    train(a, Plan(batch_size=len(data), lr=0.1, momentum=0.0))
+    F.cross_entropy(b(data.x), data.y).backward()
+    for x, y in zip(a.parameters(), b.parameters(), strict=True):
+        torch.testing.assert_close(x, y - 0.1 * y.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_fedprox_pulls_shared_parameters_towards_what_was_received():
+    start = network().state_dict()
+    far, near = network(), network()
+    train(far, Plan(batch_size=4, local_epochs=5))
+    train(near, Plan(batch_size=4, local_epochs=5, proximal=5.0))
+
+    def moved(net, key):
+        return float((net.state_dict()[key] - start[key]).norm())
+
+    assert moved(near, "0.weight") < 0.5 * moved(far, "0.weight")
+    assert moved(near, "4.weight") > 0.5 * moved(far, "4.weight")
+
+
+def test_optimiser_state_is_kept_by_the_client_and_never_sent(small):
+    here = setting(small("fedbn", optimizer_state="keep"))
+    update, kept = client_round(here, 0, here.start(), None, Progress(1, 2))
+    buffers = {k.removeprefix(OPTIMIZER) for k in kept if k.startswith(OPTIMIZER)}
+    assert buffers == {n for n, _ in here.scratch.named_parameters()}
+    assert not any(k.startswith(OPTIMIZER) for k in update.state)
+    with_memory, _ = client_round(here, 0, here.start(), kept, Progress(2, 2))
+    without, _ = client_round(here, 0, here.start(), {k: kept[k] for k in here.ownership.kept}, Progress(2, 2))
+    assert with_memory.loss != without.loss
+
+
+def test_momentum_is_forgotten_between_rounds_unless_kept(small):
+    reset = federate(small("fedbn"))
+    keep = federate(small("fedbn", optimizer_state="keep"))
+    assert reset.curve[0] == keep.curve[0]
+    assert reset.curve[1] != keep.curve[1]
