@@ -1,9 +1,9 @@
 """Flower's own Ray simulation, driven through ``flwr run`` as a user would, and nothing left behind.
 
-A session owns all it starts: a SuperLink on a free loopback port with a Flower home and a Ray directory below one
-temporary directory. `flwr run` says neither whether a run succeeded nor what came of it, so the status is read
-from ``flwr list`` and the outcome from the file that the ServerApp writes. The app handed to Flower holds two
-references to the installed packages and no code, so the same code runs in a checkout and from a wheel.
+A session owns all it starts: a SuperLink on a free loopback port, and below one temporary directory Flower's home
+and Ray's files. ``flwr run`` says neither whether a run succeeded nor what came of it, so the status is read from
+``flwr list`` and the outcome from the file that the ServerApp writes. The app handed to Flower holds two references
+to the installed packages and no code: in a checkout and from a wheel, the code that runs is the caller's.
 
 What the clients keep stays with them: Ray gives no access to it, and `Outcome.kept` is empty.
 """
@@ -24,7 +24,6 @@ import sysconfig
 import tempfile
 import threading
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -80,6 +79,8 @@ PRIVATE = {
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "HF_HUB_OFFLINE": "1",
     "HF_DATASETS_OFFLINE": "1",
+    "NO_PROXY": HOST,
+    "no_proxy": HOST,
 }
 
 
@@ -148,22 +149,12 @@ class _Link:
         _write_app(self.place / "app")
         (self.place / "home").mkdir()
         (self.place / "tmp").mkdir()
-        connection = {"address": f"{HOST}:{self.port}", "insecure": True}
-        (self.place / "home" / "config.toml").write_text(
-            tomli_w.dumps({"superlink": {"default": LINK, LINK: connection}})
-        )
-        command = [
-            _script("flower-superlink"),
-            "--simulation",
-            "--insecure",
-            "--host",
-            HOST,
-            "--port",
-            str(self.port),
-        ]
+        (self.place / "home" / "config.toml").write_text(tomli_w.dumps(_connection(self.port)))
+        command = [_script("flower-superlink"), "--simulation", "--insecure"]
+        command += ["--disable-runtime-dependency-installation", "--host", HOST, "--port", str(self.port)]
         with self._log("superlink").open("wb") as log:
             self.process = subprocess.Popen(
-                [*command, "--disable-runtime-dependency-installation"],
+                command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -175,9 +166,7 @@ class _Link:
         while not _answers(self.port):
             self._check_alive()
             if time.monotonic() > deadline:
-                raise RayRunError(
-                    f"Flower's SuperLink did not start in {START_SECONDS:.0f} s\n{self._tail('superlink')}"
-                )
+                raise RayRunError(f"Flower's SuperLink does not answer\n{self._tail('superlink')}")
             time.sleep(POLL_SECONDS)
         self._check_alive()
 
@@ -194,16 +183,8 @@ class _Link:
         config = self.place / f"{name}.toml"
         config.write_text(tomli_w.dumps({"run": run.to_json(), "out": str(out)}))
         federation = _federation(users, min(self.actors, users), run.device)
-        submitted = self._flwr(
-            "run",
-            str(self.place / "app"),
-            LINK,
-            "--run-config",
-            str(config),
-            "--federation-config",
-            federation,
-        )
-        run_id = str(submitted["run-id"])
+        settings = ["--run-config", str(config), "--federation-config", federation]
+        run_id = str(self._flwr("run", str(self.place / "app"), LINK, *settings)["run-id"])
         self._follow(run_id, name)
         status = self._flwr("list", LINK, "--run-id", run_id)["runs"][0]
         if status["status"] != "finished:completed":
@@ -216,7 +197,7 @@ class _Link:
         """End every process of this SuperLink, politely first."""
         self._find()
         if self.process is not None and self.process.poll() is None:
-            # The SuperLink ends its executor itself, and that the simulation; no run is worth waiting for now.
+            # It ends its executor itself, which would otherwise complain.
             self.process.terminate()
             with suppress(subprocess.TimeoutExpired):
                 self.process.wait(STOP_SECONDS)
@@ -269,10 +250,8 @@ class _Link:
 
     def _failure(self, name: str, status: str, details: str) -> Exception:
         cause = details.removeprefix("Simulation failed with exception: ").strip()
-        if (
-            f"{UserError.__module__}.{UserError.__qualname__}: {cause.splitlines()[0] if cause else ''}"
-            in self._said(name)
-        ):
+        first, *_ = cause.splitlines() or [""]
+        if f"{UserError.__module__}.{UserError.__qualname__}: {first}" in self._said(name):
             return UserError(cause)
         return RayRunError(f"Flower's simulation: {status}: {cause}\n{self._tail(name)}")
 
@@ -282,40 +261,26 @@ class _Link:
 
     def _find(self) -> list[int]:
         """All live processes of the SuperLink; remembers the sessions that its children open."""
-        family = set(self.sessions)
         table = _processes()
         while True:
-            mine = {
-                p
-                for p, parent, session in table
-                if session in self.sessions or parent in family or p in family
-            }
-            sessions = self.sessions | {session for p, _, session in table if p in mine}
-            if mine <= family and sessions == self.sessions:
-                return sorted(p for p, _, _ in table if p in mine)
-            family |= mine
-            self.sessions = sessions
+            mine = {pid for pid, _, session in table if session in self.sessions}
+            opened = {session for _, parent, session in table if parent in mine} - self.sessions
+            if not opened:
+                return sorted(mine)
+            self.sessions |= opened
 
     def _environment(self) -> dict[str, str]:
-        # A cluster that the caller talks to is none of ours; what else is set (caches, threads) goes to the workers.
+        # A Ray cluster that the caller talks to is none of ours; all else (caches, say) reaches the workers.
         kept = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "RAY_TMPDIR")}
-        paths = [
-            sysconfig.get_path("scripts"),
-            str(Path(sys.executable).parent),
-            os.environ.get("PATH", os.defpath),
-        ]
         modules = [*filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)), os.getcwd()]
-        return (
-            kept
-            | PRIVATE
-            | {
-                "FLWR_HOME": str(self.place / "home"),
-                "TMPDIR": str(self.place / "tmp"),
-                "RAY_TMPDIR": str(self.place / "tmp"),
-                "PATH": os.pathsep.join(paths),
-                "PYTHONPATH": os.pathsep.join(modules),
-            }
-        )
+        own = {
+            "FLWR_HOME": str(self.place / "home"),
+            "TMPDIR": str(self.place / "tmp"),
+            "RAY_TMPDIR": str(self.place / "tmp"),
+            "PATH": os.pathsep.join([_scripts(), os.environ.get("PATH", os.defpath)]),
+            "PYTHONPATH": os.pathsep.join(modules),
+        }
+        return kept | PRIVATE | own
 
     def _log(self, name: str) -> Path:
         return self.place / f"{name}.log"
@@ -325,6 +290,11 @@ class _Link:
 
     def _tail(self, name: str) -> str:
         return "\n".join(self._said(name).splitlines()[-TAIL_LINES:])
+
+
+def _connection(port: int) -> dict[str, Any]:
+    """Flower's configuration file: one SuperLink, ours."""
+    return {"superlink": {"default": LINK, LINK: {"address": f"{HOST}:{port}", "insecure": True}}}
 
 
 def _write_app(place: Path) -> None:
@@ -364,10 +334,13 @@ def _short_temporary_directory() -> str | None:
     return None if len(tempfile.gettempdir()) <= 24 or not os.access("/tmp", os.W_OK) else "/tmp"
 
 
+def _scripts() -> str:
+    """Where this environment keeps its commands, whether it is activated or not."""
+    return os.pathsep.join([sysconfig.get_path("scripts"), str(Path(sys.executable).parent)])
+
+
 def _script(name: str) -> str:
-    """A command of the environment this process runs in, active or not."""
-    path = f"{sysconfig.get_path('scripts')}{os.pathsep}{Path(sys.executable).parent}"
-    return shutil.which(name, path=path) or name
+    return shutil.which(name, path=_scripts()) or name
 
 
 def _free_port() -> int:
@@ -377,12 +350,11 @@ def _free_port() -> int:
 
 
 def _answers(port: int) -> bool:
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(
-            f"http://{HOST}:{port}/health", timeout=2
-        ):
+        with direct.open(f"http://{HOST}:{port}/health", timeout=2):
             return True
-    except (urllib.error.URLError, OSError):
+    except OSError:
         return False
 
 
@@ -399,10 +371,8 @@ def _processes() -> list[tuple[int, int, int]]:
 
 def _process_lines() -> Iterator[str]:
     if not Path("/proc/self/stat").exists():
-        listing = subprocess.run(
-            ["ps", "-A", "-o", "pid=,ppid=,state="], capture_output=True, text=True, check=True
-        )
-        yield from listing.stdout.splitlines()
+        command = ["ps", "-A", "-o", "pid=,ppid=,state="]
+        yield from subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
         return
     for place in Path("/proc").iterdir():
         if place.name.isdigit():
@@ -413,7 +383,7 @@ def _process_lines() -> Iterator[str]:
 
 @contextmanager
 def _sigterm_as_exit() -> Iterator[None]:
-    """Let a polite kill unwind the stack, so that everything is stopped; elsewhere than in the main thread do nothing."""
+    """Let a polite kill unwind the stack, so that everything is stopped."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,0 +1,648 @@
+"""What averaging would do to a model, before anything is averaged: who owns each entry, and which traps it holds.
+
+Most mistakes with normalisation in federated learning raise nothing: a key without ``bn`` in its name is
+shared by accident, a counter becomes a fraction, statistics stay behind. All of them can be seen on the
+model alone. A *lint* looks at one and yields findings; no lint changes the model.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.parameter import is_lazy
+
+from fedbn.errors import UserError
+from fedbn.layers import channels_of, inputs_of
+from fedbn.models import build, factory
+from fedbn.roles import Role, State, head, is_norm, keeps_statistics, norm_layers, roles
+from fedbn.spec import render
+from fedbn.strategies.global_naive import GlobalNaive
+from fedbn.strategy import NormStrategy, Ownership, StatelessNorm
+from fedbn.strategy import strategy as parse_strategy
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Level = Literal["error", "warning", "note"]
+LEVELS: tuple[Level, ...] = ("error", "warning", "note")
+
+EXAMPLES = 2
+"""Examples of the measuring batch: the fewest for which no BatchNorm raises."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One entry of the state dict; bytes down and up are per client and round.
+
+    Attributes:
+        shape: None while a lazy layer has not seen its first batch; it then counts as 0 bytes.
+    """
+
+    key: str
+    role: str
+    owner: str
+    shape: tuple[int, ...] | None
+    dtype: str
+    bytes: int
+    bytes_down: int
+    bytes_up: int
+
+    @property
+    def layer(self) -> str:
+        """Path of the module that holds the entry."""
+        return self.key.rpartition(".")[0]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A trap in this model.
+
+    Attributes:
+        level: ``error`` fails or gives wrong numbers, ``warning`` does under common choices, ``note`` is to know.
+        lint: which lint found it.
+        where: the layers or keys concerned, in the model's order; empty for the whole model.
+        message: what is the matter.
+        fix: what to do.
+    """
+
+    level: Level
+    lint: str
+    where: tuple[str, ...]
+    message: str
+    fix: str
+
+
+@dataclass(frozen=True)
+class Audit:
+    """A model under a strategy: its entries, totals a role (`Ownership.rows`) and findings, gravest first."""
+
+    model: str
+    strategy: str
+    batch_size: int
+    shape: tuple[int, ...] | None
+    entries: tuple[Entry, ...]
+    totals: tuple[dict[str, Any], ...]
+    findings: tuple[Finding, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the whole state."""
+        return sum(e.bytes for e in self.entries)
+
+    @property
+    def bytes_down(self) -> int:
+        """Bytes from the server to a client in a round."""
+        return sum(e.bytes_down for e in self.entries)
+
+    @property
+    def bytes_up(self) -> int:
+        """Bytes from a client to the server in a round."""
+        return sum(e.bytes_up for e in self.entries)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything as plain values, for JSON."""
+        totals = {"bytes": self.bytes, "bytes_down": self.bytes_down, "bytes_up": self.bytes_up}
+        return asdict(self) | totals
+
+    def to_pandas(self) -> pd.DataFrame:
+        """The entries as a table, one row a state key."""
+        import pandas as pd
+
+        return pd.DataFrame([asdict(e) for e in self.entries]).set_index("key")
+
+
+def audit(
+    model: nn.Module,
+    strategy: NormStrategy | None = None,
+    *,
+    batch_size: int = 32,
+    shape: tuple[int, ...] | None = None,
+) -> Audit:
+    """Read owners and bytes off a model and look for traps; the model is left as it is, bit for bit.
+
+    Args:
+        model: as the strategy has prepared it (`audit_model` does that).
+        strategy: whose owners to show; None is FedAvg over the whole state (``global-naive``).
+        batch_size: rows of a training batch.
+        shape: of one example. If given, a copy of the model runs one small batch to measure how many values
+            each normalisation layer sees.
+
+    Raises:
+        UserError: ``batch_size`` or ``shape`` below one, or a state entry that belongs to no module.
+
+    >>> net = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
+    >>> found = audit(net, shape=(4,))
+    >>> found.bytes, found.bytes_up  # the counter stays
+    (148, 140)
+    >>> [f.lint for f in found.findings if f.level == "warning"]
+    ['name-misses', 'one-value']
+    """
+    if batch_size < 1:
+        raise UserError(f"batch size {batch_size} is impossible; give at least 1")
+    if shape is not None and (not shape or min(shape) < 1):
+        raise UserError(f"an example of shape {list(shape)} is empty; give the shape as, e.g., 3,32,32")
+    strategy = strategy or GlobalNaive()
+    state = model.state_dict(keep_vars=True)
+    owned = Ownership(
+        _roles(model),
+        strategy.owners(),
+        {k: () if is_lazy(v) else tuple(v.shape) for k, v in state.items()},
+        {k: 0 if is_lazy(v) else v.numel() * v.element_size() for k, v in state.items()},
+    )
+    travels = set(owned.travels)
+    entries = tuple(
+        Entry(
+            key,
+            str(owned.roles[key]),
+            str(owned.owner(key)),
+            None if is_lazy(value) else owned.shapes[key],
+            str(value.dtype).removeprefix("torch."),
+            owned.sizes[key],
+            owned.sizes[key] if key in travels else 0,
+            owned.sizes[key] if key in travels else 0,
+        )
+        for key, value in state.items()
+    )
+    subject = Subject(model, state, owned, strategy, batch_size, shape)
+    findings = [finding for lint in LINTS for finding in lint(subject)]
+    return Audit(
+        type(model).__name__,
+        render(strategy),
+        batch_size,
+        shape,
+        entries,
+        tuple(owned.rows()),
+        tuple(sorted(findings, key=lambda f: LEVELS.index(f.level))),
+    )
+
+
+def audit_model(
+    text: str,
+    strategy_text: str | None = None,
+    shape: tuple[int, ...] | None = None,
+    classes: int = 10,
+    *,
+    batch_size: int = 32,
+) -> Audit:
+    """Build a model by name, let the strategy prepare it, and audit the result.
+
+    Args:
+        text: built-in name or ``package.module:factory``.
+        strategy_text: such as ``groupnorm:groups=4``; None is FedAvg over the whole state, on the model as built.
+        shape: of one example; may be left out for a factory that does not take it.
+        classes: number of classes.
+        batch_size: rows of a training batch.
+
+    Raises:
+        UserError: unknown model or strategy, a module that cannot be imported, something that is no factory, a
+            factory that needs other arguments or raises, or a strategy that makes no sense for the model.
+
+    >>> audit_model("mlp", "fedbn", (1, 8, 8)).bytes_up
+    9640
+    """
+    strategy = None if strategy_text is None else parse_strategy(strategy_text)
+    _check_factory(text, shape)
+    try:
+        model = build(text, shape or (), classes, seed=0)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"model {text!r} could not be built for shape {list(shape or ())} and {classes} classes: "
+            f"{type(error).__name__}: {error}. Check the shape, or call the factory in Python to see where it fails"
+        ) from error
+    if lazy := [k for k, v in model.state_dict(keep_vars=True).items() if is_lazy(v)]:
+        raise UserError(
+            f"model {text!r} has lazy layers without a shape yet ({lazy[0]}, ...): let the factory run one batch "
+            "through the model before returning it"
+        )
+    if strategy is not None:
+        model = strategy.prepare(model)
+    return replace(audit(model, strategy, batch_size=batch_size, shape=shape), model=text)
+
+
+def _check_factory(text: str, shape: tuple[int, ...] | None) -> None:
+    """Raise unless ``text`` names something that can be called with shape and classes alone."""
+    try:
+        made = factory(text)
+    except UserError:
+        raise
+    except Exception as error:
+        wanted = "name a function or class that returns a model, as package.module:factory"
+        raise UserError(f"model {text!r} gives no factory ({type(error).__name__}: {error}); {wanted}") from error
+    if ":" in text:
+        module, _, attribute = text.partition(":")
+        made = getattr(importlib.import_module(module), attribute)
+    if isinstance(made, nn.Module):
+        raise UserError(f"model {text!r} is a model, not a factory: name a function that returns a new one each time")
+    parameters = inspect.signature(made).parameters
+    needed = [
+        n for n, p in parameters.items() if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]
+    if more := [n for n in needed if n not in ("shape", "classes")]:
+        raise UserError(
+            f"model {text!r} needs {', '.join(more)}: give defaults, or wrap it in a function of (shape, classes)"
+        )
+    if shape is None and "shape" in needed:
+        raise UserError(f"model {text!r} needs the shape of an example: give it, e.g. --shape 3,32,32")
+
+
+def _roles(model: nn.Module) -> dict[str, Role]:
+    """Roles of all state keys, also of modules registered under several paths."""
+    paths = [(p, m) for p, m in model.named_modules(remove_duplicate=False) if p]
+    if len({id(m) for _, m in paths}) < len(paths):
+        model = _unshared(model)
+    try:
+        return roles(model)
+    except KeyError as error:
+        raise UserError(
+            f"state entry {error} of {type(model).__name__} is no parameter or buffer of any module (extra state, or a "
+            "hook that renames): nothing says how to average it; leave it out of state_dict()"
+        ) from None
+
+
+def _unshared(model: nn.Module) -> nn.Module:
+    """A copy in which every path has a module of its own."""
+    twin = copy.deepcopy(model)
+    seen: set[int] = set()
+    for path, _ in list(twin.named_modules(remove_duplicate=False)):
+        module = twin.get_submodule(path)
+        if id(module) in seen:
+            parent, _, leaf = path.rpartition(".")
+            module = copy.deepcopy(module)
+            setattr(twin.get_submodule(parent), leaf, module)
+        seen.add(id(module))
+    return twin
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a small batch showed.
+
+    Attributes:
+        values: values one example adds to each channel (BatchNorm) or holds in each group (GroupNorm), by layer.
+        order: layers in the order in which they ran.
+        failure: why nothing could be measured.
+    """
+
+    values: dict[str, int] = field(default_factory=dict)
+    order: tuple[str, ...] = ()
+    failure: str | None = None
+
+
+def measure(model: nn.Module, shape: tuple[int, ...]) -> Measured:
+    """Run `EXAMPLES` zeros of ``shape`` through a copy in training mode and watch its normalisation layers.
+
+    >>> net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    >>> measure(net, (3, 5, 5)).values
+    {'1': 25}
+    """
+    values: dict[str, int] = {}
+    order: list[str] = []
+
+    def see(path: str, x: Tensor) -> None:
+        order.append(path)
+        layer = watched[path]
+        if isinstance(layer, (_BatchNorm, nn.GroupNorm)) and x.dim() > 1:
+            sets = layer.num_groups if isinstance(layer, nn.GroupNorm) else x.shape[1]
+            seen = x.numel() // (EXAMPLES * sets)
+            values[path] = min(seen, values.get(path, seen))
+
+    try:
+        twin = copy.deepcopy(model).train()
+        watched = norm_layers(twin)
+        if last := head(twin):
+            watched[last] = twin.get_submodule(last)
+        weight = next((p for p in twin.parameters() if p.is_floating_point()), torch.zeros(()))
+        batch = torch.zeros(EXAMPLES, *shape, dtype=weight.dtype, device=weight.device)
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), inputs_of(watched, see):
+            twin(batch)
+    except Exception as error:  # a user's model may raise anything
+        return Measured(failure=f"{type(error).__name__}: {error}".splitlines()[0])
+    return Measured(values, tuple(dict.fromkeys(order)))
+
+
+class Subject:
+    """A model as lints see it: to be read, never written."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        state: State,
+        owned: Ownership,
+        strategy: NormStrategy,
+        batch_size: int,
+        shape: tuple[int, ...] | None,
+    ) -> None:
+        self.model, self.state, self.owned, self.strategy = model, state, owned, strategy
+        self.batch_size, self.shape = batch_size, shape
+        modules = dict(model.named_modules(remove_duplicate=False))
+        self.lazy = [k for k, v in state.items() if is_lazy(v)]
+        self.norms = norm_layers(model)
+        self.batch_norms = {p: m for p, m in self.norms.items() if isinstance(m, _BatchNorm)}
+        self.norm_keys = [k for k in state if is_norm(modules[k.rpartition(".")[0]])]
+        self.pairs = [
+            (f"{path}.{a}".lstrip("."), left, f"{path}.{b}".lstrip("."), right)
+            for path, sequence in model.named_modules()
+            if isinstance(sequence, nn.Sequential)
+            for (a, left), (b, right) in zip(
+                sequence.named_children(), list(sequence.named_children())[1:], strict=False
+            )
+        ]
+        self.measured = measure(model, shape) if shape is not None and not self.lazy else Measured()
+
+    def keys(self, role: Role) -> list[str]:
+        """Entries of one role."""
+        return [k for k, r in self.owned.roles.items() if r is role]
+
+    def size(self, keys: list[str]) -> int:
+        """Bytes of entries."""
+        return sum(self.owned.sizes[k] for k in keys)
+
+    def readable(self, layer: nn.Module) -> bool:
+        """Whether a layer's statistics exist and have values."""
+        tensors = [t for _, t in layer.named_buffers(recurse=False)]
+        return keeps_statistics(layer) and not any(is_lazy(t) or t.is_meta for t in tensors)
+
+
+Lint = Callable[[Subject], Iterator[Finding]]
+
+
+def _layers(keys: list[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(k.rpartition(".")[0] or k for k in keys))
+
+
+def _count(n: int, noun: str, plural: str | None = None) -> str:
+    return f"{n:,} {noun if n == 1 else plural or noun + 's'}"
+
+
+def _no_norm(s: Subject) -> Iterator[Finding]:
+    if not s.norms:
+        level: Level = "note" if isinstance(s.strategy, StatelessNorm) else "warning"
+        message = "no normalisation layer: every treatment of normalisation is plain FedAvg here"
+        yield Finding(level, "no-norm", (), message, "choose a model that normalises, or compare other things")
+
+
+def _lazy(s: Subject) -> Iterator[Finding]:
+    if s.lazy:
+        message = f"{_count(len(s.lazy), 'entry', 'entries')} of lazy layers without a shape: nothing can be sent or counted"
+        yield Finding("error", "lazy", _layers(s.lazy), message, "run one batch through the model before federating it")
+
+
+def _name_misses(s: Subject) -> Iterator[Finding]:
+    layers = _layers(s.norm_keys)
+    missed = _layers([k for k in s.norm_keys if "bn" not in k])
+    if missed:
+        noun = "BN layers" if s.batch_norms.keys() == s.norms.keys() else "normalisation layers"
+        message = f"name matching ('bn' in key) misses {len(missed)} of {len(layers)} {noun}, which would be shared by accident"
+        yield Finding("warning", "name-misses", missed, message, "choose entries by module type: fedbn.roles.roles(model)")
+
+
+def _name_catches(s: Subject) -> Iterator[Finding]:
+    caught = [k for k in s.state if "bn" in k and k not in set(s.norm_keys)]
+    if caught:
+        where = _layers(caught)
+        message = (
+            f"name matching ('bn' in key) catches {_count(len(caught), 'entry', 'entries')} of {_count(len(where), 'layer')} "
+            "that normalise nothing, which would stay local by accident"
+        )
+        yield Finding("warning", "name-catches", where, message, "choose entries by module type: fedbn.roles.roles(model)")
+
+
+def _counters(s: Subject) -> Iterator[Finding]:
+    if counters := s.keys(Role.COUNTER):
+        message = (
+            f"{_count(len(counters), 'integer entry', 'integer entries')} ({s.size(counters):,} B): FedAvg over the whole "
+            "state dict averages them into floats, or into 0 where the weight is cast to integer"
+        )
+        yield Finding("note", "counters", _layers(counters), message, "keep integers local, as every strategy here does")
+
+
+def _cumulative(s: Subject) -> Iterator[Finding]:
+    where = tuple(p for p, m in s.norms.items() if keeps_statistics(m) and getattr(m, "momentum", 0) is None)
+    if where:
+        message = (
+            f"{_count(len(where), 'layer')} with momentum=None: the counter weighs the running average, so an averaged "
+            "or reset counter corrupts it, and after n batches the next counts 1/n, however old the others are"
+        )
+        yield Finding("warning", "momentum-none", where, message, "use momentum=0.1, or recalibrate before evaluating")
+
+
+def _parameters_only(s: Subject) -> Iterator[Finding]:
+    keys = s.keys(Role.STATISTICS)
+    if keys:
+        where = _layers(keys)
+        message = (
+            f"averaging parameters() leaves {_count(len(keys), 'statistic')} of {_count(len(where), 'layer')} behind "
+            f"({s.size(keys):,} B): FedAvg on parameters() is SiloBN here, and a fresh client has (0, 1)"
+        )
+        fix = "decide it: silobn keeps statistics local, the global strategies share them"
+        yield Finding("note", "parameters-only", where, message, fix)
+
+
+def _untracked(s: Subject) -> Iterator[Finding]:
+    where = tuple(p for p, m in s.batch_norms.items() if m.running_mean is None)
+    if where:
+        message = (
+            f"{_count(len(where), 'BN layer')} without running statistics: nothing to share, and evaluation normalises by "
+            "the test batch, so a prediction depends on its neighbours"
+        )
+        yield Finding("warning", "untracked", where, message, "set track_running_stats=True, or use groupnorm")
+
+
+def _untrained(s: Subject) -> Iterator[Finding]:
+    tracked = [p for p, m in s.batch_norms.items() if s.readable(m)]
+    fresh = tuple(p for p in tracked if int(s.batch_norms[p].num_batches_tracked or 0) == 0)
+    if fresh:
+        some = len(fresh) < len(tracked)
+        message = f"{len(fresh)} of {_count(len(tracked), 'BN layer')} have seen no batch: eval mode would use mean 0 and variance 1"
+        if some:
+            message += ", while the others are trained"
+        fix = "train or recalibrate before evaluating; if statistics were loaded, load the counter too"
+        yield Finding("warning" if some else "note", "untrained", fresh, message, fix)
+
+
+def _broken(s: Subject) -> Iterator[Finding]:
+    for path, layer in s.norms.items():
+        if not s.readable(layer):
+            continue
+        mean, variance = (dict(layer.named_buffers(recurse=False))[n] for n in ("running_mean", "running_var"))
+        faults = []
+        if negative := int((variance < 0).sum()):
+            faults.append(f"{_count(negative, 'negative variance')}")
+        if wild := int((~variance.isfinite()).sum() + (~mean.isfinite()).sum()):
+            faults.append(f"{_count(wild, 'NaN or infinite value')}")
+        if faults:
+            message = f"running statistics with {' and '.join(faults)}: outputs in eval mode are NaN or meaningless"
+            fix = "recalibrate; keep adaptive server steps, noise and averaging of NaNs away from statistics"
+            yield Finding("error", "broken-statistics", (path,), message, fix)
+
+
+def _half(s: Subject) -> Iterator[Finding]:
+    keys = [k for k in s.keys(Role.STATISTICS) if s.state[k].dtype in (torch.float16, torch.bfloat16)]
+    if keys:
+        message = f"{_count(len(keys), 'statistic')} in half precision: small updates of a running average are rounded away"
+        yield Finding("warning", "half-statistics", _layers(keys), message, "keep statistics in float32: layer.float()")
+
+
+def _unmeasured(s: Subject) -> Iterator[Finding]:
+    if s.measured.failure:
+        taken = [EXAMPLES, *(s.shape or ())]
+        message = f"the model does not run on a batch of shape {taken} in training mode: {s.measured.failure}"
+        yield Finding("warning", "unmeasured", (), message, "give the shape of one example that the model takes")
+
+
+def _one_value(s: Subject) -> Iterator[Finding]:
+    """Without a measurement, only BatchNorm right after a linear layer is known to see one value an example."""
+    after_linear = [p for _, left, p, right in s.pairs if isinstance(left, nn.Linear) and isinstance(right, _BatchNorm)]
+    singles = [p for p in s.batch_norms if s.measured.values.get(p) == 1] if s.measured.values else after_linear
+    if not singles:
+        return
+    layers = _count(len(singles), "BN layer sees", "BN layers see")
+    if s.batch_size == 1:
+        message = f"{layers} one value per channel at batch size 1: training raises"
+        yield Finding("error", "one-value", tuple(singles), message, "use a batch size of at least 2, or groupnorm")
+    else:
+        message = f"{layers} one value per channel and example: a last batch of one, or a client with one example, raises"
+        fix = "join a last batch of one to the one before (training here does) or drop it; leave out clients with one"
+        yield Finding("warning", "one-value", tuple(singles), message, fix)
+
+
+def _batch_of_one(s: Subject) -> Iterator[Finding]:
+    if s.batch_size == 1 and s.batch_norms:
+        message = "batches of one: BN trains on the moments of single examples and evaluates with their running average"
+        yield Finding("warning", "batch-of-one", tuple(s.batch_norms), message, "use larger batches, or groupnorm")
+
+
+def _fewest_values(s: Subject) -> Iterator[Finding]:
+    values = {p: v for p, v in s.measured.values.items() if p in s.batch_norms}
+    if values:
+        path = min(values, key=lambda p: values[p])
+        message = (
+            f"fewest values per channel: {values[path] * s.batch_size:,} at batch size {s.batch_size}, "
+            f"{values[path]:,} in a last batch of one"
+        )
+        yield Finding("note", "values", (path,), message, "estimates from few values are noisy: enlarge the batch if so")
+
+
+def _groups(s: Subject) -> Iterator[Finding]:
+    layers = {p: m for p, m in s.norms.items() if isinstance(m, nn.GroupNorm)}
+    alone = tuple(p for p, m in layers.items() if m.num_groups == m.num_channels)
+    one = tuple(p for p, m in layers.items() if m.num_groups == 1 < m.num_channels)
+    void = tuple(p for p in layers if s.measured.values.get(p) == 1)
+    if void:
+        message = f"{_count(len(void), 'GroupNorm layer')} with one value a group: every output is the shift, whatever the input"
+        yield Finding("error", "group-of-one", void, message, "use fewer groups")
+    if alone:
+        message = f"{_count(len(alone), 'GroupNorm layer')} with one channel a group: that is InstanceNorm"
+        yield Finding("warning", "group-is-instance", alone, message, "use fewer groups: two to sixteen channels in each")
+    if one:
+        message = f"{_count(len(one), 'GroupNorm layer')} with one group: that is LayerNorm over channels and positions"
+        yield Finding("note", "group-is-layer", one, message, "use more groups unless that is meant")
+
+
+def _conversion(s: Subject) -> Iterator[Finding]:
+    channels = {p: channels_of(m) for p, m in s.batch_norms.items()}
+    raises = tuple(p for p, c in channels.items() if c > 32 and c % 32)
+    same = tuple(p for p, c in channels.items() if 0 < c <= 32)
+    for lint, where, what in (
+        ("conversion-raises", raises, "raise"),
+        ("conversion-degenerates", same, "be InstanceNorm"),
+    ):
+        if where:
+            sizes = ", ".join(map(str, sorted({channels[p] for p in where})))
+            message = f"GroupNorm(min(32, C), C) would {what} for {_count(len(where), 'BN layer')} (C = {sizes})"
+            fix = "convert with fedbn.layers.convert(model, 'group', groups=8): it takes the nearest divisor"
+            yield Finding("note", lint, where, message, fix)
+
+
+def _idle_bias(s: Subject) -> Iterator[Finding]:
+    before = [
+        (path, left.bias)
+        for path, left, _, right in s.pairs
+        if isinstance(left, (_ConvNd, nn.Linear)) and isinstance(right, (_BatchNorm, _InstanceNorm))
+        if left.bias is not None and not is_lazy(left.bias)
+    ]
+    if before:
+        size = sum(b.numel() * b.element_size() for _, b in before)
+        message = f"{_count(len(before), 'layer')} with a bias right before a normalisation that subtracts it ({size:,} B)"
+        yield Finding("note", "idle-bias", tuple(p for p, _ in before), message, "set bias=False there")
+
+
+def _synchronised(s: Subject) -> Iterator[Finding]:
+    where = tuple(p for p, m in s.norms.items() if isinstance(m, nn.SyncBatchNorm))
+    if where:
+        message = (
+            f"{_count(len(where), 'SyncBatchNorm layer')}: it synchronises within a torch process group; federated clients "
+            "are none, so each normalises by its own batch"
+        )
+        fix = "use BatchNorm; global-recalibrated is how statistics are agreed on across clients here"
+        yield Finding("warning", "sync", where, message, fix)
+
+
+def _tied(s: Subject) -> Iterator[Finding]:
+    places: dict[object, list[str]] = {}
+    for key, value in s.state.items():
+        known = not is_lazy(value) and value.numel() > 0 and value.data_ptr() != 0
+        place = (value.device, value.data_ptr(), value.shape, value.stride()) if known else id(value)
+        places.setdefault(place, []).append(key)
+    for keys in places.values():
+        if len(keys) < 2:
+            continue
+        owners = list(dict.fromkeys(str(s.owned.owner(k)) for k in keys))
+        if len(owners) > 1:
+            message = f"one tensor under {len(keys)} keys of different owners ({', '.join(owners)}): the last loaded wins"
+            fix = "untie the layers, or choose a strategy with one owner for both roles"
+            yield Finding("error", "tied", tuple(keys), message, fix)
+        else:
+            message = f"one tensor under {len(keys)} keys: counted, sent and averaged once a key"
+            yield Finding("warning", "tied", tuple(keys), message, "untie the layers, or register the tensor once")
+
+
+def _after_head(s: Subject) -> Iterator[Finding]:
+    last = head(s.model)
+    order = list(s.measured.order) or [p for p, _ in s.model.named_modules()]
+    if last not in order:
+        return
+    where = tuple(p for p in order[order.index(last) + 1 :] if p in s.norms)
+    if where:
+        message = (
+            f"{_count(len(where), 'normalisation layer')} after {last!r}, the last weighted layer registered, which takes "
+            "the role of the head: either the logits are normalised or it is no classifier"
+        )
+        yield Finding("warning", "after-head", where, message, "register the classifier last and leave its output as it is")
+
+
+LINTS: tuple[Lint, ...] = (
+    _no_norm,
+    _lazy,
+    _broken,
+    _half,
+    _tied,
+    _unmeasured,
+    _one_value,
+    _batch_of_one,
+    _groups,
+    _synchronised,
+    _untracked,
+    _cumulative,
+    _name_misses,
+    _name_catches,
+    _after_head,
+    _untrained,
+    _counters,
+    _parameters_only,
+    _fewest_values,
+    _conversion,
+    _idle_bias,
+)

@@ -1,0 +1,237 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fedbn.errors import UserError
+from fedbn.federation import federate
+from fedbn.run import plan_for
+from simulations import store
+from simulations.compare import CHECKPOINT, chosen_rates, compare, resume, tuning_tasks
+from simulations.experiment import Experiment, read_run_file
+from simulations.results import Comparison
+
+
+def experiment(*strategies, **settings):
+    plan = plan_for("digits8", **{"rounds": 2, "global_test": 60, "eval_every": 2} | settings.pop("plan", {}))
+    return Experiment("digits8", strategies or ("global-naive", "fedbn"), plan=plan, **{"seeds": 2} | settings)
+
+
+def results(directory):
+    out = {}
+    for path in sorted((directory / "runs").glob("*/result.json")):
+        result = json.loads(path.read_text())
+        del result["seconds"]
+        out[path.parent.name] = result
+    return out
+
+
+def test_a_comparison_holds_every_strategy_with_every_seed(tmp_path):
+    compare(experiment(), tmp_path, workers=1)
+    loaded = Comparison.load(tmp_path)
+    assert {(r["strategy"], r["seed"]) for r in results(tmp_path).values()} == {
+        (s, k) for s in ("global-naive", "fedbn") for k in (0, 1)
+    }
+    matrix = loaded.matrix()
+    own = matrix[(matrix.strategy == "fedbn") & (matrix.row == "own") & (matrix.column == "aggregated")]
+    users = [e["accuracy"] for r in results(tmp_path).values() if r["strategy"] == "fedbn"
+             for e in r["evaluations"] if (e["row"], e["column"]) == ("own", "aggregated")]
+    by_user = {}
+    for r in results(tmp_path).values():
+        for e in r["evaluations"]:
+            if r["strategy"] == "fedbn" and (e["row"], e["column"]) == ("own", "aggregated"):
+                by_user.setdefault(e["user"], []).append(e["accuracy"])
+    assert len(users) == 16
+    expected = sum(sum(v) / len(v) for v in by_user.values()) / len(by_user)
+    assert float(own["mean"].iloc[0]) == pytest.approx(expected)
+    meta = json.loads((tmp_path / "comparison.json").read_text())
+    assert meta["versions"]["flwr"]
+    assert json.loads((tmp_path / "shift.json").read_text())["layers"]
+
+
+def test_paired_seeds_share_users_weights_and_shuffles(tmp_path):
+    compare(experiment("global-naive", "global-pooled", seeds=1), tmp_path, workers=1)
+    a, b = results(tmp_path).values()
+    assert [p["train_loss"] for p in a["curve"]] == [p["train_loss"] for p in b["curve"]]
+
+
+def test_two_workers_give_the_numbers_of_one(tmp_path):
+    compare(experiment(), tmp_path / "one", workers=1)
+    compare(experiment(), tmp_path / "two", workers=2)
+    assert results(tmp_path / "one") == results(tmp_path / "two")
+
+
+def test_engines_give_the_same_results(tmp_path):
+    compare(experiment(seeds=1), tmp_path / "grid", workers=1)
+    compare(experiment(seeds=1), tmp_path / "reference", workers=1, engine="reference")
+    assert results(tmp_path / "grid") == results(tmp_path / "reference")
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("engine", ["grid", "reference"])
+def test_stopped_after_any_round_and_resumed_is_bit_identical(tmp_path, engine):
+    what = experiment("fedbn", "global-recalibrated", seeds=1, plan={"rounds": 3, "clients_per_round": 3})
+    what = replace(what, plan=replace(what.plan, optimizer_state="keep", server_optimizer="fedadam", server_lr=0.1))
+    compare(what, tmp_path / "whole", workers=1, engine=engine)
+    for stop in range(1, 7):
+        events = []
+
+        def report(event, events=events, stop=stop):
+            events.append(event)
+            if sum(not e.ended for e in events) == stop:
+                raise Stopped
+
+        place = tmp_path / f"stopped{stop}"
+        with pytest.raises(Stopped):
+            compare(what, place, workers=1, engine=engine, report=report)
+        resume(place, workers=1)
+        assert results(place) == results(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_kill_minus_nine_and_resume_is_bit_identical(tmp_path):
+    command = [sys.executable, "-m", "simulations", "compare", "digits8", "--strategies", "fedbn,silobn,groupnorm"]
+    command += ["--rounds", "8", "--seeds", "2", "--workers", "2"]
+    subprocess.run([*command, "--out", str(tmp_path / "whole")], check=True, capture_output=True)
+    place = tmp_path / "killed"
+    process = subprocess.Popen([*command, "--out", str(place)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                               start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not list(place.glob(f"runs/*/{CHECKPOINT}")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.4)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    finished = len(results(place))
+    assert finished < 6
+    subprocess.run([sys.executable, "-m", "simulations", "resume", str(place)], check=True, capture_output=True)
+    assert results(place) == results(tmp_path / "whole")
+
+
+def test_learning_rates_are_chosen_on_validation_data_of_seen_users(tmp_path):
+    what = experiment("global-naive", "groupnorm", seeds=1, tune=(1e-6, 0.05), plan={"rounds": 4})
+    compare(what, tmp_path, workers=1)
+    tasks = tuning_tasks(what.resolved(), tmp_path)
+    assert len(tasks) == 4
+    assert chosen_rates(tasks) == {"global-naive": 0.05, "groupnorm": 0.05}
+    assert {r["lr"] for r in results(tmp_path).values()} == {0.05}
+    assert all(t.run.validation for t in tasks)
+
+
+def test_validation_data_come_from_training_rows_only(small):
+    from fedbn.setting import setting
+
+    whole, held = setting(small()), setting(small(validation=True))
+    assert held.population.unseen == ()
+    for user, i in zip(held.population.users, whole.population.seen, strict=True):
+        source = {tuple(r.flatten().tolist()) for r in whole.population.users[i].train.x}
+        train = {tuple(r.flatten().tolist()) for r in user.train.x}
+        test = {tuple(r.flatten().tolist()) for r in user.test.x}
+        assert train | test <= source
+        assert not train & test
+
+
+# Mistakes ------------------------------------------------------------------------------------------------------------
+
+
+def test_results_of_other_code_are_not_continued(tmp_path, monkeypatch):
+    compare(experiment(seeds=1), tmp_path, workers=1)
+    monkeypatch.setattr("simulations.compare.code_digest", lambda: "0" * 16)
+    with pytest.raises(UserError, match="was begun with other code .* start afresh with another --out"):
+        resume(tmp_path, workers=1)
+    with pytest.raises(UserError, match="result.json was made by other code"):
+        compare(experiment(seeds=1), tmp_path, workers=1)
+
+
+def test_checkpoints_of_other_code_data_versions_or_runs_are_refused(tmp_path, monkeypatch, small):
+    run = small("fedbn", rounds=1)
+    outcome = federate(run)
+    path = tmp_path / CHECKPOINT
+    store.save_outcome(path, run, outcome, {"data": "abc"})
+    assert store.load_outcome(path, run, {"data": "abc"}).curve == outcome.curve
+    with pytest.raises(UserError, match="was made on other data"):
+        store.load_outcome(path, run, {"data": "abd"})
+    with pytest.raises(UserError, match="belongs to another run"):
+        store.load_outcome(path, replace(run, seed=9))
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "code_digest", lambda: "other")
+        with pytest.raises(UserError, match="was made by other code"):
+            store.load_outcome(path, run)
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "versions", lambda: {})
+        with pytest.raises(UserError, match="was made with other versions"):
+            store.load_outcome(path, run)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(UserError, match="cannot be read .*: delete it and resume"):
+        store.load_outcome(path, run)
+
+
+def test_an_outcome_survives_the_disk_to_the_last_bit(tmp_path, small):
+    run = small("global-recalibrated", rounds=1)
+    outcome = federate(run)
+    store.save_outcome(tmp_path / "x", run, outcome)
+    back = store.load_outcome(tmp_path / "x", run)
+    assert back.scores == outcome.scores
+    for a, b in ((back.server.state, outcome.server.state), (back.server.serving, outcome.server.serving)):
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_another_comparison_is_not_overwritten(tmp_path):
+    compare(experiment("fedbn", seeds=1), tmp_path, workers=1)
+    with pytest.raises(UserError, match="holds another comparison; choose another --out"):
+        compare(experiment("silobn", seeds=1), tmp_path, workers=1)
+
+
+def test_nothing_to_resume(tmp_path):
+    with pytest.raises(UserError, match="holds no comparison .* start one with `fedbn compare`"):
+        resume(tmp_path)
+
+
+def test_an_output_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write to .*; choose another --out"):
+        compare(experiment(), tmp_path / "file" / "out", workers=1)
+    with pytest.raises(UserError, match="cannot write .*; choose another --out or free the disk"):
+        store.write_atomically(tmp_path / "file" / "x", b"")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({}, "no scenario given: see `fedbn list scenarios`"),
+        ({"scenario": "digits8", "strategy": "fedbn"}, "Did you mean 'strategies'"),
+        ({"scenario": "digits8", "plan": {"epochs": 3}}, r"unknown setting in \[plan\] 'epochs'"),
+        ({"scenario": "digits8", "seeds": 0}, "--seeds must be at least 1"),
+        ({"scenario": "digits8", "strategies": ["fedbn", "fedbn"]}, "strategies given twice: fedbn"),
+        ({"scenario": "digits8", "strategies": []}, "no strategy given"),
+        ({"scenario": "digits8", "tune": [0.1, -1]}, "must be positive"),
+    ],
+)
+def test_a_wrong_experiment_names_the_mistake(values, message):
+    with pytest.raises(UserError, match=message):
+        Experiment.from_dict(values).resolved()
+
+
+def test_run_files_say_what_the_command_line_says(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text('scenario = "digits8"\nstrategies = ["fedbn"]\nseeds = 2\n[plan]\nrounds = 3\n')
+    read = Experiment.from_dict(read_run_file(file))
+    assert (read.strategies, read.seeds, read.plan.rounds) == (("fedbn",), 2, 3)
+    assert Experiment.from_dict(read.to_dict()) == read
+    file.write_text("scenario = ")
+    with pytest.raises(UserError, match="is not valid TOML"):
+        read_run_file(file)
+    with pytest.raises(UserError, match="cannot read run file"):
+        read_run_file(tmp_path / "none.toml")
