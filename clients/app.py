@@ -90,7 +90,7 @@ def settle(message: Message, context: Context) -> Message:
 
 @app.query("partition")
 def partition(message: Message, context: Context) -> Message:
-    """Tell which user this node serves: node ids are random, partition ids are not."""
-    return Message(
-        RecordDict({"info": ConfigRecord({"partition-id": _user(context)})}), reply_to=message
-    )
+    """Tell which user this node serves, and of how many: node ids are random, partition ids are not."""
+    nodes = int(context.node_config.get("num-partitions", 0))
+    info = ConfigRecord({"partition-id": _user(context), "num-partitions": nodes})
+    return Message(RecordDict({"info": info}), reply_to=message)

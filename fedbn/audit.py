@@ -1,4 +1,4 @@
-"""What averaging would do to a model, before anything is averaged: who owns each entry, and which traps it holds.
+"""What averaging would do to a model, before anything is averaged: owners of all entries, and traps.
 
 Most mistakes with normalisation in federated learning raise nothing: a key without ``bn`` in its name is
 shared by accident, a counter becomes a fraction, statistics stay behind. All of them can be seen on the
@@ -68,7 +68,8 @@ class Finding:
     """A trap in this model.
 
     Attributes:
-        level: ``error`` fails or gives wrong numbers, ``warning`` does under common choices, ``note`` is to know.
+        level: ``error`` fails or gives wrong numbers, ``warning`` does under common choices, ``note`` is
+            good to know.
         lint: which lint found it.
         where: the layers or keys concerned, in the model's order; empty for the whole model.
         message: what is the matter.
@@ -145,7 +146,7 @@ def audit(
     >>> found.bytes, found.bytes_up  # the counter stays
     (148, 140)
     >>> [f.lint for f in found.findings if f.level == "warning"]
-    ['name-misses', 'one-value']
+    ['one-value', 'name-misses']
     """
     if batch_size < 1:
         raise UserError(f"batch size {batch_size} is impossible; give at least 1")
@@ -198,14 +199,14 @@ def audit_model(
 
     Args:
         text: built-in name or ``package.module:factory``.
-        strategy_text: such as ``groupnorm:groups=4``; None is FedAvg over the whole state, on the model as built.
+        strategy_text: such as ``groupnorm:groups=4``; None is FedAvg over the whole state, unprepared.
         shape: of one example; may be left out for a factory that does not take it.
         classes: number of classes.
         batch_size: rows of a training batch.
 
     Raises:
-        UserError: unknown model or strategy, a module that cannot be imported, something that is no factory, a
-            factory that needs other arguments or raises, or a strategy that makes no sense for the model.
+        UserError: unknown model or strategy, a module that cannot be imported, something that is no factory,
+            a factory that needs other arguments or raises, or a strategy that makes no sense for the model.
 
     >>> audit_model("mlp", "fedbn", (1, 8, 8)).bytes_up
     9640
@@ -219,12 +220,12 @@ def audit_model(
     except Exception as error:
         raise UserError(
             f"model {text!r} could not be built for shape {list(shape or ())} and {classes} classes: "
-            f"{type(error).__name__}: {error}. Check the shape, or call the factory in Python to see where it fails"
+            f"{type(error).__name__}: {error}. Check the shape, or call the factory in Python to see where"
         ) from error
     if lazy := [k for k, v in model.state_dict(keep_vars=True).items() if is_lazy(v)]:
         raise UserError(
-            f"model {text!r} has lazy layers without a shape yet ({lazy[0]}, ...): let the factory run one batch "
-            "through the model before returning it"
+            f"model {text!r} has lazy layers without a shape yet ({lazy[0]}, ...): let the factory run one "
+            "batch through the model before returning it"
         )
     if strategy is not None:
         model = strategy.prepare(model)
@@ -239,19 +240,18 @@ def _check_factory(text: str, shape: tuple[int, ...] | None) -> None:
         raise
     except Exception as error:
         wanted = "name a function or class that returns a model, as package.module:factory"
-        raise UserError(f"model {text!r} gives no factory ({type(error).__name__}: {error}); {wanted}") from error
+        raise UserError(f"model {text!r}: {type(error).__name__}: {error}; {wanted}") from error
     if ":" in text:
         module, _, attribute = text.partition(":")
         made = getattr(importlib.import_module(module), attribute)
     if isinstance(made, nn.Module):
-        raise UserError(f"model {text!r} is a model, not a factory: name a function that returns a new one each time")
+        raise UserError(f"model {text!r} is a model, not a factory: name a function that returns a new one")
     parameters = inspect.signature(made).parameters
-    needed = [
-        n for n, p in parameters.items() if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-    ]
+    starred = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    needed = [n for n, p in parameters.items() if p.default is p.empty and p.kind not in starred]
     if more := [n for n in needed if n not in ("shape", "classes")]:
         raise UserError(
-            f"model {text!r} needs {', '.join(more)}: give defaults, or wrap it in a function of (shape, classes)"
+            f"model {text!r} needs {', '.join(more)}: give defaults, or wrap it in a function without"
         )
     if shape is None and "shape" in needed:
         raise UserError(f"model {text!r} needs the shape of an example: give it, e.g. --shape 3,32,32")
@@ -266,22 +266,15 @@ def _roles(model: nn.Module) -> dict[str, Role]:
         return roles(model)
     except KeyError as error:
         raise UserError(
-            f"state entry {error} of {type(model).__name__} is no parameter or buffer of any module (extra state, or a "
-            "hook that renames): nothing says how to average it; leave it out of state_dict()"
+            f"state entry {error} of {type(model).__name__} is no parameter or buffer of any module (extra "
+            "state, or a hook that renames): nothing says how to average it; leave it out of state_dict()"
         ) from None
 
 
-def _unshared(model: nn.Module) -> nn.Module:
-    """A copy in which every path has a module of its own."""
-    twin = copy.deepcopy(model)
-    seen: set[int] = set()
-    for path, _ in list(twin.named_modules(remove_duplicate=False)):
-        module = twin.get_submodule(path)
-        if id(module) in seen:
-            parent, _, leaf = path.rpartition(".")
-            module = copy.deepcopy(module)
-            setattr(twin.get_submodule(parent), leaf, module)
-        seen.add(id(module))
+def _unshared(module: nn.Module) -> nn.Module:
+    """The same tensors in a tree of new modules, one for every path."""
+    twin = copy.copy(module)
+    twin._modules = {name: child and _unshared(child) for name, child in module._modules.items()}
     return twin
 
 
@@ -290,7 +283,8 @@ class Measured:
     """What a small batch showed.
 
     Attributes:
-        values: values one example adds to each channel (BatchNorm) or holds in each group (GroupNorm), by layer.
+        values: by layer, values that one example adds to each channel (BatchNorm) or has in each group
+            (GroupNorm).
         order: layers in the order in which they ran.
         failure: why nothing could be measured.
     """
@@ -388,239 +382,330 @@ def _count(n: int, noun: str, plural: str | None = None) -> str:
 
 def _no_norm(s: Subject) -> Iterator[Finding]:
     if not s.norms:
-        level: Level = "note" if isinstance(s.strategy, StatelessNorm) else "warning"
-        message = "no normalisation layer: every treatment of normalisation is plain FedAvg here"
-        yield Finding(level, "no-norm", (), message, "choose a model that normalises, or compare other things")
+        yield Finding(
+            "note" if isinstance(s.strategy, StatelessNorm) else "warning",
+            "no-norm",
+            (),
+            "no normalisation layer: every treatment of normalisation is plain FedAvg here",
+            "choose a model that normalises, or compare other things",
+        )
 
 
 def _lazy(s: Subject) -> Iterator[Finding]:
     if s.lazy:
-        message = f"{_count(len(s.lazy), 'entry', 'entries')} of lazy layers without a shape: nothing can be sent or counted"
-        yield Finding("error", "lazy", _layers(s.lazy), message, "run one batch through the model before federating it")
+        count = _count(len(s.lazy), "entry", "entries")
+        yield Finding(
+            "error",
+            "lazy",
+            _layers(s.lazy),
+            f"{count} of lazy layers without a shape: nothing can be sent or counted",
+            "run one batch through the model before federating it",
+        )
 
 
 def _name_misses(s: Subject) -> Iterator[Finding]:
-    layers = _layers(s.norm_keys)
-    missed = _layers([k for k in s.norm_keys if "bn" not in k])
-    if missed:
+    if missed := _layers([k for k in s.norm_keys if "bn" not in k]):
         noun = "BN layers" if s.batch_norms.keys() == s.norms.keys() else "normalisation layers"
-        message = f"name matching ('bn' in key) misses {len(missed)} of {len(layers)} {noun}, which would be shared by accident"
-        yield Finding("warning", "name-misses", missed, message, "choose entries by module type: fedbn.roles.roles(model)")
+        yield Finding(
+            "warning",
+            "name-misses",
+            missed,
+            f"name matching ('bn' in key) misses {len(missed)} of {len(_layers(s.norm_keys))} {noun}: they "
+            "would be averaged by accident",
+            "choose entries by module type: fedbn.roles.roles(model)",
+        )
 
 
 def _name_catches(s: Subject) -> Iterator[Finding]:
-    caught = [k for k in s.state if "bn" in k and k not in set(s.norm_keys)]
-    if caught:
+    norm = set(s.norm_keys)
+    if caught := [k for k in s.state if "bn" in k and k not in norm]:
         where = _layers(caught)
-        message = (
-            f"name matching ('bn' in key) catches {_count(len(caught), 'entry', 'entries')} of {_count(len(where), 'layer')} "
-            "that normalise nothing, which would stay local by accident"
+        entries = _count(len(caught), "entry", "entries")
+        yield Finding(
+            "warning",
+            "name-catches",
+            where,
+            f"name matching ('bn' in key) catches {entries} of {_count(len(where), 'layer')} that normalise "
+            "nothing: they would stay local by accident",
+            "choose entries by module type: fedbn.roles.roles(model)",
         )
-        yield Finding("warning", "name-catches", where, message, "choose entries by module type: fedbn.roles.roles(model)")
 
 
 def _counters(s: Subject) -> Iterator[Finding]:
     if counters := s.keys(Role.COUNTER):
-        message = (
-            f"{_count(len(counters), 'integer entry', 'integer entries')} ({s.size(counters):,} B): FedAvg over the whole "
-            "state dict averages them into floats, or into 0 where the weight is cast to integer"
+        entries = _count(len(counters), "integer entry", "integer entries")
+        yield Finding(
+            "note",
+            "counters",
+            _layers(counters),
+            f"{entries} ({s.size(counters):,} B): FedAvg over the whole state dict makes fractions of "
+            "them, or zeros where it casts the weight to integer",
+            "keep integers local, as every strategy here does",
         )
-        yield Finding("note", "counters", _layers(counters), message, "keep integers local, as every strategy here does")
 
 
 def _cumulative(s: Subject) -> Iterator[Finding]:
-    where = tuple(p for p, m in s.norms.items() if keeps_statistics(m) and getattr(m, "momentum", 0) is None)
-    if where:
-        message = (
-            f"{_count(len(where), 'layer')} with momentum=None: the counter weighs the running average, so an averaged "
-            "or reset counter corrupts it, and after n batches the next counts 1/n, however old the others are"
+    tracked = {p: m for p, m in s.norms.items() if keeps_statistics(m)}
+    if where := tuple(p for p, m in tracked.items() if getattr(m, "momentum", 0.1) is None):
+        yield Finding(
+            "warning",
+            "momentum-none",
+            where,
+            f"{_count(len(where), 'layer')} with momentum=None: the counter weighs the running average, so "
+            "an averaged or reset counter corrupts it; after n batches the next counts 1/n only",
+            "use momentum=0.1, or recalibrate before evaluating",
         )
-        yield Finding("warning", "momentum-none", where, message, "use momentum=0.1, or recalibrate before evaluating")
 
 
 def _parameters_only(s: Subject) -> Iterator[Finding]:
-    keys = s.keys(Role.STATISTICS)
-    if keys:
-        where = _layers(keys)
-        message = (
-            f"averaging parameters() leaves {_count(len(keys), 'statistic')} of {_count(len(where), 'layer')} behind "
-            f"({s.size(keys):,} B): FedAvg on parameters() is SiloBN here, and a fresh client has (0, 1)"
+    if keys := s.keys(Role.STATISTICS):
+        yield Finding(
+            "note",
+            "parameters-only",
+            _layers(keys),
+            f"averaging parameters() leaves {_count(len(keys), 'statistic')} ({s.size(keys):,} B) behind: "
+            "FedAvg on parameters() is SiloBN here, and a fresh client has (0, 1)",
+            "decide it: silobn keeps statistics local, the global strategies share them",
         )
-        fix = "decide it: silobn keeps statistics local, the global strategies share them"
-        yield Finding("note", "parameters-only", where, message, fix)
 
 
 def _untracked(s: Subject) -> Iterator[Finding]:
-    where = tuple(p for p, m in s.batch_norms.items() if m.running_mean is None)
-    if where:
-        message = (
-            f"{_count(len(where), 'BN layer')} without running statistics: nothing to share, and evaluation normalises by "
-            "the test batch, so a prediction depends on its neighbours"
+    if where := tuple(p for p, m in s.batch_norms.items() if m.running_mean is None):
+        yield Finding(
+            "warning",
+            "untracked",
+            where,
+            f"{_count(len(where), 'BN layer')} without running statistics: nothing to share, and evaluation "
+            "normalises by the test batch, so a prediction depends on its neighbours",
+            "set track_running_stats=True, or use groupnorm",
         )
-        yield Finding("warning", "untracked", where, message, "set track_running_stats=True, or use groupnorm")
 
 
 def _untrained(s: Subject) -> Iterator[Finding]:
-    tracked = [p for p, m in s.batch_norms.items() if s.readable(m)]
-    fresh = tuple(p for p in tracked if int(s.batch_norms[p].num_batches_tracked or 0) == 0)
+    tracked = {p: m for p, m in s.batch_norms.items() if s.readable(m)}
+    fresh = tuple(p for p, m in tracked.items() if not m.num_batches_tracked)
     if fresh:
         some = len(fresh) < len(tracked)
-        message = f"{len(fresh)} of {_count(len(tracked), 'BN layer')} have seen no batch: eval mode would use mean 0 and variance 1"
-        if some:
-            message += ", while the others are trained"
-        fix = "train or recalibrate before evaluating; if statistics were loaded, load the counter too"
-        yield Finding("warning" if some else "note", "untrained", fresh, message, fix)
+        yield Finding(
+            "warning" if some else "note",
+            "untrained",
+            fresh,
+            f"{len(fresh)} of {_count(len(tracked), 'BN layer')} with counter 0: untrained statistics, mean "
+            f"0 and variance 1, would be used in eval mode{', while others are trained' if some else ''}",
+            "train or recalibrate before evaluating; if statistics were loaded, load their counter too",
+        )
 
 
 def _broken(s: Subject) -> Iterator[Finding]:
     for path, layer in s.norms.items():
         if not s.readable(layer):
             continue
-        mean, variance = (dict(layer.named_buffers(recurse=False))[n] for n in ("running_mean", "running_var"))
+        statistics = dict(layer.named_buffers(recurse=False))
         faults = []
-        if negative := int((variance < 0).sum()):
-            faults.append(f"{_count(negative, 'negative variance')}")
-        if wild := int((~variance.isfinite()).sum() + (~mean.isfinite()).sum()):
-            faults.append(f"{_count(wild, 'NaN or infinite value')}")
+        if negative := sum(int((t < 0).sum()) for n, t in statistics.items() if n == "running_var"):
+            faults.append(_count(negative, "negative variance"))
+        if wild := sum(int((~t.isfinite()).sum()) for t in statistics.values()):
+            faults.append(_count(wild, "NaN or infinite value"))
         if faults:
-            message = f"running statistics with {' and '.join(faults)}: outputs in eval mode are NaN or meaningless"
-            fix = "recalibrate; keep adaptive server steps, noise and averaging of NaNs away from statistics"
-            yield Finding("error", "broken-statistics", (path,), message, fix)
+            yield Finding(
+                "error",
+                "broken-statistics",
+                (path,),
+                f"running statistics with {' and '.join(faults)}: eval mode breaks",
+                "recalibrate; keep adaptive server steps and added noise away from statistics",
+            )
 
 
 def _half(s: Subject) -> Iterator[Finding]:
-    keys = [k for k in s.keys(Role.STATISTICS) if s.state[k].dtype in (torch.float16, torch.bfloat16)]
-    if keys:
-        message = f"{_count(len(keys), 'statistic')} in half precision: small updates of a running average are rounded away"
-        yield Finding("warning", "half-statistics", _layers(keys), message, "keep statistics in float32: layer.float()")
+    narrow = (torch.float16, torch.bfloat16)
+    if keys := [k for k in s.keys(Role.STATISTICS) if s.state[k].dtype in narrow]:
+        yield Finding(
+            "warning",
+            "half-statistics",
+            _layers(keys),
+            f"{_count(len(keys), 'statistic')} in half precision: small updates are rounded away",
+            "keep normalisation layers in float32: layer.float()",
+        )
 
 
 def _unmeasured(s: Subject) -> Iterator[Finding]:
     if s.measured.failure:
         taken = [EXAMPLES, *(s.shape or ())]
-        message = f"the model does not run on a batch of shape {taken} in training mode: {s.measured.failure}"
-        yield Finding("warning", "unmeasured", (), message, "give the shape of one example that the model takes")
+        yield Finding(
+            "warning",
+            "unmeasured",
+            (),
+            f"the model does not run on a batch of shape {taken} in training mode: {s.measured.failure}",
+            "give the shape of one example that the model takes",
+        )
 
 
 def _one_value(s: Subject) -> Iterator[Finding]:
-    """Without a measurement, only BatchNorm right after a linear layer is known to see one value an example."""
-    after_linear = [p for _, left, p, right in s.pairs if isinstance(left, nn.Linear) and isinstance(right, _BatchNorm)]
-    singles = [p for p in s.batch_norms if s.measured.values.get(p) == 1] if s.measured.values else after_linear
-    if not singles:
-        return
-    layers = _count(len(singles), "BN layer sees", "BN layers see")
-    if s.batch_size == 1:
-        message = f"{layers} one value per channel at batch size 1: training raises"
-        yield Finding("error", "one-value", tuple(singles), message, "use a batch size of at least 2, or groupnorm")
+    if s.measured.values:
+        where = tuple(p for p in s.batch_norms if s.measured.values.get(p) == 1)
     else:
-        message = f"{layers} one value per channel and example: a last batch of one, or a client with one example, raises"
-        fix = "join a last batch of one to the one before (training here does) or drop it; leave out clients with one"
-        yield Finding("warning", "one-value", tuple(singles), message, fix)
+        where = tuple(p for _, left, p, _ in s.pairs if isinstance(left, nn.Linear) and p in s.batch_norms)
+    layers = _count(len(where), "BN layer sees", "BN layers see")
+    if where and s.batch_size == 1:
+        yield Finding(
+            "error",
+            "one-value",
+            where,
+            f"{layers} one value per channel at batch size 1: training raises",
+            "use a batch size of at least 2, or groupnorm",
+        )
+    elif where:
+        yield Finding(
+            "warning",
+            "one-value",
+            where,
+            f"{layers} one value per channel and example: a last batch of one raises, and so does a client "
+            "with a single example",
+            "join a last batch of one to the one before it (training here does) or drop it",
+        )
 
 
 def _batch_of_one(s: Subject) -> Iterator[Finding]:
     if s.batch_size == 1 and s.batch_norms:
-        message = "batches of one: BN trains on the moments of single examples and evaluates with their running average"
-        yield Finding("warning", "batch-of-one", tuple(s.batch_norms), message, "use larger batches, or groupnorm")
+        yield Finding(
+            "warning",
+            "batch-of-one",
+            tuple(s.batch_norms),
+            "batches of one: BN trains with the moments of single examples and evaluates with their average",
+            "use larger batches, or groupnorm",
+        )
 
 
 def _fewest_values(s: Subject) -> Iterator[Finding]:
     values = {p: v for p, v in s.measured.values.items() if p in s.batch_norms}
     if values:
         path = min(values, key=lambda p: values[p])
-        message = (
-            f"fewest values per channel: {values[path] * s.batch_size:,} at batch size {s.batch_size}, "
-            f"{values[path]:,} in a last batch of one"
+        yield Finding(
+            "note",
+            "fewest-values",
+            (path,),
+            f"{values[path] * s.batch_size:,} values per channel at batch size {s.batch_size}, "
+            f"{values[path]:,} in a last batch of one: the fewest of all BN layers",
+            "use larger batches if that is too few for a mean and a variance",
         )
-        yield Finding("note", "values", (path,), message, "estimates from few values are noisy: enlarge the batch if so")
 
 
 def _groups(s: Subject) -> Iterator[Finding]:
     layers = {p: m for p, m in s.norms.items() if isinstance(m, nn.GroupNorm)}
-    alone = tuple(p for p, m in layers.items() if m.num_groups == m.num_channels)
-    one = tuple(p for p, m in layers.items() if m.num_groups == 1 < m.num_channels)
-    void = tuple(p for p in layers if s.measured.values.get(p) == 1)
-    if void:
-        message = f"{_count(len(void), 'GroupNorm layer')} with one value a group: every output is the shift, whatever the input"
-        yield Finding("error", "group-of-one", void, message, "use fewer groups")
-    if alone:
-        message = f"{_count(len(alone), 'GroupNorm layer')} with one channel a group: that is InstanceNorm"
-        yield Finding("warning", "group-is-instance", alone, message, "use fewer groups: two to sixteen channels in each")
-    if one:
-        message = f"{_count(len(one), 'GroupNorm layer')} with one group: that is LayerNorm over channels and positions"
-        yield Finding("note", "group-is-layer", one, message, "use more groups unless that is meant")
+    if void := tuple(p for p in layers if s.measured.values.get(p) == 1):
+        yield Finding(
+            "error",
+            "group-of-one",
+            void,
+            f"{_count(len(void), 'GroupNorm layer')} with one value a group: the output is the shift, "
+            "whatever the input",
+            "use fewer groups",
+        )
+    if alone := tuple(p for p, m in layers.items() if m.num_groups == m.num_channels):
+        yield Finding(
+            "warning",
+            "group-is-instance",
+            alone,
+            f"{_count(len(alone), 'GroupNorm layer')} with one channel a group: that is InstanceNorm",
+            "use fewer groups: two to sixteen channels in each",
+        )
+    if one := tuple(p for p, m in layers.items() if m.num_groups == 1 < m.num_channels):
+        yield Finding(
+            "note",
+            "group-is-layer",
+            one,
+            f"{_count(len(one), 'GroupNorm layer')} with one group: that is LayerNorm",
+            "use more groups unless that is meant",
+        )
 
 
 def _conversion(s: Subject) -> Iterator[Finding]:
     channels = {p: channels_of(m) for p, m in s.batch_norms.items()}
-    raises = tuple(p for p, c in channels.items() if c > 32 and c % 32)
-    same = tuple(p for p, c in channels.items() if 0 < c <= 32)
-    for lint, where, what in (
-        ("conversion-raises", raises, "raise"),
-        ("conversion-degenerates", same, "be InstanceNorm"),
+    for lint, what, where in (
+        ("conversion-raises", "raise", [p for p, c in channels.items() if c > 32 and c % 32]),
+        ("conversion-degenerates", "be InstanceNorm", [p for p, c in channels.items() if 0 < c <= 32]),
     ):
         if where:
-            sizes = ", ".join(map(str, sorted({channels[p] for p in where})))
-            message = f"GroupNorm(min(32, C), C) would {what} for {_count(len(where), 'BN layer')} (C = {sizes})"
-            fix = "convert with fedbn.layers.convert(model, 'group', groups=8): it takes the nearest divisor"
-            yield Finding("note", lint, where, message, fix)
+            widths = ", ".join(map(str, sorted({channels[p] for p in where})))
+            yield Finding(
+                "note",
+                lint,
+                tuple(where),
+                f"GroupNorm(min(32, C), C) would {what} for {_count(len(where), 'BN layer')} (C = {widths})",
+                "convert with fedbn.layers.convert(model, 'group', groups=8): it takes the nearest divisor",
+            )
 
 
 def _idle_bias(s: Subject) -> Iterator[Finding]:
-    before = [
-        (path, left.bias)
+    biases = {
+        path: left.bias
         for path, left, _, right in s.pairs
         if isinstance(left, (_ConvNd, nn.Linear)) and isinstance(right, (_BatchNorm, _InstanceNorm))
         if left.bias is not None and not is_lazy(left.bias)
-    ]
-    if before:
-        size = sum(b.numel() * b.element_size() for _, b in before)
-        message = f"{_count(len(before), 'layer')} with a bias right before a normalisation that subtracts it ({size:,} B)"
-        yield Finding("note", "idle-bias", tuple(p for p, _ in before), message, "set bias=False there")
+    }
+    if biases:
+        size = sum(b.numel() * b.element_size() for b in biases.values())
+        yield Finding(
+            "note",
+            "idle-bias",
+            tuple(biases),
+            f"{_count(len(biases), 'bias', 'biases')} that the next normalisation removes ({size:,} B)",
+            "set bias=False there",
+        )
 
 
 def _synchronised(s: Subject) -> Iterator[Finding]:
-    where = tuple(p for p, m in s.norms.items() if isinstance(m, nn.SyncBatchNorm))
-    if where:
-        message = (
-            f"{_count(len(where), 'SyncBatchNorm layer')}: it synchronises within a torch process group; federated clients "
-            "are none, so each normalises by its own batch"
+    if where := tuple(p for p, m in s.norms.items() if isinstance(m, nn.SyncBatchNorm)):
+        yield Finding(
+            "warning",
+            "sync",
+            where,
+            f"{_count(len(where), 'SyncBatchNorm layer')}: it synchronises within a torch process group, "
+            "which federated clients are not; each would normalise by its own batch",
+            "use BatchNorm; global-recalibrated is how clients agree on statistics here",
         )
-        fix = "use BatchNorm; global-recalibrated is how statistics are agreed on across clients here"
-        yield Finding("warning", "sync", where, message, fix)
 
 
 def _tied(s: Subject) -> Iterator[Finding]:
     places: dict[object, list[str]] = {}
     for key, value in s.state.items():
-        known = not is_lazy(value) and value.numel() > 0 and value.data_ptr() != 0
-        place = (value.device, value.data_ptr(), value.shape, value.stride()) if known else id(value)
+        stored = not is_lazy(value) and value.numel() > 0 and value.data_ptr() != 0
+        place = (value.device, value.data_ptr(), value.shape, value.stride()) if stored else id(value)
         places.setdefault(place, []).append(key)
     for keys in places.values():
-        if len(keys) < 2:
-            continue
-        owners = list(dict.fromkeys(str(s.owned.owner(k)) for k in keys))
+        owners = dict.fromkeys(str(s.owned.owner(k)) for k in keys)
         if len(owners) > 1:
-            message = f"one tensor under {len(keys)} keys of different owners ({', '.join(owners)}): the last loaded wins"
-            fix = "untie the layers, or choose a strategy with one owner for both roles"
-            yield Finding("error", "tied", tuple(keys), message, fix)
-        else:
-            message = f"one tensor under {len(keys)} keys: counted, sent and averaged once a key"
-            yield Finding("warning", "tied", tuple(keys), message, "untie the layers, or register the tensor once")
+            yield Finding(
+                "error",
+                "tied",
+                tuple(keys),
+                f"one tensor under {len(keys)} keys of different owners ({', '.join(owners)}): the last one "
+                "loaded wins",
+                "untie the layers, or choose a strategy with one owner for both roles",
+            )
+        elif len(keys) > 1:
+            yield Finding(
+                "warning",
+                "tied",
+                tuple(keys),
+                f"one tensor under {len(keys)} keys: counted, sent and averaged {len(keys)} times",
+                "untie the layers, or register the tensor once",
+            )
 
 
 def _after_head(s: Subject) -> Iterator[Finding]:
     last = head(s.model)
-    order = list(s.measured.order) or [p for p, _ in s.model.named_modules()]
-    if last not in order:
-        return
-    where = tuple(p for p in order[order.index(last) + 1 :] if p in s.norms)
+    order = s.measured.order or tuple(p for p, _ in s.model.named_modules())
+    where = tuple(p for p in order[order.index(last) + 1 :] if p in s.norms) if last in order else ()
     if where:
-        message = (
-            f"{_count(len(where), 'normalisation layer')} after {last!r}, the last weighted layer registered, which takes "
-            "the role of the head: either the logits are normalised or it is no classifier"
+        yield Finding(
+            "warning",
+            "after-head",
+            where,
+            f"{_count(len(where), 'normalisation layer')} after {last!r}, the last weighted layer and so the "
+            "head: either logits are normalised, or it is no classifier",
+            "register the classifier last and leave its output as it is",
         )
-        yield Finding("warning", "after-head", where, message, "register the classifier last and leave its output as it is")
 
 
 LINTS: tuple[Lint, ...] = (

@@ -7,6 +7,8 @@ import json
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
+from fedbn.data.partition import parse_partition
+from fedbn.data.shift import parse_shift
 from fedbn.errors import UserError
 from fedbn.models import factory
 from fedbn.scenario import scenario
@@ -143,6 +145,8 @@ class Run:
             scenario=render(chosen),
             strategy=render(strategy(self.strategy)),
             model=model,
+            partition=parse_partition(self.partition or "natural"),
+            shift=parse_shift(self.shift),
         )
 
 

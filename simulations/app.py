@@ -20,6 +20,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from clients.config import run_from_config
 from clients.records import answers_to, arrays, scores_from, set_threads, tensors
+from fedbn.errors import UserError
 from fedbn.evaluation import COLUMNS, Column, Score
 from fedbn.federation import (
     Outcome,
@@ -93,6 +94,7 @@ class Clients:
     """The nodes of a grid, addressed by the user they serve.
 
     Raises:
+        UserError: the grid has fewer nodes than there are users.
         ClientError: a node answers with an error.
     """
 
@@ -106,8 +108,14 @@ class Clients:
             for reply in grid.send_and_receive([Message(RecordDict(), n, "query.partition") for n in asked]):
                 if reply.has_error():
                     raise ClientError(f"node {reply.metadata.src_node_id}: {reply.error.reason}")
-                partition = cast(int, reply.content.config_records["info"]["partition-id"])
-                self.node[partition] = reply.metadata.src_node_id
+                info = reply.content.config_records["info"]
+                nodes = cast(int, info["num-partitions"])
+                if 0 < nodes < users:
+                    raise UserError(
+                        f"a federation of {nodes} nodes cannot serve {users} users, one each: add "
+                        f"--federation-config 'num-supernodes={users}' to flwr run"
+                    )
+                self.node[cast(int, info["partition-id"])] = reply.metadata.src_node_id
             if len(self.node) < users:
                 time.sleep(0.5)
 

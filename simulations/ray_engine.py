@@ -1,9 +1,10 @@
 """Flower's own Ray simulation, driven through ``flwr run`` as a user would, and nothing left behind.
 
-A session owns all it starts: a SuperLink on a free loopback port, and below one temporary directory Flower's home
-and Ray's files. ``flwr run`` says neither whether a run succeeded nor what came of it, so the status is read from
-``flwr list`` and the outcome from the file that the ServerApp writes. The app handed to Flower holds two references
-to the installed packages and no code: in a checkout and from a wheel, the code that runs is the caller's.
+A session owns all it starts: a SuperLink on a free loopback port, and below one temporary directory Flower's
+home and Ray's files. ``flwr run`` says neither whether a run succeeded nor what came of it, so the status is
+read from ``flwr list`` and the outcome from the file that the ServerApp writes. The app handed to Flower holds
+two references to the installed packages and no code: in a checkout and from a wheel, what runs is what the
+caller imports.
 
 What the clients keep stays with them: Ray gives no access to it, and `Outcome.kept` is empty.
 """
@@ -249,7 +250,7 @@ class _Link:
         raise RayRunError(f"flwr {arguments[0]} failed: {said}\n{self._tail('superlink')}")
 
     def _failure(self, name: str, status: str, details: str) -> Exception:
-        cause = details.removeprefix("Simulation failed with exception: ").strip()
+        cause = _plain(details).removeprefix("Simulation failed with exception: ").strip()
         first, *_ = cause.splitlines() or [""]
         if f"{UserError.__module__}.{UserError.__qualname__}: {first}" in self._said(name):
             return UserError(cause)
@@ -286,7 +287,7 @@ class _Link:
         return self.place / f"{name}.log"
 
     def _said(self, name: str) -> str:
-        return re.sub(r"\x1b\[[0-9;]*m", "", self._log(name).read_text(errors="replace"))
+        return _plain(self._log(name).read_text(errors="replace"))
 
     def _tail(self, name: str) -> str:
         return "\n".join(self._said(name).splitlines()[-TAIL_LINES:])
@@ -332,6 +333,11 @@ def _processors() -> int:
 def _short_temporary_directory() -> str | None:
     # Ray makes sockets in here; their paths may have little more than a hundred characters.
     return None if len(tempfile.gettempdir()) <= 24 or not os.access("/tmp", os.W_OK) else "/tmp"
+
+
+def _plain(text: str) -> str:
+    """Text without the terminal's colours, literal or escaped."""
+    return re.sub(r"(\x1b|\\x1b)\[[0-9;]*m", "", text)
 
 
 def _scripts() -> str:

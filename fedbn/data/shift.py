@@ -1,8 +1,271 @@
-"""PLACEHOLDER until the real module replaces this file (whoever writes shift.py: overwrite it whole)."""
+r"""Make users differ in their inputs: feature shift for any scenario, one draw a user, unseen users included.
 
+``rotation:strength=0.6,gain:strength=0.2`` turns every user's sensor and then scales its channels. A user's
+training and test data are shifted alike; ``strength`` is in the unit each shift names. Draws are keyed by seed,
+shift and the user's name, so that the same person is shifted the same way whoever else takes part.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fedbn.errors import UserError
 from fedbn.scenario import Population
+from fedbn.seeds import generator
+from fedbn.spec import parse, render
+
+Apply = Callable[[Tensor], Tensor]
 
 
-def shift(population: Population, spec: str, seed: int) -> Population:
-    """Leave data as they are."""
-    return population
+class Shift(ABC):
+    """A kind of shift; fields are its options.
+
+    Attributes:
+        name: what the command line calls it.
+        about: one line for lists, with the unit of ``strength``.
+    """
+
+    name: ClassVar[str]
+    about: ClassVar[str]
+
+    @abstractmethod
+    def draw(self, shape: tuple[int, ...], scale: Tensor, rng: torch.Generator) -> Apply:
+        """One user's shift.
+
+        Args:
+            shape: of one example, channels first.
+            scale: ``[channels]``, standard deviation of each channel over the population.
+            rng: the user's own.
+        """
+
+
+def _channels(value: Tensor, like: Tensor) -> Tensor:
+    return value.view(1, -1, *[1] * (like.dim() - 2))
+
+
+@dataclass(frozen=True)
+class Gain(Shift):
+    """Each channel times exp(N(0, strength))."""
+
+    name = "gain"
+    about = "each channel scaled by exp(N(0, strength))"
+    strength: float = 0.2
+
+    def draw(self, shape: tuple[int, ...], scale: Tensor, rng: torch.Generator) -> Apply:
+        factor = torch.exp(torch.randn(shape[0], generator=rng) * self.strength)
+        return lambda x: x * _channels(factor, x)
+
+
+@dataclass(frozen=True)
+class Offset(Shift):
+    """Each channel plus N(0, strength) of its standard deviations."""
+
+    name = "offset"
+    about = "each channel moved by N(0, strength) of its standard deviation"
+    strength: float = 0.3
+
+    def draw(self, shape: tuple[int, ...], scale: Tensor, rng: torch.Generator) -> Apply:
+        moved = torch.randn(shape[0], generator=rng) * self.strength * scale
+        return lambda x: x + _channels(moved, x)
+
+
+@dataclass(frozen=True)
+class Noise(Shift):
+    """White noise of a level drawn from [0, strength] standard deviations; frozen, part of the data."""
+
+    name = "noise"
+    about = "white noise, level uniform in [0, strength] standard deviations"
+    strength: float = 0.5
+
+    def draw(self, shape: tuple[int, ...], scale: Tensor, rng: torch.Generator) -> Apply:
+        level = torch.rand((), generator=rng) * self.strength
+        return lambda x: x + torch.randn(x.shape, generator=rng) * level * _channels(scale, x)
+
+
+@dataclass(frozen=True)
+class Rotation(Shift):
+    """Every triple of channels turned about a random axis by an angle N(0, strength) in radians."""
+
+    name = "rotation"
+    about = "3-axis sensors turned about a random axis by N(0, strength) radians"
+    strength: float = 0.6
+
+    def draw(self, shape: tuple[int, ...], scale: Tensor, rng: torch.Generator) -> Apply:
+        if len(shape) != 2 or shape[0] % 3:
+            raise UserError(
+                f"shift 'rotation' turns 3-axis sensors: windows [3k, length], not examples of shape {list(shape)}; "
+                "for images use contrast, inversion, blur or colour"
+            )
+        axis = F.normalize(torch.randn(3, generator=rng), dim=0)
+        angle = torch.randn((), generator=rng) * self.strength
+        x, y, z = axis.tolist()
+        cross = torch.tensor([[0.0, -z, y], [z, 0.0, -x], [-y, x, 0.0]])
+        turn = torch.linalg.matrix_exp(angle * cross)
+
+        def apply(data: Tensor) -> Tensor:
+            triples = data.unflatten(1, (-1, 3))
+            return torch.einsum("ij,nkjt->nkit", turn, triples).flatten(1, 2)
+
+        return apply
+
+
+@dataclass(frozen=True)
+class Placement(Shift):
+    """Another place on the body: a rotation, and gain and offset of a third of its size."""
+
+    name = "placement"
+    about = "another place on the body: rotation (radians) with gain and offset"
+    strength: float = 0.6
+
+    def draw(self, shape: tuple[int, ...], scale: Tensor, rng: torch.Generator) -> Apply:
+        parts = [Rotation(self.strength), Gain(self.strength / 3), Offset(self.strength / 3)]
+        steps = [part.draw(shape, scale, rng) for part in parts]
+        return lambda x: _chain(steps, x)
+
+
+class _Image(Shift):
+    """Base of shifts that make sense for images only; values are in [-1, 1]."""
+
+    def draw(self, shape: tuple[int, ...], scale: Tensor, rng: torch.Generator) -> Apply:
+        if len(shape) != 3:
+            raise UserError(
+                f"shift {self.name!r} works on images [channels, height, width], not on examples of shape "
+                f"{list(shape)}; for sensors use gain, offset, noise, rotation or placement"
+            )
+        return self.image(shape, rng)
+
+    @abstractmethod
+    def image(self, shape: tuple[int, ...], rng: torch.Generator) -> Apply:
+        """One user's shift of images."""
+
+
+@dataclass(frozen=True)
+class Contrast(_Image):
+    """Values times exp(-|N(0, strength)|)."""
+
+    name = "contrast"
+    about = "contrast lowered by exp(-|N(0, strength)|)"
+    strength: float = 1.0
+
+    def image(self, shape: tuple[int, ...], rng: torch.Generator) -> Apply:
+        factor = torch.exp(-(torch.randn((), generator=rng) * self.strength).abs())
+        return lambda x: x * factor
+
+
+@dataclass(frozen=True)
+class Inversion(_Image):
+    """Light and dark exchanged for a share ``strength`` of the users."""
+
+    name = "inversion"
+    about = "light and dark exchanged for a share strength of users"
+    strength: float = 0.5
+
+    def image(self, shape: tuple[int, ...], rng: torch.Generator) -> Apply:
+        turned = bool(torch.rand((), generator=rng) < self.strength)
+        return lambda x: -x if turned else x
+
+
+@dataclass(frozen=True)
+class Blur(_Image):
+    """Gaussian blur of a width drawn from [0, strength] pixels."""
+
+    name = "blur"
+    about = "Gaussian blur, width uniform in [0, strength] pixels"
+    strength: float = 1.5
+
+    def image(self, shape: tuple[int, ...], rng: torch.Generator) -> Apply:
+        width = float(torch.rand((), generator=rng)) * self.strength
+        if width < 1e-3:
+            return lambda x: x
+        reach = max(1, min(round(3 * width), min(shape[1:]) - 1))
+        line = torch.exp(-(torch.arange(-reach, reach + 1.0) ** 2) / (2 * width**2))
+        kernel = (line / line.sum()).expand(shape[0], 1, -1)
+
+        def apply(x: Tensor) -> Tensor:
+            x = F.pad(x, (reach, reach, reach, reach), mode="replicate")
+            x = F.conv2d(x, kernel[:, :, None, :], groups=shape[0])
+            return F.conv2d(x, kernel[:, :, :, None], groups=shape[0])
+
+        return apply
+
+
+@dataclass(frozen=True)
+class Colour(_Image):
+    """Channels mixed by the identity plus N(0, strength)."""
+
+    name = "colour"
+    about = "channels mixed by identity + N(0, strength)"
+    strength: float = 0.3
+
+    def image(self, shape: tuple[int, ...], rng: torch.Generator) -> Apply:
+        mix = torch.eye(shape[0]) + torch.randn(shape[0], shape[0], generator=rng) * self.strength
+        return lambda x: torch.einsum("ij,njhw->nihw", mix, x)
+
+
+def shifts() -> dict[str, type[Shift]]:
+    """All kinds of shift, by name."""
+    kinds = [Gain, Offset, Noise, Rotation, Placement, Contrast, Inversion, Blur, Colour]
+    return {k.name: k for k in kinds}
+
+
+def _parsed(text: str) -> list[Shift]:
+    return [parse(part, "shift", shifts()) for part in text.split(",") if part.strip()]
+
+
+def parse_shift(text: str) -> str:
+    """The shortest text of the shifts that ``text`` names.
+
+    >>> parse_shift("rotation:strength=0.6,gain:strength=0.1")
+    'rotation,gain:strength=0.1'
+
+    Raises:
+        UserError: unknown shift or option, negative strength.
+    """
+    kinds = _parsed(text)
+    for kind in kinds:
+        if (strength := getattr(kind, "strength", 0.0)) < 0:
+            raise UserError(f"shift {kind.name!r}: strength must not be negative, it is {strength}")
+    return ",".join(render(k) for k in kinds)
+
+
+def _chain(steps: list[Apply], x: Tensor) -> Tensor:
+    for step in steps:
+        x = step(x)
+    return x
+
+
+def shift(population: Population, text: str, seed: int) -> Population:
+    """Shift every user's data, training and test alike.
+
+    Args:
+        population: users as loaded or partitioned.
+        text: shifts joined by commas; empty for none.
+        seed: of the run.
+
+    Raises:
+        UserError: a shift that does not suit the data.
+    """
+    kinds = _parsed(text)
+    if not kinds:
+        return population
+    sample = torch.cat([u.train.x[:200] for u in population.users])
+    scale = sample.transpose(0, 1).flatten(1).std(1)
+    users = []
+    for user in population.users:
+        steps = [k.draw(population.shape, scale, generator(seed, "shift", k.name, user.name)) for k in kinds]
+        users.append(
+            replace(
+                user,
+                train=replace(user.train, x=_chain(steps, user.train.x).contiguous()),
+                test=replace(user.test, x=_chain(steps, user.test.x).contiguous()),
+            )
+        )
+    skew = f"{population.skew}; feature skew added by {parse_shift(text)}"
+    return Population(tuple(users), population.unseen, population.classes, skew, population.sources)

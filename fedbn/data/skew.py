@@ -1,22 +1,74 @@
-"""PLACEHOLDER until the real module replaces this file (whoever writes skew.py: overwrite it whole).
+"""Measure how far users are apart: in labels, in quantity, in inputs, in BN statistics. Named skew is not enough."""
 
-The names that simulations/compare.py uses: measure(population).as_dict(), statistics_distance(means, variances).
-"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 
 import numpy as np
+from scipy.spatial.distance import jensenshannon
+
+from fedbn.scenario import Population
 
 
-class _Nothing:
-    def as_dict(self):
-        return {"label_divergence": 0.0, "quantity_cv": 0.0, "feature_w2": None}
+@dataclass(frozen=True)
+class Skew:
+    """Skew between the seen users' training data.
+
+    Attributes:
+        label_divergence: mean Jensen-Shannon divergence, in bits, of a user's label distribution to the pooled one;
+            0 for equal mixes, 1 at most.
+        quantity_cv: standard deviation of the users' example counts over their mean.
+        quantity_ratio: most over fewest examples.
+        feature_w2: mean over pairs of users of the 2-Wasserstein distance between diagonal Gaussians of the raw
+            channels, in units of each channel's pooled standard deviation.
+    """
+
+    label_divergence: float
+    quantity_cv: float
+    quantity_ratio: float
+    feature_w2: float
+
+    def as_dict(self) -> dict[str, float]:
+        """Plain values."""
+        return asdict(self)
 
 
-def measure(population):
-    """Measured skew of a population."""
-    return _Nothing()
+def measure(population: Population) -> Skew:
+    """Measure the skew between the seen users of a population."""
+    users = [population.users[i] for i in population.seen]
+    counts = np.stack([np.bincount(u.train.y.cpu().numpy(), minlength=len(population.classes)) for u in users])
+    sizes = counts.sum(1)
+    pooled = counts.sum(0) / counts.sum()
+    divergence = [jensenshannon(c / c.sum(), pooled, base=2) ** 2 for c in counts]
+    rows = [u.train.x.cpu().numpy() for u in users]
+    axes = tuple(a for a in range(rows[0].ndim) if a != 1)
+    means = np.stack([r.mean(axes, dtype=np.float64) for r in rows])
+    variances = np.stack([r.var(axes, dtype=np.float64) for r in rows])
+    share = (sizes / sizes.sum())[:, None]
+    total = (share * (variances + (means - (share * means).sum(0)) ** 2)).sum(0)
+    unit = np.sqrt(np.where(total > 0, total, 1.0))
+    distance = statistics_distance(means / unit, variances / unit**2)
+    pairs = distance[np.triu_indices(len(users), 1)]
+    return Skew(
+        float(np.mean(divergence)),
+        float(sizes.std() / sizes.mean()),
+        float(sizes.max() / max(sizes.min(), 1)),
+        float(pairs.mean()) if len(pairs) else 0.0,
+    )
 
 
-def statistics_distance(means, variances):
-    """Pairwise W2 distance [users, users] from per-user [channels] means and variances of one layer."""
-    points = np.concatenate([np.stack(means), np.sqrt(np.stack(variances))], axis=1)
+def statistics_distance(
+    means: Sequence[np.ndarray] | np.ndarray, variances: Sequence[np.ndarray] | np.ndarray
+) -> np.ndarray:
+    """Pairwise 2-Wasserstein distance ``[users, users]`` between diagonal Gaussians.
+
+    Args:
+        means: ``[users, channels]``.
+        variances: ``[users, channels]``, not negative.
+
+    >>> statistics_distance([[0.0], [3.0]], [[1.0], [25.0]])[0, 1]
+    np.float64(5.0)
+    """
+    points = np.concatenate([np.asarray(means), np.sqrt(np.asarray(variances))], axis=1)
     return np.sqrt(((points[:, None] - points[None]) ** 2).sum(-1))

@@ -1,0 +1,674 @@
+"""Traps are found where they are, and only there; the model is left as it was."""
+
+import json
+import sys
+import types
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+from torch import nn
+
+from fedbn.audit import EXAMPLES, LINTS, audit, audit_model, measure
+from fedbn.errors import UserError
+from fedbn.models import build, models
+from fedbn.roles import Role, norm_layers, roles
+from fedbn.strategies.fedbn import FedBN
+from fedbn.strategies.nonorm import NoNorm
+from fedbn.strategies.silobn import SiloBN
+from fedbn.strategy import LOCAL, NormStrategy, strategies, strategy
+from simulations.audit_view import show
+
+SHAPES = {"har-cnn": (6, 128)}
+
+
+class BasicBlock(nn.Module):
+    """Names as in torchvision."""
+
+    def __init__(self, before, width, stride):
+        super().__init__()
+        self.conv1 = nn.Conv2d(before, width, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU()
+        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.downsample = None
+        if stride != 1 or before != width:
+            self.downsample = nn.Sequential(
+                nn.Conv2d(before, width, 1, stride, bias=False), nn.BatchNorm2d(width)
+            )
+
+    def forward(self, x):
+        h = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        return self.relu(h + (x if self.downsample is None else self.downsample(x)))
+
+
+class ResNet(nn.Module):
+    """torchvision's layout of ResNet-18; ``width`` 64 there, smaller here where numbers do not matter."""
+
+    def __init__(self, width=64, classes=1000):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, width, 7, 2, 3, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.maxpool = nn.MaxPool2d(3, 2, 1)
+        before = width
+        for stage in range(1, 5):
+            wide = width * 2 ** (stage - 1)
+            stride = 1 if stage == 1 else 2
+            setattr(
+                self,
+                f"layer{stage}",
+                nn.Sequential(BasicBlock(before, wide, stride), BasicBlock(wide, wide, 1)),
+            )
+            before = wide
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(before, classes)
+
+    def forward(self, x):
+        h = self.maxpool(torch.relu(self.bn1(self.conv1(x))))
+        h = self.layer4(self.layer3(self.layer2(self.layer1(h))))
+        return self.fc(self.avgpool(h).flatten(1))
+
+
+def mobile():
+    """Numbered like torchvision's MobileNet: no key says ``bn``."""
+
+    def block(before, after, stride=1, groups=1):
+        conv = nn.Conv2d(before, after, 3, stride, 1, groups=groups, bias=False)
+        return nn.Sequential(conv, nn.BatchNorm2d(after), nn.ReLU6())
+
+    features = nn.Sequential(block(3, 8, 2), block(8, 8, groups=8), block(8, 16))
+    return nn.Sequential(features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4))
+
+
+def small(*, norm=nn.BatchNorm2d, channels=4, **options):
+    return nn.Sequential(
+        nn.Conv2d(3, channels, 3, bias=False),
+        norm(channels, **options),
+        nn.Flatten(),
+        nn.Linear(channels * 4, 2),
+    )
+
+
+class Named(nn.Module):
+    """A chain whose modules have the given names."""
+
+    def __init__(self, **layers):
+        super().__init__()
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+    def forward(self, x):
+        for layer in self.children():
+            x = layer(x)
+        return x
+
+
+def found(model, lint, how=None, **options):
+    """The findings of one lint."""
+    return [f for f in audit(model, how, **options).findings if f.lint == lint]
+
+
+def only(model, lint, how=None, **options):
+    (finding,) = found(model, lint, how, **options)
+    assert finding.message
+    assert finding.fix
+    return finding
+
+
+# --- names
+
+
+def test_names_miss_three_of_twenty_in_a_torchvision_resnet18():
+    with torch.device("meta"):
+        net = ResNet()
+    finding = only(net, "name-misses")
+    assert finding.where == ("layer2.0.downsample.1", "layer3.0.downsample.1", "layer4.0.downsample.1")
+    assert "misses 3 of 20 BN layers" in finding.message
+    parameters, statistics, counters = 11_689_512, 9_600, 20  # torchvision's
+    assert audit(net).bytes == 4 * (parameters + statistics) + 8 * counters
+
+
+def test_roles_miss_none():
+    net = ResNet(width=4)
+    by_type = {k.rpartition(".")[0] for k, r in roles(net).items() if r is Role.AFFINE}
+    assert len(by_type) == 20
+    assert by_type == norm_layers(net).keys()
+    shared = [e.key for e in audit(net, FedBN()).entries if e.bytes_up]
+    assert not any(k.rpartition(".")[0] in by_type for k in shared)
+
+
+def test_names_miss_two_of_twentyone_in_the_builtin_resnet20():
+    finding = only(build("resnet20", (3, 32, 32), 10, 0), "name-misses")
+    assert finding.where == ("layer2.0.downsample.1", "layer3.0.downsample.1")
+    assert "misses 2 of 21 BN layers" in finding.message
+
+
+def test_names_miss_all_of_a_numbered_net():
+    assert "misses 3 of 3 BN layers" in only(mobile(), "name-misses").message
+
+
+def test_names_that_match_are_no_finding():
+    net = Named(conv=nn.Conv2d(3, 4, 1), bn=nn.BatchNorm2d(4))
+    assert not found(net, "name-misses")
+    assert not found(net, "name-catches")
+
+
+def test_matching_is_case_sensitive():
+    assert found(Named(conv=nn.Conv2d(3, 4, 1), BN=nn.BatchNorm2d(4)), "name-misses")
+
+
+def test_other_kinds_are_called_by_their_name():
+    assert (
+        "1 of 1 normalisation layers" in only(small(norm=lambda c: nn.GroupNorm(2, c)), "name-misses").message
+    )
+
+
+def test_subnet_contains_bn():
+    net = Named(subnet=nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)), fc=nn.Conv2d(4, 2, 1))
+    finding = only(net, "name-catches")
+    assert finding.where == ("subnet.0",)
+    assert "catches 2 entries of 1 layer" in finding.message
+    assert not found(net, "name-misses")
+
+
+# --- each trap, where it is and where it is not
+
+
+def test_no_norm():
+    net = nn.Sequential(nn.Linear(3, 2))
+    assert only(net, "no-norm").level == "warning"
+    assert only(net, "no-norm", NoNorm()).level == "note"
+    assert not found(small(), "no-norm")
+
+
+def test_lazy():
+    net = nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d(), nn.Flatten(), nn.LazyLinear(2))
+    result = audit(net, FedBN(), shape=(3, 8, 8))
+    assert [f.lint for f in result.findings if f.level == "error"] == ["lazy"]
+    assert result.entries[0].shape is None
+    assert result.bytes == 8  # the counter
+    net(torch.zeros(2, 3, 8, 8))
+    assert not found(net, "lazy")
+
+
+def test_counters():
+    assert "1 integer entry (8 B)" in only(small(), "counters").message
+    assert not found(small(norm=lambda c: nn.GroupNorm(2, c)), "counters")
+
+
+def test_cumulative_average():
+    assert only(small(momentum=None), "momentum-none").where == ("1",)
+    assert not found(small(), "momentum-none")
+
+
+def test_statistics_are_no_parameters():
+    finding = only(small(), "parameters-only")
+    assert "leaves 2 statistics (32 B) behind" in finding.message
+    assert "SiloBN" in finding.message
+    assert not found(small(track_running_stats=False), "parameters-only")
+
+
+def test_parameters_only_is_exactly_what_silobn_keeps():
+    net = ResNet(width=4)
+    left = {k for k in net.state_dict() if k not in dict(net.named_parameters())}
+    assert left == {e.key for e in audit(net, SiloBN()).entries if not e.bytes_up}
+
+
+def test_untracked():
+    assert only(small(track_running_stats=False), "untracked").where == ("1",)
+    assert not found(small(), "untracked")
+    assert not found(small(norm=nn.InstanceNorm2d), "untracked")
+
+
+def test_untrained():
+    net = nn.Sequential(small(), nn.BatchNorm1d(2))
+    assert only(net, "untrained").level == "note"
+    net[0](torch.randn(2, 3, 4, 4))
+    some = only(net, "untrained")
+    assert (some.level, some.where) == ("warning", ("1",))
+    net(torch.randn(2, 3, 4, 4))
+    assert not found(net, "untrained")
+
+
+@pytest.mark.parametrize(
+    ("entry", "value", "words"),
+    [
+        ("running_var", -1e-9, "1 negative variance"),
+        ("running_var", float("nan"), "1 NaN or infinite value"),
+        ("running_mean", float("inf"), "1 NaN or infinite value"),
+    ],
+)
+def test_broken_statistics(entry, value, words):
+    net = small()
+    assert not found(net, "broken-statistics")
+    getattr(net[1], entry)[2] = value
+    finding = only(net, "broken-statistics")
+    assert (finding.level, finding.where) == ("error", ("1",))
+    assert words in finding.message
+
+
+def test_a_zero_variance_is_not_broken():
+    net = small()
+    net[1].running_var.zero_()
+    assert not found(net, "broken-statistics")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(dtype):
+    net = small().to(dtype)
+    assert only(net, "half-statistics").where == ("1",)
+    net[1].float()
+    assert not found(net, "half-statistics")
+
+
+def test_one_value_is_measured():
+    image = small()
+    assert not found(image, "one-value", shape=(3, 4, 4))
+    point = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    assert only(point, "one-value", shape=(3, 3, 3)).level == "warning"
+    assert only(point, "one-value", shape=(3, 3, 3), batch_size=1).level == "error"
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        point(torch.zeros(1, 3, 3, 3))
+
+
+def test_one_value_without_measuring_is_what_follows_a_linear_layer():
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    assert only(net, "one-value").where == ("1",)
+    assert not found(small(), "one-value")
+
+
+def test_a_measured_sequence_after_a_linear_layer_is_fine():
+    net = nn.Sequential(
+        nn.Flatten(2), nn.Unflatten(2, (5,)), nn.Identity(), nn.Linear(5, 5), nn.BatchNorm1d(4)
+    )
+    assert found(net, "one-value")
+    assert not found(net, "one-value", shape=(4, 5))
+
+
+def test_batch_of_one():
+    assert found(small(), "batch-of-one", batch_size=1)
+    assert not found(small(), "batch-of-one", batch_size=2)
+    assert not found(small(norm=lambda c: nn.GroupNorm(2, c)), "batch-of-one", batch_size=1)
+
+
+def test_fewest_values():
+    finding = only(small(), "fewest-values", batch_size=8, shape=(3, 4, 4))
+    assert "32 values per channel at batch size 8, 4 in a last batch of one" in finding.message
+    assert not found(small(), "fewest-values")
+
+
+def test_a_layer_used_twice_counts_by_its_fewest_values():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bn = nn.BatchNorm2d(3)
+
+        def forward(self, x):
+            return self.bn(self.bn(x)[..., :1, :1])
+
+    assert measure(Twice(), (3, 4, 4)).values == {"bn": 1}
+
+
+def test_a_shape_the_model_does_not_take():
+    finding = only(small(), "unmeasured", shape=(5, 4, 4))
+    assert str([EXAMPLES, 5, 4, 4]) in finding.message
+    assert not found(small(), "unmeasured", shape=(3, 4, 4))
+
+
+def test_groups():
+    def net(groups):
+        return small(norm=lambda c: nn.GroupNorm(groups, c))
+
+    assert only(net(4), "group-is-instance").where == ("1",)
+    assert only(net(1), "group-is-layer").level == "note"
+    assert not found(net(2), "group-is-instance")
+    assert not found(net(2), "group-is-layer")
+
+
+def test_a_group_of_one_value_gives_a_constant():
+    net = nn.Sequential(nn.Linear(3, 4), nn.GroupNorm(4, 4))
+    assert only(net, "group-of-one", shape=(3,)).level == "error"
+    assert net(torch.randn(5, 3)).abs().max() < 1e-3
+    assert not found(nn.Sequential(nn.Linear(3, 4), nn.GroupNorm(2, 4)), "group-of-one", shape=(3,))
+
+
+def test_the_usual_conversion():
+    net = nn.Sequential(*(nn.BatchNorm2d(c) for c in (16, 32, 48, 64, 80)))
+    assert only(net, "conversion-raises").where == ("2", "4")
+    assert "(C = 48, 80)" in only(net, "conversion-raises").message
+    assert "(C = 16, 32)" in only(net, "conversion-degenerates").message
+    for layer in net:
+        groups = min(32, layer.num_features)
+        if layer.num_features in (48, 80):
+            with pytest.raises(ValueError, match="divisible"):
+                nn.GroupNorm(groups, layer.num_features)
+        else:
+            nn.GroupNorm(groups, layer.num_features)
+    assert not found(small(channels=64), "conversion-raises")
+    assert not found(small(channels=64), "conversion-degenerates")
+
+
+def test_idle_bias():
+    biased = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.ReLU())
+    finding = only(biased, "idle-bias")
+    assert finding.where == ("0",)
+    assert "(16 B)" in finding.message
+    assert only(nn.Sequential(biased), "idle-bias").where == ("0.0",)
+    assert not found(small(), "idle-bias")
+    assert not found(nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4)), "idle-bias")
+
+
+def test_synchronised():
+    assert only(nn.SyncBatchNorm.convert_sync_batchnorm(small()), "sync").where == ("1",)
+    assert not found(small(), "sync")
+
+
+def test_tied_tensors():
+    net = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 3))
+    assert not found(net, "tied")
+    net[2].weight = net[0].weight
+    assert only(net, "tied").where == ("0.weight", "2.weight")
+    assert only(net, "tied").level == "warning"
+
+    class PersonalHead(NormStrategy):
+        name = "personal-head"
+        head = LOCAL
+
+    assert only(net, "tied", PersonalHead()).level == "error"
+
+
+def test_a_module_under_two_paths():
+    shared = nn.BatchNorm1d(3)
+    net = nn.Sequential(nn.Linear(3, 3), shared, nn.Linear(3, 3), shared)
+    result = audit(net, FedBN(), shape=(3,))
+    assert len([f for f in result.findings if f.lint == "tied"]) == 5
+    assert {e.key for e in result.entries} == net.state_dict().keys()
+    assert {e.owner for e in result.entries if e.layer in ("1", "3")} == {"local"}
+    assert net[1] is net[3]
+
+
+def test_after_the_head():
+    net = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3), nn.Linear(3, 2), nn.InstanceNorm1d(2))
+    assert only(net, "after-head").where == ("3",)
+    assert not found(net[:3], "after-head")
+
+
+def test_after_the_head_is_by_order_of_running_where_measured():
+    class Reversed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.bn = nn.Linear(3, 2), nn.BatchNorm1d(3)
+
+        def forward(self, x):
+            return self.fc(self.bn(x))
+
+    assert found(Reversed(), "after-head")
+    assert not found(Reversed(), "after-head", shape=(3,))
+
+
+# --- the whole
+
+
+def trapped():
+    """A model with as many traps as fit."""
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 1),
+        nn.BatchNorm2d(4, momentum=None),
+        nn.Dropout(0.5),
+        nn.BatchNorm2d(4, track_running_stats=False),
+        nn.GroupNorm(4, 4),
+        nn.SyncBatchNorm(4),
+        nn.InstanceNorm2d(4, track_running_stats=True),
+        nn.Flatten(),
+        nn.Linear(16, 16),
+        nn.BatchNorm1d(16),
+    )
+    net[9].running_var[3] = float("nan")
+    net[2].eval()
+    net[1].eval()
+    return net
+
+
+def bits(model):
+    return {k: v.numpy().tobytes() for k, v in model.state_dict().items()}
+
+
+def test_the_model_is_left_as_it_was():
+    net = trapped()
+    handles = [len(m._forward_pre_hooks) for m in net.modules()]
+    before, modes, random = bits(net), [m.training for m in net.modules()], torch.get_rng_state()
+    result = audit(net, shape=(3, 2, 2))
+    assert len({f.lint for f in result.findings}) >= 12
+    assert bits(net) == before
+    assert [m.training for m in net.modules()] == modes
+    assert [len(m._forward_pre_hooks) for m in net.modules()] == handles
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(p.grad is None for p in net.parameters())
+
+
+def test_a_norm_of_the_users_own():
+    class Own(nn.Module):
+        normalises = True
+
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("running_mean", torch.zeros(3))
+
+        def forward(self, x):
+            return x - self.running_mean
+
+    net = nn.Sequential(nn.Linear(3, 3), Own(), nn.Linear(3, 2))
+    assert only(net, "name-misses", FedBN(), shape=(3,)).where == ("1",)
+    net[1].running_mean[0] = float("nan")
+    assert found(net, "broken-statistics")
+
+
+def test_findings_are_ordered_by_gravity():
+    levels = [f.level for f in audit(trapped(), shape=(3, 2, 2)).findings]
+    assert levels == sorted(levels, key=["error", "warning", "note"].index)
+    assert set(levels) == {"error", "warning", "note"}
+
+
+def test_every_lint_is_listed():
+    import fedbn.audit as module
+
+    lints = [
+        f
+        for f in vars(module).values()
+        if getattr(f, "__annotations__", {}).get("return") == "Iterator[Finding]"
+    ]
+    assert set(lints) == set(LINTS)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    widths=st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    affine=st.booleans(),
+    tracked=st.booleans(),
+    dtype=st.sampled_from([torch.float16, torch.float32, torch.float64]),
+    name=st.sampled_from(["global-naive", "fedbn", "silobn", "fedbn-seeded", "local"]),
+)
+def test_bytes_add_up_to_the_state(widths, affine, tracked, dtype, name):
+    layers = []
+    for before, after in zip([3, *widths], widths):
+        layers += [
+            nn.Linear(before, after),
+            nn.BatchNorm1d(after, affine=affine, track_running_stats=tracked),
+        ]
+    net = nn.Sequential(*layers, nn.Linear(widths[-1], 2)).to(dtype)
+    result = audit(net, strategy(name))
+    state = net.state_dict()
+    assert [e.key for e in result.entries] == list(state)
+    assert [e.bytes for e in result.entries] == [v.nbytes for v in state.values()]
+    assert result.bytes == sum(v.nbytes for v in state.values()) == sum(r["bytes"] for r in result.totals)
+    assert result.bytes_up == sum(r["bytes_up"] for r in result.totals)
+    assert result.bytes_down == sum(r["bytes_down"] for r in result.totals)
+
+
+@pytest.mark.parametrize("how", [None, *strategies()])
+@pytest.mark.parametrize("name", models())
+def test_every_model_under_every_strategy(name, how):
+    shape = SHAPES.get(name, (3, 28, 28))
+    result = audit_model(name, how, shape, 10)
+    assert result.model == name
+    assert result.strategy == (how or "global-naive")
+    linear_bn = how == "instancenorm" and name in ("mlp", "digit-cnn")
+    assert any(f.lint == "unmeasured" for f in result.findings) == linear_bn
+    assert not [f for f in result.findings if f.level == "error"]
+    text = json.dumps(result.as_dict(), allow_nan=False)
+    assert json.loads(text)["bytes"] == result.bytes
+
+
+def test_as_a_table():
+    frame = audit(small(), FedBN()).to_pandas()
+    assert frame.loc["1.running_var", "role"] == "statistics"
+    assert frame["bytes"].sum() == audit(small()).bytes
+
+
+# --- mistakes
+
+
+@pytest.fixture
+def user_module(monkeypatch):
+    """A module of the user's, with factories that work and factories that do not."""
+    module = types.ModuleType("their_models")
+
+    def needs_depth(shape, classes, depth):
+        return small()
+
+    def fails(shape, classes):
+        raise RuntimeError("no weights here")
+
+    module.plain = lambda: small()
+    module.shaped = lambda shape, classes: nn.Sequential(
+        nn.Linear(shape[0], classes), nn.BatchNorm1d(classes)
+    )
+    module.keywords = lambda **options: small()
+    module.needs_depth, module.fails = needs_depth, fails
+    module.number = 3
+    module.a_model = small()
+    module.no_model = lambda: "net"
+    module.normless = lambda: nn.Linear(3, 2)
+    module.lazy = lambda: nn.Sequential(nn.LazyLinear(2), nn.LazyBatchNorm1d())
+    monkeypatch.setitem(sys.modules, "their_models", module)
+    return module
+
+
+def test_a_factory_of_the_users(user_module):
+    assert audit_model("their_models:plain").entries
+    assert (
+        audit_model("their_models:keywords", "groupnorm:groups=2", (3, 4, 4)).strategy == "groupnorm:groups=2"
+    )
+    assert audit_model("their_models:shaped", "fedbn", (7,), 3).entries[0].shape == (3, 7)
+
+
+@pytest.mark.parametrize(
+    ("text", "how", "shape", "words"),
+    [
+        ("resnet21", None, (3, 32, 32), "Did you mean 'resnet20'"),
+        ("resnet20", "fedbm", (3, 32, 32), "Did you mean 'fedbn'"),
+        ("resnet20", None, None, "needs the shape of an example"),
+        ("resnet20", None, (6, 128), r"resnet20 takes images"),
+        ("resnet20", None, (3, 0, 32), "at least|images"),
+        ("no_such_package:net", None, None, "cannot import 'no_such_package'"),
+        (":net", None, None, "package.module:factory"),
+        ("their_models:plane", None, None, "Did you mean 'plain'"),
+        ("their_models:number", None, None, "package.module:factory"),
+        ("their_models:a_model", None, None, "is a model, not a factory"),
+        ("their_models:needs_depth", None, (3, 4, 4), "needs depth: give defaults"),
+        ("their_models:shaped", None, None, "needs the shape of an example"),
+        ("their_models:fails", None, (3, 4, 4), "RuntimeError: no weights here"),
+        ("their_models:no_model", None, None, "gave a str"),
+        ("their_models:normless", "fedbn", None, "works on running statistics"),
+        ("their_models:normless", "groupnorm", None, "needs normalisation layers"),
+        ("their_models:lazy", "groupnorm", None, "run one batch"),
+    ],
+)
+def test_mistakes_are_named(user_module, text, how, shape, words):
+    with pytest.raises(UserError, match=words):
+        audit_model(text, how, shape)
+
+
+def test_a_module_that_fails_on_import(tmp_path, monkeypatch):
+    (tmp_path / "half_written.py").write_text("def net(:\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match="SyntaxError"):
+        audit_model("half_written:net")
+
+
+def test_impossible_settings():
+    with pytest.raises(UserError, match="batch size 0"):
+        audit(small(), batch_size=0)
+    with pytest.raises(UserError, match="is empty"):
+        audit(small(), shape=(3, 0))
+    with pytest.raises(UserError, match="is empty"):
+        audit(small(), shape=())
+
+
+def test_an_entry_that_belongs_to_no_module():
+    class Extra(nn.Linear):
+        def get_extra_state(self):
+            return torch.zeros(1)
+
+        def set_extra_state(self, state):
+            pass
+
+    with pytest.raises(UserError, match="_extra_state"):
+        audit(nn.Sequential(Extra(2, 2)))
+
+
+# --- the view
+
+
+def shown(result, **options):
+    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    show(result, console, **options)
+    return console.export_text()
+
+
+def test_the_view_fits_and_collapses():
+    with torch.device("meta"):
+        net = ResNet()
+    result = audit(net, FedBN())
+    text = shown(result)
+    assert all(len(line) <= 100 for line in text.splitlines())
+    assert "layer1.[0-1].bn1" in text
+    assert "layer2.0.downsample.1" in text
+    assert "misses 3 of 20 BN layers" in " ".join(text.split())
+    assert "fix: " in text
+    assert len(text.splitlines()) < 90
+
+
+def test_the_full_view_names_every_entry_and_layer():
+    result = audit(ResNet(width=4), FedBN())
+    text = shown(result, full=True)
+    lines = text.splitlines()
+    assert all(any(line.split()[:1] == [e.key] for line in lines) for e in result.entries)
+    assert all(len(line) <= 100 for line in lines)
+    assert " and 16 more" in shown(result)
+    assert " more" not in text
+
+
+def test_blocks_that_differ_stay_apart():
+    widths = (3, 3, 3, 4, 4, 2)
+    text = shown(audit(nn.Sequential(*(nn.Linear(a, b) for a, b in pairwise(widths)))))
+    assert [line.split()[1] for line in text.splitlines() if "shared" in line][:4] == ["[0-1]", "2", "3", "4"]
+
+
+def test_collapsed_bytes_are_those_of_all_copies():
+    net = nn.Sequential(nn.Sequential(*(nn.Linear(8, 8, bias=False) for _ in range(4))), nn.BatchNorm1d(8))
+    text = shown(audit(net))
+    assert "0.[0-2]" in text  # the last one is the head
+    assert f"{3 * 8 * 8 * 4} B" in text
+
+
+def test_a_model_without_findings_says_so():
+    assert "No findings." in shown(audit(Named(bn_a=nn.GroupNorm(2, 4))))
+
+
+def test_a_model_that_is_one_layer():
+    assert "the model itself" in shown(audit(nn.BatchNorm2d(4)))

@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from fedbn.data.partition import repartition
+from fedbn.data.shift import parse_shift, shift, shifts
+from fedbn.data.skew import measure, statistics_distance
+from fedbn.errors import UserError
+from fedbn.moments import Moments
+from fedbn.scenario import Examples, Population, User, scenario
+
+SENSORS = ["gain", "offset", "noise", "rotation", "placement"]
+IMAGES = ["contrast", "inversion", "blur", "colour"]
+
+
+def sensors(users=4, same=True):
+    def data(i):
+        draw = torch.Generator().manual_seed(0 if same else i)
+        return Examples(torch.randn(30, 6, 16, generator=draw), torch.arange(30) % 3, torch.zeros(30).long())
+
+    return Population(tuple(User(f"u{i}", "d", data(i), data(i)) for i in range(users)), (3,), ("a", "b", "c"), "none")
+
+
+def images():
+    return scenario("digits8").load(0)
+
+
+@pytest.mark.parametrize("name", shifts())
+def test_every_shift_is_keyed_by_seed_and_user_and_alike_for_train_and_test(name):
+    before = sensors() if name in SENSORS else images()
+    a, b, c = shift(before, name, 0), shift(before, name, 0), shift(before, name, 1)
+    assert all(torch.equal(x.train.x, y.train.x) for x, y in zip(a.users, b.users, strict=True))
+    assert any(not torch.equal(x.train.x, y.train.x) for x, y in zip(a.users, c.users, strict=True))
+    fewer = Population(before.users[:2], (), before.classes, "none")
+    if name not in ("offset", "noise", "placement"):  # these are in units of the population's deviation
+        assert torch.equal(shift(fewer, name, 0).users[0].train.x, a.users[0].train.x)
+    if name in SENSORS and name != "noise":
+        assert torch.equal(a.users[0].train.x, a.users[0].test.x)
+        assert not torch.equal(a.users[0].train.x, a.users[1].train.x)
+    assert all(torch.isfinite(u.train.x).all() for u in a.users)
+    assert name in a.skew
+    still = shift(before, f"{name}:strength=0", 0)
+    torch.testing.assert_close(still.users[0].train.x, before.users[0].train.x, rtol=1e-5, atol=1e-5)
+
+
+def test_a_rotation_keeps_lengths():
+    before = sensors()
+    after = shift(before, "rotation", 0)
+    old, new = (p.users[1].train.x.unflatten(1, (2, 3)).norm(dim=2) for p in (before, after))
+    torch.testing.assert_close(old, new, rtol=1e-5, atol=1e-5)
+
+
+def test_shifts_are_applied_in_order():
+    both = shift(sensors(), "gain,offset", 0)
+    chained = shift(shift(sensors(), "gain", 0), "offset", 0)
+    assert both.users[0].train.x.shape == chained.users[0].train.x.shape
+    assert parse_shift("offset,gain:strength=0.2") == "offset,gain"
+    assert shift(sensors(), "", 0).skew == "none"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [(n, "for sensors use gain, offset") for n in IMAGES] + [("rotated", "unknown shift 'rotated'. Did you mean 'rotation'")],
+)
+def test_a_shift_that_does_not_suit_sensors_says_so(name, message):
+    with pytest.raises(UserError, match=message):
+        shift(sensors(), name, 0)
+
+
+def test_a_shift_that_does_not_suit_images_says_so():
+    with pytest.raises(UserError, match="for images use contrast"):
+        shift(images(), "rotation", 0)
+    with pytest.raises(UserError, match="strength must not be negative"):
+        parse_shift("gain:strength=-1")
+
+
+def test_equal_users_have_no_skew_and_made_skew_is_measured():
+    nothing = measure(sensors())
+    assert nothing.label_divergence == pytest.approx(0, abs=1e-12)
+    assert nothing.quantity_cv == 0
+    assert nothing.quantity_ratio == 1
+    assert nothing.feature_w2 == pytest.approx(0, abs=1e-6)
+    assert measure(shift(sensors(), "gain", 0)).feature_w2 > 0.05
+    pool = images()
+    mild, hard = (measure(repartition(pool, f"dirichlet:alpha={a}:clients=8", 0)) for a in (100, 0.1))
+    assert mild.label_divergence < 0.05 < 0.3 < hard.label_divergence <= 1
+    assert measure(repartition(pool, "linear:clients=8", 0)).quantity_cv > 0.4
+
+
+def test_distances_are_those_of_the_moments():
+    x = [torch.randn(20, 3, generator=torch.Generator().manual_seed(i)) * (i + 1) for i in range(3)]
+    m = [Moments.of(v) for v in x]
+    got = statistics_distance([v.mean.numpy() for v in m], [v.variance().numpy() for v in m])
+    assert np.allclose(got, [[float(a.w2(b)) for b in m] for a in m])
