@@ -71,7 +71,12 @@ def evaluate(message: Message, context: Context) -> Message:
     config = message.content.config_records["config"]
     columns = cast(tuple[Column, ...], tuple(cast(list[str], config["columns"])))
     job = Evaluate(
-        here, user, _received(here, message), _kept(here, context, user), columns, cast(bool, config["globally"])
+        here,
+        user,
+        _received(here, message),
+        _kept(here, context, user),
+        columns,
+        cast(bool, config["globally"]),
     )
     return Message(RecordDict({"metrics": scores_to(execute(job))}), reply_to=message)
 

@@ -42,9 +42,7 @@ def scores_from(record: MetricRecord) -> list[Score]:
         row, column, name = key.split("|")
         cells.setdefault((row, column), {})[name] = cast(float, value)
     return [
-        Score(
-            cast(Row, row), cast(Column, column), int(v["n"]), v["accuracy"], v["macro_f1"], v["loss"]
-        )
+        Score(cast(Row, row), cast(Column, column), int(v["n"]), v["accuracy"], v["macro_f1"], v["loss"])
         for (row, column), v in cells.items()
     ]
 

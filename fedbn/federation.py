@@ -46,7 +46,7 @@ class Server:
         self,
         here: Setting,
         updates: Sequence[Update],
-        round: int,  # noqa: A002
+        round: int,
         step: ServerStep | None = None,
     ) -> None:
         """Aggregate: parameters by weighted mean and server step, statistics by the strategy's pool.
@@ -175,7 +175,7 @@ def settled(here: Setting, state: State, answers: Sequence[dict[str, Moments]]) 
     return {k: agreed.get(k, v) for k, v in state.items()}
 
 
-def evaluated(here: Setting, round: int) -> bool:  # noqa: A002
+def evaluated(here: Setting, round: int) -> bool:
     """Whether a round gets a point with accuracies on the curve."""
     return round % here.run.plan.eval_every == 0 or round == here.run.plan.rounds
 
@@ -248,8 +248,10 @@ def federate(
         out.seconds = spent + time.perf_counter() - began
         if on_round:
             on_round(number, out)
-    out.scores = final_scores(_evaluate(here, out, ("aggregated",), global_testers(here)),
-                              _evaluate(here, out, COLUMNS[1:], here.population.seen))
+    out.scores = final_scores(
+        _evaluate(here, out, ("aggregated",), global_testers(here)),
+        _evaluate(here, out, COLUMNS[1:], here.population.seen),
+    )
     out.seconds = spent + time.perf_counter() - began
     return out
 

@@ -23,7 +23,7 @@ class AnyInstanceNorm(_InstanceNorm):
     Without positions (``[N, C]``) a sample has one value a channel and nothing to normalise by: refused.
     """
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+    def forward(self, input: Tensor) -> Tensor:
         """Normalised activations, of the input's shape."""
         if input.dim() < 3:
             raise UserError(
@@ -36,7 +36,7 @@ class AnyInstanceNorm(_InstanceNorm):
 class AnyBatchNorm(_BatchNorm):
     """Batch normalisation of ``[N, C, *positions]``, whatever the number of position axes."""
 
-    def _check_input_dim(self, input: Tensor) -> None:  # noqa: A002
+    def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:
             raise ValueError(f"expected [N, C, *positions], got {list(input.shape)}")
 
@@ -46,9 +46,10 @@ def channels_of(layer: nn.Module) -> int:
     for attribute in ("num_features", "num_channels"):
         if isinstance(c := getattr(layer, attribute, None), int):
             return c
-    if isinstance(shape := getattr(layer, "normalized_shape", None), tuple):
-        return int(shape[0])
-    raise UserError(f"cannot tell the channels of {type(layer).__name__}: give it num_features")
+    raise UserError(
+        f"cannot exchange {type(layer).__name__}: it does not say how many channels (axis 1) it normalises; "
+        "give it num_features, or replace it in the model"
+    )
 
 
 def groups_for(channels: int, *, groups: int | None = None, per_group: int | None = None) -> int:
@@ -64,14 +65,20 @@ def groups_for(channels: int, *, groups: int | None = None, per_group: int | Non
     """
     if groups is not None and groups < 1:
         raise UserError(f"groupnorm: groups={groups} is impossible; give at least 1")
-    if per_group is not None and not 1 <= per_group:
+    if per_group is not None and not per_group >= 1:
         raise UserError(f"groupnorm: channels={per_group} per group is impossible; give at least 1")
     wish = groups if groups is not None else max(1, channels // (per_group or 1))
     return max(g for g in range(1, channels + 1) if channels % g == 0 and g <= wish)
 
 
 def make_norm(
-    kind: Kind, channels: int, *, eps: float, affine: bool, groups: int | None = None, per_group: int | None = None
+    kind: Kind,
+    channels: int,
+    *,
+    eps: float,
+    affine: bool,
+    groups: int | None = None,
+    per_group: int | None = None,
 ) -> nn.Module:
     """A normalisation layer for ``channels`` channels at any number of position axes."""
     match kind:
@@ -92,8 +99,11 @@ def replace_norms(model: nn.Module, make: Callable[[str, nn.Module], nn.Module |
 
     Affine parameters are copied where the shapes allow, so state names stay as they were.
     """
-    for path, layer in list(norm_layers(model).items()):
-        new = make(path, layer)
+    made: dict[int, nn.Module | None] = {}
+    layers = [(path, m) for path, m in model.named_modules(remove_duplicate=False) if is_norm(m)]
+    for path, layer in layers:
+        new = made[id(layer)] if id(layer) in made else make(path, layer)
+        made[id(layer)] = new
         if new is None:
             continue
         for name, old in layer.named_parameters(recurse=False):
@@ -109,9 +119,7 @@ def replace_norms(model: nn.Module, make: Callable[[str, nn.Module], nn.Module |
     return model
 
 
-def convert(
-    model: nn.Module, kind: Kind, *, groups: int | None = None, per_group: int | None = None
-) -> nn.Module:
+def convert(model: nn.Module, kind: Kind, *, groups: int | None = None, per_group: int | None = None) -> nn.Module:
     """Turn every normalisation layer of ``model`` into ``kind``, in place, and return the model.
 
     Names in the state dict stay, and affine parameters are copied, so weights of a BN network load into its

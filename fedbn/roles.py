@@ -77,11 +77,11 @@ def roles(model: nn.Module) -> dict[str, Role]:
     """
     last = head(model)
     table: dict[str, Role] = {}
-    for path, module in model.named_modules():
+    for path, module in model.named_modules(remove_duplicate=False):
         norm = is_norm(module)
         own = [
-            *((n, p, False) for n, p in module.named_parameters(recurse=False)),
-            *((n, b, True) for n, b in module.named_buffers(recurse=False)),
+            *((n, p, False) for n, p in module.named_parameters(recurse=False, remove_duplicate=False)),
+            *((n, b, True) for n, b in module.named_buffers(recurse=False, remove_duplicate=False)),
         ]
         for name, tensor, buffer in own:
             if not tensor.is_floating_point() and not tensor.is_complex():
@@ -91,7 +91,7 @@ def roles(model: nn.Module) -> dict[str, Role]:
             elif norm:
                 role = Role.AFFINE
             else:
-                role = Role.HEAD if path == last else Role.BODY
+                role = Role.HEAD if last is not None and f"{path}.".startswith(f"{last}.") else Role.BODY
             table[f"{path}.{name}" if path else name] = role
     return {k: table[k] for k in model.state_dict()}
 
@@ -113,7 +113,9 @@ def combine(order: dict[str, Role], *parts: State) -> State:
             raise KeyError(f"entries given twice: {sorted(twice)}")
         merged |= part
     if merged.keys() != order.keys():
-        raise KeyError(f"missing {sorted(order.keys() - merged.keys())}, unknown {sorted(merged.keys() - order.keys())}")
+        raise KeyError(
+            f"missing {sorted(order.keys() - merged.keys())}, unknown {sorted(merged.keys() - order.keys())}"
+        )
     return {k: merged[k] for k in order}
 
 

@@ -72,7 +72,7 @@ class Setting:
         """Training examples of one trainer."""
         return self.gathered if user == EVERYONE else self.population.users[user].train
 
-    def sampled(self, round: int) -> list[int]:  # noqa: A002
+    def sampled(self, round: int) -> list[int]:
         """Who trains in a round, in order; drawn by (seed, round) alone."""
         trainers = self.trainers
         count = self.run.plan.clients_per_round
@@ -110,9 +110,9 @@ class Setting:
 
 
 def carve_validation(user: User, share: float = 0.2) -> User:
-    """Training recordings split in time: of each (recording, class) the last ``share`` tests, with one row dropped between.
+    """Split a user's training recordings in time: of each (recording, class) the last ``share`` tests.
 
-    Neighbouring windows overlap, so the row at the boundary belongs to neither side.
+    Neighbouring windows overlap, so the row at the boundary is dropped: it belongs to neither side.
     """
     data = user.train
     train_rows, test_rows = [], []
@@ -191,13 +191,16 @@ def check_data(people: Population) -> None:
                 )
             if tuple(data.x.shape[1:]) != people.shape:
                 raise UserError(
-                    f"user {user.name}: {part} examples have shape {list(data.x.shape[1:])}, others {list(people.shape)}"
+                    f"user {user.name}: {part} examples have shape {list(data.x.shape[1:])}, "
+                    f"others {list(people.shape)}"
                 )
         if i in people.seen:
             trained[user.train.y.cpu()] = True
     if not trained.all():
         missing = [people.classes[i] for i in (~trained).nonzero().flatten().tolist()]
-        raise UserError(f"no seen user has training data of class {', '.join(missing)}: drop the class or see other users")
+        raise UserError(
+            f"no seen user has training data of class {', '.join(missing)}: drop the class or see other users"
+        )
 
 
 def check(made: Setting) -> list[str]:
@@ -208,7 +211,8 @@ def check(made: Setting) -> list[str]:
     wanted = plan.clients_per_round
     if wanted is not None and not made.strategy.gathers and wanted > len(trainers):
         raise UserError(
-            f"--clients-per-round {wanted} asks for more than the {len(trainers)} seen users; choose at most {len(trainers)}"
+            f"--clients-per-round {wanted} asks for more than the {len(trainers)} seen users; "
+            f"choose at most {len(trainers)}"
         )
     sizes = {i: len(made.training_data(i)) for i in trainers}
     stepping = min(plan.batch_size, min(sizes.values()))
@@ -252,4 +256,3 @@ def check(made: Setting) -> list[str]:
     if plan.batch_size == 1 and any(role == "statistics" for role in made.ownership.roles.values()):
         notices.append("batches of one: each window is normalised by itself (instance statistics)")
     return notices
-

@@ -28,9 +28,7 @@ def discover(package: str, base: type[T]) -> dict[str, type[T]]:
     found: dict[str, type[T]] = {}
     root = importlib.import_module(package)
     modules = [importlib.import_module(f"{package}.{m.name}") for m in pkgutil.iter_modules(root.__path__)]
-    candidates = [
-        c for m in modules for c in vars(m).values() if inspect.isclass(c) and c.__module__ == m.__name__
-    ]
+    candidates = [c for m in modules for c in vars(m).values() if inspect.isclass(c) and c.__module__ == m.__name__]
     candidates += [e.load() for e in entry_points(group=package)]
     for cls in candidates:
         if issubclass(cls, base) and cls is not base and not inspect.isabstract(cls):

@@ -126,8 +126,8 @@ class NormStrategy:
         owners = self.owners()
         if owners[Role.BODY] is LOCAL:
             return "none: no model is shared"
-        words = {SHARED: "the server's", SEEDED: "the clients' mean", LOCAL: "initial (0, 1)"}
-        return f"statistics {words[owners[Role.STATISTICS]]}, affine {words[owners[Role.AFFINE]].replace('0, 1', '1, 0')}"
+        words = {SHARED: "the server's", SEEDED: "the clients' mean", LOCAL: "initial"}
+        return f"statistics {words[owners[Role.STATISTICS]]}, scale and shift {words[owners[Role.AFFINE]]}"
 
 
 class StatelessNorm(NormStrategy):

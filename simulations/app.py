@@ -6,9 +6,8 @@ first.
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -35,7 +34,7 @@ from fedbn.federation import (
     settled,
 )
 from fedbn.moments import Moments
-from fedbn.recalibration import union, unflatten
+from fedbn.recalibration import unflatten, union
 from fedbn.roles import State
 from fedbn.run import Run
 from fedbn.setting import EVERYONE, Setting, setting
@@ -65,11 +64,11 @@ class Listener:
     on_end: Callable[[Outcome], None] | None = None
 
 
-_listener: ContextVar[Listener] = ContextVar("listener", default=Listener())
+_listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
 
 
 @contextmanager
-def listening(listener: Listener) -> Iterable[None]:  # type: ignore[misc]
+def listening(listener: Listener) -> Iterator[None]:
     """Attach a listener to the runs of this block."""
     token = _listener.set(listener)
     try:
@@ -86,8 +85,6 @@ def main(grid: Grid, context: Context) -> None:
     outcome = conduct(grid, run, _listener.get())
     if out := str(context.run_config.get("out", "")):
         save_outcome(Path(out), run, outcome)
-
-
 
 
 class Clients:
@@ -160,7 +157,10 @@ def conduct(grid: Grid, run: Run, listener: Listener | None = None) -> Outcome:
         if evaluated(here, number):
             scores = _evaluate(here, clients, out.server.serving, ("aggregated",), ())
         point = Point(
-            number, mean_loss(updates), mean_accuracy(here, scores, unseen=False), mean_accuracy(here, scores, unseen=True)
+            number,
+            mean_loss(updates),
+            mean_accuracy(here, scores, unseen=False),
+            mean_accuracy(here, scores, unseen=True),
         )
         out.curve.append(point)
         out.seconds = spent + time.perf_counter() - began
@@ -212,12 +212,16 @@ def _moments(record: ArrayRecord) -> dict[str, Moments]:
 
 
 def _evaluate(
-    here: Setting, clients: Clients, state: State, columns: tuple[Column, ...], globally: Sequence[int] | set[int]
+    here: Setting,
+    clients: Clients,
+    state: State,
+    columns: tuple[Column, ...],
+    globally: Sequence[int] | set[int],
 ) -> dict[int, list[Score]]:
     record = arrays(state)
 
     def content(user: int) -> RecordDict:
-        config = ConfigRecord({"columns": list(columns), "globally": user in globally})
+        config = ConfigRecord({"columns": [str(c) for c in columns], "globally": user in globally})
         return RecordDict({"arrays": record, "config": config})
 
     replies = clients.ask("evaluate", {user: content(user) for user in served(here)})

@@ -51,9 +51,7 @@ def _print(finding: Finding, console: Console, full: bool) -> None:
     console.print(Padding(Text(f"{finding.lint}: {finding.message}"), (0, 0, 0, 2)))
     if where:
         more = len(finding.where) - len(where)
-        names = ", ".join(name or "the model itself" for name in where) + (
-            f" and {more} more" if more else ""
-        )
+        names = ", ".join(name or "the model itself" for name in where) + (f" and {more} more" if more else "")
         console.print(Padding(Text(f"in {names}", style="dim"), (0, 0, 0, 6)))
     console.print(Padding(Text(f"fix: {finding.fix}", style="green"), (0, 0, 0, 6)))
 
@@ -85,9 +83,7 @@ def layer_table(audit: Audit) -> Table:
 
 def role_table(audit: Audit) -> Table:
     """Owner, entries and bytes of each role."""
-    table = Table(
-        title="Per role; bytes down and up are per client and round", title_justify="left", show_footer=True
-    )
+    table = Table(title="Per role; bytes down and up are per client and round", title_justify="left", show_footer=True)
     table.add_column("role", "total")
     table.add_column("owner")
     down, up = size(audit.bytes_down), size(audit.bytes_up)
@@ -129,9 +125,7 @@ def _owners(layer: Iterable[Entry]) -> Text:
     entries = list(layer)
     told = [e for e in entries if e.role != Role.COUNTER] or entries
     owners = dict.fromkeys(e.owner for e in told)
-    return Text(
-        "; ".join(f"{', '.join(dict.fromkeys(e.role for e in told if e.owner == o))} {o}" for o in owners)
-    )
+    return Text("; ".join(f"{', '.join(dict.fromkeys(e.role for e in told if e.owner == o))} {o}" for o in owners))
 
 
 @dataclass

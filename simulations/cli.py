@@ -49,6 +49,7 @@ class Kind(StrEnum):
 
 def main() -> None:
     """Entry point: user mistakes become one line and exit code 2, an interruption exit code 130."""
+    sys.path.insert(0, "")  # a model or scenario of the user's lies where the command is given
     try:
         app()
     except UserError as error:
@@ -79,11 +80,17 @@ def compare(
         str | None,
         typer.Option(help="With --data: columns as x=acc:y=activity:user=subject:recording=session."),
     ] = None,
-    strategies: Annotated[str | None, typer.Option(help="Comma-separated, or 'all'; the first is the reference.")] = None,
+    strategies: Annotated[
+        str | None, typer.Option(help="Comma-separated, or 'all'; the first is the reference.")
+    ] = None,
     seeds: Annotated[int | None, typer.Option(help="Paired seeds. [default: 3]")] = None,
     model: Annotated[str | None, typer.Option(help="Built-in name or package.module:factory.")] = None,
-    partition: Annotated[str | None, typer.Option(help="E.g. dirichlet:alpha=0.1:clients=20. [default: natural]")] = None,
-    shift: Annotated[str | None, typer.Option(help="Feature shift between users, e.g. rotation:strength=0.5,gain.")] = None,
+    partition: Annotated[
+        str | None, typer.Option(help="E.g. dirichlet:alpha=0.1:clients=20. [default: natural]")
+    ] = None,
+    shift: Annotated[
+        str | None, typer.Option(help="Feature shift between users, e.g. rotation:strength=0.5,gain.")
+    ] = None,
     rounds: Annotated[int | None, typer.Option(help="Communication rounds.")] = None,
     clients_per_round: Annotated[int | None, typer.Option(help="Users drawn a round; default all.")] = None,
     local_epochs: Annotated[int | None, typer.Option(help="Passes over a user's data a round.")] = None,
@@ -99,9 +106,13 @@ def compare(
     ] = None,
     server_lr: Annotated[float | None, typer.Option(help="Server learning rate.")] = None,
     eval_every: Annotated[int | None, typer.Option(help="Rounds between points on the curve.")] = None,
-    tune: Annotated[bool, typer.Option("--tune", help="Choose each strategy's learning rate on validation data.")] = False,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Choose each strategy's learning rate on validation data.")
+    ] = False,
     grid: Annotated[str | None, typer.Option(help="Learning rates for --tune, comma-separated.")] = None,
-    engine: Annotated[EngineName, typer.Option(help="How runs are executed; the numbers are the same.")] = EngineName.GRID,
+    engine: Annotated[
+        EngineName, typer.Option(help="How runs are executed; the numbers are the same.")
+    ] = EngineName.GRID,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
     workers: Workers = None,
     out: Out = None,
@@ -152,7 +163,12 @@ def compare(
     place = out or Path("results") / experiment.scenario.split(":")[0]
     _conduct(
         lambda **told: conduct(
-            experiment, place, engine=engine.value, workers=workers, command=shlex.join(["fedbn", *sys.argv[1:]]), **told
+            experiment,
+            place,
+            engine=engine.value,
+            workers=workers,
+            command=shlex.join(["fedbn", *sys.argv[1:]]),
+            **told,
         ),
         place,
         as_json,
@@ -209,6 +225,8 @@ def audit(
     from fedbn.audit import audit_model
     from simulations.audit_view import show
 
+    if any(not n.is_integer() or n < 1 for n in _numbers(shape)):
+        raise UserError(f"--shape takes positive whole numbers such as 3,32,32, not {shape!r}")
     found = audit_model(model, strategy, tuple(int(n) for n in _numbers(shape)), classes)
     if as_json:
         print(json.dumps(found.as_dict(), indent=1))
@@ -296,7 +314,12 @@ def _show(directory: Path, as_json: bool) -> None:
     if as_json:
         matrix = json.loads(comparison.matrix().to_json(orient="records"))
         paired = json.loads(comparison.paired().to_json(orient="records"))
-        print(json.dumps({"answer": answer(comparison), "matrix": matrix, "paired": paired, "report": str(page)}, indent=1))
+        print(
+            json.dumps(
+                {"answer": answer(comparison), "matrix": matrix, "paired": paired, "report": str(page)},
+                indent=1,
+            )
+        )
     else:
         show(comparison, console)
         console.print(f"report: {page.resolve()}", soft_wrap=True)

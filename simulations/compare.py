@@ -127,7 +127,7 @@ _events: Any = None
 
 
 def _start_worker(events: Any) -> None:
-    global _events  # noqa: PLW0603
+    global _events
     _events = events
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
     torch.set_num_threads(1)
@@ -334,7 +334,8 @@ def measured_shift(experiment: Experiment, tasks: Sequence[Task]) -> dict[str, A
                     "layer": layer,
                     "users": names,
                     "distance": statistics_distance(
-                        [m[layer].mean.numpy() for m in moments], [m[layer].variance().numpy() for m in moments]
+                        [m[layer].mean.numpy() for m in moments],
+                        [m[layer].variance().numpy() for m in moments],
                     ).tolist(),
                 }
                 for layer in moments[0]

@@ -26,7 +26,9 @@ Engine = Literal["reference", "grid", "ray"]
 OnRound = Callable[[int, Outcome], None]
 
 
-def execute(run: Run, engine: Engine = "grid", resume: Outcome | None = None, on_round: OnRound | None = None) -> Outcome:
+def execute(
+    run: Run, engine: Engine = "grid", resume: Outcome | None = None, on_round: OnRound | None = None
+) -> Outcome:
     """Execute a run, or the rest of one.
 
     Args:
@@ -74,8 +76,4 @@ def _in_process(run: Run, resume: Outcome | None, on_round: OnRound | None) -> O
 
 
 def _server_context(grid: InProcessGrid, config: dict[str, str]) -> Context:
-    return Context(
-        run_id=grid.run.run_id, node_id=1, node_config={}, state=RecordDict(), run_config=dict(config)
-    )
-
-
+    return Context(run_id=grid.run.run_id, node_id=1, node_config={}, state=RecordDict(), run_config=dict(config))

@@ -81,9 +81,7 @@ def svg(figure: Figure, name: str, description: str) -> str:
     """
     buffer = io.StringIO()
     with mpl.rc_context(_STYLE):
-        FigureCanvasSVG(figure).print_svg(
-            buffer, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        )
+        FigureCanvasSVG(figure).print_svg(buffer, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r'(\bid="|url\(#|xlink:href="#)', rf"\g<1>{name}-", text)
@@ -152,9 +150,9 @@ def paired_figure(comparison: Comparison, row: str, column: str, metric: str = "
     }
     if not found:
         return None
-    across = min(4, len(found))
-    down = math.ceil(len(found) / across)
-    figure = Figure(figsize=(1.0 + 1.9 * across, 0.5 + 1.75 * down), layout="constrained")
+    down = math.ceil(len(found) / 5)
+    across = math.ceil(len(found) / down)
+    figure = Figure(figsize=(min(8.6, 1.0 + 2.4 * across), 0.5 + 1.9 * down), layout="constrained")
     panels = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
     lines = comparison.paired(metric).query("row == @row and column == @column").set_index("strategy")
     for axes, (strategy, differences) in zip(panels.flat, found.items()):
@@ -199,11 +197,9 @@ def convergence_figure(comparison: Comparison) -> Figure | None:
             place = comparison.strategies.index(strategy)
             colour = _colour(place)
             by_round = lines.groupby("round")[name].agg(["mean", "min", "max"])
-            axes.fill_between(
-                by_round.index, by_round["min"], by_round["max"], color=colour, alpha=0.15, linewidth=0
-            )
+            axes.fill_between(by_round.index, by_round["min"], by_round["max"], color=colour, alpha=0.15, linewidth=0)
             (handles[strategy],) = axes.plot(
-                by_round.index, by_round["mean"], color=colour, **_stroke(place), markevery=0.2
+                by_round.index, by_round["mean"], color=colour, **_stroke(place), markersize=3, markevery=0.2
             )
         axes.set_title(titles[name])
         axes.set_xlabel("round")
@@ -238,9 +234,7 @@ def shift_figure(comparison: Comparison) -> Figure | None:
         _name_users(axes, layer["users"])
     for axes in panels.flat[len(layers) :]:
         axes.set_visible(False)
-    figure.colorbar(panels.flat[0].images[0], ax=panels, label="distance", shrink=0.8).outline.set_visible(
-        False
-    )
+    figure.colorbar(panels.flat[0].images[0], ax=panels, label="distance", shrink=0.8).outline.set_visible(False)
     return figure
 
 

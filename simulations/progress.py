@@ -6,7 +6,14 @@ from collections.abc import Sequence
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from simulations.compare import Event, Task
 
@@ -47,9 +54,7 @@ class Bars:
         self.done = dict.fromkeys(self.tasks, 0)
         self.ended = 0
         self.progress.remove_task(self.total)
-        self.total = self.progress.add_task(
-            f"{title} {len(tasks)} runs", total=sum(t.run.plan.rounds for t in tasks)
-        )
+        self.total = self.progress.add_task(f"{title} {len(tasks)} runs", total=sum(t.run.plan.rounds for t in tasks))
 
     def report(self, event: Event) -> None:
         """A round or a run is done."""
@@ -62,5 +67,3 @@ class Bars:
             if run.validation:
                 line += f", lr {run.plan.lr:g} (validation)"
             self.console.print(line, highlight=False)
-
-

@@ -3,8 +3,8 @@
 A session owns all it starts: a SuperLink on a free loopback port, and below one temporary directory Flower's
 home and Ray's files. ``flwr run`` says neither whether a run succeeded nor what came of it, so the status is
 read from ``flwr list`` and the outcome from the file that the ServerApp writes. The app handed to Flower holds
-two references to the installed packages and no code: in a checkout and from a wheel, what runs is what the
-caller imports.
+no code, only the caller's module search path and two references: in a checkout and from a wheel, what runs is
+what the caller imports.
 
 What the clients keep stays with them: Ray gives no access to it, and `Outcome.kept` is empty.
 """
@@ -65,11 +65,18 @@ APP: dict[str, Any] = {
     },
 }
 
-# Flower looks for an assignment to `app` in the source before it runs anything.
-MODULES = {
-    "fedbn_ray_server.py": "import simulations.app\n\napp = simulations.app.app\n",
-    "fedbn_ray_client.py": "import clients.app\n\napp = clients.app.app\n",
-}
+MODULES = {"fedbn_ray_server.py": "simulations.app", "fedbn_ray_client.py": "clients.app"}
+
+# Flower puts its copy of the app first, and wants to see `app` assigned before it runs anything.
+MODULE = """import sys
+
+caller = {paths!r}
+sys.path[:] = [*caller, *(path for path in sys.path if path not in caller)]
+
+import {module}
+
+app = {module}.app
+"""
 
 PRIVATE = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -273,13 +280,11 @@ class _Link:
     def _environment(self) -> dict[str, str]:
         # A Ray cluster that the caller talks to is none of ours; all else (caches, say) reaches the workers.
         kept = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "RAY_TMPDIR")}
-        modules = [*filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)), os.getcwd()]
         own = {
             "FLWR_HOME": str(self.place / "home"),
             "TMPDIR": str(self.place / "tmp"),
             "RAY_TMPDIR": str(self.place / "tmp"),
             "PATH": os.pathsep.join([_scripts(), os.environ.get("PATH", os.defpath)]),
-            "PYTHONPATH": os.pathsep.join(modules),
         }
         return kept | PRIVATE | own
 
@@ -301,8 +306,10 @@ def _connection(port: int) -> dict[str, Any]:
 def _write_app(place: Path) -> None:
     place.mkdir()
     (place / "pyproject.toml").write_text(tomli_w.dumps(APP))
-    for name, text in MODULES.items():
-        (place / name).write_text(text)
+    # Of a console script the working directory is no part of the path, but models named by the user are there.
+    paths = [path or os.getcwd() for path in [*sys.path, ""]]
+    for name, module in MODULES.items():
+        (place / name).write_text(MODULE.format(paths=paths, module=module))
 
 
 def _federation(users: int, actors: int, device: str) -> str:

@@ -161,6 +161,20 @@ def worst_of_users(values: np.ndarray) -> np.ndarray:
     return np.nanmean(np.where(size > 0, total / np.maximum(size, 1), np.nan), axis=-1)
 
 
+def uniform(values: np.ndarray) -> bool:
+    """Whether ``[users, seeds]`` hold one observation a seed, repeated for several users.
+
+    So it is where all users hold one model and meet the same test data. Users may be in different seeds,
+    and then their means differ although nothing distinguishes the users.
+
+    >>> uniform(np.array([[0.8, 0.7], [0.8, np.nan]])), uniform(np.array([[0.8, np.nan], [np.nan, 0.7]]))
+    (True, False)
+    """
+    present = (~np.isnan(values)).sum(axis=0)
+    spread = np.nanmax(values, axis=0) - np.nanmin(values, axis=0)
+    return bool((present > 1).any() and (spread < 1e-12).all())
+
+
 def user_interval(statistic: Statistic, *samples: np.ndarray) -> Interval:
     """Percentile interval of a statistic when users are resampled, their seeds kept together.
 
@@ -171,7 +185,7 @@ def user_interval(statistic: Statistic, *samples: np.ndarray) -> Interval:
         samples: ``[users, seeds]`` each, the same users in the same order.
     """
     users = len(samples[0])
-    if users < 2 or all(np.ptp(np.nanmean(values, axis=1)) < 1e-12 for values in samples):
+    if users < 2 or all(uniform(values) or np.ptp(np.nanmean(values, axis=1)) < 1e-12 for values in samples):
         return NO_INTERVAL
 
     def resampled(index: np.ndarray, axis: int) -> np.ndarray:
@@ -227,9 +241,7 @@ def estimate(statistic: Statistic, *samples: np.ndarray) -> Estimate:
         [float(statistic(*(values[present[:, s], s : s + 1] for values in samples))) for s in range(n_seeds)]
     )
     sd, seeds = seed_interval(per_seed)
-    return Estimate(
-        float(statistic(*samples)), user_interval(statistic, *samples), sd, seeds, n_users, n_seeds
-    )
+    return Estimate(float(statistic(*samples)), user_interval(statistic, *samples), sd, seeds, n_users, n_seeds)
 
 
 def signed_rank(differences: np.ndarray) -> float:
@@ -316,8 +328,7 @@ class Comparison:
         directory = Path(directory)
         if not (directory / "comparison.json").is_file():
             raise UserError(
-                f"{directory} is no comparison: it has no comparison.json. Give the directory that the "
-                "comparison wrote"
+                f"{directory} is no comparison: it has no comparison.json. Give the directory that the comparison wrote"
             )
         meta = _read(directory / "comparison.json")
         runs, foreign = _finished(directory, meta)
@@ -328,9 +339,7 @@ class Comparison:
         if len(runs) < planned:
             notices.insert(0, f"{planned - len(runs)} of {planned} runs are not finished and left out.")
         if foreign:
-            notices.append(
-                f"Runs of no strategy and seed of this comparison, left out: {', '.join(foreign)}."
-            )
+            notices.append(f"Runs of no strategy and seed of this comparison, left out: {', '.join(foreign)}.")
         notices += [f"{r['strategy']}, seed {r['seed']}: {n}" for _, r in runs for n in r.get("notices", [])]
         shift = directory / "shift.json"
         return cls(
@@ -338,11 +347,13 @@ class Comparison:
             meta=meta,
             shift=_read(shift) if shift.is_file() else {},
             runs=_runs(runs),
-            evaluations=_lines(
-                runs,
-                "evaluations",
-                {"user": "str", "domain": "str", "row": "str", "column": "str", "n": "int64"}
-                | dict.fromkeys(METRICS, "float64"),
+            evaluations=_held_by_all(
+                _lines(
+                    runs,
+                    "evaluations",
+                    {"user": "str", "domain": "str", "row": "str", "column": "str", "n": "int64"}
+                    | dict.fromkeys(METRICS, "float64"),
+                )
             ),
             curves=_lines(
                 runs,
@@ -412,14 +423,17 @@ class Comparison:
         for strategy in self.strategies[1:]:
             for row, column in self.cells:
                 found = self._contrast(strategy, self.reference, row, column, metric)
-                by_user = self.differences(strategy, row, column, metric).to_numpy()
+                gap = self._gap(strategy, row, column, metric)
+                by_user = gap.mean(axis=1).to_numpy()
                 line = (strategy, self.reference, row, column, *_flat(found))
                 if row == "worst" or not by_user.size:
                     lines.append((*line, math.nan, pd.NA, pd.NA))
                     continue
                 gain = by_user if METRICS[metric] else -by_user
                 better, worse = int((gain > POINT).sum()), int((gain < -POINT).sum())
-                lines.append((*line, signed_rank(by_user), better, worse))
+                # One observation repeated is no sample of users, except that nothing differs is a fact.
+                repeated = by_user.any() and uniform(gap.to_numpy())
+                lines.append((*line, math.nan if repeated else signed_rank(by_user), better, worse))
         frame = pd.DataFrame(
             lines,
             columns=[
@@ -439,10 +453,7 @@ class Comparison:
 
     def differences(self, strategy: str, row: str, column: str, metric: str = "accuracy") -> pd.Series:
         """Strategy minus reference by user, mean over common seeds, ascending; empty if a side lacks it."""
-        ours, theirs = (self.values(s, row, column, metric) for s in (strategy, self.reference))
-        if ours.empty or theirs.empty:
-            return pd.Series(dtype=float)
-        return (ours - theirs).mean(axis=1).dropna().sort_values()
+        return self._gap(strategy, row, column, metric).mean(axis=1).sort_values()
 
     @_remembered
     def clear_best(self, metric: str = "accuracy") -> set[tuple[str, str, str]]:
@@ -545,6 +556,13 @@ class Comparison:
             for key, lines in known.groupby(["strategy", "row", "column"], sort=False)
         }
 
+    def _gap(self, strategy: str, row: str, column: str, metric: str) -> pd.DataFrame:
+        """Strategy minus reference, users x seeds, of what both have; empty if a side lacks the cell."""
+        ours, theirs = (self.values(s, row, column, metric) for s in (strategy, self.reference))
+        if ours.empty or theirs.empty:
+            return pd.DataFrame(dtype=float)
+        return (ours - theirs).dropna(how="all").dropna(how="all", axis=1)
+
     def _contrast(self, ours: str, theirs: str, row: str, column: str, metric: str) -> Estimate:
         """Ours minus theirs on the users and seeds that both have."""
         a, b = (self.values(strategy, row, column, metric) for strategy in (ours, theirs))
@@ -606,6 +624,20 @@ def _lines(runs: list[tuple[str, dict[str, Any]]], key: str, types: dict[str, st
     ]
     frame = pd.DataFrame(records, columns=["strategy", "seed", *types])
     return frame.astype({"strategy": "str", "seed": "int64", **types})
+
+
+def _held_by_all(evaluations: pd.DataFrame) -> pd.DataFrame:
+    """Give every seen user the global test of the model that all of them hold.
+
+    A run tests one model on the pooled data once, and writes it down under its first user. Every user holds
+    that model; without their lines a strategy with a model for each user could be compared on one user only.
+    """
+    run = ["strategy", "seed"]
+    cell = [*run, "column"]
+    single = evaluations[evaluations["row"] == "global"].drop_duplicates(cell, keep=False)
+    seen = evaluations.loc[evaluations["row"] == "own", [*run, "user", "domain"]].drop_duplicates()
+    everybody = single.drop(columns=["user", "domain"]).merge(seen, on=run)[evaluations.columns]
+    return pd.concat([evaluations.drop(single.index), everybody], ignore_index=True)
 
 
 def _runs(runs: list[tuple[str, dict[str, Any]]]) -> pd.DataFrame:

@@ -28,7 +28,7 @@ def server_step(plan: Plan) -> ServerStep | None:
     if plan.server_optimizer == "none":
         return None
 
-    def step(round: int, old: State, mean: State, memory: State) -> tuple[State, State]:  # noqa: A002
+    def step(round: int, old: State, mean: State, memory: State) -> tuple[State, State]:
         content = RecordDict({"arrays": _record(mean), "metrics": MetricRecord({"num-examples": 1})})
         with _quiet():
             optimizer = _make(plan)

@@ -60,7 +60,9 @@ def write_atomically(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; choose another --out or free the disk") from None
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}; choose another --out or free the disk"
+        ) from None
 
 
 def save_outcome(path: Path, run: Run, outcome: Outcome, sources: dict[str, str] | None = None) -> None:
@@ -102,7 +104,9 @@ def load_outcome(path: Path, run: Run, sources: dict[str, str] | None = None) ->
             f"{path} was made with other versions ({changed}): install those, or start afresh with another --out"
         )
     if sources is not None and header["sources"] != sources:
-        raise UserError(f"{path} was made on other data (hashes differ): restore them, or start afresh with another --out")
+        raise UserError(
+            f"{path} was made on other data (hashes differ): restore them, or start afresh with another --out"
+        )
     state = _under("server", tensors)
     serving = _under("serving", tensors)
     return Outcome(
@@ -120,7 +124,9 @@ def _read(path: Path) -> tuple[dict[str, Any], State]:
             header = json.loads((file.metadata() or {})["outcome"])
             return header, {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
     except (SafetensorError, KeyError, json.JSONDecodeError, OSError) as error:
-        raise UserError(f"checkpoint {path} cannot be read ({error}): delete it and resume; its run starts anew") from None
+        raise UserError(
+            f"checkpoint {path} cannot be read ({error}): delete it and resume; its run starts anew"
+        ) from None
 
 
 def _prefixed(prefix: str, state: State) -> State:

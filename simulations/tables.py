@@ -1,7 +1,8 @@
 """A comparison in the terminal: the answer in words, the evaluation matrix, paired differences, cost.
 
 Strategies stand below each other within one treatment of the statistics, because that is what one
-compares. Bold is earned: the paired interval against *every* other strategy excludes zero.
+compares. A star is earned: the paired interval against *every* other strategy excludes zero. It is printed
+besides being bold, because a pipe or a log has no bold.
 """
 
 from __future__ import annotations
@@ -9,25 +10,35 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import pandas as pd
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fedbn.roles import Role
+from fedbn.strategy import strategies
 from simulations.results import COLUMNS, METRICS, ROWS, Comparison, Interval, bracket, cell, number, signed
 
 #: A difference is called clear when its interval excludes 0 and its corrected p is below this.
 ALPHA = 0.05
+#: Of a longer label this much must fit on one line beside the numbers.
+SHORTEST_LABEL = 12
 
 
 def answer(comparison: Comparison, metric: str = "accuracy") -> str:
     """The finding in words, one sentence per kind of test: best strategy against the reference.
 
+    A strategy that gathers all data in one place is a bound, no choice that a federation has, and is not named.
     The best of several is named, so its difference is a little optimistic; "clear" therefore also asks
     for the p-value corrected for all comparisons. An interval that includes 0 is called no clear difference.
     """
-    rows = [row for row in ("own", "global", "unseen") if any(row == r for r, _ in comparison.cells)]
-    return " ".join(_sentence(comparison, row, metric) for row in rows)
+    return " ".join(sentences(comparison, metric))
+
+
+def sentences(comparison: Comparison, metric: str = "accuracy") -> list[str]:
+    """The sentences of `answer`, one per kind of test that the comparison has."""
+    rows = dict.fromkeys(row for row, _ in comparison.cells if row != "worst")
+    return [_sentence(comparison, row, metric) for row in rows]
 
 
 def is_clear(line: Any) -> bool:
@@ -35,71 +46,85 @@ def is_clear(line: Any) -> bool:
     return _interval(line)[0].excludes_zero and not line.p_adjusted >= ALPHA
 
 
+def is_bound(label: str) -> bool:
+    """Whether a strategy gathers all data in one place; False for one that is not installed here.
+
+    >>> is_bound("centralised"), is_bound("groupnorm:groups=4"), is_bound("somebody's")
+    (True, False, False)
+    """
+    known = strategies().get(label.partition(":")[0])
+    return known is not None and known.gathers
+
+
 def show(comparison: Comparison, console: Console | None = None, metric: str = "accuracy") -> None:
-    """Print answer, matrix, paired differences and cost."""
+    """Print answer, matrix, paired differences and cost, at most as wide as the console."""
     console = console or Console()
     console.print(Text(answer(comparison, metric), style="bold"), "")
-    console.print(matrix_table(comparison, metric), "")
+    console.print(matrix_table(comparison, metric, console.width), "")
     if len(comparison.strategies) > 1:
-        console.print(paired_table(comparison, metric), "")
+        console.print(paired_table(comparison, metric, console.width), "")
     console.print(cost_table(comparison))
     for notice in comparison.notices:
         console.print(Text(f"Note: {notice}", style="yellow"))
 
 
-def matrix_table(comparison: Comparison, metric: str = "accuracy") -> Table:
+def matrix_table(comparison: Comparison, metric: str = "accuracy", width: int = 100) -> Table:
     """Mean over users with its 95 % interval; sections by how the statistics were obtained."""
     best = comparison.clear_best(metric)
-    text = {
-        (line.column, line.strategy, line.row): Text(
-            cell(line.mean, line.ci_low, line.ci_high),
-            style="bold" if (line.strategy, line.row, line.column) in best else "",
-        )
-        for line in comparison.matrix(metric).dropna(subset="mean").itertuples()
-    }
+    text = {}
+    for line in comparison.matrix(metric).dropna(subset="mean").itertuples():
+        star = "*" if (line.strategy, line.row, line.column) in best else ""
+        parts = number(line.mean), bracket(line.ci_low, line.ci_high) + star
+        text[line.column, line.strategy, line.row] = parts
     return _sections(
         comparison,
         comparison.strategies,
+        list(comparison.meta["columns"]),
         text,
-        f"{_metric(metric)}, mean over users [95 % interval, users resampled], {_size(comparison)}",
-        "Bold: better than each other strategy, every paired interval excludes 0.",
+        width,
+        title=f"{_metric(metric)}, mean over users [95 % interval], {_size(comparison)}",
+        caption="*: better than each other strategy, every paired interval excludes 0." if best else None,
     )
 
 
-def paired_table(comparison: Comparison, metric: str = "accuracy") -> Table:
-    """Each strategy minus the reference, user by user."""
+def paired_table(comparison: Comparison, metric: str = "accuracy", width: int = 100) -> Table:
+    """Each strategy minus the reference, user by user, in the first column of the matrix.
+
+    The other columns and the worst users are on the report's page: a terminal is no place for all of it.
+    """
+    first = next(c for c in comparison.meta["columns"] if any(c == column for _, column in comparison.cells))
     text = {}
     for line in comparison.paired(metric).dropna(subset="difference").itertuples():
-        value = Text(
-            cell(line.difference, line.ci_low, line.ci_high, signed), style="bold" if is_clear(line) else ""
-        )
-        if not pd.isna(line.better):
-            value.append(f"\n{p_value(line.p_adjusted)}  {line.better}↑ {line.worse}↓", style="dim")
-        text[line.column, line.strategy, line.row] = value
+        if line.row == "worst":
+            continue
+        shown = cell(line.difference, line.ci_low, line.ci_high, signed) + ("*" if is_clear(line) else "")
+        counts = f"{line.better}↑ {line.worse}↓" if line.row != "global" else ""
+        text[line.column, line.strategy, line.row] = (*shown.split(" ", 1), counts)
     return _sections(
         comparison,
         comparison.strategies[1:],
+        [first],
         text,
-        f"{_metric(metric)} minus that of {comparison.reference}, same users and seeds [95 % interval]",
-        "p: Wilcoxon signed-rank over users, Benjamini-Hochberg over this table. "
-        "↑ ↓: users that gain or lose more than one point.\nBold: interval excludes 0 and p < .05.",
+        width,
+        title=f"{_metric(metric)} minus that of {comparison.reference}, same users and seeds [95 % interval]",
+        caption="*: interval excludes 0 and corrected p < .05. ↑ ↓: users gaining, losing over one point. "
+        "More in the report.",
     )
 
 
 def cost_table(comparison: Comparison) -> Table:
     """Who owns what, bytes per client and round, seconds per run."""
     owners = comparison.traffic()
-    roles = list(dict.fromkeys(owners["role"]))
+    # Step counters are always the client's own and never travel.
+    roles = [role for role in dict.fromkeys(owners["role"]) if role != Role.COUNTER]
     seconds = comparison.seconds().set_index("strategy")
-    table = Table(
+    table = _table(
         title="Owner of each role, bytes per client and round, seconds per run",
-        title_justify="left",
         caption="shared: the server's. seeded: the client's own, averaged for newcomers. local: stays.",
-        caption_justify="left",
     )
-    table.add_column("strategy")
+    table.add_column("strategy", overflow="fold")
     for name in roles:
-        table.add_column(name)
+        table.add_column(name, no_wrap=True)
     for name in ("down", "up", "seconds", "lr"):
         table.add_column(name, justify="right")
     for strategy in seconds.index:
@@ -140,26 +165,50 @@ def size(count: float) -> str:
     return f"{count:.0f} B"
 
 
+def _table(title: str, caption: str | None) -> Table:
+    return Table(
+        title=Text(title, style="bold"),
+        title_justify="left",
+        caption=Text(caption, style="dim") if caption else None,
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+
+
 def _sections(
     comparison: Comparison,
     strategies: list[str],
-    text: dict[tuple[str, str, str], Text],
+    columns: list[str],
+    text: dict[tuple[str, str, str], tuple[str, ...]],
+    width: int,
+    *,
     title: str,
-    caption: str,
+    caption: str | None,
 ) -> Table:
-    """Strategies down, rows of the matrix across, one section per column of the matrix."""
-    rows = list(dict.fromkeys(row for row, _ in comparison.cells))
-    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
-    table.add_column("strategy")
+    """Strategies down, rows of the matrix across, one section per column of the matrix.
+
+    The parts of a cell stand beside each other where the console is wide enough, else below each other.
+    """
+    rows = [r for r in ROWS if any(row == r and column in columns for column, _, row in text)]
+    spans = [max(len(" ".join(filter(None, parts))) for key, parts in text.items() if key[2] == r) for r in rows]
+    longest = max(map(len, strategies))
+    wide = sum(span + 2 for span in spans) + min(longest, SHORTEST_LABEL) <= width
+    table = _table(title, caption)
+    table.add_column("strategy", overflow="fold")
     for row in rows:
-        table.add_column(ROWS[row][0])
-    for column in comparison.meta["columns"]:
+        table.add_column(ROWS[row][0], no_wrap=wide)
+    for column in columns:
         present = [s for s in strategies if any((column, s, row) in text for row in rows)]
         if present:
-            table.add_row(Text(COLUMNS[column][0], style="italic dim"))
+            table.add_row(Text(COLUMNS[column][0], style="italic"))
         for strategy in present:
-            table.add_row(Text(strategy), *(text.get((column, strategy, row), Text("–")) for row in rows))
-        table.add_section()
+            cells = (text.get((column, strategy, row), ("–",)) for row in rows)
+            joined = [(" " if wide else "\n").join(filter(None, parts)) for parts in cells]
+            style = ["bold" if "*" in cell else "" for cell in joined]
+            table.add_row(Text(strategy), *map(Text, joined, style))
     return table
 
 
@@ -173,23 +222,18 @@ def _sentence(comparison: Comparison, row: str, metric: str) -> str:
     if lines.empty:
         known = means.dropna()
         return f"{title}: " + ", ".join(f"{name} {number(mean)}" for name, mean in known.items()) + "."
-    best = next(
-        lines.sort_values("difference", ascending=not METRICS[metric], kind="stable").head(1).itertuples()
-    )
+    choices = lines[~lines["strategy"].map(is_bound)]
+    lines = choices if len(choices) else lines
+    best = next(lines.sort_values("difference", ascending=not METRICS[metric], kind="stable").head(1).itertuples())
     ours, theirs = (
         f"{best.strategy} {number(means[best.strategy])}",
         f"{reference} {number(means[reference])}",
     )
     gain = best.difference if METRICS[metric] else -best.difference
     interval, over = _interval(best)
-    evidence = ", ".join(
-        part
-        for part in (
-            f"{cell(best.difference, *interval, signed)}{over}",
-            _count(best.n_users, "user"),
-            _count(best.n_seeds, "seed"),
-        )
-    )
+    # Where the interval is over seeds, all users hold one model: they are no evidence to be counted.
+    users = [] if over else [count(best.n_users, "user")]
+    evidence = ", ".join([cell(best.difference, *interval, signed) + over, *users, count(best.n_seeds, "seed")])
     if not best.difference:
         return f"{title}: {ours} and {theirs} do not differ ({evidence})."
     if not math.isfinite(interval.low):
@@ -205,9 +249,7 @@ def _interval(line: Any) -> tuple[Interval, str]:
     """The interval over users, or over seeds where users admit none, and how to say so."""
     if math.isfinite(line.ci_low):
         return Interval(line.ci_low, line.ci_high), ""
-    return Interval(line.seed_low, line.seed_high), " over seeds" if bracket(
-        line.seed_low, line.seed_high
-    ) else ""
+    return Interval(line.seed_low, line.seed_high), " over seeds" if bracket(line.seed_low, line.seed_high) else ""
 
 
 def _metric(metric: str) -> str:
@@ -217,9 +259,14 @@ def _metric(metric: str) -> str:
 def _size(comparison: Comparison) -> str:
     seen = comparison.evaluations.query("row == 'own'")["user"].nunique()
     unseen = comparison.evaluations.query("row == 'unseen'")["user"].nunique()
-    users = f"{_count(seen, 'seen user')}, " + (f"{unseen} unseen, " if unseen else "")
-    return users + _count(comparison.runs["seed"].nunique(), "seed")
+    users = f"{count(seen, 'seen user')}, " + (f"{unseen} unseen, " if unseen else "")
+    return users + count(comparison.runs["seed"].nunique(), "seed")
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+def count(many: int, noun: str) -> str:
+    """A number of things.
+
+    >>> count(1, "user"), count(24, "user")
+    ('1 user', '24 users')
+    """
+    return f"{many} {noun}{'' if many == 1 else 's'}"

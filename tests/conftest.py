@@ -6,7 +6,6 @@ import torch
 
 from fedbn.run import Run, plan_for
 
-
 hypothesis.settings.register_profile("fedbn", deadline=None, max_examples=60, derandomize=True)
 hypothesis.settings.load_profile("fedbn")
 

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from rich.console import Console
 from torch import nn
 
-from fedbn.audit import EXAMPLES, LINTS, audit, audit_model, measure
+from fedbn.audit import audit, audit_model
 from fedbn.errors import UserError
+from fedbn.lints import EXAMPLES, LINTS, measure
 from fedbn.models import build, models
 from fedbn.roles import Role, norm_layers, roles
 from fedbn.strategies.fedbn import FedBN
@@ -37,9 +38,7 @@ class BasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(width)
         self.downsample = None
         if stride != 1 or before != width:
-            self.downsample = nn.Sequential(
-                nn.Conv2d(before, width, 1, stride, bias=False), nn.BatchNorm2d(width)
-            )
+            self.downsample = nn.Sequential(nn.Conv2d(before, width, 1, stride, bias=False), nn.BatchNorm2d(width))
 
     def forward(self, x):
         h = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
@@ -162,9 +161,7 @@ def test_matching_is_case_sensitive():
 
 
 def test_other_kinds_are_called_by_their_name():
-    assert (
-        "1 of 1 normalisation layers" in only(small(norm=lambda c: nn.GroupNorm(2, c)), "name-misses").message
-    )
+    assert "1 of 1 normalisation layers" in only(small(norm=lambda c: nn.GroupNorm(2, c)), "name-misses").message
 
 
 def test_subnet_contains_bn():
@@ -282,9 +279,7 @@ def test_one_value_without_measuring_is_what_follows_a_linear_layer():
 
 
 def test_a_measured_sequence_after_a_linear_layer_is_fine():
-    net = nn.Sequential(
-        nn.Flatten(2), nn.Unflatten(2, (5,)), nn.Identity(), nn.Linear(5, 5), nn.BatchNorm1d(4)
-    )
+    net = nn.Sequential(nn.Flatten(2), nn.Unflatten(2, (5,)), nn.Identity(), nn.Linear(5, 5), nn.BatchNorm1d(4))
     assert found(net, "one-value")
     assert not found(net, "one-value", shape=(4, 5))
 
@@ -474,13 +469,9 @@ def test_findings_are_ordered_by_gravity():
 
 
 def test_every_lint_is_listed():
-    import fedbn.audit as module
+    import fedbn.lints as module
 
-    lints = [
-        f
-        for f in vars(module).values()
-        if getattr(f, "__annotations__", {}).get("return") == "Iterator[Finding]"
-    ]
+    lints = [f for f in vars(module).values() if getattr(f, "__annotations__", {}).get("return") == "Iterator[Finding]"]
     assert set(lints) == set(LINTS)
 
 
@@ -544,9 +535,7 @@ def user_module(monkeypatch):
         raise RuntimeError("no weights here")
 
     module.plain = lambda: small()
-    module.shaped = lambda shape, classes: nn.Sequential(
-        nn.Linear(shape[0], classes), nn.BatchNorm1d(classes)
-    )
+    module.shaped = lambda shape, classes: nn.Sequential(nn.Linear(shape[0], classes), nn.BatchNorm1d(classes))
     module.keywords = lambda **options: small()
     module.needs_depth, module.fails = needs_depth, fails
     module.number = 3
@@ -560,9 +549,7 @@ def user_module(monkeypatch):
 
 def test_a_factory_of_the_users(user_module):
     assert audit_model("their_models:plain").entries
-    assert (
-        audit_model("their_models:keywords", "groupnorm:groups=2", (3, 4, 4)).strategy == "groupnorm:groups=2"
-    )
+    assert audit_model("their_models:keywords", "groupnorm:groups=2", (3, 4, 4)).strategy == "groupnorm:groups=2"
     assert audit_model("their_models:shaped", "fedbn", (7,), 3).entries[0].shape == (3, 7)
 
 

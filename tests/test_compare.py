@@ -42,8 +42,13 @@ def test_a_comparison_holds_every_strategy_with_every_seed(tmp_path):
     }
     matrix = loaded.matrix()
     own = matrix[(matrix.strategy == "fedbn") & (matrix.row == "own") & (matrix.column == "aggregated")]
-    users = [e["accuracy"] for r in results(tmp_path).values() if r["strategy"] == "fedbn"
-             for e in r["evaluations"] if (e["row"], e["column"]) == ("own", "aggregated")]
+    users = [
+        e["accuracy"]
+        for r in results(tmp_path).values()
+        if r["strategy"] == "fedbn"
+        for e in r["evaluations"]
+        if (e["row"], e["column"]) == ("own", "aggregated")
+    ]
     by_user = {}
     for r in results(tmp_path).values():
         for e in r["evaluations"]:
@@ -101,12 +106,24 @@ def test_stopped_after_any_round_and_resumed_is_bit_identical(tmp_path, engine):
 
 @pytest.mark.slow
 def test_kill_minus_nine_and_resume_is_bit_identical(tmp_path):
-    command = [sys.executable, "-m", "simulations", "compare", "digits8", "--strategies", "fedbn,silobn,groupnorm"]
+    command = [
+        sys.executable,
+        "-m",
+        "simulations",
+        "compare",
+        "digits8",
+        "--strategies",
+        "fedbn,silobn,groupnorm",
+    ]
     command += ["--rounds", "8", "--seeds", "2", "--workers", "2"]
     subprocess.run([*command, "--out", str(tmp_path / "whole")], check=True, capture_output=True)
     place = tmp_path / "killed"
-    process = subprocess.Popen([*command, "--out", str(place)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                               start_new_session=True)
+    process = subprocess.Popen(
+        [*command, "--out", str(place)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
     deadline = time.monotonic() + 120
     while not list(place.glob(f"runs/*/{CHECKPOINT}")) and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -9,11 +9,11 @@ from flwr.clientapp import ClientApp
 
 from clients.app import app as client_app
 from clients.config import run_from_config
+from clients.records import scores_from, scores_to
 from fedbn.errors import UserError
 from fedbn.evaluation import Score
 from fedbn.setting import setting
 from fedbn.strategy import strategies
-from clients.records import scores_from, scores_to
 from simulations.app import ClientError, Clients, conduct
 from simulations.engines import execute
 from simulations.flower_compat import task_identity
@@ -148,14 +148,23 @@ def test_users_are_found_by_partition_not_by_node(small):
 
 
 def test_scores_survive_a_message():
-    scores = [Score("own", "aggregated", 7, 1 / 3, 0.1 + 0.2, 2.5), Score("global", "online", 1, 0.0, 0.0, 1e-9)]
+    scores = [
+        Score("own", "aggregated", 7, 1 / 3, 0.1 + 0.2, 2.5),
+        Score("global", "online", 1, 0.0, 0.0, 1e-9),
+    ]
     assert scores_from(scores_to(scores)) == scores
 
 
 def test_run_config_is_a_run(small):
     run = small("groupnorm:groups=2", rounds=3, momentum=0.0)
     assert run_from_config({"run": run.to_json()}) == run
-    config = {"scenario": "digits8", "strategy": "silobn", "seed": 2, "plan": "rounds=3:momentum=0", "out": ""}
+    config = {
+        "scenario": "digits8",
+        "strategy": "silobn",
+        "seed": 2,
+        "plan": "rounds=3:momentum=0",
+        "out": "",
+    }
     assert run_from_config(config).plan.momentum == 0
     assert run_from_config(config).seed == 2
     with pytest.raises(UserError, match=r"write settings as rounds=5:lr=0.1, not 'rounds'"):

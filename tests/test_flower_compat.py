@@ -39,6 +39,12 @@ def test_ids_contents_and_runs():
 
 
 def test_the_grid_is_abstract_in_what_we_implement():
-    assert {"create_message", "get_node_ids", "pull_messages", "push_messages", "run", "send_and_receive", "set_run"} == set(
-        Grid.__abstractmethods__
-    )
+    assert {
+        "create_message",
+        "get_node_ids",
+        "pull_messages",
+        "push_messages",
+        "run",
+        "send_and_receive",
+        "set_run",
+    } == set(Grid.__abstractmethods__)

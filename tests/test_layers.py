@@ -52,7 +52,9 @@ def test_back_to_batch_normalises_like_torch(shape):
 
 
 def test_errors_name_the_fix():
-    with pytest.raises(UserError, match="needs normalisation layers and Linear has none: choose a model with BatchNorm"):
+    with pytest.raises(
+        UserError, match="needs normalisation layers and Linear has none: choose a model with BatchNorm"
+    ):
         convert(nn.Linear(2, 2), "group")
     with pytest.raises(UserError, match="groups=0 is impossible; give at least 1"):
         convert(nn.Sequential(nn.BatchNorm1d(4)), "group", groups=0)

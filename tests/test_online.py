@@ -49,7 +49,10 @@ def test_it_follows_its_formula():
     x = stream()
     for prior, block in ((5.0, 8), (0.0, 8), (50.0, 1)):
         torch.testing.assert_close(
-            predict_online(network(), x, prior=prior, block=block), slow(network(), x, prior, block), rtol=1e-5, atol=1e-5
+            predict_online(network(), x, prior=prior, block=block),
+            slow(network(), x, prior, block),
+            rtol=1e-5,
+            atol=1e-5,
         )
 
 

@@ -6,7 +6,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedbn.data.partition import Dirichlet, Rows, digest, matching, parse_partition, partitions, repartition, shares
+from fedbn.data.partition import (
+    Dirichlet,
+    Rows,
+    digest,
+    matching,
+    parse_partition,
+    partitions,
+    repartition,
+    shares,
+)
 from fedbn.errors import UserError
 from fedbn.scenario import Examples, Population, User, scenario
 
@@ -113,7 +122,10 @@ def test_digest_tells_partitions_apart():
     ("text", "message"),
     [
         ("dirichlet:alpha=0", "alpha must be positive"),
-        ("dirichlet:clients=500", r"500 clients with at least 10 rows need 5000, there are \d+: fewer clients"),
+        (
+            "dirichlet:clients=500",
+            r"500 clients with at least 10 rows need 5000, there are \d+: fewer clients",
+        ),
         ("iid:clients=100000", "100000 clients of"),
         ("iid:clients=0", "0 clients of"),
         ("pathological:classes=11", "classes=11 a client, but there are 1 to 10"),

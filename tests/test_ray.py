@@ -42,7 +42,7 @@ from fedbn.errors import UserError
 
 
 def plain(shape, classes):
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, classes))
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.BatchNorm1d(16), nn.Linear(16, classes))
 
 
 def refused_by_the_server(shape, classes):
@@ -221,9 +221,7 @@ def test_the_run_config_names_a_run_and_the_app_includes_all_code():
     assert run_from_config(app["config"]) == Run("digits8", "fedbn", plan=plan_for("digits8")).resolved()
     included = {path for pattern in app["fab-include"] for path in ROOT.glob(pattern)}
     assert all(any(ROOT.glob(pattern)) for pattern in app["fab-include"])
-    assert included >= {
-        p for package in ("fedbn", "clients", "simulations") for p in (ROOT / package).rglob("*.py")
-    }
+    assert included >= {p for package in ("fedbn", "clients", "simulations") for p in (ROOT / package).rglob("*.py")}
 
 
 def test_too_few_nodes_are_an_error_and_no_endless_wait():
@@ -237,8 +235,6 @@ def test_too_few_nodes_are_an_error_and_no_endless_wait():
 
 def test_without_ray_the_error_names_what_to_install(monkeypatch):
     found = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *rest: None if name == "ray" else found(name, *rest)
-    )
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "ray" else found(name, *rest))
     with pytest.raises(UserError, match=r"pip install 'fedbn\[ray\]'"):
         execute(short("fedbn"), "ray")

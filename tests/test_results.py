@@ -61,9 +61,7 @@ def write(
         for seed in seeds:
             # One draw per user and seed, the same for all strategies: paired, as with common seeds.
             luck = np.random.default_rng(seed).normal(0, noise, (users + unseen, 3))
-            own_noise = np.random.default_rng([seed, labels.index(label)]).normal(
-                0, noise, (users + unseen, 3)
-            )
+            own_noise = np.random.default_rng([seed, labels.index(label)]).normal(0, noise, (users + unseen, 3))
             lines = []
             for k, column in enumerate(columns[:1] if label == "groupnorm" else columns):
                 for i, user in enumerate(names):
@@ -113,9 +111,7 @@ def write(
                         }
                         for role, n in ROLES.items()
                     ],
-                    "newcomer": "the mean of the seen users' statistics"
-                    if label == "fedbn"
-                    else "the shared model",
+                    "newcomer": "the mean of the seen users' statistics" if label == "fedbn" else "the shared model",
                     "curve": [
                         {
                             "round": r,
@@ -362,9 +358,7 @@ def test_traffic_and_seconds(comparison):
 
 def test_exported_csv_equals_the_frame(comparison, tmp_path):
     comparison.to_csv(tmp_path / "matrix.csv")
-    pd.testing.assert_frame_equal(
-        pd.read_csv(tmp_path / "matrix.csv"), comparison.matrix(), check_exact=False
-    )
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "matrix.csv"), comparison.matrix(), check_exact=False)
 
 
 def test_markdown_and_latex_show_every_strategy_and_escape(tmp_path):

@@ -62,7 +62,8 @@ def test_shifts_are_applied_in_order():
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [(n, "for sensors use gain, offset") for n in IMAGES] + [("rotated", "unknown shift 'rotated'. Did you mean 'rotation'")],
+    [(n, "for sensors use gain, offset") for n in IMAGES]
+    + [("rotated", "unknown shift 'rotated'. Did you mean 'rotation'")],
 )
 def test_a_shift_that_does_not_suit_sensors_says_so(name, message):
     with pytest.raises(UserError, match=message):

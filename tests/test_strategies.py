@@ -230,8 +230,8 @@ def test_weights_are_samples_or_uniform(small):
 
 
 def test_a_strategy_that_needs_statistics_refuses_a_model_without(small, monkeypatch):
-    import types
     import sys
+    import types
 
     module = types.ModuleType("plain_models")
     module.make = lambda shape, classes: torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, classes))

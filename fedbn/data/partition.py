@@ -287,7 +287,7 @@ class Size(_Sized):
 
 def partitions() -> dict[str, type[Partition]]:
     """All schemes, by name."""
-    schemes = [Natural, Grouped, Iid, Dirichlet, Pathological, Shard, Linear, Square, Exponential, Size]
+    schemes: list[Any] = [Natural, Grouped, Iid, Dirichlet, Pathological, Shard, Linear, Square, Exponential, Size]
     return {s.name: s for s in schemes}
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -211,7 +211,7 @@ class Colour(_Image):
 
 def shifts() -> dict[str, type[Shift]]:
     """All kinds of shift, by name."""
-    kinds = [Gain, Offset, Noise, Rotation, Placement, Contrast, Inversion, Blur, Colour]
+    kinds: list[Any] = [Gain, Offset, Noise, Rotation, Placement, Contrast, Inversion, Blur, Colour]
     return {k.name: k for k in kinds}
 
 

@@ -34,10 +34,15 @@ class DigitCNN(Network):
             *block(shape[0], 64), nn.MaxPool2d(2), *block(64, 64), nn.MaxPool2d(2), *block(64, 128)
         )
         self.hidden = nn.Sequential(
-            nn.Linear(flat, 2048), nn.BatchNorm1d(2048), nn.ReLU(), nn.Linear(2048, 512), nn.BatchNorm1d(512), nn.ReLU()
+            nn.Linear(flat, 2048),
+            nn.BatchNorm1d(2048),
+            nn.ReLU(),
+            nn.Linear(2048, 512),
+            nn.BatchNorm1d(512),
+            nn.ReLU(),
         )
         self.classifier = nn.Linear(512, classes)
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``[N, classes]`` of images ``[N, channels, height, width]``."""

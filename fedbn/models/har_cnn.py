@@ -40,7 +40,7 @@ class HarCNN(Network):
             before = width
         self.features = nn.Sequential(*layers)
         self.classifier = nn.Linear(before, classes)
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``[N, classes]`` of windows ``[N, channels, length]``."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from math import prod
 
-import torch
 from torch import Tensor, nn
 
 from fedbn.models import Network
@@ -13,6 +12,7 @@ from fedbn.models import Network
 class MLP(Network):
     """One hidden layer of 32 with BN and ReLU; examples of any shape are flattened.
 
+    >>> import torch
     >>> MLP((1, 8, 8), 10)(torch.zeros(2, 1, 8, 8)).shape
     torch.Size([2, 10])
     """

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import cast
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -34,6 +33,7 @@ class Block(nn.Module):
 class ResNet20(Network):
     """Nine residual blocks of widths 16, 32, 64. https://arxiv.org/abs/1512.03385
 
+    >>> import torch
     >>> net = ResNet20((3, 32, 32), 10)
     >>> net(torch.zeros(2, 3, 32, 32)).shape, sum(isinstance(m, nn.BatchNorm2d) for m in net.modules())
     (torch.Size([2, 10]), 21)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from fedbn.errors import UserError
@@ -12,6 +11,7 @@ from fedbn.models import Network
 class SmallCNN(Network):
     """Two 3x3 convolutions (8, 16) with BN, average pooling, a classifier.
 
+    >>> import torch
     >>> SmallCNN((1, 8, 8), 10)(torch.zeros(2, 1, 8, 8)).shape
     torch.Size([2, 10])
     """

@@ -131,9 +131,7 @@ def _parse(path: Path) -> Arrays:
     """Rows of the six activities in order: ``signal [n, 6]`` and, ``[n]`` each, whose and which they are."""
     with gzip.open(path) as file:
         people = unpickle(cast(Any, file), "HAPT.pkl.gz", FRAMES)
-    columns: dict[str, list[np.ndarray]] = {
-        k: [] for k in ("signal", "label", "user", "recording", "stretch")
-    }
+    columns: dict[str, list[np.ndarray]] = {k: [] for k in ("signal", "label", "user", "recording", "stretch")}
     stretches = 0
     for user, recording, signal, label in _recordings(people):
         # A new stretch begins wherever the label changes; counting before dropping the unlabelled rows and

@@ -1,0 +1,145 @@
+"""Everything that would fail or mislead later is said before work starts."""
+
+from __future__ import annotations
+
+import sys
+import types
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from fedbn import setting as module
+from fedbn.errors import UserError
+from fedbn.scenario import Examples, Population, Scenario, User, hold_out
+from fedbn.setting import carve_validation, check_data, setting
+
+
+def examples(n=12, classes=3, shape=(4,)):
+    draw = torch.Generator().manual_seed(0)
+    return Examples(torch.randn(n, *shape, generator=draw), torch.arange(n) % classes, torch.zeros(n).long())
+
+
+def people(train=None, test=None, classes=("a", "b", "c")):
+    users = tuple(User(f"u{i}", "d", examples(), examples()) for i in range(3))
+    users = (
+        replace(users[0], train=examples() if train is None else train, test=examples() if test is None else test),
+        *users[1:],
+    )
+    return Population(users, (2,), classes, "none")
+
+
+@pytest.mark.parametrize(
+    ("population", "message"),
+    [
+        (people(train=examples(0)), "user u0 has no training data: leave the user out"),
+        (people(test=examples(0)), "user u0 has no test data"),
+        (people(classes=("a", "b")), "labels run from 0 to 2, but there are 2 classes, 0 to 1"),
+        (people(classes=("a", "b", "c", "d")), "no seen user has training data of class d: drop the class"),
+        (people(test=examples(shape=(5,))), r"test examples have shape \[5\], others \[4\]"),
+    ],
+)
+def test_bad_data_are_named(population, message):
+    with pytest.raises(UserError, match=message):
+        check_data(population)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_values_that_are_not_finite_are_found(bad):
+    data = examples()
+    data.x[7, 2] = bad
+    with pytest.raises(
+        UserError, match=r"1 of 12 training examples hold NaN or Inf \(first: row 7\); remove or impute"
+    ):
+        check_data(people(train=data))
+
+
+def test_good_data_pass():
+    check_data(people())
+
+
+def test_more_clients_than_there_are(small):
+    with pytest.raises(
+        UserError, match=r"--clients-per-round 50 asks for more than the \d seen users; choose at most \d"
+    ):
+        setting(small(clients_per_round=50))
+    assert setting(small("centralised", clients_per_round=50)).trainers == (-1,)
+
+
+def test_batches_of_one_and_batch_norm(small):
+    with pytest.raises(UserError, match=r"cannot train on batches of one \(--batch-size 1\): use a batch size of 2"):
+        setting(small("fedbn", model="mlp", batch_size=1))
+    assert setting(small("groupnorm", model="mlp", batch_size=1)).notices == ()
+    assert any("batches of one" in n for n in setting(small("fedbn", batch_size=1)).notices)
+
+
+def test_users_with_less_than_a_batch_are_said_and_trained(small):
+    (notice,) = setting(small("fedbn", batch_size=500)).notices
+    assert "fewer training examples than a batch of 500" in notice
+    assert "they train on one smaller batch an epoch" in notice
+    assert setting(small("fedbn", batch_size=8)).notices == ()
+
+
+def given(monkeypatch, make):
+    fake = types.ModuleType("given_models")
+    fake.make = make
+    monkeypatch.setitem(sys.modules, "given_models", fake)
+    return "given_models:make"
+
+
+def test_a_model_of_the_wrong_shape(small, monkeypatch):
+    text = given(monkeypatch, lambda shape, classes: nn.Sequential(nn.Flatten(), nn.Linear(9, classes)))
+    with pytest.raises(UserError, match=r"does not take examples of shape \[1, 8, 8\]"):
+        setting(small("nonorm", model=text))
+    text = given(monkeypatch, lambda shape, classes: nn.Sequential(nn.Flatten(), nn.Linear(64, 7)))
+    with pytest.raises(UserError, match=r"outputs of shape \[7\] for 10 classes"):
+        setting(small("nonorm", model=text, rounds=3))
+    with pytest.raises(UserError, match="gave a int, not a torch.nn.Module"):
+        setting(small("nonorm", model=given(monkeypatch, lambda: 3), rounds=4))
+
+
+def test_instance_norm_refuses_layers_without_positions(small):
+    with pytest.raises(UserError, match="after a linear layer; choose groupnorm or layernorm"):
+        setting(small("instancenorm", model="mlp"))
+
+
+def test_strategies_that_need_norms_refuse_a_model_without(small, monkeypatch):
+    text = given(monkeypatch, lambda shape, classes: nn.Sequential(nn.Flatten(), nn.Linear(64, classes)))
+    with pytest.raises(UserError, match="conversion to group needs normalisation layers and Sequential has none"):
+        setting(small("groupnorm", model=text))
+    with pytest.raises(UserError, match="strategy 'silobn' works on running statistics"):
+        setting(small("silobn", model=text))
+
+
+def test_too_few_rows_to_hold_any_out():
+    user = User("tiny", "d", examples(3), examples(3))
+    with pytest.raises(UserError, match=r"user tiny has too few examples \(3\) to hold any out"):
+        carve_validation(user)
+
+
+def test_validation_leaves_a_gap_between_neighbouring_windows():
+    data = Examples(torch.arange(40.0)[:, None], torch.arange(40) // 20, torch.zeros(40).long())
+    held = carve_validation(User("u", "d", data, data))
+    train, test = (set(p.x.flatten().tolist()) for p in (held.train, held.test))
+    assert not train & test
+    assert not {v + 1 for v in train} & test
+    assert test == {16.0, 17.0, 18.0, 19.0, 36.0, 37.0, 38.0, 39.0}
+
+
+def test_holding_everybody_out_is_refused():
+    with pytest.raises(UserError, match="5 unseen of 5 users leaves nobody to train; choose 0 to 4"):
+        hold_out(5, 5, 0)
+
+
+def test_the_population_is_loaded_once_for_all_strategies(small, monkeypatch):
+    calls = []
+    from fedbn.scenarios.digits8 import Digits8
+
+    load = Digits8.load
+    monkeypatch.setattr(Digits8, "load", lambda self, seed: calls.append(seed) or load(self, seed))
+    module.population.cache_clear()
+    for name in ("fedbn", "silobn", "groupnorm"):
+        setting(small(name, seed=11))
+    assert calls == [11]
+    assert issubclass(Digits8, Scenario)
