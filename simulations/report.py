@@ -27,9 +27,18 @@ from simulations.tables import answer, is_bound, is_clear, p_value, size
 
 #: Measures of ``shift.json``: name -> (title, what it means).
 SKEW = {
-    "label_divergence": ("labels", "how far the users' shares of classes are apart; 0: all have the same"),
-    "quantity_cv": ("quantity", "standard deviation of the users' number of examples over its mean; 0: all equal"),
-    "feature_w2": ("inputs", "Wasserstein-2 distance between the users' inputs; 0: all alike"),
+    "label_divergence": (
+        "labels",
+        "Jensen-Shannon divergence of a user's shares of classes to the pooled ones, mean over users, in bits: "
+        "0 if all have the same, at most 1",
+    ),
+    "quantity_cv": ("quantity", "standard deviation of the users' number of examples over its mean"),
+    "quantity_ratio": ("quantity", "most examples of a user over fewest"),
+    "feature_w2": (
+        "inputs",
+        "2-Wasserstein distance between two users' input channels taken as Gaussian, mean over pairs, in pooled "
+        "standard deviations",
+    ),
 }
 
 
@@ -395,7 +404,7 @@ def _draw(comparison: Comparison, name: str, title: str, caption: str, figure: F
     text = plots.svg(figure, name, f"{title}. {caption} The numbers are in the tables of this page.")
     (comparison.directory / "figures" / f"{name}.png").write_bytes(plots.png(figure))
     # Labels inside are escaped by matplotlib's XML writer.
-    return Picture(name, title, caption, Markup(text))  # noqa: S704
+    return Picture(name, title, caption, Markup(text))
 
 
 def _citations(meta: dict[str, Any]) -> list[tuple[str, str, str]]:

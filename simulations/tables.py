@@ -24,6 +24,9 @@ ALPHA = 0.05
 #: Of a longer label this much must fit on one line beside the numbers.
 SHORTEST_LABEL = 12
 
+Cells = dict[tuple[str, str, str], tuple[str, ...]]
+"""The parts of a cell by column, strategy and row."""
+
 
 def answer(comparison: Comparison, metric: str = "accuracy") -> str:
     """The finding in words, one sentence per kind of test: best strategy against the reference.
@@ -71,7 +74,7 @@ def show(comparison: Comparison, console: Console | None = None, metric: str = "
 def matrix_table(comparison: Comparison, metric: str = "accuracy", width: int = 100) -> Table:
     """Mean over users with its 95 % interval; sections by how the statistics were obtained."""
     best = comparison.clear_best(metric)
-    text = {}
+    text: Cells = {}
     for line in comparison.matrix(metric).dropna(subset="mean").itertuples():
         star = "*" if (line.strategy, line.row, line.column) in best else ""
         parts = number(line.mean), bracket(line.ci_low, line.ci_high) + star
@@ -93,7 +96,7 @@ def paired_table(comparison: Comparison, metric: str = "accuracy", width: int = 
     The other columns and the worst users are on the report's page: a terminal is no place for all of it.
     """
     first = next(c for c in comparison.meta["columns"] if any(c == column for _, column in comparison.cells))
-    text = {}
+    text: Cells = {}
     for line in comparison.paired(metric).dropna(subset="difference").itertuples():
         if line.row == "worst":
             continue
@@ -182,7 +185,7 @@ def _sections(
     comparison: Comparison,
     strategies: list[str],
     columns: list[str],
-    text: dict[tuple[str, str, str], tuple[str, ...]],
+    text: Cells,
     width: int,
     *,
     title: str,
@@ -233,7 +236,10 @@ def _sentence(comparison: Comparison, row: str, metric: str) -> str:
     interval, over = _interval(best)
     # Where the interval is over seeds, all users hold one model: they are no evidence to be counted.
     users = [] if over else [count(best.n_users, "user")]
-    evidence = ", ".join([cell(best.difference, *interval, signed) + over, *users, count(best.n_seeds, "seed")])
+    # An interval that excludes 0 in a sentence that says "no clear difference" needs its reason.
+    corrected = [f"corrected {p_value(best.p_adjusted)}"] if interval.excludes_zero and not is_clear(best) else []
+    parts = [cell(best.difference, *interval, signed) + over, *corrected, *users, count(best.n_seeds, "seed")]
+    evidence = ", ".join(parts)
     if not best.difference:
         return f"{title}: {ours} and {theirs} do not differ ({evidence})."
     if not math.isfinite(interval.low):

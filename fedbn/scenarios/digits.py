@@ -192,9 +192,9 @@ def _enlarged(images: np.ndarray, top: int) -> np.ndarray:
     size = (round(width * scale), round(height * scale))
     out = np.zeros((len(images), SIZE, SIZE), np.uint8)
     y, x = (SIZE - size[1]) // 2, (SIZE - size[0]) // 2
-    for canvas, image in zip(out, np.uint8(images * (255 / top)), strict=True):
+    for canvas, image in zip(out, (images * (255 / top)).astype(np.uint8), strict=True):
         big = Image.fromarray(image).resize(size, Image.Resampling.BILINEAR)
-        canvas[y : y + size[1], x : x + size[0]] = big
+        canvas[y : y + size[1], x : x + size[0]] = np.asarray(big)
     return out
 
 
@@ -211,7 +211,7 @@ def _pendigits(paths: Paths) -> Drawn:
         brush.line(xy, fill=255, width=round(pen), joint="curve")
         for x, y in (xy[0], xy[-1]):
             brush.ellipse((x - pen / 2, y - pen / 2, x + pen / 2, y + pen / 2), fill=255)
-        out[i] = canvas.resize((SIZE, SIZE), Image.Resampling.BOX)
+        out[i] = np.asarray(canvas.resize((SIZE, SIZE), Image.Resampling.BOX))
     return out, table[:, -1].astype(np.uint8)
 
 
@@ -233,12 +233,12 @@ def _fonts(paths: Paths) -> Drawn:
         corner = (centre[0] - (left + right) / 2, centre[1] - (top + bottom) / 2)
         ImageDraw.Draw(canvas).text(corner, str(label), fill=255, font=font)
         turned = canvas.rotate(rng.uniform(-12, 12), Image.Resampling.BILINEAR)
-        out[i] = turned.resize((SIZE, SIZE), Image.Resampling.BOX)
+        out[i] = np.asarray(turned.resize((SIZE, SIZE), Image.Resampling.BOX))
     return out, labels
 
 
 def _sha256(array: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(array)).hexdigest()
+    return hashlib.sha256(array.tobytes()).hexdigest()
 
 
 DOMAINS: dict[str, Callable[[Paths], Drawn]] = {

