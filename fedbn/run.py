@@ -54,7 +54,7 @@ class Plan:
     server_optimizer: ServerOptimizer = "none"
     server_lr: float = 1.0
     eval_every: int = 5
-    global_test: int = 600
+    global_test: int = 400
     online_prior: float = 256.0
 
     def __post_init__(self) -> None:

@@ -189,10 +189,18 @@ def resume(
 
 @app.command()
 def report(
-    directory: Annotated[Path, typer.Argument(help="Directory of a comparison.")], as_json: AsJson = False
+    directory: Annotated[Path, typer.Argument(help="Directory of a comparison.")],
+    into: Annotated[
+        Path | None, typer.Option(help="Put the table into this document, between its markers for the directory.")
+    ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Print the tables of a comparison and write its HTML report."""
     _show(directory, as_json)
+    if into is not None:
+        from simulations.embed import embed
+
+        embed(directory, into)
 
 
 @app.command("list")

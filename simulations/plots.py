@@ -86,7 +86,7 @@ def svg(figure: Figure, name: str, description: str) -> str:
     text = text[text.index("<svg") :]
     text = re.sub(r'(\bid="|url\(#|xlink:href="#)', rf"\g<1>{name}-", text)
     text = text.replace(INK, "currentColor").replace("'DejaVu Sans', ", "")
-    width = round(72 * figure.get_size_inches()[0])
+    width = round(96 * figure.get_size_inches()[0])
     # On a phone a figure scrolls sideways rather than shrink its text below what can be read.
     opening = f'<svg role="img" aria-label="{escape(description)}" style="min-width:{4 * width // 5}px"'
     text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
@@ -186,7 +186,8 @@ def paired_figure(comparison: Comparison, row: str, column: str, metric: str = "
 def convergence_figure(comparison: Comparison) -> Figure | None:
     """Accuracy and training loss by round: mean over seeds, band lowest to highest; None if not recorded."""
     titles = {"own": "own test accuracy", "unseen": "unseen users' accuracy", "train_loss": "training loss"}
-    shown = [name for name in titles if comparison.curves[name].notna().any()]
+    # One evaluated round is no curve; its number is in the matrix.
+    shown = [name for name in titles if comparison.curves.dropna(subset=name)["round"].nunique() > 1]
     if not shown:
         return None
     figure = Figure(figsize=(2.87 * len(shown), 3.1), layout="constrained")

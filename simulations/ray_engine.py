@@ -2,8 +2,8 @@
 
 A session owns all it starts: a SuperLink on a free loopback port, and below one temporary directory Flower's
 home and Ray's files. ``flwr run`` says neither whether a run succeeded nor what came of it, so the status is
-read from ``flwr list`` and the outcome from the file that the ServerApp writes. The app handed to Flower holds
-no code, only the caller's module search path and two references: in a checkout and from a wheel, what runs is
+read from ``flwr list`` and the outcome from the file that the ServerApp writes. The app handed to Flower has
+no code but the caller's module search path and two references: in a checkout and from a wheel, what runs is
 what the caller imports.
 
 What the clients keep stays with them: Ray gives no access to it, and `Outcome.kept` is empty.
@@ -306,7 +306,7 @@ def _connection(port: int) -> dict[str, Any]:
 def _write_app(place: Path) -> None:
     place.mkdir()
     (place / "pyproject.toml").write_text(tomli_w.dumps(APP))
-    # Of a console script the working directory is no part of the path, but models named by the user are there.
+    # A console script's path lacks the working directory, where the models are that a user names.
     paths = [path or os.getcwd() for path in [*sys.path, ""]]
     for name, module in MODULES.items():
         (place / name).write_text(MODULE.format(paths=paths, module=module))

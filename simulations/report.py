@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from fedbn.data.packages import SOURCES
 from simulations import plots
 from simulations.results import COLUMNS, ROWS, Comparison, bracket, number, signed
-from simulations.tables import answer, is_bound, is_clear, p_value, size
+from simulations.tables import is_bound, is_clear, p_value, sentences, size
 
 #: Measures of ``shift.json``: name -> (title, what it means).
 SKEW = {
@@ -44,7 +44,14 @@ SKEW = {
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell of a table: ``small`` stands below ``text``; ``sort`` is what the column is ordered by."""
+    """One cell of a table.
+
+    Attributes:
+        text: what it says.
+        small: said more quietly, its first line beside the text and the others below.
+        sort: what the column is ordered by; empty cells stay last.
+        strong: whether it stands out.
+    """
 
     text: str
     small: str = ""
@@ -111,7 +118,7 @@ def _context(comparison: Comparison) -> dict[str, Any]:
     unseen = comparison.evaluations.query("row == 'unseen'")["user"].nunique()
     return {
         "meta": meta,
-        "answer": answer(comparison),
+        "sentences": sentences(comparison),
         "notices": comparison.notices,
         "facts": {
             "seen users": comparison.evaluations.query("row == 'own'")["user"].nunique(),
@@ -173,7 +180,7 @@ def _matrix(comparison: Comparison, metric: str = "accuracy") -> Table:
         )
         for line in comparison.matrix(metric).dropna(subset="mean").itertuples()
     }
-    caption = f"{metric.replace('_', '-').capitalize()}: mean over users, below it the 95 % interval over users"
+    caption = f"{metric.replace('_', '-').capitalize()}: mean over users [95 % interval over users]"
     return _across(comparison, comparison.strategies, cells, caption)
 
 
@@ -181,13 +188,15 @@ def _paired(comparison: Comparison) -> Table:
     """As the matrix: differences to the reference, with corrected p and the number of users on either side."""
     cells = {}
     for line in comparison.paired().dropna(subset="difference").itertuples():
-        evidence = [bracket(line.ci_low, line.ci_high, signed)]
-        if line.row != "worst":
-            evidence += [p_value(line.p_adjusted), f"{line.better}↑ {line.worse}↓"]
-        cells[line.strategy, line.column, line.row] = Cell(
-            signed(line.difference), "\n".join(filter(None, evidence)), line.difference, is_clear(line)
+        users, seeds = (
+            bracket(*ends, signed) for ends in ((line.ci_low, line.ci_high), (line.seed_low, line.seed_high))
         )
-    caption = f"Accuracy minus that of {comparison.reference}, user by user, with 95 % interval over users"
+        evidence = "over seeds" if seeds and not users else p_value(line.p_adjusted)
+        below = "" if line.row == "worst" else f"\n{evidence}, {line.better}↑ {line.worse}↓"
+        cells[line.strategy, line.column, line.row] = Cell(
+            signed(line.difference), (users or seeds) + below, line.difference, is_clear(line)
+        )
+    caption = f"Accuracy minus that of {comparison.reference}, user by user [95 % interval over users]"
     return _across(comparison, comparison.strategies[1:], cells, caption)
 
 
@@ -254,7 +263,7 @@ def _domains(comparison: Comparison) -> Table | None:
         for strategy in comparison.strategies
         if any((strategy, column, row, domain) in cells for domain in domains)
     ]
-    caption = "Accuracy by domain: mean over the domain's users, below it the 95 % interval over users"
+    caption = "Accuracy by domain: mean over the domain's users [95 % interval over users]"
     return Table(caption, ["strategy", "test", "statistics", *domains], lines, names=3)
 
 
@@ -269,13 +278,13 @@ def _ownership(comparison: Comparison) -> Table:
         for role in roles:
             line.append(MISSING if role not in by_role.index else _owner(by_role.loc[role]))
         down, up = of_strategy["bytes_down"].sum(), of_strategy["bytes_up"].sum()
-        lines.append([*line, Cell(size(down + up), _ways(down, up), float(down + up))])
-    caption = "Owner of each role; below it the bytes a client receives ↓ and sends ↑ in a round"
+        lines.append([*line, Cell(size(down + up), "\n" + _ways(down, up), float(down + up))])
+    caption = "Owner of each role, and the bytes that a client receives ↓ and sends ↑ in a round"
     return Table(caption, ["strategy", *roles, "in all"], lines)
 
 
 def _owner(line: Any) -> Cell:
-    return Cell(line["owner"], _ways(line["bytes_down"], line["bytes_up"]), line["owner"])
+    return Cell(line["owner"], "\n" + _ways(line["bytes_down"], line["bytes_up"]), line["owner"])
 
 
 def _ways(down: float, up: float) -> str:

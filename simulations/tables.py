@@ -109,7 +109,7 @@ def paired_table(comparison: Comparison, metric: str = "accuracy", width: int = 
         [first],
         text,
         width,
-        title=f"{_metric(metric)} minus that of {comparison.reference}, same users and seeds [95 % interval]",
+        title=f"{_metric(metric)} minus that of {comparison.reference}, user by user [95 % interval]",
         caption="*: interval excludes 0 and corrected p < .05. ↑ ↓: users gaining, losing over one point. "
         "More in the report.",
     )

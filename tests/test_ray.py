@@ -87,7 +87,7 @@ def assert_same(a, b):
 
 @pytest.fixture(scope="module")
 def on_ray(tmp_path_factory):
-    """A function that executes runs; all share a SuperLink, started in a directory that holds models."""
+    """A function that executes runs; all share a SuperLink, started where the user's models are."""
     place, mark = tmp_path_factory.mktemp("elsewhere"), uuid.uuid4().hex
     (place / "ray_models.py").write_text(MODELS)
     with pytest.MonkeyPatch.context() as patch:
@@ -95,7 +95,7 @@ def on_ray(tmp_path_factory):
         patch.syspath_prepend(place)
         patch.setenv(MARK, mark)
         patch.setenv("FEDBN_CACHE", str(place / "cache"))
-        with ray_session() as go:
+        with ray_session(actors=1) as go:  # two cost more in starting than they save
             started = marked(mark)
             yield go
     assert started
@@ -111,12 +111,6 @@ def test_ray_equals_the_grid_and_the_loop(name, on_ray):
     assert_same(outcome, execute(run, "grid"))
     assert_same(outcome, execute(run, "reference"))
     assert not outcome.kept
-
-
-@pytest.mark.ray
-def test_a_model_of_the_users_own_is_found_in_the_working_directory(on_ray):
-    run = short("silobn", model="ray_models:plain", shift="")
-    assert_same(on_ray(run), execute(run, "grid"))
 
 
 @pytest.mark.ray

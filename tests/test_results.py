@@ -417,3 +417,43 @@ def test_runs_of_another_comparison_are_left_out(tmp_path):
     assert comparison.missing == 0
     assert "2-0, 2-1, 2-2" in comparison.notices[0]
     assert set(comparison.runs["strategy"]) == {"global", "fedbn"}
+
+
+def test_a_model_that_all_hold_is_compared_for_every_user(tmp_path):
+    """A run writes the global test of a shared model once, under its first user; users differ between seeds."""
+    write(tmp_path)
+    for path in (tmp_path / "runs").glob("*/result.json"):
+        result = json.loads(path.read_text())
+        away = f"user {result['seed']:02d}"
+        kept = [e for e in result["evaluations"] if e["user"] != away]
+        if result["strategy"] != "fedbn":
+            first = next(e["user"] for e in kept if e["row"] == "global")
+            kept = [e for e in kept if e["row"] != "global" or e["user"] == first]
+        results.write_run(tmp_path, path.parent.name, result | {"evaluations": kept})
+    comparison = Comparison.load(tmp_path)
+    paired = comparison.paired()
+    own_models = one(paired, strategy="fedbn", row="global", column="aggregated")
+    means = {
+        s: comparison.matrix().query("row == 'global' and column == 'aggregated' and strategy == @s") for s in MEANS
+    }
+    assert own_models["n_users"] == 12
+    assert own_models["difference"] == pytest.approx(means["fedbn"]["mean"].item() - means["global"]["mean"].item())
+    assert own_models["ci_low"] < own_models["difference"] < own_models["ci_high"]
+    assert np.isnan(means["global"]["ci_low"].item())
+    # Users are in different seeds, so their means differ; still there is one observation a seed.
+    one_model = one(paired, strategy="groupnorm", row="global", column="aggregated")
+    assert np.isnan(one_model[["ci_low", "ci_high", "p"]].astype(float)).all()
+    assert one_model["seed_low"] == pytest.approx(0.02)
+    assert (one_model["better"], one_model["worse"]) == (12, 0)
+
+
+def test_one_unseen_user_a_seed_is_still_several_users(tmp_path):
+    write(tmp_path, unseen=3)
+    for path in (tmp_path / "runs").glob("*/result.json"):
+        result = json.loads(path.read_text())
+        here = f"user {12 + result['seed']:02d}"
+        kept = [e for e in result["evaluations"] if e["row"] != "unseen" or e["user"] == here]
+        results.write_run(tmp_path, path.parent.name, result | {"evaluations": kept})
+    line = one(Comparison.load(tmp_path).matrix(), strategy="fedbn", row="unseen", column="aggregated")
+    assert line["n_users"] == 3
+    assert line["ci_low"] < line["mean"] < line["ci_high"]

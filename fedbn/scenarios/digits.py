@@ -88,7 +88,7 @@ class Digits(Scenario):
             users=users,
             unseen=away,
             classes=tuple("0123456789"),
-            skew="feature skew between six kinds of digits, partly of our drawing; labels and quantity balanced",
+            skew="feature skew: six kinds of digits, partly of our own drawing; labels and quantity balanced",
             sources={f"digits/{name}": _sha256(drawn[f"{name}_x"]) for name in DOMAINS},
         )
 
@@ -216,7 +216,7 @@ def _pendigits(paths: Paths) -> Drawn:
 
 
 def _fonts(paths: Paths) -> Drawn:
-    """Every digit in every face, each time at another size (18 to 24 px), angle (up to 12°) and place (2 px)."""
+    """Every digit in every face at random sizes (18 to 24 px), angles (up to 12°) and places (up to 2 px)."""
     import matplotlib
 
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
