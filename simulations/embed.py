@@ -33,8 +33,8 @@ def embed(directory: Path, document: Path) -> None:
             "",
             comparison.to_markdown().rstrip(),
             "",
-            f"Mean accuracy over users [95 % interval over users], {len(comparison.meta['seeds'])} paired seeds; made by "
-            f"`{comparison.meta['command']}`.",
+            f"Mean accuracy over users [95 % interval over users], {len(comparison.meta['seeds'])} paired seeds; "
+            f"made by `{comparison.meta['command']}`.",
             "",
         ]
     )

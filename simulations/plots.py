@@ -190,7 +190,7 @@ def convergence_figure(comparison: Comparison) -> Figure | None:
     shown = [name for name in titles if comparison.curves.dropna(subset=name)["round"].nunique() > 1]
     if not shown:
         return None
-    figure = Figure(figsize=(2.87 * len(shown), 3.1), layout="constrained")
+    figure = Figure(figsize=(max(4.4, 2.87 * len(shown)), 3.1), layout="constrained")
     panels = figure.subplots(1, len(shown), squeeze=False)[0]
     handles: dict[str, Line2D] = {}
     for axes, name in zip(panels, shown):
@@ -210,7 +210,7 @@ def convergence_figure(comparison: Comparison) -> Figure | None:
         list(handles.values()),
         [_short(s) for s in handles],
         loc="outside lower center",
-        ncols=min(4, len(handles)),
+        ncols=min(len(shown) + 1, len(handles)),
     )
     return figure
 

@@ -62,9 +62,11 @@ def test_own_data_and_own_model(tmp_path):
         "def net(shape, classes):\n"
         "    return nn.Sequential(nn.Linear(shape[0], 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, classes))\n"
     )
-    done = fedbn("compare", "--data", "mine.npz", "--model", "mymodels:net", "--strategies", "fedbn", *QUICK, cwd=tmp_path)
+    options = ["--model", "mymodels:net", "--strategies", "fedbn", *QUICK]
+    done = fedbn("compare", "--data", "mine.npz", *options, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    audit = fedbn("audit", "mymodels:net", "--shape", "5", "--classes", "3", "--strategy", "fedbn", "--json", cwd=tmp_path)
+    options = ["--shape", "5", "--classes", "3", "--strategy", "fedbn", "--json"]
+    audit = fedbn("audit", "mymodels:net", *options, cwd=tmp_path)
     assert audit.returncode == 0, audit.stderr
     assert json.loads(audit.stdout)["entries"]
 

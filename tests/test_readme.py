@@ -50,7 +50,7 @@ def test_the_run_file_is_valid(tmp_path):
 
 
 def test_files_it_names_exist():
-    for path in re.findall(r"!\[.*?\]\((.*?)\)", README) + ["requirements-data.txt", "LICENSE", "Makefile"]:
+    for path in [*re.findall(r"!\[.*?\]\((.*?)\)", README), "requirements-data.txt", "LICENSE", "Makefile"]:
         assert (ROOT / path).exists(), path
 
 

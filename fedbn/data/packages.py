@@ -14,8 +14,6 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-import zipfile
-import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
@@ -182,13 +180,19 @@ def cached(name: str, version: int, identity: str, make: Callable[[], Arrays]) -
     """
     digest = hashlib.sha256(identity.encode()).hexdigest()[:16]
     path = cache_dir() / f"{name}-{digest}-v{version}.npz"
+    arrays = _read(path)
+    if arrays is None:
+        arrays = make()
+        _write(path, arrays)
+    return arrays
+
+
+def _read(path: Path) -> Arrays | None:
     try:
         with np.load(path, allow_pickle=False) as file:
             return {key: file[key] for key in file.files}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error):
-        arrays = make()
-        _write(path, arrays)
-        return arrays
+    except Exception:  # absent or damaged, in any of the ways in which zip files and headers can be
+        return None
 
 
 def _write(path: Path, arrays: Mapping[str, np.ndarray]) -> None:

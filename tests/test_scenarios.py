@@ -1,0 +1,295 @@
+"""Laws for every scenario that is found, and the counts of the packaged ones."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+import pytest
+import torch
+
+from fedbn.errors import UserError
+from fedbn.scenario import scenario, scenarios
+from fedbn.scenarios import hapt, watch
+from fedbn.seeds import numpy_generator
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory):
+    """How to name each scenario so that it needs neither a download nor options."""
+    import datasets
+    from PIL import Image
+
+    place = tmp_path_factory.mktemp("local")
+    rng = numpy_generator(0, "test data")
+    n = 120
+    np.savez(
+        place / "own.npz",
+        x=rng.normal(size=(n, 3)),
+        y=np.arange(n) % 3,
+        user=np.arange(n) // 20,
+        recording=np.arange(n) // 10 % 2,
+    )
+    images = [Image.fromarray(rng.integers(0, 256, (9, 9, 3), np.uint8).astype(np.uint8)) for _ in range(n)]
+    columns = {"image": images, "label": (np.arange(n) % 3).tolist(), "domain": [f"d{i % 4}" for i in range(n)]}
+    datasets.Dataset.from_dict(columns).save_to_disk(str(place / "hub"))
+    return {"files": f"files:path={place / 'own.npz'}", "hub": f"hub:path={place / 'hub'}:size=8"}
+
+
+@lru_cache
+def _load(text, seed):
+    return scenario(text).load(seed)
+
+
+@pytest.fixture
+def load(texts):
+    def loaded(name, seed=0, again=False):
+        text = texts.get(name, name)
+        try:
+            return scenario(text).load(seed) if again else _load(text, seed)
+        except UserError as error:
+            if "is not installed" in str(error):
+                pytest.skip(str(error))
+            raise
+
+    return loaded
+
+
+def same_users(a, b):
+    return [u.name for u in a.users] == [u.name for u in b.users] and all(
+        torch.equal(getattr(getattr(p, side), part), getattr(getattr(q, side), part))
+        for p, q in zip(a.users, b.users, strict=True)
+        for side in ("train", "test")
+        for part in ("x", "y", "recording")
+    )
+
+
+every = pytest.mark.parametrize("name", scenarios())
+
+
+@every
+def test_the_same_seed_gives_the_same_people(name, load):
+    a, b = load(name), load(name, again=True)
+    assert same_users(a, b)
+    assert (a.unseen, a.classes, a.skew, a.sources) == (b.unseen, b.classes, b.skew, b.sources)
+
+
+@every
+def test_the_seed_decides_who_is_unseen_and_nothing_else(name, load):
+    a, b = load(name), load(name, 1)
+    assert same_users(a, b)
+    assert a.sources == b.sources
+    assert a.unseen
+    assert a.seen
+    assert not set(a.unseen) & set(b.unseen)
+    assert sorted(a.seen + a.unseen) == list(range(len(a.users)))
+
+
+@every
+def test_examples_are_well_formed(name, load):
+    people = load(name)
+    trained = set()
+    for i, user in enumerate(people.users):
+        for data in (user.train, user.test):
+            assert data.x.dtype == torch.float32
+            assert data.y.dtype == data.recording.dtype == torch.int64
+            assert len(data.x) == len(data.y) == len(data.recording) > 0
+            assert data.x.shape[1:] == people.shape
+            assert data.x.is_contiguous()
+            assert torch.isfinite(data.x).all()
+            assert 0 <= int(data.y.min()) <= int(data.y.max()) < len(people.classes)
+        assert len(user.train) >= 2
+        if i in people.seen:
+            trained |= set(user.train.y.tolist())
+    assert trained == set(range(len(people.classes)))
+    assert len({u.name for u in people.users}) == len(people.users)
+    assert people.skew
+    assert all(len(v) == 64 for v in people.sources.values())
+
+
+@every
+def test_no_example_is_on_both_sides(name, load):
+    for user in load(name).users:
+        train, test = ({row.numpy().tobytes() for row in data.x} for data in (user.train, user.test))
+        assert not train & test
+
+
+@pytest.mark.parametrize("name", ["hapt", "watch", "digits8", "files"])
+def test_rows_are_in_the_order_of_their_recordings(name, load):
+    for user in load(name).users:
+        for data in (user.train, user.test):
+            assert (data.recording.diff() >= 0).all()
+
+
+def test_hapt_is_the_hapt_we_know(load):
+    people = load("hapt")
+    whole = [torch.cat([u.train.y, u.test.y]) for u in people.users]
+    sizes = sorted(map(len, whole))
+    assert len(people.users) == 30
+    assert sum(sizes) == 10_411
+    assert (sizes[0], sizes[-1]) == (284, 413)
+    assert torch.cat(whole).bincount().tolist() == [1722, 1544, 1407, 1801, 1979, 1958]
+    assert min(int(y.bincount().min()) for y in whole) == 36
+    assert len(people.unseen) == 6
+    for user in people.users:
+        assert set(user.train.recording.tolist()) == {0}
+        assert 0 not in user.test.recording
+    # Gravity: somebody standing still measures 1 g in total.
+    standing = torch.cat([u.train.x[u.train.y == 4, :3] for u in people.users])
+    assert standing.norm(dim=1).mean() == pytest.approx(1.0, abs=0.05)
+
+
+@pytest.mark.parametrize(("window", "count"), [(100, 13_704), (200, 6_216)])
+def test_hapt_at_other_windows(window, count, load):
+    load("hapt")
+    people = scenario(f"hapt:window={window}").load(0)
+    assert sum(len(u.train) + len(u.test) for u in people.users) == count
+    assert people.shape == (6, window)
+
+
+def counting(rows):
+    """Rows whose signal is their own number, so that a window tells which samples it holds."""
+    return np.repeat(np.arange(rows, dtype=np.float32)[:, None], 6, axis=1)
+
+
+def test_hapt_windows_stay_inside_a_stretch_and_in_order(monkeypatch):
+    lengths, labels, recordings = [40, 30, 7, 40, 50, 40], [0, 0, 1, 2, 0, 3], [0, 0, 0, 0, 1, 1]
+    stretch = np.repeat(np.arange(6), lengths)
+    rows = {
+        "signal": counting(sum(lengths)),
+        "label": np.repeat(labels, lengths),
+        "user": np.ones(sum(lengths), int),
+        "recording": np.repeat(recordings, lengths),
+        "stretch": stretch,
+    }
+    monkeypatch.setattr(hapt, "cached", lambda *_: rows)
+    monkeypatch.setattr(hapt, "fetch", lambda _: None)
+    (user,) = hapt.Hapt(unseen=0, window=16).load(0).users
+    assert [len(user.train), len(user.test)] == [4 + 2 + 0 + 4, 5 + 4]
+    for data in (user.train, user.test):
+        first, last = data.x[:, 0, 0].long(), data.x[:, 0, -1].long()
+        assert (last - first == 15).all()
+        assert (stretch[first] == stretch[last]).all()
+        assert (first.diff() > 0).all()
+        assert (data.y == torch.tensor(labels)[stretch[first]]).all()
+
+
+def test_hapt_parses_labels_into_stretches():
+    signal = counting(12)
+    label = np.array([-1, 1, 1, 7, 7, 1, 1, 2, 2, -1, 2, 2])
+    people = {3: [_frame(signal, label)], 1: [_frame(signal, label), _frame(signal, label)]}
+    got = hapt._recordings(people)
+    assert [(u, r) for u, r, _, _ in got] == [(1, 0), (1, 1), (3, 0)]
+
+
+def _frame(signal, label):
+    from fedbn.data.unpickle import Inert
+
+    manager, frame = Inert(), Inert()
+    manager.state = (None, [signal.T, np.stack([np.arange(len(label)), label])], None, None)
+    frame.state = {"_data": manager}
+    return frame
+
+
+def test_hapt_does_not_join_stretches_across_what_was_dropped(monkeypatch):
+    label = np.array([-1, 1, 1, 7, 7, 1, 1, 2, 2, -1, 2, 2])
+    monkeypatch.setattr(hapt, "unpickle", lambda *_: {1: [_frame(counting(12), label)] * 2})
+    monkeypatch.setattr(hapt.gzip, "open", lambda _: open("/dev/null", "rb"))
+    rows = hapt._parse(None)
+    assert rows["label"].tolist() == [0, 0, 0, 0, 1, 1, 1, 1] * 2
+    runs = np.unique(rows["stretch"], return_counts=True)[1]
+    assert runs.tolist() == [2, 2, 2, 2] * 2
+    assert rows["signal"][:, 0].tolist() == [1, 2, 5, 6, 7, 8, 10, 11] * 2
+
+
+def test_watch_is_the_watch_we_know(load):
+    people = load("watch")
+    assert len(people.users) == 20
+    assert [u.domain for u in people.users[:4]] == ["left", "right", "left", "right"]
+    assert sum(len(u.train) + len(u.test) for u in people.users) == 3_107
+    away = [people.users[i].name.split("-")[0] for i in people.unseen]
+    assert len(away) == 4
+    assert len(set(away)) == 2
+    for user in people.users:
+        assert set(user.train.y.tolist()) == set(user.test.y.tolist()) == set(range(7))
+
+
+def test_watch_leaves_a_windows_gap_between_training_and_test(monkeypatch):
+    lengths = np.array([200, 171, 230, 190])
+    rows = {
+        "signal": counting(int(lengths.sum())),
+        "length": lengths,
+        "subject": np.array([1, 1, 2, 2]),
+        "side": np.array([0, 1, 1, 0]),
+        "label": np.array([3, 3, 3, 3]),
+    }
+    monkeypatch.setattr(watch, "cached", lambda *_: rows)
+    monkeypatch.setattr(watch, "fetch", lambda _: None)
+    starts = np.cumsum(lengths) - lengths
+    users = watch.Watch(unseen=0, window=32).load(0).users
+    for user, recording in zip(users, (0, 1, 3, 2), strict=True):
+        used = [data.x[:, 0].long() for data in (user.train, user.test)]
+        assert int(used[0].min()) == starts[recording]
+        assert int(used[1].min()) - int(used[0].max()) > 32
+        assert int(used[1].max()) < starts[recording] + lengths[recording]
+
+
+def test_digits_is_the_setting_of_fedbn(load):
+    people = load("digits")
+    assert [u.name for u in people.users] == ["mnist", "optdigits", "mfeat", "pendigits", "fonts", "mnistm"]
+    assert {len(u.train) for u in people.users} == {743}
+    assert [len(u.test) for u in people.users] == [500, 1119, 400, 2195, 600, 500]
+    for user in people.users:
+        assert user.train.x.min() >= -1
+        assert user.train.x.max() <= 1
+        grey = torch.equal(user.train.x[:, 0], user.train.x[:, 1])
+        assert grey == (user.name != "mnistm")
+        assert int(user.test.y.bincount(minlength=10).min()) >= 0.8 * len(user.test) / 10
+
+
+def test_digits_shares_no_image_of_mnist_between_domains(load):
+    people = load("digits")
+    mnist, mixed = people.users[0], people.users[5]
+    # White background with an ink of 255 is inverted exactly, so equal images have equal corners of black.
+    ours = torch.cat([mnist.train.x, mnist.test.x])[:, 0]
+    theirs = torch.cat([mixed.train.x, mixed.test.x])
+    assert len(ours) + len(theirs) == 743 * 2 + 1000
+    ink = {tuple(row) for row in (ours > 0).flatten(1).int().tolist()}
+    assert len(ink) > 1200
+
+
+def test_digits_unseen_by_name_and_a_cap_on_tests(load):
+    load("digits")
+    people = scenario("digits:unseen=fonts+mnistm:train=50:test=30").load(3)
+    assert [people.users[i].name for i in people.unseen] == ["fonts", "mnistm"]
+    assert {(len(u.train), len(u.test)) for u in people.users} == {(50, 30)}
+
+
+def test_digits8_has_different_cameras_and_equal_labels(load):
+    people = load("digits8")
+    assert sum(len(u.train) + len(u.test) for u in people.users) == 1_797
+    means = torch.stack([u.train.x.mean() for u in people.users])
+    assert float(means.std()) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("hapt:window=4", "window=4 is too short for a pattern; choose 8 samples or more"),
+        ("hapt:overlap=1", "overlap=1.0 must be at least 0 and below 1"),
+        ("hapt:window=3000", r"window=3000: user\d\d has no labelled stretch that long"),
+        ("hapt:unseen=30", "30 unseen of 30 users leaves nobody to train; choose 0 to 29"),
+        ("watch:window=400", "the shortest recording has 947 samples.*choose 315 or less"),
+        ("watch:unseen=10", "10 unseen of 10 users leaves nobody to train"),
+        ("digits:unseen=mnits", "unknown domain of scenario 'digits' 'mnits'. Did you mean 'mnist'?"),
+        ("digits:unseen=mnist+optdigits+mfeat+pendigits+fonts+mnistm", "leaves nobody to train; leave one out"),
+        ("digits:train=5000", "train=5000: choose 10 to 2000, what domain 'mnist' has"),
+        ("digits:test=0", "test=0: choose 1 or more, or none"),
+        ("digits8:users=99", "users=99: choose 2 to 60"),
+        ("digits8:unseen=10", "10 unseen of 10 users"),
+    ],
+)
+def test_an_impossible_scenario_names_the_fix(text, message, load):
+    load(text.split(":")[0])
+    with pytest.raises(UserError, match=message):
+        scenario(text).load(0)
