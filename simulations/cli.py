@@ -11,12 +11,15 @@ import sys
 import time
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from fedbn.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 app = typer.Typer(
     name="fedbn",
@@ -210,14 +213,7 @@ def list_(kind: Annotated[Kind, typer.Argument(help="What to list.")], as_json: 
     if as_json:
         print(json.dumps(rows, indent=1))
         return
-    from rich.table import Table
-
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for name in rows[0]:
-        table.add_column(name, overflow="fold")
-    for row in rows:
-        table.add_row(*(str(v) for v in row.values()))
-    console.print(table)
+    console.print(_table(rows))
 
 
 @app.command()
@@ -245,17 +241,24 @@ def audit(
 @app.command()
 def data() -> None:
     """Show which data sets are installed and intact, and how to get the others."""
-    from rich.table import Table
-
     from fedbn.data.packages import status
 
+    rows = [
+        {"data": name, "scenario": source.scenario, "package": source.package, "state": state}
+        for name, source, state in status()
+    ]
+    console.print(_table(rows))
+
+
+def _table(rows: list[dict[str, str]]) -> Table:
+    from rich.table import Table
+
     table = Table(box=None, header_style="bold", pad_edge=False)
-    rows = [item if isinstance(item, dict) else vars(item) for item in status()]
     for name in rows[0]:
         table.add_column(name, overflow="fold")
     for row in rows:
-        table.add_row(*(str(v) for v in row.values()))
-    console.print(table)
+        table.add_row(*row.values())
+    return table
 
 
 def _strategies(text: str | None) -> tuple[str, ...] | None:

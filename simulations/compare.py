@@ -31,7 +31,7 @@ from fedbn.run import Run
 from fedbn.setting import Setting, setting
 from simulations.engines import Engine, execute
 from simulations.experiment import Experiment
-from simulations.results import write_comparison, write_run, write_shift
+from simulations.results import Comparison, write_comparison, write_run, write_shift
 from simulations.store import code_digest, load_outcome, save_outcome, versions
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -298,6 +298,7 @@ def compare(
     started("comparing", tasks)
     perform_all(tasks, engine, workers, report)
     write_shift(out, measured_shift(experiment, tasks))
+    Comparison.load(out).evaluations.to_parquet(out / "evaluations.parquet", index=False)
     return out
 
 

@@ -14,7 +14,7 @@ from simulations.tables import answer
 def embed(directory: Path, document: Path) -> None:
     """Replace what stands between ``<!-- begin NAME -->`` and ``<!-- end NAME -->``; NAME is the directory's name.
 
-    The convergence plot is copied beside the document, into ``docs/NAME.png``.
+    The plot of paired differences is copied beside the document, into ``docs/NAME.png``.
 
     Raises:
         UserError: the document or its markers are missing.
@@ -40,5 +40,5 @@ def embed(directory: Path, document: Path) -> None:
     )
     picture = document.parent / "docs" / f"{name}.png"
     picture.parent.mkdir(exist_ok=True)
-    shutil.copy(directory / "figures" / "paired.png", picture)
+    shutil.copy(directory / "figures" / "paired-own-aggregated.png", picture)
     document.write_text(block.sub(lambda m: m[1] + table + m[2], text), encoding="utf-8")

@@ -92,6 +92,9 @@ PRIVATE = {
 }
 
 
+Handler = Callable[[int, FrameType | None], Any] | signal.Handlers
+
+
 class RayRunError(RuntimeError):
     """Flower's simulation failed; the message ends with its log."""
 
@@ -124,14 +127,14 @@ def ray_session(actors: int | None = None) -> Iterator[Callable[[Run], Outcome]]
     place = Path(tempfile.mkdtemp(prefix="fb-", dir=_short_temporary_directory()))
     link = _Link(place, actors or _processors())
     try:
-        with _sigterm_as_exit():
-            try:
-                link.start()
-                yield link.execute
-            finally:
-                link.stop()
+        with _handling(_leave, signal.SIGTERM):
+            link.start()
+            yield link.execute
     finally:
-        shutil.rmtree(place, ignore_errors=True)
+        # A second Ctrl-C, out of impatience, would leave half of it running.
+        with _handling(signal.SIG_IGN, signal.SIGINT, signal.SIGTERM):
+            link.stop()
+            shutil.rmtree(place, ignore_errors=True)
 
 
 @dataclass
@@ -394,18 +397,20 @@ def _process_lines() -> Iterator[str]:
                 yield f"{place.name} {parent} {state}"
 
 
+def _leave(number: int, frame: FrameType | None) -> None:
+    """Unwind the stack on a polite kill too, so that everything is stopped."""
+    raise SystemExit(128 + number)
+
+
 @contextmanager
-def _sigterm_as_exit() -> Iterator[None]:
-    """Let a polite kill unwind the stack, so that everything is stopped."""
+def _handling(handler: Handler, *numbers: signal.Signals) -> Iterator[None]:
+    """Handle signals in a way of ours, where Python allows it: in the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-
-    def leave(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, leave)
+    before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, theirs in before.items():
+            signal.signal(number, theirs)

@@ -394,7 +394,7 @@ def _paired_pictures(comparison: Comparison) -> list[Picture]:
         if figure is not None and column is not None:
             title = f"{ROWS[row][0]}, {COLUMNS[column][0]}: each user's difference to {comparison.reference}"
             caption = "One point per user. Line and band: mean and its 95 % interval. Below 0: the user is worse off."
-            found.append(_draw(comparison, f"paired-{row}-{column}", title.capitalize(), caption, figure))
+            found.append(_draw(comparison, f"paired-{row}-{column}", title[0].upper() + title[1:], caption, figure))
     return found
 
 

@@ -132,7 +132,8 @@ def test_an_interrupted_run_leaves_nothing_behind(how, tmp_path):
     mark = uuid.uuid4().hex
     script = tmp_path / "long.py"
     script.write_text(
-        "from fedbn.run import Run, plan_for\nfrom simulations.engines import execute\n"
+        "import signal\nfrom fedbn.run import Run, plan_for\nfrom simulations.engines import execute\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored in a shell's background job
         "execute(Run('digits8', 'fedbn', plan=plan_for('digits8', rounds=10_000)).resolved(), 'ray')\n"
     )
     process = subprocess.Popen(
@@ -149,6 +150,8 @@ def test_an_interrupted_run_leaves_nothing_behind(how, tmp_path):
             time.sleep(0.2)
         homes = {Path(e["FLWR_HOME"]) for e in marked(mark).values() if "FLWR_HOME" in e}
         process.send_signal(how)
+        time.sleep(1)
+        process.send_signal(how)  # as impatient people do
         said, _ = process.communicate(timeout=60)
         assert process.returncode != 0
         assert not said

@@ -20,7 +20,8 @@ draw the domains that are not images of that size. ``mnist`` and ``mnistm`` are 
 of the 5,000 packaged MNIST images, so no digit is trained on in one domain and tested in another.
 
 Images are independent of each other and some files are sorted by class, so their order carries no time;
-rows are in one fixed random order.
+rows are in one fixed random order. The file of ``mfeat`` holds six images twice; at the default size none of
+them is on both sides of the split.
 """
 
 from __future__ import annotations

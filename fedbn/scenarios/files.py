@@ -271,25 +271,22 @@ def population(
     x = torch.from_numpy(np.ascontiguousarray(rows.x, dtype=np.float32))
     names, whose = _identities(rows.user, f"{name}: user")
     recordings = None if rows.recording is None else _identities(rows.recording, f"{name}: recording")[1]
+    numbers = np.zeros(len(y), np.int64)
     users = []
     for i, user in enumerate(names):
         mine = np.flatnonzero(whose == i)
         if recordings is None:
             parts = _by_time(mine, test, gap)
-            numbers = np.zeros(len(mine), np.int64)
-            numbers[np.isin(mine, parts[1])] = 1
+            numbers[parts[1]] = 1
         else:
-            numbers = _in_order(recordings[mine])
-            parts = _by_recording(mine, numbers, test, f"{name}: user {user!r}")
+            numbers[mine] = _in_order(recordings[mine])
+            parts = _by_recording(mine, numbers[mine], test, f"{name}: user {user!r}")
         if len(parts[0]) < 2 or not len(parts[1]):
             raise UserError(
                 f"{name}: user {user!r} has {len(mine)} rows, which leaves {len(parts[0])} to train and "
                 f"{len(parts[1])} to test; 2 and 1 are needed. Leave the user out, or change test= or gap="
             )
-        number = dict(zip(mine.tolist(), numbers.tolist(), strict=True))
-        train, held = (
-            Examples(x[p], torch.from_numpy(y[p]), torch.tensor([number[row] for row in p.tolist()])) for p in parts
-        )
+        train, held = (Examples(x[p], torch.from_numpy(y[p]), torch.from_numpy(numbers[p])) for p in parts)
         users.append(User(user, name, train, held))
     away = hold_out(len(users), unseen, seed)
     known = set(torch.cat([u.train.y for i, u in enumerate(users) if i not in away]).tolist())

@@ -1,0 +1,268 @@
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedbn.errors import UserError
+from fedbn.scenario import scenario
+from fedbn.scenarios.files import Rows, population
+
+
+def columns(n=60, users=3, classes=3):
+    """Rows in recorded order; the first value of each is its own number."""
+    return {
+        "x": np.stack([np.arange(n), np.ones(n)], axis=1),
+        "y": np.arange(n) % classes,
+        "user": np.arange(n) * users // n,
+    }
+
+
+@pytest.fixture
+def save(tmp_path):
+    def saved(name="own.npz", **changed):
+        data = {**columns(), **changed}
+        data = {k: v for k, v in data.items() if v is not None}
+        path = tmp_path / name
+        np.savez(path, **data)
+        return path
+
+    return saved
+
+
+def load(path, options="", seed=0):
+    return scenario(f"files:path={path}{':' if options else ''}{options}").load(seed)
+
+
+def numbers(data):
+    return data.x[:, 0].int().tolist()
+
+
+def test_without_recordings_the_last_rows_test_after_a_gap(save):
+    people = load(save(), "unseen=1")
+    assert [u.name for u in people.users] == ["0", "1", "2"]
+    assert numbers(people.users[1].train) == list(range(20, 34))
+    assert numbers(people.users[1].test) == list(range(35, 40))
+    assert set(people.users[1].test.recording.tolist()) == {1}
+    assert numbers(load(save(), "gap=3:test=0.5").users[0].train) == list(range(7))
+    assert numbers(load(save(), "gap=0").users[0].train) == list(range(15))
+
+
+def test_later_recordings_test_whole(save):
+    recording = np.array(["b"] * 5 + ["a"] * 9 + ["c"] * 6)
+    people = load(save(recording=np.tile(recording, 3)))
+    assert numbers(people.users[0].train) == list(range(14))
+    assert people.users[0].train.recording.tolist() == [0] * 5 + [1] * 9
+    assert set(people.users[0].test.recording.tolist()) == {2}
+    half = load(save(recording=np.tile(recording, 3)), "test=0.9").users[0]
+    assert numbers(half.train) == list(range(5))
+    assert len(load(save(recording=np.tile(recording, 3)), "recording=").users[0].train) == 14
+
+
+def test_rows_of_users_may_be_interleaved(save):
+    people = load(save(user=np.arange(60) % 3, y=np.arange(60) // 3 % 3))
+    assert numbers(people.users[1].train) == list(range(1, 43, 3))
+    assert numbers(people.users[1].test) == list(range(46, 60, 3))
+
+
+def test_names_become_classes_and_users(save):
+    people = load(save(y=np.array(["walk", "lie", "sit"] * 20), user=np.repeat(["eve", "bob", "ann"], 20)))
+    assert people.classes == ("lie", "sit", "walk")
+    assert [u.name for u in people.users] == ["ann", "bob", "eve"]
+    assert people.users[2].train.y.tolist()[:4] == [2, 0, 1, 2]
+
+
+def test_users_sort_as_numbers(save):
+    people = load(save(user=np.repeat([10, 9, 2], 20)))
+    assert [u.name for u in people.users] == ["2", "9", "10"]
+    as_floats = load(save(user=np.repeat([10.0, 9.0, 2.0], 20)))
+    assert [u.name for u in as_floats.users] == ["2", "9", "10"]
+
+
+def frame(prefix="x"):
+    data = columns()
+    return pd.DataFrame({f"{prefix}{i}": data["x"][:, 0] + 100 * i for i in range(12)}).assign(
+        y=data["y"], user=data["user"]
+    )
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_tables_by_numbered_columns_names_and_shape(tmp_path, kind):
+    path = tmp_path / f"own.{kind}"
+    frame()[["x10", *[f"x{i}" for i in range(12) if i != 10], "y", "user"]].pipe(
+        lambda f: f.to_csv(path, index=False) if kind == "csv" else f.to_parquet(path)
+    )
+    people = load(path)
+    assert people.shape == (12,)
+    assert people.users[0].train.x[3].tolist() == [3 + 100 * i for i in range(12)]
+    assert load(path, "x=x1+x0").users[0].train.x[3].tolist() == [103, 3]
+    assert load(path, "x=x0").users[0].train.x[3].tolist() == [3]
+    assert load(path, "shape=3+4").users[0].train.x[3, 1].tolist() == [403, 503, 603, 703]
+    assert list(people.sources) == [path.name]
+
+
+def test_parquet_lists_become_rows(tmp_path):
+    data = columns()
+    table = pd.DataFrame({"x": data["x"].tolist(), "y": data["y"], "user": data["user"]})
+    table.to_parquet(tmp_path / "own.parquet")
+    assert numbers(load(tmp_path / "own.parquet").users[0].train) == list(range(14))
+    table.at[7, "x"] = [1.0]
+    table.to_parquet(tmp_path / "own.parquet")
+    with pytest.raises(UserError, match=r"rows of 'x' differ in length \(row 0 has 2 values, row 7 has 1\)"):
+        load(tmp_path / "own.parquet")
+
+
+def test_a_saved_datasets_directory(tmp_path):
+    import datasets
+
+    data = columns()
+    features = datasets.Features(
+        x=datasets.List(datasets.Value("float32")),
+        y=datasets.ClassLabel(names=["walk", "sit", "lie"]),
+        user=datasets.Value("int64"),
+    )
+    table = datasets.Dataset.from_dict({k: v.tolist() for k, v in data.items()}, features=features)
+    table.save_to_disk(str(tmp_path / "one"))
+    people = load(tmp_path / "one")
+    assert people.classes == ("walk", "sit", "lie")
+    assert numbers(people.users[0].train) == list(range(14))
+    datasets.DatasetDict({"train": table, "test": table}).save_to_disk(str(tmp_path / "two"))
+    with pytest.raises(UserError, match=r"two holds 2 splits; name one: path=.*two/train"):
+        load(tmp_path / "two")
+    assert people.sources["one"] == load(tmp_path / "two" / "train").sources["train"]
+
+
+def test_images_of_a_datasets_directory_are_channels_first(tmp_path):
+    import datasets
+    from PIL import Image
+
+    images = [Image.new("RGB", (5, 4), (255, 0, 51)) for _ in range(60)]
+    data = {k: v.tolist() for k, v in columns().items() if k != "x"}
+    datasets.Dataset.from_dict({"x": images, **data}).save_to_disk(str(tmp_path / "rgb"))
+    people = load(tmp_path / "rgb")
+    assert people.shape == (3, 4, 5)
+    torch.testing.assert_close(people.users[0].train.x[0, :, 0, 0], torch.tensor([1.0, 0.0, 0.2]))
+
+
+def test_the_hash_is_of_the_content(save):
+    before = load(save()).sources
+    assert before == load(save()).sources
+    assert before != load(save(x=columns()["x"] + 1)).sources
+
+
+@given(
+    st.lists(st.integers(6, 40), min_size=2, max_size=6),
+    st.floats(0.05, 0.6),
+    st.integers(0, 2),
+)
+def test_every_row_is_used_once_or_left_in_the_gap(sizes, test, gap):
+    n = sum(sizes)
+    user = np.repeat(np.arange(len(sizes)), sizes)
+    rows = Rows(np.arange(n, dtype=np.float32)[:, None], np.zeros(n, int), user, None)
+    try:
+        people = population(rows, name="t", test=test, gap=gap, unseen=1, seed=0, skew="", sources={})
+    except UserError as error:
+        assert "has" in str(error)  # noqa: PT017
+        return
+    for size, one in zip(sizes, people.users, strict=True):
+        train, held = numbers(one.train), numbers(one.test)
+        assert len(train) + gap + len(held) == size
+        assert held[0] - train[-1] == gap + 1
+        assert train == sorted(train)
+
+
+ERRORS = [
+    ({}, "test=1", "test=1.0 must be a share between 0 and 1"),
+    ({}, "gap=-1", "gap=-1 must not be negative"),
+    ({}, "unseen=3", "3 unseen of 3 users leaves nobody to train; choose 0 to 2"),
+    ({}, "y=lable", "unknown column for y (set it with y=NAME) 'lable'. Known: user, x, y"),
+    ({"label": np.arange(60), "y": None}, "y=lable", "'lable'. Did you mean 'label'?"),
+    ({"user": None}, "", "unknown column for user (set it with user=NAME) 'user'"),
+    ({}, "recording=session", "unknown column for recording (set it with recording=NAME) 'session'"),
+    ({}, "x=acc", "unknown column for x (set it with x=NAME) 'acc'"),
+    ({}, "shape=2+2", "own.npz: shape=2+2 makes 4 values an example, rows have 2"),
+    (
+        {"x": np.where(np.arange(120).reshape(60, 2) % 50 == 7, np.nan, 1.0)},
+        "",
+        "x holds 3 NaN or infinite values (first: row 3, position 1); remove or impute them",
+    ),
+    ({"x": np.full((60, 1), 1e300)}, "", "x holds 60 NaN or infinite values (first: row 0, position 0)"),
+    ({"x": np.full((60, 1), "abc")}, "", "own.npz: 'x' is not numeric: "),
+    ({"y": np.arange(60) % 3 + 1}, "", "labels run from 1 to 3, but no row has class 0; number classes 0 to k-1"),
+    ({"y": np.arange(60) % 3 - 1}, "", "labels run from -1 to 1, but classes are numbered 0 to k-1"),
+    ({"y": np.arange(60) / 2}, "", "labels are class numbers 0 to k-1 or names, but row 1 holds 0.5"),
+    ({"y": np.where(np.arange(60) < 58, 1.0, np.nan)}, "", "label is missing in 2 rows (first: row 58)"),
+    ({"y": np.zeros((60, 2))}, "", "label must be one value a row, not an array of shape [60, 2]"),
+    ({"user": np.where(np.arange(60) < 58, 1.0, np.nan)}, "", "user is missing in 2 rows (first: row 58)"),
+    ({"y": np.arange(59) % 3}, "", "x has 60 rows, y has 59 rows, user has 60 rows; a row is an example"),
+    ({k: v[:0] for k, v in columns().items()}, "", "own.npz has no rows"),
+    (
+        {"user": np.where(np.arange(60) < 57, np.arange(60) % 2, 2)},
+        "",
+        "user '2' has 3 rows, which leaves 1 to train and 1 to test; 2 and 1 are needed",
+    ),
+    ({"recording": np.arange(60) // 20}, "", "user '0' has a single recording, so no later one is left to test on"),
+]
+
+
+@pytest.mark.parametrize(("changed", "options", "message"), ERRORS)
+def test_a_mistake_in_the_data_names_the_place_and_the_fix(save, changed, options, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        load(save(**changed), options)
+
+
+def test_a_class_that_only_an_unseen_user_has(save):
+    away = {seed: load(save(), seed=seed).unseen for seed in range(3)}
+    path = save(y=np.where(np.arange(60) < 40, np.arange(60) % 2, 2))
+    for seed, unseen in away.items():
+        if unseen == (2,):
+            with pytest.raises(
+                UserError, match=r"class 2 is in no training row of the seen users \(unseen: 2\); see more"
+            ):
+                load(path, seed=seed)
+        else:
+            assert load(path, seed=seed).unseen == unseen
+    assert set(away.values()) == {(0,), (1,), (2,)}
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    with pytest.raises(UserError, match="scenario 'files' needs a path: files:path=FILE"):
+        scenario("files").load(0)
+    with pytest.raises(UserError, match=r"there is no file '.*away\.npz'; check path="):
+        load(tmp_path / "away.npz")
+    (tmp_path / "own.xlsx").write_text("")
+    with pytest.raises(UserError, match=r"own\.xlsx: data are read from .npz, .csv, .parquet .* not from '.xlsx'"):
+        load(tmp_path / "own.xlsx")
+    for name in ("own.npz", "own.csv", "own.parquet"):
+        (tmp_path / name).write_bytes(b"")
+        with pytest.raises(UserError, match=rf"{name} cannot be read \(.*\); write it again or check its ending"):
+            load(tmp_path / name)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match=r"folder cannot be read"):
+        load(tmp_path / "folder")
+
+
+def test_python_objects_are_refused(tmp_path):
+    ragged = np.array([np.zeros(2), np.zeros(3)], dtype=object)
+    np.savez(tmp_path / "own.npz", x=ragged, y=[0, 1], user=[0, 0])
+    with pytest.raises(UserError, match="array 'x' holds Python objects, for instance rows of differing length"):
+        load(tmp_path / "own.npz")
+
+
+def test_csv_with_words_where_numbers_belong(tmp_path):
+    table = frame().astype({"x3": object})
+    table.loc[5, "x3"] = "n/k"
+    table.to_csv(tmp_path / "own.csv", index=False)
+    with pytest.raises(UserError, match=r"own\.csv: 'x3' is not numeric: 'n/k' in row 5"):
+        load(tmp_path / "own.csv")
+
+
+def test_class_numbers_beyond_the_names_of_the_file():
+    rows = Rows(np.zeros((4, 1)), np.array([0, 1, 2, 5]), np.zeros(4), None, ("a", "b", "c"))
+    with pytest.raises(UserError, match="labels run from 0 to 5, but classes are numbered 0 to 2"):
+        population(rows, name="t", test=0.5, gap=0, unseen=0, seed=0, skew="", sources={})

@@ -1,0 +1,175 @@
+"""The hub without the hub: its local stand-ins, and what it says when there is no connection."""
+
+from __future__ import annotations
+
+import datasets
+import flwr_datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fedbn.errors import UserError
+from fedbn.scenario import scenario
+from fedbn.scenarios.hub import COLLECTIONS
+
+datasets.disable_progress_bars()
+
+
+def table(n=80, image="image", label="label", **more):
+    """Images whose grey level is their number; sorted by class, as hub files often are."""
+    images = [Image.new("L", (8, 6), i) for i in range(n)]
+    columns = {image: images, label: (np.arange(n) * 4 // n).tolist(), **more}
+    names = ["cat", "dog", "elk", "fox"]
+    return datasets.Dataset.from_dict(columns).cast_column(label, datasets.ClassLabel(names=names))
+
+
+def numbers(data):
+    return ((data.x[:, 0, 0, 0] + 1) * 127.5).round().int().tolist()
+
+
+@pytest.fixture
+def pacs(tmp_path):
+    table(domain=[f"d{i % 4}" for i in range(80)]).save_to_disk(str(tmp_path / "pacs"))
+    return tmp_path / "pacs"
+
+
+def load(path, options="", seed=0):
+    return scenario(f"hub:path={path}{':' if options else ''}{options}").load(seed)
+
+
+def test_a_user_is_a_domain_and_images_get_the_tables_size(pacs):
+    people = load(pacs)
+    assert [u.name for u in people.users] == ["d0", "d1", "d2", "d3"]
+    assert people.shape == (3, 64, 64)
+    assert people.classes == ("cat", "dog", "elk", "fox")
+    assert people.skew == COLLECTIONS["pacs"].skew
+    for i, user in enumerate(people.users):
+        assert (len(user.train), len(user.test)) == (16, 4)
+        used = numbers(user.train) + numbers(user.test)
+        assert sorted(used) == list(range(i, 80, 4))
+        assert used != sorted(used)
+        assert user.train.y.tolist() == [number * 4 // 80 for number in numbers(user.train)]
+
+
+def test_sizes_limits_and_the_number_of_users(pacs):
+    people = load(pacs, "size=4:limit=10:users=3:unseen=0:test=0.3")
+    assert people.shape == (3, 4, 4)
+    assert [(len(u.train), len(u.test)) for u in people.users] == [(7, 3)] * 3
+
+
+def test_rows_without_users_are_dealt_at_random(tmp_path):
+    table(image="img").save_to_disk(str(tmp_path / "cifar"))
+    people = load(tmp_path / "cifar", "data=cifar10:users=4")
+    assert people.shape == (3, 32, 32)
+    assert len(people.users) == 4
+    used = torch.cat([torch.tensor(numbers(u.train) + numbers(u.test)) for u in people.users])
+    assert used.sort().values.tolist() == list(range(80))
+
+
+def test_several_parts_are_users_of_their_own(tmp_path):
+    for part in COLLECTIONS["digits-four"].parts:
+        table(40).save_to_disk(str(tmp_path / part.domain))
+    people = load(tmp_path, "data=digits-four")
+    assert [u.name for u in people.users] == ["mnist", "mnistm", "svhn", "usps"]
+    assert people.shape == (3, 28, 28)
+
+
+def test_another_data_set_by_its_columns(tmp_path):
+    writers = [f"w{i % 5:02d}" for i in range(80)]
+    datasets.DatasetDict({"train": table(image="scan", label="sign", hand=writers)}).save_to_disk(str(tmp_path / "d"))
+    people = load(tmp_path / "d", "data=own/one:x=scan:y=sign:user=hand:size=6")
+    assert [u.name for u in people.users] == [f"w{i:02d}" for i in range(5)]
+    assert list(people.sources) == ["hub/own/one"]
+
+
+def test_a_folder_that_load_dataset_understands(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "d").mkdir()
+    table(domain=[f"d{i % 4}" for i in range(80)]).to_parquet(str(tmp_path / "d" / "train.parquet"))
+    assert len(load(tmp_path / "d").users) == 4
+
+
+def test_online_reads_the_train_split_in_the_hubs_order(monkeypatch):
+    asked = {}
+
+    class Hub:
+        def __init__(self, **settings):
+            asked.update(settings)
+
+        def load_split(self, split):
+            asked["split"] = split
+            return table(domain=[f"d{i % 4}" for i in range(80)])
+
+    monkeypatch.setattr(flwr_datasets, "FederatedDataset", Hub)
+    people = scenario("hub").load(0)
+    assert len(people.users) == 4
+    assert asked == {
+        "dataset": "flwrlabs/pacs",
+        "subset": None,
+        "partitioners": {"train": 1},
+        "shuffle": False,
+        "split": "train",
+    }
+
+
+def test_offline_says_what_to_do(monkeypatch):
+    def unreachable(**_):
+        raise ConnectionError("Couldn't reach the Hub\nand more")
+
+    monkeypatch.setattr(flwr_datasets, "FederatedDataset", unreachable)
+    message = (
+        r"cannot load 'flwrlabs/femnist' from the hub \(ConnectionError: Couldn't reach the Hub\)\. Check name and "
+        r"connection\. Without one: .*save_to_disk\(DIR\), bring DIR here and add path=DIR; or use .*: digits8"
+    )
+    with pytest.raises(UserError, match=message):
+        scenario("hub:data=femnist").load(0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("data=pacss", r"unknown data set of scenario 'hub' \(or give owner/name\) 'pacss'. Did you mean 'pacs'\?"),
+        ("size=-1", "hub: size=-1, users=20, limit=500: choose"),
+        ("users=0", "users=0"),
+        ("limit=2", "3 rows a user or more"),
+    ],
+)
+def test_mistakes_in_the_name(options, message):
+    with pytest.raises(UserError, match=message):
+        scenario(f"hub:{options}").load(0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("user=domian", r"unknown column of pacs \(set it with user=NAME\) 'domian'. Did you mean 'domain'\?"),
+        ("x=img", r"unknown column of pacs \(set it with x=NAME\) 'img'"),
+        ("x=domain", "column 'domain' holds no images but str; set x=COLUMN"),
+        ("unseen=4", "4 unseen of 4 users"),
+    ],
+)
+def test_mistakes_in_the_columns(pacs, options, message):
+    with pytest.raises(UserError, match=message):
+        load(pacs, options)
+
+
+def test_directories_that_are_no_data_set(tmp_path):
+    with pytest.raises(UserError, match=r"there is no directory '.*away'"):
+        load(tmp_path / "away")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"empty cannot be read as a data set \(.*\); write it with save_to_disk"):
+        load(tmp_path / "empty")
+    datasets.DatasetDict({"valid": table(8)}).save_to_disk(str(tmp_path / "other"))
+    with pytest.raises(UserError, match=r"has no split 'train' but valid; name the split: .*other/SPLIT"):
+        load(tmp_path / "other")
+
+
+def test_the_content_decides_the_hash(pacs, tmp_path):
+    before = load(pacs, "size=4").sources
+    table(domain=[f"d{i % 4}" for i in range(80)]).save_to_disk(str(tmp_path / "again"))
+    assert load(tmp_path / "again", "size=4").sources == before
+    inverted = table(domain=[f"d{i % 4}" for i in range(80)][::-1])
+    inverted.save_to_disk(str(tmp_path / "inverted"))
+    assert load(tmp_path / "inverted", "size=4").sources != before
+    assert torch.equal(load(pacs).users[0].train.x, load(pacs).users[0].train.x)
