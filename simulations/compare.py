@@ -105,8 +105,11 @@ def perform(task: Task, engine: Engine, report: Report) -> None:
         save_outcome(checkpoint, task.run, outcome, sources)
         report(Event(task.directory, number))
 
-    outcome = execute(task.run, engine, resume, on_round)
-    save_outcome(checkpoint, task.run, outcome, sources)
+    if resume is not None and resume.scores:  # killed between its last checkpoint and its result
+        outcome = resume
+    else:
+        outcome = execute(task.run, engine, resume, on_round)
+        save_outcome(checkpoint, task.run, outcome, sources)
     write_run(directory.parent.parent, directory.name, result_of(task.run, here, outcome))
     report(Event(task.directory, rounds, ended=True))
 
