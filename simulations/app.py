@@ -99,7 +99,7 @@ class Clients:
         """Ask every node which user it serves, until all users have one."""
         self.grid = grid
         self.node: dict[int, int] = {}
-        while len(self.node) < users:
+        while missing := set(range(users)) - self.node.keys():
             known = set(self.node.values())
             asked = [n for n in grid.get_node_ids() if n not in known]
             for reply in grid.send_and_receive([Message(RecordDict(), n, "query.partition") for n in asked]):
@@ -113,7 +113,7 @@ class Clients:
                         f"--federation-config 'num-supernodes={users}' to flwr run"
                     )
                 self.node[cast(int, info["partition-id"])] = reply.metadata.src_node_id
-            if len(self.node) < users:
+            if missing - self.node.keys():
                 time.sleep(0.5)
 
     def ask(self, kind: str, content: dict[int, RecordDict]) -> dict[int, RecordDict]:

@@ -137,6 +137,29 @@ def test_kill_minus_nine_and_resume_is_bit_identical(tmp_path):
     assert results(place) == results(tmp_path / "whole")
 
 
+@pytest.mark.slow
+def test_an_interruption_says_how_to_go_on_and_leaves_no_process(tmp_path):
+    place = tmp_path / "stopped"
+    command = [sys.executable, "-m", "simulations", "compare", "digits8", "--strategies", "fedbn,silobn"]
+    process = subprocess.Popen(
+        [*command, "--rounds", "200", "--seeds", "1", "--workers", "2", "--out", str(place)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    deadline = time.monotonic() + 120
+    while not list(place.glob(f"runs/*/{CHECKPOINT}")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"interrupted; go on with fedbn resume {place}" in " ".join(errors.split()).replace("/ ", "/")
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+
+
 def test_learning_rates_are_chosen_on_validation_data_of_seen_users(tmp_path):
     what = experiment("global-naive", "groupnorm", seeds=1, tune=(1e-6, 0.05), plan={"rounds": 4})
     compare(what, tmp_path, workers=1)
