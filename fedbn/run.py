@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
@@ -29,6 +30,8 @@ class Plan:
         local_epochs: passes over a client's data a round.
         batch_size: rows a step; a last batch of one row joins the batch before it.
         lr: client learning rate (SGD).
+        schedule: ``constant``, or ``cosine``: the rate falls along half a cosine over the rounds, so that clients
+            drift little in the end and statistics gathered before aggregation still fit after it.
         momentum: of the client's SGD.
         weight_decay: of the client's SGD.
         optimizer_state: ``reset`` each round, or ``keep`` with the client (never sent).
@@ -46,6 +49,7 @@ class Plan:
     local_epochs: int = 1
     batch_size: int = 32
     lr: float = 0.05
+    schedule: Literal["constant", "cosine"] = "constant"
     momentum: float = 0.9
     weight_decay: float = 0.0
     optimizer_state: Literal["reset", "keep"] = "reset"
@@ -79,6 +83,18 @@ class Plan:
                 raise UserError(f"{name} must be positive, not {getattr(self, name)}")
         if self.momentum >= 1:
             raise UserError(f"momentum must be below 1, not {self.momentum}")
+
+
+    def rate(self, round: int) -> float:  # noqa: A002
+        """Learning rate of a round, counted from 1.
+
+        >>> plan = Plan(rounds=4, lr=0.1, schedule="cosine")
+        >>> [round(plan.rate(r), 3) for r in (1, 3, 4)]
+        [0.1, 0.05, 0.015]
+        """
+        if self.schedule == "constant":
+            return self.lr
+        return self.lr * (1 + math.cos(math.pi * (round - 1) / self.rounds)) / 2
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,8 @@ class Watch(Scenario):
     about: ClassVar[str] = "10 people x 2 arms, watch at the wrist, 7 exercises; second halves test"
     model: ClassVar[str] = "har-cnn"
     plan: ClassVar[dict[str, object]] = {
-        "rounds": 25,
+        "rounds": 20,
+        "schedule": "cosine",
         "local_epochs": 1,
         "batch_size": 32,
         "lr": 0.05,
