@@ -13,7 +13,7 @@ from flwr.clientapp import ClientApp
 
 from clients.config import run_from_config
 from clients.jobs import Evaluate, Settle, Train, execute
-from clients.records import answers_from, arrays, scores_to, set_threads, tensors
+from clients.records import Decoder, answers_from, arrays, scores_to, set_threads, tensors
 from fedbn.evaluation import Column
 from fedbn.recalibration import flatten
 from fedbn.roles import State
@@ -21,6 +21,7 @@ from fedbn.setting import EVERYONE, Setting, setting
 from fedbn.strategy import Progress
 
 app = ClientApp()
+_decode = Decoder()
 
 
 def _here(context: Context) -> Setting:
@@ -42,7 +43,7 @@ def _kept(here: Setting, context: Context, user: int) -> State | None:
 
 
 def _received(here: Setting, message: Message) -> State:
-    return tensors(message.content.array_records["arrays"], here.run.device)
+    return _decode(message.content.array_records["arrays"], here.run.device)
 
 
 @app.train()

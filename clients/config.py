@@ -5,11 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import fields, replace
+from functools import lru_cache
 
 from fedbn.errors import UserError
 from fedbn.run import Run, plan_for
 
 Scalar = bool | int | float | str
+
+
+@lru_cache(maxsize=8)
+def _parsed(text: str) -> Run:
+    return Run.from_dict(json.loads(text))
 
 
 def run_from_config(config: Mapping[str, Scalar]) -> Run:
@@ -25,7 +31,7 @@ def run_from_config(config: Mapping[str, Scalar]) -> Run:
         UserError: unknown names or values.
     """
     if text := str(config.get("run", "")):
-        return Run.from_dict(json.loads(text))
+        return _parsed(text)
     settings: dict[str, str] = {}
     for part in filter(None, str(config.get("plan", "")).split(":")):
         name, sep, value = part.partition("=")

@@ -25,6 +25,22 @@ def tensors(record: ArrayRecord, device: str = "cpu") -> State:
     return {k: v.to(device) for k, v in state.items()}
 
 
+class Decoder:
+    """Decodes what the server sends, once for all clients of a process that are sent the same bytes."""
+
+    def __init__(self) -> None:
+        self._payload: list[bytes] = []
+        self._state: State = {}
+
+    def __call__(self, record: ArrayRecord, device: str) -> State:
+        """A record as named tensors, which must not be written to."""
+        payload = [array.data for array in record.values()]
+        same = len(payload) == len(self._payload) and all(a is b for a, b in zip(payload, self._payload, strict=True))
+        if not same or list(record) != list(self._state):
+            self._payload, self._state = payload, tensors(record, device)
+        return self._state
+
+
 def scores_to(scores: list[Score]) -> MetricRecord:
     """Scores as a record."""
     out: dict[str, int | float] = {}

@@ -84,8 +84,7 @@ class Plan:
         if self.momentum >= 1:
             raise UserError(f"momentum must be below 1, not {self.momentum}")
 
-
-    def rate(self, round: int) -> float:  # noqa: A002
+    def rate(self, round: int) -> float:
         """Learning rate of a round, counted from 1.
 
         >>> plan = Plan(rounds=4, lr=0.1, schedule="cosine")

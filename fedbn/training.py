@@ -56,7 +56,9 @@ def fit(
     """
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     anchor = {n: p.detach().clone() for n, p in named.items() if n in shared} if plan.proximal else {}
-    optimizer = torch.optim.SGD(named.values(), lr=plan.rate(round), momentum=plan.momentum, weight_decay=plan.weight_decay)
+    optimizer = torch.optim.SGD(
+        named.values(), lr=plan.rate(round), momentum=plan.momentum, weight_decay=plan.weight_decay
+    )
     for name, buffer in (optimizer_state or {}).items():
         optimizer.state[named[name]]["momentum_buffer"] = buffer.to(named[name].device).clone()
     total = torch.zeros((), device=data.x.device)
