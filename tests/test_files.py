@@ -91,6 +91,28 @@ def frame(prefix="x"):
     )
 
 
+def test_every_format_gives_the_same_people(save, tmp_path):
+    import datasets
+
+    data = columns() | {"recording": np.arange(60) // 5 % 4, "y": np.array(["walk", "lie", "sit"] * 20)}
+    rest = {k: v.tolist() for k, v in data.items() if k != "x"}
+    wide = pd.DataFrame({"x0": data["x"][:, 0], "x1": data["x"][:, 1], **rest})
+    wide.to_csv(tmp_path / "own.csv", index=False)
+    wide.to_parquet(tmp_path / "wide.parquet")
+    pd.DataFrame({"x": data["x"].tolist(), **rest}).to_parquet(tmp_path / "lists.parquet")
+    datasets.Dataset.from_dict({"x": data["x"].tolist(), **rest}).save_to_disk(str(tmp_path / "directory"))
+    first = load(save(**data))
+    for name in ("own.csv", "wide.parquet", "lists.parquet", "directory"):
+        other = load(tmp_path / name)
+        assert (other.unseen, other.classes) == (first.unseen, first.classes)
+        assert [u.name for u in other.users] == [u.name for u in first.users]
+        for a, b in zip(first.users, other.users, strict=True):
+            for one, two in ((a.train, b.train), (a.test, b.test)):
+                assert torch.equal(one.x, two.x)
+                assert torch.equal(one.y, two.y)
+                assert torch.equal(one.recording, two.recording)
+
+
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
 def test_tables_by_numbered_columns_names_and_shape(tmp_path, kind):
     path = tmp_path / f"own.{kind}"
@@ -113,8 +135,50 @@ def test_parquet_lists_become_rows(tmp_path):
     assert numbers(load(tmp_path / "own.parquet").users[0].train) == list(range(14))
     table.at[7, "x"] = [1.0]
     table.to_parquet(tmp_path / "own.parquet")
-    with pytest.raises(UserError, match=r"rows of 'x' differ in length \(row 0 has 2 values, row 7 has 1\)"):
+    with pytest.raises(
+        UserError, match=r"rows of 'x' differ in shape \(row 0 has \[2\], row 7 has \[1\]\); bring them"
+    ):
         load(tmp_path / "own.parquet")
+
+
+@pytest.mark.parametrize("kind", ["parquet", "directory"])
+def test_lists_of_lists_become_channels_and_samples(tmp_path, kind):
+    import datasets
+
+    data = columns()
+    rows = {"x": [[[i, 1, 2], [3, 4, 5]] for i in range(60)], "y": data["y"].tolist(), "user": data["user"].tolist()}
+    path = tmp_path / f"own.{kind}"
+    if kind == "parquet":
+        pd.DataFrame(rows).to_parquet(path)
+    else:
+        datasets.Dataset.from_dict(rows).save_to_disk(str(path))
+    user = load(path).users[0]
+    assert user.train.x.shape == (14, 2, 3)
+    assert user.train.x[7].tolist() == [[7, 1, 2], [3, 4, 5]]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "directory"])
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (None, "'x' is missing in 1 rows (first: row 3); fill or drop them"),
+        ([[1.0, 2.0]], "rows of 'x' differ in shape (row 0 has [2, 2], row 3 has [1, 2]); bring them to one shape"),
+        ([[1.0], [1.0, 2.0]], "row 3 of 'x' is ragged; bring its parts to one length"),
+    ],
+)
+def test_rows_of_lists_that_do_not_fit(tmp_path, kind, row, message):
+    import datasets
+
+    data = columns()
+    rows = {"x": [[[1.0, 2.0]] * 2] * 60, "y": data["y"].tolist(), "user": data["user"].tolist()}
+    rows["x"][3] = row
+    path = tmp_path / f"own.{kind}"
+    if kind == "parquet":
+        pd.DataFrame(rows).to_parquet(path)
+    else:
+        datasets.Dataset.from_dict(rows).save_to_disk(str(path))
+    with pytest.raises(UserError, match=re.escape(message)):
+        load(path)
 
 
 def test_a_saved_datasets_directory(tmp_path):
@@ -147,6 +211,22 @@ def test_images_of_a_datasets_directory_are_channels_first(tmp_path):
     people = load(tmp_path / "rgb")
     assert people.shape == (3, 4, 5)
     torch.testing.assert_close(people.users[0].train.x[0, :, 0, 0], torch.tensor([1.0, 0.0, 0.2]))
+
+
+def test_images_that_do_not_fit_or_cannot_be_decoded(tmp_path):
+    import datasets
+    from PIL import Image
+
+    images = [Image.new("RGB", (5, 4)) for _ in range(60)]
+    images[9] = Image.new("RGB", (5, 5))
+    data = {k: v.tolist() for k, v in columns().items() if k != "x"}
+    datasets.Dataset.from_dict({"x": images, **data}).save_to_disk(str(tmp_path / "sizes"))
+    with pytest.raises(UserError, match=r"differ in shape \(row 0 has \[4, 5, 3\], row 9 has \[5, 5, 3\]\)"):
+        load(tmp_path / "sizes")
+    broken = datasets.Dataset.from_dict({"x": [{"bytes": b"no image", "path": None}] * 60, **data})
+    broken.cast_column("x", datasets.Image()).save_to_disk(str(tmp_path / "broken"))
+    with pytest.raises(UserError, match="'x' holds an image that cannot be decoded; save it again"):
+        load(tmp_path / "broken")
 
 
 def test_the_hash_is_of_the_content(save):
@@ -193,6 +273,11 @@ ERRORS = [
     ),
     ({"x": np.full((60, 1), 1e300)}, "", "x holds 60 NaN or infinite values (first: row 0, position 0)"),
     ({"x": np.full((60, 1), "abc")}, "", "own.npz: 'x' is not numeric: "),
+    ({"x": np.ones((60, 1), complex)}, "", "own.npz: 'x' is not numeric but of type complex128; save real numbers"),
+    ({"x": np.full((60, 1), np.datetime64("2020-01-01"))}, "", "'x' is not numeric but of type datetime64[D]"),
+    ({"x": np.ones((60, 0))}, "", "own.npz: an example of x has no values (shape [0]); save some"),
+    ({"x": 5.0}, "", "'x' is a single value, but x is one value a row; set x=NAME"),
+    ({"user": 3}, "", "'user' is a single value, but user is one value a row; set user=NAME"),
     ({"y": np.arange(60) % 3 + 1}, "", "labels run from 1 to 3, but no row has class 0; number classes 0 to k-1"),
     ({"y": np.arange(60) % 3 - 1}, "", "labels run from -1 to 1, but classes are numbered 0 to k-1"),
     ({"y": np.arange(60) / 2}, "", "labels are class numbers 0 to k-1 or names, but row 1 holds 0.5"),

@@ -154,6 +154,43 @@ def test_mistakes_in_the_columns(pacs, options, message):
         load(pacs, options)
 
 
+@pytest.mark.parametrize(
+    ("column", "rows", "message"),
+    [
+        ("label", [None] + [0] * 79, r"pacs: label is missing in 1 rows .*; fill or drop them"),
+        ("domain", [None] * 2 + ["d"] * 78, r"pacs: user is missing in 2 rows \(first: row 0\); fill or drop them"),
+        ("label", [0.5] * 80, "labels are class numbers 0 to k-1 or names, but row 0 holds 0.5"),
+        (
+            "image",
+            [{"bytes": b"no image", "path": None}] * 80,
+            "'image' holds an image that cannot be decoded; save it",
+        ),
+    ],
+)
+def test_rows_that_cannot_be_used(tmp_path, column, rows, message):
+    columns = {"image": [Image.new("L", (8, 6))] * 80, "label": [0] * 80, "domain": ["a", "b"] * 40, column: rows}
+    if column == "image":
+        features = datasets.Features(
+            image=datasets.Image(), label=datasets.Value("int64"), domain=datasets.Value("string")
+        )
+        made = datasets.Dataset.from_dict(columns, features=features)
+    else:
+        made = datasets.Dataset.from_dict(columns)
+    made.save_to_disk(str(tmp_path / "own"))
+    with pytest.raises(UserError, match=message):
+        load(tmp_path / "own")
+
+
+def test_labels_may_be_names(tmp_path):
+    names = [f"c{i % 3}" for i in range(80)]
+    columns = {"image": [Image.new("L", (8, 6), i) for i in range(80)], "label": names, "domain": ["a", "b"] * 40}
+    datasets.Dataset.from_dict(columns).save_to_disk(str(tmp_path / "own"))
+    people = load(tmp_path / "own", "size=4")
+    assert people.classes == ("c0", "c1", "c2")
+    for user in people.users:
+        assert user.train.y.tolist() == [number % 3 for number in numbers(user.train)]
+
+
 def test_directories_that_are_no_data_set(tmp_path):
     with pytest.raises(UserError, match=r"there is no directory '.*away'"):
         load(tmp_path / "away")

@@ -19,7 +19,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -103,7 +103,10 @@ class Columns:
         """One column, or the error that suggests the nearest name."""
         if name not in self.names:
             raise unknown(f"column for {option} (set it with {option}=NAME)", name, self.names)
-        return self.get(name)
+        values = self.get(name)
+        if not values.ndim:
+            raise UserError(f"{name!r} is a single value, but {option} is one value a row; set {option}=NAME")
+        return values
 
 
 @dataclass(frozen=True)
@@ -171,6 +174,7 @@ def _parquet(path: Path) -> Columns:
 
 def _saved(path: Path) -> Columns:
     import datasets
+    import pandas as pd
 
     data = datasets.load_from_disk(str(path))
     if isinstance(data, datasets.DatasetDict):
@@ -181,11 +185,17 @@ def _saved(path: Path) -> Columns:
     classes = {n: tuple(f.names) for n, f in table.features.items() if isinstance(f, datasets.ClassLabel)}
 
     def get(name: str) -> np.ndarray:
-        values = table.with_format("numpy")[name][:]
         if not isinstance(table.features[name], datasets.Image):
-            return np.asarray(values)
-        grey = np.asarray(values).ndim == 3
-        return np.asarray(values)[:, None] / 255 if grey else np.asarray(values).transpose(0, 3, 1, 2) / 255
+            stored = table.with_format("arrow")[name][:]
+            # The NumPy format fails on missing lists without a word on where; as objects they are found.
+            if stored.null_count:
+                return pd.Series(stored.to_pylist(), dtype=object).to_numpy()
+            return np.asarray(table.with_format("numpy")[name][:])
+        try:
+            images = stack(table.with_format(None)[name][:], name, path.name)
+        except OSError as error:
+            raise UserError(f"{path.name}: {name!r} holds an image that cannot be decoded; save it again") from error
+        return images[:, None] / 255 if images.ndim == 3 else images.transpose(0, 3, 1, 2) / 255
 
     return Columns(table.column_names, get, classes)
 
@@ -205,15 +215,11 @@ def _values(columns: Columns, wanted: str, name: str) -> np.ndarray:
 
 def _numbers(values: np.ndarray, column: str, name: str) -> np.ndarray:
     """A column as float32; a column of sequences becomes a matrix."""
-    if values.dtype == object and len(values) and isinstance(values[0], list | tuple | np.ndarray):
-        lengths = np.array([np.size(v) for v in values])
-        if (lengths != lengths[0]).any():
-            odd = int(np.flatnonzero(lengths != lengths[0])[0])
-            raise UserError(
-                f"{name}: rows of {column!r} differ in length (row 0 has {lengths[0]} values, row {odd} has "
-                f"{lengths[odd]}); bring them to one length"
-            )
-        values = np.stack([np.asarray(v) for v in values])
+    if values.dtype == object and any(isinstance(v, list | tuple | np.ndarray) for v in values):
+        values = stack(values, column, name)
+    # NumPy would turn dates into numbers and drop imaginary parts without a word.
+    if values.dtype.kind in "cmMV":
+        raise UserError(f"{name}: {column!r} is not numeric but of type {values.dtype}; save real numbers")
     try:
         # Values beyond float32 become infinite, which is reported with its place further on.
         with np.errstate(over="ignore"):
@@ -225,6 +231,42 @@ def _numbers(values: np.ndarray, column: str, name: str) -> np.ndarray:
             except (ValueError, TypeError):
                 raise UserError(f"{name}: {column!r} is not numeric: {value!r} in row {row}") from None
         raise
+
+
+def stack(values: Sequence[Any] | np.ndarray, column: str, name: str) -> np.ndarray:
+    """Sequences or images, one a row, as one array ``[n, ...]``.
+
+    Raises:
+        UserError: a row is missing, ragged in itself, or of another shape than the first.
+    """
+    rows = np.empty(len(values), object)
+    for i, value in enumerate(values):
+        try:
+            rows[i] = None if value is None else _nested(value)
+        except ValueError:
+            raise UserError(f"{name}: row {i} of {column!r} is ragged; bring its parts to one length") from None
+    refuse_missing(rows, f"{name}: {column!r}")
+    odd = next((i for i, row in enumerate(rows) if row.shape != rows[0].shape), None)
+    if odd is not None:
+        raise UserError(
+            f"{name}: rows of {column!r} differ in shape (row 0 has {list(rows[0].shape)}, row {odd} has "
+            f"{list(rows[odd].shape)}); bring them to one shape"
+        )
+    return np.stack(rows)  # type: ignore[call-overload]
+
+
+def _nested(value: Any) -> np.ndarray:
+    """A sequence of sequences as an array; Parquet gives them as arrays of arrays.
+
+    >>> parts = np.empty(2, object)
+    >>> parts[0] = parts[1] = np.zeros(3)
+    >>> _nested(parts).shape
+    (2, 3)
+    """
+    array = np.asarray(value)
+    if array.dtype == object and array.ndim == 1 and any(isinstance(v, np.ndarray) for v in array):
+        return np.stack([_nested(v) for v in array])
+    return array
 
 
 def _shaped(x: np.ndarray, shape: tuple[int, ...], name: str) -> np.ndarray:
@@ -309,6 +351,8 @@ def _check(rows: Rows, name: str) -> None:
         )
     if not len(rows.x):
         raise UserError(f"{name} has no rows")
+    if not rows.x[0].size:
+        raise UserError(f"{name}: an example of x has no values (shape {list(rows.x.shape[1:])}); save some")
     bad = ~np.isfinite(rows.x)
     if bad.any():
         place = [int(i) for i in np.argwhere(bad)[0]]
@@ -318,7 +362,8 @@ def _check(rows: Rows, name: str) -> None:
         )
 
 
-def _present(values: np.ndarray, what: str) -> None:
+def refuse_missing(values: np.ndarray, what: str) -> None:
+    """Raise unless ``values`` is ``[n]`` and present in every row; ``what`` names it."""
     import pandas as pd
 
     if values.ndim != 1:
@@ -330,7 +375,7 @@ def _present(values: np.ndarray, what: str) -> None:
 
 def _labels(values: np.ndarray, name: str, classes: tuple[str, ...]) -> tuple[np.ndarray, tuple[str, ...]]:
     """``[n]`` int64 and the names of the classes, sorted if the labels are names themselves."""
-    _present(values, f"{name}: label")
+    refuse_missing(values, f"{name}: label")
     if values.dtype.kind in "OUS" and not all(isinstance(v, int | float) for v in values.tolist()):
         names, codes = np.unique(values.astype(str), return_inverse=True)
         return codes.astype(np.int64), tuple(names.tolist())
@@ -355,11 +400,11 @@ def _labels(values: np.ndarray, name: str, classes: tuple[str, ...]) -> tuple[np
 
 def _identities(values: np.ndarray, what: str) -> tuple[list[str], np.ndarray]:
     """Names, sorted (numbers as numbers), and for each row the index of its name."""
-    _present(values, what)
+    refuse_missing(values, what)
     if values.dtype.kind == "O":
         values = values.astype(str)
     names, codes = np.unique(values, return_inverse=True)
-    return [str(int(v)) if isinstance(v, float) and v == int(v) else str(v) for v in names.tolist()], codes
+    return [str(int(v)) if isinstance(v, float) and v.is_integer() else str(v) for v in names.tolist()], codes
 
 
 def _in_order(values: np.ndarray) -> np.ndarray:

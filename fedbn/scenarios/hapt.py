@@ -23,10 +23,10 @@ from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from fedbn.data.packages import SOURCES, Arrays, cached, fetch
 from fedbn.data.unpickle import FRAMES, unpickle
+from fedbn.data.windows import hop, windows
 from fedbn.errors import UserError
 from fedbn.scenario import Examples, Population, Scenario, User, hold_out
 
@@ -85,34 +85,6 @@ class Hapt(Scenario):
             skew="natural feature skew: gait and how the phone sits differ by person; labels nearly balanced",
             sources={source.label: source.sha256},
         )
-
-
-def hop(window: int, overlap: float) -> int:
-    """Samples from the start of one window to the start of the next.
-
-    Raises:
-        UserError: a window of less than 8 samples, or an overlap outside 0 to below 1.
-
-    >>> hop(128, 0.5)
-    64
-    """
-    if window < 8:
-        raise UserError(f"window={window} is too short for a pattern; choose 8 samples or more")
-    if not 0 <= overlap < 1:
-        raise UserError(f"overlap={overlap} must be at least 0 and below 1, for instance 0.5")
-    return max(1, round(window * (1 - overlap)))
-
-
-def windows(signal: Tensor, window: int, step: int) -> Tensor:
-    """All windows wholly inside ``signal``: ``[rows, channels]`` to ``[n, channels, window]``, maybe n = 0.
-
-    >>> windows(torch.arange(5.0)[:, None], 3, 2)[:, 0]
-    tensor([[0., 1., 2.],
-            [2., 3., 4.]])
-    """
-    if len(signal) < window:
-        return signal.new_zeros(0, signal.shape[1], window)
-    return signal.unfold(0, window, step).contiguous()
 
 
 def _user(number: int, parts: list[Examples], window: int) -> User:

@@ -26,7 +26,7 @@ import numpy as np
 
 from fedbn.errors import UserError, unknown
 from fedbn.scenario import Population, Scenario
-from fedbn.scenarios.files import Rows, population
+from fedbn.scenarios.files import Rows, population, refuse_missing
 from fedbn.seeds import numpy_generator
 
 
@@ -137,7 +137,9 @@ class Hub(Scenario):
             recording=None,
             classes=parts[0].classes,
         )
-        digest = hashlib.sha256(rows.x.tobytes() + rows.y.astype(np.int64).tobytes()).hexdigest()
+        refuse_missing(rows.y, f"{self.data}: label")
+        labels = rows.y.astype(np.int64 if rows.y.dtype.kind in "biuf" else np.str_)
+        digest = hashlib.sha256(rows.x.tobytes() + labels.tobytes()).hexdigest()
         return population(
             rows,
             name=self.data,
@@ -188,7 +190,9 @@ class Hub(Scenario):
 
     def _whose(self, part: Part, table: Any) -> np.ndarray:
         if part.user:
-            return np.asarray(table[part.user][:]).astype(str)
+            users = np.asarray(table[part.user][:])
+            refuse_missing(users, f"{self.data}: user")
+            return users.astype(str)
         if part.domain:
             return np.full(len(table), part.domain)
         dealt = numpy_generator(0, "hub", self.data, "deal").permutation(len(table)) % self.users
@@ -236,7 +240,13 @@ def _pixels(table: Any, column: str, shape: tuple[int, int, int], name: str) -> 
 
     channels, height, width = shape
     out = np.empty((len(table), *shape), np.float32)
-    for i, image in enumerate(table[column]):
+    for i in range(len(table)):
+        try:
+            image = table[i][column]
+        except OSError as error:
+            raise UserError(
+                f"{name}: column {column!r} holds an image that cannot be decoded; save it again"
+            ) from error
         if not isinstance(image, Image.Image):
             raise UserError(f"{name}: column {column!r} holds no images but {type(image).__name__}; set x=COLUMN")
         small = image.convert("L" if channels == 1 else "RGB").resize((width, height), Image.Resampling.BILINEAR)

@@ -24,9 +24,9 @@ from numpy.lib import format as npy
 
 from fedbn.data.packages import SOURCES, Arrays, cached, fetch
 from fedbn.data.unpickle import unpickle
+from fedbn.data.windows import hop, windows
 from fedbn.errors import UserError
 from fedbn.scenario import Examples, Population, Scenario, User, hold_out
-from fedbn.scenarios.hapt import hop, windows
 
 CLASSES = (
     "pendulum",
