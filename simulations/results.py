@@ -481,7 +481,8 @@ class Comparison:
                 if row == "global":
                     continue
                 for name, users in frame.groupby(domain.reindex(frame.index)):
-                    found = estimate(mean_of_users, users.to_numpy())
+                    # A domain that is unseen in a seed has no own test there.
+                    found = estimate(mean_of_users, users.dropna(axis=1, how="all").to_numpy())
                     lines.append((strategy, row, column, name, found.value, *found.users, found.n_users))
         return pd.DataFrame(
             lines, columns=["strategy", "row", "column", "domain", "mean", "ci_low", "ci_high", "n_users"]

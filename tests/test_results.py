@@ -457,3 +457,15 @@ def test_one_unseen_user_a_seed_is_still_several_users(tmp_path):
     line = one(Comparison.load(tmp_path).matrix(), strategy="fedbn", row="unseen", column="aggregated")
     assert line["n_users"] == 3
     assert line["ci_low"] < line["mean"] < line["ci_high"]
+
+
+def test_a_domain_that_is_not_seen_in_a_seed(tmp_path):
+    write(tmp_path, users=4, unseen=0, domains=4)
+    for path in tmp_path.glob("runs/*/result.json"):
+        result = json.loads(path.read_text())
+        if result["seed"] == 0:
+            result["evaluations"] = [e for e in result["evaluations"] if e["domain"] != "domain 0"]
+            path.write_text(json.dumps(result))
+    table = Comparison.load(tmp_path).by_domain()
+    assert table["mean"].notna().all()
+    assert set(table.domain) == {f"domain {i}" for i in range(4)}
