@@ -85,7 +85,7 @@ class Stopped(Exception):
     pass
 
 
-@pytest.mark.parametrize("engine", ["grid", "reference"])
+@pytest.mark.parametrize("engine", ["grid", pytest.param("reference", marks=pytest.mark.slow)])
 def test_stopped_after_any_round_and_resumed_is_bit_identical(tmp_path, engine):
     what = experiment("fedbn", "global-recalibrated", seeds=1, plan={"rounds": 3, "clients_per_round": 3})
     what = replace(what, plan=replace(what.plan, optimizer_state="keep", server_optimizer="fedadam", server_lr=0.1))
