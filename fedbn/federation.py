@@ -293,17 +293,3 @@ def _evaluate(
         )
         for user in served(here)
     }
-
-
-__all__ = [
-    "EVERYONE",
-    "Outcome",
-    "Point",
-    "Server",
-    "ServerStep",
-    "client_evaluation",
-    "client_round",
-    "client_talk",
-    "federate",
-    "settled",
-]

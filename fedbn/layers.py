@@ -184,18 +184,3 @@ def inputs_of(layers: dict[str, nn.Module], see: Callable[[str, Tensor], None]) 
     finally:
         for handle in handles:
             handle.remove()
-
-
-__all__ = [
-    "AnyBatchNorm",
-    "AnyInstanceNorm",
-    "channels_of",
-    "convert",
-    "groups_for",
-    "inputs_of",
-    "is_norm",
-    "make_norm",
-    "replace_norms",
-    "require_norms",
-    "require_statistics",
-]

@@ -13,7 +13,7 @@ class HarCNN(Network):
     """Three blocks of convolution along time, BN, pooling and ReLU, then average over time and a classifier.
 
     The convolutions run as 2-D ones of height 1 in channels-last order: the same numbers as ``Conv1d``, and
-    measured 1.3 to 1.5 times as fast on a CPU. Pooling before ReLU is exact and rectifies half as much.
+    measured about 1.3 times as fast on a CPU. Pooling before ReLU is exact and rectifies half as much.
 
     Shapes: input ``[N, channels, length]``, output ``[N, classes]``.
 
