@@ -12,9 +12,10 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, 
 from flwr.clientapp import ClientApp
 
 from clients.config import run_from_config
-from clients.jobs import Evaluate, Settle, Train, execute
-from clients.records import Decoder, answers_from, arrays, scores_to, set_threads, tensors
+from clients.jobs import Consult, Evaluate, Settle, Train, execute
+from clients.records import Decoder, answers_from, arrays, registry_from, scores_to, set_threads, tensors
 from fedbn.evaluation import Column
+from fedbn.moments import Moments
 from fedbn.recalibration import flatten
 from fedbn.roles import State
 from fedbn.setting import EVERYONE, Setting, setting
@@ -42,6 +43,16 @@ def _kept(here: Setting, context: Context, user: int) -> State | None:
     return None if record is None else tensors(record, here.run.device)
 
 
+def _optional(message: Message, name: str, device: str) -> State:
+    record = message.content.array_records.get(name)
+    return {} if record is None else tensors(record, device)
+
+
+def _progress(message: Message) -> Progress:
+    config = message.content.config_records["config"]
+    return Progress(cast(int, config["round"]), cast(int, config["rounds"]))
+
+
 def _received(here: Setting, message: Message) -> State:
     return _decode(message.content.array_records["arrays"], here.run.device)
 
@@ -51,9 +62,17 @@ def train(message: Message, context: Context) -> Message:
     """Train for a round; reply with what travels, keep what stays."""
     here = _here(context)
     user = _trainer(here, context)
-    config = message.content.config_records["config"]
-    progress = Progress(cast(int, config["round"]), cast(int, config["rounds"]))
-    update, kept = execute(Train(here, user, _received(here, message), _kept(here, context, user), progress))
+    update, kept = execute(
+        Train(
+            here,
+            user,
+            _received(here, message),
+            _kept(here, context, user),
+            _progress(message),
+            answers_from(message.content),
+            _optional(message, "told", here.run.device),
+        )
+    )
     context.state[f"kept-{user}"] = arrays(kept)
     content = RecordDict(
         {
@@ -61,7 +80,27 @@ def train(message: Message, context: Context) -> Message:
             "metrics": MetricRecord({"num-examples": update.examples, "loss": update.loss}),
         }
     )
+    if update.notes:
+        content["notes"] = arrays(update.notes)
     return Message(content, reply_to=message)
+
+
+@app.query("consult")
+def consult(message: Message, context: Context) -> Message:
+    """Say the next moments of the round's first batch; an empty record ends the conversation."""
+    here = _here(context)
+    user = _trainer(here, context)
+    said = execute(
+        Consult(
+            here,
+            user,
+            _received(here, message),
+            _kept(here, context, user),
+            _progress(message),
+            answers_from(message.content),
+        )
+    )
+    return Message(_said(said), reply_to=message)
 
 
 @app.evaluate()
@@ -70,16 +109,25 @@ def evaluate(message: Message, context: Context) -> Message:
     here = _here(context)
     user = _user(context)
     config = message.content.config_records["config"]
-    columns = cast(tuple[Column, ...], tuple(cast(list[str], config["columns"])))
+    registry = message.content.array_records.get("registry")
     job = Evaluate(
         here,
         user,
         _received(here, message),
         _kept(here, context, user),
-        columns,
-        cast(bool, config["globally"]),
+        _columns(config["columns"]),
+        _columns(config["globally"]),
+        None if registry is None else registry_from(registry, here.run.device),
     )
     return Message(RecordDict({"metrics": scores_to(execute(job))}), reply_to=message)
+
+
+def _columns(value: object) -> tuple[Column, ...]:
+    return cast(tuple[Column, ...], tuple(cast(list[str], value)))
+
+
+def _said(moments: dict[str, Moments] | None) -> RecordDict:
+    return RecordDict({"moments": ArrayRecord() if moments is None else arrays(flatten(moments))})
 
 
 @app.query("settle")
@@ -90,8 +138,7 @@ def settle(message: Message, context: Context) -> Message:
     said = execute(
         Settle(here, user, _received(here, message), _kept(here, context, user), answers_from(message.content))
     )
-    record = ArrayRecord() if said is None else arrays(flatten(said))
-    return Message(RecordDict({"moments": record}), reply_to=message)
+    return Message(_said(said), reply_to=message)
 
 
 @app.query("partition")

@@ -7,11 +7,12 @@ that wants to run the jobs of a round together; the app does not change for it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 from fedbn.evaluation import Column, Score
-from fedbn.federation import client_evaluation, client_round, client_talk
+from fedbn.federation import client_consult, client_evaluation, client_round, client_talk
 from fedbn.moments import Moments
 from fedbn.roles import State
 from fedbn.setting import Setting
@@ -42,10 +43,28 @@ class Train:
     received: State
     kept: State | None
     progress: Progress
+    heard: Sequence[dict[str, Moments]] = ()
+    told: State = field(default_factory=dict)
 
     def run(self) -> tuple[Update, State]:
         """The update to send and the entries to keep."""
-        return client_round(self.here, self.user, self.received, self.kept, self.progress)
+        return client_round(self.here, self.user, self.received, self.kept, self.progress, self.heard, self.told)
+
+
+@dataclass(frozen=True)
+class Consult:
+    """One exchange about the first batch of a round."""
+
+    here: Setting
+    user: int
+    received: State
+    kept: State | None
+    progress: Progress
+    heard: Sequence[dict[str, Moments]]
+
+    def run(self) -> dict[str, Moments] | None:
+        """What the client says next; None at the end."""
+        return client_consult(self.here, self.user, self.received, self.kept, self.progress, self.heard)
 
 
 @dataclass(frozen=True)
@@ -57,12 +76,19 @@ class Evaluate:
     received: State
     kept: State | None
     columns: tuple[Column, ...]
-    globally: bool
+    globally: tuple[Column, ...]
+    registry: dict[int, State] | None = None
 
     def run(self) -> list[Score]:
         """The scores."""
         return client_evaluation(
-            self.here, self.user, self.received, self.kept, columns=self.columns, globally=self.globally
+            self.here,
+            self.user,
+            self.received,
+            self.kept,
+            columns=self.columns,
+            globally=self.globally,
+            registry=self.registry,
         )
 
 

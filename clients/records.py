@@ -74,6 +74,20 @@ def answers_from(content: RecordDict) -> list[dict[str, Moments]]:
     return [unflatten(tensors(content.array_records[k])) for k in names]
 
 
+def registry_to(registry: dict[int, State]) -> ArrayRecord:
+    """Clients' statistics as one record."""
+    return arrays({f"{user}|{k}": v for user, state in registry.items() for k, v in state.items()})
+
+
+def registry_from(record: ArrayRecord, device: str) -> dict[int, State]:
+    """A record as clients' statistics."""
+    out: dict[int, State] = {}
+    for key, value in tensors(record, device).items():
+        user, _, name = key.partition("|")
+        out.setdefault(int(user), {})[name] = value
+    return out
+
+
 def set_threads() -> None:
     """One thread in torch, whichever engine runs the client.
 

@@ -9,20 +9,26 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
-from fedbn.evaluation import COLUMNS, Column, Score, evaluate_user
+from fedbn.evaluation import COLUMNS, Column, Score, evaluate_user, score
 from fedbn.moments import Moments, naive_mean
-from fedbn.recalibration import replay, set_statistics, statistics_of, union
-from fedbn.roles import Role, State, clone, statistics_layers
+from fedbn.newcomers import starts
+from fedbn.personal import Plain, Work
+from fedbn.recalibration import replay, statistics_of, union
+from fedbn.roles import Role, State, clone
 from fedbn.run import Run
 from fedbn.setting import EVERYONE, Setting, setting
-from fedbn.strategy import LOCAL, Progress, Update
-from fedbn.training import fit
+from fedbn.strategy import SEEDED, Heard, Progress, Update
+from fedbn.training import epoch_batches, fit, logits
 
 OPTIMIZER = "optimizer/"
 """Prefix of a client's momentum buffers among the entries it keeps; such entries never travel."""
+
+ASIDE = "aside/"
+"""Prefix of what a personalisation method keeps at the client; such entries never travel."""
 
 ServerStep = Callable[[int, State, State, State], tuple[State, State]]
 """How the server moves its parameters: (round, old, mean of the clients', memory) -> (new, memory)."""
@@ -36,11 +42,19 @@ class Server:
         state: entries that travel.
         serving: the same with statistics that the strategy settled for evaluation.
         memory: what the server's optimiser remembers.
+        views: entries in which some clients' states differ from ``state``, by view.
+        known: what the strategy remembers for its views.
+        told: what the personalisation method tells all clients besides the model.
+        registry: the last statistics that each client sent, for newcomers to start from.
     """
 
     state: State
     serving: State
     memory: State = field(default_factory=dict)
+    views: dict[str, State] = field(default_factory=dict)
+    known: State = field(default_factory=dict)
+    told: State = field(default_factory=dict)
+    registry: dict[int, State] = field(default_factory=dict)
 
     def advance(
         self,
@@ -57,16 +71,27 @@ class Server:
         if not updates:
             raise ValueError("nothing to aggregate")
         weights = [here.weight(u.examples) for u in updates]
-        travels = here.ownership.travels
-        statistics = [k for k in travels if here.ownership.roles[k] is Role.STATISTICS]
-        parameters = [k for k in travels if here.ownership.roles[k] is not Role.STATISTICS]
+        table = here.ownership
+        statistics = [k for k in table.travels if table.roles[k] is Role.STATISTICS]
+        parameters = [k for k in table.travels if table.roles[k] is not Role.STATISTICS]
         new = {k: naive_mean([u.state[k] for u in updates], weights) for k in parameters}
         if step is not None and new:
             new, self.memory = step(round, {k: self.state[k] for k in parameters}, new, self.memory)
         if statistics:
-            new |= here.strategy.pool(updates, weights, statistics)
-        self.state = {k: new[k] for k in travels}
+            old = {k: self.state[k] for k in statistics}
+            new |= here.strategy.pool(updates, weights, statistics, old, Progress(round, here.run.plan.rounds))
+        self.views |= here.strategy.views(updates, weights, table, here.population, self.known)
+        self.told = here.personal.tell(updates, self.told, len(here.trainers))
+        if not here.strategy.gathers:
+            owned = [k for k in table.travels if table.roles[k] is Role.STATISTICS or table.owner(k) is SEEDED]
+            self.registry |= {u.user: {k: u.state[k] for k in owned} for u in updates if owned}
+        self.state = {k: new[k] for k in table.travels}
         self.serving = self.state
+
+    def sends(self, here: Setting, user: int, *, serving: bool = False) -> State:
+        """The entries that one user is sent, for training or for evaluation."""
+        common = self.serving if serving else self.state
+        return common | self.views.get(here.view(user), {}) if self.views else common
 
 
 @dataclass(frozen=True)
@@ -98,36 +123,101 @@ class Outcome:
     seconds: float = 0.0
 
 
+def _split(kept: State | None, here: Setting) -> tuple[State, State, State]:
+    """What a client keeps, as (model entries, momentum buffers, a personalisation method's own)."""
+    kept = kept or {}
+    momentum = {k.removeprefix(OPTIMIZER): v for k, v in kept.items() if k.startswith(OPTIMIZER)}
+    aside = {k.removeprefix(ASIDE): v for k, v in kept.items() if k.startswith(ASIDE)}
+    return {k: v for k, v in kept.items() if k in here.ownership.roles}, momentum, aside
+
+
+def _work(here: Setting, user: int, model: nn.Module, progress: Progress, heard: Heard, momentum: State) -> Work:
+    plan, data = here.run.plan, here.training_data(user)
+    # One place that holds one user's data draws as that user would: then it is the same training.
+    drawn = here.population.seen[0] if user == EVERYONE else user
+    shared = set(here.ownership.travels)
+    received = {n: p.detach().clone() for n, p in model.named_parameters() if n in shared} if plan.proximal else {}
+
+    def begin() -> None:
+        here.strategy.begin(model, progress, heard)
+
+    def run_fit(model: nn.Module, **options: Any) -> float:
+        main = not options.get("purpose")
+        own_hook = options.pop("before_step", None)
+
+        def before_step(trained: nn.Module) -> None:
+            if own_hook is not None:
+                own_hook(trained)
+            here.strategy.before_step(trained)
+
+        loss, buffers = fit(
+            model,
+            data,
+            plan,
+            seed=here.run.seed,
+            round=progress.round,
+            user=drawn,
+            pull=options.pop("pull", None) or (plan.proximal, received),
+            before_step=before_step,
+            optimizer_state=momentum if main else None,
+            **options,
+        )
+        if main:
+            momentum.update(buffers)
+        return loss
+
+    return Work(model, data, plan, progress, here.ownership.roles, run_fit, begin)
+
+
 def client_round(
-    here: Setting, user: int, received: State, kept: State | None, progress: Progress
+    here: Setting,
+    user: int,
+    received: State,
+    kept: State | None,
+    progress: Progress,
+    heard: Heard = (),
+    told: State | None = None,
 ) -> tuple[Update, State]:
     """One client's round: assemble its model, train it, part what travels from what stays.
+
+    Args:
+        here: the run's setting.
+        user: index of the client.
+        received: the server's entries.
+        kept: the client's own, from the last round in which it took part.
+        progress: which round.
+        heard: the answers of this round's consultation.
+        told: what the server tells all clients besides the model.
 
     Returns:
         The update for the server, and all entries the client keeps for itself.
     """
-    kept = kept or {}
-    momentum = {k.removeprefix(OPTIMIZER): v for k, v in kept.items() if k.startswith(OPTIMIZER)}
-    own = {k: v for k, v in kept.items() if not k.startswith(OPTIMIZER)}
+    own, momentum, aside = _split(kept, here)
     model = here.load(here.assemble(received, own))
-    here.strategy.begin(model, progress)
     data = here.training_data(user)
-    loss, momentum = fit(
-        model,
-        data,
-        here.run.plan,
-        seed=here.run.seed,
-        round=progress.round,
-        # One place that holds one user's data draws as that user would: then it is the same training.
-        user=here.population.seen[0] if user == EVERYONE else user,
-        shared=set(here.ownership.travels),
-        optimizer_state=momentum,
-    )
+    notes = here.strategy.measure(model, data)
+    here.strategy.begin(model, progress, heard)
+    work = _work(here, user, model, progress, heard, momentum)
+    work.heard, work.aside = told or {}, aside
+    loss = here.personal.train(work)
+    notes |= here.strategy.report(model) | work.notes
     state = clone(model.state_dict())
     travels = {k: state[k] for k in here.ownership.travels}
     stays = {k: state[k] for k in here.ownership.kept}
     stays |= {OPTIMIZER + k: v for k, v in momentum.items()}
-    return Update(user, travels, len(data), loss), stays
+    stays |= {ASIDE + k: v for k, v in work.aside.items()}
+    return Update(user, travels, len(data), loss, notes), stays
+
+
+def client_consult(
+    here: Setting, user: int, received: State, kept: State | None, progress: Progress, heard: Heard
+) -> dict[str, Moments] | None:
+    """What one client says next about the first batch of the round that is about to begin; None at the end."""
+    own, _, _ = _split(kept, here)
+    data = here.training_data(user)
+    drawn = here.population.seen[0] if user == EVERYONE else user
+    first = next(epoch_batches(len(data), here.run.plan, here.run.seed, progress.round, drawn, 0))
+    return here.strategy.consult(here.load(here.assemble(received, own)), data.take(first.to(data.y.device)), heard)
 
 
 def client_evaluation(
@@ -137,28 +227,52 @@ def client_evaluation(
     kept: State | None,
     *,
     columns: tuple[Column, ...],
-    globally: bool,
+    globally: tuple[Column, ...] = (),
+    registry: dict[int, State] | None = None,
 ) -> list[Score]:
-    """One user's cells of the evaluation matrix, with its model as assembled after aggregation."""
-    own = {k: v for k, v in (kept or {}).items() if not k.startswith(OPTIMIZER)}
+    """One user's cells of the evaluation matrix, with its model as assembled after aggregation.
+
+    Args:
+        here: the run's setting.
+        user: index of the user.
+        received: the server's entries.
+        kept: the user's own.
+        columns: columns to score.
+        globally: columns that are also scored on the pooled test rows.
+        registry: statistics by client; an unseen user is then also scored from every start they allow.
+    """
+    own, _, aside = _split(kept, here)
     person = here.population.users[user]
-    return evaluate_user(
+    state = here.assemble(received, own)
+    if user in here.population.seen and not isinstance(here.personal, Plain):
+        finished = Progress(here.run.plan.rounds, here.run.plan.rounds)
+        model = here.load(state)
+        here.strategy.begin(model, finished)
+        work = _work(here, user, model, finished, (), {})
+        work.aside = aside
+        state = here.personal.serve(work)
+    scores = evaluate_user(
         here.scratch,
-        here.assemble(received, own),
+        state,
         calibration=person.train.x,
         test=person.test,
         unseen=user in here.population.unseen,
         everyone=here.everyone if globally else None,
         columns=columns,
+        globally=globally,
         online_prior=here.run.plan.online_prior,
     )
+    if registry:
+        for name, start in starts(here, state, registry, person.train.x).items():
+            scores.append(score("unseen", name, logits(here.load(start), person.test.x), person.test.y))
+    return scores
 
 
 def client_talk(
     here: Setting, user: int, received: State, kept: State | None, answers: Sequence[dict[str, Moments]]
 ) -> dict[str, Moments] | None:
     """What one client says next in settling statistics, after the answers heard so far; None at the end."""
-    own = {k: v for k, v in (kept or {}).items() if not k.startswith(OPTIMIZER)}
+    own, _, _ = _split(kept, here)
     state = here.assemble(received, own)
     x = here.training_data(user).x
     return replay(lambda: here.strategy.settle(here.load(state), x), answers)
@@ -167,10 +281,7 @@ def client_talk(
 def settled(here: Setting, state: State, answers: Sequence[dict[str, Moments]]) -> State:
     """``state`` with its statistics replaced by those that the clients agreed on."""
     model: nn.Module = here.load(here.assemble(state, None))
-    layers = statistics_layers(model)
-    for answer in answers:
-        for path, moments in answer.items():
-            set_statistics(layers[path], moments)
+    here.strategy.adopt(model, answers)
     agreed = clone(statistics_of(model))
     return {k: agreed.get(k, v) for k, v in state.items()}
 
@@ -180,14 +291,20 @@ def evaluated(here: Setting, round: int) -> bool:
     return round % here.run.plan.eval_every == 0 or round == here.run.plan.rounds
 
 
-def global_testers(here: Setting) -> set[int]:
-    """Seen users whose model meets the pooled test set as aggregated: all, or one where all models are the same."""
-    return set(here.population.seen if here.ownership.personal else here.population.seen[:1])
+def global_columns(here: Setting, user: int) -> tuple[Column, ...]:
+    """The columns in which a user's model meets the pooled test set in the end.
+
+    As aggregated, every seen user's model does, or one user's where all models are the same.
+    """
+    if user not in here.population.seen:
+        return ()
+    personal = here.ownership.personal or not isinstance(here.personal, Plain) or user == here.population.seen[0]
+    return COLUMNS if personal else COLUMNS[1:]
 
 
 def served(here: Setting) -> list[int]:
     """Users with a model: everybody, except unseen users where no model is shared."""
-    lonely = here.ownership.owners[Role.BODY] is LOCAL
+    lonely = here.treatment.lonely
     return [i for i in range(len(here.population.users)) if not (lonely and i in here.population.unseen)]
 
 
@@ -229,14 +346,21 @@ def federate(
     spent = out.seconds
     for number in range(len(out.curve) + 1, run.plan.rounds + 1):
         progress = Progress(number, run.plan.rounds)
+        sampled = here.sampled(number)
+        heard = list(_consult(here, out, sampled, progress)) if here.strategy.consults else []
         updates = []
-        for user in here.sampled(number):
-            update, out.kept[user] = client_round(here, user, out.server.state, out.kept.get(user), progress)
+        for user in sampled:
+            received = out.server.sends(here, user)
+            update, out.kept[user] = client_round(
+                here, user, received, out.kept.get(user), progress, heard, out.server.told
+            )
             updates.append(update)
         out.server.advance(here, updates, number, step)
         if evaluated(here, number) and here.strategy.settles:
             out.server.serving = settled(here, out.server.state, list(_talk(here, out)))
-        scores = _evaluate(here, out, ("aggregated",), ()) if evaluated(here, number) else {}
+        scores = _evaluate(here, out, last=number == run.plan.rounds) if evaluated(here, number) else {}
+        if number == run.plan.rounds:
+            out.scores = scores
         out.curve.append(
             Point(
                 number,
@@ -248,18 +372,7 @@ def federate(
         out.seconds = spent + time.perf_counter() - began
         if on_round:
             on_round(number, out)
-    out.scores = final_scores(
-        _evaluate(here, out, ("aggregated",), global_testers(here)),
-        _evaluate(here, out, COLUMNS[1:], here.population.seen),
-    )
-    out.seconds = spent + time.perf_counter() - began
     return out
-
-
-def final_scores(*parts: dict[int, list[Score]]) -> dict[int, list[Score]]:
-    """Cells of several evaluations together, by user."""
-    users = sorted({u for part in parts for u in part})
-    return {u: [s for part in parts for s in part.get(u, [])] for u in users}
 
 
 def mean_loss(updates: Sequence[Update]) -> float:
@@ -268,28 +381,44 @@ def mean_loss(updates: Sequence[Update]) -> float:
     return sum(u.loss * u.examples for u in updates) / total
 
 
-def _talk(here: Setting, out: Outcome) -> Iterator[dict[str, Moments]]:
+def hold(
+    ask: Callable[[list[dict[str, Moments]]], Sequence[dict[str, Moments] | None]],
+) -> Iterator[dict[str, Moments]]:
+    """Hold a conversation: ask all clients, answer with the union of what they say, until one has nothing to say."""
     answers: list[dict[str, Moments]] = []
     while True:
-        said = [client_talk(here, u, out.server.state, out.kept.get(u), answers) for u in here.trainers]
-        heard = [s for s in said if s is not None]
-        if len(heard) < len(said):
+        replies = ask(answers)
+        said = [reply for reply in replies if reply is not None]
+        if len(said) < len(replies):
             return
-        answers.append(union(heard))
+        answers.append(union(said))
         yield answers[-1]
 
 
-def _evaluate(
-    here: Setting, out: Outcome, columns: tuple[Column, ...], globally: Sequence[int] | set[int]
-) -> dict[int, list[Score]]:
+def _talk(here: Setting, out: Outcome) -> Iterator[dict[str, Moments]]:
+    return hold(
+        lambda answers: [client_talk(here, u, out.server.state, out.kept.get(u), answers) for u in here.trainers]
+    )
+
+
+def _consult(here: Setting, out: Outcome, sampled: list[int], progress: Progress) -> Iterator[dict[str, Moments]]:
+    return hold(
+        lambda answers: [
+            client_consult(here, u, out.server.sends(here, u), out.kept.get(u), progress, answers) for u in sampled
+        ]
+    )
+
+
+def _evaluate(here: Setting, out: Outcome, *, last: bool) -> dict[int, list[Score]]:
     return {
         user: client_evaluation(
             here,
             user,
-            out.server.serving,
+            out.server.sends(here, user, serving=True),
             out.kept.get(user),
-            columns=columns,
-            globally=user in globally,
+            columns=COLUMNS if last else COLUMNS[:1],
+            globally=global_columns(here, user) if last else (),
+            registry=out.server.registry if last and user in here.population.unseen else None,
         )
         for user in served(here)
     }

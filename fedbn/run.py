@@ -12,9 +12,9 @@ from fedbn.data.partition import parse_partition
 from fedbn.data.shift import parse_shift
 from fedbn.errors import UserError
 from fedbn.models import factory
+from fedbn.personal import treatment
 from fedbn.scenario import scenario
 from fedbn.spec import build, render
-from fedbn.strategy import strategy
 
 Weighting = Literal["samples", "uniform"]
 ServerOptimizer = Literal["none", "fedavgm", "fedadam", "fedyogi", "fedadagrad"]
@@ -102,7 +102,7 @@ class Run:
 
     Attributes:
         scenario: text of a scenario, e.g. ``hapt``.
-        strategy: text of a strategy, e.g. ``groupnorm:groups=4``.
+        strategy: text of a treatment, e.g. ``groupnorm:groups=4`` or ``fedbn+ditto``.
         seed: decides who is unseen, the initial weights, sampling and shuffling.
         model: name of a model or ``package.module:factory``; empty for the scenario's own.
         partition: text of a partition of the seen users' pooled data; ``natural`` leaves users as they are.
@@ -129,7 +129,7 @@ class Run:
     def id(self) -> str:
         """A name that is also a digest: strategy, seed and ten hexadecimal digits."""
         digest = hashlib.sha256(self.to_json().encode()).hexdigest()[:10]
-        return f"{self.strategy.replace(':', '_').replace('=', '')}-s{self.seed}-{digest}"
+        return f"{self.strategy.replace(':', '_').replace('=', '').replace('+', '-')}-s{self.seed}-{digest}"
 
     def to_json(self) -> str:
         """Canonical JSON."""
@@ -158,7 +158,7 @@ class Run:
         return replace(
             self,
             scenario=render(chosen),
-            strategy=render(strategy(self.strategy)),
+            strategy=str(treatment(self.strategy)),
             model=model,
             partition=parse_partition(self.partition or "natural"),
             shift=parse_shift(self.shift),

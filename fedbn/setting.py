@@ -6,7 +6,7 @@ clients share its scratch model, whose whole state is loaded before each use.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 import torch
@@ -17,11 +17,12 @@ from fedbn.data.shift import shift
 from fedbn.errors import UserError
 from fedbn.evaluation import pooled_test
 from fedbn.models import build
+from fedbn.personal import Personalisation, Treatment, treatment
 from fedbn.roles import State, clone, combine, split
 from fedbn.run import Run
 from fedbn.scenario import Examples, Population, User, scenario
 from fedbn.seeds import generator, numpy_generator
-from fedbn.strategy import SEEDED, SHARED, NormStrategy, Ownership, strategy
+from fedbn.strategy import SEEDED, SHARED, NormStrategy, Ownership
 
 EVERYONE = -1
 """Index of the one client that holds all seen users' data when a strategy gathers them."""
@@ -34,7 +35,7 @@ class Setting:
     Attributes:
         run: the value it was made from.
         population: users with their data, partitioned and shifted.
-        strategy: the treatment.
+        treatment: strategy and personalisation.
         ownership: who owns each entry of the model.
         initial: the model's state before training, the same for every client.
         scratch: one model for all to compute with.
@@ -43,11 +44,25 @@ class Setting:
 
     run: Run
     population: Population
-    strategy: NormStrategy
+    treatment: Treatment
     ownership: Ownership
     initial: State
     scratch: nn.Module
     notices: tuple[str, ...]
+
+    @property
+    def strategy(self) -> NormStrategy:
+        """How normalisation is treated."""
+        return self.treatment.norm
+
+    @property
+    def personal(self) -> Personalisation:
+        """How clients personalise."""
+        return self.treatment.personal
+
+    def view(self, user: int) -> str:
+        """Name of the view of the server's state that a user gets."""
+        return "" if user == EVERYONE else self.strategy.view(user, self.population.users[user])
 
     @cached_property
     def everyone(self) -> Examples:
@@ -162,12 +177,13 @@ def setting(run: Run) -> Setting:
     """
     people = population(run.scenario, run.partition, run.shift, run.seed, run.validation, run.device)
     check_data(people)
-    treatment = strategy(run.strategy)
+    chosen = treatment(run.strategy)
+    chosen.norm.suit(people)
     model = build(run.model or scenario(run.scenario).model, people.shape, len(people.classes), run.seed)
-    model = treatment.prepare(model).to(run.device)
-    ownership = Ownership.of(model, treatment)
-    made = Setting(run, people, treatment, ownership, clone(model.state_dict()), model, ())
-    return Setting(run, people, treatment, ownership, made.initial, model, tuple(check(made)))
+    model = chosen.norm.prepare(model).to(run.device)
+    ownership = Ownership.of(model, chosen)
+    made = Setting(run, people, chosen, ownership, clone(model.state_dict()), model, ())
+    return replace(made, notices=tuple(check(made)))
 
 
 def check_data(people: Population) -> None:

@@ -8,9 +8,9 @@ a strategy's file holds only what differs, and lies in ``fedbn.strategies``.
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
@@ -18,6 +18,9 @@ from fedbn.layers import require_statistics
 from fedbn.moments import Moments, naive_mean
 from fedbn.roles import Role, State, roles
 from fedbn.spec import discover, parse
+
+if TYPE_CHECKING:
+    from fedbn.scenario import Examples, Population, User
 
 
 class Owner(StrEnum):
@@ -36,8 +39,11 @@ class Owner(StrEnum):
 
 SHARED, SEEDED, LOCAL = Owner.SHARED, Owner.SEEDED, Owner.LOCAL
 
+Heard = Sequence[dict[str, Moments]]
+"""The answers of a conversation so far, in order: by name, the union of the moments that all clients said."""
+
 Talk = Generator[dict[str, Moments], dict[str, Moments], None]
-"""A client's side of a conversation: it yields moments by layer and hears their union over all clients."""
+"""A client's side of a conversation: it yields moments by name and hears their union over all clients."""
 
 
 @dataclass(frozen=True)
@@ -57,12 +63,14 @@ class Update:
         state: the entries that travel, after local training.
         examples: number of training examples.
         loss: mean training loss of the round.
+        notes: what else the treatment tells the server (`NormStrategy.measure`, `NormStrategy.report`).
     """
 
     user: int
     state: State
     examples: int
     loss: float
+    notes: State = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -76,6 +84,7 @@ class NormStrategy:
         body, head, affine, statistics: the owner of each role. Counters are always local.
         gathers: all seen users' data are brought to one place (the centralised bound).
         settles: `settle` is held before each evaluation.
+        consults: `consult` is held before each round of training.
         newcomer: in words, what an unseen user starts from.
     """
 
@@ -88,6 +97,7 @@ class NormStrategy:
     statistics: ClassVar[Owner] = SHARED
     gathers: ClassVar[bool] = False
     settles: ClassVar[bool] = False
+    consults: ClassVar[bool] = False
 
     def owners(self) -> dict[Role, Owner]:
         """Owner of every role."""
@@ -108,16 +118,67 @@ class NormStrategy:
         require_statistics(model, f"strategy {self.name!r}")
         return model
 
-    def begin(self, model: nn.Module, progress: Progress) -> None:
-        """Set the model's mode for one round of local training."""
+    def suit(self, people: Population) -> None:
+        """Raise `UserError` for users that the strategy cannot serve (groups not known, for example)."""
+
+    def measure(self, model: nn.Module, data: Examples) -> State:
+        """What a client tells about the received model on its data, before it trains."""
+        return {}
+
+    def consult(self, model: nn.Module, batch: Examples, heard: Heard) -> dict[str, Moments] | None:
+        """What a client says next about its first batch before a round of training (only if ``consults``).
+
+        Args:
+            model: as received.
+            batch: the rows of the client's first step.
+            heard: the answers so far.
+
+        Returns:
+            Moments by name, or None when there is nothing more to say.
+        """
+        raise NotImplementedError(f"{self.name} does not consult")
+
+    def begin(self, model: nn.Module, progress: Progress, heard: Heard = ()) -> None:
+        """Set the model's mode for one round of local training, given what was heard in consulting."""
         model.train()
 
-    def pool(self, updates: Sequence[Update], weights: Sequence[float], keys: Sequence[str]) -> State:
-        """The server's new statistics entries ``keys`` from what clients sent."""
+    def before_step(self, model: nn.Module) -> None:
+        """Look at, or change, the gradients between backward pass and optimiser step."""
+
+    def report(self, model: nn.Module) -> State:
+        """What a client tells besides its entries, after it has trained."""
+        return {}
+
+    def pool(
+        self, updates: Sequence[Update], weights: Sequence[float], keys: Sequence[str], old: State, progress: Progress
+    ) -> State:
+        """The server's new statistics entries ``keys`` from what clients sent and what it had (``old``)."""
         return {k: naive_mean([u.state[k] for u in updates], weights) for k in keys}
+
+    def view(self, index: int, user: User) -> str:
+        """Name of the view of the server's state that a user gets; users of one view get the same."""
+        return ""
+
+    def views(
+        self, updates: Sequence[Update], weights: Sequence[float], table: Ownership, people: Population, known: State
+    ) -> dict[str, State]:
+        """Entries in which views differ from the server's state, by view, after aggregation.
+
+        Args:
+            updates: what clients sent.
+            weights: their weights in the mean.
+            table: who owns what.
+            people: all users.
+            known: what the server remembers for this purpose between rounds; written in place.
+        """
+        return {}
 
     def settle(self, model: nn.Module, x: Tensor) -> Talk:
         """A client's part in agreeing on statistics after aggregation (only if ``settles``)."""
+        raise NotImplementedError(f"{self.name} does not settle")
+
+    def adopt(self, model: nn.Module, heard: Heard) -> None:
+        """Write the statistics agreed on in settling into a model, in place (only if ``settles``)."""
         raise NotImplementedError(f"{self.name} does not settle")
 
     @property
@@ -138,6 +199,14 @@ class StatelessNorm(NormStrategy):
         return "the server's model; there are no statistics"
 
 
+class HasOwners(Protocol):
+    """Whatever says who owns each role."""
+
+    def owners(self) -> dict[Role, Owner]:
+        """Owner of every role."""
+        ...
+
+
 @dataclass(frozen=True)
 class Ownership:
     """The table that says who owns each entry of a model under a strategy."""
@@ -148,7 +217,7 @@ class Ownership:
     sizes: dict[str, int]
 
     @staticmethod
-    def of(model: nn.Module, strategy: NormStrategy) -> Ownership:
+    def of(model: nn.Module, strategy: HasOwners) -> Ownership:
         """Read the table off a prepared model."""
         state = model.state_dict()
         return Ownership(

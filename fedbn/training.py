@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Container, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -36,8 +36,13 @@ def fit(
     seed: int,
     round: int,
     user: int,
-    shared: set[str],
+    pull: tuple[float, State] = (0.0, {}),
+    only: Container[str] | None = None,
+    epochs: int | None = None,
+    lr: float | None = None,
+    before_step: Callable[[nn.Module], None] | None = None,
     optimizer_state: State | None = None,
+    purpose: str = "",
 ) -> tuple[float, State]:
     """Train ``model`` in place for one round.
 
@@ -48,35 +53,53 @@ def fit(
         seed: the run's seed.
         round: the round, from 1.
         user: index of the user.
-        shared: names of the shared entries, which FedProx pulls to their received values.
+        pull: weight mu and values by parameter name; adds mu/2 times the squared distance to them to the loss.
+        only: names of the parameters to train; all by default.
+        epochs: passes over the data; the plan's by default.
+        lr: learning rate; the plan's for this round by default.
+        before_step: called between backward pass and optimiser step.
         optimizer_state: momentum buffers from the user's last round, by parameter name.
+        purpose: tells the draws of several trainings within a round apart.
 
     Returns:
         Mean loss over the round's examples, and the momentum buffers (empty unless the plan keeps them).
     """
-    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    anchor = {n: p.detach().clone() for n, p in named.items() if n in shared} if plan.proximal else {}
+    epochs = plan.local_epochs if epochs is None else epochs
+    everything = dict(model.named_parameters())
+    frozen = [p for n, p in everything.items() if p.requires_grad and only is not None and n not in only]
+    named = {n: p for n, p in everything.items() if p.requires_grad and (only is None or n in only)}
     optimizer = torch.optim.SGD(
-        named.values(), lr=plan.rate(round), momentum=plan.momentum, weight_decay=plan.weight_decay
+        named.values(),
+        lr=plan.rate(round) if lr is None else lr,
+        momentum=plan.momentum,
+        weight_decay=plan.weight_decay,
     )
     for name, buffer in (optimizer_state or {}).items():
+        if name not in named:
+            continue
         optimizer.state[named[name]]["momentum_buffer"] = buffer.to(named[name].device).clone()
+    weight, anchor = pull[0], {n: v.detach() for n, v in pull[1].items() if n in named}
     total = torch.zeros((), device=data.x.device)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(key(seed, "noise", round, user))  # dropout draws from the global generator
-        for epoch in range(plan.local_epochs):
-            draw = generator(seed, "shuffle", round, user, epoch)
-            for index in batches(len(data), plan.batch_size, draw):
-                index = index.to(data.x.device)
-                optimizer.zero_grad()
-                loss = F.cross_entropy(model(data.x[index]), data.y[index])
-                total += loss.detach() * len(index)
-                if anchor:
-                    loss = loss + plan.proximal / 2 * sum(
-                        ((named[n] - start) ** 2).sum() for n, start in anchor.items()
-                    )
-                loss.backward()
-                optimizer.step()
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(key(seed, "noise" + purpose, round, user))  # dropout draws from the global generator
+            for epoch in range(epochs):
+                for index in epoch_batches(len(data), plan, seed, round, user, epoch, purpose):
+                    index = index.to(data.x.device)
+                    optimizer.zero_grad()
+                    loss = F.cross_entropy(model(data.x[index]), data.y[index])
+                    total += loss.detach() * len(index)
+                    if weight and anchor:
+                        loss = loss + weight / 2 * sum(((named[n] - to) ** 2).sum() for n, to in anchor.items())
+                    loss.backward()
+                    if before_step is not None:
+                        before_step(model)
+                    optimizer.step()
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
     kept: State = {}
     if plan.optimizer_state == "keep":
         kept = {
@@ -84,7 +107,14 @@ def fit(
             for n, p in named.items()
             if (buffer := optimizer.state[p].get("momentum_buffer")) is not None
         }
-    return float(total) / (len(data) * plan.local_epochs), kept
+    return float(total) / (len(data) * max(epochs, 1)), kept
+
+
+def epoch_batches(
+    n: int, plan: Plan, seed: int, round: int, user: int, epoch: int, purpose: str = ""
+) -> Iterator[Tensor]:
+    """The batches of one epoch of a user's local training, as rows of its data."""
+    return batches(n, plan.batch_size, generator(seed, "shuffle" + purpose, round, user, epoch))
 
 
 def logits(model: nn.Module, x: Tensor, chunk: int = 512) -> Tensor:

@@ -18,23 +18,23 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 from clients.config import run_from_config
-from clients.records import answers_to, arrays, scores_from, set_threads, tensors
+from clients.records import answers_to, arrays, registry_to, scores_from, set_threads, tensors
 from fedbn.errors import UserError
-from fedbn.evaluation import COLUMNS, Column, Score
+from fedbn.evaluation import COLUMNS, Score
 from fedbn.federation import (
     Outcome,
     Point,
     Server,
     evaluated,
-    final_scores,
-    global_testers,
+    global_columns,
+    hold,
     mean_accuracy,
     mean_loss,
     served,
     settled,
 )
 from fedbn.moments import Moments
-from fedbn.recalibration import unflatten, union
+from fedbn.recalibration import unflatten
 from fedbn.roles import State
 from fedbn.run import Run
 from fedbn.setting import EVERYONE, Setting, setting
@@ -149,13 +149,16 @@ def conduct(grid: Grid, run: Run, listener: Listener | None = None) -> Outcome:
     out = listener.resume or Outcome(Server(here.start(), here.start()))
     spent = out.seconds
     for number in range(len(out.curve) + 1, run.plan.rounds + 1):
-        updates = _train(here, clients, out.server.state, number)
+        sampled = here.sampled(number)
+        heard = _consult(here, clients, out.server, number, sampled) if here.strategy.consults else []
+        updates = _train(here, clients, out.server, number, sampled, heard)
         out.server.advance(here, updates, number, step)
         if evaluated(here, number) and here.strategy.settles:
             out.server.serving = _settle(here, clients, out.server.state)
-        scores: dict[int, list[Score]] = {}
-        if evaluated(here, number):
-            scores = _evaluate(here, clients, out.server.serving, ("aggregated",), ())
+        last = number == run.plan.rounds
+        scores = _evaluate(here, clients, out.server, last=last) if evaluated(here, number) else {}
+        if last:
+            out.scores = scores
         point = Point(
             number,
             mean_loss(updates),
@@ -166,30 +169,61 @@ def conduct(grid: Grid, run: Run, listener: Listener | None = None) -> Outcome:
         out.seconds = spent + time.perf_counter() - began
         if listener.on_round:
             listener.on_round(number, out)
-    out.scores = final_scores(
-        _evaluate(here, clients, out.server.serving, ("aggregated",), global_testers(here)),
-        _evaluate(here, clients, out.server.serving, COLUMNS[1:], here.population.seen),
-    )
-    out.seconds = spent + time.perf_counter() - began
     if listener.on_end:
         listener.on_end(out)
     return out
 
 
-def _train(here: Setting, clients: Clients, state: State, number: int) -> list[Update]:
-    record = RecordDict(
-        {"arrays": arrays(state), "config": ConfigRecord({"round": number, "rounds": here.run.plan.rounds})}
-    )
-    replies = clients.ask("train", dict.fromkeys(here.sampled(number), record))
+def _outgoing(here: Setting, server: Server, users: Sequence[int], *, serving: bool = False) -> dict[int, ArrayRecord]:
+    """What each user is sent; users of one view share one record."""
+    records: dict[str, ArrayRecord] = {}
+    for user in users:
+        if (view := here.view(user)) not in records:
+            records[view] = arrays(server.sends(here, user, serving=serving))
+    return {user: records[here.view(user)] for user in users}
+
+
+def _config(here: Setting, number: int) -> ConfigRecord:
+    return ConfigRecord({"round": number, "rounds": here.run.plan.rounds})
+
+
+def _consult(
+    here: Setting, clients: Clients, server: Server, number: int, sampled: Sequence[int]
+) -> list[dict[str, Moments]]:
+    outgoing = _outgoing(here, server, sampled)
+
+    def ask(answers: list[dict[str, Moments]]) -> list[dict[str, Moments] | None]:
+        heard, config = answers_to(answers), _config(here, number)
+        content = {u: RecordDict({"arrays": outgoing[u], "config": config, **heard}) for u in sampled}
+        return _said(clients.ask("query.consult", content))
+
+    return list(hold(ask))
+
+
+def _train(
+    here: Setting,
+    clients: Clients,
+    server: Server,
+    number: int,
+    sampled: Sequence[int],
+    heard: list[dict[str, Moments]],
+) -> list[Update]:
+    outgoing = _outgoing(here, server, sampled)
+    common = RecordDict({"config": _config(here, number), **answers_to(heard)})
+    if server.told:
+        common["told"] = arrays(server.told)
+    replies = clients.ask("train", {u: RecordDict({"arrays": outgoing[u], **common}) for u in sampled})
     updates = []
     for user, content in replies.items():
         metrics = content.metric_records["metrics"]
+        notes = content.array_records.get("notes")
         updates.append(
             Update(
                 user,
                 tensors(content.array_records["arrays"], here.run.device),
                 cast(int, metrics["num-examples"]),
                 cast(float, metrics["loss"]),
+                {} if notes is None else tensors(notes, here.run.device),
             )
         )
     return updates
@@ -197,32 +231,35 @@ def _train(here: Setting, clients: Clients, state: State, number: int) -> list[U
 
 def _settle(here: Setting, clients: Clients, state: State) -> State:
     record = arrays(state)
-    answers: list[dict[str, Moments]] = []
-    while True:
+
+    def ask(answers: list[dict[str, Moments]]) -> list[dict[str, Moments] | None]:
         content = RecordDict({"arrays": record, **answers_to(answers)})
-        replies = clients.ask("query.settle", dict.fromkeys(here.trainers, content))
-        said = [_moments(content.array_records["moments"]) for content in replies.values()]
-        if not all(said):
-            return settled(here, state, answers)
-        answers.append(union(said))
+        return _said(clients.ask("query.settle", dict.fromkeys(here.trainers, content)))
+
+    return settled(here, state, list(hold(ask)))
+
+
+def _said(replies: dict[int, RecordDict]) -> list[dict[str, Moments] | None]:
+    return [_moments(content.array_records["moments"]) or None for content in replies.values()]
 
 
 def _moments(record: ArrayRecord) -> dict[str, Moments]:
     return unflatten(tensors(record))
 
 
-def _evaluate(
-    here: Setting,
-    clients: Clients,
-    state: State,
-    columns: tuple[Column, ...],
-    globally: Sequence[int] | set[int],
-) -> dict[int, list[Score]]:
-    record = arrays(state)
+def _evaluate(here: Setting, clients: Clients, server: Server, *, last: bool) -> dict[int, list[Score]]:
+    users = served(here)
+    outgoing = _outgoing(here, server, users, serving=True)
+    registry = registry_to(server.registry) if last and server.registry else None
 
     def content(user: int) -> RecordDict:
-        config = ConfigRecord({"columns": [str(c) for c in columns], "globally": user in globally})
-        return RecordDict({"arrays": record, "config": config})
+        globally = global_columns(here, user) if last else ()
+        columns = COLUMNS if last else COLUMNS[:1]
+        config = ConfigRecord({"columns": [str(c) for c in columns], "globally": [str(c) for c in globally]})
+        records = RecordDict({"arrays": outgoing[user], "config": config})
+        if registry is not None and user in here.population.unseen:
+            records["registry"] = registry
+        return records
 
-    replies = clients.ask("evaluate", {user: content(user) for user in served(here)})
+    replies = clients.ask("evaluate", {user: content(user) for user in users})
     return {user: scores_from(content.metric_records["metrics"]) for user, content in replies.items()}

@@ -70,6 +70,12 @@ def save_outcome(path: Path, run: Run, outcome: Outcome, sources: dict[str, str]
     tensors = _prefixed("server", outcome.server.state) | _prefixed("memory", outcome.server.memory)
     if outcome.server.serving is not outcome.server.state:
         tensors |= _prefixed("serving", outcome.server.serving)
+    server = outcome.server
+    tensors |= _prefixed("known", server.known) | _prefixed("told", server.told)
+    for view, entries in server.views.items():
+        tensors |= _prefixed(f"view/{view}", entries)
+    for user, entries in server.registry.items():
+        tensors |= _prefixed(f"registry/{user}", entries)
     for user, kept in outcome.kept.items():
         tensors |= _prefixed(f"kept/{user}", kept)
     header = {
@@ -80,6 +86,8 @@ def save_outcome(path: Path, run: Run, outcome: Outcome, sources: dict[str, str]
         "seconds": outcome.seconds,
         "curve": [asdict(p) for p in outcome.curve],
         "kept": sorted(outcome.kept),
+        "views": list(server.views),
+        "registry": list(server.registry),
         "scores": {str(u): [asdict(s) for s in scores] for u, scores in outcome.scores.items()},
     }
     write_atomically(path, save(tensors, metadata={"outcome": json.dumps(header)}))
@@ -110,7 +118,15 @@ def load_outcome(path: Path, run: Run, sources: dict[str, str] | None = None) ->
     state = _under("server", tensors)
     serving = _under("serving", tensors)
     return Outcome(
-        server=Server(state, serving or state, _under("memory", tensors)),
+        server=Server(
+            state,
+            serving or state,
+            _under("memory", tensors),
+            {v: _under(f"view/{v}", tensors) for v in header["views"]},
+            _under("known", tensors),
+            _under("told", tensors),
+            {u: _under(f"registry/{u}", tensors) for u in header["registry"]},
+        ),
         kept={u: _under(f"kept/{u}", tensors) for u in header["kept"]},
         curve=[Point(**p) for p in header["curve"]],
         scores={int(u): [Score(**s) for s in scores] for u, scores in header["scores"].items()},

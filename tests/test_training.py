@@ -33,7 +33,7 @@ def test_batches_cover_every_row_once_and_none_is_left_alone(n, size):
 
 
 def train(model, plan, **options):
-    return fit(model, examples(), plan, seed=1, round=1, user=0, shared={"0.weight"}, **options)
+    return fit(model, examples(), plan, seed=1, round=1, user=0, **options)
 
 
 def test_training_leaves_the_global_generator_alone_and_repeats():
@@ -59,11 +59,11 @@ def test_one_full_batch_step_is_plain_gradient_descent():
         torch.testing.assert_close(x, y - 0.1 * y.grad, rtol=1e-5, atol=1e-6)
 
 
-def test_fedprox_pulls_shared_parameters_towards_what_was_received():
-    start = network().state_dict()
+def test_a_pull_holds_the_parameters_it_names_near_their_target():
+    start = {k: v.clone() for k, v in network().state_dict().items()}
     far, near = network(), network()
     train(far, Plan(batch_size=4, local_epochs=5))
-    train(near, Plan(batch_size=4, local_epochs=5, proximal=5.0))
+    train(near, Plan(batch_size=4, local_epochs=5), pull=(5.0, {"0.weight": start["0.weight"].clone()}))
 
     def moved(net, key):
         return float((net.state_dict()[key] - start[key]).norm())

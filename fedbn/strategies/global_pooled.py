@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from fedbn.moments import naive_mean, pooled_variance
 from fedbn.roles import State
-from fedbn.strategy import NormStrategy, Update
+from fedbn.strategy import NormStrategy, Progress, Update
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,8 @@ class GlobalPooled(NormStrategy):
     >>> import torch; from fedbn.strategy import Update
     >>> def client(i, mean): return Update(
     ...     i, {"bn.running_mean": torch.tensor([mean]), "bn.running_var": torch.ones(1)}, 1, 0.0)
-    >>> GlobalPooled().pool([client(0, -3.0), client(1, 3.0)], [1, 1], ["bn.running_mean", "bn.running_var"])
+    >>> names = ["bn.running_mean", "bn.running_var"]
+    >>> GlobalPooled().pool([client(0, -3.0), client(1, 3.0)], [1, 1], names, {}, Progress(1, 1))
     {'bn.running_mean': tensor([0.]), 'bn.running_var': tensor([10.])}
     """
 
@@ -28,7 +29,9 @@ class GlobalPooled(NormStrategy):
     about = "one BN for all; variance of the union (law of total variance)"
     source = "Chan, Golub, LeVeque 1979"
 
-    def pool(self, updates: Sequence[Update], weights: Sequence[float], keys: Sequence[str]) -> State:
+    def pool(
+        self, updates: Sequence[Update], weights: Sequence[float], keys: Sequence[str], old: State, progress: Progress
+    ) -> State:
         out: State = {}
         for key in keys:
             values = [u.state[key] for u in updates]

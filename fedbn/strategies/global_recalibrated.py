@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from fedbn.recalibration import agree_layerwise
-from fedbn.strategy import NormStrategy, Talk
+from fedbn.recalibration import agree_layerwise, set_statistics
+from fedbn.roles import statistics_layers
+from fedbn.strategy import Heard, NormStrategy, Talk
 
 
 @dataclass(frozen=True)
@@ -30,3 +31,9 @@ class GlobalRecalibrated(NormStrategy):
 
     def settle(self, model: nn.Module, x: Tensor) -> Talk:
         return agree_layerwise(model, x)
+
+    def adopt(self, model: nn.Module, heard: Heard) -> None:
+        layers = statistics_layers(model)
+        for answer in heard:
+            for path, moments in answer.items():
+                set_statistics(layers[path], moments)

@@ -1,0 +1,1 @@
+"""One file each; a new one is found by being here."""
