@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from fedbn.evaluation import COLUMNS, Column, Score, evaluate_user, score
@@ -20,6 +21,7 @@ from fedbn.personal import Plain, Work
 from fedbn.recalibration import replay, statistics_of, union
 from fedbn.roles import Role, State, clone
 from fedbn.run import Run
+from fedbn.seeds import key
 from fedbn.setting import EVERYONE, Setting, setting
 from fedbn.strategy import SEEDED, Heard, Progress, Update
 from fedbn.training import epoch_batches, fit, logits
@@ -195,7 +197,7 @@ def client_round(
     own, momentum, aside = _split(kept, here)
     model = here.load(here.assemble(received, own))
     data = here.training_data(user)
-    notes = here.strategy.measure(model, data)
+    notes = here.strategy.measure(model, data, progress)
     here.strategy.begin(model, progress, heard)
     work = _work(here, user, model, progress, heard, momentum)
     work.heard, work.aside = told or {}, aside
@@ -217,7 +219,10 @@ def client_consult(
     data = here.training_data(user)
     drawn = here.population.seen[0] if user == EVERYONE else user
     first = next(epoch_batches(len(data), here.run.plan, here.run.seed, progress.round, drawn, 0))
-    return here.strategy.consult(here.load(here.assemble(received, own)), data.take(first.to(data.y.device)), heard)
+    model, batch = here.load(here.assemble(received, own)), data.take(first.to(data.y.device))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(key(here.run.seed, "noise", progress.round, drawn))  # dropout as in the step to come
+        return here.strategy.consult(model, batch, heard)
 
 
 def client_evaluation(

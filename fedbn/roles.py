@@ -22,6 +22,8 @@ class Role(StrEnum):
         BODY: weights of feature-extracting layers.
         HEAD: weights of the last linear (or convolutional) layer, the classifier.
         AFFINE: scale and shift (gamma, beta) of a normalisation layer.
+        GATE: mixing weights of a normalisation layer, which say how much of which statistics it uses; a layer names
+            them in ``gates``.
         STATISTICS: running moments of a normalisation layer.
         COUNTER: an integer that counts batches; it is never averaged and never travels.
     """
@@ -29,6 +31,7 @@ class Role(StrEnum):
     BODY = "body"
     HEAD = "head"
     AFFINE = "affine"
+    GATE = "gate"
     STATISTICS = "statistics"
     COUNTER = "counter"
 
@@ -89,7 +92,7 @@ def roles(model: nn.Module) -> dict[str, Role]:
             elif buffer and norm:
                 role = Role.STATISTICS
             elif norm:
-                role = Role.AFFINE
+                role = Role.GATE if name in getattr(module, "gates", ()) else Role.AFFINE
             else:
                 role = Role.HEAD if last is not None and f"{path}.".startswith(f"{last}.") else Role.BODY
             table[f"{path}.{name}" if path else name] = role

@@ -81,7 +81,7 @@ class NormStrategy:
         name: what the command line calls it.
         about: one line for lists.
         source: authors, year, link.
-        body, head, affine, statistics: the owner of each role. Counters are always local.
+        body, head, affine, gate, statistics: the owner of each role. Counters are always local.
         gathers: all seen users' data are brought to one place (the centralised bound).
         settles: `settle` is held before each evaluation.
         consults: `consult` is held before each round of training.
@@ -94,6 +94,7 @@ class NormStrategy:
     body: ClassVar[Owner] = SHARED
     head: ClassVar[Owner] = SHARED
     affine: ClassVar[Owner] = SHARED
+    gate: ClassVar[Owner] = SHARED
     statistics: ClassVar[Owner] = SHARED
     gathers: ClassVar[bool] = False
     settles: ClassVar[bool] = False
@@ -105,6 +106,7 @@ class NormStrategy:
             Role.BODY: self.body,
             Role.HEAD: self.head,
             Role.AFFINE: self.affine,
+            Role.GATE: self.gate,
             Role.STATISTICS: self.statistics,
             Role.COUNTER: LOCAL,
         }
@@ -121,7 +123,7 @@ class NormStrategy:
     def suit(self, people: Population) -> None:
         """Raise `UserError` for users that the strategy cannot serve (groups not known, for example)."""
 
-    def measure(self, model: nn.Module, data: Examples) -> State:
+    def measure(self, model: nn.Module, data: Examples, progress: Progress) -> State:
         """What a client tells about the received model on its data, before it trains."""
         return {}
 
@@ -146,7 +148,7 @@ class NormStrategy:
         """Look at, or change, the gradients between backward pass and optimiser step."""
 
     def report(self, model: nn.Module) -> State:
-        """What a client tells besides its entries, after it has trained."""
+        """What a client tells besides its entries after it has trained; may still write statistics into the model."""
         return {}
 
     def pool(

@@ -57,14 +57,15 @@ class Digits8(Scenario):
             name = f"user{i + 1:02d}"
             # Back in the file's order: who gets an image is random, the order in time is not.
             rows = np.sort(order[i :: self.users])
-            x = torch.from_numpy(_camera(images[rows], name))
+            seen, domain = _camera(images[rows], name)
+            x = torch.from_numpy(seen)
             y = torch.from_numpy(labels[rows].astype(np.int64))
             cut = 3 * len(rows) // 4
             train, test = (
                 Examples(x[part], y[part], torch.full((len(y[part]),), k))
                 for k, part in enumerate((slice(None, cut), slice(cut, None)))
             )
-            users.append(User(name, "digits8", train, test))
+            users.append(User(name, domain, train, test))
         return Population(
             users=tuple(users),
             unseen=hold_out(self.users, self.unseen, seed),
@@ -74,8 +75,9 @@ class Digits8(Scenario):
         )
 
 
-def _camera(images: np.ndarray, name: str) -> np.ndarray:
-    """``images`` in 0 to 1 as the user called ``name`` sees them, the same in every run."""
+def _camera(images: np.ndarray, name: str) -> tuple[np.ndarray, str]:
+    """``images`` in 0 to 1 as the user called ``name`` sees them, the same in every run, and the kind of camera."""
     rng = numpy_generator(0, "digits8", "camera", name)
     gain, offset, inverted = rng.uniform(0.6, 1.4), rng.uniform(-0.3, 0.3), rng.random() < 0.3
-    return ((1 - images if inverted else images) * np.float32(gain) + np.float32(offset)).astype(np.float32)
+    seen = (1 - images if inverted else images) * np.float32(gain) + np.float32(offset)
+    return seen.astype(np.float32), "inverted" if inverted else "upright"

@@ -1,0 +1,46 @@
+"""Parameters weighted by a softmax over distances of BN statistics, after pFedBBN (2025)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedbn.errors import UserError
+from fedbn.moments import Moments
+from fedbn.similarity import SimilarityWeighted
+
+
+@dataclass(frozen=True)
+class BNSimilarity(SimilarityWeighted):
+    r"""Weights :math:`\propto \exp(-D_{ij}/\tau)`.
+
+    :math:`D_{ij}` is the mean over layers of :math:`\frac12(\|\Delta\mu\|+\|\Delta\sigma^2\|)`. Only the
+    similarity of https://arxiv.org/abs/2511.18066: not its test-time, class-balanced statistics.
+
+    Attributes:
+        tau: temperature.
+
+    >>> BNSimilarity(tau=1.0).weights(torch.tensor([0.0, 0.0]), 0).tolist()
+    [0.5, 0.5]
+    """
+
+    name = "bn-similarity"
+    about = "FedBN with parameters weighted by exp(-distance of statistics / tau)"
+    source = "after pFedBBN, 2025"
+    tau: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.tau <= 0:
+            raise UserError(f"bn-similarity: tau must be positive, not {self.tau:g}")
+
+    def distance(self, a: dict[str, Moments], b: dict[str, Moments]) -> float:
+        def gap(path: str) -> float:
+            means = (a[path].mean - b[path].mean).norm()
+            return float(means + (a[path].variance() - b[path].variance()).norm()) / 2
+
+        return sum(map(gap, a)) / len(a)
+
+    def weights(self, distances: Tensor, me: int) -> Tensor:
+        return torch.softmax(-distances / self.tau, 0)

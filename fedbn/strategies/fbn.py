@@ -1,0 +1,57 @@
+"""FBN: train with the shared running statistics (Guerraoui, Pinot, Rizk, Stephan, Taiani, 2024)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from fedbn.layers import channels_of, replace_norms, require_statistics
+from fedbn.norms.shared_statistics import SharedStatisticsNorm, layers
+from fedbn.roles import State
+from fedbn.strategies.global_pooled import GlobalPooled
+from fedbn.strategy import Heard, Progress, Update
+
+
+@dataclass(frozen=True)
+class FBN(GlobalPooled):
+    """Clients normalise by the server's statistics and send averages of their batches'; the server follows slowly.
+
+    https://arxiv.org/abs/2405.14670. The new statistics are ``rate`` times the clients' pooled ones plus the rest of
+    the old. They start at 0 and 1, so the first rounds are hardly normalised. The paper's robust aggregation is left
+    out.
+
+    Attributes:
+        rate: weight of a round's statistics.
+
+    >>> FBN().rate
+    0.1
+    """
+
+    name = "fbn"
+    about = "trains with the server's running statistics as constants; option rate"
+    source = "Guerraoui et al. 2024"
+    rate: float = 0.1
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        require_statistics(model, f"strategy {self.name!r}")
+        return replace_norms(
+            model, lambda _, old: SharedStatisticsNorm(channels_of(old), affine=old.weight is not None)
+        )
+
+    def begin(self, model: nn.Module, progress: Progress, heard: Heard = ()) -> None:
+        model.train()
+        for layer in layers(model):
+            layer.begin()
+
+    def report(self, model: nn.Module) -> State:
+        for layer in layers(model):
+            layer.publish()
+        return {}
+
+    def pool(
+        self, updates: Sequence[Update], weights: Sequence[float], keys: Sequence[str], old: State, progress: Progress
+    ) -> State:
+        new = super().pool(updates, weights, keys, old, progress)
+        return {k: old[k].lerp(new[k], self.rate) for k in keys}

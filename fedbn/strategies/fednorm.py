@@ -1,0 +1,52 @@
+"""FedNorm: one set of BN entries for each known group (Bernecker et al., 2022)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fedbn.errors import UserError
+from fedbn.moments import naive_mean
+from fedbn.roles import Role, State
+from fedbn.scenario import Population, User
+from fedbn.strategies.global_pooled import GlobalPooled
+from fedbn.strategy import Ownership, Progress, Update
+
+
+@dataclass(frozen=True)
+class FedNorm(GlobalPooled):
+    """Statistics, scale and shift are averaged within a group - a modality, a device, a body side - the rest over all.
+
+    https://arxiv.org/abs/2205.11096. A user's group is its domain, known beforehand; an unseen user gets its group's
+    entries.
+
+    >>> FedNorm().view(0, User("a", "left", None, None))
+    'left'
+    """
+
+    name = "fednorm"
+    about = "one BN for each known group of users (their domain)"
+    source = "Bernecker et al. 2022"
+
+    def suit(self, people: Population) -> None:
+        if len(people.users) > 1 and len({u.domain for u in people.users}) < 2:
+            raise UserError(
+                "fednorm needs users of known groups, and all these are of one "
+                f"({people.users[0].domain or 'unnamed'}): use watch (left, right), digits (domains), or global-pooled"
+            )
+
+    def view(self, index: int, user: User) -> str:
+        return user.domain
+
+    def views(
+        self, updates: Sequence[Update], weights: Sequence[float], table: Ownership, people: Population, known: State
+    ) -> dict[str, State]:
+        statistics = [k for k in table.travels if table.roles[k] is Role.STATISTICS]
+        affine = [k for k in table.travels if table.roles[k] is Role.AFFINE]
+        out: dict[str, State] = {}
+        for group in dict.fromkeys(people.users[u.user].domain for u in updates):
+            mine = [(u, w) for u, w in zip(updates, weights, strict=True) if people.users[u.user].domain == group]
+            members, shares = [u for u, _ in mine], [w for _, w in mine]
+            out[group] = {k: naive_mean([u.state[k] for u in members], shares) for k in affine}
+            out[group] |= self.pool(members, shares, statistics, {}, Progress(1, 1))
+        return out

@@ -1,0 +1,65 @@
+"""FedTAN: statistics and their gradients agreed on layer by layer (Wang, Shi, Chang, 2023)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+from torch import nn
+
+from fedbn.layers import replace_norms, require_statistics
+from fedbn.moments import Moments
+from fedbn.norms.exchanged import Exchange, ExchangedNorm, exchanged_layers, speak
+from fedbn.scenario import Examples
+from fedbn.strategy import Heard, NormStrategy, Progress
+
+
+@dataclass(frozen=True)
+class FedTAN(NormStrategy):
+    """The first local step of a round is a step of centralised training on all clients' first batches.
+
+    https://arxiv.org/abs/2301.02982. A client says its batch mean, then its mean square about the common mean, layer
+    after layer; backwards, its statistic gradients: 3L exchanges for L layers, and one of the model. Weights are the
+    numbers of values (the released code's are uniform). The other steps are ordinary BN. Any model: what a pass meets.
+
+    >>> FedTAN.consults
+    True
+    """
+
+    name = "fedtan"
+    about = "first step of a round by exact global statistics and statistic gradients, 3L+1 exchanges"
+    source = "Wang et al. 2023"
+    consults = True
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        require_statistics(model, f"strategy {self.name!r}")
+
+        def make(_: str, old: nn.Module) -> nn.Module:
+            bn = cast(nn.BatchNorm2d, old)
+            return ExchangedNorm(bn.num_features, bn.eps, bn.momentum, bn.affine)
+
+        return replace_norms(model, make)
+
+    def consult(self, model: nn.Module, batch: Examples, heard: Heard) -> dict[str, Moments] | None:
+        model.train()
+        said = speak(model, batch.x, batch.y, _told(model, heard))
+        if said is None:
+            return None
+        n = next(v for k, v in said.items() if k.endswith("|n"))
+        return {k: Moments.from_variance(n, v.cpu(), v.cpu() * 0) for k, v in said.items() if not k.endswith("|n")}
+
+    def begin(self, model: nn.Module, progress: Progress, heard: Heard = ()) -> None:
+        model.train()
+        told = _told(model, heard) if heard else {}
+        for path, layer in exchanged_layers(model).items():
+            layer.exchange = told.get(path)
+
+
+def _told(model: nn.Module, heard: Heard) -> dict[str, Exchange]:
+    told = {path: Exchange() for path in exchanged_layers(model)}
+    for answer in heard:
+        for key, moments in answer.items():
+            path, _, name = key.rpartition("|")
+            setattr(told[path], name, moments.mean)
+            told[path].total = float(moments.n)
+    return told

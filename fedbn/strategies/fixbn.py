@@ -1,0 +1,42 @@
+"""FixBN: BN trained as ever, then frozen (Zhong, Chen, Chao, 2023)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from fedbn.errors import UserError
+from fedbn.roles import statistics_layers
+from fedbn.strategy import Heard, NormStrategy, Progress
+
+
+@dataclass(frozen=True)
+class FixBN(NormStrategy):
+    """Stage 1 is FedAvg with BN; from then on the aggregated statistics are constants, in training too.
+
+    https://arxiv.org/abs/2303.06530. Only normalisation layers are put in evaluation mode: dropout stays on, and
+    scale and shift go on training. The paper also keeps clients' momentum between rounds: ``--optimizer-state keep``.
+
+    Attributes:
+        stage1: share of the rounds in stage 1.
+
+    >>> net = nn.Sequential(nn.BatchNorm1d(2), nn.Dropout()); FixBN().begin(net, Progress(6, 10))
+    >>> net[0].training, net[1].training
+    (False, True)
+    """
+
+    name = "fixbn"
+    about = "global BN, its statistics frozen after half of the rounds; option stage1"
+    source = "Zhong et al. 2023"
+    stage1: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.stage1 <= 1:
+            raise UserError(f"fixbn: stage1 must be between 0 and 1, not {self.stage1:g}")
+
+    def begin(self, model: nn.Module, progress: Progress, heard: Heard = ()) -> None:
+        model.train()
+        if progress.round > self.stage1 * progress.rounds:
+            for layer in statistics_layers(model).values():
+                layer.eval()

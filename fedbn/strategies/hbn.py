@@ -1,0 +1,75 @@
+"""HBN: a learnt mixture of global and batch statistics (Chen, Xu, Wu, Kittler, ICML 2025)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from fedbn.layers import channels_of, replace_norms, require_statistics
+from fedbn.norms.hybrid import HybridNorm, hybrid_layers, measuring
+from fedbn.recalibration import set_statistics
+from fedbn.roles import State
+from fedbn.scenario import Examples
+from fedbn.strategies.global_pooled import GlobalPooled
+from fedbn.strategy import SEEDED, Heard, Progress, Talk, Update
+
+
+@dataclass(frozen=True)
+class HBN(GlobalPooled):
+    """Mixing weights stay at the client; statistics are measured in a pass of their own over the first 64 rows.
+
+    https://arxiv.org/abs/2505.21877, with the authors' released pass over one unshuffled batch; `HBNFull` passes over
+    all rows. The server moves its statistics by ``rate`` a round, and measures them anew before each evaluation.
+
+    Attributes:
+        rate: weight of a round's statistics.
+
+    >>> HBN.rows, str(HBN.gate)
+    (64, 'seeded')
+    """
+
+    name = "hbn"
+    about = "learnt mixture of global and batch statistics, measured on the first 64 rows"
+    source = "Chen et al. 2025"
+    gate = SEEDED
+    settles = True
+    rows: ClassVar[int | None] = 64
+    rate: float = 0.002
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        require_statistics(model, f"strategy {self.name!r}")
+        return replace_norms(model, lambda _, old: HybridNorm(channels_of(old), affine=old.weight is not None))
+
+    def measure(self, model: nn.Module, data: Examples, progress: Progress) -> State:
+        self._pass(model, data.x)
+        return {}
+
+    def report(self, model: nn.Module) -> State:
+        for layer in hybrid_layers(model).values():
+            if layer.measured is not None:
+                set_statistics(layer, layer.measured)
+        return {}
+
+    def pool(
+        self, updates: Sequence[Update], weights: Sequence[float], keys: Sequence[str], old: State, progress: Progress
+    ) -> State:
+        new = super().pool(updates, weights, keys, old, progress)
+        return {k: old[k].lerp(new[k], self.rate) for k in keys}
+
+    def settle(self, model: nn.Module, x: Tensor) -> Talk:
+        yield {path: layer.measured for path, layer in self._pass(model, x).items() if layer.measured is not None}
+
+    def adopt(self, model: nn.Module, heard: Heard) -> None:
+        found = hybrid_layers(model)
+        for path, moments in heard[0].items():
+            set_statistics(found[path], moments)
+
+    def _pass(self, model: nn.Module, x: Tensor) -> dict[str, HybridNorm]:
+        with torch.no_grad(), measuring(model) as found:
+            for rows in x[: self.rows].split(64):
+                model(rows)
+        return found

@@ -1,0 +1,65 @@
+"""Static BN: no running statistics in training, one pass before evaluation (Diao, Ding, Tarokh, ICLR 2021)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fedbn.layers import inputs_of
+from fedbn.moments import Moments
+from fedbn.roles import State, statistics_layers
+from fedbn.strategy import Heard, NormStrategy, Progress, Talk, Update
+
+
+@dataclass(frozen=True)
+class StaticBN(NormStrategy):
+    """HeteroFL's sBN: before evaluation, the mean over all clients' batches of batch means and of batch variances.
+
+    https://arxiv.org/abs/2010.01264. A mean of batch variances lacks the spread between batches, which
+    `global-recalibrated` has.
+
+    Attributes:
+        batch: rows a batch of the pass.
+
+    >>> StaticBN.settles
+    True
+    """
+
+    name = "static-bn"
+    about = "no statistics in training; means over all clients' batches before evaluation"
+    source = "Diao et al. 2021"
+    settles = True
+    batch: int = 32
+
+    def pool(
+        self, updates: Sequence[Update], weights: Sequence[float], keys: Sequence[str], old: State, progress: Progress
+    ) -> State:
+        return {k: old[k] for k in keys}
+
+    def settle(self, model: nn.Module, x: Tensor) -> Talk:
+        said: dict[str, Moments] = {}
+
+        def see(path: str, value: Tensor) -> None:
+            batch = Moments.of(value)
+            for name, entry in (("mean", batch.mean), ("var", batch.variance(unbiased=bool(batch.n > 1)))):
+                now = Moments.from_variance(1.0, entry, torch.zeros_like(entry))
+                said[f"{path}|{name}"] = said[f"{path}|{name}"].merge(now) if f"{path}|{name}" in said else now
+
+        layers = statistics_layers(model)
+        model.eval()
+        for layer in layers.values():
+            layer.train()  # batches normalise themselves, dropout stays off
+        with torch.no_grad(), inputs_of(layers, see):
+            for rows in x.split(self.batch):
+                if len(rows) > 1:
+                    model(rows)
+        yield said
+
+    def adopt(self, model: nn.Module, heard: Heard) -> None:
+        layers = statistics_layers(model)
+        for key, moments in heard[0].items():
+            path, _, name = key.rpartition("|")
+            getattr(layers[path], f"running_{name}").copy_(moments.mean)
