@@ -14,7 +14,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,9 @@ from simulations.results import Comparison, write_comparison, write_run, write_s
 from simulations.store import code_digest, load_outcome, save_outcome, versions
 
 CHECKPOINT = "checkpoint.safetensors"
+
+LEFT_OUT = "Left out:"
+"""Begins the notice about a strategy that cannot work on an experiment's users or model."""
 
 
 @dataclass(frozen=True)
@@ -238,6 +241,24 @@ def preflight(experiment: Experiment, out: Path) -> list[str]:
     return notices
 
 
+def suited(experiment: Experiment) -> tuple[Experiment, list[str]]:
+    """The experiment without the strategies that cannot work on its users or model, and why not.
+
+    Raises:
+        UserError: none can.
+    """
+    kept, notices = [], []
+    for strategy in experiment.strategies:
+        try:
+            setting(experiment.run(strategy, 0))
+            kept.append(strategy)
+        except UserError as error:
+            notices.append(f"{LEFT_OUT} {strategy}: {error}")
+    if not kept:
+        raise UserError(f"no strategy can work here: {notices[0]}")
+    return replace(experiment, strategies=tuple(kept)), notices
+
+
 def compare(
     experiment: Experiment,
     out: Path,
@@ -247,6 +268,7 @@ def compare(
     report: Report = lambda event: None,
     started: Callable[[str, Sequence[Task]], None] = lambda title, tasks: None,
     command: str = "",
+    notices: Sequence[str] = (),
 ) -> Path:
     """Conduct an experiment, or what is left of it, and write its results below ``out``.
 
@@ -258,6 +280,7 @@ def compare(
         report: told of each round done.
         started: told of each batch of tasks before it begins.
         command: how to do it again, for the record.
+        notices: what a reader should know besides what is found here.
 
     Returns:
         The directory.
@@ -266,7 +289,7 @@ def compare(
         UserError: before anything runs, for whatever can be known then.
     """
     experiment = experiment.resolved()
-    notices = preflight(experiment, out)
+    notices = [*notices, *preflight(experiment, out)]
     workers = workers or os.cpu_count() or 1
     if engine == "ray" or experiment.device != "cpu":
         workers = 1
@@ -364,7 +387,8 @@ def resume(out: Path, **options: Any) -> Path:
             "or start afresh with another --out; mixing them would not be one experiment"
         )
     experiment = Experiment.from_dict(meta["experiment"])
-    return compare(experiment, out, engine=meta["engine"], command=meta["command"], **options)
+    notices = [n for n in meta["notices"] if n.startswith(LEFT_OUT)]
+    return compare(experiment, out, engine=meta["engine"], command=meta["command"], notices=notices, **options)
 
 
 def elapsed(since: float) -> str:

@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from fedbn.data.packages import SOURCES
 from simulations import plots
 from simulations.results import COLUMNS, ROWS, Comparison, bracket, number, signed
-from simulations.tables import is_bound, is_clear, p_value, sentences, size
+from simulations.tables import is_bound, is_clear, p_value, sentences, size, starts_rows
 
 #: Measures of ``shift.json``: name -> (title, what it means).
 SKEW = {
@@ -148,6 +148,7 @@ def _context(comparison: Comparison) -> dict[str, Any]:
         "domains": _domains(comparison),
         "ownership": _ownership(comparison),
         "newcomers": _newcomers(comparison),
+        "starts": _starts(comparison),
         "skew": _skew(comparison),
         "shift": _picture(
             comparison,
@@ -289,6 +290,16 @@ def _owner(line: Any) -> Cell:
 
 def _ways(down: float, up: float) -> str:
     return f"{size(down)} ↓ {size(up)} ↑" if down or up else "stays"
+
+
+def _starts(comparison: Comparison) -> Table | None:
+    """What unseen users reach from each start, before any adaptation."""
+    head, *lines = starts_rows(comparison)
+    if not lines:
+        return None
+    caption = "Accuracy of unseen users by the statistics they start from, before adaptation [95 % interval over users]"
+    cells = [[Cell(text, sort=text) for text in line] for line in lines]
+    return Table(caption, head, cells)
 
 
 def _newcomers(comparison: Comparison) -> Table:

@@ -55,6 +55,16 @@ COLUMNS = {
     "online": ("adapted online", "statistics follow the user's unlabelled stream during the test"),
 }
 
+#: What an unseen user may start from: name -> (title, what it means).
+STARTS = {
+    "initial": ("initial", "statistics of the model as built"),
+    "mean": ("clients' mean", "mean of what the clients sent last"),
+    "pooled": ("pooled", "the same, with the variance of the union"),
+    "nearest": ("nearest client", "the entries of the client whose moments are nearest to the user's own"),
+    "mixture": ("mixture", "all clients, weighted by one over that distance"),
+    "prior": ("prior-mixed", "pooled, shrunk towards the user's own with an empirical-Bayes weight per channel"),
+}
+
 #: Metrics of an evaluation, and whether more is better.
 METRICS = {"accuracy": True, "macro_f1": True, "loss": False}
 
@@ -462,8 +472,9 @@ class Comparison:
         found = set()
         for (row, column), lines in self.matrix(metric).dropna(subset="mean").groupby(["row", "column"]):
             best, *others = lines.sort_values("mean", ascending=sign < 0)["strategy"]
-            against = [self._contrast(best, other, row, column, metric) for other in others]
-            if against and all(a.users.excludes_zero and sign * a.value > 0 for a in against):
+            # The nearest rival first: it settles most cells at once.
+            against = (self._contrast(best, other, row, column, metric) for other in others)
+            if others and all(a.users.excludes_zero and sign * a.value > 0 for a in against):
                 found.add((best, row, column))
         return found
 
@@ -478,7 +489,7 @@ class Comparison:
         lines = []
         if domain.nunique() in DOMAINS:
             for (strategy, row, column), frame in self._cube(metric).items():
-                if row == "global":
+                if row == "global" or column not in self.meta["columns"]:
                     continue
                 for name, users in frame.groupby(domain.reindex(frame.index)):
                     # A domain that is unseen in a seed has no own test there.
@@ -487,6 +498,22 @@ class Comparison:
         return pd.DataFrame(
             lines, columns=["strategy", "row", "column", "domain", "mean", "ci_low", "ci_high", "n_users"]
         )
+
+    @_remembered
+    def starts(self, metric: str = "accuracy") -> pd.DataFrame:
+        """Unseen users by what they start from, before any adaptation.
+
+        Returns:
+            strategy, start (a key of `STARTS`), mean, ci_low, ci_high, n_users; strategies that send statistics.
+        """
+        lines = []
+        for strategy in self.strategies:
+            for start in STARTS:
+                values = self.values(strategy, "unseen", start, metric).to_numpy()
+                if values.size:
+                    found = estimate(mean_of_users, values)
+                    lines.append((strategy, start, found.value, *found.users, found.n_users))
+        return pd.DataFrame(lines, columns=["strategy", "start", "mean", "ci_low", "ci_high", "n_users"])
 
     def traffic(self) -> pd.DataFrame:
         """Who owns what and what travels: one line per strategy and role, bytes per client and round."""

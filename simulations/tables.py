@@ -8,6 +8,7 @@ besides being bold, because a pipe or a log has no bold.
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -17,7 +18,7 @@ from rich.text import Text
 
 from fedbn.roles import Role
 from fedbn.strategy import strategies
-from simulations.results import COLUMNS, METRICS, ROWS, Comparison, Interval, bracket, cell, number, signed
+from simulations.results import COLUMNS, METRICS, ROWS, STARTS, Comparison, Interval, bracket, cell, number, signed
 
 #: A difference is called clear when its interval excludes 0 and its corrected p is below this.
 ALPHA = 0.05
@@ -55,7 +56,7 @@ def is_bound(label: str) -> bool:
     >>> is_bound("centralised"), is_bound("groupnorm:groups=4"), is_bound("somebody's")
     (True, False, False)
     """
-    known = strategies().get(label.partition(":")[0])
+    known = strategies().get(re.split("[:+]", label)[0])
     return known is not None and known.gathers
 
 
@@ -66,6 +67,8 @@ def show(comparison: Comparison, console: Console | None = None, metric: str = "
     console.print(matrix_table(comparison, metric, console.width), "")
     if len(comparison.strategies) > 1:
         console.print(paired_table(comparison, metric, console.width), "")
+    if len(starts := starts_rows(comparison, metric)) > 1:
+        console.print(starts_table(starts, metric), "")
     console.print(cost_table(comparison))
     for notice in comparison.notices:
         console.print(Text(f"Note: {notice}", style="yellow"))
@@ -113,6 +116,30 @@ def paired_table(comparison: Comparison, metric: str = "accuracy", width: int = 
         caption="*: interval excludes 0 and corrected p < .05. ↑ ↓: users gaining, losing over one point. "
         "More in the report.",
     )
+
+
+def starts_rows(comparison: Comparison, metric: str = "accuracy") -> list[list[str]]:
+    """What unseen users start from, as text: a heading, then one line a strategy that sends statistics."""
+    found = comparison.starts(metric)
+    starts = [s for s in STARTS if (found["start"] == s).any()]
+    rows = [["strategy", *(STARTS[s][0] for s in starts)]]
+    for strategy, lines in found.groupby("strategy", sort=False):
+        known = {line.start: cell(line.mean, line.ci_low, line.ci_high) for line in lines.itertuples()}
+        rows.append([str(strategy), *(known.get(s, "–") for s in starts)])
+    return rows
+
+
+def starts_table(rows: list[list[str]], metric: str = "accuracy") -> Table:
+    """The rows of `starts_rows` as a table."""
+    table = _table(
+        title=f"{_metric(metric)} of unseen users by the statistics they start from [95 % interval]",
+        caption="Before any adaptation; nearest, mixture and prior-mixed look at the user's earlier unlabelled data.",
+    )
+    for name in rows[0]:
+        table.add_column(name, overflow="fold")
+    for row in rows[1:]:
+        table.add_row(*map(Text, row))
+    return table
 
 
 def cost_table(comparison: Comparison) -> Table:
