@@ -20,12 +20,7 @@ def embed(directory: Path, document: Path) -> None:
         UserError: the document or its markers are missing.
     """
     name = directory.resolve().name
-    if not document.exists():
-        raise UserError(f"{document} does not exist: give a text with <!-- begin {name} --> and <!-- end {name} -->")
-    text = document.read_text(encoding="utf-8")
-    block = re.compile(f"(<!-- begin {re.escape(name)} -->\n).*?(<!-- end {re.escape(name)} -->)", re.DOTALL)
-    if not block.search(text):
-        raise UserError(f"{document} has no block for {name}: add <!-- begin {name} --> and <!-- end {name} -->")
+    replace_block(document, name)  # before anything is computed
     comparison = Comparison.load(directory)
     table = "\n".join(
         [
@@ -38,7 +33,24 @@ def embed(directory: Path, document: Path) -> None:
             "",
         ]
     )
-    picture = document.parent / "docs" / f"{name}.png"
+    # Pictures lie in docs/, beside the documents there.
+    picture = (document.parent if document.parent.name == "docs" else document.parent / "docs") / f"{name}.png"
     picture.parent.mkdir(exist_ok=True)
     shutil.copy(directory / "figures" / "paired-own-aggregated.png", picture)
-    document.write_text(block.sub(lambda m: m[1] + table + m[2], text), encoding="utf-8")
+    replace_block(document, name, table)
+
+
+def replace_block(document: Path, name: str, content: str | None = None) -> None:
+    """Replace what stands between a document's two markers for ``name``; without content only look for them.
+
+    Raises:
+        UserError: the document or its markers are missing.
+    """
+    if not document.exists():
+        raise UserError(f"{document} does not exist: give a text with <!-- begin {name} --> and <!-- end {name} -->")
+    text = document.read_text(encoding="utf-8")
+    block = re.compile(f"(<!-- begin {re.escape(name)} -->\n).*?(<!-- end {re.escape(name)} -->)", re.DOTALL)
+    if not block.search(text):
+        raise UserError(f"{document} has no block for {name}: add <!-- begin {name} --> and <!-- end {name} -->")
+    if content is not None:
+        document.write_text(block.sub(lambda m: m[1] + content + m[2], text), encoding="utf-8")

@@ -190,7 +190,8 @@ def convergence_figure(comparison: Comparison) -> Figure | None:
     shown = [name for name in titles if comparison.curves.dropna(subset=name)["round"].nunique() > 1]
     if not shown:
         return None
-    figure = Figure(figsize=(max(4.4, 2.87 * len(shown)), 3.1), layout="constrained")
+    legend_rows = math.ceil(len(comparison.strategies) / (len(shown) + 1))
+    figure = Figure(figsize=(max(4.4, 2.87 * len(shown)), 2.7 + 0.2 * legend_rows), layout="constrained")
     panels = figure.subplots(1, len(shown), squeeze=False)[0]
     handles: dict[str, Line2D] = {}
     for axes, name in zip(panels, shown):

@@ -432,7 +432,7 @@ class Comparison:
         lines = []
         for strategy in self.strategies[1:]:
             for row, column in self.cells:
-                found = self._contrast(strategy, self.reference, row, column, metric)
+                found = self.contrast(strategy, self.reference, row, column, metric)
                 gap = self._gap(strategy, row, column, metric)
                 by_user = gap.mean(axis=1).to_numpy()
                 line = (strategy, self.reference, row, column, *_flat(found))
@@ -473,7 +473,7 @@ class Comparison:
         for (row, column), lines in self.matrix(metric).dropna(subset="mean").groupby(["row", "column"]):
             best, *others = lines.sort_values("mean", ascending=sign < 0)["strategy"]
             # The nearest rival first: it settles most cells at once.
-            against = (self._contrast(best, other, row, column, metric) for other in others)
+            against = (self.contrast(best, other, row, column, metric) for other in others)
             if others and all(a.users.excludes_zero and sign * a.value > 0 for a in against):
                 found.add((best, row, column))
         return found
@@ -591,7 +591,7 @@ class Comparison:
             return pd.DataFrame(dtype=float)
         return (ours - theirs).dropna(how="all").dropna(how="all", axis=1)
 
-    def _contrast(self, ours: str, theirs: str, row: str, column: str, metric: str) -> Estimate:
+    def contrast(self, ours: str, theirs: str, row: str, column: str, metric: str) -> Estimate:
         """Ours minus theirs on the users and seeds that both have."""
         a, b = (self.values(strategy, row, column, metric) for strategy in (ours, theirs))
         a, b = a.align(b, join="inner")

@@ -162,6 +162,18 @@ def test_apfl_serves_the_shared_model_at_one_end_and_its_own_at_the_other(small)
     assert served[0].accuracy == pytest.approx(float((predicted == here.population.users[0].test.y).double().mean()))
 
 
+def test_apfl_personal_step_is_alpha_times_the_gradient_at_the_mixture(small):
+    here = setting(small("nonorm+apfl:alpha=0.5", batch_size=10_000, momentum=0.0, lr=0.1))
+    update, kept = client_round(here, 0, here.start(), None, Progress(1, 2))
+    model, data = here.load(update.state).train(), here.training_data(0)
+    model.zero_grad()
+    torch.nn.functional.cross_entropy(model(data.x), data.y).backward()
+    for name, parameter in model.named_parameters():
+        expected = update.state[name] - 0.1 * 0.5 * parameter.grad
+        torch.testing.assert_close(kept[ASIDE + name], expected, rtol=1e-4, atol=1e-6)
+        parameter.grad = None
+
+
 def test_scaffold_common_variate_is_the_mean_of_the_clients(small):
     run = small("groupnorm+scaffold", rounds=2)
     here, out = setting(run), federate(run)
