@@ -1,20 +1,22 @@
-"""Exchange the normalisation layers of any model, keeping names and affine parameters."""
+"""Exchange the normalisation layers of any model, keeping names, affine parameters and statistics."""
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import pkgutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Literal
+from functools import cache
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from fedbn.errors import UserError
-from fedbn.roles import is_norm, norm_layers, statistics_layers
-
-Kind = Literal["batch", "group", "layer", "instance", "none"]
+from fedbn.errors import UserError, unknown
+from fedbn.roles import head, is_norm, keeps_statistics, norm_layers, statistics_layers
 
 
 class AnyInstanceNorm(_InstanceNorm):
@@ -71,33 +73,11 @@ def groups_for(channels: int, *, groups: int | None = None, per_group: int | Non
     return max(g for g in range(1, channels + 1) if channels % g == 0 and g <= wish)
 
 
-def make_norm(
-    kind: Kind,
-    channels: int,
-    *,
-    eps: float,
-    affine: bool,
-    groups: int | None = None,
-    per_group: int | None = None,
-) -> nn.Module:
-    """A normalisation layer for ``channels`` channels at any number of position axes."""
-    match kind:
-        case "batch":
-            return AnyBatchNorm(channels, eps=eps, affine=affine)
-        case "group":
-            return nn.GroupNorm(groups_for(channels, groups=groups, per_group=per_group), channels, eps, affine)
-        case "layer":
-            return nn.GroupNorm(1, channels, eps, affine)
-        case "instance":
-            return AnyInstanceNorm(channels, eps=eps, affine=affine)
-        case "none":
-            return nn.Identity()
-
-
 def replace_norms(model: nn.Module, make: Callable[[str, nn.Module], nn.Module | None]) -> nn.Module:
     """Put ``make(path, layer)`` in the place of every normalisation layer (None: leave it), in place.
 
-    Affine parameters are copied where the shapes allow, so state names stay as they were.
+    Affine parameters, running statistics and the counter are copied where both layers have them in the same shape, so
+    state names stay as they were.
     """
     made: dict[int, nn.Module | None] = {}
     layers = [(path, m) for path, m in model.named_modules(remove_duplicate=False) if is_norm(m)]
@@ -106,12 +86,10 @@ def replace_norms(model: nn.Module, make: Callable[[str, nn.Module], nn.Module |
         made[id(layer)] = new
         if new is None:
             continue
-        for name, old in layer.named_parameters(recurse=False):
-            target = getattr(new, name, None)
-            if isinstance(target, Tensor) and target.shape == old.shape:
-                with torch.no_grad():
-                    target.copy_(old)
-        new.train(layer.training)
+        like = next((t for m in (layer, model) for t in m.state_dict().values() if t.is_floating_point()), None)
+        if like is not None:
+            new.to(like.device, like.dtype)
+        _inherit(new, layer)
         parent, _, leaf = path.rpartition(".")
         if not path:
             raise UserError("the model itself is a normalisation layer: wrap it, e.g. nn.Sequential(layer)")
@@ -119,38 +97,102 @@ def replace_norms(model: nn.Module, make: Callable[[str, nn.Module], nn.Module |
     return model
 
 
-def convert(model: nn.Module, kind: Kind, *, groups: int | None = None, per_group: int | None = None) -> nn.Module:
-    """Turn every normalisation layer of ``model`` into ``kind``, in place, and return the model.
+def _inherit(new: nn.Module, old: nn.Module) -> None:
+    names = ["weight", "bias"]
+    if keeps_statistics(old) and keeps_statistics(new):
+        names += ["running_mean", "running_var", "num_batches_tracked"]
+    for name in names:
+        source, target = getattr(old, name, None), getattr(new, name, None)
+        if isinstance(source, Tensor) and isinstance(target, Tensor) and source.shape == target.shape:
+            with torch.no_grad():
+                target.copy_(source)
+    new.train(old.training)
 
-    Names in the state dict stay, and affine parameters are copied, so weights of a BN network load into its
-    GroupNorm twin and back (running statistics excepted).
 
-    Args:
-        model: any module; nested layers included.
-        kind: ``batch``, ``group``, ``layer`` (all of a sample: GroupNorm with one group), ``instance`` or ``none``.
-        groups: for ``group``, the number of groups wished; the largest divisor of the channels not above it is used.
-        per_group: for ``group``, channels per group instead.
+def exchange(model: nn.Module, cls: type[nn.Module], what: str, **options: object) -> nn.Module:
+    """Put ``cls(channels, eps=, momentum=, affine=, **options)`` in the place of every normalisation layer, in place.
+
+    What ``options`` leaves open of these three, and ``cls`` takes, is that of the layer replaced.
 
     Raises:
         UserError: the model has no normalisation layer.
+    """
+    require_norms(model, f"conversion to {what}")
+    takes = inspect.signature(cls).parameters
+
+    def make(path: str, layer: nn.Module) -> nn.Module:
+        inherited = {
+            "eps": getattr(layer, "eps", None) or 1e-5,
+            "momentum": getattr(layer, "momentum", 0.1),
+            "affine": getattr(layer, "weight", None) is not None,
+        }
+        return cls(channels_of(layer), **{k: v for k, v in inherited.items() if k in takes} | options)
+
+    return replace_norms(model, make)
+
+
+@cache
+def kinds() -> dict[str, Callable[..., nn.Module]]:
+    """What `convert` can turn a model into: the function ``convert`` of every file in ``fedbn.norms``, by file name.
+
+    >>> {"batch", "group", "batch-renorm", "weight-norm"} <= set(kinds())
+    True
+    """
+    package = importlib.import_module("fedbn.norms")
+    modules = {m.name: importlib.import_module(f"fedbn.norms.{m.name}") for m in pkgutil.iter_modules(package.__path__)}
+    return {name.replace("_", "-"): m.convert for name, m in modules.items() if hasattr(m, "convert")}
+
+
+def convert(model: nn.Module, kind: str, **options: object) -> nn.Module:
+    """Turn every normalisation layer of ``model`` into ``kind``, in place, and return the model.
+
+    Names in the state dict stay, and what both layers have is copied, so weights of a BN network load into its
+    GroupNorm twin and back, and BN becomes BatchRenorm with its statistics. Kinds that act on weights or features
+    instead (``weight-norm``, ``weight-standardisation``, ``fedwon``, ``feature-norm``) take the normalisation layers
+    out.
+
+    Args:
+        model: any module; nested layers included.
+        kind: the name of a file of ``fedbn.norms``, hyphens for underscores.
+        **options: what the kind's ``convert`` takes, for example ``groups`` for ``group``.
+
+    Raises:
+        UserError: unknown kind or option, or the model has no normalisation layer.
 
     >>> net = nn.Sequential(nn.Conv2d(3, 48, 1), nn.BatchNorm2d(48))
     >>> convert(net, "group", groups=32)[1].num_groups
     24
     """
-    require_norms(model, f"conversion to {kind}")
+    known = kinds()
+    if kind not in known:
+        raise unknown("kind of normalisation", kind, known)
+    takes = list(inspect.signature(known[kind]).parameters)[1:]
+    for name in options:
+        if name not in takes:
+            if not takes:
+                raise UserError(f"{kind!r} has no options, so {name!r} cannot be set")
+            raise unknown(f"option of {kind!r}", name, takes)
+    return known[kind](model, **options)
 
-    def make(path: str, layer: nn.Module) -> nn.Module:
-        return make_norm(
-            kind,
-            channels_of(layer),
-            eps=float(getattr(layer, "eps", 1e-5)),
-            affine=getattr(layer, "weight", None) is not None,
-            groups=groups,
-            per_group=per_group,
-        )
 
-    return replace_norms(model, make)
+def drop_norms(model: nn.Module) -> nn.Module:
+    """Take every normalisation layer out, in place; the shift it held goes to the layers with weights.
+
+    A convolution before BN has no bias, so those without get one, at zero; the classifier stays as it is.
+    """
+    if norm_layers(model):
+        replace_norms(model, lambda _path, _layer: nn.Identity())
+        last = head(model)
+        for path, layer in weighted_layers(model).items():
+            if layer.bias is None and path != last:
+                layer.bias = nn.Parameter(layer.weight.new_zeros(len(layer.weight)))
+    return model
+
+
+def weighted_layers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d]:
+    """Path -> module of linear layers and convolutions, whose weight has the output on axis 0."""
+    types = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    return {p: cast(nn.Linear, m) for p, m in model.named_modules() if isinstance(m, types)}
 
 
 def require_norms(model: nn.Module, what: str) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fedbn.layers import inputs_of
-from fedbn.moments import Moments
+from fedbn.moments import Moments, pooled
 from fedbn.roles import State, statistics_layers
 from fedbn.strategy import Talk
 
@@ -38,17 +38,19 @@ def set_statistics(layer: nn.Module, moments: Moments) -> None:
 
 
 def statistics_of(model: nn.Module) -> State:
-    """The running means and variances of a model, by state name."""
+    """The statistics of a model, by state name: running means and variances, and what else a layer averages."""
     out: State = {}
     for path, layer in statistics_layers(model).items():
         dot = f"{path}." if path else ""
-        out[f"{dot}running_mean"] = cast(Tensor, layer.running_mean)
-        out[f"{dot}running_var"] = cast(Tensor, layer.running_var)
+        out |= {f"{dot}{name}": b for name, b in layer.named_buffers(recurse=False) if b.is_floating_point()}
     return out
 
 
-def layer_moments(model: nn.Module, path: str, x: Tensor) -> Moments:
-    """Exact moments of the input of the layer at ``path`` over all rows of ``x``, the model in evaluation mode."""
+def layer_moments(model: nn.Module, path: str, x: Tensor) -> Moments | None:
+    """Exact moments of the input of the layer at ``path`` over all rows of ``x``, the model in evaluation mode.
+
+    None where the layer is not in use (the other branch of a dual layer, for example).
+    """
     layer = model.get_submodule(path)
     total: list[Moments] = []
 
@@ -63,10 +65,7 @@ def layer_moments(model: nn.Module, path: str, x: Tensor) -> Moments:
                 model(rows)
             except _Reached:
                 continue
-    merged = total[0]
-    for part in total[1:]:
-        merged = merged.merge(part)
-    return merged
+    return pooled(total) if total else None
 
 
 def all_moments(model: nn.Module, x: Tensor) -> dict[str, Moments]:
@@ -91,7 +90,9 @@ def agree_layerwise(model: nn.Module, x: Tensor) -> Talk:
     Yields this client's moments of a layer, hears the union over all clients, goes on with that.
     """
     for path, layer in statistics_layers(model).items():
-        heard = yield {path: layer_moments(model, path, x)}
+        if (moments := layer_moments(model, path, x)) is None:
+            continue
+        heard = yield {path: moments}
         set_statistics(layer, heard[path])
 
 

@@ -106,6 +106,9 @@ def test_users_who_were_not_drawn_keep_their_state(name, small):
 
 
 OWN_STATISTICS = {
+    "batch-renorm": "normalises by a mixture of batch and running statistics",
+    "ghost-bn": "normalises parts of a batch",
+    "iabn": "corrects BN by each window's own statistics",
     "fbn": "trains with the server's statistics, which follow slowly",
     "fixbn": "freezes statistics half way",
     "hbn": "trains with a mixture of global and batch statistics",

@@ -20,8 +20,8 @@ class SharedStatisticsNorm(_BatchNorm):
     running statistics, from where they travel to the server.
 
     >>> layer = SharedStatisticsNorm(1); x = torch.tensor([[0.0], [4.0]])
-    >>> layer(x).flatten().tolist() == [0.0, 4.0 / (1 + 1e-5) ** 0.5]
-    True
+    >>> [round(v, 3) for v in layer(x).flatten().tolist()]
+    [0.0, 4.0]
     >>> layer.publish(); layer.running_mean.item(), layer.running_var.item()
     (2.0, 4.0)
     """

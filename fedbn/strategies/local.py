@@ -22,6 +22,7 @@ class Local(NormStrategy):
     body = LOCAL
     head = LOCAL
     affine = LOCAL
+    gate = LOCAL
     statistics = LOCAL
 
     def prepare(self, model: nn.Module) -> nn.Module:

@@ -1,0 +1,221 @@
+r"""Domain-specific BN and batch normalisation embeddings (BNE).
+
+One network, all parameters shared, statistics per domain (Chang et al., CVPR 2019, https://arxiv.org/abs/1906.03950,
+with one scale and shift for all domains). The statistics of domain :math:`d` are its *embedding*; a sample of no known
+domain is placed among them by its instance statistics (Segu, Tonioni, Tombari, 2020, https://arxiv.org/abs/2011.12672):
+
+.. math::
+    D_d(x) = \sum_\ell \sum_c (m_c-\mu_{d,c})^2 + (s_c-\sigma_{d,c})^2,\qquad
+    w_d \propto \frac1{D_d(x)+\epsilon},\qquad p(y \mid x) = \sum_d w_d(x)\,\mathrm{softmax}\,f_d(x),
+
+where branch :math:`f_d` normalises by the statistics of :math:`d`, and :math:`(m, s)` are taken in that branch. A
+reconstruction from summaries: squared 2-Wasserstein distances, their sum over layers and the mixing of probabilities
+were chosen here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fedbn.errors import UserError
+from fedbn.layers import exchange, inputs_of
+from fedbn.norms.evalnorm import instance_statistics
+from fedbn.roles import State
+
+Mix = Literal["probabilities", "logits"]
+
+
+class DomainNorm(nn.Module):
+    """BN of ``[N, C, *positions]`` with the statistics of one of K domains, and one scale and shift.
+
+    ``running_mean`` and ``running_var`` are views of the current domain's row, so whatever reads or writes a BN layer's
+    statistics does so for that domain.
+
+    Args:
+        num_features: channels C.
+        eps: added to the variance.
+        momentum: weight of a batch in its domain's running statistics.
+        affine: whether there are a scale and a shift.
+        domains: how many, K.
+
+    >>> layer = DomainNorm(1, domains=2); layer.domain = 1
+    >>> _ = layer(torch.tensor([[10.0], [30.0]])); layer.domain_mean.flatten().tolist()
+    [0.0, 2.0]
+    """
+
+    normalises = True
+    domain_mean: Tensor
+    domain_var: Tensor
+    num_batches_tracked: Tensor
+
+    def __init__(
+        self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = True, *, domains: int
+    ) -> None:
+        if domains < 1:
+            raise UserError(f"domain-specific BN needs at least one domain, not domains={domains}")
+        if momentum is None:
+            raise UserError("domain-specific BN counts no batches: give the model's BN layers a momentum, e.g. 0.1")
+        super().__init__()
+        self.num_features, self.eps, self.momentum, self.domains = num_features, eps, momentum, domains
+        self.domain = 0
+        self.weight = nn.Parameter(torch.ones(num_features)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(num_features)) if affine else None
+        self.register_buffer("domain_mean", torch.zeros(domains, num_features))
+        self.register_buffer("domain_var", torch.ones(domains, num_features))
+        self.register_buffer("num_batches_tracked", torch.tensor(0))
+
+    @property
+    def running_mean(self) -> Tensor:
+        """``[C]``, of the current domain."""
+        return self.domain_mean[self.domain]
+
+    @property
+    def running_var(self) -> Tensor:
+        """``[C]``, of the current domain."""
+        return self.domain_var[self.domain]
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalised activations, of the input's shape."""
+        self.num_batches_tracked += self.training
+        mean, var = self.running_mean, self.running_var
+        return F.batch_norm(input, mean, var, self.weight, self.bias, self.training, self.momentum, self.eps)
+
+
+def domain_layers(model: nn.Module) -> dict[str, DomainNorm]:
+    """Path -> domain-specific layer, in registration order."""
+    return {p: m for p, m in model.named_modules() if isinstance(m, DomainNorm)}
+
+
+def set_domain(model: nn.Module, domain: int) -> None:
+    """Let every domain-specific layer of ``model`` use and learn the statistics of ``domain``.
+
+    Raises:
+        UserError: no such domain.
+    """
+    for layer in domain_layers(model).values():
+        if not 0 <= domain < layer.domains:
+            raise UserError(f"there is no domain {domain}: the model knows {layer.domains}, counted from 0")
+        layer.domain = domain
+
+
+def register(model: nn.Module, embeddings: Sequence[State]) -> nn.Module:
+    """A BN model, in place, as one with a domain for each of ``embeddings``.
+
+    Args:
+        model: its normalisation layers keep scale and shift.
+        embeddings: each the statistics of a domain by the BN model's state names (``...running_mean``,
+            ``...running_var``), for example what clients of SiloBN keep.
+
+    >>> net = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    >>> here = {"1.running_mean": torch.ones(3), "1.running_var": torch.ones(3)}
+    >>> register(net, [here, here])[1].domain_mean.shape
+    torch.Size([2, 3])
+    """
+    convert(model, domains=len(embeddings))
+    with torch.no_grad():
+        for path, layer in domain_layers(model).items():
+            for d, embedding in enumerate(embeddings):
+                layer.domain_mean[d] = embedding[f"{path}.running_mean"]
+                layer.domain_var[d] = embedding[f"{path}.running_var"]
+    return model
+
+
+def distance(mean: Tensor, var: Tensor, other_mean: Tensor, other_var: Tensor) -> Tensor:
+    """Squared 2-Wasserstein distance between diagonal Gaussians, summed over the last axis, broadcast over others.
+
+    >>> float(distance(*(torch.tensor([v]) for v in (0.0, 1.0, 3.0, 4.0))))  # 3^2 + (1 - 2)^2
+    10.0
+    """
+    return ((mean - other_mean) ** 2).sum(-1) + ((var.sqrt() - other_var.sqrt()) ** 2).sum(-1)
+
+
+class BNE(nn.Module):
+    """A model with domain-specific layers, mixing the predictions of all domains by where a sample lies.
+
+    In evaluation no sample's outcome depends on the others. In training a batch comes from one domain: that branch
+    normalises by the batch and learns its statistics, the others stay in evaluation mode; the loss is that of the
+    mixture. Train each domain by itself first (`set_domain`): the population statistics mean nothing in the beginning.
+
+    Args:
+        model: gives logits ``[N, classes]``.
+        root: weigh by distances instead of their squares.
+        mix: what is averaged.
+
+    >>> _ = torch.manual_seed(0)
+    >>> net = nn.Sequential(nn.Conv1d(2, 3, 2), nn.BatchNorm1d(3), nn.Flatten(), nn.Linear(9, 2))
+    >>> log_p, w = BNE(convert(net, domains=2)).eval()(torch.randn(5, 2, 4))
+    >>> log_p.shape, w[0].tolist()  # two domains with equal statistics
+    (torch.Size([5, 2]), [0.5, 0.5])
+    """
+
+    def __init__(self, model: nn.Module, *, root: bool = False, mix: Mix = "probabilities") -> None:
+        super().__init__()
+        if not domain_layers(model):
+            raise UserError("BNE needs a model with domain-specific layers: convert(model, 'bne', domains=K)")
+        self.model, self.root, self.mix = model, root, mix
+
+    @property
+    def domains(self) -> int:
+        """K."""
+        return next(iter(domain_layers(self.model).values())).domains
+
+    def forward(self, x: Tensor, domain: int | None = None) -> tuple[Tensor, Tensor]:
+        """Log-probabilities ``[N, classes]`` and weights ``[N, K]`` of samples ``[N, ...]``.
+
+        Args:
+            x: samples.
+            domain: in training, the domain the batch is from.
+
+        Raises:
+            UserError: training without a domain, or no layer of the model has positions to take statistics over.
+        """
+        if self.training and domain is None:
+            raise UserError("BNE trains on batches of one domain: say which, model(x, domain=k)")
+        branches = [self._branch(x, d, learns=self.training and d == domain) for d in range(self.domains)]
+        outputs, distances = (torch.stack(parts, 1) for parts in zip(*branches, strict=True))
+        nearness = 1 / ((distances.sqrt() if self.root else distances) + 1e-8)
+        weights = nearness / nearness.sum(1, keepdim=True)
+        if self.mix == "logits":
+            return F.log_softmax((weights.unsqueeze(2) * outputs).sum(1), 1), weights
+        return torch.logsumexp(weights.log().unsqueeze(2) + F.log_softmax(outputs, 2), 1), weights
+
+    def _branch(self, x: Tensor, domain: int, *, learns: bool) -> tuple[Tensor, Tensor]:
+        """Logits ``[N, classes]`` and distances ``[N]`` to ``domain``, in its branch."""
+        set_domain(self.model, domain)
+        layers = domain_layers(self.model)
+        parts: list[Tensor] = []
+
+        def see(path: str, value: Tensor) -> None:
+            if value.dim() > 2:  # without positions a sample has no variance
+                layer = layers[path]
+                parts.append(distance(*instance_statistics(value.detach()), layer.running_mean, layer.running_var))
+
+        for layer in layers.values():
+            layer.train(learns)
+        with inputs_of(cast(dict[str, nn.Module], layers), see):
+            logits = self.model(x)
+        if not parts:
+            raise UserError(
+                "BNE takes a sample's statistics over positions and no domain-specific layer has any: use a "
+                "convolutional model"
+            )
+        return logits, torch.stack(parts).sum(0)
+
+
+def convert(model: nn.Module, *, domains: int) -> nn.Module:
+    """Domain-specific BN for every normalisation layer; each domain starts from the statistics there were.
+
+    >>> convert(nn.Sequential(nn.BatchNorm1d(4)), domains=3)[0].domain_mean.shape
+    torch.Size([3, 4])
+    """
+    exchange(model, DomainNorm, "bne", domains=domains)
+    with torch.no_grad():
+        for layer in domain_layers(model).values():
+            layer.domain_mean[:] = layer.domain_mean[0].clone()
+            layer.domain_var[:] = layer.domain_var[0].clone()
+    return model

@@ -1,0 +1,63 @@
+r"""Feature normalisation (Zhang et al., TMLR 2024, https://arxiv.org/abs/2308.09565).
+
+What reaches the classifier has fixed length, :math:`\varphi \leftarrow \sqrt d\,\varphi/\lVert\varphi\rVert_2`. Under
+extreme label skew this is, the authors find, what layer normalisation is good for: it keeps features from collapsing.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fedbn.errors import UserError
+from fedbn.layers import drop_norms
+from fedbn.roles import head
+
+
+def normalise_features(x: Tensor) -> Tensor:
+    r"""Features ``[..., d]`` scaled to length :math:`\sqrt d`.
+
+    >>> import torch
+    >>> normalise_features(torch.tensor([[0.0, 0.0, 0.0, 9.0]]))
+    tensor([[0., 0., 0., 2.]])
+    """
+    return F.normalize(x, dim=-1) * x.shape[-1] ** 0.5
+
+
+class FeatureNormLinear(nn.Linear):
+    """A classifier that normalises the features ``[N, d]`` it gets."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Logits ``[N, classes]``."""
+        return super().forward(normalise_features(input))
+
+
+def convert(model: nn.Module, *, keep_norms: bool = False) -> nn.Module:
+    """Normalise features before the classifier, in place; names in the state dict stay.
+
+    Args:
+        model: its last layer with weights must be linear.
+        keep_norms: leave the normalisation layers in; by default this is the only normalisation.
+
+    Raises:
+        UserError: the last layer with weights is not linear, or is the model itself.
+
+    >>> convert(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)))
+    Sequential(
+      (0): Linear(in_features=3, out_features=4, bias=True)
+      (1): Identity()
+      (2): FeatureNormLinear(in_features=4, out_features=2, bias=True)
+    )
+    """
+    path = head(model)
+    old = model.get_submodule(path) if path else None
+    if not path or not isinstance(old, nn.Linear):
+        raise UserError(
+            f"feature normalisation needs a linear classifier inside the model, and {type(model).__name__} ends in "
+            f"{type(old).__name__ if path else 'none'}: choose a model with one, or layernorm"
+        )
+    new = FeatureNormLinear(old.in_features, old.out_features, old.bias is not None)
+    new.to(old.weight.device, old.weight.dtype).load_state_dict(old.state_dict())
+    parent, _, leaf = path.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, new.train(old.training))
+    return model if keep_norms else drop_norms(model)

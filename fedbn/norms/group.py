@@ -1,0 +1,29 @@
+"""Group normalisation (Wu, He, ECCV 2018, https://arxiv.org/abs/1803.08494)."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from fedbn.layers import channels_of, groups_for, replace_norms, require_norms
+
+
+def convert(model: nn.Module, *, groups: int | None = None, per_group: int | None = None) -> nn.Module:
+    """Normalise each sample over groups of channels and all positions.
+
+    Args:
+        model: changed in place.
+        groups: groups wished; the largest divisor of a layer's channels not above it is taken.
+        per_group: channels per group instead. Neither: one channel a group, which is instance normalisation.
+
+    >>> convert(nn.Sequential(nn.BatchNorm2d(48)), groups=32)[0].num_groups
+    24
+    """
+    require_norms(model, "conversion to group")
+
+    def make(path: str, layer: nn.Module) -> nn.Module:
+        channels = channels_of(layer)
+        count = groups_for(channels, groups=groups, per_group=per_group)
+        affine = getattr(layer, "weight", None) is not None
+        return nn.GroupNorm(count, channels, getattr(layer, "eps", None) or 1e-5, affine)
+
+    return replace_norms(model, make)

@@ -1,0 +1,18 @@
+"""Layer normalisation (Ba, Kiros, Hinton, 2016, https://arxiv.org/abs/1607.06450)."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from fedbn.norms import group
+
+
+def convert(model: nn.Module) -> nn.Module:
+    """Normalise each sample over all channels and positions: group normalisation with one group.
+
+    Scale and shift stay one a channel, as BN has them.
+
+    >>> convert(nn.Sequential(nn.BatchNorm2d(48)))[0].num_groups
+    1
+    """
+    return group.convert(model, groups=1)

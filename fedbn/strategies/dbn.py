@@ -1,0 +1,62 @@
+"""DBN: running statistics with a diminishing step, at the clients and at the server (Ma, Klabjan, 2017)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from fedbn.layers import convert
+from fedbn.norms.dbn import diminished, next_epoch, schedule
+from fedbn.roles import State
+from fedbn.strategies.global_pooled import GlobalPooled
+from fedbn.strategy import Progress, Update
+
+
+@dataclass(frozen=True)
+class DBN(GlobalPooled):
+    r"""Server statistics :math:`\lambda_r=\alpha_r\,\mathrm{pooled}_r+(1-\alpha_r)\lambda_{r-1}`, layers likewise.
+
+    https://arxiv.org/abs/1705.08011. The paper is about one machine; the server's step is its rule, applied to rounds.
+
+    Attributes:
+        alpha: weight of the new: a number, ``1/m`` or ``1/m^h``; m counts batches (or rounds), in the server rounds.
+        mode: ``inference``: clients train with batch statistics; ``algorithm1``: with the averaged ones, as constants.
+        step: what m counts in the layers: ``iter``, a batch, or ``epoch``, a round.
+        stat: average standard deviations, as in the paper, or variances.
+
+    >>> import torch; from fedbn.strategy import Update
+    >>> now = Update(0, {"bn.running_mean": torch.tensor([4.0]), "bn.running_var": torch.tensor([9.0])}, 1, 0.0)
+    >>> old = {"bn.running_mean": torch.tensor([0.0]), "bn.running_var": torch.tensor([1.0])}
+    >>> DBN("0.5").pool([now], [1], list(old), old, Progress(2, 2))
+    {'bn.running_mean': tensor([2.]), 'bn.running_var': tensor([4.])}
+    """
+
+    name = "dbn"
+    about = "statistics with diminishing step; options alpha (0.25, 1/m, 1/m^2), mode, step, stat"
+    source = "Ma & Klabjan 2017"
+    alpha: str = "0.25"
+    mode: Literal["inference", "algorithm1"] = "inference"
+    step: Literal["iter", "epoch"] = "iter"
+    stat: Literal["std", "var"] = "std"
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        model = super().prepare(model)
+        return convert(model, "dbn", alpha=self.alpha, mode=self.mode, step=self.step, stat=self.stat)
+
+    def begin(self, model: nn.Module, progress: Progress, heard: object = ()) -> None:
+        model.train()
+        next_epoch(model)
+
+    def pool(
+        self, updates: Sequence[Update], weights: Sequence[float], keys: Sequence[str], old: State, progress: Progress
+    ) -> State:
+        now, alpha = super().pool(updates, weights, keys, old, progress), schedule(self.alpha)(progress.round)
+        for key in keys:
+            if key.endswith("running_mean"):
+                now[key] = old[key].lerp(now[key], alpha)
+            elif key.endswith("running_var"):
+                now[key] = diminished(old[key], now[key], alpha, self.stat)
+        return now

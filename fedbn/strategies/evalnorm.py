@@ -1,0 +1,34 @@
+"""EvalNorm: global BN whose evaluation knows how small the training batches were (Singh, Shrivastava, ICCV 2019)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from fedbn.layers import convert
+from fedbn.strategy import NormStrategy
+
+
+@dataclass(frozen=True)
+class EvalNormStrategy(NormStrategy):
+    """Train as global BN, to the last bit; evaluate each sample as part of a batch of M. https://arxiv.org/abs/1904.06031
+
+    M, the rows of a batch, is recorded by the clients and averaged like statistics.
+
+    Attributes:
+        rule: weight of the sample in its statistics: ``1/M``, ``1/M^2`` or ``learned`` in training.
+
+    >>> from torch import nn as torch_nn
+    >>> EvalNormStrategy("1/M^2").prepare(torch_nn.Sequential(torch_nn.Linear(3, 4), torch_nn.BatchNorm1d(4)))[1].rule
+    '1/M^2'
+    """
+
+    name = "evalnorm"
+    about = "global BN; each sample weighs in its own statistics in evaluation; option rule"
+    source = "Singh & Shrivastava 2019"
+    rule: Literal["1/M", "1/M^2", "learned"] = "1/M"
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        return convert(super().prepare(model), "evalnorm", rule=self.rule)

@@ -1,0 +1,28 @@
+"""Features of fixed length before the classifier, no other normalisation (Zhang et al., TMLR 2024)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from fedbn.layers import convert
+from fedbn.strategy import StatelessNorm
+
+
+@dataclass(frozen=True)
+class FeatureNorm(StatelessNorm):
+    """What helps under extreme label skew in layer normalisation, by itself. https://arxiv.org/abs/2308.09565
+
+    >>> from torch import nn as torch_nn
+    >>> net = torch_nn.Sequential(torch_nn.Linear(3, 4), torch_nn.BatchNorm1d(4), torch_nn.Linear(4, 2))
+    >>> type(FeatureNorm().prepare(net)[2]).__name__
+    'FeatureNormLinear'
+    """
+
+    name = "feature-norm"
+    about = "features of fixed length before the classifier instead of BN (FedFN)"
+    source = "Zhang et al. 2024"
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        return convert(model, "feature-norm")

@@ -1,0 +1,41 @@
+"""FedWon: no normalisation; scaled standardised weights and clipped gradients (Zhuang, Lyu, ICLR 2024)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from fedbn.errors import UserError
+from fedbn.layers import convert
+from fedbn.norms.fedwon import clip_adaptively
+from fedbn.roles import Role, roles
+from fedbn.strategy import StatelessNorm
+
+
+@dataclass(frozen=True)
+class FedWon(StatelessNorm):
+    """Nothing depends on the batch, so batches of one will do. https://arxiv.org/abs/2306.05879
+
+    Attributes:
+        clip: largest size of a unit's gradient, relative to its weights (lambda); the classifier's is not clipped.
+
+    >>> from torch import nn as torch_nn
+    >>> net = torch_nn.Sequential(torch_nn.Conv1d(3, 4, 2), torch_nn.BatchNorm1d(4), torch_nn.Flatten())
+    >>> FedWon().prepare(net)[1]
+    Identity()
+    """
+
+    name = "fedwon"
+    about = "no normalisation: scaled weight standardisation and adaptive gradient clipping; option clip"
+    source = "after Zhuang & Lyu 2024"
+    clip: float = 0.16
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        if not self.clip > 0:
+            raise UserError(f"fedwon: clip={self.clip} would stop all learning; give a positive number, e.g. 0.16")
+        return convert(model, "fedwon")
+
+    def before_step(self, model: nn.Module) -> None:
+        role = roles(model)
+        clip_adaptively([p for n, p in model.named_parameters() if role[n] is not Role.HEAD], self.clip)

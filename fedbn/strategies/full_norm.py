@@ -1,0 +1,40 @@
+"""Full normalisation: statistics and their gradients follow all clients' data (Lian, Liu, AISTATS 2019)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from fedbn.layers import convert
+from fedbn.strategies.global_pooled import GlobalPooled
+
+
+@dataclass(frozen=True)
+class FullNormStrategy(GlobalPooled):
+    """Train by running statistics and running statistic gradients, both shared. https://arxiv.org/abs/1810.06177
+
+    First and second moments and statistic gradients are linear in the data, so their mean over clients is what one
+    place would have: the pooled variance is the one of the mean second moment. The learning rate must be small
+    against ``a``; with momentum or a large rate it diverges, hence the clipping. Federated use is this project's.
+
+    Attributes:
+        a: weight of a batch.
+        clip: largest norm of the whole gradient.
+
+    >>> from torch import nn as torch_nn
+    >>> FullNormStrategy(a=0.05).prepare(torch_nn.Sequential(torch_nn.Linear(3, 4), torch_nn.BatchNorm1d(4)))[1].a
+    0.05
+    """
+
+    name = "full-norm"
+    about = "full normalisation: shared running statistics and statistic gradients; options a, clip; needs a small lr"
+    source = "after Lian & Liu 2019"
+    a: float = 0.1
+    clip: float = 1.0
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        return convert(super().prepare(model), "full-norm", a=self.a)
+
+    def before_step(self, model: nn.Module) -> None:
+        nn.utils.clip_grad_norm_(model.parameters(), self.clip)

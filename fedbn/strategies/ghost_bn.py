@@ -1,0 +1,31 @@
+"""Ghost BN in place of every normalisation layer (Hoffer, Hubara, Soudry, NeurIPS 2017)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from fedbn.layers import convert
+from fedbn.strategy import NormStrategy
+
+
+@dataclass(frozen=True)
+class GhostBNStrategy(NormStrategy):
+    """Normalise parts of each batch by themselves; running statistics are shared. https://arxiv.org/abs/1705.08741
+
+    Attributes:
+        size: rows of a part.
+
+    >>> from torch import nn as torch_nn
+    >>> GhostBNStrategy(size=4).prepare(torch_nn.Sequential(torch_nn.Linear(3, 4), torch_nn.BatchNorm1d(4)))[1].size
+    4
+    """
+
+    name = "ghost-bn"
+    about = "BN over parts of the batch; option size (rows of a part)"
+    source = "Hoffer et al. 2017"
+    size: int = 8
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        return convert(super().prepare(model), "ghost-bn", size=self.size)

@@ -1,0 +1,31 @@
+"""Instance-aware BN: each sample corrects the shared statistics (Gong et al., NeurIPS 2022)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from fedbn.layers import convert
+from fedbn.strategy import NormStrategy
+
+
+@dataclass(frozen=True)
+class IABNStrategy(NormStrategy):
+    """Train and evaluate with IABN, the normalisation of NOTE; statistics are shared. https://arxiv.org/abs/2208.05117
+
+    Attributes:
+        k: standard errors by which a sample may differ uncorrected.
+
+    >>> from torch import nn as torch_nn
+    >>> IABNStrategy(k=2.0).prepare(torch_nn.Sequential(torch_nn.Conv1d(3, 4, 2), torch_nn.BatchNorm1d(4)))[1].k
+    2.0
+    """
+
+    name = "iabn"
+    about = "instance-aware BN: samples correct the shared statistics; option k"
+    source = "Gong et al. 2022"
+    k: float = 4.0
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        return convert(super().prepare(model), "iabn", k=self.k)

@@ -1,0 +1,27 @@
+"""Weight normalisation instead of BN (Salimans, Kingma, NeurIPS 2016)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from fedbn.layers import convert
+from fedbn.strategy import StatelessNorm
+
+
+@dataclass(frozen=True)
+class WeightNorm(StatelessNorm):
+    """Each unit's weights as length times direction; both are averaged. https://arxiv.org/abs/1602.07868
+
+    >>> from torch import nn as torch_nn
+    >>> WeightNorm().prepare(torch_nn.Sequential(torch_nn.Linear(3, 4), torch_nn.BatchNorm1d(4)))[1]
+    Identity()
+    """
+
+    name = "weight-norm"
+    about = "weight normalisation instead of BN"
+    source = "Salimans & Kingma 2016"
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        return convert(model, "weight-norm")

@@ -1,0 +1,125 @@
+"""The primitive: equal to torch's batch norm with own statistics, and to autograd whatever the statistics."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from fedbn.norms.statnorm import along, batch_statistics, blend, normalise
+
+SHAPES = [(7, 3), (5, 3, 4), (4, 3, 2, 5), (3, 2, 2, 3, 2)]
+
+
+def draw(shape, seed=0, dtype=torch.float64):
+    g = torch.Generator().manual_seed(seed)
+    return (torch.randn(shape, generator=g, dtype=torch.float64) * 2 + 1).to(dtype)
+
+
+def gradient(y, x, upstream):
+    return torch.autograd.grad(y, x, upstream)[0]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_own_statistics_are_batch_norm_forward_and_backward(shape):
+    x, gy = draw(shape).requires_grad_(), draw(shape, 1)
+    mean, var, n = batch_statistics(x.detach())
+    assert int(n) == x.numel() // shape[1]
+    y, expected = normalise(x, mean, var), F.batch_norm(x, None, None, training=True)
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradient(y, x, gy), gradient(expected, x, gy), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_constant_statistics_are_evaluation_mode_batch_norm(shape):
+    x, gy = draw(shape).requires_grad_(), draw(shape, 1)
+    mean, var = draw(shape[1:2], 2), draw(shape[1:2], 3).abs()
+    y, expected = normalise(x, mean, var, exchange=None), F.batch_norm(x, mean, var)
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradient(y, x, gy), gradient(expected, x, gy), rtol=1e-12, atol=1e-12)
+
+
+@given(st.lists(st.integers(1, 6), min_size=2, max_size=4), st.integers(0, 10**6))
+def test_clients_who_average_statistics_and_their_gradients_are_one_batch(sizes, seed):
+    """Section 12's protocol for one layer: weighted means forward, weighted means of gradients backward."""
+    x, gy = draw((sum(sizes), 2, 3), seed), draw((sum(sizes), 2, 3), seed + 1)
+    whole = x.clone().requires_grad_()
+    expected = gradient(F.batch_norm(whole, None, None, training=True), whole, gy)
+    mean, var, _ = batch_statistics(x)
+    shares = [s / sum(sizes) for s in sizes]
+    # A client's own loss is the mean over its rows: gradients arrive larger by 1 / share.
+    parts = [p.clone().requires_grad_() for p in x.split(sizes)]
+    said = []
+    for part, g, share in zip(parts, gy.split(sizes), shares, strict=True):
+        y = normalise(part, mean, var, exchange=lambda *own: said.append(own) or own)
+        gradient(y, part, g / share)
+    agreed = tuple(sum(w * s[i] for w, s in zip(shares, said, strict=True)) for i in (0, 1))
+    got = [
+        share * gradient(normalise(part, mean, var, exchange=lambda *_: agreed), part, g / share)
+        for part, g, share in zip(parts, gy.split(sizes), shares, strict=True)
+    ]
+    torch.testing.assert_close(torch.cat(got), expected, rtol=1e-10, atol=1e-11)
+
+
+def test_the_statistic_gradients_are_those_of_autograd():
+    x, gy = draw((4, 3, 5)), draw((4, 3, 5), 1)
+    mean, var = draw((3,), 2).requires_grad_(), (draw((3,), 3).abs() + 0.5).requires_grad_()
+    slow = (x - along(mean, x)) / torch.sqrt(along(var, x) + 1e-5)
+    expected = torch.autograd.grad(slow, (mean, var), gy)
+    heard = []
+    leaf = x.clone().requires_grad_()
+    gradient(normalise(leaf, mean, var, exchange=lambda *own: heard.append(own) or own), leaf, gy)
+    for got, want in zip(heard[0], expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+@given(st.integers(0, 10**6), st.integers(2, 5))
+def test_masked_values_count_nowhere(seed, rows):
+    x, gy = draw((rows, 3, 4), seed), draw((rows, 3, 4), seed + 1)
+    mask = torch.rand(rows, 4, generator=torch.Generator().manual_seed(seed)) < 0.6
+    mask[0, :2] = True
+    leaf = x.clone().requires_grad_()
+    mean, var, n = batch_statistics(x, mask)
+    y = normalise(leaf, mean, var, mask=mask)
+    kept = x.transpose(1, 2)[mask].clone().requires_grad_()  # the valid values, [n, C]
+    expected = F.batch_norm(kept, None, None, training=True)
+    assert int(n) == len(kept)
+    torch.testing.assert_close(y.transpose(1, 2)[mask], expected, rtol=1e-11, atol=1e-11)
+    assert float(y.detach().transpose(1, 2)[~mask].abs().sum()) == 0
+    got = gradient(y, leaf, gy).transpose(1, 2)
+    torch.testing.assert_close(got[mask], gradient(expected, kept, gy.transpose(1, 2)[mask]), rtol=1e-10, atol=1e-10)
+    assert float(got[~mask].abs().sum()) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_normalised_in_single(dtype):
+    x, gy = (draw((8, 3, 40)) + 100).to(dtype), draw((8, 3, 40), 1).to(dtype)
+    mean, var, _ = batch_statistics(x)
+    assert mean.dtype == var.dtype == torch.float32
+    leaf, wide = x.clone().requires_grad_(), x.float().requires_grad_()
+    y = normalise(leaf, mean, var)
+    assert y.dtype == dtype
+    expected = normalise(wide, mean, var)
+    assert torch.equal(y, expected.to(dtype))
+    assert torch.equal(gradient(y, leaf, gy), gradient(expected, wide, gy.float()).to(dtype))
+
+
+@given(st.floats(0, 1), st.integers(0, 10**6))
+def test_blending_is_averaging_first_and_second_moments(a, seed):
+    mean, var, m, w = draw((4, 5), seed).unbind()[:4]
+    var, w = var.abs(), w.abs()
+    got_mean, got_var = blend(mean, var, m, w, a)
+    first, second = (1 - a) * mean + a * m, (1 - a) * (var + mean**2) + a * (w + m**2)
+    torch.testing.assert_close(got_mean, first, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(got_var, second - first**2, rtol=1e-10, atol=1e-10)
+    assert float(got_var.min()) >= 0
+
+
+def test_a_second_derivative_is_refused():
+    x = draw((4, 2)).requires_grad_()
+    mean, var, _ = batch_statistics(x.detach())
+    (g,) = torch.autograd.grad((normalise(x, mean, var) ** 3).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        g.sum().backward()

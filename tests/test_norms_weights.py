@@ -1,0 +1,192 @@
+"""Normalisation of weights and features instead of activations."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from fedbn.errors import UserError
+from fedbn.layers import convert
+from fedbn.models.small_cnn import SmallCNN
+from fedbn.norms.feature_norm import FeatureNormLinear, normalise_features
+from fedbn.norms.fedwon import GAMMA_RELU, ScaledWeightStandardisation, clip_adaptively
+from fedbn.norms.weight_standardisation import WeightStandardisation
+from fedbn.roles import Role, norm_layers, roles
+from fedbn.strategies.fedwon import FedWon
+
+
+def draw(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 2 + 1
+
+
+def network():
+    torch.manual_seed(0)
+    return SmallCNN((1, 8, 8), 10).double()
+
+
+def plain():
+    return nn.Sequential(nn.Conv2d(1, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(27, 2)).double()
+
+
+def test_weight_norm_keeps_the_function_and_does_not_see_the_length_of_v():
+    net, x = plain(), draw(5, 1, 4, 4)
+    before = net(x)
+    convert(net, "weight-norm")
+    torch.testing.assert_close(net(x), before, rtol=1e-12, atol=1e-12)
+    for layer in (net[0], net[3]):
+        g, v = layer.parametrizations.weight.original0, layer.parametrizations.weight.original1
+        torch.testing.assert_close(g.flatten(), v.flatten(1).norm(dim=1), rtol=1e-12, atol=1e-12)
+        with torch.no_grad():
+            v.mul_(torch.linspace(0.1, 7, len(v)).view(-1, *[1] * (v.dim() - 1)))
+    torch.testing.assert_close(net(x), before, rtol=1e-11, atol=1e-12)
+    with torch.no_grad():
+        net[3].parametrizations.weight.original0.mul_(2)
+    assert not torch.allclose(net(x), before)
+
+
+@given(st.integers(0, 10**6), st.floats(0.1, 100), st.floats(-10, 10))
+def test_standardised_filters_have_mean_zero_and_deviation_one_and_ignore_scale_and_shift(seed, c, d):
+    w = draw(4, 3, 2, seed=seed)
+    once = WeightStandardisation()(w)
+    torch.testing.assert_close(once.mean((1, 2)), torch.zeros(4).double(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(once.flatten(1).std(1), torch.ones(4).double(), rtol=0, atol=1e-4)
+    torch.testing.assert_close(WeightStandardisation()(w * c + d), once, rtol=1e-3, atol=1e-3)
+
+
+def test_epsilon_is_added_to_the_unbiased_deviation():
+    w = torch.tensor([[[0.0, 2e-5]]], dtype=torch.float64)
+    std = 2e-5 / 2**0.5
+    expected = torch.tensor([[[-1e-5, 1e-5]]], dtype=torch.float64) / (std + 1e-5)
+    torch.testing.assert_close(WeightStandardisation()(w), expected, rtol=1e-9, atol=0)
+
+
+@given(st.integers(0, 10**6))
+def test_scaled_standardised_filters_have_unit_length_times_gain(seed):
+    w = draw(4, 3, 2, seed=seed)
+    scaled = ScaledWeightStandardisation(4, gamma=1.5).double()
+    with torch.no_grad():
+        scaled.gain.copy_(torch.linspace(0.5, 2, 4))
+    out = scaled(w).flatten(1)
+    torch.testing.assert_close(out.sum(1), torch.zeros(4).double(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(out.norm(dim=1), 1.5 * scaled.gain.detach(), rtol=1e-12, atol=1e-12)
+
+
+def test_a_filter_without_spread_does_not_blow_up():
+    scaled = ScaledWeightStandardisation(1, gamma=1.0)
+    tiny = torch.tensor([[[1.0, 1.0 + 1e-3]]])
+    torch.testing.assert_close(scaled(tiny), (tiny - tiny.mean()) * 100, rtol=1e-3, atol=1e-6)
+
+
+def test_variance_passes_relu_and_a_scaled_convolution_unchanged():
+    torch.manual_seed(0)
+    x = torch.relu(torch.randn(4000, 64)) * GAMMA_RELU
+    assert float(x.var()) == pytest.approx(1, abs=0.02)
+    weight = ScaledWeightStandardisation(64, gamma=1.0)(torch.randn(64, 64, 1))[:, :, 0]
+    assert float((x @ weight.T).var(0).mean()) == pytest.approx(1, abs=0.05)
+
+
+@given(st.integers(0, 10**6), st.floats(0.01, 1.28))
+def test_clipping_bounds_each_unit_and_leaves_small_gradients_and_vectors(seed, lam):
+    w, b, none = draw(6, 3, 2, seed=seed).requires_grad_(), draw(6).requires_grad_(), draw(2, 2).requires_grad_()
+    w.data[0] = 0  # measured by eps instead
+    w.grad = draw(6, 3, 2, seed=seed + 1) * torch.logspace(-4, 2, 6).double().view(6, 1, 1)
+    b.grad = draw(6) * 1000
+    g, kept = w.grad.clone(), b.grad.clone()
+    clip_adaptively([w, b, none], lam, eps=1e-3)
+    for i in range(6):
+        bound = lam * max(float(w[i].norm()), 1e-3)
+        expected = g[i] * (bound / g[i].norm()) if float(g[i].norm()) > bound else g[i]
+        torch.testing.assert_close(w.grad[i], expected, rtol=1e-12, atol=1e-15)
+    assert torch.equal(b.grad, kept)
+
+
+def test_a_gradient_of_zero_stays_zero():
+    w = torch.ones(2, 3, requires_grad=True)
+    w.grad = torch.zeros(2, 3)
+    clip_adaptively([w], 0.1)
+    assert torch.equal(w.grad, torch.zeros(2, 3))
+
+
+def test_fedwon_clips_everything_but_the_classifier():
+    net = convert(network(), "fedwon")
+    for p in net.parameters():
+        p.grad = torch.full_like(p, 1e3)
+    FedWon(clip=0.1).before_step(net)
+    assert float(net.classifier.weight.grad.min()) == 1e3
+    for i in (0, 4):
+        w = net.features[i].parametrizations.weight.original
+        torch.testing.assert_close(w.grad.flatten(1).norm(dim=1), 0.1 * w.detach().flatten(1).norm(dim=1))
+
+
+def test_feature_norm_gives_every_feature_vector_length_root_d():
+    x = draw(7, 5) * torch.logspace(-3, 3, 7).double().view(7, 1)
+    out = normalise_features(x)
+    torch.testing.assert_close(out.norm(dim=1), torch.full((7,), 5**0.5, dtype=torch.float64), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(normalise_features(3 * x), out, rtol=1e-9, atol=1e-9)
+    assert torch.equal(normalise_features(torch.zeros(1, 5)), torch.zeros(1, 5))
+
+
+def test_feature_norm_stands_before_the_classifier_and_keeps_its_name_and_weights():
+    net = network()
+    state = {k: v.clone() for k, v in net.state_dict().items() if "classifier" in k}
+    convert(net, "feature-norm", keep_norms=True).eval()
+    x = draw(3, 1, 8, 8)
+    features = net.features(x).flatten(1)
+    expected = normalise_features(features) @ state["classifier.weight"].T + state["classifier.bias"]
+    torch.testing.assert_close(net(x), expected, rtol=1e-12, atol=1e-12)
+    assert isinstance(net.classifier, FeatureNormLinear)
+    assert roles(net)["classifier.weight"] is Role.HEAD
+    assert norm_layers(net)
+
+
+@pytest.mark.parametrize("kind", ["weight-norm", "weight-standardisation", "fedwon", "feature-norm"])
+def test_norm_layers_go_and_convolutions_get_the_shift(kind):
+    net = convert(network(), kind)
+    assert not norm_layers(net)
+    assert net.features[0].bias.shape == (8,)
+    assert float(net.features[0].bias.abs().sum()) == 0
+    assert net.features[0].bias.dtype == torch.float64
+    table = roles(net)
+    heads = [k for k, r in table.items() if r is Role.HEAD]
+    assert heads
+    assert all(k.startswith("classifier") for k in heads)
+    assert {r for k, r in table.items() if k not in heads} == {Role.BODY}
+    loss = net(draw(4, 1, 8, 8)).square().mean()
+    loss.backward()
+    assert all(float(p.grad.abs().sum()) > 0 for p in net.parameters())
+    again = copy.deepcopy(net)
+    again.load_state_dict(net.state_dict())
+
+
+def test_a_classifier_without_bias_stays_without():
+    net = nn.Sequential(nn.Linear(3, 4, bias=False), nn.BatchNorm1d(4), nn.Linear(4, 2, bias=False))
+    convert(net, "weight-norm")
+    assert net[0].bias is not None
+    assert net[2].bias is None
+
+
+def test_weight_standardisation_can_go_with_group_norm():
+    net = convert(convert(network(), "group", groups=4), "weight-standardisation", keep_norms=True)
+    assert isinstance(net.features[1], nn.GroupNorm)
+    assert net.features[0].bias is None
+    torch.testing.assert_close(net.features[4].weight.flatten(1).std(1), torch.ones(16).double(), rtol=1e-3, atol=1e-3)
+    assert isinstance(net.classifier, nn.Linear)
+    assert "classifier.weight" in net.state_dict()
+
+
+def test_errors_name_the_fix():
+    flat = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    for kind, what in (("weight-standardisation", "weight standardisation"), ("fedwon", "fedwon")):
+        with pytest.raises(UserError, match=f"{what} works on convolutions and Sequential has none .* or weight-norm"):
+            convert(copy.deepcopy(flat), kind)
+    with pytest.raises(UserError, match="needs a linear classifier inside the model, and Sequential ends in Conv1d"):
+        convert(nn.Sequential(nn.Conv1d(2, 3, 1)), "feature-norm")
+    with pytest.raises(UserError, match="clip=0.0 would stop all learning; give a positive number"):
+        FedWon(clip=0.0).prepare(network())
+    with pytest.raises(UserError, match="and Linear ends in none"):
+        convert(nn.Linear(2, 3), "feature-norm")
