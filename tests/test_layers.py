@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import same
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -12,7 +13,7 @@ from fedbn.models import build, models
 from fedbn.models.resnet20 import ResNet20
 from fedbn.roles import norm_layers, statistics_layers
 
-SHAPES = {"har-cnn": (6, 32), "mlp": (12,)}
+SHAPES = {"stroke-cnn": (1, 24), "har-cnn": (6, 32), "mlp": (12,)}
 
 
 @given(st.integers(1, 300), st.integers(1, 64))
@@ -73,9 +74,8 @@ def test_every_model_is_built_alike_from_a_seed_and_has_batch_norm(name):
     before = torch.get_rng_state()
     a, b, c = build(name, shape, 4, 0), build(name, shape, 4, 0), build(name, shape, 4, 1)
     assert torch.equal(torch.get_rng_state(), before)
-    first = next(iter(a.state_dict()))
-    assert torch.equal(a.state_dict()[first], b.state_dict()[first])
-    assert not torch.equal(a.state_dict()[first], c.state_dict()[first])
+    assert same(a.state_dict(), b.state_dict())
+    assert not same(a.state_dict(), c.state_dict())
     assert norm_layers(a)
     assert a(torch.zeros(3, *shape)).shape == (3, 4)
 

@@ -1,0 +1,326 @@
+r"""How a user's statistics follow a stream: which to use now, and how to move them afterwards, are two questions.
+
+Nearly every published rule without gradients answers them by one equation. With the moments :math:`(m, w)` of a
+window (mean and variance over its positions), the user's :math:`(M, V)` and the prior's :math:`(\mu_0, v_0)`,
+
+.. math::
+    (M, V) &\leftarrow \operatorname{mix}\big((M, V), (m, w);\; a\big)\\
+    (\mu, v) &= \operatorname{mix}\big((M, V), (\mu_0, v_0);\; r\big)\\
+    \operatorname{mix}\big((M, V), (m, w); a\big)
+      &= \big((1-a)M + a m,\;(1-a)V + a w + a(1-a)(m-M)^2\big),
+
+mean and variance of a mixture. A rule is its gain :math:`a`, its weight of the prior :math:`r`, whether the last
+("between") term counts, and whether a window is inside the statistics that it is normalised by (``peeks``).
+
+Everything is vectorised over users (rows, ``U``) and over the channels of all layers side by side (``C``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+
+from fedbn.errors import UserError
+from fedbn.spec import discover, parse
+
+V = TypeVar("V")
+
+Pair = tuple[Tensor, Tensor]
+"""Mean and variance, ``[U, C]`` each."""
+
+
+def mix(a: Pair, b: Pair, share: Tensor, *, between: bool = True) -> Pair:
+    """Mean and variance of a mixture with ``share`` of ``b``; exactly ``a`` at 0 and ``b`` at 1.
+
+    Args:
+        a: mean and variance of the one.
+        b: of the other; all broadcast against each other.
+        share: weight of ``b``, in [0, 1].
+        between: count the spread between the two means (many published rules do not).
+
+    >>> mean, var = mix((torch.zeros(1), torch.ones(1)), (torch.full((1,), 4.0), torch.ones(1)), torch.tensor(0.5))
+    >>> float(mean), float(var)
+    (2.0, 5.0)
+    """
+    (mean_a, var_a), (mean_b, var_b) = a, b
+    var = torch.lerp(var_a, var_b, share)
+    if between:
+        var = var + share * (1 - share) * (mean_b - mean_a) ** 2
+    return torch.lerp(mean_a, mean_b, share), var
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one update learns from, a row a user.
+
+    Attributes:
+        mean: ``[U, C]`` mean over the positions of the windows.
+        var: ``[U, C]`` biased variance, of all values when a user had several windows.
+        positions: ``[C]`` values of a window behind each channel (1 after a linear layer).
+    """
+
+    mean: Tensor
+    var: Tensor
+    positions: Tensor
+
+    def unbiased(self, weight: Tensor) -> Tensor:
+        """The variance as PyTorch stores it, ``[U, C]``; biased where there is but one value.
+
+        Args:
+            weight: ``[U]`` windows behind each row.
+        """
+        values = self.positions * weight[:, None]
+        return self.var * torch.where(values > 1, values / (values - 1).clamp_min(1e-12), 1.0)
+
+
+@dataclass(frozen=True)
+class State:
+    """What a rule remembers of its users. Some rules keep several sets of moments ("parts", ``P``): one a class, say.
+
+    Attributes:
+        t: ``[U]`` updates so far.
+        n: ``[U, P]`` windows behind each part.
+        mean, var: ``[U, P, C]``.
+        classes: ``[U, K]`` posteriors summed over the windows learnt from.
+        extra: ``[U, E, C]`` numbers that are no moments.
+    """
+
+    t: Tensor
+    n: Tensor
+    mean: Tensor
+    var: Tensor
+    classes: Tensor
+    extra: Tensor
+
+    @property
+    def moments(self) -> Pair:
+        """Mean and variance of the first part, ``[U, C]``; all there is for most rules."""
+        return self.mean[:, 0], self.var[:, 0]
+
+    def diversity(self) -> Tensor:
+        r"""``[U]`` in [0, 1]: :math:`(e^{H(q)}-1)/(K-1)` of the classes met; 0 for one or none, 1 for all alike."""
+        q = self.classes / self.classes.sum(1, keepdim=True).clamp_min(1e-12)
+        effective: Tensor = torch.special.entr(q).sum(1).exp()
+        return (effective - 1).clamp_min(0) / max(1, q.shape[1] - 1)
+
+
+@dataclass(frozen=True)
+class Prior:
+    """What a user starts from, and what is known of the channels.
+
+    Attributes:
+        mean, var: ``[U, C]`` the source's statistics, or those a user was calibrated to.
+        layer: ``[C]`` index of a channel's layer.
+        layers: how many layers the whole model has.
+        eps: ``[C]``.
+        n0: ``[C]`` windows that the prior is worth, where known from the spread between users.
+        alpha: ``[C]`` learnt weight of the test statistics (`ttn`).
+        class_mean, class_var: ``[K, C]`` source moments of each class, where known.
+    """
+
+    mean: Tensor
+    var: Tensor
+    layer: Tensor
+    layers: int
+    eps: Tensor
+    n0: Tensor | None = None
+    alpha: Tensor | None = None
+    class_mean: Tensor | None = None
+    class_var: Tensor | None = None
+
+    @property
+    def moments(self) -> Pair:
+        """Mean and variance, ``[U, C]``."""
+        return self.mean, self.var
+
+    def depth(self) -> Tensor:
+        """``[C]`` from 0 (first layer) to 1 (last)."""
+        return self.layer.to(self.eps) / max(1, self.layers - 1)
+
+    def per_layer(self, values: Tensor) -> Tensor:
+        """Sums over the channels of each layer, ``[..., C]`` to ``[..., layers]``."""
+        zeros = values.new_zeros((*values.shape[:-1], self.layers))
+        return zeros.index_add(-1, self.layer, values)
+
+    def classwise(self, who: str) -> Pair:
+        """Class-conditional source moments, ``[K, C]`` each.
+
+        Raises:
+            UserError: they are not known.
+        """
+        if self.class_mean is None or self.class_var is None:
+            raise UserError(
+                f"rule {who!r} needs the source's moments of each class: personalize(model, rule, "
+                "prior=source_prior(model, x, y, classes)) with labelled source data"
+            )
+        return self.class_mean, self.class_var
+
+
+def each(value: V, function: Callable[[str, Tensor], Tensor]) -> V:
+    """A copy of a `Prior`, `State` or `Seen` with every tensor replaced by ``function(field, tensor)``."""
+    tensors = {f.name: t for f in fields(value) if isinstance(t := getattr(value, f.name), Tensor)}  # type: ignore[arg-type]
+    return replace(value, **{name: function(name, t) for name, t in tensors.items()})  # type: ignore[type-var]
+
+
+def columns(value: V, of: slice) -> V:
+    """A `Prior`, `State` or `Seen` of a slice of the channels."""
+    return each(value, lambda name, t: t if name in ("t", "n", "classes") and isinstance(value, State) else t[..., of])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """The prior's statistics for ever; base of all rules.
+
+    A rule overrides `gain`, `prior_share` and `between`, or else `use` and `update`; all are pure. The fields below
+    work with every rule.
+
+    Attributes:
+        name: what the command line calls it.
+        about: one line for lists.
+        source: authors, year, link.
+        peeks: a window is inside the statistics that normalise it ("update, then use").
+        keeps: there is a state worth exporting; otherwise every window is normalised by itself.
+        learns: `update` does something.
+        classwise: `update` needs the posterior of each window, so several of one user are taken one after the other.
+        gate: windows are learnt from only if their largest posterior is at least this.
+        diversity: exponent g; :math:`D^g` of the user's statistics is used and the rest is the prior's
+            (`State.diversity`). 0: all of it.
+        fade: every layer is given ``fade`` times what the one before it is given of the user's statistics.
+        floor: variances stay above this share of the prior's.
+        mean_only: variances are the prior's.
+        guard: answers are the prior's own while the adapted ones are the less certain
+            (`fedbn.online.personalized.Personalized.predict`).
+
+    >>> from fedbn.online import rule
+    >>> rule("ema:rate=0.05:diversity=1").diversity
+    1.0
+    """
+
+    name: ClassVar[str]
+    about: ClassVar[str]
+    source: ClassVar[str] = ""
+    peeks: ClassVar[bool] = False
+    keeps: ClassVar[bool] = True
+    learns: ClassVar[bool] = True
+    classwise: ClassVar[bool] = False
+
+    gate: float = 0.0
+    diversity: float = 0.0
+    fade: float = 1.0
+    floor: float = 0.0
+    mean_only: bool = False
+    guard: bool = False
+
+    def __post_init__(self) -> None:
+        self.within("gate", 0, 1)
+        self.within("diversity", 0)
+        self.within("fade", 0, 1)
+        self.within("floor", 0)
+
+    def within(self, option: str, low: float, high: float = float("inf")) -> None:
+        """Check an option's value.
+
+        Raises:
+            UserError: it is outside ``[low, high]``.
+        """
+        value = getattr(self, option)
+        if not low <= value <= high:
+            raise UserError(f"rule {self.name!r}: {option}={value:g} is impossible; give {low:g} to {high:g}")
+
+    def start(self, prior: Prior, classes: int) -> State:
+        """The state of users who have not been met: one part, at the prior's statistics, worth nothing."""
+        return self.parts_at(prior, classes, 1)
+
+    def parts_at(self, prior: Prior, classes: int, parts: int, extra: int = 0) -> State:
+        """A state with every part at the prior's statistics, worth nothing, and ``extra`` rows of zeros."""
+        users, channels = prior.mean.shape
+        zeros = prior.mean.new_zeros
+        return State(
+            zeros(users),
+            zeros(users, parts),
+            prior.mean[:, None].repeat(1, parts, 1),
+            prior.var[:, None].repeat(1, parts, 1),
+            zeros(users, classes),
+            zeros(users, extra, channels),
+        )
+
+    def gain(self, state: State, weight: Tensor) -> Tensor:
+        """a, the share of the new windows, ``[U]``.
+
+        Args:
+            state: before the update.
+            weight: ``[U]`` windows (or parts of one) behind the update, positive.
+        """
+        return torch.zeros_like(weight)
+
+    def prior_share(self, prior: Prior, state: State) -> Tensor:
+        """r, the share of the prior, broadcastable to ``[U, C]``."""
+        return state.n.new_zeros(())
+
+    def between(self) -> bool:
+        """Whether the spread of windows about their mean counts as variance, in `update` and in `use`."""
+        return True
+
+    def use(self, prior: Prior, state: State) -> Pair:
+        """Mean and variance to normalise by, ``[U, C]`` each."""
+        return mix(state.moments, prior.moments, self.prior_share(prior, state), between=self.between())
+
+    def update(self, prior: Prior, state: State, seen: Seen, weight: Tensor, posterior: Tensor) -> State:
+        """The state after learning from ``seen``; ``t`` and ``classes`` are counted by the caller.
+
+        Args:
+            prior: of these users.
+            state: before.
+            seen: a row a user.
+            weight: ``[U]`` windows behind each row, positive.
+            posterior: ``[U, K]``, mean over the windows of each row; zeros where nothing is known.
+        """
+        a = self.gain(state, weight)[:, None]
+        if self.between():
+            mean, var = mix(state.moments, (seen.mean, seen.var), a)
+        else:
+            one_value = seen.positions * weight[:, None] <= 1
+            target = torch.where(one_value, state.var[:, 0], seen.unbiased(weight))
+            mean, var = mix(state.moments, (seen.mean, target), a, between=False)
+        return replace(state, n=state.n + weight[:, None], mean=mean[:, None], var=var[:, None])
+
+    def statistics(self, prior: Prior, state: State) -> Pair:
+        """`use`, with what the fields of every rule ask for; ``[U, C]`` each."""
+        pair = self.use(prior, state)
+        if self.fade < 1:
+            pair = mix(prior.moments, pair, torch.pow(torch.full_like(prior.eps, self.fade), prior.layer))
+        if self.diversity:
+            pair = mix(prior.moments, pair, state.diversity()[:, None] ** self.diversity)
+        mean, var = pair
+        if self.mean_only:
+            var = prior.var
+        return mean, torch.maximum(var, self.floor * prior.var)
+
+
+def by_class(state: State, seen: Seen, weight: Tensor) -> State:
+    """Merge a window into the moments of each class with ``weight`` ``[U, K]``."""
+    n = state.n + weight
+    share = torch.where(weight > 0, weight / n.clamp_min(1e-12), 0.0)[:, :, None]
+    mean, var = mix((state.mean, state.var), (seen.mean[:, None], seen.var[:, None]), share)
+    return replace(state, n=n, mean=mean, var=var)
+
+
+def rules() -> dict[str, type[Rule]]:
+    """Name -> class of every rule found."""
+    return discover("fedbn.online.rules", Rule)
+
+
+def rule(text: str) -> Rule:
+    """A rule from ``name:option=value:option=value``.
+
+    Raises:
+        UserError: unknown name or option (the nearest is suggested), or an impossible value.
+
+    >>> rule("pseudo:n0=64:floor=0.05").n0
+    64.0
+    """
+    return parse(text, "rule", rules())

@@ -1,0 +1,39 @@
+r"""A fixed blend of source and batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedbn.online.rule import Pair, Prior, Rule, State, mix
+
+
+@dataclass(frozen=True)
+class AlphaBN(Rule):
+    r""":math:`\mu = (1-\alpha)\mu_0 + \alpha\mu_B`, the same for the variance.
+
+    You, Li, Zhao, 2021, *Test-time batch statistics calibration for covariate shift*, https://arxiv.org/abs/2110.04065
+
+    Attributes:
+        alpha: weight of the batch.
+    """
+
+    name = "alpha-bn"
+    about = "fixed blend of the source and the user's rows in the same call"
+    source = "You, Li, Zhao 2021, arXiv:2110.04065"
+    peeks = True
+    keeps = False
+
+    alpha: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.within("alpha", 0, 1)
+
+    def gain(self, state: State, weight: Tensor) -> Tensor:
+        return torch.ones_like(weight)
+
+    def use(self, prior: Prior, state: State) -> Pair:
+        return mix(prior.moments, state.moments, state.n.new_tensor(self.alpha), between=False)

@@ -1,0 +1,25 @@
+"""Exact moments of everything met, nothing of the source."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fedbn.online.rule import Rule, State
+
+
+@dataclass(frozen=True)
+class Cumulative(Rule):
+    r"""Plain moments: :math:`a_t = 1/n_t`; the first window replaces the source at once.
+
+    What `torch.nn.BatchNorm2d` does with ``momentum=None``, but counting windows rather than batches, and with the
+    spread between them.
+    """
+
+    name = "cumulative"
+    about = "moments of all windows met so far, without the source"
+    source = "Chan, Golub, LeVeque 1979"
+
+    def gain(self, state: State, weight: Tensor) -> Tensor:
+        return weight / (state.n[:, 0] + weight)

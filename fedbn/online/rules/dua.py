@@ -1,0 +1,42 @@
+r"""A gain that falls from step to step to a small constant."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fedbn.online.rule import Rule, State
+
+
+@dataclass(frozen=True)
+class DUA(Rule):
+    r"""Running averages of mean and within-window variance with :math:`a_t = 0.1\,\omega^t + \xi,\ t=1,2,\dots`
+
+    Mirza, Micorek, Possegger, Bischof, 2022, *The norm must go on: dynamic unsupervised domain adaptation by
+    normalization*, CVPR, https://arxiv.org/abs/2112.00463
+
+    The schedule only; the paper also makes 64 augmented copies of every image.
+
+    Attributes:
+        decay: omega.
+        floor_gain: xi, what the gain falls to.
+    """
+
+    name = "dua"
+    about = "running average whose gain falls from 0.1 to 0.005"
+    source = "Mirza, Micorek, Possegger, Bischof 2022, arXiv:2112.00463"
+
+    decay: float = 0.94
+    floor_gain: float = 0.005
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.within("decay", 0, 1)
+        self.within("floor_gain", 0, 0.9)
+
+    def gain(self, state: State, weight: Tensor) -> Tensor:
+        return (0.1 * self.decay ** (state.t + 1) + self.floor_gain) * weight.clamp(max=1)
+
+    def between(self) -> bool:
+        return False

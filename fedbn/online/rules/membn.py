@@ -1,0 +1,57 @@
+r"""The last few windows, each with its own moments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fedbn.online.rule import Pair, Prior, Rule, Seen, State, mix
+
+
+@dataclass(frozen=True)
+class MemBN(Rule):
+    r"""Moments of the last ``size`` updates together, blended with the source by :math:`r = n_0/(n_0+n)`.
+
+    After Kang, Kim, Ok, Kwak, 2024, *MemBN: robust test-time adaptation via batch norm with statistics memory*,
+    ECCV.
+
+    The queue is the paper's; its adaptive weight for each layer, and its reset at a change of domain, are not here.
+
+    Attributes:
+        size: updates remembered.
+        n0: windows that the source is worth.
+    """
+
+    name = "membn"
+    about = "joint moments of the last few updates"
+    source = "after Kang et al. 2024 (MemBN)"
+    peeks = True
+
+    size: int = 16
+    n0: float = 16.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.within("size", 1)
+        self.within("n0", 0)
+
+    def start(self, prior: Prior, classes: int) -> State:
+        return self.parts_at(prior, classes, self.size)
+
+    def update(self, prior: Prior, state: State, seen: Seen, weight: Tensor, posterior: Tensor) -> State:
+        oldest = torch.nn.functional.one_hot((state.t % self.size).long(), self.size) == 1
+        return replace(
+            state,
+            n=torch.where(oldest, weight[:, None], state.n),
+            mean=torch.where(oldest[:, :, None], seen.mean[:, None], state.mean),
+            var=torch.where(oldest[:, :, None], seen.var[:, None], state.var),
+        )
+
+    def use(self, prior: Prior, state: State) -> Pair:
+        n = state.n.sum(1, keepdim=True)
+        share = (state.n / n.clamp_min(1e-12))[:, :, None]
+        mean = (share * state.mean).sum(1)
+        var = (share * (state.var + (state.mean - mean[:, None]) ** 2)).sum(1)
+        return mix(prior.moments, (mean, var), torch.where(n > 0, n / (self.n0 + n).clamp_min(1e-12), 0.0))

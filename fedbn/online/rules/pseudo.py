@@ -1,0 +1,57 @@
+r"""The source's statistics as pseudo-windows that the user's own gradually outweigh."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fedbn.online.rule import Prior, Rule, Seen, State
+
+
+@dataclass(frozen=True)
+class Pseudo(Rule):
+    r"""Exact moments of the last ``cap`` windows or so, merged with a source worth :math:`n_0`:
+
+    .. math:: a_t = 1/\min(n_t, cap),\qquad r_t = n_0/(n_0+n_t).
+
+    Schneider, Rusak, Eck, Bringmann, Brendel, Bethge, 2020, https://arxiv.org/abs/2006.16971, made cumulative and
+    exact (their blend leaves out the spread between the two means).
+
+    Beyond ``cap`` windows old ones fade exponentially while the source keeps its weight. Where the prior brings its own
+    ``n0`` for each channel, that one counts.
+
+    Attributes:
+        n0: windows that the source is worth.
+        cap: windows after which old ones fade.
+
+    >>> import torch; from fedbn.online import personalize
+    >>> net = personalize(torch.nn.Sequential(torch.nn.BatchNorm1d(1, eps=0.0), torch.nn.Linear(1, 2)), Pseudo(n0=1.0))
+    >>> _ = net(torch.tensor([[4.0]]), user="ann")
+    >>> net.statistics("ann")["0"]
+    (tensor([2.]), tensor([4.5000]))
+    """
+
+    name = "pseudo"
+    about = "the source worth n0 windows, merged with the user's"
+    source = "after Schneider et al. 2020, arXiv:2006.16971"
+
+    n0: float = 16.0
+    cap: float = 2000.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.within("n0", 0)
+        self.within("cap", 1)
+
+    def gain(self, state: State, weight: Tensor) -> Tensor:
+        return weight / (state.n[:, 0] + weight)
+
+    def prior_share(self, prior: Prior, state: State) -> Tensor:
+        n0 = torch.full_like(prior.eps, self.n0) if prior.n0 is None else prior.n0
+        return torch.where(state.n > 0, n0 / (n0 + state.n).clamp_min(1e-12), 1.0)
+
+    def update(self, prior: Prior, state: State, seen: Seen, weight: Tensor, posterior: Tensor) -> State:
+        room = (self.cap - weight[:, None]).clamp_min(0)
+        return super().update(prior, replace(state, n=torch.minimum(state.n, room)), seen, weight, posterior)

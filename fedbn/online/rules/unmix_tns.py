@@ -1,0 +1,73 @@
+r"""Several components a channel, so that a stretch of one class moves only some of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fedbn.online.rule import Pair, Prior, Rule, Seen, State
+
+
+@dataclass(frozen=True)
+class UnMixTNS(Rule):
+    r"""K components; a window is normalised by the mixture of all of them, each drawn towards it by its similarity.
+
+    With :math:`p_k = \operatorname{softmax}_k(\cos(m, \mu_k)/0.07)`,
+
+    .. math:: \tilde\mu_k = (1-p_k)\mu_k + p_k m,\quad \tilde v_k = (1-p_k) v_k + p_k w,\quad
+        \mu_k \leftarrow \mu_k + \lambda p_k (m-\mu_k),\quad v_k \leftarrow v_k + \lambda p_k (w-v_k),
+
+    with :math:`\lambda = 1-0.9^{B/64}` for B windows.
+
+    Tomar, Vray, Thiran, Bozorgtabar, 2024, *Un-mixing test-time normalization statistics: combatting label temporal
+    correlation*, ICLR, https://arxiv.org/abs/2401.08328
+
+    Several windows of a user at once are taken as one with their joint moments. The components start at random about
+    the source, for all users alike: with K components the mixture has the source's moments only in expectation.
+
+    Attributes:
+        K: components.
+        seed: of their start.
+    """
+
+    name = "unmix-tns"
+    about = "a mixture of K components, each drawn by the windows that resemble it"
+    source = "Tomar, Vray, Thiran, Bozorgtabar 2024, arXiv:2401.08328"
+    peeks = True
+    keeps = False
+
+    K: int = 16
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.within("K", 2)
+
+    def start(self, prior: Prior, classes: int) -> State:
+        state = self.parts_at(prior, classes, self.K, extra=2)
+        channels = prior.mean.shape[1]
+        noise = torch.randn(self.K, channels, generator=torch.Generator().manual_seed(self.seed), dtype=torch.float64)
+        offset = (0.5 * self.K / (self.K - 1)) ** 0.5 * prior.var.sqrt()[:, None] * noise.to(prior.mean)
+        mixture = torch.stack(prior.moments, 1)
+        return replace(state, mean=state.mean + offset, var=0.5 * state.var, extra=mixture)
+
+    def update(self, prior: Prior, state: State, seen: Seen, weight: Tensor, posterior: Tensor) -> State:
+        m, w = seen.mean[:, None], seen.var[:, None]
+        dot, a, b = (prior.per_layer(v) for v in (m * state.mean, m * m, state.mean**2))
+        p = (dot / (a * b).sqrt().clamp_min(1e-12) / 0.07).softmax(1)[:, :, prior.layer]
+        mean, var = torch.lerp(state.mean, m, p), torch.lerp(state.var, w, p)
+        mu = mean.mean(1)
+        v = (var + (mean - mu[:, None]) ** 2).mean(1)
+        step = (1 - 0.9 ** (weight / 64))[:, None, None] * p
+        return replace(
+            state,
+            n=state.n + weight[:, None] / self.K,
+            mean=torch.lerp(state.mean, m, step),
+            var=torch.lerp(state.var, w, step),
+            extra=torch.stack((mu, v), 1),
+        )
+
+    def use(self, prior: Prior, state: State) -> Pair:
+        return state.extra[:, 0], state.extra[:, 1]

@@ -1,0 +1,106 @@
+"""Where states of users go who are not at hand: any mutable mapping from name to bytes. A ``dict`` will do.
+
+Writes are all or nothing: a crash leaves the old state or the new one.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import tempfile
+from collections.abc import Iterator, MutableMapping
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, unquote
+
+Store = MutableMapping[str, bytes]
+"""Name of a user -> `fedbn.online.state.BNState.to_bytes`."""
+
+SUFFIX = ".bnstate"
+
+
+class DirectoryStore(Store):
+    """One file a user; any name is possible, also ``../x``.
+
+    >>> store = DirectoryStore(tempfile.mkdtemp()); store["a/b"] = b"state"
+    >>> list(store), store["a/b"]
+    (['a/b'], b'state')
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def __getitem__(self, user: str) -> bytes:
+        try:
+            return self._file(user).read_bytes()
+        except FileNotFoundError:
+            raise KeyError(user) from None
+
+    def __setitem__(self, user: str, state: bytes) -> None:
+        handle, name = tempfile.mkstemp(dir=self.folder)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(state)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(name, self._file(user))
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+
+    def __delitem__(self, user: str) -> None:
+        try:
+            self._file(user).unlink()
+        except FileNotFoundError:
+            raise KeyError(user) from None
+
+    def __iter__(self) -> Iterator[str]:
+        return (unquote(f.name.removesuffix(SUFFIX)) for f in sorted(self.folder.glob(f"*{SUFFIX}")))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def _file(self, user: str) -> Path:
+        return self.folder / f"{quote(user, safe='')}{SUFFIX}"
+
+
+class SQLiteStore(Store):
+    """One table in one file, a transaction a write.
+
+    >>> store = SQLiteStore(Path(tempfile.mkdtemp()) / "users.db"); store["ann"] = b"state"
+    >>> "ann" in store, "bob" in store
+    (True, False)
+    """
+
+    def __init__(self, file: str | Path) -> None:
+        self.file = Path(file)
+        self._write("CREATE TABLE IF NOT EXISTS states (user TEXT PRIMARY KEY, state BLOB NOT NULL)")
+
+    def __getitem__(self, user: str) -> bytes:
+        rows = self._read("SELECT state FROM states WHERE user = ?", user)
+        if not rows:
+            raise KeyError(user)
+        return bytes(rows[0][0])
+
+    def __setitem__(self, user: str, state: bytes) -> None:
+        self._write("INSERT OR REPLACE INTO states VALUES (?, ?)", user, state)
+
+    def __delitem__(self, user: str) -> None:
+        if not self._write("DELETE FROM states WHERE user = ?", user):
+            raise KeyError(user)
+
+    def __iter__(self) -> Iterator[str]:
+        return (row[0] for row in self._read("SELECT user FROM states ORDER BY user"))
+
+    def __len__(self) -> int:
+        return int(self._read("SELECT count(*) FROM states")[0][0])
+
+    def _read(self, statement: str, *values: object) -> list[Any]:
+        with closing(sqlite3.connect(self.file)) as connection:
+            return connection.execute(statement, values).fetchall()
+
+    def _write(self, statement: str, *values: object) -> int:
+        with closing(sqlite3.connect(self.file)) as connection, connection:
+            return connection.execute(statement, values).rowcount

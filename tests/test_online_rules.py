@@ -1,0 +1,653 @@
+"""Every rule against a slow version written from its paper's formula, channel by channel and window by window."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from fedbn.errors import UserError
+from fedbn.online import LayerPrior, personalize, population_prior, rule, source_prior
+from fedbn.online.rule import mix, rules
+from fedbn.spec import render
+
+C, L, K = 3, 7, 4
+EPS = 1e-5
+
+
+def layer(channels=C):
+    """BN alone, so that the output shows the statistics in use."""
+    torch.manual_seed(0)
+    bn = nn.BatchNorm1d(channels, affine=False).double()
+    bn.running_mean.normal_()
+    bn.running_var.uniform_(0.3, 3)
+    return nn.Sequential(bn, nn.Flatten()).eval()
+
+
+def windows(n=12, length=L, seed=1):
+    draw = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, C, length, generator=draw, dtype=torch.float64) * 2 + torch.randn(n, C, 1, generator=draw) * 3
+    p = (torch.randn(n, K, generator=draw, dtype=torch.float64) * 3).softmax(1)
+    return x, p
+
+
+def priors(model):
+    """Class-conditional moments and weights that a server could have sent."""
+    draw = torch.Generator().manual_seed(5)
+    bn = model[0]
+    return {
+        "0": LayerPrior(
+            bn.running_mean.clone(),
+            bn.running_var.clone(),
+            alpha=torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64),
+            class_mean=torch.randn(K, C, generator=draw, dtype=torch.float64),
+            class_var=torch.rand(K, C, generator=draw, dtype=torch.float64) + 0.5,
+        )
+    }
+
+
+def prior_of(name, model):
+    return priors(model) if name.split(":")[0] in ("ttn", "class-residual", "class-mixture") else None
+
+
+# ---------------------------------------------------------------- slow versions
+# Each yields, for every window in turn, the mean and variance that normalise it: lists over channels.
+
+
+def moments(w):
+    return np.mean(w), np.mean((w - np.mean(w)) ** 2)
+
+
+def source(mu0, v0, xs, ps):
+    for _ in xs:
+        yield mu0, v0
+
+
+def pseudo(mu0, v0, xs, ps, n0, cap):
+    """All values so far next to n0 windows of the source."""
+    for t in range(len(xs)):
+        assert t <= cap
+        yield _union(mu0, v0, n0, xs[:t])
+
+
+def cumulative(mu0, v0, xs, ps):
+    for t in range(len(xs)):
+        yield _union(mu0, v0, 0 if t else 1, xs[:t])
+
+
+def _union(mu0, v0, n0, windows):
+    mean, var = np.zeros(C), np.zeros(C)
+    for c in range(C):
+        total = n0 + len(windows)
+        mean[c] = (n0 * mu0[c] + sum(np.mean(w[c]) for w in windows)) / total
+        second = n0 * (v0[c] + (mu0[c] - mean[c]) ** 2) + sum(np.mean((w[c] - mean[c]) ** 2) for w in windows)
+        var[c] = second / total
+    return mean, var
+
+
+def weighted(mu0, v0, xs, rate, *, peek):
+    """Explicit exponential weights a(1-a)^(T-1-i), the source with (1-a)^T."""
+    for t in range(len(xs)):
+        past = xs[: t + 1] if peek else xs[:t]
+        T = len(past)
+        share = [(1 - rate) ** T] + [rate * (1 - rate) ** (T - 1 - i) for i in range(T)]
+        mean, var = np.zeros(C), np.zeros(C)
+        for c in range(C):
+            parts = [(mu0[c], v0[c])] + [moments(w[c]) for w in past]
+            mean[c] = sum(s * m for s, (m, _) in zip(share, parts))
+            var[c] = sum(s * (v + (m - mean[c]) ** 2) for s, (m, v) in zip(share, parts))
+        yield mean, var
+
+
+def ema(mu0, v0, xs, ps, rate):
+    return weighted(mu0, v0, xs, rate, peek=False)
+
+
+def dabn(mu0, v0, xs, ps, rate):
+    return weighted(mu0, v0, xs, rate, peek=True)
+
+
+def torch_momentum(mu0, v0, xs, gains, after=lambda m, v: (m, v)):
+    """What a BatchNorm in training mode keeps when it meets one window at a time."""
+    bn = nn.BatchNorm1d(C, affine=False).double()
+    bn.running_mean.copy_(torch.as_tensor(mu0))
+    bn.running_var.copy_(torch.as_tensor(v0))
+    for t, w in enumerate(xs):
+        yield bn.running_mean.numpy().copy(), bn.running_var.numpy().copy()
+        bn.momentum = gains(t)
+        bn.train()(torch.as_tensor(w)[None])
+        m, v = after(bn.running_mean.numpy(), bn.running_var.numpy())
+        bn.running_mean.copy_(torch.as_tensor(m))
+        bn.running_var.copy_(torch.as_tensor(v))
+
+
+def ema_within(mu0, v0, xs, ps):
+    return torch_momentum(mu0, v0, xs, lambda t: 0.2)
+
+
+def onda(mu0, v0, xs, ps):
+    return torch_momentum(mu0, v0, xs, lambda t: 0.1)
+
+
+def dua(mu0, v0, xs, ps):
+    rho, gains = 0.1, []
+    for _ in xs:
+        rho *= 0.94
+        gains.append(rho + 0.005)
+    return torch_momentum(mu0, v0, xs, lambda t: gains[t])
+
+
+def resitta(mu0, v0, xs, ps, rate, leash):
+    def back(m, v):
+        sd = np.sqrt(v) - 2 * leash * (np.sqrt(v) - np.sqrt(v0))
+        return m - 2 * leash * (m - mu0), sd**2
+
+    return torch_momentum(mu0, v0, xs, lambda t: rate, back)
+
+
+def blend(weight_of_batch, *, cross=False):
+    def slow(mu0, v0, xs, ps, **_):
+        for w in xs:
+            a = weight_of_batch(np.arange(C))
+            m, v = map(np.array, zip(*[moments(w[c]) for c in range(C)]))
+            extra = a * (1 - a) * (m - mu0) ** 2 if cross else 0
+            yield a * m + (1 - a) * mu0, a * v + (1 - a) * v0 + extra
+
+    return slow
+
+
+def edtn(mu0, v0, xs, ps):
+    for w in xs:  # one layer: it is the first, source weight 0.1
+        m, v = map(np.array, zip(*[moments(w[c]) for c in range(C)]))
+        yield 0.9 * m + 0.1 * mu0, (0.9 * np.sqrt(v) + 0.1 * np.sqrt(v0)) ** 2
+
+
+def membn(mu0, v0, xs, ps, size, n0):
+    for t in range(len(xs)):
+        yield _union(mu0, v0, n0, xs[max(0, t + 1 - size) : t + 1])
+
+
+def iabn(mu0, v0, xs, ps, k):
+    for w in xs:
+        mean, var = np.zeros(C), np.zeros(C)
+        for c in range(C):
+            m, u = np.mean(w[c]), np.var(w[c], ddof=1)
+            s_mu = math.sqrt((v0[c] + EPS) / L)
+            s_v = (v0[c] + EPS) * math.sqrt(2 / (L - 1))
+            soft = lambda d, t: math.copysign(max(abs(d) - t, 0.0), d)  # noqa: E731
+            mean[c] = mu0[c] + soft(m - mu0[c], k * s_mu)
+            var[c] = max(v0[c] + soft(u - v0[c], k * s_v), 0.0)
+        yield mean, var
+
+
+def tema(mu0, v0, xs, ps):
+    M, V = mu0.copy(), v0.copy()
+    for t, w in enumerate(xs):
+        a = 1.0 if t == 0 else 0.01
+        for c in range(C):
+            m, v = moments(w[c])
+            V[c] = (1 - a) * V[c] + a * v + a * (1 - a) * (m - M[c]) ** 2
+            M[c] = (1 - a) * M[c] + a * m
+        r = 0.25  # one layer differs from no other
+        yield (1 - r) * M + r * mu0, (1 - r) * V + r * v0 + r * (1 - r) * (M - mu0) ** 2
+
+
+def unmix(mu0, v0, xs, ps, K_):
+    draw = torch.Generator().manual_seed(0)
+    noise = torch.randn(K_, C, generator=draw, dtype=torch.float64).numpy()
+    M = mu0 + math.sqrt(0.5 * K_ / (K_ - 1)) * np.sqrt(v0) * noise
+    V = np.tile(0.5 * v0, (K_, 1))
+    lam = 1 - 0.9 ** (1 / 64)
+    for w in xs:
+        m, v = map(np.array, zip(*[moments(w[c]) for c in range(C)]))
+        cos = np.array([m @ M[k] / (np.linalg.norm(m) * np.linalg.norm(M[k])) for k in range(K_)]) / 0.07
+        p = np.exp(cos - cos.max()) / np.exp(cos - cos.max()).sum()
+        Mt = np.array([(1 - p[k]) * M[k] + p[k] * m for k in range(K_)])
+        Vt = np.array([(1 - p[k]) * V[k] + p[k] * v for k in range(K_)])
+        mu = Mt.mean(0)
+        yield mu, Vt.mean(0) + (Mt**2).mean(0) - mu**2
+        for k in range(K_):
+            M[k] += lam * p[k] * (m - M[k])
+            V[k] += lam * p[k] * (v - V[k])
+
+
+def balanced(mu0, v0, xs, ps):
+    M, V = np.tile(mu0, (K, 1)), np.tile(v0, (K, 1))
+    eta = max(0.0005 * K, 0.01)
+    for w, p in zip(xs, ps):
+        mu = M.mean(0)
+        yield mu, V.mean(0) + ((M - mu) ** 2).mean(0)
+        k = int(np.argmax(p))
+        for c in range(C):
+            d = w[c] - M[k, c]
+            step = eta * np.mean(d)
+            V[k, c] += eta * (np.mean(d**2) - V[k, c]) - step**2
+            M[k, c] += step
+
+
+def _per_class(xs, ps):
+    """Weighted count, mean and variance of all values met, for each class and channel."""
+    n = np.array([sum(p[k] for p in ps) for k in range(K)])
+    M, V = np.zeros((K, C)), np.zeros((K, C))
+    for k in range(K):
+        for c in range(C):
+            if n[k] > 0:
+                M[k, c] = sum(p[k] * np.mean(w[c]) for w, p in zip(xs, ps)) / n[k]
+                V[k, c] = sum(p[k] * np.mean((w[c] - M[k, c]) ** 2) for w, p in zip(xs, ps)) / n[k]
+    return n, M, V
+
+
+def class_residual(mu0, v0, xs, ps, cm, cv):
+    for t in range(len(xs)):
+        n, M, _ = _per_class(xs[:t], ps[:t])
+        u = n / (n + 4)
+        shift = sum(u[k] * (M[k] - cm[k]) for k in range(K)) / (0.5 + u.sum())
+        yield mu0 + shift, v0
+
+
+def class_mixture(mu0, v0, xs, ps, cm, cv):
+    def mixture(M, V):
+        mu = M.mean(0)
+        return mu, V.mean(0) + ((M - mu) ** 2).mean(0)
+
+    mean0, var0 = mixture(cm, cv)
+    for t in range(len(xs)):
+        n, M, V = _per_class(xs[:t], ps[:t])
+        u = (n / (n + 4))[:, None]
+        D = M - cm
+        shift = (u * D).sum(0) / u.sum() if t else np.zeros(C)
+        mean, var = mixture(cm + shift + u * (D - shift), (1 - u) * cv + u * V)
+        yield mu0 + mean - mean0, v0 * (var + EPS) / (var0 + EPS)
+
+
+SLOW = {
+    "source": source,
+    "adabn": source,
+    "pseudo:n0=3": lambda *a: pseudo(*a, n0=3, cap=2000),
+    "cumulative": cumulative,
+    "ema:rate=0.2": lambda *a: ema(*a, rate=0.2),
+    "ema:rate=0.2:form=within": ema_within,
+    "dabn:rate=0.2": lambda *a: dabn(*a, rate=0.2),
+    "dua": dua,
+    "onda": onda,
+    "resitta:leash=0.03": lambda *a: resitta(*a, rate=0.05, leash=0.03),
+    "tbn": blend(lambda c: 1.0),
+    "schneider:N=3": blend(lambda c: 1 / 4),
+    "alpha-bn:alpha=0.3": blend(lambda c: 0.3),
+    "ttn": blend(lambda c: np.array([0.1, 0.5, 0.9]), cross=True),
+    "edtn": edtn,
+    "membn:size=3:n0=2": lambda *a: membn(*a, size=3, n0=2),
+    "iabn:k=1.5": lambda *a: iabn(*a, k=1.5),
+    "tema": tema,
+    "unmix-tns:K=5": lambda *a: unmix(*a, K_=5),
+    "balanced": balanced,
+    "class-residual": class_residual,
+    "class-mixture": class_mixture,
+}
+
+
+def test_every_rule_has_a_slow_version():
+    assert {text.split(":")[0] for text in SLOW} == set(rules())
+
+
+@pytest.mark.parametrize("text", SLOW)
+def test_a_rule_is_its_formula(text):
+    model, (x, p) = layer(), windows()
+    prior = prior_of(text, model)
+    net = personalize(model, rule(text), prior=prior, classes=K)
+    mu0, v0 = model[0].running_mean.numpy(), model[0].running_var.numpy()
+    more = (prior["0"].class_mean.numpy(), prior["0"].class_var.numpy()) if text.startswith("class") else ()
+    slow = SLOW[text](mu0, v0, x.numpy(), p.numpy(), *more)
+    for t, (mean, var) in enumerate(slow):
+        out = net.predict(x[t : t + 1], user="ann")
+        net.commit(posterior=p[t : t + 1])
+        expected = (x[t] - torch.as_tensor(mean)[:, None]) / torch.as_tensor(np.sqrt(var + EPS))[:, None]
+        torch.testing.assert_close(out[0].view(C, L), expected, rtol=1e-9, atol=1e-9, msg=lambda m, t=t: f"{t}: {m}")
+    assert t == len(x) - 1
+
+
+def test_the_published_recursion_of_dabn_is_the_exponentially_weighted_one():
+    """Mazankiewicz et al.: the variance with the old mean, both updated before they are used; features [B, C]."""
+    model = layer()
+    x = torch.randn(300, C, dtype=torch.float64, generator=torch.Generator().manual_seed(3)) * 2 + 5
+    net = personalize(nn.Sequential(model[0]), rule("dabn:rate=0.07"), classes=K)
+    M, V, a = model[0].running_mean.clone(), model[0].running_var.clone(), 0.07
+    for row in x:
+        V = (1 - a) * (V + a * (row - M) ** 2)
+        M = (1 - a) * M + a * row
+        torch.testing.assert_close(net(row[None], user=1)[0], (row - M) / (V + EPS).sqrt(), rtol=1e-12, atol=1e-12)
+    share = torch.tensor([(1 - a) ** 300, *[a * (1 - a) ** (299 - i) for i in range(300)]], dtype=torch.float64)
+    values = torch.cat([model[0].running_mean[None], x])
+    mean = (share[:, None] * values).sum(0)
+    var = (share[:, None] * (values - mean) ** 2).sum(0) + share[0] * model[0].running_var
+    torch.testing.assert_close(net.statistics(1)["0"], (mean, var), rtol=1e-12, atol=1e-12)
+
+
+def test_several_rows_of_a_user_are_a_batch_of_that_user():
+    model, (x, _) = layer(), windows(6)
+    users = ["a", "b", "a", "a", "b", "a"]
+    rows = [0, 2, 3, 5]
+    batch = x[rows].transpose(0, 1).flatten(1)
+    for text, r in (("tbn", 0.0), ("schneider:N=3", 3 / 7), ("membn:n0=0", 0.0)):
+        net = personalize(model, rule(text), classes=K)
+        out = net.predict(x, user=users)[rows].view(4, C, L)
+        mean = r * model[0].running_mean + (1 - r) * batch.mean(1)
+        var = r * model[0].running_var + (1 - r) * batch.var(1, correction=0)
+        torch.testing.assert_close(out, (x[rows] - mean[:, None]) / (var[:, None] + EPS).sqrt())
+    net = personalize(model, rule("onda"), classes=K)
+    net(x, user=users)
+    bn = nn.BatchNorm1d(C, affine=False).double()
+    bn.load_state_dict(model[0].state_dict())
+    bn.train()(x[rows])
+    torch.testing.assert_close(net.statistics("a")["0"], (bn.running_mean, bn.running_var))
+
+
+def test_layers_without_positions_keep_their_variance_where_one_value_has_none():
+    model = nn.Sequential(layer()[0])
+    x = torch.randn(5, C, dtype=torch.float64)
+    for text in ("dua", "onda", "resitta", "ema:form=within"):
+        net = personalize(model, rule(text), classes=K)
+        for row in x:
+            net(row[None], user=1)
+        torch.testing.assert_close(net.statistics(1)["0"][1], model[0].running_var)
+        assert not torch.allclose(net.statistics(1)["0"][0], model[0].running_mean)
+
+
+def test_pseudo_windows_fade_beyond_the_cap_and_the_source_keeps_its_weight():
+    model, (x, _) = layer(), windows(400)
+    x[:100] += 1000
+    net = personalize(model, rule("pseudo:n0=1:cap=9"), classes=K)
+    for i in range(400):
+        net(x[i : i + 1], user=1)
+    assert net.report(1)["windows"] == 9
+    mean = net.statistics(1)["0"][0]
+    weights = torch.tensor([1 / 9 * (8 / 9) ** (399 - i) for i in range(400)], dtype=torch.float64)
+    data = (weights[:, None] * x.mean(2)).sum(0) / weights.sum()
+    torch.testing.assert_close(mean, 0.1 * model[0].running_mean + 0.9 * data, rtol=1e-6, atol=1e-6)
+
+
+def test_tema_trusts_the_source_most_where_it_differs_most():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2), nn.BatchNorm1d(2), nn.Flatten()).double().eval()
+    net = personalize(model, rule("tema:smooth=0"), classes=K)
+    x = torch.randn(64, 2, 5, dtype=torch.float64) * 3 + 4
+    net(x, user=1)  # the first layer meets x, the later ones what is left of the shift
+    net(x, user=1)
+    bank = net.bank
+    r = bank.rows["extra"][int(bank.slot["1"])][1]
+    assert r[0] == r[1] == pytest.approx(0.5)
+    assert r[2] < 0.25
+    assert r[4] < 0.25
+    assert ((r >= 0) & (r <= 0.5)).all()
+    inputs = []
+    for m in net.model[:3]:
+        m.register_forward_pre_hook(lambda _m, a: inputs.append(a[0]))
+    before = net.state(1).layers
+    out = net.predict(x[:1] * 2, user=1)
+    for i in range(3):  # the weights of the batch before, whatever this window would make of them
+        h, old, share = inputs[i], before[str(i)], r[2 * i]
+        M, V = mix((old.mean, old.variance()), (h.mean(2)[0], h.var(2, correction=0)[0]), h.new_tensor(0.01))
+        mean, var = mix((M, V), (torch.zeros(2).double(), torch.ones(2).double()), share)
+        expected = (h - mean[:, None]) / (var[:, None] + EPS).sqrt()
+        torch.testing.assert_close(inputs[i + 1] if i < 2 else out.view(1, 2, 5), expected)
+
+
+def test_edtn_follows_shallow_layers_and_keeps_deep_ones():
+    model = nn.Sequential(*[nn.BatchNorm1d(1, eps=0.0) for _ in range(3)]).double().eval()
+    seen = []
+    net = personalize(model, rule("edtn"), classes=1)
+    for m in net.model:
+        m.register_forward_pre_hook(lambda _m, a: seen.append(a[0]))
+    x = torch.randn(1, 1, 9, dtype=torch.float64) * 2 + 3
+    out = net.predict(x, user=1)
+    for i, r in enumerate((0.1, 0.1 * 9.9**0.5, 0.99)):
+        h = seen[i]
+        mean, sd = (1 - r) * h.mean(), (1 - r) * h.std(correction=0) + r
+        torch.testing.assert_close((h - mean) / sd, seen[i + 1] if i < 2 else out)
+
+
+# ---------------------------------------------------------------- what works with every rule
+
+
+@given(share=st.floats(0, 1), between=st.booleans(), seed=st.integers(0, 99))
+@settings(max_examples=50, deadline=None)
+def test_a_mixture_is_exact_at_its_ends_and_has_the_moments_of_the_union(share, between, seed):
+    draw = torch.Generator().manual_seed(seed)
+    a, b = ((torch.randn(3, generator=draw), torch.rand(3, generator=draw)) for _ in range(2))
+    for end, pair in ((0.0, a), (1.0, b)):
+        assert all(torch.equal(x, y) for x, y in zip(mix(a, b, torch.tensor(end), between=between), pair))
+    mean, var = mix(a, b, torch.tensor(share), between=between)
+    torch.testing.assert_close(mean, (1 - share) * a[0] + share * b[0])
+    second = (1 - share) * (a[1] + (a[0] - mean) ** 2) + share * (b[1] + (b[0] - mean) ** 2)
+    torch.testing.assert_close(var, second if between else (1 - share) * a[1] + share * b[1], rtol=1e-5, atol=1e-6)
+
+
+def fed(text, n=6, posterior=None, **options):
+    model, (x, p) = layer(), windows(n)
+    net = personalize(model, rule(text), classes=K, **options)
+    for i in range(n):
+        net.predict(x[i : i + 1], user=1)
+        net.commit(posterior=(p if posterior is None else posterior)[i : i + 1])
+    return model, net, x, p
+
+
+def test_a_gate_learns_from_confident_windows_only():
+    _, p = windows(30)
+    sure = p.max(1).values >= 0.8
+    assert 5 < sure.sum() < 25
+    _, gated, x, _ = fed("pseudo:gate=0.8", 30)
+    plain = personalize(layer(), rule("pseudo"), classes=K)
+    for row in x[sure]:
+        plain(row[None], user=1)
+    torch.testing.assert_close(gated.statistics(1)["0"], plain.statistics(1)["0"])
+    report = gated.report(1)
+    assert (report["offered"], report["learnt"]) == (30, int(sure.sum()))
+
+
+def test_a_label_opens_the_gate_and_counts_as_certainty():
+    model, (x, p) = layer(), windows(4)
+    net = personalize(model, rule("pseudo:gate=1"), classes=K)
+    net.predict(x, user=[1, 2, 3, 4])
+    net.commit(posterior=p, label=torch.tensor([2, -1, 0, -1]))
+    assert [net.report(u)["learnt"] for u in (1, 2, 3, 4)] == [1, 0, 1, 0]
+    assert net.state(1).classes.tolist() == [0, 0, 1, 0]
+
+
+def test_diversity_is_zero_for_one_class_and_one_for_all():
+    one = torch.eye(K, dtype=torch.float64)
+    model, net, _, _ = fed("pseudo:diversity=1", 4, one[[1, 1, 1, 1]])
+    assert net.report(1)["diversity"] == 0
+    assert all(torch.equal(a, b) for a, b in zip(net.statistics(1)["0"], net.statistics("new")["0"]))
+    _, net, _, _ = fed("pseudo:diversity=1", 4, one)
+    assert net.report(1)["diversity"] == pytest.approx(1)
+    _, plain, _, _ = fed("pseudo", 4)
+    torch.testing.assert_close(net.statistics(1)["0"], plain.statistics(1)["0"])
+    for g in (1, 2):
+        model, net, _, _ = fed(f"pseudo:diversity={g}", 4, one[[0, 0, 1, 1]])
+        rho = (1 / 3) ** g
+        mean, var = plain.statistics(1)["0"]
+        m0, v0 = model[0].running_mean, model[0].running_var
+        expected = (1 - rho) * m0 + rho * mean, (1 - rho) * v0 + rho * var + rho * (1 - rho) * (mean - m0) ** 2
+        torch.testing.assert_close(net.statistics(1)["0"], expected)
+
+
+def test_floor_and_mean_only_bound_variances():
+    model, (x, _) = layer(), windows(3)
+    flat = x.mean(2, keepdim=True).expand_as(x)[:1]
+    net = personalize(model, rule("cumulative:floor=0.05"), classes=K)
+    net(flat, user=1)
+    torch.testing.assert_close(net.statistics(1)["0"][1], 0.05 * model[0].running_var)
+    net = personalize(model, rule("cumulative:mean_only=true"), classes=K)
+    net(x, user=1)
+    mean, var = net.statistics(1)["0"]
+    torch.testing.assert_close(mean, x.mean((0, 2)))
+    assert torch.equal(var, model[0].running_var)
+
+
+def test_fade_gives_each_layer_a_power_of_the_users_statistics():
+    model = nn.Sequential(*[nn.BatchNorm1d(2) for _ in range(3)]).double().eval()
+    x = torch.randn(20, 2, 5, dtype=torch.float64) * 2 + 1
+    full, faded = (personalize(model, rule(f"cumulative{o}"), classes=1) for o in ("", ":fade=0.5"))
+    for net in (full, faded):
+        net(x, user=1)
+    for i in range(3):
+        mean, var = full.statistics(1)[str(i)]
+        share = 0.5**i
+        expected = share * mean, (1 - share) + share * var + share * (1 - share) * mean**2
+        torch.testing.assert_close(faded.statistics(1)[str(i)], expected)
+
+
+def test_the_guard_answers_as_the_prior_while_adaptation_makes_the_network_less_certain():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2, bias=False)).eval()
+    with torch.no_grad():
+        model[1].weight.copy_(torch.tensor([[4.0, 0, 0], [-4.0, 0, 0]]))
+    net, plain = (personalize(model, rule(f"ema:rate=0.5:guard={g}")) for g in ("true", "false"))
+    sure = torch.full((1, 3), 3.0)  # a long stretch of one class, surely known; re-centring takes the certainty away
+    with torch.no_grad():
+        expected = model(sure)
+    for _ in range(6):
+        out, unguarded = net(sure, user=1), plain(sure, user=1)
+    assert torch.equal(out, expected)
+    assert net.report(1)["answers"] == "prior"
+    assert unguarded.softmax(1).max() < 0.99 < out.softmax(1).max()
+    far = torch.tensor([[0.05, 0, 0], [-0.05, 0, 0]])  # the source is undecided; the user's scale decides
+    for _ in range(80):
+        out = net(far, user=[1, 1])
+    assert net.report(1)["answers"] == "adapted"
+    with torch.no_grad():
+        assert out.softmax(1).max() > model(far).softmax(1).max()
+
+
+@pytest.mark.parametrize("option", ["gate=2", "diversity=-1", "fade=1.5", "floor=-0.1"])
+def test_impossible_values_of_common_options_are_named(option):
+    field = option.split("=")[0]
+    with pytest.raises(UserError, match=rf"rule 'source': {field}=.* is impossible; give"):
+        rule(f"source:{option}")
+
+
+OWN = ["pseudo:n0=-1", "pseudo:cap=0", "ema:rate=2", "dabn:rate=-1", "dua:decay=2", "dua:floor_gain=1", "onda:rate=2"]
+OWN += ["schneider:N=-1", "alpha-bn:alpha=2", "edtn:first=0", "edtn:last=2", "membn:size=0", "membn:n0=-1", "iabn:k=-1"]
+OWN += ["iabn:effective=2", "tema:smooth=2", "unmix-tns:K=1", "balanced:rate=2", "resitta:rate=2", "resitta:leash=1"]
+OWN += ["class-residual:n0=-1", "class-mixture:n0=-1"]
+
+
+@pytest.mark.parametrize("text", OWN)
+def test_impossible_values_are_named(text):
+    name, option = text.split(":")
+    with pytest.raises(UserError, match=rf"rule '{name}': {option.split('=')[0]}=.* is impossible; give"):
+        rule(text)
+
+
+def test_unknown_rules_and_options_get_a_suggestion():
+    with pytest.raises(UserError, match="unknown rule 'pseudoo'. Did you mean 'pseudo'"):
+        rule("pseudoo")
+    with pytest.raises(UserError, match="unknown option of rule 'pseudo' 'no'. Did you mean 'n0'"):
+        rule("pseudo:no=3")
+
+
+@pytest.mark.parametrize("name", list(rules()))
+def test_every_rule_is_a_value_with_a_text_and_a_source(name):
+    value = rule(name)
+    assert render(value) == name
+    assert rule(render(rule(f"{name}:floor=0.25"))).floor == 0.25
+    assert hash(value) == hash(rule(name))
+    assert value.about
+    assert value.source or name in ("source", "class-residual", "class-mixture")
+
+
+# ---------------------------------------------------------------- priors
+
+
+@pytest.mark.parametrize("name", ["ttn", "class-residual", "class-mixture"])
+def test_rules_that_need_more_of_the_prior_say_so(name):
+    net = layer()
+    with pytest.raises(UserError, match=f"rule '{name}' needs"):
+        personalize(net, rule(name), classes=K).predict(windows(2)[0], user=1)
+
+
+def test_class_rules_ignore_a_long_stretch_of_one_class_and_follow_the_users_shift():
+    """Users differ by an offset, classes by their mean: a stretch of one class shows the offset only."""
+    draw = torch.Generator().manual_seed(0)
+    centre = torch.randn(K, 3, 1, generator=draw) * 4
+    y = torch.arange(400) % K
+    x = centre[y] + torch.randn(400, 3, 16, generator=draw)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Flatten(), nn.Linear(48, K))
+    model.train()
+    model[0].momentum = None
+    model(x)
+    model.eval()
+    prior = source_prior(model, x, y, K)
+    offset = torch.tensor([2.0, -1.0, 0.5])
+    stretch = centre[[1] * 60] + torch.randn(60, 3, 16, generator=draw) + offset[:, None]
+    start = model[0].running_mean
+    for name, tolerance in (("class-residual", 0.25), ("class-mixture", 0.1)):
+        net = personalize(model, rule(name), prior=prior)
+        for row in stretch:
+            net.predict(row[None], user=1)
+            net.commit(label=torch.tensor([1]))
+        moved = net.statistics(1)["0"][0] - start
+        factor = 60 / 64 / (0.5 + 60 / 64) if name == "class-residual" else 1.0
+        torch.testing.assert_close(moved, offset * factor, atol=tolerance, rtol=0.05)
+    net = personalize(model, rule("cumulative"))
+    net(stretch, user=1)
+    assert (net.statistics(1)["0"][0] - start - offset).abs().max() > 1
+
+
+@pytest.mark.parametrize("name", ["balanced", "class-residual", "class-mixture"])
+def test_a_new_user_of_a_class_rule_gets_the_source_model_to_the_bit(name):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(2, 5, 3), nn.BatchNorm1d(5), nn.Flatten(), nn.Linear(30, K)).eval()
+    model[1].running_mean.normal_()
+    model[1].running_var.uniform_(0.2, 2)
+    x = torch.randn(40, 2, 8)
+    net = personalize(model, rule(name), prior=source_prior(model, x, torch.arange(40) % K, K))
+    with torch.no_grad():
+        assert torch.equal(net.predict(x, user=list(range(40))), model(x))
+    net(x, user=[i % 3 for i in range(40)])
+    with torch.no_grad():
+        assert torch.equal(net.predict(x, user="new"), model(x))
+        assert not torch.allclose(net.predict(x, user=0), model(x))
+
+
+def test_classes_of_a_source_prior_are_those_of_the_data():
+    model, (x, _) = layer(), windows(20)
+    y = torch.arange(20) % K
+    prior = source_prior(model, x, y, K)["0"]
+    for k in range(K):
+        values = x[y == k].transpose(0, 1).flatten(1)
+        torch.testing.assert_close(prior.class_mean[k], values.mean(1))
+        torch.testing.assert_close(prior.class_var[k], values.var(1, correction=0))
+    with pytest.raises(UserError, match="class 3 of 4 has no example"):
+        source_prior(model, x, y % 3, K)
+
+
+def test_a_population_prior_weighs_channels_by_how_little_users_differ():
+    draw = torch.Generator().manual_seed(0)
+    spread = torch.tensor([0.0, 0.5, 4.0], dtype=torch.float64)[:, None]
+    people = []
+    for _ in range(300):
+        user = torch.randn(1, 3, 1, generator=draw, dtype=torch.float64) * spread
+        window = torch.randn(8, 3, 1, generator=draw, dtype=torch.float64)
+        people.append(user + window + torch.randn(8, 3, 6, generator=draw, dtype=torch.float64))
+    prior = population_prior(layer(), people)["0"]
+    s2 = 1 + 1 / 6
+    assert prior.n0[0] > 20
+    assert prior.n0[1].item() == pytest.approx(s2 / 0.25, rel=0.35)
+    assert prior.n0[2].item() == pytest.approx(s2 / 16, rel=0.25)
+    everything = torch.cat(people).transpose(0, 1).flatten(1)
+    torch.testing.assert_close(prior.mean, everything.mean(1))
+    torch.testing.assert_close(prior.var, everything.var(1, correction=0))
+    net = personalize(layer(), rule("pseudo:n0=999"), prior={"0": prior}, classes=K)
+    x = people[0][:4]
+    net(x, user=1)
+    r = prior.n0 / (prior.n0 + 4)
+    torch.testing.assert_close(net.statistics(1)["0"][0], r * prior.mean + (1 - r) * x.mean((0, 2)))
+    with pytest.raises(UserError, match="two users and two windows each"):
+        population_prior(layer(), people[:1])
