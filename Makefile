@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 STAMP := $(VENV)/.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint types format clean
+.PHONY: help demo test test-all lint bench format clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -25,6 +25,9 @@ lint: $(STAMP)-dev  ## style, types and import contracts
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+bench: $(STAMP)-dev  ## measure engines against the bare loop; say which have become slower
+	$(BIN)/python -m benchmarks
 
 format: $(STAMP)-dev  ## put the code in its style
 	$(BIN)/ruff format .

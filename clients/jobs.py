@@ -1,28 +1,39 @@
 """A client's heavy work as a value.
 
 A handler of the ClientApp unpacks a message, describes what is to be computed as a job and calls `execute`.
-In a SuperNode, in a Ray actor or in a plain call the job runs there and then. The seam is what an engine needs
-that wants to run the jobs of a round together; the app does not change for it.
+In a SuperNode, in a Ray actor or in a plain call the job runs there and then. Within `together`, an engine's way to
+run the jobs of a round at once, every call of the app is a greenlet: `execute` suspends it until all have come to
+their job, and resumes it with its result. The app does not change for it, and nothing runs in parallel here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
+
+from greenlet import getcurrent, greenlet
 
 from fedbn.evaluation import Column, Score
 from fedbn.federation import client_consult, client_evaluation, client_round, client_talk
 from fedbn.moments import Moments
 from fedbn.roles import State
 from fedbn.setting import Setting
+from fedbn.stacked.tiers import Failure
 from fedbn.strategy import Progress, Update
 
 Result = TypeVar("Result", covariant=True)
+Reply = TypeVar("Reply")
 
 
 class Job(Protocol[Result]):
-    """Work of one client, complete in itself."""
+    """Work of one client, complete in itself.
+
+    Attributes:
+        trains: whether it is a round of training.
+    """
+
+    trains: ClassVar[bool]
 
     def run(self) -> Result:
         """Do it alone."""
@@ -31,13 +42,57 @@ class Job(Protocol[Result]):
 
 def execute(job: Job[Result]) -> Result:
     """The result of a job."""
-    return job.run()
+    current = getcurrent()
+    return current.parent.switch(job) if isinstance(current, _Call) and current.parent else job.run()
+
+
+class _Call(greenlet):  # type: ignore[misc]
+    """A call that hands its job to its parent."""
+
+
+def together(calls: Sequence[Callable[[], Reply]], run: Callable[[list[Any]], Sequence[object]]) -> list[Reply]:
+    """Make all calls; jobs of one kind that they have come to are run at once.
+
+    Args:
+        calls: each may call `execute`, several times too; none raises.
+        run: does jobs of one kind; in the place of one's result it may give a `fedbn.stacked.tiers.Failure`.
+
+    Returns:
+        What the calls return, in their order.
+
+    >>> @dataclass(frozen=True)
+    ... class Double:
+    ...     trains: ClassVar[bool] = False
+    ...     number: int = 0
+    >>> together([lambda: execute(Double(number=3)), lambda: 7], lambda jobs: [2 * j.number for j in jobs])
+    [6, 7]
+    """
+    replies: dict[int, Reply] = {}
+    waiting: dict[int, tuple[_Call, Job[Any]]] = {}
+
+    def note(i: int, call: _Call, answer: Any) -> None:
+        if call.dead:
+            replies[i] = answer
+        else:
+            waiting[i] = (call, answer)
+
+    for i, function in enumerate(calls):
+        call = _Call(function)
+        note(i, call, call.switch())
+    while waiting:
+        kind = type(next(iter(waiting.values()))[1])
+        chosen = {i: waiting.pop(i) for i, (_, job) in list(waiting.items()) if type(job) is kind}
+        results = run([job for _, job in chosen.values()])
+        for (i, (call, _)), result in zip(chosen.items(), results, strict=True):
+            note(i, call, call.throw(result.error) if isinstance(result, Failure) else call.switch(result))
+    return [replies[i] for i in range(len(calls))]
 
 
 @dataclass(frozen=True)
 class Train:
     """One round of local training."""
 
+    trains: ClassVar[bool] = True
     here: Setting
     user: int
     received: State
@@ -55,6 +110,7 @@ class Train:
 class Consult:
     """One exchange about the first batch of a round."""
 
+    trains: ClassVar[bool] = False
     here: Setting
     user: int
     received: State
@@ -71,6 +127,7 @@ class Consult:
 class Evaluate:
     """One user's cells of the evaluation matrix."""
 
+    trains: ClassVar[bool] = False
     here: Setting
     user: int
     received: State
@@ -96,6 +153,7 @@ class Evaluate:
 class Settle:
     """One exchange in agreeing on statistics."""
 
+    trains: ClassVar[bool] = False
     here: Setting
     user: int
     received: State

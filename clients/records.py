@@ -8,6 +8,7 @@ from typing import cast
 import torch
 from flwr.app import ArrayRecord, MetricRecord, RecordDict
 
+from clients.npy import pack, unpack
 from fedbn.evaluation import Column, Row, Score
 from fedbn.moments import Moments
 from fedbn.recalibration import flatten, unflatten
@@ -16,13 +17,12 @@ from fedbn.roles import State
 
 def arrays(state: State) -> ArrayRecord:
     """Named tensors as a record; dtypes and zero-dimensional entries are kept."""
-    return ArrayRecord({k: v.detach().cpu() for k, v in state.items()})
+    return ArrayRecord({k: pack(v) for k, v in state.items()})
 
 
 def tensors(record: ArrayRecord, device: str = "cpu") -> State:
     """A record as named tensors."""
-    state = record.to_torch_state_dict()
-    return {k: v.to(device) for k, v in state.items()}
+    return {k: unpack(array).to(device) for k, array in record.items()}
 
 
 class Decoder:

@@ -29,7 +29,7 @@ from fedbn.recalibration import all_moments
 from fedbn.roles import statistics_layers
 from fedbn.run import Run
 from fedbn.setting import Setting, setting
-from simulations.engines import Engine, execute
+from simulations.engines import Engine, execute, parse_engine
 from simulations.experiment import Experiment
 from simulations.results import Comparison, write_comparison, write_run, write_shift
 from simulations.store import code_digest, load_outcome, save_outcome, versions
@@ -288,6 +288,7 @@ def compare(
     Raises:
         UserError: before anything runs, for whatever can be known then.
     """
+    parse_engine(engine)
     experiment = experiment.resolved()
     notices = [*notices, *preflight(experiment, out)]
     workers = workers or os.cpu_count() or 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from fedbn.errors import UserError
@@ -54,3 +55,16 @@ def replace_block(document: Path, name: str, content: str | None = None) -> None
         raise UserError(f"{document} has no block for {name}: add <!-- begin {name} --> and <!-- end {name} -->")
     if content is not None:
         document.write_text(block.sub(lambda m: m[1] + content + m[2], text), encoding="utf-8")
+
+
+def markdown(rows: Sequence[dict[str, str]]) -> str:
+    r"""Rows of one shape as a Markdown table.
+
+    >>> print(markdown([{"name": "fedbn", "what": "a|b"}]), end="")
+    | name | what |
+    | --- | --- |
+    | fedbn | a\|b |
+    """
+    head = list(rows[0])
+    lines = [head, ["---"] * len(head), *([str(row[name]).replace("|", "\\|") for name in head] for row in rows)]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)

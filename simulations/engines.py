@@ -1,29 +1,51 @@
 """Three ways to execute a run; the numbers are the same to the last bit.
 
 *reference*: the readable loop, without Flower. *grid*: Flower's apps over a Grid in this process. *ray*: Flower's
-apps in Flower's own simulation.
+apps in Flower's own simulation. ``grid:TIER`` says how the grid does its clients' work (`fedbn.stacked.tiers`): the
+tiers ``stacked``, ``lean`` and ``auto`` are faster and equal to rounding, the last in a way that depends on timing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
 
 from flwr.app import Context, RecordDict
 
 from clients.app import app as client_app
 from clients.records import arrays, set_threads, tensors
+from fedbn.errors import UserError, unknown
 from fedbn.federation import Outcome, federate
 from fedbn.run import Run
 from fedbn.setting import setting
+from fedbn.stacked.tiers import Tier, parse_tier
 from simulations.app import Listener, listening
 from simulations.app import app as server_app
 from simulations.flower_compat import task_identity
 from simulations.grid import InProcessGrid
 from simulations.server_optimizer import server_step
 
-Engine = Literal["reference", "grid", "ray"]
+Engine = str
+"""``reference``, ``grid``, ``grid:TIER`` or ``ray``."""
+
+ENGINES = ("reference", "grid", "ray")
 OnRound = Callable[[int, Outcome], None]
+
+
+def parse_engine(text: str) -> tuple[str, Tier]:
+    """Engine and tier that a text names.
+
+    Raises:
+        UserError: there is none of this name.
+
+    >>> parse_engine("grid:stacked")
+    ('grid', 'stacked')
+    """
+    name, colon, tier = text.partition(":")
+    if name not in ENGINES:
+        raise unknown("engine", name, ENGINES)
+    if colon and name != "grid":
+        raise UserError(f"engine {name!r} has no tiers; only the grid has: {text!r}")
+    return name, parse_tier(tier) if colon else "exact"
 
 
 def execute(
@@ -38,22 +60,23 @@ def execute(
         on_round: told after each round, with all that is needed to go on from there.
     """
     set_threads()
-    match engine:
+    name, tier = parse_engine(engine)
+    match name:
         case "reference":
             with task_identity(1):
                 return federate(run, step=server_step(run.plan), resume=resume, on_round=on_round)
         case "grid":
-            return _in_process(run, resume, on_round)
-        case "ray":
+            return _in_process(run, tier, resume, on_round)
+        case _:
             from simulations.ray_engine import run_on_ray
 
             return run_on_ray(run)
 
 
-def _in_process(run: Run, resume: Outcome | None, on_round: OnRound | None) -> Outcome:
+def _in_process(run: Run, tier: Tier, resume: Outcome | None, on_round: OnRound | None) -> Outcome:
     here = setting(run)
     config = {"run": run.to_json()}
-    grid = InProcessGrid(client_app, len(here.population.users), config)
+    grid = InProcessGrid(client_app, len(here.population.users), config, tier=tier)
     for user, kept in (resume.kept if resume else {}).items():
         grid.partition_context(max(user, 0)).state[f"kept-{user}"] = arrays(kept)
     finished: list[Outcome] = []

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
-from flwr.app import Context, Error, Message, RecordDict
+from flwr.app import ArrayRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
+from clients.jobs import together
+from fedbn.stacked.tiers import Tier, Tiers
 from simulations.flower_compat import (
     CLIENT_APP_RAISED,
     NODE_UNAVAILABLE,
@@ -48,6 +51,7 @@ class InProcessGrid(Grid):
         run_id: int = 1,
         first_node: int = FIRST_NODE,
         fault: Callable[[Message], str | None] | None = None,
+        tier: Tier = "exact",
     ) -> None:
         """Make a grid.
 
@@ -58,11 +62,13 @@ class InProcessGrid(Grid):
             run_id: Flower's run id.
             first_node: node id of partition 0.
             fault: may give a reason why a message's node cannot be reached.
+            tier: how the jobs of many clients are done (`fedbn.stacked.tiers`).
         """
         self.client_app, self.nodes, self.run_config = client_app, nodes, dict(run_config)
         self.contexts: dict[int, Context] = {}
         self.bytes_down = self.bytes_up = 0
         self._run, self._first, self._fault = flower_run(run_id), first_node, fault
+        self._tiers = Tiers(tier)
         self._replies: dict[str, Message] = {}
         self._sent = 0
 
@@ -91,14 +97,14 @@ class InProcessGrid(Grid):
         return list(range(self._first, self._first + self.nodes))
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Run each message's client at once; replies wait to be pulled."""
-        ids = []
+        """Run the messages' clients, their jobs together; replies wait to be pulled."""
+        messages = list(messages)
         for message in messages:
             set_message_id(message, self._next_id())
-            reply = self._deliver(message)
+        ids = [message.metadata.message_id for message in messages]
+        for number, reply in zip(ids, together([partial(self._deliver, m) for m in messages], self._tiers.run)):
             set_message_id(reply, self._next_id())
-            self._replies[message.metadata.message_id] = reply
-            ids.append(message.metadata.message_id)
+            self._replies[number] = reply
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
@@ -156,4 +162,4 @@ class InProcessGrid(Grid):
 
 
 def _payload(records: RecordDict) -> int:
-    return sum(record.count_bytes() for record in records.array_records.values())
+    return sum(record.count_bytes() for record in records.values() if isinstance(record, ArrayRecord))

@@ -62,6 +62,7 @@ def test_what_is_local_is_never_in_a_message(small):
         for kind in ("train", "evaluate"):
             getattr(app, kind)()(_handler(kind))
         app.query("settle")(_handler("settle"))
+        app.query("consult")(_handler("consult"))
         app.query("partition")(_handler("partition"))
         grid = InProcessGrid(app, len(here.population.users), {"run": run.to_json()})
         with task_identity(1):

@@ -1,0 +1,1 @@
+"""How long a round takes, against a bare PyTorch loop: ``python -m benchmarks``."""

@@ -1,0 +1,160 @@
+"""Whole rounds of many clients at once: what `fedbn.federation.client_round` does, for a stack."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fedbn.federation import ASIDE, OPTIMIZER
+from fedbn.personal import Personalisation
+from fedbn.roles import State
+from fedbn.seeds import generator
+from fedbn.setting import EVERYONE, Setting
+from fedbn.stacked.fit import Descent, Trained, Trainee, fit_stack
+from fedbn.stacked.program import Program, Unstackable, program, refuse_hooks
+from fedbn.strategy import Heard, NormStrategy, Progress, Update
+from fedbn.training import epoch_batches
+
+
+class Round(Protocol):
+    """One client's round of training, not yet done: what `client_round` is given."""
+
+    @property
+    def here(self) -> Setting: ...
+    @property
+    def user(self) -> int: ...
+    @property
+    def received(self) -> State: ...
+    @property
+    def kept(self) -> State | None: ...
+    @property
+    def progress(self) -> Progress: ...
+    @property
+    def heard(self) -> Heard: ...
+
+
+@dataclass
+class Rows:
+    """Training data of many users as one tensor, made once for a set of users.
+
+    Attributes:
+        x, y: all users' examples, one user after the other.
+        first: user -> its first row.
+    """
+
+    x: Tensor
+    y: Tensor
+    first: dict[int, int]
+
+    @staticmethod
+    def of(here: Setting, users: Sequence[int]) -> Rows:
+        """The rows of some users."""
+        parts = [here.training_data(u) for u in users]
+        if len(parts) == 1:
+            return Rows(parts[0].x, parts[0].y, {users[0]: 0})
+        first, at = {}, 0
+        for user, part in zip(users, parts, strict=True):
+            first[user] = at
+            at += len(part)
+        return Rows(torch.cat([p.x for p in parts]), torch.cat([p.y for p in parts]), first)
+
+
+@dataclass
+class Cohort:
+    """What stays the same between the rounds of a run: the model's twin and the users' rows.
+
+    >>> from fedbn.run import Plan, Run
+    >>> from fedbn.setting import setting
+    >>> Cohort(setting(Run("digits8", "fedbn", plan=Plan(), model="mlp"))).twin(Progress(1, 2)).trained[:1]
+    ('hidden.0.weight',)
+    """
+
+    here: Setting
+    twins: dict[tuple[tuple[int, bool], ...], Program] = field(default_factory=dict)
+
+    @cached_property
+    def rows(self) -> Rows:
+        """The training data of all who train."""
+        return Rows.of(self.here, self.here.trainers)
+
+    def twin(self, progress: Progress, heard: Heard = ()) -> Program:
+        """The stacked twin of the run's model in the mode of a round; to be used before the mode changes.
+
+        Raises:
+            Unstackable: clients do more than plain steps, or the model has unknown parts.
+        """
+        here, kind = self.here, type(self.here.strategy)
+        if heard:
+            raise Unstackable(f"{here.strategy.name} consults before training")
+        for hook in ("before_step", "measure", "report"):
+            if getattr(kind, hook) is not getattr(NormStrategy, hook):
+                raise Unstackable(f"{here.strategy.name} has its own {hook}")
+        if type(here.personal).train is not Personalisation.train:
+            raise Unstackable(f"{here.personal.name} trains in its own way")
+        model = here.load(here.initial)
+        here.strategy.begin(model, progress, heard)
+        state = model.state_dict()
+        if any(not torch.equal(state[n], v) for n, v in here.initial.items()):
+            raise Unstackable(f"{here.strategy.name} changes the model before training")
+        refuse_hooks(model)
+        mode = tuple((id(m), m.training) for m in model.modules())
+        if mode not in self.twins:
+            self.twins[mode] = program(model)
+        return self.twins[mode]
+
+    def train(self, rounds: Sequence[Round], twin: Program) -> list[tuple[Update, State]]:
+        """Do the rounds of several clients side by side; results in their order."""
+        here, plan = self.here, self.here.run.plan
+        number = rounds[0].progress.round
+        users = [r.user for r in rounds]
+        rows = self.rows if len(users) > 1 else Rows.of(here, users)
+        trainees = [self._trainee(r, rows) for r in rounds]
+        order = sorted(range(len(rounds)), key=lambda i: -len(here.training_data(users[i])))
+        how = Descent(
+            plan.rate(number), plan.momentum, plan.weight_decay, plan.proximal, frozenset(here.ownership.travels)
+        )
+        trained = fit_stack(twin, [trainees[i] for i in order], rows.x, rows.y, how)
+        results = dict(zip(order, trained, strict=True))
+        return [self._result(r, results[i]) for i, r in enumerate(rounds)]
+
+    def rehearse(self, rounds: Sequence[Round], twin: Program) -> None:
+        """One step of each client on its first rows, to see how long it takes; nothing is kept."""
+        here, plan = self.here, self.here.run.plan
+        size = min(plan.batch_size, min(len(here.training_data(r.user)) for r in rounds))
+        parts = [here.training_data(r.user).take(torch.arange(size)) for r in rounds]
+        x, y = torch.cat([p.x for p in parts]), torch.cat([p.y for p in parts])
+        rows = torch.split(torch.arange(len(y), device=y.device), size)
+        trainees = [Trainee(here.initial, [index], torch.Generator()) for index in rows]
+        fit_stack(twin, trainees, x, y, Descent(plan.lr, plan.momentum))
+
+    def _trainee(self, job: Round, rows: Rows) -> Trainee:
+        here, plan, kept = self.here, self.here.run.plan, job.kept or {}
+        # As in `client_round`: one place that holds everyone's data draws as its first user would.
+        drawn = here.population.seen[0] if job.user == EVERYONE else job.user
+        seed, number = here.run.seed, job.progress.round
+        n, first = len(here.training_data(job.user)), rows.first[job.user]
+        return Trainee(
+            here.assemble(job.received, {k: v for k, v in kept.items() if k in here.ownership.roles}),
+            [
+                (index + first).to(rows.y.device)
+                for epoch in range(plan.local_epochs)
+                for index in epoch_batches(n, plan, seed, number, drawn, epoch)
+            ],
+            generator(seed, "noise", number, drawn),
+            {k.removeprefix(OPTIMIZER): v for k, v in kept.items() if k.startswith(OPTIMIZER)},
+        )
+
+    def _result(self, job: Round, done: Trained) -> tuple[Update, State]:
+        here, plan = self.here, self.here.run.plan
+        examples = len(here.training_data(job.user))
+        loss = done.loss / (examples * max(plan.local_epochs, 1))
+        stays = {k: done.state[k] for k in here.ownership.kept}
+        if plan.optimizer_state == "keep" and plan.momentum:
+            stays |= {OPTIMIZER + k: v for k, v in done.momentum.items()}
+        stays |= {k: v for k, v in (job.kept or {}).items() if k.startswith(ASIDE)}
+        return Update(job.user, {k: done.state[k] for k in here.ownership.travels}, examples, loss), stays

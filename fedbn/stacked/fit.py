@@ -1,0 +1,209 @@
+"""Train a stack of clients by SGD: every client takes the steps that `fedbn.training.fit` would take with it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fedbn.roles import State
+from fedbn.stacked.program import Program
+
+
+@dataclass
+class Trainee:
+    """One client of a stack.
+
+    Attributes:
+        state: its model's state; not written to.
+        batches: the rows of each of its steps, as indices into the stack's data.
+        noise: draws its dropout masks.
+        momentum: buffers from its last round, by parameter name.
+    """
+
+    state: State
+    batches: Sequence[Tensor]
+    noise: torch.Generator
+    momentum: State = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Descent:
+    """How every client of a stack steps.
+
+    Attributes:
+        lr, momentum, weight_decay: of SGD.
+        mu: weight of half the squared distance to the values before the first step (FedProx).
+        pulled: names of the parameters that it counts for.
+    """
+
+    lr: float
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    mu: float = 0.0
+    pulled: frozenset[str] = frozenset()
+
+
+@dataclass
+class Trained:
+    """One client after training: its state, the sum of its examples' losses, its momentum buffers."""
+
+    state: State
+    loss: float
+    momentum: State
+
+
+def agenda(sizes: Sequence[Sequence[int]]) -> Iterator[list[tuple[int, int]]]:
+    """The steps of all clients in an order in which as many as possible are taken together.
+
+    Only batches of one size can be. Every client's own steps stay in their order; whose next batch has the most
+    frequent size steps next.
+
+    Args:
+        sizes: for each client, the sizes of its batches.
+
+    Yields:
+        Pairs of client and step.
+
+    >>> list(agenda([[4, 4, 1], [4, 4, 3], [4, 1]]))
+    [[(0, 0), (1, 0), (2, 0)], [(0, 1), (1, 1)], [(0, 2), (2, 1)], [(1, 2)]]
+    """
+    at = [0] * len(sizes)
+    while waiting := [i for i, own in enumerate(sizes) if at[i] < len(own)]:
+        size, _ = Counter(sizes[i][at[i]] for i in waiting).most_common(1)[0]
+        together = [i for i in waiting if sizes[i][at[i]] == size]
+        yield [(i, at[i]) for i in together]
+        for i in together:
+            at[i] += 1
+
+
+@dataclass(frozen=True)
+class Group:
+    """Clients of a stack that step together.
+
+    Attributes:
+        members: which, as indices into the stack; ``index`` the same as a tensor.
+        leaves: their parameters, by name, laid out for the program.
+        momentum: their buffers, likewise; empty without momentum.
+        forward: the program on their tensors.
+        entries: all their entries, laid out.
+        views: whether these are views of the stack, so that nothing has to be written back.
+    """
+
+    members: tuple[int, ...]
+    index: Tensor
+    leaves: State
+    momentum: State
+    forward: Callable[[Tensor], Tensor]
+    entries: State
+    views: bool
+
+
+class Stack:
+    """States of K clients as tensors ``[K, *shape]``."""
+
+    def __init__(self, twin: Program, trainees: Sequence[Trainee], how: Descent) -> None:
+        self.twin = twin
+        self.noise = [t.noise for t in trainees]
+        self.tensors = {n: _stack([t.state[n] for t in trainees]) for n in trainees[0].state}
+        self.momentum: State = {}
+        if how.momentum:
+            self.momentum = {n: torch.zeros_like(self.tensors[n]) for n in twin.trained}
+            for i, trainee in enumerate(trainees):
+                for name, buffer in trainee.momentum.items():
+                    self.momentum[name][i] = buffer
+        self._views: dict[tuple[int, ...], Group] = {}
+
+    def group(self, members: tuple[int, ...]) -> Group:
+        """Some of the clients, in the order of the stack."""
+        if members in self._views:
+            return self._views[members]
+        first, last, index = members[0], members[-1], torch.tensor(members)
+        views = last - first + 1 == len(members)
+
+        def part(whole: Tensor) -> Tensor:
+            return whole[first : last + 1] if views else whole.index_select(0, index.to(whole.device))
+
+        entries = {n: self.twin.laid(n, part(t)).detach() for n, t in self.tensors.items()}
+        momentum = {n: self.twin.laid(n, part(t)).detach() for n, t in self.momentum.items()}
+        leaves = {n: entries[n].requires_grad_() for n in self.twin.trained}
+        forward = self.twin.bind(entries, len(members), [self.noise[i] for i in members])
+        made = Group(members, index, leaves, momentum, forward, entries, views)
+        if views:
+            self._views[members] = made
+        return made
+
+    def put_back(self, group: Group) -> None:
+        """Write what a group has learnt into the stack."""
+        if group.views:
+            return
+        for of, parts in ((self.tensors, group.entries), (self.momentum, group.momentum)):
+            for name, whole in of.items():
+                rows = parts[name].detach().reshape(len(group.members), *whole.shape[1:])
+                whole.index_copy_(0, group.index.to(whole.device), rows)
+
+
+def _stack(tensors: Sequence[Tensor]) -> Tensor:
+    first = tensors[0]
+    if all(t is first for t in tensors):
+        return first.unsqueeze(0).repeat(len(tensors), *[1] * first.dim())
+    return torch.stack(list(tensors)).contiguous()
+
+
+def fit_stack(twin: Program, trainees: Sequence[Trainee], x: Tensor, y: Tensor, how: Descent) -> list[Trained]:
+    """Train all clients.
+
+    Args:
+        twin: their model.
+        trainees: the clients; those with more batches first make the largest groups cheapest.
+        x: rows ``[n, C, *positions]`` of all clients.
+        y: labels ``[n]``.
+        how: the steps.
+    """
+    stack = Stack(twin, trainees, how)
+    start = {n: stack.tensors[n].clone() for n in twin.trained if how.mu and n in how.pulled}
+    total = torch.zeros(len(trainees), device=x.device)
+    for steps in agenda([[len(b) for b in t.batches] for t in trainees]):
+        group = stack.group(tuple(i for i, _ in steps))
+        losses = _losses(group, x, y, [trainees[i].batches[step] for i, step in steps])
+        gradients = torch.autograd.grad(losses.sum(), list(group.leaves.values()), allow_unused=True)
+        with torch.no_grad():
+            total[group.index] += losses.detach() * len(trainees[steps[0][0]].batches[steps[0][1]])
+            pulled = {n: twin.laid(n, v[group.index]) for n, v in start.items()}
+            _descend(how, group, gradients, pulled)
+        stack.put_back(group)
+    states = {n: t.unbind() for n, t in stack.tensors.items()}
+    momentum = {n: m.unbind() for n, m in stack.momentum.items()}
+    return [
+        Trained({n: t[i] for n, t in states.items()}, loss, {n: m[i] for n, m in momentum.items()})
+        for i, loss in enumerate(total.tolist())
+    ]
+
+
+def _losses(group: Group, x: Tensor, y: Tensor, batches: list[Tensor]) -> Tensor:
+    """Mean loss of each client's batch, ``[K]``."""
+    rows = torch.stack(batches, 1).flatten() if len(batches) > 1 else batches[0]
+    batch, k = len(batches[0]), len(batches)
+    inputs = x.index_select(0, rows).view(batch, k * x.shape[1], *x.shape[2:])
+    outputs = group.forward(inputs).reshape(batch * k, -1)
+    each = F.cross_entropy(outputs, y.index_select(0, rows), reduction="none")
+    return each.view(batch, k).mean(0)
+
+
+def _descend(how: Descent, group: Group, gradients: Sequence[Tensor | None], pulled: State) -> None:
+    """One step of SGD on all parameters that have a gradient, in place, as ``torch.optim.SGD`` takes it."""
+    used = [(n, p, g) for (n, p), g in zip(group.leaves.items(), gradients, strict=True) if g is not None]
+    parameters = [p for _, p, _ in used]
+    directions = [g.add(p - pulled[n], alpha=how.mu) if n in pulled else g for n, p, g in used]
+    if how.weight_decay:
+        directions = list(torch._foreach_add(directions, parameters, alpha=how.weight_decay))
+    if how.momentum:
+        buffers = [group.momentum[n] for n, _, _ in used]
+        torch._foreach_mul_(buffers, how.momentum)
+        torch._foreach_add_(buffers, directions)
+        directions = buffers
+    torch._foreach_add_(parameters, directions, alpha=-how.lr)

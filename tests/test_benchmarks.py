@@ -1,0 +1,78 @@
+"""The benchmarks measure what they say: the bare loop is FedBN, and slower means slower."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import torch
+
+from benchmarks import __main__ as command
+from benchmarks import workloads
+from benchmarks.measure import grid_seconds, loop_seconds, ratios, scale
+from benchmarks.workloads import TEST_ROWS, WORKLOADS, bare_loop
+from fedbn.federation import federate
+from fedbn.setting import setting
+from fedbn.training import epoch_batches
+
+
+def tiny():
+    return replace(WORKLOADS[2], clients=3, steps=2)
+
+
+def test_the_workloads_are_as_the_table_says(tmp_path):
+    for work in WORKLOADS:
+        here = setting(replace(work, clients=2).run(tmp_path, 1))
+        sizes = {len(u.train) for u in here.population.users}
+        assert sizes == {work.steps * work.batch}
+        assert {len(u.test) for u in here.population.users} == {TEST_ROWS}
+        assert f"{sum(p.numel() for p in here.scratch.parameters()):,}" in str(workloads.__doc__)
+
+
+def test_the_bare_loop_takes_the_steps_of_a_round(tmp_path, monkeypatch):
+    """With the federation's shuffles it ends in the federation's state."""
+    run = tiny().run(tmp_path, 1)
+    here = setting(run)
+    drawn = iter(here.trainers)
+    monkeypatch.setattr(
+        "benchmarks.workloads.batches",
+        lambda n, size, draw: epoch_batches(n, run.plan, 0, 1, next(drawn), 0),
+    )
+    loop = bare_loop(here)
+    next(loop)
+    shared = loop.gi_frame.f_locals["shared"]
+    expected = federate(run).server.state
+    assert shared.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(shared[key], value, rtol=1e-5, atol=1e-6)
+
+
+def test_rounds_are_timed_without_changing_threads(tmp_path):
+    run = tiny().run(tmp_path, 3)
+    before = torch.get_num_threads()
+    assert loop_seconds(run, 2) > 0
+    assert grid_seconds(run, "stacked") > 0
+    assert torch.get_num_threads() == before
+    assert [(row["clients"], row["steps"]) for row in scale(tmp_path, "stacked", 3, 100)] == [(10, 10), (100, 1)]
+
+
+def test_the_command_writes_prints_stores_and_warns(tmp_path, monkeypatch, capsys):
+    row = {"workload": "W3", "engine": "grid:auto", "loop": 0.1, "seconds": 0.01, "ratio": 0.1, "target": 0.05}
+    result = {"ratios": [row], "scale": [{"clients": 10, "steps": 1, "seconds": 0.1}], "starts": {"import": 1.0}}
+    monkeypatch.setattr("benchmarks.measure.measure", lambda *args: result)
+    monkeypatch.setattr(command, "STORED", tmp_path / "stored.json")
+    assert command.main(["--out", str(tmp_path), "--store"]) == 0
+    assert json.loads((tmp_path / "stored.json").read_text()) == json.loads((tmp_path / "benchmarks.json").read_text())
+    assert (tmp_path / "benchmarks.png").stat().st_size > 1000
+    out, err = capsys.readouterr()
+    assert "| W3 | grid:auto | 100.0 | 10.0 | 0.100 | 0.05 |" in out
+    assert not err
+    monkeypatch.setattr("benchmarks.measure.measure", lambda *args: result | {"ratios": [row | {"ratio": 0.2}]})
+    command.main(["--out", str(tmp_path)])
+    assert "warning: W3 on grid:auto takes 0.200 of the bare loop; stored: 0.100" in capsys.readouterr().err
+
+
+def test_ratios_are_rows_of_workload_and_tier(tmp_path):
+    (row,) = ratios(tmp_path, ["one"], 3, [tiny()])
+    assert row["engine"] == "grid:one"
+    assert row["ratio"] == row["seconds"] / row["loop"]
