@@ -1,0 +1,64 @@
+"""Activities in bouts: a recording's order made up, with a length and a mix that one may choose."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from fedbn.errors import UserError
+from fedbn.scenario import Examples
+from fedbn.seeds import numpy_generator
+from fedbn.streams import Stream, StreamSpec, arranged, positive
+
+
+@dataclass(frozen=True)
+class Bouts(StreamSpec):
+    """As many windows as were recorded, in bouts of one class with geometric length.
+
+    The class after a bout is drawn from the prior among the others. A bout goes on through the class's windows where
+    the last one stopped and starts again when they are used up, so with a skewed prior windows recur.
+
+    Attributes:
+        length: mean length of a bout, in windows.
+        prior: relative frequency of each class as a next bout, ``prior=5+2+1``; empty for equal.
+
+    >>> own = Examples(torch.arange(40.0)[:, None], torch.arange(40) % 4, torch.zeros(40))
+    >>> long = Bouts(length=10).make("ann", [own], seed=0).y
+    >>> int((long.diff() != 0).sum()) < 15
+    True
+    """
+
+    name = "bouts"
+    about = "bouts of one class, of geometric length, with a class prior"
+    length: float = 25.0
+    prior: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.length >= 1:
+            raise UserError(f"stream 'bouts': a bout lasts at least 1 window, length={self.length:g} does not")
+        positive(self, **{f"prior {i + 1}": p for i, p in enumerate(self.prior)})
+
+    def make(self, user: str, people: Sequence[Examples], seed: int) -> Stream:
+        draw = numpy_generator(seed, "stream", self.name, user)
+        y = people[0].y.cpu().numpy()
+        classes = np.unique(y)
+        if self.prior and len(self.prior) <= classes.max():
+            raise UserError(
+                f"stream 'bouts': prior has {len(self.prior)} numbers and class {classes.max()} occurs; give one for "
+                "each class"
+            )
+        prior = np.array(self.prior)[classes] if self.prior else np.ones(len(classes))
+        rows = [np.flatnonzero(y == c) for c in classes]
+        position = [int(draw.integers(len(r))) for r in rows]
+        order: list[int] = []
+        current = -1
+        while len(order) < len(y):
+            weight = prior * (np.arange(len(classes)) != current) if len(classes) > 1 else prior
+            current = int(draw.choice(len(classes), p=weight / weight.sum()))
+            for _ in range(draw.geometric(1 / self.length)):
+                order.append(rows[current][position[current] % len(rows[current])])
+                position[current] += 1
+        return arranged(user, people[0], torch.tensor(order[: len(y)]))

@@ -1,0 +1,72 @@
+r"""Label-correlated chunks by a Dirichlet draw, as NOTE makes them.
+
+There are as many chunks as classes. Each class is split over the chunks in shares
+:math:`\sim Dir(\delta,\dots,\delta)`, chunks that are full already getting none; within a chunk each class lies in
+one piece. Small :math:`\delta`: nearly one class a chunk; large: every chunk holds all classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from fedbn.scenario import Examples
+from fedbn.seeds import numpy_generator
+from fedbn.streams import Stream, StreamSpec, arranged, positive
+
+ATTEMPTS = 100
+"""Draws after which the last one is taken, be its smallest chunk as it may."""
+
+
+@dataclass(frozen=True)
+class Dirichlet(StreamSpec):
+    """Chunks of skewed classes, redrawn until each holds at least ten windows or a quarter of its fair share.
+
+    Attributes:
+        delta: concentration.
+
+    >>> own = Examples(torch.arange(40.0)[:, None], torch.arange(40) % 4, torch.zeros(40))
+    >>> sorted(Dirichlet().make("ann", [own], seed=0).x.flatten().tolist()) == own.x.flatten().tolist()
+    True
+    """
+
+    name = "dirichlet"
+    about = "chunks with class shares from a Dirichlet distribution"
+    source = "Gong et al. 2022 (NOTE), https://arxiv.org/abs/2208.05117"
+    delta: float = 0.1
+
+    def __post_init__(self) -> None:
+        positive(self, delta=self.delta)
+
+    def make(self, user: str, people: Sequence[Examples], seed: int) -> Stream:
+        draw = numpy_generator(seed, "stream", self.name, user)
+        chunks = self.chunks(people[0].y.cpu().numpy(), draw)
+        order = [chunk[i] for chunk in chunks for i in draw.permutation(len(chunk))]
+        return arranged(user, people[0], torch.from_numpy(np.concatenate(order)))
+
+    def chunks(self, y: np.ndarray, draw: np.random.Generator) -> list[list[np.ndarray]]:
+        """Rows of each class in each chunk, from labels ``[n]``."""
+        classes = np.unique(y)
+        fair = len(y) / len(classes)
+        enough = min(10.0, fair / 4)
+        for _ in range(ATTEMPTS):
+            chunks: list[list[np.ndarray]] = [[] for _ in classes]
+            for label in draw.permutation(classes):
+                filled = np.array([sum(map(len, chunk)) for chunk in chunks])
+                weight = draw.dirichlet([self.delta] * len(chunks)) * (filled < fair)
+                if weight.sum() == 0:  # the whole draw fell on chunks that are full
+                    weight = (filled < fair).astype(float)
+                for chunk, piece in zip(chunks, pieces(np.flatnonzero(y == label), weight), strict=True):
+                    chunk.append(piece)
+            if min(sum(map(len, chunk)) for chunk in chunks) >= enough:
+                break
+        return chunks
+
+
+def pieces(rows: np.ndarray, weight: np.ndarray) -> list[np.ndarray]:
+    """``rows`` cut in consecutive pieces proportional to ``weight``, some of them empty."""
+    cuts = np.rint(np.cumsum(weight / weight.sum())[:-1] * len(rows)).astype(int)
+    return np.split(rows, cuts)

@@ -1,0 +1,49 @@
+"""Windows of no known class in between: a phone on a table, a child shaking it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fedbn.scenario import Examples
+from fedbn.seeds import generator
+from fedbn.streams import FOREIGN, Stream, StreamSpec, share
+
+
+@dataclass(frozen=True)
+class Foreign(StreamSpec):
+    """The recording, with foreign windows at random places: the person's own, their values in random positions.
+
+    The values are plausible, what they depict is not. Foreign windows are not scored.
+
+    Attributes:
+        portion: share of the stream that is foreign.
+
+    >>> own = Examples(torch.rand(8, 2, 4), torch.zeros(8, dtype=torch.int64), torch.zeros(8))
+    >>> (Foreign(portion=0.5).make("ann", [own], seed=0).y == FOREIGN).sum().item()
+    8
+    """
+
+    name = "foreign"
+    about = "windows of no class in between"
+    source = "Gong et al. 2023 (SoTTA), https://arxiv.org/abs/2310.10074"
+    portion: float = 0.2
+
+    def __post_init__(self) -> None:
+        share(self, portion=self.portion)
+
+    def make(self, user: str, people: Sequence[Examples], seed: int) -> Stream:
+        own = people[0]
+        draw = generator(seed, "stream", self.name, user)
+        extra = max(1, round(len(own) * self.portion / (1 - self.portion)))
+        values = own.x[torch.randint(len(own), (extra,), generator=draw)].flatten(1)
+        scrambled = torch.stack([row[torch.randperm(len(row), generator=draw)] for row in values])
+        place = torch.randperm(len(own) + extra, generator=draw)[:extra]
+        is_foreign = torch.zeros(len(own) + extra, dtype=torch.bool).index_fill(0, place, True)
+        x = own.x.new_empty(len(is_foreign), *own.x.shape[1:])
+        x[is_foreign], x[~is_foreign] = scrambled.view(extra, *own.x.shape[1:]), own.x
+        y = torch.full((len(is_foreign),), FOREIGN, device=own.y.device)
+        y[~is_foreign] = own.y
+        return Stream(user, x, y, torch.zeros(len(y), dtype=torch.int64))

@@ -1,0 +1,38 @@
+"""Hours that were not recorded: the person comes back and does something else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fedbn.scenario import Examples
+from fedbn.streams import Event, Stream, StreamSpec, arranged, share
+
+
+@dataclass(frozen=True)
+class Gap(StreamSpec):
+    """The recording without a stretch in its middle.
+
+    Attributes:
+        missing: share of the windows that is lost.
+
+    >>> own = Examples(torch.arange(8.0)[:, None], torch.zeros(8, dtype=torch.int64), torch.zeros(8))
+    >>> Gap(missing=0.5).make("ann", [own], seed=0).x.flatten().tolist()
+    [0.0, 1.0, 6.0, 7.0]
+    """
+
+    name = "gap"
+    about = "the middle of the recording is missing"
+    missing: float = 0.3
+
+    def __post_init__(self) -> None:
+        share(self, missing=self.missing)
+
+    def make(self, user: str, people: Sequence[Examples], seed: int) -> Stream:
+        n = len(people[0])
+        lost = min(round(self.missing * n), n - 1)
+        start = (n - lost) // 2
+        rows = torch.cat([torch.arange(start), torch.arange(start + lost, n)])
+        return arranged(user, people[0], rows, (Event(start, "gap"),))

@@ -1,0 +1,45 @@
+"""Several people's windows under one name: a device that does not know whom it serves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fedbn.errors import UserError
+from fedbn.scenario import Examples
+from fedbn.seeds import generator
+from fedbn.streams import Stream, StreamSpec
+
+
+@dataclass(frozen=True)
+class Mixed(StreamSpec):
+    """Recordings interleaved at random, each in its own order.
+
+    Attributes:
+        people: how many.
+
+    >>> a = Examples(torch.zeros(4, 1), torch.zeros(4, dtype=torch.int64), torch.zeros(4))
+    >>> Mixed().make("ann", [a, a], seed=0).who.sum().item()
+    4
+    """
+
+    name = "mixed"
+    about = "several people's windows interleaved"
+    people: int = 2
+
+    def __post_init__(self) -> None:
+        if self.people < 2:
+            raise UserError(f"stream 'mixed': people must be at least 2, not {self.people}")
+
+    @property
+    def persons(self) -> int:
+        return self.people
+
+    def make(self, user: str, people: Sequence[Examples], seed: int) -> Stream:
+        who = torch.arange(len(people)).repeat_interleave(torch.tensor([len(p) for p in people]))
+        shuffled = who[torch.randperm(len(who), generator=generator(seed, "stream", self.name, user))]
+        order = torch.empty_like(who)
+        order[shuffled.argsort(stable=True)] = torch.arange(len(who))
+        return Stream(user, torch.cat([p.x for p in people])[order], torch.cat([p.y for p in people])[order], shuffled)

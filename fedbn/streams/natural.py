@@ -1,0 +1,27 @@
+"""The recorded order: the only one that a deployed rule will meet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fedbn.scenario import Examples
+from fedbn.streams import Stream, StreamSpec, arranged
+
+
+@dataclass(frozen=True)
+class Natural(StreamSpec):
+    """All windows as recorded.
+
+    >>> own = Examples(torch.arange(3.0)[:, None], torch.tensor([1, 1, 0]), torch.zeros(3))
+    >>> Natural().make("ann", [own], seed=0).y.tolist()
+    [1, 1, 0]
+    """
+
+    name = "natural"
+    about = "windows as recorded"
+
+    def make(self, user: str, people: Sequence[Examples], seed: int) -> Stream:
+        return arranged(user, people[0], torch.arange(len(people[0])))

@@ -1,0 +1,30 @@
+"""One class after the other: the hardest label correlation there is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fedbn.scenario import Examples
+from fedbn.seeds import generator
+from fedbn.streams import Stream, StreamSpec, arranged
+
+
+@dataclass(frozen=True)
+class Sorted(StreamSpec):
+    """All windows of one class, then all of another; which comes first is drawn, within a class they stay as recorded.
+
+    >>> own = Examples(torch.arange(4.0)[:, None], torch.tensor([1, 0, 1, 0]), torch.zeros(4))
+    >>> Sorted().make("ann", [own], seed=0).x.flatten().tolist() in ([1, 3, 0, 2], [0, 2, 1, 3])
+    True
+    """
+
+    name = "sorted"
+    about = "one class after the other"
+
+    def make(self, user: str, people: Sequence[Examples], seed: int) -> Stream:
+        y = people[0].y.cpu()
+        place = torch.randperm(int(y.max()) + 1, generator=generator(seed, "stream", self.name, user))
+        return arranged(user, people[0], place[y].argsort(stable=True))

@@ -1,0 +1,40 @@
+"""Somebody else takes the device, and nobody says so."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fedbn.scenario import Examples
+from fedbn.streams import Stream, StreamSpec, joined, share
+
+
+@dataclass(frozen=True)
+class Switch(StreamSpec):
+    """One person's recording up to a point, from there on another's.
+
+    Attributes:
+        at: share of the recording after which the person changes.
+
+    >>> a = Examples(torch.zeros(4, 1), torch.zeros(4, dtype=torch.int64), torch.zeros(4))
+    >>> Switch().make("ann", [a, a], seed=0).who.tolist()
+    [0, 0, 1, 1]
+    """
+
+    name = "switch"
+    about = "another person takes over"
+    at: float = 0.5
+
+    def __post_init__(self) -> None:
+        share(self, at=self.at)
+
+    @property
+    def persons(self) -> int:
+        return 2
+
+    def make(self, user: str, people: Sequence[Examples], seed: int) -> Stream:
+        before, after = (torch.arange(len(p)) for p in people)
+        first, second = before[: round(self.at * len(before))], after[round(self.at * len(after)) :]
+        return joined(user, [(0, people[0].take(first)), (1, people[1].take(second))], "switch")

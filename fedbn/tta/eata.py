@@ -1,0 +1,86 @@
+r"""EATA: entropy minimisation on windows that are reliable and not redundant, anchored where the source cared.
+
+A window counts if :math:`H<E_0=0.4\ln K` and its prediction is not too like the moving average of those used,
+:math:`|\cos(\bar p,p)|<d`; it weighs :math:`e^{E_0-H}`. The penalty
+:math:`\lambda\sum_i F_i(\theta_i-\theta_i^s)^2` holds what Fisher information on source windows calls important.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fedbn.tta import Method, Step, affine_parameters, entropy, use_batch_statistics
+
+CHUNK = 64
+"""Source windows a gradient for the Fisher information is averaged over."""
+
+
+@dataclass(frozen=True)
+class Eata(Method):
+    """Fisher information of pseudo-labels on the source windows given, at the start.
+
+    Attributes:
+        lr: of SGD with momentum 0.9.
+        margin: E0 as a share of ln K.
+        redundant: d; similar predictions above it are left out.
+        fisher: weight of the anchor.
+
+    >>> Eata().redundant
+    0.4
+    """
+
+    name = "eata"
+    about = "entropy on reliable, diverse windows with a Fisher anchor"
+    source = "Niu et al. 2022, https://arxiv.org/abs/2204.02610"
+    peeks = True
+    lr: float = 2.5e-4
+    margin: float = 0.4
+    redundant: float = 0.4
+    fisher: float = 1.0
+
+    def begin(self, model: nn.Module, source: Tensor, draw: torch.Generator) -> Step:
+        use_batch_statistics(model)
+        moved = affine_parameters(model)
+        importance = fisher_information(model, moved, source)
+        start = [p.detach().clone() for p in moved]
+        optimizer = torch.optim.SGD(moved, self.lr, momentum=0.9)
+        average: Tensor | None = None
+
+        def step(x: Tensor) -> Tensor:
+            nonlocal average
+            answer: Tensor = model(x)
+            h, p = entropy(answer), answer.softmax(1)
+            e0 = self.margin * math.log(answer.shape[1])
+            used = h < e0
+            if average is not None:
+                used = used & (F.cosine_similarity(p, average[None], dim=1).abs() < self.redundant)
+            if not bool(used.any()):
+                return answer
+            mean = p[used].detach().mean(0)
+            average = mean if average is None else 0.9 * average + 0.1 * mean
+            loss = (torch.exp(e0 - h[used].detach()) * h[used]).mean()
+            for parameter, old, weight in zip(moved, start, importance, strict=True):
+                loss = loss + self.fisher * (weight * (parameter - old) ** 2).sum()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            return answer
+
+        return step
+
+
+def fisher_information(model: nn.Module, parameters: list[nn.Parameter], source: Tensor) -> list[Tensor]:
+    """Mean squared gradient of the loss against the model's own labels, over batches of source windows."""
+    batches = [part for part in source.split(CHUNK) if len(part) > 1]
+    total = [torch.zeros_like(p) for p in parameters]
+    for rows in batches:
+        out = model(rows)
+        loss = F.cross_entropy(out, out.argmax(1))
+        for acc, g in zip(total, torch.autograd.grad(loss, parameters), strict=True):
+            acc += g**2 / len(batches)
+    return total

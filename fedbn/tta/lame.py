@@ -1,0 +1,81 @@
+r"""LAME: leave the network alone and let near windows of a block agree.
+
+Maximum likelihood with a Laplacian term, by fixed-point steps from the network's own predictions,
+
+.. math:: Y\leftarrow\mathrm{softmax}\Big(\log p+\sum_j w_{ij}Y_j\Big),
+
+:math:`w_{ij}=1` for the nearest neighbours of window :math:`i` in feature space. Superb where neighbours in time share
+a label, destructive where they do not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fedbn.tta import Method, Step, features_of
+
+MOST_STEPS = 100
+"""Fixed-point steps; the energy converges in far fewer."""
+
+
+@dataclass(frozen=True)
+class Lame(Method):
+    """Keeps nothing from block to block.
+
+    Attributes:
+        neighbours: of each window in its block.
+
+    >>> Lame().neighbours
+    5
+    """
+
+    name = "lame"
+    about = "Laplacian smoothing of a block's predictions, network untouched"
+    source = "Boudiaf et al. 2022, https://arxiv.org/abs/2201.05718"
+    peeks = True
+    block: int = 64
+    neighbours: int = 5
+
+    def begin(self, model: nn.Module, source: Tensor, draw: torch.Generator) -> Step:
+        _, features = features_of(model)
+
+        def step(x: Tensor) -> Tensor:
+            with torch.no_grad():
+                logp = model(x).log_softmax(1)
+            return agree(logp, nearest(features(), self.neighbours))
+
+        return step
+
+
+def nearest(features: Tensor, neighbours: int) -> Tensor:
+    """Affinities ``[n, n]``: 1 where j is one of i's nearest by direction, else 0; nobody is their own neighbour.
+
+    >>> nearest(torch.tensor([[1.0, 0], [1, 0.1], [0, 1]]), 1).argmax(1).tolist()
+    [1, 0, 1]
+    """
+    n = len(features)
+    unit = F.normalize(features.flatten(1), dim=1)
+    # Not by cdist: rounding in its expansion may put a row's twin before the row itself.
+    similarity = (unit @ unit.T).fill_diagonal_(-torch.inf)
+    chosen = similarity.topk(min(neighbours, n - 1), dim=1).indices
+    return torch.zeros(n, n, dtype=features.dtype, device=features.device).scatter_(1, chosen, 1.0)
+
+
+def agree(logp: Tensor, affinity: Tensor) -> Tensor:
+    """Log-probabilities ``[n, K]`` after smoothing by affinities ``[n, n]``.
+
+    >>> logp = torch.randn(3, 4).log_softmax(1)
+    >>> bool(torch.equal(agree(logp, torch.zeros(3, 3)), logp.log_softmax(1)))
+    True
+    """
+    y = logp.log_softmax(1)
+    for _ in range(MOST_STEPS):
+        new = (logp + affinity @ y.exp()).log_softmax(1)
+        if torch.allclose(new.exp(), y.exp(), atol=1e-7, rtol=0):
+            return new
+        y = new
+    return y
