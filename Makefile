@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 STAMP := $(VENV)/.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint bench format clean
+.PHONY: help demo test test-all lint bench tables format clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -25,6 +25,21 @@ lint: $(STAMP)-dev  ## style, types and import contracts
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+TABLES := results/tables
+COMPARE = $(BIN)/fedbn compare $(1) --strategies all --engine grid:stacked --out $(TABLES)/$(2)
+
+tables: $(STAMP)-run  ## the comparisons behind docs/comparisons.md (about an hour)
+	$(call COMPARE,digits8,feature-skew)
+	$(call COMPARE,digits8 --partition dirichlet:alpha=0.1:clients=20,label-dirichlet)
+	$(call COMPARE,digits8 --partition shard:shards=1:clients=20,label-one-class)
+	$(call COMPARE,digits8 --partition shard:shards=2:clients=20,label-two-classes)
+	$(BIN)/fedbn compare digits8 --partition dirichlet:alpha=0.1:clients=20 --shift contrast,inversion --strategies all --engine grid:stacked --out $(TABLES)/both
+	$(call COMPARE,digits8 --partition exponential:clients=20,quantity)
+	$(call COMPARE,hapt --partition dirichlet:alpha=0.5:clients=200 --clients-per-round 20 --rounds 30,partial)
+	$(call COMPARE,hapt,people)
+	for name in feature-skew label-dirichlet label-one-class label-two-classes both quantity partial people; do $(BIN)/fedbn report $(TABLES)/$$name --into docs/comparisons.md --full; done
+	$(BIN)/fedbn advise $(addprefix $(TABLES)/,feature-skew label-dirichlet label-one-class label-two-classes both quantity partial people) --into docs/comparisons.md
 
 bench: $(STAMP)-dev  ## measure engines against the bare loop; say which have become slower
 	$(BIN)/python -m benchmarks

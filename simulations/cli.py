@@ -17,6 +17,8 @@ import typer
 from rich.console import Console
 
 from fedbn.errors import UserError
+from simulations.claims_cli import claims
+from simulations.personalise_cli import personalise
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -28,26 +30,23 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+app.command()(claims)
+app.command()(personalise)
 console = Console()
 errors = Console(stderr=True)
-
-
-class EngineName(StrEnum):
-    """Ways to execute a run."""
-
-    REFERENCE = "reference"
-    GRID = "grid"
-    RAY = "ray"
 
 
 class Kind(StrEnum):
     """What can be listed."""
 
     STRATEGIES = "strategies"
+    PERSONALISATIONS = "personalisations"
     SCENARIOS = "scenarios"
     MODELS = "models"
     PARTITIONS = "partitions"
     SHIFTS = "shifts"
+    RULES = "rules"
+    STREAMS = "streams"
 
 
 def main() -> None:
@@ -84,7 +83,8 @@ def compare(
         typer.Option(help="With --data: columns as x=acc:y=activity:user=subject:recording=session."),
     ] = None,
     strategies: Annotated[
-        str | None, typer.Option(help="Comma-separated, or 'all'; the first is the reference.")
+        str | None,
+        typer.Option(help="Comma-separated, or 'all'; the first is the reference. STRATEGY+METHOD personalises."),
     ] = None,
     seeds: Annotated[int | None, typer.Option(help="Paired seeds. [default: 3]")] = None,
     model: Annotated[str | None, typer.Option(help="Built-in name or package.module:factory.")] = None,
@@ -115,8 +115,8 @@ def compare(
     ] = False,
     grid: Annotated[str | None, typer.Option(help="Learning rates for --tune, comma-separated.")] = None,
     engine: Annotated[
-        EngineName, typer.Option(help="How runs are executed; the numbers are the same.")
-    ] = EngineName.GRID,
+        str, typer.Option(help="reference, grid, ray: the same numbers. grid:stacked: faster, equal to rounding.")
+    ] = "grid",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
     workers: Workers = None,
     out: Out = None,
@@ -127,6 +127,7 @@ def compare(
     Example: [bold]fedbn compare hapt --strategies global-naive,fedbn,groupnorm[/]
     """
     from simulations.compare import compare as conduct
+    from simulations.compare import suited
     from simulations.experiment import GRID, Experiment, read_run_file
 
     values: dict[str, Any] = read_run_file(run_file) if run_file else {}
@@ -165,14 +166,18 @@ def compare(
     values |= {k: v for k, v in given.items() if v is not None}
     values["plan"] = dict(values.get("plan", {})) | {k: v for k, v in plan.items() if v is not None}
     experiment = Experiment.from_dict(values).resolved()
+    notices: list[str] = []
+    if strategies == "all":
+        experiment, notices = suited(experiment)
     place = out or Path("results") / experiment.scenario.split(":")[0]
     _conduct(
         lambda **told: conduct(
             experiment,
             place,
-            engine=engine.value,
+            engine=engine,
             workers=workers,
             command=shlex.join(["fedbn", *sys.argv[1:]]),
+            notices=notices,
             **told,
         ),
         place,
@@ -198,6 +203,7 @@ def report(
     into: Annotated[
         Path | None, typer.Option(help="Put the table into this document, between its markers for the directory.")
     ] = None,
+    full: Annotated[bool, typer.Option("--full", help="With --into: also newcomers' starts, and costs.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Print the tables of a comparison and write its HTML report."""
@@ -205,13 +211,42 @@ def report(
     if into is not None:
         from simulations.embed import embed
 
-        embed(directory, into)
+        embed(directory, into, full=full)
+
+
+@app.command()
+def advise(
+    directories: Annotated[list[Path], typer.Argument(help="Directories of comparisons.")],
+    into: Annotated[
+        Path | None, typer.Option(help="Put the answer into this document, between its markers for 'advice'.")
+    ] = None,
+) -> None:
+    """Say which treatments are best, and which not clearly behind, over several comparisons."""
+    from simulations.advice import advice
+    from simulations.embed import replace_block
+
+    if into is not None:
+        replace_block(into, "advice")
+    text = advice(directories)
+    if into is not None:
+        replace_block(into, "advice", text)
+    print(text)
 
 
 @app.command("list")
-def list_(kind: Annotated[Kind, typer.Argument(help="What to list.")], as_json: AsJson = False) -> None:
+def list_(
+    kind: Annotated[Kind, typer.Argument(help="What to list.")],
+    into: Annotated[
+        Path | None, typer.Option(help="Put the list into this document, between its markers for the kind.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
     """List what is there, installed plug-ins included."""
     rows = _rows(kind)
+    if into is not None:
+        from simulations.embed import markdown, replace_block
+
+        replace_block(into, kind.value, markdown(rows))
     if as_json:
         print(json.dumps(rows, indent=1))
         return
@@ -269,7 +304,7 @@ def _strategies(text: str | None) -> tuple[str, ...] | None:
     if text == "all":
         from fedbn.strategy import strategies
 
-        return tuple(strategies())
+        return "global-naive", *(name for name in strategies() if name != "global-naive")
     return tuple(filter(None, (part.strip() for part in text.split(","))))
 
 
@@ -284,12 +319,18 @@ def _rows(kind: Kind) -> list[dict[str, str]]:
     from fedbn.data.partition import partitions
     from fedbn.data.shift import shifts
     from fedbn.models import models
+    from fedbn.online.rule import rules
+    from fedbn.personal import personalisations
     from fedbn.scenario import scenarios
     from fedbn.strategy import strategies
+    from fedbn.streams import streams
+    from fedbn.tta import methods
 
     match kind:
         case Kind.STRATEGIES:
             return [{"name": n, "what": s.about, "source": s.source} for n, s in strategies().items()]
+        case Kind.PERSONALISATIONS:
+            return [{"name": n, "what": p.about, "source": p.source} for n, p in personalisations().items()]
         case Kind.SCENARIOS:
             return [{"name": n, "what": s.about, "model": s.model} for n, s in scenarios().items()]
         case Kind.MODELS:
@@ -298,6 +339,13 @@ def _rows(kind: Kind) -> list[dict[str, str]]:
             return [{"name": n, "what": p.about} for n, p in partitions().items()]
         case Kind.SHIFTS:
             return [{"name": n, "what": s.about} for n, s in shifts().items()]
+        case Kind.RULES:
+            # Methods with gradients answer to the same command.
+            found = [(n, r.about, r.source) for n, r in rules().items()]
+            found += [(n, m.about, m.source) for n, m in methods().items()]
+            return [{"name": n, "what": what, "source": source} for n, what, source in sorted(found)]
+        case Kind.STREAMS:
+            return [{"name": n, "what": s.about} for n, s in streams().items()]
 
 
 def _conduct(conduct: Any, place: Path, as_json: bool) -> None:

@@ -8,14 +8,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedbn.errors import UserError
-from simulations.results import Comparison
-from simulations.tables import answer
+from simulations.results import Comparison, number
+from simulations.tables import answer, size, starts_rows
 
 
-def embed(directory: Path, document: Path) -> None:
+def embed(directory: Path, document: Path, *, full: bool = False) -> None:
     """Replace what stands between ``<!-- begin NAME -->`` and ``<!-- end NAME -->``; NAME is the directory's name.
 
-    The plot of paired differences is copied beside the document, into ``docs/NAME.png``.
+    Where the document shows ``NAME.png``, the plot of paired differences is copied there.
+
+    Args:
+        directory: of a comparison.
+        document: a Markdown text.
+        full: also what unseen users start from, and what each strategy costs.
 
     Raises:
         UserError: the document or its markers are missing.
@@ -23,22 +28,41 @@ def embed(directory: Path, document: Path) -> None:
     name = directory.resolve().name
     replace_block(document, name)  # before anything is computed
     comparison = Comparison.load(directory)
-    table = "\n".join(
-        [
-            answer(comparison),
-            "",
-            comparison.to_markdown().rstrip(),
-            "",
-            f"Mean accuracy over users [95 % interval over users], {len(comparison.meta['seeds'])} paired seeds; "
-            f"made by `{comparison.meta['command']}`.",
-            "",
-        ]
-    )
-    # Pictures lie in docs/, beside the documents there.
-    picture = (document.parent if document.parent.name == "docs" else document.parent / "docs") / f"{name}.png"
-    picture.parent.mkdir(exist_ok=True)
-    shutil.copy(directory / "figures" / "paired-own-aggregated.png", picture)
-    replace_block(document, name, table)
+    parts = [
+        answer(comparison),
+        comparison.to_markdown().rstrip(),
+        f"Mean accuracy over users [95 % interval over users], {len(comparison.meta['seeds'])} paired seeds; "
+        f"made by `{comparison.meta['command']}`.",
+    ]
+    if full:
+        parts += _more(comparison)
+    for shown in re.findall(rf"!\[.*?\]\((.*?{re.escape(name)}\.png)\)", document.read_text(encoding="utf-8")):
+        picture = document.parent / shown
+        picture.parent.mkdir(exist_ok=True)
+        shutil.copy(directory / "figures" / "paired-own-aggregated.png", picture)
+    replace_block(document, name, "\n\n".join(parts) + "\n")
+
+
+def _more(comparison: Comparison) -> list[str]:
+    """Starts and costs as Markdown, each after a line that says what it is."""
+    parts = list(comparison.notices)
+    head, *lines = starts_rows(comparison)
+    if lines:
+        rows = [dict(zip(head, line, strict=True)) for line in lines]
+        parts += ["Accuracy of unseen users by the statistics they start from:", markdown(rows).rstrip()]
+    seconds, traffic = comparison.seconds().set_index("strategy"), comparison.traffic()
+    moved = traffic.groupby("strategy")[["bytes_down", "bytes_up"]].sum()
+    costs = [
+        {
+            "strategy": strategy,
+            "time": number(seconds["mean"][strategy] / seconds["mean"][comparison.reference], 2),
+            "down": size(moved["bytes_down"][strategy]),
+            "up": size(moved["bytes_up"][strategy]),
+        }
+        for strategy in seconds.index
+    ]
+    told = f"Time of a run as a ratio to {comparison.reference}, and bytes per client and round:"
+    return [*parts, told, markdown(costs).rstrip()]
 
 
 def replace_block(document: Path, name: str, content: str | None = None) -> None:

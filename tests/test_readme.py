@@ -11,6 +11,7 @@ import pytest
 import typer
 
 from fedbn.errors import UserError
+from fedbn.strategy import strategies
 from simulations.cli import app
 from simulations.embed import embed
 from simulations.experiment import Experiment
@@ -37,7 +38,8 @@ def test_commands_parse(line):
         values = {"scenario": given["scenario"]}
         values |= {k: given[k] for k in ("partition", "shift") if given[k]}
         if given["strategies"]:
-            values["strategies"] = given["strategies"].split(",")
+            chosen = given["strategies"]
+            values["strategies"] = list(strategies()) if chosen == "all" else chosen.split(",")
         assert Experiment.from_dict(values).resolved()
 
 

@@ -22,7 +22,7 @@ class HarCNN(Network):
     """
 
     name = "har-cnn"
-    about = "1-D CNN for sensor windows, 3 blocks with BN (16-32-64 channels)"
+    about = "1-D CNN for sensor windows, 3 blocks with BN (32-64-64 channels)"
 
     def __init__(self, shape: tuple[int, ...], classes: int) -> None:
         super().__init__(shape, classes)
@@ -30,7 +30,7 @@ class HarCNN(Network):
             raise UserError(f"har-cnn takes windows [channels, length >= 8], not examples of shape {list(shape)}")
         layers: list[nn.Module] = []
         before = shape[0]
-        for width in (16, 32, 64):
+        for width in (32, 64, 64):
             layers += [
                 nn.Conv2d(before, width, (1, 5), padding=(0, 2), bias=False),
                 nn.BatchNorm2d(width),

@@ -1,0 +1,45 @@
+"""A 1-D CNN with BN for EEG and EOG: *our stand-in* for the one of Giri, Fanany, Arymurthy (2016).
+
+https://arxiv.org/abs/1610.01757 tells of a 1-D CNN with BN on 24 hand-crafted features of 62 subjects. Its layers,
+kernels, optimiser and list of features were not available to us: everything below is our design.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from fedbn.errors import UserError
+from fedbn.models import Network
+
+
+class StrokeEEG1DCNN(Network):
+    """Three convolutions (16, 32, 32) with BN and ReLU, the last two pooled by 2; a hidden layer of 64 with dropout.
+
+    Takes the 24 features as a sequence ``[1, 24]`` or raw windows ``[channels, samples]``; only the hidden layer's
+    width differs. Without BN: `fedbn.layers.convert` to ``none``.
+
+    >>> import torch
+    >>> StrokeEEG1DCNN((1, 24), 2)(torch.zeros(2, 1, 24)).shape, StrokeEEG1DCNN((6, 256), 2).hidden[0].in_features
+    (torch.Size([2, 2]), 2048)
+    """
+
+    name = "stroke-cnn"
+    about = "1-D CNN with BN for EEG/EOG features or windows (16-32-32-64)"
+
+    def __init__(self, shape: tuple[int, ...], classes: int) -> None:
+        super().__init__(shape, classes)
+        if len(shape) != 2 or shape[1] < 4:
+            raise UserError(f"stroke-cnn takes [channels, length >= 4], not examples of shape {list(shape)}")
+
+        def block(before: int, width: int) -> list[nn.Module]:
+            return [nn.Conv1d(before, width, 3, padding=1), nn.BatchNorm1d(width), nn.ReLU()]
+
+        self.features = nn.Sequential(
+            *block(shape[0], 16), *block(16, 32), nn.MaxPool1d(2), *block(32, 32), nn.MaxPool1d(2)
+        )
+        self.hidden = nn.Sequential(nn.Linear(32 * (shape[1] // 4), 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Dropout(0.5))
+        self.classifier = nn.Linear(64, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits ``[N, classes]`` of ``[N, channels, length]``."""
+        return self.classifier(self.hidden(self.features(x).flatten(1)))

@@ -1,0 +1,179 @@
+r"""Stroke: a *synthetic* cohort of EEG and EOG band powers. No patient, no recording: every number is generated here.
+
+Giri, Fanany, Arymurthy (2016, https://arxiv.org/abs/1610.01757) tell stroke patients from controls by 24 features of
+EEG and EOG; their data are private and their features were not available to us. This generator has the size of their
+cohort and the physiology of their abstract: less blood flow slows the EEG.
+
+For subject :math:`i`, epoch :math:`e`, channel :math:`c` (F3, F4, T3, T4, EOG left, EOG right) and band :math:`k`
+(delta 0.5-4, theta 4-8, alpha 8-13, beta 13-30 Hz) the logarithm of the power is
+
+.. math:: b_{ck} + u_{ik} + v_{ick} + \varepsilon_{ieck} + s_i\,h_{ic}\,d_k + g_{ck}
+
+with :math:`b` typical powers; :math:`u, v` what is the subject's own (normal, 0.5 and 0.15); :math:`\varepsilon` noise
+of an epoch (0.3); :math:`d = (0.6, 0.4, -0.6, -0.3)` the slowing; :math:`s_i` the severity (0 for controls, log-normal
+around 1 with sigma 0.3 for patients); :math:`h_{ic}` = 1 in the lesioned hemisphere, drawn per patient, 0.2 in the
+other, and half of that in EOG channels. So much of what tells patients is a *difference between the hemispheres whose
+sign is unknown*, which no linear function of the features can read. :math:`g` is the frequency response of the
+hospital's amplifier and electrodes (normal, ``response``): the feature skew between clients. The 24 features are
+powers relative to their channel's total.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedbn.errors import UserError
+from fedbn.scenario import Examples, Population, Scenario, User, hold_out
+from fedbn.seeds import numpy_generator
+
+CHANNELS = ("F3", "F4", "T3", "T4", "EOG left", "EOG right")
+BANDS = {"delta": (0.5, 4.0), "theta": (4.0, 8.0), "alpha": (8.0, 13.0), "beta": (13.0, 30.0)}
+
+_TYPICAL = np.log(np.array([[1.0, 0.6, 0.8, 0.5]] * 4 + [[3.0, 0.5, 0.3, 0.3]] * 2))
+_SLOWING = np.array([0.6, 0.4, -0.6, -0.3])
+_SIDE = np.array([0, 1, 0, 1, 0, 1])
+_REACH = np.array([1.0, 1.0, 1.0, 1.0, 0.5, 0.5])
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """Epochs of all subjects, subject by subject.
+
+    Attributes:
+        x: ``[n, 1, 24]`` float32, relative powers, the four bands of the first channel first.
+        y: ``[n]`` int64, 1 for stroke.
+        subject: ``[n]`` int64.
+    """
+
+    x: Tensor
+    y: Tensor
+    subject: Tensor
+
+
+def cohort(subjects: int, epochs: int, seed: int, response: Tensor | None = None) -> Cohort:
+    """Generate subjects, stroke and control in turn; the formula is the module's.
+
+    Args:
+        subjects: how many.
+        epochs: per subject.
+        seed: decides everything.
+        response: ``[subjects, 6, 4]``, added to the log powers (an amplifier's); zero by default.
+
+    >>> made = cohort(4, 3, seed=0)
+    >>> made.x.shape, made.y.tolist(), made.x[0, 0, :4].sum().item()
+    (torch.Size([12, 1, 24]), [1, 1, 1, 0, 0, 0, 1, 1, 1, 0, 0, 0], 1.0)
+    """
+    rng = numpy_generator(seed, "stroke cohort")
+    ill = np.arange(subjects) % 2 == 0
+    severity = np.where(ill, rng.lognormal(0.0, 0.3, subjects), 0.0)
+    lesion = rng.integers(0, 2, subjects)
+    reach = np.where(lesion[:, None] == _SIDE, 1.0, 0.2) * _REACH
+    steady = (
+        _TYPICAL
+        + rng.normal(0, 0.5, (subjects, 1, 4))
+        + rng.normal(0, 0.15, (subjects, 6, 4))
+        + severity[:, None, None] * reach[:, :, None] * _SLOWING
+    )
+    if response is not None:
+        steady = steady + response.double().numpy()
+    log = steady[:, None] + rng.normal(0, 0.3, (subjects, epochs, 6, 4))
+    power = np.exp(log)
+    relative = power / power.sum(-1, keepdims=True)
+    rows = np.repeat(np.arange(subjects), epochs)
+    return Cohort(
+        torch.from_numpy(relative.reshape(-1, 1, 24).astype(np.float32)),
+        torch.from_numpy(ill[rows].astype(np.int64)),
+        torch.from_numpy(rows),
+    )
+
+
+def band_powers(windows: Tensor, rate: float) -> Tensor:
+    """The features of this scenario from recorded windows.
+
+    Args:
+        windows: ``[n, channels, samples]``, at least two seconds.
+        rate: samples a second.
+
+    Returns:
+        ``[n, 1, 4 * channels]``: powers in `BANDS` relative to their sum, the bands of the first channel first.
+
+    Raises:
+        UserError: windows too short or too slow for the bands.
+
+    >>> t = torch.arange(512) / 128
+    >>> band_powers(torch.sin(2 * torch.pi * 10 * t).view(1, 1, -1), 128).round(decimals=3).tolist()
+    [[[0.0, 0.0, 1.0, 0.0]]]
+    """
+    n = windows.shape[-1]
+    if n < 2 * rate or rate < 2 * 30:
+        raise UserError(
+            f"band powers need windows of 2 s or more at 60 Hz or more, not {n / rate:g} s at {rate:g} Hz: cut longer "
+            "windows"
+        )
+    # A Hann window keeps slow drifts from leaking into the higher bands.
+    tapered = (windows - windows.mean(-1, keepdim=True)) * torch.hann_window(n)
+    power = torch.fft.rfft(tapered).abs() ** 2
+    hertz = torch.fft.rfftfreq(n, 1 / rate)
+    bands = torch.stack([power[..., (low <= hertz) & (hertz < high)].sum(-1) for low, high in BANDS.values()], -1)
+    return (bands / bands.sum(-1, keepdim=True).clamp_min(torch.finfo(bands.dtype).tiny)).flatten(1).unsqueeze(1)
+
+
+@dataclass(frozen=True)
+class Stroke(Scenario):
+    """Hospitals with a few subjects each; a quarter of every hospital's subjects are kept for testing.
+
+    Attributes:
+        unseen: hospitals that never train.
+        hospitals: clients.
+        subjects: in all, half of them with stroke.
+        epochs: per subject.
+        response: standard deviation of a hospital's frequency response, in log power.
+    """
+
+    name: ClassVar[str] = "stroke"
+    about: ClassVar[str] = "synthetic EEG/EOG band powers, 62 made-up subjects in 6 hospitals"
+    model: ClassVar[str] = "stroke-cnn"
+    plan: ClassVar[dict[str, object]] = {"rounds": 20, "local_epochs": 2, "batch_size": 16, "lr": 0.05, "momentum": 0.9}
+
+    unseen: int = 1
+    hospitals: int = 6
+    subjects: int = 62
+    epochs: int = 20
+    response: float = 0.35
+
+    def load(self, seed: int) -> Population:
+        if self.hospitals < 2 or self.subjects < 8 * self.hospitals:
+            raise UserError(
+                f"{self.subjects} subjects in {self.hospitals} hospitals: choose 2 hospitals or more, with 8 subjects "
+                "each or more, so that both groups train and test everywhere"
+            )
+        if self.epochs < 1:
+            raise UserError(f"epochs={self.epochs}: choose 1 or more")
+        # Pairs of a patient and a control stay in one hospital, so that labels are balanced everywhere.
+        home = torch.arange(self.subjects) // 2 % self.hospitals
+        rng = numpy_generator(0, "stroke", "amplifiers")
+        amplifiers = torch.from_numpy(rng.normal(0, self.response, (self.hospitals, 6, 4)))
+        made = cohort(self.subjects, self.epochs, 0, amplifiers[home])
+        users = []
+        for hospital in range(self.hospitals):
+            people = (home == hospital).nonzero()[:, 0]
+            tested = people[-2 * max(1, len(people) // 8) :]
+            rows = torch.isin(made.subject, people)
+            later = torch.isin(made.subject, tested)
+            train, test = (
+                Examples(made.x[part], made.y[part], made.subject[part]) for part in (rows & ~later, rows & later)
+            )
+            users.append(User(f"hospital{hospital + 1}", "synthetic", train, test))
+        return Population(
+            users=tuple(users),
+            unseen=hold_out(self.hospitals, self.unseen, seed),
+            classes=("control", "stroke"),
+            skew="made feature skew: each hospital's amplifier has a frequency response; labels balanced",
+            sources={"generated/stroke": hashlib.sha256(made.x.numpy().tobytes()).hexdigest()},
+        )

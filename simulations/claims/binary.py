@@ -1,0 +1,107 @@
+"""Binary networks need BN's scaling (Sari et al.).
+
+Binary weights and activations, straight-through estimators; gradients are watched at initialisation, accuracy after
+training. Law of growth: see `fedbn.models.binary`.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import torch
+
+from fedbn.models.binary import BinaryLinear, BinaryMLP
+from fedbn.probes import GradientGrowthProbe
+from simulations.claims import Claim
+from simulations.claims.bench import DIGITS, accuracy, digits, seeded, shuffled, train
+
+WIDTH = 128
+
+
+def growth(arm: str, seed: int, quick: bool) -> dict[str, float]:
+    """Growth of the gradient per layer towards the input, 8 binary layers at initialisation, mean over networks."""
+    found = []
+    for i in range(4 if quick else 16):
+        with seeded(seed, "growth", i):
+            model = BinaryMLP((WIDTH,), 10, norm=arm, width=WIDTH, depth=8)  # type: ignore[arg-type]
+            x, out = torch.randn(256, WIDTH), torch.randn(256, WIDTH)
+        layers = {n: m for n, m in model.named_modules() if isinstance(m, BinaryLinear)}
+        with GradientGrowthProbe(layers) as probe:
+            (model.hidden(x) * out).sum().backward()
+        found.append(probe.growth)
+    return {"growth per layer": sum(found) / len(found)}
+
+
+def learning(arm: str, seed: int, quick: bool) -> dict[str, float]:
+    """Test accuracy of 4 binary layers of 128."""
+    data, test = digits(seed)
+    with seeded(seed, "weights"):
+        model = BinaryMLP((1, 8, 8), 10, norm=arm, width=WIDTH)  # type: ignore[arg-type]
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.003)
+    train(model, data, shuffled(len(data), 64, 10 if quick else 40, seed), optimizer)
+    return {"accuracy": accuracy(model, test)}
+
+
+SOURCE = "Sari, Belbahri, Partovi Nia 2019, https://arxiv.org/abs/1909.09139"
+TRAINED = f"{DIGITS}; binary MLP, 4 layers of {WIDTH}, Adam 0.003"
+LAW = (2 * WIDTH / math.pi) ** 0.25
+claim = partial(Claim, source=SOURCE, published="not verified (only the abstract was read)")
+
+CLAIMS = (
+    claim(
+        name="binary-explosion",
+        sentence="Without normalisation the gradients of a binary network explode, by (2K/pi)^(1/4) per layer.",
+        setting=f"random inputs, 8 binary layers of {WIDTH} at initialisation; the law is derived here",
+        run=growth,
+        arms=("none",),
+        measure="growth per layer",
+        effect=lambda v: -abs(v["none"] / LAW - 1),
+        meaning=f"minus the relative deviation from {LAW:.3f}",
+        threshold=-0.05,
+    ),
+    claim(
+        name="binary-bn-tames",
+        sentence="BN keeps the gradients of a binary network from exploding.",
+        setting=f"random inputs, 8 binary layers of {WIDTH} at initialisation",
+        run=growth,
+        arms=("bn",),
+        measure="growth per layer",
+        effect=lambda v: 1 - v["bn"],
+        meaning="1 minus the growth per layer",
+        threshold=0.0,
+    ),
+    claim(
+        name="binary-training",
+        sentence="Binary networks fail to train well without BN.",
+        setting=TRAINED,
+        run=learning,
+        arms=("bn", "none"),
+        measure="accuracy",
+        effect=lambda v: v["bn"] - v["none"],
+        meaning="test accuracy, BN minus none",
+        threshold=0.1,
+    ),
+    claim(
+        name="binary-scale",
+        sentence="What binary networks need of BN is the scaling, not the centring.",
+        setting=TRAINED,
+        run=learning,
+        arms=("scale", "centre"),
+        measure="accuracy",
+        effect=lambda v: v["scale"] - v["centre"],
+        meaning="test accuracy, scaling alone minus centring alone",
+        threshold=0.1,
+    ),
+    claim(
+        name="binary-fixed",
+        sentence="Division by the root of the fan-in, without any statistic, replaces BN in a binary network.",
+        setting=TRAINED,
+        run=learning,
+        arms=("fixed", "bn"),
+        measure="accuracy",
+        effect=lambda v: v["fixed"] - v["bn"],
+        meaning="test accuracy, fixed scale minus BN",
+        threshold=-0.03,
+    ),
+)

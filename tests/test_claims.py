@@ -1,0 +1,256 @@
+"""The ledger: deciding, storing, resuming, writing; and every claim as it is stated."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+from torch import nn
+
+from fedbn.errors import UserError
+from fedbn.models.mlp import MLP
+from simulations import claims as package
+from simulations import cli
+from simulations.claims import Claim, Effect, bench, claims, ledger, studies
+from simulations.claims.ledger import Cell, Store, cells, decide, perform, write
+
+CALLS = []
+
+
+def toy(arm, seed, quick):
+    """Quantities known in advance, so that effects are too."""
+    CALLS.append((arm, seed))
+    return {"score": {"good": 1.0, "bad": 0.5}[arm] + 0.01 * seed * (arm == "good"), "other": float(seed)}
+
+
+@pytest.fixture
+def claim(monkeypatch):
+    """A claim of a study that is this file."""
+    CALLS.clear()
+    monkeypatch.setattr(ledger.importlib, "import_module", lambda _: sys.modules[__name__])
+    monkeypatch.setattr(ledger, "studies", lambda: {"test_claims": ("Toys", ())})
+    return Claim(
+        name="toy", sentence="Good beats bad.", source="nobody", published="none", setting="none", run=toy,
+        arms=("good", "bad"), measure="score", effect=lambda v: v["good"] - v["bad"], meaning="good minus bad",
+        threshold=0.4,
+    )  # fmt: skip
+
+
+# --- statistics
+
+
+@given(st.lists(st.floats(-100, 100), min_size=2, max_size=12))
+def test_the_interval_is_scipys_t_interval(effects):
+    got = Effect.of(effects)
+    error = stats.sem(effects)
+    assert got.mean == pytest.approx(sum(effects) / len(effects), abs=1e-9)
+    if error > 1e-9:
+        low, high = stats.t.interval(0.95, len(effects) - 1, got.mean, error)
+        assert (got.low, got.high) == pytest.approx((low, high), rel=1e-6, abs=1e-9)
+
+
+@given(st.floats(-5, 5), st.floats(0, 3), st.floats(-9, 9))
+def test_a_verdict_needs_the_whole_interval(mean, half, threshold):
+    verdict = Effect(mean, mean - half, mean + half).verdict(threshold)
+    assert (verdict == "holds") == (mean - half >= threshold)
+    assert (verdict == "does not hold") == (mean + half < threshold)
+
+
+@pytest.mark.parametrize("effects", [[1.0], [], [1.0, math.nan], [1.0, math.inf]])
+def test_no_interval_from_one_seed_or_from_what_is_not_finite(effects):
+    with pytest.raises(ValueError, match="needs two finite effects"):
+        Effect.of(effects)
+
+
+# --- running and storing
+
+
+def test_claims_of_one_function_share_cells(claim):
+    other = replace(claim, name="other", arms=("bad",))
+    got = cells([claim, other], 2, quick=False)
+    assert [(c.arm, c.seed) for c in got] == [("good", 0), ("bad", 0), ("good", 1), ("bad", 1)]
+
+
+def test_a_run_goes_on_where_it_stopped_to_the_same_numbers(claim, tmp_path):
+    todo = cells([claim], 3, quick=True)
+    whole = Store(tmp_path / "whole.jsonl")
+    perform(todo, whole, 1, lambda _: None)
+    CALLS.clear()
+    path = tmp_path / "parts.jsonl"
+    perform(todo[:3], Store(path), 1, lambda _: None)
+    path.write_text(path.read_text() + '{"cell": {"stu')  # killed while writing
+    seen = []
+    again = Store(path)
+    perform(todo, again, 1, seen.append)
+    assert [(c.arm, c.seed) for c in todo] == CALLS
+    assert sorted(map(str, seen)) == sorted(map(str, todo))
+    measured = [{c: line["measured"] for c, line in s.found.items()} for s in (whole, again, Store(path))]
+    assert measured[0] == measured[1] == measured[2]
+
+
+def test_results_of_other_code_are_measured_again(claim, tmp_path, monkeypatch):
+    path = tmp_path / "cells.jsonl"
+    perform(cells([claim], 2, quick=True), Store(path), 1, lambda _: None)
+    assert len(Store(path).found) == 4
+    monkeypatch.setattr(ledger, "code_digest", lambda: "other")
+    assert not Store(path).found
+
+
+def test_quick_and_full_results_are_not_mixed(claim, tmp_path):
+    store = Store(tmp_path / "cells.jsonl")
+    perform(cells([claim], 2, quick=True), store, 1, lambda _: None)
+    assert decide(claim, store, quick=False) is None
+    assert decide(claim, store, quick=True).quick
+
+
+def test_a_quantity_that_is_not_finite_is_an_error(claim, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "toy", lambda *_: {"score": math.nan})
+    with pytest.raises(ValueError, match="score not finite"):
+        ledger.measure(Cell("test_claims", "toy", "good", 0, True))
+
+
+# --- deciding and writing
+
+
+def test_effects_are_paired_by_seed_and_half_a_seed_does_not_count(claim, tmp_path):
+    store = Store(tmp_path / "cells.jsonl")
+    perform(cells([claim], 4, quick=False)[:-1], store, 1, lambda _: None)
+    entry = decide(claim, store, quick=False)
+    assert entry.effects == pytest.approx([0.5, 0.51, 0.52])
+    assert entry.verdict == "holds"
+    assert decide(replace(claim, threshold=0.9), store, quick=False).verdict == "does not hold"
+    assert decide(replace(claim, threshold=0.51), store, quick=False).verdict == "undecided"
+    assert decide(replace(claim, measure="other", effect=lambda v: v["good"]), store, quick=False).effects == [0, 1, 2]
+
+
+def test_one_seed_is_no_entry(claim, tmp_path):
+    store = Store(tmp_path / "cells.jsonl")
+    perform(cells([claim], 1, quick=False), store, 1, lambda _: None)
+    assert decide(claim, store, quick=False) is None
+    with pytest.raises(UserError, match="no claim has two seeds yet: run some, with --seeds 2 or more"):
+        write(tmp_path, [])
+
+
+def test_ledger_page_and_figure(claim, tmp_path):
+    store = Store(tmp_path / "cells.jsonl")
+    perform(cells([claim], 3, quick=True), store, 1, lambda _: None)
+    page = write(tmp_path / "out", [decide(claim, store, quick=True)])
+    text = page.read_text()
+    for words in (
+        "Good beats bad.",
+        "nobody",
+        "0.51 [",
+        "threshold 0.4",
+        "`fedbn claims toy --quick --seeds 3`",
+        "**holds**",
+    ):
+        assert words in text, words
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        assert (page.parent / target).stat().st_size > 1000
+    (found,) = json.loads((page.parent / "claims" / "ledger.json").read_text())["claims"]
+    assert found["effects"] == pytest.approx([0.5, 0.51, 0.52])
+    assert found["low"] < found["mean"] < found["high"]
+    assert found["threshold"] == 0.4
+
+
+# --- the claims as stated
+
+
+def test_every_claim_is_complete_and_its_effect_is_a_number():
+    names = [c.name for c in claims()]
+    assert len(names) == len(set(names)) > 20
+    for c in claims():
+        assert c.sentence.endswith(".")
+        assert all([c.source, c.published, c.setting, c.meaning, c.measure])
+        assert c.arms
+        assert math.isfinite(c.effect(dict.fromkeys(c.arms, 0.5)))
+        assert c.run.__name__ != "<lambda>"
+        assert getattr(sys.modules[c.run.__module__], c.run.__name__) is c.run, "a worker process could not find it"
+
+
+def test_the_command_line_lists_runs_and_refuses(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["fedbn", "claims", *arguments])
+        try:
+            cli.main()
+        except SystemExit as stop:
+            return stop.code or 0, *capsys.readouterr()
+        return 0, *capsys.readouterr()
+
+    assert {r["name"] for r in json.loads(call("--json")[1])} == {c.name for c in claims()}
+    code, _, err = call("bn-sped")
+    assert code == 2
+    assert "unknown claim or study 'bn-sped'. Did you mean 'bn-speed'?" in " ".join(err.split())
+    code, _, err = call("bn-speed", "--all")
+    assert "give names or --all, not both" in err
+    code, out, err = call("bn-speed", "--quick", "--seeds", "2", "--out", "there", "--workers", "1", "--json")
+    assert code == 0, err
+    (found,) = json.loads(out)
+    assert found["name"] == "bn-speed"
+    assert len(found["effects"]) == 2
+    assert (tmp_path / "there" / "claims" / "batch_norm.png").exists()
+    assert call("bn-speed", "--quick", "--seeds", "2", "--out", "there", "--json")[1] == out
+
+
+def test_a_study_names_all_its_claims():
+    assert [c.name for c in claims(["binary"])] == [c.name for c in studies()["binary"][1]]
+    with pytest.raises(UserError, match="unknown claim or study"):
+        claims(["binari"])
+    assert package.__doc__
+
+
+# --- what studies share
+
+
+def test_batches_are_of_one_size_and_the_seeds():
+    got = list(bench.shuffled(10, 4, 2, seed=1))
+    assert [len(b) for b in got] == [4, 4, 4, 4]
+    assert len(set(torch.cat(got[:2]).tolist())) == 8
+    assert all(torch.equal(a, b) for a, b in zip(got, bench.shuffled(10, 4, 2, seed=1)))
+    assert not torch.equal(got[0], next(iter(bench.shuffled(10, 4, 2, seed=2))))
+
+
+@pytest.mark.parametrize("labels", [1, 3])
+def test_badly_built_batches_hold_few_labels(labels):
+    data, _ = bench.digits(0)
+    seen = set()
+    for rows in bench.single_label(data.y, 32, labels, 40, seed=0):
+        found = set(data.y[rows].tolist())
+        assert len(rows) == 32
+        assert len(found) <= labels
+        seen |= found
+    assert len(seen) == 10
+
+
+def test_training_and_test_images_are_apart_and_the_seeds():
+    data, test = bench.digits(0)
+    assert (len(data), len(test)) == (1347, 450)
+    rows = {r.numpy().tobytes() for r in data.x}
+    assert not any(r.numpy().tobytes() in rows for r in test.x)
+    assert not torch.equal(bench.digits(1)[1].x, test.x)
+
+
+def test_a_diverging_run_ends_and_one_that_learns_learns():
+    data, test = bench.digits(0)
+    steps = []
+    with bench.seeded(0, "weights"):
+        model = MLP((64,), 10)
+    order = list(bench.shuffled(len(data), 32, 3, 0))
+    bench.train(model, data, order, torch.optim.SGD(model.parameters(), lr=0.1), on_step=lambda: steps.append(1))
+    assert len(steps) == len(order)
+    assert bench.accuracy(model, test) > 0.85
+    steps.clear()
+    bare = nn.Sequential(nn.Flatten(), nn.Linear(64, 99), nn.Linear(99, 10))
+    bench.train(bare, data, order, torch.optim.SGD(bare.parameters(), lr=1e30), on_step=lambda: steps.append(1))
+    assert len(steps) < 5
+    assert 0 <= bench.accuracy(bare, test) <= 1

@@ -1,0 +1,92 @@
+"""ResMLP: order of modules, parameter counts, flags, and uncertainty by dropout."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from fedbn.errors import UserError
+from fedbn.models.resmlp import Residual, ResMLP, mc_dropout
+from fedbn.roles import norm_layers
+
+
+def parameters(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+def test_parameters_are_those_of_the_paper():
+    """Residual: 2 (n^2 + n) and an IC of 2n before each layer but the first; down: n^2/2 + n/2 and an IC."""
+    total, first = 0, True
+    for n in (512, 256, 128, 64):
+        total += 2 * (n * n + n) + (2 * n if first else 4 * n)
+        total += n * n // 2 + n // 2 + 2 * n
+        first = False
+    assert parameters(ResMLP((512,), 2)) == total + 32 * 2 + 2
+    assert parameters(ResMLP((512,), 101, blocks=2)) == (
+        2 * (512 * 512 + 512) + 2 * 512 + 512 * 256 + 256 + 2 * 512
+        + 2 * (256 * 256 + 256) + 4 * 256 + 256 * 128 + 128 + 2 * 256
+        + 128 * 101 + 101
+    )  # fmt: skip
+
+
+def test_modules_stand_in_the_papers_order():
+    kinds = (nn.Linear, nn.BatchNorm1d, nn.Dropout)
+    order = [type(m).__name__ for m in ResMLP((16,), 2, blocks=2, residuals=2).modules() if isinstance(m, kinds)]
+    ic = ["BatchNorm1d", "Dropout"]
+    residual = [*ic, "Linear", *ic, "Linear"]
+    down = [*ic, "Linear"]
+    first = ["Linear", *ic, "Linear"]
+    assert order == [*first, *residual, *down, *residual, *residual, *down, "Linear"]
+
+
+def test_without_both_flags_it_is_a_plain_mlp():
+    net = ResMLP((16,), 3, blocks=2, ic=False, skip=False)
+    assert not norm_layers(net)
+    assert not [m for m in net.modules() if isinstance(m, nn.Dropout)]
+    linears = [m for m in net.modules() if isinstance(m, nn.Linear)]
+    plain = nn.Sequential(*[part for m in linears[:-1] for part in (m, nn.ReLU())], linears[-1])
+    x = torch.randn(5, 16)
+    torch.testing.assert_close(net(x), plain(x))
+
+
+def test_a_residual_adds_its_input_before_the_last_relu():
+    block = Residual(6, 0.0, ic=True, skip=True, first=False).eval()
+    x = torch.randn(4, 6)
+    h = block.linear2(block.ic2(torch.relu(block.linear1(block.ic1(x)))))
+    torch.testing.assert_close(block(x), torch.relu(h + x))
+    block.skip = False
+    torch.testing.assert_close(block(x), torch.relu(h))
+
+
+def test_no_dropout_is_deterministic_in_training_and_some_is_not():
+    x = torch.randn(32, 16)
+    calm, noisy = ResMLP((16,), 2, p=0.0), ResMLP((16,), 2, p=0.5)
+    assert torch.equal(calm(x), calm(x))
+    assert not torch.equal(noisy(x), noisy(x))
+
+
+def test_mc_dropout_drops_and_keeps_bn_in_evaluation():
+    torch.manual_seed(0)
+    net, x = ResMLP((16,), 3, p=0.4), torch.randn(20, 16)
+    net(x)
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    state = torch.get_rng_state()
+    p, entropy = mc_dropout(net, x, samples=8, seed=1)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    assert not any(m.training for m in net.modules())
+    torch.testing.assert_close(p.sum(1), torch.ones(20))
+    torch.testing.assert_close(entropy, -(p * p.log()).sum(1))
+    assert not torch.allclose(p, net(x).softmax(1))
+    # Alone or with others: evaluation-mode BN does not look at the rest of the batch (nor do the masks, without p).
+    calm = ResMLP((16,), 3, p=0.0)
+    torch.testing.assert_close(mc_dropout(calm, x, samples=2)[0][:1], mc_dropout(calm, x[:1], samples=2)[0])
+    again = mc_dropout(net, x, samples=8, seed=1)[0]
+    assert torch.equal(p, again)
+    assert not torch.equal(p, mc_dropout(net, x, samples=8, seed=2)[0])
+
+
+def test_too_narrow_an_embedding_is_refused():
+    with pytest.raises(UserError, match="halves its width 4 times: 15 features are too few, 16 needed"):
+        ResMLP((15,), 2)
