@@ -18,7 +18,8 @@ test: $(STAMP)-dev  ## set up and run the tests
 	$(BIN)/pytest
 
 test-all: $(STAMP)-dev  ## the slow tests and those on Ray too
-	$(BIN)/pytest -m ""
+	$(BIN)/pytest -m ray -n 0
+	$(BIN)/pytest -m "not ray"
 
 lint: $(STAMP)-dev  ## style, types and import contracts
 	$(BIN)/ruff check .

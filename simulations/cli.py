@@ -115,8 +115,9 @@ def compare(
     ] = False,
     grid: Annotated[str | None, typer.Option(help="Learning rates for --tune, comma-separated.")] = None,
     engine: Annotated[
-        str, typer.Option(help="reference, grid, ray: the same numbers. grid:stacked: faster, equal to rounding.")
-    ] = "grid",
+        str,
+        typer.Option(help="grid:stacked trains clients side by side; grid, reference and ray agree bit for bit."),
+    ] = "grid:stacked",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
     workers: Workers = None,
     out: Out = None,

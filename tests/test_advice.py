@@ -48,10 +48,6 @@ def test_the_reversal_under_label_skew_is_stated(directory):
     assert "shards: `local` is best on users' own tests" in text
 
 
-def test_a_cell_that_nobody_has_has_no_verdict(directory):
-    assert verdict(Comparison.load(directory), "unseen", "held upside down") is None
-
-
 def test_it_goes_between_its_markers(tmp_path):
     page = tmp_path / "which.md"
     page.write_text("a\n<!-- begin advice -->\nold\n<!-- end advice -->\nb\n")

@@ -28,7 +28,6 @@ SHAPES = {"har-cnn": (6, 128), "stroke-cnn": (1, 24)}
 NORMS_AFTER_LINEAR = {"mlp", "digit-cnn", "resmlp", "binary-mlp", "alexnet-cvgj", "vgg19-cvgj", "stroke-cnn"}
 
 
-
 class BasicBlock(nn.Module):
     """Names as in torchvision."""
 

@@ -50,6 +50,7 @@ class Hapt(Scenario):
     model: ClassVar[str] = "har-cnn"
     plan: ClassVar[dict[str, object]] = {
         "rounds": 16,
+        "global_test": 240,
         "schedule": "cosine",
         "local_epochs": 1,
         "batch_size": 32,

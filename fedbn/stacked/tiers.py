@@ -128,7 +128,7 @@ class Tiers:
     def _tell(self, message: str) -> None:
         if message not in self._told:
             self._told.add(message)
-            log.log(logging.INFO if self.tier == "auto" else logging.WARNING, message)
+            log.info(message)
 
     def _exactly(self, jobs: Sequence[Work]) -> list[Any]:
         if self.tier == "one" or self.threads == 1 or len(jobs) == 1 or not self._independent():
@@ -188,7 +188,7 @@ class Tiers:
 
     def _stacked(self, rounds: Sequence[Round]) -> list[Any]:
         twin = self._cohort.twin(rounds[0].progress, rounds[0].heard)
-        wide = width(rounds[0].here, len(rounds), self.threads)
+        wide = width(rounds[0].here, len(rounds))
         tier = self._fastest(rounds, twin, wide) if self.tier == "auto" else self.tier
         if tier == "threads":
             return self._exactly(cast(Sequence[Work], rounds))
@@ -218,19 +218,19 @@ class Tiers:
         return self._chosen
 
 
-def width(here: Setting, clients: int, threads: int) -> int:
-    """How many clients to put into one stack: about the same number in each, and work for every thread.
+def width(here: Setting, clients: int) -> int:
+    """How many clients to put into one stack: about the same number in each, whatever the number of threads.
+
+    Sums come out a little differently in a stack of another width; so it depends on the work alone.
 
     >>> from fedbn.run import Plan, Run
     >>> from fedbn.setting import setting
-    >>> width(setting(Run("digits8", "fedbn", plan=Plan(), model="mlp")), 300, 1)
+    >>> width(setting(Run("digits8", "fedbn", plan=Plan(), model="mlp")), 300)
     100
     """
     data = here.training_data(here.trainers[0])
     inputs = data.x[0].numel() * data.x.element_size() * min(here.run.plan.batch_size, len(data))
     stacks = -(-clients // max(1, min(WIDEST, CACHED // inputs)))
-    if stacks > 1:
-        stacks = -(-stacks // threads) * threads
     return -(-clients // stacks)
 
 
