@@ -28,19 +28,18 @@ lint: $(STAMP)-dev  ## style, types and import contracts
 	$(BIN)/lint-imports
 
 TABLES := results/tables
-COMPARE = $(BIN)/fedbn compare $(1) --strategies all --engine grid:stacked --out $(TABLES)/$(2)
+COMPARE := $(BIN)/fedbn compare digits8 --strategies all --seeds 2 --out $(TABLES)
+SKEWS := feature-skew label-dirichlet label-one-class label-two-classes both quantity
 
-tables: $(STAMP)-run  ## the comparisons behind docs/comparisons.md (about an hour)
-	$(call COMPARE,digits8,feature-skew)
-	$(call COMPARE,digits8 --partition dirichlet:alpha=0.1:clients=20,label-dirichlet)
-	$(call COMPARE,digits8 --partition shard:shards=1:clients=20,label-one-class)
-	$(call COMPARE,digits8 --partition shard:shards=2:clients=20,label-two-classes)
-	$(BIN)/fedbn compare digits8 --partition dirichlet:alpha=0.1:clients=20 --shift contrast,inversion --strategies all --engine grid:stacked --out $(TABLES)/both
-	$(call COMPARE,digits8 --partition exponential:clients=20,quantity)
-	$(call COMPARE,hapt --partition dirichlet:alpha=0.5:clients=200 --clients-per-round 20 --rounds 30,partial)
-	$(call COMPARE,hapt,people)
-	for name in feature-skew label-dirichlet label-one-class label-two-classes both quantity partial people; do $(BIN)/fedbn report $(TABLES)/$$name --into docs/comparisons.md --full; done
-	$(BIN)/fedbn advise $(addprefix $(TABLES)/,feature-skew label-dirichlet label-one-class label-two-classes both quantity partial people) --into docs/comparisons.md
+tables: $(STAMP)-run  ## the comparisons behind docs/comparisons.md (about half an hour)
+	$(COMPARE)/feature-skew
+	$(COMPARE)/label-dirichlet --partition dirichlet:alpha=0.1:clients=20
+	$(COMPARE)/label-one-class --partition shard:shards=1:clients=20
+	$(COMPARE)/label-two-classes --partition shard:shards=2:clients=20
+	$(COMPARE)/both --partition dirichlet:alpha=0.1:clients=20 --shift contrast,inversion
+	$(COMPARE)/quantity --partition exponential:clients=20
+	for name in $(SKEWS); do $(BIN)/fedbn report $(TABLES)/$$name --into docs/comparisons.md --full; done
+	$(BIN)/fedbn advise $(addprefix $(TABLES)/,$(SKEWS)) --into docs/comparisons.md
 
 bench: $(STAMP)-dev  ## measure engines against the bare loop; say which have become slower
 	$(BIN)/python -m benchmarks

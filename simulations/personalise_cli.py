@@ -39,7 +39,7 @@ def personalise(
 ) -> None:
     """Let rules follow the streams of people the model has never seen.
 
-    Example: [bold]fedbn personalise hapt --rules pseudo:n0=64,ema:a=0.1 --starts cold,recording[/]
+    Example: [bold]fedbn personalise hapt --rules pseudo:n0=64,ema:rate=0.1 --starts cold,recording[/]
     """
     from simulations.personalise import Cell, conduct, study_from
     from simulations.personalise_results import summary_table, write

@@ -15,6 +15,7 @@ from fedbn.strategy import strategies
 from simulations.cli import app
 from simulations.embed import embed
 from simulations.experiment import Experiment
+from simulations.personalise import study_from
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -41,6 +42,11 @@ def test_commands_parse(line):
             chosen = given["strategies"]
             values["strategies"] = list(strategies()) if chosen == "all" else chosen.split(",")
         assert Experiment.from_dict(values).resolved()
+    if name == "personalise":
+        given = context.params
+        lists = {k: tuple(given[k].split(",")) for k in ("rules", "streams", "starts")}
+        values = {"scenario": given["scenario"], "strategy": given["strategy"], "seeds": 1, **lists}
+        assert study_from(values).resolved()
 
 
 def test_the_run_file_is_valid(tmp_path):
