@@ -75,6 +75,19 @@ def test_two_workers_give_the_numbers_of_one(tmp_path):
     assert results(tmp_path / "one") == results(tmp_path / "two")
 
 
+def test_stacked_numbers_do_not_depend_on_how_many_processes_share_the_work(tmp_path):
+    for workers in (1, 2):
+        compare(experiment(seeds=1), tmp_path / str(workers), workers=workers, engine="grid:stacked")
+    assert results(tmp_path / "1") == results(tmp_path / "2")
+
+
+@pytest.mark.parametrize("engine", ["grd", "grid:stackd", "ray:stacked"])
+def test_an_engine_that_is_none_is_refused_before_anything_runs(tmp_path, engine):
+    with pytest.raises(UserError, match="unknown engine 'grd'.*grid|'stackd'.*stacked|'ray' has no tiers"):
+        compare(experiment(seeds=1), tmp_path / "x", workers=1, engine=engine)
+    assert not (tmp_path / "x").exists()
+
+
 def test_engines_give_the_same_results(tmp_path):
     compare(experiment(seeds=1), tmp_path / "grid", workers=1)
     compare(experiment(seeds=1), tmp_path / "reference", workers=1, engine="reference")
@@ -85,7 +98,10 @@ class Stopped(Exception):
     pass
 
 
-@pytest.mark.parametrize("engine", ["grid", pytest.param("reference", marks=pytest.mark.slow)])
+SLOW_ENGINES = [pytest.param(name, marks=pytest.mark.slow) for name in ("reference", "grid")]
+
+
+@pytest.mark.parametrize("engine", ["grid:stacked", *SLOW_ENGINES])
 def test_stopped_after_any_round_and_resumed_is_bit_identical(tmp_path, engine):
     what = experiment("fedbn", "global-recalibrated", seeds=1, plan={"rounds": 3, "clients_per_round": 3})
     what = replace(what, plan=replace(what.plan, optimizer_state="keep", server_optimizer="fedadam", server_lr=0.1))
