@@ -56,6 +56,7 @@ def table(result: dict[str, Any]) -> str:
         )
     lines += ["", "| clients | steps each | round ms |", "|---|---|---|"]
     lines += [f"| {row['clients']} | {row['steps']} | {1e3 * row['seconds']:.1f} |" for row in result["scale"]]
+    lines += ["", *(f"bank, {name}: {value:.2f}" for name, value in result["bank"].items())]
     lines += ["", *(f"{name}: {seconds:.2f} s" for name, seconds in result["starts"].items())]
     return "\n".join(lines)
 

@@ -16,6 +16,8 @@ import torch
 
 from benchmarks.workloads import WORKLOADS, Workload, bare_loop
 from clients.app import app as client_app
+from fedbn.models import build
+from fedbn.online import personalize, rule
 from fedbn.run import Run
 from fedbn.setting import setting
 from fedbn.stacked.tiers import Tier
@@ -125,6 +127,37 @@ def scale(folder: Path, tier: Tier, rounds: int, most: int) -> list[dict[str, ob
     return rows
 
 
+def bank(users: int = 10_000, rows: int = 256, repeats: int = 30) -> dict[str, float]:
+    """Costs of the online bank on the sensor network, one thread: a batch of ``rows`` rows, all of different users.
+
+    Returns:
+        Ratios to a stock evaluation pass of the same rows (medians of interleaved repeats), and bytes per user.
+    """
+    model = build("har-cnn", (6, 128), 6, seed=0).eval()
+    x = torch.randn(rows, 6, 128, generator=torch.Generator().manual_seed(0))
+    net = personalize(model, rule("pseudo:n0=64"), capacity=users)
+    crowd = torch.arange(users)
+    with torch_threads(1), torch.no_grad():
+        for part in crowd.split(rows):
+            net(x[: len(part)], user=part)
+        ids = crowd[:rows]
+
+        def predict_only() -> None:
+            with net.frozen():
+                net.predict(x, user=ids)
+
+        ways = {"stock": lambda: model(x), "predict": predict_only, "predict and commit": lambda: net(x, user=ids)}
+        times: dict[str, list[float]] = {name: [] for name in ways}
+        for _ in range(repeats):
+            for name, way in ways.items():
+                began = time.perf_counter()
+                way()
+                times[name].append(time.perf_counter() - began)
+    stock = statistics.median(times.pop("stock"))
+    costs = {f"{name}, ratio to stock": statistics.median(spent) / stock for name, spent in times.items()}
+    return costs | {"state, bytes per user": float(len(net.state(0).to_bytes()))}
+
+
 def starts() -> dict[str, float]:
     """Seconds of fresh processes that import or say what they can."""
     out = {}
@@ -150,5 +183,6 @@ def measure(tiers: Sequence[Tier], rounds: int, most: int, ray: bool) -> dict[st
             "torch": torch.__version__,
             "ratios": rows,
             "scale": scale(folder, "stacked", rounds, most),
+            "bank": bank(),
             "starts": starts(),
         }

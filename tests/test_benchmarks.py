@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import workloads
+from benchmarks import measure, workloads
 from benchmarks.measure import grid_seconds, loop_seconds, ratios, scale
 from benchmarks.workloads import TEST_ROWS, WORKLOADS, bare_loop
 from fedbn.federation import federate
@@ -58,7 +58,12 @@ def test_rounds_are_timed_without_changing_threads(tmp_path):
 
 def test_the_command_writes_prints_stores_and_warns(tmp_path, monkeypatch, capsys):
     row = {"workload": "W3", "engine": "grid:auto", "loop": 0.1, "seconds": 0.01, "ratio": 0.1, "target": 0.05}
-    result = {"ratios": [row], "scale": [{"clients": 10, "steps": 1, "seconds": 0.1}], "starts": {"import": 1.0}}
+    result = {
+        "ratios": [row],
+        "scale": [{"clients": 10, "steps": 1, "seconds": 0.1}],
+        "bank": {"predict, ratio to stock": 1.2},
+        "starts": {"import": 1.0},
+    }
     monkeypatch.setattr("benchmarks.measure.measure", lambda *args: result)
     monkeypatch.setattr(command, "STORED", tmp_path / "stored.json")
     assert command.main(["--out", str(tmp_path), "--store"]) == 0
@@ -76,3 +81,9 @@ def test_ratios_are_rows_of_workload_and_tier(tmp_path):
     (row,) = ratios(tmp_path, ["one"], 3, [tiny()])
     assert row["engine"] == "grid:one"
     assert row["ratio"] == row["seconds"] / row["loop"]
+
+
+def test_the_bank_is_measured_beside_a_stock_pass():
+    found = measure.bank(users=40, rows=16, repeats=2)
+    assert {"predict, ratio to stock", "predict and commit, ratio to stock", "state, bytes per user"} == found.keys()
+    assert all(value > 0 for value in found.values())
