@@ -104,12 +104,14 @@ class Scenario(ABC):
         about: one line for lists.
         model: name of the model used unless the run says otherwise.
         plan: settings (fields of `fedbn.run.Plan`) that differ from the general defaults here.
+        rates: learning rates of strategies for which validation data chose another than the plan's.
     """
 
     name: ClassVar[str]
     about: ClassVar[str]
     model: ClassVar[str]
     plan: ClassVar[dict[str, object]] = {}
+    rates: ClassVar[dict[str, float]] = {}
 
     @abstractmethod
     def load(self, seed: int) -> Population:

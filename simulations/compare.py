@@ -335,6 +335,10 @@ def _described(experiment: Experiment) -> dict[str, Any]:
         "partition": experiment.partition,
         "shift": experiment.shift or "none",
         "device": experiment.device,
+        "rates of their own": ", ".join(
+            f"{s} {experiment.rates[s]:g}" for s in experiment.strategies if s in experiment.rates
+        )
+        or "none",
         "tuned over": ", ".join(map(str, experiment.tune)) or "not tuned",
     }
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from fedbn.errors import UserError, unknown
 from fedbn.run import PLAN_FIELDS, Plan, Run, plan_for
+from fedbn.scenario import scenario
 from fedbn.spec import build
 
 DEFAULT_STRATEGIES = (
@@ -36,6 +37,7 @@ class Experiment:
         seeds: how many paired seeds, 0 to seeds - 1.
         model, partition, shift, device: as in `Run`.
         tune: learning rates to choose from for each strategy; empty for the plan's own.
+        rates: learning rates by strategy, where they differ from the plan's; the scenario's, unless a rate was given.
         plan: training and evaluation settings.
     """
 
@@ -47,11 +49,12 @@ class Experiment:
     shift: str = ""
     device: str = "cpu"
     tune: tuple[float, ...] = ()
+    rates: dict[str, float] = field(default_factory=dict)
     plan: Plan = field(default_factory=Plan)
 
     def run(self, strategy: str, seed: int, *, lr: float | None = None, validation: bool = False) -> Run:
         """One of the experiment's runs."""
-        plan = self.plan if lr is None else replace(self.plan, lr=lr)
+        plan = replace(self.plan, lr=lr or self.rates.get(strategy, self.plan.lr))
         if validation:
             plan = replace(plan, eval_every=plan.rounds)
         return Run(
@@ -78,6 +81,8 @@ class Experiment:
             raise UserError("no strategy given: see `fedbn list strategies`")
         if any(lr <= 0 for lr in self.tune):
             raise UserError(f"learning rates to tune over must be positive: {', '.join(map(str, self.tune))}")
+        if wrong := [s for s, lr in self.rates.items() if not lr > 0]:
+            raise UserError(f"rates must be positive learning rates; look at {', '.join(wrong)}")
         runs = [self.run(s, 0).resolved() for s in self.strategies]
         names = tuple(r.strategy for r in runs)
         if twice := {n for n in names if names.count(n) > 1}:
@@ -111,6 +116,8 @@ class Experiment:
                 raise unknown("setting in [plan]", name, PLAN_FIELDS)
         plan = plan_for(str(values["scenario"]), **settings)
         rest = {k: v for k, v in values.items() if k != "plan"}
+        if "lr" not in settings:
+            rest.setdefault("rates", scenario(str(values["scenario"])).rates)
         return replace(build(Experiment, rest, "experiment"), plan=plan)
 
 

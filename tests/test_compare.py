@@ -75,6 +75,18 @@ def test_two_workers_give_the_numbers_of_one(tmp_path):
     assert results(tmp_path / "one") == results(tmp_path / "two")
 
 
+def test_a_scenario_may_name_rates_unless_one_is_given():
+    named = Experiment.from_dict({"scenario": "hapt", "strategies": ["fedbn", "groupnorm"]})
+    assert named.run("groupnorm", 0).plan.lr == 0.03
+    assert named.run("fedbn", 0).plan.lr == named.plan.lr == 0.05
+    assert named.run("groupnorm", 0, lr=0.2).plan.lr == 0.2
+    given = Experiment.from_dict({"scenario": "hapt", "plan": {"lr": 0.05}})
+    assert given.run("groupnorm", 0).plan.lr == 0.05
+    assert Experiment.from_dict(named.to_dict()) == named
+    with pytest.raises(UserError, match="rates must be positive learning rates; look at fedbn"):
+        Experiment.from_dict({"scenario": "hapt", "rates": {"fedbn": 0.0}}).resolved()
+
+
 def test_stacked_numbers_do_not_depend_on_how_many_processes_share_the_work(tmp_path):
     for workers in (1, 2):
         compare(experiment(seeds=1), tmp_path / str(workers), workers=workers, engine="grid:stacked")
