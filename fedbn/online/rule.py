@@ -309,6 +309,35 @@ def by_class(state: State, seen: Seen, weight: Tensor) -> State:
     return replace(state, n=n, mean=mean, var=var)
 
 
+@dataclass(frozen=True)
+class ClassConditional(Rule):
+    """Base of rules that keep moments of every class and compare them with the source's of the same class.
+
+    Attributes:
+        n0: windows of a class before it is believed by half.
+    """
+
+    classwise = True
+
+    n0: float = 4.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.within("n0", 0)
+
+    def start(self, prior: Prior, classes: int) -> State:
+        prior.classwise(self.name)
+        return self.parts_at(prior, classes, classes)
+
+    def update(self, prior: Prior, state: State, seen: Seen, weight: Tensor, posterior: Tensor) -> State:
+        return by_class(state, seen, posterior * weight[:, None])
+
+    def belief(self, prior: Prior, state: State) -> Pair:
+        """How far each class is believed, ``[U, K, 1]``, and the user's shift in it, ``[U, K, C]``; 0 where unmet."""
+        u = (state.n / (state.n + self.n0).clamp_min(1e-12))[:, :, None]
+        return u, torch.where(u > 0, state.mean - prior.classwise(self.name)[0], 0.0)
+
+
 def rules() -> dict[str, type[Rule]]:
     """Name -> class of every rule found."""
     return discover("fedbn.online.rules", Rule)

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedbn.online.rule import Pair, Prior, Rule, Seen, State, by_class
+from fedbn.online.rule import ClassConditional, Pair, Prior, State
 
 
 @dataclass(frozen=True)
-class ClassMixture(Rule):
+class ClassMixture(ClassConditional):
     r"""Moments of every class, mixed in equal parts.
 
     They are the user's own where a class has been met, and the source's, moved by the user's mean shift, where not:
@@ -31,25 +31,10 @@ class ClassMixture(Rule):
 
     name = "class-mixture"
     about = "equal mixture of all classes, the user's own or the source's moved by the user's shift"
-    classwise = True
-
-    n0: float = 4.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.within("n0", 0)
-
-    def start(self, prior: Prior, classes: int) -> State:
-        prior.classwise(self.name)
-        return self.parts_at(prior, classes, classes)
-
-    def update(self, prior: Prior, state: State, seen: Seen, weight: Tensor, posterior: Tensor) -> State:
-        return by_class(state, seen, posterior * weight[:, None])
 
     def use(self, prior: Prior, state: State) -> Pair:
         class_mean, class_var = prior.classwise(self.name)
-        u = (state.n / (state.n + self.n0).clamp_min(1e-12))[:, :, None]
-        residual = torch.where(u > 0, state.mean - class_mean, 0.0)
+        u, residual = self.belief(prior, state)
         shift = (u * residual).sum(1, keepdim=True) / u.sum(1, keepdim=True).clamp_min(1e-12)
         mean_k = class_mean + shift + u * (residual - shift)
         var_k = torch.lerp(class_var.expand_as(state.var), state.var, u)

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-from fedbn.online.rule import Pair, Prior, Rule, Seen, State, by_class
+from fedbn.online.rule import ClassConditional, Pair, Prior, State
 
 
 @dataclass(frozen=True)
-class ClassResidual(Rule):
+class ClassResidual(ClassConditional):
     r"""Means move by the user's shift, the same for all classes; variances stay.
 
     The shift is the mean over classes of :math:`D_k`, the mean of :math:`m-\mu_{0,k}` over the windows of class k:
@@ -28,23 +25,7 @@ class ClassResidual(Rule):
 
     name = "class-residual"
     about = "mean shift of the user's windows against the source's of the same class"
-    classwise = True
-
-    n0: float = 4.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.within("n0", 0)
-
-    def start(self, prior: Prior, classes: int) -> State:
-        prior.classwise(self.name)
-        return self.parts_at(prior, classes, classes)
-
-    def update(self, prior: Prior, state: State, seen: Seen, weight: Tensor, posterior: Tensor) -> State:
-        return by_class(state, seen, posterior * weight[:, None])
 
     def use(self, prior: Prior, state: State) -> Pair:
-        class_mean, _ = prior.classwise(self.name)
-        u = (state.n / (state.n + self.n0).clamp_min(1e-12))[:, :, None]
-        residual = torch.where(u > 0, state.mean - class_mean, 0.0)
+        u, residual = self.belief(prior, state)
         return prior.mean + (u * residual).sum(1) / (0.5 + u.sum(1)), prior.var
