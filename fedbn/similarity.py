@@ -49,12 +49,13 @@ class SimilarityWeighted(NormStrategy):
     def views(
         self, updates: Sequence[Update], weights: Sequence[float], table: Ownership, people: Population, known: State
     ) -> dict[str, State]:
+        met = {key.partition("/")[0] for key in known}
         for update in updates:
-            # Told once: the first model after the warm-up is what all are compared under.
-            if any(k.startswith(SAID) for k in update.notes) and not any(
-                k.startswith(f"{update.user}/") for k in known
-            ):
-                known |= {f"{update.user}/{k.removeprefix(SAID)}": v for k, v in update.notes.items()}
+            # The first model after the warm-up is what a client is compared under; what it tells later is left out.
+            if str(update.user) not in met:
+                known |= {
+                    f"{update.user}/{k.removeprefix(SAID)}": v for k, v in update.notes.items() if k.startswith(SAID)
+                }
         moments = {u: unflatten(_under(known, f"{u}/")) for u in people.seen}
         measured = [u for u in updates if moments[u.user]]
         if len(measured) < 2:
