@@ -75,6 +75,58 @@ def test_several_parts_are_users_of_their_own(tmp_path):
     assert people.shape == (3, 28, 28)
 
 
+def folders(place, domains, classes=("a", "b", "c", "d"), each=10):
+    for domain in domains:
+        for i, name in enumerate(classes):
+            (place / domain / name).mkdir(parents=True)
+            for k in range(each):
+                Image.new("RGB", (8, 6), (i, i, i)).save(place / domain / name / f"{k}.png")
+
+
+def test_domains_from_their_authors_archives(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folders(tmp_path, ["amazon", "caltech", "dslr", "webcam"])
+    people = load(tmp_path, "data=office-caltech10:size=8")
+    assert [u.name for u in people.users] == ["amazon", "caltech", "dslr", "webcam"]
+    assert people.classes == ("a", "b", "c", "d")
+    for user in people.users:
+        assert user.train.y.tolist() == numbers(user.train)
+
+
+def test_domains_that_were_not_brought_along_come_from_the_hub(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folders(tmp_path, ["synth"], classes=("cat", "dog", "elk", "fox"))
+    asked = []
+
+    class Hub:
+        def __init__(self, dataset, **_):
+            asked.append(dataset)
+
+        def load_split(self, split):
+            return table(40)
+
+    monkeypatch.setattr(flwr_datasets, "FederatedDataset", Hub)
+    people = load(tmp_path, "data=digits-five")
+    assert [u.name for u in people.users] == ["mnist", "mnistm", "svhn", "synth", "usps"]
+    assert asked == ["ylecun/mnist", "flwrlabs/usps", "ufldl-stanford/svhn", "Mike0307/MNIST-M"]
+
+
+def test_domains_without_a_copy_on_the_hub_say_what_to_bring(tmp_path):
+    message = "'amazon' has no copy on the hub to rely on; unpack .* give path=DIR, with DIR/amazon holding one"
+    with pytest.raises(UserError, match=message):
+        scenario("hub:data=office-caltech10").load(0)
+    with pytest.raises(UserError, match=message):
+        load(tmp_path, "data=office-caltech10")
+
+
+def test_domains_must_agree_on_their_classes(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folders(tmp_path, ["amazon", "caltech", "dslr"])
+    folders(tmp_path, ["webcam"], classes=("a", "b", "c", "mug"))
+    with pytest.raises(UserError, match=r"name their classes differently \(a, b, c, d / a, b, c, mug\)"):
+        load(tmp_path, "data=office-caltech10")
+
+
 def test_another_data_set_by_its_columns(tmp_path):
     writers = [f"w{i % 5:02d}" for i in range(80)]
     datasets.DatasetDict({"train": table(image="scan", label="sign", hand=writers)}).save_to_disk(str(tmp_path / "d"))

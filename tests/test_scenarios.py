@@ -12,6 +12,7 @@ import torch
 from fedbn.errors import UserError
 from fedbn.scenario import scenario, scenarios
 from fedbn.scenarios import digits, hapt, watch
+from fedbn.scenarios.uci_har import SIGNALS
 from fedbn.seeds import numpy_generator
 
 
@@ -34,7 +35,25 @@ def texts(tmp_path_factory):
     images = [Image.fromarray(rng.integers(0, 256, (9, 9, 3), np.uint8).astype(np.uint8)) for _ in range(n)]
     columns = {"image": images, "label": (np.arange(n) % 3).tolist(), "domain": [f"d{i % 4}" for i in range(n)]}
     datasets.Dataset.from_dict(columns).save_to_disk(str(place / "hub"))
-    return {"files": f"files:path={place / 'own.npz'}", "hub": f"hub:path={place / 'hub'}:size=8"}
+    write_uci_har(place / "har")
+    return {
+        "files": f"files:path={place / 'own.npz'}",
+        "hub": f"hub:path={place / 'hub'}:size=8",
+        "uci-har": f"uci-har:path={place / 'har'}:unseen=2",
+    }
+
+
+def write_uci_har(place, windows=36):
+    """The archive's layout: people 1 to 5 in train, 6 to 8 in test, activities in turn."""
+    rng = numpy_generator(0, "test archive")
+    for part, people in (("train", range(1, 6)), ("test", range(6, 9))):
+        (place / part / "Inertial Signals").mkdir(parents=True)
+        subject = np.repeat(list(people), windows)
+        np.savetxt(place / part / f"subject_{part}.txt", subject, fmt="%d")
+        np.savetxt(place / part / f"y_{part}.txt", np.arange(len(subject)) % 6 + 1, fmt="%d")
+        for i, name in enumerate(SIGNALS):
+            signal = i + 0.01 * rng.normal(size=(len(subject), 128))
+            np.savetxt(place / part / "Inertial Signals" / f"{name}_{part}.txt", signal, fmt="%.4f")
 
 
 @lru_cache
@@ -291,3 +310,32 @@ def test_an_impossible_scenario_names_the_fix(text, message, load):
     load(text.split(":")[0])
     with pytest.raises(UserError, match=message):
         scenario(text).load(0)
+
+
+def test_the_archive_of_uci_har_is_put_together(tmp_path):
+    write_uci_har(tmp_path)
+    people = scenario(f"uci-har:path={tmp_path}:unseen=2").load(0)
+    assert [u.name for u in people.users] == [str(i) for i in range(1, 9)]
+    assert people.shape == (9, 128)
+    for user in people.users:
+        assert (len(user.train), len(user.test)) == (17, 18)
+        assert user.train.y.tolist() == [i % 6 for i in range(17)]
+        # Channel i is i: signals are stacked in the order of their names.
+        assert user.test.x.mean((0, 2)).round().tolist() == list(range(9))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda place: None, "reads the directory 'UCI HAR Dataset'.*scenario hapt has the same people's"),
+        (lambda place: (place / "test" / "y_test.txt").unlink(), "y_test.txt is missing or no table .*unpack"),
+        (lambda place: (place / "test" / "y_test.txt").write_text("1 2\n3 4\n"), "has 2 columns, not 1"),
+        (lambda place: (place / "train" / "y_train.txt").write_text("1\n2\n"), "files of train differ in length"),
+    ],
+)
+def test_archives_that_are_not_whole(tmp_path, spoil, message):
+    write_uci_har(tmp_path / "har", windows=12)
+    spoil(tmp_path / "har")
+    path = tmp_path if "reads" in message else tmp_path / "har"
+    with pytest.raises(UserError, match=message):
+        scenario(f"uci-har:path={path}").load(0)

@@ -1,7 +1,7 @@
 """Hub: image data sets by name, through flwr-datasets, for people who are online.
 
 A user is whatever the data set knows: a writer (femnist), a visual domain (pacs, office-home), a hospital
-(fed-isic2019), a data set of its own (digits-four, after the Digits-Five of FedBN, Li et al., 2021,
+(fed-isic2019), a data set of its own (digits-four and digits-five, the domains of FedBN, Li et al., 2021,
 https://arxiv.org/abs/2102.07623). Where it knows nothing (cifar10), rows are dealt at random; choose a
 partition on top. Any other data set of images is named by its identifier:
 ``hub:data=owner/name:x=image:y=label:user=domain:size=32``.
@@ -10,6 +10,10 @@ Only the ``train`` split is used, and split again per user, so that every user h
 tested on. Hub files are often sorted by class and images are independent of each other, so each user's
 rows are put into one fixed random order first. MNIST-M is made from MNIST, so a digit can occur in both
 domains of digits-four; scenario ``digits`` keeps them apart.
+
+Not every domain has a copy on the hub that its authors or Flower's have put there. Office-Caltech10 and the
+synthetic digits of Digits-Five come as archives from their authors: unpack them into ``path``, one directory
+a domain with one directory a class in it. Domains that are not there come from the hub.
 
 Without a connection, ``path`` names a directory with the same columns: one that ``save_to_disk`` wrote, or
 one that ``datasets.load_dataset`` understands.
@@ -35,7 +39,7 @@ class Part:
     """One data set of the hub.
 
     Attributes:
-        dataset: its identifier.
+        dataset: its identifier; empty: the hub has none to rely on, so it is read from ``path``.
         x: column of images.
         y: column of class numbers.
         user: column that says whose a row is; empty: see ``domain``.
@@ -60,6 +64,13 @@ class Collection:
     skew: str
 
 
+DIGITS = (
+    Part("ylecun/mnist", domain="mnist"),
+    Part("flwrlabs/usps", domain="usps"),
+    Part("ufldl-stanford/svhn", domain="svhn", subset="cropped_digits"),
+    Part("Mike0307/MNIST-M", domain="mnistm"),
+)
+
 COLLECTIONS: dict[str, Collection] = {
     "femnist": Collection(
         (Part("flwrlabs/femnist", y="character", user="writer_id"),),
@@ -81,15 +92,14 @@ COLLECTIONS: dict[str, Collection] = {
         (3, 64, 64),
         "natural feature, label and quantity skew between hospitals",
     ),
-    "digits-four": Collection(
-        (
-            Part("ylecun/mnist", domain="mnist"),
-            Part("flwrlabs/usps", domain="usps"),
-            Part("ufldl-stanford/svhn", domain="svhn", subset="cropped_digits"),
-            Part("Mike0307/MNIST-M", domain="mnistm"),
-        ),
-        (3, 28, 28),
-        "natural feature skew between four data sets of digits",
+    "digits-four": Collection(DIGITS, (3, 28, 28), "natural feature skew between four data sets of digits"),
+    "digits-five": Collection(
+        (*DIGITS, Part("", domain="synth")), (3, 28, 28), "natural feature skew between five data sets of digits"
+    ),
+    "office-caltech10": Collection(
+        tuple(Part("", domain=domain) for domain in ("amazon", "caltech", "dslr", "webcam")),
+        (3, 64, 64),
+        "natural feature skew between shop pictures, Caltech-256, a camera and a web camera; quantity skew",
     ),
     "cifar10": Collection((Part("uoft-cs/cifar10", x="img"),), (3, 32, 32), "none: rows dealt at random"),
 }
@@ -130,6 +140,12 @@ class Hub(Scenario):
     def load(self, seed: int) -> Population:
         collection = self._collection()
         parts = [self._rows(part, collection) for part in collection.parts]
+        named = {p.classes for p in parts if p.classes}
+        if len(named) > 1:
+            listed = " / ".join(", ".join(classes) for classes in sorted(named))
+            raise UserError(
+                f"{self.data}: domains name their classes differently ({listed}); give all the same directories"
+            )
         rows = Rows(
             x=np.concatenate([p.x for p in parts]),
             y=np.concatenate([p.y for p in parts]),
@@ -169,7 +185,14 @@ class Hub(Scenario):
 
     def _rows(self, part: Part, collection: Collection) -> Rows:
         several = len(collection.parts) > 1
-        table = _local(Path(self.path, part.domain if several else "")) if self.path else _online(part)
+        place = Path(self.path, part.domain if several else "")
+        if not part.dataset and not (self.path and place.is_dir()):
+            raise UserError(
+                f"{self.data}: domain {part.domain!r} has no copy on the hub to rely on; unpack its authors' archive "
+                f"and give path=DIR, with DIR/{part.domain} holding one directory of images for each class"
+            )
+        # Of several domains, those that were not brought along are fetched.
+        table = _local(place) if self.path and (place.is_dir() or not several) else _online(part)
         for option in ("x", "y", "user"):
             column = getattr(part, option)
             if column and column not in table.column_names:
