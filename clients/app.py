@@ -6,6 +6,7 @@ into a reply.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import cast
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
@@ -13,7 +14,7 @@ from flwr.clientapp import ClientApp
 
 from clients.config import run_from_config
 from clients.jobs import Consult, Evaluate, Settle, Train, execute
-from clients.records import Decoder, answers_from, arrays, registry_from, scores_to, set_threads, tensors
+from clients.records import Decoder, answers_from, arrays, handed, registry_from, scores_to, set_threads, tensors
 from fedbn.evaluation import Column
 from fedbn.moments import Moments
 from fedbn.recalibration import flatten
@@ -25,9 +26,16 @@ app = ClientApp()
 _decode = Decoder()
 
 
+@lru_cache(maxsize=1)
+def _setting(text: str) -> Setting:
+    return setting(run_from_config({"run": text}))
+
+
 def _here(context: Context) -> Setting:
     set_threads()
-    return setting(run_from_config(context.run_config))
+    # A whole run as text is one object for all clients of a process; comparing runs takes longer than a small step.
+    text = context.run_config.get("run")
+    return _setting(str(text)) if text else setting(run_from_config(context.run_config))
 
 
 def _user(context: Context) -> int:
@@ -39,22 +47,20 @@ def _trainer(here: Setting, context: Context) -> int:
 
 
 def _kept(here: Setting, context: Context, user: int) -> State | None:
-    record = context.state.array_records.get(f"kept-{user}")
-    return None if record is None else tensors(record, here.run.device)
+    return _optional(context.state, f"kept-{user}", here.run.device) or None
 
 
-def _optional(message: Message, name: str, device: str) -> State:
-    record = message.content.array_records.get(name)
-    return {} if record is None else tensors(record, device)
+def _optional(records: RecordDict, name: str, device: str) -> State:
+    return tensors(cast(ArrayRecord, records[name]), device) if name in records else {}
 
 
 def _progress(message: Message) -> Progress:
-    config = message.content.config_records["config"]
-    return Progress(cast(int, config["round"]), cast(int, config["rounds"]))
+    config = cast(ConfigRecord, message.content["config"])
+    return Progress(cast(int, config["round"]), cast(int, config["rounds"]), bool(config["met"]))
 
 
 def _received(here: Setting, message: Message) -> State:
-    return _decode(message.content.array_records["arrays"], here.run.device)
+    return _decode(cast(ArrayRecord, message.content["arrays"]), here.run.device)
 
 
 @app.train()
@@ -70,18 +76,18 @@ def train(message: Message, context: Context) -> Message:
             _kept(here, context, user),
             _progress(message),
             answers_from(message.content),
-            _optional(message, "told", here.run.device),
+            _optional(message.content, "told", here.run.device),
         )
     )
-    context.state[f"kept-{user}"] = arrays(kept)
+    context.state[f"kept-{user}"] = handed(kept)
     content = RecordDict(
         {
-            "arrays": arrays(update.state),
+            "arrays": handed(update.state),
             "metrics": MetricRecord({"num-examples": update.examples, "loss": update.loss}),
         }
     )
     if update.notes:
-        content["notes"] = arrays(update.notes)
+        content["notes"] = handed(update.notes)
     return Message(content, reply_to=message)
 
 
@@ -108,8 +114,8 @@ def evaluate(message: Message, context: Context) -> Message:
     """Score the user's model on the rows and columns asked for."""
     here = _here(context)
     user = _user(context)
-    config = message.content.config_records["config"]
-    registry = message.content.array_records.get("registry")
+    config = cast(ConfigRecord, message.content["config"])
+    registry = cast(ArrayRecord | None, message.content.get("registry"))
     job = Evaluate(
         here,
         user,

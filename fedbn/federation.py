@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -356,8 +356,9 @@ def federate(
         updates = []
         for user in sampled:
             received = out.server.sends(here, user)
+            mine = replace(progress, met=here.strategy.met(user, out.server.known))
             update, out.kept[user] = client_round(
-                here, user, received, out.kept.get(user), progress, heard, out.server.told
+                here, user, received, out.kept.get(user), mine, heard, out.server.told
             )
             updates.append(update)
         out.server.advance(here, updates, number, step)

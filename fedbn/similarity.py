@@ -39,9 +39,13 @@ class SimilarityWeighted(NormStrategy):
         """How unlike two clients are, from their moments by layer."""
 
     def measure(self, model: nn.Module, data: Examples, progress: Progress) -> State:
-        if progress.round <= self.warm_up * progress.rounds:
+        # The first model after the warm-up is what a client is compared under.
+        if progress.met or progress.round <= self.warm_up * progress.rounds:
             return {}
         return {SAID + k: v for k, v in flatten(all_moments(model, data.x)).items()}
+
+    def met(self, user: int, known: State) -> bool:
+        return any(key.startswith(f"{user}/") for key in known)
 
     def view(self, index: int, user: User) -> str:
         return str(index)
@@ -49,13 +53,8 @@ class SimilarityWeighted(NormStrategy):
     def views(
         self, updates: Sequence[Update], weights: Sequence[float], table: Ownership, people: Population, known: State
     ) -> dict[str, State]:
-        met = {key.partition("/")[0] for key in known}
         for update in updates:
-            # The first model after the warm-up is what a client is compared under; what it tells later is left out.
-            if str(update.user) not in met:
-                known |= {
-                    f"{update.user}/{k.removeprefix(SAID)}": v for k, v in update.notes.items() if k.startswith(SAID)
-                }
+            known |= {f"{update.user}/{k.removeprefix(SAID)}": v for k, v in update.notes.items() if k.startswith(SAID)}
         moments = {u: unflatten(_under(known, f"{u}/")) for u in people.seen}
         measured = [u for u in updates if moments[u.user]]
         if len(measured) < 2:

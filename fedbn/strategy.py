@@ -48,10 +48,15 @@ Talk = Generator[dict[str, Moments], dict[str, Moments], None]
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands: ``round`` counts from 1 to ``rounds``."""
+    """Where a run stands: ``round`` counts from 1 to ``rounds``.
+
+    Attributes:
+        met: whether the server remembers what this client told it (`NormStrategy.met`).
+    """
 
     round: int
     rounds: int
+    met: bool = False
 
 
 @dataclass(frozen=True)
@@ -156,6 +161,10 @@ class NormStrategy:
     ) -> State:
         """The server's new statistics entries ``keys`` from what clients sent and what it had (``old``)."""
         return {k: naive_mean([u.state[k] for u in updates], weights) for k in keys}
+
+    def met(self, user: int, known: State) -> bool:
+        """Whether the server has no need to hear from a client again, from what `views` remembers."""
+        return False
 
     def view(self, index: int, user: User) -> str:
         """Name of the view of the server's state that a user gets; users of one view get the same."""

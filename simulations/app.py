@@ -183,8 +183,8 @@ def _outgoing(here: Setting, server: Server, users: Sequence[int], *, serving: b
     return {user: records[here.view(user)] for user in users}
 
 
-def _config(here: Setting, number: int) -> ConfigRecord:
-    return ConfigRecord({"round": number, "rounds": here.run.plan.rounds})
+def _config(here: Setting, number: int, met: bool = False) -> ConfigRecord:
+    return ConfigRecord({"round": number, "rounds": here.run.plan.rounds, "met": met})
 
 
 def _consult(
@@ -209,10 +209,15 @@ def _train(
     heard: list[dict[str, Moments]],
 ) -> list[Update]:
     outgoing = _outgoing(here, server, sampled)
-    common = RecordDict({"config": _config(here, number), **answers_to(heard)})
+    common = RecordDict(answers_to(heard))
     if server.told:
         common["told"] = arrays(server.told)
-    replies = clients.ask("train", {u: RecordDict({"arrays": outgoing[u], **common}) for u in sampled})
+
+    def content(user: int) -> RecordDict:
+        config = _config(here, number, here.strategy.met(user, server.known))
+        return RecordDict({"arrays": outgoing[user], "config": config, **common})
+
+    replies = clients.ask("train", {u: content(u) for u in sampled})
     updates = []
     for user, content in replies.items():
         metrics = content.metric_records["metrics"]

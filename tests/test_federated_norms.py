@@ -357,6 +357,20 @@ def test_fedap_with_all_weight_on_oneself_is_training_alone(small):
             torch.testing.assert_close(mine[key], value, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("engine", ["reference", "grid"])
+def test_clients_measure_their_moments_once(engine, small, monkeypatch):
+    measured = []
+
+    def counted(model, x):
+        measured.append(len(x))
+        return all_moments(model, x)
+
+    monkeypatch.setattr("fedbn.similarity.all_moments", counted)
+    run = small("fedap:warm_up=0", rounds=3)
+    execute(run, engine)
+    assert len(measured) == len(setting(run).population.seen)
+
+
 def test_fedap_weighs_near_clients_more_and_sums_to_one():
     weights = FedAP(lam=0.2).weights(torch.tensor([0.0, 1.0, 4.0], dtype=torch.float64), 0)
     assert weights.tolist() == pytest.approx([0.2, 0.64, 0.16])
