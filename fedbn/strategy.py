@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from torch import Tensor, nn
@@ -129,7 +130,7 @@ class NormStrategy:
         """Raise `UserError` for users that the strategy cannot serve (groups not known, for example)."""
 
     def measure(self, model: nn.Module, data: Examples, progress: Progress) -> State:
-        """What a client tells about the received model on its data, before it trains."""
+        """What a client tells about the received model on its data, before it trains; may set the model up by them."""
         return {}
 
     def consult(self, model: nn.Module, batch: Examples, heard: Heard) -> dict[str, Moments] | None:
@@ -246,12 +247,12 @@ class Ownership:
         """Entries with any of these owners, in the model's order."""
         return [k for k in self.roles if self.owner(k) in owners]
 
-    @property
+    @cached_property
     def travels(self) -> list[str]:
         """Entries that go to the server and come back."""
         return self.keys(SHARED, SEEDED)
 
-    @property
+    @cached_property
     def kept(self) -> list[str]:
         """Entries of which each client keeps its own value."""
         return self.keys(SEEDED, LOCAL)

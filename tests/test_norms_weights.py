@@ -11,13 +11,17 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fedbn.errors import UserError
-from fedbn.layers import convert
+from fedbn.layers import convert, weighted_layers
 from fedbn.models.small_cnn import SmallCNN
 from fedbn.norms.feature_norm import FeatureNormLinear, normalise_features
 from fedbn.norms.fedwon import GAMMA_RELU, ScaledWeightStandardisation, clip_adaptively
+from fedbn.norms.weight_norm import initialise
 from fedbn.norms.weight_standardisation import WeightStandardisation
 from fedbn.roles import Role, norm_layers, roles
+from fedbn.scenario import Examples
 from fedbn.strategies.fedwon import FedWon
+from fedbn.strategies.weight_norm import WeightNorm
+from fedbn.strategy import Progress
 
 
 def draw(*shape, seed=0):
@@ -47,6 +51,36 @@ def test_weight_norm_keeps_the_function_and_does_not_see_the_length_of_v():
     with torch.no_grad():
         net[3].parametrizations.weight.original0.mul_(2)
     assert not torch.allclose(net(x), before)
+
+
+def test_weight_norm_starts_with_unit_pre_activations_in_every_layer():
+    net = convert(network(), "weight-norm")
+    x = 3 + 5 * draw(40, 1, 8, 8)
+    direction = [m.parametrizations.weight.original1.clone() for m in weighted_layers(net).values()]
+    initialise(net, x)
+    seen = []
+    for layer in weighted_layers(net).values():
+        layer.register_forward_hook(lambda _layer, _args, out: seen.append(out))
+    net(x)
+    assert len(seen) == len(weighted_layers(net)) > 2
+    for out in seen:
+        var, mean = torch.var_mean(out, [0, *range(2, out.dim())], correction=0)
+        torch.testing.assert_close(mean, torch.zeros_like(mean), rtol=0, atol=1e-9)
+        alive = var > 1e-9
+        assert alive.any()
+        torch.testing.assert_close(var[alive], torch.ones_like(var[alive]), rtol=1e-9, atol=0)
+    for layer, v in zip(weighted_layers(net).values(), direction, strict=True):
+        assert torch.equal(layer.parametrizations.weight.original1, v)
+
+
+def test_clients_start_weight_normalisation_from_their_data_in_the_first_round_only():
+    strategy, data = WeightNorm(), Examples(draw(6, 1, 8, 8), torch.zeros(6).long(), torch.zeros(6).long())
+    first, later = (convert(network(), "weight-norm") for _ in range(2))
+    before = copy.deepcopy(later.state_dict())
+    strategy.measure(later, data, Progress(2, 3))
+    assert all(torch.equal(v, before[k]) for k, v in later.state_dict().items())
+    strategy.measure(first, data, Progress(1, 3))
+    assert any(not torch.equal(v, before[k]) for k, v in first.state_dict().items())
 
 
 @given(st.integers(0, 10**6), st.floats(0.1, 100), st.floats(-10, 10))

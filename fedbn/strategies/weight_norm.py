@@ -7,12 +7,18 @@ from dataclasses import dataclass
 from torch import nn
 
 from fedbn.layers import convert
-from fedbn.strategy import StatelessNorm
+from fedbn.norms.weight_norm import initialise
+from fedbn.roles import State
+from fedbn.scenario import Examples
+from fedbn.strategy import Progress, StatelessNorm
 
 
 @dataclass(frozen=True)
 class WeightNorm(StatelessNorm):
     """Each unit's weights as length times direction; both are averaged. https://arxiv.org/abs/1602.07868
+
+    In the first round every client starts from lengths and biases set by its own data, as the paper does with its first
+    batch; their mean is what all go on from.
 
     >>> from torch import nn as torch_nn
     >>> WeightNorm().prepare(torch_nn.Sequential(torch_nn.Linear(3, 4), torch_nn.BatchNorm1d(4)))[1]
@@ -22,6 +28,11 @@ class WeightNorm(StatelessNorm):
     name = "weight-norm"
     about = "weight normalisation instead of BN"
     source = "Salimans & Kingma 2016"
+
+    def measure(self, model: nn.Module, data: Examples, progress: Progress) -> State:
+        if progress.round == 1:
+            initialise(model, data.x)
+        return {}
 
     def prepare(self, model: nn.Module) -> nn.Module:
         return convert(model, "weight-norm")
