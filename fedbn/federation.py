@@ -16,8 +16,11 @@ from torch import nn
 
 from fedbn.evaluation import COLUMNS, Column, Score, evaluate_user, score
 from fedbn.moments import Moments, naive_mean
-from fedbn.newcomers import starts
+from fedbn.newcomers import population, starts
+from fedbn.online.rule import client_rule
 from fedbn.personal import Plain, Work
+from fedbn.privacy import protected
+from fedbn.privacy_sums import opened
 from fedbn.recalibration import replay, statistics_of, union
 from fedbn.roles import Role, State, clone
 from fedbn.run import Run
@@ -72,6 +75,9 @@ class Server:
         """
         if not updates:
             raise ValueError("nothing to aggregate")
+        secure = here.privacy is not None and here.privacy.secure
+        if secure:
+            updates = [opened(here, updates, self.state, round)]
         weights = [here.weight(u.examples) for u in updates]
         table = here.ownership
         statistics = [k for k in table.travels if table.roles[k] is Role.STATISTICS]
@@ -84,7 +90,7 @@ class Server:
             new |= here.strategy.pool(updates, weights, statistics, old, Progress(round, here.run.plan.rounds))
         self.views |= here.strategy.views(updates, weights, table, here.population, self.known)
         self.told = here.personal.tell(updates, self.told, len(here.trainers))
-        if not here.strategy.gathers:
+        if not here.strategy.gathers and not secure:
             owned = [k for k in table.travels if table.roles[k] is Role.STATISTICS or table.owner(k) is SEEDED]
             self.registry |= {u.user: {k: u.state[k] for k in owned} for u in updates if owned}
         self.state = {k: new[k] for k in table.travels}
@@ -225,6 +231,27 @@ def client_consult(
         return here.strategy.consult(model, batch, heard)
 
 
+def user_state(here: Setting, user: int, received: State, kept: State | None) -> State:
+    """A user's whole model after aggregation: assembled, and personalised where the run says so.
+
+    Args:
+        here: the run's setting.
+        user: index of the user.
+        received: the server's entries.
+        kept: the user's own.
+    """
+    own, _, aside = _split(kept, here)
+    state = here.assemble(received, own)
+    if user in here.population.seen and not isinstance(here.personal, Plain):
+        finished = Progress(here.run.plan.rounds, here.run.plan.rounds)
+        model = here.load(state)
+        here.strategy.begin(model, finished)
+        work = _work(here, user, model, finished, (), {})
+        work.aside = aside
+        state = here.personal.serve(work)
+    return state
+
+
 def client_evaluation(
     here: Setting,
     user: int,
@@ -244,18 +271,11 @@ def client_evaluation(
         kept: the user's own.
         columns: columns to score.
         globally: columns that are also scored on the pooled test rows.
-        registry: statistics by client; an unseen user is then also scored from every start they allow.
+        registry: statistics by client, for rules that start from the population; an unseen user is also scored from
+            every start they allow.
     """
-    own, _, aside = _split(kept, here)
     person = here.population.users[user]
-    state = here.assemble(received, own)
-    if user in here.population.seen and not isinstance(here.personal, Plain):
-        finished = Progress(here.run.plan.rounds, here.run.plan.rounds)
-        model = here.load(state)
-        here.strategy.begin(model, finished)
-        work = _work(here, user, model, finished, (), {})
-        work.aside = aside
-        state = here.personal.serve(work)
+    state = user_state(here, user, received, kept)
     scores = evaluate_user(
         here.scratch,
         state,
@@ -266,8 +286,10 @@ def client_evaluation(
         columns=columns,
         globally=globally,
         online_prior=here.run.plan.online_prior,
+        online_rule=client_rule(here.run.rule) if here.run.rule else None,
+        prior=population(here, state, registry, person.train.x) if registry and here.asks_population else None,
     )
-    if registry:
+    if registry and user in here.population.unseen:
         for name, start in starts(here, state, registry, person.train.x).items():
             scores.append(score("unseen", name, logits(here.load(start), person.test.x), person.test.y))
     return scores
@@ -328,6 +350,7 @@ def mean_accuracy(here: Setting, scores: dict[int, list[Score]], unseen: bool) -
 def federate(
     run: Run,
     *,
+    here: Setting | None = None,
     step: ServerStep | None = None,
     resume: Outcome | None = None,
     on_round: Callable[[int, Outcome], None] | None = None,
@@ -336,6 +359,7 @@ def federate(
 
     Args:
         run: what to do.
+        here: the run made concrete; None: what `setting` makes of it.
         step: the server's step on parameters (None: take the mean).
         resume: an unfinished outcome to go on from.
         on_round: told after each round.
@@ -345,7 +369,7 @@ def federate(
     >>> len(federate(run).curve)
     1
     """
-    here = setting(run)
+    here = here or setting(run)
     began = time.perf_counter()
     out = resume or Outcome(Server(here.start(), here.start()))
     spent = out.seconds
@@ -360,7 +384,7 @@ def federate(
             update, out.kept[user] = client_round(
                 here, user, received, out.kept.get(user), mine, heard, out.server.told
             )
-            updates.append(update)
+            updates.append(protected(here, update, received, mine))
         out.server.advance(here, updates, number, step)
         if evaluated(here, number) and here.strategy.settles:
             out.server.serving = settled(here, out.server.state, list(_talk(here, out)))
@@ -424,7 +448,7 @@ def _evaluate(here: Setting, out: Outcome, *, last: bool) -> dict[int, list[Scor
             out.kept.get(user),
             columns=COLUMNS if last else COLUMNS[:1],
             globally=global_columns(here, user) if last else (),
-            registry=out.server.registry if last and user in here.population.unseen else None,
+            registry=out.server.registry if last and here.hears_registry(user) else None,
         )
         for user in served(here)
     }

@@ -1,4 +1,4 @@
-"""The lints of `fedbn.audit`: each looks at a model for one trap of averaging normalised networks.
+"""The lints of `fedbn.auditing`: each looks at a model for one trap of averaging normalised networks.
 
 A lint reads a `Subject` and yields findings; none changes the model. What cannot be read off types is measured
 on a copy with a tiny batch.

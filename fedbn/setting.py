@@ -17,12 +17,14 @@ from fedbn.data.shift import shift
 from fedbn.errors import UserError
 from fedbn.evaluation import pooled_test
 from fedbn.models import build
+from fedbn.online.rule import client_rule
 from fedbn.personal import Personalisation, Treatment, treatment
-from fedbn.roles import State, clone, combine, split
+from fedbn.privacy import Privacy, parse_privacy, statement
+from fedbn.roles import Role, State, clone, split
 from fedbn.run import Run
 from fedbn.scenario import Examples, Population, User, scenario
 from fedbn.seeds import generator, numpy_generator
-from fedbn.strategy import SEEDED, SHARED, NormStrategy, Ownership
+from fedbn.strategy import NormStrategy, Ownership
 
 EVERYONE = -1
 """Index of the one client that holds all seen users' data when a strategy gathers them."""
@@ -59,6 +61,20 @@ class Setting:
     def personal(self) -> Personalisation:
         """How clients personalise."""
         return self.treatment.personal
+
+    @cached_property
+    def privacy(self) -> Privacy | None:
+        """How clients' messages are protected; None: not at all."""
+        return parse_privacy(self.run.privacy)
+
+    @property
+    def asks_population(self) -> bool:
+        """Whether the rule of the online column starts users from what clients' statistics are."""
+        return bool(self.run.rule) and client_rule(self.run.rule).wants == "n0"
+
+    def hears_registry(self, user: int) -> bool:
+        """Whether a user is told every client's statistics for the last evaluation."""
+        return user in self.population.unseen or self.asks_population
 
     def view(self, user: int) -> str:
         """Name of the view of the server's state that a user gets."""
@@ -106,17 +122,12 @@ class Setting:
 
     def assemble(self, received: State, kept: State | None) -> State:
         """A user's whole model: the server's entries, its own where it has them, initial ones otherwise."""
+        if missing := [k for k in self.ownership.travels if k not in received]:
+            raise KeyError(f"missing {missing}")
         own = kept or {}
-        mine: State = {}
-        for name in self.ownership.kept:
-            if name in own:
-                mine[name] = own[name]
-            elif self.ownership.owner(name) is SEEDED:
-                mine[name] = received[name]
-            else:
-                mine[name] = self.initial[name]
-        shared = {k: received[k] for k in self.ownership.keys(SHARED)}
-        return combine(self.ownership.roles, shared, mine)
+        mine = {k: own[k] for k in self.ownership.kept if k in own}
+        server = {k: received[k] for k in self.ownership.travels}
+        return self.initial | server | mine
 
     def load(self, state: State) -> nn.Module:
         """The scratch model with exactly ``state``."""
@@ -175,7 +186,15 @@ def setting(run: Run) -> Setting:
     Raises:
         UserError: whatever would fail or mislead later; nothing has been trained then.
     """
-    people = population(run.scenario, run.partition, run.shift, run.seed, run.validation, run.device)
+    return setting_for(run, population(run.scenario, run.partition, run.shift, run.seed, run.validation, run.device))
+
+
+def setting_for(run: Run, people: Population) -> Setting:
+    """As `setting`, with users that are at hand already; of the run, what says where they are from is not read.
+
+    Raises:
+        UserError: as `setting`.
+    """
     check_data(people)
     chosen = treatment(run.strategy)
     chosen.norm.suit(people)
@@ -223,6 +242,13 @@ def check(made: Setting) -> list[str]:
     """Raise for settings that cannot work on these data; return notices for those that can but surprise."""
     plan, people = made.run.plan, made.population
     notices: list[str] = []
+    if made.asks_population and (
+        made.strategy.gathers or not any(made.ownership.roles[k] is Role.STATISTICS for k in made.ownership.travels)
+    ):
+        raise UserError(
+            f"rule {made.run.rule!r} starts users from what clients' statistics are, and with strategy "
+            f"{made.run.strategy!r} no client sends any: choose a rule that starts from the model's (pseudo, ema, ...)"
+        )
     trainers = made.trainers
     wanted = plan.clients_per_round
     if wanted is not None and not made.strategy.gathers and wanted > len(trainers):
@@ -271,4 +297,4 @@ def check(made: Setting) -> list[str]:
         )
     if plan.batch_size == 1 and any(role == "statistics" for role in made.ownership.roles.values()):
         notices.append("batches of one: each window is normalised by itself (instance statistics)")
-    return notices
+    return notices + statement(made)

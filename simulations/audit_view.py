@@ -15,7 +15,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from fedbn.audit import LEVELS, Audit, Entry, Finding
+from fedbn.auditing import LEVELS, Audit, Entry, Finding
 from fedbn.roles import Role
 from simulations.tables import size
 

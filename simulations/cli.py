@@ -18,7 +18,14 @@ from rich.console import Console
 
 from fedbn.errors import UserError
 from simulations.claims_cli import claims
+from simulations.deploy_cli import deploy
+from simulations.export_cli import export
+from simulations.leakage_cli import leakage
+from simulations.new_cli import new
 from simulations.personalise_cli import personalise
+from simulations.quiet import quieten
+from simulations.report_cli import report, show_comparison
+from simulations.service_cli import demo, serve
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -31,7 +38,14 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.command()(claims)
+app.command()(deploy)
 app.command()(personalise)
+app.command()(serve)
+app.command()(demo)
+app.command()(report)
+app.command()(export)
+app.command()(leakage)
+app.command()(new)
 console = Console()
 errors = Console(stderr=True)
 
@@ -50,16 +64,13 @@ class Kind(StrEnum):
 
 
 def main() -> None:
-    """Entry point: user mistakes become one line and exit code 2, an interruption exit code 130."""
+    """Entry point: user mistakes become one line and exit code 2; an interruption is exit code 130."""
     sys.path.insert(0, "")  # a model or scenario of the user's lies where the command is given
     try:
-        app()
+        quieten(app)()
     except UserError as error:
         errors.print(f"[bold red]error:[/] {_plain(str(error))}", highlight=False)
         sys.exit(2)
-    except KeyboardInterrupt:
-        errors.print("interrupted; what was finished is kept")
-        sys.exit(130)
 
 
 def _plain(text: str) -> str:
@@ -67,6 +78,10 @@ def _plain(text: str) -> str:
 
 
 Out = Annotated[Path | None, typer.Option(help="Directory of results; default results/SCENARIO.")]
+Track = Annotated[
+    list[str] | None,
+    typer.Option(help="Also log to tensorboard:DIR, mlflow:DIR or wandb:DIR (offline); repeatable."),
+]
 Workers = Annotated[int | None, typer.Option(min=1, help="Processes; default one a core.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON instead of tables.")]
 
@@ -94,6 +109,10 @@ def compare(
     shift: Annotated[
         str | None, typer.Option(help="Feature shift between users, e.g. rotation:strength=0.5,gain.")
     ] = None,
+    privacy: Annotated[
+        str | None,
+        typer.Option(help="Protect clients' messages, e.g. clip=1:noise=0.5 or secure=true."),
+    ] = None,
     rounds: Annotated[int | None, typer.Option(help="Communication rounds.")] = None,
     clients_per_round: Annotated[int | None, typer.Option(help="Users drawn a round; default all.")] = None,
     local_epochs: Annotated[int | None, typer.Option(help="Passes over a user's data a round.")] = None,
@@ -119,8 +138,12 @@ def compare(
         typer.Option(help="grid:stacked trains clients side by side; grid, reference and ray agree bit for bit."),
     ] = "grid:stacked",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
+    rule: Annotated[
+        str | None, typer.Option(help="How clients personalise in the online column, e.g. population:diversity=1.")
+    ] = None,
     workers: Workers = None,
     out: Out = None,
+    track: Track = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare treatments of normalisation on the same users, seeds and budget.
@@ -145,7 +168,9 @@ def compare(
         "model": model,
         "partition": partition,
         "shift": shift,
+        "privacy": privacy,
         "device": device,
+        "rule": rule,
         "tune": _numbers(grid) if grid else (GRID if tune else None),
     }
     plan = {
@@ -182,6 +207,7 @@ def compare(
             **told,
         ),
         place,
+        track,
         as_json,
     )
 
@@ -190,29 +216,13 @@ def compare(
 def resume(
     directory: Annotated[Path, typer.Argument(help="Directory of an interrupted comparison.")],
     workers: Workers = None,
+    track: Track = None,
     as_json: AsJson = False,
 ) -> None:
     """Go on with an interrupted comparison, to the same numbers as if it had never stopped."""
     from simulations.compare import resume as go_on
 
-    _conduct(lambda **told: go_on(directory, workers=workers, **told), directory, as_json)
-
-
-@app.command()
-def report(
-    directory: Annotated[Path, typer.Argument(help="Directory of a comparison.")],
-    into: Annotated[
-        Path | None, typer.Option(help="Put the table into this document, between its markers for the directory.")
-    ] = None,
-    full: Annotated[bool, typer.Option("--full", help="With --into: also newcomers' starts, and costs.")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Print the tables of a comparison and write its HTML report."""
-    _show(directory, as_json)
-    if into is not None:
-        from simulations.embed import embed
-
-        embed(directory, into, full=full)
+    _conduct(lambda **told: go_on(directory, workers=workers, **told), directory, track, as_json)
 
 
 @app.command()
@@ -264,7 +274,7 @@ def audit(
     as_json: AsJson = False,
 ) -> None:
     """Print role, owner and bytes of every state entry, and lint the traps of averaging normalised networks."""
-    from fedbn.audit import audit_model
+    from fedbn.auditing import audit_model
     from simulations.audit_view import show
 
     if any(not n.is_integer() or n < 1 for n in _numbers(shape)):
@@ -349,13 +359,15 @@ def _rows(kind: Kind) -> list[dict[str, str]]:
             return [{"name": n, "what": s.about} for n, s in streams().items()]
 
 
-def _conduct(conduct: Any, place: Path, as_json: bool) -> None:
-    from simulations.progress import Bars
+def _conduct(conduct: Any, place: Path, track: list[str] | None, as_json: bool) -> None:
+    from simulations.progress import Bars, Watchers
+    from simulations.trackers import Tracking
 
     began = time.perf_counter()
     try:
-        with Bars(errors) as bars:
-            conduct(report=bars.report, started=bars.started)
+        with Bars(errors) as bars, Tracking(track or ()) as tracking:
+            watchers = Watchers(bars, tracking)
+            conduct(report=watchers.report, started=watchers.started)
     except KeyboardInterrupt:
         errors.print(f"interrupted; go on with [bold]fedbn resume {place}[/]")
         sys.exit(130)
@@ -363,25 +375,4 @@ def _conduct(conduct: Any, place: Path, as_json: bool) -> None:
         from simulations.compare import elapsed
 
         console.print(f"done in {elapsed(began)}")
-    _show(place, as_json)
-
-
-def _show(directory: Path, as_json: bool) -> None:
-    from simulations.report import write_report
-    from simulations.results import Comparison
-    from simulations.tables import answer, show
-
-    comparison = Comparison.load(directory)
-    page = write_report(directory)
-    if as_json:
-        matrix = json.loads(comparison.matrix().to_json(orient="records"))
-        paired = json.loads(comparison.paired().to_json(orient="records"))
-        print(
-            json.dumps(
-                {"answer": answer(comparison), "matrix": matrix, "paired": paired, "report": str(page)},
-                indent=1,
-            )
-        )
-    else:
-        show(comparison, console)
-        console.print(f"report: {page.resolve()}", soft_wrap=True)
+    show_comparison(place, as_json)

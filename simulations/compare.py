@@ -14,7 +14,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from fedbn.recalibration import all_moments
 from fedbn.roles import statistics_layers
 from fedbn.run import Run
 from fedbn.setting import Setting, setting
+from fedbn.stacked.memory import keep_freed_memory, leave_alone_what_is_loaded
 from simulations.engines import Engine, execute, parse_engine
 from simulations.experiment import Experiment
 from simulations.results import Comparison, write_comparison, write_run, write_shift
@@ -50,11 +51,12 @@ class Task:
 
 @dataclass(frozen=True)
 class Event:
-    """Progress of a task: ``round`` rounds are done, or the task ended."""
+    """Progress of a task: ``round`` rounds are done, or the task ended; with what was measured, if anything was."""
 
     directory: str
     round: int
     ended: bool = False
+    values: dict[str, float] = field(default_factory=dict)
 
 
 Report = Callable[[Event], None]
@@ -106,7 +108,8 @@ def perform(task: Task, engine: Engine, report: Report) -> None:
 
     def on_round(number: int, outcome: Outcome) -> None:
         save_outcome(checkpoint, task.run, outcome, sources)
-        report(Event(task.directory, number))
+        measured = {k: v for k, v in asdict(outcome.curve[-1]).items() if k != "round" and v is not None}
+        report(Event(task.directory, number, values=measured))
 
     if resume is not None and resume.scores:  # killed between its last checkpoint and its result
         outcome = resume
@@ -114,7 +117,16 @@ def perform(task: Task, engine: Engine, report: Report) -> None:
         outcome = execute(task.run, engine, resume, on_round)
         save_outcome(checkpoint, task.run, outcome, sources)
     write_run(directory.parent.parent, directory.name, result_of(task.run, here, outcome))
-    report(Event(task.directory, rounds, ended=True))
+    report(Event(task.directory, rounds, ended=True, values=_means(outcome)))
+
+
+def _means(outcome: Outcome) -> dict[str, float]:
+    """Mean accuracy over users by row and column of the matrix."""
+    found: dict[str, list[float]] = {}
+    for scores in outcome.scores.values():
+        for score in scores:
+            found.setdefault(f"{score.row}/{score.column}", []).append(score.accuracy)
+    return {name: sum(values) / len(values) for name, values in found.items()}
 
 
 def check_result(path: Path, run: Run) -> None:
@@ -137,6 +149,8 @@ def _start_worker(events: Any) -> None:
     _events = events
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
     torch.set_num_threads(1)
+    keep_freed_memory()
+    leave_alone_what_is_loaded()
 
 
 def _work(task: Task, engine: Engine) -> None:
@@ -334,6 +348,7 @@ def _described(experiment: Experiment) -> dict[str, Any]:
         "model": experiment.model,
         "partition": experiment.partition,
         "shift": experiment.shift or "none",
+        "privacy": experiment.privacy or "none",
         "device": experiment.device,
         "rates of their own": ", ".join(
             f"{s} {experiment.rates[s]:g}" for s in experiment.strategies if s in experiment.rates

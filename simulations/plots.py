@@ -19,6 +19,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_pdf import FigureCanvasPdf
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -92,6 +93,14 @@ def svg(figure: Figure, name: str, description: str) -> str:
     text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', rf'\1 width="{width}"', text, count=1)
     return text.replace("<svg", opening, 1)
+
+
+def pdf(figure: Figure) -> bytes:
+    """The figure as PDF for LaTeX, its text as text."""
+    buffer = io.BytesIO()
+    with mpl.rc_context({**_STYLE, "pdf.fonttype": 42}):
+        FigureCanvasPdf(figure).print_pdf(buffer, metadata=dict.fromkeys(("CreationDate", "Creator", "Producer")))
+    return buffer.getvalue()
 
 
 def png(figure: Figure) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import TracebackType
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import (
@@ -16,6 +17,33 @@ from rich.progress import (
 )
 
 from simulations.compare import Event, Task
+
+
+class Watcher(Protocol):
+    """Whoever wants to know how a comparison goes."""
+
+    def started(self, title: str, tasks: Sequence[Task]) -> None:
+        """A batch of tasks begins."""
+
+    def report(self, event: Event) -> None:
+        """A round or a run is done."""
+
+
+class Watchers:
+    """Several watchers as one."""
+
+    def __init__(self, *watchers: Watcher) -> None:
+        self.watchers = watchers
+
+    def started(self, title: str, tasks: Sequence[Task]) -> None:
+        """A batch of tasks begins."""
+        for watcher in self.watchers:
+            watcher.started(title, tasks)
+
+    def report(self, event: Event) -> None:
+        """A round or a run is done."""
+        for watcher in self.watchers:
+            watcher.report(event)
 
 
 class Bars:

@@ -1,4 +1,4 @@
-"""The report of a comparison: one HTML page that needs no network, its figures as PNG, its numbers as CSV.
+"""The report of a comparison: one HTML page that needs no network, its figures and tables as files beside it.
 
 The page says the finding first, then shows what it rests on, then how to do it again. All text is escaped
 by the template; all numbers come from the result directory.
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Iterable
+from base64 import b64encode
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -22,7 +23,10 @@ from matplotlib.figure import Figure
 
 from fedbn.data.packages import SOURCES
 from simulations import plots
-from simulations.results import COLUMNS, ROWS, Comparison, bracket, number, signed
+from simulations.numerals import bracket, number, signed
+from simulations.results import COLUMNS, ROWS, Comparison
+from simulations.side_by_side import SideBySide
+from simulations.store import write_atomically
 from simulations.tables import is_bound, is_clear, p_value, sentences, size, starts_rows
 
 #: Measures of ``shift.json``: name -> (title, what it means).
@@ -71,7 +75,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure of the page, also written as ``figures/<name>.png``."""
+    """A figure of the page, also written as ``figures/<name>`` with ``.png``, ``.svg`` and ``.pdf``."""
 
     name: str
     title: str
@@ -80,7 +84,7 @@ class Picture:
 
 
 def write_report(directory: str | Path) -> Path:
-    """Write ``report.html``, ``matrix.csv``, ``paired.csv`` and ``figures/*.png`` into a result directory.
+    """Write ``report.html``, the matrix as ``matrix`` with ``.csv``, ``.tex`` and ``.md``, ``paired.csv`` and figures.
 
     Args:
         directory: of a comparison, finished or not.
@@ -93,7 +97,8 @@ def write_report(directory: str | Path) -> Path:
     """
     comparison = Comparison.load(directory)
     directory = comparison.directory
-    comparison.to_csv(directory / "matrix.csv")
+    for suffix, write in FORMATS.values():
+        (directory / f"matrix{suffix}").write_text(write(comparison), encoding="utf-8")
     comparison.paired().to_csv(directory / "paired.csv", index=False)
     (directory / "figures").mkdir(exist_ok=True)
     page = directory / "report.html"
@@ -101,8 +106,80 @@ def write_report(directory: str | Path) -> Path:
     return page
 
 
+def write_side_by_side(directories: Sequence[Path], page: Path) -> SideBySide:
+    """Write several comparisons beside each other as one page.
+
+    Raises:
+        UserError: one of them cannot be read, or the page cannot be written.
+    """
+    found = SideBySide.load(directories)
+    titles = ("strategy", "statistics", "comparison")
+    context = {
+        "title": f"{len(found.comparisons)} comparisons side by side",
+        "answers": {name: sentences(comparison) for name, comparison in found.comparisons.items()},
+        "matrix": _plain(found.wide(), "Accuracy: mean over users [95 % interval over users]", titles),
+        "differences": _plain(
+            found.differences_wide(),
+            f"Accuracy minus that of {next(iter(found.comparisons))}, user by user [95 % interval over users]",
+            titles,
+        ),
+        "settings": _plain(found.settings(), "What is not the same in all", ("setting",)),
+        "exports": _exports(found),
+        "again": shlex.join(["fedbn", "report", *map(str, directories)]),
+    }
+    write_atomically(page, _template("side_by_side.html.j2").render(context).encode())
+    return found
+
+
+def _plain(frame: pd.DataFrame, caption: str, names: Sequence[str]) -> Table | None:
+    """A table of text; columns called ``names`` hold words."""
+    if frame.empty:
+        return None
+    flat = frame.reset_index()
+    words = [name for name in names if name in flat.columns]
+    flat = flat[words + [name for name in flat.columns if name not in names]]
+    lines = [
+        [
+            *(Cell(text, sort=text) for text in line[: len(words)]),
+            *(_interval_cell(text) for text in line[len(words) :]),
+        ]
+        for line in flat.astype(str).to_numpy().tolist()
+    ]
+    return Table(caption, list(flat.columns), lines, names=len(words))
+
+
+def _interval_cell(text: str) -> Cell:
+    """A number, its interval said more quietly; a setting is one word or has no interval."""
+    value, bracket_, rest = text.partition(" [")
+    return Cell(value, (bracket_ + rest).strip(), _leading(value))
+
+
+def _leading(text: str) -> float | str:
+    """The number that a cell is, else the text; nothing for a missing cell."""
+    try:
+        return float(text.replace("−", "-"))
+    except ValueError:
+        return "" if text == "–" else text
+
+
+def _exports(found: Comparison | SideBySide) -> list[tuple[str, str, str]]:
+    """Name of the file, what it is and its content as a data URI: a page that is mailed has its tables with it."""
+    return [
+        (f"matrix{suffix}", name, "data:text/plain;base64," + b64encode(write(found).encode()).decode())
+        for name, (suffix, write) in FORMATS.items()
+    ]
+
+
+#: Formats of the evaluation matrix: name -> (suffix, how it is made).
+FORMATS: dict[str, tuple[str, Callable[[Comparison | SideBySide], str]]] = {
+    "csv": (".csv", lambda found: found.long().to_csv(index=False)),
+    "latex": (".tex", lambda found: found.to_latex()),
+    "markdown": (".md", lambda found: found.to_markdown()),
+}
+
+
 @cache
-def _template() -> Template:
+def _template(name: str = "report.html.j2") -> Template:
     environment = Environment(
         loader=PackageLoader("simulations"),
         autoescape=True,
@@ -110,7 +187,7 @@ def _template() -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("report.html.j2")
+    return environment.get_template(name)
 
 
 def _context(comparison: Comparison) -> dict[str, Any]:
@@ -118,6 +195,8 @@ def _context(comparison: Comparison) -> dict[str, Any]:
     unseen = comparison.evaluations.query("row == 'unseen'")["user"].nunique()
     return {
         "meta": meta,
+        "title": meta["title"],
+        "exports": _exports(comparison),
         "sentences": sentences(comparison),
         "notices": comparison.notices,
         "facts": {
@@ -162,6 +241,7 @@ def _context(comparison: Comparison) -> dict[str, Any]:
         "versions": _facts("Versions", "package", meta["versions"] | _given(meta, "code", "code digest")),
         "sources": _facts("SHA-256 of the data", "file", meta["sources"]),
         "citations": _citations(meta),
+        "citation": cite(meta),
         "again": f"fedbn report {shlex.quote(str(comparison.directory))}",
     }
 
@@ -420,11 +500,28 @@ def _picture(comparison: Comparison, name: str, title: str, caption: str) -> Pic
 
 
 def _draw(comparison: Comparison, name: str, title: str, caption: str, figure: Figure) -> Picture:
-    """The figure for the page; its PNG goes to the directory."""
+    """The figure for the page; as files it goes to the directory."""
     text = plots.svg(figure, name, f"{title}. {caption} The numbers are in the tables of this page.")
-    (comparison.directory / "figures" / f"{name}.png").write_bytes(plots.png(figure))
+    for suffix, draw in ((".png", plots.png), (".pdf", plots.pdf)):
+        (comparison.directory / "figures" / f"{name}{suffix}").write_bytes(draw(figure))
+    (comparison.directory / "figures" / f"{name}.svg").write_text(text, encoding="utf-8")
     # Labels inside are escaped by matplotlib's XML writer.
     return Picture(name, title, caption, Markup(text))
+
+
+def cite(meta: dict[str, Any]) -> str:
+    """How to cite the software that made a comparison, as BibTeX."""
+    version = meta["versions"].get("fedbn", "")
+    digest = f", code digest {meta['code']}" if "code" in meta else ""
+    return (
+        "@software{fedbn,\n"
+        "  author = {{The fedbn developers}},\n"
+        "  title = {fedbn: federated and domain-adaptive batch normalisation},\n"
+        f"  version = {{{version}}},\n"
+        f"  year = {{{str(meta['created'])[:4]}}},\n"
+        f"  note = {{{meta['scenario']}, seeds {', '.join(map(str, meta['seeds']))}{digest}}},\n"
+        "}"
+    )
 
 
 def _citations(meta: dict[str, Any]) -> list[tuple[str, str, str]]:

@@ -4,31 +4,81 @@ A comparison runs every strategy with the same seeds on the same users. The *use
 inference: intervals come from resampling users with all their seeds kept together (a cluster
 bootstrap), and strategies are compared user by user (paired). Seeds say how much of a mean is luck of
 initialisation and sampling; they get their own interval. Nothing is chosen on test data.
-
-::
-
-    comparison.json         title, strategies (the first is the reference), seeds, settings, hashes
-    runs/<id>/result.json   one finished run: one strategy with one seed
-    shift.json              how far users are apart (optional)
+Files: `simulations.result_files`; statistics: `simulations.inference`.
 """
 
 from __future__ import annotations
 
 import copy
-import json
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import wraps
+from html import escape
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from fedbn.errors import UserError, unknown
+from simulations.inference import (
+    NO_INTERVAL as NO_INTERVAL,
+)
+from simulations.inference import (
+    Estimate as Estimate,
+)
+from simulations.inference import (
+    Interval as Interval,
+)
+from simulations.inference import (
+    Statistic as Statistic,
+)
+from simulations.inference import (
+    adjust as adjust,
+)
+from simulations.inference import (
+    estimate as estimate,
+)
+from simulations.inference import (
+    mean_of_users as mean_of_users,
+)
+from simulations.inference import (
+    seed_interval as seed_interval,
+)
+from simulations.inference import (
+    signed_rank as signed_rank,
+)
+from simulations.inference import (
+    uniform as uniform,
+)
+from simulations.inference import (
+    user_interval as user_interval,
+)
+from simulations.inference import (
+    worst_of_users as worst_of_users,
+)
+from simulations.numerals import bracket as bracket
+from simulations.numerals import cell as cell
+from simulations.numerals import number as number
+from simulations.numerals import signed as signed
+from simulations.result_files import (
+    finished,
+    held_by_all,
+    lines_table,
+    ownership_table,
+    read,
+    runs_table,
+)
+from simulations.result_files import (
+    write_comparison as write_comparison,
+)
+from simulations.result_files import (
+    write_run as write_run,
+)
+from simulations.result_files import (
+    write_shift as write_shift,
+)
 
 #: Rows of the evaluation matrix: name -> (title, what it means).
 ROWS = {
@@ -68,224 +118,16 @@ STARTS = {
 #: Metrics of an evaluation, and whether more is better.
 METRICS = {"accuracy": True, "macro_f1": True, "loss": False}
 
+WHAT_CELLS_ARE = "Mean over users [95 % interval over users]."
+
+CAPTION = "mean over users [95\\% cluster bootstrap interval]"
+
 #: A user counts as better or worse off when the difference exceeds one point.
 POINT = 0.01
-LEVEL = 0.95
-RESAMPLES = 2000
 #: Per-domain results are shown for this many domains; beyond, a domain is as good as a user.
 DOMAINS = range(2, 13)
 
-Statistic = Callable[..., np.ndarray]
 T = TypeVar("T")
-
-
-class Interval(NamedTuple):
-    """Lower and upper end; NaN where the data admit none."""
-
-    low: float
-    high: float
-
-    @property
-    def excludes_zero(self) -> bool:
-        """Whether 0 lies outside; False for an interval that does not exist."""
-        return self.low > 0 or self.high < 0
-
-
-NO_INTERVAL = Interval(math.nan, math.nan)
-
-
-# ---------------------------------------------------------------- writing
-
-
-def write_comparison(directory: Path, meta: dict[str, Any]) -> None:
-    """Write ``comparison.json``; call it first, so that an interrupted comparison can be read."""
-    _write(Path(directory) / "comparison.json", meta)
-
-
-def write_run(directory: Path, run: str, result: dict[str, Any]) -> None:
-    """Write ``runs/<run>/result.json``, whole or not at all: a run with this file is a finished run."""
-    _write(Path(directory) / "runs" / run / "result.json", result)
-
-
-def write_shift(directory: Path, shift: dict[str, Any]) -> None:
-    """Write ``shift.json``: the measured distance between users."""
-    _write(Path(directory) / "shift.json", shift)
-
-
-def _write(path: Path, value: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(_finite(value), indent=1, allow_nan=False), encoding="utf-8")
-    os.replace(partial, path)
-
-
-def _finite(value: Any) -> Any:
-    """NaN and infinity as null: a diverged loss must not make the file unreadable for other tools."""
-    if isinstance(value, dict):
-        return {key: _finite(v) for key, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}). Delete it and run the comparison again") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} is damaged (no JSON object). Delete it and run the comparison again")
-    return value
-
-
-# ---------------------------------------------------------------- statistics
-
-
-def mean_of_users(values: np.ndarray) -> np.ndarray:
-    """Mean over users of each user's mean over seeds.
-
-    Args:
-        values: ``[..., users, seeds]``, NaN where a user was not evaluated in a seed; no user all NaN.
-
-    >>> float(mean_of_users(np.array([[0.5, 0.7], [0.8, np.nan]])))
-    0.7
-    """
-    return np.nanmean(values, axis=-1).mean(axis=-1)
-
-
-def worst_of_users(values: np.ndarray) -> np.ndarray:
-    """Mean of the lowest tenth of users (rounded down, at least one) of each seed, then over seeds.
-
-    Args:
-        values: ``[..., users, seeds]``, NaN where a user was not evaluated in a seed.
-
-    >>> float(worst_of_users(np.array([[0.5, 0.7], [0.8, 0.3]])))
-    0.4
-    """
-    ordered = np.sort(values, axis=-2)  # NaN goes last
-    present = (~np.isnan(values)).sum(axis=-2, keepdims=True)
-    tenth = np.minimum(np.maximum(1, present // 10), present)
-    chosen = np.arange(values.shape[-2])[:, None] < tenth
-    total = np.where(chosen, ordered, 0.0).sum(axis=-2)
-    size = tenth[..., 0, :]
-    return np.nanmean(np.where(size > 0, total / np.maximum(size, 1), np.nan), axis=-1)
-
-
-def uniform(values: np.ndarray) -> bool:
-    """Whether ``[users, seeds]`` hold one observation a seed, repeated for several users.
-
-    So it is where all users hold one model and meet the same test data. Users may be in different seeds,
-    and then their means differ although nothing distinguishes the users.
-
-    >>> uniform(np.array([[0.8, 0.7], [0.8, np.nan]])), uniform(np.array([[0.8, np.nan], [np.nan, 0.7]]))
-    (True, False)
-    """
-    present = (~np.isnan(values)).sum(axis=0)
-    spread = np.nanmax(values, axis=0) - np.nanmin(values, axis=0)
-    return bool((present > 1).any() and (spread < 1e-12).all())
-
-
-def user_interval(statistic: Statistic, *samples: np.ndarray) -> Interval:
-    """Percentile interval of a statistic when users are resampled, their seeds kept together.
-
-    With one user, or where users do not differ at all, resampling says nothing: the interval is NaN.
-
-    Args:
-        statistic: maps arrays ``[..., users, seeds]`` to ``[...]``.
-        samples: ``[users, seeds]`` each, the same users in the same order.
-    """
-    users = len(samples[0])
-    if users < 2 or all(uniform(values) or np.ptp(np.nanmean(values, axis=1)) < 1e-12 for values in samples):
-        return NO_INTERVAL
-
-    def resampled(index: np.ndarray, axis: int) -> np.ndarray:
-        del axis  # users are the last axis of the index, and so the last but one of what it takes
-        return statistic(*(values[index.astype(int)] for values in samples))
-
-    low, high = stats.bootstrap(
-        (np.arange(users),),
-        resampled,
-        vectorized=True,
-        method="percentile",
-        n_resamples=RESAMPLES,
-        confidence_level=LEVEL,
-        # With thousands of users all resamples at once would not fit into memory.
-        batch=max(1, 4_000_000 // samples[0].size),
-        rng=np.random.default_rng(0),
-    ).confidence_interval
-    return Interval(float(low), float(high))
-
-
-def seed_interval(per_seed: np.ndarray) -> tuple[float, Interval]:
-    """Standard deviation over seeds, and Student's t interval of their mean; NaN for one seed."""
-    count = len(per_seed)
-    if count < 2:
-        return math.nan, NO_INTERVAL
-    sd = float(np.std(per_seed, ddof=1))
-    half = float(stats.t.ppf((1 + LEVEL) / 2, count - 1)) * sd / math.sqrt(count)
-    centre = float(np.mean(per_seed))
-    return sd, Interval(centre - half, centre + half)
-
-
-class Estimate(NamedTuple):
-    """A statistic with its interval over users, and its spread and interval over seeds."""
-
-    value: float = math.nan
-    users: Interval = NO_INTERVAL
-    seed_sd: float = math.nan
-    seeds: Interval = NO_INTERVAL
-    n_users: int = 0
-    n_seeds: int = 0
-
-
-def estimate(statistic: Statistic, *samples: np.ndarray) -> Estimate:
-    """The statistic of ``[users, seeds]`` samples; all have NaN at the same places, no user is all NaN.
-
-    >>> found = estimate(mean_of_users, np.array([[0.5, 0.7], [0.8, 0.6]]))
-    >>> round(found.value, 3), round(found.seed_sd, 3), found.n_users, found.n_seeds
-    (0.65, 0.0, 2, 2)
-    """
-    n_users, n_seeds = samples[0].shape
-    present = ~np.isnan(samples[0])
-    per_seed = np.array(
-        [float(statistic(*(values[present[:, s], s : s + 1] for values in samples))) for s in range(n_seeds)]
-    )
-    sd, seeds = seed_interval(per_seed)
-    return Estimate(float(statistic(*samples)), user_interval(statistic, *samples), sd, seeds, n_users, n_seeds)
-
-
-def signed_rank(differences: np.ndarray) -> float:
-    """Two-sided p of Wilcoxon's signed-rank test; 1 if nothing differs, NaN if all differ by the same.
-
-    The same non-zero difference for every user (two shared models on one shared test set) is one
-    observation, not many; a p-value that counts it once per user would be made up.
-
-    >>> signed_rank(np.zeros(5)), signed_rank(np.array([0.3])), signed_rank(np.full(30, 0.1))
-    (1.0, nan, nan)
-    """
-    # Rounding makes ties out of differences that only floating point tells apart.
-    differences = np.round(differences, 12)
-    if not differences.any():
-        return 1.0
-    if np.ptp(differences) == 0:
-        return math.nan
-    return float(stats.wilcoxon(differences).pvalue)
-
-
-def adjust(p: pd.Series) -> pd.Series:
-    """Benjamini-Hochberg adjusted p-values over those that exist.
-
-    >>> adjust(pd.Series([0.01, np.nan, 0.04])).tolist()
-    [0.02, nan, 0.04]
-    """
-    adjusted = p.astype(float).copy()
-    known = adjusted.notna()
-    if known.any():
-        adjusted[known] = stats.false_discovery_control(adjusted[known].to_numpy())
-    return adjusted
-
-
-# ---------------------------------------------------------------- reading
 
 
 def _remembered(method: Callable[[Comparison, str], T]) -> Callable[..., T]:
@@ -301,7 +143,7 @@ def _remembered(method: Callable[[Comparison, str], T]) -> Callable[..., T]:
     return remembered
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Comparison:
     """A comparison as read from its directory.
 
@@ -340,8 +182,8 @@ class Comparison:
             raise UserError(
                 f"{directory} is no comparison: it has no comparison.json. Give the directory that the comparison wrote"
             )
-        meta = _read(directory / "comparison.json")
-        runs, foreign = _finished(directory, meta)
+        meta = read(directory / "comparison.json")
+        runs, foreign = finished(directory, meta)
         if not runs:
             raise UserError(f"{directory} holds no finished run yet: run the comparison to the end first")
         planned = len(meta["strategies"]) * len(meta["seeds"])
@@ -355,25 +197,42 @@ class Comparison:
         return cls(
             directory=directory,
             meta=meta,
-            shift=_read(shift) if shift.is_file() else {},
-            runs=_runs(runs),
-            evaluations=_held_by_all(
-                _lines(
+            shift=read(shift) if shift.is_file() else {},
+            runs=runs_table(runs),
+            evaluations=held_by_all(
+                lines_table(
                     runs,
                     "evaluations",
                     {"user": "str", "domain": "str", "row": "str", "column": "str", "n": "int64"}
                     | dict.fromkeys(METRICS, "float64"),
                 )
             ),
-            curves=_lines(
+            curves=lines_table(
                 runs,
                 "curve",
                 {"round": "int64", "train_loss": "float64", "own": "float64", "unseen": "float64"},
             ),
-            ownership=_ownership(runs),
+            ownership=ownership_table(runs),
             missing=planned - len(runs),
             notices=tuple(dict.fromkeys(notices)),
         )
+
+    def to_pandas(self, metric: str = "accuracy") -> pd.DataFrame:
+        """The evaluation matrix, one line a strategy, row and column; as `matrix`."""
+        return self.matrix(metric)
+
+    def __repr__(self) -> str:
+        return f"{self._headline()}\n\n{self.wide().to_string()}"
+
+    def _repr_html_(self) -> str:
+        shown = self.wide().to_html()  # pandas escapes labels, which are a user's text
+        return f"<p>{escape(self._headline())}</p>{shown}<p>{escape(WHAT_CELLS_ARE)}</p>"
+
+    def _headline(self) -> str:
+        # Sentences are made from comparisons, so their module imports this one.
+        from simulations.tables import answer
+
+        return answer(self)
 
     @property
     def strategies(self) -> list[str]:
@@ -555,23 +414,21 @@ class Comparison:
             columns=[ROWS[row][0] for row in rows],
         )
 
+    def long(self, metric: str = "accuracy") -> pd.DataFrame:
+        """The long matrix with all its numbers, unrounded; as `matrix`."""
+        return self.matrix(metric)
+
     def to_csv(self, path: str | Path, metric: str = "accuracy") -> None:
         """Write the long matrix with all its numbers, unrounded."""
         self.matrix(metric).to_csv(path, index=False)
 
     def to_markdown(self, metric: str = "accuracy") -> str:
         """The wide matrix as a Markdown table: mean and 95 % interval over users."""
-        frame = self.wide(metric).reset_index()
-        lines = [list(frame.columns), ["---"] * len(frame.columns), *frame.to_numpy().tolist()]
-        return "".join("| " + " | ".join(str(v).replace("|", "\\|") for v in line) + " |\n" for line in lines)
+        return markdown_table(self.wide(metric))
 
     def to_latex(self, metric: str = "accuracy") -> str:
         """The wide matrix as a LaTeX table (packages booktabs and multirow)."""
-        return self.wide(metric).to_latex(
-            escape=True,
-            column_format="ll" + "l" * self.wide(metric).shape[1],
-            caption=f"{metric.replace('_', ' ')}: mean over users [95\\% cluster bootstrap interval]",
-        )
+        return latex_table(self.wide(metric), f"{metric.replace('_', ' ')}: {CAPTION}")
 
     @_remembered
     def _cube(self, metric: str) -> dict[tuple[str, str, str], pd.DataFrame]:
@@ -594,18 +451,36 @@ class Comparison:
     def contrast(self, ours: str, theirs: str, row: str, column: str, metric: str) -> Estimate:
         """Ours minus theirs on the users and seeds that both have."""
         a, b = (self.values(strategy, row, column, metric) for strategy in (ours, theirs))
-        a, b = a.align(b, join="inner")
-        both = a.notna() & b.notna()
-        kept = both.any(axis=1), both.any(axis=0)
-        if not any(kept[0]):
-            return Estimate()
-        a, b = (frame.where(both).loc[kept].to_numpy() for frame in (a, b))
-        if row == "worst":
-            one = _statistic(row, metric)
-            return estimate(lambda x, y: one(x) - one(y), a, b)
-        found = estimate(mean_of_users, a - b)
-        # No user differs at all: that is known exactly, not unknown.
-        return found._replace(users=Interval(0.0, 0.0)) if not np.nan_to_num(a - b).any() else found
+        return contrast(a, b, row, metric)
+
+
+def contrast(a: pd.DataFrame, b: pd.DataFrame, row: str, metric: str = "accuracy") -> Estimate:
+    """One cell minus another, users x seeds each as of `Comparison.values`, on the users and seeds that both have."""
+    a, b = a.align(b, join="inner")
+    both = a.notna() & b.notna()
+    kept = both.any(axis=1), both.any(axis=0)
+    if not any(kept[0]):
+        return Estimate()
+    x, y = (frame.where(both).loc[kept].to_numpy() for frame in (a, b))
+    if row == "worst":
+        one = _statistic(row, metric)
+        return estimate(lambda left, right: one(left) - one(right), x, y)
+    found = estimate(mean_of_users, x - y)
+    # No user differs at all: that is known exactly, not unknown.
+    return found._replace(users=Interval(0.0, 0.0)) if not np.nan_to_num(x - y).any() else found
+
+
+def markdown_table(frame: pd.DataFrame) -> str:
+    """A table of text as Markdown, its index in front."""
+    flat = frame.reset_index()
+    lines = [list(flat.columns), ["---"] * len(flat.columns), *flat.to_numpy().tolist()]
+    return "".join("| " + " | ".join(str(v).replace("|", "\\|") for v in line) + " |\n" for line in lines)
+
+
+def latex_table(frame: pd.DataFrame, caption: str) -> str:
+    """A table of text as LaTeX (packages booktabs and multirow)."""
+    layout = "l" * (frame.index.nlevels + frame.shape[1])
+    return frame.to_latex(escape=True, column_format=layout, caption=caption)
 
 
 _SPREAD = ["ci_low", "ci_high", "seed_sd", "seed_low", "seed_high", "n_users", "n_seeds"]
@@ -621,109 +496,3 @@ def _statistic(row: str, metric: str) -> Statistic:
     if row != "worst":
         return mean_of_users
     return worst_of_users if METRICS[metric] else lambda values: -worst_of_users(-values)
-
-
-def _finished(directory: Path, meta: dict[str, Any]) -> tuple[list[tuple[str, dict[str, Any]]], list[str]]:
-    """(id, result) of the finished runs in display order, and the ids of runs that do not belong here."""
-    found: dict[tuple[str, int], tuple[str, dict[str, Any]]] = {}
-    foreign = []
-    for path in sorted((directory / "runs").glob("*/result.json")):
-        run, result = path.parent.name, _read(path)
-        pair = (result["strategy"], result["seed"])
-        if pair[0] not in meta["strategies"] or pair[1] not in meta["seeds"]:
-            foreign.append(run)
-        elif pair in found:
-            raise UserError(
-                f"{directory} holds two results of strategy {pair[0]!r} with seed {pair[1]}: "
-                f"delete runs/{found[pair][0]} or runs/{run}"
-            )
-        else:
-            found[pair] = (run, result)
-    planned = [(strategy, seed) for strategy in meta["strategies"] for seed in meta["seeds"]]
-    return [found[pair] for pair in planned if pair in found], foreign
-
-
-def _lines(runs: list[tuple[str, dict[str, Any]]], key: str, types: dict[str, str]) -> pd.DataFrame:
-    """The lists ``result[key]`` of all runs under each other, with the run's strategy and seed in front."""
-    records = [
-        {"strategy": result["strategy"], "seed": result["seed"], **{name: line[name] for name in types}}
-        for _, result in runs
-        for line in result[key]
-    ]
-    frame = pd.DataFrame(records, columns=["strategy", "seed", *types])
-    return frame.astype({"strategy": "str", "seed": "int64", **types})
-
-
-def _held_by_all(evaluations: pd.DataFrame) -> pd.DataFrame:
-    """Give every seen user the global test of the model that all of them hold.
-
-    A run tests one model on the pooled data once, and writes it down under its first user. Every user holds
-    that model; without their lines a strategy with a model for each user could be compared on one user only.
-    """
-    run = ["strategy", "seed"]
-    cell = [*run, "column"]
-    single = evaluations[evaluations["row"] == "global"].drop_duplicates(cell, keep=False)
-    seen = evaluations.loc[evaluations["row"] == "own", [*run, "user", "domain"]].drop_duplicates()
-    everybody = single.drop(columns=["user", "domain"]).merge(seen, on=run)[evaluations.columns]
-    return pd.concat([evaluations.drop(single.index), everybody], ignore_index=True)
-
-
-def _runs(runs: list[tuple[str, dict[str, Any]]]) -> pd.DataFrame:
-    keys = ["strategy", "seed", "lr", "seconds", "rounds", "newcomer"]
-    return pd.DataFrame([{"run": run, **{key: result[key] for key in keys}} for run, result in runs])
-
-
-def _ownership(runs: list[tuple[str, dict[str, Any]]]) -> pd.DataFrame:
-    """By strategy; it follows from model and strategy, so every seed has the same."""
-    first = {result["strategy"]: result["ownership"] for _, result in reversed(runs)}
-    keys = ["role", "owner", "entries", "elements", "bytes", "bytes_down", "bytes_up"]
-    records = [
-        {"strategy": strategy, **{key: line[key] for key in keys}}
-        for strategy in dict.fromkeys(result["strategy"] for _, result in runs)
-        for line in first[strategy]
-    ]
-    return pd.DataFrame(records, columns=["strategy", *keys])
-
-
-# ---------------------------------------------------------------- numbers as text
-
-
-def number(value: float, digits: int = 3) -> str:
-    """A number for a table; an en dash for one that does not exist.
-
-    >>> number(0.8824), number(1.0), number(-0.0312), number(float("nan"))
-    ('.882', '1.000', '−.031', '–')
-    """
-    if not math.isfinite(value):
-        return "–"
-    text = f"{abs(value):.{digits}f}"
-    sign = "−" if value < 0 and float(text) else ""
-    return sign + (text[1:] if text.startswith("0.") else text)
-
-
-def signed(value: float, digits: int = 3) -> str:
-    """A difference for a table, always with its sign.
-
-    >>> signed(0.0271), signed(-0.0271), signed(0.0)
-    ('+.027', '−.027', '.000')
-    """
-    text = number(value, digits)
-    return f"+{text}" if value > 0 and float(f"{value:.{digits}f}") else text
-
-
-def bracket(low: float, high: float, style: Callable[[float], str] = number) -> str:
-    """An interval for a table; empty for one that does not exist.
-
-    >>> bracket(0.851, 0.913), bracket(float("nan"), float("nan"))
-    ('[.851, .913]', '')
-    """
-    return f"[{style(low)}, {style(high)}]" if math.isfinite(low) and math.isfinite(high) else ""
-
-
-def cell(value: float, low: float, high: float, style: Callable[[float], str] = number) -> str:
-    """A value with its interval.
-
-    >>> cell(0.882, 0.851, 0.913)
-    '.882 [.851, .913]'
-    """
-    return f"{style(value)} {bracket(low, high, style)}".rstrip()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -19,6 +19,9 @@ from rich.text import Text
 from fedbn.roles import Role
 from fedbn.strategy import strategies
 from simulations.results import COLUMNS, METRICS, ROWS, STARTS, Comparison, Interval, bracket, cell, number, signed
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 #: A difference is called clear when its interval excludes 0 and its corrected p is below this.
 ALPHA = 0.05
@@ -303,3 +306,14 @@ def count(many: int, noun: str) -> str:
     ('1 user', '24 users')
     """
     return f"{many} {noun}{'' if many == 1 else 's'}"
+
+
+def frame_table(frame: pd.DataFrame, title: str) -> Table:
+    """A table of text as it is, its index in front."""
+    flat = frame.reset_index()
+    table = _table(title, None)
+    for name in flat.columns:
+        table.add_column(str(name), overflow="fold")
+    for line in flat.to_numpy().tolist():
+        table.add_row(*(Text(str(value)) for value in line))
+    return table

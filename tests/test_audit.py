@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from torch import nn
 
-from fedbn.audit import audit, audit_model
+from fedbn.auditing import audit, audit_model
 from fedbn.errors import UserError
 from fedbn.lints import EXAMPLES, LINTS, measure
 from fedbn.models import build, models

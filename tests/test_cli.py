@@ -154,7 +154,7 @@ def test_help_is_fast_enough_to_import_nothing_heavy():
 
 def test_the_library_needs_neither_flower_nor_ray():
     script = "import sys\nsys.modules['flwr'] = sys.modules['ray'] = None\n"
-    script += "import fedbn.federation, fedbn.audit\nfrom fedbn.strategy import strategies; print(len(strategies()))"
+    script += "import fedbn.federation, fedbn.auditing\nfrom fedbn.strategy import strategies; print(len(strategies()))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
     assert int(done.stdout) >= 14, done.stderr
 

@@ -13,12 +13,12 @@ from test_results import write
 
 from fedbn.data.packages import SOURCES
 from fedbn.errors import UserError
-from simulations import plots, results, tables
+from simulations import inference, plots, results, tables
 from simulations.report import write_report
 from simulations.results import Comparison
 
 HOSTILE = '<script>alert("x")</script>&$^{_{'
-FULL = results.RESAMPLES
+FULL = inference.RESAMPLES
 pytestmark = pytest.mark.filterwarnings("error")
 
 
@@ -72,8 +72,9 @@ def shown(directory, width):
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
     """After the module's directory is written in full, pages only need to be right, not smooth."""
-    monkeypatch.setattr(results, "RESAMPLES", 100)
-    monkeypatch.setattr(plots, "png", lambda figure: b"")
+    monkeypatch.setattr(inference, "RESAMPLES", 100)
+    for name in ("png", "pdf"):
+        monkeypatch.setattr(plots, name, lambda figure: b"")
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +118,7 @@ def test_the_page_is_one_a_screen_reader_can_follow(page):
 
 
 def test_the_matrix_says_what_the_frame_says(directory, page, monkeypatch):
-    monkeypatch.setattr(results, "RESAMPLES", FULL)
+    monkeypatch.setattr(inference, "RESAMPLES", FULL)
     found = page.table("Accuracy: mean over users").set_index(["strategy", "statistics"])
     for line in Comparison.load(directory).matrix().itertuples():
         key = line.strategy, results.COLUMNS[line.column][0]
@@ -129,7 +130,7 @@ def test_the_matrix_says_what_the_frame_says(directory, page, monkeypatch):
 
 
 def test_everything_asked_for_is_on_the_page(directory, text, page, monkeypatch):
-    monkeypatch.setattr(results, "RESAMPLES", FULL)
+    monkeypatch.setattr(inference, "RESAMPLES", FULL)
     comparison = Comparison.load(directory)
     for sentence in tables.sentences(comparison):
         assert sentence in text
@@ -142,17 +143,13 @@ def test_everything_asked_for_is_on_the_page(directory, text, page, monkeypatch)
     skew = page.table("How far seen users").set_index("skew of")["value"]
     assert skew.to_dict() == {"labels": ".250", "inputs": "–", "new": "3.000"}
     assert page.table("Distance between two users").iloc[0].tolist() == ["norm1", ".433", ".100", "1.100"]
-    assert {p.name for p in (directory / "figures").iterdir()} == {
-        "matrix.png",
-        "convergence.png",
-        "shift.png",
-        "paired-own-aggregated.png",
-        "paired-unseen-aggregated.png",
-    }
+    names = "matrix", "convergence", "shift", "paired-own-aggregated", "paired-unseen-aggregated"
+    wanted = {f"{name}{suffix}" for name in names for suffix in (".png", ".svg", ".pdf")}
+    assert {p.name for p in (directory / "figures").iterdir()} == wanted
 
 
 def test_exported_csv_equals_the_frames(directory, monkeypatch):
-    monkeypatch.setattr(results, "RESAMPLES", FULL)
+    monkeypatch.setattr(inference, "RESAMPLES", FULL)
     comparison = Comparison.load(directory)
     for name, frame in (("matrix", comparison.matrix()), ("paired", comparison.paired())):
         found = pd.read_csv(directory / f"{name}.csv")
@@ -161,7 +158,7 @@ def test_exported_csv_equals_the_frames(directory, monkeypatch):
 
 
 def test_writing_twice_gives_the_same_page(directory, text, monkeypatch):
-    monkeypatch.setattr(results, "RESAMPLES", FULL)
+    monkeypatch.setattr(inference, "RESAMPLES", FULL)
     assert write_report(directory).read_text(encoding="utf-8") == text
 
 

