@@ -104,16 +104,29 @@ class Rotation(Shift):
                 "for images use contrast, inversion, blur or colour"
             )
         axis = F.normalize(torch.randn(3, generator=rng), dim=0)
-        angle = torch.randn((), generator=rng) * self.strength
-        x, y, z = axis.tolist()
-        cross = torch.tensor([[0.0, -z, y], [z, 0.0, -x], [-y, x, 0.0]])
-        turn = torch.linalg.matrix_exp(angle * cross)
+        return turn(axis, torch.randn((), generator=rng) * self.strength)
 
-        def apply(data: Tensor) -> Tensor:
-            triples = data.unflatten(1, (-1, 3))
-            return torch.einsum("ij,nkjt->nkit", turn, triples).flatten(1, 2)
 
-        return apply
+def turn(axis: Tensor, angle: Tensor) -> Apply:
+    """Turn every triple of channels of windows ``[n, 3k, length]``.
+
+    Args:
+        axis: ``[3]``, of length 1.
+        angle: in radians.
+
+    >>> quarter = turn(torch.tensor([0.0, 0.0, 1.0]), torch.tensor(torch.pi / 2))
+    >>> quarter(torch.tensor([[[1.0], [0.0], [5.0]]])).round().add(0).flatten().tolist()
+    [0.0, 1.0, 5.0]
+    """
+    x, y, z = axis.tolist()
+    cross = torch.tensor([[0.0, -z, y], [z, 0.0, -x], [-y, x, 0.0]])
+    matrix = torch.linalg.matrix_exp(angle * cross)
+
+    def apply(data: Tensor) -> Tensor:
+        triples = data.unflatten(1, (-1, 3))
+        return torch.einsum("ij,nkjt->nkit", matrix, triples).flatten(1, 2)
+
+    return apply
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import tempfile
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -86,6 +86,16 @@ class SQLiteStore(Store):
 
     def __setitem__(self, user: str, state: bytes) -> None:
         self._write("INSERT OR REPLACE INTO states VALUES (?, ?)", user, state)
+
+    def write_all(self, states: Mapping[str, bytes]) -> None:
+        """Write several states in one transaction: all of them or none, and one wait for the disk.
+
+        >>> store = SQLiteStore(Path(tempfile.mkdtemp()) / "users.db"); store.write_all({"ann": b"1", "bob": b"2"})
+        >>> dict(store)
+        {'ann': b'1', 'bob': b'2'}
+        """
+        with closing(sqlite3.connect(self.file)) as connection, connection:
+            connection.executemany("INSERT OR REPLACE INTO states VALUES (?, ?)", states.items())
 
     def __delitem__(self, user: str) -> None:
         if not self._write("DELETE FROM states WHERE user = ?", user):

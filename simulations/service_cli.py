@@ -1,0 +1,141 @@
+"""``fedbn serve`` and ``fedbn demo``: a model for many users over HTTP, and a page that shows it at work."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from fedbn.errors import UserError
+
+if TYPE_CHECKING:
+    from simulations.personalise import Meeting
+
+console = Console()
+errors = Console(stderr=True)
+
+Port = Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")]
+Rounds = Annotated[int | None, typer.Option(help="Communication rounds of training.")]
+
+
+def serve(
+    scenario: Annotated[str, typer.Argument(help="Whose data train the model, e.g. hapt, watch, hapt:unseen=10.")],
+    rule: Annotated[str, typer.Option(help="How statistics follow users.")] = "pseudo:n0=64",
+    drift: Annotated[str, typer.Option(help="Detector: adwin or page-hinkley, with options.")] = "adwin",
+    store: Annotated[Path, typer.Option(help="SQLite file of the users' states.")] = Path("fedbn-users.db"),
+    host: Annotated[str, typer.Option(help="Address; other than loopback ones need a token.")] = "127.0.0.1",
+    port: Port = 8000,
+    token: Annotated[
+        str, typer.Option(envvar="FEDBN_TOKEN", help="Bearer token; better given in the environment.")
+    ] = "",
+    rate: Annotated[float, typer.Option(help="Requests a second and caller; 0: any number.")] = 0.0,
+    body: Annotated[int, typer.Option(help="Bytes of a body.")] = 4_000_000,
+    timeout: Annotated[float, typer.Option(help="Seconds for a request.")] = 10.0,
+    capacity: Annotated[int, typer.Option(help="Users in memory; the others are in the store.")] = 4096,
+    held: Annotated[int, typer.Option(help="Windows that wait for labels, of all users.")] = 1024,
+    strategy: Annotated[str, typer.Option(help="Treatment of normalisation in training.")] = "global-naive",
+    rounds: Rounds = None,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Log every request.")] = False,
+) -> None:
+    """Answer windows of many users over HTTP and WebSocket, each by statistics that follow them.
+
+    Trains the model first, or takes it from the cache. GET /openapi.json lists the routes, /docs shows them.
+
+    Example: [bold]FEDBN_TOKEN=... fedbn serve hapt --store users.db[/]
+    """
+    _need()
+    from fedbn.drift import detector
+    from fedbn.online import SQLiteStore
+    from fedbn.online import rule as parse_rule
+    from simulations.service import guard, server
+    from simulations.service.api import create, log_start
+    from simulations.service.people import Limits, People
+
+    access = guard.Access(host, token, rate, body, timeout)
+    limits = Limits(capacity, held)
+    parse_rule(rule)
+    detector(drift)
+    with server.listen(host, port) as listening:
+        meeting = _trained(scenario, strategy, rounds)
+        population = meeting.here.population
+        people = People(
+            meeting.model,
+            population.shape,
+            population.classes,
+            rule,
+            meeting.prior,
+            SQLiteStore(store),
+            drift,
+            limits,
+        )
+        guard.log_to_stderr(verbose)
+        where = server.address(host, listening)
+        server.run(create(people, access), access, listening, lambda: log_start(where, people))
+
+
+def demo(
+    scenario: Annotated[str, typer.Argument(help="hapt or watch, with options as hapt:unseen=10.")] = "hapt",
+    port: Port = 8765,
+    browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page.")] = True,
+    rounds: Rounds = None,
+) -> None:
+    """Open a page on which people whom the model has never seen can be watched while their statistics move.
+
+    Trains the model the first time (a minute or two) and keeps it in the cache. Ctrl-C ends it.
+
+    Example: [bold]fedbn demo watch --no-browser --port 0[/]
+    """
+    _need()
+    from simulations.service import guard, server
+    from simulations.service.api import create
+    from simulations.service.page_routes import routes
+    from simulations.service.people import People
+    from simulations.service.playground import Playground, shown
+
+    shown(scenario)
+    access = guard.Access()
+    with server.listen(access.host, port) as listening:
+        meeting = _trained(scenario, "global-naive", rounds)
+        playground = Playground.of(meeting)
+        people = People(meeting.model, playground.shape, playground.classes, prior=meeting.prior)
+        guard.log_to_stderr(verbose=False)
+        where = server.address(access.host, listening)
+
+        def ready() -> None:
+            console.print(f"open {where}  (Ctrl-C ends it)", soft_wrap=True)
+            if browser:
+                import webbrowser
+
+                webbrowser.open(where)
+
+        server.run(create(people, access, routes(playground)), access, listening, ready)
+    console.print("ended")
+
+
+def _need() -> None:
+    needed = ("fastapi", "uvicorn", "websockets", "prometheus_client", "orjson", "river")
+    if missing := [name for name in needed if find_spec(name) is None]:
+        raise UserError(f"this needs {', '.join(missing)}: pip install 'fedbn[demo]'")
+
+
+def _trained(scenario: str, strategy: str, rounds: int | None) -> Meeting:
+    """The model and the people it has not met, with progress; from the cache where this code has made it before."""
+    from fedbn.data.packages import cache_dir
+    from simulations.personalise import meet, study_from
+    from simulations.store import code_digest
+
+    study = study_from({"scenario": scenario, "rules": ("source",), "strategy": strategy, "seeds": 1}, rounds=rounds)
+    run = study.resolved().run(0)
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    with Progress(TextColumn("{task.description}"), *columns, console=errors) as progress:
+        training = progress.add_task(f"training on {scenario}", total=run.plan.rounds)
+        return meet(
+            run,
+            cache_dir() / "served" / code_digest(),
+            "grid:stacked",
+            lambda event: progress.update(training, completed=event.round),
+        )
