@@ -17,6 +17,7 @@ from clients.jobs import Consult, Evaluate, Settle, Train, execute
 from clients.records import Decoder, answers_from, arrays, handed, registry_from, scores_to, set_threads, tensors
 from fedbn.evaluation import Column
 from fedbn.moments import Moments
+from fedbn.privacy import protected
 from fedbn.recalibration import flatten
 from fedbn.roles import State
 from fedbn.setting import EVERYONE, Setting, setting
@@ -68,17 +69,19 @@ def train(message: Message, context: Context) -> Message:
     """Train for a round; reply with what travels, keep what stays."""
     here = _here(context)
     user = _trainer(here, context)
+    received, progress = _received(here, message), _progress(message)
     update, kept = execute(
         Train(
             here,
             user,
-            _received(here, message),
+            received,
             _kept(here, context, user),
-            _progress(message),
+            progress,
             answers_from(message.content),
             _optional(message.content, "told", here.run.device),
         )
     )
+    update = protected(here, update, received, progress)
     context.state[f"kept-{user}"] = handed(kept)
     content = RecordDict(
         {

@@ -9,13 +9,18 @@ from functools import lru_cache
 
 from fedbn.errors import UserError
 from fedbn.run import Run, plan_for
+from fedbn.spec import table
 
 Scalar = bool | int | float | str
 
 
 @lru_cache(maxsize=8)
 def _parsed(text: str) -> Run:
-    return Run.from_dict(json.loads(text))
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"run is not valid JSON: {error}; give it as written by a run, or leave it out") from None
+    return Run.from_dict(table(values, "run"))
 
 
 def run_from_config(config: Mapping[str, Scalar]) -> Run:

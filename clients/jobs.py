@@ -19,7 +19,7 @@ from fedbn.federation import client_consult, client_evaluation, client_round, cl
 from fedbn.moments import Moments
 from fedbn.roles import State
 from fedbn.setting import Setting
-from fedbn.stacked.tiers import Failure
+from fedbn.stacked.cohort import Failure
 from fedbn.strategy import Progress, Update
 
 Result = TypeVar("Result", covariant=True)
@@ -46,6 +46,11 @@ def execute(job: Job[Result]) -> Result:
     return current.parent.switch(job) if isinstance(current, _Call) and current.parent else job.run()
 
 
+def in_company() -> bool:
+    """Whether the caller is one of several calls in this process (`together`)."""
+    return isinstance(getcurrent(), _Call)
+
+
 class _Call(greenlet):  # type: ignore[misc]
     """A call that hands its job to its parent."""
 
@@ -55,7 +60,7 @@ def together(calls: Sequence[Callable[[], Reply]], run: Callable[[list[Any]], Se
 
     Args:
         calls: each may call `execute`, several times too; none raises.
-        run: does jobs of one kind; in the place of one's result it may give a `fedbn.stacked.tiers.Failure`.
+        run: does jobs of one kind; in the place of one's result it may give a `fedbn.stacked.cohort.Failure`.
 
     Returns:
         What the calls return, in their order.

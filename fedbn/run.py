@@ -12,9 +12,11 @@ from fedbn.data.partition import parse_partition
 from fedbn.data.shift import parse_shift
 from fedbn.errors import UserError
 from fedbn.models import factory
+from fedbn.online.rule import client_rule
 from fedbn.personal import treatment
+from fedbn.privacy import render_privacy
 from fedbn.scenario import scenario
-from fedbn.spec import build, render
+from fedbn.spec import build, render, table
 
 Weighting = Literal["samples", "uniform"]
 ServerOptimizer = Literal["none", "fedavgm", "fedadam", "fedyogi", "fedadagrad"]
@@ -110,6 +112,9 @@ class Run:
         plan: training and evaluation settings.
         validation: test on a held-out part of the training recordings instead (for tuning).
         device: where tensors live.
+        rule: text of the rule by which clients personalise in the online column, window by window; empty: the
+            pseudo-count that ``plan.online_prior`` describes, in blocks.
+        privacy: text of how clients' messages are protected, e.g. ``clip=1:noise=0.5``; empty for not at all.
 
     >>> Run("digits8", "fedbn", seed=1).id == Run("digits8", "fedbn", seed=1).id
     True
@@ -124,6 +129,8 @@ class Run:
     plan: Plan = field(default_factory=Plan)
     validation: bool = False
     device: str = "cpu"
+    rule: str = ""
+    privacy: str = ""
 
     @property
     def id(self) -> str:
@@ -142,7 +149,7 @@ class Run:
         Raises:
             UserError: an unknown key or a value of the wrong type.
         """
-        plan = build(Plan, dict(values.get("plan", {})), "plan")
+        plan = build(Plan, table(values.get("plan", {}), "plan"), "plan")
         rest = {k: v for k, v in values.items() if k != "plan"}
         return replace(build(Run, rest, "run"), plan=plan)
 
@@ -162,6 +169,8 @@ class Run:
             model=model,
             partition=parse_partition(self.partition or "natural"),
             shift=parse_shift(self.shift),
+            rule=render(client_rule(self.rule)) if self.rule else "",
+            privacy=render_privacy(self.privacy),
         )
 
 

@@ -70,7 +70,21 @@ def build(cls: type[T], values: dict[str, Any], what: str) -> T:
                 raise UserError(f"{what} has no options, so {field!r} cannot be set")
             raise unknown(f"option of {what}", field, fields)
         converted[field] = convert(value, hints[field], f"{what}, option {field!r}")
+    needed = [f for f, d in fields.items() if d.default is d.default_factory is dataclasses.MISSING]
+    if missing := [f for f in needed if f not in converted]:
+        raise UserError(f"{what} lacks {', '.join(missing)}: give a value")
     return cls(**converted)
+
+
+def table(value: Any, what: str) -> dict[str, Any]:
+    """A table of settings with names, as a copy.
+
+    Raises:
+        UserError: it is none.
+    """
+    if not isinstance(value, dict):
+        raise UserError(f"{what} must be a table of settings such as {{rounds = 5}}, not {value!r}")
+    return dict(value)
 
 
 def convert(value: Any, hint: Any, what: str) -> Any:
@@ -86,15 +100,19 @@ def convert(value: Any, hint: Any, what: str) -> Any:
     if typing.get_origin(kind) is typing.Literal:
         raise unknown(f"value for {what}", str(value), map(str, typing.get_args(kind)))
     if typing.get_origin(kind) is tuple:
-        items = value.replace("+", " ").split() if isinstance(value, str) else list(value)
+        if not isinstance(value, (str, list, tuple)):
+            raise UserError(f"{what} must be a list, not {value!r}")
+        items = value.replace("+", " ").split() if isinstance(value, str) else value
         return tuple(convert(v, typing.get_args(kind)[0], what) for v in items)
+    if typing.get_origin(kind) is dict:
+        return {str(k): convert(v, typing.get_args(kind)[1], f"{what}, {k!r}") for k, v in table(value, what).items()}
     try:
         if kind is bool and isinstance(value, str):
             return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[value.lower()]
         if kind is int and isinstance(value, float) and value != int(value):
             raise ValueError
         return kind(value)
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, OverflowError):
         raise UserError(f"{what} must be {kind.__name__}, not {value!r}") from None
 
 

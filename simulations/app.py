@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 from clients.config import run_from_config
+from clients.npy import Held
 from clients.records import answers_to, arrays, registry_to, scores_from, set_threads, tensors
 from fedbn.errors import UserError
 from fedbn.evaluation import COLUMNS, Score
@@ -39,6 +40,8 @@ from fedbn.roles import State
 from fedbn.run import Run
 from fedbn.setting import EVERYONE, Setting, setting
 from fedbn.strategy import Update
+from simulations.admission import admitted, admitted_notes
+from simulations.grid import InProcessGrid
 from simulations.server_optimizer import server_step
 from simulations.store import save_outcome
 
@@ -116,6 +119,10 @@ class Clients:
             if missing - self.node.keys():
                 time.sleep(0.5)
 
+    def record(self, state: State) -> ArrayRecord:
+        """Tensors as the nodes can take them: by reference where they are in this process."""
+        return Held(state) if isinstance(self.grid, InProcessGrid) else arrays(state)
+
     def ask(self, kind: str, content: dict[int, RecordDict]) -> dict[int, RecordDict]:
         """Send each user its content; the replies, in the order of the users."""
         user_of = {self.node[max(user, 0)]: user for user in content}
@@ -174,12 +181,14 @@ def conduct(grid: Grid, run: Run, listener: Listener | None = None) -> Outcome:
     return out
 
 
-def _outgoing(here: Setting, server: Server, users: Sequence[int], *, serving: bool = False) -> dict[int, ArrayRecord]:
+def _outgoing(
+    here: Setting, clients: Clients, server: Server, users: Sequence[int], *, serving: bool = False
+) -> dict[int, ArrayRecord]:
     """What each user is sent; users of one view share one record."""
     records: dict[str, ArrayRecord] = {}
     for user in users:
         if (view := here.view(user)) not in records:
-            records[view] = arrays(server.sends(here, user, serving=serving))
+            records[view] = clients.record(server.sends(here, user, serving=serving))
     return {user: records[here.view(user)] for user in users}
 
 
@@ -190,7 +199,7 @@ def _config(here: Setting, number: int, met: bool = False) -> ConfigRecord:
 def _consult(
     here: Setting, clients: Clients, server: Server, number: int, sampled: Sequence[int]
 ) -> list[dict[str, Moments]]:
-    outgoing = _outgoing(here, server, sampled)
+    outgoing = _outgoing(here, clients, server, sampled)
 
     def ask(answers: list[dict[str, Moments]]) -> list[dict[str, Moments] | None]:
         heard, config = answers_to(answers), _config(here, number)
@@ -208,34 +217,39 @@ def _train(
     sampled: Sequence[int],
     heard: list[dict[str, Moments]],
 ) -> list[Update]:
-    outgoing = _outgoing(here, server, sampled)
-    common = RecordDict(answers_to(heard))
+    outgoing = _outgoing(here, clients, server, sampled)
+    common = answers_to(heard)
     if server.told:
-        common["told"] = arrays(server.told)
+        common["told"] = clients.record(server.told)
+
+    contents: dict[tuple[str, bool], RecordDict] = {}  # users that are told the same share it
 
     def content(user: int) -> RecordDict:
-        config = _config(here, number, here.strategy.met(user, server.known))
-        return RecordDict({"arrays": outgoing[user], "config": config, **common})
+        which = here.view(user), here.strategy.met(user, server.known)
+        if which not in contents:
+            contents[which] = RecordDict(
+                {"arrays": outgoing[user], "config": _config(here, number, which[1]), **common}
+            )
+        return contents[which]
 
     replies = clients.ask("train", {u: content(u) for u in sampled})
     updates = []
-    for user, content in replies.items():
-        metrics = content.metric_records["metrics"]
-        notes = content.array_records.get("notes")
+    for user, reply in replies.items():
+        metrics, notes = cast(MetricRecord, reply["metrics"]), cast(ArrayRecord | None, reply.get("notes"))
         updates.append(
             Update(
                 user,
-                tensors(content.array_records["arrays"], here.run.device),
+                admitted(here, user, cast(ArrayRecord, reply["arrays"])),
                 cast(int, metrics["num-examples"]),
                 cast(float, metrics["loss"]),
-                {} if notes is None else tensors(notes, here.run.device),
+                {} if notes is None else admitted_notes(here, user, notes),
             )
         )
     return updates
 
 
 def _settle(here: Setting, clients: Clients, state: State) -> State:
-    record = arrays(state)
+    record = clients.record(state)
 
     def ask(answers: list[dict[str, Moments]]) -> list[dict[str, Moments] | None]:
         content = RecordDict({"arrays": record, **answers_to(answers)})
@@ -254,7 +268,7 @@ def _moments(record: ArrayRecord) -> dict[str, Moments]:
 
 def _evaluate(here: Setting, clients: Clients, server: Server, *, last: bool) -> dict[int, list[Score]]:
     users = served(here)
-    outgoing = _outgoing(here, server, users, serving=True)
+    outgoing = _outgoing(here, clients, server, users, serving=True)
     registry = registry_to(server.registry) if last and server.registry else None
 
     def content(user: int) -> RecordDict:
@@ -262,9 +276,9 @@ def _evaluate(here: Setting, clients: Clients, server: Server, *, last: bool) ->
         columns = COLUMNS if last else COLUMNS[:1]
         config = ConfigRecord({"columns": [str(c) for c in columns], "globally": [str(c) for c in globally]})
         records = RecordDict({"arrays": outgoing[user], "config": config})
-        if registry is not None and user in here.population.unseen:
+        if registry is not None and here.hears_registry(user):
             records["registry"] = registry
         return records
 
     replies = clients.ask("evaluate", {user: content(user) for user in users})
-    return {user: scores_from(content.metric_records["metrics"]) for user, content in replies.items()}
+    return {user: scores_from(cast(MetricRecord, content["metrics"])) for user, content in replies.items()}

@@ -11,7 +11,7 @@ from typing import Any
 from fedbn.errors import UserError, unknown
 from fedbn.run import PLAN_FIELDS, Plan, Run, plan_for
 from fedbn.scenario import scenario
-from fedbn.spec import build
+from fedbn.spec import build, table
 
 DEFAULT_STRATEGIES = (
     "global-naive",
@@ -35,7 +35,7 @@ class Experiment:
         scenario: text of a scenario.
         strategies: texts of strategies; the first is the reference of paired differences.
         seeds: how many paired seeds, 0 to seeds - 1.
-        model, partition, shift, device: as in `Run`.
+        model, partition, shift, device, rule, privacy: as in `Run`.
         tune: learning rates to choose from for each strategy; empty for the plan's own.
         rates: learning rates by strategy, where they differ from the plan's; the scenario's, unless a rate was given.
         plan: training and evaluation settings.
@@ -48,6 +48,8 @@ class Experiment:
     partition: str = "natural"
     shift: str = ""
     device: str = "cpu"
+    rule: str = ""
+    privacy: str = ""
     tune: tuple[float, ...] = ()
     rates: dict[str, float] = field(default_factory=dict)
     plan: Plan = field(default_factory=Plan)
@@ -67,6 +69,8 @@ class Experiment:
             plan,
             validation,
             self.device,
+            self.rule,
+            self.privacy,
         )
 
     def resolved(self) -> Experiment:
@@ -95,6 +99,8 @@ class Experiment:
             model=first.model,
             partition=first.partition,
             shift=first.shift,
+            privacy=first.privacy,
+            rule=first.rule,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -110,7 +116,7 @@ class Experiment:
         """
         if "scenario" not in values:
             raise UserError("no scenario given: see `fedbn list scenarios`")
-        settings = dict(values.get("plan", {}))
+        settings = table(values.get("plan", {}), "plan")
         for name in settings:
             if name not in PLAN_FIELDS:
                 raise unknown("setting in [plan]", name, PLAN_FIELDS)
@@ -131,5 +137,5 @@ def read_run_file(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read run file {path}: {error.strerror}") from None
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"run file {path} is not valid TOML: {error}") from None

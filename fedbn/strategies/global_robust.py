@@ -1,0 +1,56 @@
+"""Global BN whose statistics a minority of clients cannot poison."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from fedbn.errors import UserError
+from fedbn.robust import location, robust_moments
+from fedbn.roles import State
+from fedbn.strategy import NormStrategy, Progress, Update
+
+
+@dataclass(frozen=True)
+class GlobalRobust(NormStrategy):
+    """Share everything; pool statistics by a trimmed mean or a median in moments space. Every client counts the same.
+
+    Parameters are averaged as ever: this guards the statistics, through which one client can switch a network off.
+
+    Attributes:
+        how: ``trimmed`` or ``median``.
+        trim: share of the clients cut off at either end of every channel.
+
+    >>> import torch; from fedbn.strategy import Update
+    >>> def client(i, var): return Update(
+    ...     i, {"bn.running_mean": torch.zeros(1), "bn.running_var": torch.tensor([var])}, 1, 0.0)
+    >>> names = ["bn.running_mean", "bn.running_var"]
+    >>> GlobalRobust(how="median").pool([client(0, 1.0), client(1, 2.0), client(2, 1e9)], [1] * 3, names, {}, None)
+    {'bn.running_mean': tensor([0.]), 'bn.running_var': tensor([2.])}
+    """
+
+    name = "global-robust"
+    about = "one BN for all; statistics pooled by a trimmed mean or median of moments"
+    source = "after Yin et al. 2018"
+    how: Literal["trimmed", "median"] = "trimmed"
+    trim: float = 0.2
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.trim < 0.5:
+            raise UserError(f"global-robust: trim is a share in [0, 0.5), not {self.trim}")
+
+    def pool(
+        self, updates: Sequence[Update], weights: Sequence[float], keys: Sequence[str], old: State, progress: Progress
+    ) -> State:
+        states = [u.state for u in updates]
+        out = {}
+        for key in keys:
+            values = [s[key] for s in states]
+            mean = key.removesuffix("running_var") + "running_mean"
+            if key.endswith("running_var") and mean in keys:
+                found = robust_moments([s[mean] for s in states], values, self.how, self.trim)[1]
+            else:
+                found = location(values, self.how, self.trim)
+            out[key] = found.to(values[0].device, values[0].dtype)
+        return out

@@ -1,0 +1,49 @@
+"""``fedbn leakage``: measure what clients' statistics give away."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+console = Console()
+
+
+def leakage(
+    scenario: Annotated[str, typer.Argument(help="hapt, watch, digits8, ... with options.")],
+    strategy: Annotated[str, typer.Option(help="A strategy that sends statistics.")] = "global-pooled",
+    controls: Annotated[
+        str, typer.Option(help="Protections to compare, comma-separated; none is always measured.")
+    ] = "clip=1,clip=1:noise=0.1,clip=1:noise=0.5,clip=1:noise=2",
+    seed: Annotated[int, typer.Option(help="Of the run.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Find users again by the statistics they send, and solve for single windows from consecutive states.
+
+    Example: [bold]fedbn leakage hapt[/]
+    """
+    from fedbn.run import Run, plan_for
+    from simulations.leakage import inversion, measure
+
+    run = Run(scenario, strategy, seed, plan=plan_for(scenario))
+    leaks = measure(run, ("", *filter(None, (text.strip() for text in controls.split(",")))))
+    errors = inversion(run)
+    if as_json:
+        print(json.dumps({"found": [asdict(leak) for leak in leaks], "inversion": errors}, indent=1))
+        return
+    table = Table(title=f"users found again by their statistics, one round later ({leaks[0].users} users)", box=None)
+    for name in ("protection", "layers seen", "found", "chance"):
+        table.add_column(name)
+    for leak in leaks:
+        table.add_row(leak.privacy or "none", leak.layers, f"{leak.found:.3f}", f"{leak.chance:.3f}")
+    console.print(table)
+    table = Table(title="error of a window's mean per channel, solved for from two states in a row", box=None)
+    table.add_column("windows a step")
+    table.add_column("error, in units of the spread over windows")
+    for name, error in errors.items():
+        table.add_row("none: guess the mean" if name == "guess" else name, f"{error:.2g}")
+    console.print(table)

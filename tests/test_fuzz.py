@@ -1,0 +1,307 @@
+"""Whatever comes in from outside ends in a value or in a clear error, never in another exception."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from functools import cache
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from clients.config import run_from_config
+from clients.npy import pack, unpack
+from clients.records import arrays
+from fedbn.data.partition import parse_partition, partitions
+from fedbn.data.shift import parse_shift, shifts
+from fedbn.errors import UserError
+from fedbn.federation import Outcome, Point, Server
+from fedbn.online.rule import client_rule, rules
+from fedbn.personal import personalisations, treatment
+from fedbn.privacy import Privacy, parse_privacy
+from fedbn.run import PLAN_FIELDS, Plan, Run, plan_for
+from fedbn.scenario import scenario, scenarios
+from fedbn.setting import setting
+from fedbn.spec import parse
+from fedbn.strategy import strategies, strategy
+from fedbn.streams import streams
+from simulations.admission import admitted, admitted_notes
+from simulations.engines import parse_engine
+from simulations.experiment import Experiment, read_run_file
+from simulations.store import load_outcome, save_outcome
+
+FEW, MANY = 25, 900
+"""Cases of each boundary by default and under the slow marker; there are more than twelve boundaries."""
+
+QUIET = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.filter_too_much]
+
+
+def fuzzed(*strategy_):
+    """Two tests of one: a few cases by default, many under the slow marker."""
+
+    def decorate(test):
+        @pytest.mark.parametrize("cases", [FEW, pytest.param(MANY, marks=pytest.mark.slow)])
+        def run(cases, tmp_path):
+            @settings(max_examples=cases, suppress_health_check=QUIET, deadline=None)
+            @given(st.tuples(*strategy_))
+            def body(values):
+                try:
+                    test(tmp_path, *values)
+                except UserError as error:
+                    said.append(str(error))
+
+            said: list[str] = []
+            body()
+            assert all(len(text) > 10 for text in said)
+
+        run.__name__ = test.__name__
+        return run
+
+    return decorate
+
+
+VALUES = st.one_of(
+    st.sampled_from(
+        ["", "none", "nan", "inf", "-inf", "-1", "0", "0.5", "1", "2", "1e400", "9" * 400, "true", "+", "a+b"]
+    ),
+    st.floats().map(str),
+    st.integers(-(10**12), 10**12).map(str),
+    st.text(max_size=8),
+)
+
+
+def texts(known, separator=":"):
+    """Text that looks like ``name:field=value``, and text that does not."""
+    names = st.sampled_from(sorted(known))
+
+    @st.composite
+    def close(draw):
+        name = draw(names)
+        fields = list(getattr(known[name], "__dataclass_fields__", {})) or ["x"]
+        option = st.builds("{}={}".format, st.sampled_from([*fields, "bogus"]), VALUES)
+        parts = [name, *draw(st.lists(st.one_of(option, st.text(max_size=6)), max_size=3))]
+        return separator.join(parts)
+
+    return st.one_of(close(), st.text(max_size=30), st.builds("{},{}".format, close(), close()))
+
+
+JSON = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8), VALUES),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=6), inner, max_size=3)),
+    max_leaves=6,
+)
+
+
+@fuzzed(texts(strategies()))
+def test_strategies(tmp_path, text):
+    strategy(text)
+
+
+@fuzzed(st.one_of(texts(strategies()), texts(personalisations()).map(lambda t: f"fedbn+{t}")))
+def test_treatments(tmp_path, text):
+    treatment(text)
+
+
+@fuzzed(texts(partitions()))
+def test_partitions(tmp_path, text):
+    parse_partition(text)
+
+
+@fuzzed(texts(shifts()))
+def test_shifts(tmp_path, text):
+    parse_shift(text)
+
+
+@fuzzed(texts(rules()))
+def test_rules(tmp_path, text):
+    client_rule(text)
+
+
+@fuzzed(texts(streams()))
+def test_streams(tmp_path, text):
+    parse(text, "stream", streams())
+
+
+@fuzzed(texts(scenarios()))
+def test_scenarios(tmp_path, text):
+    scenario(text)
+
+
+@fuzzed(texts({"privacy": Privacy}).map(lambda t: t.removeprefix("privacy:")))
+def test_privacy(tmp_path, text):
+    parse_privacy(text)
+
+
+@fuzzed(st.one_of(st.text(max_size=12), st.sampled_from(["grid", "ray", "grid:", "grid:x", "ray:stacked"])))
+def test_engines(tmp_path, text):
+    parse_engine(text)
+
+
+@fuzzed(st.dictionaries(st.one_of(st.sampled_from(PLAN_FIELDS), st.text(max_size=4)), JSON, max_size=4))
+def test_plans(tmp_path, values):
+    plan = plan_for("digits8", **{k: v for k, v in values.items() if k != "scenario_text"})
+    assert plan.rounds >= 1
+    assert math.isfinite(plan.rate(1))
+
+
+RUN_KEYS = st.sampled_from([*Run.__dataclass_fields__, "strategies", "seeds", "tune", "rates", "bogus"])
+
+
+@fuzzed(st.dictionaries(RUN_KEYS, JSON, max_size=5), st.booleans())
+def test_run_and_experiment_values(tmp_path, values, whole):
+    if whole:
+        values = {"scenario": "digits8", "strategy": "fedbn"} | values
+        Run.from_dict(values).resolved()
+    else:
+        Experiment.from_dict({"scenario": "digits8"} | values).resolved()
+
+
+@fuzzed(
+    st.one_of(
+        st.binary(max_size=60),
+        st.builds("{} = {}\n[plan]\n{} = {}\n".format, RUN_KEYS, VALUES, RUN_KEYS, VALUES).map(
+            lambda t: t.encode("utf-8", "replace")
+        ),
+    )
+)
+def test_run_files(tmp_path, data):
+    path = tmp_path / "run.toml"
+    path.write_bytes(data)
+    Experiment.from_dict(read_run_file(path)).resolved()
+
+
+@fuzzed(
+    st.dictionaries(
+        st.sampled_from([*Run.__dataclass_fields__, "run"]),
+        st.one_of(VALUES, st.floats(), st.integers(), st.booleans()),
+        max_size=4,
+    )
+)
+def test_flower_run_configs(tmp_path, config):
+    run_from_config({"scenario": "digits8", "strategy": "fedbn"} | config)
+
+
+RUN = Run("digits8", "fedbn", plan=Plan(rounds=2)).resolved()
+
+
+@cache
+def checkpoint():
+    import tempfile
+    from pathlib import Path
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "c.safetensors"
+        state = {"w": torch.arange(4.0)}
+        save_outcome(path, RUN, Outcome(Server(state, state), curve=[Point(1, 0.5)]), {})
+        return path.read_bytes()
+
+
+@st.composite
+def damaged(draw, whole):
+    """Bytes with some cut out, changed or added."""
+    data = bytearray(whole())
+    for _ in range(draw(st.integers(1, 4))):
+        at = draw(st.integers(0, max(0, len(data) - 1)))
+        kind = draw(st.sampled_from(["flip", "cut", "add", "head"]))
+        if kind == "flip" and data:
+            data[at] ^= draw(st.integers(1, 255))
+        elif kind == "cut":
+            del data[at:]
+        elif kind == "head" and len(data) > 64:
+            data[draw(st.integers(0, 63))] = draw(st.integers(0, 255))
+        else:
+            data[at:at] = draw(st.binary(max_size=8))
+    return bytes(data)
+
+
+@fuzzed(st.one_of(damaged(checkpoint), st.binary(max_size=64)))
+def test_checkpoints(tmp_path, data):
+    path = tmp_path / "checkpoint.safetensors"
+    path.write_bytes(data)
+    load_outcome(path, RUN)
+
+
+@cache
+def table():
+    draw = np.random.default_rng(0)
+    frame = pd.DataFrame(draw.normal(size=(40, 3)).round(3), columns=["a", "b", "c"])
+    return frame.assign(y=np.arange(40) % 2, user=np.arange(40) // 10)
+
+
+def as_csv():
+    return table().to_csv(index=False).encode()
+
+
+def as_parquet():
+    file = io.BytesIO()
+    table().to_parquet(file, index=False)
+    return file.getvalue()
+
+
+def as_npz():
+    file, t = io.BytesIO(), table()
+    np.savez(file, x=t[["a", "b", "c"]].to_numpy(np.float32), y=t.y.to_numpy(), user=t.user.to_numpy())
+    return file.getvalue()
+
+
+def read(tmp_path, ending, data):
+    path = tmp_path / f"data.{ending}"
+    path.write_bytes(data)
+    scenario(f"files:path={path}:unseen=1").load(0)
+
+
+@fuzzed(damaged(as_csv))
+def test_csv_files(tmp_path, data):
+    read(tmp_path, "csv", data)
+
+
+@fuzzed(damaged(as_parquet))
+def test_parquet_files(tmp_path, data):
+    read(tmp_path, "parquet", data)
+
+
+@fuzzed(damaged(as_npz))
+def test_npz_files(tmp_path, data):
+    read(tmp_path, "npz", data)
+
+
+CLAIMS = st.tuples(
+    st.one_of(
+        st.sampled_from(["float32", "float64", "int64", "O", "V8", "<U3", "datetime64[s]", "bool"]), st.text(max_size=5)
+    ),
+    st.lists(st.integers(-2, 2**40), max_size=3).map(tuple),
+    st.sampled_from(["numpy.ndarray", "torch", ""]),
+)
+
+
+@fuzzed(st.one_of(damaged(lambda: pack(torch.arange(6.0)).data), st.binary(max_size=100)), CLAIMS, st.booleans())
+def test_arrays_in_messages(tmp_path, data, claims, honest):
+    unpack(Array("float32", (6,), "numpy.ndarray", data) if honest else Array(*claims[:2], claims[2], data))
+
+
+@cache
+def here():
+    return setting(Run("digits8", "fedbn", plan=Plan(rounds=1)).resolved())
+
+
+@fuzzed(
+    st.dictionaries(st.integers(0, 5), damaged(lambda: pack(torch.zeros(8)).data), min_size=1, max_size=3),
+    st.booleans(),
+)
+def test_clients_replies(tmp_path, changes, notes):
+    record = arrays(here().start())
+    names = list(record)
+    for i, data in changes.items():
+        old = record[names[i % len(names)]]
+        record[names[i % len(names)]] = Array(old.dtype, old.shape, old.stype, data)
+    (admitted_notes if notes else admitted)(here(), 0, ArrayRecord(dict(record.items())))
+
+
+def test_stored_plain_values_are_json():
+    assert json.loads(RUN.to_json())["privacy"] == ""
