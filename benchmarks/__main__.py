@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from fedbn.stacked.memory import keep_freed_memory
+from fedbn.stacked.memory import keep_freed_memory, leave_alone_what_is_loaded
 
 STORED = Path(__file__).parent / "stored.json"
 TOLERANCE = 1.5
@@ -22,9 +22,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     from benchmarks.measure import measure
     from fedbn.stacked.tiers import Tier, parse_tier
 
+    leave_alone_what_is_loaded()
+
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--tiers", default="exact,auto", help=f"comma-separated, of {', '.join(get_args(Tier))}")
-    parser.add_argument("--rounds", type=int, default=6, help="rounds timed; the first and the last do not count")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds timed; the first and the last do not count")
     parser.add_argument("--most", type=int, default=10_000, help="most clients of the scale curve")
     parser.add_argument("--ray", action="store_true", help="Flower's own simulation beside it")
     parser.add_argument("--out", type=Path, default=Path("results/benchmarks"), help="directory of JSON and picture")
@@ -46,16 +48,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 def table(result: dict[str, Any]) -> str:
     """All numbers as text."""
     lines = [
-        "| workload | engine | bare loop ms | round ms | share of the loop | target |",
-        "|---|---|---|---|---|---|",
+        "| workload | engine | bare loop ms | round ms | share of the loop | of medians | of CPU time | target |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in cast(list[dict[str, Any]], result["ratios"]):
         loop, seconds = (f"{1e3 * row[k]:.1f}" for k in ("loop", "seconds"))
-        lines.append(
-            f"| {row['workload']} | {row['engine']} | {loop} | {seconds} | {row['ratio']:.3f} | {row['target']} |"
-        )
-    lines += ["", "| clients | steps each | round ms |", "|---|---|---|"]
-    lines += [f"| {row['clients']} | {row['steps']} | {1e3 * row['seconds']:.1f} |" for row in result["scale"]]
+        cpu = row["ratio of CPU time"]
+        shares = f"{row['ratio']:.3f} | {row['ratio of medians']:.3f} | {'' if cpu is None else f'{cpu:.3f}'}"
+        lines.append(f"| {row['workload']} | {row['engine']} | {loop} | {seconds} | {shares} | {row['target']} |")
+    lines += ["", "| clients | steps each | round ms | µs a step | data MB | memory MB |", "|---|---|---|---|---|---|"]
+    for row in result["scale"]:
+        each = 1e6 * row["seconds"] / (row["clients"] * row["steps"])
+        sizes = f"{row['data'] / 1e6:.0f} | {row['memory'] / 1e6:.0f}"
+        lines.append(f"| {row['clients']} | {row['steps']} | {1e3 * row['seconds']:.1f} | {each:.0f} | {sizes} |")
     lines += ["", *(f"bank, {name}: {value:.2f}" for name, value in result["bank"].items())]
     lines += ["", *(f"{name}: {seconds:.2f} s" for name, seconds in result["starts"].items())]
     return "\n".join(lines)

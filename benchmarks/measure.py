@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from itertools import islice, pairwise
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from benchmarks.workloads import WORKLOADS, Workload, bare_loop
+from benchmarks.loop import Loop
+from benchmarks.workloads import WORKLOADS, Workload
 from clients.app import app as client_app
+from fedbn.federation import Outcome
 from fedbn.models import build
 from fedbn.online import personalize, rule
 from fedbn.run import Run
 from fedbn.setting import setting
+from fedbn.stacked.memory import keep_freed_memory, leave_alone_what_is_loaded
 from fedbn.stacked.tiers import Tier
 from simulations.app import Listener, conduct
 from simulations.flower_compat import task_identity
@@ -46,45 +54,63 @@ def torch_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def loop_seconds(run: Run, rounds: int, threads: int = 2) -> float:
-    """Median seconds of a round of the bare loop, the first left out."""
-    with torch_threads(threads):
-        return statistics.median(list(islice(bare_loop(setting(run)), rounds))[1:])
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of the rounds of an engine."""
+
+    wall: list[float]
+    cpu: list[float]
 
 
-def grid_seconds(run: Run, tier: Tier) -> float:
-    """Median seconds of a round over the grid - messages, state, aggregation and metrics - the first left out.
+def grid_rounds(run: Run, tier: Tier, between: Callable[[], None] = lambda: None) -> Timing:
+    """Time rounds over the grid - messages, state, aggregation and metrics.
 
-    The last round, which evaluates, is left out too: the bare loop does not.
+    The first is left out, since it chooses and warms up, and so is the last, which evaluates: the bare loop does not.
+
+    Args:
+        run: what to do.
+        tier: how.
+        between: called after each round; takes no part in its time.
     """
     grid = InProcessGrid(client_app, len(setting(run).population.users), {"run": run.to_json()}, tier=tier)
-    times = [time.perf_counter()]
+    timing = Timing([], [])
+    began = [time.perf_counter(), time.process_time()]
+
+    def note(number: int, outcome: Outcome) -> None:
+        timing.wall.append(time.perf_counter() - began[0])
+        timing.cpu.append(time.process_time() - began[1])
+        between()
+        began[:] = time.perf_counter(), time.process_time()
+
     with torch_threads(1), task_identity(grid.run.run_id):
-        conduct(grid, run, Listener(on_round=lambda number, outcome: times.append(time.perf_counter())))
-    return statistics.median([b - a for a, b in pairwise(times)][1:-1])
+        conduct(grid, run, Listener(on_round=note))
+    return Timing(timing.wall[1:-1], timing.cpu[1:-1])
+
+
+def row(work: Workload, engine: str, loop: Loop, timing: Timing) -> dict[str, object]:
+    """One line of the table. Its ratio is that of the fastest rounds: what else ran on the machine only slows down."""
+    return {
+        "workload": work.name,
+        "engine": engine,
+        "loop": min(loop.wall),
+        "seconds": min(timing.wall),
+        "ratio": min(timing.wall) / min(loop.wall),
+        "ratio of medians": statistics.median(timing.wall) / statistics.median(loop.wall),
+        "ratio of CPU time": min(timing.cpu) / min(loop.cpu) if timing.cpu else None,
+        "load": os.getloadavg()[0],
+        "target": SPEEDS[work.name],
+    }
 
 
 def ratios(folder: Path, tiers: Sequence[Tier], rounds: int, works: Sequence[Workload]) -> list[dict[str, object]]:
-    """One row a workload and tier; the bare loop is timed before and after each, since machines drift."""
+    """One row a workload and tier; a round of the bare loop follows every round of the engine."""
     rows: list[dict[str, object]] = []
     for work in works:
         run = work.run(folder, rounds)
-        before = loop_seconds(run, rounds)
         for tier in tiers:
-            seconds = grid_seconds(run, tier)
-            after = loop_seconds(run, rounds)
-            loop = (before + after) / 2
-            rows.append(
-                {
-                    "workload": work.name,
-                    "engine": f"grid:{tier}",
-                    "loop": loop,
-                    "seconds": seconds,
-                    "ratio": seconds / loop,
-                    "target": SPEEDS[work.name],
-                }
-            )
-            before = after
+            with Loop(run) as loop:
+                timing = grid_rounds(run, tier, loop.round)
+                rows.append(row(work, f"grid:{tier}", loop, timing))
     return rows
 
 
@@ -99,32 +125,43 @@ def ray_rows(folder: Path, rounds: int, works: Sequence[Workload]) -> list[dict[
             began = time.perf_counter()
             execute(work.run(folder, number), "ray")
             spent[number] = time.perf_counter() - began
-        seconds = (spent[rounds] - spent[1]) / (rounds - 1)
-        loop = loop_seconds(work.run(folder, rounds), rounds)
-        rows.append(
-            {
-                "workload": work.name,
-                "engine": "ray",
-                "loop": loop,
-                "seconds": seconds,
-                "ratio": seconds / loop,
-                "target": SPEEDS[work.name],
-            }
-        )
+        with Loop(work.run(folder, rounds)) as loop:
+            for _ in range(rounds):
+                loop.round()
+            rows.append(row(work, "ray", loop, Timing([(spent[rounds] - spent[1]) / (rounds - 1)], [])))
     return rows
 
 
 def scale(folder: Path, tier: Tier, rounds: int, most: int) -> list[dict[str, object]]:
-    """Seconds a round of W3 with more and more clients that together take ever the same number of steps."""
-    rows: list[dict[str, object]] = []
+    """Rounds of W3 with more and more clients that together take ever the same number of steps.
+
+    Each number of clients has a process of its own, whose memory is then its own too.
+    """
+    counts = [10]
+    while counts[-1] * 10 <= most:
+        counts.append(counts[-1] * 10)
+    fresh = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, fresh, max_tasks_per_child=1) as pool:
+        return list(pool.map(partial(_scaled, folder, tier, rounds, counts[-1]), counts))
+
+
+def _scaled(folder: Path, tier: Tier, rounds: int, steps: int, clients: int) -> dict[str, object]:
     small = WORKLOADS[2]
-    clients = 10
-    while clients <= most:
-        # 10,000 clients cannot take fewer than a step each: the work is what the largest round needs.
-        work = Workload("W3", small.shape, small.classes, small.model, clients, max(1, most // clients), small.batch)
-        rows.append({"clients": clients, "steps": work.steps, "seconds": grid_seconds(work.run(folder, rounds), tier)})
-        clients *= 10
-    return rows
+    # Most clients cannot take fewer than a step each: the work is what the largest round needs.
+    work = Workload("W3", small.shape, small.classes, small.model, clients, steps // clients, small.batch)
+    keep_freed_memory()
+    leave_alone_what_is_loaded()
+    run = work.run(folder, rounds)
+    data = sum(u.train.x.nbytes + u.test.x.nbytes for u in setting(run).population.users)
+    before = _peak()
+    seconds = min(grid_rounds(run, tier).wall)
+    grown = _peak() - before
+    return {"clients": clients, "steps": work.steps, "seconds": seconds, "data": data, "memory": grown}
+
+
+def _peak() -> int:
+    """Most memory that this process has had, in bytes."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def bank(users: int = 10_000, rows: int = 256, repeats: int = 30) -> dict[str, float]:

@@ -133,17 +133,25 @@ def pooled(parts: Iterable[Moments]) -> Moments:
     return reduce(Moments.merge, parts)
 
 
+MANY = 2**16
+"""Elements up to which many values are averaged at once; a copy of all of larger ones would cost more than it saves."""
+
+
 def naive_mean(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """Weighted mean accumulated in float64, given back in the values' dtype.
 
     Right for weights and means. For variances it drops the spread between the parts' means: the
     baseline that FedAvg on a whole state dict is, kept under its own name.
     """
-    total = float(sum(weights))
-    acc = torch.zeros_like(values[0], dtype=torch.float64)
+    total, first = float(sum(weights)), values[0]
+    if first.numel() <= MANY:
+        shares = torch.tensor(weights, dtype=torch.float64, device=first.device) / total
+        flat = torch.stack(list(values)).double().reshape(len(values), -1)
+        return (flat * shares[:, None]).sum(0).view(first.shape).to(first.dtype)
+    acc = torch.zeros_like(first, dtype=torch.float64)
     for value, weight in zip(values, weights, strict=True):
-        acc += value.double() * (weight / total)
-    return acc.to(values[0].dtype)
+        acc.add_(value, alpha=weight / total)
+    return acc.to(first.dtype)
 
 
 def pooled_variance(means: Sequence[Tensor], variances: Sequence[Tensor], weights: Sequence[float]) -> Tensor:

@@ -22,10 +22,19 @@ def batches(n: int, size: int, draw: torch.Generator) -> Iterator[Tensor]:
     >>> [len(b) for b in batches(9, 4, torch.Generator())]
     [4, 5]
     """
-    parts = list(torch.randperm(n, generator=draw).split(size))
-    if len(parts) > 1 and len(parts[-1]) == 1 and size > 1:
-        parts[-2:] = [torch.cat(parts[-2:])]
-    yield from parts
+    yield from torch.randperm(n, generator=draw).split(sizes(n, size))
+
+
+def sizes(n: int, size: int) -> list[int]:
+    """Sizes of the batches of ``size`` that ``n`` rows are cut into.
+
+    >>> sizes(9, 4), sizes(10, 4), sizes(1, 4)
+    ([4, 5], [4, 4, 2], [1])
+    """
+    whole, rest = divmod(n, size)
+    if rest == 1 and whole:
+        return [size] * (whole - 1) + [size + 1]
+    return [size] * whole + [rest] * (rest > 0)
 
 
 def fit(
@@ -114,7 +123,12 @@ def epoch_batches(
     n: int, plan: Plan, seed: int, round: int, user: int, epoch: int, purpose: str = ""
 ) -> Iterator[Tensor]:
     """The batches of one epoch of a user's local training, as rows of its data."""
-    return batches(n, plan.batch_size, generator(seed, "shuffle" + purpose, round, user, epoch))
+    return batches(n, plan.batch_size, shuffle(seed, round, user, epoch, purpose))
+
+
+def shuffle(seed: int, round: int, user: int, epoch: int, purpose: str = "") -> torch.Generator:
+    """Draws the order of one epoch of a user's local training."""
+    return generator(seed, "shuffle" + purpose, round, user, epoch)
 
 
 def logits(model: nn.Module, x: Tensor, chunk: int = 512) -> Tensor:

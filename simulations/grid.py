@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
-from flwr.app import ArrayRecord, Context, Error, Message, RecordDict
+from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
@@ -21,6 +21,7 @@ from simulations.flower_compat import (
     CLIENT_APP_RAISED,
     NODE_UNAVAILABLE,
     FlowerRun,
+    copy_records,
     flower_run,
     set_message_id,
     with_content,
@@ -29,17 +30,11 @@ from simulations.flower_compat import (
 FIRST_NODE = 1_000_000
 
 
-def copy_records(records: RecordDict) -> RecordDict:
-    """New containers around the same payloads, which are immutable bytes."""
-    return RecordDict({key: record.copy() for key, record in records.items()})
-
-
 class InProcessGrid(Grid):
     """Executes a ClientApp directly, one context a node.
 
     Attributes:
         contexts: node id -> context, made when a node is first addressed.
-        bytes_down, bytes_up: payload sent so far.
     """
 
     def __init__(
@@ -66,7 +61,6 @@ class InProcessGrid(Grid):
         """
         self.client_app, self.nodes, self.run_config = client_app, nodes, dict(run_config)
         self.contexts: dict[int, Context] = {}
-        self.bytes_down = self.bytes_up = 0
         self._run, self._first, self._fault = flower_run(run_id), first_node, fault
         self._tiers = Tiers(tier)
         self._replies: dict[str, Message] = {}
@@ -149,17 +143,9 @@ class InProcessGrid(Grid):
         if self._fault and (reason := self._fault(message)):
             return Message(Error(NODE_UNAVAILABLE, reason), reply_to=message)
         before = copy_records(context.state)
-        self.bytes_down += _payload(message.content)
         try:
-            reply = self.client_app(with_content(message, copy_records(message.content)), context)
+            return self.client_app(with_content(message, copy_records(message.content)), context)
         except Exception as error:  # as everywhere in Flower: an error reply, and the run goes on
             context.state = before
             trace = traceback.format_exc(limit=-4)
             return Message(Error(CLIENT_APP_RAISED, f"{type(error).__name__}: {error}\n{trace}"), reply_to=message)
-        if reply.has_content():
-            self.bytes_up += _payload(reply.content)
-        return reply
-
-
-def _payload(records: RecordDict) -> int:
-    return sum(record.count_bytes() for record in records.values() if isinstance(record, ArrayRecord))

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import pytest
 import torch
 
 from benchmarks import __main__ as command
 from benchmarks import measure, workloads
-from benchmarks.measure import grid_seconds, loop_seconds, ratios, scale
+from benchmarks.loop import Loop
+from benchmarks.measure import grid_rounds, ratios, scale
 from benchmarks.workloads import TEST_ROWS, WORKLOADS, bare_loop
 from fedbn.federation import federate
 from fedbn.setting import setting
@@ -48,19 +50,44 @@ def test_the_bare_loop_takes_the_steps_of_a_round(tmp_path, monkeypatch):
 
 
 def test_rounds_are_timed_without_changing_threads(tmp_path):
-    run = tiny().run(tmp_path, 3)
+    run = tiny().run(tmp_path, 4)
     before = torch.get_num_threads()
-    assert loop_seconds(run, 2) > 0
-    assert grid_seconds(run, "stacked") > 0
+    between = []
+    timing = grid_rounds(run, "stacked", lambda: between.append(1))
+    assert len(timing.wall) == len(timing.cpu) == 2
+    assert len(between) == 4
+    assert min(timing.wall) > 0
     assert torch.get_num_threads() == before
-    assert [(row["clients"], row["steps"]) for row in scale(tmp_path, "stacked", 3, 100)] == [(10, 10), (100, 1)]
+
+
+@pytest.mark.slow
+def test_the_loop_takes_turns_and_says_when_it_has_ended(tmp_path):
+    with Loop(tiny().run(tmp_path, 4)) as loop:
+        loop.round()
+        assert len(loop.wall) == len(loop.cpu) == 1
+        assert loop.wall[0] > 0
+        loop._process.kill()
+        loop._process.wait()
+        with pytest.raises(RuntimeError, match="loop has ended"):
+            loop.round()
+    (row,) = ratios(tmp_path, ["one"], 3, [tiny()])
+    assert row["engine"] == "grid:one"
+    assert row["ratio"] == row["seconds"] / row["loop"]
+
+
+@pytest.mark.slow
+def test_the_scale_curve_keeps_the_work_constant(tmp_path):
+    rows = scale(tmp_path, "stacked", 3, 100)
+    assert [(row["clients"], row["steps"]) for row in rows] == [(10, 10), (100, 1)]
+    assert rows[0]["data"] > 0
 
 
 def test_the_command_writes_prints_stores_and_warns(tmp_path, monkeypatch, capsys):
     row = {"workload": "W3", "engine": "grid:auto", "loop": 0.1, "seconds": 0.01, "ratio": 0.1, "target": 0.05}
+    row |= {"ratio of medians": 0.2, "ratio of CPU time": 0.3}
     result = {
         "ratios": [row],
-        "scale": [{"clients": 10, "steps": 1, "seconds": 0.1}],
+        "scale": [{"clients": 10, "steps": 1, "seconds": 0.1, "data": 10**6, "memory": 2 * 10**6}],
         "bank": {"predict, ratio to stock": 1.2},
         "starts": {"import": 1.0},
     }
@@ -70,17 +97,12 @@ def test_the_command_writes_prints_stores_and_warns(tmp_path, monkeypatch, capsy
     assert json.loads((tmp_path / "stored.json").read_text()) == json.loads((tmp_path / "benchmarks.json").read_text())
     assert (tmp_path / "benchmarks.png").stat().st_size > 1000
     out, err = capsys.readouterr()
-    assert "| W3 | grid:auto | 100.0 | 10.0 | 0.100 | 0.05 |" in out
+    assert "| W3 | grid:auto | 100.0 | 10.0 | 0.100 | 0.200 | 0.300 | 0.05 |" in out
+    assert "| 10 | 1 | 100.0 | 10000 | 1 | 2 |" in out
     assert not err
     monkeypatch.setattr("benchmarks.measure.measure", lambda *args: result | {"ratios": [row | {"ratio": 0.2}]})
     command.main(["--out", str(tmp_path)])
     assert "warning: W3 on grid:auto takes 0.200 of the bare loop; stored: 0.100" in capsys.readouterr().err
-
-
-def test_ratios_are_rows_of_workload_and_tier(tmp_path):
-    (row,) = ratios(tmp_path, ["one"], 3, [tiny()])
-    assert row["engine"] == "grid:one"
-    assert row["ratio"] == row["seconds"] / row["loop"]
 
 
 def test_the_bank_is_measured_beside_a_stock_pass():

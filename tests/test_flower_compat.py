@@ -38,6 +38,26 @@ def test_ids_contents_and_runs():
     assert flower_compat.flower_run(9).run_id == 9
 
 
+def test_copied_records_do_not_share_containers():
+    records = RecordDict({"a": ConfigRecord({"x": 1})})
+    copy = flower_compat.copy_records(records)
+    assert copy == records
+    copy["a"]["x"] = 2
+    copy["b"] = ConfigRecord()
+    assert records == RecordDict({"a": ConfigRecord({"x": 1})})
+    with pytest.raises(TypeError):
+        copy["c"] = 3
+
+
+def test_a_delivered_message_is_like_any_other():
+    with flower_compat.task_identity(5):
+        message = Message(RecordDict(), 3, "train")
+    copy = flower_compat.with_content(message, RecordDict({"a": ConfigRecord()}))
+    assert vars(copy).keys() == vars(message).keys()
+    assert copy.has_content()
+    assert not copy.has_error()
+
+
 def test_the_grid_is_abstract_in_what_we_implement():
     assert {
         "create_message",

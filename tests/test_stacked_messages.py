@@ -5,11 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array
+from flwr.app import Array, ArrayRecord
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clients.npy import pack, unpack
+from clients.jobs import in_company, together
+from clients.npy import Held, pack, unpack
+from clients.records import Decoder, arrays, handed, tensors
+from fedbn.errors import UserError
 
 KINDS = (torch.float32, torch.float64, torch.float16, torch.int64, torch.int32, torch.uint8, torch.bool)
 
@@ -38,7 +41,7 @@ def test_views_in_another_order_keep_their_values():
 def test_other_bytes_are_left_to_flower():
     fortran = Array(np.asfortranarray(np.arange(6.0).reshape(2, 3)))
     assert torch.equal(unpack(fortran), torch.arange(6.0, dtype=torch.float64).view(2, 3))
-    with pytest.raises(TypeError, match="Unsupported serialization type"):
+    with pytest.raises(UserError, match="Unsupported serialization type"):
         unpack(Array("float32", (1,), "other", b"1234"))
 
 
@@ -46,3 +49,60 @@ def test_what_is_read_can_be_written_to_without_changing_the_message():
     array = pack(torch.zeros(3))
     unpack(array).add_(1)
     assert torch.equal(unpack(array), torch.zeros(3))
+
+
+def test_held_tensors_are_handed_over_as_they_are():
+    state = {"a": torch.ones(2), "b": torch.tensor(3)}
+    record = Held(state)
+    assert tensors(record)["a"] is state["a"]
+    assert Decoder()(record, "cpu") is state
+    copy = record.copy()
+    assert copy is not record
+    assert tensors(copy)["a"] is state["a"]
+
+
+LOOKS = {
+    "get": lambda r: r["a"],
+    "keys": lambda r: r.keys(),
+    "values": lambda r: r.values(),
+    "items": lambda r: r.items(),
+    "in": lambda r: "a" in r,
+    "len": lambda r: len(r),
+    "iterate": lambda r: list(r),
+    "equal": lambda r: r == arrays({"a": torch.ones(2)}),
+    "print": lambda r: repr(r),
+    "set": lambda r: r.__setitem__("b", pack(torch.zeros(1))),
+    "delete": lambda r: r.__delitem__("a"),
+    "count": lambda r: r.count_bytes(),
+    "serialise": lambda r: r.deflate(),
+}
+
+
+@pytest.mark.parametrize("name", LOOKS)
+def test_a_held_record_is_an_ordinary_one_to_whoever_looks(name):
+    state = {"a": torch.ones(2)}
+    held, plain = Held(state), arrays(state)
+    assert isinstance(held, ArrayRecord)
+    assert list_of(LOOKS[name](held)) == list_of(LOOKS[name](plain)) or name == "serialise"  # it names its class
+    assert held.state is None
+    assert held == plain
+    assert state.keys() == {"a"}
+    assert held.copy() == plain
+
+
+def list_of(result):
+    return list(result) if hasattr(result, "__iter__") and not isinstance(result, str | bytes) else result
+
+
+def test_what_is_written_to_a_copy_stays_there():
+    held = Held({"a": torch.ones(2)})
+    copy = held.copy()
+    copy["a"] = pack(torch.zeros(2))
+    assert torch.equal(tensors(held)["a"], torch.ones(2))
+    assert torch.equal(tensors(copy)["a"], torch.zeros(2))
+
+
+def test_only_calls_made_together_hand_over_by_reference():
+    assert not in_company()
+    assert not isinstance(handed({}), Held)
+    assert together([lambda: isinstance(handed({}), Held)], lambda jobs: []) == [True]

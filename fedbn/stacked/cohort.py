@@ -18,7 +18,14 @@ from fedbn.setting import EVERYONE, Setting
 from fedbn.stacked.fit import Descent, Trained, Trainee, fit_stack
 from fedbn.stacked.program import Program, Unstackable, program, refuse_hooks
 from fedbn.strategy import Heard, NormStrategy, Progress, Update
-from fedbn.training import epoch_batches
+from fedbn.training import shuffle, sizes
+
+
+@dataclass
+class Failure:
+    """A job that raised."""
+
+    error: Exception
 
 
 class Round(Protocol):
@@ -107,20 +114,27 @@ class Cohort:
             self.twins[mode] = program(model)
         return self.twins[mode]
 
-    def train(self, rounds: Sequence[Round], twin: Program) -> list[tuple[Update, State]]:
-        """Do the rounds of several clients side by side; results in their order."""
+    def train(self, rounds: Sequence[Round], twin: Program) -> list[tuple[Update, State] | Failure]:
+        """Do the rounds of several clients side by side; results in their order.
+
+        A client that cannot begin (entries are missing, say) is left out, and its result is the `Failure`.
+        """
         here, plan = self.here, self.here.run.plan
-        number = rounds[0].progress.round
-        users = [r.user for r in rounds]
-        rows = self.rows if len(users) > 1 else Rows.of(here, users)
-        trainees = [self._trainee(r, rows) for r in rounds]
-        order = sorted(range(len(rounds)), key=lambda i: -len(here.training_data(users[i])))
-        how = Descent(
-            plan.rate(number), plan.momentum, plan.weight_decay, plan.proximal, frozenset(here.ownership.travels)
-        )
-        trained = fit_stack(twin, [trainees[i] for i in order], rows.x, rows.y, how)
-        results = dict(zip(order, trained, strict=True))
-        return [self._result(r, results[i]) for i, r in enumerate(rounds)]
+        rows = self.rows if len(rounds) > 1 else Rows.of(here, [rounds[0].user])
+        results: dict[int, tuple[Update, State] | Failure] = {}
+        trainees: dict[int, Trainee] = {}
+        for i, job in enumerate(rounds):
+            try:
+                trainees[i] = self._trainee(job, rows, twin)
+            except Exception as error:
+                results[i] = Failure(error)
+        order = sorted(trainees, key=lambda i: -len(trainees[i].order))
+        if order:
+            rate, travels = plan.rate(rounds[0].progress.round), frozenset(here.ownership.travels)
+            how = Descent(rate, plan.momentum, plan.weight_decay, plan.proximal, travels)
+            trained = fit_stack(twin, [trainees[i] for i in order], rows.x, rows.y, how)
+            results |= {i: self._result(rounds[i], done) for i, done in zip(order, trained, strict=True)}
+        return [results[i] for i in range(len(rounds))]
 
     def rehearse(self, rounds: Sequence[Round], twin: Program) -> None:
         """One step of each client on its first rows, to see how long it takes; nothing is kept."""
@@ -128,25 +142,26 @@ class Cohort:
         size = min(plan.batch_size, min(len(here.training_data(r.user)) for r in rounds))
         parts = [here.training_data(r.user).take(torch.arange(size)) for r in rounds]
         x, y = torch.cat([p.x for p in parts]), torch.cat([p.y for p in parts])
-        rows = torch.split(torch.arange(len(y), device=y.device), size)
-        trainees = [Trainee(here.initial, [index], torch.Generator()) for index in rows]
+        trainees = [
+            Trainee(here.initial, torch.arange(size), [size], torch.Generator(), first=i * size)
+            for i in range(len(parts))
+        ]
         fit_stack(twin, trainees, x, y, Descent(plan.lr, plan.momentum))
 
-    def _trainee(self, job: Round, rows: Rows) -> Trainee:
+    def _trainee(self, job: Round, rows: Rows, twin: Program) -> Trainee:
         here, plan, kept = self.here, self.here.run.plan, job.kept or {}
         # As in `client_round`: one place that holds everyone's data draws as its first user would.
         drawn = here.population.seen[0] if job.user == EVERYONE else job.user
         seed, number = here.run.seed, job.progress.round
-        n, first = len(here.training_data(job.user)), rows.first[job.user]
+        n = len(here.training_data(job.user))
+        orders = [torch.randperm(n, generator=shuffle(seed, number, drawn, e)) for e in range(plan.local_epochs)]
         return Trainee(
-            here.assemble(job.received, {k: v for k, v in kept.items() if k in here.ownership.roles}),
-            [
-                (index + first).to(rows.y.device)
-                for epoch in range(plan.local_epochs)
-                for index in epoch_batches(n, plan, seed, number, drawn, epoch)
-            ],
-            generator(seed, "noise", number, drawn),
+            here.assemble(job.received, kept),
+            torch.cat(orders) if len(orders) > 1 else orders[0],
+            sizes(n, plan.batch_size) * plan.local_epochs,
+            generator(seed, "noise", number, drawn) if twin.draws else None,
             {k.removeprefix(OPTIMIZER): v for k, v in kept.items() if k.startswith(OPTIMIZER)},
+            rows.first[job.user],
         )
 
     def _result(self, job: Round, done: Trained) -> tuple[Update, State]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from fedbn.roles import State
 from fedbn.stacked.program import Program
@@ -20,15 +21,19 @@ class Trainee:
 
     Attributes:
         state: its model's state; not written to.
-        batches: the rows of each of its steps, as indices into the stack's data.
-        noise: draws its dropout masks.
+        order: the rows of its steps, one step after the other, counted from its first.
+        sizes: how many rows each step takes.
+        noise: draws its dropout masks; None where there are none.
         momentum: buffers from its last round, by parameter name.
+        first: its first row in the stack's data.
     """
 
     state: State
-    batches: Sequence[Tensor]
-    noise: torch.Generator
+    order: Tensor
+    sizes: Sequence[int]
+    noise: torch.Generator | None
     momentum: State = field(default_factory=dict)
+    first: int = 0
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,10 @@ class Trained:
     momentum: State
 
 
+HEAVY = 2**18
+"""Weights of a linear layer from which on it pays to step in the backward pass: they no longer fit the cache."""
+
+
 def agenda(sizes: Sequence[Sequence[int]]) -> Iterator[list[tuple[int, int]]]:
     """The steps of all clients in an order in which as many as possible are taken together.
 
@@ -72,6 +81,9 @@ def agenda(sizes: Sequence[Sequence[int]]) -> Iterator[list[tuple[int, int]]]:
     >>> list(agenda([[4, 4, 1], [4, 4, 3], [4, 1]]))
     [[(0, 0), (1, 0), (2, 0)], [(0, 1), (1, 1)], [(0, 2), (2, 1)], [(1, 2)]]
     """
+    if all(own == sizes[0] for own in sizes):
+        yield from ([(i, step) for i in range(len(sizes))] for step in range(len(sizes[0])))
+        return
     at = [0] * len(sizes)
     while waiting := [i for i, own in enumerate(sizes) if at[i] < len(own)]:
         size, _ = Counter(sizes[i][at[i]] for i in waiting).most_common(1)[0]
@@ -86,28 +98,32 @@ class Group:
     """Clients of a stack that step together.
 
     Attributes:
-        members: which, as indices into the stack; ``index`` the same as a tensor.
+        members: which, as indices into the stack.
+        rows: the same as a slice, where they are neighbours, or as a tensor.
         leaves: their parameters, by name, laid out for the program.
         momentum: their buffers, likewise; empty without momentum.
         forward: the program on their tensors.
         entries: all their entries, laid out.
-        views: whether these are views of the stack, so that nothing has to be written back.
+        across: whether examples lie on the last axis (`fedbn.stacked.program.Program.across`).
     """
 
     members: tuple[int, ...]
-    index: Tensor
+    rows: slice | Tensor
     leaves: State
     momentum: State
     forward: Callable[[Tensor], Tensor]
     entries: State
-    views: bool
+    across: bool
 
 
 class Stack:
     """States of K clients as tensors ``[K, *shape]``."""
 
-    def __init__(self, twin: Program, trainees: Sequence[Trainee], how: Descent) -> None:
+    def __init__(self, twin: Program, trainees: Sequence[Trainee], how: Descent, axes: int) -> None:
         self.twin = twin
+        self.device = next(iter(trainees[0].state.values())).device
+        self.across = twin.across(axes)
+        self.lr = None if how.momentum or how.weight_decay or how.mu else how.lr
         self.noise = [t.noise for t in trainees]
         self.tensors = {n: _stack([t.state[n] for t in trainees]) for n in trainees[0].state}
         self.momentum: State = {}
@@ -122,29 +138,29 @@ class Stack:
         """Some of the clients, in the order of the stack."""
         if members in self._views:
             return self._views[members]
-        first, last, index = members[0], members[-1], torch.tensor(members)
+        first, last = members[0], members[-1]
         views = last - first + 1 == len(members)
-
-        def part(whole: Tensor) -> Tensor:
-            return whole[first : last + 1] if views else whole.index_select(0, index.to(whole.device))
-
-        entries = {n: self.twin.laid(n, part(t)).detach() for n, t in self.tensors.items()}
-        momentum = {n: self.twin.laid(n, part(t)).detach() for n, t in self.momentum.items()}
-        leaves = {n: entries[n].requires_grad_() for n in self.twin.trained}
-        forward = self.twin.bind(entries, len(members), [self.noise[i] for i in members])
-        made = Group(members, index, leaves, momentum, forward, entries, views)
+        rows = slice(first, last + 1) if views else torch.tensor(members, device=self.device)
+        entries = {n: self.twin.laid(n, t[rows]).detach() for n, t in self.tensors.items()}
+        momentum = {n: self.twin.laid(n, t[rows]).detach() for n, t in self.momentum.items()}
+        alone = self.lr is not None and len(members) == 1
+        stepping = {n for n in self.twin.heavy if entries[n].numel() >= HEAVY} if alone else set()
+        leaves = {n: entries[n].requires_grad_() for n in self.twin.trained if n not in stepping}
+        noise = [self.noise[i] for i in members]
+        across = self.across and len(members) > 1
+        forward = self.twin.bind(entries, len(members), noise, across=across, stepping=stepping, lr=self.lr)
+        made = Group(members, rows, leaves, momentum, forward, entries, across)
         if views:
             self._views[members] = made
         return made
 
     def put_back(self, group: Group) -> None:
-        """Write what a group has learnt into the stack."""
-        if group.views:
+        """Write what a group has learnt into the stack, unless it shares the stack's memory."""
+        if isinstance(group.rows, slice):
             return
         for of, parts in ((self.tensors, group.entries), (self.momentum, group.momentum)):
             for name, whole in of.items():
-                rows = parts[name].detach().reshape(len(group.members), *whole.shape[1:])
-                whole.index_copy_(0, group.index.to(whole.device), rows)
+                whole[group.rows] = parts[name].detach().reshape(len(group.members), *whole.shape[1:])
 
 
 def _stack(tensors: Sequence[Tensor]) -> Tensor:
@@ -164,18 +180,30 @@ def fit_stack(twin: Program, trainees: Sequence[Trainee], x: Tensor, y: Tensor, 
         y: labels ``[n]``.
         how: the steps.
     """
-    stack = Stack(twin, trainees, how)
+    stack = Stack(twin, trainees, how, x.dim())
     start = {n: stack.tensors[n].clone() for n in twin.trained if how.mu and n in how.pulled}
     total = torch.zeros(len(trainees), device=x.device)
-    for steps in agenda([[len(b) for b in t.batches] for t in trainees]):
+    orders = pad_sequence([t.order for t in trainees], batch_first=True)
+    orders = (orders + torch.tensor([[t.first] for t in trainees])).to(x.device)
+    taken = [0] * len(trainees)
+    for steps in agenda([t.sizes for t in trainees]):
         group = stack.group(tuple(i for i, _ in steps))
-        losses = _losses(group, x, y, [trainees[i].batches[step] for i, step in steps])
+        size = trainees[steps[0][0]].sizes[steps[0][1]]
+        at = [taken[i] for i in group.members]
+        if at.count(at[0]) == len(at):
+            rows = orders[group.rows, at[0] : at[0] + size]
+        else:
+            columns = torch.tensor(at)[:, None] + torch.arange(size)
+            rows = orders[group.rows].gather(1, columns.to(x.device))
+        losses = _losses(group, x, y, rows)
         gradients = torch.autograd.grad(losses.sum(), list(group.leaves.values()), allow_unused=True)
         with torch.no_grad():
-            total[group.index] += losses.detach() * len(trainees[steps[0][0]].batches[steps[0][1]])
-            pulled = {n: twin.laid(n, v[group.index]) for n, v in start.items()}
+            total[group.rows] += losses.detach() * size
+            pulled = {n: twin.laid(n, v[group.rows]) for n, v in start.items()}
             _descend(how, group, gradients, pulled)
         stack.put_back(group)
+        for i in group.members:
+            taken[i] += size
     states = {n: t.unbind() for n, t in stack.tensors.items()}
     momentum = {n: m.unbind() for n, m in stack.momentum.items()}
     return [
@@ -184,14 +212,16 @@ def fit_stack(twin: Program, trainees: Sequence[Trainee], x: Tensor, y: Tensor, 
     ]
 
 
-def _losses(group: Group, x: Tensor, y: Tensor, batches: list[Tensor]) -> Tensor:
-    """Mean loss of each client's batch, ``[K]``."""
-    rows = torch.stack(batches, 1).flatten() if len(batches) > 1 else batches[0]
-    batch, k = len(batches[0]), len(batches)
-    inputs = x.index_select(0, rows).view(batch, k * x.shape[1], *x.shape[2:])
-    outputs = group.forward(inputs).reshape(batch * k, -1)
-    each = F.cross_entropy(outputs, y.index_select(0, rows), reduction="none")
-    return each.view(batch, k).mean(0)
+def _losses(group: Group, x: Tensor, y: Tensor, rows: Tensor) -> Tensor:
+    """Mean loss of each client's batch, ``[K]``, given its rows ``[K, B]``."""
+    k, batch = rows.shape
+    if group.across:
+        inputs = x.index_select(0, rows.flatten()).view(k, batch, -1).mT
+        return F.cross_entropy(group.forward(inputs), y[rows], reduction="none").mean(1)
+    inputs = x.index_select(0, rows.T.flatten()).view(batch, k * x.shape[1], *x.shape[2:])
+    # Classes on an outer axis: a softmax over the innermost one, which is short, is several times slower.
+    outputs = group.forward(inputs).view(batch, k, -1).permute(1, 2, 0).contiguous()
+    return F.cross_entropy(outputs, y[rows], reduction="none").mean(1)
 
 
 def _descend(how: Descent, group: Group, gradients: Sequence[Tensor | None], pulled: State) -> None:

@@ -13,9 +13,9 @@ Anything unknown makes the model `Unstackable`, and its clients train one by one
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, cast
 
 import torch
@@ -38,33 +38,62 @@ class Stacked:
         k: number of clients.
         tensors: parameters and buffers of the layer by their names in it, laid out by `laid`.
         noise: a generator per client, from which dropout draws.
+        across: whether activations are ``[K, C, B]``.
+        lr: if given, the layer's weight takes its step of this rate in the backward pass (`_Stepping`).
     """
 
     k: int
     tensors: State
-    noise: Sequence[torch.Generator]
+    noise: Sequence[torch.Generator | None]
+    across: bool = False
+    lr: float | None = None
 
 
 Twin = Callable[[Any, Stacked, Tensor], Tensor]
 """Computes a layer for all clients: (module, what is stacked, ``[B, K*C, *positions]``) -> the same shape."""
 
 
-def _flat(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Apply a 2-D kernel to signals ``[B, C, L]`` as images of height one.
+def _tall(x: Tensor) -> Tensor:
+    """Signals ``[B, C, L]`` as images of height one, anything else as it is.
 
     The same numbers; channels-last kernels exist for images only and are much faster on a CPU.
     """
-    return function(x.unsqueeze(2)).squeeze(2) if x.dim() == 3 else function(x)
+    return x.unsqueeze(2) if x.dim() == 3 else x
 
 
 def _channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
 
 
+class _Stepping(torch.autograd.Function):
+    """A linear layer whose weight takes its step of plain SGD as soon as its gradient is known.
+
+    The gradient is added to the weight where it is computed. A large one would otherwise be written out, and read
+    again, at the cost of a quarter of the whole step.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, lr: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.weight, ctx.lr = weight, lr  # not saved: it changes in place, which autograd would refuse
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, Tensor, None]:
+        (g,), (x,) = gradients, ctx.saved_tensors
+        to_inputs = g @ ctx.weight if ctx.needs_input_grad[0] else None
+        ctx.weight.addmm_(g.T, x, alpha=-ctx.lr)
+        return to_inputs, None, g.sum(0), None
+
+
 def _linear(m: nn.Linear, here: Stacked, x: Tensor) -> Tensor:
+    weight, bias = here.tensors["weight"], here.tensors.get("bias")
+    if here.across:
+        return torch.bmm(weight, x) if bias is None else torch.baddbmm(bias.mT, weight, x)
     if x.dim() != 2:
         raise Unstackable(f"a linear layer on activations with {x.dim()} axes")
-    weight, bias = here.tensors["weight"], here.tensors.get("bias")
+    if here.lr is not None:
+        return cast(Tensor, _Stepping.apply(x, weight[0], cast(Tensor, bias).view(-1), here.lr))  # type: ignore[no-untyped-call]
     if here.k == 1:
         return F.linear(x, weight[0], None if bias is None else bias.view(-1))
     rows = x.view(len(x), here.k, -1).transpose(0, 1)
@@ -77,14 +106,10 @@ def _convolution(m: Any, here: Stacked, x: Tensor) -> Tensor:
     if x.dim() == 5:
         return F.conv3d(x, weight, bias, m.stride, m.padding, m.dilation, m.groups * here.k)
     stride, padding, dilation = m.stride, m.padding, m.dilation
-    if x.dim() == 3:
+    if isinstance(m, nn.Conv1d):
         weight, stride, dilation = weight.unsqueeze(2), (1, *stride), (1, *dilation)
         padding = padding if isinstance(padding, str) else (0, *padding)
-
-    def convolve(image: Tensor) -> Tensor:
-        return F.conv2d(_channels_last(image), weight, bias, stride, padding, dilation, m.groups * here.k)
-
-    return _flat(convolve, x)
+    return F.conv2d(_channels_last(x), weight, bias, stride, padding, dilation, m.groups * here.k)
 
 
 def _batch_norm(m: Any, here: Stacked, x: Tensor) -> Tensor:
@@ -92,20 +117,17 @@ def _batch_norm(m: Any, here: Stacked, x: Tensor) -> Tensor:
     if m.training and m.track_running_stats:
         t["num_batches_tracked"].add_(1)
     stored = not m.training or m.track_running_stats
-
-    def normalise(image: Tensor) -> Tensor:
-        return F.batch_norm(
-            image,
-            t.get("running_mean") if stored else None,
-            t.get("running_var") if stored else None,
-            t.get("weight"),
-            t.get("bias"),
-            m.training or m.running_mean is None,
-            m.momentum,
-            m.eps,
-        )
-
-    return _flat(normalise, x)
+    out = F.batch_norm(
+        x.reshape(1, -1, x.shape[2]) if here.across else x,
+        t.get("running_mean") if stored else None,
+        t.get("running_var") if stored else None,
+        t.get("weight"),
+        t.get("bias"),
+        m.training or m.running_mean is None,
+        m.momentum,
+        m.eps,
+    )
+    return out.view(x.shape) if here.across else out
 
 
 def _instance_norm(m: Any, here: Stacked, x: Tensor) -> Tensor:
@@ -137,6 +159,9 @@ def _dropout(m: Any, here: Stacked, x: Tensor) -> Tensor:
         return x
     if m.p == 1:
         return x * 0
+    if here.across:
+        masks = [x.new_empty(x.shape[2], x.shape[1]).bernoulli_(1 - m.p, generator=draw) for draw in here.noise]
+        return x * torch.stack(masks).mT.div(1 - m.p)
     positions = x.shape[2:] if type(m) is nn.Dropout else [1] * (x.dim() - 2)
     shape = (len(x), x.shape[1] // here.k, *positions)
     masks = [x.new_empty(shape).bernoulli_(1 - m.p, generator=draw) for draw in here.noise]
@@ -148,8 +173,12 @@ def _same(m: nn.Module, here: Stacked, x: Tensor) -> Tensor:
 
 
 def _pool(m: nn.Module, here: Stacked, x: Tensor) -> Tensor:
-    """Pooling of signals or images; windows of one dimension are pooled as images of height one."""
-    if x.dim() != 3 or not isinstance(m, nn.MaxPool1d | nn.AvgPool1d):
+    """Pooling of images, or of signals as images of height one."""
+    if isinstance(m, nn.AdaptiveAvgPool1d | nn.AdaptiveMaxPool1d):
+        adaptive = F.adaptive_avg_pool2d if isinstance(m, nn.AdaptiveAvgPool1d) else F.adaptive_max_pool2d
+        length = m.output_size[0] if isinstance(m.output_size, tuple) else m.output_size
+        return cast(Tensor, adaptive(x, (1, cast(int, length))))
+    if not isinstance(m, nn.MaxPool1d | nn.AvgPool1d):
         return cast(Tensor, m(x))
 
     def two(value: Any, first: int) -> tuple[int, int]:
@@ -158,9 +187,9 @@ def _pool(m: nn.Module, here: Stacked, x: Tensor) -> Tensor:
     size, stride, padding = two(m.kernel_size, 1), two(m.stride, 1), two(m.padding, 0)
     if isinstance(m, nn.AvgPool1d):
         rest: tuple[Any, ...] = (m.ceil_mode, m.count_include_pad)
-        return _flat(lambda image: F.avg_pool2d(image, size, stride, padding, *rest), x)
+        return F.avg_pool2d(x, size, stride, padding, *rest)
     dilation = two(m.dilation, 1)
-    return _flat(lambda image: F.max_pool2d(image, size, stride, padding, dilation, m.ceil_mode), x)
+    return F.max_pool2d(x, size, stride, padding, dilation, m.ceil_mode)
 
 
 def _flatten(x: Tensor, start_dim: int = 0, end_dim: int = -1) -> Tensor:
@@ -243,6 +272,13 @@ METHODS: dict[str, Callable[..., Any]] = {
 }
 
 
+_TALL: frozenset[Twin] = frozenset({_convolution, _batch_norm, _group_norm, _instance_norm, _same, _pool})
+"""Layers that compute the same on signals and on images of height one."""
+
+_FEATURES = (nn.Linear, nn.BatchNorm1d, AnyBatchNorm, nn.Dropout, *_ELEMENTWISE)
+_OF_FEATURES = {F.relu, torch.relu, torch.sigmoid, torch.tanh, F.gelu, F.silu, operator.add, torch.add, "relu", "add"}
+
+
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return type(m) in TWINS or super().is_leaf_module(m, module_qualified_name)
@@ -273,6 +309,41 @@ class Program:
     trained: tuple[str, ...]
     owner: dict[str, nn.Module]
 
+    def across(self, axes: int) -> bool:
+        """Whether the model knows features only, no positions, so that activations may be laid out ``[K, C, B]``.
+
+        Then no product and no softmax has to copy them first.
+
+        Args:
+            axes: of a batch of examples.
+        """
+        nodes = [n for n in self.graph.nodes if n.op.startswith("call")]
+        first = [n for n in nodes if any(a.op == "placeholder" for a in n.all_input_nodes)]
+        flattened = all(self._flattens(n) for n in first)
+        return (axes == 2 or flattened) and all(
+            type(self.layers[n.name].module) in _FEATURES if n.op == "call_module" else n.target in _OF_FEATURES
+            for n in nodes
+            if not (flattened and n in first)
+        )
+
+    def _flattens(self, node: fx.Node) -> bool:
+        if node.op == "call_module":
+            module = self.layers[node.name].module
+            return type(module) is nn.Flatten and (module.start_dim, module.end_dim) == (1, -1)
+        return node.target in (torch.flatten, "flatten") and node.args[1:] == (1,) and not node.kwargs
+
+    @cached_property
+    def heavy(self) -> tuple[str, ...]:
+        """Trained weights of linear layers with a trained bias: they can step by themselves (`_Stepping`)."""
+        linear = [layer for layer in self.layers.values() if type(layer.module) is nn.Linear]
+        keys = [dict(layer.names) for layer in linear]
+        return tuple(k["weight"] for k in keys if {k["weight"], k.get("bias")} <= set(self.trained))
+
+    @cached_property
+    def draws(self) -> bool:
+        """Whether a step needs random numbers."""
+        return any(layer.twin is _dropout for layer in self.layers.values())
+
     def laid(self, name: str, stacked: Tensor) -> Tensor:
         """A view of an entry ``[K, *shape]`` as the kernels take it: clients side by side on the channel axis."""
         if type(self.owner[name]) is nn.Linear:
@@ -281,7 +352,16 @@ class Program:
             return stacked
         return stacked.flatten(0, 1)
 
-    def bind(self, tensors: State, k: int, noise: Sequence[torch.Generator] = ()) -> Callable[[Tensor], Tensor]:
+    def bind(
+        self,
+        tensors: State,
+        k: int,
+        noise: Sequence[torch.Generator | None] = (),
+        *,
+        across: bool = False,
+        stepping: Container[str] = (),
+        lr: float | None = None,
+    ) -> Callable[[Tensor], Tensor]:
         """The forward pass ``[B, K*C, *positions]`` -> ``[B, K*classes]`` of K clients.
 
         Running statistics and counters in ``tensors`` are updated in place when it is called.
@@ -290,29 +370,72 @@ class Program:
             tensors: entries of the models' states, as `laid` lays them out.
             k: number of clients.
             noise: one generator a client, if the model draws any.
+            across: whether activations are ``[K, C, B]``, examples last; only if `across` allows it.
+            stepping: linear layers' weights, of one client, that step by themselves (`_Stepping`).
+            lr: their rate.
         """
-        steps: list[tuple[fx.Node, Callable[..., Any], Any, dict[str, Any]]] = []
+        steps: list[tuple[fx.Node, Callable[..., Any], bool, Any, dict[str, Any]]] = []
         first = last = next(iter(self.graph.nodes))
+        late = {node: pool for node, pool in self._late.items() if not across}
         for node in self.graph.nodes:
             if node.op == "placeholder":
                 first = node
             elif node.op == "output":
                 last = node.args[0]
+            elif node in late or (across and self._flattens(node)):
+                steps.append((node, lambda x, *_: x, not across, node.args, {}))
             elif node.op == "call_module":
                 layer = self.layers[node.name]
-                here = Stacked(k, {n: tensors[key] for n, key in layer.names}, noise)
-                steps.append((node, partial(layer.twin, layer.module, here), node.args, {}))
+                rate = lr if any(key in stepping for _, key in layer.names) else None
+                here = Stacked(k, {n: tensors[key] for n, key in layer.names}, noise, across, rate)
+                compute: Callable[..., Any] = partial(layer.twin, layer.module, here)
+                if node in late.values():
+                    compute = _then_relu(compute)
+                steps.append((node, compute, layer.twin in _TALL and not across, node.args, {}))
             else:
                 twin = METHODS[node.target] if node.op == "call_method" else FUNCTIONS[node.target]
-                steps.append((node, twin, node.args, node.kwargs))
+                steps.append((node, twin, False, node.args, node.kwargs))
 
         def forward(x: Tensor) -> Tensor:
             values: dict[fx.Node, Any] = {first: x}
-            for node, compute, args, kwargs in steps:
+            tall: set[fx.Node] = set()  # whose value is a signal as an image
+            for node, compute, takes_tall, args, kwargs in steps:
+                if takes_tall:
+                    (source,) = args
+                    if source in tall or values[source].dim() == 3:
+                        tall.add(node)
+                    values[node] = compute(_tall(values[source]))
+                    continue
+                for other in tall.intersection(node.all_input_nodes):
+                    values[other] = values[other].squeeze(2)
+                    tall.remove(other)
                 values[node] = compute(*[_value(a, values) for a in args], **kwargs)
-            return cast(Tensor, values[last])
+            return cast(Tensor, values[last].squeeze(2) if last in tall else values[last])
 
         return forward
+
+    @cached_property
+    def _late(self) -> dict[fx.Node, fx.Node]:
+        """ReLUs that may as well be applied after the max-pooling that follows: both are monotonic.
+
+        There are fewer numbers then.
+        """
+        pools = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
+
+        def module(node: fx.Node) -> nn.Module | None:
+            return self.layers[node.name].module if node.op == "call_module" else None
+
+        return {
+            relu: node
+            for node in self.graph.nodes
+            if isinstance(module(node), pools)
+            and isinstance(module(relu := node.args[0]), nn.ReLU)
+            and len(relu.users) == 1
+        }
+
+
+def _then_relu(compute: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda x: F.relu(compute(x))
 
 
 def _value(of: Any, values: dict[fx.Node, Any]) -> Any:

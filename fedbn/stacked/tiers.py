@@ -21,16 +21,17 @@ import logging
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, ClassVar, Literal, Protocol, cast, get_args
 
 import torch
 
 from fedbn.errors import unknown
 from fedbn.setting import Setting
-from fedbn.stacked.cohort import Cohort, Round
+from fedbn.stacked.cohort import Cohort, Failure, Round
 from fedbn.stacked.program import Program, Unstackable
 from fedbn.strategy import NormStrategy, Progress
 from fedbn.training import fit
@@ -86,11 +87,15 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-@dataclass
-class Failure:
-    """A job that raised."""
-
-    error: Exception
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """So many threads inside torch's own kernels."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class Tiers:
@@ -121,8 +126,6 @@ class Tiers:
                 return self._stacked(cast(Sequence[Round], jobs))
             except Unstackable as reason:
                 self._tell(f"training client by client: {reason}")
-            except Exception as error:  # whose fault it is comes out when each is run by itself
-                self._tell(f"training client by client after {type(error).__name__}: {error}")
         return self._exactly(jobs)
 
     def _tell(self, message: str) -> None:
@@ -194,10 +197,13 @@ class Tiers:
             return self._exactly(cast(Sequence[Work], rounds))
         size = 1 if tier == "lean" else wide
         parts = [rounds[i : i + size] for i in range(0, len(rounds), size)]
-        if self.threads == 1 or len(parts) == 1:
-            done = [self._cohort.train(part, twin) for part in parts]
-        else:
-            done = self._on_threads(parts, lambda part, _: self._cohort.train(part, twin))
+        # A few large clients may not divide evenly; those left over get all threads one by one.
+        few = tier == "lean" and len(parts) < 4 * self.threads
+        left = len(parts) % self.threads if few else len(parts) if self.threads == 1 or len(parts) == 1 else 0
+        together = parts[: len(parts) - left]
+        done = self._on_threads(together, lambda part, _: self._cohort.train(part, twin)) if together else []
+        with _threads(self.threads if few else 1):
+            done += [self._cohort.train(part, twin) for part in parts[len(together) :]]
         return [result for part in done for result in part]
 
     def _fastest(self, rounds: Sequence[Round], twin: Program, wide: int) -> Tier:
