@@ -8,7 +8,9 @@ weights; *online*, following the user's unlabelled test stream, each block predi
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -16,7 +18,8 @@ from sklearn.metrics import f1_score
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedbn.online import predict_online
+from fedbn.online import LayerPrior, Rule, follow_rule, predict_online
+from fedbn.online.blocks import USER
 from fedbn.recalibration import recalibrate
 from fedbn.roles import State, clone, statistics_layers
 from fedbn.scenario import Examples
@@ -77,6 +80,8 @@ def evaluate_user(
     columns: tuple[Column, ...] = COLUMNS,
     globally: tuple[Column, ...] = COLUMNS,
     online_prior: float = 256.0,
+    online_rule: Rule | None = None,
+    prior: Mapping[str, LayerPrior] | None = None,
 ) -> list[Score]:
     """All cells of one user.
 
@@ -90,6 +95,8 @@ def evaluate_user(
         columns: which columns; those that need statistics are left out of a model without any.
         globally: the columns of the global row.
         online_prior: weight of the source statistics in the online column, in windows.
+        online_rule: followed in the online column instead, window by window.
+        prior: what the user then starts from; None: the statistics of ``state``.
     """
     row: Row = "unseen" if unseen else "own"
     stateful = bool(statistics_layers(model))
@@ -99,15 +106,20 @@ def evaluate_user(
         if column != "aggregated" and not stateful:
             continue
         model.load_state_dict(kept)
+        answer: Callable[[Tensor], Tensor] = partial(logits, model)
         if column == "online":
-            outputs = predict_online(model, test.x, prior=online_prior)
+            if online_rule is None:
+                outputs = predict_online(model, test.x, prior=online_prior)
+            else:
+                outputs, net = follow_rule(model, test.x, online_rule, prior)
+                answer = partial(net.predict, user=USER)
         else:
             if column == "recalibrated":
                 recalibrate(model, calibration)
             outputs = logits(model, test.x)
         out.append(score(row, column, outputs, test.y))
         if everyone is not None and column in globally:
-            out.append(score("global", column, logits(model, everyone.x), everyone.y))
+            out.append(score("global", column, answer(everyone.x), everyone.y))
     return out
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from fedbn.evaluation import Column
 from fedbn.layers import inputs_of
 from fedbn.moments import Moments, naive_mean, pooled_variance
+from fedbn.online.prior import MOST, LayerPrior
 from fedbn.recalibration import CHUNK
 from fedbn.roles import State, statistics_layers
 
@@ -49,9 +50,7 @@ def starts(here: Setting, state: State, registry: dict[int, State], x: Tensor) -
     pairs = _pairs(here, keys)
     if not pairs or len(pairs) * 2 != sum(here.ownership.roles[k] == "statistics" for k in keys):
         return out
-    pooled = mean | {
-        var: pooled_variance([c[mu] for c in clients], [c[var] for c in clients], even) for mu, var in pairs.values()
-    }
+    pooled = mean | _pooled(clients, pairs)
     out["pooled"] = state | pooled
     own, spread = window_moments(here, out["pooled"], x)
     distance = [_distance(client, own, pairs) for client in clients]
@@ -63,6 +62,40 @@ def starts(here: Setting, state: State, registry: dict[int, State], x: Tensor) -
     out["mixture"] = state | mixed
     out["prior"] = state | _shrunk(pooled, clients, own, spread, pairs, len(x))
     return out
+
+
+def population(here: Setting, state: State, registry: dict[int, State], x: Tensor) -> dict[str, LayerPrior]:
+    """What a user may expect to be, from what clients sent: pooled moments, and the windows that they are worth.
+
+    How much one user's windows differ is taken from the user's own.
+
+    Args:
+        here: the run's setting.
+        state: the user's model as assembled.
+        registry: entries that clients sent, by client.
+        x: the user's unlabelled rows ``[n, *shape]``.
+    """
+    clients = [registry[u] for u in sorted(registry)]
+    pairs = _pairs(here, list(clients[0]))
+    pooled = _pooled(clients, pairs)
+    _, spread = window_moments(here, state | pooled, x)
+    return {
+        path: LayerPrior(pooled[mu], pooled[var], _worth(clients, mu, spread[path]).clamp_max(MOST).to(pooled[mu]))
+        for path, (mu, var) in pairs.items()
+    }
+
+
+def _pooled(clients: Sequence[State], pairs: dict[str, tuple[str, str]]) -> State:
+    even = [1.0] * len(clients)
+    return {mu: naive_mean([c[mu] for c in clients], even) for mu, _ in pairs.values()} | {
+        var: pooled_variance([c[mu] for c in clients], [c[var] for c in clients], even) for mu, var in pairs.values()
+    }
+
+
+def _worth(clients: Sequence[State], mu: str, spread: Tensor) -> Tensor:
+    """Windows that the pooled mean of each channel is worth, ``[C]`` float64."""
+    between = torch.stack([c[mu].double().cpu() for c in clients]).var(0, unbiased=False)
+    return spread / between.clamp_min(1e-12)
 
 
 def window_moments(here: Setting, state: State, x: Tensor) -> tuple[dict[str, Moments], dict[str, Tensor]]:
@@ -109,9 +142,7 @@ def _shrunk(
 ) -> State:
     out: State = dict(pooled)
     for path, (mu, var) in pairs.items():
-        between = torch.stack([c[mu].double().cpu() for c in clients]).var(0, unbiased=False)
-        n0 = spread[path] / between.clamp_min(1e-12)
-        share = windows / (windows + n0)
+        share = windows / (windows + _worth(clients, mu, spread[path]))
         mean, variance = pooled[mu].double().cpu(), pooled[var].double().cpu()
         gap = own[path].mean - mean
         out[mu] = (mean + share * gap).to(pooled[mu])

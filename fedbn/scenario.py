@@ -8,8 +8,8 @@ also a stream.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -89,6 +89,12 @@ class Population:
         away = set(self.unseen)
         return tuple(i for i in range(len(self.users)) if i not in away)
 
+    def without(self, users: Collection[int]) -> Population:
+        """The same population, had the users ``users`` not been there."""
+        stay = [i for i in range(len(self.users)) if i not in users]
+        unseen = tuple(new for new, old in enumerate(stay) if old in self.unseen)
+        return replace(self, users=tuple(self.users[i] for i in stay), unseen=unseen)
+
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of one example."""
@@ -128,14 +134,25 @@ def scenario(text: str) -> Scenario:
     return parse(text, "scenario", scenarios())
 
 
-def hold_out(users: int, unseen: int, seed: int) -> tuple[int, ...]:
+def hold_out(users: int, unseen: int, seed: int, reserved: int = 0) -> tuple[int, ...]:
     """Which users are unseen: folds of one fixed shuffle, so that successive seeds hold out others.
+
+    The ``reserved`` first of that shuffle, those whom the first seeds would hold out, are passed over.
 
     >>> sorted(hold_out(6, 2, 0) + hold_out(6, 2, 1) + hold_out(6, 2, 2))
     [0, 1, 2, 3, 4, 5]
+    >>> hold_out(6, 2, 0, reserved=2) == hold_out(6, 2, 1)
+    True
     """
-    if not 0 <= unseen < users:
-        raise UserError(f"{unseen} unseen of {users} users leaves nobody to train; choose 0 to {users - 1}")
-    order = numpy_generator(0, "unseen users").permutation(users).tolist()
-    start = seed * unseen
-    return tuple(sorted(order[(start + i) % users] for i in range(unseen)))
+    order = shuffled(users)[reserved:]
+    if not 0 <= unseen < len(order):
+        raise UserError(
+            f"{unseen} unseen of {len(order)} users leaves nobody to train; choose 0 to {max(0, len(order) - 1)}"
+        )
+    return tuple(sorted(order[(seed * unseen + i) % len(order)] for i in range(unseen)))
+
+
+def shuffled(users: int) -> list[int]:
+    """The one order in which all seeds hold users out."""
+    order: list[int] = numpy_generator(0, "unseen users").permutation(users).tolist()
+    return order

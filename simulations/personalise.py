@@ -24,8 +24,11 @@ from torch import Tensor, nn
 from fedbn.drift import Action, Detector, Watched, action, detector
 from fedbn.errors import UserError
 from fedbn.layers import require_statistics
-from fedbn.online import LayerPrior, Rule, personalize, source_prior
+from fedbn.online import LayerPrior, Rule, personalize, population_prior, source_prior
+from fedbn.online.alpha import learn_alpha
+from fedbn.online.prior import layer_priors
 from fedbn.online.rule import rules
+from fedbn.online.rules.source import Source
 from fedbn.prequential import (
     Ask,
     Trace,
@@ -37,7 +40,6 @@ from fedbn.prequential import (
     judge_alarms,
     own_stream_oracle,
 )
-from fedbn.recalibration import recalibrate
 from fedbn.run import Plan, Run, plan_for
 from fedbn.scenario import Examples, User
 from fedbn.seeds import generator
@@ -72,10 +74,17 @@ class Start(ABC):
     Attributes:
         name: what the command line calls it.
         about: one line for lists.
+        n0: windows of the statistics before that the calibration is merged with. A placement changes between
+            recordings, so many where the windows are many.
     """
 
     name: ClassVar[str]
     about: ClassVar[str]
+    n0: float = 2.0
+
+    def __post_init__(self) -> None:
+        if self.n0 < 0:
+            raise UserError(f"start {self.name!r}: n0 must be at least 0, not {self.n0:g}")
 
     @abstractmethod
     def windows(self, earlier: Examples, draw: torch.Generator) -> Tensor | None:
@@ -117,6 +126,7 @@ class Classes(Start):
     k: int = 3
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.k < 1:
             raise UserError(f"start 'classes': k must be at least 1, not {self.k}")
 
@@ -354,6 +364,32 @@ class Meeting:
         return source_prior(self.model, data.x, data.y, len(self.here.population.classes))
 
     @cached_property
+    def population(self) -> dict[str, LayerPrior]:
+        """How seen users' statistics are and differ under the finished model; sums over users too."""
+        return population_prior(self.model, [self.here.population.users[i].train.x for i in self.here.population.seen])
+
+    @cached_property
+    def weighed(self) -> dict[str, LayerPrior]:
+        """The weights of `ttn`, learnt from a batch of each seen user."""
+        seen = [self.here.population.users[i].train for i in self.here.population.seen]
+        draw = generator(self.run.seed, "ttn")
+        rows = self.run.plan.batch_size
+        chosen = [u.take(torch.randperm(len(u), generator=draw)[:rows]) for u in seen]
+        return learn_alpha(self.model, [(c.x, c.y) for c in chosen], draw)
+
+    def prior_for(self, chosen: Rule) -> dict[str, LayerPrior]:
+        """What users start from under a rule, and what it may know."""
+        match chosen.wants:
+            case "n0":
+                return self.population
+            case "class_mean":
+                return self.prior
+            case "alpha":
+                return self.weighed
+            case _:
+                return layer_priors(self.model)
+
+    @cached_property
     def source_test(self) -> Examples:
         """Labelled later windows of seen users, on which forgetting is measured."""
         return self.here.everyone
@@ -390,11 +426,12 @@ def conduct_cell(cell: Cell, meeting: Meeting) -> tuple[list[Trace], dict[str, A
     }
     chosen = contender(cell.rule)
     if isinstance(chosen.rule, Method):
-        return _follow_each(chosen.rule, meeting, followed, given, seed), facts | {"peeks": chosen.rule.peeks}
-    net = personalize(meeting.model, chosen.rule, prior=meeting.prior)
+        return _follow_each(chosen.rule, meeting, followed, given, begin.n0, seed), facts | {"peeks": chosen.rule.peeks}
+    prior = meeting.prior_for(chosen.rule)
+    net = personalize(meeting.model, chosen.rule, prior=prior)
     for name, windows in given.items():
         if windows is not None:
-            net.calibrate(windows, user=name, then="freeze" if cell.rule == SOURCE else "adapt")
+            net.calibrate(windows, user=name, then="freeze" if cell.rule == SOURCE else "adapt", n0=begin.n0)
     follower = Watched(net, meeting.model, *chosen.watch) if chosen.watch else net
     ask = Ask(chosen.ask.budget) if chosen.ask else None
     traces = follow(follower, followed, ask)
@@ -409,7 +446,7 @@ def conduct_cell(cell: Cell, meeting: Meeting) -> tuple[list[Trace], dict[str, A
     facts["bytes_per_user"] = len(net.state(first.user).to_bytes())
     facts["forgotten"] = before - sum(after) / len(after)
     net.reset(first.user)
-    fresh = personalize(meeting.model, chosen.rule, prior=meeting.prior).predict(first.x[:1], user=[first.user])
+    fresh = personalize(meeting.model, chosen.rule, prior=prior).predict(first.x[:1], user=[first.user])
     facts["reset_exact"] = bool(torch.equal(net.predict(first.x[:1], user=[first.user]), fresh))
     return traces, facts
 
@@ -420,12 +457,15 @@ def _alarms(alarms: Sequence[int], met: Stream) -> dict[str, Any]:
 
 
 def _follow_each(
-    chosen: Method, meeting: Meeting, followed: Sequence[Stream], given: dict[str, Tensor | None], seed: int
+    chosen: Method, meeting: Meeting, followed: Sequence[Stream], given: dict[str, Tensor | None], n0: float, seed: int
 ) -> list[Trace]:
     traces = []
     for s in followed:
-        windows = given[s.user]
-        model = meeting.model if windows is None else recalibrate(copy.deepcopy(meeting.model), windows)
+        windows, model = given[s.user], meeting.model
+        if windows is not None:
+            calibrated = personalize(model, Source(), capacity=1)
+            calibrated.calibrate(windows, user=s.user, n0=n0)
+            model = calibrated.export(s.user)
         adapter = Adapter(chosen, model, meeting.source_windows, seed)
         traces.append(follow_blocks(adapter, s, chosen.block))
     return traces

@@ -35,6 +35,9 @@ def personalise(
     ] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     out: Annotated[Path | None, typer.Option(help="Directory; default results/personalise-SCENARIO.")] = None,
+    into: Annotated[
+        Path | None, typer.Option(help="Also put the table into this document, between markers named as --out is.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON instead of a table.")] = False,
 ) -> None:
     """Let rules follow the streams of people the model has never seen.
@@ -42,6 +45,7 @@ def personalise(
     Example: [bold]fedbn personalise hapt --rules pseudo:n0=64,ema:rate=0.1 --starts cold,recording[/]
     """
     from simulations.personalise import Cell, conduct, study_from
+    from simulations.personalise_embed import embed_study
     from simulations.personalise_results import summary_table, write
 
     study = study_from(
@@ -86,6 +90,8 @@ def personalise(
             done=lambda cell: progress.advance(streaming),
         )
     found = write(place, study, results, shlex.join(["fedbn", *sys.argv[1:]]))
+    if into:
+        embed_study(place, into)
     if as_json:
         print(json.dumps(json.loads(found.to_json(orient="records")), indent=1))
         return

@@ -19,7 +19,7 @@ from fedbn.online.rule import rules
 from fedbn.recalibration import recalibrate
 from fedbn.roles import statistics_layers
 
-NO_PEEKS = [n for n, r in rules().items() if not r.peeks and not r.classwise]
+NO_PEEKS = [n for n, r in rules().items() if not r.peeks and not r.classwise and not r.wants]
 
 
 def warmed(net, *shape):
@@ -473,3 +473,69 @@ def test_names_of_state_entries_stay():
     net = personalize(model, rule("pseudo"))
     assert net.model.state_dict().keys() == model.state_dict().keys()
     assert statistics_layers(net.model).keys() == statistics_layers(model).keys()
+
+
+# ---------------------------------------------------------------- padded windows
+
+
+def test_padding_enters_no_statistics():
+    net = nn.Sequential(nn.BatchNorm1d(2), nn.Flatten(), nn.Linear(2 * 8, 3)).eval()
+    x = torch.randn(3, 2, 8, generator=torch.Generator().manual_seed(0))
+    real = torch.arange(8) < torch.tensor([[8], [5], [2]])
+    padded = x.masked_fill(~real[:, None], 1e6)
+    bank = personalize(net, rule("pseudo"), classes=3)
+    bank(padded, user=[0, 1, 2], mask=real)
+    for i, length in enumerate((8, 5, 2)):
+        (moments,) = bank.state(i).parts["0"]
+        alone = x[i, :, :length].double()
+        torch.testing.assert_close(moments.mean, alone.mean(1), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(moments.variance(), alone.var(1, correction=0), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("duplicates", ["merge", "sequential"])
+def test_a_mask_follows_its_rows_and_deeper_layers(duplicates):
+    torch.manual_seed(0)
+    model = HarCNN((6, 28), 4).eval()
+    x = torch.randn(3, 6, 28)
+    real = torch.arange(28) < torch.tensor([[28], [16], [16]])
+    plain, masked, full = (personalize(model, rule("pseudo"), duplicates=duplicates) for _ in range(3))
+    out = plain(x, user=["ann", "bob", "bob"])
+    assert torch.equal(full(x, user=["ann", "bob", "bob"], mask=torch.ones_like(real)), out)
+    masked(x, user=["ann", "bob", "bob"], mask=real)
+    assert masked.state("ann").to_bytes() == plain.state("ann").to_bytes(), "nothing of ann's is padding"
+    half = personalize(model, rule("pseudo"), duplicates=duplicates)
+    half(x[1:], user="bob", mask=real[1:])
+    for path, (m,) in half.state("bob").parts.items():
+        torch.testing.assert_close(m.mean, masked.state("bob").parts[path][0].mean, rtol=1e-5, atol=1e-5)
+    assert all(
+        not torch.equal(m[0].mean, k[0].mean)
+        for m, k in zip(masked.state("bob").parts.values(), plain.state("bob").parts.values(), strict=True)
+    )
+
+
+def test_impossible_masks_say_why():
+    net = personalize(HarCNN((6, 32), 4).eval(), rule("pseudo"))
+    x = torch.randn(2, 6, 32)
+    with pytest.raises(UserError, match=r"give \[2, 32\], not \[2, 6\]"):
+        net(x, user=[0, 1], mask=torch.ones(2, 6))
+    with pytest.raises(UserError, match="padding from end to end"):
+        net(x, user=[0, 1], mask=torch.arange(32) < torch.tensor([[3], [0]]))
+    assert net.users == []
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_users_fit_one_process():
+    users, rows = 100_000, 5_000
+    net = personalize(HarCNN((6, 16), 6).eval(), rule("pseudo"), capacity=users)
+    x = torch.randn(rows, 6, 16, generator=torch.Generator().manual_seed(0))
+    for start in range(0, users, rows):
+        net(x, user=range(start, start + rows))
+    assert len(net.bank.slot) == users
+    assert not net.bank.store, "all at hand"
+    held = sum(t.numel() * t.element_size() for t in net.bank.rows.values())
+    assert held < 4_100 * (users + 1), "4 kB a user at hand, 2 kB at rest"
+    for user in (0, 54_321, users - 1):
+        assert torch.equal(
+            net.predict(x[user % rows][None], user=user), net.predict(x[user % rows][None], user=user % rows)
+        )
+    assert net.state(users - 1).n == 1

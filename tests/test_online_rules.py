@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -51,7 +52,13 @@ def priors(model):
     }
 
 
+N0 = 1.5
+"""Windows that a prior is worth where it says so itself."""
+
+
 def prior_of(name, model):
+    if name.startswith("population"):
+        return {"0": replace(priors(model)["0"], n0=torch.full((C,), N0, dtype=torch.float64))}
     return priors(model) if name.split(":")[0] in ("ttn", "class-residual", "class-mixture") else None
 
 
@@ -269,6 +276,7 @@ SLOW = {
     "source": source,
     "adabn": source,
     "pseudo:n0=3": lambda *a: pseudo(*a, n0=3, cap=2000),
+    "population:bout=2": lambda *a: pseudo(*a, n0=2 * N0, cap=2000),
     "cumulative": cumulative,
     "ema:rate=0.2": lambda *a: ema(*a, rate=0.2),
     "ema:rate=0.2:form=within": ema_within,
@@ -564,7 +572,7 @@ def test_every_rule_is_a_value_with_a_text_and_a_source(name):
 # ---------------------------------------------------------------- priors
 
 
-@pytest.mark.parametrize("name", ["ttn", "class-residual", "class-mixture"])
+@pytest.mark.parametrize("name", ["ttn", "class-residual", "class-mixture", "population"])
 def test_rules_that_need_more_of_the_prior_say_so(name):
     net = layer()
     with pytest.raises(UserError, match=f"rule '{name}' needs"):

@@ -12,7 +12,7 @@ from torch import nn
 from fedbn.errors import UserError
 from fedbn.models.har_cnn import HarCNN
 from fedbn.moments import Moments
-from fedbn.online import BNState, DirectoryStore, SQLiteStore, personalize, rule, source_prior
+from fedbn.online import BNState, DirectoryStore, SQLiteStore, personalize, population_prior, rule, source_prior
 from fedbn.online.rule import rules
 from fedbn.online.state import fingerprint
 from fedbn.recalibration import all_moments
@@ -54,6 +54,8 @@ def close(a: BNState, b: BNState, tolerance=1e-5):
 
 
 def prior_for(name, model):
+    if name == "population":
+        return population_prior(model, [data(9, seed=4), data(9, seed=5, shift=0.0)])
     if not name.startswith("class"):
         return None
     return source_prior(model, data(40), torch.arange(40) % K, K)
@@ -75,6 +77,18 @@ def test_a_state_survives_bytes_and_goes_on_as_if_nothing_had_happened(name, cal
     for row in data(5, seed=2):
         assert torch.equal(net(row[None], user="ann"), other(row[None], user="eve"))
     assert net.report("ann") == other.report("eve")
+
+
+def test_a_state_of_the_sensor_network_takes_less_than_two_kilobytes():
+    net = personalize(HarCNN((6, 128), 6), rule("pseudo:n0=64:diversity=1"))
+    windows = torch.randn(9, 6, 128, generator=torch.Generator().manual_seed(0))
+    net(windows, user="ann")
+    assert len(net.state("ann").to_bytes()) <= 2048
+    net.calibrate(windows, user="ann")
+    assert len(net.state("ann").to_bytes()) <= 2048
+    net.calibrate(windows, user="ann", then="adapt")  # statistics of its own to start from, and what was met since
+    net(windows, user="ann")
+    assert len(net.state("ann").to_bytes(torch.float16)) <= 2048
 
 
 def test_half_precision_halves_the_size_and_keeps_three_digits():
@@ -107,8 +121,8 @@ def test_states_of_another_model_rule_or_layout_are_refused():
         personalize(network(), rule("pseudo:n0=3")).load("ann", state)
     with pytest.raises(UserError, match="kept by rule"):
         state.merge(replace(state, rule="ema"))
-    with pytest.raises(UserError, match="layout 2, this program reads 1"):
-        BNState.from_bytes(data_.replace(b'\\"version\\": 1', b'\\"version\\": 2'))
+    with pytest.raises(UserError, match="layout 1, this program reads 2"):
+        BNState.from_bytes(data_.replace(b'\\"version\\":2', b'\\"version\\":1'))
     for damaged in (b"", b"xx", data_[:-1], data_[:40], b"\xff" * 100):
         with pytest.raises(UserError, match="no state of a user, or damaged"):
             BNState.from_bytes(damaged)

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from fedbn.errors import UserError
 from fedbn.prequential import Trace, source
 from fedbn.recalibration import recalibrate
+from fedbn.run import Plan, Run
 from fedbn.training import logits
 from simulations import personalise
 from simulations.cli import app
@@ -30,6 +31,7 @@ from simulations.personalise import (
     study_from,
     winners,
 )
+from simulations.personalise_embed import embed_study
 from simulations.personalise_results import course, summary, summary_table, users_frame, write
 
 RULES = ("pseudo:n0=16", "tent", "pseudo:n0=16/adwin/decay", "ema:rate=0.05/ask:budget=2")
@@ -256,3 +258,42 @@ def test_the_command(place, conducted):
     assert {line["rule"] for line in json.loads(said.stdout)} == {SOURCE, "tent", "bound-own", "bound-balanced"}
     shown = CliRunner().invoke(app, [*arguments, *options[:-1]], catch_exceptions=False)
     assert "Accuracy on new people" in shown.stdout
+
+
+# ---------------------------------------------------------------- rules that want more, starts, documents
+
+
+def test_what_a_rule_wants_is_what_it_is_given(tmp_path):
+    run = Run("digits8", "global-naive", plan=Plan(rounds=1, eval_every=1)).resolved()
+    meeting = meet(run, tmp_path, "reference", lambda event: None)
+    for text, wanted in (("population", "n0"), ("class-mixture", "class_mean"), ("ttn", "alpha"), ("pseudo", "")):
+        given = meeting.prior_for(contender(text).rule)
+        for field in ("n0", "alpha", "class_mean"):
+            assert all((getattr(p, field) is not None) is (field == wanted) for p in given.values())
+
+
+def test_a_start_says_how_far_its_windows_are_believed():
+    assert start("recording").n0 == 2
+    assert start("recording:n0=100").n0 == 100
+    with pytest.raises(UserError, match="start 'recording': n0 must be at least 0, not -1"):
+        start("recording:n0=-1")
+
+
+def test_a_study_goes_into_a_document_between_its_markers(tmp_path):
+    line = {"accuracy": 0.8, "low": 0.7, "high": 0.9, "gain": 0.1, "gain_low": 0.05, "gain_high": 0.15}
+    line |= {"worst": 0.5, "harmed": 0.25, "p_adjusted": 0.01, "users": 4, "seeds": 2, "stream": "natural"}
+    rows = [line | {"rule": name} for name in ("bound-own", "source", "ema")]
+    place, document = tmp_path / "mine", tmp_path / "page.md"
+    place.mkdir()
+    pd.DataFrame(rows).to_parquet(place / "summary.parquet")
+    document.write_text("before\n<!-- begin mine -->\nold\n<!-- end mine -->\nafter\n")
+    embed_study(place, document)
+    assert document.read_text() == (
+        "before\n<!-- begin mine -->\n4 people, 2 seeds.\n\n"
+        "| rule | natural | worst, natural | harmed, natural |\n| --- | --- | --- | --- |\n"
+        "| source | .800 [.700, .900] | .500 | 25% |\n"
+        "| ema | .800 [.700, .900], +.100* [+.050, +.150] | .500 | 25% |\n"
+        "| bound-own | .800 [.700, .900], +.100* [+.050, +.150] | .500 | 25% |\n<!-- end mine -->\nafter\n"
+    )
+    with pytest.raises(UserError, match="has no block for"):
+        embed_study(place.rename(tmp_path / "other"), document)

@@ -1,6 +1,6 @@
 """Statistics that follow users: a bank of thousands of users in one network, rules, states as values."""
 
-from fedbn.online.blocks import predict_online
+from fedbn.online.blocks import follow_rule, predict_online
 from fedbn.online.personalized import Personalized, personalize
 from fedbn.online.prior import LayerPrior, population_prior, source_prior
 from fedbn.online.rule import Rule, rule
@@ -15,6 +15,7 @@ __all__ = [
     "Rule",
     "SQLiteStore",
     "Store",
+    "follow_rule",
     "personalize",
     "population_prior",
     "predict_online",

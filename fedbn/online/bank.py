@@ -211,7 +211,8 @@ class Bank:
         weight = group.sum(seen[0].new_ones(len(group.row)))
         at = group.slots
         prior, state = columns(self.prior(at), of), columns(self.states(at), of)
-        heard = Seen(*group.merge(seen, seen[0].new_ones(len(group.row))), torch.full_like(prior.eps, positions))
+        believed = self.rule.heard(columns(self.prior(at[group.row]), of), seen)
+        heard = Seen(*group.merge(believed, seen[0].new_ones(len(group.row))), torch.full_like(prior.eps, positions))
         nothing = torch.zeros_like(state.classes)
         pair = self.rule.statistics(prior, self.rule.update(prior, state, heard, weight, nothing))
         scale, shift = self.transform(*self._unless_frozen(at, prior, pair), of)
@@ -234,7 +235,7 @@ class Bank:
         at, total = group.slots[active], total[active]
         if not len(at):
             return
-        mean, var = group.merge(seen, weight)
+        mean, var = group.merge(self.rule.heard(self.prior(group.slots[group.row]), seen), weight)
         classes = group.sum(weight[:, None] * posterior)[active]
         belief = classes / total[:, None]
         before = self.states(at)

@@ -8,16 +8,24 @@ its hop of 1.28 s: activity streams hold one class for long, and a light prior c
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
 from fedbn.layers import inputs_of
 from fedbn.moments import Moments
+from fedbn.online.personalized import Personalized, personalize
+from fedbn.online.prior import LayerPrior
+from fedbn.online.rule import Rule
 from fedbn.recalibration import set_statistics
 from fedbn.roles import statistics_layers
 
 BLOCK = 8
 """Windows predicted between two updates."""
+
+USER = "this"
+"""The only user's name in what `follow_rule` returns."""
 
 
 def predict_online(model: nn.Module, x: Tensor, *, prior: float = 256.0, block: int = BLOCK) -> Tensor:
@@ -57,3 +65,24 @@ def predict_online(model: nn.Module, x: Tensor, *, prior: float = 256.0, block: 
                 base = Moments.from_variance(weight, mean.cpu(), var.cpu())
                 set_statistics(layer, met[path].shrink(base, weight) if weight else met[path])
     return torch.cat(out)
+
+
+def follow_rule(
+    model: nn.Module, x: Tensor, rule: Rule, prior: Mapping[str, LayerPrior] | None = None
+) -> tuple[Tensor, Personalized]:
+    """Logits ``[n, classes]`` of one user's stream ``x``, each window predicted before a rule learns from it.
+
+    Args:
+        model: a network with BN layers; it is not touched.
+        x: ``[n, *shape]`` in the order of arrival.
+        rule: how statistics follow.
+        prior: what the user starts from; None: the model's statistics.
+
+    Returns:
+        The logits, and the network with what was learnt of the user, whose name is `USER`.
+
+    Raises:
+        UserError: the rule needs a prior that is not given.
+    """
+    net = personalize(model, rule, prior, capacity=1)
+    return torch.cat([net(window, user=USER) for window in x.split(1)]), net

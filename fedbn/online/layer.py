@@ -14,6 +14,7 @@ from typing import cast
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fedbn.errors import UserError
 from fedbn.layers import AnyBatchNorm
@@ -50,11 +51,14 @@ class Pass:
         watch: whether row moments are measured.
         seen: what each layer met, in the order in which they ran.
         positions: values of a row behind each channel, by place.
+        mask: ``[B, length]`` which positions of the last axis are real; the others count in no moments. Deeper layers
+            read the nearest entry for each of their positions.
     """
 
     rows: int
     transform: Transform
     watch: bool = True
+    mask: Tensor | None = None
     seen: dict[int, Pair] = field(default_factory=dict)
     positions: dict[int, int] = field(default_factory=dict)
 
@@ -82,7 +86,8 @@ class Pass:
         return torch.addcmul(shift.view(shape), x.to(scale.dtype), scale.view(shape)).to(x.dtype)
 
     def _meet(self, layer: UserNorm, x: Tensor) -> Pair:
-        now, positions = row_moments(x, cast(Tensor, layer.running_mean)), x[0, 0].numel()
+        now = row_moments(x, cast(Tensor, layer.running_mean), self._real(x))
+        positions = x[0, 0].numel()
         if layer.place in self.seen:  # the layer occurs twice in the network
             before = self.positions[layer.place]
             share = torch.as_tensor(positions / (before + positions), device=x.device)
@@ -93,11 +98,16 @@ class Pass:
         self.positions[layer.place] = positions
         return now
 
+    def _real(self, x: Tensor) -> Tensor | None:
+        if self.mask is None or x.dim() < 3:
+            return None
+        return F.interpolate(self.mask[:, None].to(x), size=x.shape[-1], mode="nearest")[:, 0]
+
 
 _PASS: ContextVar[Pass | None] = ContextVar("pass", default=None)
 
 
-def row_moments(x: Tensor, centre: Tensor) -> Pair:
+def row_moments(x: Tensor, centre: Tensor, real: Tensor | None = None) -> Pair:
     """Mean and biased variance of each row and channel over the positions, ``[B, C]`` each.
 
     Two plain means about ``centre``: where values lie far from zero nothing cancels, and on a CPU it is many times
@@ -106,6 +116,7 @@ def row_moments(x: Tensor, centre: Tensor) -> Pair:
     Args:
         x: ``[B, C, *positions]``; half precision is measured in float32.
         centre: ``[C]``, anything near the mean.
+        real: ``[B, length]`` weights of the positions of the last axis; None: all alike.
 
     >>> row_moments(torch.tensor([[[1001.0, 1003.0]]]), torch.tensor([1000.0]))
     (tensor([[1002.]]), tensor([[1.]]))
@@ -115,6 +126,14 @@ def row_moments(x: Tensor, centre: Tensor) -> Pair:
     centred = wide - centre.view(-1, *[1] * len(dims))
     if not dims:
         return wide, torch.zeros_like(wide)
+    if real is not None:
+        share = real.view(len(x), *[1] * len(dims), -1).expand_as(centred[:, :1])
+        share = share / share.sum(dims, keepdim=True)
+        offset = (share * centred).sum(dims)
+        spread = (share * centred.square()).sum(dims) - offset * offset
+        # Rows without padding to the same bits as in a batch without: what is another user's changes nothing here.
+        whole, mean, var = real.all(1)[:, None], *row_moments(x, centre)
+        return torch.where(whole, mean, centre + offset), torch.where(whole, var, spread.clamp_min(0))
     offset = centred.mean(dims)
     return centre + offset, (centred.square_().mean(dims) - offset * offset).clamp_min(0)
 

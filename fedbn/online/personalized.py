@@ -11,7 +11,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from html import escape
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,15 +23,22 @@ from fedbn.online.bank import TALLY, Bank, Group
 from fedbn.online.layer import Pass, Transform, UserNorm
 from fedbn.online.prior import LayerPrior, packed
 from fedbn.online.rule import Pair, Rule, mix
+from fedbn.online.rule import rule as parse_rule
 from fedbn.online.state import BNState, fingerprint
 from fedbn.online.stores import Store
 from fedbn.roles import head, keeps_statistics, statistics_layers
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Ids = str | int | Sequence[str | int] | Tensor
 """Whose rows: one name a row, or one name for all. 7 and "7" are the same user."""
 
 CHUNK = 512
 """Rows that a pass of `Personalized.calibrate` takes at once."""
+
+SHOWN = 20
+"""Users that a `Personalized` shows of itself."""
 
 FADING = 0.95
 """Weight of a window relative to the one after it in what the guard compares."""
@@ -59,7 +67,7 @@ class Snapshot:
 
 def personalize(
     model: nn.Module,
-    rule: Rule,
+    rule: Rule | str = "pseudo",
     prior: Mapping[str, LayerPrior] | None = None,
     capacity: int = 4096,
     duplicates: Literal["merge", "sequential"] = "merge",
@@ -70,7 +78,7 @@ def personalize(
 
     Args:
         model: a network with BN layers of any kind and nesting; it is not touched.
-        rule: how statistics follow a user.
+        rule: how statistics follow a user, as a value or by name, such as ``pseudo:n0=64``.
         prior: path -> what users start from, where it is not the model's running statistics; and what else is known
             (`fedbn.online.prior.source_prior`, `fedbn.online.prior.population_prior`).
         capacity: users at hand; those met longest ago go to ``store``.
@@ -80,13 +88,15 @@ def personalize(
         classes: width of the output; None: that of the last linear or convolutional layer.
 
     Raises:
-        UserError: the model keeps no statistics, or the prior does not fit.
+        UserError: an unknown rule, the model keeps no statistics, or the prior does not fit.
 
-    >>> from fedbn.online import rule
-    >>> net = personalize(nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 3)), rule("pseudo:n0=8"))
+    >>> net = personalize(nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 3)), "pseudo:n0=8")
     >>> net(torch.ones(3, 2), user=["ann", "bob", "ann"]).shape, net.users
     (torch.Size([3, 3]), ['ann', 'bob'])
+    >>> net.to_pandas()["learnt"].to_dict()
+    {'ann': 2.0, 'bob': 1.0}
     """
+    rule = parse_rule(rule) if isinstance(rule, str) else rule
     require_statistics(model, f"rule {rule.name!r}")
     if duplicates not in ("merge", "sequential"):
         raise UserError(f"duplicates={duplicates!r} is unknown: write 'merge' or 'sequential'")
@@ -136,7 +146,7 @@ class Personalized(nn.Module):
 
     # ---------------------------------------------------------------- predict and commit
 
-    def predict(self, x: Tensor, user: Ids) -> Tensor:
+    def predict(self, x: Tensor, user: Ids, mask: Tensor | None = None) -> Tensor:
         """The model's output for ``x`` ``[B, *shape]``; no statistic moves.
 
         With the rule's ``guard``, the answers of a user are the prior's (or calibrated) ones, bit for bit, exactly
@@ -147,14 +157,19 @@ class Personalized(nn.Module):
         Args:
             x: rows in any order.
             user: whose each row is. Users never met are normalised by the prior, and stay unknown.
+            mask: ``[B, length]`` False where the last axis of a row is padding, which then enters no statistics; how
+                the network itself treats padding is its own affair.
 
         Raises:
-            UserError: not one name a row, more users than fit, or a model that mixes rows.
+            UserError: not one name a row, a mask of another shape or with an empty row, more users than fit, or a model
+                that mixes rows.
         """
         ids = _names(user, len(x))
+        mask = _checked(mask, x)
         group = self.bank.group(ids, create=False)
         rule = self.bank.rule
-        own, passed = self._run(x, self._adapted(group), watch=rule.peeks or (rule.learns and not self._frozen))
+        watch = rule.peeks or (rule.learns and not self._frozen)
+        own, passed = self._run(x, self._adapted(group), watch=watch, mask=mask)
         out, fallback = own, None
         if rule.guard:
             fallback, _ = self._run(x, self._unadapted(group), watch=False)
@@ -204,16 +219,19 @@ class Personalized(nn.Module):
         if note.fallback is not None:
             self._doubt(group, note.own, note.fallback)
 
-    def forward(self, x: Tensor, user: Ids) -> Tensor:
+    def forward(self, x: Tensor, user: Ids, mask: Tensor | None = None) -> Tensor:
         """`predict`, then `commit` with the output's own softmax.
 
         With ``duplicates="sequential"`` the first row of each user is answered and learnt from before the second.
         """
         ids = _names(user, len(x))
         if not self._sequential or self._frozen or len(set(ids)) == len(ids):
-            return self._predict_and_commit(x, ids)
+            return self._predict_and_commit(x, ids, mask)
         rounds = _rounds(self.bank.group(ids, create=False))
-        parts = [self._predict_and_commit(x[rows], [ids[i] for i in rows.tolist()]) for rows in rounds]
+        parts = [
+            self._predict_and_commit(x[rows], [ids[i] for i in rows.tolist()], None if mask is None else mask[rows])
+            for rows in rounds
+        ]
         return torch.cat(parts)[torch.cat(rounds).argsort()]
 
     @contextmanager
@@ -371,6 +389,24 @@ class Personalized(nn.Module):
             "moved": self._moved(user) if keeps else {},
         }
 
+    def to_pandas(self) -> pd.DataFrame:
+        """How the users at hand stand, one line each, as `report` says it of one; the store is not read."""
+        import pandas as pd
+
+        shown = ["learnt", "windows", "diversity", "frozen", "calibrated", "answers"]
+        lines = {user: {k: v for k, v in self.report(user).items() if k in shown} for user in sorted(self.bank.slot)}
+        return pd.DataFrame.from_dict(lines, orient="index", columns=shown).rename_axis("user")
+
+    def __repr__(self) -> str:
+        return f"{self._headline()}\n{self.to_pandas().to_string(max_rows=SHOWN)}"
+
+    def _repr_html_(self) -> str:
+        return f"<p>{escape(self._headline())}</p>{self.to_pandas().to_html(max_rows=SHOWN)}"
+
+    def _headline(self) -> str:
+        known = f"{len(self.users)} users known, {len(self.bank.slot)} at hand"
+        return f"{type(self.model).__name__} personalised by {self.bank.text}: {known}"
+
     def export(self, user: str | int) -> nn.Module:
         """A plain copy of the network, of the original layer types, with a user's statistics; it folds and exports.
 
@@ -397,13 +433,15 @@ class Personalized(nn.Module):
         self.bank.apply(fn)
         return self
 
-    def _predict_and_commit(self, x: Tensor, ids: list[str]) -> Tensor:
-        out = self.predict(x, ids)
+    def _predict_and_commit(self, x: Tensor, ids: list[str], mask: Tensor | None = None) -> Tensor:
+        out = self.predict(x, ids, mask)
         self.commit(posterior=out.softmax(1) if out.shape == (len(x), self.bank.classes) else None)
         return out
 
-    def _run(self, x: Tensor, transform: Transform, *, watch: bool = True) -> tuple[Tensor, Pass]:
-        passed = Pass(len(x), transform, watch)
+    def _run(
+        self, x: Tensor, transform: Transform, *, watch: bool = True, mask: Tensor | None = None
+    ) -> tuple[Tensor, Pass]:
+        passed = Pass(len(x), transform, watch, mask)
         with torch.no_grad(), passed:
             return self.model(x), passed
 
@@ -500,6 +538,20 @@ def _names(user: Ids, rows: int) -> list[str]:
     if len(names) != rows:
         raise UserError(f"{rows} rows and {len(names)} users: give one name a row, or one name for all")
     return names
+
+
+def _checked(mask: Tensor | None, x: Tensor) -> Tensor | None:
+    """The mask, or None where nothing is padding."""
+    if mask is None:
+        return None
+    if mask.shape != (len(x), x.shape[-1]) or x.dim() < 3:
+        raise UserError(
+            f"a mask says which positions of each window are real: give [{len(x)}, {x.shape[-1]}], not "
+            f"{list(mask.shape)}, for windows of shape {list(x.shape)}"
+        )
+    if not mask.bool().any(1).all():
+        raise UserError("a window is padding from end to end: leave it out of the batch")
+    return None if mask.bool().all() else mask.bool()
 
 
 def _rounds(group: Group) -> list[Tensor]:

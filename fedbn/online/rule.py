@@ -186,12 +186,15 @@ class Rule:
         keeps: there is a state worth exporting; otherwise every window is normalised by itself.
         learns: `update` does something.
         classwise: `update` needs the posterior of each window, so several of one user are taken one after the other.
+        wants: field of `fedbn.online.prior.LayerPrior` that the rule cannot do without.
         gate: windows are learnt from only if their largest posterior is at least this.
         diversity: exponent g; :math:`D^g` of the user's statistics is used and the rest is the prior's
             (`State.diversity`). 0: all of it.
         fade: every layer is given ``fade`` times what the one before it is given of the user's statistics.
         floor: variances stay above this share of the prior's.
         mean_only: variances are the prior's.
+        clip: what a window says of a channel is taken for no further from the prior's mean than this many of the
+            prior's standard deviations, and for no more spread than that; 0: as it is. One window can do only so much.
         guard: answers are the prior's own while the adapted ones are the less certain
             (`fedbn.online.personalized.Personalized.predict`).
 
@@ -207,12 +210,14 @@ class Rule:
     keeps: ClassVar[bool] = True
     learns: ClassVar[bool] = True
     classwise: ClassVar[bool] = False
+    wants: ClassVar[str] = ""
 
     gate: float = 0.0
     diversity: float = 0.0
     fade: float = 1.0
     floor: float = 0.0
     mean_only: bool = False
+    clip: float = 0.0
     guard: bool = False
 
     def __post_init__(self) -> None:
@@ -220,6 +225,7 @@ class Rule:
         self.within("diversity", 0)
         self.within("fade", 0, 1)
         self.within("floor", 0)
+        self.within("clip", 0)
 
     def within(self, option: str, low: float, high: float = float("inf")) -> None:
         """Check an option's value.
@@ -230,6 +236,14 @@ class Rule:
         value = getattr(self, option)
         if not low <= value <= high:
             raise UserError(f"rule {self.name!r}: {option}={value:g} is impossible; give {low:g} to {high:g}")
+
+    def heard(self, prior: Prior, seen: Pair) -> Pair:
+        """Row moments ``[B, C]`` as far as they are believed (``clip``), under the prior of each row."""
+        if not self.clip:
+            return seen
+        reach = self.clip * prior.var.sqrt()
+        mean = torch.minimum(torch.maximum(seen[0], prior.mean - reach), prior.mean + reach)
+        return mean, torch.minimum(seen[1], reach**2)
 
     def start(self, prior: Prior, classes: int) -> State:
         """The state of users who have not been met: one part, at the prior's statistics, worth nothing."""
@@ -318,6 +332,7 @@ class ClassConditional(Rule):
     """
 
     classwise = True
+    wants = "class_mean"
 
     n0: float = 4.0
 
@@ -353,3 +368,21 @@ def rule(text: str) -> Rule:
     64.0
     """
     return parse(text, "rule", rules())
+
+
+def client_rule(text: str) -> Rule:
+    """A rule that a client can follow by itself, with what a federation has told it.
+
+    Raises:
+        UserError: as `rule`, or the rule needs what only labelled data of many users tell.
+
+    >>> client_rule("population:diversity=1").wants
+    'n0'
+    """
+    chosen = rule(text)
+    if chosen.wants not in ("", "n0"):
+        raise UserError(
+            f"rule {text!r} needs labelled windows of seen users, which no client sends: follow it with fedbn "
+            "personalise, or choose another rule here (pseudo, population, ema, ...)"
+        )
+    return chosen

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import safetensors.torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fedbn.errors import UserError
 from fedbn.moments import Moments, pooled
 
-VERSION = 1
+VERSION = 2
 """Of the layout of `BNState.to_bytes`; another one is refused."""
 
 
@@ -54,7 +54,7 @@ class BNState:
     @property
     def n(self) -> float:
         """Windows learnt from and not forgotten."""
-        return float(sum(part.n for part in next(iter(self.parts.values()))))
+        return max(float(sum(part.n for part in parts)) for parts in self.parts.values())
 
     def merge(self, other: BNState) -> BNState:
         """The state of somebody who met both users' windows; calibration and freezing are this state's.
@@ -139,23 +139,26 @@ class BNState:
         Raises:
             UserError: a value is too large for float16.
         """
-        tensors = {"classes": self.classes.double()}
-        for path, parts in self.parts.items():
-            tensors[f"n|{path}"] = torch.stack([m.n for m in parts])
-            tensors |= _pack(f"part|{path}", parts, dtype)
-        for path, moments in self.base.items():
-            tensors |= _pack(f"base|{path}", (moments,), dtype)
-        tensors |= {f"extra|{path}": e.to(dtype) for path, e in self.extra.items() if e.numel()}
+        paths = list(self.parts)
+        counts = torch.stack([torch.stack([m.n for m in self.parts[path]]) for path in paths])
+        tensors = {"classes": self.classes.double(), "n": counts}
+        if bool((counts > 0).any()):
+            tensors |= _pack("", [self.parts[path] for path in paths], dtype)
+        if self.base:
+            tensors |= _pack("base ", [(self.base[path],) for path in paths], dtype)
+        if any(e.numel() for e in self.extra.values()):
+            tensors["extra"] = torch.cat([self.extra[path] for path in paths], 1).to(dtype)
         about = {
             "version": VERSION,
             "rule": self.rule,
             "model": self.model,
             "frozen": self.frozen,
-            "paths": list(self.parts),
+            "layers": {path: len(self.parts[path][0].mean) for path in paths},
             "tally": dict(self.tally),
         }
         # One entry, because safetensors writes several in random order and equal states shall be equal bytes.
-        return safetensors.torch.save({k: v.contiguous() for k, v in tensors.items()}, {"bnstate": json.dumps(about)})
+        text = json.dumps(about, separators=(",", ":"))
+        return safetensors.torch.save({k: v.contiguous() for k, v in tensors.items()}, {"bnstate": text})
 
     @staticmethod
     def from_bytes(data: bytes, model: str | None = None, rule: str | None = None) -> BNState:
@@ -178,12 +181,13 @@ class BNState:
             raise UserError("these bytes are no state of a user, or damaged: write them with to_bytes()") from None
         if version != VERSION:
             raise UserError(f"this state has layout {version}, this program reads {VERSION}: let the user start anew")
-        paths = about["paths"]
-        empty = torch.zeros(0, 0)
+        widths = about["layers"]
+        extra = tensors.get("extra", torch.zeros(0, sum(widths.values())))
+        base = _unpack("base ", tensors, torch.ones(len(widths), 1), widths) if "base mean" in tensors else {}
         state = BNState(
-            parts={p: _unpack(f"part|{p}", tensors, tensors[f"n|{p}"]) for p in paths},
-            base={p: _unpack(f"base|{p}", tensors, torch.ones(1))[0] for p in paths if f"base|{p}|mean" in tensors},
-            extra={p: tensors.get(f"extra|{p}", empty) for p in paths},
+            parts=_unpack("", tensors, tensors["n"], widths),
+            base={path: parts[0] for path, parts in base.items()},
+            extra=dict(zip(widths, extra.split(list(widths.values()), 1), strict=True)),
             classes=tensors["classes"],
             tally=about["tally"],
             frozen=about["frozen"],
@@ -229,18 +233,29 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def _pack(name: str, parts: tuple[Moments, ...], dtype: torch.dtype) -> dict[str, Tensor]:
-    mean = torch.stack([m.mean for m in parts])
-    var = torch.stack([m.variance() if m.n > 0 else m.m2 for m in parts])
+def _pack(name: str, layers: Sequence[tuple[Moments, ...]], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Means and variances ``[parts, channels]``, all layers side by side: a header for each would outweigh them."""
+    mean = torch.cat([torch.stack([m.mean for m in parts]) for parts in layers], 1)
+    var = torch.cat([torch.stack([m.variance() if m.n > 0 else m.m2 for m in parts]) for parts in layers], 1)
     if dtype is not torch.float16:
-        return {f"{name}|mean": mean.to(dtype), f"{name}|var": var.to(dtype)}
-    out = {f"{name}|mean": mean.half(), f"{name}|std": var.sqrt().half()}
+        return {f"{name}mean": mean.to(dtype), f"{name}var": var.to(dtype)}
+    out = {f"{name}mean": mean.half(), f"{name}std": var.sqrt().half()}
     if not all(t.isfinite().all() for t in out.values()):
         raise UserError("these statistics are too large for float16: write them as float32")
     return out
 
 
-def _unpack(name: str, tensors: Mapping[str, Tensor], n: Tensor) -> tuple[Moments, ...]:
-    std = tensors.get(f"{name}|std")
-    variances = tensors[f"{name}|var"] if std is None else std.double() ** 2
-    return tuple(Moments.from_variance(*row) for row in zip(n, tensors[f"{name}|mean"], variances, strict=True))
+def _unpack(
+    name: str, tensors: Mapping[str, Tensor], n: Tensor, widths: Mapping[str, int]
+) -> dict[str, tuple[Moments, ...]]:
+    """The inverse of `_pack`; parts that hold nothing were not written at all if no layer had any."""
+    zeros = torch.zeros(n.shape[1], sum(widths.values()))
+    std = tensors.get(f"{name}std")
+    variances = tensors.get(f"{name}var", zeros) if std is None else std.double() ** 2
+    means = tensors.get(f"{name}mean", zeros)
+    spans = list(widths.values())
+    layers = zip(widths, n, means.split(spans, 1), variances.split(spans, 1), strict=True)
+    return {
+        path: tuple(Moments.from_variance(*row) for row in zip(count, mean, var, strict=True))
+        for path, count, mean, var in layers
+    }

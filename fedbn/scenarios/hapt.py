@@ -28,7 +28,7 @@ from fedbn.data.packages import SOURCES, Arrays, cached, fetch
 from fedbn.data.unpickle import FRAMES, unpickle
 from fedbn.data.windows import hop, windows
 from fedbn.errors import UserError
-from fedbn.scenario import Examples, Population, Scenario, User, hold_out
+from fedbn.scenario import Examples, Population, Scenario, User, hold_out, shuffled
 
 CLASSES = ("walking", "upstairs", "downstairs", "sitting", "standing", "lying")
 
@@ -43,6 +43,8 @@ class Hapt(Scenario):
         unseen: users that never train.
         window: samples per window.
         overlap: share of a window that the next one repeats, 0 to below 1.
+        reserved: people left out altogether, those whom the first seeds would hold out: choose on the others, confirm
+            on these.
     """
 
     name: ClassVar[str] = "hapt"
@@ -64,6 +66,7 @@ class Hapt(Scenario):
     unseen: int = 6
     window: int = 128
     overlap: float = 0.5
+    reserved: int = 0
 
     def load(self, seed: int) -> Population:
         step = hop(self.window, self.overlap)
@@ -84,11 +87,11 @@ class Hapt(Scenario):
         users = tuple(_user(number, parts, self.window) for number, parts in sorted(cut.items()))
         return Population(
             users=users,
-            unseen=hold_out(len(users), self.unseen, seed),
+            unseen=hold_out(len(users), self.unseen, seed, self.reserved),
             classes=CLASSES,
             skew="natural feature skew: gait and how the phone sits differ by person; labels nearly balanced",
             sources={source.label: source.sha256},
-        )
+        ).without(shuffled(len(users))[: self.reserved])
 
 
 def _user(number: int, parts: list[Examples], window: int) -> User:

@@ -26,7 +26,7 @@ from fedbn.data.packages import SOURCES, Arrays, cached, fetch
 from fedbn.data.unpickle import unpickle
 from fedbn.data.windows import hop, windows
 from fedbn.errors import UserError
-from fedbn.scenario import Examples, Population, Scenario, User, hold_out
+from fedbn.scenario import Examples, Population, Scenario, User, hold_out, shuffled
 
 CLASSES = (
     "pendulum",
@@ -48,6 +48,8 @@ class Watch(Scenario):
         unseen: people that never train; both arms of each are held out.
         window: samples per window.
         overlap: share of a window that the next one repeats, 0 to below 1.
+        reserved: people left out altogether, those whom the first seeds would hold out: choose on the others, confirm
+            on these.
     """
 
     name: ClassVar[str] = "watch"
@@ -65,6 +67,7 @@ class Watch(Scenario):
     unseen: int = 2
     window: int = 128
     overlap: float = 0.5
+    reserved: int = 0
 
     def load(self, seed: int) -> Population:
         step = hop(self.window, self.overlap)
@@ -90,7 +93,8 @@ class Watch(Scenario):
                 half.append(Examples(x, torch.full((len(x),), label), torch.full((len(x),), recording)))
         clients = sorted(halves)
         subjects = sorted({subject for subject, _ in clients})
-        away = {subjects[i] for i in hold_out(len(subjects), self.unseen, seed)}
+        away = {subjects[i] for i in hold_out(len(subjects), self.unseen, seed, self.reserved)}
+        reserved = {subjects[i] for i in shuffled(len(subjects))[: self.reserved]}
         return Population(
             users=tuple(
                 User(
@@ -105,7 +109,7 @@ class Watch(Scenario):
             classes=CLASSES,
             skew="natural feature skew: left and right arm are mirror images, and people move differently",
             sources={source.label: source.sha256},
-        )
+        ).without([i for i, (subject, _) in enumerate(clients) if subject in reserved])
 
 
 def _parse(path: Path) -> Arrays:

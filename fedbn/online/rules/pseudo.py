@@ -45,11 +45,15 @@ class Pseudo(Rule):
         self.within("n0", 0)
         self.within("cap", 1)
 
+    def worth(self, prior: Prior) -> Tensor:
+        """Windows that the source is worth, ``[C]``."""
+        return torch.full_like(prior.eps, self.n0) if prior.n0 is None else prior.n0
+
     def gain(self, state: State, weight: Tensor) -> Tensor:
         return weight / (state.n[:, 0] + weight)
 
     def prior_share(self, prior: Prior, state: State) -> Tensor:
-        n0 = torch.full_like(prior.eps, self.n0) if prior.n0 is None else prior.n0
+        n0 = self.worth(prior)
         return torch.where(state.n > 0, n0 / (n0 + state.n).clamp_min(1e-12), 1.0)
 
     def update(self, prior: Prior, state: State, seen: Seen, weight: Tensor, posterior: Tensor) -> State:

@@ -18,14 +18,14 @@ class TTN(Rule):
     Lim, Kim, Choo, Choi, 2023, *TTN: a domain-shift aware batch normalization in test-time adaptation*, ICLR,
     https://arxiv.org/abs/2302.05155
 
-    The weights come with the prior (`fedbn.online.prior.LayerPrior.alpha`). The paper learns them from labelled source
-    data after training.
+    The weights come with the prior; `fedbn.online.alpha.learn_alpha` learns them from labelled source data.
     """
 
     name = "ttn"
     about = "blend with the user's rows in the same call, weights learnt for each channel"
     source = "Lim, Kim, Choo, Choi 2023, arXiv:2302.05155"
     peeks = True
+    wants = "alpha"
     keeps = False
 
     def gain(self, state: State, weight: Tensor) -> Tensor:
@@ -34,7 +34,7 @@ class TTN(Rule):
     def use(self, prior: Prior, state: State) -> Pair:
         if prior.alpha is None:
             raise UserError(
-                "rule 'ttn' needs a weight for each channel: personalize(model, rule, prior=...) with alpha set in the "
-                "LayerPrior of every layer"
+                "rule 'ttn' needs a weight for each channel: personalize(model, rule, "
+                "prior=fedbn.online.alpha.learn_alpha(...)) with labelled source data"
             )
         return mix(prior.moments, state.moments, prior.alpha)

@@ -1,0 +1,106 @@
+"""Personalisation inside the ClientApp: the online column by a rule of one's choice, the same in every engine."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from clients.config import run_from_config
+from fedbn.errors import UserError
+from fedbn.federation import federate, user_state
+from fedbn.newcomers import population
+from fedbn.online import follow_rule, personalize, rule
+from fedbn.prequential import follow
+from fedbn.run import Plan, Run
+from fedbn.setting import setting
+from fedbn.streams import Stream
+from simulations.engines import execute
+
+CHOSEN = "population:diversity=1"
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A function giving a short run on four users of forty rows each, every one moved and scaled on their own."""
+    draw = np.random.default_rng(0)
+    y, user = np.tile(np.arange(160) // 5 % 2, 1), np.arange(160) // 40
+    x = draw.normal(size=(160, 6)) * (1 + user[:, None] / 2) + user[:, None] + 2 * y[:, None] * (np.arange(6) < 3)
+    np.savez(tmp_path / "own.npz", x=x, y=y, user=user)
+
+    def make(strategy):
+        plan = Plan(rounds=2, eval_every=2, batch_size=8, global_test=12)
+        return Run(f"files:path={tmp_path / 'own.npz'}:test=0.5", strategy, model="mlp", plan=plan).resolved()
+
+    return make
+
+
+def online(scores):
+    return {(user, s.row): s.accuracy for user, cells in scores.items() for s in cells if s.column == "online"}
+
+
+@pytest.mark.parametrize("strategy", ["global-naive", "fedbn-seeded", "fedbn"])
+@pytest.mark.parametrize("text", ["ema:rate=0.3", CHOSEN])
+def test_the_grid_personalises_to_the_same_numbers_as_the_loop(strategy, text, small):
+    run = replace(small(strategy), rule=text)
+    if strategy == "fedbn" and text == CHOSEN:
+        with pytest.raises(UserError, match=f"with strategy '{strategy}' no client sends any"):
+            setting(run)
+        return
+    a, b = execute(run, "reference"), execute(run, "grid")
+    assert a.scores == b.scores
+    plain = execute(replace(run, rule=""), "reference").scores
+    assert [s.loss for c in a.scores.values() for s in c] != [s.loss for c in plain.values() for s in c]
+
+
+@pytest.mark.parametrize("text", ["ema:rate=0.3", CHOSEN])
+def test_the_online_column_is_the_prequential_protocol_on_what_the_strategy_gives(text, small):
+    run = replace(small("global-naive"), rule=text)
+    out, here = federate(run), setting(run)
+    for user in (here.population.unseen[0], here.population.seen[1]):
+        person = here.population.users[user]
+        state = user_state(here, user, out.server.serving, out.kept.get(user))
+        prior = population(here, state, out.server.registry, person.train.x) if text == CHOSEN else None
+        net = personalize(copy.deepcopy(here.load(state)), rule(text), prior)
+        (trace,) = follow(net, [Stream(person.name, person.test.x, person.test.y, person.test.recording)])
+        found = [a for (u, row), a in online(out.scores).items() if u == user and row != "global"]
+        assert found == [pytest.approx(trace.correct.mean(), abs=1e-12)]
+
+
+def test_what_a_population_is_worth_follows_from_how_its_users_differ(small):
+    run = replace(small("global-naive"), rule=CHOSEN)
+    out, here = federate(run), setting(run)
+    x = here.population.users[here.population.unseen[0]].train.x
+    prior = population(here, out.server.serving, out.server.registry, x)
+    alike = dict.fromkeys(out.server.registry, next(iter(out.server.registry.values())))
+    certain = population(here, out.server.serving, alike, x)
+    for path, layer in prior.items():
+        means = torch.stack([c[f"{path}.running_mean"] for c in out.server.registry.values()])
+        torch.testing.assert_close(layer.mean, means.mean(0))
+        assert (layer.n0 <= certain[path].n0).all()
+        assert layer.n0.median() < certain[path].n0[0] / 10
+        assert (certain[path].n0 == certain[path].n0[0]).all(), "where nobody differs, as much as anything can be"
+
+
+def test_following_leaves_the_model_alone_and_returns_what_was_learnt(small):
+    run = small("global-naive")
+    here = setting(run)
+    model, person = here.load(here.initial).eval(), here.population.users[0]
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    logits, net = follow_rule(model, person.test.x, rule("cumulative"))
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert logits.shape == (len(person.test), len(here.population.classes))
+    assert net.state("this").n == len(person.test)
+
+
+def test_rules_that_no_client_can_follow_by_itself_are_refused():
+    for text in ("class-mixture", "ttn"):
+        with pytest.raises(UserError, match="needs labelled windows of seen users"):
+            run_from_config({"scenario": "digits8", "strategy": "fedbn", "rule": text})
+    with pytest.raises(UserError, match="unknown rule 'emma'. Did you mean 'ema'"):
+        run_from_config({"scenario": "digits8", "strategy": "fedbn", "rule": "emma"})
+    found = run_from_config({"scenario": "digits8", "strategy": "global-naive", "rule": "pseudo:n0=16.0"})
+    assert found.rule == "pseudo"
