@@ -6,13 +6,16 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 STAMP := $(VENV)/.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-oldest audit-packages lint bench tables personal-tables format clean
+.PHONY: help demo deploy-demo test test-all test-oldest audit-packages lint bench tables personal-tables format clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 demo: $(STAMP)-run  ## set up, get the data, run the main comparison on real users, say where the report is
 	$(BIN)/fedbn compare hapt
+
+deploy-demo: $(STAMP)-run  ## one run as real processes (SuperLink, three SuperNodes, TLS), compared with the grid
+	$(BIN)/fedbn deploy digits8:users=3:unseen=1 --strategy fedbn --rounds 2 --tls
 
 test: $(STAMP)-dev  ## set up and run the tests
 	$(BIN)/pytest
@@ -39,13 +42,14 @@ lint: $(STAMP)-dev  ## style, types and import contracts
 
 TABLES := results/tables
 COMPARE := $(BIN)/fedbn compare digits8 --strategies all --seeds 2 --out $(TABLES)
-SKEWS := feature-skew label-dirichlet label-two-classes quantity
+SKEWS := feature-skew label-dirichlet label-two-classes quantity hapt
 
-tables: $(STAMP)-run  ## the comparisons behind docs/comparisons.md (about half an hour)
+tables: $(STAMP)-run  ## the comparisons behind docs/comparisons.md (about an hour)
 	$(COMPARE)/feature-skew
 	$(COMPARE)/label-dirichlet --partition dirichlet:alpha=0.1:clients=20
 	$(COMPARE)/label-two-classes --partition shard:shards=2:clients=20
 	$(COMPARE)/quantity --partition linear:clients=20
+	$(BIN)/fedbn compare hapt --strategies all --seeds 2 --out $(TABLES)/hapt
 	for name in $(SKEWS); do $(BIN)/fedbn report $(TABLES)/$$name --into docs/comparisons.md --full; done
 	$(BIN)/fedbn advise $(addprefix $(TABLES)/,$(SKEWS)) --into docs/comparisons.md
 
