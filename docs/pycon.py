@@ -1,8 +1,9 @@
-"""Show the doctests of docstrings as code when the site is built."""
+"""Show the doctests and formulas of docstrings as code when the site is built."""
 
 from __future__ import annotations
 
 import re
+from textwrap import dedent
 from typing import Any
 
 from griffe import Extension, Object
@@ -10,11 +11,23 @@ from griffe import Extension, Object
 EXAMPLE = re.compile(r"^>>> .*?(?=\n\s*\n|\Z)", re.MULTILINE | re.DOTALL)
 """From a prompt to the next empty line."""
 
+DISPLAY = re.compile(r"^\.\. math::((?:.*)(?:\n(?:[ \t]+\S.*)?)*)", re.MULTILINE)
+"""A formula of its own: what follows on the line, and all lines further in."""
+
+INLINE = re.compile(r":math:(?=`)")
+
 
 class Doctests(Extension):
-    """Fence every block that begins with a prompt; Markdown would take it for a quotation in a quotation."""
+    """Fence what Markdown would take for quotations (prompts) or for text (formulas, which need no script this way)."""
 
     def on_object(self, *, obj: Object, **_: Any) -> None:
         """Change the docstring of one object."""
         if obj.docstring is not None:
-            obj.docstring.value = EXAMPLE.sub(lambda block: f"```pycon\n{block[0]}\n```", obj.docstring.value)
+            obj.docstring.value = fenced(obj.docstring.value)
+
+
+def fenced(text: str) -> str:
+    """A docstring with its prompts and formulas as code."""
+    text = EXAMPLE.sub(lambda block: f"```pycon\n{block[0]}\n```", text)
+    text = DISPLAY.sub(lambda block: f"```latex\n{dedent(block[1]).strip()}\n```\n\n", text)
+    return INLINE.sub("", text)

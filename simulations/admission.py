@@ -6,14 +6,17 @@ Nothing is decoded before its declared size has been compared with what is expec
 from __future__ import annotations
 
 import torch
-from flwr.app import ArrayRecord
+from flwr.app import ArrayRecord, MetricRecord, RecordDict
 
 from clients.npy import Held
 from clients.records import tensors
 from fedbn.errors import UserError
+from fedbn.moments import Moments
 from fedbn.privacy_sums import MASKED, message_size
+from fedbn.recalibration import unflatten
 from fedbn.roles import State
 from fedbn.setting import Setting
+from fedbn.strategy import Update
 
 HEADER = 4096
 """Bytes that an array may take besides its values."""
@@ -42,10 +45,13 @@ def admitted(here: Setting, user: int, record: ArrayRecord) -> State:
         record: as received.
 
     Raises:
-        BadReply: other names, types, shapes or sizes than the model's, or values that are not finite.
+        BadReply: other names, types, shapes or sizes than the model's, or, from another process, values that are
+            not finite.
     """
     wanted = expected(here)
-    if not (isinstance(record, Held) and record.state is not None):
+    # Tensors by reference never left this process: what is not finite there is training that diverged, to be shown.
+    ours = isinstance(record, Held) and record.state is not None
+    if not ours:
         if record.keys() != wanted.keys():
             raise _bad(user, f"sent entries {_few(record.keys() ^ wanted.keys())} too many or too few")
         for name, (dtype, shape) in wanted.items():
@@ -62,9 +68,45 @@ def admitted(here: Setting, user: int, record: ArrayRecord) -> State:
         value = state[name]
         if value.dtype != dtype or tuple(value.shape) != shape:
             raise _bad(user, f"sent {name} as {value.dtype} {list(value.shape)}, expected {dtype} {list(shape)}")
-        if not torch.isfinite(value).all():
+        if not ours and not torch.isfinite(value).all():
             raise _bad(user, f"sent NaN or Inf in {name}: lower the learning rate if this is not one client's fault")
     return {name: state[name] for name in wanted}
+
+
+def admitted_update(here: Setting, user: int, reply: RecordDict) -> Update:
+    """A client's reply to a round of training.
+
+    Raises:
+        BadReply: a record or number is missing or makes no sense; or as `admitted` and `admitted_notes`.
+    """
+    records, metrics, notes = reply.get("arrays"), reply.get("metrics"), reply.get("notes")
+    if not isinstance(records, ArrayRecord) or not isinstance(metrics, MetricRecord):
+        raise _bad(user, "sent no arrays or no metrics")
+    examples, loss = metrics.get("num-examples"), metrics.get("loss")
+    if not isinstance(examples, int) or examples < 1:
+        raise _bad(user, f"says that it trained on {examples} examples")
+    if not isinstance(loss, float):
+        raise _bad(user, f"says that its loss is {loss}")
+    told = admitted_notes(here, user, notes) if isinstance(notes, ArrayRecord) else {}
+    return Update(user, admitted(here, user, records), examples, loss, told)
+
+
+def admitted_moments(user: int, reply: RecordDict) -> dict[str, Moments]:
+    """What a client says in a conversation about statistics.
+
+    Raises:
+        BadReply: a record is missing or cannot be read, or values are not finite.
+    """
+    record = reply.get("moments")
+    if not isinstance(record, ArrayRecord):
+        raise _bad(user, "sent no moments")
+    try:
+        state = tensors(record)
+    except UserError as error:
+        raise _bad(user, str(error)) from None
+    if wrong := [name for name, value in state.items() if not torch.isfinite(value).all()]:
+        raise _bad(user, f"sent NaN or Inf in {wrong[0]}")
+    return unflatten(state)
 
 
 def admitted_notes(here: Setting, user: int, record: ArrayRecord) -> State:
