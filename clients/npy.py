@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 from functools import lru_cache
 from io import BytesIO
+from tokenize import TokenError
 from typing import Any, Self
 
 import numpy as np
@@ -65,7 +66,7 @@ def unpack(array: Array) -> Tensor:
         if array.stype == "numpy.ndarray":
             _check(array.data)
         return torch.from_numpy(array.numpy())
-    except (TypeError, ValueError, EOFError, OverflowError, SyntaxError, MemoryError) as error:
+    except (TypeError, ValueError, EOFError, OverflowError, SyntaxError, TokenError, MemoryError) as error:
         raise UserError(f"a message holds an array that cannot be read: {error}") from None
 
 
