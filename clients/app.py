@@ -6,6 +6,7 @@ into a reply.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import cast
 
@@ -14,16 +15,18 @@ from flwr.clientapp import ClientApp
 
 from clients.config import run_from_config
 from clients.jobs import Consult, Evaluate, Settle, Train, execute
+from clients.keeping import kept_on_disk
 from clients.records import Decoder, answers_from, arrays, handed, registry_from, scores_to, set_threads, tensors
 from fedbn.evaluation import Column
 from fedbn.moments import Moments
 from fedbn.privacy import protected
 from fedbn.recalibration import flatten
-from fedbn.roles import State
+from fedbn.roles import Role, State
 from fedbn.setting import EVERYONE, Setting, setting
 from fedbn.strategy import Progress
 
 app = ClientApp()
+app.lifespan()(kept_on_disk)
 _decode = Decoder()
 
 
@@ -55,6 +58,17 @@ def _optional(records: RecordDict, name: str, device: str) -> State:
     return tensors(cast(ArrayRecord, records[name]), device) if name in records else {}
 
 
+def _lost(message: Message, context: Context, user: int) -> bool:
+    """Whether this node should still have what its user kept, and has not: its memory and disk are gone."""
+    config = cast(ConfigRecord, message.content["config"])
+    return bool(config.get("trained", False)) and f"kept-{user}" not in context.state
+
+
+def _matters(here: Setting, kept: Iterable[str]) -> bool:
+    """Whether a user's model would be another without these entries; it computes nothing with counters."""
+    return any(here.ownership.roles.get(name) is not Role.COUNTER for name in kept)
+
+
 def _progress(message: Message) -> Progress:
     config = cast(ConfigRecord, message.content["config"])
     return Progress(cast(int, config["round"]), cast(int, config["rounds"]), bool(config["met"]))
@@ -69,7 +83,7 @@ def train(message: Message, context: Context) -> Message:
     """Train for a round; reply with what travels, keep what stays."""
     here = _here(context)
     user = _trainer(here, context)
-    received, progress = _received(here, message), _progress(message)
+    received, progress, lost = _received(here, message), _progress(message), _lost(message, context, user)
     update, kept = execute(
         Train(
             here,
@@ -91,6 +105,8 @@ def train(message: Message, context: Context) -> Message:
     )
     if update.notes:
         content["notes"] = handed(update.notes)
+    if lost and _matters(here, kept):
+        content["lost"] = ConfigRecord()
     return Message(content, reply_to=message)
 
 
@@ -128,7 +144,10 @@ def evaluate(message: Message, context: Context) -> Message:
         _columns(config["globally"]),
         None if registry is None else registry_from(registry, here.run.device),
     )
-    return Message(RecordDict({"metrics": scores_to(execute(job))}), reply_to=message)
+    content = RecordDict({"metrics": scores_to(execute(job))})
+    if _matters(here, here.ownership.kept) and _lost(message, context, user):
+        content["lost"] = ConfigRecord()
+    return Message(content, reply_to=message)
 
 
 def _columns(value: object) -> tuple[Column, ...]:

@@ -112,6 +112,14 @@ class Point:
     unseen: float | None = None
 
 
+@dataclass(frozen=True)
+class Fault:
+    """Something that went wrong in a round and was survived."""
+
+    round: int
+    text: str
+
+
 @dataclass
 class Outcome:
     """A finished run.
@@ -122,6 +130,7 @@ class Outcome:
         curve: one point a round.
         scores: the evaluation matrix's cells by user index.
         seconds: time spent in this process, training and evaluation.
+        faults: what was survived.
     """
 
     server: Server
@@ -129,6 +138,14 @@ class Outcome:
     curve: list[Point] = field(default_factory=list)
     scores: dict[int, list[Score]] = field(default_factory=dict)
     seconds: float = 0.0
+    faults: list[Fault] = field(default_factory=list)
+
+    def notices(self) -> list[str]:
+        """What was survived, in a sentence; nothing if nothing was."""
+        if not self.faults:
+            return []
+        first = self.faults[0]
+        return [f"{len(self.faults)} faults were survived; the first, in round {first.round}: {first.text}"]
 
 
 def _split(kept: State | None, here: Setting) -> tuple[State, State, State]:

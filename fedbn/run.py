@@ -44,6 +44,7 @@ class Plan:
         eval_every: rounds between evaluations for the curve; the last round always counts.
         global_test: rows of the pooled test set every client's model is also tested on.
         online_prior: weight of the source statistics, in windows, when adapting online.
+        tolerate: share of the clients asked whose failure is survived: the rest go on without them.
     """
 
     rounds: int = 20
@@ -62,6 +63,7 @@ class Plan:
     eval_every: int = 5
     global_test: int = 400
     online_prior: float = 256.0
+    tolerate: float = 0.0
 
     def __post_init__(self) -> None:
         least: dict[str, float] = {
@@ -75,6 +77,7 @@ class Plan:
             "weight_decay": 0,
             "proximal": 0,
             "online_prior": 0,
+            "tolerate": 0,
         }
         for name, low in least.items():
             value = getattr(self, name)
@@ -85,6 +88,8 @@ class Plan:
                 raise UserError(f"{name} must be positive, not {getattr(self, name)}")
         if self.momentum >= 1:
             raise UserError(f"momentum must be below 1, not {self.momentum}")
+        if not self.tolerate < 1:
+            raise UserError(f"tolerate must be below 1, not {self.tolerate}: somebody has to answer")
 
     def rate(self, round: int) -> float:
         """Learning rate of a round, counted from 1.

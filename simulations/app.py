@@ -7,22 +7,23 @@ first.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import TypeVar, cast
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 from clients.config import run_from_config
 from clients.npy import Held
-from clients.records import answers_to, arrays, registry_to, scores_from, set_threads, tensors
+from clients.records import answers_to, arrays, registry_to, scores_from, set_threads
 from fedbn.errors import UserError
 from fedbn.evaluation import COLUMNS, Score
 from fedbn.federation import (
+    Fault,
     Outcome,
     Point,
     Server,
@@ -35,17 +36,19 @@ from fedbn.federation import (
     settled,
 )
 from fedbn.moments import Moments
-from fedbn.recalibration import unflatten
 from fedbn.roles import State
 from fedbn.run import Run
 from fedbn.setting import EVERYONE, Setting, setting
 from fedbn.strategy import Update
-from simulations.admission import admitted, admitted_notes
+from simulations.admission import admitted_moments, admitted_update
 from simulations.grid import InProcessGrid
 from simulations.server_optimizer import server_step
 from simulations.store import save_outcome
 
 app = ServerApp()
+
+
+T = TypeVar("T")
 
 
 class ClientError(RuntimeError):
@@ -85,7 +88,7 @@ def main(grid: Grid, context: Context) -> None:
     """Conduct the run that the run-config describes; write it below ``out`` if that is given."""
     set_threads()
     run = run_from_config(context.run_config)
-    outcome = conduct(grid, run, _listener.get())
+    outcome = conduct(grid, run, _listener.get(), float(context.run_config.get("patience", 0)))
     if out := str(context.run_config.get("out", "")):
         save_outcome(Path(out), run, outcome)
 
@@ -93,56 +96,138 @@ def main(grid: Grid, context: Context) -> None:
 class Clients:
     """The nodes of a grid, addressed by the user they serve.
 
+    Attributes:
+        grid: reaches them.
+        users: how many there are.
+        tolerate: share of those asked that may fail.
+        patience: seconds after which a client that was asked has failed; 0: never.
+        survived: what went wrong so far and was survived.
+        trained: users that keep something for themselves, as far as the server knows.
+        node: user -> node id.
+
     Raises:
         UserError: the grid has fewer nodes than there are users.
         ClientError: a node answers with an error.
     """
 
-    def __init__(self, grid: Grid, users: int) -> None:
+    def __init__(self, grid: Grid, users: int, tolerate: float = 0.0, patience: float = 0.0) -> None:
         """Ask every node which user it serves, until all users have one."""
-        self.grid = grid
+        self.grid, self.users, self.tolerate, self.patience = grid, users, tolerate, patience
+        self.survived: list[str] = []
         self.node: dict[int, int] = {}
+        self.trained: set[int] = set()
         while missing := set(range(users)) - self.node.keys():
-            known = set(self.node.values())
-            asked = [n for n in grid.get_node_ids() if n not in known]
-            for reply in grid.send_and_receive([Message(RecordDict(), n, "query.partition") for n in asked]):
-                if reply.has_error():
-                    raise ClientError(f"node {reply.metadata.src_node_id}: {reply.error.reason}")
-                info = reply.content.config_records["info"]
-                nodes = cast(int, info["num-partitions"])
-                if 0 < nodes < users:
-                    raise UserError(
-                        f"a federation of {nodes} nodes cannot serve {users} users, one each: add "
-                        f"--federation-config 'num-supernodes={users}' to flwr run"
-                    )
-                self.node[cast(int, info["partition-id"])] = reply.metadata.src_node_id
+            self._meet()
             if missing - self.node.keys():
                 time.sleep(0.5)
+
+    def _meet(self) -> None:
+        """Ask the nodes that serve nobody yet whom they serve."""
+        known = set(self.node.values())
+        asked = [n for n in self.grid.get_node_ids() if n not in known]
+        for reply in self._exchange([Message(RecordDict(), n, "query.partition") for n in asked]):
+            if reply.has_error() and self.trained and self.tolerate:
+                continue
+            if reply.has_error():
+                raise ClientError(f"node {reply.metadata.src_node_id}: {reply.error.reason}")
+            info = reply.content.config_records["info"]
+            nodes = cast(int, info["num-partitions"])
+            if 0 < nodes < self.users:
+                raise UserError(
+                    f"a federation of {nodes} nodes cannot serve {self.users} users, one each: add "
+                    f"--federation-config 'num-supernodes={self.users}' to flwr run"
+                )
+            self.node[cast(int, info["partition-id"])] = reply.metadata.src_node_id
+
+    def _exchange(self, messages: list[Message]) -> Iterable[Message]:
+        return self.grid.send_and_receive(messages, timeout=self.patience or None)
 
     def record(self, state: State) -> ArrayRecord:
         """Tensors as the nodes can take them: by reference where they are in this process."""
         return Held(state) if isinstance(self.grid, InProcessGrid) else arrays(state)
 
-    def ask(self, kind: str, content: dict[int, RecordDict]) -> dict[int, RecordDict]:
-        """Send each user its content; the replies, in the order of the users."""
-        user_of = {self.node[max(user, 0)]: user for user in content}
-        messages = [Message(record, self.node[max(user, 0)], kind) for user, record in content.items()]
-        replies: dict[int, RecordDict] = {}
-        for reply in self.grid.send_and_receive(messages):
-            user = user_of[reply.metadata.src_node_id]
-            if reply.has_error():
-                name = "everyone" if user == EVERYONE else f"user {user}"
-                raise ClientError(f"{kind}, {name}: {reply.error.reason}")
-            replies[user] = reply.content
-        if missing := sorted(content.keys() - replies.keys()):
-            raise ClientError(f"{kind}: no reply from users {missing}")
-        return {user: replies[user] for user in content}
+    def ask(self, kind: str, content: Mapping[int, RecordDict], read: Callable[[int, RecordDict], T]) -> dict[int, T]:
+        """Send each user its content.
+
+        Args:
+            kind: of message.
+            content: by user.
+            read: what a user's reply says; raises `UserError` for a reply that is not let in.
+
+        Returns:
+            What was read, in the order of the users; without those that failed, where so many are tolerated.
+
+        Raises:
+            ClientError: a client answered with an error or not at all.
+            UserError: a reply was not let in.
+        """
+        if any(max(user, 0) not in self.node for user in content):
+            self._meet()  # a node that was started anew may have another id
+        user_of = {self.node[max(user, 0)]: user for user in content if max(user, 0) in self.node}
+        messages = [Message(content[user], node, kind) for node, user in user_of.items()]
+        replies: dict[int, T] = {}
+        failed: dict[int, Exception] = {}
+        answers = self._exchange(messages)
+        asked = {message.metadata.message_id: message.metadata.dst_node_id for message in messages}
+        for reply in answers:
+            # A SuperLink answers in its own name for a node that it cannot reach.
+            user = user_of[asked.get(reply.metadata.reply_to_message_id, reply.metadata.src_node_id)]
+            if user in replies or user in failed:
+                self.survived.append(f"{kind}, {_name(user)}: answered twice; the first answer counts")
+            elif reply.has_error():
+                failed[user] = ClientError(f"{kind}, {_name(user)}: {reply.error.reason}")
+            else:
+                try:
+                    replies[user] = read(user, reply.content)
+                    if "lost" in reply.content:
+                        self.survived.append(
+                            f"{kind}, {_name(user)}: the node had lost what its user keeps, and went on like a newcomer"
+                        )
+                except UserError as error:
+                    failed[user] = error
+                except (KeyError, TypeError, ValueError) as error:
+                    failed[user] = ClientError(f"{kind}, {_name(user)}: a reply that cannot be read: {error!r}")
+        for user in content.keys() - replies.keys() - failed.keys():
+            failed[user] = ClientError(f"{kind}, {_name(user)}: no reply")
+        self._survive(kind, failed, len(content))
+        return {user: replies[user] for user in content if user in replies}
+
+    def _survive(self, kind: str, failed: Mapping[int, Exception], asked: int) -> None:
+        """Note who failed; raise if these are too many."""
+        if not failed:
+            return
+        first = failed[min(failed)]
+        if not self.tolerate:
+            raise first
+        if len(failed) > int(self.tolerate * asked):
+            raise ClientError(
+                f"{kind}: {len(failed)} of {asked} clients failed, more than the share of {self.tolerate:g} that is "
+                f"tolerated; the first: {first}"
+            ) from first
+        self.survived += [_line(failed[user]) for user in sorted(failed)]
+        for user in failed:
+            self.node.pop(max(user, 0), None)
 
 
-def conduct(grid: Grid, run: Run, listener: Listener | None = None) -> Outcome:
+def _name(user: int) -> str:
+    return "everyone" if user == EVERYONE else f"user {user}"
+
+
+def _line(error: Exception) -> str:
+    first, *_ = str(error).splitlines()
+    return first
+
+
+def conduct(grid: Grid, run: Run, listener: Listener | None = None, patience: float = 0.0) -> Outcome:
     """Run a federation over the nodes of a grid.
 
     The order of operations is that of `fedbn.federation.federate`, and so are the numbers, to the last bit.
+
+    Args:
+        grid: reaches the nodes.
+        run: what to do.
+        listener: who is told, and where to go on from.
+        patience: seconds after which a client that was asked has failed; 0: never.
 
     Raises:
         UserError: the run cannot work.
@@ -151,9 +236,12 @@ def conduct(grid: Grid, run: Run, listener: Listener | None = None) -> Outcome:
     listener = listener or Listener()
     here = setting(run)
     step = server_step(run.plan)
-    clients = Clients(grid, len(here.population.users))
+    if run.plan.tolerate and here.privacy is not None and here.privacy.secure:
+        raise UserError("secure sums need every client of a round: leave out secure=true, or tolerate")
+    clients = Clients(grid, len(here.population.users), run.plan.tolerate, patience)
     began = time.perf_counter()
     out = listener.resume or Outcome(Server(here.start(), here.start()))
+    clients.trained |= out.kept.keys()
     spent = out.seconds
     for number in range(len(out.curve) + 1, run.plan.rounds + 1):
         sampled = here.sampled(number)
@@ -173,6 +261,8 @@ def conduct(grid: Grid, run: Run, listener: Listener | None = None) -> Outcome:
             mean_accuracy(here, scores, unseen=True),
         )
         out.curve.append(point)
+        out.faults += [Fault(number, text) for text in clients.survived]
+        clients.survived.clear()
         out.seconds = spent + time.perf_counter() - began
         if listener.on_round:
             listener.on_round(number, out)
@@ -204,7 +294,7 @@ def _consult(
     def ask(answers: list[dict[str, Moments]]) -> list[dict[str, Moments] | None]:
         heard, config = answers_to(answers), _config(here, number)
         content = {u: RecordDict({"arrays": outgoing[u], "config": config, **heard}) for u in sampled}
-        return _said(clients.ask("query.consult", content))
+        return list(clients.ask("query.consult", content, _said).values())
 
     return list(hold(ask))
 
@@ -222,30 +312,22 @@ def _train(
     if server.told:
         common["told"] = clients.record(server.told)
 
-    contents: dict[tuple[str, bool], RecordDict] = {}  # users that are told the same share it
+    contents: dict[tuple[str, bool, bool], RecordDict] = {}  # users that are told the same share it
 
     def content(user: int) -> RecordDict:
-        which = here.view(user), here.strategy.met(user, server.known)
+        which = here.view(user), here.strategy.met(user, server.known), user in clients.trained
         if which not in contents:
-            contents[which] = RecordDict(
-                {"arrays": outgoing[user], "config": _config(here, number, which[1]), **common}
-            )
+            config = _config(here, number, which[1])
+            config["trained"] = which[2]
+            contents[which] = RecordDict({"arrays": outgoing[user], "config": config, **common})
         return contents[which]
 
-    replies = clients.ask("train", {u: content(u) for u in sampled})
-    updates = []
-    for user, reply in replies.items():
-        metrics, notes = cast(MetricRecord, reply["metrics"]), cast(ArrayRecord | None, reply.get("notes"))
-        updates.append(
-            Update(
-                user,
-                admitted(here, user, cast(ArrayRecord, reply["arrays"])),
-                cast(int, metrics["num-examples"]),
-                cast(float, metrics["loss"]),
-                {} if notes is None else admitted_notes(here, user, notes),
-            )
-        )
-    return updates
+    def read(user: int, reply: RecordDict) -> Update:
+        return admitted_update(here, user, reply)
+
+    updates = clients.ask("train", {u: content(u) for u in sampled}, read)
+    clients.trained |= updates.keys()
+    return list(updates.values())
 
 
 def _settle(here: Setting, clients: Clients, state: State) -> State:
@@ -253,17 +335,13 @@ def _settle(here: Setting, clients: Clients, state: State) -> State:
 
     def ask(answers: list[dict[str, Moments]]) -> list[dict[str, Moments] | None]:
         content = RecordDict({"arrays": record, **answers_to(answers)})
-        return _said(clients.ask("query.settle", dict.fromkeys(here.trainers, content)))
+        return list(clients.ask("query.settle", dict.fromkeys(here.trainers, content), _said).values())
 
     return settled(here, state, list(hold(ask)))
 
 
-def _said(replies: dict[int, RecordDict]) -> list[dict[str, Moments] | None]:
-    return [_moments(content.array_records["moments"]) or None for content in replies.values()]
-
-
-def _moments(record: ArrayRecord) -> dict[str, Moments]:
-    return unflatten(tensors(record))
+def _said(user: int, reply: RecordDict) -> dict[str, Moments] | None:
+    return admitted_moments(user, reply) or None
 
 
 def _evaluate(here: Setting, clients: Clients, server: Server, *, last: bool) -> dict[int, list[Score]]:
@@ -275,10 +353,13 @@ def _evaluate(here: Setting, clients: Clients, server: Server, *, last: bool) ->
         globally = global_columns(here, user) if last else ()
         columns = COLUMNS if last else COLUMNS[:1]
         config = ConfigRecord({"columns": [str(c) for c in columns], "globally": [str(c) for c in globally]})
+        config["trained"] = user in clients.trained
         records = RecordDict({"arrays": outgoing[user], "config": config})
         if registry is not None and here.hears_registry(user):
             records["registry"] = registry
         return records
 
-    replies = clients.ask("evaluate", {user: content(user) for user in users})
-    return {user: scores_from(cast(MetricRecord, content["metrics"])) for user, content in replies.items()}
+    def read(user: int, reply: RecordDict) -> list[Score]:
+        return scores_from(cast(MetricRecord, reply["metrics"]))
+
+    return clients.ask("evaluate", {user: content(user) for user in users}, read)

@@ -124,6 +124,9 @@ def compare(
     optimizer_state: Annotated[str | None, typer.Option(help="reset or keep (never sent).")] = None,
     weighting: Annotated[str | None, typer.Option(help="samples or uniform.")] = None,
     proximal: Annotated[float | None, typer.Option(help="FedProx mu.")] = None,
+    tolerate: Annotated[
+        float | None, typer.Option(help="Share of the clients asked that may fail; the rest go on. [default: 0]")
+    ] = None,
     server_optimizer: Annotated[
         str | None, typer.Option(help="none, fedavgm, fedadam, fedyogi, fedadagrad: on parameters only.")
     ] = None,
@@ -185,6 +188,7 @@ def compare(
         "optimizer_state": optimizer_state,
         "weighting": weighting,
         "proximal": proximal,
+        "tolerate": tolerate,
         "server_optimizer": server_optimizer,
         "server_lr": server_lr,
         "eval_every": eval_every,

@@ -33,7 +33,7 @@ from fedbn.stacked.memory import keep_freed_memory, leave_alone_what_is_loaded
 from simulations.engines import Engine, execute, parse_engine
 from simulations.experiment import Experiment
 from simulations.results import Comparison, write_comparison, write_run, write_shift
-from simulations.store import code_digest, load_outcome, save_outcome, versions
+from simulations.store import before, code_digest, load_latest, load_outcome, save_outcome, versions
 
 CHECKPOINT = "checkpoint.safetensors"
 
@@ -75,7 +75,7 @@ def result_of(run: Run, here: Setting, outcome: Outcome) -> dict[str, Any]:
         "rounds": len(outcome.curve),
         "seconds": outcome.seconds,
         "newcomer": here.strategy.newcomer,
-        "notices": list(here.notices),
+        "notices": [*here.notices, *outcome.notices()],
         "ownership": here.ownership.rows(),
         "curve": [asdict(p) for p in outcome.curve],
         "evaluations": [
@@ -102,12 +102,12 @@ def perform(task: Task, engine: Engine, report: Report) -> None:
     here = setting(task.run)
     sources = here.population.sources
     checkpoint = directory / CHECKPOINT
-    resume = load_outcome(checkpoint, task.run, sources) if checkpoint.exists() else None
+    resume = load_latest(checkpoint, task.run, sources)
     if resume is not None:
         report(Event(task.directory, len(resume.curve)))
 
     def on_round(number: int, outcome: Outcome) -> None:
-        save_outcome(checkpoint, task.run, outcome, sources)
+        save_outcome(checkpoint, task.run, outcome, sources, before(checkpoint))
         measured = {k: v for k, v in asdict(outcome.curve[-1]).items() if k != "round" and v is not None}
         report(Event(task.directory, number, values=measured))
 
@@ -117,6 +117,7 @@ def perform(task: Task, engine: Engine, report: Report) -> None:
         outcome = execute(task.run, engine, resume, on_round)
         save_outcome(checkpoint, task.run, outcome, sources)
     write_run(directory.parent.parent, directory.name, result_of(task.run, here, outcome))
+    before(checkpoint).unlink(missing_ok=True)
     report(Event(task.directory, rounds, ended=True, values=_means(outcome)))
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import asdict
 from functools import cache
 from importlib.metadata import version
@@ -20,9 +19,10 @@ from safetensors.torch import save
 
 import clients
 import fedbn
+from clients.keeping import checksum, replace_file
 from fedbn.errors import UserError
 from fedbn.evaluation import Score
-from fedbn.federation import Outcome, Point, Server
+from fedbn.federation import Fault, Outcome, Point, Server
 from fedbn.roles import State
 from fedbn.run import Run
 
@@ -45,28 +45,34 @@ def code_digest() -> str:
     return digest.hexdigest()[:16]
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes, keep: Path | None = None) -> None:
     """Write beside, sync, rename.
 
+    Args:
+        path: to be written.
+        data: what it shall hold.
+        keep: where the file that was there before goes; None: it is replaced.
+
     Raises:
-        UserError: the place cannot be written.
+        UserError: the place cannot be written; what was there before still is.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        replace_file(path, data, keep)
     except OSError as error:
         raise UserError(
             f"cannot write {path}: {error.strerror or error}; choose another --out or free the disk"
         ) from None
 
 
-def save_outcome(path: Path, run: Run, outcome: Outcome, sources: dict[str, str] | None = None) -> None:
-    """Write an outcome, finished or not."""
+def before(path: Path) -> Path:
+    """Where the checkpoint before the last one lies."""
+    return path.with_name(f"{path.name}.before")
+
+
+def save_outcome(
+    path: Path, run: Run, outcome: Outcome, sources: dict[str, str] | None = None, keep: Path | None = None
+) -> None:
+    """Write an outcome, finished or not; what was there before goes to ``keep``, if given."""
     tensors = _prefixed("server", outcome.server.state) | _prefixed("memory", outcome.server.memory)
     if outcome.server.serving is not outcome.server.state:
         tensors |= _prefixed("serving", outcome.server.serving)
@@ -89,8 +95,11 @@ def save_outcome(path: Path, run: Run, outcome: Outcome, sources: dict[str, str]
         "views": list(server.views),
         "registry": list(server.registry),
         "scores": {str(u): [asdict(s) for s in scores] for u, scores in outcome.scores.items()},
+        "faults": [asdict(f) for f in outcome.faults],
     }
-    write_atomically(path, save(tensors, metadata={"outcome": json.dumps(header)}))
+    text = json.dumps(header)
+    metadata = {"outcome": text, "crc32": str(checksum(text, tensors))}
+    write_atomically(path, save(tensors, metadata=metadata), keep)
 
 
 def load_outcome(path: Path, run: Run, sources: dict[str, str] | None = None) -> Outcome:
@@ -131,18 +140,49 @@ def load_outcome(path: Path, run: Run, sources: dict[str, str] | None = None) ->
         curve=[Point(**p) for p in header["curve"]],
         scores={int(u): [Score(**s) for s in scores] for u, scores in header["scores"].items()},
         seconds=header["seconds"],
+        faults=[Fault(**f) for f in header["faults"]],
     )
+
+
+def load_latest(path: Path, run: Run, sources: dict[str, str] | None = None) -> Outcome | None:
+    """The last checkpoint that can be read, of two; None if there is none.
+
+    Falling back on the one before is a fault that the outcome tells of.
+
+    Raises:
+        UserError: no checkpoint can be read, or it is of another run, other code, versions or data.
+    """
+    if not path.exists() and not before(path).exists():
+        return None
+    try:
+        return load_outcome(path, run, sources)
+    except Unreadable as error:
+        if not before(path).exists():
+            raise
+        outcome = load_outcome(before(path), run, sources)
+        before(path).replace(path)  # or the next round would move the damaged one over it
+        outcome.faults.append(Fault(len(outcome.curve) + 1, f"{error.reason}; went on from the checkpoint before"))
+        return outcome
+
+
+class Unreadable(UserError):
+    """A checkpoint that is damaged or missing."""
+
+    def __init__(self, path: Path, error: Exception) -> None:
+        self.reason = f"checkpoint {path.name} cannot be read ({error})"
+        super().__init__(f"checkpoint {path} cannot be read ({error}): delete it and resume; its run starts anew")
 
 
 def _read(path: Path) -> tuple[dict[str, Any], State]:
     try:
         with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {})["outcome"])
-            return header, {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
+            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+            if metadata["crc32"] != str(checksum(metadata["outcome"], tensors)):
+                raise Unreadable(path, ValueError("its checksum is wrong"))
+            return json.loads(metadata["outcome"]), tensors
     except (SafetensorError, KeyError, json.JSONDecodeError, OSError) as error:
-        raise UserError(
-            f"checkpoint {path} cannot be read ({error}): delete it and resume; its run starts anew"
-        ) from None
+        raise Unreadable(path, error) from None
 
 
 def _prefixed(prefix: str, state: State) -> State:

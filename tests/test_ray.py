@@ -26,8 +26,9 @@ from simulations.app import Clients
 from simulations.engines import execute
 from simulations.flower_compat import task_identity
 from simulations.grid import InProcessGrid
-from simulations.ray_engine import PRIVATE, RayRunError, ray_session
+from simulations.ray_engine import ray_session
 from simulations.store import load_outcome
+from simulations.superlink import PRIVATE, FlowerRunError
 
 ROOT = Path(__file__).parents[1]
 MARK = "FEDBN_TEST_MARK"
@@ -122,7 +123,7 @@ def test_what_the_user_did_wrong_is_said_as_in_this_process(on_ray):
 
 @pytest.mark.ray
 def test_a_bug_at_a_client_fails_the_run_and_shows_the_log(on_ray):
-    with pytest.raises(RayRunError, match=r"(?s)finished:failed: train, user \d.*a bug of the model's"):
+    with pytest.raises(FlowerRunError, match=r"(?s)finished:failed: train, user \d.*a bug of the model's"):
         on_ray(short("fedbn", model="ray_models:broken_at_the_clients"))
 
 

@@ -1,0 +1,202 @@
+"""Flower's deployment engine gives the same bits as the grid, and leaves no process behind, however it ends."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import load_ssh_public_key
+from flwr.common.config import parse_config_args
+from test_ray import MARK, kill, marked
+from typer.testing import CliRunner
+
+from fedbn.errors import UserError
+from fedbn.federation import Outcome, Point, Server
+from fedbn.run import Run, plan_for
+from simulations.certificates import make_certificates
+from simulations.cli import app
+from simulations.deploy import Deployment, deploy, deployment, differences
+from simulations.processes import Family, free_port
+from simulations.superlink import FlowerRunError, SuperLink
+
+
+def short(strategy, rounds):
+    plan = plan_for("digits8", rounds=rounds, eval_every=rounds, global_test=60)
+    return Run("digits8:users=3:unseen=1", strategy, plan=plan).resolved()
+
+
+@pytest.fixture
+def mark(monkeypatch):
+    """A mark that all processes of a test inherit; none of them may be left."""
+    mark = uuid.uuid4().hex
+    monkeypatch.setenv(MARK, mark)
+    yield mark
+    monkeypatch.delenv(MARK)
+    left = marked(mark)
+    kill(mark)
+    assert not left
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("strategy", "rounds", "tls"), [("fedbn", 2, False), ("silobn", 1, True)])
+def test_the_deployed_run_equals_the_grid_to_the_last_bit(strategy, rounds, tls, mark):
+    said = []
+    result = deploy(short(strategy, rounds), tls=tls, say=said.append)
+    assert result.differences == ()
+    assert len(result.deployed.curve) == rounds
+    assert result.deployed.scores.keys() == {0, 1, 2}
+    assert ("with TLS and node authentication" in said[0]) is tls
+    assert said[1].startswith("3 SuperNodes are online")
+
+
+@pytest.mark.slow
+def test_a_node_without_a_registered_key_is_not_let_in(mark, tmp_path):
+    family = Family()
+    try:
+        link = SuperLink(tmp_path, ("--enable-supernode-auth",), make_certificates(tmp_path / "certificates"), family)
+        link.start()
+        certificates = link.certificates
+        command = [str(Path(sys.executable).parent / "flower-supernode"), "--superlink", f"127.0.0.1:{link.port}"]
+        command += ["--port", str(free_port()), "--root-certificates", str(certificates.root), *certificates.options()]
+        command += ["--auth-supernode-private-key", str(certificates.node_key(0))]
+        link.begin("stranger", command)
+        family.started["stranger"].wait(120)
+        with pytest.raises(FlowerRunError, match=r"(?s)Flower's stranger is gone.*Failed to activate SuperNode"):
+            link.check()
+    finally:
+        family.stop()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_deployment_leaves_nothing_behind(how, mark):
+    code = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from simulations.cli import app\napp(['deploy', '--rounds', '50'])\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while sum("supernode" in command for command in commands(mark)) < 3 and time.monotonic() < deadline:
+        time.sleep(0.2)
+    homes = {Path(e["FLWR_HOME"]).parent for e in marked(mark).values() if "FLWR_HOME" in e}
+    assert len(homes) == 1
+    process.send_signal(how)
+    time.sleep(0.5)
+    process.send_signal(how)  # as impatient people do
+    _, said = process.communicate(timeout=120)
+    # The second one may meet a process that has stopped everything and is only leaving.
+    assert process.returncode in {signal.SIGINT: (130, -how), signal.SIGTERM: (143, -how)}[how]
+    assert "SuperLink on" in said
+    assert not any(home.exists() for home in homes)
+
+
+def commands(mark):
+    for pid in marked(mark):
+        try:
+            yield Path(f"/proc/{pid}/cmdline").read_text()
+        except OSError:
+            continue
+
+
+def test_too_many_users_for_one_machine():
+    with pytest.raises(UserError, match=r"17 users would need as many SuperNodes, at most 16 .* digits8:users=3"):
+        deployment(17).__enter__()
+
+
+def test_a_process_that_ends_is_named_with_what_it_said_last(mark, tmp_path):
+    link = SuperLink(tmp_path)
+    link.begin("node", [sys.executable, "-c", "print('out of luck')"])
+    link.family.started["node"].wait()
+    with pytest.raises(FlowerRunError, match=r"(?s)Flower's node is gone.*out of luck"):
+        link.check()
+
+
+def test_a_family_is_stopped_with_children_that_left_their_session(mark, tmp_path):
+    child = "import os, time; os.setsid(); time.sleep(600)"
+    parent = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(600)"
+    family = Family()
+    family.start("parent", [sys.executable, "-c", parent], tmp_path / "log", os.environ)
+    deadline = time.monotonic() + 30
+    while len({os.getsid(pid) for pid in family.find()}) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert len(marked(mark)) == 3 - 1
+    family.stop()
+    assert family.find() == []
+
+
+def test_certificates_are_for_loopback_and_short_lived_and_keys_are_private(tmp_path):
+    made = make_certificates(tmp_path / "c")
+    root, shown = (x509.load_pem_x509_certificate((made.place / n).read_bytes()) for n in ("root.pem", "server.pem"))
+    shown.verify_directly_issued_by(root)
+    names = shown.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert names.get_values_for_type(x509.DNSName) == ["localhost"]
+    assert [str(a) for a in names.get_values_for_type(x509.IPAddress)] == ["127.0.0.1"]
+    assert (shown.not_valid_after_utc - shown.not_valid_before_utc).days <= 2
+    key = made.node_key(0)
+    load_ssh_public_key(key.with_suffix(".pub").read_bytes())
+    assert made.node_key(0).read_bytes() == key.read_bytes() != made.node_key(1).read_bytes()
+    assert {p.stat().st_mode & 0o777 for p in made.place.iterdir()} == {0o600}
+    assert made.place.stat().st_mode & 0o777 == 0o700
+
+
+def outcome():
+    state = {"w": torch.zeros(2), "n": torch.tensor(3)}
+    return Outcome(Server(state, state, views={"a": {"w": torch.ones(1)}}), curve=[Point(1, 0.5, 0.25)], seconds=1.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "differs"),
+    [
+        (lambda o: setattr(o, "seconds", 9.0), ()),
+        (lambda o: setattr(o.server, "state", {"w": torch.zeros(2), "n": torch.tensor(4)}), ("server's state",)),
+        (lambda o: setattr(o.server, "state", {"w": torch.zeros(2)}), ("server's state",)),
+        (lambda o: setattr(o.server, "views", {"a": {"w": torch.zeros(1)}}), ("server's views",)),
+        (lambda o: setattr(o.server, "known", {"w": torch.zeros(1).double()}), ("server's known",)),
+        (lambda o: o.curve.append(Point(2, 0.1)), ("training curve",)),
+        (lambda o: o.scores.update({1: []}), ("scores",)),
+    ],
+)
+def test_differences_are_named(change, differs):
+    other = outcome()
+    change(other)
+    assert differences(outcome(), other) == differs
+
+
+@pytest.mark.parametrize("differs", [(), ("scores",)])
+def test_the_command_prints_both_and_the_verdict(differs, monkeypatch):
+    seconds = {"start": 1.0, "run": 2.0, "grid": 0.1}
+    asked = []
+
+    def conduct(run, **options):
+        asked.append((run, options["tls"]))
+        return Deployment(outcome(), outcome(), 3, True, seconds, differs)
+
+    monkeypatch.setattr("simulations.deploy.deploy", conduct)
+    done = CliRunner().invoke(app, ["deploy", "--strategy", "silobn", "--rounds", "4", "--tls"])
+    assert done.exit_code == bool(differs)
+    run, tls = asked[0]
+    assert (run.strategy, run.plan.rounds, run.plan.eval_every, tls) == ("silobn", 4, 4, True)
+    assert "SuperLink and 3 SuperNodes" in done.output
+    verdict = "state, scores and curve: " + ("DIFFERENT: scores" if differs else "equal to the last bit")
+    assert verdict in " ".join(done.output.split())
+
+
+def test_the_compose_file_gives_every_user_a_node_and_nobody_else_a_port():
+    services = yaml.safe_load((Path(__file__).parents[1] / "compose.yaml").read_text())["services"]
+    link = services.pop("superlink")
+    assert link["ports"] == ["127.0.0.1:8000:8000"]
+    for user, node in enumerate(services.values()):
+        _, *options = shlex.split(node["command"])
+        config = parse_config_args([options[options.index("--node-config") + 1]])
+        assert config == {"partition-id": user, "num-partitions": len(services), "state-dir": "/state"}
+        assert "ports" not in node
