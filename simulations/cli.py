@@ -77,7 +77,9 @@ def _plain(text: str) -> str:
     return text.replace("[", r"\[")
 
 
-Out = Annotated[Path | None, typer.Option(help="Directory of results; default results/SCENARIO.")]
+Out = Annotated[
+    Path | None, typer.Option(help="Directory of results; default results/SCENARIO, with a digest if taken.")
+]
 Track = Annotated[
     list[str] | None,
     typer.Option(help="Also log to tensorboard:DIR, mlflow:DIR or wandb:DIR (offline); repeatable."),
@@ -154,7 +156,7 @@ def compare(
     Example: [bold]fedbn compare hapt --strategies global-naive,fedbn,groupnorm[/]
     """
     from simulations.compare import compare as conduct
-    from simulations.compare import suited
+    from simulations.compare import default_place, suited
     from simulations.experiment import GRID, Experiment, read_run_file
 
     values: dict[str, Any] = read_run_file(run_file) if run_file else {}
@@ -199,7 +201,7 @@ def compare(
     notices: list[str] = []
     if strategies == "all":
         experiment, notices = suited(experiment)
-    place = out or Path("results") / experiment.scenario.split(":")[0]
+    place = out or default_place(experiment)
     _conduct(
         lambda **told: conduct(
             experiment,

@@ -6,6 +6,7 @@ own directory; what is finished is never run again, and an interrupted experimen
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -232,6 +233,22 @@ def chosen_rates(tasks: Sequence[Task]) -> dict[str, float]:
     return {strategy: -negative for strategy, (_, negative) in best.items()}
 
 
+def default_place(experiment: Experiment) -> Path:
+    """Where results go that nobody has named a place for: the same settings always come back to the same place.
+
+    ``results/SCENARIO``, or with a digest of the settings behind it where that holds another comparison already.
+    """
+    place = Path("results") / experiment.scenario.partition(":")[0]
+    if not (place / "comparison.json").exists() or _stored(place) == experiment.to_dict():
+        return place
+    digest = hashlib.sha256(json.dumps(experiment.to_dict(), sort_keys=True).encode()).hexdigest()[:8]
+    return place.with_name(f"{place.name}-{digest}")
+
+
+def _stored(place: Path) -> Any:
+    return json.loads((place / "comparison.json").read_text(encoding="utf-8")).get("experiment")
+
+
 def preflight(experiment: Experiment, out: Path) -> list[str]:
     """Check everything that can be checked before work starts; returns notices.
 
@@ -248,11 +265,8 @@ def preflight(experiment: Experiment, out: Path) -> list[str]:
         probe.unlink()
     except OSError as error:
         raise UserError(f"cannot write to {out}: {error.strerror}; choose another --out") from None
-    stored = out / "comparison.json"
-    if stored.exists():
-        before = json.loads(stored.read_text(encoding="utf-8"))
-        if before.get("experiment") != experiment.to_dict():
-            raise UserError(f"{out} holds another comparison; choose another --out, or delete it")
+    if (out / "comparison.json").exists() and _stored(out) != experiment.to_dict():
+        raise UserError(f"{out} holds another comparison; choose another --out, or delete it")
     return notices
 
 

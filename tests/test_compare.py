@@ -15,7 +15,7 @@ from fedbn.errors import UserError
 from fedbn.federation import federate
 from fedbn.run import plan_for
 from simulations import store
-from simulations.compare import CHECKPOINT, chosen_rates, compare, resume, tuning_tasks
+from simulations.compare import CHECKPOINT, chosen_rates, compare, default_place, resume, tuning_tasks
 from simulations.experiment import Experiment, read_run_file
 from simulations.results import Comparison
 
@@ -272,6 +272,19 @@ def test_another_comparison_is_not_overwritten(tmp_path):
     compare(experiment("fedbn", seeds=1), tmp_path, workers=1)
     with pytest.raises(UserError, match="holds another comparison; choose another --out"):
         compare(experiment("silobn", seeds=1), tmp_path, workers=1)
+
+
+def test_what_nobody_named_a_place_for_gets_one_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first, second = (experiment(name, seeds=1).resolved() for name in ("fedbn", "silobn"))
+    place = default_place(first)
+    assert str(place) == "results/digits8"
+    place.mkdir(parents=True)
+    (place / "comparison.json").write_text(json.dumps({"experiment": first.to_dict()}))
+    assert default_place(first) == place
+    assert default_place(second) != place
+    assert default_place(second) == default_place(second)
+    assert default_place(second).name.startswith("digits8-")
 
 
 def test_nothing_to_resume(tmp_path):
