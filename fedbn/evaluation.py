@@ -14,7 +14,6 @@ from functools import partial
 from typing import Literal
 
 import torch
-from sklearn.metrics import f1_score
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -64,9 +63,23 @@ def score(row: Row, column: Column, outputs: Tensor, y: Tensor) -> Score:
         column,
         len(y),
         float((predicted == y).double().mean()),
-        float(f1_score(y.cpu().numpy(), predicted.cpu().numpy(), average="macro", zero_division=0.0)),
+        macro_f1(predicted, y, outputs.shape[1]),
         float(F.cross_entropy(outputs.double(), y)),
     )
+
+
+def macro_f1(predicted: Tensor, y: Tensor, classes: int) -> float:
+    """Unweighted mean of F1 over the classes that occur or are predicted, of class numbers ``[n]`` each.
+
+    scikit-learn's ``f1_score`` gives the same and takes milliseconds to check its input: most of an evaluation of
+    thousands of clients.
+
+    >>> macro_f1(torch.tensor([0, 0, 1]), torch.tensor([0, 1, 1]), classes=3)
+    0.6666666666666666
+    """
+    right = torch.bincount(y[predicted == y], minlength=classes).double()
+    met = torch.bincount(y, minlength=classes) + torch.bincount(predicted, minlength=classes)
+    return float((2 * right[met > 0] / met[met > 0]).mean())
 
 
 def evaluate_user(
