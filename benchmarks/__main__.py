@@ -32,7 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("results/benchmarks"), help="directory of JSON and picture")
     parser.add_argument("--store", action="store_true", help="keep these ratios to compare with from now on")
     chosen = parser.parse_args(argv)
-    result = measure([parse_tier(t) for t in chosen.tiers.split(",")], chosen.rounds, chosen.most, chosen.ray)
+    tiers = [parse_tier(t) for t in chosen.tiers.split(",")]
+    result = measure(tiers, chosen.rounds, chosen.most, chosen.ray, say=lambda line: print(line, file=sys.stderr))
     chosen.out.mkdir(parents=True, exist_ok=True)
     (chosen.out / "benchmarks.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     draw(result, chosen.out / "benchmarks.png")

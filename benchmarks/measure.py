@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -102,23 +102,20 @@ def row(work: Workload, engine: str, loop: Loop, timing: Timing) -> dict[str, ob
     }
 
 
-def ratios(folder: Path, tiers: Sequence[Tier], rounds: int, works: Sequence[Workload]) -> list[dict[str, object]]:
+def ratios(folder: Path, tiers: Sequence[Tier], rounds: int, works: Sequence[Workload]) -> Iterator[dict[str, object]]:
     """One row a workload and tier; a round of the bare loop follows every round of the engine."""
-    rows: list[dict[str, object]] = []
     for work in works:
         run = work.run(folder, rounds)
         for tier in tiers:
             with Loop(run) as loop:
                 timing = grid_rounds(run, tier, loop.round)
-                rows.append(row(work, f"grid:{tier}", loop, timing))
-    return rows
+                yield row(work, f"grid:{tier}", loop, timing)
 
 
-def ray_rows(folder: Path, rounds: int, works: Sequence[Workload]) -> list[dict[str, object]]:
+def ray_rows(folder: Path, rounds: int, works: Sequence[Workload]) -> Iterator[dict[str, object]]:
     """The same over Flower's own simulation: seconds a round of a run, starting Ray left out by a run of one round."""
     from simulations.engines import execute
 
-    rows: list[dict[str, object]] = []
     for work in works:
         spent = {}
         for number in (1, rounds):
@@ -128,11 +125,10 @@ def ray_rows(folder: Path, rounds: int, works: Sequence[Workload]) -> list[dict[
         with Loop(work.run(folder, rounds)) as loop:
             for _ in range(rounds):
                 loop.round()
-            rows.append(row(work, "ray", loop, Timing([(spent[rounds] - spent[1]) / (rounds - 1)], [])))
-    return rows
+            yield row(work, "ray", loop, Timing([(spent[rounds] - spent[1]) / (rounds - 1)], []))
 
 
-def scale(folder: Path, tier: Tier, rounds: int, most: int) -> list[dict[str, object]]:
+def scale(folder: Path, tier: Tier, rounds: int, most: int) -> Iterator[dict[str, object]]:
     """Rounds of W3 with more and more clients that together take ever the same number of steps.
 
     Each number of clients has a process of its own, whose memory is then its own too.
@@ -142,7 +138,7 @@ def scale(folder: Path, tier: Tier, rounds: int, most: int) -> list[dict[str, ob
         counts.append(counts[-1] * 10)
     fresh = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, fresh, max_tasks_per_child=1) as pool:
-        return list(pool.map(partial(_scaled, folder, tier, rounds, counts[-1]), counts))
+        yield from pool.map(partial(_scaled, folder, tier, rounds, counts[-1]), counts)
 
 
 def _scaled(folder: Path, tier: Tier, rounds: int, steps: int, clients: int) -> dict[str, object]:
@@ -208,18 +204,26 @@ def starts() -> dict[str, float]:
     return out
 
 
-def measure(tiers: Sequence[Tier], rounds: int, most: int, ray: bool) -> dict[str, object]:
-    """Everything, as plain values."""
+def measure(
+    tiers: Sequence[Tier], rounds: int, most: int, ray: bool, say: Callable[[str], None] = print
+) -> dict[str, object]:
+    """Everything, as plain values; ``say`` is told each as soon as it is known."""
+
+    def told(parts: Iterable[dict[str, object]]) -> list[dict[str, object]]:
+        known = []
+        for part in parts:
+            say(", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in part.items()))
+            known.append(part)
+        return known
+
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        rows = ratios(folder, tiers, rounds, WORKLOADS)
-        if ray:
-            rows += ray_rows(folder, rounds, WORKLOADS)
         return {
             "rounds": rounds,
             "torch": torch.__version__,
-            "ratios": rows,
-            "scale": scale(folder, "stacked", rounds, most),
+            "ratios": told(ratios(folder, tiers, rounds, WORKLOADS))
+            + told(ray_rows(folder, rounds, WORKLOADS) if ray else ()),
+            "scale": told(scale(folder, "stacked", rounds, most)),
             "bank": bank(),
             "starts": starts(),
         }

@@ -95,6 +95,7 @@ def evaluate_user(
     online_prior: float = 256.0,
     online_rule: Rule | None = None,
     prior: Mapping[str, LayerPrior] | None = None,
+    follow: Callable[[nn.Module, Tensor], Tensor | None] = lambda model, x: None,
 ) -> list[Score]:
     """All cells of one user.
 
@@ -110,6 +111,7 @@ def evaluate_user(
         online_prior: weight of the source statistics in the online column, in windows.
         online_rule: followed in the online column instead, window by window.
         prior: what the user then starts from; None: the statistics of ``state``.
+        follow: the strategy's own way (`fedbn.strategy.NormStrategy.follow`), which ``online_rule`` overrides.
     """
     row: Row = "unseen" if unseen else "own"
     stateful = bool(statistics_layers(model))
@@ -122,7 +124,8 @@ def evaluate_user(
         answer: Callable[[Tensor], Tensor] = partial(logits, model)
         if column == "online":
             if online_rule is None:
-                outputs = predict_online(model, test.x, prior=online_prior)
+                own = follow(model, test.x)
+                outputs = predict_online(model, test.x, prior=online_prior) if own is None else own
             else:
                 outputs, net = follow_rule(model, test.x, online_rule, prior)
                 answer = partial(net.predict, user=USER)
@@ -137,6 +140,15 @@ def evaluate_user(
 
 
 def pooled_test(parts: list[Examples], rows: int, draw: torch.Generator) -> Examples:
-    """At most ``rows`` test rows, an equal share from every part, drawn without replacement."""
+    """At most ``rows`` test rows, drawn without replacement: an equal share from every part.
+
+    Where there are more parts than rows, one row each from as many parts, which are drawn too.
+
+    >>> part = Examples(torch.zeros(3, 2), torch.zeros(3, dtype=torch.long), torch.zeros(3, dtype=torch.long))
+    >>> [len(pooled_test([part] * n, 4, torch.Generator())) for n in (2, 3, 9)]
+    [4, 3, 4]
+    """
+    if rows < len(parts):
+        parts = [parts[i] for i in torch.randperm(len(parts), generator=draw)[:rows].sort().values.tolist()]
     share = max(1, rows // len(parts))
     return Examples.concat([p.take(torch.randperm(len(p), generator=draw)[:share].sort().values) for p in parts])

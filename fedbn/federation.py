@@ -259,7 +259,7 @@ def user_state(here: Setting, user: int, received: State, kept: State | None) ->
     """
     own, _, aside = _split(kept, here)
     state = here.assemble(received, own)
-    if user in here.population.seen and not isinstance(here.personal, Plain):
+    if not isinstance(here.personal, Plain) and user in here.population.seen:
         finished = Progress(here.run.plan.rounds, here.run.plan.rounds)
         model = here.load(state)
         here.strategy.begin(model, finished)
@@ -305,6 +305,7 @@ def client_evaluation(
         online_prior=here.run.plan.online_prior,
         online_rule=client_rule(here.run.rule) if here.run.rule else None,
         prior=population(here, state, registry, person.train.x) if registry and here.asks_population else None,
+        follow=here.strategy.follow,
     )
     if registry and user in here.population.unseen:
         for name, start in starts(here, state, registry, person.train.x).items():
@@ -340,7 +341,7 @@ def global_columns(here: Setting, user: int) -> tuple[Column, ...]:
 
     As aggregated, every seen user's model does, or one user's where all models are the same.
     """
-    if user not in here.population.seen:
+    if user in here.population.unseen:
         return ()
     personal = here.ownership.personal or not isinstance(here.personal, Plain) or user == here.population.seen[0]
     return COLUMNS if personal else COLUMNS[1:]

@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -83,7 +84,7 @@ class Population:
     skew: str
     sources: dict[str, str] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def seen(self) -> tuple[int, ...]:
         """Indices of the users that train."""
         away = set(self.unseen)

@@ -229,7 +229,7 @@ def check_data(people: Population) -> None:
                     f"user {user.name}: {part} examples have shape {list(data.x.shape[1:])}, "
                     f"others {list(people.shape)}"
                 )
-        if i in people.seen:
+        if i not in people.unseen:
             trained[user.train.y.cpu()] = True
     if not trained.all():
         missing = [people.classes[i] for i in (~trained).nonzero().flatten().tolist()]

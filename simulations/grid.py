@@ -16,7 +16,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
 from clients.jobs import together
-from fedbn.stacked.tiers import Tier, Tiers
+from fedbn.stacked.tiers import WIDEST, Tier, Tiers
 from simulations.flower_compat import (
     CLIENT_APP_RAISED,
     NODE_UNAVAILABLE,
@@ -28,6 +28,9 @@ from simulations.flower_compat import (
 )
 
 FIRST_NODE = 1_000_000
+
+CROWD = 8 * WIDEST
+"""Most clients whose calls are open at the same time: each holds a model's tensors and a hundred kilobytes more."""
 
 
 class InProcessGrid(Grid):
@@ -96,9 +99,12 @@ class InProcessGrid(Grid):
         for message in messages:
             set_message_id(message, self._next_id())
         ids = [message.metadata.message_id for message in messages]
-        for number, reply in zip(ids, together([partial(self._deliver, m) for m in messages], self._tiers.run)):
-            set_message_id(reply, self._next_id())
-            self._replies[number] = reply
+        for first in range(0, len(messages), CROWD):
+            crowd = slice(first, first + CROWD)
+            calls = [partial(self._deliver, m) for m in messages[crowd]]
+            for number, reply in zip(ids[crowd], together(calls, self._tiers.run)):
+                set_message_id(reply, self._next_id())
+                self._replies[number] = reply
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:

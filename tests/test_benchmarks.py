@@ -77,7 +77,7 @@ def test_the_loop_takes_turns_and_says_when_it_has_ended(tmp_path):
 
 @pytest.mark.slow
 def test_the_scale_curve_keeps_the_work_constant(tmp_path):
-    rows = scale(tmp_path, "stacked", 3, 100)
+    rows = list(scale(tmp_path, "stacked", 3, 100))
     assert [(row["clients"], row["steps"]) for row in rows] == [(10, 10), (100, 1)]
     assert rows[0]["data"] > 0
 
@@ -91,7 +91,7 @@ def test_the_command_writes_prints_stores_and_warns(tmp_path, monkeypatch, capsy
         "bank": {"predict, ratio to stock": 1.2},
         "starts": {"import": 1.0},
     }
-    monkeypatch.setattr("benchmarks.measure.measure", lambda *args: result)
+    monkeypatch.setattr("benchmarks.measure.measure", lambda *args, **options: result)
     monkeypatch.setattr(command, "STORED", tmp_path / "stored.json")
     assert command.main(["--out", str(tmp_path), "--store"]) == 0
     assert json.loads((tmp_path / "stored.json").read_text()) == json.loads((tmp_path / "benchmarks.json").read_text())
@@ -100,7 +100,7 @@ def test_the_command_writes_prints_stores_and_warns(tmp_path, monkeypatch, capsy
     assert "| W3 | grid:auto | 100.0 | 10.0 | 0.100 | 0.200 | 0.300 | 0.05 |" in out
     assert "| 10 | 1 | 100.0 | 10000 | 1 | 2 |" in out
     assert not err
-    monkeypatch.setattr("benchmarks.measure.measure", lambda *args: result | {"ratios": [row | {"ratio": 0.2}]})
+    monkeypatch.setattr("benchmarks.measure.measure", lambda *args, **options: result | {"ratios": [row | {"ratio": 0.2}]})
     command.main(["--out", str(tmp_path)])
     assert "warning: W3 on grid:auto takes 0.200 of the bare loop; stored: 0.100" in capsys.readouterr().err
 

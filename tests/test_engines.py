@@ -14,6 +14,7 @@ from fedbn.errors import UserError
 from fedbn.evaluation import Score
 from fedbn.setting import setting
 from fedbn.strategy import strategies
+from simulations import grid
 from simulations.app import ClientError, Clients, conduct
 from simulations.engines import execute
 from simulations.flower_compat import task_identity
@@ -170,3 +171,18 @@ def test_run_config_is_a_run(small):
     assert run_from_config(config).seed == 2
     with pytest.raises(UserError, match=r"write settings as rounds=5:lr=0.1, not 'rounds'"):
         run_from_config({"scenario": "digits8", "strategy": "fedbn", "plan": "rounds"})
+
+
+def test_crowds_change_nothing_but_how_many_calls_are_open(small, monkeypatch):
+    run, open_calls = small("fedbn"), []
+    whole = execute(run, "grid")
+    real = grid.together
+
+    def counted(calls, do):
+        open_calls.append(len(calls))
+        return real(calls, do)
+
+    monkeypatch.setattr(grid, "together", counted)
+    monkeypatch.setattr(grid, "CROWD", 3)
+    assert_same(execute(run, "grid"), whole)
+    assert max(open_calls) == 3

@@ -14,7 +14,7 @@ from fedbn.setting import setting
 from fedbn.stacked import fit
 from fedbn.stacked.fit import Descent, Trainee, fit_stack
 from fedbn.stacked.memory import keep_freed_memory, leave_alone_what_is_loaded
-from fedbn.stacked.program import program
+from fedbn.stacked.program import _product, program
 from fedbn.stacked.tiers import Tiers
 from fedbn.strategy import Progress
 
@@ -174,3 +174,21 @@ def test_what_is_loaded_is_left_alone():
         assert gc.get_freeze_count() > before + 1000
     finally:
         gc.unfreeze()
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_products_of_large_weights_are_those_of_a_linear_layer(transposed):
+    draw = torch.Generator().manual_seed(0)
+    weight, bias, x = (torch.randn(*shape, generator=draw) for shape in ((6, 9), (6,), (4, 9)))
+    weight = weight.T.contiguous().T if transposed else weight
+    for bias_or_none in (bias, None):
+        expected = F.linear(x.double(), weight.double(), None if bias_or_none is None else bias.double())
+        torch.testing.assert_close(_product(x, weight, bias_or_none).double(), expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(_product(x.double(), weight.double(), None), F.linear(x.double(), weight.double()))
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
+def test_this_torch_has_the_operator_that_makes_them_fast():
+    assert torch.ops.mkldnn._linear_pointwise(torch.ones(1, 2), torch.ones(3, 2), None, "none", [], "").tolist() == [
+        [2.0, 2.0, 2.0]
+    ]
