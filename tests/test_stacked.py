@@ -27,8 +27,9 @@ from fedbn.scenario import Examples, Population, User
 from fedbn.setting import Setting, setting
 from fedbn.stacked.cohort import Cohort, Failure
 from fedbn.stacked.fit import Descent, Trainee, agenda, fit_stack
-from fedbn.stacked.program import Unstackable, program
+from fedbn.stacked.program import program
 from fedbn.stacked.tiers import Tiers, cores, parse_tier, width
+from fedbn.stacked.twins import Unstackable
 from fedbn.strategy import Ownership, Progress, strategies
 from simulations.app import Listener, conduct
 from simulations.flower_compat import task_identity

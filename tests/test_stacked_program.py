@@ -14,8 +14,9 @@ from fedbn.setting import setting
 from fedbn.stacked import fit
 from fedbn.stacked.fit import Descent, Trainee, fit_stack
 from fedbn.stacked.memory import keep_freed_memory, leave_alone_what_is_loaded
-from fedbn.stacked.program import _product, program
+from fedbn.stacked.program import program
 from fedbn.stacked.tiers import Tiers
+from fedbn.stacked.twins import product
 from fedbn.strategy import Progress
 
 
@@ -183,8 +184,8 @@ def test_products_of_large_weights_are_those_of_a_linear_layer(transposed):
     weight = weight.T.contiguous().T if transposed else weight
     for bias_or_none in (bias, None):
         expected = F.linear(x.double(), weight.double(), None if bias_or_none is None else bias.double())
-        torch.testing.assert_close(_product(x, weight, bias_or_none).double(), expected, rtol=1e-5, atol=1e-5)
-    assert torch.equal(_product(x.double(), weight.double(), None), F.linear(x.double(), weight.double()))
+        torch.testing.assert_close(product(x, weight, bias_or_none).double(), expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(product(x.double(), weight.double(), None), F.linear(x.double(), weight.double()))
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")

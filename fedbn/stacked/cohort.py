@@ -16,7 +16,8 @@ from fedbn.roles import State
 from fedbn.seeds import generator
 from fedbn.setting import EVERYONE, Setting
 from fedbn.stacked.fit import Descent, Trained, Trainee, fit_stack
-from fedbn.stacked.program import Program, Unstackable, program, refuse_hooks
+from fedbn.stacked.program import Program, program, refuse_hooks
+from fedbn.stacked.twins import Unstackable
 from fedbn.strategy import Heard, NormStrategy, Progress, Update
 from fedbn.training import shuffle, sizes
 
@@ -101,6 +102,8 @@ class Cohort:
         for hook in ("before_step", "measure", "report"):
             if getattr(kind, hook) is not getattr(NormStrategy, hook):
                 raise Unstackable(f"{here.strategy.name} has its own {hook}")
+        if here.owners_of_rows(here.trainers[0]) is not None:
+            raise Unstackable("batches are of one user each")
         if type(here.personal).train is not Personalisation.train:
             raise Unstackable(f"{here.personal.name} trains in its own way")
         model = here.load(here.initial)

@@ -32,7 +32,8 @@ import torch
 from fedbn.errors import unknown
 from fedbn.setting import Setting
 from fedbn.stacked.cohort import Cohort, Failure, Round
-from fedbn.stacked.program import Program, Unstackable
+from fedbn.stacked.program import Program
+from fedbn.stacked.twins import Unstackable
 from fedbn.strategy import NormStrategy, Progress
 from fedbn.training import fit
 
