@@ -42,12 +42,14 @@ lint: $(STAMP)-dev  ## style, types and import contracts
 
 TABLES := results/tables
 COMPARE := $(BIN)/fedbn compare digits8 --strategies all --seeds 2 --out $(TABLES)
-SKEWS := feature-skew label-dirichlet label-two-classes quantity hapt
+SKEWS := feature-skew label-dirichlet label-two-classes label-one-class both quantity hapt
 
 tables: $(STAMP)-run  ## the comparisons behind docs/comparisons.md (about an hour)
 	$(COMPARE)/feature-skew
 	$(COMPARE)/label-dirichlet --partition dirichlet:alpha=0.1:clients=20
 	$(COMPARE)/label-two-classes --partition shard:shards=2:clients=20
+	$(COMPARE)/label-one-class --partition shard:shards=1:clients=20
+	$(COMPARE)/both --partition dirichlet:alpha=0.1:clients=20 --shift contrast,inversion
 	$(COMPARE)/quantity --partition linear:clients=20
 	$(BIN)/fedbn compare hapt --strategies all --seeds 2 --out $(TABLES)/hapt
 	for name in $(SKEWS); do $(BIN)/fedbn report $(TABLES)/$$name --into docs/comparisons.md --full; done

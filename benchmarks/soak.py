@@ -2,7 +2,8 @@
 
 A small network is trained as FedBN, so that every client owns a state, by a small share of the clients a round. What a
 client keeps lies on disk between its rounds. Memory is read after every round; its growth is the slope of a line
-through the second half of the readings, by when caches are full.
+through the second half of the readings, by when caches are full. Readings go to a file of JSON lines as they come, so
+that one who stops it early has them; the last line sums up, after everybody was evaluated once.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,11 @@ from fedbn.run import Plan, Run
 from fedbn.stacked.memory import keep_freed_memory
 from simulations.app import Listener, conduct
 from simulations.flower_compat import task_identity
-from simulations.grid import InProcessGrid
+from simulations.grid import CROWD, InProcessGrid
 
 FEATURES, ROWS, CLASSES = 16, 12, 4
+
+Reading = dict[str, float]
 
 
 class DiskGrid(InProcessGrid):
@@ -56,15 +59,22 @@ class DiskGrid(InProcessGrid):
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Run the messages' clients, then put their states away."""
-        ids = super().push_messages(messages)
+        messages = list(messages)
+        ids: list[str] = []
+        for first in range(0, len(messages), CROWD):
+            crowd = messages[first : first + CROWD]
+            ids += super().push_messages(crowd)
+            if crowd[0].metadata.message_type == "train":
+                self._put_away()
+            self.contexts.clear()
+        return ids
+
+    def _put_away(self) -> None:
         for node, context in self.contexts.items():
             kept = {f"{n}/{k}": v for n, r in context.state.array_records.items() for k, v in tensors(r).items()}
-            if kept:
-                beside = self.folder / f".{node}"
-                save_file(kept, beside)
-                beside.replace(self._path(node))
-        self.contexts.clear()
-        return ids
+            beside = self.folder / f".{node}"
+            save_file(kept, beside)
+            beside.replace(self._path(node))
 
     def _path(self, node: int) -> Path:
         return self.folder / f"{node}.safetensors"
@@ -75,7 +85,19 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def soak(clients: int, rounds: int, share: float, folder: Path) -> dict[str, Any]:
+def growth(memory: Sequence[float]) -> float | None:
+    """Slope of a line through the second half of readings; None if they are too few for one.
+
+    >>> round(growth([9.0, 5.0, 7.0, 1.0, 3.0, 5.0, 7.0, 9.0]), 6)
+    2.0
+    """
+    rest = memory[len(memory) // 2 :]
+    return float(np.polyfit(range(len(rest)), rest, 1)[0]) if len(rest) > 2 else None
+
+
+def soak(
+    clients: int, rounds: int, share: float, folder: Path, say: Callable[[Reading], None] = lambda reading: None
+) -> dict[str, Any]:
     """Run, and measure after every round.
 
     Args:
@@ -83,9 +105,10 @@ def soak(clients: int, rounds: int, share: float, folder: Path) -> dict[str, Any
         rounds: how many rounds.
         share: of the clients, drawn a round.
         folder: for data and states.
+        say: told the reading of each round: its number, seconds since the beginning, bytes in memory.
 
     Returns:
-        Seconds, bytes in memory after each round, their growth a round, clients with a state and its bytes on disk.
+        Seconds, bytes of growth a round, clients with a state and its bytes on disk.
     """
     draw = np.random.default_rng(0)
     y = np.tile(np.arange(CLASSES), clients * ROWS // CLASSES)
@@ -99,27 +122,30 @@ def soak(clients: int, rounds: int, share: float, folder: Path) -> dict[str, Any
     run = Run(f"files:path={data}:unseen=0", "fedbn", model="mlp", plan=plan).resolved()
     states = folder / "states"
     states.mkdir()
-    memory: list[int] = []
-    times: list[float] = []
+    readings: list[Reading] = []
 
     def on_round(number: int, outcome: Outcome) -> None:
-        memory.append(resident())
-        times.append(time.perf_counter())
+        readings.append({"round": number, "seconds": time.perf_counter() - began, "memory": resident()})
+        say(readings[-1])
 
     grid = DiskGrid(states, client_app, clients, {"run": run.to_json()}, tier="stacked")
     began = time.perf_counter()
     with task_identity(grid.run.run_id):
         outcome = conduct(grid, run, Listener(on_round=on_round))
-    rest = memory[rounds // 2 : -1]  # the last round also evaluates everybody
+    trained, last = readings[:-1], readings[-1]  # the last round also evaluates everybody
+    spent = np.diff([r["seconds"] for r in trained])
     files = list(states.iterdir())
     return {
         "clients": clients,
         "rounds": rounds,
         "drawn a round": drawn,
-        "seconds": time.perf_counter() - began,
-        "seconds a round": float(np.median(np.diff(times))) if rounds > 2 else None,
-        "memory": memory,
-        "growth a round": float(np.polyfit(range(len(rest)), rest, 1)[0]) if len(rest) > 2 else None,
+        "seconds": last["seconds"],
+        "seconds a round": float(np.median(spent)) if len(spent) else None,
+        "seconds of the last round, with everybody's evaluation": last["seconds"] - trained[-1]["seconds"],
+        "memory after the first round": readings[0]["memory"],
+        "memory before the last round": trained[-1]["memory"],
+        "memory in the end": last["memory"],
+        "growth a round": growth([r["memory"] for r in trained]),
         "states": len(files),
         "state bytes": sum(f.stat().st_size for f in files),
         "own accuracy": outcome.curve[-1].own,
@@ -132,22 +158,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--clients", type=int, default=10_000)
     parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--share", type=float, default=0.01)
-    parser.add_argument("--out", type=Path, default=Path("results/soak.json"))
+    parser.add_argument("--out", type=Path, default=Path("results/soak.jsonl"))
     chosen = parser.parse_args(argv)
+    if chosen.rounds < 2:
+        parser.error("--rounds must be at least 2: the last round is the one that evaluates")
     keep_freed_memory()
     set_threads()
-    with tempfile.TemporaryDirectory() as folder:
-        result = soak(chosen.clients, chosen.rounds, chosen.share, Path(folder))
     chosen.out.parent.mkdir(parents=True, exist_ok=True)
-    chosen.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    memory = [m / 1e6 for m in result["memory"]]
-    print(f"{result['clients']} clients, {result['rounds']} rounds of {result['drawn a round']}")
-    print(f"{result['seconds']:.0f} s in all, {result['seconds a round'] or 0:.2f} s a round")
-    points = f"{memory[0]:.1f}, {memory[len(memory) // 2]:.1f}, {memory[-2]:.1f}"
-    print(f"memory MB after round 1, at half, before the last: {points}")
-    print(f"growth in the second half: {(result['growth a round'] or 0) / 1e3:.2f} kB a round")
-    size, own = result["state bytes"] / 1e6, result["own accuracy"]
-    print(f"{result['states']} states on disk, {size:.1f} MB; own accuracy {own:.3f}")
+    with chosen.out.open("w", encoding="utf-8") as file, tempfile.TemporaryDirectory() as folder:
+
+        def write(reading: dict[str, Any]) -> None:
+            print(json.dumps(reading), file=file, flush=True)
+
+        def say(reading: Reading) -> None:
+            write(reading)
+            if reading["round"] % 10 == 1 or reading["round"] >= chosen.rounds - 1:
+                print(
+                    f"round {reading['round']}: {reading['seconds']:.0f} s, {reading['memory'] / 1e6:.1f} MB",
+                    flush=True,
+                )
+
+        result = soak(chosen.clients, chosen.rounds, chosen.share, Path(folder), say)
+        write(result)
+    for name, value in result.items():
+        print(f"{name}: {value}")
     return 0
 
 

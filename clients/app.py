@@ -7,6 +7,7 @@ into a reply.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import lru_cache
 from typing import cast
 
@@ -17,16 +18,18 @@ from clients.config import run_from_config
 from clients.jobs import Consult, Evaluate, Settle, Train, execute
 from clients.keeping import kept_on_disk
 from clients.records import Decoder, answers_from, arrays, handed, registry_from, scores_to, set_threads, tensors
+from fedbn.errors import UserError
 from fedbn.evaluation import Column
 from fedbn.moments import Moments
 from fedbn.privacy import protected
 from fedbn.recalibration import flatten
 from fedbn.roles import Role, State
-from fedbn.setting import EVERYONE, Setting, setting
+from fedbn.run import Run
+from fedbn.scenarios.remote import own
+from fedbn.setting import EVERYONE, Setting, setting, setting_for
 from fedbn.strategy import Progress
 
-app = ClientApp()
-app.lifespan()(kept_on_disk)
+app = ClientApp(mods=[kept_on_disk])
 _decode = Decoder()
 
 
@@ -39,7 +42,26 @@ def _here(context: Context) -> Setting:
     set_threads()
     # A whole run as text is one object for all clients of a process; comparing runs takes longer than a small step.
     text = context.run_config.get("run")
-    return _setting(str(text)) if text else setting(run_from_config(context.run_config))
+    here = _setting(str(text)) if text else setting(run_from_config(context.run_config))
+    data = context.node_config.get("data")
+    if not here.population.remote and not data:
+        return here
+    if not here.population.remote:
+        raise UserError(f"this node has data={data}, but scenario {here.run.scenario} has data of its own: use remote")
+    if not data:
+        raise UserError(f'scenario {here.run.scenario}: name this node\'s data in its node config, as data="PATH"')
+    return _with_own_data(here.run, _user(context), str(data))
+
+
+@lru_cache(maxsize=1)
+def _with_own_data(run: Run, user: int, path: str) -> Setting:
+    people = setting(run).population
+    mine = own(run.scenario, path)
+    if mine.train.x.shape[1:] != people.shape:
+        raise UserError(f"{path} holds examples of shape {list(mine.train.x.shape[1:])}, not {list(people.shape)}")
+    mine = replace(mine, train=mine.train.to(run.device), test=mine.test.to(run.device))
+    users = [mine if i == user else other for i, other in enumerate(people.users)]
+    return setting_for(run, replace(people, users=tuple(users)))
 
 
 def _user(context: Context) -> int:

@@ -17,6 +17,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -31,7 +32,10 @@ FEWEST = 8
 """Windows of a class before the next ones are compared with them."""
 
 RECENT = 12
-"""Windows by which `Branch` judges which context fits."""
+"""Windows that may have come after a change which was not noticed yet."""
+
+JUDGED = 6
+"""Windows by which `Branch` judges which context fits: no detector here speaks sooner after a change."""
 
 FLOOR = 1e-3
 """Least variance of a channel's mean between windows, relative to the source's variance of the channel."""
@@ -197,7 +201,8 @@ class Watch:
 
     Attributes:
         alarm: the user's detector.
-        context: what windows have looked like since the last action.
+        context: what windows have looked like since the last action, but for the recent ones: an alarm comes late, and
+            what follows a change belongs to another context.
         aside: contexts put aside, each with the user's state then.
         recent: the last windows' looks and classes.
         alarms: after which windows the detector spoke.
@@ -292,7 +297,7 @@ class Branch(Action):
             raise UserError(f"action 'branch': most must be at least 1, not {self.most}")
 
     def act(self, net: Personal, user: str, watch: Watch) -> None:
-        fits = [(_distance(context, watch.recent), i) for i, (context, _) in enumerate(watch.aside)]
+        fits = [(_distance(context, watch.recent[-JUDGED:]), i) for i, (context, _) in enumerate(watch.aside)]
         best = min(((z, i) for z, i in fits if z is not None), default=None)
         found = watch.aside.pop(best[1]) if best is not None and best[0] <= self.near else None
         watch.aside = [*watch.aside, (watch.context, net.state(user))][-self.most :]
@@ -305,8 +310,13 @@ class Branch(Action):
 
 
 def _distance(context: Context, recent: Sequence[tuple[Tensor, int]]) -> float | None:
-    known = [z for m, label in recent if (z := context.distance(m, label)) is not None]
-    return sum(known) / len(known) if known else None
+    """How far the last windows are from a context; None while it knows too little.
+
+    Each from the nearest class: under the statistics of somebody else they were given wrong ones.
+    """
+    near = [[z for label in context.n if (z := context.distance(m, label)) is not None] for m, _ in recent]
+    known = [min(zs) for zs in near if zs]
+    return median(known) if known else None
 
 
 def detector(text: str) -> Detector:
@@ -365,12 +375,13 @@ class Watched:
     def _see(self, user: str, m: Tensor, label: int) -> None:
         watch = self.watches.setdefault(user, Watch(self.notice.new(), Context(self.look.scale)))
         watch.met += 1
-        watch.recent = [*watch.recent, (m, label)][-RECENT:]
+        watch.recent.append((m, label))
+        if len(watch.recent) > RECENT:
+            watch.context.learn(*watch.recent.pop(0))
         z = watch.context.distance(m, label)
         if z is not None:
             watch.alarm.update(z / (1 + z))
             if watch.alarm.drift_detected:
                 watch.alarms.append(watch.met)
                 self.action.act(self.net, user, watch)
-                watch.alarm = self.notice.new()
-        watch.context.learn(m, label)
+                watch.alarm, watch.recent = self.notice.new(), []

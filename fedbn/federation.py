@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from fedbn.run import Run
 from fedbn.seeds import key
 from fedbn.setting import EVERYONE, Setting, setting
 from fedbn.strategy import SEEDED, Heard, Progress, Update
+from fedbn.traffic import Traffic
 from fedbn.training import epoch_batches, fit, logits
 
 OPTIMIZER = "optimizer/"
@@ -131,6 +133,8 @@ class Outcome:
         scores: the evaluation matrix's cells by user index.
         seconds: time spent in this process, training and evaluation.
         faults: what was survived.
+        traffic: what has travelled besides entries.
+        trained: the last round of each user whose training counted.
     """
 
     server: Server
@@ -139,6 +143,8 @@ class Outcome:
     scores: dict[int, list[Score]] = field(default_factory=dict)
     seconds: float = 0.0
     faults: list[Fault] = field(default_factory=list)
+    traffic: Traffic = field(default_factory=Traffic)
+    trained: dict[int, int] = field(default_factory=dict)
 
     def notices(self) -> list[str]:
         """What was survived, in a sentence; nothing if nothing was."""
@@ -185,6 +191,7 @@ def _work(here: Setting, user: int, model: nn.Module, progress: Progress, heard:
             pull=options.pop("pull", None) or (plan.proximal, received),
             before_step=before_step,
             optimizer_state=momentum if main else None,
+            owners=here.owners_of_rows(user),
             **options,
         )
         if main:
@@ -241,7 +248,8 @@ def client_consult(
     own, _, _ = _split(kept, here)
     data = here.training_data(user)
     drawn = here.population.seen[0] if user == EVERYONE else user
-    first = next(epoch_batches(len(data), here.run.plan, here.run.seed, progress.round, drawn, 0))
+    owners = here.owners_of_rows(user)
+    first = next(epoch_batches(len(data), here.run.plan, here.run.seed, progress.round, drawn, 0, owners=owners))
     model, batch = here.load(here.assemble(received, own)), data.take(first.to(data.y.device))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key(here.run.seed, "noise", progress.round, drawn))  # dropout as in the step to come
@@ -341,7 +349,7 @@ def global_columns(here: Setting, user: int) -> tuple[Column, ...]:
 
     As aggregated, every seen user's model does, or one user's where all models are the same.
     """
-    if user in here.population.unseen:
+    if user in here.population.unseen or here.population.remote:  # nobody has all users' test rows
         return ()
     personal = here.ownership.personal or not isinstance(here.personal, Plain) or user == here.population.seen[0]
     return COLUMNS if personal else COLUMNS[1:]
@@ -403,6 +411,8 @@ def federate(
                 here, user, received, out.kept.get(user), mine, heard, out.server.told
             )
             updates.append(protected(here, update, received, mine))
+        out.trained |= dict.fromkeys(sampled, number)
+        out.traffic.round(updates, out.server.told, heard)
         out.server.advance(here, updates, number, step)
         if evaluated(here, number) and here.strategy.settles:
             out.server.serving = settled(here, out.server.state, list(_talk(here, out)))
@@ -431,11 +441,18 @@ def mean_loss(updates: Sequence[Update]) -> float:
 
 def hold(
     ask: Callable[[list[dict[str, Moments]]], Sequence[dict[str, Moments] | None]],
+    count: Callable[[Heard, Sequence[dict[str, Moments] | None]], None] = lambda answers, replies: None,
 ) -> Iterator[dict[str, Moments]]:
-    """Hold a conversation: ask all clients, answer with the union of what they say, until one has nothing to say."""
+    """Hold a conversation: ask all clients, answer with the union of what they say, until one has nothing to say.
+
+    Args:
+        ask: what clients say to the answers so far.
+        count: told of each exchange (`counting`).
+    """
     answers: list[dict[str, Moments]] = []
     while True:
         replies = ask(answers)
+        count(answers, replies)
         said = [reply for reply in replies if reply is not None]
         if len(said) < len(replies):
             return
@@ -443,9 +460,15 @@ def hold(
         yield answers[-1]
 
 
+def counting(here: Setting, out: Outcome, purpose: str) -> Callable[[Heard, Sequence[dict[str, Moments] | None]], None]:
+    """Counts the exchanges of a conversation for an outcome."""
+    return partial(out.traffic.talked, purpose, sum(here.ownership.sizes[k] for k in here.ownership.travels))
+
+
 def _talk(here: Setting, out: Outcome) -> Iterator[dict[str, Moments]]:
     return hold(
-        lambda answers: [client_talk(here, u, out.server.state, out.kept.get(u), answers) for u in here.trainers]
+        lambda answers: [client_talk(here, u, out.server.state, out.kept.get(u), answers) for u in here.trainers],
+        counting(here, out, "settling"),
     )
 
 
@@ -453,7 +476,8 @@ def _consult(here: Setting, out: Outcome, sampled: list[int], progress: Progress
     return hold(
         lambda answers: [
             client_consult(here, u, out.server.sends(here, u), out.kept.get(u), progress, answers) for u in sampled
-        ]
+        ],
+        counting(here, out, "consulting"),
     )
 
 

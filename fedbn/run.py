@@ -19,6 +19,7 @@ from fedbn.scenario import scenario
 from fedbn.spec import build, render, table
 
 Weighting = Literal["samples", "uniform"]
+Precision = Literal["float32", "bfloat16"]
 ServerOptimizer = Literal["none", "fedavgm", "fedadam", "fedyogi", "fedadagrad"]
 
 
@@ -45,6 +46,10 @@ class Plan:
         global_test: rows of the pooled test set every client's model is also tested on.
         online_prior: weight of the source statistics, in windows, when adapting online.
         tolerate: share of the clients asked whose failure is survived: the rest go on without them.
+        user_batches: where one place trains on many users' data (``centralised``), every batch is of one user, as it
+            is at a client anyhow, and running statistics are the mean over users of theirs (Mazankiewicz et al. 2020).
+        precision: in which training steps compute products and convolutions, by ``torch.autocast``; parameters,
+            statistics, losses, messages and evaluation stay float32.
     """
 
     rounds: int = 20
@@ -64,6 +69,8 @@ class Plan:
     global_test: int = 400
     online_prior: float = 256.0
     tolerate: float = 0.0
+    user_batches: bool = False
+    precision: Precision = "float32"
 
     def __post_init__(self) -> None:
         least: dict[str, float] = {

@@ -76,6 +76,7 @@ class Population:
         classes: names of the classes, by index.
         skew: one sentence naming the skew between users (label, feature, quantity; natural or made).
         sources: file or package name -> sha256 of the data, part of a run's identity.
+        remote: the users' data lie with them alone, and what is here stands in for data of that shape.
     """
 
     users: tuple[User, ...]
@@ -83,6 +84,7 @@ class Population:
     classes: tuple[str, ...]
     skew: str
     sources: dict[str, str] = field(default_factory=dict)
+    remote: bool = False
 
     @cached_property
     def seen(self) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fedbn.data.partition import repartition
 from fedbn.data.shift import shift
@@ -103,6 +103,13 @@ class Setting:
         """Training examples of one trainer."""
         return self.gathered if user == EVERYONE else self.population.users[user].train
 
+    def owners_of_rows(self, user: int) -> Tensor | None:
+        """``[n]`` whose each row of a trainer's data is, where batches are to be of one user; else None."""
+        if user != EVERYONE or not self.run.plan.user_batches:
+            return None
+        lengths = torch.tensor([len(self.population.users[i].train) for i in self.population.seen])
+        return torch.arange(len(lengths)).repeat_interleave(lengths)
+
     def sampled(self, round: int) -> list[int]:
         """Who trains in a round, in order; drawn by (seed, round) alone."""
         trainers = self.trainers
@@ -169,14 +176,17 @@ def population(
     scenario_text: str, partition: str, shift_text: str, seed: int, validation: bool, device: str
 ) -> Population:
     """The users of a run, computed once a process for all strategies that share them."""
-    people = shift(repartition(scenario(scenario_text).load(seed), partition, seed), shift_text, seed)
+    loaded = scenario(scenario_text).load(seed)
+    if loaded.remote and (partition != "natural" or shift_text or validation):
+        raise UserError(f"{scenario_text}: data that lie with the nodes cannot be partitioned, shifted or split here")
+    people = shift(repartition(loaded, partition, seed), shift_text, seed)
     users = people.users
     unseen = people.unseen
     if validation:
         users = tuple(carve_validation(users[i]) for i in people.seen)
         unseen = ()
     users = tuple(User(u.name, u.domain, u.train.to(device), u.test.to(device)) for u in users)
-    return Population(users, unseen, people.classes, people.skew, people.sources)
+    return replace(people, users=users, unseen=unseen)
 
 
 @lru_cache(maxsize=2)
@@ -198,6 +208,10 @@ def setting_for(run: Run, people: Population) -> Setting:
     check_data(people)
     chosen = treatment(run.strategy)
     chosen.norm.suit(people)
+    if people.remote and chosen.norm.gathers:
+        raise UserError(
+            f"{run.strategy} brings all data to one place, but here they stay with the nodes: choose another"
+        )
     model = build(run.model or scenario(run.scenario).model, people.shape, len(people.classes), run.seed)
     model = chosen.norm.prepare(model).to(run.device)
     ownership = Ownership.of(model, chosen)
@@ -256,7 +270,8 @@ def check(made: Setting) -> list[str]:
             f"--clients-per-round {wanted} asks for more than the {len(trainers)} seen users; "
             f"choose at most {len(trainers)}"
         )
-    sizes = {i: len(made.training_data(i)) for i in trainers}
+    together = made.owners_of_rows(trainers[0]) is None
+    sizes = {i: len(made.training_data(i)) for i in (trainers if together else people.seen)}
     stepping = min(plan.batch_size, min(sizes.values()))
     made.load(made.initial).train()
     rows = made.training_data(trainers[0]).x[: max(2, min(stepping, 4))]

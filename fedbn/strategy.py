@@ -193,6 +193,13 @@ class NormStrategy:
         """Write the statistics agreed on in settling into a model, in place (only if ``settles``)."""
         raise NotImplementedError(f"{self.name} does not settle")
 
+    def follow(self, model: nn.Module, x: Tensor) -> Tensor | None:
+        """Logits of a user's unlabelled stream ``x``, where the strategy adapts in a way of its own; else None.
+
+        The model is left as it is after the stream.
+        """
+        return None
+
     @property
     def newcomer(self) -> str:
         """In words, what a user starts from who has never trained."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedbn.roles import State
-from fedbn.run import Plan
+from fedbn.roles import State, statistics_layers
+from fedbn.run import Plan, Precision
 from fedbn.scenario import Examples
 from fedbn.seeds import generator, key
 
@@ -37,6 +39,64 @@ def sizes(n: int, size: int) -> list[int]:
     return [size] * whole + [rest] * (rest > 0)
 
 
+def user_batches(owners: Tensor, size: int, draw: torch.Generator) -> Iterator[Tensor]:
+    """As `batches`, each of one user's rows alone: a shuffle of every user's rows, and one of all batches.
+
+    Args:
+        owners: ``[n]`` whose each row is.
+        size: of a batch.
+        draw: of both shuffles.
+
+    >>> owners = torch.tensor([0] * 4 + [1] * 3)
+    >>> sorted(owners[rows].tolist() for rows in user_batches(owners, 2, torch.Generator()))
+    [[0, 0], [0, 0], [1, 1, 1]]
+    """
+    cut: list[Tensor] = []
+    for user in owners.unique().tolist():
+        rows = (owners == user).nonzero()[:, 0]
+        cut += [rows[part] for part in batches(len(rows), size, draw)]
+    yield from (cut[i] for i in torch.randperm(len(cut), generator=draw).tolist())
+
+
+def computed(model: Callable[[Tensor], Tensor], x: Tensor, precision: Precision) -> Tensor:
+    """The answers to ``x`` of a training step, its products and convolutions in a precision.
+
+    Batch statistics and all losses are float32 in either: normalisation layers of torch sum half precision that way.
+
+    >>> computed(nn.Linear(2, 3), torch.zeros(4, 2), "bfloat16").dtype
+    torch.float32
+    """
+    if precision == "float32":
+        return model(x)
+    with torch.autocast(x.device.type, torch.bfloat16):
+        return model(x).float()
+
+
+class _Apart:
+    """Running statistics of several users of one model: each goes on from its own, all from where the model was."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._entries = [b for layer in statistics_layers(model).values() for b in layer.buffers(recurse=False)]
+        self._start = [b.clone() for b in self._entries]
+        self._now: dict[int, list[Tensor]] = {}
+
+    @contextmanager
+    def of(self, user: int) -> Iterator[None]:
+        """Inside, the model has one user's."""
+        self._write(self._now.get(user, self._start))
+        yield
+        self._now[user] = [b.clone() for b in self._entries]
+
+    def average(self) -> None:
+        """The model gets the mean over users, each counting the same, and the highest counter."""
+        together = [torch.stack(values) for values in zip(*self._now.values(), strict=True)]
+        self._write([t.mean(0) if t.is_floating_point() else t.amax(0) for t in together])
+
+    def _write(self, values: list[Tensor]) -> None:
+        for entry, value in zip(self._entries, values, strict=True):
+            entry.copy_(value)
+
+
 def fit(
     model: nn.Module,
     data: Examples,
@@ -52,6 +112,7 @@ def fit(
     before_step: Callable[[nn.Module], None] | None = None,
     optimizer_state: State | None = None,
     purpose: str = "",
+    owners: Tensor | None = None,
 ) -> tuple[float, State]:
     """Train ``model`` in place for one round.
 
@@ -69,6 +130,8 @@ def fit(
         before_step: called between backward pass and optimiser step.
         optimizer_state: momentum buffers from the user's last round, by parameter name.
         purpose: tells the draws of several trainings within a round apart.
+        owners: ``[n]`` whose each row is: batches are then of one user, who has running statistics of its own, and the
+            model is left with their mean over users.
 
     Returns:
         Mean loss over the round's examples, and the momentum buffers (empty unless the plan keeps them).
@@ -88,6 +151,7 @@ def fit(
             continue
         optimizer.state[named[name]]["momentum_buffer"] = buffer.to(named[name].device).clone()
     weight, anchor = pull[0], {n: v.detach() for n, v in pull[1].items() if n in named}
+    apart = _Apart(model) if owners is not None else None
     total = torch.zeros((), device=data.x.device)
     for parameter in frozen:
         parameter.requires_grad_(False)
@@ -95,10 +159,12 @@ def fit(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(key(seed, "noise" + purpose, round, user))  # dropout draws from the global generator
             for epoch in range(epochs):
-                for index in epoch_batches(len(data), plan, seed, round, user, epoch, purpose):
+                for index in epoch_batches(len(data), plan, seed, round, user, epoch, purpose, owners):
+                    of_user = nullcontext() if apart is None else apart.of(int(cast(Tensor, owners)[index[0]]))
                     index = index.to(data.x.device)
                     optimizer.zero_grad()
-                    loss = F.cross_entropy(model(data.x[index]), data.y[index])
+                    with of_user:
+                        loss = F.cross_entropy(computed(model, data.x[index], plan.precision), data.y[index])
                     total += loss.detach() * len(index)
                     if weight and anchor:
                         loss = loss + weight / 2 * sum(((named[n] - to) ** 2).sum() for n, to in anchor.items())
@@ -109,6 +175,8 @@ def fit(
     finally:
         for parameter in frozen:
             parameter.requires_grad_(True)
+    if apart is not None:
+        apart.average()
     kept: State = {}
     if plan.optimizer_state == "keep":
         kept = {
@@ -120,10 +188,18 @@ def fit(
 
 
 def epoch_batches(
-    n: int, plan: Plan, seed: int, round: int, user: int, epoch: int, purpose: str = ""
+    n: int,
+    plan: Plan,
+    seed: int,
+    round: int,
+    user: int,
+    epoch: int,
+    purpose: str = "",
+    owners: Tensor | None = None,
 ) -> Iterator[Tensor]:
     """The batches of one epoch of a user's local training, as rows of its data."""
-    return batches(n, plan.batch_size, shuffle(seed, round, user, epoch, purpose))
+    draw = shuffle(seed, round, user, epoch, purpose)
+    return batches(n, plan.batch_size, draw) if owners is None else user_batches(owners, plan.batch_size, draw)
 
 
 def shuffle(seed: int, round: int, user: int, epoch: int, purpose: str = "") -> torch.Generator:

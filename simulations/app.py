@@ -27,6 +27,7 @@ from fedbn.federation import (
     Outcome,
     Point,
     Server,
+    counting,
     evaluated,
     global_columns,
     hold,
@@ -43,7 +44,7 @@ from fedbn.strategy import Update
 from simulations.admission import admitted_moments, admitted_update
 from simulations.grid import InProcessGrid
 from simulations.server_optimizer import server_step
-from simulations.store import save_outcome
+from simulations.store import before, load_latest, save_outcome
 
 app = ServerApp()
 
@@ -85,12 +86,26 @@ def listening(listener: Listener) -> Iterator[None]:
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Conduct the run that the run-config describes; write it below ``out`` if that is given."""
+    """Conduct the run that the run-config describes, or what is left of it.
+
+    With ``out`` in the run-config, that file holds the run as far as it has got, after every round; the same run with
+    the same file goes on from there.
+    """
     set_threads()
     run = run_from_config(context.run_config)
-    outcome = conduct(grid, run, _listener.get(), float(context.run_config.get("patience", 0)))
-    if out := str(context.run_config.get("out", "")):
-        save_outcome(Path(out), run, outcome)
+    out = str(context.run_config.get("out", ""))
+    listener = _checkpoints(Path(out), run) if out else _listener.get()
+    if not (out and listener and listener.resume and listener.resume.scores):
+        conduct(grid, run, listener, float(context.run_config.get("patience", 0)))
+
+
+def _checkpoints(path: Path, run: Run) -> Listener:
+    sources = setting(run).population.sources
+    return Listener(
+        resume=load_latest(path, run, sources),
+        on_round=lambda number, outcome: save_outcome(path, run, outcome, sources, before(path)),
+        on_end=lambda outcome: before(path).unlink(missing_ok=True),
+    )
 
 
 class Clients:
@@ -102,7 +117,7 @@ class Clients:
         tolerate: share of those asked that may fail.
         patience: seconds after which a client that was asked has failed; 0: never.
         survived: what went wrong so far and was survived.
-        trained: users that keep something for themselves, as far as the server knows.
+        trained: the last round of each user whose training counted.
         node: user -> node id.
 
     Raises:
@@ -115,7 +130,7 @@ class Clients:
         self.grid, self.users, self.tolerate, self.patience = grid, users, tolerate, patience
         self.survived: list[str] = []
         self.node: dict[int, int] = {}
-        self.trained: set[int] = set()
+        self.trained: dict[int, int] = {}
         while missing := set(range(users)) - self.node.keys():
             self._meet()
             if missing - self.node.keys():
@@ -241,15 +256,16 @@ def conduct(grid: Grid, run: Run, listener: Listener | None = None, patience: fl
     clients = Clients(grid, len(here.population.users), run.plan.tolerate, patience)
     began = time.perf_counter()
     out = listener.resume or Outcome(Server(here.start(), here.start()))
-    clients.trained |= out.kept.keys()
+    clients.trained = out.trained
     spent = out.seconds
     for number in range(len(out.curve) + 1, run.plan.rounds + 1):
         sampled = here.sampled(number)
-        heard = _consult(here, clients, out.server, number, sampled) if here.strategy.consults else []
+        heard = _consult(here, clients, out, number, sampled) if here.strategy.consults else []
         updates = _train(here, clients, out.server, number, sampled, heard)
+        out.traffic.round(updates, out.server.told, heard)
         out.server.advance(here, updates, number, step)
         if evaluated(here, number) and here.strategy.settles:
-            out.server.serving = _settle(here, clients, out.server.state)
+            out.server.serving = _settle(here, clients, out)
         last = number == run.plan.rounds
         scores = _evaluate(here, clients, out.server, last=last) if evaluated(here, number) else {}
         if last:
@@ -282,21 +298,22 @@ def _outgoing(
     return {user: records[here.view(user)] for user in users}
 
 
-def _config(here: Setting, number: int, met: bool = False) -> ConfigRecord:
-    return ConfigRecord({"round": number, "rounds": here.run.plan.rounds, "met": met})
+def _config(here: Setting, number: int, trained: int, met: bool = False) -> ConfigRecord:
+    return ConfigRecord({"round": number, "rounds": here.run.plan.rounds, "met": met, "trained": trained})
 
 
 def _consult(
-    here: Setting, clients: Clients, server: Server, number: int, sampled: Sequence[int]
+    here: Setting, clients: Clients, out: Outcome, number: int, sampled: Sequence[int]
 ) -> list[dict[str, Moments]]:
-    outgoing = _outgoing(here, clients, server, sampled)
+    outgoing = _outgoing(here, clients, out.server, sampled)
 
     def ask(answers: list[dict[str, Moments]]) -> list[dict[str, Moments] | None]:
-        heard, config = answers_to(answers), _config(here, number)
-        content = {u: RecordDict({"arrays": outgoing[u], "config": config, **heard}) for u in sampled}
+        heard = answers_to(answers)
+        configs = {u: _config(here, number, clients.trained.get(u, 0)) for u in sampled}
+        content = {u: RecordDict({"arrays": outgoing[u], "config": configs[u], **heard}) for u in sampled}
         return list(clients.ask("query.consult", content, _said).values())
 
-    return list(hold(ask))
+    return list(hold(ask, counting(here, out, "consulting")))
 
 
 def _train(
@@ -312,13 +329,12 @@ def _train(
     if server.told:
         common["told"] = clients.record(server.told)
 
-    contents: dict[tuple[str, bool, bool], RecordDict] = {}  # users that are told the same share it
+    contents: dict[tuple[str, int, bool], RecordDict] = {}  # users that are told the same share it
 
     def content(user: int) -> RecordDict:
-        which = here.view(user), here.strategy.met(user, server.known), user in clients.trained
+        which = here.view(user), clients.trained.get(user, 0), here.strategy.met(user, server.known)
         if which not in contents:
-            config = _config(here, number, which[1])
-            config["trained"] = which[2]
+            config = _config(here, number, *which[1:])
             contents[which] = RecordDict({"arrays": outgoing[user], "config": config, **common})
         return contents[which]
 
@@ -326,18 +342,23 @@ def _train(
         return admitted_update(here, user, reply)
 
     updates = clients.ask("train", {u: content(u) for u in sampled}, read)
-    clients.trained |= updates.keys()
+    clients.trained |= dict.fromkeys(updates, number)
     return list(updates.values())
 
 
-def _settle(here: Setting, clients: Clients, state: State) -> State:
-    record = clients.record(state)
+def _settle(here: Setting, clients: Clients, out: Outcome) -> State:
+    record = clients.record(out.server.state)
 
     def ask(answers: list[dict[str, Moments]]) -> list[dict[str, Moments] | None]:
-        content = RecordDict({"arrays": record, **answers_to(answers)})
-        return list(clients.ask("query.settle", dict.fromkeys(here.trainers, content), _said).values())
+        heard = answers_to(answers)
 
-    return settled(here, state, list(hold(ask)))
+        def content(user: int) -> RecordDict:
+            config = ConfigRecord({"trained": clients.trained.get(user, 0)})
+            return RecordDict({"arrays": record, "config": config, **heard})
+
+        return list(clients.ask("query.settle", {u: content(u) for u in here.trainers}, _said).values())
+
+    return settled(here, out.server.state, list(hold(ask, counting(here, out, "settling"))))
 
 
 def _said(user: int, reply: RecordDict) -> dict[str, Moments] | None:
@@ -353,7 +374,7 @@ def _evaluate(here: Setting, clients: Clients, server: Server, *, last: bool) ->
         globally = global_columns(here, user) if last else ()
         columns = COLUMNS if last else COLUMNS[:1]
         config = ConfigRecord({"columns": [str(c) for c in columns], "globally": [str(c) for c in globally]})
-        config["trained"] = user in clients.trained
+        config["trained"] = clients.trained.get(user, 0)
         records = RecordDict({"arrays": outgoing[user], "config": config})
         if registry is not None and here.hears_registry(user):
             records["registry"] = registry

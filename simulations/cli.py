@@ -19,6 +19,7 @@ from rich.console import Console
 from fedbn.errors import UserError
 from simulations.claims_cli import claims
 from simulations.deploy_cli import deploy
+from simulations.eeg_cli import eeg
 from simulations.export_cli import export
 from simulations.leakage_cli import leakage
 from simulations.new_cli import new
@@ -38,6 +39,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.command()(claims)
+app.command()(eeg)
 app.command()(deploy)
 app.command()(personalise)
 app.command()(serve)
@@ -129,6 +131,12 @@ def compare(
     tolerate: Annotated[
         float | None, typer.Option(help="Share of the clients asked that may fail; the rest go on. [default: 0]")
     ] = None,
+    user_batches: Annotated[
+        bool | None, typer.Option("--user-batches", help="centralised: every batch of one user, as DA-BN trains.")
+    ] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="Of training steps: float32, or bfloat16 with statistics in float32.")
+    ] = None,
     server_optimizer: Annotated[
         str | None, typer.Option(help="none, fedavgm, fedadam, fedyogi, fedadagrad: on parameters only.")
     ] = None,
@@ -191,6 +199,8 @@ def compare(
         "weighting": weighting,
         "proximal": proximal,
         "tolerate": tolerate,
+        "user_batches": user_batches,
+        "precision": precision,
         "server_optimizer": server_optimizer,
         "server_lr": server_lr,
         "eval_every": eval_every,

@@ -77,7 +77,7 @@ def result_of(run: Run, here: Setting, outcome: Outcome) -> dict[str, Any]:
         "seconds": outcome.seconds,
         "newcomer": here.strategy.newcomer,
         "notices": [*here.notices, *outcome.notices()],
-        "ownership": here.ownership.rows(),
+        "ownership": [*here.ownership.rows(), *outcome.traffic.rows()],
         "curve": [asdict(p) for p in outcome.curve],
         "evaluations": [
             {"user": users[i].name, "domain": users[i].domain, **asdict(score)}
@@ -115,7 +115,7 @@ def perform(task: Task, engine: Engine, report: Report) -> None:
     if resume is not None and resume.scores:  # killed between its last checkpoint and its result
         outcome = resume
     else:
-        outcome = execute(task.run, engine, resume, on_round)
+        outcome = execute(task.run, engine, resume, on_round, checkpoint)
         save_outcome(checkpoint, task.run, outcome, sources)
     write_run(directory.parent.parent, directory.name, result_of(task.run, here, outcome))
     before(checkpoint).unlink(missing_ok=True)
@@ -321,7 +321,7 @@ def compare(
     experiment = experiment.resolved()
     notices = [*notices, *preflight(experiment, out)]
     workers = workers or os.cpu_count() or 1
-    if engine == "ray" or experiment.device != "cpu":
+    if engine.startswith("ray") or experiment.device != "cpu":
         workers = 1
     here = setting(experiment.run(experiment.strategies[0], 0))
     meta: dict[str, Any] = {

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,12 +25,14 @@ from fedbn.setting import setting
 from simulations.certificates import make_certificates
 from simulations.engines import execute
 from simulations.processes import HOST, POLL_SECONDS, Family, free_port, private_place, script
+from simulations.store import load_latest
 from simulations.superlink import LINK, FlowerRunError, SuperLink
 
 MOST_NODES = 16
 """More SuperNodes than this on one machine mostly wait for each other; simulations are for that."""
 
 ONLINE_SECONDS = 180.0
+CHECKPOINT = "outcome.safetensors"
 
 Say = Callable[[str], None]
 
@@ -55,13 +58,15 @@ class Deployment:
     differences: tuple[str, ...]
 
 
-def deploy(run: Run, *, tls: bool = False, say: Say = lambda text: None) -> Deployment:
+def deploy(run: Run, *, tls: bool = False, say: Say = lambda text: None, out: Path | None = None) -> Deployment:
     """Execute a run on a SuperLink with one SuperNode a user, and in this process, and compare.
 
     Args:
         run: what to do.
         tls: encrypt, and let only registered nodes in.
         say: told of each step.
+        out: directory in which the server and the nodes keep how far they have got; a run that was killed goes on
+            from there. None: nothing is kept.
 
     Raises:
         UserError: the run cannot work, or has too many users.
@@ -69,10 +74,13 @@ def deploy(run: Run, *, tls: bool = False, say: Say = lambda text: None) -> Depl
     """
     users = len(setting(run).population.users)
     began = time.perf_counter()
-    with deployment(users, tls=tls, say=say) as link:
+    checkpoint = None if out is None else out / CHECKPOINT
+    if checkpoint is not None and (begun := load_latest(checkpoint, run)):
+        say(f"{out} holds {len(begun.curve)} of {run.plan.rounds} rounds; going on")
+    with deployment(users, tls=tls, say=say, states=None if out is None else out.resolve() / "states") as link:
         ready = time.perf_counter()
         say(f"{users} SuperNodes are online after {ready - began:.1f} s")
-        deployed = link.execute(run)
+        deployed = link.execute(run, out=checkpoint)
         done = time.perf_counter()
         say(f"the run took {done - ready:.1f} s; stopping")
     stopped = time.perf_counter()
@@ -82,13 +90,16 @@ def deploy(run: Run, *, tls: bool = False, say: Say = lambda text: None) -> Depl
 
 
 @contextmanager
-def deployment(users: int, *, tls: bool = False, say: Say = lambda text: None) -> Iterator[SuperLink]:
+def deployment(
+    users: int, *, tls: bool = False, say: Say = lambda text: None, states: Path | None = None
+) -> Iterator[SuperLink]:
     """A SuperLink with SuperNodes that are online, all of them gone at the end of this block.
 
     Args:
         users: how many nodes; node ``i`` has partition id ``i``.
         tls: encrypt, and let only registered nodes in.
         say: told of each step.
+        states: where the nodes keep what their users keep; None: in a directory that goes with this block.
 
     Raises:
         UserError: too many nodes for one machine.
@@ -107,17 +118,17 @@ def deployment(users: int, *, tls: bool = False, say: Say = lambda text: None) -
         link.start()
         say(f"SuperLink on {HOST}:{link.port}" + (" with TLS and node authentication" if tls else ", in the clear"))
         for user in range(users):
-            start_node(link, user, users)
+            start_node(link, user, users, states)
         await_nodes(link, users)
         yield link
 
 
-def start_node(link: SuperLink, user: int, users: int) -> None:
+def start_node(link: SuperLink, user: int, users: int, states: Path | None = None) -> None:
     """Start the SuperNode of one user, which keeps what its user keeps on disk."""
     command = [script("flower-supernode"), "--superlink", f"{HOST}:{link.port}"]
     command += ["--host", HOST, "--port", str(free_port())]
     # JSON's strings are TOML's, which is how Flower reads this.
-    folder = json.dumps(str(link.place / "states"))
+    folder = json.dumps(str(states or link.place / "states"))
     command += ["--node-config", f"partition-id={user} num-partitions={users} state-dir={folder}"]
     if link.certificates:
         key = link.certificates.node_key(user)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -23,6 +24,9 @@ def deploy(
     partition: Annotated[str, typer.Option(help="E.g. dirichlet:alpha=0.1:clients=3.")] = "natural",
     seed: Annotated[int, typer.Option(help="Decides weights, sampling and shuffling.")] = 0,
     tls: Annotated[bool, typer.Option("--tls", help="Encrypt, and let only nodes with a registered key in.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Directory for how far it has got; the same command goes on from there.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
     """Run a federation on Flower's SuperLink with one SuperNode a user, on this machine, and in this process.
@@ -38,9 +42,10 @@ def deploy(
     plan = plan_for(scenario, rounds=rounds, eval_every=rounds)
     run = Run(scenario, strategy, seed=seed, partition=partition, plan=plan).resolved()
     try:
-        result = conduct(run, tls=tls, say=lambda text: errors.print(text, highlight=False, markup=False))
+        result = conduct(run, tls=tls, say=lambda text: errors.print(text, highlight=False, markup=False), out=out)
     except KeyboardInterrupt:
-        errors.print("interrupted; every process was stopped")
+        kept = "the same command goes on" if out else "nothing was kept, for want of --out"
+        errors.print(f"interrupted; every process was stopped, and {kept}")
         sys.exit(130)
     rows = [
         {

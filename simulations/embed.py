@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedbn.errors import UserError
+from fedbn.traffic import REPEATED
 from simulations.results import Comparison, number
 from simulations.tables import answer, size, starts_rows
 
@@ -52,6 +53,7 @@ def _more(comparison: Comparison) -> list[str]:
         parts += ["Accuracy of unseen users by the statistics they start from:", markdown(rows).rstrip()]
     seconds, traffic = comparison.seconds().set_index("strategy"), comparison.traffic()
     moved = traffic.groupby("strategy")[["bytes_down", "bytes_up"]].sum()
+    again = traffic[traffic["role"] == REPEATED].set_index("strategy")["bytes_down"]
     costs = [
         {
             "strategy": strategy,
@@ -59,10 +61,13 @@ def _more(comparison: Comparison) -> list[str]:
             "down": size(moved["bytes_down"][strategy]),
             "up": size(moved["bytes_up"][strategy]),
         }
+        | ({"repeated": size(again.get(strategy, 0))} if len(again) else {})
         for strategy in seconds.index
     ]
-    told = f"Time of a run as a ratio to {comparison.reference}, and bytes per client and round:"
-    return [*parts, told, markdown(costs).rstrip()]
+    told = f"Time of a run as a ratio to {comparison.reference}, and bytes per client and round"
+    if len(again):
+        told += "; repeated is the part of down that a client with a memory between messages would not need"
+    return [*parts, f"{told}:", markdown(costs).rstrip()]
 
 
 def replace_block(document: Path, name: str, content: str | None = None) -> None:

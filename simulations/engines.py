@@ -1,13 +1,16 @@
 """Three ways to execute a run; the numbers are the same to the last bit.
 
 *reference*: the readable loop, without Flower. *grid*: Flower's apps over a Grid in this process. *ray*: Flower's
-apps in Flower's own simulation. ``grid:TIER`` says how the grid does its clients' work (`fedbn.stacked.tiers`): the
-tiers ``stacked``, ``lean`` and ``auto`` are faster and equal to rounding, the last in a way that depends on timing.
+apps in Flower's own simulation; ``ray:HOST:PORT`` in a Ray cluster that is there already. ``grid:TIER`` says how the
+grid does its clients' work (`fedbn.stacked.tiers`): the tiers ``stacked``, ``lean`` and ``auto`` are faster and equal
+to rounding, the last in a way that depends on timing.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 
 from flwr.app import Context, RecordDict
 
@@ -25,7 +28,7 @@ from simulations.grid import InProcessGrid
 from simulations.server_optimizer import server_step
 
 Engine = str
-"""``reference``, ``grid``, ``grid:TIER`` or ``ray``."""
+"""``reference``, ``grid``, ``grid:TIER``, ``ray`` or ``ray:ADDRESS``."""
 
 ENGINES = ("reference", "grid", "ray")
 OnRound = Callable[[int, Outcome], None]
@@ -43,21 +46,28 @@ def parse_engine(text: str) -> tuple[str, Tier]:
     name, colon, tier = text.partition(":")
     if name not in ENGINES:
         raise unknown("engine", name, ENGINES)
-    if colon and name != "grid":
+    if colon and name == "ray" and not re.fullmatch(r"auto|[\w.-]+:\d+", tier):
+        raise UserError(f"engine {text!r}: a Ray cluster is addressed as ray:HOST:PORT, for instance ray:10.0.0.1:6379")
+    if colon and name == "reference":
         raise UserError(f"engine {name!r} has no tiers; only the grid has: {text!r}")
-    return name, parse_tier(tier) if colon else "exact"
+    return name, parse_tier(tier) if colon and name == "grid" else "exact"
 
 
 def execute(
-    run: Run, engine: Engine = "grid", resume: Outcome | None = None, on_round: OnRound | None = None
+    run: Run,
+    engine: Engine = "grid",
+    resume: Outcome | None = None,
+    on_round: OnRound | None = None,
+    checkpoint: Path | None = None,
 ) -> Outcome:
     """Execute a run, or the rest of one.
 
     Args:
         run: what to do.
         engine: how.
-        resume: an unfinished outcome (reference and grid engines; a Ray run starts anew).
-        on_round: told after each round, with all that is needed to go on from there.
+        resume: an unfinished outcome (reference and grid engines).
+        on_round: told after each round, with all that is needed to go on from there (reference and grid engines).
+        checkpoint: where a Ray run writes how far it has got, and goes on from.
     """
     set_threads()
     name, tier = parse_engine(engine)
@@ -70,7 +80,7 @@ def execute(
         case _:
             from simulations.ray_engine import run_on_ray
 
-            return run_on_ray(run)
+            return run_on_ray(run, address=engine.partition(":")[2], out=checkpoint)
 
 
 def _in_process(run: Run, tier: Tier, resume: Outcome | None, on_round: OnRound | None) -> Outcome:

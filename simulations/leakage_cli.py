@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
+
+from fedbn.errors import UserError
+
+if TYPE_CHECKING:
+    from fedbn.run import Run
 
 console = Console()
 
@@ -20,6 +26,13 @@ def leakage(
         str, typer.Option(help="Protections to compare, comma-separated; none is always measured.")
     ] = "clip=1,clip=1:noise=0.1,clip=1:noise=0.5,clip=1:noise=2",
     seed: Annotated[int, typer.Option(help="Of the run.")] = 0,
+    states: Annotated[
+        bool, typer.Option("--states", help="Of people's states instead, after each of two recordings.")
+    ] = False,
+    rounds: Annotated[int | None, typer.Option(help="With --states: rounds of training.")] = None,
+    into: Annotated[
+        Path | None, typer.Option(help="With --states: put the table between the markers for leakage-states here.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Find users again by the statistics they send, and solve for single windows from consecutive states.
@@ -29,6 +42,11 @@ def leakage(
     from fedbn.run import Run, plan_for
     from simulations.leakage import inversion, measure
 
+    if states:
+        _states(Run(scenario, strategy, seed, plan=plan_for(scenario, rounds=rounds)), into, as_json)
+        return
+    if rounds is not None or into is not None:
+        raise UserError("--rounds and --into go with --states: messages are looked at in the first two rounds")
     run = Run(scenario, strategy, seed, plan=plan_for(scenario))
     leaks = measure(run, ("", *filter(None, (text.strip() for text in controls.split(",")))))
     errors = inversion(run)
@@ -46,4 +64,25 @@ def leakage(
     table.add_column("error, in units of the spread over windows")
     for name, error in errors.items():
         table.add_row("none: guess the mean" if name == "guess" else name, f"{error:.2g}")
+    console.print(table)
+
+
+def _states(run: Run, into: Path | None, as_json: bool) -> None:
+    from simulations.embed import markdown, replace_block
+    from simulations.leakage_states import rows, state_leaks
+
+    if into is not None:
+        replace_block(into, "leakage-states")  # before anything is computed
+    leaks = state_leaks(run)
+    found = rows(leaks)
+    if into is not None:
+        replace_block(into, "leakage-states", markdown(found))
+    if as_json:
+        print(json.dumps([asdict(leak) for leak in leaks], indent=1))
+        return
+    table = Table(title="people found again by the state of a later recording; error of a window solved for", box=None)
+    for name in found[0]:
+        table.add_column(name)
+    for line in found:
+        table.add_row(*line.values())
     console.print(table)

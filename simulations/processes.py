@@ -22,6 +22,7 @@ from typing import Any
 HOST = "127.0.0.1"
 STOP_SECONDS = 10.0
 POLL_SECONDS = 0.2
+LEAVING = (signal.SIGINT, signal.SIGTERM)
 
 Handler = Callable[[int, FrameType | None], Any] | signal.Handlers
 Process = subprocess.Popen[bytes]
@@ -97,12 +98,15 @@ def end(process: Process) -> None:
 def private_place(stop: Callable[[], None]) -> Iterator[Path]:
     """A temporary directory for a family, which ``stop`` ends with this block, also on Ctrl-C or a polite kill."""
     place = Path(tempfile.mkdtemp(prefix="fb-", dir=_short_temporary_directory()))
-    try:
-        with _handling(_leave, signal.SIGTERM):
-            yield place
-    finally:
-        # A second Ctrl-C, out of impatience, would leave half of it running.
-        with _handling(signal.SIG_IGN, signal.SIGINT, signal.SIGTERM):
+    # Whoever ignores Ctrl-C, as jobs in a shell's background do, goes on ignoring it.
+    numbers = [number for number in LEAVING if signal.getsignal(number) is not signal.SIG_IGN]
+    with _handling(_leave, *numbers):
+        try:
+            try:
+                yield place
+            finally:
+                _ignore()
+        finally:  # reached whatever happens before signals are ignored
             stop()
             shutil.rmtree(place, ignore_errors=True)
 
@@ -153,8 +157,18 @@ def _process_lines() -> Iterator[str]:
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
-    """Unwind the stack on a polite kill too, so that everything is stopped."""
+    """Unwind the stack, on a polite kill too, so that everything is stopped; a second one would leave half of it."""
+    _ignore()
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
     raise SystemExit(128 + number)
+
+
+def _ignore() -> None:
+    """Be deaf to whoever wants this process to leave: it is leaving."""
+    if threading.current_thread() is threading.main_thread():
+        for number in LEAVING:
+            signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager

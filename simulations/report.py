@@ -360,7 +360,10 @@ def _ownership(comparison: Comparison) -> Table:
             line.append(MISSING if role not in by_role.index else _owner(by_role.loc[role]))
         down, up = of_strategy["bytes_down"].sum(), of_strategy["bytes_up"].sum()
         lines.append([*line, Cell(size(down + up), "\n" + _ways(down, up), float(down + up))])
-    caption = "Owner of each role, and the bytes that a client receives ↓ and sends ↑ in a round"
+    caption = (
+        "Owner of each role, and the bytes that a client receives ↓ and sends ↑ in a round; then what it hears and "
+        "says besides, of which repeated is what it is told anew since it keeps nothing between messages"
+    )
     return Table(caption, ["strategy", *roles, "in all"], lines)
 
 

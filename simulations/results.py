@@ -154,7 +154,8 @@ class Comparison:
         runs: one line per finished run: run, strategy, seed, lr, seconds, rounds, newcomer.
         evaluations: one line per run x user x row x column: n, accuracy, macro_f1, loss.
         curves: one line per run and evaluated round: train_loss, own, unseen.
-        ownership: one line per strategy and role: owner, entries, elements, and bytes per client and round.
+        ownership: one line per strategy and role, or purpose of other messages: owner, entries, elements, and bytes per
+            client and round.
         missing: number of (strategy, seed) pairs without a finished run.
         notices: what a reader should know, of the comparison and of its runs.
     """

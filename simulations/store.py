@@ -25,6 +25,7 @@ from fedbn.evaluation import Score
 from fedbn.federation import Fault, Outcome, Point, Server
 from fedbn.roles import State
 from fedbn.run import Run
+from fedbn.traffic import Traffic
 
 PACKAGES = ("fedbn", "flwr", "torch", "numpy", "scikit-learn", "flwr-datasets")
 
@@ -96,6 +97,8 @@ def save_outcome(
         "registry": list(server.registry),
         "scores": {str(u): [asdict(s) for s in scores] for u, scores in outcome.scores.items()},
         "faults": [asdict(f) for f in outcome.faults],
+        "traffic": asdict(outcome.traffic),
+        "trained": {str(u): round for u, round in outcome.trained.items()},
     }
     text = json.dumps(header)
     metadata = {"outcome": text, "crc32": str(checksum(text, tensors))}
@@ -141,6 +144,8 @@ def load_outcome(path: Path, run: Run, sources: dict[str, str] | None = None) ->
         scores={int(u): [Score(**s) for s in scores] for u, scores in header["scores"].items()},
         seconds=header["seconds"],
         faults=[Fault(**f) for f in header["faults"]],
+        traffic=Traffic(**header["traffic"]),
+        trained={int(u): round for u, round in header["trained"].items()},
     )
 
 
@@ -160,8 +165,9 @@ def load_latest(path: Path, run: Run, sources: dict[str, str] | None = None) -> 
         if not before(path).exists():
             raise
         outcome = load_outcome(before(path), run, sources)
-        before(path).replace(path)  # or the next round would move the damaged one over it
         outcome.faults.append(Fault(len(outcome.curve) + 1, f"{error.reason}; went on from the checkpoint before"))
+        save_outcome(path, run, outcome, sources)  # or the next round would move the damaged one over the sound one
+        before(path).unlink()
         return outcome
 
 

@@ -90,6 +90,7 @@ class SuperLink:
         options: of ``flower-superlink``, besides address and encryption.
         certificates: what it shows its callers; None: it speaks in the clear.
         family: its processes.
+        extra: environment variables of its processes, besides those that are always set.
         port: of all its APIs.
         runs: how many were executed.
     """
@@ -98,6 +99,7 @@ class SuperLink:
     options: tuple[str, ...] = ()
     certificates: Certificates | None = None
     family: Family = field(default_factory=Family)
+    extra: dict[str, str] = field(default_factory=dict)
     port: int = 0
     runs: int = 0
 
@@ -128,29 +130,31 @@ class SuperLink:
         """Start one more process of the family, with a log of its name."""
         self.family.start(name, command, self.log(name), self.environment())
 
-    def execute(self, run: Run, *settings: str) -> Outcome:
+    def execute(self, run: Run, *settings: str, out: Path | None = None) -> Outcome:
         """Submit a run, wait for its end, read its outcome.
 
         Args:
             run: what to do.
             settings: options of ``flwr run``.
+            out: where the server writes how far it has got, and goes on from; None: a file that goes with the run.
 
         Raises:
             UserError: as the ServerApp raised it.
             FlowerRunError: any other failure.
         """
         self.runs += 1
-        name, out = f"run-{self.runs}", self.place / f"outcome-{self.runs}.safetensors"
+        name, passing = f"run-{self.runs}", self.place / f"outcome-{self.runs}.safetensors"
         config = self.place / f"{name}.toml"
-        config.write_text(tomli_w.dumps({"run": run.to_json(), "out": str(out)}))
+        file = passing if out is None else out.resolve()
+        config.write_text(tomli_w.dumps({"run": run.to_json(), "out": str(file)}))
         submitted = self.flwr("run", str(self.place / "app"), LINK, "--run-config", str(config), *settings)
         run_id = str(submitted["run-id"])
         self._follow(run_id, name)
         status = self.flwr("list", LINK, "--run-id", run_id)["runs"][0]
         if status["status"] != "finished:completed":
             raise self._failure(name, status["status"], status["status-details"])
-        outcome = load_outcome(out, run)
-        out.unlink()
+        outcome = load_outcome(file, run)
+        passing.unlink(missing_ok=True)
         return outcome
 
     def flwr(self, *arguments: str) -> dict[str, Any]:
@@ -194,7 +198,7 @@ class SuperLink:
             "RAY_TMPDIR": str(self.place / "tmp"),
             "PATH": os.pathsep.join([scripts(), os.environ.get("PATH", os.defpath)]),
         }
-        return kept | PRIVATE | own
+        return kept | PRIVATE | own | self.extra
 
     def log(self, name: str) -> Path:
         """File of what a process or a run says."""

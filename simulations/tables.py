@@ -18,6 +18,7 @@ from rich.text import Text
 
 from fedbn.roles import Role
 from fedbn.strategy import strategies
+from fedbn.traffic import MESSAGE
 from simulations.results import COLUMNS, METRICS, ROWS, STARTS, Comparison, Interval, bracket, cell, number, signed
 
 if TYPE_CHECKING:
@@ -148,8 +149,9 @@ def starts_table(rows: list[list[str]], metric: str = "accuracy") -> Table:
 def cost_table(comparison: Comparison) -> Table:
     """Who owns what, bytes per client and round, seconds per run."""
     owners = comparison.traffic()
-    # Step counters are always the client's own and never travel.
-    roles = [role for role in dict.fromkeys(owners["role"]) if role != Role.COUNTER]
+    # Step counters are always the client's own and never travel; messages besides entries have no owner.
+    owned = owners.loc[owners["owner"] != MESSAGE, "role"]
+    roles = [role for role in dict.fromkeys(owned) if role != Role.COUNTER]
     seconds = comparison.seconds().set_index("strategy")
     table = _table(
         title="Owner of each role, bytes per client and round, seconds per run",

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from clients.config import run_from_config
 from fedbn.errors import UserError
@@ -18,6 +19,7 @@ from fedbn.prequential import follow
 from fedbn.run import Plan, Run
 from fedbn.setting import setting
 from fedbn.streams import Stream
+from simulations.cli import app
 from simulations.engines import execute
 
 CHOSEN = "population:diversity=1"
@@ -104,3 +106,12 @@ def test_rules_that_no_client_can_follow_by_itself_are_refused():
         run_from_config({"scenario": "digits8", "strategy": "fedbn", "rule": "emma"})
     found = run_from_config({"scenario": "digits8", "strategy": "global-naive", "rule": "pseudo:n0=16.0"})
     assert found.rule == "pseudo"
+
+
+@pytest.mark.slow
+def test_a_comparison_from_the_shell_takes_a_rule(tmp_path):
+    out = str(tmp_path / "out")
+    given = ["compare", "hapt:reserved=15", "--strategies", "global-naive", "--rule", "pseudo:n0=16:diversity=1"]
+    done = CliRunner().invoke(app, [*given, "--rounds", "2", "--seeds", "1", "--workers", "1", "--out", out])
+    assert done.exit_code == 0, done.output
+    assert "adapted online" in done.output

@@ -7,6 +7,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from pathlib import Path
@@ -25,8 +26,9 @@ from fedbn.federation import Outcome, Point, Server
 from fedbn.run import Run, plan_for
 from simulations.certificates import make_certificates
 from simulations.cli import app
-from simulations.deploy import Deployment, deploy, deployment, differences
+from simulations.deploy import CHECKPOINT, Deployment, deploy, deployment, differences
 from simulations.processes import Family, free_port
+from simulations.store import load_outcome
 from simulations.superlink import FlowerRunError, SuperLink
 
 
@@ -100,10 +102,72 @@ def test_an_interrupted_deployment_leaves_nothing_behind(how, mark):
     assert not any(home.exists() for home in homes)
 
 
+def test_a_second_interruption_does_not_stop_the_clean_up(mark, tmp_path):
+    """Wherever the second Ctrl-C falls: while the stack unwinds, and while processes are being stopped."""
+    code = (
+        "import os, signal, sys, time\n"
+        "from pathlib import Path\n"
+        "from simulations.processes import private_place\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "def stop():\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    print('stopped', flush=True)\n"
+        "with private_place(stop) as place:\n"
+        "    print(place, flush=True)\n"
+        "    try:\n"
+        "        os.kill(os.getpid(), getattr(signal, sys.argv[1]))\n"
+        "        time.sleep(60)\n"
+        "    finally:\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+    )
+    for name, ends in (("SIGINT", (130, -2)), ("SIGTERM", (143,))):
+        done = subprocess.run([sys.executable, "-c", code, name], capture_output=True, text=True, timeout=60)
+        place, said = done.stdout.split()
+        assert said == "stopped"
+        assert not Path(place).exists()
+        assert done.returncode in ends
+
+
+@pytest.mark.slow
+def test_a_deployment_whose_server_is_killed_goes_on_to_the_same_bits(mark, tmp_path):
+    run = short("fedbn", 3)
+    checkpoint = tmp_path / CHECKPOINT
+    raised = []
+
+    def first():
+        try:
+            deploy(run, out=tmp_path)
+        except FlowerRunError as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    deadline = time.monotonic() + 400
+    while not checkpoint.exists() and thread.is_alive() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    while thread.is_alive() and not (tasks := [p for p, c in named(mark) if "flwr-serverapp" in c]):
+        time.sleep(0.2)
+    for pid in tasks:
+        os.kill(pid, signal.SIGKILL)
+    thread.join(400)
+    assert raised
+    assert 1 <= len(load_outcome(checkpoint, run).curve) < 3
+    said = []
+    result = deploy(run, out=tmp_path, say=said.append)
+    assert "of 3 rounds; going on" in said[0]
+    assert result.differences == ()
+
+
 def commands(mark):
+    return (command for _, command in named(mark))
+
+
+def named(mark):
     for pid in marked(mark):
         try:
-            yield Path(f"/proc/{pid}/cmdline").read_text()
+            yield pid, Path(f"/proc/{pid}/cmdline").read_text()
         except OSError:
             continue
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import same
-from flwr.app import Message, MetricRecord, RecordDict
+from flwr.app import Context, Message, MetricRecord, RecordDict
 from safetensors.torch import save_file
 
 from clients import keeping
@@ -23,6 +23,7 @@ from fedbn.seeds import numpy_generator
 from fedbn.setting import setting
 from simulations.admission import BadReply
 from simulations.app import ClientError, Listener, conduct
+from simulations.app import app as server_app
 from simulations.compare import CHECKPOINT, Task, perform
 from simulations.flower_compat import task_identity
 from simulations.grid import InProcessGrid
@@ -372,10 +373,11 @@ def test_nothing_is_lost_where_nothing_is_kept(small):
 
 
 def test_a_file_of_another_run_or_user_is_not_taken(tmp_path):
-    owner = {"version": 1, "run": 7, "user": 3}
-    keeping._write(tmp_path / "f", owner, {"kept-3": {"w": torch.ones(2)}})
-    assert keeping._read(tmp_path / "f", owner).keys() == {"kept-3"}
-    for other in ({"run": 8}, {"user": 4}, {"version": 2}):
+    owner = {"version": keeping.VERSION, "run": 7, "user": 3}
+    keeping._write(tmp_path / "f", owner, {2: {"kept-3": {"w": torch.ones(2)}}, 5: {"kept-3": {"w": torch.zeros(2)}}})
+    rounds = keeping._read(tmp_path / "f", owner)
+    assert {n: records["kept-3"]["w"].tolist() for n, records in rounds.items()} == {2: [1, 1], 5: [0, 0]}
+    for other in ({"run": 8}, {"user": 4}, {"version": 1}):
         assert keeping._read(tmp_path / "f", owner | other) == {}
 
 
@@ -404,6 +406,121 @@ def test_a_node_that_comes_back_under_another_id_is_found_again(small):
         outcome = conduct(Moving(run), run, Listener())
     assert [f.round for f in outcome.faults] == [2]
     assert VICTIM in outcome.scores
+
+
+# Servers that are killed ---------------------------------------------------------------------------------------------
+
+
+class Killed(Exception):
+    """What ends a process here."""
+
+
+class Killing(InProcessGrid):
+    """The nodes of a deployment, of which one or the server is killed in a round, after some of them have trained."""
+
+    def __init__(self, run, place, at=None, run_id=1):
+        config = {"run": run.to_json(), "out": str(place / "out.safetensors")}
+        super().__init__(client_app, len(setting(run).population.users), config, run_id=run_id)
+        self.place, self.at, self.rounds = place, at, 0
+
+    def context(self, node):
+        context = super().context(node)
+        context.node_config["state-dir"] = str(self.place / "states")
+        return context
+
+    def send_and_receive(self, messages, *, timeout=None):
+        messages = list(messages)
+        self.rounds += kind(messages[0]) == "train"
+        if self.rounds == self.at and kind(messages[0]) == "train":
+            super().send_and_receive(messages[::2])
+            raise Killed
+        return super().send_and_receive(messages)
+
+
+def submitted(run, grid):
+    """The run that Flower submits, from beginning to end or to its being killed."""
+    context = Context(grid.run.run_id, 1, {}, RecordDict(), grid.run_config)
+    with task_identity(grid.run.run_id):
+        server_app(grid, context)
+    return load_outcome(grid.place / "out.safetensors", run)
+
+
+@pytest.mark.parametrize(("strategy", "clients"), [("fedbn", None), ("silobn", 2), ("global-recalibrated", 2)])
+def test_a_server_killed_in_a_round_goes_on_to_the_same_bits_when_the_run_is_submitted_again(
+    strategy, clients, small, tmp_path
+):
+    run = small(strategy, rounds=4, optimizer_state="keep", momentum=0.5, clients_per_round=clients, eval_every=2)
+    unharmed = run_with(run, intact)
+    for at, run_id in (
+        (1, 11),
+        (3, 12),
+        (2, 13),
+    ):  # in round 1; in round 3; in round 4 of the rest, which is its second
+        with pytest.raises(Killed):
+            submitted(run, Killing(run, tmp_path, at, run_id))
+    resumed = submitted(run, Killing(run, tmp_path, run_id=14))
+    assert equal(resumed, unharmed)
+    assert resumed.faults == []
+    assert resumed.trained == unharmed.trained
+    assert [p.name for p in tmp_path.glob("out*")] == ["out.safetensors"]
+    untouched = Killing(run, tmp_path, at=1)
+    assert equal(submitted(run, untouched), unharmed)
+    assert not untouched.contexts
+
+
+def test_a_server_that_falls_back_a_checkpoint_finds_its_nodes_where_they_were(small, tmp_path):
+    run = small("fedbn", rounds=5, eval_every=5)
+    with pytest.raises(Killed):
+        submitted(run, Killing(run, tmp_path, at=4))
+    (tmp_path / "out.safetensors").write_bytes(b"")
+    resumed = submitted(run, Killing(run, tmp_path, run_id=2))
+    assert equal(resumed, run_with(run, intact))
+    (fault,) = resumed.faults
+    assert "went on from the checkpoint before" in fault.text
+
+
+def test_what_a_node_trained_and_could_not_tell_is_as_if_it_had_not_been(small, tmp_path):
+    """The victim's node writes its state in round 2 and is killed before it answers: round 3 goes on from round 1."""
+    run = small("fedbn", rounds=3, tolerate=0.4, optimizer_state="keep", momentum=0.5)
+
+    class Mute(Killing):
+        def send_and_receive(self, messages, *, timeout=None):
+            replies = list(super().send_and_receive(messages))
+            return [r for r in replies if not (self.rounds == 2 and kind(r) == "train" and user(r) == VICTIM)]
+
+    class Away(Killing):
+        def send_and_receive(self, messages, *, timeout=None):
+            self.rounds += kind(messages[0]) == "train"
+            away = self.rounds == 2 and kind(messages[0]) == "train"
+            there = [m for m in messages if not (away and m.metadata.dst_node_id == 1_000_000 + VICTIM)]
+            return InProcessGrid.send_and_receive(self, there)
+
+    mute = submitted(run, Mute(run, tmp_path / "mute"))
+    away = submitted(run, Away(run, tmp_path / "away"))
+    assert equal(mute, away)
+    assert mute.trained[VICTIM] == 3
+
+
+def test_the_same_run_with_another_file_or_started_anew_finds_no_old_states(small, tmp_path):
+    run = small("fedbn", rounds=5, eval_every=5)
+    first = submitted(run, Killing(run, tmp_path))
+    (tmp_path / "out.safetensors").unlink()
+    again = submitted(run, Killing(run, tmp_path))
+    assert equal(first, again)
+    assert again.faults == []
+    names = {p.name for p in (tmp_path / "states").iterdir()}
+    other = Killing(run, tmp_path)
+    other.run_config["out"] = str(tmp_path / "another.safetensors")
+    with task_identity(1):
+        server_app(other, Context(1, 1, {}, RecordDict(), other.run_config))
+    assert len({p.name for p in (tmp_path / "states").iterdir()}) == 2 * len(names)
+
+
+def test_a_file_of_another_run_is_not_overwritten(small, tmp_path):
+    submitted(small("fedbn", rounds=1), Killing(small("fedbn", rounds=1), tmp_path))
+    other = small("silobn", rounds=1)
+    with pytest.raises(UserError, match="belongs to another run; delete it or choose another"):
+        submitted(other, Killing(other, tmp_path))
 
 
 # Disks and checkpoints -----------------------------------------------------------------------------------------------

@@ -75,33 +75,38 @@ def test_the_statistic_gradients_are_those_of_autograd():
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
-@given(st.integers(0, 10**6), st.integers(2, 5))
-def test_masked_values_count_nowhere(seed, rows):
-    x, gy = draw((rows, 3, 4), seed), draw((rows, 3, 4), seed + 1)
-    mask = torch.rand(rows, 4, generator=torch.Generator().manual_seed(seed)) < 0.6
-    mask[0, :2] = True
+@pytest.mark.parametrize("shape", SHAPES)
+@given(st.integers(0, 10**6))
+def test_masked_values_count_nowhere(shape, seed):
+    x, gy = draw(shape, seed), draw(shape, seed + 1)
+    places = (shape[0], *shape[2:])
+    mask = torch.rand(places, generator=torch.Generator().manual_seed(seed)) < 0.6
+    mask.view(-1)[:2] = True
     leaf = x.clone().requires_grad_()
     mean, var, n = batch_statistics(x, mask)
     y = normalise(leaf, mean, var, mask=mask)
-    kept = x.transpose(1, 2)[mask].clone().requires_grad_()  # the valid values, [n, C]
+    kept = x.movedim(1, -1)[mask].clone().requires_grad_()  # the valid values, [n, C]
     expected = F.batch_norm(kept, None, None, training=True)
     assert int(n) == len(kept)
-    torch.testing.assert_close(y.transpose(1, 2)[mask], expected, rtol=1e-11, atol=1e-11)
-    assert float(y.detach().transpose(1, 2)[~mask].abs().sum()) == 0
-    got = gradient(y, leaf, gy).transpose(1, 2)
-    torch.testing.assert_close(got[mask], gradient(expected, kept, gy.transpose(1, 2)[mask]), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(y.movedim(1, -1)[mask], expected, rtol=1e-11, atol=1e-11)
+    assert float(y.detach().movedim(1, -1)[~mask].abs().sum()) == 0
+    got = gradient(y, leaf, gy).movedim(1, -1)
+    torch.testing.assert_close(got[mask], gradient(expected, kept, gy.movedim(1, -1)[mask]), rtol=1e-10, atol=1e-10)
     assert float(got[~mask].abs().sum()) == 0
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("shape", [(40, 3), (8, 3, 40), (4, 3, 6, 5), (4, 3, 2, 3, 4)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_normalised_in_single(dtype):
-    x, gy = (draw((8, 3, 40)) + 100).to(dtype), draw((8, 3, 40), 1).to(dtype)
-    mean, var, _ = batch_statistics(x)
+def test_half_precision_is_normalised_in_single(dtype, shape, masked):
+    x, gy = (draw(shape) + 100).to(dtype), draw(shape, 1).to(dtype)
+    mask = draw((shape[0], *shape[2:]), 2) > 0 if masked else None
+    mean, var, _ = batch_statistics(x, mask)
     assert mean.dtype == var.dtype == torch.float32
     leaf, wide = x.clone().requires_grad_(), x.float().requires_grad_()
-    y = normalise(leaf, mean, var)
+    y = normalise(leaf, mean, var, mask=mask)
     assert y.dtype == dtype
-    expected = normalise(wide, mean, var)
+    expected = normalise(wide, mean, var, mask=mask)
     assert torch.equal(y, expected.to(dtype))
     assert torch.equal(gradient(y, leaf, gy), gradient(expected, wide, gy.float()).to(dtype))
 

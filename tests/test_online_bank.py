@@ -454,6 +454,29 @@ def test_mistakes_are_named():
         expect("learns by class", gated.commit)
 
 
+def test_bad_windows_and_names_are_refused_and_no_state_moves():
+    model, x = NETS["linear"]()
+    net = personalize(model, rule("pseudo"))
+    net(x, user="ann")
+    before = net.state("ann").to_bytes()
+    broken = x.clone()
+    broken[3, 0] = torch.nan
+    for words, act in (
+        ("1 of 8 windows hold NaN or Inf .first: row 3.", lambda: net(broken, user="ann")),
+        ("1 of 8 windows hold NaN or Inf", lambda: net.calibrate(broken, user="ann")),
+        (f"does not take windows of shape .{x.shape[1] + 1}.", lambda: net(torch.cat([x, x[:, :1]], 1), user="ann")),
+        ("None names no user", lambda: net(x, user=None)),
+        ("None names no user", lambda: net(x, user=["ann", None] * 4)),
+        ("lacks windows of class 1, 2", lambda: net.calibrate(x, user="ann", labels=torch.zeros(8))),
+        ("label 3 is none of the 3 classes", lambda: net.calibrate(x, user="ann", labels=torch.arange(8))),
+    ):
+        expect(words, act)
+        expect("nothing to commit", net.commit)
+    assert net.state("ann").to_bytes() == before
+    assert net.users == ["ann"]
+    net(x * 1e37, user="bob")  # large, but finite: only the sum is not
+
+
 def test_a_model_that_folds_time_into_the_batch_is_refused():
     class Folds(nn.Module):
         def __init__(self):

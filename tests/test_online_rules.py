@@ -336,6 +336,27 @@ def test_the_published_recursion_of_dabn_is_the_exponentially_weighted_one():
     torch.testing.assert_close(net.statistics(1)["0"], (mean, var), rtol=1e-12, atol=1e-12)
 
 
+def test_dabn_that_hardly_moves_is_the_frozen_network():
+    model, (x, _) = layer(), windows(20)
+    still, moving = (personalize(model, rule(f"dabn:rate={a}"), classes=K) for a in (1e-9, 0.1))
+    frozen = personalize(model, rule("source"), classes=K)
+    for row in x:
+        torch.testing.assert_close(still(row[None], user=1), frozen(row[None], user=1), rtol=1e-6, atol=1e-6)
+        moving(row[None], user=1)
+    assert not torch.allclose(moving.statistics(1)["0"][0], frozen.statistics(1)["0"][0], atol=0.01)
+
+
+def test_dabn_finds_the_mean_of_a_stationary_stream():
+    model = nn.Sequential(layer()[0])
+    x = torch.randn(1500, C, dtype=torch.float64, generator=torch.Generator().manual_seed(4)) + 5
+    net = personalize(model, rule("dabn:rate=0.004"), classes=K)
+    for row in x:
+        net(row[None], user=1)
+    mean, var = net.statistics(1)["0"]
+    assert float((mean - 5).abs().max()) < 0.2 < float((model[0].running_mean - 5).abs().max())
+    assert float((var - 1).abs().max()) < 0.3
+
+
 def test_several_rows_of_a_user_are_a_batch_of_that_user():
     model, (x, _) = layer(), windows(6)
     users = ["a", "b", "a", "a", "b", "a"]

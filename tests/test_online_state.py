@@ -327,3 +327,10 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         store["ann"] = b"x"
     assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_store_says_what_it_is(tmp_path):
+    place = tmp_path / "users.db"
+    place.write_bytes(b"this is no database, but long enough to be looked at" * 20)
+    with pytest.raises(UserError, match=r"store .*users.db is damaged or no SQLite database"):
+        SQLiteStore(place)

@@ -114,3 +114,11 @@ def test_moments_survive_a_message():
 def test_one_row_gives_a_variance_of_zero_not_nan(net):
     recalibrate(net, torch.randn(1, 3))
     assert all(torch.isfinite(v).all() for v in net.state_dict().values())
+
+
+def test_the_sources_own_data_restore_what_a_targets_changed():
+    model, source, target = network(), data(), data(seed=2) * 5 - 3
+    before = clone(statistics_of(recalibrate(model, source)))
+    moved = clone(statistics_of(recalibrate(model, target)))
+    assert not torch.allclose(moved["features.1.running_mean"], before["features.1.running_mean"], atol=0.1)
+    assert_equal(statistics_of(recalibrate(model, source)), before)

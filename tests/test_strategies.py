@@ -11,6 +11,7 @@ from conftest import same
 
 from fedbn.errors import UserError
 from fedbn.federation import Server, client_round, federate
+from fedbn.rates import RATES
 from fedbn.recalibration import all_moments, statistics_of
 from fedbn.roles import Role
 from fedbn.setting import setting
@@ -57,6 +58,8 @@ def test_training_moves_every_trained_entry_and_leaves_the_received_state_alone(
     update, kept = client_round(here, here.trainers[0], start, None, FIRST)
     assert same(start, before)
     moved = update.state | kept
+    if name == "atp":
+        assert not moved.pop(RATES).any(), "learnt when the model is trained"
     assert all(not torch.equal(v, here.initial[k]) for k, v in moved.items())
 
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from fedbn.errors import UserError
 from fedbn.models.har_cnn import HarCNN
 from fedbn.prequential import follow_blocks, score
+from fedbn.rates import RATES, add_rates
 from fedbn.recalibration import recalibrate
 from fedbn.roles import clone
 from fedbn.spec import render
@@ -34,6 +35,7 @@ def network(sharp=30.0):
     recalibrate(net, windows(40, seed=9))
     with torch.no_grad():
         net.classifier.weight.mul_(sharp)  # sure of some windows and not of others, as a trained network is
+    add_rates(net).get_buffer(RATES).fill_(0.05)
     return net.eval()
 
 
@@ -52,6 +54,7 @@ def fast(name):
         "rotta": ":capacity=8:lr=0.05:nu=0.5",
         "sar": ":lr=0.05:margin=1:collapse=0",
         "sotta": ":capacity=8:lr=0.05:confident=0.5",
+        "atp": "",
     }
     return method(name + options.get(name, "" if name in FROZEN else ":lr=0.05"))
 

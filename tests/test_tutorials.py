@@ -24,7 +24,11 @@ SMALL = {
     "claims": ["--seeds", "2", "--workers", "1"],
 }
 FEWER = {"hapt": "hapt:reserved=15", "digits": "digits:train=64:test=32"}  # half of its people; few images
-ELSEWHERE = ["fedbn demo", "fedbn leakage hapt"]  # stays open; takes a minute. They have tests of their own.
+ELSEWHERE = [
+    "fedbn demo",
+    "fedbn leakage hapt",
+    "fedbn leakage hapt --states",
+]  # stays open; take minutes. All have tests of their own.
 MODEL = """
 from torch import nn
 

@@ -33,7 +33,8 @@ class BatchRenorm(AnyBatchNorm):
         r_max: limit of the scale in the end, at least 1.
         d_max: limit of the shift in the end, at least 0.
         start: batches until the limits begin to open.
-        r_full, d_full: batches until they are open.
+        r_full: batches until the limit of the scale is open.
+        d_full: batches until the limit of the shift is.
 
     >>> layer = BatchRenorm(1, eps=0.0, r_max=float("inf"), d_max=float("inf"), start=0, r_full=0, d_full=0)
     >>> layer(torch.tensor([[0.0], [2.0]])).flatten().tolist()  # running mean 0, variance 1

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fedbn.norms.statnorm import along, normalise
+from fedbn.norms.statnorm import along, normalise, widened
 
 
 class Stop(Exception):
@@ -62,6 +62,7 @@ class ExchangedNorm(_BatchNorm):
         told = self.exchange
         if told is None or not self.training:
             return super().forward(input)
+        input = widened(input)
         axes = [0, *range(2, input.dim())]
         told.n = input.numel() // input.shape[1]
         if told.mean is None:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from fedbn.errors import UserError
 from fedbn.layers import AnyBatchNorm, exchange
+from fedbn.norms.statnorm import widened
 
 
 class GhostBN(AnyBatchNorm):
@@ -57,7 +58,7 @@ class GhostBN(AnyBatchNorm):
         self._check_input_dim(input)
         self.num_batches_tracked += 1
         step = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
-        parts = _parts(input, self.size)
+        parts = _parts(widened(input), self.size)
         out = [F.batch_norm(p, None, None, self.weight, self.bias, True, 0.0, self.eps) for p in parts]
         with torch.no_grad():
             statistics = [torch.var_mean(p.transpose(0, 1).flatten(1), 1) for p in parts]

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedbn.moments import Moments
-from fedbn.norms.statnorm import along
+from fedbn.norms.statnorm import along, widened
 
 
 class HybridNorm(_BatchNorm):
@@ -44,6 +44,7 @@ class HybridNorm(_BatchNorm):
             return F.batch_norm(input, global_mean, global_var, self.weight, self.bias, False, 0.0, self.eps)
         if self.num_batches_tracked is not None and self.training:
             self.num_batches_tracked.add_(1)
+        input = widened(input)
         axes = [0, *range(2, input.dim())]
         var, mean = torch.var_mean(input, axes, correction=0)
         a = torch.sigmoid(self.gate)

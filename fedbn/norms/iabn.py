@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fedbn.errors import UserError
 from fedbn.layers import AnyBatchNorm, exchange
-from fedbn.norms.statnorm import along
+from fedbn.norms.statnorm import along, widened
 
 
 class IABN(AnyBatchNorm):
@@ -66,6 +66,7 @@ class IABN(AnyBatchNorm):
         length = input[0, 0].numel()
         if input.dim() < 3 or length <= self.skip or self.k == math.inf:
             return plain
+        input = widened(input)
         if self.training:
             var, mean = torch.var_mean(input.transpose(0, 1).flatten(1), 1)
         else:

@@ -47,7 +47,7 @@ def batch_statistics(x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Ten
     >>> float(mean), float(var), int(n)
     (1.0, 1.0, 2)
     """
-    rows = _wide(x).transpose(0, 1).flatten(1)
+    rows = widened(x).transpose(0, 1).flatten(1)
     if mask is not None:
         rows = rows[:, mask.flatten()]
     var, mean = torch.var_mean(rows, 1, correction=0)
@@ -108,7 +108,7 @@ class _StatNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, mean: Tensor, var: Tensor, eps: float, exchange: Exchange | None, mask: Tensor | None
     ) -> Tensor:
-        wide = _wide(x)
+        wide = widened(x)
         mean = mean.to(wide.dtype)
         inv = torch.rsqrt(var.to(wide.dtype) + eps)
         ctx.save_for_backward(x, mean, inv, mask)
@@ -119,10 +119,10 @@ class _StatNorm(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, mean, inv, mask = ctx.saved_tensors
-        g = _only(_wide(grad), mask)
+        g = _only(widened(grad), mask)
         gx = g * along(inv, x)
         if ctx.exchange is not None:
-            centred = _only(_wide(x) - along(mean, x), mask)
+            centred = _only(widened(x) - along(mean, x), mask)
             axes = [0, *range(2, x.dim())]
             g_mu = -inv * g.sum(axes)
             g_v = -0.5 * inv**3 * (g * centred).sum(axes)
@@ -132,7 +132,8 @@ class _StatNorm(torch.autograd.Function):
         return gx.to(x.dtype), None, None, None, None, None
 
 
-def _wide(x: Tensor) -> Tensor:
+def widened(x: Tensor) -> Tensor:
+    """Half precision as float32, in which statistics are computed; anything else as it is."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 

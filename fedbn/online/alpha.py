@@ -11,6 +11,11 @@ From there the weights alone are trained, on cross-entropy of clean and augmente
 :math:`\lambda\,\operatorname{mean}(\alpha-A)^2`, and kept in [0, 1]. Labelled source data are needed, and no target
 data. What the paper takes for images is replaced here by changes of gain and noise; a batch is one user's windows, as
 at test time.
+
+Confirmed by the paper's abstract, the authors' page and a reader's notes: the model is frozen, sensitivity comes from
+how alike the gradients of scale and shift are on clean and augmented data, it is the prior from which the weights are
+trained on labelled source data, and they are fixed at test time. Not verified against the paper's text: that one cosine
+joins the gradients of scale and shift, the scaling of d to [0, 1], its square, and the form of the penalty.
 """
 
 from __future__ import annotations

@@ -161,11 +161,13 @@ class Personalized(nn.Module):
                 the network itself treats padding is its own affair.
 
         Raises:
-            UserError: not one name a row, a mask of another shape or with an empty row, more users than fit, or a model
-                that mixes rows.
+            UserError: not one name a row, a mask of another shape or with an empty row, values that are not finite,
+                windows that the model does not take, more users than fit, or a model that mixes rows.
         """
+        self._note = None
         ids = _names(user, len(x))
         mask = _checked(mask, x)
+        _finite(x)
         group = self.bank.group(ids, create=False)
         rule = self.bank.rule
         watch = rule.peeks or (rule.learns and not self._frozen)
@@ -265,7 +267,8 @@ class Personalized(nn.Module):
             n0: windows that the prior is worth.
 
         Raises:
-            UserError: no windows, one label a window missing, or an unknown ``then``.
+            UserError: no windows, values that are not finite, not one label a window, a class without windows, or an
+                unknown ``then``.
         """
         if then not in ("freeze", "adapt"):
             raise UserError(f"then={then!r} is unknown: write 'freeze' or 'adapt'")
@@ -273,6 +276,7 @@ class Personalized(nn.Module):
             raise UserError("calibration needs windows: give at least one, best one of each class")
         if n0 < 0:
             raise UserError(f"n0={n0:g} is impossible; give 0 or more")
+        _finite(windows)
         weight = self._balance(labels, len(windows))
         bank = self.bank
         start = bank.source.moments
@@ -443,7 +447,10 @@ class Personalized(nn.Module):
     ) -> tuple[Tensor, Pass]:
         passed = Pass(len(x), transform, watch, mask)
         with torch.no_grad(), passed:
-            return self.model(x), passed
+            try:
+                return self.model(x), passed
+            except RuntimeError as error:
+                raise UserError(f"the model does not take windows of shape {list(x.shape[1:])}: {error}") from None
 
     def _adapted(self, group: Group) -> Transform:
         bank = self.bank
@@ -512,6 +519,14 @@ class Personalized(nn.Module):
             return like.new_ones(n)
         if labels.shape != (n,):
             raise UserError(f"{n} windows and labels of shape {list(labels.shape)}: give one a window")
+        classes = self.bank.classes
+        if wrong := sorted(set(labels.tolist()) - set(range(classes))):
+            raise UserError(f"label {wrong[0]} is none of the {classes} classes, 0 to {classes - 1}")
+        if lacking := sorted(set(range(classes)) - set(labels.tolist())):
+            raise UserError(
+                f"calibration lacks windows of class {', '.join(map(str, lacking))}: record some, or give no labels to "
+                "calibrate by what there is"
+            )
         _, which, count = torch.unique(labels, return_inverse=True, return_counts=True)
         each: Tensor = n / (len(count) * count[which])
         return each.to(like)
@@ -534,10 +549,22 @@ def _names(user: Ids, rows: int) -> list[str]:
         return [str(user)] * rows
     if isinstance(user, Tensor):
         user = user.tolist()
-    names = [str(u) for u in user]
+    names = [str(u) for u in user or ()]
+    if user is None or any(u is None for u in user):
+        raise UserError("None names no user: give every row the name or number of whom it is of")
     if len(names) != rows:
         raise UserError(f"{rows} rows and {len(names)} users: give one name a row, or one name for all")
     return names
+
+
+def _finite(x: Tensor) -> None:
+    """Raise for NaN and Inf; the sum is a quick look that no such value escapes."""
+    if x.sum().isfinite() or (fine := x.isfinite().flatten(1).all(1)).all():
+        return
+    raise UserError(
+        f"{int((~fine).sum())} of {len(x)} windows hold NaN or Inf (first: row {int((~fine).nonzero()[0])}): leave "
+        "them out or impute them; nothing was learnt"
+    )
 
 
 def _checked(mask: Tensor | None, x: Tensor) -> Tensor | None:

@@ -9,10 +9,12 @@ import os
 import sqlite3
 import tempfile
 from collections.abc import Iterator, Mapping, MutableMapping
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
+
+from fedbn.errors import UserError
 
 Store = MutableMapping[str, bytes]
 """Name of a user -> `fedbn.online.state.BNState.to_bytes`."""
@@ -94,7 +96,7 @@ class SQLiteStore(Store):
         >>> dict(store)
         {'ann': b'1', 'bob': b'2'}
         """
-        with closing(sqlite3.connect(self.file)) as connection, connection:
+        with self._open() as connection, connection:
             connection.executemany("INSERT OR REPLACE INTO states VALUES (?, ?)", states.items())
 
     def __delitem__(self, user: str) -> None:
@@ -108,9 +110,21 @@ class SQLiteStore(Store):
         return int(self._read("SELECT count(*) FROM states")[0][0])
 
     def _read(self, statement: str, *values: object) -> list[Any]:
-        with closing(sqlite3.connect(self.file)) as connection:
+        with self._open() as connection:
             return connection.execute(statement, values).fetchall()
 
     def _write(self, statement: str, *values: object) -> int:
-        with closing(sqlite3.connect(self.file)) as connection, connection:
+        with self._open() as connection, connection:
             return connection.execute(statement, values).rowcount
+
+    @contextmanager
+    def _open(self) -> Iterator[sqlite3.Connection]:
+        try:
+            with closing(sqlite3.connect(self.file)) as connection:
+                yield connection
+        except sqlite3.OperationalError:
+            raise  # locked, no room, no such folder: says so itself
+        except sqlite3.DatabaseError as error:
+            raise UserError(
+                f"store {self.file} is damaged or no SQLite database ({error}): restore it from a copy, or name another"
+            ) from None

@@ -304,6 +304,23 @@ def population(
     Raises:
         UserError: anything that could not be trained on; the message starts with ``name``.
     """
+    users, classes = people(rows, name, test, gap)
+    away = hold_out(len(users), unseen, seed)
+    known = set(torch.cat([u.train.y for i, u in enumerate(users) if i not in away]).tolist())
+    if missing := [c for i, c in enumerate(classes) if i not in known]:
+        raise UserError(
+            f"{name}: class {', '.join(missing)} is in no training row of the seen users (unseen: "
+            f"{', '.join(users[i].name for i in away) or 'none'}); see more users, use another seed, or drop the class"
+        )
+    return Population(tuple(users), away, classes, skew, sources)
+
+
+def people(rows: Rows, name: str, test: float, gap: int) -> tuple[list[User], tuple[str, ...]]:
+    """Users with their rows split in time, and the names of the classes.
+
+    Raises:
+        UserError: as `population`.
+    """
     if not 0 < test < 1:
         raise UserError(f"test={test} must be a share between 0 and 1, for instance 0.25")
     if gap < 0:
@@ -330,14 +347,30 @@ def population(
             )
         train, held = (Examples(x[p], torch.from_numpy(y[p]), torch.from_numpy(numbers[p])) for p in parts)
         users.append(User(user, name, train, held))
-    away = hold_out(len(users), unseen, seed)
-    known = set(torch.cat([u.train.y for i, u in enumerate(users) if i not in away]).tolist())
-    if missing := [c for i, c in enumerate(classes) if i not in known]:
-        raise UserError(
-            f"{name}: class {', '.join(missing)} is in no training row of the seen users (unseen: "
-            f"{', '.join(users[i].name for i in away) or 'none'}); see more users, use another seed, or drop the class"
-        )
-    return Population(tuple(users), away, classes, skew, sources)
+    return users, classes
+
+
+def one_user(path: Path, classes: int, *, x: str = "x", y: str = "y", test: float = 0.25, gap: int = 1) -> User:
+    """The only user of a file; classes are numbered, since one user need not have all of them.
+
+    Args:
+        path: the file.
+        classes: how many there are.
+        x: column of values, as in `Files`.
+        y: column of class numbers.
+        test: share of the rows that test.
+        gap: rows left out before them.
+
+    Raises:
+        UserError: as `read` and `population`; or classes that are named rather than numbered.
+    """
+    columns = read(path)
+    labels = columns.column(y, "y")
+    if labels.dtype.kind not in "iuf":
+        raise UserError(f"{path.name}: classes must be numbers 0 to {classes - 1} here, the same with every user")
+    whose = np.zeros(len(labels), np.int64)
+    rows = Rows(_values(columns, x, path.name), labels, whose, None, tuple(map(str, range(classes))))
+    return people(rows, path.name, test, gap)[0][0]
 
 
 def _check(rows: Rows, name: str) -> None:

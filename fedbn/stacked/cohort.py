@@ -134,7 +134,7 @@ class Cohort:
         order = sorted(trainees, key=lambda i: -len(trainees[i].order))
         if order:
             rate, travels = plan.rate(rounds[0].progress.round), frozenset(here.ownership.travels)
-            how = Descent(rate, plan.momentum, plan.weight_decay, plan.proximal, travels)
+            how = Descent(rate, plan.momentum, plan.weight_decay, plan.proximal, travels, plan.precision)
             trained = fit_stack(twin, [trainees[i] for i in order], rows.x, rows.y, how)
             results |= {i: self._result(rounds[i], done) for i, done in zip(order, trained, strict=True)}
         return [results[i] for i in range(len(rounds))]
@@ -149,7 +149,7 @@ class Cohort:
             Trainee(here.initial, torch.arange(size), [size], torch.Generator(), first=i * size)
             for i in range(len(parts))
         ]
-        fit_stack(twin, trainees, x, y, Descent(plan.lr, plan.momentum))
+        fit_stack(twin, trainees, x, y, Descent(plan.lr, plan.momentum, precision=plan.precision))
 
     def _trainee(self, job: Round, rows: Rows, twin: Program) -> Trainee:
         here, plan, kept = self.here, self.here.run.plan, job.kept or {}

@@ -12,7 +12,9 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from fedbn.roles import State
+from fedbn.run import Precision
 from fedbn.stacked.program import Program
+from fedbn.training import computed
 
 
 @dataclass
@@ -44,6 +46,7 @@ class Descent:
         lr, momentum, weight_decay: of SGD.
         mu: weight of half the squared distance to the values before the first step (FedProx).
         pulled: names of the parameters that it counts for.
+        precision: of products and convolutions.
     """
 
     lr: float
@@ -51,6 +54,7 @@ class Descent:
     weight_decay: float = 0.0
     mu: float = 0.0
     pulled: frozenset[str] = frozenset()
+    precision: Precision = "float32"
 
 
 @dataclass
@@ -123,7 +127,8 @@ class Stack:
         self.twin = twin
         self.device = next(iter(trainees[0].state.values())).device
         self.across = twin.across(axes)
-        self.lr = None if how.momentum or how.weight_decay or how.mu else how.lr
+        plain = not (how.momentum or how.weight_decay or how.mu) and how.precision == "float32"
+        self.lr = how.lr if plain else None
         self.noise = [t.noise for t in trainees]
         self.tensors = {n: _stack([t.state[n] for t in trainees]) for n in trainees[0].state}
         self.momentum: State = {}
@@ -195,7 +200,7 @@ def fit_stack(twin: Program, trainees: Sequence[Trainee], x: Tensor, y: Tensor, 
         else:
             columns = torch.tensor(at)[:, None] + torch.arange(size)
             rows = orders[group.rows].gather(1, columns.to(x.device))
-        losses = _losses(group, x, y, rows)
+        losses = _losses(group, x, y, rows, how.precision)
         gradients = torch.autograd.grad(losses.sum(), list(group.leaves.values()), allow_unused=True)
         with torch.no_grad():
             total[group.rows] += losses.detach() * size
@@ -212,15 +217,15 @@ def fit_stack(twin: Program, trainees: Sequence[Trainee], x: Tensor, y: Tensor, 
     ]
 
 
-def _losses(group: Group, x: Tensor, y: Tensor, rows: Tensor) -> Tensor:
+def _losses(group: Group, x: Tensor, y: Tensor, rows: Tensor, precision: Precision) -> Tensor:
     """Mean loss of each client's batch, ``[K]``, given its rows ``[K, B]``."""
     k, batch = rows.shape
     if group.across:
         inputs = x.index_select(0, rows.flatten()).view(k, batch, -1).mT
-        return F.cross_entropy(group.forward(inputs), y[rows], reduction="none").mean(1)
+        return F.cross_entropy(computed(group.forward, inputs, precision), y[rows], reduction="none").mean(1)
     inputs = x.index_select(0, rows.T.flatten()).view(batch, k * x.shape[1], *x.shape[2:])
     # Classes on an outer axis: a softmax over the innermost one, which is short, is several times slower.
-    outputs = group.forward(inputs).view(batch, k, -1).permute(1, 2, 0).contiguous()
+    outputs = computed(group.forward, inputs, precision).view(batch, k, -1).permute(1, 2, 0).contiguous()
     return F.cross_entropy(outputs, y[rows], reduction="none").mean(1)
 
 

@@ -1,0 +1,41 @@
+"""ATP: one step a block on every part of the network, each at a rate that a federation has learnt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fedbn.errors import UserError
+from fedbn.rates import RATES, follower
+from fedbn.tta import Method, Step
+
+
+@dataclass(frozen=True)
+class ATP(Method):
+    """Needs a model trained by the strategy of the same name, which carries its rates (`fedbn.rates`).
+
+    Attributes:
+        online: answer with the mean of all states adapted so far, otherwise with the last one.
+
+    >>> ATP().block
+    20
+    """
+
+    name = "atp"
+    about = "weights and statistics at learnt rates; with --strategy atp"
+    source = "Bao et al. 2023, https://arxiv.org/abs/2310.18816"
+    peeks = True
+    block: int = 20
+    online: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.block < 2:
+            raise UserError("method 'atp': a batch of one window has no variance: give block=2 or more")
+
+    def begin(self, model: nn.Module, source: Tensor, draw: torch.Generator) -> Step:
+        if RATES not in dict(model.named_buffers()):
+            raise UserError("method 'atp' moves a model by rates that were learnt with it: train with --strategy atp")
+        return follower(model, online=self.online)

@@ -1,0 +1,65 @@
+"""Two people share a device by turns: what was learnt of each is taken out again, and that beats beginning anew."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from fedbn.drift import Watched
+from fedbn.online import personalize
+from fedbn.prequential import follow, judge_alarms
+from fedbn.scenario import Examples
+from fedbn.streams import stream
+from simulations.personalise import contender
+
+TURN = 80
+
+
+def source():
+    """Tells the class by the first channel's sign, for people without an offset."""
+    net = nn.Sequential(nn.BatchNorm1d(2), nn.Flatten(), nn.Linear(16, 2)).eval()
+    with torch.no_grad():
+        net[0].running_var.copy_(torch.tensor([4.0, 1.0]))
+        net[2].bias.zero_()
+        net[2].weight.zero_()
+        net[2].weight[:, :8] = torch.tensor([[-1.0], [1.0]])
+    return net
+
+
+def person(offset, seed):
+    draw = torch.Generator().manual_seed(seed)
+    y = torch.randint(0, 2, (4 * TURN,), generator=draw)
+    moved = offset + 0.25 * torch.randn(4 * TURN, 2, 1, generator=draw)
+    moved[:, 0] += (2.0 * y - 1)[:, None]
+    return Examples(0.3 * torch.randn(4 * TURN, 2, 8, generator=draw) + moved, y, torch.zeros(4 * TURN))
+
+
+@pytest.fixture(scope="module")
+def followed():
+    """By action: what was right, turn after turn, and the alarms; the stream."""
+    (met, _) = stream("recurring:visits=4").of(["ann", "bob"], [person(-1.5, 0), person(1.5, 1)], seed=0)
+    found = {}
+    for act in ("branch", "reset"):
+        chosen = contender(f"pseudo:n0=16/page-hinkley/{act}")
+        net = Watched(personalize(source(), chosen.rule), source(), *chosen.watch)
+        (trace,) = follow(net, [met])
+        found[act] = trace.correct.reshape(-1, TURN).mean(1), net.watches["ann"].alarms
+    return met, found
+
+
+def test_every_change_is_noticed_and_nothing_else(followed):
+    met, found = followed
+    for _, alarms in found.values():
+        judged = judge_alarms(alarms, [e.at for e in met.events], len(met))
+        assert judged.missed == 0
+        assert judged.false_per_1000 == 0
+        assert max(judged.delays) < 10
+
+
+def test_recall_beats_reset_as_soon_as_somebody_comes_back(followed):
+    _, found = followed
+    (branch, _), (reset, _) = found["branch"], found["reset"]
+    assert branch[:2] == pytest.approx(reset[:2]), "nobody was there before"
+    assert branch[2:].mean() > reset[2:].mean() + 0.03
+    assert branch[2:].min() > 0.93
