@@ -15,7 +15,8 @@ from rich.table import Table
 from fedbn.errors import UserError
 
 if TYPE_CHECKING:
-    from simulations.claims.ledger import Cell, Store
+    from simulations.claims.ledger import Cell, Entry, Store
+    from simulations.trackers import Tracking
 
 console = Console()
 errors = Console(stderr=True)
@@ -28,6 +29,10 @@ def claims(
     seeds: Annotated[int | None, typer.Option(min=2, help="Paired seeds. [default: 10, with --quick 4]")] = None,
     out: Annotated[Path, typer.Option(help="Directory for claims.md and claims/.")] = Path("results"),
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; default one a core.")] = None,
+    track: Annotated[
+        list[str] | None,
+        typer.Option(help="Also log to tensorboard:DIR, mlflow:DIR or wandb:DIR (offline); repeatable."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON instead of tables.")] = False,
 ) -> None:
     """List claims of papers, or run them and write a ledger: effect, interval, verdict.
@@ -44,21 +49,25 @@ def claims(
     if names and all_:
         raise UserError("give names or --all, not both")
     from simulations.claims import ledger
+    from simulations.trackers import Tracking
 
     wanted = chosen(names or ())
     count = seeds or (ledger.QUICK_SEEDS if quick else ledger.FULL_SEEDS)
     store = ledger.Store(out / "claims" / "cells.jsonl")
     todo = ledger.cells(wanted, count, quick)
-    try:
-        _perform(todo, store, workers or os.cpu_count() or 1)
-    except KeyboardInterrupt:
-        errors.print("interrupted; what was finished is kept, the same command goes on")
-        sys.exit(130)
-    # The page shows what is known, not only what was asked for just now.
-    entries = [e for c in chosen() if (e := ledger.decide(c, store, quick)) is not None]
-    page = ledger.write(out, entries)
-    asked = {c.name for c in wanted}
-    shown = [e for e in entries if e.claim.name in asked]
+    with Tracking(track or ()) as tracking:
+        try:
+            _perform(todo, store, workers or os.cpu_count() or 1)
+        except KeyboardInterrupt:
+            errors.print("interrupted; what was finished is kept, the same command goes on")
+            sys.exit(130)
+        # The page shows what is known, not only what was asked for just now.
+        entries = [e for c in chosen() if (e := ledger.decide(c, store, quick)) is not None]
+        page = ledger.write(out, entries)
+        asked = {c.name for c in wanted}
+        shown = [e for e in entries if e.claim.name in asked]
+        for e in shown:
+            _tell(tracking, e)
     if as_json:
         print(json.dumps([e.as_dict() for e in shown], indent=1))
         return
@@ -72,6 +81,18 @@ def claims(
         )
     console.print(table)
     console.print(f"ledger: {page.resolve()}", soft_wrap=True)
+
+
+def _tell(tracking: Tracking, entry: Entry) -> None:
+    """A claim as a run: a step for each seed, with the last one the mean and its interval."""
+    about = {k: v for k, v in entry.as_dict().items() if isinstance(v, (str, float))}
+    points = {
+        seed: {"effect": effect, **{arm: values[seed] for arm, values in entry.values.items()}}
+        for seed, effect in enumerate(entry.effects)
+    }
+    found = entry.effect
+    points[len(points) - 1] |= {"effect_mean": found.mean, "effect_low": found.low, "effect_high": found.high}
+    tracking.tell(entry.claim.name, about, points)
 
 
 def _list(as_json: bool) -> None:

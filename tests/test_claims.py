@@ -21,6 +21,7 @@ from simulations import claims as package
 from simulations import cli
 from simulations.claims import Claim, Effect, bench, claims, ledger, studies
 from simulations.claims.ledger import Cell, Store, cells, decide, perform, write
+from simulations.claims.tried import TRIED
 
 CALLS = []
 
@@ -161,6 +162,88 @@ def test_ledger_page_and_figure(claim, tmp_path):
     assert found["threshold"] == 0.4
 
 
+def several(arm, seed, quick):
+    """One training that two arms read, and one of its own."""
+    CALLS.append((arm, seed))
+    return {"score: one": 0.75 + seed, "score: two": 0.25} if arm == "both" else {"score": 0.125}
+
+
+def test_arms_that_read_one_training_share_its_cell(claim, tmp_path):
+    shared = replace(
+        claim, run=several, arms=("one", "two", "three"), effect=lambda v: v["one"] - v["two"] - v["three"],
+        trained=lambda arm: arm if arm == "three" else "both",
+    )  # fmt: skip
+    todo = cells([shared], 2, quick=False)
+    assert [c.arm for c in todo] == ["both", "three"] * 2
+    store = Store(tmp_path / "cells.jsonl")
+    perform(todo, store, 1, lambda _: None)
+    assert len(CALLS) == 4
+    entry = decide(shared, store, quick=False)
+    assert entry.values == {"one": [0.75, 1.75], "two": [0.25] * 2, "three": [0.125] * 2}
+    assert entry.effects == [0.375, 1.375]
+    assert entry.seconds == pytest.approx(sum(line["seconds"] for line in store.found.values()))
+
+
+def panels(claim, values):
+    """Texts of the left panel of a claim's figure."""
+    entry = ledger.Entry(claim, values, [0.5, 0.6], Effect.of([0.5, 0.6]), "holds", False, 1.0)
+    return ledger.figure([entry, replace(entry, claim=replace(claim, name="again"))]).axes
+
+
+def test_curves_are_drawn_over_their_numbers_one_line_a_series(claim):
+    values = {f"{n} {x}": [0.1 * float(x), 0.2] for n in ("BN", "layer norm") for x in ("8", "1", "64")}
+    left = panels(replace(claim, drawing="curves", axis="rows", arms=tuple(values)), values)[0]
+    assert [line.get_label() for line in left.lines] == ["BN", "layer norm"]
+    assert list(left.lines[0].get_xdata()) == [1, 8, 64]
+    assert list(left.lines[0].get_ydata()) == pytest.approx([0.15, 0.5, 3.3])
+    assert left.get_xlabel() == "rows"
+    assert left.get_xscale() == "log"
+
+
+def test_a_grid_shows_means_and_leaves_gaps(claim):
+    values = {"BN @ a": [0.5, 0.7], "BN @ b": [0.1, 0.1], "IN @ b": [0.9, 1.0]}
+    left = panels(replace(claim, drawing="grid", arms=tuple(values)), values)[0]
+    assert sorted(t.get_text() for t in left.texts) == ["10", "60", "95"]
+    assert [t.get_text() for t in left.get_yticklabels()] == ["BN", "IN"]
+    assert [t.get_text() for t in left.get_xticklabels()] == ["a", "b"]
+
+
+def test_what_two_claims_read_is_drawn_once(claim):
+    axes = panels(claim, {"good": [1.0, 1.1], "bad": [0.5, 0.5]})
+    assert [a.get_title(loc="left") for a in axes[::2]] == ["toy", "again"]
+    assert axes[2].texts[0].get_text() == "score: drawn above, toy"
+    assert not axes[2].axison
+
+
+def test_arms_that_never_differ_do_not_beat_each_other(claim, tmp_path):
+    store = Store(tmp_path / "cells.jsonl")
+    perform(cells([claim], 3, quick=False), store, 1, lambda _: None)
+    assert decide(replace(claim, effect=lambda v: 0.0, threshold=0.0), store, quick=False).verdict == "undecided"
+    assert decide(replace(claim, effect=lambda v: 0.0, threshold=-0.1), store, quick=False).verdict == "holds"
+
+
+def test_what_was_tried_stands_where_a_claim_does_not_hold(claim, tmp_path, monkeypatch):
+    monkeypatch.setattr(ledger, "TRIED", {"toy": "other toys"})
+    store = Store(tmp_path / "cells.jsonl")
+    perform(cells([claim], 3, quick=False), store, 1, lambda _: None)
+    entry = decide(claim, store, quick=False)
+    assert "- Tried" not in ledger.markdown([entry])
+    assert "- Tried: other toys.\n" in ledger.markdown([replace(entry, verdict="does not hold")])
+    assert "Written by `fedbn claims --all --out docs`" in ledger.markdown([entry])
+
+
+def test_everything_tried_is_of_a_claim():
+    assert set(TRIED) <= {c.name for c in claims()}
+
+
+def test_a_note_is_on_the_page(claim, tmp_path):
+    store = Store(tmp_path / "cells.jsonl")
+    perform(cells([claim], 2, quick=False), store, 1, lambda _: None)
+    entry = decide(replace(claim, note="tried twice as long, too"), store, quick=False)
+    assert "- Note: tried twice as long, too.\n" in ledger.markdown([entry])
+    assert "Note" not in ledger.markdown([replace(entry, claim=claim)])
+
+
 # --- the claims as stated
 
 
@@ -172,6 +255,12 @@ def test_every_claim_is_complete_and_its_effect_is_a_number():
         assert all([c.source, c.published, c.setting, c.meaning, c.measure])
         assert c.arms
         assert math.isfinite(c.effect(dict.fromkeys(c.arms, 0.5)))
+        assert all(isinstance(c.trained(arm), str) for arm in c.arms)
+        if c.drawing == "curves":
+            assert c.axis
+            assert all(math.isfinite(float(arm.rpartition(" ")[2])) for arm in c.arms)
+        if c.drawing == "grid":
+            assert all(arm.count(" @ ") == 1 for arm in c.arms)
         assert c.run.__name__ != "<lambda>"
         assert getattr(sys.modules[c.run.__module__], c.run.__name__) is c.run, "a worker process could not find it"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import types
 
@@ -16,8 +17,9 @@ from fedbn.layers import convert
 from fedbn.models.stroke_cnn import StrokeEEG1DCNN
 from fedbn.roles import norm_layers
 from fedbn.scenario import scenario
-from fedbn.scenarios.stroke import BANDS, band_powers, cohort
-from simulations.claims.stroke import folds
+from fedbn.scenarios.stroke import BANDS, band_powers, cohort, recorded
+from simulations import cli
+from simulations.claims.stroke import CLASSICAL, folds
 
 # --- the cohort
 
@@ -186,11 +188,165 @@ def test_mistakes_with_recordings_are_named(recording, tmp_path, monkeypatch):
         read_windows(recording, ["C3"], 4)
     with pytest.raises(UserError, match="no recording at"):
         read_windows(tmp_path / "none.edf", ["C3"], 1)
-    with pytest.raises(UserError, match="night.mat: not one of .edf, .bdf, .vhdr; export the recording as EDF"):
+    with pytest.raises(UserError, match="night.mat: not one of .edf, .bdf, .vhdr, .npz; export the recording as EDF"):
         read_windows(tmp_path / "night.mat", ["C3"], 1)
     monkeypatch.setitem(sys.modules, "mne.io", None)
     with pytest.raises(UserError, match=r"pip install 'fedbn\[eeg\]'"):
         read_windows(recording, ["C3"], 1)
+
+
+def archive(path, ill, rng, rate=128.0, seconds=20):
+    """Two channels, slower in patients."""
+    t = np.arange(int(seconds * rate)) / rate
+    waves = [np.sin(2 * np.pi * hertz * t + rng.uniform(0, 6)) for hertz in (2, 10)]
+    signal = [(1 + 2 * ill) * waves[0] + waves[1] + rng.normal(0, 0.5, len(t)) for _ in range(2)]
+    np.savez(path, signal=10 * np.array(signal), rate=rate, channels=["F3", "F4"])
+
+
+def test_a_numpy_archive_becomes_windows(tmp_path):
+    signal = np.arange(600.0).reshape(2, 300)
+    np.savez(tmp_path / "a.npz", signal=signal, rate=100, channels=["C3", "C4"])
+    x, rate = read_windows(tmp_path / "a.npz", ["C4", "C3"], 1)
+    assert (rate, x.shape) == (100.0, (3, 2, 100))
+    assert torch.equal(x[1, :, 0], torch.tensor([400.0, 100.0]))
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"signal": np.zeros((2, 9)), "rate": 9.0}, r"must hold signal \[channels, samples\] in microvolts"),
+        ({"signal": np.array([{}]), "rate": 9.0, "channels": ["C3"]}, "as plain arrays"),
+        ({"signal": np.zeros((3, 9)), "rate": 9.0, "channels": ["C3"]}, "does not fit 1 channels"),
+        ({"signal": np.zeros((1, 9)), "rate": 0.0, "channels": ["C3"]}, "at 0 Hz"),
+        ({"signal": np.full((1, 9), np.nan), "rate": 9.0, "channels": ["C3"]}, "not finite"),
+        ({"signal": np.zeros((1, 9)), "rate": 9.0, "channels": ["C4"]}, "unknown channel of a.npz 'C3'"),
+    ],
+)
+def test_an_archive_that_does_not_fit_says_what_to_save(arrays, message, tmp_path):
+    np.savez(tmp_path / "a.npz", **arrays)
+    with pytest.raises(UserError, match=message):
+        read_windows(tmp_path / "a.npz", ["C3"], 1)
+    (tmp_path / "b.npz").write_bytes(b"no archive")
+    with pytest.raises(UserError, match="b.npz must hold"):
+        read_windows(tmp_path / "b.npz", ["C3"], 1)
+
+
+def edf(path, signal, rate, names):
+    """A European Data Format file: fixed-width text headers, then 16-bit numbers, one record a second."""
+    n, seconds = len(names), signal.shape[1] // rate
+    scale = np.abs(signal).max()
+    fields = [
+        (8, "0"), *((80, t) for t in ["X X X X", "Startdate X X X X"]),
+        *((8, t) for t in ["01.01.20", "00.00.00", str(256 * (n + 1))]),
+        (44, ""), (8, str(seconds)), (8, "1"), (4, str(n)),
+        *((16, f"EEG {name}"[:16]) for name in names), *((80, "") for _ in names), *((8, "uV") for _ in names),
+        *((8, f"{-scale:.6g}"[:8]) for _ in names), *((8, f"{scale:.6g}"[:8]) for _ in names),
+        *((8, "-32767") for _ in names), *((8, "32767") for _ in names), *((80, "") for _ in names),
+        *((8, str(rate)) for _ in names), *((32, "") for _ in names),
+    ]  # fmt: skip
+    body = np.round(signal / scale * 32767).astype("<i2").reshape(n, seconds, rate).transpose(1, 0, 2)
+    path.write_bytes("".join(text.ljust(width) for width, text in fields).encode("ascii") + body.tobytes())
+
+
+def brainvision(path, signal, rate, names):
+    """A BrainVision recording: header and marker files of text, and 32-bit floats."""
+    path.with_suffix(".eeg").write_bytes(signal.T.astype("<f4").tobytes())
+    path.with_suffix(".vmrk").write_text(
+        "Brain Vision Data Exchange Marker File, Version 1.0\n[Common Infos]\nCodepage=UTF-8\n"
+        f"DataFile={path.stem}.eeg\n[Marker Infos]\nMk1=New Segment,,1,1,0,20200101000000000000\n"
+    )
+    listed = "\n".join(f"Ch{i + 1}={name},,1,µV" for i, name in enumerate(names))
+    path.write_text(
+        "Brain Vision Data Exchange Header File Version 1.0\n[Common Infos]\nCodepage=UTF-8\n"
+        f"DataFile={path.stem}.eeg\nMarkerFile={path.stem}.vmrk\nDataFormat=BINARY\nDataOrientation=MULTIPLEXED\n"
+        f"NumberOfChannels={len(names)}\nSamplingInterval={1e6 / rate:g}\n[Binary Infos]\nBinaryFormat=IEEE_FLOAT_32\n"
+        f"[Channel Infos]\n{listed}\n",
+        encoding="utf-8",
+    )
+
+
+@pytest.mark.parametrize(("write", "name"), [(edf, "a.edf"), (brainvision, "a.vhdr")])
+def test_mne_reads_the_same_windows_from_both_formats(write, name, tmp_path):
+    mne = pytest.importorskip("mne")
+    del mne
+    draw = np.random.default_rng(0)
+    signal = np.round(draw.normal(0, 20, (2, 300)), 3)
+    write(tmp_path / name, signal, 100, ["C3", "C4"])
+    names = ["C4", "C3"] if name.endswith("vhdr") else ["EEG C4", "EEG C3"]
+    x, rate = read_windows(tmp_path / name, names, 1)
+    assert (rate, x.shape) == (100.0, (3, 2, 100))
+    torch.testing.assert_close(x[2], torch.from_numpy(signal[::-1, 200:].copy()).float(), rtol=0, atol=0.01)
+    (tmp_path / f"torn{tmp_path.joinpath(name).suffix}").write_bytes(b"\x00\x01torn")
+    with pytest.raises(UserError, match=r"MNE cannot read torn"):
+        read_windows(tmp_path / f"torn{tmp_path.joinpath(name).suffix}", names, 1)
+
+
+@pytest.fixture
+def cohort_on_disk(tmp_path):
+    """Six subjects with a recording each, the first with two."""
+    rng = np.random.default_rng(0)
+    lines = ["file,subject,label"]
+    for i in range(7):
+        archive(tmp_path / f"r{i}.npz", i % 2, rng)
+        lines.append(f"r{i}.npz,P{i % 6},{i % 2}")
+    (tmp_path / "cohort.csv").write_text("\n".join(lines).replace("P0,1", "P1,1"))
+    return tmp_path / "cohort.csv"
+
+
+def test_recordings_become_a_cohort(cohort_on_disk):
+    made, names = recorded(cohort_on_disk, ["F4", "F3"], seconds=4)
+    assert names == tuple(f"P{i}" for i in range(6))
+    assert made.x.shape == (35, 1, 8)
+    assert made.subject.bincount().tolist() == [10, 5, 5, 5, 5, 5]
+    assert made.y[made.subject == 3].tolist() == [1] * 5
+    delta, alpha = made.x[:, 0, 0], made.x[:, 0, 2]
+    assert (delta[made.y == 1] > alpha[made.y == 1]).all()
+    assert (delta[made.y == 1].min() > delta[made.y == 0].max()).all()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "has no line or lacks file, label, subject"),
+        ("file,subject\nr0.npz,P0\n", "lacks label"),
+        ("file,subject,label\nr0.npz,P0,2\n", "line 2: label '2' of subject 'P0': give 1"),
+        ("file,subject,label\nr0.npz,P0,0\nr1.npz,P0,1\n", "line 3: label '1' of subject 'P0'"),
+        ("file,subject,label\nr0.npz,P0,0\nr2.npz,P1,0\n", "fewer than two patients"),
+        ("file,subject,label\nnone.npz,P0,0\n", "no recording at"),
+    ],
+)
+def test_a_table_of_recordings_that_is_wrong_names_the_line(text, message, cohort_on_disk):
+    cohort_on_disk.write_text(text)
+    with pytest.raises(UserError, match=message):
+        recorded(cohort_on_disk, ["F3"])
+    with pytest.raises(UserError, match="no table at"):
+        recorded(cohort_on_disk.with_name("none.csv"), ["F3"])
+
+
+def test_the_command_runs_on_recordings(cohort_on_disk, monkeypatch, capsys):
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["fedbn", "eeg", str(cohort_on_disk), *arguments])
+        try:
+            cli.main()
+        except SystemExit as stop:
+            return stop.code or 0, capsys.readouterr()
+        return 0, capsys.readouterr()
+
+    code, said = call("--channels", "F3,F4", "--epochs", "1", "--json")
+    assert code == 0, said.err
+    found = json.loads(said.out)
+    assert (found["subjects"], found["windows"], found["folds"]) == (6, 35, 6)
+    assert found["scores"]["SVM"]["accuracy"] == 1.0
+    assert set(found["scores"]) == {"1-D CNN with BN", "1-D CNN without", *CLASSICAL}
+    assert "6 subjects, 3 folds" in call("--channels", "F3", "--epochs", "1", "--folds", "3")[1].out
+    for arguments, message in (
+        (["--channels", " , "], "give at least one channel"),
+        (["--channels", "F3", "--folds", "7"], "folds=7: choose 2 to 6"),
+        (["--channels", "O1"], "unknown channel of r0.npz 'O1'"),
+    ):
+        code, said = call(*arguments)
+        assert code == 2
+        assert message in " ".join(said.err.split())
 
 
 # --- tables

@@ -1,4 +1,4 @@
-"""Windows of a user's own EEG recordings (EDF, BDF, BrainVision), read by MNE-Python, an optional extra.
+"""Windows of a user's own EEG: EDF, BDF and BrainVision, read by MNE-Python (an optional extra), or NumPy arrays.
 
 Gramfort et al., *MEG and EEG data analysis with MNE-Python*, Frontiers in Neuroscience 7 (2013) 267,
 https://mne.tools
@@ -7,6 +7,7 @@ https://mne.tools
 from __future__ import annotations
 
 import importlib
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from fedbn.data.windows import hop, windows
 from fedbn.errors import UserError, unknown
 
+NUMPY = ".npz"
 READERS = {".edf": "read_raw_edf", ".bdf": "read_raw_bdf", ".vhdr": "read_raw_brainvision"}
 
 
@@ -26,7 +28,8 @@ def read_windows(
     """Cut a recording into windows.
 
     Args:
-        path: an EDF or BDF file, or the header (``.vhdr``) of a BrainVision recording.
+        path: an EDF or BDF file, the header (``.vhdr``) of a BrainVision recording, or a NumPy archive (``.npz``) with
+            ``signal`` ``[channels, samples]`` in microvolts, ``rate`` in Hz and the names ``channels``.
         channels: names of the channels, in the order wanted.
         seconds: length of a window.
         overlap: share of a window that the next one repeats, 0 to below 1.
@@ -38,21 +41,53 @@ def read_windows(
         UserError: MNE is not installed, or the file, its format or a channel does not exist.
     """
     path = Path(path)
-    if path.suffix.lower() not in READERS:
-        raise UserError(f"{path.name}: not one of {', '.join(READERS)}; export the recording as EDF")
+    known = (*READERS, NUMPY)
+    if path.suffix.lower() not in known:
+        raise UserError(f"{path.name}: not one of {', '.join(known)}; export the recording as EDF")
     if not path.is_file():
         raise UserError(f"no recording at {path}")
-    try:
-        io = importlib.import_module("mne.io")
-    except ImportError:
-        raise UserError("EEG files are read with MNE-Python: pip install 'fedbn[eeg]' (or pip install mne)") from None
-    raw = getattr(io, READERS[path.suffix.lower()])(path, verbose="error")
-    for name in channels:
-        if name not in raw.ch_names:
-            raise unknown(f"channel of {path.name}", name, raw.ch_names)
-    rate = float(raw.info["sfreq"])
-    signal = 1e6 * np.stack([raw.get_data(picks=[name])[0] for name in channels], axis=1)
+    signal, rate = (_archive if path.suffix.lower() == NUMPY else _recording)(path, channels)
     length = round(seconds * rate)
     if len(signal) < length:
         raise UserError(f"{path.name} lasts {len(signal) / rate:.1f} s: choose windows of at most that")
     return windows(torch.from_numpy(signal.astype(np.float32)), length, hop(length, overlap)), rate
+
+
+def _recording(path: Path, channels: Sequence[str]) -> tuple[np.ndarray, float]:
+    """``[samples, channels]`` in microvolts and the rate of a file that MNE reads."""
+    try:
+        io = importlib.import_module("mne.io")
+    except ImportError:
+        raise UserError("EEG files are read with MNE-Python: pip install 'fedbn[eeg]' (or pip install mne)") from None
+    try:
+        raw = getattr(io, READERS[path.suffix.lower()])(path, verbose="error")
+    except Exception as error:
+        # MNE's readers raise whatever a damaged file makes them stumble over.
+        raise UserError(f"MNE cannot read {path.name} ({type(error).__name__}: {error}): export it again") from error
+    _check(path, channels, raw.ch_names)
+    return 1e6 * np.stack([raw.get_data(picks=[name])[0] for name in channels], axis=1), float(raw.info["sfreq"])
+
+
+def _archive(path: Path, channels: Sequence[str]) -> tuple[np.ndarray, float]:
+    try:
+        with np.load(path, allow_pickle=False) as found:
+            signal, rate = np.asarray(found["signal"], np.float64), float(found["rate"])
+            names = [str(name) for name in found["channels"]]
+    except (OSError, KeyError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"{path.name} must hold signal [channels, samples] in microvolts, rate in Hz and channels (names), as "
+            f"plain arrays ({error}): np.savez({path.name!r}, signal=..., rate=..., channels=[...])"
+        ) from error
+    if signal.ndim != 2 or len(signal) != len(names) or not rate > 0 or not np.isfinite(signal).all():
+        raise UserError(
+            f"{path.name}: signal {list(signal.shape)} at {rate:g} Hz does not fit {len(names)} channels, or is not "
+            "finite: save [channels, samples] in the order of the names"
+        )
+    _check(path, channels, names)
+    return signal[[names.index(name) for name in channels]].T, rate
+
+
+def _check(path: Path, channels: Sequence[str], names: Sequence[str]) -> None:
+    for name in channels:
+        if name not in names:
+            raise unknown(f"channel of {path.name}", name, names)

@@ -20,14 +20,18 @@ powers relative to their channel's total.
 
 from __future__ import annotations
 
+import csv
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fedbn.data.eeg import read_windows
 from fedbn.errors import UserError
 from fedbn.scenario import Examples, Population, Scenario, User, hold_out
 from fedbn.seeds import numpy_generator
@@ -122,6 +126,54 @@ def band_powers(windows: Tensor, rate: float) -> Tensor:
     hertz = torch.fft.rfftfreq(n, 1 / rate)
     bands = torch.stack([power[..., (low <= hertz) & (hertz < high)].sum(-1) for low, high in BANDS.values()], -1)
     return (bands / bands.sum(-1, keepdim=True).clamp_min(torch.finfo(bands.dtype).tiny)).flatten(1).unsqueeze(1)
+
+
+def recorded(
+    table: str | Path, channels: Sequence[str], seconds: float = 4.0, overlap: float = 0.0
+) -> tuple[Cohort, tuple[str, ...]]:
+    """A cohort of real recordings, as the synthetic one: band powers of windows.
+
+    Args:
+        table: CSV with the columns ``file`` (relative to the table; see `fedbn.data.eeg.read_windows`), ``subject``
+            and ``label`` (1 for patients, 0 for controls), one line a recording.
+        channels: names of the channels, in the order wanted.
+        seconds: length of a window.
+        overlap: share of a window that the next one repeats.
+
+    Returns:
+        The cohort, and the subjects' names.
+
+    Raises:
+        UserError: no such table, a column or value that is not as described, fewer than two subjects of a kind, or a
+            recording that cannot be used.
+    """
+    table = Path(table)
+    if not table.is_file():
+        raise UserError(f"no table at {table}: write a CSV with the columns file, subject, label")
+    with table.open(newline="", encoding="utf-8-sig") as text:
+        lines = list(csv.DictReader(text))
+    missing = {"file", "subject", "label"} - set(lines[0] if lines else ())
+    if missing:
+        raise UserError(f"{table.name} has no line or lacks {', '.join(sorted(missing))}: columns file, subject, label")
+    names = tuple(dict.fromkeys(line["subject"] for line in lines))
+    label: dict[str, str] = {}
+    parts = []
+    for number, line in enumerate(lines, 2):
+        name, value = line["subject"], (line["label"] or "").strip()
+        if value not in ("0", "1") or label.setdefault(name, value) != value:
+            raise UserError(
+                f"{table.name}, line {number}: label {value!r} of subject {name!r}: give 1 (patient) or 0 (control), "
+                "the same in all of a subject's lines"
+            )
+        windows, rate = read_windows(table.parent / line["file"], channels, seconds, overlap)
+        powers = band_powers(windows, rate)
+        parts.append(
+            Cohort(powers, torch.full((len(powers),), int(value)), torch.full((len(powers),), names.index(name)))
+        )
+    for value, kind in (("1", "patients"), ("0", "controls")):
+        if list(label.values()).count(value) < 2:
+            raise UserError(f"{table.name} has fewer than two {kind}: one to leave out and one to learn from")
+    return Cohort(*(torch.cat([getattr(p, k) for p in parts]) for k in ("x", "y", "subject"))), names
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ Run = Callable[[Arm, int, bool], dict[str, float]]
 """``run(arm, seed, quick)``: measured quantities by name, determined by the arguments alone."""
 
 Verdict = Literal["holds", "does not hold", "undecided"]
+Drawing = Literal["dots", "curves", "grid"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,12 @@ class Claim:
         effect: from that quantity by arm, of one seed, a number that the claim wants large.
         meaning: the effect in words, with its unit.
         threshold: the claim holds when the whole 95 % interval of the effect is at or above it.
+        drawing: of the arms: ``dots``; ``curves`` of arms called "series number", over the number; or a ``grid`` of
+            arms called "row @ column".
+        axis: what the numbers of curves are.
+        trained: what ``run`` is asked for to know an arm. Arms that read one training share it; what it measures for
+            an arm is then called "measure: arm".
+        note: what has to be known to read the verdict, or was tried where the claim does not hold.
     """
 
     name: str
@@ -54,6 +61,10 @@ class Claim:
     effect: Callable[[Mapping[Arm, float]], float]
     meaning: str
     threshold: float
+    drawing: Drawing = "dots"
+    axis: str = ""
+    trained: Callable[[Arm], Arm] = str
+    note: str = ""
 
     @property
     def study(self) -> str:

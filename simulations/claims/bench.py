@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 
@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from fedbn.evaluation import Row
 from fedbn.federation import Outcome
 from fedbn.scenario import Examples
+from fedbn.scenarios.digits import Digits
 from fedbn.seeds import generator, key
 from fedbn.training import logits
 
@@ -35,6 +36,21 @@ def digits(seed: int) -> tuple[Examples, Examples]:
     return everything.take(order[:1347]), everything.take(order[1347:])
 
 
+DOMAINS = ("mnist", "optdigits", "mfeat", "pendigits", "fonts", "mnistm")
+SIX = "digits in six domains (scenario digits), 743 training images each, averaged to 14x14 pixels"
+
+
+@cache
+def digit_domains() -> dict[str, tuple[Examples, Examples]]:
+    """Training and test images ``[n, 3, 14, 14]`` in -1 to 1 of every domain; at most 500 test."""
+    people = Digits(test=500).load(0).users
+    return {u.name: (_smaller(u.train), _smaller(u.test)) for u in people}
+
+
+def _smaller(data: Examples) -> Examples:
+    return Examples(F.avg_pool2d(data.x, 2), data.y, data.recording)
+
+
 @contextmanager
 def seeded(seed: int, *purpose: object) -> Iterator[None]:
     """Torch's global generator set for one purpose, e.g. initial weights, and put back afterwards."""
@@ -50,6 +66,17 @@ def shuffled(n: int, size: int, epochs: int, seed: int) -> Iterator[Tensor]:
     """
     for epoch in range(epochs):
         yield from torch.randperm(n, generator=generator(seed, "claims", "shuffle", epoch))[: n - n % size].split(size)
+
+
+def by_epoch(order: Sequence[Tensor], epochs: int) -> Iterator[Sequence[Tensor]]:
+    """The batches of each epoch of what `shuffled` gave for so many epochs.
+
+    >>> [len(part) for part in by_epoch(list(shuffled(10, 3, 2, seed=0)), 2)]
+    [3, 3]
+    """
+    steps = len(order) // epochs
+    for epoch in range(epochs):
+        yield order[epoch * steps : (epoch + 1) * steps]
 
 
 def single_label(y: Tensor, size: int, labels: int, steps: int, seed: int) -> Iterator[Tensor]:

@@ -1,7 +1,7 @@
 """Binary networks need BN's scaling (Sari et al.).
 
 Binary weights and activations, straight-through estimators; gradients are watched at initialisation, accuracy after
-training. Law of growth: see `fedbn.models.binary`.
+training, of an MLP and a CNN, with all of BN, one half of it, or none. Law of growth: see `fedbn.models.binary`.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ import math
 from functools import partial
 
 import torch
+from torch import nn
 
-from fedbn.models.binary import BinaryLinear, BinaryMLP
+from fedbn.models.binary import BINARY_NORMS, BinaryCNN, BinaryLinear, BinaryMLP
 from fedbn.probes import GradientGrowthProbe
 from simulations.claims import Claim
 from simulations.claims.bench import DIGITS, accuracy, digits, seeded, shuffled, train
@@ -35,11 +36,22 @@ def growth(arm: str, seed: int, quick: bool) -> dict[str, float]:
 
 def learning(arm: str, seed: int, quick: bool) -> dict[str, float]:
     """Test accuracy of 4 binary layers of 128."""
-    data, test = digits(seed)
     with seeded(seed, "weights"):
         model = BinaryMLP((1, 8, 8), 10, norm=arm, width=WIDTH)  # type: ignore[arg-type]
+    return _learned(model, 10 if quick else 40, seed)
+
+
+def convolving(arm: str, seed: int, quick: bool) -> dict[str, float]:
+    """Test accuracy of 3 binary convolutions (32, 64, 64)."""
+    with seeded(seed, "weights"):
+        model = BinaryCNN((1, 8, 8), 10, norm=arm)  # type: ignore[arg-type]
+    return _learned(model, 4 if quick else 10, seed)
+
+
+def _learned(model: nn.Module, epochs: int, seed: int) -> dict[str, float]:
+    data, test = digits(seed)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.003)
-    train(model, data, shuffled(len(data), 64, 10 if quick else 40, seed), optimizer)
+    train(model, data, shuffled(len(data), 64, epochs, seed), optimizer)
     return {"accuracy": accuracy(model, test)}
 
 
@@ -54,7 +66,7 @@ CLAIMS = (
         sentence="Without normalisation the gradients of a binary network explode, by (2K/pi)^(1/4) per layer.",
         setting=f"random inputs, 8 binary layers of {WIDTH} at initialisation; the law is derived here",
         run=growth,
-        arms=("none",),
+        arms=BINARY_NORMS,
         measure="growth per layer",
         effect=lambda v: -abs(v["none"] / LAW - 1),
         meaning=f"minus the relative deviation from {LAW:.3f}",
@@ -65,7 +77,7 @@ CLAIMS = (
         sentence="BN keeps the gradients of a binary network from exploding.",
         setting=f"random inputs, 8 binary layers of {WIDTH} at initialisation",
         run=growth,
-        arms=("bn",),
+        arms=BINARY_NORMS,
         measure="growth per layer",
         effect=lambda v: 1 - v["bn"],
         meaning="1 minus the growth per layer",
@@ -76,7 +88,7 @@ CLAIMS = (
         sentence="Binary networks fail to train well without BN.",
         setting=TRAINED,
         run=learning,
-        arms=("bn", "none"),
+        arms=BINARY_NORMS,
         measure="accuracy",
         effect=lambda v: v["bn"] - v["none"],
         meaning="test accuracy, BN minus none",
@@ -87,7 +99,29 @@ CLAIMS = (
         sentence="What binary networks need of BN is the scaling, not the centring.",
         setting=TRAINED,
         run=learning,
-        arms=("scale", "centre"),
+        arms=BINARY_NORMS,
+        measure="accuracy",
+        effect=lambda v: v["scale"] - v["centre"],
+        meaning="test accuracy, scaling alone minus centring alone",
+        threshold=0.1,
+    ),
+    claim(
+        name="binary-training-cnn",
+        sentence="Binary convolutional networks fail to train well without BN.",
+        setting=f"{DIGITS}; binary CNN (32-64-64), Adam 0.003",
+        run=convolving,
+        arms=BINARY_NORMS,
+        measure="accuracy",
+        effect=lambda v: v["bn"] - v["none"],
+        meaning="test accuracy, BN minus none",
+        threshold=0.1,
+    ),
+    claim(
+        name="binary-scale-cnn",
+        sentence="What binary convolutional networks need of BN is the scaling, not the centring.",
+        setting=f"{DIGITS}; binary CNN (32-64-64), Adam 0.003",
+        run=convolving,
+        arms=BINARY_NORMS,
         measure="accuracy",
         effect=lambda v: v["scale"] - v["centre"],
         meaning="test accuracy, scaling alone minus centring alone",
@@ -98,7 +132,7 @@ CLAIMS = (
         sentence="Division by the root of the fan-in, without any statistic, replaces BN in a binary network.",
         setting=TRAINED,
         run=learning,
-        arms=("fixed", "bn"),
+        arms=BINARY_NORMS,
         measure="accuracy",
         effect=lambda v: v["fixed"] - v["bn"],
         meaning="test accuracy, fixed scale minus BN",

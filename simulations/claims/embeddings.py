@@ -1,51 +1,36 @@
 """Batch normalisation embeddings for domains never seen (Segu, Tonioni, Tombari).
 
-Digits as five made-up cameras see them; one is left out of training in turn. The method is a reconstruction
-(`fedbn.norms.bne`).
+Digits of six domains; one is left out of training in turn. The method is a reconstruction (`fedbn.norms.bne`). Beside
+it, from the same training where they can: the uniform ensemble of its branches; DSBN, whose branch for the new domain
+takes its statistics from that domain's unlabelled images; one BN for all domains, as it is and with statistics of the
+new domain (AdaBN). In federation each domain is a client that keeps its statistics (SiloBN), and one that never
+trained is placed among them.
 """
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from fedbn.layers import convert
 from fedbn.models.small_cnn import SmallCNN
-from fedbn.norms.bne import BNE, set_domain
+from fedbn.norms.bne import BNE, register, set_domain
+from fedbn.recalibration import recalibrate
+from fedbn.run import Run, plan_for
 from fedbn.scenario import Examples
-from fedbn.seeds import generator
+from fedbn.setting import setting
 from simulations.claims import Claim
-from simulations.claims.bench import DIGITS, accuracy, digits, seeded, shuffled, train
-
-DOMAINS = ("as it is", "low contrast", "noise", "blur", "bright")
-ROWS = 260
+from simulations.claims.bench import DOMAINS, SIX, accuracy, digit_domains, seeded, shuffled, train
+from simulations.engines import execute
 
 
-def seen_by(domain: str, x: Tensor, draw: torch.Generator) -> Tensor:
-    """Images ``[n, 1, 8, 8]`` in 0 to 1 as a domain's camera sees them."""
-    match domain:
-        case "low contrast":
-            return 0.3 * x + 0.35
-        case "noise":
-            return x + 0.3 * torch.randn(x.shape, generator=draw)
-        case "blur":
-            return F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
-        case "bright":
-            return x.sqrt() + 0.5
-        case _:
-            return x
-
-
-def _worlds(seed: int) -> tuple[dict[str, Examples], dict[str, Examples]]:
-    """Training data of every domain, no image in two of them, and the whole test set as each sees it."""
-    data, test = digits(seed)
-    draw = generator(seed, "claims", "cameras")
-    own = {d: data.take(torch.arange(i * ROWS, (i + 1) * ROWS)) for i, d in enumerate(DOMAINS)}
-    trains = {d: Examples(seen_by(d, e.x, draw), e.y, e.recording) for d, e in own.items()}
-    return trains, {d: Examples(seen_by(d, test.x, draw), test.y, test.recording) for d in DOMAINS}
+def _network(seed: int) -> SmallCNN:
+    with seeded(seed, "weights"):
+        return SmallCNN((3, 14, 14), 10)
 
 
 def _branches(sources: list[Examples], epochs: int, seed: int, *, mixed: bool) -> BNE:
@@ -55,16 +40,15 @@ def _branches(sources: list[Examples], epochs: int, seed: int, *, mixed: bool) -
         sources: data of each domain.
         epochs: over all of them.
         seed: of weights and batches.
-        mixed: in the second half of the epochs, minimise the loss of the mixture that is used in the end.
+        mixed: in the last quarter of the epochs, minimise the loss of the mixture that is used in the end.
     """
-    with seeded(seed, "weights"):
-        model = convert(SmallCNN((1, 8, 8), 10), "bne", domains=len(sources))
+    model = convert(_network(seed), "bne", domains=len(sources))
     mixture = BNE(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     orders = [list(shuffled(len(data), 32, epochs, seed + i)) for i, data in enumerate(sources)]
     for step, rows in enumerate(zip(*orders, strict=True)):
         for domain, data in enumerate(sources):
-            if mixed and 2 * step >= len(orders[0]):
+            if mixed and 4 * step >= 3 * len(orders[0]):
                 optimizer.zero_grad()
                 log_p, _ = mixture.train()(data.x[rows[domain]], domain=domain)
                 F.nll_loss(log_p, data.y[rows[domain]]).backward()
@@ -75,56 +59,144 @@ def _branches(sources: list[Examples], epochs: int, seed: int, *, mixed: bool) -
     return mixture.eval()
 
 
-def unseen(arm: str, seed: int, quick: bool) -> dict[str, float]:
-    """Mean accuracy on the domains left out, two of them in a quick run."""
-    trains, tests = _worlds(seed)
-    found = []
-    for away in DOMAINS[2:4] if quick else DOMAINS:
-        sources = [trains[d] for d in DOMAINS if d != away]
-        test, epochs = tests[away], 8 if quick else 20
-        if arm == "pooled BN":
-            with seeded(seed, "weights"):
-                model: nn.Module = SmallCNN((1, 8, 8), 10)
-            pooled = Examples.concat(sources)
-            optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-            found.append(accuracy(train(model, pooled, shuffled(len(pooled), 32, epochs, seed), optimizer), test))
-            continue
-        mixture = _branches(sources, epochs, seed, mixed=arm == "trained as mixture")
-        with torch.no_grad():
-            p = mixture(test.x)[0].exp()
-            if arm == "uniform":
-                p = torch.zeros_like(p)
-                for domain in range(len(sources)):
-                    set_domain(mixture.model, domain)
-                    p += mixture.model(test.x).softmax(1)
-        found.append(float((p.argmax(1) == test.y).double().mean()))
-    return {"accuracy": sum(found) / len(found)}
+def probabilities(mixture: BNE, x: Tensor, *, uniform: bool) -> Tensor:
+    """What the branches say of ``x`` ``[n, ...]``, ``[n, classes]``: each weighed by where a sample lies, or alike."""
+    mixture.eval()
+    with torch.no_grad():
+        if not uniform:
+            return mixture(x)[0].exp()
+        parts = []
+        for domain in range(mixture.domains):
+            set_domain(mixture.model, domain)
+            parts.append(mixture.model(x).softmax(1))
+        return torch.stack(parts).mean(0)
 
+
+def _share_right(p: Tensor, test: Examples) -> float:
+    return float((p.argmax(1) == test.y).double().mean())
+
+
+def unseen(arm: str, seed: int, quick: bool) -> dict[str, float]:
+    """Mean accuracy on the domains left out; two of them, by the seed, in a quick run.
+
+    The arm is what is trained: one BN for all, branches each by itself, or branches as a mixture.
+    """
+    domains = digit_domains()
+    found: dict[str, list[float]] = {}
+    for i in (seed % 6, (seed + 3) % 6) if quick else range(6):
+        away, epochs = DOMAINS[i], 2 if quick else 4
+        sources = [domains[d][0] for d in DOMAINS if d != away]
+        for name, score in _scores(arm, sources, *domains[away], epochs, seed).items():
+            found.setdefault(f"accuracy: {name}", []).append(score)
+    return {name: sum(scores) / len(scores) for name, scores in found.items()}
+
+
+def _scores(
+    arm: str, sources: list[Examples], unlabelled: Examples, test: Examples, epochs: int, seed: int
+) -> dict[str, float]:
+    if arm == "one BN":
+        pooled = Examples.concat(sources)
+        model = _network(seed)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        train(model, pooled, shuffled(len(pooled), 32, epochs, seed), optimizer)
+        # In this order: AdaBN changes the statistics in place.
+        return {"one BN": accuracy(model, test), "AdaBN": accuracy(recalibrate(model, unlabelled.x), test)}
+    mixture = _branches(sources, epochs, seed, mixed=arm == "mixture")
+    weighted = _share_right(probabilities(mixture, test.x, uniform=False), test)
+    if arm == "mixture":
+        return {"trained as mixture": weighted}
+    return {
+        "weighted": weighted,
+        "uniform": _share_right(probabilities(mixture, test.x, uniform=True), test),
+        "DSBN": accuracy(recalibrate(mixture.model, unlabelled.x), test),
+    }
+
+
+TRAINED = {
+    "weighted": "branches",
+    "uniform": "branches",
+    "DSBN": "branches",
+    "trained as mixture": "mixture",
+    "AdaBN": "one BN",
+}
+
+
+def federated(arm: str, seed: int, quick: bool) -> dict[str, float]:
+    """Accuracy on the test images of a client that never trained; the seed says which domain it is.
+
+    The arm is a strategy.
+    """
+    away, rounds = DOMAINS[seed % 6], 3 if quick else 10
+    scenario = f"digits:unseen={away}:test=500"
+    plan = plan_for(scenario, rounds=rounds, eval_every=rounds, lr=0.05, momentum=0.9, schedule="cosine")
+    run = Run(scenario, arm, seed=seed, model="small-cnn", plan=plan).resolved()
+    outcome, here = execute(run, "reference"), setting(run)
+    (stranger,) = here.population.unseen
+    test = here.population.users[stranger].test
+    if arm == "global-pooled":
+        return {"accuracy: one BN": accuracy(here.load(here.assemble(outcome.server.state, None)), test)}
+    clients = [here.assemble(outcome.server.state, outcome.kept[user]) for user in here.population.seen]
+    mixture = BNE(register(copy.deepcopy(here.load(clients[0])), clients))
+    return {
+        f"accuracy: {name}": _share_right(probabilities(mixture, test.x, uniform=name == "uniform"), test)
+        for name in ("weighted", "uniform")
+    }
+
+
+FEDERATED = {"weighted": "silobn", "uniform": "silobn", "one BN": "global-pooled"}
 
 claim = partial(
     Claim,
     source="Segu, Tonioni, Tombari 2020, https://arxiv.org/abs/2011.12672",
-    setting=f"{DIGITS}; five made-up cameras, one left out in turn; small-cnn",
+    setting=f"{SIX}; one domain left out in turn; small-cnn",
     published="not verified",
     run=unseen,
+    arms=("weighted", "uniform", "trained as mixture", "one BN", "DSBN", "AdaBN"),
     measure="accuracy",
+    threshold=0.0,
+    trained=lambda arm: TRAINED.get(arm, arm),
+)
+in_federation = partial(
+    claim,
+    setting="scenario digits at 28x28 pixels, one domain a client and one that never trains; small-cnn",
+    run=federated,
+    arms=("weighted", "uniform", "one BN"),
+    trained=FEDERATED.__getitem__,
 )
 
 CLAIMS = (
     claim(
         name="bne-weights",
         sentence="Branches weighted by where a sample lies beat the same branches weighted alike.",
-        arms=("weighted", "uniform"),
         effect=lambda v: v["weighted"] - v["uniform"],
         meaning="accuracy on unseen domains, weighted minus uniform",
-        threshold=0.0,
     ),
     claim(
         name="bne-pooled",
         sentence="Branches trained as the mixture that they are in the end beat one BN for all domains.",
-        arms=("trained as mixture", "pooled BN", "weighted"),
-        effect=lambda v: v["trained as mixture"] - v["pooled BN"],
+        effect=lambda v: v["trained as mixture"] - v["one BN"],
         meaning="accuracy on unseen domains, trained as mixture minus one BN",
-        threshold=0.0,
+    ),
+    claim(
+        name="bne-without-adaptation",
+        sentence="BNE, which sees one image at a time, is as good as AdaBN, which sees the unlabelled domain.",
+        source="the project's question",
+        effect=lambda v: v["trained as mixture"] - v["AdaBN"],
+        meaning="accuracy on unseen domains, trained as mixture minus AdaBN",
+        threshold=-0.01,
+    ),
+    in_federation(
+        name="bne-federated-weights",
+        sentence="In federation, too, clients' branches weighted by where a sample lies beat them weighted alike.",
+        source="carried over from Segu, Tonioni, Tombari 2020, https://arxiv.org/abs/2011.12672",
+        effect=lambda v: v["weighted"] - v["uniform"],
+        meaning="accuracy of a client that never trained, weighted minus uniform",
+    ),
+    in_federation(
+        name="bne-federated-pooled",
+        sentence="A client that never trained is served better by the clients' embeddings than by one global BN.",
+        source="carried over from Segu, Tonioni, Tombari 2020, https://arxiv.org/abs/2011.12672",
+        effect=lambda v: v["weighted"] - v["one BN"],
+        meaning="accuracy of a client that never trained, embedded minus global BN with pooled statistics",
     ),
 )

@@ -1,22 +1,24 @@
 """A 1-D CNN with BN tells stroke from EEG and EOG (Giri et al.).
 
 Patients are not at hand: a *synthetic* cohort of their size (`fedbn.scenarios.stroke`), and a network of our design.
-Subjects never stand on both sides: five folds by subject.
+One subject is left out at a time, as in the paper (quick runs: five folds of subjects). The 1-D CNN and the classical
+comparators get the same 24 features. Recordings of one's own: ``fedbn eeg TABLE``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import partial
 
-import numpy as np
 import torch
 
 from fedbn.layers import convert
 from fedbn.models.stroke_cnn import StrokeEEG1DCNN
 from fedbn.scenario import Examples
 from fedbn.scenarios.stroke import Cohort, cohort
+from fedbn.training import logits
 from simulations.claims import Claim
-from simulations.claims.bench import accuracy, seeded, shuffled, train
+from simulations.claims.bench import by_epoch, seeded, shuffled, train
 
 
 def folds(made: Cohort, k: int, seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -32,51 +34,93 @@ def _examples(made: Cohort, rows: torch.Tensor, like: torch.Tensor) -> Examples:
     return Examples(x[rows], made.y[rows], made.subject[rows])
 
 
-def network(arm: str, seed: int, quick: bool) -> dict[str, float]:
-    """Accuracy over all folds; the arm says BN or none, and the epochs of Adam 0.001 with batches of 16."""
-    norm, _, epochs = arm.partition(" ")
-    made = cohort(62, 6 if quick else 10, seed)
-    right = []
-    for fold, (train_rows, test_rows) in enumerate(folds(made, 5, seed)):
+def network(norm: str, epochs: Sequence[int], made: Cohort, k: int, seed: int) -> dict[int, tuple[float, float]]:
+    """Accuracy and F-score over all folds after each of ``epochs`` of one training; BN or ``none``.
+
+    Adam 0.001, batches of 16.
+    """
+    answers = {epoch: torch.zeros_like(made.y) for epoch in epochs}
+    for fold, (train_rows, test_rows) in enumerate(folds(made, k, seed)):
         data, test = (_examples(made, rows, train_rows) for rows in (train_rows, test_rows))
         with seeded(seed, "weights", fold):
-            model = StrokeEEG1DCNN((1, 24), 2)
+            model = StrokeEEG1DCNN(tuple(made.x.shape[1:]), 2)
             if norm == "none":
                 convert(model, "none")
-            optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-            train(model, data, shuffled(len(data), 16, int(epochs), seed), optimizer)
-        right.append(accuracy(model, test) * len(test))
-    return {"accuracy": sum(right) / len(made.y)}
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+        order = list(shuffled(len(data), 16, max(epochs), seed))
+        with seeded(seed, "dropout", fold):
+            for epoch, rows in enumerate(by_epoch(order, max(epochs)), 1):
+                train(model, data, rows, optimizer)
+                if epoch in answers:
+                    answers[epoch][test_rows] = logits(model, test.x).argmax(1)
+    return {epoch: scores(found, made.y) for epoch, found in answers.items()}
 
 
-def shallow(arm: str, seed: int, quick: bool) -> dict[str, float]:
-    """Accuracy over all folds of the best of k nearest neighbours, naive Bayes, logistic regression and SVM.
-
-    The best is chosen by test accuracy, in favour of the shallow side.
-    """
-    if arm != "shallow":
-        return network(arm, seed, quick)
+def classical(made: Cohort, k: int, seed: int) -> dict[str, tuple[float, float]]:
+    """Accuracy and F-score over all folds of k nearest neighbours, naive Bayes, logistic regression and SVM."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.naive_bayes import GaussianNB
     from sklearn.neighbors import KNeighborsClassifier
     from sklearn.svm import SVC
 
-    made = cohort(62, 6 if quick else 10, seed)
-    right = np.zeros(4)
-    for train_rows, test_rows in folds(made, 5, seed):
+    rules = {
+        "nearest neighbours": KNeighborsClassifier(),
+        "naive Bayes": GaussianNB(),
+        "logistic regression": LogisticRegression(max_iter=2000),
+        "SVM": SVC(),
+    }
+    answers = {name: torch.zeros_like(made.y) for name in rules}
+    for train_rows, test_rows in folds(made, k, seed):
         data, test = (_examples(made, rows, train_rows) for rows in (train_rows, test_rows))
-        for i, rule in enumerate((KNeighborsClassifier(), GaussianNB(), LogisticRegression(max_iter=2000), SVC())):
+        for name, rule in rules.items():
             rule.fit(data.x.flatten(1).numpy(), data.y.numpy())
-            right[i] += (rule.predict(test.x.flatten(1).numpy()) == test.y.numpy()).sum()
-    return {"accuracy": float(right.max() / len(made.y))}
+            answers[name][test_rows] = torch.from_numpy(rule.predict(test.x.flatten(1).numpy()))
+    return {name: scores(found, made.y) for name, found in answers.items()}
+
+
+def scores(answers: torch.Tensor, y: torch.Tensor) -> tuple[float, float]:
+    """Accuracy, and F-score of class 1, of answers ``[n]``.
+
+    >>> scores(torch.tensor([1, 1, 0, 0]), torch.tensor([1, 0, 1, 0]))
+    (0.5, 0.5)
+    """
+    hits = int(((answers == 1) & (y == 1)).sum())
+    return float((answers == y).double().mean()), 2 * hits / max(int((answers == 1).sum() + (y == 1).sum()), 1)
+
+
+def left_out(arm: str, seed: int, quick: bool) -> dict[str, float]:
+    """Accuracy and F-score on subjects left out; the arm is ``bn``, ``none`` or ``classical``."""
+    made = cohort(62, 4, seed)
+    k = 5 if quick else 62
+    if arm == "classical":
+        found = classical(made, k, seed)
+    else:
+        epochs = (5, 20) if arm == "bn" else (5,)
+        found = {f"{arm} {epoch}": pair for epoch, pair in network(arm, epochs, made, k, seed).items()}
+    return {f"{measure}: {name}": pair[i] for i, measure in enumerate(MEASURES) for name, pair in found.items()}
+
+
+MEASURES = ("accuracy", "F-score")
+CLASSICAL = ("nearest neighbours", "naive Bayes", "logistic regression", "SVM")
+NETWORKS = ("bn 5", "none 5", "bn 20")
+
+
+def ahead(values: Mapping[str, float]) -> float:
+    """The network's score minus the best classical one's, chosen by test score: in favour of the classical side."""
+    return values["bn 20"] - max(values[name] for name in CLASSICAL)
 
 
 claim = partial(
     Claim,
     source="Giri, Fanany, Arymurthy 2016, https://arxiv.org/abs/1610.01757",
-    setting="synthetic cohort of 62 subjects (no patients), 5 folds by subject; our 1-D CNN",
-    run=shallow,
+    setting="synthetic cohort of 62 subjects (no patients), each left out in turn; our 1-D CNN",
+    run=left_out,
     measure="accuracy",
+    arms=(*NETWORKS, *CLASSICAL),
+    trained=lambda arm: "classical" if arm in CLASSICAL else arm.split()[0],
+    threshold=0.0,
+    note="the generator hides part of what tells patients in a difference between hemispheres of unknown sign: that "
+    "decides how far linear rules can get",
 )
 
 CLAIMS = (
@@ -84,18 +128,22 @@ CLAIMS = (
         name="stroke-cnn",
         sentence="The 1-D CNN with BN beats shallow classifiers.",
         published="accuracy .86 against .69 of the best shallow comparator (abstract; private data)",
-        arms=("bn 20", "shallow"),
-        effect=lambda v: v["bn 20"] - v["shallow"],
-        meaning="accuracy over folds, CNN with BN (20 epochs) minus the best shallow classifier",
-        threshold=0.0,
+        effect=ahead,
+        meaning="accuracy on subjects left out, CNN with BN (20 epochs) minus the best classical rule",
+    ),
+    claim(
+        name="stroke-cnn-f-score",
+        sentence="The 1-D CNN with BN beats shallow classifiers in the F-score, too.",
+        published="F-score .861 against .72 (abstract; private data)",
+        measure="F-score",
+        effect=ahead,
+        meaning="F-score of stroke on subjects left out, CNN with BN (20 epochs) minus the best classical rule",
     ),
     claim(
         name="stroke-bn",
         sentence="BN accelerates the training of the 1-D CNN.",
         published="said in the abstract, no number",
-        arms=("bn 5", "none 5"),
         effect=lambda v: v["bn 5"] - v["none 5"],
-        meaning="accuracy over folds after 5 epochs, BN minus none",
-        threshold=0.0,
+        meaning="accuracy on subjects left out after 5 epochs, BN minus none",
     ),
 )
