@@ -1,4 +1,4 @@
-"""Show the doctests and formulas of docstrings as code when the site is built."""
+"""Show the doctests of docstrings as code, and their formulas as formulas, when the site is built."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ EXAMPLE = re.compile(r"^>>> .*?(?=\n\s*\n|\Z)", re.MULTILINE | re.DOTALL)
 DISPLAY = re.compile(r"^\.\. math::((?:.*)(?:\n(?:[ \t]+\S.*)?)*)", re.MULTILINE)
 """A formula of its own: what follows on the line, and all lines further in."""
 
-INLINE = re.compile(r":math:(?=`)")
+INLINE = re.compile(r":math:`")
 
 
 class Doctests(Extension):
-    """Fence what Markdown would take for quotations (prompts) or for text (formulas, which need no script this way)."""
+    """Fence what Markdown would take for quotations (prompts) or for text (formulas, see `formulas.py`)."""
 
     def on_object(self, *, obj: Object, **_: Any) -> None:
         """Change the docstring of one object."""
@@ -27,7 +27,7 @@ class Doctests(Extension):
 
 
 def fenced(text: str) -> str:
-    """A docstring with its prompts and formulas as code."""
+    """A docstring with its prompts and formulas fenced."""
     text = EXAMPLE.sub(lambda block: f"```pycon\n{block[0]}\n```", text)
-    text = DISPLAY.sub(lambda block: f"```latex\n{dedent(block[1]).strip()}\n```\n\n", text)
-    return INLINE.sub("", text)
+    text = DISPLAY.sub(lambda block: f"```math\n{dedent(block[1]).strip()}\n```\n\n", text)
+    return INLINE.sub("`#!math ", text)

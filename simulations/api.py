@@ -147,6 +147,7 @@ def study(
     device: str = "cpu",
     tune: bool = False,
     out: str | Path | None = None,
+    track: Iterable[str] = (),
     **plan: Any,
 ) -> StudyResult:
     """Let rules follow the streams of people the model has never seen, as ``fedbn personalise`` does.
@@ -164,6 +165,7 @@ def study(
         device: as in `compare`.
         tune: of rules that differ in options alone keep the best on seen users' later data.
         out: directory; None: one below ``results`` that is named after the settings.
+        track: as in `compare`.
         **plan: fields of `fedbn.run.Plan`.
 
     Raises:
@@ -171,6 +173,7 @@ def study(
     """
     from simulations.personalise import conduct, study_from
     from simulations.personalise_results import users_frame, write
+    from simulations.personalise_track import tasks, tell
 
     wanted = study_from(
         {
@@ -189,8 +192,12 @@ def study(
         **plan,
     )
     place = Path(out) if out is not None else _place(f"personalise-{scenario}", repr(wanted))
-    kept, results = conduct(wanted, place)
-    return StudyResult(write(place, kept, results, ""), users_frame(results), place)
+    with Tracking(track) as tracking:
+        tracking.started("training", tasks(wanted, place))
+        kept, results = conduct(wanted, place, report=tracking.report)
+        found = write(place, kept, results, "")
+        tell(tracking, kept, results, found)
+    return StudyResult(found, users_frame(results), place)
 
 
 def _place(scenario: str, settings: Any) -> Path:

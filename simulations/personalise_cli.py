@@ -38,15 +38,22 @@ def personalise(
     into: Annotated[
         Path | None, typer.Option(help="Also put the table into this document, between markers named as --out is.")
     ] = None,
+    track: Annotated[
+        list[str] | None,
+        typer.Option(help="Also log to tensorboard:DIR, mlflow:DIR or wandb:DIR (offline); repeatable."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON instead of a table.")] = False,
 ) -> None:
     """Let rules follow the streams of people the model has never seen.
 
     Example: [bold]fedbn personalise hapt --rules pseudo:n0=64,ema:rate=0.1 --starts cold,recording[/]
     """
+    from simulations.compare import Event
     from simulations.personalise import Cell, conduct, study_from
     from simulations.personalise_embed import embed_study
     from simulations.personalise_results import summary_table, write
+    from simulations.personalise_track import tasks, tell
+    from simulations.trackers import Tracking
 
     study = study_from(
         {
@@ -68,15 +75,20 @@ def personalise(
     place = out or Path("results") / f"personalise-{study.scenario.split(':')[0]}"
     errors = Console(stderr=True)
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-    with Progress(
-        TextColumn("{task.description}"), *columns, console=errors, disable=not errors.is_terminal
-    ) as progress:
+    with (
+        Tracking(track or ()) as tracking,
+        Progress(
+            TextColumn("{task.description}"), *columns, console=errors, disable=not errors.is_terminal
+        ) as progress,
+    ):
+        tracking.started("training", tasks(study, place))
         training = progress.add_task("training", total=study.seeds * study.plan.rounds)
         streaming = progress.add_task("following", total=None)
         rounds_done: dict[str, int] = {}
 
-        def trained(directory: str, number: int) -> None:
-            rounds_done[directory] = number
+        def trained(event: Event) -> None:
+            tracking.report(event)
+            rounds_done[event.directory] = event.round
             progress.update(training, completed=sum(rounds_done.values()))
 
         def began(cells: list[Cell]) -> None:
@@ -85,11 +97,12 @@ def personalise(
         study, results = conduct(
             study,
             place,
-            report=lambda event: trained(event.directory, event.round),
+            report=trained,
             began=lambda cells: began(list(cells)),
             done=lambda cell: progress.advance(streaming),
         )
-    found = write(place, study, results, shlex.join(["fedbn", *sys.argv[1:]]))
+        found = write(place, study, results, shlex.join(["fedbn", *sys.argv[1:]]))
+        tell(tracking, study, results, found)
     if into:
         embed_study(place, into)
     if as_json:

@@ -13,7 +13,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fedbn.errors import UserError
 
 if TYPE_CHECKING:
+    from fedbn.online import Rule
     from simulations.personalise import Meeting
+    from simulations.service.served import Served
 
 console = Console()
 errors = Console(stderr=True)
@@ -23,7 +25,15 @@ Rounds = Annotated[int | None, typer.Option(help="Communication rounds of traini
 
 
 def serve(
-    scenario: Annotated[str, typer.Argument(help="Whose data train the model, e.g. hapt, watch, hapt:unseen=10.")],
+    scenario: Annotated[
+        str | None, typer.Argument(help="Whose data train the model, e.g. hapt, watch, hapt:unseen=10.")
+    ] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="Instead of a scenario: weights of your own --model, .safetensors or .pt.")
+    ] = None,
+    model: Annotated[str, typer.Option(help="Built-in name or package.module:factory.")] = "",
+    shape: Annotated[str, typer.Option(help="With --weights: shape of a window, e.g. 6,128.")] = "",
+    classes: Annotated[str, typer.Option(help="With --weights: names of the outputs, comma-separated.")] = "",
     rule: Annotated[str, typer.Option(help="How statistics follow users.")] = "pseudo:n0=64",
     drift: Annotated[str, typer.Option(help="Detector: adwin or page-hinkley, with options.")] = "adwin",
     store: Annotated[Path, typer.Option(help="SQLite file of the users' states.")] = Path("fedbn-users.db"),
@@ -32,7 +42,9 @@ def serve(
     token: Annotated[
         str, typer.Option(envvar="FEDBN_TOKEN", help="Bearer token; better given in the environment.")
     ] = "",
-    rate: Annotated[float, typer.Option(help="Requests a second and caller; 0: any number.")] = 0.0,
+    rate: Annotated[
+        float, typer.Option(help="Requests a second and address, twice as many at once; 0: any number.")
+    ] = 500.0,
     body: Annotated[int, typer.Option(help="Bytes of a body.")] = 4_000_000,
     timeout: Annotated[float, typer.Option(help="Seconds for a request.")] = 10.0,
     capacity: Annotated[int, typer.Option(help="Users in memory; the others are in the store.")] = 4096,
@@ -43,9 +55,12 @@ def serve(
 ) -> None:
     """Answer windows of many users over HTTP and WebSocket, each by statistics that follow them.
 
-    Trains the model first, or takes it from the cache. GET /openapi.json lists the routes, /docs shows them.
+    Trains the model first, or takes it from the cache; or serves your own. GET /openapi.json lists the routes, /docs
+    shows them.
 
     Example: [bold]FEDBN_TOKEN=... fedbn serve hapt --store users.db[/]
+
+    Example: [bold]fedbn serve --model mymodels:net --weights net.safetensors --shape 6,128 --classes sitting,walking[/]
     """
     _need()
     from fedbn.drift import detector
@@ -54,23 +69,19 @@ def serve(
     from simulations.service import guard, server
     from simulations.service.api import create, log_start
     from simulations.service.people import Limits, People
+    from simulations.service.served import Served
 
     access = guard.Access(host, token, rate, body, timeout)
     limits = Limits(capacity, held)
-    parse_rule(rule)
+    chosen = parse_rule(rule)
     detector(drift)
+    own = None if weights is None else _brought(scenario, model, weights, shape, classes, chosen)
+    if own is None and (scenario is None or shape or classes):
+        raise UserError("name a scenario, or your own --model with --weights, --shape and --classes")
     with server.listen(host, port) as listening:
-        meeting = _trained(scenario, strategy, rounds)
-        population = meeting.here.population
+        served = own or Served.trained(_trained(str(scenario), strategy, rounds, model), chosen)
         people = People(
-            meeting.model,
-            population.shape,
-            population.classes,
-            rule,
-            meeting.prior,
-            SQLiteStore(store),
-            drift,
-            limits,
+            served.model, served.shape, served.classes, rule, served.prior, SQLiteStore(store), drift, limits
         )
         guard.log_to_stderr(verbose)
         where = server.address(host, listening)
@@ -122,13 +133,26 @@ def _need() -> None:
         raise UserError(f"this needs {', '.join(missing)}: pip install 'fedbn[demo]'")
 
 
-def _trained(scenario: str, strategy: str, rounds: int | None) -> Meeting:
+def _brought(scenario: str | None, model: str, weights: Path, shape: str, classes: str, rule: Rule) -> Served:
+    from simulations.service.served import Served
+
+    if scenario is not None or not model or not shape or not classes:
+        raise UserError("--weights wants --model, --shape and --classes beside it, and no scenario")
+    sides = shape.split(",")
+    if not all(n.strip().isdecimal() and int(n) for n in sides):
+        raise UserError(f"--shape takes positive whole numbers such as 6,128, not {shape!r}")
+    names = tuple(filter(None, (name.strip() for name in classes.split(","))))
+    return Served.brought(model, weights, tuple(map(int, sides)), names, rule)
+
+
+def _trained(scenario: str, strategy: str, rounds: int | None, model: str = "") -> Meeting:
     """The model and the people it has not met, with progress; from the cache where this code has made it before."""
     from fedbn.data.packages import cache_dir
     from simulations.personalise import meet, study_from
     from simulations.store import code_digest
 
-    study = study_from({"scenario": scenario, "rules": ("source",), "strategy": strategy, "seeds": 1}, rounds=rounds)
+    wanted = {"scenario": scenario, "rules": ("source",), "strategy": strategy, "seeds": 1, "model": model}
+    study = study_from(wanted, rounds=rounds)
     run = study.resolved().run(0)
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
     with Progress(TextColumn("{task.description}"), *columns, console=errors) as progress:

@@ -6,7 +6,9 @@ imported when a tracker is asked for. A tracker sees what the progress bars see;
 
 from __future__ import annotations
 
+import math
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -179,7 +181,10 @@ def tracker(text: str) -> Tracker:
 
 
 class Tracking:
-    """Passes the events of a comparison on to trackers; a context, because files want closing."""
+    """Passes the events of a comparison, and whole runs of other commands, on to trackers.
+
+    It is a context, because files want closing.
+    """
 
     def __init__(self, texts: Iterable[str] = ()) -> None:
         """Open every tracker named; the first that cannot be opened raises."""
@@ -212,6 +217,25 @@ class Tracking:
                 one.end(run.id)
         if event.values:
             self.begun.add(run.id)
+
+    def tell(self, run: str, settings: Mapping[str, Any], points: Mapping[int, Mapping[str, float]]) -> None:
+        """Tell every tracker a whole run that is finished; what is no finite number is left out.
+
+        Args:
+            run: its name; here and in names of values, characters that not every tracker takes become hyphens.
+            settings: flat.
+            points: step -> values.
+        """
+        name = _plain(run)
+        for one in self.trackers:
+            one.begin(name, settings)
+            for step, values in points.items():
+                one.log(name, step, {_plain(k): float(v) for k, v in values.items() if math.isfinite(v)})
+            one.end(name)
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^\w.-]+", "-", name)
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -295,9 +295,9 @@ def test_requests_of_many_users_at_once_are_answered_in_few_calls(serve):
 def test_the_load_generator_measures_a_real_service():
     from benchmarks.service import measure
 
-    found = measure(users=20, connections=4, seconds=0.5, forms=["binary", "json"], most=300)
-    assert [row["form"] for row in found["rows"]] == ["binary", "json"]
+    found = measure(users=20, connections=4, seconds=0.5, forms=["binary", "json", "socket"], most=300)
+    assert [row["form"] for row in found["rows"]] == ["binary", "json", "socket"]
     for row in found["rows"]:
-        assert set(row["statuses"]) == {"200"}
+        assert set(row["statuses"]) == ({"1000"} if row["form"] == "socket" else {"200"})
         assert row["requests"] == sum(row["statuses"].values()) > 0
         assert 0 < row["ms_p50"] <= row["ms_p99"]

@@ -7,10 +7,13 @@ import math
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
+from typer.testing import CliRunner
 
 from fedbn.errors import UserError
 from simulations import trackers
+from simulations.cli import app
 from simulations.compare import Event, Task, compare
 from simulations.experiment import Experiment
 from simulations.trackers import TRACKERS, Tracker, Tracking, tracker
@@ -100,6 +103,62 @@ def test_a_run_that_goes_on_is_begun(notes, experiment):
         tracking.report(Event("place", 2, values={"own": 0.5}))
     assert [line[0] for line in Notes.made.said] == ["begin", "log", "close"]
     Path("unused").rmdir()
+
+
+def test_a_run_told_whole_has_plain_names_and_finite_values(notes):
+    with Tracking(["notes:unused"]) as tracking:
+        tracking.tell("bouts:length=6/a b", {"k": 1}, {3: {"a=1": 0.5, "gone": math.nan}, 4: {"n": 2}})
+    name = "bouts-length-6-a-b"
+    assert Notes.made.said == [
+        ("begin", name, {"k": 1}),
+        ("log", name, 3, {"a-1": 0.5}),
+        ("log", name, 4, {"n": 2.0}),
+        ("end", name),
+        ("close",),
+    ]
+    Path("unused").rmdir()
+
+
+def test_personalise_tells_of_training_and_of_every_rule(notes, tmp_path):
+    out = tmp_path / "out"
+    arguments = ["personalise", "digits8", "--rules", "pseudo:n0=8", "--streams", "iid", "--seeds", "1"]
+    arguments += ["--starts", "cold,recording", "--rounds", "1", "--out", str(out), "--json"]
+    result = CliRunner().invoke(app, [*arguments, "--track", f"notes:{tmp_path / 'notes'}"])
+    assert result.exit_code == 0, result.exception
+    rows = {row["rule"]: row for row in json.loads(result.stdout)}
+    said = Notes.made.said
+    trained, *followed = [line for line in said if line[0] == "begin"]
+    assert trained[2]["strategy"] == "global-naive"
+    assert [line[0] for line in said if line[1:2] == (trained[1],)] == ["begin", "log", "log", "end"]
+    assert len(followed) == len(rows) == 6
+    for _, name, settings in followed:
+        lines = [line for line in said if line[0] == "log" and line[1] == name]
+        rule = settings["rule"] + ", from recording" * (settings["start"] == "recording")
+        assert lines[-1][3]["accuracy"] == pytest.approx(rows[rule]["accuracy"])
+        assert lines[-1][2] > 1
+        assert len(lines) <= 101
+        steps = [line[2] for line in lines]
+        assert steps == sorted(set(steps))
+        curve = pd.read_parquet(out / "course.parquet").query("stream == 'iid'")
+        curve = curve[(curve["start"] == settings["start"]) & (curve["rule"] == settings["rule"])]
+        told = [line[3]["fading_accuracy"] for line in lines if "fading_accuracy" in line[3]]
+        assert told == curve.set_index("window")["accuracy"][steps].tolist()
+
+
+def test_claims_tell_of_every_seed(notes, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["claims", "bn-speed", "--quick", "--seeds", "2", "--workers", "1", "--json", "--track", "notes:there"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.exception
+    (found,) = json.loads(result.stdout)
+    begin, *logs, end, close = Notes.made.said
+    assert begin[:2] == ("begin", "bn-speed")
+    assert begin[2]["sentence"] == found["sentence"]
+    assert [line[3]["effect"] for line in logs] == found["effects"]
+    for arm, values in found["values"].items():
+        assert [line[3][arm] for line in logs] == values
+    assert logs[-1][3]["effect_low"] == found["low"]
+    assert (end, close) == (("end", "bn-speed"), ("close",))
 
 
 @pytest.mark.slow

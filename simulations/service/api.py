@@ -37,8 +37,8 @@ from simulations.service.wire import (
 KEEP = 10.0
 """Seconds between two writes of what has changed: what a crash may lose."""
 
-AT_ONCE = 128
-"""Users written between two calls of the bank, so that nobody waits long for the disk."""
+AT_ONCE = 16
+"""Users written between two calls of the bank, so that nobody waits long for the disk: about 10 ms."""
 
 DOCS = Path(__file__).parent / "page" / "docs.html"
 """The routes as a page, without a script or font from the network."""

@@ -11,6 +11,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -42,7 +43,8 @@ class Access:
     Attributes:
         host: address that is listened on; on a loopback address only requests for one are answered.
         token: bearer token; empty: none is asked for.
-        rate: requests (or frames of a socket) a second and caller; twice as many at once. 0: any number.
+        rate: requests (or frames of a socket) a second and address, twice as many at once. 0: any number. Far more than
+            a person's devices send, and a fraction of what two cores answer.
         body: bytes of a body or frame.
         timeout: seconds for a request.
 
@@ -52,7 +54,7 @@ class Access:
 
     host: str = "127.0.0.1"
     token: str = ""
-    rate: float = 0.0
+    rate: float = 500.0
     body: int = 4_000_000
     timeout: float = 10.0
 
@@ -197,7 +199,7 @@ class Guard:
     def _admit(self, scope: Scope) -> None:
         headers = dict(scope["headers"])
         host = headers.get(b"host", b"").decode("latin-1")
-        name = urlsplit(f"//{host}").hostname or ""
+        name = _hostname(host)
         # A page elsewhere must not reach a service on this machine through the browser of whoever reads it.
         if self.access.host in LOOPBACK and name not in LOOPBACK:
             raise Refusal(421, f"this service answers for localhost, not for {name!r}")
@@ -255,6 +257,12 @@ def extra(refusal: Refusal) -> dict[str, str]:
     if refusal.status == 401:
         return {"www-authenticate": "Bearer"}
     return {} if refusal.wait is None else {"retry-after": str(max(1, round(refusal.wait)))}
+
+
+@lru_cache(256)
+def _hostname(host: str) -> str:
+    """Of the header ``host``, which most requests have alike."""
+    return urlsplit(f"//{host}").hostname or ""
 
 
 def _caller(scope: Scope) -> str:

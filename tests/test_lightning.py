@@ -1,0 +1,149 @@
+"""The callback converts before the optimizers are made, and what it measures is what recalibration measures."""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, TensorDataset
+
+from fedbn.errors import UserError
+from fedbn.lightning import first, normalisation
+from fedbn.recalibration import recalibrate, statistics_of
+
+if find_spec("lightning") is None:
+    pytest.skip("Lightning is not installed", allow_module_level=True)
+
+
+def module():
+    from lightning.pytorch import LightningModule
+
+    class Net(LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.Sequential(
+                nn.Linear(3, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 2)
+            )
+
+        def forward(self, x):
+            return self.layers(x)
+
+        def training_step(self, batch, index):
+            x, y = batch.values() if isinstance(batch, dict) else batch
+            return cross_entropy(self(x), y)
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.5)
+
+    torch.manual_seed(0)
+    return Net()
+
+
+X = torch.randn(70, 3, generator=torch.Generator().manual_seed(1)) * 2 + 1
+DATA = TensorDataset(X, (X.sum(1) > 3).long())
+
+
+def fit(net, *callbacks, data=None):
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    quiet |= {"enable_model_summary": False, "accelerator": "cpu", "max_epochs": 2}
+    from lightning.pytorch import Trainer
+
+    Trainer(callbacks=list(callbacks), **quiet).fit(net, data or DataLoader(DATA, batch_size=16))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_statistics_after_a_fit_are_those_of_the_data_under_the_final_weights():
+    net = module()
+    fit(net, normalisation())
+    other = module()
+    other.load_state_dict(net.state_dict())
+    for layer in other.modules():
+        if isinstance(layer, nn.BatchNorm1d):
+            layer.reset_running_stats()
+    wanted = statistics_of(recalibrate(other, X))
+    for name, value in statistics_of(net).items():
+        torch.testing.assert_close(value, wanted[name], rtol=1e-5, atol=1e-6)
+    plain = module()
+    fit(plain, normalisation(rows=0))
+    torch.testing.assert_close(plain.layers[0].weight, net.layers[0].weight, rtol=0, atol=0)
+    assert not torch.allclose(plain.layers[1].running_mean, net.layers[1].running_mean, atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_as_many_rows_as_asked_for_and_no_more_than_whole_batches():
+    net = module()
+    fit(net, normalisation(rows=20))
+    wanted = statistics_of(recalibrate(net, X[:32]))
+    torch.testing.assert_close(statistics_of(net), wanted)
+    assert int(net.layers[1].num_batches_tracked) == 10
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_converted_layers_are_trained_and_a_second_fit_leaves_them():
+    net, callback = module(), normalisation("group", groups=4, rows=0)
+    fit(net, callback)
+    layer = net.layers[1]
+    assert isinstance(layer, nn.GroupNorm)
+    assert layer.num_groups == 4
+    assert (layer.weight - 1).abs().max() > 1e-3, "the optimizer must have met it"
+    fit(net, callback)
+    assert net.layers[1] is layer
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_batches_of_any_form():
+    class Named(torch.utils.data.Dataset):
+        def __len__(self):
+            return len(DATA)
+
+        def __getitem__(self, i):
+            return {"x": DATA[i][0], "y": DATA[i][1]}
+
+    net = module()
+    fit(net, normalisation(inputs=lambda batch: batch["x"]), data=DataLoader(Named(), batch_size=16))
+    torch.testing.assert_close(statistics_of(net), statistics_of(recalibrate(net, X)))
+    with pytest.raises(UserError, match=r"a batch is a dict: tell normalisation\(inputs=...\)"):
+        fit(module(), normalisation(), data=DataLoader(Named(), batch_size=16))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("callback", "said"),
+    [
+        (lambda: normalisation("grup"), "Did you mean 'group'"),
+        (lambda: normalisation("group", grups=4), "Did you mean 'groups'"),
+        (lambda: normalisation("group"), "no layer that keeps any"),
+        (lambda: normalisation(rows=-1), "0 or more, not -1"),
+    ],
+)
+def test_mistakes_are_said_before_training(callback, said):
+    net = module()
+    net.training_step = lambda *_: pytest.fail("trained before it was checked")
+    with pytest.raises(UserError, match=said):
+        fit(net, callback())
+
+
+def test_several_processes_would_each_measure_their_own():
+    trainer = type("Trainer", (), {"world_size": 2})()
+    with pytest.raises(UserError, match="2 processes"):
+        normalisation().setup(trainer, module(), "fit")
+    normalisation().setup(trainer, module(), "test")
+
+
+def test_without_lightning_one_is_told_what_to_install(monkeypatch):
+    from fedbn import lightning as ours
+
+    ours._kind.cache_clear()
+    monkeypatch.setitem(sys.modules, "lightning.pytorch", None)
+    with pytest.raises(UserError, match=r"pip install 'fedbn\[lightning\]'"):
+        normalisation()
+
+
+@pytest.mark.parametrize("batch", [(), {"x": X}, ("x",)])
+def test_inputs_are_not_guessed(batch):
+    with pytest.raises(UserError, match="tell normalisation"):
+        first(batch)
