@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast, get_args
 
 from fedbn.stacked.memory import keep_freed_memory, leave_alone_what_is_loaded
+from simulations.embed import markdown, replace_block
 
 STORED = Path(__file__).parent / "stored.json"
 TOLERANCE = 1.5
@@ -30,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--most", type=int, default=10_000, help="most clients of the scale curve")
     parser.add_argument("--ray", action="store_true", help="Flower's own simulation beside it")
     parser.add_argument("--out", type=Path, default=Path("results/benchmarks"), help="directory of JSON and picture")
+    parser.add_argument("--into", type=Path, help="document that gets table and picture, between its markers")
     parser.add_argument("--store", action="store_true", help="keep these ratios to compare with from now on")
     chosen = parser.parse_args(argv)
     tiers = [parse_tier(t) for t in chosen.tiers.split(",")]
@@ -38,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     (chosen.out / "benchmarks.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     draw(result, chosen.out / "benchmarks.png")
     print(table(result))
+    if chosen.into:
+        embed(result, chosen.out / "benchmarks.png", chosen.into)
     stored = json.loads(STORED.read_text(encoding="utf-8")) if STORED.exists() else {"ratios": []}
     for line in slower(result, stored):
         print(f"warning: {line}", file=sys.stderr)
@@ -46,25 +52,56 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def blocks(result: dict[str, Any]) -> dict[str, str]:
+    """The numbers as Markdown: rounds beside the bare loop, and everything else."""
+    rows = [
+        {
+            "workload": row["workload"],
+            "engine": row["engine"],
+            "bare loop ms": f"{1e3 * row['loop']:.1f}",
+            "round ms": f"{1e3 * row['seconds']:.1f}",
+            "share of the loop": f"{row['ratio']:.3f}",
+            "of medians": f"{row['ratio of medians']:.3f}",
+            "of CPU time": "" if row["ratio of CPU time"] is None else f"{row['ratio of CPU time']:.3f}",
+            "target": f"{row['target']}",
+        }
+        for row in cast(list[dict[str, Any]], result["ratios"])
+    ]
+    scale = [
+        {
+            "clients": f"{row['clients']}",
+            "steps each": f"{row['steps']}",
+            "round ms": f"{1e3 * row['seconds']:.1f}",
+            "µs a step": f"{1e6 * row['seconds'] / (row['clients'] * row['steps']):.0f}",
+            "data MB": f"{row['data'] / 1e6:.0f}",
+            "memory MB": f"{row['memory'] / 1e6:.0f}",
+        }
+        for row in result["scale"]
+    ]
+    single = [{"what": f"bank, {name}", "measured": f"{value:.2f}"} for name, value in result["bank"].items()]
+    single += [
+        {"what": f"start of {name}", "measured": f"{seconds:.2f} s"} for name, seconds in result["starts"].items()
+    ]
+    return {"speed": markdown(rows), "speed-more": markdown(scale) + "\n" + markdown(single)}
+
+
 def table(result: dict[str, Any]) -> str:
     """All numbers as text."""
-    lines = [
-        "| workload | engine | bare loop ms | round ms | share of the loop | of medians | of CPU time | target |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for row in cast(list[dict[str, Any]], result["ratios"]):
-        loop, seconds = (f"{1e3 * row[k]:.1f}" for k in ("loop", "seconds"))
-        cpu = row["ratio of CPU time"]
-        shares = f"{row['ratio']:.3f} | {row['ratio of medians']:.3f} | {'' if cpu is None else f'{cpu:.3f}'}"
-        lines.append(f"| {row['workload']} | {row['engine']} | {loop} | {seconds} | {shares} | {row['target']} |")
-    lines += ["", "| clients | steps each | round ms | µs a step | data MB | memory MB |", "|---|---|---|---|---|---|"]
-    for row in result["scale"]:
-        each = 1e6 * row["seconds"] / (row["clients"] * row["steps"])
-        sizes = f"{row['data'] / 1e6:.0f} | {row['memory'] / 1e6:.0f}"
-        lines.append(f"| {row['clients']} | {row['steps']} | {1e3 * row['seconds']:.1f} | {each:.0f} | {sizes} |")
-    lines += ["", *(f"bank, {name}: {value:.2f}" for name, value in result["bank"].items())]
-    lines += ["", *(f"{name}: {seconds:.2f} s" for name, seconds in result["starts"].items())]
-    return "\n".join(lines)
+    return "\n".join(blocks(result).values())
+
+
+def embed(result: dict[str, Any], picture: Path, document: Path) -> None:
+    """Put the numbers between a document's markers ``speed`` and ``speed-more``, and the picture where it is shown.
+
+    Raises:
+        UserError: the document or its markers are missing.
+    """
+    text = document.read_text(encoding="utf-8") if document.exists() else ""
+    for name, content in blocks(result).items():
+        if name == "speed" or f"<!-- begin {name} -->" in text:
+            replace_block(document, name, content)
+    for shown in re.findall(r"!\[.*?\]\((.*?speed\.png)\)", text):
+        shutil.copy(picture, document.parent / shown)
 
 
 def slower(result: dict[str, Any], stored: dict[str, Any]) -> list[str]:

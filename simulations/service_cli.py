@@ -35,7 +35,9 @@ def serve(
     shape: Annotated[str, typer.Option(help="With --weights: shape of a window, e.g. 6,128.")] = "",
     classes: Annotated[str, typer.Option(help="With --weights: names of the outputs, comma-separated.")] = "",
     rule: Annotated[str, typer.Option(help="How statistics follow users.")] = "pseudo:n0=64",
-    drift: Annotated[str, typer.Option(help="Detector: adwin or page-hinkley, with options.")] = "adwin",
+    drift: Annotated[str, typer.Option(help="Detector: adwin or page-hinkley, with options.")] = (
+        "page-hinkley:threshold=18:delta=0.02"
+    ),
     store: Annotated[Path, typer.Option(help="SQLite file of the users' states.")] = Path("fedbn-users.db"),
     host: Annotated[str, typer.Option(help="Address; other than loopback ones need a token.")] = "127.0.0.1",
     port: Port = 8000,

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from benchmarks import __main__ as command
 from benchmarks import measure, workloads
 from benchmarks.loop import Loop
 from benchmarks.measure import grid_rounds, ratios, scale
+from benchmarks.soak import growth
 from benchmarks.workloads import TEST_ROWS, WORKLOADS, bare_loop
 from fedbn.federation import federate
 from fedbn.setting import setting
@@ -93,14 +97,22 @@ def test_the_command_writes_prints_stores_and_warns(tmp_path, monkeypatch, capsy
     }
     monkeypatch.setattr("benchmarks.measure.measure", lambda *args, **options: result)
     monkeypatch.setattr(command, "STORED", tmp_path / "stored.json")
-    assert command.main(["--out", str(tmp_path), "--store"]) == 0
+    page = tmp_path / "page.md"
+    page.write_text("![it](speed.png)\n<!-- begin speed -->\n<!-- end speed -->\n")
+    assert command.main(["--out", str(tmp_path), "--store", "--into", str(page)]) == 0
+    assert "| W3 | grid:auto |" in page.read_text()
+    assert "bank" not in page.read_text()
+    assert (tmp_path / "speed.png").read_bytes() == (tmp_path / "benchmarks.png").read_bytes()
     assert json.loads((tmp_path / "stored.json").read_text()) == json.loads((tmp_path / "benchmarks.json").read_text())
     assert (tmp_path / "benchmarks.png").stat().st_size > 1000
     out, err = capsys.readouterr()
     assert "| W3 | grid:auto | 100.0 | 10.0 | 0.100 | 0.200 | 0.300 | 0.05 |" in out
     assert "| 10 | 1 | 100.0 | 10000 | 1 | 2 |" in out
+    assert "| bank, predict, ratio to stock | 1.20 |" in out
     assert not err
-    monkeypatch.setattr("benchmarks.measure.measure", lambda *args, **options: result | {"ratios": [row | {"ratio": 0.2}]})
+    monkeypatch.setattr(
+        "benchmarks.measure.measure", lambda *args, **options: result | {"ratios": [row | {"ratio": 0.2}]}
+    )
     command.main(["--out", str(tmp_path)])
     assert "warning: W3 on grid:auto takes 0.200 of the bare loop; stored: 0.100" in capsys.readouterr().err
 
@@ -109,3 +121,19 @@ def test_the_bank_is_measured_beside_a_stock_pass():
     found = measure.bank(users=40, rows=16, repeats=2)
     assert {"predict, ratio to stock", "predict and commit, ratio to stock", "state, bytes per user"} == found.keys()
     assert all(value > 0 for value in found.values())
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_rounds(tmp_path):
+    out = tmp_path / "soak.jsonl"
+    command = [sys.executable, "-m", "benchmarks.soak", "--clients", "400", "--rounds", "120", "--share", "0.05"]
+    subprocess.run([*command, "--out", str(out)], check=True, cwd=Path(__file__).parents[1], capture_output=True)
+    *readings, result = map(json.loads, out.read_text().splitlines())
+    assert [r["round"] for r in readings] == list(range(1, 121))
+    assert result["growth a round"] < 20_000  # a client's state has a thousand bytes, a round touches twenty of them
+    assert 300 < result["states"] <= 400
+
+
+def test_growth_is_the_slope_of_the_second_half():
+    assert growth([9, 9, 9, 9, 1, 3, 5, 7]) == pytest.approx(2)
+    assert growth([1, 2, 3]) is None

@@ -13,6 +13,7 @@ from fedbn.drift import Adwin, Context, PageHinkley
 from fedbn.errors import UserError
 from fedbn.models import build
 from fedbn.online import SQLiteStore, personalize
+from simulations.service import watching
 from simulations.service.batching import Batcher, Job
 from simulations.service.guard import Access, Rates
 from simulations.service.people import Limits, People
@@ -165,12 +166,13 @@ def test_limits_serve_somebody(name):
 # ---------------------------------------------------------------- watching
 
 
-def test_the_table_gives_the_distances_and_alarms_of_single_contexts():
+def test_the_table_gives_the_distances_of_single_contexts_and_alarms_of_their_logarithm(monkeypatch):
+    monkeypatch.setattr("fedbn.drift.FLOOR", watching.FLOOR)
     draw = np.random.default_rng(0)
     kinds, scale = 3, np.array([1.0, 2.0, 0.5])
-    watches = Watches(PageHinkley(threshold=1.0), scale, kinds, capacity=3)
+    watches = Watches(PageHinkley(threshold=2.0), scale, kinds, capacity=3)
     contexts = {u: Context(torch.tensor(scale)) for u in "abc"}
-    alarms = {u: PageHinkley(threshold=1.0).new() for u in "abc"}
+    alarms = {u: PageHinkley(threshold=2.0).new() for u in "abc"}
     spoken = 0
     for t in range(150):
         looks = draw.normal(size=(3, 3)) + (6 if t > 100 else 0)
@@ -181,11 +183,15 @@ def test_the_table_gives_the_distances_and_alarms_of_single_contexts():
             assert (z is None) == (expected is None)
             if expected is not None:
                 assert z == pytest.approx(expected)
-                alarms[user].update(expected / (1 + expected))
+                single = {c: Context(torch.tensor(scale[[c]])) for c in range(3)}
+                for c, one in single.items():
+                    one.n, one.mean = contexts[user].n, {k: v[[c]] for k, v in contexts[user].mean.items()}
+                    one.m2 = {k: v[[c]] for k, v in contexts[user].m2.items()}
+                alarms[user].update(np.mean([np.log1p(one.distance(m[[c]], label)) for c, one in single.items()]))
                 assert spoke == alarms[user].drift_detected
                 if spoke:
                     spoken += 1
-                    contexts[user], alarms[user] = Context(torch.tensor(scale)), PageHinkley(threshold=1.0).new()
+                    contexts[user], alarms[user] = Context(torch.tensor(scale)), PageHinkley(threshold=2.0).new()
             contexts[user].learn(m, label)
     assert spoken == watches.spoken >= 3
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from urllib.request import urlopen
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -51,7 +52,7 @@ def playground():
         name: User(name, "x", examples(40, level, 20 + i), examples(60, level, 30 + i))
         for i, (name, level) in enumerate({"user1": 0.5, "user2": -2.0}.items())
     }
-    return Playground(model.eval(), people, CLASSES, hop=1.28, title="two people")
+    return Playground(model.eval(), people, CLASSES, hop=1.28, title="two people", spread=np.ones(6))
 
 
 def test_every_rule_meets_every_window_before_it_learns_from_it(playground):

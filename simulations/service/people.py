@@ -22,8 +22,11 @@ from fedbn.online import BNState, LayerPrior, SQLiteStore, personalize
 from fedbn.online.rule import rule
 from fedbn.roles import statistics_layers
 from simulations.service.batching import Job
-from simulations.service.watching import Watches
+from simulations.service.watching import Watches, channel_means
 from simulations.service.wire import Answer, Refusal
+
+DETECTOR = "page-hinkley:threshold=18:delta=0.02"
+"""On activations of the first layer; chosen by ``python -m benchmarks.drift``, on seen people's later recordings."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ class People:
     rule: str = "pseudo:n0=64"
     prior: Mapping[str, LayerPrior] | None = None
     store: SQLiteStore | None = None
-    drift: str = "adwin"
+    drift: str = DETECTOR
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
@@ -112,7 +115,7 @@ class People:
             self._changed.update(job.user for job in jobs)
         said = posterior.argmax(1).numpy()
         starts = np.cumsum([0, *(len(job.windows) for job in jobs)])
-        seen = self._watch(jobs, starts, _channel_means(looks[0]), said) if learn else {}
+        seen = self._watch(jobs, starts, channel_means(looks[0]), said) if learn else {}
         bank = self.net.bank
         slots = [bank.slot[job.user] for job in jobs]
         met = bank.rows["classes"][slots].tolist()
@@ -327,12 +330,6 @@ class People:
     def _require(self, user: str) -> None:
         if not self._known(user):
             raise _stranger(user)
-
-
-def _channel_means(x: Tensor) -> np.ndarray:
-    """``[b, C]`` in float64 of a layer's input."""
-    found: np.ndarray = (x.flatten(2).mean(2) if x.dim() > 2 else x).double().numpy()
-    return found
 
 
 def _stranger(user: str) -> Refusal:

@@ -11,13 +11,13 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from fedbn.data.shift import turn
-from fedbn.drift import Action, Personal, Watch, Watched, detector
+from fedbn.drift import detector
 from fedbn.errors import UserError, unknown
 from fedbn.moments import Moments
 from fedbn.online import personalize, rule
@@ -25,6 +25,7 @@ from fedbn.recalibration import recalibrate
 from fedbn.roles import statistics_layers
 from fedbn.scenario import User, scenario
 from fedbn.seeds import generator
+from simulations.service.watching import Floats, Watches, channel_means
 
 if TYPE_CHECKING:
     from simulations.personalise import Meeting
@@ -48,24 +49,13 @@ SCENARIOS = ("hapt", "watch")
 SAMPLING = 50.0
 """Samples a second of both."""
 
-DETECTOR = "page-hinkley"
-"""On seen people's later recordings, of three minutes, ADWIN noticed no turn of 60 degrees, and this most of them."""
+DETECTOR = "page-hinkley:threshold=15:delta=0.0"
+"""On the windows themselves; chosen by ``python -m benchmarks.drift``, on seen people's later recordings."""
 
 WHO = "wearer"
 
 AXIS = torch.tensor([0.0, 0.0, 1.0])
 """The sensor is turned about its third axis."""
-
-
-@dataclass(frozen=True)
-class Mark(Action):
-    """Notice, and change nothing: the page only shows that something is different."""
-
-    name: ClassVar[str] = "mark"
-    about: ClassVar[str] = "a mark, and the comparison begins anew"
-
-    def act(self, net: Personal, user: str, watch: Watch) -> None:
-        watch.anew()
 
 
 @dataclass(frozen=True)
@@ -78,6 +68,7 @@ class Playground:
         classes: names.
         hop: seconds from one window to the next.
         title: of the scenario.
+        spread: ``[channels]`` variance of the channel means of seen people's windows.
     """
 
     model: nn.Module
@@ -85,6 +76,7 @@ class Playground:
     classes: Sequence[str]
     hop: float
     title: str
+    spread: Floats
 
     @staticmethod
     def of(meeting: Meeting) -> Playground:
@@ -96,7 +88,8 @@ class Playground:
         chosen = shown(meeting.run.scenario)
         people = {user.name: user for user in meeting.people("unseen")}
         hop = chosen.window * (1 - chosen.overlap) / SAMPLING
-        return Playground(meeting.model, people, meeting.here.population.classes, hop, chosen.about)
+        spread = channel_means(meeting.source_windows).var(0)
+        return Playground(meeting.model, people, meeting.here.population.classes, hop, chosen.about, spread)
 
     @cached_property
     def shape(self) -> tuple[int, ...]:
@@ -160,8 +153,7 @@ class Session:
             name: personalize(playground.model, rule(text), capacity=1, classes=len(playground.classes))
             for name, (text, _) in RULES.items()
         }
-        self.watched = Watched(self.nets["source"], playground.model, detector(DETECTOR), Mark())
-        self.followers: dict[str, Any] = {**self.nets, "source": self.watched}
+        self.watches = Watches(detector(DETECTOR), playground.spread, len(playground.classes), capacity=1)
         self.at = self.met = 0
         self.right = dict.fromkeys(RULES, 0)
         self.recent: dict[str, deque[bool]] = {name: deque(maxlen=RECENT) for name in RULES}
@@ -244,8 +236,7 @@ class Session:
         x = self._turned(data.x[at : at + 1])
         truth = int(data.y[at])
         said = {}
-        alarms = len(self.watched.watches[WHO].alarms) if WHO in self.watched.watches else 0
-        for name, net in self.followers.items():
+        for name, net in self.nets.items():
             posterior = net.predict(x, [WHO]).softmax(1)
             net.commit(posterior=posterior)
             said[name] = int(posterior.argmax())
@@ -253,6 +244,7 @@ class Session:
             self.recent[name].append(said[name] == truth)
         self.at += 1
         self.met += 1
+        [(_, alarm)] = self.watches.see([WHO], channel_means(x), [said["source"]])
         # Windows overlap by half: the second half is what is new.
         new = x[0, :, x.shape[2] // 2 :]
         drawn = new[:, :: max(1, new.shape[1] // DRAWN)]
@@ -260,7 +252,7 @@ class Session:
             "signal": [[round(v, 3) for v in channel] for channel in drawn.tolist()],
             "truth": truth,
             "said": said,
-            "alarm": len(self.watched.watches[WHO].alarms) > alarms,
+            "alarm": alarm,
         }
 
     def positions(self) -> dict[str, list[float]]:
