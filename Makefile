@@ -21,7 +21,7 @@ test: $(STAMP)-dev  ## set up and run the tests
 	$(BIN)/pytest
 
 test-all: $(STAMP)-dev  ## the slow tests and those on Ray too
-	$(BIN)/pytest -m ray -n 0
+	$(BIN)/pytest -m ray -n 2
 	$(BIN)/pytest -m "not ray"
 
 test-oldest:  ## the tests with the oldest versions allowed, in an environment of their own
