@@ -62,5 +62,6 @@ def test_the_site_builds_without_a_warning(tmp_path):
     page = (tmp_path / "site" / "reference" / "index.html").read_text()
     assert "fedbn.moments.Moments.merge" in page
     assert "math:" not in page
+    assert "<math" in (tmp_path / "site" / "reference-methods" / "index.html").read_text()
     for part in (tmp_path / "site").rglob("*.html"):
         assert not re.findall(r'(?:src|href)="https?://[^"]+\.(?:js|css|woff2?)"', part.read_text()), part
