@@ -11,6 +11,8 @@ from simulations.embed import replace_block
 from simulations.experiment import Experiment
 from simulations.results import Comparison
 
+pytestmark = pytest.mark.xdist_group("advice")
+
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):

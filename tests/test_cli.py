@@ -52,15 +52,15 @@ def flat(text):
 QUICK = ["--rounds", 2, "--seeds", 1, "--workers", 1]
 
 
-def test_compare_report_and_json(tmp_path):
+def test_compare_report_and_json(tmp_path, here):
     done = fedbn("compare", "digits8", "--strategies", "global-naive,fedbn", *QUICK, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     page = tmp_path / "results" / "digits8" / "report.html"
     assert page.exists()
     assert "report:" in done.stdout
     assert "fedbn" in done.stdout
-    again = fedbn("report", tmp_path / "results" / "digits8", "--json")
-    values = json.loads(again.stdout)
+    _, said, _ = here("report", tmp_path / "results" / "digits8", "--json")
+    values = json.loads(said)
     assert values["answer"]
     assert {line["strategy"] for line in values["matrix"]} == {"global-naive", "fedbn"}
     assert Path(values["report"]).name == "report.html"

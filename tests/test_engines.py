@@ -48,7 +48,7 @@ def test_grid_equals_the_loop_with_server_optimisers(optimizer, small):
 
 def test_what_is_local_is_never_in_a_message(small):
     for name in strategies():
-        run = small(name, rounds=1)
+        run = small(name, rounds=1, **({} if strategies()[name].gathers else {"clients_per_round": 3}))
         here = setting(run)
         forbidden = set(here.ownership.roles) - set(here.ownership.travels)
         seen = []

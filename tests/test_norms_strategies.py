@@ -11,12 +11,9 @@ from fedbn.setting import setting
 from fedbn.strategy import Progress
 
 
-@pytest.fixture(scope="module")
-def naive_state():
-    from fedbn.run import Run, plan_for
-
-    run = Run("digits8", "global-naive", plan=plan_for("digits8", rounds=1, eval_every=1, global_test=60)).resolved()
-    return federate(run).server.state
+@pytest.fixture
+def naive_state(small):
+    return finished(small, "global-naive")[1].server.state
 
 
 def finished(small, name, rounds=1):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shutil
 import signal
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from conftest import same
+from ray_server import RUNS
 
 from clients.app import app as client_app
 from clients.config import run_from_config
@@ -28,7 +30,7 @@ from simulations.flower_compat import task_identity
 from simulations.grid import InProcessGrid
 from simulations.ray_engine import ray_session
 from simulations.store import load_outcome
-from simulations.superlink import PRIVATE, FlowerRunError
+from simulations.superlink import MODULES, PRIVATE, FlowerRunError
 
 ROOT = Path(__file__).parents[1]
 MARK = "FEDBN_TEST_MARK"
@@ -104,17 +106,34 @@ def on_ray(tmp_path_factory):
     assert not any(Path(environment["FLWR_HOME"]).exists() for environment in started.values())
 
 
+@pytest.fixture(scope="module")
+def all_on_ray(tmp_path_factory):
+    """A function that gives a strategy's outcome; all were executed in one simulation, one after the other."""
+    place = tmp_path_factory.mktemp("all")
+    runs = {name: short(name) for name in strategies()}
+    (place / RUNS).write_text(json.dumps({name: run.to_json() for name, run in runs.items()}))
+    last = list(runs)[-1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(MODULES, "fedbn_run_server.py", "ray_server")
+        patch.setitem(MODULES, "fedbn_run_client.py", "ray_client")
+        with ray_session() as go:
+            go(runs[last], place / f"{last}.safetensors")
+    return lambda name: load_outcome(place / f"{name}.safetensors", runs[name])
+
+
 @pytest.mark.ray
+@pytest.mark.xdist_group("all-on-ray")
 @pytest.mark.parametrize("name", strategies())
-def test_ray_equals_the_grid_and_the_loop(name, on_ray):
+def test_ray_equals_the_grid_and_the_loop(name, all_on_ray):
     run = short(name)
-    outcome = on_ray(run)
+    outcome = all_on_ray(name)
     assert_same(outcome, execute(run, "grid"))
     assert_same(outcome, execute(run, "reference"))
     assert not outcome.kept
 
 
 @pytest.mark.ray
+@pytest.mark.xdist_group("on-ray")
 def test_what_the_user_did_wrong_is_said_as_in_this_process(on_ray):
     with pytest.raises(UserError, match=r"cache .*elsewhere.*/cache is not mine\nuse another") as caught:
         on_ray(short("fedbn", model="ray_models:refused_by_the_server"))
@@ -122,6 +141,7 @@ def test_what_the_user_did_wrong_is_said_as_in_this_process(on_ray):
 
 
 @pytest.mark.ray
+@pytest.mark.xdist_group("on-ray")
 def test_a_bug_at_a_client_fails_the_run_and_shows_the_log(on_ray):
     with pytest.raises(FlowerRunError, match=r"(?s)finished:failed: train, user \d.*a bug of the model's"):
         on_ray(short("fedbn", model="ray_models:broken_at_the_clients"))

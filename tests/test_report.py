@@ -19,7 +19,7 @@ from simulations.results import Comparison
 
 HOSTILE = '<script>alert("x")</script>&$^{_{'
 FULL = inference.RESAMPLES
-pytestmark = pytest.mark.filterwarnings("error")
+pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.xdist_group("report")]
 
 
 class Page(HTMLParser):
