@@ -222,13 +222,26 @@ def test_fbn_gradient_takes_its_statistics_for_constants():
     torch.testing.assert_close(x.grad, weight / (4 + 1e-5) ** 0.5)
 
 
-def test_fbn_server_follows_at_its_rate(small):
-    slow, all_at_once = federate(small("fbn", rounds=1)), federate(small("fbn:rate=1", rounds=1))
-    here = setting(small("fbn", rounds=1))
+def test_fbn_publishes_the_mean_over_its_batches():
+    layer, batches = SharedStatisticsNorm(2), torch.randn(3, 8, 2)
+    for batch in batches:
+        layer(batch)
+    layer.publish()
+    torch.testing.assert_close(layer.running_mean, batches.mean(1).mean(0))
+    torch.testing.assert_close(layer.running_var, batches.var(1, unbiased=False).mean(0))
+
+
+@pytest.mark.parametrize(("name", "rate"), [("fbn", 0.1), ("hbn", 0.002)])
+def test_the_server_follows_at_its_rate(name, rate, small):
+    slow, all_at_once = federate(small(name, rounds=1)), federate(small(f"{name}:rate=1", rounds=1))
+    here = setting(small(name, rounds=1))
+    moved = 0.0
     for key, role in here.ownership.roles.items():
         if role is Role.STATISTICS:
-            expected = 0.9 * here.initial[key] + 0.1 * all_at_once.server.state[key]
+            expected = here.initial[key].lerp(all_at_once.server.state[key], rate)
             torch.testing.assert_close(slow.server.state[key], expected, rtol=1e-5, atol=1e-6)
+            moved += float((expected - here.initial[key]).abs().max())
+    assert moved > rate / 10
 
 
 @pytest.mark.parametrize(("gate", "training"), [(50.0, True), (-50.0, False)])
