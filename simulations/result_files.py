@@ -12,12 +12,16 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from fedbn.errors import UserError
+
+NAMED = 3
+"""Strategies that a notice names before it counts."""
 
 
 def write_comparison(directory: Path, meta: dict[str, Any]) -> None:
@@ -49,6 +53,27 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def told(runs: Sequence[dict[str, Any]], known: Sequence[str] = ()) -> list[str]:
+    """What runs have to say, each thing once, with the strategies and seeds that it is said of.
+
+    >>> runs = [{"strategy": name, "seed": 0, "notices": ["few rows"]} for name in ("fedbn", "silobn")]
+    >>> told(runs), told(runs[:1]), told(runs, known=["few rows"])
+    (['fedbn, silobn, seed 0: few rows'], ['fedbn, seed 0: few rows'], [])
+    """
+    said: dict[str, list[dict[str, Any]]] = {}
+    for run in runs:
+        for notice in run.get("notices", []):
+            if notice not in known:
+                said.setdefault(notice, []).append(run)
+    lines = []
+    for notice, saying in said.items():
+        names = list(dict.fromkeys(run["strategy"] for run in saying))
+        who = ", ".join(names) if len(names) <= NAMED else f"{', '.join(names[:NAMED])} and {len(names) - NAMED} more"
+        seeds = sorted({run["seed"] for run in saying})
+        lines.append(f"{who}, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}: {notice}")
+    return lines
 
 
 def read(path: Path) -> dict[str, Any]:

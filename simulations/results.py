@@ -69,6 +69,7 @@ from simulations.result_files import (
     ownership_table,
     read,
     runs_table,
+    told,
 )
 from simulations.result_files import (
     write_comparison as write_comparison,
@@ -193,7 +194,7 @@ class Comparison:
             notices.insert(0, f"{planned - len(runs)} of {planned} runs are not finished and left out.")
         if foreign:
             notices.append(f"Runs of no strategy and seed of this comparison, left out: {', '.join(foreign)}.")
-        notices += [f"{r['strategy']}, seed {r['seed']}: {n}" for _, r in runs for n in r.get("notices", [])]
+        notices += told([r for _, r in runs], notices)
         shift = directory / "shift.json"
         return cls(
             directory=directory,

@@ -143,9 +143,9 @@ def test_kill_minus_nine_and_resume_is_bit_identical(tmp_path):
         "compare",
         "digits8",
         "--strategies",
-        "fedbn,silobn,groupnorm",
+        "fedbn,silobn",
     ]
-    command += ["--rounds", "8", "--seeds", "2", "--workers", "2"]
+    command += ["--rounds", "6", "--seeds", "2", "--workers", "2"]
     subprocess.run([*command, "--out", str(tmp_path / "whole")], check=True, capture_output=True)
     place = tmp_path / "killed"
     process = subprocess.Popen(
@@ -161,7 +161,7 @@ def test_kill_minus_nine_and_resume_is_bit_identical(tmp_path):
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     finished = len(results(place))
-    assert finished < 6
+    assert finished < 4
     subprocess.run([sys.executable, "-m", "simulations", "resume", str(place)], check=True, capture_output=True)
     assert results(place) == results(tmp_path / "whole")
 

@@ -22,6 +22,7 @@ from fedbn.recalibration import all_moments, union
 from fedbn.roles import Role
 from fedbn.scenario import Examples, Population, User
 from fedbn.setting import setting
+from fedbn.strategies.bn_similarity import BNSimilarity
 from fedbn.strategies.fedap import FedAP
 from fedbn.strategies.fednorm import FedNorm
 from fedbn.strategies.fedtan import FedTAN, _told
@@ -301,6 +302,19 @@ def test_hbn_serves_statistics_of_the_mixture_under_the_final_weights(name, rows
     )
 
 
+def test_static_bn_sends_no_statistics_and_measures_without_dropout(small):
+    run = small("static-bn", rounds=1)
+    here, out = setting(run), federate(run)
+    for key, role in here.ownership.roles.items():
+        if role is Role.STATISTICS:
+            assert torch.equal(out.server.state[key], here.initial[key])
+            assert not torch.equal(out.server.serving[key], here.initial[key])
+    net = nn.Sequential(nn.Dropout(0.5), nn.Linear(3, 2), nn.BatchNorm1d(2))
+    x = torch.randn(10, 3)
+    (said,) = StaticBN().settle(net, x)
+    torch.testing.assert_close(said["2|mean"].mean, net[1](x).mean(0).double(), rtol=1e-5, atol=1e-6)
+
+
 def test_static_bn_serves_the_mean_of_all_batches(small):
     run = small("static-bn", rounds=1)
     here, out = setting(run), federate(run)
@@ -358,6 +372,14 @@ def test_a_flat_temperature_weighs_all_clients_alike(small):
     for user in here.population.seen:
         for key, value in out.server.sends(here, user).items():
             torch.testing.assert_close(value, out.server.state[key], rtol=1e-5, atol=1e-6)
+
+
+def test_whoever_is_nearer_weighs_more_and_temperature_says_how_much():
+    distances = torch.tensor([0.0, 1.0, 3.0])
+    for tau in (0.5, 2.0):
+        weights = BNSimilarity(tau=tau).weights(distances, 0)
+        torch.testing.assert_close(weights[1] / weights[0], torch.tensor(-1 / tau).exp())
+        torch.testing.assert_close(weights[2] / weights[1], torch.tensor(-2 / tau).exp())
 
 
 def test_fedap_with_all_weight_on_oneself_is_training_alone(small):
