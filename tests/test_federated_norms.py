@@ -488,8 +488,32 @@ def test_a_newcomer_is_nearest_to_itself(arrived):
             f"{path}.running_var": moments.variance().float(),
         }
     # Its moments were taken under the pooled statistics of the registry before; a far client keeps the pool in place.
-    found = starts(here, state, registry, x)["nearest"]
-    assert all(torch.equal(found[k], v) for k, v in registry[user].items())
+    found = starts(here, state, registry, x)
+    assert all(torch.equal(found["nearest"][k], v) for k, v in registry[user].items())
+    key = next(k for k in registry[user] if k.endswith("running_mean"))
+    far = {name: float((found[name][key] - registry[user][key]).norm()) for name in ("mean", "mixture")}
+    assert far["mixture"] < 0.9 * far["mean"]
+
+
+def test_the_prior_start_has_the_moments_of_a_mixture_of_pool_and_own(arrived):
+    here, out, newcomer = arrived
+    state = here.assemble(out.server.sends(here, newcomer), None)
+    x = here.population.users[newcomer].train.x
+    first = next(iter(out.server.registry.values()))
+    # People who nearly agree: the prior is worth about as much as what the newcomer brings.
+    alike = {u: {k: first[k].lerp(v, 0.05) for k, v in s.items()} for u, s in out.server.registry.items()}
+    found = starts(here, state, alike, x)
+    own, _ = window_moments(here, found["pooled"], x)
+    path = next(iter(own))
+    mean, var = (f"{path}.running_{name}" for name in ("mean", "var"))
+    pool, prior = ({k: found[name][k].double() for k in (mean, var)} for name in ("pooled", "prior"))
+    gap = own[path].mean - pool[mean]
+    share = (prior[mean] - pool[mean]) / gap
+    assert bool(((share > 0) & (share < 1)).all())
+    # Second moments mix as means do.
+    second = (1 - share) * (pool[var] + pool[mean] ** 2) + share * (own[path].variance() + own[path].mean ** 2)
+    torch.testing.assert_close(prior[var], second - prior[mean] ** 2, rtol=1e-4, atol=1e-5)
+    assert float((share * (1 - share) * gap**2).max()) > 1e-4
 
 
 def test_the_prior_gives_up_channels_in_which_people_differ(arrived):

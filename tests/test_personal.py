@@ -145,6 +145,18 @@ def test_ditto_with_a_strong_pull_is_the_received_model_and_without_one_is_free(
         assert (away < 0.3 * shared) is near
 
 
+def test_ditto_without_a_pull_goes_on_from_its_own_model_whatever_the_others_send(small):
+    a, b = (
+        federate(small("groupnorm+ditto:lam=0", partition="linear:clients=4", weighting=weighting))
+        for weighting in ("samples", "uniform")
+    )
+    assert not same(a.server.state, b.server.state)
+    for user, kept in a.kept.items():
+        own = {k: v for k, v in kept.items() if k.startswith(ASIDE)}
+        assert own
+        assert same(own, {k: b.kept[user][k] for k in own})
+
+
 def test_apfl_serves_the_shared_model_at_one_end_and_its_own_at_the_other(small):
     mixed, plain = federate(small("groupnorm+apfl:alpha=0")), federate(small("groupnorm"))
     for user, scores in plain.scores.items():
