@@ -186,12 +186,13 @@ def test_apfl_personal_step_is_alpha_times_the_gradient_at_the_mixture(small):
         parameter.grad = None
 
 
-def test_scaffold_common_variate_is_the_mean_of_the_clients(small):
-    run = small("groupnorm+scaffold", rounds=2)
+def test_scaffold_common_variate_is_the_mean_of_all_clients_those_never_drawn_too(small):
+    run = small("groupnorm+scaffold", rounds=2, clients_per_round=3)
     here, out = setting(run), federate(run)
+    assert 3 < len(out.kept) < len(here.trainers)
     for key, value in out.server.told.items():
         name = key.removeprefix("control/")
-        mean = sum(out.kept[u][ASIDE + name] for u in here.trainers) / len(here.trainers)
+        mean = sum(kept[ASIDE + name] for kept in out.kept.values()) / len(here.trainers)
         torch.testing.assert_close(value, mean, rtol=1e-4, atol=1e-6)
 
 
