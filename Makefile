@@ -31,8 +31,8 @@ test-oldest:  ## the tests with the oldest versions allowed, in an environment o
 	.venv-oldest/bin/pytest
 
 audit-packages: $(STAMP)-dev  ## known weaknesses of the pinned packages (asks the package index)
-	$(PIP) pip-audit
-	$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip
+	$(PIP) --constraint constraints.txt pip-audit
+	$(BIN)/pip-audit --strict --requirement constraints.txt --no-deps --disable-pip
 
 lint: $(STAMP)-dev  ## style, types and import contracts
 	$(BIN)/ruff check .
@@ -41,16 +41,19 @@ lint: $(STAMP)-dev  ## style, types and import contracts
 	$(BIN)/lint-imports
 
 TABLES := results/tables
-COMPARE := $(BIN)/fedbn compare digits8 --strategies all --seeds 2 --out $(TABLES)
-SKEWS := feature-skew label-dirichlet label-two-classes label-one-class both quantity hapt
+COMPARE := $(BIN)/fedbn compare digits8 --strategies all --seeds 3 --out $(TABLES)
+SKEWS := feature-skew label-dirichlet label-two-classes label-one-class both quantity participation hapt
 
-tables: $(STAMP)-run  ## the comparisons behind docs/comparisons.md (about an hour)
+tables: $(STAMP)-run  ## the comparisons behind docs/comparisons.md (about two hours)
 	$(COMPARE)/feature-skew
 	$(COMPARE)/label-dirichlet --partition dirichlet:alpha=0.1:clients=20
 	$(COMPARE)/label-two-classes --partition shard:shards=2:clients=20
 	$(COMPARE)/label-one-class --partition shard:shards=1:clients=20
 	$(COMPARE)/both --partition dirichlet:alpha=0.1:clients=20 --shift contrast,inversion
 	$(COMPARE)/quantity --partition linear:clients=20
+	$(BIN)/fedbn compare digits --model small-cnn --strategies all --seeds 1 --out $(TABLES)/participation \
+		--partition dirichlet:alpha=0.1:clients=200:least=4 --clients-per-round 20 --rounds 100 --eval-every 100 \
+		--local-epochs 2 --batch-size 16 --lr 0.05 --momentum 0
 	$(BIN)/fedbn compare hapt --strategies all --seeds 2 --out $(TABLES)/hapt
 	for name in $(SKEWS); do $(BIN)/fedbn report $(TABLES)/$$name --into docs/comparisons.md --full; done
 	$(BIN)/fedbn advise $(addprefix $(TABLES)/,$(SKEWS)) --into docs/comparisons.md

@@ -29,10 +29,11 @@ def embed(directory: Path, document: Path, *, full: bool = False) -> None:
     name = directory.resolve().name
     replace_block(document, name)  # before anything is computed
     comparison = Comparison.load(directory)
+    seeds = len(comparison.meta["seeds"])
     parts = [
         answer(comparison),
         comparison.to_markdown().rstrip(),
-        f"Mean accuracy over users [95 % interval over users], {len(comparison.meta['seeds'])} paired seeds; "
+        f"Mean accuracy over users [95 % interval over users], {'one seed' if seeds == 1 else f'{seeds} paired seeds'}; "
         f"made by `{comparison.meta['command']}`.",
     ]
     if full:

@@ -21,8 +21,9 @@ def small():
 
     def make(strategy="global-naive", **settings):
         run = {k: settings.pop(k) for k in ("seed", "model", "partition", "shift", "validation") if k in settings}
-        plan = plan_for("digits8", **{"rounds": 2, "batch_size": 32, "eval_every": 1, "global_test": 60, **settings})
-        return Run("digits8", strategy, plan=plan, **run).resolved()
+        scenario = "digits8:images=600"
+        plan = plan_for(scenario, **{"rounds": 2, "batch_size": 32, "eval_every": 1, "global_test": 60, **settings})
+        return Run(scenario, strategy, plan=plan, **run).resolved()
 
     return make
 

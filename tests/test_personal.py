@@ -137,7 +137,7 @@ def test_fine_tuning_serves_seen_users_alone(small):
 def test_ditto_with_a_strong_pull_is_the_received_model_and_without_one_is_free(small):
     options = {"rounds": 1, "momentum": 0.0}
     for lam, near in ((50.0, True), (0.0, False)):
-        run = small(f"groupnorm+ditto:lam={lam}", lr=0.01, local_epochs=4, **options)
+        run = small(f"groupnorm+ditto:lam={lam}", lr=0.01, local_epochs=10, **options)
         here, out = setting(run), federate(run)
         personal = {k.removeprefix(ASIDE): v for k, v in out.kept[0].items() if k.startswith(ASIDE)}
         away = sum(float((personal[k] - here.initial[k]).norm()) for k in personal)

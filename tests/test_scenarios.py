@@ -303,6 +303,8 @@ def test_digits8_has_different_cameras_and_equal_labels(load):
         ("digits:train=5000", "train=5000: choose 10 to 2000, what domain 'mnist' has"),
         ("digits:test=0", "test=0: choose 1 or more, or none"),
         ("digits8:users=99", "users=99: choose 2 to 60"),
+        ("digits8:images=240", "images=240: choose 250 .25 a user. to 1797"),
+        ("digits8:images=1798", "images=1798: choose 250"),
         ("digits8:unseen=10", "10 unseen of 10 users"),
     ],
 )

@@ -19,6 +19,9 @@ from fedbn.errors import UserError
 from fedbn.scenario import Examples, Population, Scenario, User, hold_out
 from fedbn.seeds import numpy_generator
 
+IMAGES = 1797
+EACH = 25
+
 
 @dataclass(frozen=True)
 class Digits8(Scenario):
@@ -27,6 +30,7 @@ class Digits8(Scenario):
     Attributes:
         unseen: users that never train.
         users: how many users share the images, 2 to 60.
+        images: how many of the images are dealt, at least 25 a user.
     """
 
     name: ClassVar[str] = "digits8"
@@ -42,10 +46,13 @@ class Digits8(Scenario):
 
     unseen: int = 2
     users: int = 10
+    images: int = IMAGES
 
     def load(self, seed: int) -> Population:
         if not 2 <= self.users <= 60:
             raise UserError(f"users={self.users}: choose 2 to 60, the 1,797 images do not serve more")
+        if not EACH * self.users <= self.images <= IMAGES:
+            raise UserError(f"images={self.images}: choose {EACH * self.users} ({EACH} a user) to {IMAGES}")
         # Imported here because listing the scenarios should not cost scikit-learn's import.
         from sklearn.datasets import load_digits
 
@@ -56,7 +63,7 @@ class Digits8(Scenario):
         for i in range(self.users):
             name = f"user{i + 1:02d}"
             # Back in the file's order: who gets an image is random, the order in time is not.
-            rows = np.sort(order[i :: self.users])
+            rows = np.sort(order[: self.images][i :: self.users])
             seen, domain = _camera(images[rows], name)
             x = torch.from_numpy(seen)
             y = torch.from_numpy(labels[rows].astype(np.int64))
