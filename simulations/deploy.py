@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -91,7 +91,12 @@ def deploy(run: Run, *, tls: bool = False, say: Say = lambda text: None, out: Pa
 
 @contextmanager
 def deployment(
-    users: int, *, tls: bool = False, say: Say = lambda text: None, states: Path | None = None
+    users: int,
+    *,
+    tls: bool = False,
+    say: Say = lambda text: None,
+    states: Path | None = None,
+    data: Sequence[Path] | None = None,
 ) -> Iterator[SuperLink]:
     """A SuperLink with SuperNodes that are online, all of them gone at the end of this block.
 
@@ -100,6 +105,7 @@ def deployment(
         tls: encrypt, and let only registered nodes in.
         say: told of each step.
         states: where the nodes keep what their users keep; None: in a directory that goes with this block.
+        data: the file of each node's user, for the scenario ``remote``; None: nodes load their scenario.
 
     Raises:
         UserError: too many nodes for one machine.
@@ -118,18 +124,18 @@ def deployment(
         link.start()
         say(f"SuperLink on {HOST}:{link.port}" + (" with TLS and node authentication" if tls else ", in the clear"))
         for user in range(users):
-            start_node(link, user, users, states)
+            start_node(link, user, users, states, data[user] if data else None)
         await_nodes(link, users)
         yield link
 
 
-def start_node(link: SuperLink, user: int, users: int, states: Path | None = None) -> None:
-    """Start the SuperNode of one user, which keeps what its user keeps on disk."""
+def start_node(link: SuperLink, user: int, users: int, states: Path | None = None, data: Path | None = None) -> None:
+    """Start the SuperNode of one user, which keeps what its user keeps on disk, and may have data of its own there."""
     command = [script("flower-supernode"), "--superlink", f"{HOST}:{link.port}"]
     command += ["--host", HOST, "--port", str(free_port())]
     # JSON's strings are TOML's, which is how Flower reads this.
-    folder = json.dumps(str(states or link.place / "states"))
-    command += ["--node-config", f"partition-id={user} num-partitions={users} state-dir={folder}"]
+    config = f"partition-id={user} num-partitions={users} state-dir={json.dumps(str(states or link.place / 'states'))}"
+    command += ["--node-config", config + (f" data={json.dumps(str(data))}" if data else "")]
     if link.certificates:
         key = link.certificates.node_key(user)
         link.flwr("supernode", "register", str(key.with_suffix(".pub")), LINK)
@@ -141,14 +147,14 @@ def start_node(link: SuperLink, user: int, users: int, states: Path | None = Non
 
 
 def await_nodes(link: SuperLink, users: int) -> None:
-    """Wait until so many nodes are online.
+    """Wait until so many nodes are online, and none that is gone is still taken for online.
 
     Raises:
         FlowerRunError: a process ended, or they do not come online in time.
     """
     deadline = time.monotonic() + ONLINE_SECONDS
     # A run that finds some of the nodes only would ask the others in a round of messages of its own.
-    while (online := _online(link)) < users:
+    while (online := _online(link)) != users:
         link.check()
         if time.monotonic() > deadline:
             raise FlowerRunError(f"{online} of {users} SuperNodes came online\n{link.tail('supernode-0')}")

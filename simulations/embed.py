@@ -30,11 +30,11 @@ def embed(directory: Path, document: Path, *, full: bool = False) -> None:
     replace_block(document, name)  # before anything is computed
     comparison = Comparison.load(directory)
     seeds = len(comparison.meta["seeds"])
+    told = "one seed" if seeds == 1 else f"{seeds} paired seeds"
     parts = [
         answer(comparison),
         comparison.to_markdown().rstrip(),
-        f"Mean accuracy over users [95 % interval over users], {'one seed' if seeds == 1 else f'{seeds} paired seeds'}; "
-        f"made by `{comparison.meta['command']}`.",
+        f"Mean accuracy over users [95 % interval over users], {told}; made by `{comparison.meta['command']}`.",
     ]
     if full:
         parts += _more(comparison)

@@ -31,7 +31,7 @@ def leakage(
     ] = False,
     rounds: Annotated[int | None, typer.Option(help="With --states: rounds of training.")] = None,
     into: Annotated[
-        Path | None, typer.Option(help="With --states: put the table between the markers for leakage-states here.")
+        Path | None, typer.Option(help="Put the tables between this document's markers for leakage or leakage-states.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
@@ -40,30 +40,44 @@ def leakage(
     Example: [bold]fedbn leakage hapt[/]
     """
     from fedbn.run import Run, plan_for
+    from simulations.embed import markdown, replace_block
     from simulations.leakage import inversion, measure
 
     if states:
         _states(Run(scenario, strategy, seed, plan=plan_for(scenario, rounds=rounds)), into, as_json)
         return
-    if rounds is not None or into is not None:
-        raise UserError("--rounds and --into go with --states: messages are looked at in the first two rounds")
+    if rounds is not None:
+        raise UserError("--rounds goes with --states: messages are looked at in the first two rounds")
+    if into is not None:
+        replace_block(into, "leakage")  # before anything is computed
     run = Run(scenario, strategy, seed, plan=plan_for(scenario))
     leaks = measure(run, ("", *filter(None, (text.strip() for text in controls.split(",")))))
     errors = inversion(run)
+    who = [
+        {"protection": leak.privacy or "none", "layers seen": leak.layers}
+        | {"users": str(leak.users), "found": f"{leak.found:.0%}", "chance": f"{leak.chance:.0%}"}
+        for leak in leaks
+    ]
+    what = [
+        {"windows a step": "none: guess the mean" if name == "guess" else name}
+        | {"error, in units of the spread over windows": f"{error:.2g}"}
+        for name, error in errors.items()
+    ]
+    if into is not None:
+        replace_block(into, "leakage", f"{markdown(who)}\n{markdown(what)}")
     if as_json:
         print(json.dumps({"found": [asdict(leak) for leak in leaks], "inversion": errors}, indent=1))
         return
-    table = Table(title=f"users found again by their statistics, one round later ({leaks[0].users} users)", box=None)
-    for name in ("protection", "layers seen", "found", "chance"):
+    _print("users found again by their statistics, one round later", who)
+    _print("error of a window's mean per channel, solved for from two states in a row", what)
+
+
+def _print(title: str, rows: list[dict[str, str]]) -> None:
+    table = Table(title=title, box=None)
+    for name in rows[0]:
         table.add_column(name)
-    for leak in leaks:
-        table.add_row(leak.privacy or "none", leak.layers, f"{leak.found:.3f}", f"{leak.chance:.3f}")
-    console.print(table)
-    table = Table(title="error of a window's mean per channel, solved for from two states in a row", box=None)
-    table.add_column("windows a step")
-    table.add_column("error, in units of the spread over windows")
-    for name, error in errors.items():
-        table.add_row("none: guess the mean" if name == "guess" else name, f"{error:.2g}")
+    for line in rows:
+        table.add_row(*line.values())
     console.print(table)
 
 
@@ -80,9 +94,4 @@ def _states(run: Run, into: Path | None, as_json: bool) -> None:
     if as_json:
         print(json.dumps([asdict(leak) for leak in leaks], indent=1))
         return
-    table = Table(title="people found again by the state of a later recording; error of a window solved for", box=None)
-    for name in found[0]:
-        table.add_column(name)
-    for line in found:
-        table.add_row(*line.values())
-    console.print(table)
+    _print("people found again by the state of a later recording; error of a window solved for", found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import signal
@@ -17,19 +18,29 @@ import torch
 import yaml
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_ssh_public_key
+from flwr.cli.app import app as flwr_app
 from flwr.common.config import parse_config_args
+from flwr.superlink.cli.flower_superlink import _parse_args_run_superlink
+from flwr.supernode.cli.flower_supernode import _parse_args_run_supernode
 from test_ray import MARK, kill, marked
+from test_remote import SCENARIO, files_in, run_of, served
+from typer.main import get_command
 from typer.testing import CliRunner
 
+from benchmarks import endurance
+from clients.config import run_from_config
 from fedbn.errors import UserError
 from fedbn.federation import Outcome, Point, Server
 from fedbn.run import Run, plan_for
+from fedbn.setting import setting
 from simulations.certificates import make_certificates
 from simulations.cli import app
 from simulations.deploy import CHECKPOINT, Deployment, deploy, deployment, differences
 from simulations.processes import Family, free_port
 from simulations.store import load_outcome
 from simulations.superlink import FlowerRunError, SuperLink
+
+COMPOSE = Path(__file__).parents[1] / "compose.yaml"
 
 
 def short(strategy, rounds):
@@ -50,15 +61,25 @@ def mark(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("strategy", "rounds", "tls"), [("fedbn", 2, False), ("silobn", 1, True)])
-def test_the_deployed_run_equals_the_grid_to_the_last_bit(strategy, rounds, tls, mark):
+def test_the_deployed_run_equals_the_grid_to_the_last_bit_with_tls(mark):
+    """In the clear, it is the run below whose server is killed."""
     said = []
-    result = deploy(short(strategy, rounds), tls=tls, say=said.append)
+    result = deploy(short("silobn", 1), tls=True, say=said.append)
     assert result.differences == ()
-    assert len(result.deployed.curve) == rounds
+    assert len(result.deployed.curve) == 1
     assert result.deployed.scores.keys() == {0, 1, 2}
-    assert ("with TLS and node authentication" in said[0]) is tls
+    assert "with TLS and node authentication" in said[0]
     assert said[1].startswith("3 SuperNodes are online")
+
+
+@pytest.mark.slow
+def test_nodes_that_have_their_data_at_a_path_give_the_grids_bits(mark, tmp_path):
+    files_in(tmp_path)
+    files, run = [tmp_path / f"{user}.npz" for user in range(3)], run_of(SCENARIO, rounds=1)
+    with deployment(3, data=files) as link:
+        deployed = link.execute(run)
+    assert differences(deployed, served(run, lambda user: files[user])) == ()
+    assert {s.row for scores in deployed.scores.values() for s in scores} == {"own"}
 
 
 @pytest.mark.slow
@@ -157,7 +178,44 @@ def test_a_deployment_whose_server_is_killed_goes_on_to_the_same_bits(mark, tmp_
     said = []
     result = deploy(run, out=tmp_path, say=said.append)
     assert "of 3 rounds; going on" in said[0]
+    assert "in the clear" in said[1]
     assert result.differences == ()
+    assert len(result.deployed.curve) == 3
+    assert result.deployed.scores.keys() == {0, 1, 2}
+
+
+@pytest.mark.slow
+def test_a_node_killed_for_good_costs_a_run_nothing_but_time(mark, tmp_path):
+    out = tmp_path / "found.json"
+    options = ["--minutes", "0", "--every", "0", "--rounds", "2", "--kills", "1", "--out", str(out)]
+    assert endurance.main(options) == 0
+    found = json.loads(out.read_text())
+    assert [kill["killed"] for kill in found["kills"]] == ["supernode-0"]
+    assert [(run["rounds"], run["submissions"], run["differences"]) for run in found["runs"]] == [(2, 2, [])]
+
+
+class Failing:
+    """A SuperLink all of whose runs fail."""
+
+    def execute(self, run, out):
+        raise FlowerRunError("of itself")
+
+
+def test_a_run_that_no_kill_explains_has_failed(tmp_path):
+    with pytest.raises(FlowerRunError, match="of itself"):
+        endurance.insist(endurance.Killer(Failing(), tmp_path, 0), short("fedbn", 1), tmp_path / "run")
+
+
+def test_a_kill_that_fails_is_told_in_place_of_the_run(tmp_path):
+    killer = endurance.Killer(Failing(), tmp_path, 0)  # which has no processes
+    thread = threading.Thread(target=killer.work)
+    thread.start()
+    time.sleep(0.1)
+    assert thread.is_alive(), "killed before any round was done"
+    (tmp_path / "run-0.safetensors").touch()
+    thread.join(10)
+    with pytest.raises(AttributeError, match="family"):
+        endurance.insist(killer, short("fedbn", 1), tmp_path / "run")
 
 
 def commands(mark):
@@ -256,11 +314,30 @@ def test_the_command_prints_both_and_the_verdict(differs, monkeypatch):
 
 
 def test_the_compose_file_gives_every_user_a_node_and_nobody_else_a_port():
-    services = yaml.safe_load((Path(__file__).parents[1] / "compose.yaml").read_text())["services"]
+    services = yaml.safe_load(COMPOSE.read_text())["services"]
     link = services.pop("superlink")
     assert link["ports"] == ["127.0.0.1:8000:8000"]
+    command, *options = shlex.split(link["command"])
+    served = _parse_args_run_superlink().parse_args(options)
+    assert (command, served.insecure, served.host, served.port) == ("flower-superlink", True, "0.0.0.0", 8000)
     for user, node in enumerate(services.values()):
-        _, *options = shlex.split(node["command"])
-        config = parse_config_args([options[options.index("--node-config") + 1]])
+        command, *options = shlex.split(node["command"])
+        given = _parse_args_run_supernode().parse_args(options)
+        assert (command, given.insecure, given.superlink) == ("flower-supernode", True, "superlink:8000")
+        config = parse_config_args([given.node_config])
         assert config == {"partition-id": user, "num-partitions": len(services), "state-dir": "/state"}
         assert "ports" not in node
+
+
+def test_the_run_that_the_compose_file_tells_of_is_one_that_its_nodes_can_serve():
+    text = COMPOSE.read_text()
+    told = "".join(line.removeprefix("#").rstrip("\\") for line in text.splitlines() if line.startswith("#   "))
+    words = shlex.split(told)
+    start, end = words.index("flwr"), len(words) - 1 - words[::-1].index("docker")
+    name, *options = words[start + 1 : end]
+    given = get_command(flwr_app).commands[name].make_context(name, options).params
+    run = run_from_config(parse_config_args(given["run_config_overrides"]))
+    assert len(setting(run).population.users) == len(yaml.safe_load(text)["services"]) - 1
+    image = yaml.safe_load(text)["services"]["superlink"]["build"]["dockerfile_inline"]
+    assert f"[superlink.{given['superlink']}]" in image
+    assert f"WORKDIR {given['app']}" in image

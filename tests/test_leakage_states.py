@@ -15,6 +15,7 @@ from fedbn.run import Run, plan_for
 from fedbn.scenario import Examples, User
 from simulations import leakage_states
 from simulations.cli import app
+from simulations.leakage import Leak
 from simulations.leakage_states import CONTROLS, StateLeak, measure_states, rows, state_leaks
 
 
@@ -76,6 +77,18 @@ def test_the_command_prints_the_table_and_puts_it_into_a_document(monkeypatch, t
     assert json.loads(done.output)[0]["people"] == 4
 
 
+def test_what_messages_give_away_goes_into_a_document_too(monkeypatch, tmp_path):
+    monkeypatch.setattr("simulations.leakage.measure", lambda run, controls: [Leak("clip=1", "last", 0.5, 0.25, 4)])
+    monkeypatch.setattr("simulations.leakage.inversion", lambda run: {"guess": 0.8, "1": 1e-6})
+    page = tmp_path / "page.md"
+    page.write_text("<!-- begin leakage -->\nold\n<!-- end leakage -->\n")
+    done = CliRunner().invoke(app, ["leakage", "digits8", "--into", str(page)])
+    assert done.exit_code == 0
+    assert "found again" in done.output
+    assert "| clip=1 | last | 4 | 50% | 25% |" in page.read_text()
+    assert "| none: guess the mean | 0.8 |\n| 1 | 1e-06 |" in page.read_text()
+
+
 def test_what_cannot_be_measured_is_said():
     with pytest.raises(UserError, match="two people at least"):
         measure_states(HarCNN((6, 32), 4), people(1), seed=0)
@@ -83,5 +96,5 @@ def test_what_cannot_be_measured_is_said():
         measure_states(nn.Linear(2, 2), people(2), seed=0)
     with pytest.raises(UserError, match="shares no model"):
         state_leaks(Run("digits8", "local", plan=plan_for("digits8")))
-    with pytest.raises(UserError, match="go with --states"):
+    with pytest.raises(UserError, match="goes with --states"):
         CliRunner().invoke(app, ["leakage", "digits8", "--rounds", "3"], catch_exceptions=False)

@@ -26,6 +26,7 @@ from fedbn.privacy import (
     from_sums,
     parameter_keys,
     parse_privacy,
+    protected,
     released,
     render_privacy,
     statement,
@@ -170,6 +171,28 @@ def test_noise_has_the_scale_that_is_accounted_for(small):
     assert float(means.std()) == pytest.approx(2 * 0.25, rel=0.3)
 
 
+def test_what_is_within_its_bound_is_noised_all_the_same(small):
+    here = setting(private(small("global-pooled"), "clip=1000:noise=0.001"))
+    update, received = trained(here)
+    out = released(here.privacy, update, received, here.ownership, generator(0, "a"))
+    for key in ("mean", "var", "weight"):
+        names = [k for k in out.state if k.endswith(key)]
+        assert names
+        assert not any(torch.equal(out.state[k], update.state[k]) for k in names), key
+
+
+def test_no_two_messages_of_a_run_have_the_same_noise(small):
+    here = setting(private(small("global-pooled"), "clip=1:noise=1"))
+    update, received = trained(here)
+    first, later, others = (
+        protected(here, message, received, Progress(number, 3)).state
+        for message, number in ((update, 1), (update, 2), (replace(update, user=update.user + 1), 1))
+    )
+    for key in first:
+        assert not torch.equal(first[key], later[key]), "the difference of two rounds would be free of noise"
+        assert not torch.equal(first[key], others[key])
+
+
 def test_noise_comes_from_the_run_or_from_nowhere_that_can_be_repeated(small):
     one = private(small("global-pooled", rounds=1, clients_per_round=2), "clip=1:noise=1")
     assert same(federate(one).server.state, federate(one).server.state)
@@ -290,6 +313,8 @@ def test_the_largest_numbers_do_not_run_over():
     limit = 2.0 ** (62 - 24) / 4
     assert float(decode(total([encode(torch.tensor([limit]), 24, 4)] * 4), 24)) == 4 * limit
     assert float(decode(total([encode(torch.tensor([-limit]), 24, 4)] * 4), 24)) == -4 * limit
+    with pytest.raises(UserError, match="of 4 clients with 24 bits"):
+        encode(torch.tensor([1.01 * limit]), 24, 4)
 
 
 @pytest.mark.parametrize("strategy", ["global-pooled", "global-naive", "fedbn", "fedbn-seeded", "silobn"])

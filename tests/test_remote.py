@@ -24,8 +24,11 @@ SCENARIO = f"remote:users={USERS}:classes={CLASSES}:shape=6:unseen=0"
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
+    return files_in(tmp_path_factory.mktemp("nodes"))
+
+
+def files_in(place):
     """One file a user, and one of all."""
-    place = tmp_path_factory.mktemp("nodes")
     draw = numpy_generator(0, "nodes")
     y = np.tile(np.arange(ROWS) % CLASSES, (USERS, 1))
     x = draw.normal(size=(USERS, ROWS, 6)).astype(np.float32) + y[:, :, None] + np.arange(USERS)[:, None, None]
@@ -49,8 +52,8 @@ class Nodes(InProcessGrid):
         return context
 
 
-def run_of(text, strategy="fedbn"):
-    plan = Plan(rounds=3, eval_every=1, batch_size=8, lr=0.05)
+def run_of(text, strategy="fedbn", rounds=3):
+    plan = Plan(rounds=rounds, eval_every=1, batch_size=8, lr=0.05)
     return Run(text, strategy, model="mlp", plan=plan).resolved()
 
 
