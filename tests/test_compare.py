@@ -87,6 +87,7 @@ def test_a_scenario_may_name_rates_unless_one_is_given():
         Experiment.from_dict({"scenario": "hapt", "rates": {"fedbn": 0.0}}).resolved()
 
 
+@pytest.mark.slow
 def test_stacked_numbers_do_not_depend_on_how_many_processes_share_the_work(tmp_path):
     what = experiment(seeds=1, plan={"rounds": 1})
     for workers in (1, 2):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import replace
+from functools import lru_cache
 
 import pytest
 import torch
@@ -20,6 +21,9 @@ from simulations.engines import execute
 
 ALL = list(strategies())
 FIRST = Progress(1, 2)
+
+
+trained = lru_cache(maxsize=1)(federate)
 
 
 def one_round(here, user=None):
@@ -124,7 +128,7 @@ OWN_STATISTICS = {
 @pytest.mark.parametrize("name", ALL)
 def test_with_one_user_every_strategy_is_training_alone(name, small):
     options = {"partition": "iid:clients=1", "rounds": 2}
-    alone = federate(small("local", **options))
+    alone = trained(small("local", **options))
     here = setting(small(name, **options))
     if here.ownership.roles.keys() != alone.kept[here.population.seen[0]].keys():
         pytest.skip("another network than the bounds train")
