@@ -70,8 +70,12 @@ class Killer:
         try:
             while (self.most is None or len(self.kills) < self.most) and self._time_to_kill():
                 turn = len(self.kills)
-                name = "server" if turn == SERVER_TURN else f"supernode-{turn % USERS}"
-                (self._kill_server if turn == SERVER_TURN else self._restart_node)(name)
+                if turn == SERVER_TURN:
+                    name = "server"
+                    self._kill_server()
+                else:
+                    name = f"supernode-{turn % USERS}"
+                    self._restart_node(name, turn % USERS)
                 self.last = time.monotonic()
                 self.kills.append({"killed": name, "second": round(self.last - self.began, 1)})
                 self.say(f"{self.kills[-1]['second']:.0f} s: {name} was killed")
@@ -89,14 +93,14 @@ class Killer:
     def _progress(self) -> set[tuple[str, int]]:
         return {(path.name, path.stat().st_mtime_ns) for path in self.folder.glob("run-*.safetensors")}
 
-    def _restart_node(self, name: str) -> None:
+    def _restart_node(self, name: str, user: int) -> None:
         process = self.link.family.started[name]
         # The entry is replaced first: the deployment must not be found to have lost a process.
-        start_node(self.link, int(name.removeprefix("supernode-")), USERS, self.folder / STATES)
+        start_node(self.link, user, USERS, self.folder / STATES)
         process.kill()
         process.wait()
 
-    def _kill_server(self, name: str) -> None:
+    def _kill_server(self) -> None:
         while not (found := [pid for pid in self.link.family.find() if "flwr-serverapp" in _command(pid)]):
             if self.enough.wait(POLL_SECONDS):
                 return

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from fedbn.run import Run, plan_for
+from fedbn.strategy import strategies
 
 hypothesis.settings.register_profile("fedbn", deadline=None, max_examples=60, derandomize=True)
 hypothesis.settings.load_profile("fedbn")
@@ -26,6 +27,11 @@ def small():
         return Run(scenario, strategy, plan=plan, **run).resolved()
 
     return make
+
+
+def few(name):
+    """A plan's fields that let three clients train in a round; none for a strategy with one trainer."""
+    return {} if strategies()[name].gathers else {"clients_per_round": 3}
 
 
 def same(a, b):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from conftest import same
+from conftest import few, same
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.clientapp import ClientApp
 
@@ -33,8 +33,7 @@ def assert_same(a, b):
 
 @pytest.mark.parametrize("name", strategies())
 def test_grid_equals_the_loop(name, small):
-    partial = {} if strategies()[name].gathers else {"clients_per_round": 3}
-    run = small(name, optimizer_state="keep", proximal=0.01, **partial)
+    run = small(name, optimizer_state="keep", proximal=0.01, **few(name))
     assert_same(execute(run, "reference"), execute(run, "grid"))
 
 
@@ -48,7 +47,7 @@ def test_grid_equals_the_loop_with_server_optimisers(optimizer, small):
 
 def test_what_is_local_is_never_in_a_message(small):
     for name in strategies():
-        run = small(name, rounds=1, **({} if strategies()[name].gathers else {"clients_per_round": 3}))
+        run = small(name, rounds=1, **few(name))
         here = setting(run)
         forbidden = set(here.ownership.roles) - set(here.ownership.travels)
         seen = []

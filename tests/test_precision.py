@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from conftest import same
+from conftest import few, same
 from torch import nn
 
 from fedbn.errors import UserError
@@ -18,8 +18,7 @@ from simulations.engines import execute
 
 @pytest.mark.parametrize("name", strategies())
 def test_every_strategy_trains_and_keeps_float32(name, small):
-    few = {} if strategies()[name].gathers else {"clients_per_round": 3}
-    outcome = execute(small(name, rounds=1, precision="bfloat16", **few), "reference")
+    outcome = execute(small(name, rounds=1, precision="bfloat16", **few(name)), "reference")
     states = [outcome.server.state, *outcome.kept.values()]
     assert {v.dtype for s in states for v in s.values() if v.is_floating_point()} == {torch.float32}
     assert all(torch.isfinite(v).all() for s in states for v in s.values())

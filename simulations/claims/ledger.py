@@ -282,6 +282,7 @@ def markdown(entries: Sequence[Entry]) -> str:
     counts = [sum(e.verdict == v for e in entries) for v in MARKS]
     size = "quick runs: smaller and fewer, for a first look" if entries[0].quick else "full runs"
     seeds = [len(e.effects) for e in entries]
+    to = f" to {max(seeds)}" if max(seeds) > min(seeds) else ""
     lines = [
         "# Claims",
         "",
@@ -289,9 +290,9 @@ def markdown(entries: Sequence[Entry]) -> str:
         "interval of its effect (Student's t over paired seeds) is at or above a threshold written down before the "
         "runs, *does not hold* when it is wholly below, and is else *undecided*. A verdict is about our small data and "
         "model, not about the paper's: it says whether the effect shows here. Intervals are not corrected for their "
-        "number. Sizes were set to fit into an hour on two cores, thresholds before the runs. After two seeds had "
-        "been seen, and not for a verdict, these were changed: rounds of the grid of normalisers at batch 32 (4 to 16, "
-        "since nothing had been learnt), epochs of the stroke networks (6 to 4, for time), and the threshold of "
+        "number. Sizes were meant to fit into an hour on two cores, thresholds set before the runs. After two seeds "
+        "had been seen, and not for a verdict, these were changed: rounds of the grid of normalisers at batch 32 (4 to "
+        "16, since nothing had been learnt), epochs of the stroke networks (6 to 4, for time), and the threshold of "
         "`fedtan-messages`, a count, from 0 to -0.5, so that equality counts as holding. *Tried* says what else was "
         "measured where a claim does not hold.",
         "",
@@ -299,7 +300,7 @@ def markdown(entries: Sequence[Entry]) -> str:
         "interrupted.",
         "",
         f"{len(entries)} claims ({size}): {counts[0]} hold, {counts[1]} do not, {counts[2]} are undecided. Seeds done: "
-        f"{min(seeds)} to {max(seeds)} of {QUICK_SEEDS if entries[0].quick else FULL_SEEDS}.",
+        f"{min(seeds)}{to} of {QUICK_SEEDS if entries[0].quick else FULL_SEEDS}.",
         "",
         "| claim | verdict | effect, 95 % interval | threshold |",
         "|---|---|---|---|",
