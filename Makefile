@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 STAMP := $(VENV)/.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help demo deploy-demo test test-all test-oldest audit-packages lint bench tables personal-tables format clean
+.PHONY: help demo deploy-demo test test-all test-oldest audit-packages lint bench bench-peers tables personal-tables format clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -83,6 +83,11 @@ personal-tables: $(STAMP)-run  ## the studies behind docs/personalisation.md (ab
 bench: $(STAMP)-dev  ## measure engines against the bare loop; say which have become slower
 	$(BIN)/python -m benchmarks
 
+bench-peers: $(STAMP)-dev  ## the same beside Flower on Ray, and pfl-research in an environment of its own
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet --editable . torch==2.13.0 pfl==0.6.0
+	$(BIN)/python -m benchmarks --ray --peers .venv-peers/bin/python
+
 docs: $(STAMP)-dev  ## build the documentation into build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
@@ -91,7 +96,7 @@ format: $(STAMP)-dev  ## put the code in its style
 	$(BIN)/ruff check --fix .
 
 clean:  ## remove the environment and caches
-	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist
+	rm -rf $(VENV) .venv-oldest .venv-peers .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed, this is " + sys.version) if sys.version_info < (3, 11) else None'

@@ -8,6 +8,7 @@ import re
 import shutil
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -32,12 +33,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=7, help="rounds timed; the first and the last do not count")
     parser.add_argument("--most", type=int, default=10_000, help="most clients of the scale curve")
     parser.add_argument("--ray", action="store_true", help="Flower's own simulation beside it")
+    parser.add_argument(
+        "--peers", metavar="PYTHON", help="an interpreter with pfl, to measure it too (make bench-peers)"
+    )
     parser.add_argument("--out", type=Path, default=Path("results/benchmarks"), help="directory of JSON and picture")
     parser.add_argument("--into", type=Path, help="document that gets table and picture, between its markers")
     parser.add_argument("--store", action="store_true", help="keep these ratios to compare with from now on")
     chosen = parser.parse_args(argv)
     tiers = [parse_tier(t) for t in chosen.tiers.split(",")]
-    result = measure(tiers, chosen.rounds, chosen.most, chosen.ray, say=lambda line: print(line, file=sys.stderr))
+    say = partial(print, file=sys.stderr)
+    result = measure(tiers, chosen.rounds, chosen.most, chosen.ray, chosen.peers, say)
     chosen.out.mkdir(parents=True, exist_ok=True)
     (chosen.out / "benchmarks.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     draw(result, chosen.out / "benchmarks.png")

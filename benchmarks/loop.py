@@ -25,17 +25,21 @@ class Loop:
     Attributes:
         run: what is trained.
         threads: of torch.
+        python: interpreter of the process.
+        module: what it runs; a peer's simulator in place of the loop (`benchmarks.peers`).
         wall, cpu: seconds of each round so far.
     """
 
     run: Run
     threads: int = 2
+    python: str = sys.executable
+    module: str = "benchmarks.loop"
     wall: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
 
     def __enter__(self) -> Self:
         """Start, and do a round that does not count."""
-        command = [sys.executable, "-m", "benchmarks.loop", self.run.to_json(), str(self.threads)]
+        command = [self.python, "-m", self.module, self.run.to_json(), str(self.threads)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.round()
         self.wall.clear()

@@ -128,6 +128,17 @@ def ray_rows(folder: Path, rounds: int, works: Sequence[Workload]) -> Iterator[d
             yield row(work, "ray", loop, Timing([(spent[rounds] - spent[1]) / (rounds - 1)], []))
 
 
+def peer_rows(folder: Path, python: str, rounds: int, works: Sequence[Workload]) -> Iterator[dict[str, object]]:
+    """pfl-research on the same workloads, taking turns with the loop; ``python`` is an interpreter that has it."""
+    for work in works:
+        run = work.run(folder, rounds)
+        with Loop(run) as loop, Loop(run, python=python, module="benchmarks.peers") as peer:
+            for _ in range(rounds):
+                peer.round()
+                loop.round()
+            yield row(work, "pfl", loop, Timing(peer.wall, peer.cpu))
+
+
 def scale(folder: Path, tier: Tier, rounds: int, most: int) -> Iterator[dict[str, object]]:
     """Rounds of W3 with more and more clients that together take ever the same number of steps.
 
@@ -211,9 +222,23 @@ def starts() -> dict[str, float]:
 
 
 def measure(
-    tiers: Sequence[Tier], rounds: int, most: int, ray: bool, say: Callable[[str], None] = print
+    tiers: Sequence[Tier],
+    rounds: int,
+    most: int,
+    ray: bool,
+    peers: str | None = None,
+    say: Callable[[str], None] = print,
 ) -> dict[str, object]:
-    """Everything, as plain values; ``say`` is told each as soon as it is known."""
+    """Everything, as plain values.
+
+    Args:
+        tiers: of the grid.
+        rounds: of each engine.
+        most: clients of the scale curve.
+        ray: measure Flower's own simulation too.
+        peers: an interpreter that has pfl, which is then measured too.
+        say: told each value as soon as it is known.
+    """
 
     def told(parts: Iterable[dict[str, object]]) -> list[dict[str, object]]:
         known = []
@@ -228,7 +253,8 @@ def measure(
             "rounds": rounds,
             "torch": torch.__version__,
             "ratios": told(ratios(folder, tiers, rounds, WORKLOADS))
-            + told(ray_rows(folder, rounds, WORKLOADS) if ray else ()),
+            + told(ray_rows(folder, rounds, WORKLOADS) if ray else ())
+            + told(peer_rows(folder, peers, rounds, WORKLOADS) if peers else ()),
             "scale": told(scale(folder, "stacked", rounds, most)),
             "bank": bank(),
             "starts": starts(),

@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import measure, workloads
+from benchmarks import measure, peers, workloads
 from benchmarks.loop import Loop
 from benchmarks.measure import grid_rounds, ratios, scale
 from benchmarks.soak import growth
 from benchmarks.workloads import TEST_ROWS, WORKLOADS, bare_loop
+from fedbn.errors import UserError
 from fedbn.federation import federate
 from fedbn.setting import setting
 from fedbn.training import epoch_batches
@@ -62,6 +63,20 @@ def test_rounds_are_timed_without_changing_threads(tmp_path):
     assert len(between) == 4
     assert min(timing.wall) > 0
     assert torch.get_num_threads() == before
+
+
+def test_without_pfl_its_environment_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pfl", None)
+    with pytest.raises(UserError, match="make bench-peers"):
+        peers.serve(setting(tiny().run(tmp_path, 1)))
+
+
+def test_a_peers_steps_are_on_the_mean_loss_of_a_batch(tmp_path):
+    here = setting(tiny().run(tmp_path, 1))
+    part = here.training_data(0)
+    model = here.load(here.initial)
+    expected = torch.nn.functional.cross_entropy(model.train()(part.x), part.y)
+    assert torch.equal(peers.Learner(here.load(here.initial).eval()).loss(part.x, part.y), expected)
 
 
 @pytest.mark.slow

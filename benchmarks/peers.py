@@ -1,0 +1,101 @@
+"""pfl-research on the same workloads: ``python -m benchmarks.peers RUN THREADS`` in an environment that has pfl.
+
+Its requirements contradict this project's, so that it has an environment of its own (``make bench-peers``). It averages
+parameters and lets the statistics of the one model that it trains run on: what a round takes is compared, not accuracy.
+Granqvist et al., *pfl-research: simulation framework for accelerating research in Private Federated Learning*, 2024,
+https://arxiv.org/abs/2404.06430
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from itertools import cycle
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fedbn.errors import UserError
+from fedbn.run import Run
+from fedbn.setting import Setting, setting
+
+
+class Learner(nn.Module):
+    """A run's model with the methods that pfl asks for."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def loss(self, x: Tensor, y: Tensor) -> Tensor:
+        """Mean cross-entropy of a batch."""
+        self.train()
+        return F.cross_entropy(self.model(x), y)
+
+    def metrics(self, x: Tensor, y: Tensor) -> dict[str, float]:
+        """None: nothing is evaluated."""
+        return {}
+
+
+def serve(here: Setting) -> None:
+    """Do a round for every line of the standard input, and answer with its seconds.
+
+    Raises:
+        UserError: pfl is not installed.
+    """
+    try:
+        from pfl.aggregate.simulate import SimulatedBackend
+        from pfl.algorithm.base import NNAlgorithmParams
+        from pfl.algorithm.federated_averaging import FederatedAveraging
+        from pfl.callback import TrainingProcessCallback
+        from pfl.data.dataset import Dataset
+        from pfl.data.federated_dataset import FederatedDataset
+        from pfl.hyperparam.base import NNEvalHyperParams, NNTrainHyperParams
+        from pfl.metrics import Metrics
+        from pfl.model.pytorch import PyTorchModel
+    except ImportError as error:
+        raise UserError(f"pfl has an environment of its own: make bench-peers ({error})") from None
+
+    class Turns(TrainingProcessCallback):  # type: ignore[misc]
+        began = time.perf_counter(), time.process_time()
+
+        def after_central_iteration(
+            self, aggregate_metrics: object, model: object, *, central_iteration: int
+        ) -> tuple[bool, Metrics]:
+            wall, cpu = self.began
+            print(json.dumps([time.perf_counter() - wall, time.process_time() - cpu]), flush=True)
+            ended = not sys.stdin.readline()
+            self.began = time.perf_counter(), time.process_time()
+            return ended, Metrics()
+
+    def data(user: int) -> Dataset:
+        return Dataset((here.training_data(user).x, here.training_data(user).y), user_id=str(user))
+
+    users, plan = cycle(here.trainers), here.run.plan
+    learner = Learner(here.scratch)
+    model = PyTorchModel(learner, torch.optim.SGD, torch.optim.SGD(learner.parameters(), lr=1.0))
+    people = FederatedDataset(data, lambda: next(users))
+    sys.stdin.readline()
+    FederatedAveraging().run(
+        NNAlgorithmParams(
+            central_num_iterations=sys.maxsize,
+            evaluation_frequency=sys.maxsize,
+            train_cohort_size=len(here.trainers),
+            val_cohort_size=0,
+        ),
+        SimulatedBackend(people, people),
+        model,
+        NNTrainHyperParams(
+            local_num_epochs=plan.local_epochs, local_learning_rate=plan.lr, local_batch_size=plan.batch_size
+        ),
+        NNEvalHyperParams(local_batch_size=None),
+        callbacks=[Turns()],
+        send_metrics_to_platform=False,
+    )
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(int(sys.argv[2]))
+    serve(setting(Run.from_dict(json.loads(sys.argv[1]))))
