@@ -306,10 +306,10 @@ def statement(here: Setting) -> list[str]:
             f"{spent:.3g} at delta = {rule.delta:g}, for a user drawn in {often} rounds with {parts} noised parts each"
         )
         if rule.secure:
-            fewest = min(len(sampled) for sampled in rounds)
-            joint = epsilon(rule.noise * math.sqrt(fewest) / 2, often * parts, rule.delta)
+            drawn = len(rounds[0])
+            joint = epsilon(rule.noise * math.sqrt(drawn) / 2, often * parts, rule.delta)
             said.append(
-                f"privacy: against who sees only the sums, if all {fewest} clients of a round add their noise: "
+                f"privacy: against who sees only the sums, if all {drawn} clients of a round add their noise: "
                 f"epsilon = {joint:.3g} at the same delta"
             )
         if rule.entropy == "run":

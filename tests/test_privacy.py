@@ -33,11 +33,11 @@ from fedbn.privacy import (
     statistics_pairs,
     to_sums,
 )
-from fedbn.privacy_sums import MASKED, decode, encode, mask, masked, total
+from fedbn.privacy_sums import MASKED, decode, encode, mask, masked, opened, total
 from fedbn.roles import Role
 from fedbn.seeds import generator
 from fedbn.setting import setting
-from fedbn.strategy import LOCAL, Progress, strategies
+from fedbn.strategy import LOCAL, Progress, Update, strategies
 from simulations.app import Listener, conduct
 from simulations.engines import execute
 from simulations.flower_compat import task_identity
@@ -319,11 +319,24 @@ def test_the_largest_numbers_do_not_run_over():
 
 @pytest.mark.parametrize("strategy", ["global-pooled", "global-naive", "fedbn", "fedbn-seeded", "silobn"])
 def test_secure_sums_pool_as_the_strategy_does(strategy, small):
-    plain = small(strategy, rounds=1, clients_per_round=4)
+    plain = replace(small(strategy, rounds=1, clients_per_round=4), partition="linear:clients=6").resolved()
+    here = setting(plain)
+    assert len({len(here.training_data(u)) for u in here.sampled(1)}) > 1  # so that weights matter
     want, found = federate(plain), federate(private(plain, "secure=true"))
     for key, value in want.server.state.items():
         assert torch.allclose(found.server.state[key], value, atol=2e-6, rtol=2e-6), key
     assert found.server.registry == {}  # nobody's own statistics are known
+
+
+def test_rounding_leaves_no_variance_of_a_secure_sum_below_zero(small):
+    run = private(small("global-pooled", rounds=1, clients_per_round=2), "secure=true:bits=8")
+    here, start = setting(run), setting(run).start()
+    (mean, var), *_ = statistics_pairs(here.ownership)
+    dead = start | {mean: torch.full_like(start[mean], 0.3), var: torch.zeros_like(start[var])}
+    messages = [masked(here, Update(u, dead, 1, 0.0), start, FIRST) for u in here.sampled(1)]
+    state = opened(here, messages, start, 1).state
+    assert (state[var] >= 0).all()
+    assert torch.allclose(state[mean], dead[mean], atol=2**-8)
 
 
 def test_a_missing_client_stops_a_secure_round(small):
