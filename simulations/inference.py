@@ -16,6 +16,8 @@ from scipy import stats
 
 LEVEL = 0.95
 RESAMPLES = 2000
+FEW = 13
+"""Most differences of which all choices of signs are tried; `scipy.stats.wilcoxon` has the same limit."""
 
 Statistic = Callable[..., np.ndarray]
 
@@ -163,7 +165,13 @@ def signed_rank(differences: np.ndarray) -> float:
         return 1.0
     if np.ptp(differences) == 0:
         return math.nan
-    return float(stats.wilcoxon(differences).pvalue)
+    if len(differences) > FEW:
+        return float(stats.wilcoxon(differences).pvalue)
+    # As SciPy's function does it with few and tied differences; but that ranks them anew for every choice of signs.
+    ranks = np.zeros(len(differences))
+    moved = differences != 0
+    ranks[moved] = np.sign(differences[moved]) * stats.rankdata(np.abs(differences[moved]))
+    return float(stats.permutation_test((ranks,), np.sum, permutation_type="samples", n_resamples=np.inf).pvalue)
 
 
 def adjust(p: pd.Series) -> pd.Series:
