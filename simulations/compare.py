@@ -249,6 +249,12 @@ def _stored(place: Path) -> Any:
     return json.loads((place / "comparison.json").read_text(encoding="utf-8")).get("experiment")
 
 
+def _firsts(experiment: Experiment, strategy: str) -> list[Run]:
+    """A strategy's first run, and that of its tuning, which has fewer users and fewer rows of each."""
+    tuning = [experiment.run(strategy, 0, lr=experiment.tune[0], validation=True)] if experiment.tune else []
+    return [experiment.run(strategy, 0), *tuning]
+
+
 def preflight(experiment: Experiment, out: Path) -> list[str]:
     """Check everything that can be checked before work starts; returns notices.
 
@@ -257,7 +263,8 @@ def preflight(experiment: Experiment, out: Path) -> list[str]:
     """
     notices: list[str] = []
     for strategy in experiment.strategies:
-        notices += [n for n in setting(experiment.run(strategy, 0)).notices if n not in notices]
+        for run in _firsts(experiment, strategy):
+            notices += [n for n in setting(run).notices if n not in notices]
     try:
         out.mkdir(parents=True, exist_ok=True)
         probe = out / f".probe{os.getpid()}"
@@ -279,7 +286,8 @@ def suited(experiment: Experiment) -> tuple[Experiment, list[str]]:
     kept, notices = [], []
     for strategy in experiment.strategies:
         try:
-            setting(experiment.run(strategy, 0))
+            for run in _firsts(experiment, strategy):
+                setting(run)
             kept.append(strategy)
         except UserError as error:
             notices.append(f"{LEFT_OUT} {strategy}: {error}")

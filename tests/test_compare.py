@@ -15,7 +15,7 @@ from fedbn.errors import UserError
 from fedbn.federation import federate
 from fedbn.run import plan_for
 from simulations import store
-from simulations.compare import CHECKPOINT, chosen_rates, compare, default_place, resume, tuning_tasks
+from simulations.compare import CHECKPOINT, chosen_rates, compare, default_place, resume, suited, tuning_tasks
 from simulations.experiment import Experiment, read_run_file
 from simulations.results import Comparison
 
@@ -209,6 +209,18 @@ def test_learning_rates_are_chosen_on_validation_data_of_seen_users(tmp_path):
     assert chosen_rates(tasks) == {"global-naive": 0.05, "groupnorm": 0.05}
     assert {r["lr"] for r in results(tmp_path).values()} == {0.05}
     assert all(t.run.validation for t in tasks)
+
+
+def test_what_cannot_be_tuned_is_known_before_anything_runs(tmp_path):
+    """Dealt anew, only the unseen users have groups of their own; and tuning has none of those."""
+    what = experiment("fednorm", "global-pooled", tune=(0.05,), partition="iid:clients=4").resolved()
+    assert suited(replace(what, tune=()))[0].strategies == ("fednorm", "global-pooled")
+    kept, notices = suited(what)
+    assert kept.strategies == ("global-pooled",)
+    assert "fednorm" in notices[0]
+    with pytest.raises(UserError, match="users of known groups"):
+        compare(what, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_validation_data_come_from_training_rows_only(small):
