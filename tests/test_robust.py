@@ -33,6 +33,12 @@ def test_without_cutting_it_is_the_law_of_total_variance(xs):
     assert float(centre) == pytest.approx(sum(xs) / len(xs), abs=1e-4)
 
 
+@pytest.mark.parametrize(("how", "trim"), [("median", 0.0), ("trimmed", 0.34)])
+def test_a_value_that_is_not_a_number_counts_as_the_largest(how, trim):
+    found = location([torch.tensor([x]) for x in (1.0, float("nan"), 2.0)], how, trim)
+    assert found.item() == 2.0
+
+
 @given(values, st.sampled_from(["median", "trimmed"]), st.sampled_from([float("nan"), float("inf"), 1e30, -1e30]))
 def test_a_minority_cannot_leave_the_range_of_the_honest(xs, how, poison):
     honest = [torch.tensor([x]) for x in xs]
