@@ -125,6 +125,13 @@ def test_the_probe_sees_spread_and_share_of_the_unit_interval():
     assert share == pytest.approx(math.sqrt(2 / (math.pi * width)), rel=0.1)
 
 
+def test_the_probe_takes_the_root_mean_square_of_a_gradient():
+    net = nn.Sequential(nn.Linear(1, 2, bias=False), nn.Identity())
+    with GradientGrowthProbe(dict(net.named_children())) as probe:
+        (net(torch.ones(1, 1)) * torch.tensor([3.0, 4.0])).sum().backward()
+    assert probe.gradient == pytest.approx({"0": math.sqrt(12.5), "1": math.sqrt(12.5)})
+
+
 def test_the_probe_takes_its_hooks_away_and_says_what_is_missing():
     net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     layers = dict(net.named_children())
