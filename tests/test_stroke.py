@@ -150,6 +150,14 @@ def test_band_powers_of_pure_tones():
         band_powers(torch.zeros(1, 1, 128), 128)
 
 
+def test_neither_an_offset_nor_a_drift_leaks_into_the_bands():
+    t = torch.arange(512) / 256
+    tone = torch.sin(2 * torch.pi * 10 * t)
+    shares = [band_powers((tone + slow).view(1, 1, -1), 256)[0, 0] for slow in (100 * torch.ones_like(t), 20 * t)]
+    assert shares[0][2] > 0.99  # alpha
+    assert shares[1][3] < 1e-4  # beta
+
+
 class Raw:
     """A recording as MNE gives it: 3 s at 100 Hz in volts."""
 
@@ -312,6 +320,8 @@ def test_recordings_become_a_cohort(cohort_on_disk):
         ("file,subject,label\nr0.npz,P0,2\n", "line 2: label '2' of subject 'P0': give 1"),
         ("file,subject,label\nr0.npz,P0,0\nr1.npz,P0,1\n", "line 3: label '1' of subject 'P0'"),
         ("file,subject,label\nr0.npz,P0,0\nr2.npz,P1,0\n", "fewer than two patients"),
+        ("file,subject,label\nr1.npz,P1,1\nr0.npz,P0,0\nr2.npz,P2,0\n", "fewer than two patients"),
+        ("file,subject,label\nr0.npz,P0,0\nr1.npz,P1,1\nr3.npz,P3,1\n", "fewer than two controls"),
         ("file,subject,label\nnone.npz,P0,0\n", "no recording at"),
     ],
 )
