@@ -19,7 +19,7 @@ from fedbn.roles import norm_layers
 from fedbn.scenario import scenario
 from fedbn.scenarios.stroke import BANDS, band_powers, cohort, recorded
 from simulations import cli
-from simulations.claims.stroke import CLASSICAL, folds
+from simulations.claims.stroke import CLASSICAL, _examples, folds
 
 # --- the cohort
 
@@ -88,6 +88,14 @@ def test_folds_never_part_a_subject():
         assert len(train) + len(test) == len(made.y)
         tested += test.tolist()
     assert sorted(tested) == list(range(len(made.y)))
+
+
+def test_who_is_tested_does_not_enter_the_units_of_the_training_rows():
+    made = cohort(8, 4, 0)
+    train, test = folds(made, 4, seed=0)[0]
+    before = _examples(made, train, train).x
+    made.x[test] *= 100
+    assert torch.equal(_examples(made, train, train).x, before)
 
 
 @pytest.mark.parametrize(
