@@ -11,14 +11,21 @@ from flwr.clientapp import ClientApp
 
 import clients.app as client
 from fedbn.roles import statistics_layers
+from fedbn.run import plan_for
 from fedbn.setting import setting
 from fedbn.strategy import Update
 from fedbn.traffic import MESSAGE, REPEATED, Traffic
+from simulations import inference
 from simulations.app import conduct
+from simulations.compare import compare
+from simulations.embed import embed
 from simulations.engines import execute
+from simulations.experiment import Experiment
 from simulations.flower_compat import task_identity
 from simulations.grid import InProcessGrid
+from simulations.results import Comparison
 from simulations.store import load_outcome, save_outcome
+from simulations.tables import size
 
 TALKATIVE = {"fedtan": 1, "hbn": 1, "static-bn": 1, "global-recalibrated": 1, "fedap": 1, "global-naive+scaffold": 2}
 """Rounds by treatment: SCAFFOLD's server has something to tell from the second on."""
@@ -105,3 +112,19 @@ def test_rows_say_that_they_are_messages_and_leave_out_what_never_happened():
     traffic.round([Update(0, {}, 1, 0.0, {"n": torch.zeros(3)})], {"c": torch.zeros(2)}, [])
     (row,) = traffic.rows()
     assert (row["role"], row["owner"], row["bytes_down"], row["bytes_up"]) == ("notes", MESSAGE, 8, 12)
+
+
+def test_a_page_says_what_clients_without_a_memory_are_told_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(inference, "RESAMPLES", 50)
+    plan = plan_for("digits8", rounds=1, global_test=60, clients_per_round=2)
+    what = Experiment("digits8:images=600", ("global-naive", "fedtan"), plan=plan, seeds=1)
+    page = tmp_path / "page.md"
+    page.write_text("<!-- begin out -->\n<!-- end out -->\n")
+    embed(compare(what, tmp_path / "out", workers=1), page, full=True)
+    costs = page.read_text().split("bytes per client and round; repeated is the part of down")[1].splitlines()
+    cells = {cells[0]: cells[1:] for line in costs if (cells := [c.strip() for c in line.split("|")[1:-1]])}
+    assert cells["strategy"] == ["time", "down", "up", "repeated"]
+    assert cells["global-naive"][3] == "0 B"
+    traffic = Comparison.load(tmp_path / "out").traffic().set_index(["strategy", "role"])["bytes_down"]
+    assert cells["fedtan"][3] == size(traffic["fedtan", REPEATED]) != "0 B"
+    assert cells["fedtan"][1] == size(traffic["fedtan"].sum())
