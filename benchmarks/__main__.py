@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from fedbn.stacked.memory import keep_freed_memory, leave_alone_what_is_loaded
+from fedbn.stacked.memory import collect_garbage_rarely, keep_freed_memory
 from simulations.embed import markdown, replace_block
 
 STORED = Path(__file__).parent / "stored.json"
@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from benchmarks.measure import measure
     from fedbn.stacked.tiers import Tier, parse_tier
 
-    leave_alone_what_is_loaded()
+    collect_garbage_rarely()
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--tiers", default="exact,auto", help=f"comma-separated, of {', '.join(get_args(Tier))}")

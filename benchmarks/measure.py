@@ -27,7 +27,7 @@ from fedbn.models import build
 from fedbn.online import personalize, rule
 from fedbn.run import Run
 from fedbn.setting import setting
-from fedbn.stacked.memory import keep_freed_memory, leave_alone_what_is_loaded
+from fedbn.stacked.memory import collect_garbage_rarely, keep_freed_memory
 from fedbn.stacked.tiers import Tier
 from simulations.app import Listener, conduct
 from simulations.flower_compat import task_identity
@@ -157,7 +157,7 @@ def _scaled(folder: Path, tier: Tier, rounds: int, steps: int, clients: int) -> 
     # Most clients cannot take fewer than a step each: the work is what the largest round needs.
     work = Workload("W3", small.shape, small.classes, small.model, clients, steps // clients, small.batch)
     keep_freed_memory()
-    leave_alone_what_is_loaded()
+    collect_garbage_rarely()
     run = work.run(folder, rounds)
     data = sum(u.train.x.nbytes + u.test.x.nbytes for u in setting(run).population.users)
     before = _peak()

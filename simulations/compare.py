@@ -30,10 +30,11 @@ from fedbn.recalibration import all_moments
 from fedbn.roles import statistics_layers
 from fedbn.run import Run
 from fedbn.setting import Setting, setting
-from fedbn.stacked.memory import keep_freed_memory, leave_alone_what_is_loaded
+from fedbn.stacked.memory import collect_garbage_rarely, keep_freed_memory
 from simulations.engines import Engine, execute, parse_engine
 from simulations.experiment import Experiment
-from simulations.results import Comparison, write_comparison, write_run, write_shift
+from simulations.result_files import write_comparison, write_run, write_shift
+from simulations.results import Comparison
 from simulations.store import before, code_digest, load_latest, load_outcome, save_outcome, versions
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -152,7 +153,7 @@ def _start_worker(events: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
     torch.set_num_threads(1)
     keep_freed_memory()
-    leave_alone_what_is_loaded()
+    collect_garbage_rarely()
 
 
 def _work(task: Task, engine: Engine) -> None:

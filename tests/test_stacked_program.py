@@ -13,7 +13,7 @@ from clients.jobs import Train
 from fedbn.setting import setting
 from fedbn.stacked import fit
 from fedbn.stacked.fit import Descent, Trainee, fit_stack
-from fedbn.stacked.memory import keep_freed_memory, leave_alone_what_is_loaded
+from fedbn.stacked.memory import collect_garbage_rarely, keep_freed_memory
 from fedbn.stacked.program import program
 from fedbn.stacked.tiers import Tiers
 from fedbn.stacked.twins import product
@@ -169,12 +169,15 @@ def test_a_stack_needs_nothing_from_the_cpu_but_its_shuffles():
 
 def test_what_is_loaded_is_left_alone():
     keep_freed_memory()
-    before = gc.get_freeze_count()
+    before, often = gc.get_freeze_count(), gc.get_threshold()
     try:
-        leave_alone_what_is_loaded()
+        collect_garbage_rarely()
         assert gc.get_freeze_count() > before + 1000
+        assert gc.get_threshold()[0] > often[0]
+        assert gc.isenabled()
     finally:
         gc.unfreeze()
+        gc.set_threshold(*often)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
