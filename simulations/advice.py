@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from simulations.results import METRICS, ROWS, Comparison, number
+from simulations.matrix import METRICS, ROWS
+from simulations.numerals import number
+from simulations.results import Comparison
 from simulations.tables import is_bound
 
 CELLS = (("own", "aggregated"), ("global", "aggregated"), ("unseen", "aggregated"), ("unseen", "recalibrated"))

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from fedbn.errors import UserError
 from fedbn.traffic import REPEATED
-from simulations.results import Comparison, number
+from simulations.numerals import number
+from simulations.results import Comparison
 from simulations.tables import answer, size, starts_rows
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import pandas as pd
 
 from simulations.embed import markdown, replace_block
+from simulations.numerals import bracket, number, signed
 from simulations.personalise import BOUNDS
-from simulations.results import bracket, number, signed
 
 
 def embed_study(directory: Path, document: Path) -> None:

@@ -20,9 +20,10 @@ from rich.table import Table
 from rich.text import Text
 
 from fedbn.prequential import Trace, cost, faded, harmed, regret, score, windows_to_close, worst_decile
+from simulations.inference import adjust, estimate, mean_of_users, signed_rank
+from simulations.numerals import bracket, number
 from simulations.personalise import BOUNDS, SOURCE, Cell, Results, Study
 from simulations.plots import INK, PALETTE, png
-from simulations.results import adjust, bracket, estimate, mean_of_users, number, signed_rank
 from simulations.store import code_digest, versions, write_atomically
 
 PARTS = (0.5, 0.8, 0.9)

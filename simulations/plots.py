@@ -24,7 +24,8 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from simulations.results import COLUMNS, ROWS, Comparison
+from simulations.matrix import COLUMNS, ROWS
+from simulations.results import Comparison
 
 P = ParamSpec("P")
 T = TypeVar("T")

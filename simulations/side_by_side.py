@@ -14,8 +14,9 @@ from typing import Any
 import pandas as pd
 
 from fedbn.errors import UserError
+from simulations.matrix import COLUMNS, ROWS, contrast
 from simulations.numerals import cell, signed
-from simulations.results import CAPTION, COLUMNS, ROWS, Comparison, contrast, latex_table, markdown_table
+from simulations.results import CAPTION, Comparison, latex_table, markdown_table
 
 
 @dataclass(frozen=True)

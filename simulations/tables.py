@@ -19,7 +19,10 @@ from rich.text import Text
 from fedbn.roles import Role
 from fedbn.strategy import strategies
 from fedbn.traffic import MESSAGE
-from simulations.results import COLUMNS, METRICS, ROWS, STARTS, Comparison, Interval, bracket, cell, number, signed
+from simulations.inference import Interval
+from simulations.matrix import COLUMNS, METRICS, ROWS, STARTS
+from simulations.numerals import bracket, cell, number, signed
+from simulations.results import Comparison
 
 if TYPE_CHECKING:
     import pandas as pd

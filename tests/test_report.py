@@ -13,8 +13,11 @@ from test_results import write
 
 from fedbn.data.packages import SOURCES
 from fedbn.errors import UserError
-from simulations import inference, plots, results, tables
+from simulations import inference, plots, tables
+from simulations.matrix import COLUMNS, ROWS
+from simulations.numerals import cell
 from simulations.report import write_report
+from simulations.result_files import write_run, write_shift
 from simulations.results import Comparison
 
 HOSTILE = '<script>alert("x")</script>&$^{_{'
@@ -83,7 +86,7 @@ def directory(tmp_path_factory):
     users = [f"user {i:02d}" for i in range(12)]
     distance = [[abs(i - j) / 10 for i in range(12)] for j in range(12)]
     layers = [{"layer": "norm1", "users": users, "distance": distance}]
-    results.write_shift(directory, {"label_divergence": 0.25, "feature_w2": None, "new": 3.0, "layers": layers})
+    write_shift(directory, {"label_divergence": 0.25, "feature_w2": None, "new": 3.0, "layers": layers})
     write_report(directory)
     return directory
 
@@ -121,10 +124,10 @@ def test_the_matrix_says_what_the_frame_says(directory, page, monkeypatch):
     monkeypatch.setattr(inference, "RESAMPLES", FULL)
     found = page.table("Accuracy: mean over users").set_index(["strategy", "statistics"])
     for line in Comparison.load(directory).matrix().itertuples():
-        key = line.strategy, results.COLUMNS[line.column][0]
+        key = line.strategy, COLUMNS[line.column][0]
         if key in found.index:
-            value = results.cell(line.mean, line.ci_low, line.ci_high).replace(" [", "[")
-            assert found.loc[key, results.ROWS[line.row][0]] == value
+            value = cell(line.mean, line.ci_low, line.ci_high).replace(" [", "[")
+            assert found.loc[key, ROWS[line.row][0]] == value
         else:
             assert pd.isna(line.mean)
 
@@ -177,7 +180,7 @@ def test_hostile_names_are_shown_and_not_obeyed(tmp_path):
     )
     distance = [[0.0, 1.0], [1.0, 0.0]]
     layers = [{"layer": HOSTILE, "users": [HOSTILE, "b"], "distance": distance}]
-    results.write_shift(tmp_path, {HOSTILE: HOSTILE, "layers": layers})
+    write_shift(tmp_path, {HOSTILE: HOSTILE, "layers": layers})
     page = page_of(tmp_path)
     assert len([tag for tag, _ in page.tags if tag == "script"]) == 1
     assert HOSTILE.replace("_", " ") in set(page.table("Settings")["setting"])
@@ -189,7 +192,7 @@ def test_missing_cells_are_dashes(tmp_path):
     for path in (tmp_path / "runs").glob("1-*/result.json"):
         result = json.loads(path.read_text())
         result["evaluations"] = [e for e in result["evaluations"] if e["row"] != "unseen"]
-        results.write_run(tmp_path, path.parent.name, result)
+        write_run(tmp_path, path.parent.name, result)
     page = page_of(tmp_path)
     for caption in ("Accuracy: mean", "Accuracy minus"):
         found = page.table(caption).set_index(["strategy", "statistics"])
@@ -218,7 +221,7 @@ def test_identical_strategies_differ_by_exactly_nothing(tmp_path):
     write(tmp_path, {"global": 0.8, "twin": 0.8})
     for path in (tmp_path / "runs").glob("0-*/result.json"):
         twin = json.loads(path.read_text()) | {"strategy": "twin"}
-        results.write_run(tmp_path, path.parent.name.replace("0-", "1-", 1), twin)
+        write_run(tmp_path, path.parent.name.replace("0-", "1-", 1), twin)
     paired = page_of(tmp_path).table("Accuracy minus").set_index("statistics")
     assert set(paired["worst 10 %"]) == {".000[.000, .000]"}
     assert set(paired["own test"]) == {".000[.000, .000]p = 1.000, 0↑ 0↓"}
@@ -229,7 +232,7 @@ def test_one_evaluated_round_is_no_curve(tmp_path):
     write(tmp_path, {"global": 0.8}, seeds=(0,))
     path = tmp_path / "runs" / "0-0" / "result.json"
     result = json.loads(path.read_text())
-    results.write_run(tmp_path, "0-0", result | {"curve": result["curve"][1:2]})
+    write_run(tmp_path, "0-0", result | {"curve": result["curve"][1:2]})
     assert plots.convergence_figure(Comparison.load(tmp_path)) is None
 
 

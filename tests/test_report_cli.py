@@ -15,8 +15,9 @@ from test_results import write
 
 from fedbn.errors import UserError
 from simulations import cli, inference, plots
+from simulations.inference import mean_of_users
 from simulations.report import FORMATS, write_report, write_side_by_side
-from simulations.results import Comparison, mean_of_users
+from simulations.results import Comparison
 from simulations.side_by_side import SideBySide
 
 HOSTILE = '<script>alert("x")</script>&$_{|'

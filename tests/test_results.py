@@ -9,8 +9,10 @@ import pytest
 from scipy import stats
 
 from fedbn.errors import UserError
-from simulations import results
-from simulations.results import Comparison, mean_of_users, user_interval, worst_of_users
+from simulations.inference import adjust, mean_of_users, user_interval, worst_of_users
+from simulations.matrix import METRICS
+from simulations.result_files import write_comparison, write_run
+from simulations.results import Comparison
 
 MEANS = {"global": 0.80, "fedbn": 0.85, "groupnorm": 0.82}
 ROLES = {"body": 4000, "head": 200, "affine": 64, "statistics": 64, "counter": 2}
@@ -38,7 +40,7 @@ def write(
     rng = np.random.default_rng(7)
     effect = rng.normal(0, spread, users + unseen)
     labels = list(strategies)
-    results.write_comparison(
+    write_comparison(
         directory,
         {
             "title": "Made-up comparison",
@@ -89,7 +91,7 @@ def write(
                 (directory / "runs" / f"{labels.index(label)}-{seed}").mkdir(parents=True)
                 continue
             local = {"fedbn": ("affine", "statistics", "counter")}.get(label, ())
-            results.write_run(
+            write_run(
                 directory,
                 f"{labels.index(label)}-{seed}",
                 {
@@ -151,7 +153,7 @@ def _no_warnings():
         yield
 
 
-@pytest.mark.parametrize("metric", results.METRICS)
+@pytest.mark.parametrize("metric", METRICS)
 def test_means_equal_direct_computation(comparison, metric):
     for line in comparison.matrix(metric).dropna(subset="mean").itertuples():
         if line.row != "worst":
@@ -229,10 +231,10 @@ def test_paired_is_the_mean_difference_by_user(comparison):
 def test_identical_strategies_differ_by_exactly_nothing(directory, tmp_path):
     for source in (directory / "runs").glob("0-*/result.json"):
         result = json.loads(source.read_text())
-        results.write_run(tmp_path, source.parent.name, result)
-        results.write_run(tmp_path, f"twin-{source.parent.name}", result | {"strategy": "twin"})
+        write_run(tmp_path, source.parent.name, result)
+        write_run(tmp_path, f"twin-{source.parent.name}", result | {"strategy": "twin"})
     meta = json.loads((directory / "comparison.json").read_text())
-    results.write_comparison(tmp_path, meta | {"strategies": ["global", "twin"]})
+    write_comparison(tmp_path, meta | {"strategies": ["global", "twin"]})
     comparison = Comparison.load(tmp_path)
     paired = comparison.paired()
     assert (paired[["difference", "ci_low", "ci_high", "seed_low", "seed_high"]] == 0).all(axis=None)
@@ -255,7 +257,7 @@ def test_adjusted_p_is_monotone_and_never_smaller(comparison):
     assert (known["p_adjusted"] >= known["p"]).all()
     assert (known["p_adjusted"].diff().dropna() >= -1e-15).all()
     assert known["p_adjusted"].iloc[-1] == pytest.approx(known["p"].iloc[-1])
-    assert results.adjust(pd.Series([np.nan, np.nan])).isna().all()
+    assert adjust(pd.Series([np.nan, np.nan])).isna().all()
 
 
 def test_loss_counts_a_decrease_as_better(comparison):
@@ -291,7 +293,7 @@ def test_a_strategy_without_a_model_for_unseen_users(tmp_path):
     for path in (tmp_path / "runs").glob("1-*/result.json"):
         result = json.loads(path.read_text())
         result["evaluations"] = [e for e in result["evaluations"] if e["row"] == "own"]
-        results.write_run(tmp_path, path.parent.name, result)
+        write_run(tmp_path, path.parent.name, result)
     comparison = Comparison.load(tmp_path)
     assert comparison.wide().loc[("as aggregated", "fedbn"), "unseen users"] == "–"
 
@@ -381,7 +383,7 @@ def test_a_diverged_loss_is_written_as_null_and_read_as_missing(tmp_path):
     result = json.loads(path.read_text())
     result["evaluations"][0]["loss"] = float("nan")
     result["curve"][0]["train_loss"] = float("inf")
-    results.write_run(tmp_path, "0-0", result)
+    write_run(tmp_path, "0-0", result)
     assert "NaN" not in path.read_text()
     comparison = Comparison.load(tmp_path)
     assert comparison.curves["train_loss"].isna().sum() == 1
@@ -404,7 +406,7 @@ def test_mistakes_are_named(tmp_path, directory):
     with pytest.raises(UserError, match="is damaged"):
         Comparison.load(damaged)
     twice = write(tmp_path / "twice", {"global": 0.8})
-    results.write_run(twice, "copy", json.loads((twice / "runs" / "0-1" / "result.json").read_text()))
+    write_run(twice, "copy", json.loads((twice / "runs" / "0-1" / "result.json").read_text()))
     with pytest.raises(UserError, match="two results of strategy 'global' with seed 1"):
         Comparison.load(twice)
 
@@ -412,7 +414,7 @@ def test_mistakes_are_named(tmp_path, directory):
 def test_runs_of_another_comparison_are_left_out(tmp_path):
     write(tmp_path)
     meta = json.loads((tmp_path / "comparison.json").read_text())
-    results.write_comparison(tmp_path, meta | {"strategies": ["global", "fedbn"]})
+    write_comparison(tmp_path, meta | {"strategies": ["global", "fedbn"]})
     comparison = Comparison.load(tmp_path)
     assert comparison.missing == 0
     assert "2-0, 2-1, 2-2" in comparison.notices[0]
@@ -429,7 +431,7 @@ def test_a_model_that_all_hold_is_compared_for_every_user(tmp_path):
         if result["strategy"] != "fedbn":
             first = next(e["user"] for e in kept if e["row"] == "global")
             kept = [e for e in kept if e["row"] != "global" or e["user"] == first]
-        results.write_run(tmp_path, path.parent.name, result | {"evaluations": kept})
+        write_run(tmp_path, path.parent.name, result | {"evaluations": kept})
     comparison = Comparison.load(tmp_path)
     paired = comparison.paired()
     own_models = one(paired, strategy="fedbn", row="global", column="aggregated")
@@ -453,7 +455,7 @@ def test_one_unseen_user_a_seed_is_still_several_users(tmp_path):
         result = json.loads(path.read_text())
         here = f"user {12 + result['seed']:02d}"
         kept = [e for e in result["evaluations"] if e["row"] != "unseen" or e["user"] == here]
-        results.write_run(tmp_path, path.parent.name, result | {"evaluations": kept})
+        write_run(tmp_path, path.parent.name, result | {"evaluations": kept})
     line = one(Comparison.load(tmp_path).matrix(), strategy="fedbn", row="unseen", column="aggregated")
     assert line["n_users"] == 3
     assert line["ci_low"] < line["mean"] < line["ci_high"]
