@@ -21,7 +21,8 @@ from fedbn.drift import Detector, detector
 from fedbn.layers import inputs_of
 from fedbn.roles import statistics_layers
 from simulations.embed import markdown, replace_block
-from simulations.personalise import Meeting, meet, study_from
+from simulations.personalise import study_from
+from simulations.personalise_meeting import Meeting, meet
 from simulations.service import people, playground
 from simulations.service.watching import Floats, Watches, channel_means
 from simulations.store import code_digest

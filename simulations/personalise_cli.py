@@ -29,6 +29,9 @@ def personalise(
     shift: Annotated[str, typer.Option(help="Feature shift between users, e.g. rotation:strength=0.5,gain.")] = "",
     rounds: Annotated[int | None, typer.Option(help="Communication rounds of training.")] = None,
     lr: Annotated[float | None, typer.Option(help="Client learning rate.")] = None,
+    user_batches: Annotated[
+        bool | None, typer.Option("--user-batches", help="centralised: every batch of one user, as DA-BN trains.")
+    ] = None,
     tune: Annotated[
         bool,
         typer.Option("--tune", help="Of rules that differ in options alone keep the best on seen users' later data."),
@@ -49,7 +52,8 @@ def personalise(
     Example: [bold]fedbn personalise hapt --rules pseudo:n0=64,ema:rate=0.1 --starts cold,recording[/]
     """
     from simulations.compare import Event
-    from simulations.personalise import Cell, conduct, study_from
+    from simulations.personalise import conduct, study_from
+    from simulations.personalise_cells import Cell
     from simulations.personalise_embed import embed_study
     from simulations.personalise_results import summary_table, write
     from simulations.personalise_track import tasks, tell
@@ -71,6 +75,7 @@ def personalise(
         },
         rounds=rounds,
         lr=lr,
+        user_batches=user_batches,
     )
     place = out or Path("results") / f"personalise-{study.scenario.split(':')[0]}"
     errors = Console(stderr=True)

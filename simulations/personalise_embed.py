@@ -9,7 +9,7 @@ import pandas as pd
 
 from simulations.embed import markdown, replace_block
 from simulations.numerals import bracket, number, signed
-from simulations.personalise import BOUNDS
+from simulations.personalise_cells import BOUNDS
 
 
 def embed_study(directory: Path, document: Path) -> None:

@@ -22,7 +22,8 @@ from rich.text import Text
 from fedbn.prequential import Trace, cost, faded, harmed, regret, score, windows_to_close, worst_decile
 from simulations.inference import adjust, estimate, mean_of_users, signed_rank
 from simulations.numerals import bracket, number
-from simulations.personalise import BOUNDS, SOURCE, Cell, Results, Study
+from simulations.personalise import Results, Study
+from simulations.personalise_cells import BOUNDS, SOURCE, Cell
 from simulations.plots import INK, PALETTE, png
 from simulations.store import code_digest, versions, write_atomically
 

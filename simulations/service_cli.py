@@ -14,7 +14,7 @@ from fedbn.errors import UserError
 
 if TYPE_CHECKING:
     from fedbn.online import Rule
-    from simulations.personalise import Meeting
+    from simulations.personalise_meeting import Meeting
     from simulations.service.served import Served
 
 console = Console()
@@ -150,7 +150,8 @@ def _brought(scenario: str | None, model: str, weights: Path, shape: str, classe
 def _trained(scenario: str, strategy: str, rounds: int | None, model: str = "") -> Meeting:
     """The model and the people it has not met, with progress; from the cache where this code has made it before."""
     from fedbn.data.packages import cache_dir
-    from simulations.personalise import meet, study_from
+    from simulations.personalise import study_from
+    from simulations.personalise_meeting import meet
     from simulations.store import code_digest
 
     wanted = {"scenario": scenario, "rules": ("source",), "strategy": strategy, "seeds": 1, "model": model}

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 
@@ -14,25 +15,15 @@ from fedbn.prequential import Trace, source
 from fedbn.recalibration import recalibrate
 from fedbn.run import Plan, Run
 from fedbn.training import logits
-from simulations import personalise
+from simulations import personalise, personalise_cells
 from simulations.cli import app
-from simulations.personalise import (
-    SOURCE,
-    Cell,
-    cells_of,
-    check_same_windows,
-    conduct,
-    conduct_cell,
-    contender,
-    families,
-    meet,
-    read_cell,
-    start,
-    study_from,
-    winners,
-)
+from simulations.personalise import cells_of, check_same_windows, conduct, families, study_from, winners
+from simulations.personalise_cells import SOURCE, Cell, conduct_cell, read_cell
+from simulations.personalise_contender import contender
 from simulations.personalise_embed import embed_study
+from simulations.personalise_meeting import meet
 from simulations.personalise_results import course, summary, summary_table, users_frame, write
+from simulations.personalise_starts import start
 
 RULES = ("pseudo:n0=16", "tent", "pseudo:n0=16/adwin/decay", "ema:rate=0.05/ask:budget=2")
 
@@ -96,7 +87,7 @@ def test_a_start_is_taken_from_the_earlier_recording(meeting):
     traces, _ = conduct_cell(Cell(meeting.run, "unseen", "natural", "recording", SOURCE), meeting)
     assert facts["peeks"]
     for t, u, s in zip(traces, meeting.people("unseen"), meeting.streams("natural", "unseen")):
-        model = recalibrate(personalise.copy.deepcopy(meeting.model), u.train.x)
+        model = recalibrate(copy.deepcopy(meeting.model), u.train.x)
         wanted = Trace.of(s, logits(model, s.x))
         # The bank shrinks by two windows' worth of prior; nearly the same is what is asked for here.
         assert np.mean(t.predicted == wanted.predicted) > 0.9
@@ -140,7 +131,7 @@ def test_what_was_interrupted_goes_on_with_what_is_missing(place, conducted):
 
 
 def test_cells_of_other_code_are_refused(place, conducted, monkeypatch):
-    monkeypatch.setattr(personalise, "code_digest", lambda: "other")
+    monkeypatch.setattr(personalise_cells, "code_digest", lambda: "other")
     with pytest.raises(UserError, match="was made by other code .* start afresh with another --out"):
         read_cell(place, next(iter(conducted[1])))
 
@@ -258,6 +249,17 @@ def test_the_command(place, conducted):
     assert {line["rule"] for line in json.loads(said.stdout)} == {SOURCE, "tent", "bound-own", "bound-balanced"}
     shown = CliRunner().invoke(app, [*arguments, *options[:-1]], catch_exceptions=False)
     assert "Accuracy on new people" in shown.stdout
+
+
+def test_the_command_trains_on_batches_of_one_user(tmp_path, monkeypatch):
+    def stop(study, *args, **kwargs):
+        raise UserError(f"{study.run(0).strategy}, batches of one user: {study.run(0).plan.user_batches}")
+
+    monkeypatch.setattr(personalise, "conduct", stop)
+    arguments = ["personalise", "hapt", "--strategy", "centralised", "--rules", "dabn", "--out", str(tmp_path)]
+    for options, told in (([], "False"), (["--user-batches"], "True")):
+        with pytest.raises(UserError, match=f"centralised, batches of one user: {told}"):
+            CliRunner().invoke(app, [*arguments, *options], catch_exceptions=False)
 
 
 # ---------------------------------------------------------------- rules that want more, starts, documents

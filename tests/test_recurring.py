@@ -11,7 +11,7 @@ from fedbn.online import personalize
 from fedbn.prequential import follow, judge_alarms
 from fedbn.scenario import Examples
 from fedbn.streams import stream
-from simulations.personalise import contender
+from simulations.personalise_contender import contender
 
 TURN = 80
 

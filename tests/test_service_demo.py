@@ -216,7 +216,7 @@ def test_there_is_room_for_some_visitors(client):
     ],
 )
 def test_mistakes_on_the_command_line(arguments, text, tmp_path, monkeypatch):
-    monkeypatch.setattr("simulations.personalise.meet", lambda *a: pytest.fail("trained before it was checked"))
+    monkeypatch.setattr("simulations.personalise_meeting.meet", lambda *a: pytest.fail("trained before it was checked"))
     monkeypatch.chdir(tmp_path)
     result = CliRunner().invoke(cli, [*arguments, "--port", "0", "--rounds", "1"])
     assert result.exit_code != 0

@@ -129,7 +129,7 @@ def test_every_rule_that_needs_nothing_from_training_serves_such_a_model(mine):
     ],
 )
 def test_mistakes_on_the_command_line(mine, arguments, said, monkeypatch):
-    monkeypatch.setattr("simulations.personalise.meet", lambda *a: pytest.fail("trained before it was checked"))
+    monkeypatch.setattr("simulations.personalise_meeting.meet", lambda *a: pytest.fail("trained before it was checked"))
     result = CliRunner().invoke(cli, ["serve", *arguments, "--port", "0"])
     assert result.exit_code != 0
     assert said in str(result.exception)

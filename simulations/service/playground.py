@@ -28,7 +28,7 @@ from fedbn.seeds import generator
 from simulations.service.watching import Floats, Watches, channel_means
 
 if TYPE_CHECKING:
-    from simulations.personalise import Meeting
+    from simulations.personalise_meeting import Meeting
 
 RULES = {
     "source": ("source", "never adapts"),

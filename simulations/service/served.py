@@ -19,7 +19,7 @@ from fedbn.pretrained import load_pretrained
 from fedbn.roles import Role, roles
 
 if TYPE_CHECKING:
-    from simulations.personalise import Meeting
+    from simulations.personalise_meeting import Meeting
 
 
 @dataclass(frozen=True)
