@@ -7,38 +7,29 @@ Observe, predict, commit: `Personalized.predict` notes the moments of every row 
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from html import escape
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from fedbn.errors import UserError, unknown
+from fedbn.errors import UserError
 from fedbn.layers import channels_of, replace_norms, require_statistics
-from fedbn.online.bank import TALLY, Bank, Group
+from fedbn.online.bank import Bank, Group
+from fedbn.online.inputs import Ids, balance, believed, in_rounds, names_of, numbered, real_positions, require_finite
 from fedbn.online.layer import Pass, Transform, UserNorm
 from fedbn.online.prior import LayerPrior, packed
 from fedbn.online.rule import Pair, Rule, mix
 from fedbn.online.rule import rule as parse_rule
-from fedbn.online.state import BNState, fingerprint
+from fedbn.online.state import fingerprint
 from fedbn.online.stores import Store
+from fedbn.online.users import Snapshot, Users
 from fedbn.roles import head, keeps_statistics, statistics_layers
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-Ids = str | int | Sequence[str | int] | Tensor
-"""Whose rows: one name a row, or one name for all. 7 and "7" are the same user."""
 
 CHUNK = 512
 """Rows that a pass of `Personalized.calibrate` takes at once."""
-
-SHOWN = 20
-"""Users that a `Personalized` shows of itself."""
 
 FADING = 0.95
 """Weight of a window relative to the one after it in what the guard compares."""
@@ -53,16 +44,6 @@ class _Note:
     own: Tensor
     fallback: Tensor | None
     passed: Pass
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """Everything a `Personalized` knows of its users at one moment."""
-
-    rows: dict[str, Tensor]
-    slot: dict[str, int]
-    free: list[int]
-    stored: dict[str, bytes]
 
 
 def personalize(
@@ -126,7 +107,7 @@ def personalize(
     return Personalized(inner, bank, duplicates, plain)
 
 
-class Personalized(nn.Module):
+class Personalized(Users):
     """Made by `personalize`.
 
     Attributes:
@@ -135,9 +116,7 @@ class Personalized(nn.Module):
     """
 
     def __init__(self, model: nn.Module, bank: Bank, duplicates: str, plain: dict[str, nn.Module]) -> None:
-        super().__init__()
-        self.model = model
-        self.bank = bank
+        super().__init__(model, bank)
         self._sequential = duplicates == "sequential"
         self._plain = plain
         self._spans = list(bank.spans.values())
@@ -165,9 +144,9 @@ class Personalized(nn.Module):
                 windows that the model does not take, more users than fit, or a model that mixes rows.
         """
         self._note = None
-        ids = _names(user, len(x))
-        mask = _checked(mask, x)
-        _finite(x)
+        ids = names_of(user, len(x))
+        mask = real_positions(mask, x)
+        require_finite(x)
         group = self.bank.group(ids, create=False)
         rule = self.bank.rule
         watch = rule.peeks or (rule.learns and not self._frozen)
@@ -199,7 +178,7 @@ class Personalized(nn.Module):
         note, self._note = self._note, None
         if note is None:
             raise UserError("nothing to commit: call predict() first, and commit() once after each")
-        belief = self._belief(note, posterior, label)
+        belief = believed(self.bank, note.logits, posterior, label)
         group = self.bank.group(note.ids, create=True)
         if not self.bank.rule.learns:
             return
@@ -211,9 +190,9 @@ class Personalized(nn.Module):
             counts = counts * (belief.max(1).values >= self.bank.rule.gate)
         seen, positions = self._packed(note.passed)
         if self._sequential or self.bank.rule.classwise:
-            for rows in _rounds(group):
+            for rows in in_rounds(group):
                 part = Group(
-                    [group.users[i] for i in group.row[rows].tolist()], group.slots[group.row[rows]], _count(rows)
+                    [group.users[i] for i in group.row[rows].tolist()], group.slots[group.row[rows]], numbered(rows)
                 )
                 self.bank.learn(part, (seen[0][rows], seen[1][rows]), positions, counts[rows], belief[rows])
         else:
@@ -226,10 +205,10 @@ class Personalized(nn.Module):
 
         With ``duplicates="sequential"`` the first row of each user is answered and learnt from before the second.
         """
-        ids = _names(user, len(x))
+        ids = names_of(user, len(x))
         if not self._sequential or self._frozen or len(set(ids)) == len(ids):
             return self._predict_and_commit(x, ids, mask)
-        rounds = _rounds(self.bank.group(ids, create=False))
+        rounds = in_rounds(self.bank.group(ids, create=False))
         parts = [
             self._predict_and_commit(x[rows], [ids[i] for i in rows.tolist()], None if mask is None else mask[rows])
             for rows in rounds
@@ -276,8 +255,8 @@ class Personalized(nn.Module):
             raise UserError("calibration needs windows: give at least one, best one of each class")
         if n0 < 0:
             raise UserError(f"n0={n0:g} is impossible; give 0 or more")
-        _finite(windows)
-        weight = self._balance(labels, len(windows))
+        require_finite(windows)
+        weight = balance(self.bank, labels, len(windows))
         bank = self.bank
         start = bank.source.moments
         mean, var = (t[0].clone() for t in start)
@@ -299,117 +278,12 @@ class Personalized(nn.Module):
         slot = int(bank.group([str(user)], create=True).slots[0])
         bank.calibrate(slot, mean, var, frozen=then == "freeze")
 
-    # ---------------------------------------------------------------- states
-
-    @property
-    def users(self) -> list[str]:
-        """Everybody ever met, those in the store included."""
-        return sorted({*self.bank.slot, *self.bank.store})
-
-    def state(self, user: str | int) -> BNState:
-        """A user's state as a value; of users never met, what they would start from."""
-        return self.bank.get(int(self._slot(user)))
-
-    def load(self, user: str | int, state: BNState) -> None:
-        """Give a user a state.
-
-        Raises:
-            UserError: the state is of another model or rule.
-        """
-        state.require(self.bank.model, self.bank.text)
-        self.bank.put(int(self.bank.group([str(user)], create=True).slots[0]), state)
-
-    def merge(self, user: str | int, state: BNState) -> None:
-        """Add the windows behind another state to a user's."""
-        self.load(user, self.state(user).merge(state))
-
-    def reset(self, user: str | int) -> None:
-        """A user is as on the first day, calibration included; it stays known."""
-        self.bank.clear(int(self.bank.group([str(user)], create=True).slots[0]))
-
-    def forget(self, user: str | int) -> None:
-        """Delete everything about a user, in the store too.
-
-        Raises:
-            UserError: nobody of that name was ever met.
-        """
-        if str(user) not in self.users:
-            raise unknown("user", str(user), self.users)
-        self.bank.drop(str(user))
-
-    def flush(self) -> None:
-        """Write everybody at hand to the store."""
-        self.bank.flush()
-
-    def snapshot(self) -> Snapshot:
-        """All users, to come back to with `restore`."""
-        bank = self.bank
-        rows = {name: t.clone() for name, t in bank.rows.items()}
-        return Snapshot(rows, dict(bank.slot), list(bank.free), dict(bank.store))
+    # ---------------------------------------------------------------- a user's own network
 
     def restore(self, snapshot: Snapshot) -> None:
-        """All users as they were at a `snapshot` of this network."""
-        bank = self.bank
-        bank.rows = {name: t.clone() for name, t in snapshot.rows.items()}
-        bank.slot, bank.free = OrderedDict(snapshot.slot), list(snapshot.free)
-        bank.store.clear()
-        bank.store.update(snapshot.stored)
+        """All users as they were at a `snapshot` of this network; what was predicted since cannot be committed."""
+        super().restore(snapshot)
         self._note = None
-
-    def statistics(self, user: str | int) -> dict[str, Pair]:
-        """Mean and variance ``[C]`` in use for a user, by layer.
-
-        Raises:
-            UserError: the rule normalises each window by itself.
-        """
-        bank = self.bank
-        slot = self._slot(user)
-        if not bank.rule.keeps and not bool(bank.rows["frozen"][slot]):
-            raise UserError(
-                f"rule {bank.rule.name!r} normalises every window by itself, so a user has no statistics to show or "
-                "export; choose a rule that keeps them (pseudo, ema, cumulative, ...), or calibrate and freeze"
-            )
-        mean, var = bank.statistics(slot)
-        return {path: (mean[0, of], var[0, of]) for path, of in bank.spans.items()}
-
-    def report(self, user: str | int) -> dict[str, Any]:
-        """How a user stands: counts, class diversity, and per layer how far its statistics are from the prior.
-
-        ``moved`` is the symmetric Kullback-Leibler divergence of Gaussians, mean over a layer's channels.
-        """
-        bank = self.bank
-        slot = self._slot(user)
-        row = {name: float(bank.rows[name][slot]) for name in ("t", *TALLY)}
-        keeps = bank.rule.keeps or bool(bank.rows["frozen"][slot])
-        return {
-            "offered": row["offered"],
-            "learnt": row["learnt"],
-            "updates": row["t"],
-            "windows": float(bank.rows["n"][slot].sum()),
-            "diversity": float(bank.states(slot).diversity()),
-            "frozen": bool(bank.rows["frozen"][slot]),
-            "calibrated": bank.calibrated(int(slot)),
-            "answers": "prior" if row["doubt"] > row["prior_doubt"] else "adapted",
-            "moved": self._moved(user) if keeps else {},
-        }
-
-    def to_pandas(self) -> pd.DataFrame:
-        """How the users at hand stand, one line each, as `report` says it of one; the store is not read."""
-        import pandas as pd
-
-        shown = ["learnt", "windows", "diversity", "frozen", "calibrated", "answers"]
-        lines = {user: {k: v for k, v in self.report(user).items() if k in shown} for user in sorted(self.bank.slot)}
-        return pd.DataFrame.from_dict(lines, orient="index", columns=shown).rename_axis("user")
-
-    def __repr__(self) -> str:
-        return f"{self._headline()}\n{self.to_pandas().to_string(max_rows=SHOWN)}"
-
-    def _repr_html_(self) -> str:
-        return f"<p>{escape(self._headline())}</p>{self.to_pandas().to_html(max_rows=SHOWN)}"
-
-    def _headline(self) -> str:
-        known = f"{len(self.users)} users known, {len(self.bank.slot)} at hand"
-        return f"{type(self.model).__name__} personalised by {self.bank.text}: {known}"
 
     def export(self, user: str | int) -> nn.Module:
         """A plain copy of the network, of the original layer types, with a user's statistics; it folds and exports.
@@ -456,7 +330,7 @@ class Personalized(nn.Module):
         bank = self.bank
         rows = group.slots[group.row]
         if bank.rule.peeks:
-            alone = Group([""] * len(rows), rows, _count(rows)) if self._sequential else group
+            alone = Group([""] * len(rows), rows, numbered(rows)) if self._sequential else group
             return lambda place, pair, n: bank.peek(alone, cast(Pair, pair), n, self._spans[place])
         return self._fixed((bank.rows["scale"][rows], bank.rows["shift"][rows]))
 
@@ -481,28 +355,6 @@ class Personalized(nn.Module):
         positions = [like.new_full((width,), passed.positions.get(i, 0)) for i, width in enumerate(widths)]
         return (torch.cat([m for m, _ in pairs], 1), torch.cat([v for _, v in pairs], 1)), torch.cat(positions)
 
-    def _belief(self, note: _Note, posterior: Tensor | None, label: Tensor | None) -> Tensor:
-        rule, classes = self.bank.rule, self.bank.classes
-        shape = (len(note.ids), classes)
-        if posterior is None and label is None:
-            if rule.classwise or rule.gate or rule.diversity:
-                raise UserError(f"rule {self.bank.text!r} learns by class: commit(posterior=...) or commit(label=...)")
-            return self.bank.source.mean.new_zeros(shape)
-        belief = note.logits.softmax(1) if posterior is None else posterior
-        if belief.shape != shape:
-            raise UserError(
-                f"posteriors must be {list(shape)}, not {list(belief.shape)}: one row a window and {classes} classes, "
-                "as the last layer has; say personalize(..., classes=K) if the model ends otherwise"
-            )
-        belief = belief.to(self.bank.source.mean)
-        if label is None:
-            return belief
-        if label.shape != shape[:1] or bool((label < -1).any()) or bool((label >= classes).any()):
-            raise UserError(f"label must be one class a row, 0 to {classes - 1}, or -1 where it is not known")
-        label = label.to(belief.device)
-        told = nn.functional.one_hot(label.clamp_min(0), classes).to(belief)
-        return torch.where((label >= 0)[:, None], told, belief)
-
     def _doubt(self, group: Group, own: Tensor, fallback: Tensor) -> None:
         rows = group.sum(own.new_ones(len(own)))
         for name, logits in (("doubt", own), ("prior_doubt", fallback)):
@@ -511,90 +363,6 @@ class Personalized(nn.Module):
             self.bank.rows[name][group.slots] = torch.lerp(
                 (group.sum(entropy) / rows).to(before), before, torch.as_tensor(FADING).to(before)
             )
-
-    def _balance(self, labels: Tensor | None, n: int) -> Tensor:
-        """Weights ``[n]`` that add up to n, the same total for each class."""
-        like = self.bank.source.mean
-        if labels is None:
-            return like.new_ones(n)
-        if labels.shape != (n,):
-            raise UserError(f"{n} windows and labels of shape {list(labels.shape)}: give one a window")
-        classes = self.bank.classes
-        if wrong := sorted(set(labels.tolist()) - set(range(classes))):
-            raise UserError(f"label {wrong[0]} is none of the {classes} classes, 0 to {classes - 1}")
-        if lacking := sorted(set(range(classes)) - set(labels.tolist())):
-            raise UserError(
-                f"calibration lacks windows of class {', '.join(map(str, lacking))}: record some, or give no labels to "
-                "calibrate by what there is"
-            )
-        _, which, count = torch.unique(labels, return_inverse=True, return_counts=True)
-        each: Tensor = n / (len(count) * count[which])
-        return each.to(like)
-
-    def _slot(self, user: str | int) -> Tensor:
-        return self.bank.group([str(user)], create=False).slots
-
-    def _moved(self, user: str | int) -> dict[str, float]:
-        start = self.bank.source.moments
-        moved = {}
-        for path, (mean, var) in self.statistics(user).items():
-            mean0, var0 = (t[0, self.bank.spans[path]].double() for t in start)
-            a, b = var.double() + 1e-12, var0 + 1e-12
-            moved[path] = float(0.5 * (a / b + b / a - 2 + (mean - mean0) ** 2 * (1 / a + 1 / b)).mean())
-        return moved
-
-
-def _names(user: Ids, rows: int) -> list[str]:
-    if isinstance(user, (str, int)):
-        return [str(user)] * rows
-    if isinstance(user, Tensor):
-        user = user.tolist()
-    names = [str(u) for u in user or ()]
-    if user is None or any(u is None for u in user):
-        raise UserError("None names no user: give every row the name or number of whom it is of")
-    if len(names) != rows:
-        raise UserError(f"{rows} rows and {len(names)} users: give one name a row, or one name for all")
-    return names
-
-
-def _finite(x: Tensor) -> None:
-    """Raise for NaN and Inf; the sum is a quick look that no such value escapes."""
-    if x.sum().isfinite() or (fine := x.isfinite().flatten(1).all(1)).all():
-        return
-    raise UserError(
-        f"{int((~fine).sum())} of {len(x)} windows hold NaN or Inf (first: row {int((~fine).nonzero()[0])}): leave "
-        "them out or impute them; nothing was learnt"
-    )
-
-
-def _checked(mask: Tensor | None, x: Tensor) -> Tensor | None:
-    """The mask, or None where nothing is padding."""
-    if mask is None:
-        return None
-    if mask.shape != (len(x), x.shape[-1]) or x.dim() < 3:
-        raise UserError(
-            f"a mask says which positions of each window are real: give [{len(x)}, {x.shape[-1]}], not "
-            f"{list(mask.shape)}, for windows of shape {list(x.shape)}"
-        )
-    if not mask.bool().any(1).all():
-        raise UserError("a window is padding from end to end: leave it out of the batch")
-    return None if mask.bool().all() else mask.bool()
-
-
-def _rounds(group: Group) -> list[Tensor]:
-    """Rows of the batch such that no user occurs twice in one round, in order."""
-    rounds: list[list[int]] = []
-    met = [0] * len(group.users)
-    for i, user in enumerate(group.row.tolist()):
-        if met[user] == len(rounds):
-            rounds.append([])
-        rounds[met[user]].append(i)
-        met[user] += 1
-    return [torch.tensor(r, device=group.row.device) for r in rounds]
-
-
-def _count(rows: Tensor) -> Tensor:
-    return torch.arange(len(rows), device=rows.device)
 
 
 def _user_norm(path: str, layer: nn.Module) -> nn.Module | None:
