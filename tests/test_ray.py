@@ -67,6 +67,15 @@ def short(strategy, **fields):
     return Run("digits8", strategy, plan=plan, **fields).resolved()
 
 
+def everything():
+    """Runs by name: of every strategy, and of clients that personalise by a rule."""
+    rules = {
+        "population": short("global-naive", rule="population:diversity=1"),
+        "ema": short("fedbn", rule="ema:rate=0.3"),
+    }
+    return {name: short(name) for name in strategies()} | rules
+
+
 def marked(mark):
     """Live processes that inherited the mark, by id, with their environments; zombies have none."""
     found = {}
@@ -108,9 +117,8 @@ def on_ray(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def all_on_ray(tmp_path_factory):
-    """A function that gives a strategy's outcome; all were executed in one simulation, one after the other."""
-    place = tmp_path_factory.mktemp("all")
-    runs = {name: short(name) for name in strategies()}
+    """A function that gives a run's outcome; all were executed in one simulation, one after the other."""
+    place, runs = tmp_path_factory.mktemp("all"), everything()
     (place / RUNS).write_text(json.dumps({name: run.to_json() for name, run in runs.items()}))
     last = list(runs)[-1]
     with pytest.MonkeyPatch.context() as patch:
@@ -123,9 +131,9 @@ def all_on_ray(tmp_path_factory):
 
 @pytest.mark.ray
 @pytest.mark.xdist_group("all-on-ray")
-@pytest.mark.parametrize("name", strategies())
+@pytest.mark.parametrize("name", everything())
 def test_ray_equals_the_grid_and_the_loop(name, all_on_ray):
-    run = short(name)
+    run = everything()[name]
     outcome = all_on_ray(name)
     assert_same(outcome, execute(run, "grid"))
     assert_same(outcome, execute(run, "reference"))
