@@ -49,6 +49,8 @@ def embed(directory: Path, document: Path, *, full: bool = False) -> None:
 def _more(comparison: Comparison) -> list[str]:
     """Starts and costs as Markdown, each after a line that says what it is."""
     parts = list(comparison.notices)
+    if (rates := str(comparison.meta["settings"]["lr"])).startswith("tuned"):
+        parts.insert(0, f"Learning rates, {rates}.")
     head, *lines = starts_rows(comparison)
     if lines:
         rows = [dict(zip(head, line, strict=True)) for line in lines]

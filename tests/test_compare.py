@@ -16,6 +16,7 @@ from fedbn.federation import federate
 from fedbn.run import plan_for
 from simulations import store
 from simulations.compare import CHECKPOINT, chosen_rates, compare, default_place, resume, suited, tuning_tasks
+from simulations.embed import embed
 from simulations.experiment import Experiment, read_run_file
 from simulations.results import Comparison
 
@@ -209,6 +210,10 @@ def test_learning_rates_are_chosen_on_validation_data_of_seen_users(tmp_path):
     assert chosen_rates(tasks) == {"global-naive": 0.05, "groupnorm": 0.05}
     assert {r["lr"] for r in results(tmp_path).values()} == {0.05}
     assert all(t.run.validation for t in tasks)
+    page = tmp_path / "page.md"
+    page.write_text(f"<!-- begin {tmp_path.name} -->\n<!-- end {tmp_path.name} -->\n")
+    embed(tmp_path, page, full=True)
+    assert "Learning rates, tuned: global-naive 0.05, groupnorm 0.05." in page.read_text()
 
 
 def test_what_cannot_be_tuned_is_known_before_anything_runs(tmp_path):
