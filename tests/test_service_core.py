@@ -229,12 +229,43 @@ def test_those_who_wait_share_a_call_but_no_user_and_no_kind_twice():
     found = asyncio.run(go())
     assert [str(f) for f in found] == ["a", "b", "a", "c", "d", "who?", "e"]
     assert calls == [
-        [("a", True, 1), ("b", True, 1)],
-        [("a", True, 1)],
+        [("a", True, 1), ("b", True, 1), ("nobody", True, 1)],
+        [("a", True, 1), ("e", True, 1)],
         [("c", False, 1)],
         [("d", False, 5)],
-        [("nobody", True, 1), ("e", True, 1)],
     ]
+
+
+def test_nobody_is_overtaken_by_own_later_windows():
+    calls = []
+
+    async def go():
+        batcher = Batcher(lambda jobs: calls.append([(j.user, j.learn) for j in jobs]) or list(jobs), rows=2)
+        jobs = [job("b"), job("a", learn=False), job("a"), job("c")]
+        await asyncio.gather(*(batcher.submit(j) for j in jobs))
+        await batcher.close()
+
+    asyncio.run(go())
+    assert calls == [[("b", True), ("c", True)], [("a", False)], [("a", True)]]
+
+
+def test_a_call_waits_for_requests_that_are_on_their_way_and_for_no_more():
+    calls = []
+
+    async def late(batcher, user, turns):
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        await batcher.submit(job(user))
+
+    async def go():
+        batcher = Batcher(lambda jobs: calls.append([j.user for j in jobs]) or list(jobs), rows=4)
+        on_their_way = (late(batcher, user, turns) for user, turns in (("a", 0), ("b", 2), ("c", 4), ("d", 40)))
+        await asyncio.gather(*on_their_way)
+        await batcher.close()
+
+    asyncio.run(go())
+    assert calls[0] == ["a", "b", "c"]
+    assert calls[-1][-1] == "d"
 
 
 def test_a_full_queue_refuses_and_what_nobody_waits_for_is_not_computed():

@@ -7,11 +7,18 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeVar
 
 from torch import Tensor
 
 from simulations.service.wire import Answer, Refusal
+
+LOOKS = 3
+"""Turns of the event loop without a new request after which the bank is called: bytes become a request in two."""
+
+LEFT = 256
+"""Jobs that a call leaves behind before it is closed, so that a long queue of one user is not searched through."""
 
 T = TypeVar("T")
 
@@ -32,6 +39,11 @@ class Job:
     learn: bool
     hold: bool = False
 
+    @cached_property
+    def n(self) -> int:
+        """Windows."""
+        return len(self.windows)
+
 
 Work = Callable[[Sequence[Job]], Sequence["Answer | Exception"]]
 
@@ -39,8 +51,10 @@ Work = Callable[[Sequence[Job]], Sequence["Answer | Exception"]]
 class Batcher:
     """One thread that alone touches the bank, and the queue before it.
 
-    A call takes jobs in their order as long as they are of one kind and no user occurs twice: every window is answered
-    with what was learnt from those before it, as if requests came one after the other.
+    A call takes jobs of one kind, in their order and each of another user; further ones of its users wait for the next.
+    Every window is so answered with what was learnt from those of its user before it, as if requests came one after the
+    other. The next call is not made before what has arrived meanwhile is in the queue: a call of few costs as much as
+    one of many.
 
     Args:
         work: answers jobs, one answer or exception each; runs on the thread.
@@ -67,7 +81,7 @@ class Batcher:
         Raises:
             Refusal: the queue is full, or what ``work`` raised for this job.
         """
-        n = len(job.windows)
+        n = job.n
         if self._windows + n > self.room:
             raise Refusal(503, f"{self._windows} windows are waiting already: try again in a second", wait=1)
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
@@ -90,9 +104,17 @@ class Batcher:
     async def _run(self) -> None:
         try:
             while self._waiting:
+                await self._gather()
                 await self._turn()
         finally:
             self._pump = None
+
+    async def _gather(self) -> None:
+        """Let requests in that the network has already brought, until a look at it brings none or there are enough."""
+        quiet, met = 0, self._windows
+        while quiet < LOOKS and self._windows < self.rows:
+            await asyncio.sleep(0)
+            quiet, met = (0 if self._windows > met else quiet + 1), self._windows
 
     async def _turn(self) -> None:
         taken = self._take()
@@ -104,7 +126,7 @@ class Batcher:
         except Exception as error:
             answers = [error] * len(jobs)
         self.calls += 1
-        self.done += sum(len(job.windows) for job in jobs)
+        self.done += sum(job.n for job in jobs)
         for (_, future), answer in zip(taken, answers, strict=True):
             if future.done():
                 continue
@@ -116,18 +138,21 @@ class Batcher:
     def _take(self) -> list[tuple[Job, asyncio.Future[Answer]]]:
         """The next call's jobs; those that nobody waits for any more fall away."""
         taken: list[tuple[Job, asyncio.Future[Answer]]] = []
+        later: list[tuple[Job, asyncio.Future[Answer]]] = []
         users: set[str] = set()
         rows = 0
-        while self._waiting:
-            job, future = self._waiting[0]
-            n = len(job.windows)
-            if not future.done():
-                other = taken and (job.learn != taken[0][0].learn or rows + n > self.rows)
-                if other or job.user in users:
-                    break
+        while self._waiting and rows < self.rows and len(later) < LEFT:
+            job, future = self._waiting.popleft()
+            if future.done():
+                self._windows -= job.n
+                continue
+            if not taken or (job.learn == taken[0][0].learn and job.user not in users and rows + job.n <= self.rows):
                 taken.append((job, future))
-                users.add(job.user)
-                rows += n
-            self._waiting.popleft()
-            self._windows -= n
+                self._windows -= job.n
+                rows += job.n
+            else:
+                later.append((job, future))
+            # Windows that stay behind must not be overtaken by their user's later ones.
+            users.add(job.user)
+        self._waiting.extendleft(reversed(later))
         return taken

@@ -104,7 +104,7 @@ class People:
         return [next(answers) if fine else _stranger(job.user) for job, fine in zip(jobs, known, strict=True)]
 
     def _answer(self, jobs: Sequence[Job]) -> list[Answer]:
-        users = [job.user for job in jobs for _ in range(len(job.windows))]
+        users = [job.user for job in jobs for _ in range(job.n)]
         looks: list[Tensor] = []
         with inputs_of(self._first, lambda _path, value: looks.append(value)):
             out = self.net.predict(torch.cat([job.windows for job in jobs]), users)
@@ -114,7 +114,7 @@ class People:
             self.net.commit(posterior=posterior)
             self._changed.update(job.user for job in jobs)
         said = posterior.argmax(1).numpy()
-        starts = np.cumsum([0, *(len(job.windows) for job in jobs)])
+        starts = np.cumsum([0, *(job.n for job in jobs)])
         seen = self._watch(jobs, starts, channel_means(looks[0]), said) if learn else {}
         bank = self.net.bank
         slots = [bank.slot[job.user] for job in jobs]
@@ -139,8 +139,8 @@ class People:
     ) -> dict[str, tuple[float | None, bool]]:
         """Show the detectors the first windows of all jobs, then the second ones, ...: last distance, any alarm."""
         seen: dict[str, tuple[float | None, bool]] = {}
-        for i in range(max(len(job.windows) for job in jobs)):
-            here = [k for k, job in enumerate(jobs) if i < len(job.windows)]
+        for i in range(max(job.n for job in jobs)):
+            here = [k for k, job in enumerate(jobs) if i < job.n]
             rows = starts[here] + i
             users = [jobs[k].user for k in here]
             for user, (distance, alarm) in zip(users, self.watches.see(users, looks[rows], said[rows]), strict=True):

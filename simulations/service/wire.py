@@ -118,7 +118,7 @@ def _raw(body: bytes, shape: tuple[int, ...], most: int) -> Tensor:
         raise Refusal(
             422, f"{len(body)} bytes are no whole windows: each has {size}, float32 little-endian, shape {list(shape)}"
         )
-    return _fine(np.frombuffer(body, "<f4").reshape(-1, *shape), most)
+    return _fine(np.frombuffer(body, "<f4").astype(np.float32).reshape(-1, *shape), most)
 
 
 def listed(values: Any, shape: tuple[int, ...], most: int) -> Tensor:
@@ -142,7 +142,7 @@ def _fine(found: np.ndarray, most: int) -> Tensor:
         raise Refusal(413, f"{len(found)} windows in one request; send at most {most} at once")
     if not np.isfinite(found).all():
         raise Refusal(422, "windows hold NaN or Inf: leave those windows out or impute them")
-    return torch.from_numpy(found.astype(np.float32))
+    return torch.from_numpy(found)
 
 
 def labels_of(values: Any, classes: Sequence[str]) -> list[int]:
