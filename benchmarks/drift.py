@@ -85,8 +85,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.drift", description=__doc__)
     parser.add_argument("--into", type=Path, help="also put the table into this document, between its markers")
     chosen = parser.parse_args()
-    study = study_from({"scenario": "hapt", "rules": ("source",), "strategy": "global-naive", "seeds": 1})
-    run = study.resolved().run(0)
+    study = study_from({"scenario": "hapt", "rules": ("source",), "seeds": 1})
+    (run,) = study.resolved().runs()
     table = markdown(measure(meet(run, cache_dir() / "served" / code_digest(), "grid:stacked", lambda event: None)))
     print(table)
     if chosen.into:

@@ -139,7 +139,7 @@ def study(
     *,
     streams: Iterable[str] = ("natural", "iid"),
     starts: Iterable[str] = ("cold",),
-    strategy: str = "global-naive",
+    strategies: Sequence[str] = ("global-naive",),
     seeds: int = 2,
     model: str = "",
     partition: str = "natural",
@@ -157,7 +157,7 @@ def study(
         rules: such as ``pseudo:n0=64`` or ``tent``; the source, which never adapts, is always there.
         streams: kinds of stream.
         starts: what a person gives beforehand: ``cold``, ``recording``, ``classes:k=3``.
-        strategy: treatment of normalisation in training.
+        strategies: treatments of normalisation in training.
         seeds: each trains a model and holds out other people.
         model: as in `compare`.
         partition: as in `compare`.
@@ -181,7 +181,7 @@ def study(
             "rules": tuple(rules),
             "streams": tuple(streams),
             "starts": tuple(starts),
-            "strategy": strategy,
+            "strategies": tuple(strategies),
             "seeds": seeds,
             "model": model,
             "partition": partition,

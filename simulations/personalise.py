@@ -31,7 +31,8 @@ class Study:
     """What is compared.
 
     Attributes:
-        scenario, strategy, model, partition, shift, device, plan: of the federated training, as in `Run`.
+        scenario, model, partition, shift, device, plan: of the federated training, as in `Run`.
+        strategies: treatments of normalisation in training; every rule is tried after each.
         rules: texts of rules and methods; the source is always there.
         streams: texts of kinds of stream.
         starts: texts of starts; every rule is tried with each.
@@ -43,7 +44,7 @@ class Study:
     rules: tuple[str, ...]
     streams: tuple[str, ...] = ("natural", "iid")
     starts: tuple[str, ...] = ("cold",)
-    strategy: str = "global-naive"
+    strategies: tuple[str, ...] = ("global-naive",)
     seeds: int = 2
     model: str = ""
     partition: str = "natural"
@@ -60,8 +61,11 @@ class Study:
         """
         if self.seeds < 1:
             raise UserError(f"--seeds must be at least 1, not {self.seeds}")
-        run = self.run(0).resolved()
+        if not self.strategies:
+            raise UserError("no strategies given: name at least one of --strategies")
+        runs = [self.run(0, strategy).resolved() for strategy in self.strategies]
         found: dict[str, Any] = {
+            "strategies": tuple(run.strategy for run in runs),
             "rules": (SOURCE, *(t for r in self.rules if (t := contender(r).text) != SOURCE)),
             "streams": tuple(render(stream(s)) for s in self.streams),
             "starts": tuple(render(start(s)) for s in self.starts),
@@ -71,26 +75,28 @@ class Study:
                 raise UserError(f"no {kind} given: name at least one of --{kind}")
             if twice := {n for n in names if names.count(n) > 1}:
                 raise UserError(f"{kind} given twice: {', '.join(sorted(twice))}")
-        texts = {k: getattr(run, k) for k in ("scenario", "strategy", "model", "partition", "shift")}
+        texts = {k: getattr(runs[0], k) for k in ("scenario", "model", "partition", "shift")}
         return replace(self, **texts, **found)
 
-    def run(self, seed: int) -> Run:
-        """The training run of one seed."""
-        return Run(
-            self.scenario, self.strategy, seed, self.model, self.partition, self.shift, self.plan, device=self.device
-        )
+    def run(self, seed: int, strategy: str) -> Run:
+        """The training run of one seed and strategy."""
+        return Run(self.scenario, strategy, seed, self.model, self.partition, self.shift, self.plan, device=self.device)
+
+    def runs(self) -> list[Run]:
+        """All training runs, seeds outermost."""
+        return [self.run(seed, strategy) for seed in range(self.seeds) for strategy in self.strategies]
 
 
 def cells_of(study: Study, people: People, rules_: Sequence[str]) -> list[Cell]:
     """All cells of one kind of people; bounds and the cold source first."""
     return [
         cell
-        for seed in range(study.seeds)
+        for run in study.runs()
         for kind in study.streams
         for cell in (
-            *(Cell(study.run(seed), people, kind, "cold", bound) for bound in (*BOUNDS, SOURCE)),
+            *(Cell(run, people, kind, "cold", bound) for bound in (*BOUNDS, SOURCE)),
             *(
-                Cell(study.run(seed), people, kind, begin, text)
+                Cell(run, people, kind, begin, text)
                 for begin in study.starts
                 for text in rules_
                 if (begin, text) != ("cold", SOURCE)
@@ -129,9 +135,9 @@ def conduct(
         UserError: before anything runs, for whatever can be known then.
     """
     study = study.resolved()
-    for seed in range(study.seeds):
-        setting(study.run(seed))
-    meetings = {study.run(s): meet(study.run(s), out, engine, report) for s in range(study.seeds)}
+    for run in study.runs():
+        setting(run)
+    meetings = {run: meet(run, out, engine, report) for run in study.runs()}
     for text in study.streams:
         for meeting in meetings.values():
             meeting.streams(text, "unseen")
@@ -184,10 +190,10 @@ def winners(contested: Sequence[Sequence[str]], scored: Results) -> list[str]:
 
 def check_same_windows(results: Results) -> None:
     """Raise unless every rule met the very same windows."""
-    met: dict[tuple[Run, str], list[str]] = {}
+    met: dict[tuple[int, People, str], list[str]] = {}
     for cell, (traces, _) in results.items():
         digests = [t.digest for t in traces]
-        if met.setdefault((cell.run, cell.stream), digests) != digests:
+        if met.setdefault((cell.run.seed, cell.people, cell.stream), digests) != digests:
             raise ValueError(f"{cell.rule} on {cell.stream} met other windows than the rules before it")
 
 

@@ -22,7 +22,9 @@ def personalise(
         "natural,iid"
     ),
     starts: Annotated[str, typer.Option(help="Comma-separated: cold, recording, classes:k=3.")] = "cold",
-    strategy: Annotated[str, typer.Option(help="Treatment of normalisation in training.")] = "global-naive",
+    strategies: Annotated[
+        str, typer.Option("--strategies", "--strategy", help="Comma-separated treatments of normalisation in training.")
+    ] = "global-naive",
     seeds: Annotated[int, typer.Option(help="Each trains a model and holds out other people.")] = 2,
     model: Annotated[str, typer.Option(help="Built-in name or package.module:factory; default the scenario's.")] = "",
     partition: Annotated[str, typer.Option(help="E.g. dirichlet:alpha=0.1:clients=20.")] = "natural",
@@ -54,8 +56,8 @@ def personalise(
     from simulations.compare import Event
     from simulations.personalise import conduct, study_from
     from simulations.personalise_cells import Cell
-    from simulations.personalise_embed import embed_study
-    from simulations.personalise_results import summary_table, write
+    from simulations.personalise_results import write
+    from simulations.personalise_tables import embed_study, summary_table
     from simulations.personalise_track import tasks, tell
     from simulations.trackers import Tracking
 
@@ -65,7 +67,7 @@ def personalise(
             "rules": _parts(rules),
             "streams": _parts(streams),
             "starts": _parts(starts),
-            "strategy": strategy,
+            "strategies": _parts(strategies),
             "seeds": seeds,
             "model": model,
             "partition": partition,
@@ -87,7 +89,7 @@ def personalise(
         ) as progress,
     ):
         tracking.started("training", tasks(study, place))
-        training = progress.add_task("training", total=study.seeds * study.plan.rounds)
+        training = progress.add_task("training", total=len(study.runs()) * study.plan.rounds)
         streaming = progress.add_task("following", total=None)
         rounds_done: dict[str, int] = {}
 

@@ -9,7 +9,7 @@ import pandas as pd
 
 from simulations.compare import Task
 from simulations.personalise import Results, Study
-from simulations.personalise_results import course, label
+from simulations.personalise_results import alike, course, label
 from simulations.trackers import Tracking
 
 POINTS = 100
@@ -18,8 +18,7 @@ POINTS = 100
 
 def tasks(study: Study, out: Path) -> Sequence[Task]:
     """The training runs of a study, under the directories that it reports them by."""
-    runs = [study.resolved().run(seed) for seed in range(study.seeds)]
-    return [Task(run, str(out / "runs" / run.id)) for run in runs]
+    return [Task(run, str(out / "runs" / run.id)) for run in study.resolved().runs()]
 
 
 def tell(tracking: Tracking, study: Study, results: Results, found: pd.DataFrame) -> None:
@@ -33,22 +32,21 @@ def tell(tracking: Tracking, study: Study, results: Results, found: pd.DataFrame
     """
     if not tracking.trackers:
         return
-    numbers = found.set_index(["stream", "rule"]).select_dtypes("number")
+    numbers = found.set_index(["strategy", "stream", "rule"]).select_dtypes("number")
     courses = course(results)
-    for cell in {(c.stream, c.start, c.rule): c for c in results}.values():
-        here = courses[
-            (courses["stream"] == cell.stream) & (courses["start"] == cell.start) & (courses["rule"] == cell.rule)
-        ]
+    for kind, (cell, *_) in alike(results).items():
+        here = courses[(courses[["strategy", "stream", "start", "rule"]] == list(kind)).all(axis=1)]
         thinned = here.iloc[:: max(1, len(here) // POINTS)]
         points = {int(w): {"fading_accuracy": float(a)} for w, a in zip(thinned["window"], thinned["accuracy"])}
         last = max(points, default=0)
-        points[last] = {**points.get(last, {}), **numbers.loc[(cell.stream, label(cell))].to_dict()}
+        points[last] = {**points.get(last, {}), **numbers.loc[(cell.run.strategy, cell.stream, label(cell))].to_dict()}
         settings = {
             "scenario": study.scenario,
-            "strategy": study.strategy,
+            "strategy": cell.run.strategy,
             "seeds": study.seeds,
             "stream": cell.stream,
             "start": cell.start,
             "rule": cell.rule,
         }
-        tracking.tell(f"{cell.stream}__{cell.start}__{cell.rule}", settings, points)
+        trained = f"{cell.run.strategy}__" if len(study.strategies) > 1 else ""
+        tracking.tell(f"{trained}{cell.stream}__{cell.start}__{cell.rule}", settings, points)

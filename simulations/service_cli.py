@@ -154,9 +154,9 @@ def _trained(scenario: str, strategy: str, rounds: int | None, model: str = "") 
     from simulations.personalise_meeting import meet
     from simulations.store import code_digest
 
-    wanted = {"scenario": scenario, "rules": ("source",), "strategy": strategy, "seeds": 1, "model": model}
+    wanted = {"scenario": scenario, "rules": ("source",), "strategies": (strategy,), "seeds": 1, "model": model}
     study = study_from(wanted, rounds=rounds)
-    run = study.resolved().run(0)
+    (run,) = study.resolved().runs()
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
     with Progress(TextColumn("{task.description}"), *columns, console=errors) as progress:
         training = progress.add_task(f"training on {scenario}", total=run.plan.rounds)

@@ -34,6 +34,6 @@ def parses(line: str) -> None:
             values["strategies"] = list(strategies()) if chosen == "all" else chosen.split(",")
         assert Experiment.from_dict(values).resolved()
     if name == "personalise":
-        lists = {k: tuple(given[k].split(",")) for k in ("rules", "streams", "starts")}
-        values = {"scenario": given["scenario"], "strategy": given["strategy"], "seeds": 1, **lists}
+        lists = {k: tuple(given[k].split(",")) for k in ("rules", "streams", "starts", "strategies")}
+        values = {"scenario": given["scenario"], "seeds": 1, **lists}
         assert study_from(values).resolved()

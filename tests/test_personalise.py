@@ -20,10 +20,11 @@ from simulations.cli import app
 from simulations.personalise import cells_of, check_same_windows, conduct, families, study_from, winners
 from simulations.personalise_cells import SOURCE, Cell, conduct_cell, read_cell
 from simulations.personalise_contender import contender
-from simulations.personalise_embed import embed_study
 from simulations.personalise_meeting import meet
-from simulations.personalise_results import course, summary, summary_table, users_frame, write
+from simulations.personalise_pictures import people_figure
+from simulations.personalise_results import course, summary, users_frame, write
 from simulations.personalise_starts import start
+from simulations.personalise_tables import embed_study, rows, summary_table
 
 RULES = ("pseudo:n0=16", "tent", "pseudo:n0=16/adwin/decay", "ema:rate=0.05/ask:budget=2")
 
@@ -45,7 +46,7 @@ def conducted(place):
 
 @pytest.fixture(scope="module")
 def meeting(place, conducted):
-    return meet(conducted[0].run(0), place, "grid", lambda event: None)
+    return meet(conducted[0].runs()[0], place, "grid", lambda event: None)
 
 
 def test_the_source_is_always_there_and_first_and_bounds_come_with_every_stream(conducted):
@@ -197,7 +198,7 @@ def test_families_and_winners():
     def cell(rule, right):
         y = np.ones(4, int)
         t = Trace("u", "d", y, np.array(right), y * 0.5, y * 1.0, y * 1.0)
-        return Cell(study().run(0), "seen", "iid", "cold", rule), ([t], {})
+        return Cell(study().runs()[0], "seen", "iid", "cold", rule), ([t], {})
 
     scored = dict([cell("a:x=1", [1, 1, 1, 0]), cell("a", [1, 1, 0, 0])])
     assert winners([["a:x=1", "a"]], scored) == ["a:x=1"]
@@ -232,7 +233,9 @@ def test_contenders_are_written_as_they_are_read():
         ({"seeds": 0}, "--seeds must be at least 1, not 0"),
         ({"streams": ("recurring:people=9",)}, "stream 'recurring' takes 9 people and there are 2"),
         ({"scenario": "digits8:unseen=0"}, "holds out nobody, so there is nobody new to personalise for"),
-        ({"strategy": "local"}, "strategy 'local' shares no model that new people could start from"),
+        ({"strategies": ()}, "no strategies given: name at least one of --strategies"),
+        ({"strategies": ("fedbn", "fedbn")}, "strategies given twice: fedbn"),
+        ({"strategies": ("local",)}, "strategy 'local' shares no model that new people could start from"),
     ],
 )
 def test_what_a_user_can_get_wrong(values, message, place):
@@ -249,17 +252,52 @@ def test_the_command(place, conducted):
     assert {line["rule"] for line in json.loads(said.stdout)} == {SOURCE, "tent", "bound-own", "bound-balanced"}
     shown = CliRunner().invoke(app, [*arguments, *options[:-1]], catch_exceptions=False)
     assert "Accuracy on new people" in shown.stdout
+    again = CliRunner().invoke(app, ["personalize", *arguments[1:], *options], catch_exceptions=False)
+    assert again.stdout == said.stdout
 
 
 def test_the_command_trains_on_batches_of_one_user(tmp_path, monkeypatch):
     def stop(study, *args, **kwargs):
-        raise UserError(f"{study.run(0).strategy}, batches of one user: {study.run(0).plan.user_batches}")
+        raise UserError(f"{study.strategies[0]}, batches of one user: {study.plan.user_batches}")
 
     monkeypatch.setattr(personalise, "conduct", stop)
     arguments = ["personalise", "hapt", "--strategy", "centralised", "--rules", "dabn", "--out", str(tmp_path)]
     for options, told in (([], "False"), (["--user-batches"], "True")):
         with pytest.raises(UserError, match=f"centralised, batches of one user: {told}"):
             CliRunner().invoke(app, [*arguments, *options], catch_exceptions=False)
+
+
+def test_each_strategy_has_a_source_and_rows_of_its_own(tmp_path):
+    several = ("global-naive", "fixbn")
+    what, results = conduct(study(strategies=several, rules=("ema:rate=0.3",), streams=("natural",)), tmp_path)
+    found = write(tmp_path, what, results, "")
+    assert set(found["strategy"]) == set(several)
+    sources = found[found["rule"] == SOURCE].set_index("strategy")
+    assert (sources["gain"] == 0).all()
+    assert sources["accuracy"].nunique() == 2
+    for _, line in found[found["rule"] == "ema:rate=0.3"].iterrows():
+        assert line["gain"] == pytest.approx(line["accuracy"] - sources["accuracy"][line["strategy"]])
+    names = [name for name, _ in rows(found)]
+    assert names[:2] == ["global-naive: source", "global-naive: ema:rate=0.3"]
+    assert names[-1] == "fixbn: bound-balanced"
+    assert (tmp_path / "people.png").read_bytes().startswith(b"\x89PNG")
+    for strategy in several:
+        _, alone = conduct(study(strategies=(strategy,), rules=("ema:rate=0.3",), streams=("natural",)), tmp_path)
+        assert alone.keys() < results.keys()
+
+
+def test_everybody_is_drawn_as_harmed_or_not(conducted):
+    _, results = conducted
+    users = users_frame(results)
+    found = summary(results, users)
+    figure = people_figure(users, found)
+    shown = [name for name, _ in rows(found) if name != SOURCE]
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == shown
+    for axes, kind in zip(figure.axes, dict.fromkeys(found["stream"]), strict=True):
+        crosses = [len(line.get_xdata()) for line in axes.lines if line.get_marker() == "x"]
+        people = len(users[["user", "seed"]].drop_duplicates())
+        told = found[found["stream"] == kind].set_index("rule")["harmed"]
+        assert crosses == [round(told[name] * people) for name in shown]
 
 
 # ---------------------------------------------------------------- rules that want more, starts, documents
@@ -283,11 +321,12 @@ def test_a_start_says_how_far_its_windows_are_believed():
 
 def test_a_study_goes_into_a_document_between_its_markers(tmp_path):
     line = {"accuracy": 0.8, "low": 0.7, "high": 0.9, "gain": 0.1, "gain_low": 0.05, "gain_high": 0.15}
-    line |= {"worst": 0.5, "harmed": 0.25, "p_adjusted": 0.01, "users": 4, "seeds": 2, "stream": "natural"}
-    rows = [line | {"rule": name} for name in ("bound-own", "source", "ema")]
+    line |= {"worst": 0.5, "harmed": 0.25, "p_adjusted": 0.01, "users": 4, "seeds": 2}
+    line |= {"stream": "natural", "strategy": "fedbn"}
+    lines = [line | {"rule": name} for name in ("bound-own", "source", "ema")]
     place, document = tmp_path / "mine", tmp_path / "page.md"
     place.mkdir()
-    pd.DataFrame(rows).to_parquet(place / "summary.parquet")
+    pd.DataFrame(lines).to_parquet(place / "summary.parquet")
     document.write_text("before\n<!-- begin mine -->\nold\n<!-- end mine -->\nafter\n")
     embed_study(place, document)
     assert document.read_text() == (
