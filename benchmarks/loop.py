@@ -71,7 +71,7 @@ class Loop:
             self._process.stdin.flush()
             line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError("the bare loop has ended; its error is above")
+            raise RuntimeError(f"{self.module} has ended; its error is above")
         wall, cpu = json.loads(line)
         self.wall.append(wall)
         self.cpu.append(cpu)

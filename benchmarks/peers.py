@@ -49,7 +49,7 @@ def serve(here: Setting) -> None:
         from pfl.aggregate.simulate import SimulatedBackend
         from pfl.algorithm.base import NNAlgorithmParams
         from pfl.algorithm.federated_averaging import FederatedAveraging
-        from pfl.callback import TrainingProcessCallback
+        from pfl.callback.base import TrainingProcessCallback
         from pfl.data.dataset import Dataset
         from pfl.data.federated_dataset import FederatedDataset
         from pfl.hyperparam.base import NNEvalHyperParams, NNTrainHyperParams
