@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -83,14 +84,19 @@ def embed_study(directory: Path, document: Path) -> None:
 def table(found: pd.DataFrame) -> str:
     """A Markdown table of a study's summary: rules down, three columns for each kind of stream; bounds last.
 
+    Where rules are watched for drift, a fourth: windows from a change to its alarm, share of changes missed, false
+    alarms in a thousand windows.
+
     Args:
         found: as `simulations.personalise_results.summary` gives it.
     """
     people, seeds = found["users"].max(), found["seeds"].max()
-    return f"{people} people, {seeds} seeds.\n\n{markdown([_row(*row) for row in rows(found)])}"
+    watched = bool(found["false_alarms_per_1000"].notna().any())
+    lines = [_row(name, by_stream, watched) for name, by_stream in rows(found)]
+    return f"{people} people, {seeds} seeds.\n\n{markdown(lines)}"
 
 
-def _row(name: str, by_stream: dict[str, Any]) -> dict[str, str]:
+def _row(name: str, by_stream: dict[str, Any], watched: bool) -> dict[str, str]:
     row = {"rule": name}
     for stream, line in by_stream.items():
         star = "*" if line["p_adjusted"] < 0.05 else ""
@@ -98,7 +104,25 @@ def _row(name: str, by_stream: dict[str, Any]) -> dict[str, str]:
         row[stream] = f"{number(line['accuracy'])} {bracket(line['low'], line['high'])}{gain}".rstrip()
         row[f"worst, {stream}"] = number(line["worst"])
         row[f"harmed, {stream}"] = f"{line['harmed']:.0%}"
+        if watched:
+            row[f"delay, missed, false, {stream}"] = _alarms(line)
     return row
+
+
+def _alarms(line: Any) -> str:
+    """Delay, share missed and false alarms in a thousand windows; empty where nothing was watched.
+
+    >>> _alarms({"drift_delay": 12.4, "drift_missed": 0.25, "false_alarms_per_1000": 3.0})
+    '12, 25%, 3.0'
+    >>> _alarms({"drift_delay": math.nan, "drift_missed": math.nan, "false_alarms_per_1000": 0.5})
+    '–, –, 0.5'
+    """
+    false = line["false_alarms_per_1000"]
+    if math.isnan(false):
+        return ""
+    delay = "–" if math.isnan(line["drift_delay"]) else f"{line['drift_delay']:.0f}"
+    missed = "–" if math.isnan(line["drift_missed"]) else f"{line['drift_missed']:.0%}"
+    return f"{delay}, {missed}, {false:.1f}"
 
 
 def _signed_bracket(line: Any) -> str:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -322,7 +323,8 @@ def test_a_start_says_how_far_its_windows_are_believed():
 def test_a_study_goes_into_a_document_between_its_markers(tmp_path):
     line = {"accuracy": 0.8, "low": 0.7, "high": 0.9, "gain": 0.1, "gain_low": 0.05, "gain_high": 0.15}
     line |= {"worst": 0.5, "harmed": 0.25, "p_adjusted": 0.01, "users": 4, "seeds": 2}
-    line |= {"stream": "natural", "strategy": "fedbn"}
+    nothing = {"drift_delay": math.nan, "drift_missed": math.nan, "false_alarms_per_1000": math.nan}
+    line |= {"stream": "natural", "strategy": "fedbn"} | nothing
     lines = [line | {"rule": name} for name in ("bound-own", "source", "ema")]
     place, document = tmp_path / "mine", tmp_path / "page.md"
     place.mkdir()
@@ -336,5 +338,11 @@ def test_a_study_goes_into_a_document_between_its_markers(tmp_path):
         "| ema | .800 [.700, .900], +.100* [+.050, +.150] | .500 | 25% |\n"
         "| bound-own | .800 [.700, .900], +.100* [+.050, +.150] | .500 | 25% |\n<!-- end mine -->\nafter\n"
     )
+    lines[-1] |= {"drift_delay": 12.0, "drift_missed": 0.5, "false_alarms_per_1000": 1.25}
+    pd.DataFrame(lines).to_parquet(place / "summary.parquet")
+    embed_study(place, document)
+    assert "| harmed, natural | delay, missed, false, natural |\n" in document.read_text()
+    assert "[+.050, +.150] | .500 | 25% | 12, 50%, 1.2 |\n| bound-own" in document.read_text()
+    assert "| source | .800 [.700, .900] | .500 | 25% |  |" in document.read_text()
     with pytest.raises(UserError, match="has no block for"):
         embed_study(place.rename(tmp_path / "other"), document)
