@@ -84,7 +84,7 @@ def embed_study(directory: Path, document: Path) -> None:
 def table(found: pd.DataFrame) -> str:
     """A Markdown table of a study's summary: rules down, three columns for each kind of stream; bounds last.
 
-    Where rules are watched for drift, a fourth: windows from a change to its alarm, share of changes missed, false
+    Where rules are watched for drift, a fourth: windows from a change to its alarm, changes missed by stream, false
     alarms in a thousand windows.
 
     Args:
@@ -110,10 +110,10 @@ def _row(name: str, by_stream: dict[str, Any], watched: bool) -> dict[str, str]:
 
 
 def _alarms(line: Any) -> str:
-    """Delay, share missed and false alarms in a thousand windows; empty where nothing was watched.
+    """Delay, changes missed and false alarms in a thousand windows; empty where nothing was watched.
 
     >>> _alarms({"drift_delay": 12.4, "drift_missed": 0.25, "false_alarms_per_1000": 3.0})
-    '12, 25%, 3.0'
+    '12, 0.2, 3.0'
     >>> _alarms({"drift_delay": math.nan, "drift_missed": math.nan, "false_alarms_per_1000": 0.5})
     '–, –, 0.5'
     """
@@ -121,7 +121,7 @@ def _alarms(line: Any) -> str:
     if math.isnan(false):
         return ""
     delay = "–" if math.isnan(line["drift_delay"]) else f"{line['drift_delay']:.0f}"
-    missed = "–" if math.isnan(line["drift_missed"]) else f"{line['drift_missed']:.0%}"
+    missed = "–" if math.isnan(line["drift_missed"]) else f"{line['drift_missed']:.1f}"
     return f"{delay}, {missed}, {false:.1f}"
 
 

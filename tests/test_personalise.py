@@ -342,7 +342,7 @@ def test_a_study_goes_into_a_document_between_its_markers(tmp_path):
     pd.DataFrame(lines).to_parquet(place / "summary.parquet")
     embed_study(place, document)
     assert "| harmed, natural | delay, missed, false, natural |\n" in document.read_text()
-    assert "[+.050, +.150] | .500 | 25% | 12, 50%, 1.2 |\n| bound-own" in document.read_text()
+    assert "[+.050, +.150] | .500 | 25% | 12, 0.5, 1.2 |\n| bound-own" in document.read_text()
     assert "| source | .800 [.700, .900] | .500 | 25% |  |" in document.read_text()
     with pytest.raises(UserError, match="has no block for"):
         embed_study(place.rename(tmp_path / "other"), document)
