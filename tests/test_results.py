@@ -9,6 +9,7 @@ import pytest
 from scipy import stats
 
 from fedbn.errors import UserError
+from simulations import inference
 from simulations.inference import adjust, mean_of_users, user_interval, worst_of_users
 from simulations.matrix import METRICS
 from simulations.result_files import write_comparison, write_run
@@ -155,11 +156,10 @@ def _no_warnings():
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_means_equal_direct_computation(comparison, metric):
+    cells = dict(list(comparison.evaluations.groupby(["strategy", "row", "column"])))
     for line in comparison.matrix(metric).dropna(subset="mean").itertuples():
         if line.row != "worst":
-            cell = comparison.evaluations.query(
-                "strategy == @line.strategy and row == @line.row and column == @line.column"
-            )
+            cell = cells[line.strategy, line.row, line.column]
             assert line.mean == pytest.approx(cell[metric].mean(), abs=1e-12)
             assert line.n_users == cell["user"].nunique()
             per_seed = cell.groupby("seed")[metric].mean()
@@ -208,9 +208,17 @@ def test_interval_agrees_with_the_normal_approximation():
     assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.1 * half)
 
 
-def test_interval_is_reproducible_and_memory_is_bounded_for_many_users():
+def test_interval_is_reproducible_and_memory_is_bounded_for_many_users(monkeypatch):
+    monkeypatch.setattr(inference, "RESAMPLES", 500)
     values = np.random.default_rng(1).random((5000, 2))
-    assert user_interval(mean_of_users, values) == user_interval(mean_of_users, values)
+    taken = []
+
+    def noted(resampled):
+        taken.append(resampled.size)
+        return mean_of_users(resampled)
+
+    assert user_interval(noted, values) == user_interval(noted, values)
+    assert max(taken) <= 4_000_000 < 500 * values.size
 
 
 def test_paired_is_the_mean_difference_by_user(comparison):

@@ -132,8 +132,7 @@ const ON = {
     $("person").value = person;
     $("rotate").value = 0;
     $("rotate-now").textContent = "0°";
-    setPlaying(false);
-    say(`${person} is ready. Press Play.`);
+    if (!playing) say(`${person} is ready. Press Play.`);
   },
   windows,
   switched(message) {
@@ -150,7 +149,12 @@ const ON = {
   error(message) { say(message.text, true); },
 };
 
-function open(name) { send("open", { person: name }); }
+// Stops here and not when the answer comes: Play may be pressed in between.
+function open(name) {
+  person = name;
+  setPlaying(false);
+  send("open", { person: name });
+}
 
 function connect() {
   socket = new WebSocket(`${location.protocol === "https:" ? "wss" : "ws"}://${location.host}/play`);
