@@ -42,11 +42,12 @@ lint: $(STAMP)-dev  ## style, types and import contracts
 
 TABLES := results/tables
 COMPARE := $(BIN)/fedbn compare digits8 --strategies all --seeds 3 --out $(TABLES)
-SKEWS := feature-skew label-dirichlet label-two-classes label-one-class both quantity participation hapt
+SKEWS := feature-skew label-dirichlet tuned label-two-classes label-one-class both quantity participation domains hapt watch
 
-tables: $(STAMP)-run  ## the comparisons behind docs/comparisons.md (about two hours)
+tables: $(STAMP)-run  ## the comparisons behind docs/comparisons.md (about three hours)
 	$(COMPARE)/feature-skew
 	$(COMPARE)/label-dirichlet --partition dirichlet:alpha=0.1:clients=20
+	$(COMPARE)/tuned --partition dirichlet:alpha=0.1:clients=20 --tune --grid 0.01,0.03,0.1,0.3,1
 	$(COMPARE)/label-two-classes --partition shard:shards=2:clients=20
 	$(COMPARE)/label-one-class --partition shard:shards=1:clients=20
 	$(COMPARE)/both --partition dirichlet:alpha=0.1:clients=20 --shift contrast,inversion
@@ -54,7 +55,9 @@ tables: $(STAMP)-run  ## the comparisons behind docs/comparisons.md (about two h
 	$(BIN)/fedbn compare digits --model small-cnn --strategies all --seeds 1 --out $(TABLES)/participation \
 		--partition dirichlet:alpha=0.1:clients=200:least=4 --clients-per-round 20 --rounds 100 --eval-every 100 \
 		--local-epochs 2 --batch-size 16 --lr 0.05 --momentum 0
+	$(BIN)/fedbn compare digits --model small-cnn --strategies all --seeds 1 --lr 0.1 --out $(TABLES)/domains
 	$(BIN)/fedbn compare hapt --strategies all --seeds 2 --out $(TABLES)/hapt
+	$(BIN)/fedbn compare watch --strategies all --seeds 2 --out $(TABLES)/watch
 	for name in $(SKEWS); do $(BIN)/fedbn report $(TABLES)/$$name --into docs/comparisons.md --full; done
 	$(BIN)/fedbn advise $(addprefix $(TABLES)/,$(SKEWS)) --into docs/comparisons.md
 
@@ -64,6 +67,7 @@ SENSORS := rotation:strength=0.6,gain
 CHOOSE := --streams natural --seeds 5 --starts cold,recording,recording:n0=100 \
 	--rules population:diversity=1,population:diversity=1:bout=1,population:diversity=1:bout=16,pseudo:diversity=1,pseudo:n0=64
 ALL := --seeds 3 --rules dabn,dua,ema:rate=0.1,ema:rate=0.01,pseudo:n0=64,pseudo:diversity=1,class-residual,class-mixture,population:diversity=1,tent,note,rotta
+WATCHED := pseudo:n0=64,pseudo:n0=64/page-hinkley/decay,pseudo:n0=64/page-hinkley/reset,pseudo:n0=64/page-hinkley/branch,pseudo:n0=64/adwin/reset,pseudo:n0=64/adwin/branch
 STARTED := --seeds 3 --starts recording,recording:n0=100,classes:k=3 --rules
 
 personal-tables: $(STAMP)-run  ## the studies behind docs/personalisation.md (about an hour)
@@ -74,6 +78,7 @@ personal-tables: $(STAMP)-run  ## the studies behind docs/personalisation.md (ab
 	$(FOLLOW) hapt:unseen=5 $(ALL) --shift $(SENSORS) --out results/personal-hapt-shift --into $(PAGE)
 	$(FOLLOW) hapt:unseen=5 $(STARTED) pseudo:n0=64,population:diversity=1,class-mixture --shift $(SENSORS) \
 		--out results/personal-hapt-shift-started --into $(PAGE)
+	$(FOLLOW) hapt:unseen=5 --seeds 3 --streams switch,recurring,natural --rules $(WATCHED) --out results/personal-drift --into $(PAGE)
 	$(FOLLOW) watch $(ALL) --out results/personal-watch --into $(PAGE)
 	$(FOLLOW) watch $(STARTED) pseudo:n0=64,population:diversity=1 --out results/personal-watch-started --into $(PAGE)
 	$(FOLLOW) watch $(ALL) --shift $(SENSORS) --out results/personal-watch-shift --into $(PAGE)
