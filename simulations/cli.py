@@ -10,6 +10,7 @@ import shlex
 import sys
 import time
 from enum import StrEnum
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -64,6 +65,20 @@ class Kind(StrEnum):
     SHIFTS = "shifts"
     RULES = "rules"
     STREAMS = "streams"
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"fedbn {metadata.version('fedbn')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _before(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say which version this is, and stop.")
+    ] = False,
+) -> None: ...
 
 
 def main() -> None:

