@@ -68,7 +68,7 @@ def blocks(result: dict[str, Any]) -> dict[str, str]:
             "share of the loop": f"{row['ratio']:.3f}",
             "of medians": f"{row['ratio of medians']:.3f}",
             "of CPU time": "" if row["ratio of CPU time"] is None else f"{row['ratio of CPU time']:.3f}",
-            "target": f"{row['target']}",
+            "target": "" if row["target"] is None else f"{row['target']}",
         }
         for row in cast(list[dict[str, Any]], result["ratios"])
     ]
@@ -135,18 +135,21 @@ def draw(result: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
-    rows = cast(list[dict[str, Any]], result["ratios"])
+    rows = sorted(cast(list[dict[str, Any]], result["ratios"]), key=lambda row: str(row["workload"]))
     places = range(len(rows))
     left.barh(list(places), [row["ratio"] for row in rows])
-    left.scatter([row["target"] for row in rows], list(places), marker="|", s=200, color="black", label="target")
+    targets = {place: row["target"] for place, row in zip(places, rows, strict=True) if row["target"] is not None}
+    left.scatter(list(targets.values()), list(targets), marker="|", s=200, color="black", label="target")
     left.axvline(1, linestyle=":", color="gray")
     left.set_yticks(list(places), [f"{row['workload']} {row['engine']}" for row in rows])
+    left.invert_yaxis()
     left.set_xscale("log")
     left.set_xlabel("time of a round, share of the bare loop's")
-    left.legend()
+    figure.legend(loc="outside upper left")
     right.loglog([row["clients"] for row in result["scale"]], [row["seconds"] for row in result["scale"]], marker="o")
     right.set_xlabel("clients, at constant work")
     right.set_ylabel("seconds a round")
+    right.set_ylim(bottom=0.01)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

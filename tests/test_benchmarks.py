@@ -104,8 +104,9 @@ def test_the_scale_curve_keeps_the_work_constant(tmp_path):
 def test_the_command_writes_prints_stores_and_warns(tmp_path, monkeypatch, capsys):
     row = {"workload": "W3", "engine": "grid:auto", "loop": 0.1, "seconds": 0.01, "ratio": 0.1, "target": 0.05}
     row |= {"ratio of medians": 0.2, "ratio of CPU time": 0.3}
+    peer = row | {"engine": "pfl", "ratio of CPU time": None, "target": None}
     result = {
-        "ratios": [row],
+        "ratios": [row, peer],
         "scale": [{"clients": 10, "steps": 1, "seconds": 0.1, "data": 10**6, "memory": 2 * 10**6}],
         "bank": {"predict, ratio to stock": 1.2},
         "starts": {"import": 1.0},
@@ -122,6 +123,7 @@ def test_the_command_writes_prints_stores_and_warns(tmp_path, monkeypatch, capsy
     assert (tmp_path / "benchmarks.png").stat().st_size > 1000
     out, err = capsys.readouterr()
     assert "| W3 | grid:auto | 100.0 | 10.0 | 0.100 | 0.200 | 0.300 | 0.05 |" in out
+    assert "| W3 | pfl | 100.0 | 10.0 | 0.100 | 0.200 |  |  |" in out
     assert "| 10 | 1 | 100.0 | 10000 | 1 | 2 |" in out
     assert "| bank, predict, ratio to stock | 1.20 |" in out
     assert not err
