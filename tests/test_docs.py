@@ -40,6 +40,12 @@ def test_commands_parse(line):
     parses(line)
 
 
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.name)
+def test_commands_under_tables_write_where_anybody_could(document):
+    made = [line for line in document.read_text(encoding="utf-8").splitlines() if "made by `fedbn" in line]
+    assert not [line for line in made if "=/" in line or " /" in line.partition("made by")[2]]
+
+
 @pytest.mark.parametrize("page", [p for p in PAGES if ">>>" in p.read_text()], ids=lambda path: path.name)
 def test_python_examples_run(page):
     result = doctest.testfile(str(page), module_relative=False)
