@@ -100,14 +100,15 @@ def adapted(model: nn.Module, state: State, rates: Tensor, x: Tensor) -> tuple[S
         model: in evaluation mode; its own state does not matter.
         state: to set out from.
         rates: ``[D]``, in the order of `rated`.
-        x: two examples or more.
+        x: two examples or more; of a single value a channel's variance is not moved.
     """
     met: dict[str, Tensor] = {}
     with inputs_of(statistics_layers(model), lambda path, value: met.__setitem__(path, value.detach())):
         g = _gradient(model, state, x, lambda out: entropy(out).mean())
     for path, (mean, var) in zip(statistics_layers(model), _pairs(model), strict=True):
         values = met[path].transpose(0, 1).flatten(1)
-        g[mean], g[var] = state[mean] - values.mean(1), state[var] - values.var(1)
+        g[mean] = state[mean] - values.mean(1)
+        g[var] = state[var] - values.var(1) if values.shape[1] > 1 else torch.zeros_like(state[var])
     moved = state | {name: state[name] - rates[d] * g[name] for d, name in enumerate(rated(model))}
     return moved | {var: moved[var].clamp_min(0) for _, var in _pairs(model)}, g
 
