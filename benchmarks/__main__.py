@@ -83,7 +83,11 @@ def blocks(result: dict[str, Any]) -> dict[str, str]:
         }
         for row in result["scale"]
     ]
-    single = [{"what": f"bank, {name}", "measured": f"{value:.2f}"} for name, value in result["bank"].items()]
+    single = [
+        {"what": f"evaluating {name}'s users side by side, ratio to one by one", "measured": f"{share:.2f}"}
+        for name, share in result["evaluation"].items()
+    ]
+    single += [{"what": f"bank, {name}", "measured": f"{value:.2f}"} for name, value in result["bank"].items()]
     single += [
         {"what": f"start of {name}", "measured": f"{seconds:.2f} s"} for name, seconds in result["starts"].items()
     ]

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -22,13 +22,15 @@ import torch
 from benchmarks.loop import Loop
 from benchmarks.workloads import WORKLOADS, Workload
 from clients.app import app as client_app
-from fedbn.federation import Outcome
+from clients.jobs import Evaluate
+from fedbn.evaluation import COLUMNS
+from fedbn.federation import Outcome, global_columns, served
 from fedbn.models import build
 from fedbn.online import personalize, rule
 from fedbn.run import Run
 from fedbn.setting import setting
 from fedbn.stacked.memory import collect_garbage_rarely, keep_freed_memory
-from fedbn.stacked.tiers import Tier
+from fedbn.stacked.tiers import Tier, Tiers
 from simulations.app import Listener, conduct
 from simulations.flower_compat import task_identity
 from simulations.grid import InProcessGrid
@@ -177,6 +179,28 @@ def _peak() -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
+def evaluations(folder: Path, works: Sequence[Workload], tests: int = 64) -> dict[str, float]:
+    """Seconds that the whole matrix of each workload's users takes in stacks, as a share of one user after the other.
+
+    Both on one thread; medians of interleaved repeats.
+    """
+    out = {}
+    for work in works:
+        here = setting(replace(work, tests=tests).run(folder, 2))
+        columns = {user: global_columns(here, user) for user in served(here)}
+        jobs = [Evaluate(here, user, here.start(), None, COLUMNS, asked) for user, asked in columns.items()]
+        tiers = {name: Tiers(name, 1) for name in ("one", "stacked")}
+        spent: dict[str, list[float]] = {name: [] for name in tiers}
+        with torch_threads(1):
+            for _ in range(4):
+                for name, way in tiers.items():
+                    began = time.perf_counter()
+                    way.run(jobs)
+                    spent[name].append(time.perf_counter() - began)
+        out[work.name] = statistics.median(spent["stacked"][1:]) / statistics.median(spent["one"][1:])
+    return out
+
+
 def bank(users: int = 10_000, rows: int = 256, repeats: int = 30) -> dict[str, float]:
     """Costs of the online bank on the sensor network, one thread: a batch of ``rows`` rows, all of different users.
 
@@ -256,6 +280,7 @@ def measure(
             + told(ray_rows(folder, rounds, WORKLOADS) if ray else ())
             + told(peer_rows(folder, peers, rounds, WORKLOADS) if peers else ()),
             "scale": told(scale(folder, "stacked", rounds, most)),
+            "evaluation": evaluations(folder, WORKLOADS),
             "bank": bank(),
             "starts": starts(),
         }

@@ -28,8 +28,6 @@ from fedbn.run import Plan, Run
 from fedbn.setting import Setting
 from fedbn.training import batches
 
-TEST_ROWS = 4
-
 
 @dataclass(frozen=True)
 class Workload:
@@ -41,6 +39,7 @@ class Workload:
         classes: how many.
         model: text of the model.
         clients, steps, batch: how many, of how many rows.
+        tests: rows of each client that are not trained on.
     """
 
     name: str
@@ -50,10 +49,11 @@ class Workload:
     clients: int
     steps: int
     batch: int
+    tests: int = 4
 
     def run(self, folder: Path, rounds: int) -> Run:
         """The workload as a run; its random data are written to ``folder``."""
-        path = folder / f"{self.name}-{self.clients}-{self.steps}.npz"
+        path = folder / f"{self.name}-{self.clients}-{self.steps}-{self.tests}.npz"
         if not path.exists():
             _write(self, path)
         plan = Plan(rounds=rounds, batch_size=self.batch, lr=0.01, momentum=0.0, eval_every=rounds, global_test=1)
@@ -88,13 +88,13 @@ def signals() -> nn.Module:
 def _write(work: Workload, path: Path) -> None:
     rng = np.random.default_rng(0)
     train = work.steps * work.batch
-    rows = work.clients * (train + TEST_ROWS)
-    recording = np.tile(np.repeat([0, 1], [train, TEST_ROWS]), work.clients)
+    rows = work.clients * (train + work.tests)
+    recording = np.tile(np.repeat([0, 1], [train, work.tests]), work.clients)
     np.savez(
         path,
         x=rng.standard_normal((rows, *work.shape), dtype=np.float32),
         y=np.arange(rows) % work.classes,
-        user=np.repeat(np.arange(work.clients), train + TEST_ROWS),
+        user=np.repeat(np.arange(work.clients), train + work.tests),
         recording=recording,
     )
 

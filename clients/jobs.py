@@ -20,6 +20,7 @@ from fedbn.moments import Moments
 from fedbn.roles import State
 from fedbn.setting import Setting
 from fedbn.stacked.cohort import Failure
+from fedbn.stacked.tiers import Kind
 from fedbn.strategy import Progress, Update
 
 Result = TypeVar("Result", covariant=True)
@@ -30,10 +31,10 @@ class Job(Protocol[Result]):
     """Work of one client, complete in itself.
 
     Attributes:
-        trains: whether it is a round of training.
+        kind: what a tier knows it as (`fedbn.stacked.tiers.Work`).
     """
 
-    trains: ClassVar[bool]
+    kind: ClassVar[Kind]
 
     def run(self) -> Result:
         """Do it alone."""
@@ -67,7 +68,7 @@ def together(calls: Sequence[Callable[[], Reply]], run: Callable[[list[Any]], Se
 
     >>> @dataclass(frozen=True)
     ... class Double:
-    ...     trains: ClassVar[bool] = False
+    ...     kind: ClassVar[Kind] = "talk"
     ...     number: int = 0
     >>> together([lambda: execute(Double(number=3)), lambda: 7], lambda jobs: [2 * j.number for j in jobs])
     [6, 7]
@@ -97,7 +98,7 @@ def together(calls: Sequence[Callable[[], Reply]], run: Callable[[list[Any]], Se
 class Train:
     """One round of local training."""
 
-    trains: ClassVar[bool] = True
+    kind: ClassVar[Kind] = "train"
     here: Setting
     user: int
     received: State
@@ -115,7 +116,7 @@ class Train:
 class Consult:
     """One exchange about the first batch of a round."""
 
-    trains: ClassVar[bool] = False
+    kind: ClassVar[Kind] = "talk"
     here: Setting
     user: int
     received: State
@@ -132,7 +133,7 @@ class Consult:
 class Evaluate:
     """One user's cells of the evaluation matrix."""
 
-    trains: ClassVar[bool] = False
+    kind: ClassVar[Kind] = "evaluate"
     here: Setting
     user: int
     received: State
@@ -158,7 +159,7 @@ class Evaluate:
 class Settle:
     """One exchange in agreeing on statistics."""
 
-    trains: ClassVar[bool] = False
+    kind: ClassVar[Kind] = "talk"
     here: Setting
     user: int
     received: State

@@ -8,7 +8,7 @@ weights; *online*, following the user's unlabelled test stream, each block predi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -80,6 +80,39 @@ def macro_f1(predicted: Tensor, y: Tensor, classes: int) -> float:
     right = torch.bincount(y[predicted == y], minlength=classes).double()
     met = torch.bincount(y, minlength=classes) + torch.bincount(predicted, minlength=classes)
     return float((2 * right[met > 0] / met[met > 0]).mean())
+
+
+def scores(rows: Sequence[Row], column: Column, outputs: Tensor, y: Tensor, n: Sequence[int]) -> list[Score]:
+    """`score` for K users at once, their examples side by side.
+
+    Args:
+        rows: in the matrix, one a user.
+        column: of all.
+        outputs: logits ``[K, B, classes]``.
+        y: labels ``[K, B]``.
+        n: how many of the B each user has; what stands behind them does not count.
+
+    >>> outputs = torch.tensor([[[2.0, 0.0], [0.0, 2.0]], [[2.0, 0.0], [7.0, 7.0]]])
+    >>> [s.accuracy for s in scores(["own", "own"], "aggregated", outputs, torch.tensor([[0, 0], [0, 0]]), [2, 1])]
+    [0.5, 1.0]
+    """
+    k, width, classes = outputs.shape
+    many = torch.tensor(n, device=y.device)
+    counts = torch.arange(width, device=y.device) < many[:, None]
+    predicted = outputs.argmax(2)
+    right = (predicted == y) & counts
+    first = torch.arange(k, device=y.device)[:, None] * classes
+
+    def count(labels: Tensor, among: Tensor) -> Tensor:
+        return torch.bincount((labels + first)[among], minlength=k * classes).view(k, classes)
+
+    met = count(y, counts) + count(predicted, counts)
+    f1 = (2 * count(y, right).double() / met.clamp_min(1)).sum(1) / (met > 0).sum(1)
+    losses = F.cross_entropy(outputs.double().flatten(0, 1), y.flatten(), reduction="none").view(k, width)
+    loss = torch.where(counts, losses, 0).sum(1) / many
+    accuracy = right.sum(1).double() / many
+    values = zip(rows, n, accuracy.tolist(), f1.tolist(), loss.tolist(), strict=True)
+    return [Score(row, column, *numbers) for row, *numbers in values]
 
 
 def evaluate_user(

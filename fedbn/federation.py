@@ -299,9 +299,24 @@ def client_evaluation(
         registry: statistics by client, for rules that start from the population; an unseen user is also scored from
             every start they allow.
     """
-    person = here.population.users[user]
     state = user_state(here, user, received, kept)
-    scores = evaluate_user(
+    return [
+        *cells(here, user, state, columns, globally, registry),
+        *(newcomer_cells(here, user, state, registry) if registry else ()),
+    ]
+
+
+def cells(
+    here: Setting,
+    user: int,
+    state: State,
+    columns: tuple[Column, ...],
+    globally: tuple[Column, ...],
+    registry: dict[int, State] | None,
+) -> list[Score]:
+    """A user's cells of some columns, given its whole model (`user_state`); else as `client_evaluation`."""
+    person = here.population.users[user]
+    return evaluate_user(
         here.scratch,
         state,
         calibration=person.train.x,
@@ -315,10 +330,17 @@ def client_evaluation(
         prior=population(here, state, registry, person.train.x) if registry and here.asks_population else None,
         follow=here.strategy.follow,
     )
-    if registry and user in here.population.unseen:
-        for name, start in starts(here, state, registry, person.train.x).items():
-            scores.append(score("unseen", name, logits(here.load(start), person.test.x), person.test.y))
-    return scores
+
+
+def newcomer_cells(here: Setting, user: int, state: State, registry: dict[int, State]) -> list[Score]:
+    """The cells of an unseen user for every start that other clients' statistics allow; none of a seen one's."""
+    if user not in here.population.unseen:
+        return []
+    person = here.population.users[user]
+    return [
+        score("unseen", name, logits(here.load(start), person.test.x), person.test.y)
+        for name, start in starts(here, state, registry, person.train.x).items()
+    ]
 
 
 def client_talk(

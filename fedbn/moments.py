@@ -23,12 +23,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Moments:
-    """Count, mean and sum of squared deviations per channel.
+    """Count, mean and sum of squared deviations per channel; of one set of values, or of K sets side by side.
 
     Attributes:
-        n: 0-d float64, how many values each channel has seen (samples times positions).
-        mean: ``[C]`` float64.
-        m2: ``[C]`` float64, non-negative.
+        n: 0-d float64, how many values each channel has seen (samples times positions); ``[K, 1]`` of K sets.
+        mean: ``[C]`` float64; ``[K, C]`` of K sets.
+        m2: as ``mean``, non-negative.
     """
 
     n: Tensor
@@ -69,14 +69,14 @@ class Moments:
             ValueError: fewer values than the definition needs.
         """
         dof = self.n - 1 if unbiased else self.n
-        if dof <= 0:
-            raise ValueError(f"{float(self.n):g} values have no {'unbiased ' if unbiased else ''}variance")
+        if (dof <= 0).any():
+            raise ValueError(f"{float(self.n.min()):g} values have no {'unbiased ' if unbiased else ''}variance")
         return self.m2 / dof
 
     def merge(self, other: Moments) -> Moments:
         """Moments of the union of two disjoint sets."""
         n = self.n + other.n
-        if n == 0:
+        if not n.any():
             return self
         delta = other.mean - self.mean
         share = other.n / n

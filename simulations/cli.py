@@ -164,7 +164,7 @@ def compare(
     grid: Annotated[str | None, typer.Option(help="Learning rates for --tune, comma-separated.")] = None,
     engine: Annotated[
         str,
-        typer.Option(help="grid:stacked trains clients side by side; grid, reference and ray agree bit for bit."),
+        typer.Option(help="grid:stacked trains and scores side by side; grid, reference and ray agree bit for bit."),
     ] = "grid:stacked",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
     rule: Annotated[

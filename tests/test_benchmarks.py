@@ -16,7 +16,7 @@ from benchmarks import measure, peers, workloads
 from benchmarks.loop import Loop
 from benchmarks.measure import grid_rounds, ratios, scale
 from benchmarks.soak import growth
-from benchmarks.workloads import TEST_ROWS, WORKLOADS, bare_loop
+from benchmarks.workloads import WORKLOADS, bare_loop
 from fedbn.errors import UserError
 from fedbn.federation import federate
 from fedbn.setting import setting
@@ -32,7 +32,7 @@ def test_the_workloads_are_as_the_table_says(tmp_path):
         here = setting(replace(work, clients=2).run(tmp_path, 1))
         sizes = {len(u.train) for u in here.population.users}
         assert sizes == {work.steps * work.batch}
-        assert {len(u.test) for u in here.population.users} == {TEST_ROWS}
+        assert {len(u.test) for u in here.population.users} == {work.tests}
         assert f"{sum(p.numel() for p in here.scratch.parameters()):,}" in str(workloads.__doc__)
 
 
@@ -108,6 +108,7 @@ def test_the_command_writes_prints_stores_and_warns(tmp_path, monkeypatch, capsy
     result = {
         "ratios": [row, peer],
         "scale": [{"clients": 10, "steps": 1, "seconds": 0.1, "data": 10**6, "memory": 2 * 10**6}],
+        "evaluation": {"W3": 0.1},
         "bank": {"predict, ratio to stock": 1.2},
         "starts": {"import": 1.0},
     }

@@ -28,7 +28,7 @@ from fedbn.setting import Setting, setting
 from fedbn.stacked.cohort import Cohort, Failure
 from fedbn.stacked.fit import Descent, Trainee, agenda, fit_stack
 from fedbn.stacked.program import program
-from fedbn.stacked.tiers import Tiers, cores, parse_tier, width
+from fedbn.stacked.tiers import Kind, Tiers, cores, parse_tier, width
 from fedbn.stacked.twins import Unstackable
 from fedbn.strategy import Ownership, Progress, strategies
 from simulations.app import Listener, conduct
@@ -492,7 +492,7 @@ def test_stacks_are_even_and_cover_all(clients):
 
 @dataclass(frozen=True)
 class Job:
-    trains: ClassVar[bool] = False
+    kind: ClassVar[Kind] = "talk"
     number: int
 
     def run(self):

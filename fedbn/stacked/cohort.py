@@ -8,10 +8,10 @@ from functools import cached_property
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedbn.federation import ASIDE, OPTIMIZER
-from fedbn.personal import Personalisation
+from fedbn.personal import Personalisation, Plain
 from fedbn.roles import State
 from fedbn.seeds import generator
 from fedbn.setting import EVERYONE, Setting
@@ -111,6 +111,24 @@ class Cohort:
         state = model.state_dict()
         if any(not torch.equal(state[n], v) for n, v in here.initial.items()):
             raise Unstackable(f"{here.strategy.name} changes the model before training")
+        return self._read(model)
+
+    def evaluation_twin(self) -> Program:
+        """The stacked twin of the run's model in evaluation; to be used before the mode changes.
+
+        Raises:
+            Unstackable: the model has unknown parts, or users are served models that are made in another way.
+        """
+        here = self.here
+        if not isinstance(here.personal, Plain):
+            raise Unstackable(f"{here.personal.name} serves models of its own")
+        model = here.scratch.eval()
+        watched = (twin := self._read(model)).watched
+        if any(model.get_submodule(path).running_mean is None for path in watched):
+            raise Unstackable("examples of a batch are normalised together in evaluation too")
+        return twin
+
+    def _read(self, model: nn.Module) -> Program:
         refuse_hooks(model)
         mode = tuple((id(m), m.training) for m in model.modules())
         if mode not in self.twins:

@@ -48,6 +48,7 @@ class _Layer:
     """A layer's place in the program: where its tensors are and how it is computed."""
 
     module: nn.Module
+    path: str
     twin: Twin
     names: tuple[tuple[str, str], ...]
 
@@ -99,6 +100,12 @@ class Program:
         return tuple(k["weight"] for k in keys if {k["weight"], k.get("bias")} <= set(self.trained))
 
     @cached_property
+    def watched(self) -> list[str]:
+        """Paths of the layers with statistics of batches, in the order in which they are computed."""
+        calls = [self.layers[n.name] for n in self.graph.nodes if n.op == "call_module"]
+        return [layer.path for layer in calls if layer.twin is batch_norm]
+
+    @cached_property
     def draws(self) -> bool:
         """Whether a step needs random numbers."""
         return any(layer.twin is dropout for layer in self.layers.values())
@@ -120,6 +127,7 @@ class Program:
         across: bool = False,
         stepping: Container[str] = (),
         lr: float | None = None,
+        watch: Callable[[str, Tensor], None] | None = None,
     ) -> Callable[[Tensor], Tensor]:
         """The forward pass ``[B, K*C, *positions]`` -> ``[B, K*classes]`` of K clients.
 
@@ -132,6 +140,7 @@ class Program:
             across: whether activations are ``[K, C, B]``, examples last; only if `across` allows it.
             stepping: linear layers' weights, of one client, that step by themselves (`_Stepping`).
             lr: their rate.
+            watch: told the path and the input of each layer of `watched` before it is computed.
         """
         steps: list[tuple[fx.Node, Callable[..., Any], bool, Any, dict[str, Any]]] = []
         first = last = next(iter(self.graph.nodes))
@@ -150,6 +159,8 @@ class Program:
                 compute: Callable[..., Any] = partial(layer.twin, layer.module, here)
                 if node in late.values():
                     compute = _then_relu(compute)
+                if watch is not None and layer.twin is batch_norm:
+                    compute = _told(compute, partial(watch, layer.path))
                 steps.append((node, compute, layer.twin in TALL and not across, node.args, {}))
             else:
                 twin = METHODS[node.target] if node.op == "call_method" else FUNCTIONS[node.target]
@@ -195,6 +206,14 @@ class Program:
 
 def _then_relu(compute: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda x: F.relu(compute(x))
+
+
+def _told(compute: Callable[..., Tensor], tell: Callable[[Tensor], None]) -> Callable[..., Tensor]:
+    def told(x: Tensor) -> Tensor:
+        tell(x)
+        return compute(x)
+
+    return told
 
 
 def _value(of: Any, values: dict[fx.Node, Any]) -> Any:
@@ -268,4 +287,4 @@ def _layer(module: nn.Module, path: str, node: fx.Node) -> _Layer:
         raise Unstackable(f"{path} averages cumulatively (momentum=None)")
     if getattr(module, "return_indices", False):
         raise Unstackable(f"{path} returns indices")
-    return _Layer(module, TWINS[kind], tuple((n, f"{path}.{n}") for n in module.state_dict()))
+    return _Layer(module, path, TWINS[kind], tuple((n, f"{path}.{n}") for n in module.state_dict()))

@@ -25,19 +25,28 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar, Literal, Protocol, cast, get_args
 
 import torch
 
 from fedbn.errors import unknown
+from fedbn.evaluation import Column, Score
+from fedbn.federation import cells, newcomer_cells, user_state
+from fedbn.online.blocks import BLOCK
+from fedbn.recalibration import CHUNK
+from fedbn.roles import State, statistics_layers
 from fedbn.setting import Setting
 from fedbn.stacked.cohort import Cohort, Failure, Round
+from fedbn.stacked.evaluate import Evaluation, evaluate_stack, stackable
 from fedbn.stacked.program import Program
 from fedbn.stacked.twins import Unstackable
 from fedbn.strategy import NormStrategy, Progress
 from fedbn.training import fit
 
 log = logging.getLogger(__name__)
+
+Kind = Literal["train", "evaluate", "talk"]
 
 Tier = Literal["exact", "auto", "one", "threads", "lean", "stacked"]
 
@@ -53,10 +62,11 @@ class Work(Protocol):
     """A job of one client, complete in itself; a dataclass.
 
     Attributes:
-        trains: whether it is a `fedbn.stacked.cohort.Round` of training.
+        kind: ``train``, a `fedbn.stacked.cohort.Round`; ``evaluate``, a `fedbn.stacked.evaluate.Evaluation`; or
+            ``talk``, one exchange about statistics.
     """
 
-    trains: ClassVar[bool]
+    kind: ClassVar[Kind]
 
     @property
     def here(self) -> Setting: ...
@@ -122,11 +132,15 @@ class Tiers:
     def run(self, jobs: Sequence[Work]) -> list[Any]:
         """Results of all jobs, which are of one kind and run, in their order; a `Failure` for one that raised."""
         self._meet(jobs[0].here)
-        if jobs[0].trains and self.tier in ("auto", "lean", "stacked"):
+        if self.tier in ("auto", "lean", "stacked"):
             try:
-                return self._stacked(cast(Sequence[Round], jobs))
+                if jobs[0].kind == "train":
+                    return self._stacked(cast(Sequence[Round], jobs))
+                if jobs[0].kind == "evaluate":
+                    return self._evaluated(cast(Sequence[Evaluation], jobs))
             except Unstackable as reason:
-                self._tell(f"training client by client: {reason}")
+                words = {"train": "training client by client", "evaluate": "evaluating user by user"}
+                self._tell(f"{words[jobs[0].kind]}: {reason}")
         return self._exactly(jobs)
 
     def _tell(self, message: str) -> None:
@@ -136,19 +150,19 @@ class Tiers:
 
     def _exactly(self, jobs: Sequence[Work]) -> list[Any]:
         if self.tier == "one" or self.threads == 1 or len(jobs) == 1 or not self._independent():
-            return [_attempt(job) for job in jobs]
+            return [_attempt(job.run) for job in jobs]
         done: list[Any] = []
         if self.tier != "threads":
-            while jobs[0].trains and self._timed < 3 and len(done) < len(jobs):
+            while jobs[0].kind == "train" and self._timed < 3 and len(done) < len(jobs):
                 done.append(self._attempt_timed(jobs[len(done)]))
             if not WORTH_A_THREAD <= self._step < float("inf"):
-                return done + [_attempt(job) for job in jobs[len(done) :]]
+                return done + [_attempt(job.run) for job in jobs[len(done) :]]
         rest = jobs[len(done) :]
-        return done + self._on_threads(rest, lambda job, here: _attempt(replace(cast(Any, job), here=here)))
+        return done + self._on_threads(rest, lambda job, here: _attempt(replace(cast(Any, job), here=here).run))
 
     def _attempt_timed(self, job: Work) -> Any:
         began = time.perf_counter()
-        result = _attempt(job)
+        result = _attempt(job.run)
         plan = job.here.run.plan
         steps = -(-len(job.here.training_data(cast(Round, job).user)) // plan.batch_size) * plan.local_epochs
         self._step = min(self._step, (time.perf_counter() - began) / steps)
@@ -207,6 +221,54 @@ class Tiers:
             done += [self._cohort.train(part, twin) for part in parts[len(together) :]]
         return [result for part in done for result in part]
 
+    def _evaluated(self, jobs: Sequence[Evaluation]) -> list[Any]:
+        here = jobs[0].here
+        self._cohort.evaluation_twin()  # raises where there is none
+        if any(job.columns != jobs[0].columns for job in jobs):
+            raise Unstackable("users are asked for different columns")
+        results: dict[int, Any] = {}
+        states: dict[int, State] = {}
+        for i, job in enumerate(jobs):
+            made = _attempt(partial(user_state, here, job.user, job.received, job.kept))
+            results[i], states[i] = (made, {}) if isinstance(made, Failure) else ([], made)
+        for column in jobs[0].columns:
+            if column != "aggregated" and not statistics_layers(here.scratch):
+                continue
+            able = [i for i, result in results.items() if not isinstance(result, Failure)]
+            found = self._column([jobs[i] for i in able], [states[i] for i in able], column) if able else []
+            for i, cells_ in zip(able, found, strict=True):
+                results[i] = cells_ if isinstance(cells_, Failure) else results[i] + cells_
+        for i, job in enumerate(jobs):
+            if job.registry and not isinstance(results[i], Failure):
+                results[i] += newcomer_cells(here, job.user, states[i], job.registry)
+        return [results[i] for i in range(len(jobs))]
+
+    def _column(self, jobs: Sequence[Evaluation], states: Sequence[State], column: Column) -> list[Any]:
+        """A column of the matrix for all users, in stacks as wide as what is computed at once allows."""
+        here, twin = jobs[0].here, self._cohort.evaluation_twin()
+        if not stackable(here, twin, column):
+            asked = [(column,) if column in job.globally else () for job in jobs]
+            return [
+                _attempt(partial(cells, here, job.user, state, (column,), globally, job.registry))
+                for job, state, globally in zip(jobs, states, asked, strict=True)
+            ]
+        people = [here.population.users[job.user] for job in jobs]
+        most = max(len(p.train if column == "recalibrated" else p.test) for p in people)
+        at_once = BLOCK if column == "online" else CHUNK
+        size = 1 if self.tier == "lean" else width(here, len(jobs), min(at_once, most))
+        parts = [slice(i, i + size) for i in range(0, len(jobs), size)]
+
+        def stack(part: slice, _: Setting) -> list[list[Score]]:
+            return evaluate_stack(here, twin, jobs[part], states[part], column)
+
+        began = time.perf_counter()
+        done = stack(parts[0], here)
+        a_pass = (time.perf_counter() - began) / -(-most // at_once)
+
+        if self.threads > 1 and a_pass > WORTH_A_THREAD:
+            return done + [cell for part in self._on_threads(parts[1:], stack) for cell in part]
+        return done + [cell for part in parts[1:] for cell in stack(part, here)]
+
     def _fastest(self, rounds: Sequence[Round], twin: Program, wide: int) -> Tier:
         """The tier in which a round takes least, from one step of the first clients in each; measured once a run."""
         if self._chosen is None:
@@ -225,10 +287,15 @@ class Tiers:
         return self._chosen
 
 
-def width(here: Setting, clients: int) -> int:
+def width(here: Setting, clients: int, rows: int | None = None) -> int:
     """How many clients to put into one stack: about the same number in each, whatever the number of threads.
 
     Sums come out a little differently in a stack of another width; so it depends on the work alone.
+
+    Args:
+        here: the run's setting.
+        clients: how many there are.
+        rows: how many rows of each are computed at once; a step's by default.
 
     >>> from fedbn.run import Plan, Run
     >>> from fedbn.setting import setting
@@ -236,7 +303,7 @@ def width(here: Setting, clients: int) -> int:
     100
     """
     data = here.training_data(here.trainers[0])
-    inputs = data.x[0].numel() * data.x.element_size() * min(here.run.plan.batch_size, len(data))
+    inputs = data.x[0].numel() * data.x.element_size() * (rows or min(here.run.plan.batch_size, len(data)))
     stacks = -(-clients // max(1, min(WIDEST, CACHED // inputs)))
     return -(-clients // stacks)
 
@@ -260,8 +327,8 @@ def _seconds(do: Callable[[], None]) -> float:
     return min(spent[1:])
 
 
-def _attempt(job: Work) -> Any:
+def _attempt(do: Callable[[], Any]) -> Any:
     try:
-        return job.run()
+        return do()
     except Exception as error:
         return Failure(error)
