@@ -101,7 +101,9 @@ class Held(ArrayRecord):
 
     def copy(self) -> Self:
         """A record with the same content."""
-        return self.__class__(self.state) if self.state is not None else super().copy()
+        copy = super().copy()
+        copy.state = self.state
+        return copy
 
 
 def _opened(name: str) -> Callable[..., Any]:

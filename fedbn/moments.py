@@ -136,6 +136,9 @@ def pooled(parts: Iterable[Moments]) -> Moments:
 MANY = 2**16
 """Elements up to which many values are averaged at once; a copy of all of larger ones would cost more than it saves."""
 
+PART = 1024
+"""How many values are averaged at once: more would only be copied to use memory."""
+
 
 def naive_mean(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """Weighted mean accumulated in float64, given back in the values' dtype.
@@ -146,8 +149,11 @@ def naive_mean(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     total, first = float(sum(weights)), values[0]
     if first.numel() <= MANY:
         shares = torch.tensor(weights, dtype=torch.float64, device=first.device) / total
-        flat = torch.stack(list(values)).double().reshape(len(values), -1)
-        return (flat * shares[:, None]).sum(0).view(first.shape).to(first.dtype)
+        mean = torch.zeros(first.numel(), dtype=torch.float64, device=first.device)
+        for i in range(0, len(values), PART):
+            flat = torch.stack(list(values[i : i + PART])).double().reshape(-1, first.numel())
+            mean += (flat * shares[i : i + PART, None]).sum(0)
+        return mean.view(first.shape).to(first.dtype)
     acc = torch.zeros_like(first, dtype=torch.float64)
     for value, weight in zip(values, weights, strict=True):
         acc.add_(value, alpha=weight / total)

@@ -17,6 +17,7 @@ from flwr.serverapp import Grid
 
 from clients.jobs import together
 from fedbn.stacked.tiers import WIDEST, Tier, Tiers
+from simulations.client_states import ClientStates
 from simulations.flower_compat import (
     CLIENT_APP_RAISED,
     NODE_UNAVAILABLE,
@@ -66,6 +67,7 @@ class InProcessGrid(Grid):
         self.contexts: dict[int, Context] = {}
         self._run, self._first, self._fault = flower_run(run_id), first_node, fault
         self._tiers = Tiers(tier)
+        self._states = ClientStates(nodes)
         self._replies: dict[str, Message] = {}
         self._sent = 0
 
@@ -150,7 +152,9 @@ class InProcessGrid(Grid):
             return Message(Error(NODE_UNAVAILABLE, reason), reply_to=message)
         before = copy_records(context.state)
         try:
-            return self.client_app(with_content(message, copy_records(message.content)), context)
+            reply = self.client_app(with_content(message, copy_records(message.content)), context)
+            self._states.keep(context.node_id, context.state)
+            return reply
         except Exception as error:  # as everywhere in Flower: an error reply, and the run goes on
             context.state = before
             trace = traceback.format_exc(limit=-4)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given
@@ -66,6 +68,15 @@ def test_moments_agree_with_torch_for_any_number_of_positions(shape):
     m = Moments.of(x)
     torch.testing.assert_close(m.mean, x.double().mean(dims))
     torch.testing.assert_close(m.variance(unbiased=True), x.double().var(dims, correction=1))
+
+
+@given(st.integers(1, 9), st.integers(1, 4))
+def test_a_mean_of_many_is_made_in_parts(count, part):
+    values = [torch.tensor([[float(i), -1.0]]) for i in range(count)]
+    with mock.patch("fedbn.moments.PART", part):
+        found = naive_mean(values, [i + 1 for i in range(count)])
+    expected = sum(i * (i + 1) for i in range(count)) / sum(range(1, count + 1))
+    assert found.tolist() == [[pytest.approx(expected), -1.0]]
 
 
 def test_pooled_variance_adds_the_spread_of_the_means_that_the_naive_mean_drops():
