@@ -106,7 +106,7 @@ def test_streams_end_one_after_the_other_in_stacks_of_any_width(monkeypatch):
     jobs = jobs_of(here, *trained(here))
     expected = alone(jobs)
     for wide in (1, 2, 3, 7):
-        monkeypatch.setattr("fedbn.stacked.tiers.width", lambda *_, wide=wide: wide)
+        monkeypatch.setattr("fedbn.stacked.tiers.width", lambda *_, wide=wide, **__: wide)
         agree(Tiers("stacked", 1).run(jobs), expected)
 
 
@@ -119,7 +119,7 @@ def test_a_prior_of_nothing_and_one_that_never_moves():
 
 def test_on_threads_the_same_bits(monkeypatch):
     monkeypatch.setattr("fedbn.stacked.tiers.WORTH_A_THREAD", 0.0)
-    monkeypatch.setattr("fedbn.stacked.tiers.width", lambda *_: 2)
+    monkeypatch.setattr("fedbn.stacked.tiers.width", lambda *_, **__: 2)
     here = with_tests(setting(ragged("fedbn", "small-cnn")))
     jobs = jobs_of(here, *trained(here))
     assert Tiers("stacked", 2).run(jobs) == Tiers("stacked", 1).run(jobs)

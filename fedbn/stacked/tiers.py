@@ -57,6 +57,9 @@ WIDEST = 128
 CACHED = 2**20
 """Most clients in a stack, and most bytes of one step's inputs: beyond, the activations leave the cache."""
 
+NARROW = 8
+"""Users from which on a stack is wide enough to be scored."""
+
 
 class Work(Protocol):
     """A job of one client, complete in itself; a dataclass.
@@ -127,6 +130,7 @@ class Tiers:
             self._chosen: Tier | None = None
             self._step = float("inf")
             self._timed = 0
+            self._a_row: float | None = None
             self._quiet: bool | None = None
 
     def run(self, jobs: Sequence[Work]) -> list[Any]:
@@ -255,19 +259,22 @@ class Tiers:
         people = [here.population.users[job.user] for job in jobs]
         most = max(len(p.train if column == "recalibrated" else p.test) for p in people)
         at_once = BLOCK if column == "online" else CHUNK
-        size = 1 if self.tier == "lean" else width(here, len(jobs), min(at_once, most))
+        rows = min(at_once, most)
+        wide, narrow = (width(here, len(jobs), rows, of=part) for part in (1.0, 0.25))
+        size = 1 if self.tier == "lean" else min(wide, max(narrow, NARROW))  # narrower ones are more, for all cores
         parts = [slice(i, i + size) for i in range(0, len(jobs), size)]
 
         def stack(part: slice, _: Setting) -> list[list[Score]]:
             return evaluate_stack(here, twin, jobs[part], states[part], column)
 
-        began = time.perf_counter()
-        done = stack(parts[0], here)
-        a_pass = (time.perf_counter() - began) / -(-most // at_once)
-
-        if self.threads > 1 and a_pass > WORTH_A_THREAD:
-            return done + [cell for part in self._on_threads(parts[1:], stack) for cell in part]
-        return done + [cell for part in parts[1:] for cell in stack(part, here)]
+        done: list[Any] = []
+        if self._a_row is None:
+            began = time.perf_counter()
+            done += stack(parts.pop(0), here)
+            self._a_row = (time.perf_counter() - began) / (len(done) * most)
+        if self.threads > 1 and len(parts) > 1 and self._a_row * size * rows > WORTH_A_THREAD:
+            return done + [cell for part in self._on_threads(parts, stack) for cell in part]
+        return done + [cell for part in parts for cell in stack(part, here)]
 
     def _fastest(self, rounds: Sequence[Round], twin: Program, wide: int) -> Tier:
         """The tier in which a round takes least, from one step of the first clients in each; measured once a run."""
@@ -287,7 +294,7 @@ class Tiers:
         return self._chosen
 
 
-def width(here: Setting, clients: int, rows: int | None = None) -> int:
+def width(here: Setting, clients: int, rows: int | None = None, of: float = 1.0) -> int:
     """How many clients to put into one stack: about the same number in each, whatever the number of threads.
 
     Sums come out a little differently in a stack of another width; so it depends on the work alone.
@@ -296,6 +303,7 @@ def width(here: Setting, clients: int, rows: int | None = None) -> int:
         here: the run's setting.
         clients: how many there are.
         rows: how many rows of each are computed at once; a step's by default.
+        of: the share of the cache to use.
 
     >>> from fedbn.run import Plan, Run
     >>> from fedbn.setting import setting
@@ -304,7 +312,7 @@ def width(here: Setting, clients: int, rows: int | None = None) -> int:
     """
     data = here.training_data(here.trainers[0])
     inputs = data.x[0].numel() * data.x.element_size() * (rows or min(here.run.plan.batch_size, len(data)))
-    stacks = -(-clients // max(1, min(WIDEST, CACHED // inputs)))
+    stacks = -(-clients // max(1, min(WIDEST, int(of * CACHED) // inputs)))
     return -(-clients // stacks)
 
 
