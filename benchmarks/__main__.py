@@ -76,7 +76,9 @@ def blocks(result: dict[str, Any]) -> dict[str, str]:
         {
             "clients": f"{row['clients']}",
             "steps each": f"{row['steps']}",
+            "bare loop ms": f"{1e3 * row['loop']:.1f}",
             "round ms": f"{1e3 * row['seconds']:.1f}",
+            "share of the loop": f"{row['seconds'] / row['loop']:.3f}",
             "µs a step": f"{1e6 * row['seconds'] / (row['clients'] * row['steps']):.0f}",
             "data MB": f"{row['data'] / 1e6:.0f}",
             "memory MB": f"{row['memory'] / 1e6:.0f}",
@@ -150,10 +152,13 @@ def draw(result: dict[str, Any], path: Path) -> None:
     left.set_xscale("log")
     left.set_xlabel("time of a round, share of the bare loop's")
     figure.legend(loc="outside upper left")
-    right.loglog([row["clients"] for row in result["scale"]], [row["seconds"] for row in result["scale"]], marker="o")
+    for what, label in (("loop", "bare loop"), ("seconds", "engine")):
+        clients = [row["clients"] for row in result["scale"]]
+        right.loglog(clients, [row[what] for row in result["scale"]], marker="o", label=label)
     right.set_xlabel("clients, at constant work")
     right.set_ylabel("seconds a round")
     right.set_ylim(bottom=0.01)
+    right.legend()
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

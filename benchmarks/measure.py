@@ -142,7 +142,7 @@ def peer_rows(folder: Path, python: str, rounds: int, works: Sequence[Workload])
 
 
 def scale(folder: Path, tier: Tier, rounds: int, most: int) -> Iterator[dict[str, object]]:
-    """Rounds of W3 with more and more clients that together take ever the same number of steps.
+    """Rounds of W3 with more and more clients that together take ever the same number of steps, beside the bare loop.
 
     Each number of clients has a process of its own, whose memory is then its own too.
     """
@@ -163,9 +163,17 @@ def _scaled(folder: Path, tier: Tier, rounds: int, steps: int, clients: int) -> 
     run = work.run(folder, rounds)
     data = sum(u.train.x.nbytes + u.test.x.nbytes for u in setting(run).population.users)
     before = _peak()
-    seconds = min(grid_rounds(run, tier).wall)
+    with Loop(run) as loop:
+        seconds = min(grid_rounds(run, tier, loop.round).wall)
     grown = _peak() - before
-    return {"clients": clients, "steps": work.steps, "seconds": seconds, "data": data, "memory": grown}
+    return {
+        "clients": clients,
+        "steps": work.steps,
+        "seconds": seconds,
+        "loop": min(loop.wall),
+        "data": data,
+        "memory": grown,
+    }
 
 
 def _peak() -> int:

@@ -107,7 +107,7 @@ def test_the_command_writes_prints_stores_and_warns(tmp_path, monkeypatch, capsy
     peer = row | {"engine": "pfl", "ratio of CPU time": None, "target": None}
     result = {
         "ratios": [row, peer],
-        "scale": [{"clients": 10, "steps": 1, "seconds": 0.1, "data": 10**6, "memory": 2 * 10**6}],
+        "scale": [{"clients": 10, "steps": 1, "seconds": 0.1, "loop": 0.4, "data": 10**6, "memory": 2 * 10**6}],
         "evaluation": {"W3": 0.1},
         "bank": {"predict, ratio to stock": 1.2},
         "starts": {"import": 1.0},
@@ -125,7 +125,7 @@ def test_the_command_writes_prints_stores_and_warns(tmp_path, monkeypatch, capsy
     out, err = capsys.readouterr()
     assert "| W3 | grid:auto | 100.0 | 10.0 | 0.100 | 0.200 | 0.300 | 0.05 |" in out
     assert "| W3 | pfl | 100.0 | 10.0 | 0.100 | 0.200 |  |  |" in out
-    assert "| 10 | 1 | 100.0 | 10000 | 1 | 2 |" in out
+    assert "| 10 | 1 | 400.0 | 100.0 | 0.250 | 10000 | 1 | 2 |" in out
     assert "| bank, predict, ratio to stock | 1.20 |" in out
     assert not err
     monkeypatch.setattr(
