@@ -244,7 +244,7 @@ def test_full_normalisation_forgets_the_wrong_gradient_and_bn_does_not():
 def test_fedtans_first_gradient_is_that_of_all_data_and_global_bns_is_not():
     exact = fedtan.gradients("fedtan sorted", 0, True)
     naive = fedtan.gradients("global-naive sorted", 0, True)
-    assert max(exact.values()) < 1e-5
+    assert max(exact.values()) < 1e-4
     assert min(naive.values()) > 0.1
     assert set(exact) == {f"gradient deviation: fedtan sorted {i}" for i in fedtan.LAYERS}
 
