@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from fedbn.errors import UserError
 from fedbn.roles import State
 
 log = logging.getLogger(__name__)
+
+INFO = Path("/proc/meminfo")
 
 SHARE = 0.5
 """Of the memory that is available, what all nodes' states may take."""
@@ -130,8 +133,12 @@ def _mapped(count: int, most: int) -> list[Tensor]:
 
 
 def available() -> int:
-    """Bytes of memory that can still be had."""
-    info = Path("/proc/meminfo")
-    if info.exists():
-        return 1024 * int(info.read_text(encoding="utf-8").split("MemAvailable:")[1].split()[0])
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    """Bytes of memory that can still be had; all that the machine has, where the system does not say.
+
+    Where it says neither, states stay in memory.
+    """
+    if INFO.exists():
+        return 1024 * int(INFO.read_text(encoding="utf-8").split("MemAvailable:")[1].split()[0])
+    if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return sys.maxsize

@@ -150,4 +150,15 @@ def test_a_disk_that_fills_up_is_said(little, monkeypatch):
 def test_sizes():
     assert size({"a": torch.zeros(17), "b": torch.zeros((), dtype=torch.int64), "c": torch.zeros(0)}) == 128 + 64
     assert 10**6 < available() < 10**14
+
+
+def test_memory_where_linux_is_not(tmp_path, monkeypatch):
+    free = available()
+    monkeypatch.setattr(client_states, "INFO", tmp_path / "meminfo")
+    assert free < available() < 10**14
+    monkeypatch.delattr("os.sysconf_names")
+    assert available() > 10**17
+
+
+def test_a_grid_has_room_for_its_nodes():
     assert InProcessGrid(client_app, 3, {})._states.nodes == 3
