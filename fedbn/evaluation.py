@@ -77,9 +77,14 @@ def macro_f1(predicted: Tensor, y: Tensor, classes: int) -> float:
     >>> macro_f1(torch.tensor([0, 0, 1]), torch.tensor([0, 1, 1]), classes=3)
     0.6666666666666666
     """
-    right = torch.bincount(y[predicted == y], minlength=classes).double()
+    right = torch.bincount(y[predicted == y], minlength=classes)
     met = torch.bincount(y, minlength=classes) + torch.bincount(predicted, minlength=classes)
-    return float((2 * right[met > 0] / met[met > 0]).mean())
+    return float(_mean_f1(right, met))
+
+
+def _mean_f1(right: Tensor, met: Tensor) -> Tensor:
+    """Mean of F1 over the classes on the last axis, of how often each is right, and how often true or predicted."""
+    return (2 * right.double() / met.clamp_min(1)).sum(-1) / (met > 0).sum(-1)
 
 
 def scores(rows: Sequence[Row], column: Column, outputs: Tensor, y: Tensor, n: Sequence[int]) -> list[Score]:
@@ -107,7 +112,7 @@ def scores(rows: Sequence[Row], column: Column, outputs: Tensor, y: Tensor, n: S
         return torch.bincount((labels + first)[among], minlength=k * classes).view(k, classes)
 
     met = count(y, counts) + count(predicted, counts)
-    f1 = (2 * count(y, right).double() / met.clamp_min(1)).sum(1) / (met > 0).sum(1)
+    f1 = _mean_f1(count(y, right), met)
     losses = F.cross_entropy(outputs.double().flatten(0, 1), y.flatten(), reduction="none").view(k, width)
     loss = torch.where(counts, losses, 0).sum(1) / many
     accuracy = right.sum(1).double() / many

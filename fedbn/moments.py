@@ -73,6 +73,18 @@ class Moments:
             raise ValueError(f"{float(self.n.min()):g} values have no {'unbiased ' if unbiased else ''}variance")
         return self.m2 / dof
 
+    def stored_variance(self) -> Tensor:
+        """Variance as PyTorch stores it: unbiased; of a single value zero.
+
+        >>> Moments.of(torch.tensor([[3.0]])).stored_variance()
+        tensor([0.], dtype=torch.float64)
+
+        Raises:
+            ValueError: there are no values.
+        """
+        dof = torch.where(self.n > 1, self.n - 1, self.n)
+        return Moments(dof, self.mean, self.m2).variance()
+
     def merge(self, other: Moments) -> Moments:
         """Moments of the union of two disjoint sets."""
         n = self.n + other.n

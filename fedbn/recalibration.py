@@ -24,14 +24,14 @@ CHUNK = 512
 """Rows a forward pass takes at once."""
 
 
-class _Reached(Exception):
-    """Raised by a hook to stop a forward pass at the layer of interest."""
+class Reached(Exception):
+    """Raised to stop a forward pass at the layer of interest."""
 
 
 def set_statistics(layer: nn.Module, moments: Moments) -> None:
     """Write mean and (as PyTorch stores it) unbiased variance into a layer, in place."""
     bn = cast(Any, layer)
-    variance = moments.variance(unbiased=bool(moments.n > 1))
+    variance = moments.stored_variance()
     with torch.no_grad():
         bn.running_mean.copy_(moments.mean)
         bn.running_var.copy_(variance)
@@ -56,14 +56,14 @@ def layer_moments(model: nn.Module, path: str, x: Tensor) -> Moments | None:
 
     def see(_path: str, value: Tensor) -> None:
         total.append(Moments.of(value))
-        raise _Reached
+        raise Reached
 
     model.eval()
     with torch.no_grad(), inputs_of({path: layer}, see):
         for rows in x.split(CHUNK):
             try:
                 model(rows)
-            except _Reached:
+            except Reached:
                 continue
     return pooled(total) if total else None
 

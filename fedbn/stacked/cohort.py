@@ -29,8 +29,8 @@ class Failure:
     error: Exception
 
 
-class Round(Protocol):
-    """One client's round of training, not yet done: what `client_round` is given."""
+class Assignment(Protocol):
+    """What a user is to do, not yet done, and the entries its model is made of."""
 
     @property
     def here(self) -> Setting: ...
@@ -40,6 +40,11 @@ class Round(Protocol):
     def received(self) -> State: ...
     @property
     def kept(self) -> State | None: ...
+
+
+class Round(Assignment, Protocol):
+    """One client's round of training, not yet done: what `client_round` is given."""
+
     @property
     def progress(self) -> Progress: ...
     @property

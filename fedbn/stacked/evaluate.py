@@ -19,24 +19,17 @@ from torch.nn import functional as F
 from fedbn.evaluation import Column, Row, Score, scores
 from fedbn.moments import Moments, pooled
 from fedbn.online.blocks import BLOCK
-from fedbn.recalibration import CHUNK
+from fedbn.recalibration import CHUNK, Reached
 from fedbn.roles import State, statistics_layers
 from fedbn.setting import Setting
+from fedbn.stacked.cohort import Assignment
 from fedbn.stacked.program import Program
 from fedbn.strategy import NormStrategy
 
 
-class Evaluation(Protocol):
+class Evaluation(Assignment, Protocol):
     """One user's cells, not yet scored: what `fedbn.federation.client_evaluation` is given."""
 
-    @property
-    def here(self) -> Setting: ...
-    @property
-    def user(self) -> int: ...
-    @property
-    def received(self) -> State: ...
-    @property
-    def kept(self) -> State | None: ...
     @property
     def columns(self) -> tuple[Column, ...]: ...
     @property
@@ -81,10 +74,6 @@ class Filled:
 
 AT_ONCE = 2**22
 """Bytes of inputs that are computed at once: their activations take many times as much memory."""
-
-
-class _Reached(Exception):
-    """Raised to stop a forward pass at the layer of interest."""
 
 
 See = Callable[[str, Moments], None]
@@ -133,10 +122,10 @@ class Models:
             def meet(path: str, moments: Moments, layer: str = layer, total: list[Moments] = total) -> None:
                 if path == layer:
                     total.append(moments)
-                    raise _Reached
+                    raise Reached
 
             for part in parts:
-                with suppress(_Reached):
+                with suppress(Reached):
                     self._forward(part, meet)
             self._set(layer, pooled(total))
 
@@ -170,8 +159,7 @@ class Models:
     def _set(self, path: str, moments: Moments) -> None:
         mean, variance = (self.tensors[n] for n in self.statistics[path])
         mean[: len(moments.mean)] = moments.mean.to(mean.dtype)
-        unbiased = moments.m2 / torch.where(moments.n > 1, moments.n - 1, moments.n)
-        variance[: len(moments.mean)] = unbiased.to(variance.dtype)
+        variance[: len(moments.mean)] = moments.stored_variance().to(variance.dtype)
 
     def _forward(self, data: Filled, see: See | None = None) -> Tensor:
         """Logits of the first users, as many as ``data`` has; ``see`` gets what each layer's input is like."""

@@ -44,7 +44,7 @@ class StaticBN(NormStrategy):
 
         def see(path: str, value: Tensor) -> None:
             batch = Moments.of(value)
-            for name, entry in (("mean", batch.mean), ("var", batch.variance(unbiased=bool(batch.n > 1)))):
+            for name, entry in (("mean", batch.mean), ("var", batch.stored_variance())):
                 now = Moments.from_variance(1.0, entry, torch.zeros_like(entry))
                 said[f"{path}|{name}"] = said[f"{path}|{name}"].merge(now) if f"{path}|{name}" in said else now
 
