@@ -25,7 +25,7 @@ from simulations.personalise import study_from
 from simulations.personalise_meeting import Meeting, meet
 from simulations.service import people, playground
 from simulations.service.watching import Floats, Watches, channel_means
-from simulations.store import code_digest
+from simulations.store import NUMERICS
 
 DEGREES = (30, 60, 90)
 
@@ -87,7 +87,8 @@ def main() -> int:
     chosen = parser.parse_args()
     study = study_from({"scenario": "hapt", "rules": ("source",), "seeds": 1})
     (run,) = study.resolved().runs()
-    table = markdown(measure(meet(run, cache_dir() / "served" / code_digest(), "grid:stacked", lambda event: None)))
+    place = cache_dir() / "served" / f"numerics-{NUMERICS}"
+    table = markdown(measure(meet(run, place, "grid:stacked", lambda event: None)))
     print(table)
     if chosen.into:
         replace_block(chosen.into, "drift", table)

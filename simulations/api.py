@@ -20,7 +20,7 @@ from simulations.compare import compare as conduct_comparison
 from simulations.experiment import DEFAULT_STRATEGIES, GRID, Experiment
 from simulations.progress import Bars, Watchers
 from simulations.results import Comparison
-from simulations.store import code_digest
+from simulations.store import NUMERICS
 from simulations.trackers import Tracking
 
 
@@ -201,8 +201,8 @@ def study(
 
 
 def _place(scenario: str, settings: Any) -> Path:
-    """A directory of results for these settings and this code: the same call finds its results again."""
-    digest = hashlib.sha256(json.dumps([settings, code_digest()], sort_keys=True).encode()).hexdigest()[:8]
+    """Default results directory: the same settings and numerics always map to the same directory."""
+    digest = hashlib.sha256(json.dumps([settings, NUMERICS], sort_keys=True).encode()).hexdigest()[:8]
     return Path("results") / f"{scenario.partition(':')[0]}-{digest}"
 
 

@@ -35,7 +35,16 @@ from simulations.engines import Engine, execute, parse_engine
 from simulations.experiment import Experiment
 from simulations.result_files import write_comparison, write_run, write_shift
 from simulations.results import Comparison
-from simulations.store import before, code_digest, load_latest, load_outcome, save_outcome, versions
+from simulations.store import (
+    NUMERICS,
+    before,
+    check_numerics,
+    code_digest,
+    load_latest,
+    load_outcome,
+    save_outcome,
+    versions,
+)
 
 CHECKPOINT = "checkpoint.safetensors"
 
@@ -69,6 +78,7 @@ def result_of(run: Run, here: Setting, outcome: Outcome) -> dict[str, Any]:
     users = here.population.users
     return {
         "run": asdict(run),
+        "numerics": NUMERICS,
         "code": code_digest(),
         "sources": here.population.sources,
         "strategy": run.strategy,
@@ -92,7 +102,7 @@ def perform(task: Task, engine: Engine, report: Report) -> None:
     """Execute one task from wherever it stands; does nothing if it is finished.
 
     Raises:
-        UserError: the checkpoint or result was made by other code or on other data.
+        UserError: the checkpoint or result has other numerics or other data.
     """
     directory = Path(task.directory)
     finished = directory / "result.json"
@@ -133,13 +143,9 @@ def _means(outcome: Outcome) -> dict[str, float]:
 
 
 def check_result(path: Path, run: Run) -> None:
-    """Raise unless a finished result is of this run and this code."""
+    """Raise unless a finished result is of this run and of the current numerics."""
     result = json.loads(path.read_text(encoding="utf-8"))
-    if result["code"] != code_digest():
-        raise UserError(
-            f"{path} was made by other code (digest {result['code']}, now {code_digest()}): go back to that version, "
-            "or start afresh with another --out; mixing them would not be one experiment"
-        )
+    check_numerics(path, result.get("numerics"))
     if result["run"] != json.loads(run.to_json()):
         raise UserError(f"{path} belongs to another run; choose another --out")
 
@@ -341,6 +347,7 @@ def compare(
         "columns": list(COLUMNS),
         "settings": {**asdict(experiment.plan), **_described(experiment), "engine": engine},
         "versions": versions(),
+        "numerics": NUMERICS,
         "code": code_digest(),
         "sources": here.population.sources,
         "command": command,
@@ -419,17 +426,13 @@ def resume(out: Path, **options: Any) -> Path:
     """Go on with an interrupted comparison.
 
     Raises:
-        UserError: there is none, or code or data have changed since.
+        UserError: there is none, or numerics or data have changed since.
     """
     stored = out / "comparison.json"
     if not stored.exists():
         raise UserError(f"{out} holds no comparison (no comparison.json): start one with `fedbn compare`")
     meta = json.loads(stored.read_text(encoding="utf-8"))
-    if meta["code"] != code_digest():
-        raise UserError(
-            f"{out} was begun with other code (digest {meta['code']}, now {code_digest()}): go back to that version, "
-            "or start afresh with another --out; mixing them would not be one experiment"
-        )
+    check_numerics(out, meta.get("numerics"))
     experiment = Experiment.from_dict(meta["experiment"])
     notices = [n for n in meta["notices"] if n.startswith(LEFT_OUT)]
     return compare(experiment, out, engine=meta["engine"], command=meta["command"], notices=notices, **options)

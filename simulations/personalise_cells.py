@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from fedbn.drift import Watched
-from fedbn.errors import UserError
 from fedbn.online import personalize
 from fedbn.online.rules.source import Source
 from fedbn.prequential import (
@@ -35,7 +34,7 @@ from fedbn.tta import Adapter, Method
 from simulations.personalise_contender import contender
 from simulations.personalise_meeting import Meeting, People
 from simulations.personalise_starts import start
-from simulations.store import code_digest, write_atomically
+from simulations.store import NUMERICS, check_numerics, code_digest, write_atomically
 
 SOURCE = "source"
 """The rule that never moves: what every other is measured against."""
@@ -152,7 +151,13 @@ def write_cell(out: Path, cell: Cell, traces: Sequence[Trace], facts: dict[str, 
         ]
     )
     write_atomically(place / f"{cell.id}.parquet", frame.to_parquet(index=False))
-    known = {"cell": asdict(cell), "code": code_digest(), "digests": {t.user: t.digest for t in traces}, **facts}
+    known = {
+        "cell": asdict(cell),
+        "numerics": NUMERICS,
+        "code": code_digest(),
+        "digests": {t.user: t.digest for t in traces},
+        **facts,
+    }
     write_atomically(place / f"{cell.id}.json", json.dumps(known, indent=1).encode())
 
 
@@ -160,17 +165,13 @@ def read_cell(out: Path, cell: Cell) -> tuple[list[Trace], dict[str, Any]] | Non
     """A finished cell, or None.
 
     Raises:
-        UserError: it was made by other code.
+        UserError: it has other numerics.
     """
     path = out / "cells" / f"{cell.id}.json"
     if not path.exists():
         return None
     facts = json.loads(path.read_text(encoding="utf-8"))
-    if facts["code"] != code_digest():
-        raise UserError(
-            f"{path} was made by other code (digest {facts['code']}, now {code_digest()}): go back to that version, or "
-            "start afresh with another --out; mixing them would not be one study"
-        )
+    check_numerics(path, facts.get("numerics"))
     frame = pd.read_parquet(path.with_suffix(".parquet"))
     columns = ("y", "predicted", "confidence", "nll", "seconds")
     traces = [

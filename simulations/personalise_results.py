@@ -19,7 +19,7 @@ from simulations.personalise import Results, Study
 from simulations.personalise_cells import BOUNDS, SOURCE, Cell
 from simulations.personalise_pictures import course_figure, people_figure
 from simulations.plots import png
-from simulations.store import code_digest, versions, write_atomically
+from simulations.store import NUMERICS, code_digest, versions, write_atomically
 
 PARTS = (0.5, 0.8, 0.9)
 """Shares of the gap to the class-balanced bound whose closing is timed."""
@@ -186,6 +186,7 @@ def write(out: Path, study: Study, results: Results, command: str) -> pd.DataFra
     known = {
         "study": asdict(study),
         "command": command,
+        "numerics": NUMERICS,
         "code": code_digest(),
         "versions": versions(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),

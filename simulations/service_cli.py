@@ -148,11 +148,11 @@ def _brought(scenario: str | None, model: str, weights: Path, shape: str, classe
 
 
 def _trained(scenario: str, strategy: str, rounds: int | None, model: str = "") -> Meeting:
-    """The model and the people it has not met, with progress; from the cache where this code has made it before."""
+    """The model and the people it has not met; read from the cache if trained before with the current numerics."""
     from fedbn.data.packages import cache_dir
     from simulations.personalise import study_from
     from simulations.personalise_meeting import meet
-    from simulations.store import code_digest
+    from simulations.store import NUMERICS
 
     wanted = {"scenario": scenario, "rules": ("source",), "strategies": (strategy,), "seeds": 1, "model": model}
     study = study_from(wanted, rounds=rounds)
@@ -162,7 +162,7 @@ def _trained(scenario: str, strategy: str, rounds: int | None, model: str = "") 
         training = progress.add_task(f"training on {scenario}", total=run.plan.rounds)
         return meet(
             run,
-            cache_dir() / "served" / code_digest(),
+            cache_dir() / "served" / f"numerics-{NUMERICS}",
             "grid:stacked",
             lambda event: progress.update(training, completed=event.round),
         )

@@ -27,6 +27,10 @@ from fedbn.roles import State
 from fedbn.run import Run
 from fedbn.traffic import Traffic
 
+NUMERICS = 1
+"""Version of the numbers that `fedbn` and `clients` compute. Raise it whenever results change: when a golden curve or a
+test of bit equality has to be updated. Stored results of another version are refused."""
+
 PACKAGES = ("fedbn", "flwr", "torch", "numpy", "scikit-learn", "flwr-datasets")
 
 
@@ -37,13 +41,30 @@ def versions() -> dict[str, str]:
 
 @cache
 def code_digest() -> str:
-    """Digest of the source of the packages that compute: another digest may mean other numbers."""
+    """Digest of the source of `fedbn` and `clients`, stored with results as provenance (see `NUMERICS`)."""
     digest = hashlib.sha256()
     for package in (fedbn, clients):
         root = Path(str(package.__file__)).parent
         for path in sorted(root.rglob("*.py")):
             digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def check_numerics(path: Path, stored: object) -> None:
+    """Check that a stored result was computed with the current numerics.
+
+    Args:
+        path: the file or directory, for the message.
+        stored: its ``numerics``.
+
+    Raises:
+        UserError: another version, or none.
+    """
+    if stored != NUMERICS:
+        raise UserError(
+            f"{path} was computed with other numerics (version {stored}, now {NUMERICS}): use the version of fedbn "
+            "that wrote it, or start again with another --out"
+        )
 
 
 def write_atomically(path: Path, data: bytes, keep: Path | None = None) -> None:
@@ -87,6 +108,7 @@ def save_outcome(
         tensors |= _prefixed(f"kept/{user}", kept)
     header = {
         "run": run.to_json(),
+        "numerics": NUMERICS,
         "code": code_digest(),
         "versions": versions(),
         "sources": sources or {},
@@ -106,19 +128,15 @@ def save_outcome(
 
 
 def load_outcome(path: Path, run: Run, sources: dict[str, str] | None = None) -> Outcome:
-    """Read an outcome of exactly this run, made by this code on these data.
+    """Read an outcome of exactly this run, computed with the current numerics on the same data.
 
     Raises:
-        UserError: unreadable file, another run, other code, versions or data.
+        UserError: unreadable file, another run, other numerics, versions or data.
     """
     header, tensors = _read(path)
     if header["run"] != run.to_json():
         raise UserError(f"{path} belongs to another run; delete it or choose another --out")
-    if header["code"] != code_digest():
-        raise UserError(
-            f"{path} was made by other code (digest {header['code']}, now {code_digest()}): go back to that version, "
-            "or start afresh with another --out; mixing them would not be one experiment"
-        )
+    check_numerics(path, header.get("numerics"))
     if changed := {k: v for k, v in header["versions"].items() if versions().get(k) != v}:
         raise UserError(
             f"{path} was made with other versions ({changed}): install those, or start afresh with another --out"
@@ -155,7 +173,7 @@ def load_latest(path: Path, run: Run, sources: dict[str, str] | None = None) -> 
     Falling back on the one before is a fault that the outcome tells of.
 
     Raises:
-        UserError: no checkpoint can be read, or it is of another run, other code, versions or data.
+        UserError: no checkpoint can be read, or it is of another run, other numerics, versions or data.
     """
     if not path.exists() and not before(path).exists():
         return None

@@ -23,6 +23,7 @@ from simulations.claims import Claim, Effect, bench, claims, ledger, studies
 from simulations.claims.ledger import Cell, Store, cells, decide, perform, write
 from simulations.claims.tried import TRIED
 
+NUMERICS = 1
 CALLS = []
 
 
@@ -97,11 +98,11 @@ def test_a_run_goes_on_where_it_stopped_to_the_same_numbers(claim, tmp_path):
     assert measured[0] == measured[1] == measured[2]
 
 
-def test_results_of_other_code_are_measured_again(claim, tmp_path, monkeypatch):
+def test_store_ignores_cells_of_other_numerics(claim, tmp_path, monkeypatch):
     path = tmp_path / "cells.jsonl"
     perform(cells([claim], 2, quick=True), Store(path), 1, lambda _: None)
     assert len(Store(path).found) == 4
-    monkeypatch.setattr(ledger, "code_digest", lambda: "other")
+    monkeypatch.setattr(ledger, "NUMERICS", ledger.NUMERICS + 1)
     assert not Store(path).found
 
 

@@ -244,16 +244,16 @@ def test_validation_data_come_from_training_rows_only(small):
 # Mistakes ------------------------------------------------------------------------------------------------------------
 
 
-def test_results_of_other_code_are_not_continued(tmp_path, monkeypatch):
+def test_resume_refuses_other_numerics(tmp_path, monkeypatch):
     compare(experiment(seeds=1), tmp_path, workers=1)
-    monkeypatch.setattr("simulations.compare.code_digest", lambda: "0" * 16)
-    with pytest.raises(UserError, match="was begun with other code .* start afresh with another --out"):
+    monkeypatch.setattr(store, "NUMERICS", store.NUMERICS + 1)
+    with pytest.raises(UserError, match="was computed with other numerics .* start again with another --out"):
         resume(tmp_path, workers=1)
-    with pytest.raises(UserError, match="result.json was made by other code"):
+    with pytest.raises(UserError, match="result.json was computed with other numerics"):
         compare(experiment(seeds=1), tmp_path, workers=1)
 
 
-def test_checkpoints_of_other_code_data_versions_or_runs_are_refused(tmp_path, monkeypatch, small):
+def test_load_outcome_refuses_other_numerics_data_versions_or_run(tmp_path, monkeypatch, small):
     run = small("fedbn", rounds=1)
     outcome = federate(run)
     path = tmp_path / CHECKPOINT
@@ -264,8 +264,8 @@ def test_checkpoints_of_other_code_data_versions_or_runs_are_refused(tmp_path, m
     with pytest.raises(UserError, match="belongs to another run"):
         store.load_outcome(path, replace(run, seed=9))
     with monkeypatch.context() as patch:
-        patch.setattr(store, "code_digest", lambda: "other")
-        with pytest.raises(UserError, match="was made by other code"):
+        patch.setattr(store, "NUMERICS", store.NUMERICS + 1)
+        with pytest.raises(UserError, match="was computed with other numerics"):
             store.load_outcome(path, run)
     with monkeypatch.context() as patch:
         patch.setattr(store, "versions", lambda: {})

@@ -5,6 +5,7 @@ A change that moves them says why, and writes them anew: ``FEDBN_WRITE_GOLDEN=1 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 from fedbn.federation import federate
 from fedbn.strategy import strategies
+from simulations.store import NUMERICS
 
 GOLDEN = Path(__file__).parent / "golden" / "curves.json"
 
@@ -31,3 +33,9 @@ def test_curve(name, small):
         assert point[0] == pytest.approx(old[0], rel=0.01)
         assert point[1] == pytest.approx(old[1], abs=0.01)
         assert point[2] == (None if old[2] is None else pytest.approx(old[2], abs=0.03))
+
+
+def test_numerics_is_raised_with_golden_curves():
+    """Stored results become invalid with the curves: raise `NUMERICS` and note the new digest of the file here."""
+    digests = {1: "5023059120b6c732"}
+    assert hashlib.sha256(GOLDEN.read_bytes()).hexdigest()[:16] == digests[NUMERICS]

@@ -16,7 +16,7 @@ from fedbn.prequential import Trace, source
 from fedbn.recalibration import recalibrate
 from fedbn.run import Plan, Run
 from fedbn.training import logits
-from simulations import personalise, personalise_cells
+from simulations import personalise, store
 from simulations.cli import app
 from simulations.personalise import cells_of, check_same_windows, conduct, families, study_from, winners
 from simulations.personalise_cells import SOURCE, Cell, conduct_cell, read_cell
@@ -132,9 +132,9 @@ def test_what_was_interrupted_goes_on_with_what_is_missing(place, conducted):
     np.testing.assert_array_equal(again[lost][0][0].nll, results[lost][0][0].nll)
 
 
-def test_cells_of_other_code_are_refused(place, conducted, monkeypatch):
-    monkeypatch.setattr(personalise_cells, "code_digest", lambda: "other")
-    with pytest.raises(UserError, match="was made by other code .* start afresh with another --out"):
+def test_read_cell_refuses_other_numerics(place, conducted, monkeypatch):
+    monkeypatch.setattr(store, "NUMERICS", store.NUMERICS + 1)
+    with pytest.raises(UserError, match="was computed with other numerics .* start again with another --out"):
         read_cell(place, next(iter(conducted[1])))
 
 

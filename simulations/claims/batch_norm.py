@@ -17,6 +17,9 @@ from fedbn.models.small_cnn import SmallCNN
 from simulations.claims import Claim
 from simulations.claims.bench import DIGITS, accuracy, digits, seeded, shuffled, train
 
+NUMERICS = 1
+"""Version of this study's numbers; raise it when a change here changes results."""
+
 
 def _cnn(norm: str, seed: int) -> nn.Module:
     with seeded(seed, "weights"):

@@ -17,6 +17,9 @@ from fedbn.scenarios.digits import Digits
 from fedbn.seeds import generator, key
 from fedbn.training import logits
 
+NUMERICS = 1
+"""Version of the numbers of all studies; raise it when a change here changes results."""
+
 DIGITS = "scikit-learn's 8x8 digits (1,797 images, a quarter of them, drawn by the seed, for testing)"
 
 

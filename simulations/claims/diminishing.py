@@ -17,6 +17,9 @@ from fedbn.norms.dbn import DiminishingBN, Mode
 from simulations.claims import Claim
 from simulations.claims.bench import DIGITS, accuracy, by_epoch, digits, seeded, shuffled, train
 
+NUMERICS = 1
+"""Version of this study's numbers; raise it when a change here changes results."""
+
 ALPHAS = ("1", "0.75", "0.5", "0.25", "0.1", "0.01", "0.001", "1/m", "1/m^2", "0")
 
 

@@ -27,6 +27,9 @@ from simulations.claims import Claim
 from simulations.claims.bench import DOMAINS, SIX, accuracy, digit_domains, seeded, shuffled, train
 from simulations.engines import execute
 
+NUMERICS = 1
+"""Version of this study's numbers; raise it when a change here changes results."""
+
 
 def _network(seed: int) -> SmallCNN:
     with seeded(seed, "weights"):

@@ -20,6 +20,9 @@ from simulations.claims import Claim
 from simulations.claims.bench import mean_accuracy
 from simulations.engines import execute
 
+NUMERICS = 1
+"""Version of this study's numbers; raise it when a change here changes results."""
+
 SCENARIO = "tabular:table=digits:dealt=random:users=7"
 IMAGES = "digits8:users=7"
 PARTITIONS = {"IID": "iid:clients=5", "sorted": "shard:clients=5"}

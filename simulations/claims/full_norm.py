@@ -19,6 +19,9 @@ from fedbn.norms.full_norm import FullNorm
 from simulations.claims import Claim
 from simulations.claims.bench import DIGITS, accuracy, digits, seeded, single_label, train
 
+NUMERICS = 1
+"""Version of this study's numbers; raise it when a change here changes results."""
+
 
 def _mlp(norm: str, seed: int, a: float = 0.03) -> nn.Module:
     """Two hidden layers of 64."""

@@ -1,12 +1,11 @@
 """Run claims, keep what comes, decide, and write the ledger: numbers, a page, one figure a study.
 
 A *cell* is one arm with one seed of one study's function. Cells go to worker processes, one torch thread each, and are
-appended to a file as they finish; a cell that is there, made by the same code, is not run again.
+appended to a file as they finish; a cell that is there, with the current numerics, is not run again.
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import json
 import math
@@ -22,11 +21,11 @@ import torch
 
 import simulations.claims
 from fedbn.errors import UserError
-from simulations.claims import Claim, Effect, Verdict, studies
+from simulations.claims import Claim, Effect, Verdict, bench, studies
 from simulations.claims.drawing import figure
 from simulations.claims.tried import TRIED
 from simulations.plots import png
-from simulations.store import code_digest, versions, write_atomically
+from simulations.store import NUMERICS, code_digest, versions, write_atomically
 
 FULL_SEEDS, QUICK_SEEDS = 10, 3
 """Paired seeds of a full and of a quick run; with fewer, Student's t leaves nearly everything undecided."""
@@ -108,7 +107,7 @@ def rerun(entry: Entry) -> str:
 
 
 class Store:
-    """Results of cells, in a file of JSON lines; lines of other code are left out, and so is a torn last line.
+    """Results of cells, in a file of JSON lines; lines of other numerics are left out, and so is a torn last line.
 
     Args:
         path: the file.
@@ -122,12 +121,18 @@ class Store:
                 line = json.loads(text)
             except json.JSONDecodeError:
                 continue
-            if line["code"] == code_of(line["cell"]["study"]):
+            if line.get("numerics") == numerics(line["cell"]["study"]):
                 self.found[Cell(**line["cell"])] = line
 
     def add(self, key: Cell, measured: dict[str, float], seconds: float) -> None:
         """Keep a result, on disk at once."""
-        line = {"cell": asdict(key), "measured": measured, "seconds": seconds, "code": code_of(key.study)}
+        line = {
+            "cell": asdict(key),
+            "measured": measured,
+            "seconds": seconds,
+            "numerics": numerics(key.study),
+            "code": code_digest(),
+        }
         self.found[key] = line
         self.path.parent.mkdir(parents=True, exist_ok=True)
         # A torn line must not swallow the one after it.
@@ -136,14 +141,10 @@ class Store:
             file.write("\n" * (torn and self.path.stat().st_size > 0) + json.dumps(line) + "\n")
 
 
-def code_of(study: str) -> str:
-    """Digest of the library, of the studies' common code and of one study: other code may mean other numbers."""
-    digest = hashlib.sha256(code_digest().encode())
-    root = Path(str(simulations.claims.__file__)).parent
-    for name in ("__init__", "bench", study):
-        path = root / f"{name}.py"
-        digest.update(path.read_bytes() if path.exists() else b"")
-    return digest.hexdigest()[:16]
+def numerics(study: str) -> list[int]:
+    """Versions of the numbers of the library, of the studies' common code and of one study."""
+    module = importlib.import_module(f"{simulations.claims.__name__}.{study}")
+    return [NUMERICS, bench.NUMERICS, module.NUMERICS]
 
 
 def measure(key: Cell) -> tuple[dict[str, float], float]:

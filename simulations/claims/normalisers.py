@@ -15,6 +15,9 @@ from simulations.claims import Claim
 from simulations.claims.bench import mean_accuracy
 from simulations.engines import execute
 
+NUMERICS = 1
+"""Version of this study's numbers; raise it when a change here changes results."""
+
 SKEWS = {"iid": "iid:clients=8", "labels": "pathological:classes=2", "cameras": "natural"}
 NORMS = {
     "BN": "global-naive",

@@ -24,6 +24,9 @@ from fedbn.seeds import generator
 from simulations.claims import Claim
 from simulations.claims.bench import accuracy, shuffled, train
 
+NUMERICS = 1
+"""Version of this study's numbers; raise it when a change here changes results."""
+
 
 @cache
 def _people(name: str, seed: int) -> Population:

@@ -22,6 +22,9 @@ from fedbn.scenario import Examples
 from simulations.claims import Claim
 from simulations.claims.bench import DIGITS, DOMAINS, SIX, accuracy, digit_domains, digits, seeded, shuffled, train
 
+NUMERICS = 1
+"""Version of this study's numbers; raise it when a change here changes results."""
+
 
 def _alexnet(norm: str, seed: int) -> nn.Module:
     """With BN, or as before BN: none of it, dropout behind the two hidden layers."""

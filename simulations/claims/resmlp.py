@@ -19,6 +19,9 @@ from fedbn.seeds import generator
 from simulations.claims import Claim
 from simulations.claims.bench import accuracy, seeded, shuffled, train
 
+NUMERICS = 1
+"""Version of this study's numbers; raise it when a change here changes results."""
+
 
 def embeddings(seed: int, rows: int) -> tuple[Examples, Examples]:
     """Training and as many test rows ``[rows, 512]`` of unit length."""

@@ -20,6 +20,9 @@ from fedbn.training import logits
 from simulations.claims import Claim
 from simulations.claims.bench import by_epoch, seeded, shuffled, train
 
+NUMERICS = 1
+"""Version of this study's numbers; raise it when a change here changes results."""
+
 
 def folds(made: Cohort, k: int, seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Rows to train and to test on, ``k`` folds of whole subjects."""
