@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 from fedbn.stacked.memory import collect_garbage_rarely, keep_freed_memory
-from simulations.embed import markdown, replace_block
+from simulations.report.documents import markdown, replace_block
 
 STORED = Path(__file__).parent / "stored.json"
 TOLERANCE = 1.5
@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure and report; 0 also where something has become slower, since other jobs may have been to blame."""
     keep_freed_memory()
     from benchmarks.measure import measure
-    from fedbn.stacked.tiers import Tier, parse_tier
+    from fedbn.stacked.executors import Tier, parse_tier
 
     collect_garbage_rarely()
 

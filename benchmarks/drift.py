@@ -17,15 +17,16 @@ from torch import Tensor
 
 from fedbn.data.packages import cache_dir
 from fedbn.data.shift import turn
-from fedbn.drift import Detector, detector
-from fedbn.layers import inputs_of
-from fedbn.roles import statistics_layers
-from simulations.embed import markdown, replace_block
-from simulations.personalise import study_from
-from simulations.personalise_meeting import Meeting, meet
-from simulations.service import people, playground
-from simulations.service.watching import Floats, Watches, channel_means
-from simulations.store import NUMERICS
+from fedbn.nn.hooks import inputs_of
+from fedbn.nn.roles import statistics_layers
+from fedbn.online.drift.detectors import Detector, detector
+from simulations.adaptation.source_model import Meeting, meet
+from simulations.adaptation.study import study_from
+from simulations.report.documents import markdown, replace_block
+from simulations.service import users as people
+from simulations.service.demo import session as playground
+from simulations.service.drift import Floats, Watches, channel_means
+from simulations.storage.provenance import NUMERICS
 
 DEGREES = (30, 60, 90)
 

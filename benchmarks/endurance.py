@@ -23,12 +23,13 @@ from pathlib import Path
 from typing import Any
 
 from clients.records import set_threads
-from fedbn.federation import Outcome
-from fedbn.run import Plan, Run
-from simulations.deploy import await_nodes, deployment, differences, start_node
-from simulations.engines import execute
-from simulations.processes import POLL_SECONDS
-from simulations.superlink import FlowerRunError, SuperLink
+from fedbn.config import Plan
+from fedbn.federation.run import Run
+from fedbn.federation.server import Outcome
+from simulations.engines.deployment import await_nodes, deployment, differences, start_node
+from simulations.engines.execute import execute
+from simulations.flower.processes import POLL_SECONDS
+from simulations.flower.superlink import FlowerRunError, SuperLink
 
 USERS = 3
 STATES = "states"

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
-from fedbn.run import Run
+from fedbn.federation.run import Run
 
 
 @dataclass
@@ -82,7 +82,7 @@ def main() -> None:
     import torch
 
     from benchmarks.workloads import bare_loop
-    from fedbn.setting import setting
+    from fedbn.federation.setup import setting
 
     torch.set_num_threads(int(sys.argv[2]))
     rounds = bare_loop(setting(Run.from_dict(json.loads(sys.argv[1]))))

@@ -23,24 +23,24 @@ from benchmarks.loop import Loop
 from benchmarks.workloads import WORKLOADS, Workload
 from clients.app import app as client_app
 from clients.jobs import Evaluate
-from fedbn.evaluation import COLUMNS
-from fedbn.federation import Outcome, global_columns, served
+from fedbn.federation.metrics import COLUMNS
+from fedbn.federation.run import Run
+from fedbn.federation.server import Outcome, global_columns, served
+from fedbn.federation.setup import setting
 from fedbn.models import build
 from fedbn.online import personalize, rule
-from fedbn.run import Run
-from fedbn.setting import setting
+from fedbn.stacked.executors import Tier, Tiers
 from fedbn.stacked.memory import collect_garbage_rarely, keep_freed_memory
-from fedbn.stacked.tiers import Tier, Tiers
-from simulations.app import Listener, conduct
-from simulations.flower_compat import task_identity
-from simulations.grid import InProcessGrid
+from simulations.engines.grid import InProcessGrid
+from simulations.flower.compat import task_identity
+from simulations.server.rounds import Listener, conduct
 
 SPEEDS = {"W1": 0.60, "W2": 0.40, "W3": 0.05}
 """The shares of the bare loop's time that a round is to take."""
 
 COMMANDS = {
     "import fedbn": "import fedbn",
-    "import fedbn.federation": "import fedbn.federation",
+    "import fedbn.federation.loop": "import fedbn.federation.loop",
     "fedbn --help": "import sys; sys.argv = ['fedbn', '--help']; from simulations.cli import main; main()",
 }
 
@@ -116,7 +116,7 @@ def ratios(folder: Path, tiers: Sequence[Tier], rounds: int, works: Sequence[Wor
 
 def ray_rows(folder: Path, rounds: int, works: Sequence[Workload]) -> Iterator[dict[str, object]]:
     """The same over Flower's own simulation: seconds a round of a run, starting Ray left out by a run of one round."""
-    from simulations.engines import execute
+    from simulations.engines.execute import execute
 
     for work in works:
         spent = {}

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedbn.errors import UserError
-from fedbn.run import Run
-from fedbn.setting import Setting, setting
+from fedbn.federation.context import Setting
+from fedbn.federation.run import Run
+from fedbn.federation.setup import setting
 
 
 class Learner(nn.Module):

@@ -27,7 +27,7 @@ from urllib.request import urlopen
 
 import numpy as np
 
-from simulations.embed import replace_block
+from simulations.report.documents import replace_block
 
 SHAPE = (6, 128)
 CLASSES = 6
@@ -37,10 +37,10 @@ def serve(listening: socket.socket) -> None:
     """The service; ends when it is told to."""
     from fedbn.models import build
     from fedbn.online import SQLiteStore
+    from simulations.service.access import Access
     from simulations.service.api import create
-    from simulations.service.guard import Access
-    from simulations.service.people import Limits, People
     from simulations.service.server import run
+    from simulations.service.users import Limits, People
 
     model = build("har-cnn", SHAPE, CLASSES, seed=0).eval()
     with tempfile.TemporaryDirectory() as folder:

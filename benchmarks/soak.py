@@ -23,13 +23,14 @@ from safetensors.torch import load_file, save_file
 
 from clients.app import app as client_app
 from clients.records import arrays, set_threads, tensors
-from fedbn.federation import Outcome
-from fedbn.roles import State
-from fedbn.run import Plan, Run
+from fedbn.config import Plan
+from fedbn.federation.run import Run
+from fedbn.federation.server import Outcome
+from fedbn.nn.roles import State
 from fedbn.stacked.memory import keep_freed_memory
-from simulations.app import Listener, conduct
-from simulations.flower_compat import task_identity
-from simulations.grid import CROWD, InProcessGrid
+from simulations.engines.grid import CROWD, InProcessGrid
+from simulations.flower.compat import task_identity
+from simulations.server.rounds import Listener, conduct
 
 FEATURES, ROWS, CLASSES = 16, 12, 4
 

@@ -23,10 +23,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fedbn.roles import State, clone
-from fedbn.run import Plan, Run
-from fedbn.setting import Setting
-from fedbn.training import batches
+from fedbn.config import Plan
+from fedbn.data.batching import batches
+from fedbn.federation.context import Setting
+from fedbn.federation.run import Run
+from fedbn.nn.roles import State, clone
 
 
 @dataclass(frozen=True)

@@ -16,18 +16,19 @@ from flwr.clientapp import ClientApp
 
 from clients.config import run_from_config
 from clients.jobs import Consult, Evaluate, Settle, Train, execute
-from clients.keeping import kept_on_disk
+from clients.persistence import kept_on_disk
 from clients.records import Decoder, answers_from, arrays, handed, registry_from, scores_to, set_threads, tensors
 from fedbn.errors import UserError
-from fedbn.evaluation import Column
-from fedbn.moments import Moments
-from fedbn.privacy import protected
-from fedbn.recalibration import flatten
-from fedbn.roles import Role, State
-from fedbn.run import Run
+from fedbn.federation.context import EVERYONE, Setting
+from fedbn.federation.metrics import Column
+from fedbn.federation.protection import protected
+from fedbn.federation.run import Run
+from fedbn.federation.setup import setting, setting_for
+from fedbn.nn.roles import Role, State
 from fedbn.scenarios.remote import own
-from fedbn.setting import EVERYONE, Setting, setting, setting_for
-from fedbn.strategy import Progress
+from fedbn.statistics.consensus import flatten
+from fedbn.statistics.moments import Moments
+from fedbn.strategies.base import Progress
 
 app = ClientApp(mods=[kept_on_disk])
 _decode = Decoder()

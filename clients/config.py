@@ -8,8 +8,8 @@ from dataclasses import fields, replace
 from functools import lru_cache
 
 from fedbn.errors import UserError
-from fedbn.run import Run, plan_for
-from fedbn.spec import table
+from fedbn.federation.run import Run, plan_for
+from fedbn.plugins import table
 
 Scalar = bool | int | float | str
 

@@ -14,14 +14,14 @@ from typing import Any, ClassVar, Protocol, TypeVar
 
 from greenlet import getcurrent, greenlet
 
-from fedbn.evaluation import Column, Score
-from fedbn.federation import client_consult, client_evaluation, client_round, client_talk
-from fedbn.moments import Moments
-from fedbn.roles import State
-from fedbn.setting import Setting
+from fedbn.federation.client import client_consult, client_evaluation, client_round, client_talk
+from fedbn.federation.context import Setting
+from fedbn.federation.metrics import Column, Score
+from fedbn.nn.roles import State
 from fedbn.stacked.cohort import Failure
-from fedbn.stacked.tiers import Kind
-from fedbn.strategy import Progress, Update
+from fedbn.stacked.executors import Kind
+from fedbn.statistics.moments import Moments
+from fedbn.strategies.base import Progress, Update
 
 Result = TypeVar("Result", covariant=True)
 Reply = TypeVar("Reply")
@@ -31,7 +31,7 @@ class Job(Protocol[Result]):
     """Work of one client, complete in itself.
 
     Attributes:
-        kind: what a tier knows it as (`fedbn.stacked.tiers.Work`).
+        kind: what a tier knows it as (`fedbn.stacked.executors.Work`).
     """
 
     kind: ClassVar[Kind]

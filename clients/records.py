@@ -9,11 +9,11 @@ import torch
 from flwr.app import ArrayRecord, MetricRecord, RecordDict
 
 from clients.jobs import in_company
-from clients.npy import Held, pack, unpack
-from fedbn.evaluation import Column, Row, Score
-from fedbn.moments import Moments
-from fedbn.recalibration import flatten, unflatten
-from fedbn.roles import State
+from clients.serialization import Held, pack, unpack
+from fedbn.federation.metrics import Column, Row, Score
+from fedbn.nn.roles import State
+from fedbn.statistics.consensus import flatten, unflatten
+from fedbn.statistics.moments import Moments
 
 
 def arrays(state: State) -> ArrayRecord:

@@ -16,12 +16,12 @@ from typing import Any
 import pandas as pd
 from rich.console import Console
 
-from simulations.compare import compare as conduct_comparison
-from simulations.experiment import DEFAULT_STRATEGIES, GRID, Experiment
-from simulations.progress import Bars, Watchers
-from simulations.results import Comparison
-from simulations.store import NUMERICS
-from simulations.trackers import Tracking
+from simulations.experiments.compare import compare as conduct_comparison
+from simulations.experiments.experiment import DEFAULT_STRATEGIES, GRID, Experiment
+from simulations.results.comparison import Comparison
+from simulations.storage.provenance import NUMERICS
+from simulations.tracking.progress import Bars, Watchers
+from simulations.tracking.trackers import Tracking
 
 
 def compare(
@@ -58,9 +58,9 @@ def compare(
         workers: processes; None: one a core. A script that asks for more than one needs
             ``if __name__ == "__main__":`` around what it does.
         out: directory; None: one below ``results`` that is named after the settings.
-        track: such as ``tensorboard:DIR`` (`simulations.trackers`).
+        track: such as ``tensorboard:DIR`` (`simulations.tracking.trackers`).
         progress: show a progress bar on standard error.
-        **plan: fields of `fedbn.run.Plan`, such as ``rounds=30``.
+        **plan: fields of `fedbn.config.Plan`, such as ``rounds=30``.
 
     Raises:
         UserError: before anything runs, for whatever can be known then.
@@ -166,14 +166,14 @@ def study(
         tune: of rules that differ in options alone keep the best on seen users' later data.
         out: directory; None: one below ``results`` that is named after the settings.
         track: as in `compare`.
-        **plan: fields of `fedbn.run.Plan`.
+        **plan: fields of `fedbn.config.Plan`.
 
     Raises:
         UserError: before anything runs, for whatever can be known then.
     """
-    from simulations.personalise import conduct, study_from
-    from simulations.personalise_results import users_frame, write
-    from simulations.personalise_track import tasks, tell
+    from simulations.adaptation.results import users_frame, write
+    from simulations.adaptation.study import conduct, study_from
+    from simulations.adaptation.tracking import tasks, tell
 
     wanted = study_from(
         {

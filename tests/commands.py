@@ -8,10 +8,10 @@ from pathlib import Path
 
 import typer
 
-from fedbn.strategy import strategies
-from simulations.cli import app
-from simulations.experiment import Experiment
-from simulations.personalise import study_from
+from fedbn.strategies.base import strategies
+from simulations.adaptation.study import study_from
+from simulations.cli.app import app
+from simulations.experiments.experiment import Experiment
 
 
 def commands_in(document: Path) -> list[str]:

@@ -4,8 +4,8 @@ import hypothesis
 import pytest
 import torch
 
-from fedbn.run import Run, plan_for
-from fedbn.strategy import strategies
+from fedbn.federation.run import Run, plan_for
+from fedbn.strategies.base import strategies
 
 hypothesis.settings.register_profile("fedbn", deadline=None, max_examples=60, derandomize=True)
 hypothesis.settings.load_profile("fedbn")

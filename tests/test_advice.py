@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from fedbn.errors import UserError
-from simulations.advice import advice, verdict
-from simulations.compare import compare
-from simulations.embed import replace_block
-from simulations.experiment import Experiment
-from simulations.results import Comparison
+from simulations.experiments.compare import compare
+from simulations.experiments.experiment import Experiment
+from simulations.report.documents import replace_block
+from simulations.results.advice import advice, verdict
+from simulations.results.comparison import Comparison
 
 pytestmark = pytest.mark.xdist_group("advice")
 

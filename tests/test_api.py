@@ -17,7 +17,7 @@ from torch import nn
 
 import fedbn
 from fedbn.errors import UserError
-from simulations import inference
+from simulations.results import inference
 
 ROOT = Path(__file__).parent.parent
 HEAVY = {"torch", "numpy", "pandas", "scipy", "sklearn", "matplotlib", "flwr", "ray", "pyarrow", "jinja2"}

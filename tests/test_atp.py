@@ -9,15 +9,15 @@ import torch
 from conftest import same
 from torch import nn
 
+from fedbn.data.population import Examples
 from fedbn.errors import UserError
-from fedbn.federation import federate
-from fedbn.rates import RATES, adapted, add_rates, follower, learn_rates, rated
-from fedbn.roles import clone
-from fedbn.scenario import Examples
-from fedbn.setting import setting
-from fedbn.strategy import strategy
+from fedbn.federation.loop import federate
+from fedbn.federation.setup import setting
+from fedbn.nn.roles import clone
+from fedbn.strategies.base import strategy
 from fedbn.tta import method
-from simulations.engines import execute
+from fedbn.tta.adaptation_rates import RATES, adapted, add_rates, follower, learn_rates, rated
+from simulations.engines.execute import execute
 
 BLOCK = 8
 

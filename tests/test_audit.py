@@ -12,16 +12,18 @@ from hypothesis import strategies as st
 from rich.console import Console
 from torch import nn
 
-from fedbn.auditing import audit, audit_model
+from fedbn.auditing.audit import audit, audit_model
+from fedbn.auditing.lints import LINTS
+from fedbn.auditing.subject import EXAMPLES, measure
 from fedbn.errors import UserError
-from fedbn.lints import EXAMPLES, LINTS, measure
 from fedbn.models import build, models
-from fedbn.roles import Role, norm_layers, roles
+from fedbn.nn.roles import Role, norm_layers, roles
+from fedbn.strategies.base import NormStrategy, strategies, strategy
 from fedbn.strategies.fedbn import FedBN
 from fedbn.strategies.nonorm import NoNorm
+from fedbn.strategies.ownership import LOCAL
 from fedbn.strategies.silobn import SiloBN
-from fedbn.strategy import LOCAL, NormStrategy, strategies, strategy
-from simulations.audit_view import show
+from simulations.report.audit import show
 
 SHAPES = {"har-cnn": (6, 128), "stroke-cnn": (1, 24)}
 
@@ -471,7 +473,7 @@ def test_findings_are_ordered_by_gravity():
 
 
 def test_every_lint_is_listed():
-    import fedbn.lints as module
+    import fedbn.auditing.lints as module
 
     lints = [f for f in vars(module).values() if getattr(f, "__annotations__", {}).get("return") == "Iterator[Finding]"]
     assert set(lints) == set(LINTS)

@@ -18,9 +18,9 @@ from benchmarks.measure import grid_rounds, ratios, scale
 from benchmarks.soak import growth
 from benchmarks.workloads import WORKLOADS, bare_loop
 from fedbn.errors import UserError
-from fedbn.federation import federate
-from fedbn.setting import setting
-from fedbn.training import epoch_batches
+from fedbn.federation.loop import federate
+from fedbn.federation.setup import setting
+from fedbn.federation.training import epoch_batches
 
 
 def tiny():

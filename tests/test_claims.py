@@ -17,11 +17,17 @@ from torch import nn
 
 from fedbn.errors import UserError
 from fedbn.models.mlp import MLP
-from simulations import claims as package
-from simulations import cli
-from simulations.claims import Claim, Effect, bench, claims, ledger, studies
-from simulations.claims.ledger import Cell, Store, cells, decide, perform, write
-from simulations.claims.tried import TRIED
+from simulations.claims import Claim, Effect, claims, verdicts
+from simulations.claims import claim as package
+from simulations.claims import page as ledger
+from simulations.claims import store as claim_store
+from simulations.claims.claim import discover_studies
+from simulations.claims.notes import TRIED
+from simulations.claims.page import write
+from simulations.claims.store import Cell, Store, cells, perform
+from simulations.claims.studies import common as bench
+from simulations.claims.verdicts import decide
+from simulations.cli import app as cli
 
 NUMERICS = 1
 CALLS = []
@@ -37,8 +43,8 @@ def toy(arm, seed, quick):
 def claim(monkeypatch):
     """A claim of a study that is this file."""
     CALLS.clear()
-    monkeypatch.setattr(ledger.importlib, "import_module", lambda _: sys.modules[__name__])
-    monkeypatch.setattr(ledger, "studies", lambda: {"test_claims": ("Toys", ())})
+    monkeypatch.setattr(claim_store.importlib, "import_module", lambda _: sys.modules[__name__])
+    monkeypatch.setattr(ledger, "discover_studies", lambda: {"test_claims": ("Toys", ())})
     return Claim(
         name="toy", sentence="Good beats bad.", source="nobody", published="none", setting="none", run=toy,
         arms=("good", "bad"), measure="score", effect=lambda v: v["good"] - v["bad"], meaning="good minus bad",
@@ -102,7 +108,7 @@ def test_store_ignores_cells_of_other_numerics(claim, tmp_path, monkeypatch):
     path = tmp_path / "cells.jsonl"
     perform(cells([claim], 2, quick=True), Store(path), 1, lambda _: None)
     assert len(Store(path).found) == 4
-    monkeypatch.setattr(ledger, "NUMERICS", ledger.NUMERICS + 1)
+    monkeypatch.setattr(claim_store, "NUMERICS", claim_store.NUMERICS + 1)
     assert not Store(path).found
 
 
@@ -116,7 +122,7 @@ def test_quick_and_full_results_are_not_mixed(claim, tmp_path):
 def test_a_quantity_that_is_not_finite_is_an_error(claim, monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "toy", lambda *_: {"score": math.nan})
     with pytest.raises(ValueError, match="score not finite"):
-        ledger.measure(Cell("test_claims", "toy", "good", 0, True))
+        claim_store.measure(Cell("test_claims", "toy", "good", 0, True))
 
 
 # --- deciding and writing
@@ -187,7 +193,7 @@ def test_arms_that_read_one_training_share_its_cell(claim, tmp_path):
 
 def panels(claim, values):
     """Texts of the left panel of a claim's figure."""
-    entry = ledger.Entry(claim, values, [0.5, 0.6], Effect.of([0.5, 0.6]), "holds", False, 1.0)
+    entry = verdicts.Entry(claim, values, [0.5, 0.6], Effect.of([0.5, 0.6]), "holds", False, 1.0)
     return ledger.figure([entry, replace(entry, claim=replace(claim, name="again"))]).axes
 
 
@@ -293,7 +299,7 @@ def test_the_command_line_lists_runs_and_refuses(tmp_path, monkeypatch, capsys):
 
 
 def test_a_study_names_all_its_claims():
-    assert [c.name for c in claims(["binary"])] == [c.name for c in studies()["binary"][1]]
+    assert [c.name for c in claims(["binary"])] == [c.name for c in discover_studies()["binary"][1]]
     with pytest.raises(UserError, match="unknown claim or study"):
         claims(["binari"])
     assert package.__doc__

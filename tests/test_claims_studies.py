@@ -9,17 +9,17 @@ import pytest
 import torch
 from torch import nn
 
-from fedbn.evaluation import Score
-from fedbn.federation import Outcome
-from fedbn.layers import convert
+from fedbn.data.population import Examples
+from fedbn.federation.metrics import Score
+from fedbn.federation.server import Outcome
 from fedbn.models.small_cnn import SmallCNN
+from fedbn.nn.conversion import convert
 from fedbn.norms import bne
-from fedbn.scenario import Examples, scenario
-from simulations.claims import (
+from fedbn.scenarios.base import scenario
+from simulations.claims import claims
+from simulations.claims.studies import (
     batch_norm,
-    bench,
     binary,
-    claims,
     diminishing,
     embeddings,
     evalnorm,
@@ -31,6 +31,7 @@ from simulations.claims import (
     resmlp,
     stroke,
 )
+from simulations.claims.studies import common as bench
 
 
 def linear(rows, seed=0):

@@ -11,16 +11,18 @@ import torch
 from typer.testing import CliRunner
 
 from clients.config import run_from_config
+from fedbn.config import Plan
 from fedbn.errors import UserError
-from fedbn.federation import federate, user_state
-from fedbn.newcomers import population
+from fedbn.federation.client import user_state
+from fedbn.federation.cold_start import population
+from fedbn.federation.loop import federate
+from fedbn.federation.run import Run
+from fedbn.federation.setup import setting
 from fedbn.online import follow_rule, personalize, rule
-from fedbn.prequential import follow
-from fedbn.run import Plan, Run
-from fedbn.setting import setting
+from fedbn.online.prequential import follow
 from fedbn.streams import Stream
-from simulations.cli import app
-from simulations.engines import execute
+from simulations.cli.app import app
+from simulations.engines.execute import execute
 
 CHOSEN = "population:diversity=1"
 

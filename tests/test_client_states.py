@@ -13,15 +13,15 @@ from conftest import same
 from flwr.app import RecordDict
 
 from clients.app import app as client_app
-from clients.npy import Held
 from clients.records import arrays
+from clients.serialization import Held
 from fedbn.errors import UserError
-from fedbn.run import Run, plan_for
-from simulations import client_states
-from simulations.app import ClientError
-from simulations.client_states import ClientStates, available, size
-from simulations.engines import execute
-from simulations.grid import InProcessGrid
+from fedbn.federation.run import Run, plan_for
+from simulations.engines import client_states
+from simulations.engines.client_states import ClientStates, available, size
+from simulations.engines.execute import execute
+from simulations.engines.grid import InProcessGrid
+from simulations.server.nodes import ClientError
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def run_of(strategy, rounds=3, **plan):
 @pytest.mark.parametrize("strategy", ["fedbn", "local", "fedbn+scaffold", "silobn+ditto"])
 @pytest.mark.parametrize("engine", ["grid", "grid:stacked"])
 def test_a_run_on_files_has_the_same_bits(strategy, engine, little, caplog, monkeypatch):
-    with caplog.at_level(logging.WARNING, logger="simulations.client_states"):
+    with caplog.at_level(logging.WARNING, logger="simulations.engines.client_states"):
         on_files = execute(run_of(strategy), engine)
     assert re.search(r"what \d clients keep, .* GB, is more than 50% of the memory left: it goes to files", caplog.text)
     monkeypatch.setattr(client_states, "available", lambda: 10**12)

@@ -12,13 +12,16 @@ import pytest
 import torch
 
 from fedbn.errors import UserError
-from fedbn.federation import federate
-from fedbn.run import plan_for
-from simulations import store
-from simulations.compare import CHECKPOINT, chosen_rates, compare, default_place, resume, suited, tuning_tasks
-from simulations.embed import embed
-from simulations.experiment import Experiment, read_run_file
-from simulations.results import Comparison
+from fedbn.federation.loop import federate
+from fedbn.federation.run import plan_for
+from simulations.experiments.compare import chosen_rates, compare, resume, tuning_tasks
+from simulations.experiments.experiment import Experiment, read_run_file
+from simulations.experiments.preflight import default_place, suited
+from simulations.experiments.tasks import CHECKPOINT
+from simulations.report.documents import embed
+from simulations.results.comparison import Comparison
+from simulations.storage import checkpoint as store
+from simulations.storage import provenance
 
 
 def experiment(*strategies, **settings):
@@ -229,7 +232,7 @@ def test_what_cannot_be_tuned_is_known_before_anything_runs(tmp_path):
 
 
 def test_validation_data_come_from_training_rows_only(small):
-    from fedbn.setting import setting
+    from fedbn.federation.setup import setting
 
     whole, held = setting(small()), setting(small(validation=True))
     assert held.population.unseen == ()
@@ -246,7 +249,7 @@ def test_validation_data_come_from_training_rows_only(small):
 
 def test_resume_refuses_other_numerics(tmp_path, monkeypatch):
     compare(experiment(seeds=1), tmp_path, workers=1)
-    monkeypatch.setattr(store, "NUMERICS", store.NUMERICS + 1)
+    monkeypatch.setattr(provenance, "NUMERICS", provenance.NUMERICS + 1)
     with pytest.raises(UserError, match="was computed with other numerics .* start again with another --out"):
         resume(tmp_path, workers=1)
     with pytest.raises(UserError, match="result.json was computed with other numerics"):
@@ -264,7 +267,7 @@ def test_load_outcome_refuses_other_numerics_data_versions_or_run(tmp_path, monk
     with pytest.raises(UserError, match="belongs to another run"):
         store.load_outcome(path, replace(run, seed=9))
     with monkeypatch.context() as patch:
-        patch.setattr(store, "NUMERICS", store.NUMERICS + 1)
+        patch.setattr(provenance, "NUMERICS", provenance.NUMERICS + 1)
         with pytest.raises(UserError, match="was computed with other numerics"):
             store.load_outcome(path, run)
     with monkeypatch.context() as patch:

@@ -30,15 +30,15 @@ from typer.testing import CliRunner
 from benchmarks import endurance
 from clients.config import run_from_config
 from fedbn.errors import UserError
-from fedbn.federation import Outcome, Point, Server
-from fedbn.run import Run, plan_for
-from fedbn.setting import setting
-from simulations.certificates import make_certificates
-from simulations.cli import app
-from simulations.deploy import CHECKPOINT, Deployment, deploy, deployment, differences
-from simulations.processes import Family, free_port
-from simulations.store import load_outcome
-from simulations.superlink import FlowerRunError, SuperLink
+from fedbn.federation.run import Run, plan_for
+from fedbn.federation.server import Outcome, Point, Server
+from fedbn.federation.setup import setting
+from simulations.cli.app import app
+from simulations.engines.deployment import CHECKPOINT, Deployment, deploy, deployment, differences
+from simulations.flower.certificates import make_certificates
+from simulations.flower.processes import Family, free_port
+from simulations.flower.superlink import FlowerRunError, SuperLink
+from simulations.storage.checkpoint import load_outcome
 
 COMPOSE = Path(__file__).parents[1] / "compose.yaml"
 
@@ -128,7 +128,7 @@ def test_a_second_interruption_does_not_stop_the_clean_up(mark, tmp_path):
     code = (
         "import os, signal, sys, time\n"
         "from pathlib import Path\n"
-        "from simulations.processes import private_place\n"
+        "from simulations.flower.processes import private_place\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "def stop():\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
@@ -303,7 +303,7 @@ def test_the_command_prints_both_and_the_verdict(differs, monkeypatch):
         asked.append((run, options["tls"]))
         return Deployment(outcome(), outcome(), 3, True, seconds, differs)
 
-    monkeypatch.setattr("simulations.deploy.deploy", conduct)
+    monkeypatch.setattr("simulations.engines.deployment.deploy", conduct)
     done = CliRunner().invoke(app, ["deploy", "--strategy", "silobn", "--rounds", "4", "--tls"])
     assert done.exit_code == bool(differs)
     run, tls = asked[0]

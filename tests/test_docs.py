@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from commands import commands_in, parses
 
-from simulations.cli import Kind, _rows
-from simulations.embed import markdown
+from simulations.cli.catalog import Kind, _rows
+from simulations.report.documents import markdown
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -66,7 +66,7 @@ def test_the_site_builds_without_a_warning(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "WARNING" not in done.stderr
     page = (tmp_path / "site" / "reference" / "index.html").read_text()
-    assert "fedbn.moments.Moments.merge" in page
+    assert "fedbn.statistics.moments.Moments.merge" in page
     assert "math:" not in page
     assert "<math" in (tmp_path / "site" / "reference-methods" / "index.html").read_text()
     for part in (tmp_path / "site").rglob("*.html"):

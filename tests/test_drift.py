@@ -7,10 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from fedbn.drift import Branch, Context, Decay, Look, Reset, Watch, Watched, action, detector
 from fedbn.errors import UserError
 from fedbn.online import personalize, rule
-from fedbn.prequential import follow, judge_alarms
+from fedbn.online.drift.actions import Branch, Decay, Reset, Watch, action
+from fedbn.online.drift.detectors import detector
+from fedbn.online.drift.monitor import Watched
+from fedbn.online.drift.signal import Context, Look
+from fedbn.online.prequential import follow
+from fedbn.online.prequential_metrics import judge_alarms
 from fedbn.streams import Event, Stream
 
 

@@ -11,14 +11,15 @@ from clients.app import app as client_app
 from clients.config import run_from_config
 from clients.records import scores_from, scores_to
 from fedbn.errors import UserError
-from fedbn.evaluation import Score
-from fedbn.setting import setting
-from fedbn.strategy import strategies
-from simulations import grid
-from simulations.app import ClientError, Clients, conduct
-from simulations.engines import execute
-from simulations.flower_compat import task_identity
-from simulations.grid import InProcessGrid
+from fedbn.federation.metrics import Score
+from fedbn.federation.setup import setting
+from fedbn.strategies.base import strategies
+from simulations.engines import grid
+from simulations.engines.execute import execute
+from simulations.engines.grid import InProcessGrid
+from simulations.flower.compat import task_identity
+from simulations.server.nodes import ClientError, Clients
+from simulations.server.rounds import conduct
 
 
 def assert_same(a, b):

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import f1_score
 
-from fedbn.evaluation import macro_f1, score
+from fedbn.federation.metrics import macro_f1, score
 
 
 @given(

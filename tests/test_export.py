@@ -13,14 +13,14 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fedbn import export as module
 from fedbn import personalize
 from fedbn.errors import UserError
-from fedbn.export import export, folded
+from fedbn.integrations import export as module
+from fedbn.integrations.export import export, folded
 from fedbn.models import build
-from simulations import cli
-from simulations.compare import compare
-from simulations.experiment import Experiment
+from simulations.cli import app as cli
+from simulations.experiments.compare import compare
+from simulations.experiments.experiment import Experiment
 
 
 @pytest.fixture(scope="module")
@@ -151,8 +151,8 @@ def user_and_accuracy(directory, strategy, row):
     ("strategy", "row"), [("fedbn+ditto", "own"), ("fedbn+ditto", "unseen"), ("global-naive", "own")]
 )
 def test_the_model_that_is_exported_is_the_one_that_was_scored(directory, call, tmp_path, strategy, row):
-    from fedbn.run import Run
-    from fedbn.setting import setting
+    from fedbn.federation.run import Run
+    from fedbn.federation.setup import setting
 
     user, accuracy = user_and_accuracy(directory, strategy, row)
     path = tmp_path / "model.safetensors"

@@ -13,21 +13,23 @@ from conftest import same
 from flwr.app import Context, Message, MetricRecord, RecordDict
 from safetensors.torch import save_file
 
-from clients import keeping
+from clients import persistence as keeping
 from clients.app import app as client_app
 from clients.records import arrays, tensors
 from fedbn.errors import UserError
-from fedbn.federation import Fault, federate
-from fedbn.run import Run, plan_for
+from fedbn.federation.loop import federate
+from fedbn.federation.run import Run, plan_for
+from fedbn.federation.server import Fault
+from fedbn.federation.setup import setting
 from fedbn.seeds import numpy_generator
-from fedbn.setting import setting
-from simulations.admission import BadReply
-from simulations.app import ClientError, Listener, conduct
 from simulations.app import app as server_app
-from simulations.compare import CHECKPOINT, Task, perform
-from simulations.flower_compat import task_identity
-from simulations.grid import InProcessGrid
-from simulations.store import before, load_latest, load_outcome, save_outcome
+from simulations.engines.grid import InProcessGrid
+from simulations.experiments.tasks import CHECKPOINT, Task, perform
+from simulations.flower.compat import task_identity
+from simulations.server.nodes import ClientError
+from simulations.server.rounds import Listener, conduct
+from simulations.server.validation import BadReply
+from simulations.storage.checkpoint import before, load_latest, load_outcome, save_outcome
 
 VICTIM = 3
 

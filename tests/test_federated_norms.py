@@ -11,24 +11,26 @@ from conftest import same
 from torch import nn
 from torch.nn import functional as F
 
+from fedbn.data.population import Examples, Population, User
 from fedbn.errors import UserError
-from fedbn.federation import client_round, federate
-from fedbn.moments import Moments
-from fedbn.newcomers import starts, window_moments
+from fedbn.federation.client import client_round
+from fedbn.federation.cold_start import starts, window_moments
+from fedbn.federation.loop import federate
+from fedbn.federation.setup import setting
+from fedbn.nn.roles import Role
 from fedbn.norms.exchanged import Exchange, ExchangedNorm, exchanged_layers, speak
 from fedbn.norms.hybrid import HybridNorm, hybrid_layers
 from fedbn.norms.shared_statistics import SharedStatisticsNorm
-from fedbn.recalibration import all_moments, union
-from fedbn.roles import Role
-from fedbn.scenario import Examples, Population, User
-from fedbn.setting import setting
+from fedbn.statistics.consensus import union
+from fedbn.statistics.moments import Moments
+from fedbn.statistics.recalibration import all_moments
+from fedbn.strategies.base import Progress, Update, strategy
 from fedbn.strategies.bn_similarity import BNSimilarity
 from fedbn.strategies.fedap import FedAP
 from fedbn.strategies.fednorm import FedNorm
 from fedbn.strategies.fedtan import FedTAN, _told
 from fedbn.strategies.static_bn import StaticBN
-from fedbn.strategy import Progress, Update, strategy
-from simulations.engines import execute
+from simulations.engines.execute import execute
 
 # FedTAN --------------------------------------------------------------------------------------------------------------
 
@@ -400,7 +402,7 @@ def test_clients_measure_their_moments_once(engine, small, monkeypatch):
         measured.append(len(x))
         return all_moments(model, x)
 
-    monkeypatch.setattr("fedbn.similarity.all_moments", counted)
+    monkeypatch.setattr("fedbn.strategies.similarity.all_moments", counted)
     run = small("fedap:warm_up=0", rounds=3)
     execute(run, engine)
     assert len(measured) == len(setting(run).population.seen)

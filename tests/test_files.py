@@ -9,9 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedbn.data.readers import Rows
 from fedbn.errors import UserError
-from fedbn.scenario import scenario
-from fedbn.scenarios.files import Rows, population
+from fedbn.scenarios.base import scenario
+from fedbn.scenarios.files import population
 
 
 def columns(n=60, users=3, classes=3):

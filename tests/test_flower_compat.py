@@ -7,7 +7,7 @@ from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
 from flwr.serverapp import Grid
 
-from simulations import flower_compat
+from simulations.flower import compat as flower_compat
 
 
 def test_messages_need_an_identity_and_get_one():

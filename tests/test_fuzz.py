@@ -16,25 +16,27 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from clients.config import run_from_config
-from clients.npy import pack, unpack
 from clients.records import arrays
+from clients.serialization import pack, unpack
+from fedbn.config import PLAN_FIELDS, Plan
 from fedbn.data.partition import parse_partition, partitions
 from fedbn.data.shift import parse_shift, shifts
 from fedbn.errors import UserError
-from fedbn.federation import Outcome, Point, Server
-from fedbn.online.rule import client_rule, rules
-from fedbn.personal import personalisations, treatment
-from fedbn.privacy import Privacy, parse_privacy
-from fedbn.run import PLAN_FIELDS, Plan, Run, plan_for
-from fedbn.scenario import scenario, scenarios
-from fedbn.setting import setting
-from fedbn.spec import parse
-from fedbn.strategy import strategies, strategy
+from fedbn.federation.run import Run, plan_for
+from fedbn.federation.server import Outcome, Point, Server
+from fedbn.federation.setup import setting
+from fedbn.online.rules.base import client_rule, rules
+from fedbn.personalization.base import personalisations
+from fedbn.personalization.treatment import treatment
+from fedbn.plugins import parse
+from fedbn.privacy.mechanism import Privacy, parse_privacy
+from fedbn.scenarios.base import scenario, scenarios
+from fedbn.strategies.base import strategies, strategy
 from fedbn.streams import streams
-from simulations.admission import admitted, admitted_notes
-from simulations.engines import parse_engine
-from simulations.experiment import Experiment, read_run_file
-from simulations.store import load_outcome, save_outcome
+from simulations.engines.execute import parse_engine
+from simulations.experiments.experiment import Experiment, read_run_file
+from simulations.server.validation import admitted, admitted_notes
+from simulations.storage.checkpoint import load_outcome, save_outcome
 
 FEW, MANY = 25, 600
 """Cases of each boundary by default and under the slow marker; there are nineteen boundaries."""

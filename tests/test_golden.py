@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from fedbn.federation import federate
-from fedbn.strategy import strategies
-from simulations.store import NUMERICS
+from fedbn.federation.loop import federate
+from fedbn.strategies.base import strategies
+from simulations.storage.provenance import NUMERICS
 
 GOLDEN = Path(__file__).parent / "golden" / "curves.json"
 

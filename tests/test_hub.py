@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from fedbn.errors import UserError
-from fedbn.scenario import scenario
+from fedbn.scenarios.base import scenario
 from fedbn.scenarios.hub import COLLECTIONS
 
 datasets.disable_progress_bars()

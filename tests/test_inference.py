@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from simulations.inference import FEW, signed_rank
+from simulations.results.inference import FEW, signed_rank
 
 
 @settings(max_examples=30)

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fedbn.errors import UserError
-from fedbn.layers import convert, groups_for
 from fedbn.models import build, models
 from fedbn.models.resnet20 import ResNet20
-from fedbn.roles import norm_layers, statistics_layers
+from fedbn.nn.conversion import convert, groups_for
+from fedbn.nn.roles import norm_layers, statistics_layers
 
 SHAPES = {"stroke-cnn": (1, 24), "har-cnn": (6, 32), "mlp": (12,)}
 

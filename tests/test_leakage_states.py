@@ -9,14 +9,14 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
+from fedbn.data.population import Examples, User
 from fedbn.errors import UserError
+from fedbn.federation.run import Run, plan_for
 from fedbn.models.har_cnn import HarCNN
-from fedbn.run import Run, plan_for
-from fedbn.scenario import Examples, User
-from simulations import leakage_states
-from simulations.cli import app
-from simulations.leakage import Leak
-from simulations.leakage_states import CONTROLS, StateLeak, measure_states, rows, state_leaks
+from simulations.cli.app import app
+from simulations.leakage import states as leakage_states
+from simulations.leakage.messages import Leak
+from simulations.leakage.states import CONTROLS, StateLeak, measure_states, rows, state_leaks
 
 
 def people(n=12, windows=60):
@@ -78,8 +78,10 @@ def test_the_command_prints_the_table_and_puts_it_into_a_document(monkeypatch, t
 
 
 def test_what_messages_give_away_goes_into_a_document_too(monkeypatch, tmp_path):
-    monkeypatch.setattr("simulations.leakage.measure", lambda run, controls: [Leak("clip=1", "last", 0.5, 0.25, 4)])
-    monkeypatch.setattr("simulations.leakage.inversion", lambda run: {"guess": 0.8, "1": 1e-6})
+    monkeypatch.setattr(
+        "simulations.leakage.messages.measure", lambda run, controls: [Leak("clip=1", "last", 0.5, 0.25, 4)]
+    )
+    monkeypatch.setattr("simulations.leakage.messages.inversion", lambda run: {"guess": 0.8, "1": 1e-6})
     page = tmp_path / "page.md"
     page.write_text("<!-- begin leakage -->\nold\n<!-- end leakage -->\n")
     done = CliRunner().invoke(app, ["leakage", "digits8", "--into", str(page)])

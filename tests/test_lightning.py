@@ -12,8 +12,8 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from fedbn.errors import UserError
-from fedbn.lightning import first, normalisation
-from fedbn.recalibration import recalibrate, statistics_of
+from fedbn.integrations.lightning import first, normalisation
+from fedbn.statistics.recalibration import recalibrate, statistics_of
 
 if find_spec("lightning") is None:
     pytest.skip("Lightning is not installed", allow_module_level=True)
@@ -135,7 +135,7 @@ def test_several_processes_would_each_measure_their_own():
 
 
 def test_without_lightning_one_is_told_what_to_install(monkeypatch):
-    from fedbn import lightning as ours
+    from fedbn.integrations import lightning as ours
 
     ours._kind.cache_clear()
     monkeypatch.setitem(sys.modules, "lightning.pytorch", None)

@@ -20,7 +20,7 @@ from fedbn.models.binary import (
     binary_norm,
     sign,
 )
-from fedbn.probes import GradientGrowthProbe
+from fedbn.nn.probes import GradientGrowthProbe
 
 
 def test_sign_of_zero_is_one_and_its_gradient_stops_outside_the_unit_interval():

@@ -10,9 +10,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from fedbn.errors import UserError
+from fedbn.integrations.pretrained import load_pretrained, read_state
 from fedbn.models.cvgj import AlexNetCvgj, ResNet10Cvgj, ResNet50Cvgj, VGG19Cvgj
 from fedbn.models.resnet20 import ResNet20
-from fedbn.pretrained import load_pretrained, read_state
 
 NETS = (AlexNetCvgj, VGG19Cvgj, ResNet10Cvgj, ResNet50Cvgj)
 

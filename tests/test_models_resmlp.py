@@ -8,7 +8,7 @@ from torch import nn
 
 from fedbn.errors import UserError
 from fedbn.models.resmlp import Residual, ResMLP, mc_dropout
-from fedbn.roles import norm_layers
+from fedbn.nn.roles import norm_layers
 
 
 def parameters(model):

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedbn.moments import Moments, naive_mean, pooled, pooled_variance
+from fedbn.statistics.moments import Moments, naive_mean, pooled, pooled_variance
 
 values = st.lists(st.lists(st.floats(-100, 100), min_size=2, max_size=2), min_size=1, max_size=12)
 parts = st.lists(values, min_size=1, max_size=5)
@@ -73,7 +73,7 @@ def test_moments_agree_with_torch_for_any_number_of_positions(shape):
 @given(st.integers(1, 9), st.integers(1, 4))
 def test_a_mean_of_many_is_made_in_parts(count, part):
     values = [torch.tensor([[float(i), -1.0]]) for i in range(count)]
-    with mock.patch("fedbn.moments.PART", part):
+    with mock.patch("fedbn.statistics.moments.PART", part):
         found = naive_mean(values, [i + 1 for i in range(count)])
     expected = sum(i * (i + 1) for i in range(count)) / sum(range(1, count + 1))
     assert found.tolist() == [[pytest.approx(expected), -1.0]]

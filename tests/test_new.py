@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fedbn.errors import UserError
-from simulations.new_cli import new_strategy
+from simulations.cli.new import new_strategy
 
 ROOT = Path(__file__).parent.parent
 

@@ -12,12 +12,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from fedbn.errors import UserError
-from fedbn.layers import convert
 from fedbn.models.small_cnn import SmallCNN
-from fedbn.moments import Moments
+from fedbn.nn.conversion import convert
+from fedbn.nn.roles import Role, roles, statistics_layers
 from fedbn.norms.bne import BNE, DomainNorm, distance, domain_layers, register, set_domain
-from fedbn.recalibration import recalibrate, statistics_of
-from fedbn.roles import Role, roles, statistics_layers
+from fedbn.statistics.moments import Moments
+from fedbn.statistics.recalibration import recalibrate, statistics_of
 
 
 def network(seed=0):

@@ -10,11 +10,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from fedbn.errors import UserError
-from fedbn.layers import convert, kinds
 from fedbn.models.small_cnn import SmallCNN
-from fedbn.moments import Moments
-from fedbn.recalibration import all_moments, recalibrate, set_statistics, statistics_of
-from fedbn.roles import Role, norm_layers, roles, statistics_layers
+from fedbn.nn.conversion import convert, kinds
+from fedbn.nn.roles import Role, norm_layers, roles, statistics_layers
+from fedbn.statistics.moments import Moments
+from fedbn.statistics.recalibration import all_moments, recalibrate, set_statistics, statistics_of
 
 OPTIONS = {"bne": {"domains": 2}}
 AS_BN = {"evalnorm": {"size": 1e12}, "iabn": {"k": float("inf")}}  # evaluates as BN does

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from fedbn.errors import UserError
 from fedbn.norms.dbn import DiminishingBN, convert, next_epoch, schedule
+from fedbn.strategies.base import Progress, Update
 from fedbn.strategies.dbn import DBN
-from fedbn.strategy import Progress, Update
 
 
 def batches(n, rows=6, channels=3, seed=0, dtype=torch.float64):

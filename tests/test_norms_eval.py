@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from fedbn.errors import UserError
-from fedbn.layers import convert
 from fedbn.models.small_cnn import SmallCNN
+from fedbn.nn.conversion import convert
 from fedbn.norms.evalnorm import EvalNorm, instance_statistics
 from fedbn.norms.iew import ExampleWeighing
 

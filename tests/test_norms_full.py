@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 from fedbn.errors import UserError
 from fedbn.norms.full_norm import FullNorm
+from fedbn.strategies.base import Progress, Update
 from fedbn.strategies.full_norm import FullNormStrategy
-from fedbn.strategy import Progress, Update
 
 
 def draw(*shape, seed=0):

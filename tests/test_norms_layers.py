@@ -13,14 +13,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from fedbn.errors import UserError
-from fedbn.layers import convert
+from fedbn.nn.conversion import convert
+from fedbn.nn.roles import statistics_layers
 from fedbn.norms.adain import adain
 from fedbn.norms.batch_renorm import BatchRenorm
 from fedbn.norms.dual_bn import adversarial
 from fedbn.norms.ghost_bn import GhostBN
 from fedbn.norms.iabn import IABN
-from fedbn.recalibration import recalibrate
-from fedbn.roles import statistics_layers
+from fedbn.statistics.recalibration import recalibrate
 
 SHAPES = [(9, 3), (9, 3, 4), (6, 3, 2, 5)]
 

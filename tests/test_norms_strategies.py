@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fedbn.federation import federate
-from fedbn.roles import Role, norm_layers
-from fedbn.setting import setting
-from fedbn.strategy import Progress
+from fedbn.federation.loop import federate
+from fedbn.federation.setup import setting
+from fedbn.nn.roles import Role, norm_layers
+from fedbn.strategies.base import Progress
 
 
 @pytest.fixture

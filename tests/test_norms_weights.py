@@ -10,18 +10,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from fedbn.data.population import Examples
 from fedbn.errors import UserError
-from fedbn.layers import convert, weighted_layers
 from fedbn.models.small_cnn import SmallCNN
+from fedbn.nn.conversion import convert, weighted_layers
+from fedbn.nn.roles import Role, norm_layers, roles
 from fedbn.norms.feature_norm import FeatureNormLinear, normalise_features
 from fedbn.norms.fedwon import GAMMA_RELU, ScaledWeightStandardisation, clip_adaptively
 from fedbn.norms.weight_norm import initialise
 from fedbn.norms.weight_standardisation import WeightStandardisation
-from fedbn.roles import Role, norm_layers, roles
-from fedbn.scenario import Examples
+from fedbn.strategies.base import Progress
 from fedbn.strategies.fedwon import FedWon
 from fedbn.strategies.weight_norm import WeightNorm
-from fedbn.strategy import Progress
 
 
 def draw(*shape, seed=0):

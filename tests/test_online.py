@@ -5,9 +5,9 @@ import copy
 import torch
 from torch import nn
 
-from fedbn.moments import Moments
+from fedbn.nn.roles import statistics_layers
 from fedbn.online import predict_online
-from fedbn.roles import statistics_layers
+from fedbn.statistics.moments import Moments
 
 
 def network():

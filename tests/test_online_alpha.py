@@ -8,7 +8,7 @@ from torch import nn
 
 from fedbn.errors import UserError
 from fedbn.online import personalize, rule
-from fedbn.online.alpha import augmented, learn_alpha
+from fedbn.online.ttn_alpha import augmented, learn_alpha
 
 SHIFTED = 1
 """The one channel of three that the augmentation of these tests moves."""

@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fedbn.errors import UserError
-from fedbn.layers import AnyBatchNorm
 from fedbn.models.har_cnn import HarCNN
 from fedbn.models.resnet20 import ResNet20
+from fedbn.nn.batchnorm import AnyBatchNorm
+from fedbn.nn.roles import statistics_layers
 from fedbn.online import LayerPrior, personalize, rule
 from fedbn.online.layer import row_moments
-from fedbn.online.rule import rules
-from fedbn.recalibration import recalibrate
-from fedbn.roles import statistics_layers
+from fedbn.online.rules.base import rules
+from fedbn.statistics.recalibration import recalibrate
 
 NO_PEEKS = [n for n, r in rules().items() if not r.peeks and not r.classwise and not r.wants]
 

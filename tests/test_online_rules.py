@@ -14,8 +14,9 @@ from torch import nn
 
 from fedbn.errors import UserError
 from fedbn.online import LayerPrior, personalize, population_prior, rule, source_prior
-from fedbn.online.rule import mix, rules
-from fedbn.spec import render
+from fedbn.online.rules.base import rules
+from fedbn.online.statistics import mix
+from fedbn.plugins import render
 
 C, L, K = 3, 7, 4
 EPS = 1e-5

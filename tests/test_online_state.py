@@ -11,11 +11,11 @@ from torch import nn
 
 from fedbn.errors import UserError
 from fedbn.models.har_cnn import HarCNN
-from fedbn.moments import Moments
 from fedbn.online import BNState, DirectoryStore, SQLiteStore, personalize, population_prior, rule, source_prior
-from fedbn.online.rule import rules
+from fedbn.online.rules.base import rules
 from fedbn.online.state import fingerprint
-from fedbn.recalibration import all_moments
+from fedbn.statistics.moments import Moments
+from fedbn.statistics.recalibration import all_moments
 
 K = 4
 

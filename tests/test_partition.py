@@ -16,8 +16,9 @@ from fedbn.data.partition import (
     repartition,
     shares,
 )
+from fedbn.data.population import Examples, Population, User
 from fedbn.errors import UserError
-from fedbn.scenario import Examples, Population, User, scenario
+from fedbn.scenarios.base import scenario
 
 TEXTS = {
     "grouped": "grouped:size=3",

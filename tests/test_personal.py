@@ -7,12 +7,14 @@ import torch
 from conftest import same
 
 from fedbn.errors import UserError
-from fedbn.federation import ASIDE, client_round, federate
-from fedbn.personal import personalisations, treatment
-from fedbn.roles import Role
-from fedbn.setting import setting
-from fedbn.strategy import Progress
-from simulations.engines import execute
+from fedbn.federation.client import ASIDE, client_round
+from fedbn.federation.loop import federate
+from fedbn.federation.setup import setting
+from fedbn.nn.roles import Role
+from fedbn.personalization.base import personalisations
+from fedbn.personalization.treatment import treatment
+from fedbn.strategies.base import Progress
+from simulations.engines.execute import execute
 
 METHODS = list(personalisations())
 NORMS = ["fedbn", *(pytest.param(n, marks=pytest.mark.slow) for n in ("global-naive", "silobn", "groupnorm"))]
@@ -97,7 +99,7 @@ def test_fedrep_trains_the_head_on_the_received_body_first(small, monkeypatch):
         phases.append((set(only), epochs))
         return 0.0, {}
 
-    monkeypatch.setattr("fedbn.federation.fit", spy)
+    monkeypatch.setattr("fedbn.federation.client.fit", spy)
     client_round(here, 0, here.start(), None, Progress(1, 2))
     head = {k for k, r in here.ownership.roles.items() if r is Role.HEAD}
     assert phases == [(head, 2), (set(here.ownership.roles) - head, None)]

@@ -11,21 +11,23 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from fedbn.config import Plan
 from fedbn.errors import UserError
-from fedbn.prequential import Trace, source
-from fedbn.recalibration import recalibrate
-from fedbn.run import Plan, Run
-from fedbn.training import logits
-from simulations import personalise, store
-from simulations.cli import app
-from simulations.personalise import cells_of, check_same_windows, conduct, families, study_from, winners
-from simulations.personalise_cells import SOURCE, Cell, conduct_cell, read_cell
-from simulations.personalise_contender import contender
-from simulations.personalise_meeting import meet
-from simulations.personalise_pictures import people_figure
-from simulations.personalise_results import course, summary, users_frame, write
-from simulations.personalise_starts import start
-from simulations.personalise_tables import embed_study, rows, summary_table
+from fedbn.federation.run import Run
+from fedbn.nn.inference import logits
+from fedbn.online.prequential import Trace, source
+from fedbn.statistics.recalibration import recalibrate
+from simulations.adaptation import study as personalise
+from simulations.adaptation.cells import SOURCE, Cell, conduct_cell, read_cell
+from simulations.adaptation.methods import contender
+from simulations.adaptation.plots import people_figure
+from simulations.adaptation.results import course, summary, users_frame, write
+from simulations.adaptation.source_model import meet
+from simulations.adaptation.study import cells_of, check_same_windows, conduct, families, study_from, winners
+from simulations.adaptation.tables import embed_study, rows, summary_table
+from simulations.adaptation.warm_starts import start
+from simulations.cli.app import app
+from simulations.storage import provenance
 
 RULES = ("pseudo:n0=16", "tent", "pseudo:n0=16/adwin/decay", "ema:rate=0.05/ask:budget=2")
 
@@ -133,7 +135,7 @@ def test_what_was_interrupted_goes_on_with_what_is_missing(place, conducted):
 
 
 def test_read_cell_refuses_other_numerics(place, conducted, monkeypatch):
-    monkeypatch.setattr(store, "NUMERICS", store.NUMERICS + 1)
+    monkeypatch.setattr(provenance, "NUMERICS", provenance.NUMERICS + 1)
     with pytest.raises(UserError, match="was computed with other numerics .* start again with another --out"):
         read_cell(place, next(iter(conducted[1])))
 

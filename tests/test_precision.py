@@ -9,11 +9,12 @@ import torch
 from conftest import few, same
 from torch import nn
 
+from fedbn.config import Plan
 from fedbn.errors import UserError
-from fedbn.run import Plan, Run
-from fedbn.strategy import strategies
-from fedbn.training import computed
-from simulations.engines import execute
+from fedbn.federation.run import Run
+from fedbn.federation.training import computed
+from fedbn.strategies.base import strategies
+from simulations.engines.execute import execute
 
 
 @pytest.mark.parametrize("name", strategies())

@@ -11,32 +11,34 @@ from hypothesis import strategies as st
 from sklearn.metrics import f1_score
 from torch import nn
 
+from fedbn.data.population import Examples
+from fedbn.nn.inference import logits
+from fedbn.nn.roles import clone
 from fedbn.online import personalize, rule, source_prior
-from fedbn.prequential import (
+from fedbn.online.prequential import (
     Ask,
     Trace,
     accuracy_with_state,
     balanced,
     balanced_oracle,
+    follow,
+    follow_blocks,
+    own_stream_oracle,
+    source,
+)
+from fedbn.online.prequential_metrics import (
     calibration_error,
     cost,
     faded,
-    follow,
-    follow_blocks,
     harmed,
     judge_alarms,
-    own_stream_oracle,
     regret,
     score,
-    source,
     windows_to_close,
     worst_decile,
 )
-from fedbn.recalibration import recalibrate
-from fedbn.roles import clone
-from fedbn.scenario import Examples
+from fedbn.statistics.recalibration import recalibrate
 from fedbn.streams import FOREIGN, Stream
-from fedbn.training import logits
 
 
 class Counting:

@@ -17,31 +17,32 @@ from hypothesis.extra import numpy as hnp
 
 from clients.app import app as client_app
 from fedbn.errors import UserError
-from fedbn.federation import client_round, federate
-from fedbn.moments import Moments, pooled
-from fedbn.privacy import (
+from fedbn.federation.client import client_round
+from fedbn.federation.loop import federate
+from fedbn.federation.protection import MASKED, masked, opened, protected, statement
+from fedbn.federation.setup import setting
+from fedbn.nn.roles import Role
+from fedbn.privacy.accounting import epsilon
+from fedbn.privacy.mechanism import (
     Privacy,
     clipped,
-    epsilon,
     from_sums,
     parameter_keys,
     parse_privacy,
-    protected,
     released,
     render_privacy,
-    statement,
     statistics_pairs,
     to_sums,
 )
-from fedbn.privacy_sums import MASKED, decode, encode, mask, masked, opened, total
-from fedbn.roles import Role
+from fedbn.privacy.secure_aggregation import decode, encode, mask, total
 from fedbn.seeds import generator
-from fedbn.setting import setting
-from fedbn.strategy import LOCAL, Progress, Update, strategies
-from simulations.app import Listener, conduct
-from simulations.engines import execute
-from simulations.flower_compat import task_identity
-from simulations.grid import InProcessGrid
+from fedbn.statistics.moments import Moments, pooled
+from fedbn.strategies.base import Progress, Update, strategies
+from fedbn.strategies.ownership import LOCAL
+from simulations.engines.execute import execute
+from simulations.engines.grid import InProcessGrid
+from simulations.flower.compat import task_identity
+from simulations.server.rounds import Listener, conduct
 
 PAIRS = [("bn.running_mean", "bn.running_var")]
 FIRST = Progress(1, 2)
@@ -343,7 +344,7 @@ def test_a_missing_client_stops_a_secure_round(small):
     here = setting(private(small("fedbn"), "secure=true"))
     messages = [masked(here, trained(here, u)[0], here.start(), FIRST) for u in here.trainers[:-1]]
     assert messages[0].state.keys() == {MASKED}
-    from fedbn.federation import Server
+    from fedbn.federation.server import Server
 
     with pytest.raises(UserError, match="did not reply"):
         Server(here.start(), here.start()).advance(here, messages, 1)

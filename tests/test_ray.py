@@ -22,15 +22,15 @@ from ray_server import RUNS
 from clients.app import app as client_app
 from clients.config import run_from_config
 from fedbn.errors import UserError
-from fedbn.run import Run, plan_for
-from fedbn.strategy import strategies
-from simulations.app import Clients
-from simulations.engines import execute
-from simulations.flower_compat import task_identity
-from simulations.grid import InProcessGrid
-from simulations.ray_engine import ray_session
-from simulations.store import load_outcome
-from simulations.superlink import MODULES, PRIVATE, FlowerRunError
+from fedbn.federation.run import Run, plan_for
+from fedbn.strategies.base import strategies
+from simulations.engines.execute import execute
+from simulations.engines.grid import InProcessGrid
+from simulations.engines.ray import ray_session
+from simulations.flower.compat import task_identity
+from simulations.flower.superlink import MODULES, PRIVATE, FlowerRunError
+from simulations.server.nodes import Clients
+from simulations.storage.checkpoint import load_outcome
 
 ROOT = Path(__file__).parents[1]
 MARK = "FEDBN_TEST_MARK"
@@ -161,7 +161,8 @@ def test_an_interrupted_run_leaves_nothing_behind(how, tmp_path):
     mark = uuid.uuid4().hex
     script = tmp_path / "long.py"
     script.write_text(
-        "import signal\nfrom fedbn.run import Run, plan_for\nfrom simulations.engines import execute\n"
+        "import signal\nfrom fedbn.federation.run import Run, plan_for\n"
+        "from simulations.engines.execute import execute\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored in a shell's background job
         "execute(Run('digits8', 'fedbn', plan=plan_for('digits8', rounds=10_000)).resolved(), 'ray')\n"
     )

@@ -15,12 +15,12 @@ import pytest
 from test_ray import MARK, assert_same, kill, marked
 
 from fedbn.errors import UserError
-from fedbn.run import Run, plan_for
-from simulations.compare import CHECKPOINT, Task, perform
-from simulations.engines import execute, parse_engine
-from simulations.processes import free_port, script
-from simulations.store import load_outcome
-from simulations.superlink import FlowerRunError
+from fedbn.federation.run import Run, plan_for
+from simulations.engines.execute import execute, parse_engine
+from simulations.experiments.tasks import CHECKPOINT, Task, perform
+from simulations.flower.processes import free_port, script
+from simulations.flower.superlink import FlowerRunError
+from simulations.storage.checkpoint import load_outcome
 
 
 def short(rounds):

@@ -10,8 +10,8 @@ import pytest
 from commands import commands_in, parses
 
 from fedbn.errors import UserError
-from simulations.embed import embed
-from simulations.experiment import Experiment
+from simulations.experiments.experiment import Experiment
+from simulations.report.documents import embed
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

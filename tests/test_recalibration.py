@@ -8,21 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from fedbn import recalibration
 from fedbn.models.small_cnn import SmallCNN
-from fedbn.moments import Moments
-from fedbn.recalibration import (
-    agree_layerwise,
-    flatten,
-    layer_moments,
-    recalibrate,
-    replay,
-    set_statistics,
-    statistics_of,
-    unflatten,
-    union,
-)
-from fedbn.roles import clone, statistics_layers
+from fedbn.nn.roles import clone, statistics_layers
+from fedbn.statistics import recalibration
+from fedbn.statistics.consensus import flatten, replay, unflatten, union
+from fedbn.statistics.moments import Moments
+from fedbn.statistics.recalibration import agree_layerwise, layer_moments, recalibrate, set_statistics, statistics_of
 
 
 def network(seed=0):

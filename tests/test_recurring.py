@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from fedbn.drift import Watched
+from fedbn.data.population import Examples
 from fedbn.online import personalize
-from fedbn.prequential import follow, judge_alarms
-from fedbn.scenario import Examples
+from fedbn.online.drift.monitor import Watched
+from fedbn.online.prequential import follow
+from fedbn.online.prequential_metrics import judge_alarms
 from fedbn.streams import stream
-from simulations.personalise_contender import contender
+from simulations.adaptation.methods import contender
 
 TURN = 80
 

@@ -8,15 +8,17 @@ import torch
 from conftest import same
 
 from clients.app import app as client_app
+from fedbn.config import Plan
 from fedbn.errors import UserError
-from fedbn.federation import federate
-from fedbn.run import Plan, Run
+from fedbn.federation.loop import federate
+from fedbn.federation.run import Run
+from fedbn.federation.setup import setting
 from fedbn.scenarios.remote import own
 from fedbn.seeds import numpy_generator
-from fedbn.setting import setting
-from simulations.app import ClientError, conduct
-from simulations.flower_compat import task_identity
-from simulations.grid import InProcessGrid
+from simulations.engines.grid import InProcessGrid
+from simulations.flower.compat import task_identity
+from simulations.server.nodes import ClientError
+from simulations.server.rounds import conduct
 
 USERS, CLASSES, ROWS = 3, 3, 40
 SCENARIO = f"remote:users={USERS}:classes={CLASSES}:shape=6:unseen=0"

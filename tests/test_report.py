@@ -13,12 +13,14 @@ from test_results import write
 
 from fedbn.data.packages import SOURCES
 from fedbn.errors import UserError
-from simulations import inference, plots, tables
-from simulations.matrix import COLUMNS, ROWS
-from simulations.numerals import cell
-from simulations.report import write_report
-from simulations.result_files import write_run, write_shift
-from simulations.results import Comparison
+from simulations.report import plots
+from simulations.report import terminal as tables
+from simulations.report.page import write_report
+from simulations.results import inference, summary
+from simulations.results.comparison import Comparison
+from simulations.results.files import write_run, write_shift
+from simulations.results.formatting import cell
+from simulations.results.matrix import COLUMNS, ROWS
 
 HOSTILE = '<script>alert("x")</script>&$^{_{'
 FULL = inference.RESAMPLES
@@ -135,7 +137,7 @@ def test_the_matrix_says_what_the_frame_says(directory, page, monkeypatch):
 def test_everything_asked_for_is_on_the_page(directory, text, page, monkeypatch):
     monkeypatch.setattr(inference, "RESAMPLES", FULL)
     comparison = Comparison.load(directory)
-    for sentence in tables.sentences(comparison):
+    for sentence in summary.sentences(comparison):
         assert sentence in text
     for caption in ("Accuracy minus", "Accuracy by domain", "Owner of each role", "Settings", "Versions", "SHA-256"):
         assert len(page.table(caption))

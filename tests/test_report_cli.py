@@ -14,11 +14,13 @@ import pytest
 from test_results import write
 
 from fedbn.errors import UserError
-from simulations import cli, inference, plots
-from simulations.inference import mean_of_users
-from simulations.report import FORMATS, write_report, write_side_by_side
-from simulations.results import Comparison
-from simulations.side_by_side import SideBySide
+from simulations.cli import app as cli
+from simulations.report import plots
+from simulations.report.page import FORMATS, write_report, write_side_by_side
+from simulations.results import inference
+from simulations.results.comparison import Comparison
+from simulations.results.inference import mean_of_users
+from simulations.results.side_by_side import SideBySide
 
 HOSTILE = '<script>alert("x")</script>&$_{|'
 
@@ -250,7 +252,7 @@ def test_interruption_of_a_quiet_command(pair, call, monkeypatch):
     def interrupted(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("simulations.report.write_report", interrupted)
+    monkeypatch.setattr("simulations.report.page.write_report", interrupted)
     code, out, err = call("report", pair[0], "-q")
     assert (code, out) == (130, "")
     assert err == "interrupted; what was finished is kept"

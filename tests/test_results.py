@@ -9,11 +9,11 @@ import pytest
 from scipy import stats
 
 from fedbn.errors import UserError
-from simulations import inference
-from simulations.inference import adjust, mean_of_users, user_interval, worst_of_users
-from simulations.matrix import METRICS
-from simulations.result_files import write_comparison, write_run
-from simulations.results import Comparison
+from simulations.results import inference
+from simulations.results.comparison import Comparison
+from simulations.results.files import write_comparison, write_run
+from simulations.results.inference import adjust, mean_of_users, user_interval, worst_of_users
+from simulations.results.matrix import METRICS
 
 MEANS = {"global": 0.80, "fedbn": 0.85, "groupnorm": 0.82}
 ROLES = {"body": 4000, "head": 200, "affine": 64, "statistics": 64, "counter": 2}

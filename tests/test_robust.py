@@ -11,15 +11,16 @@ from flwr.app import Array, ArrayRecord
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clients.npy import pack, unpack
 from clients.records import arrays
+from clients.serialization import pack, unpack
 from fedbn.errors import UserError
-from fedbn.federation import Server, client_round
-from fedbn.moments import pooled_variance
-from fedbn.robust import location, robust_moments
-from fedbn.setting import setting
-from fedbn.strategy import Progress, Update, strategy
-from simulations.admission import BadReply, admitted, admitted_notes
+from fedbn.federation.client import client_round
+from fedbn.federation.server import Server
+from fedbn.federation.setup import setting
+from fedbn.statistics.moments import pooled_variance
+from fedbn.statistics.robust import location, robust_moments
+from fedbn.strategies.base import Progress, Update, strategy
+from simulations.server.validation import BadReply, admitted, admitted_notes
 
 values = st.lists(st.floats(-100, 100, width=32), min_size=5, max_size=11)
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from fedbn.models.resnet20 import ResNet20
-from fedbn.roles import Role, combine, head, roles, split, statistics_layers
+from fedbn.nn.roles import Role, combine, head, roles, split, statistics_layers
 
 
 def test_every_entry_of_a_nested_network_has_its_role():

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from fedbn.errors import UserError
-from fedbn.scenario import scenario, scenarios
 from fedbn.scenarios import digits, hapt, watch
+from fedbn.scenarios.base import scenario, scenarios
 from fedbn.scenarios.uci_har import SIGNALS
 from fedbn.seeds import numpy_generator
 

@@ -4,13 +4,13 @@ import pytest
 import torch
 from conftest import same
 
-from fedbn.federation import federate
-from fedbn.roles import Role
-from fedbn.run import Plan
-from fedbn.setting import setting
-from simulations.engines import execute
-from simulations.flower_compat import task_identity
-from simulations.server_optimizer import server_step
+from fedbn.config import Plan
+from fedbn.federation.loop import federate
+from fedbn.federation.setup import setting
+from fedbn.nn.roles import Role
+from simulations.engines.execute import execute
+from simulations.flower.compat import task_identity
+from simulations.server.optimizer import server_step
 
 
 def states():

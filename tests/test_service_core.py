@@ -9,16 +9,17 @@ from safetensors.torch import load
 
 pytest.importorskip("fastapi")
 
-from fedbn.drift import Adwin, Context, PageHinkley
 from fedbn.errors import UserError
 from fedbn.models import build
 from fedbn.online import SQLiteStore, personalize
-from simulations.service import watching
+from fedbn.online.drift.detectors import Adwin, PageHinkley
+from fedbn.online.drift.signal import Context
+from simulations.service import drift as watching
+from simulations.service.access import Access, Rates
 from simulations.service.batching import Batcher, Job
-from simulations.service.guard import Access, Rates
-from simulations.service.people import Limits, People
-from simulations.service.watching import Watches
-from simulations.service.wire import Answer, Refusal, advice, checked_name, labels_of, windows_of
+from simulations.service.drift import Watches
+from simulations.service.schema import Answer, Refusal, advice, checked_name, labels_of, windows_of
+from simulations.service.users import Limits, People
 
 SHAPE, CLASSES = (6, 16), ("sit", "walk", "lie")
 
@@ -167,7 +168,7 @@ def test_limits_serve_somebody(name):
 
 
 def test_the_table_gives_the_distances_of_single_contexts_and_alarms_of_their_logarithm(monkeypatch):
-    monkeypatch.setattr("fedbn.drift.FLOOR", watching.FLOOR)
+    monkeypatch.setattr("fedbn.online.drift.signal.FLOOR", watching.FLOOR)
     draw = np.random.default_rng(0)
     kinds, scale = 3, np.array([1.0, 2.0, 0.5])
     watches = Watches(PageHinkley(threshold=2.0), scale, kinds, capacity=3)

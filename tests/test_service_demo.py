@@ -21,17 +21,17 @@ pytest.importorskip("fastapi")
 
 from starlette.testclient import TestClient
 
+from fedbn.data.population import Examples, User
 from fedbn.errors import UserError
 from fedbn.models import build
 from fedbn.online import personalize
-from fedbn.scenario import Examples, User
-from simulations.cli import app as cli
+from simulations.cli.app import app as cli
+from simulations.service.access import Access
 from simulations.service.api import create
-from simulations.service.guard import Access
-from simulations.service.page_routes import FILES, PAGE, VISITORS, routes
-from simulations.service.people import People
-from simulations.service.playground import RULES, WHO, Playground, Session
+from simulations.service.demo.routes import FILES, PAGE, VISITORS, routes
+from simulations.service.demo.session import RULES, WHO, Playground, Session
 from simulations.service.server import address, listen, server_of
+from simulations.service.users import People
 
 SHAPE, CLASSES = (6, 32), ("sitting", "walking")
 
@@ -216,7 +216,9 @@ def test_there_is_room_for_some_visitors(client):
     ],
 )
 def test_mistakes_on_the_command_line(arguments, text, tmp_path, monkeypatch):
-    monkeypatch.setattr("simulations.personalise_meeting.meet", lambda *a: pytest.fail("trained before it was checked"))
+    monkeypatch.setattr(
+        "simulations.adaptation.source_model.meet", lambda *a: pytest.fail("trained before it was checked")
+    )
     monkeypatch.chdir(tmp_path)
     result = CliRunner().invoke(cli, [*arguments, "--port", "0", "--rounds", "1"])
     assert result.exit_code != 0

@@ -16,10 +16,11 @@ from starlette.websockets import WebSocketDisconnect
 
 from fedbn.models import build
 from fedbn.online import SQLiteStore, personalize
+from simulations.service.access import Access
 from simulations.service.api import create
-from simulations.service.guard import Access, JsonLines
-from simulations.service.people import Limits, People
-from simulations.service.wire import BINARY
+from simulations.service.observability import JsonLines
+from simulations.service.schema import BINARY
+from simulations.service.users import Limits, People
 
 SHAPE, CLASSES = (6, 16), ("sit", "walk", "lie")
 TOKEN = "a-token-of-twenty-four-c"

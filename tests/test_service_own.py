@@ -21,11 +21,11 @@ pytest.importorskip("fastapi")
 
 from fedbn.errors import UserError
 from fedbn.online import rule
-from fedbn.online.rule import rules
-from simulations.cli import app as cli
-from simulations.service.guard import Access
-from simulations.service.served import Served
-from simulations.service_cli import serve
+from fedbn.online.rules.base import rules
+from simulations.cli.app import app as cli
+from simulations.cli.service import serve
+from simulations.service.access import Access
+from simulations.service.model import Served
 
 MINE = """
 from torch import nn
@@ -129,7 +129,9 @@ def test_every_rule_that_needs_nothing_from_training_serves_such_a_model(mine):
     ],
 )
 def test_mistakes_on_the_command_line(mine, arguments, said, monkeypatch):
-    monkeypatch.setattr("simulations.personalise_meeting.meet", lambda *a: pytest.fail("trained before it was checked"))
+    monkeypatch.setattr(
+        "simulations.adaptation.source_model.meet", lambda *a: pytest.fail("trained before it was checked")
+    )
     result = CliRunner().invoke(cli, ["serve", *arguments, "--port", "0"])
     assert result.exit_code != 0
     assert said in str(result.exception)

@@ -10,10 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-from fedbn import setting as module
+from fedbn.data.population import Examples, Population, User, hold_out
+from fedbn.data.splits import carve_validation
 from fedbn.errors import UserError
-from fedbn.scenario import Examples, Population, Scenario, User, hold_out
-from fedbn.setting import carve_validation, check_data, setting
+from fedbn.federation import setup as module
+from fedbn.federation.checks import check_data
+from fedbn.federation.setup import setting
+from fedbn.scenarios.base import Scenario
 
 
 def examples(n=12, classes=3, shape=(4,)):

@@ -5,11 +5,12 @@ import pytest
 import torch
 
 from fedbn.data.partition import repartition
+from fedbn.data.population import Examples, Population, User
 from fedbn.data.shift import parse_shift, shift, shifts
 from fedbn.data.skew import measure, statistics_distance
 from fedbn.errors import UserError
-from fedbn.moments import Moments
-from fedbn.scenario import Examples, Population, User, scenario
+from fedbn.scenarios.base import scenario
+from fedbn.statistics.moments import Moments
 
 SENSORS = ["gain", "offset", "noise", "rotation", "placement"]
 IMAGES = ["contrast", "inversion", "blur", "colour"]

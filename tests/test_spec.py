@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import pytest
 
+from fedbn.config import Plan
 from fedbn.errors import UserError
-from fedbn.run import Plan, Run, plan_for
-from fedbn.scenario import scenario, scenarios
-from fedbn.spec import render
-from fedbn.strategy import strategies, strategy
+from fedbn.federation.run import Run, plan_for
+from fedbn.plugins import render
+from fedbn.scenarios.base import scenario, scenarios
+from fedbn.strategies.base import strategies, strategy
 
 
 @pytest.mark.parametrize("name", strategies())

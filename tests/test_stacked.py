@@ -17,23 +17,26 @@ from torch.nn import functional as F
 
 from clients.app import app as client_app
 from clients.jobs import Train, execute, together
+from fedbn.data.population import Examples, Population, User
 from fedbn.errors import UserError
-from fedbn.federation import Server, client_round
-from fedbn.layers import AnyBatchNorm, AnyInstanceNorm
+from fedbn.federation.client import client_round
+from fedbn.federation.context import Setting
+from fedbn.federation.run import Run, plan_for
+from fedbn.federation.server import Server
+from fedbn.federation.setup import setting
 from fedbn.models import build, models
-from fedbn.personal import personalisations
-from fedbn.run import Run, plan_for
-from fedbn.scenario import Examples, Population, User
-from fedbn.setting import Setting, setting
+from fedbn.nn.batchnorm import AnyBatchNorm, AnyInstanceNorm
+from fedbn.personalization.base import personalisations
 from fedbn.stacked.cohort import Cohort, Failure
+from fedbn.stacked.executors import Kind, Tiers, cores, parse_tier, width
 from fedbn.stacked.fit import Descent, Trainee, agenda, fit_stack
+from fedbn.stacked.layers import Unstackable
 from fedbn.stacked.program import program
-from fedbn.stacked.tiers import Kind, Tiers, cores, parse_tier, width
-from fedbn.stacked.twins import Unstackable
-from fedbn.strategy import Ownership, Progress, strategies
-from simulations.app import Listener, conduct
-from simulations.flower_compat import task_identity
-from simulations.grid import InProcessGrid
+from fedbn.strategies.base import Progress, strategies
+from fedbn.strategies.ownership import Ownership
+from simulations.engines.grid import InProcessGrid
+from simulations.flower.compat import task_identity
+from simulations.server.rounds import Listener, conduct
 
 STACKED = {  # at least these; strategies with steps or layers of their own train client by client
     *("centralised", "fedbn", "fedbn-seeded", "fixbn", "global-naive", "global-pooled", "global-recalibrated"),
@@ -126,7 +129,7 @@ def test_every_strategy_equals_clients_one_by_one(name, model, caplog):
     if strategies()[name].consults:
         pytest.skip("talks before training: see test_who_consults_trains_alone")
     here = in_double(setting_or_skip(ragged(name, model, proximal=0.1)))
-    with caplog.at_level(logging.INFO, logger="fedbn.stacked.tiers"):
+    with caplog.at_level(logging.INFO, logger="fedbn.stacked.executors"):
         stacked = rounds_of(here, Tiers("stacked", 1), 4)
     assert not caplog.records or name not in STACKED, [r.message for r in caplog.records]
     states, losses = worst(rounds_of(here, Tiers("one"), 4), stacked)
@@ -139,7 +142,7 @@ def test_every_model_equals_clients_one_by_one(name, caplog):
     here = of_model(setting(ragged(batch_size=8)), name)
     expected = rounds_of(here, Tiers("one"), 3, rounds=1)
     for tier in ("lean", "stacked"):
-        with caplog.at_level(logging.INFO, logger="fedbn.stacked.tiers"):
+        with caplog.at_level(logging.INFO, logger="fedbn.stacked.executors"):
             stacked = rounds_of(here, Tiers(tier, 1), 3, rounds=1)
         assert not caplog.records or name not in MODELS, [r.message for r in caplog.records]
         states, losses = worst(expected, stacked)
@@ -422,10 +425,10 @@ def test_threads_are_used_only_for_steps_worth_it(small, monkeypatch):
     jobs = [Train(here, u, here.start(), None, Progress(1, 1)) for u in here.trainers]
     used = []
     monkeypatch.setattr(Tiers, "_on_threads", lambda self, parts, do: used.append(len(parts)) or [None] * len(parts))
-    monkeypatch.setattr("fedbn.stacked.tiers.WORTH_A_THREAD", 1e9)
+    monkeypatch.setattr("fedbn.stacked.executors.WORTH_A_THREAD", 1e9)
     Tiers("exact", 2).run(jobs)
     assert used == []
-    monkeypatch.setattr("fedbn.stacked.tiers.WORTH_A_THREAD", 0.0)
+    monkeypatch.setattr("fedbn.stacked.executors.WORTH_A_THREAD", 0.0)
     Tiers("exact", 2).run(jobs)
     assert used == [len(jobs) - 3]
 
@@ -465,7 +468,7 @@ def test_the_reason_for_training_alone_is_given_once(small, caplog):
     here = setting(small("fedbn+fedrep", model="mlp"))
     tiers = Tiers("stacked", 1)
     jobs = [Train(here, u, here.start(), None, Progress(1, 1)) for u in here.trainers[:2]]
-    with caplog.at_level(logging.INFO, logger="fedbn.stacked.tiers"):
+    with caplog.at_level(logging.INFO, logger="fedbn.stacked.executors"):
         tiers.run(jobs)
         tiers.run(jobs)
     assert [r.message for r in caplog.records] == ["training client by client: fedrep trains in its own way"]

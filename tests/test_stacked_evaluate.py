@@ -13,16 +13,17 @@ from test_stacked import STACKED, in_double, of_model, ragged, setting_or_skip
 from torch import nn
 
 from clients.jobs import Evaluate
+from fedbn.data.population import Examples, User
 from fedbn.errors import UserError
-from fedbn.evaluation import COLUMNS, score, scores
-from fedbn.federation import Server, cells, client_evaluation, client_round, global_columns, served
+from fedbn.federation.client import cells, client_evaluation, client_round
+from fedbn.federation.metrics import COLUMNS, score, scores
+from fedbn.federation.server import Server, global_columns, served
+from fedbn.federation.setup import setting
 from fedbn.models import models
-from fedbn.scenario import Examples, User
-from fedbn.setting import setting
 from fedbn.stacked.cohort import Failure
-from fedbn.stacked.tiers import Tiers
+from fedbn.stacked.executors import Tiers
+from fedbn.strategies.base import Progress, strategies
 from fedbn.strategies.silobn import SiloBN
-from fedbn.strategy import Progress, strategies
 
 LARGE = {name for name in models() if name.endswith("-cvgj")}
 
@@ -87,7 +88,7 @@ def test_every_strategy_is_scored_as_users_are_one_by_one(name, model, caplog):
         pytest.skip("talks before training")
     here = with_tests(in_double(setting_or_skip(ragged(name, model))))
     jobs = jobs_of(here, *trained(here))
-    with caplog.at_level(logging.INFO, logger="fedbn.stacked.tiers"):
+    with caplog.at_level(logging.INFO, logger="fedbn.stacked.executors"):
         found = Tiers("stacked", 1).run(jobs)
     assert not told(caplog) or name not in STACKED
     agree(found, alone(jobs))
@@ -106,7 +107,7 @@ def test_streams_end_one_after_the_other_in_stacks_of_any_width(monkeypatch):
     jobs = jobs_of(here, *trained(here))
     expected = alone(jobs)
     for wide in (1, 2, 3, 7):
-        monkeypatch.setattr("fedbn.stacked.tiers.width", lambda *_, wide=wide, **__: wide)
+        monkeypatch.setattr("fedbn.stacked.executors.width", lambda *_, wide=wide, **__: wide)
         agree(Tiers("stacked", 1).run(jobs), expected)
 
 
@@ -118,8 +119,8 @@ def test_a_prior_of_nothing_and_one_that_never_moves():
 
 
 def test_on_threads_the_same_bits(monkeypatch):
-    monkeypatch.setattr("fedbn.stacked.tiers.WORTH_A_THREAD", 0.0)
-    monkeypatch.setattr("fedbn.stacked.tiers.width", lambda *_, **__: 2)
+    monkeypatch.setattr("fedbn.stacked.executors.WORTH_A_THREAD", 0.0)
+    monkeypatch.setattr("fedbn.stacked.executors.width", lambda *_, **__: 2)
     here = with_tests(setting(ragged("fedbn", "small-cnn")))
     jobs = jobs_of(here, *trained(here))
     assert Tiers("stacked", 2).run(jobs) == Tiers("stacked", 1).run(jobs)
@@ -170,7 +171,7 @@ def test_statistics_that_are_not_measured_in_one_pass_are_measured_one_by_one(mo
     jobs = jobs_of(here, *trained(here))
     expected = alone(jobs)
     asked = []
-    monkeypatch.setattr("fedbn.stacked.tiers.cells", lambda *args: asked.append(args[3]) or cells(*args))
+    monkeypatch.setattr("fedbn.stacked.executors.cells", lambda *args: asked.append(args[3]) or cells(*args))
     agree(Tiers("stacked", 1).run(jobs), expected)
     assert set(asked) == {("recalibrated",), ("online",)}
 
@@ -202,7 +203,7 @@ def test_a_rule_that_fails_for_one_user_fails_alone(monkeypatch):
             raise UserError("too short")
         return cells(here, user, *args)
 
-    monkeypatch.setattr("fedbn.stacked.tiers.cells", failing)
+    monkeypatch.setattr("fedbn.stacked.executors.cells", failing)
     found = Tiers("stacked", 1).run(jobs)
     assert str(found[2].error) == "too short"
     assert [len(f) for i, f in enumerate(found) if i != 2] == [len(f) for i, f in enumerate(alone(jobs)) if i != 2]
@@ -221,7 +222,7 @@ def test_what_is_scored_user_by_user_is_said_once(change, reason, caplog):
         here = of_model(here, "test_stacked_evaluate:batchwise")
     jobs = change(jobs_of(here, *trained(here), COLUMNS if "columns" in reason else ("aggregated",)))
     tiers = Tiers("stacked", 1)
-    with caplog.at_level(logging.INFO, logger="fedbn.stacked.tiers"):
+    with caplog.at_level(logging.INFO, logger="fedbn.stacked.executors"):
         for _ in range(2):
             agree(tiers.run(jobs), alone(jobs))
     assert told(caplog) == [f"evaluating user by user: {reason}"]
@@ -236,7 +237,7 @@ def batchwise(shape, classes):
 def test_who_is_served_a_model_of_its_own_is_scored_alone(caplog):
     here = with_tests(in_double(setting(ragged("fedbn+finetune", proximal=0.0))))
     jobs = jobs_of(here, *trained(here))
-    with caplog.at_level(logging.INFO, logger="fedbn.stacked.tiers"):
+    with caplog.at_level(logging.INFO, logger="fedbn.stacked.executors"):
         agree(Tiers("stacked", 1).run(jobs), alone(jobs))
     assert told(caplog) == ["evaluating user by user: finetune serves models of its own"]
 

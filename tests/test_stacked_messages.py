@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clients.jobs import in_company, together
-from clients.npy import Held, pack, unpack
 from clients.records import Decoder, arrays, handed, tensors
+from clients.serialization import Held, pack, unpack
 from fedbn.errors import UserError
 
 KINDS = (torch.float32, torch.float64, torch.float16, torch.int64, torch.int32, torch.uint8, torch.bool)

@@ -10,14 +10,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from clients.jobs import Train
-from fedbn.setting import setting
+from fedbn.federation.setup import setting
 from fedbn.stacked import fit
+from fedbn.stacked.executors import Tiers
 from fedbn.stacked.fit import Descent, Trainee, fit_stack
+from fedbn.stacked.layers import product
 from fedbn.stacked.memory import collect_garbage_rarely, keep_freed_memory
 from fedbn.stacked.program import program
-from fedbn.stacked.tiers import Tiers
-from fedbn.stacked.twins import product
-from fedbn.strategy import Progress
+from fedbn.strategies.base import Progress
 
 
 def features(dropout=0.0):

@@ -11,13 +11,16 @@ import torch
 from conftest import few, same
 
 from fedbn.errors import UserError
-from fedbn.federation import Server, client_round, federate
-from fedbn.rates import RATES
-from fedbn.recalibration import all_moments, statistics_of
-from fedbn.roles import Role
-from fedbn.setting import setting
-from fedbn.strategy import LOCAL, SEEDED, SHARED, Progress, Update, strategies
-from simulations.engines import execute
+from fedbn.federation.client import client_round
+from fedbn.federation.loop import federate
+from fedbn.federation.server import Server
+from fedbn.federation.setup import setting
+from fedbn.nn.roles import Role
+from fedbn.statistics.recalibration import all_moments, statistics_of
+from fedbn.strategies.base import Progress, Update, strategies
+from fedbn.strategies.ownership import LOCAL, SEEDED, SHARED
+from fedbn.tta.adaptation_rates import RATES
+from simulations.engines.execute import execute
 
 ALL = list(strategies())
 FIRST = Progress(1, 2)

@@ -6,9 +6,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedbn.data.population import Examples
 from fedbn.errors import UserError
-from fedbn.scenario import Examples
-from fedbn.spec import render
+from fedbn.plugins import render
 from fedbn.streams import FOREIGN, Event, Stream, stream, streams
 
 ALL = sorted(streams())

@@ -13,13 +13,13 @@ from torch import nn
 
 from fedbn.data.eeg import read_windows
 from fedbn.errors import UserError
-from fedbn.layers import convert
 from fedbn.models.stroke_cnn import StrokeEEG1DCNN
-from fedbn.roles import norm_layers
-from fedbn.scenario import scenario
+from fedbn.nn.conversion import convert
+from fedbn.nn.roles import norm_layers
+from fedbn.scenarios.base import scenario
 from fedbn.scenarios.stroke import BANDS, band_powers, cohort, recorded
-from simulations import cli
-from simulations.claims.stroke import CLASSICAL, _examples, folds
+from simulations.claims.studies.stroke import CLASSICAL, _examples, folds
+from simulations.cli import app as cli
 
 # --- the cohort
 

@@ -12,11 +12,12 @@ import pytest
 from typer.testing import CliRunner
 
 from fedbn.errors import UserError
-from simulations import trackers
-from simulations.cli import app
-from simulations.compare import Event, Task, compare
-from simulations.experiment import Experiment
-from simulations.trackers import TRACKERS, Tracker, Tracking, tracker
+from simulations.cli.app import app
+from simulations.experiments.compare import compare
+from simulations.experiments.experiment import Experiment
+from simulations.experiments.tasks import Event, Task
+from simulations.tracking import trackers
+from simulations.tracking.trackers import TRACKERS, Tracker, Tracking, tracker
 
 
 class Notes(Tracker):

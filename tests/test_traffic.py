@@ -10,22 +10,22 @@ import torch
 from flwr.clientapp import ClientApp
 
 import clients.app as client
-from fedbn.roles import statistics_layers
-from fedbn.run import plan_for
-from fedbn.setting import setting
-from fedbn.strategy import Update
-from fedbn.traffic import MESSAGE, REPEATED, Traffic
-from simulations import inference
-from simulations.app import conduct
-from simulations.compare import compare
-from simulations.embed import embed
-from simulations.engines import execute
-from simulations.experiment import Experiment
-from simulations.flower_compat import task_identity
-from simulations.grid import InProcessGrid
-from simulations.results import Comparison
-from simulations.store import load_outcome, save_outcome
-from simulations.tables import size
+from fedbn.federation.run import plan_for
+from fedbn.federation.setup import setting
+from fedbn.federation.traffic import MESSAGE, REPEATED, Traffic
+from fedbn.nn.roles import statistics_layers
+from fedbn.strategies.base import Update
+from simulations.engines.execute import execute
+from simulations.engines.grid import InProcessGrid
+from simulations.experiments.compare import compare
+from simulations.experiments.experiment import Experiment
+from simulations.flower.compat import task_identity
+from simulations.report.documents import embed
+from simulations.results import inference
+from simulations.results.comparison import Comparison
+from simulations.results.formatting import size
+from simulations.server.rounds import conduct
+from simulations.storage.checkpoint import load_outcome, save_outcome
 
 TALKATIVE = {"fedtan": 1, "hbn": 1, "static-bn": 1, "global-recalibrated": 1, "fedap": 1, "global-naive+scaffold": 2}
 """Rounds by treatment: SCAFFOLD's server has something to tell from the second on."""

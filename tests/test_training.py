@@ -6,12 +6,14 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from fedbn.federation import OPTIMIZER, client_round, federate
-from fedbn.run import Plan
-from fedbn.scenario import Examples
-from fedbn.setting import setting
-from fedbn.strategy import Progress
-from fedbn.training import batches, fit
+from fedbn.config import Plan
+from fedbn.data.batching import batches
+from fedbn.data.population import Examples
+from fedbn.federation.client import OPTIMIZER, client_round
+from fedbn.federation.loop import federate
+from fedbn.federation.setup import setting
+from fedbn.federation.training import fit
+from fedbn.strategies.base import Progress
 
 
 def examples(n=21):

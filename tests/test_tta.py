@@ -12,13 +12,22 @@ from torch.nn import functional as F
 
 from fedbn.errors import UserError
 from fedbn.models.har_cnn import HarCNN
-from fedbn.prequential import follow_blocks, score
-from fedbn.rates import RATES, add_rates
-from fedbn.recalibration import recalibrate
-from fedbn.roles import clone
-from fedbn.spec import render
+from fedbn.nn.roles import clone
+from fedbn.online.prequential import follow_blocks
+from fedbn.online.prequential_metrics import score
+from fedbn.plugins import render
+from fedbn.statistics.recalibration import recalibrate
 from fedbn.streams import Stream
-from fedbn.tta import Adapter, affine_parameters, entropy, features_of, method, methods, sharpness_aware
+from fedbn.tta.adaptation_rates import RATES, add_rates
+from fedbn.tta.base import (
+    Adapter,
+    affine_parameters,
+    entropy,
+    features_of,
+    method,
+    methods,
+    sharpness_aware,
+)
 from fedbn.tta.eata import fisher_information
 from fedbn.tta.lame import agree, nearest
 from fedbn.tta.note import InstanceAwareBN, Reservoir, instance_aware

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from commands import commands_in
 
-from simulations import cli
+from simulations.cli import app as cli
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = [

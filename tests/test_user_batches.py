@@ -10,14 +10,16 @@ import torch
 from conftest import same
 from torch import nn
 
+from fedbn.config import Plan
+from fedbn.data.batching import user_batches
+from fedbn.data.population import Examples
 from fedbn.errors import UserError
-from fedbn.federation import federate
-from fedbn.run import Plan, Run
-from fedbn.scenario import Examples
-from fedbn.setting import setting, setting_for
-from fedbn.training import fit, shuffle, user_batches
-from simulations.engines import execute
-from simulations.experiment import Experiment
+from fedbn.federation.loop import federate
+from fedbn.federation.run import Run
+from fedbn.federation.setup import setting, setting_for
+from fedbn.federation.training import fit, shuffle
+from simulations.engines.execute import execute
+from simulations.experiments.experiment import Experiment
 
 PLAN = Plan(rounds=2, eval_every=1, batch_size=8, global_test=12, user_batches=True)
 

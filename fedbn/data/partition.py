@@ -21,10 +21,10 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
+from fedbn.data.population import Examples, Population, User
 from fedbn.errors import UserError
-from fedbn.scenario import Examples, Population, User
+from fedbn.plugins import parse, render
 from fedbn.seeds import key, numpy_generator
-from fedbn.spec import parse, render
 
 Indices = list[np.ndarray]
 

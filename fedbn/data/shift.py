@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fedbn.data.population import Population
 from fedbn.errors import UserError
-from fedbn.scenario import Population
+from fedbn.plugins import parse, render
 from fedbn.seeds import generator
-from fedbn.spec import parse, render
 
 Apply = Callable[[Tensor], Tensor]
 

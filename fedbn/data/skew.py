@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from scipy.spatial.distance import jensenshannon
 
-from fedbn.scenario import Population
+from fedbn.data.population import Population
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ gradient is a sum of :math:`K` terms. So its root mean square grows towards the 
 .. math:: (2K/\pi)^{1/4}
 
 per layer: gradients *explode*. Divided by the standard deviation of :math:`s`, 68.3 % of the units pass and the fan-in
-cancels: the factor is :math:`\sqrt{0.683} = 0.826` at any width. (Derived here; `fedbn.probes` measures it.)
+cancels: the factor is :math:`\sqrt{0.683} = 0.826` at any width. (Derived here; `fedbn.nn.probes` measures it.)
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedbn.errors import UserError, unknown
-from fedbn.layers import AnyBatchNorm
-from fedbn.models import Network
+from fedbn.models.base import Network
+from fedbn.nn.batchnorm import AnyBatchNorm
 
 BinaryNorm = Literal["none", "centre", "scale", "fixed", "bn"]
 BINARY_NORMS: tuple[BinaryNorm, ...] = ("none", "centre", "scale", "fixed", "bn")

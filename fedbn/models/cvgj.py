@@ -6,7 +6,7 @@ LRN and dropout are gone. The residual networks are of the pre-activation kind.
 
 Where an image is smaller than 64 pixels the stem is ours: a 3x3 convolution of stride 1 and no pooling after it in the
 residual networks. Built by name the networks are a quarter as wide as published, which suits small images on a CPU;
-``width_mult=1`` is the published width. Weights are not included: see `fedbn.pretrained`.
+``width_mult=1`` is the published width. Weights are not included: see `fedbn.integrations.pretrained`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from fedbn.errors import UserError
-from fedbn.models import Network
+from fedbn.models.base import Network
 
 SMALL = 64
 """Images with a side below this get the small stem."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fedbn.errors import UserError
-from fedbn.models import Network
+from fedbn.models.base import Network
 
 
 class HarCNN(Network):

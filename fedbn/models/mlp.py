@@ -6,7 +6,7 @@ from math import prod
 
 from torch import Tensor, nn
 
-from fedbn.models import Network
+from fedbn.models.base import Network
 
 
 class MLP(Network):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fedbn.errors import UserError
-from fedbn.models import Network
+from fedbn.models.base import Network
 from fedbn.seeds import key
 
 

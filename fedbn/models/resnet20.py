@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedbn.errors import UserError
-from fedbn.models import Network
+from fedbn.models.base import Network
 
 
 class Block(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from fedbn.errors import UserError
-from fedbn.models import Network
+from fedbn.models.base import Network
 
 
 class SmallCNN(Network):

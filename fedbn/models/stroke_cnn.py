@@ -9,14 +9,14 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from fedbn.errors import UserError
-from fedbn.models import Network
+from fedbn.models.base import Network
 
 
 class StrokeEEG1DCNN(Network):
     """Three convolutions (16, 32, 32) with BN and ReLU, the last two pooled by 2; a hidden layer of 64 with dropout.
 
     Takes the 24 features as a sequence ``[1, 24]`` or raw windows ``[channels, samples]``; only the hidden layer's
-    width differs. Without BN: `fedbn.layers.convert` to ``none``.
+    width differs. Without BN: `fedbn.nn.conversion.convert` to ``none``.
 
     >>> import torch
     >>> StrokeEEG1DCNN((1, 24), 2)(torch.zeros(2, 1, 24)).shape, StrokeEEG1DCNN((6, 256), 2).hidden[0].in_features

@@ -1,4 +1,4 @@
-"""Normalisers: one file a paper. A file with a function ``convert`` is a kind that `fedbn.layers.convert` knows.
+"""Normalisers: one file a paper. A file with a function ``convert`` is a kind that `fedbn.nn.conversion.convert` knows.
 
 Every layer with running statistics keeps them as ``running_mean`` and ``running_var``, the variance that evaluation
 normalises by. A method that averages something else (standard deviations, second moments) does so on a function of

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from fedbn.layers import AnyBatchNorm, exchange
+from fedbn.nn.batchnorm import AnyBatchNorm
+from fedbn.nn.conversion import exchange
 
 
 def convert(model: nn.Module) -> nn.Module:

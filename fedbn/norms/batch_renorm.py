@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from fedbn.errors import UserError
-from fedbn.layers import AnyBatchNorm, exchange
+from fedbn.nn.batchnorm import AnyBatchNorm
+from fedbn.nn.conversion import exchange
 from fedbn.norms.statnorm import along, batch_statistics, normalise
 
 

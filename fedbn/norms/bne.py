@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedbn.errors import UserError
-from fedbn.layers import exchange, inputs_of
+from fedbn.nn.conversion import exchange
+from fedbn.nn.hooks import inputs_of
+from fedbn.nn.roles import State
 from fedbn.norms.evalnorm import instance_statistics
-from fedbn.roles import State
 
 Mix = Literal["probabilities", "logits"]
 

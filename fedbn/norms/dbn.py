@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedbn.errors import UserError
-from fedbn.layers import AnyBatchNorm, exchange
+from fedbn.nn.batchnorm import AnyBatchNorm
+from fedbn.nn.conversion import exchange
 from fedbn.norms.statnorm import along, batch_statistics, normalise
 
 Mode = Literal["algorithm1", "inference"]

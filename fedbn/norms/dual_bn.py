@@ -13,7 +13,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from fedbn.layers import replace_norms, require_norms
+from fedbn.nn.conversion import replace_norms, require_norms
 
 Branch = Literal["clean", "adversarial"]
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedbn.errors import UserError
-from fedbn.layers import drop_norms
-from fedbn.roles import head
+from fedbn.nn.conversion import drop_norms
+from fedbn.nn.roles import head
 
 
 def normalise_features(x: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
-from fedbn.layers import drop_norms
+from fedbn.nn.conversion import drop_norms
 from fedbn.norms.weight_standardisation import convolutions
 
 GAMMA_RELU = math.sqrt(2 / (1 - 1 / math.pi))

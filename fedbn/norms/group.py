@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from fedbn.layers import channels_of, groups_for, replace_norms, require_norms
+from fedbn.nn.conversion import channels_of, groups_for, replace_norms, require_norms
 
 
 def convert(model: nn.Module, *, groups: int | None = None, per_group: int | None = None) -> nn.Module:

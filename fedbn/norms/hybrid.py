@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fedbn.moments import Moments
 from fedbn.norms.statnorm import along, widened
+from fedbn.statistics.moments import Moments
 
 
 class HybridNorm(_BatchNorm):

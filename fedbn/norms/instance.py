@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from fedbn.layers import AnyInstanceNorm, channels_of, replace_norms, require_norms
+from fedbn.nn.batchnorm import AnyInstanceNorm
+from fedbn.nn.conversion import channels_of, replace_norms, require_norms
 
 
 def convert(model: nn.Module) -> nn.Module:

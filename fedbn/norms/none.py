@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from fedbn.layers import replace_norms, require_norms
+from fedbn.nn.conversion import replace_norms, require_norms
 
 
 def convert(model: nn.Module) -> nn.Module:

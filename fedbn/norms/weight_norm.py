@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from fedbn.layers import drop_norms, weighted_layers
+from fedbn.nn.conversion import drop_norms, weighted_layers
 
 
 def convert(model: nn.Module) -> nn.Module:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
 from fedbn.errors import UserError
-from fedbn.layers import drop_norms, weighted_layers
+from fedbn.nn.conversion import drop_norms, weighted_layers
 
 
 class WeightStandardisation(nn.Module):

@@ -1,11 +1,12 @@
 """Statistics that follow users: a bank of thousands of users in one network, rules, states as values."""
 
-from fedbn.online.blocks import follow_rule, predict_online
 from fedbn.online.personalized import Personalized, personalize
 from fedbn.online.prior import LayerPrior, population_prior, source_prior
-from fedbn.online.rule import Rule, rule
+from fedbn.online.rules.base import Rule, rule
 from fedbn.online.state import BNState
+from fedbn.online.statistics import State
 from fedbn.online.stores import DirectoryStore, SQLiteStore, Store
+from fedbn.online.stream import follow_rule, predict_online
 
 __all__ = [
     "BNState",
@@ -14,6 +15,7 @@ __all__ = [
     "Personalized",
     "Rule",
     "SQLiteStore",
+    "State",
     "Store",
     "follow_rule",
     "personalize",

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from fedbn.errors import UserError
-from fedbn.moments import Moments
 from fedbn.online.layer import scale_and_shift
-from fedbn.online.rule import Pair, Prior, Rule, Seen, State, columns, each
+from fedbn.online.rules.base import Rule
 from fedbn.online.state import BNState
+from fedbn.online.statistics import Pair, Prior, Seen, State, columns, each
 from fedbn.online.stores import Store
-from fedbn.spec import render
+from fedbn.plugins import render
+from fedbn.statistics.moments import Moments
 
 TALLY = ("offered", "learnt", "doubt", "prior_doubt")
 """Numbers kept for each user besides what its rule keeps."""

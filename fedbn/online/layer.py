@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedbn.errors import UserError
-from fedbn.layers import AnyBatchNorm
-from fedbn.online.rule import Pair, mix
+from fedbn.nn.batchnorm import AnyBatchNorm
+from fedbn.online.statistics import Pair, mix
 
 
 class UserNorm(AnyBatchNorm):

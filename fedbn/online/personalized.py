@@ -16,17 +16,27 @@ import torch
 from torch import Tensor, nn
 
 from fedbn.errors import UserError
-from fedbn.layers import channels_of, replace_norms, require_statistics
+from fedbn.nn.conversion import channels_of, replace_norms, require_statistics
+from fedbn.nn.roles import head, keeps_statistics, statistics_layers
 from fedbn.online.bank import Bank, Group
-from fedbn.online.inputs import Ids, balance, believed, in_rounds, names_of, numbered, real_positions, require_finite
 from fedbn.online.layer import Pass, Transform, UserNorm
 from fedbn.online.prior import LayerPrior, packed
-from fedbn.online.rule import Pair, Rule, mix
-from fedbn.online.rule import rule as parse_rule
+from fedbn.online.rules.base import Rule
+from fedbn.online.rules.base import rule as parse_rule
 from fedbn.online.state import fingerprint
+from fedbn.online.statistics import Pair, mix
 from fedbn.online.stores import Store
 from fedbn.online.users import Snapshot, Users
-from fedbn.roles import head, keeps_statistics, statistics_layers
+from fedbn.online.validation import (
+    Ids,
+    balance,
+    believed,
+    in_rounds,
+    names_of,
+    numbered,
+    real_positions,
+    require_finite,
+)
 
 CHUNK = 512
 """Rows that a pass of `Personalized.calibrate` takes at once."""

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from fedbn.errors import UserError, unknown
-from fedbn.layers import inputs_of
-from fedbn.moments import Moments
+from fedbn.nn.hooks import inputs_of
+from fedbn.nn.roles import statistics_layers
 from fedbn.online.layer import row_moments
-from fedbn.online.rule import Prior
-from fedbn.roles import statistics_layers
+from fedbn.online.statistics import Prior
+from fedbn.statistics.moments import Moments
 
 if TYPE_CHECKING:
     from fedbn.online.layer import UserNorm

@@ -2,8 +2,8 @@ r"""What of a user's state may leave the device, and what it gives away.
 
 Two states one window apart give that window's channel means exactly (`window_between`), and first-layer statistics
 tell people apart (`reidentified`). `Release` makes a state that tells less: none before a minimum count, Gaussian
-noise on the sums of clipped windows (`fedbn.online.rule.Rule.clip`), late layers only; what was counted of classes
-never leaves.
+noise on the sums of clipped windows (`fedbn.online.rules.base.Rule.clip`), late layers only; what was counted of
+classes never leaves.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from fedbn.errors import UserError
-from fedbn.moments import Moments
 from fedbn.online.prior import LayerPrior
-from fedbn.online.rule import rule
+from fedbn.online.rules.base import rule
 from fedbn.online.state import BNState
+from fedbn.statistics.moments import Moments
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fedbn.errors import UserError
-from fedbn.moments import Moments, pooled
+from fedbn.statistics.moments import Moments, pooled
 
 VERSION = 2
 """Of the layout of `BNState.to_bytes`; another one is refused."""
@@ -113,7 +113,7 @@ class BNState:
                 `fedbn.online.Personalized.export`).
         """
         from fedbn.online.personalized import personalize
-        from fedbn.online.rule import rule
+        from fedbn.online.rules.base import rule
 
         net = personalize(model, rule(self.rule), capacity=1)
         net.load("this", self)

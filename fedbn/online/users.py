@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from fedbn.errors import UserError, unknown
 from fedbn.online.bank import TALLY, Bank
-from fedbn.online.rule import Pair
 from fedbn.online.state import BNState
+from fedbn.online.statistics import Pair
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -38,8 +38,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from fedbn.data.packages import SOURCES, Arrays, cached, fetch
+from fedbn.data.population import Examples, Population, User, hold_out
 from fedbn.errors import UserError, unknown
-from fedbn.scenario import Examples, Population, Scenario, User, hold_out
+from fedbn.scenarios.base import Scenario
 from fedbn.seeds import numpy_generator
 
 FACES = (

@@ -15,8 +15,9 @@ from typing import ClassVar
 import numpy as np
 import torch
 
+from fedbn.data.population import Examples, Population, User, hold_out
 from fedbn.errors import UserError
-from fedbn.scenario import Examples, Population, Scenario, User, hold_out
+from fedbn.scenarios.base import Scenario
 from fedbn.seeds import numpy_generator
 
 IMAGES = 1797

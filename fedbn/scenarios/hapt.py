@@ -25,10 +25,11 @@ import numpy as np
 import torch
 
 from fedbn.data.packages import SOURCES, Arrays, cached, fetch
+from fedbn.data.population import Examples, Population, User, hold_out, shuffled
 from fedbn.data.unpickle import FRAMES, unpickle
 from fedbn.data.windows import hop, windows
 from fedbn.errors import UserError
-from fedbn.scenario import Examples, Population, Scenario, User, hold_out, shuffled
+from fedbn.scenarios.base import Scenario
 
 CLASSES = ("walking", "upstairs", "downstairs", "sitting", "standing", "lying")
 

@@ -28,9 +28,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from fedbn.data.population import Population
+from fedbn.data.readers import Rows, refuse_missing
 from fedbn.errors import UserError, unknown
-from fedbn.scenario import Population, Scenario
-from fedbn.scenarios.files import Rows, population, refuse_missing
+from fedbn.scenarios.base import Scenario
+from fedbn.scenarios.files import population
 from fedbn.seeds import numpy_generator
 
 

@@ -13,8 +13,9 @@ from typing import ClassVar, cast
 
 import torch
 
+from fedbn.data.population import Examples, Population, User, hold_out
 from fedbn.errors import UserError
-from fedbn.scenario import Examples, Population, Scenario, User, hold_out, scenario
+from fedbn.scenarios.base import Scenario, scenario
 from fedbn.scenarios.files import one_user
 from fedbn.seeds import generator
 

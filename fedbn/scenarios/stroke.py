@@ -32,8 +32,9 @@ import torch
 from torch import Tensor
 
 from fedbn.data.eeg import read_windows
+from fedbn.data.population import Examples, Population, User, hold_out
 from fedbn.errors import UserError
-from fedbn.scenario import Examples, Population, Scenario, User, hold_out
+from fedbn.scenarios.base import Scenario
 from fedbn.seeds import numpy_generator
 
 CHANNELS = ("F3", "F4", "T3", "T4", "EOG left", "EOG right")

@@ -15,8 +15,9 @@ from typing import ClassVar, Literal
 import numpy as np
 import torch
 
+from fedbn.data.population import Examples, Population, User, hold_out
 from fedbn.errors import UserError
-from fedbn.scenario import Examples, Population, Scenario, User, hold_out
+from fedbn.scenarios.base import Scenario
 from fedbn.seeds import numpy_generator
 
 LOADERS = {"breast-cancer": "load_breast_cancer", "wine": "load_wine", "digits": "load_digits"}

@@ -18,9 +18,11 @@ from typing import ClassVar
 
 import numpy as np
 
+from fedbn.data.population import Population
+from fedbn.data.readers import Rows
 from fedbn.errors import UserError
-from fedbn.scenario import Population, Scenario
-from fedbn.scenarios.files import Rows, population
+from fedbn.scenarios.base import Scenario
+from fedbn.scenarios.files import population
 
 CLASSES = ("walking", "upstairs", "downstairs", "sitting", "standing", "lying")
 SIGNALS = tuple(f"{kind}_{axis}" for kind in ("total_acc", "body_acc", "body_gyro") for axis in "xyz")

@@ -23,10 +23,11 @@ import torch
 from numpy.lib import format as npy
 
 from fedbn.data.packages import SOURCES, Arrays, cached, fetch
+from fedbn.data.population import Examples, Population, User, hold_out, shuffled
 from fedbn.data.unpickle import unpickle
 from fedbn.data.windows import hop, windows
 from fedbn.errors import UserError
-from fedbn.scenario import Examples, Population, Scenario, User, hold_out, shuffled
+from fedbn.scenarios.base import Scenario
 
 CLASSES = (
     "pendulum",

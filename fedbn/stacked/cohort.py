@@ -1,4 +1,4 @@
-"""Whole rounds of many clients at once: what `fedbn.federation.client_round` does, for a stack."""
+"""Whole rounds of many clients at once: what `fedbn.federation.client.client_round` does, for a stack."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from fedbn.federation import ASIDE, OPTIMIZER
-from fedbn.personal import Personalisation, Plain
-from fedbn.roles import State
+from fedbn.data.batching import sizes
+from fedbn.federation.client import ASIDE, OPTIMIZER
+from fedbn.federation.context import EVERYONE, Setting
+from fedbn.federation.training import shuffle
+from fedbn.nn.roles import State
+from fedbn.personalization.base import Personalisation
 from fedbn.seeds import generator
-from fedbn.setting import EVERYONE, Setting
 from fedbn.stacked.fit import Descent, Trained, Trainee, fit_stack
+from fedbn.stacked.layers import Unstackable
 from fedbn.stacked.program import Program, program, refuse_hooks
-from fedbn.stacked.twins import Unstackable
-from fedbn.strategy import Heard, NormStrategy, Progress, Update
-from fedbn.training import shuffle, sizes
+from fedbn.statistics.consensus import Heard
+from fedbn.strategies.base import NormStrategy, Progress, Update
 
 
 @dataclass
@@ -81,8 +83,9 @@ class Rows:
 class Cohort:
     """What stays the same between the rounds of a run: the model's twin and the users' rows.
 
-    >>> from fedbn.run import Plan, Run
-    >>> from fedbn.setting import setting
+    >>> from fedbn.config import Plan
+    >>> from fedbn.federation.run import Run
+    >>> from fedbn.federation.setup import setting
     >>> Cohort(setting(Run("digits8", "fedbn", plan=Plan(), model="mlp"))).twin(Progress(1, 2)).trained[:1]
     ('hidden.0.weight',)
     """
@@ -125,7 +128,7 @@ class Cohort:
             Unstackable: the model has unknown parts, or users are served models that are made in another way.
         """
         here = self.here
-        if not isinstance(here.personal, Plain):
+        if here.treatment.personalizes:
             raise Unstackable(f"{here.personal.name} serves models of its own")
         model = here.scratch.eval()
         watched = (twin := self._read(model)).watched

@@ -1,4 +1,4 @@
-"""The evaluation matrix of many users at once: what `fedbn.evaluation.evaluate_user` does, for a stack.
+"""The evaluation matrix of many users at once: what `fedbn.federation.evaluation.evaluate_user` does, for a stack.
 
 All columns that need nothing but the model and moments of what its layers meet: users lie side by side, those with
 fewer examples are filled up, and what stands there counts for nothing. Statistics are measured in one forward pass in
@@ -16,19 +16,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedbn.evaluation import Column, Row, Score, scores
-from fedbn.moments import Moments, pooled
-from fedbn.online.blocks import BLOCK
-from fedbn.recalibration import CHUNK, Reached
-from fedbn.roles import State, statistics_layers
-from fedbn.setting import Setting
+from fedbn.federation.context import Setting
+from fedbn.federation.metrics import Column, Row, Score, scores
+from fedbn.nn.roles import State, statistics_layers
+from fedbn.online.stream import BLOCK
 from fedbn.stacked.cohort import Assignment
 from fedbn.stacked.program import Program
-from fedbn.strategy import NormStrategy
+from fedbn.statistics.moments import Moments, pooled
+from fedbn.statistics.recalibration import CHUNK, Reached
+from fedbn.strategies.base import NormStrategy
 
 
 class Evaluation(Assignment, Protocol):
-    """One user's cells, not yet scored: what `fedbn.federation.client_evaluation` is given."""
+    """One user's cells, not yet scored: what `fedbn.federation.client.client_evaluation` is given."""
 
     @property
     def columns(self) -> tuple[Column, ...]: ...
@@ -111,7 +111,7 @@ class Models:
         return torch.cat([self._forward(part) for part in data.split()], 1)
 
     def recalibrate(self, data: Filled) -> None:
-        """Replace all statistics by those of the users' examples, as `fedbn.recalibration.recalibrate` does."""
+        """As `fedbn.statistics.recalibration.recalibrate`: all statistics become those of the users' examples."""
         parts = data.split()
         if len(parts) == 1:
             self._forward(data, self._set)

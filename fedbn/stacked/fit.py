@@ -1,4 +1,4 @@
-"""Train a stack of clients by SGD: every client takes the steps that `fedbn.training.fit` would take with it."""
+"""Train a stack of clients by SGD, each with the steps that `fedbn.federation.training.fit` would take."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from fedbn.roles import State
-from fedbn.run import Precision
+from fedbn.config import Precision
+from fedbn.federation.training import computed
+from fedbn.nn.roles import State
 from fedbn.stacked.program import Program
-from fedbn.training import computed
 
 
 @dataclass

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from fedbn.roles import State
-from fedbn.stacked.twins import (
+from fedbn.nn.roles import State
+from fedbn.stacked.layers import (
     FEATURES,
     FUNCTIONS,
     METHODS,

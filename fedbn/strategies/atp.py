@@ -7,21 +7,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fedbn.data.batching import sizes
+from fedbn.data.population import Examples
 from fedbn.errors import UserError
-from fedbn.rates import add_rates, follower, learn_rates
-from fedbn.roles import State
-from fedbn.scenario import Examples
-from fedbn.strategy import Heard, NormStrategy, Progress
-from fedbn.training import sizes
+from fedbn.nn.roles import State
+from fedbn.statistics.consensus import Heard
+from fedbn.strategies.base import NormStrategy, Progress
+from fedbn.tta.adaptation_rates import add_rates, follower, learn_rates
 
 
 @dataclass(frozen=True)
 class ATP(NormStrategy):
     """Global BN for a while; then the model rests, and clients learn its adaptation rates, which are averaged.
 
-    https://arxiv.org/abs/2310.18816, formulas in `fedbn.rates`. The online column follows a user by these rates. The
-    paper's clients learn rates from labelled data on which the model was not trained; here it is their training data,
-    in recorded order, as streams come.
+    https://arxiv.org/abs/2310.18816, formulas in `fedbn.tta.adaptation_rates`. The online column follows a user by
+    these rates. The paper's clients learn rates from labelled data on which the model was not trained; here it is their
+    training data, in recorded order, as streams come.
 
     Attributes:
         learn: share of the rounds, the last ones, in which rates are learnt.

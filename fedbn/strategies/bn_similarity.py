@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fedbn.errors import UserError
-from fedbn.moments import Moments
-from fedbn.similarity import SimilarityWeighted
+from fedbn.statistics.moments import Moments
+from fedbn.strategies.similarity import SimilarityWeighted
 
 
 @dataclass(frozen=True)

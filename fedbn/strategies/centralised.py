@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from fedbn.strategy import NormStrategy
+from fedbn.strategies.base import NormStrategy
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ from typing import Literal
 
 from torch import nn
 
-from fedbn.layers import convert
+from fedbn.nn.conversion import convert
+from fedbn.nn.roles import State
 from fedbn.norms.dbn import diminished, next_epoch, schedule
-from fedbn.roles import State
+from fedbn.strategies.base import Progress, Update
 from fedbn.strategies.global_pooled import GlobalPooled
-from fedbn.strategy import Progress, Update
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class DBN(GlobalPooled):
         step: what m counts in the layers: ``iter``, a batch, or ``epoch``, a round.
         stat: average standard deviations, as in the paper, or variances.
 
-    >>> import torch; from fedbn.strategy import Update
+    >>> import torch; from fedbn.strategies.base import Update
     >>> now = Update(0, {"bn.running_mean": torch.tensor([4.0]), "bn.running_var": torch.tensor([9.0])}, 1, 0.0)
     >>> old = {"bn.running_mean": torch.tensor([0.0]), "bn.running_var": torch.tensor([1.0])}
     >>> DBN("0.5").pool([now], [1], list(old), old, Progress(2, 2))

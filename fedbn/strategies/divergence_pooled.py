@@ -6,10 +6,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedbn.moments import Moments
-from fedbn.roles import State
+from fedbn.nn.roles import State
+from fedbn.statistics.moments import Moments
+from fedbn.strategies.base import Progress, Update
 from fedbn.strategies.global_pooled import GlobalPooled
-from fedbn.strategy import Progress, Update
 
 
 @dataclass(frozen=True)

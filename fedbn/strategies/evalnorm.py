@@ -7,13 +7,15 @@ from typing import Literal
 
 from torch import nn
 
-from fedbn.layers import convert
-from fedbn.strategy import NormStrategy
+from fedbn.nn.conversion import convert
+from fedbn.strategies.base import NormStrategy
 
 
 @dataclass(frozen=True)
 class EvalNormStrategy(NormStrategy):
-    """Train as global BN, to the last bit; evaluate each sample as part of a batch of M. https://arxiv.org/abs/1904.06031
+    """Train as global BN, to the last bit; evaluate each sample as part of a batch of M.
+
+    https://arxiv.org/abs/1904.06031
 
     M, the rows of a batch, is recorded by the clients and averaged like statistics.
 

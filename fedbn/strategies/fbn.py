@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from fedbn.layers import channels_of, replace_norms, require_statistics
+from fedbn.nn.conversion import channels_of, replace_norms, require_statistics
+from fedbn.nn.roles import State
 from fedbn.norms.shared_statistics import SharedStatisticsNorm, layers
-from fedbn.roles import State
+from fedbn.statistics.consensus import Heard
+from fedbn.strategies.base import Progress, Update
 from fedbn.strategies.global_pooled import GlobalPooled
-from fedbn.strategy import Heard, Progress, Update
 
 
 @dataclass(frozen=True)

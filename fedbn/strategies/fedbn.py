@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedbn.strategy import LOCAL, NormStrategy
+from fedbn.strategies.base import NormStrategy
+from fedbn.strategies.ownership import LOCAL
 
 
 @dataclass(frozen=True)

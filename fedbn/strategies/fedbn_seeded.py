@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fedbn.strategies.global_pooled import GlobalPooled
-from fedbn.strategy import SEEDED
+from fedbn.strategies.ownership import SEEDED
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fedbn.data.population import Population, User
 from fedbn.errors import UserError
-from fedbn.moments import naive_mean
-from fedbn.roles import Role, State
-from fedbn.scenario import Population, User
+from fedbn.nn.roles import Role, State
+from fedbn.statistics.moments import naive_mean
+from fedbn.strategies.base import Progress, Update
 from fedbn.strategies.global_pooled import GlobalPooled
-from fedbn.strategy import Ownership, Progress, Update
+from fedbn.strategies.ownership import Ownership
 
 
 @dataclass(frozen=True)

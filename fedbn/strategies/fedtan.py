@@ -7,11 +7,12 @@ from typing import cast
 
 from torch import nn
 
-from fedbn.layers import replace_norms, require_statistics
-from fedbn.moments import Moments
+from fedbn.data.population import Examples
+from fedbn.nn.conversion import replace_norms, require_statistics
 from fedbn.norms.exchanged import Exchange, ExchangedNorm, exchanged_layers, speak
-from fedbn.scenario import Examples
-from fedbn.strategy import Heard, NormStrategy, Progress
+from fedbn.statistics.consensus import Heard
+from fedbn.statistics.moments import Moments
+from fedbn.strategies.base import NormStrategy, Progress
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from torch import nn
 
 from fedbn.errors import UserError
-from fedbn.layers import convert
+from fedbn.nn.conversion import convert
+from fedbn.nn.roles import Role, roles
 from fedbn.norms.fedwon import clip_adaptively
-from fedbn.roles import Role, roles
-from fedbn.strategy import StatelessNorm
+from fedbn.strategies.base import StatelessNorm
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from torch import nn
 
 from fedbn.errors import UserError
-from fedbn.roles import statistics_layers
-from fedbn.strategy import Heard, NormStrategy, Progress
+from fedbn.nn.roles import statistics_layers
+from fedbn.statistics.consensus import Heard
+from fedbn.strategies.base import NormStrategy, Progress
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from fedbn.layers import convert
+from fedbn.nn.conversion import convert
 from fedbn.strategies.global_pooled import GlobalPooled
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedbn.strategy import NormStrategy
+from fedbn.strategies.base import NormStrategy
 
 
 @dataclass(frozen=True)
@@ -13,7 +13,7 @@ class GlobalNaive(NormStrategy):
 
     McMahan, Moore, Ramage, Hampson, Agüera y Arcas, 2017, https://arxiv.org/abs/1602.05629
 
-    >>> import torch; from fedbn.strategy import Progress, Update
+    >>> import torch; from fedbn.strategies.base import Progress, Update
     >>> clients = [Update(i, {"v": torch.ones(1)}, 1, 0.0) for i in (0, 1)]
     >>> GlobalNaive().pool(clients, [1, 1], ["v"], {}, Progress(1, 1))
     {'v': tensor([1.])}

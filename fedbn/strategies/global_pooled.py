@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedbn.moments import naive_mean, pooled_variance
-from fedbn.roles import State
-from fedbn.strategy import NormStrategy, Progress, Update
+from fedbn.nn.roles import State
+from fedbn.statistics.moments import naive_mean, pooled_variance
+from fedbn.strategies.base import NormStrategy, Progress, Update
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class GlobalPooled(NormStrategy):
     Law of total variance. It is exact for moments measured under one set of weights; running averages of
     clients that trained apart are not, which `global-recalibrated` mends.
 
-    >>> import torch; from fedbn.strategy import Update
+    >>> import torch; from fedbn.strategies.base import Update
     >>> def client(i, mean): return Update(
     ...     i, {"bn.running_mean": torch.tensor([mean]), "bn.running_var": torch.ones(1)}, 1, 0.0)
     >>> names = ["bn.running_mean", "bn.running_var"]

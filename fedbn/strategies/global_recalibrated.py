@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from fedbn.recalibration import agree_layerwise, set_statistics
-from fedbn.roles import statistics_layers
-from fedbn.strategy import Heard, NormStrategy, Talk
+from fedbn.nn.roles import statistics_layers
+from fedbn.statistics.consensus import Heard, Talk
+from fedbn.statistics.recalibration import agree_layerwise, set_statistics
+from fedbn.strategies.base import NormStrategy
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fedbn.errors import UserError
-from fedbn.robust import location, robust_moments
-from fedbn.roles import State
-from fedbn.strategy import NormStrategy, Progress, Update
+from fedbn.nn.roles import State
+from fedbn.statistics.robust import location, robust_moments
+from fedbn.strategies.base import NormStrategy, Progress, Update
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class GlobalRobust(NormStrategy):
         how: ``trimmed`` or ``median``.
         trim: share of the clients cut off at either end of every channel.
 
-    >>> import torch; from fedbn.strategy import Update
+    >>> import torch; from fedbn.strategies.base import Update
     >>> def client(i, var): return Update(
     ...     i, {"bn.running_mean": torch.zeros(1), "bn.running_var": torch.tensor([var])}, 1, 0.0)
     >>> names = ["bn.running_mean", "bn.running_var"]

@@ -9,13 +9,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from fedbn.layers import channels_of, replace_norms, require_statistics
+from fedbn.data.population import Examples
+from fedbn.nn.conversion import channels_of, replace_norms, require_statistics
+from fedbn.nn.roles import State
 from fedbn.norms.hybrid import HybridNorm, hybrid_layers, measuring
-from fedbn.recalibration import set_statistics
-from fedbn.roles import State
-from fedbn.scenario import Examples
+from fedbn.statistics.consensus import Heard, Talk
+from fedbn.statistics.recalibration import set_statistics
+from fedbn.strategies.base import Progress, Update
 from fedbn.strategies.global_pooled import GlobalPooled
-from fedbn.strategy import SEEDED, Heard, Progress, Talk, Update
+from fedbn.strategies.ownership import SEEDED
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from fedbn.layers import convert
-from fedbn.strategy import StatelessNorm
+from fedbn.nn.conversion import convert
+from fedbn.strategies.base import StatelessNorm
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from fedbn.strategy import LOCAL, NormStrategy
+from fedbn.strategies.base import NormStrategy
+from fedbn.strategies.ownership import LOCAL
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from fedbn.roles import Role
-from fedbn.strategy import LOCAL, SHARED, NormStrategy, Owner
+from fedbn.nn.roles import Role
+from fedbn.strategies.base import NormStrategy
+from fedbn.strategies.ownership import LOCAL, SHARED, Owner
 
 
 @dataclass(frozen=True)

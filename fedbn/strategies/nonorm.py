@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from fedbn.layers import convert
-from fedbn.roles import norm_layers
-from fedbn.strategy import StatelessNorm
+from fedbn.nn.conversion import convert
+from fedbn.nn.roles import norm_layers
+from fedbn.strategies.base import StatelessNorm
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fedbn.layers import inputs_of
-from fedbn.moments import Moments
-from fedbn.roles import State, statistics_layers
-from fedbn.strategy import Heard, NormStrategy, Progress, Talk, Update
+from fedbn.nn.hooks import inputs_of
+from fedbn.nn.roles import State, statistics_layers
+from fedbn.statistics.consensus import Heard, Talk
+from fedbn.statistics.moments import Moments
+from fedbn.strategies.base import NormStrategy, Progress, Update
 
 
 @dataclass(frozen=True)

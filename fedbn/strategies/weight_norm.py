@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from fedbn.layers import convert
+from fedbn.data.population import Examples
+from fedbn.nn.conversion import convert
+from fedbn.nn.roles import State
 from fedbn.norms.weight_norm import initialise
-from fedbn.roles import State
-from fedbn.scenario import Examples
-from fedbn.strategy import Progress, StatelessNorm
+from fedbn.strategies.base import Progress, StatelessNorm
 
 
 @dataclass(frozen=True)

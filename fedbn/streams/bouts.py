@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from fedbn.data.population import Examples
 from fedbn.errors import UserError
-from fedbn.scenario import Examples
 from fedbn.seeds import numpy_generator
-from fedbn.streams import Stream, StreamSpec, arranged, positive
+from fedbn.streams.base import Stream, StreamSpec, arranged, positive
 
 
 @dataclass(frozen=True)

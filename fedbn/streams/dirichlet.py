@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fedbn.scenario import Examples
+from fedbn.data.population import Examples
 from fedbn.seeds import numpy_generator
-from fedbn.streams import Stream, StreamSpec, arranged, positive
+from fedbn.streams.base import Stream, StreamSpec, arranged, positive
 
 ATTEMPTS = 100
 """Draws after which the last one is taken, be its smallest chunk as it may."""

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from fedbn.scenario import Examples
+from fedbn.data.population import Examples
 from fedbn.seeds import generator
-from fedbn.streams import Event, Stream, StreamSpec, arranged, share
+from fedbn.streams.base import Event, Stream, StreamSpec, arranged, share
 
 
 @dataclass(frozen=True)

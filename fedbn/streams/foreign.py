@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from fedbn.scenario import Examples
+from fedbn.data.population import Examples
 from fedbn.seeds import generator
-from fedbn.streams import FOREIGN, Stream, StreamSpec, share
+from fedbn.streams.base import FOREIGN, Stream, StreamSpec, share
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from fedbn.scenario import Examples
-from fedbn.streams import Event, Stream, StreamSpec, arranged, share
+from fedbn.data.population import Examples
+from fedbn.streams.base import Event, Stream, StreamSpec, arranged, share
 
 
 @dataclass(frozen=True)

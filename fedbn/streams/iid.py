@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from fedbn.scenario import Examples
+from fedbn.data.population import Examples
 from fedbn.seeds import generator
-from fedbn.streams import Stream, StreamSpec, arranged
+from fedbn.streams.base import Stream, StreamSpec, arranged
 
 
 @dataclass(frozen=True)

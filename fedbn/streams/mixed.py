@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
+from fedbn.data.population import Examples
 from fedbn.errors import UserError
-from fedbn.scenario import Examples
 from fedbn.seeds import generator
-from fedbn.streams import Stream, StreamSpec
+from fedbn.streams.base import Stream, StreamSpec
 
 
 @dataclass(frozen=True)

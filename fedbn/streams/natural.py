@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from fedbn.scenario import Examples
-from fedbn.streams import Stream, StreamSpec, arranged
+from fedbn.data.population import Examples
+from fedbn.streams.base import Stream, StreamSpec, arranged
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fedbn.scenario import Examples
+from fedbn.data.population import Examples
 from fedbn.seeds import numpy_generator
-from fedbn.streams import Stream, StreamSpec, arranged, positive
+from fedbn.streams.base import Stream, StreamSpec, arranged, positive
 from fedbn.streams.dirichlet import pieces
 
 MOST_SLOTS = 100

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+from fedbn.data.population import Examples
 from fedbn.errors import UserError
-from fedbn.scenario import Examples
-from fedbn.streams import Stream, StreamSpec, joined
+from fedbn.streams.base import Stream, StreamSpec, joined
 
 
 @dataclass(frozen=True)

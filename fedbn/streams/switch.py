@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from fedbn.scenario import Examples
-from fedbn.streams import Stream, StreamSpec, joined, share
+from fedbn.data.population import Examples
+from fedbn.streams.base import Stream, StreamSpec, joined, share
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from fedbn.errors import UserError
-from fedbn.rates import RATES, follower
-from fedbn.tta import Method, Step
+from fedbn.tta.adaptation_rates import RATES, follower
+from fedbn.tta.base import Method, Step
 
 
 @dataclass(frozen=True)
 class ATP(Method):
-    """Needs a model trained by the strategy of the same name, which carries its rates (`fedbn.rates`).
+    """Needs a model trained by the strategy of the same name, which carries its rates (`fedbn.tta.adaptation_rates`).
 
     Attributes:
         online: answer with the mean of all states adapted so far, otherwise with the last one.

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fedbn.tta import Method, Step, scaled_and_noisy, use_batch_statistics
+from fedbn.tta.base import Method, Step, scaled_and_noisy, use_batch_statistics
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedbn.tta import Method, Step, affine_parameters, entropy, use_batch_statistics
+from fedbn.tta.base import Method, Step, affine_parameters, entropy, use_batch_statistics
 
 CHUNK = 64
 """Source windows a gradient for the Fisher information is averaged over."""

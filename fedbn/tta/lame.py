@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedbn.tta import Method, Step, features_of
+from fedbn.tta.base import Method, Step, features_of
 
 MOST_STEPS = 100
 """Fixed-point steps; the energy converges in far fewer."""

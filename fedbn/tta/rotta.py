@@ -15,9 +15,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from fedbn.layers import AnyBatchNorm, channels_of, replace_norms
-from fedbn.roles import keeps_statistics
-from fedbn.tta import Method, Step, affine_parameters, entropy, learning_statistics, scaled_and_noisy, set_momentum
+from fedbn.nn.batchnorm import AnyBatchNorm
+from fedbn.nn.conversion import channels_of, replace_norms
+from fedbn.nn.roles import keeps_statistics
+from fedbn.tta.base import Method, Step, affine_parameters, entropy, learning_statistics, scaled_and_noisy, set_momentum
 
 
 @dataclass(frozen=True)

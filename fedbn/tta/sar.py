@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fedbn.tta import Method, Step, affine_parameters, entropy, sharpness_aware, use_batch_statistics
+from fedbn.tta.base import Method, Step, affine_parameters, entropy, sharpness_aware, use_batch_statistics
 
 
 @dataclass(frozen=True)

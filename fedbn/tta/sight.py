@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedbn.tta import Method, Step, features_of
+from fedbn.tta.base import Method, Step, features_of
 
 PULL = 0.01
 """Share of the source's prototype mixed in at each window."""

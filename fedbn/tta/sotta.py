@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from fedbn.tta import Method, Step, affine_parameters, entropy, learning_statistics, set_momentum, sharpness_aware
+from fedbn.tta.base import Method, Step, affine_parameters, entropy, learning_statistics, set_momentum, sharpness_aware
 
 
 @dataclass(frozen=True)

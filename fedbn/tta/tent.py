@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fedbn.tta import Method, Step, affine_parameters, entropy, use_batch_statistics
+from fedbn.tta.base import Method, Step, affine_parameters, entropy, use_batch_statistics
 
 
 @dataclass(frozen=True)

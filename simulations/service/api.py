@@ -19,20 +19,13 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fedbn.errors import UserError
+from simulations.service.access import Access
 from simulations.service.batching import Batcher, Job
-from simulations.service.guard import LOG, Access, Guard, Metrics, extra, refusal_of
+from simulations.service.middleware import LOG, Guard, extra, refusal_of
+from simulations.service.observability import Metrics
 from simulations.service.openapi import with_windows
-from simulations.service.people import People
-from simulations.service.wire import (
-    BINARY,
-    Answer,
-    checked_name,
-    encoded,
-    labels_of,
-    listed,
-    parsed,
-    windows_of,
-)
+from simulations.service.schema import BINARY, Answer, checked_name, encoded, labels_of, listed, parsed, windows_of
+from simulations.service.users import People
 
 KEEP = 10.0
 """Seconds between two writes of what has changed: what a crash may lose."""
@@ -40,7 +33,7 @@ KEEP = 10.0
 AT_ONCE = 16
 """Users written between two calls of the bank, so that nobody waits long for the disk: about 10 ms."""
 
-DOCS = Path(__file__).parent / "page" / "docs.html"
+DOCS = Path(__file__).parent / "demo" / "page" / "docs.html"
 """The routes as a page, without a script or font from the network."""
 
 WINDOWS = re.compile(r"/v1/users/(?P<user>[^/]+)/(?P<what>observe|predict)")

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from simulations.service.wire import Answer, Refusal
+from simulations.service.schema import Answer, Refusal
 
 LOOKS = 3
 """Turns of the event loop without a new request after which the bank is called: bytes become a request in two."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from simulations.service.wire import BINARY
+from simulations.service.schema import BINARY
 
 HEAR = {"application/json": {"schema": {"$ref": "#/components/schemas/Windows"}}}
 RAW = {BINARY: {"schema": {"type": "string", "format": "binary", "description": "windows as float32 little-endian"}}}

@@ -11,7 +11,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from fedbn.errors import UserError
-from simulations.service.guard import Access
+from simulations.service.access import Access
 
 CONNECTIONS = 8192
 """Open at once; further ones are answered with 503."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedbn.online.rule import Rule
+from fedbn.online.rules.base import Rule
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedbn.online.rule import ClassConditional, Pair, Prior, State
+from fedbn.online.rules.base import ClassConditional
+from fedbn.online.statistics import Pair, Prior, State
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedbn.online.rule import ClassConditional, Pair, Prior, State
+from fedbn.online.rules.base import ClassConditional
+from fedbn.online.statistics import Pair, Prior, State
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fedbn.errors import UserError
-from fedbn.online.rule import Prior
 from fedbn.online.rules.pseudo import Pseudo
+from fedbn.online.statistics import Prior
 
 
 @dataclass(frozen=True)

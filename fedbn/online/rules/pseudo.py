@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fedbn.online.rule import Prior, Rule, Seen, State
+from fedbn.online.rules.base import Rule
+from fedbn.online.statistics import Prior, Seen, State
 
 
 @dataclass(frozen=True)

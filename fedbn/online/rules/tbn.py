@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedbn.online.rule import Rule, State
+from fedbn.online.rules.base import Rule
+from fedbn.online.statistics import State
 
 
 @dataclass(frozen=True)

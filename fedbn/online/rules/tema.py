@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fedbn.online.rule import Pair, Prior, Rule, Seen, State, mix
+from fedbn.online.rules.base import Rule
+from fedbn.online.statistics import Pair, Prior, Seen, State, mix
 
 
 @dataclass(frozen=True)

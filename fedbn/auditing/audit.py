@@ -1,0 +1,226 @@
+"""What averaging would do to a model, before anything is averaged: owners of all entries, and traps.
+
+Most mistakes with normalisation in federated learning raise nothing: a key without ``bn`` in its name is
+shared by accident, a counter becomes a fraction, statistics stay behind. All of them can be seen on the
+model alone. A *lint* looks at one and yields findings; no lint changes the model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from fedbn.auditing.lints import LEVELS, LINTS, Finding
+from fedbn.auditing.subject import Subject
+from fedbn.errors import UserError
+from fedbn.models import build
+from fedbn.nn.roles import Role, roles
+from fedbn.plugins import render
+from fedbn.strategies.base import NormStrategy
+from fedbn.strategies.base import strategy as parse_strategy
+from fedbn.strategies.global_naive import GlobalNaive
+from fedbn.strategies.ownership import Ownership
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One entry of the state dict; bytes down and up are per client and round.
+
+    Attributes:
+        shape: None while a lazy layer has not seen its first batch; it then counts as 0 bytes.
+    """
+
+    key: str
+    role: str
+    owner: str
+    shape: tuple[int, ...] | None
+    dtype: str
+    bytes: int
+    bytes_down: int
+    bytes_up: int
+
+    @property
+    def layer(self) -> str:
+        """Path of the module that holds the entry."""
+        return self.key.rpartition(".")[0]
+
+
+@dataclass(frozen=True, repr=False)
+class Audit:
+    """A model under a strategy: its entries, totals a role (`Ownership.rows`) and findings, gravest first."""
+
+    model: str
+    strategy: str
+    batch_size: int
+    shape: tuple[int, ...] | None
+    entries: tuple[Entry, ...]
+    totals: tuple[dict[str, Any], ...]
+    findings: tuple[Finding, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the whole state."""
+        return sum(e.bytes for e in self.entries)
+
+    @property
+    def bytes_down(self) -> int:
+        """Bytes from the server to a client in a round."""
+        return sum(e.bytes_down for e in self.entries)
+
+    @property
+    def bytes_up(self) -> int:
+        """Bytes from a client to the server in a round."""
+        return sum(e.bytes_up for e in self.entries)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything as plain values, for JSON."""
+        totals = {"bytes": self.bytes, "bytes_down": self.bytes_down, "bytes_up": self.bytes_up}
+        return asdict(self) | totals
+
+    def to_pandas(self) -> pd.DataFrame:
+        """The entries as a table, one row a state key."""
+        import pandas as pd
+
+        return pd.DataFrame([asdict(e) for e in self.entries]).set_index("key")
+
+    def __repr__(self) -> str:
+        lines = [f"- {f.level}, {f.lint}: {f.message}\n  fix: {f.fix}" for f in self.findings]
+        return "\n".join([self._headline(), self._by_role().to_string(index=False), *lines])
+
+    def _repr_html_(self) -> str:
+        found = "".join(
+            f"<li><b>{escape(f.level)}, {escape(f.lint)}</b>: {escape(f.message)}<br>fix: {escape(f.fix)}</li>"
+            for f in self.findings
+        )
+        return f"<p>{escape(self._headline())}</p>{self._by_role().to_html(index=False)}<ul>{found}</ul>"
+
+    def _headline(self) -> str:
+        counts = [f"{n} {level}{'s' * (n > 1)}" for level in LEVELS if (n := self._count(level))]
+        moved = f"{self.bytes:,} bytes, {self.bytes_down:,} down and {self.bytes_up:,} up per client and round"
+        return f"{self.model} with {self.strategy}: {moved}; {', '.join(counts) or 'no findings'}"
+
+    def _count(self, level: str) -> int:
+        return sum(f.level == level for f in self.findings)
+
+    def _by_role(self) -> pd.DataFrame:
+        import pandas as pd
+
+        return pd.DataFrame(self.totals)
+
+
+def audit(
+    model: nn.Module,
+    strategy: NormStrategy | str | None = None,
+    *,
+    batch_size: int = 32,
+    shape: tuple[int, ...] | None = None,
+) -> Audit:
+    """Read owners and bytes off a model and look for traps; the model is left as it is, bit for bit.
+
+    Args:
+        model: as the strategy has prepared it (`audit_model` does that).
+        strategy: whose owners to show, as a value or by name; None is FedAvg over the whole state
+            (``global-naive``).
+        batch_size: rows of a training batch.
+        shape: of one example. If given, a copy of the model runs one small batch to measure how many values
+            each normalisation layer sees.
+
+    Raises:
+        UserError: ``batch_size`` or ``shape`` below one, an unknown strategy, or a state entry that belongs to no
+            module.
+
+    >>> net = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
+    >>> found = audit(net, shape=(4,))
+    >>> found.bytes, found.bytes_up  # the counter stays
+    (148, 140)
+    >>> [f.lint for f in found.findings if f.level == "warning"]
+    ['one-value', 'name-misses']
+    """
+    if batch_size < 1:
+        raise UserError(f"batch size {batch_size} is impossible; give at least 1")
+    if shape is not None and (not shape or min(shape) < 1):
+        raise UserError(f"an example of shape {list(shape)} is empty; give the shape as, e.g., 3,32,32")
+    if isinstance(strategy, str):
+        strategy = parse_strategy(strategy)
+    strategy = strategy or GlobalNaive()
+    state = model.state_dict(keep_vars=True)
+    owned = Ownership(
+        _roles(model),
+        strategy.owners(),
+        {k: () if is_lazy(v) else tuple(v.shape) for k, v in state.items()},
+        {k: 0 if is_lazy(v) else v.numel() * v.element_size() for k, v in state.items()},
+    )
+    travels = set(owned.travels)
+    entries = tuple(
+        Entry(
+            key,
+            str(owned.roles[key]),
+            str(owned.owner(key)),
+            None if is_lazy(value) else owned.shapes[key],
+            str(value.dtype).removeprefix("torch."),
+            owned.sizes[key],
+            owned.sizes[key] if key in travels else 0,
+            owned.sizes[key] if key in travels else 0,
+        )
+        for key, value in state.items()
+    )
+    subject = Subject(model, state, owned, strategy, batch_size, shape)
+    findings = [finding for lint in LINTS for finding in lint(subject)]
+    return Audit(
+        type(model).__name__,
+        render(strategy),
+        batch_size,
+        shape,
+        entries,
+        tuple(owned.rows()),
+        tuple(sorted(findings, key=lambda f: LEVELS.index(f.level))),
+    )
+
+
+def audit_model(
+    text: str,
+    strategy_text: str | None = None,
+    shape: tuple[int, ...] | None = None,
+    classes: int = 10,
+    *,
+    batch_size: int = 32,
+) -> Audit:
+    """Build a model by name, let the strategy prepare it, and audit the result.
+
+    Args:
+        text: built-in name or ``package.module:factory``.
+        strategy_text: such as ``groupnorm:groups=4``; None is FedAvg over the whole state, unprepared.
+        shape: of one example; may be left out for a factory that does not take it.
+        classes: number of classes.
+        batch_size: rows of a training batch.
+
+    Raises:
+        UserError: unknown model or strategy, a module that cannot be imported, something that is no factory,
+            a factory that needs other arguments or raises, or a strategy that makes no sense for the model.
+
+    >>> audit_model("mlp", "fedbn", (1, 8, 8)).bytes_up
+    9640
+    """
+    strategy = None if strategy_text is None else parse_strategy(strategy_text)
+    model = build(text, shape or (), classes, seed=0)
+    if strategy is not None:
+        model = strategy.prepare(model)
+    return replace(audit(model, strategy, batch_size=batch_size, shape=shape), model=text)
+
+
+def _roles(model: nn.Module) -> dict[str, Role]:
+    """Roles of all state keys."""
+    try:
+        return roles(model)
+    except KeyError as error:
+        raise UserError(
+            f"state entry {error} of {type(model).__name__} is no parameter or buffer of any module (extra "
+            "state, or a hook that renames): nothing says how to average it; leave it out of state_dict()"
+        ) from None

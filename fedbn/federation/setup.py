@@ -1,0 +1,68 @@
+"""Build the context of a run from its scenario, partition, shift and model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+
+from fedbn.data.partition import repartition
+from fedbn.data.population import Population, User
+from fedbn.data.shift import shift
+from fedbn.data.splits import carve_validation
+from fedbn.errors import UserError
+from fedbn.federation.checks import check, check_data
+from fedbn.federation.context import Setting
+from fedbn.federation.run import Run
+from fedbn.models import build
+from fedbn.nn.roles import clone
+from fedbn.personalization.treatment import treatment
+from fedbn.scenarios.base import scenario
+from fedbn.strategies.ownership import Ownership
+
+
+@lru_cache(maxsize=4)
+def population(
+    scenario_text: str, partition: str, shift_text: str, seed: int, validation: bool, device: str
+) -> Population:
+    """The users of a run, computed once a process for all strategies that share them."""
+    loaded = scenario(scenario_text).load(seed)
+    if loaded.remote and (partition != "natural" or shift_text or validation):
+        raise UserError(f"{scenario_text}: data that lie with the nodes cannot be partitioned, shifted or split here")
+    people = shift(repartition(loaded, partition, seed), shift_text, seed)
+    users = people.users
+    unseen = people.unseen
+    if validation:
+        users = tuple(carve_validation(users[i]) for i in people.seen)
+        unseen = ()
+    users = tuple(User(u.name, u.domain, u.train.to(device), u.test.to(device)) for u in users)
+    return replace(people, users=users, unseen=unseen)
+
+
+@lru_cache(maxsize=2)
+def setting(run: Run) -> Setting:
+    """Load, build and check everything a run needs.
+
+    Raises:
+        UserError: whatever would fail or mislead later; nothing has been trained then.
+    """
+    return setting_for(run, population(run.scenario, run.partition, run.shift, run.seed, run.validation, run.device))
+
+
+def setting_for(run: Run, people: Population) -> Setting:
+    """As `setting`, with users that are at hand already; of the run, what says where they are from is not read.
+
+    Raises:
+        UserError: as `setting`.
+    """
+    check_data(people)
+    chosen = treatment(run.strategy)
+    chosen.norm.suit(people)
+    if people.remote and chosen.norm.gathers:
+        raise UserError(
+            f"{run.strategy} brings all data to one place, but here they stay with the nodes: choose another"
+        )
+    model = build(run.model or scenario(run.scenario).model, people.shape, len(people.classes), run.seed)
+    model = chosen.norm.prepare(model).to(run.device)
+    ownership = Ownership.of(model, chosen)
+    made = Setting(run, people, chosen, ownership, clone(model.state_dict()), model, ())
+    return replace(made, notices=tuple(check(made)))

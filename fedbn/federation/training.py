@@ -1,0 +1,166 @@
+"""Local training: plain SGD over shuffled batches, every draw keyed by (seed, round, user)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fedbn.config import Plan, Precision
+from fedbn.data.batching import batches, user_batches
+from fedbn.data.population import Examples
+from fedbn.nn.roles import State, statistics_layers
+from fedbn.seeds import generator, key
+
+
+def computed(model: Callable[[Tensor], Tensor], x: Tensor, precision: Precision) -> Tensor:
+    """The answers to ``x`` of a training step, its products and convolutions in a precision.
+
+    Batch statistics and all losses are float32 in either: normalisation layers of torch sum half precision that way.
+
+    >>> computed(nn.Linear(2, 3), torch.zeros(4, 2), "bfloat16").dtype
+    torch.float32
+    """
+    if precision == "float32":
+        return model(x)
+    with torch.autocast(x.device.type, torch.bfloat16):
+        return model(x).float()
+
+
+class _Apart:
+    """Running statistics of several users of one model: each goes on from its own, all from where the model was."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._entries = [b for layer in statistics_layers(model).values() for b in layer.buffers(recurse=False)]
+        self._start = [b.clone() for b in self._entries]
+        self._now: dict[int, list[Tensor]] = {}
+
+    @contextmanager
+    def of(self, user: int) -> Iterator[None]:
+        """Inside, the model has one user's."""
+        self._write(self._now.get(user, self._start))
+        yield
+        self._now[user] = [b.clone() for b in self._entries]
+
+    def average(self) -> None:
+        """The model gets the mean over users, each counting the same, and the highest counter."""
+        together = [torch.stack(values) for values in zip(*self._now.values(), strict=True)]
+        self._write([t.mean(0) if t.is_floating_point() else t.amax(0) for t in together])
+
+    def _write(self, values: list[Tensor]) -> None:
+        for entry, value in zip(self._entries, values, strict=True):
+            entry.copy_(value)
+
+
+def fit(
+    model: nn.Module,
+    data: Examples,
+    plan: Plan,
+    *,
+    seed: int,
+    round: int,
+    user: int,
+    pull: tuple[float, State] = (0.0, {}),
+    only: Container[str] | None = None,
+    epochs: int | None = None,
+    lr: float | None = None,
+    before_step: Callable[[nn.Module], None] | None = None,
+    optimizer_state: State | None = None,
+    purpose: str = "",
+    owners: Tensor | None = None,
+) -> tuple[float, State]:
+    """Train ``model`` in place for one round.
+
+    Args:
+        model: in the mode that the strategy has set.
+        data: the user's training examples, on the model's device.
+        plan: settings.
+        seed: the run's seed.
+        round: the round, from 1.
+        user: index of the user.
+        pull: weight mu and values by parameter name; adds mu/2 times the squared distance to them to the loss.
+        only: names of the parameters to train; all by default.
+        epochs: passes over the data; the plan's by default.
+        lr: learning rate; the plan's for this round by default.
+        before_step: called between backward pass and optimiser step.
+        optimizer_state: momentum buffers from the user's last round, by parameter name.
+        purpose: tells the draws of several trainings within a round apart.
+        owners: ``[n]`` whose each row is: batches are then of one user, who has running statistics of its own, and the
+            model is left with their mean over users.
+
+    Returns:
+        Mean loss over the round's examples, and the momentum buffers (empty unless the plan keeps them).
+    """
+    epochs = plan.local_epochs if epochs is None else epochs
+    everything = dict(model.named_parameters())
+    frozen = [p for n, p in everything.items() if p.requires_grad and only is not None and n not in only]
+    named = {n: p for n, p in everything.items() if p.requires_grad and (only is None or n in only)}
+    optimizer = torch.optim.SGD(
+        named.values(),
+        lr=plan.rate(round) if lr is None else lr,
+        momentum=plan.momentum,
+        weight_decay=plan.weight_decay,
+    )
+    for name, buffer in (optimizer_state or {}).items():
+        if name not in named:
+            continue
+        optimizer.state[named[name]]["momentum_buffer"] = buffer.to(named[name].device).clone()
+    weight, anchor = pull[0], {n: v.detach() for n, v in pull[1].items() if n in named}
+    apart = _Apart(model) if owners is not None else None
+    total = torch.zeros((), device=data.x.device)
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(key(seed, "noise" + purpose, round, user))  # dropout draws from the global generator
+            for epoch in range(epochs):
+                for index in epoch_batches(len(data), plan, seed, round, user, epoch, purpose, owners):
+                    of_user = nullcontext() if apart is None else apart.of(int(cast(Tensor, owners)[index[0]]))
+                    index = index.to(data.x.device)
+                    optimizer.zero_grad()
+                    with of_user:
+                        loss = F.cross_entropy(computed(model, data.x[index], plan.precision), data.y[index])
+                    total += loss.detach() * len(index)
+                    if weight and anchor:
+                        loss = loss + weight / 2 * sum(((named[n] - to) ** 2).sum() for n, to in anchor.items())
+                    loss.backward()
+                    if before_step is not None:
+                        before_step(model)
+                    optimizer.step()
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+    if apart is not None:
+        apart.average()
+    kept: State = {}
+    if plan.optimizer_state == "keep":
+        kept = {
+            n: buffer.detach().clone()
+            for n, p in named.items()
+            if (buffer := optimizer.state[p].get("momentum_buffer")) is not None
+        }
+    return float(total) / (len(data) * max(epochs, 1)), kept
+
+
+def epoch_batches(
+    n: int,
+    plan: Plan,
+    seed: int,
+    round: int,
+    user: int,
+    epoch: int,
+    purpose: str = "",
+    owners: Tensor | None = None,
+) -> Iterator[Tensor]:
+    """The batches of one epoch of a user's local training, as rows of its data."""
+    draw = shuffle(seed, round, user, epoch, purpose)
+    return batches(n, plan.batch_size, draw) if owners is None else user_batches(owners, plan.batch_size, draw)
+
+
+def shuffle(seed: int, round: int, user: int, epoch: int, purpose: str = "") -> torch.Generator:
+    """Draws the order of one epoch of a user's local training."""
+    return generator(seed, "shuffle" + purpose, round, user, epoch)

@@ -1,0 +1,1 @@
+"""Interfaces to scikit-learn, Lightning, export formats and pre-trained weights."""

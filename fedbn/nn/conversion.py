@@ -1,0 +1,186 @@
+"""Exchange the normalisation layers of any model, keeping names, affine parameters and statistics."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable
+from functools import cache
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from fedbn.errors import UserError, unknown
+from fedbn.nn.roles import head, is_norm, keeps_statistics, norm_layers, statistics_layers
+
+
+def channels_of(layer: nn.Module) -> int:
+    """Number of channels a normalisation layer works on."""
+    for attribute in ("num_features", "num_channels"):
+        if isinstance(c := getattr(layer, attribute, None), int):
+            return c
+    raise UserError(
+        f"cannot exchange {type(layer).__name__}: it does not say how many channels (axis 1) it normalises; "
+        "give it num_features, or replace it in the model"
+    )
+
+
+def groups_for(channels: int, *, groups: int | None = None, per_group: int | None = None) -> int:
+    """The number of groups that divides ``channels`` and comes closest to the wish without exceeding it.
+
+    ``GroupNorm(min(32, C), C)``, common elsewhere, raises at C=48 and is InstanceNorm for C <= 32.
+
+    >>> groups_for(48, groups=32), groups_for(64, groups=8), groups_for(64, per_group=16)
+    (24, 8, 4)
+
+    Raises:
+        UserError: a wish below one.
+    """
+    if groups is not None and groups < 1:
+        raise UserError(f"groupnorm: groups={groups} is impossible; give at least 1")
+    if per_group is not None and not per_group >= 1:
+        raise UserError(f"groupnorm: channels={per_group} per group is impossible; give at least 1")
+    wish = groups if groups is not None else max(1, channels // (per_group or 1))
+    return max(g for g in range(1, channels + 1) if channels % g == 0 and g <= wish)
+
+
+def replace_norms(model: nn.Module, make: Callable[[str, nn.Module], nn.Module | None]) -> nn.Module:
+    """Put ``make(path, layer)`` in the place of every normalisation layer (None: leave it), in place.
+
+    Affine parameters, running statistics and the counter are copied where both layers have them in the same shape, so
+    state names stay as they were.
+    """
+    made: dict[int, nn.Module | None] = {}
+    layers = [(path, m) for path, m in model.named_modules(remove_duplicate=False) if is_norm(m)]
+    for path, layer in layers:
+        new = made[id(layer)] if id(layer) in made else make(path, layer)
+        made[id(layer)] = new
+        if new is None:
+            continue
+        like = next((t for m in (layer, model) for t in m.state_dict().values() if t.is_floating_point()), None)
+        if like is not None:
+            new.to(like.device, like.dtype)
+        _inherit(new, layer)
+        parent, _, leaf = path.rpartition(".")
+        if not path:
+            raise UserError("the model itself is a normalisation layer: wrap it, e.g. nn.Sequential(layer)")
+        setattr(model.get_submodule(parent), leaf, new)
+    return model
+
+
+def _inherit(new: nn.Module, old: nn.Module) -> None:
+    names = ["weight", "bias"]
+    if keeps_statistics(old) and keeps_statistics(new):
+        names += ["running_mean", "running_var", "num_batches_tracked"]
+    for name in names:
+        source, target = getattr(old, name, None), getattr(new, name, None)
+        if isinstance(source, Tensor) and isinstance(target, Tensor) and source.shape == target.shape:
+            with torch.no_grad():
+                target.copy_(source)
+    new.train(old.training)
+
+
+def exchange(model: nn.Module, cls: type[nn.Module], what: str, **options: object) -> nn.Module:
+    """Put ``cls(channels, eps=, momentum=, affine=, **options)`` in the place of every normalisation layer, in place.
+
+    What ``options`` leaves open of these three, and ``cls`` takes, is that of the layer replaced.
+
+    Raises:
+        UserError: the model has no normalisation layer.
+    """
+    require_norms(model, f"conversion to {what}")
+    takes = inspect.signature(cls).parameters
+
+    def make(path: str, layer: nn.Module) -> nn.Module:
+        inherited = {
+            "eps": getattr(layer, "eps", None) or 1e-5,
+            "momentum": getattr(layer, "momentum", 0.1),
+            "affine": getattr(layer, "weight", None) is not None,
+        }
+        return cls(channels_of(layer), **{k: v for k, v in inherited.items() if k in takes} | options)
+
+    return replace_norms(model, make)
+
+
+@cache
+def kinds() -> dict[str, Callable[..., nn.Module]]:
+    """What `convert` can turn a model into: the function ``convert`` of every file in ``fedbn.norms``, by file name.
+
+    >>> {"batch", "group", "batch-renorm", "weight-norm"} <= set(kinds())
+    True
+    """
+    package = importlib.import_module("fedbn.norms")
+    modules = {m.name: importlib.import_module(f"fedbn.norms.{m.name}") for m in pkgutil.iter_modules(package.__path__)}
+    return {name.replace("_", "-"): m.convert for name, m in modules.items() if hasattr(m, "convert")}
+
+
+def convert(model: nn.Module, kind: str, **options: object) -> nn.Module:
+    """Turn every normalisation layer of ``model`` into ``kind``, in place, and return the model.
+
+    Names in the state dict stay, and what both layers have is copied, so weights of a BN network load into its
+    GroupNorm twin and back, and BN becomes BatchRenorm with its statistics. Kinds that act on weights or features
+    instead (``weight-norm``, ``weight-standardisation``, ``fedwon``, ``feature-norm``) take the normalisation layers
+    out.
+
+    Args:
+        model: any module; nested layers included.
+        kind: the name of a file of ``fedbn.norms``, hyphens for underscores.
+        **options: what the kind's ``convert`` takes, for example ``groups`` for ``group``.
+
+    Raises:
+        UserError: unknown kind or option, or the model has no normalisation layer.
+
+    >>> net = nn.Sequential(nn.Conv2d(3, 48, 1), nn.BatchNorm2d(48))
+    >>> convert(net, "group", groups=32)[1].num_groups
+    24
+    """
+    known = kinds()
+    if kind not in known:
+        raise unknown("kind of normalisation", kind, known)
+    takes = list(inspect.signature(known[kind]).parameters)[1:]
+    for name in options:
+        if name not in takes:
+            if not takes:
+                raise UserError(f"{kind!r} has no options, so {name!r} cannot be set")
+            raise unknown(f"option of {kind!r}", name, takes)
+    return known[kind](model, **options)
+
+
+def drop_norms(model: nn.Module) -> nn.Module:
+    """Take every normalisation layer out, in place; the shift it held goes to the layers with weights.
+
+    A convolution before BN has no bias, so those without get one, at zero; the classifier stays as it is.
+    """
+    if norm_layers(model):
+        replace_norms(model, lambda _path, _layer: nn.Identity())
+        last = head(model)
+        for path, layer in weighted_layers(model).items():
+            if layer.bias is None and path != last:
+                layer.bias = nn.Parameter(layer.weight.new_zeros(len(layer.weight)))
+    return model
+
+
+def weighted_layers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d]:
+    """Path -> module of linear layers and convolutions, whose weight has the output on axis 0."""
+    types = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    return {p: cast(nn.Linear, m) for p, m in model.named_modules() if isinstance(m, types)}
+
+
+def require_norms(model: nn.Module, what: str) -> None:
+    """Raise unless the model has a normalisation layer."""
+    if not norm_layers(model):
+        raise UserError(
+            f"{what} needs normalisation layers and {type(model).__name__} has none: choose a model with BatchNorm, "
+            "or compare strategies that need none (nonorm, local, centralised)"
+        )
+
+
+def require_statistics(model: nn.Module, what: str) -> None:
+    """Raise unless the model has a layer with running statistics."""
+    if not statistics_layers(model):
+        raise UserError(
+            f"{what} works on running statistics and {type(model).__name__} has no layer that keeps any: choose a "
+            "model with BatchNorm (track_running_stats=True)"
+        )

@@ -1,0 +1,1 @@
+"""Drift detection on a user's stream."""

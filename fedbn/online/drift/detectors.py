@@ -1,0 +1,97 @@
+"""Drift detectors: ADWIN and Page-Hinkley, from river."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+from fedbn.errors import UserError
+from fedbn.plugins import parse
+
+
+class Alarm(Protocol):
+    """What river's detectors have in common."""
+
+    @property
+    def drift_detected(self) -> bool: ...
+
+    def update(self, x: float) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Detector(ABC):
+    """A detector as a value; `new` makes one for a user."""
+
+    name: ClassVar[str]
+    about: ClassVar[str]
+    source: ClassVar[str]
+
+    @abstractmethod
+    def new(self) -> Alarm:
+        """A detector that has seen nothing."""
+
+
+@dataclass(frozen=True)
+class Adwin(Detector):
+    """Adaptive windowing.
+
+    Attributes:
+        delta: confidence; smaller alarms less.
+        clock: windows between two looks.
+
+    >>> Adwin().delta
+    0.002
+    """
+
+    name = "adwin"
+    about = "adaptive windowing"
+    source = "Bifet, Gavaldà 2007, https://doi.org/10.1137/1.9781611972771.42"
+    delta: float = 0.002
+    clock: int = 8
+
+    def new(self) -> Alarm:
+        return _river("ADWIN")(delta=self.delta, clock=self.clock)
+
+
+@dataclass(frozen=True)
+class PageHinkley(Detector):
+    """Cumulative sum of what exceeds the mean.
+
+    Attributes:
+        threshold: of the sum.
+        delta: excess that is tolerated.
+
+    >>> PageHinkley().delta
+    0.05
+    """
+
+    name = "page-hinkley"
+    about = "cumulative sum of excess over the mean"
+    source = "Page 1954, https://doi.org/10.2307/2333009"
+    threshold: float = 3.0
+    delta: float = 0.05
+
+    def new(self) -> Alarm:
+        return _river("PageHinkley")(threshold=self.threshold, delta=self.delta, mode="up")
+
+
+def _river(name: str) -> Callable[..., Alarm]:
+    # Imported here because river is optional.
+    try:
+        from river import drift
+    except ImportError:
+        raise UserError("drift detection needs river: pip install 'fedbn[online]'") from None
+    found: Callable[..., Alarm] = getattr(drift, name)
+    return found
+
+
+def detector(text: str) -> Detector:
+    """The detector that a text such as ``adwin:delta=0.01`` names.
+
+    Raises:
+        UserError: unknown name or option.
+    """
+    kinds: tuple[type[Detector], ...] = (Adwin, PageHinkley)
+    return parse(text, "drift detector", {k.name: k for k in kinds})

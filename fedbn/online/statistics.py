@@ -1,0 +1,156 @@
+"""Statistics, priors and states of online rules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from fedbn.errors import UserError
+
+V = TypeVar("V")
+
+
+Pair = tuple[Tensor, Tensor]
+"""Mean and variance, ``[U, C]`` each."""
+
+
+def mix(a: Pair, b: Pair, share: Tensor, *, between: bool = True) -> Pair:
+    """Mean and variance of a mixture with ``share`` of ``b``; exactly ``a`` at 0 and ``b`` at 1.
+
+    Args:
+        a: mean and variance of the one.
+        b: of the other; all broadcast against each other.
+        share: weight of ``b``, in [0, 1].
+        between: count the spread between the two means (many published rules do not).
+
+    >>> mean, var = mix((torch.zeros(1), torch.ones(1)), (torch.full((1,), 4.0), torch.ones(1)), torch.tensor(0.5))
+    >>> float(mean), float(var)
+    (2.0, 5.0)
+    """
+    (mean_a, var_a), (mean_b, var_b) = a, b
+    var = torch.lerp(var_a, var_b, share)
+    if between:
+        var = var + share * (1 - share) * (mean_b - mean_a) ** 2
+    return torch.lerp(mean_a, mean_b, share), var
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one update learns from, a row a user.
+
+    Attributes:
+        mean: ``[U, C]`` mean over the positions of the windows.
+        var: ``[U, C]`` biased variance, of all values when a user had several windows.
+        positions: ``[C]`` values of a window behind each channel (1 after a linear layer).
+    """
+
+    mean: Tensor
+    var: Tensor
+    positions: Tensor
+
+    def unbiased(self, weight: Tensor) -> Tensor:
+        """The variance as PyTorch stores it, ``[U, C]``; biased where there is but one value.
+
+        Args:
+            weight: ``[U]`` windows behind each row.
+        """
+        values = self.positions * weight[:, None]
+        return self.var * torch.where(values > 1, values / (values - 1).clamp_min(1e-12), 1.0)
+
+
+@dataclass(frozen=True)
+class State:
+    """What a rule remembers of its users. Some rules keep several sets of moments ("parts", ``P``): one a class, say.
+
+    Attributes:
+        t: ``[U]`` updates so far.
+        n: ``[U, P]`` windows behind each part.
+        mean, var: ``[U, P, C]``.
+        classes: ``[U, K]`` posteriors summed over the windows learnt from.
+        extra: ``[U, E, C]`` numbers that are no moments.
+    """
+
+    t: Tensor
+    n: Tensor
+    mean: Tensor
+    var: Tensor
+    classes: Tensor
+    extra: Tensor
+
+    @property
+    def moments(self) -> Pair:
+        """Mean and variance of the first part, ``[U, C]``; all there is for most rules."""
+        return self.mean[:, 0], self.var[:, 0]
+
+    def diversity(self) -> Tensor:
+        r"""``[U]`` in [0, 1]: :math:`(e^{H(q)}-1)/(K-1)` of the classes met; 0 for one or none, 1 for all alike."""
+        q = self.classes / self.classes.sum(1, keepdim=True).clamp_min(1e-12)
+        effective: Tensor = torch.special.entr(q).sum(1).exp()
+        return (effective - 1).clamp_min(0) / max(1, q.shape[1] - 1)
+
+
+@dataclass(frozen=True)
+class Prior:
+    """What a user starts from, and what is known of the channels.
+
+    Attributes:
+        mean, var: ``[U, C]`` the source's statistics, or those a user was calibrated to.
+        layer: ``[C]`` index of a channel's layer.
+        layers: how many layers the whole model has.
+        eps: ``[C]``.
+        n0: ``[C]`` windows that the prior is worth, where known from the spread between users.
+        alpha: ``[C]`` learnt weight of the test statistics (`ttn`).
+        class_mean, class_var: ``[K, C]`` source moments of each class, where known.
+    """
+
+    mean: Tensor
+    var: Tensor
+    layer: Tensor
+    layers: int
+    eps: Tensor
+    n0: Tensor | None = None
+    alpha: Tensor | None = None
+    class_mean: Tensor | None = None
+    class_var: Tensor | None = None
+
+    @property
+    def moments(self) -> Pair:
+        """Mean and variance, ``[U, C]``."""
+        return self.mean, self.var
+
+    def depth(self) -> Tensor:
+        """``[C]`` from 0 (first layer) to 1 (last)."""
+        return self.layer.to(self.eps) / max(1, self.layers - 1)
+
+    def per_layer(self, values: Tensor) -> Tensor:
+        """Sums over the channels of each layer, ``[..., C]`` to ``[..., layers]``."""
+        zeros = values.new_zeros((*values.shape[:-1], self.layers))
+        return zeros.index_add(-1, self.layer, values)
+
+    def classwise(self, who: str) -> Pair:
+        """Class-conditional source moments, ``[K, C]`` each.
+
+        Raises:
+            UserError: they are not known.
+        """
+        if self.class_mean is None or self.class_var is None:
+            raise UserError(
+                f"rule {who!r} needs the source's moments of each class: personalize(model, rule, "
+                "prior=source_prior(model, x, y, classes)) with labelled source data"
+            )
+        return self.class_mean, self.class_var
+
+
+def each(value: V, function: Callable[[str, Tensor], Tensor]) -> V:
+    """A copy of a `Prior`, `State` or `Seen` with every tensor replaced by ``function(field, tensor)``."""
+    tensors = {f.name: t for f in fields(value) if isinstance(t := getattr(value, f.name), Tensor)}  # type: ignore[arg-type]
+    return replace(value, **{name: function(name, t) for name, t in tensors.items()})  # type: ignore[type-var]
+
+
+def columns(value: V, of: slice) -> V:
+    """A `Prior`, `State` or `Seen` of a slice of the channels."""
+    return each(value, lambda name, t: t if name in ("t", "n", "classes") and isinstance(value, State) else t[..., of])

@@ -1,0 +1,46 @@
+"""Ditto: a personal model that is held near the global one (Li, Hu, Beirami, Smith, ICML 2021)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedbn.errors import UserError
+from fedbn.nn.roles import State
+from fedbn.personalization.base import Personalisation, Work
+
+
+@dataclass(frozen=True)
+class Ditto(Personalisation):
+    r"""Beside the shared model :math:`w` each client trains :math:`v_k` on :math:`f_k(v)+\frac\lambda2\|v-w\|^2`.
+
+    https://arxiv.org/abs/2012.04221. The personal model has statistics of its own; it takes as many steps as the shared
+    one and is what the client is served with.
+
+    Attributes:
+        lam: weight of the pull towards the shared model as received.
+
+    >>> Ditto(lam=0.5).lam
+    0.5
+    """
+
+    name = "ditto"
+    about = "a second, personal model held near the shared one; option lam"
+    source = "Li et al. 2021"
+    lam: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.lam < 0:
+            raise UserError(f"ditto: lam must be 0 or more, not {self.lam:g}")
+
+    def train(self, work: Work) -> float:
+        received = work.state()
+        loss = work.fit(work.model)
+        shared = work.state()
+        work.load(work.aside or received)
+        work.fit(work.model, pull=(self.lam, received), purpose="ditto")
+        work.aside = work.state()
+        work.load(shared)
+        return loss
+
+    def serve(self, work: Work) -> State:
+        return work.aside or work.state()

@@ -1,0 +1,36 @@
+"""FedBABU: the head is never trained in federation, only when personalising (Oh, Kim, Yun, ICLR 2022)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedbn.nn.roles import Role, State
+from fedbn.personalization.base import Personalisation, Work
+
+
+@dataclass(frozen=True)
+class FedBABU(Personalisation):
+    """Body aggregation and body update, the head at its initial value; then fine-tuning.
+
+    https://arxiv.org/abs/2106.06042
+
+    Attributes:
+        epochs: passes of fine-tuning, on all parameters, before evaluation on the client.
+        lr: learning rate of fine-tuning.
+
+    >>> FedBABU().epochs
+    1
+    """
+
+    name = "fedbabu"
+    about = "the classifier stays at its initial value in training; clients fine-tune"
+    source = "Oh et al. 2022"
+    epochs: int = 1
+    lr: float = 0.01
+
+    def train(self, work: Work) -> float:
+        return work.fit(work.model, only=work.names(*Role) - work.names(Role.HEAD))
+
+    def serve(self, work: Work) -> State:
+        work.fit(work.model, epochs=self.epochs, lr=self.lr, purpose="finetune")
+        return work.state()

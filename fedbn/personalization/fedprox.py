@@ -1,0 +1,36 @@
+"""FedProx: parameters held near their received values (Li, Sahu, Zaheer, Sanjabi, Talwalkar, Smith, 2020)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedbn.errors import UserError
+from fedbn.nn.roles import Role
+from fedbn.personalization.base import Personalisation, Work
+
+
+@dataclass(frozen=True)
+class FedProx(Personalisation):
+    r"""Adds :math:`\frac\mu2\|w-w^{received}\|^2` over body and head to the local loss.
+
+    https://arxiv.org/abs/1812.06127
+
+    Attributes:
+        mu: weight of the pull.
+
+    >>> FedProx(mu=0.1).mu
+    0.1
+    """
+
+    name = "fedprox"
+    about = "a proximal pull towards the received parameters; option mu"
+    source = "Li et al. 2020"
+    mu: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.mu < 0:
+            raise UserError(f"fedprox: mu must be 0 or more, not {self.mu:g}")
+
+    def train(self, work: Work) -> float:
+        received = work.state()
+        return work.fit(work.model, pull=(self.mu, {k: received[k] for k in work.names(Role.BODY, Role.HEAD)}))

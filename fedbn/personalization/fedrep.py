@@ -1,0 +1,32 @@
+"""FedRep: head first, then body (Collins, Hassani, Mokhtari, Shakkottai, ICML 2021)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedbn.nn.roles import Role
+from fedbn.personalization.base import Personalisation, Work
+from fedbn.strategies.ownership import LOCAL
+
+
+@dataclass(frozen=True)
+class FedRep(Personalisation):
+    """A personal head, trained on the body as received; then the body on the new head. https://arxiv.org/abs/2102.07078
+
+    Attributes:
+        head_epochs: passes that train the head; the plan's local epochs then train the rest.
+
+    >>> FedRep().head_epochs
+    1
+    """
+
+    name = "fedrep"
+    about = "personal head, trained before the body in every round"
+    source = "Collins et al. 2021"
+    head = LOCAL
+    head_epochs: int = 1
+
+    def train(self, work: Work) -> float:
+        head = work.names(Role.HEAD)
+        work.fit(work.model, only=head, epochs=self.head_epochs, purpose="head")
+        return work.fit(work.model, only=work.names(*Role) - head)

@@ -1,0 +1,25 @@
+"""LG-FedAvg: local representations, a shared head (Liang, Liu, Ziyin, Allen, Brent, Salakhutdinov, Morency, 2020)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedbn.personalization.base import Personalisation
+from fedbn.strategies.ownership import LOCAL
+
+
+@dataclass(frozen=True)
+class LGFedAvg(Personalisation):
+    """The body stays at the client, only the classifier is averaged. https://arxiv.org/abs/2001.01523
+
+    Normalisation layers follow the strategy: with ``fedbn`` the whole representation is local, as in the paper. There
+    is no model for an unseen user.
+
+    >>> str(LGFedAvg.body)
+    'local'
+    """
+
+    name = "lg-fedavg"
+    about = "the body stays local, the classifier is shared"
+    source = "Liang et al. 2020"
+    body = LOCAL

@@ -1,0 +1,77 @@
+"""SCAFFOLD on parameters only: control variates against client drift (Karimireddy et al., ICML 2020)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from fedbn.nn.roles import Role, State
+from fedbn.personalization.base import Personalisation, Work
+from fedbn.strategies.base import Update
+
+CONTROL = "control/"
+"""Prefix of control variates in what clients and server tell each other."""
+
+
+@dataclass
+class _Correction:
+    """Replaces each gradient g by g - c_k + c, and averages the g met."""
+
+    own: State
+    common: State
+    names: set[str]
+    total: State = field(default_factory=dict)
+    steps: int = 0
+
+    def __call__(self, model: nn.Module) -> None:
+        self.steps += 1
+        for name, parameter in model.named_parameters():
+            if name not in self.names or parameter.grad is None:
+                continue
+            seen = self.total.setdefault(name, torch.zeros_like(parameter))
+            seen += parameter.grad
+            if name in self.common:
+                parameter.grad += self.common[name] - self.own.get(name, torch.zeros_like(parameter))
+
+    def mean(self) -> dict[str, Tensor]:
+        return {k: v / self.steps for k, v in self.total.items()}
+
+
+@dataclass(frozen=True)
+class Scaffold(Personalisation):
+    r"""Clients step along :math:`g-c_k+c`; afterwards :math:`c_k` is the mean of the gradients :math:`g` they met.
+
+    https://arxiv.org/abs/1910.06378, option II, which is that mean under plain SGD, and stays meaningful with momentum.
+    The server keeps :math:`c \leftarrow c+\frac1N\sum_{k\in S}(c_k^+-c_k)` over all :math:`N` clients. Body and head
+    only: statistics have no gradient, and scale and shift may be a client's own.
+
+    >>> Scaffold().name
+    'scaffold'
+    """
+
+    name = "scaffold"
+    about = "control variates on body and head correct the clients' drift"
+    source = "Karimireddy et al. 2020"
+
+    def train(self, work: Work) -> float:
+        correction = _Correction(
+            work.aside,
+            {k.removeprefix(CONTROL): v for k, v in work.heard.items()},
+            work.names(Role.BODY, Role.HEAD),
+        )
+        loss = work.fit(work.model, before_step=correction)
+        new = correction.mean()
+        work.notes = {CONTROL + k: v - work.aside[k] if k in work.aside else v for k, v in new.items()}
+        work.aside = new
+        return loss
+
+    def tell(self, updates: Sequence[Update], heard: State, clients: int) -> State:
+        out = dict(heard)
+        for update in updates:
+            for key, change in update.notes.items():
+                if key.startswith(CONTROL):
+                    out[key] = out.get(key, torch.zeros_like(change)) + change / clients
+        return out

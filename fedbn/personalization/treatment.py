@@ -1,0 +1,53 @@
+"""A normalization strategy combined with a personalization method."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from fedbn.nn.roles import Role
+from fedbn.personalization.base import Personalisation, personalisations
+from fedbn.plugins import parse, render
+from fedbn.strategies.base import NormStrategy
+from fedbn.strategies.base import strategy as parse_strategy
+from fedbn.strategies.ownership import LOCAL, Owner
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """A normalisation strategy and a personalisation method.
+
+    >>> str(treatment("groupnorm:groups=4"))
+    'groupnorm:groups=4'
+    """
+
+    norm: NormStrategy
+    personal: Personalisation = field(default_factory=Personalisation)
+
+    def owners(self) -> dict[Role, Owner]:
+        """Owner of every role."""
+        return self.personal.owners(self.norm.owners())
+
+    @property
+    def personalizes(self) -> bool:
+        """Whether there is a personalization method besides the strategy."""
+        return type(self.personal) is not Personalisation
+
+    @property
+    def lonely(self) -> bool:
+        """Whether no model is shared, so that unseen users have none."""
+        return self.owners()[Role.BODY] is LOCAL
+
+    def __str__(self) -> str:
+        norm = render(self.norm)
+        return f"{norm}+{render(self.personal)}" if self.personalizes else norm
+
+
+def treatment(text: str) -> Treatment:
+    """The treatment that a text such as ``fedbn`` or ``groupnorm+ditto:lam=0.5`` names.
+
+    Raises:
+        UserError: unknown strategy, method or option, with the nearest one suggested.
+    """
+    norm, plus, personal = text.partition("+")
+    chosen = parse_strategy(norm)
+    return Treatment(chosen, parse(personal, "personalisation", personalisations())) if plus else Treatment(chosen)

@@ -1,0 +1,1 @@
+"""Clipping, noise, secure aggregation and privacy accounting."""

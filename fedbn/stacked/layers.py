@@ -1,0 +1,287 @@
+"""Layers and functions for K clients at once, their activations side by side on the channel axis.
+
+What the stacked program (`fedbn.stacked.program`) is made of: one entry of `TWINS` a kind of layer, of `FUNCTIONS` a
+function, of `METHODS` a tensor's method.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fedbn.nn.batchnorm import AnyBatchNorm, AnyInstanceNorm
+from fedbn.nn.roles import State
+
+
+class Unstackable(Exception):
+    """A model, or a way of training it, that has no stacked twin; the message says why."""
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """What a twin is given besides activations.
+
+    Attributes:
+        k: number of clients.
+        tensors: parameters and buffers of the layer by their names in it, laid out by `laid`.
+        noise: a generator per client, from which dropout draws.
+        across: whether activations are ``[K, C, B]``.
+        lr: if given, the layer's weight takes its step of this rate in the backward pass (`_Stepping`).
+    """
+
+    k: int
+    tensors: State
+    noise: Sequence[torch.Generator | None]
+    across: bool = False
+    lr: float | None = None
+
+
+Twin = Callable[[Any, Stacked, Tensor], Tensor]
+"""Computes a layer for all clients: (module, what is stacked, ``[B, K*C, *positions]``) -> the same shape."""
+
+
+def as_image(x: Tensor) -> Tensor:
+    """Signals ``[B, C, L]`` as images of height one, anything else as it is.
+
+    The same numbers; channels-last kernels exist for images only and are much faster on a CPU.
+    """
+    return x.unsqueeze(2) if x.dim() == 3 else x
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``F.linear`` of large weights without a gradient, by oneDNN where torch has it.
+
+    MKL, which ``F.linear`` uses, leaves AVX-512 unused on processors of other makes and takes up to twice as long.
+    The operator is the one that torch's own compiler puts in the place of ``F.linear``.
+    """
+    if x.dtype == torch.float32 and x.device.type == "cpu" and torch.backends.mkldnn.is_available():
+        pointwise = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+        if pointwise is not None:
+            return cast(Tensor, pointwise(x, weight, bias, "none", [], ""))
+    return F.linear(x, weight, bias)
+
+
+class _Stepping(torch.autograd.Function):
+    """A linear layer whose weight takes its step of plain SGD as soon as its gradient is known.
+
+    The gradient is added to the weight where it is computed. A large one would otherwise be written out, and read
+    again, at the cost of a quarter of the whole step.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, lr: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.weight, ctx.lr = weight, lr  # not saved: it changes in place, which autograd would refuse
+        return product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, Tensor, None]:
+        (g,), (x,) = gradients, ctx.saved_tensors
+        to_inputs = product(g, ctx.weight.T, None) if ctx.needs_input_grad[0] else None
+        ctx.weight.addmm_(g.T, x, alpha=-ctx.lr)
+        return to_inputs, None, g.sum(0), None
+
+
+def _linear(m: nn.Linear, here: Stacked, x: Tensor) -> Tensor:
+    weight, bias = here.tensors["weight"], here.tensors.get("bias")
+    if here.across:
+        return torch.bmm(weight, x) if bias is None else torch.baddbmm(bias.mT, weight, x)
+    if x.dim() != 2:
+        raise Unstackable(f"a linear layer on activations with {x.dim()} axes")
+    if here.lr is not None:
+        return cast(Tensor, _Stepping.apply(x, weight[0], cast(Tensor, bias).view(-1), here.lr))  # type: ignore[no-untyped-call]
+    if here.k == 1:
+        return F.linear(x, weight[0], None if bias is None else bias.view(-1))
+    rows = x.view(len(x), here.k, -1).transpose(0, 1)
+    out = torch.bmm(rows, weight.mT) if bias is None else torch.baddbmm(bias, rows, weight.mT)
+    return out.transpose(0, 1).flatten(1)
+
+
+def _convolution(m: Any, here: Stacked, x: Tensor) -> Tensor:
+    weight, bias = here.tensors["weight"], here.tensors.get("bias")
+    if x.dim() == 5:
+        return F.conv3d(x, weight, bias, m.stride, m.padding, m.dilation, m.groups * here.k)
+    stride, padding, dilation = m.stride, m.padding, m.dilation
+    if isinstance(m, nn.Conv1d):
+        weight, stride, dilation = weight.unsqueeze(2), (1, *stride), (1, *dilation)
+        padding = padding if isinstance(padding, str) else (0, *padding)
+    return F.conv2d(_channels_last(x), weight, bias, stride, padding, dilation, m.groups * here.k)
+
+
+def batch_norm(m: Any, here: Stacked, x: Tensor) -> Tensor:
+    """K batch normalisations as one: statistics are per channel, whoever's channel it is."""
+    t = here.tensors
+    if m.training and m.track_running_stats:
+        t["num_batches_tracked"].add_(1)
+    stored = not m.training or m.track_running_stats
+    out = F.batch_norm(
+        x.reshape(1, -1, x.shape[2]) if here.across else x,
+        t.get("running_mean") if stored else None,
+        t.get("running_var") if stored else None,
+        t.get("weight"),
+        t.get("bias"),
+        m.training or m.running_mean is None,
+        m.momentum,
+        m.eps,
+    )
+    return out.view(x.shape) if here.across else out
+
+
+def _instance_norm(m: Any, here: Stacked, x: Tensor) -> Tensor:
+    t = here.tensors
+    batch = m.training or not m.track_running_stats
+    return F.instance_norm(
+        x, t.get("running_mean"), t.get("running_var"), t.get("weight"), t.get("bias"), batch, m.momentum, m.eps
+    )
+
+
+def _group_norm(m: nn.GroupNorm, here: Stacked, x: Tensor) -> Tensor:
+    return F.group_norm(x, m.num_groups * here.k, here.tensors.get("weight"), here.tensors.get("bias"), m.eps)
+
+
+def _layer_norm(m: nn.LayerNorm, here: Stacked, x: Tensor) -> Tensor:
+    each = x.reshape(len(x), here.k, -1, *x.shape[2:])
+    out = F.layer_norm(each, m.normalized_shape, eps=m.eps)
+    middle = [1] * (each.dim() - 2 - len(m.normalized_shape))
+    weight, bias = here.tensors.get("weight"), here.tensors.get("bias")
+    if weight is not None:
+        out = out * weight.view(here.k, *middle, *m.normalized_shape)
+    if bias is not None:
+        out = out + bias.view(here.k, *middle, *m.normalized_shape)
+    return out.flatten(1, 2)
+
+
+def dropout(m: Any, here: Stacked, x: Tensor) -> Tensor:
+    """Dropout with the masks that each client would draw alone."""
+    if not m.training or m.p == 0:
+        return x
+    if m.p == 1:
+        return x * 0
+    if here.across:
+        masks = [x.new_empty(x.shape[2], x.shape[1]).bernoulli_(1 - m.p, generator=draw) for draw in here.noise]
+        return x * torch.stack(masks).mT.div(1 - m.p)
+    positions = x.shape[2:] if type(m) is nn.Dropout else [1] * (x.dim() - 2)
+    shape = (len(x), x.shape[1] // here.k, *positions)
+    masks = [x.new_empty(shape).bernoulli_(1 - m.p, generator=draw) for draw in here.noise]
+    return x * torch.stack(masks, 1).div_(1 - m.p).flatten(1, 2)
+
+
+def _same(m: nn.Module, here: Stacked, x: Tensor) -> Tensor:
+    return cast(Tensor, m(x))
+
+
+def _pool(m: nn.Module, here: Stacked, x: Tensor) -> Tensor:
+    """Pooling of images, or of signals as images of height one."""
+    if isinstance(m, nn.AdaptiveAvgPool1d | nn.AdaptiveMaxPool1d):
+        adaptive = F.adaptive_avg_pool2d if isinstance(m, nn.AdaptiveAvgPool1d) else F.adaptive_max_pool2d
+        length = m.output_size[0] if isinstance(m.output_size, tuple) else m.output_size
+        return cast(Tensor, adaptive(x, (1, cast(int, length))))
+    if not isinstance(m, nn.MaxPool1d | nn.AvgPool1d):
+        return cast(Tensor, m(x))
+
+    def two(value: Any, first: int) -> tuple[int, int]:
+        return first, value[0] if isinstance(value, tuple) else value
+
+    size, stride, padding = two(m.kernel_size, 1), two(m.stride, 1), two(m.padding, 0)
+    if isinstance(m, nn.AvgPool1d):
+        rest: tuple[Any, ...] = (m.ceil_mode, m.count_include_pad)
+        return F.avg_pool2d(x, size, stride, padding, *rest)
+    dilation = two(m.dilation, 1)
+    return F.max_pool2d(x, size, stride, padding, dilation, m.ceil_mode)
+
+
+def _flatten(x: Tensor, start_dim: int = 0, end_dim: int = -1) -> Tensor:
+    if start_dim != 1 or end_dim not in (-1, x.dim() - 1):
+        raise Unstackable(f"flatten from axis {start_dim} to {end_dim}")
+    return x.flatten(1)
+
+
+_ELEMENTWISE = (
+    *(nn.Identity, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish),
+    *(nn.Sigmoid, nn.Tanh, nn.Softplus, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid),
+)
+_POOLING = (
+    *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
+    *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
+    *(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d),
+)
+
+TWINS: dict[type[nn.Module], Twin] = {
+    nn.Flatten: lambda m, here, x: _flatten(x, m.start_dim, m.end_dim),
+    nn.Linear: _linear,
+    nn.LayerNorm: _layer_norm,
+    nn.GroupNorm: _group_norm,
+    **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), _convolution),
+    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, AnyBatchNorm), batch_norm),
+    **dict.fromkeys((nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, AnyInstanceNorm), _instance_norm),
+    **dict.fromkeys((nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d), dropout),
+    **dict.fromkeys(_ELEMENTWISE, _same),
+    **dict.fromkeys(_POOLING, _pool),
+}
+
+
+def _mean(x: Tensor, dim: Any = None, keepdim: bool = False) -> Tensor:
+    axes = [d % x.dim() for d in (dim if isinstance(dim, tuple | list) else (0 if dim is None else dim,))]
+    if min(axes) < 2:
+        raise Unstackable(f"mean over axes {axes}, which are not positions")
+    return x.mean(axes, keepdim)
+
+
+def _unsqueeze(x: Tensor, dim: int) -> Tensor:
+    if dim < 2:
+        raise Unstackable(f"unsqueeze at axis {dim}")
+    return x.unsqueeze(dim)
+
+
+def _reshape(x: Tensor, *shape: Any) -> Tensor:
+    wanted = shape[0] if len(shape) == 1 else shape
+    if tuple(wanted) != (len(x), -1):
+        raise Unstackable(f"a reshape to {list(wanted)} other than [N, -1]")
+    return x.flatten(1)
+
+
+def _relu(x: Tensor, inplace: bool = False) -> Tensor:
+    return F.relu(x)
+
+
+def _size(x: Tensor, dim: int | None = None) -> int:
+    if dim != 0:
+        raise Unstackable("the size of an axis that is not the batch")
+    return len(x)
+
+
+FUNCTIONS: dict[Any, Callable[..., Any]] = {
+    **{f: f for f in (F.gelu, F.silu, torch.sigmoid, torch.tanh)},
+    **dict.fromkeys((F.relu, torch.relu), _relu),
+    **dict.fromkeys((operator.add, torch.add), torch.add),
+    torch.flatten: _flatten,
+    torch.mean: _mean,
+}
+METHODS: dict[str, Callable[..., Any]] = {
+    "flatten": _flatten,
+    "mean": _mean,
+    "relu": _relu,
+    "unsqueeze": _unsqueeze,
+    "view": _reshape,
+    "reshape": _reshape,
+    "size": _size,
+    "contiguous": Tensor.contiguous,
+    "add": torch.add,
+}
+
+
+TALL: frozenset[Twin] = frozenset({_convolution, batch_norm, _group_norm, _instance_norm, _same, _pool})
+"""Layers that compute the same on signals and on images of height one."""
+
+FEATURES = (nn.Linear, nn.BatchNorm1d, AnyBatchNorm, nn.Dropout, *_ELEMENTWISE)
+OF_FEATURES = {F.relu, torch.relu, torch.sigmoid, torch.tanh, F.gelu, F.silu, operator.add, torch.add, "relu", "add"}

@@ -1,0 +1,1 @@
+"""Means and variances as values: moments, robust estimates, recalibration, consensus."""

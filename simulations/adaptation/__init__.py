@@ -1,0 +1,1 @@
+"""Studies of online adaptation to unseen users."""

@@ -1,0 +1,182 @@
+"""Do the cells of a study of personalisation, and keep them: windows in a table, what else is known beside it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from fedbn.federation.run import Run
+from fedbn.nn.inference import logits
+from fedbn.online import personalize
+from fedbn.online.drift.monitor import Watched
+from fedbn.online.prequential import (
+    Ask,
+    Trace,
+    accuracy_with_state,
+    balanced_oracle,
+    follow,
+    follow_blocks,
+    own_stream_oracle,
+)
+from fedbn.online.prequential_metrics import judge_alarms
+from fedbn.online.rules.source import Source
+from fedbn.seeds import generator
+from fedbn.streams import Stream
+from fedbn.tta import Adapter, Method
+from simulations.adaptation.methods import contender
+from simulations.adaptation.source_model import Meeting, People
+from simulations.adaptation.warm_starts import start
+from simulations.storage.checkpoint import write_atomically
+from simulations.storage.provenance import NUMERICS, check_numerics, code_digest
+
+SOURCE = "source"
+"""The rule that never moves: what every other is measured against."""
+
+CHANGES = ("switch", "fault", "repair")
+"""Events that a drift detector should notice; after a gap nothing needs to be different."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One rule with one start on one kind of stream, for all people of one seed.
+
+    Attributes:
+        run: the training run.
+        people: whether the people are unseen, or seen ones with their later recordings (for tuning).
+        stream, start, rule: texts; a rule ``bound-own`` or ``bound-balanced`` is an oracle.
+    """
+
+    run: Run
+    people: People
+    stream: str
+    start: str
+    rule: str
+
+    @property
+    def id(self) -> str:
+        """A digest of all of it."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+
+
+BOUNDS: dict[str, Callable[[nn.Module, Stream, int], Trace]] = {
+    "bound-own": lambda model, s, seed: own_stream_oracle(model, s),
+    "bound-balanced": balanced_oracle,
+}
+"""Oracles: statistics of the whole stream, and of equally many of its windows of each class."""
+
+
+def conduct_cell(cell: Cell, meeting: Meeting) -> tuple[list[Trace], dict[str, Any]]:
+    """All people's traces in one cell, and what else is known of it."""
+    seed = cell.run.seed
+    followed = meeting.streams(cell.stream, cell.people)
+    facts: dict[str, Any] = {"bytes_per_user": None, "forgotten": None, "reset_exact": None, "peeks": False}
+    if cell.rule in BOUNDS:
+        return [BOUNDS[cell.rule](meeting.model, s, seed) for s in followed], facts | {"peeks": True}
+    begin = start(cell.start)
+    given = {
+        u.name: begin.windows(u.train, generator(seed, "start", cell.start, u.name))
+        for u in meeting.people(cell.people)
+    }
+    chosen = contender(cell.rule)
+    if isinstance(chosen.rule, Method):
+        return _follow_each(chosen.rule, meeting, followed, given, begin.n0, seed), facts | {"peeks": chosen.rule.peeks}
+    prior = meeting.prior_for(chosen.rule)
+    net = personalize(meeting.model, chosen.rule, prior=prior)
+    for name, windows in given.items():
+        if windows is not None:
+            net.calibrate(windows, user=name, then="freeze" if cell.rule == SOURCE else "adapt", n0=begin.n0)
+    follower = Watched(net, meeting.model, *chosen.watch) if chosen.watch else net
+    ask = Ask(chosen.ask.budget) if chosen.ask else None
+    traces = follow(follower, followed, ask)
+    facts["peeks"] = chosen.rule.peeks
+    if isinstance(follower, Watched):
+        facts["alarms"] = [_alarms(follower.watches[s.user].alarms, s) for s in followed]
+    if ask is not None:
+        facts["questions"] = {user: sum(counts) for user, counts in ask.confirmed.items()}
+    first = followed[0]
+    before = float((logits(meeting.model, meeting.source_test.x).argmax(1) == meeting.source_test.y).double().mean())
+    after = [accuracy_with_state(net, s.user, meeting.source_test) for s in followed]
+    facts["bytes_per_user"] = len(net.state(first.user).to_bytes())
+    facts["forgotten"] = before - sum(after) / len(after)
+    net.reset(first.user)
+    fresh = personalize(meeting.model, chosen.rule, prior=prior).predict(first.x[:1], user=[first.user])
+    facts["reset_exact"] = bool(torch.equal(net.predict(first.x[:1], user=[first.user]), fresh))
+    return traces, facts
+
+
+def _alarms(alarms: Sequence[int], met: Stream) -> dict[str, Any]:
+    found = judge_alarms(alarms, [e.at for e in met.events if e.kind in CHANGES], len(met))
+    return {"delays": found.delays, "missed": found.missed, "false_per_1000": found.false_per_1000}
+
+
+def _follow_each(
+    chosen: Method, meeting: Meeting, followed: Sequence[Stream], given: dict[str, Tensor | None], n0: float, seed: int
+) -> list[Trace]:
+    traces = []
+    for s in followed:
+        windows, model = given[s.user], meeting.model
+        if windows is not None:
+            calibrated = personalize(model, Source(), capacity=1)
+            calibrated.calibrate(windows, user=s.user, n0=n0)
+            model = calibrated.export(s.user)
+        adapter = Adapter(chosen, model, meeting.source_windows, seed)
+        traces.append(follow_blocks(adapter, s, chosen.block))
+    return traces
+
+
+def write_cell(out: Path, cell: Cell, traces: Sequence[Trace], facts: dict[str, Any]) -> None:
+    """A table of windows, then the facts beside it: a cell with facts is finished."""
+    place = out / "cells"
+    frame = pd.concat(
+        [
+            pd.DataFrame(
+                {
+                    "user": t.user,
+                    "window": range(len(t.y)),
+                    "y": t.y,
+                    "predicted": t.predicted,
+                    "confidence": t.confidence,
+                    "nll": t.nll,
+                    "seconds": t.seconds,
+                }
+            )
+            for t in traces
+        ]
+    )
+    write_atomically(place / f"{cell.id}.parquet", frame.to_parquet(index=False))
+    known = {
+        "cell": asdict(cell),
+        "numerics": NUMERICS,
+        "code": code_digest(),
+        "digests": {t.user: t.digest for t in traces},
+        **facts,
+    }
+    write_atomically(place / f"{cell.id}.json", json.dumps(known, indent=1).encode())
+
+
+def read_cell(out: Path, cell: Cell) -> tuple[list[Trace], dict[str, Any]] | None:
+    """A finished cell, or None.
+
+    Raises:
+        UserError: it has other numerics.
+    """
+    path = out / "cells" / f"{cell.id}.json"
+    if not path.exists():
+        return None
+    facts = json.loads(path.read_text(encoding="utf-8"))
+    check_numerics(path, facts.get("numerics"))
+    frame = pd.read_parquet(path.with_suffix(".parquet"))
+    columns = ("y", "predicted", "confidence", "nll", "seconds")
+    traces = [
+        Trace(str(user), facts["digests"][user], *(part[c].to_numpy() for c in columns))
+        for user, part in frame.groupby("user", sort=False)
+    ]
+    return traces, facts

@@ -1,0 +1,74 @@
+"""What follows a stream, as it is named on the command line: a rule or method, drift detection, questions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from fedbn.errors import UserError
+from fedbn.online import Rule
+from fedbn.online.drift.actions import Action, action
+from fedbn.online.drift.detectors import Detector, detector
+from fedbn.online.rules.base import rules
+from fedbn.plugins import parse, render
+from fedbn.tta import Method, methods
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Ask each user about single windows (`fedbn.online.prequential.Ask`).
+
+    Attributes:
+        budget: questions a user answers.
+    """
+
+    name: ClassVar[str] = "ask"
+    about: ClassVar[str] = "ask for the label of a class that was confirmed least"
+    budget: int = 6
+
+    def __post_init__(self) -> None:
+        if self.budget < 1:
+            raise UserError(f"'ask': budget must be at least 1, not {self.budget}")
+
+
+@dataclass(frozen=True)
+class Contender:
+    """What follows the streams: a rule or method and, with a rule, drift detection and questions.
+
+    Attributes:
+        rule: on statistics, or a method with gradients or output smoothing.
+        watch: what notices drift, and what is done then.
+        ask: how many questions users answer.
+    """
+
+    rule: Rule | Method
+    watch: tuple[Detector, Action] | None = None
+    ask: Questions | None = None
+
+    @property
+    def text(self) -> str:
+        """The shortest text that `contender` reads as this."""
+        return "/".join(render(part) for part in (self.rule, *(self.watch or ()), self.ask) if part is not None)
+
+
+def contender(text: str) -> Contender:
+    """A contender from ``rule``, ``rule/detector/action``, ``rule/ask`` or ``rule/detector/action/ask``.
+
+    Raises:
+        UserError: an unknown name, a wrong option, parts that do not go together.
+
+    >>> contender("pseudo:n0=16/adwin/decay:n=8/ask").text
+    'pseudo/adwin/decay:n=8/ask'
+    """
+    first, *more = text.split("/")
+    known: dict[str, type[Rule | Method]] = {**rules(), **methods()}
+    chosen = parse(first, "rule or method", known)
+    ask = parse(more.pop(), "question", {Questions.name: Questions}) if more and more[-1].startswith("ask") else None
+    if len(more) not in (0, 2):
+        raise UserError(f"{text!r}: write rule/detector/action, e.g. {first}/adwin/decay, or {first}/ask")
+    watch = (detector(more[0]), action(more[1])) if more else None
+    if isinstance(chosen, Method) and (watch or ask):
+        raise UserError(
+            f"{text!r}: only rules on statistics can be watched or ask; {chosen.name} is a method of its own"
+        )
+    return Contender(chosen, watch, ask)

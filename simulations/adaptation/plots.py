@@ -1,0 +1,91 @@
+"""Pictures of a study of personalisation: the course of each rule, and everybody's difference to the source."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+import matplotlib as mpl
+import pandas as pd
+from matplotlib.figure import Figure
+
+from fedbn.online.prequential_metrics import HARM
+from simulations.adaptation.cells import BOUNDS, SOURCE
+from simulations.adaptation.tables import rows
+from simulations.report.plots import INK, PALETTE
+
+
+def course_figure(courses: pd.DataFrame) -> Figure:
+    """A row of panels for each strategy and start, a column for each kind of stream; source and bounds in all."""
+    kinds = list(dict.fromkeys(courses["stream"]))
+    begun = list(dict.fromkeys(zip(courses["strategy"], courses["start"], strict=True)))
+    several = courses["strategy"].nunique() > 1
+    names = [n for n in dict.fromkeys(courses["rule"]) if n != SOURCE and n not in BOUNDS]
+    looks: dict[str, Any] = {SOURCE: {"color": INK, "linestyle": "--"}}
+    looks |= {n: {"color": INK, "linestyle": line, "alpha": 0.5} for n, line in zip(BOUNDS, (":", "-."))}
+    for i, name in enumerate(names):
+        looks[name] = {"color": PALETTE[i % len(PALETTE)], "linestyle": ("-", "--", ":", "-.")[i // len(PALETTE) % 4]}
+    with mpl.rc_context(
+        {"text.parse_math": False, "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+    ):
+        figure = Figure(figsize=(2.2 + 3.6 * len(kinds), 0.6 + 2.7 * len(begun)), layout="constrained")
+        panels = figure.subplots(len(begun), len(kinds), sharey=True, sharex="col", squeeze=False)
+        for (row, (strategy, begin)), (column, kind) in product(enumerate(begun), enumerate(kinds)):
+            axes = panels[row, column]
+            here = courses[(courses["strategy"] == strategy) & (courses["stream"] == kind)]
+            here = here[(here["start"] == begin) | here["rule"].isin(BOUNDS)]
+            for name, part in here.groupby("rule", sort=False):
+                axes.plot(part["window"], part["accuracy"], linewidth=1.3, label=name, **looks[str(name)])
+                if name in names:
+                    band = part["window"], part["low"].clip(lower=0), part["high"].clip(upper=1)
+                    axes.fill_between(*band, color=looks[str(name)]["color"], alpha=0.12, linewidth=0)
+            title = kind if begin == "cold" else f"{kind}, from {begin}"
+            axes.set_title(f"{strategy}: {title}" if several else title, loc="left")
+            axes.grid(alpha=0.18)
+        figure.supxlabel("windows met", fontsize=9)
+        figure.supylabel("fading accuracy, band of the difference to source", fontsize=9)
+        handles, labels = panels[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=8)
+    return figure
+
+
+def people_figure(users: pd.DataFrame, found: pd.DataFrame) -> Figure:
+    """Everybody's difference to the source, rules down and a panel for each kind of stream; who lies left is harmed.
+
+    Args:
+        users: a `users_frame`.
+        found: its `summary`.
+    """
+    shown = [(name, by_kind) for name, by_kind in rows(found) if name.rpartition(": ")[2] != SOURCE]
+    kinds = list(dict.fromkeys(found["stream"]))
+    accuracy = users.pivot_table("accuracy", ["strategy", "stream", "label", "user"], "seed")
+    with mpl.rc_context(
+        {"text.parse_math": False, "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+    ):
+        figure = Figure(figsize=(2.6 + 3.4 * len(kinds), 1.2 + 0.34 * len(shown)), layout="constrained")
+        panels = figure.subplots(1, len(kinds), sharey=True, sharex=True, squeeze=False)[0]
+        for axes, kind in zip(panels, kinds, strict=True):
+            for place, (_, by_kind) in enumerate(shown):
+                line = by_kind[kind]
+                of = accuracy.loc[line["strategy"], kind]
+                gains = (of.loc[line["rule"]] - of.loc[SOURCE]).stack()
+                harmed_here = gains < -HARM
+                for part, mark, colour in (
+                    (gains[~harmed_here], "o", PALETTE[0]),
+                    (gains[harmed_here], "x", PALETTE[1]),
+                ):
+                    axes.plot(part, [place] * len(part), mark, color=colour, markersize=4, alpha=0.5)
+                axes.plot([line["gain_low"], line["gain_high"]], [place - 0.3] * 2, color=INK, linewidth=1.6)
+                axes.plot(line["gain"], place - 0.3, "|", color=INK, markersize=7)
+                axes.annotate(
+                    f"{line['harmed']:.0%}", (1.01, place), xycoords=("axes fraction", "data"), va="center", fontsize=8
+                )
+            axes.axvline(0, color=INK, linestyle="--", linewidth=0.8)
+            axes.set_title(kind, loc="left")
+            axes.annotate("harmed", (1.01, -0.75), xycoords=("axes fraction", "data"), va="center", fontsize=8)
+            axes.set_yticks(range(len(shown)), [name for name, _ in shown])
+            axes.set_ylim(len(shown) - 0.4, -0.9)
+            axes.grid(alpha=0.18)
+        told = "a person in a seed each (crosses: harmed), mean and interval above"
+        figure.supxlabel(f"accuracy less source's: {told}", fontsize=9)
+    return figure

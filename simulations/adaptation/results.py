@@ -1,0 +1,201 @@
+"""What a study of personalisation found: table in the terminal, parquet, JSON and a picture."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from fedbn.online.prequential import Trace
+from fedbn.online.prequential_metrics import cost, faded, harmed, regret, score, windows_to_close, worst_decile
+from simulations.adaptation.cells import BOUNDS, SOURCE, Cell
+from simulations.adaptation.plots import course_figure, people_figure
+from simulations.adaptation.study import Results, Study
+from simulations.report.plots import png
+from simulations.results.inference import adjust, estimate, mean_of_users, signed_rank
+from simulations.storage.checkpoint import write_atomically
+from simulations.storage.provenance import NUMERICS, code_digest, versions
+
+PARTS = (0.5, 0.8, 0.9)
+"""Shares of the gap to the class-balanced bound whose closing is timed."""
+
+
+def label(cell: Cell) -> str:
+    """What a row is called.
+
+    >>> from fedbn.federation.run import Run
+    >>> label(Cell(Run("hapt", "fedbn"), "unseen", "iid", "recording", "source"))
+    'source, from recording'
+    """
+    return cell.rule if cell.start == "cold" else f"{cell.rule}, from {cell.start}"
+
+
+def users_frame(results: Results) -> pd.DataFrame:
+    """One line a person, strategy, seed, stream and rule: all measures of one trace."""
+    lines = [
+        {"strategy": c.run.strategy, "seed": c.run.seed, "stream": c.stream, "start": c.start, "rule": c.rule}
+        | {"label": label(c), "user": t.user}
+        | asdict(score(t))
+        for c, (traces, _) in results.items()
+        for t in traces
+    ]
+    return pd.DataFrame(lines)
+
+
+def summary(results: Results, users: pd.DataFrame) -> pd.DataFrame:
+    """One line a strategy, stream and rule: means with intervals over people, harm, regret, tests, cost.
+
+    Args:
+        results: of a study.
+        users: their `users_frame`.
+    """
+    lines: list[dict[str, Any]] = []
+    for (strategy, stream, name), part in users.groupby(["strategy", "stream", "label"], sort=False):
+        base = users[(users["strategy"] == strategy) & (users["stream"] == stream) & (users["label"] == SOURCE)]
+        table, ground = (f.pivot_table(index="user", columns="seed", values="accuracy") for f in (part, base))
+        ground = ground.loc[table.index, table.columns]
+        found = estimate(mean_of_users, table.to_numpy())
+        gains = (table - ground).to_numpy()
+        gain = estimate(mean_of_users, gains)
+        mine = {c: r for c, r in results.items() if (c.run.strategy, c.stream, label(c)) == (strategy, stream, name)}
+        facts = [f for _, f in mine.values()]
+        pairs = [(part[part["seed"] == s], base[base["seed"] == s]) for s in table.columns]
+        sizes = [f["bytes_per_user"] for f in facts if f["bytes_per_user"] is not None]
+        spent = cost([t for traces, _ in mine.values() for t in traces], max(sizes, default=math.nan))
+        lines.append(
+            {
+                "strategy": strategy,
+                "stream": stream,
+                "rule": name,
+                "accuracy": found.value,
+                "low": found.users.low,
+                "high": found.users.high,
+                "macro_f1": mean_of_users(part.pivot_table("macro_f1", "user", "seed").to_numpy()).item(),
+                "faded_accuracy": mean_of_users(part.pivot_table("faded_accuracy", "user", "seed").to_numpy()).item(),
+                "faded_f1": mean_of_users(part.pivot_table("faded_f1", "user", "seed").to_numpy()).item(),
+                "worst_decile": float(np.mean([worst_decile(list(a["accuracy"])) for a, _ in pairs])),
+                "worst": float(table.min(axis=None)),
+                "harmed": harmed(*(pd.concat([pair[i]["accuracy"] for pair in pairs]).tolist() for i in (0, 1))),
+                "gain": gain.value,
+                "gain_low": gain.users.low,
+                "gain_high": gain.users.high,
+                "p": math.nan if name == SOURCE or name in BOUNDS else signed_rank(np.nanmean(gains, axis=1)),
+                "nll": mean_of_users(part.pivot_table("nll", "user", "seed").to_numpy()).item(),
+                "ece": mean_of_users(part.pivot_table("ece", "user", "seed").to_numpy()).item(),
+                **_against_bounds(results, mine),
+                **_drift(facts),
+                "questions": _mean([n for f in facts for n in f.get("questions", {}).values()]),
+                "forgotten": _mean([f["forgotten"] for f in facts]),
+                "reset_exact": all(f["reset_exact"] in (None, True) for f in facts),
+                "peeks": any(f["peeks"] for f in facts),
+                **asdict(spent),
+                "users": found.n_users,
+                "seeds": found.n_seeds,
+            }
+        )
+    frame = pd.DataFrame(lines)
+    # Corrected over everything that is tested, all streams together.
+    frame["p_adjusted"] = adjust(frame["p"])
+    return frame
+
+
+def _against_bounds(results: Results, mine: Results) -> dict[str, float | int | None]:
+    """Regret against both bounds, and windows to close the gap to the balanced one, over all seeds together."""
+
+    def of(text: str) -> list[Trace]:
+        return [t for c in mine for t in results[Cell(c.run, c.people, c.stream, "cold", text)][0]]
+
+    traces = [t for found, _ in mine.values() for t in found]
+    out: dict[str, float | int | None] = {
+        f"regret_{bound.removeprefix('bound-')}": regret(traces, of(SOURCE), of(bound)) for bound in BOUNDS
+    }
+    for part in PARTS:
+        out[f"windows_to_{part:.0%}"] = windows_to_close(part, traces, of(SOURCE), of("bound-balanced"))
+    return out
+
+
+def _drift(facts: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """How well alarms fitted changes, over all people and seeds; NaN for rules that are not watched."""
+    found = [alarms for f in facts for alarms in f.get("alarms", [])]
+    return {
+        "drift_delay": _mean([d for alarms in found for d in alarms["delays"]]),
+        "drift_missed": _mean([alarms["missed"] for alarms in found]),
+        "false_alarms_per_1000": _mean([alarms["false_per_1000"] for alarms in found]),
+    }
+
+
+def _mean(values: Sequence[float | None]) -> float:
+    known = [v for v in values if v is not None]
+    return float(np.mean(known)) if known else math.nan
+
+
+def course(results: Results, longest: float = 0.9) -> pd.DataFrame:
+    """Fading accuracy at each window, mean over people and seeds, while most are there.
+
+    The band is the 95 % interval (normal) of the paired difference to the source, drawn about the rule's mean: people
+    differ far more from each other than rules do.
+
+    Args:
+        results: of a study.
+        longest: windows are shown up to where this share of the streams goes on.
+    """
+    lines = []
+    for kind, cells in alike(results).items():
+        curves, ground = [], []
+        for cell in cells:
+            unmoved = results[replace(cell, start="cold", rule=SOURCE)][0]
+            curves += [faded(t.correct) for t in results[cell][0]]
+            ground += [faded(t.correct) for t in unmoved]
+        end = int(np.quantile([len(c) for c in curves], 1 - longest))
+        rule, base = (np.array([c[:end] for c in side if len(c) >= end]) for side in (curves, ground))
+        mean = np.nanmean(rule, axis=0)
+        half = 1.96 * np.nanstd(rule - base, axis=0) / math.sqrt(max(1, len(rule) - 1))
+        of = dict(zip(("strategy", "stream", "start", "rule"), kind, strict=True))
+        lines += [
+            of | {"window": t + 1, "accuracy": m, "low": m - h, "high": m + h}
+            for t, (m, h) in enumerate(zip(mean, half, strict=True))
+        ]
+    return pd.DataFrame(lines)
+
+
+def alike(results: Results) -> dict[tuple[str, str, str, str], list[Cell]]:
+    """Cells that differ in their seed alone, by strategy, stream, start and rule."""
+    out: dict[tuple[str, str, str, str], list[Cell]] = {}
+    for cell in results:
+        out.setdefault((cell.run.strategy, cell.stream, cell.start, cell.rule), []).append(cell)
+    return out
+
+
+def write(out: Path, study: Study, results: Results, command: str) -> pd.DataFrame:
+    """Write users, summary and course as parquet, ``personalise.json``, ``course.png`` and ``people.png``.
+
+    Returns:
+        The summary.
+    """
+    users, courses = users_frame(results), course(results)
+    found = summary(results, users)
+    for name, frame in (("users", users), ("summary", found), ("course", courses)):
+        buffer = io.BytesIO()
+        frame.to_parquet(buffer, index=False)
+        write_atomically(out / f"{name}.parquet", buffer.getvalue())
+    known = {
+        "study": asdict(study),
+        "command": command,
+        "numerics": NUMERICS,
+        "code": code_digest(),
+        "versions": versions(),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "streams": {f"{c.stream}, seed {c.run.seed}": {t.user: t.digest for t in r[0]} for c, r in results.items()},
+    }
+    text = pd.Series(known | {"summary": found.to_dict(orient="records")}).to_json(indent=1)
+    write_atomically(out / "personalise.json", text.encode())
+    for name, figure in (("course", course_figure(courses)), ("people", people_figure(users, found))):
+        write_atomically(out / f"{name}.png", png(figure))
+    return found

@@ -1,0 +1,129 @@
+"""A study of personalisation as a table, in the terminal or in a document, so that no number in it is typed by hand."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from simulations.adaptation.cells import BOUNDS
+from simulations.adaptation.study import Study
+from simulations.report.documents import markdown, replace_block
+from simulations.results.formatting import bracket, number, signed
+
+
+def summary_table(found: pd.DataFrame, study: Study) -> Table:
+    """Rules down, kinds of stream across: mean accuracy [interval], worst tenth, share harmed."""
+    people = f"{found['users'].max()} people, {study.seeds} seed{'s' if study.seeds > 1 else ''}"
+    table = Table(
+        title=Text(f"Accuracy on new people's streams [95 % over people], worst tenth, harmed; {people}", style="bold"),
+        title_justify="left",
+        caption=Text(
+            "harmed: share more than a point below source. bound-…: oracles, statistics of the whole stream or of "
+            "equally many windows of each class. °: a window is inside its own statistics. "
+            "*: differs from source, corrected p < .05.",
+            style="dim",
+        ),
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    kinds = list(dict.fromkeys(found["stream"]))
+    table.add_column("rule", overflow="fold")
+    for kind in kinds:
+        table.add_column(kind, overflow="fold")
+    for name, by_kind in rows(found):
+        mark = "°" if by_kind[kinds[0]]["peeks"] else ""
+        table.add_row(Text(name + mark), *(Text(_shown(by_kind[kind])) for kind in kinds))
+    return table
+
+
+def rows(found: pd.DataFrame) -> list[tuple[str, dict[str, Any]]]:
+    """Rows of a table: name, with its strategy where there are several, and a line for each stream; bounds last.
+
+    Args:
+        found: a `summary`.
+    """
+    several = found["strategy"].nunique() > 1
+    lines = found.set_index(["strategy", "rule", "stream"], drop=False)
+    pairs = dict.fromkeys(zip(found["strategy"], found["rule"], strict=True))
+    streams = dict.fromkeys(found["stream"])
+    return [
+        (f"{strategy}: {rule}" if several else rule, {s: lines.loc[(strategy, rule, s)] for s in streams})
+        for strategy, rule in sorted(pairs, key=lambda pair: pair[1] in BOUNDS)
+    ]
+
+
+def _shown(line: Any) -> str:
+    star = "*" if line["p_adjusted"] < 0.05 else ""
+    mean = f"{number(line['accuracy'])}{star} {bracket(line['low'], line['high'])}".rstrip()
+    return f"{mean}\n{number(line['worst_decile'])} worst, {line['harmed']:.0%} harmed"
+
+
+def embed_study(directory: Path, document: Path) -> None:
+    """Replace what stands between ``<!-- begin NAME -->`` and ``<!-- end NAME -->``; NAME is the directory's name.
+
+    Args:
+        directory: of a finished study.
+        document: a Markdown text.
+
+    Raises:
+        UserError: the document or its markers are missing.
+    """
+    found = pd.read_parquet(directory / "summary.parquet")
+    replace_block(document, directory.resolve().name, table(found))
+
+
+def table(found: pd.DataFrame) -> str:
+    """A Markdown table of a study's summary: rules down, three columns for each kind of stream; bounds last.
+
+    Where rules are watched for drift, a fourth: windows from a change to its alarm, changes missed by stream, false
+    alarms in a thousand windows.
+
+    Args:
+        found: as `simulations.adaptation.results.summary` gives it.
+    """
+    people, seeds = found["users"].max(), found["seeds"].max()
+    watched = bool(found["false_alarms_per_1000"].notna().any())
+    lines = [_row(name, by_stream, watched) for name, by_stream in rows(found)]
+    return f"{people} people, {seeds} seeds.\n\n{markdown(lines)}"
+
+
+def _row(name: str, by_stream: dict[str, Any], watched: bool) -> dict[str, str]:
+    row = {"rule": name}
+    for stream, line in by_stream.items():
+        star = "*" if line["p_adjusted"] < 0.05 else ""
+        gain = "" if name.split(": ")[-1] == "source" else f", {signed(line['gain'])}{star} {_signed_bracket(line)}"
+        row[stream] = f"{number(line['accuracy'])} {bracket(line['low'], line['high'])}{gain}".rstrip()
+        row[f"worst, {stream}"] = number(line["worst"])
+        row[f"harmed, {stream}"] = f"{line['harmed']:.0%}"
+        if watched:
+            row[f"delay, missed, false, {stream}"] = _alarms(line)
+    return row
+
+
+def _alarms(line: Any) -> str:
+    """Delay, changes missed and false alarms in a thousand windows; empty where nothing was watched.
+
+    >>> _alarms({"drift_delay": 12.4, "drift_missed": 0.25, "false_alarms_per_1000": 3.0})
+    '12, 0.2, 3.0'
+    >>> _alarms({"drift_delay": math.nan, "drift_missed": math.nan, "false_alarms_per_1000": 0.5})
+    '–, –, 0.5'
+    """
+    false = line["false_alarms_per_1000"]
+    if math.isnan(false):
+        return ""
+    delay = "–" if math.isnan(line["drift_delay"]) else f"{line['drift_delay']:.0f}"
+    missed = "–" if math.isnan(line["drift_missed"]) else f"{line['drift_missed']:.1f}"
+    return f"{delay}, {missed}, {false:.1f}"
+
+
+def _signed_bracket(line: Any) -> str:
+    return f"[{signed(line['gain_low'])}, {signed(line['gain_high'])}]"

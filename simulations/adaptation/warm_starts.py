@@ -1,0 +1,92 @@
+"""What a person gives before the stream begins, from an earlier recording."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fedbn.data.population import Examples
+from fedbn.errors import UserError
+from fedbn.online.prequential import balanced
+from fedbn.plugins import parse
+
+
+@dataclass(frozen=True)
+class Start(ABC):
+    """What a person gives before the stream begins, from an earlier recording; subclasses below.
+
+    Attributes:
+        name: what the command line calls it.
+        about: one line for lists.
+        n0: windows of the statistics before that the calibration is merged with. A placement changes between
+            recordings, so many where the windows are many.
+    """
+
+    name: ClassVar[str]
+    about: ClassVar[str]
+    n0: float = 2.0
+
+    def __post_init__(self) -> None:
+        if self.n0 < 0:
+            raise UserError(f"start {self.name!r}: n0 must be at least 0, not {self.n0:g}")
+
+    @abstractmethod
+    def windows(self, earlier: Examples, draw: torch.Generator) -> Tensor | None:
+        """Windows ``[n, *shape]`` to calibrate by; None for nothing."""
+
+
+@dataclass(frozen=True)
+class Cold(Start):
+    """The source's statistics."""
+
+    name = "cold"
+    about = "nothing: the source's statistics"
+
+    def windows(self, earlier: Examples, draw: torch.Generator) -> Tensor | None:
+        return None
+
+
+@dataclass(frozen=True)
+class Recording(Start):
+    """The whole earlier recording, without labels."""
+
+    name = "recording"
+    about = "the person's earlier recording, unlabelled"
+
+    def windows(self, earlier: Examples, draw: torch.Generator) -> Tensor | None:
+        return earlier.x
+
+
+@dataclass(frozen=True)
+class Classes(Start):
+    """Guided calibration: as many windows of each class; the label is used to choose them and for nothing else.
+
+    Attributes:
+        k: windows of each class, or as many as the rarest has.
+    """
+
+    name = "classes"
+    about = "k windows of each class from the earlier recording"
+    k: int = 3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.k < 1:
+            raise UserError(f"start 'classes': k must be at least 1, not {self.k}")
+
+    def windows(self, earlier: Examples, draw: torch.Generator) -> Tensor | None:
+        return earlier.x[balanced(earlier.y, draw, self.k)]
+
+
+def start(text: str) -> Start:
+    """The start that a text such as ``cold`` or ``classes:k=1`` names.
+
+    Raises:
+        UserError: unknown name or option, or an option out of range.
+    """
+    kinds: tuple[type[Start], ...] = (Cold, Recording, Classes)
+    return parse(text, "start", {k.name: k for k in kinds})

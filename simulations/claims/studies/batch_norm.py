@@ -1,0 +1,341 @@
+"""Batch normalisation itself.
+
+What everybody says of BN (Ioffe, Szegedy, 2015; Wu, He, 2018), on networks that train in seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from fedbn.models.small_cnn import SmallCNN
+from fedbn.nn.conversion import convert, norm_layers
+from simulations.claims.claim import Claim
+from simulations.claims.studies.common import DIGITS, accuracy, digits, seeded, shuffled, train
+
+NUMERICS = 1
+"""Version of this study's numbers; raise it when a change here changes results."""
+
+
+def _cnn(norm: str, seed: int) -> nn.Module:
+    with seeded(seed, "weights"):
+        model: nn.Module = SmallCNN((1, 8, 8), 10)
+    match norm:
+        case "BN":
+            return model
+        case "GN":
+            return convert(model, "group", groups=4)
+        case "LN":
+            return convert(model, "layer")
+        case "EvalNorm":
+            return convert(model, "evalnorm")
+        case _:
+            return convert(model, "none")
+
+
+def _mlp(norm: str, seed: int, gain: float = 1.0, p: float = 0.0) -> nn.Sequential:
+    """Three hidden layers of 64, weights as He et al. initialise them: torch's own stall a network without BN.
+
+    Args:
+        norm: ``BN`` before each nonlinearity, or none.
+        seed: of the weights.
+        gain: factor of the initial weights.
+        p: of dropout after each nonlinearity.
+    """
+    layers: list[nn.Module] = [nn.Flatten()]
+    for _ in range(3):
+        layers += [nn.Linear(64, 64), nn.BatchNorm1d(64) if norm == "BN" else nn.Identity(), nn.ReLU(), nn.Dropout(p)]
+    model = nn.Sequential(*layers, nn.Linear(64, 10))
+    with seeded(seed, "weights"):
+        for layer in model:
+            if isinstance(layer, nn.Linear):
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+                nn.init.zeros_(layer.bias)
+                layer.weight.data *= gain
+    return model
+
+
+def rates(arm: str, seed: int, quick: bool) -> dict[str, float]:
+    """Largest learning rate, among powers of two, with which plain SGD still reaches 90 % on the training data.
+
+    The arm is a network and a normaliser.
+
+    Raises:
+        ValueError: no rate does.
+    """
+    network, norm = arm.split()
+    data, _ = digits(seed)
+    for exponent in range(8, -7, -1):
+        model = (_mlp if network == "MLP" else _cnn)(norm, seed)
+        optimizer = torch.optim.SGD(model.parameters(), lr=2.0**exponent)
+        train(model, data, shuffled(len(data), 64, 10, seed), optimizer)
+        if accuracy(model, data) >= 0.9:
+            return {"largest stable rate, log2": float(exponent)}
+    raise ValueError(f"{arm}: no rate trains")
+
+
+def speed(arm: str, seed: int, quick: bool) -> dict[str, float]:
+    """Test accuracy after a single epoch at a common learning rate."""
+    data, test = digits(seed)
+    model = _mlp(arm, seed)
+    train(model, data, shuffled(len(data), 64, 1, seed), torch.optim.SGD(model.parameters(), lr=0.1))
+    return {"accuracy": accuracy(model, test)}
+
+
+def initial(arm: str, seed: int, quick: bool) -> dict[str, float]:
+    """Test accuracy when the initial weights are the usual ones times a gain; the arm is a normaliser and the gain."""
+    norm, _, gain = arm.partition(" ")
+    data, test = digits(seed)
+    model = _mlp(norm, seed, gain=float(gain))
+    order = shuffled(len(data), 64, 5 if quick else 10, seed)
+    train(model, data, order, torch.optim.SGD(model.parameters(), lr=0.1))
+    return {"accuracy": accuracy(model, test)}
+
+
+def small_batches(arm: str, seed: int, quick: bool) -> dict[str, float]:
+    """Test accuracy, learning rate proportional to the batch; the arm is a normaliser and the rows of a batch."""
+    norm, _, size = arm.partition(" ")
+    data, test = digits(seed)
+    model = _cnn(norm, seed)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.001 * int(size), momentum=0.9)
+    train(model, data, shuffled(len(data), int(size), 1 if quick else 2, seed), optimizer)
+    return {"accuracy": accuracy(model, test)}
+
+
+def placement(arm: str, seed: int, quick: bool) -> dict[str, float]:
+    """Test accuracy of two convolutions (8, 16) with BN where the arm says, after three epochs."""
+    layers: list[nn.Module] = []
+    with seeded(seed, "weights"):
+        for before, width in ((1, 8), (8, 16)):
+            parts: dict[str, list[nn.Module]] = {
+                "before the convolution": [nn.BatchNorm2d(before), nn.Conv2d(before, width, 3, padding=1), nn.ReLU()],
+                "before the ReLU": [nn.Conv2d(before, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()],
+                "after the ReLU": [nn.Conv2d(before, width, 3, padding=1), nn.ReLU(), nn.BatchNorm2d(width)],
+                "nowhere": [nn.Conv2d(before, width, 3, padding=1), nn.ReLU()],
+            }
+            layers += [*parts[arm], nn.MaxPool2d(2)]
+        model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(64, 10))
+    data, test = digits(seed)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    train(model, data, shuffled(len(data), 64, 3, seed), optimizer)
+    return {"accuracy": accuracy(model, test)}
+
+
+def regularising(arm: str, seed: int, quick: bool) -> dict[str, float]:
+    """Test accuracy after training to the end on 200 images, and how far training accuracy is above it."""
+    data, test = digits(seed)
+    few = data.take(torch.arange(200))
+    model = _mlp("BN" if "BN" in arm else "none", seed, p=0.5 if "dropout" in arm else 0.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    with seeded(seed, "dropout"):
+        train(model, few, shuffled(len(few), 32, 40 if quick else 100, seed), optimizer)
+    right = accuracy(model, test)
+    return {"accuracy": right, "training above test accuracy": accuracy(model, few) - right}
+
+
+def shift(arm: str, seed: int, quick: bool) -> dict[str, float]:
+    """How far the inputs of the nonlinearities move while the network trains.
+
+    Every ten steps the values of each unit on 256 fixed images are compared with those of ten steps before: their
+    1-Wasserstein distance over their standard deviation, mean over units, layers and the whole training.
+    """
+    data, _ = digits(seed)
+    model = _mlp(arm, seed)
+    fixed, steps = data.x[:256], 0
+    found: list[float] = []
+    last: list[Tensor] = []
+
+    def look() -> None:
+        nonlocal steps, last
+        steps += 1
+        if steps % 10:
+            return
+        now: list[Tensor] = []
+        hooks = [
+            m.register_forward_pre_hook(lambda _, args: now.append(args[0].sort(0).values))
+            for m in model
+            if isinstance(m, nn.ReLU)
+        ]
+        with torch.no_grad():
+            model(fixed)
+        for hook in hooks:
+            hook.remove()
+        found.extend(float(((a - b).abs().mean(0) / b.std(0)).mean()) for a, b in zip(now, last))
+        last = now
+
+    order = shuffled(len(data), 64, 5 if quick else 15, seed)
+    train(model, data, order, torch.optim.SGD(model.parameters(), lr=0.1), on_step=look)
+    return {"shift in ten steps": sum(found) / len(found)}
+
+
+def epsilon(arm: str, seed: int, quick: bool) -> dict[str, float]:
+    """Test accuracy with the constant in the denominator as the arm says."""
+    data, test = digits(seed)
+    model = _cnn("BN", seed)
+    for layer in norm_layers(model).values():
+        cast(nn.BatchNorm2d, layer).eps = float(arm)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    train(model, data, shuffled(len(data), 32, 4 if quick else 15, seed), optimizer)
+    return {"accuracy": accuracy(model, test)}
+
+
+GAINS = ("0.1", "0.3", "1", "3", "10")
+SIZES = ("1", "2", "4", "8", "32")
+
+
+def spread(values: Mapping[str, float], norm: str) -> float:
+    """Best minus worst accuracy over the gains."""
+    found = [values[f"{norm} {gain}"] for gain in GAINS]
+    return max(found) - min(found)
+
+
+def lost(values: Mapping[str, float], norm: str, size: str) -> float:
+    """Accuracy lost by batches of ``size`` instead of 32."""
+    return values[f"{norm} 32"] - values[f"{norm} {size}"]
+
+
+IOFFE = "Ioffe, Szegedy 2015, https://arxiv.org/abs/1502.03167"
+MLP = f"{DIGITS}; MLP with three hidden layers of 64, SGD"
+claim = partial(Claim, published="not verified", source=IOFFE)
+in_small_batches = partial(
+    claim,
+    setting=f"{DIGITS}; small-cnn, learning rate 0.001 times the batch",
+    run=small_batches,
+    arms=tuple(f"{norm} {size}" for norm in ("BN", "GN", "LN", "EvalNorm") for size in SIZES),
+    measure="accuracy",
+    threshold=0.0,
+    drawing="curves",
+    axis="rows of a training batch",
+)
+
+CLAIMS = (
+    claim(
+        name="bn-learning-rate",
+        sentence="BN lets an MLP train at learning rates at least three times as large.",
+        setting=f"{MLP}, rates 2^-6 to 2^8",
+        run=rates,
+        arms=("MLP BN", "MLP none"),
+        measure="largest stable rate, log2",
+        effect=lambda v: v["MLP BN"] - v["MLP none"],
+        meaning="doublings of the largest rate that still trains, BN minus none",
+        threshold=1.585,
+    ),
+    claim(
+        name="bn-learning-rate-cnn",
+        sentence="BN lets a CNN train at learning rates at least three times as large.",
+        setting=f"{DIGITS}; small-cnn, SGD, rates 2^-6 to 2^8",
+        run=rates,
+        arms=("CNN BN", "CNN none"),
+        measure="largest stable rate, log2",
+        effect=lambda v: v["CNN BN"] - v["CNN none"],
+        meaning="doublings of the largest rate that still trains, BN minus none",
+        threshold=1.585,
+    ),
+    claim(
+        name="bn-speed",
+        sentence="With BN the network learns faster.",
+        setting=f"{MLP}, one epoch at learning rate 0.1",
+        run=speed,
+        arms=("BN", "none"),
+        measure="accuracy",
+        effect=lambda v: v["BN"] - v["none"],
+        meaning="test accuracy after one epoch, BN minus none",
+        threshold=0.0,
+    ),
+    claim(
+        name="bn-initialisation",
+        sentence="With BN the scale of the initial weights matters less.",
+        setting=f"{MLP} 0.1; initial weights as He et al. times 0.1 to 10",
+        run=initial,
+        arms=tuple(f"{norm} {gain}" for norm in ("BN", "none") for gain in GAINS),
+        measure="accuracy",
+        effect=lambda v: spread(v, "none") - spread(v, "BN"),
+        meaning="test accuracy, best minus worst over the gains: without BN minus with BN",
+        threshold=0.0,
+        drawing="curves",
+        axis="gain of the initial weights",
+    ),
+    in_small_batches(
+        name="bn-small-batch",
+        sentence="BN suffers from batches of 2 more than group normalisation does.",
+        source="Wu, He 2018, https://arxiv.org/abs/1803.08494",
+        effect=lambda v: lost(v, "BN", "2") - lost(v, "GN", "2"),
+        meaning="accuracy lost from batches of 32 to 2, BN minus GN",
+    ),
+    in_small_batches(
+        name="bn-one-row",
+        sentence="BN suffers from batches of one more than layer normalisation does.",
+        source="after Ba, Kiros, Hinton 2016, https://arxiv.org/abs/1607.06450",
+        effect=lambda v: lost(v, "BN", "1") - lost(v, "LN", "1"),
+        meaning="accuracy lost from batches of 32 to 1, BN minus LN",
+        note="in a convolution a batch of one still has its positions to take statistics over",
+    ),
+    in_small_batches(
+        name="bn-small-batch-evalnorm",
+        sentence="EvalNorm takes back what batches of 2 cost BN.",
+        source="Singh, Shrivastava 2019, https://arxiv.org/abs/1904.06031",
+        effect=lambda v: v["EvalNorm 2"] - v["BN 2"],
+        meaning="test accuracy with batches of 2, EvalNorm minus BN",
+    ),
+    claim(
+        name="bn-placement",
+        sentence="BN belongs before the nonlinearity, not after it.",
+        setting=f"{DIGITS}; two convolutions (8, 16), three epochs of SGD 0.05 with momentum",
+        run=placement,
+        arms=("before the ReLU", "after the ReLU", "before the convolution", "nowhere"),
+        measure="accuracy",
+        effect=lambda v: v["before the ReLU"] - v["after the ReLU"],
+        meaning="test accuracy, BN before the ReLU minus after it",
+        threshold=0.0,
+    ),
+    claim(
+        name="bn-regularises",
+        sentence="BN regularises: training accuracy is less far above test accuracy.",
+        setting=f"{MLP} 0.05 with momentum, 200 images",
+        run=regularising,
+        arms=("none", "BN", "dropout", "BN + dropout"),
+        measure="training above test accuracy",
+        effect=lambda v: v["none"] - v["BN"],
+        meaning="training minus test accuracy, without BN minus with BN",
+        threshold=0.0,
+    ),
+    claim(
+        name="bn-instead-of-dropout",
+        sentence="With BN dropout brings less.",
+        setting=f"{MLP} 0.05 with momentum, 200 images, dropout 0.5",
+        run=regularising,
+        arms=("none", "BN", "dropout", "BN + dropout"),
+        measure="accuracy",
+        effect=lambda v: (v["dropout"] - v["none"]) - (v["BN + dropout"] - v["BN"]),
+        meaning="test accuracy that dropout adds, without BN minus with BN",
+        threshold=0.0,
+    ),
+    claim(
+        name="bn-shift",
+        sentence="BN lessens the shift of activations in training.",
+        setting=f"{MLP} 0.1",
+        run=shift,
+        arms=("none", "BN"),
+        measure="shift in ten steps",
+        effect=lambda v: v["none"] - v["BN"],
+        meaning="distance in standard deviations that inputs of nonlinearities move in ten steps, none minus BN",
+        threshold=0.0,
+        note="whether this is why BN works is another question (Santurkar et al. 2018 say no)",
+    ),
+    claim(
+        name="bn-epsilon",
+        sentence="Any eps from 1e-5 to 1e-3 will do.",
+        source="practice; no paper",
+        setting=f"{DIGITS}; small-cnn",
+        run=epsilon,
+        arms=("1e-5", "1e-3"),
+        measure="accuracy",
+        effect=lambda v: -abs(v["1e-5"] - v["1e-3"]),
+        meaning="minus the difference in accuracy",
+        threshold=-0.01,
+    ),
+)

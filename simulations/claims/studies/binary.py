@@ -1,0 +1,144 @@
+"""Binary networks need BN's scaling (Sari et al.).
+
+Binary weights and activations, straight-through estimators; gradients are watched at initialisation, accuracy after
+training, of an MLP and a CNN, with all of BN, one half of it, or none. Law of growth: see `fedbn.models.binary`.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import torch
+from torch import nn
+
+from fedbn.models.binary import BINARY_NORMS, BinaryCNN, BinaryLinear, BinaryMLP
+from fedbn.nn.probes import GradientGrowthProbe
+from simulations.claims.claim import Claim
+from simulations.claims.studies.common import DIGITS, accuracy, digits, seeded, shuffled, train
+
+NUMERICS = 1
+"""Version of this study's numbers; raise it when a change here changes results."""
+
+WIDTH = 128
+
+
+def growth(arm: str, seed: int, quick: bool) -> dict[str, float]:
+    """Growth of the gradient per layer towards the input, 8 binary layers at initialisation, mean over networks."""
+    found = []
+    for i in range(4 if quick else 16):
+        with seeded(seed, "growth", i):
+            model = BinaryMLP((WIDTH,), 10, norm=arm, width=WIDTH, depth=8)  # type: ignore[arg-type]
+            x, out = torch.randn(256, WIDTH), torch.randn(256, WIDTH)
+        layers = {n: m for n, m in model.named_modules() if isinstance(m, BinaryLinear)}
+        with GradientGrowthProbe(layers) as probe:
+            (model.hidden(x) * out).sum().backward()
+        found.append(probe.growth)
+    return {"growth per layer": sum(found) / len(found)}
+
+
+def learning(arm: str, seed: int, quick: bool) -> dict[str, float]:
+    """Test accuracy of 4 binary layers of 128."""
+    with seeded(seed, "weights"):
+        model = BinaryMLP((1, 8, 8), 10, norm=arm, width=WIDTH)  # type: ignore[arg-type]
+    return _learned(model, 10 if quick else 40, seed)
+
+
+def convolving(arm: str, seed: int, quick: bool) -> dict[str, float]:
+    """Test accuracy of 3 binary convolutions (32, 64, 64)."""
+    with seeded(seed, "weights"):
+        model = BinaryCNN((1, 8, 8), 10, norm=arm)  # type: ignore[arg-type]
+    return _learned(model, 4 if quick else 10, seed)
+
+
+def _learned(model: nn.Module, epochs: int, seed: int) -> dict[str, float]:
+    data, test = digits(seed)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.003)
+    train(model, data, shuffled(len(data), 64, epochs, seed), optimizer)
+    return {"accuracy": accuracy(model, test)}
+
+
+SOURCE = "Sari, Belbahri, Partovi Nia 2019, https://arxiv.org/abs/1909.09139"
+TRAINED = f"{DIGITS}; binary MLP, 4 layers of {WIDTH}, Adam 0.003"
+LAW = (2 * WIDTH / math.pi) ** 0.25
+claim = partial(Claim, source=SOURCE, published="not verified (only the abstract was read)")
+
+CLAIMS = (
+    claim(
+        name="binary-explosion",
+        sentence="Without normalisation the gradients of a binary network explode, by (2K/pi)^(1/4) per layer.",
+        setting=f"random inputs, 8 binary layers of {WIDTH} at initialisation; the law is derived here",
+        run=growth,
+        arms=BINARY_NORMS,
+        measure="growth per layer",
+        effect=lambda v: -abs(v["none"] / LAW - 1),
+        meaning=f"minus the relative deviation from {LAW:.3f}",
+        threshold=-0.05,
+    ),
+    claim(
+        name="binary-bn-tames",
+        sentence="BN keeps the gradients of a binary network from exploding.",
+        setting=f"random inputs, 8 binary layers of {WIDTH} at initialisation",
+        run=growth,
+        arms=BINARY_NORMS,
+        measure="growth per layer",
+        effect=lambda v: 1 - v["bn"],
+        meaning="1 minus the growth per layer",
+        threshold=0.0,
+    ),
+    claim(
+        name="binary-training",
+        sentence="Binary networks fail to train well without BN.",
+        setting=TRAINED,
+        run=learning,
+        arms=BINARY_NORMS,
+        measure="accuracy",
+        effect=lambda v: v["bn"] - v["none"],
+        meaning="test accuracy, BN minus none",
+        threshold=0.1,
+    ),
+    claim(
+        name="binary-scale",
+        sentence="What binary networks need of BN is the scaling, not the centring.",
+        setting=TRAINED,
+        run=learning,
+        arms=BINARY_NORMS,
+        measure="accuracy",
+        effect=lambda v: v["scale"] - v["centre"],
+        meaning="test accuracy, scaling alone minus centring alone",
+        threshold=0.1,
+    ),
+    claim(
+        name="binary-training-cnn",
+        sentence="Binary convolutional networks fail to train well without BN.",
+        setting=f"{DIGITS}; binary CNN (32-64-64), Adam 0.003",
+        run=convolving,
+        arms=BINARY_NORMS,
+        measure="accuracy",
+        effect=lambda v: v["bn"] - v["none"],
+        meaning="test accuracy, BN minus none",
+        threshold=0.1,
+    ),
+    claim(
+        name="binary-scale-cnn",
+        sentence="What binary convolutional networks need of BN is the scaling, not the centring.",
+        setting=f"{DIGITS}; binary CNN (32-64-64), Adam 0.003",
+        run=convolving,
+        arms=BINARY_NORMS,
+        measure="accuracy",
+        effect=lambda v: v["scale"] - v["centre"],
+        meaning="test accuracy, scaling alone minus centring alone",
+        threshold=0.1,
+    ),
+    claim(
+        name="binary-fixed",
+        sentence="Division by the root of the fan-in, without any statistic, replaces BN in a binary network.",
+        setting=TRAINED,
+        run=learning,
+        arms=BINARY_NORMS,
+        measure="accuracy",
+        effect=lambda v: v["fixed"] - v["bn"],
+        meaning="test accuracy, fixed scale minus BN",
+        threshold=-0.03,
+    ),
+)

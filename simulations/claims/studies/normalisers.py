@@ -1,0 +1,180 @@
+"""Normalisers in federated learning: which wins depends on the skew.
+
+Whole federated runs of the reference loop. First real and made users with BN's treatments; then all related
+normalisers in one grid: two architectures, batches of 4 and of 32, rows dealt at random, few classes a client, or a
+camera a client.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+from fedbn.federation.run import Run, plan_for
+from simulations.claims.claim import Claim
+from simulations.claims.studies.common import mean_accuracy
+from simulations.engines.execute import execute
+
+NUMERICS = 1
+"""Version of this study's numbers; raise it when a change here changes results."""
+
+SKEWS = {"iid": "iid:clients=8", "labels": "pathological:classes=2", "cameras": "natural"}
+NORMS = {
+    "BN": "global-naive",
+    "LN": "layernorm",
+    "IN": "instancenorm",
+    "GN": "groupnorm:groups=4",
+    "WN": "weight-norm",
+    "HBN": "hbn",
+}
+SETTINGS = tuple(f"{model} {skew} {size}" for model in ("small-cnn", "mlp") for skew in SKEWS for size in (4, 32))
+
+
+def federated(arm: str, seed: int, quick: bool, *, scenario: str, partition: str, rounds: int) -> dict[str, float]:
+    """Accuracies of a federated run with the strategy that the arm names."""
+    plan = plan_for(scenario, rounds=rounds, eval_every=rounds, schedule="cosine")
+    outcome = execute(Run(scenario, arm, seed=seed, partition=partition, plan=plan).resolved(), "reference")
+    return {"own test": mean_accuracy(outcome, "own"), "global test": mean_accuracy(outcome, "global")}
+
+
+def label_skew(arm: str, seed: int, quick: bool) -> dict[str, float]:
+    """Digits with two classes a client."""
+    return federated(arm, seed, quick, scenario="digits8", partition=SKEWS["labels"], rounds=5 if quick else 25)
+
+
+def feature_skew(arm: str, seed: int, quick: bool) -> dict[str, float]:
+    """Digits with a camera a client."""
+    return federated(arm, seed, quick, scenario="digits8", partition="natural", rounds=5 if quick else 25)
+
+
+def real_users(arm: str, seed: int, quick: bool) -> dict[str, float]:
+    """People with a phone at the waist, later recordings for testing."""
+    return federated(arm, seed, quick, scenario="hapt", partition="natural", rounds=2 if quick else 6)
+
+
+def grid(arm: str, seed: int, quick: bool) -> dict[str, float]:
+    """Accuracy on the pooled test set; the arm is a normaliser, a model, a skew and the rows of a batch.
+
+    The learning rate grows with the square root of the batch; large batches get more rounds, which have fewer steps.
+    """
+    norm, _, where = arm.partition(" @ ")
+    model, skew, size = where.split()
+    rounds = (2 if quick else 4) if size == "4" else (4 if quick else 16)
+    plan = plan_for(
+        "digits8", rounds=rounds, eval_every=rounds, schedule="cosine", batch_size=int(size), lr=0.01 * int(size) ** 0.5
+    )
+    run = Run("digits8", NORMS[norm], seed=seed, model=model, partition=SKEWS[skew], plan=plan)
+    return {"accuracy": mean_accuracy(execute(run.resolved(), "reference"), "global")}
+
+
+def mean_gain(values: Mapping[str, float], norm: str, over: str, *words: str) -> float:
+    """Accuracy of one normaliser minus another's, mean over the settings that hold all ``words``."""
+    chosen = [s for s in SETTINGS if set(words) <= set(s.split()) and f"{norm} @ {s}" in values]
+    return sum(values[f"{norm} @ {s}"] - values[f"{over} @ {s}"] for s in chosen) / len(chosen)
+
+
+LABELS = "digits8, 10 clients with two classes each; small-cnn"
+CAMERAS = "digits8, 10 clients with made-up cameras; small-cnn"
+PEOPLE = "HAPT, 24 of 30 people train; har-cnn"
+claim = partial(Claim, published="not verified")
+in_one_grid = partial(
+    claim,
+    setting="digits8, 8 clients; small-cnn and mlp, batches of 4 and 32, three kinds of skew",
+    run=grid,
+    # Instance normalisation has nothing to normalise where there are no positions.
+    arms=tuple(f"{norm} @ {s}" for norm in NORMS for s in SETTINGS if norm != "IN" or "cnn" in s),
+    measure="accuracy",
+    threshold=0.0,
+    drawing="grid",
+)
+
+CLAIMS = (
+    claim(
+        name="groupnorm-label-skew",
+        sentence="Where clients hold few classes each, group normalisation beats global BN.",
+        source="Hsieh et al. 2020, https://arxiv.org/abs/1910.00189",
+        setting=LABELS,
+        run=label_skew,
+        arms=("groupnorm", "global-naive"),
+        measure="global test",
+        effect=lambda v: v["groupnorm"] - v["global-naive"],
+        meaning="accuracy on the pooled test set, GN minus global BN",
+        threshold=0.0,
+    ),
+    claim(
+        name="fedbn-feature-skew",
+        sentence="Where clients differ in their inputs, local BN beats global BN on the clients' own data.",
+        source="Li et al. 2021, https://arxiv.org/abs/2102.07623",
+        setting=CAMERAS,
+        run=feature_skew,
+        arms=("fedbn", "global-naive"),
+        measure="own test",
+        effect=lambda v: v["fedbn"] - v["global-naive"],
+        meaning="accuracy on the clients' own tests, FedBN minus global BN",
+        threshold=0.0,
+    ),
+    claim(
+        name="fedbn-real-users",
+        sentence="Local BN beats global BN on people's own later recordings.",
+        source="Li et al. 2021, https://arxiv.org/abs/2102.07623",
+        setting=PEOPLE,
+        run=real_users,
+        arms=("fedbn", "global-naive"),
+        measure="own test",
+        effect=lambda v: v["fedbn"] - v["global-naive"],
+        meaning="accuracy on the users' own tests, FedBN minus global BN",
+        threshold=0.0,
+    ),
+    claim(
+        name="silobn-global-label-skew",
+        sentence="With few classes a client, keeping statistics local costs a model that is to serve everybody.",
+        source="follows from Andreux et al. 2020, https://arxiv.org/abs/2008.07424",
+        setting=LABELS,
+        run=label_skew,
+        arms=("global-naive", "silobn"),
+        measure="global test",
+        effect=lambda v: v["global-naive"] - v["silobn"],
+        meaning="accuracy on the pooled test set, global BN minus SiloBN",
+        threshold=0.0,
+    ),
+    claim(
+        name="recalibrated-label-skew",
+        sentence="Measuring statistics again under the aggregated weights mends global BN.",
+        source="after Diao, Ding, Tarokh 2021, https://arxiv.org/abs/2010.01264",
+        setting=LABELS,
+        run=label_skew,
+        arms=("global-recalibrated", "global-naive"),
+        measure="global test",
+        effect=lambda v: v["global-recalibrated"] - v["global-naive"],
+        meaning="accuracy on the pooled test set, recalibrated minus naive",
+        threshold=0.0,
+    ),
+    in_one_grid(
+        name="grid-labels",
+        sentence="Few classes a client cost BN more than they cost group normalisation, whatever the model and batch.",
+        source="after Hsieh et al. 2020, https://arxiv.org/abs/1910.00189",
+        effect=lambda v: mean_gain(v, "GN", "BN", "labels") - mean_gain(v, "GN", "BN", "iid"),
+        meaning="GN minus BN with few classes a client, beyond GN minus BN on rows dealt at random; mean accuracy",
+    ),
+    in_one_grid(
+        name="grid-batch",
+        sentence="Small batches cost BN more than they cost layer normalisation, whatever the model and skew.",
+        source="after Ba, Kiros, Hinton 2016, https://arxiv.org/abs/1607.06450",
+        effect=lambda v: mean_gain(v, "LN", "BN", "4") - mean_gain(v, "LN", "BN", "32"),
+        meaning="LN minus BN with batches of 4, beyond that with batches of 32; mean accuracy",
+    ),
+    in_one_grid(
+        name="grid-adaptive",
+        sentence="A learnt mixture of global and batch statistics (HBN) beats global BN under label skew.",
+        source="Chen et al. 2025 (HBN, ICML)",
+        effect=lambda v: mean_gain(v, "HBN", "BN", "labels"),
+        meaning="HBN minus BN with few classes a client, mean accuracy over models and batches",
+    ),
+    in_one_grid(
+        name="grid-weightnorm",
+        sentence="Weight normalisation, which has no statistics, is hurt less than BN by few classes a client.",
+        source="after Salimans, Kingma 2016, https://arxiv.org/abs/1602.07868",
+        effect=lambda v: mean_gain(v, "WN", "BN", "labels") - mean_gain(v, "WN", "BN", "iid"),
+        meaning="WN minus BN with few classes a client, beyond WN minus BN on rows dealt at random; mean accuracy",
+    ),
+)

@@ -1,0 +1,5 @@
+"""The command line."""
+
+from simulations.cli.app import main
+
+__all__ = ["main"]

@@ -1,0 +1,80 @@
+"""The command line: compare, resume, report, list, audit, data.
+
+Heavy imports happen inside commands, so that ``fedbn --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import metadata
+from typing import Annotated
+
+import typer
+
+from fedbn.errors import UserError
+from simulations.cli.adapt import personalise
+from simulations.cli.catalog import advise, audit, data, list_
+from simulations.cli.claims import claims
+from simulations.cli.compare import compare, resume
+from simulations.cli.deploy import deploy
+from simulations.cli.eeg import eeg
+from simulations.cli.export import export
+from simulations.cli.leakage import leakage
+from simulations.cli.new import new
+from simulations.cli.options import errors
+from simulations.cli.quiet import quieten
+from simulations.cli.report import report
+from simulations.cli.service import demo, serve
+
+app = typer.Typer(
+    name="fedbn",
+    help="How should normalisation be treated when data live with many different users?",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+app.command()(claims)
+app.command()(eeg)
+app.command()(deploy)
+app.command()(personalise)
+app.command("personalize", hidden=True)(personalise)
+app.command()(serve)
+app.command()(demo)
+app.command()(report)
+app.command()(export)
+app.command()(leakage)
+app.command()(new)
+app.command()(compare)
+app.command()(resume)
+app.command()(advise)
+app.command("list")(list_)
+app.command()(audit)
+app.command()(data)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"fedbn {metadata.version('fedbn')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _before(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say which version this is, and stop.")
+    ] = False,
+) -> None: ...
+
+
+def main() -> None:
+    """Entry point: user mistakes become one line and exit code 2; an interruption is exit code 130."""
+    sys.path.insert(0, "")  # a model or scenario of the user's lies where the command is given
+    try:
+        quieten(app)()
+    except UserError as error:
+        errors.print(f"[bold red]error:[/] {_plain(str(error))}", highlight=False)
+        sys.exit(2)
+
+
+def _plain(text: str) -> str:
+    return text.replace("[", r"\[")

@@ -1,0 +1,142 @@
+"""``fedbn list``, ``fedbn audit``, ``fedbn data`` and ``fedbn advise``."""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fedbn.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+from simulations.cli.options import AsJson, _numbers, console
+
+
+class Kind(StrEnum):
+    """What can be listed."""
+
+    STRATEGIES = "strategies"
+    PERSONALISATIONS = "personalisations"
+    SCENARIOS = "scenarios"
+    MODELS = "models"
+    PARTITIONS = "partitions"
+    SHIFTS = "shifts"
+    RULES = "rules"
+    STREAMS = "streams"
+
+
+def advise(
+    directories: Annotated[list[Path], typer.Argument(help="Directories of comparisons.")],
+    into: Annotated[
+        Path | None, typer.Option(help="Put the answer into this document, between its markers for 'advice'.")
+    ] = None,
+) -> None:
+    """Say which treatments are best, and which not clearly behind, over several comparisons."""
+    from simulations.report.documents import replace_block
+    from simulations.results.advice import advice
+
+    if into is not None:
+        replace_block(into, "advice")
+    text = advice(directories)
+    if into is not None:
+        replace_block(into, "advice", text)
+    print(text)
+
+
+def list_(
+    kind: Annotated[Kind, typer.Argument(help="What to list.")],
+    into: Annotated[
+        Path | None, typer.Option(help="Put the list into this document, between its markers for the kind.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List what is there, installed plug-ins included."""
+    rows = _rows(kind)
+    if into is not None:
+        from simulations.report.documents import markdown, replace_block
+
+        replace_block(into, kind.value, markdown(rows))
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    console.print(_table(rows))
+
+
+def audit(
+    model: Annotated[str, typer.Argument(help="Built-in name or package.module:factory.")],
+    strategy: Annotated[str | None, typer.Option(help="Show owners and bytes under this strategy.")] = None,
+    shape: Annotated[str, typer.Option(help="Shape of an example, comma-separated.")] = "3,32,32",
+    classes: Annotated[int, typer.Option(min=2, help="Number of classes.")] = 10,
+    full: Annotated[bool, typer.Option("--full", help="One line for every entry.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Print role, owner and bytes of every state entry, and lint the traps of averaging normalised networks."""
+    from fedbn.auditing.audit import audit_model
+    from simulations.report.audit import show
+
+    if any(not n.is_integer() or n < 1 for n in _numbers(shape)):
+        raise UserError(f"--shape takes positive whole numbers such as 3,32,32, not {shape!r}")
+    found = audit_model(model, strategy, tuple(int(n) for n in _numbers(shape)), classes)
+    if as_json:
+        print(json.dumps(found.as_dict(), indent=1))
+    else:
+        show(found, console, full=full)
+
+
+def data() -> None:
+    """Show which data sets are installed and intact, and how to get the others."""
+    from fedbn.data.packages import status
+
+    rows = [
+        {"data": name, "scenario": source.scenario, "package": source.package, "state": state}
+        for name, source, state in status()
+    ]
+    console.print(_table(rows))
+
+
+def _table(rows: list[dict[str, str]]) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in rows[0]:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*row.values())
+    return table
+
+
+def _rows(kind: Kind) -> list[dict[str, str]]:
+    from fedbn.data.partition import partitions
+    from fedbn.data.shift import shifts
+    from fedbn.models import models
+    from fedbn.online.rules.base import rules
+    from fedbn.personalization.base import personalisations
+    from fedbn.scenarios.base import scenarios
+    from fedbn.strategies.base import strategies
+    from fedbn.streams import streams
+    from fedbn.tta import methods
+
+    match kind:
+        case Kind.STRATEGIES:
+            return [{"name": n, "what": s.about, "source": s.source} for n, s in strategies().items()]
+        case Kind.PERSONALISATIONS:
+            return [{"name": n, "what": p.about, "source": p.source} for n, p in personalisations().items()]
+        case Kind.SCENARIOS:
+            return [{"name": n, "what": s.about, "model": s.model} for n, s in scenarios().items()]
+        case Kind.MODELS:
+            return [{"name": n, "what": m.about} for n, m in models().items()]
+        case Kind.PARTITIONS:
+            return [{"name": n, "what": p.about} for n, p in partitions().items()]
+        case Kind.SHIFTS:
+            return [{"name": n, "what": s.about} for n, s in shifts().items()]
+        case Kind.RULES:
+            # Methods with gradients answer to the same command.
+            found = [(n, r.about, r.source) for n, r in rules().items()]
+            found += [(n, m.about, m.source) for n, m in methods().items()]
+            return [{"name": n, "what": what, "source": source} for n, what, source in sorted(found)]
+        case Kind.STREAMS:
+            return [{"name": n, "what": s.about} for n, s in streams().items()]

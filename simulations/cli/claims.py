@@ -1,0 +1,134 @@
+"""``fedbn claims``: list what papers claim, and measure it again."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fedbn.errors import UserError
+
+if TYPE_CHECKING:
+    from simulations.claims.store import Cell, Store
+    from simulations.claims.verdicts import Entry
+    from simulations.tracking.trackers import Tracking
+
+console = Console()
+errors = Console(stderr=True)
+
+
+def claims(
+    names: Annotated[list[str] | None, typer.Argument(help="Claims, or whole studies.")] = None,
+    all_: Annotated[bool, typer.Option("--all", help="Run every claim.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Smaller runs: minutes instead of an hour.")] = False,
+    seeds: Annotated[int | None, typer.Option(min=2, help="Paired seeds. [default: 10, with --quick 4]")] = None,
+    out: Annotated[Path, typer.Option(help="Directory for claims.md and claims/.")] = Path("results"),
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; default one a core.")] = None,
+    track: Annotated[
+        list[str] | None,
+        typer.Option(help="Also log to tensorboard:DIR, mlflow:DIR or wandb:DIR (offline); repeatable."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON instead of tables.")] = False,
+) -> None:
+    """List claims of papers, or run them and write a ledger: effect, interval, verdict.
+
+    Without names or --all it lists. Results are kept as they come; an interrupted run goes on where it was.
+
+    Example: [bold]fedbn claims binary --quick[/]
+    """
+    from simulations.claims import claims as chosen
+
+    if not names and not all_:
+        _list(as_json)
+        return
+    if names and all_:
+        raise UserError("give names or --all, not both")
+    from simulations.claims.page import MARKS, interval, write
+    from simulations.claims.store import FULL_SEEDS, QUICK_SEEDS, Store, cells
+    from simulations.claims.verdicts import decide
+    from simulations.tracking.trackers import Tracking
+
+    wanted = chosen(names or ())
+    count = seeds or (QUICK_SEEDS if quick else FULL_SEEDS)
+    store = Store(out / "claims" / "cells.jsonl")
+    todo = cells(wanted, count, quick)
+    with Tracking(track or ()) as tracking:
+        try:
+            _perform(todo, store, workers or os.cpu_count() or 1)
+        except KeyboardInterrupt:
+            errors.print("interrupted; what was finished is kept, the same command goes on")
+            sys.exit(130)
+        # The page shows what is known, not only what was asked for just now.
+        entries = [e for c in chosen() if (e := decide(c, store, quick)) is not None]
+        page = write(out, entries)
+        asked = {c.name for c in wanted}
+        shown = [e for e in entries if e.claim.name in asked]
+        for e in shown:
+            _tell(tracking, e)
+    if as_json:
+        print(json.dumps([e.as_dict() for e in shown], indent=1))
+        return
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in ("claim", "verdict", "effect [95 % interval]", "threshold"):
+        table.add_column(column)
+    for e in shown:
+        # Plain text: an interval's brackets are not markup.
+        table.add_row(e.claim.name, MARKS[e.verdict], interval(e).replace("[", r"\["), f"{e.claim.threshold:g}")
+    console.print(table)
+    console.print(f"ledger: {page.resolve()}", soft_wrap=True)
+
+
+def _tell(tracking: Tracking, entry: Entry) -> None:
+    """A claim as a run: a step for each seed, with the last one the mean and its interval."""
+    about = {k: v for k, v in entry.as_dict().items() if isinstance(v, (str, float))}
+    points = {
+        seed: {"effect": effect, **{arm: values[seed] for arm, values in entry.values.items()}}
+        for seed, effect in enumerate(entry.effects)
+    }
+    found = entry.effect
+    points[len(points) - 1] |= {"effect_mean": found.mean, "effect_low": found.low, "effect_high": found.high}
+    tracking.tell(entry.claim.name, about, points)
+
+
+def _list(as_json: bool) -> None:
+    from simulations.claims import claims as chosen
+
+    rows = [{"name": c.name, "study": c.study, "claim": c.sentence, "source": c.source} for c in chosen()]
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in rows[0]:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*row.values())
+    console.print(table)
+
+
+def _perform(todo: list[Cell], store: Store, workers: int) -> None:
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    from simulations.claims.store import perform
+
+    columns = (TextColumn("claims"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=errors, disable=not errors.is_terminal) as progress:
+        bar = progress.add_task("claims", total=len(todo))
+
+        def done(key: Cell) -> None:
+            progress.advance(bar)
+            progress.console.print(f"{key.study}: {key.arm}, seed {key.seed}", highlight=False)
+
+        perform(todo, store, workers, done)

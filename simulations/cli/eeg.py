@@ -1,0 +1,60 @@
+"""``fedbn eeg``: the stroke study's network and comparators on somebody's own recordings."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fedbn.errors import UserError
+
+console = Console()
+
+
+def eeg(
+    table: Annotated[Path, typer.Argument(help="CSV with the columns file, subject, label (1: patient, 0: control).")],
+    channels: Annotated[str, typer.Option(help="Names of the channels, separated by commas.")],
+    seconds: Annotated[float, typer.Option(help="Length of a window, 2 or more.")] = 4.0,
+    overlap: Annotated[float, typer.Option(help="Share of a window that the next one repeats.")] = 0.0,
+    epochs: Annotated[int, typer.Option(min=1, help="Of the network's training.")] = 20,
+    folds: Annotated[int, typer.Option(min=0, help="Folds of subjects; 0 leaves one subject out at a time.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of folds, weights and batches.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON instead of a table.")] = False,
+) -> None:
+    """Tell patients from controls in EEG recordings: 1-D CNN with BN, the same without, and classical comparators.
+
+    Recordings are EDF, BDF, BrainVision or .npz files; features are relative band powers of windows. Subjects never
+    stand on both sides. Research only: no verdict about a person.
+
+    Example: [bold]fedbn eeg cohort.csv --channels F3,F4,T3,T4[/]
+    """
+    from fedbn.scenarios.stroke import recorded
+    from simulations.claims.studies.stroke import MEASURES, classical, network
+
+    wanted = [name.strip() for name in channels.split(",") if name.strip()]
+    if not wanted:
+        raise UserError("give at least one channel: --channels F3,F4")
+    made, names = recorded(table, wanted, seconds, overlap)
+    k = folds or len(names)
+    if not 2 <= k <= len(names):
+        raise UserError(f"folds={folds}: choose 2 to {len(names)}, the subjects there are, or 0 for one at a time")
+    found = {
+        "1-D CNN with BN": network("bn", [epochs], made, k, seed)[epochs],
+        "1-D CNN without": network("none", [epochs], made, k, seed)[epochs],
+        **classical(made, k, seed),
+    }
+    if as_json:
+        rows = {name: dict(zip(MEASURES, pair, strict=True)) for name, pair in found.items()}
+        print(json.dumps({"subjects": len(names), "windows": len(made.y), "folds": k, "scores": rows}, indent=1))
+        return
+    shown = Table(box=None, header_style="bold", pad_edge=False)
+    for column in ("rule", *MEASURES):
+        shown.add_column(column)
+    for name, pair in found.items():
+        shown.add_row(name, *(f"{score:.3f}" for score in pair))
+    console.print(shown)
+    console.print(f"{len(made.y)} windows of {len(names)} subjects, {k} folds by subject", highlight=False)

@@ -1,0 +1,122 @@
+"""``fedbn report``: tables of a comparison, its page, and several comparisons side by side."""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from fedbn.errors import UserError
+
+console = Console()
+
+
+class Format(StrEnum):
+    """What the evaluation matrix can be written as."""
+
+    CSV = "csv"
+    LATEX = "latex"
+    MARKDOWN = "markdown"
+
+
+def report(
+    directories: Annotated[list[Path], typer.Argument(help="Directory of a comparison; several: side by side.")],
+    format_: Annotated[
+        Format | None, typer.Option("--format", help="Only the evaluation matrix, in this format, to --out or printed.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="File for --format, or for the page of several. [default: side-by-side.html]")
+    ] = None,
+    into: Annotated[
+        Path | None, typer.Option(help="Put the table into this document, between its markers for the directory.")
+    ] = None,
+    full: Annotated[bool, typer.Option("--full", help="With --into: also newcomers' starts, and costs.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON instead of tables.")] = False,
+) -> None:
+    """Print the tables of a comparison and write its HTML report; of several, set them side by side.
+
+    Example: [bold]fedbn report results/hapt --format latex --out hapt.tex[/]
+    """
+    several = len(directories) > 1
+    if into is not None and (several or format_ is not None):
+        raise UserError("--into takes one directory and no --format")
+    if full and into is None:
+        raise UserError("--full goes with --into: say which document")
+    if format_ is not None and as_json:
+        raise UserError("give --format or --json, not both")
+    if out is not None and not several and format_ is None:
+        raise UserError("a comparison's page is written into its directory: --out goes with --format")
+    if format_ is not None:
+        _write(directories, format_, out)
+    elif several:
+        _show_side_by_side(directories, out or Path("side-by-side.html"), as_json)
+    else:
+        show_comparison(directories[0], as_json)
+    if into is not None:
+        from simulations.report.documents import embed
+
+        embed(directories[0], into, full=full)
+
+
+def show_comparison(directory: Path, as_json: bool) -> None:
+    """Write the page of a comparison; print its tables, or everything as JSON."""
+    from simulations.report.page import write_report
+    from simulations.report.terminal import show
+    from simulations.results.comparison import Comparison
+    from simulations.results.summary import answer
+
+    comparison = Comparison.load(directory)
+    page = write_report(directory)
+    if as_json:
+        matrix = json.loads(comparison.matrix().to_json(orient="records"))
+        paired = json.loads(comparison.paired().to_json(orient="records"))
+        found = {"answer": answer(comparison), "matrix": matrix, "paired": paired, "report": str(page)}
+        print(json.dumps(found, indent=1))
+    else:
+        show(comparison, console)
+        console.print(f"report: {page.resolve()}", soft_wrap=True)
+
+
+def _write(directories: list[Path], format_: Format, out: Path | None) -> None:
+    from simulations.report.page import FORMATS
+    from simulations.results.comparison import Comparison
+    from simulations.results.side_by_side import SideBySide
+    from simulations.storage.checkpoint import write_atomically
+
+    found = SideBySide.load(directories) if len(directories) > 1 else Comparison.load(directories[0])
+    text = FORMATS[format_.value][1](found)
+    if out is None:
+        print(text, end="")
+    else:
+        write_atomically(out, text.encode())
+
+
+def _show_side_by_side(directories: list[Path], page: Path, as_json: bool) -> None:
+    from rich.text import Text
+
+    from simulations.report.page import write_side_by_side
+    from simulations.report.terminal import frame_table
+    from simulations.results.summary import answer
+
+    found = write_side_by_side(directories, page)
+    if as_json:
+        frames = {"matrix": found.long(), "differences": found.differences()}
+        tables = {name: json.loads(frame.to_json(orient="records")) for name, frame in frames.items()}
+        answers = {name: answer(comparison) for name, comparison in found.comparisons.items()}
+        print(json.dumps({"answers": answers} | tables | {"report": str(page)}, indent=1))
+        return
+    for name, comparison in found.comparisons.items():
+        console.print(Text(f"{name}: {answer(comparison)}"), "")
+    first = next(iter(found.comparisons))
+    for title, frame in (
+        ("Accuracy, mean over users [95 % interval]", found.wide()),
+        (f"Accuracy minus that of {first}, user by user [95 % interval]", found.differences_wide()),
+        ("What is not the same in all", found.settings()),
+    ):
+        if not frame.empty:
+            console.print(frame_table(frame, title), "")
+    console.print(f"report: {page.resolve()}", soft_wrap=True)

@@ -1,0 +1,1 @@
+"""Engines that execute a run: reference loop, in-process grid, Ray, deployment."""

@@ -1,0 +1,1 @@
+"""Experiments: several strategies with several seeds, executed and resumed."""

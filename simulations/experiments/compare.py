@@ -1,0 +1,161 @@
+"""Conduct an experiment: tune if asked, run every strategy with every seed, measure the shift, write it all down.
+
+Runs are independent, so they go to worker processes, one torch thread each. Every run keeps a checkpoint in its
+own directory; what is finished is never run again, and an interrupted experiment is resumed to the same numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from fedbn.errors import UserError
+from fedbn.federation.metrics import COLUMNS
+from fedbn.federation.setup import setting
+from simulations.engines.execute import Engine, parse_engine
+from simulations.experiments.experiment import Experiment
+from simulations.experiments.preflight import LEFT_OUT, preflight
+from simulations.experiments.shift import measured_shift
+from simulations.experiments.tasks import Report, Task, perform_all
+from simulations.results.comparison import Comparison
+from simulations.results.files import write_comparison, write_shift
+from simulations.storage.provenance import NUMERICS, check_numerics, code_digest, versions
+
+
+def tasks_of(experiment: Experiment, out: Path, rates: dict[str, float]) -> list[Task]:
+    """Every strategy with every seed; seeds outermost, so that a stopped experiment holds whole comparisons."""
+    runs = [
+        experiment.run(strategy, seed, lr=rates.get(strategy))
+        for seed in range(experiment.seeds)
+        for strategy in experiment.strategies
+    ]
+    return [Task(run, str(out / "runs" / run.id)) for run in runs]
+
+
+def tuning_tasks(experiment: Experiment, out: Path) -> list[Task]:
+    """Every strategy with every learning rate, on seed 0, tested on held-out training data of seen users."""
+    runs = [
+        experiment.run(strategy, 0, lr=lr, validation=True)
+        for strategy in experiment.strategies
+        for lr in experiment.tune
+    ]
+    return [Task(run, str(out / "tuning" / "runs" / run.id)) for run in runs]
+
+
+def chosen_rates(tasks: Sequence[Task]) -> dict[str, float]:
+    """For each strategy the learning rate with the best mean accuracy on validation data (ties: the smaller)."""
+    best: dict[str, tuple[float, float]] = {}
+    for task in tasks:
+        result = json.loads((Path(task.directory) / "result.json").read_text(encoding="utf-8"))
+        own = [e["accuracy"] for e in result["evaluations"] if (e["row"], e["column"]) == ("own", "aggregated")]
+        candidate = (sum(own) / len(own), -task.run.plan.lr)
+        if task.run.strategy not in best or candidate > best[task.run.strategy]:
+            best[task.run.strategy] = candidate
+    return {strategy: -negative for strategy, (_, negative) in best.items()}
+
+
+def compare(
+    experiment: Experiment,
+    out: Path,
+    *,
+    engine: Engine = "grid",
+    workers: int | None = None,
+    report: Report = lambda event: None,
+    started: Callable[[str, Sequence[Task]], None] = lambda title, tasks: None,
+    command: str = "",
+    notices: Sequence[str] = (),
+) -> Path:
+    """Conduct an experiment, or what is left of it, and write its results below ``out``.
+
+    Args:
+        experiment: what to compare.
+        out: directory; what is finished there is kept.
+        engine: how runs are executed.
+        workers: processes; None for one a core.
+        report: told of each round done.
+        started: told of each batch of tasks before it begins.
+        command: how to do it again, for the record.
+        notices: what a reader should know besides what is found here.
+
+    Returns:
+        The directory.
+
+    Raises:
+        UserError: before anything runs, for whatever can be known then.
+    """
+    parse_engine(engine)
+    experiment = experiment.resolved()
+    notices = [*notices, *preflight(experiment, out)]
+    workers = workers or os.cpu_count() or 1
+    if engine.startswith("ray") or experiment.device != "cpu":
+        workers = 1
+    here = setting(experiment.run(experiment.strategies[0], 0))
+    meta: dict[str, Any] = {
+        "title": f"{experiment.scenario}: {len(experiment.strategies)} treatments of normalisation",
+        "scenario": experiment.scenario,
+        "strategies": list(experiment.strategies),
+        "seeds": list(range(experiment.seeds)),
+        "columns": list(COLUMNS),
+        "settings": {**asdict(experiment.plan), **_described(experiment), "engine": engine},
+        "versions": versions(),
+        "numerics": NUMERICS,
+        "code": code_digest(),
+        "sources": here.population.sources,
+        "command": command,
+        "skew": here.population.skew,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "notices": notices,
+        "experiment": experiment.to_dict(),
+        "engine": engine,
+    }
+    write_comparison(out, meta)
+    rates: dict[str, float] = {}
+    if experiment.tune:
+        tuning = tuning_tasks(experiment, out)
+        started("tuning", tuning)
+        perform_all(tuning, engine, workers, report)
+        rates = chosen_rates(tuning)
+        meta["settings"]["lr"] = "tuned: " + ", ".join(f"{s} {lr:g}" for s, lr in rates.items())
+        write_comparison(out, meta)
+    tasks = tasks_of(experiment, out, rates)
+    started("comparing", tasks)
+    perform_all(tasks, engine, workers, report)
+    write_shift(out, measured_shift(experiment, tasks))
+    Comparison.load(out).evaluations.to_parquet(out / "evaluations.parquet", index=False)
+    return out
+
+
+def _described(experiment: Experiment) -> dict[str, Any]:
+    return {
+        "model": experiment.model,
+        "partition": experiment.partition,
+        "shift": experiment.shift or "none",
+        "privacy": experiment.privacy or "none",
+        "device": experiment.device,
+        "rates of their own": ", ".join(
+            f"{s} {experiment.rates[s]:g}" for s in experiment.strategies if s in experiment.rates
+        )
+        or "none",
+        "tuned over": ", ".join(map(str, experiment.tune)) or "not tuned",
+    }
+
+
+def resume(out: Path, **options: Any) -> Path:
+    """Go on with an interrupted comparison.
+
+    Raises:
+        UserError: there is none, or numerics or data have changed since.
+    """
+    stored = out / "comparison.json"
+    if not stored.exists():
+        raise UserError(f"{out} holds no comparison (no comparison.json): start one with `fedbn compare`")
+    meta = json.loads(stored.read_text(encoding="utf-8"))
+    check_numerics(out, meta.get("numerics"))
+    experiment = Experiment.from_dict(meta["experiment"])
+    notices = [n for n in meta["notices"] if n.startswith(LEFT_OUT)]
+    return compare(experiment, out, engine=meta["engine"], command=meta["command"], notices=notices, **options)

@@ -1,0 +1,48 @@
+"""Measure how much users differ in labels, quantity, inputs and layer statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fedbn.data.skew import measure, statistics_distance
+from fedbn.federation.setup import setting
+from fedbn.nn.roles import statistics_layers
+from fedbn.statistics.recalibration import all_moments
+from simulations.experiments.experiment import Experiment
+from simulations.experiments.tasks import CHECKPOINT, Task
+from simulations.storage.checkpoint import load_outcome
+
+
+def measured_shift(experiment: Experiment, tasks: Sequence[Task]) -> dict[str, Any]:
+    """How far seen users are apart: in labels, in quantity, in inputs, and in the statistics of each BN layer.
+
+    The layers are those of the first strategy whose final network has statistics and a body for all, seed 0:
+    every user's training data pass through that one network.
+    """
+    first = setting(experiment.run(experiment.strategies[0], 0))
+    skew = measure(first.population).as_dict()
+    for task in tasks:
+        here = setting(task.run)
+        if not statistics_layers(here.scratch) or str(here.ownership.owners["body"]) != "shared":  # type: ignore[index]
+            continue
+        outcome = load_outcome(Path(task.directory) / CHECKPOINT, task.run)
+        seen = here.population.seen
+        here.load(here.assemble(outcome.server.serving, None))
+        moments = [all_moments(here.scratch, here.population.users[i].train.x) for i in seen]
+        names = [here.population.users[i].name for i in seen]
+        return skew | {
+            "layers": [
+                {
+                    "layer": layer,
+                    "users": names,
+                    "distance": statistics_distance(
+                        [m[layer].mean.numpy() for m in moments],
+                        [m[layer].variance().numpy() for m in moments],
+                    ).tolist(),
+                }
+                for layer in moments[0]
+            ]
+        }
+    return skew | {"layers": []}

@@ -1,0 +1,184 @@
+"""Execute the runs of an experiment on worker processes."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import queue
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedbn.errors import UserError
+from fedbn.federation.context import Setting
+from fedbn.federation.run import Run
+from fedbn.federation.server import Outcome
+from fedbn.federation.setup import setting
+from fedbn.stacked.memory import collect_garbage_rarely, keep_freed_memory
+from simulations.engines.execute import Engine, execute
+from simulations.results.files import write_run
+from simulations.storage.checkpoint import before, load_latest, save_outcome
+from simulations.storage.provenance import NUMERICS, check_numerics, code_digest
+
+CHECKPOINT = "checkpoint.safetensors"
+
+
+@dataclass(frozen=True)
+class Task:
+    """A run and the directory that it writes to."""
+
+    run: Run
+    directory: str
+
+
+@dataclass(frozen=True)
+class Event:
+    """Progress of a task: ``round`` rounds are done, or the task ended; with what was measured, if anything was."""
+
+    directory: str
+    round: int
+    ended: bool = False
+    values: dict[str, float] = field(default_factory=dict)
+
+
+Report = Callable[[Event], None]
+
+
+def result_of(run: Run, here: Setting, outcome: Outcome) -> dict[str, Any]:
+    """A finished run as plain values: what tables, plots and reports are made of."""
+    users = here.population.users
+    return {
+        "run": asdict(run),
+        "numerics": NUMERICS,
+        "code": code_digest(),
+        "sources": here.population.sources,
+        "strategy": run.strategy,
+        "seed": run.seed,
+        "lr": run.plan.lr,
+        "rounds": len(outcome.curve),
+        "seconds": outcome.seconds,
+        "newcomer": here.strategy.newcomer,
+        "notices": [*here.notices, *outcome.notices()],
+        "ownership": [*here.ownership.rows(), *outcome.traffic.rows()],
+        "curve": [asdict(p) for p in outcome.curve],
+        "evaluations": [
+            {"user": users[i].name, "domain": users[i].domain, **asdict(score)}
+            for i, scores in sorted(outcome.scores.items())
+            for score in scores
+        ],
+    }
+
+
+def perform(task: Task, engine: Engine, report: Report) -> None:
+    """Execute one task from wherever it stands; does nothing if it is finished.
+
+    Raises:
+        UserError: the checkpoint or result has other numerics or other data.
+    """
+    directory = Path(task.directory)
+    finished = directory / "result.json"
+    rounds = task.run.plan.rounds
+    if finished.exists():
+        check_result(finished, task.run)
+        report(Event(task.directory, rounds, ended=True))
+        return
+    here = setting(task.run)
+    sources = here.population.sources
+    checkpoint = directory / CHECKPOINT
+    resume = load_latest(checkpoint, task.run, sources)
+    if resume is not None:
+        report(Event(task.directory, len(resume.curve)))
+
+    def on_round(number: int, outcome: Outcome) -> None:
+        save_outcome(checkpoint, task.run, outcome, sources, before(checkpoint))
+        measured = {k: v for k, v in asdict(outcome.curve[-1]).items() if k != "round" and v is not None}
+        report(Event(task.directory, number, values=measured))
+
+    if resume is not None and resume.scores:  # killed between its last checkpoint and its result
+        outcome = resume
+    else:
+        outcome = execute(task.run, engine, resume, on_round, checkpoint)
+        save_outcome(checkpoint, task.run, outcome, sources)
+    write_run(directory.parent.parent, directory.name, result_of(task.run, here, outcome))
+    before(checkpoint).unlink(missing_ok=True)
+    report(Event(task.directory, rounds, ended=True, values=_means(outcome)))
+
+
+def _means(outcome: Outcome) -> dict[str, float]:
+    """Mean accuracy over users by row and column of the matrix."""
+    found: dict[str, list[float]] = {}
+    for scores in outcome.scores.values():
+        for score in scores:
+            found.setdefault(f"{score.row}/{score.column}", []).append(score.accuracy)
+    return {name: sum(values) / len(values) for name, values in found.items()}
+
+
+def check_result(path: Path, run: Run) -> None:
+    """Raise unless a finished result is of this run and of the current numerics."""
+    result = json.loads(path.read_text(encoding="utf-8"))
+    check_numerics(path, result.get("numerics"))
+    if result["run"] != json.loads(run.to_json()):
+        raise UserError(f"{path} belongs to another run; choose another --out")
+
+
+_events: Any = None
+
+
+def _start_worker(events: Any) -> None:
+    global _events
+    _events = events
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    collect_garbage_rarely()
+
+
+def _work(task: Task, engine: Engine) -> None:
+    perform(task, engine, _events.put)
+
+
+def perform_all(tasks: Sequence[Task], engine: Engine, workers: int, report: Report) -> None:
+    """Execute tasks on worker processes (in this process if ``workers`` is 1); the first error stops all."""
+    if workers <= 1 or len(tasks) <= 1:
+        for task in tasks:
+            perform(task, engine, report)
+        return
+    context = multiprocessing.get_context("spawn")
+    events: Any = context.Queue()
+    pool = ProcessPoolExecutor(
+        min(workers, len(tasks)), mp_context=context, initializer=_start_worker, initargs=(events,)
+    )
+    futures: list[Future[None]] = []
+    try:
+        futures = [pool.submit(_work, task, engine) for task in tasks]
+        while not all(f.done() for f in futures):
+            for event in _drain(events, 0.2):
+                report(event)
+            for future in futures:
+                if future.done() and future.exception():
+                    future.result()
+        for future in futures:
+            future.result()
+        for event in _drain(events, 0.2):
+            report(event)
+    finally:
+        for future in futures:
+            future.cancel()
+        for process in list((pool._processes or {}).values()):
+            if not all(f.done() for f in futures):
+                process.terminate()
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _drain(events: Any, wait: float) -> Iterator[Event]:
+    try:
+        yield events.get(timeout=wait)
+        while True:
+            yield events.get_nowait()
+    except queue.Empty:
+        return

@@ -1,0 +1,1 @@
+"""Attacks on messages and states: what a federation leaks."""

@@ -1,0 +1,1 @@
+"""Tables in the terminal, the HTML report and plots."""

@@ -1,0 +1,174 @@
+"""An audit in the terminal: the state, totals a role, findings with their fixes.
+
+A ResNet-50 has 320 entries; one reads them by layer, and of blocks that repeat one reads one. So a layer
+takes one line, and equal neighbours such as ``layer1.1`` and ``layer1.2`` one block, ``layer1.[1-2]``,
+whose bytes are those of all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from fedbn.auditing.audit import LEVELS, Audit, Entry, Finding
+from fedbn.nn.roles import Role
+from simulations.results.formatting import size
+
+STYLES = {"error": "bold red", "warning": "bold yellow", "note": "bold cyan"}
+
+NAMED = 4
+"""Layers that a finding names before it only counts them."""
+
+
+def show(audit: Audit, console: Console | None = None, *, full: bool = False) -> None:
+    """Print state, totals and findings.
+
+    Args:
+        audit: what to show.
+        console: where to; the terminal if None.
+        full: one line for every entry, and every layer of a finding by name.
+    """
+    console = console or Console()
+    console.print(entry_table(audit) if full else layer_table(audit), "")
+    console.print(role_table(audit), "")
+    if not audit.findings:
+        console.print(Text("No findings.", style="bold green"))
+    for level in LEVELS:
+        found = [f for f in audit.findings if f.level == level]
+        if found:
+            console.print(Text(f"{len(found)} {level}{'s' if len(found) > 1 else ''}", style=STYLES[level]))
+        for finding in found:
+            _print(finding, console, full)
+
+
+def _print(finding: Finding, console: Console, full: bool) -> None:
+    where = finding.where if full else finding.where[:NAMED]
+    console.print(Padding(Text(f"{finding.lint}: {finding.message}"), (0, 0, 0, 2)))
+    if where:
+        more = len(finding.where) - len(where)
+        names = ", ".join(name or "the model itself" for name in where) + (f" and {more} more" if more else "")
+        console.print(Padding(Text(f"in {names}", style="dim"), (0, 0, 0, 6)))
+    console.print(Padding(Text(f"fix: {finding.fix}", style="green"), (0, 0, 0, 6)))
+
+
+def entry_table(audit: Audit) -> Table:
+    """One line a state entry, without rules: keys of torchvision's networks just fit into 100 columns."""
+    table = _table(audit, "entry", "role", "owner", "shape", "type")
+    table.box, table.pad_edge, table.collapse_padding = None, False, True
+    for e in audit.entries:
+        table.add_row(Text(e.key), e.role, e.owner, _shape(e), e.dtype, size(e.bytes), size(e.bytes_up))
+    return table
+
+
+def layer_table(audit: Audit) -> Table:
+    """One line a layer; equal numbered neighbours share their lines."""
+    table = _table(audit, "layer", "×", "roles and owners", "shape")
+    for path, copies in _collapsed(_tree(audit.entries), ()):
+        layer = copies[0]
+        table.add_row(
+            Text(path or "(the model itself)"),
+            str(len(copies)) if len(copies) > 1 else "",
+            _owners(layer),
+            _shape(max(layer, key=lambda e: len(e.shape or ()))),
+            size(sum(e.bytes for entries in copies for e in entries)),
+            size(sum(e.bytes_up for entries in copies for e in entries)),
+        )
+    return table
+
+
+def role_table(audit: Audit) -> Table:
+    """Owner, entries and bytes of each role."""
+    table = Table(title="Per role; bytes down and up are per client and round", title_justify="left", show_footer=True)
+    table.add_column("role", "total")
+    table.add_column("owner")
+    down, up = size(audit.bytes_down), size(audit.bytes_up)
+    entries, elements = (f"{sum(row[name] for row in audit.totals):,}" for name in ("entries", "elements"))
+    footers = {"entries": entries, "elements": elements, "bytes": size(audit.bytes), "down": down, "up": up}
+    for name, footer in footers.items():
+        table.add_column(name, footer, justify="right")
+    for row in audit.totals:
+        table.add_row(
+            row["role"],
+            row["owner"],
+            f"{row['entries']:,}",
+            f"{row['elements']:,}",
+            *(size(row[name]) for name in ("bytes", "bytes_down", "bytes_up")),
+        )
+    return table
+
+
+def _table(audit: Audit, *columns: str) -> Table:
+    table = Table(
+        title=f"{audit.model} with {audit.strategy}",
+        title_justify="left",
+        caption="travels: bytes in each direction, per client and round.",
+        caption_justify="left",
+    )
+    for name in columns:
+        table.add_column(name, overflow="fold", justify="right" if name == "×" else "left")
+    for name in ("bytes", "travels"):
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def _shape(entry: Entry) -> Text:
+    return Text("lazy" if entry.shape is None else "×".join(map(str, entry.shape)) or "scalar")
+
+
+def _owners(layer: Iterable[Entry]) -> Text:
+    """Roles by owner; the counter, always local, only where there is nothing else."""
+    entries = list(layer)
+    told = [e for e in entries if e.role != Role.COUNTER] or entries
+    owners = dict.fromkeys(e.owner for e in told)
+    return Text("; ".join(f"{', '.join(dict.fromkeys(e.role for e in told if e.owner == o))} {o}" for o in owners))
+
+
+@dataclass
+class _Node:
+    """A module: its own entries and its children."""
+
+    entries: list[Entry] = field(default_factory=list)
+    children: dict[str, _Node] = field(default_factory=dict)
+
+    def form(self) -> tuple[object, ...]:
+        """Equal for modules of equal structure, roles, owners and shapes."""
+        own = tuple((e.key.rpartition(".")[2], e.role, e.owner, e.shape, e.dtype) for e in self.entries)
+        return own, tuple((name, child.form()) for name, child in self.children.items())
+
+
+def _tree(entries: Iterable[Entry]) -> _Node:
+    root = _Node()
+    for entry in entries:
+        node = root
+        for part in entry.layer.split(".") if entry.layer else ():
+            node = node.children.setdefault(part, _Node())
+        node.entries.append(entry)
+    return root
+
+
+def _collapsed(node: _Node, path: tuple[str, ...], *twins: _Node) -> list[tuple[str, list[list[Entry]]]]:
+    """Lines (path, entries of each copy) of a module and its equals ``twins``."""
+    lines = [(".".join(path), [n.entries for n in (node, *twins)])] if node.entries else []
+    names = list(node.children)
+    while names:
+        first = names[0]
+        form = node.children[first].form()
+        run = [first]
+        while first.isdigit() and len(run) < len(names) and _follows(run[-1], names[len(run)]):
+            if node.children[names[len(run)]].form() != form:
+                break
+            run.append(names[len(run)])
+        copies = [n.children[name] for n in (node, *twins) for name in run]
+        label = first if len(run) == 1 else f"[{first}-{run[-1]}]"
+        lines += _collapsed(copies[0], (*path, label), *copies[1:])
+        names = names[len(run) :]
+    return lines
+
+
+def _follows(name: str, after: str) -> bool:
+    return after.isdigit() and int(after) == int(name) + 1

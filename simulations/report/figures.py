@@ -1,0 +1,56 @@
+"""The figures of a report: drawn for the page, and written beside it as files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from simulations.report import plots
+from simulations.results.comparison import Comparison
+from simulations.results.matrix import COLUMNS, ROWS
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure of the page, also written as ``figures/<name>`` with ``.png``, ``.svg`` and ``.pdf``."""
+
+    name: str
+    title: str
+    caption: str
+    svg: Markup
+
+
+def paired_pictures(comparison: Comparison) -> list[Picture]:
+    """Own test and unseen users, each in the first column of the matrix that has it."""
+    found = []
+    for row in ("own", "unseen"):
+        column = next((c for r, c in comparison.cells if r == row), None)
+        figure = plots.paired_figure(comparison, row, column) if column else None
+        if figure is not None and column is not None:
+            title = f"{ROWS[row][0]}, {COLUMNS[column][0]}: each user's difference to {comparison.reference}"
+            caption = "One point per user. Line and band: mean and its 95 % interval. Below 0: the user is worse off."
+            found.append(_draw(comparison, f"paired-{row}-{column}", title[0].upper() + title[1:], caption, figure))
+    return found
+
+
+def picture(comparison: Comparison, name: str, title: str, caption: str) -> Picture | None:
+    """The figure ``matrix``, ``convergence`` or ``shift``; None where there is nothing to draw."""
+    draw = {
+        "matrix": plots.matrix_figure,
+        "convergence": plots.convergence_figure,
+        "shift": plots.shift_figure,
+    }[name]
+    figure = draw(comparison)
+    return None if figure is None else _draw(comparison, name, title, caption, figure)
+
+
+def _draw(comparison: Comparison, name: str, title: str, caption: str, figure: Figure) -> Picture:
+    """The figure for the page; as files it goes to the directory."""
+    text = plots.svg(figure, name, f"{title}. {caption} The numbers are in the tables of this page.")
+    for suffix, draw in ((".png", plots.png), (".pdf", plots.pdf)):
+        (comparison.directory / "figures" / f"{name}{suffix}").write_bytes(draw(figure))
+    (comparison.directory / "figures" / f"{name}.svg").write_text(text, encoding="utf-8")
+    # Labels inside are escaped by matplotlib's XML writer.
+    return Picture(name, title, caption, Markup(text))

@@ -1,0 +1,183 @@
+"""The report of a comparison: one HTML page that needs no network, its figures and tables as files beside it.
+
+The page says the finding first, then shows what it rests on, then how to do it again. All text is escaped
+by the template; all numbers come from the result directory.
+"""
+
+from __future__ import annotations
+
+import shlex
+from base64 import b64encode
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+
+from fedbn.data.packages import SOURCES
+from simulations.report import html_tables as report_tables
+from simulations.report.figures import paired_pictures, picture
+from simulations.results.comparison import Comparison
+from simulations.results.matrix import COLUMNS, ROWS
+from simulations.results.side_by_side import SideBySide
+from simulations.results.summary import is_bound, sentences
+from simulations.storage.checkpoint import write_atomically
+
+
+def write_report(directory: str | Path) -> Path:
+    """Write ``report.html``, the matrix as ``matrix`` with ``.csv``, ``.tex`` and ``.md``, ``paired.csv`` and figures.
+
+    Args:
+        directory: of a comparison, finished or not.
+
+    Returns:
+        Path of the page.
+
+    Raises:
+        UserError: the directory is no comparison, is damaged, or holds no finished run.
+    """
+    comparison = Comparison.load(directory)
+    directory = comparison.directory
+    for suffix, write in FORMATS.values():
+        (directory / f"matrix{suffix}").write_text(write(comparison), encoding="utf-8")
+    comparison.paired().to_csv(directory / "paired.csv", index=False)
+    (directory / "figures").mkdir(exist_ok=True)
+    page = directory / "report.html"
+    page.write_text(_template().render(_context(comparison)), encoding="utf-8")
+    return page
+
+
+def write_side_by_side(directories: Sequence[Path], page: Path) -> SideBySide:
+    """Write several comparisons beside each other as one page.
+
+    Raises:
+        UserError: one of them cannot be read, or the page cannot be written.
+    """
+    found = SideBySide.load(directories)
+    titles = ("strategy", "statistics", "comparison")
+    context = {
+        "title": f"{len(found.comparisons)} comparisons side by side",
+        "answers": {name: sentences(comparison) for name, comparison in found.comparisons.items()},
+        "matrix": report_tables.plain(found.wide(), "Accuracy: mean over users [95 % interval over users]", titles),
+        "differences": report_tables.plain(
+            found.differences_wide(),
+            f"Accuracy minus that of {next(iter(found.comparisons))}, user by user [95 % interval over users]",
+            titles,
+        ),
+        "settings": report_tables.plain(found.settings(), "What is not the same in all", ("setting",)),
+        "exports": _exports(found),
+        "again": shlex.join(["fedbn", "report", *map(str, directories)]),
+    }
+    write_atomically(page, _template("side_by_side.html.j2").render(context).encode())
+    return found
+
+
+def _exports(found: Comparison | SideBySide) -> list[tuple[str, str, str]]:
+    """Name of the file, what it is and its content as a data URI: a page that is mailed has its tables with it."""
+    return [
+        (f"matrix{suffix}", name, "data:text/plain;base64," + b64encode(write(found).encode()).decode())
+        for name, (suffix, write) in FORMATS.items()
+    ]
+
+
+#: Formats of the evaluation matrix: name -> (suffix, how it is made).
+FORMATS: dict[str, tuple[str, Callable[[Comparison | SideBySide], str]]] = {
+    "csv": (".csv", lambda found: found.long().to_csv(index=False)),
+    "latex": (".tex", lambda found: found.to_latex()),
+    "markdown": (".md", lambda found: found.to_markdown()),
+}
+
+
+@cache
+def _template(name: str = "report.html.j2") -> Template:
+    environment = Environment(
+        loader=PackageLoader("simulations.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(name)
+
+
+def _context(comparison: Comparison) -> dict[str, Any]:
+    meta = comparison.meta
+    unseen = comparison.evaluations.query("row == 'unseen'")["user"].nunique()
+    return {
+        "meta": meta,
+        "title": meta["title"],
+        "exports": _exports(comparison),
+        "sentences": sentences(comparison),
+        "notices": comparison.notices,
+        "facts": {
+            "seen users": comparison.evaluations.query("row == 'own'")["user"].nunique(),
+            **({"unseen users": unseen} if unseen else {}),
+            "seeds": comparison.runs["seed"].nunique(),
+            "runs": len(comparison.runs),
+            "reference": comparison.reference,
+        },
+        "rows": [ROWS[row] for row in dict.fromkeys(row for row, _ in comparison.cells)],
+        "columns": [COLUMNS[column] for column in dict.fromkeys(column for _, column in comparison.cells)],
+        "bounds": [strategy for strategy in comparison.strategies if is_bound(strategy)],
+        "matrix": report_tables.matrix(comparison),
+        "matrix_f1": report_tables.matrix(comparison, "macro_f1"),
+        "matrix_long": report_tables.matrix_long(comparison),
+        "matrix_picture": picture(
+            comparison, "matrix", "Evaluation matrix", "Dots: mean over users. Bars: 95 % interval over users."
+        ),
+        "paired": report_tables.paired(comparison),
+        "paired_long": report_tables.paired_long(comparison),
+        "paired_pictures": paired_pictures(comparison),
+        "convergence": picture(
+            comparison,
+            "convergence",
+            "Convergence",
+            "Lines: mean over seeds, each the mean over users. Bands: from the lowest to the highest seed.",
+        ),
+        "domains": report_tables.domains(comparison),
+        "ownership": report_tables.ownership(comparison),
+        "newcomers": report_tables.newcomers(comparison),
+        "starts": report_tables.starts(comparison),
+        "skew": report_tables.skew(comparison),
+        "shift": picture(
+            comparison,
+            "shift",
+            "Distance between users' statistics",
+            "Every user's training data pass through one network; each square compares two users, brighter is "
+            "farther apart.",
+        ),
+        "layers": report_tables.layers(comparison),
+        "settings": report_tables.facts("Settings of every run", "setting", meta["settings"]),
+        "versions": report_tables.facts("Versions", "package", meta["versions"] | _given(meta, "code", "code digest")),
+        "sources": report_tables.facts("SHA-256 of the data", "file", meta["sources"]),
+        "citations": _citations(meta),
+        "citation": cite(meta),
+        "again": f"fedbn report {shlex.quote(str(comparison.directory))}",
+    }
+
+
+def _given(meta: dict[str, Any], key: str, title: str) -> dict[str, Any]:
+    return {title: meta[key]} if key in meta else {}
+
+
+def cite(meta: dict[str, Any]) -> str:
+    """How to cite the software that made a comparison, as BibTeX."""
+    version = meta["versions"].get("fedbn", "")
+    digest = f", code digest {meta['code']}" if "code" in meta else ""
+    return (
+        "@software{fedbn,\n"
+        "  author = {{The fedbn developers}},\n"
+        "  title = {fedbn: federated and domain-adaptive batch normalisation},\n"
+        f"  version = {{{version}}},\n"
+        f"  year = {{{str(meta['created'])[:4]}}},\n"
+        f"  note = {{{meta['scenario']}, seeds {', '.join(map(str, meta['seeds']))}{digest}}},\n"
+        "}"
+    )
+
+
+def _citations(meta: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Package, whom to credit and licence of the data, as far as known."""
+    scenario = str(meta["scenario"]).partition(":")[0]
+    known: Iterable[Any] = (s for s in SOURCES.values() if s.label in meta["sources"] or s.scenario == scenario)
+    return [(source.package, source.citation, source.licence) for source in known]

@@ -1,0 +1,1 @@
+"""Stored results, the evaluation matrix, intervals and tests."""

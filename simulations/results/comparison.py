@@ -1,0 +1,168 @@
+"""A comparison as it is read from its result directory, and as text.
+
+Files: `simulations.results.files`; rows, columns and statistics: `simulations.results.matrix`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from fedbn.errors import UserError
+from simulations.results.files import finished, held_by_all, lines_table, ownership_table, read, runs_table, told
+from simulations.results.formatting import cell, latex_table, markdown_table
+from simulations.results.matrix import COLUMNS, METRICS, ROWS, Matrix
+
+WHAT_CELLS_ARE = "Mean over users [95 % interval over users]."
+
+CAPTION = "mean over users [95\\% cluster bootstrap interval]"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Comparison(Matrix):
+    """A comparison as read from its directory.
+
+    Attributes:
+        meta: ``comparison.json``.
+        evaluations: one line per run x user x row x column: n, accuracy, macro_f1, loss.
+        directory: where it was read from.
+        shift: ``shift.json``, empty if there is none.
+        runs: one line per finished run: run, strategy, seed, lr, seconds, rounds, newcomer.
+        curves: one line per run and evaluated round: train_loss, own, unseen.
+        ownership: one line per strategy and role, or purpose of other messages: owner, entries, elements, and bytes per
+            client and round.
+        missing: number of (strategy, seed) pairs without a finished run.
+        notices: what a reader should know, of the comparison and of its runs.
+    """
+
+    directory: Path
+    shift: dict[str, Any]
+    runs: pd.DataFrame
+    curves: pd.DataFrame
+    ownership: pd.DataFrame
+    missing: int
+    notices: tuple[str, ...]
+
+    @classmethod
+    def load(cls, directory: str | Path) -> Comparison:
+        """Read a result directory; unfinished runs are skipped and counted.
+
+        Raises:
+            UserError: the directory is no comparison, a file is damaged, or no run is finished.
+        """
+        directory = Path(directory)
+        if not (directory / "comparison.json").is_file():
+            raise UserError(
+                f"{directory} is no comparison: it has no comparison.json. Give the directory that the comparison wrote"
+            )
+        meta = read(directory / "comparison.json")
+        runs, foreign = finished(directory, meta)
+        if not runs:
+            raise UserError(f"{directory} holds no finished run yet: run the comparison to the end first")
+        planned = len(meta["strategies"]) * len(meta["seeds"])
+        notices = list(meta.get("notices", []))
+        if len(runs) < planned:
+            notices.insert(0, f"{planned - len(runs)} of {planned} runs are not finished and left out.")
+        if foreign:
+            notices.append(f"Runs of no strategy and seed of this comparison, left out: {', '.join(foreign)}.")
+        notices += told([r for _, r in runs], notices)
+        shift = directory / "shift.json"
+        return cls(
+            directory=directory,
+            meta=meta,
+            shift=read(shift) if shift.is_file() else {},
+            runs=runs_table(runs),
+            evaluations=held_by_all(
+                lines_table(
+                    runs,
+                    "evaluations",
+                    {"user": "str", "domain": "str", "row": "str", "column": "str", "n": "int64"}
+                    | dict.fromkeys(METRICS, "float64"),
+                )
+            ),
+            curves=lines_table(
+                runs,
+                "curve",
+                {"round": "int64", "train_loss": "float64", "own": "float64", "unseen": "float64"},
+            ),
+            ownership=ownership_table(runs),
+            missing=planned - len(runs),
+            notices=tuple(dict.fromkeys(notices)),
+        )
+
+    def to_pandas(self, metric: str = "accuracy") -> pd.DataFrame:
+        """The evaluation matrix, one line a strategy, row and column; as `matrix`."""
+        return self.matrix(metric)
+
+    def __repr__(self) -> str:
+        return f"{self._headline()}\n\n{self.wide().to_string()}"
+
+    def _repr_html_(self) -> str:
+        shown = self.wide().to_html()  # pandas escapes labels, which are a user's text
+        return f"<p>{escape(self._headline())}</p>{shown}<p>{escape(WHAT_CELLS_ARE)}</p>"
+
+    def _headline(self) -> str:
+        # Sentences are made from comparisons, so their module imports this one.
+        from simulations.results.summary import answer
+
+        return answer(self)
+
+    def traffic(self) -> pd.DataFrame:
+        """Who owns what and what travels: one line per strategy and role, bytes per client and round."""
+        return self.ownership.copy()
+
+    def seconds(self) -> pd.DataFrame:
+        """Cost by strategy: mean and sd (over seeds) of a run's seconds, seconds per round, lr, rounds."""
+        grouped = self.runs.groupby("strategy", sort=False)
+        return pd.DataFrame(
+            {
+                "mean": grouped["seconds"].mean(),
+                "sd": grouped["seconds"].std(),
+                "per_round": grouped["seconds"].sum() / grouped["rounds"].sum(),
+                "rounds": grouped["rounds"].max(),
+                "lr": grouped["lr"].agg(lambda rates: ", ".join(f"{r:g}" for r in sorted(set(rates)))),
+                "n_seeds": grouped.size(),
+            }
+        ).reset_index()
+
+    def wide(self, metric: str = "accuracy") -> pd.DataFrame:
+        """The matrix as text for a page: statistics and strategy down, rows of the matrix across."""
+        text = {
+            (line.column, line.strategy, line.row): cell(line.mean, line.ci_low, line.ci_high)
+            for line in self.matrix(metric).itertuples()
+        }
+        rows = list(dict.fromkeys(row for row, _ in self.cells))
+        index = [
+            (column, strategy)
+            for column in self.meta["columns"]
+            for strategy in self.strategies
+            if any(text.get((column, strategy, row), "–") != "–" for row in rows)
+        ]
+        return pd.DataFrame(
+            [[text.get((*key, row), "–") for row in rows] for key in index],
+            index=pd.MultiIndex.from_tuples(
+                [(COLUMNS[column][0], strategy) for column, strategy in index],
+                names=["statistics", "strategy"],
+            ),
+            columns=[ROWS[row][0] for row in rows],
+        )
+
+    def long(self, metric: str = "accuracy") -> pd.DataFrame:
+        """The long matrix with all its numbers, unrounded; as `matrix`."""
+        return self.matrix(metric)
+
+    def to_csv(self, path: str | Path, metric: str = "accuracy") -> None:
+        """Write the long matrix with all its numbers, unrounded."""
+        self.matrix(metric).to_csv(path, index=False)
+
+    def to_markdown(self, metric: str = "accuracy") -> str:
+        """The wide matrix as a Markdown table: mean and 95 % interval over users."""
+        return markdown_table(self.wide(metric))
+
+    def to_latex(self, metric: str = "accuracy") -> str:
+        """The wide matrix as a LaTeX table (packages booktabs and multirow)."""
+        return latex_table(self.wide(metric), f"{metric.replace('_', ' ')}: {CAPTION}")

@@ -1,0 +1,1 @@
+"""Checkpoints and provenance of results."""

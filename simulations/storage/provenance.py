@@ -1,0 +1,52 @@
+"""Versions and digests of the code that computed a result."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+
+import clients
+import fedbn
+from fedbn.errors import UserError
+
+NUMERICS = 1
+"""Version of the numbers that `fedbn` and `clients` compute. Raise it whenever results change: when a golden curve or a
+test of bit equality has to be updated. Stored results of another version are refused."""
+
+
+PACKAGES = ("fedbn", "flwr", "torch", "numpy", "scikit-learn", "flwr-datasets")
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that decide results."""
+    return {name: version(name) for name in PACKAGES}
+
+
+@cache
+def code_digest() -> str:
+    """Digest of the source of `fedbn` and `clients`, stored with results as provenance (see `NUMERICS`)."""
+    digest = hashlib.sha256()
+    for package in (fedbn, clients):
+        root = Path(str(package.__file__)).parent
+        for path in sorted(root.rglob("*.py")):
+            digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def check_numerics(path: Path, stored: object) -> None:
+    """Check that a stored result was computed with the current numerics.
+
+    Args:
+        path: the file or directory, for the message.
+        stored: its ``numerics``.
+
+    Raises:
+        UserError: another version, or none.
+    """
+    if stored != NUMERICS:
+        raise UserError(
+            f"{path} was computed with other numerics (version {stored}, now {NUMERICS}): use the version of fedbn "
+            "that wrote it, or start again with another --out"
+        )
