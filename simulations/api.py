@@ -16,6 +16,9 @@ from typing import Any
 import pandas as pd
 from rich.console import Console
 
+from simulations.adaptation.results import users_frame, write
+from simulations.adaptation.study import conduct, study_from
+from simulations.adaptation.tracking import tasks, tell
 from simulations.experiments.compare import compare as conduct_comparison
 from simulations.experiments.experiment import DEFAULT_STRATEGIES, GRID, Experiment
 from simulations.results.comparison import Comparison
@@ -171,10 +174,6 @@ def study(
     Raises:
         UserError: before anything runs, for whatever can be known then.
     """
-    from simulations.adaptation.results import users_frame, write
-    from simulations.adaptation.study import conduct, study_from
-    from simulations.adaptation.tracking import tasks, tell
-
     wanted = study_from(
         {
             "scenario": scenario,

@@ -12,6 +12,7 @@ from torch import nn
 from fedbn.errors import UserError
 from fedbn.models.har_cnn import HarCNN
 from fedbn.online import BNState, DirectoryStore, SQLiteStore, personalize, population_prior, rule, source_prior
+from fedbn.online.personalized import personalized_copy
 from fedbn.online.rules.base import rules
 from fedbn.online.state import fingerprint
 from fedbn.statistics.moments import Moments
@@ -232,7 +233,7 @@ def test_a_state_applied_to_the_model_is_the_export_and_nothing_else_changes():
     model = network()
     net = met(model=model)
     x = data(4, seed=5)
-    plain = net.state("ann").apply_to(model)
+    plain = personalized_copy(model, net.state("ann"))
     with torch.no_grad():
         assert torch.equal(plain(x), net.export("ann")(x))
         torch.testing.assert_close(plain(x), net.predict(x, user="ann"), rtol=1e-5, atol=1e-6)

@@ -13,20 +13,17 @@ The newcomer's own moments are those of its unlabelled earlier recordings under 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from fedbn.federation.context import Setting
 from fedbn.federation.metrics import Column
 from fedbn.nn.hooks import inputs_of
 from fedbn.nn.roles import State, statistics_layers
 from fedbn.online.prior import MOST, LayerPrior
 from fedbn.statistics.moments import Moments, naive_mean, pooled_variance
 from fedbn.statistics.recalibration import CHUNK
-
-if TYPE_CHECKING:
-    from fedbn.federation.context import Setting
 
 
 def starts(here: Setting, state: State, registry: dict[int, State], x: Tensor) -> dict[Column, State]:

@@ -5,22 +5,15 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fedbn.errors import UserError
+from fedbn.federation.context import Setting
 from fedbn.nn.roles import State
-from fedbn.seeds import generator
-from fedbn.strategies.base import NormStrategy, Progress, Update
-
-if TYPE_CHECKING:
-    from fedbn.federation.context import Setting
-from typing import TYPE_CHECKING
-
-import numpy as np
-
+from fedbn.personalization.base import Personalisation
 from fedbn.privacy.accounting import epsilon
 from fedbn.privacy.mechanism import (
     Privacy,
@@ -32,11 +25,10 @@ from fedbn.privacy.mechanism import (
     to_sums,
     unflat,
 )
-from fedbn.strategies.global_pooled import GlobalPooled
-
-if TYPE_CHECKING:
-    from fedbn.federation.context import Setting
 from fedbn.privacy.secure_aggregation import decode, encode, mask, total
+from fedbn.seeds import generator
+from fedbn.strategies.base import NormStrategy, Progress, Update
+from fedbn.strategies.global_pooled import GlobalPooled
 
 
 def protected(here: Setting, update: Update, received: State, progress: Progress) -> Update:
@@ -45,8 +37,6 @@ def protected(here: Setting, update: Update, received: State, progress: Progress
     Raises:
         UserError: as `released`; or a value does not fit a secure sum.
     """
-    from fedbn.federation.protection import masked
-
     rule = here.privacy
     if rule is None:
         return update
@@ -120,13 +110,10 @@ def _require_covered(here: Setting, rule: Privacy) -> None:
     if rule.changes or rule.secure:
         statistics_pairs(here.ownership)
     if rule.secure:
-        from fedbn.federation.protection import require_summable
-
         require_summable(here)
 
 
 def _plain_tell() -> object:
-    from fedbn.personalization.base import Personalisation
 
     return Personalisation.tell
 

@@ -23,7 +23,7 @@ from fedbn.online.layer import Pass, Transform, UserNorm
 from fedbn.online.prior import LayerPrior, packed
 from fedbn.online.rules.base import Rule
 from fedbn.online.rules.base import rule as parse_rule
-from fedbn.online.state import fingerprint
+from fedbn.online.state import BNState, fingerprint
 from fedbn.online.statistics import Pair, mix
 from fedbn.online.stores import Store
 from fedbn.online.users import Snapshot, Users
@@ -401,3 +401,18 @@ def _width(model: nn.Module) -> int:
     if path is None:
         raise UserError("the model has no linear or convolutional layer: say personalize(..., classes=K)")
     return len(cast(Tensor, model.get_submodule(path).weight))
+
+
+def personalized_copy(model: nn.Module, state: BNState) -> nn.Module:
+    """A copy of ``model`` without a bank, with one user's statistics in its BN layers, to fold and export.
+
+    Args:
+        model: the model that the state was measured with.
+        state: the user's statistics.
+
+    Raises:
+        UserError: the state is of another model, or its rule needs priors per class (use `Personalized.export`).
+    """
+    net = personalize(model, parse_rule(state.rule), capacity=1)
+    net.load("user", state)
+    return net.export("user")

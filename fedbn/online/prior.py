@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +18,9 @@ from torch import Tensor, nn
 from fedbn.errors import UserError, unknown
 from fedbn.nn.hooks import inputs_of
 from fedbn.nn.roles import statistics_layers
-from fedbn.online.layer import row_moments
+from fedbn.online.layer import UserNorm, row_moments
 from fedbn.online.statistics import Prior
 from fedbn.statistics.moments import Moments
-
-if TYPE_CHECKING:
-    from fedbn.online.layer import UserNorm
 
 OPTIONAL = ("n0", "alpha", "class_mean", "class_var")
 

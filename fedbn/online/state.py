@@ -105,20 +105,6 @@ class BNState:
             raise UserError("a user who has met no windows is at no distance from anybody: let it meet some first")
         return float(sum(m.w2(theirs[path]) ** 2 for path, m in self.layers.items()) ** 0.5)
 
-    def apply_to(self, model: nn.Module) -> nn.Module:
-        """A plain copy of ``model`` with this user's statistics in its BN layers, to fold and export.
-
-        Raises:
-            UserError: the state is of another model, or needs class-conditional priors (then use
-                `fedbn.online.Personalized.export`).
-        """
-        from fedbn.online.personalized import personalize
-        from fedbn.online.rules.base import rule
-
-        net = personalize(model, rule(self.rule), capacity=1)
-        net.load("this", self)
-        return net.export("this")
-
     def require(self, model: str, rule: str | None = None) -> None:
         """Check that the state fits.
 

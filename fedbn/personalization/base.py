@@ -8,18 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
 from torch import nn
 
+from fedbn.config import Plan
 from fedbn.data.population import Examples
 from fedbn.nn.roles import Role, State, clone
 from fedbn.plugins import discover
 from fedbn.strategies.base import Progress, Update
 from fedbn.strategies.ownership import Owner
-
-if TYPE_CHECKING:
-    from fedbn.config import Plan
 
 
 class Fit(Protocol):

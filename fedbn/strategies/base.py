@@ -9,19 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from torch import Tensor, nn
 
+from fedbn.data.population import Examples, Population, User
 from fedbn.nn.conversion import require_statistics
 from fedbn.nn.roles import Role, State
 from fedbn.plugins import discover, parse
 from fedbn.statistics.consensus import Heard, Talk
 from fedbn.statistics.moments import Moments, naive_mean
 from fedbn.strategies.ownership import LOCAL, SEEDED, SHARED, Owner, Ownership
-
-if TYPE_CHECKING:
-    from fedbn.data.population import Examples, Population, User
 
 
 @dataclass(frozen=True)

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from simulations.claims.verdicts import Entry
 from simulations.report.plots import INK, MARKERS, PALETTE
-
-if TYPE_CHECKING:
-    from simulations.claims.verdicts import Entry
 
 
 def figure(entries: Sequence[Entry]) -> Figure:

@@ -39,7 +39,10 @@ class InProcessGrid(Grid):
 
     Attributes:
         contexts: node id -> context, made when a node is first addressed.
+        shares_memory: the nodes are in this process, so that tensors can be passed by reference.
     """
+
+    shares_memory = True
 
     def __init__(
         self,

@@ -16,6 +16,7 @@ from fedbn.errors import UserError
 from simulations.results.files import finished, held_by_all, lines_table, ownership_table, read, runs_table, told
 from simulations.results.formatting import cell, latex_table, markdown_table
 from simulations.results.matrix import COLUMNS, METRICS, ROWS, Matrix
+from simulations.results.summary import answer
 
 WHAT_CELLS_ARE = "Mean over users [95 % interval over users]."
 
@@ -106,9 +107,6 @@ class Comparison(Matrix):
         return f"<p>{escape(self._headline())}</p>{shown}<p>{escape(WHAT_CELLS_ARE)}</p>"
 
     def _headline(self) -> str:
-        # Sentences are made from comparisons, so their module imports this one.
-        from simulations.results.summary import answer
-
         return answer(self)
 
     def traffic(self) -> pd.DataFrame:

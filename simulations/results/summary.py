@@ -7,16 +7,15 @@ import re
 from typing import Any
 
 from fedbn.strategies.base import strategies
-from simulations.results.comparison import Comparison
 from simulations.results.formatting import bracket, cell, count, number, p_value, signed
 from simulations.results.inference import Interval
-from simulations.results.matrix import COLUMNS, METRICS, ROWS, STARTS
+from simulations.results.matrix import COLUMNS, METRICS, ROWS, STARTS, Matrix
 
 #: A difference is called clear when its interval excludes 0 and its corrected p is below this.
 ALPHA = 0.05
 
 
-def answer(comparison: Comparison, metric: str = "accuracy") -> str:
+def answer(comparison: Matrix, metric: str = "accuracy") -> str:
     """The finding in words, one sentence per kind of test: best strategy against the reference.
 
     A strategy that gathers all data in one place is a bound, no choice that a federation has, and is not named.
@@ -26,14 +25,14 @@ def answer(comparison: Comparison, metric: str = "accuracy") -> str:
     return " ".join(sentences(comparison, metric))
 
 
-def sentences(comparison: Comparison, metric: str = "accuracy") -> list[str]:
+def sentences(comparison: Matrix, metric: str = "accuracy") -> list[str]:
     """The sentences of `answer`, one per kind of test that the comparison has."""
     rows = dict.fromkeys(row for row, _ in comparison.cells if row != "worst")
     return [_sentence(comparison, row, metric) for row in rows]
 
 
 def is_clear(line: Any) -> bool:
-    """Whether a line of `Comparison.paired` is a clear difference, by interval and corrected p-value."""
+    """Whether a line of `Matrix.paired` is a clear difference, by interval and corrected p-value."""
     return _interval(line)[0].excludes_zero and not line.p_adjusted >= ALPHA
 
 
@@ -47,7 +46,7 @@ def is_bound(label: str) -> bool:
     return known is not None and known.gathers
 
 
-def starts_rows(comparison: Comparison, metric: str = "accuracy") -> list[list[str]]:
+def starts_rows(comparison: Matrix, metric: str = "accuracy") -> list[list[str]]:
     """What unseen users start from, as text: a heading, then one line a strategy that sends statistics."""
     found = comparison.starts(metric)
     starts = [s for s in STARTS if (found["start"] == s).any()]
@@ -58,7 +57,7 @@ def starts_rows(comparison: Comparison, metric: str = "accuracy") -> list[list[s
     return rows
 
 
-def _sentence(comparison: Comparison, row: str, metric: str) -> str:
+def _sentence(comparison: Matrix, row: str, metric: str) -> str:
     """One kind of test, in the first column of the matrix that has it."""
     column = next(c for r, c in comparison.cells if r == row)
     title = ROWS[row][0].capitalize() + ("" if column == "aggregated" else f" ({COLUMNS[column][0]})")

@@ -14,7 +14,6 @@ from clients.serialization import Held
 from fedbn.errors import UserError
 from fedbn.federation.context import EVERYONE
 from fedbn.nn.roles import State
-from simulations.engines.grid import InProcessGrid
 
 T = TypeVar("T")
 
@@ -74,7 +73,7 @@ class Clients:
 
     def record(self, state: State) -> ArrayRecord:
         """Tensors as the nodes can take them: by reference where they are in this process."""
-        return Held(state) if isinstance(self.grid, InProcessGrid) else arrays(state)
+        return Held(state) if getattr(self.grid, "shares_memory", False) else arrays(state)
 
     def ask(self, kind: str, content: Mapping[int, RecordDict], read: Callable[[int, RecordDict], T]) -> dict[int, T]:
         """Send each user its content.

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -17,9 +16,7 @@ from fedbn.nn.conversion import require_statistics
 from fedbn.nn.roles import Role, roles
 from fedbn.online import LayerPrior, Rule
 from fedbn.online.prior import layer_priors
-
-if TYPE_CHECKING:
-    from simulations.adaptation.source_model import Meeting
+from simulations.adaptation.source_model import Meeting
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from fedbn.errors import UserError, unknown
-
-if TYPE_CHECKING:
-    from simulations.experiments.tasks import Event, Task
+from simulations.experiments.tasks import Event, Task
 
 
 class Tracker(ABC):

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,10 +27,8 @@ from fedbn.scenarios.base import scenario
 from fedbn.seeds import generator
 from fedbn.statistics.moments import Moments
 from fedbn.statistics.recalibration import recalibrate
+from simulations.adaptation.source_model import Meeting
 from simulations.service.drift import Floats, Watches, channel_means
-
-if TYPE_CHECKING:
-    from simulations.adaptation.source_model import Meeting
 
 RULES = {
     "source": ("source", "never adapts"),
