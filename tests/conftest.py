@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from fedbn.federation.run import Run, plan_for
-from fedbn.strategies.base import strategies
 
 hypothesis.settings.register_profile("fedbn", deadline=None, max_examples=60, derandomize=True)
 hypothesis.settings.load_profile("fedbn")
@@ -27,13 +26,3 @@ def small():
         return Run(scenario, strategy, plan=plan, **run).resolved()
 
     return make
-
-
-def few(name):
-    """A plan's fields that let three clients train in a round; none for a strategy with one trainer."""
-    return {} if strategies()[name].gathers else {"clients_per_round": 3}
-
-
-def same(a, b):
-    """Equal to the last bit, names and dtypes included."""
-    return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)

@@ -1,0 +1,61 @@
+"""Training steps in bfloat16: everything that is kept, sent or summed stays float32, and learning goes on."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from fedbn.config import Plan
+from fedbn.errors import UserError
+from fedbn.federation.run import Run
+from fedbn.federation.training import computed
+from fedbn.strategies.base import strategies
+from simulations.engines.execute import execute
+from tests.helpers import few, same
+
+
+@pytest.mark.parametrize("name", strategies())
+def test_every_strategy_trains_and_keeps_float32(name, small):
+    outcome = execute(small(name, rounds=1, precision="bfloat16", **few(name)), "reference")
+    states = [outcome.server.state, *outcome.kept.values()]
+    assert {v.dtype for s in states for v in s.values() if v.is_floating_point()} == {torch.float32}
+    assert all(torch.isfinite(v).all() for s in states for v in s.values())
+
+
+def test_engines_agree_and_the_option_does_something(small):
+    run, plain = small("fedbn", precision="bfloat16"), small("fedbn")
+    reference, grid = execute(run, "reference"), execute(run, "grid")
+    assert same(reference.server.state, grid.server.state)
+    assert not same(reference.server.state, execute(plain, "reference").server.state)
+
+
+@pytest.mark.parametrize("model", ["mlp", "small-cnn"])
+def test_side_by_side_it_is_as_near_to_float32_as_one_by_one(model, small):
+    def weights(precision, engine):
+        state = execute(small("global-naive", rounds=1, model=model, precision=precision), engine).server.state
+        return torch.cat([v.flatten().double() for v in state.values()])
+
+    exact = weights("float32", "reference")
+    alone, stacked = (weights("bfloat16", e) for e in ("reference", "grid:stacked"))
+    assert 0 < (alone - exact).norm() < 0.05 * exact.norm()
+    assert 0 < (stacked - exact).norm() < 3 * (alone - exact).norm()
+
+
+def test_statistics_of_a_batch_are_summed_in_float32():
+    layer, seen = nn.BatchNorm1d(4), []
+    layer.register_forward_pre_hook(lambda m, inputs: seen.append(inputs[0]))
+    net = nn.Sequential(nn.Linear(3, 4), layer)
+    computed(net, torch.randn(4096, 3) + 10, "bfloat16")
+    (x,) = seen
+    assert x.dtype == torch.bfloat16
+    torch.testing.assert_close(layer.running_mean, 0.1 * x.float().mean(0), rtol=1e-5, atol=1e-5)
+    assert layer.running_var.dtype == torch.float32
+
+
+def test_another_precision_is_an_error():
+    values = json.loads(Run("digits8", "fedbn", plan=Plan()).to_json())
+    with pytest.raises(UserError, match="float32"):
+        Run.from_dict(values | {"plan": {"precision": "float8"}})

@@ -1,0 +1,532 @@
+"""The stacked engine computes what every client would compute alone."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+from clients.app import app as client_app
+from clients.jobs import Train, execute, together
+from fedbn.data.population import Examples, Population, User
+from fedbn.errors import UserError
+from fedbn.federation.client import client_round
+from fedbn.federation.context import Setting
+from fedbn.federation.run import Run, plan_for
+from fedbn.federation.server import Server
+from fedbn.federation.setup import setting
+from fedbn.models import build, models
+from fedbn.nn.batchnorm import AnyBatchNorm, AnyInstanceNorm
+from fedbn.personalization.base import personalisations
+from fedbn.stacked.cohort import Cohort, Failure
+from fedbn.stacked.executors import Kind, Tiers, cores, parse_tier, width
+from fedbn.stacked.fit import Descent, Trainee, agenda, fit_stack
+from fedbn.stacked.layers import Unstackable
+from fedbn.stacked.program import program
+from fedbn.strategies.base import Progress, strategies
+from fedbn.strategies.ownership import Ownership
+from simulations.engines.grid import InProcessGrid
+from simulations.flower.compat import task_identity
+from simulations.server.rounds import Listener, conduct
+from tests.helpers import same
+
+STACKED = {  # at least these; strategies with steps or layers of their own train client by client
+    *("centralised", "fedbn", "fedbn-seeded", "fixbn", "global-naive", "global-pooled", "global-recalibrated"),
+    *("groupnorm", "instancenorm", "layernorm", "local", "mtfl", "nonorm", "params-only", "silobn"),
+}
+MODELS = {"digit-cnn", "har-cnn", "mlp", "resnet20", "small-cnn", "tests.fedbn.stacked.test_executors:network"}
+LARGE = {name for name in models() if name.endswith("-cvgj")}
+
+
+def network(shape, classes):
+    """Everything at once: groups, strides, dropout of both kinds, functions and a shortcut."""
+    return Everything(classes)
+
+
+class Everything(nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(1, 4, 3, 2, 1), nn.BatchNorm2d(4), nn.LeakyReLU(), nn.Dropout2d(0.3))
+        self.second = nn.Conv2d(4, 4, 3, padding="same", groups=2, bias=False)
+        self.norm = nn.GroupNorm(2, 4)
+        self.drop = nn.Dropout(0.2)
+        self.head = nn.Linear(64, classes)
+
+    def forward(self, x):
+        h = self.first(x)
+        h = F.relu(self.norm(self.second(h))) + h
+        return self.head(self.drop(h.view(h.size(0), -1)))
+
+
+def in_double(here: Setting) -> Setting:
+    """The setting in double precision, with few rows a user and no two users alike."""
+
+    def wide(data: Examples, rows: int) -> Examples:
+        return Examples(data.x[:rows].double(), data.y[:rows], data.recording[:rows])
+
+    users = tuple(
+        User(u.name, u.domain, wide(u.train, 25 + 6 * i), wide(u.test, 4)) for i, u in enumerate(here.population.users)
+    )
+    people = Population(users, here.population.unseen, here.population.classes, here.population.skew)
+    model = copy.deepcopy(here.scratch).double()
+    initial = {k: v.detach().clone() for k, v in model.state_dict().items()}
+    return replace(here, population=people, scratch=model, initial=initial)
+
+
+def rounds_of(here, tiers, number, rounds=2):
+    """Final server state, what clients keep and all losses, the jobs of each round done by ``tiers``."""
+    server, kept, losses = Server(here.start(), here.start()), {}, []
+    for round in range(1, rounds + 1):
+        jobs = [
+            Train(here, u, server.sends(here, u), kept.get(u), Progress(round, rounds), (), server.told)
+            for u in here.trainers[:number]
+        ]
+        results = tiers.run(jobs)
+        assert not any(isinstance(r, Failure) for r in results), results
+        for job, (update, stays) in zip(jobs, results, strict=True):
+            assert job.user == update.user
+            kept[job.user] = stays
+            losses.append(update.loss)
+        server.advance(here, [update for update, _ in results], round)
+    return server.state, kept, losses
+
+
+def worst(a, b):
+    """Largest difference between two outcomes of `rounds_of`, whose names must agree."""
+    pairs = [(a[0], b[0]), *((a[1][u], b[1][u]) for u in a[1])]
+    assert a[1].keys() == b[1].keys()
+    assert all(x.keys() == y.keys() for x, y in pairs)
+    differences = [float((x[k].double() - y[k].double()).abs().max()) for x, y in pairs for k in x]
+    return max(differences), max(abs(x - y) for x, y in zip(a[2], b[2], strict=True))
+
+
+def ragged(strategy="fedbn", model="mlp", **plan):
+    """A run on users of different sizes, two epochs each, with everything that plain steps can have."""
+    chosen = {"local_epochs": 2, "weight_decay": 0.01, "optimizer_state": "keep", "batch_size": 8, "lr": 0.02, **plan}
+    partition = "dirichlet:alpha=0.5:clients=5"
+    return Run("digits8", strategy, model=model, partition=partition, plan=plan_for("digits8", **chosen)).resolved()
+
+
+def setting_or_skip(run):
+    try:
+        return setting(run)
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize(
+    ("name", "model"), [*((n, "mlp") for n in strategies()), *((n, "small-cnn") for n in sorted(STACKED))]
+)
+def test_every_strategy_equals_clients_one_by_one(name, model, caplog):
+    if strategies()[name].consults:
+        pytest.skip("talks before training: see test_who_consults_trains_alone")
+    here = in_double(setting_or_skip(ragged(name, model, proximal=0.1)))
+    with caplog.at_level(logging.INFO, logger="fedbn.stacked.executors"):
+        stacked = rounds_of(here, Tiers("stacked", 1), 4)
+    assert not caplog.records or name not in STACKED, [r.message for r in caplog.records]
+    states, losses = worst(rounds_of(here, Tiers("one"), 4), stacked)
+    assert states < 1e-10
+    assert losses < 1e-6  # summed in single precision by the definition
+
+
+@pytest.mark.parametrize("name", [*sorted(models().keys() - LARGE), "tests.fedbn.stacked.test_executors:network"])
+def test_every_model_equals_clients_one_by_one(name, caplog):
+    here = of_model(setting(ragged(batch_size=8)), name)
+    expected = rounds_of(here, Tiers("one"), 3, rounds=1)
+    for tier in ("lean", "stacked"):
+        with caplog.at_level(logging.INFO, logger="fedbn.stacked.executors"):
+            stacked = rounds_of(here, Tiers(tier, 1), 3, rounds=1)
+        assert not caplog.records or name not in MODELS, [r.message for r in caplog.records]
+        states, losses = worst(expected, stacked)
+        assert states < 1e-10
+        assert losses < 1e-5
+
+
+def of_model(here, name):
+    """The setting with a model, and few random examples of a shape that it takes."""
+    for shape in ((1, 8, 8), (2, 32), (64,)):
+        try:
+            model = build(name, shape, 10, 0).double()
+            break
+        except UserError:
+            continue
+    draw = torch.Generator().manual_seed(3)
+    users = []
+    for i, user in enumerate(here.population.users):
+        n = 9 + 4 * i
+        x = torch.randn(n, *shape, generator=draw, dtype=torch.float64)
+        y = torch.randint(0, 10, (n,), generator=draw)
+        users.append(User(user.name, user.domain, Examples(x, y, y * 0), user.test))
+    return replace(
+        here,
+        population=replace(here.population, users=tuple(users)),
+        scratch=model,
+        initial={k: v.detach().clone() for k, v in model.state_dict().items()},
+        ownership=Ownership.of(model, here.treatment),
+    )
+
+
+@pytest.mark.parametrize("name", personalisations())
+def test_every_personalisation_equals_clients_one_by_one(name):
+    here = in_double(setting_or_skip(ragged(f"fedbn+{name}", proximal=0.0)))
+    assert worst(rounds_of(here, Tiers("one"), 3), rounds_of(here, Tiers("stacked", 1), 3))[0] < 1e-10
+
+
+def test_who_consults_trains_alone(small):
+    here = setting(small())
+    with pytest.raises(Unstackable, match="consults before training"):
+        Cohort(here).twin(Progress(1, 2), [{}])
+
+
+# Kernels.
+
+LAYERS = {
+    "conv1d": (lambda: nn.Conv1d(4, 6, 3, 2, 1, groups=2), (4, 9)),
+    "conv1d same": (lambda: nn.Conv1d(4, 6, 3, padding="same", dilation=2, bias=False), (4, 9)),
+    "conv2d": (lambda: nn.Conv2d(4, 6, (3, 2), (2, 1), 1, (1, 2)), (4, 7, 6)),
+    "conv3d": (lambda: nn.Conv3d(2, 3, 2), (2, 4, 4, 4)),
+    "linear": (lambda: nn.Linear(5, 3), (5,)),
+    "linear without bias": (lambda: nn.Linear(5, 3, bias=False), (5,)),
+    "bn of features": (lambda: nn.BatchNorm1d(5), (5,)),
+    "bn of signals": (lambda: nn.BatchNorm1d(5, momentum=0.3), (5, 4)),
+    "bn of images": (lambda: AnyBatchNorm(3, affine=False), (3, 4, 5)),
+    "bn without statistics": (lambda: nn.BatchNorm2d(3, track_running_stats=False), (3, 4, 5)),
+    "instance": (lambda: AnyInstanceNorm(3, affine=True), (3, 4, 5)),
+    "instance with statistics": (lambda: nn.InstanceNorm1d(3, track_running_stats=True), (3, 6)),
+    "group": (lambda: nn.GroupNorm(2, 4), (4, 5)),
+    "layer": (lambda: nn.LayerNorm((3, 5)), (3, 5)),
+    "layer of the last axis": (lambda: nn.LayerNorm(5), (3, 5)),
+    "max pool": (lambda: nn.MaxPool1d(3, 2, 1), (3, 9)),
+    "average pool": (lambda: nn.AvgPool1d(2, ceil_mode=True), (3, 9)),
+    "adaptive pool": (lambda: nn.AdaptiveAvgPool2d((2, 1)), (3, 5, 4)),
+    "flatten": (lambda: nn.Flatten(), (3, 5)),
+    "activation": (lambda: nn.GELU(), (3, 5)),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@given(k=st.integers(1, 4), rows=st.integers(2, 5), training=st.booleans(), seed=st.integers(0, 99))
+@settings(max_examples=12)
+def test_a_stacked_layer_is_the_layers_side_by_side(name, k, rows, training, seed):
+    make, shape = LAYERS[name]
+    torch.manual_seed(seed)
+    alone = []
+    for _ in range(k):
+        net = nn.Sequential(make()).double().train(training)
+        for value in net.state_dict().values():  # running statistics included: no two clients alike
+            if value.is_floating_point():
+                value.copy_(torch.rand_like(value) + 0.5)
+        alone.append(net)
+    twin = program(alone[0])
+    stacked = {n: torch.stack([net.state_dict()[n] for net in alone]) for n in alone[0].state_dict()}
+    x = torch.randn(rows, k, *shape, dtype=torch.float64)
+    out = twin.bind({n: twin.laid(n, v) for n, v in stacked.items()}, k)(x.flatten(1, 2))
+    for i, net in enumerate(alone):
+        expected = net(x[:, i])
+        got = out.view(rows, k, -1, *out.shape[2:])[:, i]
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+        for key, value in net.state_dict().items():
+            torch.testing.assert_close(stacked[key][i], value, rtol=1e-10, atol=1e-10)
+
+
+class Doubled(nn.ReLU):
+    def forward(self, input):
+        return 2 * input
+
+
+class Own(nn.Module):
+    def __init__(self, function, module=None):
+        super().__init__()
+        self.function, self.inner, self.scale = function, module, nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+def hooked():
+    net = nn.Sequential(nn.Linear(4, 4))
+    net[0].register_forward_pre_hook(lambda module, args: None)
+    return net
+
+
+def tied():
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    net[1].weight = net[0].weight
+    return net
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (nn.Sequential(nn.Linear(4, 4), Doubled()), "function mul"),
+        (nn.Sequential(nn.PReLU()), "layer PReLU"),
+        (nn.Sequential(nn.BatchNorm1d(4, momentum=None)), "averages cumulatively"),
+        (nn.Sequential(nn.Conv1d(4, 4, 3, padding=1, padding_mode="circular")), "pads with circular"),
+        (nn.Sequential(nn.MaxPool1d(2, return_indices=True)), "returns indices"),
+        (hooked(), "has hooks"),
+        (tied(), "share parameters"),
+        (Own(lambda self, x: x + self.scale), "scale, a tensor outside"),
+        (Own(lambda self, x: torch.relu(x)), "scale is not used"),
+        (Own(lambda self, x: x if x.sum() > 0 else -x), "cannot be traced"),
+        (Own(lambda self, x: (x, x)), "one tensor into one"),
+        (Own(lambda self, x: x.sort()), "method sort"),
+    ],
+)
+def test_what_is_not_known_is_refused(model, reason):
+    with pytest.raises(Unstackable, match=reason):
+        program(model)
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (lambda x: x.flatten(0), "flatten from axis 0"),
+        (lambda x: x.mean(1), "not positions"),
+        (lambda x: x.mean(), "not positions"),
+        (lambda x: x.view(-1, 2), "reshape to"),
+        (lambda x: x.unsqueeze(1), "unsqueeze at axis 1"),
+        (lambda x: x.view(x.size(1), -1), "size of an axis"),
+    ],
+)
+def test_axes_that_would_mix_clients_are_refused_when_met(function, reason):
+    class Net(nn.Module):
+        def forward(self, x):
+            return function(x)
+
+    with pytest.raises(Unstackable, match=reason):
+        program(Net()).bind({}, 2)(torch.zeros(3, 4, 2))
+    with pytest.raises(Unstackable, match="with 3 axes"):
+        program(net := nn.Sequential(nn.Linear(2, 2))).bind(net.state_dict(), 1)(torch.zeros(3, 4, 2))
+
+
+# Steps.
+
+
+@given(st.lists(st.lists(st.integers(1, 3), max_size=5), min_size=1, max_size=5))
+def test_the_agenda_takes_every_step_once_in_order_and_groups_one_size(sizes):
+    taken = {i: [] for i in range(len(sizes))}
+    for group in agenda(sizes):
+        assert len({sizes[i][step] for i, step in group}) == 1
+        assert len({i for i, _ in group}) == len(group)
+        for i, step in group:
+            taken[i].append(step)
+    assert taken == {i: list(range(len(own))) for i, own in enumerate(sizes)}
+
+
+def test_equal_clients_step_together_every_time():
+    assert [len(group) for group in agenda([[4, 4, 2]] * 6)] == [6, 6, 6]
+
+
+def test_clients_that_are_no_neighbours_step_together():
+    """The first and the last of three: their rows are taken out of the stack and put back."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).double()
+    x, y = torch.randn(30, 3, dtype=torch.float64), torch.randint(0, 2, (30,))
+    how = Descent(0.1, momentum=0.9, weight_decay=0.1, mu=0.5, pulled=frozenset({"0.weight"}))
+    parts = [
+        torch.arange(10 * i, 10 * i + 10).split(sizes) for i, sizes in enumerate([[4, 4, 2], [2, 4, 4], [4, 4, 2]])
+    ]
+    state = net.state_dict()
+    trainees = [Trainee(state, torch.cat(p), [len(b) for b in p], torch.Generator()) for p in parts]
+    assert next(agenda([[len(b) for b in p] for p in parts])) == [(0, 0), (2, 0)]
+    for alone, together_ in zip(trainees, fit_stack(program(net), trainees, x, y, how), strict=True):
+        (expected,) = fit_stack(program(net), [alone], x, y, how)
+        assert together_.loss == pytest.approx(expected.loss, rel=1e-6)
+        for of, parts_ in ((expected.state, together_.state), (expected.momentum, together_.momentum)):
+            for key, value in of.items():
+                torch.testing.assert_close(parts_[key], value, rtol=1e-10, atol=1e-12)
+
+
+def test_what_a_method_has_put_aside_stays_with_the_client(small):
+    here = setting(small("fedbn", model="mlp"))
+    kept = {"aside/note": torch.tensor([3.0])}
+    jobs = [Train(here, u, here.start(), kept, Progress(1, 1)) for u in here.trainers[:2]]
+    for tier in ("one", "stacked"):
+        for _, stays in Tiers(tier, 1).run(jobs):
+            assert torch.equal(stays["aside/note"], kept["aside/note"])
+
+
+def test_parameters_without_a_gradient_stay_as_they_are():
+    class Half(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.unused = nn.Linear(3, 2), nn.Linear(3, 2)
+
+        def forward(self, x):
+            self.unused(x)
+            return self.used(x)
+
+    net = Half()
+    state = {k: v.clone() for k, v in net.state_dict().items()}
+    x, y, rows = torch.randn(4, 3), torch.zeros(4, dtype=torch.long), torch.arange(4)
+    how = Descent(0.1, momentum=0.9, weight_decay=0.5)
+    (done,) = fit_stack(program(net), [Trainee(state, rows, [len(rows)], torch.Generator())], x, y, how)
+    assert torch.equal(done.state["unused.weight"], state["unused.weight"])
+    assert not torch.equal(done.state["used.weight"], state["used.weight"])
+
+
+# Tiers and the grid.
+
+
+def run_grid(run, tier, threads=2):
+    grid = InProcessGrid(client_app, len(setting(run).population.users), {"run": run.to_json()}, tier=tier)
+    grid._tiers.threads = threads
+    done = []
+    with task_identity(1):
+        conduct(grid, run, Listener(on_end=done.append))
+    kept = {
+        node: {k: r.to_torch_state_dict() for k, r in c.state.array_records.items()}
+        for node, c in grid.contexts.items()
+    }
+    return done[0], kept
+
+
+def test_threads_give_the_same_bits(small):
+    run = small("fedbn", model="small-cnn", rounds=1)
+    before = torch.get_rng_state()
+    a, kept_a = run_grid(run, "one")
+    b, kept_b = run_grid(run, "threads")
+    assert torch.equal(before, torch.get_rng_state())
+    assert same(a.server.state, b.server.state)
+    assert a.curve == b.curve
+    assert a.scores == b.scores
+    assert all(same(kept_a[n][k], kept_b[n][k]) for n in kept_a for k in kept_a[n])
+
+
+@pytest.mark.parametrize("tier", ["lean", "stacked", "auto"])
+def test_the_grid_runs_stacks_behind_the_same_apps(tier, small):
+    run = small("silobn", model="mlp", clients_per_round=4)
+    (a, _), (b, _) = run_grid(run, "one"), run_grid(run, tier)
+    for key, value in a.server.state.items():
+        torch.testing.assert_close(b.server.state[key], value, rtol=1e-3, atol=1e-5)
+    assert [p.train_loss for p in b.curve] == pytest.approx([p.train_loss for p in a.curve], rel=1e-4)
+    if tier == "stacked":
+        assert not same(a.server.state, b.server.state)  # else it was not the stack that ran
+
+
+def test_clients_whose_noise_is_drawn_from_one_generator_do_not_run_at_once(small):
+    tiers = Tiers("threads", 2)
+    for model, independent in (("tests.fedbn.stacked.test_executors:network", False), ("mlp", True)):
+        here = setting(small(model=model, batch_size=16))
+        tiers._meet(here)
+        assert tiers._independent() is independent
+
+
+def test_threads_are_used_only_for_steps_worth_it(small, monkeypatch):
+    here = setting(small(model="mlp"))
+    jobs = [Train(here, u, here.start(), None, Progress(1, 1)) for u in here.trainers]
+    used = []
+    monkeypatch.setattr(Tiers, "_on_threads", lambda self, parts, do: used.append(len(parts)) or [None] * len(parts))
+    monkeypatch.setattr("fedbn.stacked.executors.WORTH_A_THREAD", 1e9)
+    Tiers("exact", 2).run(jobs)
+    assert used == []
+    monkeypatch.setattr("fedbn.stacked.executors.WORTH_A_THREAD", 0.0)
+    Tiers("exact", 2).run(jobs)
+    assert used == [len(jobs) - 3]
+
+
+@pytest.mark.parametrize("tier", ["one", "threads", "stacked"])
+def test_a_failing_client_is_the_only_one(tier, small):
+    here = setting(small("fedbn", model="mlp"))
+    jobs = [Train(here, u, here.start(), None, Progress(1, 1)) for u in here.trainers]
+    jobs[1] = replace(jobs[1], received={})
+    results = Tiers(tier, 2).run(jobs)
+    assert [isinstance(r, Failure) for r in results] == [i == 1 for i in range(len(jobs))]
+    assert isinstance(results[1].error, KeyError)
+    expected, _ = client_round(here, here.trainers[0], here.start(), None, Progress(1, 1))
+    for key, value in expected.state.items():
+        torch.testing.assert_close(results[0][0].state[key], value, rtol=0 if tier != "stacked" else 1e-3, atol=1e-6)
+
+
+def test_a_stack_in_which_nobody_can_begin_gives_everyones_error(small):
+    here = setting(small("fedbn", model="mlp"))
+    jobs = [Train(here, u, {}, None, Progress(1, 1)) for u in here.trainers[:2]]
+    assert [type(r.error) for r in Tiers("stacked", 1).run(jobs)] == [KeyError, KeyError]
+
+
+def test_a_mistake_in_the_stack_is_not_hidden_by_training_alone(small, monkeypatch):
+    here = setting(small("fedbn", model="mlp"))
+    jobs = [Train(here, u, here.start(), None, Progress(1, 1)) for u in here.trainers[:2]]
+
+    def broken(*args):
+        raise RuntimeError("wrong shape")
+
+    monkeypatch.setattr("fedbn.stacked.cohort.fit_stack", broken)
+    with pytest.raises(RuntimeError, match="wrong shape"):
+        Tiers("stacked", 1).run(jobs)
+
+
+def test_the_reason_for_training_alone_is_given_once(small, caplog):
+    here = setting(small("fedbn+fedrep", model="mlp"))
+    tiers = Tiers("stacked", 1)
+    jobs = [Train(here, u, here.start(), None, Progress(1, 1)) for u in here.trainers[:2]]
+    with caplog.at_level(logging.INFO, logger="fedbn.stacked.executors"):
+        tiers.run(jobs)
+        tiers.run(jobs)
+    assert [r.message for r in caplog.records] == ["training client by client: fedrep trains in its own way"]
+
+
+def test_an_unknown_tier_is_named_with_the_nearest():
+    assert parse_tier("stacked") == "stacked"
+    with pytest.raises(UserError, match="'stackd'.*stacked"):
+        parse_tier("stackd")
+    assert cores() >= 1
+
+
+@given(st.integers(1, 500))
+def test_stacks_are_even_and_cover_all(clients):
+    here = setting(ragged())
+    wide = width(here, clients)
+    assert 1 <= wide <= min(clients, 128)
+    stacks = -(-clients // wide)
+    assert stacks * wide - clients < stacks * 2 or stacks == 1
+
+
+# Suspended calls.
+
+
+@dataclass(frozen=True)
+class Job:
+    kind: ClassVar[Kind] = "talk"
+    number: int
+
+    def run(self):
+        return -self.number
+
+
+class OtherJob(Job):
+    pass
+
+
+def test_jobs_are_run_together_by_kind_and_calls_go_on_with_their_own_result():
+    seen = []
+
+    def run(jobs):
+        seen.append([(type(j).__name__, j.number) for j in jobs])
+        return [Failure(ValueError("bad")) if j.number == 9 else 10 * j.number for j in jobs]
+
+    def twice(n):
+        return execute(Job(execute(Job(n))))
+
+    def careful():
+        try:
+            return execute(Job(9))
+        except ValueError as error:
+            return str(error)
+
+    calls = [lambda: twice(1), lambda: execute(OtherJob(2)), careful, lambda: "none", lambda: twice(3)]
+    assert together(calls, run) == [100, 20, "bad", "none", 300]
+    assert seen == [
+        [("Job", 1), ("Job", 9), ("Job", 3)],
+        [("OtherJob", 2)],
+        [("Job", 10), ("Job", 30)],
+    ]
+    assert execute(Job(4)) == -4

@@ -1,0 +1,180 @@
+"""A minority of clients cannot move the statistics far, nor a reply hurt the server."""
+
+from __future__ import annotations
+
+import struct
+
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord
+from hypothesis import given
+from hypothesis import strategies as st
+
+from clients.records import arrays
+from clients.serialization import pack, unpack
+from fedbn.errors import UserError
+from fedbn.federation.client import client_round
+from fedbn.federation.server import Server
+from fedbn.federation.setup import setting
+from fedbn.statistics.moments import pooled_variance
+from fedbn.statistics.robust import location, robust_moments
+from fedbn.strategies.base import Progress, Update, strategy
+from simulations.server.validation import BadReply, admitted, admitted_notes
+from tests.helpers import same
+
+values = st.lists(st.floats(-100, 100, width=32), min_size=5, max_size=11)
+
+
+@given(values)
+def test_without_cutting_it_is_the_law_of_total_variance(xs):
+    means = [torch.tensor([x]) for x in xs]
+    variances = [torch.tensor([abs(x) + 1]) for x in xs]
+    centre, variance = robust_moments(means, variances, "trimmed", 0.0)
+    assert float(variance) == pytest.approx(float(pooled_variance(means, variances, [1.0] * len(xs))), rel=1e-4)
+    assert float(centre) == pytest.approx(sum(xs) / len(xs), abs=1e-4)
+
+
+@pytest.mark.parametrize(("how", "trim"), [("median", 0.0), ("trimmed", 0.34)])
+def test_a_value_that_is_not_a_number_counts_as_the_largest(how, trim):
+    found = location([torch.tensor([x]) for x in (1.0, float("nan"), 2.0)], how, trim)
+    assert found.item() == 2.0
+
+
+@given(values, st.sampled_from(["median", "trimmed"]), st.sampled_from([float("nan"), float("inf"), 1e30, -1e30]))
+def test_a_minority_cannot_leave_the_range_of_the_honest(xs, how, poison):
+    honest = [torch.tensor([x]) for x in xs]
+    bad = [torch.tensor([poison])] * (len(xs) // 5)
+    found = float(location([*honest, *bad], how, 0.25))
+    assert min(xs) - 1e-3 <= found <= max(xs) + 1e-3
+
+
+ATTACKS = {
+    "huge variance": lambda k, v: v * 0 + 1e12 if k.endswith("var") else v,
+    "zero variance": lambda k, v: v * 0 if k.endswith("var") else v,
+    "far mean": lambda k, v: v + 1e6 if k.endswith("mean") else v,
+    "flipped": lambda k, v: -v if k.endswith("mean") else v,
+    "nan": lambda k, v: v * float("nan"),
+}
+
+
+def poisoned(here, attack, bad):
+    """One round in which users ``bad`` send poisoned statistics; the server's statistics."""
+    server, updates = Server(here.start(), here.start()), []
+    for user in here.trainers:
+        update, _ = client_round(here, user, here.start(), None, Progress(1, 2))
+        if user in bad:
+            state = {k: attack(k, v) if "running" in k else v for k, v in update.state.items()}
+            update = Update(update.user, state, update.examples, update.loss)
+        updates.append(update)
+    server.advance(here, updates, 1)
+    return {k: v for k, v in server.state.items() if "running" in k}
+
+
+def distance(state, other):
+    return max(float(((state[k] - other[k]).abs() / (other[k].abs() + 1)).nan_to_num(1e9).max()) for k in other)
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+@pytest.mark.parametrize("text", ["global-robust", "global-robust:how=median"])
+def test_poisoned_statistics_barely_move_the_pool(name, text, small):
+    here = setting(small(text))
+    bad = set(here.trainers[:1])
+    honest = poisoned(here, ATTACKS[name], set())
+    assert distance(poisoned(here, ATTACKS[name], bad), honest) < 0.5
+
+
+@pytest.mark.parametrize("name", ["huge variance", "far mean", "nan"])
+def test_the_same_attack_ruins_the_plain_pool(name, small):
+    here = setting(small("global-pooled"))
+    bad = set(here.trainers[:1])
+    assert distance(poisoned(here, ATTACKS[name], bad), poisoned(here, ATTACKS[name], set())) > 100
+
+
+@pytest.mark.parametrize("text", ["global-robust:trim=0.5", "global-robust:trim=-0.1"])
+def test_a_share_to_trim_is_checked(text):
+    with pytest.raises(UserError, match=r"\[0, 0.5\)"):
+        strategy(text)
+
+
+# What the server lets in
+
+
+def npy(header, body=b""):
+    """A file in NumPy's format with any header."""
+    text = header.encode() + b"\n"
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text + body
+
+
+class Boom:
+    def __reduce__(self):
+        return (pytest.fail, ("code of a client was run",))
+
+
+def pickled():
+    import pickle
+
+    return pickle.dumps(Boom())
+
+
+HOSTILE = {
+    "a header that promises terabytes": npy(
+        "{'descr': '<f8', 'fortran_order': False, 'shape': (10**13,)}".replace("10**13", str(10**13))
+    ),
+    "a pickle in place of values": npy("{'descr': '|O', 'fortran_order': False, 'shape': (1,)}", pickled()),
+    "a bare pickle": pickled(),
+    "code in the header": npy("__import__('os').abort()"),
+    "nothing": b"",
+    "negative sizes": npy("{'descr': '<f8', 'fortran_order': False, 'shape': (-1,)}", b"12345678"),
+    "too few values": npy("{'descr': '<f4', 'fortran_order': False, 'shape': (3,)}", b"1234"),
+    "another version": b"\x93NUMPY\x09\x00" + b"x" * 64,
+    "a zip bomb's name": b"PK\x03\x04" + b"\0" * 64,
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_bytes_are_refused_without_running_or_filling_anything(name):
+    with pytest.raises(UserError, match="cannot be read"):
+        unpack(Array("float32", (3,), "numpy.ndarray", HOSTILE[name]))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape"), [("float31", (3,)), ("O", (3,)), ("float32", (-3,)), ("float32", (10**13,)), ("float32", (4,))]
+)
+def test_what_an_array_claims_to_be_is_not_believed(dtype, shape):
+    data = pack(torch.zeros(3)).data
+    try:
+        found = unpack(Array(dtype, shape, "numpy.ndarray", data))
+    except UserError:
+        return
+    assert found.shape == (3,)
+
+
+def test_a_clients_reply_is_let_in_whole_or_not_at_all(small):
+    here = setting(small("fedbn"))
+    good = here.start()
+    first = next(iter(good))
+    assert same(admitted(here, 3, arrays(good)), good)
+    wrong = {
+        "too many or too few": {k: v for k, v in good.items() if k != first},
+        "extra": good | {"extra": torch.zeros(1)},
+        "expected torch.float32": good | {first: good[first].double()[..., :1].float()},
+        "NaN or Inf": good | {first: good[first] * float("nan")},
+        "as torch.float64|bytes for": good | {first: good[first].double()},
+        "bytes for": good | {first: torch.zeros(100_000)},
+    }
+    for match, state in wrong.items():
+        with pytest.raises(BadReply, match=rf"client 3 .*({match}).*nothing of its reply was used"):
+            admitted(here, 3, arrays(state))
+    hostile = arrays(good)
+    hostile[first] = Array("float32", (3,), "numpy.ndarray", HOSTILE["a bare pickle"])
+    with pytest.raises(BadReply, match="cannot be read"):
+        admitted(here, 3, hostile)
+
+
+def test_notes_are_limited_too(small):
+    here = setting(small("fedbn"))
+    assert same(admitted_notes(here, 3, arrays({"n": torch.zeros(3)})), {"n": torch.zeros(3)})
+    with pytest.raises(BadReply, match="bytes of notes"):
+        admitted_notes(here, 3, arrays({"n": torch.zeros(10_000_000)}))
+    with pytest.raises(BadReply, match="cannot be read"):
+        admitted_notes(here, 3, ArrayRecord({"n": Array("float32", (3,), "numpy.ndarray", b"junk")}))

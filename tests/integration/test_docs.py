@@ -1,0 +1,73 @@
+"""The documents say what is there: lists as the command line gives them, links that lead somewhere."""
+
+from __future__ import annotations
+
+import doctest
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from simulations.cli.catalog import Kind, _rows
+from simulations.report.documents import markdown
+from tests.commands import commands_in, parses
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [d for d in DOCUMENTS if d.name != "README.md"]
+METHODS = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("kind", re.findall(r"<!-- begin (\w+) -->", METHODS))
+def test_lists_are_as_the_command_gives_them(kind):
+    block = re.search(f"<!-- begin {kind} -->\n(.*?)<!-- end {kind} -->", METHODS, re.DOTALL)[1]
+    assert block == markdown(_rows(Kind(kind))), f"run: fedbn list {kind} --into docs/methods.md"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_to_files_lead_somewhere(document):
+    text = document.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", text):
+        if not target.startswith(("http://", "https://")):
+            assert (document.parent / target).exists(), f"{document.name}: {target}"
+
+
+@pytest.mark.parametrize("line", dict.fromkeys(line for page in PAGES for line in commands_in(page)))
+def test_commands_parse(line):
+    parses(line)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.name)
+def test_commands_under_tables_write_where_anybody_could(document):
+    made = [line for line in document.read_text(encoding="utf-8").splitlines() if "made by `fedbn" in line]
+    assert not [line for line in made if "=/" in line or " /" in line.partition("made by")[2]]
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if ">>>" in p.read_text()], ids=lambda path: path.name)
+def test_python_examples_run(page):
+    result = doctest.testfile(str(page), module_relative=False)
+    assert result.attempted
+    assert not result.failed
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--site-dir", str(tmp_path / "site")],
+        cwd=ROOT,
+        env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "WARNING" not in done.stderr
+    page = (tmp_path / "site" / "reference" / "index.html").read_text()
+    assert "fedbn.statistics.moments.Moments.merge" in page
+    assert "math:" not in page
+    assert "<math" in (tmp_path / "site" / "reference-methods" / "index.html").read_text()
+    for part in (tmp_path / "site").rglob("*.html"):
+        assert not re.findall(r'(?:src|href)="https?://[^"]+\.(?:js|css|woff2?)"', part.read_text()), part

@@ -1,0 +1,267 @@
+"""Flower's own simulation gives the same bits, says truly how a run ended, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+import tomllib
+import uuid
+from pathlib import Path
+
+import pytest
+
+from clients.app import app as client_app
+from clients.config import run_from_config
+from fedbn.errors import UserError
+from fedbn.federation.run import Run, plan_for
+from fedbn.strategies.base import strategies
+from simulations.engines.execute import execute
+from simulations.engines.grid import InProcessGrid
+from simulations.engines.ray import ray_session
+from simulations.flower.compat import task_identity
+from simulations.flower.superlink import MODULES, PRIVATE, FlowerRunError
+from simulations.server.nodes import Clients
+from simulations.storage.checkpoint import load_outcome
+from tests.helpers import same
+from tests.integration.ray_server import RUNS
+
+ROOT = Path(__file__).parents[2]
+MARK = "FEDBN_TEST_MARK"
+
+MODELS = """
+import os
+import sys
+
+from torch import nn
+
+from fedbn.errors import UserError
+
+
+def plain(shape, classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.BatchNorm1d(16), nn.Linear(16, classes))
+
+
+def refused_by_the_server(shape, classes):
+    if "FLWR_HOME" in os.environ:
+        raise UserError(f"cache {os.environ['FEDBN_CACHE']} is not mine\\nuse another")
+    return plain(shape, classes)
+
+
+def broken_at_the_clients(shape, classes):
+    if "worker" in sys.argv[0]:
+        raise ZeroDivisionError("a bug of the model's")
+    return plain(shape, classes)
+"""
+
+
+def short(strategy, **fields):
+    clients = None if strategies()[strategy].gathers else 4
+    plan = plan_for("digits8", rounds=2, clients_per_round=clients, eval_every=1, global_test=60)
+    return Run("digits8", strategy, plan=plan, **fields).resolved()
+
+
+def everything():
+    """Runs by name: of every strategy, and of clients that personalise by a rule."""
+    rules = {
+        "population": short("global-naive", rule="population:diversity=1"),
+        "ema": short("fedbn", rule="ema:rate=0.3"),
+    }
+    return {name: short(name) for name in strategies()} | rules
+
+
+def marked(mark):
+    """Live processes that inherited the mark, by id, with their environments; zombies have none."""
+    found = {}
+    for place in Path("/proc").iterdir():
+        try:
+            environment = (place / "environ").read_bytes().decode(errors="replace").split("\0")
+        except OSError:
+            continue
+        if f"{MARK}={mark}" in environment:
+            found[int(place.name)] = dict(e.split("=", 1) for e in environment if "=" in e)
+    return found
+
+
+def assert_same(a, b):
+    assert same(a.server.state, b.server.state)
+    assert same(a.server.serving, b.server.serving)
+    assert same(a.server.memory, b.server.memory)
+    assert a.curve == b.curve
+    assert a.scores == b.scores
+
+
+@pytest.fixture(scope="module")
+def on_ray(tmp_path_factory):
+    """A function that executes runs; all share a SuperLink, started where the user's models are."""
+    place, mark = tmp_path_factory.mktemp("elsewhere"), uuid.uuid4().hex
+    (place / "ray_models.py").write_text(MODELS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        patch.syspath_prepend(place)
+        patch.setenv(MARK, mark)
+        patch.setenv("FEDBN_CACHE", str(place / "cache"))
+        with ray_session(actors=1) as go:  # two cost more in starting than they save
+            started = marked(mark)
+            yield go
+    assert started
+    assert not marked(mark)
+    assert not any(Path(environment["FLWR_HOME"]).exists() for environment in started.values())
+
+
+@pytest.fixture(scope="module")
+def all_on_ray(tmp_path_factory):
+    """A function that gives a run's outcome; all were executed in one simulation, one after the other."""
+    place, runs = tmp_path_factory.mktemp("all"), everything()
+    (place / RUNS).write_text(json.dumps({name: run.to_json() for name, run in runs.items()}))
+    last = list(runs)[-1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(MODULES, "fedbn_run_server.py", "tests.integration.ray_server")
+        patch.setitem(MODULES, "fedbn_run_client.py", "tests.integration.ray_client")
+        with ray_session() as go:
+            go(runs[last], place / f"{last}.safetensors")
+    return lambda name: load_outcome(place / f"{name}.safetensors", runs[name])
+
+
+@pytest.mark.ray
+@pytest.mark.xdist_group("all-on-ray")
+@pytest.mark.parametrize("name", everything())
+def test_ray_equals_the_grid_and_the_loop(name, all_on_ray):
+    run = everything()[name]
+    outcome = all_on_ray(name)
+    assert_same(outcome, execute(run, "grid"))
+    assert_same(outcome, execute(run, "reference"))
+    assert not outcome.kept
+
+
+@pytest.mark.ray
+@pytest.mark.xdist_group("on-ray")
+def test_what_the_user_did_wrong_is_said_as_in_this_process(on_ray):
+    with pytest.raises(UserError, match=r"cache .*elsewhere.*/cache is not mine\nuse another") as caught:
+        on_ray(short("fedbn", model="ray_models:refused_by_the_server"))
+    assert "Traceback" not in str(caught.value)
+
+
+@pytest.mark.ray
+@pytest.mark.xdist_group("on-ray")
+def test_a_bug_at_a_client_fails_the_run_and_shows_the_log(on_ray):
+    with pytest.raises(FlowerRunError, match=r"(?s)finished:failed: train, user \d.*a bug of the model's"):
+        on_ray(short("fedbn", model="ray_models:broken_at_the_clients"))
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_leaves_nothing_behind(how, tmp_path):
+    mark = uuid.uuid4().hex
+    script = tmp_path / "long.py"
+    script.write_text(
+        "import signal\nfrom fedbn.federation.run import Run, plan_for\n"
+        "from simulations.engines.execute import execute\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored in a shell's background job
+        "execute(Run('digits8', 'fedbn', plan=plan_for('digits8', rounds=10_000)).resolved(), 'ray')\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, str(script)],
+        env=os.environ | {MARK: mark},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not any("RAY_JOB_ID" in e or "RAY_RAYLET_PID" in e for e in marked(mark).values()):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        homes = {Path(e["FLWR_HOME"]) for e in marked(mark).values() if "FLWR_HOME" in e}
+        process.send_signal(how)
+        time.sleep(1)
+        process.send_signal(how)  # as impatient people do
+        said, _ = process.communicate(timeout=60)
+        assert process.returncode != 0
+        assert not said
+        assert not marked(mark)
+        assert homes
+        assert not any(home.parent.exists() for home in homes)
+    finally:
+        kill(mark)
+
+
+@pytest.mark.ray
+def test_flwr_run_in_a_checkout(tmp_path):
+    checkout, home, out, mark = (
+        tmp_path / "checkout",
+        tmp_path / "home",
+        tmp_path / "out.st",
+        uuid.uuid4().hex,
+    )
+    for package in ("fedbn", "clients", "simulations"):
+        shutil.copytree(ROOT / package, checkout / package, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, checkout / name)
+    scripts = sysconfig.get_path("scripts")
+    environment = (
+        os.environ
+        | PRIVATE
+        | {
+            MARK: mark,
+            "FLWR_HOME": str(home),
+            "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(23_000 + os.getpid() % 9_000),
+            "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}",
+        }
+    )
+    settings = {"strategy": "silobn", "plan": "rounds=2:clients-per-round=4:eval-every=1:global-test=60"}
+    config = " ".join(f'{k}="{v}"' for k, v in (settings | {"out": str(out)}).items())
+    try:
+        command = [shutil.which("flwr", path=scripts), "run", ".", "--stream", "--run-config", config]
+        done = subprocess.run(
+            [*command, "--federation-config", "num-supernodes=10 client-resources-num-cpus=1"],
+            cwd=checkout,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=180,
+        )
+    finally:
+        kill(mark)
+    assert out.exists(), done.stdout + done.stderr
+    run = run_from_config({"scenario": "digits8", **settings})
+    assert_same(load_outcome(out, run), execute(run, "grid"))
+    assert (checkout / "pyproject.toml").read_bytes() == (ROOT / "pyproject.toml").read_bytes()
+
+
+def kill(mark):
+    """End what a test started and did not end itself."""
+    while pids := marked(mark):
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        time.sleep(0.2)
+
+
+def test_the_run_config_names_a_run_and_the_app_includes_all_code():
+    app = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
+    assert run_from_config(app["config"]) == Run("digits8", "fedbn", plan=plan_for("digits8")).resolved()
+    included = {path for pattern in app["fab-include"] for path in ROOT.glob(pattern)}
+    assert all(any(ROOT.glob(pattern)) for pattern in app["fab-include"])
+    assert included >= {p for package in ("fedbn", "clients", "simulations") for p in (ROOT / package).rglob("*.py")}
+
+
+def test_too_few_nodes_are_an_error_and_no_endless_wait():
+    grid = InProcessGrid(client_app, 2, {})
+    with (
+        task_identity(1),
+        pytest.raises(UserError, match="add --federation-config 'num-supernodes=10' to flwr run"),
+    ):
+        Clients(grid, 10)
+
+
+def test_without_ray_the_error_names_what_to_install(monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "ray" else found(name, *rest))
+    with pytest.raises(UserError, match=r"pip install 'fedbn\[ray\]'"):
+        execute(short("fedbn"), "ray")

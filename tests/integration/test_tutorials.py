@@ -1,0 +1,76 @@
+"""A reader who types what a page says, line after line, gets what it says; here with one round and one seed."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from simulations.cli import app as cli
+from tests.commands import commands_in
+
+DOCS = Path(__file__).parents[2] / "docs"
+PAGES = [
+    *(DOCS / f"{name}.md" for name in ("index", "own", "privacy", "faq")),
+    *sorted((DOCS / "tutorials").glob("*.md")),
+]
+SMALL = {
+    "compare": ["--rounds", "1", "--seeds", "1", "--eval-every", "1", "--workers", "1", "--quiet"],
+    "personalise": ["--rounds", "1", "--seeds", "1", "--quiet"],
+    "claims": ["--seeds", "2", "--workers", "1"],
+}
+FEWER = {"hapt": "hapt:reserved=15", "digits": "digits:train=64:test=32"}  # half of its people; few images
+ELSEWHERE = [
+    "fedbn demo",
+    "fedbn leakage hapt",
+    "fedbn leakage hapt --states",
+]  # stays open; take minutes. All have tests of their own.
+MODEL = """
+from torch import nn
+
+def net(shape, classes):
+    body = nn.Conv1d(shape[0], 8, 5), nn.BatchNorm1d(8), nn.AdaptiveAvgPool1d(1), nn.Flatten()
+    return nn.Sequential(*body, nn.Linear(8, classes))
+"""
+
+
+@pytest.fixture
+def reader(tmp_path, monkeypatch):
+    """Somebody in an empty directory but for the files that docs/own.md takes to be theirs; runs one line."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    rng = np.random.default_rng(0)
+    user, y = np.repeat(np.arange(4), 40), np.tile([0, 1], 80)
+    x = (rng.normal(size=(160, 3, 128)) + y[:, None, None]).astype("float32")
+    np.savez("mine.npz", x=x, y=y, user=user)
+    flat = {f"acc{i}": column for i, column in enumerate(x.reshape(160, -1).T)}
+    pd.DataFrame({**flat, "activity": y, "subject": user}).to_csv("walks.csv", index=False)
+    Path("mymodels.py").write_text(MODEL)
+    monkeypatch.delitem(sys.modules, "mymodels", raising=False)
+
+    def run(line):
+        _, name, *given = shlex.split(line)
+        alone = "--help" in given or not given  # `fedbn claims` only lists
+        small = [] if alone else SMALL.get(name, [])
+        monkeypatch.setattr(sys, "argv", ["fedbn", name, *(FEWER.get(word, word) for word in given), *small])
+        try:
+            cli.main()
+        except SystemExit as stop:
+            return stop.code or 0
+        return 0
+
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_command_of_a_page_does_what_it_says(page, reader, capsys):
+    lines = [line for line in commands_in(page) if line not in ELSEWHERE]
+    assert lines
+    for line in lines:
+        code = reader(line)
+        assert code == 0, f"{line}: {capsys.readouterr().err}"

@@ -1,0 +1,69 @@
+"""``fedbn new strategy`` makes a package that builds, is found by its entry point and passes its own tests."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fedbn.errors import UserError
+from simulations.cli.new import new_strategy
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.mark.slow
+def test_the_package_builds_is_found_and_passes_its_tests(tmp_path):
+    pytest.importorskip("hatchling")
+    place = new_strategy("my-norm", tmp_path / "made")
+    build = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-build-isolation"]
+    done = subprocess.run([*build, "--target", tmp_path / "site", place], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    env = os.environ | {"PYTHONPATH": f"{tmp_path / 'site'}{os.pathsep}{ROOT}"}
+
+    def run(*command):
+        return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=env, cwd=tmp_path)
+
+    listed = run("-m", "fedbn", "list", "strategies", "--json")
+    assert '"my-norm"' in listed.stdout, listed.stderr
+    tested = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "--doctest-modules", place)
+    assert tested.returncode == 0, tested.stdout
+    assert "3 passed" in tested.stdout
+    audited = run("-m", "fedbn", "audit", "resnet20", "--strategy", "my-norm", "--json")
+    assert '"strategy": "my-norm"' in audited.stdout, audited.stderr
+
+
+def test_what_is_written_is_python_in_style(tmp_path):
+    place = new_strategy("a2-norm", tmp_path / "made")
+    assert {str(p.relative_to(place)) for p in place.rglob("*") if p.is_file()} == {
+        "README.md",
+        "pyproject.toml",
+        "fedbn_a2_norm/__init__.py",
+        "tests/test_fedbn_a2_norm.py",
+    }
+    for path in place.rglob("*.py"):
+        compile(path.read_text(), path, "exec")
+        assert "{{" not in path.read_text()
+    assert "class A2Norm(NormStrategy)" in (place / "fedbn_a2_norm" / "__init__.py").read_text()
+
+
+@pytest.mark.parametrize("name", ["My", "2norm", "a--b", "a_b", "a-", "", "a/b", "a\n"])
+def test_names_that_cannot_be(name, tmp_path):
+    with pytest.raises(UserError, match="cannot be a strategy's name"):
+        new_strategy(name, tmp_path / "made")
+    assert not list(tmp_path.iterdir())
+
+
+def test_names_that_are_taken_and_places_that_are(tmp_path):
+    with pytest.raises(UserError, match="there is a strategy 'fedbn' already"):
+        new_strategy("fedbn", tmp_path / "made")
+    (tmp_path / "file").write_text("mine")
+    for place in (tmp_path, tmp_path / "file"):
+        with pytest.raises(UserError, match="exists already: choose another --out"):
+            new_strategy("my-norm", place)
+    with pytest.raises(UserError, match="cannot write"):
+        new_strategy("my-norm", tmp_path / "file" / "below")
+    assert (tmp_path / "file").read_text() == "mine"

@@ -1,0 +1,275 @@
+"""``fedbn report``: formats of the matrix, several comparisons side by side, and ``--quiet`` on every command."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from fedbn.errors import UserError
+from simulations.cli import app as cli
+from simulations.report import plots
+from simulations.report.page import FORMATS, write_report, write_side_by_side
+from simulations.results import inference
+from simulations.results.comparison import Comparison
+from simulations.results.inference import mean_of_users
+from simulations.results.side_by_side import SideBySide
+from tests.simulations.results.test_comparison import write
+
+HOSTILE = '<script>alert("x")</script>&$_{|'
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    monkeypatch.setattr(inference, "RESAMPLES", 50)
+    for name in ("png", "pdf"):
+        monkeypatch.setattr(plots, name, lambda figure: b"")
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """Two comparisons of the same people; the second is 5 points better, and lacks one strategy."""
+    place = tmp_path_factory.mktemp("pair")
+    write(place / "a" / "found", {"global": 0.80, HOSTILE: 0.85, "groupnorm": 0.82})
+    write(
+        place / "b" / "found", {"global": 0.85, HOSTILE: 0.90}, seeds=(0, 1), settings={"rounds": 30, "batch_size": 32}
+    )
+    return place / "a" / "found", place / "b" / "found"
+
+
+@pytest.fixture(scope="module")
+def written(pair, tmp_path_factory):
+    """The first of them with its page."""
+    place = shutil.copytree(pair[0], tmp_path_factory.mktemp("written") / "copy")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inference, "RESAMPLES", 50)
+        for name in ("png", "pdf"):
+            patch.setattr(plots, name, lambda figure: b"")
+        write_report(place)
+    return place
+
+
+@pytest.fixture
+def call(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["fedbn", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        said = capsys.readouterr()
+        return code, said.out, " ".join(said.err.split())
+
+    return call
+
+
+# ---------------------------------------------------------------- side by side
+
+
+def test_names_are_as_long_as_they_must_be(pair):
+    assert list(SideBySide.load(pair).comparisons) == ["a/found", "b/found"]
+    with pytest.raises(UserError, match="named twice"):
+        SideBySide.load([pair[0], pair[0].parent / "found"])
+
+
+def test_differences_are_those_of_common_users_and_seeds(pair):
+    side = SideBySide.load(pair)
+    first, second = side.comparisons.values()
+    frame = side.differences().set_index(["strategy", "row", "column"])
+    assert set(frame.index.get_level_values("strategy")) == {"global", HOSTILE}
+    line = frame.loc[("global", "own", "aggregated")]
+    ours, theirs = (c.values("global", "own", "aggregated")[[0, 1]].to_numpy() for c in (second, first))
+    assert line["difference"] == pytest.approx(mean_of_users(ours - theirs))
+    assert line["difference"] == pytest.approx(0.05)
+    assert (line["n_users"], line["n_seeds"]) == (12, 2)
+    assert np.isnan(line["ci_low"])  # made so that all users differ by the same, which says nothing of other users
+
+
+def test_other_scenarios_are_not_subtracted(tmp_path):
+    write(tmp_path / "a")
+    write(tmp_path / "b", scenario="hapt:unseen=3")
+    write(tmp_path / "c", scenario="synthetic:more=1")
+    assert SideBySide.load([tmp_path / "a", tmp_path / "b"]).differences().empty
+    assert not SideBySide.load([tmp_path / "a", tmp_path / "c"]).differences().empty
+    page = tmp_path / "page.html"
+    write_side_by_side([tmp_path / "a", tmp_path / "b"], page)
+    assert "so nothing can be subtracted" in page.read_text()
+
+
+def test_only_settings_that_differ_are_told(pair):
+    table = SideBySide.load(pair).settings()
+    assert table.loc["rounds"].tolist() == ["20", "30"]
+    assert "batch size" not in table.index
+    assert table.loc["seeds"].tolist() == ["3", "2"]
+
+
+def test_the_long_table_holds_both_matrices(pair):
+    long = SideBySide.load(pair).long()
+    for name, place in zip(("a/found", "b/found"), pair, strict=True):
+        mine = long[long["comparison"] == name].drop(columns="comparison").reset_index(drop=True)
+        pd.testing.assert_frame_equal(mine, Comparison.load(place).matrix())
+
+
+def test_the_page_of_several(pair, tmp_path):
+    page = tmp_path / "new" / "page.html"
+    write_side_by_side(pair, page)
+    text = page.read_text()
+    assert "<script>alert" not in text
+    assert not re.search(r'(?:src|href)="(?!data:)', text)
+    assert text.count('class="sortable cards"') == 2
+    for part in ("a/found", "b/found", "What is not the same", "rounds", "statistics"):
+        assert part in text
+    shown = SideBySide.load(pair).differences_wide()
+    assert shown.index.names == ["statistics", "strategy", "comparison"]
+    assert list(shown.columns) == ["own test", "worst 10 %", "global test", "unseen users"]
+    assert list(dict.fromkeys(shown.index.get_level_values(0))) == ["as aggregated", "recalibrated", "adapted online"]
+
+
+# ---------------------------------------------------------------- formats
+
+
+@pytest.mark.parametrize("several", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_formats_on_the_command_line(pair, call, several):
+    places = pair if several else pair[:1]
+    found = SideBySide.load(pair) if several else Comparison.load(pair[0])
+    for name, (suffix, made) in FORMATS.items():
+        code, out, err = call("report", *places, "--format", name)
+        assert (code, out, err) == (0, made(found), "")
+        assert call("report", *places, "--format", name, "--out", f"new/table{suffix}")[0] == 0
+    read = pd.read_csv("new/table.csv")
+    pd.testing.assert_frame_equal(read, found.long(), check_dtype=False, check_exact=False)
+    with open("new/table.tex", encoding="utf-8") as file:
+        latex = file.read()
+    assert r"\toprule" in latex
+    assert r"\$\_\{|" in latex  # a label is no formula
+    with open("new/table.md", encoding="utf-8") as file:
+        lines = file.read().splitlines()
+    assert r"\|" in lines[3 if not several else 4]
+    bars = {len(re.findall(r"(?<!\\)\|", line)) for line in lines}
+    assert len(bars) == 1  # every line has as many cells
+
+
+def test_a_page_has_its_tables_with_it(written, monkeypatch):
+    place, page = written, (written / "report.html").read_text()
+    for name, (suffix, made) in FORMATS.items():
+        assert (place / f"matrix{suffix}").read_text() == made(Comparison.load(place)), name
+        assert f'download="matrix{suffix}" href="data:text/plain;base64,' in page
+    figures = {p.name for p in (place / "figures").iterdir()}
+    assert {f"matrix{s}" for s in (".png", ".pdf", ".svg")} <= figures
+    assert "@software{fedbn," in page
+    assert (place / "figures" / "matrix.svg").read_text().startswith("<svg")
+
+
+def test_every_cell_of_a_wide_table_names_its_column(written):
+    """On a phone rows become cards, so a cell must say what it is."""
+    page = (written / "report.html").read_text()
+    for table in re.findall(r'<table class="[^"]*cards">.*?</table>', page, re.DOTALL):
+        head = re.findall(r"<th scope=\"col\"[^>]*>(.*?)</th>", table)
+        assert len(head) > 4
+        for row in re.findall(r"<tr>(.*?)</tr>", table.partition("<tbody>")[2], re.DOTALL):
+            assert re.findall(r'data-label="(.*?)"', row) == head
+
+
+@pytest.mark.slow
+def test_pdf_is_reproducible_and_keeps_its_text(pair, monkeypatch):
+    monkeypatch.undo()
+    first, second = (plots.pdf(plots.matrix_figure(Comparison.load(pair[0]))) for _ in range(2))
+    assert first == second
+    assert first.startswith(b"%PDF")
+    assert b"/Type3" not in first
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["{a}", "{b}", "--into", "x.md"], "--into takes one directory"),
+        (["{a}", "--full"], "--full goes with --into"),
+        (["{a}", "--format", "csv", "--json"], "not both"),
+        (["{a}", "--out", "x.html"], "--out goes with --format"),
+        (["{a}", "nowhere"], "nowhere is no comparison"),
+        (["{a}", "{a}"], "named twice"),
+        (["{a}", "--format", "pdf"], "Invalid value for '--format'"),
+    ],
+)
+def test_mistakes(pair, call, arguments, said):
+    code, out, err = call("report", *(part.format(a=pair[0], b=pair[1]) for part in arguments))
+    assert (code, out) == (2, "")
+    assert said in re.sub(r"[│\s]+", " ", err)
+
+
+@pytest.mark.slow
+def test_several_on_the_command_line(pair, call):
+    code, out, _ = call("report", *pair, "--out", "both.html", "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert list(found["answers"]) == ["a/found", "b/found"]
+    assert {line["comparison"] for line in found["matrix"]} == set(found["answers"])
+    assert found["differences"]
+    code, out, _ = call("report", *pair)
+    assert code == 0
+    assert "side-by-side.html" in out
+    assert "What is not the same" in out
+
+
+# ---------------------------------------------------------------- quiet
+
+
+def test_every_command_can_be_quiet_and_says_so(call):
+    names = [c.name or c.callback.__name__ for c in cli.app.registered_commands]
+    assert len(names) > 8
+    for name in names:
+        code, out, _ = call(name, "--help")
+        assert code == 0
+        assert "--quiet" in out, name
+
+
+@pytest.mark.parametrize("flag", ["--quiet", "-q"])
+def test_quiet_leaves_errors_codes_files_and_json(pair, call, tmp_path, flag):
+    assert call("report", pair[0], flag, "--format", "csv", "--out", "x.csv") == (0, "", "")
+    assert Path("x.csv").exists()
+    assert call("list", "models", flag) == (0, "", "")
+    code, out, err = call("list", "models", flag, "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out)
+    code, out, err = call("report", tmp_path / "nowhere", flag)
+    assert (code, out) == (2, "")
+    assert "is no comparison" in err
+    code, out, err = call("list", "rules", flag, "--nonsense")
+    assert (code, out) == (2, "")
+    assert "--nonsense" in err
+
+
+def test_interruption_of_a_quiet_command(pair, call, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("simulations.report.page.write_report", interrupted)
+    code, out, err = call("report", pair[0], "-q")
+    assert (code, out) == (130, "")
+    assert err == "interrupted; what was finished is kept"
+
+
+def test_completion_is_offered(call):
+    code, out, _ = call("--help")
+    assert code == 0
+    assert "--install-completion" in out
+    assert "--show-completion" in out
+
+
+def test_numbers_of_the_side_by_side_table(pair):
+    """A cell is the mean of its own comparison."""
+    shown = SideBySide.load(pair).wide().reset_index().set_index(["statistics", "strategy", "comparison"])
+    for name, place in zip(("a/found", "b/found"), pair, strict=True):
+        values = Comparison.load(place).values("global", "unseen", "online").to_numpy()
+        mean = f"{np.nanmean(values, axis=1).mean():.3f}".lstrip("0")
+        assert shown.loc[("adapted online", "global", name), "unseen users"].startswith(mean)
+    assert SideBySide.load(pair).to_markdown().startswith("| statistics | strategy | comparison |")

@@ -1,0 +1,188 @@
+"""The in-process Grid runs Flower's apps to the same bits as the readable loop, for every strategy."""
+
+from __future__ import annotations
+
+import pytest
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from clients.app import app as client_app
+from clients.config import run_from_config
+from clients.records import scores_from, scores_to
+from fedbn.errors import UserError
+from fedbn.federation.metrics import Score
+from fedbn.federation.setup import setting
+from fedbn.strategies.base import strategies
+from simulations.engines import grid
+from simulations.engines.execute import execute
+from simulations.engines.grid import InProcessGrid
+from simulations.flower.compat import task_identity
+from simulations.server.nodes import ClientError, Clients
+from simulations.server.rounds import conduct
+from tests.helpers import few, same
+
+
+def assert_same(a, b):
+    assert same(a.server.state, b.server.state)
+    assert same(a.server.serving, b.server.serving)
+    assert same(a.server.memory, b.server.memory)
+    assert a.kept.keys() == b.kept.keys()
+    assert all(same(a.kept[u], b.kept[u]) for u in a.kept)
+    assert a.curve == b.curve
+    assert a.scores == b.scores
+
+
+@pytest.mark.parametrize("name", strategies())
+def test_grid_equals_the_loop(name, small):
+    run = small(name, optimizer_state="keep", proximal=0.01, **few(name))
+    assert_same(execute(run, "reference"), execute(run, "grid"))
+
+
+@pytest.mark.parametrize("optimizer", ["fedavgm", "fedadam", "fedyogi", "fedadagrad"])
+def test_grid_equals_the_loop_with_server_optimisers(optimizer, small):
+    run = small("global-pooled", server_optimizer=optimizer, server_lr=0.1, weighting="uniform")
+    a, b = execute(run, "reference"), execute(run, "grid")
+    assert_same(a, b)
+    assert a.server.memory
+
+
+def test_what_is_local_is_never_in_a_message(small):
+    for name in strategies():
+        run = small(name, rounds=1, **few(name))
+        here = setting(run)
+        forbidden = set(here.ownership.roles) - set(here.ownership.travels)
+        seen = []
+
+        def spy(message, context, call_next):
+            reply = call_next(message, context)
+            for content in (message.content, reply.content):
+                seen.extend(k for r in content.array_records.values() for k in r)
+            return reply
+
+        app = ClientApp(mods=[spy])
+        for kind in ("train", "evaluate"):
+            getattr(app, kind)()(_handler(kind))
+        app.query("settle")(_handler("settle"))
+        app.query("consult")(_handler("consult"))
+        app.query("partition")(_handler("partition"))
+        grid = InProcessGrid(app, len(here.population.users), {"run": run.to_json()})
+        with task_identity(1):
+            conduct(grid, run)
+        assert not forbidden & set(seen), name
+        if here.ownership.travels:
+            assert set(here.ownership.travels) <= set(seen)
+
+
+def _handler(name):
+    import clients.app
+
+    return getattr(clients.app, name)
+
+
+def test_a_failing_client_stops_the_run_with_its_reason_and_keeps_its_state(small):
+    run = small("fedbn")
+    users = len(setting(run).population.users)
+    grid = InProcessGrid(client_app, users, {"run": run.to_json()}, fault=_down(2))
+    with task_identity(1), pytest.raises(ClientError, match="node .*: battery empty"):
+        conduct(grid, run)
+    app = ClientApp()
+
+    @app.train()
+    def train(message, context):
+        context.state["x"] = ConfigRecord({"a": 1})
+        raise RuntimeError("boom")
+
+    grid = InProcessGrid(app, 1, {})
+    with task_identity(1):
+        (reply,) = grid.send_and_receive([Message(RecordDict(), n, "train") for n in grid.get_node_ids()])
+    assert "RuntimeError: boom" in reply.error.reason
+    assert len(grid.partition_context(0).state) == 0
+
+
+def _down(partition):
+    def fault(message):
+        return "battery empty" if message.metadata.dst_node_id == 1_000_000 + partition else None
+
+    return fault
+
+
+def test_clients_do_not_see_each_others_writes():
+    app = ClientApp()
+
+    @app.train()
+    def train(message, context):
+        assert "mark" not in message.content["config"]
+        message.content["config"]["mark"] = 1
+        return Message(RecordDict(), reply_to=message)
+
+    grid = InProcessGrid(app, 3, {})
+    shared = RecordDict({"config": ConfigRecord({"a": 0})})
+    with task_identity(1):
+        replies = grid.send_and_receive([Message(shared, n, "train") for n in grid.get_node_ids()])
+    assert not any(r.has_error() for r in replies)
+    assert "mark" not in shared["config"]
+
+
+def test_node_ids_do_not_matter(small):
+    run = small("silobn", clients_per_round=3)
+    users = len(setting(run).population.users)
+    outcomes = []
+    for first in (7, 500):
+        with task_identity(1):
+            outcomes.append(conduct(InProcessGrid(client_app, users, {"run": run.to_json()}, first_node=first), run))
+    assert same(outcomes[0].server.state, outcomes[1].server.state)
+    assert outcomes[0].scores == outcomes[1].scores
+
+
+def test_an_unknown_node_is_an_error_reply():
+    grid = InProcessGrid(client_app, 2, {})
+    with task_identity(1):
+        (reply,) = grid.send_and_receive([Message(RecordDict(), 3, "train")])
+    assert reply.error.reason == "no such node"
+
+
+def test_users_are_found_by_partition_not_by_node(small):
+    run = small()
+    users = len(setting(run).population.users)
+    with task_identity(1):
+        clients = Clients(InProcessGrid(client_app, users, {"run": run.to_json()}), users)
+    assert clients.node == {i: 1_000_000 + i for i in range(users)}
+
+
+def test_scores_survive_a_message():
+    scores = [
+        Score("own", "aggregated", 7, 1 / 3, 0.1 + 0.2, 2.5),
+        Score("global", "online", 1, 0.0, 0.0, 1e-9),
+    ]
+    assert scores_from(scores_to(scores)) == scores
+
+
+def test_run_config_is_a_run(small):
+    run = small("groupnorm:groups=2", rounds=3, momentum=0.0)
+    assert run_from_config({"run": run.to_json()}) == run
+    config = {
+        "scenario": "digits8",
+        "strategy": "silobn",
+        "seed": 2,
+        "plan": "rounds=3:momentum=0",
+        "out": "",
+    }
+    assert run_from_config(config).plan.momentum == 0
+    assert run_from_config(config).seed == 2
+    with pytest.raises(UserError, match=r"write settings as rounds=5:lr=0.1, not 'rounds'"):
+        run_from_config({"scenario": "digits8", "strategy": "fedbn", "plan": "rounds"})
+
+
+def test_crowds_change_nothing_but_how_many_calls_are_open(small, monkeypatch):
+    run, open_calls = small("fedbn"), []
+    whole = execute(run, "grid")
+    real = grid.together
+
+    def counted(calls, do):
+        open_calls.append(len(calls))
+        return real(calls, do)
+
+    monkeypatch.setattr(grid, "together", counted)
+    monkeypatch.setattr(grid, "CROWD", 3)
+    assert_same(execute(run, "grid"), whole)
+    assert max(open_calls) == 3

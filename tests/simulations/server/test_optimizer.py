@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fedbn.config import Plan
+from fedbn.federation.loop import federate
+from fedbn.federation.setup import setting
+from fedbn.nn.roles import Role
+from simulations.engines.execute import execute
+from simulations.flower.compat import task_identity
+from simulations.server.optimizer import server_step
+from tests.helpers import same
+
+
+def states():
+    draw = torch.Generator().manual_seed(0)
+    return [{"w": torch.randn(3, generator=draw), "b": torch.randn(2, 2, generator=draw)} for _ in range(3)]
+
+
+def test_fedadam_follows_its_formula():
+    old, mean, second = states()
+    step = server_step(Plan(server_optimizer="fedadam", server_lr=0.1))
+    with task_identity(1):
+        new, memory = step(1, old, mean, {})
+        newer, _ = step(2, new, second, memory)
+    m = v = 0.0
+    for round_, (was, target, got) in enumerate([(old, mean, new), (new, second, newer)], start=1):
+        delta = target["w"].double() - was["w"].double()
+        m, v = 0.9 * m + 0.1 * delta, 0.99 * v + 0.01 * delta**2
+        rate = 0.1 * (1 - 0.99 ** (round_ + 1)) ** 0.5 / (1 - 0.9 ** (round_ + 1))
+        torch.testing.assert_close(got["w"].double(), was["w"] + rate * m / (v.sqrt() + 1e-3), rtol=1e-5, atol=1e-6)
+        assert got["w"].dtype == torch.float32
+
+
+def test_momentum_on_the_server_is_remembered_in_explicit_state():
+    old, mean, second = states()
+    step = server_step(Plan(server_optimizer="fedavgm", server_lr=0.5))
+    with task_identity(1):
+        new, memory = step(1, old, mean, {})
+        newer, _ = step(2, new, second, memory)
+    first = old["w"] - mean["w"]
+    torch.testing.assert_close(new["w"], old["w"] - 0.5 * first)
+    torch.testing.assert_close(newer["w"], new["w"] - 0.5 * (0.9 * first + new["w"] - second["w"]))
+
+
+@pytest.mark.parametrize("optimizer", ["fedavgm", "fedadam", "fedyogi", "fedadagrad"])
+def test_statistics_are_pooled_and_never_stepped_on(optimizer, small):
+    plain = federate(small("global-naive", rounds=1))
+    run = small("global-naive", rounds=1, server_optimizer=optimizer, server_lr=0.3)
+    stepped = execute(run, "reference")
+    roles = setting(run).ownership.roles
+    for key, value in plain.server.state.items():
+        equal = torch.equal(value, stepped.server.state[key])
+        assert equal == (roles[key] is Role.STATISTICS), key
+
+
+def test_no_optimiser_is_the_mean():
+    assert server_step(Plan()) is None
+    assert same(states()[0], states()[0])

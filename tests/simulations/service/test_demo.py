@@ -1,0 +1,387 @@
+from __future__ import annotations
+
+import math
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from urllib.request import urlopen
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+pytest.importorskip("fastapi")
+
+from starlette.testclient import TestClient
+
+from fedbn.data.population import Examples, User
+from fedbn.errors import UserError
+from fedbn.models import build
+from fedbn.online import personalize
+from simulations.cli.app import app as cli
+from simulations.service.access import Access
+from simulations.service.api import create
+from simulations.service.demo.routes import FILES, PAGE, VISITORS, routes
+from simulations.service.demo.session import RULES, WHO, Playground, Session
+from simulations.service.server import address, listen, server_of
+from simulations.service.users import People
+
+SHAPE, CLASSES = (6, 32), ("sitting", "walking")
+
+
+def examples(n, level, seed):
+    y = (torch.arange(n) // 5) % 2
+    draw = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, *SHAPE, generator=draw) * (1 + y)[:, None, None] + level
+    return Examples(x, y, torch.zeros(n, dtype=torch.long))
+
+
+@pytest.fixture(scope="module")
+def playground():
+    model = build("har-cnn", SHAPE, 2, seed=0)
+    for i in range(10):
+        model(examples(64, 0.0, i).x)
+    people = {
+        name: User(name, "x", examples(40, level, 20 + i), examples(60, level, 30 + i))
+        for i, (name, level) in enumerate({"user1": 0.5, "user2": -2.0}.items())
+    }
+    return Playground(model.eval(), people, CLASSES, hop=1.28, title="two people", spread=np.ones(6))
+
+
+def test_every_rule_meets_every_window_before_it_learns_from_it(playground):
+    session = Session(playground, "user1")
+    said = [step["said"] for part in (7, 20, 100) for step in session.step(part)["steps"]]
+    data = playground.person("user1").test
+    assert len(said) == len(data)
+    assert session.ended
+    assert session.step(1)["steps"] == []
+    for name, (text, _) in RULES.items():
+        net = personalize(playground.model, text)
+        alone = [int(net(x[None], "you").argmax()) for x in data.x]
+        assert [s[name] for s in said] == alone
+        assert session.right[name] == sum(int(a == y) for a, y in zip(alone, data.y.tolist(), strict=True))
+
+
+def test_statistics_begin_at_the_population_and_positions_are_shares_of_the_way(playground):
+    session = Session(playground, "user2")
+    assert all(v == 0 for at in session.positions().values() for v in at)
+    moved = session.step(60)["layers"]
+    assert all(v == 0 for v in moved["source"] + moved["calibrated"])
+    assert all(0 < v <= 1 for v in moved["DA-BN"])
+    own = playground.person("user2")
+    session.nets["calibrated"].calibrate(own.train.x, WHO, n0=0.0)
+    assert min(session.positions()["calibrated"]) > 0.95
+
+
+def test_calibration_takes_one_window_of_each_activity_of_whoever_wears_it(playground):
+    session = Session(playground, "user2")
+    assert session.record(1) == {"recorded": 1, "missing": [0], "done": False}
+    session.switch("user1")
+    assert session.record(0)["missing"] == [1], "what was recorded of somebody else must not count"
+    session.rotate(90)
+    assert session.record(1)["missing"] == [0], "nor what was recorded before the sensor was turned"
+    assert session.record(0)["done"]
+    assert session.nets["calibrated"].report(WHO)["frozen"]
+    assert session.nets["calibrated"].report(WHO)["calibrated"]
+    with pytest.raises(UserError, match="never recorded"):
+        session.record(7)
+
+
+def test_turning_the_sensor_changes_windows_as_it_should_and_is_noticed(playground):
+    session = Session(playground, "user1")
+    x = session._turned(playground.person("user1").test.x[:1])
+    session.rotate(90)
+    turned = session._turned(x)
+    torch.testing.assert_close(turned[:, [0, 3]], -x[:, [1, 4]])
+    torch.testing.assert_close(turned[:, [1, 4]], x[:, [0, 3]])
+    torch.testing.assert_close(turned[:, [2, 5]], x[:, [2, 5]])
+    for wrong in (181, -181, math.nan):
+        with pytest.raises(UserError, match="-180 to 180"):
+            session.rotate(wrong)
+
+
+def test_another_wearer_is_noticed(playground):
+    people = {
+        name: replace(u, test=examples(200, 0.5 if name == "user1" else -2.0, 9))
+        for name, u in playground.people.items()
+    }
+    session = Session(replace(playground, people=people), "user1")
+    assert sum(step["alarm"] for step in session.step(120)["steps"]) <= 1
+    session.switch("user2")
+    assert any(step["alarm"] for step in session.step(60)["steps"])
+
+
+def test_nobody_is_called_that(playground):
+    with pytest.raises(UserError, match="unknown person 'user3'.*Known: user1, user2"):
+        Session(playground, "user3")
+
+
+# ---------------------------------------------------------------- page
+
+
+@pytest.fixture
+def application(playground):
+    people = People(playground.model, playground.shape, playground.classes)
+    return create(people, Access(), routes(playground))
+
+
+@pytest.fixture
+def client(application):
+    with TestClient(application, base_url="http://localhost") as client:
+        yield client
+
+
+def test_the_page_needs_nothing_from_elsewhere(client):
+    page = client.get("/")
+    assert page.headers["content-security-policy"].startswith("default-src 'self'")
+    names = re.findall(r'(?:src|href)="(/page/[^"]+)"', page.text)
+    assert names
+    assert all(client.get(name).status_code == 200 for name in names)
+    for file in [*FILES, "index.html"]:
+        text = (PAGE / file).read_text(encoding="utf-8").replace("http://www.w3.org/2000/svg", "")
+        assert "http://" not in text
+        assert "https://" not in text
+    assert client.get("/page/../api.py").status_code == 404
+    assert client.get("/page/docs.html").status_code == 404
+
+
+def until(socket, kind):
+    while (message := socket.receive_json())["kind"] != kind:
+        pass
+    return message
+
+
+def test_a_visit_over_the_socket(client):
+    with client.websocket_connect("ws://localhost/play") as socket:
+        assert set(socket.receive_json()["people"]) == {"user1", "user2"}
+        socket.send_json({"do": "play", "speed": 10})
+        assert "open somebody" in socket.receive_json()["text"]
+        socket.send_json({"do": "open", "person": "user1"})
+        until(socket, "opened")
+        socket.send_json({"do": "step"})
+        assert len(until(socket, "windows")["steps"]) == 1
+        socket.send_json({"do": "play", "speed": 1000})
+        assert until(socket, "windows")["steps"]
+        socket.send_json({"do": "switch", "person": "user2"})
+        assert until(socket, "switched")["person"] == "user2"
+        socket.send_json({"do": "rotate", "degrees": 30})
+        until(socket, "rotated")
+        for label in (0, 1):
+            socket.send_json({"do": "record", "class": label})
+        assert not until(socket, "recorded")["done"]
+        calibrated = until(socket, "recorded")
+        assert calibrated["done"]
+        assert min(calibrated["layers"]["calibrated"]) > 0
+        until(socket, "ended")
+        for wrong, text in (
+            ({"do": "rotate", "degrees": "x"}, "'degrees' must be a number"),
+            ({"do": "open", "person": "eve"}, "unknown person"),
+            ({"do": "dance"}, "nothing is known of 'dance'"),
+        ):
+            socket.send_json(wrong)
+            assert text in until(socket, "error")["text"]
+
+
+def test_there_is_room_for_some_visitors(client):
+    open_ = [client.websocket_connect("ws://localhost/play") for _ in range(VISITORS)]
+    for socket in open_:
+        socket.__enter__().receive_json()
+    with client.websocket_connect("ws://localhost/play") as late:
+        closed = late.receive()
+        assert closed["code"] == 1013
+        assert "visitors" in closed["reason"]
+    open_[0].__exit__(None, None, None)
+    with client.websocket_connect("ws://localhost/play") as next_:
+        assert next_.receive_json()["kind"] == "hello"
+    for socket in open_[1:]:
+        socket.__exit__(None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["demo", "digits8"], "recordings of motion"),
+        (["serve", "hapt", "--host", "0.0.0.0"], "lets other machines in"),
+        (["serve", "hapt", "--capacity", "0"], "--capacity must be at least 1"),
+        (["serve", "nowhere"], "unknown scenario"),
+        (["serve", "hapt", "--rule", "psuedo"], "unknown rule"),
+        (["serve", "hapt", "--drift", "adwim"], "unknown drift detector"),
+    ],
+)
+def test_mistakes_on_the_command_line(arguments, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "simulations.adaptation.source_model.meet", lambda *a: pytest.fail("trained before it was checked")
+    )
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(cli, [*arguments, "--port", "0", "--rounds", "1"])
+    assert result.exit_code != 0
+    assert text in str(result.exception)
+
+
+def test_a_port_in_use_is_explained():
+    with listen("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"port {port}.*choose another --port"):
+            listen("127.0.0.1", port)
+
+
+# ---------------------------------------------------------------- in a real browser
+
+
+@pytest.fixture(scope="module")
+def browser():
+    api = pytest.importorskip("playwright.sync_api")
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if found is None:
+        pytest.skip("no Chromium is installed")
+    with api.sync_playwright() as drive:
+        opened = drive.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def where(application):
+    with listen("127.0.0.1", 0) as listening:
+        up = threading.Event()
+        server = server_of(application, Access(), up.set)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        assert up.wait(10)
+        yield address("127.0.0.1", listening)
+        server.should_exit = True
+        thread.join(10)
+
+
+@pytest.fixture
+def page(browser, where):
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    page = context.new_page()
+    page.set_default_timeout(15_000)
+    page.mistakes = []
+    page.on("pageerror", lambda error: page.mistakes.append(str(error)))
+    page.on("console", lambda m: page.mistakes.append(m.text) if m.type == "error" else None)
+    page.asked = []
+    page.on("request", lambda request: page.asked.append(request.url))
+    page.goto(where)
+    page.wait_for_selector("#play:not(:disabled)")
+    yield page
+    assert page.mistakes == []
+    assert all(url.startswith((where, "data:")) for url in page.asked), "the page must work offline"
+    context.close()
+
+
+def slide(page, name, value):
+    page.eval_on_selector(name, f"e => {{ e.value = {value}; e.dispatchEvent(new Event('input')); }}")
+
+
+@pytest.mark.slow
+def test_the_page_plays_switches_turns_and_calibrates(page):
+    assert page.title()
+    assert page.locator("#rules tbody tr").count() == len(RULES)
+    slide(page, "#speed", 1.5)
+    page.click("#play")
+    page.wait_for_selector("#rules tbody td.n >> text=%", state="attached")
+    assert page.inner_text("#play") == "Pause"
+    assert page.inner_text("#truth") in CLASSES
+    page.click("#switch")
+    page.wait_for_selector("#events >> text=user2 has the device now")
+    slide(page, "#rotate", 90)
+    page.wait_for_selector("#events >> text=turned by 90°")
+    page.click("#calibrate")
+    page.click("#wanted >> text=Record sitting")
+    page.wait_for_selector("#recorded >> text=1 to go")
+    page.click("#record-all")
+    page.wait_for_selector("#recorded >> text=Calibrated.")
+    page.click("#close")
+    slide(page, "#speed", 2)
+    if page.inner_text("#play") == "Play":  # a slow machine: the recording was over before, and the status has moved on
+        page.click("#play")
+    page.wait_for_selector("#status >> text=The recording is over", state="attached")
+    assert page.get_attribute("#progress", "value") == "1"
+    assert page.evaluate("document.querySelectorAll('#layers path').length") == 3 * len(RULES)
+    painted = "c => c.getContext('2d').getImageData(0, 0, c.width, c.height).data.some(v => v > 0)"
+    assert all(page.eval_on_selector(f"#{name}", painted) for name in ("signals", "accuracy", "activity"))
+
+
+@pytest.mark.slow
+def test_the_page_works_by_keyboard_and_says_what_it_is(page):
+    names = []
+    for _ in range(8):
+        page.keyboard.press("Tab")
+        names.append(page.evaluate("document.activeElement.id || document.activeElement.className"))
+    assert names == ["skip", "person", "play", "calibrate", "switch", "restart", "speed", "rotate"]
+    page.focus("#play")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#play >> text=Pause")
+    page.focus("#speed")
+    page.keyboard.press("End")
+    assert page.inner_text("#speed-now") == "100×"
+    assert page.get_attribute("#speed", "aria-valuetext").startswith("100")
+    page.focus("#calibrate")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#dialog[open]")
+    page.keyboard.press("Escape")
+    page.wait_for_selector("#dialog", state="hidden")
+    unlabelled = """[...document.querySelectorAll('select, input, progress, canvas, button, section, dialog')]
+        .filter(e => !(e.labels?.length || e.ariaLabel || e.getAttribute('aria-labelledby') || e.textContent.trim()))
+        .map(e => e.outerHTML)"""
+    assert page.evaluate(unlabelled) == []
+    assert page.locator("[role=status]").count() == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_fits_a_phone_and_text_can_be_read(page, scheme):
+    page.emulate_media(color_scheme=scheme)
+    page.set_viewport_size({"width": 360, "height": 740})
+    page.click("#play")
+    page.wait_for_selector("#rules tbody td.n >> text=%", state="attached")
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    assert page.evaluate(
+        "(() => { const s = document.querySelector('.scroll'); return s.scrollWidth <= s.clientWidth })()"
+    )
+    contrast = """() => {
+        const light = (c) => { const [r, g, b] = c.match(/[\\d.]+/g).map(v => { v /= 255;
+            return v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4 }); return .2126 * r + .7152 * g + .0722 * b };
+        const back = (e) => { for (; e; e = e.parentElement) { const c = getComputedStyle(e).backgroundColor;
+            if (!c.endsWith(', 0)')) return c } return 'rgb(255,255,255)' };
+        return Math.min(...[...document.querySelectorAll('p, h1, h2, th, td, label, button:not(:disabled), output')]
+            .filter(e => e.offsetParent && e.textContent.trim()).map(e => { const a = light(getComputedStyle(e).color),
+            b = light(back(e)); return (Math.max(a, b) + .05) / (Math.min(a, b) + .05) })) }"""
+    assert page.evaluate(contrast) >= 4.5
+
+
+@pytest.mark.slow
+def test_the_command_prints_its_address_and_ends_cleanly(tmp_path):
+    command = [sys.executable, "-m", "simulations", "demo", "hapt", "--rounds", "1", "--no-browser", "--port", "0"]
+    environment = {"FEDBN_CACHE": str(tmp_path), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        cwd=Path(__file__).parents[3],
+    )
+    try:
+        line = process.stdout.readline()
+        found = re.search(r"http://127\.0\.0\.1:\d+", line)
+        assert found, process.stderr.read()
+        with urlopen(found[0], timeout=10) as page:
+            assert b"Statistics that follow a person" in page.read()
+        time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=20)
+    finally:
+        process.kill()
+    assert process.returncode == 0
+    assert out.strip() == "ended"
+    assert "Traceback" not in err

@@ -1,0 +1,159 @@
+"""``import fedbn`` is light and offers what it says; results show themselves and turn into tables."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+import fedbn
+from fedbn.errors import UserError
+from simulations.results import inference
+from tests.simulations.results.test_comparison import write
+
+ROOT = Path(__file__).parents[2]
+HEAVY = {"torch", "numpy", "pandas", "scipy", "sklearn", "matplotlib", "flwr", "ray", "pyarrow", "jinja2"}
+
+
+def imported(*arguments):
+    """The top-level packages that a fresh interpreter has imported after a command."""
+    code = "import sys\ntry:\n {}\nexcept SystemExit: pass\nprint('\\n'.join(sys.modules))"
+    code = code.format(arguments[0].replace("\n", "\n "))
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True)
+    return {line.partition(".")[0] for line in done.stdout.splitlines()}
+
+
+def test_the_package_itself_imports_nothing_heavy():
+    assert not imported("import fedbn") & HEAVY
+
+
+def test_help_imports_nothing_heavy():
+    found = imported("sys.argv = ['fedbn', '--help']\nfrom simulations.cli import main\nmain()")
+    assert "typer" in found
+    assert not found & HEAVY
+
+
+@pytest.mark.slow  # the import contract says the same of what is written; this of what happens
+def test_the_library_knows_no_flower():
+    names = [name for name in fedbn.__all__ if name not in ("compare", "load", "study")]
+    found = imported(f"import fedbn\nfor name in {names}: getattr(fedbn, name)")
+    assert "torch" in found
+    assert not found & {"flwr", "ray", "simulations", "clients"}
+
+
+def test_every_name_is_there_and_typed():
+    for name in fedbn.__all__:
+        assert callable(getattr(fedbn, name)), name
+    stub = ast.parse((ROOT / "fedbn" / "__init__.pyi").read_text())
+    typed = {alias.asname for node in stub.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert typed == set(fedbn.__all__)
+    assert (ROOT / "fedbn" / "py.typed").exists()
+    assert set(fedbn.__all__) <= set(dir(fedbn))
+
+
+def test_a_name_that_is_not_there():
+    with pytest.raises(AttributeError, match="no attribute 'compair'"):
+        fedbn.compair  # noqa: B018
+
+
+def test_without_an_installed_package_the_error_says_how(monkeypatch):
+    monkeypatch.setattr(fedbn, "entry_points", lambda group: entry_points(group="nothing.of.this.name"))
+    monkeypatch.delitem(vars(fedbn), "study", raising=False)
+    with pytest.raises(ImportError, match=r"fedbn\.study needs the installed package: pip install"):
+        fedbn.study  # noqa: B018
+
+
+def test_python_dash_m_is_the_command_line():
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "fedbn", "list", "nonsense"]
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 2
+    assert "nonsense" in done.stderr
+
+
+SMALL = {"strategies": ("global-naive", "fedbn"), "seeds": 1, "rounds": 1, "eval_every": 1, "progress": False}
+
+
+def test_compare_is_the_command(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(inference, "RESAMPLES", 50)
+    found = fedbn.compare("digits8", **SMALL)
+    assert found.strategies == ["global-naive", "fedbn"]
+    assert (found.directory / "comparison.json").exists()
+    before = [p.stat().st_mtime_ns for p in found.directory.rglob("result.json")]
+    again = fedbn.compare("digits8", **SMALL)  # found, not done again
+    assert again.directory == found.directory
+    assert [p.stat().st_mtime_ns for p in again.directory.rglob("result.json")] == before
+    pd.testing.assert_frame_equal(again.to_pandas(), found.to_pandas())
+    other = fedbn.compare("digits8", **SMALL | {"rounds": 2})
+    assert other.directory != found.directory
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"strategies": ("fedbm",)}, "Did you mean 'fedbn'"),
+        ({"roundz": 3}, "Did you mean 'rounds'"),
+        ({"seeds": 0}, "at least 1"),
+        ({"track": ["tensorbord:x"]}, "Did you mean 'tensorboard'"),
+    ],
+)
+def test_compare_says_what_is_wrong_before_it_works(tmp_path, monkeypatch, wrong, said):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=said):
+        fedbn.compare("digits8", **SMALL | wrong)
+    assert not list(tmp_path.rglob("result.json"))
+
+
+def test_a_comparison_shows_itself(tmp_path, monkeypatch):
+    monkeypatch.setattr(inference, "RESAMPLES", 50)
+    hostile = "<script>x</script>"
+    found = fedbn.load(write(tmp_path, {"global": 0.8, hostile: 0.9}))
+    assert repr(found).startswith("Own test: ")
+    assert "unseen users" in repr(found)
+    shown = found._repr_html_()
+    assert "<table" in shown
+    assert "[95 % interval over users]" in shown
+    assert hostile not in shown
+    assert set(found.to_pandas("loss")["strategy"]) == {"global", hostile}
+
+
+def test_an_audit_shows_itself():
+    net = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
+    found = fedbn.audit(net, "silobn", shape=(4,))
+    assert repr(found).splitlines()[0].startswith("Sequential with silobn: 148 bytes, 116 down")
+    assert "fix: " in repr(found)
+    assert "<table" in found._repr_html_()
+    assert found.to_pandas().loc["1.running_mean", "owner"] == "local"
+    with pytest.raises(UserError, match="Did you mean 'silobn'"):
+        fedbn.audit(net, "silobm")
+
+
+def test_users_of_a_personalised_network_show_themselves():
+    net = fedbn.personalize(nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 3)), "pseudo:n0=8")
+    assert "0 users known" in repr(net)
+    net(torch.ones(3, 2), user=["ann", "<b>bob", "ann"])
+    assert net.to_pandas()["learnt"].to_dict() == {"<b>bob": 1.0, "ann": 2.0}
+    assert "2 users known, 2 at hand" in repr(net)
+    assert "<b>bob" not in net._repr_html_()
+    with pytest.raises(UserError, match="Did you mean 'pseudo'"):
+        fedbn.personalize(net.model, "pseudi")
+
+
+@pytest.mark.slow
+def test_a_study_is_the_command(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = fedbn.study("digits8", ["pseudo:n0=8"], streams=["iid"], seeds=1, rounds=1)
+    assert "pseudo:n0=8" in repr(found)
+    assert "<table" in found._repr_html_()
+    assert set(found.to_pandas()["rule"]) >= {"source", "pseudo:n0=8.0"}
+    assert not found.users.empty
