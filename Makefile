@@ -43,11 +43,12 @@ audit-packages: $(STAMP)-dev  ## known weaknesses of the pinned packages (asks t
 	$(PIP) --constraint constraints.txt pip-audit
 	$(BIN)/pip-audit --strict --requirement constraints.txt --no-deps --disable-pip
 
-lint: $(STAMP)-dev  ## style, types and import contracts
+lint: $(STAMP)-dev  ## style, types, import contracts and spelling
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/codespell $$(git ls-files)
 
 TABLES := results/tables
 COMPARE := $(BIN)/fedbn compare digits8 --strategies all --seeds 3 --out $(TABLES)
@@ -70,8 +71,8 @@ tables: $(STAMP)-run  ## the comparisons behind docs/comparisons.md (about three
 	for name in $(SKEWS); do $(BIN)/fedbn report $(TABLES)/$$name --into docs/comparisons.md --full; done
 	$(BIN)/fedbn advise $(addprefix $(TABLES)/,$(SKEWS)) --into docs/comparisons.md
 
-FOLLOW := $(BIN)/fedbn personalise
-PAGE := docs/personalisation.md
+FOLLOW := $(BIN)/fedbn adapt
+PAGE := docs/adaptation.md
 SENSORS := rotation:strength=0.6,gain
 CHOOSE := --streams natural --seeds 5 --starts cold,recording,recording:n0=100 \
 	--rules population:diversity=1,population:diversity=1:bout=1,population:diversity=1:bout=16,pseudo:diversity=1,pseudo:n0=64
@@ -79,7 +80,7 @@ ALL := --seeds 3 --rules dabn,dua,ema:rate=0.1,ema:rate=0.01,pseudo:n0=64,pseudo
 WATCHED := pseudo:n0=64,pseudo:n0=64/page-hinkley/decay,pseudo:n0=64/page-hinkley/reset,pseudo:n0=64/page-hinkley/branch,pseudo:n0=64/adwin/reset,pseudo:n0=64/adwin/branch
 STARTED := --seeds 3 --starts recording,recording:n0=100,classes:k=3 --rules
 
-personal-tables: $(STAMP)-run  ## the studies behind docs/personalisation.md (about an hour)
+personal-tables: $(STAMP)-run  ## the studies behind docs/adaptation.md (about an hour)
 	$(FOLLOW) hapt:unseen=3:reserved=15 $(CHOOSE) --out results/personal-choice --into $(PAGE)
 	$(FOLLOW) hapt:unseen=3:reserved=15 $(CHOOSE) --shift $(SENSORS) --out results/personal-choice-shift --into $(PAGE)
 	$(FOLLOW) hapt:unseen=5 $(ALL) --out results/personal-hapt --into $(PAGE)

@@ -1,7 +1,7 @@
 """``python -m benchmarks.service``: requests a second and their times, by real sockets on this machine.
 
 Starts `fedbn serve`'s application in a process of its own on a free port of the loopback, with an untrained network of
-the sensor scenarios' kind (weights do not change the cost), enrols users, and sends single windows of users drawn at
+the sensor scenarios' kind (weights do not change the cost), enrolls users, and sends single windows of users drawn at
 random over a bounded number of connections, each of which waits for its answer: raw float32 (``binary``), JSON with
 four decimals (``json``), or raw frames over WebSockets, each of one user (``socket``). The client shares the cores with
 the service.

@@ -101,7 +101,7 @@ def _write(work: Workload, path: Path) -> None:
 
 
 def bare_loop(here: Setting) -> Iterator[float]:
-    """Seconds of each round of FedBN in plain PyTorch: one model, one optimiser a client, batches cut beforehand.
+    """Seconds of each round of FedBN in plain PyTorch: one model, one optimizer a client, batches cut beforehand.
 
     Uses as many threads as torch is set to.
     """

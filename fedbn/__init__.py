@@ -1,4 +1,4 @@
-"""Federated and domain-adaptive batch normalisation: what one needs by name, loaded when it is first used.
+"""Federated and domain-adaptive batch normalization: what one needs by name, loaded when it is first used.
 
 The library imports neither Flower nor Ray. `compare`, `study` and `load` belong to the package of experiments, which
 is built on this one; they are found by their entry point (group ``fedbn.api``), so nothing here imports upwards.

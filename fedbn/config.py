@@ -40,7 +40,7 @@ class Plan:
         global_test: rows of the pooled test set every client's model is also tested on.
         online_prior: weight of the source statistics, in windows, when adapting online.
         tolerate: share of the clients asked whose failure is survived: the rest go on without them.
-        user_batches: where one place trains on many users' data (``centralised``), every batch is of one user, as it
+        user_batches: where one place trains on many users' data (``centralized``), every batch is of one user, as it
             is at a client anyhow, and running statistics are the mean over users of theirs (Mazankiewicz et al. 2020).
         precision: in which training steps compute products and convolutions, by ``torch.autocast``; parameters,
             statistics, losses, messages and evaluation stay float32.

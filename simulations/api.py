@@ -44,7 +44,7 @@ def compare(
     progress: bool = True,
     **plan: Any,
 ) -> Comparison:
-    """Compare treatments of normalisation on the same users, seeds and budget, as ``fedbn compare`` does.
+    """Compare treatments of normalization on the same users, seeds and budget, as ``fedbn compare`` does.
 
     What is finished is kept: the same call again reads it, after an interruption it goes on.
 
@@ -153,14 +153,14 @@ def study(
     track: Iterable[str] = (),
     **plan: Any,
 ) -> StudyResult:
-    """Let rules follow the streams of people the model has never seen, as ``fedbn personalise`` does.
+    """Let rules follow the streams of people the model has never seen, as ``fedbn adapt`` does.
 
     Args:
         scenario: whose people.
         rules: such as ``pseudo:n0=64`` or ``tent``; the source, which never adapts, is always there.
         streams: kinds of stream.
         starts: what a person gives beforehand: ``cold``, ``recording``, ``classes:k=3``.
-        strategies: treatments of normalisation in training.
+        strategies: treatments of normalization in training.
         seeds: each trains a model and holds out other people.
         model: as in `compare`.
         partition: as in `compare`.
@@ -190,7 +190,7 @@ def study(
         },
         **plan,
     )
-    place = Path(out) if out is not None else _place(f"personalise-{scenario}", repr(wanted))
+    place = Path(out) if out is not None else _place(f"adapt-{scenario}", repr(wanted))
     with Tracking(track) as tracking:
         tracking.started("training", tasks(wanted, place))
         kept, results = conduct(wanted, place, report=tracking.report)

@@ -33,7 +33,7 @@ def parses(line: str) -> None:
             chosen = given["strategies"]
             values["strategies"] = list(strategies()) if chosen == "all" else chosen.split(",")
         assert Experiment.from_dict(values).resolved()
-    if name == "personalise":
+    if name == "adapt":
         lists = {k: tuple(given[k].split(",")) for k in ("rules", "streams", "starts", "strategies")}
         values = {"scenario": given["scenario"], "seeds": 1, **lists}
         assert study_from(values).resolved()

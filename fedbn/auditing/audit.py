@@ -1,6 +1,6 @@
 """What averaging would do to a model, before anything is averaged: owners of all entries, and traps.
 
-Most mistakes with normalisation in federated learning raise nothing: a key without ``bn`` in its name is
+Most mistakes with normalization in federated learning raise nothing: a key without ``bn`` in its name is
 shared by accident, a counter becomes a fraction, statistics stay behind. All of them can be seen on the
 model alone. A *lint* looks at one and yields findings; no lint changes the model.
 """
@@ -130,7 +130,7 @@ def audit(
             (``global-naive``).
         batch_size: rows of a training batch.
         shape: of one example. If given, a copy of the model runs one small batch to measure how many values
-            each normalisation layer sees.
+            each normalization layer sees.
 
     Raises:
         UserError: ``batch_size`` or ``shape`` below one, an unknown strategy, or a state entry that belongs to no

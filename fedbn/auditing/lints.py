@@ -1,4 +1,4 @@
-"""The lints of `fedbn.auditing.audit`: each looks at a model for one trap of averaging normalised networks.
+"""The lints of `fedbn.auditing.audit`: each looks at a model for one trap of averaging normalized networks.
 
 A lint reads a `Subject` and yields findings; none changes the model. What cannot be read off types is measured
 on a copy with a tiny batch.
@@ -63,8 +63,8 @@ def _no_norm(s: Subject) -> Iterator[Finding]:
             "note" if isinstance(s.strategy, StatelessNorm) else "warning",
             "no-norm",
             (),
-            "no normalisation layer: every treatment of normalisation is plain FedAvg here",
-            "choose a model that normalises, or compare other things",
+            "no normalization layer: every treatment of normalization is plain FedAvg here",
+            "choose a model that normalizes, or compare other things",
         )
 
 
@@ -82,7 +82,7 @@ def _lazy(s: Subject) -> Iterator[Finding]:
 
 def _name_misses(s: Subject) -> Iterator[Finding]:
     if missed := _layers([k for k in s.norm_keys if "bn" not in k]):
-        noun = "BN layers" if s.batch_norms.keys() == s.norms.keys() else "normalisation layers"
+        noun = "BN layers" if s.batch_norms.keys() == s.norms.keys() else "normalization layers"
         yield Finding(
             "warning",
             "name-misses",
@@ -102,7 +102,7 @@ def _name_catches(s: Subject) -> Iterator[Finding]:
             "warning",
             "name-catches",
             where,
-            f"name matching ('bn' in key) catches {entries} of {_count(len(where), 'layer')} that normalise "
+            f"name matching ('bn' in key) catches {entries} of {_count(len(where), 'layer')} that normalize "
             "nothing: they would stay local by accident",
             "choose entries by module type: fedbn.nn.roles.roles(model)",
         )
@@ -153,7 +153,7 @@ def _untracked(s: Subject) -> Iterator[Finding]:
             "untracked",
             where,
             f"{_count(len(where), 'BN layer')} without running statistics: nothing to share, and evaluation "
-            "normalises by the test batch, so a prediction depends on its neighbours",
+            "normalizes by the test batch, so a prediction depends on its neighbors",
             "set track_running_stats=True, or use groupnorm",
         )
 
@@ -201,7 +201,7 @@ def _half(s: Subject) -> Iterator[Finding]:
             "half-statistics",
             _layers(keys),
             f"{_count(len(keys), 'statistic')} in half precision: small updates are rounded away",
-            "keep normalisation layers in float32: layer.float()",
+            "keep normalization layers in float32: layer.float()",
         )
 
 
@@ -326,19 +326,19 @@ def _idle_bias(s: Subject) -> Iterator[Finding]:
             "note",
             "idle-bias",
             tuple(biases),
-            f"{_count(len(biases), 'bias', 'biases')} that the next normalisation removes ({size:,} B)",
+            f"{_count(len(biases), 'bias', 'biases')} that the next normalization removes ({size:,} B)",
             "set bias=False there",
         )
 
 
-def _synchronised(s: Subject) -> Iterator[Finding]:
+def _synchronized(s: Subject) -> Iterator[Finding]:
     if where := tuple(p for p, m in s.norms.items() if isinstance(m, nn.SyncBatchNorm)):
         yield Finding(
             "warning",
             "sync",
             where,
-            f"{_count(len(where), 'SyncBatchNorm layer')}: it synchronises within a torch process group, "
-            "which federated clients are not; each would normalise by its own batch",
+            f"{_count(len(where), 'SyncBatchNorm layer')}: it synchronizes within a torch process group, "
+            "which federated clients are not; each would normalize by its own batch",
             "use BatchNorm; global-recalibrated is how clients agree on statistics here",
         )
 
@@ -379,8 +379,8 @@ def _after_head(s: Subject) -> Iterator[Finding]:
             "warning",
             "after-head",
             where,
-            f"{_count(len(where), 'normalisation layer')} after {last!r}, the last weighted layer and so the "
-            "head: either logits are normalised, or it is no classifier",
+            f"{_count(len(where), 'normalization layer')} after {last!r}, the last weighted layer and so the "
+            "head: either logits are normalized, or it is no classifier",
             "register the classifier last and leave its output as it is",
         )
 
@@ -395,7 +395,7 @@ LINTS: tuple[Lint, ...] = (
     _one_value,
     _batch_of_one,
     _groups,
-    _synchronised,
+    _synchronized,
     _untracked,
     _cumulative,
     _name_misses,

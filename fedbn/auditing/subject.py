@@ -36,7 +36,7 @@ class Measured:
 
 
 def measure(model: nn.Module, shape: tuple[int, ...]) -> Measured:
-    """Run `EXAMPLES` zeros of ``shape`` through a copy in training mode and watch its normalisation layers.
+    """Run `EXAMPLES` zeros of ``shape`` through a copy in training mode and watch its normalization layers.
 
     >>> net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
     >>> measure(net, (3, 5, 5)).values

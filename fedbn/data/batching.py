@@ -11,7 +11,7 @@ from torch import Tensor
 def batches(n: int, size: int, draw: torch.Generator) -> Iterator[Tensor]:
     """A shuffle of ``range(n)`` in batches of ``size``; a last batch of one joins the one before it.
 
-    Batch normalisation has nothing to normalise a single value by.
+    Batch normalization has nothing to normalize a single value by.
 
     >>> [len(b) for b in batches(9, 4, torch.Generator())]
     [4, 5]

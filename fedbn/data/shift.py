@@ -101,7 +101,7 @@ class Rotation(Shift):
         if len(shape) != 2 or shape[0] % 3:
             raise UserError(
                 f"shift 'rotation' turns 3-axis sensors: windows [3k, length], not examples of shape {list(shape)}; "
-                "for images use contrast, inversion, blur or colour"
+                "for images use contrast, inversion, blur or color"
             )
         axis = F.normalize(torch.randn(3, generator=rng), dim=0)
         return turn(axis, torch.randn((), generator=rng) * self.strength)
@@ -210,10 +210,10 @@ class Blur(_Image):
 
 
 @dataclass(frozen=True)
-class Colour(_Image):
+class Color(_Image):
     """Channels mixed by the identity plus N(0, strength)."""
 
-    name = "colour"
+    name = "color"
     about = "channels mixed by identity + N(0, strength)"
     strength: float = 0.3
 
@@ -224,7 +224,7 @@ class Colour(_Image):
 
 def shifts() -> dict[str, type[Shift]]:
     """All kinds of shift, by name."""
-    kinds: list[Any] = [Gain, Offset, Noise, Rotation, Placement, Contrast, Inversion, Blur, Colour]
+    kinds: list[Any] = [Gain, Offset, Noise, Rotation, Placement, Contrast, Inversion, Blur, Color]
     return {k.name: k for k in kinds}
 
 

@@ -26,7 +26,7 @@ def pooled_test(parts: list[Examples], rows: int, draw: torch.Generator) -> Exam
 def carve_validation(user: User, share: float = 0.2) -> User:
     """Split a user's training recordings in time: of each (recording, class) the last ``share`` tests.
 
-    Neighbouring windows overlap, so the row at the boundary is dropped: it belongs to neither side.
+    Neighboring windows overlap, so the row at the boundary is dropped: it belongs to neither side.
     """
     data = user.train
     train_rows, test_rows = [], []

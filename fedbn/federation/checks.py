@@ -81,7 +81,7 @@ def check(made: Setting) -> list[str]:
             else f"user {people.users[small].name}, who has a single training example"
         )
         raise UserError(
-            f"batch normalisation cannot train on {cause}: use a batch size of 2 or more and users with at least 2 "
+            f"batch normalization cannot train on {cause}: use a batch size of 2 or more and users with at least 2 "
             "examples, or groupnorm, layernorm or nonorm"
         ) from None
     except RuntimeError as error:
@@ -103,5 +103,5 @@ def check(made: Setting) -> list[str]:
             f"--batch-size {min(sizes.values())} would fit all"
         )
     if plan.batch_size == 1 and any(role == "statistics" for role in made.ownership.roles.values()):
-        notices.append("batches of one: each window is normalised by itself (instance statistics)")
+        notices.append("batches of one: each window is normalized by itself (instance statistics)")
     return notices + statement(made)

@@ -27,11 +27,11 @@ OPTIMIZER = "optimizer/"
 
 
 ASIDE = "aside/"
-"""Prefix of what a personalisation method keeps at the client; such entries never travel."""
+"""Prefix of what a personalization method keeps at the client; such entries never travel."""
 
 
 def _split(kept: State | None, here: Setting) -> tuple[State, State, State]:
-    """What a client keeps, as (model entries, momentum buffers, a personalisation method's own)."""
+    """What a client keeps, as (model entries, momentum buffers, a personalization method's own)."""
     kept = kept or {}
     momentum = {k.removeprefix(OPTIMIZER): v for k, v in kept.items() if k.startswith(OPTIMIZER)}
     aside = {k.removeprefix(ASIDE): v for k, v in kept.items() if k.startswith(ASIDE)}
@@ -133,7 +133,7 @@ def client_consult(
 
 
 def user_state(here: Setting, user: int, received: State, kept: State | None) -> State:
-    """A user's whole model after aggregation: assembled, and personalised where the run says so.
+    """A user's whole model after aggregation: assembled, and personalized where the run says so.
 
     Args:
         here: the run's setting.

@@ -7,7 +7,7 @@ towards the newcomer's own with an empirical-Bayes weight for every channel: wor
 :math:`V` is the variance of the newcomer's window means and :math:`\tau^2` that of the clients' means. A channel in
 which people differ is soon given up, one in which they agree is kept.
 
-The newcomer's own moments are those of its unlabelled earlier recordings under the pooled statistics.
+The newcomer's own moments are those of its unlabeled earlier recordings under the pooled statistics.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def starts(here: Setting, state: State, registry: dict[int, State], x: Tensor) -
         here: the run's setting.
         state: the newcomer's model as assembled.
         registry: entries that clients sent, by client.
-        x: the newcomer's unlabelled rows ``[n, *shape]``.
+        x: the newcomer's unlabeled rows ``[n, *shape]``.
 
     Returns:
         Whole states; only *initial* and *mean* where the entries are no running means and variances.
@@ -70,7 +70,7 @@ def population(here: Setting, state: State, registry: dict[int, State], x: Tenso
         here: the run's setting.
         state: the user's model as assembled.
         registry: entries that clients sent, by client.
-        x: the user's unlabelled rows ``[n, *shape]``.
+        x: the user's unlabeled rows ``[n, *shape]``.
     """
     clients = [registry[u] for u in sorted(registry)]
     pairs = _pairs(here, list(clients[0]))

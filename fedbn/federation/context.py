@@ -17,7 +17,7 @@ from fedbn.data.splits import pooled_test
 from fedbn.federation.run import Run
 from fedbn.nn.roles import State, clone, split
 from fedbn.online.rules.base import client_rule
-from fedbn.personalization.base import Personalisation
+from fedbn.personalization.base import Personalization
 from fedbn.personalization.treatment import Treatment
 from fedbn.privacy.mechanism import Privacy, parse_privacy
 from fedbn.seeds import generator, numpy_generator
@@ -35,7 +35,7 @@ class Setting:
     Attributes:
         run: the value it was made from.
         population: users with their data, partitioned and shifted.
-        treatment: strategy and personalisation.
+        treatment: strategy and personalization.
         ownership: who owns each entry of the model.
         initial: the model's state before training, the same for every client.
         scratch: one model for all to compute with.
@@ -52,12 +52,12 @@ class Setting:
 
     @property
     def strategy(self) -> NormStrategy:
-        """How normalisation is treated."""
+        """How normalization is treated."""
         return self.treatment.norm
 
     @property
-    def personal(self) -> Personalisation:
-        """How clients personalise."""
+    def personal(self) -> Personalization:
+        """How clients personalize."""
         return self.treatment.personal
 
     @cached_property

@@ -2,8 +2,8 @@
 
 Rows: *own*, a seen user's own later recordings; *global*, the pooled test rows of all seen users with that
 user's model; *unseen*, a user who never trained. Columns: *aggregated*, statistics as the strategy leaves
-them; *recalibrated*, measured again on the user's own unlabelled training recordings under the final
-weights; *online*, following the user's unlabelled test stream, each block predicted before it is used.
+them; *recalibrated*, measured again on the user's own unlabeled training recordings under the final
+weights; *online*, following the user's unlabeled test stream, each block predicted before it is used.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def evaluate_user(
     Args:
         model: scratch model; left in an undefined state.
         state: the user's model as assembled after aggregation.
-        calibration: the user's unlabelled training rows ``[n, *shape]``.
+        calibration: the user's unlabeled training rows ``[n, *shape]``.
         test: the user's test rows in recorded order.
         unseen: whether the user never trained.
         everyone: pooled test rows, or None to leave the global row out.

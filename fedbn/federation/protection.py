@@ -13,7 +13,7 @@ from torch import Tensor
 from fedbn.errors import UserError
 from fedbn.federation.context import Setting
 from fedbn.nn.roles import State
-from fedbn.personalization.base import Personalisation
+from fedbn.personalization.base import Personalization
 from fedbn.privacy.accounting import epsilon
 from fedbn.privacy.mechanism import (
     Privacy,
@@ -115,7 +115,7 @@ def _require_covered(here: Setting, rule: Privacy) -> None:
 
 def _plain_tell() -> object:
 
-    return Personalisation.tell
+    return Personalization.tell
 
 
 MASKED = "masked"
@@ -186,11 +186,11 @@ def opened(here: Setting, updates: Sequence[Update], sent: State, round: int) ->
     return Update(EVERYBODY, state, 1, 0.0)
 
 
-def _statistics(here: Setting, state: State, centre: State, pairs: Sequence[tuple[str, str]]) -> Tensor:
+def _statistics(here: Setting, state: State, center: State, pairs: Sequence[tuple[str, str]]) -> Tensor:
     if pools_moments(here.strategy):
-        return to_sums(state, centre, pairs)
+        return to_sums(state, center, pairs)
     names = [k for pair in pairs for k in pair]
-    return flat(state, names) - flat(centre, names)
+    return flat(state, names) - flat(center, names)
 
 
 def pools_moments(strategy: NormStrategy) -> bool:

@@ -32,7 +32,7 @@ class Run:
         plan: training and evaluation settings.
         validation: test on a held-out part of the training recordings instead (for tuning).
         device: where tensors live.
-        rule: text of the rule by which clients personalise in the online column, window by window; empty: the
+        rule: text of the rule by which clients personalize in the online column, window by window; empty: the
             pseudo-count that ``plan.online_prior`` describes, in blocks.
         privacy: text of how clients' messages are protected, e.g. ``clip=1:noise=0.5``; empty for not at all.
 

@@ -30,10 +30,10 @@ class Server:
     Attributes:
         state: entries that travel.
         serving: the same with statistics that the strategy settled for evaluation.
-        memory: what the server's optimiser remembers.
+        memory: what the server's optimizer remembers.
         views: entries in which some clients' states differ from ``state``, by view.
         known: what the strategy remembers for its views.
-        told: what the personalisation method tells all clients besides the model.
+        told: what the personalization method tells all clients besides the model.
         registry: the last statistics that each client sent, for newcomers to start from.
     """
 

@@ -20,7 +20,7 @@ from fedbn.seeds import generator, key
 def computed(model: Callable[[Tensor], Tensor], x: Tensor, precision: Precision) -> Tensor:
     """The answers to ``x`` of a training step, its products and convolutions in a precision.
 
-    Batch statistics and all losses are float32 in either: normalisation layers of torch sum half precision that way.
+    Batch statistics and all losses are float32 in either: normalization layers of torch sum half precision that way.
 
     >>> computed(nn.Linear(2, 3), torch.zeros(4, 2), "bfloat16").dtype
     torch.float32
@@ -86,7 +86,7 @@ def fit(
         only: names of the parameters to train; all by default.
         epochs: passes over the data; the plan's by default.
         lr: learning rate; the plan's for this round by default.
-        before_step: called between backward pass and optimiser step.
+        before_step: called between backward pass and optimizer step.
         optimizer_state: momentum buffers from the user's last round, by parameter name.
         purpose: tells the draws of several trainings within a round apart.
         owners: ``[n]`` whose each row is: batches are then of one user, who has running statistics of its own, and the

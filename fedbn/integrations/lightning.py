@@ -1,4 +1,4 @@
-"""Normalisation in Lightning: convert layers before a fit, measure statistics exactly after it (``fedbn[lightning]``).
+"""Normalization in Lightning: convert layers before a fit, measure statistics exactly after it (``fedbn[lightning]``).
 
 Lightning is imported when a callback is asked for: it takes seconds.
 """
@@ -31,16 +31,16 @@ def first(batch: Any) -> Tensor:
     """
     found = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
     if not isinstance(found, Tensor):
-        raise UserError(f"a batch is a {type(batch).__name__}: tell normalisation(inputs=...) where its inputs are")
+        raise UserError(f"a batch is a {type(batch).__name__}: tell normalization(inputs=...) where its inputs are")
     return found
 
 
-def normalisation(
+def normalization(
     kind: str = "", *, rows: int = 4096, inputs: Callable[[Any], Tensor] = first, **options: object
 ) -> Callback:
     """A callback for `lightning.pytorch.Trainer`.
 
-    Before a fit, `fedbn.nn.conversion.convert` turns the module's normalisation layers into ``kind``, in time for its
+    Before a fit, `fedbn.nn.conversion.convert` turns the module's normalization layers into ``kind``, in time for its
     optimizers. When training ends, `fedbn.statistics.recalibration.recalibrate` replaces the running averages by the
     exact moments of training inputs under the final weights; checkpoints that were written before have the running
     averages.
@@ -69,7 +69,7 @@ def normalisation(
 def _kind() -> Callable[..., Callback]:
     from lightning.pytorch import Callback
 
-    class Normalisation(Callback):
+    class Normalization(Callback):
         def __init__(self, kind: str, rows: int, inputs: Callable[[Any], Tensor], options: dict[str, object]) -> None:
             self.kind, self.rows, self.inputs, self.options = kind, rows, inputs, options
             self.converted: Any = None
@@ -96,4 +96,4 @@ def _kind() -> Callable[..., Callback]:
             if found:
                 recalibrate(pl_module, torch.cat(found).to(pl_module.device))
 
-    return Normalisation
+    return Normalization

@@ -1,4 +1,4 @@
-"""A personalised classifier with scikit-learn's interface: `fit`, `predict`, `score`, and `adapt` for one user."""
+"""A personalized classifier with scikit-learn's interface: `fit`, `predict`, `score`, and `adapt` for one user."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Users = str | int | Sequence[str | int] | NDArray[Any]
 
 
 class PersonalizedClassifier(ClassifierMixin, BaseEstimator):
-    """Train one network over all users, then let each user's statistics follow that user's unlabelled rows.
+    """Train one network over all users, then let each user's statistics follow that user's unlabeled rows.
 
     `fit` federates over the groups; `predict` never changes anything; `adapt` moves one user's statistics. Rows are
     ``[n, features]`` or of any shape that the model takes, such as windows ``[n, channels, time]``.
@@ -38,7 +38,7 @@ class PersonalizedClassifier(ClassifierMixin, BaseEstimator):
     Args:
         model: built-in network or ``package.module:factory``; one with BN layers.
         rule: how statistics follow a user (``fedbn list rules``).
-        strategy: treatment of normalisation in training (``fedbn list strategies``).
+        strategy: treatment of normalization in training (``fedbn list strategies``).
         rounds: rounds of federation; with one group, epochs.
         batch_size: rows a step.
         lr: learning rate.
@@ -96,7 +96,7 @@ class PersonalizedClassifier(ClassifierMixin, BaseEstimator):
         if owners.shape != (len(rows),):
             raise UserError(f"{len(rows)} rows and groups of shape {list(owners.shape)}: give one group a row")
         if len(rows) < 2:
-            raise UserError("batch normalisation cannot train on 1 sample: give at least 2")
+            raise UserError("batch normalization cannot train on 1 sample: give at least 2")
         data = Examples(_tensor(rows), torch.as_tensor(encoder.transform(labels)).long(), torch.zeros(len(rows)).long())
         users = tuple(
             User(str(name), "", own, own)  # nothing is tested here

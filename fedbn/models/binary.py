@@ -2,7 +2,7 @@ r"""Networks with binary weights and activations (Sari, Belbahri, Partovi Nia, 2
 
 A layer computes :math:`s = \mathrm{sign}(W)\,h` with :math:`h = \mathrm{sign}(\hat s)` of the layer before. With fan-in
 :math:`K` and random signs :math:`s \sim N(0, K)`. The straight-through estimator lets a gradient pass where
-:math:`|\hat s| \le 1`; without normalisation that is a share :math:`\sqrt{2/(\pi K)}` of the units, and each passed
+:math:`|\hat s| \le 1`; without normalization that is a share :math:`\sqrt{2/(\pi K)}` of the units, and each passed
 gradient is a sum of :math:`K` terms. So its root mean square grows towards the input by
 
 .. math:: (2K/\pi)^{1/4}
@@ -24,8 +24,8 @@ from fedbn.errors import UserError, unknown
 from fedbn.models.base import Network
 from fedbn.nn.batchnorm import AnyBatchNorm
 
-BinaryNorm = Literal["none", "centre", "scale", "fixed", "bn"]
-BINARY_NORMS: tuple[BinaryNorm, ...] = ("none", "centre", "scale", "fixed", "bn")
+BinaryNorm = Literal["none", "center", "scale", "fixed", "bn"]
+BINARY_NORMS: tuple[BinaryNorm, ...] = ("none", "center", "scale", "fixed", "bn")
 
 
 class _Sign(torch.autograd.Function):
@@ -91,14 +91,14 @@ class BinaryConv2d(nn.Conv2d):
 
 
 class HalfBatchNorm(AnyBatchNorm):
-    """BN of which only one half acts: ``centre`` subtracts the mean, ``scale`` divides by the standard deviation.
+    """BN of which only one half acts: ``center`` subtracts the mean, ``scale`` divides by the standard deviation.
 
     >>> x = torch.tensor([[1.0], [3.0]])
-    >>> HalfBatchNorm(1, "centre")(x).flatten().tolist()
+    >>> HalfBatchNorm(1, "center")(x).flatten().tolist()
     [-1.0, 1.0]
     """
 
-    def __init__(self, channels: int, part: Literal["centre", "scale"]) -> None:
+    def __init__(self, channels: int, part: Literal["center", "scale"]) -> None:
         super().__init__(channels)
         self.part = part
 
@@ -107,7 +107,7 @@ class HalfBatchNorm(AnyBatchNorm):
         super().forward(input)  # keeps the running statistics
         axes = [0, *range(2, input.dim())]
         shape = [1, -1, *[1] * (input.dim() - 2)]
-        if self.part == "centre":
+        if self.part == "center":
             mean = input.mean(axes) if self.training else cast(Tensor, self.running_mean)
             half = input - mean.view(shape)
         else:
@@ -117,7 +117,7 @@ class HalfBatchNorm(AnyBatchNorm):
 
 
 class FixedScale(nn.Module):
-    """Division by the square root of the fan-in: what BN's scaling is at initialisation, without any statistic."""
+    """Division by the square root of the fan-in: what BN's scaling is at initialization, without any statistic."""
 
     def __init__(self, fan_in: int) -> None:
         super().__init__()
@@ -137,7 +137,7 @@ def binary_norm(kind: BinaryNorm, channels: int, fan_in: int) -> nn.Module:
     match kind:
         case "none":
             return nn.Identity()
-        case "centre" | "scale":
+        case "center" | "scale":
             return HalfBatchNorm(channels, kind)
         case "fixed":
             return FixedScale(fan_in)
@@ -161,7 +161,7 @@ class BinaryMLP(Network):
     Args:
         shape: of an example; flattened.
         classes: number of classes.
-        norm: ``none``, ``centre`` (only subtract the mean), ``scale`` (only divide by the standard deviation),
+        norm: ``none``, ``center`` (only subtract the mean), ``scale`` (only divide by the standard deviation),
             ``fixed`` (divide by the root of the fan-in) or ``bn``.
         width: units of a hidden layer.
         depth: number of hidden layers.

@@ -1,7 +1,7 @@
 """A 1-D CNN with BN for EEG and EOG: *our stand-in* for the one of Giri, Fanany, Arymurthy (2016).
 
 https://arxiv.org/abs/1610.01757 tells of a 1-D CNN with BN on 24 hand-crafted features of 62 subjects. Its layers,
-kernels, optimiser and list of features were not available to us: everything below is our design.
+kernels, optimizer and list of features were not available to us: everything below is our design.
 """
 
 from __future__ import annotations

@@ -10,23 +10,23 @@ from fedbn.errors import UserError
 
 
 class AnyInstanceNorm(_InstanceNorm):
-    """Instance normalisation of ``[N, C, *positions]``, whatever the number of position axes.
+    """Instance normalization of ``[N, C, *positions]``, whatever the number of position axes.
 
-    Without positions (``[N, C]``) a sample has one value a channel and nothing to normalise by: refused.
+    Without positions (``[N, C]``) a sample has one value a channel and nothing to normalize by: refused.
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalised activations, of the input's shape."""
+        """Normalized activations, of the input's shape."""
         if input.dim() < 3:
             raise UserError(
-                f"instance normalisation needs [N, C, positions], got {list(input.shape)}: this model normalises "
+                f"instance normalization needs [N, C, positions], got {list(input.shape)}: this model normalizes "
                 "after a linear layer; choose groupnorm or layernorm"
             )
         return self._apply_instance_norm(input)
 
 
 class AnyBatchNorm(_BatchNorm):
-    """Batch normalisation of ``[N, C, *positions]``, whatever the number of position axes."""
+    """Batch normalization of ``[N, C, *positions]``, whatever the number of position axes."""
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:

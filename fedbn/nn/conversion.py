@@ -1,4 +1,4 @@
-"""Exchange the normalisation layers of any model, keeping names, affine parameters and statistics."""
+"""Exchange the normalization layers of any model, keeping names, affine parameters and statistics."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from fedbn.nn.roles import head, is_norm, keeps_statistics, norm_layers, statist
 
 
 def channels_of(layer: nn.Module) -> int:
-    """Number of channels a normalisation layer works on."""
+    """Number of channels a normalization layer works on."""
     for attribute in ("num_features", "num_channels"):
         if isinstance(c := getattr(layer, attribute, None), int):
             return c
     raise UserError(
-        f"cannot exchange {type(layer).__name__}: it does not say how many channels (axis 1) it normalises; "
+        f"cannot exchange {type(layer).__name__}: it does not say how many channels (axis 1) it normalizes; "
         "give it num_features, or replace it in the model"
     )
 
@@ -47,7 +47,7 @@ def groups_for(channels: int, *, groups: int | None = None, per_group: int | Non
 
 
 def replace_norms(model: nn.Module, make: Callable[[str, nn.Module], nn.Module | None]) -> nn.Module:
-    """Put ``make(path, layer)`` in the place of every normalisation layer (None: leave it), in place.
+    """Put ``make(path, layer)`` in the place of every normalization layer (None: leave it), in place.
 
     Affine parameters, running statistics and the counter are copied where both layers have them in the same shape, so
     state names stay as they were.
@@ -65,7 +65,7 @@ def replace_norms(model: nn.Module, make: Callable[[str, nn.Module], nn.Module |
         _inherit(new, layer)
         parent, _, leaf = path.rpartition(".")
         if not path:
-            raise UserError("the model itself is a normalisation layer: wrap it, e.g. nn.Sequential(layer)")
+            raise UserError("the model itself is a normalization layer: wrap it, e.g. nn.Sequential(layer)")
         setattr(model.get_submodule(parent), leaf, new)
     return model
 
@@ -83,12 +83,12 @@ def _inherit(new: nn.Module, old: nn.Module) -> None:
 
 
 def exchange(model: nn.Module, cls: type[nn.Module], what: str, **options: object) -> nn.Module:
-    """Put ``cls(channels, eps=, momentum=, affine=, **options)`` in the place of every normalisation layer, in place.
+    """Put ``cls(channels, eps=, momentum=, affine=, **options)`` in the place of every normalization layer, in place.
 
     What ``options`` leaves open of these three, and ``cls`` takes, is that of the layer replaced.
 
     Raises:
-        UserError: the model has no normalisation layer.
+        UserError: the model has no normalization layer.
     """
     require_norms(model, f"conversion to {what}")
     takes = inspect.signature(cls).parameters
@@ -117,11 +117,11 @@ def kinds() -> dict[str, Callable[..., nn.Module]]:
 
 
 def convert(model: nn.Module, kind: str, **options: object) -> nn.Module:
-    """Turn every normalisation layer of ``model`` into ``kind``, in place, and return the model.
+    """Turn every normalization layer of ``model`` into ``kind``, in place, and return the model.
 
     Names in the state dict stay, and what both layers have is copied, so weights of a BN network load into its
     GroupNorm twin and back, and BN becomes BatchRenorm with its statistics. Kinds that act on weights or features
-    instead (``weight-norm``, ``weight-standardisation``, ``fedwon``, ``feature-norm``) take the normalisation layers
+    instead (``weight-norm``, ``weight-standardization``, ``fedwon``, ``feature-norm``) take the normalization layers
     out.
 
     Args:
@@ -130,7 +130,7 @@ def convert(model: nn.Module, kind: str, **options: object) -> nn.Module:
         **options: what the kind's ``convert`` takes, for example ``groups`` for ``group``.
 
     Raises:
-        UserError: unknown kind or option, or the model has no normalisation layer.
+        UserError: unknown kind or option, or the model has no normalization layer.
 
     >>> net = nn.Sequential(nn.Conv2d(3, 48, 1), nn.BatchNorm2d(48))
     >>> convert(net, "group", groups=32)[1].num_groups
@@ -138,7 +138,7 @@ def convert(model: nn.Module, kind: str, **options: object) -> nn.Module:
     """
     known = kinds()
     if kind not in known:
-        raise unknown("kind of normalisation", kind, known)
+        raise unknown("kind of normalization", kind, known)
     takes = list(inspect.signature(known[kind]).parameters)[1:]
     for name in options:
         if name not in takes:
@@ -149,7 +149,7 @@ def convert(model: nn.Module, kind: str, **options: object) -> nn.Module:
 
 
 def drop_norms(model: nn.Module) -> nn.Module:
-    """Take every normalisation layer out, in place; the shift it held goes to the layers with weights.
+    """Take every normalization layer out, in place; the shift it held goes to the layers with weights.
 
     A convolution before BN has no bias, so those without get one, at zero; the classifier stays as it is.
     """
@@ -169,11 +169,11 @@ def weighted_layers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv1d | nn.Co
 
 
 def require_norms(model: nn.Module, what: str) -> None:
-    """Raise unless the model has a normalisation layer."""
+    """Raise unless the model has a normalization layer."""
     if not norm_layers(model):
         raise UserError(
-            f"{what} needs normalisation layers and {type(model).__name__} has none: choose a model with BatchNorm, "
-            "or compare strategies that need none (nonorm, local, centralised)"
+            f"{what} needs normalization layers and {type(model).__name__} has none: choose a model with BatchNorm, "
+            "or compare strategies that need none (nonorm, local, centralized)"
         )
 
 

@@ -21,10 +21,10 @@ class Role(StrEnum):
     Attributes:
         BODY: weights of feature-extracting layers.
         HEAD: weights of the last linear (or convolutional) layer, the classifier.
-        AFFINE: scale and shift (gamma, beta) of a normalisation layer.
-        GATE: mixing weights of a normalisation layer, which say how much of which statistics it uses; a layer names
+        AFFINE: scale and shift (gamma, beta) of a normalization layer.
+        GATE: mixing weights of a normalization layer, which say how much of which statistics it uses; a layer names
             them in ``gates``.
-        STATISTICS: running moments of a normalisation layer.
+        STATISTICS: running moments of a normalization layer.
         COUNTER: an integer that counts batches; it is never averaged and never travels.
     """
 
@@ -46,8 +46,8 @@ NORM_TYPES: tuple[type[nn.Module], ...] = (
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module normalises activations (torch's own types and their subclasses)."""
-    return isinstance(module, NORM_TYPES) or getattr(module, "normalises", False) is True
+    """Whether a module normalizes activations (torch's own types and their subclasses)."""
+    return isinstance(module, NORM_TYPES) or getattr(module, "normalizes", False) is True
 
 
 def keeps_statistics(module: nn.Module) -> bool:
@@ -56,7 +56,7 @@ def keeps_statistics(module: nn.Module) -> bool:
 
 
 def norm_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Path -> module of all normalisation layers, in registration order."""
+    """Path -> module of all normalization layers, in registration order."""
     return {path: m for path, m in model.named_modules() if is_norm(m)}
 
 

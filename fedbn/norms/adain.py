@@ -1,4 +1,4 @@
-r"""Adaptive instance normalisation (Huang, Belongie, ICCV 2017, https://arxiv.org/abs/1703.06868).
+r"""Adaptive instance normalization (Huang, Belongie, ICCV 2017, https://arxiv.org/abs/1703.06868).
 
 Activations take on the mean and standard deviation, sample by sample and channel by channel, of a style,
 

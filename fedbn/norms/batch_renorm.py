@@ -1,4 +1,4 @@
-r"""Batch Renormalisation (Ioffe, NeurIPS 2017, https://arxiv.org/abs/1702.03275).
+r"""Batch Renormalization (Ioffe, NeurIPS 2017, https://arxiv.org/abs/1702.03275).
 
 Batch statistics are corrected towards the running ones by a scale and a shift that gradients do not see:
 
@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from fedbn.errors import UserError
 from fedbn.nn.batchnorm import AnyBatchNorm
 from fedbn.nn.conversion import exchange
-from fedbn.norms.statnorm import along, batch_statistics, normalise
+from fedbn.norms.statnorm import along, batch_statistics, normalize
 
 
 class BatchRenorm(AnyBatchNorm):
-    """Batch Renormalisation of ``[N, C, *positions]``; evaluation is BN's.
+    """Batch Renormalization of ``[N, C, *positions]``; evaluation is BN's.
 
     Batches of one are possible. The limits open linearly while the layer counts its batches: until ``start`` it is
     BN, from ``r_full`` and ``d_full`` on they are open. The defaults are the paper's, for ImageNet.
@@ -60,7 +60,7 @@ class BatchRenorm(AnyBatchNorm):
         d_full: int = 25_000,
     ) -> None:
         if r_max < 1 or d_max < 0:
-            raise UserError(f"batch renormalisation needs r_max >= 1 and d_max >= 0, not {r_max} and {d_max}")
+            raise UserError(f"batch renormalization needs r_max >= 1 and d_max >= 0, not {r_max} and {d_max}")
         super().__init__(num_features, eps, momentum, affine)
         self.r_max, self.d_max, self.start, self.r_full, self.d_full = r_max, d_max, start, r_full, d_full
         self.weight_of_batch = momentum
@@ -76,7 +76,7 @@ class BatchRenorm(AnyBatchNorm):
         return r, d
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalised activations, of the input's shape."""
+        """Normalized activations, of the input's shape."""
         if not self.training:
             return super().forward(input)
         self._check_input_dim(input)
@@ -88,7 +88,7 @@ class BatchRenorm(AnyBatchNorm):
         self.num_batches_tracked += 1
         self.running_mean.lerp_(mean.to(self.running_mean), self.weight_of_batch)
         self.running_var.copy_(running.lerp(sigma.to(running), self.weight_of_batch) ** 2 - self.eps)
-        out = normalise(input, mean, var, self.eps) * along(r, input).to(input) + along(d, input).to(input)
+        out = normalize(input, mean, var, self.eps) * along(r, input).to(input) + along(d, input).to(input)
         return out if self.weight is None else out * along(self.weight, input) + along(self.bias, input)
 
 
@@ -109,7 +109,7 @@ def convert(
     r_full: int = 40_000,
     d_full: int = 25_000,
 ) -> nn.Module:
-    """Batch Renormalisation for every normalisation layer.
+    """Batch Renormalization for every normalization layer.
 
     >>> type(convert(nn.Sequential(nn.BatchNorm1d(4)))[0]).__name__
     'BatchRenorm'

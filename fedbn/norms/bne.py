@@ -1,4 +1,4 @@
-r"""Domain-specific BN and batch normalisation embeddings (BNE).
+r"""Domain-specific BN and batch normalization embeddings (BNE).
 
 One network, all parameters shared, statistics per domain (Chang et al., CVPR 2019, https://arxiv.org/abs/1906.03950,
 with one scale and shift for all domains). The statistics of domain :math:`d` are its *embedding*; a sample of no known
@@ -8,7 +8,7 @@ domain is placed among them by its instance statistics (Segu, Tonioni, Tombari, 
     D_d(x) = \sum_\ell \sum_c (m_c-\mu_{d,c})^2 + (s_c-\sigma_{d,c})^2,\qquad
     w_d \propto \frac1{D_d(x)+\epsilon},\qquad p(y \mid x) = \sum_d w_d(x)\,\mathrm{softmax}\,f_d(x),
 
-where branch :math:`f_d` normalises by the statistics of :math:`d`, and :math:`(m, s)` are taken in that branch. A
+where branch :math:`f_d` normalizes by the statistics of :math:`d`, and :math:`(m, s)` are taken in that branch. A
 reconstruction from summaries: squared 2-Wasserstein distances, their sum over layers and the mixing of probabilities
 were chosen here.
 """
@@ -49,7 +49,7 @@ class DomainNorm(nn.Module):
     [0.0, 2.0]
     """
 
-    normalises = True
+    normalizes = True
     domain_mean: Tensor
     domain_var: Tensor
     num_batches_tracked: Tensor
@@ -81,7 +81,7 @@ class DomainNorm(nn.Module):
         return self.domain_var[self.domain]
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalised activations, of the input's shape."""
+        """Normalized activations, of the input's shape."""
         self.num_batches_tracked += self.training
         mean, var = self.running_mean, self.running_var
         return F.batch_norm(input, mean, var, self.weight, self.bias, self.training, self.momentum, self.eps)
@@ -108,7 +108,7 @@ def register(model: nn.Module, embeddings: Sequence[State]) -> nn.Module:
     """A BN model, in place, as one with a domain for each of ``embeddings``.
 
     Args:
-        model: its normalisation layers keep scale and shift.
+        model: its normalization layers keep scale and shift.
         embeddings: each the statistics of a domain by the BN model's state names (``...running_mean``,
             ``...running_var``), for example what clients of SiloBN keep.
 
@@ -139,7 +139,7 @@ class BNE(nn.Module):
     """A model with domain-specific layers, mixing the predictions of all domains by where a sample lies.
 
     In evaluation no sample's outcome depends on the others. In training a batch comes from one domain: that branch
-    normalises by the batch and learns its statistics, the others stay in evaluation mode; the loss is that of the
+    normalizes by the batch and learns its statistics, the others stay in evaluation mode; the loss is that of the
     mixture. Train each domain by itself first (`set_domain`): the population statistics mean nothing in the beginning.
 
     Args:
@@ -209,7 +209,7 @@ class BNE(nn.Module):
 
 
 def convert(model: nn.Module, *, domains: int) -> nn.Module:
-    """Domain-specific BN for every normalisation layer; each domain starts from the statistics there were.
+    """Domain-specific BN for every normalization layer; each domain starts from the statistics there were.
 
     >>> convert(nn.Sequential(nn.BatchNorm1d(4)), domains=3)[0].domain_mean.shape
     torch.Size([3, 4])

@@ -1,11 +1,11 @@
-r"""Diminishing batch normalisation (Ma, Klabjan, 2017, https://arxiv.org/abs/1705.08011).
+r"""Diminishing batch normalization (Ma, Klabjan, 2017, https://arxiv.org/abs/1705.08011).
 
 Statistics :math:`\lambda = (\mu, \sigma)` are a moving average whose weight may diminish,
 
 .. math:: \lambda^{(m)} = \alpha^{(m)} (\mu_B, \sigma_B) + (1-\alpha^{(m)})\,\lambda^{(m-1)},\qquad \alpha^{(1)} = 1,
 
 and gradients hold them constant. The paper averages standard deviations, adds :math:`\epsilon` to them, and puts the
-layer after the activation. It does not say whether training normalised by :math:`\lambda` or by the batch: both can be
+layer after the activation. It does not say whether training normalized by :math:`\lambda` or by the batch: both can be
 had.
 """
 
@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from fedbn.errors import UserError
 from fedbn.nn.batchnorm import AnyBatchNorm
 from fedbn.nn.conversion import exchange
-from fedbn.norms.statnorm import along, batch_statistics, normalise
+from fedbn.norms.statnorm import along, batch_statistics, normalize
 
 Mode = Literal["algorithm1", "inference"]
 Step = Literal["iter", "epoch"]
@@ -60,7 +60,7 @@ class DiminishingBN(AnyBatchNorm):
         eps: added to the standard deviation as in the paper, or with ``stat="var"`` to the variance.
         affine: whether there are a scale and a shift.
         alpha: see `schedule`.
-        mode: ``algorithm1``: the moving average, updated first, normalises in training too, as the published
+        mode: ``algorithm1``: the moving average, updated first, normalizes in training too, as the published
             algorithm reads literally; ``inference``: training is plain BN, the average serves evaluation.
         step: what m counts: batches, or calls of `next_epoch`.
         stat: what is averaged.
@@ -95,7 +95,7 @@ class DiminishingBN(AnyBatchNorm):
         self.register_buffer("steps", torch.zeros(()))
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalised activations, of the input's shape."""
+        """Normalized activations, of the input's shape."""
         self._check_input_dim(input)
         if self.training:
             self.num_batches_tracked += 1
@@ -108,7 +108,7 @@ class DiminishingBN(AnyBatchNorm):
         var, eps = self.running_var, self.eps
         if self.stat == "std":
             var, eps = (var.sqrt() + eps) ** 2, 0.0
-        out = normalise(input, self.running_mean, var, eps, exchange=None)
+        out = normalize(input, self.running_mean, var, eps, exchange=None)
         return out if self.weight is None else out * along(self.weight, input) + along(self.bias, input)
 
     @torch.no_grad()
@@ -144,7 +144,7 @@ def convert(
     stat: Stat = "std",
     unbiased: bool = False,
 ) -> nn.Module:
-    """Diminishing BN for every normalisation layer, where it stands (the paper's place is after the activation).
+    """Diminishing BN for every normalization layer, where it stands (the paper's place is after the activation).
 
     >>> convert(nn.Sequential(nn.BatchNorm1d(4)), alpha="1/m")[0].mode
     'algorithm1'

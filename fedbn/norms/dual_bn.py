@@ -1,4 +1,4 @@
-"""Dual BN: clean and adversarial examples are normalised apart.
+"""Dual BN: clean and adversarial examples are normalized apart.
 
 Two whole BN layers in one place (Xie et al., AdvProp, CVPR 2020, https://arxiv.org/abs/1911.09665); in federation:
 FedRBN (Hong, Wang, Wang, Zhou, AAAI 2023, https://arxiv.org/abs/2106.10196).
@@ -34,7 +34,7 @@ class DualBN(nn.Module):
         self.branch: Branch = "clean"
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalised activations, of the input's shape."""
+        """Normalized activations, of the input's shape."""
         out: Tensor = (self.clean if self.branch == "clean" else self.adversarial)(input)
         return out
 
@@ -61,7 +61,7 @@ def adversarial(model: nn.Module) -> Iterator[None]:
 
 
 def convert(model: nn.Module) -> nn.Module:
-    """Two BN layers for every normalisation layer, both starting from it; names gain ``clean`` or ``adversarial``.
+    """Two BN layers for every normalization layer, both starting from it; names gain ``clean`` or ``adversarial``.
 
     >>> sorted({k.split(".")[1] for k in convert(nn.Sequential(nn.BatchNorm1d(4))).state_dict()})
     ['adversarial', 'clean']

@@ -6,7 +6,7 @@ instance moments :math:`(m_i, s_i^2)` in an i.i.d. batch, with :math:`\mu = E[\m
 .. math:: E[\mu_B \mid i] = a\,m_i + (1-a)\mu,\qquad
     E[v_B \mid i] = b\,s_i^2 + (1-b)v + b(1-b)(m_i-\mu)^2,\qquad a = b = 1/M,
 
-exactly. Evaluation normalises by these. The formula is a derivation; whether the paper's rule of thumb is
+exactly. Evaluation normalizes by these. The formula is a derivation; whether the paper's rule of thumb is
 :math:`1/M` or :math:`1/M^2` could not be settled, and how it learns :math:`a` and :math:`b` was not read: the learned
 variant is a reconstruction.
 """
@@ -101,7 +101,7 @@ class EvalNorm(AnyBatchNorm):
         return a, a
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalised activations, of the input's shape."""
+        """Normalized activations, of the input's shape."""
         if self.training:
             with torch.no_grad():
                 size = torch.full_like(self.running_size, len(input))
@@ -114,7 +114,7 @@ class EvalNorm(AnyBatchNorm):
             return super().forward(input)  # nothing was learnt by batches yet
         self._check_input_dim(input)
         m, s2 = instance_statistics(input)
-        # PyTorch stores unbiased variances; the formula is about the biased ones that normalise.
+        # PyTorch stores unbiased variances; the formula is about the biased ones that normalize.
         n = self.rows * input[0, 0].numel()
         mean, var = blend(self.running_mean, self.running_var * (1 - 1 / n), m, s2, *self.weights())
         shape = (*mean.shape, *[1] * (input.dim() - 2))
@@ -138,7 +138,7 @@ class EvalNorm(AnyBatchNorm):
 
 
 def convert(model: nn.Module, *, rule: Rule = "1/M", size: float | None = None, lr: float = 0.1) -> nn.Module:
-    """EvalNorm for every normalisation layer: of any trained BN network, given M, for evaluation alone.
+    """EvalNorm for every normalization layer: of any trained BN network, given M, for evaluation alone.
 
     >>> convert(nn.Sequential(nn.BatchNorm1d(4)), size=2)[0].weights()
     (0.5, 0.5)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fedbn.norms.statnorm import along, normalise, widened
+from fedbn.norms.statnorm import along, normalize, widened
 
 
 class Stop(Exception):
@@ -49,7 +49,7 @@ class Exchange:
 class ExchangedNorm(_BatchNorm):
     """BatchNorm, but for the one step for which it holds an `Exchange`.
 
-    That step normalises by the agreed mean and variance, sends the agreed statistic gradients back, and moves the
+    That step normalizes by the agreed mean and variance, sends the agreed statistic gradients back, and moves the
     running statistics by the agreed ones. Without an exchange it is BatchNorm.
     """
 
@@ -58,7 +58,7 @@ class ExchangedNorm(_BatchNorm):
         self.exchange: Exchange | None = None
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalised activations ``[N, C, *positions]``."""
+        """Normalized activations ``[N, C, *positions]``."""
         told = self.exchange
         if told is None or not self.training:
             return super().forward(input)
@@ -76,7 +76,7 @@ class ExchangedNorm(_BatchNorm):
                 told.say(g_mu=g_mu, g_v=g_v)
             return told.g_mu.to(g_mu), told.g_v.to(g_v)
 
-        out = normalise(input, mean, told.var.to(input), self.eps, exchange=agreed)
+        out = normalize(input, mean, told.var.to(input), self.eps, exchange=agreed)
         if told.g_mu is not None:
             self._move(told.mean, told.var * (told.total / max(told.total - 1, 1)))
             self.exchange = None

@@ -1,7 +1,7 @@
-r"""Feature normalisation (Zhang et al., TMLR 2024, https://arxiv.org/abs/2308.09565).
+r"""Feature normalization (Zhang et al., TMLR 2024, https://arxiv.org/abs/2308.09565).
 
 What reaches the classifier has fixed length, :math:`\varphi \leftarrow \sqrt d\,\varphi/\lVert\varphi\rVert_2`. Under
-extreme label skew this is, the authors find, what layer normalisation is good for: it keeps features from collapsing.
+extreme label skew this is, the authors find, what layer normalization is good for: it keeps features from collapsing.
 """
 
 from __future__ import annotations
@@ -14,30 +14,30 @@ from fedbn.nn.conversion import drop_norms
 from fedbn.nn.roles import head
 
 
-def normalise_features(x: Tensor) -> Tensor:
+def normalize_features(x: Tensor) -> Tensor:
     r"""Features ``[..., d]`` scaled to length :math:`\sqrt d`.
 
     >>> import torch
-    >>> normalise_features(torch.tensor([[0.0, 0.0, 0.0, 9.0]]))
+    >>> normalize_features(torch.tensor([[0.0, 0.0, 0.0, 9.0]]))
     tensor([[0., 0., 0., 2.]])
     """
     return F.normalize(x, dim=-1) * x.shape[-1] ** 0.5
 
 
 class FeatureNormLinear(nn.Linear):
-    """A classifier that normalises the features ``[N, d]`` it gets."""
+    """A classifier that normalizes the features ``[N, d]`` it gets."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Logits ``[N, classes]``."""
-        return super().forward(normalise_features(input))
+        return super().forward(normalize_features(input))
 
 
 def convert(model: nn.Module, *, keep_norms: bool = False) -> nn.Module:
-    """Normalise features before the classifier, in place; names in the state dict stay.
+    """Normalize features before the classifier, in place; names in the state dict stay.
 
     Args:
         model: its last layer with weights must be linear.
-        keep_norms: leave the normalisation layers in; by default this is the only normalisation.
+        keep_norms: leave the normalization layers in; by default this is the only normalization.
 
     Raises:
         UserError: the last layer with weights is not linear, or is the model itself.
@@ -53,7 +53,7 @@ def convert(model: nn.Module, *, keep_norms: bool = False) -> nn.Module:
     old = model.get_submodule(path) if path else None
     if not path or not isinstance(old, nn.Linear):
         raise UserError(
-            f"feature normalisation needs a linear classifier inside the model, and {type(model).__name__} ends in "
+            f"feature normalization needs a linear classifier inside the model, and {type(model).__name__} ends in "
             f"{type(old).__name__ if path else 'none'}: choose a model with one, or layernorm"
         )
     new = FeatureNormLinear(old.in_features, old.out_features, old.bias is not None)

@@ -1,6 +1,6 @@
-r"""FedWon: federated learning without normalisation (Zhuang, Lyu, ICLR 2024, https://arxiv.org/abs/2306.05879).
+r"""FedWon: federated learning without normalization (Zhuang, Lyu, ICLR 2024, https://arxiv.org/abs/2306.05879).
 
-Convolutions have scaled standardised weights with a learnt gain for each filter,
+Convolutions have scaled standardized weights with a learnt gain for each filter,
 
 .. math:: \hat W_i = \gamma\, g_i\, \frac{W_i-\bar W_i}{\sqrt{\max(\mathrm{fan_{in}}\mathrm{Var}(W_i), \epsilon)}},
 
@@ -20,16 +20,16 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
 from fedbn.nn.conversion import drop_norms
-from fedbn.norms.weight_standardisation import convolutions
+from fedbn.norms.weight_standardization import convolutions
 
 GAMMA_RELU = math.sqrt(2 / (1 - 1 / math.pi))
 """Inverse standard deviation of ReLU(z), z standard normal."""
 
 
-class ScaledWeightStandardisation(nn.Module):
-    """The parametrisation: from weights ``[out, in, *kernel]`` to standardised ones; the gain starts at one.
+class ScaledWeightStandardization(nn.Module):
+    """The parametrisation: from weights ``[out, in, *kernel]`` to standardized ones; the gain starts at one.
 
-    >>> ScaledWeightStandardisation(1, gamma=1.0)(torch.tensor([[[1.0, 3.0]]])).norm().round(decimals=3).item()
+    >>> ScaledWeightStandardization(1, gamma=1.0)(torch.tensor([[[1.0, 3.0]]])).norm().round(decimals=3).item()
     1.0
     """
 
@@ -39,7 +39,7 @@ class ScaledWeightStandardisation(nn.Module):
         self.gamma, self.eps = gamma, eps
 
     def forward(self, weight: Tensor) -> Tensor:
-        """Standardised and scaled weights."""
+        """Standardized and scaled weights."""
         rows = weight.flatten(1)
         var, mean = torch.var_mean(rows, 1, correction=0)
         scale = self.gamma * self.gain * torch.rsqrt((var * rows.shape[1]).clamp_min(self.eps))
@@ -64,7 +64,7 @@ def clip_adaptively(parameters: Iterable[Tensor], lam: float, eps: float = 1e-3)
 
 
 def convert(model: nn.Module, *, gamma: float = GAMMA_RELU) -> nn.Module:
-    """Scaled weight standardisation of every convolution; normalisation layers are taken out.
+    """Scaled weight standardization of every convolution; normalization layers are taken out.
 
     Args:
         model: changed in place; ``weight`` becomes ``parametrizations.weight.original``.
@@ -78,6 +78,6 @@ def convert(model: nn.Module, *, gamma: float = GAMMA_RELU) -> nn.Module:
     (torch.Size([4]), Identity())
     """
     for layer in convolutions(drop_norms(model), "fedwon"):
-        scaled = ScaledWeightStandardisation(len(layer.weight), gamma=gamma)
+        scaled = ScaledWeightStandardization(len(layer.weight), gamma=gamma)
         register_parametrization(layer, "weight", scaled.to(layer.weight.device, layer.weight.dtype))
     return model

@@ -1,6 +1,6 @@
-r"""Full normalisation (Lian, Liu, AISTATS 2019, https://arxiv.org/abs/1810.06177).
+r"""Full normalization (Lian, Liu, AISTATS 2019, https://arxiv.org/abs/1810.06177).
 
-The objective normalises by the statistics of all data instead of the batch's; stochastic compositional optimisation
+The objective normalizes by the statistics of all data instead of the batch's; stochastic compositional optimization
 follows them, and the gradients with respect to them, over time:
 
 .. math::
@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from fedbn.errors import UserError
 from fedbn.nn.batchnorm import AnyBatchNorm
 from fedbn.nn.conversion import exchange
-from fedbn.norms.statnorm import along, batch_statistics, blend, normalise
+from fedbn.norms.statnorm import along, batch_statistics, blend, normalize
 
 
 class FullNorm(AnyBatchNorm):
-    r"""Full normalisation of ``[N, C, *positions]``; evaluation is BN's. The loss must be the mean over the batch.
+    r"""Full normalization of ``[N, C, *positions]``; evaluation is BN's. The loss must be the mean over the batch.
 
     ``running_var`` holds :math:`\nu-\mu^2`. The backward pass writes ``running_grad_mean`` and
     ``running_grad_second``, :math:`G_\mu` and :math:`G_\nu`, so it must run once for each forward pass.
@@ -52,7 +52,7 @@ class FullNorm(AnyBatchNorm):
 
     def __init__(self, num_features: int, eps: float = 1e-5, affine: bool = True, *, a: float = 0.1) -> None:
         if not 0 < a <= 1:
-            raise UserError(f"full normalisation needs a weight above 0 and at most 1, not a={a}")
+            raise UserError(f"full normalization needs a weight above 0 and at most 1, not a={a}")
         super().__init__(num_features, eps, affine=affine)
         self.a = a
         self.register_buffer("running_grad_mean", torch.zeros(num_features))
@@ -61,7 +61,7 @@ class FullNorm(AnyBatchNorm):
         self.register_buffer("steps", torch.zeros(()))
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalised activations, of the input's shape."""
+        """Normalized activations, of the input's shape."""
         if not self.training:
             return super().forward(input)
         self._check_input_dim(input)
@@ -79,12 +79,12 @@ class FullNorm(AnyBatchNorm):
             G_nu.lerp_(g_v.to(G_nu), a)
             return G_mu + 2 * mu * G_nu, G_nu.clone()
 
-        out = normalise(input, mu, v, self.eps, exchange=follow)
+        out = normalize(input, mu, v, self.eps, exchange=follow)
         return out if self.weight is None else out * along(self.weight, input) + along(self.bias, input)
 
 
 def convert(model: nn.Module, *, a: float = 0.1) -> nn.Module:
-    """Full normalisation for every normalisation layer.
+    """Full normalization for every normalization layer.
 
     >>> convert(nn.Sequential(nn.BatchNorm1d(4)), a=0.05)[0].a
     0.05

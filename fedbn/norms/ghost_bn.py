@@ -1,6 +1,6 @@
-"""Ghost batch normalisation (Hoffer, Hubara, Soudry, NeurIPS 2017, https://arxiv.org/abs/1705.08741).
+"""Ghost batch normalization (Hoffer, Hubara, Soudry, NeurIPS 2017, https://arxiv.org/abs/1705.08741).
 
-A large batch is normalised in parts, each by its own statistics, so that the noise of small batches stays. Running
+A large batch is normalized in parts, each by its own statistics, so that the noise of small batches stays. Running
 statistics move by the mean of the parts' statistics, as in Summers and Dinneen, ICLR 2020,
 https://arxiv.org/abs/1906.03548.
 """
@@ -48,12 +48,12 @@ class GhostBN(AnyBatchNorm):
         size: int = 16,
     ) -> None:
         if size < 1:
-            raise UserError(f"ghost batch normalisation needs parts of at least one row, not size={size}")
+            raise UserError(f"ghost batch normalization needs parts of at least one row, not size={size}")
         super().__init__(num_features, eps, momentum, affine)
         self.size = size
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalised activations, of the input's shape."""
+        """Normalized activations, of the input's shape."""
         if not self.training:
             return super().forward(input)
         self._check_input_dim(input)
@@ -81,7 +81,7 @@ def _mean(values: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
 
 
 def convert(model: nn.Module, *, size: int = 16) -> nn.Module:
-    """Ghost BN for every normalisation layer.
+    """Ghost BN for every normalization layer.
 
     >>> convert(nn.Sequential(nn.BatchNorm1d(4)), size=8)[0].size
     8

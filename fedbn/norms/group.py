@@ -1,4 +1,4 @@
-"""Group normalisation (Wu, He, ECCV 2018, https://arxiv.org/abs/1803.08494)."""
+"""Group normalization (Wu, He, ECCV 2018, https://arxiv.org/abs/1803.08494)."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from fedbn.nn.conversion import channels_of, groups_for, replace_norms, require_
 
 
 def convert(model: nn.Module, *, groups: int | None = None, per_group: int | None = None) -> nn.Module:
-    """Normalise each sample over groups of channels and all positions.
+    """Normalize each sample over groups of channels and all positions.
 
     Args:
         model: changed in place.
         groups: groups wished; the largest divisor of a layer's channels not above it is taken.
-        per_group: channels per group instead. Neither: one channel a group, which is instance normalisation.
+        per_group: channels per group instead. Neither: one channel a group, which is instance normalization.
 
     >>> convert(nn.Sequential(nn.BatchNorm2d(48)), groups=32)[0].num_groups
     24

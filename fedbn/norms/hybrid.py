@@ -38,7 +38,7 @@ class HybridNorm(_BatchNorm):
         self.measuring = False
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalised activations ``[N, C, *positions]``."""
+        """Normalized activations ``[N, C, *positions]``."""
         global_mean, global_var = cast(Tensor, self.running_mean), cast(Tensor, self.running_var)
         if not (self.training or self.measuring):
             return F.batch_norm(input, global_mean, global_var, self.weight, self.bias, False, 0.0, self.eps)

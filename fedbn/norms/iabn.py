@@ -1,4 +1,4 @@
-r"""Instance-aware batch normalisation, half of NOTE (Gong et al., NeurIPS 2022, https://arxiv.org/abs/2208.05117).
+r"""Instance-aware batch normalization, half of NOTE (Gong et al., NeurIPS 2022, https://arxiv.org/abs/2208.05117).
 
 A sample's own statistics correct the common ones where they differ by more than :math:`k` standard errors over its
 :math:`L` positions:
@@ -9,7 +9,7 @@ A sample's own statistics correct the common ones where they differ by more than
 
 with :math:`s_\mu=\sqrt{(v+\epsilon)/L}`, :math:`s_v=(v+\epsilon)\sqrt{2/(L-1)}` and unbiased variances. As :math:`v_i`
 lies between :math:`v` and :math:`w_i`, the published clamp at 0 never acts and is left out. The standard errors hold
-for independent positions; within a sensor window they are too small, and the layer drifts to instance normalisation.
+for independent positions; within a sensor window they are too small, and the layer drifts to instance normalization.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class IABN(AnyBatchNorm):
         eps: added to the variance.
         momentum: weight of a batch in the running statistics; None: plain mean over all batches.
         affine: whether there are a scale and a shift.
-        k: standard errors tolerated; 0 is instance normalisation, infinity BN.
+        k: standard errors tolerated; 0 is instance normalization, infinity BN.
         skip: positions up to which a sample has too few to correct anything.
 
     >>> layer = IABN(1, k=0.0).eval(); x = torch.tensor([[[5.0, 7.0]]])
@@ -62,7 +62,7 @@ class IABN(AnyBatchNorm):
         self.k, self.skip = k, skip
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalised activations, of the input's shape."""
+        """Normalized activations, of the input's shape."""
         plain = super().forward(input)  # the running statistics move as in BN
         length = input[0, 0].numel()
         if input.dim() < 3 or length <= self.skip or self.k == math.inf:
@@ -87,7 +87,7 @@ def _beyond(x: Tensor, threshold: Tensor) -> Tensor:
 
 
 def convert(model: nn.Module, *, k: float = 4.0, skip: int = 1) -> nn.Module:
-    """Instance-aware BN for every normalisation layer; published numbers need a network trained with it.
+    """Instance-aware BN for every normalization layer; published numbers need a network trained with it.
 
     >>> convert(nn.Sequential(nn.BatchNorm1d(4)), k=2.0)[0].k
     2.0

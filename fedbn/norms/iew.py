@@ -56,7 +56,7 @@ class ExampleWeighing(AnyBatchNorm):
         self.weight_of_batch, self.w = momentum, w
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalised activations, of the input's shape."""
+        """Normalized activations, of the input's shape."""
         self._check_input_dim(input)
         if self.training:
             self.num_batches_tracked += 1
@@ -73,7 +73,7 @@ class ExampleWeighing(AnyBatchNorm):
 
 
 def convert(model: nn.Module, *, w: float = 0.0, momentum: float = 0.01) -> nn.Module:
-    """Example weighing for every normalisation layer.
+    """Example weighing for every normalization layer.
 
     >>> convert(nn.Sequential(nn.BatchNorm1d(4)), w=0.1)[0].w
     0.1

@@ -1,4 +1,4 @@
-"""Instance normalisation (Ulyanov, Vedaldi, Lempitsky, 2016, https://arxiv.org/abs/1607.08022)."""
+"""Instance normalization (Ulyanov, Vedaldi, Lempitsky, 2016, https://arxiv.org/abs/1607.08022)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fedbn.nn.conversion import channels_of, replace_norms, require_norms
 
 
 def convert(model: nn.Module) -> nn.Module:
-    """Normalise each channel of each sample over its positions; nothing is kept.
+    """Normalize each channel of each sample over its positions; nothing is kept.
 
     >>> type(convert(nn.Sequential(nn.BatchNorm2d(4)))[0]).__name__
     'AnyInstanceNorm'

@@ -1,4 +1,4 @@
-"""Layer normalisation (Ba, Kiros, Hinton, 2016, https://arxiv.org/abs/1607.06450)."""
+"""Layer normalization (Ba, Kiros, Hinton, 2016, https://arxiv.org/abs/1607.06450)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from fedbn.norms import group
 
 
 def convert(model: nn.Module) -> nn.Module:
-    """Normalise each sample over all channels and positions: group normalisation with one group.
+    """Normalize each sample over all channels and positions: group normalization with one group.
 
     Scale and shift stay one a channel, as BN has them.
 

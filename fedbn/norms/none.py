@@ -1,4 +1,4 @@
-"""No normalisation: the control."""
+"""No normalization: the control."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from fedbn.nn.conversion import replace_norms, require_norms
 
 
 def convert(model: nn.Module) -> nn.Module:
-    """The identity for every normalisation layer; nothing else changes, biases neither.
+    """The identity for every normalization layer; nothing else changes, biases neither.
 
     >>> convert(nn.Sequential(nn.BatchNorm1d(4)))[0]
     Identity()

@@ -14,7 +14,7 @@ from fedbn.norms.statnorm import batch_statistics
 
 
 class SharedStatisticsNorm(_BatchNorm):
-    """Normalises by ``running_mean`` and ``running_var``, constants, in training and in evaluation.
+    """Normalizes by ``running_mean`` and ``running_var``, constants, in training and in evaluation.
 
     In training each batch's mean and biased variance are accumulated; `publish` writes their averages into the
     running statistics, from where they travel to the server.
@@ -36,7 +36,7 @@ class SharedStatisticsNorm(_BatchNorm):
         self._mean = self._var = torch.zeros(())
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalised activations ``[N, C, *positions]``."""
+        """Normalized activations ``[N, C, *positions]``."""
         if self.training:
             mean, var, _ = batch_statistics(input.detach())
             self._mean, self._var, self._batches = self._mean + mean, self._var + var, self._batches + 1

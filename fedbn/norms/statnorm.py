@@ -1,6 +1,6 @@
-r"""StatNorm: normalise by statistics from anywhere, with statistic gradients from anywhere.
+r"""StatNorm: normalize by statistics from anywhere, with statistic gradients from anywhere.
 
-Training-time methods differ in two answers: which :math:`(\mu, v)` normalises, and which gradient of the loss with
+Training-time methods differ in two answers: which :math:`(\mu, v)` normalizes, and which gradient of the loss with
 respect to them flows back. With :math:`\hat x = (x-\mu)/\sqrt{v+\epsilon}`, :math:`s = 1/\sqrt{v+\epsilon}` and
 :math:`g = \partial L/\partial\hat x`, sums over the :math:`n` values of a channel,
 
@@ -10,7 +10,7 @@ respect to them flows back. With :math:`\hat x = (x-\mu)/\sqrt{v+\epsilon}`, :ma
 
 where :math:`(G_\mu, G_v)` are the statistic gradients to use: the own ones (BN), zero (statistics are constants: DBN,
 frozen BN), or whatever a callable makes of the own ones (averages over clients: FedTAN; over time: full
-normalisation).
+normalization).
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def blend(
     return mean + a * delta, (1 - b) * var + b * other_var + b * (1 - b) * delta**2
 
 
-def normalise(
+def normalize(
     x: Tensor,
     mean: Tensor,
     var: Tensor,
@@ -85,7 +85,7 @@ def normalise(
     The own gradients are right when ``var`` is a mean of squares about ``mean`` itself. No double backward.
 
     Args:
-        x: ``[N, C, *positions]``; half precision is normalised in float32 and given back as it came.
+        x: ``[N, C, *positions]``; half precision is normalized in float32 and given back as it came.
         mean: ``[C]``, a constant for autograd.
         var: ``[C]``, a constant for autograd.
         eps: added to the variance.
@@ -93,11 +93,11 @@ def normalise(
         mask: ``[N, *positions]``, true where a value counts; the output is 0 elsewhere.
 
     >>> x = torch.tensor([[0.0], [2.0]], requires_grad=True); mean, var, _ = batch_statistics(x.detach())
-    >>> normalise(x, mean, var, 0.0).flatten().tolist()
+    >>> normalize(x, mean, var, 0.0).flatten().tolist()
     [-1.0, 1.0]
-    >>> normalise(x, mean, var, 0.0)[1, 0].backward(); x.grad.flatten().tolist()
+    >>> normalize(x, mean, var, 0.0)[1, 0].backward(); x.grad.flatten().tolist()
     [0.0, 0.0]
-    >>> x.grad = None; normalise(x, mean, var, 0.0, exchange=None)[1, 0].backward(); x.grad.flatten().tolist()
+    >>> x.grad = None; normalize(x, mean, var, 0.0, exchange=None)[1, 0].backward(); x.grad.flatten().tolist()
     [0.0, 1.0]
     """
     return cast(Tensor, _StatNorm.apply(x, mean.detach(), var.detach(), eps, exchange, mask))  # type: ignore[no-untyped-call]
@@ -122,13 +122,13 @@ class _StatNorm(torch.autograd.Function):
         g = _only(widened(grad), mask)
         gx = g * along(inv, x)
         if ctx.exchange is not None:
-            centred = _only(widened(x) - along(mean, x), mask)
+            centered = _only(widened(x) - along(mean, x), mask)
             axes = [0, *range(2, x.dim())]
             g_mu = -inv * g.sum(axes)
-            g_v = -0.5 * inv**3 * (g * centred).sum(axes)
+            g_v = -0.5 * inv**3 * (g * centered).sum(axes)
             G_mu, G_v = ctx.exchange(g_mu, g_v)
             n = x.numel() // x.shape[1] if mask is None else mask.sum()
-            gx = gx + _only(along(G_mu / n, x) + along(2 * G_v / n, x) * centred, mask)
+            gx = gx + _only(along(G_mu / n, x) + along(2 * G_v / n, x) * centered, mask)
         return gx.to(x.dtype), None, None, None, None, None
 
 

@@ -1,7 +1,7 @@
-r"""Weight normalisation (Salimans, Kingma, NeurIPS 2016, https://arxiv.org/abs/1602.07868).
+r"""Weight normalization (Salimans, Kingma, NeurIPS 2016, https://arxiv.org/abs/1602.07868).
 
 Each unit's weights are a length and a direction, :math:`w = g\,v/\lVert v\rVert_2`; no statistics of data, but
-for those of one batch at the start: `initialise`.
+for those of one batch at the start: `initialize`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fedbn.nn.conversion import drop_norms, weighted_layers
 
 
 def convert(model: nn.Module) -> nn.Module:
-    """Weight normalisation of every linear layer and convolution; normalisation layers are taken out.
+    """Weight normalization of every linear layer and convolution; normalization layers are taken out.
 
     Length and direction start at those of the weights, so no layer's function changes. PyTorch's parametrisation:
     ``weight`` becomes ``parametrizations.weight.original0`` (g) and ``original1`` (v). Transposed convolutions are left
@@ -31,7 +31,7 @@ def convert(model: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def initialise(model: nn.Module, x: Tensor) -> None:
+def initialize(model: nn.Module, x: Tensor) -> None:
     r"""Data-dependent start (section 3 of the paper), in place: on ``x`` each unit has mean zero and variance one.
 
     :math:`g\leftarrow g/\sigma[t]`, :math:`b\leftarrow (b-\mu[t])/\sigma[t]`, layer after layer in the order in which
@@ -39,12 +39,12 @@ def initialise(model: nn.Module, x: Tensor) -> None:
     once is set by its first run; one without a bias keeps its mean.
 
     Args:
-        model: converted to weight normalisation.
+        model: converted to weight normalization.
         x: rows ``[N, ...]``.
 
     >>> net = convert(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)))
     >>> x = torch.randn(50, 3)
-    >>> initialise(net, x)
+    >>> initialize(net, x)
     >>> torch.allclose(net(x).std(0, correction=0), torch.ones(4), atol=1e-3)
     True
     """

@@ -1,4 +1,4 @@
-r"""A normalisation layer whose rows may each have their own statistics, and one forward pass through all of them.
+r"""A normalization layer whose rows may each have their own statistics, and one forward pass through all of them.
 
 The layer knows nothing of users: it asks the `Pass` under way for a scale and a shift of every row and channel,
 :math:`s=\gamma/\sqrt{v+\epsilon}` and :math:`t=\beta-\mu s`, and gives :math:`y = s x + t`. Written with the
@@ -31,9 +31,9 @@ class UserNorm(AnyBatchNorm):
     place: int
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalised activations, of the input's shape."""
+        """Normalized activations, of the input's shape."""
         current = _PASS.get()
-        return super().forward(input) if current is None else current.normalise(self, input)
+        return super().forward(input) if current is None else current.normalize(self, input)
 
 
 Transform = Callable[[int, "Pair | None", int], Pair]
@@ -69,7 +69,7 @@ class Pass:
     def __exit__(self, *_: object) -> None:
         _PASS.reset(self._token)
 
-    def normalise(self, layer: UserNorm, x: Tensor) -> Tensor:
+    def normalize(self, layer: UserNorm, x: Tensor) -> Tensor:
         """The layer's output.
 
         Raises:
@@ -77,7 +77,7 @@ class Pass:
         """
         if x.shape[0] != self.rows:
             raise UserError(
-                f"a normalisation layer met {x.shape[0]} rows where {self.rows} windows were given: the model folds "
+                f"a normalization layer met {x.shape[0]} rows where {self.rows} windows were given: the model folds "
                 "another axis into the batch, so rows cannot be told apart by user; keep the batch on axis 0"
             )
         moments = self._meet(layer, x) if self.watch else None
@@ -107,35 +107,35 @@ class Pass:
 _PASS: ContextVar[Pass | None] = ContextVar("pass", default=None)
 
 
-def row_moments(x: Tensor, centre: Tensor, real: Tensor | None = None) -> Pair:
+def row_moments(x: Tensor, center: Tensor, real: Tensor | None = None) -> Pair:
     """Mean and biased variance of each row and channel over the positions, ``[B, C]`` each.
 
-    Two plain means about ``centre``: where values lie far from zero nothing cancels, and on a CPU it is many times
+    Two plain means about ``center``: where values lie far from zero nothing cancels, and on a CPU it is many times
     as fast as ``torch.var_mean``.
 
     Args:
         x: ``[B, C, *positions]``; half precision is measured in float32.
-        centre: ``[C]``, anything near the mean.
+        center: ``[C]``, anything near the mean.
         real: ``[B, length]`` weights of the positions of the last axis; None: all alike.
 
     >>> row_moments(torch.tensor([[[1001.0, 1003.0]]]), torch.tensor([1000.0]))
     (tensor([[1002.]]), tensor([[1.]]))
     """
     dims = list(range(2, x.dim()))
-    wide = x.to(torch.promote_types(centre.dtype, torch.float32))
-    centred = wide - centre.view(-1, *[1] * len(dims))
+    wide = x.to(torch.promote_types(center.dtype, torch.float32))
+    centered = wide - center.view(-1, *[1] * len(dims))
     if not dims:
         return wide, torch.zeros_like(wide)
     if real is not None:
-        share = real.view(len(x), *[1] * len(dims), -1).expand_as(centred[:, :1])
+        share = real.view(len(x), *[1] * len(dims), -1).expand_as(centered[:, :1])
         share = share / share.sum(dims, keepdim=True)
-        offset = (share * centred).sum(dims)
-        spread = (share * centred.square()).sum(dims) - offset * offset
+        offset = (share * centered).sum(dims)
+        spread = (share * centered.square()).sum(dims) - offset * offset
         # Rows without padding to the same bits as in a batch without: what is another user's changes nothing here.
-        whole, mean, var = real.all(1)[:, None], *row_moments(x, centre)
-        return torch.where(whole, mean, centre + offset), torch.where(whole, var, spread.clamp_min(0))
-    offset = centred.mean(dims)
-    return centre + offset, (centred.square_().mean(dims) - offset * offset).clamp_min(0)
+        whole, mean, var = real.all(1)[:, None], *row_moments(x, center)
+        return torch.where(whole, mean, center + offset), torch.where(whole, var, spread.clamp_min(0))
+    offset = centered.mean(dims)
+    return center + offset, (centered.square_().mean(dims) - offset * offset).clamp_min(0)
 
 
 def scale_and_shift(mean: Tensor, var: Tensor, eps: Tensor, weight: Tensor, bias: Tensor) -> Pair:

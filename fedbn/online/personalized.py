@@ -1,4 +1,4 @@
-"""One network for many users: their rows share a batch, and each is normalised by its own user's statistics.
+"""One network for many users: their rows share a batch, and each is normalized by its own user's statistics.
 
 Observe, predict, commit: `Personalized.predict` notes the moments of every row and answers; only
 `Personalized.commit` moves statistics, once, from what was noted. Nothing hangs on ``train()`` or ``eval()``.
@@ -145,7 +145,7 @@ class Personalized(Users):
 
         Args:
             x: rows in any order.
-            user: whose each row is. Users never met are normalised by the prior, and stay unknown.
+            user: whose each row is. Users never met are normalized by the prior, and stay unknown.
             mask: ``[B, length]`` False where the last axis of a row is padding, which then enters no statistics; how
                 the network itself treats padding is its own affair.
 
@@ -299,7 +299,7 @@ class Personalized(Users):
         """A plain copy of the network, of the original layer types, with a user's statistics; it folds and exports.
 
         Raises:
-            UserError: the rule normalises each window by itself.
+            UserError: the rule normalizes each window by itself.
         """
         statistics = self.statistics(user)
         out = replace_norms(

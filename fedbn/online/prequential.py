@@ -150,8 +150,8 @@ def follow(net: Follower, streams: Sequence[Stream], ask: Ask | None = None) -> 
         out = net.predict(rows, user=[names[i] for i in present])
         posterior = out.softmax(1)
         if ask is not None:
-            labelled = zip(present, posterior, strict=True)
-            posterior = torch.stack([ask.about(names[i], p, int(streams[i].y[t])) for i, p in labelled])
+            labeled = zip(present, posterior, strict=True)
+            posterior = torch.stack([ask.about(names[i], p, int(streams[i].y[t])) for i, p in labeled])
         net.commit(posterior=posterior)
         took = (time.perf_counter() - began) / len(present)
         for i, row in zip(present, out, strict=True):
@@ -163,7 +163,7 @@ def follow(net: Follower, streams: Sequence[Stream], ask: Ask | None = None) -> 
 def follow_blocks(step: Callable[[Tensor], Tensor], stream: Stream, block: int) -> Trace:
     """One user, ``block`` windows at a time, by a function that answers and learns in one.
 
-    For methods that cannot take a single window. Whether a window is inside the statistics it is normalised by is the
+    For methods that cannot take a single window. Whether a window is inside the statistics it is normalized by is the
     method's affair (`fedbn.tta.Method.peeks`).
 
     Args:

@@ -2,7 +2,7 @@ r"""What new users start from: the model's running statistics, or more that serv
 
 The variance a new user should expect is the mean of the users' variances plus the variance of their means. How many
 windows that start is worth follows from how much users differ (empirical Bayes): with :math:`s^2` the variance of a
-window's mean about its user's, and :math:`\tau^2` that of users' means, the weight that minimises the expected squared
+window's mean about its user's, and :math:`\tau^2` that of users' means, the weight that minimizes the expected squared
 error of a user's mean is :math:`n_0=s^2/\tau^2` (Efron, Morris, 1975, *Data analysis using Stein's estimator*).
 """
 
@@ -56,7 +56,7 @@ def layer_priors(model: nn.Module) -> dict[str, LayerPrior]:
 
 
 def source_prior(model: nn.Module, x: Tensor, y: Tensor, classes: int) -> dict[str, LayerPrior]:
-    """Running statistics, and the moments of each class's activations on labelled source data.
+    """Running statistics, and the moments of each class's activations on labeled source data.
 
     Args:
         model: put into evaluation mode.

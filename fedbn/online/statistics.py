@@ -140,7 +140,7 @@ class Prior:
         if self.class_mean is None or self.class_var is None:
             raise UserError(
                 f"rule {who!r} needs the source's moments of each class: personalize(model, rule, "
-                "prior=source_prior(model, x, y, classes)) with labelled source data"
+                "prior=source_prior(model, x, y, classes)) with labeled source data"
             )
         return self.class_mean, self.class_var
 

@@ -1,4 +1,4 @@
-r"""Post-training of TTN: how much of a batch's own statistics each channel should be normalised by.
+r"""Post-training of TTN: how much of a batch's own statistics each channel should be normalized by.
 
 Lim, Kim, Choo, Choi, 2023, *TTN: a domain-shift aware batch normalization in test-time adaptation*, ICLR,
 https://arxiv.org/abs/2302.05155. With :math:`g_c` the gradient of the loss by a channel's scale and shift on a batch,
@@ -8,13 +8,13 @@ and :math:`g'_c` that on the batch under augmentation, a channel's sensitivity t
     A_c = \Big(\frac{d_c-\min d}{\max d-\min d}\Big)^2 .
 
 From there the weights alone are trained, on cross-entropy of clean and augmented batches plus
-:math:`\lambda\,\operatorname{mean}(\alpha-A)^2`, and kept in [0, 1]. Labelled source data are needed, and no target
+:math:`\lambda\,\operatorname{mean}(\alpha-A)^2`, and kept in [0, 1]. Labeled source data are needed, and no target
 data. What the paper takes for images is replaced here by changes of gain and noise; a batch is one user's windows, as
 at test time.
 
 Confirmed by the paper's abstract, the authors' page and a reader's notes: the model is frozen, sensitivity comes from
 how alike the gradients of scale and shift are on clean and augmented data, it is the prior from which the weights are
-trained on labelled source data, and they are fixed at test time. Not verified against the paper's text: that one cosine
+trained on labeled source data, and they are fixed at test time. Not verified against the paper's text: that one cosine
 joins the gradients of scale and shift, the scaling of d to [0, 1], its square, and the form of the penalty.
 """
 
@@ -62,7 +62,7 @@ def learn_alpha(
 
     Args:
         model: in evaluation mode; it is not touched.
-        batches: labelled, each of one seen user, two windows at least.
+        batches: labeled, each of one seen user, two windows at least.
         draw: of the augmentation.
         epochs: passes over the batches.
         lr: of Adam, on the weights.
@@ -73,7 +73,7 @@ def learn_alpha(
         UserError: no batches, or a batch of one window.
     """
     if not batches or min(len(y) for _, y in batches) < 2:
-        raise UserError("ttn learns its weights from labelled batches of two windows at least: give some")
+        raise UserError("ttn learns its weights from labeled batches of two windows at least: give some")
     net = personalize(model, Source(), capacity=1)
     bank = net.bank
     weight, bias = (t.clone().requires_grad_() for t in bank.affine)

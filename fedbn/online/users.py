@@ -102,13 +102,13 @@ class Users(nn.Module):
         """Mean and variance ``[C]`` in use for a user, by layer.
 
         Raises:
-            UserError: the rule normalises each window by itself.
+            UserError: the rule normalizes each window by itself.
         """
         bank = self.bank
         slot = self._slot(user)
         if not bank.rule.keeps and not bool(bank.rows["frozen"][slot]):
             raise UserError(
-                f"rule {bank.rule.name!r} normalises every window by itself, so a user has no statistics to show or "
+                f"rule {bank.rule.name!r} normalizes every window by itself, so a user has no statistics to show or "
                 "export; choose a rule that keeps them (pseudo, ema, cumulative, ...), or calibrate and freeze"
             )
         mean, var = bank.statistics(slot)
@@ -151,7 +151,7 @@ class Users(nn.Module):
 
     def _headline(self) -> str:
         known = f"{len(self.users)} users known, {len(self.bank.slot)} at hand"
-        return f"{type(self.model).__name__} personalised by {self.bank.text}: {known}"
+        return f"{type(self.model).__name__} personalized by {self.bank.text}: {known}"
 
     def _slot(self, user: str | int) -> Tensor:
         return self.bank.group([str(user)], create=False).slots

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from fedbn.errors import UserError
 from fedbn.nn.roles import Role, State
-from fedbn.personalization.base import Personalisation, Work
+from fedbn.personalization.base import Personalization, Work
 
 
 @dataclass(frozen=True)
-class APFL(Personalisation):
+class APFL(Personalization):
     r"""A client is served :math:`\bar v=\alpha v+(1-\alpha)w`; :math:`v` follows the gradient at :math:`\bar v`.
 
     https://arxiv.org/abs/2003.13461. The shared model is trained as ever; then :math:`v` takes as many steps, each

@@ -1,6 +1,6 @@
-"""Personalisation, apart from normalisation: which parameters are a client's own, and how it trains them.
+"""Personalization, apart from normalization: which parameters are a client's own, and how it trains them.
 
-A *treatment* is a strategy for the normalisation layers and, after a plus sign, a method of personalisation:
+A *treatment* is a strategy for the normalization layers and, after a plus sign, a method of personalization:
 ``fedbn``, ``groupnorm+ditto``, ``silobn+fedrep:head_epochs=2``. Every pair can be run.
 """
 
@@ -40,7 +40,7 @@ class Fit(Protocol):
 
 @dataclass
 class Work:
-    """One client's work in a round, as a personalisation method sees it.
+    """One client's work in a round, as a personalization method sees it.
 
     Attributes:
         model: holds the client's assembled state, in training mode as the strategy wishes.
@@ -81,8 +81,8 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Personalisation:
-    """No personalisation: what is local is the normalisation strategy's choice alone.
+class Personalization:
+    """No personalization: what is local is the normalization strategy's choice alone.
 
     Attributes:
         name: what the command line calls it.
@@ -115,6 +115,6 @@ class Personalisation:
         return heard
 
 
-def personalisations() -> dict[str, type[Personalisation]]:
+def personalizations() -> dict[str, type[Personalization]]:
     """All methods found, by name."""
-    return discover("fedbn.personalization", Personalisation)
+    return discover("fedbn.personalization", Personalization)

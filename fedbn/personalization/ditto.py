@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 from fedbn.errors import UserError
 from fedbn.nn.roles import State
-from fedbn.personalization.base import Personalisation, Work
+from fedbn.personalization.base import Personalization, Work
 
 
 @dataclass(frozen=True)
-class Ditto(Personalisation):
+class Ditto(Personalization):
     r"""Beside the shared model :math:`w` each client trains :math:`v_k` on :math:`f_k(v)+\frac\lambda2\|v-w\|^2`.
 
     https://arxiv.org/abs/2012.04221. The personal model has statistics of its own; it takes as many steps as the shared

@@ -1,15 +1,15 @@
-"""FedBABU: the head is never trained in federation, only when personalising (Oh, Kim, Yun, ICLR 2022)."""
+"""FedBABU: the head is never trained in federation, only during personalization (Oh, Kim, Yun, ICLR 2022)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from fedbn.nn.roles import Role, State
-from fedbn.personalization.base import Personalisation, Work
+from fedbn.personalization.base import Personalization, Work
 
 
 @dataclass(frozen=True)
-class FedBABU(Personalisation):
+class FedBABU(Personalization):
     """Body aggregation and body update, the head at its initial value; then fine-tuning.
 
     https://arxiv.org/abs/2106.06042

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedbn.personalization.base import Personalisation
+from fedbn.personalization.base import Personalization
 from fedbn.strategies.ownership import LOCAL
 
 
 @dataclass(frozen=True)
-class FedPer(Personalisation):
+class FedPer(Personalization):
     """The classifier stays at the client and is trained with the body. https://arxiv.org/abs/1912.00818
 
     An unseen user has no head but the initial one: its figures are at chance, as the paper leaves it.

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 from fedbn.errors import UserError
 from fedbn.nn.roles import Role
-from fedbn.personalization.base import Personalisation, Work
+from fedbn.personalization.base import Personalization, Work
 
 
 @dataclass(frozen=True)
-class FedProx(Personalisation):
+class FedProx(Personalization):
     r"""Adds :math:`\frac\mu2\|w-w^{received}\|^2` over body and head to the local loss.
 
     https://arxiv.org/abs/1812.06127

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fedbn.nn.roles import Role
-from fedbn.personalization.base import Personalisation, Work
+from fedbn.personalization.base import Personalization, Work
 from fedbn.strategies.ownership import LOCAL
 
 
 @dataclass(frozen=True)
-class FedRep(Personalisation):
+class FedRep(Personalization):
     """A personal head, trained on the body as received; then the body on the new head. https://arxiv.org/abs/2102.07078
 
     Attributes:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fedbn.nn.roles import State
-from fedbn.personalization.base import Personalisation, Work
+from fedbn.personalization.base import Personalization, Work
 
 
 @dataclass(frozen=True)
-class FineTune(Personalisation):
+class FineTune(Personalization):
     """FedAvg + fine-tuning. Yu, Bagdasaryan, Shmatikov, 2020, https://arxiv.org/abs/2002.04758
 
     Nothing changes in the rounds. An unseen user, who has no labels, is served the shared model.

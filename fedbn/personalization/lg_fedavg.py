@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedbn.personalization.base import Personalisation
+from fedbn.personalization.base import Personalization
 from fedbn.strategies.ownership import LOCAL
 
 
 @dataclass(frozen=True)
-class LGFedAvg(Personalisation):
+class LGFedAvg(Personalization):
     """The body stays at the client, only the classifier is averaged. https://arxiv.org/abs/2001.01523
 
-    Normalisation layers follow the strategy: with ``fedbn`` the whole representation is local, as in the paper. There
+    Normalization layers follow the strategy: with ``fedbn`` the whole representation is local, as in the paper. There
     is no model for an unseen user.
 
     >>> str(LGFedAvg.body)

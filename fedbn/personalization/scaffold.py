@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fedbn.nn.roles import Role, State
-from fedbn.personalization.base import Personalisation, Work
+from fedbn.personalization.base import Personalization, Work
 from fedbn.strategies.base import Update
 
 CONTROL = "control/"
@@ -41,7 +41,7 @@ class _Correction:
 
 
 @dataclass(frozen=True)
-class Scaffold(Personalisation):
+class Scaffold(Personalization):
     r"""Clients step along :math:`g-c_k+c`; afterwards :math:`c_k` is the mean of the gradients :math:`g` they met.
 
     https://arxiv.org/abs/1910.06378, option II, which is that mean under plain SGD, and stays meaningful with momentum.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from fedbn.nn.roles import Role
-from fedbn.personalization.base import Personalisation, personalisations
+from fedbn.personalization.base import Personalization, personalizations
 from fedbn.plugins import parse, render
 from fedbn.strategies.base import NormStrategy
 from fedbn.strategies.base import strategy as parse_strategy
@@ -14,14 +14,14 @@ from fedbn.strategies.ownership import LOCAL, Owner
 
 @dataclass(frozen=True)
 class Treatment:
-    """A normalisation strategy and a personalisation method.
+    """A normalization strategy and a personalization method.
 
     >>> str(treatment("groupnorm:groups=4"))
     'groupnorm:groups=4'
     """
 
     norm: NormStrategy
-    personal: Personalisation = field(default_factory=Personalisation)
+    personal: Personalization = field(default_factory=Personalization)
 
     def owners(self) -> dict[Role, Owner]:
         """Owner of every role."""
@@ -30,7 +30,7 @@ class Treatment:
     @property
     def personalizes(self) -> bool:
         """Whether there is a personalization method besides the strategy."""
-        return type(self.personal) is not Personalisation
+        return type(self.personal) is not Personalization
 
     @property
     def lonely(self) -> bool:
@@ -50,4 +50,4 @@ def treatment(text: str) -> Treatment:
     """
     norm, plus, personal = text.partition("+")
     chosen = parse_strategy(norm)
-    return Treatment(chosen, parse(personal, "personalisation", personalisations())) if plus else Treatment(chosen)
+    return Treatment(chosen, parse(personal, "personalization", personalizations())) if plus else Treatment(chosen)

@@ -122,7 +122,7 @@ def statistics_pairs(table: Ownership) -> list[tuple[str, str]]:
     if odd := set(keys) - {k for pair in pairs for k in pair} | {v for _, v in pairs} - set(keys):
         raise UserError(
             f"privacy knows means and variances; {', '.join(sorted(odd))} is something else: choose a strategy "
-            "with plain batch normalisation, or one that keeps statistics local"
+            "with plain batch normalization, or one that keeps statistics local"
         )
     return pairs
 
@@ -132,32 +132,32 @@ def parameter_keys(table: Ownership) -> list[str]:
     return [k for k in table.travels if table.roles[k] is not Role.STATISTICS]
 
 
-def to_sums(state: State, centre: State, pairs: Sequence[tuple[str, str]]) -> Tensor:
+def to_sums(state: State, center: State, pairs: Sequence[tuple[str, str]]) -> Tensor:
     """Means and variances as shifted sums for a weight of one, ``[2 x channels of all layers]`` float64.
 
     Args:
         state: holds the entries.
-        centre: what the server sent; sums are shifted and scaled by it.
+        center: what the server sent; sums are shifted and scaled by it.
         pairs: names of means and variances.
     """
     parts = []
     for mean, var in pairs:
-        scale = _scale(centre[var])
-        shift = (state[mean].double() - centre[mean].double()) / scale
+        scale = _scale(center[var])
+        shift = (state[mean].double() - center[mean].double()) / scale
         parts += [shift, state[var].double() / scale**2 + shift**2 - 1]
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
 
 
-def from_sums(sums: Tensor, centre: State, pairs: Sequence[tuple[str, str]], floor: float) -> State:
-    """The inverse of `to_sums`; no variance is less than ``floor`` times the centre's."""
+def from_sums(sums: Tensor, center: State, pairs: Sequence[tuple[str, str]], floor: float) -> State:
+    """The inverse of `to_sums`; no variance is less than ``floor`` times the center's."""
     out: State = {}
     at = 0
     for mean, var in pairs:
-        size, scale = centre[mean].numel(), _scale(centre[var])
+        size, scale = center[mean].numel(), _scale(center[var])
         first, second = sums[at : at + size], sums[at + size : at + 2 * size]
         at += 2 * size
-        out[mean] = (centre[mean].double() + scale * first).to(centre[mean].dtype)
-        out[var] = ((second + 1 - first**2).clamp_min(floor) * scale**2).to(centre[var].dtype)
+        out[mean] = (center[mean].double() + scale * first).to(center[mean].dtype)
+        out[var] = ((second + 1 - first**2).clamp_min(floor) * scale**2).to(center[var].dtype)
     return out
 
 

@@ -123,7 +123,7 @@ class Digits(Scenario):
 
 
 def _examples(images: np.ndarray, labels: np.ndarray, recording: int) -> Examples:
-    """Grey ``[n, 28, 28]`` or colour ``[n, 28, 28, 3]`` bytes as ``[n, 3, 28, 28]`` in -1 to 1."""
+    """Gray ``[n, 28, 28]`` or color ``[n, 28, 28, 3]`` bytes as ``[n, 3, 28, 28]`` in -1 to 1."""
     x = torch.from_numpy(images).float().div(255).sub(0.5).div(0.5)
     x = x.permute(0, 3, 1, 2) if x.ndim == 4 else x[:, None].expand(-1, 3, -1, -1)
     y = torch.from_numpy(labels.astype(np.int64))
@@ -188,7 +188,7 @@ def _mfeat(paths: Paths) -> Drawn:
 
 
 def _enlarged(images: np.ndarray, top: int) -> np.ndarray:
-    """Images with values 0 to ``top``, at their aspect ratio in a centred box like MNIST's."""
+    """Images with values 0 to ``top``, at their aspect ratio in a centered box like MNIST's."""
     height, width = images.shape[1:]
     scale = BOX / max(height, width)
     size = (round(width * scale), round(height * scale))
@@ -229,10 +229,10 @@ def _fonts(paths: Paths) -> Drawn:
         face = folder / f"{FACES[i // 10 % len(FACES)]}.ttf"
         font = ImageFont.truetype(face, round(rng.uniform(18, 24) * FINE))
         canvas = Image.new("L", (SIZE * FINE, SIZE * FINE))
-        centre = tuple(FINE * (SIZE / 2 + rng.uniform(-2, 2, 2)))
-        # Centred by its own box rather than anchor "mm", whose height is the face's and differs.
+        center = tuple(FINE * (SIZE / 2 + rng.uniform(-2, 2, 2)))
+        # Centered by its own box rather than anchor "mm", whose height is the face's and differs.
         left, top, right, bottom = font.getbbox(str(label))
-        corner = (centre[0] - (left + right) / 2, centre[1] - (top + bottom) / 2)
+        corner = (center[0] - (left + right) / 2, center[1] - (top + bottom) / 2)
         ImageDraw.Draw(canvas).text(corner, str(label), fill=255, font=font)
         turned = canvas.rotate(rng.uniform(-12, 12), Image.Resampling.BILINEAR)
         out[i] = np.asarray(turned.resize((SIZE, SIZE), Image.Resampling.BOX))

@@ -4,7 +4,7 @@ One row is one example: values ``x``, a class ``y``, the ``user`` it is from and
 column, the ``recording``. Rows of a user are taken to be in the order in which they were recorded.
 
 With recordings, a user's later recordings test. Without, the last rows test, and ``gap`` rows before them
-are left out, since neighbouring windows usually overlap: two windows with half their samples in common on
+are left out, since neighboring windows usually overlap: two windows with half their samples in common on
 both sides of a split are a leak, and results look better than they are. Windows that overlap by more than
 half need a larger gap.
 

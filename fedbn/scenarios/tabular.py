@@ -3,7 +3,7 @@
 *breast-cancer* (Wolberg, Street, Mangasarian, 1995: 569 rows, 30 features, 2 classes), *wine* (Aeberhard, Forina,
 1991: 178 rows, 13 features, 3 classes) and *digits* (Alpaydin, Kaynak, 1998: 1,797 rows, 64 pixels, 10 classes), all
 of the UCI repository. The rows are real, who owns them is not: they are dealt along the first principal component, so
-that neighbouring clients hold alike rows (feature skew, and the label skew that comes with it), or at random.
+that neighboring clients hold alike rows (feature skew, and the label skew that comes with it), or at random.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LOADERS = {"breast-cancer": "load_breast_cancer", "wine": "load_wine", "digits":
 class Tabular(Scenario):
     """Clients with the rows of one table; of each client's rows a random quarter tests.
 
-    Features are centred and divided by their standard deviation over the whole table, labels not used: their units
+    Features are centered and divided by their standard deviation over the whole table, labels not used: their units
     differ by a factor of up to 10,000, and plain SGD would see nothing but the largest.
 
     Attributes:

@@ -6,7 +6,7 @@ acceleration (g) and rotation (rad/s), three axes each. The archive's own train 
 people; here they are put together, and people are seen or unseen by seed.
 
 The archive does not say where one recording ends and the next begins, so each person's rows are split in the
-order of the files, with one window between the two sides left out: neighbours share half their samples.
+order of the files, with one window between the two sides left out: neighbors share half their samples.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from fedbn.federation.client import ASIDE, OPTIMIZER
 from fedbn.federation.context import EVERYONE, Setting
 from fedbn.federation.training import shuffle
 from fedbn.nn.roles import State
-from fedbn.personalization.base import Personalisation
+from fedbn.personalization.base import Personalization
 from fedbn.seeds import generator
 from fedbn.stacked.fit import Descent, Trained, Trainee, fit_stack
 from fedbn.stacked.layers import Unstackable
@@ -112,7 +112,7 @@ class Cohort:
                 raise Unstackable(f"{here.strategy.name} has its own {hook}")
         if here.owners_of_rows(here.trainers[0]) is not None:
             raise Unstackable("batches are of one user each")
-        if type(here.personal).train is not Personalisation.train:
+        if type(here.personal).train is not Personalization.train:
             raise Unstackable(f"{here.personal.name} trains in its own way")
         model = here.load(here.initial)
         here.strategy.begin(model, progress, heard)
@@ -133,7 +133,7 @@ class Cohort:
         model = here.scratch.eval()
         watched = (twin := self._read(model)).watched
         if any(model.get_submodule(path).running_mean is None for path in watched):
-            raise Unstackable("examples of a batch are normalised together in evaluation too")
+            raise Unstackable("examples of a batch are normalized together in evaluation too")
         return twin
 
     def _read(self, model: nn.Module) -> Program:

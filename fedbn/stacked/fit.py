@@ -103,7 +103,7 @@ class Group:
 
     Attributes:
         members: which, as indices into the stack.
-        rows: the same as a slice, where they are neighbours, or as a tensor.
+        rows: the same as a slice, where they are neighbors, or as a tensor.
         leaves: their parameters, by name, laid out for the program.
         momentum: their buffers, likewise; empty without momentum.
         forward: the program on their tensors.

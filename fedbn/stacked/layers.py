@@ -119,7 +119,7 @@ def _convolution(m: Any, here: Stacked, x: Tensor) -> Tensor:
 
 
 def batch_norm(m: Any, here: Stacked, x: Tensor) -> Tensor:
-    """K batch normalisations as one: statistics are per channel, whoever's channel it is."""
+    """K batch normalizations as one: statistics are per channel, whoever's channel it is."""
     t = here.tensors
     if m.training and m.track_running_stats:
         t["num_batches_tracked"].add_(1)

@@ -1,12 +1,12 @@
 r"""The stacked twin of a model: K clients' networks as one.
 
 Clients lie side by side on the *channel* axis: activations are ``[B, K*C, *positions]``. Then K convolutions are one
-grouped convolution, K batch normalisations are one (statistics are per channel anyway), pooling and activation
+grouped convolution, K batch normalizations are one (statistics are per channel anyway), pooling and activation
 functions need no change, and a linear layer is a batched product. The sum of the K losses gives every client its own
 gradient. Horizontally fused training: Wang, Yang, Zheng, Jiang, Pekhimenko, 2021 (HFTA),
 https://arxiv.org/abs/2102.02344
 
-A model is read with ``torch.fx``. Layers are recognised by their exact type: a subclass may compute something else.
+A model is read with ``torch.fx``. Layers are recognized by their exact type: a subclass may compute something else.
 Anything unknown makes the model `Unstackable`, and its clients train one by one.
 """
 

@@ -63,7 +63,7 @@ class Moments:
         return Moments(count, mean.double(), variance.double() * (count - 1 if unbiased else count))
 
     def variance(self, *, unbiased: bool = False) -> Tensor:
-        """Variance per channel, ``[C]``; biased as BN normalises, or unbiased as PyTorch stores it.
+        """Variance per channel, ``[C]``; biased as BN normalizes, or unbiased as PyTorch stores it.
 
         Raises:
             ValueError: fewer values than the definition needs.
@@ -182,5 +182,5 @@ def pooled_variance(means: Sequence[Tensor], variances: Sequence[Tensor], weight
     mu = torch.stack([m.double().cpu() for m in means])
     var = torch.stack([v.double().cpu() for v in variances])
     w = share.view(shape)
-    centre = (w * mu).sum(0)
-    return (w * (var + (mu - centre) ** 2)).sum(0).to(variances[0].device, variances[0].dtype)
+    center = (w * mu).sum(0)
+    return (w * (var + (mu - center) ** 2)).sum(0).to(variances[0].device, variances[0].dtype)

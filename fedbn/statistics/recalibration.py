@@ -3,7 +3,7 @@ r"""Measure statistics again under the weights that are used.
 The input of layer :math:`\ell` depends on the statistics used in all layers before it, so they are fixed one
 after the other: exact moments of layer 1, then of layer 2 given layer 1's, and so on. In the end every layer's
 stored statistics are the moments of what it meets in evaluation. (A single training-mode pass over all data as
-one batch gives the same but for :math:`n/(n-1)`: batches are normalised by the biased variance, PyTorch stores
+one batch gives the same but for :math:`n/(n-1)`: batches are normalized by the biased variance, PyTorch stores
 the unbiased one.)
 """
 
@@ -96,7 +96,7 @@ def agree_layerwise(model: nn.Module, x: Tensor) -> Talk:
 
 
 def recalibrate(model: nn.Module, x: Tensor) -> nn.Module:
-    """Replace the model's statistics by the exact ones of unlabelled data ``x``, in place; weights stay.
+    """Replace the model's statistics by the exact ones of unlabeled data ``x``, in place; weights stay.
 
     Li, Wang, Shi, Liu, Hou, 2016 (AdaBN), https://arxiv.org/abs/1603.04779
 

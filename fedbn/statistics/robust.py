@@ -44,6 +44,6 @@ def robust_moments(
     >>> robust_moments([-3 * one, 3 * one], [one, one], "trimmed", 0.0)
     (tensor([0.], dtype=torch.float64), tensor([10.], dtype=torch.float64))
     """
-    centre = location(means, how, trim)
-    seconds = [v.double().cpu() + (m.double().cpu() - centre) ** 2 for m, v in zip(means, variances, strict=True)]
-    return centre, location(seconds, how, trim).clamp_min(0.0)
+    center = location(means, how, trim)
+    seconds = [v.double().cpu() + (m.double().cpu() - center) ** 2 for m, v in zip(means, variances, strict=True)]
+    return center, location(seconds, how, trim).clamp_min(0.0)

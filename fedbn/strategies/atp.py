@@ -21,7 +21,7 @@ class ATP(NormStrategy):
     """Global BN for a while; then the model rests, and clients learn its adaptation rates, which are averaged.
 
     https://arxiv.org/abs/2310.18816, formulas in `fedbn.tta.adaptation_rates`. The online column follows a user by
-    these rates. The paper's clients learn rates from labelled data on which the model was not trained; here it is their
+    these rates. The paper's clients learn rates from labeled data on which the model was not trained; here it is their
     training data, in recorded order, as streams come.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""A treatment of normalisation in federated learning, as a value.
+"""A treatment of normalization in federated learning, as a value.
 
 `NormStrategy` is a frozen dataclass. Its class variables say, role by role, whose value counts (`Owner`);
 its fields are hyper-parameters; a few hooks do the rest. The base class is global BN, naively averaged:
@@ -63,7 +63,7 @@ class NormStrategy:
         about: one line for lists.
         source: authors, year, link.
         body, head, affine, gate, statistics: the owner of each role. Counters are always local.
-        gathers: all seen users' data are brought to one place (the centralised bound).
+        gathers: all seen users' data are brought to one place (the centralized bound).
         settles: `settle` is held before each evaluation.
         consults: `consult` is held before each round of training.
         newcomer: in words, what an unseen user starts from.
@@ -126,7 +126,7 @@ class NormStrategy:
         model.train()
 
     def before_step(self, model: nn.Module) -> None:
-        """Look at, or change, the gradients between backward pass and optimiser step."""
+        """Look at, or change, the gradients between backward pass and optimizer step."""
 
     def report(self, model: nn.Module) -> State:
         """What a client tells besides its entries after it has trained; may still write statistics into the model."""
@@ -169,7 +169,7 @@ class NormStrategy:
         raise NotImplementedError(f"{self.name} does not settle")
 
     def follow(self, model: nn.Module, x: Tensor) -> Tensor | None:
-        """Logits of a user's unlabelled stream ``x``, where the strategy adapts in a way of its own; else None.
+        """Logits of a user's unlabeled stream ``x``, where the strategy adapts in a way of its own; else None.
 
         The model is left as it is after the stream.
         """
@@ -186,7 +186,7 @@ class NormStrategy:
 
 
 class StatelessNorm(NormStrategy):
-    """Base of strategies whose normalisation keeps no running statistics."""
+    """Base of strategies whose normalization keeps no running statistics."""
 
     @property
     def newcomer(self) -> str:

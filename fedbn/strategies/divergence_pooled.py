@@ -30,17 +30,17 @@ class DivergencePooled(GlobalPooled):
     def pool(
         self, updates: Sequence[Update], weights: Sequence[float], keys: Sequence[str], old: State, progress: Progress
     ) -> State:
-        centre = super().pool(updates, weights, keys, old, progress)
-        far = [_distance(u.state, centre) for u in updates]
+        center = super().pool(updates, weights, keys, old, progress)
+        far = [_distance(u.state, center) for u in updates]
         scale = max(sum(far) / len(far), 1e-12)
         shares = [w * math.exp(-d / scale) for w, d in zip(weights, far, strict=True)]
         return super().pool(updates, shares, keys, old, progress)
 
 
-def _distance(state: State, centre: State) -> float:
-    means = [k for k in centre if k.endswith("running_mean")]
+def _distance(state: State, center: State) -> float:
+    means = [k for k in center if k.endswith("running_mean")]
 
     def moments(entries: State, key: str) -> Moments:
         return Moments.from_variance(1.0, entries[key].cpu(), entries[key.removesuffix("mean") + "var"].cpu())
 
-    return sum(float(moments(state, k).w2(moments(centre, k))) for k in means)
+    return sum(float(moments(state, k).w2(moments(center, k))) for k in means)

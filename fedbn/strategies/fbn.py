@@ -17,10 +17,10 @@ from fedbn.strategies.global_pooled import GlobalPooled
 
 @dataclass(frozen=True)
 class FBN(GlobalPooled):
-    """Clients normalise by the server's statistics and send averages of their batches'; the server follows slowly.
+    """Clients normalize by the server's statistics and send averages of their batches'; the server follows slowly.
 
     https://arxiv.org/abs/2405.14670. The new statistics are ``rate`` times the clients' pooled ones plus the rest of
-    the old. They start at 0 and 1, so the first rounds are hardly normalised. The paper's robust aggregation is left
+    the old. They start at 0 and 1, so the first rounds are hardly normalized. The paper's robust aggregation is left
     out.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""FedBN: batch normalisation stays local, the rest is averaged (Li, Jiang, Zhang, Kamp, Dou, ICLR 2021)."""
+"""FedBN: batch normalization stays local, the rest is averaged (Li, Jiang, Zhang, Kamp, Dou, ICLR 2021)."""
 
 from __future__ import annotations
 

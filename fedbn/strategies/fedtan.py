@@ -17,7 +17,7 @@ from fedbn.strategies.base import NormStrategy, Progress
 
 @dataclass(frozen=True)
 class FedTAN(NormStrategy):
-    """The first local step of a round is a step of centralised training on all clients' first batches.
+    """The first local step of a round is a step of centralized training on all clients' first batches.
 
     https://arxiv.org/abs/2301.02982. A client says its batch mean, then its mean square about the common mean, layer
     after layer; backwards, its statistic gradients: 3L exchanges for L layers, and one of the model. Weights are the

@@ -1,4 +1,4 @@
-"""FedWon: no normalisation; scaled standardised weights and clipped gradients (Zhuang, Lyu, ICLR 2024)."""
+"""FedWon: no normalization; scaled standardized weights and clipped gradients (Zhuang, Lyu, ICLR 2024)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class FedWon(StatelessNorm):
     """
 
     name = "fedwon"
-    about = "no normalisation: scaled weight standardisation and adaptive gradient clipping; option clip"
+    about = "no normalization: scaled weight standardization and adaptive gradient clipping; option clip"
     source = "after Zhuang & Lyu 2024"
     clip: float = 0.16
 

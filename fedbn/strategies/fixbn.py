@@ -16,7 +16,7 @@ from fedbn.strategies.base import NormStrategy, Progress
 class FixBN(NormStrategy):
     """Stage 1 is FedAvg with BN; from then on the aggregated statistics are constants, in training too.
 
-    https://arxiv.org/abs/2303.06530. Only normalisation layers are put in evaluation mode: dropout stays on, and
+    https://arxiv.org/abs/2303.06530. Only normalization layers are put in evaluation mode: dropout stays on, and
     scale and shift go on training. The paper also keeps clients' momentum between rounds: ``--optimizer-state keep``.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""Full normalisation: statistics and their gradients follow all clients' data (Lian, Liu, AISTATS 2019)."""
+"""Full normalization: statistics and their gradients follow all clients' data (Lian, Liu, AISTATS 2019)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class FullNormStrategy(GlobalPooled):
     """
 
     name = "full-norm"
-    about = "full normalisation: shared running statistics and statistic gradients; options a, clip; needs a small lr"
+    about = "full normalization: shared running statistics and statistic gradients; options a, clip; needs a small lr"
     source = "after Lian & Liu 2019"
     a: float = 0.1
     clip: float = 1.0

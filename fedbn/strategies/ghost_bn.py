@@ -1,4 +1,4 @@
-"""Ghost BN in place of every normalisation layer (Hoffer, Hubara, Soudry, NeurIPS 2017)."""
+"""Ghost BN in place of every normalization layer (Hoffer, Hubara, Soudry, NeurIPS 2017)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fedbn.strategies.base import NormStrategy
 
 @dataclass(frozen=True)
 class GhostBNStrategy(NormStrategy):
-    """Normalise parts of each batch by themselves; running statistics are shared. https://arxiv.org/abs/1705.08741
+    """Normalize parts of each batch by themselves; running statistics are shared. https://arxiv.org/abs/1705.08741
 
     Attributes:
         size: rows of a part.

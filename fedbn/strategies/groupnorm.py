@@ -1,4 +1,4 @@
-"""GroupNorm in place of every normalisation layer (Wu, He, 2018; in FL: Hsieh et al., ICML 2020)."""
+"""GroupNorm in place of every normalization layer (Wu, He, 2018; in FL: Hsieh et al., ICML 2020)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fedbn.strategies.base import StatelessNorm
 
 @dataclass(frozen=True)
 class GroupNorm(StatelessNorm):
-    """Normalise each sample over groups of channels: nothing to share but scale and shift.
+    """Normalize each sample over groups of channels: nothing to share but scale and shift.
 
     https://arxiv.org/abs/1803.08494, https://arxiv.org/abs/1910.00189
 

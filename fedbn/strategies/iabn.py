@@ -12,7 +12,7 @@ from fedbn.strategies.base import NormStrategy
 
 @dataclass(frozen=True)
 class IABNStrategy(NormStrategy):
-    """Train and evaluate with IABN, the normalisation of NOTE; statistics are shared. https://arxiv.org/abs/2208.05117
+    """Train and evaluate with IABN, the normalization of NOTE; statistics are shared. https://arxiv.org/abs/2208.05117
 
     Attributes:
         k: standard errors by which a sample may differ uncorrected.

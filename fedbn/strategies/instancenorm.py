@@ -1,4 +1,4 @@
-"""InstanceNorm in place of every normalisation layer (Ulyanov, Vedaldi, Lempitsky, 2016)."""
+"""InstanceNorm in place of every normalization layer (Ulyanov, Vedaldi, Lempitsky, 2016)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fedbn.strategies.base import StatelessNorm
 
 @dataclass(frozen=True)
 class InstanceNorm(StatelessNorm):
-    """Normalise each channel of each sample over its positions. https://arxiv.org/abs/1607.08022
+    """Normalize each channel of each sample over its positions. https://arxiv.org/abs/1607.08022
 
     Layers that follow a linear layer have no positions; a model with such layers is refused.
 

@@ -1,4 +1,4 @@
-"""LayerNorm in place of every normalisation layer (Ba, Kiros, Hinton, 2016; in FL: Du et al., 2022)."""
+"""LayerNorm in place of every normalization layer (Ba, Kiros, Hinton, 2016; in FL: Du et al., 2022)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fedbn.strategies.base import StatelessNorm
 
 @dataclass(frozen=True)
 class LayerNorm(StatelessNorm):
-    """Normalise each sample over all channels and positions: GroupNorm with one group.
+    """Normalize each sample over all channels and positions: GroupNorm with one group.
 
     https://arxiv.org/abs/1607.06450, https://arxiv.org/abs/2210.03277
 

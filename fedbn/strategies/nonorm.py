@@ -1,4 +1,4 @@
-"""No normalisation at all: every normalisation layer becomes the identity."""
+"""No normalization at all: every normalization layer becomes the identity."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fedbn.strategies.base import StatelessNorm
 
 @dataclass(frozen=True)
 class NoNorm(StatelessNorm):
-    """The control without normalisation.
+    """The control without normalization.
 
     >>> from torch import nn as torch_nn
     >>> NoNorm().prepare(torch_nn.Sequential(torch_nn.Linear(3, 4), torch_nn.BatchNorm1d(4)))[1]
@@ -21,7 +21,7 @@ class NoNorm(StatelessNorm):
     """
 
     name = "nonorm"
-    about = "normalisation layers removed"
+    about = "normalization layers removed"
 
     def prepare(self, model: nn.Module) -> nn.Module:
         return convert(model, "none") if norm_layers(model) else model

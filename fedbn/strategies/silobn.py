@@ -10,9 +10,9 @@ from fedbn.strategies.ownership import LOCAL
 
 @dataclass(frozen=True)
 class SiloBN(NormStrategy):
-    """Statistics hold what is particular to a centre, the affine part transfers. https://arxiv.org/abs/2008.07424
+    """Statistics hold what is particular to a center, the affine part transfers. https://arxiv.org/abs/2008.07424
 
-    For an unseen centre the paper recomputes statistics on its unlabelled data: the column *recalibrated*.
+    For an unseen center the paper recomputes statistics on its unlabeled data: the column *recalibrated*.
 
     >>> str(SiloBN.affine), str(SiloBN.statistics)
     ('shared', 'local')

@@ -52,7 +52,7 @@ class StaticBN(NormStrategy):
         layers = statistics_layers(model)
         model.eval()
         for layer in layers.values():
-            layer.train()  # batches normalise themselves, dropout stays off
+            layer.train()  # batches normalize themselves, dropout stays off
         with torch.no_grad(), inputs_of(layers, see):
             for rows in x.split(self.batch):
                 if len(rows) > 1:

@@ -1,4 +1,4 @@
-"""Weight normalisation instead of BN (Salimans, Kingma, NeurIPS 2016)."""
+"""Weight normalization instead of BN (Salimans, Kingma, NeurIPS 2016)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 from fedbn.data.population import Examples
 from fedbn.nn.conversion import convert
 from fedbn.nn.roles import State
-from fedbn.norms.weight_norm import initialise
+from fedbn.norms.weight_norm import initialize
 from fedbn.strategies.base import Progress, StatelessNorm
 
 
@@ -26,12 +26,12 @@ class WeightNorm(StatelessNorm):
     """
 
     name = "weight-norm"
-    about = "weight normalisation instead of BN"
+    about = "weight normalization instead of BN"
     source = "Salimans & Kingma 2016"
 
     def measure(self, model: nn.Module, data: Examples, progress: Progress) -> State:
         if progress.round == 1:
-            initialise(model, data.x)
+            initialize(model, data.x)
         return {}
 
     def prepare(self, model: nn.Module) -> nn.Module:

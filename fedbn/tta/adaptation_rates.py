@@ -1,4 +1,4 @@
-r"""ATP: how fast each part of a network should follow a user's unlabelled windows, learnt by a federation.
+r"""ATP: how fast each part of a network should follow a user's unlabeled windows, learnt by a federation.
 
 Bao, Wei, Wang, He, 2023, *Adaptive test-time personalization for federated learning*, NeurIPS,
 https://arxiv.org/abs/2310.18816; formulas as in the authors' released code. Every entry :math:`d` of the model, weight,
@@ -69,7 +69,7 @@ def rated(model: nn.Module) -> list[str]:
 
 
 def learn_rates(model: nn.Module, data: Examples, *, block: int, lr: float) -> None:
-    """Learn a model's rates from labelled examples, in place; every batch adapts the same model, which stays as it is.
+    """Learn a model's rates from labeled examples, in place; every batch adapts the same model, which stays as it is.
 
     Args:
         model: with rates; put into evaluation mode.
@@ -85,17 +85,17 @@ def learn_rates(model: nn.Module, data: Examples, *, block: int, lr: float) -> N
     rates = state.pop(RATES)
     for rows in torch.arange(len(data), device=data.y.device).split(sizes(len(data), block)):
         x, y = data.x[rows], data.y[rows]
-        moved, unlabelled = adapted(model, state, rates, x)
-        labelled = _gradient(model, moved, x, partial(F.cross_entropy, target=y))
+        moved, unlabeled = adapted(model, state, rates, x)
+        labeled = _gradient(model, moved, x, partial(F.cross_entropy, target=y))
         for d, name in enumerate(names):
-            rates[d] += lr * (labelled[name] * unlabelled[name]).sum() / unlabelled[name].numel() ** 0.5
+            rates[d] += lr * (labeled[name] * unlabeled[name]).sum() / unlabeled[name].numel() ** 0.5
         if not rates.isfinite().all():
             raise UserError("ATP's rates have diverged: give a smaller learning rate, e.g. --strategies atp:lr=0.0001")
     model.get_buffer(RATES).copy_(rates)
 
 
 def adapted(model: nn.Module, state: State, rates: Tensor, x: Tensor) -> tuple[State, State]:
-    """A state after one step on unlabelled examples ``[n, *shape]``, and the step's direction g.
+    """A state after one step on unlabeled examples ``[n, *shape]``, and the step's direction g.
 
     Args:
         model: in evaluation mode; its own state does not matter.

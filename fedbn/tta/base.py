@@ -1,7 +1,7 @@
 """Published methods that adapt by gradients or smooth outputs, for comparison under the same protocol. One file each.
 
 They follow one user at a time, take windows in blocks, and most keep raw windows in memory: the price that rules on
-statistics alone do not pay. What an image paper augments by crops and colours, sensors get as scaling and noise; that
+statistics alone do not pay. What an image paper augments by crops and colors, sensors get as scaling and noise; that
 is said where it is so.
 """
 
@@ -56,7 +56,7 @@ class Method(ABC):
 
         Args:
             model: in evaluation mode; the method's own to change.
-            source: ``[n, *shape]`` unlabelled windows of the kind that the model was trained on.
+            source: ``[n, *shape]`` unlabeled windows of the kind that the model was trained on.
             draw: for all randomness.
         """
 
@@ -107,7 +107,7 @@ def entropy(outputs: Tensor) -> Tensor:
 
 
 def affine_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Scale and shift of all normalisation layers, set to require gradients.
+    """Scale and shift of all normalization layers, set to require gradients.
 
     Raises:
         UserError: there are none.
@@ -116,7 +116,7 @@ def affine_parameters(model: nn.Module) -> list[nn.Parameter]:
     found: list[nn.Parameter] = [p for layer in norm_layers(model).values() for p in layer.parameters(recurse=False)]
     if not found:
         raise UserError(
-            "the model's normalisation layers have no scale and shift to adapt: build them with affine=True"
+            "the model's normalization layers have no scale and shift to adapt: build them with affine=True"
         )
     for p in found:
         p.requires_grad_()
@@ -124,7 +124,7 @@ def affine_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def use_batch_statistics(model: nn.Module) -> None:
-    """Let every BN layer normalise by the statistics of the batch at hand, in place.
+    """Let every BN layer normalize by the statistics of the batch at hand, in place.
 
     Nado et al. 2020 (prediction-time BN), https://arxiv.org/abs/2006.10963
     """
@@ -155,7 +155,7 @@ def set_momentum(model: nn.Module, momentum: float) -> None:
 def scaled_and_noisy(x: Tensor, draw: torch.Generator, strength: float) -> Tensor:
     """Sensor windows ``[n, C, *positions]`` scaled per channel and with noise, both N(0, strength) relative.
 
-    Stands in for the crops, flips and colour changes of image papers, which mean nothing for sensors.
+    Stands in for the crops, flips and color changes of image papers, which mean nothing for sensors.
     """
     shape = (*x.shape[:2], *[1] * (x.dim() - 2))
     scale = 1 + strength * torch.randn(shape, generator=draw)

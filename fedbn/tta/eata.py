@@ -1,4 +1,4 @@
-r"""EATA: entropy minimisation on windows that are reliable and not redundant, anchored where the source cared.
+r"""EATA: entropy minimization on windows that are reliable and not redundant, anchored where the source cared.
 
 A window counts if :math:`H<E_0=0.4\ln K` and its prediction is not too like the moving average of those used,
 :math:`|\cos(\bar p,p)|<d`; it weighs :math:`e^{E_0-H}`. The penalty

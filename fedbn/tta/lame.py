@@ -4,7 +4,7 @@ Maximum likelihood with a Laplacian term, by fixed-point steps from the network'
 
 .. math:: Y\leftarrow\mathrm{softmax}\Big(\log p+\sum_j w_{ij}Y_j\Big),
 
-:math:`w_{ij}=1` for the nearest neighbours of window :math:`i` in feature space. Superb where neighbours in time share
+:math:`w_{ij}=1` for the nearest neighbors of window :math:`i` in feature space. Superb where neighbors in time share
 a label, destructive where they do not.
 """
 
@@ -27,9 +27,9 @@ class Lame(Method):
     """Keeps nothing from block to block.
 
     Attributes:
-        neighbours: of each window in its block.
+        neighbors: of each window in its block.
 
-    >>> Lame().neighbours
+    >>> Lame().neighbors
     5
     """
 
@@ -38,7 +38,7 @@ class Lame(Method):
     source = "Boudiaf et al. 2022, https://arxiv.org/abs/2201.05718"
     peeks = True
     block: int = 64
-    neighbours: int = 5
+    neighbors: int = 5
 
     def begin(self, model: nn.Module, source: Tensor, draw: torch.Generator) -> Step:
         _, features = features_of(model)
@@ -46,13 +46,13 @@ class Lame(Method):
         def step(x: Tensor) -> Tensor:
             with torch.no_grad():
                 logp = model(x).log_softmax(1)
-            return agree(logp, nearest(features(), self.neighbours))
+            return agree(logp, nearest(features(), self.neighbors))
 
         return step
 
 
-def nearest(features: Tensor, neighbours: int) -> Tensor:
-    """Affinities ``[n, n]``: 1 where j is one of i's nearest by direction, else 0; nobody is their own neighbour.
+def nearest(features: Tensor, neighbors: int) -> Tensor:
+    """Affinities ``[n, n]``: 1 where j is one of i's nearest by direction, else 0; nobody is their own neighbor.
 
     >>> nearest(torch.tensor([[1.0, 0], [1, 0.1], [0, 1]]), 1).argmax(1).tolist()
     [1, 0, 1]
@@ -61,7 +61,7 @@ def nearest(features: Tensor, neighbours: int) -> Tensor:
     unit = F.normalize(features.flatten(1), dim=1)
     # Not by cdist: rounding in its expansion may put a row's twin before the row itself.
     similarity = (unit @ unit.T).fill_diagonal_(-torch.inf)
-    chosen = similarity.topk(min(neighbours, n - 1), dim=1).indices
+    chosen = similarity.topk(min(neighbors, n - 1), dim=1).indices
     return torch.zeros(n, n, dtype=features.dtype, device=features.device).scatter_(1, chosen, 1.0)
 
 

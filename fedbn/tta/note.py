@@ -1,4 +1,4 @@
-r"""NOTE: instance-aware BN, and entropy minimisation on a memory balanced over predicted classes.
+r"""NOTE: instance-aware BN, and entropy minimization on a memory balanced over predicted classes.
 
 IABN moves the source's statistics towards a window's own only as far as chance does not explain: with instance moments
 :math:`m,w` over :math:`L` positions and :math:`\psi(x;t)=\mathrm{sign}(x)\max(|x|-t,0)`,
@@ -124,7 +124,7 @@ class InstanceAwareBN(AnyBatchNorm):
         self.k = k
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalised activations, of the input's shape."""
+        """Normalized activations, of the input's shape."""
         x = input.flatten(2) if input.dim() > 2 else input[:, :, None]
         if self.training:
             super().forward(input)  # gathers running statistics

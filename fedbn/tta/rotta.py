@@ -1,6 +1,6 @@
 r"""RoTTA: a teacher answers; a student learns from a memory balanced over classes, timely and certain.
 
-*Robust BN* normalises by running statistics that a step on the memory has just moved by 0.05. *CSTU* memory: each class
+*Robust BN* normalizes by running statistics that a step on the memory has just moved by 0.05. *CSTU* memory: each class
 has :math:`N/K` places; of windows of one class the one with the highest
 :math:`\lambda_t/(1+e^{-a/N})+\lambda_u H/\ln K` (age :math:`a`, entropy :math:`H`) gives way to a newcomer with less.
 """
@@ -132,10 +132,10 @@ class Memory:
 
 
 class RobustBN(AnyBatchNorm):
-    """BN that normalises by its running statistics always; in training mode after they have moved to the batch's."""
+    """BN that normalizes by its running statistics always; in training mode after they have moved to the batch's."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalised activations, of the input's shape."""
+        """Normalized activations, of the input's shape."""
         mean, var = cast(Tensor, self.running_mean), cast(Tensor, self.running_var)
         if self.training:
             axes = [0, *range(2, input.dim())]

@@ -1,4 +1,4 @@
-r"""SAR: entropy minimisation on reliable windows, towards flat minima, with a restart when it collapses.
+r"""SAR: entropy minimization on reliable windows, towards flat minima, with a restart when it collapses.
 
 Windows with :math:`H<0.4\ln K` count. The step is sharpness-aware. When the moving average of the loss falls below
 0.2 nats the model predicts one class with certainty, and starts anew.

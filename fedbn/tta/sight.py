@@ -1,6 +1,6 @@
 r"""SIGHT: leave the network alone and expect the next window to be like the last, unless it surprises.
 
-Prototypes :math:`\mu_k` start at the classifier's normalised weights. The last answer :math:`q` predicts features
+Prototypes :math:`\mu_k` start at the classifier's normalized weights. The last answer :math:`q` predicts features
 :math:`\hat z=\sum_k q_k\mu_k`; surprise is :math:`\lambda=1-e^{-\beta(1-\cos(z,\hat z))^2}`. The prior for this window
 is :math:`(1-\lambda)q+\lambda\pi`, where :math:`\pi` weighs the classes in whose direction the features moved,
 :math:`\mathrm{softmax}(\cos(z-\hat z,\mu_k-\hat z)/\tau)`, by the root of how usual they are (habit :math:`h`). The

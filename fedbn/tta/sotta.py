@@ -1,4 +1,4 @@
-"""SoTTA: entropy minimisation, towards flat minima, on a class-balanced memory of confident windows only.
+"""SoTTA: entropy minimization, towards flat minima, on a class-balanced memory of confident windows only.
 
 High-confidence uniform-class sampling keeps foreign windows out: a window that the model is not sure of is answered
 and forgotten. When the memory is full a random window of a largest class gives way.

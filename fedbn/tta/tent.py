@@ -1,4 +1,4 @@
-"""TENT: minimise the entropy of predictions over scale and shift, normalising by the batch."""
+"""TENT: minimize the entropy of predictions over scale and shift, normalizing by the batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Do the cells of a study of personalisation, and keep them: windows in a table, what else is known beside it."""
+"""Do the cells of a study of personalization, and keep them: windows in a table, what else is known beside it."""
 
 from __future__ import annotations
 

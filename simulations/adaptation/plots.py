@@ -1,4 +1,4 @@
-"""Pictures of a study of personalisation: the course of each rule, and everybody's difference to the source."""
+"""Pictures of a study of personalization: the course of each rule, and everybody's difference to the source."""
 
 from __future__ import annotations
 
@@ -70,11 +70,11 @@ def people_figure(users: pd.DataFrame, found: pd.DataFrame) -> Figure:
                 of = accuracy.loc[line["strategy"], kind]
                 gains = (of.loc[line["rule"]] - of.loc[SOURCE]).stack()
                 harmed_here = gains < -HARM
-                for part, mark, colour in (
+                for part, mark, color in (
                     (gains[~harmed_here], "o", PALETTE[0]),
                     (gains[harmed_here], "x", PALETTE[1]),
                 ):
-                    axes.plot(part, [place] * len(part), mark, color=colour, markersize=4, alpha=0.5)
+                    axes.plot(part, [place] * len(part), mark, color=color, markersize=4, alpha=0.5)
                 axes.plot([line["gain_low"], line["gain_high"]], [place - 0.3] * 2, color=INK, linewidth=1.6)
                 axes.plot(line["gain"], place - 0.3, "|", color=INK, markersize=7)
                 axes.annotate(

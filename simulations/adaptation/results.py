@@ -1,4 +1,4 @@
-"""What a study of personalisation found: table in the terminal, parquet, JSON and a picture."""
+"""What a study of personalization found: table in the terminal, parquet, JSON and a picture."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def alike(results: Results) -> dict[tuple[str, str, str, str], list[Cell]]:
 
 
 def write(out: Path, study: Study, results: Results, command: str) -> pd.DataFrame:
-    """Write users, summary and course as parquet, ``personalise.json``, ``course.png`` and ``people.png``.
+    """Write users, summary and course as parquet, ``adapt.json``, ``course.png`` and ``people.png``.
 
     Returns:
         The summary.
@@ -195,7 +195,7 @@ def write(out: Path, study: Study, results: Results, command: str) -> pd.DataFra
         "streams": {f"{c.stream}, seed {c.run.seed}": {t.user: t.digest for t in r[0]} for c, r in results.items()},
     }
     text = pd.Series(known | {"summary": found.to_dict(orient="records")}).to_json(indent=1)
-    write_atomically(out / "personalise.json", text.encode())
+    write_atomically(out / "adapt.json", text.encode())
     for name, figure in (("course", course_figure(courses)), ("people", people_figure(users, found))):
         write_atomically(out / f"{name}.png", png(figure))
     return found

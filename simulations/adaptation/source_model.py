@@ -56,7 +56,7 @@ class Meeting:
         found = [population.users[i] for i in (population.unseen if which == "unseen" else population.seen)]
         if not found:
             raise UserError(
-                f"scenario {self.run.scenario!r} holds out nobody, so there is nobody new to personalise for: give it "
+                f"scenario {self.run.scenario!r} holds out nobody, so there is nobody new to personalize for: give it "
                 "unseen users, e.g. SCENARIO:unseen=2"
             )
         return found
@@ -68,7 +68,7 @@ class Meeting:
 
     @cached_property
     def source_windows(self) -> Tensor:
-        """Unlabelled windows of seen users' training data, an equal share from each."""
+        """Unlabeled windows of seen users' training data, an equal share from each."""
         seen = [self.here.population.users[i].train.x for i in self.here.population.seen]
         share = max(2, SOURCE_WINDOWS // len(seen))
         draw = generator(self.run.seed, "source windows")
@@ -111,7 +111,7 @@ class Meeting:
 
     @cached_property
     def source_test(self) -> Examples:
-        """Labelled later windows of seen users, on which forgetting is measured."""
+        """Labeled later windows of seen users, on which forgetting is measured."""
         return self.here.everyone
 
 
@@ -128,5 +128,5 @@ def meet(run: Run, out: Path, engine: Engine, report: Report) -> Meeting:
     if str(here.ownership.owners["body"]) != "shared":  # type: ignore[index]
         raise UserError(f"strategy {run.strategy!r} shares no model that new people could start from: choose another")
     model = copy.deepcopy(here.load(here.assemble(outcome.server.serving, None))).eval()
-    require_statistics(model, "personalisation")
+    require_statistics(model, "personalization")
     return Meeting(run, model, here)

@@ -1,4 +1,4 @@
-"""Personalise: a federated model meets people it has never seen, and every rule follows the same streams of theirs.
+"""Personalize: a federated model meets people it has never seen, and every rule follows the same streams of theirs.
 
 A *cell* is one rule with one start on one kind of stream, for all people of one seed side by side. Each is written
 when it is done, as a table of windows; an interrupted study goes on with the cells that are missing. All measures are
@@ -33,7 +33,7 @@ class Study:
 
     Attributes:
         scenario, model, partition, shift, device, plan: of the federated training, as in `Run`.
-        strategies: treatments of normalisation in training; every rule is tried after each.
+        strategies: treatments of normalization in training; every rule is tried after each.
         rules: texts of rules and methods; the source is always there.
         streams: texts of kinds of stream.
         starts: texts of starts; every rule is tried with each.

@@ -1,4 +1,4 @@
-"""A study of personalisation as a table, in the terminal or in a document, so that no number in it is typed by hand."""
+"""A study of personalization as a table, in the terminal or in a document, so that no number in it is typed by hand."""
 
 from __future__ import annotations
 

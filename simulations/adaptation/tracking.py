@@ -1,4 +1,4 @@
-"""A study of personalisation as runs of trackers: one for each rule, start and kind of stream."""
+"""A study of personalization as runs of trackers: one for each rule, start and kind of stream."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from simulations.experiments.tasks import Task
 from simulations.tracking.trackers import Tracking
 
 POINTS = 100
-"""Points of a curve at most: windows are many, and neighbours alike."""
+"""Points of a curve at most: windows are many, and neighbors alike."""
 
 
 def tasks(study: Study, out: Path) -> Sequence[Task]:

@@ -55,7 +55,7 @@ class Recording(Start):
     """The whole earlier recording, without labels."""
 
     name = "recording"
-    about = "the person's earlier recording, unlabelled"
+    about = "the person's earlier recording, unlabeled"
 
     def windows(self, earlier: Examples, draw: torch.Generator) -> Tensor | None:
         return earlier.x

@@ -54,9 +54,9 @@ def _height(entry: Entry) -> float:
 
 def _dots(axes: Axes, entry: Entry) -> None:
     for i, (_, values) in enumerate(entry.values.items()):
-        colour = PALETTE[i % len(PALETTE)]
-        axes.plot(values, [i] * len(values), linestyle="", marker=MARKERS[i % len(MARKERS)], color=colour, alpha=0.5)
-        axes.plot([sum(values) / len(values)] * 2, [i - 0.3, i + 0.3], color=colour, linewidth=2)
+        color = PALETTE[i % len(PALETTE)]
+        axes.plot(values, [i] * len(values), linestyle="", marker=MARKERS[i % len(MARKERS)], color=color, alpha=0.5)
+        axes.plot([sum(values) / len(values)] * 2, [i - 0.3, i + 0.3], color=color, linewidth=2)
     axes.set_yticks(range(len(entry.values)), list(entry.values))
     axes.set_ylim(len(entry.values) - 0.5, -0.5)
 
@@ -69,10 +69,10 @@ def _curves(axes: Axes, entry: Entry) -> None:
         series.setdefault(name, []).append((float(number), values))
     for i, (name, points) in enumerate(series.items()):
         points.sort()
-        xs, colour = [x for x, _ in points], PALETTE[i % len(PALETTE)]
-        axes.fill_between(xs, [min(v) for _, v in points], [max(v) for _, v in points], color=colour, alpha=0.12, lw=0)
+        xs, color = [x for x, _ in points], PALETTE[i % len(PALETTE)]
+        axes.fill_between(xs, [min(v) for _, v in points], [max(v) for _, v in points], color=color, alpha=0.12, lw=0)
         means = [sum(v) / len(v) for _, v in points]
-        axes.plot(xs, means, marker=MARKERS[i % len(MARKERS)], markersize=4, color=colour, label=name)
+        axes.plot(xs, means, marker=MARKERS[i % len(MARKERS)], markersize=4, color=color, label=name)
     numbers = sorted({x for points in series.values() for x, _ in points})
     if numbers[0] > 0 and numbers[-1] > 5 * numbers[0]:
         axes.set_xscale("log")
@@ -88,7 +88,7 @@ def _curves(axes: Axes, entry: Entry) -> None:
 
 
 def _grid(axes: Axes, entry: Entry) -> None:
-    """Means over seeds, in colour and in words."""
+    """Means over seeds, in color and in words."""
     pairs = [arm.split(" @ ") for arm in entry.values]
     rows, columns = (list(dict.fromkeys(names)) for names in zip(*pairs, strict=True))
     table = np.full((len(rows), len(columns)), np.nan)

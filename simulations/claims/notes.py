@@ -5,7 +5,7 @@ A study's file belongs to the identity of its results, and words that come after
 
 from __future__ import annotations
 
-_SIZES = "batches of 1, 2, 4, 8 and 32 with BN, group and layer normalisation and EvalNorm (figure)"
+_SIZES = "batches of 1, 2, 4, 8 and 32 with BN, group and layer normalization and EvalNorm (figure)"
 _DROPOUT = "dropout with and without BN beside either alone (figure)"
 _READINGS = (
     "all ten weights and schedules of the paper's table in both readings (figure); in a pilot a third reading, with "
@@ -19,12 +19,12 @@ _EVALNORM = (
     "both rules, batches of 2, 4 and 8, and a weight chosen on held-out data (figure); in a pilot also images of "
     "varying brightness and contrast"
 )
-_FN = "in a pilot other learning rates; momentum and larger steps made full normalisation diverge"
+_FN = "in a pilot other learning rates; momentum and larger steps made full normalization diverge"
 _DABN = (
     "both orders, two data sets, and the mean of users' statistics without adaptation (figure); in a pilot weights of "
-    "a window from 0.001 to 0.3; other rules on the same streams are what `fedbn personalise` measures"
+    "a window from 0.001 to 0.3; other rules on the same streams are what `fedbn adapt` measures"
 )
-_GRID = "six normalisers, two models, two batches and three skews in one grid (figure)"
+_GRID = "six normalizers, two models, two batches and three skews in one grid (figure)"
 _RESMLP = "all four networks on made embeddings and on four real tables (figure)"
 _STROKE = "5 and 20 epochs, with and without BN, against four classical rules (figure)"
 
@@ -34,11 +34,11 @@ TRIED: dict[str, str] = {
     "bn-one-row": _SIZES,
     "bn-small-batch-evalnorm": _SIZES,
     "bn-placement": "before the convolution, and nowhere (figure)",
-    "bn-regularises": _DROPOUT,
+    "bn-regularizes": _DROPOUT,
     "bn-instead-of-dropout": _DROPOUT,
-    "binary-scale": "five kinds of normalisation, an MLP and a CNN (figure)",
-    "binary-scale-cnn": "five kinds of normalisation, an MLP and a CNN (figure)",
-    "binary-fixed": "five kinds of normalisation, an MLP and a CNN (figure)",
+    "binary-scale": "five kinds of normalization, an MLP and a CNN (figure)",
+    "binary-scale-cnn": "five kinds of normalization, an MLP and a CNN (figure)",
+    "binary-fixed": "five kinds of normalization, an MLP and a CNN (figure)",
     "dbn-quarter": _READINGS,
     "dbn-diminishing": _READINGS,
     "dbn-steady": _READINGS,

@@ -94,12 +94,12 @@ def markdown(entries: Sequence[Entry]) -> str:
     lines = [
         "# Claims",
         "",
-        "What papers on normalisation claim, measured again here on small data. A claim *holds* when the whole 95 % "
+        "What papers on normalization claim, measured again here on small data. A claim *holds* when the whole 95 % "
         "interval of its effect (Student's t over paired seeds) is at or above a threshold written down before the "
         "runs, *does not hold* when it is wholly below, and is else *undecided*. A verdict is about our small data and "
         "model, not about the paper's: it says whether the effect shows here. Intervals are not corrected for their "
         "number. Sizes were meant to fit into an hour on two cores, thresholds set before the runs. After two seeds "
-        "had been seen, and not for a verdict, these were changed: rounds of the grid of normalisers at batch 32 (4 to "
+        "had been seen, and not for a verdict, these were changed: rounds of the grid of normalizers at batch 32 (4 to "
         "16, since nothing had been learnt), epochs of the stroke networks (6 to 4, for time), and the threshold of "
         "`fedtan-messages`, a count, from 0 to -0.5, so that equality counts as holding. *Tried* says what else was "
         "measured where a claim does not hold.",

@@ -1,4 +1,4 @@
-"""``fedbn personalise``: train, then follow new people's streams by several rules."""
+"""``fedbn adapt``: train, then follow new people's streams by several rules."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 
-def personalise(
+def adapt(
     scenario: Annotated[str, typer.Argument(help="hapt, watch, digits, ... with options as hapt:unseen=10.")],
     rules: Annotated[
         str, typer.Option(help="Comma-separated rules and methods, e.g. pseudo:n0=64,ema,tent; source is always there.")
@@ -23,7 +23,7 @@ def personalise(
     ),
     starts: Annotated[str, typer.Option(help="Comma-separated: cold, recording, classes:k=3.")] = "cold",
     strategies: Annotated[
-        str, typer.Option("--strategies", "--strategy", help="Comma-separated treatments of normalisation in training.")
+        str, typer.Option("--strategies", "--strategy", help="Comma-separated treatments of normalization in training.")
     ] = "global-naive",
     seeds: Annotated[int, typer.Option(help="Each trains a model and holds out other people.")] = 2,
     model: Annotated[str, typer.Option(help="Built-in name or package.module:factory; default the scenario's.")] = "",
@@ -32,14 +32,14 @@ def personalise(
     rounds: Annotated[int | None, typer.Option(help="Communication rounds of training.")] = None,
     lr: Annotated[float | None, typer.Option(help="Client learning rate.")] = None,
     user_batches: Annotated[
-        bool | None, typer.Option("--user-batches", help="centralised: every batch of one user, as DA-BN trains.")
+        bool | None, typer.Option("--user-batches", help="centralized: every batch of one user, as DA-BN trains.")
     ] = None,
     tune: Annotated[
         bool,
         typer.Option("--tune", help="Of rules that differ in options alone keep the best on seen users' later data."),
     ] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
-    out: Annotated[Path | None, typer.Option(help="Directory; default results/personalise-SCENARIO.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Directory; default results/adapt-SCENARIO.")] = None,
     into: Annotated[
         Path | None, typer.Option(help="Also put the table into this document, between markers named as --out is.")
     ] = None,
@@ -51,7 +51,7 @@ def personalise(
 ) -> None:
     """Let rules follow the streams of people the model has never seen.
 
-    Example: [bold]fedbn personalise hapt --rules pseudo:n0=64,ema:rate=0.1 --starts cold,recording[/]
+    Example: [bold]fedbn adapt hapt --rules pseudo:n0=64,ema:rate=0.1 --starts cold,recording[/]
     """
     from simulations.adaptation.cells import Cell
     from simulations.adaptation.results import write
@@ -79,7 +79,7 @@ def personalise(
         lr=lr,
         user_batches=user_batches,
     )
-    place = out or Path("results") / f"personalise-{study.scenario.split(':')[0]}"
+    place = out or Path("results") / f"adapt-{study.scenario.split(':')[0]}"
     errors = Console(stderr=True)
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
     with (

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from fedbn.errors import UserError
-from simulations.cli.adapt import personalise
+from simulations.cli.adapt import adapt
 from simulations.cli.catalog import advise, audit, data, list_
 from simulations.cli.claims import claims
 from simulations.cli.compare import compare, resume
@@ -28,7 +28,7 @@ from simulations.cli.service import demo, serve
 
 app = typer.Typer(
     name="fedbn",
-    help="How should normalisation be treated when data live with many different users?",
+    help="How should normalization be treated when data live with many different users?",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -36,8 +36,9 @@ app = typer.Typer(
 app.command()(claims)
 app.command()(eeg)
 app.command()(deploy)
-app.command()(personalise)
-app.command("personalize", hidden=True)(personalise)
+app.command()(adapt)
+app.command("personalize", hidden=True)(adapt)
+app.command("personalise", hidden=True)(adapt)
 app.command()(serve)
 app.command()(demo)
 app.command()(report)

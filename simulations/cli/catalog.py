@@ -20,7 +20,7 @@ class Kind(StrEnum):
     """What can be listed."""
 
     STRATEGIES = "strategies"
-    PERSONALISATIONS = "personalisations"
+    PERSONALIZATIONS = "personalizations"
     SCENARIOS = "scenarios"
     MODELS = "models"
     PARTITIONS = "partitions"
@@ -74,7 +74,7 @@ def audit(
     full: Annotated[bool, typer.Option("--full", help="One line for every entry.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Print role, owner and bytes of every state entry, and lint the traps of averaging normalised networks."""
+    """Print role, owner and bytes of every state entry, and lint the traps of averaging normalized networks."""
     from fedbn.auditing.audit import audit_model
     from simulations.report.audit import show
 
@@ -114,7 +114,7 @@ def _rows(kind: Kind) -> list[dict[str, str]]:
     from fedbn.data.shift import shifts
     from fedbn.models import models
     from fedbn.online.rules.base import rules
-    from fedbn.personalization.base import personalisations
+    from fedbn.personalization.base import personalizations
     from fedbn.scenarios.base import scenarios
     from fedbn.strategies.base import strategies
     from fedbn.streams import streams
@@ -123,8 +123,8 @@ def _rows(kind: Kind) -> list[dict[str, str]]:
     match kind:
         case Kind.STRATEGIES:
             return [{"name": n, "what": s.about, "source": s.source} for n, s in strategies().items()]
-        case Kind.PERSONALISATIONS:
-            return [{"name": n, "what": p.about, "source": p.source} for n, p in personalisations().items()]
+        case Kind.PERSONALIZATIONS:
+            return [{"name": n, "what": p.about, "source": p.source} for n, p in personalizations().items()]
         case Kind.SCENARIOS:
             return [{"name": n, "what": s.about, "model": s.model} for n, s in scenarios().items()]
         case Kind.MODELS:

@@ -27,7 +27,7 @@ def compare(
     ] = None,
     strategies: Annotated[
         str | None,
-        typer.Option(help="Comma-separated, or 'all'; the first is the reference. STRATEGY+METHOD personalises."),
+        typer.Option(help="Comma-separated, or 'all'; the first is the reference. STRATEGY+METHOD personalizes."),
     ] = None,
     seeds: Annotated[int | None, typer.Option(help="Paired seeds. [default: 3]")] = None,
     model: Annotated[str | None, typer.Option(help="Built-in name or package.module:factory.")] = None,
@@ -56,7 +56,7 @@ def compare(
         float | None, typer.Option(help="Share of the clients asked that may fail; the rest go on. [default: 0]")
     ] = None,
     user_batches: Annotated[
-        bool | None, typer.Option("--user-batches", help="centralised: every batch of one user, as DA-BN trains.")
+        bool | None, typer.Option("--user-batches", help="centralized: every batch of one user, as DA-BN trains.")
     ] = None,
     precision: Annotated[
         str | None, typer.Option(help="Of training steps: float32, or bfloat16 with statistics in float32.")
@@ -76,14 +76,14 @@ def compare(
     ] = "grid:stacked",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
     rule: Annotated[
-        str | None, typer.Option(help="How clients personalise in the online column, e.g. population:diversity=1.")
+        str | None, typer.Option(help="How clients personalize in the online column, e.g. population:diversity=1.")
     ] = None,
     workers: Workers = None,
     out: Out = None,
     track: Track = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compare treatments of normalisation on the same users, seeds and budget.
+    """Compare treatments of normalization on the same users, seeds and budget.
 
     Example: [bold]fedbn compare hapt --strategies global-naive,fedbn,groupnorm[/]
     """

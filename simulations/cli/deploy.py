@@ -19,7 +19,7 @@ def deploy(
     scenario: Annotated[
         str, typer.Argument(help="Scenario with few users; each gets a process.")
     ] = "digits8:users=3:unseen=1",
-    strategy: Annotated[str, typer.Option(help="Treatment of normalisation.")] = "fedbn",
+    strategy: Annotated[str, typer.Option(help="Treatment of normalization.")] = "fedbn",
     rounds: Annotated[int, typer.Option(min=1, help="Communication rounds.")] = 2,
     partition: Annotated[str, typer.Option(help="E.g. dirichlet:alpha=0.1:clients=3.")] = "natural",
     seed: Annotated[int, typer.Option(help="Decides weights, sampling and shuffling.")] = 0,

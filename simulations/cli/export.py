@@ -25,7 +25,7 @@ def export(
     seed: Annotated[int, typer.Option(help="Seed of the run.")] = 0,
     rule: Annotated[
         str | None,
-        typer.Option(help="First let this rule follow the user's unlabelled training windows, e.g. pseudo:n0=64."),
+        typer.Option(help="First let this rule follow the user's unlabeled training windows, e.g. pseudo:n0=64."),
     ] = None,
     fold: Annotated[bool, typer.Option("--fold", help="Fold BN into the layers before it.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,

@@ -51,7 +51,7 @@ def serve(
     timeout: Annotated[float, typer.Option(help="Seconds for a request.")] = 10.0,
     capacity: Annotated[int, typer.Option(help="Users in memory; the others are in the store.")] = 4096,
     held: Annotated[int, typer.Option(help="Windows that wait for labels, of all users.")] = 1024,
-    strategy: Annotated[str, typer.Option(help="Treatment of normalisation in training.")] = "global-naive",
+    strategy: Annotated[str, typer.Option(help="Treatment of normalization in training.")] = "global-naive",
     rounds: Rounds = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="Log every request.")] = False,
 ) -> None:

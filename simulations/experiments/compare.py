@@ -96,7 +96,7 @@ def compare(
         workers = 1
     here = setting(experiment.run(experiment.strategies[0], 0))
     meta: dict[str, Any] = {
-        "title": f"{experiment.scenario}: {len(experiment.strategies)} treatments of normalisation",
+        "title": f"{experiment.scenario}: {len(experiment.strategies)} treatments of normalization",
         "scenario": experiment.scenario,
         "strategies": list(experiment.strategies),
         "seeds": list(range(experiment.seeds)),

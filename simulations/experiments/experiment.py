@@ -21,7 +21,7 @@ DEFAULT_STRATEGIES = (
     "silobn",
     "groupnorm",
     "local",
-    "centralised",
+    "centralized",
 )
 
 GRID = (0.01, 0.03, 0.1, 0.3)

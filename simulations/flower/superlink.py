@@ -268,5 +268,5 @@ def _write_app(place: Path) -> None:
 
 
 def _plain(text: str) -> str:
-    """Text without the terminal's colours, literal or escaped."""
+    """Text without the terminal's colors, literal or escaped."""
     return re.sub(r"(\x1b|\\x1b)\[[0-9;]*m", "", text)

@@ -1,7 +1,7 @@
 """What clients' messages give away, measured: who sent these statistics, and what did the last window look like?
 
 *Who is it?* Each round's statistics of a user, as the server receives them, are compared with those that all users
-sent in the round before, both standardised over users; a user is found where the nearest is its own. Chance is one
+sent in the round before, both standardized over users; a user is found where the nearest is its own. Chance is one
 over the users.
 
 *What was in it?* Running statistics move by ``momentum`` times the gap to the last batch, so who sees two states in a
@@ -74,14 +74,14 @@ def rounds_of_statistics(run: Run) -> tuple[Setting, list[dict[int, State]]]:
 def found_again(before: dict[int, State], after: dict[int, State], pairs: list[tuple[str, str]]) -> float:
     """Share of users whose statistics are nearest to their own of the round before.
 
-    Both rounds are standardised over users, channel by channel: what training did to everybody is no disguise.
+    Both rounds are standardized over users, channel by channel: what training did to everybody is no disguise.
     """
-    old, new = _standardised(before, pairs), _standardised(after, pairs)
+    old, new = _standardized(before, pairs), _standardized(after, pairs)
     nearest = torch.cdist(new, old).argmin(1)
     return float((nearest == torch.arange(len(new))).double().mean())
 
 
-def _standardised(states: dict[int, State], pairs: list[tuple[str, str]]) -> Tensor:
+def _standardized(states: dict[int, State], pairs: list[tuple[str, str]]) -> Tensor:
     rows = [torch.cat([torch.cat([s[m], s[v].log()]).double().cpu() for m, v in pairs]) for s in states.values()]
     values = torch.stack(rows)
     return (values - values.mean(0)) / values.std(0).clamp_min(1e-12)

@@ -1,7 +1,7 @@
 """An audit in the terminal: the state, totals a role, findings with their fixes.
 
 A ResNet-50 has 320 entries; one reads them by layer, and of blocks that repeat one reads one. So a layer
-takes one line, and equal neighbours such as ``layer1.1`` and ``layer1.2`` one block, ``layer1.[1-2]``,
+takes one line, and equal neighbors such as ``layer1.1`` and ``layer1.2`` one block, ``layer1.[1-2]``,
 whose bytes are those of all of them.
 """
 
@@ -66,7 +66,7 @@ def entry_table(audit: Audit) -> Table:
 
 
 def layer_table(audit: Audit) -> Table:
-    """One line a layer; equal numbered neighbours share their lines."""
+    """One line a layer; equal numbered neighbors share their lines."""
     table = _table(audit, "layer", "×", "roles and owners", "shape")
     for path, copies in _collapsed(_tree(audit.entries), ()):
         layer = copies[0]

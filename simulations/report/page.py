@@ -168,7 +168,7 @@ def cite(meta: dict[str, Any]) -> str:
     return (
         "@software{fedbn,\n"
         "  author = {{The fedbn developers}},\n"
-        "  title = {fedbn: federated and domain-adaptive batch normalisation},\n"
+        "  title = {fedbn: federated and domain-adaptive batch normalization},\n"
         f"  version = {{{version}}},\n"
         f"  year = {{{str(meta['created'])[:4]}}},\n"
         f"  note = {{{meta['scenario']}, seeds {', '.join(map(str, meta['seeds']))}{digest}}},\n"
@@ -177,7 +177,7 @@ def cite(meta: dict[str, Any]) -> str:
 
 
 def _citations(meta: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """Package, whom to credit and licence of the data, as far as known."""
+    """Package, whom to credit and license of the data, as far as known."""
     scenario = str(meta["scenario"]).partition(":")[0]
     known: Iterable[Any] = (s for s in SOURCES.values() if s.label in meta["sources"] or s.scenario == scenario)
-    return [(source.package, source.citation, source.licence) for source in known]
+    return [(source.package, source.citation, source.license) for source in known]

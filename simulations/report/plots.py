@@ -1,7 +1,7 @@
-"""Figures of a comparison, as SVG that follows the page's colours and as PNG for slides and papers.
+"""Figures of a comparison, as SVG that follows the page's colors and as PNG for slides and papers.
 
-Okabe-Ito colours, distinct under the common colour deficiencies, each with its own marker, so that no
-figure depends on colour alone. Text and axes are drawn in one ink which the SVG turns into
+Okabe-Ito colors, distinct under the common color deficiencies, each with its own marker, so that no
+figure depends on color alone. Text and axes are drawn in one ink which the SVG turns into
 ``currentColor``: the same figure is readable on a light and on a dark page. No pyplot, hence no global state.
 """
 
@@ -58,7 +58,7 @@ _STYLE: Any = {
     "lines.markersize": 4.5,
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
     "grid.color": INK,
-    # Text stays text: it can be searched, read aloud, and takes the page's colour.
+    # Text stays text: it can be searched, read aloud, and takes the page's color.
     "svg.fonttype": "none",
     "svg.hashsalt": "fedbn",
 }
@@ -127,9 +127,9 @@ def matrix_figure(comparison: Comparison, metric: str = "accuracy") -> Figure:
         for line in matrix[matrix["row"] == row].itertuples():
             place = strategies.index(line.strategy)
             y = place + shifts[line.column]
-            colour = _colour(place)
-            axes.plot([line.ci_low, line.ci_high], [y, y], color=colour, linewidth=1.2)
-            axes.plot(line.mean, y, **_look(columns.index(line.column), colour))
+            color = _color(place)
+            axes.plot([line.ci_low, line.ci_high], [y, y], color=color, linewidth=1.2)
+            axes.plot(line.mean, y, **_look(columns.index(line.column), color))
         axes.set_title(ROWS[row][0])
         axes.grid(axis="x")
         axes.tick_params(axis="y", length=0)
@@ -167,19 +167,19 @@ def paired_figure(comparison: Comparison, row: str, column: str, metric: str = "
     lines = comparison.paired(metric).query("row == @row and column == @column").set_index("strategy")
     for axes, (strategy, differences) in zip(panels.flat, found.items()):
         place = comparison.strategies.index(strategy)
-        colour = _colour(place)
+        color = _color(place)
         rank = np.arange(1, len(differences) + 1)
         line = lines.loc[strategy]
-        axes.axhspan(line["ci_low"], line["ci_high"], color=colour, alpha=0.2, linewidth=0)
-        axes.axhline(line["difference"], color=colour, linewidth=1)
+        axes.axhspan(line["ci_low"], line["ci_high"], color=color, alpha=0.2, linewidth=0)
+        axes.axhline(line["difference"], color=color, linewidth=1)
         axes.axhline(0, color=INK, linewidth=0.8)
-        axes.vlines(rank, 0, differences, color=colour, linewidth=0.8, alpha=0.6)
+        axes.vlines(rank, 0, differences, color=color, linewidth=0.8, alpha=0.6)
         axes.plot(
             rank,
             differences,
             linestyle="",
             marker=MARKERS[(place - 1) % len(MARKERS)],
-            color=colour,
+            color=color,
             markersize=3,
         )
         axes.set_title(_short(strategy))
@@ -207,11 +207,11 @@ def convergence_figure(comparison: Comparison) -> Figure | None:
     for axes, name in zip(panels, shown):
         for strategy, lines in comparison.curves.dropna(subset=name).groupby("strategy", sort=False):
             place = comparison.strategies.index(strategy)
-            colour = _colour(place)
+            color = _color(place)
             by_round = lines.groupby("round")[name].agg(["mean", "min", "max"])
-            axes.fill_between(by_round.index, by_round["min"], by_round["max"], color=colour, alpha=0.15, linewidth=0)
+            axes.fill_between(by_round.index, by_round["min"], by_round["max"], color=color, alpha=0.15, linewidth=0)
             (handles[strategy],) = axes.plot(
-                by_round.index, by_round["mean"], color=colour, **_stroke(place), markersize=3, markevery=0.2
+                by_round.index, by_round["mean"], color=color, **_stroke(place), markersize=3, markevery=0.2
             )
         axes.set_title(titles[name])
         axes.set_xlabel("round")
@@ -228,7 +228,7 @@ def convergence_figure(comparison: Comparison) -> Figure | None:
 
 @_styled
 def shift_figure(comparison: Comparison) -> Figure | None:
-    """Distance between users' normalisation statistics, one map per layer; None if not measured."""
+    """Distance between users' normalization statistics, one map per layer; None if not measured."""
     layers = comparison.shift.get("layers") or []
     if not layers:
         return None
@@ -262,7 +262,7 @@ def _name_users(axes: Axes, users: list[str]) -> None:
     axes.tick_params(length=0)
 
 
-def _colour(place: int) -> str:
+def _color(place: int) -> str:
     """Ink for the reference, then the palette in turn."""
     return INK if place == 0 else PALETTE[(place - 1) % len(PALETTE)]
 
@@ -275,12 +275,12 @@ def _stroke(place: int) -> dict[str, Any]:
     return {"linestyle": ("-", ":", "-.")[again % 3], "marker": MARKERS[index]}
 
 
-def _look(column: int, colour: str) -> dict[str, Any]:
+def _look(column: int, color: str) -> dict[str, Any]:
     """Marker of a treatment of the statistics."""
     return {
         "marker": "osD"[column % 3],
-        "color": colour,
-        "markerfacecolor": ("none", colour)[column % 3 == 0],
+        "color": color,
+        "markerfacecolor": ("none", color)[column % 3 == 0],
     }
 
 

@@ -94,7 +94,7 @@ def starts_table(rows: list[list[str]], metric: str = "accuracy") -> Table:
     """The rows of `starts_rows` as a table."""
     table = _table(
         title=f"{_metric(metric)} of unseen users by the statistics they start from [95 % interval]",
-        caption="Before any adaptation; nearest, mixture and prior-mixed look at the user's earlier unlabelled data.",
+        caption="Before any adaptation; nearest, mixture and prior-mixed look at the user's earlier unlabeled data.",
     )
     for name in rows[0]:
         table.add_column(name, overflow="fold")

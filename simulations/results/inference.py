@@ -1,7 +1,7 @@
 """Statistics over users and seeds: estimates with intervals, paired tests, corrections.
 
 The *user* is the unit of inference: intervals come from resampling users with all their seeds kept together (a
-cluster bootstrap). Seeds say how much of a mean is luck of initialisation and sampling; they get their own interval.
+cluster bootstrap). Seeds say how much of a mean is luck of initialization and sampling; they get their own interval.
 """
 
 from __future__ import annotations
@@ -119,8 +119,8 @@ def seed_interval(per_seed: np.ndarray) -> tuple[float, Interval]:
         return math.nan, NO_INTERVAL
     sd = float(np.std(per_seed, ddof=1))
     half = float(stats.t.ppf((1 + LEVEL) / 2, count - 1)) * sd / math.sqrt(count)
-    centre = float(np.mean(per_seed))
-    return sd, Interval(centre - half, centre + half)
+    center = float(np.mean(per_seed))
+    return sd, Interval(center - half, center + half)
 
 
 class Estimate(NamedTuple):

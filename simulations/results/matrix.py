@@ -3,7 +3,7 @@
 A comparison runs every strategy with the same seeds on the same users. The *user* is the unit of
 inference: intervals come from resampling users with all their seeds kept together (a cluster
 bootstrap), and strategies are compared user by user (paired). Seeds say how much of a mean is luck of
-initialisation and sampling; they get their own interval. Nothing is chosen on test data.
+initialization and sampling; they get their own interval. Nothing is chosen on test data.
 What an interval is: `simulations.results.inference`.
 """
 
@@ -49,12 +49,12 @@ ROWS = {
 
 #: Columns of the evaluation matrix: name -> (title, what it means).
 COLUMNS = {
-    "aggregated": ("as aggregated", "normalisation statistics as training left them"),
+    "aggregated": ("as aggregated", "normalization statistics as training left them"),
     "recalibrated": (
         "recalibrated",
         "statistics estimated again under the final weights, without labels, before the test",
     ),
-    "online": ("adapted online", "statistics follow the user's unlabelled stream during the test"),
+    "online": ("adapted online", "statistics follow the user's unlabeled stream during the test"),
 }
 
 #: What an unseen user may start from: name -> (title, what it means).

@@ -39,7 +39,7 @@ def is_clear(line: Any) -> bool:
 def is_bound(label: str) -> bool:
     """Whether a strategy gathers all data in one place; False for one that is not installed here.
 
-    >>> is_bound("centralised"), is_bound("groupnorm:groups=4"), is_bound("somebody's")
+    >>> is_bound("centralized"), is_bound("groupnorm:groups=4"), is_bound("somebody's")
     (True, False, False)
     """
     known = strategies().get(re.split("[:+]", label)[0])

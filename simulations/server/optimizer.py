@@ -24,7 +24,7 @@ from fedbn.nn.roles import State
 
 
 def server_step(plan: Plan) -> ServerStep | None:
-    """The plan's server optimiser as a function of explicit state; None for the plain mean."""
+    """The plan's server optimizer as a function of explicit state; None for the plain mean."""
     if plan.server_optimizer == "none":
         return None
 
@@ -36,7 +36,7 @@ def server_step(plan: Plan) -> ServerStep | None:
             optimizer.configure_train(round, _record(old), ConfigRecord(), _NO_GRID)
             moved, _ = optimizer.aggregate_train(round, [Message(content, 0, "train")])
         if moved is None:
-            raise RuntimeError("Flower's server optimiser returned no arrays")
+            raise RuntimeError("Flower's server optimizer returned no arrays")
         new = {k: torch.from_numpy(np.array(moved[k].numpy())).to(v.device, v.dtype) for k, v in old.items()}
         return new, _memory(optimizer)
 

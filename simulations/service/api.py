@@ -221,11 +221,11 @@ async def users(
     return {"users": await service.batcher.call(lambda: service.people.users(after, most))}
 
 
-@_users.put("/{user}", summary="Enrol a user; nothing happens to one who is known.")
-async def enrol(request: Request, user: str, response: Response) -> dict[str, Any]:
+@_users.put("/{user}", summary="Enroll a user; nothing happens to one who is known.")
+async def enroll(request: Request, user: str, response: Response) -> dict[str, Any]:
     """Status 201 where the user is new."""
     service, name = _service(request), checked_name(user)
-    new = await service.batcher.call(lambda: service.people.enrol(name))
+    new = await service.batcher.call(lambda: service.people.enroll(name))
     response.status_code = 201 if new else 200
     return {"user": name, "new": new}
 

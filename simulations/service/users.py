@@ -189,7 +189,7 @@ class People:
         return len(labels)
 
     def learn(self, user: str, windows: Tensor, labels: Sequence[int]) -> None:
-        """Let a user's statistics follow labelled windows ``[n, *shape]``.
+        """Let a user's statistics follow labeled windows ``[n, *shape]``.
 
         Raises:
             Refusal: unknown user, or not one label a window.
@@ -213,7 +213,7 @@ class People:
 
     # ---------------------------------------------------------------- users
 
-    def enrol(self, user: str) -> bool:
+    def enroll(self, user: str) -> bool:
         """Make a user known; whether it was not before.
 
         Raises:
@@ -333,4 +333,4 @@ class People:
 
 
 def _stranger(user: str) -> Refusal:
-    return Refusal(404, f"nobody is called {user!r} here: enrol the user first, PUT /v1/users/{user}")
+    return Refusal(404, f"nobody is called {user!r} here: enroll the user first, PUT /v1/users/{user}")

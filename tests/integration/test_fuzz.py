@@ -26,7 +26,7 @@ from fedbn.federation.run import Run, plan_for
 from fedbn.federation.server import Outcome, Point, Server
 from fedbn.federation.setup import setting
 from fedbn.online.rules.base import client_rule, rules
-from fedbn.personalization.base import personalisations
+from fedbn.personalization.base import personalizations
 from fedbn.personalization.treatment import treatment
 from fedbn.plugins import parse
 from fedbn.privacy.mechanism import Privacy, parse_privacy
@@ -105,7 +105,7 @@ def test_strategies(tmp_path, text):
     strategy(text)
 
 
-@fuzzed(st.one_of(texts(strategies()), texts(personalisations()).map(lambda t: f"fedbn+{t}")))
+@fuzzed(st.one_of(texts(strategies()), texts(personalizations()).map(lambda t: f"fedbn+{t}")))
 def test_treatments(tmp_path, text):
     treatment(text)
 

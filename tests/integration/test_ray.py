@@ -68,7 +68,7 @@ def short(strategy, **fields):
 
 
 def everything():
-    """Runs by name: of every strategy, and of clients that personalise by a rule."""
+    """Runs by name: of every strategy, and of clients that personalize by a rule."""
     rules = {
         "population": short("global-naive", rule="population:diversity=1"),
         "ema": short("fedbn", rule="ema:rate=0.3"),

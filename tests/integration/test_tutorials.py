@@ -20,7 +20,7 @@ PAGES = [
 ]
 SMALL = {
     "compare": ["--rounds", "1", "--seeds", "1", "--eval-every", "1", "--workers", "1", "--quiet"],
-    "personalise": ["--rounds", "1", "--seeds", "1", "--quiet"],
+    "adapt": ["--rounds", "1", "--seeds", "1", "--quiet"],
     "claims": ["--seeds", "2", "--workers", "1"],
 }
 FEWER = {"hapt": "hapt:reserved=15", "digits": "digits:train=64:test=32"}  # half of its people; few images

@@ -138,7 +138,7 @@ def test_an_audit_shows_itself():
         fedbn.audit(net, "silobm")
 
 
-def test_users_of_a_personalised_network_show_themselves():
+def test_users_of_a_personalized_network_show_themselves():
     net = fedbn.personalize(nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 3)), "pseudo:n0=8")
     assert "0 users known" in repr(net)
     net(torch.ones(3, 2), user=["ann", "<b>bob", "ann"])

@@ -10,9 +10,9 @@ window (mean and variance over its positions), the user's :math:`(M, V)` and the
       &= \big((1-a)M + a m,\;(1-a)V + a w + a(1-a)(m-M)^2\big),
 
 mean and variance of a mixture. A rule is its gain :math:`a`, its weight of the prior :math:`r`, whether the last
-("between") term counts, and whether a window is inside the statistics that it is normalised by (``peeks``).
+("between") term counts, and whether a window is inside the statistics that it is normalized by (``peeks``).
 
-Everything is vectorised over users (rows, ``U``) and over the channels of all layers side by side (``C``).
+Everything is vectorized over users (rows, ``U``) and over the channels of all layers side by side (``C``).
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Rule:
         name: what the command line calls it.
         about: one line for lists.
         source: authors, year, link.
-        peeks: a window is inside the statistics that normalise it ("update, then use").
-        keeps: there is a state worth exporting; otherwise every window is normalised by itself.
+        peeks: a window is inside the statistics that normalize it ("update, then use").
+        keeps: there is a state worth exporting; otherwise every window is normalized by itself.
         learns: `update` does something.
         classwise: `update` needs the posterior of each window, so several of one user are taken one after the other.
         wants: field of `fedbn.online.prior.LayerPrior` that the rule cannot do without.
@@ -137,7 +137,7 @@ class Rule:
         return True
 
     def use(self, prior: Prior, state: State) -> Pair:
-        """Mean and variance to normalise by, ``[U, C]`` each."""
+        """Mean and variance to normalize by, ``[U, C]`` each."""
         return mix(state.moments, prior.moments, self.prior_share(prior, state), between=self.between())
 
     def update(self, prior: Prior, state: State, seen: Seen, weight: Tensor, posterior: Tensor) -> State:
@@ -231,7 +231,7 @@ def client_rule(text: str) -> Rule:
     """A rule that a client can follow by itself, with what a federation has told it.
 
     Raises:
-        UserError: as `rule`, or the rule needs what only labelled data of many users tell.
+        UserError: as `rule`, or the rule needs what only labeled data of many users tell.
 
     >>> client_rule("population:diversity=1").wants
     'n0'
@@ -239,7 +239,7 @@ def client_rule(text: str) -> Rule:
     chosen = rule(text)
     if chosen.wants not in ("", "n0"):
         raise UserError(
-            f"rule {text!r} needs labelled windows of seen users, which no client sends: follow it with fedbn "
-            "personalise, or choose another rule here (pseudo, population, ema, ...)"
+            f"rule {text!r} needs labeled windows of seen users, which no client sends: follow it with fedbn "
+            "personalize, or choose another rule here (pseudo, population, ema, ...)"
         )
     return chosen

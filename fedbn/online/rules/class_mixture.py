@@ -46,5 +46,5 @@ class ClassMixture(ClassConditional):
 
 def _equal(mean: Tensor, var: Tensor) -> Pair:
     """Moments of the mixture in equal parts of ``[U, K, C]``."""
-    centre = mean.mean(1)
-    return centre, (var + (mean - centre[:, None]) ** 2).mean(1)
+    center = mean.mean(1)
+    return center, (var + (mean - center[:, None]) ** 2).mean(1)

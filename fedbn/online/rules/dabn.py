@@ -21,7 +21,7 @@ class DABN(Rule):
 
     A window with positions brings its own variance too; for layers without positions it is the recursion above. The
     paper trains with batches of one user each, and starts a new user at the mean over users of their statistics. So
-    does the strategy ``centralised`` with ``user_batches``; in federation every batch is of one user, and
+    does the strategy ``centralized`` with ``user_batches``; in federation every batch is of one user, and
     ``global-naive`` with uniform weights gives that start.
 
     Attributes:

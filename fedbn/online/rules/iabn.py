@@ -18,7 +18,7 @@ class IABN(Rule):
     .. math:: \mu = \mu_0 + \psi(m-\mu_0;\, k s_\mu),\quad v = [v_0 + \psi(w-v_0;\, k s_v)]_+,\quad
         \psi(x;t) = \operatorname{sign}(x)\,[|x|-t]_+,
 
-    :math:`s_\mu=\sqrt{v_0/L},\ s_v=v_0\sqrt{2/(L-1)}` for L positions. ``k=0`` is instance normalisation, a large k
+    :math:`s_\mu=\sqrt{v_0/L},\ s_v=v_0\sqrt{2/(L-1)}` for L positions. ``k=0`` is instance normalization, a large k
     the source. Layers without positions keep the source.
 
     Gong, Jeong, Kim, Kim, Shin, Lee, 2022, *NOTE: robust continual test-time adaptation against temporal correlation*,

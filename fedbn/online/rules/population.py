@@ -23,7 +23,7 @@ class Population(Pseudo):
     windows of one activity say much the same, and ``bout`` is how many of them say as much as one that is independent.
 
     The start and :math:`s^2/\tau^2` come with the prior (`fedbn.online.prior.population_prior`). This project's; the
-    default was chosen on people who are in no published table (docs/personalisation.md).
+    default was chosen on people who are in no published table (docs/adaptation.md).
 
     Attributes:
         bout: b.

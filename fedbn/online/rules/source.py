@@ -9,7 +9,7 @@ from fedbn.online.rules.base import Rule
 
 @dataclass(frozen=True)
 class Source(Rule):
-    """Normalise by the source's statistics, or by those a user was calibrated to, for ever."""
+    """Normalize by the source's statistics, or by those a user was calibrated to, for ever."""
 
     name = "source"
     about = "never adapts"

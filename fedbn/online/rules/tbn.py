@@ -17,7 +17,7 @@ class TBN(Rule):
 
     Nado, Padhy, Sculley, D'Amour, Lakshminarayanan, Snoek, 2020, https://arxiv.org/abs/2006.10963
 
-    The batch is the rows of *one user* in a call: with one window a call it is instance normalisation, and other users'
+    The batch is the rows of *one user* in a call: with one window a call it is instance normalization, and other users'
     rows never count.
     """
 

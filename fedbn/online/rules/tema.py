@@ -15,7 +15,7 @@ from fedbn.online.statistics import Pair, Prior, Seen, State, mix
 class TEMA(Rule):
     r"""A running average whose gain follows the batch size, blended layer by layer with the source.
 
-    The source weighs :math:`r_l = (z_l+1)/4`, z the divergence from it, standardised over layers and cut to [-1, 1].
+    The source weighs :math:`r_l = (z_l+1)/4`, z the divergence from it, standardized over layers and cut to [-1, 1].
 
     Su, Guo, Yang et al., 2024, *Unraveling batch normalization for realistic test-time adaptation*, AAAI,
     https://arxiv.org/abs/2312.09486

@@ -19,7 +19,7 @@ class TTN(Rule):
     Lim, Kim, Choo, Choi, 2023, *TTN: a domain-shift aware batch normalization in test-time adaptation*, ICLR,
     https://arxiv.org/abs/2302.05155
 
-    The weights come with the prior; `fedbn.online.ttn_alpha.learn_alpha` learns them from labelled source data.
+    The weights come with the prior; `fedbn.online.ttn_alpha.learn_alpha` learns them from labeled source data.
     """
 
     name = "ttn"
@@ -36,6 +36,6 @@ class TTN(Rule):
         if prior.alpha is None:
             raise UserError(
                 "rule 'ttn' needs a weight for each channel: personalize(model, rule, "
-                "prior=fedbn.online.ttn_alpha.learn_alpha(...)) with labelled source data"
+                "prior=fedbn.online.ttn_alpha.learn_alpha(...)) with labeled source data"
             )
         return mix(prior.moments, state.moments, prior.alpha)

@@ -13,7 +13,7 @@ from fedbn.online.statistics import Pair, Prior, Seen, State
 
 @dataclass(frozen=True)
 class UnMixTNS(Rule):
-    r"""K components; a window is normalised by the mixture of all of them, each drawn towards it by its similarity.
+    r"""K components; a window is normalized by the mixture of all of them, each drawn towards it by its similarity.
 
     With :math:`p_k = \operatorname{softmax}_k(\cos(m, \mu_k)/0.07)`,
 

@@ -1,4 +1,4 @@
-"""Batch normalisation itself.
+"""Batch normalization itself.
 
 What everybody says of BN (Ioffe, Szegedy, 2015; Wu, He, 2018), on networks that train in seconds.
 """
@@ -38,7 +38,7 @@ def _cnn(norm: str, seed: int) -> nn.Module:
 
 
 def _mlp(norm: str, seed: int, gain: float = 1.0, p: float = 0.0) -> nn.Sequential:
-    """Three hidden layers of 64, weights as He et al. initialise them: torch's own stall a network without BN.
+    """Three hidden layers of 64, weights as He et al. initialize them: torch's own stall a network without BN.
 
     Args:
         norm: ``BN`` before each nonlinearity, or none.
@@ -62,7 +62,7 @@ def _mlp(norm: str, seed: int, gain: float = 1.0, p: float = 0.0) -> nn.Sequenti
 def rates(arm: str, seed: int, quick: bool) -> dict[str, float]:
     """Largest learning rate, among powers of two, with which plain SGD still reaches 90 % on the training data.
 
-    The arm is a network and a normaliser.
+    The arm is a network and a normalizer.
 
     Raises:
         ValueError: no rate does.
@@ -87,7 +87,7 @@ def speed(arm: str, seed: int, quick: bool) -> dict[str, float]:
 
 
 def initial(arm: str, seed: int, quick: bool) -> dict[str, float]:
-    """Test accuracy when the initial weights are the usual ones times a gain; the arm is a normaliser and the gain."""
+    """Test accuracy when the initial weights are the usual ones times a gain; the arm is a normalizer and the gain."""
     norm, _, gain = arm.partition(" ")
     data, test = digits(seed)
     model = _mlp(norm, seed, gain=float(gain))
@@ -97,7 +97,7 @@ def initial(arm: str, seed: int, quick: bool) -> dict[str, float]:
 
 
 def small_batches(arm: str, seed: int, quick: bool) -> dict[str, float]:
-    """Test accuracy, learning rate proportional to the batch; the arm is a normaliser and the rows of a batch."""
+    """Test accuracy, learning rate proportional to the batch; the arm is a normalizer and the rows of a batch."""
     norm, _, size = arm.partition(" ")
     data, test = digits(seed)
     model = _cnn(norm, seed)
@@ -125,7 +125,7 @@ def placement(arm: str, seed: int, quick: bool) -> dict[str, float]:
     return {"accuracy": accuracy(model, test)}
 
 
-def regularising(arm: str, seed: int, quick: bool) -> dict[str, float]:
+def regularizing(arm: str, seed: int, quick: bool) -> dict[str, float]:
     """Test accuracy after training to the end on 200 images, and how far training accuracy is above it."""
     data, test = digits(seed)
     few = data.take(torch.arange(200))
@@ -247,7 +247,7 @@ CLAIMS = (
         threshold=0.0,
     ),
     claim(
-        name="bn-initialisation",
+        name="bn-initialization",
         sentence="With BN the scale of the initial weights matters less.",
         setting=f"{MLP} 0.1; initial weights as He et al. times 0.1 to 10",
         run=initial,
@@ -261,14 +261,14 @@ CLAIMS = (
     ),
     in_small_batches(
         name="bn-small-batch",
-        sentence="BN suffers from batches of 2 more than group normalisation does.",
+        sentence="BN suffers from batches of 2 more than group normalization does.",
         source="Wu, He 2018, https://arxiv.org/abs/1803.08494",
         effect=lambda v: lost(v, "BN", "2") - lost(v, "GN", "2"),
         meaning="accuracy lost from batches of 32 to 2, BN minus GN",
     ),
     in_small_batches(
         name="bn-one-row",
-        sentence="BN suffers from batches of one more than layer normalisation does.",
+        sentence="BN suffers from batches of one more than layer normalization does.",
         source="after Ba, Kiros, Hinton 2016, https://arxiv.org/abs/1607.06450",
         effect=lambda v: lost(v, "BN", "1") - lost(v, "LN", "1"),
         meaning="accuracy lost from batches of 32 to 1, BN minus LN",
@@ -293,10 +293,10 @@ CLAIMS = (
         threshold=0.0,
     ),
     claim(
-        name="bn-regularises",
-        sentence="BN regularises: training accuracy is less far above test accuracy.",
+        name="bn-regularizes",
+        sentence="BN regularizes: training accuracy is less far above test accuracy.",
         setting=f"{MLP} 0.05 with momentum, 200 images",
-        run=regularising,
+        run=regularizing,
         arms=("none", "BN", "dropout", "BN + dropout"),
         measure="training above test accuracy",
         effect=lambda v: v["none"] - v["BN"],
@@ -307,7 +307,7 @@ CLAIMS = (
         name="bn-instead-of-dropout",
         sentence="With BN dropout brings less.",
         setting=f"{MLP} 0.05 with momentum, 200 images, dropout 0.5",
-        run=regularising,
+        run=regularizing,
         arms=("none", "BN", "dropout", "BN + dropout"),
         measure="accuracy",
         effect=lambda v: (v["dropout"] - v["none"]) - (v["BN + dropout"] - v["BN"]),

@@ -1,6 +1,6 @@
 """Binary networks need BN's scaling (Sari et al.).
 
-Binary weights and activations, straight-through estimators; gradients are watched at initialisation, accuracy after
+Binary weights and activations, straight-through estimators; gradients are watched at initialization, accuracy after
 training, of an MLP and a CNN, with all of BN, one half of it, or none. Law of growth: see `fedbn.models.binary`.
 """
 
@@ -24,7 +24,7 @@ WIDTH = 128
 
 
 def growth(arm: str, seed: int, quick: bool) -> dict[str, float]:
-    """Growth of the gradient per layer towards the input, 8 binary layers at initialisation, mean over networks."""
+    """Growth of the gradient per layer towards the input, 8 binary layers at initialization, mean over networks."""
     found = []
     for i in range(4 if quick else 16):
         with seeded(seed, "growth", i):
@@ -66,8 +66,8 @@ claim = partial(Claim, source=SOURCE, published="not verified (only the abstract
 CLAIMS = (
     claim(
         name="binary-explosion",
-        sentence="Without normalisation the gradients of a binary network explode, by (2K/pi)^(1/4) per layer.",
-        setting=f"random inputs, 8 binary layers of {WIDTH} at initialisation; the law is derived here",
+        sentence="Without normalization the gradients of a binary network explode, by (2K/pi)^(1/4) per layer.",
+        setting=f"random inputs, 8 binary layers of {WIDTH} at initialization; the law is derived here",
         run=growth,
         arms=BINARY_NORMS,
         measure="growth per layer",
@@ -78,7 +78,7 @@ CLAIMS = (
     claim(
         name="binary-bn-tames",
         sentence="BN keeps the gradients of a binary network from exploding.",
-        setting=f"random inputs, 8 binary layers of {WIDTH} at initialisation",
+        setting=f"random inputs, 8 binary layers of {WIDTH} at initialization",
         run=growth,
         arms=BINARY_NORMS,
         measure="growth per layer",
@@ -104,7 +104,7 @@ CLAIMS = (
         run=learning,
         arms=BINARY_NORMS,
         measure="accuracy",
-        effect=lambda v: v["scale"] - v["centre"],
+        effect=lambda v: v["scale"] - v["center"],
         meaning="test accuracy, scaling alone minus centring alone",
         threshold=0.1,
     ),
@@ -126,7 +126,7 @@ CLAIMS = (
         run=convolving,
         arms=BINARY_NORMS,
         measure="accuracy",
-        effect=lambda v: v["scale"] - v["centre"],
+        effect=lambda v: v["scale"] - v["center"],
         meaning="test accuracy, scaling alone minus centring alone",
         threshold=0.1,
     ),

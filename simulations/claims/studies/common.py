@@ -101,7 +101,7 @@ def train(
     clip: float | None = None,
     on_step: Callable[[], None] | None = None,
 ) -> nn.Module:
-    """Minimise the cross-entropy, one step a batch of ``order``; ends early once the loss is not finite.
+    """Minimize the cross-entropy, one step a batch of ``order``; ends early once the loss is not finite.
 
     Args:
         model: trained in place.

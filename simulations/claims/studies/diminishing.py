@@ -1,7 +1,7 @@
 """Diminishing BN: statistics averaged over the whole training (Ma, Klabjan).
 
-Both readings of the paper: *algorithm 1* literally, the average normalising in training too and the layer after the
-activation; and the average serving *inference* only, while batches normalise in training. Every weight and schedule of
+Both readings of the paper: *algorithm 1* literally, the average normalizing in training too and the layer after the
+activation; and the average serving *inference* only, while batches normalize in training. Every weight and schedule of
 the paper's table; the error is that after the last epoch, its spread that over the epochs of the second half.
 """
 
@@ -24,7 +24,7 @@ ALPHAS = ("1", "0.75", "0.5", "0.25", "0.1", "0.01", "0.001", "1/m", "1/m^2", "0
 
 
 def _mlp(mode: Mode, alpha: str, seed: int) -> nn.Module:
-    """Two hidden layers of 64, normalised after the ReLU as in the paper's equations."""
+    """Two hidden layers of 64, normalized after the ReLU as in the paper's equations."""
 
     def block(before: int) -> list[nn.Module]:
         return [nn.Linear(before, 64), nn.ReLU(), DiminishingBN(64, alpha=alpha, mode=mode)]
@@ -99,13 +99,13 @@ CLAIMS = (
     ),
     serving(
         name="dbn-quarter-inference",
-        sentence="A constant weight alpha = 0.25 beats alpha = 1 where batches normalise in training.",
+        sentence="A constant weight alpha = 0.25 beats alpha = 1 where batches normalize in training.",
         published="MNIST error 2.70 % at alpha = 1, 1.91 % at 0.25 (table 1; the paper leaves open which reading)",
         effect=lambda v: v["1"] - v["0.25"],
     ),
     serving(
         name="dbn-steady-inference",
-        sentence="With alpha = 0.25 the error varies less from epoch to epoch where batches normalise in training.",
+        sentence="With alpha = 0.25 the error varies less from epoch to epoch where batches normalize in training.",
         published="said, no number read",
         measure="spread over epochs",
         effect=lambda v: v["1"] - v["0.25"],

@@ -1,8 +1,8 @@
-"""Batch normalisation embeddings for domains never seen (Segu, Tonioni, Tombari).
+"""Batch normalization embeddings for domains never seen (Segu, Tonioni, Tombari).
 
 Digits of six domains; one is left out of training in turn. The method is a reconstruction (`fedbn.norms.bne`). Beside
 it, from the same training where they can: the uniform ensemble of its branches; DSBN, whose branch for the new domain
-takes its statistics from that domain's unlabelled images; one BN for all domains, as it is and with statistics of the
+takes its statistics from that domain's unlabeled images; one BN for all domains, as it is and with statistics of the
 new domain (AdaBN). In federation each domain is a client that keeps its statistics (SiloBN), and one that never
 trained is placed among them.
 """
@@ -43,7 +43,7 @@ def _branches(sources: list[Examples], epochs: int, seed: int, *, mixed: bool) -
         sources: data of each domain.
         epochs: over all of them.
         seed: of weights and batches.
-        mixed: in the last quarter of the epochs, minimise the loss of the mixture that is used in the end.
+        mixed: in the last quarter of the epochs, minimize the loss of the mixture that is used in the end.
     """
     model = convert(_network(seed), "bne", domains=len(sources))
     mixture = BNE(model)
@@ -95,7 +95,7 @@ def unseen(arm: str, seed: int, quick: bool) -> dict[str, float]:
 
 
 def _scores(
-    arm: str, sources: list[Examples], unlabelled: Examples, test: Examples, epochs: int, seed: int
+    arm: str, sources: list[Examples], unlabeled: Examples, test: Examples, epochs: int, seed: int
 ) -> dict[str, float]:
     if arm == "one BN":
         pooled = Examples.concat(sources)
@@ -103,7 +103,7 @@ def _scores(
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
         train(model, pooled, shuffled(len(pooled), 32, epochs, seed), optimizer)
         # In this order: AdaBN changes the statistics in place.
-        return {"one BN": accuracy(model, test), "AdaBN": accuracy(recalibrate(model, unlabelled.x), test)}
+        return {"one BN": accuracy(model, test), "AdaBN": accuracy(recalibrate(model, unlabeled.x), test)}
     mixture = _branches(sources, epochs, seed, mixed=arm == "mixture")
     weighted = _share_right(probabilities(mixture, test.x, uniform=False), test)
     if arm == "mixture":
@@ -111,7 +111,7 @@ def _scores(
     return {
         "weighted": weighted,
         "uniform": _share_right(probabilities(mixture, test.x, uniform=True), test),
-        "DSBN": accuracy(recalibrate(mixture.model, unlabelled.x), test),
+        "DSBN": accuracy(recalibrate(mixture.model, unlabeled.x), test),
     }
 
 
@@ -182,7 +182,7 @@ CLAIMS = (
     ),
     claim(
         name="bne-without-adaptation",
-        sentence="BNE, which sees one image at a time, is as good as AdaBN, which sees the unlabelled domain.",
+        sentence="BNE, which sees one image at a time, is as good as AdaBN, which sees the unlabeled domain.",
         source="the project's question",
         effect=lambda v: v["trained as mixture"] - v["AdaBN"],
         meaning="accuracy on unseen domains, trained as mixture minus AdaBN",

@@ -2,7 +2,7 @@
 
 Singh, Shrivastava (2019) derive by how much from the size of a training batch; Summers, Dinneen (2020) choose the
 weight on held-out data. Networks trained with batches of two, four and eight; evaluated by running averages, by
-batches of that size normalised by themselves, and by each correction.
+batches of that size normalized by themselves, and by each correction.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def weighed(model: nn.Module, held_out: Examples) -> nn.Module:
 
 
 def _in_batches(model: nn.Module, data: Examples, size: int, seed: int) -> tuple[float, float, dict[str, Tensor]]:
-    """Loss, share right and normalised activations where batches are normalised by themselves, as in training."""
+    """Loss, share right and normalized activations where batches are normalized by themselves, as in training."""
     twin = copy.deepcopy(model).train()
     loss, right = 0.0, 0
     seen: dict[str, list[Tensor]] = {}
@@ -61,7 +61,7 @@ def _in_batches(model: nn.Module, data: Examples, size: int, seed: int) -> tuple
 
 
 def _watched(model: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Logits, and outputs of the normalisation layers ``[rows, C, *positions]``, by layer."""
+    """Logits, and outputs of the normalization layers ``[rows, C, *positions]``, by layer."""
     found: dict[str, Tensor] = {}
 
     def keep(name: str) -> object:
@@ -86,7 +86,7 @@ def distance(one: Tensor, other: Tensor) -> float:
 
 
 def tiny_batches(arm: str, seed: int, quick: bool) -> dict[str, float]:
-    """Test error, and on training data how far losses and normalised activations are from those in training.
+    """Test error, and on training data how far losses and normalized activations are from those in training.
 
     The arm is the rows of a training batch; what evaluates is in the names.
     """
@@ -151,7 +151,7 @@ CLAIMS = (
         published="drawn in a figure, no number read",
         measure="distance",
         effect=lambda v: 1 - v["1/M 2"] / v["running averages 2"],
-        meaning="share of the Wasserstein distance between normalised activations removed, rule 1/M",
+        meaning="share of the Wasserstein distance between normalized activations removed, rule 1/M",
         threshold=0.5,
     ),
     over_sizes(
@@ -174,7 +174,7 @@ CLAIMS = (
         source=f"follows from {SINGH}",
         published="no such number",
         effect=lambda v: v["the batch itself 2"] - v["1/M 2"],
-        meaning="test error, batches normalised by themselves minus EvalNorm 1/M",
+        meaning="test error, batches normalized by themselves minus EvalNorm 1/M",
     ),
     over_sizes(
         name="weighing-accuracy",

@@ -59,7 +59,7 @@ def _gradient(strategy: str, partition: str, seed: int) -> dict[str, Tensor]:
 def gradients(arm: str, seed: int, quick: bool) -> dict[str, float]:
     """Distance of the clients' mean gradient from that of all data, relative to its length, layer by layer."""
     strategy, partition = arm.split()
-    found, exact = (_gradient(s, partition, seed) for s in (strategy, "centralised"))
+    found, exact = (_gradient(s, partition, seed) for s in (strategy, "centralized"))
     return {
         f"gradient deviation: {arm} {layer}": float((found[name] - exact[name]).norm() / exact[name].norm())
         for layer, name in LAYERS.items()
@@ -149,14 +149,14 @@ CLAIMS = (
     ),
     accurate(
         name="fedtan-beats-groupnorm",
-        sentence="With label-sorted shards FedTAN is at least as accurate as group normalisation.",
+        sentence="With label-sorted shards FedTAN is at least as accurate as group normalization.",
         effect=lambda v: v["fedtan sorted"] - v["groupnorm sorted"],
         meaning="accuracy with label-sorted shards, FedTAN minus GN",
         threshold=0.0,
     ),
     costing(
         name="fedtan-messages",
-        sentence="A round takes 3 L + 1 exchanges for L normalisation layers.",
+        sentence="A round takes 3 L + 1 exchanges for L normalization layers.",
         published="not verified; the structure was read in the authors' code",
         measure="exchanges beyond 3L+1",
         effect=lambda v: -max(abs(x) for x in v.values()),

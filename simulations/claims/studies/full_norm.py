@@ -1,4 +1,4 @@
-"""Full normalisation: badly built batches (Lian, Liu).
+"""Full normalization: badly built batches (Lian, Liu).
 
 Every batch holds only a few labels; statistics of a batch are then far from those of all data. First the gradient: a
 network at its initial weights meets batches of one class each, in turn, and its mean gradient is compared with that of
@@ -62,7 +62,7 @@ def few_labels(arm: str, seed: int, quick: bool) -> dict[str, float]:
 def gradient_error(arm: str, seed: int, quick: bool) -> dict[str, float]:
     """Distance of the mean gradient over batches of one class each from that of all data, relative to its length.
 
-    The arm is a normaliser and the averaging rate; weights never move. As many batches as it takes to forget the start
+    The arm is a normalizer and the averaging rate; weights never move. As many batches as it takes to forget the start
     pass unheard.
     """
     norm, _, rate = arm.partition(" ")
@@ -110,7 +110,7 @@ of_gradients = partial(
 CLAIMS = (
     of_gradients(
         name="fn-gradient",
-        sentence="Full normalisation follows the gradient of all data although every batch holds one class.",
+        sentence="Full normalization follows the gradient of all data although every batch holds one class.",
         effect=lambda v: v["BN 0.01"] - v["FN 0.01"],
         meaning="relative error of the mean gradient, BN minus FN with a = 0.01",
         threshold=0.5,
@@ -125,7 +125,7 @@ CLAIMS = (
     ),
     claim(
         name="fn-one-label",
-        sentence="With one label a batch BN fails and full normalisation trains.",
+        sentence="With one label a batch BN fails and full normalization trains.",
         arms=("FN 1", "BN 1"),
         effect=lambda v: v["FN 1"] - v["BN 1"],
         meaning="test accuracy with one label a batch, FN minus BN",
@@ -133,7 +133,7 @@ CLAIMS = (
     ),
     claim(
         name="fn-two-labels",
-        sentence="With two labels a batch full normalisation is more accurate than BN.",
+        sentence="With two labels a batch full normalization is more accurate than BN.",
         arms=("FN 2", "BN 2"),
         effect=lambda v: v["FN 2"] - v["BN 2"],
         meaning="test accuracy with two labels a batch, FN minus BN",
@@ -141,7 +141,7 @@ CLAIMS = (
     ),
     claim(
         name="fn-all-labels",
-        sentence="With mixed batches full normalisation is as accurate as BN.",
+        sentence="With mixed batches full normalization is as accurate as BN.",
         arms=("FN 10", "BN 10"),
         effect=lambda v: v["FN 10"] - v["BN 10"],
         meaning="test accuracy with all labels in a batch, FN minus BN",

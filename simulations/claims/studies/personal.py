@@ -1,7 +1,7 @@
 """Online domain-adaptive BN for activity recognition (Mazankiewicz, Boehm, Berges).
 
 Real people, with a phone at the waist or a watch at the wrist; some never train and are met window by window, without
-labels. Training normalises batches of one user and keeps running statistics of every user; a stranger starts from
+labels. Training normalizes batches of one user and keeps running statistics of every user; a stranger starts from
 their mean. That mean's variance leaves out how users' means differ, as in the authors' released code.
 """
 

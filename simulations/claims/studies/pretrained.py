@@ -1,7 +1,7 @@
 """Networks with BN on the data (Simon et al.).
 
 AlexNet as published with BN, at an eighth of its width and with a stem for small images; ImageNet is not at hand, so
-five digit domains stand for it and the sixth, with a hundred labelled images, for the task that weights are brought to.
+five digit domains stand for it and the sixth, with a hundred labeled images, for the task that weights are brought to.
 Weights of ImageNet, for those who have them: `fedbn.integrations.pretrained`.
 """
 
@@ -75,7 +75,7 @@ def contrast(arm: str, seed: int, quick: bool) -> dict[str, float]:
 
 
 def transfer(arm: str, seed: int, quick: bool) -> dict[str, float]:
-    """Test error on a domain (the seed says which) with 100 labelled images of it, the arm being what is trained first.
+    """Test error on a domain (the seed says which) with 100 labeled images of it, the arm being what is trained first.
 
     From the pre-trained network: as it is; with statistics measured again on those images, without their labels; with
     everything frozen but the classifier; all of it trained on.
@@ -122,7 +122,7 @@ to_a_new_task = partial(
     Claim,
     source=SOURCE,
     published="not verified",
-    setting=f"{SIX}; five train AlexNet at 1/8 width, the sixth has 100 labelled images",
+    setting=f"{SIX}; five train AlexNet at 1/8 width, the sixth has 100 labeled images",
     run=transfer,
     arms=WAYS,
     trained=lambda arm: arm if arm == "from scratch" else "elsewhere",
@@ -176,9 +176,9 @@ CLAIMS = (
     ),
     to_a_new_task(
         name="pretrained-statistics",
-        sentence="Statistics measured again on unlabelled images make a pre-trained network fit a new domain better.",
+        sentence="Statistics measured again on unlabeled images make a pre-trained network fit a new domain better.",
         source="Li, Wang, Shi, Liu, Hou 2016, https://arxiv.org/abs/1603.04779",
         effect=lambda v: v["as it is"] - v["statistics"],
-        meaning="test error, as it is minus with statistics of a hundred unlabelled images of the new domain",
+        meaning="test error, as it is minus with statistics of a hundred unlabeled images of the new domain",
     ),
 )

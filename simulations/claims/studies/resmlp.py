@@ -27,15 +27,15 @@ NUMERICS = 1
 def embeddings(seed: int, rows: int) -> tuple[Examples, Examples]:
     """Training and as many test rows ``[rows, 512]`` of unit length."""
     draw = generator(seed, "claims", "embeddings")
-    centres = torch.randn(40, 512, generator=draw)
+    centers = torch.randn(40, 512, generator=draw)
     group = torch.randint(40, (2 * rows,), generator=draw)
-    x = centres[group] + 2.5 * torch.randn(2 * rows, 512, generator=draw)
+    x = centers[group] + 2.5 * torch.randn(2 * rows, 512, generator=draw)
     everything = Examples(torch.nn.functional.normalize(x), group % 2, torch.zeros_like(group))
     return everything.take(torch.arange(rows)), everything.take(torch.arange(rows, 2 * rows))
 
 
 def learning(arm: str, seed: int, quick: bool) -> dict[str, float]:
-    """Test accuracy with the author's optimiser: AdamW, batches of 512, the rate times 0.066 after every epoch."""
+    """Test accuracy with the author's optimizer: AdamW, batches of 512, the rate times 0.066 after every epoch."""
     data, test = embeddings(seed, 4096)
     with seeded(seed, "weights"):
         model = ResMLP((512,), 2, ic="IC" in arm, skip="skip" in arm)

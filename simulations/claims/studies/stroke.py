@@ -60,14 +60,14 @@ def network(norm: str, epochs: Sequence[int], made: Cohort, k: int, seed: int) -
 
 
 def classical(made: Cohort, k: int, seed: int) -> dict[str, tuple[float, float]]:
-    """Accuracy and F-score over all folds of k nearest neighbours, naive Bayes, logistic regression and SVM."""
+    """Accuracy and F-score over all folds of k nearest neighbors, naive Bayes, logistic regression and SVM."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.naive_bayes import GaussianNB
     from sklearn.neighbors import KNeighborsClassifier
     from sklearn.svm import SVC
 
     rules = {
-        "nearest neighbours": KNeighborsClassifier(),
+        "nearest neighbors": KNeighborsClassifier(),
         "naive Bayes": GaussianNB(),
         "logistic regression": LogisticRegression(max_iter=2000),
         "SVM": SVC(),
@@ -104,12 +104,12 @@ def left_out(arm: str, seed: int, quick: bool) -> dict[str, float]:
 
 
 MEASURES = ("accuracy", "F-score")
-CLASSICAL = ("nearest neighbours", "naive Bayes", "logistic regression", "SVM")
+CLASSICAL = ("nearest neighbors", "naive Bayes", "logistic regression", "SVM")
 NETWORKS = ("bn 5", "none 5", "bn 20")
 
 
 def ahead(values: Mapping[str, float]) -> float:
-    """The network's score minus the best classical one's, chosen by test score: in favour of the classical side."""
+    """The network's score minus the best classical one's, chosen by test score: in favor of the classical side."""
     return values["bn 20"] - max(values[name] for name in CLASSICAL)
 
 

@@ -165,7 +165,7 @@ def test_matching_is_case_sensitive():
 
 
 def test_other_kinds_are_called_by_their_name():
-    assert "1 of 1 normalisation layers" in only(small(norm=lambda c: nn.GroupNorm(2, c)), "name-misses").message
+    assert "1 of 1 normalization layers" in only(small(norm=lambda c: nn.GroupNorm(2, c)), "name-misses").message
 
 
 def test_subnet_contains_bn():
@@ -361,7 +361,7 @@ def test_idle_bias():
     assert not found(nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4)), "idle-bias")
 
 
-def test_synchronised():
+def test_synchronized():
     assert only(nn.SyncBatchNorm.convert_sync_batchnorm(small()), "sync").where == ("1",)
     assert not found(small(), "sync")
 
@@ -451,7 +451,7 @@ def test_the_model_is_left_as_it_was():
 
 def test_a_norm_of_the_users_own():
     class Own(nn.Module):
-        normalises = True
+        normalizes = True
 
         def __init__(self):
             super().__init__()
@@ -511,7 +511,7 @@ def test_bytes_add_up_to_the_state(widths, affine, tracked, dtype, name):
 )
 def test_every_model_under_every_strategy(name, how):
     shape = SHAPES.get(name, (3, 28, 28))
-    if how in ("fedwon", "weight-standardisation") and name in ("mlp", "resmlp", "binary-mlp"):
+    if how in ("fedwon", "weight-standardization") and name in ("mlp", "resmlp", "binary-mlp"):
         pytest.skip("works on convolutions, and says so")
     if how == "atp" and name in ("alexnet-cvgj", "vgg19-cvgj"):
         pytest.skip("wants scale and shift in every BN layer, and says so")
@@ -582,7 +582,7 @@ def test_a_factory_of_the_users(user_module):
         ("their_models:fails", None, (3, 4, 4), "RuntimeError: no weights here"),
         ("their_models:no_model", None, None, "gave a str"),
         ("their_models:normless", "fedbn", None, "works on running statistics"),
-        ("their_models:normless", "groupnorm", None, "needs normalisation layers"),
+        ("their_models:normless", "groupnorm", None, "needs normalization layers"),
         ("their_models:lazy", "groupnorm", None, "run one batch"),
     ],
 )

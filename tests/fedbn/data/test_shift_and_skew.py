@@ -13,7 +13,7 @@ from fedbn.scenarios.base import scenario
 from fedbn.statistics.moments import Moments
 
 SENSORS = ["gain", "offset", "noise", "rotation", "placement"]
-IMAGES = ["contrast", "inversion", "blur", "colour"]
+IMAGES = ["contrast", "inversion", "blur", "color"]
 
 
 def sensors(users=4, same=True):

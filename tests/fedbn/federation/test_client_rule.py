@@ -1,4 +1,4 @@
-"""Personalisation inside the ClientApp: the online column by a rule of one's choice, the same in every engine."""
+"""Personalization inside the ClientApp: the online column by a rule of one's choice, the same in every engine."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def online(scores):
 
 @pytest.mark.parametrize("strategy", ["global-naive", "fedbn-seeded", "fedbn"])
 @pytest.mark.parametrize("text", ["ema:rate=0.3", CHOSEN])
-def test_the_grid_personalises_to_the_same_numbers_as_the_loop(strategy, text, small):
+def test_the_grid_personalizes_to_the_same_numbers_as_the_loop(strategy, text, small):
     run = replace(small(strategy), rule=text)
     if strategy == "fedbn" and text == CHOSEN:
         with pytest.raises(UserError, match=f"with strategy '{strategy}' no client sends any"):
@@ -102,7 +102,7 @@ def test_following_leaves_the_model_alone_and_returns_what_was_learnt(small):
 
 def test_rules_that_no_client_can_follow_by_itself_are_refused():
     for text in ("class-mixture", "ttn"):
-        with pytest.raises(UserError, match="needs labelled windows of seen users"):
+        with pytest.raises(UserError, match="needs labeled windows of seen users"):
             run_from_config({"scenario": "digits8", "strategy": "fedbn", "rule": text})
     with pytest.raises(UserError, match="unknown rule 'emma'. Did you mean 'ema'"):
         run_from_config({"scenario": "digits8", "strategy": "fedbn", "rule": "emma"})

@@ -67,7 +67,7 @@ def test_more_clients_than_there_are(small):
         UserError, match=r"--clients-per-round 50 asks for more than the \d seen users; choose at most \d"
     ):
         setting(small(clients_per_round=50))
-    assert setting(small("centralised", clients_per_round=50)).trainers == (-1,)
+    assert setting(small("centralized", clients_per_round=50)).trainers == (-1,)
 
 
 def test_batches_of_one_and_batch_norm(small):
@@ -109,7 +109,7 @@ def test_instance_norm_refuses_layers_without_positions(small):
 
 def test_strategies_that_need_norms_refuse_a_model_without(small, monkeypatch):
     text = given(monkeypatch, lambda shape, classes: nn.Sequential(nn.Flatten(), nn.Linear(64, classes)))
-    with pytest.raises(UserError, match="conversion to group needs normalisation layers and Sequential has none"):
+    with pytest.raises(UserError, match="conversion to group needs normalization layers and Sequential has none"):
         setting(small("groupnorm", model=text))
     with pytest.raises(UserError, match="strategy 'silobn' works on running statistics"):
         setting(small("silobn", model=text))
@@ -121,7 +121,7 @@ def test_too_few_rows_to_hold_any_out():
         carve_validation(user)
 
 
-def test_validation_leaves_a_gap_between_neighbouring_windows():
+def test_validation_leaves_a_gap_between_neighboring_windows():
     data = Examples(torch.arange(40.0)[:, None], torch.arange(40) // 20, torch.zeros(40).long())
     held = carve_validation(User("u", "d", data, data))
     train, test = (set(p.x.flatten().tolist()) for p in (held.train, held.test))

@@ -74,7 +74,7 @@ def test_a_pull_holds_the_parameters_it_names_near_their_target():
     assert moved(near, "4.weight") > 0.5 * moved(far, "4.weight")
 
 
-def test_optimiser_state_is_kept_by_the_client_and_never_sent(small):
+def test_optimizer_state_is_kept_by_the_client_and_never_sent(small):
     here = setting(small("fedbn", optimizer_state="keep"))
     update, kept = client_round(here, 0, here.start(), None, Progress(1, 2))
     buffers = {k.removeprefix(OPTIMIZER) for k in kept if k.startswith(OPTIMIZER)}

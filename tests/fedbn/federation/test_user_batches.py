@@ -28,7 +28,7 @@ PLAN = Plan(rounds=2, eval_every=1, batch_size=8, global_test=12, user_batches=T
 def people(tmp_path):
     """A function giving runs on four people, each moved and scaled on their own."""
 
-    def make(strategy="centralised", **options):
+    def make(strategy="centralized", **options):
         draw = np.random.default_rng(0)
         user = np.repeat(np.arange(4), 40)
         y = np.arange(160) % 2
@@ -97,7 +97,7 @@ def test_a_person_with_one_row_is_refused_before_anything_runs(people):
 
 
 def test_a_run_file_says_it_too():
-    values = {"scenario": "digits8", "strategies": ["centralised"], "plan": {"user_batches": True}}
-    assert Experiment.from_dict(values).resolved().run("centralised", 0).plan.user_batches
+    values = {"scenario": "digits8", "strategies": ["centralized"], "plan": {"user_batches": True}}
+    assert Experiment.from_dict(values).resolved().run("centralized", 0).plan.user_batches
     with pytest.raises(UserError, match="user_batches"):
         Experiment.from_dict(values | {"plan": {"user_batches": "maybe"}}).resolved()

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from fedbn.errors import UserError
-from fedbn.integrations.lightning import first, normalisation
+from fedbn.integrations.lightning import first, normalization
 from fedbn.statistics.recalibration import recalibrate, statistics_of
 
 if find_spec("lightning") is None:
@@ -58,7 +58,7 @@ def fit(net, *callbacks, data=None):
 @pytest.mark.filterwarnings("ignore")
 def test_statistics_after_a_fit_are_those_of_the_data_under_the_final_weights():
     net = module()
-    fit(net, normalisation())
+    fit(net, normalization())
     other = module()
     other.load_state_dict(net.state_dict())
     for layer in other.modules():
@@ -68,7 +68,7 @@ def test_statistics_after_a_fit_are_those_of_the_data_under_the_final_weights():
     for name, value in statistics_of(net).items():
         torch.testing.assert_close(value, wanted[name], rtol=1e-5, atol=1e-6)
     plain = module()
-    fit(plain, normalisation(rows=0))
+    fit(plain, normalization(rows=0))
     torch.testing.assert_close(plain.layers[0].weight, net.layers[0].weight, rtol=0, atol=0)
     assert not torch.allclose(plain.layers[1].running_mean, net.layers[1].running_mean, atol=1e-3)
 
@@ -76,7 +76,7 @@ def test_statistics_after_a_fit_are_those_of_the_data_under_the_final_weights():
 @pytest.mark.filterwarnings("ignore")
 def test_as_many_rows_as_asked_for_and_no_more_than_whole_batches():
     net = module()
-    fit(net, normalisation(rows=20))
+    fit(net, normalization(rows=20))
     wanted = statistics_of(recalibrate(net, X[:32]))
     torch.testing.assert_close(statistics_of(net), wanted)
     assert int(net.layers[1].num_batches_tracked) == 10
@@ -84,7 +84,7 @@ def test_as_many_rows_as_asked_for_and_no_more_than_whole_batches():
 
 @pytest.mark.filterwarnings("ignore")
 def test_converted_layers_are_trained_and_a_second_fit_leaves_them():
-    net, callback = module(), normalisation("group", groups=4, rows=0)
+    net, callback = module(), normalization("group", groups=4, rows=0)
     fit(net, callback)
     layer = net.layers[1]
     assert isinstance(layer, nn.GroupNorm)
@@ -104,20 +104,20 @@ def test_batches_of_any_form():
             return {"x": DATA[i][0], "y": DATA[i][1]}
 
     net = module()
-    fit(net, normalisation(inputs=lambda batch: batch["x"]), data=DataLoader(Named(), batch_size=16))
+    fit(net, normalization(inputs=lambda batch: batch["x"]), data=DataLoader(Named(), batch_size=16))
     torch.testing.assert_close(statistics_of(net), statistics_of(recalibrate(net, X)))
-    with pytest.raises(UserError, match=r"a batch is a dict: tell normalisation\(inputs=...\)"):
-        fit(module(), normalisation(), data=DataLoader(Named(), batch_size=16))
+    with pytest.raises(UserError, match=r"a batch is a dict: tell normalization\(inputs=...\)"):
+        fit(module(), normalization(), data=DataLoader(Named(), batch_size=16))
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("callback", "said"),
     [
-        (lambda: normalisation("grup"), "Did you mean 'group'"),
-        (lambda: normalisation("group", grups=4), "Did you mean 'groups'"),
-        (lambda: normalisation("group"), "no layer that keeps any"),
-        (lambda: normalisation(rows=-1), "0 or more, not -1"),
+        (lambda: normalization("grup"), "Did you mean 'group'"),
+        (lambda: normalization("group", grups=4), "Did you mean 'groups'"),
+        (lambda: normalization("group"), "no layer that keeps any"),
+        (lambda: normalization(rows=-1), "0 or more, not -1"),
     ],
 )
 def test_mistakes_are_said_before_training(callback, said):
@@ -130,8 +130,8 @@ def test_mistakes_are_said_before_training(callback, said):
 def test_several_processes_would_each_measure_their_own():
     trainer = type("Trainer", (), {"world_size": 2})()
     with pytest.raises(UserError, match="2 processes"):
-        normalisation().setup(trainer, module(), "fit")
-    normalisation().setup(trainer, module(), "test")
+        normalization().setup(trainer, module(), "fit")
+    normalization().setup(trainer, module(), "test")
 
 
 def test_without_lightning_one_is_told_what_to_install(monkeypatch):
@@ -140,10 +140,10 @@ def test_without_lightning_one_is_told_what_to_install(monkeypatch):
     ours._kind.cache_clear()
     monkeypatch.setitem(sys.modules, "lightning.pytorch", None)
     with pytest.raises(UserError, match=r"pip install 'fedbn\[lightning\]'"):
-        normalisation()
+        normalization()
 
 
 @pytest.mark.parametrize("batch", [(), {"x": X}, ("x",)])
 def test_inputs_are_not_guessed(batch):
-    with pytest.raises(UserError, match="tell normalisation"):
+    with pytest.raises(UserError, match="tell normalization"):
         first(batch)

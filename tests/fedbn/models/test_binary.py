@@ -61,14 +61,14 @@ def test_centring_and_scaling_are_the_halves_of_bn(shape):
     x = 2 * torch.randn(shape, dtype=torch.float64) + 3
     axes = [0, *range(2, len(shape))]
     mean, std = x.mean(axes, keepdim=True), (x.var(axes, unbiased=False, keepdim=True) + 1e-5).sqrt()
-    centre, scale = (HalfBatchNorm(3, part).double() for part in ("centre", "scale"))
-    torch.testing.assert_close(centre(x), x - mean)
+    center, scale = (HalfBatchNorm(3, part).double() for part in ("center", "scale"))
+    torch.testing.assert_close(center(x), x - mean)
     torch.testing.assert_close(scale(x), x / std)
     whole = nn.functional.batch_norm(x, None, None, training=True)
-    torch.testing.assert_close(scale(centre(x)), whole)
+    torch.testing.assert_close(scale(center(x)), whole)
 
 
-@pytest.mark.parametrize("part", ["centre", "scale"])
+@pytest.mark.parametrize("part", ["center", "scale"])
 def test_half_bn_keeps_the_statistics_that_bn_keeps_and_evaluates_by_them(part):
     half, bn = HalfBatchNorm(3, part), nn.BatchNorm1d(3)
     with torch.no_grad():
@@ -82,13 +82,13 @@ def test_half_bn_keeps_the_statistics_that_bn_keeps_and_evaluates_by_them(part):
     before = half.running_mean.clone()
     x = torch.randn(5, 3)
     spread = (bn.running_var + 1e-5).sqrt()
-    expected = x - bn.running_mean if part == "centre" else x / spread
+    expected = x - bn.running_mean if part == "center" else x / spread
     torch.testing.assert_close(half.eval()(x), 2 * expected + 0.5)
     assert torch.equal(half.running_mean, before)
 
 
 def growth(norm, width, networks=6):
-    """Geometric mean over networks of the growth per layer at initialisation."""
+    """Geometric mean over networks of the growth per layer at initialization."""
     logs = []
     for seed in range(networks):
         torch.manual_seed(seed)
@@ -113,7 +113,7 @@ def test_scaling_keeps_gradients_at_bay_at_any_width(norm, width):
 
 
 def test_centring_alone_does_not():
-    assert growth("centre", 128)[0] == pytest.approx((2 * 128 / math.pi) ** 0.25, rel=0.05)
+    assert growth("center", 128)[0] == pytest.approx((2 * 128 / math.pi) ** 0.25, rel=0.05)
 
 
 def test_the_probe_sees_spread_and_share_of_the_unit_interval():
@@ -159,7 +159,7 @@ def test_a_fixed_scale_is_the_root_of_the_fan_in():
 
 
 def test_mistakes_are_named():
-    with pytest.raises(UserError, match="unknown norm of a binary network 'center'. Did you mean 'centre'"):
-        BinaryMLP((4,), 2, norm="center")
+    with pytest.raises(UserError, match="unknown norm of a binary network 'centre'. Did you mean 'center'"):
+        BinaryMLP((4,), 2, norm="centre")
     with pytest.raises(UserError, match=r"binary-cnn takes images \[channels, >= 8, >= 8\], not examples of shape \[4"):
         BinaryCNN((4,), 2)

@@ -46,7 +46,7 @@ def test_group_norm_with_one_group_is_layer_norm_and_with_all_groups_instance_no
 
 
 @pytest.mark.parametrize("shape", [(4, 6), (4, 6, 5), (4, 6, 3, 3)])
-def test_back_to_batch_normalises_like_torch(shape):
+def test_back_to_batch_normalizes_like_torch(shape):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     back = convert(convert(nn.Sequential(nn.BatchNorm2d(6)), "group", groups=3), "batch")
     torch.testing.assert_close(back(x), nn.functional.batch_norm(x, None, None, training=True))
@@ -54,7 +54,7 @@ def test_back_to_batch_normalises_like_torch(shape):
 
 def test_errors_name_the_fix():
     with pytest.raises(
-        UserError, match="needs normalisation layers and Linear has none: choose a model with BatchNorm"
+        UserError, match="needs normalization layers and Linear has none: choose a model with BatchNorm"
     ):
         convert(nn.Linear(2, 2), "group")
     with pytest.raises(UserError, match="groups=0 is impossible; give at least 1"):
@@ -63,7 +63,7 @@ def test_errors_name_the_fix():
         convert(nn.Sequential(nn.BatchNorm1d(4)), "group", per_group=0)
     with pytest.raises(UserError, match="after a linear layer; choose groupnorm or layernorm"):
         convert(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), "instance")(torch.zeros(2, 3))
-    with pytest.raises(UserError, match="the model itself is a normalisation layer: wrap it"):
+    with pytest.raises(UserError, match="the model itself is a normalization layer: wrap it"):
         convert(nn.BatchNorm1d(4), "group")
 
 

@@ -36,7 +36,7 @@ OWN = [
     "layer",
     "none",
     "weight-norm",
-    "weight-standardisation",
+    "weight-standardization",
 ]
 KEEPS = ("batch", "batch-renorm", "dbn", "evalnorm", "full-norm", "ghost-bn", "iabn", "iew")
 
@@ -133,11 +133,11 @@ def test_a_layer_used_twice_stays_one_layer():
 
 def test_errors_name_the_fix():
     net = nn.Sequential(nn.BatchNorm1d(3))
-    with pytest.raises(UserError, match="unknown kind of normalisation 'goup'. Did you mean 'group'?"):
+    with pytest.raises(UserError, match="unknown kind of normalization 'goup'. Did you mean 'group'?"):
         convert(net, "goup")
     with pytest.raises(UserError, match="unknown option of 'group' 'group'. Did you mean 'groups'?"):
         convert(net, "group", group=2)
     with pytest.raises(UserError, match="'none' has no options, so 'groups' cannot be set"):
         convert(net, "none", groups=2)
-    with pytest.raises(UserError, match="conversion to ghost-bn needs normalisation layers and Linear has none"):
+    with pytest.raises(UserError, match="conversion to ghost-bn needs normalization layers and Linear has none"):
         convert(nn.Linear(2, 2), "ghost-bn")

@@ -88,7 +88,7 @@ def test_epsilon_is_added_to_the_standard_deviation():
     assert float(by_variance(torch.tensor([[8.0]]))) == 2.0
 
 
-def test_training_normalises_by_the_updated_average():
+def test_training_normalizes_by_the_updated_average():
     layer, (first, second) = DiminishingBN(3, alpha="0.5").double(), batches(2)
     layer(first)
     y = layer(second)

@@ -84,7 +84,7 @@ def test_its_statistics_are_the_conditional_expectations(size):
     assert abs(float(v) - float(expected_var)) > 0.05  # running statistics alone are not that
 
 
-def test_without_positions_a_pair_is_normalised_to_less_than_one():
+def test_without_positions_a_pair_is_normalized_to_less_than_one():
     layer, x = EvalNorm(1, size=2, affine=False).double().eval(), draw(50, 1) * 100
     layer.running_mean.fill_(-3.0)
     layer.running_var.fill_(0.5)
@@ -158,7 +158,7 @@ def test_a_sample_is_evaluated_apart_from_the_others(layer, shape):
 
 
 def test_evaluation_comes_closer_to_what_training_does():
-    """What a sample is normalised to, expected over the batches it may be in: with 1/M the gap shrinks by half."""
+    """What a sample is normalized to, expected over the batches it may be in: with 1/M the gap shrinks by half."""
     people, size = draw(80, 1, 8) + draw(80, 1, 1, seed=1) * 2, 2
     g = torch.Generator().manual_seed(2)
     layer = EvalNorm(1, momentum=None, affine=False).double()

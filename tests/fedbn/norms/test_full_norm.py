@@ -1,4 +1,4 @@
-"""Full normalisation: batch norm on all data as a limit, an error proportional to a, states that average."""
+"""Full normalization: batch norm on all data as a limit, an error proportional to a, states that average."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_it_follows_its_formulas_over_several_batches():
 
 
 class Net(nn.Module):
-    """Linear, a normaliser, tanh, linear: its weights do not move in the test."""
+    """Linear, a normalizer, tanh, linear: its weights do not move in the test."""
 
     def __init__(self, norm):
         super().__init__()
@@ -136,7 +136,7 @@ def test_mean_states_of_clients_are_the_state_of_the_union():
 
 
 def test_mean_statistic_gradients_of_clients_are_those_of_the_union():
-    """Two batches with the same moments, so that both clients normalise alike; their losses are batch means."""
+    """Two batches with the same moments, so that both clients normalize alike; their losses are batch means."""
     x, gy = draw(6, 3), draw(12, 3, seed=1)
     mirrored = 2 * x.mean(0) - x
 

@@ -1,4 +1,4 @@
-"""Batch Renormalisation, ghost BN, instance-aware BN, dual BN, and adaptive instance normalisation: exact limits."""
+"""Batch Renormalization, ghost BN, instance-aware BN, dual BN, and adaptive instance normalization: exact limits."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def both(y, expected, x, tolerance=1e-11):
     torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
 
 
-# Batch Renormalisation ------------------------------------------------------------------------------------------------
+# Batch Renormalization ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -66,7 +66,7 @@ def test_closed_limits_are_batch_norm(shape):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_open_limits_normalise_forward_as_evaluation_does(shape):
+def test_open_limits_normalize_forward_as_evaluation_does(shape):
     x = draw(shape).requires_grad_()
     layer = trained(BatchRenorm(3, r_max=math.inf, d_max=math.inf, start=0, r_full=0, d_full=0))
     before = copy.deepcopy(layer).eval()
@@ -109,7 +109,7 @@ def test_limits_open_linearly_as_published():
     assert counted.limits(int(counted.num_batches_tracked)) == (1.5, 1.0)
 
 
-def test_batch_renormalisation_trains_on_batches_of_one():
+def test_batch_renormalization_trains_on_batches_of_one():
     layer = BatchRenorm(2, r_max=3.0, start=0, r_full=0, d_full=0)
     assert torch.isfinite(layer(torch.randn(1, 2))).all()
 
@@ -132,7 +132,7 @@ def test_one_ghost_is_batch_norm(shape, momentum):
 
 
 @given(st.integers(2, 20), st.integers(2, 8))
-def test_ghosts_are_normalised_apart_and_their_statistics_averaged(rows, size):
+def test_ghosts_are_normalized_apart_and_their_statistics_averaged(rows, size):
     layer, x = GhostBN(2, momentum=1.0, size=size).double(), draw((rows, 2))
     cuts = list(range(0, rows, size))
     if len(cuts) > 1 and rows - cuts[-1] == 1:
@@ -277,7 +277,7 @@ def test_an_impossible_setting_says_what_is_possible(make, message):
 
 
 @pytest.mark.parametrize("kind", ["layer", "group", "instance"])
-def test_normalisation_within_a_sample_knows_neither_mode_nor_neighbours_nor_scale(kind):
+def test_normalization_within_a_sample_knows_neither_mode_nor_neighbors_nor_scale(kind):
     net = convert(
         nn.Sequential(nn.BatchNorm1d(4, eps=1e-12)), kind, **({"groups": 2} if kind == "group" else {})
     ).double()

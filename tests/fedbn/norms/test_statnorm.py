@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from fedbn.norms.statnorm import along, batch_statistics, blend, normalise
+from fedbn.norms.statnorm import along, batch_statistics, blend, normalize
 
 SHAPES = [(7, 3), (5, 3, 4), (4, 3, 2, 5), (3, 2, 2, 3, 2)]
 
@@ -27,7 +27,7 @@ def test_own_statistics_are_batch_norm_forward_and_backward(shape):
     x, gy = draw(shape).requires_grad_(), draw(shape, 1)
     mean, var, n = batch_statistics(x.detach())
     assert int(n) == x.numel() // shape[1]
-    y, expected = normalise(x, mean, var), F.batch_norm(x, None, None, training=True)
+    y, expected = normalize(x, mean, var), F.batch_norm(x, None, None, training=True)
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(gradient(y, x, gy), gradient(expected, x, gy), rtol=1e-12, atol=1e-12)
 
@@ -36,7 +36,7 @@ def test_own_statistics_are_batch_norm_forward_and_backward(shape):
 def test_constant_statistics_are_evaluation_mode_batch_norm(shape):
     x, gy = draw(shape).requires_grad_(), draw(shape, 1)
     mean, var = draw(shape[1:2], 2), draw(shape[1:2], 3).abs()
-    y, expected = normalise(x, mean, var, exchange=None), F.batch_norm(x, mean, var)
+    y, expected = normalize(x, mean, var, exchange=None), F.batch_norm(x, mean, var)
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(gradient(y, x, gy), gradient(expected, x, gy), rtol=1e-12, atol=1e-12)
 
@@ -53,11 +53,11 @@ def test_clients_who_average_statistics_and_their_gradients_are_one_batch(sizes,
     parts = [p.clone().requires_grad_() for p in x.split(sizes)]
     said = []
     for part, g, share in zip(parts, gy.split(sizes), shares, strict=True):
-        y = normalise(part, mean, var, exchange=lambda *own: said.append(own) or own)
+        y = normalize(part, mean, var, exchange=lambda *own: said.append(own) or own)
         gradient(y, part, g / share)
     agreed = tuple(sum(w * s[i] for w, s in zip(shares, said, strict=True)) for i in (0, 1))
     got = [
-        share * gradient(normalise(part, mean, var, exchange=lambda *_: agreed), part, g / share)
+        share * gradient(normalize(part, mean, var, exchange=lambda *_: agreed), part, g / share)
         for part, g, share in zip(parts, gy.split(sizes), shares, strict=True)
     ]
     torch.testing.assert_close(torch.cat(got), expected, rtol=1e-10, atol=1e-11)
@@ -70,7 +70,7 @@ def test_the_statistic_gradients_are_those_of_autograd():
     expected = torch.autograd.grad(slow, (mean, var), gy)
     heard = []
     leaf = x.clone().requires_grad_()
-    gradient(normalise(leaf, mean, var, exchange=lambda *own: heard.append(own) or own), leaf, gy)
+    gradient(normalize(leaf, mean, var, exchange=lambda *own: heard.append(own) or own), leaf, gy)
     for got, want in zip(heard[0], expected, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
@@ -84,7 +84,7 @@ def test_masked_values_count_nowhere(shape, seed):
     mask.view(-1)[:2] = True
     leaf = x.clone().requires_grad_()
     mean, var, n = batch_statistics(x, mask)
-    y = normalise(leaf, mean, var, mask=mask)
+    y = normalize(leaf, mean, var, mask=mask)
     kept = x.movedim(1, -1)[mask].clone().requires_grad_()  # the valid values, [n, C]
     expected = F.batch_norm(kept, None, None, training=True)
     assert int(n) == len(kept)
@@ -98,15 +98,15 @@ def test_masked_values_count_nowhere(shape, seed):
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("shape", [(40, 3), (8, 3, 40), (4, 3, 6, 5), (4, 3, 2, 3, 4)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_normalised_in_single(dtype, shape, masked):
+def test_half_precision_is_normalized_in_single(dtype, shape, masked):
     x, gy = (draw(shape) + 100).to(dtype), draw(shape, 1).to(dtype)
     mask = draw((shape[0], *shape[2:]), 2) > 0 if masked else None
     mean, var, _ = batch_statistics(x, mask)
     assert mean.dtype == var.dtype == torch.float32
     leaf, wide = x.clone().requires_grad_(), x.float().requires_grad_()
-    y = normalise(leaf, mean, var, mask=mask)
+    y = normalize(leaf, mean, var, mask=mask)
     assert y.dtype == dtype
-    expected = normalise(wide, mean, var, mask=mask)
+    expected = normalize(wide, mean, var, mask=mask)
     assert torch.equal(y, expected.to(dtype))
     assert torch.equal(gradient(y, leaf, gy), gradient(expected, wide, gy.float()).to(dtype))
 
@@ -125,6 +125,6 @@ def test_blending_is_averaging_first_and_second_moments(a, seed):
 def test_a_second_derivative_is_refused():
     x = draw((4, 2)).requires_grad_()
     mean, var, _ = batch_statistics(x.detach())
-    (g,) = torch.autograd.grad((normalise(x, mean, var) ** 3).sum(), x, create_graph=True)
+    (g,) = torch.autograd.grad((normalize(x, mean, var) ** 3).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         g.sum().backward()

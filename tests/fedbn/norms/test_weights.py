@@ -1,4 +1,4 @@
-"""Normalisation of weights and features instead of activations."""
+"""Normalization of weights and features instead of activations."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from fedbn.errors import UserError
 from fedbn.models.small_cnn import SmallCNN
 from fedbn.nn.conversion import convert, weighted_layers
 from fedbn.nn.roles import Role, norm_layers, roles
-from fedbn.norms.feature_norm import FeatureNormLinear, normalise_features
-from fedbn.norms.fedwon import GAMMA_RELU, ScaledWeightStandardisation, clip_adaptively
-from fedbn.norms.weight_norm import initialise
-from fedbn.norms.weight_standardisation import WeightStandardisation
+from fedbn.norms.feature_norm import FeatureNormLinear, normalize_features
+from fedbn.norms.fedwon import GAMMA_RELU, ScaledWeightStandardization, clip_adaptively
+from fedbn.norms.weight_norm import initialize
+from fedbn.norms.weight_standardization import WeightStandardization
 from fedbn.strategies.base import Progress
 from fedbn.strategies.fedwon import FedWon
 from fedbn.strategies.weight_norm import WeightNorm
@@ -57,7 +57,7 @@ def test_weight_norm_starts_with_unit_pre_activations_in_every_layer():
     net = convert(network(), "weight-norm")
     x = 3 + 5 * draw(40, 1, 8, 8)
     direction = [m.parametrizations.weight.original1.clone() for m in weighted_layers(net).values()]
-    initialise(net, x)
+    initialize(net, x)
     seen = []
     for layer in weighted_layers(net).values():
         layer.register_forward_hook(lambda _layer, _args, out: seen.append(out))
@@ -73,7 +73,7 @@ def test_weight_norm_starts_with_unit_pre_activations_in_every_layer():
         assert torch.equal(layer.parametrizations.weight.original1, v)
 
 
-def test_clients_start_weight_normalisation_from_their_data_in_the_first_round_only():
+def test_clients_start_weight_normalization_from_their_data_in_the_first_round_only():
     strategy, data = WeightNorm(), Examples(draw(6, 1, 8, 8), torch.zeros(6).long(), torch.zeros(6).long())
     first, later = (convert(network(), "weight-norm") for _ in range(2))
     before = copy.deepcopy(later.state_dict())
@@ -84,25 +84,25 @@ def test_clients_start_weight_normalisation_from_their_data_in_the_first_round_o
 
 
 @given(st.integers(0, 10**6), st.floats(0.1, 100), st.floats(-10, 10))
-def test_standardised_filters_have_mean_zero_and_deviation_one_and_ignore_scale_and_shift(seed, c, d):
+def test_standardized_filters_have_mean_zero_and_deviation_one_and_ignore_scale_and_shift(seed, c, d):
     w = draw(4, 3, 2, seed=seed)
-    once = WeightStandardisation()(w)
+    once = WeightStandardization()(w)
     torch.testing.assert_close(once.mean((1, 2)), torch.zeros(4).double(), rtol=0, atol=1e-12)
     torch.testing.assert_close(once.flatten(1).std(1), torch.ones(4).double(), rtol=0, atol=1e-4)
-    torch.testing.assert_close(WeightStandardisation()(w * c + d), once, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(WeightStandardization()(w * c + d), once, rtol=1e-3, atol=1e-3)
 
 
 def test_epsilon_is_added_to_the_unbiased_deviation():
     w = torch.tensor([[[0.0, 2e-5]]], dtype=torch.float64)
     std = 2e-5 / 2**0.5
     expected = torch.tensor([[[-1e-5, 1e-5]]], dtype=torch.float64) / (std + 1e-5)
-    torch.testing.assert_close(WeightStandardisation()(w), expected, rtol=1e-9, atol=0)
+    torch.testing.assert_close(WeightStandardization()(w), expected, rtol=1e-9, atol=0)
 
 
 @given(st.integers(0, 10**6))
-def test_scaled_standardised_filters_have_unit_length_times_gain(seed):
+def test_scaled_standardized_filters_have_unit_length_times_gain(seed):
     w = draw(4, 3, 2, seed=seed)
-    scaled = ScaledWeightStandardisation(4, gamma=1.5).double()
+    scaled = ScaledWeightStandardization(4, gamma=1.5).double()
     with torch.no_grad():
         scaled.gain.copy_(torch.linspace(0.5, 2, 4))
     out = scaled(w).flatten(1)
@@ -111,7 +111,7 @@ def test_scaled_standardised_filters_have_unit_length_times_gain(seed):
 
 
 def test_a_filter_without_spread_does_not_blow_up():
-    scaled = ScaledWeightStandardisation(1, gamma=1.0)
+    scaled = ScaledWeightStandardization(1, gamma=1.0)
     tiny = torch.tensor([[[1.0, 1.0 + 1e-3]]])
     torch.testing.assert_close(scaled(tiny), (tiny - tiny.mean()) * 100, rtol=1e-3, atol=1e-6)
 
@@ -120,7 +120,7 @@ def test_variance_passes_relu_and_a_scaled_convolution_unchanged():
     torch.manual_seed(0)
     x = torch.relu(torch.randn(4000, 64)) * GAMMA_RELU
     assert float(x.var()) == pytest.approx(1, abs=0.02)
-    weight = ScaledWeightStandardisation(64, gamma=1.0)(torch.randn(64, 64, 1))[:, :, 0]
+    weight = ScaledWeightStandardization(64, gamma=1.0)(torch.randn(64, 64, 1))[:, :, 0]
     assert float((x @ weight.T).var(0).mean()) == pytest.approx(1, abs=0.05)
 
 
@@ -159,10 +159,10 @@ def test_fedwon_clips_everything_but_the_classifier():
 
 def test_feature_norm_gives_every_feature_vector_length_root_d():
     x = draw(7, 5) * torch.logspace(-3, 3, 7).double().view(7, 1)
-    out = normalise_features(x)
+    out = normalize_features(x)
     torch.testing.assert_close(out.norm(dim=1), torch.full((7,), 5**0.5, dtype=torch.float64), rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(normalise_features(3 * x), out, rtol=1e-9, atol=1e-9)
-    assert torch.equal(normalise_features(torch.zeros(1, 5)), torch.zeros(1, 5))
+    torch.testing.assert_close(normalize_features(3 * x), out, rtol=1e-9, atol=1e-9)
+    assert torch.equal(normalize_features(torch.zeros(1, 5)), torch.zeros(1, 5))
 
 
 def test_feature_norm_stands_before_the_classifier_and_keeps_its_name_and_weights():
@@ -171,14 +171,14 @@ def test_feature_norm_stands_before_the_classifier_and_keeps_its_name_and_weight
     convert(net, "feature-norm", keep_norms=True).eval()
     x = draw(3, 1, 8, 8)
     features = net.features(x).flatten(1)
-    expected = normalise_features(features) @ state["classifier.weight"].T + state["classifier.bias"]
+    expected = normalize_features(features) @ state["classifier.weight"].T + state["classifier.bias"]
     torch.testing.assert_close(net(x), expected, rtol=1e-12, atol=1e-12)
     assert isinstance(net.classifier, FeatureNormLinear)
     assert roles(net)["classifier.weight"] is Role.HEAD
     assert norm_layers(net)
 
 
-@pytest.mark.parametrize("kind", ["weight-norm", "weight-standardisation", "fedwon", "feature-norm"])
+@pytest.mark.parametrize("kind", ["weight-norm", "weight-standardization", "fedwon", "feature-norm"])
 def test_norm_layers_go_and_convolutions_get_the_shift(kind):
     net = convert(network(), kind)
     assert not norm_layers(net)
@@ -204,8 +204,8 @@ def test_a_classifier_without_bias_stays_without():
     assert net[2].bias is None
 
 
-def test_weight_standardisation_can_go_with_group_norm():
-    net = convert(convert(network(), "group", groups=4), "weight-standardisation", keep_norms=True)
+def test_weight_standardization_can_go_with_group_norm():
+    net = convert(convert(network(), "group", groups=4), "weight-standardization", keep_norms=True)
     assert isinstance(net.features[1], nn.GroupNorm)
     assert net.features[0].bias is None
     torch.testing.assert_close(net.features[4].weight.flatten(1).std(1), torch.ones(16).double(), rtol=1e-3, atol=1e-3)
@@ -215,7 +215,7 @@ def test_weight_standardisation_can_go_with_group_norm():
 
 def test_errors_name_the_fix():
     flat = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
-    for kind, what in (("weight-standardisation", "weight standardisation"), ("fedwon", "fedwon")):
+    for kind, what in (("weight-standardization", "weight standardization"), ("fedwon", "fedwon")):
         with pytest.raises(UserError, match=f"{what} works on convolutions and Sequential has none .* or weight-norm"):
             convert(copy.deepcopy(flat), kind)
     with pytest.raises(UserError, match="needs a linear classifier inside the model, and Sequential ends in Conv1d"):

@@ -420,7 +420,7 @@ def test_mistakes_are_named():
     net = personalize(model, rule("pseudo"))
     pseudo = rule("pseudo")
     expect("has no layer that keeps any", lambda: personalize(nn.Linear(2, 2), pseudo))
-    expect("itself is a normalisation layer", lambda: personalize(nn.BatchNorm1d(2), pseudo))
+    expect("itself is a normalization layer", lambda: personalize(nn.BatchNorm1d(2), pseudo))
     expect("duplicates='both' is unknown", lambda: personalize(model, pseudo, duplicates="both"))
     expect("capacity=0 holds no user", lambda: personalize(model, pseudo, capacity=0))
     expect("say personalize.*classes=K", lambda: personalize(nn.Sequential(nn.BatchNorm1d(2)), pseudo))
@@ -447,7 +447,7 @@ def test_mistakes_are_named():
     expect("calibration needs windows", lambda: net.calibrate(x[:0], user=1))
     expect("n0=-1 is impossible", lambda: net.calibrate(x, user=1, n0=-1))
     expect("8 windows and labels of shape .2.", lambda: net.calibrate(x, user=1, labels=torch.ones(2)))
-    expect("normalises every window by itself", lambda: personalize(model, rule("tbn")).export("ann"))
+    expect("normalizes every window by itself", lambda: personalize(model, rule("tbn")).export("ann"))
     for text in ("pseudo:gate=0.5", "pseudo:diversity=1", "balanced"):
         gated = personalize(model, rule(text))
         gated.predict(x, user="ann")

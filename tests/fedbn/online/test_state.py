@@ -157,7 +157,7 @@ def test_states_merge_like_the_windows_behind_them_and_come_apart_again(parts, s
     whole, _, model = state_of(x)
     exact = all_moments(model, x)["0"]
     mean, var = exact.mean, exact.variance()
-    # windows of a new user are normalised by the source until something is committed; moments of layer 0 do not care
+    # windows of a new user are normalized by the source until something is committed; moments of layer 0 do not care
     split = [state_of(part)[0] for part in x.split(parts)]
     merged = split[0]
     for part in split[1:]:

@@ -26,7 +26,7 @@ def moved(x, draw):
 
 @pytest.fixture(scope="module")
 def model():
-    """Uses all three channels alike, and normalises each by itself."""
+    """Uses all three channels alike, and normalizes each by itself."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2))
     rate = torch.optim.SGD(net.parameters(), 0.1)

@@ -1,4 +1,4 @@
-"""Methods of personalisation: each with every kind of norm ownership, and what makes each what it is."""
+"""Methods of personalization: each with every kind of norm ownership, and what makes each what it is."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from fedbn.federation.client import ASIDE, client_round
 from fedbn.federation.loop import federate
 from fedbn.federation.setup import setting
 from fedbn.nn.roles import Role
-from fedbn.personalization.base import personalisations
+from fedbn.personalization.base import personalizations
 from fedbn.personalization.treatment import treatment
 from fedbn.strategies.base import Progress
 from simulations.engines.execute import execute
 from tests.helpers import same
 
-METHODS = list(personalisations())
+METHODS = list(personalizations())
 NORMS = ["fedbn", *(pytest.param(n, marks=pytest.mark.slow) for n in ("global-naive", "silobn", "groupnorm"))]
 
 
@@ -51,8 +51,8 @@ def test_a_treatment_reads_as_it_is_written():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("fedbn+dito", "personalisation 'dito'.*ditto"),
-        ("fedbn+ditto:lamb=1", "option of personalisation 'ditto' 'lamb'.*lam"),
+        ("fedbn+dito", "personalization 'dito'.*ditto"),
+        ("fedbn+ditto:lamb=1", "option of personalization 'ditto' 'lamb'.*lam"),
         ("fedbn+ditto:lam=-1", "lam must be 0 or more"),
         ("fedbn+fedprox:mu=-1", "mu must be 0 or more"),
         ("fedbn+apfl:alpha=2", "alpha must be between 0 and 1"),

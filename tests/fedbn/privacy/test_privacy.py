@@ -126,18 +126,18 @@ def test_nothing_sent_is_longer_than_its_bound(values, bound):
     hnp.arrays(np.float32, 3, elements=st.floats(0.001953125, 1e3, width=32)),
     hnp.arrays(np.float64, 6, elements=st.floats(-1e4, 1e4)),
 )
-def test_variances_stay_positive_whatever_the_noise(mean, var, centre_mean, centre_var, noise):
-    centre = layer(centre_mean, centre_var)
-    out = from_sums(to_sums(layer(mean, var), centre, PAIRS) + torch.from_numpy(noise), centre, PAIRS, 1e-3)
+def test_variances_stay_positive_whatever_the_noise(mean, var, center_mean, center_var, noise):
+    center = layer(center_mean, center_var)
+    out = from_sums(to_sums(layer(mean, var), center, PAIRS) + torch.from_numpy(noise), center, PAIRS, 1e-3)
     assert (out["bn.running_var"] > 0).all()
-    assert (out["bn.running_var"].double() >= 0.999e-3 * centre["bn.running_var"].double()).all()
+    assert (out["bn.running_var"].double() >= 0.999e-3 * center["bn.running_var"].double()).all()
 
 
 @given(hnp.arrays(np.float32, 4, elements=st.floats(-8, 8, width=32)), st.floats(0.0625, 16))
 def test_shifted_sums_give_moments_back(mean, scale):
     state = layer(mean, np.full(4, scale, np.float32))
-    centre = layer(np.float32(mean / 2), np.full(4, 1.0, np.float32))
-    back = from_sums(to_sums(state, centre, PAIRS), centre, PAIRS, 1e-9)
+    center = layer(np.float32(mean / 2), np.full(4, 1.0, np.float32))
+    back = from_sums(to_sums(state, center, PAIRS), center, PAIRS, 1e-9)
     for key in state:
         assert torch.allclose(back[key], state[key], rtol=1e-5, atol=1e-6)
 
@@ -237,7 +237,7 @@ def test_the_statement_says_what_is_guaranteed_and_what_not(small):
 @pytest.mark.parametrize(
     ("strategy", "text", "match"),
     [
-        ("centralised", "clip=1", "one place"),
+        ("centralized", "clip=1", "one place"),
         ("global-recalibrated", "clip=1", "settles"),
         ("fedtan", "clip=1", "consults"),
         ("fedap", "secure=true", "looks at each|sends more"),

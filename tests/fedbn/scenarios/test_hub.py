@@ -17,7 +17,7 @@ datasets.disable_progress_bars()
 
 
 def table(n=80, image="image", label="label", **more):
-    """Images whose grey level is their number; sorted by class, as hub files often are."""
+    """Images whose gray level is their number; sorted by class, as hub files often are."""
     images = [Image.new("L", (8, 6), i) for i in range(n)]
     columns = {image: images, label: (np.arange(n) * 4 // n).tolist(), **more}
     names = ["cat", "dog", "elk", "fox"]

@@ -127,7 +127,7 @@ def test_a_node_with_data_for_a_scenario_that_has_its_own(place):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"strategy": "centralised"}, "brings all data to one place, but here they stay with the nodes"),
+        ({"strategy": "centralized"}, "brings all data to one place, but here they stay with the nodes"),
         ({"partition": "dirichlet:alpha=0.5:clients=3"}, "cannot be partitioned, shifted or split here"),
         ({"validation": True}, "cannot be partitioned, shifted or split here"),
     ],

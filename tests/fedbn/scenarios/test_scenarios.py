@@ -262,8 +262,8 @@ def test_digits_is_the_setting_of_fedbn(load):
     for user in people.users:
         assert user.train.x.min() >= -1
         assert user.train.x.max() <= 1
-        grey = torch.equal(user.train.x[:, 0], user.train.x[:, 1])
-        assert grey == (user.name != "mnistm")
+        gray = torch.equal(user.train.x[:, 0], user.train.x[:, 1])
+        assert gray == (user.name != "mnistm")
         assert int(user.test.y.bincount(minlength=10).min()) >= 0.8 * len(user.test) / 10
 
 
@@ -294,7 +294,7 @@ def test_digits8_has_different_cameras_and_equal_labels(load):
     [
         ("hapt:window=4", "window=4 is too short for a pattern; choose 8 samples or more"),
         ("hapt:overlap=1", "overlap=1.0 must be at least 0 and below 1"),
-        ("hapt:window=3000", r"window=3000: user\d\d has no labelled stretch that long"),
+        ("hapt:window=3000", r"window=3000: user\d\d has no labeled stretch that long"),
         ("hapt:unseen=30", "30 unseen of 30 users leaves nobody to train; choose 0 to 29"),
         ("watch:window=400", "the shortest recording has 947 samples.*choose 315 or less"),
         ("watch:unseen=10", "10 unseen of 10 users leaves nobody to train"),

@@ -158,7 +158,7 @@ class OtherOrder(nn.Module):
 
 
 class TwoKinds(nn.Sequential):
-    """One of its layers has statistics of its own, but is no batch normalisation."""
+    """One of its layers has statistics of its own, but is no batch normalization."""
 
     def __init__(self, shape, classes):
         kinds = nn.InstanceNorm2d(3, track_running_stats=True), nn.ReLU(), nn.BatchNorm2d(3)
@@ -213,7 +213,7 @@ def test_a_rule_that_fails_for_one_user_fails_alone(monkeypatch):
     ("change", "reason"),
     [
         (lambda jobs: [replace(jobs[0], columns=("aggregated",)), *jobs[1:]], "users are asked for different columns"),
-        (lambda jobs: jobs, "examples of a batch are normalised together in evaluation too"),
+        (lambda jobs: jobs, "examples of a batch are normalized together in evaluation too"),
     ],
 )
 def test_what_is_scored_user_by_user_is_said_once(change, reason, caplog):
@@ -229,7 +229,7 @@ def test_what_is_scored_user_by_user_is_said_once(change, reason, caplog):
 
 
 def batchwise(shape, classes):
-    """Normalised by its batch in evaluation too."""
+    """Normalized by its batch in evaluation too."""
     norm = nn.BatchNorm1d(8, track_running_stats=False)
     return nn.Sequential(nn.Flatten(), nn.Linear(shape[0] * shape[1] * shape[2], 8), norm, nn.Linear(8, classes))
 

@@ -25,7 +25,7 @@ from fedbn.federation.server import Server
 from fedbn.federation.setup import setting
 from fedbn.models import build, models
 from fedbn.nn.batchnorm import AnyBatchNorm, AnyInstanceNorm
-from fedbn.personalization.base import personalisations
+from fedbn.personalization.base import personalizations
 from fedbn.stacked.cohort import Cohort, Failure
 from fedbn.stacked.executors import Kind, Tiers, cores, parse_tier, width
 from fedbn.stacked.fit import Descent, Trainee, agenda, fit_stack
@@ -39,7 +39,7 @@ from simulations.server.rounds import Listener, conduct
 from tests.helpers import same
 
 STACKED = {  # at least these; strategies with steps or layers of their own train client by client
-    *("centralised", "fedbn", "fedbn-seeded", "fixbn", "global-naive", "global-pooled", "global-recalibrated"),
+    *("centralized", "fedbn", "fedbn-seeded", "fixbn", "global-naive", "global-pooled", "global-recalibrated"),
     *("groupnorm", "instancenorm", "layernorm", "local", "mtfl", "nonorm", "params-only", "silobn"),
 }
 MODELS = {"digit-cnn", "har-cnn", "mlp", "resnet20", "small-cnn", "tests.fedbn.stacked.test_executors:network"}
@@ -174,8 +174,8 @@ def of_model(here, name):
     )
 
 
-@pytest.mark.parametrize("name", personalisations())
-def test_every_personalisation_equals_clients_one_by_one(name):
+@pytest.mark.parametrize("name", personalizations())
+def test_every_personalization_equals_clients_one_by_one(name):
     here = in_double(setting_or_skip(ragged(f"fedbn+{name}", proximal=0.0)))
     assert worst(rounds_of(here, Tiers("one"), 3), rounds_of(here, Tiers("stacked", 1), 3))[0] < 1e-10
 
@@ -325,7 +325,7 @@ def test_equal_clients_step_together_every_time():
     assert [len(group) for group in agenda([[4, 4, 2]] * 6)] == [6, 6, 6]
 
 
-def test_clients_that_are_no_neighbours_step_together():
+def test_clients_that_are_no_neighbors_step_together():
     """The first and the last of three: their rows are taken out of the stack and put back."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).double()

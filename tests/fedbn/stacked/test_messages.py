@@ -74,7 +74,7 @@ LOOKS = {
     "set": lambda r: r.__setitem__("b", pack(torch.zeros(1))),
     "delete": lambda r: r.__delitem__("a"),
     "count": lambda r: r.count_bytes(),
-    "serialise": lambda r: r.deflate(),
+    "serialize": lambda r: r.deflate(),
 }
 
 
@@ -83,7 +83,7 @@ def test_a_held_record_is_an_ordinary_one_to_whoever_looks(name):
     state = {"a": torch.ones(2)}
     held, plain = Held(state), arrays(state)
     assert isinstance(held, ArrayRecord)
-    assert list_of(LOOKS[name](held)) == list_of(LOOKS[name](plain)) or name == "serialise"  # it names its class
+    assert list_of(LOOKS[name](held)) == list_of(LOOKS[name](plain)) or name == "serialize"  # it names its class
     assert held.state is None
     assert held == plain
     assert state.keys() == {"a"}

@@ -29,9 +29,9 @@ values = st.lists(st.floats(-100, 100, width=32), min_size=5, max_size=11)
 def test_without_cutting_it_is_the_law_of_total_variance(xs):
     means = [torch.tensor([x]) for x in xs]
     variances = [torch.tensor([abs(x) + 1]) for x in xs]
-    centre, variance = robust_moments(means, variances, "trimmed", 0.0)
+    center, variance = robust_moments(means, variances, "trimmed", 0.0)
     assert float(variance) == pytest.approx(float(pooled_variance(means, variances, [1.0] * len(xs))), rel=1e-4)
-    assert float(centre) == pytest.approx(sum(xs) / len(xs), abs=1e-4)
+    assert float(center) == pytest.approx(sum(xs) / len(xs), abs=1e-4)
 
 
 @pytest.mark.parametrize(("how", "trim"), [("median", 0.0), ("trimmed", 0.34)])

@@ -69,7 +69,7 @@ def network():
     return model
 
 
-def centralised():
+def centralized():
     model = network()
     x, y = (torch.cat(part) for part in zip(*clients(), strict=True))
     F.cross_entropy(model(x), y).backward()
@@ -109,11 +109,11 @@ def error(gradient, oracle):
     return max(float((g - o).abs().max() / o.abs().max().clamp_min(1e-3)) for g, o in pairs)
 
 
-def test_fedtan_is_the_centralised_gradient():
+def test_fedtan_is_the_centralized_gradient():
     model = FedTAN().prepare(network())
     heard = conversation(model, clients())
     assert len(heard) == 3 * 3  # and one exchange of the model: 3L + 1
-    assert error(fedtan_gradient(model, clients(), heard), centralised()) < 1e-12
+    assert error(fedtan_gradient(model, clients(), heard), centralized()) < 1e-12
 
 
 def test_fedtan_moves_running_statistics_as_one_batch_of_all_would():
@@ -122,7 +122,7 @@ def test_fedtan_moves_running_statistics_as_one_batch_of_all_would():
     x, _ = clients()[0]
     FedTAN().begin(model, Progress(1, 1), heard)
     model(x)
-    for key, value in centralised().state_dict().items():
+    for key, value in centralized().state_dict().items():
         torch.testing.assert_close(model.state_dict()[key], value, rtol=1e-12, atol=1e-12)
 
 
@@ -145,13 +145,13 @@ def test_without_the_backward_exchange_it_is_not():
         F.cross_entropy(mine(x), y).backward()
         for name, parameter in mine.named_parameters():
             mean[name] += parameter.grad * len(y) / total
-    assert error(mean, centralised()) > 1e-2
+    assert error(mean, centralized()) > 1e-2
 
 
 def test_uniform_weights_with_unequal_clients_are_not_either():
     model = FedTAN().prepare(network())
     heard = conversation(model, clients(), weights=[1.0, 1.0, 1.0])
-    assert error(fedtan_gradient(model, clients(), heard), centralised()) > 1e-2
+    assert error(fedtan_gradient(model, clients(), heard), centralized()) > 1e-2
 
 
 def test_fedtan_with_one_client_or_two_equal_ones_is_bn():
@@ -163,11 +163,11 @@ def test_fedtan_with_one_client_or_two_equal_ones_is_bn():
         assert error(fedtan_gradient(model, data, conversation(model, data)), plain) < 1e-12
 
 
-def test_fedtan_round_of_one_full_batch_step_is_centralised_training(small):
+def test_fedtan_round_of_one_full_batch_step_is_centralized_training(small):
     options = {"batch_size": 10_000, "momentum": 0.0, "lr": 0.1, "rounds": 2}
-    tan, centre = federate(small("fedtan", **options)), federate(small("centralised", **options))
+    tan, center = federate(small("fedtan", **options)), federate(small("centralized", **options))
     naive = federate(small("global-naive", **options))
-    whole = centre.server.state
+    whole = center.server.state
 
     def gap(out):
         return max(float((out.server.state[k] - whole[k]).abs().max()) for k in whole if k.endswith("weight"))
@@ -206,7 +206,7 @@ def test_fixbn_is_global_bn_until_it_freezes(small):
             assert not torch.equal(out.server.state[key], here.initial[key])
 
 
-def test_fbn_normalises_by_constants_and_sends_the_mean_of_its_batches(small):
+def test_fbn_normalizes_by_constants_and_sends_the_mean_of_its_batches(small):
     here = setting(small("fbn", batch_size=10_000))
     update, _ = client_round(here, 0, here.start(), None, Progress(1, 2))
     model = here.load(here.initial)

@@ -1,4 +1,4 @@
-"""What the strategies that only exchange the normaliser are, in a whole federation."""
+"""What the strategies that only exchange the normalizer are, in a whole federation."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_training_is_that_of_global_batch_norm_to_the_last_bit(name, small, naiv
             torch.testing.assert_close(out.server.state[key], value, rtol=1e-5, atol=1e-6)
 
 
-def test_closed_batch_renormalisation_is_global_batch_norm(small, naive_state):
+def test_closed_batch_renormalization_is_global_batch_norm(small, naive_state):
     here, closed = finished(small, "batch-renorm:r_max=1:d_max=0")
     _, opened = finished(small, "batch-renorm:start=0:r_full=0:d_full=0")
     key = "features.0.weight"
@@ -60,12 +60,12 @@ def test_a_smaller_clip_moves_fedwon_less(small):
     assert moved[0] < moved[1] / 2
 
 
-def test_weight_standardisation_goes_with_group_norm_unless_it_is_to_go_alone(small):
-    assert [m.num_groups for m in norm_layers(setting(small("weight-standardisation:groups=4")).scratch).values()]
-    assert not norm_layers(setting(small("weight-standardisation:groups=0")).scratch)
+def test_weight_standardization_goes_with_group_norm_unless_it_is_to_go_alone(small):
+    assert [m.num_groups for m in norm_layers(setting(small("weight-standardization:groups=4")).scratch).values()]
+    assert not norm_layers(setting(small("weight-standardization:groups=0")).scratch)
 
 
-def test_full_normalisation_shares_statistic_gradients(small):
+def test_full_normalization_shares_statistic_gradients(small):
     here, out = finished(small, "full-norm:a=0.3")
     assert here.ownership.roles["features.1.running_grad_mean"] is Role.STATISTICS
     assert float(out.server.state["features.1.running_grad_second"].abs().sum()) > 0

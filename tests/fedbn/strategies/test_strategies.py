@@ -116,8 +116,8 @@ def test_users_who_were_not_drawn_keep_their_state(name, small):
 
 
 OWN_STATISTICS = {
-    "batch-renorm": "normalises by a mixture of batch and running statistics",
-    "ghost-bn": "normalises parts of a batch",
+    "batch-renorm": "normalizes by a mixture of batch and running statistics",
+    "ghost-bn": "normalizes parts of a batch",
     "iabn": "corrects BN by each window's own statistics",
     "fbn": "trains with the server's statistics, which follow slowly",
     "fixbn": "freezes statistics half way",
@@ -225,8 +225,8 @@ def test_global_recalibrated_serves_the_moments_of_the_union_under_the_final_wei
     assert not torch.equal(out.server.state["features.1.running_var"], out.server.serving["features.1.running_var"])
 
 
-def test_centralised_is_one_client_with_all_data(small):
-    here, out = finished(small, "centralised")
+def test_centralized_is_one_client_with_all_data(small):
+    here, out = finished(small, "centralized")
     assert len(here.gathered) == sum(len(here.population.users[u].train) for u in here.population.seen)
     assert here.trainers == (-1,)
     assert {s.row for s in out.scores[here.population.unseen[0]]} == {"unseen"}

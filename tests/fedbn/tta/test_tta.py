@@ -106,7 +106,7 @@ def test_every_method_runs_on_a_stream_and_is_written_as_it_is_read(name):
     assert isinstance(chosen.peeks, bool)
 
 
-def batch_normalised(net, x):
+def batch_normalized(net, x):
     """Prediction-time BN written out: a training-mode pass of a copy."""
     return copy.deepcopy(net).train()(x).detach()
 
@@ -115,7 +115,7 @@ def batch_normalised(net, x):
 def test_without_a_learning_rate_it_is_prediction_time_bn(name):
     net, x = network(), windows()
     out = answers(Adapter(method(f"{name}:lr=0"), net, x), x, 8)
-    wanted = torch.cat([batch_normalised(net, rows) for rows in x.split(8)])
+    wanted = torch.cat([batch_normalized(net, rows) for rows in x.split(8)])
     torch.testing.assert_close(out, wanted, rtol=1e-5, atol=1e-4)
 
 
@@ -148,7 +148,7 @@ def test_sar_starts_anew_when_it_collapses():
     net, x = network(), windows()
     # Every loss is below the threshold, so scale and shift are restored after each step.
     always = answers(Adapter(method("sar:lr=0.5:margin=1:collapse=100"), net, x), x, 8)
-    torch.testing.assert_close(always, torch.cat([batch_normalised(net, r) for r in x.split(8)]), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(always, torch.cat([batch_normalized(net, r) for r in x.split(8)]), rtol=1e-4, atol=1e-3)
     never = answers(Adapter(method("sar:lr=0.5:margin=1:collapse=0"), net, x), x, 8)
     assert not torch.allclose(never, always, rtol=1e-2, atol=1e-2)
 
@@ -157,18 +157,18 @@ def test_unreliable_windows_teach_nothing():
     net, x = network(), windows()
     for name in ("sar", "eata"):
         out = answers(Adapter(method(f"{name}:lr=0.5:margin=0"), net, x), x, 8)
-        wanted = torch.cat([batch_normalised(net, rows) for rows in x.split(8)])
+        wanted = torch.cat([batch_normalized(net, rows) for rows in x.split(8)])
         torch.testing.assert_close(out, wanted, rtol=1e-4, atol=1e-3)
 
 
 def test_unreliable_windows_do_not_disturb_what_reliable_ones_teach():
     net, unsure = network(sharp=4.0), windows(8)
     adapter, alone = (Adapter(method("sar:lr=0.05:collapse=0:margin=0.4"), net, unsure) for _ in range(2))
-    out = batch_normalised(net, unsure)
+    out = batch_normalized(net, unsure)
     kept = entropy(out) < 0.4 * math.log(4)
     assert 1 < int(kept.sum()) < 8
     adapter(unsure)
-    # What is learnt from is the batch of reliable windows alone, normalised by their own statistics.
+    # What is learnt from is the batch of reliable windows alone, normalized by their own statistics.
     student = copy.deepcopy(net).train()
     moved = [p for m in student.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters()]
     optimizer = torch.optim.SGD(moved, 0.05, momentum=0.9)
@@ -216,7 +216,7 @@ def test_fisher_information_is_the_mean_squared_gradient():
 
 def test_cotta_moves_as_far_as_its_teacher_and_its_restores_let_it():
     net, x = network(), windows(8).repeat(6, 1, 1)
-    still = batch_normalised(net, x[:8])
+    still = batch_normalized(net, x[:8])
 
     def moved(options):
         out = answers(Adapter(method(f"cotta:unsure=0:{options}"), net, x), x, 8)
@@ -353,7 +353,7 @@ def test_cstu_never_exceeds_capacity_or_quota(met):
         assert max(sum(i.label == c for i in memory.items) for c in range(4)) <= 2
 
 
-def test_robust_bn_normalises_by_what_it_has_just_moved_to():
+def test_robust_bn_normalizes_by_what_it_has_just_moved_to():
     bn = nn.BatchNorm1d(3)
     net = robust(nn.Sequential(bn))
     net[0].momentum = 0.05
@@ -394,7 +394,7 @@ def test_lame_without_affinity_is_the_softmax_and_with_full_affinity_agrees():
     together = agree(logp, torch.full((6, 6), 5.0))
     assert len(together.argmax(1).unique()) == 1
     net, x = network(), windows(12)
-    out = Adapter(method("lame:neighbours=0"), net, x)(x)
+    out = Adapter(method("lame:neighbors=0"), net, x)(x)
     torch.testing.assert_close(out.softmax(1), net(x).softmax(1).detach())
 
 
@@ -437,7 +437,7 @@ def test_what_a_user_can_get_wrong(text, message):
 
 
 def test_models_that_cannot_be_adapted():
-    with pytest.raises(UserError, match="adaptation of scale and shift needs normalisation layers"):
+    with pytest.raises(UserError, match="adaptation of scale and shift needs normalization layers"):
         affine_parameters(nn.Linear(2, 2))
     with pytest.raises(UserError, match="have no scale and shift to adapt: build them with affine=True"):
         affine_parameters(nn.Sequential(nn.BatchNorm1d(2, affine=False)))

@@ -17,7 +17,7 @@ from fedbn.federation.run import Run
 from fedbn.nn.inference import logits
 from fedbn.online.prequential import Trace, source
 from fedbn.statistics.recalibration import recalibrate
-from simulations.adaptation import study as personalise
+from simulations.adaptation import study as personalize
 from simulations.adaptation.cells import SOURCE, Cell, conduct_cell, read_cell
 from simulations.adaptation.methods import contender
 from simulations.adaptation.plots import people_figure
@@ -39,7 +39,7 @@ def study(**values):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    return tmp_path_factory.mktemp("personalise")
+    return tmp_path_factory.mktemp("personalize")
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,7 @@ def test_guided_calibration_takes_as_many_windows_of_each_class(meeting):
 
 def test_what_is_finished_is_not_done_again_and_a_cell_is_read_as_it_was_written(place, conducted, monkeypatch):
     _, results = conducted
-    monkeypatch.setattr(personalise, "conduct_cell", lambda *a: pytest.fail("done again"))
+    monkeypatch.setattr(personalize, "conduct_cell", lambda *a: pytest.fail("done again"))
     _, again = conduct(study(), place)
     assert again.keys() == results.keys()
     for cell in results:
@@ -126,9 +126,9 @@ def test_what_was_interrupted_goes_on_with_what_is_missing(place, conducted):
     lost = next(c for c in results if c.rule == "tent")
     (place / "cells" / f"{lost.id}.json").unlink()
     calls = []
-    real = personalise.conduct_cell
+    real = personalize.conduct_cell
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(personalise, "conduct_cell", lambda cell, m: calls.append(cell) or real(cell, m))
+        patch.setattr(personalize, "conduct_cell", lambda cell, m: calls.append(cell) or real(cell, m))
         _, again = conduct(study(), place)
     assert calls == [lost]
     np.testing.assert_array_equal(again[lost][0][0].nll, results[lost][0][0].nll)
@@ -168,9 +168,9 @@ def test_the_summary_is_computed_from_the_traces(conducted):
 
 def test_what_is_written_can_be_read(conducted, tmp_path):
     done, results = conducted
-    found = write(tmp_path, done, results, "fedbn personalise digits8")
+    found = write(tmp_path, done, results, "fedbn adapt digits8")
     assert pd.read_parquet(tmp_path / "users.parquet").equals(users_frame(results))
-    stored = json.loads((tmp_path / "personalise.json").read_text())
+    stored = json.loads((tmp_path / "adapt.json").read_text())
     assert len(stored["summary"]) == len(found)
     assert stored["study"]["scenario"] == "digits8"
     assert (tmp_path / "course.png").stat().st_size > 10_000
@@ -235,7 +235,7 @@ def test_contenders_are_written_as_they_are_read():
         ({"starts": ("warm",)}, "unknown start 'warm'"),
         ({"seeds": 0}, "--seeds must be at least 1, not 0"),
         ({"streams": ("recurring:people=9",)}, "stream 'recurring' takes 9 people and there are 2"),
-        ({"scenario": "digits8:unseen=0"}, "holds out nobody, so there is nobody new to personalise for"),
+        ({"scenario": "digits8:unseen=0"}, "holds out nobody, so there is nobody new to personalize for"),
         ({"strategies": ()}, "no strategies given: name at least one of --strategies"),
         ({"strategies": ("fedbn", "fedbn")}, "strategies given twice: fedbn"),
         ({"strategies": ("local",)}, "strategy 'local' shares no model that new people could start from"),
@@ -248,14 +248,14 @@ def test_what_a_user_can_get_wrong(values, message, place):
 
 
 def test_the_command(place, conducted):
-    arguments = ["personalise", "digits8", "--rules", "tent", "--streams", "iid", "--seeds", "1"]
+    arguments = ["adapt", "digits8", "--rules", "tent", "--streams", "iid", "--seeds", "1"]
     options = ["--rounds", "1", "--out", str(place), "--json"]
     said = CliRunner().invoke(app, [*arguments, *options], catch_exceptions=False)
     assert said.exit_code == 0
     assert {line["rule"] for line in json.loads(said.stdout)} == {SOURCE, "tent", "bound-own", "bound-balanced"}
     shown = CliRunner().invoke(app, [*arguments, *options[:-1]], catch_exceptions=False)
     assert "Accuracy on new people" in shown.stdout
-    again = CliRunner().invoke(app, ["personalize", *arguments[1:], *options], catch_exceptions=False)
+    again = CliRunner().invoke(app, ["adapt", *arguments[1:], *options], catch_exceptions=False)
     assert again.stdout == said.stdout
 
 
@@ -263,10 +263,10 @@ def test_the_command_trains_on_batches_of_one_user(tmp_path, monkeypatch):
     def stop(study, *args, **kwargs):
         raise UserError(f"{study.strategies[0]}, batches of one user: {study.plan.user_batches}")
 
-    monkeypatch.setattr(personalise, "conduct", stop)
-    arguments = ["personalise", "hapt", "--strategy", "centralised", "--rules", "dabn", "--out", str(tmp_path)]
+    monkeypatch.setattr(personalize, "conduct", stop)
+    arguments = ["adapt", "hapt", "--strategy", "centralized", "--rules", "dabn", "--out", str(tmp_path)]
     for options, told in (([], "False"), (["--user-batches"], "True")):
-        with pytest.raises(UserError, match=f"centralised, batches of one user: {told}"):
+        with pytest.raises(UserError, match=f"centralized, batches of one user: {told}"):
             CliRunner().invoke(app, [*arguments, *options], catch_exceptions=False)
 
 

@@ -1,4 +1,4 @@
-"""What single studies do besides training: cameras, batches, choices in favour of the other side."""
+"""What single studies do besides training: cameras, batches, choices in favor of the other side."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from simulations.claims.studies import (
     evalnorm,
     fedtan,
     full_norm,
-    normalisers,
+    normalizers,
     personal,
     pretrained,
     resmlp,
@@ -145,7 +145,7 @@ def test_a_federated_accuracy_is_of_one_cell_of_the_matrix():
 
 def test_a_federated_cell_is_determined_by_its_arguments():
     def one():
-        return normalisers.federated("groupnorm", 0, True, scenario="digits8", partition="natural", rounds=1)
+        return normalizers.federated("groupnorm", 0, True, scenario="digits8", partition="natural", rounds=1)
 
     assert one() == one()
     assert set(one()) == {"own test", "global test"}
@@ -236,7 +236,7 @@ def test_evaluated_as_trained_nothing_differs():
     assert min(evalnorm.distance(seen[k], found[k] + 0.2) for k in found) > 0.15
 
 
-def test_full_normalisation_forgets_the_wrong_gradient_and_bn_does_not():
+def test_full_normalization_forgets_the_wrong_gradient_and_bn_does_not():
     errors = [full_norm.gradient_error(arm, 0, True)["gradient error"] for arm in ("FN 0.3", "FN 0.03", "BN 0.03")]
     assert errors[1] < errors[0] / 3
     assert errors[2] > 0.5
@@ -260,24 +260,24 @@ def test_fedtans_exchanges_are_counted(model, exchanges):
     assert got["share of the model"] == pytest.approx(4 * channels / entries, rel=0.05)
 
 
-def test_growth_follows_the_law_without_normalisation():
+def test_growth_follows_the_law_without_normalization():
     got = {arm: binary.growth(arm, 0, True)["growth per layer"] for arm in ("none", "bn")}
     assert got["none"] == pytest.approx(binary.LAW, rel=0.05)
     assert got["bn"] == pytest.approx(math.sqrt(0.683), rel=0.05)
 
 
 def test_a_gain_of_the_grid_is_the_mean_over_settings_with_the_words():
-    values = {f"{n} @ {s}": 0.5 for n in ("GN", "BN") for s in normalisers.SETTINGS}
+    values = {f"{n} @ {s}": 0.5 for n in ("GN", "BN") for s in normalizers.SETTINGS}
     values |= {"GN @ small-cnn labels 4": 0.9, "GN @ mlp labels 32": 0.7, "GN @ mlp iid 32": 0.1}
-    assert normalisers.mean_gain(values, "GN", "BN", "labels") == pytest.approx(0.6 / 4)
-    assert normalisers.mean_gain(values, "GN", "BN", "labels", "mlp", "32") == pytest.approx(0.2)
-    assert len(normalisers.SETTINGS) == 12
+    assert normalizers.mean_gain(values, "GN", "BN", "labels") == pytest.approx(0.6 / 4)
+    assert normalizers.mean_gain(values, "GN", "BN", "labels", "mlp", "32") == pytest.approx(0.2)
+    assert len(normalizers.SETTINGS) == 12
     (claim,) = claims(["grid-labels"])
     assert len(claim.arms) == 6 * 12 - 6
 
 
 def test_a_cell_of_the_grid_is_a_federated_run():
-    assert 0 < normalisers.grid("IN @ small-cnn iid 32", 0, True)["accuracy"] <= 1
+    assert 0 < normalizers.grid("IN @ small-cnn iid 32", 0, True)["accuracy"] <= 1
 
 
 def test_frozen_layers_and_statistics_stay_as_they_were(monkeypatch):

@@ -373,7 +373,7 @@ def test_the_command_runs_on_recordings(cohort_on_disk, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("table", "rows", "width"), [("breast-cancer", 569, 30), ("wine", 178, 13), ("digits", 1797, 64)]
 )
-def test_tables_are_whole_and_standardised(table, rows, width):
+def test_tables_are_whole_and_standardized(table, rows, width):
     people = scenario(f"tabular:table={table}").load(0)
     x = torch.cat([torch.cat([u.train.x, u.test.x]) for u in people.users])
     assert x.shape == (rows, width)
@@ -382,7 +382,7 @@ def test_tables_are_whole_and_standardised(table, rows, width):
     assert ((spread - 1).abs() < 1e-4)[spread > 0].all()
 
 
-def test_neighbours_on_the_component_make_clients_alike_inside_and_unlike_each_other():
+def test_neighbors_on_the_component_make_clients_alike_inside_and_unlike_each_other():
     def between(dealt):
         users = scenario(f"tabular:dealt={dealt}").load(0).users
         return torch.stack([u.train.x.mean(0) for u in users]).var(0).mean()

@@ -253,13 +253,13 @@ def test_data_are_credited_where_it_is_known_whom(tmp_path, text):
     write(tmp_path, {"global": 0.8}, seeds=(0,), sources={source.label: source.sha256})
     cited = write_report(tmp_path).read_text(encoding="utf-8")
     assert source.citation in cited
-    assert source.licence in cited
+    assert source.license in cited
 
 
 def test_a_bound_is_not_recommended(tmp_path):
-    write(tmp_path, {"global": 0.7, "centralised": 0.9, "fedbn": 0.8})
+    write(tmp_path, {"global": 0.7, "centralized": 0.9, "fedbn": 0.8})
     assert "fedbn" in tables.answer(Comparison.load(tmp_path))
-    assert "centralised" not in tables.answer(Comparison.load(tmp_path))
+    assert "centralized" not in tables.answer(Comparison.load(tmp_path))
 
 
 def test_an_unclear_difference_with_a_clear_interval_says_why(tmp_path):

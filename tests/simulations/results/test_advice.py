@@ -18,7 +18,7 @@ pytestmark = pytest.mark.xdist_group("advice")
 def directory(tmp_path_factory):
     values = {
         "scenario": "digits8",
-        "strategies": ["global-naive", "local", "nonorm", "centralised"],
+        "strategies": ["global-naive", "local", "nonorm", "centralized"],
         "seeds": 1,
         "partition": "shard:shards=2:clients=8",
         "plan": {"rounds": 3, "eval_every": 3},
@@ -29,13 +29,13 @@ def directory(tmp_path_factory):
 
 def test_a_bound_is_never_advised(directory):
     found = verdict(Comparison.load(directory), "own", "aggregated")
-    assert found.best != "centralised"
-    assert "centralised" not in found.beside
+    assert found.best != "centralized"
+    assert "centralized" not in found.beside
 
 
 def test_the_best_has_the_highest_mean_and_the_rest_are_beside_or_behind(directory):
     comparison = Comparison.load(directory)
-    matrix = comparison.matrix().query("row == 'own' and column == 'aggregated' and strategy != 'centralised'")
+    matrix = comparison.matrix().query("row == 'own' and column == 'aggregated' and strategy != 'centralized'")
     found = verdict(comparison, "own", "aggregated")
     assert found.mean == matrix["mean"].max()
     assert len(found.beside) + found.clearly_behind == len(matrix) - 1

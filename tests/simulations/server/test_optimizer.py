@@ -55,6 +55,6 @@ def test_statistics_are_pooled_and_never_stepped_on(optimizer, small):
         assert equal == (roles[key] is Role.STATISTICS), key
 
 
-def test_no_optimiser_is_the_mean():
+def test_no_optimizer_is_the_mean():
     assert server_step(Plan()) is None
     assert same(states()[0], states()[0])

@@ -330,10 +330,10 @@ def test_the_page_works_by_keyboard_and_says_what_it_is(page):
     page.wait_for_selector("#dialog[open]")
     page.keyboard.press("Escape")
     page.wait_for_selector("#dialog", state="hidden")
-    unlabelled = """[...document.querySelectorAll('select, input, progress, canvas, button, section, dialog')]
+    unlabeled = """[...document.querySelectorAll('select, input, progress, canvas, button, section, dialog')]
         .filter(e => !(e.labels?.length || e.ariaLabel || e.getAttribute('aria-labelledby') || e.textContent.trim()))
         .map(e => e.outerHTML)"""
-    assert page.evaluate(unlabelled) == []
+    assert page.evaluate(unlabeled) == []
     assert page.locator("[role=status]").count() == 2
 
 

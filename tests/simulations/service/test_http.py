@@ -52,7 +52,7 @@ def windows(n, seed=0):
     return np.random.default_rng(seed).standard_normal((n, *SHAPE)).astype("<f4")
 
 
-def test_a_user_from_enrolment_to_oblivion(serve, model):
+def test_a_user_from_enrollment_to_oblivion(serve, model):
     client, alone = serve(), personalize(model, "pseudo:n0=4")
     assert client.put("/v1/users/ann").status_code == 201
     assert client.put("/v1/users/ann").json() == {"user": "ann", "new": False}
@@ -132,14 +132,14 @@ def test_mistakes_get_a_status_and_a_sentence(serve):
     client.put("/v1/users/ann")
     x = windows(1)
     cases = [
-        (client.post("/v1/users/eve/observe", content=x.tobytes(), headers=RAW), 404, "enrol the user first"),
+        (client.post("/v1/users/eve/observe", content=x.tobytes(), headers=RAW), 404, "enroll the user first"),
         (client.post("/v1/users/ann/observe", content=b"1", headers=RAW), 422, "no whole windows"),
         (client.post("/v1/users/ann/commit", json={"labels": {"99": 0}}), 404, "not held"),
         (client.post("/v1/users/ann/commit", json={"windows": x.tolist(), "labels": [0, 1]}), 422, "one a window"),
         (client.post("/v1/users/ann/calibrate", json={"windows": x.tolist(), "then": "x"}), 409, "'freeze' or 'adapt'"),
         (client.put("/v1/users/ann/snapshot", content=b"x"), 409, "no state of a user"),
         (client.put("/v1/users/" + "x" * 200), 422, "printable"),
-        (client.get("/v1/users/eve/export"), 404, "enrol"),
+        (client.get("/v1/users/eve/export"), 404, "enroll"),
     ]
     for response, status, text in cases:
         assert (response.status_code, text in response.json()["error"]) == (status, True), response.text

@@ -53,7 +53,7 @@ def test_answers_are_those_of_the_bank_however_users_share_a_call(model):
     crowd, alone = people(model), personalize(model, "pseudo:n0=4")
     names = ["ann", "bob", "cem"]
     for name in names:
-        assert crowd.enrol(name)
+        assert crowd.enroll(name)
     for t in range(5):
         jobs = [Job(name, windows(1 + i, 10 * t + i), True) for i, name in enumerate(names)]
         answers = crowd.answer(jobs)
@@ -66,7 +66,7 @@ def test_answers_are_those_of_the_bank_however_users_share_a_call(model):
 
 def test_predicting_learns_nothing_and_a_held_window_is_learnt_with_its_label_once(model):
     crowd, told = people(model), personalize(model, "pseudo:n0=4")
-    crowd.enrol("ann")
+    crowd.enroll("ann")
     x = windows(2)
     before = crowd.snapshot("ann")
     answer = observe(crowd, "ann", x, learn=False, hold=True)
@@ -81,8 +81,8 @@ def test_predicting_learns_nothing_and_a_held_window_is_learnt_with_its_label_on
 
 def test_held_windows_belong_to_their_user_and_the_oldest_give_way(model):
     crowd = people(model, limits=Limits(held=2))
-    crowd.enrol("ann")
-    crowd.enrol("bob")
+    crowd.enroll("ann")
+    crowd.enroll("bob")
     first, second, third = observe(crowd, "ann", windows(3), learn=False, hold=True).held
     with pytest.raises(Refusal, match="not held"):
         crowd.commit("ann", {second: 0, first: 0})
@@ -95,7 +95,7 @@ def test_state_survives_a_restart_and_more_users_than_memory_holds(model, tmp_pa
     store = tmp_path / "users.db"
     crowd = people(model, store=SQLiteStore(store), limits=Limits(capacity=2))
     for i, name in enumerate(("ann", "bob", "cem")):
-        crowd.enrol(name)
+        crowd.enroll(name)
         observe(crowd, name, windows(3, i))
     assert crowd.at_hand == 2
     while crowd.keep(1):
@@ -111,8 +111,8 @@ def test_state_survives_a_restart_and_more_users_than_memory_holds(model, tmp_pa
 
 def test_snapshots_merge_and_export_and_users_are_forgotten_wholly(model, tmp_path):
     crowd = people(model, store=SQLiteStore(tmp_path / "users.db"))
-    crowd.enrol("ann")
-    crowd.enrol("ann2")
+    crowd.enroll("ann")
+    crowd.enroll("ann2")
     observe(crowd, "ann", windows(4, 1))
     observe(crowd, "ann2", windows(4, 2))
     merged = crowd.net.state("ann").merge(crowd.net.state("ann2"))
@@ -129,7 +129,7 @@ def test_snapshots_merge_and_export_and_users_are_forgotten_wholly(model, tmp_pa
     assert "ann" not in SQLiteStore(tmp_path / "users.db")
     assert not crowd._held
     for act in (crowd.snapshot, crowd.forget, crowd.report, crowd.reset, crowd.export):
-        with pytest.raises(Refusal, match="enrol the user first"):
+        with pytest.raises(Refusal, match="enroll the user first"):
             act("ann")
     with pytest.raises(UserError, match="no state of a user"):
         crowd.restore("ann2", b"nonsense", merge=False)
@@ -137,17 +137,17 @@ def test_snapshots_merge_and_export_and_users_are_forgotten_wholly(model, tmp_pa
 
 def test_without_a_store_memory_is_the_limit(model):
     crowd = people(model, limits=Limits(capacity=1))
-    crowd.enrol("ann")
+    crowd.enroll("ann")
     with pytest.raises(Refusal, match="fill the memory") as refused:
-        crowd.enrol("bob")
+        crowd.enroll("bob")
     assert refused.value.status == 507
     crowd.forget("ann")
-    assert crowd.enrol("bob")
+    assert crowd.enroll("bob")
 
 
 def test_calibration_changes_the_advice(model):
     crowd = people(model)
-    crowd.enrol("ann")
+    crowd.enroll("ann")
     answer = observe(crowd, "ann", windows(1))
     assert advice(answer, CLASSES)["action"] == "calibrate"
     crowd.calibrate("ann", windows(3), [0, 1, 2], "adapt")

@@ -120,9 +120,9 @@ def test_a_run_told_whole_has_plain_names_and_finite_values(notes):
     Path("unused").rmdir()
 
 
-def test_personalise_tells_of_training_and_of_every_rule(notes, tmp_path):
+def test_personalize_tells_of_training_and_of_every_rule(notes, tmp_path):
     out = tmp_path / "out"
-    arguments = ["personalise", "digits8", "--rules", "pseudo:n0=8", "--streams", "iid", "--seeds", "1"]
+    arguments = ["adapt", "digits8", "--rules", "pseudo:n0=8", "--streams", "iid", "--seeds", "1"]
     arguments += ["--starts", "cold,recording", "--rounds", "1", "--out", str(out), "--json"]
     result = CliRunner().invoke(app, [*arguments, "--track", f"notes:{tmp_path / 'notes'}"])
     assert result.exit_code == 0, result.exception

@@ -1,9 +1,9 @@
-// Drawing: everything is drawn again from the history at every frame, in the colours of the page's style.
+// Drawing: everything is drawn again from the history at every frame, in the colors of the page's style.
 
 export const DASHES = [[6, 4], [2, 3], [], [10, 3, 2, 3]];
 export const CLASSES = ["#4477AA", "#EE6677", "#228833", "#CCBB44", "#66CCEE", "#AA3377", "#BBBBBB"];
 
-export const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+export const color = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
 function sheet(canvas) {
   const ratio = window.devicePixelRatio || 1, { clientWidth: w, clientHeight: h } = canvas;
@@ -29,15 +29,15 @@ export function signals(canvas, windows) {
     const series = [0, 1, 2].map((axis) => windows.flatMap((x) => x[3 * kind + axis]));
     const all = series.flat();
     const low = Math.min(-1, ...all), high = Math.max(1, ...all), y = (v) => top + height * (1 - (v - low) / (high - low));
-    g.fillStyle = colour("--soft");
+    g.fillStyle = color("--soft");
     g.fillText(names[kind] || `sensor ${kind + 1}`, left, top - 6);
     g.textAlign = "right";
     for (const v of [low, high]) g.fillText(v.toFixed(1), left - 5, y(v) + (v === low ? 0 : 8));
     g.textAlign = "left";
-    g.strokeStyle = colour("--edge");
+    g.strokeStyle = color("--edge");
     g.beginPath(); g.moveTo(left, y(0)); g.lineTo(w, y(0)); g.stroke();
     series.forEach((values, axis) => {
-      g.strokeStyle = colour(`--a${axis}`);
+      g.strokeStyle = color(`--a${axis}`);
       g.lineWidth = 1.5;
       g.beginPath();
       values.forEach((v, i) => g.lineTo(left + ((w - left) * i) / Math.max(1, values.length - 1), y(v)));
@@ -52,8 +52,8 @@ export function accuracy(canvas, rules, points, marks) {
   const left = 46, bottom = h - 20, top = 8;
   const last = points.length ? points[points.length - 1].met : 1, first = points.length ? points[0].met : 0;
   const x = (met) => left + ((w - left - 4) * (met - first)) / Math.max(1, last - first), y = (v) => bottom - v * (bottom - top);
-  g.fillStyle = colour("--soft");
-  g.strokeStyle = colour("--edge");
+  g.fillStyle = color("--soft");
+  g.strokeStyle = color("--edge");
   for (const v of [0, 0.25, 0.5, 0.75, 1]) {
     g.beginPath(); g.moveTo(left, y(v)); g.lineTo(w, y(v)); g.stroke();
     g.textAlign = "right";
@@ -64,14 +64,14 @@ export function accuracy(canvas, rules, points, marks) {
   g.fillText(`${first}`, left, h - 4);
   for (const mark of marks) {
     if (mark.met < first) continue;
-    g.strokeStyle = colour(mark.kind === "drift" ? "--drift" : "--told");
+    g.strokeStyle = color(mark.kind === "drift" ? "--drift" : "--told");
     g.lineWidth = 2;
     g.beginPath(); g.moveTo(x(mark.met), top); g.lineTo(x(mark.met), bottom); g.stroke();
   }
   // Solid lines first: where rules agree, the dashes above let them be seen.
   const order = rules.map((name, i) => [name, i]).sort((a, b) => DASHES[a[1]].length - DASHES[b[1]].length);
   order.forEach(([name, i]) => {
-    g.strokeStyle = colour(`--r${i}`);
+    g.strokeStyle = color(`--r${i}`);
     g.lineWidth = DASHES[i].length ? 2.2 : 3.4;
     g.setLineDash(DASHES[i]);
     g.beginPath();
@@ -86,14 +86,14 @@ export function activity(canvas, rules, steps) {
   const recent = steps.slice(-shown);
   rows.forEach((name, r) => {
     const top = r * tall + (r ? 8 : 2);
-    g.fillStyle = colour("--ink");
+    g.fillStyle = color("--ink");
     g.fillText(name, 0, top + tall / 2 + 2);
     recent.forEach((step, i) => {
       const said = r ? step.said[name] : step.truth, wrong = r && said !== step.truth;
       g.fillStyle = CLASSES[said % CLASSES.length];
       g.fillRect(left + i * wide, top, Math.ceil(wide), tall - 12);
       if (wrong) {
-        g.fillStyle = colour("--a0");
+        g.fillStyle = color("--a0");
         g.fillRect(left + i * wide, top + tall - 11, Math.ceil(wide), 3);
       }
     });

@@ -64,7 +64,7 @@ def prior_of(name, model):
 
 
 # ---------------------------------------------------------------- slow versions
-# Each yields, for every window in turn, the mean and variance that normalise it: lists over channels.
+# Each yields, for every window in turn, the mean and variance that normalize it: lists over channels.
 
 
 def moments(w):
@@ -604,9 +604,9 @@ def test_rules_that_need_more_of_the_prior_say_so(name):
 def test_class_rules_ignore_a_long_stretch_of_one_class_and_follow_the_users_shift():
     """Users differ by an offset, classes by their mean: a stretch of one class shows the offset only."""
     draw = torch.Generator().manual_seed(0)
-    centre = torch.randn(K, 3, 1, generator=draw) * 4
+    center = torch.randn(K, 3, 1, generator=draw) * 4
     y = torch.arange(400) % K
-    x = centre[y] + torch.randn(400, 3, 16, generator=draw)
+    x = center[y] + torch.randn(400, 3, 16, generator=draw)
     torch.manual_seed(0)
     model = nn.Sequential(nn.BatchNorm1d(3), nn.Flatten(), nn.Linear(48, K))
     model.train()
@@ -615,7 +615,7 @@ def test_class_rules_ignore_a_long_stretch_of_one_class_and_follow_the_users_shi
     model.eval()
     prior = source_prior(model, x, y, K)
     offset = torch.tensor([2.0, -1.0, 0.5])
-    stretch = centre[[1] * 60] + torch.randn(60, 3, 16, generator=draw) + offset[:, None]
+    stretch = center[[1] * 60] + torch.randn(60, 3, 16, generator=draw) + offset[:, None]
     start = model[0].running_mean
     for name, tolerance in (("class-residual", 0.25), ("class-mixture", 0.1)):
         net = personalize(model, rule(name), prior=prior)

@@ -1,7 +1,7 @@
-"""Normalisers in federated learning: which wins depends on the skew.
+"""Normalizers in federated learning: which wins depends on the skew.
 
 Whole federated runs of the reference loop. First real and made users with BN's treatments; then all related
-normalisers in one grid: two architectures, batches of 4 and of 32, rows dealt at random, few classes a client, or a
+normalizers in one grid: two architectures, batches of 4 and of 32, rows dealt at random, few classes a client, or a
 camera a client.
 """
 
@@ -53,7 +53,7 @@ def real_users(arm: str, seed: int, quick: bool) -> dict[str, float]:
 
 
 def grid(arm: str, seed: int, quick: bool) -> dict[str, float]:
-    """Accuracy on the pooled test set; the arm is a normaliser, a model, a skew and the rows of a batch.
+    """Accuracy on the pooled test set; the arm is a normalizer, a model, a skew and the rows of a batch.
 
     The learning rate grows with the square root of the batch; large batches get more rounds, which have fewer steps.
     """
@@ -68,7 +68,7 @@ def grid(arm: str, seed: int, quick: bool) -> dict[str, float]:
 
 
 def mean_gain(values: Mapping[str, float], norm: str, over: str, *words: str) -> float:
-    """Accuracy of one normaliser minus another's, mean over the settings that hold all ``words``."""
+    """Accuracy of one normalizer minus another's, mean over the settings that hold all ``words``."""
     chosen = [s for s in SETTINGS if set(words) <= set(s.split()) and f"{norm} @ {s}" in values]
     return sum(values[f"{norm} @ {s}"] - values[f"{over} @ {s}"] for s in chosen) / len(chosen)
 
@@ -81,7 +81,7 @@ in_one_grid = partial(
     claim,
     setting="digits8, 8 clients; small-cnn and mlp, batches of 4 and 32, three kinds of skew",
     run=grid,
-    # Instance normalisation has nothing to normalise where there are no positions.
+    # Instance normalization has nothing to normalize where there are no positions.
     arms=tuple(f"{norm} @ {s}" for norm in NORMS for s in SETTINGS if norm != "IN" or "cnn" in s),
     measure="accuracy",
     threshold=0.0,
@@ -91,7 +91,7 @@ in_one_grid = partial(
 CLAIMS = (
     claim(
         name="groupnorm-label-skew",
-        sentence="Where clients hold few classes each, group normalisation beats global BN.",
+        sentence="Where clients hold few classes each, group normalization beats global BN.",
         source="Hsieh et al. 2020, https://arxiv.org/abs/1910.00189",
         setting=LABELS,
         run=label_skew,
@@ -151,14 +151,14 @@ CLAIMS = (
     ),
     in_one_grid(
         name="grid-labels",
-        sentence="Few classes a client cost BN more than they cost group normalisation, whatever the model and batch.",
+        sentence="Few classes a client cost BN more than they cost group normalization, whatever the model and batch.",
         source="after Hsieh et al. 2020, https://arxiv.org/abs/1910.00189",
         effect=lambda v: mean_gain(v, "GN", "BN", "labels") - mean_gain(v, "GN", "BN", "iid"),
         meaning="GN minus BN with few classes a client, beyond GN minus BN on rows dealt at random; mean accuracy",
     ),
     in_one_grid(
         name="grid-batch",
-        sentence="Small batches cost BN more than they cost layer normalisation, whatever the model and skew.",
+        sentence="Small batches cost BN more than they cost layer normalization, whatever the model and skew.",
         source="after Ba, Kiros, Hinton 2016, https://arxiv.org/abs/1607.06450",
         effect=lambda v: mean_gain(v, "LN", "BN", "4") - mean_gain(v, "LN", "BN", "32"),
         meaning="LN minus BN with batches of 4, beyond that with batches of 32; mean accuracy",
@@ -172,7 +172,7 @@ CLAIMS = (
     ),
     in_one_grid(
         name="grid-weightnorm",
-        sentence="Weight normalisation, which has no statistics, is hurt less than BN by few classes a client.",
+        sentence="Weight normalization, which has no statistics, is hurt less than BN by few classes a client.",
         source="after Salimans, Kingma 2016, https://arxiv.org/abs/1602.07868",
         effect=lambda v: mean_gain(v, "WN", "BN", "labels") - mean_gain(v, "WN", "BN", "iid"),
         meaning="WN minus BN with few classes a client, beyond WN minus BN on rows dealt at random; mean accuracy",

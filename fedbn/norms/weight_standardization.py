@@ -1,7 +1,7 @@
-r"""Weight standardisation (Qiao, Wang, Liu, Shen, Yuille, 2019, https://arxiv.org/abs/1903.10520).
+r"""Weight standardization (Qiao, Wang, Liu, Shen, Yuille, 2019, https://arxiv.org/abs/1903.10520).
 
-Each filter of a convolution is standardised over its inputs, :math:`\hat W_i = (W_i - \bar W_i)/(\mathrm{sd}(W_i) +
-10^{-5})`, with the unbiased standard deviation as in the authors' code. Made for use before normalisation.
+Each filter of a convolution is standardized over its inputs, :math:`\hat W_i = (W_i - \bar W_i)/(\mathrm{sd}(W_i) +
+10^{-5})`, with the unbiased standard deviation as in the authors' code. Made for use before normalization.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from fedbn.errors import UserError
 from fedbn.nn.conversion import drop_norms, weighted_layers
 
 
-class WeightStandardisation(nn.Module):
-    """The parametrisation: from weights ``[out, in, *kernel]`` to standardised ones of the same shape.
+class WeightStandardization(nn.Module):
+    """The parametrisation: from weights ``[out, in, *kernel]`` to standardized ones of the same shape.
 
-    >>> WeightStandardisation()(torch.tensor([[[1.0, 3.0]]])).round(decimals=4)
+    >>> WeightStandardization()(torch.tensor([[[1.0, 3.0]]])).round(decimals=4)
     tensor([[[-0.7071,  0.7071]]])
     """
 
     def forward(self, weight: Tensor) -> Tensor:
-        """Standardised weights."""
+        """Standardized weights."""
         std, mean = torch.std_mean(weight.flatten(1), 1)
         shape = (-1, *[1] * (weight.dim() - 1))
         return (weight - mean.view(shape)) / (std.view(shape) + 1e-5)
@@ -45,11 +45,11 @@ def convolutions(model: nn.Module, what: str) -> list[nn.Conv1d | nn.Conv2d | nn
 
 
 def convert(model: nn.Module, *, keep_norms: bool = False) -> nn.Module:
-    """Weight standardisation of every convolution, in place; ``weight`` becomes ``parametrizations.weight.original``.
+    """Weight standardization of every convolution, in place; ``weight`` becomes ``parametrizations.weight.original``.
 
     Args:
         model: changed in place.
-        keep_norms: leave the normalisation layers in, as the paper has it.
+        keep_norms: leave the normalization layers in, as the paper has it.
 
     Raises:
         UserError: the model has no convolution.
@@ -58,6 +58,6 @@ def convert(model: nn.Module, *, keep_norms: bool = False) -> nn.Module:
     >>> bool(net[0].weight.mean((1, 2)).abs().max() < 1e-6), net[1]
     (True, Identity())
     """
-    for layer in convolutions(model if keep_norms else drop_norms(model), "weight standardisation"):
-        register_parametrization(layer, "weight", WeightStandardisation())
+    for layer in convolutions(model if keep_norms else drop_norms(model), "weight standardization"):
+        register_parametrization(layer, "weight", WeightStandardization())
     return model

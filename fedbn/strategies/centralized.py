@@ -10,16 +10,16 @@ from fedbn.strategies.base import NormStrategy
 
 
 @dataclass(frozen=True)
-class Centralised(NormStrategy):
+class Centralized(NormStrategy):
     """One model on the union of the seen users' training data, as many epochs as in federation.
 
     What federation would give if data could be pooled; it is no upper bound for personal models.
 
-    >>> Centralised.gathers
+    >>> Centralized.gathers
     True
     """
 
-    name = "centralised"
+    name = "centralized"
     about = "bound: all seen users' data trained in one place"
     gathers = True
 

@@ -1,0 +1,34 @@
+"""Weight standardization with GroupNorm (Qiao, Wang, Liu, Shen, Yuille, 2019)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from fedbn.nn.conversion import convert
+from fedbn.strategies.base import StatelessNorm
+
+
+@dataclass(frozen=True)
+class WeightStandardization(StatelessNorm):
+    """Standardized convolutions before GroupNorm, the paper's pair. https://arxiv.org/abs/1903.10520
+
+    Attributes:
+        groups: of GroupNorm, as in `groupnorm`; 0 for no normalization of activations.
+
+    >>> from torch import nn as torch_nn
+    >>> net = torch_nn.Sequential(torch_nn.Conv1d(3, 4, 2), torch_nn.BatchNorm1d(4))
+    >>> WeightStandardization(groups=2).prepare(net)[1].num_groups
+    2
+    """
+
+    name = "weight-standardization"
+    about = "weight standardization and GroupNorm instead of BN; option groups (0: no GroupNorm)"
+    source = "Qiao et al. 2019"
+    groups: int = 8
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        if self.groups:
+            model = convert(model, "group", groups=self.groups)
+        return convert(model, "weight-standardization", keep_norms=bool(self.groups))
