@@ -24,12 +24,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure and report; 0 also where something has become slower, since other jobs may have been to blame."""
     keep_freed_memory()
     from benchmarks.measure import measure
-    from fedbn.stacked.executors import Tier, parse_tier
+    from fedbn.stacked.executors import Executor, parse_executor
 
     collect_garbage_rarely()
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--tiers", default="exact,auto", help=f"comma-separated, of {', '.join(get_args(Tier))}")
+    parser.add_argument(
+        "--executors", default="exact,auto", help=f"comma-separated, of {', '.join(get_args(Executor))}"
+    )
     parser.add_argument("--rounds", type=int, default=7, help="rounds timed; the first and the last do not count")
     parser.add_argument("--most", type=int, default=10_000, help="most clients of the scale curve")
     parser.add_argument("--ray", action="store_true", help="Flower's own simulation beside it")
@@ -40,15 +42,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--into", type=Path, help="document that gets table and picture, between its markers")
     parser.add_argument("--store", action="store_true", help="keep these ratios to compare with from now on")
     chosen = parser.parse_args(argv)
-    tiers = [parse_tier(t) for t in chosen.tiers.split(",")]
+    executors = [parse_executor(t) for t in chosen.executors.split(",")]
     say = partial(print, file=sys.stderr)
-    result = measure(tiers, chosen.rounds, chosen.most, chosen.ray, chosen.peers, say)
+    result = measure(executors, chosen.rounds, chosen.most, chosen.ray, chosen.peers, say)
     chosen.out.mkdir(parents=True, exist_ok=True)
     (chosen.out / "benchmarks.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     draw(result, chosen.out / "benchmarks.png")
     print(table(result))
     if chosen.into:
-        embed(result, chosen.out / "benchmarks.png", chosen.into)
+        update_document(result, chosen.out / "benchmarks.png", chosen.into)
     stored = json.loads(STORED.read_text(encoding="utf-8")) if STORED.exists() else {"ratios": []}
     for line in slower(result, stored):
         print(f"warning: {line}", file=sys.stderr)
@@ -101,7 +103,7 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(blocks(result).values())
 
 
-def embed(result: dict[str, Any], picture: Path, document: Path) -> None:
+def update_document(result: dict[str, Any], picture: Path, document: Path) -> None:
     """Put the numbers between a document's markers ``speed`` and ``speed-more``, and the picture where it is shown.
 
     Raises:

@@ -20,12 +20,12 @@ from fedbn.data.shift import turn
 from fedbn.nn.hooks import inputs_of
 from fedbn.nn.roles import statistics_layers
 from fedbn.online.drift.detectors import Detector, detector
-from simulations.adaptation.source_model import Meeting, meet
+from simulations.adaptation.source_model import SourceModel, train_source_model
 from simulations.adaptation.study import study_from
 from simulations.report.documents import markdown, replace_block
 from simulations.service import users as people
 from simulations.service.demo import session as playground
-from simulations.service.drift import Floats, Watches, channel_means
+from simulations.service.drift import BatchedMonitor, Floats, channel_means
 from simulations.storage.provenance import NUMERICS
 
 DEGREES = (30, 60, 90)
@@ -44,27 +44,27 @@ def changes(recordings: Sequence[Tensor]) -> Iterator[tuple[str, Tensor, int | N
         yield "somebody else", torch.cat([mine[:at], other[at:]]), at
 
 
-def alarms(meeting: Meeting, x: Tensor, look: Look, spread: Floats, notice: Detector) -> list[int]:
+def alarms(source: SourceModel, x: Tensor, look: Look, spread: Floats, notice: Detector) -> list[int]:
     """After which windows the detector speaks."""
     with torch.no_grad():
-        said = meeting.model(x).argmax(1).tolist()
-    watches = Watches(notice, spread, len(meeting.here.population.classes), capacity=1)
+        said = source.model(x).argmax(1).tolist()
+    watches = BatchedMonitor(notice, spread, len(source.ctx.population.classes), capacity=1)
     looks = look(x)
     return [t for t, label in enumerate(said) if watches.see(["one"], looks[t : t + 1], [label])[0][1]]
 
 
-def measure(meeting: Meeting) -> list[dict[str, str]]:
+def measure(source: SourceModel) -> list[dict[str, str]]:
     """One line an alarm and kind of people: how many of them were noticed, and had false alarms."""
-    path, layer = next(iter(statistics_layers(meeting.model).items()))
+    path, layer = next(iter(statistics_layers(source.model).items()))
 
     def first(x: Tensor) -> Floats:
         seen: list[Tensor] = []
         with torch.no_grad(), inputs_of({path: layer}, lambda _path, value: seen.append(value)):
-            meeting.model(x)
+            source.model(x)
         return channel_means(seen[0])
 
     scale = torch.as_tensor(layer.running_var).double().numpy()
-    spread = channel_means(meeting.source_windows).var(0)
+    spread = channel_means(source.source_windows).var(0)
     kinds: dict[str, tuple[Look, Floats, str]] = {
         "page": (channel_means, spread, playground.DETECTOR),
         "service": (first, scale, people.DETECTOR),
@@ -73,8 +73,8 @@ def measure(meeting: Meeting) -> list[dict[str, str]]:
     for name, (look, variance, notice) in kinds.items():
         for who, told in (("seen", "trained"), ("unseen", "did not train")):
             found: dict[str, list[bool]] = {}
-            for what, x, at in changes([user.test.x for user in meeting.people(who)]):  # type: ignore[arg-type]
-                spoken = alarms(meeting, x, look, variance, detector(notice))
+            for what, x, at in changes([user.test.x for user in source.users(who)]):  # type: ignore[arg-type]
+                spoken = alarms(source, x, look, variance, detector(notice))
                 found.setdefault(what, []).append(any(t >= (at or 0) for t in spoken))
             shares = {what: f"{sum(noticed)} of {len(noticed)}" for what, noticed in found.items()}
             lines.append({"alarm of the": name, "people who": told, **shares})
@@ -89,7 +89,7 @@ def main() -> int:
     study = study_from({"scenario": "hapt", "rules": ("source",), "seeds": 1})
     (run,) = study.resolved().runs()
     place = cache_dir() / "served" / f"numerics-{NUMERICS}"
-    table = markdown(measure(meet(run, place, "grid:stacked", lambda event: None)))
+    table = markdown(measure(train_source_model(run, place, "grid:stacked", lambda event: None)))
     print(table)
     if chosen.into:
         replace_block(chosen.into, "drift", table)

@@ -82,10 +82,10 @@ def main() -> None:
     import torch
 
     from benchmarks.workloads import bare_loop
-    from fedbn.federation.setup import setting
+    from fedbn.federation.setup import build_context
 
     torch.set_num_threads(int(sys.argv[2]))
-    rounds = bare_loop(setting(Run.from_dict(json.loads(sys.argv[1]))))
+    rounds = bare_loop(build_context(Run.from_dict(json.loads(sys.argv[1]))))
     for _ in sys.stdin:
         before = time.process_time()
         wall = next(rounds)

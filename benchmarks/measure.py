@@ -25,15 +25,15 @@ from clients.app import app as client_app
 from clients.jobs import Evaluate
 from fedbn.federation.metrics import COLUMNS
 from fedbn.federation.run import Run
-from fedbn.federation.server import Outcome, global_columns, served
-from fedbn.federation.setup import setting
+from fedbn.federation.server import Outcome, global_columns, served_users
+from fedbn.federation.setup import build_context
 from fedbn.models import build
 from fedbn.online import personalize, rule
-from fedbn.stacked.executors import Tier, Tiers
+from fedbn.stacked.executors import ClientExecutor, Executor
 from fedbn.stacked.memory import collect_garbage_rarely, keep_freed_memory
 from simulations.engines.grid import InProcessGrid
 from simulations.flower.compat import task_identity
-from simulations.server.rounds import Listener, conduct
+from simulations.server.rounds import Listener, run_rounds
 
 SPEEDS = {"W1": 0.60, "W2": 0.40, "W3": 0.05}
 """The shares of the bare loop's time that a round is to take."""
@@ -64,17 +64,19 @@ class Timing:
     cpu: list[float]
 
 
-def grid_rounds(run: Run, tier: Tier, between: Callable[[], None] = lambda: None) -> Timing:
+def grid_rounds(run: Run, executor: Executor, between: Callable[[], None] = lambda: None) -> Timing:
     """Time rounds over the grid - messages, state, aggregation and metrics.
 
     The first is left out, since it chooses and warms up, and so is the last, which evaluates: the bare loop does not.
 
     Args:
         run: what to do.
-        tier: how.
+        executor: how.
         between: called after each round; takes no part in its time.
     """
-    grid = InProcessGrid(client_app, len(setting(run).population.users), {"run": run.to_json()}, tier=tier)
+    grid = InProcessGrid(
+        client_app, len(build_context(run).population.users), {"run": run.to_json()}, executor=executor
+    )
     timing = Timing([], [])
     began = [time.perf_counter(), time.process_time()]
 
@@ -85,7 +87,7 @@ def grid_rounds(run: Run, tier: Tier, between: Callable[[], None] = lambda: None
         began[:] = time.perf_counter(), time.process_time()
 
     with torch_threads(1), task_identity(grid.run.run_id):
-        conduct(grid, run, Listener(on_round=note))
+        run_rounds(grid, run, Listener(on_round=note))
     return Timing(timing.wall[1:-1], timing.cpu[1:-1])
 
 
@@ -104,14 +106,16 @@ def row(work: Workload, engine: str, loop: Loop, timing: Timing) -> dict[str, ob
     }
 
 
-def ratios(folder: Path, tiers: Sequence[Tier], rounds: int, works: Sequence[Workload]) -> Iterator[dict[str, object]]:
+def ratios(
+    folder: Path, executors: Sequence[Executor], rounds: int, works: Sequence[Workload]
+) -> Iterator[dict[str, object]]:
     """One row a workload and tier; a round of the bare loop follows every round of the engine."""
     for work in works:
         run = work.run(folder, rounds)
-        for tier in tiers:
+        for executor in executors:
             with Loop(run) as loop:
-                timing = grid_rounds(run, tier, loop.round)
-                yield row(work, f"grid:{tier}", loop, timing)
+                timing = grid_rounds(run, executor, loop.round)
+                yield row(work, f"grid:{executor}", loop, timing)
 
 
 def ray_rows(folder: Path, rounds: int, works: Sequence[Workload]) -> Iterator[dict[str, object]]:
@@ -141,7 +145,7 @@ def peer_rows(folder: Path, python: str, rounds: int, works: Sequence[Workload])
             yield row(work, "pfl", loop, Timing(peer.wall, peer.cpu))
 
 
-def scale(folder: Path, tier: Tier, rounds: int, most: int) -> Iterator[dict[str, object]]:
+def scale(folder: Path, executor: Executor, rounds: int, most: int) -> Iterator[dict[str, object]]:
     """Rounds of W3 with more and more clients that together take ever the same number of steps, beside the bare loop.
 
     Each number of clients has a process of its own, whose memory is then its own too.
@@ -151,20 +155,20 @@ def scale(folder: Path, tier: Tier, rounds: int, most: int) -> Iterator[dict[str
         counts.append(counts[-1] * 10)
     fresh = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, fresh, max_tasks_per_child=1) as pool:
-        yield from pool.map(partial(_scaled, folder, tier, rounds, counts[-1]), counts)
+        yield from pool.map(partial(_scaled, folder, executor, rounds, counts[-1]), counts)
 
 
-def _scaled(folder: Path, tier: Tier, rounds: int, steps: int, clients: int) -> dict[str, object]:
+def _scaled(folder: Path, executor: Executor, rounds: int, steps: int, clients: int) -> dict[str, object]:
     small = WORKLOADS[2]
     # Most clients cannot take fewer than a step each: the work is what the largest round needs.
     work = Workload("W3", small.shape, small.classes, small.model, clients, steps // clients, small.batch)
     keep_freed_memory()
     collect_garbage_rarely()
     run = work.run(folder, rounds)
-    data = sum(u.train.x.nbytes + u.test.x.nbytes for u in setting(run).population.users)
+    data = sum(u.train.x.nbytes + u.test.x.nbytes for u in build_context(run).population.users)
     before = _peak()
     with Loop(run) as loop:
-        seconds = min(grid_rounds(run, tier, loop.round).wall)
+        seconds = min(grid_rounds(run, executor, loop.round).wall)
     grown = _peak() - before
     return {
         "clients": clients,
@@ -194,14 +198,14 @@ def evaluations(folder: Path, works: Sequence[Workload], tests: int = 64) -> dic
     """
     out = {}
     for work in works:
-        here = setting(replace(work, tests=tests).run(folder, 2))
-        columns = {user: global_columns(here, user) for user in served(here)}
-        jobs = [Evaluate(here, user, here.start(), None, COLUMNS, asked) for user, asked in columns.items()]
-        tiers = {name: Tiers(name, 1) for name in ("one", "stacked")}
-        spent: dict[str, list[float]] = {name: [] for name in tiers}
+        ctx = build_context(replace(work, tests=tests).run(folder, 2))
+        columns = {user: global_columns(ctx, user) for user in served_users(ctx)}
+        jobs = [Evaluate(ctx, user, ctx.start(), None, COLUMNS, asked) for user, asked in columns.items()]
+        executors = {name: ClientExecutor(name, 1) for name in ("one", "stacked")}
+        spent: dict[str, list[float]] = {name: [] for name in executors}
         with torch_threads(1):
             for _ in range(4):
-                for name, way in tiers.items():
+                for name, way in executors.items():
                     began = time.perf_counter()
                     way.run(jobs)
                     spent[name].append(time.perf_counter() - began)
@@ -254,7 +258,7 @@ def starts() -> dict[str, float]:
 
 
 def measure(
-    tiers: Sequence[Tier],
+    executors: Sequence[Executor],
     rounds: int,
     most: int,
     ray: bool,
@@ -264,7 +268,7 @@ def measure(
     """Everything, as plain values.
 
     Args:
-        tiers: of the grid.
+        executors: of the grid.
         rounds: of each engine.
         most: clients of the scale curve.
         ray: measure Flower's own simulation too.
@@ -284,7 +288,7 @@ def measure(
         return {
             "rounds": rounds,
             "torch": torch.__version__,
-            "ratios": told(ratios(folder, tiers, rounds, WORKLOADS))
+            "ratios": told(ratios(folder, executors, rounds, WORKLOADS))
             + told(ray_rows(folder, rounds, WORKLOADS) if ray else ())
             + told(peer_rows(folder, peers, rounds, WORKLOADS) if peers else ()),
             "scale": told(scale(folder, "stacked", rounds, most)),

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedbn.errors import UserError
-from fedbn.federation.context import Setting
+from fedbn.federation.context import RunContext
 from fedbn.federation.run import Run
-from fedbn.federation.setup import setting
+from fedbn.federation.setup import build_context
 
 
 class Learner(nn.Module):
@@ -40,7 +40,7 @@ class Learner(nn.Module):
         return {}
 
 
-def serve(here: Setting) -> None:
+def serve(ctx: RunContext) -> None:
     """Do a round for every line of the standard input, and answer with its seconds.
 
     Raises:
@@ -72,10 +72,10 @@ def serve(here: Setting) -> None:
             return ended, Metrics()
 
     def data(user: int) -> Dataset:
-        return Dataset((here.training_data(user).x, here.training_data(user).y), user_id=str(user))
+        return Dataset((ctx.training_data(user).x, ctx.training_data(user).y), user_id=str(user))
 
-    users, plan = cycle(here.trainers), here.run.plan
-    learner = Learner(here.scratch)
+    users, plan = cycle(ctx.trainers), ctx.run.plan
+    learner = Learner(ctx.scratch)
     model = PyTorchModel(learner, torch.optim.SGD, torch.optim.SGD(learner.parameters(), lr=1.0))
     people = FederatedDataset(data, lambda: next(users))
     sys.stdin.readline()
@@ -83,7 +83,7 @@ def serve(here: Setting) -> None:
         NNAlgorithmParams(
             central_num_iterations=sys.maxsize,
             evaluation_frequency=sys.maxsize,
-            train_cohort_size=len(here.trainers),
+            train_cohort_size=len(ctx.trainers),
             val_cohort_size=0,
         ),
         SimulatedBackend(people, people),
@@ -99,4 +99,4 @@ def serve(here: Setting) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(int(sys.argv[2]))
-    serve(setting(Run.from_dict(json.loads(sys.argv[1]))))
+    serve(build_context(Run.from_dict(json.loads(sys.argv[1]))))

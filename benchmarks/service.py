@@ -40,14 +40,14 @@ def serve(listening: socket.socket) -> None:
     from simulations.service.access import Access
     from simulations.service.api import create
     from simulations.service.server import run
-    from simulations.service.users import Limits, People
+    from simulations.service.users import Limits, UserStore
 
     model = build("har-cnn", SHAPE, CLASSES, seed=0).eval()
     with tempfile.TemporaryDirectory() as folder:
         store = SQLiteStore(Path(folder) / "users.db")
-        people = People(model, SHAPE, [f"class {i}" for i in range(CLASSES)], store=store, limits=Limits(20_000))
+        users = UserStore(model, SHAPE, [f"class {i}" for i in range(CLASSES)], store=store, limits=Limits(20_000))
         access = Access(rate=0)  # all users share one address here
-        run(create(people, access), access, listening)
+        run(create(users, access), access, listening)
 
 
 class Connection(asyncio.Protocol):

@@ -30,7 +30,7 @@ from fedbn.nn.roles import State
 from fedbn.stacked.memory import keep_freed_memory
 from simulations.engines.grid import CROWD, InProcessGrid
 from simulations.flower.compat import task_identity
-from simulations.server.rounds import Listener, conduct
+from simulations.server.rounds import Listener, run_rounds
 
 FEATURES, ROWS, CLASSES = 16, 12, 4
 
@@ -129,10 +129,10 @@ def soak(
         readings.append({"round": number, "seconds": time.perf_counter() - began, "memory": resident()})
         say(readings[-1])
 
-    grid = DiskGrid(states, client_app, clients, {"run": run.to_json()}, tier="stacked")
+    grid = DiskGrid(states, client_app, clients, {"run": run.to_json()}, executor="stacked")
     began = time.perf_counter()
     with task_identity(grid.run.run_id):
-        outcome = conduct(grid, run, Listener(on_round=on_round))
+        outcome = run_rounds(grid, run, Listener(on_round=on_round))
     trained, last = readings[:-1], readings[-1]  # the last round also evaluates everybody
     spent = np.diff([r["seconds"] for r in trained])
     files = list(states.iterdir())

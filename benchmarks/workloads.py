@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from fedbn.config import Plan
 from fedbn.data.batching import batches
-from fedbn.federation.context import Setting
+from fedbn.federation.context import RunContext
 from fedbn.federation.run import Run
 from fedbn.nn.roles import State, clone
 
@@ -100,18 +100,18 @@ def _write(work: Workload, path: Path) -> None:
     )
 
 
-def bare_loop(here: Setting) -> Iterator[float]:
+def bare_loop(ctx: RunContext) -> Iterator[float]:
     """Seconds of each round of FedBN in plain PyTorch: one model, one optimizer a client, batches cut beforehand.
 
     Uses as many threads as torch is set to.
     """
-    plan, model, keys = here.run.plan, here.scratch, here.ownership
+    plan, model, keys = ctx.run.plan, ctx.scratch, ctx.ownership
     cut = {
-        u: [here.training_data(u).take(i) for i in batches(len(here.training_data(u)), plan.batch_size, _draw())]
-        for u in here.trainers
+        u: [ctx.training_data(u).take(i) for i in batches(len(ctx.training_data(u)), plan.batch_size, _draw())]
+        for u in ctx.trainers
     }
-    shared: State = here.start()
-    kept = {u: {k: here.initial[k] for k in keys.kept} for u in here.trainers}
+    shared: State = ctx.start()
+    kept = {u: {k: ctx.initial[k] for k in keys.retained} for u in ctx.trainers}
     model.train()
     while True:
         began = time.perf_counter()
@@ -124,7 +124,7 @@ def bare_loop(here: Setting) -> Iterator[float]:
                 F.cross_entropy(model(part.x), part.y).backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
             state = model.state_dict()
-            kept[user] = clone({k: state[k] for k in keys.kept})
+            kept[user] = clone({k: state[k] for k in keys.retained})
             for name, sum_ in total.items():
                 sum_ += state[name]
         shared = {k: v / len(cut) for k, v in total.items()}

@@ -15,66 +15,75 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, 
 from flwr.clientapp import ClientApp
 
 from clients.config import run_from_config
-from clients.jobs import Consult, Evaluate, Settle, Train, execute
-from clients.persistence import kept_on_disk
-from clients.records import Decoder, answers_from, arrays, handed, registry_from, scores_to, set_threads, tensors
+from clients.jobs import Evaluate, SyncFirstBatch, SyncStatistics, Train, execute
+from clients.persistence import client_state_on_disk
+from clients.records import (
+    Decoder,
+    answers_from,
+    arrays,
+    client_statistics_from,
+    scores_to,
+    set_threads,
+    tensors,
+    to_record_by_reference,
+)
 from fedbn.errors import UserError
-from fedbn.federation.context import EVERYONE, Setting
+from fedbn.federation.context import EVERYONE, RunContext
 from fedbn.federation.metrics import Column
 from fedbn.federation.protection import protected
 from fedbn.federation.run import Run
-from fedbn.federation.setup import setting, setting_for
+from fedbn.federation.setup import build_context, build_context_for
 from fedbn.nn.roles import Role, State
 from fedbn.scenarios.remote import own
 from fedbn.statistics.consensus import flatten
 from fedbn.statistics.moments import Moments
 from fedbn.strategies.base import Progress
 
-app = ClientApp(mods=[kept_on_disk])
+app = ClientApp(mods=[client_state_on_disk])
 _decode = Decoder()
 
 
 @lru_cache(maxsize=1)
-def _setting(text: str) -> Setting:
-    return setting(run_from_config({"run": text}))
+def _build_context(text: str) -> RunContext:
+    return build_context(run_from_config({"run": text}))
 
 
-def _here(context: Context) -> Setting:
+def _context(context: Context) -> RunContext:
     set_threads()
     # A whole run as text is one object for all clients of a process; comparing runs takes longer than a small step.
     text = context.run_config.get("run")
-    here = _setting(str(text)) if text else setting(run_from_config(context.run_config))
+    ctx = _build_context(str(text)) if text else build_context(run_from_config(context.run_config))
     data = context.node_config.get("data")
-    if not here.population.remote and not data:
-        return here
-    if not here.population.remote:
-        raise UserError(f"this node has data={data}, but scenario {here.run.scenario} has data of its own: use remote")
+    if not ctx.population.remote and not data:
+        return ctx
+    if not ctx.population.remote:
+        raise UserError(f"this node has data={data}, but scenario {ctx.run.scenario} has data of its own: use remote")
     if not data:
-        raise UserError(f'scenario {here.run.scenario}: name this node\'s data in its node config, as data="PATH"')
-    return _with_own_data(here.run, _user(context), str(data))
+        raise UserError(f'scenario {ctx.run.scenario}: name this node\'s data in its node config, as data="PATH"')
+    return _with_own_data(ctx.run, _user(context), str(data))
 
 
 @lru_cache(maxsize=1)
-def _with_own_data(run: Run, user: int, path: str) -> Setting:
-    people = setting(run).population
+def _with_own_data(run: Run, user: int, path: str) -> RunContext:
+    population = build_context(run).population
     mine = own(run.scenario, path)
-    if mine.train.x.shape[1:] != people.shape:
-        raise UserError(f"{path} holds examples of shape {list(mine.train.x.shape[1:])}, not {list(people.shape)}")
+    if mine.train.x.shape[1:] != population.shape:
+        raise UserError(f"{path} holds examples of shape {list(mine.train.x.shape[1:])}, not {list(population.shape)}")
     mine = replace(mine, train=mine.train.to(run.device), test=mine.test.to(run.device))
-    users = [mine if i == user else other for i, other in enumerate(people.users)]
-    return setting_for(run, replace(people, users=tuple(users)))
+    users = [mine if i == user else other for i, other in enumerate(population.users)]
+    return build_context_for(run, replace(population, users=tuple(users)))
 
 
 def _user(context: Context) -> int:
     return int(context.node_config["partition-id"])
 
 
-def _trainer(here: Setting, context: Context) -> int:
-    return EVERYONE if here.strategy.gathers else _user(context)
+def _trainer(ctx: RunContext, context: Context) -> int:
+    return EVERYONE if ctx.strategy.is_centralized else _user(context)
 
 
-def _kept(here: Setting, context: Context, user: int) -> State | None:
-    return _optional(context.state, f"kept-{user}", here.run.device) or None
+def _client_state(ctx: RunContext, context: Context, user: int) -> State | None:
+    return _optional(context.state, f"client-state-{user}", ctx.run.device) or None
 
 
 def _optional(records: RecordDict, name: str, device: str) -> State:
@@ -84,91 +93,91 @@ def _optional(records: RecordDict, name: str, device: str) -> State:
 def _lost(message: Message, context: Context, user: int) -> bool:
     """Whether this node should still have what its user kept, and has not: its memory and disk are gone."""
     config = cast(ConfigRecord, message.content["config"])
-    return bool(config.get("trained", False)) and f"kept-{user}" not in context.state
+    return bool(config.get("trained", False)) and f"client-state-{user}" not in context.state
 
 
-def _matters(here: Setting, kept: Iterable[str]) -> bool:
+def _matters(ctx: RunContext, client_state: Iterable[str]) -> bool:
     """Whether a user's model would be another without these entries; it computes nothing with counters."""
-    return any(here.ownership.roles.get(name) is not Role.COUNTER for name in kept)
+    return any(ctx.ownership.roles.get(name) is not Role.COUNTER for name in client_state)
 
 
 def _progress(message: Message) -> Progress:
     config = cast(ConfigRecord, message.content["config"])
-    return Progress(cast(int, config["round"]), cast(int, config["rounds"]), bool(config["met"]))
+    return Progress(cast(int, config["round"]), cast(int, config["rounds"]), bool(config["known"]))
 
 
-def _received(here: Setting, message: Message) -> State:
-    return _decode(cast(ArrayRecord, message.content["arrays"]), here.run.device)
+def _received(ctx: RunContext, message: Message) -> State:
+    return _decode(cast(ArrayRecord, message.content["arrays"]), ctx.run.device)
 
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Train for a round; reply with what travels, keep what stays."""
-    here = _here(context)
-    user = _trainer(here, context)
-    received, progress, lost = _received(here, message), _progress(message), _lost(message, context, user)
-    update, kept = execute(
+    ctx = _context(context)
+    user = _trainer(ctx, context)
+    received, progress, lost = _received(ctx, message), _progress(message), _lost(message, context, user)
+    update, client_state = execute(
         Train(
-            here,
+            ctx,
             user,
             received,
-            _kept(here, context, user),
+            _client_state(ctx, context, user),
             progress,
             answers_from(message.content),
-            _optional(message.content, "told", here.run.device),
+            _optional(message.content, "broadcast", ctx.run.device),
         )
     )
-    update = protected(here, update, received, progress)
-    context.state[f"kept-{user}"] = handed(kept)
+    update = protected(ctx, update, received, progress)
+    context.state[f"client-state-{user}"] = to_record_by_reference(client_state)
     content = RecordDict(
         {
-            "arrays": handed(update.state),
+            "arrays": to_record_by_reference(update.state),
             "metrics": MetricRecord({"num-examples": update.examples, "loss": update.loss}),
         }
     )
     if update.notes:
-        content["notes"] = handed(update.notes)
-    if lost and _matters(here, kept):
+        content["notes"] = to_record_by_reference(update.notes)
+    if lost and _matters(ctx, client_state):
         content["lost"] = ConfigRecord()
     return Message(content, reply_to=message)
 
 
-@app.query("consult")
-def consult(message: Message, context: Context) -> Message:
+@app.query("sync_first_batch")
+def sync_first_batch(message: Message, context: Context) -> Message:
     """Say the next moments of the round's first batch; an empty record ends the conversation."""
-    here = _here(context)
-    user = _trainer(here, context)
-    said = execute(
-        Consult(
-            here,
+    ctx = _context(context)
+    user = _trainer(ctx, context)
+    moments = execute(
+        SyncFirstBatch(
+            ctx,
             user,
-            _received(here, message),
-            _kept(here, context, user),
+            _received(ctx, message),
+            _client_state(ctx, context, user),
             _progress(message),
             answers_from(message.content),
         )
     )
-    return Message(_said(said), reply_to=message)
+    return Message(_moments_reply(moments), reply_to=message)
 
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """Score the user's model on the rows and columns asked for."""
-    here = _here(context)
+    ctx = _context(context)
     user = _user(context)
     config = cast(ConfigRecord, message.content["config"])
-    registry = cast(ArrayRecord | None, message.content.get("registry"))
+    client_statistics = cast(ArrayRecord | None, message.content.get("client_statistics"))
     job = Evaluate(
-        here,
+        ctx,
         user,
-        _received(here, message),
-        _kept(here, context, user),
+        _received(ctx, message),
+        _client_state(ctx, context, user),
         _columns(config["columns"]),
         _columns(config["globally"]),
-        None if registry is None else registry_from(registry, here.run.device),
+        None if client_statistics is None else client_statistics_from(client_statistics, ctx.run.device),
     )
     content = RecordDict({"metrics": scores_to(execute(job))})
-    if _matters(here, here.ownership.kept) and _lost(message, context, user):
+    if _matters(ctx, ctx.ownership.retained) and _lost(message, context, user):
         content["lost"] = ConfigRecord()
     return Message(content, reply_to=message)
 
@@ -177,19 +186,21 @@ def _columns(value: object) -> tuple[Column, ...]:
     return cast(tuple[Column, ...], tuple(cast(list[str], value)))
 
 
-def _said(moments: dict[str, Moments] | None) -> RecordDict:
+def _moments_reply(moments: dict[str, Moments] | None) -> RecordDict:
     return RecordDict({"moments": ArrayRecord() if moments is None else arrays(flatten(moments))})
 
 
-@app.query("settle")
-def settle(message: Message, context: Context) -> Message:
+@app.query("sync_statistics")
+def sync_statistics(message: Message, context: Context) -> Message:
     """Say the next moments in agreeing on statistics; an empty record ends the conversation."""
-    here = _here(context)
-    user = _trainer(here, context)
-    said = execute(
-        Settle(here, user, _received(here, message), _kept(here, context, user), answers_from(message.content))
+    ctx = _context(context)
+    user = _trainer(ctx, context)
+    moments = execute(
+        SyncStatistics(
+            ctx, user, _received(ctx, message), _client_state(ctx, context, user), answers_from(message.content)
+        )
     )
-    return Message(_said(said), reply_to=message)
+    return Message(_moments_reply(moments), reply_to=message)
 
 
 @app.query("partition")

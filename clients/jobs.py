@@ -1,7 +1,7 @@
 """A client's heavy work as a value.
 
 A handler of the ClientApp unpacks a message, describes what is to be computed as a job and calls `execute`.
-In a SuperNode, in a Ray actor or in a plain call the job runs there and then. Within `together`, an engine's way to
+In a SuperNode, in a Ray actor or in a plain call the job runs there and then. Within `run_batched`, an engine's way to
 run the jobs of a round at once, every call of the app is a greenlet: `execute` suspends it until all have come to
 their job, and resumes it with its result. The app does not change for it, and nothing runs in parallel here.
 """
@@ -14,8 +14,8 @@ from typing import Any, ClassVar, Protocol, TypeVar
 
 from greenlet import getcurrent, greenlet
 
-from fedbn.federation.client import client_consult, client_evaluation, client_round, client_talk
-from fedbn.federation.context import Setting
+from fedbn.federation.client import client_consensus, client_evaluation, client_round, client_sync_first_batch
+from fedbn.federation.context import RunContext
 from fedbn.federation.metrics import Column, Score
 from fedbn.nn.roles import State
 from fedbn.stacked.cohort import Failure
@@ -44,19 +44,19 @@ class Job(Protocol[Result]):
 def execute(job: Job[Result]) -> Result:
     """The result of a job."""
     current = getcurrent()
-    return current.parent.switch(job) if isinstance(current, _Call) and current.parent else job.run()
+    return current.parent.switch(job) if isinstance(current, _BatchedCall) and current.parent else job.run()
 
 
-def in_company() -> bool:
-    """Whether the caller is one of several calls in this process (`together`)."""
-    return isinstance(getcurrent(), _Call)
+def is_batched() -> bool:
+    """Whether the caller is one of several calls in this process (`run_batched`)."""
+    return isinstance(getcurrent(), _BatchedCall)
 
 
-class _Call(greenlet):  # type: ignore[misc]
+class _BatchedCall(greenlet):  # type: ignore[misc]
     """A call that hands its job to its parent."""
 
 
-def together(calls: Sequence[Callable[[], Reply]], run: Callable[[list[Any]], Sequence[object]]) -> list[Reply]:
+def run_batched(calls: Sequence[Callable[[], Reply]], run: Callable[[list[Any]], Sequence[object]]) -> list[Reply]:
     """Make all calls; jobs of one kind that they have come to are run at once.
 
     Args:
@@ -68,22 +68,22 @@ def together(calls: Sequence[Callable[[], Reply]], run: Callable[[list[Any]], Se
 
     >>> @dataclass(frozen=True)
     ... class Double:
-    ...     kind: ClassVar[Kind] = "talk"
+    ...     kind: ClassVar[Kind] = "consensus"
     ...     number: int = 0
-    >>> together([lambda: execute(Double(number=3)), lambda: 7], lambda jobs: [2 * j.number for j in jobs])
+    >>> run_batched([lambda: execute(Double(number=3)), lambda: 7], lambda jobs: [2 * j.number for j in jobs])
     [6, 7]
     """
     replies: dict[int, Reply] = {}
-    waiting: dict[int, tuple[_Call, Job[Any]]] = {}
+    waiting: dict[int, tuple[_BatchedCall, Job[Any]]] = {}
 
-    def note(i: int, call: _Call, answer: Any) -> None:
+    def note(i: int, call: _BatchedCall, answer: Any) -> None:
         if call.dead:
             replies[i] = answer
         else:
             waiting[i] = (call, answer)
 
     for i, function in enumerate(calls):
-        call = _Call(function)
+        call = _BatchedCall(function)
         note(i, call, call.switch())
     while waiting:
         kind = type(next(iter(waiting.values()))[1])
@@ -99,34 +99,38 @@ class Train:
     """One round of local training."""
 
     kind: ClassVar[Kind] = "train"
-    here: Setting
+    ctx: RunContext
     user: int
     received: State
-    kept: State | None
+    client_state: State | None
     progress: Progress
-    heard: Sequence[dict[str, Moments]] = ()
-    told: State = field(default_factory=dict)
+    aggregates: Sequence[dict[str, Moments]] = ()
+    broadcast: State = field(default_factory=dict)
 
     def run(self) -> tuple[Update, State]:
         """The update to send and the entries to keep."""
-        return client_round(self.here, self.user, self.received, self.kept, self.progress, self.heard, self.told)
+        return client_round(
+            self.ctx, self.user, self.received, self.client_state, self.progress, self.aggregates, self.broadcast
+        )
 
 
 @dataclass(frozen=True)
-class Consult:
+class SyncFirstBatch:
     """One exchange about the first batch of a round."""
 
-    kind: ClassVar[Kind] = "talk"
-    here: Setting
+    kind: ClassVar[Kind] = "consensus"
+    ctx: RunContext
     user: int
     received: State
-    kept: State | None
+    client_state: State | None
     progress: Progress
-    heard: Sequence[dict[str, Moments]]
+    aggregates: Sequence[dict[str, Moments]]
 
     def run(self) -> dict[str, Moments] | None:
         """What the client says next; None at the end."""
-        return client_consult(self.here, self.user, self.received, self.kept, self.progress, self.heard)
+        return client_sync_first_batch(
+            self.ctx, self.user, self.received, self.client_state, self.progress, self.aggregates
+        )
 
 
 @dataclass(frozen=True)
@@ -134,38 +138,38 @@ class Evaluate:
     """One user's cells of the evaluation matrix."""
 
     kind: ClassVar[Kind] = "evaluate"
-    here: Setting
+    ctx: RunContext
     user: int
     received: State
-    kept: State | None
+    client_state: State | None
     columns: tuple[Column, ...]
     globally: tuple[Column, ...]
-    registry: dict[int, State] | None = None
+    client_statistics: dict[int, State] | None = None
 
     def run(self) -> list[Score]:
         """The scores."""
         return client_evaluation(
-            self.here,
+            self.ctx,
             self.user,
             self.received,
-            self.kept,
+            self.client_state,
             columns=self.columns,
             globally=self.globally,
-            registry=self.registry,
+            client_statistics=self.client_statistics,
         )
 
 
 @dataclass(frozen=True)
-class Settle:
+class SyncStatistics:
     """One exchange in agreeing on statistics."""
 
-    kind: ClassVar[Kind] = "talk"
-    here: Setting
+    kind: ClassVar[Kind] = "consensus"
+    ctx: RunContext
     user: int
     received: State
-    kept: State | None
+    client_state: State | None
     answers: list[dict[str, Moments]]
 
     def run(self) -> dict[str, Moments] | None:
         """What the client says next; None at the end."""
-        return client_talk(self.here, self.user, self.received, self.kept, self.answers)
+        return client_consensus(self.ctx, self.user, self.received, self.client_state, self.answers)

@@ -27,7 +27,7 @@ from clients.config import run_from_config
 from clients.records import arrays, tensors
 from fedbn.nn.roles import State
 
-VERSION = 2
+VERSION = 3
 
 STATES = "FEDBN_STATES"
 """Environment variable that names the directory where a simulation has no node config of its own to do it."""
@@ -38,7 +38,7 @@ ROUNDS = 3
 Records = dict[str, State]
 
 
-def kept_on_disk(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+def client_state_on_disk(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
     """A mod of the ClientApp: what happens around each message.
 
     Raises:
@@ -79,7 +79,7 @@ def _write(path: Path, owner: dict[str, int | str], rounds: dict[int, Records]) 
         for key, value in state.items()
     }
     names = json.dumps(owner | {"rounds": {number: list(records) for number, records in rounds.items()}})
-    replace_file(path, save(flat, metadata={"kept": names, "crc32": str(checksum(names, flat))}))
+    replace_file(path, save(flat, metadata={"client_state": names, "crc32": str(checksum(names, flat))}))
 
 
 def _read(path: Path, owner: dict[str, int | str]) -> dict[int, Records]:
@@ -88,8 +88,8 @@ def _read(path: Path, owner: dict[str, int | str]) -> dict[int, Records]:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             flat = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
-        header = json.loads(metadata["kept"])
-        sound = metadata["crc32"] == str(checksum(metadata["kept"], flat))
+        header = json.loads(metadata["client_state"])
+        sound = metadata["crc32"] == str(checksum(metadata["client_state"], flat))
         rounds = header["rounds"] if sound and owner.items() <= header.items() else {}
     except (OSError, SafetensorError, KeyError, json.JSONDecodeError):
         return {}

@@ -8,8 +8,8 @@ from typing import cast
 import torch
 from flwr.app import ArrayRecord, MetricRecord, RecordDict
 
-from clients.jobs import in_company
-from clients.serialization import Held, pack, unpack
+from clients.jobs import is_batched
+from clients.serialization import LazyArrayRecord, pack, unpack
 from fedbn.federation.metrics import Column, Row, Score
 from fedbn.nn.roles import State
 from fedbn.statistics.consensus import flatten, unflatten
@@ -21,14 +21,14 @@ def arrays(state: State) -> ArrayRecord:
     return ArrayRecord({k: pack(v) for k, v in state.items()})
 
 
-def handed(state: State) -> ArrayRecord:
+def to_record_by_reference(state: State) -> ArrayRecord:
     """Named tensors for someone in the same process, by reference; as `arrays` where that is not certain."""
-    return Held(state) if in_company() else arrays(state)
+    return LazyArrayRecord(state) if is_batched() else arrays(state)
 
 
 def tensors(record: ArrayRecord, device: str = "cpu") -> State:
     """A record as named tensors, which must not be written to."""
-    if isinstance(record, Held) and record.state is not None:
+    if isinstance(record, LazyArrayRecord) and record.state is not None:
         return dict(record.state)
     return {k: unpack(array).to(device) for k, array in record.items()}
 
@@ -42,7 +42,7 @@ class Decoder:
 
     def __call__(self, record: ArrayRecord, device: str) -> State:
         """A record as named tensors, which must not be written to."""
-        if isinstance(record, Held) and record.state is not None:
+        if isinstance(record, LazyArrayRecord) and record.state is not None:
             return record.state
         payload = [array.data for array in record.values()]
         same = len(payload) == len(self._payload) and all(a is b for a, b in zip(payload, self._payload, strict=True))
@@ -84,12 +84,12 @@ def answers_from(content: RecordDict) -> list[dict[str, Moments]]:
     return [unflatten(tensors(content.array_records[k])) for k in names]
 
 
-def registry_to(registry: dict[int, State]) -> ArrayRecord:
+def client_statistics_to(client_statistics: dict[int, State]) -> ArrayRecord:
     """Clients' statistics as one record."""
-    return arrays({f"{user}|{k}": v for user, state in registry.items() for k, v in state.items()})
+    return arrays({f"{user}|{k}": v for user, state in client_statistics.items() for k, v in state.items()})
 
 
-def registry_from(record: ArrayRecord, device: str) -> dict[int, State]:
+def client_statistics_from(record: ArrayRecord, device: str) -> dict[int, State]:
     """A record as clients' statistics."""
     out: dict[int, State] = {}
     for key, value in tensors(record, device).items():

@@ -80,12 +80,12 @@ def _check(data: bytes) -> None:
         raise ValueError(f"{len(data) - file.tell()} bytes are no {dtype} of shape {list(shape)}")
 
 
-class Held(ArrayRecord):
+class LazyArrayRecord(ArrayRecord):
     """A record of tensors that stay where they are: they become arrays when someone looks at one.
 
     For records that do not leave the process. Whoever takes the tensors themselves must not write to them.
 
-    >>> record = Held({"a": torch.zeros(2)})
+    >>> record = LazyArrayRecord({"a": torch.zeros(2)})
     >>> record.state
     {'a': tensor([0., 0.])}
     >>> record["a"].shape, record.state
@@ -106,10 +106,10 @@ class Held(ArrayRecord):
         return copy
 
 
-def _opened(name: str) -> Callable[..., Any]:
+def _materialize(name: str) -> Callable[..., Any]:
     of_record = getattr(ArrayRecord, name)
 
-    def method(self: Held, *args: Any) -> Any:
+    def method(self: LazyArrayRecord, *args: Any) -> Any:
         if self.state is not None:
             state, self.state = self.state, None
             for key, value in state.items():
@@ -123,4 +123,4 @@ for _method in (
     *("__getitem__", "__setitem__", "__delitem__", "__iter__", "__len__", "__contains__", "__eq__", "__repr__"),
     *("keys", "values", "items"),
 ):
-    setattr(Held, _method, _opened(_method))
+    setattr(LazyArrayRecord, _method, _materialize(_method))

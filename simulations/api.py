@@ -17,9 +17,9 @@ import pandas as pd
 from rich.console import Console
 
 from simulations.adaptation.results import users_frame, write
-from simulations.adaptation.study import conduct, study_from
+from simulations.adaptation.study import run_study, study_from
 from simulations.adaptation.tracking import tasks, tell
-from simulations.experiments.compare import compare as conduct_comparison
+from simulations.experiments.compare import compare as run_comparison
 from simulations.experiments.experiment import DEFAULT_STRATEGIES, GRID, Experiment
 from simulations.results.comparison import Comparison
 from simulations.storage.provenance import NUMERICS
@@ -84,7 +84,7 @@ def compare(
     place = Path(out) if out is not None else _place(experiment.scenario, [experiment.to_dict(), engine])
     with Bars(_console(progress)) as bars, Tracking(track) as tracking:
         watchers = Watchers(bars, tracking)
-        conduct_comparison(
+        run_comparison(
             experiment,
             place,
             engine=engine,
@@ -193,7 +193,7 @@ def study(
     place = Path(out) if out is not None else _place(f"adapt-{scenario}", repr(wanted))
     with Tracking(track) as tracking:
         tracking.started("training", tasks(wanted, place))
-        kept, results = conduct(wanted, place, report=tracking.report)
+        kept, results = run_study(wanted, place, report=tracking.report)
         found = write(place, kept, results, "")
         tell(tracking, kept, results, found)
     return StudyResult(found, users_frame(results), place)

@@ -14,8 +14,8 @@ from flwr.serverapp import Grid, ServerApp
 from clients.config import run_from_config
 from clients.records import set_threads
 from fedbn.federation.run import Run
-from fedbn.federation.setup import setting
-from simulations.server.rounds import Listener, _listener, conduct
+from fedbn.federation.setup import build_context
+from simulations.server.rounds import Listener, _listener, run_rounds
 from simulations.storage.checkpoint import before, load_latest, save_outcome
 
 app = ServerApp()
@@ -33,11 +33,11 @@ def main(grid: Grid, context: Context) -> None:
     out = str(context.run_config.get("out", ""))
     listener = _checkpoints(Path(out), run) if out else _listener.get()
     if not (out and listener and listener.resume and listener.resume.scores):
-        conduct(grid, run, listener, float(context.run_config.get("patience", 0)))
+        run_rounds(grid, run, listener, float(context.run_config.get("timeout", 0)))
 
 
 def _checkpoints(path: Path, run: Run) -> Listener:
-    sources = setting(run).population.sources
+    sources = build_context(run).population.sources
     return Listener(
         resume=load_latest(path, run, sources),
         on_round=lambda number, outcome: save_outcome(path, run, outcome, sources, before(path)),

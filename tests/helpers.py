@@ -9,7 +9,7 @@ from fedbn.strategies.base import strategies
 
 def few(name):
     """A plan's fields that let three clients train in a round; none for a strategy with one trainer."""
-    return {} if strategies()[name].gathers else {"clients_per_round": 3}
+    return {} if strategies()[name].is_centralized else {"clients_per_round": 3}
 
 
 def same(a, b):

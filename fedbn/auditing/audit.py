@@ -211,7 +211,7 @@ def audit_model(
     strategy = None if strategy_text is None else parse_strategy(strategy_text)
     model = build(text, shape or (), classes, seed=0)
     if strategy is not None:
-        model = strategy.prepare(model)
+        model = strategy.prepare_model(model)
     return replace(audit(model, strategy, batch_size=batch_size, shape=shape), model=text)
 
 

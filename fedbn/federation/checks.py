@@ -6,16 +6,16 @@ import torch
 
 from fedbn.data.population import Population
 from fedbn.errors import UserError
-from fedbn.federation.context import EVERYONE, Setting
+from fedbn.federation.context import EVERYONE, RunContext
 from fedbn.federation.protection import statement
 from fedbn.nn.roles import Role
 
 
-def check_data(people: Population) -> None:
+def check_data(population: Population) -> None:
     """Raise for data that cannot be trained or tested on."""
-    classes = len(people.classes)
+    classes = len(population.classes)
     trained = torch.zeros(classes, dtype=torch.bool)
-    for i, user in enumerate(people.users):
+    for i, user in enumerate(population.users):
         for part, data in (("training", user.train), ("test", user.test)):
             if len(data) == 0:
                 raise UserError(f"user {user.name} has no {part} data: leave the user out, or use another partition")
@@ -30,26 +30,27 @@ def check_data(people: Population) -> None:
                     f"user {user.name}: labels run from {int(data.y.min())} to {int(data.y.max())}, but there are "
                     f"{classes} classes, 0 to {classes - 1}"
                 )
-            if tuple(data.x.shape[1:]) != people.shape:
+            if tuple(data.x.shape[1:]) != population.shape:
                 raise UserError(
                     f"user {user.name}: {part} examples have shape {list(data.x.shape[1:])}, "
-                    f"others {list(people.shape)}"
+                    f"others {list(population.shape)}"
                 )
-        if i not in people.unseen:
+        if i not in population.unseen:
             trained[user.train.y.cpu()] = True
     if not trained.all():
-        missing = [people.classes[i] for i in (~trained).nonzero().flatten().tolist()]
+        missing = [population.classes[i] for i in (~trained).nonzero().flatten().tolist()]
         raise UserError(
             f"no seen user has training data of class {', '.join(missing)}: drop the class or see other users"
         )
 
 
-def check(made: Setting) -> list[str]:
+def check(made: RunContext) -> list[str]:
     """Raise for settings that cannot work on these data; return notices for those that can but surprise."""
-    plan, people = made.run.plan, made.population
+    plan, population = made.run.plan, made.population
     notices: list[str] = []
     if made.asks_population and (
-        made.strategy.gathers or not any(made.ownership.roles[k] is Role.STATISTICS for k in made.ownership.travels)
+        made.strategy.is_centralized
+        or not any(made.ownership.roles[k] is Role.STATISTICS for k in made.ownership.travels)
     ):
         raise UserError(
             f"rule {made.run.rule!r} starts users from what clients' statistics are, and with strategy "
@@ -57,13 +58,13 @@ def check(made: Setting) -> list[str]:
         )
     trainers = made.trainers
     wanted = plan.clients_per_round
-    if wanted is not None and not made.strategy.gathers and wanted > len(trainers):
+    if wanted is not None and not made.strategy.is_centralized and wanted > len(trainers):
         raise UserError(
             f"--clients-per-round {wanted} asks for more than the {len(trainers)} seen users; "
             f"choose at most {len(trainers)}"
         )
     together = made.owners_of_rows(trainers[0]) is None
-    sizes = {i: len(made.training_data(i)) for i in (trainers if together else people.seen)}
+    sizes = {i: len(made.training_data(i)) for i in (trainers if together else population.seen)}
     stepping = min(plan.batch_size, min(sizes.values()))
     made.load(made.initial).train()
     rows = made.training_data(trainers[0]).x[: max(2, min(stepping, 4))]
@@ -78,7 +79,7 @@ def check(made: Setting) -> list[str]:
         cause = (
             f"batches of one (--batch-size {plan.batch_size})"
             if plan.batch_size == 1
-            else f"user {people.users[small].name}, who has a single training example"
+            else f"user {population.users[small].name}, who has a single training example"
         )
         raise UserError(
             f"batch normalization cannot train on {cause}: use a batch size of 2 or more and users with at least 2 "
@@ -86,16 +87,17 @@ def check(made: Setting) -> list[str]:
         ) from None
     except RuntimeError as error:
         raise UserError(
-            f"model {made.run.model or 'of the scenario'} does not take examples of shape {list(people.shape)}: {error}"
+            f"model {made.run.model or 'of the scenario'} does not take examples of shape "
+            f"{list(population.shape)}: {error}"
         ) from None
     finally:
         made.load(made.initial)
-    if outputs.dim() != 2 or outputs.shape[1] != len(people.classes):
+    if outputs.dim() != 2 or outputs.shape[1] != len(population.classes):
         raise UserError(
-            f"the model gives outputs of shape {list(outputs.shape[1:])} for {len(people.classes)} classes: it must "
-            "return logits [N, classes]"
+            f"the model gives outputs of shape {list(outputs.shape[1:])} for {len(population.classes)} classes: it "
+            "must return logits [N, classes]"
         )
-    few = [people.users[i].name for i in trainers if i != EVERYONE and sizes[i] < plan.batch_size]
+    few = [population.users[i].name for i in trainers if i != EVERYONE and sizes[i] < plan.batch_size]
     if few:
         notices.append(
             f"{len(few)} of {len(trainers)} users have fewer training examples than a batch of {plan.batch_size} "

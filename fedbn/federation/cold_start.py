@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fedbn.federation.context import Setting
+from fedbn.federation.context import RunContext
 from fedbn.federation.metrics import Column
 from fedbn.nn.hooks import inputs_of
 from fedbn.nn.roles import State, statistics_layers
@@ -26,30 +26,30 @@ from fedbn.statistics.moments import Moments, naive_mean, pooled_variance
 from fedbn.statistics.recalibration import CHUNK
 
 
-def starts(here: Setting, state: State, registry: dict[int, State], x: Tensor) -> dict[Column, State]:
+def starts(ctx: RunContext, state: State, client_statistics: dict[int, State], x: Tensor) -> dict[Column, State]:
     """A newcomer's possible models, by name of the start.
 
     Args:
-        here: the run's setting.
+        ctx: the run's context.
         state: the newcomer's model as assembled.
-        registry: entries that clients sent, by client.
+        client_statistics: entries that clients sent, by client.
         x: the newcomer's unlabeled rows ``[n, *shape]``.
 
     Returns:
         Whole states; only *initial* and *mean* where the entries are no running means and variances.
     """
-    clients = [registry[u] for u in sorted(registry)]
+    clients = [client_statistics[u] for u in sorted(client_statistics)]
     even = [1.0] * len(clients)
     keys = list(clients[0])
-    out: dict[Column, State] = {"initial": state | {k: here.initial[k] for k in keys}}
+    out: dict[Column, State] = {"initial": state | {k: ctx.initial[k] for k in keys}}
     mean = {k: naive_mean([c[k] for c in clients], even) for k in keys}
     out["mean"] = state | mean
-    pairs = _pairs(here, keys)
-    if not pairs or len(pairs) * 2 != sum(here.ownership.roles[k] == "statistics" for k in keys):
+    pairs = _pairs(ctx, keys)
+    if not pairs or len(pairs) * 2 != sum(ctx.ownership.roles[k] == "statistics" for k in keys):
         return out
     pooled = mean | _pooled(clients, pairs)
     out["pooled"] = state | pooled
-    own, spread = window_moments(here, out["pooled"], x)
+    own, spread = window_moments(ctx, out["pooled"], x)
     distance = [_distance(client, own, pairs) for client in clients]
     out["nearest"] = state | clients[min(range(len(clients)), key=distance.__getitem__)]
     weights = [1.0 / max(d, 1e-12) for d in distance]
@@ -61,21 +61,21 @@ def starts(here: Setting, state: State, registry: dict[int, State], x: Tensor) -
     return out
 
 
-def population(here: Setting, state: State, registry: dict[int, State], x: Tensor) -> dict[str, LayerPrior]:
+def population(ctx: RunContext, state: State, client_statistics: dict[int, State], x: Tensor) -> dict[str, LayerPrior]:
     """What a user may expect to be, from what clients sent: pooled moments, and the windows that they are worth.
 
     How much one user's windows differ is taken from the user's own.
 
     Args:
-        here: the run's setting.
+        ctx: the run's context.
         state: the user's model as assembled.
-        registry: entries that clients sent, by client.
+        client_statistics: entries that clients sent, by client.
         x: the user's unlabeled rows ``[n, *shape]``.
     """
-    clients = [registry[u] for u in sorted(registry)]
-    pairs = _pairs(here, list(clients[0]))
+    clients = [client_statistics[u] for u in sorted(client_statistics)]
+    pairs = _pairs(ctx, list(clients[0]))
     pooled = _pooled(clients, pairs)
-    _, spread = window_moments(here, state | pooled, x)
+    _, spread = window_moments(ctx, state | pooled, x)
     return {
         path: LayerPrior(pooled[mu], pooled[var], _worth(clients, mu, spread[path]).clamp_max(MOST).to(pooled[mu]))
         for path, (mu, var) in pairs.items()
@@ -95,9 +95,9 @@ def _worth(clients: Sequence[State], mu: str, spread: Tensor) -> Tensor:
     return spread / between.clamp_min(1e-12)
 
 
-def window_moments(here: Setting, state: State, x: Tensor) -> tuple[dict[str, Moments], dict[str, Tensor]]:
+def window_moments(ctx: RunContext, state: State, x: Tensor) -> tuple[dict[str, Moments], dict[str, Tensor]]:
     """Moments of every statistics layer's input, and the variance ``[C]`` of the means of single windows."""
-    model = here.load(state).eval()
+    model = ctx.load(state).eval()
     values: dict[str, Moments] = {}
     means: dict[str, Moments] = {}
 
@@ -112,10 +112,10 @@ def window_moments(here: Setting, state: State, x: Tensor) -> tuple[dict[str, Mo
     return values, {path: m.variance() for path, m in means.items()}
 
 
-def _pairs(here: Setting, keys: Sequence[str]) -> dict[str, tuple[str, str]]:
+def _pairs(ctx: RunContext, keys: Sequence[str]) -> dict[str, tuple[str, str]]:
     """Layer -> names of its running mean and variance among ``keys``."""
     out = {}
-    for path in statistics_layers(here.scratch):
+    for path in statistics_layers(ctx.scratch):
         dot = f"{path}." if path else ""
         if f"{dot}running_mean" in keys and f"{dot}running_var" in keys:
             out[path] = (f"{dot}running_mean", f"{dot}running_var")

@@ -1,6 +1,6 @@
 """Everything of a run that is fixed before its first round: data, model, who owns what. Checked here, once.
 
-A setting is made once a process and run (`setting`) and handed to the functions of a round; simulated
+A setting is made once a process and run (`build_context`) and handed to the functions of a round; simulated
 clients share its scratch model, whose whole state is loaded before each use.
 """
 
@@ -29,7 +29,7 @@ EVERYONE = -1
 
 
 @dataclass(frozen=True)
-class Setting:
+class RunContext:
     """A run made concrete.
 
     Attributes:
@@ -70,13 +70,13 @@ class Setting:
         """Whether the rule of the online column starts users from what clients' statistics are."""
         return bool(self.run.rule) and client_rule(self.run.rule).wants == "n0"
 
-    def hears_registry(self, user: int) -> bool:
+    def receives_client_statistics(self, user: int) -> bool:
         """Whether a user is told every client's statistics for the last evaluation."""
         return user in self.population.unseen or self.asks_population
 
-    def view(self, user: int) -> str:
+    def group_of(self, user: int) -> str:
         """Name of the view of the server's state that a user gets."""
-        return "" if user == EVERYONE else self.strategy.view(user, self.population.users[user])
+        return "" if user == EVERYONE else self.strategy.group_of(user, self.population.users[user])
 
     @cached_property
     def everyone(self) -> Examples:
@@ -95,7 +95,7 @@ class Setting:
     @property
     def trainers(self) -> tuple[int, ...]:
         """Who trains: the seen users, or the one place where their data are."""
-        return (EVERYONE,) if self.strategy.gathers else self.population.seen
+        return (EVERYONE,) if self.strategy.is_centralized else self.population.seen
 
     def training_data(self, user: int) -> Examples:
         """Training examples of one trainer."""
@@ -125,12 +125,12 @@ class Setting:
         """The server's state before the first round: the travelling entries."""
         return clone(split(self.initial, set(self.ownership.travels))[0])
 
-    def assemble(self, received: State, kept: State | None) -> State:
+    def assemble(self, received: State, client_state: State | None) -> State:
         """A user's whole model: the server's entries, its own where it has them, initial ones otherwise."""
         if missing := [k for k in self.ownership.travels if k not in received]:
             raise KeyError(f"missing {missing}")
-        own = kept or {}
-        mine = {k: own[k] for k in self.ownership.kept if k in own}
+        own = client_state or {}
+        mine = {k: own[k] for k in self.ownership.retained if k in own}
         server = {k: received[k] for k in self.ownership.travels}
         return self.initial | server | mine
 

@@ -51,16 +51,17 @@ def evaluate_user(
         online_prior: weight of the source statistics in the online column, in windows.
         online_rule: followed in the online column instead, window by window.
         prior: what the user then starts from; None: the statistics of ``state``.
-        follow: the strategy's own way (`fedbn.strategies.base.NormStrategy.follow`), which ``online_rule`` overrides.
+        follow: the strategy's own way (`fedbn.strategies.base.NormStrategy.predict_stream`), which ``online_rule``
+            overrides.
     """
     row: Row = "unseen" if unseen else "own"
     stateful = bool(statistics_layers(model))
-    kept = clone(state)
+    saved = clone(state)
     out: list[Score] = []
     for column in columns:
         if column != "aggregated" and not stateful:
             continue
-        model.load_state_dict(kept)
+        model.load_state_dict(saved)
         answer: Callable[[Tensor], Tensor] = partial(logits, model)
         if column == "online":
             if online_rule is None:

@@ -1,7 +1,8 @@
 """A round of federation, as plain functions, and the readable one-process loop made of them.
 
-`client_round`, `client_evaluation` and `client_talk` are what a client does; `Server.advance` and `settled` what
-the server does. Flower's apps call the very same functions, so `federate` is the oracle of every engine.
+`client_round`, `client_evaluation` and `client_consensus` are what a client does; `Server.advance` and
+`with_synced_statistics` what the server does. Flower's apps call the very same functions, so `federate` is the oracle
+of every engine.
 """
 
 from __future__ import annotations
@@ -10,26 +11,26 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from fedbn.federation.client import client_consult, client_evaluation, client_round, client_talk
-from fedbn.federation.context import Setting
+from fedbn.federation.client import client_consensus, client_evaluation, client_round, client_sync_first_batch
+from fedbn.federation.context import RunContext
 from fedbn.federation.metrics import COLUMNS, Score
 from fedbn.federation.protection import protected
 from fedbn.federation.run import Run
 from fedbn.federation.server import (
     Outcome,
-    Point,
+    RoundMetrics,
     Server,
     ServerStep,
-    counting,
-    evaluated,
     global_columns,
+    is_evaluated,
     mean_accuracy,
     mean_loss,
-    served,
-    settled,
+    served_users,
+    traffic_counter,
+    with_synced_statistics,
 )
-from fedbn.federation.setup import setting
-from fedbn.statistics.consensus import hold
+from fedbn.federation.setup import build_context
+from fedbn.statistics.consensus import run_consensus
 from fedbn.statistics.moments import Moments
 from fedbn.strategies.base import Progress
 
@@ -37,7 +38,7 @@ from fedbn.strategies.base import Progress
 def federate(
     run: Run,
     *,
-    here: Setting | None = None,
+    ctx: RunContext | None = None,
     step: ServerStep | None = None,
     resume: Outcome | None = None,
     on_round: Callable[[int, Outcome], None] | None = None,
@@ -46,7 +47,7 @@ def federate(
 
     Args:
         run: what to do.
-        here: the run made concrete; None: what `setting` makes of it.
+        ctx: the run made concrete; None: what `build_context` makes of it.
         step: the server's step on parameters (None: take the mean).
         resume: an unfinished outcome to go on from.
         on_round: told after each round.
@@ -56,36 +57,36 @@ def federate(
     >>> len(federate(run).curve)
     1
     """
-    here = here or setting(run)
+    ctx = ctx or build_context(run)
     began = time.perf_counter()
-    out = resume or Outcome(Server(here.start(), here.start()))
+    out = resume or Outcome(Server(ctx.start(), ctx.start()))
     spent = out.seconds
     for number in range(len(out.curve) + 1, run.plan.rounds + 1):
         progress = Progress(number, run.plan.rounds)
-        sampled = here.sampled(number)
-        heard = list(_consult(here, out, sampled, progress)) if here.strategy.consults else []
+        sampled = ctx.sampled(number)
+        aggregates = list(_sync_first_batch(ctx, out, sampled, progress)) if ctx.strategy.syncs_first_batch else []
         updates = []
         for user in sampled:
-            received = out.server.sends(here, user)
-            mine = replace(progress, met=here.strategy.met(user, out.server.known))
-            update, out.kept[user] = client_round(
-                here, user, received, out.kept.get(user), mine, heard, out.server.told
+            received = out.server.sends(ctx, user)
+            mine = replace(progress, known=ctx.strategy.is_known_client(user, out.server.known))
+            update, out.client_states[user] = client_round(
+                ctx, user, received, out.client_states.get(user), mine, aggregates, out.server.broadcast
             )
-            updates.append(protected(here, update, received, mine))
+            updates.append(protected(ctx, update, received, mine))
         out.trained |= dict.fromkeys(sampled, number)
-        out.traffic.round(updates, out.server.told, heard)
-        out.server.advance(here, updates, number, step)
-        if evaluated(here, number) and here.strategy.settles:
-            out.server.serving = settled(here, out.server.state, list(_talk(here, out)))
-        scores = _evaluate(here, out, last=number == run.plan.rounds) if evaluated(here, number) else {}
+        out.traffic.round(updates, out.server.broadcast, aggregates)
+        out.server.advance(ctx, updates, number, step)
+        if is_evaluated(ctx, number) and ctx.strategy.syncs_statistics:
+            out.server.serving = with_synced_statistics(ctx, out.server.state, list(_talk(ctx, out)))
+        scores = _evaluate(ctx, out, last=number == run.plan.rounds) if is_evaluated(ctx, number) else {}
         if number == run.plan.rounds:
             out.scores = scores
         out.curve.append(
-            Point(
+            RoundMetrics(
                 number,
                 mean_loss(updates),
-                mean_accuracy(here, scores, unseen=False),
-                mean_accuracy(here, scores, unseen=True),
+                mean_accuracy(ctx, scores, unseen=False),
+                mean_accuracy(ctx, scores, unseen=True),
             )
         )
         out.seconds = spent + time.perf_counter() - began
@@ -94,32 +95,37 @@ def federate(
     return out
 
 
-def _talk(here: Setting, out: Outcome) -> Iterator[dict[str, Moments]]:
-    return hold(
-        lambda answers: [client_talk(here, u, out.server.state, out.kept.get(u), answers) for u in here.trainers],
-        counting(here, out, "settling"),
-    )
-
-
-def _consult(here: Setting, out: Outcome, sampled: list[int], progress: Progress) -> Iterator[dict[str, Moments]]:
-    return hold(
+def _talk(ctx: RunContext, out: Outcome) -> Iterator[dict[str, Moments]]:
+    return run_consensus(
         lambda answers: [
-            client_consult(here, u, out.server.sends(here, u), out.kept.get(u), progress, answers) for u in sampled
+            client_consensus(ctx, u, out.server.state, out.client_states.get(u), answers) for u in ctx.trainers
         ],
-        counting(here, out, "consulting"),
+        traffic_counter(ctx, out, "statistics sync"),
     )
 
 
-def _evaluate(here: Setting, out: Outcome, *, last: bool) -> dict[int, list[Score]]:
+def _sync_first_batch(
+    ctx: RunContext, out: Outcome, sampled: list[int], progress: Progress
+) -> Iterator[dict[str, Moments]]:
+    return run_consensus(
+        lambda answers: [
+            client_sync_first_batch(ctx, u, out.server.sends(ctx, u), out.client_states.get(u), progress, answers)
+            for u in sampled
+        ],
+        traffic_counter(ctx, out, "first-batch sync"),
+    )
+
+
+def _evaluate(ctx: RunContext, out: Outcome, *, last: bool) -> dict[int, list[Score]]:
     return {
         user: client_evaluation(
-            here,
+            ctx,
             user,
-            out.server.sends(here, user, serving=True),
-            out.kept.get(user),
+            out.server.sends(ctx, user, serving=True),
+            out.client_states.get(user),
             columns=COLUMNS if last else COLUMNS[:1],
-            globally=global_columns(here, user) if last else (),
-            registry=out.server.registry if last and here.hears_registry(user) else None,
+            globally=global_columns(ctx, user) if last else (),
+            client_statistics=out.server.client_statistics if last and ctx.receives_client_statistics(user) else None,
         )
-        for user in served(here)
+        for user in served_users(ctx)
     }

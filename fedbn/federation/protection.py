@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedbn.errors import UserError
-from fedbn.federation.context import Setting
+from fedbn.federation.context import RunContext
 from fedbn.nn.roles import State
 from fedbn.personalization.base import Personalization
 from fedbn.privacy.accounting import epsilon
@@ -31,37 +31,37 @@ from fedbn.strategies.base import NormStrategy, Progress, Update
 from fedbn.strategies.global_pooled import GlobalPooled
 
 
-def protected(here: Setting, update: Update, received: State, progress: Progress) -> Update:
+def protected(ctx: RunContext, update: Update, received: State, progress: Progress) -> Update:
     """What a client really sends in place of ``update``, under the run's protection.
 
     Raises:
         UserError: as `released`; or a value does not fit a secure sum.
     """
-    rule = here.privacy
+    rule = ctx.privacy
     if rule is None:
         return update
     if rule.changes:
-        draw = generator(here.run.seed, "privacy", progress.round, update.user)
+        draw = generator(ctx.run.seed, "privacy", progress.round, update.user)
         if rule.entropy == "system":
             draw.manual_seed(secrets.randbits(63))
-        update = released(rule, update, received, here.ownership, draw)
-    return masked(here, update, received, progress) if rule.secure else update
+        update = released(rule, update, received, ctx.ownership, draw)
+    return masked(ctx, update, received, progress) if rule.secure else update
 
 
-def statement(here: Setting) -> list[str]:
+def statement(ctx: RunContext) -> list[str]:
     """In words, what the run's protection guarantees and what it does not.
 
     Raises:
         UserError: the treatment tells what the protection does not cover; the accountant is missing.
     """
-    rule = here.privacy
+    rule = ctx.privacy
     if rule is None:
         return []
-    _require_covered(here, rule)
-    plan = here.run.plan
-    rounds = [here.sampled(r) for r in range(1, plan.rounds + 1)]
-    often = max(sum(u in sampled for sampled in rounds) for u in here.trainers)
-    parts = bool(parameter_keys(here.ownership)) + bool(statistics_pairs(here.ownership))
+    _require_covered(ctx, rule)
+    plan = ctx.run.plan
+    rounds = [ctx.sampled(r) for r in range(1, plan.rounds + 1)]
+    often = max(sum(u in sampled for sampled in rounds) for u in ctx.trainers)
+    parts = bool(parameter_keys(ctx.ownership)) + bool(statistics_pairs(ctx.ownership))
     said = []
     if rule.changes and plan.weighting == "samples":
         said.append("privacy: numbers of examples are not sent, so every client counts the same")
@@ -93,29 +93,31 @@ def statement(here: Setting) -> list[str]:
     return [*said, "privacy: losses and scores, with which the study measures, are outside the protection"]
 
 
-def _require_covered(here: Setting, rule: Privacy) -> None:
-    norm, personal = type(here.strategy), type(here.personal)
-    name = here.run.strategy
-    if norm.gathers:
+def _require_covered(ctx: RunContext, rule: Privacy) -> None:
+    norm, personal = type(ctx.strategy), type(ctx.personal)
+    name = ctx.run.strategy
+    if norm.is_centralized:
         raise UserError(f"privacy: {name} brings all data to one place, so there are no messages to protect")
-    tells = [m for m in ("measure", "report") if getattr(norm, m) is not getattr(NormStrategy, m)]
-    tells += [m for m in ("settles", "consults") if getattr(norm, m)]
-    if personal.tell is not _plain_tell():
-        tells.append("tell")
+    tells = [
+        m for m in ("before_local_training", "after_local_training") if getattr(norm, m) is not getattr(NormStrategy, m)
+    ]
+    tells += [m for m in ("syncs_statistics", "syncs_first_batch") if getattr(norm, m)]
+    if personal.server_broadcast is not _default_broadcast():
+        tells.append("server_broadcast")
     if tells:
         raise UserError(
             f"privacy: {name} sends more than the model's entries ({', '.join(tells)}), which is not protected: "
             "choose another treatment, or no --privacy"
         )
     if rule.changes or rule.secure:
-        statistics_pairs(here.ownership)
+        statistics_pairs(ctx.ownership)
     if rule.secure:
-        require_summable(here)
+        require_summable(ctx)
 
 
-def _plain_tell() -> object:
+def _default_broadcast() -> object:
 
-    return Personalization.tell
+    return Personalization.server_broadcast
 
 
 MASKED = "masked"
@@ -126,36 +128,36 @@ EVERYBODY = -2
 """Who a sum is from."""
 
 
-def message_size(here: Setting) -> int:
+def message_size(ctx: RunContext) -> int:
     """Numbers in a client's message: its weight, parameters, and two a channel with statistics."""
-    return 1 + sum(here.initial[k].numel() for k in here.ownership.travels)
+    return 1 + sum(ctx.initial[k].numel() for k in ctx.ownership.travels)
 
 
-def masked(here: Setting, update: Update, received: State, progress: Progress) -> Update:
+def masked(ctx: RunContext, update: Update, received: State, progress: Progress) -> Update:
     """A client's message: weight, parameters and statistics in one masked vector.
 
     Raises:
         UserError: a number that does not fit.
     """
-    rule = here.privacy
+    rule = ctx.privacy
     assert rule is not None
-    table, peers = here.ownership, here.sampled(progress.round)
-    weight = here.weight(update.examples)
+    table, peers = ctx.ownership, ctx.sampled(progress.round)
+    weight = ctx.weight(update.examples)
     keys, pairs = parameter_keys(table), statistics_pairs(table)
     moved = flat(update.state, keys) - flat(received, keys)
     cpu = {k: v.cpu() for k, v in received.items()}
     mine = {k: v.cpu() for k, v in update.state.items()}
-    vector = torch.cat([torch.ones(1).double(), moved, _statistics(here, mine, cpu, pairs)]) * weight
+    vector = torch.cat([torch.ones(1).double(), moved, _statistics(ctx, mine, cpu, pairs)]) * weight
     words = encode(vector, rule.bits, len(peers))
-    words = words + mask(update.user, peers, len(words), here.run.seed, progress.round)
+    words = words + mask(update.user, peers, len(words), ctx.run.seed, progress.round)
     return Update(update.user, {MASKED: torch.from_numpy(words.view(np.int64))}, 1, update.loss)
 
 
-def opened(here: Setting, updates: Sequence[Update], sent: State, round: int) -> Update:
+def opened(ctx: RunContext, updates: Sequence[Update], sent: State, round: int) -> Update:
     """The clients' mean as one update, from the sum of their messages.
 
     Args:
-        here: the run's setting.
+        ctx: the run's context.
         updates: what all clients of the round sent.
         sent: what they were sent.
         round: counted from 1.
@@ -163,21 +165,21 @@ def opened(here: Setting, updates: Sequence[Update], sent: State, round: int) ->
     Raises:
         UserError: a client's message is missing, so that masks do not cancel.
     """
-    rule = here.privacy
+    rule = ctx.privacy
     assert rule is not None
-    if missing := set(here.sampled(round)) - {u.user for u in updates}:
+    if missing := set(ctx.sampled(round)) - {u.user for u in updates}:
         raise UserError(
             f"secure sums need every client of a round, and {sorted(missing)} did not reply in round {round}: run it "
             "again, or without secure=true"
         )
     vector = decode(total([u.state[MASKED].numpy().view(np.uint64) for u in updates]), rule.bits)
-    table = here.ownership
+    table = ctx.ownership
     keys, pairs = parameter_keys(table), statistics_pairs(table)
     size = sum(sent[k].numel() for k in keys)
     mean = vector[1:] / vector[0]
     cpu = {k: v.cpu() for k, v in sent.items()}
     state = unflat(flat(sent, keys) + mean[:size], sent, keys)
-    if pools_moments(here.strategy):
+    if pools_moments(ctx.strategy):
         state |= from_sums(mean[size:], cpu, pairs, 0.0)
     else:
         names = [k for pair in pairs for k in pair]
@@ -186,8 +188,8 @@ def opened(here: Setting, updates: Sequence[Update], sent: State, round: int) ->
     return Update(EVERYBODY, state, 1, 0.0)
 
 
-def _statistics(here: Setting, state: State, center: State, pairs: Sequence[tuple[str, str]]) -> Tensor:
-    if pools_moments(here.strategy):
+def _statistics(ctx: RunContext, state: State, center: State, pairs: Sequence[tuple[str, str]]) -> Tensor:
+    if pools_moments(ctx.strategy):
         return to_sums(state, center, pairs)
     names = [k for pair in pairs for k in pair]
     return flat(state, names) - flat(center, names)
@@ -195,17 +197,20 @@ def _statistics(here: Setting, state: State, center: State, pairs: Sequence[tupl
 
 def pools_moments(strategy: NormStrategy) -> bool:
     """Whether a strategy pools clients' moments, rather than averaging means and variances."""
-    return type(strategy).pool is GlobalPooled.pool
+    return type(strategy).aggregate_statistics is GlobalPooled.aggregate_statistics
 
 
-def require_summable(here: Setting) -> None:
+def require_summable(ctx: RunContext) -> None:
     """Raise `UserError` unless sums over the clients are all that the strategy's server needs."""
-    kind = type(here.strategy)
-    if kind.pool not in (NormStrategy.pool, GlobalPooled.pool) or kind.views is not NormStrategy.views:
+    kind = type(ctx.strategy)
+    if (
+        kind.aggregate_statistics not in (NormStrategy.aggregate_statistics, GlobalPooled.aggregate_statistics)
+        or kind.group_states is not NormStrategy.group_states
+    ):
         raise UserError(
-            f"privacy: secure sums show the server no single client, but {here.run.strategy} looks at each: choose a "
+            f"privacy: secure sums show the server no single client, but {ctx.run.strategy} looks at each: choose a "
             "strategy that averages or pools, such as global-pooled, fedbn or silobn"
         )
-    few = min(len(here.sampled(r)) for r in range(1, here.run.plan.rounds + 1))
+    few = min(len(ctx.sampled(r)) for r in range(1, ctx.run.plan.rounds + 1))
     if few < 2:
         raise UserError("privacy: a secure sum of one client is that client's message: let at least 2 take part")

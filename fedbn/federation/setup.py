@@ -11,7 +11,7 @@ from fedbn.data.shift import shift
 from fedbn.data.splits import carve_validation
 from fedbn.errors import UserError
 from fedbn.federation.checks import check, check_data
-from fedbn.federation.context import Setting
+from fedbn.federation.context import RunContext
 from fedbn.federation.run import Run
 from fedbn.models import build
 from fedbn.nn.roles import clone
@@ -21,48 +21,50 @@ from fedbn.strategies.ownership import Ownership
 
 
 @lru_cache(maxsize=4)
-def population(
+def load_population(
     scenario_text: str, partition: str, shift_text: str, seed: int, validation: bool, device: str
 ) -> Population:
     """The users of a run, computed once a process for all strategies that share them."""
     loaded = scenario(scenario_text).load(seed)
     if loaded.remote and (partition != "natural" or shift_text or validation):
         raise UserError(f"{scenario_text}: data that lie with the nodes cannot be partitioned, shifted or split here")
-    people = shift(repartition(loaded, partition, seed), shift_text, seed)
-    users = people.users
-    unseen = people.unseen
+    population = shift(repartition(loaded, partition, seed), shift_text, seed)
+    users = population.users
+    unseen = population.unseen
     if validation:
-        users = tuple(carve_validation(users[i]) for i in people.seen)
+        users = tuple(carve_validation(users[i]) for i in population.seen)
         unseen = ()
     users = tuple(User(u.name, u.domain, u.train.to(device), u.test.to(device)) for u in users)
-    return replace(people, users=users, unseen=unseen)
+    return replace(population, users=users, unseen=unseen)
 
 
 @lru_cache(maxsize=2)
-def setting(run: Run) -> Setting:
+def build_context(run: Run) -> RunContext:
     """Load, build and check everything a run needs.
 
     Raises:
         UserError: whatever would fail or mislead later; nothing has been trained then.
     """
-    return setting_for(run, population(run.scenario, run.partition, run.shift, run.seed, run.validation, run.device))
+    return build_context_for(
+        run, load_population(run.scenario, run.partition, run.shift, run.seed, run.validation, run.device)
+    )
 
 
-def setting_for(run: Run, people: Population) -> Setting:
-    """As `setting`, with users that are at hand already; of the run, what says where they are from is not read.
+def build_context_for(run: Run, population: Population) -> RunContext:
+    """As `build_context`, with users that are at hand already; of the run, what says where they are from is not read.
 
     Raises:
-        UserError: as `setting`.
+        UserError: as `build_context`.
     """
-    check_data(people)
+    check_data(population)
     chosen = treatment(run.strategy)
-    chosen.norm.suit(people)
-    if people.remote and chosen.norm.gathers:
+    chosen.norm.validate_population(population)
+    if population.remote and chosen.norm.is_centralized:
         raise UserError(
             f"{run.strategy} brings all data to one place, but here they stay with the nodes: choose another"
         )
-    model = build(run.model or scenario(run.scenario).model, people.shape, len(people.classes), run.seed)
-    model = chosen.norm.prepare(model).to(run.device)
+    model = build(run.model or scenario(run.scenario).model, population.shape, len(population.classes), run.seed)
+    model = chosen.norm.prepare_model(model).to(run.device)
     ownership = Ownership.of(model, chosen)
-    made = Setting(run, people, chosen, ownership, clone(model.state_dict()), model, ())
+    made = RunContext(run, population, chosen, ownership, clone(model.state_dict()), model, ())
     return replace(made, notices=tuple(check(made)))

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedbn.nn.roles import State
-from fedbn.statistics.consensus import Heard, flatten
+from fedbn.statistics.consensus import Aggregates, flatten
 from fedbn.statistics.moments import Moments
 from fedbn.strategies.base import Update
 
@@ -35,18 +35,20 @@ class Traffic:
 
     >>> import torch
     >>> traffic, said = Traffic(), {"bn": Moments.of(torch.ones(4, 2))}
-    >>> traffic.talked("consulting", 100, [], [said, said])  # each says a count, 2 means, 2 sums of squares
-    >>> traffic.talked("consulting", 100, [said], [None, None])
+    >>> traffic.talked("first-batch sync", 100, [], [said, said])  # each says a count, 2 means, 2 sums of squares
+    >>> traffic.talked("first-batch sync", 100, [said], [None, None])
     >>> traffic.round([Update(u, {}, 4, 0.5) for u in (0, 1)], {}, [said])
     >>> [(row["role"], row["bytes_down"], row["bytes_up"]) for row in traffic.rows()]
-    [('consulting', 40, 40), ('repeated', 240, 0)]
+    [('first-batch sync', 40, 40), ('repeated', 240, 0)]
     """
 
     trained: int = 0
     down: dict[str, int] = field(default_factory=dict)
     up: dict[str, int] = field(default_factory=dict)
 
-    def talked(self, purpose: str, model: int, answers: Heard, replies: Sequence[dict[str, Moments] | None]) -> None:
+    def talked(
+        self, purpose: str, model: int, answers: Aggregates, replies: Sequence[dict[str, Moments] | None]
+    ) -> None:
         """Count one exchange of a conversation.
 
         Args:
@@ -60,17 +62,17 @@ class Traffic:
         _add(self.down, REPEATED, clients * (model + sum(_heard(answers[:-1]))))
         _add(self.up, purpose, sum(_heard([reply for reply in replies if reply is not None])))
 
-    def round(self, updates: Sequence[Update], told: State, heard: Heard) -> None:
+    def round(self, updates: Sequence[Update], broadcast: State, aggregates: Aggregates) -> None:
         """Count a round of training.
 
         Args:
             updates: what came back.
-            told: what all clients were told besides the model.
-            heard: the answers of the round's conversation, which go with the model.
+            broadcast: what all clients were told besides the model.
+            aggregates: the answers of the round's conversation, which go with the model.
         """
         self.trained += len(updates)
-        _add(self.down, "notes", len(updates) * _size(told))
-        _add(self.down, REPEATED, len(updates) * sum(_heard(heard)))
+        _add(self.down, "notes", len(updates) * _size(broadcast))
+        _add(self.down, REPEATED, len(updates) * sum(_heard(aggregates)))
         _add(self.up, "notes", sum(_size(update.notes) for update in updates))
 
     def rows(self) -> list[dict[str, Any]]:
@@ -94,7 +96,7 @@ def _add(counts: dict[str, int], purpose: str, size: int) -> None:
     counts[purpose] = counts.get(purpose, 0) + size
 
 
-def _heard(answers: Heard) -> list[int]:
+def _heard(answers: Aggregates) -> list[int]:
     return [_size(flatten(answer)) for answer in answers]
 
 

@@ -68,7 +68,7 @@ def fit(
     only: Container[str] | None = None,
     epochs: int | None = None,
     lr: float | None = None,
-    before_step: Callable[[nn.Module], None] | None = None,
+    on_before_optimizer_step: Callable[[nn.Module], None] | None = None,
     optimizer_state: State | None = None,
     purpose: str = "",
     owners: Tensor | None = None,
@@ -86,7 +86,7 @@ def fit(
         only: names of the parameters to train; all by default.
         epochs: passes over the data; the plan's by default.
         lr: learning rate; the plan's for this round by default.
-        before_step: called between backward pass and optimizer step.
+        on_before_optimizer_step: called between backward pass and optimizer step.
         optimizer_state: momentum buffers from the user's last round, by parameter name.
         purpose: tells the draws of several trainings within a round apart.
         owners: ``[n]`` whose each row is: batches are then of one user, who has running statistics of its own, and the
@@ -128,22 +128,22 @@ def fit(
                     if weight and anchor:
                         loss = loss + weight / 2 * sum(((named[n] - to) ** 2).sum() for n, to in anchor.items())
                     loss.backward()
-                    if before_step is not None:
-                        before_step(model)
+                    if on_before_optimizer_step is not None:
+                        on_before_optimizer_step(model)
                     optimizer.step()
     finally:
         for parameter in frozen:
             parameter.requires_grad_(True)
     if apart is not None:
         apart.average()
-    kept: State = {}
+    buffers_out: State = {}
     if plan.optimizer_state == "keep":
-        kept = {
+        buffers_out = {
             n: buffer.detach().clone()
             for n, p in named.items()
             if (buffer := optimizer.state[p].get("momentum_buffer")) is not None
         }
-    return float(total) / (len(data) * max(epochs, 1)), kept
+    return float(total) / (len(data) * max(epochs, 1)), buffers_out
 
 
 def epoch_batches(

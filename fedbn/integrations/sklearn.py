@@ -17,10 +17,10 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from fedbn.config import Plan
 from fedbn.data.population import Examples, Population, User
 from fedbn.errors import UserError
-from fedbn.federation.context import Setting
+from fedbn.federation.context import RunContext
 from fedbn.federation.loop import federate
 from fedbn.federation.run import Run
-from fedbn.federation.setup import setting_for
+from fedbn.federation.setup import build_context_for
 from fedbn.nn.conversion import require_statistics
 from fedbn.nn.roles import Role
 from fedbn.online import Personalized, personalize
@@ -103,20 +103,20 @@ class PersonalizedClassifier(ClassifierMixin, BaseEstimator):
             for name in np.unique(owners)
             for own in [data.take(torch.as_tensor(np.flatnonzero(owners == name)))]
         )
-        people = Population(users, (), tuple(map(str, self.classes_)), "")
+        population = Population(users, (), tuple(map(str, self.classes_)), "")
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         plan = Plan(rounds=self.rounds, batch_size=self.batch_size, lr=self.lr, eval_every=self.rounds)
-        here = setting_for(Run("arrays", self.strategy, seed, self.model, plan=plan), people)
-        require_statistics(here.scratch, f"{type(self).__name__} with strategy {self.strategy!r}")
-        at_home = [str(role) for role in set(here.ownership.roles.values()) if _stays(here, role)]
+        ctx = build_context_for(Run("arrays", self.strategy, seed, self.model, plan=plan), population)
+        require_statistics(ctx.scratch, f"{type(self).__name__} with strategy {self.strategy!r}")
+        at_home = [str(role) for role in set(ctx.ownership.roles.values()) if _stays(ctx, role)]
         if at_home:
             raise UserError(
                 f"strategy {self.strategy!r} leaves {', '.join(sorted(at_home))} with each user, but this "
                 "classifier has one network for all: choose one that shares or averages them, such as global-pooled or "
                 "fedbn-seeded"
             )
-        serving = federate(here.run, here=here).server.serving
-        self.network_: Personalized = personalize(here.load(here.assemble(serving, None)), self.rule)
+        serving = federate(ctx.run, ctx=ctx).server.serving
+        self.network_: Personalized = personalize(ctx.load(ctx.assemble(serving, None)), self.rule)
         return self
 
     def adapt(self, X: ArrayLike, user: Users) -> PersonalizedClassifier:
@@ -157,8 +157,8 @@ class PersonalizedClassifier(ClassifierMixin, BaseEstimator):
         return _tensor(validate_data(self, X, allow_nd=True, dtype=np.float32, reset=False))
 
 
-def _stays(here: Setting, role: Role) -> bool:
-    return role is not Role.COUNTER and here.ownership.owners[role] is LOCAL
+def _stays(ctx: RunContext, role: Role) -> bool:
+    return role is not Role.COUNTER and ctx.ownership.owners[role] is LOCAL
 
 
 def _tensor(rows: NDArray[np.float32]) -> torch.Tensor:

@@ -113,8 +113,8 @@ def register(model: nn.Module, embeddings: Sequence[State]) -> nn.Module:
             ``...running_var``), for example what clients of SiloBN keep.
 
     >>> net = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
-    >>> here = {"1.running_mean": torch.ones(3), "1.running_var": torch.ones(3)}
-    >>> register(net, [here, here])[1].domain_mean.shape
+    >>> ctx = {"1.running_mean": torch.ones(3), "1.running_var": torch.ones(3)}
+    >>> register(net, [ctx, ctx])[1].domain_mean.shape
     torch.Size([2, 3])
     """
     convert(model, domains=len(embeddings))

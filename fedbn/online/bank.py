@@ -17,12 +17,12 @@ from fedbn.errors import UserError
 from fedbn.online.layer import scale_and_shift
 from fedbn.online.rules.base import Rule
 from fedbn.online.state import BNState
-from fedbn.online.statistics import Pair, Prior, Seen, State, columns, each
+from fedbn.online.statistics import Pair, Prior, State, WindowStatistics, columns, each
 from fedbn.online.stores import Store
 from fedbn.plugins import render
 from fedbn.statistics.moments import Moments
 
-TALLY = ("offered", "learnt", "doubt", "prior_doubt")
+COUNTERS = ("offered", "learnt", "entropy", "prior_entropy")
 """Numbers kept for each user besides what its rule keeps."""
 
 
@@ -93,7 +93,7 @@ class Bank:
         start = rule.start(prior, classes)
         one = {f.name: getattr(start, f.name) for f in fields(State)}
         one |= {"base_mean": prior.mean, "base_var": prior.var, "frozen": torch.zeros(1, device=prior.mean.device) > 0}
-        one |= {name: prior.mean.new_zeros(1) for name in TALLY}
+        one |= {name: prior.mean.new_zeros(1) for name in COUNTERS}
         one |= {"scale": torch.zeros_like(prior.mean), "shift": torch.zeros_like(prior.mean)}
         self.rows: dict[str, Tensor] = one
         self.slot: OrderedDict[str, int] = OrderedDict()
@@ -207,13 +207,15 @@ class Bank:
 
     # ---------------------------------------------------------------- rules at work
 
-    def peek(self, group: Group, seen: Pair, positions: int, of: slice) -> Pair:
+    def statistics_with_current(self, group: Group, seen: Pair, positions: int, of: slice) -> Pair:
         """Scale and shift of the columns ``of`` with the users' rows inside their own statistics; nothing is kept."""
         weight = group.sum(seen[0].new_ones(len(group.row)))
         at = group.slots
         prior, state = columns(self.prior(at), of), columns(self.states(at), of)
-        believed = self.rule.heard(columns(self.prior(at[group.row]), of), seen)
-        heard = Seen(*group.merge(believed, seen[0].new_ones(len(group.row))), torch.full_like(prior.eps, positions))
+        group_prior = self.rule.heard(columns(self.prior(at[group.row]), of), seen)
+        heard = WindowStatistics(
+            *group.merge(group_prior, seen[0].new_ones(len(group.row))), torch.full_like(prior.eps, positions)
+        )
         nothing = torch.zeros_like(state.classes)
         pair = self.rule.statistics(prior, self.rule.update(prior, state, heard, weight, nothing))
         scale, shift = self.transform(*self._unless_frozen(at, prior, pair), of)
@@ -240,7 +242,9 @@ class Bank:
         classes = group.sum(weight[:, None] * posterior)[active]
         belief = classes / total[:, None]
         before = self.states(at)
-        after = self.rule.update(self.prior(at), before, Seen(mean[active], var[active], positions), total, belief)
+        after = self.rule.update(
+            self.prior(at), before, WindowStatistics(mean[active], var[active], positions), total, belief
+        )
         ran = positions > 0
         self.rows["learnt"][at] += total
         self.write(
@@ -272,7 +276,7 @@ class Bank:
             },
             extra={path: row["extra"][:, of] for path, of in self.spans.items()},
             classes=row["classes"].double(),
-            tally={name: float(row[name]) for name in ("t", *TALLY)},
+            tally={name: float(row[name]) for name in ("t", *COUNTERS)},
             frozen=bool(row["frozen"]),
             rule=self.text,
             model=self.model,

@@ -30,12 +30,12 @@ from fedbn.online.users import Snapshot, Users
 from fedbn.online.validation import (
     Ids,
     balance,
-    believed,
     in_rounds,
     names_of,
     numbered,
     real_positions,
     require_finite,
+    resolve_posterior,
 )
 
 CHUNK = 512
@@ -159,13 +159,13 @@ class Personalized(Users):
         require_finite(x)
         group = self.bank.group(ids, create=False)
         rule = self.bank.rule
-        watch = rule.peeks or (rule.learns and not self._frozen)
+        watch = rule.includes_current or (rule.learns and not self._frozen)
         own, passed = self._run(x, self._adapted(group), watch=watch, mask=mask)
         out, fallback = own, None
         if rule.guard:
             fallback, _ = self._run(x, self._unadapted(group), watch=False)
             rows = group.slots[group.row]
-            doubtful = self.bank.rows["doubt"][rows] > self.bank.rows["prior_doubt"][rows]
+            doubtful = self.bank.rows["entropy"][rows] > self.bank.rows["prior_entropy"][rows]
             out = torch.where(doubtful.view(-1, *[1] * (own.dim() - 1)), fallback, own)
         self._note = _Note(ids, out, own, fallback, passed)
         return out
@@ -188,7 +188,7 @@ class Personalized(Users):
         note, self._note = self._note, None
         if note is None:
             raise UserError("nothing to commit: call predict() first, and commit() once after each")
-        belief = believed(self.bank, note.logits, posterior, label)
+        belief = resolve_posterior(self.bank, note.logits, posterior, label)
         group = self.bank.group(note.ids, create=True)
         if not self.bank.rule.learns:
             return
@@ -339,9 +339,9 @@ class Personalized(Users):
     def _adapted(self, group: Group) -> Transform:
         bank = self.bank
         rows = group.slots[group.row]
-        if bank.rule.peeks:
+        if bank.rule.includes_current:
             alone = Group([""] * len(rows), rows, numbered(rows)) if self._sequential else group
-            return lambda place, pair, n: bank.peek(alone, cast(Pair, pair), n, self._spans[place])
+            return lambda place, pair, n: bank.statistics_with_current(alone, cast(Pair, pair), n, self._spans[place])
         return self._fixed((bank.rows["scale"][rows], bank.rows["shift"][rows]))
 
     def _unadapted(self, group: Group) -> Transform:
@@ -367,7 +367,7 @@ class Personalized(Users):
 
     def _doubt(self, group: Group, own: Tensor, fallback: Tensor) -> None:
         rows = group.sum(own.new_ones(len(own)))
-        for name, logits in (("doubt", own), ("prior_doubt", fallback)):
+        for name, logits in (("entropy", own), ("prior_entropy", fallback)):
             entropy = torch.special.entr(logits.softmax(1)).sum(1)
             before = self.bank.rows[name][group.slots]
             self.bank.rows[name][group.slots] = torch.lerp(

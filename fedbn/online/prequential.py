@@ -164,7 +164,7 @@ def follow_blocks(step: Callable[[Tensor], Tensor], stream: Stream, block: int) 
     """One user, ``block`` windows at a time, by a function that answers and learns in one.
 
     For methods that cannot take a single window. Whether a window is inside the statistics it is normalized by is the
-    method's affair (`fedbn.tta.Method.peeks`).
+    method's affair (`fedbn.tta.Method.includes_current`).
 
     Args:
         step: windows ``[b, *shape]`` to logits ``[b, classes]``.

@@ -84,19 +84,19 @@ def source_prior(model: nn.Module, x: Tensor, y: Tensor, classes: int) -> dict[s
     }
 
 
-def population_prior(model: nn.Module, people: Sequence[Tensor]) -> dict[str, LayerPrior]:
+def population_prior(model: nn.Module, users: Sequence[Tensor]) -> dict[str, LayerPrior]:
     """Start and its weight from how seen users differ, under the model as it is.
 
     Only sums over users enter, so a server can have them by secure aggregation.
 
     Args:
         model: put into evaluation mode.
-        people: windows ``[n_i, *shape]`` of each user, two at least of two users at least.
+        users: windows ``[n_i, *shape]`` of each user, two at least of two users at least.
 
     Raises:
         UserError: too few users or windows.
     """
-    if len(people) < 2 or min(map(len, people)) < 2:
+    if len(users) < 2 or min(map(len, users)) < 2:
         raise UserError("how much users differ shows with two users and two windows each: give more")
     start = layer_priors(model)
     layers = statistics_layers(model)
@@ -108,16 +108,16 @@ def population_prior(model: nn.Module, people: Sequence[Tensor]) -> dict[str, La
 
     model.eval()
     with torch.no_grad(), inputs_of(layers, see):
-        for windows in people:
+        for windows in users:
             model(windows)
     return {path: _population(rows[path], start[path].mean) for path in layers}
 
 
-def _population(people: Sequence[tuple[Tensor, Tensor]], like: Tensor) -> LayerPrior:
-    means = torch.stack([mean.mean(0) for mean, _ in people])
-    spread = torch.stack([mean.var(0) for mean, _ in people])
-    variances = torch.stack([within.mean(0) + mean.var(0, correction=0) for mean, within in people])
-    noise = torch.stack([s / len(mean) for s, (mean, _) in zip(spread, people, strict=True)]).mean(0)
+def _population(users: Sequence[tuple[Tensor, Tensor]], like: Tensor) -> LayerPrior:
+    means = torch.stack([mean.mean(0) for mean, _ in users])
+    spread = torch.stack([mean.var(0) for mean, _ in users])
+    variances = torch.stack([within.mean(0) + mean.var(0, correction=0) for mean, within in users])
+    noise = torch.stack([s / len(mean) for s, (mean, _) in zip(spread, users, strict=True)]).mean(0)
     tau2 = (means.var(0) - noise).clamp_min(0)
     n0 = (spread.mean(0) / tau2.clamp_min(1e-300)).clamp_max(MOST)
     var = variances.mean(0) + means.var(0, correction=0)

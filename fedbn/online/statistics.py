@@ -39,7 +39,7 @@ def mix(a: Pair, b: Pair, share: Tensor, *, between: bool = True) -> Pair:
 
 
 @dataclass(frozen=True)
-class Seen:
+class WindowStatistics:
     """What one update learns from, a row a user.
 
     Attributes:
@@ -146,11 +146,11 @@ class Prior:
 
 
 def each(value: V, function: Callable[[str, Tensor], Tensor]) -> V:
-    """A copy of a `Prior`, `State` or `Seen` with every tensor replaced by ``function(field, tensor)``."""
+    """A copy of a `Prior`, `State` or `WindowStatistics` with every tensor replaced by ``function(field, tensor)``."""
     tensors = {f.name: t for f in fields(value) if isinstance(t := getattr(value, f.name), Tensor)}  # type: ignore[arg-type]
     return replace(value, **{name: function(name, t) for name, t in tensors.items()})  # type: ignore[type-var]
 
 
 def columns(value: V, of: slice) -> V:
-    """A `Prior`, `State` or `Seen` of a slice of the channels."""
+    """A `Prior`, `State` or `WindowStatistics` of a slice of the channels."""
     return each(value, lambda name, t: t if name in ("t", "n", "classes") and isinstance(value, State) else t[..., of])

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from fedbn.errors import UserError, unknown
-from fedbn.online.bank import TALLY, Bank
+from fedbn.online.bank import COUNTERS, Bank
 from fedbn.online.state import BNState
 from fedbn.online.statistics import Pair
 
@@ -121,7 +121,7 @@ class Users(nn.Module):
         """
         bank = self.bank
         slot = self._slot(user)
-        row = {name: float(bank.rows[name][slot]) for name in ("t", *TALLY)}
+        row = {name: float(bank.rows[name][slot]) for name in ("t", *COUNTERS)}
         keeps = bank.rule.keeps or bool(bank.rows["frozen"][slot])
         return {
             "offered": row["offered"],
@@ -131,7 +131,7 @@ class Users(nn.Module):
             "diversity": float(bank.states(slot).diversity()),
             "frozen": bool(bank.rows["frozen"][slot]),
             "calibrated": bank.calibrated(int(slot)),
-            "answers": "prior" if row["doubt"] > row["prior_doubt"] else "adapted",
+            "answers": "prior" if row["entropy"] > row["prior_entropy"] else "adapted",
             "moved": self._moved(user) if keeps else {},
         }
 

@@ -77,7 +77,7 @@ def numbered(rows: Tensor) -> Tensor:
     return torch.arange(len(rows), device=rows.device)
 
 
-def believed(bank: Bank, logits: Tensor, posterior: Tensor | None, label: Tensor | None) -> Tensor:
+def resolve_posterior(bank: Bank, logits: Tensor, posterior: Tensor | None, label: Tensor | None) -> Tensor:
     """What rows are believed to be, ``[B, K]``: one class where ``label`` says so, else ``posterior`` or ``logits``.
 
     Raises:

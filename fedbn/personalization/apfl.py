@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fedbn.errors import UserError
 from fedbn.nn.roles import Role, State
-from fedbn.personalization.base import Personalization, Work
+from fedbn.personalization.base import ClientTrainer, Personalization
 
 
 @dataclass(frozen=True)
@@ -36,42 +36,42 @@ class APFL(Personalization):
         if not 0 <= self.alpha <= 1:
             raise UserError(f"apfl: alpha must be between 0 and 1, not {self.alpha:g}")
 
-    def train(self, work: Work) -> float:
-        loss = work.fit(work.model)
-        shared = work.state()
-        work.load(self._mixed(work, shared))
+    def train(self, trainer: ClientTrainer) -> float:
+        loss = trainer.fit(trainer.model)
+        shared = trainer.state()
+        trainer.load(self._mixed(trainer, shared))
         # A step on the mixture moves v by alpha times the gradient, hence the mixture itself by alpha squared.
-        work.fit(work.model, before_step=self._scale, purpose="apfl")
-        work.aside = self._personal(work, shared)
-        work.load(shared)
+        trainer.fit(trainer.model, on_before_optimizer_step=self._scale, purpose="apfl")
+        trainer.method_state = self._personal(trainer, shared)
+        trainer.load(shared)
         return loss
 
-    def serve(self, work: Work) -> State:
-        return self._mixed(work, work.state())
+    def personalized_state(self, trainer: ClientTrainer) -> State:
+        return self._mixed(trainer, trainer.state())
 
     def _scale(self, model: nn.Module) -> None:
         for parameter in model.parameters():
             if parameter.grad is not None:
                 parameter.grad.mul_(self.alpha**2)
 
-    def _mixed(self, work: Work, shared: State) -> State:
+    def _mixed(self, trainer: ClientTrainer, shared: State) -> State:
         """Parameters of the mixture; statistics as the mixture left them last."""
-        trained = work.names(Role.BODY, Role.HEAD, Role.AFFINE)
-        own = work.aside
+        trained = trainer.names(Role.BODY, Role.HEAD, Role.AFFINE)
+        own = trainer.method_state
         return {
             k: (torch.lerp(v, own[k], self.alpha) if k in trained else own[k]) if k in own else v
             for k, v in shared.items()
         }
 
-    def _personal(self, work: Work, shared: State) -> State:
-        trained = work.names(Role.BODY, Role.HEAD, Role.AFFINE)
-        mixed = work.state()
+    def _personal(self, trainer: ClientTrainer, shared: State) -> State:
+        trained = trainer.names(Role.BODY, Role.HEAD, Role.AFFINE)
+        mixed = trainer.state()
 
         def unmix(key: str, value: Tensor) -> Tensor:
             if key not in trained:
                 return value
             if self.alpha == 0:
-                return work.aside.get(key, shared[key])
+                return trainer.method_state.get(key, shared[key])
             return shared[key] + (value - shared[key]) / self.alpha
 
         return {k: unmix(k, v) for k, v in mixed.items()}

@@ -31,7 +31,7 @@ class Fit(Protocol):
         only: set[str] | None = None,
         epochs: int | None = None,
         lr: float | None = None,
-        before_step: Callable[[nn.Module], None] | None = None,
+        on_before_optimizer_step: Callable[[nn.Module], None] | None = None,
         purpose: str = "",
     ) -> float:
         """Train in place; mean loss."""
@@ -39,7 +39,7 @@ class Fit(Protocol):
 
 
 @dataclass
-class Work:
+class ClientTrainer:
     """One client's work in a round, as a personalization method sees it.
 
     Attributes:
@@ -49,9 +49,9 @@ class Work:
         progress: where the run stands.
         roles: role of every entry of the model.
         fit: trains a model with the run's settings.
-        begin: puts the model into the strategy's training mode again (after another state was loaded).
-        heard: what the server tells all clients besides the model.
-        aside: what the client keeps for the method besides model entries; to be written.
+        set_training_mode: puts the model into the strategy's training mode again (after another state was loaded).
+        broadcast: what the server tells all clients besides the model.
+        method_state: what the client keeps for the method besides model entries; to be written.
         notes: what the client tells the server besides model entries; to be written.
     """
 
@@ -61,9 +61,9 @@ class Work:
     progress: Progress
     roles: dict[str, Role]
     fit: Fit
-    begin: Callable[[], None]
-    heard: State = field(default_factory=dict)
-    aside: State = field(default_factory=dict)
+    set_training_mode: Callable[[], None]
+    broadcast: State = field(default_factory=dict)
+    method_state: State = field(default_factory=dict)
     notes: State = field(default_factory=dict)
 
     def names(self, *wanted: Role) -> set[str]:
@@ -73,7 +73,7 @@ class Work:
     def load(self, state: State) -> None:
         """Load a whole state and go back to training mode."""
         self.model.load_state_dict(state)
-        self.begin()
+        self.set_training_mode()
 
     def state(self) -> State:
         """A copy of the model's whole state."""
@@ -102,17 +102,17 @@ class Personalization:
         mine = {Role.BODY: self.body, Role.HEAD: self.head}
         return table | {role: owner for role, owner in mine.items() if owner is not None}
 
-    def train(self, work: Work) -> float:
+    def train(self, trainer: ClientTrainer) -> float:
         """A client's training of one round: the model is left as it is to be sent. Mean loss."""
-        return work.fit(work.model)
+        return trainer.fit(trainer.model)
 
-    def serve(self, work: Work) -> State:
+    def personalized_state(self, trainer: ClientTrainer) -> State:
         """The state a seen user is served with, given its model as assembled after aggregation."""
-        return work.state()
+        return trainer.state()
 
-    def tell(self, updates: Sequence[Update], heard: State, clients: int) -> State:
+    def server_broadcast(self, updates: Sequence[Update], broadcast: State, clients: int) -> State:
         """What the server tells all clients next, besides the model; ``clients`` could have trained."""
-        return heard
+        return broadcast
 
 
 def personalizations() -> dict[str, type[Personalization]]:

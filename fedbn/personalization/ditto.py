@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from fedbn.errors import UserError
 from fedbn.nn.roles import State
-from fedbn.personalization.base import Personalization, Work
+from fedbn.personalization.base import ClientTrainer, Personalization
 
 
 @dataclass(frozen=True)
@@ -32,15 +32,15 @@ class Ditto(Personalization):
         if self.lam < 0:
             raise UserError(f"ditto: lam must be 0 or more, not {self.lam:g}")
 
-    def train(self, work: Work) -> float:
-        received = work.state()
-        loss = work.fit(work.model)
-        shared = work.state()
-        work.load(work.aside or received)
-        work.fit(work.model, pull=(self.lam, received), purpose="ditto")
-        work.aside = work.state()
-        work.load(shared)
+    def train(self, trainer: ClientTrainer) -> float:
+        received = trainer.state()
+        loss = trainer.fit(trainer.model)
+        shared = trainer.state()
+        trainer.load(trainer.method_state or received)
+        trainer.fit(trainer.model, pull=(self.lam, received), purpose="ditto")
+        trainer.method_state = trainer.state()
+        trainer.load(shared)
         return loss
 
-    def serve(self, work: Work) -> State:
-        return work.aside or work.state()
+    def personalized_state(self, trainer: ClientTrainer) -> State:
+        return trainer.method_state or trainer.state()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fedbn.nn.roles import Role, State
-from fedbn.personalization.base import Personalization, Work
+from fedbn.personalization.base import ClientTrainer, Personalization
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class FedBABU(Personalization):
     epochs: int = 1
     lr: float = 0.01
 
-    def train(self, work: Work) -> float:
-        return work.fit(work.model, only=work.names(*Role) - work.names(Role.HEAD))
+    def train(self, trainer: ClientTrainer) -> float:
+        return trainer.fit(trainer.model, only=trainer.names(*Role) - trainer.names(Role.HEAD))
 
-    def serve(self, work: Work) -> State:
-        work.fit(work.model, epochs=self.epochs, lr=self.lr, purpose="finetune")
-        return work.state()
+    def personalized_state(self, trainer: ClientTrainer) -> State:
+        trainer.fit(trainer.model, epochs=self.epochs, lr=self.lr, purpose="finetune")
+        return trainer.state()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from fedbn.errors import UserError
 from fedbn.nn.roles import Role
-from fedbn.personalization.base import Personalization, Work
+from fedbn.personalization.base import ClientTrainer, Personalization
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,6 @@ class FedProx(Personalization):
         if self.mu < 0:
             raise UserError(f"fedprox: mu must be 0 or more, not {self.mu:g}")
 
-    def train(self, work: Work) -> float:
-        received = work.state()
-        return work.fit(work.model, pull=(self.mu, {k: received[k] for k in work.names(Role.BODY, Role.HEAD)}))
+    def train(self, trainer: ClientTrainer) -> float:
+        received = trainer.state()
+        return trainer.fit(trainer.model, pull=(self.mu, {k: received[k] for k in trainer.names(Role.BODY, Role.HEAD)}))

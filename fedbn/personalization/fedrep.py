@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fedbn.nn.roles import Role
-from fedbn.personalization.base import Personalization, Work
+from fedbn.personalization.base import ClientTrainer, Personalization
 from fedbn.strategies.ownership import LOCAL
 
 
@@ -26,7 +26,7 @@ class FedRep(Personalization):
     head = LOCAL
     head_epochs: int = 1
 
-    def train(self, work: Work) -> float:
-        head = work.names(Role.HEAD)
-        work.fit(work.model, only=head, epochs=self.head_epochs, purpose="head")
-        return work.fit(work.model, only=work.names(*Role) - head)
+    def train(self, trainer: ClientTrainer) -> float:
+        head = trainer.names(Role.HEAD)
+        trainer.fit(trainer.model, only=head, epochs=self.head_epochs, purpose="head")
+        return trainer.fit(trainer.model, only=trainer.names(*Role) - head)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fedbn.nn.roles import State
-from fedbn.personalization.base import Personalization, Work
+from fedbn.personalization.base import ClientTrainer, Personalization
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,6 @@ class FineTune(Personalization):
     epochs: int = 1
     lr: float = 0.01
 
-    def serve(self, work: Work) -> State:
-        work.fit(work.model, epochs=self.epochs, lr=self.lr, purpose="finetune")
-        return work.state()
+    def personalized_state(self, trainer: ClientTrainer) -> State:
+        trainer.fit(trainer.model, epochs=self.epochs, lr=self.lr, purpose="finetune")
+        return trainer.state()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fedbn.nn.roles import Role, State
-from fedbn.personalization.base import Personalization, Work
+from fedbn.personalization.base import ClientTrainer, Personalization
 from fedbn.strategies.base import Update
 
 CONTROL = "control/"
@@ -56,20 +56,22 @@ class Scaffold(Personalization):
     about = "control variates on body and head correct the clients' drift"
     source = "Karimireddy et al. 2020"
 
-    def train(self, work: Work) -> float:
+    def train(self, trainer: ClientTrainer) -> float:
         correction = _Correction(
-            work.aside,
-            {k.removeprefix(CONTROL): v for k, v in work.heard.items()},
-            work.names(Role.BODY, Role.HEAD),
+            trainer.method_state,
+            {k.removeprefix(CONTROL): v for k, v in trainer.broadcast.items()},
+            trainer.names(Role.BODY, Role.HEAD),
         )
-        loss = work.fit(work.model, before_step=correction)
+        loss = trainer.fit(trainer.model, on_before_optimizer_step=correction)
         new = correction.mean()
-        work.notes = {CONTROL + k: v - work.aside[k] if k in work.aside else v for k, v in new.items()}
-        work.aside = new
+        trainer.notes = {
+            CONTROL + k: v - trainer.method_state[k] if k in trainer.method_state else v for k, v in new.items()
+        }
+        trainer.method_state = new
         return loss
 
-    def tell(self, updates: Sequence[Update], heard: State, clients: int) -> State:
-        out = dict(heard)
+    def server_broadcast(self, updates: Sequence[Update], broadcast: State, clients: int) -> State:
+        out = dict(broadcast)
         for update in updates:
             for key, change in update.notes.items():
                 if key.startswith(CONTROL):

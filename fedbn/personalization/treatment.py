@@ -33,7 +33,7 @@ class Treatment:
         return type(self.personal) is not Personalization
 
     @property
-    def lonely(self) -> bool:
+    def is_local_only(self) -> bool:
         """Whether no model is shared, so that unseen users have none."""
         return self.owners()[Role.BODY] is LOCAL
 

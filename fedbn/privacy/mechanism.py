@@ -218,11 +218,11 @@ def released(rule: Privacy, update: Update, received: State, table: Ownership, d
         if bounded is not moved or rule.noise:
             state |= unflat(before + _noised(bounded, rule.noise * rule.clip, draw), received, keys)
     if pairs := statistics_pairs(table):
-        here = {k: v.cpu() for k, v in received.items()}
-        sums = to_sums({k: v.cpu() for k, v in update.state.items()}, here, pairs)
+        ctx = {k: v.cpu() for k, v in received.items()}
+        sums = to_sums({k: v.cpu() for k, v in update.state.items()}, ctx, pairs)
         bounded = clipped(sums, rule.bound)
         if bounded is not sums or rule.noise:
-            told = from_sums(_noised(bounded, rule.noise * rule.bound, draw), here, pairs, rule.floor)
+            told = from_sums(_noised(bounded, rule.noise * rule.bound, draw), ctx, pairs, rule.floor)
             state |= {k: v.to(received[k].device) for k, v in told.items()}
     return replace(update, state={k: state[k] for k in update.state}, examples=1)
 

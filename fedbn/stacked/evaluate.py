@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedbn.federation.context import Setting
+from fedbn.federation.context import RunContext
 from fedbn.federation.metrics import Column, Row, Score, scores
 from fedbn.nn.roles import State, statistics_layers
 from fedbn.online.stream import BLOCK
@@ -35,7 +35,7 @@ class Evaluation(Assignment, Protocol):
     @property
     def globally(self) -> tuple[Column, ...]: ...
     @property
-    def registry(self) -> dict[int, State] | None: ...
+    def client_statistics(self) -> dict[int, State] | None: ...
 
 
 @dataclass(frozen=True)
@@ -84,17 +84,17 @@ class Models:
     """K users' models side by side, in evaluation mode.
 
     Attributes:
-        twin: their program.
+        program: their program.
         k: how many.
         tensors: their entries, statistics as they are now.
     """
 
-    def __init__(self, twin: Program, tensors: State, axes: int) -> None:
+    def __init__(self, program: Program, tensors: State, axes: int) -> None:
         """Of entries ``[K, *shape]``, which are not written to; ``axes`` has a batch of one user's examples."""
-        self.twin, self.axes = twin, axes
+        self.program, self.axes = program, axes
         self.k = len(next(iter(tensors.values())))
-        self.across = twin.across(axes) and self.k > 1
-        self.statistics = {path: (f"{path}.running_mean", f"{path}.running_var") for path in twin.watched}
+        self.across = program.across(axes) and self.k > 1
+        self.statistics = {path: (f"{path}.running_mean", f"{path}.running_var") for path in program.watched}
         moving = {n for names in self.statistics.values() for n in names}
         self.tensors = {n: t.clone() if n in moving else t for n, t in tensors.items()}
         self._bound: dict[int, Callable[[Tensor], Tensor]] = {}
@@ -104,7 +104,7 @@ class Models:
         """Some of them."""
         if len(users) == self.k:
             return self
-        return Models(self.twin, {n: t[users] for n, t in self.tensors.items()}, self.axes)
+        return Models(self.program, {n: t[users] for n, t in self.tensors.items()}, self.axes)
 
     def outputs(self, data: Filled) -> Tensor:
         """Logits ``[K, B, classes]``."""
@@ -165,8 +165,8 @@ class Models:
         """Logits of the first users, as many as ``data`` has; ``see`` gets what each layer's input is like."""
         k, size = data.x.shape[:2]
         if k not in self._bound:
-            entries = {n: self.twin.laid(n, t[:k]) for n, t in self.tensors.items()}
-            self._bound[k] = self.twin.bind(entries, k, across=self.across, watch=self._watch)
+            entries = {n: self.program.laid(n, t[:k]) for n, t in self.tensors.items()}
+            self._bound[k] = self.program.bind(entries, k, across=self.across, watch=self._watch)
         self._see = None if see is None else lambda path, met: see(path, _moments(met, data.n, self.across))
         x = data.x.flatten(2).mT if self.across else data.x.transpose(0, 1).flatten(1, 2)
         with torch.no_grad():
@@ -195,48 +195,50 @@ def _moments(x: Tensor, n: Sequence[int], across: bool) -> Moments:
     return Moments(count, mean, (((values - mean[..., None, None]) * mask) ** 2).sum((2, 3)))
 
 
-def stackable(here: Setting, twin: Program, column: Column) -> bool:
+def stackable(ctx: RunContext, program: Program, column: Column) -> bool:
     """Whether a column needs nothing but the model and moments of what its layers meet."""
     if column == "aggregated":
         return True
-    if twin.watched != [*statistics_layers(here.scratch)]:  # other layers, or computed in another order or twice
+    if program.watched != [*statistics_layers(ctx.scratch)]:  # other layers, or computed in another order or twice
         return False
-    return column == "recalibrated" or (not here.run.rule and type(here.strategy).follow is NormStrategy.follow)
+    return column == "recalibrated" or (
+        not ctx.run.rule and type(ctx.strategy).predict_stream is NormStrategy.predict_stream
+    )
 
 
 def evaluate_stack(
-    here: Setting, twin: Program, jobs: Sequence[Evaluation], states: Sequence[State], column: Column
+    ctx: RunContext, program: Program, jobs: Sequence[Evaluation], states: Sequence[State], column: Column
 ) -> list[list[Score]]:
     """A column's cells of many users, in their order; only if it is `stackable`.
 
     Args:
-        here: the run's setting.
-        twin: the model's, in evaluation mode.
+        ctx: the run's context.
+        program: the model's, in evaluation mode.
         jobs: what is asked.
         states: the users' whole models.
         column: which.
     """
-    order = sorted(range(len(jobs)), key=lambda i: -len(here.population.users[jobs[i].user].test))
-    found = _side_by_side(here, twin, [jobs[i] for i in order], [states[i] for i in order], column)
+    order = sorted(range(len(jobs)), key=lambda i: -len(ctx.population.users[jobs[i].user].test))
+    found = _side_by_side(ctx, program, [jobs[i] for i in order], [states[i] for i in order], column)
     done = dict(zip(order, found, strict=True))
     return [done[i] for i in range(len(jobs))]
 
 
 def _side_by_side(
-    here: Setting, twin: Program, jobs: Sequence[Evaluation], states: Sequence[State], column: Column
+    ctx: RunContext, program: Program, jobs: Sequence[Evaluation], states: Sequence[State], column: Column
 ) -> list[list[Score]]:
     """The same, where no user has more test examples than the one before."""
-    people = [here.population.users[job.user] for job in jobs]
-    rows: list[Row] = ["unseen" if job.user in here.population.unseen else "own" for job in jobs]
-    test, labels = Filled.of([p.test.x for p in people]), Filled.of([p.test.y for p in people]).x
+    users = [ctx.population.users[job.user] for job in jobs]
+    rows: list[Row] = ["unseen" if job.user in ctx.population.unseen else "own" for job in jobs]
+    test, labels = Filled.of([p.test.x for p in users]), Filled.of([p.test.y for p in users]).x
     tensors = {n: torch.stack([s[n] for s in states]) if len(states) > 1 else v[None] for n, v in states[0].items()}
-    models = Models(twin, tensors, people[0].test.x.dim())
+    models = Models(program, tensors, users[0].test.x.dim())
     if column == "recalibrated":
-        models.recalibrate(Filled.of([p.train.x for p in people]))
-    answers = models.follow(test, here.run.plan.online_prior) if column == "online" else models.outputs(test)
+        models.recalibrate(Filled.of([p.train.x for p in users]))
+    answers = models.follow(test, ctx.run.plan.online_prior) if column == "online" else models.outputs(test)
     out = [[own] for own in scores(rows, column, answers, labels, test.n)]
     if asked := [i for i, job in enumerate(jobs) if column in job.globally]:
-        k, x, y = len(asked), here.everyone.x, here.everyone.y
+        k, x, y = len(asked), ctx.everyone.x, ctx.everyone.y
         answers = models.among(asked).outputs(Filled(x.expand(k, *x.shape), [len(x)] * k))
         found = scores(["global"] * k, column, answers, y.expand(k, -1), [len(y)] * k)
         for i, cell in zip(asked, found, strict=True):

@@ -32,7 +32,7 @@ import torch
 
 from fedbn.errors import unknown
 from fedbn.federation.client import cells, newcomer_cells, user_state
-from fedbn.federation.context import Setting
+from fedbn.federation.context import RunContext
 from fedbn.federation.metrics import Column, Score
 from fedbn.federation.training import fit
 from fedbn.nn.roles import State, statistics_layers
@@ -46,9 +46,9 @@ from fedbn.strategies.base import NormStrategy, Progress
 
 log = logging.getLogger(__name__)
 
-Kind = Literal["train", "evaluate", "talk"]
+Kind = Literal["train", "evaluate", "consensus"]
 
-Tier = Literal["exact", "auto", "one", "threads", "lean", "stacked"]
+Executor = Literal["exact", "auto", "one", "threads", "lean", "stacked"]
 
 WORTH_A_THREAD = 0.002
 """Seconds a step must take for Python threads to gain: shorter ones wait for each other's interpreter lock."""
@@ -61,33 +61,33 @@ NARROW = 8
 """Users from which on a stack is wide enough to be scored."""
 
 
-class Work(Protocol):
+class Job(Protocol):
     """A job of one client, complete in itself; a dataclass.
 
     Attributes:
         kind: ``train``, a `fedbn.stacked.cohort.Round`; ``evaluate``, a `fedbn.stacked.evaluate.Evaluation`; or
-            ``talk``, one exchange about statistics.
+            ``steps``, one exchange about statistics.
     """
 
     kind: ClassVar[Kind]
 
     @property
-    def here(self) -> Setting: ...
+    def ctx(self) -> RunContext: ...
 
     def run(self) -> Any:
         """Do it alone."""
         ...
 
 
-def parse_tier(text: str) -> Tier:
+def parse_executor(text: str) -> Executor:
     """The tier that a text names.
 
     Raises:
         UserError: there is none of this name.
     """
-    if text not in get_args(Tier):
-        raise unknown("tier of the grid", text, get_args(Tier))
-    return cast(Tier, text)
+    if text not in get_args(Executor):
+        raise unknown("tier of the grid", text, get_args(Executor))
+    return cast(Executor, text)
 
 
 def cores() -> int:
@@ -112,31 +112,31 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-class Tiers:
+class ClientExecutor:
     """Does jobs of one run, round after round, in the tier asked for."""
 
-    def __init__(self, tier: Tier = "exact", threads: int | None = None) -> None:
+    def __init__(self, executor: Executor = "exact", threads: int | None = None) -> None:
         """Threads: how many cores to use; all by default."""
-        self.tier = tier
+        self.executor = executor
         self.threads = threads or cores()
-        self._told: set[str] = set()
-        self._of: Setting | None = None
+        self._logged: set[str] = set()
+        self._of: RunContext | None = None
 
-    def _meet(self, here: Setting) -> None:
+    def _start_run(self, ctx: RunContext) -> None:
         """Forget what was learnt of another run."""
-        if here is not self._of:
-            self._of, self._cohort = here, Cohort(here)
-            self._replicas: list[Setting] = []
-            self._chosen: Tier | None = None
+        if ctx is not self._of:
+            self._of, self._cohort = ctx, Cohort(ctx)
+            self._replicas: list[RunContext] = []
+            self._chosen: Executor | None = None
             self._step = float("inf")
             self._timed = 0
             self._a_row: float | None = None
             self._quiet: bool | None = None
 
-    def run(self, jobs: Sequence[Work]) -> list[Any]:
+    def run(self, jobs: Sequence[Job]) -> list[Any]:
         """Results of all jobs, which are of one kind and run, in their order; a `Failure` for one that raised."""
-        self._meet(jobs[0].here)
-        if self.tier in ("auto", "lean", "stacked"):
+        self._start_run(jobs[0].ctx)
+        if self.executor in ("auto", "lean", "stacked"):
             try:
                 if jobs[0].kind == "train":
                     return self._stacked(cast(Sequence[Round], jobs))
@@ -148,27 +148,27 @@ class Tiers:
         return self._exactly(jobs)
 
     def _tell(self, message: str) -> None:
-        if message not in self._told:
-            self._told.add(message)
+        if message not in self._logged:
+            self._logged.add(message)
             log.info(message)
 
-    def _exactly(self, jobs: Sequence[Work]) -> list[Any]:
-        if self.tier == "one" or self.threads == 1 or len(jobs) == 1 or not self._independent():
+    def _exactly(self, jobs: Sequence[Job]) -> list[Any]:
+        if self.executor == "one" or self.threads == 1 or len(jobs) == 1 or not self._independent():
             return [_attempt(job.run) for job in jobs]
         done: list[Any] = []
-        if self.tier != "threads":
+        if self.executor != "threads":
             while jobs[0].kind == "train" and self._timed < 3 and len(done) < len(jobs):
                 done.append(self._attempt_timed(jobs[len(done)]))
             if not WORTH_A_THREAD <= self._step < float("inf"):
                 return done + [_attempt(job.run) for job in jobs[len(done) :]]
         rest = jobs[len(done) :]
-        return done + self._on_threads(rest, lambda job, here: _attempt(replace(cast(Any, job), here=here).run))
+        return done + self._on_threads(rest, lambda job, ctx: _attempt(replace(cast(Any, job), ctx=ctx).run))
 
-    def _attempt_timed(self, job: Work) -> Any:
+    def _attempt_timed(self, job: Job) -> Any:
         began = time.perf_counter()
         result = _attempt(job.run)
-        plan = job.here.run.plan
-        steps = -(-len(job.here.training_data(cast(Round, job).user)) // plan.batch_size) * plan.local_epochs
+        plan = job.ctx.run.plan
+        steps = -(-len(job.ctx.training_data(cast(Round, job).user)) // plan.batch_size) * plan.local_epochs
         self._step = min(self._step, (time.perf_counter() - began) / steps)
         self._timed += 1
         return result
@@ -176,22 +176,22 @@ class Tiers:
     def _independent(self) -> bool:
         """Whether clients can be run at the same time: they must not draw from torch's one generator."""
         if self._quiet is None:
-            here = cast(Setting, self._of)
-            model = here.load(here.initial)
+            ctx = cast(RunContext, self._of)
+            model = ctx.load(ctx.initial)
             with torch.random.fork_rng(devices=[]), torch.no_grad():
                 before = torch.get_rng_state()
-                here.strategy.begin(model, Progress(1, here.run.plan.rounds))
-                model(here.training_data(here.trainers[0]).x[:2])
+                ctx.strategy.set_training_mode(model, Progress(1, ctx.run.plan.rounds))
+                model(ctx.training_data(ctx.trainers[0]).x[:2])
                 self._quiet = torch.equal(before, torch.get_rng_state())
-            self._quiet &= type(here.strategy).before_step is NormStrategy.before_step
-            here.load(here.initial)
+            self._quiet &= type(ctx.strategy).on_before_optimizer_step is NormStrategy.on_before_optimizer_step
+            ctx.load(ctx.initial)
         return self._quiet
 
-    def _on_threads(self, parts: Sequence[Any], do: Callable[[Any, Setting], Any]) -> list[Any]:
+    def _on_threads(self, parts: Sequence[Any], do: Callable[[Any, RunContext], Any]) -> list[Any]:
         """``do(part, replica)`` of all parts, each thread with a replica of the setting: its own scratch model."""
-        here = cast(Setting, self._of)
+        ctx = cast(RunContext, self._of)
         while len(self._replicas) < self.threads:
-            self._replicas.append(replace(here, scratch=copy.deepcopy(here.scratch)))
+            self._replicas.append(replace(ctx, scratch=copy.deepcopy(ctx.scratch)))
         free = list(self._replicas)
 
         def with_replica(part: Any) -> Any:
@@ -209,121 +209,121 @@ class Tiers:
             torch.set_rng_state(state)
 
     def _stacked(self, rounds: Sequence[Round]) -> list[Any]:
-        twin = self._cohort.twin(rounds[0].progress, rounds[0].heard)
-        wide = width(rounds[0].here, len(rounds))
-        tier = self._fastest(rounds, twin, wide) if self.tier == "auto" else self.tier
-        if tier == "threads":
-            return self._exactly(cast(Sequence[Work], rounds))
-        size = 1 if tier == "lean" else wide
+        program = self._cohort.program(rounds[0].progress, rounds[0].aggregates)
+        wide = width(rounds[0].ctx, len(rounds))
+        executor = self._fastest(rounds, program, wide) if self.executor == "auto" else self.executor
+        if executor == "threads":
+            return self._exactly(cast(Sequence[Job], rounds))
+        size = 1 if executor == "lean" else wide
         parts = [rounds[i : i + size] for i in range(0, len(rounds), size)]
         # A few large clients may not divide evenly; those left over get all threads one by one.
-        few = tier == "lean" and len(parts) < 4 * self.threads
+        few = executor == "lean" and len(parts) < 4 * self.threads
         left = len(parts) % self.threads if few else len(parts) if self.threads == 1 or len(parts) == 1 else 0
         together = parts[: len(parts) - left]
-        done = self._on_threads(together, lambda part, _: self._cohort.train(part, twin)) if together else []
+        done = self._on_threads(together, lambda part, _: self._cohort.train(part, program)) if together else []
         with _threads(self.threads if few else 1):
-            done += [self._cohort.train(part, twin) for part in parts[len(together) :]]
+            done += [self._cohort.train(part, program) for part in parts[len(together) :]]
         return [result for part in done for result in part]
 
     def _evaluated(self, jobs: Sequence[Evaluation]) -> list[Any]:
-        here = jobs[0].here
-        self._cohort.evaluation_twin()  # raises where there is none
+        ctx = jobs[0].ctx
+        self._cohort.evaluation_program()  # raises where there is none
         if any(job.columns != jobs[0].columns for job in jobs):
             raise Unstackable("users are asked for different columns")
         results: dict[int, Any] = {}
         states: dict[int, State] = {}
         for i, job in enumerate(jobs):
-            made = _attempt(partial(user_state, here, job.user, job.received, job.kept))
+            made = _attempt(partial(user_state, ctx, job.user, job.received, job.client_state))
             results[i], states[i] = (made, {}) if isinstance(made, Failure) else ([], made)
         for column in jobs[0].columns:
-            if column != "aggregated" and not statistics_layers(here.scratch):
+            if column != "aggregated" and not statistics_layers(ctx.scratch):
                 continue
             able = [i for i, result in results.items() if not isinstance(result, Failure)]
             found = self._column([jobs[i] for i in able], [states[i] for i in able], column) if able else []
             for i, cells_ in zip(able, found, strict=True):
                 results[i] = cells_ if isinstance(cells_, Failure) else results[i] + cells_
         for i, job in enumerate(jobs):
-            if job.registry and not isinstance(results[i], Failure):
-                results[i] += newcomer_cells(here, job.user, states[i], job.registry)
+            if job.client_statistics and not isinstance(results[i], Failure):
+                results[i] += newcomer_cells(ctx, job.user, states[i], job.client_statistics)
         return [results[i] for i in range(len(jobs))]
 
     def _column(self, jobs: Sequence[Evaluation], states: Sequence[State], column: Column) -> list[Any]:
         """A column of the matrix for all users, in stacks as wide as what is computed at once allows."""
-        here, twin = jobs[0].here, self._cohort.evaluation_twin()
-        if not stackable(here, twin, column):
+        ctx, program = jobs[0].ctx, self._cohort.evaluation_program()
+        if not stackable(ctx, program, column):
             asked = [(column,) if column in job.globally else () for job in jobs]
             return [
-                _attempt(partial(cells, here, job.user, state, (column,), globally, job.registry))
+                _attempt(partial(cells, ctx, job.user, state, (column,), globally, job.client_statistics))
                 for job, state, globally in zip(jobs, states, asked, strict=True)
             ]
-        people = [here.population.users[job.user] for job in jobs]
-        most = max(len(p.train if column == "recalibrated" else p.test) for p in people)
+        users = [ctx.population.users[job.user] for job in jobs]
+        most = max(len(p.train if column == "recalibrated" else p.test) for p in users)
         at_once = BLOCK if column == "online" else CHUNK
         rows = min(at_once, most)
-        wide, narrow = (width(here, len(jobs), rows, of=part) for part in (1.0, 0.25))
-        size = 1 if self.tier == "lean" else min(wide, max(narrow, NARROW))  # narrower ones are more, for all cores
+        wide, narrow = (width(ctx, len(jobs), rows, of=part) for part in (1.0, 0.25))
+        size = 1 if self.executor == "lean" else min(wide, max(narrow, NARROW))  # narrower ones are more, for all cores
         parts = [slice(i, i + size) for i in range(0, len(jobs), size)]
 
-        def stack(part: slice, _: Setting) -> list[list[Score]]:
-            return evaluate_stack(here, twin, jobs[part], states[part], column)
+        def stack(part: slice, _: RunContext) -> list[list[Score]]:
+            return evaluate_stack(ctx, program, jobs[part], states[part], column)
 
         done: list[Any] = []
         if self._a_row is None:
             began = time.perf_counter()
-            done += stack(parts.pop(0), here)
+            done += stack(parts.pop(0), ctx)
             self._a_row = (time.perf_counter() - began) / (len(done) * most)
         if self.threads > 1 and len(parts) > 1 and self._a_row * size * rows > WORTH_A_THREAD:
             return done + [cell for part in self._on_threads(parts, stack) for cell in part]
-        return done + [cell for part in parts for cell in stack(part, here)]
+        return done + [cell for part in parts for cell in stack(part, ctx)]
 
-    def _fastest(self, rounds: Sequence[Round], twin: Program, wide: int) -> Tier:
+    def _fastest(self, rounds: Sequence[Round], program: Program, wide: int) -> Executor:
         """The tier in which a round takes least, from one step of the first clients in each; measured once a run."""
         if self._chosen is None:
             clients = len(rounds)
             steps = {
                 "threads": (clients, _seconds(lambda: _step(rounds[0]))),
-                "lean": (clients, _seconds(lambda: self._cohort.rehearse(rounds[:1], twin))),
-                "stacked": (-(-clients // wide), _seconds(lambda: self._cohort.rehearse(rounds[:wide], twin))),
+                "lean": (clients, _seconds(lambda: self._cohort.rehearse(rounds[:1], program))),
+                "stacked": (-(-clients // wide), _seconds(lambda: self._cohort.rehearse(rounds[:wide], program))),
             }
             cost = {
-                tier: seconds * (-(-parts // self.threads) if seconds > WORTH_A_THREAD else parts)
-                for tier, (parts, seconds) in steps.items()
+                executor: seconds * (-(-parts // self.threads) if seconds > WORTH_A_THREAD else parts)
+                for executor, (parts, seconds) in steps.items()
             }
-            self._chosen = cast(Tier, min(cost, key=cost.__getitem__))
+            self._chosen = cast(Executor, min(cost, key=cost.__getitem__))
             log.info("a step of %d clients: %s; %s it is", clients, cost, self._chosen)
         return self._chosen
 
 
-def width(here: Setting, clients: int, rows: int | None = None, of: float = 1.0) -> int:
+def width(ctx: RunContext, clients: int, rows: int | None = None, of: float = 1.0) -> int:
     """How many clients to put into one stack: about the same number in each, whatever the number of threads.
 
     Sums come out a little differently in a stack of another width; so it depends on the work alone.
 
     Args:
-        here: the run's setting.
+        ctx: the run's context.
         clients: how many there are.
         rows: how many rows of each are computed at once; a step's by default.
         of: the share of the cache to use.
 
     >>> from fedbn.config import Plan
     >>> from fedbn.federation.run import Run
-    >>> from fedbn.federation.setup import setting
-    >>> width(setting(Run("digits8", "fedbn", plan=Plan(), model="mlp")), 300)
+    >>> from fedbn.federation.setup import build_context
+    >>> width(build_context(Run("digits8", "fedbn", plan=Plan(), model="mlp")), 300)
     100
     """
-    data = here.training_data(here.trainers[0])
-    inputs = data.x[0].numel() * data.x.element_size() * (rows or min(here.run.plan.batch_size, len(data)))
+    data = ctx.training_data(ctx.trainers[0])
+    inputs = data.x[0].numel() * data.x.element_size() * (rows or min(ctx.run.plan.batch_size, len(data)))
     stacks = -(-clients // max(1, min(WIDEST, int(of * CACHED) // inputs)))
     return -(-clients // stacks)
 
 
 def _step(job: Round) -> None:
-    here = job.here
-    data = here.training_data(job.user)
-    rows = torch.arange(min(here.run.plan.batch_size, len(data)), device=data.y.device)
-    model = here.load(here.initial)
-    here.strategy.begin(model, job.progress)
-    fit(model, data.take(rows), here.run.plan, seed=0, round=1, user=0, epochs=1)
+    ctx = job.ctx
+    data = ctx.training_data(job.user)
+    rows = torch.arange(min(ctx.run.plan.batch_size, len(data)), device=data.y.device)
+    model = ctx.load(ctx.initial)
+    ctx.strategy.set_training_mode(model, job.progress)
+    fit(model, data.take(rows), ctx.run.plan, seed=0, round=1, user=0, epochs=1)
 
 
 def _seconds(do: Callable[[], None]) -> float:

@@ -123,17 +123,17 @@ class Group:
 class Stack:
     """States of K clients as tensors ``[K, *shape]``."""
 
-    def __init__(self, twin: Program, trainees: Sequence[Trainee], how: Descent, axes: int) -> None:
-        self.twin = twin
+    def __init__(self, program: Program, trainees: Sequence[Trainee], how: Descent, axes: int) -> None:
+        self.program = program
         self.device = next(iter(trainees[0].state.values())).device
-        self.across = twin.across(axes)
+        self.across = program.across(axes)
         plain = not (how.momentum or how.weight_decay or how.mu) and how.precision == "float32"
         self.lr = how.lr if plain else None
         self.noise = [t.noise for t in trainees]
         self.tensors = {n: _stack([t.state[n] for t in trainees]) for n in trainees[0].state}
         self.momentum: State = {}
         if how.momentum:
-            self.momentum = {n: torch.zeros_like(self.tensors[n]) for n in twin.trained}
+            self.momentum = {n: torch.zeros_like(self.tensors[n]) for n in program.trained}
             for i, trainee in enumerate(trainees):
                 for name, buffer in trainee.momentum.items():
                     self.momentum[name][i] = buffer
@@ -146,14 +146,14 @@ class Stack:
         first, last = members[0], members[-1]
         views = last - first + 1 == len(members)
         rows = slice(first, last + 1) if views else torch.tensor(members, device=self.device)
-        entries = {n: self.twin.laid(n, t[rows]).detach() for n, t in self.tensors.items()}
-        momentum = {n: self.twin.laid(n, t[rows]).detach() for n, t in self.momentum.items()}
+        entries = {n: self.program.laid(n, t[rows]).detach() for n, t in self.tensors.items()}
+        momentum = {n: self.program.laid(n, t[rows]).detach() for n, t in self.momentum.items()}
         alone = self.lr is not None and len(members) == 1
-        stepping = {n for n in self.twin.heavy if entries[n].numel() >= HEAVY} if alone else set()
-        leaves = {n: entries[n].requires_grad_() for n in self.twin.trained if n not in stepping}
+        stepping = {n for n in self.program.heavy if entries[n].numel() >= HEAVY} if alone else set()
+        leaves = {n: entries[n].requires_grad_() for n in self.program.trained if n not in stepping}
         noise = [self.noise[i] for i in members]
         across = self.across and len(members) > 1
-        forward = self.twin.bind(entries, len(members), noise, across=across, stepping=stepping, lr=self.lr)
+        forward = self.program.bind(entries, len(members), noise, across=across, stepping=stepping, lr=self.lr)
         made = Group(members, rows, leaves, momentum, forward, entries, across)
         if views:
             self._views[members] = made
@@ -175,18 +175,18 @@ def _stack(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(tensors)).contiguous()
 
 
-def fit_stack(twin: Program, trainees: Sequence[Trainee], x: Tensor, y: Tensor, how: Descent) -> list[Trained]:
+def fit_stack(program: Program, trainees: Sequence[Trainee], x: Tensor, y: Tensor, how: Descent) -> list[Trained]:
     """Train all clients.
 
     Args:
-        twin: their model.
+        program: their model.
         trainees: the clients; those with more batches first make the largest groups cheapest.
         x: rows ``[n, C, *positions]`` of all clients.
         y: labels ``[n]``.
         how: the steps.
     """
-    stack = Stack(twin, trainees, how, x.dim())
-    start = {n: stack.tensors[n].clone() for n in twin.trained if how.mu and n in how.pulled}
+    stack = Stack(program, trainees, how, x.dim())
+    start = {n: stack.tensors[n].clone() for n in program.trained if how.mu and n in how.pulled}
     total = torch.zeros(len(trainees), device=x.device)
     orders = pad_sequence([t.order for t in trainees], batch_first=True)
     orders = (orders + torch.tensor([[t.first] for t in trainees])).to(x.device)
@@ -204,7 +204,7 @@ def fit_stack(twin: Program, trainees: Sequence[Trainee], x: Tensor, y: Tensor, 
         gradients = torch.autograd.grad(losses.sum(), list(group.leaves.values()), allow_unused=True)
         with torch.no_grad():
             total[group.rows] += losses.detach() * size
-            pulled = {n: twin.laid(n, v[group.rows]) for n, v in start.items()}
+            pulled = {n: program.laid(n, v[group.rows]) for n, v in start.items()}
             _descend(how, group, gradients, pulled)
         stack.put_back(group)
         for i in group.members:

@@ -1,7 +1,7 @@
 """Layers and functions for K clients at once, their activations side by side on the channel axis.
 
-What the stacked program (`fedbn.stacked.program`) is made of: one entry of `TWINS` a kind of layer, of `FUNCTIONS` a
-function, of `METHODS` a tensor's method.
+What the stacked program (`fedbn.stacked.program`) is made of: one entry of `STACKED_LAYERS` a kind of layer, of
+`FUNCTIONS` a function, of `METHODS` a tensor's method.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Stacked:
     lr: float | None = None
 
 
-Twin = Callable[[Any, Stacked, Tensor], Tensor]
+StackedLayer = Callable[[Any, Stacked, Tensor], Tensor]
 """Computes a layer for all clients: (module, what is stacked, ``[B, K*C, *positions]``) -> the same shape."""
 
 
@@ -92,40 +92,40 @@ class _Stepping(torch.autograd.Function):
         return to_inputs, None, g.sum(0), None
 
 
-def _linear(m: nn.Linear, here: Stacked, x: Tensor) -> Tensor:
-    weight, bias = here.tensors["weight"], here.tensors.get("bias")
-    if here.across:
+def _linear(m: nn.Linear, context: Stacked, x: Tensor) -> Tensor:
+    weight, bias = context.tensors["weight"], context.tensors.get("bias")
+    if context.across:
         return torch.bmm(weight, x) if bias is None else torch.baddbmm(bias.mT, weight, x)
     if x.dim() != 2:
         raise Unstackable(f"a linear layer on activations with {x.dim()} axes")
-    if here.lr is not None:
-        return cast(Tensor, _Stepping.apply(x, weight[0], cast(Tensor, bias).view(-1), here.lr))  # type: ignore[no-untyped-call]
-    if here.k == 1:
+    if context.lr is not None:
+        return cast(Tensor, _Stepping.apply(x, weight[0], cast(Tensor, bias).view(-1), context.lr))  # type: ignore[no-untyped-call]
+    if context.k == 1:
         return F.linear(x, weight[0], None if bias is None else bias.view(-1))
-    rows = x.view(len(x), here.k, -1).transpose(0, 1)
+    rows = x.view(len(x), context.k, -1).transpose(0, 1)
     out = torch.bmm(rows, weight.mT) if bias is None else torch.baddbmm(bias, rows, weight.mT)
     return out.transpose(0, 1).flatten(1)
 
 
-def _convolution(m: Any, here: Stacked, x: Tensor) -> Tensor:
-    weight, bias = here.tensors["weight"], here.tensors.get("bias")
+def _convolution(m: Any, context: Stacked, x: Tensor) -> Tensor:
+    weight, bias = context.tensors["weight"], context.tensors.get("bias")
     if x.dim() == 5:
-        return F.conv3d(x, weight, bias, m.stride, m.padding, m.dilation, m.groups * here.k)
+        return F.conv3d(x, weight, bias, m.stride, m.padding, m.dilation, m.groups * context.k)
     stride, padding, dilation = m.stride, m.padding, m.dilation
     if isinstance(m, nn.Conv1d):
         weight, stride, dilation = weight.unsqueeze(2), (1, *stride), (1, *dilation)
         padding = padding if isinstance(padding, str) else (0, *padding)
-    return F.conv2d(_channels_last(x), weight, bias, stride, padding, dilation, m.groups * here.k)
+    return F.conv2d(_channels_last(x), weight, bias, stride, padding, dilation, m.groups * context.k)
 
 
-def batch_norm(m: Any, here: Stacked, x: Tensor) -> Tensor:
+def batch_norm(m: Any, context: Stacked, x: Tensor) -> Tensor:
     """K batch normalizations as one: statistics are per channel, whoever's channel it is."""
-    t = here.tensors
+    t = context.tensors
     if m.training and m.track_running_stats:
         t["num_batches_tracked"].add_(1)
     stored = not m.training or m.track_running_stats
     out = F.batch_norm(
-        x.reshape(1, -1, x.shape[2]) if here.across else x,
+        x.reshape(1, -1, x.shape[2]) if context.across else x,
         t.get("running_mean") if stored else None,
         t.get("running_var") if stored else None,
         t.get("weight"),
@@ -134,53 +134,53 @@ def batch_norm(m: Any, here: Stacked, x: Tensor) -> Tensor:
         m.momentum,
         m.eps,
     )
-    return out.view(x.shape) if here.across else out
+    return out.view(x.shape) if context.across else out
 
 
-def _instance_norm(m: Any, here: Stacked, x: Tensor) -> Tensor:
-    t = here.tensors
+def _instance_norm(m: Any, context: Stacked, x: Tensor) -> Tensor:
+    t = context.tensors
     batch = m.training or not m.track_running_stats
     return F.instance_norm(
         x, t.get("running_mean"), t.get("running_var"), t.get("weight"), t.get("bias"), batch, m.momentum, m.eps
     )
 
 
-def _group_norm(m: nn.GroupNorm, here: Stacked, x: Tensor) -> Tensor:
-    return F.group_norm(x, m.num_groups * here.k, here.tensors.get("weight"), here.tensors.get("bias"), m.eps)
+def _group_norm(m: nn.GroupNorm, context: Stacked, x: Tensor) -> Tensor:
+    return F.group_norm(x, m.num_groups * context.k, context.tensors.get("weight"), context.tensors.get("bias"), m.eps)
 
 
-def _layer_norm(m: nn.LayerNorm, here: Stacked, x: Tensor) -> Tensor:
-    each = x.reshape(len(x), here.k, -1, *x.shape[2:])
+def _layer_norm(m: nn.LayerNorm, context: Stacked, x: Tensor) -> Tensor:
+    each = x.reshape(len(x), context.k, -1, *x.shape[2:])
     out = F.layer_norm(each, m.normalized_shape, eps=m.eps)
     middle = [1] * (each.dim() - 2 - len(m.normalized_shape))
-    weight, bias = here.tensors.get("weight"), here.tensors.get("bias")
+    weight, bias = context.tensors.get("weight"), context.tensors.get("bias")
     if weight is not None:
-        out = out * weight.view(here.k, *middle, *m.normalized_shape)
+        out = out * weight.view(context.k, *middle, *m.normalized_shape)
     if bias is not None:
-        out = out + bias.view(here.k, *middle, *m.normalized_shape)
+        out = out + bias.view(context.k, *middle, *m.normalized_shape)
     return out.flatten(1, 2)
 
 
-def dropout(m: Any, here: Stacked, x: Tensor) -> Tensor:
+def dropout(m: Any, context: Stacked, x: Tensor) -> Tensor:
     """Dropout with the masks that each client would draw alone."""
     if not m.training or m.p == 0:
         return x
     if m.p == 1:
         return x * 0
-    if here.across:
-        masks = [x.new_empty(x.shape[2], x.shape[1]).bernoulli_(1 - m.p, generator=draw) for draw in here.noise]
+    if context.across:
+        masks = [x.new_empty(x.shape[2], x.shape[1]).bernoulli_(1 - m.p, generator=draw) for draw in context.noise]
         return x * torch.stack(masks).mT.div(1 - m.p)
     positions = x.shape[2:] if type(m) is nn.Dropout else [1] * (x.dim() - 2)
-    shape = (len(x), x.shape[1] // here.k, *positions)
-    masks = [x.new_empty(shape).bernoulli_(1 - m.p, generator=draw) for draw in here.noise]
+    shape = (len(x), x.shape[1] // context.k, *positions)
+    masks = [x.new_empty(shape).bernoulli_(1 - m.p, generator=draw) for draw in context.noise]
     return x * torch.stack(masks, 1).div_(1 - m.p).flatten(1, 2)
 
 
-def _same(m: nn.Module, here: Stacked, x: Tensor) -> Tensor:
+def _same(m: nn.Module, context: Stacked, x: Tensor) -> Tensor:
     return cast(Tensor, m(x))
 
 
-def _pool(m: nn.Module, here: Stacked, x: Tensor) -> Tensor:
+def _pool(m: nn.Module, context: Stacked, x: Tensor) -> Tensor:
     """Pooling of images, or of signals as images of height one."""
     if isinstance(m, nn.AdaptiveAvgPool1d | nn.AdaptiveMaxPool1d):
         adaptive = F.adaptive_avg_pool2d if isinstance(m, nn.AdaptiveAvgPool1d) else F.adaptive_max_pool2d
@@ -216,8 +216,8 @@ _POOLING = (
     *(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d),
 )
 
-TWINS: dict[type[nn.Module], Twin] = {
-    nn.Flatten: lambda m, here, x: _flatten(x, m.start_dim, m.end_dim),
+STACKED_LAYERS: dict[type[nn.Module], StackedLayer] = {
+    nn.Flatten: lambda m, context, x: _flatten(x, m.start_dim, m.end_dim),
     nn.Linear: _linear,
     nn.LayerNorm: _layer_norm,
     nn.GroupNorm: _group_norm,
@@ -280,7 +280,7 @@ METHODS: dict[str, Callable[..., Any]] = {
 }
 
 
-TALL: frozenset[Twin] = frozenset({_convolution, batch_norm, _group_norm, _instance_norm, _same, _pool})
+TALL: frozenset[StackedLayer] = frozenset({_convolution, batch_norm, _group_norm, _instance_norm, _same, _pool})
 """Layers that compute the same on signals and on images of height one."""
 
 FEATURES = (nn.Linear, nn.BatchNorm1d, AnyBatchNorm, nn.Dropout, *_ELEMENTWISE)

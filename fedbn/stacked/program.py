@@ -27,10 +27,10 @@ from fedbn.stacked.layers import (
     FUNCTIONS,
     METHODS,
     OF_FEATURES,
+    STACKED_LAYERS,
     TALL,
-    TWINS,
     Stacked,
-    Twin,
+    StackedLayer,
     Unstackable,
     as_image,
     batch_norm,
@@ -40,7 +40,7 @@ from fedbn.stacked.layers import (
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return type(m) in TWINS or super().is_leaf_module(m, module_qualified_name)
+        return type(m) in STACKED_LAYERS or super().is_leaf_module(m, module_qualified_name)
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class _Layer:
 
     module: nn.Module
     path: str
-    twin: Twin
+    compute: StackedLayer
     names: tuple[tuple[str, str], ...]
 
 
@@ -103,12 +103,12 @@ class Program:
     def watched(self) -> list[str]:
         """Paths of the layers with statistics of batches, in the order in which they are computed."""
         calls = [self.layers[n.name] for n in self.graph.nodes if n.op == "call_module"]
-        return [layer.path for layer in calls if layer.twin is batch_norm]
+        return [layer.path for layer in calls if layer.compute is batch_norm]
 
     @cached_property
     def draws(self) -> bool:
         """Whether a step needs random numbers."""
-        return any(layer.twin is dropout for layer in self.layers.values())
+        return any(layer.compute is dropout for layer in self.layers.values())
 
     def laid(self, name: str, stacked: Tensor) -> Tensor:
         """A view of an entry ``[K, *shape]`` as the kernels take it: clients side by side on the channel axis."""
@@ -155,16 +155,16 @@ class Program:
             elif node.op == "call_module":
                 layer = self.layers[node.name]
                 rate = lr if any(key in stepping for _, key in layer.names) else None
-                here = Stacked(k, {n: tensors[key] for n, key in layer.names}, noise, across, rate)
-                compute: Callable[..., Any] = partial(layer.twin, layer.module, here)
+                ctx = Stacked(k, {n: tensors[key] for n, key in layer.names}, noise, across, rate)
+                compute: Callable[..., Any] = partial(layer.compute, layer.module, ctx)
                 if node in late.values():
                     compute = _then_relu(compute)
-                if watch is not None and layer.twin is batch_norm:
+                if watch is not None and layer.compute is batch_norm:
                     compute = _told(compute, partial(watch, layer.path))
-                steps.append((node, compute, layer.twin in TALL and not across, node.args, {}))
+                steps.append((node, compute, layer.compute in TALL and not across, node.args, {}))
             else:
-                twin = METHODS[node.target] if node.op == "call_method" else FUNCTIONS[node.target]
-                steps.append((node, twin, False, node.args, node.kwargs))
+                compute = METHODS[node.target] if node.op == "call_method" else FUNCTIONS[node.target]
+                steps.append((node, compute, False, node.args, node.kwargs))
 
         def forward(x: Tensor) -> Tensor:
             values: dict[fx.Node, Any] = {first: x}
@@ -222,17 +222,17 @@ def _value(of: Any, values: dict[fx.Node, Any]) -> Any:
     return tuple(_value(o, values) for o in of) if isinstance(of, tuple | list) else of
 
 
-def program(model: nn.Module) -> Program:
+def build_program(model: nn.Module) -> Program:
     """Read a model, in its present training mode, into its stacked twin.
 
     Raises:
         Unstackable: it has parts that are not known here.
 
     >>> net = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.ReLU(), nn.Linear(3, 2))
-    >>> twin = program(net)
-    >>> state = {n: twin.laid(n, torch.stack([v, v])) for n, v in net.state_dict().items()}
+    >>> compute = build_program(net)
+    >>> state = {n: compute.laid(n, torch.stack([v, v])) for n, v in net.state_dict().items()}
     >>> x = torch.randn(5, 4)
-    >>> torch.allclose(twin.bind(state, 2)(x.repeat(1, 2)), net(x).repeat(1, 2), atol=1e-6)
+    >>> torch.allclose(compute.bind(state, 2)(x.repeat(1, 2)), net(x).repeat(1, 2), atol=1e-6)
     True
     """
     refuse_hooks(model)
@@ -277,14 +277,14 @@ def refuse_hooks(model: nn.Module) -> None:
 
 def _layer(module: nn.Module, path: str, node: fx.Node) -> _Layer:
     kind = type(module)
-    if kind not in TWINS:
+    if kind not in STACKED_LAYERS:
         raise Unstackable(f"layer {kind.__name__}")
     if len(node.args) != 1 or node.kwargs:
         raise Unstackable(f"{path} is called with more than one argument")
     if getattr(module, "padding_mode", "zeros") != "zeros":
         raise Unstackable(f"{path} pads with {module.padding_mode}")
-    if TWINS[kind] is batch_norm and module.momentum is None:
+    if STACKED_LAYERS[kind] is batch_norm and module.momentum is None:
         raise Unstackable(f"{path} averages cumulatively (momentum=None)")
     if getattr(module, "return_indices", False):
         raise Unstackable(f"{path} returns indices")
-    return _Layer(module, path, TWINS[kind], tuple((n, f"{path}.{n}") for n in module.state_dict()))
+    return _Layer(module, path, STACKED_LAYERS[kind], tuple((n, f"{path}.{n}") for n in module.state_dict()))

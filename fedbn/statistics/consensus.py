@@ -8,9 +8,9 @@ from fedbn.nn.roles import State
 from fedbn.statistics.moments import Moments
 
 
-def hold(
+def run_consensus(
     ask: Callable[[list[dict[str, Moments]]], Sequence[dict[str, Moments] | None]],
-    count: Callable[[Heard, Sequence[dict[str, Moments] | None]], None] = lambda answers, replies: None,
+    count: Callable[[Aggregates, Sequence[dict[str, Moments] | None]], None] = lambda answers, replies: None,
 ) -> Iterator[dict[str, Moments]]:
     """Hold a conversation: ask all clients, answer with the union of what they say, until one has nothing to say.
 
@@ -29,16 +29,16 @@ def hold(
         yield answers[-1]
 
 
-def replay(start: Callable[[], Talk], answers: Sequence[dict[str, Moments]]) -> dict[str, Moments] | None:
+def replay(start: Callable[[], ConsensusStep], answers: Sequence[dict[str, Moments]]) -> dict[str, Moments] | None:
     """What a conversation says after having heard ``answers``; None when it has ended.
 
     Clients are stateless between messages, so the talk is held again from its start.
     """
-    talk = start()
+    steps = start()
     try:
-        said = next(talk)
-        for heard in answers:
-            said = talk.send(heard)
+        said = next(steps)
+        for aggregates in answers:
+            said = steps.send(aggregates)
     except StopIteration:
         return None
     return said
@@ -64,9 +64,9 @@ def unflatten(state: State) -> dict[str, Moments]:
     return {p: Moments(*(state[f"{p}|{f}"] for f in ("n", "mean", "m2"))) for p in paths}
 
 
-Heard = Sequence[dict[str, Moments]]
+Aggregates = Sequence[dict[str, Moments]]
 """The answers of a conversation so far, in order: by name, the union of the moments that all clients said."""
 
 
-Talk = Generator[dict[str, Moments], dict[str, Moments], None]
+ConsensusStep = Generator[dict[str, Moments], dict[str, Moments], None]
 """A client's side of a conversation: it yields moments by name and hears their union over all clients."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fedbn.nn.hooks import inputs_of
 from fedbn.nn.roles import State, statistics_layers
-from fedbn.statistics.consensus import Talk
+from fedbn.statistics.consensus import ConsensusStep
 from fedbn.statistics.moments import Moments, pooled
 
 CHUNK = 512
@@ -83,7 +83,7 @@ def all_moments(model: nn.Module, x: Tensor) -> dict[str, Moments]:
     return seen
 
 
-def agree_layerwise(model: nn.Module, x: Tensor) -> Talk:
+def agree_layerwise(model: nn.Module, x: Tensor) -> ConsensusStep:
     """A client's part in measuring statistics over all clients: one exchange of moments a layer.
 
     Yields this client's moments of a layer, hears the union over all clients, goes on with that.
@@ -91,8 +91,8 @@ def agree_layerwise(model: nn.Module, x: Tensor) -> Talk:
     for path, layer in statistics_layers(model).items():
         if (moments := layer_moments(model, path, x)) is None:
             continue
-        heard = yield {path: moments}
-        set_statistics(layer, heard[path])
+        aggregates = yield {path: moments}
+        set_statistics(layer, aggregates[path])
 
 
 def recalibrate(model: nn.Module, x: Tensor) -> nn.Module:
@@ -105,10 +105,10 @@ def recalibrate(model: nn.Module, x: Tensor) -> nn.Module:
     >>> bool(out.mean(0).abs().max() < 1e-5)
     True
     """
-    talk = agree_layerwise(model, x)
+    steps = agree_layerwise(model, x)
     try:
-        moments = next(talk)
+        moments = next(steps)
         while True:
-            moments = talk.send(moments)
+            moments = steps.send(moments)
     except StopIteration:
         return model

@@ -11,7 +11,7 @@ from fedbn.data.batching import sizes
 from fedbn.data.population import Examples
 from fedbn.errors import UserError
 from fedbn.nn.roles import State
-from fedbn.statistics.consensus import Heard
+from fedbn.statistics.consensus import Aggregates
 from fedbn.strategies.base import NormStrategy, Progress
 from fedbn.tta.adaptation_rates import add_rates, follower, learn_rates
 
@@ -46,25 +46,25 @@ class ATP(NormStrategy):
         if not 0 <= self.learn < 1 or self.block < 2 or self.lr < 0:
             raise UserError("strategy 'atp': learn must lie in [0, 1), block be at least 2 and lr at least 0")
 
-    def prepare(self, model: nn.Module) -> nn.Module:
+    def prepare_model(self, model: nn.Module) -> nn.Module:
         return add_rates(model)
 
     def resting(self, progress: Progress) -> bool:
         """Whether the model rests in a round."""
         return progress.round > progress.rounds - int(self.learn * progress.rounds)
 
-    def measure(self, model: nn.Module, data: Examples, progress: Progress) -> State:
+    def before_local_training(self, model: nn.Module, data: Examples, progress: Progress) -> State:
         if self.resting(progress):
             learn_rates(model, data, block=self.block, lr=self.lr)
         return {}
 
-    def begin(self, model: nn.Module, progress: Progress, heard: Heard = ()) -> None:
+    def set_training_mode(self, model: nn.Module, progress: Progress, aggregates: Aggregates = ()) -> None:
         model.train(not self.resting(progress))
 
-    def before_step(self, model: nn.Module) -> None:
+    def on_before_optimizer_step(self, model: nn.Module) -> None:
         if not model.training:
             model.zero_grad(set_to_none=True)
 
-    def follow(self, model: nn.Module, x: Tensor) -> Tensor:
+    def predict_stream(self, model: nn.Module, x: Tensor) -> Tensor:
         step = follower(model.eval(), online=self.online)
         return torch.cat([step(rows) for rows in x.split(sizes(len(x), self.block))])

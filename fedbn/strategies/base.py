@@ -17,7 +17,7 @@ from fedbn.data.population import Examples, Population, User
 from fedbn.nn.conversion import require_statistics
 from fedbn.nn.roles import Role, State
 from fedbn.plugins import discover, parse
-from fedbn.statistics.consensus import Heard, Talk
+from fedbn.statistics.consensus import Aggregates, ConsensusStep
 from fedbn.statistics.moments import Moments, naive_mean
 from fedbn.strategies.ownership import LOCAL, SEEDED, SHARED, Owner, Ownership
 
@@ -27,12 +27,12 @@ class Progress:
     """Where a run stands: ``round`` counts from 1 to ``rounds``.
 
     Attributes:
-        met: whether the server remembers what this client told it (`NormStrategy.met`).
+        known: whether the server remembers what this client told it (`NormStrategy.is_known_client`).
     """
 
     round: int
     rounds: int
-    met: bool = False
+    known: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,8 @@ class Update:
         state: the entries that travel, after local training.
         examples: number of training examples.
         loss: mean training loss of the round.
-        notes: what else the treatment tells the server (`NormStrategy.measure`, `NormStrategy.report`).
+        notes: what else the treatment tells the server (`NormStrategy.before_local_training`,
+            `NormStrategy.after_local_training`).
     """
 
     user: int
@@ -63,9 +64,9 @@ class NormStrategy:
         about: one line for lists.
         source: authors, year, link.
         body, head, affine, gate, statistics: the owner of each role. Counters are always local.
-        gathers: all seen users' data are brought to one place (the centralized bound).
-        settles: `settle` is held before each evaluation.
-        consults: `consult` is held before each round of training.
+        is_centralized: all seen users' data are brought to one place (the centralized bound).
+        syncs_statistics: `sync_statistics` is held before each evaluation.
+        syncs_first_batch: `sync_first_batch` is held before each round of training.
         newcomer: in words, what an unseen user starts from.
     """
 
@@ -77,9 +78,9 @@ class NormStrategy:
     affine: ClassVar[Owner] = SHARED
     gate: ClassVar[Owner] = SHARED
     statistics: ClassVar[Owner] = SHARED
-    gathers: ClassVar[bool] = False
-    settles: ClassVar[bool] = False
-    consults: ClassVar[bool] = False
+    is_centralized: ClassVar[bool] = False
+    syncs_statistics: ClassVar[bool] = False
+    syncs_first_batch: ClassVar[bool] = False
 
     def owners(self) -> dict[Role, Owner]:
         """Owner of every role."""
@@ -92,7 +93,7 @@ class NormStrategy:
             Role.COUNTER: LOCAL,
         }
 
-    def prepare(self, model: nn.Module) -> nn.Module:
+    def prepare_model(self, model: nn.Module) -> nn.Module:
         """Adapt a freshly built model, in place or as a new one.
 
         Raises:
@@ -101,53 +102,58 @@ class NormStrategy:
         require_statistics(model, f"strategy {self.name!r}")
         return model
 
-    def suit(self, people: Population) -> None:
+    def validate_population(self, population: Population) -> None:
         """Raise `UserError` for users that the strategy cannot serve (groups not known, for example)."""
 
-    def measure(self, model: nn.Module, data: Examples, progress: Progress) -> State:
+    def before_local_training(self, model: nn.Module, data: Examples, progress: Progress) -> State:
         """What a client tells about the received model on its data, before it trains; may set the model up by them."""
         return {}
 
-    def consult(self, model: nn.Module, batch: Examples, heard: Heard) -> dict[str, Moments] | None:
-        """What a client says next about its first batch before a round of training (only if ``consults``).
+    def sync_first_batch(self, model: nn.Module, batch: Examples, aggregates: Aggregates) -> dict[str, Moments] | None:
+        """What a client says next about its first batch before a round of training (only if ``syncs_first_batch``).
 
         Args:
             model: as received.
             batch: the rows of the client's first step.
-            heard: the answers so far.
+            aggregates: the answers so far.
 
         Returns:
             Moments by name, or None when there is nothing more to say.
         """
         raise NotImplementedError(f"{self.name} does not consult")
 
-    def begin(self, model: nn.Module, progress: Progress, heard: Heard = ()) -> None:
+    def set_training_mode(self, model: nn.Module, progress: Progress, aggregates: Aggregates = ()) -> None:
         """Set the model's mode for one round of local training, given what was heard in consulting."""
         model.train()
 
-    def before_step(self, model: nn.Module) -> None:
+    def on_before_optimizer_step(self, model: nn.Module) -> None:
         """Look at, or change, the gradients between backward pass and optimizer step."""
 
-    def report(self, model: nn.Module) -> State:
+    def after_local_training(self, model: nn.Module) -> State:
         """What a client tells besides its entries after it has trained; may still write statistics into the model."""
         return {}
 
-    def pool(
+    def aggregate_statistics(
         self, updates: Sequence[Update], weights: Sequence[float], keys: Sequence[str], old: State, progress: Progress
     ) -> State:
         """The server's new statistics entries ``keys`` from what clients sent and what it had (``old``)."""
         return {k: naive_mean([u.state[k] for u in updates], weights) for k in keys}
 
-    def met(self, user: int, known: State) -> bool:
-        """Whether the server has no need to hear from a client again, from what `views` remembers."""
+    def is_known_client(self, user: int, known: State) -> bool:
+        """Whether the server has no need to hear from a client again, from what `group_states` remembers."""
         return False
 
-    def view(self, index: int, user: User) -> str:
+    def group_of(self, index: int, user: User) -> str:
         """Name of the view of the server's state that a user gets; users of one view get the same."""
         return ""
 
-    def views(
-        self, updates: Sequence[Update], weights: Sequence[float], table: Ownership, people: Population, known: State
+    def group_states(
+        self,
+        updates: Sequence[Update],
+        weights: Sequence[float],
+        table: Ownership,
+        population: Population,
+        known: State,
     ) -> dict[str, State]:
         """Entries in which views differ from the server's state, by view, after aggregation.
 
@@ -155,20 +161,20 @@ class NormStrategy:
             updates: what clients sent.
             weights: their weights in the mean.
             table: who owns what.
-            people: all users.
+            population: all users.
             known: what the server remembers for this purpose between rounds; written in place.
         """
         return {}
 
-    def settle(self, model: nn.Module, x: Tensor) -> Talk:
-        """A client's part in agreeing on statistics after aggregation (only if ``settles``)."""
+    def sync_statistics(self, model: nn.Module, x: Tensor) -> ConsensusStep:
+        """A client's part in agreeing on statistics after aggregation (only if ``syncs_statistics``)."""
         raise NotImplementedError(f"{self.name} does not settle")
 
-    def adopt(self, model: nn.Module, heard: Heard) -> None:
-        """Write the statistics agreed on in settling into a model, in place (only if ``settles``)."""
+    def load_statistics(self, model: nn.Module, aggregates: Aggregates) -> None:
+        """Write the statistics agreed on in settling into a model, in place (only if ``syncs_statistics``)."""
         raise NotImplementedError(f"{self.name} does not settle")
 
-    def follow(self, model: nn.Module, x: Tensor) -> Tensor | None:
+    def predict_stream(self, model: nn.Module, x: Tensor) -> Tensor | None:
         """Logits of a user's unlabeled stream ``x``, where the strategy adapts in a way of its own; else None.
 
         The model is left as it is after the stream.

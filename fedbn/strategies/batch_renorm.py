@@ -27,7 +27,7 @@ class BatchRenormStrategy(NormStrategy):
 
     >>> from torch import nn as torch_nn
     >>> net = torch_nn.Sequential(torch_nn.Linear(3, 4), torch_nn.BatchNorm1d(4))
-    >>> BatchRenormStrategy(r_max=2.0).prepare(net)[1].limits(200)
+    >>> BatchRenormStrategy(r_max=2.0).prepare_model(net)[1].limits(200)
     (2.0, 5.0)
     """
 
@@ -41,9 +41,9 @@ class BatchRenormStrategy(NormStrategy):
     r_full: int = 200
     d_full: int = 125
 
-    def prepare(self, model: nn.Module) -> nn.Module:
+    def prepare_model(self, model: nn.Module) -> nn.Module:
         return convert(
-            super().prepare(model),
+            super().prepare_model(model),
             "batch-renorm",
             r_max=self.r_max,
             d_max=self.d_max,

@@ -15,13 +15,13 @@ class Centralized(NormStrategy):
 
     What federation would give if data could be pooled; it is no upper bound for personal models.
 
-    >>> Centralized.gathers
+    >>> Centralized.is_centralized
     True
     """
 
     name = "centralized"
     about = "bound: all seen users' data trained in one place"
-    gathers = True
+    is_centralized = True
 
-    def prepare(self, model: nn.Module) -> nn.Module:
+    def prepare_model(self, model: nn.Module) -> nn.Module:
         return model

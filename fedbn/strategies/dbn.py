@@ -30,7 +30,7 @@ class DBN(GlobalPooled):
     >>> import torch; from fedbn.strategies.base import Update
     >>> now = Update(0, {"bn.running_mean": torch.tensor([4.0]), "bn.running_var": torch.tensor([9.0])}, 1, 0.0)
     >>> old = {"bn.running_mean": torch.tensor([0.0]), "bn.running_var": torch.tensor([1.0])}
-    >>> DBN("0.5").pool([now], [1], list(old), old, Progress(2, 2))
+    >>> DBN("0.5").aggregate_statistics([now], [1], list(old), old, Progress(2, 2))
     {'bn.running_mean': tensor([2.]), 'bn.running_var': tensor([4.])}
     """
 
@@ -42,18 +42,21 @@ class DBN(GlobalPooled):
     step: Literal["iter", "epoch"] = "iter"
     stat: Literal["std", "var"] = "std"
 
-    def prepare(self, model: nn.Module) -> nn.Module:
-        model = super().prepare(model)
+    def prepare_model(self, model: nn.Module) -> nn.Module:
+        model = super().prepare_model(model)
         return convert(model, "dbn", alpha=self.alpha, mode=self.mode, step=self.step, stat=self.stat)
 
-    def begin(self, model: nn.Module, progress: Progress, heard: object = ()) -> None:
+    def set_training_mode(self, model: nn.Module, progress: Progress, aggregates: object = ()) -> None:
         model.train()
         next_epoch(model)
 
-    def pool(
+    def aggregate_statistics(
         self, updates: Sequence[Update], weights: Sequence[float], keys: Sequence[str], old: State, progress: Progress
     ) -> State:
-        now, alpha = super().pool(updates, weights, keys, old, progress), schedule(self.alpha)(progress.round)
+        now, alpha = (
+            super().aggregate_statistics(updates, weights, keys, old, progress),
+            schedule(self.alpha)(progress.round),
+        )
         for key in keys:
             if key.endswith("running_mean"):
                 now[key] = old[key].lerp(now[key], alpha)

@@ -27,14 +27,14 @@ class DivergencePooled(GlobalPooled):
     about = "global BN whose pooled statistics count outlying clients less (stand-in for FedDNA)"
     source = "after Duan et al. 2021"
 
-    def pool(
+    def aggregate_statistics(
         self, updates: Sequence[Update], weights: Sequence[float], keys: Sequence[str], old: State, progress: Progress
     ) -> State:
-        center = super().pool(updates, weights, keys, old, progress)
+        center = super().aggregate_statistics(updates, weights, keys, old, progress)
         far = [_distance(u.state, center) for u in updates]
         scale = max(sum(far) / len(far), 1e-12)
         shares = [w * math.exp(-d / scale) for w, d in zip(weights, far, strict=True)]
-        return super().pool(updates, shares, keys, old, progress)
+        return super().aggregate_statistics(updates, shares, keys, old, progress)
 
 
 def _distance(state: State, center: State) -> float:

@@ -23,7 +23,8 @@ class EvalNormStrategy(NormStrategy):
         rule: weight of the sample in its statistics: ``1/M``, ``1/M^2`` or ``learned`` in training.
 
     >>> from torch import nn as torch_nn
-    >>> EvalNormStrategy("1/M^2").prepare(torch_nn.Sequential(torch_nn.Linear(3, 4), torch_nn.BatchNorm1d(4)))[1].rule
+    >>> net = torch_nn.Sequential(torch_nn.Linear(3, 4), torch_nn.BatchNorm1d(4))
+    >>> EvalNormStrategy("1/M^2").prepare_model(net)[1].rule
     '1/M^2'
     """
 
@@ -32,5 +33,5 @@ class EvalNormStrategy(NormStrategy):
     source = "Singh & Shrivastava 2019"
     rule: Literal["1/M", "1/M^2", "learned"] = "1/M"
 
-    def prepare(self, model: nn.Module) -> nn.Module:
-        return convert(super().prepare(model), "evalnorm", rule=self.rule)
+    def prepare_model(self, model: nn.Module) -> nn.Module:
+        return convert(super().prepare_model(model), "evalnorm", rule=self.rule)

@@ -10,7 +10,7 @@ from torch import nn
 from fedbn.nn.conversion import channels_of, replace_norms, require_statistics
 from fedbn.nn.roles import State
 from fedbn.norms.shared_statistics import SharedStatisticsNorm, layers
-from fedbn.statistics.consensus import Heard
+from fedbn.statistics.consensus import Aggregates
 from fedbn.strategies.base import Progress, Update
 from fedbn.strategies.global_pooled import GlobalPooled
 
@@ -35,24 +35,24 @@ class FBN(GlobalPooled):
     source = "Guerraoui et al. 2024"
     rate: float = 0.1
 
-    def prepare(self, model: nn.Module) -> nn.Module:
+    def prepare_model(self, model: nn.Module) -> nn.Module:
         require_statistics(model, f"strategy {self.name!r}")
         return replace_norms(
             model, lambda _, old: SharedStatisticsNorm(channels_of(old), affine=old.weight is not None)
         )
 
-    def begin(self, model: nn.Module, progress: Progress, heard: Heard = ()) -> None:
+    def set_training_mode(self, model: nn.Module, progress: Progress, aggregates: Aggregates = ()) -> None:
         model.train()
         for layer in layers(model):
             layer.begin()
 
-    def report(self, model: nn.Module) -> State:
+    def after_local_training(self, model: nn.Module) -> State:
         for layer in layers(model):
             layer.publish()
         return {}
 
-    def pool(
+    def aggregate_statistics(
         self, updates: Sequence[Update], weights: Sequence[float], keys: Sequence[str], old: State, progress: Progress
     ) -> State:
-        new = super().pool(updates, weights, keys, old, progress)
+        new = super().aggregate_statistics(updates, weights, keys, old, progress)
         return {k: old[k].lerp(new[k], self.rate) for k in keys}

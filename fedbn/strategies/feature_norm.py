@@ -16,7 +16,7 @@ class FeatureNorm(StatelessNorm):
 
     >>> from torch import nn as torch_nn
     >>> net = torch_nn.Sequential(torch_nn.Linear(3, 4), torch_nn.BatchNorm1d(4), torch_nn.Linear(4, 2))
-    >>> type(FeatureNorm().prepare(net)[2]).__name__
+    >>> type(FeatureNorm().prepare_model(net)[2]).__name__
     'FeatureNormLinear'
     """
 
@@ -24,5 +24,5 @@ class FeatureNorm(StatelessNorm):
     about = "features of fixed length before the classifier instead of BN (FedFN)"
     source = "Zhang et al. 2024"
 
-    def prepare(self, model: nn.Module) -> nn.Module:
+    def prepare_model(self, model: nn.Module) -> nn.Module:
         return convert(model, "feature-norm")

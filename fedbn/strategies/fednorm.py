@@ -21,7 +21,7 @@ class FedNorm(GlobalPooled):
     https://arxiv.org/abs/2205.11096. A user's group is its domain, known beforehand; an unseen user gets its group's
     entries.
 
-    >>> FedNorm().view(0, User("a", "left", None, None))
+    >>> FedNorm().group_of(0, User("a", "left", None, None))
     'left'
     """
 
@@ -29,25 +29,31 @@ class FedNorm(GlobalPooled):
     about = "one BN for each known group of users (their domain)"
     source = "Bernecker et al. 2022"
 
-    def suit(self, people: Population) -> None:
-        if len(people.users) > 1 and len({u.domain for u in people.users}) < 2:
+    def validate_population(self, population: Population) -> None:
+        if len(population.users) > 1 and len({u.domain for u in population.users}) < 2:
             raise UserError(
                 "fednorm needs users of known groups, and all these are of one "
-                f"({people.users[0].domain or 'unnamed'}): use watch (left, right), digits (domains), or global-pooled"
+                f"({population.users[0].domain or 'unnamed'}): use watch (left, right), digits (domains), or "
+                "global-pooled"
             )
 
-    def view(self, index: int, user: User) -> str:
+    def group_of(self, index: int, user: User) -> str:
         return user.domain
 
-    def views(
-        self, updates: Sequence[Update], weights: Sequence[float], table: Ownership, people: Population, known: State
+    def group_states(
+        self,
+        updates: Sequence[Update],
+        weights: Sequence[float],
+        table: Ownership,
+        population: Population,
+        known: State,
     ) -> dict[str, State]:
         statistics = [k for k in table.travels if table.roles[k] is Role.STATISTICS]
         affine = [k for k in table.travels if table.roles[k] is Role.AFFINE]
         out: dict[str, State] = {}
-        for group in dict.fromkeys(people.users[u.user].domain for u in updates):
-            mine = [(u, w) for u, w in zip(updates, weights, strict=True) if people.users[u.user].domain == group]
+        for group in dict.fromkeys(population.users[u.user].domain for u in updates):
+            mine = [(u, w) for u, w in zip(updates, weights, strict=True) if population.users[u.user].domain == group]
             members, shares = [u for u, _ in mine], [w for _, w in mine]
             out[group] = {k: naive_mean([u.state[k] for u in members], shares) for k in affine}
-            out[group] |= self.pool(members, shares, statistics, {}, Progress(1, 1))
+            out[group] |= self.aggregate_statistics(members, shares, statistics, {}, Progress(1, 1))
         return out

@@ -10,7 +10,7 @@ from torch import nn
 from fedbn.data.population import Examples
 from fedbn.nn.conversion import replace_norms, require_statistics
 from fedbn.norms.exchanged import Exchange, ExchangedNorm, exchanged_layers, speak
-from fedbn.statistics.consensus import Heard
+from fedbn.statistics.consensus import Aggregates
 from fedbn.statistics.moments import Moments
 from fedbn.strategies.base import NormStrategy, Progress
 
@@ -23,16 +23,16 @@ class FedTAN(NormStrategy):
     after layer; backwards, its statistic gradients: 3L exchanges for L layers, and one of the model. Weights are the
     numbers of values (the released code's are uniform). The other steps are ordinary BN. Any model: what a pass meets.
 
-    >>> FedTAN.consults
+    >>> FedTAN.syncs_first_batch
     True
     """
 
     name = "fedtan"
     about = "first step of a round by exact global statistics and statistic gradients, 3L+1 exchanges"
     source = "Wang et al. 2023"
-    consults = True
+    syncs_first_batch = True
 
-    def prepare(self, model: nn.Module) -> nn.Module:
+    def prepare_model(self, model: nn.Module) -> nn.Module:
         require_statistics(model, f"strategy {self.name!r}")
 
         def make(_: str, old: nn.Module) -> nn.Module:
@@ -41,24 +41,24 @@ class FedTAN(NormStrategy):
 
         return replace_norms(model, make)
 
-    def consult(self, model: nn.Module, batch: Examples, heard: Heard) -> dict[str, Moments] | None:
+    def sync_first_batch(self, model: nn.Module, batch: Examples, aggregates: Aggregates) -> dict[str, Moments] | None:
         model.train()
-        said = speak(model, batch.x, batch.y, _told(model, heard))
+        said = speak(model, batch.x, batch.y, _told(model, aggregates))
         if said is None:
             return None
         n = next(v for k, v in said.items() if k.endswith("|n"))
         return {k: Moments.from_variance(n, v.cpu(), v.cpu() * 0) for k, v in said.items() if not k.endswith("|n")}
 
-    def begin(self, model: nn.Module, progress: Progress, heard: Heard = ()) -> None:
+    def set_training_mode(self, model: nn.Module, progress: Progress, aggregates: Aggregates = ()) -> None:
         model.train()
-        told = _told(model, heard) if heard else {}
+        told = _told(model, aggregates) if aggregates else {}
         for path, layer in exchanged_layers(model).items():
             layer.exchange = told.get(path)
 
 
-def _told(model: nn.Module, heard: Heard) -> dict[str, Exchange]:
+def _told(model: nn.Module, aggregates: Aggregates) -> dict[str, Exchange]:
     told = {path: Exchange() for path in exchanged_layers(model)}
-    for answer in heard:
+    for answer in aggregates:
         for key, moments in answer.items():
             path, _, name = key.rpartition("|")
             setattr(told[path], name, moments.mean)

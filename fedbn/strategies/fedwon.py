@@ -22,7 +22,7 @@ class FedWon(StatelessNorm):
 
     >>> from torch import nn as torch_nn
     >>> net = torch_nn.Sequential(torch_nn.Conv1d(3, 4, 2), torch_nn.BatchNorm1d(4), torch_nn.Flatten())
-    >>> FedWon().prepare(net)[1]
+    >>> FedWon().prepare_model(net)[1]
     Identity()
     """
 
@@ -31,11 +31,11 @@ class FedWon(StatelessNorm):
     source = "after Zhuang & Lyu 2024"
     clip: float = 0.16
 
-    def prepare(self, model: nn.Module) -> nn.Module:
+    def prepare_model(self, model: nn.Module) -> nn.Module:
         if not self.clip > 0:
             raise UserError(f"fedwon: clip={self.clip} would stop all learning; give a positive number, e.g. 0.16")
         return convert(model, "fedwon")
 
-    def before_step(self, model: nn.Module) -> None:
+    def on_before_optimizer_step(self, model: nn.Module) -> None:
         role = roles(model)
         clip_adaptively([p for n, p in model.named_parameters() if role[n] is not Role.HEAD], self.clip)

@@ -8,7 +8,7 @@ from torch import nn
 
 from fedbn.errors import UserError
 from fedbn.nn.roles import statistics_layers
-from fedbn.statistics.consensus import Heard
+from fedbn.statistics.consensus import Aggregates
 from fedbn.strategies.base import NormStrategy, Progress
 
 
@@ -22,7 +22,7 @@ class FixBN(NormStrategy):
     Attributes:
         stage1: share of the rounds in stage 1.
 
-    >>> net = nn.Sequential(nn.BatchNorm1d(2), nn.Dropout()); FixBN().begin(net, Progress(6, 10))
+    >>> net = nn.Sequential(nn.BatchNorm1d(2), nn.Dropout()); FixBN().set_training_mode(net, Progress(6, 10))
     >>> net[0].training, net[1].training
     (False, True)
     """
@@ -36,7 +36,7 @@ class FixBN(NormStrategy):
         if not 0 <= self.stage1 <= 1:
             raise UserError(f"fixbn: stage1 must be between 0 and 1, not {self.stage1:g}")
 
-    def begin(self, model: nn.Module, progress: Progress, heard: Heard = ()) -> None:
+    def set_training_mode(self, model: nn.Module, progress: Progress, aggregates: Aggregates = ()) -> None:
         model.train()
         if progress.round > self.stage1 * progress.rounds:
             for layer in statistics_layers(model).values():

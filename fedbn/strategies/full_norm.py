@@ -23,7 +23,7 @@ class FullNormStrategy(GlobalPooled):
         clip: largest norm of the whole gradient.
 
     >>> from torch import nn as torch_nn
-    >>> FullNormStrategy(a=0.05).prepare(torch_nn.Sequential(torch_nn.Linear(3, 4), torch_nn.BatchNorm1d(4)))[1].a
+    >>> FullNormStrategy(a=0.05).prepare_model(torch_nn.Sequential(torch_nn.Linear(3, 4), torch_nn.BatchNorm1d(4)))[1].a
     0.05
     """
 
@@ -33,8 +33,8 @@ class FullNormStrategy(GlobalPooled):
     a: float = 0.1
     clip: float = 1.0
 
-    def prepare(self, model: nn.Module) -> nn.Module:
-        return convert(super().prepare(model), "full-norm", a=self.a)
+    def prepare_model(self, model: nn.Module) -> nn.Module:
+        return convert(super().prepare_model(model), "full-norm", a=self.a)
 
-    def before_step(self, model: nn.Module) -> None:
+    def on_before_optimizer_step(self, model: nn.Module) -> None:
         nn.utils.clip_grad_norm_(model.parameters(), self.clip)

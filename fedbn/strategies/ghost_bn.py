@@ -18,7 +18,8 @@ class GhostBNStrategy(NormStrategy):
         size: rows of a part.
 
     >>> from torch import nn as torch_nn
-    >>> GhostBNStrategy(size=4).prepare(torch_nn.Sequential(torch_nn.Linear(3, 4), torch_nn.BatchNorm1d(4)))[1].size
+    >>> net = torch_nn.Sequential(torch_nn.Linear(3, 4), torch_nn.BatchNorm1d(4))
+    >>> GhostBNStrategy(size=4).prepare_model(net)[1].size
     4
     """
 
@@ -27,5 +28,5 @@ class GhostBNStrategy(NormStrategy):
     source = "Hoffer et al. 2017"
     size: int = 8
 
-    def prepare(self, model: nn.Module) -> nn.Module:
-        return convert(super().prepare(model), "ghost-bn", size=self.size)
+    def prepare_model(self, model: nn.Module) -> nn.Module:
+        return convert(super().prepare_model(model), "ghost-bn", size=self.size)

@@ -15,7 +15,7 @@ class GlobalNaive(NormStrategy):
 
     >>> import torch; from fedbn.strategies.base import Progress, Update
     >>> clients = [Update(i, {"v": torch.ones(1)}, 1, 0.0) for i in (0, 1)]
-    >>> GlobalNaive().pool(clients, [1, 1], ["v"], {}, Progress(1, 1))
+    >>> GlobalNaive().aggregate_statistics(clients, [1, 1], ["v"], {}, Progress(1, 1))
     {'v': tensor([1.])}
     """
 

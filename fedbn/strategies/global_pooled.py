@@ -21,7 +21,7 @@ class GlobalPooled(NormStrategy):
     >>> def client(i, mean): return Update(
     ...     i, {"bn.running_mean": torch.tensor([mean]), "bn.running_var": torch.ones(1)}, 1, 0.0)
     >>> names = ["bn.running_mean", "bn.running_var"]
-    >>> GlobalPooled().pool([client(0, -3.0), client(1, 3.0)], [1, 1], names, {}, Progress(1, 1))
+    >>> GlobalPooled().aggregate_statistics([client(0, -3.0), client(1, 3.0)], [1, 1], names, {}, Progress(1, 1))
     {'bn.running_mean': tensor([0.]), 'bn.running_var': tensor([10.])}
     """
 
@@ -29,7 +29,7 @@ class GlobalPooled(NormStrategy):
     about = "one BN for all; variance of the union (law of total variance)"
     source = "Chan, Golub, LeVeque 1979"
 
-    def pool(
+    def aggregate_statistics(
         self, updates: Sequence[Update], weights: Sequence[float], keys: Sequence[str], old: State, progress: Progress
     ) -> State:
         out: State = {}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from fedbn.nn.roles import statistics_layers
-from fedbn.statistics.consensus import Heard, Talk
+from fedbn.statistics.consensus import Aggregates, ConsensusStep
 from fedbn.statistics.recalibration import agree_layerwise, set_statistics
 from fedbn.strategies.base import NormStrategy
 
@@ -21,20 +21,20 @@ class GlobalRecalibrated(NormStrategy):
     moments in place of a mean of batch variances. Diao, Ding, Tarokh, 2021, https://arxiv.org/abs/2010.01264
     One exchange of moments a BN layer.
 
-    >>> GlobalRecalibrated.settles
+    >>> GlobalRecalibrated.syncs_statistics
     True
     """
 
     name = "global-recalibrated"
     about = "one BN for all; exact moments re-measured under the aggregated weights"
     source = "after Diao et al. 2021 (sBN)"
-    settles = True
+    syncs_statistics = True
 
-    def settle(self, model: nn.Module, x: Tensor) -> Talk:
+    def sync_statistics(self, model: nn.Module, x: Tensor) -> ConsensusStep:
         return agree_layerwise(model, x)
 
-    def adopt(self, model: nn.Module, heard: Heard) -> None:
+    def load_statistics(self, model: nn.Module, aggregates: Aggregates) -> None:
         layers = statistics_layers(model)
-        for answer in heard:
+        for answer in aggregates:
             for path, moments in answer.items():
                 set_statistics(layers[path], moments)

@@ -26,7 +26,8 @@ class GlobalRobust(NormStrategy):
     >>> def client(i, var): return Update(
     ...     i, {"bn.running_mean": torch.zeros(1), "bn.running_var": torch.tensor([var])}, 1, 0.0)
     >>> names = ["bn.running_mean", "bn.running_var"]
-    >>> GlobalRobust(how="median").pool([client(0, 1.0), client(1, 2.0), client(2, 1e9)], [1] * 3, names, {}, None)
+    >>> updates = [client(0, 1.0), client(1, 2.0), client(2, 1e9)]
+    >>> GlobalRobust(how="median").aggregate_statistics(updates, [1] * 3, names, {}, None)
     {'bn.running_mean': tensor([0.]), 'bn.running_var': tensor([2.])}
     """
 
@@ -40,7 +41,7 @@ class GlobalRobust(NormStrategy):
         if not 0 <= self.trim < 0.5:
             raise UserError(f"global-robust: trim is a share in [0, 0.5), not {self.trim}")
 
-    def pool(
+    def aggregate_statistics(
         self, updates: Sequence[Update], weights: Sequence[float], keys: Sequence[str], old: State, progress: Progress
     ) -> State:
         states = [u.state for u in updates]

@@ -22,7 +22,7 @@ class GroupNorm(StatelessNorm):
 
     >>> from torch import nn as torch_nn
     >>> net = torch_nn.Sequential(torch_nn.Conv2d(3, 48, 1), torch_nn.BatchNorm2d(48))
-    >>> GroupNorm(groups=32).prepare(net)[1].num_groups
+    >>> GroupNorm(groups=32).prepare_model(net)[1].num_groups
     24
     """
 
@@ -32,7 +32,7 @@ class GroupNorm(StatelessNorm):
     groups: int = 8
     channels: int | None = None
 
-    def prepare(self, model: nn.Module) -> nn.Module:
+    def prepare_model(self, model: nn.Module) -> nn.Module:
         if self.channels is not None:
             return convert(model, "group", per_group=self.channels)
         return convert(model, "group", groups=self.groups)

@@ -13,7 +13,7 @@ from fedbn.data.population import Examples
 from fedbn.nn.conversion import channels_of, replace_norms, require_statistics
 from fedbn.nn.roles import State
 from fedbn.norms.hybrid import HybridNorm, hybrid_layers, measuring
-from fedbn.statistics.consensus import Heard, Talk
+from fedbn.statistics.consensus import Aggregates, ConsensusStep
 from fedbn.statistics.recalibration import set_statistics
 from fedbn.strategies.base import Progress, Update
 from fedbn.strategies.global_pooled import GlobalPooled
@@ -38,36 +38,36 @@ class HBN(GlobalPooled):
     about = "learnt mixture of global and batch statistics, measured on the first 64 rows"
     source = "Chen et al. 2025"
     gate = SEEDED
-    settles = True
+    syncs_statistics = True
     rows: ClassVar[int | None] = 64
     rate: float = 0.002
 
-    def prepare(self, model: nn.Module) -> nn.Module:
+    def prepare_model(self, model: nn.Module) -> nn.Module:
         require_statistics(model, f"strategy {self.name!r}")
         return replace_norms(model, lambda _, old: HybridNorm(channels_of(old), affine=old.weight is not None))
 
-    def measure(self, model: nn.Module, data: Examples, progress: Progress) -> State:
+    def before_local_training(self, model: nn.Module, data: Examples, progress: Progress) -> State:
         self._pass(model, data.x)
         return {}
 
-    def report(self, model: nn.Module) -> State:
+    def after_local_training(self, model: nn.Module) -> State:
         for layer in hybrid_layers(model).values():
             if layer.measured is not None:
                 set_statistics(layer, layer.measured)
         return {}
 
-    def pool(
+    def aggregate_statistics(
         self, updates: Sequence[Update], weights: Sequence[float], keys: Sequence[str], old: State, progress: Progress
     ) -> State:
-        new = super().pool(updates, weights, keys, old, progress)
+        new = super().aggregate_statistics(updates, weights, keys, old, progress)
         return {k: old[k].lerp(new[k], self.rate) for k in keys}
 
-    def settle(self, model: nn.Module, x: Tensor) -> Talk:
+    def sync_statistics(self, model: nn.Module, x: Tensor) -> ConsensusStep:
         yield {path: layer.measured for path, layer in self._pass(model, x).items() if layer.measured is not None}
 
-    def adopt(self, model: nn.Module, heard: Heard) -> None:
+    def load_statistics(self, model: nn.Module, aggregates: Aggregates) -> None:
         found = hybrid_layers(model)
-        for path, moments in heard[0].items():
+        for path, moments in aggregates[0].items():
             set_statistics(found[path], moments)
 
     def _pass(self, model: nn.Module, x: Tensor) -> dict[str, HybridNorm]:

@@ -18,7 +18,7 @@ class IABNStrategy(NormStrategy):
         k: standard errors by which a sample may differ uncorrected.
 
     >>> from torch import nn as torch_nn
-    >>> IABNStrategy(k=2.0).prepare(torch_nn.Sequential(torch_nn.Conv1d(3, 4, 2), torch_nn.BatchNorm1d(4)))[1].k
+    >>> IABNStrategy(k=2.0).prepare_model(torch_nn.Sequential(torch_nn.Conv1d(3, 4, 2), torch_nn.BatchNorm1d(4)))[1].k
     2.0
     """
 
@@ -27,5 +27,5 @@ class IABNStrategy(NormStrategy):
     source = "Gong et al. 2022"
     k: float = 4.0
 
-    def prepare(self, model: nn.Module) -> nn.Module:
-        return convert(super().prepare(model), "iabn", k=self.k)
+    def prepare_model(self, model: nn.Module) -> nn.Module:
+        return convert(super().prepare_model(model), "iabn", k=self.k)

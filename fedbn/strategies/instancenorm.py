@@ -18,7 +18,7 @@ class InstanceNorm(StatelessNorm):
 
     >>> from torch import nn as torch_nn
     >>> net = torch_nn.Sequential(torch_nn.Conv1d(3, 4, 1), torch_nn.BatchNorm1d(4))
-    >>> type(InstanceNorm().prepare(net)[1]).__name__
+    >>> type(InstanceNorm().prepare_model(net)[1]).__name__
     'AnyInstanceNorm'
     """
 
@@ -26,5 +26,5 @@ class InstanceNorm(StatelessNorm):
     about = "InstanceNorm instead of BN (layers with positions only)"
     source = "Ulyanov et al. 2016"
 
-    def prepare(self, model: nn.Module) -> nn.Module:
+    def prepare_model(self, model: nn.Module) -> nn.Module:
         return convert(model, "instance")

@@ -17,7 +17,7 @@ class LayerNorm(StatelessNorm):
     https://arxiv.org/abs/1607.06450, https://arxiv.org/abs/2210.03277
 
     >>> from torch import nn as torch_nn
-    >>> LayerNorm().prepare(torch_nn.Sequential(torch_nn.Linear(3, 4), torch_nn.BatchNorm1d(4)))[1].num_groups
+    >>> LayerNorm().prepare_model(torch_nn.Sequential(torch_nn.Linear(3, 4), torch_nn.BatchNorm1d(4)))[1].num_groups
     1
     """
 
@@ -25,5 +25,5 @@ class LayerNorm(StatelessNorm):
     about = "LayerNorm instead of BN"
     source = "Ba et al. 2016"
 
-    def prepare(self, model: nn.Module) -> nn.Module:
+    def prepare_model(self, model: nn.Module) -> nn.Module:
         return convert(model, "layer")

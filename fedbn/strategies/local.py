@@ -26,5 +26,5 @@ class Local(NormStrategy):
     gate = LOCAL
     statistics = LOCAL
 
-    def prepare(self, model: nn.Module) -> nn.Module:
+    def prepare_model(self, model: nn.Module) -> nn.Module:
         return model

@@ -16,12 +16,12 @@ class NoNorm(StatelessNorm):
     """The control without normalization.
 
     >>> from torch import nn as torch_nn
-    >>> NoNorm().prepare(torch_nn.Sequential(torch_nn.Linear(3, 4), torch_nn.BatchNorm1d(4)))[1]
+    >>> NoNorm().prepare_model(torch_nn.Sequential(torch_nn.Linear(3, 4), torch_nn.BatchNorm1d(4)))[1]
     Identity()
     """
 
     name = "nonorm"
     about = "normalization layers removed"
 
-    def prepare(self, model: nn.Module) -> nn.Module:
+    def prepare_model(self, model: nn.Module) -> nn.Module:
         return convert(model, "none") if norm_layers(model) else model

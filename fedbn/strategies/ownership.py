@@ -71,14 +71,14 @@ class Ownership:
         return self.keys(SHARED, SEEDED)
 
     @cached_property
-    def kept(self) -> list[str]:
+    def retained(self) -> list[str]:
         """Entries of which each client keeps its own value."""
         return self.keys(SEEDED, LOCAL)
 
     @property
     def personal(self) -> bool:
         """Whether two clients can end up with different models (counters do not count)."""
-        return any(self.roles[k] is not Role.COUNTER for k in self.kept)
+        return any(self.roles[k] is not Role.COUNTER for k in self.retained)
 
     def rows(self) -> list[dict[str, Any]]:
         """One row a role that occurs: owner, entries, elements, bytes, bytes down and up per client and round.

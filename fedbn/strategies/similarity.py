@@ -40,24 +40,29 @@ class SimilarityWeighted(NormStrategy):
     def distance(self, a: dict[str, Moments], b: dict[str, Moments]) -> float:
         """How unlike two clients are, from their moments by layer."""
 
-    def measure(self, model: nn.Module, data: Examples, progress: Progress) -> State:
+    def before_local_training(self, model: nn.Module, data: Examples, progress: Progress) -> State:
         # The first model after the warm-up is what a client is compared under.
-        if progress.met or progress.round <= self.warm_up * progress.rounds:
+        if progress.known or progress.round <= self.warm_up * progress.rounds:
             return {}
         return {SAID + k: v for k, v in flatten(all_moments(model, data.x)).items()}
 
-    def met(self, user: int, known: State) -> bool:
+    def is_known_client(self, user: int, known: State) -> bool:
         return any(key.startswith(f"{user}/") for key in known)
 
-    def view(self, index: int, user: User) -> str:
+    def group_of(self, index: int, user: User) -> str:
         return str(index)
 
-    def views(
-        self, updates: Sequence[Update], weights: Sequence[float], table: Ownership, people: Population, known: State
+    def group_states(
+        self,
+        updates: Sequence[Update],
+        weights: Sequence[float],
+        table: Ownership,
+        population: Population,
+        known: State,
     ) -> dict[str, State]:
         for update in updates:
             known |= {f"{update.user}/{k.removeprefix(SAID)}": v for k, v in update.notes.items() if k.startswith(SAID)}
-        moments = {u: unflatten(_under(known, f"{u}/")) for u in people.seen}
+        moments = {u: unflatten(_under(known, f"{u}/")) for u in population.seen}
         measured = [u for u in updates if moments[u.user]]
         if len(measured) < 2:
             return {}

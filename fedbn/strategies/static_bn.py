@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fedbn.nn.hooks import inputs_of
 from fedbn.nn.roles import State, statistics_layers
-from fedbn.statistics.consensus import Heard, Talk
+from fedbn.statistics.consensus import Aggregates, ConsensusStep
 from fedbn.statistics.moments import Moments
 from fedbn.strategies.base import NormStrategy, Progress, Update
 
@@ -25,22 +25,22 @@ class StaticBN(NormStrategy):
     Attributes:
         batch: rows a batch of the pass.
 
-    >>> StaticBN.settles
+    >>> StaticBN.syncs_statistics
     True
     """
 
     name = "static-bn"
     about = "no statistics in training; means over all clients' batches before evaluation"
     source = "Diao et al. 2021"
-    settles = True
+    syncs_statistics = True
     batch: int = 32
 
-    def pool(
+    def aggregate_statistics(
         self, updates: Sequence[Update], weights: Sequence[float], keys: Sequence[str], old: State, progress: Progress
     ) -> State:
         return {k: old[k] for k in keys}
 
-    def settle(self, model: nn.Module, x: Tensor) -> Talk:
+    def sync_statistics(self, model: nn.Module, x: Tensor) -> ConsensusStep:
         said: dict[str, Moments] = {}
 
         def see(path: str, value: Tensor) -> None:
@@ -59,8 +59,8 @@ class StaticBN(NormStrategy):
                     model(rows)
         yield said
 
-    def adopt(self, model: nn.Module, heard: Heard) -> None:
+    def load_statistics(self, model: nn.Module, aggregates: Aggregates) -> None:
         layers = statistics_layers(model)
-        for key, moments in heard[0].items():
+        for key, moments in aggregates[0].items():
             path, _, name = key.rpartition("|")
             getattr(layers[path], f"running_{name}").copy_(moments.mean)

@@ -21,7 +21,7 @@ class WeightNorm(StatelessNorm):
     batch; their mean is what all go on from.
 
     >>> from torch import nn as torch_nn
-    >>> WeightNorm().prepare(torch_nn.Sequential(torch_nn.Linear(3, 4), torch_nn.BatchNorm1d(4)))[1]
+    >>> WeightNorm().prepare_model(torch_nn.Sequential(torch_nn.Linear(3, 4), torch_nn.BatchNorm1d(4)))[1]
     Identity()
     """
 
@@ -29,10 +29,10 @@ class WeightNorm(StatelessNorm):
     about = "weight normalization instead of BN"
     source = "Salimans & Kingma 2016"
 
-    def measure(self, model: nn.Module, data: Examples, progress: Progress) -> State:
+    def before_local_training(self, model: nn.Module, data: Examples, progress: Progress) -> State:
         if progress.round == 1:
             initialize(model, data.x)
         return {}
 
-    def prepare(self, model: nn.Module) -> nn.Module:
+    def prepare_model(self, model: nn.Module) -> nn.Module:
         return convert(model, "weight-norm")

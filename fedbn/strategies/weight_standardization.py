@@ -19,7 +19,7 @@ class WeightStandardization(StatelessNorm):
 
     >>> from torch import nn as torch_nn
     >>> net = torch_nn.Sequential(torch_nn.Conv1d(3, 4, 2), torch_nn.BatchNorm1d(4))
-    >>> WeightStandardization(groups=2).prepare(net)[1].num_groups
+    >>> WeightStandardization(groups=2).prepare_model(net)[1].num_groups
     2
     """
 
@@ -28,7 +28,7 @@ class WeightStandardization(StatelessNorm):
     source = "Qiao et al. 2019"
     groups: int = 8
 
-    def prepare(self, model: nn.Module) -> nn.Module:
+    def prepare_model(self, model: nn.Module) -> nn.Module:
         if self.groups:
             model = convert(model, "group", groups=self.groups)
         return convert(model, "weight-standardization", keep_norms=bool(self.groups))

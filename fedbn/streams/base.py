@@ -89,21 +89,21 @@ class StreamSpec(ABC):
         return 1
 
     @abstractmethod
-    def make(self, user: str, people: Sequence[Examples], seed: int) -> Stream:
-        """The stream of ``people[0]``'s device.
+    def make(self, user: str, recordings: Sequence[Examples], seed: int) -> Stream:
+        """The stream of ``recordings[0]``'s device.
 
         Args:
-            user: name of ``people[0]``; with the seed it keys all randomness.
-            people: `persons` people's windows, each in recorded order.
+            user: name of ``recordings[0]``; with the seed it keys all randomness.
+            recordings: `persons` people's windows, each in recorded order.
             seed: of the run.
         """
 
-    def of(self, names: Sequence[str], people: Sequence[Examples], seed: int) -> list[Stream]:
+    def of(self, names: Sequence[str], recordings: Sequence[Examples], seed: int) -> list[Stream]:
         """One stream for each of several people; where it takes more than one, those who come next in the list join.
 
         Args:
             names: names of the people.
-            people: their windows, each in recorded order.
+            recordings: their windows, each in recorded order.
             seed: of the run.
 
         Raises:
@@ -113,10 +113,13 @@ class StreamSpec(ABC):
         >>> [s.user for s in stream("natural").of(["ann", "bob"], [one, one], seed=0)]
         ['ann', 'bob']
         """
-        if len(people) < self.persons:
-            raise UserError(f"stream {self.name!r} takes {self.persons} people and there are {len(people)}")
+        if len(recordings) < self.persons:
+            raise UserError(f"stream {self.name!r} takes {self.persons} people and there are {len(recordings)}")
         around = range(self.persons)
-        return [self.make(name, [people[(i + j) % len(people)] for j in around], seed) for i, name in enumerate(names)]
+        return [
+            self.make(name, [recordings[(i + j) % len(recordings)] for j in around], seed)
+            for i, name in enumerate(names)
+        ]
 
 
 def arranged(user: str, own: Examples, index: Tensor, events: tuple[Event, ...] = ()) -> Stream:

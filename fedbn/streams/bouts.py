@@ -41,9 +41,9 @@ class Bouts(StreamSpec):
             raise UserError(f"stream 'bouts': a bout lasts at least 1 window, length={self.length:g} does not")
         positive(self, **{f"prior {i + 1}": p for i, p in enumerate(self.prior)})
 
-    def make(self, user: str, people: Sequence[Examples], seed: int) -> Stream:
+    def make(self, user: str, recordings: Sequence[Examples], seed: int) -> Stream:
         draw = numpy_generator(seed, "stream", self.name, user)
-        y = people[0].y.cpu().numpy()
+        y = recordings[0].y.cpu().numpy()
         classes = np.unique(y)
         if self.prior and len(self.prior) <= classes.max():
             raise UserError(
@@ -61,4 +61,4 @@ class Bouts(StreamSpec):
             for _ in range(draw.geometric(1 / self.length)):
                 order.append(rows[current][position[current] % len(rows[current])])
                 position[current] += 1
-        return arranged(user, people[0], torch.tensor(order[: len(y)]))
+        return arranged(user, recordings[0], torch.tensor(order[: len(y)]))

@@ -41,11 +41,11 @@ class Dirichlet(StreamSpec):
     def __post_init__(self) -> None:
         positive(self, delta=self.delta)
 
-    def make(self, user: str, people: Sequence[Examples], seed: int) -> Stream:
+    def make(self, user: str, recordings: Sequence[Examples], seed: int) -> Stream:
         draw = numpy_generator(seed, "stream", self.name, user)
-        chunks = self.chunks(people[0].y.cpu().numpy(), draw)
+        chunks = self.chunks(recordings[0].y.cpu().numpy(), draw)
         order = [chunk[i] for chunk in chunks for i in draw.permutation(len(chunk))]
-        return arranged(user, people[0], torch.from_numpy(np.concatenate(order)))
+        return arranged(user, recordings[0], torch.from_numpy(np.concatenate(order)))
 
     def chunks(self, y: np.ndarray, draw: np.random.Generator) -> list[list[np.ndarray]]:
         """Rows of each class in each chunk, from labels ``[n]``."""

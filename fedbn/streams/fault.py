@@ -34,8 +34,8 @@ class Fault(StreamSpec):
     def __post_init__(self) -> None:
         share(self, lasting=self.lasting)
 
-    def make(self, user: str, people: Sequence[Examples], seed: int) -> Stream:
-        own = people[0]
+    def make(self, user: str, recordings: Sequence[Examples], seed: int) -> Stream:
+        own = recordings[0]
         start, length = len(own) // 3, max(1, round(self.lasting * len(own)))
         channels = own.x.shape[1]
         draw = generator(seed, "stream", self.name, user)

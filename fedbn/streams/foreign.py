@@ -34,8 +34,8 @@ class Foreign(StreamSpec):
     def __post_init__(self) -> None:
         share(self, portion=self.portion)
 
-    def make(self, user: str, people: Sequence[Examples], seed: int) -> Stream:
-        own = people[0]
+    def make(self, user: str, recordings: Sequence[Examples], seed: int) -> Stream:
+        own = recordings[0]
         draw = generator(seed, "stream", self.name, user)
         extra = max(1, round(len(own) * self.portion / (1 - self.portion)))
         values = own.x[torch.randint(len(own), (extra,), generator=draw)].flatten(1)

@@ -30,9 +30,9 @@ class Gap(StreamSpec):
     def __post_init__(self) -> None:
         share(self, missing=self.missing)
 
-    def make(self, user: str, people: Sequence[Examples], seed: int) -> Stream:
-        n = len(people[0])
+    def make(self, user: str, recordings: Sequence[Examples], seed: int) -> Stream:
+        n = len(recordings[0])
         lost = min(round(self.missing * n), n - 1)
         start = (n - lost) // 2
         rows = torch.cat([torch.arange(start), torch.arange(start + lost, n)])
-        return arranged(user, people[0], rows, (Event(start, "gap"),))
+        return arranged(user, recordings[0], rows, (Event(start, "gap"),))

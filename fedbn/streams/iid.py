@@ -24,6 +24,6 @@ class Iid(StreamSpec):
     name = "iid"
     about = "windows shuffled"
 
-    def make(self, user: str, people: Sequence[Examples], seed: int) -> Stream:
+    def make(self, user: str, recordings: Sequence[Examples], seed: int) -> Stream:
         draw = generator(seed, "stream", self.name, user)
-        return arranged(user, people[0], torch.randperm(len(people[0]), generator=draw))
+        return arranged(user, recordings[0], torch.randperm(len(recordings[0]), generator=draw))

@@ -37,9 +37,11 @@ class Mixed(StreamSpec):
     def persons(self) -> int:
         return self.people
 
-    def make(self, user: str, people: Sequence[Examples], seed: int) -> Stream:
-        who = torch.arange(len(people)).repeat_interleave(torch.tensor([len(p) for p in people]))
+    def make(self, user: str, recordings: Sequence[Examples], seed: int) -> Stream:
+        who = torch.arange(len(recordings)).repeat_interleave(torch.tensor([len(p) for p in recordings]))
         shuffled = who[torch.randperm(len(who), generator=generator(seed, "stream", self.name, user))]
         order = torch.empty_like(who)
         order[shuffled.argsort(stable=True)] = torch.arange(len(who))
-        return Stream(user, torch.cat([p.x for p in people])[order], torch.cat([p.y for p in people])[order], shuffled)
+        return Stream(
+            user, torch.cat([p.x for p in recordings])[order], torch.cat([p.y for p in recordings])[order], shuffled
+        )

@@ -23,5 +23,5 @@ class Natural(StreamSpec):
     name = "natural"
     about = "windows as recorded"
 
-    def make(self, user: str, people: Sequence[Examples], seed: int) -> Stream:
-        return arranged(user, people[0], torch.arange(len(people[0])))
+    def make(self, user: str, recordings: Sequence[Examples], seed: int) -> Stream:
+        return arranged(user, recordings[0], torch.arange(len(recordings[0])))

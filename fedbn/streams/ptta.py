@@ -36,11 +36,11 @@ class Ptta(StreamSpec):
     def __post_init__(self) -> None:
         positive(self, gamma=self.gamma)
 
-    def make(self, user: str, people: Sequence[Examples], seed: int) -> Stream:
+    def make(self, user: str, recordings: Sequence[Examples], seed: int) -> Stream:
         draw = numpy_generator(seed, "stream", self.name, user)
-        y = people[0].y.cpu().numpy()
+        y = recordings[0].y.cpu().numpy()
         classes = np.unique(y)
         slots = min(len(classes), MOST_SLOTS)
         split = [pieces(np.flatnonzero(y == c), draw.dirichlet([self.gamma] * slots)) for c in classes]
         order = [split[c][slot] for slot in range(slots) for c in draw.permutation(len(classes))]
-        return arranged(user, people[0], torch.from_numpy(np.concatenate(order)))
+        return arranged(user, recordings[0], torch.from_numpy(np.concatenate(order)))

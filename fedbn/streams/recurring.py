@@ -40,7 +40,7 @@ class Recurring(StreamSpec):
     def persons(self) -> int:
         return self.people
 
-    def make(self, user: str, people: Sequence[Examples], seed: int) -> Stream:
-        parts = [[p.take(rows) for rows in torch.arange(len(p)).tensor_split(self.visits)] for p in people]
+    def make(self, user: str, recordings: Sequence[Examples], seed: int) -> Stream:
+        parts = [[p.take(rows) for rows in torch.arange(len(p)).tensor_split(self.visits)] for p in recordings]
         turns = [(who, parts[who][visit]) for visit in range(self.visits) for who in range(self.people)]
         return joined(user, turns, "switch")

@@ -24,7 +24,7 @@ class Sorted(StreamSpec):
     name = "sorted"
     about = "one class after the other"
 
-    def make(self, user: str, people: Sequence[Examples], seed: int) -> Stream:
-        y = people[0].y.cpu()
+    def make(self, user: str, recordings: Sequence[Examples], seed: int) -> Stream:
+        y = recordings[0].y.cpu()
         place = torch.randperm(int(y.max()) + 1, generator=generator(seed, "stream", self.name, user))
-        return arranged(user, people[0], place[y].argsort(stable=True))
+        return arranged(user, recordings[0], place[y].argsort(stable=True))

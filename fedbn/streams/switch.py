@@ -34,7 +34,7 @@ class Switch(StreamSpec):
     def persons(self) -> int:
         return 2
 
-    def make(self, user: str, people: Sequence[Examples], seed: int) -> Stream:
-        before, after = (torch.arange(len(p)) for p in people)
+    def make(self, user: str, recordings: Sequence[Examples], seed: int) -> Stream:
+        before, after = (torch.arange(len(p)) for p in recordings)
         first, second = before[: round(self.at * len(before))], after[round(self.at * len(after)) :]
-        return joined(user, [(0, people[0].take(first)), (1, people[1].take(second))], "switch")
+        return joined(user, [(0, recordings[0].take(first)), (1, recordings[1].take(second))], "switch")

@@ -26,7 +26,7 @@ class ATP(Method):
     name = "atp"
     about = "weights and statistics at learnt rates; with --strategy atp"
     source = "Bao et al. 2023, https://arxiv.org/abs/2310.18816"
-    peeks = True
+    includes_current = True
     block: int = 20
     online: bool = True
 

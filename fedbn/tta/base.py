@@ -35,14 +35,14 @@ class Method(ABC):
         name: what the command line calls it.
         about: one line for lists.
         source: authors, year, link.
-        peeks: a window is inside the statistics or the neighbourhood that its own answer depends on.
+        includes_current: a window is inside the statistics or the neighbourhood that its own answer depends on.
         block: windows it takes at once.
     """
 
     name: ClassVar[str]
     about: ClassVar[str]
     source: ClassVar[str]
-    peeks: ClassVar[bool]
+    includes_current: ClassVar[bool]
 
     block: int = 16
 

@@ -34,7 +34,7 @@ class CoTTA(Method):
     name = "cotta"
     about = "mean teacher over augmented views, all weights, random restore"
     source = "Wang et al. 2022, https://arxiv.org/abs/2203.13591"
-    peeks = True
+    includes_current = True
     lr: float = 1e-3
     keep: float = 0.999
     restore: float = 0.01

@@ -37,7 +37,7 @@ class Eata(Method):
     name = "eata"
     about = "entropy on reliable, diverse windows with a Fisher anchor"
     source = "Niu et al. 2022, https://arxiv.org/abs/2204.02610"
-    peeks = True
+    includes_current = True
     lr: float = 2.5e-4
     margin: float = 0.4
     redundant: float = 0.4

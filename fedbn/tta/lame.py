@@ -36,7 +36,7 @@ class Lame(Method):
     name = "lame"
     about = "Laplacian smoothing of a block's predictions, network untouched"
     source = "Boudiaf et al. 2022, https://arxiv.org/abs/2201.05718"
-    peeks = True
+    includes_current = True
     block: int = 64
     neighbors: int = 5
 

@@ -42,7 +42,7 @@ class Note(Method):
     name = "note"
     about = "instance-aware BN, entropy on a prediction-balanced memory"
     source = "Gong et al. 2022, https://arxiv.org/abs/2208.05117"
-    peeks = True
+    includes_current = True
     block: int = 1
     lr: float = 1e-4
     k: float = 4.0

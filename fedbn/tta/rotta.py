@@ -38,7 +38,7 @@ class Rotta(Method):
     name = "rotta"
     about = "robust BN, mean teacher on a balanced, timely memory"
     source = "Yuan, Xie, Li 2023, https://arxiv.org/abs/2303.13899"
-    peeks = False
+    includes_current = False
     block: int = 1
     lr: float = 1e-3
     nu: float = 1e-3

@@ -32,7 +32,7 @@ class Sar(Method):
     name = "sar"
     about = "sharpness-aware entropy on reliable windows, restart on collapse"
     source = "Niu et al. 2023, https://arxiv.org/abs/2302.12400"
-    peeks = True
+    includes_current = True
     lr: float = 2.5e-4
     margin: float = 0.4
     rho: float = 0.05

@@ -38,7 +38,7 @@ class Sight(Method):
     name = "sight"
     about = "temporal smoothing by surprise and habit, network untouched"
     source = "SIGHT 2026, https://github.com/zszhou21/SIGHT"
-    peeks = False
+    includes_current = False
     block: int = 1
     eta_mu: float = 0.01
     beta: float = 1.0

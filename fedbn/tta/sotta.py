@@ -32,7 +32,7 @@ class Sotta(Method):
     name = "sotta"
     about = "sharpness-aware entropy on a balanced memory of confident windows"
     source = "Gong et al. 2023, https://arxiv.org/abs/2310.10074"
-    peeks = False
+    includes_current = False
     block: int = 1
     lr: float = 1e-3
     confident: float = 0.99

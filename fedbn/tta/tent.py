@@ -24,7 +24,7 @@ class Tent(Method):
     name = "tent"
     about = "entropy over scale and shift, batch statistics"
     source = "Wang et al. 2021, https://arxiv.org/abs/2006.10726"
-    peeks = True
+    includes_current = True
     lr: float = 1e-3
 
     def begin(self, model: nn.Module, source: Tensor, draw: torch.Generator) -> Step:

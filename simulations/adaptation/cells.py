@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fedbn.federation.run import Run
 from fedbn.nn.inference import logits
 from fedbn.online import personalize
-from fedbn.online.drift.monitor import Watched
+from fedbn.online.drift.monitor import DriftMonitor
 from fedbn.online.prequential import (
     Ask,
     Trace,
@@ -31,8 +31,8 @@ from fedbn.online.rules.source import Source
 from fedbn.seeds import generator
 from fedbn.streams import Stream
 from fedbn.tta import Adapter, Method
-from simulations.adaptation.methods import contender
-from simulations.adaptation.source_model import Meeting, People
+from simulations.adaptation.methods import adaptation_method
+from simulations.adaptation.source_model import SourceModel, UserGroup
 from simulations.adaptation.warm_starts import start
 from simulations.storage.checkpoint import write_atomically
 from simulations.storage.provenance import NUMERICS, check_numerics, code_digest
@@ -50,12 +50,12 @@ class Cell:
 
     Attributes:
         run: the training run.
-        people: whether the people are unseen, or seen ones with their later recordings (for tuning).
+        users: whether the people are unseen, or seen ones with their later recordings (for tuning).
         stream, start, rule: texts; a rule ``bound-own`` or ``bound-balanced`` is an oracle.
     """
 
     run: Run
-    people: People
+    users: UserGroup
     stream: str
     start: str
     rule: str
@@ -73,41 +73,42 @@ BOUNDS: dict[str, Callable[[nn.Module, Stream, int], Trace]] = {
 """Oracles: statistics of the whole stream, and of equally many of its windows of each class."""
 
 
-def conduct_cell(cell: Cell, meeting: Meeting) -> tuple[list[Trace], dict[str, Any]]:
+def run_cell(cell: Cell, source: SourceModel) -> tuple[list[Trace], dict[str, Any]]:
     """All people's traces in one cell, and what else is known of it."""
     seed = cell.run.seed
-    followed = meeting.streams(cell.stream, cell.people)
-    facts: dict[str, Any] = {"bytes_per_user": None, "forgotten": None, "reset_exact": None, "peeks": False}
+    followed = source.streams(cell.stream, cell.users)
+    facts: dict[str, Any] = {"bytes_per_user": None, "forgotten": None, "reset_exact": None, "includes_current": False}
     if cell.rule in BOUNDS:
-        return [BOUNDS[cell.rule](meeting.model, s, seed) for s in followed], facts | {"peeks": True}
+        return [BOUNDS[cell.rule](source.model, s, seed) for s in followed], facts | {"includes_current": True}
     begin = start(cell.start)
     given = {
-        u.name: begin.windows(u.train, generator(seed, "start", cell.start, u.name))
-        for u in meeting.people(cell.people)
+        u.name: begin.windows(u.train, generator(seed, "start", cell.start, u.name)) for u in source.users(cell.users)
     }
-    chosen = contender(cell.rule)
+    chosen = adaptation_method(cell.rule)
     if isinstance(chosen.rule, Method):
-        return _follow_each(chosen.rule, meeting, followed, given, begin.n0, seed), facts | {"peeks": chosen.rule.peeks}
-    prior = meeting.prior_for(chosen.rule)
-    net = personalize(meeting.model, chosen.rule, prior=prior)
+        return _follow_each(chosen.rule, source, followed, given, begin.n0, seed), facts | {
+            "includes_current": chosen.rule.includes_current
+        }
+    prior = source.prior_for(chosen.rule)
+    net = personalize(source.model, chosen.rule, prior=prior)
     for name, windows in given.items():
         if windows is not None:
             net.calibrate(windows, user=name, then="freeze" if cell.rule == SOURCE else "adapt", n0=begin.n0)
-    follower = Watched(net, meeting.model, *chosen.watch) if chosen.watch else net
+    follower = DriftMonitor(net, source.model, *chosen.watch) if chosen.watch else net
     ask = Ask(chosen.ask.budget) if chosen.ask else None
     traces = follow(follower, followed, ask)
-    facts["peeks"] = chosen.rule.peeks
-    if isinstance(follower, Watched):
+    facts["includes_current"] = chosen.rule.includes_current
+    if isinstance(follower, DriftMonitor):
         facts["alarms"] = [_alarms(follower.watches[s.user].alarms, s) for s in followed]
     if ask is not None:
         facts["questions"] = {user: sum(counts) for user, counts in ask.confirmed.items()}
     first = followed[0]
-    before = float((logits(meeting.model, meeting.source_test.x).argmax(1) == meeting.source_test.y).double().mean())
-    after = [accuracy_with_state(net, s.user, meeting.source_test) for s in followed]
+    before = float((logits(source.model, source.source_test.x).argmax(1) == source.source_test.y).double().mean())
+    after = [accuracy_with_state(net, s.user, source.source_test) for s in followed]
     facts["bytes_per_user"] = len(net.state(first.user).to_bytes())
     facts["forgotten"] = before - sum(after) / len(after)
     net.reset(first.user)
-    fresh = personalize(meeting.model, chosen.rule, prior=prior).predict(first.x[:1], user=[first.user])
+    fresh = personalize(source.model, chosen.rule, prior=prior).predict(first.x[:1], user=[first.user])
     facts["reset_exact"] = bool(torch.equal(net.predict(first.x[:1], user=[first.user]), fresh))
     return traces, facts
 
@@ -118,16 +119,21 @@ def _alarms(alarms: Sequence[int], met: Stream) -> dict[str, Any]:
 
 
 def _follow_each(
-    chosen: Method, meeting: Meeting, followed: Sequence[Stream], given: dict[str, Tensor | None], n0: float, seed: int
+    chosen: Method,
+    source: SourceModel,
+    followed: Sequence[Stream],
+    given: dict[str, Tensor | None],
+    n0: float,
+    seed: int,
 ) -> list[Trace]:
     traces = []
     for s in followed:
-        windows, model = given[s.user], meeting.model
+        windows, model = given[s.user], source.model
         if windows is not None:
             calibrated = personalize(model, Source(), capacity=1)
             calibrated.calibrate(windows, user=s.user, n0=n0)
             model = calibrated.export(s.user)
-        adapter = Adapter(chosen, model, meeting.source_windows, seed)
+        adapter = Adapter(chosen, model, source.source_windows, seed)
         traces.append(follow_blocks(adapter, s, chosen.block))
     return traces
 

@@ -32,7 +32,7 @@ class Questions:
 
 
 @dataclass(frozen=True)
-class Contender:
+class AdaptationMethod:
     """What follows the streams: a rule or method and, with a rule, drift detection and questions.
 
     Attributes:
@@ -47,17 +47,17 @@ class Contender:
 
     @property
     def text(self) -> str:
-        """The shortest text that `contender` reads as this."""
+        """The shortest text that `adaptation_method` reads as this."""
         return "/".join(render(part) for part in (self.rule, *(self.watch or ()), self.ask) if part is not None)
 
 
-def contender(text: str) -> Contender:
+def adaptation_method(text: str) -> AdaptationMethod:
     """A contender from ``rule``, ``rule/detector/action``, ``rule/ask`` or ``rule/detector/action/ask``.
 
     Raises:
         UserError: an unknown name, a wrong option, parts that do not go together.
 
-    >>> contender("pseudo:n0=16/adwin/decay:n=8/ask").text
+    >>> adaptation_method("pseudo:n0=16/adwin/decay:n=8/ask").text
     'pseudo/adwin/decay:n=8/ask'
     """
     first, *more = text.split("/")
@@ -71,4 +71,4 @@ def contender(text: str) -> Contender:
         raise UserError(
             f"{text!r}: only rules on statistics can be watched or ask; {chosen.name} is a method of its own"
         )
-    return Contender(chosen, watch, ask)
+    return AdaptationMethod(chosen, watch, ask)

@@ -15,12 +15,12 @@ from simulations.adaptation.tables import rows
 from simulations.report.plots import INK, PALETTE
 
 
-def course_figure(courses: pd.DataFrame) -> Figure:
+def accuracy_curve_figure(curves: pd.DataFrame) -> Figure:
     """A row of panels for each strategy and start, a column for each kind of stream; source and bounds in all."""
-    kinds = list(dict.fromkeys(courses["stream"]))
-    begun = list(dict.fromkeys(zip(courses["strategy"], courses["start"], strict=True)))
-    several = courses["strategy"].nunique() > 1
-    names = [n for n in dict.fromkeys(courses["rule"]) if n != SOURCE and n not in BOUNDS]
+    kinds = list(dict.fromkeys(curves["stream"]))
+    begun = list(dict.fromkeys(zip(curves["strategy"], curves["start"], strict=True)))
+    several = curves["strategy"].nunique() > 1
+    names = [n for n in dict.fromkeys(curves["rule"]) if n != SOURCE and n not in BOUNDS]
     looks: dict[str, Any] = {SOURCE: {"color": INK, "linestyle": "--"}}
     looks |= {n: {"color": INK, "linestyle": line, "alpha": 0.5} for n, line in zip(BOUNDS, (":", "-."))}
     for i, name in enumerate(names):
@@ -32,9 +32,9 @@ def course_figure(courses: pd.DataFrame) -> Figure:
         panels = figure.subplots(len(begun), len(kinds), sharey=True, sharex="col", squeeze=False)
         for (row, (strategy, begin)), (column, kind) in product(enumerate(begun), enumerate(kinds)):
             axes = panels[row, column]
-            here = courses[(courses["strategy"] == strategy) & (courses["stream"] == kind)]
-            here = here[(here["start"] == begin) | here["rule"].isin(BOUNDS)]
-            for name, part in here.groupby("rule", sort=False):
+            ctx = curves[(curves["strategy"] == strategy) & (curves["stream"] == kind)]
+            ctx = ctx[(ctx["start"] == begin) | ctx["rule"].isin(BOUNDS)]
+            for name, part in ctx.groupby("rule", sort=False):
                 axes.plot(part["window"], part["accuracy"], linewidth=1.3, label=name, **looks[str(name)])
                 if name in names:
                     band = part["window"], part["low"].clip(lower=0), part["high"].clip(upper=1)

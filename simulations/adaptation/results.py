@@ -16,7 +16,7 @@ import pandas as pd
 from fedbn.online.prequential import Trace
 from fedbn.online.prequential_metrics import cost, faded, harmed, regret, score, windows_to_close, worst_decile
 from simulations.adaptation.cells import BOUNDS, SOURCE, Cell
-from simulations.adaptation.plots import course_figure, people_figure
+from simulations.adaptation.plots import accuracy_curve_figure, people_figure
 from simulations.adaptation.study import Results, Study
 from simulations.report.plots import png
 from simulations.results.inference import adjust, estimate, mean_of_users, signed_rank
@@ -94,7 +94,7 @@ def summary(results: Results, users: pd.DataFrame) -> pd.DataFrame:
                 "questions": _mean([n for f in facts for n in f.get("questions", {}).values()]),
                 "forgotten": _mean([f["forgotten"] for f in facts]),
                 "reset_exact": all(f["reset_exact"] in (None, True) for f in facts),
-                "peeks": any(f["peeks"] for f in facts),
+                "includes_current": any(f["includes_current"] for f in facts),
                 **asdict(spent),
                 "users": found.n_users,
                 "seeds": found.n_seeds,
@@ -110,7 +110,7 @@ def _against_bounds(results: Results, mine: Results) -> dict[str, float | int | 
     """Regret against both bounds, and windows to close the gap to the balanced one, over all seeds together."""
 
     def of(text: str) -> list[Trace]:
-        return [t for c in mine for t in results[Cell(c.run, c.people, c.stream, "cold", text)][0]]
+        return [t for c in mine for t in results[Cell(c.run, c.users, c.stream, "cold", text)][0]]
 
     traces = [t for found, _ in mine.values() for t in found]
     out: dict[str, float | int | None] = {
@@ -136,7 +136,7 @@ def _mean(values: Sequence[float | None]) -> float:
     return float(np.mean(known)) if known else math.nan
 
 
-def course(results: Results, longest: float = 0.9) -> pd.DataFrame:
+def accuracy_curve(results: Results, longest: float = 0.9) -> pd.DataFrame:
     """Fading accuracy at each window, mean over people and seeds, while most are there.
 
     The band is the 95 % interval (normal) of the paired difference to the source, drawn about the rule's mean: people
@@ -147,7 +147,7 @@ def course(results: Results, longest: float = 0.9) -> pd.DataFrame:
         longest: windows are shown up to where this share of the streams goes on.
     """
     lines = []
-    for kind, cells in alike(results).items():
+    for kind, cells in group_cells(results).items():
         curves, ground = [], []
         for cell in cells:
             unmoved = results[replace(cell, start="cold", rule=SOURCE)][0]
@@ -165,7 +165,7 @@ def course(results: Results, longest: float = 0.9) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-def alike(results: Results) -> dict[tuple[str, str, str, str], list[Cell]]:
+def group_cells(results: Results) -> dict[tuple[str, str, str, str], list[Cell]]:
     """Cells that differ in their seed alone, by strategy, stream, start and rule."""
     out: dict[tuple[str, str, str, str], list[Cell]] = {}
     for cell in results:
@@ -174,14 +174,14 @@ def alike(results: Results) -> dict[tuple[str, str, str, str], list[Cell]]:
 
 
 def write(out: Path, study: Study, results: Results, command: str) -> pd.DataFrame:
-    """Write users, summary and course as parquet, ``adapt.json``, ``course.png`` and ``people.png``.
+    """Write users, summary and course as parquet, ``adapt.json``, ``accuracy_curve.png`` and ``people.png``.
 
     Returns:
         The summary.
     """
-    users, courses = users_frame(results), course(results)
+    users, curves = users_frame(results), accuracy_curve(results)
     found = summary(results, users)
-    for name, frame in (("users", users), ("summary", found), ("course", courses)):
+    for name, frame in (("users", users), ("summary", found), ("course", curves)):
         buffer = io.BytesIO()
         frame.to_parquet(buffer, index=False)
         write_atomically(out / f"{name}.parquet", buffer.getvalue())
@@ -196,6 +196,6 @@ def write(out: Path, study: Study, results: Results, command: str) -> pd.DataFra
     }
     text = pd.Series(known | {"summary": found.to_dict(orient="records")}).to_json(indent=1)
     write_atomically(out / "adapt.json", text.encode())
-    for name, figure in (("course", course_figure(courses)), ("people", people_figure(users, found))):
+    for name, figure in (("course", accuracy_curve_figure(curves)), ("people", people_figure(users, found))):
         write_atomically(out / f"{name}.png", png(figure))
     return found

@@ -15,13 +15,13 @@ from typing import Any
 from fedbn.config import Plan
 from fedbn.errors import UserError
 from fedbn.federation.run import Run, plan_for
-from fedbn.federation.setup import setting
+from fedbn.federation.setup import build_context
 from fedbn.online.prequential import Trace
 from fedbn.plugins import render
 from fedbn.streams import stream
-from simulations.adaptation.cells import BOUNDS, SOURCE, Cell, conduct_cell, read_cell, write_cell
-from simulations.adaptation.methods import contender
-from simulations.adaptation.source_model import People, meet
+from simulations.adaptation.cells import BOUNDS, SOURCE, Cell, read_cell, run_cell, write_cell
+from simulations.adaptation.methods import adaptation_method
+from simulations.adaptation.source_model import UserGroup, train_source_model
 from simulations.adaptation.warm_starts import start
 from simulations.engines.execute import Engine
 from simulations.experiments.tasks import Report
@@ -67,7 +67,7 @@ class Study:
         runs = [self.run(0, strategy).resolved() for strategy in self.strategies]
         found: dict[str, Any] = {
             "strategies": tuple(run.strategy for run in runs),
-            "rules": (SOURCE, *(t for r in self.rules if (t := contender(r).text) != SOURCE)),
+            "rules": (SOURCE, *(t for r in self.rules if (t := adaptation_method(r).text) != SOURCE)),
             "streams": tuple(render(stream(s)) for s in self.streams),
             "starts": tuple(render(start(s)) for s in self.starts),
         }
@@ -88,16 +88,16 @@ class Study:
         return [self.run(seed, strategy) for seed in range(self.seeds) for strategy in self.strategies]
 
 
-def cells_of(study: Study, people: People, rules_: Sequence[str]) -> list[Cell]:
+def cells_of(study: Study, users: UserGroup, rules_: Sequence[str]) -> list[Cell]:
     """All cells of one kind of people; bounds and the cold source first."""
     return [
         cell
         for run in study.runs()
         for kind in study.streams
         for cell in (
-            *(Cell(run, people, kind, "cold", bound) for bound in (*BOUNDS, SOURCE)),
+            *(Cell(run, users, kind, "cold", bound) for bound in (*BOUNDS, SOURCE)),
             *(
-                Cell(run, people, kind, begin, text)
+                Cell(run, users, kind, begin, text)
                 for begin in study.starts
                 for text in rules_
                 if (begin, text) != ("cold", SOURCE)
@@ -110,7 +110,7 @@ Done = Callable[[Cell], None]
 Results = dict[Cell, tuple[list[Trace], dict[str, Any]]]
 
 
-def conduct(
+def run_study(
     study: Study,
     out: Path,
     *,
@@ -137,11 +137,11 @@ def conduct(
     """
     study = study.resolved()
     for run in study.runs():
-        setting(run)
-    meetings = {run: meet(run, out, engine, report) for run in study.runs()}
+        build_context(run)
+    sources = {run: train_source_model(run, out, engine, report) for run in study.runs()}
     for text in study.streams:
-        for meeting in meetings.values():
-            meeting.streams(text, "unseen")
+        for source in sources.values():
+            source.streams(text, "unseen")
 
     def all_of(cells: list[Cell]) -> Results:
         began(cells)
@@ -149,7 +149,7 @@ def conduct(
         for cell in cells:
             found = read_cell(out, cell)
             if found is None:
-                found = conduct_cell(cell, meetings[cell.run])
+                found = run_cell(cell, sources[cell.run])
                 write_cell(out, cell, *found)
             results[cell] = found
             done(cell)
@@ -191,10 +191,10 @@ def winners(contested: Sequence[Sequence[str]], scored: Results) -> list[str]:
 
 def check_same_windows(results: Results) -> None:
     """Raise unless every rule met the very same windows."""
-    met: dict[tuple[int, People, str], list[str]] = {}
+    met: dict[tuple[int, UserGroup, str], list[str]] = {}
     for cell, (traces, _) in results.items():
         digests = [t.digest for t in traces]
-        if met.setdefault((cell.run.seed, cell.people, cell.stream), digests) != digests:
+        if met.setdefault((cell.run.seed, cell.users, cell.stream), digests) != digests:
             raise ValueError(f"{cell.rule} on {cell.stream} met other windows than the rules before it")
 
 

@@ -14,7 +14,7 @@ from rich.text import Text
 from simulations.adaptation.cells import BOUNDS
 from simulations.adaptation.study import Study
 from simulations.report.documents import markdown, replace_block
-from simulations.results.formatting import bracket, number, signed
+from simulations.results.formatting import format_interval, format_number, format_signed
 
 
 def summary_table(found: pd.DataFrame, study: Study) -> Table:
@@ -40,7 +40,7 @@ def summary_table(found: pd.DataFrame, study: Study) -> Table:
     for kind in kinds:
         table.add_column(kind, overflow="fold")
     for name, by_kind in rows(found):
-        mark = "°" if by_kind[kinds[0]]["peeks"] else ""
+        mark = "°" if by_kind[kinds[0]]["includes_current"] else ""
         table.add_row(Text(name + mark), *(Text(_shown(by_kind[kind])) for kind in kinds))
     return table
 
@@ -63,11 +63,11 @@ def rows(found: pd.DataFrame) -> list[tuple[str, dict[str, Any]]]:
 
 def _shown(line: Any) -> str:
     star = "*" if line["p_adjusted"] < 0.05 else ""
-    mean = f"{number(line['accuracy'])}{star} {bracket(line['low'], line['high'])}".rstrip()
-    return f"{mean}\n{number(line['worst_decile'])} worst, {line['harmed']:.0%} harmed"
+    mean = f"{format_number(line['accuracy'])}{star} {format_interval(line['low'], line['high'])}".rstrip()
+    return f"{mean}\n{format_number(line['worst_decile'])} worst, {line['harmed']:.0%} harmed"
 
 
-def embed_study(directory: Path, document: Path) -> None:
+def update_study_document(directory: Path, document: Path) -> None:
     """Replace what stands between ``<!-- begin NAME -->`` and ``<!-- end NAME -->``; NAME is the directory's name.
 
     Args:
@@ -100,9 +100,11 @@ def _row(name: str, by_stream: dict[str, Any], watched: bool) -> dict[str, str]:
     row = {"rule": name}
     for stream, line in by_stream.items():
         star = "*" if line["p_adjusted"] < 0.05 else ""
-        gain = "" if name.split(": ")[-1] == "source" else f", {signed(line['gain'])}{star} {_signed_bracket(line)}"
-        row[stream] = f"{number(line['accuracy'])} {bracket(line['low'], line['high'])}{gain}".rstrip()
-        row[f"worst, {stream}"] = number(line["worst"])
+        gain = (
+            "" if name.split(": ")[-1] == "source" else f", {format_signed(line['gain'])}{star} {_signed_bracket(line)}"
+        )
+        row[stream] = f"{format_number(line['accuracy'])} {format_interval(line['low'], line['high'])}{gain}".rstrip()
+        row[f"worst, {stream}"] = format_number(line["worst"])
         row[f"harmed, {stream}"] = f"{line['harmed']:.0%}"
         if watched:
             row[f"delay, missed, false, {stream}"] = _alarms(line)
@@ -126,4 +128,4 @@ def _alarms(line: Any) -> str:
 
 
 def _signed_bracket(line: Any) -> str:
-    return f"[{signed(line['gain_low'])}, {signed(line['gain_high'])}]"
+    return f"[{format_signed(line['gain_low'])}, {format_signed(line['gain_high'])}]"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from simulations.adaptation.results import alike, course, label
+from simulations.adaptation.results import accuracy_curve, group_cells, label
 from simulations.adaptation.study import Results, Study
 from simulations.experiments.tasks import Task
 from simulations.tracking.trackers import Tracking
@@ -33,10 +33,10 @@ def tell(tracking: Tracking, study: Study, results: Results, found: pd.DataFrame
     if not tracking.trackers:
         return
     numbers = found.set_index(["strategy", "stream", "rule"]).select_dtypes("number")
-    courses = course(results)
-    for kind, (cell, *_) in alike(results).items():
-        here = courses[(courses[["strategy", "stream", "start", "rule"]] == list(kind)).all(axis=1)]
-        thinned = here.iloc[:: max(1, len(here) // POINTS)]
+    curves = accuracy_curve(results)
+    for kind, (cell, *_) in group_cells(results).items():
+        ctx = curves[(curves[["strategy", "stream", "start", "rule"]] == list(kind)).all(axis=1)]
+        thinned = ctx.iloc[:: max(1, len(ctx) // POINTS)]
         points = {int(w): {"fading_accuracy": float(a)} for w, a in zip(thinned["window"], thinned["accuracy"])}
         last = max(points, default=0)
         points[last] = {**points.get(last, {}), **numbers.loc[(cell.run.strategy, cell.stream, label(cell))].to_dict()}

@@ -94,7 +94,7 @@ def numerics(study: str) -> list[int]:
     return [NUMERICS, bench.NUMERICS, module.NUMERICS]
 
 
-def measure(key: Cell) -> tuple[dict[str, float], float]:
+def run_cell(key: Cell) -> tuple[dict[str, float], float]:
     """Run one cell; gives what was measured, and seconds.
 
     Raises:
@@ -109,7 +109,7 @@ def measure(key: Cell) -> tuple[dict[str, float], float]:
     return measured, time.perf_counter() - began
 
 
-def perform(wanted: Sequence[Cell], store: Store, workers: int, done: Callable[[Cell], None]) -> None:
+def run_cells(wanted: Sequence[Cell], store: Store, workers: int, done: Callable[[Cell], None]) -> None:
     """Run the cells that the store does not have; every result is kept as it comes."""
     missing = []
     for key in wanted:
@@ -125,11 +125,11 @@ def perform(wanted: Sequence[Cell], store: Store, workers: int, done: Callable[[
 def _results(missing: Sequence[Cell], workers: int) -> Iterator[tuple[Cell, tuple[dict[str, float], float]]]:
     if workers <= 1 or len(missing) <= 1:
         for key in missing:
-            yield key, measure(key)
+            yield key, run_cell(key)
         return
     pool = ProcessPoolExecutor(min(workers, len(missing)), mp_context=multiprocessing.get_context("spawn"))
     try:
-        futures = {pool.submit(measure, key): key for key in missing}
+        futures = {pool.submit(run_cell, key): key for key in missing}
         for future in as_completed(futures):
             yield futures[future], future.result()
     finally:

@@ -55,8 +55,8 @@ def adapt(
     """
     from simulations.adaptation.cells import Cell
     from simulations.adaptation.results import write
-    from simulations.adaptation.study import conduct, study_from
-    from simulations.adaptation.tables import embed_study, summary_table
+    from simulations.adaptation.study import run_study, study_from
+    from simulations.adaptation.tables import summary_table, update_study_document
     from simulations.adaptation.tracking import tasks, tell
     from simulations.experiments.tasks import Event
     from simulations.tracking.trackers import Tracking
@@ -101,7 +101,7 @@ def adapt(
         def began(cells: list[Cell]) -> None:
             progress.update(streaming, total=len(cells), completed=0)
 
-        study, results = conduct(
+        study, results = run_study(
             study,
             place,
             report=trained,
@@ -111,7 +111,7 @@ def adapt(
         found = write(place, study, results, shlex.join(["fedbn", *sys.argv[1:]]))
         tell(tracking, study, results, found)
     if into:
-        embed_study(place, into)
+        update_study_document(place, into)
     if as_json:
         print(json.dumps(json.loads(found.to_json(orient="records")), indent=1))
         return

@@ -22,7 +22,7 @@ from simulations.cli.export import export
 from simulations.cli.leakage import leakage
 from simulations.cli.new import new
 from simulations.cli.options import errors
-from simulations.cli.quiet import quieten
+from simulations.cli.quiet import add_quiet_option
 from simulations.cli.report import report
 from simulations.cli.service import demo, serve
 
@@ -71,7 +71,7 @@ def main() -> None:
     """Entry point: user mistakes become one line and exit code 2; an interruption is exit code 130."""
     sys.path.insert(0, "")  # a model or scenario of the user's lies where the command is given
     try:
-        quieten(app)()
+        add_quiet_option(app)()
     except UserError as error:
         errors.print(f"[bold red]error:[/] {_plain(str(error))}", highlight=False)
         sys.exit(2)

@@ -60,7 +60,7 @@ def claims(
     todo = cells(wanted, count, quick)
     with Tracking(track or ()) as tracking:
         try:
-            _perform(todo, store, workers or os.cpu_count() or 1)
+            _run_cells(todo, store, workers or os.cpu_count() or 1)
         except KeyboardInterrupt:
             errors.print("interrupted; what was finished is kept, the same command goes on")
             sys.exit(130)
@@ -111,7 +111,7 @@ def _list(as_json: bool) -> None:
     console.print(table)
 
 
-def _perform(todo: list[Cell], store: Store, workers: int) -> None:
+def _run_cells(todo: list[Cell], store: Store, workers: int) -> None:
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -121,7 +121,7 @@ def _perform(todo: list[Cell], store: Store, workers: int) -> None:
         TimeRemainingColumn,
     )
 
-    from simulations.claims.store import perform
+    from simulations.claims.store import run_cells
 
     columns = (TextColumn("claims"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=errors, disable=not errors.is_terminal) as progress:
@@ -131,4 +131,4 @@ def _perform(todo: list[Cell], store: Store, workers: int) -> None:
             progress.advance(bar)
             progress.console.print(f"{key.study}: {key.arm}, seed {key.seed}", highlight=False)
 
-        perform(todo, store, workers, done)
+        run_cells(todo, store, workers, done)

@@ -165,6 +165,7 @@ def resume(
 
 
 def _conduct(conduct: Any, place: Path, track: list[str] | None, as_json: bool) -> None:
+    from simulations.results.formatting import format_elapsed
     from simulations.tracking.progress import Bars, Watchers
     from simulations.tracking.trackers import Tracking
 
@@ -177,7 +178,5 @@ def _conduct(conduct: Any, place: Path, track: list[str] | None, as_json: bool) 
         errors.print(f"interrupted; go on with [bold]fedbn resume {place}[/]")
         sys.exit(130)
     if not as_json:
-        from simulations.results.formatting import elapsed
-
-        console.print(f"done in {elapsed(began)}")
+        console.print(f"done in {format_elapsed(began)}")
     show_comparison(place, as_json)

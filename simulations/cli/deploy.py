@@ -58,7 +58,7 @@ def deploy(
         }
         for name, timed, outcome in (
             (f"SuperLink and {result.users} SuperNodes", "run", result.deployed),
-            ("grid in this process", "grid", result.here),
+            ("grid in this process", "grid", result.in_process),
         )
     ]
     if as_json:

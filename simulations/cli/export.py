@@ -60,7 +60,7 @@ def _model(directory: Path, strategy: str, seed: int, user: str | None) -> tuple
     """The model of a user (None: of a newcomer), and training rows of the user's (None: of the first seen user)."""
     from fedbn.federation.client import user_state
     from fedbn.federation.run import Run
-    from fedbn.federation.setup import setting
+    from fedbn.federation.setup import build_context
     from simulations.experiments.tasks import CHECKPOINT
     from simulations.results.comparison import Comparison
     from simulations.storage.checkpoint import load_outcome
@@ -73,18 +73,18 @@ def _model(directory: Path, strategy: str, seed: int, user: str | None) -> tuple
         raise unknown("seed of this comparison", str(seed), map(str, runs["seed"].unique()))
     place = directory / "runs" / found["run"].iloc[0]
     run = Run.from_dict(json.loads((place / "result.json").read_text(encoding="utf-8"))["run"])
-    here = setting(run)
-    outcome = load_outcome(place / CHECKPOINT, run, here.population.sources)
-    names = [u.name for u in here.population.users]
+    ctx = build_context(run)
+    outcome = load_outcome(place / CHECKPOINT, run, ctx.population.sources)
+    names = [u.name for u in ctx.population.users]
     if user is None:
-        state, index = here.assemble(outcome.server.serving, None), here.population.seen[0]
+        state, index = ctx.assemble(outcome.server.serving, None), ctx.population.seen[0]
     elif user not in names:
         raise unknown("user", user, names)
     else:
         index = names.index(user)
-        received = outcome.server.sends(here, index, serving=True)
-        state = user_state(here, index, received, outcome.kept.get(index))
-    return here.load(state), here.population.users[index].train.x
+        received = outcome.server.sends(ctx, index, serving=True)
+        state = user_state(ctx, index, received, outcome.client_states.get(index))
+    return ctx.load(state), ctx.population.users[index].train.x
 
 
 def _followed(model: nn.Module, rule: str, rows: Tensor) -> nn.Module:

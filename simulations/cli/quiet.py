@@ -37,7 +37,7 @@ class Quiet(TyperCommand):
             raise typer.Exit(130) from None
 
 
-def quieten(app: typer.Typer) -> Callable[[], Any]:
+def add_quiet_option(app: typer.Typer) -> Callable[[], Any]:
     """Give every command of ``app`` the option, and return ``app``; call it after the last one is registered."""
     for command in app.registered_commands:
         command.cls = Quiet

@@ -57,9 +57,9 @@ def report(
     else:
         show_comparison(directories[0], as_json)
     if into is not None:
-        from simulations.report.documents import embed
+        from simulations.report.documents import update_document
 
-        embed(directories[0], into, full=full)
+        update_document(directories[0], into, full=full)
 
 
 def show_comparison(directory: Path, as_json: bool) -> None:

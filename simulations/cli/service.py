@@ -14,7 +14,7 @@ from fedbn.errors import UserError
 
 if TYPE_CHECKING:
     from fedbn.online import Rule
-    from simulations.adaptation.source_model import Meeting
+    from simulations.adaptation.source_model import SourceModel
     from simulations.service.model import Served
 
 console = Console()
@@ -73,7 +73,7 @@ def serve(
     from simulations.service.api import create, log_start
     from simulations.service.model import Served
     from simulations.service.observability import log_to_stderr
-    from simulations.service.users import Limits, People
+    from simulations.service.users import Limits, UserStore
 
     access = Access(host, token, rate, body, timeout)
     limits = Limits(capacity, held)
@@ -84,12 +84,12 @@ def serve(
         raise UserError("name a scenario, or your own --model with --weights, --shape and --classes")
     with server.listen(host, port) as listening:
         served = own or Served.trained(_trained(str(scenario), strategy, rounds, model), chosen)
-        people = People(
+        users = UserStore(
             served.model, served.shape, served.classes, rule, served.prior, SQLiteStore(store), drift, limits
         )
         log_to_stderr(verbose)
         where = server.address(host, listening)
-        server.run(create(people, access), access, listening, lambda: log_start(where, people))
+        server.run(create(users, access), access, listening, lambda: log_start(where, users))
 
 
 def demo(
@@ -111,14 +111,14 @@ def demo(
     from simulations.service.demo.routes import routes
     from simulations.service.demo.session import Playground, shown
     from simulations.service.observability import log_to_stderr
-    from simulations.service.users import People
+    from simulations.service.users import UserStore
 
     shown(scenario)
     access = Access()
     with server.listen(access.host, port) as listening:
-        meeting = _trained(scenario, "global-naive", rounds)
-        playground = Playground.of(meeting)
-        people = People(meeting.model, playground.shape, playground.classes, prior=meeting.prior)
+        source = _trained(scenario, "global-naive", rounds)
+        playground = Playground.of(source)
+        users = UserStore(source.model, playground.shape, playground.classes, prior=source.prior)
         log_to_stderr(verbose=False)
         where = server.address(access.host, listening)
 
@@ -129,7 +129,7 @@ def demo(
 
                 webbrowser.open(where)
 
-        server.run(create(people, access, routes(playground)), access, listening, ready)
+        server.run(create(users, access, routes(playground)), access, listening, ready)
     console.print("ended")
 
 
@@ -151,10 +151,10 @@ def _brought(scenario: str | None, model: str, weights: Path, shape: str, classe
     return Served.brought(model, weights, tuple(map(int, sides)), names, rule)
 
 
-def _trained(scenario: str, strategy: str, rounds: int | None, model: str = "") -> Meeting:
+def _trained(scenario: str, strategy: str, rounds: int | None, model: str = "") -> SourceModel:
     """The model and the people it has not met; read from the cache if trained before with the current numerics."""
     from fedbn.data.packages import cache_dir
-    from simulations.adaptation.source_model import meet
+    from simulations.adaptation.source_model import train_source_model
     from simulations.adaptation.study import study_from
     from simulations.storage.provenance import NUMERICS
 
@@ -164,7 +164,7 @@ def _trained(scenario: str, strategy: str, rounds: int | None, model: str = "") 
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
     with Progress(TextColumn("{task.description}"), *columns, console=errors) as progress:
         training = progress.add_task(f"training on {scenario}", total=run.plan.rounds)
-        return meet(
+        return train_source_model(
             run,
             cache_dir() / "served" / f"numerics-{NUMERICS}",
             "grid:stacked",

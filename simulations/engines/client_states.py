@@ -18,7 +18,7 @@ import torch
 from flwr.app import RecordDict
 from torch import Tensor
 
-from clients.serialization import Held
+from clients.serialization import LazyArrayRecord
 from fedbn.errors import UserError
 from fedbn.nn.roles import State
 
@@ -63,12 +63,16 @@ class ClientStates:
         """
         if self.on_disk is False:
             return
-        held = {name: record.state for name, record in records.items() if isinstance(record, Held) and record.state}
+        held = {
+            name: record.state
+            for name, record in records.items()
+            if isinstance(record, LazyArrayRecord) and record.state
+        }
         if self.on_disk is None and held:
             self._decide(sum(size(state) for state in held.values()))
         for name, state in held.items():
             if self.on_disk and all(value.device.type == "cpu" for value in state.values()):
-                records[name] = Held(self._written((node, name), state))
+                records[name] = LazyArrayRecord(self._written((node, name), state))
 
     def _decide(self, each: int) -> None:
         needed, free = each * self.nodes, available()

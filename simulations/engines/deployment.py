@@ -20,7 +20,7 @@ import torch
 from fedbn.errors import UserError
 from fedbn.federation.run import Run
 from fedbn.federation.server import Outcome, Server
-from fedbn.federation.setup import setting
+from fedbn.federation.setup import build_context
 from fedbn.nn.roles import State
 from simulations.engines.execute import execute
 from simulations.flower.certificates import make_certificates
@@ -43,7 +43,7 @@ class Deployment:
 
     Attributes:
         deployed: outcome of the SuperLink's run.
-        here: outcome of the grid in this process.
+        in_process: outcome of the grid in this process.
         users: SuperNodes that served.
         tls: whether they spoke TLS and proved who they are.
         seconds: of starting the processes, of the deployed run and of the run in this process.
@@ -51,7 +51,7 @@ class Deployment:
     """
 
     deployed: Outcome
-    here: Outcome
+    in_process: Outcome
     users: int
     tls: bool
     seconds: dict[str, float]
@@ -72,7 +72,7 @@ def deploy(run: Run, *, tls: bool = False, say: Say = lambda text: None, out: Pa
         UserError: the run cannot work, or has too many users.
         FlowerRunError: a process ended, or the run failed.
     """
-    users = len(setting(run).population.users)
+    users = len(build_context(run).population.users)
     began = time.perf_counter()
     checkpoint = None if out is None else out / CHECKPOINT
     if checkpoint is not None and (begun := load_latest(checkpoint, run)):
@@ -84,9 +84,9 @@ def deploy(run: Run, *, tls: bool = False, say: Say = lambda text: None, out: Pa
         done = time.perf_counter()
         say(f"the run took {done - ready:.1f} s; stopping")
     stopped = time.perf_counter()
-    here = execute(run, "grid")
+    in_process = execute(run, "grid")
     seconds = {"start": ready - began, "run": done - ready, "grid": time.perf_counter() - stopped}
-    return Deployment(deployed, here, users, tls, seconds, differences(deployed, here))
+    return Deployment(deployed, in_process, users, tls, seconds, differences(deployed, in_process))
 
 
 @contextmanager

@@ -20,8 +20,8 @@ from fedbn.errors import UserError, unknown
 from fedbn.federation.loop import federate
 from fedbn.federation.run import Run
 from fedbn.federation.server import Outcome
-from fedbn.federation.setup import setting
-from fedbn.stacked.executors import Tier, parse_tier
+from fedbn.federation.setup import build_context
+from fedbn.stacked.executors import Executor, parse_executor
 from simulations.app import app as server_app
 from simulations.engines.grid import InProcessGrid
 from simulations.flower.compat import task_identity
@@ -35,7 +35,7 @@ ENGINES = ("reference", "grid", "ray")
 OnRound = Callable[[int, Outcome], None]
 
 
-def parse_engine(text: str) -> tuple[str, Tier]:
+def parse_engine(text: str) -> tuple[str, Executor]:
     """Engine and tier that a text names.
 
     Raises:
@@ -44,14 +44,14 @@ def parse_engine(text: str) -> tuple[str, Tier]:
     >>> parse_engine("grid:stacked")
     ('grid', 'stacked')
     """
-    name, colon, tier = text.partition(":")
+    name, colon, executor = text.partition(":")
     if name not in ENGINES:
         raise unknown("engine", name, ENGINES)
-    if colon and name == "ray" and not re.fullmatch(r"auto|[\w.-]+:\d+", tier):
+    if colon and name == "ray" and not re.fullmatch(r"auto|[\w.-]+:\d+", executor):
         raise UserError(f"engine {text!r}: a Ray cluster is addressed as ray:HOST:PORT, for instance ray:10.0.0.1:6379")
     if colon and name == "reference":
         raise UserError(f"engine {name!r} has no tiers; only the grid has: {text!r}")
-    return name, parse_tier(tier) if colon and name == "grid" else "exact"
+    return name, parse_executor(executor) if colon and name == "grid" else "exact"
 
 
 def execute(
@@ -71,38 +71,38 @@ def execute(
         checkpoint: where a Ray run writes how far it has got, and goes on from.
     """
     set_threads()
-    name, tier = parse_engine(engine)
+    name, executor = parse_engine(engine)
     match name:
         case "reference":
             with task_identity(1):
                 return federate(run, step=server_step(run.plan), resume=resume, on_round=on_round)
         case "grid":
-            return _in_process(run, tier, resume, on_round)
+            return _in_process(run, executor, resume, on_round)
         case _:
             from simulations.engines.ray import run_on_ray
 
             return run_on_ray(run, address=engine.partition(":")[2], out=checkpoint)
 
 
-def _in_process(run: Run, tier: Tier, resume: Outcome | None, on_round: OnRound | None) -> Outcome:
-    here = setting(run)
+def _in_process(run: Run, executor: Executor, resume: Outcome | None, on_round: OnRound | None) -> Outcome:
+    ctx = build_context(run)
     config = {"run": run.to_json()}
-    grid = InProcessGrid(client_app, len(here.population.users), config, tier=tier)
-    for user, kept in (resume.kept if resume else {}).items():
-        grid.partition_context(max(user, 0)).state[f"kept-{user}"] = arrays(kept)
+    grid = InProcessGrid(client_app, len(ctx.population.users), config, executor=executor)
+    for user, client_state in (resume.client_states if resume else {}).items():
+        grid.partition_context(max(user, 0)).state[f"client-state-{user}"] = arrays(client_state)
     finished: list[Outcome] = []
 
-    def with_kept(outcome: Outcome) -> Outcome:
+    def with_client_states(outcome: Outcome) -> Outcome:
         for context in grid.contexts.values():
             for name, record in context.state.array_records.items():
-                outcome.kept[int(name.removeprefix("kept-"))] = tensors(record, run.device)
-        outcome.kept = dict(sorted(outcome.kept.items()))
+                outcome.client_states[int(name.removeprefix("client-state-"))] = tensors(record, run.device)
+        outcome.client_states = dict(sorted(outcome.client_states.items()))
         return outcome
 
     listener = Listener(
         resume=resume,
-        on_round=None if on_round is None else (lambda number, outcome: on_round(number, with_kept(outcome))),
-        on_end=lambda outcome: finished.append(with_kept(outcome)),
+        on_round=None if on_round is None else (lambda number, outcome: on_round(number, with_client_states(outcome))),
+        on_end=lambda outcome: finished.append(with_client_states(outcome)),
     )
     with task_identity(grid.run.run_id), listening(listener):
         server_app(grid, _server_context(grid, config))

@@ -15,8 +15,8 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
-from clients.jobs import together
-from fedbn.stacked.executors import WIDEST, Tier, Tiers
+from clients.jobs import run_batched
+from fedbn.stacked.executors import WIDEST, ClientExecutor, Executor
 from simulations.engines.client_states import ClientStates
 from simulations.flower.compat import (
     CLIENT_APP_RAISED,
@@ -53,7 +53,7 @@ class InProcessGrid(Grid):
         run_id: int = 1,
         first_node: int = FIRST_NODE,
         fault: Callable[[Message], str | None] | None = None,
-        tier: Tier = "exact",
+        executor: Executor = "exact",
     ) -> None:
         """Make a grid.
 
@@ -64,12 +64,12 @@ class InProcessGrid(Grid):
             run_id: Flower's run id.
             first_node: node id of partition 0.
             fault: may give a reason why a message's node cannot be reached.
-            tier: how the jobs of many clients are done (`fedbn.stacked.executors`).
+            executor: how the jobs of many clients are done (`fedbn.stacked.executors`).
         """
         self.client_app, self.nodes, self.run_config = client_app, nodes, dict(run_config)
         self.contexts: dict[int, Context] = {}
         self._run, self._first, self._fault = flower_run(run_id), first_node, fault
-        self._tiers = Tiers(tier)
+        self._executor = ClientExecutor(executor)
         self._states = ClientStates(nodes)
         self._replies: dict[str, Message] = {}
         self._sent = 0
@@ -107,7 +107,7 @@ class InProcessGrid(Grid):
         for first in range(0, len(messages), CROWD):
             crowd = slice(first, first + CROWD)
             calls = [partial(self._deliver, m) for m in messages[crowd]]
-            for number, reply in zip(ids[crowd], together(calls, self._tiers.run)):
+            for number, reply in zip(ids[crowd], run_batched(calls, self._executor.run)):
                 set_message_id(reply, self._next_id())
                 self._replies[number] = reply
         return ids

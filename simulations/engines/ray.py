@@ -1,6 +1,7 @@
 """Flower's own Ray simulation on a private SuperLink (`simulations.flower.superlink`), and nothing left behind.
 
-What the clients keep stays with them: Ray gives no access to it, and `Outcome.kept` is empty. With a file to write to,
+What the clients keep stays with them: Ray gives no access to it, and `Outcome.client_state` is empty. With a file to
+    write to,
 the server leaves a checkpoint in it after every round and the clients what they keep in a directory beside it, so that
 the same run with the same file goes on where it was killed.
 """
@@ -21,7 +22,7 @@ from clients.persistence import STATES
 from fedbn.errors import UserError
 from fedbn.federation.run import Run
 from fedbn.federation.server import Outcome
-from fedbn.federation.setup import setting
+from fedbn.federation.setup import build_context
 from simulations.flower.processes import Family, private_place
 from simulations.flower.superlink import SuperLink
 
@@ -72,7 +73,7 @@ def ray_session(
         link.start()
 
         def execute(run: Run, out: Path | None = None) -> Outcome:
-            users = len(setting(run).population.users)
+            users = len(build_context(run).population.users)
             own = None if address else min(actors or _processors(), users)
             return link.execute(run, "--federation-config", _federation(users, own, run.device), out=out)
 

@@ -16,12 +16,12 @@ from typing import Any
 
 from fedbn.errors import UserError
 from fedbn.federation.metrics import COLUMNS
-from fedbn.federation.setup import setting
+from fedbn.federation.setup import build_context
 from simulations.engines.execute import Engine, parse_engine
 from simulations.experiments.experiment import Experiment
 from simulations.experiments.preflight import LEFT_OUT, preflight
 from simulations.experiments.shift import measured_shift
-from simulations.experiments.tasks import Report, Task, perform_all
+from simulations.experiments.tasks import Report, Task, run_tasks
 from simulations.results.comparison import Comparison
 from simulations.results.files import write_comparison, write_shift
 from simulations.storage.provenance import NUMERICS, check_numerics, code_digest, versions
@@ -94,7 +94,7 @@ def compare(
     workers = workers or os.cpu_count() or 1
     if engine.startswith("ray") or experiment.device != "cpu":
         workers = 1
-    here = setting(experiment.run(experiment.strategies[0], 0))
+    ctx = build_context(experiment.run(experiment.strategies[0], 0))
     meta: dict[str, Any] = {
         "title": f"{experiment.scenario}: {len(experiment.strategies)} treatments of normalization",
         "scenario": experiment.scenario,
@@ -105,9 +105,9 @@ def compare(
         "versions": versions(),
         "numerics": NUMERICS,
         "code": code_digest(),
-        "sources": here.population.sources,
+        "sources": ctx.population.sources,
         "command": command,
-        "skew": here.population.skew,
+        "skew": ctx.population.skew,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "notices": notices,
         "experiment": experiment.to_dict(),
@@ -118,13 +118,13 @@ def compare(
     if experiment.tune:
         tuning = tuning_tasks(experiment, out)
         started("tuning", tuning)
-        perform_all(tuning, engine, workers, report)
+        run_tasks(tuning, engine, workers, report)
         rates = chosen_rates(tuning)
         meta["settings"]["lr"] = "tuned: " + ", ".join(f"{s} {lr:g}" for s, lr in rates.items())
         write_comparison(out, meta)
     tasks = tasks_of(experiment, out, rates)
     started("comparing", tasks)
-    perform_all(tasks, engine, workers, report)
+    run_tasks(tasks, engine, workers, report)
     write_shift(out, measured_shift(experiment, tasks))
     Comparison.load(out).evaluations.to_parquet(out / "evaluations.parquet", index=False)
     return out

@@ -11,7 +11,7 @@ from typing import Any
 
 from fedbn.errors import UserError
 from fedbn.federation.run import Run
-from fedbn.federation.setup import setting
+from fedbn.federation.setup import build_context
 from simulations.experiments.experiment import Experiment
 
 LEFT_OUT = "Left out:"
@@ -49,7 +49,7 @@ def preflight(experiment: Experiment, out: Path) -> list[str]:
     notices: list[str] = []
     for strategy in experiment.strategies:
         for run in _firsts(experiment, strategy):
-            notices += [n for n in setting(run).notices if n not in notices]
+            notices += [n for n in build_context(run).notices if n not in notices]
     try:
         out.mkdir(parents=True, exist_ok=True)
         probe = out / f".probe{os.getpid()}"
@@ -72,7 +72,7 @@ def suited(experiment: Experiment) -> tuple[Experiment, list[str]]:
     for strategy in experiment.strategies:
         try:
             for run in _firsts(experiment, strategy):
-                setting(run)
+                build_context(run)
             kept.append(strategy)
         except UserError as error:
             notices.append(f"{LEFT_OUT} {strategy}: {error}")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fedbn.data.skew import measure, statistics_distance
-from fedbn.federation.setup import setting
+from fedbn.federation.setup import build_context
 from fedbn.nn.roles import statistics_layers
 from fedbn.statistics.recalibration import all_moments
 from simulations.experiments.experiment import Experiment
@@ -21,17 +21,17 @@ def measured_shift(experiment: Experiment, tasks: Sequence[Task]) -> dict[str, A
     The layers are those of the first strategy whose final network has statistics and a body for all, seed 0:
     every user's training data pass through that one network.
     """
-    first = setting(experiment.run(experiment.strategies[0], 0))
+    first = build_context(experiment.run(experiment.strategies[0], 0))
     skew = measure(first.population).as_dict()
     for task in tasks:
-        here = setting(task.run)
-        if not statistics_layers(here.scratch) or str(here.ownership.owners["body"]) != "shared":  # type: ignore[index]
+        ctx = build_context(task.run)
+        if not statistics_layers(ctx.scratch) or str(ctx.ownership.owners["body"]) != "shared":  # type: ignore[index]
             continue
         outcome = load_outcome(Path(task.directory) / CHECKPOINT, task.run)
-        seen = here.population.seen
-        here.load(here.assemble(outcome.server.serving, None))
-        moments = [all_moments(here.scratch, here.population.users[i].train.x) for i in seen]
-        names = [here.population.users[i].name for i in seen]
+        seen = ctx.population.seen
+        ctx.load(ctx.assemble(outcome.server.serving, None))
+        moments = [all_moments(ctx.scratch, ctx.population.users[i].train.x) for i in seen]
+        names = [ctx.population.users[i].name for i in seen]
         return skew | {
             "layers": [
                 {

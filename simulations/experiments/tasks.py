@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from fedbn.errors import UserError
-from fedbn.federation.context import Setting
+from fedbn.federation.context import RunContext
 from fedbn.federation.run import Run
 from fedbn.federation.server import Outcome
-from fedbn.federation.setup import setting
+from fedbn.federation.setup import build_context
 from fedbn.stacked.memory import collect_garbage_rarely, keep_freed_memory
 from simulations.engines.execute import Engine, execute
 from simulations.results.files import write_run
@@ -49,22 +49,22 @@ class Event:
 Report = Callable[[Event], None]
 
 
-def result_of(run: Run, here: Setting, outcome: Outcome) -> dict[str, Any]:
+def result_of(run: Run, ctx: RunContext, outcome: Outcome) -> dict[str, Any]:
     """A finished run as plain values: what tables, plots and reports are made of."""
-    users = here.population.users
+    users = ctx.population.users
     return {
         "run": asdict(run),
         "numerics": NUMERICS,
         "code": code_digest(),
-        "sources": here.population.sources,
+        "sources": ctx.population.sources,
         "strategy": run.strategy,
         "seed": run.seed,
         "lr": run.plan.lr,
         "rounds": len(outcome.curve),
         "seconds": outcome.seconds,
-        "newcomer": here.strategy.newcomer,
-        "notices": [*here.notices, *outcome.notices()],
-        "ownership": [*here.ownership.rows(), *outcome.traffic.rows()],
+        "newcomer": ctx.strategy.newcomer,
+        "notices": [*ctx.notices, *outcome.notices()],
+        "ownership": [*ctx.ownership.rows(), *outcome.traffic.rows()],
         "curve": [asdict(p) for p in outcome.curve],
         "evaluations": [
             {"user": users[i].name, "domain": users[i].domain, **asdict(score)}
@@ -74,7 +74,7 @@ def result_of(run: Run, here: Setting, outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def perform(task: Task, engine: Engine, report: Report) -> None:
+def run_task(task: Task, engine: Engine, report: Report) -> None:
     """Execute one task from wherever it stands; does nothing if it is finished.
 
     Raises:
@@ -87,8 +87,8 @@ def perform(task: Task, engine: Engine, report: Report) -> None:
         check_result(finished, task.run)
         report(Event(task.directory, rounds, ended=True))
         return
-    here = setting(task.run)
-    sources = here.population.sources
+    ctx = build_context(task.run)
+    sources = ctx.population.sources
     checkpoint = directory / CHECKPOINT
     resume = load_latest(checkpoint, task.run, sources)
     if resume is not None:
@@ -104,7 +104,7 @@ def perform(task: Task, engine: Engine, report: Report) -> None:
     else:
         outcome = execute(task.run, engine, resume, on_round, checkpoint)
         save_outcome(checkpoint, task.run, outcome, sources)
-    write_run(directory.parent.parent, directory.name, result_of(task.run, here, outcome))
+    write_run(directory.parent.parent, directory.name, result_of(task.run, ctx, outcome))
     before(checkpoint).unlink(missing_ok=True)
     report(Event(task.directory, rounds, ended=True, values=_means(outcome)))
 
@@ -139,14 +139,14 @@ def _start_worker(events: Any) -> None:
 
 
 def _work(task: Task, engine: Engine) -> None:
-    perform(task, engine, _events.put)
+    run_task(task, engine, _events.put)
 
 
-def perform_all(tasks: Sequence[Task], engine: Engine, workers: int, report: Report) -> None:
+def run_tasks(tasks: Sequence[Task], engine: Engine, workers: int, report: Report) -> None:
     """Execute tasks on worker processes (in this process if ``workers`` is 1); the first error stops all."""
     if workers <= 1 or len(tasks) <= 1:
         for task in tasks:
-            perform(task, engine, report)
+            run_task(task, engine, report)
         return
     context = multiprocessing.get_context("spawn")
     events: Any = context.Queue()

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from fedbn.errors import UserError
 from fedbn.federation.client import client_round
-from fedbn.federation.context import Setting
+from fedbn.federation.context import RunContext
 from fedbn.federation.protection import protected
 from fedbn.federation.run import Run
 from fedbn.federation.server import Outcome, Server
-from fedbn.federation.setup import setting
+from fedbn.federation.setup import build_context
 from fedbn.nn.roles import State, statistics_layers
 from fedbn.privacy.mechanism import statistics_pairs
 from fedbn.statistics.recalibration import all_moments
@@ -48,27 +48,27 @@ class Leak:
     users: int
 
 
-def rounds_of_statistics(run: Run) -> tuple[Setting, list[dict[int, State]]]:
+def rounds_of_statistics(run: Run) -> tuple[RunContext, list[dict[int, State]]]:
     """What each user sent in two consecutive rounds, all taking part.
 
     Raises:
         UserError: statistics do not travel, or only their sum does.
     """
-    here = setting(replace(run, plan=replace(run.plan, rounds=2, clients_per_round=None)).resolved())
-    if here.privacy is not None and here.privacy.secure:
+    ctx = build_context(replace(run, plan=replace(run.plan, rounds=2, clients_per_round=None)).resolved())
+    if ctx.privacy is not None and ctx.privacy.secure:
         raise UserError("leakage looks at single clients' messages, and secure=true shows none: leave it out")
-    if not statistics_pairs(here.ownership):
+    if not statistics_pairs(ctx.ownership):
         raise UserError(f"{run.strategy} sends no statistics, so none can leak: choose one such as global-pooled")
-    out, rounds = Outcome(Server(here.start(), here.start())), []
+    out, rounds = Outcome(Server(ctx.start(), ctx.start())), []
     for number in (1, 2):
         progress, updates = Progress(number, 2), []
-        for user in here.trainers:
-            received = out.server.sends(here, user)
-            update, out.kept[user] = client_round(here, user, received, out.kept.get(user), progress)
-            updates.append(protected(here, update, received, progress))
+        for user in ctx.trainers:
+            received = out.server.sends(ctx, user)
+            update, out.client_states[user] = client_round(ctx, user, received, out.client_states.get(user), progress)
+            updates.append(protected(ctx, update, received, progress))
         rounds.append({u.user: u.state for u in updates})
-        out.server.advance(here, updates, number)
-    return here, rounds
+        out.server.advance(ctx, updates, number)
+    return ctx, rounds
 
 
 def found_again(before: dict[int, State], after: dict[int, State], pairs: list[tuple[str, str]]) -> float:
@@ -99,11 +99,11 @@ def measure(run: Run, controls: tuple[str, ...]) -> list[Leak]:
     """
     out = []
     for text in controls:
-        here, (before, after) = rounds_of_statistics(replace(run, privacy=text))
-        pairs = statistics_pairs(here.ownership)
+        ctx, (before, after) = rounds_of_statistics(replace(run, privacy=text))
+        pairs = statistics_pairs(ctx.ownership)
         for name, seen in (("all", pairs), ("last", pairs[-1:])):
             found = found_again(before, after, seen)
-            out.append(Leak(here.run.privacy, name, found, 1 / len(after), len(after)))
+            out.append(Leak(ctx.run.privacy, name, found, 1 / len(after), len(after)))
     return out
 
 
@@ -127,10 +127,10 @@ def inversion(run: Run, windows: int = 20, momentum: float = 0.1) -> dict[str, f
     Returns:
         Errors in units of the spread over windows, by the number of windows in a step; ``guess`` is the control.
     """
-    here = setting(run.resolved())
-    user = here.population.users[here.population.seen[0]]
+    ctx = build_context(run.resolved())
+    user = ctx.population.users[ctx.population.seen[0]]
     rows = user.train.x[:windows]
-    model = here.load(here.initial)
+    model = ctx.load(ctx.initial)
     first = next(iter(statistics_layers(model)))
     means = torch.stack([all_moments(model, x[None])[first].mean for x in rows])
     spread = means.std(0).clamp_min(1e-12)

@@ -18,10 +18,10 @@ from torch import nn
 from fedbn.data.population import User
 from fedbn.errors import UserError
 from fedbn.federation.run import Run
-from fedbn.federation.setup import setting
+from fedbn.federation.setup import build_context
 from fedbn.nn.conversion import require_statistics
 from fedbn.online import personalize
-from fedbn.online.drift.signal import Look
+from fedbn.online.drift.signal import ChannelMeans
 from fedbn.online.prior import layer_priors
 from fedbn.online.release import Release, reidentified, window_between
 from fedbn.online.state import BNState
@@ -51,7 +51,7 @@ class StateLeak:
         first, last: share of people found by the first or the last layer's statistics; None where it is not released.
         error: of the last window's channel means; None where there is nothing to solve.
         guess: the error of guessing the mean.
-        people: whose states are released.
+        users: whose states are released.
         chance: the share that guessing finds; None where nobody's is.
     """
 
@@ -60,11 +60,11 @@ class StateLeak:
     last: float | None
     error: float | None
     guess: float
-    people: int
+    users: int
 
     @property
     def chance(self) -> float | None:
-        return 1 / self.people if self.people else None
+        return 1 / self.users if self.users else None
 
 
 @dataclass(frozen=True)
@@ -76,11 +76,11 @@ class Left:
     late: BNState
 
 
-def left_by(model: nn.Module, people: Sequence[User], rule: str) -> list[Left]:
+def left_by(model: nn.Module, users: Sequence[User], rule: str) -> list[Left]:
     """Everybody's states under a rule."""
     net = personalize(model, rule)
     found = []
-    for person in people:
+    for person in users:
         states = []
         for windows in (person.train.x[:-1], person.train.x[-1:]):
             net(windows, user=person.name)
@@ -91,29 +91,29 @@ def left_by(model: nn.Module, people: Sequence[User], rule: str) -> list[Left]:
     return found
 
 
-def measure_states(model: nn.Module, people: Sequence[User], seed: int) -> list[StateLeak]:
+def measure_states(model: nn.Module, users: Sequence[User], seed: int) -> list[StateLeak]:
     """What states give away under each of `CONTROLS`.
 
     Args:
         model: the trained source.
-        people: two at least.
+        users: two at least.
         seed: of the noise.
 
     Raises:
         UserError: fewer than two people, or a model without statistics.
     """
     require_statistics(model, "leakage of states")
-    if len(people) < 2:
+    if len(users) < 2:
         raise UserError("who a state belongs to can be asked of two people at least: choose a scenario with more")
-    prior, look = layer_priors(model), Look(model, 1)
+    prior, look = layer_priors(model), ChannelMeans(model, 1)
     first, *_, last = list(prior) * 2
-    looks = [look(p.train.x) for p in people]
+    looks = [look(p.train.x) for p in users]
     guess = _mean_error([(m[:-1].mean(0) - m[-1], m.std(0)) for m in looks])
     out = []
     for name, (rule, release) in CONTROLS.items():
         draw = generator(seed, "release", name)
         told, gaps = [], []
-        for own, met in zip(left_by(model, people, rule), looks, strict=True):
+        for own, met in zip(left_by(model, users, rule), looks, strict=True):
             if min(s.n for s in (own.early, own.before, own.late)) < release.minimum:
                 continue
             early, before, late = (release.of(s, prior, draw) for s in (own.early, own.before, own.late))
@@ -141,12 +141,12 @@ def state_leaks(run: Run) -> list[StateLeak]:
         UserError: the run cannot work, shares no model, or has too few people.
     """
     run = run.resolved()
-    here = setting(run)
-    if here.treatment.lonely:
+    ctx = build_context(run)
+    if ctx.treatment.is_local_only:
         raise UserError(f"strategy {run.strategy!r} shares no model that states could be kept under: choose another")
     outcome = execute(run, "grid:stacked")
-    model = here.load(here.assemble(outcome.server.serving, None)).eval()
-    return measure_states(model, here.population.users, run.seed)
+    model = ctx.load(ctx.assemble(outcome.server.serving, None)).eval()
+    return measure_states(model, ctx.population.users, run.seed)
 
 
 def rows(leaks: Sequence[StateLeak]) -> list[dict[str, str]]:
@@ -161,7 +161,7 @@ def rows(leaks: Sequence[StateLeak]) -> list[dict[str, str]]:
     return [
         {
             "control": leak.control,
-            "people": str(leak.people),
+            "users": str(leak.users),
             "found by the first layer": share(leak.first),
             "found by the last layer": share(leak.last),
             "chance": share(leak.chance),

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from fedbn.auditing.audit import LEVELS, Audit, Entry, Finding
 from fedbn.nn.roles import Role
-from simulations.results.formatting import size
+from simulations.results.formatting import format_size
 
 STYLES = {"error": "bold red", "warning": "bold yellow", "note": "bold cyan"}
 
@@ -61,7 +61,7 @@ def entry_table(audit: Audit) -> Table:
     table = _table(audit, "entry", "role", "owner", "shape", "type")
     table.box, table.pad_edge, table.collapse_padding = None, False, True
     for e in audit.entries:
-        table.add_row(Text(e.key), e.role, e.owner, _shape(e), e.dtype, size(e.bytes), size(e.bytes_up))
+        table.add_row(Text(e.key), e.role, e.owner, _shape(e), e.dtype, format_size(e.bytes), format_size(e.bytes_up))
     return table
 
 
@@ -75,8 +75,8 @@ def layer_table(audit: Audit) -> Table:
             str(len(copies)) if len(copies) > 1 else "",
             _owners(layer),
             _shape(max(layer, key=lambda e: len(e.shape or ()))),
-            size(sum(e.bytes for entries in copies for e in entries)),
-            size(sum(e.bytes_up for entries in copies for e in entries)),
+            format_size(sum(e.bytes for entries in copies for e in entries)),
+            format_size(sum(e.bytes_up for entries in copies for e in entries)),
         )
     return table
 
@@ -86,9 +86,9 @@ def role_table(audit: Audit) -> Table:
     table = Table(title="Per role; bytes down and up are per client and round", title_justify="left", show_footer=True)
     table.add_column("role", "total")
     table.add_column("owner")
-    down, up = size(audit.bytes_down), size(audit.bytes_up)
+    down, up = format_size(audit.bytes_down), format_size(audit.bytes_up)
     entries, elements = (f"{sum(row[name] for row in audit.totals):,}" for name in ("entries", "elements"))
-    footers = {"entries": entries, "elements": elements, "bytes": size(audit.bytes), "down": down, "up": up}
+    footers = {"entries": entries, "elements": elements, "bytes": format_size(audit.bytes), "down": down, "up": up}
     for name, footer in footers.items():
         table.add_column(name, footer, justify="right")
     for row in audit.totals:
@@ -97,7 +97,7 @@ def role_table(audit: Audit) -> Table:
             row["owner"],
             f"{row['entries']:,}",
             f"{row['elements']:,}",
-            *(size(row[name]) for name in ("bytes", "bytes_down", "bytes_up")),
+            *(format_size(row[name]) for name in ("bytes", "bytes_down", "bytes_up")),
         )
     return table
 

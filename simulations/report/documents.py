@@ -10,11 +10,11 @@ from pathlib import Path
 from fedbn.errors import UserError
 from fedbn.federation.traffic import REPEATED
 from simulations.results.comparison import Comparison
-from simulations.results.formatting import number, size
+from simulations.results.formatting import format_number, format_size
 from simulations.results.summary import answer, starts_rows
 
 
-def embed(directory: Path, document: Path, *, full: bool = False) -> None:
+def update_document(directory: Path, document: Path, *, full: bool = False) -> None:
     """Replace what stands between ``<!-- begin NAME -->`` and ``<!-- end NAME -->``; NAME is the directory's name.
 
     Where the document shows ``NAME.png``, the plot of paired differences is copied there.
@@ -61,11 +61,11 @@ def _more(comparison: Comparison) -> list[str]:
     costs = [
         {
             "strategy": strategy,
-            "time": number(seconds["mean"][strategy] / seconds["mean"][comparison.reference], 2),
-            "down": size(moved["bytes_down"][strategy]),
-            "up": size(moved["bytes_up"][strategy]),
+            "time": format_number(seconds["mean"][strategy] / seconds["mean"][comparison.reference], 2),
+            "down": format_size(moved["bytes_down"][strategy]),
+            "up": format_size(moved["bytes_up"][strategy]),
         }
-        | ({"repeated": size(again.get(strategy, 0))} if len(again) else {})
+        | ({"repeated": format_size(again.get(strategy, 0))} if len(again) else {})
         for strategy in seconds.index
     ]
     told = f"Time of a run as a ratio to {comparison.reference}, and bytes per client and round"

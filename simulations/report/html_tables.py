@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from simulations.results.comparison import Comparison
-from simulations.results.formatting import bracket, number, p_value, signed, size
+from simulations.results.formatting import format_interval, format_number, format_p_value, format_signed, format_size
 from simulations.results.matrix import COLUMNS, ROWS
 from simulations.results.summary import is_clear, starts_rows
 
@@ -99,8 +99,8 @@ def matrix(comparison: Comparison, metric: str = "accuracy") -> Table:
     best = comparison.clear_best(metric)
     cells = {
         (line.strategy, line.column, line.row): Cell(
-            number(line.mean),
-            bracket(line.ci_low, line.ci_high),
+            format_number(line.mean),
+            format_interval(line.ci_low, line.ci_high),
             line.mean,
             (line.strategy, line.row, line.column) in best,
         )
@@ -115,12 +115,13 @@ def paired(comparison: Comparison) -> Table:
     cells = {}
     for line in comparison.paired().dropna(subset="difference").itertuples():
         users, seeds = (
-            bracket(*ends, signed) for ends in ((line.ci_low, line.ci_high), (line.seed_low, line.seed_high))
+            format_interval(*ends, format_signed)
+            for ends in ((line.ci_low, line.ci_high), (line.seed_low, line.seed_high))
         )
-        evidence = "over seeds" if seeds and not users else p_value(line.p_adjusted)
+        evidence = "over seeds" if seeds and not users else format_p_value(line.p_adjusted)
         below = "" if line.row == "worst" else f"\n{evidence}, {line.better}↑ {line.worse}↓"
         cells[line.strategy, line.column, line.row] = Cell(
-            signed(line.difference), (users or seeds) + below, line.difference, is_clear(line)
+            format_signed(line.difference), (users or seeds) + below, line.difference, is_clear(line)
         )
     caption = f"Accuracy minus that of {comparison.reference}, user by user [95 % interval over users]"
     return _across(comparison, comparison.strategies[1:], cells, caption)
@@ -155,8 +156,8 @@ def paired_long(comparison: Comparison) -> Table:
     lines = [
         [
             *_place(line),
-            _number(line.difference, signed),
-            *_spread(line, signed),
+            _number(line.difference, format_signed),
+            *_spread(line, format_signed),
             _number(line.p),
             _number(line.p_adjusted),
             *(MISSING if pd.isna(count) else Cell(str(count), sort=int(count)) for count in (line.better, line.worse)),
@@ -175,7 +176,7 @@ def domains(comparison: Comparison) -> Table | None:
     domains = sorted(found["domain"].unique())
     cells = {
         (line.strategy, line.column, line.row, line.domain): Cell(
-            number(line.mean), bracket(line.ci_low, line.ci_high), line.mean
+            format_number(line.mean), format_interval(line.ci_low, line.ci_high), line.mean
         )
         for line in found.itertuples()
     }
@@ -206,7 +207,7 @@ def ownership(comparison: Comparison) -> Table:
         for role in roles:
             line.append(MISSING if role not in by_role.index else _owner(by_role.loc[role]))
         down, up = of_strategy["bytes_down"].sum(), of_strategy["bytes_up"].sum()
-        lines.append([*line, Cell(size(down + up), "\n" + _ways(down, up), float(down + up))])
+        lines.append([*line, Cell(format_size(down + up), "\n" + _ways(down, up), float(down + up))])
     caption = (
         "Owner of each role, and the bytes that a client receives ↓ and sends ↑ in a round; then what it hears and "
         "says besides, of which repeated is what it is told anew since it keeps nothing between messages"
@@ -219,7 +220,7 @@ def _owner(line: Any) -> Cell:
 
 
 def _ways(down: float, up: float) -> str:
-    return f"{size(down)} ↓ {size(up)} ↑" if down or up else "stays"
+    return f"{format_size(down)} ↓ {format_size(up)} ↑" if down or up else "stays"
 
 
 def starts(comparison: Comparison) -> Table | None:
@@ -296,18 +297,18 @@ def _place(line: Any) -> list[Cell]:
     ]
 
 
-def _spread(line: Any, style: Any = number) -> list[Cell]:
+def _spread(line: Any, style: Any = format_number) -> list[Cell]:
     """The columns `SPREAD` of a line of the matrix or of the paired differences."""
     return [
-        Cell(bracket(line.ci_low, line.ci_high, style) or "–", sort=_key(line.ci_low)),
-        Cell(bracket(line.seed_low, line.seed_high, style) or "–", sort=_key(line.seed_low)),
+        Cell(format_interval(line.ci_low, line.ci_high, style) or "–", sort=_key(line.ci_low)),
+        Cell(format_interval(line.seed_low, line.seed_high, style) or "–", sort=_key(line.seed_low)),
         _number(line.seed_sd),
         Cell(str(line.n_users), sort=line.n_users),
         Cell(str(line.n_seeds), sort=line.n_seeds),
     ]
 
 
-def _number(value: float, style: Any = number) -> Cell:
+def _number(value: float, style: Any = format_number) -> Cell:
     return Cell(style(value), sort=_key(value))
 
 

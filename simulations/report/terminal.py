@@ -18,7 +18,14 @@ from rich.text import Text
 from fedbn.federation.traffic import MESSAGE
 from fedbn.nn.roles import Role
 from simulations.results.comparison import Comparison
-from simulations.results.formatting import bracket, cell, count, number, signed, size
+from simulations.results.formatting import (
+    format_count,
+    format_estimate,
+    format_interval,
+    format_number,
+    format_signed,
+    format_size,
+)
 from simulations.results.matrix import COLUMNS, ROWS
 from simulations.results.summary import answer, is_clear, starts_rows
 
@@ -52,7 +59,7 @@ def matrix_table(comparison: Comparison, metric: str = "accuracy", width: int = 
     text: Cells = {}
     for line in comparison.matrix(metric).dropna(subset="mean").itertuples():
         star = "*" if (line.strategy, line.row, line.column) in best else ""
-        parts = number(line.mean), bracket(line.ci_low, line.ci_high) + star
+        parts = format_number(line.mean), format_interval(line.ci_low, line.ci_high) + star
         text[line.column, line.strategy, line.row] = parts
     return _sections(
         comparison,
@@ -75,7 +82,9 @@ def paired_table(comparison: Comparison, metric: str = "accuracy", width: int = 
     for line in comparison.paired(metric).dropna(subset="difference").itertuples():
         if line.row == "worst":
             continue
-        shown = cell(line.difference, line.ci_low, line.ci_high, signed) + ("*" if is_clear(line) else "")
+        shown = format_estimate(line.difference, line.ci_low, line.ci_high, format_signed) + (
+            "*" if is_clear(line) else ""
+        )
         counts = f"{line.better}↑ {line.worse}↓" if line.row != "global" else ""
         text[line.column, line.strategy, line.row] = (*shown.split(" ", 1), counts)
     return _sections(
@@ -126,8 +135,8 @@ def cost_table(comparison: Comparison) -> Table:
         table.add_row(
             Text(strategy),
             *(Text(lines["owner"].get(role, "–")) for role in roles),
-            size(lines["bytes_down"].sum()),
-            size(lines["bytes_up"].sum()),
+            format_size(lines["bytes_down"].sum()),
+            format_size(lines["bytes_up"].sum()),
             f"{run['mean']:.1f}{spread}",
             run["lr"],
         )
@@ -188,8 +197,8 @@ def _metric(metric: str) -> str:
 def _size(comparison: Comparison) -> str:
     seen = comparison.evaluations.query("row == 'own'")["user"].nunique()
     unseen = comparison.evaluations.query("row == 'unseen'")["user"].nunique()
-    users = f"{count(seen, 'seen user')}, " + (f"{unseen} unseen, " if unseen else "")
-    return users + count(comparison.runs["seed"].nunique(), "seed")
+    users = f"{format_count(seen, 'seen user')}, " + (f"{unseen} unseen, " if unseen else "")
+    return users + format_count(comparison.runs["seed"].nunique(), "seed")
 
 
 def frame_table(frame: pd.DataFrame, title: str) -> Table:

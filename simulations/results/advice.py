@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from simulations.results.comparison import Comparison
-from simulations.results.formatting import number
+from simulations.results.formatting import format_number
 from simulations.results.matrix import METRICS, ROWS
 from simulations.results.summary import is_bound
 
@@ -67,8 +67,9 @@ def advice(directories: Sequence[Path], metric: str = "accuracy", named: int = 4
             lines_of = comparison.matrix(metric).query("row == 'global' and column == 'aggregated'")
             there = lines_of.set_index("strategy").loc[own.best, "mean"]
             reversals.append(
-                f"- {directory.name}: `{own.best}` is best on users' own tests ({number(own.mean)}) and clearly behind "
-                f"`{pooled.best}` on the pooled test ({number(there)} against {number(pooled.mean)})."
+                f"- {directory.name}: `{own.best}` is best on users' own tests ({format_number(own.mean)}) and clearly "
+                f"behind "
+                f"`{pooled.best}` on the pooled test ({format_number(there)} against {format_number(pooled.mean)})."
             )
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     tail = "\n".join(["Reversals:", "", *reversals]) if reversals else "No clear reversal between own and pooled test."
@@ -81,4 +82,4 @@ def _text(found: Verdict | None, named: int) -> str:
     beside = ", ".join(f"`{s}`" for s in found.beside[:named])
     more = len(found.beside) - named
     rest = f"; not clearly behind: {beside}{f' and {more} more' if more > 0 else ''}" if beside else "; clearly best"
-    return f"`{found.best}` {number(found.mean)}{rest}"
+    return f"`{found.best}` {format_number(found.mean)}{rest}"

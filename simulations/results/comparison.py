@@ -14,7 +14,7 @@ import pandas as pd
 
 from fedbn.errors import UserError
 from simulations.results.files import finished, held_by_all, lines_table, ownership_table, read, runs_table, told
-from simulations.results.formatting import cell, latex_table, markdown_table
+from simulations.results.formatting import format_estimate, latex_table, markdown_table
 from simulations.results.matrix import COLUMNS, METRICS, ROWS, Matrix
 from simulations.results.summary import answer
 
@@ -130,7 +130,7 @@ class Comparison(Matrix):
     def wide(self, metric: str = "accuracy") -> pd.DataFrame:
         """The matrix as text for a page: statistics and strategy down, rows of the matrix across."""
         text = {
-            (line.column, line.strategy, line.row): cell(line.mean, line.ci_low, line.ci_high)
+            (line.column, line.strategy, line.row): format_estimate(line.mean, line.ci_low, line.ci_high)
             for line in self.matrix(metric).itertuples()
         }
         rows = list(dict.fromkeys(row for row, _ in self.cells))

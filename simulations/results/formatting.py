@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-def number(value: float, digits: int = 3) -> str:
+def format_number(value: float, digits: int = 3) -> str:
     """A number for a table; an en dash for one that does not exist.
 
-    >>> number(0.8824), number(1.0), number(-0.0312), number(float("nan"))
+    >>> format_number(0.8824), format_number(1.0), format_number(-0.0312), format_number(float("nan"))
     ('.882', '1.000', '−.031', '–')
     """
     if not math.isfinite(value):
@@ -26,35 +26,35 @@ def number(value: float, digits: int = 3) -> str:
     return sign + (text[1:] if text.startswith("0.") else text)
 
 
-def signed(value: float, digits: int = 3) -> str:
+def format_signed(value: float, digits: int = 3) -> str:
     """A difference for a table, always with its sign.
 
-    >>> signed(0.0271), signed(-0.0271), signed(0.0)
+    >>> format_signed(0.0271), format_signed(-0.0271), format_signed(0.0)
     ('+.027', '−.027', '.000')
     """
-    text = number(value, digits)
+    text = format_number(value, digits)
     return f"+{text}" if value > 0 and float(f"{value:.{digits}f}") else text
 
 
-def bracket(low: float, high: float, style: Callable[[float], str] = number) -> str:
+def format_interval(low: float, high: float, style: Callable[[float], str] = format_number) -> str:
     """An interval for a table; empty for one that does not exist.
 
-    >>> bracket(0.851, 0.913), bracket(float("nan"), float("nan"))
+    >>> format_interval(0.851, 0.913), format_interval(float("nan"), float("nan"))
     ('[.851, .913]', '')
     """
     return f"[{style(low)}, {style(high)}]" if math.isfinite(low) and math.isfinite(high) else ""
 
 
-def cell(value: float, low: float, high: float, style: Callable[[float], str] = number) -> str:
+def format_estimate(value: float, low: float, high: float, style: Callable[[float], str] = format_number) -> str:
     """A value with its interval.
 
-    >>> cell(0.882, 0.851, 0.913)
+    >>> format_estimate(0.882, 0.851, 0.913)
     '.882 [.851, .913]'
     """
-    return f"{style(value)} {bracket(low, high, style)}".rstrip()
+    return f"{style(value)} {format_interval(low, high, style)}".rstrip()
 
 
-def elapsed(since: float) -> str:
+def format_elapsed(since: float) -> str:
     """Time since a `time.perf_counter` reading, in words."""
     seconds = time.perf_counter() - since
     return f"{seconds / 60:.1f} min" if seconds >= 90 else f"{seconds:.0f} s"
@@ -73,21 +73,21 @@ def latex_table(frame: pd.DataFrame, caption: str) -> str:
     return frame.to_latex(escape=True, column_format=layout, caption=caption)
 
 
-def p_value(p: float) -> str:
+def format_p_value(p: float) -> str:
     """A p-value with its relation.
 
-    >>> p_value(0.0312), p_value(0.00002), p_value(float("nan"))
+    >>> format_p_value(0.0312), format_p_value(0.00002), format_p_value(float("nan"))
     ('p = .031', 'p < .001', 'p –')
     """
     if math.isnan(p):
         return "p –"
-    return "p < .001" if p < 0.001 else f"p = {number(p)}"
+    return "p < .001" if p < 0.001 else f"p = {format_number(p)}"
 
 
-def size(count: float) -> str:
+def format_size(count: float) -> str:
     """Bytes in decimal units.
 
-    >>> size(0), size(412), size(45_600), size(3_210_000)
+    >>> format_size(0), format_size(412), format_size(45_600), format_size(3_210_000)
     ('0 B', '412 B', '45.6 kB', '3.2 MB')
     """
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
@@ -96,10 +96,10 @@ def size(count: float) -> str:
     return f"{count:.0f} B"
 
 
-def count(many: int, noun: str) -> str:
+def format_count(many: int, noun: str) -> str:
     """A number of things.
 
-    >>> count(1, "user"), count(24, "user")
+    >>> format_count(1, "user"), format_count(24, "user")
     ('1 user', '24 users')
     """
     return f"{many} {noun}{'' if many == 1 else 's'}"

@@ -15,7 +15,7 @@ import pandas as pd
 
 from fedbn.errors import UserError
 from simulations.results.comparison import CAPTION, Comparison
-from simulations.results.formatting import cell, latex_table, markdown_table, signed
+from simulations.results.formatting import format_estimate, format_signed, latex_table, markdown_table
 from simulations.results.matrix import COLUMNS, ROWS, contrast
 
 
@@ -49,7 +49,7 @@ class SideBySide:
     def wide(self, metric: str = "accuracy") -> pd.DataFrame:
         """As text: statistics, strategy and comparison down, rows of the matrix across."""
         frame = self.long(metric).dropna(subset="mean")
-        shown = [cell(line.mean, line.ci_low, line.ci_high) for line in frame.itertuples()]
+        shown = [format_estimate(line.mean, line.ci_low, line.ci_high) for line in frame.itertuples()]
         frame = frame.assign(
             text=shown, place=frame["column"].map(list(COLUMNS).index), statistics=frame["column"].map(_title)
         )
@@ -95,7 +95,9 @@ class SideBySide:
         frame = self.differences(metric)
         if frame.empty:
             return frame
-        shown = [cell(line.difference, line.ci_low, line.ci_high, signed) for line in frame.itertuples()]
+        shown = [
+            format_estimate(line.difference, line.ci_low, line.ci_high, format_signed) for line in frame.itertuples()
+        ]
         frame = frame.assign(text=shown, place=frame["column"].map(list(COLUMNS).index))
         frame["statistics"] = frame["column"].map(_title)
         table = frame.pivot(index=["place", "statistics", "strategy", "comparison"], columns="row", values="text")

@@ -7,7 +7,14 @@ import re
 from typing import Any
 
 from fedbn.strategies.base import strategies
-from simulations.results.formatting import bracket, cell, count, number, p_value, signed
+from simulations.results.formatting import (
+    format_count,
+    format_estimate,
+    format_interval,
+    format_number,
+    format_p_value,
+    format_signed,
+)
 from simulations.results.inference import Interval
 from simulations.results.matrix import COLUMNS, METRICS, ROWS, STARTS, Matrix
 
@@ -43,7 +50,7 @@ def is_bound(label: str) -> bool:
     (True, False, False)
     """
     known = strategies().get(re.split("[:+]", label)[0])
-    return known is not None and known.gathers
+    return known is not None and known.is_centralized
 
 
 def starts_rows(comparison: Matrix, metric: str = "accuracy") -> list[list[str]]:
@@ -52,7 +59,7 @@ def starts_rows(comparison: Matrix, metric: str = "accuracy") -> list[list[str]]
     starts = [s for s in STARTS if (found["start"] == s).any()]
     rows = [["strategy", *(STARTS[s][0] for s in starts)]]
     for strategy, lines in found.groupby("strategy", sort=False):
-        known = {line.start: cell(line.mean, line.ci_low, line.ci_high) for line in lines.itertuples()}
+        known = {line.start: format_estimate(line.mean, line.ci_low, line.ci_high) for line in lines.itertuples()}
         rows.append([str(strategy), *(known.get(s, "–") for s in starts)])
     return rows
 
@@ -66,21 +73,28 @@ def _sentence(comparison: Matrix, row: str, metric: str) -> str:
     reference = comparison.reference
     if lines.empty:
         known = means.dropna()
-        return f"{title}: " + ", ".join(f"{name} {number(mean)}" for name, mean in known.items()) + "."
+        return f"{title}: " + ", ".join(f"{name} {format_number(mean)}" for name, mean in known.items()) + "."
     choices = lines[~lines["strategy"].map(is_bound)]
     lines = choices if len(choices) else lines
     best = next(lines.sort_values("difference", ascending=not METRICS[metric], kind="stable").head(1).itertuples())
     ours, theirs = (
-        f"{best.strategy} {number(means[best.strategy])}",
-        f"{reference} {number(means[reference])}",
+        f"{best.strategy} {format_number(means[best.strategy])}",
+        f"{reference} {format_number(means[reference])}",
     )
     gain = best.difference if METRICS[metric] else -best.difference
     interval, over = _interval(best)
     # Where the interval is over seeds, all users hold one model: they are no evidence to be counted.
-    users = [] if over else [count(best.n_users, "user")]
+    users = [] if over else [format_count(best.n_users, "user")]
     # An interval that excludes 0 in a sentence that says "no clear difference" needs its reason.
-    corrected = [f"corrected {p_value(best.p_adjusted)}"] if interval.excludes_zero and not is_clear(best) else []
-    parts = [cell(best.difference, *interval, signed) + over, *corrected, *users, count(best.n_seeds, "seed")]
+    corrected = (
+        [f"corrected {format_p_value(best.p_adjusted)}"] if interval.excludes_zero and not is_clear(best) else []
+    )
+    parts = [
+        format_estimate(best.difference, *interval, format_signed) + over,
+        *corrected,
+        *users,
+        format_count(best.n_seeds, "seed"),
+    ]
     evidence = ", ".join(parts)
     if not best.difference:
         return f"{title}: {ours} and {theirs} do not differ ({evidence})."
@@ -97,4 +111,6 @@ def _interval(line: Any) -> tuple[Interval, str]:
     """The interval over users, or over seeds where users admit none, and how to say so."""
     if math.isfinite(line.ci_low):
         return Interval(line.ci_low, line.ci_high), ""
-    return Interval(line.seed_low, line.seed_high), " over seeds" if bracket(line.seed_low, line.seed_high) else ""
+    return Interval(line.seed_low, line.seed_high), " over seeds" if format_interval(
+        line.seed_low, line.seed_high
+    ) else ""

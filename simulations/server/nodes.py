@@ -10,7 +10,7 @@ from flwr.app import ArrayRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from clients.records import arrays
-from clients.serialization import Held
+from clients.serialization import LazyArrayRecord
 from fedbn.errors import UserError
 from fedbn.federation.context import EVERYONE
 from fedbn.nn.roles import State
@@ -22,15 +22,15 @@ class ClientError(RuntimeError):
     """A client answered with an error; the run stops, completed rounds are kept."""
 
 
-class Clients:
+class NodePool:
     """The nodes of a grid, addressed by the user they serve.
 
     Attributes:
         grid: reaches them.
         users: how many there are.
         tolerate: share of those asked that may fail.
-        patience: seconds after which a client that was asked has failed; 0: never.
-        survived: what went wrong so far and was survived.
+        timeout: seconds after which a client that was asked has failed; 0: never.
+        failures: what went wrong so far and was survived.
         trained: the last round of each user whose training counted.
         node: user -> node id.
 
@@ -39,18 +39,18 @@ class Clients:
         ClientError: a node answers with an error.
     """
 
-    def __init__(self, grid: Grid, users: int, tolerate: float = 0.0, patience: float = 0.0) -> None:
+    def __init__(self, grid: Grid, users: int, tolerate: float = 0.0, timeout: float = 0.0) -> None:
         """Ask every node which user it serves, until all users have one."""
-        self.grid, self.users, self.tolerate, self.patience = grid, users, tolerate, patience
-        self.survived: list[str] = []
+        self.grid, self.users, self.tolerate, self.timeout = grid, users, tolerate, timeout
+        self.failures: list[str] = []
         self.node: dict[int, int] = {}
         self.trained: dict[int, int] = {}
         while missing := set(range(users)) - self.node.keys():
-            self._meet()
+            self.discover()
             if missing - self.node.keys():
                 time.sleep(0.5)
 
-    def _meet(self) -> None:
+    def discover(self) -> None:
         """Ask the nodes that serve nobody yet whom they serve."""
         known = set(self.node.values())
         asked = [n for n in self.grid.get_node_ids() if n not in known]
@@ -69,13 +69,13 @@ class Clients:
             self.node[cast(int, info["partition-id"])] = reply.metadata.src_node_id
 
     def _exchange(self, messages: list[Message]) -> Iterable[Message]:
-        return self.grid.send_and_receive(messages, timeout=self.patience or None)
+        return self.grid.send_and_receive(messages, timeout=self.timeout or None)
 
     def record(self, state: State) -> ArrayRecord:
         """Tensors as the nodes can take them: by reference where they are in this process."""
-        return Held(state) if getattr(self.grid, "shares_memory", False) else arrays(state)
+        return LazyArrayRecord(state) if getattr(self.grid, "shares_memory", False) else arrays(state)
 
-    def ask(self, kind: str, content: Mapping[int, RecordDict], read: Callable[[int, RecordDict], T]) -> dict[int, T]:
+    def send(self, kind: str, content: Mapping[int, RecordDict], read: Callable[[int, RecordDict], T]) -> dict[int, T]:
         """Send each user its content.
 
         Args:
@@ -91,7 +91,7 @@ class Clients:
             UserError: a reply was not let in.
         """
         if any(max(user, 0) not in self.node for user in content):
-            self._meet()  # a node that was started anew may have another id
+            self.discover()  # a node that was started anew may have another id
         user_of = {self.node[max(user, 0)]: user for user in content if max(user, 0) in self.node}
         messages = [Message(content[user], node, kind) for node, user in user_of.items()]
         replies: dict[int, T] = {}
@@ -102,14 +102,14 @@ class Clients:
             # A SuperLink answers in its own name for a node that it cannot reach.
             user = user_of[asked.get(reply.metadata.reply_to_message_id, reply.metadata.src_node_id)]
             if user in replies or user in failed:
-                self.survived.append(f"{kind}, {_name(user)}: answered twice; the first answer counts")
+                self.failures.append(f"{kind}, {_name(user)}: answered twice; the first answer counts")
             elif reply.has_error():
                 failed[user] = ClientError(f"{kind}, {_name(user)}: {reply.error.reason}")
             else:
                 try:
                     replies[user] = read(user, reply.content)
                     if "lost" in reply.content:
-                        self.survived.append(
+                        self.failures.append(
                             f"{kind}, {_name(user)}: the node had lost what its user keeps, and went on like a newcomer"
                         )
                 except UserError as error:
@@ -118,10 +118,10 @@ class Clients:
                     failed[user] = ClientError(f"{kind}, {_name(user)}: a reply that cannot be read: {error!r}")
         for user in content.keys() - replies.keys() - failed.keys():
             failed[user] = ClientError(f"{kind}, {_name(user)}: no reply")
-        self._survive(kind, failed, len(content))
+        self._handle_failures(kind, failed, len(content))
         return {user: replies[user] for user in content if user in replies}
 
-    def _survive(self, kind: str, failed: Mapping[int, Exception], asked: int) -> None:
+    def _handle_failures(self, kind: str, failed: Mapping[int, Exception], asked: int) -> None:
         """Note who failed; raise if these are too many."""
         if not failed:
             return
@@ -133,7 +133,7 @@ class Clients:
                 f"{kind}: {len(failed)} of {asked} clients failed, more than the share of {self.tolerate:g} that is "
                 f"tolerated; the first: {first}"
             ) from first
-        self.survived += [_line(failed[user]) for user in sorted(failed)]
+        self.failures += [_line(failed[user]) for user in sorted(failed)]
         for user in failed:
             self.node.pop(max(user, 0), None)
 

@@ -12,32 +12,32 @@ from typing import cast
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 
-from clients.records import answers_to, registry_to, scores_from
+from clients.records import answers_to, client_statistics_to, scores_from
 from fedbn.errors import UserError
-from fedbn.federation.context import Setting
+from fedbn.federation.context import RunContext
 from fedbn.federation.metrics import COLUMNS, Score
 from fedbn.federation.run import Run
 from fedbn.federation.server import (
-    Fault,
+    ClientFailure,
     Outcome,
-    Point,
+    RoundMetrics,
     Server,
-    counting,
-    evaluated,
     global_columns,
+    is_evaluated,
     mean_accuracy,
     mean_loss,
-    served,
-    settled,
+    served_users,
+    traffic_counter,
+    with_synced_statistics,
 )
-from fedbn.federation.setup import setting
+from fedbn.federation.setup import build_context
 from fedbn.nn.roles import State
-from fedbn.statistics.consensus import hold
+from fedbn.statistics.consensus import run_consensus
 from fedbn.statistics.moments import Moments
 from fedbn.strategies.base import Update
-from simulations.server.nodes import Clients
+from simulations.server.nodes import NodePool
 from simulations.server.optimizer import server_step
-from simulations.server.validation import admitted_moments, admitted_update
+from simulations.server.validation import validate_moments, validate_update
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def listening(listener: Listener) -> Iterator[None]:
         _listener.reset(token)
 
 
-def conduct(grid: Grid, run: Run, listener: Listener | None = None, patience: float = 0.0) -> Outcome:
+def run_rounds(grid: Grid, run: Run, listener: Listener | None = None, timeout: float = 0.0) -> Outcome:
     """Run a federation over the nodes of a grid.
 
     The order of operations is that of `fedbn.federation.loop.federate`, and so are the numbers, to the last bit.
@@ -77,43 +77,43 @@ def conduct(grid: Grid, run: Run, listener: Listener | None = None, patience: fl
         grid: reaches the nodes.
         run: what to do.
         listener: who is told, and where to go on from.
-        patience: seconds after which a client that was asked has failed; 0: never.
+        timeout: seconds after which a client that was asked has failed; 0: never.
 
     Raises:
         UserError: the run cannot work.
         ClientError: a client failed.
     """
     listener = listener or Listener()
-    here = setting(run)
+    ctx = build_context(run)
     step = server_step(run.plan)
-    if run.plan.tolerate and here.privacy is not None and here.privacy.secure:
+    if run.plan.tolerate and ctx.privacy is not None and ctx.privacy.secure:
         raise UserError("secure sums need every client of a round: leave out secure=true, or tolerate")
-    clients = Clients(grid, len(here.population.users), run.plan.tolerate, patience)
+    nodes = NodePool(grid, len(ctx.population.users), run.plan.tolerate, timeout)
     began = time.perf_counter()
-    out = listener.resume or Outcome(Server(here.start(), here.start()))
-    clients.trained = out.trained
+    out = listener.resume or Outcome(Server(ctx.start(), ctx.start()))
+    nodes.trained = out.trained
     spent = out.seconds
     for number in range(len(out.curve) + 1, run.plan.rounds + 1):
-        sampled = here.sampled(number)
-        heard = _consult(here, clients, out, number, sampled) if here.strategy.consults else []
-        updates = _train(here, clients, out.server, number, sampled, heard)
-        out.traffic.round(updates, out.server.told, heard)
-        out.server.advance(here, updates, number, step)
-        if evaluated(here, number) and here.strategy.settles:
-            out.server.serving = _settle(here, clients, out)
+        sampled = ctx.sampled(number)
+        aggregates = _sync_first_batch(ctx, nodes, out, number, sampled) if ctx.strategy.syncs_first_batch else []
+        updates = _train(ctx, nodes, out.server, number, sampled, aggregates)
+        out.traffic.round(updates, out.server.broadcast, aggregates)
+        out.server.advance(ctx, updates, number, step)
+        if is_evaluated(ctx, number) and ctx.strategy.syncs_statistics:
+            out.server.serving = _sync_statistics(ctx, nodes, out)
         last = number == run.plan.rounds
-        scores = _evaluate(here, clients, out.server, last=last) if evaluated(here, number) else {}
+        scores = _evaluate(ctx, nodes, out.server, last=last) if is_evaluated(ctx, number) else {}
         if last:
             out.scores = scores
-        point = Point(
+        point = RoundMetrics(
             number,
             mean_loss(updates),
-            mean_accuracy(here, scores, unseen=False),
-            mean_accuracy(here, scores, unseen=True),
+            mean_accuracy(ctx, scores, unseen=False),
+            mean_accuracy(ctx, scores, unseen=True),
         )
         out.curve.append(point)
-        out.faults += [Fault(number, text) for text in clients.survived]
-        clients.survived.clear()
+        out.failures += [ClientFailure(number, text) for text in nodes.failures]
+        nodes.failures.clear()
         out.seconds = spent + time.perf_counter() - began
         if listener.on_round:
             listener.on_round(number, out)
@@ -123,99 +123,101 @@ def conduct(grid: Grid, run: Run, listener: Listener | None = None, patience: fl
 
 
 def _outgoing(
-    here: Setting, clients: Clients, server: Server, users: Sequence[int], *, serving: bool = False
+    ctx: RunContext, nodes: NodePool, server: Server, users: Sequence[int], *, serving: bool = False
 ) -> dict[int, ArrayRecord]:
     """What each user is sent; users of one view share one record."""
     records: dict[str, ArrayRecord] = {}
     for user in users:
-        if (view := here.view(user)) not in records:
-            records[view] = clients.record(server.sends(here, user, serving=serving))
-    return {user: records[here.view(user)] for user in users}
+        if (view := ctx.group_of(user)) not in records:
+            records[view] = nodes.record(server.sends(ctx, user, serving=serving))
+    return {user: records[ctx.group_of(user)] for user in users}
 
 
-def _config(here: Setting, number: int, trained: int, met: bool = False) -> ConfigRecord:
-    return ConfigRecord({"round": number, "rounds": here.run.plan.rounds, "met": met, "trained": trained})
+def _config(ctx: RunContext, number: int, trained: int, known: bool = False) -> ConfigRecord:
+    return ConfigRecord({"round": number, "rounds": ctx.run.plan.rounds, "known": known, "trained": trained})
 
 
-def _consult(
-    here: Setting, clients: Clients, out: Outcome, number: int, sampled: Sequence[int]
+def _sync_first_batch(
+    ctx: RunContext, nodes: NodePool, out: Outcome, number: int, sampled: Sequence[int]
 ) -> list[dict[str, Moments]]:
-    outgoing = _outgoing(here, clients, out.server, sampled)
+    outgoing = _outgoing(ctx, nodes, out.server, sampled)
 
     def ask(answers: list[dict[str, Moments]]) -> list[dict[str, Moments] | None]:
-        heard = answers_to(answers)
-        configs = {u: _config(here, number, clients.trained.get(u, 0)) for u in sampled}
-        content = {u: RecordDict({"arrays": outgoing[u], "config": configs[u], **heard}) for u in sampled}
-        return list(clients.ask("query.consult", content, _said).values())
+        aggregates = answers_to(answers)
+        configs = {u: _config(ctx, number, nodes.trained.get(u, 0)) for u in sampled}
+        content = {u: RecordDict({"arrays": outgoing[u], "config": configs[u], **aggregates}) for u in sampled}
+        return list(nodes.send("query.sync_first_batch", content, _read_moments).values())
 
-    return list(hold(ask, counting(here, out, "consulting")))
+    return list(run_consensus(ask, traffic_counter(ctx, out, "first-batch sync")))
 
 
 def _train(
-    here: Setting,
-    clients: Clients,
+    ctx: RunContext,
+    nodes: NodePool,
     server: Server,
     number: int,
     sampled: Sequence[int],
-    heard: list[dict[str, Moments]],
+    aggregates: list[dict[str, Moments]],
 ) -> list[Update]:
-    outgoing = _outgoing(here, clients, server, sampled)
-    common = answers_to(heard)
-    if server.told:
-        common["told"] = clients.record(server.told)
+    outgoing = _outgoing(ctx, nodes, server, sampled)
+    common = answers_to(aggregates)
+    if server.broadcast:
+        common["broadcast"] = nodes.record(server.broadcast)
 
     contents: dict[tuple[str, int, bool], RecordDict] = {}  # users that are told the same share it
 
     def content(user: int) -> RecordDict:
-        which = here.view(user), clients.trained.get(user, 0), here.strategy.met(user, server.known)
+        which = ctx.group_of(user), nodes.trained.get(user, 0), ctx.strategy.is_known_client(user, server.known)
         if which not in contents:
-            config = _config(here, number, *which[1:])
+            config = _config(ctx, number, *which[1:])
             contents[which] = RecordDict({"arrays": outgoing[user], "config": config, **common})
         return contents[which]
 
     def read(user: int, reply: RecordDict) -> Update:
-        return admitted_update(here, user, reply)
+        return validate_update(ctx, user, reply)
 
-    updates = clients.ask("train", {u: content(u) for u in sampled}, read)
-    clients.trained |= dict.fromkeys(updates, number)
+    updates = nodes.send("train", {u: content(u) for u in sampled}, read)
+    nodes.trained |= dict.fromkeys(updates, number)
     return list(updates.values())
 
 
-def _settle(here: Setting, clients: Clients, out: Outcome) -> State:
-    record = clients.record(out.server.state)
+def _sync_statistics(ctx: RunContext, nodes: NodePool, out: Outcome) -> State:
+    record = nodes.record(out.server.state)
 
     def ask(answers: list[dict[str, Moments]]) -> list[dict[str, Moments] | None]:
-        heard = answers_to(answers)
+        aggregates = answers_to(answers)
 
         def content(user: int) -> RecordDict:
-            config = ConfigRecord({"trained": clients.trained.get(user, 0)})
-            return RecordDict({"arrays": record, "config": config, **heard})
+            config = ConfigRecord({"trained": nodes.trained.get(user, 0)})
+            return RecordDict({"arrays": record, "config": config, **aggregates})
 
-        return list(clients.ask("query.settle", {u: content(u) for u in here.trainers}, _said).values())
+        return list(nodes.send("query.sync_statistics", {u: content(u) for u in ctx.trainers}, _read_moments).values())
 
-    return settled(here, out.server.state, list(hold(ask, counting(here, out, "settling"))))
-
-
-def _said(user: int, reply: RecordDict) -> dict[str, Moments] | None:
-    return admitted_moments(user, reply) or None
+    return with_synced_statistics(
+        ctx, out.server.state, list(run_consensus(ask, traffic_counter(ctx, out, "statistics sync")))
+    )
 
 
-def _evaluate(here: Setting, clients: Clients, server: Server, *, last: bool) -> dict[int, list[Score]]:
-    users = served(here)
-    outgoing = _outgoing(here, clients, server, users, serving=True)
-    registry = registry_to(server.registry) if last and server.registry else None
+def _read_moments(user: int, reply: RecordDict) -> dict[str, Moments] | None:
+    return validate_moments(user, reply) or None
+
+
+def _evaluate(ctx: RunContext, nodes: NodePool, server: Server, *, last: bool) -> dict[int, list[Score]]:
+    users = served_users(ctx)
+    outgoing = _outgoing(ctx, nodes, server, users, serving=True)
+    client_statistics = client_statistics_to(server.client_statistics) if last and server.client_statistics else None
 
     def content(user: int) -> RecordDict:
-        globally = global_columns(here, user) if last else ()
+        globally = global_columns(ctx, user) if last else ()
         columns = COLUMNS if last else COLUMNS[:1]
         config = ConfigRecord({"columns": [str(c) for c in columns], "globally": [str(c) for c in globally]})
-        config["trained"] = clients.trained.get(user, 0)
+        config["trained"] = nodes.trained.get(user, 0)
         records = RecordDict({"arrays": outgoing[user], "config": config})
-        if registry is not None and here.hears_registry(user):
-            records["registry"] = registry
+        if client_statistics is not None and ctx.receives_client_statistics(user):
+            records["client_statistics"] = client_statistics
         return records
 
     def read(user: int, reply: RecordDict) -> list[Score]:
         return scores_from(cast(MetricRecord, reply["metrics"]))
 
-    return clients.ask("evaluate", {user: content(user) for user in users}, read)
+    return nodes.send("evaluate", {user: content(user) for user in users}, read)

@@ -9,9 +9,9 @@ import torch
 from flwr.app import ArrayRecord, MetricRecord, RecordDict
 
 from clients.records import tensors
-from clients.serialization import Held
+from clients.serialization import LazyArrayRecord
 from fedbn.errors import UserError
-from fedbn.federation.context import Setting
+from fedbn.federation.context import RunContext
 from fedbn.federation.protection import MASKED, message_size
 from fedbn.nn.roles import State
 from fedbn.statistics.consensus import unflatten
@@ -25,32 +25,32 @@ NOTES = 16
 """What a treatment tells besides entries may take this many times the bytes of the model, and a megabyte."""
 
 
-class BadReply(UserError):
+class InvalidReply(UserError):
     """A client's reply that is not let in."""
 
 
-def expected(here: Setting) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+def expected(ctx: RunContext) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Type and shape of every entry of a client's reply, by name."""
-    if here.privacy is not None and here.privacy.secure:
-        return {MASKED: (torch.int64, (message_size(here),))}
-    return {k: (here.initial[k].dtype, tuple(here.initial[k].shape)) for k in here.ownership.travels}
+    if ctx.privacy is not None and ctx.privacy.secure:
+        return {MASKED: (torch.int64, (message_size(ctx),))}
+    return {k: (ctx.initial[k].dtype, tuple(ctx.initial[k].shape)) for k in ctx.ownership.travels}
 
 
-def admitted(here: Setting, user: int, record: ArrayRecord) -> State:
+def validate_entries(ctx: RunContext, user: int, record: ArrayRecord) -> State:
     """A client's entries.
 
     Args:
-        here: the run's setting.
+        ctx: the run's context.
         user: who sent them.
         record: as received.
 
     Raises:
-        BadReply: other names, types, shapes or sizes than the model's, or, from another process, values that are
+        InvalidReply: other names, types, shapes or sizes than the model's, or, from another process, values that are
             not finite.
     """
-    wanted = expected(here)
+    wanted = expected(ctx)
     # Tensors by reference never left this process: what is not finite there is training that diverged, to be shown.
-    ours = isinstance(record, Held) and record.state is not None
+    ours = isinstance(record, LazyArrayRecord) and record.state is not None
     if not ours:
         if record.keys() != wanted.keys():
             raise _bad(user, f"sent entries {_few(record.keys() ^ wanted.keys())} too many or too few")
@@ -59,7 +59,7 @@ def admitted(here: Setting, user: int, record: ArrayRecord) -> State:
             if len(record[name].data) > most:
                 raise _bad(user, f"sent {len(record[name].data)} bytes for {name}, at most {most} are expected")
     try:
-        state = tensors(record, here.run.device)
+        state = tensors(record, ctx.run.device)
     except UserError as error:
         raise _bad(user, str(error)) from None
     if state.keys() != wanted.keys():
@@ -73,11 +73,11 @@ def admitted(here: Setting, user: int, record: ArrayRecord) -> State:
     return {name: state[name] for name in wanted}
 
 
-def admitted_update(here: Setting, user: int, reply: RecordDict) -> Update:
+def validate_update(ctx: RunContext, user: int, reply: RecordDict) -> Update:
     """A client's reply to a round of training.
 
     Raises:
-        BadReply: a record or number is missing or makes no sense; or as `admitted` and `admitted_notes`.
+        InvalidReply: a record or number is missing or makes no sense; or as `validate_entries` and `validate_notes`.
     """
     records, metrics, notes = reply.get("arrays"), reply.get("metrics"), reply.get("notes")
     if not isinstance(records, ArrayRecord) or not isinstance(metrics, MetricRecord):
@@ -87,15 +87,15 @@ def admitted_update(here: Setting, user: int, reply: RecordDict) -> Update:
         raise _bad(user, f"says that it trained on {examples} examples")
     if not isinstance(loss, float):
         raise _bad(user, f"says that its loss is {loss}")
-    told = admitted_notes(here, user, notes) if isinstance(notes, ArrayRecord) else {}
-    return Update(user, admitted(here, user, records), examples, loss, told)
+    validated = validate_notes(ctx, user, notes) if isinstance(notes, ArrayRecord) else {}
+    return Update(user, validate_entries(ctx, user, records), examples, loss, validated)
 
 
-def admitted_moments(user: int, reply: RecordDict) -> dict[str, Moments]:
+def validate_moments(user: int, reply: RecordDict) -> dict[str, Moments]:
     """What a client says in a conversation about statistics.
 
     Raises:
-        BadReply: a record is missing or cannot be read, or values are not finite.
+        InvalidReply: a record is missing or cannot be read, or values are not finite.
     """
     record = reply.get("moments")
     if not isinstance(record, ArrayRecord):
@@ -109,18 +109,18 @@ def admitted_moments(user: int, reply: RecordDict) -> dict[str, Moments]:
     return unflatten(state)
 
 
-def admitted_notes(here: Setting, user: int, record: ArrayRecord) -> State:
+def validate_notes(ctx: RunContext, user: int, record: ArrayRecord) -> State:
     """What else a client tells.
 
     Raises:
-        BadReply: far more than a model's worth of bytes, or something that cannot be read.
+        InvalidReply: far more than a model's worth of bytes, or something that cannot be read.
     """
-    if not (isinstance(record, Held) and record.state is not None):
-        sent, most = sum(len(a.data) for a in record.values()), NOTES * sum(here.ownership.sizes.values()) + 2**20
+    if not (isinstance(record, LazyArrayRecord) and record.state is not None):
+        sent, most = sum(len(a.data) for a in record.values()), NOTES * sum(ctx.ownership.sizes.values()) + 2**20
         if sent > most:
             raise _bad(user, f"sent {sent} bytes of notes, at most {most} are taken")
     try:
-        return tensors(record, here.run.device)
+        return tensors(record, ctx.run.device)
     except UserError as error:
         raise _bad(user, str(error)) from None
 
@@ -130,5 +130,5 @@ def _few(names: set[str]) -> str:
     return ", ".join(first) + (", ..." if len(names) > 3 else "")
 
 
-def _bad(user: int, what: str) -> BadReply:
-    return BadReply(f"client {user} {what}; nothing of its reply was used")
+def _bad(user: int, what: str) -> InvalidReply:
+    return InvalidReply(f"client {user} {what}; nothing of its reply was used")

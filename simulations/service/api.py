@@ -25,7 +25,7 @@ from simulations.service.middleware import LOG, Guard, extra, refusal_of
 from simulations.service.observability import Metrics
 from simulations.service.openapi import with_windows
 from simulations.service.schema import BINARY, Answer, checked_name, encoded, labels_of, listed, parsed, windows_of
-from simulations.service.users import People
+from simulations.service.users import UserStore
 
 KEEP = 10.0
 """Seconds between two writes of what has changed: what a crash may lose."""
@@ -44,31 +44,31 @@ class Service:
     """What the routes work with.
 
     Attributes:
-        people: the users.
+        users: the users.
         batcher: the way to them.
         metrics: counters.
     """
 
-    people: People
+    users: UserStore
     batcher: Batcher
     metrics: Metrics
 
     async def windows(self, user: str, body: bytes, binary: bool, *, learn: bool, hold: bool = False) -> Answer:
         """Answer the windows of one body."""
-        found = windows_of(body, binary, self.people.shape, self.people.limits.windows)
+        found = windows_of(body, binary, self.users.shape, self.users.limits.windows)
         return await self.batcher.submit(Job(user, found, learn, hold))
 
 
-def create(people: People, access: Access, *routers: APIRouter) -> Guard:
+def create(users: UserStore, access: Access, *routers: APIRouter) -> Guard:
     """The application (ASGI), `Guard` outermost.
 
     Args:
-        people: the users.
+        users: the users.
         access: who may ask, and how much.
         routers: of pages served beside.
     """
-    batcher = Batcher(people.answer, rows=min(64, people.limits.capacity))
-    service = Service(people, batcher, Metrics(people, batcher))
+    batcher = Batcher(users.answer, rows=min(64, users.limits.capacity))
+    service = Service(users, batcher, Metrics(users, batcher))
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -79,7 +79,7 @@ def create(people: People, access: Access, *routers: APIRouter) -> Guard:
             keeper.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await keeper
-            await batcher.call(people.keep)
+            await batcher.call(users.keep)
             await batcher.close()
 
     app = FastAPI(
@@ -115,7 +115,7 @@ async def _keep(service: Service) -> None:
     while True:
         await asyncio.sleep(KEEP)
         try:
-            while await service.batcher.call(lambda: service.people.keep(AT_ONCE)):
+            while await service.batcher.call(lambda: service.users.keep(AT_ONCE)):
                 pass
         except Exception:
             LOG.exception("users could not be written; tried again soon")
@@ -168,7 +168,7 @@ class Fast:
             out = answer.probabilities.astype("<f4").tobytes()
         else:
             about = [(b"content-type", b"application/json")]
-            out = encoded(answer, self.service.people.classes)
+            out = encoded(answer, self.service.users.classes)
         about.append((b"content-length", str(len(out)).encode()))
         await send({"type": "http.response.start", "status": 200, "headers": about})
         await send({"type": "http.response.body", "body": out})
@@ -199,16 +199,16 @@ async def metrics(request: Request) -> Response:
 @_about.get("/v1/model", summary="What is served: shape of a window, classes, rule, limits.")
 async def model(request: Request) -> dict[str, Any]:
     """Everything a client must know before it sends windows."""
-    people = _service(request).people
-    bank = people.net.bank
+    users = _service(request).users
+    bank = users.net.bank
     return {
         "model": bank.model,
-        "shape": people.shape,
-        "classes": list(people.classes),
+        "shape": users.shape,
+        "classes": list(users.classes),
         "rule": bank.text,
-        "drift": people.drift,
-        "windows_a_request": people.limits.windows,
-        "users_at_hand": people.at_hand,
+        "drift": users.drift,
+        "windows_a_request": users.limits.windows,
+        "users_at_hand": users.at_hand,
     }
 
 
@@ -218,37 +218,37 @@ async def users(
 ) -> dict[str, list[str]]:
     """One page; the next begins after its last name."""
     service = _service(request)
-    return {"users": await service.batcher.call(lambda: service.people.users(after, most))}
+    return {"users": await service.batcher.call(lambda: service.users.users(after, most))}
 
 
 @_users.put("/{user}", summary="Enroll a user; nothing happens to one who is known.")
 async def enroll(request: Request, user: str, response: Response) -> dict[str, Any]:
     """Status 201 where the user is new."""
     service, name = _service(request), checked_name(user)
-    new = await service.batcher.call(lambda: service.people.enroll(name))
+    new = await service.batcher.call(lambda: service.users.enroll(name))
     response.status_code = 201 if new else 200
     return {"user": name, "new": new}
 
 
 @_users.get("/{user}", summary="How a user stands: windows, classes met, drift, distance of each layer.")
 async def report(request: Request, user: str) -> dict[str, Any]:
-    """As `People.report`."""
+    """As `UserStore.report`."""
     service = _service(request)
-    return await service.batcher.call(lambda: service.people.report(user))
+    return await service.batcher.call(lambda: service.users.report(user))
 
 
 @_users.delete("/{user}", summary="Forget everything about a user.", status_code=204)
 async def forget(request: Request, user: str) -> None:
     """In memory and in the store."""
     service = _service(request)
-    await service.batcher.call(lambda: service.people.forget(user))
+    await service.batcher.call(lambda: service.users.forget(user))
 
 
 @_users.post("/{user}/reset", summary="Back to the first day.", status_code=204)
 async def reset(request: Request, user: str) -> None:
     """The user stays known."""
     service = _service(request)
-    await service.batcher.call(lambda: service.people.reset(user))
+    await service.batcher.call(lambda: service.users.reset(user))
 
 
 @_users.post(
@@ -258,13 +258,13 @@ async def reset(request: Request, user: str) -> None:
 async def commit(request: Request, user: str) -> dict[str, int]:
     """How many windows were learnt."""
     service, given = _service(request), parsed(await request.body())
-    people, labels = service.people, given.get("labels")
+    users, labels = service.users, given.get("labels")
     if isinstance(labels, dict):
-        known = dict(zip(labels, labels_of(list(labels.values()), people.classes), strict=True))
-        return {"learnt": await service.batcher.call(lambda: people.commit(user, known))}
-    windows = listed(given.get("windows"), people.shape, people.limits.windows)
-    told = labels_of(labels, people.classes)
-    await service.batcher.call(lambda: people.learn(user, windows, told))
+        known = dict(zip(labels, labels_of(list(labels.values()), users.classes), strict=True))
+        return {"learnt": await service.batcher.call(lambda: users.commit(user, known))}
+    windows = listed(given.get("windows"), users.shape, users.limits.windows)
+    told = labels_of(labels, users.classes)
+    await service.batcher.call(lambda: users.learn(user, windows, told))
     return {"learnt": len(told)}
 
 
@@ -276,39 +276,39 @@ async def commit(request: Request, user: str) -> dict[str, int]:
 async def calibrate(request: Request, user: str) -> None:
     """Labels may be left out; best are a few windows of each class."""
     service, given = _service(request), parsed(await request.body())
-    people = service.people
-    windows = listed(given.get("windows"), people.shape, people.limits.windows)
-    labels = None if given.get("labels") is None else labels_of(given["labels"], people.classes)
+    users = service.users
+    windows = listed(given.get("windows"), users.shape, users.limits.windows)
+    labels = None if given.get("labels") is None else labels_of(given["labels"], users.classes)
     then = str(given.get("then", "adapt"))
-    await service.batcher.call(lambda: people.calibrate(user, windows, labels, then))
+    await service.batcher.call(lambda: users.calibrate(user, windows, labels, then))
 
 
 @_users.get("/{user}/snapshot", summary="A user's state, as safetensors.", response_class=Response)
 async def snapshot(request: Request, user: str) -> Response:
     """To keep, or to give to another service with the same model and rule."""
     service = _service(request)
-    return Response(await service.batcher.call(lambda: service.people.snapshot(user)), media_type=BINARY)
+    return Response(await service.batcher.call(lambda: service.users.snapshot(user)), media_type=BINARY)
 
 
 @_users.put("/{user}/snapshot", summary="Give a user a state instead of its own.", status_code=204)
 async def restore(request: Request, user: str) -> None:
     """As `snapshot` gave it."""
     service, data = _service(request), await request.body()
-    await service.batcher.call(lambda: service.people.restore(user, data, merge=False))
+    await service.batcher.call(lambda: service.users.restore(user, data, merge=False))
 
 
 @_users.post("/{user}/merge", summary="Add the windows behind another state to a user's.", status_code=204)
 async def merge(request: Request, user: str) -> None:
     """As `snapshot` gave it, for example on another device of the same user."""
     service, data = _service(request), await request.body()
-    await service.batcher.call(lambda: service.people.restore(user, data, merge=True))
+    await service.batcher.call(lambda: service.users.restore(user, data, merge=True))
 
 
 @_users.get("/{user}/export", summary="Weights of a plain model with the user's statistics.", response_class=Response)
 async def export(request: Request, user: str) -> Response:
     """As safetensors, under the names of the model's state."""
     service = _service(request)
-    return Response(await service.batcher.call(lambda: service.people.export(user)), media_type=BINARY)
+    return Response(await service.batcher.call(lambda: service.users.export(user)), media_type=BINARY)
 
 
 @_users.websocket("/{user}/stream")
@@ -336,9 +336,9 @@ async def _framed(service: Service, user: str, frame: Any) -> bytes:
         body = frame["text"].encode()
         learn = parsed(body).get("learn", True) is not False
     binary = frame.get("bytes") is not None
-    return encoded(await service.windows(user, body, binary, learn=learn), service.people.classes)
+    return encoded(await service.windows(user, body, binary, learn=learn), service.users.classes)
 
 
-def log_start(where: str, people: People) -> None:
+def log_start(where: str, users: UserStore) -> None:
     """Say where the service listens."""
-    LOG.log(logging.INFO, "listening", extra={"about": {"address": where, "rule": people.rule}})
+    LOG.log(logging.INFO, "listening", extra={"about": {"address": where, "rule": users.rule}})

@@ -32,7 +32,7 @@ def channel_means(x: Tensor) -> Floats:
 
 
 @dataclass
-class Watched:
+class _Watched:
     """One user.
 
     Attributes:
@@ -46,7 +46,7 @@ class Watched:
     alarms: int = 0
 
 
-class Watches:
+class BatchedMonitor:
     """What windows of each user and class look like, as one table, and a detector for each user.
 
     Args:
@@ -60,13 +60,13 @@ class Watches:
         self.detector, self.capacity = detector, capacity
         self.floor = FLOOR * scale
         self.spoken = 0
-        self._users: OrderedDict[str, Watched] = OrderedDict()
+        self._users: OrderedDict[str, _Watched] = OrderedDict()
         self._free: list[int] = []
         self._n = np.zeros((0, classes))
         self._mean = np.zeros((0, classes, len(scale)))
         self._m2 = np.zeros_like(self._mean)
 
-    def of(self, user: str) -> Watched:
+    def of(self, user: str) -> _Watched:
         """A user, who is new if not remembered."""
         found = self._users.get(user)
         if found is None:
@@ -74,7 +74,7 @@ class Watches:
                 self.forget(next(iter(self._users)))
             if not self._free:
                 self._grow()
-            found = self._users[user] = Watched(self._free.pop(), self.detector.new())
+            found = self._users[user] = _Watched(self._free.pop(), self.detector.new())
         else:
             self._users.move_to_end(user)
         return found

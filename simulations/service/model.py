@@ -16,7 +16,7 @@ from fedbn.nn.conversion import require_statistics
 from fedbn.nn.roles import Role, roles
 from fedbn.online import LayerPrior, Rule
 from fedbn.online.prior import layer_priors
-from simulations.adaptation.source_model import Meeting
+from simulations.adaptation.source_model import SourceModel
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,10 @@ class Served:
     prior: Mapping[str, LayerPrior]
 
     @staticmethod
-    def trained(meeting: Meeting, rule: Rule) -> Served:
+    def trained(source: SourceModel, rule: Rule) -> Served:
         """A model that was trained here."""
-        population = meeting.here.population
-        return Served(meeting.model, population.shape, tuple(population.classes), meeting.prior_for(rule))
+        population = source.ctx.population
+        return Served(source.model, population.shape, tuple(population.classes), source.prior_for(rule))
 
     @staticmethod
     def brought(model: str, weights: Path, shape: tuple[int, ...], classes: tuple[str, ...], rule: Rule) -> Served:

@@ -11,7 +11,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
 from simulations.service.batching import Batcher
-from simulations.service.users import People
+from simulations.service.users import UserStore
 
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 
@@ -19,7 +19,7 @@ BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 1
 class Metrics:
     """Counters of one service, for Prometheus."""
 
-    def __init__(self, people: People, batcher: Batcher) -> None:
+    def __init__(self, users: UserStore, batcher: Batcher) -> None:
         self.registry = CollectorRegistry()
         more: dict[str, Any] = {"registry": self.registry}
         ProcessCollector(**more)
@@ -27,11 +27,11 @@ class Metrics:
         self.seconds = Histogram("fedbn_request_seconds", "Time to answer", buckets=BUCKETS, **more)
         self.frames = Counter("fedbn_frames", "Frames received on sockets", **more)
         gauges: dict[tuple[str, str], Callable[[], float]] = {
-            ("fedbn_users_at_hand", "Users in memory"): lambda: people.at_hand,
+            ("fedbn_users_at_hand", "Users in memory"): lambda: users.at_hand,
             ("fedbn_windows_waiting", "Windows in the queue"): lambda: batcher.waiting,
             ("fedbn_bank_calls", "Calls of the bank"): lambda: batcher.calls,
             ("fedbn_windows", "Windows answered"): lambda: batcher.done,
-            ("fedbn_drift_alarms", "Alarms of drift detectors"): lambda: people.watches.spoken,
+            ("fedbn_drift_alarms", "Alarms of drift detectors"): lambda: users.watches.spoken,
         }
         for (name, about), value in gauges.items():
             Gauge(name, about, **more).set_function(value)

@@ -22,7 +22,7 @@ from fedbn.online import BNState, LayerPrior, SQLiteStore, personalize
 from fedbn.online.drift.detectors import detector
 from fedbn.online.rules.base import rule
 from simulations.service.batching import Job
-from simulations.service.drift import Watches, channel_means
+from simulations.service.drift import BatchedMonitor, channel_means
 from simulations.service.schema import Answer, Refusal
 
 DETECTOR = "page-hinkley:threshold=18:delta=0.02"
@@ -50,7 +50,7 @@ class Limits:
 
 
 @dataclass
-class People:
+class UserStore:
     """Users over one model.
 
     Args:
@@ -88,7 +88,7 @@ class People:
         path, layer = next(iter(statistics_layers(self.net.model).items()))
         self._first = {path: layer}
         scale = torch.as_tensor(layer.running_var).double().numpy()
-        self.watches = Watches(notice, scale, len(self.classes), self.limits.capacity)
+        self.watches = BatchedMonitor(notice, scale, len(self.classes), self.limits.capacity)
         self._held: OrderedDict[str, tuple[str, Tensor]] = OrderedDict()
         self._count = 0
         self._changed: set[str] = set()
@@ -140,9 +140,9 @@ class People:
         """Show the detectors the first windows of all jobs, then the second ones, ...: last distance, any alarm."""
         seen: dict[str, tuple[float | None, bool]] = {}
         for i in range(max(job.n for job in jobs)):
-            here = [k for k, job in enumerate(jobs) if i < job.n]
-            rows = starts[here] + i
-            users = [jobs[k].user for k in here]
+            ctx = [k for k, job in enumerate(jobs) if i < job.n]
+            rows = starts[ctx] + i
+            users = [jobs[k].user for k in ctx]
             for user, (distance, alarm) in zip(users, self.watches.see(users, looks[rows], said[rows]), strict=True):
                 seen[user] = distance, alarm or seen.get(user, (None, False))[1]
         return seen

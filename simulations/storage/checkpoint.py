@@ -18,7 +18,7 @@ from clients.persistence import checksum, replace_file
 from fedbn.errors import UserError
 from fedbn.federation.metrics import Score
 from fedbn.federation.run import Run
-from fedbn.federation.server import Fault, Outcome, Point, Server
+from fedbn.federation.server import ClientFailure, Outcome, RoundMetrics, Server
 from fedbn.federation.traffic import Traffic
 from fedbn.nn.roles import State
 from simulations.storage.provenance import NUMERICS, check_numerics, code_digest, versions
@@ -56,13 +56,13 @@ def save_outcome(
     if outcome.server.serving is not outcome.server.state:
         tensors |= _prefixed("serving", outcome.server.serving)
     server = outcome.server
-    tensors |= _prefixed("known", server.known) | _prefixed("told", server.told)
-    for view, entries in server.views.items():
-        tensors |= _prefixed(f"view/{view}", entries)
-    for user, entries in server.registry.items():
-        tensors |= _prefixed(f"registry/{user}", entries)
-    for user, kept in outcome.kept.items():
-        tensors |= _prefixed(f"kept/{user}", kept)
+    tensors |= _prefixed("known", server.known) | _prefixed("broadcast", server.broadcast)
+    for view, entries in server.groups.items():
+        tensors |= _prefixed(f"group/{view}", entries)
+    for user, entries in server.client_statistics.items():
+        tensors |= _prefixed(f"client_statistics/{user}", entries)
+    for user, client_state in outcome.client_states.items():
+        tensors |= _prefixed(f"client_states/{user}", client_state)
     header = {
         "run": run.to_json(),
         "numerics": NUMERICS,
@@ -71,11 +71,11 @@ def save_outcome(
         "sources": sources or {},
         "seconds": outcome.seconds,
         "curve": [asdict(p) for p in outcome.curve],
-        "kept": sorted(outcome.kept),
-        "views": list(server.views),
-        "registry": list(server.registry),
+        "client_states": sorted(outcome.client_states),
+        "groups": list(server.groups),
+        "client_statistics": list(server.client_statistics),
         "scores": {str(u): [asdict(s) for s in scores] for u, scores in outcome.scores.items()},
-        "faults": [asdict(f) for f in outcome.faults],
+        "failures": [asdict(f) for f in outcome.failures],
         "traffic": asdict(outcome.traffic),
         "trained": {str(u): round for u, round in outcome.trained.items()},
     }
@@ -109,16 +109,16 @@ def load_outcome(path: Path, run: Run, sources: dict[str, str] | None = None) ->
             state,
             serving or state,
             _under("memory", tensors),
-            {v: _under(f"view/{v}", tensors) for v in header["views"]},
+            {v: _under(f"group/{v}", tensors) for v in header["groups"]},
             _under("known", tensors),
-            _under("told", tensors),
-            {u: _under(f"registry/{u}", tensors) for u in header["registry"]},
+            _under("broadcast", tensors),
+            {u: _under(f"client_statistics/{u}", tensors) for u in header["client_statistics"]},
         ),
-        kept={u: _under(f"kept/{u}", tensors) for u in header["kept"]},
-        curve=[Point(**p) for p in header["curve"]],
+        client_states={u: _under(f"client_states/{u}", tensors) for u in header["client_states"]},
+        curve=[RoundMetrics(**p) for p in header["curve"]],
         scores={int(u): [Score(**s) for s in scores] for u, scores in header["scores"].items()},
         seconds=header["seconds"],
-        faults=[Fault(**f) for f in header["faults"]],
+        failures=[ClientFailure(**f) for f in header["failures"]],
         traffic=Traffic(**header["traffic"]),
         trained={int(u): round for u, round in header["trained"].items()},
     )
@@ -140,7 +140,9 @@ def load_latest(path: Path, run: Run, sources: dict[str, str] | None = None) -> 
         if not before(path).exists():
             raise
         outcome = load_outcome(before(path), run, sources)
-        outcome.faults.append(Fault(len(outcome.curve) + 1, f"{error.reason}; went on from the checkpoint before"))
+        outcome.failures.append(
+            ClientFailure(len(outcome.curve) + 1, f"{error.reason}; went on from the checkpoint before")
+        )
         save_outcome(path, run, outcome, sources)  # or the next round would move the damaged one over the sound one
         before(path).unlink()
         return outcome

@@ -19,7 +19,7 @@ from benchmarks.soak import growth
 from benchmarks.workloads import WORKLOADS, bare_loop
 from fedbn.errors import UserError
 from fedbn.federation.loop import federate
-from fedbn.federation.setup import setting
+from fedbn.federation.setup import build_context
 from fedbn.federation.training import epoch_batches
 
 
@@ -29,23 +29,23 @@ def tiny():
 
 def test_the_workloads_are_as_the_table_says(tmp_path):
     for work in WORKLOADS:
-        here = setting(replace(work, clients=2).run(tmp_path, 1))
-        sizes = {len(u.train) for u in here.population.users}
+        ctx = build_context(replace(work, clients=2).run(tmp_path, 1))
+        sizes = {len(u.train) for u in ctx.population.users}
         assert sizes == {work.steps * work.batch}
-        assert {len(u.test) for u in here.population.users} == {work.tests}
-        assert f"{sum(p.numel() for p in here.scratch.parameters()):,}" in str(workloads.__doc__)
+        assert {len(u.test) for u in ctx.population.users} == {work.tests}
+        assert f"{sum(p.numel() for p in ctx.scratch.parameters()):,}" in str(workloads.__doc__)
 
 
 def test_the_bare_loop_takes_the_steps_of_a_round(tmp_path, monkeypatch):
     """With the federation's shuffles it ends in the federation's state."""
     run = tiny().run(tmp_path, 1)
-    here = setting(run)
-    drawn = iter(here.trainers)
+    ctx = build_context(run)
+    drawn = iter(ctx.trainers)
     monkeypatch.setattr(
         "benchmarks.workloads.batches",
         lambda n, size, draw: epoch_batches(n, run.plan, 0, 1, next(drawn), 0),
     )
-    loop = bare_loop(here)
+    loop = bare_loop(ctx)
     next(loop)
     shared = loop.gi_frame.f_locals["shared"]
     expected = federate(run).server.state
@@ -68,15 +68,15 @@ def test_rounds_are_timed_without_changing_threads(tmp_path):
 def test_without_pfl_its_environment_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pfl", None)
     with pytest.raises(UserError, match="make bench-peers"):
-        peers.serve(setting(tiny().run(tmp_path, 1)))
+        peers.serve(build_context(tiny().run(tmp_path, 1)))
 
 
 def test_a_peers_steps_are_on_the_mean_loss_of_a_batch(tmp_path):
-    here = setting(tiny().run(tmp_path, 1))
-    part = here.training_data(0)
-    model = here.load(here.initial)
+    ctx = build_context(tiny().run(tmp_path, 1))
+    part = ctx.training_data(0)
+    model = ctx.load(ctx.initial)
     expected = torch.nn.functional.cross_entropy(model.train()(part.x), part.y)
-    assert torch.equal(peers.Learner(here.load(here.initial).eval()).loss(part.x, part.y), expected)
+    assert torch.equal(peers.Learner(ctx.load(ctx.initial).eval()).loss(part.x, part.y), expected)
 
 
 @pytest.mark.slow

@@ -29,8 +29,8 @@ from benchmarks import endurance
 from clients.config import run_from_config
 from fedbn.errors import UserError
 from fedbn.federation.run import Run, plan_for
-from fedbn.federation.server import Outcome, Point, Server
-from fedbn.federation.setup import setting
+from fedbn.federation.server import Outcome, RoundMetrics, Server
+from fedbn.federation.setup import build_context
 from simulations.cli.app import app
 from simulations.engines.deployment import CHECKPOINT, Deployment, deploy, deployment, differences
 from simulations.flower.certificates import make_certificates
@@ -273,7 +273,9 @@ def test_certificates_are_for_loopback_and_short_lived_and_keys_are_private(tmp_
 
 def outcome():
     state = {"w": torch.zeros(2), "n": torch.tensor(3)}
-    return Outcome(Server(state, state, views={"a": {"w": torch.ones(1)}}), curve=[Point(1, 0.5, 0.25)], seconds=1.0)
+    return Outcome(
+        Server(state, state, groups={"a": {"w": torch.ones(1)}}), curve=[RoundMetrics(1, 0.5, 0.25)], seconds=1.0
+    )
 
 
 @pytest.mark.parametrize(
@@ -282,9 +284,9 @@ def outcome():
         (lambda o: setattr(o, "seconds", 9.0), ()),
         (lambda o: setattr(o.server, "state", {"w": torch.zeros(2), "n": torch.tensor(4)}), ("server's state",)),
         (lambda o: setattr(o.server, "state", {"w": torch.zeros(2)}), ("server's state",)),
-        (lambda o: setattr(o.server, "views", {"a": {"w": torch.zeros(1)}}), ("server's views",)),
+        (lambda o: setattr(o.server, "groups", {"a": {"w": torch.zeros(1)}}), ("server's groups",)),
         (lambda o: setattr(o.server, "known", {"w": torch.zeros(1).double()}), ("server's known",)),
-        (lambda o: o.curve.append(Point(2, 0.1)), ("training curve",)),
+        (lambda o: o.curve.append(RoundMetrics(2, 0.1)), ("training curve",)),
         (lambda o: o.scores.update({1: []}), ("scores",)),
     ],
 )
@@ -337,7 +339,7 @@ def test_the_run_that_the_compose_file_tells_of_is_one_that_its_nodes_can_serve(
     name, *options = words[start + 1 : end]
     given = get_command(flwr_app).commands[name].make_context(name, options).params
     run = run_from_config(parse_config_args(given["run_config_overrides"]))
-    assert len(setting(run).population.users) == len(yaml.safe_load(text)["services"]) - 1
+    assert len(build_context(run).population.users) == len(yaml.safe_load(text)["services"]) - 1
     image = yaml.safe_load(text)["services"]["superlink"]["build"]["dockerfile_inline"]
     assert f"[superlink.{given['superlink']}]" in image
     assert f"WORKDIR {given['app']}" in image

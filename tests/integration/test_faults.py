@@ -18,16 +18,16 @@ from clients.records import arrays, tensors
 from fedbn.errors import UserError
 from fedbn.federation.loop import federate
 from fedbn.federation.run import Run, plan_for
-from fedbn.federation.server import Fault
-from fedbn.federation.setup import setting
+from fedbn.federation.server import ClientFailure
+from fedbn.federation.setup import build_context
 from fedbn.seeds import numpy_generator
 from simulations.app import app as server_app
 from simulations.engines.grid import InProcessGrid
-from simulations.experiments.tasks import CHECKPOINT, Task, perform
+from simulations.experiments.tasks import CHECKPOINT, Task, run_task
 from simulations.flower.compat import task_identity
 from simulations.server.nodes import ClientError
-from simulations.server.rounds import Listener, conduct
-from simulations.server.validation import BadReply
+from simulations.server.rounds import Listener, run_rounds
+from simulations.server.validation import InvalidReply
 from simulations.storage.checkpoint import before, load_latest, load_outcome, save_outcome
 from tests.helpers import same
 
@@ -52,7 +52,7 @@ class Faulty(InProcessGrid):
     """A grid whose replies somebody changes on their way."""
 
     def __init__(self, run, tamper, app=client_app):
-        super().__init__(app, len(setting(run).population.users), {"run": run.to_json()})
+        super().__init__(app, len(build_context(run).population.users), {"run": run.to_json()})
         self.tamper = tamper
 
     def send_and_receive(self, messages, *, timeout=None):
@@ -61,7 +61,7 @@ class Faulty(InProcessGrid):
 
 def run_with(run, tamper, app=client_app, **listener):
     with task_identity(1):
-        return conduct(Faulty(run, tamper, app), run, Listener(**listener))
+        return run_rounds(Faulty(run, tamper, app), run, Listener(**listener))
 
 
 def kind(reply):
@@ -132,17 +132,22 @@ FAULTS = {
     "raises": (intact, raising, ClientError, "train, user 3: ZeroDivisionError: a bug at a client"),
     "node gone": (from_the_link, raising, ClientError, "train, user 3: ZeroDivisionError"),
     "no reply": (lost, client_app, ClientError, "train, user 3: no reply"),
-    "NaN": (entries(first_float(float("nan"))), client_app, BadReply, "client 3 sent NaN or Inf in"),
-    "Inf": (entries(first_float(float("inf"))), client_app, BadReply, "client 3 sent NaN or Inf in"),
-    "shape": (entries(reshaped), client_app, BadReply, r"client 3 sent .* expected torch.float32 \["),
-    "entry missing": (entries(lambda s: s.popitem()), client_app, BadReply, "too many or too few"),
-    "entry too many": (entries(lambda s: s.update(x=torch.ones(1))), client_app, BadReply, "entries x too many"),
-    "no arrays": (changed(lambda c: c.pop("arrays")), client_app, BadReply, "client 3 sent no arrays or no metrics"),
-    "no loss": (changed(lambda c: c["metrics"].pop("loss")), client_app, BadReply, "its loss is None"),
+    "NaN": (entries(first_float(float("nan"))), client_app, InvalidReply, "client 3 sent NaN or Inf in"),
+    "Inf": (entries(first_float(float("inf"))), client_app, InvalidReply, "client 3 sent NaN or Inf in"),
+    "shape": (entries(reshaped), client_app, InvalidReply, r"client 3 sent .* expected torch.float32 \["),
+    "entry missing": (entries(lambda s: s.popitem()), client_app, InvalidReply, "too many or too few"),
+    "entry too many": (entries(lambda s: s.update(x=torch.ones(1))), client_app, InvalidReply, "entries x too many"),
+    "no arrays": (
+        changed(lambda c: c.pop("arrays")),
+        client_app,
+        InvalidReply,
+        "client 3 sent no arrays or no metrics",
+    ),
+    "no loss": (changed(lambda c: c["metrics"].pop("loss")), client_app, InvalidReply, "its loss is None"),
     "no rows": (
         changed(lambda c: c["metrics"].update({"num-examples": 0})),
         client_app,
-        BadReply,
+        InvalidReply,
         "client 3 says that it trained on 0 examples",
     ),
     "scores unreadable": (
@@ -164,11 +169,11 @@ def test_a_fault_of_one_client_stops_the_run_and_names_client_and_cause(name, sm
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_tolerated_fault_leaves_out_that_client_and_is_told(name, small):
     tamper, app, _, message = FAULTS[name]
-    seen = len(setting(small()).population.seen)
+    seen = len(build_context(small()).population.seen)
     outcome = run_with(small("silobn", tolerate=1 / seen, eval_every=1), tamper, app)
     assert len(outcome.curve) == 2
-    assert [f.round for f in outcome.faults] == [1, 2]
-    assert all(re.search(message, f.text) and "\n" not in f.text for f in outcome.faults)
+    assert [f.round for f in outcome.failures] == [1, 2]
+    assert all(re.search(message, f.text) and "\n" not in f.text for f in outcome.failures)
     assert outcome.notices()[0].startswith("2 faults were survived; the first, in round 1: ")
     assert (VICTIM in outcome.scores) is (name != "scores unreadable")
     assert all(torch.isfinite(v).all() for v in outcome.server.state.values())
@@ -178,10 +183,10 @@ def test_those_who_answered_are_what_the_round_is_made_of(small, monkeypatch):
     """Leaving out a client whose reply is lost gives the bits of a round for which it was not drawn."""
     run = small("silobn", rounds=1, tolerate=0.4)
     outcome = run_with(run, lost)
-    here = setting(run)
-    others = [u for u in here.population.seen if u != VICTIM]
-    assert VICTIM in here.population.seen
-    monkeypatch.setattr(type(here), "sampled", lambda self, round: others)
+    ctx = build_context(run)
+    others = [u for u in ctx.population.seen if u != VICTIM]
+    assert VICTIM in ctx.population.seen
+    monkeypatch.setattr(type(ctx), "sampled", lambda self, round: others)
     assert same(outcome.server.state, federate(run).server.state)
 
 
@@ -200,8 +205,10 @@ def test_a_second_answer_of_a_client_changes_nothing(small):
     outcome = run_with(run, twice)
     assert same(outcome.server.state, clean.server.state)
     assert outcome.scores == clean.scores
-    assert clean.faults == clean.notices() == []
-    assert outcome.faults == [Fault(n, "train, user 3: answered twice; the first answer counts") for n in (1, 2)]
+    assert clean.failures == clean.notices() == []
+    assert outcome.failures == [
+        ClientFailure(n, "train, user 3: answered twice; the first answer counts") for n in (1, 2)
+    ]
 
 
 def request(reply):
@@ -220,11 +227,11 @@ def test_nonsense_in_a_conversation_about_statistics_is_not_let_in(name, small):
         return [reply]
 
     run = small(name, rounds=1)
-    with pytest.raises(BadReply, match="client 3 sent NaN or Inf in"):
+    with pytest.raises(InvalidReply, match="client 3 sent NaN or Inf in"):
         run_with(run, poisoned)
     tolerant = replace(run, plan=replace(run.plan, tolerate=0.4))
     outcome = run_with(tolerant, poisoned)
-    assert outcome.faults
+    assert outcome.failures
     assert all(torch.isfinite(v).all() for v in outcome.server.serving.values())
 
 
@@ -246,8 +253,8 @@ def test_training_goes_on_while_three_of_ten_clients_drop_each_round(small):
     plain = run_with(run, intact)
     tolerant = replace(run, plan=replace(run.plan, tolerate=0.9))
     outcome = run_with(tolerant, dropping(0.3))
-    seen = len(setting(run).population.seen)
-    assert 0.15 < len(outcome.faults) / (6 * seen) < 0.45
+    seen = len(build_context(run).population.seen)
+    assert 0.15 < len(outcome.failures) / (6 * seen) < 0.45
     assert outcome.curve[-1].train_loss < outcome.curve[0].train_loss
     assert outcome.curve[-1].own > plain.curve[-1].own - 0.15
 
@@ -291,13 +298,13 @@ def test_whoever_does_not_answer_in_time_has_failed(small):
             late = timeout is not None and timeout < 60
             return [r for r in replies if not (late and kind(r) == "train" and user(r) == VICTIM)]
 
-    def slow(patience):
+    def slow(timeout):
         with task_identity(1):
             grid = Slow(client_app, 4, {"run": run.to_json()})
-            return conduct(grid, run, patience=patience).faults
+            return run_rounds(grid, run, timeout=timeout).failures
 
     assert slow(0) == slow(90) == []
-    assert slow(30) == [Fault(1, "train, user 3: no reply")]
+    assert slow(30) == [ClientFailure(1, "train, user 3: no reply")]
 
 
 # Nodes that are started anew -----------------------------------------------------------------------------------------
@@ -328,7 +335,7 @@ class Restarting(Faulty):
 
 def restarted(run, *rest):
     with task_identity(1):
-        return conduct(Restarting(run, *rest), run, Listener())
+        return run_rounds(Restarting(run, *rest), run, Listener())
 
 
 def test_a_node_with_a_state_directory_goes_on_as_if_it_had_never_stopped(tmp_path, small):
@@ -336,7 +343,7 @@ def test_a_node_with_a_state_directory_goes_on_as_if_it_had_never_stopped(tmp_pa
     clean = run_with(run, intact)
     outcome = restarted(run, tmp_path)
     assert equal(outcome, clean)
-    assert outcome.faults == []
+    assert outcome.failures == []
     (file,) = tmp_path.iterdir()
     assert file.name == f"run-1-user-{VICTIM}.safetensors"
 
@@ -361,8 +368,8 @@ def test_a_node_that_lost_what_its_user_keeps_is_told_of_and_goes_on_like_a_newc
     run = small("fedbn", rounds=3)
     clean = run_with(run, intact)
     outcome = restarted(run, tmp_path, LOSSES[loss]) if LOSSES[loss] else restarted(run)
-    assert outcome.faults == [
-        Fault(3, "train, user 3: the node had lost what its user keeps, and went on like a newcomer")
+    assert outcome.failures == [
+        ClientFailure(3, "train, user 3: the node had lost what its user keeps, and went on like a newcomer")
     ]
     assert not equal(outcome, clean)
 
@@ -370,15 +377,19 @@ def test_a_node_that_lost_what_its_user_keeps_is_told_of_and_goes_on_like_a_newc
 def test_nothing_is_lost_where_nothing_is_kept(small):
     run = small("global-naive", rounds=3)
     outcome = restarted(run)
-    assert outcome.faults == []
+    assert outcome.failures == []
     assert equal(outcome, run_with(run, intact))
 
 
 def test_a_file_of_another_run_or_user_is_not_taken(tmp_path):
     owner = {"version": keeping.VERSION, "run": 7, "user": 3}
-    keeping._write(tmp_path / "f", owner, {2: {"kept-3": {"w": torch.ones(2)}}, 5: {"kept-3": {"w": torch.zeros(2)}}})
+    keeping._write(
+        tmp_path / "f",
+        owner,
+        {2: {"client-state-3": {"w": torch.ones(2)}}, 5: {"client-state-3": {"w": torch.zeros(2)}}},
+    )
     rounds = keeping._read(tmp_path / "f", owner)
-    assert {n: records["kept-3"]["w"].tolist() for n, records in rounds.items()} == {2: [1, 1], 5: [0, 0]}
+    assert {n: records["client-state-3"]["w"].tolist() for n, records in rounds.items()} == {2: [1, 1], 5: [0, 0]}
     for other in ({"run": 8}, {"user": 4}, {"version": 1}):
         assert keeping._read(tmp_path / "f", owner | other) == {}
 
@@ -405,8 +416,8 @@ def test_a_node_that_comes_back_under_another_id_is_found_again(small):
             return InProcessGrid.send_and_receive(self, there)
 
     with task_identity(1):
-        outcome = conduct(Moving(run), run, Listener())
-    assert [f.round for f in outcome.faults] == [2]
+        outcome = run_rounds(Moving(run), run, Listener())
+    assert [f.round for f in outcome.failures] == [2]
     assert VICTIM in outcome.scores
 
 
@@ -422,7 +433,7 @@ class Killing(InProcessGrid):
 
     def __init__(self, run, place, at=None, run_id=1):
         config = {"run": run.to_json(), "out": str(place / "out.safetensors")}
-        super().__init__(client_app, len(setting(run).population.users), config, run_id=run_id)
+        super().__init__(client_app, len(build_context(run).population.users), config, run_id=run_id)
         self.place, self.at, self.rounds = place, at, 0
 
     def context(self, node):
@@ -462,7 +473,7 @@ def test_a_server_killed_in_a_round_goes_on_to_the_same_bits_when_the_run_is_sub
             submitted(run, Killing(run, tmp_path, at, run_id))
     resumed = submitted(run, Killing(run, tmp_path, run_id=14))
     assert equal(resumed, unharmed)
-    assert resumed.faults == []
+    assert resumed.failures == []
     assert resumed.trained == unharmed.trained
     assert [p.name for p in tmp_path.glob("out*")] == ["out.safetensors"]
     untouched = Killing(run, tmp_path, at=1)
@@ -477,7 +488,7 @@ def test_a_server_that_falls_back_a_checkpoint_finds_its_nodes_where_they_were(s
     (tmp_path / "out.safetensors").write_bytes(b"")
     resumed = submitted(run, Killing(run, tmp_path, run_id=2))
     assert equal(resumed, run_with(run, intact))
-    (fault,) = resumed.faults
+    (fault,) = resumed.failures
     assert "went on from the checkpoint before" in fault.text
 
 
@@ -509,7 +520,7 @@ def test_the_same_run_with_another_file_or_started_anew_finds_no_old_states(smal
     (tmp_path / "out.safetensors").unlink()
     again = submitted(run, Killing(run, tmp_path))
     assert equal(first, again)
-    assert again.faults == []
+    assert again.failures == []
     names = {p.name for p in (tmp_path / "states").iterdir()}
     other = Killing(run, tmp_path)
     other.run_config["out"] = str(tmp_path / "another.safetensors")
@@ -539,11 +550,11 @@ def stopped(run, place, rounds, tamper=None):
             raise Killed
 
     with pytest.raises(Killed):
-        perform(Task(run, str(place)), "grid", report)
+        run_task(Task(run, str(place)), "grid", report)
 
 
 def finished(run, place):
-    perform(Task(run, str(place)), "grid", lambda event: None)
+    run_task(Task(run, str(place)), "grid", lambda event: None)
     return load_outcome(place / CHECKPOINT, run)
 
 
@@ -588,8 +599,8 @@ def test_a_damaged_checkpoint_is_replaced_by_the_one_before_and_the_end_is_the_s
         path.write_bytes(spoilt)
     resumed = finished(run, place)
     assert equal(resumed, unharmed)
-    assert same(resumed.kept[VICTIM], unharmed.kept[VICTIM])
-    (fault,) = resumed.faults
+    assert same(resumed.client_states[VICTIM], unharmed.client_states[VICTIM])
+    (fault,) = resumed.failures
     assert fault.round == 3
     assert re.match(r"checkpoint .* cannot be read \(.*\); went on from the checkpoint before", fault.text)
     assert "went on from the checkpoint before" in (place / "result.json").read_text()
@@ -643,12 +654,12 @@ def test_a_full_disk_stops_the_run_and_keeps_the_rounds_before(tmp_path, whole, 
     assert len(load_outcome(place / CHECKPOINT, run).curve) == 2
     resumed = finished(run, place)
     assert equal(resumed, unharmed)
-    assert resumed.faults == []
+    assert resumed.failures == []
 
 
 def test_faults_survive_the_disk(tmp_path, small):
     run = small("fedbn", rounds=1)
     outcome = federate(run)
-    outcome.faults.append(Fault(1, "train, user 3: no reply"))
+    outcome.failures.append(ClientFailure(1, "train, user 3: no reply"))
     save_outcome(tmp_path / "c", run, outcome)
-    assert load_outcome(tmp_path / "c", run).faults == outcome.faults
+    assert load_outcome(tmp_path / "c", run).failures == outcome.failures

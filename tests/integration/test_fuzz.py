@@ -23,8 +23,8 @@ from fedbn.data.partition import parse_partition, partitions
 from fedbn.data.shift import parse_shift, shifts
 from fedbn.errors import UserError
 from fedbn.federation.run import Run, plan_for
-from fedbn.federation.server import Outcome, Point, Server
-from fedbn.federation.setup import setting
+from fedbn.federation.server import Outcome, RoundMetrics, Server
+from fedbn.federation.setup import build_context
 from fedbn.online.rules.base import client_rule, rules
 from fedbn.personalization.base import personalizations
 from fedbn.personalization.treatment import treatment
@@ -35,7 +35,7 @@ from fedbn.strategies.base import strategies, strategy
 from fedbn.streams import streams
 from simulations.engines.execute import parse_engine
 from simulations.experiments.experiment import Experiment, read_run_file
-from simulations.server.validation import admitted, admitted_notes
+from simulations.server.validation import validate_entries, validate_notes
 from simulations.storage.checkpoint import load_outcome, save_outcome
 
 FEW, MANY = 25, 600
@@ -200,7 +200,7 @@ def checkpoint():
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "c.safetensors"
         state = {"w": torch.arange(4.0)}
-        save_outcome(path, RUN, Outcome(Server(state, state), curve=[Point(1, 0.5)]), {})
+        save_outcome(path, RUN, Outcome(Server(state, state), curve=[RoundMetrics(1, 0.5)]), {})
         return path.read_bytes()
 
 
@@ -288,8 +288,8 @@ def test_arrays_in_messages(tmp_path, data, claims, honest):
 
 
 @cache
-def here():
-    return setting(Run("digits8", "fedbn", plan=Plan(rounds=1)).resolved())
+def ctx():
+    return build_context(Run("digits8", "fedbn", plan=Plan(rounds=1)).resolved())
 
 
 @fuzzed(
@@ -297,12 +297,12 @@ def here():
     st.booleans(),
 )
 def test_clients_replies(tmp_path, changes, notes):
-    record = arrays(here().start())
+    record = arrays(ctx().start())
     names = list(record)
     for i, data in changes.items():
         old = record[names[i % len(names)]]
         record[names[i % len(names)]] = Array(old.dtype, old.shape, old.stype, data)
-    (admitted_notes if notes else admitted)(here(), 0, ArrayRecord(dict(record.items())))
+    (validate_notes if notes else validate_entries)(ctx(), 0, ArrayRecord(dict(record.items())))
 
 
 def test_stored_plain_values_are_json():

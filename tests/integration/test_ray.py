@@ -27,7 +27,7 @@ from simulations.engines.grid import InProcessGrid
 from simulations.engines.ray import ray_session
 from simulations.flower.compat import task_identity
 from simulations.flower.superlink import MODULES, PRIVATE, FlowerRunError
-from simulations.server.nodes import Clients
+from simulations.server.nodes import NodePool
 from simulations.storage.checkpoint import load_outcome
 from tests.helpers import same
 from tests.integration.ray_server import RUNS
@@ -62,7 +62,7 @@ def broken_at_the_clients(shape, classes):
 
 
 def short(strategy, **fields):
-    clients = None if strategies()[strategy].gathers else 4
+    clients = None if strategies()[strategy].is_centralized else 4
     plan = plan_for("digits8", rounds=2, clients_per_round=clients, eval_every=1, global_test=60)
     return Run("digits8", strategy, plan=plan, **fields).resolved()
 
@@ -137,7 +137,7 @@ def test_ray_equals_the_grid_and_the_loop(name, all_on_ray):
     outcome = all_on_ray(name)
     assert_same(outcome, execute(run, "grid"))
     assert_same(outcome, execute(run, "reference"))
-    assert not outcome.kept
+    assert not outcome.client_states
 
 
 @pytest.mark.ray
@@ -257,7 +257,7 @@ def test_too_few_nodes_are_an_error_and_no_endless_wait():
         task_identity(1),
         pytest.raises(UserError, match="add --federation-config 'num-supernodes=10' to flwr run"),
     ):
-        Clients(grid, 10)
+        NodePool(grid, 10)
 
 
 def test_without_ray_the_error_names_what_to_install(monkeypatch):

@@ -16,7 +16,7 @@ import pytest
 from fedbn.errors import UserError
 from fedbn.federation.run import Run, plan_for
 from simulations.engines.execute import execute, parse_engine
-from simulations.experiments.tasks import CHECKPOINT, Task, perform
+from simulations.experiments.tasks import CHECKPOINT, Task, run_task
 from simulations.flower.processes import free_port, script
 from simulations.flower.superlink import FlowerRunError
 from simulations.storage.checkpoint import load_outcome
@@ -58,7 +58,7 @@ def test_a_run_on_ray_whose_server_is_killed_goes_on_to_the_same_bits(mark, tmp_
 
     def first():
         try:
-            perform(Task(run, str(place)), "ray", lambda event: None)
+            run_task(Task(run, str(place)), "ray", lambda event: None)
         except FlowerRunError as error:
             raised.append(error)
 
@@ -73,7 +73,7 @@ def test_a_run_on_ray_whose_server_is_killed_goes_on_to_the_same_bits(mark, tmp_
     assert raised
     assert 1 <= len(load_outcome(place / CHECKPOINT, run).curve) < 40
     assert any((place / "states").iterdir())
-    perform(Task(run, str(place)), "ray", lambda event: None)
+    run_task(Task(run, str(place)), "ray", lambda event: None)
     assert_same(load_outcome(place / CHECKPOINT, run), execute(run, "grid"))
     assert sorted(p.name for p in place.iterdir()) == [CHECKPOINT, "result.json"]
 

@@ -10,7 +10,7 @@ import pytest
 
 from fedbn.errors import UserError
 from simulations.experiments.experiment import Experiment
-from simulations.report.documents import embed
+from simulations.report.documents import update_document
 from tests.commands import commands_in, parses
 
 ROOT = Path(__file__).parents[2]
@@ -49,7 +49,7 @@ def test_make_offers_what_it_says():
 
 def test_embedding_needs_its_markers(tmp_path):
     with pytest.raises(UserError, match="does not exist: give a text with <!-- begin x -->"):
-        embed(tmp_path / "x", tmp_path / "none.md")
+        update_document(tmp_path / "x", tmp_path / "none.md")
     (tmp_path / "a.md").write_text("nothing")
     with pytest.raises(UserError, match="has no block for x: add <!-- begin x -->"):
-        embed(tmp_path / "x", tmp_path / "a.md")
+        update_document(tmp_path / "x", tmp_path / "a.md")

@@ -34,7 +34,7 @@ class Personal(Protocol):
 
 
 @dataclass
-class Watch:
+class UserMonitor:
     """One user under watch.
 
     Attributes:
@@ -67,7 +67,7 @@ class Action(ABC):
     about: ClassVar[str]
 
     @abstractmethod
-    def act(self, net: Personal, user: str, watch: Watch) -> None:
+    def act(self, net: Personal, user: str, watch: UserMonitor) -> None:
         """Change the user's statistics and context."""
 
 
@@ -90,7 +90,7 @@ class Decay(Action):
         if self.n < 0:
             raise UserError(f"action 'decay': n must not be negative, it is {self.n}")
 
-    def act(self, net: Personal, user: str, watch: Watch) -> None:
+    def act(self, net: Personal, user: str, watch: UserMonitor) -> None:
         state = net.state(user)
         if state.n > self.n:
             net.load(user, state.decay(self.n / state.n))
@@ -108,7 +108,7 @@ class Reset(Action):
     name = "reset"
     about = "back to the source's statistics"
 
-    def act(self, net: Personal, user: str, watch: Watch) -> None:
+    def act(self, net: Personal, user: str, watch: UserMonitor) -> None:
         net.reset(user)
         watch.anew()
 
@@ -134,7 +134,7 @@ class Branch(Action):
         if self.most < 1:
             raise UserError(f"action 'branch': most must be at least 1, not {self.most}")
 
-    def act(self, net: Personal, user: str, watch: Watch) -> None:
+    def act(self, net: Personal, user: str, watch: UserMonitor) -> None:
         fits = [(_distance(context, watch.recent[-JUDGED:]), i) for i, (context, _) in enumerate(watch.aside)]
         best = min(((z, i) for z, i in fits if z is not None), default=None)
         found = watch.aside.pop(best[1]) if best is not None and best[0] <= self.near else None

@@ -18,9 +18,9 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from fedbn.online.drift.actions import Action, Personal, Watch
+from fedbn.online.drift.actions import Action, Personal, UserMonitor
 from fedbn.online.drift.detectors import Detector
-from fedbn.online.drift.signal import Context, Look
+from fedbn.online.drift.signal import ChannelMeans, Context
 
 RECENT = 12
 """Windows that may have come after a change which was not noticed yet."""
@@ -35,7 +35,7 @@ RECENT = 12
 # ---------------------------------------------------------------- actions
 
 
-class Watched:
+class DriftMonitor:
     """A follower under watch: predicts and learns as ``net`` does, and acts when a user's detector speaks.
 
     Args:
@@ -46,8 +46,8 @@ class Watched:
     """
 
     def __init__(self, net: Personal, model: nn.Module, notice: Detector, act: Action) -> None:
-        self.net, self.look, self.notice, self.action = net, Look(model), notice, act
-        self.watches: dict[str, Watch] = {}
+        self.net, self.look, self.notice, self.action = net, ChannelMeans(model), notice, act
+        self.watches: dict[str, UserMonitor] = {}
         self._last: tuple[Tensor, list[str]] | None = None
 
     def predict(self, x: Tensor, user: Sequence[str]) -> Tensor:
@@ -69,7 +69,7 @@ class Watched:
             self._see(user, m, label)
 
     def _see(self, user: str, m: Tensor, label: int) -> None:
-        watch = self.watches.setdefault(user, Watch(self.notice.new(), Context(self.look.scale)))
+        watch = self.watches.setdefault(user, UserMonitor(self.notice.new(), Context(self.look.scale)))
         watch.met += 1
         watch.recent.append((m, label))
         if len(watch.recent) > RECENT:

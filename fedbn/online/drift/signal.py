@@ -19,7 +19,7 @@ FLOOR = 1e-3
 """Least variance of a channel's mean between windows, relative to the source's variance of the channel."""
 
 
-class Look:
+class ChannelMeans:
     """Channel means of windows at the inputs of a model's first BN layers.
 
     Args:
@@ -45,7 +45,7 @@ class Look:
 
 @dataclass
 class Context:
-    """What one user's windows look like, class by class: a running mean and variance of `Look`.
+    """What one user's windows look like, class by class: a running mean and variance of `ChannelMeans`.
 
     Attributes:
         scale: ``[C]`` variance of each channel under the source.

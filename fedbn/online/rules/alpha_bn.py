@@ -24,7 +24,7 @@ class AlphaBN(Rule):
     name = "alpha-bn"
     about = "fixed blend of the source and the user's rows in the same call"
     source = "You, Li, Zhao 2021, arXiv:2110.04065"
-    peeks = True
+    includes_current = True
     keeps = False
 
     alpha: float = 0.1

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fedbn.online.rules.base import Rule
-from fedbn.online.statistics import Pair, Prior, Seen, State, mix
+from fedbn.online.statistics import Pair, Prior, State, WindowStatistics, mix
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Balanced(Rule):
     def start(self, prior: Prior, classes: int) -> State:
         return self.parts_at(prior, classes, classes)
 
-    def update(self, prior: Prior, state: State, seen: Seen, weight: Tensor, posterior: Tensor) -> State:
+    def update(self, prior: Prior, state: State, seen: WindowStatistics, weight: Tensor, posterior: Tensor) -> State:
         classes = posterior.shape[1]
         which = torch.nn.functional.one_hot(posterior.argmax(1), classes) * weight.clamp(max=1)[:, None]
         rate = (self.rate or max(0.0005 * classes, 0.01)) * which

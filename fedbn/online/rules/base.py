@@ -10,7 +10,7 @@ window (mean and variance over its positions), the user's :math:`(M, V)` and the
       &= \big((1-a)M + a m,\;(1-a)V + a w + a(1-a)(m-M)^2\big),
 
 mean and variance of a mixture. A rule is its gain :math:`a`, its weight of the prior :math:`r`, whether the last
-("between") term counts, and whether a window is inside the statistics that it is normalized by (``peeks``).
+("between") term counts, and whether a window is inside the statistics that it is normalized by (``includes_current``).
 
 Everything is vectorized over users (rows, ``U``) and over the channels of all layers side by side (``C``).
 """
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from fedbn.errors import UserError
-from fedbn.online.statistics import Pair, Prior, Seen, State, mix
+from fedbn.online.statistics import Pair, Prior, State, WindowStatistics, mix
 from fedbn.plugins import discover, parse
 
 
@@ -39,7 +39,7 @@ class Rule:
         name: what the command line calls it.
         about: one line for lists.
         source: authors, year, link.
-        peeks: a window is inside the statistics that normalize it ("update, then use").
+        includes_current: a window is inside the statistics that normalize it ("update, then use").
         keeps: there is a state worth exporting; otherwise every window is normalized by itself.
         learns: `update` does something.
         classwise: `update` needs the posterior of each window, so several of one user are taken one after the other.
@@ -63,7 +63,7 @@ class Rule:
     name: ClassVar[str]
     about: ClassVar[str]
     source: ClassVar[str] = ""
-    peeks: ClassVar[bool] = False
+    includes_current: ClassVar[bool] = False
     keeps: ClassVar[bool] = True
     learns: ClassVar[bool] = True
     classwise: ClassVar[bool] = False
@@ -140,7 +140,7 @@ class Rule:
         """Mean and variance to normalize by, ``[U, C]`` each."""
         return mix(state.moments, prior.moments, self.prior_share(prior, state), between=self.between())
 
-    def update(self, prior: Prior, state: State, seen: Seen, weight: Tensor, posterior: Tensor) -> State:
+    def update(self, prior: Prior, state: State, seen: WindowStatistics, weight: Tensor, posterior: Tensor) -> State:
         """The state after learning from ``seen``; ``t`` and ``classes`` are counted by the caller.
 
         Args:
@@ -172,7 +172,7 @@ class Rule:
         return mean, torch.maximum(var, self.floor * prior.var)
 
 
-def by_class(state: State, seen: Seen, weight: Tensor) -> State:
+def merge_by_class(state: State, seen: WindowStatistics, weight: Tensor) -> State:
     """Merge a window into the moments of each class with ``weight`` ``[U, K]``."""
     n = state.n + weight
     share = torch.where(weight > 0, weight / n.clamp_min(1e-12), 0.0)[:, :, None]
@@ -201,8 +201,8 @@ class ClassConditional(Rule):
         prior.classwise(self.name)
         return self.parts_at(prior, classes, classes)
 
-    def update(self, prior: Prior, state: State, seen: Seen, weight: Tensor, posterior: Tensor) -> State:
-        return by_class(state, seen, posterior * weight[:, None])
+    def update(self, prior: Prior, state: State, seen: WindowStatistics, weight: Tensor, posterior: Tensor) -> State:
+        return merge_by_class(state, seen, posterior * weight[:, None])
 
     def belief(self, prior: Prior, state: State) -> Pair:
         """How far each class is believed, ``[U, K, 1]``, and the user's shift in it, ``[U, K, C]``; 0 where unmet."""

@@ -31,7 +31,7 @@ class DABN(Rule):
     name = "dabn"
     about = "exponentially weighted moments, updated before use (DA-BN)"
     source = "Mazankiewicz, Böhm, Bergés 2020, arXiv:2005.12178"
-    peeks = True
+    includes_current = True
 
     rate: float = 0.1
 

@@ -30,7 +30,7 @@ class EDTN(Rule):
     name = "edtn"
     about = "blend with the user's rows in the same call, less and less towards the last layer"
     source = "Wang et al. 2024, arXiv:2310.18562"
-    peeks = True
+    includes_current = True
     keeps = False
 
     first: float = 0.1

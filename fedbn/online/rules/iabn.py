@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fedbn.online.rules.base import Rule
-from fedbn.online.statistics import Prior, Seen, State
+from fedbn.online.statistics import Prior, State, WindowStatistics
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class IABN(Rule):
     name = "iabn"
     about = "source statistics, corrected by the window's own beyond k standard errors (half of NOTE)"
     source = "Gong et al. 2022, arXiv:2208.05117"
-    peeks = True
+    includes_current = True
     keeps = False
 
     k: float = 4.0
@@ -46,7 +46,7 @@ class IABN(Rule):
         self.within("k", 0)
         self.within("effective", 0, 1)
 
-    def update(self, prior: Prior, state: State, seen: Seen, weight: Tensor, posterior: Tensor) -> State:
+    def update(self, prior: Prior, state: State, seen: WindowStatistics, weight: Tensor, posterior: Tensor) -> State:
         L = self.effective * seen.positions * weight[:, None]
         v0 = prior.var + prior.eps
         mean = prior.mean + _beyond(seen.mean - prior.mean, self.k * (v0 / L).sqrt())

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fedbn.online.rules.base import Rule
-from fedbn.online.statistics import Pair, Prior, Seen, State, mix
+from fedbn.online.statistics import Pair, Prior, State, WindowStatistics, mix
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class MemBN(Rule):
     name = "membn"
     about = "joint moments of the last few updates"
     source = "after Kang et al. 2024 (MemBN)"
-    peeks = True
+    includes_current = True
 
     size: int = 16
     n0: float = 16.0
@@ -41,7 +41,7 @@ class MemBN(Rule):
     def start(self, prior: Prior, classes: int) -> State:
         return self.parts_at(prior, classes, self.size)
 
-    def update(self, prior: Prior, state: State, seen: Seen, weight: Tensor, posterior: Tensor) -> State:
+    def update(self, prior: Prior, state: State, seen: WindowStatistics, weight: Tensor, posterior: Tensor) -> State:
         oldest = torch.nn.functional.one_hot((state.t % self.size).long(), self.size) == 1
         return replace(
             state,

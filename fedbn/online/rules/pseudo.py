@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fedbn.online.rules.base import Rule
-from fedbn.online.statistics import Prior, Seen, State
+from fedbn.online.statistics import Prior, State, WindowStatistics
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,6 @@ class Pseudo(Rule):
         n0 = self.worth(prior)
         return torch.where(state.n > 0, n0 / (n0 + state.n).clamp_min(1e-12), 1.0)
 
-    def update(self, prior: Prior, state: State, seen: Seen, weight: Tensor, posterior: Tensor) -> State:
+    def update(self, prior: Prior, state: State, seen: WindowStatistics, weight: Tensor, posterior: Tensor) -> State:
         room = (self.cap - weight[:, None]).clamp_min(0)
         return super().update(prior, replace(state, n=torch.minimum(state.n, room)), seen, weight, posterior)

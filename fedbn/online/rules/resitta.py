@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fedbn.online.rules.base import Rule
-from fedbn.online.statistics import Prior, Seen, State
+from fedbn.online.statistics import Prior, State, WindowStatistics
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class ResiTTA(Rule):
     def between(self) -> bool:
         return False
 
-    def update(self, prior: Prior, state: State, seen: Seen, weight: Tensor, posterior: Tensor) -> State:
+    def update(self, prior: Prior, state: State, seen: WindowStatistics, weight: Tensor, posterior: Tensor) -> State:
         after = super().update(prior, state, seen, weight, posterior)
         back = after.n.new_tensor(2 * self.leash)
         mean = torch.lerp(after.mean, prior.mean[:, None], back)

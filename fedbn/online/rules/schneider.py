@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fedbn.online.rules.base import Rule
-from fedbn.online.statistics import Pair, Prior, Seen, State, mix
+from fedbn.online.statistics import Pair, Prior, State, WindowStatistics, mix
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Schneider(Rule):
     name = "schneider"
     about = "blend of the source and the user's rows in the same call, N against n"
     source = "Schneider et al. 2020, arXiv:2006.16971"
-    peeks = True
+    includes_current = True
     keeps = False
 
     N: float = 16.0
@@ -36,7 +36,7 @@ class Schneider(Rule):
     def gain(self, state: State, weight: Tensor) -> Tensor:
         return torch.ones_like(weight)
 
-    def update(self, prior: Prior, state: State, seen: Seen, weight: Tensor, posterior: Tensor) -> State:
+    def update(self, prior: Prior, state: State, seen: WindowStatistics, weight: Tensor, posterior: Tensor) -> State:
         after = super().update(prior, state, seen, weight, posterior)
         return replace(after, n=weight[:, None])
 

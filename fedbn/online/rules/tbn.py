@@ -24,7 +24,7 @@ class TBN(Rule):
     name = "tbn"
     about = "statistics of the user's rows in the same call (prediction-time BN)"
     source = "Nado et al. 2020, arXiv:2006.10963"
-    peeks = True
+    includes_current = True
     keeps = False
 
     def gain(self, state: State, weight: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fedbn.online.rules.base import Rule
-from fedbn.online.statistics import Pair, Prior, Seen, State, mix
+from fedbn.online.statistics import Pair, Prior, State, WindowStatistics, mix
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class TEMA(Rule):
     name = "tema"
     about = "running average, gain by batch size; the source's weight by each layer's divergence"
     source = "Su et al. 2024, arXiv:2312.09486"
-    peeks = True
+    includes_current = True
 
     smooth: float = 0.9
 
@@ -47,7 +47,7 @@ class TEMA(Rule):
         few, many = weight.new_tensor(0.01), weight.new_tensor(0.1)
         return torch.where((weight >= 64) | (state.n[:, 0] == 0), 1.0, torch.where(weight > 2, many, few))
 
-    def update(self, prior: Prior, state: State, seen: Seen, weight: Tensor, posterior: Tensor) -> State:
+    def update(self, prior: Prior, state: State, seen: WindowStatistics, weight: Tensor, posterior: Tensor) -> State:
         after = super().update(prior, state, seen, weight, posterior)
         (mean, var), (mean0, var0) = after.moments, (prior.mean, prior.var)
         var, var0 = var + prior.eps, var0 + prior.eps

@@ -25,7 +25,7 @@ class TTN(Rule):
     name = "ttn"
     about = "blend with the user's rows in the same call, weights learnt for each channel"
     source = "Lim, Kim, Choo, Choi 2023, arXiv:2302.05155"
-    peeks = True
+    includes_current = True
     wants = "alpha"
     keeps = False
 

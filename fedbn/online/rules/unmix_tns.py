@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fedbn.online.rules.base import Rule
-from fedbn.online.statistics import Pair, Prior, Seen, State
+from fedbn.online.statistics import Pair, Prior, State, WindowStatistics
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class UnMixTNS(Rule):
     name = "unmix-tns"
     about = "a mixture of K components, each drawn by the windows that resemble it"
     source = "Tomar, Vray, Thiran, Bozorgtabar 2024, arXiv:2401.08328"
-    peeks = True
+    includes_current = True
     keeps = False
 
     K: int = 16
@@ -54,7 +54,7 @@ class UnMixTNS(Rule):
         mixture = torch.stack(prior.moments, 1)
         return replace(state, mean=state.mean + offset, var=0.5 * state.var, extra=mixture)
 
-    def update(self, prior: Prior, state: State, seen: Seen, weight: Tensor, posterior: Tensor) -> State:
+    def update(self, prior: Prior, state: State, seen: WindowStatistics, weight: Tensor, posterior: Tensor) -> State:
         m, w = seen.mean[:, None], seen.var[:, None]
         dot, a, b = (prior.per_layer(v) for v in (m * state.mean, m * m, state.mean**2))
         p = (dot / (a * b).sqrt().clamp_min(1e-12) / 0.07).softmax(1)[:, :, prior.layer]

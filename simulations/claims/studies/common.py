@@ -46,8 +46,8 @@ SIX = "digits in six domains (scenario digits), 743 training images each, averag
 @cache
 def digit_domains() -> dict[str, tuple[Examples, Examples]]:
     """Training and test images ``[n, 3, 14, 14]`` in -1 to 1 of every domain; at most 500 test."""
-    people = Digits(test=500).load(0).users
-    return {u.name: (_smaller(u.train), _smaller(u.test)) for u in people}
+    users = Digits(test=500).load(0).users
+    return {u.name: (_smaller(u.train), _smaller(u.test)) for u in users}
 
 
 def _smaller(data: Examples) -> Examples:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from fedbn.data.population import Examples
 from fedbn.federation.run import Run, plan_for
-from fedbn.federation.setup import setting
+from fedbn.federation.setup import build_context
 from fedbn.models.small_cnn import SmallCNN
 from fedbn.nn.conversion import convert
 from fedbn.norms.bne import BNE, register, set_domain
@@ -133,13 +133,13 @@ def federated(arm: str, seed: int, quick: bool) -> dict[str, float]:
     scenario = f"digits:unseen={away}:test=500"
     plan = plan_for(scenario, rounds=rounds, eval_every=rounds, lr=0.05, momentum=0.9, schedule="cosine")
     run = Run(scenario, arm, seed=seed, model="small-cnn", plan=plan).resolved()
-    outcome, here = execute(run, "reference"), setting(run)
-    (stranger,) = here.population.unseen
-    test = here.population.users[stranger].test
+    outcome, ctx = execute(run, "reference"), build_context(run)
+    (stranger,) = ctx.population.unseen
+    test = ctx.population.users[stranger].test
     if arm == "global-pooled":
-        return {"accuracy: one BN": accuracy(here.load(here.assemble(outcome.server.state, None)), test)}
-    clients = [here.assemble(outcome.server.state, outcome.kept[user]) for user in here.population.seen]
-    mixture = BNE(register(copy.deepcopy(here.load(clients[0])), clients))
+        return {"accuracy: one BN": accuracy(ctx.load(ctx.assemble(outcome.server.state, None)), test)}
+    clients = [ctx.assemble(outcome.server.state, outcome.client_states[user]) for user in ctx.population.seen]
+    mixture = BNE(register(copy.deepcopy(ctx.load(clients[0])), clients))
     return {
         f"accuracy: {name}": _share_right(probabilities(mixture, test.x, uniform=name == "uniform"), test)
         for name in ("weighted", "uniform")

@@ -11,13 +11,13 @@ from functools import partial
 
 from torch import Tensor
 
-from fedbn.federation.client import client_consult
+from fedbn.federation.client import client_sync_first_batch
 from fedbn.federation.context import EVERYONE
 from fedbn.federation.loop import federate
 from fedbn.federation.run import Run, plan_for
-from fedbn.federation.setup import setting
+from fedbn.federation.setup import build_context
 from fedbn.nn.roles import statistics_layers
-from fedbn.statistics.consensus import hold
+from fedbn.statistics.consensus import run_consensus
 from fedbn.strategies.base import Progress
 from simulations.claims.claim import Claim
 from simulations.claims.studies.common import mean_accuracy
@@ -50,9 +50,9 @@ def one_step(arm: str, seed: int, quick: bool) -> dict[str, float]:
 def _gradient(strategy: str, partition: str, seed: int) -> dict[str, Tensor]:
     """What the first round moves parameters by, over the rate, by name."""
     run = _run(IMAGES, strategy, partition, seed, rounds=1)
-    before, outcome = setting(run).start(), federate(run)
+    before, outcome = build_context(run).start(), federate(run)
     # Trained in one place, a model stays there.
-    after = outcome.server.state | outcome.kept.get(EVERYONE, {})
+    after = outcome.server.state | outcome.client_states.get(EVERYONE, {})
     return {name: (before[name] - after[name]) / RATE for name in LAYERS.values()}
 
 
@@ -73,14 +73,18 @@ def cost(arm: str, seed: int, quick: bool) -> dict[str, float]:
     """
     # What is sent does not depend on how many rows a batch has.
     run = _run(IMAGES, "fedtan", "sorted", seed, 1, model=arm, size=16)
-    here = setting(run)
-    progress, state = Progress(1, 1), here.start()
-    heard = list(hold(lambda answers: [client_consult(here, u, state, None, progress, answers) for u in here.trainers]))
-    layers = len(statistics_layers(here.scratch))
-    sent = sum(moments.mean.numel() for answer in heard for moments in answer.values())
+    ctx = build_context(run)
+    progress, state = Progress(1, 1), ctx.start()
+    aggregates = list(
+        run_consensus(
+            lambda answers: [client_sync_first_batch(ctx, u, state, None, progress, answers) for u in ctx.trainers]
+        )
+    )
+    layers = len(statistics_layers(ctx.scratch))
+    sent = sum(moments.mean.numel() for answer in aggregates for moments in answer.values())
     return {
-        "exchanges": len(heard) + 1.0,
-        "exchanges beyond 3L+1": len(heard) + 1.0 - (3 * layers + 1),
+        "exchanges": len(aggregates) + 1.0,
+        "exchanges beyond 3L+1": len(aggregates) + 1.0 - (3 * layers + 1),
         "share of the model": sent / sum(v.numel() for v in state.values()),
     }
 

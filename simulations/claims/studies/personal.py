@@ -77,11 +77,11 @@ def trained_by_user(model: nn.Module, users: list[Examples], epochs: int, seed: 
     return model
 
 
-def _deployed(people: Population, arm: str, seed: int, epochs: int) -> dict[str, float]:
+def _deployed(population: Population, arm: str, seed: int, epochs: int) -> dict[str, float]:
     """Mean accuracy on the unseen people; the arm is what is trained: ``frozen``, ordinary BN, or ``by user``."""
-    users = [people.users[i].train for i in people.seen]
-    model = build("har-cnn", people.shape, len(people.classes), seed)
-    streams = [people.users[i].test for i in people.unseen]
+    users = [population.users[i].train for i in population.seen]
+    model = build("har-cnn", population.shape, len(population.classes), seed)
+    streams = [population.users[i].test for i in population.unseen]
     if arm == "frozen":
         data = Examples.concat(users)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
@@ -90,7 +90,7 @@ def _deployed(people: Population, arm: str, seed: int, epochs: int) -> dict[str,
     model = trained_by_user(model, users, epochs, seed).eval()
     mixed = [
         s.take(torch.randperm(len(s), generator=generator(seed, "claims", "stream", i)))
-        for i, s in zip(people.unseen, streams, strict=True)
+        for i, s in zip(population.unseen, streams, strict=True)
     ]
     return {
         "accuracy: mean of users": sum(accuracy(model, s) for s in streams) / len(streams),
@@ -105,9 +105,9 @@ def _followed(model: nn.Module, streams: list[Examples]) -> float:
     counts = torch.zeros(len(streams))
     with torch.no_grad():
         for t in range(max(map(len, streams))):
-            here = [u for u, s in enumerate(streams) if t < len(s)]
-            answers = net(torch.stack([streams[u].x[t] for u in here]), user=here).argmax(1)
-            counts[here] += (answers == torch.stack([streams[u].y[t] for u in here])).float()
+            ctx = [u for u, s in enumerate(streams) if t < len(s)]
+            answers = net(torch.stack([streams[u].x[t] for u in ctx]), user=ctx).argmax(1)
+            counts[ctx] += (answers == torch.stack([streams[u].y[t] for u in ctx])).float()
     return float((counts / torch.tensor([len(s) for s in streams])).mean())
 
 

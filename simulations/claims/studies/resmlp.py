@@ -64,8 +64,10 @@ def features(windows: Tensor) -> Tensor:
 def _table(name: str, seed: int) -> tuple[Examples, Examples]:
     """Training and test rows of a table, in units of the training rows' standard deviations."""
     if name == "hapt":
-        people = scenario("hapt").load(seed)
-        parts = [Examples.concat([people.users[i].train for i in of]) for of in (people.seen, people.unseen)]
+        population = scenario("hapt").load(seed)
+        parts = [
+            Examples.concat([population.users[i].train for i in of]) for of in (population.seen, population.unseen)
+        ]
         train_rows, test_rows = (Examples(features(p.x), p.y, p.recording) for p in parts)
     else:
         whole = scenario(f"tabular:table={name}:dealt=random:unseen=0").load(0).users

@@ -27,8 +27,8 @@ from fedbn.scenarios.base import scenario
 from fedbn.seeds import generator
 from fedbn.statistics.moments import Moments
 from fedbn.statistics.recalibration import recalibrate
-from simulations.adaptation.source_model import Meeting
-from simulations.service.drift import Floats, Watches, channel_means
+from simulations.adaptation.source_model import SourceModel
+from simulations.service.drift import BatchedMonitor, Floats, channel_means
 
 RULES = {
     "source": ("source", "never adapts"),
@@ -64,7 +64,7 @@ class Playground:
 
     Attributes:
         model: in evaluation mode.
-        people: those it has never seen.
+        users: those it has never seen.
         classes: names.
         hop: seconds from one window to the next.
         title: of the scenario.
@@ -72,29 +72,29 @@ class Playground:
     """
 
     model: nn.Module
-    people: Mapping[str, User]
+    users: Mapping[str, User]
     classes: Sequence[str]
     hop: float
     title: str
     spread: Floats
 
     @staticmethod
-    def of(meeting: Meeting) -> Playground:
+    def of(source: SourceModel) -> Playground:
         """Of a trained model and the people it meets.
 
         Raises:
             UserError: data that the page cannot show, or nobody is held out.
         """
-        chosen = shown(meeting.run.scenario)
-        people = {user.name: user for user in meeting.people("unseen")}
+        chosen = shown(source.run.scenario)
+        users = {user.name: user for user in source.users("unseen")}
         hop = chosen.window * (1 - chosen.overlap) / SAMPLING
-        spread = channel_means(meeting.source_windows).var(0)
-        return Playground(meeting.model, people, meeting.here.population.classes, hop, chosen.about, spread)
+        spread = channel_means(source.source_windows).var(0)
+        return Playground(source.model, users, source.ctx.population.classes, hop, chosen.about, spread)
 
     @cached_property
     def shape(self) -> tuple[int, ...]:
         """Of a window."""
-        return tuple(next(iter(self.people.values())).test.x.shape[1:])
+        return tuple(next(iter(self.users.values())).test.x.shape[1:])
 
     @property
     def layers(self) -> list[str]:
@@ -107,15 +107,15 @@ class Playground:
         Raises:
             UserError: there is nobody of that name.
         """
-        if name not in self.people:
-            raise unknown("person", name, self.people)
-        return self.people[name]
+        if name not in self.users:
+            raise unknown("person", name, self.users)
+        return self.users[name]
 
     def about(self) -> dict[str, Any]:
         """What the page must know before it begins."""
         return {
             "title": self.title,
-            "people": {name: len(user.test) for name, user in self.people.items()},
+            "people": {name: len(user.test) for name, user in self.users.items()},
             "classes": list(self.classes),
             "rules": {name: what for name, (_, what) in RULES.items()},
             "layers": self.layers,
@@ -153,7 +153,7 @@ class Session:
             name: personalize(playground.model, rule(text), capacity=1, classes=len(playground.classes))
             for name, (text, _) in RULES.items()
         }
-        self.watches = Watches(detector(DETECTOR), playground.spread, len(playground.classes), capacity=1)
+        self.watches = BatchedMonitor(detector(DETECTOR), playground.spread, len(playground.classes), capacity=1)
         self.at = self.met = 0
         self.right = dict.fromkeys(RULES, 0)
         self.recent: dict[str, deque[bool]] = {name: deque(maxlen=RECENT) for name in RULES}
@@ -264,8 +264,8 @@ class Session:
         for name, net in self.nets.items():
             found[name] = []
             for path, (mean, var) in net.statistics(WHO).items():
-                here = _moments(mean, var)
-                a, b = float(here.w2(self._population[path])), float(here.w2(self._own[path]))
+                ctx = _moments(mean, var)
+                a, b = float(ctx.w2(self._population[path])), float(ctx.w2(self._own[path]))
                 found[name].append(round(a / (a + b), 3) if a + b > 0 else 0.0)
         return found
 

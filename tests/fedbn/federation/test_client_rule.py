@@ -17,7 +17,7 @@ from fedbn.federation.client import user_state
 from fedbn.federation.cold_start import population
 from fedbn.federation.loop import federate
 from fedbn.federation.run import Run
-from fedbn.federation.setup import setting
+from fedbn.federation.setup import build_context
 from fedbn.online import follow_rule, personalize, rule
 from fedbn.online.prequential import follow
 from fedbn.streams import Stream
@@ -52,7 +52,7 @@ def test_the_grid_personalizes_to_the_same_numbers_as_the_loop(strategy, text, s
     run = replace(small(strategy), rule=text)
     if strategy == "fedbn" and text == CHOSEN:
         with pytest.raises(UserError, match=f"with strategy '{strategy}' no client sends any"):
-            setting(run)
+            build_context(run)
         return
     a, b = execute(run, "reference"), execute(run, "grid")
     assert a.scores == b.scores
@@ -63,12 +63,12 @@ def test_the_grid_personalizes_to_the_same_numbers_as_the_loop(strategy, text, s
 @pytest.mark.parametrize("text", ["ema:rate=0.3", CHOSEN])
 def test_the_online_column_is_the_prequential_protocol_on_what_the_strategy_gives(text, small):
     run = replace(small("global-naive"), rule=text)
-    out, here = federate(run), setting(run)
-    for user in (here.population.unseen[0], here.population.seen[1]):
-        person = here.population.users[user]
-        state = user_state(here, user, out.server.serving, out.kept.get(user))
-        prior = population(here, state, out.server.registry, person.train.x) if text == CHOSEN else None
-        net = personalize(copy.deepcopy(here.load(state)), rule(text), prior)
+    out, ctx = federate(run), build_context(run)
+    for user in (ctx.population.unseen[0], ctx.population.seen[1]):
+        person = ctx.population.users[user]
+        state = user_state(ctx, user, out.server.serving, out.client_states.get(user))
+        prior = population(ctx, state, out.server.client_statistics, person.train.x) if text == CHOSEN else None
+        net = personalize(copy.deepcopy(ctx.load(state)), rule(text), prior)
         (trace,) = follow(net, [Stream(person.name, person.test.x, person.test.y, person.test.recording)])
         found = [a for (u, row), a in online(out.scores).items() if u == user and row != "global"]
         assert found == [pytest.approx(trace.correct.mean(), abs=1e-12)]
@@ -76,13 +76,13 @@ def test_the_online_column_is_the_prequential_protocol_on_what_the_strategy_give
 
 def test_what_a_population_is_worth_follows_from_how_its_users_differ(small):
     run = replace(small("global-naive"), rule=CHOSEN)
-    out, here = federate(run), setting(run)
-    x = here.population.users[here.population.unseen[0]].train.x
-    prior = population(here, out.server.serving, out.server.registry, x)
-    alike = dict.fromkeys(out.server.registry, next(iter(out.server.registry.values())))
-    certain = population(here, out.server.serving, alike, x)
+    out, ctx = federate(run), build_context(run)
+    x = ctx.population.users[ctx.population.unseen[0]].train.x
+    prior = population(ctx, out.server.serving, out.server.client_statistics, x)
+    alike = dict.fromkeys(out.server.client_statistics, next(iter(out.server.client_statistics.values())))
+    certain = population(ctx, out.server.serving, alike, x)
     for path, layer in prior.items():
-        means = torch.stack([c[f"{path}.running_mean"] for c in out.server.registry.values()])
+        means = torch.stack([c[f"{path}.running_mean"] for c in out.server.client_statistics.values()])
         torch.testing.assert_close(layer.mean, means.mean(0))
         assert (layer.n0 <= certain[path].n0).all()
         assert layer.n0.median() < certain[path].n0[0] / 10
@@ -91,12 +91,12 @@ def test_what_a_population_is_worth_follows_from_how_its_users_differ(small):
 
 def test_following_leaves_the_model_alone_and_returns_what_was_learnt(small):
     run = small("global-naive")
-    here = setting(run)
-    model, person = here.load(here.initial).eval(), here.population.users[0]
+    ctx = build_context(run)
+    model, person = ctx.load(ctx.initial).eval(), ctx.population.users[0]
     before = {k: v.clone() for k, v in model.state_dict().items()}
     logits, net = follow_rule(model, person.test.x, rule("cumulative"))
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    assert logits.shape == (len(person.test), len(here.population.classes))
+    assert logits.shape == (len(person.test), len(ctx.population.classes))
     assert net.state("this").n == len(person.test)
 
 

@@ -20,7 +20,7 @@ from tests.helpers import few, same
 @pytest.mark.parametrize("name", strategies())
 def test_every_strategy_trains_and_keeps_float32(name, small):
     outcome = execute(small(name, rounds=1, precision="bfloat16", **few(name)), "reference")
-    states = [outcome.server.state, *outcome.kept.values()]
+    states = [outcome.server.state, *outcome.client_states.values()]
     assert {v.dtype for s in states for v in s.values() if v.is_floating_point()} == {torch.float32}
     assert all(torch.isfinite(v).all() for s in states for v in s.values())
 

@@ -15,7 +15,7 @@ from fedbn.data.splits import carve_validation
 from fedbn.errors import UserError
 from fedbn.federation import setup as module
 from fedbn.federation.checks import check_data
-from fedbn.federation.setup import setting
+from fedbn.federation.setup import build_context
 from fedbn.scenarios.base import Scenario
 
 
@@ -66,22 +66,22 @@ def test_more_clients_than_there_are(small):
     with pytest.raises(
         UserError, match=r"--clients-per-round 50 asks for more than the \d seen users; choose at most \d"
     ):
-        setting(small(clients_per_round=50))
-    assert setting(small("centralized", clients_per_round=50)).trainers == (-1,)
+        build_context(small(clients_per_round=50))
+    assert build_context(small("centralized", clients_per_round=50)).trainers == (-1,)
 
 
 def test_batches_of_one_and_batch_norm(small):
     with pytest.raises(UserError, match=r"cannot train on batches of one \(--batch-size 1\): use a batch size of 2"):
-        setting(small("fedbn", model="mlp", batch_size=1))
-    assert setting(small("groupnorm", model="mlp", batch_size=1)).notices == ()
-    assert any("batches of one" in n for n in setting(small("fedbn", batch_size=1)).notices)
+        build_context(small("fedbn", model="mlp", batch_size=1))
+    assert build_context(small("groupnorm", model="mlp", batch_size=1)).notices == ()
+    assert any("batches of one" in n for n in build_context(small("fedbn", batch_size=1)).notices)
 
 
 def test_users_with_less_than_a_batch_are_said_and_trained(small):
-    (notice,) = setting(small("fedbn", batch_size=500)).notices
+    (notice,) = build_context(small("fedbn", batch_size=500)).notices
     assert "fewer training examples than a batch of 500" in notice
     assert "they train on one smaller batch an epoch" in notice
-    assert setting(small("fedbn", batch_size=8)).notices == ()
+    assert build_context(small("fedbn", batch_size=8)).notices == ()
 
 
 def given(monkeypatch, make):
@@ -94,25 +94,25 @@ def given(monkeypatch, make):
 def test_a_model_of_the_wrong_shape(small, monkeypatch):
     text = given(monkeypatch, lambda shape, classes: nn.Sequential(nn.Flatten(), nn.Linear(9, classes)))
     with pytest.raises(UserError, match=r"does not take examples of shape \[1, 8, 8\]"):
-        setting(small("nonorm", model=text))
+        build_context(small("nonorm", model=text))
     text = given(monkeypatch, lambda shape, classes: nn.Sequential(nn.Flatten(), nn.Linear(64, 7)))
     with pytest.raises(UserError, match=r"outputs of shape \[7\] for 10 classes"):
-        setting(small("nonorm", model=text, rounds=3))
+        build_context(small("nonorm", model=text, rounds=3))
     with pytest.raises(UserError, match="gave a int, not a torch.nn.Module"):
-        setting(small("nonorm", model=given(monkeypatch, lambda: 3), rounds=4))
+        build_context(small("nonorm", model=given(monkeypatch, lambda: 3), rounds=4))
 
 
 def test_instance_norm_refuses_layers_without_positions(small):
     with pytest.raises(UserError, match="after a linear layer; choose groupnorm or layernorm"):
-        setting(small("instancenorm", model="mlp"))
+        build_context(small("instancenorm", model="mlp"))
 
 
 def test_strategies_that_need_norms_refuse_a_model_without(small, monkeypatch):
     text = given(monkeypatch, lambda shape, classes: nn.Sequential(nn.Flatten(), nn.Linear(64, classes)))
     with pytest.raises(UserError, match="conversion to group needs normalization layers and Sequential has none"):
-        setting(small("groupnorm", model=text))
+        build_context(small("groupnorm", model=text))
     with pytest.raises(UserError, match="strategy 'silobn' works on running statistics"):
-        setting(small("silobn", model=text))
+        build_context(small("silobn", model=text))
 
 
 def test_too_few_rows_to_hold_any_out():
@@ -141,8 +141,8 @@ def test_the_population_is_loaded_once_for_all_strategies(small, monkeypatch):
 
     load = Digits8.load
     monkeypatch.setattr(Digits8, "load", lambda self, seed: calls.append(seed) or load(self, seed))
-    module.population.cache_clear()
+    module.load_population.cache_clear()
     for name in ("fedbn", "silobn", "groupnorm"):
-        setting(small(name, seed=11))
+        build_context(small(name, seed=11))
     assert calls == [11]
     assert issubclass(Digits8, Scenario)

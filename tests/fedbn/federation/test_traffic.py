@@ -11,7 +11,7 @@ from flwr.clientapp import ClientApp
 
 import clients.app as client
 from fedbn.federation.run import plan_for
-from fedbn.federation.setup import setting
+from fedbn.federation.setup import build_context
 from fedbn.federation.traffic import MESSAGE, REPEATED, Traffic
 from fedbn.nn.roles import statistics_layers
 from fedbn.strategies.base import Update
@@ -20,11 +20,11 @@ from simulations.engines.grid import InProcessGrid
 from simulations.experiments.compare import compare
 from simulations.experiments.experiment import Experiment
 from simulations.flower.compat import task_identity
-from simulations.report.documents import embed
+from simulations.report.documents import update_document
 from simulations.results import inference
 from simulations.results.comparison import Comparison
-from simulations.results.formatting import size
-from simulations.server.rounds import conduct
+from simulations.results.formatting import format_size
+from simulations.server.rounds import run_rounds
 from simulations.storage.checkpoint import load_outcome, save_outcome
 
 TALKATIVE = {"fedtan": 1, "hbn": 1, "static-bn": 1, "global-recalibrated": 1, "fedap": 1, "global-naive+scaffold": 2}
@@ -48,10 +48,10 @@ def in_messages(run):
     config, app = {"run": run.to_json()}, ClientApp(mods=[spy])
     app.train()(client.train)
     app.evaluate()(client.evaluate)
-    for kind in ("consult", "settle", "partition"):
+    for kind in ("sync_first_batch", "sync_statistics", "partition"):
         app.query(kind)(getattr(client, kind))
     with task_identity(1):
-        outcome = conduct(InProcessGrid(app, len(setting(run).population.users), config), run)
+        outcome = run_rounds(InProcessGrid(app, len(build_context(run).population.users), config), run)
     return found, outcome.traffic
 
 
@@ -70,19 +70,23 @@ def test_what_a_strategy_without_conversations_sends_are_its_entries_alone(small
     run = small("global-naive")
     found, traffic = in_messages(run)
     assert traffic.rows() == []
-    here = setting(run)
-    entries = sum(row["bytes_up"] for row in here.ownership.rows())
-    assert found["up", "train", "arrays"] == traffic.trained * entries == 2 * len(here.trainers) * entries
+    ctx = build_context(run)
+    entries = sum(row["bytes_up"] for row in ctx.ownership.rows())
+    assert found["up", "train", "arrays"] == traffic.trained * entries == 2 * len(ctx.trainers) * entries
 
 
 def test_fedtan_says_three_things_a_layer(small):
     """A mean, a mean square, and the two statistic gradients together; each is a count and two vectors of doubles."""
     run = small("fedtan")
-    here = setting(run)
-    channels = [layer.num_features for layer in statistics_layers(here.scratch).values()]
+    ctx = build_context(run)
+    channels = [layer.num_features for layer in statistics_layers(ctx.scratch).values()]
     rows = {row["role"]: row for row in execute(run).traffic.rows()}
-    assert rows["consulting"]["bytes_up"] == rows["consulting"]["bytes_down"] == sum(4 * (8 + 16 * c) for c in channels)
-    model = sum(row["bytes_down"] for row in here.ownership.rows())
+    assert (
+        rows["first-batch sync"]["bytes_up"]
+        == rows["first-batch sync"]["bytes_down"]
+        == sum(4 * (8 + 16 * c) for c in channels)
+    )
+    model = sum(row["bytes_down"] for row in ctx.ownership.rows())
     said = [8 + 16 * c for c in channels for _ in range(2)] + [2 * (8 + 16 * c) for c in reversed(channels)]
     asked = [sum(said[: max(i - 1, 0)]) for i in range(len(said) + 1)]  # earlier answers, again with each question
     assert len(asked) == 3 * len(channels) + 1
@@ -91,11 +95,11 @@ def test_fedtan_says_three_things_a_layer(small):
 
 def test_moments_settled_once_are_said_once_by_every_trainer(small):
     run = small("global-recalibrated", eval_every=2, clients_per_round=3)
-    here = setting(run)
-    channels = [layer.num_features for layer in statistics_layers(here.scratch).values()]
+    ctx = build_context(run)
+    channels = [layer.num_features for layer in statistics_layers(ctx.scratch).values()]
     traffic = execute(run).traffic
     assert traffic.trained == 2 * 3
-    assert traffic.up["settling"] == len(here.trainers) * sum(8 + 16 * c for c in channels)
+    assert traffic.up["statistics sync"] == len(ctx.trainers) * sum(8 + 16 * c for c in channels)
 
 
 def test_counts_survive_a_checkpoint(small, tmp_path):
@@ -120,11 +124,11 @@ def test_a_page_says_what_clients_without_a_memory_are_told_again(tmp_path, monk
     what = Experiment("digits8:images=600", ("global-naive", "fedtan"), plan=plan, seeds=1)
     page = tmp_path / "page.md"
     page.write_text("<!-- begin out -->\n<!-- end out -->\n")
-    embed(compare(what, tmp_path / "out", workers=1), page, full=True)
+    update_document(compare(what, tmp_path / "out", workers=1), page, full=True)
     costs = page.read_text().split("bytes per client and round; repeated is the part of down")[1].splitlines()
     cells = {cells[0]: cells[1:] for line in costs if (cells := [c.strip() for c in line.split("|")[1:-1]])}
     assert cells["strategy"] == ["time", "down", "up", "repeated"]
     assert cells["global-naive"][3] == "0 B"
     traffic = Comparison.load(tmp_path / "out").traffic().set_index(["strategy", "role"])["bytes_down"]
-    assert cells["fedtan"][3] == size(traffic["fedtan", REPEATED]) != "0 B"
-    assert cells["fedtan"][1] == size(traffic["fedtan"].sum())
+    assert cells["fedtan"][3] == format_size(traffic["fedtan", REPEATED]) != "0 B"
+    assert cells["fedtan"][1] == format_size(traffic["fedtan"].sum())

@@ -11,7 +11,7 @@ from fedbn.data.batching import batches
 from fedbn.data.population import Examples
 from fedbn.federation.client import OPTIMIZER, client_round
 from fedbn.federation.loop import federate
-from fedbn.federation.setup import setting
+from fedbn.federation.setup import build_context
 from fedbn.federation.training import fit
 from fedbn.strategies.base import Progress
 
@@ -75,13 +75,13 @@ def test_a_pull_holds_the_parameters_it_names_near_their_target():
 
 
 def test_optimizer_state_is_kept_by_the_client_and_never_sent(small):
-    here = setting(small("fedbn", optimizer_state="keep"))
-    update, kept = client_round(here, 0, here.start(), None, Progress(1, 2))
+    ctx = build_context(small("fedbn", optimizer_state="keep"))
+    update, kept = client_round(ctx, 0, ctx.start(), None, Progress(1, 2))
     buffers = {k.removeprefix(OPTIMIZER) for k in kept if k.startswith(OPTIMIZER)}
-    assert buffers == {n for n, _ in here.scratch.named_parameters()}
+    assert buffers == {n for n, _ in ctx.scratch.named_parameters()}
     assert not any(k.startswith(OPTIMIZER) for k in update.state)
-    with_memory, _ = client_round(here, 0, here.start(), kept, Progress(2, 2))
-    without, _ = client_round(here, 0, here.start(), {k: kept[k] for k in here.ownership.kept}, Progress(2, 2))
+    with_memory, _ = client_round(ctx, 0, ctx.start(), kept, Progress(2, 2))
+    without, _ = client_round(ctx, 0, ctx.start(), {k: kept[k] for k in ctx.ownership.retained}, Progress(2, 2))
     assert with_memory.loss != without.loss
 
 

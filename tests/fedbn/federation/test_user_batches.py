@@ -15,7 +15,7 @@ from fedbn.data.population import Examples
 from fedbn.errors import UserError
 from fedbn.federation.loop import federate
 from fedbn.federation.run import Run
-from fedbn.federation.setup import setting, setting_for
+from fedbn.federation.setup import build_context, build_context_for
 from fedbn.federation.training import fit, shuffle
 from simulations.engines.execute import execute
 from simulations.experiments.experiment import Experiment
@@ -87,13 +87,13 @@ def test_engines_agree(people, engine):
 
 
 def test_a_person_with_one_row_is_refused_before_anything_runs(people):
-    here = setting(people())
-    users, first = list(here.population.users), here.population.seen[0]
+    ctx = build_context(people())
+    users, first = list(ctx.population.users), ctx.population.seen[0]
     users[first] = replace(users[first], train=users[first].train.take(torch.arange(1)))
-    few = replace(here.population, users=tuple(users))
+    few = replace(ctx.population, users=tuple(users))
     with pytest.raises(UserError, match=f"user {users[first].name}, who has a single training example"):
-        setting_for(here.run, few)
-    setting_for(people(user_batches=False), few)
+        build_context_for(ctx.run, few)
+    build_context_for(people(user_batches=False), few)
 
 
 def test_a_run_file_says_it_too():

@@ -152,16 +152,16 @@ def user_and_accuracy(directory, strategy, row):
 )
 def test_the_model_that_is_exported_is_the_one_that_was_scored(directory, call, tmp_path, strategy, row):
     from fedbn.federation.run import Run
-    from fedbn.federation.setup import setting
+    from fedbn.federation.setup import build_context
 
     user, accuracy = user_and_accuracy(directory, strategy, row)
     path = tmp_path / "model.safetensors"
     code, out, err = call("export", directory, "--strategy", strategy, "--user", user, "--out", path, "--json")
     assert code == 0, err
     assert json.loads(out)["input"] == [1, 8, 8]
-    here = setting(Run.from_dict(json.loads(result_of(directory, strategy).read_text())["run"]))
-    person = next(u for u in here.population.users if u.name == user)
-    model = here.load(load_file(path)).eval()
+    ctx = build_context(Run.from_dict(json.loads(result_of(directory, strategy).read_text())["run"]))
+    person = next(u for u in ctx.population.users if u.name == user)
+    model = ctx.load(load_file(path)).eval()
     assert float((model(person.test.x).argmax(1) == person.test.y).double().mean()) == accuracy
 
 

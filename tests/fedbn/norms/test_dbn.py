@@ -140,13 +140,13 @@ def test_the_server_moves_by_its_own_schedule_on_the_scale_of_the_statistic():
     clients, keys = [said(-1.0, 15.0), said(1.0, 15.0)], ["running_mean", "running_var", "steps"]
     old = {"running_mean": torch.tensor([2.0]), "running_var": torch.tensor([4.0]), "steps": torch.tensor(0.0)}
     pooled_mean, pooled_var = 0.0, 16.0  # variance of the union: 15 + 1
-    got = DBN("1/m").pool(clients, [1, 1], keys, old, Progress(4, 9))
+    got = DBN("1/m").aggregate_statistics(clients, [1, 1], keys, old, Progress(4, 9))
     assert float(got["running_mean"]) == pytest.approx(0.75 * 2 + 0.25 * pooled_mean)
     assert float(got["running_var"]) == pytest.approx((0.75 * 2 + 0.25 * pooled_var**0.5) ** 2)
     assert float(got["steps"]) == 4
-    variances = DBN("1/m", stat="var").pool(clients, [1, 1], keys, old, Progress(4, 9))
+    variances = DBN("1/m", stat="var").aggregate_statistics(clients, [1, 1], keys, old, Progress(4, 9))
     assert float(variances["running_var"]) == pytest.approx(0.75 * 4 + 0.25 * pooled_var)
-    first = DBN("0").pool(clients, [1, 1], keys, old, Progress(1, 9))
+    first = DBN("0").aggregate_statistics(clients, [1, 1], keys, old, Progress(1, 9))
     assert float(first["running_var"]) == pytest.approx(16)
 
 

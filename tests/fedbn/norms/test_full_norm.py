@@ -130,7 +130,7 @@ def test_mean_states_of_clients_are_the_state_of_the_union():
     union = client(torch.cat(parts)).state_dict()
     updates = [Update(i, client(p).state_dict(), 6, 0.0) for i, p in enumerate(parts)]
     keys = [k for k in union if "running" in k or k == "steps"]
-    pooled = FullNormStrategy().pool(updates, [6, 6], keys, {}, Progress(1, 1))
+    pooled = FullNormStrategy().aggregate_statistics(updates, [6, 6], keys, {}, Progress(1, 1))
     for key in keys:
         torch.testing.assert_close(pooled[key], union[key], rtol=1e-12, atol=1e-12)
 
@@ -168,5 +168,5 @@ def test_the_strategy_clips_the_whole_gradient():
     net = nn.Linear(3, 2)
     for p in net.parameters():
         p.grad = torch.full_like(p, 10.0)
-    FullNormStrategy(clip=0.5).before_step(net)
+    FullNormStrategy(clip=0.5).on_before_optimizer_step(net)
     assert float(torch.cat([p.grad.flatten() for p in net.parameters()]).norm()) == pytest.approx(0.5, rel=1e-4)

@@ -77,9 +77,9 @@ def test_clients_start_weight_normalization_from_their_data_in_the_first_round_o
     strategy, data = WeightNorm(), Examples(draw(6, 1, 8, 8), torch.zeros(6).long(), torch.zeros(6).long())
     first, later = (convert(network(), "weight-norm") for _ in range(2))
     before = copy.deepcopy(later.state_dict())
-    strategy.measure(later, data, Progress(2, 3))
+    strategy.before_local_training(later, data, Progress(2, 3))
     assert all(torch.equal(v, before[k]) for k, v in later.state_dict().items())
-    strategy.measure(first, data, Progress(1, 3))
+    strategy.before_local_training(first, data, Progress(1, 3))
     assert any(not torch.equal(v, before[k]) for k, v in first.state_dict().items())
 
 
@@ -150,7 +150,7 @@ def test_fedwon_clips_everything_but_the_classifier():
     net = convert(network(), "fedwon")
     for p in net.parameters():
         p.grad = torch.full_like(p, 1e3)
-    FedWon(clip=0.1).before_step(net)
+    FedWon(clip=0.1).on_before_optimizer_step(net)
     assert float(net.classifier.weight.grad.min()) == 1e3
     for i in (0, 4):
         w = net.features[i].parametrizations.weight.original
@@ -221,6 +221,6 @@ def test_errors_name_the_fix():
     with pytest.raises(UserError, match="needs a linear classifier inside the model, and Sequential ends in Conv1d"):
         convert(nn.Sequential(nn.Conv1d(2, 3, 1)), "feature-norm")
     with pytest.raises(UserError, match="clip=0.0 would stop all learning; give a positive number"):
-        FedWon(clip=0.0).prepare(network())
+        FedWon(clip=0.0).prepare_model(network())
     with pytest.raises(UserError, match="and Linear ends in none"):
         convert(nn.Linear(2, 3), "feature-norm")

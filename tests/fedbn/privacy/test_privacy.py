@@ -19,7 +19,7 @@ from fedbn.errors import UserError
 from fedbn.federation.client import client_round
 from fedbn.federation.loop import federate
 from fedbn.federation.protection import MASKED, masked, opened, protected, statement
-from fedbn.federation.setup import setting
+from fedbn.federation.setup import build_context
 from fedbn.nn.roles import Role
 from fedbn.privacy.accounting import epsilon
 from fedbn.privacy.mechanism import (
@@ -41,7 +41,7 @@ from fedbn.strategies.ownership import LOCAL
 from simulations.engines.execute import execute
 from simulations.engines.grid import InProcessGrid
 from simulations.flower.compat import task_identity
-from simulations.server.rounds import Listener, conduct
+from simulations.server.rounds import Listener, run_rounds
 from tests.helpers import same
 
 PAIRS = [("bn.running_mean", "bn.running_var")]
@@ -57,9 +57,9 @@ def layer(mean, variance):
     return {"bn.running_mean": torch.tensor(mean), "bn.running_var": torch.tensor(variance)}
 
 
-def trained(here, user=0):
-    received = here.start()
-    return client_round(here, user, received, None, FIRST)[0], received
+def trained(ctx, user=0):
+    received = ctx.start()
+    return client_round(ctx, user, received, None, FIRST)[0], received
 
 
 @pytest.mark.parametrize("engine", ["reference", "grid"])
@@ -143,39 +143,39 @@ def test_shifted_sums_give_moments_back(mean, scale):
 
 
 def test_an_update_is_bounded_part_by_part_and_counts_are_not_sent(small):
-    here = setting(private(small("global-pooled"), "clip=0.1:clip_statistics=0.2"))
-    update, received = trained(here)
-    out = released(here.privacy, update, received, here.ownership, generator(0, "test"))
-    keys, pairs = parameter_keys(here.ownership), statistics_pairs(here.ownership)
+    ctx = build_context(private(small("global-pooled"), "clip=0.1:clip_statistics=0.2"))
+    update, received = trained(ctx)
+    out = released(ctx.privacy, update, received, ctx.ownership, generator(0, "test"))
+    keys, pairs = parameter_keys(ctx.ownership), statistics_pairs(ctx.ownership)
     moved = torch.cat([(out.state[k].double() - received[k].double()).flatten() for k in keys])
     assert float(moved.norm()) == pytest.approx(0.1, rel=1e-4)
     assert float(to_sums(out.state, received, pairs).norm()) == pytest.approx(0.2, rel=1e-4)
     assert out.examples == 1 < update.examples
     assert list(out.state) == list(update.state)
-    assert not any(here.ownership.roles[k] is Role.COUNTER for k in out.state)
+    assert not any(ctx.ownership.roles[k] is Role.COUNTER for k in out.state)
 
 
 def test_noise_has_the_scale_that_is_accounted_for(small):
-    here = setting(private(small("global-pooled"), "clip=0.5:noise=2:clip_statistics=0.25"))
-    update, received = trained(here)
-    quiet = released(replace(here.privacy, noise=0.0), update, received, here.ownership, generator(0, "a"))
-    loud = released(here.privacy, update, received, here.ownership, generator(0, "a"))
-    keys = parameter_keys(here.ownership)
+    ctx = build_context(private(small("global-pooled"), "clip=0.5:noise=2:clip_statistics=0.25"))
+    update, received = trained(ctx)
+    quiet = released(replace(ctx.privacy, noise=0.0), update, received, ctx.ownership, generator(0, "a"))
+    loud = released(ctx.privacy, update, received, ctx.ownership, generator(0, "a"))
+    keys = parameter_keys(ctx.ownership)
     added = torch.cat([(loud.state[k].double() - quiet.state[k].double()).flatten() for k in keys])
     assert float(added.std()) == pytest.approx(2 * 0.5, rel=0.05)
     means = torch.cat(
         [
             (loud.state[m].double() - quiet.state[m].double()) / received[v].double().sqrt()
-            for m, v in statistics_pairs(here.ownership)
+            for m, v in statistics_pairs(ctx.ownership)
         ]
     )
     assert float(means.std()) == pytest.approx(2 * 0.25, rel=0.3)
 
 
 def test_what_is_within_its_bound_is_noised_all_the_same(small):
-    here = setting(private(small("global-pooled"), "clip=1000:noise=0.001"))
-    update, received = trained(here)
-    out = released(here.privacy, update, received, here.ownership, generator(0, "a"))
+    ctx = build_context(private(small("global-pooled"), "clip=1000:noise=0.001"))
+    update, received = trained(ctx)
+    out = released(ctx.privacy, update, received, ctx.ownership, generator(0, "a"))
     for key in ("mean", "var", "weight"):
         names = [k for k in out.state if k.endswith(key)]
         assert names
@@ -183,10 +183,10 @@ def test_what_is_within_its_bound_is_noised_all_the_same(small):
 
 
 def test_no_two_messages_of_a_run_have_the_same_noise(small):
-    here = setting(private(small("global-pooled"), "clip=1:noise=1"))
-    update, received = trained(here)
+    ctx = build_context(private(small("global-pooled"), "clip=1:noise=1"))
+    update, received = trained(ctx)
     first, later, others = (
-        protected(here, message, received, Progress(number, 3)).state
+        protected(ctx, message, received, Progress(number, 3)).state
         for message, number in ((update, 1), (update, 2), (replace(update, user=update.user + 1), 1))
     )
     for key in first:
@@ -216,9 +216,9 @@ def test_epsilon_is_that_of_the_gaussian_mechanism():
 
 
 def test_the_statement_says_what_is_guaranteed_and_what_not(small):
-    here = setting(private(small("global-pooled", rounds=4, clients_per_round=2), "clip=1:noise=8"))
-    said = " ".join(here.notices)
-    often = max(sum(u in here.sampled(r) for r in range(1, 5)) for u in here.trainers)
+    ctx = build_context(private(small("global-pooled", rounds=4, clients_per_round=2), "clip=1:noise=8"))
+    said = " ".join(ctx.notices)
+    often = max(sum(u in ctx.sampled(r) for r in range(1, 5)) for u in ctx.trainers)
     assert 0 < often < 4
     assert f"epsilon = {epsilon(4.0, often * 2, 1e-5):.3g} at delta = 1e-05" in said
     assert "user-level" in said
@@ -226,20 +226,20 @@ def test_the_statement_says_what_is_guaranteed_and_what_not(small):
     assert "examples are not sent" in said
     assert "comes from the run's seed" in said
     assert "2 noised parts" in said
-    one = " ".join(setting(private(small("silobn"), "clip=1:noise=8")).notices)
+    one = " ".join(build_context(private(small("silobn"), "clip=1:noise=8")).notices)
     assert "1 noised parts" in one
-    assert "no differential privacy" in " ".join(setting(private(small(), "clip=1")).notices)
-    assert "nothing but losses" in " ".join(setting(private(small("local"), "clip=1:noise=1")).notices)
-    assert "sees only the sums" in " ".join(setting(private(small(), "clip=1:noise=1:secure=true")).notices)
-    assert statement(setting(small())) == []
+    assert "no differential privacy" in " ".join(build_context(private(small(), "clip=1")).notices)
+    assert "nothing but losses" in " ".join(build_context(private(small("local"), "clip=1:noise=1")).notices)
+    assert "sees only the sums" in " ".join(build_context(private(small(), "clip=1:noise=1:secure=true")).notices)
+    assert statement(build_context(small())) == []
 
 
 @pytest.mark.parametrize(
     ("strategy", "text", "match"),
     [
         ("centralized", "clip=1", "one place"),
-        ("global-recalibrated", "clip=1", "settles"),
-        ("fedtan", "clip=1", "consults"),
+        ("global-recalibrated", "clip=1", "syncs_statistics"),
+        ("fedtan", "clip=1", "syncs_first_batch"),
         ("fedap", "secure=true", "looks at each|sends more"),
         ("divergence-pooled", "secure=true", "looks at each"),
         ("global-robust", "secure=true", "looks at each"),
@@ -247,12 +247,12 @@ def test_the_statement_says_what_is_guaranteed_and_what_not(small):
 )
 def test_what_is_not_covered_is_refused_before_work_starts(strategy, text, match, small):
     with pytest.raises(UserError, match=match):
-        setting(private(small(strategy), text))
+        build_context(private(small(strategy), text))
 
 
 def test_a_secure_sum_of_one_is_refused(small):
     with pytest.raises(UserError, match="at least 2"):
-        setting(private(small(clients_per_round=1), "secure=true"))
+        build_context(private(small(clients_per_round=1), "secure=true"))
 
 
 def test_accounting_without_the_accountant_says_what_to_install(small, monkeypatch):
@@ -321,33 +321,33 @@ def test_the_largest_numbers_do_not_run_over():
 @pytest.mark.parametrize("strategy", ["global-pooled", "global-naive", "fedbn", "fedbn-seeded", "silobn"])
 def test_secure_sums_pool_as_the_strategy_does(strategy, small):
     plain = replace(small(strategy, rounds=1, clients_per_round=4), partition="linear:clients=6").resolved()
-    here = setting(plain)
-    assert len({len(here.training_data(u)) for u in here.sampled(1)}) > 1  # so that weights matter
+    ctx = build_context(plain)
+    assert len({len(ctx.training_data(u)) for u in ctx.sampled(1)}) > 1  # so that weights matter
     want, found = federate(plain), federate(private(plain, "secure=true"))
     for key, value in want.server.state.items():
         assert torch.allclose(found.server.state[key], value, atol=2e-6, rtol=2e-6), key
-    assert found.server.registry == {}  # nobody's own statistics are known
+    assert found.server.client_statistics == {}  # nobody's own statistics are known
 
 
 def test_rounding_leaves_no_variance_of_a_secure_sum_below_zero(small):
     run = private(small("global-pooled", rounds=1, clients_per_round=2), "secure=true:bits=8")
-    here, start = setting(run), setting(run).start()
-    (mean, var), *_ = statistics_pairs(here.ownership)
+    ctx, start = build_context(run), build_context(run).start()
+    (mean, var), *_ = statistics_pairs(ctx.ownership)
     dead = start | {mean: torch.full_like(start[mean], 0.3), var: torch.zeros_like(start[var])}
-    messages = [masked(here, Update(u, dead, 1, 0.0), start, FIRST) for u in here.sampled(1)]
-    state = opened(here, messages, start, 1).state
+    messages = [masked(ctx, Update(u, dead, 1, 0.0), start, FIRST) for u in ctx.sampled(1)]
+    state = opened(ctx, messages, start, 1).state
     assert (state[var] >= 0).all()
     assert torch.allclose(state[mean], dead[mean], atol=2**-8)
 
 
 def test_a_missing_client_stops_a_secure_round(small):
-    here = setting(private(small("fedbn"), "secure=true"))
-    messages = [masked(here, trained(here, u)[0], here.start(), FIRST) for u in here.trainers[:-1]]
+    ctx = build_context(private(small("fedbn"), "secure=true"))
+    messages = [masked(ctx, trained(ctx, u)[0], ctx.start(), FIRST) for u in ctx.trainers[:-1]]
     assert messages[0].state.keys() == {MASKED}
     from fedbn.federation.server import Server
 
     with pytest.raises(UserError, match="did not reply"):
-        Server(here.start(), here.start()).advance(here, messages, 1)
+        Server(ctx.start(), ctx.start()).advance(ctx, messages, 1)
 
 
 # What leaves a client
@@ -355,7 +355,7 @@ def test_a_missing_client_stops_a_secure_round(small):
 
 def messages_of(run):
     """All replies of clients in a run, as bytes by record and entry, and what the clients keep."""
-    here, seen = setting(run), []
+    ctx, seen = build_context(run), []
 
     def watched(message, context):
         reply = client_app(message, context)
@@ -364,10 +364,10 @@ def messages_of(run):
 
     app = ClientApp()
     app.__class__ = type("Watched", (ClientApp,), {"__call__": lambda self, m, c: watched(m, c)})
-    grid = InProcessGrid(app, len(here.population.users), {"run": run.to_json()})
+    grid = InProcessGrid(app, len(ctx.population.users), {"run": run.to_json()})
     with task_identity(grid.run.run_id):
-        conduct(grid, run, Listener())
-    return here, seen, grid
+        run_rounds(grid, run, Listener())
+    return ctx, seen, grid
 
 
 QUICK = {"fedbn", "fedbn-seeded", "silobn", "mtfl", "local", "global-pooled"}
@@ -376,17 +376,17 @@ QUICK = {"fedbn", "fedbn-seeded", "silobn", "mtfl", "local", "global-pooled"}
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in strategies()])
 def test_what_is_local_is_in_no_message(name, small):
     """Neither by name nor by value: its bytes are in nothing that a client sends."""
-    here, seen, grid = messages_of(small(name, rounds=1, eval_every=1))
-    local = here.ownership.keys(LOCAL)
+    ctx, seen, grid = messages_of(small(name, rounds=1, eval_every=1))
+    local = ctx.ownership.keys(LOCAL)
     assert seen
     for kind, user, content in seen:
         assert all(isinstance(record, ArrayRecord) or n in {"metrics", "info"} for n, record in content.items()), kind
         arrays = [(n, k, a) for n, r in content.array_records.items() for k, a in r.items()]
         sent = {k for n, k, _ in arrays if n == "arrays"}
-        assert sent <= set(here.ownership.travels)
-        kept = grid.partition_context(user).state.array_records.get(f"kept-{user}", ArrayRecord())
+        assert sent <= set(ctx.ownership.travels)
+        kept = grid.partition_context(user).state.array_records.get(f"client-state-{user}", ArrayRecord())
         for key in local:
-            if key not in kept or here.initial[key].numel() < 4 or torch.equal(unpacked(kept[key]), here.initial[key]):
+            if key not in kept or ctx.initial[key].numel() < 4 or torch.equal(unpacked(kept[key]), ctx.initial[key]):
                 continue  # too few values to be told from others by their bytes, or never trained
             secret = unpacked(kept[key]).numpy().tobytes()
             assert not any(secret in a.data for _, _, a in arrays), (name, kind, key)
@@ -399,10 +399,10 @@ def unpacked(array):
 @pytest.mark.parametrize("text", ["clip=0.5:noise=0.5", "secure=true"])
 def test_a_protected_message_holds_none_of_the_clients_own_values(text, small):
     run = private(small("global-pooled", rounds=1), text)
-    here, seen, _ = messages_of(run)
+    ctx, seen, _ = messages_of(run)
     told = {user: content for kind, user, content in seen if kind == "train"}
-    for user in here.trainers:
-        own, _ = trained(here, user)
+    for user in ctx.trainers:
+        own, _ = trained(ctx, user)
         sent = b"".join(a.data for a in told[user].array_records["arrays"].values())
         for key, value in own.state.items():
             if value.numel() >= 4:

@@ -45,42 +45,42 @@ def numbers(data):
 
 
 def test_without_recordings_the_last_rows_test_after_a_gap(save):
-    people = load(save(), "unseen=1")
-    assert [u.name for u in people.users] == ["0", "1", "2"]
-    assert numbers(people.users[1].train) == list(range(20, 34))
-    assert numbers(people.users[1].test) == list(range(35, 40))
-    assert set(people.users[1].test.recording.tolist()) == {1}
+    population = load(save(), "unseen=1")
+    assert [u.name for u in population.users] == ["0", "1", "2"]
+    assert numbers(population.users[1].train) == list(range(20, 34))
+    assert numbers(population.users[1].test) == list(range(35, 40))
+    assert set(population.users[1].test.recording.tolist()) == {1}
     assert numbers(load(save(), "gap=3:test=0.5").users[0].train) == list(range(7))
     assert numbers(load(save(), "gap=0").users[0].train) == list(range(15))
 
 
 def test_later_recordings_test_whole(save):
     recording = np.array(["b"] * 5 + ["a"] * 9 + ["c"] * 6)
-    people = load(save(recording=np.tile(recording, 3)))
-    assert numbers(people.users[0].train) == list(range(14))
-    assert people.users[0].train.recording.tolist() == [0] * 5 + [1] * 9
-    assert set(people.users[0].test.recording.tolist()) == {2}
+    population = load(save(recording=np.tile(recording, 3)))
+    assert numbers(population.users[0].train) == list(range(14))
+    assert population.users[0].train.recording.tolist() == [0] * 5 + [1] * 9
+    assert set(population.users[0].test.recording.tolist()) == {2}
     half = load(save(recording=np.tile(recording, 3)), "test=0.9").users[0]
     assert numbers(half.train) == list(range(5))
     assert len(load(save(recording=np.tile(recording, 3)), "recording=").users[0].train) == 14
 
 
 def test_rows_of_users_may_be_interleaved(save):
-    people = load(save(user=np.arange(60) % 3, y=np.arange(60) // 3 % 3))
-    assert numbers(people.users[1].train) == list(range(1, 43, 3))
-    assert numbers(people.users[1].test) == list(range(46, 60, 3))
+    population = load(save(user=np.arange(60) % 3, y=np.arange(60) // 3 % 3))
+    assert numbers(population.users[1].train) == list(range(1, 43, 3))
+    assert numbers(population.users[1].test) == list(range(46, 60, 3))
 
 
 def test_names_become_classes_and_users(save):
-    people = load(save(y=np.array(["walk", "lie", "sit"] * 20), user=np.repeat(["eve", "bob", "ann"], 20)))
-    assert people.classes == ("lie", "sit", "walk")
-    assert [u.name for u in people.users] == ["ann", "bob", "eve"]
-    assert people.users[2].train.y.tolist()[:4] == [2, 0, 1, 2]
+    population = load(save(y=np.array(["walk", "lie", "sit"] * 20), user=np.repeat(["eve", "bob", "ann"], 20)))
+    assert population.classes == ("lie", "sit", "walk")
+    assert [u.name for u in population.users] == ["ann", "bob", "eve"]
+    assert population.users[2].train.y.tolist()[:4] == [2, 0, 1, 2]
 
 
 def test_users_sort_as_numbers(save):
-    people = load(save(user=np.repeat([10, 9, 2], 20)))
-    assert [u.name for u in people.users] == ["2", "9", "10"]
+    population = load(save(user=np.repeat([10, 9, 2], 20)))
+    assert [u.name for u in population.users] == ["2", "9", "10"]
     as_floats = load(save(user=np.repeat([10.0, 9.0, 2.0], 20)))
     assert [u.name for u in as_floats.users] == ["2", "9", "10"]
 
@@ -120,13 +120,13 @@ def test_tables_by_numbered_columns_names_and_shape(tmp_path, kind):
     frame()[["x10", *[f"x{i}" for i in range(12) if i != 10], "y", "user"]].pipe(
         lambda f: f.to_csv(path, index=False) if kind == "csv" else f.to_parquet(path)
     )
-    people = load(path)
-    assert people.shape == (12,)
-    assert people.users[0].train.x[3].tolist() == [3 + 100 * i for i in range(12)]
+    population = load(path)
+    assert population.shape == (12,)
+    assert population.users[0].train.x[3].tolist() == [3 + 100 * i for i in range(12)]
     assert load(path, "x=x1+x0").users[0].train.x[3].tolist() == [103, 3]
     assert load(path, "x=x0").users[0].train.x[3].tolist() == [3]
     assert load(path, "shape=3+4").users[0].train.x[3, 1].tolist() == [403, 503, 603, 703]
-    assert list(people.sources) == [path.name]
+    assert list(population.sources) == [path.name]
 
 
 def test_parquet_lists_become_rows(tmp_path):
@@ -193,13 +193,13 @@ def test_a_saved_datasets_directory(tmp_path):
     )
     table = datasets.Dataset.from_dict({k: v.tolist() for k, v in data.items()}, features=features)
     table.save_to_disk(str(tmp_path / "one"))
-    people = load(tmp_path / "one")
-    assert people.classes == ("walk", "sit", "lie")
-    assert numbers(people.users[0].train) == list(range(14))
+    population = load(tmp_path / "one")
+    assert population.classes == ("walk", "sit", "lie")
+    assert numbers(population.users[0].train) == list(range(14))
     datasets.DatasetDict({"train": table, "test": table}).save_to_disk(str(tmp_path / "two"))
     with pytest.raises(UserError, match=r"two holds 2 splits; name one: path=.*two/train"):
         load(tmp_path / "two")
-    assert people.sources["one"] == load(tmp_path / "two" / "train").sources["train"]
+    assert population.sources["one"] == load(tmp_path / "two" / "train").sources["train"]
 
 
 def test_images_of_a_datasets_directory_are_channels_first(tmp_path):
@@ -209,9 +209,9 @@ def test_images_of_a_datasets_directory_are_channels_first(tmp_path):
     images = [Image.new("RGB", (5, 4), (255, 0, 51)) for _ in range(60)]
     data = {k: v.tolist() for k, v in columns().items() if k != "x"}
     datasets.Dataset.from_dict({"x": images, **data}).save_to_disk(str(tmp_path / "rgb"))
-    people = load(tmp_path / "rgb")
-    assert people.shape == (3, 4, 5)
-    torch.testing.assert_close(people.users[0].train.x[0, :, 0, 0], torch.tensor([1.0, 0.0, 0.2]))
+    population = load(tmp_path / "rgb")
+    assert population.shape == (3, 4, 5)
+    torch.testing.assert_close(population.users[0].train.x[0, :, 0, 0], torch.tensor([1.0, 0.0, 0.2]))
 
 
 def test_images_that_do_not_fit_or_cannot_be_decoded(tmp_path):
@@ -246,11 +246,11 @@ def test_every_row_is_used_once_or_left_in_the_gap(sizes, test, gap):
     user = np.repeat(np.arange(len(sizes)), sizes)
     rows = Rows(np.arange(n, dtype=np.float32)[:, None], np.zeros(n, int), user, None)
     try:
-        people = population(rows, name="t", test=test, gap=gap, unseen=1, seed=0, skew="", sources={})
+        split = population(rows, name="t", test=test, gap=gap, unseen=1, seed=0, skew="", sources={})
     except UserError as error:
         assert "has" in str(error)  # noqa: PT017
         return
-    for size, one in zip(sizes, people.users, strict=True):
+    for size, one in zip(sizes, split.users, strict=True):
         train, held = numbers(one.train), numbers(one.test)
         assert len(train) + gap + len(held) == size
         assert held[0] - train[-1] == gap + 1

@@ -39,12 +39,12 @@ def load(path, options="", seed=0):
 
 
 def test_a_user_is_a_domain_and_images_get_the_tables_size(pacs):
-    people = load(pacs)
-    assert [u.name for u in people.users] == ["d0", "d1", "d2", "d3"]
-    assert people.shape == (3, 64, 64)
-    assert people.classes == ("cat", "dog", "elk", "fox")
-    assert people.skew == COLLECTIONS["pacs"].skew
-    for i, user in enumerate(people.users):
+    population = load(pacs)
+    assert [u.name for u in population.users] == ["d0", "d1", "d2", "d3"]
+    assert population.shape == (3, 64, 64)
+    assert population.classes == ("cat", "dog", "elk", "fox")
+    assert population.skew == COLLECTIONS["pacs"].skew
+    for i, user in enumerate(population.users):
         assert (len(user.train), len(user.test)) == (16, 4)
         used = numbers(user.train) + numbers(user.test)
         assert sorted(used) == list(range(i, 80, 4))
@@ -53,26 +53,26 @@ def test_a_user_is_a_domain_and_images_get_the_tables_size(pacs):
 
 
 def test_sizes_limits_and_the_number_of_users(pacs):
-    people = load(pacs, "size=4:limit=10:users=3:unseen=0:test=0.3")
-    assert people.shape == (3, 4, 4)
-    assert [(len(u.train), len(u.test)) for u in people.users] == [(7, 3)] * 3
+    population = load(pacs, "size=4:limit=10:users=3:unseen=0:test=0.3")
+    assert population.shape == (3, 4, 4)
+    assert [(len(u.train), len(u.test)) for u in population.users] == [(7, 3)] * 3
 
 
 def test_rows_without_users_are_dealt_at_random(tmp_path):
     table(image="img").save_to_disk(str(tmp_path / "cifar"))
-    people = load(tmp_path / "cifar", "data=cifar10:users=4")
-    assert people.shape == (3, 32, 32)
-    assert len(people.users) == 4
-    used = torch.cat([torch.tensor(numbers(u.train) + numbers(u.test)) for u in people.users])
+    population = load(tmp_path / "cifar", "data=cifar10:users=4")
+    assert population.shape == (3, 32, 32)
+    assert len(population.users) == 4
+    used = torch.cat([torch.tensor(numbers(u.train) + numbers(u.test)) for u in population.users])
     assert used.sort().values.tolist() == list(range(80))
 
 
 def test_several_parts_are_users_of_their_own(tmp_path):
     for part in COLLECTIONS["digits-four"].parts:
         table(40).save_to_disk(str(tmp_path / part.domain))
-    people = load(tmp_path, "data=digits-four")
-    assert [u.name for u in people.users] == ["mnist", "mnistm", "svhn", "usps"]
-    assert people.shape == (3, 28, 28)
+    population = load(tmp_path, "data=digits-four")
+    assert [u.name for u in population.users] == ["mnist", "mnistm", "svhn", "usps"]
+    assert population.shape == (3, 28, 28)
 
 
 def folders(place, domains, classes=("a", "b", "c", "d"), each=10):
@@ -86,10 +86,10 @@ def folders(place, domains, classes=("a", "b", "c", "d"), each=10):
 def test_domains_from_their_authors_archives(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     folders(tmp_path, ["amazon", "caltech", "dslr", "webcam"])
-    people = load(tmp_path, "data=office-caltech10:size=8")
-    assert [u.name for u in people.users] == ["amazon", "caltech", "dslr", "webcam"]
-    assert people.classes == ("a", "b", "c", "d")
-    for user in people.users:
+    population = load(tmp_path, "data=office-caltech10:size=8")
+    assert [u.name for u in population.users] == ["amazon", "caltech", "dslr", "webcam"]
+    assert population.classes == ("a", "b", "c", "d")
+    for user in population.users:
         assert user.train.y.tolist() == numbers(user.train)
 
 
@@ -106,8 +106,8 @@ def test_domains_that_were_not_brought_along_come_from_the_hub(tmp_path, monkeyp
             return table(40)
 
     monkeypatch.setattr(flwr_datasets, "FederatedDataset", Hub)
-    people = load(tmp_path, "data=digits-five")
-    assert [u.name for u in people.users] == ["mnist", "mnistm", "svhn", "synth", "usps"]
+    population = load(tmp_path, "data=digits-five")
+    assert [u.name for u in population.users] == ["mnist", "mnistm", "svhn", "synth", "usps"]
     assert asked == ["ylecun/mnist", "flwrlabs/usps", "ufldl-stanford/svhn", "Mike0307/MNIST-M"]
 
 
@@ -130,9 +130,9 @@ def test_domains_must_agree_on_their_classes(tmp_path, monkeypatch):
 def test_another_data_set_by_its_columns(tmp_path):
     writers = [f"w{i % 5:02d}" for i in range(80)]
     datasets.DatasetDict({"train": table(image="scan", label="sign", hand=writers)}).save_to_disk(str(tmp_path / "d"))
-    people = load(tmp_path / "d", "data=own/one:x=scan:y=sign:user=hand:size=6")
-    assert [u.name for u in people.users] == [f"w{i:02d}" for i in range(5)]
-    assert list(people.sources) == ["hub/own/one"]
+    population = load(tmp_path / "d", "data=own/one:x=scan:y=sign:user=hand:size=6")
+    assert [u.name for u in population.users] == [f"w{i:02d}" for i in range(5)]
+    assert list(population.sources) == ["hub/own/one"]
 
 
 def test_a_folder_that_load_dataset_understands(tmp_path, monkeypatch):
@@ -154,8 +154,8 @@ def test_online_reads_the_train_split_in_the_hubs_order(monkeypatch):
             return table(domain=[f"d{i % 4}" for i in range(80)])
 
     monkeypatch.setattr(flwr_datasets, "FederatedDataset", Hub)
-    people = scenario("hub").load(0)
-    assert len(people.users) == 4
+    population = scenario("hub").load(0)
+    assert len(population.users) == 4
     assert asked == {
         "dataset": "flwrlabs/pacs",
         "subset": None,
@@ -237,9 +237,9 @@ def test_labels_may_be_names(tmp_path):
     names = [f"c{i % 3}" for i in range(80)]
     columns = {"image": [Image.new("L", (8, 6), i) for i in range(80)], "label": names, "domain": ["a", "b"] * 40}
     datasets.Dataset.from_dict(columns).save_to_disk(str(tmp_path / "own"))
-    people = load(tmp_path / "own", "size=4")
-    assert people.classes == ("c0", "c1", "c2")
-    for user in people.users:
+    population = load(tmp_path / "own", "size=4")
+    assert population.classes == ("c0", "c1", "c2")
+    for user in population.users:
         assert user.train.y.tolist() == [number % 3 for number in numbers(user.train)]
 
 

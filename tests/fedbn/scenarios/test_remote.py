@@ -11,13 +11,13 @@ from fedbn.config import Plan
 from fedbn.errors import UserError
 from fedbn.federation.loop import federate
 from fedbn.federation.run import Run
-from fedbn.federation.setup import setting
+from fedbn.federation.setup import build_context
 from fedbn.scenarios.remote import own
 from fedbn.seeds import numpy_generator
 from simulations.engines.grid import InProcessGrid
 from simulations.flower.compat import task_identity
 from simulations.server.nodes import ClientError
-from simulations.server.rounds import conduct
+from simulations.server.rounds import run_rounds
 from tests.helpers import same
 
 USERS, CLASSES, ROWS = 3, 3, 40
@@ -61,7 +61,7 @@ def run_of(text, strategy="fedbn", rounds=3):
 
 def served(run, files):
     with task_identity(1):
-        return conduct(Nodes(run, files), run)
+        return run_rounds(Nodes(run, files), run)
 
 
 @pytest.mark.parametrize("strategy", ["fedbn", "global-pooled", "global-recalibrated"])
@@ -86,8 +86,8 @@ def test_the_server_reads_no_file(place, monkeypatch):
         raise AssertionError(path)
 
     monkeypatch.setattr("fedbn.scenarios.files.read", read)
-    setting.cache_clear()
-    assert setting(run_of(SCENARIO)).population.sources == {}
+    build_context.cache_clear()
+    assert build_context(run_of(SCENARIO)).population.sources == {}
     with pytest.raises(AssertionError):
         own(SCENARIO, str(place / "0.npz"))
 
@@ -135,13 +135,13 @@ def test_a_node_with_data_for_a_scenario_that_has_its_own(place):
 def test_what_needs_all_data_is_refused_before_anything_runs(change, message):
     values = {"scenario": SCENARIO, "strategy": "fedbn", "model": "mlp"} | change
     with pytest.raises(UserError, match=message):
-        setting(Run(**values).resolved())
+        build_context(Run(**values).resolved())
 
 
 @pytest.mark.parametrize("text", ["remote:users=0", "remote:classes=1", "remote:shape=0"])
 def test_a_description_that_makes_no_sense(text):
     with pytest.raises(UserError, match="at least 1 user, 2 classes and a shape"):
-        setting(Run(text, "fedbn").resolved())
+        build_context(Run(text, "fedbn").resolved())
 
 
 def test_rows_that_are_flat_take_the_shape_of_the_scenario(place):

@@ -46,9 +46,9 @@ def texts(tmp_path_factory):
 def write_uci_har(place, windows=36):
     """The archive's layout: people 1 to 5 in train, 6 to 8 in test, activities in turn."""
     rng = numpy_generator(0, "test archive")
-    for part, people in (("train", range(1, 6)), ("test", range(6, 9))):
+    for part, population in (("train", range(1, 6)), ("test", range(6, 9))):
         (place / part / "Inertial Signals").mkdir(parents=True)
-        subject = np.repeat(list(people), windows)
+        subject = np.repeat(list(population), windows)
         np.savetxt(place / part / f"subject_{part}.txt", subject, fmt="%d")
         np.savetxt(place / part / f"y_{part}.txt", np.arange(len(subject)) % 6 + 1, fmt="%d")
         for i, name in enumerate(SIGNALS):
@@ -107,24 +107,24 @@ def test_the_seed_decides_who_is_unseen_and_nothing_else(name, load):
 
 @every
 def test_examples_are_well_formed(name, load):
-    people = load(name)
+    population = load(name)
     trained = set()
-    for i, user in enumerate(people.users):
+    for i, user in enumerate(population.users):
         for data in (user.train, user.test):
             assert data.x.dtype == torch.float32
             assert data.y.dtype == data.recording.dtype == torch.int64
             assert len(data.x) == len(data.y) == len(data.recording) > 0
-            assert data.x.shape[1:] == people.shape
+            assert data.x.shape[1:] == population.shape
             assert data.x.is_contiguous()
             assert torch.isfinite(data.x).all()
-            assert 0 <= int(data.y.min()) <= int(data.y.max()) < len(people.classes)
+            assert 0 <= int(data.y.min()) <= int(data.y.max()) < len(population.classes)
         assert len(user.train) >= 2
-        if i in people.seen:
+        if i in population.seen:
             trained |= set(user.train.y.tolist())
-    assert trained == set(range(len(people.classes)))
-    assert len({u.name for u in people.users}) == len(people.users)
-    assert people.skew
-    assert all(len(v) == 64 for v in people.sources.values())
+    assert trained == set(range(len(population.classes)))
+    assert len({u.name for u in population.users}) == len(population.users)
+    assert population.skew
+    assert all(len(v) == 64 for v in population.sources.values())
 
 
 @every
@@ -142,29 +142,29 @@ def test_rows_are_in_the_order_of_their_recordings(name, load):
 
 
 def test_hapt_is_the_hapt_we_know(load):
-    people = load("hapt")
-    whole = [torch.cat([u.train.y, u.test.y]) for u in people.users]
+    population = load("hapt")
+    whole = [torch.cat([u.train.y, u.test.y]) for u in population.users]
     sizes = sorted(map(len, whole))
-    assert len(people.users) == 30
+    assert len(population.users) == 30
     assert sum(sizes) == 10_411
     assert (sizes[0], sizes[-1]) == (284, 413)
     assert torch.cat(whole).bincount().tolist() == [1722, 1544, 1407, 1801, 1979, 1958]
     assert min(int(y.bincount().min()) for y in whole) == 36
-    assert len(people.unseen) == 6
-    for user in people.users:
+    assert len(population.unseen) == 6
+    for user in population.users:
         assert set(user.train.recording.tolist()) == {0}
         assert 0 not in user.test.recording
     # Gravity: somebody standing still measures 1 g in total.
-    standing = torch.cat([u.train.x[u.train.y == 4, :3] for u in people.users])
+    standing = torch.cat([u.train.x[u.train.y == 4, :3] for u in population.users])
     assert standing.norm(dim=1).mean() == pytest.approx(1.0, abs=0.05)
 
 
 @pytest.mark.parametrize(("window", "count"), [(100, 13_704), (200, 6_216)])
 def test_hapt_at_other_windows(window, count, load):
     load("hapt")
-    people = scenario(f"hapt:window={window}").load(0)
-    assert sum(len(u.train) + len(u.test) for u in people.users) == count
-    assert people.shape == (6, window)
+    population = scenario(f"hapt:window={window}").load(0)
+    assert sum(len(u.train) + len(u.test) for u in population.users) == count
+    assert population.shape == (6, window)
 
 
 def counting(rows):
@@ -197,8 +197,8 @@ def test_hapt_windows_stay_inside_a_stretch_and_in_order(monkeypatch):
 def test_hapt_parses_labels_into_stretches():
     signal = counting(12)
     label = np.array([-1, 1, 1, 7, 7, 1, 1, 2, 2, -1, 2, 2])
-    people = {3: [_frame(signal, label)], 1: [_frame(signal, label), _frame(signal, label)]}
-    got = hapt._recordings(people)
+    population = {3: [_frame(signal, label)], 1: [_frame(signal, label), _frame(signal, label)]}
+    got = hapt._recordings(population)
     assert [(u, r) for u, r, _, _ in got] == [(1, 0), (1, 1), (3, 0)]
 
 
@@ -223,14 +223,14 @@ def test_hapt_does_not_join_stretches_across_what_was_dropped(monkeypatch):
 
 
 def test_watch_is_the_watch_we_know(load):
-    people = load("watch")
-    assert len(people.users) == 20
-    assert [u.domain for u in people.users[:4]] == ["left", "right", "left", "right"]
-    assert sum(len(u.train) + len(u.test) for u in people.users) == 3_107
-    away = [people.users[i].name.split("-")[0] for i in people.unseen]
+    population = load("watch")
+    assert len(population.users) == 20
+    assert [u.domain for u in population.users[:4]] == ["left", "right", "left", "right"]
+    assert sum(len(u.train) + len(u.test) for u in population.users) == 3_107
+    away = [population.users[i].name.split("-")[0] for i in population.unseen]
     assert len(away) == 4
     assert len(set(away)) == 2
-    for user in people.users:
+    for user in population.users:
         assert set(user.train.y.tolist()) == set(user.test.y.tolist()) == set(range(7))
 
 
@@ -255,11 +255,11 @@ def test_watch_leaves_a_windows_gap_between_training_and_test(monkeypatch):
 
 
 def test_digits_is_the_setting_of_fedbn(load):
-    people = load("digits")
-    assert [u.name for u in people.users] == ["mnist", "optdigits", "mfeat", "pendigits", "fonts", "mnistm"]
-    assert {len(u.train) for u in people.users} == {743}
-    assert [len(u.test) for u in people.users] == [500, 1119, 400, 2195, 600, 500]
-    for user in people.users:
+    population = load("digits")
+    assert [u.name for u in population.users] == ["mnist", "optdigits", "mfeat", "pendigits", "fonts", "mnistm"]
+    assert {len(u.train) for u in population.users} == {743}
+    assert [len(u.test) for u in population.users] == [500, 1119, 400, 2195, 600, 500]
+    for user in population.users:
         assert user.train.x.min() >= -1
         assert user.train.x.max() <= 1
         gray = torch.equal(user.train.x[:, 0], user.train.x[:, 1])
@@ -277,15 +277,15 @@ def test_digits_shares_no_image_of_mnist_between_domains(monkeypatch):
 
 def test_digits_unseen_by_name_and_a_cap_on_tests(load):
     load("digits")
-    people = scenario("digits:unseen=fonts+mnistm:train=50:test=30").load(3)
-    assert [people.users[i].name for i in people.unseen] == ["fonts", "mnistm"]
-    assert {(len(u.train), len(u.test)) for u in people.users} == {(50, 30)}
+    population = scenario("digits:unseen=fonts+mnistm:train=50:test=30").load(3)
+    assert [population.users[i].name for i in population.unseen] == ["fonts", "mnistm"]
+    assert {(len(u.train), len(u.test)) for u in population.users} == {(50, 30)}
 
 
 def test_digits8_has_different_cameras_and_equal_labels(load):
-    people = load("digits8")
-    assert sum(len(u.train) + len(u.test) for u in people.users) == 1_797
-    means = torch.stack([u.train.x.mean() for u in people.users])
+    population = load("digits8")
+    assert sum(len(u.train) + len(u.test) for u in population.users) == 1_797
+    means = torch.stack([u.train.x.mean() for u in population.users])
     assert float(means.std()) > 0.1
 
 
@@ -316,10 +316,10 @@ def test_an_impossible_scenario_names_the_fix(text, message, load):
 
 def test_the_archive_of_uci_har_is_put_together(tmp_path):
     write_uci_har(tmp_path)
-    people = scenario(f"uci-har:path={tmp_path}:unseen=2").load(0)
-    assert [u.name for u in people.users] == [str(i) for i in range(1, 9)]
-    assert people.shape == (9, 128)
-    for user in people.users:
+    population = scenario(f"uci-har:path={tmp_path}:unseen=2").load(0)
+    assert [u.name for u in population.users] == [str(i) for i in range(1, 9)]
+    assert population.shape == (9, 128)
+    for user in population.users:
         assert (len(user.train), len(user.test)) == (17, 18)
         assert user.train.y.tolist() == [i % 6 for i in range(17)]
         # Channel i is i: signals are stacked in the order of their names.

@@ -16,51 +16,61 @@ from fedbn.data.population import Examples, User
 from fedbn.errors import UserError
 from fedbn.federation.client import cells, client_evaluation, client_round
 from fedbn.federation.metrics import COLUMNS, score, scores
-from fedbn.federation.server import Server, global_columns, served
-from fedbn.federation.setup import setting
+from fedbn.federation.server import Server, global_columns, served_users
+from fedbn.federation.setup import build_context
 from fedbn.models import models
 from fedbn.stacked.cohort import Failure
-from fedbn.stacked.executors import Tiers
+from fedbn.stacked.executors import ClientExecutor
 from fedbn.strategies.base import Progress, strategies
 from fedbn.strategies.silobn import SiloBN
-from tests.fedbn.stacked.test_executors import STACKED, in_double, of_model, ragged, setting_or_skip
+from tests.fedbn.stacked.test_executors import STACKED, context_or_skip, in_double, of_model, ragged
 
 LARGE = {name for name in models() if name.endswith("-cvgj")}
 
 
-def with_tests(here, sizes=(1, 30, 9, 17, 16, 8)):
+def with_tests(ctx, sizes=(1, 30, 9, 17, 16, 8)):
     """The setting with as many test rows a user, in another order than their training rows."""
     users = []
-    for i, user in enumerate(here.population.users):
+    for i, user in enumerate(ctx.population.users):
         pool, n = user.train, sizes[i % len(sizes)]
         rows = torch.arange(n) % len(pool)
         test = Examples(pool.x[rows] * 1.5 + 0.1 * i, pool.y[rows], pool.recording[rows])
         users.append(User(user.name, user.domain, user.train, test))
-    return replace(here, population=replace(here.population, users=tuple(users)))
+    return replace(ctx, population=replace(ctx.population, users=tuple(users)))
 
 
-def trained(here):
+def trained(ctx):
     """The server and what clients keep after a round."""
-    server, kept, updates = Server(here.start(), here.start()), {}, []
-    for user in here.trainers:
-        update, kept[user] = client_round(here, user, server.sends(here, user), None, Progress(1, 1), (), server.told)
+    server, kept, updates = Server(ctx.start(), ctx.start()), {}, []
+    for user in ctx.trainers:
+        update, kept[user] = client_round(
+            ctx, user, server.sends(ctx, user), None, Progress(1, 1), (), server.broadcast
+        )
         updates.append(update)
-    server.advance(here, updates, 1)
+    server.advance(ctx, updates, 1)
     return server, kept
 
 
-def jobs_of(here, server, kept, columns=COLUMNS):
-    registry = server.registry or None
+def jobs_of(ctx, server, kept, columns=COLUMNS):
+    client_statistics = server.client_statistics or None
     return [
-        Evaluate(here, u, server.sends(here, u, serving=True), kept.get(u), columns, global_columns(here, u), registry)
-        for u in served(here)
+        Evaluate(
+            ctx, u, server.sends(ctx, u, serving=True), kept.get(u), columns, global_columns(ctx, u), client_statistics
+        )
+        for u in served_users(ctx)
     ]
 
 
 def alone(jobs):
     return [
         client_evaluation(
-            j.here, j.user, j.received, j.kept, columns=j.columns, globally=j.globally, registry=j.registry
+            j.ctx,
+            j.user,
+            j.received,
+            j.client_state,
+            columns=j.columns,
+            globally=j.globally,
+            client_statistics=j.client_statistics,
         )
         for j in jobs
     ]
@@ -84,63 +94,63 @@ def told(caplog):
 @pytest.mark.parametrize("model", ["mlp", "small-cnn"])
 @pytest.mark.parametrize("name", strategies())
 def test_every_strategy_is_scored_as_users_are_one_by_one(name, model, caplog):
-    if strategies()[name].consults:
+    if strategies()[name].syncs_first_batch:
         pytest.skip("talks before training")
-    here = with_tests(in_double(setting_or_skip(ragged(name, model))))
-    jobs = jobs_of(here, *trained(here))
+    ctx = with_tests(in_double(context_or_skip(ragged(name, model))))
+    jobs = jobs_of(ctx, *trained(ctx))
     with caplog.at_level(logging.INFO, logger="fedbn.stacked.executors"):
-        found = Tiers("stacked", 1).run(jobs)
+        found = ClientExecutor("stacked", 1).run(jobs)
     assert not told(caplog) or name not in STACKED
     agree(found, alone(jobs))
 
 
 @pytest.mark.parametrize("name", [*sorted(models().keys() - LARGE), "tests.fedbn.stacked.test_executors:network"])
 def test_every_model_is_scored_as_users_are_one_by_one(name):
-    here = with_tests(of_model(setting(ragged(batch_size=8)), name))
-    jobs = jobs_of(here, *trained(here))
-    for tiers in (Tiers("stacked", 2), Tiers("lean", 1)):
-        agree(tiers.run(jobs), alone(jobs))
+    ctx = with_tests(of_model(build_context(ragged(batch_size=8)), name))
+    jobs = jobs_of(ctx, *trained(ctx))
+    for executors in (ClientExecutor("stacked", 2), ClientExecutor("lean", 1)):
+        agree(executors.run(jobs), alone(jobs))
 
 
 def test_streams_end_one_after_the_other_in_stacks_of_any_width(monkeypatch):
-    here = with_tests(in_double(setting(ragged("silobn"))), sizes=(3, 24, 25, 1, 40))
-    jobs = jobs_of(here, *trained(here))
+    ctx = with_tests(in_double(build_context(ragged("silobn"))), sizes=(3, 24, 25, 1, 40))
+    jobs = jobs_of(ctx, *trained(ctx))
     expected = alone(jobs)
     for wide in (1, 2, 3, 7):
         monkeypatch.setattr("fedbn.stacked.executors.width", lambda *_, wide=wide, **__: wide)
-        agree(Tiers("stacked", 1).run(jobs), expected)
+        agree(ClientExecutor("stacked", 1).run(jobs), expected)
 
 
 def test_a_prior_of_nothing_and_one_that_never_moves():
     for prior in (0.0, float("inf")):
-        here = with_tests(in_double(setting(ragged("fedbn", online_prior=prior))), sizes=(16, 8))
-        jobs = jobs_of(here, *trained(here), ("online",))
-        agree(Tiers("stacked", 1).run(jobs), alone(jobs))
+        ctx = with_tests(in_double(build_context(ragged("fedbn", online_prior=prior))), sizes=(16, 8))
+        jobs = jobs_of(ctx, *trained(ctx), ("online",))
+        agree(ClientExecutor("stacked", 1).run(jobs), alone(jobs))
 
 
 def test_on_threads_the_same_bits(monkeypatch):
     monkeypatch.setattr("fedbn.stacked.executors.WORTH_A_THREAD", 0.0)
     monkeypatch.setattr("fedbn.stacked.executors.width", lambda *_, **__: 2)
-    here = with_tests(setting(ragged("fedbn", "small-cnn")))
-    jobs = jobs_of(here, *trained(here))
-    assert Tiers("stacked", 2).run(jobs) == Tiers("stacked", 1).run(jobs)
+    ctx = with_tests(build_context(ragged("fedbn", "small-cnn")))
+    jobs = jobs_of(ctx, *trained(ctx))
+    assert ClientExecutor("stacked", 2).run(jobs) == ClientExecutor("stacked", 1).run(jobs)
 
 
 @pytest.mark.parametrize("rows", [1, 10, 40])
 def test_what_is_too_much_at_once_is_computed_in_parts(rows, monkeypatch):
-    here = with_tests(in_double(setting(ragged("fedbn", "small-cnn"))))
-    jobs = jobs_of(here, *trained(here))
+    ctx = with_tests(in_double(build_context(ragged("fedbn", "small-cnn"))))
+    jobs = jobs_of(ctx, *trained(ctx))
     expected = alone(jobs)
     monkeypatch.setattr("fedbn.stacked.evaluate.AT_ONCE", len(jobs) * rows * 64 * 8)
-    agree(Tiers("stacked", 1).run(jobs), expected)
+    agree(ClientExecutor("stacked", 1).run(jobs), expected)
 
 
 def test_a_rule_is_followed_one_by_one_and_newcomers_start_from_others():
     run = replace(ragged("fedbn-seeded"), partition="", rule="dabn").resolved()
-    here = in_double(setting(run))
-    jobs = jobs_of(here, *trained(here))
+    ctx = in_double(build_context(run))
+    jobs = jobs_of(ctx, *trained(ctx))
     expected = alone(jobs)
-    agree(Tiers("stacked", 1).run(jobs), expected)
+    agree(ClientExecutor("stacked", 1).run(jobs), expected)
     assert {s.column for found in expected for s in found} > set(COLUMNS)  # the starts of newcomers
 
 
@@ -167,27 +177,27 @@ class TwoKinds(nn.Sequential):
 
 @pytest.mark.parametrize("model", ["OtherOrder", "TwoKinds"])
 def test_statistics_that_are_not_measured_in_one_pass_are_measured_one_by_one(model, monkeypatch):
-    here = with_tests(of_model(setting(ragged(batch_size=8)), f"tests.fedbn.stacked.test_evaluate:{model}"))
-    jobs = jobs_of(here, *trained(here))
+    ctx = with_tests(of_model(build_context(ragged(batch_size=8)), f"tests.fedbn.stacked.test_evaluate:{model}"))
+    jobs = jobs_of(ctx, *trained(ctx))
     expected = alone(jobs)
     asked = []
     monkeypatch.setattr("fedbn.stacked.executors.cells", lambda *args: asked.append(args[3]) or cells(*args))
-    agree(Tiers("stacked", 1).run(jobs), expected)
+    agree(ClientExecutor("stacked", 1).run(jobs), expected)
     assert set(asked) == {("recalibrated",), ("online",)}
 
 
 def test_a_strategy_that_follows_in_its_own_way_does(monkeypatch):
-    monkeypatch.setattr(SiloBN, "follow", lambda self, model, x: -model.eval()(x).detach())
-    here = with_tests(in_double(setting(ragged("silobn"))))
-    jobs = jobs_of(here, *trained(here))
-    agree(Tiers("stacked", 1).run(jobs), alone(jobs))
+    monkeypatch.setattr(SiloBN, "predict_stream", lambda self, model, x: -model.eval()(x).detach())
+    ctx = with_tests(in_double(build_context(ragged("silobn"))))
+    jobs = jobs_of(ctx, *trained(ctx))
+    agree(ClientExecutor("stacked", 1).run(jobs), alone(jobs))
 
 
 def test_whose_model_lacks_entries_fails_alone():
-    here = with_tests(in_double(setting(ragged())))
-    jobs = jobs_of(here, *trained(here))
+    ctx = with_tests(in_double(build_context(ragged())))
+    jobs = jobs_of(ctx, *trained(ctx))
     jobs[1] = replace(jobs[1], received={})
-    found = Tiers("stacked", 1).run(jobs)
+    found = ClientExecutor("stacked", 1).run(jobs)
     assert isinstance(found[1], Failure)
     assert "missing" in str(found[1].error)
     agree([found[0], *found[2:]], alone([jobs[0], *jobs[2:]]))
@@ -195,16 +205,16 @@ def test_whose_model_lacks_entries_fails_alone():
 
 def test_a_rule_that_fails_for_one_user_fails_alone(monkeypatch):
     run = replace(ragged("silobn"), rule="pseudo").resolved()
-    here = with_tests(in_double(setting(run)))
-    jobs = jobs_of(here, *trained(here))
+    ctx = with_tests(in_double(build_context(run)))
+    jobs = jobs_of(ctx, *trained(ctx))
 
-    def failing(here, user, *args):
+    def failing(ctx, user, *args):
         if user == jobs[2].user:
             raise UserError("too short")
-        return cells(here, user, *args)
+        return cells(ctx, user, *args)
 
     monkeypatch.setattr("fedbn.stacked.executors.cells", failing)
-    found = Tiers("stacked", 1).run(jobs)
+    found = ClientExecutor("stacked", 1).run(jobs)
     assert str(found[2].error) == "too short"
     assert [len(f) for i, f in enumerate(found) if i != 2] == [len(f) for i, f in enumerate(alone(jobs)) if i != 2]
 
@@ -217,14 +227,14 @@ def test_a_rule_that_fails_for_one_user_fails_alone(monkeypatch):
     ],
 )
 def test_what_is_scored_user_by_user_is_said_once(change, reason, caplog):
-    here = with_tests(in_double(setting(ragged())), sizes=(9, 30))
+    ctx = with_tests(in_double(build_context(ragged())), sizes=(9, 30))
     if "batch" in reason:
-        here = of_model(here, "tests.fedbn.stacked.test_evaluate:batchwise")
-    jobs = change(jobs_of(here, *trained(here), COLUMNS if "columns" in reason else ("aggregated",)))
-    tiers = Tiers("stacked", 1)
+        ctx = of_model(ctx, "tests.fedbn.stacked.test_evaluate:batchwise")
+    jobs = change(jobs_of(ctx, *trained(ctx), COLUMNS if "columns" in reason else ("aggregated",)))
+    executors = ClientExecutor("stacked", 1)
     with caplog.at_level(logging.INFO, logger="fedbn.stacked.executors"):
         for _ in range(2):
-            agree(tiers.run(jobs), alone(jobs))
+            agree(executors.run(jobs), alone(jobs))
     assert told(caplog) == [f"evaluating user by user: {reason}"]
 
 
@@ -235,10 +245,10 @@ def batchwise(shape, classes):
 
 
 def test_who_is_served_a_model_of_its_own_is_scored_alone(caplog):
-    here = with_tests(in_double(setting(ragged("fedbn+finetune", proximal=0.0))))
-    jobs = jobs_of(here, *trained(here))
+    ctx = with_tests(in_double(build_context(ragged("fedbn+finetune", proximal=0.0))))
+    jobs = jobs_of(ctx, *trained(ctx))
     with caplog.at_level(logging.INFO, logger="fedbn.stacked.executors"):
-        agree(Tiers("stacked", 1).run(jobs), alone(jobs))
+        agree(ClientExecutor("stacked", 1).run(jobs), alone(jobs))
     assert told(caplog) == ["evaluating user by user: finetune serves models of its own"]
 
 

@@ -15,27 +15,27 @@ from torch import nn
 from torch.nn import functional as F
 
 from clients.app import app as client_app
-from clients.jobs import Train, execute, together
+from clients.jobs import Train, execute, run_batched
 from fedbn.data.population import Examples, Population, User
 from fedbn.errors import UserError
 from fedbn.federation.client import client_round
-from fedbn.federation.context import Setting
+from fedbn.federation.context import RunContext
 from fedbn.federation.run import Run, plan_for
 from fedbn.federation.server import Server
-from fedbn.federation.setup import setting
+from fedbn.federation.setup import build_context
 from fedbn.models import build, models
 from fedbn.nn.batchnorm import AnyBatchNorm, AnyInstanceNorm
 from fedbn.personalization.base import personalizations
 from fedbn.stacked.cohort import Cohort, Failure
-from fedbn.stacked.executors import Kind, Tiers, cores, parse_tier, width
+from fedbn.stacked.executors import ClientExecutor, Kind, cores, parse_executor, width
 from fedbn.stacked.fit import Descent, Trainee, agenda, fit_stack
 from fedbn.stacked.layers import Unstackable
-from fedbn.stacked.program import program
+from fedbn.stacked.program import build_program
 from fedbn.strategies.base import Progress, strategies
 from fedbn.strategies.ownership import Ownership
 from simulations.engines.grid import InProcessGrid
 from simulations.flower.compat import task_identity
-from simulations.server.rounds import Listener, conduct
+from simulations.server.rounds import Listener, run_rounds
 from tests.helpers import same
 
 STACKED = {  # at least these; strategies with steps or layers of their own train client by client
@@ -66,36 +66,36 @@ class Everything(nn.Module):
         return self.head(self.drop(h.view(h.size(0), -1)))
 
 
-def in_double(here: Setting) -> Setting:
+def in_double(ctx: RunContext) -> RunContext:
     """The setting in double precision, with few rows a user and no two users alike."""
 
     def wide(data: Examples, rows: int) -> Examples:
         return Examples(data.x[:rows].double(), data.y[:rows], data.recording[:rows])
 
     users = tuple(
-        User(u.name, u.domain, wide(u.train, 25 + 6 * i), wide(u.test, 4)) for i, u in enumerate(here.population.users)
+        User(u.name, u.domain, wide(u.train, 25 + 6 * i), wide(u.test, 4)) for i, u in enumerate(ctx.population.users)
     )
-    people = Population(users, here.population.unseen, here.population.classes, here.population.skew)
-    model = copy.deepcopy(here.scratch).double()
+    population = Population(users, ctx.population.unseen, ctx.population.classes, ctx.population.skew)
+    model = copy.deepcopy(ctx.scratch).double()
     initial = {k: v.detach().clone() for k, v in model.state_dict().items()}
-    return replace(here, population=people, scratch=model, initial=initial)
+    return replace(ctx, population=population, scratch=model, initial=initial)
 
 
-def rounds_of(here, tiers, number, rounds=2):
-    """Final server state, what clients keep and all losses, the jobs of each round done by ``tiers``."""
-    server, kept, losses = Server(here.start(), here.start()), {}, []
+def rounds_of(ctx, executors, number, rounds=2):
+    """Final server state, what clients keep and all losses, the jobs of each round done by ``executors``."""
+    server, kept, losses = Server(ctx.start(), ctx.start()), {}, []
     for round in range(1, rounds + 1):
         jobs = [
-            Train(here, u, server.sends(here, u), kept.get(u), Progress(round, rounds), (), server.told)
-            for u in here.trainers[:number]
+            Train(ctx, u, server.sends(ctx, u), kept.get(u), Progress(round, rounds), (), server.broadcast)
+            for u in ctx.trainers[:number]
         ]
-        results = tiers.run(jobs)
+        results = executors.run(jobs)
         assert not any(isinstance(r, Failure) for r in results), results
         for job, (update, stays) in zip(jobs, results, strict=True):
             assert job.user == update.user
             kept[job.user] = stays
             losses.append(update.loss)
-        server.advance(here, [update for update, _ in results], round)
+        server.advance(ctx, [update for update, _ in results], round)
     return server.state, kept, losses
 
 
@@ -115,9 +115,9 @@ def ragged(strategy="fedbn", model="mlp", **plan):
     return Run("digits8", strategy, model=model, partition=partition, plan=plan_for("digits8", **chosen)).resolved()
 
 
-def setting_or_skip(run):
+def context_or_skip(run):
     try:
-        return setting(run)
+        return build_context(run)
     except UserError as error:
         pytest.skip(str(error))
 
@@ -126,31 +126,31 @@ def setting_or_skip(run):
     ("name", "model"), [*((n, "mlp") for n in strategies()), *((n, "small-cnn") for n in sorted(STACKED))]
 )
 def test_every_strategy_equals_clients_one_by_one(name, model, caplog):
-    if strategies()[name].consults:
+    if strategies()[name].syncs_first_batch:
         pytest.skip("talks before training: see test_who_consults_trains_alone")
-    here = in_double(setting_or_skip(ragged(name, model, proximal=0.1)))
+    ctx = in_double(context_or_skip(ragged(name, model, proximal=0.1)))
     with caplog.at_level(logging.INFO, logger="fedbn.stacked.executors"):
-        stacked = rounds_of(here, Tiers("stacked", 1), 4)
+        stacked = rounds_of(ctx, ClientExecutor("stacked", 1), 4)
     assert not caplog.records or name not in STACKED, [r.message for r in caplog.records]
-    states, losses = worst(rounds_of(here, Tiers("one"), 4), stacked)
+    states, losses = worst(rounds_of(ctx, ClientExecutor("one"), 4), stacked)
     assert states < 1e-10
     assert losses < 1e-6  # summed in single precision by the definition
 
 
 @pytest.mark.parametrize("name", [*sorted(models().keys() - LARGE), "tests.fedbn.stacked.test_executors:network"])
 def test_every_model_equals_clients_one_by_one(name, caplog):
-    here = of_model(setting(ragged(batch_size=8)), name)
-    expected = rounds_of(here, Tiers("one"), 3, rounds=1)
-    for tier in ("lean", "stacked"):
+    ctx = of_model(build_context(ragged(batch_size=8)), name)
+    expected = rounds_of(ctx, ClientExecutor("one"), 3, rounds=1)
+    for executor in ("lean", "stacked"):
         with caplog.at_level(logging.INFO, logger="fedbn.stacked.executors"):
-            stacked = rounds_of(here, Tiers(tier, 1), 3, rounds=1)
+            stacked = rounds_of(ctx, ClientExecutor(executor, 1), 3, rounds=1)
         assert not caplog.records or name not in MODELS, [r.message for r in caplog.records]
         states, losses = worst(expected, stacked)
         assert states < 1e-10
         assert losses < 1e-5
 
 
-def of_model(here, name):
+def of_model(ctx, name):
     """The setting with a model, and few random examples of a shape that it takes."""
     for shape in ((1, 8, 8), (2, 32), (64,)):
         try:
@@ -160,30 +160,30 @@ def of_model(here, name):
             continue
     draw = torch.Generator().manual_seed(3)
     users = []
-    for i, user in enumerate(here.population.users):
+    for i, user in enumerate(ctx.population.users):
         n = 9 + 4 * i
         x = torch.randn(n, *shape, generator=draw, dtype=torch.float64)
         y = torch.randint(0, 10, (n,), generator=draw)
         users.append(User(user.name, user.domain, Examples(x, y, y * 0), user.test))
     return replace(
-        here,
-        population=replace(here.population, users=tuple(users)),
+        ctx,
+        population=replace(ctx.population, users=tuple(users)),
         scratch=model,
         initial={k: v.detach().clone() for k, v in model.state_dict().items()},
-        ownership=Ownership.of(model, here.treatment),
+        ownership=Ownership.of(model, ctx.treatment),
     )
 
 
 @pytest.mark.parametrize("name", personalizations())
 def test_every_personalization_equals_clients_one_by_one(name):
-    here = in_double(setting_or_skip(ragged(f"fedbn+{name}", proximal=0.0)))
-    assert worst(rounds_of(here, Tiers("one"), 3), rounds_of(here, Tiers("stacked", 1), 3))[0] < 1e-10
+    ctx = in_double(context_or_skip(ragged(f"fedbn+{name}", proximal=0.0)))
+    assert worst(rounds_of(ctx, ClientExecutor("one"), 3), rounds_of(ctx, ClientExecutor("stacked", 1), 3))[0] < 1e-10
 
 
 def test_who_consults_trains_alone(small):
-    here = setting(small())
+    ctx = build_context(small())
     with pytest.raises(Unstackable, match="consults before training"):
-        Cohort(here).twin(Progress(1, 2), [{}])
+        Cohort(ctx).program(Progress(1, 2), [{}])
 
 
 # Kernels.
@@ -225,10 +225,10 @@ def test_a_stacked_layer_is_the_layers_side_by_side(name, k, rows, training, see
             if value.is_floating_point():
                 value.copy_(torch.rand_like(value) + 0.5)
         alone.append(net)
-    twin = program(alone[0])
+    program = build_program(alone[0])
     stacked = {n: torch.stack([net.state_dict()[n] for net in alone]) for n in alone[0].state_dict()}
     x = torch.randn(rows, k, *shape, dtype=torch.float64)
-    out = twin.bind({n: twin.laid(n, v) for n, v in stacked.items()}, k)(x.flatten(1, 2))
+    out = program.bind({n: program.laid(n, v) for n, v in stacked.items()}, k)(x.flatten(1, 2))
     for i, net in enumerate(alone):
         expected = net(x[:, i])
         got = out.view(rows, k, -1, *out.shape[2:])[:, i]
@@ -282,7 +282,7 @@ def tied():
 )
 def test_what_is_not_known_is_refused(model, reason):
     with pytest.raises(Unstackable, match=reason):
-        program(model)
+        build_program(model)
 
 
 @pytest.mark.parametrize(
@@ -302,9 +302,9 @@ def test_axes_that_would_mix_clients_are_refused_when_met(function, reason):
             return function(x)
 
     with pytest.raises(Unstackable, match=reason):
-        program(Net()).bind({}, 2)(torch.zeros(3, 4, 2))
+        build_program(Net()).bind({}, 2)(torch.zeros(3, 4, 2))
     with pytest.raises(Unstackable, match="with 3 axes"):
-        program(net := nn.Sequential(nn.Linear(2, 2))).bind(net.state_dict(), 1)(torch.zeros(3, 4, 2))
+        build_program(net := nn.Sequential(nn.Linear(2, 2))).bind(net.state_dict(), 1)(torch.zeros(3, 4, 2))
 
 
 # Steps.
@@ -337,8 +337,8 @@ def test_clients_that_are_no_neighbors_step_together():
     state = net.state_dict()
     trainees = [Trainee(state, torch.cat(p), [len(b) for b in p], torch.Generator()) for p in parts]
     assert next(agenda([[len(b) for b in p] for p in parts])) == [(0, 0), (2, 0)]
-    for alone, together_ in zip(trainees, fit_stack(program(net), trainees, x, y, how), strict=True):
-        (expected,) = fit_stack(program(net), [alone], x, y, how)
+    for alone, together_ in zip(trainees, fit_stack(build_program(net), trainees, x, y, how), strict=True):
+        (expected,) = fit_stack(build_program(net), [alone], x, y, how)
         assert together_.loss == pytest.approx(expected.loss, rel=1e-6)
         for of, parts_ in ((expected.state, together_.state), (expected.momentum, together_.momentum)):
             for key, value in of.items():
@@ -346,12 +346,12 @@ def test_clients_that_are_no_neighbors_step_together():
 
 
 def test_what_a_method_has_put_aside_stays_with_the_client(small):
-    here = setting(small("fedbn", model="mlp"))
-    kept = {"aside/note": torch.tensor([3.0])}
-    jobs = [Train(here, u, here.start(), kept, Progress(1, 1)) for u in here.trainers[:2]]
-    for tier in ("one", "stacked"):
-        for _, stays in Tiers(tier, 1).run(jobs):
-            assert torch.equal(stays["aside/note"], kept["aside/note"])
+    ctx = build_context(small("fedbn", model="mlp"))
+    kept = {"method_state/note": torch.tensor([3.0])}
+    jobs = [Train(ctx, u, ctx.start(), kept, Progress(1, 1)) for u in ctx.trainers[:2]]
+    for executor in ("one", "stacked"):
+        for _, stays in ClientExecutor(executor, 1).run(jobs):
+            assert torch.equal(stays["method_state/note"], kept["method_state/note"])
 
 
 def test_parameters_without_a_gradient_stay_as_they_are():
@@ -368,7 +368,7 @@ def test_parameters_without_a_gradient_stay_as_they_are():
     state = {k: v.clone() for k, v in net.state_dict().items()}
     x, y, rows = torch.randn(4, 3), torch.zeros(4, dtype=torch.long), torch.arange(4)
     how = Descent(0.1, momentum=0.9, weight_decay=0.5)
-    (done,) = fit_stack(program(net), [Trainee(state, rows, [len(rows)], torch.Generator())], x, y, how)
+    (done,) = fit_stack(build_program(net), [Trainee(state, rows, [len(rows)], torch.Generator())], x, y, how)
     assert torch.equal(done.state["unused.weight"], state["unused.weight"])
     assert not torch.equal(done.state["used.weight"], state["used.weight"])
 
@@ -376,12 +376,14 @@ def test_parameters_without_a_gradient_stay_as_they_are():
 # Tiers and the grid.
 
 
-def run_grid(run, tier, threads=2):
-    grid = InProcessGrid(client_app, len(setting(run).population.users), {"run": run.to_json()}, tier=tier)
-    grid._tiers.threads = threads
+def run_grid(run, executor, threads=2):
+    grid = InProcessGrid(
+        client_app, len(build_context(run).population.users), {"run": run.to_json()}, executor=executor
+    )
+    grid._executor.threads = threads
     done = []
     with task_identity(1):
-        conduct(grid, run, Listener(on_end=done.append))
+        run_rounds(grid, run, Listener(on_end=done.append))
     kept = {
         node: {k: r.to_torch_state_dict() for k, r in c.state.array_records.items()}
         for node, c in grid.contexts.items()
@@ -401,90 +403,94 @@ def test_threads_give_the_same_bits(small):
     assert all(same(kept_a[n][k], kept_b[n][k]) for n in kept_a for k in kept_a[n])
 
 
-@pytest.mark.parametrize("tier", ["lean", "stacked", "auto"])
-def test_the_grid_runs_stacks_behind_the_same_apps(tier, small):
+@pytest.mark.parametrize("executor", ["lean", "stacked", "auto"])
+def test_the_grid_runs_stacks_behind_the_same_apps(executor, small):
     run = small("silobn", model="mlp", clients_per_round=4)
-    (a, _), (b, _) = run_grid(run, "one"), run_grid(run, tier)
+    (a, _), (b, _) = run_grid(run, "one"), run_grid(run, executor)
     for key, value in a.server.state.items():
         torch.testing.assert_close(b.server.state[key], value, rtol=1e-3, atol=1e-5)
     assert [p.train_loss for p in b.curve] == pytest.approx([p.train_loss for p in a.curve], rel=1e-4)
-    if tier == "stacked":
+    if executor == "stacked":
         assert not same(a.server.state, b.server.state)  # else it was not the stack that ran
 
 
 def test_clients_whose_noise_is_drawn_from_one_generator_do_not_run_at_once(small):
-    tiers = Tiers("threads", 2)
+    executors = ClientExecutor("threads", 2)
     for model, independent in (("tests.fedbn.stacked.test_executors:network", False), ("mlp", True)):
-        here = setting(small(model=model, batch_size=16))
-        tiers._meet(here)
-        assert tiers._independent() is independent
+        ctx = build_context(small(model=model, batch_size=16))
+        executors._start_run(ctx)
+        assert executors._independent() is independent
 
 
 def test_threads_are_used_only_for_steps_worth_it(small, monkeypatch):
-    here = setting(small(model="mlp"))
-    jobs = [Train(here, u, here.start(), None, Progress(1, 1)) for u in here.trainers]
+    ctx = build_context(small(model="mlp"))
+    jobs = [Train(ctx, u, ctx.start(), None, Progress(1, 1)) for u in ctx.trainers]
     used = []
-    monkeypatch.setattr(Tiers, "_on_threads", lambda self, parts, do: used.append(len(parts)) or [None] * len(parts))
+    monkeypatch.setattr(
+        ClientExecutor, "_on_threads", lambda self, parts, do: used.append(len(parts)) or [None] * len(parts)
+    )
     monkeypatch.setattr("fedbn.stacked.executors.WORTH_A_THREAD", 1e9)
-    Tiers("exact", 2).run(jobs)
+    ClientExecutor("exact", 2).run(jobs)
     assert used == []
     monkeypatch.setattr("fedbn.stacked.executors.WORTH_A_THREAD", 0.0)
-    Tiers("exact", 2).run(jobs)
+    ClientExecutor("exact", 2).run(jobs)
     assert used == [len(jobs) - 3]
 
 
-@pytest.mark.parametrize("tier", ["one", "threads", "stacked"])
-def test_a_failing_client_is_the_only_one(tier, small):
-    here = setting(small("fedbn", model="mlp"))
-    jobs = [Train(here, u, here.start(), None, Progress(1, 1)) for u in here.trainers]
+@pytest.mark.parametrize("executor", ["one", "threads", "stacked"])
+def test_a_failing_client_is_the_only_one(executor, small):
+    ctx = build_context(small("fedbn", model="mlp"))
+    jobs = [Train(ctx, u, ctx.start(), None, Progress(1, 1)) for u in ctx.trainers]
     jobs[1] = replace(jobs[1], received={})
-    results = Tiers(tier, 2).run(jobs)
+    results = ClientExecutor(executor, 2).run(jobs)
     assert [isinstance(r, Failure) for r in results] == [i == 1 for i in range(len(jobs))]
     assert isinstance(results[1].error, KeyError)
-    expected, _ = client_round(here, here.trainers[0], here.start(), None, Progress(1, 1))
+    expected, _ = client_round(ctx, ctx.trainers[0], ctx.start(), None, Progress(1, 1))
     for key, value in expected.state.items():
-        torch.testing.assert_close(results[0][0].state[key], value, rtol=0 if tier != "stacked" else 1e-3, atol=1e-6)
+        torch.testing.assert_close(
+            results[0][0].state[key], value, rtol=0 if executor != "stacked" else 1e-3, atol=1e-6
+        )
 
 
 def test_a_stack_in_which_nobody_can_begin_gives_everyones_error(small):
-    here = setting(small("fedbn", model="mlp"))
-    jobs = [Train(here, u, {}, None, Progress(1, 1)) for u in here.trainers[:2]]
-    assert [type(r.error) for r in Tiers("stacked", 1).run(jobs)] == [KeyError, KeyError]
+    ctx = build_context(small("fedbn", model="mlp"))
+    jobs = [Train(ctx, u, {}, None, Progress(1, 1)) for u in ctx.trainers[:2]]
+    assert [type(r.error) for r in ClientExecutor("stacked", 1).run(jobs)] == [KeyError, KeyError]
 
 
 def test_a_mistake_in_the_stack_is_not_hidden_by_training_alone(small, monkeypatch):
-    here = setting(small("fedbn", model="mlp"))
-    jobs = [Train(here, u, here.start(), None, Progress(1, 1)) for u in here.trainers[:2]]
+    ctx = build_context(small("fedbn", model="mlp"))
+    jobs = [Train(ctx, u, ctx.start(), None, Progress(1, 1)) for u in ctx.trainers[:2]]
 
     def broken(*args):
         raise RuntimeError("wrong shape")
 
     monkeypatch.setattr("fedbn.stacked.cohort.fit_stack", broken)
     with pytest.raises(RuntimeError, match="wrong shape"):
-        Tiers("stacked", 1).run(jobs)
+        ClientExecutor("stacked", 1).run(jobs)
 
 
 def test_the_reason_for_training_alone_is_given_once(small, caplog):
-    here = setting(small("fedbn+fedrep", model="mlp"))
-    tiers = Tiers("stacked", 1)
-    jobs = [Train(here, u, here.start(), None, Progress(1, 1)) for u in here.trainers[:2]]
+    ctx = build_context(small("fedbn+fedrep", model="mlp"))
+    executors = ClientExecutor("stacked", 1)
+    jobs = [Train(ctx, u, ctx.start(), None, Progress(1, 1)) for u in ctx.trainers[:2]]
     with caplog.at_level(logging.INFO, logger="fedbn.stacked.executors"):
-        tiers.run(jobs)
-        tiers.run(jobs)
+        executors.run(jobs)
+        executors.run(jobs)
     assert [r.message for r in caplog.records] == ["training client by client: fedrep trains in its own way"]
 
 
 def test_an_unknown_tier_is_named_with_the_nearest():
-    assert parse_tier("stacked") == "stacked"
+    assert parse_executor("stacked") == "stacked"
     with pytest.raises(UserError, match="'stackd'.*stacked"):
-        parse_tier("stackd")
+        parse_executor("stackd")
     assert cores() >= 1
 
 
 @given(st.integers(1, 500))
 def test_stacks_are_even_and_cover_all(clients):
-    here = setting(ragged())
-    wide = width(here, clients)
+    ctx = build_context(ragged())
+    wide = width(ctx, clients)
     assert 1 <= wide <= min(clients, 128)
     stacks = -(-clients // wide)
     assert stacks * wide - clients < stacks * 2 or stacks == 1
@@ -495,7 +501,7 @@ def test_stacks_are_even_and_cover_all(clients):
 
 @dataclass(frozen=True)
 class Job:
-    kind: ClassVar[Kind] = "talk"
+    kind: ClassVar[Kind] = "consensus"
     number: int
 
     def run(self):
@@ -523,7 +529,7 @@ def test_jobs_are_run_together_by_kind_and_calls_go_on_with_their_own_result():
             return str(error)
 
     calls = [lambda: twice(1), lambda: execute(OtherJob(2)), careful, lambda: "none", lambda: twice(3)]
-    assert together(calls, run) == [100, 20, "bad", "none", 300]
+    assert run_batched(calls, run) == [100, 20, "bad", "none", 300]
     assert seen == [
         [("Job", 1), ("Job", 9), ("Job", 3)],
         [("OtherJob", 2)],

@@ -9,9 +9,9 @@ from flwr.app import Array, ArrayRecord
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clients.jobs import in_company, together
-from clients.records import Decoder, arrays, handed, tensors
-from clients.serialization import Held, pack, unpack
+from clients.jobs import is_batched, run_batched
+from clients.records import Decoder, arrays, tensors, to_record_by_reference
+from clients.serialization import LazyArrayRecord, pack, unpack
 from fedbn.errors import UserError
 
 KINDS = (torch.float32, torch.float64, torch.float16, torch.int64, torch.int32, torch.uint8, torch.bool)
@@ -53,7 +53,7 @@ def test_what_is_read_can_be_written_to_without_changing_the_message():
 
 def test_held_tensors_are_handed_over_as_they_are():
     state = {"a": torch.ones(2), "b": torch.tensor(3)}
-    record = Held(state)
+    record = LazyArrayRecord(state)
     assert tensors(record)["a"] is state["a"]
     assert Decoder()(record, "cpu") is state
     copy = record.copy()
@@ -81,7 +81,7 @@ LOOKS = {
 @pytest.mark.parametrize("name", LOOKS)
 def test_a_held_record_is_an_ordinary_one_to_whoever_looks(name):
     state = {"a": torch.ones(2)}
-    held, plain = Held(state), arrays(state)
+    held, plain = LazyArrayRecord(state), arrays(state)
     assert isinstance(held, ArrayRecord)
     assert list_of(LOOKS[name](held)) == list_of(LOOKS[name](plain)) or name == "serialize"  # it names its class
     assert held.state is None
@@ -95,7 +95,7 @@ def list_of(result):
 
 
 def test_what_is_written_to_a_copy_stays_there():
-    held = Held({"a": torch.ones(2)})
+    held = LazyArrayRecord({"a": torch.ones(2)})
     copy = held.copy()
     copy["a"] = pack(torch.zeros(2))
     assert torch.equal(tensors(held)["a"], torch.ones(2))
@@ -103,6 +103,6 @@ def test_what_is_written_to_a_copy_stays_there():
 
 
 def test_only_calls_made_together_hand_over_by_reference():
-    assert not in_company()
-    assert not isinstance(handed({}), Held)
-    assert together([lambda: isinstance(handed({}), Held)], lambda jobs: []) == [True]
+    assert not is_batched()
+    assert not isinstance(to_record_by_reference({}), LazyArrayRecord)
+    assert run_batched([lambda: isinstance(to_record_by_reference({}), LazyArrayRecord)], lambda jobs: []) == [True]

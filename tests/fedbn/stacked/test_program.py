@@ -10,13 +10,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from clients.jobs import Train
-from fedbn.federation.setup import setting
+from fedbn.federation.setup import build_context
 from fedbn.stacked import fit
-from fedbn.stacked.executors import Tiers
+from fedbn.stacked.executors import ClientExecutor
 from fedbn.stacked.fit import Descent, Trainee, fit_stack
 from fedbn.stacked.layers import product
 from fedbn.stacked.memory import collect_garbage_rarely, keep_freed_memory
-from fedbn.stacked.program import program
+from fedbn.stacked.program import build_program
 from fedbn.strategies.base import Progress
 
 
@@ -35,9 +35,9 @@ def trained(net, x, y, how, clients=3, noise=False):
         draw = torch.Generator().manual_seed(i) if noise else None
         return Trainee(state, torch.arange(rows), [rows // 2, rows - rows // 2], draw, first=i * rows)
 
-    twin = program(net)
-    alone = [fit_stack(twin, [trainee(i)], x, y, how)[0] for i in range(clients)]
-    return fit_stack(twin, [trainee(i) for i in range(clients)], x, y, how), alone
+    program = build_program(net)
+    alone = [fit_stack(program, [trainee(i)], x, y, how)[0] for i in range(clients)]
+    return fit_stack(program, [trainee(i) for i in range(clients)], x, y, how), alone
 
 
 def agree(a, b, **tolerance):
@@ -71,7 +71,7 @@ class Flat(nn.Module):
     ],
 )
 def test_examples_lie_on_the_last_axis_only_where_there_are_no_positions(net, axes, expected):
-    assert program(net).across(axes) is expected
+    assert build_program(net).across(axes) is expected
 
 
 @pytest.mark.parametrize("noise", [False, True])
@@ -108,10 +108,10 @@ def test_a_large_linear_layer_steps_in_the_backward_pass(first, monkeypatch):
 def test_a_relu_may_wait_for_the_pooling_behind_it(kind):
     shape = (4, 3, 8) if kind is nn.MaxPool1d else (4, 3, 8, 8)
     net = nn.Sequential(nn.ReLU(), kind(3, 2, 1)).double()
-    twin = program(net)
-    assert len(twin._late) == 1
+    program = build_program(net)
+    assert len(program._late) == 1
     x = torch.randn(shape, dtype=torch.float64).round(decimals=1).requires_grad_()  # with ties
-    expected, got = net(x), twin.bind({}, 1)(x)
+    expected, got = net(x), program.bind({}, 1)(x)
     assert torch.equal(got, expected)
     weights = torch.randn_like(expected)
     assert torch.equal(*(torch.autograd.grad((out * weights).sum(), x)[0] for out in (got, expected)))
@@ -127,31 +127,31 @@ def test_a_relu_that_others_use_too_does_not_wait():
             h = self.relu(x)
             return self.pool(h) + h
 
-    twin, x = program(Twice()), torch.randn(2, 3, 4, 4)
-    assert not twin._late
-    assert torch.equal(twin.bind({}, 1)(x), F.max_pool2d(x.relu(), 3, 1, 1) + x.relu())
+    program, x = build_program(Twice()), torch.randn(2, 3, 4, 4)
+    assert not program._late
+    assert torch.equal(program.bind({}, 1)(x), F.max_pool2d(x.relu(), 3, 1, 1) + x.relu())
 
 
 def test_signals_are_signals_again_for_layers_that_tell_them_from_images():
     net = nn.Sequential(nn.Conv1d(2, 3, 3), nn.ReLU(), nn.LayerNorm(6), nn.AdaptiveMaxPool1d(2), nn.BatchNorm1d(3))
     net, x = net.double(), torch.randn(4, 2, 8, dtype=torch.float64)
-    twin = program(net)
-    state = {n: twin.laid(n, v[None].clone()) for n, v in net.state_dict().items()}
-    torch.testing.assert_close(twin.bind(state, 1)(x), net(x), rtol=1e-12, atol=1e-12)
+    program = build_program(net)
+    state = {n: program.laid(n, v[None].clone()) for n, v in net.state_dict().items()}
+    torch.testing.assert_close(program.bind(state, 1)(x), net(x), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(("clients", "one_by_one"), [(1, 1), (3, 1), (4, 0), (9, 0)])
 def test_clients_left_over_get_all_threads(clients, one_by_one, small, monkeypatch):
     """Few clients: those that do not divide evenly train with two threads each; many: nobody does."""
-    here = setting(small("fedbn", model="mlp"))
-    users = [here.trainers[i % len(here.trainers)] for i in range(clients)]
-    tiers, seen = Tiers("lean", 2), []
-    jobs = [Train(here, u, here.start(), None, Progress(1, 1)) for u in users]
-    tiers._meet(here)
-    real = tiers._cohort.train
-    monkeypatch.setattr(tiers._cohort, "train", lambda *a: seen.append(torch.get_num_threads()) or real(*a))
+    ctx = build_context(small("fedbn", model="mlp"))
+    users = [ctx.trainers[i % len(ctx.trainers)] for i in range(clients)]
+    executors, seen = ClientExecutor("lean", 2), []
+    jobs = [Train(ctx, u, ctx.start(), None, Progress(1, 1)) for u in users]
+    executors._start_run(ctx)
+    real = executors._cohort.train
+    monkeypatch.setattr(executors._cohort, "train", lambda *a: seen.append(torch.get_num_threads()) or real(*a))
     before = torch.get_num_threads()
-    assert [r[0].user for r in tiers.run(jobs)] == users
+    assert [r[0].user for r in executors.run(jobs)] == users
     assert sorted(seen) == [1] * (clients - one_by_one) + [2] * one_by_one
     assert torch.get_num_threads() == before
 
@@ -163,7 +163,7 @@ def test_a_stack_needs_nothing_from_the_cpu_but_its_shuffles():
     x, y = torch.empty(20, 5, device="meta"), torch.empty(20, dtype=torch.long, device="meta")
     trainees = [Trainee(state, torch.arange(10), [6, 4], None, first=10 * i) for i in range(2)]
     with pytest.raises(NotImplementedError, match="meta") as caught:
-        fit_stack(program(net), trainees, x, y, Descent(0.1, momentum=0.9, weight_decay=0.1))
+        fit_stack(build_program(net), trainees, x, y, Descent(0.1, momentum=0.9, weight_decay=0.1))
     assert "total.tolist()" in str(next(e.statement for e in reversed(caught.traceback) if "fit.py" in str(e.path)))
 
 

@@ -84,9 +84,9 @@ def test_the_second_layer_is_measured_under_the_first_ones_new_statistics():
 
 def test_a_conversation_can_be_replayed_from_its_start():
     model, x = network(), data()
-    talk = agree_layerwise(copy.deepcopy(model), x)
-    first = next(talk)
-    second = talk.send(first)
+    steps = agree_layerwise(copy.deepcopy(model), x)
+    first = next(steps)
+    second = steps.send(first)
     again = replay(lambda: agree_layerwise(copy.deepcopy(model), x), [first])
     assert again is not None
     for path, moments in second.items():

@@ -15,11 +15,11 @@ from clients.serialization import pack, unpack
 from fedbn.errors import UserError
 from fedbn.federation.client import client_round
 from fedbn.federation.server import Server
-from fedbn.federation.setup import setting
+from fedbn.federation.setup import build_context
 from fedbn.statistics.moments import pooled_variance
 from fedbn.statistics.robust import location, robust_moments
 from fedbn.strategies.base import Progress, Update, strategy
-from simulations.server.validation import BadReply, admitted, admitted_notes
+from simulations.server.validation import InvalidReply, validate_entries, validate_notes
 from tests.helpers import same
 
 values = st.lists(st.floats(-100, 100, width=32), min_size=5, max_size=11)
@@ -57,16 +57,16 @@ ATTACKS = {
 }
 
 
-def poisoned(here, attack, bad):
+def poisoned(ctx, attack, bad):
     """One round in which users ``bad`` send poisoned statistics; the server's statistics."""
-    server, updates = Server(here.start(), here.start()), []
-    for user in here.trainers:
-        update, _ = client_round(here, user, here.start(), None, Progress(1, 2))
+    server, updates = Server(ctx.start(), ctx.start()), []
+    for user in ctx.trainers:
+        update, _ = client_round(ctx, user, ctx.start(), None, Progress(1, 2))
         if user in bad:
             state = {k: attack(k, v) if "running" in k else v for k, v in update.state.items()}
             update = Update(update.user, state, update.examples, update.loss)
         updates.append(update)
-    server.advance(here, updates, 1)
+    server.advance(ctx, updates, 1)
     return {k: v for k, v in server.state.items() if "running" in k}
 
 
@@ -77,17 +77,17 @@ def distance(state, other):
 @pytest.mark.parametrize("name", ATTACKS)
 @pytest.mark.parametrize("text", ["global-robust", "global-robust:how=median"])
 def test_poisoned_statistics_barely_move_the_pool(name, text, small):
-    here = setting(small(text))
-    bad = set(here.trainers[:1])
-    honest = poisoned(here, ATTACKS[name], set())
-    assert distance(poisoned(here, ATTACKS[name], bad), honest) < 0.5
+    ctx = build_context(small(text))
+    bad = set(ctx.trainers[:1])
+    honest = poisoned(ctx, ATTACKS[name], set())
+    assert distance(poisoned(ctx, ATTACKS[name], bad), honest) < 0.5
 
 
 @pytest.mark.parametrize("name", ["huge variance", "far mean", "nan"])
 def test_the_same_attack_ruins_the_plain_pool(name, small):
-    here = setting(small("global-pooled"))
-    bad = set(here.trainers[:1])
-    assert distance(poisoned(here, ATTACKS[name], bad), poisoned(here, ATTACKS[name], set())) > 100
+    ctx = build_context(small("global-pooled"))
+    bad = set(ctx.trainers[:1])
+    assert distance(poisoned(ctx, ATTACKS[name], bad), poisoned(ctx, ATTACKS[name], set())) > 100
 
 
 @pytest.mark.parametrize("text", ["global-robust:trim=0.5", "global-robust:trim=-0.1"])
@@ -150,10 +150,10 @@ def test_what_an_array_claims_to_be_is_not_believed(dtype, shape):
 
 
 def test_a_clients_reply_is_let_in_whole_or_not_at_all(small):
-    here = setting(small("fedbn"))
-    good = here.start()
+    ctx = build_context(small("fedbn"))
+    good = ctx.start()
     first = next(iter(good))
-    assert same(admitted(here, 3, arrays(good)), good)
+    assert same(validate_entries(ctx, 3, arrays(good)), good)
     wrong = {
         "too many or too few": {k: v for k, v in good.items() if k != first},
         "extra": good | {"extra": torch.zeros(1)},
@@ -163,18 +163,18 @@ def test_a_clients_reply_is_let_in_whole_or_not_at_all(small):
         "bytes for": good | {first: torch.zeros(100_000)},
     }
     for match, state in wrong.items():
-        with pytest.raises(BadReply, match=rf"client 3 .*({match}).*nothing of its reply was used"):
-            admitted(here, 3, arrays(state))
+        with pytest.raises(InvalidReply, match=rf"client 3 .*({match}).*nothing of its reply was used"):
+            validate_entries(ctx, 3, arrays(state))
     hostile = arrays(good)
     hostile[first] = Array("float32", (3,), "numpy.ndarray", HOSTILE["a bare pickle"])
-    with pytest.raises(BadReply, match="cannot be read"):
-        admitted(here, 3, hostile)
+    with pytest.raises(InvalidReply, match="cannot be read"):
+        validate_entries(ctx, 3, hostile)
 
 
 def test_notes_are_limited_too(small):
-    here = setting(small("fedbn"))
-    assert same(admitted_notes(here, 3, arrays({"n": torch.zeros(3)})), {"n": torch.zeros(3)})
-    with pytest.raises(BadReply, match="bytes of notes"):
-        admitted_notes(here, 3, arrays({"n": torch.zeros(10_000_000)}))
-    with pytest.raises(BadReply, match="cannot be read"):
-        admitted_notes(here, 3, ArrayRecord({"n": Array("float32", (3,), "numpy.ndarray", b"junk")}))
+    ctx = build_context(small("fedbn"))
+    assert same(validate_notes(ctx, 3, arrays({"n": torch.zeros(3)})), {"n": torch.zeros(3)})
+    with pytest.raises(InvalidReply, match="bytes of notes"):
+        validate_notes(ctx, 3, arrays({"n": torch.zeros(10_000_000)}))
+    with pytest.raises(InvalidReply, match="cannot be read"):
+        validate_notes(ctx, 3, ArrayRecord({"n": Array("float32", (3,), "numpy.ndarray", b"junk")}))

@@ -11,7 +11,7 @@ from torch import nn
 from fedbn.data.population import Examples
 from fedbn.errors import UserError
 from fedbn.federation.loop import federate
-from fedbn.federation.setup import setting
+from fedbn.federation.setup import build_context
 from fedbn.nn.roles import clone
 from fedbn.strategies.base import strategy
 from fedbn.tta import method
@@ -175,11 +175,11 @@ def test_the_online_column_follows_by_the_rates_and_is_the_same_in_every_engine(
     run = small("atp:lr=0.1")
     out = execute(run, "reference")
     assert out.scores == execute(run, "grid").scores
-    here = setting(run)
-    user = here.population.unseen[0]
-    model = here.load(here.assemble(out.server.state, None)).eval()
-    said = here.strategy.follow(model, here.population.users[user].test.x)
-    y = here.population.users[user].test.y
+    ctx = build_context(run)
+    user = ctx.population.unseen[0]
+    model = ctx.load(ctx.assemble(out.server.state, None)).eval()
+    said = ctx.strategy.predict_stream(model, ctx.population.users[user].test.x)
+    y = ctx.population.users[user].test.y
     (cell,) = (s for s in out.scores[user] if (s.row, s.column) == ("unseen", "online"))
     assert cell.loss == float(nn.functional.cross_entropy(said.double(), y))
     assert cell.loss != next(s.loss for s in out.scores[user] if s.column == "aggregated")

@@ -15,7 +15,7 @@ from fedbn.errors import UserError
 from fedbn.federation.client import client_round
 from fedbn.federation.cold_start import starts, window_moments
 from fedbn.federation.loop import federate
-from fedbn.federation.setup import setting
+from fedbn.federation.setup import build_context
 from fedbn.nn.roles import Role
 from fedbn.norms.exchanged import Exchange, ExchangedNorm, exchanged_layers, speak
 from fedbn.norms.hybrid import HybridNorm, hybrid_layers
@@ -78,26 +78,26 @@ def centralized():
 
 def conversation(model, data, weights=None):
     """What all clients agree on, and in how many exchanges."""
-    heard = []
+    aggregates = []
     while True:
-        said = [FedTAN().consult(copy.deepcopy(model), Examples(x, y, y), heard) for x, y in data]
+        said = [FedTAN().sync_first_batch(copy.deepcopy(model), Examples(x, y, y), aggregates) for x, y in data]
         if said[0] is None:
-            return heard
+            return aggregates
         if weights is not None:
             said = [
                 {k: Moments.from_variance(w, m.mean, m.m2) for k, m in s.items()}
                 for s, w in zip(said, weights, strict=True)
             ]
-        heard.append(union(said))
+        aggregates.append(union(said))
 
 
-def fedtan_gradient(model, data, heard):
+def fedtan_gradient(model, data, aggregates):
     """Mean over clients, weighted by their sizes, of the gradients of their local losses."""
     total = sum(len(y) for _, y in data)
     mean = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
     for x, y in data:
         mine = copy.deepcopy(model)
-        FedTAN().begin(mine, Progress(1, 1), heard)
+        FedTAN().set_training_mode(mine, Progress(1, 1), aggregates)
         F.cross_entropy(mine(x), y).backward()
         for name, parameter in mine.named_parameters():
             mean[name] += parameter.grad * len(y) / total
@@ -110,26 +110,26 @@ def error(gradient, oracle):
 
 
 def test_fedtan_is_the_centralized_gradient():
-    model = FedTAN().prepare(network())
-    heard = conversation(model, clients())
-    assert len(heard) == 3 * 3  # and one exchange of the model: 3L + 1
-    assert error(fedtan_gradient(model, clients(), heard), centralized()) < 1e-12
+    model = FedTAN().prepare_model(network())
+    aggregates = conversation(model, clients())
+    assert len(aggregates) == 3 * 3  # and one exchange of the model: 3L + 1
+    assert error(fedtan_gradient(model, clients(), aggregates), centralized()) < 1e-12
 
 
 def test_fedtan_moves_running_statistics_as_one_batch_of_all_would():
-    model = FedTAN().prepare(network())
-    heard = conversation(model, clients())
+    model = FedTAN().prepare_model(network())
+    aggregates = conversation(model, clients())
     x, _ = clients()[0]
-    FedTAN().begin(model, Progress(1, 1), heard)
+    FedTAN().set_training_mode(model, Progress(1, 1), aggregates)
     model(x)
     for key, value in centralized().state_dict().items():
         torch.testing.assert_close(model.state_dict()[key], value, rtol=1e-12, atol=1e-12)
 
 
 def test_without_the_backward_exchange_it_is_not():
-    model, data = FedTAN().prepare(network()), clients()
-    heard = conversation(model, data)
-    told = _told(model, heard)
+    model, data = FedTAN().prepare_model(network()), clients()
+    aggregates = conversation(model, data)
+    told = _told(model, aggregates)
     total, mean = sum(len(y) for _, y in data), {n: torch.zeros_like(p) for n, p in model.named_parameters()}
     for x, y in data:
         # The own statistic gradients in place of the agreed ones.
@@ -149,9 +149,9 @@ def test_without_the_backward_exchange_it_is_not():
 
 
 def test_uniform_weights_with_unequal_clients_are_not_either():
-    model = FedTAN().prepare(network())
-    heard = conversation(model, clients(), weights=[1.0, 1.0, 1.0])
-    assert error(fedtan_gradient(model, clients(), heard), centralized()) > 1e-2
+    model = FedTAN().prepare_model(network())
+    aggregates = conversation(model, clients(), weights=[1.0, 1.0, 1.0])
+    assert error(fedtan_gradient(model, clients(), aggregates), centralized()) > 1e-2
 
 
 def test_fedtan_with_one_client_or_two_equal_ones_is_bn():
@@ -159,7 +159,7 @@ def test_fedtan_with_one_client_or_two_equal_ones_is_bn():
     plain = network()
     F.cross_entropy(plain(x), y).backward()
     for data in ([(x, y)], [(x, y), (x, y)]):
-        model = FedTAN().prepare(network())
+        model = FedTAN().prepare_model(network())
         assert error(fedtan_gradient(model, data, conversation(model, data)), plain) < 1e-12
 
 
@@ -198,21 +198,21 @@ def test_an_exchange_lasts_one_step():
 def test_fixbn_is_global_bn_until_it_freezes(small):
     assert same(federate(small("fixbn:stage1=1")).server.state, federate(small("global-naive")).server.state)
     run = small("fixbn:stage1=0")
-    here, out = setting(run), federate(run)
-    for key, role in here.ownership.roles.items():
+    ctx, out = build_context(run), federate(run)
+    for key, role in ctx.ownership.roles.items():
         if role is Role.STATISTICS:
-            assert torch.equal(out.server.state[key], here.initial[key])
+            assert torch.equal(out.server.state[key], ctx.initial[key])
         elif role is Role.AFFINE:
-            assert not torch.equal(out.server.state[key], here.initial[key])
+            assert not torch.equal(out.server.state[key], ctx.initial[key])
 
 
 def test_fbn_normalizes_by_constants_and_sends_the_mean_of_its_batches(small):
-    here = setting(small("fbn", batch_size=10_000))
-    update, _ = client_round(here, 0, here.start(), None, Progress(1, 2))
-    model = here.load(here.initial)
+    ctx = build_context(small("fbn", batch_size=10_000))
+    update, _ = client_round(ctx, 0, ctx.start(), None, Progress(1, 2))
+    model = ctx.load(ctx.initial)
     layer = next(p for p, m in model.named_modules() if isinstance(m, SharedStatisticsNorm))
-    data = here.training_data(0).x
-    seen = all_moments(here.load(here.initial), data)[layer]
+    data = ctx.training_data(0).x
+    seen = all_moments(ctx.load(ctx.initial), data)[layer]
     torch.testing.assert_close(update.state[f"{layer}.running_mean"], seen.mean.float(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(update.state[f"{layer}.running_var"], seen.variance().float(), rtol=1e-4, atol=1e-5)
 
@@ -237,13 +237,13 @@ def test_fbn_publishes_the_mean_over_its_batches():
 @pytest.mark.parametrize(("name", "rate"), [("fbn", 0.1), ("hbn", 0.002)])
 def test_the_server_follows_at_its_rate(name, rate, small):
     slow, all_at_once = federate(small(name, rounds=1)), federate(small(f"{name}:rate=1", rounds=1))
-    here = setting(small(name, rounds=1))
+    ctx = build_context(small(name, rounds=1))
     moved = 0.0
-    for key, role in here.ownership.roles.items():
+    for key, role in ctx.ownership.roles.items():
         if role is Role.STATISTICS:
-            expected = here.initial[key].lerp(all_at_once.server.state[key], rate)
+            expected = ctx.initial[key].lerp(all_at_once.server.state[key], rate)
             torch.testing.assert_close(slow.server.state[key], expected, rtol=1e-5, atol=1e-6)
-            moved += float((expected - here.initial[key]).abs().max())
+            moved += float((expected - ctx.initial[key]).abs().max())
     assert moved > rate / 10
 
 
@@ -265,24 +265,24 @@ def test_hbn_gate_leads_from_global_to_batch_statistics(gate, training):
 
 def test_hbn_trains_its_gate_keeps_it_at_the_client_and_gives_newcomers_the_mean(small):
     run = small("hbn")
-    here, out = setting(run), federate(run)
-    gates = [k for k, r in here.ownership.roles.items() if r is Role.GATE]
+    ctx, out = build_context(run), federate(run)
+    gates = [k for k, r in ctx.ownership.roles.items() if r is Role.GATE]
     assert gates
-    a, b = (here.assemble(out.server.state, out.kept[u]) for u in here.population.seen[:2])
+    a, b = (ctx.assemble(out.server.state, out.client_states[u]) for u in ctx.population.seen[:2])
     assert all(not torch.equal(a[k], b[k]) for k in gates)
-    newcomer = here.assemble(out.server.state, None)
+    newcomer = ctx.assemble(out.server.state, None)
     assert all(torch.equal(newcomer[k], out.server.state[k]) for k in gates)
 
 
 @pytest.mark.parametrize(("name", "rows"), [("hbn", 64), ("hbn-full", None)])
 def test_hbn_serves_statistics_of_the_mixture_under_the_final_weights(name, rows, small):
     run = small(name, rounds=1)
-    here, out = setting(run), federate(run)
+    ctx, out = build_context(run), federate(run)
     parts = []
-    for user in here.population.seen:
-        model = here.load(here.assemble(out.server.state, out.kept[user])).eval()
+    for user in ctx.population.seen:
+        model = ctx.load(ctx.assemble(out.server.state, out.client_states[user])).eval()
         path, layer = next(iter(hybrid_layers(model).items()))
-        x = here.training_data(user).x[:rows]
+        x = ctx.training_data(user).x[:rows]
         caught = []
         handle = layer.register_forward_pre_hook(lambda _, args, caught=caught: caught.append(args[0]))
         for part in x.split(64):
@@ -306,25 +306,25 @@ def test_hbn_serves_statistics_of_the_mixture_under_the_final_weights(name, rows
 
 def test_static_bn_sends_no_statistics_and_measures_without_dropout(small):
     run = small("static-bn", rounds=1)
-    here, out = setting(run), federate(run)
-    for key, role in here.ownership.roles.items():
+    ctx, out = build_context(run), federate(run)
+    for key, role in ctx.ownership.roles.items():
         if role is Role.STATISTICS:
-            assert torch.equal(out.server.state[key], here.initial[key])
-            assert not torch.equal(out.server.serving[key], here.initial[key])
+            assert torch.equal(out.server.state[key], ctx.initial[key])
+            assert not torch.equal(out.server.serving[key], ctx.initial[key])
     net = nn.Sequential(nn.Dropout(0.5), nn.Linear(3, 2), nn.BatchNorm1d(2))
     x = torch.randn(10, 3)
-    (said,) = StaticBN().settle(net, x)
+    (said,) = StaticBN().sync_statistics(net, x)
     torch.testing.assert_close(said["2|mean"].mean, net[1](x).mean(0).double(), rtol=1e-5, atol=1e-6)
 
 
 def test_static_bn_serves_the_mean_of_all_batches(small):
     run = small("static-bn", rounds=1)
-    here, out = setting(run), federate(run)
+    ctx, out = build_context(run), federate(run)
     means, variances = [], []
-    for user in here.population.seen:
-        model = here.load(here.assemble(out.server.state, out.kept[user])).train()
+    for user in ctx.population.seen:
+        model = ctx.load(ctx.assemble(out.server.state, out.client_states[user])).train()
         layer = next(m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
-        for rows in here.training_data(user).x.split(StaticBN().batch):
+        for rows in ctx.training_data(user).x.split(StaticBN().batch):
             caught = []
             handle = layer.register_forward_pre_hook(lambda _, args, caught=caught: caught.append(args[0]))
             with torch.no_grad():
@@ -333,7 +333,7 @@ def test_static_bn_serves_the_mean_of_all_batches(small):
             flat = caught[0].transpose(0, 1).flatten(1)
             means.append(flat.mean(1))
             variances.append(flat.var(1))
-    path = next(p for p, m in here.scratch.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+    path = next(p for p, m in ctx.scratch.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
     torch.testing.assert_close(out.server.serving[f"{path}.running_mean"], torch.stack(means).mean(0))
     torch.testing.assert_close(out.server.serving[f"{path}.running_var"], torch.stack(variances).mean(0))
 
@@ -343,12 +343,12 @@ def test_static_bn_serves_the_mean_of_all_batches(small):
 
 def test_fednorm_gives_each_group_its_own_bn_and_all_the_same_body(small):
     run = small("fednorm")
-    here, out = setting(run), federate(run)
-    sent = {u: out.server.sends(here, u, serving=True) for u in here.population.seen}
+    ctx, out = build_context(run), federate(run)
+    sent = {u: out.server.sends(ctx, u, serving=True) for u in ctx.population.seen}
     for u, a in sent.items():
         for v, b in sent.items():
-            alike = here.population.users[u].domain == here.population.users[v].domain
-            for key, role in here.ownership.roles.items():
+            alike = ctx.population.users[u].domain == ctx.population.users[v].domain
+            for key, role in ctx.ownership.roles.items():
                 if role in (Role.AFFINE, Role.STATISTICS):
                     assert torch.equal(a[key], b[key]) is alike
                 elif role is not Role.COUNTER:
@@ -358,7 +358,7 @@ def test_fednorm_gives_each_group_its_own_bn_and_all_the_same_body(small):
 def test_fednorm_needs_known_groups():
     one = tuple(User(str(i), "hapt", None, None) for i in range(3))
     with pytest.raises(UserError, match="fednorm needs users of known groups.*watch"):
-        FedNorm().suit(Population(one, (), ("a",), ""))
+        FedNorm().validate_population(Population(one, (), ("a",), ""))
 
 
 @pytest.mark.parametrize("name", ["fedap:warm_up=1", "bn-similarity:warm_up=1"])
@@ -370,9 +370,9 @@ def test_similarity_strategies_are_fedbn_while_they_warm_up(name, small):
 
 def test_a_flat_temperature_weighs_all_clients_alike(small):
     run = small("bn-similarity:warm_up=0:tau=1e9", weighting="uniform", rounds=1)
-    here, out = setting(run), federate(run)
-    for user in here.population.seen:
-        for key, value in out.server.sends(here, user).items():
+    ctx, out = build_context(run), federate(run)
+    for user in ctx.population.seen:
+        for key, value in out.server.sends(ctx, user).items():
             torch.testing.assert_close(value, out.server.state[key], rtol=1e-5, atol=1e-6)
 
 
@@ -386,11 +386,11 @@ def test_whoever_is_nearer_weighs_more_and_temperature_says_how_much():
 
 def test_fedap_with_all_weight_on_oneself_is_training_alone(small):
     run = small("fedap:warm_up=0:lam=1")
-    here, out = setting(run), federate(run)
+    ctx, out = build_context(run), federate(run)
     alone = federate(small("local"))
-    for user in here.population.seen:
-        mine = here.assemble(out.server.sends(here, user), out.kept[user])
-        for key, value in alone.kept[user].items():
+    for user in ctx.population.seen:
+        mine = ctx.assemble(out.server.sends(ctx, user), out.client_states[user])
+        for key, value in alone.client_states[user].items():
             torch.testing.assert_close(mine[key], value, rtol=1e-4, atol=1e-6)
 
 
@@ -405,7 +405,7 @@ def test_clients_measure_their_moments_once(engine, small, monkeypatch):
     monkeypatch.setattr("fedbn.strategies.similarity.all_moments", counted)
     run = small("fedap:warm_up=0", rounds=3)
     execute(run, engine)
-    assert len(measured) == len(setting(run).population.seen)
+    assert len(measured) == len(build_context(run).population.seen)
 
 
 def test_fedap_weighs_near_clients_more_and_sums_to_one():
@@ -435,11 +435,14 @@ def test_divergence_counts_an_outlier_less_than_pooling_does():
 
     keys, progress = ["bn.running_mean", "bn.running_var"], Progress(1, 1)
     updates = [client(0, 0.0), client(1, 0.1), client(2, 10.0)]
-    robust = strategy("divergence-pooled").pool(updates, [1, 1, 1], keys, {}, progress)
-    plain = strategy("global-pooled").pool(updates, [1, 1, 1], keys, {}, progress)
+    robust = strategy("divergence-pooled").aggregate_statistics(updates, [1, 1, 1], keys, {}, progress)
+    plain = strategy("global-pooled").aggregate_statistics(updates, [1, 1, 1], keys, {}, progress)
     assert robust["bn.running_mean"] < 0.8 * plain["bn.running_mean"]
     equal = [client(i, 1.0) for i in range(3)]
-    assert strategy("divergence-pooled").pool(equal, [1, 2, 3], keys, {}, progress)["bn.running_mean"] == 1.0
+    assert (
+        strategy("divergence-pooled").aggregate_statistics(equal, [1, 2, 3], keys, {}, progress)["bn.running_mean"]
+        == 1.0
+    )
 
 
 # Newcomers -----------------------------------------------------------------------------------------------------------
@@ -448,64 +451,64 @@ def test_divergence_counts_an_outlier_less_than_pooling_does():
 @pytest.fixture
 def arrived(small):
     run = small("fedbn-seeded")
-    here, out = setting(run), federate(run)
-    return here, out, here.population.unseen[0]
+    ctx, out = build_context(run), federate(run)
+    return ctx, out, ctx.population.unseen[0]
 
 
 def test_every_start_is_scored_for_the_unseen_alone(arrived):
-    here, out, newcomer = arrived
+    ctx, out, newcomer = arrived
     named = {s.column for s in out.scores[newcomer]}
     assert named >= {"initial", "mean", "pooled", "nearest", "mixture", "prior"}
-    assert not {s.column for s in out.scores[here.population.seen[0]]} & {"initial", "pooled", "prior"}
+    assert not {s.column for s in out.scores[ctx.population.seen[0]]} & {"initial", "pooled", "prior"}
 
 
 def test_starts_are_what_they_are_called(arrived):
-    here, out, newcomer = arrived
-    state = here.assemble(out.server.sends(here, newcomer), None)
-    registry = out.server.registry
-    x = here.population.users[newcomer].train.x
-    found = starts(here, state, registry, x)
+    ctx, out, newcomer = arrived
+    state = ctx.assemble(out.server.sends(ctx, newcomer), None)
+    client_statistics = out.server.client_statistics
+    x = ctx.population.users[newcomer].train.x
+    found = starts(ctx, state, client_statistics, x)
     mean_key = next(k for k in state if k.endswith("running_mean"))
     var_key = mean_key.replace("mean", "var")
-    means = torch.stack([c[mean_key] for c in registry.values()]).double()
-    variances = torch.stack([c[var_key] for c in registry.values()]).double()
-    assert torch.equal(found["initial"][mean_key], here.initial[mean_key])
+    means = torch.stack([c[mean_key] for c in client_statistics.values()]).double()
+    variances = torch.stack([c[var_key] for c in client_statistics.values()]).double()
+    assert torch.equal(found["initial"][mean_key], ctx.initial[mean_key])
     torch.testing.assert_close(found["mean"][var_key], variances.mean(0).float())
     torch.testing.assert_close(found["pooled"][var_key], (variances.mean(0) + means.var(0, unbiased=False)).float())
-    assert any(torch.equal(found["nearest"][mean_key], c[mean_key]) for c in registry.values())
-    body = next(k for k, r in here.ownership.roles.items() if r is Role.BODY)
+    assert any(torch.equal(found["nearest"][mean_key], c[mean_key]) for c in client_statistics.values())
+    body = next(k for k, r in ctx.ownership.roles.items() if r is Role.BODY)
     assert all(torch.equal(s[body], state[body]) for s in found.values())
 
 
 def test_a_newcomer_is_nearest_to_itself(arrived):
-    here, out, _ = arrived
-    user = here.population.seen[3]
-    registry = {u: dict(s) for u, s in out.server.registry.items()}
-    state = here.assemble(out.server.sends(here, user), None)
-    x = here.population.users[user].train.x
-    own, _ = window_moments(here, starts(here, state, registry, x)["pooled"], x)
+    ctx, out, _ = arrived
+    user = ctx.population.seen[3]
+    client_statistics = {u: dict(s) for u, s in out.server.client_statistics.items()}
+    state = ctx.assemble(out.server.sends(ctx, user), None)
+    x = ctx.population.users[user].train.x
+    own, _ = window_moments(ctx, starts(ctx, state, client_statistics, x)["pooled"], x)
     for path, moments in own.items():
-        registry[user] |= {
+        client_statistics[user] |= {
             f"{path}.running_mean": moments.mean.float(),
             f"{path}.running_var": moments.variance().float(),
         }
     # Its moments were taken under the pooled statistics of the registry before; a far client keeps the pool in place.
-    found = starts(here, state, registry, x)
-    assert all(torch.equal(found["nearest"][k], v) for k, v in registry[user].items())
-    key = next(k for k in registry[user] if k.endswith("running_mean"))
-    far = {name: float((found[name][key] - registry[user][key]).norm()) for name in ("mean", "mixture")}
+    found = starts(ctx, state, client_statistics, x)
+    assert all(torch.equal(found["nearest"][k], v) for k, v in client_statistics[user].items())
+    key = next(k for k in client_statistics[user] if k.endswith("running_mean"))
+    far = {name: float((found[name][key] - client_statistics[user][key]).norm()) for name in ("mean", "mixture")}
     assert far["mixture"] < 0.9 * far["mean"]
 
 
 def test_the_prior_start_has_the_moments_of_a_mixture_of_pool_and_own(arrived):
-    here, out, newcomer = arrived
-    state = here.assemble(out.server.sends(here, newcomer), None)
-    x = here.population.users[newcomer].train.x
-    first = next(iter(out.server.registry.values()))
+    ctx, out, newcomer = arrived
+    state = ctx.assemble(out.server.sends(ctx, newcomer), None)
+    x = ctx.population.users[newcomer].train.x
+    first = next(iter(out.server.client_statistics.values()))
     # People who nearly agree: the prior is worth about as much as what the newcomer brings.
-    alike = {u: {k: first[k].lerp(v, 0.05) for k, v in s.items()} for u, s in out.server.registry.items()}
-    found = starts(here, state, alike, x)
-    own, _ = window_moments(here, found["pooled"], x)
+    alike = {u: {k: first[k].lerp(v, 0.05) for k, v in s.items()} for u, s in out.server.client_statistics.items()}
+    found = starts(ctx, state, alike, x)
+    own, _ = window_moments(ctx, found["pooled"], x)
     path = next(iter(own))
     mean, var = (f"{path}.running_{name}" for name in ("mean", "var"))
     pool, prior = ({k: found[name][k].double() for k in (mean, var)} for name in ("pooled", "prior"))
@@ -519,17 +522,17 @@ def test_the_prior_start_has_the_moments_of_a_mixture_of_pool_and_own(arrived):
 
 
 def test_the_prior_gives_up_channels_in_which_people_differ(arrived):
-    here, out, newcomer = arrived
-    state = here.assemble(out.server.sends(here, newcomer), None)
-    x = here.population.users[newcomer].train.x
-    first = next(iter(out.server.registry.values()))
+    ctx, out, newcomer = arrived
+    state = ctx.assemble(out.server.sends(ctx, newcomer), None)
+    x = ctx.population.users[newcomer].train.x
+    first = next(iter(out.server.client_statistics.values()))
     key = next(k for k in first if k.endswith("running_mean"))
-    agree = {u: dict(first) for u in out.server.registry}
-    found = starts(here, state, agree, x)
+    agree = {u: dict(first) for u in out.server.client_statistics}
+    found = starts(ctx, state, agree, x)
     torch.testing.assert_close(found["prior"][key], found["pooled"][key], rtol=1e-4, atol=1e-5)
-    differ = {u: first | {key: first[key] + 1000.0 * (-1) ** i} for i, u in enumerate(out.server.registry)}
-    found = starts(here, state, differ, x)
-    own, _ = window_moments(here, found["pooled"], x)
+    differ = {u: first | {key: first[key] + 1000.0 * (-1) ** i} for i, u in enumerate(out.server.client_statistics)}
+    found = starts(ctx, state, differ, x)
+    own, _ = window_moments(ctx, found["pooled"], x)
     torch.testing.assert_close(
         found["prior"][key], own[key.removesuffix(".running_mean")].mean.float(), rtol=1e-2, atol=1e-2
     )

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fedbn.federation.loop import federate
-from fedbn.federation.setup import setting
+from fedbn.federation.setup import build_context
 from fedbn.nn.roles import Role, norm_layers
 from fedbn.strategies.base import Progress
 
@@ -18,31 +18,31 @@ def naive_state(small):
 
 def finished(small, name, rounds=1):
     run = small(name, rounds=rounds, eval_every=rounds)
-    return setting(run), federate(run)
+    return build_context(run), federate(run)
 
 
 @pytest.mark.parametrize("name", ["evalnorm", "evalnorm:rule=learned", "dbn", "iabn:k=inf", "ghost-bn:size=1000"])
 def test_training_is_that_of_global_batch_norm_to_the_last_bit(name, small, naive_state):
-    here, out = finished(small, name)
+    ctx, out = finished(small, name)
     for key, value in naive_state.items():
-        if here.ownership.roles[key] is not Role.STATISTICS or name.startswith(("evalnorm", "iabn")):
+        if ctx.ownership.roles[key] is not Role.STATISTICS or name.startswith(("evalnorm", "iabn")):
             assert torch.equal(out.server.state[key], value), key
         elif name.startswith("ghost"):
             torch.testing.assert_close(out.server.state[key], value, rtol=1e-5, atol=1e-6)
 
 
 def test_closed_batch_renormalization_is_global_batch_norm(small, naive_state):
-    here, closed = finished(small, "batch-renorm:r_max=1:d_max=0")
+    ctx, closed = finished(small, "batch-renorm:r_max=1:d_max=0")
     _, opened = finished(small, "batch-renorm:start=0:r_full=0:d_full=0")
     key = "features.0.weight"
-    moved = (naive_state[key] - here.initial[key]).norm()
+    moved = (naive_state[key] - ctx.initial[key]).norm()
     apart = [float((out.server.state[key] - naive_state[key]).norm() / moved) for out in (closed, opened)]
     assert apart[0] < 0.02 < 0.1 < apart[1]  # rounding flips a few pooled maxima
 
 
 def test_the_server_knows_how_large_batches_were(small):
-    here, out = finished(small, "evalnorm")
-    largest = here.run.plan.batch_size + 1  # a last row alone joins the batch before it
+    ctx, out = finished(small, "evalnorm")
+    largest = ctx.run.plan.batch_size + 1  # a last row alone joins the batch before it
     assert 1 < float(out.server.state["features.1.running_size"]) <= largest
 
 
@@ -52,28 +52,28 @@ def test_an_epoch_of_diminishing_statistics_is_a_round(small):
 
 
 def test_a_smaller_clip_moves_fedwon_less(small):
-    here, tight = finished(small, "fedwon:clip=0.001")
+    ctx, tight = finished(small, "fedwon:clip=0.001")
     _, loose = finished(small, "fedwon:clip=1000")
     key = "features.0.parametrizations.weight.original"
-    start = here.initial[key]
+    start = ctx.initial[key]
     moved = [float((out.server.state[key] - start).norm()) for out in (tight, loose)]
     assert moved[0] < moved[1] / 2
 
 
 def test_weight_standardization_goes_with_group_norm_unless_it_is_to_go_alone(small):
-    assert [m.num_groups for m in norm_layers(setting(small("weight-standardization:groups=4")).scratch).values()]
-    assert not norm_layers(setting(small("weight-standardization:groups=0")).scratch)
+    assert [m.num_groups for m in norm_layers(build_context(small("weight-standardization:groups=4")).scratch).values()]
+    assert not norm_layers(build_context(small("weight-standardization:groups=0")).scratch)
 
 
 def test_full_normalization_shares_statistic_gradients(small):
-    here, out = finished(small, "full-norm:a=0.3")
-    assert here.ownership.roles["features.1.running_grad_mean"] is Role.STATISTICS
+    ctx, out = finished(small, "full-norm:a=0.3")
+    assert ctx.ownership.roles["features.1.running_grad_mean"] is Role.STATISTICS
     assert float(out.server.state["features.1.running_grad_second"].abs().sum()) > 0
     assert all(torch.isfinite(v).all() for v in out.server.state.values())
 
 
 def test_diminishing_statistics_begin_each_round_in_training_mode(small):
-    here = setting(small("dbn:step=epoch"))
-    model = here.load(here.initial).eval()
-    here.strategy.begin(model, Progress(1, 2))
+    ctx = build_context(small("dbn:step=epoch"))
+    model = ctx.load(ctx.initial).eval()
+    ctx.strategy.set_training_mode(model, Progress(1, 2))
     assert model.training

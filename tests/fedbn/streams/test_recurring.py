@@ -8,11 +8,11 @@ from torch import nn
 
 from fedbn.data.population import Examples
 from fedbn.online import personalize
-from fedbn.online.drift.monitor import Watched
+from fedbn.online.drift.monitor import DriftMonitor
 from fedbn.online.prequential import follow
 from fedbn.online.prequential_metrics import judge_alarms
 from fedbn.streams import stream
-from simulations.adaptation.methods import contender
+from simulations.adaptation.methods import adaptation_method
 
 TURN = 80
 
@@ -42,8 +42,8 @@ def followed():
     (met, _) = stream("recurring:visits=4").of(["ann", "bob"], [person(-1.5, 0), person(1.5, 1)], seed=0)
     found = {}
     for act in ("branch", "reset"):
-        chosen = contender(f"pseudo:n0=16/page-hinkley/{act}")
-        net = Watched(personalize(source(), chosen.rule), source(), *chosen.watch)
+        chosen = adaptation_method(f"pseudo:n0=16/page-hinkley/{act}")
+        net = DriftMonitor(personalize(source(), chosen.rule), source(), *chosen.watch)
         (trace,) = follow(net, [met])
         found[act] = trace.correct.reshape(-1, TURN).mean(1), net.watches["ann"].alarms
     return met, found

@@ -103,7 +103,7 @@ def test_every_method_runs_on_a_stream_and_is_written_as_it_is_read(name):
     trace = follow_blocks(Adapter(chosen, network(), x), stream, chosen.block)
     assert 0 <= score(trace).accuracy <= 1
     assert chosen.source
-    assert isinstance(chosen.peeks, bool)
+    assert isinstance(chosen.includes_current, bool)
 
 
 def batch_normalized(net, x):

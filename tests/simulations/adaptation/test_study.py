@@ -15,16 +15,17 @@ from fedbn.config import Plan
 from fedbn.errors import UserError
 from fedbn.federation.run import Run
 from fedbn.nn.inference import logits
-from fedbn.online.prequential import Trace, source
+from fedbn.online.prequential import Trace
+from fedbn.online.prequential import source as source_trace
 from fedbn.statistics.recalibration import recalibrate
 from simulations.adaptation import study as personalize
-from simulations.adaptation.cells import SOURCE, Cell, conduct_cell, read_cell
-from simulations.adaptation.methods import contender
+from simulations.adaptation.cells import SOURCE, Cell, read_cell, run_cell
+from simulations.adaptation.methods import adaptation_method
 from simulations.adaptation.plots import people_figure
-from simulations.adaptation.results import course, summary, users_frame, write
-from simulations.adaptation.source_model import meet
-from simulations.adaptation.study import cells_of, check_same_windows, conduct, families, study_from, winners
-from simulations.adaptation.tables import embed_study, rows, summary_table
+from simulations.adaptation.results import accuracy_curve, summary, users_frame, write
+from simulations.adaptation.source_model import train_source_model
+from simulations.adaptation.study import cells_of, check_same_windows, families, run_study, study_from, winners
+from simulations.adaptation.tables import rows, summary_table, update_study_document
 from simulations.adaptation.warm_starts import start
 from simulations.cli.app import app
 from simulations.storage import provenance
@@ -43,17 +44,17 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def conducted(place):
-    return conduct(study(), place)
+def finished_study(place):
+    return run_study(study(), place)
 
 
 @pytest.fixture(scope="module")
-def meeting(place, conducted):
-    return meet(conducted[0].runs()[0], place, "grid", lambda event: None)
+def source(place, finished_study):
+    return train_source_model(finished_study[0].runs()[0], place, "grid", lambda event: None)
 
 
-def test_the_source_is_always_there_and_first_and_bounds_come_with_every_stream(conducted):
-    done, results = conducted
+def test_the_source_is_always_there_and_first_and_bounds_come_with_every_stream(finished_study):
+    done, results = finished_study
     assert done.rules[0] == SOURCE
     assert len(results) == 2 * (2 + 5)
     for kind in done.streams:
@@ -63,22 +64,22 @@ def test_the_source_is_always_there_and_first_and_bounds_come_with_every_stream(
     assert len(begun) == len(set(begun)) == 2 * (2 + 2 * 5)
 
 
-def test_the_source_rule_is_the_trained_model_bit_for_bit(conducted, meeting):
-    _, results = conducted
+def test_the_source_rule_is_the_trained_model_bit_for_bit(finished_study, source):
+    _, results = finished_study
     for cell, (traces, facts) in results.items():
         if (cell.start, cell.rule) != ("cold", SOURCE):
             continue
-        for t, s in zip(traces, meeting.streams(cell.stream, "unseen")):
-            plain = source(meeting.model, s)
+        for t, s in zip(traces, source.streams(cell.stream, "unseen")):
+            plain = source_trace(source.model, s)
             assert t.predicted.tolist() == plain.predicted.tolist()
             np.testing.assert_allclose(t.nll, plain.nll, rtol=1e-4, atol=1e-5)
         assert facts["forgotten"] == pytest.approx(0)
         assert facts["reset_exact"]
 
 
-def test_people_are_unseen_and_meet_their_later_recordings(conducted, meeting):
-    _, results = conducted
-    people = meeting.here.population
+def test_people_are_unseen_and_meet_their_later_recordings(finished_study, source):
+    _, results = finished_study
+    people = source.ctx.population
     unseen = [people.users[i] for i in people.unseen]
     (natural,) = [t for c, t in results.items() if (c.stream, c.start, c.rule) == ("natural", "cold", SOURCE)]
     assert [t.user for t in natural[0]] == [u.name for u in unseen]
@@ -86,20 +87,20 @@ def test_people_are_unseen_and_meet_their_later_recordings(conducted, meeting):
         assert t.y.tolist() == u.test.y.tolist()
 
 
-def test_a_start_is_taken_from_the_earlier_recording(meeting):
-    _, facts = conduct_cell(Cell(meeting.run, "unseen", "natural", "recording", "tent:lr=0"), meeting)
-    traces, _ = conduct_cell(Cell(meeting.run, "unseen", "natural", "recording", SOURCE), meeting)
-    assert facts["peeks"]
-    for t, u, s in zip(traces, meeting.people("unseen"), meeting.streams("natural", "unseen")):
-        model = recalibrate(copy.deepcopy(meeting.model), u.train.x)
+def test_a_start_is_taken_from_the_earlier_recording(source):
+    _, facts = run_cell(Cell(source.run, "unseen", "natural", "recording", "tent:lr=0"), source)
+    traces, _ = run_cell(Cell(source.run, "unseen", "natural", "recording", SOURCE), source)
+    assert facts["includes_current"]
+    for t, u, s in zip(traces, source.users("unseen"), source.streams("natural", "unseen")):
+        model = recalibrate(copy.deepcopy(source.model), u.train.x)
         wanted = Trace.of(s, logits(model, s.x))
         # The bank shrinks by two windows' worth of prior; nearly the same is what is asked for here.
         assert np.mean(t.predicted == wanted.predicted) > 0.9
-        assert np.mean(t.predicted == source(meeting.model, s).predicted) < 1
+        assert np.mean(t.predicted == source_trace(source.model, s).predicted) < 1
 
 
-def test_guided_calibration_takes_as_many_windows_of_each_class(meeting):
-    earlier = meeting.people("unseen")[0].train
+def test_guided_calibration_takes_as_many_windows_of_each_class(source):
+    earlier = source.users("unseen")[0].train
     x = start("classes:k=2").windows(earlier, torch.Generator().manual_seed(0))
     rows = [int((earlier.x == window).flatten(1).all(1).nonzero()[0]) for window in x]
     counts = torch.bincount(earlier.y[rows])
@@ -108,10 +109,10 @@ def test_guided_calibration_takes_as_many_windows_of_each_class(meeting):
     assert torch.equal(start("recording").windows(earlier, torch.Generator()), earlier.x)
 
 
-def test_what_is_finished_is_not_done_again_and_a_cell_is_read_as_it_was_written(place, conducted, monkeypatch):
-    _, results = conducted
-    monkeypatch.setattr(personalize, "conduct_cell", lambda *a: pytest.fail("done again"))
-    _, again = conduct(study(), place)
+def test_what_is_finished_is_not_done_again_and_a_cell_is_read_as_it_was_written(place, finished_study, monkeypatch):
+    _, results = finished_study
+    monkeypatch.setattr(personalize, "run_cell", lambda *a: pytest.fail("done again"))
+    _, again = run_study(study(), place)
     assert again.keys() == results.keys()
     for cell in results:
         for one, other in zip(results[cell][0], again[cell][0]):
@@ -121,27 +122,27 @@ def test_what_is_finished_is_not_done_again_and_a_cell_is_read_as_it_was_written
     assert read_cell(place, replace(next(iter(results)), rule="ema")) is None
 
 
-def test_what_was_interrupted_goes_on_with_what_is_missing(place, conducted):
-    _, results = conducted
+def test_what_was_interrupted_goes_on_with_what_is_missing(place, finished_study):
+    _, results = finished_study
     lost = next(c for c in results if c.rule == "tent")
     (place / "cells" / f"{lost.id}.json").unlink()
     calls = []
-    real = personalize.conduct_cell
+    real = personalize.run_cell
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(personalize, "conduct_cell", lambda cell, m: calls.append(cell) or real(cell, m))
-        _, again = conduct(study(), place)
+        patch.setattr(personalize, "run_cell", lambda cell, m: calls.append(cell) or real(cell, m))
+        _, again = run_study(study(), place)
     assert calls == [lost]
     np.testing.assert_array_equal(again[lost][0][0].nll, results[lost][0][0].nll)
 
 
-def test_read_cell_refuses_other_numerics(place, conducted, monkeypatch):
+def test_read_cell_refuses_other_numerics(place, finished_study, monkeypatch):
     monkeypatch.setattr(provenance, "NUMERICS", provenance.NUMERICS + 1)
     with pytest.raises(UserError, match="was computed with other numerics .* start again with another --out"):
-        read_cell(place, next(iter(conducted[1])))
+        read_cell(place, next(iter(finished_study[1])))
 
 
-def test_the_summary_is_computed_from_the_traces(conducted):
-    _, results = conducted
+def test_the_summary_is_computed_from_the_traces(finished_study):
+    _, results = finished_study
     users = users_frame(results)
     found = summary(results, users)
     for line in found.itertuples():
@@ -159,15 +160,15 @@ def test_the_summary_is_computed_from_the_traces(conducted):
     assert np.isnan(lines.loc[("natural", "bound-own"), "p"])
     assert lines.loc[("iid", "pseudo"), "bytes_per_user"] > 0
     assert np.isnan(lines.loc[("iid", "tent"), "bytes_per_user"])
-    assert lines.loc[("iid", "tent"), "peeks"]
-    assert not lines.loc[("iid", "pseudo"), "peeks"]
+    assert lines.loc[("iid", "tent"), "includes_current"]
+    assert not lines.loc[("iid", "pseudo"), "includes_current"]
     assert lines.loc[("natural", "ema:rate=0.05/ask:budget=2"), "questions"] == 2
     assert lines.loc[("natural", "pseudo/adwin/decay"), "false_alarms_per_1000"] >= 0
     assert np.isnan(lines.loc[("natural", "pseudo"), "false_alarms_per_1000"])
 
 
-def test_what_is_written_can_be_read(conducted, tmp_path):
-    done, results = conducted
+def test_what_is_written_can_be_read(finished_study, tmp_path):
+    done, results = finished_study
     found = write(tmp_path, done, results, "fedbn adapt digits8")
     assert pd.read_parquet(tmp_path / "users.parquet").equals(users_frame(results))
     stored = json.loads((tmp_path / "adapt.json").read_text())
@@ -178,9 +179,9 @@ def test_what_is_written_can_be_read(conducted, tmp_path):
     assert table.row_count == 5 + 2
 
 
-def test_the_course_is_the_mean_of_fading_accuracies(conducted):
-    _, results = conducted
-    found = course(results)
+def test_the_course_is_the_mean_of_fading_accuracies(finished_study):
+    _, results = finished_study
+    found = accuracy_curve(results)
     line = found[(found["stream"] == "iid") & (found["rule"] == SOURCE)]
     traces = next(t for c, (t, _) in results.items() if (c.stream, c.start, c.rule) == ("iid", "cold", SOURCE))
     assert line["accuracy"].iloc[0] == pytest.approx(np.mean([t.correct[0] for t in traces]))
@@ -189,10 +190,12 @@ def test_the_course_is_the_mean_of_fading_accuracies(conducted):
 
 
 def test_tuning_keeps_one_of_each_family_by_seen_people(tmp_path):
-    done, results = conduct(study(rules=("pseudo:n0=2", "pseudo:n0=400", "ema"), starts=("cold",), tune=True), tmp_path)
+    done, results = run_study(
+        study(rules=("pseudo:n0=2", "pseudo:n0=400", "ema"), starts=("cold",), tune=True), tmp_path
+    )
     assert len([r for r in done.rules if r.startswith("pseudo")]) == 1
     assert "ema" in done.rules
-    assert {c.people for c in results} == {"unseen"}
+    assert {c.users for c in results} == {"unseen"}
 
 
 def test_families_and_winners():
@@ -208,8 +211,8 @@ def test_families_and_winners():
     assert winners([["a", "a:x=1"]], scored) == ["a:x=1"]
 
 
-def test_rules_that_met_other_windows_are_never_compared(conducted):
-    results = dict(conducted[1])
+def test_rules_that_met_other_windows_are_never_compared(finished_study):
+    results = dict(finished_study[1])
     cell = next(c for c in results if c.rule == "tent")
     traces, facts = results[cell]
     results[cell] = ([replace(traces[0], digest="other"), *traces[1:]], facts)
@@ -219,7 +222,7 @@ def test_rules_that_met_other_windows_are_never_compared(conducted):
 
 def test_contenders_are_written_as_they_are_read():
     for text in ("pseudo", "tent", "pseudo/adwin/decay:n=8", "ema/ask:budget=3", "ema/page-hinkley/branch/ask"):
-        assert contender(text).text == text
+        assert adaptation_method(text).text == text
 
 
 @pytest.mark.parametrize(
@@ -243,11 +246,11 @@ def test_contenders_are_written_as_they_are_read():
 )
 def test_what_a_user_can_get_wrong(values, message, place):
     with pytest.raises(UserError) as error:
-        conduct(study(**values), place)
+        run_study(study(**values), place)
     assert message in str(error.value)
 
 
-def test_the_command(place, conducted):
+def test_the_command(place, finished_study):
     arguments = ["adapt", "digits8", "--rules", "tent", "--streams", "iid", "--seeds", "1"]
     options = ["--rounds", "1", "--out", str(place), "--json"]
     said = CliRunner().invoke(app, [*arguments, *options], catch_exceptions=False)
@@ -263,7 +266,7 @@ def test_the_command_trains_on_batches_of_one_user(tmp_path, monkeypatch):
     def stop(study, *args, **kwargs):
         raise UserError(f"{study.strategies[0]}, batches of one user: {study.plan.user_batches}")
 
-    monkeypatch.setattr(personalize, "conduct", stop)
+    monkeypatch.setattr(personalize, "run_study", stop)
     arguments = ["adapt", "hapt", "--strategy", "centralized", "--rules", "dabn", "--out", str(tmp_path)]
     for options, told in (([], "False"), (["--user-batches"], "True")):
         with pytest.raises(UserError, match=f"centralized, batches of one user: {told}"):
@@ -272,7 +275,7 @@ def test_the_command_trains_on_batches_of_one_user(tmp_path, monkeypatch):
 
 def test_each_strategy_has_a_source_and_rows_of_its_own(tmp_path):
     several = ("global-naive", "fixbn")
-    what, results = conduct(study(strategies=several, rules=("ema:rate=0.3",), streams=("natural",)), tmp_path)
+    what, results = run_study(study(strategies=several, rules=("ema:rate=0.3",), streams=("natural",)), tmp_path)
     found = write(tmp_path, what, results, "")
     assert set(found["strategy"]) == set(several)
     sources = found[found["rule"] == SOURCE].set_index("strategy")
@@ -285,12 +288,12 @@ def test_each_strategy_has_a_source_and_rows_of_its_own(tmp_path):
     assert names[-1] == "fixbn: bound-balanced"
     assert (tmp_path / "people.png").read_bytes().startswith(b"\x89PNG")
     for strategy in several:
-        _, alone = conduct(study(strategies=(strategy,), rules=("ema:rate=0.3",), streams=("natural",)), tmp_path)
+        _, alone = run_study(study(strategies=(strategy,), rules=("ema:rate=0.3",), streams=("natural",)), tmp_path)
         assert alone.keys() < results.keys()
 
 
-def test_everybody_is_drawn_as_harmed_or_not(conducted):
-    _, results = conducted
+def test_everybody_is_drawn_as_harmed_or_not(finished_study):
+    _, results = finished_study
     users = users_frame(results)
     found = summary(results, users)
     figure = people_figure(users, found)
@@ -308,9 +311,9 @@ def test_everybody_is_drawn_as_harmed_or_not(conducted):
 
 def test_what_a_rule_wants_is_what_it_is_given(tmp_path):
     run = Run("digits8", "global-naive", plan=Plan(rounds=1, eval_every=1)).resolved()
-    meeting = meet(run, tmp_path, "reference", lambda event: None)
+    source = train_source_model(run, tmp_path, "reference", lambda event: None)
     for text, wanted in (("population", "n0"), ("class-mixture", "class_mean"), ("ttn", "alpha"), ("pseudo", "")):
-        given = meeting.prior_for(contender(text).rule)
+        given = source.prior_for(adaptation_method(text).rule)
         for field in ("n0", "alpha", "class_mean"):
             assert all((getattr(p, field) is not None) is (field == wanted) for p in given.values())
 
@@ -332,7 +335,7 @@ def test_a_study_goes_into_a_document_between_its_markers(tmp_path):
     place.mkdir()
     pd.DataFrame(lines).to_parquet(place / "summary.parquet")
     document.write_text("before\n<!-- begin mine -->\nold\n<!-- end mine -->\nafter\n")
-    embed_study(place, document)
+    update_study_document(place, document)
     assert document.read_text() == (
         "before\n<!-- begin mine -->\n4 people, 2 seeds.\n\n"
         "| rule | natural | worst, natural | harmed, natural |\n| --- | --- | --- | --- |\n"
@@ -342,9 +345,9 @@ def test_a_study_goes_into_a_document_between_its_markers(tmp_path):
     )
     lines[-1] |= {"drift_delay": 12.0, "drift_missed": 0.5, "false_alarms_per_1000": 1.25}
     pd.DataFrame(lines).to_parquet(place / "summary.parquet")
-    embed_study(place, document)
+    update_study_document(place, document)
     assert "| harmed, natural | delay, missed, false, natural |\n" in document.read_text()
     assert "[+.050, +.150] | .500 | 25% | 12, 0.5, 1.2 |\n| bound-own" in document.read_text()
     assert "| source | .800 [.700, .900] | .500 | 25% |  |" in document.read_text()
     with pytest.raises(UserError, match="has no block for"):
-        embed_study(place.rename(tmp_path / "other"), document)
+        update_study_document(place.rename(tmp_path / "other"), document)

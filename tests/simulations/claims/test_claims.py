@@ -24,7 +24,7 @@ from simulations.claims import store as claim_store
 from simulations.claims.claim import discover_studies
 from simulations.claims.notes import TRIED
 from simulations.claims.page import write
-from simulations.claims.store import Cell, Store, cells, perform
+from simulations.claims.store import Cell, Store, cells, run_cells
 from simulations.claims.studies import common as bench
 from simulations.claims.verdicts import decide
 from simulations.cli import app as cli
@@ -90,14 +90,14 @@ def test_claims_of_one_function_share_cells(claim):
 def test_a_run_goes_on_where_it_stopped_to_the_same_numbers(claim, tmp_path):
     todo = cells([claim], 3, quick=True)
     whole = Store(tmp_path / "whole.jsonl")
-    perform(todo, whole, 1, lambda _: None)
+    run_cells(todo, whole, 1, lambda _: None)
     CALLS.clear()
     path = tmp_path / "parts.jsonl"
-    perform(todo[:3], Store(path), 1, lambda _: None)
+    run_cells(todo[:3], Store(path), 1, lambda _: None)
     path.write_text(path.read_text() + '{"cell": {"stu')  # killed while writing
     seen = []
     again = Store(path)
-    perform(todo, again, 1, seen.append)
+    run_cells(todo, again, 1, seen.append)
     assert [(c.arm, c.seed) for c in todo] == CALLS
     assert sorted(map(str, seen)) == sorted(map(str, todo))
     measured = [{c: line["measured"] for c, line in s.found.items()} for s in (whole, again, Store(path))]
@@ -106,7 +106,7 @@ def test_a_run_goes_on_where_it_stopped_to_the_same_numbers(claim, tmp_path):
 
 def test_store_ignores_cells_of_other_numerics(claim, tmp_path, monkeypatch):
     path = tmp_path / "cells.jsonl"
-    perform(cells([claim], 2, quick=True), Store(path), 1, lambda _: None)
+    run_cells(cells([claim], 2, quick=True), Store(path), 1, lambda _: None)
     assert len(Store(path).found) == 4
     monkeypatch.setattr(claim_store, "NUMERICS", claim_store.NUMERICS + 1)
     assert not Store(path).found
@@ -114,7 +114,7 @@ def test_store_ignores_cells_of_other_numerics(claim, tmp_path, monkeypatch):
 
 def test_quick_and_full_results_are_not_mixed(claim, tmp_path):
     store = Store(tmp_path / "cells.jsonl")
-    perform(cells([claim], 2, quick=True), store, 1, lambda _: None)
+    run_cells(cells([claim], 2, quick=True), store, 1, lambda _: None)
     assert decide(claim, store, quick=False) is None
     assert decide(claim, store, quick=True).quick
 
@@ -122,7 +122,7 @@ def test_quick_and_full_results_are_not_mixed(claim, tmp_path):
 def test_a_quantity_that_is_not_finite_is_an_error(claim, monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "toy", lambda *_: {"score": math.nan})
     with pytest.raises(ValueError, match="score not finite"):
-        claim_store.measure(Cell("test_claims", "toy", "good", 0, True))
+        claim_store.run_cell(Cell("test_claims", "toy", "good", 0, True))
 
 
 # --- deciding and writing
@@ -130,7 +130,7 @@ def test_a_quantity_that_is_not_finite_is_an_error(claim, monkeypatch):
 
 def test_effects_are_paired_by_seed_and_half_a_seed_does_not_count(claim, tmp_path):
     store = Store(tmp_path / "cells.jsonl")
-    perform(cells([claim], 4, quick=False)[:-1], store, 1, lambda _: None)
+    run_cells(cells([claim], 4, quick=False)[:-1], store, 1, lambda _: None)
     entry = decide(claim, store, quick=False)
     assert entry.effects == pytest.approx([0.5, 0.51, 0.52])
     assert entry.verdict == "holds"
@@ -141,7 +141,7 @@ def test_effects_are_paired_by_seed_and_half_a_seed_does_not_count(claim, tmp_pa
 
 def test_one_seed_is_no_entry(claim, tmp_path):
     store = Store(tmp_path / "cells.jsonl")
-    perform(cells([claim], 1, quick=False), store, 1, lambda _: None)
+    run_cells(cells([claim], 1, quick=False), store, 1, lambda _: None)
     assert decide(claim, store, quick=False) is None
     with pytest.raises(UserError, match="no claim has two seeds yet: run some, with --seeds 2 or more"):
         write(tmp_path, [])
@@ -149,7 +149,7 @@ def test_one_seed_is_no_entry(claim, tmp_path):
 
 def test_ledger_page_and_figure(claim, tmp_path):
     store = Store(tmp_path / "cells.jsonl")
-    perform(cells([claim], 3, quick=True), store, 1, lambda _: None)
+    run_cells(cells([claim], 3, quick=True), store, 1, lambda _: None)
     page = write(tmp_path / "out", [decide(claim, store, quick=True)])
     text = page.read_text()
     for words in (
@@ -183,7 +183,7 @@ def test_arms_that_read_one_training_share_its_cell(claim, tmp_path):
     todo = cells([shared], 2, quick=False)
     assert [c.arm for c in todo] == ["both", "three"] * 2
     store = Store(tmp_path / "cells.jsonl")
-    perform(todo, store, 1, lambda _: None)
+    run_cells(todo, store, 1, lambda _: None)
     assert len(CALLS) == 4
     entry = decide(shared, store, quick=False)
     assert entry.values == {"one": [0.75, 1.75], "two": [0.25] * 2, "three": [0.125] * 2}
@@ -224,7 +224,7 @@ def test_what_two_claims_read_is_drawn_once(claim):
 
 def test_arms_that_never_differ_do_not_beat_each_other(claim, tmp_path):
     store = Store(tmp_path / "cells.jsonl")
-    perform(cells([claim], 3, quick=False), store, 1, lambda _: None)
+    run_cells(cells([claim], 3, quick=False), store, 1, lambda _: None)
     assert decide(replace(claim, effect=lambda v: 0.0, threshold=0.0), store, quick=False).verdict == "undecided"
     assert decide(replace(claim, effect=lambda v: 0.0, threshold=-0.1), store, quick=False).verdict == "holds"
 
@@ -232,7 +232,7 @@ def test_arms_that_never_differ_do_not_beat_each_other(claim, tmp_path):
 def test_what_was_tried_stands_where_a_claim_does_not_hold(claim, tmp_path, monkeypatch):
     monkeypatch.setattr(ledger, "TRIED", {"toy": "other toys"})
     store = Store(tmp_path / "cells.jsonl")
-    perform(cells([claim], 3, quick=False), store, 1, lambda _: None)
+    run_cells(cells([claim], 3, quick=False), store, 1, lambda _: None)
     entry = decide(claim, store, quick=False)
     assert "- Tried" not in ledger.markdown([entry])
     assert "- Tried: other toys.\n" in ledger.markdown([replace(entry, verdict="does not hold")])
@@ -245,7 +245,7 @@ def test_everything_tried_is_of_a_claim():
 
 def test_a_note_is_on_the_page(claim, tmp_path):
     store = Store(tmp_path / "cells.jsonl")
-    perform(cells([claim], 2, quick=False), store, 1, lambda _: None)
+    run_cells(cells([claim], 2, quick=False), store, 1, lambda _: None)
     entry = decide(replace(claim, note="tried twice as long, too"), store, quick=False)
     assert "- Note: tried twice as long, too.\n" in ledger.markdown([entry])
     assert "Note" not in ledger.markdown([replace(entry, claim=claim)])

@@ -293,8 +293,8 @@ def test_frozen_layers_and_statistics_stay_as_they_were(monkeypatch):
 
 def test_features_of_hapt_are_of_people_that_never_train():
     data, test = resmlp._table("hapt", 0)
-    people = scenario("hapt").load(0)
-    assert len(test) == sum(len(people.users[i].train) for i in people.unseen)
+    population = scenario("hapt").load(0)
+    assert len(test) == sum(len(population.users[i].train) for i in population.unseen)
     assert data.x.shape[1] == 30
     assert float(data.x.mean(0).abs().max()) < 1e-4
     rows = {r.numpy().tobytes() for r in data.x}

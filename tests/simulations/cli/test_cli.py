@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from fedbn.data import packages
-from fedbn.federation.setup import population, setting
+from fedbn.federation.setup import build_context, load_population
 from simulations.cli import app as cli
 from simulations.results import inference
 
@@ -138,7 +138,7 @@ def test_missing_data_name_the_command_that_installs_them(here, monkeypatch):
         raise packages.PackageNotFoundError
 
     monkeypatch.setattr(packages, "distribution", gone)
-    for known in (population, setting):  # what an earlier test has loaded
+    for known in (load_population, build_context):  # what an earlier test has loaded
         known.cache_clear()
     code, _, errors = here("compare", "hapt")
     assert code == 2

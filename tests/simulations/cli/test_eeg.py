@@ -63,11 +63,11 @@ def test_a_hospitals_response_moves_its_features_and_a_gain_of_all_bands_does_no
 
 
 def test_hospitals_test_on_other_subjects_of_both_kinds():
-    people = scenario("stroke").load(0)
-    assert len(people.users) == 6
-    seen = [set(u.train.recording.tolist()) | set(u.test.recording.tolist()) for u in people.users]
+    population = scenario("stroke").load(0)
+    assert len(population.users) == 6
+    seen = [set(u.train.recording.tolist()) | set(u.test.recording.tolist()) for u in population.users]
     assert sum(map(len, seen)) == len(set().union(*seen)) == 62
-    for user in people.users:
+    for user in population.users:
         assert not set(user.train.recording.tolist()) & set(user.test.recording.tolist())
         assert set(user.test.y.tolist()) == set(user.train.y.tolist()) == {0, 1}
         assert user.test.y.float().mean() == 0.5
@@ -374,8 +374,8 @@ def test_the_command_runs_on_recordings(cohort_on_disk, monkeypatch, capsys):
     ("table", "rows", "width"), [("breast-cancer", 569, 30), ("wine", 178, 13), ("digits", 1797, 64)]
 )
 def test_tables_are_whole_and_standardized(table, rows, width):
-    people = scenario(f"tabular:table={table}").load(0)
-    x = torch.cat([torch.cat([u.train.x, u.test.x]) for u in people.users])
+    population = scenario(f"tabular:table={table}").load(0)
+    x = torch.cat([torch.cat([u.train.x, u.test.x]) for u in population.users])
     assert x.shape == (rows, width)
     assert x.mean(0).abs().max() < 1e-5
     spread = x.std(0, unbiased=False)

@@ -13,7 +13,7 @@ from flwr.app import RecordDict
 
 from clients.app import app as client_app
 from clients.records import arrays
-from clients.serialization import Held
+from clients.serialization import LazyArrayRecord
 from fedbn.errors import UserError
 from fedbn.federation.run import Run, plan_for
 from simulations.engines import client_states
@@ -44,15 +44,15 @@ def test_a_run_on_files_has_the_same_bits(strategy, engine, little, caplog, monk
     monkeypatch.setattr(client_states, "available", lambda: 10**12)
     in_memory = execute(run_of(strategy), engine)
     assert same(on_files.server.state, in_memory.server.state)
-    assert on_files.kept.keys() == in_memory.kept.keys()
-    assert all(same(on_files.kept[u], in_memory.kept[u]) for u in in_memory.kept)
+    assert on_files.client_states.keys() == in_memory.client_states.keys()
+    assert all(same(on_files.client_states[u], in_memory.client_states[u]) for u in in_memory.client_states)
     assert on_files.scores == in_memory.scores
 
 
 def kept(states, node, **tensors):
-    records = RecordDict({"kept": Held(tensors)})
+    records = RecordDict({"client_state": LazyArrayRecord(tensors)})
     states.keep(node, records)
-    return records["kept"].state
+    return records["client_state"].state
 
 
 def mapped(tensor):
@@ -127,7 +127,7 @@ def test_memory_that_suffices_is_left_alone(monkeypatch):
 
 
 def test_messages_that_were_unpacked_are_left_alone(little):
-    states, records = ClientStates(1), RecordDict({"kept": arrays({"w": torch.ones(2)})})
+    states, records = ClientStates(1), RecordDict({"client_state": arrays({"w": torch.ones(2)})})
     states.keep(0, records)
     assert states.on_disk is None
 

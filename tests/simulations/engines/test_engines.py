@@ -11,14 +11,14 @@ from clients.config import run_from_config
 from clients.records import scores_from, scores_to
 from fedbn.errors import UserError
 from fedbn.federation.metrics import Score
-from fedbn.federation.setup import setting
+from fedbn.federation.setup import build_context
 from fedbn.strategies.base import strategies
 from simulations.engines import grid
 from simulations.engines.execute import execute
 from simulations.engines.grid import InProcessGrid
 from simulations.flower.compat import task_identity
-from simulations.server.nodes import ClientError, Clients
-from simulations.server.rounds import conduct
+from simulations.server.nodes import ClientError, NodePool
+from simulations.server.rounds import run_rounds
 from tests.helpers import few, same
 
 
@@ -26,8 +26,8 @@ def assert_same(a, b):
     assert same(a.server.state, b.server.state)
     assert same(a.server.serving, b.server.serving)
     assert same(a.server.memory, b.server.memory)
-    assert a.kept.keys() == b.kept.keys()
-    assert all(same(a.kept[u], b.kept[u]) for u in a.kept)
+    assert a.client_states.keys() == b.client_states.keys()
+    assert all(same(a.client_states[u], b.client_states[u]) for u in a.client_states)
     assert a.curve == b.curve
     assert a.scores == b.scores
 
@@ -49,8 +49,8 @@ def test_grid_equals_the_loop_with_server_optimisers(optimizer, small):
 def test_what_is_local_is_never_in_a_message(small):
     for name in strategies():
         run = small(name, rounds=1, **few(name))
-        here = setting(run)
-        forbidden = set(here.ownership.roles) - set(here.ownership.travels)
+        ctx = build_context(run)
+        forbidden = set(ctx.ownership.roles) - set(ctx.ownership.travels)
         seen = []
 
         def spy(message, context, call_next):
@@ -62,15 +62,15 @@ def test_what_is_local_is_never_in_a_message(small):
         app = ClientApp(mods=[spy])
         for kind in ("train", "evaluate"):
             getattr(app, kind)()(_handler(kind))
-        app.query("settle")(_handler("settle"))
-        app.query("consult")(_handler("consult"))
+        app.query("sync_statistics")(_handler("sync_statistics"))
+        app.query("sync_first_batch")(_handler("sync_first_batch"))
         app.query("partition")(_handler("partition"))
-        grid = InProcessGrid(app, len(here.population.users), {"run": run.to_json()})
+        grid = InProcessGrid(app, len(ctx.population.users), {"run": run.to_json()})
         with task_identity(1):
-            conduct(grid, run)
+            run_rounds(grid, run)
         assert not forbidden & set(seen), name
-        if here.ownership.travels:
-            assert set(here.ownership.travels) <= set(seen)
+        if ctx.ownership.travels:
+            assert set(ctx.ownership.travels) <= set(seen)
 
 
 def _handler(name):
@@ -81,10 +81,10 @@ def _handler(name):
 
 def test_a_failing_client_stops_the_run_with_its_reason_and_keeps_its_state(small):
     run = small("fedbn")
-    users = len(setting(run).population.users)
+    users = len(build_context(run).population.users)
     grid = InProcessGrid(client_app, users, {"run": run.to_json()}, fault=_down(2))
     with task_identity(1), pytest.raises(ClientError, match="node .*: battery empty"):
-        conduct(grid, run)
+        run_rounds(grid, run)
     app = ClientApp()
 
     @app.train()
@@ -125,11 +125,11 @@ def test_clients_do_not_see_each_others_writes():
 
 def test_node_ids_do_not_matter(small):
     run = small("silobn", clients_per_round=3)
-    users = len(setting(run).population.users)
+    users = len(build_context(run).population.users)
     outcomes = []
     for first in (7, 500):
         with task_identity(1):
-            outcomes.append(conduct(InProcessGrid(client_app, users, {"run": run.to_json()}, first_node=first), run))
+            outcomes.append(run_rounds(InProcessGrid(client_app, users, {"run": run.to_json()}, first_node=first), run))
     assert same(outcomes[0].server.state, outcomes[1].server.state)
     assert outcomes[0].scores == outcomes[1].scores
 
@@ -143,9 +143,9 @@ def test_an_unknown_node_is_an_error_reply():
 
 def test_users_are_found_by_partition_not_by_node(small):
     run = small()
-    users = len(setting(run).population.users)
+    users = len(build_context(run).population.users)
     with task_identity(1):
-        clients = Clients(InProcessGrid(client_app, users, {"run": run.to_json()}), users)
+        clients = NodePool(InProcessGrid(client_app, users, {"run": run.to_json()}), users)
     assert clients.node == {i: 1_000_000 + i for i in range(users)}
 
 
@@ -176,13 +176,13 @@ def test_run_config_is_a_run(small):
 def test_crowds_change_nothing_but_how_many_calls_are_open(small, monkeypatch):
     run, open_calls = small("fedbn"), []
     whole = execute(run, "grid")
-    real = grid.together
+    real = grid.run_batched
 
     def counted(calls, do):
         open_calls.append(len(calls))
         return real(calls, do)
 
-    monkeypatch.setattr(grid, "together", counted)
+    monkeypatch.setattr(grid, "run_batched", counted)
     monkeypatch.setattr(grid, "CROWD", 3)
     assert_same(execute(run, "grid"), whole)
     assert max(open_calls) == 3

@@ -18,7 +18,7 @@ from simulations.experiments.compare import chosen_rates, compare, resume, tunin
 from simulations.experiments.experiment import Experiment, read_run_file
 from simulations.experiments.preflight import default_place, suited
 from simulations.experiments.tasks import CHECKPOINT
-from simulations.report.documents import embed
+from simulations.report.documents import update_document
 from simulations.results.comparison import Comparison
 from simulations.storage import checkpoint as store
 from simulations.storage import provenance
@@ -215,7 +215,7 @@ def test_learning_rates_are_chosen_on_validation_data_of_seen_users(tmp_path):
     assert all(t.run.validation for t in tasks)
     page = tmp_path / "page.md"
     page.write_text(f"<!-- begin {tmp_path.name} -->\n<!-- end {tmp_path.name} -->\n")
-    embed(tmp_path, page, full=True)
+    update_document(tmp_path, page, full=True)
     assert "Learning rates, tuned: global-naive 0.05, groupnorm 0.05." in page.read_text()
 
 
@@ -232,9 +232,9 @@ def test_what_cannot_be_tuned_is_known_before_anything_runs(tmp_path):
 
 
 def test_validation_data_come_from_training_rows_only(small):
-    from fedbn.federation.setup import setting
+    from fedbn.federation.setup import build_context
 
-    whole, held = setting(small()), setting(small(validation=True))
+    whole, held = build_context(small()), build_context(small(validation=True))
     assert held.population.unseen == ()
     for user, i in zip(held.population.users, whole.population.seen, strict=True):
         source = {tuple(r.flatten().tolist()) for r in whole.population.users[i].train.x}

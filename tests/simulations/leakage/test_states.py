@@ -58,9 +58,9 @@ def test_each_control_does_its_own(leaks):
 def test_people_with_too_few_windows_are_not_released():
     few = measure_states(HarCNN((6, 32), 4).eval(), people(3, windows=20), seed=0)
     by_name = {leak.control: leak for leak in few}
-    assert by_name["none"].people == 3
+    assert by_name["none"].users == 3
     kept_back = by_name["minimum=50"]
-    assert (kept_back.people, kept_back.first, kept_back.error, kept_back.chance) == (0, None, None, None)
+    assert (kept_back.users, kept_back.first, kept_back.error, kept_back.chance) == (0, None, None, None)
     assert rows([kept_back])[0]["chance"] == "not released"
 
 
@@ -74,7 +74,7 @@ def test_the_command_prints_the_table_and_puts_it_into_a_document(monkeypatch, t
     assert "50%" in done.output
     assert "| none | 4 | 50% | not released | 25% | nothing to solve | 0.8 |" in page.read_text()
     done = CliRunner().invoke(app, ["leakage", "digits8", "--states", "--json"])
-    assert json.loads(done.output)[0]["people"] == 4
+    assert json.loads(done.output)[0]["users"] == 4
 
 
 def test_what_messages_give_away_goes_into_a_document_too(monkeypatch, tmp_path):

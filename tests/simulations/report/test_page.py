@@ -18,7 +18,7 @@ from simulations.report.page import write_report
 from simulations.results import inference, summary
 from simulations.results.comparison import Comparison
 from simulations.results.files import write_run, write_shift
-from simulations.results.formatting import cell
+from simulations.results.formatting import format_estimate
 from simulations.results.matrix import COLUMNS, ROWS
 from tests.simulations.results.test_comparison import write
 
@@ -128,7 +128,7 @@ def test_the_matrix_says_what_the_frame_says(directory, page, monkeypatch):
     for line in Comparison.load(directory).matrix().itertuples():
         key = line.strategy, COLUMNS[line.column][0]
         if key in found.index:
-            value = cell(line.mean, line.ci_low, line.ci_high).replace(" [", "[")
+            value = format_estimate(line.mean, line.ci_low, line.ci_high).replace(" [", "[")
             assert found.loc[key, ROWS[line.row][0]] == value
         else:
             assert pd.isna(line.mean)

@@ -461,8 +461,8 @@ def test_one_unseen_user_a_seed_is_still_several_users(tmp_path):
     write(tmp_path, unseen=3)
     for path in (tmp_path / "runs").glob("*/result.json"):
         result = json.loads(path.read_text())
-        here = f"user {12 + result['seed']:02d}"
-        kept = [e for e in result["evaluations"] if e["row"] != "unseen" or e["user"] == here]
+        ctx = f"user {12 + result['seed']:02d}"
+        kept = [e for e in result["evaluations"] if e["row"] != "unseen" or e["user"] == ctx]
         write_run(tmp_path, path.parent.name, result | {"evaluations": kept})
     line = one(Comparison.load(tmp_path).matrix(), strategy="fedbn", row="unseen", column="aggregated")
     assert line["n_users"] == 3

@@ -5,7 +5,7 @@ import torch
 
 from fedbn.config import Plan
 from fedbn.federation.loop import federate
-from fedbn.federation.setup import setting
+from fedbn.federation.setup import build_context
 from fedbn.nn.roles import Role
 from simulations.engines.execute import execute
 from simulations.flower.compat import task_identity
@@ -49,7 +49,7 @@ def test_statistics_are_pooled_and_never_stepped_on(optimizer, small):
     plain = federate(small("global-naive", rounds=1))
     run = small("global-naive", rounds=1, server_optimizer=optimizer, server_lr=0.3)
     stepped = execute(run, "reference")
-    roles = setting(run).ownership.roles
+    roles = build_context(run).ownership.roles
     for key, value in plain.server.state.items():
         equal = torch.equal(value, stepped.server.state[key])
         assert equal == (roles[key] is Role.STATISTICS), key

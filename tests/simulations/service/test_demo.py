@@ -31,7 +31,7 @@ from simulations.service.api import create
 from simulations.service.demo.routes import FILES, PAGE, VISITORS, routes
 from simulations.service.demo.session import RULES, WHO, Playground, Session
 from simulations.service.server import address, listen, server_of
-from simulations.service.users import People
+from simulations.service.users import UserStore
 
 SHAPE, CLASSES = (6, 32), ("sitting", "walking")
 
@@ -110,9 +110,9 @@ def test_turning_the_sensor_changes_windows_as_it_should_and_is_noticed(playgrou
 def test_another_wearer_is_noticed(playground):
     people = {
         name: replace(u, test=examples(200, 0.5 if name == "user1" else -2.0, 9))
-        for name, u in playground.people.items()
+        for name, u in playground.users.items()
     }
-    session = Session(replace(playground, people=people), "user1")
+    session = Session(replace(playground, users=people), "user1")
     assert sum(step["alarm"] for step in session.step(120)["steps"]) <= 1
     session.switch("user2")
     assert any(step["alarm"] for step in session.step(60)["steps"])
@@ -128,7 +128,7 @@ def test_nobody_is_called_that(playground):
 
 @pytest.fixture
 def application(playground):
-    people = People(playground.model, playground.shape, playground.classes)
+    people = UserStore(playground.model, playground.shape, playground.classes)
     return create(people, Access(), routes(playground))
 
 
@@ -217,7 +217,8 @@ def test_there_is_room_for_some_visitors(client):
 )
 def test_mistakes_on_the_command_line(arguments, text, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "simulations.adaptation.source_model.meet", lambda *a: pytest.fail("trained before it was checked")
+        "simulations.adaptation.source_model.train_source_model",
+        lambda *a: pytest.fail("trained before it was checked"),
     )
     monkeypatch.chdir(tmp_path)
     result = CliRunner().invoke(cli, [*arguments, "--port", "0", "--rounds", "1"])

@@ -20,7 +20,7 @@ from simulations.service.access import Access
 from simulations.service.api import create
 from simulations.service.observability import JsonLines
 from simulations.service.schema import BINARY
-from simulations.service.users import Limits, People
+from simulations.service.users import Limits, UserStore
 
 SHAPE, CLASSES = (6, 16), ("sit", "walk", "lie")
 TOKEN = "a-token-of-twenty-four-c"
@@ -37,10 +37,10 @@ def serve(model):
     opened = []
 
     def make(store=None, limits=None, address="http://localhost", **access):
-        people = People(model, SHAPE, CLASSES, "pseudo:n0=4", store=store, limits=limits or Limits())
-        client = TestClient(create(people, Access(**access)), base_url=address, raise_server_exceptions=False)
+        users = UserStore(model, SHAPE, CLASSES, "pseudo:n0=4", store=store, limits=limits or Limits())
+        client = TestClient(create(users, Access(**access)), base_url=address, raise_server_exceptions=False)
         opened.append(client.__enter__())
-        client.people = people
+        client.users = users
         return client
 
     yield make
@@ -71,7 +71,7 @@ def test_a_user_from_enrollment_to_oblivion(serve, model):
     report = client.get("/v1/users/ann").json()
     assert report["learnt"] == 5
     assert set(report["classes"]) == set(CLASSES)
-    assert set(report["moved"]) == set(client.people.net.bank.spans)
+    assert set(report["moved"]) == set(client.users.net.bank.spans)
     state = client.get("/v1/users/ann/snapshot").content
     client.put("/v1/users/bob")
     assert client.put("/v1/users/bob/snapshot", content=state).status_code == 204
@@ -210,7 +210,7 @@ def test_slow_requests_end(serve):
 def test_mistakes_of_the_service_are_logged_and_not_shown(serve, monkeypatch, caplog):
     client = serve()
     client.put("/v1/users/ann")
-    monkeypatch.setattr(client.people.net, "predict", lambda *a: 1 / 0)
+    monkeypatch.setattr(client.users.net, "predict", lambda *a: 1 / 0)
     with caplog.at_level(logging.ERROR, "fedbn.service"):
         broken = client.post("/v1/users/ann/observe", content=windows(1).tobytes(), headers=RAW)
     assert broken.status_code == 500

@@ -130,7 +130,8 @@ def test_every_rule_that_needs_nothing_from_training_serves_such_a_model(mine):
 )
 def test_mistakes_on_the_command_line(mine, arguments, said, monkeypatch):
     monkeypatch.setattr(
-        "simulations.adaptation.source_model.meet", lambda *a: pytest.fail("trained before it was checked")
+        "simulations.adaptation.source_model.train_source_model",
+        lambda *a: pytest.fail("trained before it was checked"),
     )
     result = CliRunner().invoke(cli, ["serve", *arguments, "--port", "0"])
     assert result.exit_code != 0

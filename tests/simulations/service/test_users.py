@@ -17,9 +17,9 @@ from fedbn.online.drift.signal import Context
 from simulations.service import drift as watching
 from simulations.service.access import Access, Rates
 from simulations.service.batching import Batcher, Job
-from simulations.service.drift import Watches
+from simulations.service.drift import BatchedMonitor
 from simulations.service.schema import Answer, Refusal, advice, checked_name, labels_of, windows_of
-from simulations.service.users import Limits, People
+from simulations.service.users import Limits, UserStore
 
 SHAPE, CLASSES = (6, 16), ("sit", "walk", "lie")
 
@@ -32,7 +32,7 @@ def model():
 
 
 def people(model, **settings):
-    return People(model, SHAPE, CLASSES, **{"rule": "pseudo:n0=4", **settings})
+    return UserStore(model, SHAPE, CLASSES, **{"rule": "pseudo:n0=4", **settings})
 
 
 def windows(n, seed=0):
@@ -171,7 +171,7 @@ def test_the_table_gives_the_distances_of_single_contexts_and_alarms_of_their_lo
     monkeypatch.setattr("fedbn.online.drift.signal.FLOOR", watching.FLOOR)
     draw = np.random.default_rng(0)
     kinds, scale = 3, np.array([1.0, 2.0, 0.5])
-    watches = Watches(PageHinkley(threshold=2.0), scale, kinds, capacity=3)
+    watches = BatchedMonitor(PageHinkley(threshold=2.0), scale, kinds, capacity=3)
     contexts = {u: Context(torch.tensor(scale)) for u in "abc"}
     alarms = {u: PageHinkley(threshold=2.0).new() for u in "abc"}
     spoken = 0
@@ -198,7 +198,7 @@ def test_the_table_gives_the_distances_of_single_contexts_and_alarms_of_their_lo
 
 
 def test_watches_forget_who_was_not_met_for_longest():
-    watches = Watches(Adwin(), np.ones(2), 2, capacity=2)
+    watches = BatchedMonitor(Adwin(), np.ones(2), 2, capacity=2)
     for user in ("ann", "bob", "ann", "cem"):
         watches.see([user], np.ones((1, 2)), [0])
     assert list(watches._users) == ["ann", "cem"]

@@ -9,10 +9,10 @@ from torch import nn
 
 from fedbn.errors import UserError
 from fedbn.online import personalize, rule
-from fedbn.online.drift.actions import Branch, Decay, Reset, Watch, action
+from fedbn.online.drift.actions import Branch, Decay, Reset, UserMonitor, action
 from fedbn.online.drift.detectors import detector
-from fedbn.online.drift.monitor import Watched
-from fedbn.online.drift.signal import Context, Look
+from fedbn.online.drift.monitor import DriftMonitor
+from fedbn.online.drift.signal import ChannelMeans, Context
 from fedbn.online.prequential import follow
 from fedbn.online.prequential_metrics import judge_alarms
 from fedbn.streams import Event, Stream
@@ -82,7 +82,7 @@ def stream(*parts, user="ann"):
 
 def watched(notice="adwin", act="decay"):
     net = Net()
-    return net, Watched(net, model(), detector(notice), action(act))
+    return net, DriftMonitor(net, model(), detector(notice), action(act))
 
 
 def test_the_look_is_the_channel_means_at_the_first_layers_under_the_source():
@@ -90,10 +90,10 @@ def test_the_look_is_the_channel_means_at_the_first_layers_under_the_source():
     first = net[0](x)
     second = net[2](net[1](first))
     wanted = torch.cat([first.mean(2), second.mean(2)], 1).double()
-    torch.testing.assert_close(Look(net)(x), wanted.detach())
-    torch.testing.assert_close(Look(net, 1)(x), wanted[:, :3].detach())
+    torch.testing.assert_close(ChannelMeans(net)(x), wanted.detach())
+    torch.testing.assert_close(ChannelMeans(net, 1)(x), wanted[:, :3].detach())
     flat = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)).eval()
-    torch.testing.assert_close(Look(flat)(x[:, :, 0]), flat[0](x[:, :, 0]).double().detach())
+    torch.testing.assert_close(ChannelMeans(flat)(x[:, :, 0]), flat[0](x[:, :, 0]).double().detach())
 
 
 def test_the_distance_is_about_one_for_more_of_the_same_and_undefined_for_little_known_classes():
@@ -209,7 +209,7 @@ def test_what_a_user_can_get_wrong(make, text, message):
 
 def test_a_model_without_statistics_cannot_be_watched():
     with pytest.raises(UserError, match="drift detection works on running statistics"):
-        Look(nn.Linear(2, 2))
+        ChannelMeans(nn.Linear(2, 2))
 
 
 def test_river_is_asked_for_when_it_is_missing(monkeypatch):
@@ -227,12 +227,12 @@ def test_decay_and_branch_act_on_the_bank():
     for _ in range(30):
         net(torch.randn(1, 2) + 5, user=["ann"])
     before = net.state("ann")
-    watch = Watched(net, model(), detector("adwin"), action("branch"))
+    watch = DriftMonitor(net, model(), detector("adwin"), action("branch"))
     context = Context(watch.look.scale)
     row = watch.look(torch.randn(1, 2, 8))[0]
     for _ in range(10):
         context.learn(row, 0)
-    seen = Watch(detector("adwin").new(), context, recent=[(row + 100, 0)])
+    seen = UserMonitor(detector("adwin").new(), context, recent=[(row + 100, 0)])
     Branch().act(net, "ann", seen)
     assert net.state("ann").n == 0
     seen.recent = [(row, 0)]
