@@ -105,7 +105,7 @@ def test_a_node_without_a_registered_key_is_not_let_in(mark, tmp_path):
 def test_an_interrupted_deployment_leaves_nothing_behind(how, mark):
     code = (
         "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from simulations.cli import app\napp(['deploy', '--rounds', '50'])\n"
+        "from simulations.cli.app import app\napp(['deploy', '--rounds', '50'])\n"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
