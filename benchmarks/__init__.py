@@ -1,1 +1,1 @@
-"""How long a round takes, against a bare PyTorch loop: ``python -m benchmarks``."""
+"""Benchmarks: the time of a round compared with a plain PyTorch loop (``python -m benchmarks``)."""

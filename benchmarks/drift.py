@@ -1,8 +1,10 @@
-"""``python -m benchmarks.drift``: which changes the alarms of service and page notice, and how often they are wrong.
+"""``python -m benchmarks.drift``: detection and false alarm rates of the drift detectors.
 
-One run on HAPT. Everybody's later recording is played as it is, with the sensor turned at half time, and with somebody
-else's second half. The detectors' options were chosen on the people who trained, by the share of changes noticed less
-the share of people with a false alarm; the people who did not train are shown beside.
+The service and the demo page each have a detector with its own signal and options.
+
+One run on HAPT. The later recording of each person is played unchanged, with the sensor rotated halfway through, and
+with another person's second half. The detectors' options were selected on the people who trained, by detection rate
+minus false alarm rate. The people who did not train are reported separately.
 """
 
 from __future__ import annotations
@@ -16,83 +18,86 @@ import torch
 from torch import Tensor
 
 from fedbn.data.packages import cache_dir
-from fedbn.data.shift import turn
-from fedbn.nn.hooks import inputs_of
+from fedbn.data.shift import rotate
+from fedbn.nn.hooks import capture_inputs
 from fedbn.nn.roles import statistics_layers
+from fedbn.online.drift.batched import BatchedMonitor
 from fedbn.online.drift.detectors import Detector, detector
+from fedbn.online.drift.signal import Floats, channel_means
 from simulations.adaptation.source_model import SourceModel, train_source_model
-from simulations.adaptation.study import study_from
-from simulations.report.documents import markdown, replace_block
-from simulations.service import users as people
+from simulations.adaptation.study import Study
+from simulations.report.documents import replace_block
+from simulations.results.formatting import markdown_table
+from simulations.service import users
 from simulations.service.demo import session as playground
-from simulations.service.drift import BatchedMonitor, Floats, channel_means
 from simulations.storage.provenance import NUMERICS
 
 DEGREES = (30, 60, 90)
 
-Look = Callable[[Tensor], Floats]
+Signal = Callable[[Tensor], Floats]
+"""Channel means that a detector monitors, one row per window."""
 
 
 def changes(recordings: Sequence[Tensor]) -> Iterator[tuple[str, Tensor, int | None]]:
-    """What happens, the windows with it, and the first window after it; None: nothing happens."""
-    for mine, other in zip(recordings, [*recordings[1:], recordings[0]], strict=True):
-        at = len(mine) // 2
-        yield "false alarms", mine, None
+    """Name of each change, the windows that contain it, and the first window after it (None: no change)."""
+    for own, other in zip(recordings, [*recordings[1:], recordings[0]], strict=True):
+        at = len(own) // 2
+        yield "false alarms", own, None
         for degrees in DEGREES:
-            turned = turn(playground.AXIS, torch.tensor(math.radians(degrees)))(mine[at:])
-            yield f"turned by {degrees}°", torch.cat([mine[:at], turned]), at
-        yield "somebody else", torch.cat([mine[:at], other[at:]]), at
+            rotated = rotate(playground.AXIS, torch.tensor(math.radians(degrees)))(own[at:])
+            yield f"rotated by {degrees}°", torch.cat([own[:at], rotated]), at
+        yield "another person", torch.cat([own[:at], other[at:]]), at
 
 
-def alarms(source: SourceModel, x: Tensor, look: Look, spread: Floats, notice: Detector) -> list[int]:
-    """After which windows the detector speaks."""
+def alarms(source: SourceModel, x: Tensor, signal: Signal, variance: Floats, method: Detector) -> list[int]:
+    """Windows at which the detector raises an alarm."""
     with torch.no_grad():
-        said = source.model(x).argmax(1).tolist()
-    watches = BatchedMonitor(notice, spread, len(source.ctx.population.classes), capacity=1)
-    looks = look(x)
-    return [t for t, label in enumerate(said) if watches.see(["one"], looks[t : t + 1], [label])[0][1]]
+        predicted = source.model(x).argmax(1).tolist()
+    monitor = BatchedMonitor(method, variance, len(source.ctx.population.classes), capacity=1)
+    means = signal(x)
+    return [t for t, label in enumerate(predicted) if monitor.observe(["one"], means[t : t + 1], [label])[0][1]]
 
 
 def measure(source: SourceModel) -> list[dict[str, str]]:
-    """One line an alarm and kind of people: how many of them were noticed, and had false alarms."""
+    """One row per detector and group of people: how many changes were detected, and how many had false alarms."""
     path, layer = next(iter(statistics_layers(source.model).items()))
 
-    def first(x: Tensor) -> Floats:
-        seen: list[Tensor] = []
-        with torch.no_grad(), inputs_of({path: layer}, lambda _path, value: seen.append(value)):
+    def first_layer(x: Tensor) -> Floats:
+        inputs: list[Tensor] = []
+        with torch.no_grad(), capture_inputs({path: layer}, lambda _path, value: inputs.append(value)):
             source.model(x)
-        return channel_means(seen[0])
+        return channel_means(inputs[0])
 
-    scale = torch.as_tensor(layer.running_var).double().numpy()
-    spread = channel_means(source.source_windows).var(0)
-    kinds: dict[str, tuple[Look, Floats, str]] = {
-        "page": (channel_means, spread, playground.DETECTOR),
-        "service": (first, scale, people.DETECTOR),
+    layer_variance = torch.as_tensor(layer.running_var).double().numpy()
+    window_variance = channel_means(source.source_windows).var(0)
+    setups: dict[str, tuple[Signal, Floats, str]] = {
+        "demo page": (channel_means, window_variance, playground.DETECTOR),
+        "service": (first_layer, layer_variance, users.DETECTOR),
     }
-    lines = []
-    for name, (look, variance, notice) in kinds.items():
-        for who, told in (("seen", "trained"), ("unseen", "did not train")):
-            found: dict[str, list[bool]] = {}
-            for what, x, at in changes([user.test.x for user in source.users(who)]):  # type: ignore[arg-type]
-                spoken = alarms(source, x, look, variance, detector(notice))
-                found.setdefault(what, []).append(any(t >= (at or 0) for t in spoken))
-            shares = {what: f"{sum(noticed)} of {len(noticed)}" for what, noticed in found.items()}
-            lines.append({"alarm of the": name, "people who": told, **shares})
-    return lines
+    rows = []
+    for name, (signal, variance, method) in setups.items():
+        for group, label in (("seen", "trained"), ("unseen", "did not train")):
+            detected: dict[str, list[bool]] = {}
+            for change, x, at in changes([user.test.x for user in source.users(group)]):  # type: ignore[arg-type]
+                raised = alarms(source, x, signal, variance, detector(method))
+                detected.setdefault(change, []).append(any(t >= (at or 0) for t in raised))
+            counts = {change: f"{sum(hits)} of {len(hits)}" for change, hits in detected.items()}
+            rows.append({"detector": name, "people who": label, **counts})
+    return rows
 
 
 def main() -> int:
-    """Measure, print, and write if asked."""
+    """Measure, print the table and optionally update a document."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.drift", description=__doc__)
-    parser.add_argument("--into", type=Path, help="also put the table into this document, between its markers")
-    chosen = parser.parse_args()
-    study = study_from({"scenario": "hapt", "rules": ("source",), "seeds": 1})
+    parser.add_argument("--into", type=Path, help="also update the table of this document")
+    args = parser.parse_args()
+    study = Study.from_dict({"scenario": "hapt", "rules": ("source",), "seeds": 1})
     (run,) = study.resolved().runs()
-    place = cache_dir() / "served" / f"numerics-{NUMERICS}"
-    table = markdown(measure(train_source_model(run, place, "grid:stacked", lambda event: None)))
+    cache = cache_dir() / "served" / f"numerics-{NUMERICS}"
+    table = markdown_table(measure(train_source_model(run, cache, "grid:stacked", lambda event: None)))
     print(table)
-    if chosen.into:
-        replace_block(chosen.into, "drift", table)
+    if args.into:
+        replace_block(args.into, "drift", table)
     return 0
 
 

@@ -1,7 +1,7 @@
-"""The bare loop in a process of its own: ``python -m benchmarks.loop RUN`` does a round for every line it is sent.
+"""The plain PyTorch loop in a separate process: ``python -m benchmarks.loop RUN THREADS``.
 
-It is a stranger to the project's settings of threads and memory, as a plain script is, and it can take turns with an
-engine round by round, so that both meet the same machine.
+The process runs one round for each line on standard input. It does not use the project's thread and memory settings,
+like any plain script. It alternates with an engine round by round, so that both see the same load of the machine.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from fedbn.federation.run import Run
 
 @dataclass
 class Loop:
-    """The loop of a run; a context manager.
+    """The plain loop of a run, as a context manager.
 
     Attributes:
-        run: what is trained.
-        threads: of torch.
+        run: the run to train.
+        threads: number of torch threads.
         python: interpreter of the process.
-        module: what it runs; a peer's simulator in place of the loop (`benchmarks.peers`).
+        module: module of the process; `benchmarks.peers` runs another simulator instead of the loop.
         wall, cpu: seconds of each round so far.
     """
 
@@ -38,7 +38,7 @@ class Loop:
     cpu: list[float] = field(default_factory=list)
 
     def __enter__(self) -> Self:
-        """Start, and do a round that does not count."""
+        """Start the process and run a warm-up round."""
         command = [self.python, "-m", self.module, self.run.to_json(), str(self.threads)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.round()
@@ -49,7 +49,7 @@ class Loop:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Stop."""
+        """Stop the process."""
         assert self._process.stdin
         assert self._process.stdout
         with suppress(BrokenPipeError):
@@ -58,7 +58,7 @@ class Loop:
         self._process.wait()
 
     def round(self) -> None:
-        """Do a round.
+        """Run one round.
 
         Raises:
             RuntimeError: the process has ended.
@@ -71,21 +71,21 @@ class Loop:
             self._process.stdin.flush()
             line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError(f"{self.module} has ended; its error is above")
+            raise RuntimeError(f"{self.module} exited; see its error above")
         wall, cpu = json.loads(line)
         self.wall.append(wall)
         self.cpu.append(cpu)
 
 
 def main() -> None:
-    """Serve rounds."""
+    """Run a round for each line on standard input."""
     import torch
 
-    from benchmarks.workloads import bare_loop
+    from benchmarks.workloads import plain_loop
     from fedbn.federation.setup import build_context
 
     torch.set_num_threads(int(sys.argv[2]))
-    rounds = bare_loop(build_context(Run.from_dict(json.loads(sys.argv[1]))))
+    rounds = plain_loop(build_context(Run.from_dict(json.loads(sys.argv[1]))))
     for _ in sys.stdin:
         before = time.process_time()
         wall = next(rounds)

@@ -1,4 +1,4 @@
-"""Time rounds of a workload in the engines, beside the bare loop."""
+"""Measure rounds of the engines, and compare them with the plain PyTorch loop."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,6 +27,7 @@ from fedbn.federation.run import Run
 from fedbn.federation.server import Outcome, global_columns, served_users
 from fedbn.federation.setup import build_context
 from fedbn.models import build
+from fedbn.nn.threads import torch_threads
 from fedbn.online import personalize, rule
 from fedbn.stacked.executors import ClientExecutor, Executor
 from fedbn.stacked.memory import collect_garbage_rarely, keep_freed_memory
@@ -35,8 +35,8 @@ from simulations.engines.grid import InProcessGrid
 from simulations.flower.compat import task_identity
 from simulations.server.rounds import Listener, run_rounds
 
-SPEEDS = {"W1": 0.60, "W2": 0.40, "W3": 0.05}
-"""The shares of the bare loop's time that a round is to take."""
+TARGETS = {"W1": 0.60, "W2": 0.40, "W3": 0.05}
+"""Target ratio of a round's time to the plain loop's, by workload."""
 
 COMMANDS = {
     "import fedbn": "import fedbn",
@@ -45,54 +45,43 @@ COMMANDS = {
 }
 
 
-@contextmanager
-def torch_threads(count: int) -> Iterator[None]:
-    """So many intra-op threads in this block."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of the rounds of an engine."""
+    """Wall-clock and CPU seconds of each round of an engine."""
 
     wall: list[float]
     cpu: list[float]
 
 
 def grid_rounds(run: Run, executor: Executor, between: Callable[[], None] = lambda: None) -> Timing:
-    """Time rounds over the grid - messages, state, aggregation and metrics.
+    """Time rounds on the grid, with messages, states, aggregation and metrics.
 
-    The first is left out, since it chooses and warms up, and so is the last, which evaluates: the bare loop does not.
+    The first round (warm-up, choice of executor) and the last (evaluation) are left out.
 
     Args:
-        run: what to do.
-        executor: how.
-        between: called after each round; takes no part in its time.
+        run: the run to execute.
+        executor: how the clients' jobs are executed.
+        between: called after each round, outside the measured time.
     """
     grid = InProcessGrid(
         client_app, len(build_context(run).population.users), {"run": run.to_json()}, executor=executor
     )
     timing = Timing([], [])
-    began = [time.perf_counter(), time.process_time()]
+    start = [time.perf_counter(), time.process_time()]
 
-    def note(number: int, outcome: Outcome) -> None:
-        timing.wall.append(time.perf_counter() - began[0])
-        timing.cpu.append(time.process_time() - began[1])
+    def on_round(number: int, outcome: Outcome) -> None:
+        timing.wall.append(time.perf_counter() - start[0])
+        timing.cpu.append(time.process_time() - start[1])
         between()
-        began[:] = time.perf_counter(), time.process_time()
+        start[:] = time.perf_counter(), time.process_time()
 
     with torch_threads(1), task_identity(grid.run.run_id):
-        run_rounds(grid, run, Listener(on_round=note))
+        run_rounds(grid, run, Listener(on_round=on_round))
     return Timing(timing.wall[1:-1], timing.cpu[1:-1])
 
 
 def row(work: Workload, engine: str, loop: Loop, timing: Timing) -> dict[str, object]:
-    """One line of the table. Its ratio is that of the fastest rounds: what else ran on the machine only slows down."""
+    """One row of the table. The ratio uses the fastest rounds, since other load on the machine only adds time."""
     return {
         "workload": work.name,
         "engine": engine,
@@ -102,15 +91,15 @@ def row(work: Workload, engine: str, loop: Loop, timing: Timing) -> dict[str, ob
         "ratio of medians": statistics.median(timing.wall) / statistics.median(loop.wall),
         "ratio of CPU time": min(timing.cpu) / min(loop.cpu) if timing.cpu else None,
         "load": os.getloadavg()[0],
-        "target": SPEEDS[work.name] if engine.startswith("grid:") else None,
+        "target": TARGETS[work.name] if engine.startswith("grid:") else None,
     }
 
 
 def ratios(
-    folder: Path, executors: Sequence[Executor], rounds: int, works: Sequence[Workload]
+    folder: Path, executors: Sequence[Executor], rounds: int, workloads: Sequence[Workload]
 ) -> Iterator[dict[str, object]]:
-    """One row a workload and tier; a round of the bare loop follows every round of the engine."""
-    for work in works:
+    """One row per workload and executor. A round of the plain loop follows each round of the engine."""
+    for work in workloads:
         run = work.run(folder, rounds)
         for executor in executors:
             with Loop(run) as loop:
@@ -118,25 +107,25 @@ def ratios(
                 yield row(work, f"grid:{executor}", loop, timing)
 
 
-def ray_rows(folder: Path, rounds: int, works: Sequence[Workload]) -> Iterator[dict[str, object]]:
-    """The same over Flower's own simulation: seconds a round of a run, starting Ray left out by a run of one round."""
+def ray_rows(folder: Path, rounds: int, workloads: Sequence[Workload]) -> Iterator[dict[str, object]]:
+    """The same for Flower's Ray simulation. A run of one round is subtracted to exclude the start of Ray."""
     from simulations.engines.execute import execute
 
-    for work in works:
-        spent = {}
+    for work in workloads:
+        seconds = {}
         for number in (1, rounds):
-            began = time.perf_counter()
+            start = time.perf_counter()
             execute(work.run(folder, number), "ray")
-            spent[number] = time.perf_counter() - began
+            seconds[number] = time.perf_counter() - start
         with Loop(work.run(folder, rounds)) as loop:
             for _ in range(rounds):
                 loop.round()
-            yield row(work, "ray", loop, Timing([(spent[rounds] - spent[1]) / (rounds - 1)], []))
+            yield row(work, "ray", loop, Timing([(seconds[rounds] - seconds[1]) / (rounds - 1)], []))
 
 
-def peer_rows(folder: Path, python: str, rounds: int, works: Sequence[Workload]) -> Iterator[dict[str, object]]:
-    """pfl-research on the same workloads, taking turns with the loop; ``python`` is an interpreter that has it."""
-    for work in works:
+def peer_rows(folder: Path, python: str, rounds: int, workloads: Sequence[Workload]) -> Iterator[dict[str, object]]:
+    """The same for pfl-research, alternating with the loop. ``python`` is an interpreter with pfl installed."""
+    for work in workloads:
         run = work.run(folder, rounds)
         with Loop(run) as loop, Loop(run, python=python, module="benchmarks.peers") as peer:
             for _ in range(rounds):
@@ -145,45 +134,45 @@ def peer_rows(folder: Path, python: str, rounds: int, works: Sequence[Workload])
             yield row(work, "pfl", loop, Timing(peer.wall, peer.cpu))
 
 
-def scale(folder: Path, executor: Executor, rounds: int, most: int) -> Iterator[dict[str, object]]:
-    """Rounds of W3 with more and more clients that together take ever the same number of steps, beside the bare loop.
+def scale(folder: Path, executor: Executor, rounds: int, max_clients: int) -> Iterator[dict[str, object]]:
+    """Rounds of W3 with an increasing number of clients and a constant total number of steps.
 
-    Each number of clients has a process of its own, whose memory is then its own too.
+    Each number of clients is measured in a separate process, because peak memory is per process.
     """
     counts = [10]
-    while counts[-1] * 10 <= most:
+    while counts[-1] * 10 <= max_clients:
         counts.append(counts[-1] * 10)
-    fresh = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, fresh, max_tasks_per_child=1) as pool:
-        yield from pool.map(partial(_scaled, folder, executor, rounds, counts[-1]), counts)
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, spawn, max_tasks_per_child=1) as pool:
+        yield from pool.map(partial(_scale_row, folder, executor, rounds, counts[-1]), counts)
 
 
-def _scaled(folder: Path, executor: Executor, rounds: int, steps: int, clients: int) -> dict[str, object]:
+def _scale_row(folder: Path, executor: Executor, rounds: int, steps: int, clients: int) -> dict[str, object]:
     small = WORKLOADS[2]
-    # Most clients cannot take fewer than a step each: the work is what the largest round needs.
+    # A client takes at least one step, so the largest number of clients determines the total work.
     work = Workload("W3", small.shape, small.classes, small.model, clients, steps // clients, small.batch)
     keep_freed_memory()
     collect_garbage_rarely()
     run = work.run(folder, rounds)
     data = sum(u.train.x.nbytes + u.test.x.nbytes for u in build_context(run).population.users)
-    before = _peak()
+    before = _peak_memory()
     with Loop(run) as loop:
         seconds = min(grid_rounds(run, executor, loop.round).wall)
-    grown = _peak() - before
+    memory = _peak_memory() - before
     return {
         "clients": clients,
         "steps": work.steps,
         "seconds": seconds,
         "loop": min(loop.wall),
         "data": data,
-        "memory": grown,
+        "memory": memory,
     }
 
 
-def _peak() -> int:
-    """Most memory that this process has had, in bytes.
+def _peak_memory() -> int:
+    """Peak memory of this process in bytes.
 
-    Linux counts what the process that started this one had towards ``ru_maxrss``, but not towards ``VmHWM``.
+    On Linux, ``ru_maxrss`` includes the memory of the parent process; ``VmHWM`` does not.
     """
     status = Path("/proc/self/status")
     if status.exists():
@@ -191,68 +180,69 @@ def _peak() -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def evaluations(folder: Path, works: Sequence[Workload], tests: int = 64) -> dict[str, float]:
-    """Seconds that the whole matrix of each workload's users takes in stacks, as a share of one user after the other.
+def evaluations(folder: Path, workloads: Sequence[Workload], tests: int = 64) -> dict[str, float]:
+    """Time of a stacked evaluation of each workload's users, as a ratio to one user after the other.
 
-    Both on one thread; medians of interleaved repeats.
+    Both on one thread, medians of interleaved repeats.
     """
     out = {}
-    for work in works:
+    for work in workloads:
         ctx = build_context(replace(work, tests=tests).run(folder, 2))
         columns = {user: global_columns(ctx, user) for user in served_users(ctx)}
-        jobs = [Evaluate(ctx, user, ctx.start(), None, COLUMNS, asked) for user, asked in columns.items()]
+        state = ctx.initial_server_state()
+        jobs = [Evaluate(ctx, user, state, None, COLUMNS, cells) for user, cells in columns.items()]
         executors = {name: ClientExecutor(name, 1) for name in ("one", "stacked")}
-        spent: dict[str, list[float]] = {name: [] for name in executors}
+        seconds: dict[str, list[float]] = {name: [] for name in executors}
         with torch_threads(1):
             for _ in range(4):
-                for name, way in executors.items():
-                    began = time.perf_counter()
-                    way.run(jobs)
-                    spent[name].append(time.perf_counter() - began)
-        out[work.name] = statistics.median(spent["stacked"][1:]) / statistics.median(spent["one"][1:])
+                for name, executor in executors.items():
+                    start = time.perf_counter()
+                    executor.run(jobs)
+                    seconds[name].append(time.perf_counter() - start)
+        out[work.name] = statistics.median(seconds["stacked"][1:]) / statistics.median(seconds["one"][1:])
     return out
 
 
 def bank(users: int = 10_000, rows: int = 256, repeats: int = 30) -> dict[str, float]:
-    """Costs of the online bank on the sensor network, one thread: a batch of ``rows`` rows, all of different users.
+    """Cost of the online bank with the sensor network on one thread, for batches of rows from different users.
 
     Returns:
-        Ratios to a stock evaluation pass of the same rows (medians of interleaved repeats), and bytes per user.
+        Ratios to a plain evaluation pass of the same rows (medians of interleaved repeats), and bytes per user.
     """
     model = build("har-cnn", (6, 128), 6, seed=0).eval()
     x = torch.randn(rows, 6, 128, generator=torch.Generator().manual_seed(0))
     net = personalize(model, rule("pseudo:n0=64"), capacity=users)
-    crowd = torch.arange(users)
+    user_ids = torch.arange(users)
     with torch_threads(1), torch.no_grad():
-        for part in crowd.split(rows):
+        for part in user_ids.split(rows):
             net(x[: len(part)], user=part)
-        ids = crowd[:rows]
+        ids = user_ids[:rows]
 
         def predict_only() -> None:
             with net.frozen():
                 net.predict(x, user=ids)
 
-        ways = {"stock": lambda: model(x), "predict": predict_only, "predict and commit": lambda: net(x, user=ids)}
-        times: dict[str, list[float]] = {name: [] for name in ways}
+        variants = {"stock": lambda: model(x), "predict": predict_only, "predict and commit": lambda: net(x, user=ids)}
+        times: dict[str, list[float]] = {name: [] for name in variants}
         for _ in range(repeats):
-            for name, way in ways.items():
-                began = time.perf_counter()
-                way()
-                times[name].append(time.perf_counter() - began)
+            for name, call in variants.items():
+                start = time.perf_counter()
+                call()
+                times[name].append(time.perf_counter() - start)
     stock = statistics.median(times.pop("stock"))
-    costs = {f"{name}, ratio to stock": statistics.median(spent) / stock for name, spent in times.items()}
+    costs = {f"{name}, ratio to stock": statistics.median(seconds) / stock for name, seconds in times.items()}
     return costs | {"state, bytes per user": float(len(net.state(0).to_bytes()))}
 
 
 def starts() -> dict[str, float]:
-    """Seconds of fresh processes that import or say what they can."""
+    """Startup time of the library and of the command line, each in new processes."""
     out = {}
     for name, code in COMMANDS.items():
         times = []
         for _ in range(3):
-            began = time.perf_counter()
+            start = time.perf_counter()
             subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
-            times.append(time.perf_counter() - began)
+            times.append(time.perf_counter() - start)
         out[name] = min(times)
     return out
 
@@ -260,38 +250,38 @@ def starts() -> dict[str, float]:
 def measure(
     executors: Sequence[Executor],
     rounds: int,
-    most: int,
+    max_clients: int,
     ray: bool,
     peers: str | None = None,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> dict[str, object]:
-    """Everything, as plain values.
+    """Run all benchmarks and return the results as plain values.
 
     Args:
-        executors: of the grid.
-        rounds: of each engine.
-        most: clients of the scale curve.
-        ray: measure Flower's own simulation too.
-        peers: an interpreter that has pfl, which is then measured too.
-        say: told each value as soon as it is known.
+        executors: executors of the grid.
+        rounds: number of rounds of each engine.
+        max_clients: largest number of clients of the scaling curve.
+        ray: also measure Flower's Ray simulation.
+        peers: interpreter with pfl installed; measures pfl-research too.
+        log: called with each row as soon as it is measured.
     """
 
-    def told(parts: Iterable[dict[str, object]]) -> list[dict[str, object]]:
-        known = []
-        for part in parts:
-            say(", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in part.items()))
-            known.append(part)
-        return known
+    def logged(rows: Iterable[dict[str, object]]) -> list[dict[str, object]]:
+        out = []
+        for row in rows:
+            log(", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
+            out.append(row)
+        return out
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         return {
             "rounds": rounds,
             "torch": torch.__version__,
-            "ratios": told(ratios(folder, executors, rounds, WORKLOADS))
-            + told(ray_rows(folder, rounds, WORKLOADS) if ray else ())
-            + told(peer_rows(folder, peers, rounds, WORKLOADS) if peers else ()),
-            "scale": told(scale(folder, "stacked", rounds, most)),
+            "ratios": logged(ratios(folder, executors, rounds, WORKLOADS))
+            + logged(ray_rows(folder, rounds, WORKLOADS) if ray else ())
+            + logged(peer_rows(folder, peers, rounds, WORKLOADS) if peers else ()),
+            "scale": logged(scale(folder, "stacked", rounds, max_clients)),
             "evaluation": evaluations(folder, WORKLOADS),
             "bank": bank(),
             "starts": starts(),

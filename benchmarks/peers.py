@@ -1,7 +1,7 @@
-"""pfl-research on the same workloads: ``python -m benchmarks.peers RUN THREADS`` in an environment that has pfl.
+"""pfl-research on the same workloads: ``python -m benchmarks.peers RUN THREADS``.
 
-Its requirements contradict this project's, so that it has an environment of its own (``make bench-peers``). It averages
-parameters and lets the statistics of the one model that it trains run on: what a round takes is compared, not accuracy.
+Its requirements conflict with those of this project, so it needs a separate environment (``make bench-peers``). It
+averages parameters and keeps updating the running statistics of its single model, so only times are comparable.
 Granqvist et al., *pfl-research: simulation framework for accelerating research in Private Federated Learning*, 2024,
 https://arxiv.org/abs/2404.06430
 """
@@ -24,7 +24,7 @@ from fedbn.federation.setup import build_context
 
 
 class Learner(nn.Module):
-    """A run's model with the methods that pfl asks for."""
+    """A run's model with the interface that pfl requires."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -36,12 +36,12 @@ class Learner(nn.Module):
         return F.cross_entropy(self.model(x), y)
 
     def metrics(self, x: Tensor, y: Tensor) -> dict[str, float]:
-        """None: nothing is evaluated."""
+        """Empty: nothing is evaluated."""
         return {}
 
 
 def serve(ctx: RunContext) -> None:
-    """Do a round for every line of the standard input, and answer with its seconds.
+    """Run a round for each line on standard input and print its seconds.
 
     Raises:
         UserError: pfl is not installed.
@@ -57,19 +57,19 @@ def serve(ctx: RunContext) -> None:
         from pfl.metrics import Metrics
         from pfl.model.pytorch import PyTorchModel
     except ImportError as error:
-        raise UserError(f"pfl has an environment of its own: make bench-peers ({error})") from None
+        raise UserError(f"pfl needs its own environment: run make bench-peers ({error})") from None
 
-    class Turns(TrainingProcessCallback):  # type: ignore[misc]
-        began = time.perf_counter(), time.process_time()
+    class TimeRounds(TrainingProcessCallback):  # type: ignore[misc]
+        start = time.perf_counter(), time.process_time()
 
         def after_central_iteration(
             self, aggregate_metrics: object, model: object, *, central_iteration: int
         ) -> tuple[bool, Metrics]:
-            wall, cpu = self.began
+            wall, cpu = self.start
             print(json.dumps([time.perf_counter() - wall, time.process_time() - cpu]), flush=True)
-            ended = not sys.stdin.readline()
-            self.began = time.perf_counter(), time.process_time()
-            return ended, Metrics()
+            stop = not sys.stdin.readline()
+            self.start = time.perf_counter(), time.process_time()
+            return stop, Metrics()
 
     def data(user: int) -> Dataset:
         return Dataset((ctx.training_data(user).x, ctx.training_data(user).y), user_id=str(user))
@@ -77,7 +77,7 @@ def serve(ctx: RunContext) -> None:
     users, plan = cycle(ctx.trainers), ctx.run.plan
     learner = Learner(ctx.scratch)
     model = PyTorchModel(learner, torch.optim.SGD, torch.optim.SGD(learner.parameters(), lr=1.0))
-    people = FederatedDataset(data, lambda: next(users))
+    dataset = FederatedDataset(data, lambda: next(users))
     sys.stdin.readline()
     FederatedAveraging().run(
         NNAlgorithmParams(
@@ -86,13 +86,13 @@ def serve(ctx: RunContext) -> None:
             train_cohort_size=len(ctx.trainers),
             val_cohort_size=0,
         ),
-        SimulatedBackend(people, people),
+        SimulatedBackend(dataset, dataset),
         model,
         NNTrainHyperParams(
             local_num_epochs=plan.local_epochs, local_learning_rate=plan.lr, local_batch_size=plan.batch_size
         ),
         NNEvalHyperParams(local_batch_size=None),
-        callbacks=[Turns()],
+        callbacks=[TimeRounds()],
         send_metrics_to_platform=False,
     )
 

@@ -1,10 +1,10 @@
-"""``python -m benchmarks.service``: requests a second and their times, by real sockets on this machine.
+"""``python -m benchmarks.service``: throughput and latency of the HTTP service over local sockets.
 
-Starts `fedbn serve`'s application in a process of its own on a free port of the loopback, with an untrained network of
-the sensor scenarios' kind (weights do not change the cost), enrolls users, and sends single windows of users drawn at
-random over a bounded number of connections, each of which waits for its answer: raw float32 (``binary``), JSON with
-four decimals (``json``), or raw frames over WebSockets, each of one user (``socket``). The client shares the cores with
-the service.
+Starts the application of `fedbn serve` in a separate process on a free loopback port, with an untrained network of the
+sensor scenarios (the weights do not change the cost). It enrolls users and sends single windows of random users over a
+fixed number of connections. Each connection waits for its response. Windows are sent as raw float32 (``binary``), as
+JSON with four decimals (``json``), or as raw WebSocket frames with one user per socket (``socket``). The load generator
+shares the cores with the service.
 """
 
 from __future__ import annotations
@@ -28,17 +28,18 @@ from urllib.request import urlopen
 import numpy as np
 
 from simulations.report.documents import replace_block
+from simulations.results.formatting import markdown_table
 
 SHAPE = (6, 128)
 CLASSES = 6
 
 
 def serve(listening: socket.socket) -> None:
-    """The service; ends when it is told to."""
+    """Run the service until the process is terminated."""
     from fedbn.models import build
     from fedbn.online import SQLiteStore
     from simulations.service.access import Access
-    from simulations.service.api import create
+    from simulations.service.api import create_app
     from simulations.service.server import run
     from simulations.service.users import Limits, UserStore
 
@@ -46,31 +47,31 @@ def serve(listening: socket.socket) -> None:
     with tempfile.TemporaryDirectory() as folder:
         store = SQLiteStore(Path(folder) / "users.db")
         users = UserStore(model, SHAPE, [f"class {i}" for i in range(CLASSES)], store=store, limits=Limits(20_000))
-        access = Access(rate=0)  # all users share one address here
-        run(create(users, access), access, listening)
+        access = Access(rate=0)  # all users share one address
+        run(create_app(users, access), access, listening)
 
 
 class Connection(asyncio.Protocol):
-    """HTTP/1.1 kept alive, one request at a time: little enough that the client does not set the figure."""
+    """A minimal HTTP/1.1 keep-alive client, one request at a time, so that the client is not the bottleneck."""
 
     def __init__(self) -> None:
         self.buffer = b""
-        self.waiting: asyncio.Future[int] | None = None
+        self.pending: asyncio.Future[int] | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Remember where to write."""
+        """Store the transport."""
         self.transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
-        """Resolve the request when its answer is whole."""
+        """Resolve the pending request when its response is complete."""
         self.buffer += data
         status = self.status()
-        if status is not None and self.waiting is not None:
-            future, self.waiting, self.buffer = self.waiting, None, b""
+        if status is not None and self.pending is not None:
+            future, self.pending, self.buffer = self.pending, None, b""
             future.set_result(status)
 
     def status(self) -> int | None:
-        """Of the answer in the buffer; None while it is not whole."""
+        """Status of the response in the buffer. None while it is incomplete."""
         end = self.buffer.find(b"\r\n\r\n")
         if end < 0:
             return None
@@ -80,28 +81,28 @@ class Connection(asyncio.Protocol):
         return int(self.buffer[9:12]) if len(self.buffer) >= end + 4 + length else None
 
     def connection_lost(self, error: Exception | None) -> None:
-        """A request under way fails."""
-        if self.waiting is not None and not self.waiting.done():
-            self.waiting.set_exception(ConnectionError("the service closed the connection"))
+        """Fail the pending request."""
+        if self.pending is not None and not self.pending.done():
+            self.pending.set_exception(ConnectionError("the service closed the connection"))
 
-    def ask(self, request: bytes) -> Awaitable[int]:
-        """Status of one request."""
-        self.waiting = asyncio.get_running_loop().create_future()
+    def send(self, request: bytes) -> Awaitable[int]:
+        """Send a request and return its status."""
+        self.pending = asyncio.get_running_loop().create_future()
         self.transport.write(request)
-        return self.waiting
+        return self.pending
 
 
 class Socket(Connection):
-    """A WebSocket (RFC 6455) once the first answer, 101, is there; frames come unmasked and whole."""
+    """A WebSocket (RFC 6455) after the response 101. Server frames are unmasked and not fragmented."""
 
     open = False
 
     def status(self) -> int | None:
-        """1000 for a frame with an answer, 1001 for one with an error, else as for HTTP."""
+        """1000 for a frame with answers, 1001 for one with an error, otherwise the HTTP status."""
         if not self.open:
-            found = super().status()
-            self.open = found == 101
-            return found
+            status = super().status()
+            self.open = status == 101
+            return status
         if len(self.buffer) < 4:
             return None
         length, start = self.buffer[1], 2
@@ -113,104 +114,104 @@ class Socket(Connection):
 
 
 def upgrade(user: str) -> bytes:
-    """The request that makes a connection a WebSocket."""
+    """The request that upgrades a connection to a WebSocket."""
     key = base64.b64encode(os.urandom(16)).decode()
-    about = f"upgrade: websocket\r\nconnection: upgrade\r\nsec-websocket-version: 13\r\nsec-websocket-key: {key}"
-    return f"GET /v1/users/{user}/stream HTTP/1.1\r\nhost: localhost\r\n{about}\r\n\r\n".encode()
+    headers = f"upgrade: websocket\r\nconnection: upgrade\r\nsec-websocket-version: 13\r\nsec-websocket-key: {key}"
+    return f"GET /v1/users/{user}/stream HTTP/1.1\r\nhost: localhost\r\n{headers}\r\n\r\n".encode()
 
 
 def frame(payload: bytes) -> bytes:
-    """A binary frame of 126 to 65,535 bytes, masked, as clients must, by zeros, which change nothing."""
+    """A binary frame of 126 to 65,535 bytes. Clients must mask frames; a mask of zeros changes nothing."""
     return b"\x82" + bytes([0x80 | 126]) + len(payload).to_bytes(2, "big") + bytes(4) + payload
 
 
 def request(method: str, path: str, body: bytes = b"", kind: str = "") -> bytes:
-    """One request as bytes."""
-    about = f"content-type: {kind}\r\ncontent-length: {len(body)}\r\n" if kind else "content-length: 0\r\n"
+    """An HTTP request as bytes."""
+    headers = f"content-type: {kind}\r\ncontent-length: {len(body)}\r\n" if kind else "content-length: 0\r\n"
     accept = "accept: application/octet-stream\r\n" if kind.endswith("stream") else ""
-    return f"{method} {path} HTTP/1.1\r\nhost: localhost\r\n{about}{accept}\r\n".encode() + body
+    return f"{method} {path} HTTP/1.1\r\nhost: localhost\r\n{headers}{accept}\r\n".encode() + body
 
 
-async def load(port: int, users: int, connections: int, seconds: float, form: str, most: int) -> dict[str, Any]:
-    """Ask as fast as answers come; rates and times."""
+async def load(port: int, users: int, connections: int, seconds: float, form: str, max_requests: int) -> dict[str, Any]:
+    """Send requests as fast as responses arrive; returns rates and latencies."""
     loop = asyncio.get_running_loop()
-    socket_ = form == "socket"
-    open_: list[Connection] = []
+    websocket = form == "socket"
+    pool: list[Connection] = []
     for _ in range(connections):
-        _, protocol = await loop.create_connection(Socket if socket_ else Connection, "127.0.0.1", port)
-        open_.append(protocol)
-    draw = np.random.default_rng(0)
-    windows = draw.standard_normal((32, *SHAPE)).astype("<f4")
+        _, protocol = await loop.create_connection(Socket if websocket else Connection, "127.0.0.1", port)
+        pool.append(protocol)
+    rng = np.random.default_rng(0)
+    windows = rng.standard_normal((32, *SHAPE)).astype("<f4")
     if form == "json":
         bodies = [json.dumps({"windows": np.round(w.astype(float), 4).tolist()}).encode() for w in windows[:, None]]
     else:
         bodies = [w.tobytes() for w in windows]
     kind = "application/json" if form == "json" else "application/octet-stream"
     for i in range(users):
-        await open_[i % connections].ask(request("PUT", f"/v1/users/user{i}"))
-    for i, connection in enumerate(open_ if socket_ else ()):
-        if await connection.ask(upgrade(f"user{i % users}")) != 101:
-            raise ConnectionError("the service opened no WebSocket")
+        await pool[i % connections].send(request("PUT", f"/v1/users/user{i}"))
+    for i, connection in enumerate(pool if websocket else ()):
+        if await connection.send(upgrade(f"user{i % users}")) != 101:
+            raise ConnectionError("the service did not open a WebSocket")
     times: list[float] = []
     statuses: dict[int, int] = {}
     end = 0.0
 
     async def client(number: int, connection: Connection) -> None:
-        chance = random.Random(number)
-        while len(times) < most:
-            user, body = chance.randrange(users), bodies[chance.randrange(len(bodies))]
-            began = time.perf_counter()
-            if began > end:
+        rng = random.Random(number)
+        while len(times) < max_requests:
+            user, body = rng.randrange(users), bodies[rng.randrange(len(bodies))]
+            start = time.perf_counter()
+            if start > end:
                 return
-            asked = frame(body) if socket_ else request("POST", f"/v1/users/user{user}/observe", body, kind)
-            status = await connection.ask(asked)
-            times.append(time.perf_counter() - began)
+            message = frame(body) if websocket else request("POST", f"/v1/users/user{user}/observe", body, kind)
+            status = await connection.send(message)
+            times.append(time.perf_counter() - start)
             statuses[status] = statuses.get(status, 0) + 1
 
     end = time.perf_counter() + min(2.0, seconds / 4)
-    await asyncio.gather(*(client(-i, c) for i, c in enumerate(open_)))  # warm up
+    await asyncio.gather(*(client(-i, c) for i, c in enumerate(pool)))  # warm up
     times.clear()
     statuses.clear()
-    spent, own = processor_seconds(port), time.process_time()
-    began = time.perf_counter()
-    end = began + seconds
-    await asyncio.gather(*(client(i, c) for i, c in enumerate(open_)))
-    took = time.perf_counter() - began
-    own, spent = time.process_time() - own, processor_seconds(port) - spent
-    for connection in open_:
+    service_cpu, client_cpu = processor_seconds(port), time.process_time()
+    start = time.perf_counter()
+    end = start + seconds
+    await asyncio.gather(*(client(i, c) for i, c in enumerate(pool)))
+    elapsed = time.perf_counter() - start
+    client_cpu, service_cpu = time.process_time() - client_cpu, processor_seconds(port) - service_cpu
+    for connection in pool:
         connection.transport.close()
-    marks = statistics.quantiles(times, n=100)
+    percentiles = statistics.quantiles(times, n=100)
     return {
         "form": form,
         "users": users,
         "connections": connections,
         "requests": len(times),
-        "requests_a_second": round(len(times) / took, 1),
-        "ms_p50": round(1e3 * marks[49], 2),
-        "ms_p99": round(1e3 * marks[98], 2),
-        "service_cpu_us_a_request": round(1e6 * spent / len(times), 1),
-        "client_cpu_us_a_request": round(1e6 * own / len(times), 1),
+        "requests_per_second": round(len(times) / elapsed, 1),
+        "ms_p50": round(1e3 * percentiles[49], 2),
+        "ms_p99": round(1e3 * percentiles[98], 2),
+        "service_cpu_us_per_request": round(1e6 * service_cpu / len(times), 1),
+        "client_cpu_us_per_request": round(1e6 * client_cpu / len(times), 1),
         "statuses": {str(k): v for k, v in sorted(statuses.items())},
     }
 
 
 def free_socket() -> socket.socket:
-    """A socket that listens on a free port of the loopback."""
+    """A socket that listens on a free loopback port."""
     return socket.create_server(("127.0.0.1", 0), backlog=2048)
 
 
 def processor_seconds(port: int) -> float:
-    """Processor time of the service so far, by its own metrics."""
+    """CPU time of the service, from its metrics."""
     with urlopen(f"http://localhost:{port}/metrics") as page:
         text = page.read().decode()
     return float(text.split("\nprocess_cpu_seconds_total ")[1].split("\n", 1)[0])
 
 
-def until_ready(port: int, seconds: float = 60.0) -> None:
-    """Wait until the service answers.
+def wait_until_ready(port: int, seconds: float = 60.0) -> None:
+    """Wait until the service responds.
 
     Raises:
-        TimeoutError: it does not.
+        TimeoutError: the service did not start in time.
     """
     end = time.perf_counter() + seconds
     while time.perf_counter() < end:
@@ -226,15 +227,17 @@ def until_ready(port: int, seconds: float = 60.0) -> None:
     raise TimeoutError("the service did not start")
 
 
-def measure(users: int, connections: int, seconds: float, forms: list[str], most: int = 200_000) -> dict[str, Any]:
-    """Figures of each form of request, and what the machine was busy with beside.
+def measure(
+    users: int, connections: int, seconds: float, forms: list[str], max_requests: int = 200_000
+) -> dict[str, Any]:
+    """Measure each form of request, and the load average of the machine.
 
     Args:
-        users: enrolled.
-        connections: open at once.
-        seconds: of measurement for each form.
+        users: number of enrolled users.
+        connections: number of concurrent connections.
+        seconds: duration of the measurement of each form.
         forms: ``binary``, ``json``, ``socket``.
-        most: requests for each form.
+        max_requests: maximum number of requests of each form.
     """
     run: Callable[..., Any] = asyncio.run
     try:
@@ -248,41 +251,39 @@ def measure(users: int, connections: int, seconds: float, forms: list[str], most
         service = multiprocessing.get_context("spawn").Process(target=serve, args=(listening,))
         service.start()
         try:
-            until_ready(port)
-            before = os.getloadavg()[0]
-            rows = [run(load(port, users, connections, seconds, form, most)) for form in forms]
+            wait_until_ready(port)
+            load_before = os.getloadavg()[0]
+            rows = [run(load(port, users, connections, seconds, form, max_requests)) for form in forms]
         finally:
             service.terminate()
             service.join(10)
             service.kill()
-    return {"cores": os.cpu_count(), "load_before": before, "load_after": os.getloadavg()[0], "rows": rows}
+    return {"cores": os.cpu_count(), "load_before": load_before, "load_after": os.getloadavg()[0], "rows": rows}
 
 
 def main() -> int:
-    """Measure and print JSON."""
+    """Measure, print JSON and optionally update a document."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.service", description=__doc__)
     parser.add_argument("--users", type=int, default=1000)
     parser.add_argument("--connections", type=int, default=128)
-    parser.add_argument("--seconds", type=float, default=8.0, help="of measurement for each form")
+    parser.add_argument("--seconds", type=float, default=8.0, help="duration of the measurement of each form")
     parser.add_argument("--forms", default="binary,json,socket", help="comma-separated, of binary, json and socket")
-    parser.add_argument("--into", type=Path, help="also put the figures into this document, between its markers")
-    chosen = parser.parse_args()
-    found = measure(chosen.users, chosen.connections, chosen.seconds, chosen.forms.split(","))
-    print(json.dumps(found, indent=1))
-    if chosen.into:
-        replace_block(chosen.into, "load", as_markdown(found))
+    parser.add_argument("--into", type=Path, help="also update the table of this document")
+    args = parser.parse_args()
+    result = measure(args.users, args.connections, args.seconds, args.forms.split(","))
+    print(json.dumps(result, indent=1))
+    if args.into:
+        replace_block(args.into, "load", as_markdown(result))
     return 0
 
 
-def as_markdown(found: dict[str, Any]) -> str:
-    """The figures of `measure` as a table, with what the machine was."""
-    columns = ("form", "connections", "requests", "requests_a_second", "ms_p50", "ms_p99", "service_cpu_us_a_request")
-    head = [c.replace("_", " ") for c in columns]
-    lines = [head, ["---"] * len(head), *([f"{row[c]}" for c in columns] for row in found["rows"])]
-    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-    busy = f"load average {found['load_before']:.1f} before and {found['load_after']:.1f} after"
-    users = found["rows"][0]["users"]
-    return f"{table}\n\n{users} users, {found['cores']} cores shared with the client and whatever else ran: {busy}.\n"
+def as_markdown(result: dict[str, Any]) -> str:
+    """The result of `measure` as a Markdown table with a caption."""
+    left_out = {"users", "client_cpu_us_per_request", "statuses"}
+    rows = [{k.replace("_", " "): str(v) for k, v in row.items() if k not in left_out} for row in result["rows"]]
+    load_average = f"load average {result['load_before']:.1f} before and {result['load_after']:.1f} after"
+    setup = f"{result['rows'][0]['users']} users, {result['cores']} cores shared with the load generator"
+    return f"{markdown_table(rows)}\n{setup}; {load_average}.\n"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Three workloads, small to large, and the bare loop that they are measured against.
+"""Three workloads of different size, and the plain PyTorch loop as a baseline.
 
 ======== ======================= ======= ===== ===== ==========
 workload model                   clients steps batch parameters
@@ -8,14 +8,14 @@ W2       1-D CNN 6-32-64-64      100     5     32    32,550
 W3       MLP 64-32-10 with BN    100     5     16    2,474
 ======== ======================= ======= ===== ===== ==========
 
-All train as FedBN with plain SGD. W2's model is written with ``Conv1d``, as users write it.
+All use FedBN with plain SGD. W2's model uses ``Conv1d``, as user code does.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -32,15 +32,17 @@ from fedbn.nn.roles import State, clone
 
 @dataclass(frozen=True)
 class Workload:
-    """What every client does in a round.
+    """The work of each client in a round.
 
     Attributes:
         name: W1, W2 or W3.
-        shape: of an example.
-        classes: how many.
-        model: text of the model.
-        clients, steps, batch: how many, of how many rows.
-        tests: rows of each client that are not trained on.
+        shape: shape of an example.
+        classes: number of classes.
+        model: name or factory of the model.
+        clients: number of clients.
+        steps: training steps per client and round.
+        batch: batch size.
+        tests: number of test examples per client.
     """
 
     name: str
@@ -53,16 +55,12 @@ class Workload:
     tests: int = 4
 
     def run(self, folder: Path, rounds: int) -> Run:
-        """The workload as a run; its random data are written to ``folder``."""
+        """The workload as a run. Its random data are written to ``folder``."""
         path = folder / f"{self.name}-{self.clients}-{self.steps}-{self.tests}.npz"
         if not path.exists():
             _write(self, path)
         plan = Plan(rounds=rounds, batch_size=self.batch, lr=0.01, momentum=0.0, eval_every=rounds, global_test=1)
         return Run(f"files:path={path}:unseen=0", "fedbn", model=self.model, plan=plan).resolved()
-
-    def clients_at_constant_work(self, clients: int) -> Workload:
-        """As many steps in all, by another number of clients."""
-        return replace(self, clients=clients, steps=max(1, self.clients * self.steps // clients))
 
 
 WORKLOADS = (
@@ -79,11 +77,11 @@ def signals() -> nn.Module:
     torch.Size([2, 6])
     """
     layers: list[nn.Module] = []
-    before = 6
+    channels = 6
     for width in (32, 64, 64):
-        layers += [nn.Conv1d(before, width, 5, padding=2), nn.BatchNorm1d(width), nn.ReLU(), nn.MaxPool1d(2)]
-        before = width
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(before, 6))
+        layers += [nn.Conv1d(channels, width, 5, padding=2), nn.BatchNorm1d(width), nn.ReLU(), nn.MaxPool1d(2)]
+        channels = width
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(channels, 6))
 
 
 def _write(work: Workload, path: Path) -> None:
@@ -100,36 +98,36 @@ def _write(work: Workload, path: Path) -> None:
     )
 
 
-def bare_loop(ctx: RunContext) -> Iterator[float]:
-    """Seconds of each round of FedBN in plain PyTorch: one model, one optimizer a client, batches cut beforehand.
+def plain_loop(ctx: RunContext) -> Iterator[float]:
+    """Seconds of each round of FedBN in plain PyTorch: one model, one optimizer per client, precomputed batches.
 
-    Uses as many threads as torch is set to.
+    Uses the current number of torch threads.
     """
     plan, model, keys = ctx.run.plan, ctx.scratch, ctx.ownership
-    cut = {
-        u: [ctx.training_data(u).take(i) for i in batches(len(ctx.training_data(u)), plan.batch_size, _draw())]
+    client_batches = {
+        u: [ctx.training_data(u).take(i) for i in batches(len(ctx.training_data(u)), plan.batch_size, _generator())]
         for u in ctx.trainers
     }
-    shared: State = ctx.start()
-    kept = {u: {k: ctx.initial[k] for k in keys.retained} for u in ctx.trainers}
+    shared: State = ctx.initial_server_state()
+    local = {u: {k: ctx.initial[k] for k in keys.retained} for u in ctx.trainers}
     model.train()
     while True:
-        began = time.perf_counter()
+        start = time.perf_counter()
         total = {k: torch.zeros_like(v) for k, v in shared.items()}
-        for user, parts in cut.items():
-            model.load_state_dict(shared | kept[user])
+        for user, user_batches in client_batches.items():
+            model.load_state_dict(shared | local[user])
             optimizer = torch.optim.SGD(model.parameters(), lr=plan.lr)
-            for part in parts:
+            for batch in user_batches:
                 optimizer.zero_grad()
-                F.cross_entropy(model(part.x), part.y).backward()  # type: ignore[no-untyped-call]
+                F.cross_entropy(model(batch.x), batch.y).backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
             state = model.state_dict()
-            kept[user] = clone({k: state[k] for k in keys.retained})
+            local[user] = clone({k: state[k] for k in keys.retained})
             for name, sum_ in total.items():
                 sum_ += state[name]
-        shared = {k: v / len(cut) for k, v in total.items()}
-        yield time.perf_counter() - began
+        shared = {k: v / len(client_batches) for k, v in total.items()}
+        yield time.perf_counter() - start
 
 
-def _draw() -> torch.Generator:
+def _generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)

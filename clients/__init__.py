@@ -1,1 +1,1 @@
-"""What runs at a user: the Flower ClientApp and its per-user state."""
+"""Client side: the Flower ClientApp and its per-user state."""

@@ -1,7 +1,6 @@
-"""The ClientApp: what a user's device does with a message, under every engine.
+"""The ClientApp: the message handlers of a user's device, shared by all engines.
 
-A client's own entries live in ``Context.state`` and nowhere else; what a strategy calls local is never put
-into a reply.
+The client state is stored only in ``Context.state``. Entries that a strategy declares local are never part of a reply.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from clients.jobs import Evaluate, SyncFirstBatch, SyncStatistics, Train, execut
 from clients.persistence import client_state_on_disk
 from clients.records import (
     Decoder,
-    answers_from,
+    aggregates_from,
     arrays,
     client_statistics_from,
     scores_to,
@@ -28,13 +27,13 @@ from clients.records import (
     to_record_by_reference,
 )
 from fedbn.errors import UserError
-from fedbn.federation.context import EVERYONE, RunContext
+from fedbn.federation.context import CENTRAL_TRAINER, RunContext
 from fedbn.federation.metrics import Column
-from fedbn.federation.protection import protected
+from fedbn.federation.protection import protect_update
 from fedbn.federation.run import Run
 from fedbn.federation.setup import build_context, build_context_for
 from fedbn.nn.roles import Role, State
-from fedbn.scenarios.remote import own
+from fedbn.scenarios.remote import load_node_user
 from fedbn.statistics.consensus import flatten
 from fedbn.statistics.moments import Moments
 from fedbn.strategies.base import Progress
@@ -50,27 +49,30 @@ def _build_context(text: str) -> RunContext:
 
 def _context(context: Context) -> RunContext:
     set_threads()
-    # A whole run as text is one object for all clients of a process; comparing runs takes longer than a small step.
+    # All clients of a process share one text of the run; comparing `Run` objects takes longer than a small step.
     text = context.run_config.get("run")
     ctx = _build_context(str(text)) if text else build_context(run_from_config(context.run_config))
     data = context.node_config.get("data")
     if not ctx.population.remote and not data:
         return ctx
     if not ctx.population.remote:
-        raise UserError(f"this node has data={data}, but scenario {ctx.run.scenario} has data of its own: use remote")
+        raise UserError(
+            f"this node has data={data}, but scenario {ctx.run.scenario} provides its own data: use scenario remote"
+        )
     if not data:
-        raise UserError(f'scenario {ctx.run.scenario}: name this node\'s data in its node config, as data="PATH"')
-    return _with_own_data(ctx.run, _user(context), str(data))
+        raise UserError(f'scenario {ctx.run.scenario}: set this node\'s data in its node config, as data="PATH"')
+    return _build_context_with_data(ctx.run, _user(context), str(data))
 
 
 @lru_cache(maxsize=1)
-def _with_own_data(run: Run, user: int, path: str) -> RunContext:
+def _build_context_with_data(run: Run, user: int, path: str) -> RunContext:
     population = build_context(run).population
-    mine = own(run.scenario, path)
-    if mine.train.x.shape[1:] != population.shape:
-        raise UserError(f"{path} holds examples of shape {list(mine.train.x.shape[1:])}, not {list(population.shape)}")
-    mine = replace(mine, train=mine.train.to(run.device), test=mine.test.to(run.device))
-    users = [mine if i == user else other for i, other in enumerate(population.users)]
+    user_data = load_node_user(run.scenario, path)
+    if user_data.train.x.shape[1:] != population.shape:
+        shape = list(user_data.train.x.shape[1:])
+        raise UserError(f"{path} holds examples of shape {shape}, not {list(population.shape)}")
+    user_data = replace(user_data, train=user_data.train.to(run.device), test=user_data.test.to(run.device))
+    users = [user_data if i == user else other for i, other in enumerate(population.users)]
     return build_context_for(run, replace(population, users=tuple(users)))
 
 
@@ -79,7 +81,7 @@ def _user(context: Context) -> int:
 
 
 def _trainer(ctx: RunContext, context: Context) -> int:
-    return EVERYONE if ctx.strategy.is_centralized else _user(context)
+    return CENTRAL_TRAINER if ctx.strategy.is_centralized else _user(context)
 
 
 def _client_state(ctx: RunContext, context: Context, user: int) -> State | None:
@@ -90,14 +92,14 @@ def _optional(records: RecordDict, name: str, device: str) -> State:
     return tensors(cast(ArrayRecord, records[name]), device) if name in records else {}
 
 
-def _lost(message: Message, context: Context, user: int) -> bool:
-    """Whether this node should still have what its user kept, and has not: its memory and disk are gone."""
+def _lost_client_state(message: Message, context: Context, user: int) -> bool:
+    """Whether the node has lost client state that it should still have."""
     config = cast(ConfigRecord, message.content["config"])
     return bool(config.get("trained", False)) and f"client-state-{user}" not in context.state
 
 
-def _matters(ctx: RunContext, client_state: Iterable[str]) -> bool:
-    """Whether a user's model would be another without these entries; it computes nothing with counters."""
+def _affects_model(ctx: RunContext, client_state: Iterable[str]) -> bool:
+    """Whether the entries influence a user's model, which counters do not."""
     return any(ctx.ownership.roles.get(name) is not Role.COUNTER for name in client_state)
 
 
@@ -112,10 +114,10 @@ def _received(ctx: RunContext, message: Message) -> State:
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """Train for a round; reply with what travels, keep what stays."""
+    """Train for one round; reply with the shared entries and store the others."""
     ctx = _context(context)
     user = _trainer(ctx, context)
-    received, progress, lost = _received(ctx, message), _progress(message), _lost(message, context, user)
+    received, progress, lost = _received(ctx, message), _progress(message), _lost_client_state(message, context, user)
     update, client_state = execute(
         Train(
             ctx,
@@ -123,11 +125,11 @@ def train(message: Message, context: Context) -> Message:
             received,
             _client_state(ctx, context, user),
             progress,
-            answers_from(message.content),
+            aggregates_from(message.content),
             _optional(message.content, "broadcast", ctx.run.device),
         )
     )
-    update = protected(ctx, update, received, progress)
+    update = protect_update(ctx, update, received, progress)
     context.state[f"client-state-{user}"] = to_record_by_reference(client_state)
     content = RecordDict(
         {
@@ -137,14 +139,14 @@ def train(message: Message, context: Context) -> Message:
     )
     if update.notes:
         content["notes"] = to_record_by_reference(update.notes)
-    if lost and _matters(ctx, client_state):
+    if lost and _affects_model(ctx, client_state):
         content["lost"] = ConfigRecord()
     return Message(content, reply_to=message)
 
 
 @app.query("sync_first_batch")
 def sync_first_batch(message: Message, context: Context) -> Message:
-    """Say the next moments of the round's first batch; an empty record ends the conversation."""
+    """Return the next moments of the round's first batch; an empty record ends the exchange."""
     ctx = _context(context)
     user = _trainer(ctx, context)
     moments = execute(
@@ -154,7 +156,7 @@ def sync_first_batch(message: Message, context: Context) -> Message:
             _received(ctx, message),
             _client_state(ctx, context, user),
             _progress(message),
-            answers_from(message.content),
+            aggregates_from(message.content),
         )
     )
     return Message(_moments_reply(moments), reply_to=message)
@@ -162,7 +164,7 @@ def sync_first_batch(message: Message, context: Context) -> Message:
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
-    """Score the user's model on the rows and columns asked for."""
+    """Score the user's model on the requested rows and columns."""
     ctx = _context(context)
     user = _user(context)
     config = cast(ConfigRecord, message.content["config"])
@@ -177,7 +179,7 @@ def evaluate(message: Message, context: Context) -> Message:
         None if client_statistics is None else client_statistics_from(client_statistics, ctx.run.device),
     )
     content = RecordDict({"metrics": scores_to(execute(job))})
-    if _matters(ctx, ctx.ownership.retained) and _lost(message, context, user):
+    if _affects_model(ctx, ctx.ownership.retained) and _lost_client_state(message, context, user):
         content["lost"] = ConfigRecord()
     return Message(content, reply_to=message)
 
@@ -192,12 +194,12 @@ def _moments_reply(moments: dict[str, Moments] | None) -> RecordDict:
 
 @app.query("sync_statistics")
 def sync_statistics(message: Message, context: Context) -> Message:
-    """Say the next moments in agreeing on statistics; an empty record ends the conversation."""
+    """Return the next moments for the synchronization of statistics; an empty record ends the exchange."""
     ctx = _context(context)
     user = _trainer(ctx, context)
     moments = execute(
         SyncStatistics(
-            ctx, user, _received(ctx, message), _client_state(ctx, context, user), answers_from(message.content)
+            ctx, user, _received(ctx, message), _client_state(ctx, context, user), aggregates_from(message.content)
         )
     )
     return Message(_moments_reply(moments), reply_to=message)
@@ -205,7 +207,7 @@ def sync_statistics(message: Message, context: Context) -> Message:
 
 @app.query("partition")
 def partition(message: Message, context: Context) -> Message:
-    """Tell which user this node serves, and of how many: node ids are random, partition ids are not."""
+    """Return the partition id of this node and the number of partitions; unlike node ids, they are not random."""
     nodes = int(context.node_config.get("num-partitions", 0))
     info = ConfigRecord({"partition-id": _user(context), "num-partitions": nodes})
     return Message(RecordDict({"info": info}), reply_to=message)

@@ -1,9 +1,9 @@
-"""A client's heavy work as a value.
+"""The computation of a client as a job object.
 
-A handler of the ClientApp unpacks a message, describes what is to be computed as a job and calls `execute`.
-In a SuperNode, in a Ray actor or in a plain call the job runs there and then. Within `run_batched`, an engine's way to
-run the jobs of a round at once, every call of the app is a greenlet: `execute` suspends it until all have come to
-their job, and resumes it with its result. The app does not change for it, and nothing runs in parallel here.
+A handler of the ClientApp unpacks a message, creates a job and calls `execute`. In a SuperNode, in a Ray actor or in a
+plain call, the job runs immediately. In `run_batched`, with which an engine runs the jobs of a round at once, each call
+of the app is a greenlet: `execute` suspends it until all calls have submitted their job, and resumes it with its
+result. The app needs no change for this, and nothing runs in parallel here.
 """
 
 from __future__ import annotations
@@ -14,7 +14,12 @@ from typing import Any, ClassVar, Protocol, TypeVar
 
 from greenlet import getcurrent, greenlet
 
-from fedbn.federation.client import client_consensus, client_evaluation, client_round, client_sync_first_batch
+from fedbn.federation.client import (
+    client_evaluation,
+    client_round,
+    client_sync_first_batch,
+    client_sync_statistics,
+)
 from fedbn.federation.context import RunContext
 from fedbn.federation.metrics import Column, Score
 from fedbn.nn.roles import State
@@ -28,43 +33,43 @@ Reply = TypeVar("Reply")
 
 
 class Job(Protocol[Result]):
-    """Work of one client, complete in itself.
+    """A self-contained job of one client.
 
     Attributes:
-        kind: what a tier knows it as (`fedbn.stacked.executors.Work`).
+        kind: the kind of job for an executor (`fedbn.stacked.executors.Job`).
     """
 
     kind: ClassVar[Kind]
 
     def run(self) -> Result:
-        """Do it alone."""
+        """Run this job by itself."""
         ...
 
 
 def execute(job: Job[Result]) -> Result:
-    """The result of a job."""
+    """Run a job, or hand it to the enclosing `run_batched`, and return its result."""
     current = getcurrent()
     return current.parent.switch(job) if isinstance(current, _BatchedCall) and current.parent else job.run()
 
 
 def is_batched() -> bool:
-    """Whether the caller is one of several calls in this process (`run_batched`)."""
+    """Whether the caller runs inside `run_batched`."""
     return isinstance(getcurrent(), _BatchedCall)
 
 
 class _BatchedCall(greenlet):  # type: ignore[misc]
-    """A call that hands its job to its parent."""
+    """A call that passes its job to its parent greenlet."""
 
 
 def run_batched(calls: Sequence[Callable[[], Reply]], run: Callable[[list[Any]], Sequence[object]]) -> list[Reply]:
-    """Make all calls; jobs of one kind that they have come to are run at once.
+    """Make all calls and run their pending jobs of the same kind together.
 
     Args:
-        calls: each may call `execute`, several times too; none raises.
-        run: does jobs of one kind; in the place of one's result it may give a `fedbn.stacked.cohort.Failure`.
+        calls: functions that can call `execute` any number of times and do not raise.
+        run: runs jobs of one kind; the result of a job can be a `fedbn.stacked.cohort.Failure`.
 
     Returns:
-        What the calls return, in their order.
+        The return values of the calls, in order.
 
     >>> @dataclass(frozen=True)
     ... class Double:
@@ -76,78 +81,88 @@ def run_batched(calls: Sequence[Callable[[], Reply]], run: Callable[[list[Any]],
     replies: dict[int, Reply] = {}
     waiting: dict[int, tuple[_BatchedCall, Job[Any]]] = {}
 
-    def note(i: int, call: _BatchedCall, answer: Any) -> None:
+    def record(i: int, call: _BatchedCall, value: Any) -> None:
         if call.dead:
-            replies[i] = answer
+            replies[i] = value
         else:
-            waiting[i] = (call, answer)
+            waiting[i] = (call, value)
 
     for i, function in enumerate(calls):
         call = _BatchedCall(function)
-        note(i, call, call.switch())
+        record(i, call, call.switch())
     while waiting:
         kind = type(next(iter(waiting.values()))[1])
-        chosen = {i: waiting.pop(i) for i, (_, job) in list(waiting.items()) if type(job) is kind}
-        results = run([job for _, job in chosen.values()])
-        for (i, (call, _)), result in zip(chosen.items(), results, strict=True):
-            note(i, call, call.throw(result.error) if isinstance(result, Failure) else call.switch(result))
+        selected = {i: waiting.pop(i) for i, (_, job) in list(waiting.items()) if type(job) is kind}
+        results = run([job for _, job in selected.values()])
+        for (i, (call, _)), result in zip(selected.items(), results, strict=True):
+            record(i, call, call.throw(result.error) if isinstance(result, Failure) else call.switch(result))
     return [replies[i] for i in range(len(calls))]
 
 
 @dataclass(frozen=True)
-class Train:
-    """One round of local training."""
+class _ClientJob:
+    """Fields shared by all jobs."""
 
-    kind: ClassVar[Kind] = "train"
     ctx: RunContext
     user: int
     received: State
     client_state: State | None
+
+
+@dataclass(frozen=True)
+class Train(_ClientJob):
+    """One round of local training."""
+
+    kind: ClassVar[Kind] = "train"
     progress: Progress
     aggregates: Sequence[dict[str, Moments]] = ()
     broadcast: State = field(default_factory=dict)
 
     def run(self) -> tuple[Update, State]:
-        """The update to send and the entries to keep."""
+        """Return the update for the server and the new client state."""
         return client_round(
             self.ctx, self.user, self.received, self.client_state, self.progress, self.aggregates, self.broadcast
         )
 
 
 @dataclass(frozen=True)
-class SyncFirstBatch:
-    """One exchange about the first batch of a round."""
+class SyncFirstBatch(_ClientJob):
+    """One exchange of moments of the first batch of a round."""
 
     kind: ClassVar[Kind] = "consensus"
-    ctx: RunContext
-    user: int
-    received: State
-    client_state: State | None
     progress: Progress
     aggregates: Sequence[dict[str, Moments]]
 
     def run(self) -> dict[str, Moments] | None:
-        """What the client says next; None at the end."""
+        """Return the client's next moments; None after the last exchange."""
         return client_sync_first_batch(
             self.ctx, self.user, self.received, self.client_state, self.progress, self.aggregates
         )
 
 
 @dataclass(frozen=True)
-class Evaluate:
+class SyncStatistics(_ClientJob):
+    """One exchange of moments in the synchronization of statistics."""
+
+    kind: ClassVar[Kind] = "consensus"
+    aggregates: Sequence[dict[str, Moments]]
+
+    def run(self) -> dict[str, Moments] | None:
+        """Return the client's next moments; None after the last exchange."""
+        return client_sync_statistics(self.ctx, self.user, self.received, self.client_state, self.aggregates)
+
+
+@dataclass(frozen=True)
+class Evaluate(_ClientJob):
     """One user's cells of the evaluation matrix."""
 
     kind: ClassVar[Kind] = "evaluate"
-    ctx: RunContext
-    user: int
-    received: State
-    client_state: State | None
     columns: tuple[Column, ...]
     globally: tuple[Column, ...]
     client_statistics: dict[int, State] | None = None
 
     def run(self) -> list[Score]:
-        """The scores."""
+        """Return the scores."""
         return client_evaluation(
             self.ctx,
             self.user,
@@ -157,19 +172,3 @@ class Evaluate:
             globally=self.globally,
             client_statistics=self.client_statistics,
         )
-
-
-@dataclass(frozen=True)
-class SyncStatistics:
-    """One exchange in agreeing on statistics."""
-
-    kind: ClassVar[Kind] = "consensus"
-    ctx: RunContext
-    user: int
-    received: State
-    client_state: State | None
-    answers: list[dict[str, Moments]]
-
-    def run(self) -> dict[str, Moments] | None:
-        """What the client says next; None at the end."""
-        return client_consensus(self.ctx, self.user, self.received, self.client_state, self.answers)

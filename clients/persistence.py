@@ -1,10 +1,10 @@
-"""What a client keeps, on its own disk: Flower's SuperNode has it in memory only, and loses it with any restart.
+"""Client state on the client's disk: Flower's SuperNode holds it only in memory and loses it on restart.
 
-A SuperNode started with ``state-dir="PATH"`` in its node config, or with `STATES` in its environment, writes what its
-user keeps after every round that it trained, under the number of that round, beside that of its rounds before. The
-server says with every message which round of the user's it counted last, and the user goes on from there: a round that
-was trained but never counted, since the node or the server was killed, is as if it had not been. A file is bound to one
-user and one run; a run whose server writes checkpoints (``out``) stays the same run when it is submitted again.
+A SuperNode with ``state-dir="PATH"`` in its node config, or with `STATE_DIR_VARIABLE` in its environment, writes the
+client state after every round in which it trained, and keeps the states of earlier rounds. Each message of the server
+names the last round of this user that the server aggregated, and the client continues from the state of that round.
+A round that was trained but never aggregated, because the node or the server was killed, has no effect. A file belongs
+to one user and one run; a run whose server writes checkpoints (``out``) remains the same run when it is resubmitted.
 """
 
 from __future__ import annotations
@@ -25,41 +25,41 @@ from safetensors.torch import save
 
 from clients.config import run_from_config
 from clients.records import arrays, tensors
-from fedbn.nn.roles import State
+from fedbn.nn.roles import State, with_prefix
 
-VERSION = 3
+FORMAT_VERSION = 3
 
-STATES = "FEDBN_STATES"
-"""Environment variable that names the directory where a simulation has no node config of its own to do it."""
+STATE_DIR_VARIABLE = "FEDBN_STATES"
+"""Environment variable for the state directory, for simulations, which have no node config."""
 
-ROUNDS = 3
-"""Rounds on disk: one under way, and those of the server's two checkpoints."""
+MAX_ROUNDS = 3
+"""Rounds on disk: the current one and those of the server's two checkpoints."""
 
 Records = dict[str, State]
 
 
 def client_state_on_disk(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-    """A mod of the ClientApp: what happens around each message.
+    """Mod of the ClientApp that loads the client state before a message and stores it after training.
 
     Raises:
-        OSError: the directory cannot be written; the message is answered with an error.
+        OSError: the directory cannot be written; the reply is an error.
     """
-    folder = context.node_config.get("state-dir") or os.environ.get(STATES)
+    folder = context.node_config.get("state-dir") or os.environ.get(STATE_DIR_VARIABLE)
     config = message.content.get("config")
     if not folder or not isinstance(config, ConfigRecord) or "trained" not in config:
         return call_next(message, context)
-    owner, counted = _owner(context), cast(int, config["trained"])
+    owner, last_round = _owner(context), cast(int, config["trained"])
     path = Path(str(folder)) / f"run-{owner['run']}-user-{owner['user']}.safetensors"
     rounds = _read(path, owner)
     for name in list(context.state):
         del context.state[name]
-    for name, state in rounds.get(counted, {}).items():
+    for name, state in rounds.get(last_round, {}).items():
         context.state[name] = arrays(state)
     reply = call_next(message, context)
     if message.metadata.message_type == "train":
-        past = {number: records for number, records in rounds.items() if number <= counted}
+        past = {number: records for number, records in rounds.items() if number <= last_round}
         past[cast(int, config["round"])] = {n: tensors(r) for n, r in context.state.array_records.items()}
-        _write(path, owner, dict(sorted(past.items())[-ROUNDS:]))
+        _write(path, owner, dict(sorted(past.items())[-MAX_ROUNDS:]))
     return reply
 
 
@@ -68,7 +68,7 @@ def _owner(context: Context) -> dict[str, int | str]:
     run: int | str = context.run_id
     if config.get("out"):
         run = hashlib.sha256(f"{run_from_config(config).to_json()} {config['out']}".encode()).hexdigest()[:16]
-    return {"version": VERSION, "run": run, "user": int(context.node_config["partition-id"])}
+    return {"version": FORMAT_VERSION, "run": run, "user": int(context.node_config["partition-id"])}
 
 
 def _write(path: Path, owner: dict[str, int | str], rounds: dict[int, Records]) -> None:
@@ -83,48 +83,45 @@ def _write(path: Path, owner: dict[str, int | str], rounds: dict[int, Records]) 
 
 
 def _read(path: Path, owner: dict[str, int | str]) -> dict[int, Records]:
-    """What is on disk for this owner; nothing if it is somebody else's, damaged or not there: then it is lost."""
+    """Read the states of this owner; empty if the file is missing, damaged or belongs to another owner."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             flat = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
         header = json.loads(metadata["client_state"])
-        sound = metadata["crc32"] == str(checksum(metadata["client_state"], flat))
-        rounds = header["rounds"] if sound and owner.items() <= header.items() else {}
+        valid = metadata["crc32"] == str(checksum(metadata["client_state"], flat))
+        rounds = header["rounds"] if valid and owner.items() <= header.items() else {}
     except (OSError, SafetensorError, KeyError, json.JSONDecodeError):
         return {}
     return {
-        int(number): {name: _under(f"{number}/{name}/", flat) for name in names} for number, names in rounds.items()
+        int(number): {name: with_prefix(flat, f"{number}/{name}/") for name in names}
+        for number, names in rounds.items()
     }
 
 
-def _under(prefix: str, flat: State) -> State:
-    return {k.removeprefix(prefix): v for k, v in flat.items() if k.startswith(prefix)}
-
-
 def checksum(text: str, tensors: State) -> int:
-    """CRC-32 of a text and of tensors with their names: safetensors notices no changed bit of a value.
+    """CRC-32 of a text and of named tensors, because safetensors does not detect changed values.
 
     >>> checksum("", {"w": torch.zeros(2)}) == checksum("", {"v": torch.zeros(2)})
     False
     """
-    found = zlib.crc32(text.encode())
+    crc = zlib.crc32(text.encode())
     for name in sorted(tensors):
         values = tensors[name].reshape(-1).view(torch.uint8).numpy().data
-        found = zlib.crc32(values, zlib.crc32(name.encode(), found))
-    return found
+        crc = zlib.crc32(values, zlib.crc32(name.encode(), crc))
+    return crc
 
 
-def replace_file(path: Path, data: bytes, keep: Path | None = None) -> None:
-    """Write beside, sync, rename: a kill at any moment leaves the old file or the new one.
+def replace_file(path: Path, data: bytes, backup: Path | None = None) -> None:
+    """Replace a file atomically: an interruption at any time leaves the old or the new file.
 
     Args:
-        path: to be written.
-        data: what it shall hold.
-        keep: where the file that was there before goes; None: it is replaced.
+        path: file to write.
+        data: its new content.
+        backup: new path of the old file; None: the old file is discarded.
 
     Raises:
-        OSError: the place cannot be written; what was there before still is.
+        OSError: the file cannot be written; the old file is unchanged.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -133,10 +130,10 @@ def replace_file(path: Path, data: bytes, keep: Path | None = None) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        if keep is not None and path.exists():
-            path.replace(keep)
+        if backup is not None and path.exists():
+            path.replace(backup)
         temporary.replace(path)
     except OSError:
         with suppress(OSError):
-            temporary.unlink(missing_ok=True)  # part of a file only fills the disk further
+            temporary.unlink(missing_ok=True)  # a partial file would only take up disk space
         raise

@@ -1,4 +1,4 @@
-"""Tensors, moments and scores as Flower records and back: the only file that knows both sides."""
+"""Conversion of tensors, moments and scores to Flower records and back."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ from fedbn.statistics.moments import Moments
 
 
 def arrays(state: State) -> ArrayRecord:
-    """Named tensors as a record; dtypes and zero-dimensional entries are kept."""
+    """Convert named tensors to a record, preserving dtypes and zero-dimensional entries."""
     return ArrayRecord({k: pack(v) for k, v in state.items()})
 
 
 def to_record_by_reference(state: State) -> ArrayRecord:
-    """Named tensors for someone in the same process, by reference; as `arrays` where that is not certain."""
+    """Convert named tensors to a record, by reference if the receiver is in the same process."""
     return LazyArrayRecord(state) if is_batched() else arrays(state)
 
 
 def tensors(record: ArrayRecord, device: str = "cpu") -> State:
-    """A record as named tensors, which must not be written to."""
+    """Convert a record to named tensors, which must not be modified."""
     if isinstance(record, LazyArrayRecord) and record.state is not None:
         return dict(record.state)
     return {k: unpack(array).to(device) for k, array in record.items()}
 
 
 class Decoder:
-    """Decodes what the server sends, once for all clients of a process that are sent the same bytes."""
+    """Decodes records of the server once for all clients of a process that receive the same bytes."""
 
     def __init__(self) -> None:
         self._payload: list[bytes] = []
         self._state: State = {}
 
     def __call__(self, record: ArrayRecord, device: str) -> State:
-        """A record as named tensors, which must not be written to."""
+        """Convert a record to named tensors, which must not be modified."""
         if isinstance(record, LazyArrayRecord) and record.state is not None:
             return record.state
         payload = [array.data for array in record.values()]
@@ -52,7 +52,7 @@ class Decoder:
 
 
 def scores_to(scores: list[Score]) -> MetricRecord:
-    """Scores as a record."""
+    """Convert scores to a record."""
     out: dict[str, int | float] = {}
     for score in scores:
         values = asdict(score)
@@ -62,7 +62,7 @@ def scores_to(scores: list[Score]) -> MetricRecord:
 
 
 def scores_from(record: MetricRecord) -> list[Score]:
-    """A record as scores, in the order sent."""
+    """Convert a record to scores, in order."""
     cells: dict[tuple[str, str], dict[str, float]] = {}
     for key, value in record.items():
         row, column, name = key.split("|")
@@ -73,24 +73,24 @@ def scores_from(record: MetricRecord) -> list[Score]:
     ]
 
 
-def answers_to(answers: list[dict[str, Moments]]) -> RecordDict:
-    """What has been agreed so far, one record an answer."""
-    return RecordDict({f"answer-{i}": arrays(flatten(a)) for i, a in enumerate(answers)})
+def aggregates_to(aggregates: list[dict[str, Moments]]) -> RecordDict:
+    """Convert aggregated moments to records, one per exchange."""
+    return RecordDict({f"aggregate-{i}": arrays(flatten(a)) for i, a in enumerate(aggregates)})
 
 
-def answers_from(content: RecordDict) -> list[dict[str, Moments]]:
-    """The answers in a message's content, in order."""
-    names = sorted((k for k in content if k.startswith("answer-")), key=lambda k: int(k.split("-")[1]))
+def aggregates_from(content: RecordDict) -> list[dict[str, Moments]]:
+    """Aggregated moments in the content of a message, in order."""
+    names = sorted((k for k in content if k.startswith("aggregate-")), key=lambda k: int(k.split("-")[1]))
     return [unflatten(tensors(content.array_records[k])) for k in names]
 
 
 def client_statistics_to(client_statistics: dict[int, State]) -> ArrayRecord:
-    """Clients' statistics as one record."""
+    """Convert client statistics to one record."""
     return arrays({f"{user}|{k}": v for user, state in client_statistics.items() for k, v in state.items()})
 
 
 def client_statistics_from(record: ArrayRecord, device: str) -> dict[int, State]:
-    """A record as clients' statistics."""
+    """Convert a record to client statistics."""
     out: dict[int, State] = {}
     for key, value in tensors(record, device).items():
         user, _, name = key.partition("|")
@@ -99,9 +99,9 @@ def client_statistics_from(record: ArrayRecord, device: str) -> dict[int, State]
 
 
 def set_threads() -> None:
-    """One thread in torch, whichever engine runs the client.
+    """Set torch to one thread in all engines.
 
-    Sums come out differently with another number of threads; engines would no longer agree bit for bit.
+    Sums are rounded differently with another number of threads, so engines would no longer be bit-identical.
     """
     if torch.get_num_threads() != 1:
         torch.set_num_threads(1)

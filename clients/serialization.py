@@ -1,8 +1,8 @@
-"""Tensors as Flower arrays and back, fast: NumPy's file format without parsing its header each time.
+"""Fast conversion of tensors to Flower arrays and back, with cached headers of NumPy's file format.
 
-Flower's arrays hold ``numpy.save``'s bytes. Its header is Python text, which ``numpy.load`` parses anew for every
-array and slower than a small model trains. Headers are few, so they are made once; bytes that begin otherwise are
-left to Flower. https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html
+Flower's arrays hold the bytes of ``numpy.save``. Their header is Python text, and parsing it for every array with
+``numpy.load`` takes longer than training a small model. There are few distinct headers, so they are cached; arrays
+with other headers are decoded by Flower. https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from fedbn.nn.roles import State
 
 @lru_cache(maxsize=4096)
 def _header(dtype: str, shape: tuple[int, ...]) -> bytes:
-    """What ``numpy.save`` writes before the values of an array in C order."""
+    """Header that ``numpy.save`` writes for an array in C order."""
     file = BytesIO()
-    described = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(file, described)
+    fields = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, fields)
     return file.getvalue()
 
 
@@ -38,7 +38,7 @@ def _name(kind: torch.dtype) -> str:
 
 
 def pack(tensor: Tensor) -> Array:
-    """A tensor as an array, in the bytes that Flower itself would write.
+    """Convert a tensor to an array with the same bytes as Flower's own conversion.
 
     >>> x = torch.arange(6.0).view(2, 3)
     >>> pack(x).data == Array(x).data
@@ -50,13 +50,13 @@ def pack(tensor: Tensor) -> Array:
 
 
 def unpack(array: Array) -> Tensor:
-    """An array as a tensor of its own memory.
+    """Convert an array to a tensor that owns its memory.
 
     >>> unpack(pack(torch.tensor([True, False])))
     tensor([ True, False])
 
     Raises:
-        UserError: bytes that are no array of numbers.
+        UserError: the bytes are not a valid numeric array.
     """
     try:
         header = _header(array.dtype, array.shape)
@@ -67,23 +67,23 @@ def unpack(array: Array) -> Tensor:
             _check(array.data)
         return torch.from_numpy(array.numpy())
     except (TypeError, ValueError, EOFError, OverflowError, SyntaxError, TokenError, MemoryError) as error:
-        raise UserError(f"a message holds an array that cannot be read: {error}") from None
+        raise UserError(f"a message contains an array that cannot be read: {error}") from None
 
 
 def _check(data: bytes) -> None:
-    """Raise `ValueError` unless the values are there that the header promises: NumPy would make room for them first."""
+    """Raise `ValueError` if the size does not match the header, before NumPy allocates memory for it."""
     file = BytesIO(data)
     if np.lib.format.read_magic(file) != (1, 0):
         raise ValueError("not in version 1 of NumPy's file format")
     shape, _, dtype = np.lib.format.read_array_header_1_0(file)
     if dtype.hasobject or math.prod(shape) * dtype.itemsize != len(data) - file.tell():
-        raise ValueError(f"{len(data) - file.tell()} bytes are no {dtype} of shape {list(shape)}")
+        raise ValueError(f"{len(data) - file.tell()} bytes do not match {dtype} of shape {list(shape)}")
 
 
 class LazyArrayRecord(ArrayRecord):
-    """A record of tensors that stay where they are: they become arrays when someone looks at one.
+    """A record that holds tensors by reference and converts them to arrays on first access.
 
-    For records that do not leave the process. Whoever takes the tensors themselves must not write to them.
+    For messages within one process. Readers of `state` must not modify the tensors.
 
     >>> record = LazyArrayRecord({"a": torch.zeros(2)})
     >>> record.state
@@ -93,28 +93,28 @@ class LazyArrayRecord(ArrayRecord):
     """
 
     state: State | None = None
-    """The tensors; None once there are arrays, which may then have been changed."""
+    """The tensors; None after the conversion to arrays, which may have been modified since."""
 
     def __init__(self, state: State) -> None:
         super().__init__()
         self.state = state
 
     def copy(self) -> Self:
-        """A record with the same content."""
+        """Shallow copy that shares the tensors."""
         copy = super().copy()
         copy.state = self.state
         return copy
 
 
 def _materialize(name: str) -> Callable[..., Any]:
-    of_record = getattr(ArrayRecord, name)
+    inherited = getattr(ArrayRecord, name)
 
     def method(self: LazyArrayRecord, *args: Any) -> Any:
         if self.state is not None:
             state, self.state = self.state, None
             for key, value in state.items():
                 self[key] = pack(value)
-        return of_record(self, *args)
+        return inherited(self, *args)
 
     return method
 

@@ -1,4 +1,4 @@
-"""Typeset formulas when the site is built, as MathML: browsers draw it without a script or a font from the network."""
+"""MkDocs hook that renders formulas as MathML, which browsers display without scripts or external fonts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from latex2mathml.converter import convert
 
 
 def on_config(config: Any) -> Any:
-    """Let ```` ```math ```` and ``#!math`` in code spans mean LaTeX."""
+    """Render ```` ```math ```` blocks and ``#!math`` code spans as LaTeX."""
     inline = {"name": "math", "class": "", "format": lambda source, *_: convert(source)}
     block = {"name": "math", "class": "", "format": lambda source, *_, **__: convert(source, display="block")}
     config.mdx_configs.setdefault("pymdownx.inlinehilite", {})["custom_inline"] = [inline]

@@ -1,4 +1,4 @@
-"""``python -m fedbn`` is the command line, found by the name under which it is installed."""
+"""Command line ``python -m fedbn``; runs the installed entry point ``fedbn``."""
 
 from __future__ import annotations
 

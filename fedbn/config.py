@@ -1,96 +1,160 @@
-"""Options of a run. This module does not import torch, so that the command line starts fast."""
+"""Options of a run. Each option is one dataclass field with its help text.
+
+The command line, the Python API, run files and Flower's run config are derived from these fields. This module does not
+import torch, so that the command line starts fast.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from dataclasses import dataclass, fields
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass, field, fields
+from typing import Any, Literal
 
-from fedbn.errors import UserError
+from fedbn.errors import UserError, unknown
 
 Weighting = Literal["samples", "uniform"]
-
-
 Precision = Literal["float32", "bfloat16"]
-
-
 ServerOptimizer = Literal["none", "fedavgm", "fedadam", "fedyogi", "fedadagrad"]
+
+Panel = Literal["Data", "Federation", "Optimization", "Evaluation", "Output"]
+"""Help panels of the command line."""
+
+
+def option(
+    default: Any = dataclasses.MISSING,
+    help: str = "",
+    *,
+    panel: Panel = "Federation",
+    low: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    flags: tuple[str, ...] = (),
+    by_scenario: bool = False,
+) -> Any:
+    """A dataclass field with its help text and bounds.
+
+    Args:
+        default: value if not given; required if omitted. A mutable default is copied.
+        help: help text of the command line.
+        panel: help panel of the command line.
+        low: smallest value.
+        above: exclusive lower bound.
+        below: exclusive upper bound.
+        flags: names on the command line, if others than ``--name-of-field``.
+        by_scenario: whether scenarios may have a default of their own.
+    """
+    metadata = {
+        "help": help,
+        "panel": panel,
+        "low": low,
+        "above": above,
+        "below": below,
+        "flags": flags,
+        "by_scenario": by_scenario,
+    }
+    if isinstance(default, dict):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+class Checked:
+    """Base of dataclasses whose fields have bounds (`option`)."""
+
+    def __post_init__(self) -> None:
+        for f in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, f.name)
+            low, above, below = (f.metadata.get(bound) for bound in ("low", "above", "below"))
+            if value is None:
+                continue
+            if low is not None and not value >= low:
+                raise UserError(f"{f.name} must be at least {low:g}, not {value}")
+            if above is not None and not value > above:
+                raise UserError(f"{f.name} must be positive, not {value}")
+            if below is not None and not value < below:
+                raise UserError(f"{f.name} must be below {below:g}, not {value}")
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How a run trains and evaluates; the same for every strategy of a comparison.
+class Plan(Checked):
+    """How a run trains and evaluates. All strategies of a comparison share one plan.
 
-    Attributes:
-        rounds: communication rounds.
-        clients_per_round: seen users drawn a round (seeded by round); None for all.
-        local_epochs: passes over a client's data a round.
-        batch_size: rows a step; a last batch of one row joins the batch before it.
-        lr: client learning rate (SGD).
-        schedule: ``constant``, or ``cosine``: the rate falls along half a cosine over the rounds, so that clients
-            drift little in the end and statistics gathered before aggregation still fit after it.
-        momentum: of the client's SGD.
-        weight_decay: of the client's SGD.
-        optimizer_state: ``reset`` each round, or ``keep`` with the client (never sent).
-        weighting: clients count by ``samples`` or ``uniform``.
-        proximal: FedProx's mu, on shared parameters (0: off).
-        server_optimizer: how the server applies the mean update to parameters (never to statistics).
-        server_lr: its learning rate.
-        eval_every: rounds between evaluations for the curve; the last round always counts.
-        global_test: rows of the pooled test set every client's model is also tested on.
-        online_prior: weight of the source statistics, in windows, when adapting online.
-        tolerate: share of the clients asked whose failure is survived: the rest go on without them.
-        user_batches: where one place trains on many users' data (``centralized``), every batch is of one user, as it
-            is at a client anyhow, and running statistics are the mean over users of theirs (Mazankiewicz et al. 2020).
-        precision: in which training steps compute products and convolutions, by ``torch.autocast``; parameters,
-            statistics, losses, messages and evaluation stay float32.
+    Raises:
+        UserError: a value is out of bounds.
+
+    >>> Plan(rounds=5).lr
+    0.05
     """
 
-    rounds: int = 20
-    clients_per_round: int | None = None
-    local_epochs: int = 1
-    batch_size: int = 32
-    lr: float = 0.05
-    schedule: Literal["constant", "cosine"] = "constant"
-    momentum: float = 0.9
-    weight_decay: float = 0.0
-    optimizer_state: Literal["reset", "keep"] = "reset"
-    weighting: Weighting = "samples"
-    proximal: float = 0.0
-    server_optimizer: ServerOptimizer = "none"
-    server_lr: float = 1.0
-    eval_every: int = 5
-    global_test: int = 400
-    online_prior: float = 256.0
-    tolerate: float = 0.0
-    user_batches: bool = False
-    precision: Precision = "float32"
-
-    def __post_init__(self) -> None:
-        least: dict[str, float] = {
-            "rounds": 1,
-            "local_epochs": 1,
-            "batch_size": 1,
-            "eval_every": 1,
-            "global_test": 1,
-            "clients_per_round": 1,
-            "momentum": 0,
-            "weight_decay": 0,
-            "proximal": 0,
-            "online_prior": 0,
-            "tolerate": 0,
-        }
-        for name, low in least.items():
-            value = getattr(self, name)
-            if value is not None and value < low:
-                raise UserError(f"{name} must be at least {low:g}, not {value}")
-        for name in ("lr", "server_lr"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"{name} must be positive, not {getattr(self, name)}")
-        if self.momentum >= 1:
-            raise UserError(f"momentum must be below 1, not {self.momentum}")
-        if not self.tolerate < 1:
-            raise UserError(f"tolerate must be below 1, not {self.tolerate}: somebody has to answer")
+    _: KW_ONLY
+    rounds: int = option(20, "Communication rounds.", low=1, by_scenario=True)
+    clients_per_round: int | None = option(None, "Seen users sampled per round, seeded by round; none for all.", low=1)
+    local_epochs: int = option(1, "Passes over a client's data per round.", low=1, by_scenario=True)
+    batch_size: int = option(
+        32,
+        "Rows per step. A last batch of one row is merged into the previous batch.",
+        low=1,
+        panel="Optimization",
+        by_scenario=True,
+    )
+    lr: float = option(0.05, "Learning rate of the clients' SGD.", above=0, panel="Optimization", by_scenario=True)
+    schedule: Literal["constant", "cosine"] = option(
+        "constant",
+        "Learning rate over the rounds. With cosine, clients drift little at the end, so statistics measured before "
+        "aggregation still fit after it.",
+        panel="Optimization",
+        by_scenario=True,
+    )
+    momentum: float = option(
+        0.9, "Momentum of the clients' SGD.", low=0, below=1, panel="Optimization", by_scenario=True
+    )
+    weight_decay: float = option(0.0, "Weight decay of the clients' SGD.", low=0, panel="Optimization")
+    optimizer_state: Literal["reset", "keep"] = option(
+        "reset",
+        "Momentum buffers: reset each round, or kept at the client (never sent).",
+        panel="Optimization",
+    )
+    weighting: Weighting = option("samples", "Weights of clients in the mean.")
+    proximal: float = option(0.0, "FedProx's mu, on shared parameters; 0 disables it.", low=0, panel="Optimization")
+    server_optimizer: ServerOptimizer = option(
+        "none",
+        "How the server applies the mean update to parameters (never to statistics).",
+        panel="Optimization",
+    )
+    server_lr: float = option(1.0, "Learning rate of the server.", above=0, panel="Optimization")
+    eval_every: int = option(
+        5,
+        "Rounds between evaluations of the learning curve; the last round is always evaluated.",
+        low=1,
+        panel="Evaluation",
+    )
+    global_test: int = option(
+        400,
+        "Rows of the pooled test set on which every client's model is also tested.",
+        low=1,
+        panel="Evaluation",
+        by_scenario=True,
+    )
+    online_prior: float = option(
+        256.0,
+        "Weight of the source statistics in online adaptation, in windows.",
+        low=0,
+        panel="Evaluation",
+    )
+    tolerate: float = option(0.0, "Share of the sampled clients that may fail in a round.", low=0, below=1)
+    user_batches: bool = option(
+        False,
+        "For centralized: each batch holds one user's rows, as on a client, and running statistics are averaged over "
+        "users (Mazankiewicz et al. 2020).",
+        panel="Optimization",
+    )
+    precision: Precision = option(
+        "float32",
+        "Precision of products and convolutions in training steps (torch.autocast). Parameters, statistics, losses, "
+        "messages and evaluation stay float32.",
+        panel="Optimization",
+    )
 
     def rate(self, round: int) -> float:
         """Learning rate of a round, counted from 1.
@@ -102,6 +166,67 @@ class Plan:
         if self.schedule == "constant":
             return self.lr
         return self.lr * (1 + math.cos(math.pi * (round - 1) / self.rounds)) / 2
+
+
+@dataclass(frozen=True)
+class Conditions(Checked):
+    """Options shared by `Run`, `Experiment` and `Study`."""
+
+    scenario: str = option(help="Data set with users, e.g. hapt:unseen=10.", panel="Data")
+    _: KW_ONLY
+    model: str = option(
+        "", "Built-in name or package.module:factory; empty for the scenario's model.", panel="Data", by_scenario=True
+    )
+    partition: str = option(
+        "natural",
+        "How seen users' data are dealt to clients, e.g. dirichlet:alpha=0.1:clients=20; natural keeps the users.",
+        panel="Data",
+    )
+    shift: str = option("", "Feature shift between users, e.g. rotation:strength=0.5,gain.", panel="Data")
+    device: str = option("cpu", "Device of all tensors, e.g. cuda:1.")
+    privacy: str = option("", "Protection of clients' messages, e.g. clip=1:noise=0.5 or secure=true.")
+    plan: Plan = field(default_factory=Plan)
+
+
+@dataclass(frozen=True)
+class RunOptions(Conditions):
+    """Options of a `fedbn.federation.run.Run`."""
+
+    strategy: str = option(help="Strategy, e.g. groupnorm:groups=4, or STRATEGY+METHOD, e.g. fedbn+ditto.")
+    seed: int = option(0, "Seed of the unseen users, initial weights, sampling and shuffling.")
+    _: KW_ONLY
+    validation: bool = option(
+        False, "Test on a held-out part of the training recordings (for tuning).", panel="Evaluation"
+    )
+    rule: str = option(
+        "",
+        "Rule of the online column, window by window, e.g. population:diversity=1; empty for the pseudo-count of "
+        "online-prior, in blocks.",
+        panel="Evaluation",
+    )
+
+
+def nest(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Move the options of `Plan` among flat options into a table ``plan``.
+
+    Args:
+        kind: a dataclass derived from `Conditions`.
+        values: fields of ``kind`` and of `Plan` by name. A table ``plan`` may be among them; flat options win.
+
+    Raises:
+        UserError: an unknown option, with the nearest name.
+
+    >>> nest(RunOptions, {"scenario": "hapt", "rounds": 3})
+    {'scenario': 'hapt', 'plan': {'rounds': 3}}
+    """
+    own = [f.name for f in fields(kind)]
+    if wrong := [name for name in values if name not in own and name not in PLAN_FIELDS]:
+        raise unknown("option", wrong[0], [*own, *PLAN_FIELDS])
+    nested = {name: value for name, value in values.items() if name in own}
+    plan = {name: value for name, value in values.items() if name not in own}
+    if plan and not isinstance(nested.get("plan", {}), dict):
+        raise UserError("plan must be a table of settings such as {rounds = 5} where its options are also given")
+    return nested | ({"plan": {**nested.get("plan", {}), **plan}} if plan else {})
 
 
 PLAN_FIELDS = tuple(f.name for f in fields(Plan))

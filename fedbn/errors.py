@@ -1,6 +1,6 @@
-"""The one exception for mistakes a user can make and mend.
+"""The exception for user errors.
 
-Its text always names the mistake and the fix. Everything else that escapes is a bug of ours.
+Its message names the mistake and the fix. Any other exception that reaches the user is a bug.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """A mistake in what the user asked for; the message says what to do instead."""
+    """An error in the user's input; the message names the mistake and the fix."""
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
-    """The error for a name that does not exist, with the nearest one that does.
+    """Error for an unknown name, with the most similar known name.
 
     >>> print(unknown("strategy", "fedbm", ["fedbn", "silobn"]))
     unknown strategy 'fedbm'. Did you mean 'fedbn'? Known: fedbn, silobn

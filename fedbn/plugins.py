@@ -1,8 +1,8 @@
-"""Text to values and back: ``groupnorm:groups=4`` is ``GroupNorm(groups=4)``.
+"""Plug-ins and their text form: ``groupnorm:groups=4`` is ``GroupNorm(groups=4)``.
 
-A *plug-in* is a frozen dataclass with a class variable ``name``; its fields are its hyper-parameters.
-It is found by being there: a module in the family's package, or an entry point of another
-distribution (group ``fedbn.strategies``, ``fedbn.scenarios``, ...).
+A *plug-in* is a frozen dataclass with a class variable ``name``; its fields are its hyperparameters. Plug-ins are
+discovered automatically in the modules of their package and in the entry points of other distributions (group
+``fedbn.strategies``, ``fedbn.scenarios``, ...).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 @cache
 def discover(package: str, base: type[T]) -> dict[str, type[T]]:
-    """All concrete subclasses of ``base`` that modules of ``package`` define, by their ``name``."""
+    """All concrete subclasses of ``base`` in the modules and entry points of ``package``, by ``name``."""
     found: dict[str, type[T]] = {}
     root = importlib.import_module(package)
     modules = [importlib.import_module(f"{package}.{m.name}") for m in pkgutil.iter_modules(root.__path__)]
@@ -45,7 +45,7 @@ def parse(text: str, kind: str, known: dict[str, type[T]]) -> T:
     """Build a plug-in from ``name:field=value:field=value``.
 
     Raises:
-        UserError: unknown name or field (the nearest is suggested), or a value of the wrong type.
+        UserError: unknown name or field (the most similar one is suggested), or a value of the wrong type.
     """
     name, *parts = text.strip().split(":")
     if name not in known:
@@ -60,7 +60,7 @@ def parse(text: str, kind: str, known: dict[str, type[T]]) -> T:
 
 
 def build(cls: type[T], values: dict[str, Any], what: str) -> T:
-    """``cls(**values)`` with each value converted to its field's type; errors name the field."""
+    """Build ``cls(**values)`` with each value converted to its field's type; errors name the field."""
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
     converted: dict[str, Any] = {}
@@ -70,17 +70,17 @@ def build(cls: type[T], values: dict[str, Any], what: str) -> T:
                 raise UserError(f"{what} has no options, so {field!r} cannot be set")
             raise unknown(f"option of {what}", field, fields)
         converted[field] = convert(value, hints[field], f"{what}, option {field!r}")
-    needed = [f for f, d in fields.items() if d.default is d.default_factory is dataclasses.MISSING]
-    if missing := [f for f in needed if f not in converted]:
-        raise UserError(f"{what} lacks {', '.join(missing)}: give a value")
+    required = [f for f, d in fields.items() if d.default is d.default_factory is dataclasses.MISSING]
+    if missing := [f for f in required if f not in converted]:
+        raise UserError(f"{what} needs a value for {', '.join(missing)}")
     return cls(**converted)
 
 
 def table(value: Any, what: str) -> dict[str, Any]:
-    """A table of settings with names, as a copy.
+    """Copy of a table of named settings.
 
     Raises:
-        UserError: it is none.
+        UserError: ``value`` is not a table.
     """
     if not isinstance(value, dict):
         raise UserError(f"{what} must be a table of settings such as {{rounds = 5}}, not {value!r}")
@@ -88,7 +88,7 @@ def table(value: Any, what: str) -> dict[str, Any]:
 
 
 def convert(value: Any, hint: Any, what: str) -> Any:
-    """``value`` as the type ``hint`` says: int, float, bool, str, a tuple of these, or None where allowed."""
+    """Convert ``value`` to the type ``hint``: int, float, bool, str, a tuple or dict of these, or None if allowed."""
     options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, UnionType) else (hint,)
     if any(typing.get_origin(o) is typing.Literal and value in typing.get_args(o) for o in options):
         return value
@@ -117,7 +117,7 @@ def convert(value: Any, hint: Any, what: str) -> Any:
 
 
 def render(plugin: Any) -> str:
-    """The shortest text that `parse` turns back into ``plugin``: options at their defaults are left out."""
+    """The shortest text that `parse` converts back to ``plugin``, without options at their defaults."""
     text = str(type(plugin).name)
     for f in dataclasses.fields(plugin):
         value = getattr(plugin, f.name)

@@ -1,4 +1,4 @@
-"""Randomness keyed by purpose: the same words give the same numbers, whatever ran before."""
+"""Random numbers keyed by purpose: the same key always gives the same numbers, independent of earlier draws."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 def key(seed: int, *path: object) -> int:
-    """A 63-bit number determined by ``seed`` and the words of ``path`` alone.
+    """A 63-bit number that depends only on ``seed`` and the parts of ``path``.
 
     >>> key(0, "round", 3) == key(0, "round", 3), key(0, "round", 3) == key(0, "round", 4)
     (True, False)
@@ -19,10 +19,10 @@ def key(seed: int, *path: object) -> int:
 
 
 def generator(seed: int, *path: object) -> torch.Generator:
-    """A torch generator for one purpose, e.g. ``generator(seed, "shuffle", round, user)``."""
+    """A PyTorch generator for one purpose, e.g. ``generator(seed, "shuffle", round, user)``."""
     return torch.Generator().manual_seed(key(seed, *path))
 
 
 def numpy_generator(seed: int, *path: object) -> np.random.Generator:
-    """The same for NumPy."""
+    """A NumPy generator for one purpose."""
     return np.random.default_rng(key(seed, *path))

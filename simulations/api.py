@@ -1,6 +1,6 @@
-"""The Python face of the commands: `compare`, `study` and `load`, exported as ``fedbn.compare`` and so on.
+"""Python API of the commands: `compare`, `study` and `load`, exported as ``fedbn.compare`` and so on.
 
-Results come back as objects that show themselves in a notebook and turn into tables by ``.to_pandas()``.
+Results are objects that display in a notebook and convert to tables with ``.to_pandas()``.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ import pandas as pd
 from rich.console import Console
 
 from simulations.adaptation.results import users_frame, write
-from simulations.adaptation.study import run_study, study_from
-from simulations.adaptation.tracking import tasks, tell
+from simulations.adaptation.study import Study, run_study
+from simulations.adaptation.tracking import log_study, tasks
 from simulations.experiments.compare import compare as run_comparison
-from simulations.experiments.experiment import DEFAULT_STRATEGIES, GRID, Experiment
+from simulations.experiments.experiment import Experiment
+from simulations.experiments.options import DEFAULT_STRATEGIES, GRID
 from simulations.results.comparison import Comparison
 from simulations.storage.provenance import NUMERICS
-from simulations.tracking.progress import Bars, Watchers
+from simulations.tracking.progress import Observers, ProgressBar
 from simulations.tracking.trackers import Tracking
 
 
@@ -31,87 +32,68 @@ def compare(
     scenario: str,
     strategies: Iterable[str] = DEFAULT_STRATEGIES,
     *,
-    seeds: int = 3,
-    model: str = "",
-    partition: str = "natural",
-    shift: str = "",
-    device: str = "cpu",
     tune: bool | Sequence[float] = False,
     engine: str = "grid:stacked",
     workers: int | None = 1,
     out: str | Path | None = None,
     track: Iterable[str] = (),
     progress: bool = True,
-    **plan: Any,
+    **options: Any,
 ) -> Comparison:
-    """Compare treatments of normalization on the same users, seeds and budget, as ``fedbn compare`` does.
+    """Compare normalization strategies on the same users, seeds and budget, as ``fedbn compare`` does.
 
-    What is finished is kept: the same call again reads it, after an interruption it goes on.
+    Finished runs are stored: the same call reads them again, and resumes after an interruption.
 
     Args:
-        scenario: such as ``hapt`` or ``hapt:unseen=10``; your own data are ``files:path=...``.
+        scenario: such as ``hapt`` or ``hapt:unseen=10``; ``files:path=...`` for your own data.
         strategies: such as ``fedbn`` or ``groupnorm:groups=4``; the first is the reference.
-        seeds: how many paired seeds.
-        model: built-in name or ``package.module:factory``; empty: the scenario's.
-        partition: how seen users' data are dealt anew.
-        shift: feature shift between users; empty: none.
-        device: ``cpu``, ``cuda``, ...
-        tune: choose each strategy's learning rate on validation data, of the usual grid or of these.
+        tune: choose each strategy's learning rate on validation data, from the default grid or from these rates.
         engine: as ``--engine``.
-        workers: processes; None: one a core. A script that asks for more than one needs
-            ``if __name__ == "__main__":`` around what it does.
-        out: directory; None: one below ``results`` that is named after the settings.
+        workers: processes; None for one per core. A script that asks for more than one needs
+            ``if __name__ == "__main__":`` around its code.
+        out: directory; None for one below ``results`` that is named after the options.
         track: such as ``tensorboard:DIR`` (`simulations.tracking.trackers`).
         progress: show a progress bar on standard error.
-        **plan: fields of `fedbn.config.Plan`, such as ``rounds=30``.
+        **options: any other field of `simulations.experiments.experiment.Experiment` or `fedbn.config.Plan`, such as
+            ``seeds=5``, ``partition="dirichlet:alpha=0.1"``, ``privacy="clip=1"`` or ``rounds=30``.
 
     Raises:
-        UserError: before anything runs, for whatever can be known then.
+        UserError: before anything runs, for whatever can be checked then.
     """
-    experiment = Experiment.from_dict(
-        {
-            "scenario": scenario,
-            "strategies": tuple(strategies),
-            "seeds": seeds,
-            "model": model,
-            "partition": partition,
-            "shift": shift,
-            "device": device,
-            "tune": (GRID if tune else ()) if isinstance(tune, bool) else tuple(tune),
-            "plan": plan,
-        }
-    ).resolved()
+    options |= {"scenario": scenario, "strategies": tuple(strategies)}
+    options["tune"] = (GRID if tune else ()) if isinstance(tune, bool) else tuple(tune)
+    experiment = Experiment.from_dict(options).resolved()
     place = Path(out) if out is not None else _place(experiment.scenario, [experiment.to_dict(), engine])
-    with Bars(_console(progress)) as bars, Tracking(track) as tracking:
-        watchers = Watchers(bars, tracking)
+    with ProgressBar(_console(progress)) as bar, Tracking(track) as tracking:
+        observers = Observers(bar, tracking)
         run_comparison(
             experiment,
             place,
             engine=engine,
             workers=workers,
-            report=watchers.report,
-            started=watchers.started,
+            report=observers.report,
+            started=observers.started,
         )
     return Comparison.load(place)
 
 
 def load(directory: str | Path) -> Comparison:
-    """Read a comparison's directory; unfinished runs are skipped and counted.
+    """Read the directory of a comparison. Unfinished runs are skipped and counted.
 
     Raises:
-        UserError: it is no comparison, is damaged, or holds no finished run.
+        UserError: the directory holds no comparison, is damaged, or has no finished run.
     """
     return Comparison.load(directory)
 
 
 @dataclass(frozen=True, repr=False)
 class StudyResult:
-    """What `study` found.
+    """Result of `study`.
 
     Attributes:
-        frame: one line a stream and rule: accuracy with its interval over people, harm, regret, cost.
-        users: one line a person, seed, stream and rule.
-        directory: where everything is.
+        frame: one row per stream and rule: accuracy with its interval over users, harm, regret, cost.
+        users: one row per user, seed, stream and rule.
+        directory: directory of all results.
     """
 
     frame: pd.DataFrame
@@ -119,7 +101,7 @@ class StudyResult:
     directory: Path
 
     def to_pandas(self) -> pd.DataFrame:
-        """The summary, one line a stream and rule."""
+        """The summary, one row per stream and rule."""
         return self.frame
 
     def __repr__(self) -> str:
@@ -129,7 +111,7 @@ class StudyResult:
         return f"<p>{escape(self._headline())}</p>{self._shown().to_html(index=False)}"
 
     def _headline(self) -> str:
-        return f"Online rules on the streams of {self.frame['users'].max()} people never seen in training"
+        return f"Online rules on the streams of {self.frame['users'].max()} users not seen in training"
 
     def _shown(self) -> pd.DataFrame:
         columns = ["stream", "rule", "accuracy", "low", "high", "worst_decile", "harmed", "gain", "p_adjusted"]
@@ -140,62 +122,30 @@ def study(
     scenario: str,
     rules: Iterable[str] = ("pseudo",),
     *,
-    streams: Iterable[str] = ("natural", "iid"),
-    starts: Iterable[str] = ("cold",),
-    strategies: Sequence[str] = ("global-naive",),
-    seeds: int = 2,
-    model: str = "",
-    partition: str = "natural",
-    shift: str = "",
-    device: str = "cpu",
-    tune: bool = False,
     out: str | Path | None = None,
     track: Iterable[str] = (),
-    **plan: Any,
+    **options: Any,
 ) -> StudyResult:
-    """Let rules follow the streams of people the model has never seen, as ``fedbn adapt`` does.
+    """Adapt a trained model online to users it has never seen, as ``fedbn adapt`` does.
 
     Args:
-        scenario: whose people.
-        rules: such as ``pseudo:n0=64`` or ``tent``; the source, which never adapts, is always there.
-        streams: kinds of stream.
-        starts: what a person gives beforehand: ``cold``, ``recording``, ``classes:k=3``.
-        strategies: treatments of normalization in training.
-        seeds: each trains a model and holds out other people.
-        model: as in `compare`.
-        partition: as in `compare`.
-        shift: as in `compare`.
-        device: as in `compare`.
-        tune: of rules that differ in options alone keep the best on seen users' later data.
-        out: directory; None: one below ``results`` that is named after the settings.
+        scenario: as in `compare`.
+        rules: such as ``pseudo:n0=64`` or ``tent``; the source model, which never adapts, is always included.
+        out: directory; None for one below ``results`` that is named after the options.
         track: as in `compare`.
-        **plan: fields of `fedbn.config.Plan`.
+        **options: any other field of `simulations.adaptation.study.Study` or `fedbn.config.Plan`, such as
+            ``streams=["natural"]``, ``starts=["cold", "recording"]``, ``seeds=3`` or ``rounds=30``.
 
     Raises:
-        UserError: before anything runs, for whatever can be known then.
+        UserError: before anything runs, for whatever can be checked then.
     """
-    wanted = study_from(
-        {
-            "scenario": scenario,
-            "rules": tuple(rules),
-            "streams": tuple(streams),
-            "starts": tuple(starts),
-            "strategies": tuple(strategies),
-            "seeds": seeds,
-            "model": model,
-            "partition": partition,
-            "shift": shift,
-            "device": device,
-            "tune": tune,
-        },
-        **plan,
-    )
+    wanted = Study.from_dict(options | {"scenario": scenario, "rules": tuple(rules)})
     place = Path(out) if out is not None else _place(f"adapt-{scenario}", repr(wanted))
     with Tracking(track) as tracking:
         tracking.started("training", tasks(wanted, place))
-        kept, results = run_study(wanted, place, report=tracking.report)
-        found = write(place, kept, results, "")
-        tell(tracking, kept, results, found)
+        done, results = run_study(wanted, place, report=tracking.report)
+        found = write(place, done, results, "")
+        log_study(tracking, done, results, found)
     return StudyResult(found, users_frame(results), place)
 
 

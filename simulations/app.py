@@ -1,7 +1,6 @@
-"""The ServerApp: rounds of training, statistics settled, the evaluation matrix; the same under every engine.
+"""The ServerApp: training rounds, synchronization of statistics and evaluation, shared by all engines.
 
-Replies are put in the order of their users before anything is summed, so a run does not depend on who answers
-first.
+Replies are sorted by user before anything is summed, so the result does not depend on the order of arrival.
 """
 
 from __future__ import annotations
@@ -16,17 +15,17 @@ from clients.records import set_threads
 from fedbn.federation.run import Run
 from fedbn.federation.setup import build_context
 from simulations.server.rounds import Listener, _listener, run_rounds
-from simulations.storage.checkpoint import before, load_latest, save_outcome
+from simulations.storage.checkpoint import load_latest, previous_checkpoint, save_outcome
 
 app = ServerApp()
 
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Conduct the run that the run-config describes, or what is left of it.
+    """Execute the run that the run-config describes, or the rest of it.
 
-    With ``out`` in the run-config, that file holds the run as far as it has got, after every round; the same run with
-    the same file goes on from there.
+    With ``out`` in the run-config, the server writes a checkpoint to that file after every round, and the same run with
+    the same file resumes from it.
     """
     set_threads()
     run = run_from_config(context.run_config)
@@ -40,6 +39,6 @@ def _checkpoints(path: Path, run: Run) -> Listener:
     sources = build_context(run).population.sources
     return Listener(
         resume=load_latest(path, run, sources),
-        on_round=lambda number, outcome: save_outcome(path, run, outcome, sources, before(path)),
-        on_end=lambda outcome: before(path).unlink(missing_ok=True),
+        on_round=lambda number, outcome: save_outcome(path, run, outcome, sources, previous_checkpoint(path)),
+        on_end=lambda outcome: previous_checkpoint(path).unlink(missing_ok=True),
     )

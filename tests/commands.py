@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import re
 import shlex
+from dataclasses import fields
 from pathlib import Path
 
 import typer
 
 from fedbn.strategies.base import strategies
-from simulations.adaptation.study import study_from
+from simulations.adaptation.study import Study
 from simulations.cli.app import app
+from simulations.cli.options import parts
 from simulations.experiments.experiment import Experiment
+
+KINDS = {"compare": Experiment, "adapt": Study}
 
 
 def commands_in(document: Path) -> list[str]:
@@ -26,14 +30,12 @@ def parses(line: str) -> None:
     if "--help" in arguments:
         return
     given = command.make_context(name, list(arguments)).params
-    if name == "compare" and given["scenario"]:
-        values = {"scenario": given["scenario"]}
-        values |= {k: given[k] for k in ("partition", "shift") if given[k]}
-        if given["strategies"]:
-            chosen = given["strategies"]
-            values["strategies"] = list(strategies()) if chosen == "all" else chosen.split(",")
-        assert Experiment.from_dict(values).resolved()
-    if name == "adapt":
-        lists = {k: tuple(given[k].split(",")) for k in ("rules", "streams", "starts", "strategies")}
-        values = {"scenario": given["scenario"], "seeds": 1, **lists}
-        assert study_from(values).resolved()
+    if name in KINDS and given["scenario"]:
+        kind = KINDS[name]
+        values = {f.name: given[f.name] for f in fields(kind) if given.get(f.name) is not None and f.name != "tune"}
+        values |= {k: parts(v) for k, v in values.items() if k in ("strategies", "rules", "streams", "starts")}
+        if values.get("strategies") == ("all",):
+            values["strategies"] = tuple(strategies())
+        if ":" in values.get("model", ""):  # a module of the reader
+            del values["model"]
+        assert kind.from_dict(values).resolved()

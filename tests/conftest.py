@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import sys
+
 import hypothesis
 import pytest
 import torch
 
 from fedbn.federation.run import Run, plan_for
+from simulations.cli import main
 
 hypothesis.settings.register_profile("fedbn", deadline=None, max_examples=60, derandomize=True)
 hypothesis.settings.load_profile("fedbn")
@@ -17,7 +20,7 @@ def _one_thread():
 
 @pytest.fixture
 def small():
-    """A function giving a short run on scikit-learn's digits."""
+    """A function that returns a short run on scikit-learn's digits."""
 
     def make(strategy="global-naive", **settings):
         run = {k: settings.pop(k) for k in ("seed", "model", "partition", "shift", "validation") if k in settings}
@@ -26,3 +29,22 @@ def small():
         return Run(scenario, strategy, plan=plan, **run).resolved()
 
     return make
+
+
+@pytest.fixture
+def run_cli(tmp_path, monkeypatch, capsys):
+    """Run a command in this process, in a temporary directory. Returns exit code, output, and errors on one line."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["fedbn", *map(str, arguments)])
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        captured = capsys.readouterr()
+        return code, captured.out, " ".join(captured.err.split())
+
+    return run

@@ -1,1 +1,1 @@
-"""Audit of a model: roles, owners and bytes of its entries, and lints of federated normalization."""
+"""Audit of a model: roles, owners and bytes of its entries, and lints for federated normalization."""

@@ -1,8 +1,8 @@
-"""What averaging would do to a model, before anything is averaged: owners of all entries, and traps.
+"""Audit a model before training: owners of all entries, and common mistakes in averaging normalized networks.
 
-Most mistakes with normalization in federated learning raise nothing: a key without ``bn`` in its name is
-shared by accident, a counter becomes a fraction, statistics stay behind. All of them can be seen on the
-model alone. A *lint* looks at one and yields findings; no lint changes the model.
+Most mistakes with normalization in federated learning raise no error: a key without ``bn`` in its name is shared by
+accident, a counter becomes a fraction, statistics are not sent. All of them can be detected from the model alone. A
+*lint* checks for one mistake and yields findings. No lint changes the model.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Entry:
-    """One entry of the state dict; bytes down and up are per client and round.
+    """An entry of the state dict; bytes down and up are per client and round.
 
     Attributes:
-        shape: None while a lazy layer has not seen its first batch; it then counts as 0 bytes.
+        shape: None for an uninitialized lazy layer, which counts as 0 bytes.
     """
 
     key: str
@@ -48,13 +48,13 @@ class Entry:
 
     @property
     def layer(self) -> str:
-        """Path of the module that holds the entry."""
+        """Path of the module of the entry."""
         return self.key.rpartition(".")[0]
 
 
 @dataclass(frozen=True, repr=False)
 class Audit:
-    """A model under a strategy: its entries, totals a role (`Ownership.rows`) and findings, gravest first."""
+    """Audit of a model and a strategy: entries, totals per role (`Ownership.rows`) and findings, most severe first."""
 
     model: str
     strategy: str
@@ -66,26 +66,26 @@ class Audit:
 
     @property
     def bytes(self) -> int:
-        """Bytes of the whole state."""
+        """Size of the state dict in bytes."""
         return sum(e.bytes for e in self.entries)
 
     @property
     def bytes_down(self) -> int:
-        """Bytes from the server to a client in a round."""
+        """Bytes sent from the server to a client per round."""
         return sum(e.bytes_down for e in self.entries)
 
     @property
     def bytes_up(self) -> int:
-        """Bytes from a client to the server in a round."""
+        """Bytes sent from a client to the server per round."""
         return sum(e.bytes_up for e in self.entries)
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything as plain values, for JSON."""
+        """The audit as plain values, for JSON."""
         totals = {"bytes": self.bytes, "bytes_down": self.bytes_down, "bytes_up": self.bytes_up}
         return asdict(self) | totals
 
     def to_pandas(self) -> pd.DataFrame:
-        """The entries as a table, one row a state key."""
+        """The entries as a table, one row per state key."""
         import pandas as pd
 
         return pd.DataFrame([asdict(e) for e in self.entries]).set_index("key")
@@ -95,16 +95,16 @@ class Audit:
         return "\n".join([self._headline(), self._by_role().to_string(index=False), *lines])
 
     def _repr_html_(self) -> str:
-        found = "".join(
+        items = "".join(
             f"<li><b>{escape(f.level)}, {escape(f.lint)}</b>: {escape(f.message)}<br>fix: {escape(f.fix)}</li>"
             for f in self.findings
         )
-        return f"<p>{escape(self._headline())}</p>{self._by_role().to_html(index=False)}<ul>{found}</ul>"
+        return f"<p>{escape(self._headline())}</p>{self._by_role().to_html(index=False)}<ul>{items}</ul>"
 
     def _headline(self) -> str:
         counts = [f"{n} {level}{'s' * (n > 1)}" for level in LEVELS if (n := self._count(level))]
-        moved = f"{self.bytes:,} bytes, {self.bytes_down:,} down and {self.bytes_up:,} up per client and round"
-        return f"{self.model} with {self.strategy}: {moved}; {', '.join(counts) or 'no findings'}"
+        traffic = f"{self.bytes:,} bytes, {self.bytes_down:,} down and {self.bytes_up:,} up per client and round"
+        return f"{self.model} with {self.strategy}: {traffic}; {', '.join(counts) or 'no findings'}"
 
     def _count(self, level: str) -> int:
         return sum(f.level == level for f in self.findings)
@@ -122,56 +122,56 @@ def audit(
     batch_size: int = 32,
     shape: tuple[int, ...] | None = None,
 ) -> Audit:
-    """Read owners and bytes off a model and look for traps; the model is left as it is, bit for bit.
+    """List owners and bytes of a model's entries and run the lints; the model is not changed.
 
     Args:
-        model: as the strategy has prepared it (`audit_model` does that).
-        strategy: whose owners to show, as a value or by name; None is FedAvg over the whole state
+        model: the model, already prepared by the strategy (`audit_model` prepares it).
+        strategy: strategy that defines the owners, as an object or by name; None for FedAvg over the whole state
             (``global-naive``).
-        batch_size: rows of a training batch.
-        shape: of one example. If given, a copy of the model runs one small batch to measure how many values
-            each normalization layer sees.
+        batch_size: training batch size.
+        shape: shape of one example. If given, a copy of the model runs one small batch to measure how many values each
+            normalization layer receives.
 
     Raises:
-        UserError: ``batch_size`` or ``shape`` below one, an unknown strategy, or a state entry that belongs to no
-            module.
+        UserError: if ``batch_size`` or ``shape`` is below one, the strategy is unknown, or a state entry does not
+            belong to a module.
 
     >>> net = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
-    >>> found = audit(net, shape=(4,))
-    >>> found.bytes, found.bytes_up  # the counter stays
+    >>> report = audit(net, shape=(4,))
+    >>> report.bytes, report.bytes_up  # the counter is not sent
     (148, 140)
-    >>> [f.lint for f in found.findings if f.level == "warning"]
+    >>> [f.lint for f in report.findings if f.level == "warning"]
     ['one-value', 'name-misses']
     """
     if batch_size < 1:
-        raise UserError(f"batch size {batch_size} is impossible; give at least 1")
+        raise UserError(f"batch size {batch_size} is impossible; use at least 1")
     if shape is not None and (not shape or min(shape) < 1):
-        raise UserError(f"an example of shape {list(shape)} is empty; give the shape as, e.g., 3,32,32")
+        raise UserError(f"an example of shape {list(shape)} is empty; specify the shape as, e.g., 3,32,32")
     if isinstance(strategy, str):
         strategy = parse_strategy(strategy)
     strategy = strategy or GlobalNaive()
     state = model.state_dict(keep_vars=True)
-    owned = Ownership(
+    ownership = Ownership(
         _roles(model),
         strategy.owners(),
         {k: () if is_lazy(v) else tuple(v.shape) for k, v in state.items()},
         {k: 0 if is_lazy(v) else v.numel() * v.element_size() for k, v in state.items()},
     )
-    travels = set(owned.travels)
+    sent = set(ownership.travels)
     entries = tuple(
         Entry(
             key,
-            str(owned.roles[key]),
-            str(owned.owner(key)),
-            None if is_lazy(value) else owned.shapes[key],
+            str(ownership.roles[key]),
+            str(ownership.owner(key)),
+            None if is_lazy(value) else ownership.shapes[key],
             str(value.dtype).removeprefix("torch."),
-            owned.sizes[key],
-            owned.sizes[key] if key in travels else 0,
-            owned.sizes[key] if key in travels else 0,
+            ownership.sizes[key],
+            ownership.sizes[key] if key in sent else 0,
+            ownership.sizes[key] if key in sent else 0,
         )
         for key, value in state.items()
     )
-    subject = Subject(model, state, owned, strategy, batch_size, shape)
+    subject = Subject(model, state, ownership, strategy, batch_size, shape)
     findings = [finding for lint in LINTS for finding in lint(subject)]
     return Audit(
         type(model).__name__,
@@ -179,7 +179,7 @@ def audit(
         batch_size,
         shape,
         entries,
-        tuple(owned.rows()),
+        tuple(ownership.rows()),
         tuple(sorted(findings, key=lambda f: LEVELS.index(f.level))),
     )
 
@@ -192,18 +192,19 @@ def audit_model(
     *,
     batch_size: int = 32,
 ) -> Audit:
-    """Build a model by name, let the strategy prepare it, and audit the result.
+    """Build a model by name, prepare it with the strategy, and audit the result.
 
     Args:
         text: built-in name or ``package.module:factory``.
-        strategy_text: such as ``groupnorm:groups=4``; None is FedAvg over the whole state, unprepared.
-        shape: of one example; may be left out for a factory that does not take it.
+        strategy_text: strategy such as ``groupnorm:groups=4``; None for FedAvg over the whole state of the unprepared
+            model.
+        shape: shape of one example; optional for a factory that does not take it.
         classes: number of classes.
-        batch_size: rows of a training batch.
+        batch_size: training batch size.
 
     Raises:
-        UserError: unknown model or strategy, a module that cannot be imported, something that is no factory,
-            a factory that needs other arguments or raises, or a strategy that makes no sense for the model.
+        UserError: if the model or the strategy is unknown, the module cannot be imported, the object is not a factory,
+            the factory needs other arguments or raises, or the strategy does not apply to the model.
 
     >>> audit_model("mlp", "fedbn", (1, 8, 8)).bytes_up
     9640
@@ -216,11 +217,11 @@ def audit_model(
 
 
 def _roles(model: nn.Module) -> dict[str, Role]:
-    """Roles of all state keys."""
+    """Role of every state key."""
     try:
         return roles(model)
     except KeyError as error:
         raise UserError(
-            f"state entry {error} of {type(model).__name__} is no parameter or buffer of any module (extra "
-            "state, or a hook that renames): nothing says how to average it; leave it out of state_dict()"
+            f"state entry {error} of {type(model).__name__} is not a parameter or buffer of a module (extra state, or "
+            "a hook that renames entries), so it cannot be averaged; remove it from state_dict()"
         ) from None

@@ -1,7 +1,7 @@
-"""The lints of `fedbn.auditing.audit`: each looks at a model for one trap of averaging normalized networks.
+"""The lints of `fedbn.auditing.audit`: each checks for one common mistake in averaging normalized networks.
 
-A lint reads a `Subject` and yields findings; none changes the model. What cannot be read off types is measured
-on a copy with a tiny batch.
+A lint takes a `Subject` and yields findings. No lint changes the model. Properties that cannot be derived from module
+types are measured on a copy with a small batch.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ LEVELS: tuple[Level, ...] = ("error", "warning", "note")
 
 @dataclass(frozen=True)
 class Finding:
-    """A trap in this model.
+    """A problem found by a lint.
 
     Attributes:
-        level: ``error`` fails or gives wrong numbers, ``warning`` does under common choices, ``note`` is
-            good to know.
-        lint: which lint found it.
-        where: the layers or keys concerned, in the model's order; empty for the whole model.
-        message: what is the matter.
-        fix: what to do.
+        level: ``error`` for a failure or wrong numbers, ``warning`` for the same under common settings, ``note`` for
+            information.
+        lint: name of the lint.
+        where: affected layers or keys, in the model's order; empty for the whole model.
+        message: description of the problem.
+        fix: suggested fix.
     """
 
     level: Level
@@ -63,8 +63,8 @@ def _no_norm(s: Subject) -> Iterator[Finding]:
             "note" if isinstance(s.strategy, StatelessNorm) else "warning",
             "no-norm",
             (),
-            "no normalization layer: every treatment of normalization is plain FedAvg here",
-            "choose a model that normalizes, or compare other things",
+            "no normalization layer: every normalization strategy is plain FedAvg here",
+            "choose a model with normalization layers",
         )
 
 
@@ -75,8 +75,8 @@ def _lazy(s: Subject) -> Iterator[Finding]:
             "error",
             "lazy",
             _layers(s.lazy),
-            f"{count} of lazy layers without a shape: nothing can be sent or counted",
-            "run one batch through the model before federating it",
+            f"{count} of lazy layers without a shape: they cannot be sent or counted",
+            "run one batch through the model before training",
         )
 
 
@@ -89,7 +89,7 @@ def _name_misses(s: Subject) -> Iterator[Finding]:
             missed,
             f"name matching ('bn' in key) misses {len(missed)} of {len(_layers(s.norm_keys))} {noun}: they "
             "would be averaged by accident",
-            "choose entries by module type: fedbn.nn.roles.roles(model)",
+            "select entries by module type: fedbn.nn.roles.roles(model)",
         )
 
 
@@ -102,9 +102,9 @@ def _name_catches(s: Subject) -> Iterator[Finding]:
             "warning",
             "name-catches",
             where,
-            f"name matching ('bn' in key) catches {entries} of {_count(len(where), 'layer')} that normalize "
-            "nothing: they would stay local by accident",
-            "choose entries by module type: fedbn.nn.roles.roles(model)",
+            f"name matching ('bn' in key) catches {entries} of {_count(len(where), 'layer')} without "
+            "normalization: they would stay local by accident",
+            "select entries by module type: fedbn.nn.roles.roles(model)",
         )
 
 
@@ -115,9 +115,9 @@ def _counters(s: Subject) -> Iterator[Finding]:
             "note",
             "counters",
             _layers(counters),
-            f"{entries} ({s.size(counters):,} B): FedAvg over the whole state dict makes fractions of "
-            "them, or zeros where it casts the weight to integer",
-            "keep integers local, as every strategy here does",
+            f"{entries} ({s.size(counters):,} B): FedAvg over the whole state dict turns them into "
+            "fractions, or into zeros if it casts the weight to an integer",
+            "keep integers local, as all strategies here do",
         )
 
 
@@ -128,8 +128,8 @@ def _cumulative(s: Subject) -> Iterator[Finding]:
             "warning",
             "momentum-none",
             where,
-            f"{_count(len(where), 'layer')} with momentum=None: the counter weighs the running average, so "
-            "an averaged or reset counter corrupts it; after n batches the next counts 1/n only",
+            f"{_count(len(where), 'layer')} with momentum=None: the counter weights the running average, so "
+            "an averaged or reset counter corrupts it; after n batches the next batch has weight 1/n",
             "use momentum=0.1, or recalibrate before evaluating",
         )
 
@@ -140,9 +140,9 @@ def _parameters_only(s: Subject) -> Iterator[Finding]:
             "note",
             "parameters-only",
             _layers(keys),
-            f"averaging parameters() leaves {_count(len(keys), 'statistic')} ({s.size(keys):,} B) behind: "
-            "FedAvg on parameters() is SiloBN here, and a fresh client has (0, 1)",
-            "decide it: silobn keeps statistics local, the global strategies share them",
+            f"averaging parameters() omits {_count(len(keys), 'statistic')} ({s.size(keys):,} B): FedAvg on "
+            "parameters() is SiloBN here, and a new client starts from (0, 1)",
+            "choose a strategy: silobn keeps statistics local, the global strategies share them",
         )
 
 
@@ -152,8 +152,8 @@ def _untracked(s: Subject) -> Iterator[Finding]:
             "warning",
             "untracked",
             where,
-            f"{_count(len(where), 'BN layer')} without running statistics: nothing to share, and evaluation "
-            "normalizes by the test batch, so a prediction depends on its neighbors",
+            f"{_count(len(where), 'BN layer')} without running statistics: there is nothing to share, and evaluation "
+            "normalizes by the test batch, so a prediction depends on the other examples",
             "set track_running_stats=True, or use groupnorm",
         )
 
@@ -162,14 +162,14 @@ def _untrained(s: Subject) -> Iterator[Finding]:
     tracked = {p: m for p, m in s.batch_norms.items() if s.readable(m)}
     fresh = tuple(p for p, m in tracked.items() if not m.num_batches_tracked)
     if fresh:
-        some = len(fresh) < len(tracked)
+        others_trained = len(fresh) < len(tracked)
         yield Finding(
-            "warning" if some else "note",
+            "warning" if others_trained else "note",
             "untrained",
             fresh,
             f"{len(fresh)} of {_count(len(tracked), 'BN layer')} with counter 0: untrained statistics, mean "
-            f"0 and variance 1, would be used in eval mode{', while others are trained' if some else ''}",
-            "train or recalibrate before evaluating; if statistics were loaded, load their counter too",
+            f"0 and variance 1, would be used in eval mode{', while others are trained' if others_trained else ''}",
+            "train or recalibrate before evaluation; if statistics were loaded, load their counter too",
         )
 
 
@@ -181,21 +181,21 @@ def _broken(s: Subject) -> Iterator[Finding]:
         faults = []
         if negative := sum(int((t < 0).sum()) for n, t in statistics.items() if n == "running_var"):
             faults.append(_count(negative, "negative variance"))
-        if wild := sum(int((~t.isfinite()).sum()) for t in statistics.values()):
-            faults.append(_count(wild, "NaN or infinite value"))
+        if non_finite := sum(int((~t.isfinite()).sum()) for t in statistics.values()):
+            faults.append(_count(non_finite, "NaN or infinite value"))
         if faults:
             yield Finding(
                 "error",
                 "broken-statistics",
                 (path,),
                 f"running statistics with {' and '.join(faults)}: eval mode breaks",
-                "recalibrate; keep adaptive server steps and added noise away from statistics",
+                "recalibrate; do not apply adaptive server steps or noise to statistics",
             )
 
 
 def _half(s: Subject) -> Iterator[Finding]:
-    narrow = (torch.float16, torch.bfloat16)
-    if keys := [k for k in s.keys(Role.STATISTICS) if s.state[k].dtype in narrow]:
+    half = (torch.float16, torch.bfloat16)
+    if keys := [k for k in s.keys(Role.STATISTICS) if s.state[k].dtype in half]:
         yield Finding(
             "warning",
             "half-statistics",
@@ -207,13 +207,13 @@ def _half(s: Subject) -> Iterator[Finding]:
 
 def _unmeasured(s: Subject) -> Iterator[Finding]:
     if s.measured.failure:
-        taken = [EXAMPLES, *(s.shape or ())]
+        shape = [EXAMPLES, *(s.shape or ())]
         yield Finding(
             "warning",
             "unmeasured",
             (),
-            f"the model does not run on a batch of shape {taken} in training mode: {s.measured.failure}",
-            "give the shape of one example that the model takes",
+            f"the model does not run on a batch of shape {shape} in training mode: {s.measured.failure}",
+            "specify the shape of one example that the model accepts",
         )
 
 
@@ -238,7 +238,7 @@ def _one_value(s: Subject) -> Iterator[Finding]:
             where,
             f"{layers} one value per channel and example: a last batch of one raises, and so does a client "
             "with a single example",
-            "join a last batch of one to the one before it (training here does) or drop it",
+            "merge a last batch of one into the previous batch (training here does) or drop it",
         )
 
 
@@ -248,7 +248,7 @@ def _batch_of_one(s: Subject) -> Iterator[Finding]:
             "warning",
             "batch-of-one",
             tuple(s.batch_norms),
-            "batches of one: BN trains with the moments of single examples and evaluates with their average",
+            "batches of one: BN trains with the moments of single examples but evaluates with their average",
             "use larger batches, or groupnorm",
         )
 
@@ -263,42 +263,42 @@ def _fewest_values(s: Subject) -> Iterator[Finding]:
             (path,),
             f"{values[path] * s.batch_size:,} values per channel at batch size {s.batch_size}, "
             f"{values[path]:,} in a last batch of one: the fewest of all BN layers",
-            "use larger batches if that is too few for a mean and a variance",
+            "use larger batches if that is too few to estimate a mean and a variance",
         )
 
 
 def _groups(s: Subject) -> Iterator[Finding]:
     layers = {p: m for p, m in s.norms.items() if isinstance(m, nn.GroupNorm)}
-    if void := tuple(p for p in layers if s.measured.values.get(p) == 1):
+    if constant := tuple(p for p in layers if s.measured.values.get(p) == 1):
         yield Finding(
             "error",
             "group-of-one",
-            void,
-            f"{_count(len(void), 'GroupNorm layer')} with one value a group: the output is the shift, "
-            "whatever the input",
+            constant,
+            f"{_count(len(constant), 'GroupNorm layer')} with one value per group: the output is the shift, "
+            "for any input",
             "use fewer groups",
         )
-    if alone := tuple(p for p, m in layers.items() if m.num_groups == m.num_channels):
+    if instance := tuple(p for p, m in layers.items() if m.num_groups == m.num_channels):
         yield Finding(
             "warning",
             "group-is-instance",
-            alone,
-            f"{_count(len(alone), 'GroupNorm layer')} with one channel a group: that is InstanceNorm",
-            "use fewer groups: two to sixteen channels in each",
+            instance,
+            f"{_count(len(instance), 'GroupNorm layer')} with one channel per group: this is InstanceNorm",
+            "use fewer groups, with two to sixteen channels each",
         )
-    if one := tuple(p for p, m in layers.items() if m.num_groups == 1 < m.num_channels):
+    if single := tuple(p for p, m in layers.items() if m.num_groups == 1 < m.num_channels):
         yield Finding(
             "note",
             "group-is-layer",
-            one,
-            f"{_count(len(one), 'GroupNorm layer')} with one group: that is LayerNorm",
-            "use more groups unless that is meant",
+            single,
+            f"{_count(len(single), 'GroupNorm layer')} with one group: this is LayerNorm",
+            "use more groups unless this is intended",
         )
 
 
 def _conversion(s: Subject) -> Iterator[Finding]:
     channels = {p: channels_of(m) for p, m in s.batch_norms.items()}
-    for lint, what, where in (
+    for lint, effect, where in (
         ("conversion-raises", "raise", [p for p, c in channels.items() if c > 32 and c % 32]),
         ("conversion-degenerates", "be InstanceNorm", [p for p, c in channels.items() if 0 < c <= 32]),
     ):
@@ -308,8 +308,8 @@ def _conversion(s: Subject) -> Iterator[Finding]:
                 "note",
                 lint,
                 tuple(where),
-                f"GroupNorm(min(32, C), C) would {what} for {_count(len(where), 'BN layer')} (C = {widths})",
-                "convert with fedbn.nn.conversion.convert(model, 'group', groups=8): it takes the nearest divisor",
+                f"GroupNorm(min(32, C), C) would {effect} for {_count(len(where), 'BN layer')} (C = {widths})",
+                "use fedbn.nn.conversion.convert(model, 'group', groups=8), which selects the nearest divisor",
             )
 
 
@@ -326,8 +326,8 @@ def _idle_bias(s: Subject) -> Iterator[Finding]:
             "note",
             "idle-bias",
             tuple(biases),
-            f"{_count(len(biases), 'bias', 'biases')} that the next normalization removes ({size:,} B)",
-            "set bias=False there",
+            f"{_count(len(biases), 'bias', 'biases')} canceled by the next normalization layer ({size:,} B)",
+            "set bias=False in these layers",
         )
 
 
@@ -337,26 +337,26 @@ def _synchronized(s: Subject) -> Iterator[Finding]:
             "warning",
             "sync",
             where,
-            f"{_count(len(where), 'SyncBatchNorm layer')}: it synchronizes within a torch process group, "
-            "which federated clients are not; each would normalize by its own batch",
-            "use BatchNorm; global-recalibrated is how clients agree on statistics here",
+            f"{_count(len(where), 'SyncBatchNorm layer')}: synchronization works within a torch process "
+            "group, which federated clients do not form, so each would normalize by its own batch",
+            "use BatchNorm; with global-recalibrated, clients share exact statistics",
         )
 
 
 def _tied(s: Subject) -> Iterator[Finding]:
-    places: dict[object, list[str]] = {}
+    tensors: dict[object, list[str]] = {}
     for key, value in s.state.items():
-        stored = not is_lazy(value) and value.numel() > 0 and value.data_ptr() != 0
-        place = (value.device, value.data_ptr(), value.shape, value.stride()) if stored else id(value)
-        places.setdefault(place, []).append(key)
-    for keys in places.values():
-        owners = dict.fromkeys(str(s.owned.owner(k)) for k in keys)
+        has_storage = not is_lazy(value) and value.numel() > 0 and value.data_ptr() != 0
+        tensor = (value.device, value.data_ptr(), value.shape, value.stride()) if has_storage else id(value)
+        tensors.setdefault(tensor, []).append(key)
+    for keys in tensors.values():
+        owners = dict.fromkeys(str(s.ownership.owner(k)) for k in keys)
         if len(owners) > 1:
             yield Finding(
                 "error",
                 "tied",
                 tuple(keys),
-                f"one tensor under {len(keys)} keys of different owners ({', '.join(owners)}): the last one "
+                f"one tensor under {len(keys)} keys with different owners ({', '.join(owners)}): the last one "
                 "loaded wins",
                 "untie the layers, or choose a strategy with one owner for both roles",
             )
@@ -380,8 +380,8 @@ def _after_head(s: Subject) -> Iterator[Finding]:
             "after-head",
             where,
             f"{_count(len(where), 'normalization layer')} after {last!r}, the last weighted layer and so the "
-            "head: either logits are normalized, or it is no classifier",
-            "register the classifier last and leave its output as it is",
+            "head: either logits are normalized, or this layer is not the classifier",
+            "register the classifier last and do not normalize its output",
         )
 
 

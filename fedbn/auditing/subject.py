@@ -1,4 +1,4 @@
-"""The model under audit, and what one forward and backward pass shows of it."""
+"""The model under audit, and measurements from one forward pass."""
 
 from __future__ import annotations
 
@@ -10,24 +10,23 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from fedbn.nn.hooks import inputs_of
+from fedbn.nn.hooks import capture_inputs
 from fedbn.nn.roles import Role, State, head, is_norm, keeps_statistics, norm_layers
 from fedbn.strategies.base import NormStrategy
 from fedbn.strategies.ownership import Ownership
 
 EXAMPLES = 2
-"""Examples of the measuring batch: the fewest for which no BatchNorm raises."""
+"""Batch size of the measurement: the smallest for which BatchNorm does not raise."""
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What a small batch showed.
+class Measurement:
+    """Result of running a small batch.
 
     Attributes:
-        values: by layer, values that one example adds to each channel (BatchNorm) or has in each group
-            (GroupNorm).
-        order: layers in the order in which they ran.
-        failure: why nothing could be measured.
+        values: layer -> number of values of one example per channel (BatchNorm) or per group (GroupNorm).
+        order: layers in order of execution.
+        failure: error message if the model could not run.
     """
 
     values: dict[str, int] = field(default_factory=dict)
@@ -35,8 +34,8 @@ class Measured:
     failure: str | None = None
 
 
-def measure(model: nn.Module, shape: tuple[int, ...]) -> Measured:
-    """Run `EXAMPLES` zeros of ``shape`` through a copy in training mode and watch its normalization layers.
+def measure(model: nn.Module, shape: tuple[int, ...]) -> Measurement:
+    """Run `EXAMPLES` zeros of ``shape`` through a copy in training mode and record its normalization layers.
 
     >>> net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
     >>> measure(net, (3, 5, 5)).values
@@ -45,41 +44,41 @@ def measure(model: nn.Module, shape: tuple[int, ...]) -> Measured:
     values: dict[str, int] = {}
     order: list[str] = []
 
-    def see(path: str, x: Tensor) -> None:
+    def record(path: str, x: Tensor) -> None:
         order.append(path)
-        layer = watched[path]
+        layer = layers[path]
         if isinstance(layer, (_BatchNorm, nn.GroupNorm)) and x.dim() > 1:
-            sets = layer.num_groups if isinstance(layer, nn.GroupNorm) else x.shape[1]
-            seen = x.numel() // (EXAMPLES * sets)
-            values[path] = min(seen, values.get(path, seen))
+            groups = layer.num_groups if isinstance(layer, nn.GroupNorm) else x.shape[1]
+            num_values = x.numel() // (EXAMPLES * groups)
+            values[path] = min(num_values, values.get(path, num_values))
 
     try:
-        twin = copy.deepcopy(model).train()
-        watched = norm_layers(twin)
-        if last := head(twin):
-            watched[last] = twin.get_submodule(last)
-        weight = next((p for p in twin.parameters() if p.is_floating_point()), torch.zeros(()))
+        model = copy.deepcopy(model).train()
+        layers = norm_layers(model)
+        if last := head(model):
+            layers[last] = model.get_submodule(last)
+        weight = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
         batch = torch.zeros(EXAMPLES, *shape, dtype=weight.dtype, device=weight.device)
-        with torch.random.fork_rng(devices=[]), torch.no_grad(), inputs_of(watched, see):
-            twin(batch)
-    except Exception as error:  # a user's model may raise anything
-        return Measured(failure=f"{type(error).__name__}: {error}".splitlines()[0])
-    return Measured(values, tuple(dict.fromkeys(order)))
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), capture_inputs(layers, record):
+            model(batch)
+    except Exception as error:  # a user's model may raise any exception
+        return Measurement(failure=f"{type(error).__name__}: {error}".splitlines()[0])
+    return Measurement(values, tuple(dict.fromkeys(order)))
 
 
 class Subject:
-    """A model as lints see it: to be read, never written."""
+    """Input of the lints: a model, its ownership table and measurements, all read-only."""
 
     def __init__(
         self,
         model: nn.Module,
         state: State,
-        owned: Ownership,
+        ownership: Ownership,
         strategy: NormStrategy,
         batch_size: int,
         shape: tuple[int, ...] | None,
     ) -> None:
-        self.model, self.state, self.owned, self.strategy = model, state, owned, strategy
+        self.model, self.state, self.ownership, self.strategy = model, state, ownership, strategy
         self.batch_size, self.shape = batch_size, shape
         modules = dict(model.named_modules(remove_duplicate=False))
         self.lazy = [k for k, v in state.items() if is_lazy(v)]
@@ -94,17 +93,17 @@ class Subject:
                 sequence.named_children(), list(sequence.named_children())[1:], strict=False
             )
         ]
-        self.measured = measure(model, shape) if shape is not None and not self.lazy else Measured()
+        self.measured = measure(model, shape) if shape is not None and not self.lazy else Measurement()
 
     def keys(self, role: Role) -> list[str]:
-        """Entries of one role."""
-        return [k for k, r in self.owned.roles.items() if r is role]
+        """Keys of the entries with a role."""
+        return [k for k, r in self.ownership.roles.items() if r is role]
 
     def size(self, keys: list[str]) -> int:
-        """Bytes of entries."""
-        return sum(self.owned.sizes[k] for k in keys)
+        """Total size of entries in bytes."""
+        return sum(self.ownership.sizes[k] for k in keys)
 
     def readable(self, layer: nn.Module) -> bool:
-        """Whether a layer's statistics exist and have values."""
+        """Whether a layer has running statistics with values."""
         tensors = [t for _, t in layer.named_buffers(recurse=False)]
         return keeps_statistics(layer) and not any(is_lazy(t) or t.is_meta for t in tensors)

@@ -8,21 +8,21 @@ import torch
 from torch import Tensor
 
 
-def batches(n: int, size: int, draw: torch.Generator) -> Iterator[Tensor]:
-    """A shuffle of ``range(n)`` in batches of ``size``; a last batch of one joins the one before it.
+def batches(n: int, size: int, rng: torch.Generator) -> Iterator[Tensor]:
+    """Shuffle ``range(n)`` and split it into batches; a last batch of one row joins the previous batch.
 
-    Batch normalization has nothing to normalize a single value by.
+    Batch normalization cannot normalize a single value.
 
     >>> [len(b) for b in batches(9, 4, torch.Generator())]
     [4, 5]
     """
-    yield from torch.randperm(n, generator=draw).split(sizes(n, size))
+    yield from torch.randperm(n, generator=rng).split(batch_sizes(n, size))
 
 
-def sizes(n: int, size: int) -> list[int]:
-    """Sizes of the batches of ``size`` that ``n`` rows are cut into.
+def batch_sizes(n: int, size: int) -> list[int]:
+    """Sizes of the batches when ``n`` rows are split into batches of ``size``.
 
-    >>> sizes(9, 4), sizes(10, 4), sizes(1, 4)
+    >>> batch_sizes(9, 4), batch_sizes(10, 4), batch_sizes(1, 4)
     ([4, 5], [4, 4, 2], [1])
     """
     whole, rest = divmod(n, size)
@@ -31,20 +31,20 @@ def sizes(n: int, size: int) -> list[int]:
     return [size] * whole + [rest] * (rest > 0)
 
 
-def user_batches(owners: Tensor, size: int, draw: torch.Generator) -> Iterator[Tensor]:
-    """As `batches`, each of one user's rows alone: a shuffle of every user's rows, and one of all batches.
+def user_batches(owners: Tensor, size: int, rng: torch.Generator) -> Iterator[Tensor]:
+    """Like `batches`, but each batch holds rows of one user only; rows and batches are both shuffled.
 
     Args:
-        owners: ``[n]`` whose each row is.
-        size: of a batch.
-        draw: of both shuffles.
+        owners: user of each row, ``[n]``.
+        size: batch size.
+        rng: generator for both shuffles.
 
     >>> owners = torch.tensor([0] * 4 + [1] * 3)
     >>> sorted(owners[rows].tolist() for rows in user_batches(owners, 2, torch.Generator()))
     [[0, 0], [0, 0], [1, 1, 1]]
     """
-    cut: list[Tensor] = []
+    parts: list[Tensor] = []
     for user in owners.unique().tolist():
         rows = (owners == user).nonzero()[:, 0]
-        cut += [rows[part] for part in batches(len(rows), size, draw)]
-    yield from (cut[i] for i in torch.randperm(len(cut), generator=draw).tolist())
+        parts += [rows[part] for part in batches(len(rows), size, rng)]
+    yield from (parts[i] for i in torch.randperm(len(parts), generator=rng).tolist())

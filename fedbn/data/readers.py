@@ -1,4 +1,4 @@
-"""Read examples from npz, csv and parquet files and from saved `datasets` directories."""
+"""Read examples from npz, csv and parquet files and from directories saved by `datasets`."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from fedbn.errors import UserError, unknown
 
 @dataclass(frozen=True)
 class Columns:
-    """What a file holds, not yet interpreted.
+    """The raw columns of a file.
 
     Attributes:
-        names: of arrays or columns.
-        get: one of them; the first axis is the row.
-        classes: for columns of class numbers whose file knows the names: these.
+        names: names of the arrays or columns.
+        get: loads a column by name; its first axis is the row.
+        classes: class names of columns of class numbers, if the file stores them.
     """
 
     names: Sequence[str]
@@ -30,18 +30,18 @@ class Columns:
     classes: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def column(self, name: str, option: str) -> np.ndarray:
-        """One column, or the error that suggests the nearest name."""
+        """Load a column; for an unknown name, the error suggests the closest one."""
         if name not in self.names:
             raise unknown(f"column for {option} (set it with {option}=NAME)", name, self.names)
         values = self.get(name)
         if not values.ndim:
-            raise UserError(f"{name!r} is a single value, but {option} is one value a row; set {option}=NAME")
+            raise UserError(f"{name!r} is a single value, but {option} needs one value per row; set {option}=NAME")
         return values
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Examples of all users, in recorded order; ``[n]`` each and ``x`` of ``[n, *shape]``."""
+    """Examples of all users in the order of recording: ``x`` is ``[n, *shape]``, the others are ``[n]``."""
 
     x: np.ndarray
     y: np.ndarray
@@ -49,29 +49,35 @@ class Rows:
     recording: np.ndarray | None
     classes: tuple[str, ...] = ()
 
+    @staticmethod
+    def concat(parts: Sequence[Rows]) -> Rows:
+        """Concatenate parts without recordings that have the same classes."""
+        x, y, user = (np.concatenate([getattr(p, name) for p in parts]) for name in ("x", "y", "user"))
+        return Rows(x, y, user, None, parts[0].classes)
+
 
 def read(path: Path) -> Columns:
-    """Open a file by its ending.
+    """Open a file in the format given by its suffix.
 
     Raises:
-        UserError: no such file, unknown ending, or a content that is not what the ending says.
+        UserError: if the file does not exist, its suffix is unknown, or its content does not match the suffix.
     """
     if not path.exists():
-        raise UserError(f"there is no file {str(path)!r}; check path=, which is relative to where you are")
-    readers = {".npz": _npz, ".csv": _csv, ".parquet": _parquet}
-    reader = _saved if path.is_dir() else readers.get(path.suffix.lower())
+        raise UserError(f"there is no file {str(path)!r}; check path=, which is relative to the current directory")
+    readers = {".npz": _npz, ".csv": _table, ".parquet": _table}
+    reader = _saved_dataset if path.is_dir() else readers.get(path.suffix.lower())
     if reader is None:
         raise UserError(
             f"{path.name}: data are read from .npz, .csv, .parquet or a directory of datasets.save_to_disk, "
-            f"not from {path.suffix or 'a file without ending'!r}; convert the file"
+            f"not from {path.suffix or 'a file without suffix'!r}; convert the file"
         )
     try:
         return reader(path)
     except UserError:
         raise
-    except Exception as error:  # every parser has its own kinds
+    except Exception as error:  # every parser has its own exceptions
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path.name} cannot be read ({reason}); write it again or check its ending") from error
+        raise UserError(f"{path.name} cannot be read ({reason}); write it again or check its suffix") from error
 
 
 def _npz(path: Path) -> Columns:
@@ -82,27 +88,20 @@ def _npz(path: Path) -> Columns:
                 arrays[name] = file[name]
             except ValueError:
                 raise UserError(
-                    f"{path.name}: array {name!r} holds Python objects, for instance rows of differing length; bring "
-                    "rows to one length and save plain numbers or strings"
+                    f"{path.name}: array {name!r} holds Python objects, for instance rows of different lengths; bring "
+                    "all rows to one length and save plain numbers or strings"
                 ) from None
     return Columns(list(arrays), arrays.__getitem__)
 
 
-def _csv(path: Path) -> Columns:
+def _table(path: Path) -> Columns:
     import pandas as pd
 
-    frame = pd.read_csv(path)
+    frame = pd.read_csv(path) if path.suffix.lower() == ".csv" else pd.read_parquet(path)
     return Columns(list(frame.columns), lambda name: frame[name].to_numpy())
 
 
-def _parquet(path: Path) -> Columns:
-    import pandas as pd
-
-    frame = pd.read_parquet(path)
-    return Columns(list(frame.columns), lambda name: frame[name].to_numpy())
-
-
-def _saved(path: Path) -> Columns:
+def _saved_dataset(path: Path) -> Columns:
     import datasets
     import pandas as pd
 
@@ -117,7 +116,7 @@ def _saved(path: Path) -> Columns:
     def get(name: str) -> np.ndarray:
         if not isinstance(table.features[name], datasets.Image):
             stored = table.with_format("arrow")[name][:]
-            # The NumPy format fails on missing lists without a word on where; as objects they are found.
+            # The NumPy format fails on missing lists without their position; as objects they can be located.
             if stored.null_count:
                 return pd.Series(stored.to_pylist(), dtype=object).to_numpy()
             return np.asarray(table.with_format("numpy")[name][:])
@@ -130,28 +129,28 @@ def _saved(path: Path) -> Columns:
     return Columns(table.column_names, get, classes)
 
 
-def _values(columns: Columns, wanted: str, name: str) -> np.ndarray:
-    """``[n, ...]`` float32 from one array, from columns joined by ``+``, or from numbered columns."""
-    if wanted in columns.names:
-        chosen = [wanted]
-    elif "+" in wanted:
-        chosen = wanted.split("+")
+def read_values(columns: Columns, column: str, name: str) -> np.ndarray:
+    """Read ``[n, ...]`` float32 from one array, from columns joined by ``+``, or from numbered columns."""
+    if column in columns.names:
+        selected = [column]
+    elif "+" in column:
+        selected = column.split("+")
     else:
-        numbered = [c for c in columns.names if re.fullmatch(re.escape(wanted) + r"_?\d+", c)]
-        chosen = sorted(numbered, key=lambda c: int(re.findall(r"\d+$", c)[0])) or [wanted]
-    parts = [_numbers(columns.column(c, "x"), c, name) for c in chosen]
+        numbered = [c for c in columns.names if re.fullmatch(re.escape(column) + r"_?\d+", c)]
+        selected = sorted(numbered, key=lambda c: int(re.findall(r"\d+$", c)[0])) or [column]
+    parts = [_as_float32(columns.column(c, "x"), c, name) for c in selected]
     return parts[0] if len(parts) == 1 and parts[0].ndim > 1 else np.stack(parts, axis=1)
 
 
-def _numbers(values: np.ndarray, column: str, name: str) -> np.ndarray:
+def _as_float32(values: np.ndarray, column: str, name: str) -> np.ndarray:
     """A column as float32; a column of sequences becomes a matrix."""
     if values.dtype == object and any(isinstance(v, list | tuple | np.ndarray) for v in values):
         values = stack(values, column, name)
-    # NumPy would turn dates into numbers and drop imaginary parts without a word.
+    # NumPy would silently convert dates to numbers and drop imaginary parts.
     if values.dtype.kind in "cmMV":
-        raise UserError(f"{name}: {column!r} is not numeric but of type {values.dtype}; save real numbers")
+        raise UserError(f"{name}: {column!r} is not numeric but has type {values.dtype}; save real numbers")
     try:
-        # Values beyond float32 become infinite, which is reported with its place further on.
+        # Values beyond the range of float32 become infinite; `check_rows` reports their position.
         with np.errstate(over="ignore"):
             return values.astype(np.float32)
     except (ValueError, TypeError):
@@ -159,15 +158,15 @@ def _numbers(values: np.ndarray, column: str, name: str) -> np.ndarray:
             try:
                 np.asarray(value).astype(np.float32)
             except (ValueError, TypeError):
-                raise UserError(f"{name}: {column!r} is not numeric: {value!r} in row {row}") from None
+                raise UserError(f"{name}: {column!r} is not numeric: {value!r} in row {row}; save numbers") from None
         raise
 
 
 def stack(values: Sequence[Any] | np.ndarray, column: str, name: str) -> np.ndarray:
-    """Sequences or images, one a row, as one array ``[n, ...]``.
+    """Stack sequences or images, one per row, into one array ``[n, ...]``.
 
     Raises:
-        UserError: a row is missing, ragged in itself, or of another shape than the first.
+        UserError: if a row is missing or ragged, or its shape differs from that of the first row.
     """
     rows = np.empty(len(values), object)
     for i, value in enumerate(values):
@@ -176,17 +175,17 @@ def stack(values: Sequence[Any] | np.ndarray, column: str, name: str) -> np.ndar
         except ValueError:
             raise UserError(f"{name}: row {i} of {column!r} is ragged; bring its parts to one length") from None
     refuse_missing(rows, f"{name}: {column!r}")
-    odd = next((i for i, row in enumerate(rows) if row.shape != rows[0].shape), None)
-    if odd is not None:
+    different = next((i for i, row in enumerate(rows) if row.shape != rows[0].shape), None)
+    if different is not None:
         raise UserError(
-            f"{name}: rows of {column!r} differ in shape (row 0 has {list(rows[0].shape)}, row {odd} has "
-            f"{list(rows[odd].shape)}); bring them to one shape"
+            f"{name}: rows of {column!r} differ in shape (row 0 has {list(rows[0].shape)}, row {different} has "
+            f"{list(rows[different].shape)}); bring them to one shape"
         )
     return np.stack(rows)  # type: ignore[call-overload]
 
 
 def _nested(value: Any) -> np.ndarray:
-    """A sequence of sequences as an array; Parquet gives them as arrays of arrays.
+    """Convert nested sequences to an array; Parquet returns arrays of arrays.
 
     >>> parts = np.empty(2, object)
     >>> parts[0] = parts[1] = np.zeros(3)
@@ -199,53 +198,55 @@ def _nested(value: Any) -> np.ndarray:
     return array
 
 
-def _shaped(x: np.ndarray, shape: tuple[int, ...], name: str) -> np.ndarray:
+def reshape_rows(x: np.ndarray, shape: tuple[int, ...], name: str) -> np.ndarray:
+    """Reshape every row of ``x`` to ``shape``, unless ``shape`` is empty."""
     if not shape:
         return x
     size = int(np.prod(x.shape[1:]))
     if min(shape) < 1 or int(np.prod(shape)) != size:
         raise UserError(
-            f"{name}: shape={'+'.join(map(str, shape))} makes {int(np.prod(shape))} values an example, rows have {size}"
+            f"{name}: shape={'+'.join(map(str, shape))} needs {int(np.prod(shape))} values per example, but rows have "
+            f"{size}; correct the shape"
         )
     return x.reshape(len(x), *shape)
 
 
-def _content(path: Path) -> str:
-    """Digest of a file, or of all data files of a directory."""
+def content_digest(path: Path) -> str:
+    """SHA-256 of a file, or of all data files in a directory."""
     if path.is_file():
         return sha256(path)
     files = sorted(p for p in path.rglob("*") if p.is_file())
     return hashlib.sha256("".join(sha256(p) for p in files if p.suffix == ".arrow").encode()).hexdigest()
 
 
-def _check(rows: Rows, name: str) -> None:
-    """Equal lengths, some data, finite values."""
+def check_rows(rows: Rows, name: str) -> None:
+    """Raise unless all arrays have the same length, and ``x`` is finite and not empty."""
     lengths = {"x": len(rows.x), "y": len(rows.y), "user": len(rows.user)}
     if rows.recording is not None:
         lengths["recording"] = len(rows.recording)
     if len(set(lengths.values())) > 1:
         raise UserError(
-            f"{name}: {', '.join(f'{k} has {n} rows' for k, n in lengths.items())}; a row is an example in all of them"
+            f"{name}: {', '.join(f'{k} has {n} rows' for k, n in lengths.items())}; they need the same number"
         )
     if not len(rows.x):
-        raise UserError(f"{name} has no rows")
+        raise UserError(f"{name} has no rows; save some")
     if not rows.x[0].size:
         raise UserError(f"{name}: an example of x has no values (shape {list(rows.x.shape[1:])}); save some")
     bad = ~np.isfinite(rows.x)
     if bad.any():
-        place = [int(i) for i in np.argwhere(bad)[0]]
+        index = [int(i) for i in np.argwhere(bad)[0]]
         raise UserError(
-            f"{name}: x holds {int(bad.sum())} NaN or infinite values (first: row {place[0]}, position "
-            f"{', '.join(map(str, place[1:]))}); remove or impute them"
+            f"{name}: x holds {int(bad.sum())} NaN or infinite values (first: row {index[0]}, position "
+            f"{', '.join(map(str, index[1:]))}); remove or impute them"
         )
 
 
 def refuse_missing(values: np.ndarray, what: str) -> None:
-    """Raise unless ``values`` is ``[n]`` and present in every row; ``what`` names it."""
+    """Raise unless ``values`` is ``[n]`` without missing values; ``what`` names it in the error."""
     import pandas as pd
 
     if values.ndim != 1:
-        raise UserError(f"{what} must be one value a row, not an array of shape {list(values.shape)}")
+        raise UserError(f"{what} must be one value per row, not an array of shape {list(values.shape)}")
     missing = np.flatnonzero(pd.isna(values))
     if len(missing):
         raise UserError(f"{what} is missing in {len(missing)} rows (first: row {missing[0]}); fill or drop them")

@@ -1,8 +1,8 @@
-r"""Make users differ in their inputs: feature shift for any scenario, one draw a user, unseen users included.
+"""Synthetic feature shift for any scenario: one random draw per user, unseen users included.
 
-``rotation:strength=0.6,gain:strength=0.2`` turns every user's sensor and then scales its channels. A user's
-training and test data are shifted alike; ``strength`` is in the unit each shift names. Draws are keyed by seed,
-shift and the user's name, so that the same person is shifted the same way whoever else takes part.
+``rotation:strength=0.6,gain:strength=0.2`` rotates every user's sensor and then scales its channels. A user's training
+and test data are shifted in the same way. The unit of ``strength`` depends on the shift. Draws are keyed by seed, shift
+and user name, so that the shift of a user does not depend on the other users.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ Apply = Callable[[Tensor], Tensor]
 
 
 class Shift(ABC):
-    """A kind of shift; fields are its options.
+    """A kind of feature shift; its fields are its options.
 
     Attributes:
-        name: what the command line calls it.
-        about: one line for lists, with the unit of ``strength``.
+        name: name on the command line.
+        about: one-line description, with the unit of ``strength``.
     """
 
     name: ClassVar[str]
@@ -37,22 +37,22 @@ class Shift(ABC):
 
     @abstractmethod
     def draw(self, shape: tuple[int, ...], scale: Tensor, rng: torch.Generator) -> Apply:
-        """One user's shift.
+        """Draw the shift of one user.
 
         Args:
-            shape: of one example, channels first.
-            scale: ``[channels]``, standard deviation of each channel over the population.
-            rng: the user's own.
+            shape: shape of one example, channels first.
+            scale: standard deviation of each channel over the population, ``[channels]``.
+            rng: random generator of the user.
         """
 
 
-def _channels(value: Tensor, like: Tensor) -> Tensor:
+def _per_channel(value: Tensor, like: Tensor) -> Tensor:
     return value.view(1, -1, *[1] * (like.dim() - 2))
 
 
 @dataclass(frozen=True)
 class Gain(Shift):
-    """Each channel times exp(N(0, strength))."""
+    """Scale each channel by exp(N(0, strength))."""
 
     name = "gain"
     about = "each channel scaled by exp(N(0, strength))"
@@ -60,25 +60,25 @@ class Gain(Shift):
 
     def draw(self, shape: tuple[int, ...], scale: Tensor, rng: torch.Generator) -> Apply:
         factor = torch.exp(torch.randn(shape[0], generator=rng) * self.strength)
-        return lambda x: x * _channels(factor, x)
+        return lambda x: x * _per_channel(factor, x)
 
 
 @dataclass(frozen=True)
 class Offset(Shift):
-    """Each channel plus N(0, strength) of its standard deviations."""
+    """Add N(0, strength) standard deviations to each channel."""
 
     name = "offset"
     about = "each channel moved by N(0, strength) of its standard deviation"
     strength: float = 0.3
 
     def draw(self, shape: tuple[int, ...], scale: Tensor, rng: torch.Generator) -> Apply:
-        moved = torch.randn(shape[0], generator=rng) * self.strength * scale
-        return lambda x: x + _channels(moved, x)
+        offset = torch.randn(shape[0], generator=rng) * self.strength * scale
+        return lambda x: x + _per_channel(offset, x)
 
 
 @dataclass(frozen=True)
 class Noise(Shift):
-    """White noise of a level drawn from [0, strength] standard deviations; frozen, part of the data."""
+    """Add fixed white noise with a level drawn from [0, strength] standard deviations."""
 
     name = "noise"
     about = "white noise, level uniform in [0, strength] standard deviations"
@@ -86,12 +86,12 @@ class Noise(Shift):
 
     def draw(self, shape: tuple[int, ...], scale: Tensor, rng: torch.Generator) -> Apply:
         level = torch.rand((), generator=rng) * self.strength
-        return lambda x: x + torch.randn(x.shape, generator=rng) * level * _channels(scale, x)
+        return lambda x: x + torch.randn(x.shape, generator=rng) * level * _per_channel(scale, x)
 
 
 @dataclass(frozen=True)
 class Rotation(Shift):
-    """Every triple of channels turned about a random axis by an angle N(0, strength) in radians."""
+    """Rotate every triple of channels about a random axis by an angle N(0, strength) in radians."""
 
     name = "rotation"
     about = "3-axis sensors turned about a random axis by N(0, strength) radians"
@@ -100,21 +100,21 @@ class Rotation(Shift):
     def draw(self, shape: tuple[int, ...], scale: Tensor, rng: torch.Generator) -> Apply:
         if len(shape) != 2 or shape[0] % 3:
             raise UserError(
-                f"shift 'rotation' turns 3-axis sensors: windows [3k, length], not examples of shape {list(shape)}; "
+                f"shift 'rotation' works on 3-axis sensors: windows [3k, length], not examples of shape {list(shape)}; "
                 "for images use contrast, inversion, blur or color"
             )
         axis = F.normalize(torch.randn(3, generator=rng), dim=0)
-        return turn(axis, torch.randn((), generator=rng) * self.strength)
+        return rotate(axis, torch.randn((), generator=rng) * self.strength)
 
 
-def turn(axis: Tensor, angle: Tensor) -> Apply:
-    """Turn every triple of channels of windows ``[n, 3k, length]``.
+def rotate(axis: Tensor, angle: Tensor) -> Apply:
+    """Rotation of every triple of channels of windows ``[n, 3k, length]``.
 
     Args:
-        axis: ``[3]``, of length 1.
-        angle: in radians.
+        axis: unit vector ``[3]``.
+        angle: angle in radians.
 
-    >>> quarter = turn(torch.tensor([0.0, 0.0, 1.0]), torch.tensor(torch.pi / 2))
+    >>> quarter = rotate(torch.tensor([0.0, 0.0, 1.0]), torch.tensor(torch.pi / 2))
     >>> quarter(torch.tensor([[[1.0], [0.0], [5.0]]])).round().add(0).flatten().tolist()
     [0.0, 1.0, 5.0]
     """
@@ -131,7 +131,7 @@ def turn(axis: Tensor, angle: Tensor) -> Apply:
 
 @dataclass(frozen=True)
 class Placement(Shift):
-    """Another place on the body: a rotation, and gain and offset of a third of its size."""
+    """Another placement on the body: a rotation, plus a gain and an offset of a third of its strength."""
 
     name = "placement"
     about = "another place on the body: rotation (radians) with gain and offset"
@@ -140,11 +140,11 @@ class Placement(Shift):
     def draw(self, shape: tuple[int, ...], scale: Tensor, rng: torch.Generator) -> Apply:
         parts = [Rotation(self.strength), Gain(self.strength / 3), Offset(self.strength / 3)]
         steps = [part.draw(shape, scale, rng) for part in parts]
-        return lambda x: _chain(steps, x)
+        return lambda x: _apply_all(steps, x)
 
 
 class _Image(Shift):
-    """Base of shifts that make sense for images only; values are in [-1, 1]."""
+    """Base class of shifts for images only; values are in [-1, 1]."""
 
     def draw(self, shape: tuple[int, ...], scale: Tensor, rng: torch.Generator) -> Apply:
         if len(shape) != 3:
@@ -152,57 +152,57 @@ class _Image(Shift):
                 f"shift {self.name!r} works on images [channels, height, width], not on examples of shape "
                 f"{list(shape)}; for sensors use gain, offset, noise, rotation or placement"
             )
-        return self.image(shape, rng)
+        return self.draw_image(shape, rng)
 
     @abstractmethod
-    def image(self, shape: tuple[int, ...], rng: torch.Generator) -> Apply:
-        """One user's shift of images."""
+    def draw_image(self, shape: tuple[int, ...], rng: torch.Generator) -> Apply:
+        """Draw the shift of one user's images."""
 
 
 @dataclass(frozen=True)
 class Contrast(_Image):
-    """Values times exp(-|N(0, strength)|)."""
+    """Scale values by exp(-|N(0, strength)|)."""
 
     name = "contrast"
     about = "contrast lowered by exp(-|N(0, strength)|)"
     strength: float = 1.0
 
-    def image(self, shape: tuple[int, ...], rng: torch.Generator) -> Apply:
+    def draw_image(self, shape: tuple[int, ...], rng: torch.Generator) -> Apply:
         factor = torch.exp(-(torch.randn((), generator=rng) * self.strength).abs())
         return lambda x: x * factor
 
 
 @dataclass(frozen=True)
 class Inversion(_Image):
-    """Light and dark exchanged for a share ``strength`` of the users."""
+    """Invert the images of a fraction ``strength`` of the users."""
 
     name = "inversion"
     about = "light and dark exchanged for a share strength of users"
     strength: float = 0.5
 
-    def image(self, shape: tuple[int, ...], rng: torch.Generator) -> Apply:
-        turned = bool(torch.rand((), generator=rng) < self.strength)
-        return lambda x: -x if turned else x
+    def draw_image(self, shape: tuple[int, ...], rng: torch.Generator) -> Apply:
+        inverted = bool(torch.rand((), generator=rng) < self.strength)
+        return lambda x: -x if inverted else x
 
 
 @dataclass(frozen=True)
 class Blur(_Image):
-    """Gaussian blur of a width drawn from [0, strength] pixels."""
+    """Gaussian blur with a width drawn from [0, strength] pixels."""
 
     name = "blur"
     about = "Gaussian blur, width uniform in [0, strength] pixels"
     strength: float = 1.5
 
-    def image(self, shape: tuple[int, ...], rng: torch.Generator) -> Apply:
+    def draw_image(self, shape: tuple[int, ...], rng: torch.Generator) -> Apply:
         width = float(torch.rand((), generator=rng)) * self.strength
         if width < 1e-3:
             return lambda x: x
-        reach = max(1, min(round(3 * width), min(shape[1:]) - 1))
-        line = torch.exp(-(torch.arange(-reach, reach + 1.0) ** 2) / (2 * width**2))
-        kernel = (line / line.sum()).expand(shape[0], 1, -1)
+        radius = max(1, min(round(3 * width), min(shape[1:]) - 1))
+        weights = torch.exp(-(torch.arange(-radius, radius + 1.0) ** 2) / (2 * width**2))
+        kernel = (weights / weights.sum()).expand(shape[0], 1, -1)
 
         def apply(x: Tensor) -> Tensor:
-            x = F.pad(x, (reach, reach, reach, reach), mode="replicate")
+            x = F.pad(x, (radius, radius, radius, radius), mode="replicate")
             x = F.conv2d(x, kernel[:, :, None, :], groups=shape[0])
             return F.conv2d(x, kernel[:, :, :, None], groups=shape[0])
 
@@ -211,61 +211,61 @@ class Blur(_Image):
 
 @dataclass(frozen=True)
 class Color(_Image):
-    """Channels mixed by the identity plus N(0, strength)."""
+    """Mix channels by the identity plus N(0, strength)."""
 
     name = "color"
     about = "channels mixed by identity + N(0, strength)"
     strength: float = 0.3
 
-    def image(self, shape: tuple[int, ...], rng: torch.Generator) -> Apply:
+    def draw_image(self, shape: tuple[int, ...], rng: torch.Generator) -> Apply:
         mix = torch.eye(shape[0]) + torch.randn(shape[0], shape[0], generator=rng) * self.strength
         return lambda x: torch.einsum("ij,njhw->nihw", mix, x)
 
 
 def shifts() -> dict[str, type[Shift]]:
-    """All kinds of shift, by name."""
+    """All shifts, by name."""
     kinds: list[Any] = [Gain, Offset, Noise, Rotation, Placement, Contrast, Inversion, Blur, Color]
     return {k.name: k for k in kinds}
 
 
-def _parsed(text: str) -> list[Shift]:
+def _parse_all(text: str) -> list[Shift]:
     return [parse(part, "shift", shifts()) for part in text.split(",") if part.strip()]
 
 
 def parse_shift(text: str) -> str:
-    """The shortest text of the shifts that ``text`` names.
+    """Canonical (shortest) form of the shifts in ``text``.
 
     >>> parse_shift("rotation:strength=0.6,gain:strength=0.1")
     'rotation,gain:strength=0.1'
 
     Raises:
-        UserError: unknown shift or option, negative strength.
+        UserError: if a shift or an option is unknown, or a strength is negative.
     """
-    kinds = _parsed(text)
+    kinds = _parse_all(text)
     for kind in kinds:
         if (strength := getattr(kind, "strength", 0.0)) < 0:
-            raise UserError(f"shift {kind.name!r}: strength must not be negative, it is {strength}")
+            raise UserError(f"shift {kind.name!r}: strength must not be negative, but is {strength}")
     return ",".join(render(k) for k in kinds)
 
 
-def _chain(steps: list[Apply], x: Tensor) -> Tensor:
+def _apply_all(steps: list[Apply], x: Tensor) -> Tensor:
     for step in steps:
         x = step(x)
     return x
 
 
 def shift(population: Population, text: str, seed: int) -> Population:
-    """Shift every user's data, training and test alike.
+    """Shift the training and test data of every user.
 
     Args:
         population: users as loaded or partitioned.
-        text: shifts joined by commas; empty for none.
-        seed: of the run.
+        text: shifts separated by commas; empty for none.
+        seed: seed of the run.
 
     Raises:
-        UserError: a shift that does not suit the data.
+        UserError: if a shift does not apply to the data.
     """
-    kinds = _parsed(text)
+    kinds = _parse_all(text)
     if not kinds:
         return population
     sample = torch.cat([u.train.x[:200] for u in population.users])
@@ -276,8 +276,8 @@ def shift(population: Population, text: str, seed: int) -> Population:
         users.append(
             replace(
                 user,
-                train=replace(user.train, x=_chain(steps, user.train.x).contiguous()),
-                test=replace(user.test, x=_chain(steps, user.test.x).contiguous()),
+                train=replace(user.train, x=_apply_all(steps, user.train.x).contiguous()),
+                test=replace(user.test, x=_apply_all(steps, user.test.x).contiguous()),
             )
         )
     skew = f"{population.skew}; feature skew added by {parse_shift(text)}"

@@ -1,4 +1,4 @@
-"""Measure how far users are apart: in labels, in quantity, in inputs, in BN statistics. Named skew is not enough."""
+"""Measure the skew between users: in labels, quantity, inputs and BN statistics."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from fedbn.data.population import Population
 
 @dataclass(frozen=True)
 class Skew:
-    """Skew between the seen users' training data.
+    """Skew between the training data of the seen users.
 
     Attributes:
-        label_divergence: mean Jensen-Shannon divergence, in bits, of a user's label distribution to the pooled one;
-            0 for equal mixes, 1 at most.
-        quantity_cv: standard deviation of the users' example counts over their mean.
-        quantity_ratio: most over fewest examples.
-        feature_w2: mean over pairs of users of the 2-Wasserstein distance between diagonal Gaussians of the raw
+        label_divergence: mean Jensen-Shannon divergence, in bits, between a user's label distribution and the pooled
+            one; 0 for equal distributions, at most 1.
+        quantity_cv: coefficient of variation of the users' example counts (standard deviation over mean).
+        quantity_ratio: largest over smallest example count.
+        feature_w2: mean over pairs of users of the 2-Wasserstein distance between diagonal Gaussians fitted to the raw
             channels, in units of each channel's pooled standard deviation.
     """
 
@@ -30,7 +30,7 @@ class Skew:
     feature_w2: float
 
     def as_dict(self) -> dict[str, float]:
-        """Plain values."""
+        """The values as a dict."""
         return asdict(self)
 
 
@@ -65,7 +65,7 @@ def statistics_distance(
 
     Args:
         means: ``[users, channels]``.
-        variances: ``[users, channels]``, not negative.
+        variances: ``[users, channels]``, non-negative.
 
     >>> statistics_distance([[0.0], [3.0]], [[1.0], [25.0]])[0, 1]
     np.float64(5.0)

@@ -8,25 +8,28 @@ from fedbn.data.population import Examples, User
 from fedbn.errors import UserError
 
 
-def pooled_test(parts: list[Examples], rows: int, draw: torch.Generator) -> Examples:
-    """At most ``rows`` test rows, drawn without replacement: an equal share from every part.
+def pooled_test(parts: list[Examples], rows: int, rng: torch.Generator) -> Examples:
+    """Draw at most ``rows`` test rows without replacement, equally many from every part.
 
-    Where there are more parts than rows, one row each from as many parts, which are drawn too.
+    If there are more parts than rows, draw ``rows`` parts and take one row from each.
 
     >>> part = Examples(torch.zeros(3, 2), torch.zeros(3, dtype=torch.long), torch.zeros(3, dtype=torch.long))
     >>> [len(pooled_test([part] * n, 4, torch.Generator())) for n in (2, 3, 9)]
     [4, 3, 4]
     """
     if rows < len(parts):
-        parts = [parts[i] for i in torch.randperm(len(parts), generator=draw)[:rows].sort().values.tolist()]
+        parts = [parts[i] for i in torch.randperm(len(parts), generator=rng)[:rows].sort().values.tolist()]
     share = max(1, rows // len(parts))
-    return Examples.concat([p.take(torch.randperm(len(p), generator=draw)[:share].sort().values) for p in parts])
+    return Examples.concat([p.take(torch.randperm(len(p), generator=rng)[:share].sort().values) for p in parts])
 
 
 def carve_validation(user: User, share: float = 0.2) -> User:
-    """Split a user's training recordings in time: of each (recording, class) the last ``share`` tests.
+    """Split a user's training data in time: the last ``share`` of each recording and class becomes the test set.
 
-    Neighboring windows overlap, so the row at the boundary is dropped: it belongs to neither side.
+    The row at the boundary is dropped, because neighboring windows overlap.
+
+    Raises:
+        UserError: if the user has too few examples.
     """
     data = user.train
     train_rows, test_rows = [], []

@@ -1,9 +1,9 @@
-"""Read arrays out of a pickle without trusting it.
+"""Read arrays from an untrusted pickle.
 
-A pickle is a program: ``pickle.load`` calls any function the file names. The two sensor data sets come
-as pickles, one of them of a pandas too old for today's pandas to read. Here every name (a *global*) is
-looked up in an allow-list instead: NumPy's array constructors are let through, pandas' classes become
-inert stand-ins that only keep their state, and every other name is refused before anything is called.
+A pickle is a program: ``pickle.load`` calls any function that the file names. The two sensor data sets are pickles, and
+one of them was written by a pandas version that current pandas cannot read. This unpickler looks up every name (a
+*global*) in an allow-list: NumPy's array constructors are allowed, pandas' classes are replaced by inert placeholders
+that only store their state, and every other name is rejected before anything is called.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fedbn.errors import UserError
 
 
 class Inert:
-    """Stands in for a class of another library: keeps what it was built from and does nothing."""
+    """Placeholder for a class of another library: stores its arguments and state and does nothing."""
 
     def __init__(self, *args: object) -> None:
         self.args = args
@@ -29,13 +29,13 @@ class Inert:
 
 
 def _latin1(text: str, encoding: str) -> bytes:
-    """How pickles of Python 2 and protocol 2 write bytes; other codecs (zlib, ...) have no business here."""
+    """Decode bytes as written by Python 2 and protocol 2; other codecs (zlib, ...) are not needed."""
     if encoding not in ("latin1", "latin-1"):
-        raise UserError(f"pickle asks for the codec {encoding!r}, which array data never needs: refused")
+        raise UserError(f"pickle uses the codec {encoding!r}, which array data never needs: refused")
     return text.encode("latin-1")
 
 
-# Pickle knows the array constructor by a private path that moved in NumPy 2; asking an array avoids both.
+# The private path of the array constructor changed in NumPy 2; an array's own __reduce__ works with every version.
 _reconstruct: Callable[..., Any] = np.empty(0).__reduce__()[0]  # type: ignore[assignment]
 
 ARRAYS: Mapping[str, Callable[..., Any]] = {
@@ -45,7 +45,7 @@ ARRAYS: Mapping[str, Callable[..., Any]] = {
     "numpy.dtype": np.dtype,
     "_codecs.encode": _latin1,
 }
-"""Enough for a pickle of NumPy arrays in dicts, lists and tuples."""
+"""Allow-list for NumPy arrays in dicts, lists and tuples."""
 
 FRAMES: Mapping[str, Callable[..., Any]] = {
     **ARRAYS,
@@ -61,41 +61,41 @@ FRAMES: Mapping[str, Callable[..., Any]] = {
     "__builtin__.slice": slice,
     "builtins.slice": slice,
 }
-"""The same and data frames as pandas before 1.0 wrote them, as `Inert` objects."""
+"""Like `ARRAYS`, plus data frames written by pandas before 1.0, as `Inert` objects."""
 
 
-class _Restricted(pickle.Unpickler):
-    def __init__(self, file: BinaryIO, allowed: Mapping[str, Callable[..., Any]], what: str) -> None:
+class _RestrictedUnpickler(pickle.Unpickler):
+    def __init__(self, file: BinaryIO, allowed: Mapping[str, Callable[..., Any]], source: str) -> None:
         super().__init__(file, fix_imports=False)
-        self._allowed, self._what = allowed, what
+        self._allowed, self._source = allowed, source
 
     def find_class(self, module: str, name: str) -> Any:
-        wanted = f"{module}.{name}"
-        if wanted not in self._allowed:
+        path = f"{module}.{name}"
+        if path not in self._allowed:
             raise UserError(
-                f"{self._what} asks for {wanted!r}, which array data never needs: refused. "
+                f"{self._source} uses {path!r}, which array data never needs: refused. "
                 "Do not trust this file; reinstall its package"
             )
-        return self._allowed[wanted]
+        return self._allowed[path]
 
 
-def unpickle(file: BinaryIO, what: str, allowed: Mapping[str, Callable[..., Any]] = ARRAYS) -> Any:
-    """The object pickled in ``file``, made of nothing but what ``allowed`` lists.
+def unpickle(file: BinaryIO, source: str, allowed: Mapping[str, Callable[..., Any]] = ARRAYS) -> Any:
+    """Load the object pickled in ``file``, using only the globals in ``allowed``.
 
     Args:
-        file: an open binary file at the start of the pickle.
-        what: what to call the file in an error message.
-        allowed: ``module.name`` -> what to use for it.
+        file: open binary file, positioned at the start of the pickle.
+        source: name of the file in error messages.
+        allowed: ``module.name`` -> object to use for it.
 
     Raises:
-        UserError: the pickle names anything else; nothing has been called then.
+        UserError: if the pickle names any other global. Nothing has been called in that case.
 
     >>> import io
     >>> unpickle(io.BytesIO(pickle.dumps({"x": np.arange(3)})), "example")
     {'x': array([0, 1, 2])}
     >>> unpickle(io.BytesIO(pickle.dumps(print)), "example")
     Traceback (most recent call last):
-    fedbn.errors.UserError: example asks for 'builtins.print', which array data never needs: refused. \
+    fedbn.errors.UserError: example uses 'builtins.print', which array data never needs: refused. \
 Do not trust this file; reinstall its package
     """
-    return _Restricted(file, allowed, what).load()
+    return _RestrictedUnpickler(file, allowed, source).load()

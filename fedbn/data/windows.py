@@ -8,10 +8,10 @@ from fedbn.errors import UserError
 
 
 def hop(window: int, overlap: float) -> int:
-    """Samples from the start of one window to the start of the next.
+    """Number of samples from the start of one window to the start of the next.
 
     Raises:
-        UserError: a window of less than 8 samples, or an overlap outside 0 to below 1.
+        UserError: if the window has fewer than 8 samples, or the overlap is not in [0, 1).
 
     >>> hop(128, 0.5)
     64
@@ -24,7 +24,7 @@ def hop(window: int, overlap: float) -> int:
 
 
 def windows(signal: Tensor, window: int, step: int) -> Tensor:
-    """All windows wholly inside ``signal``: ``[rows, channels]`` to ``[n, channels, window]``, maybe n = 0.
+    """All complete windows of ``signal``: ``[rows, channels]`` to ``[n, channels, window]``; ``n`` may be 0.
 
     >>> import torch
     >>> windows(torch.arange(5.0)[:, None], 3, 2)[:, 0]

@@ -6,13 +6,16 @@ import torch
 
 from fedbn.data.population import Population
 from fedbn.errors import UserError
-from fedbn.federation.context import EVERYONE, RunContext
-from fedbn.federation.protection import statement
-from fedbn.nn.roles import Role
+from fedbn.federation.context import CENTRAL_TRAINER, RunContext
+from fedbn.federation.protection import privacy_notices
 
 
-def check_data(population: Population) -> None:
-    """Raise for data that cannot be trained or tested on."""
+def check_population(population: Population) -> None:
+    """Check that every user has valid training and test data.
+
+    Raises:
+        UserError: data that cannot be trained or tested on.
+    """
     classes = len(population.classes)
     trained = torch.zeros(classes, dtype=torch.bool)
     for i, user in enumerate(population.users):
@@ -44,42 +47,46 @@ def check_data(population: Population) -> None:
         )
 
 
-def check(made: RunContext) -> list[str]:
-    """Raise for settings that cannot work on these data; return notices for those that can but surprise."""
-    plan, population = made.run.plan, made.population
+def check_context(ctx: RunContext) -> list[str]:
+    """Check a run's settings against its data and model.
+
+    Returns:
+        Notices about settings that work but may surprise.
+
+    Raises:
+        UserError: settings that cannot work.
+    """
+    plan, population = ctx.run.plan, ctx.population
     notices: list[str] = []
-    if made.asks_population and (
-        made.strategy.is_centralized
-        or not any(made.ownership.roles[k] is Role.STATISTICS for k in made.ownership.travels)
-    ):
+    if ctx.uses_population_prior and (ctx.strategy.is_centralized or not ctx.ownership.shared_statistics):
         raise UserError(
-            f"rule {made.run.rule!r} starts users from what clients' statistics are, and with strategy "
-            f"{made.run.strategy!r} no client sends any: choose a rule that starts from the model's (pseudo, ema, ...)"
+            f"rule {ctx.run.rule!r} needs a prior over the clients' statistics, but with strategy "
+            f"{ctx.run.strategy!r} no client sends any: choose a rule that starts from the model's statistics "
+            "(pseudo, ema, ...)"
         )
-    trainers = made.trainers
-    wanted = plan.clients_per_round
-    if wanted is not None and not made.strategy.is_centralized and wanted > len(trainers):
+    trainers = ctx.trainers
+    requested = plan.clients_per_round
+    if requested is not None and not ctx.strategy.is_centralized and requested > len(trainers):
         raise UserError(
-            f"--clients-per-round {wanted} asks for more than the {len(trainers)} seen users; "
-            f"choose at most {len(trainers)}"
+            f"--clients-per-round {requested} exceeds the {len(trainers)} seen users; choose at most {len(trainers)}"
         )
-    together = made.owners_of_rows(trainers[0]) is None
-    sizes = {i: len(made.training_data(i)) for i in (trainers if together else population.seen)}
-    stepping = min(plan.batch_size, min(sizes.values()))
-    made.load(made.initial).train()
-    rows = made.training_data(trainers[0]).x[: max(2, min(stepping, 4))]
+    mixed_batches = ctx.row_users(trainers[0]) is None
+    sizes = {i: len(ctx.training_data(i)) for i in (trainers if mixed_batches else population.seen)}
+    batch_size = min(plan.batch_size, min(sizes.values()))
+    ctx.load(ctx.initial).train()
+    rows = ctx.training_data(trainers[0]).x[: max(2, min(batch_size, 4))]
     try:
-        outputs = made.scratch(rows[:stepping] if stepping < 2 else rows)
+        outputs = ctx.scratch(rows[:batch_size] if batch_size < 2 else rows)
     except UserError:
         raise
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise
-        small = min(sizes, key=sizes.__getitem__)
+        smallest = min(sizes, key=sizes.__getitem__)
         cause = (
             f"batches of one (--batch-size {plan.batch_size})"
             if plan.batch_size == 1
-            else f"user {population.users[small].name}, who has a single training example"
+            else f"user {population.users[smallest].name}, who has a single training example"
         )
         raise UserError(
             f"batch normalization cannot train on {cause}: use a batch size of 2 or more and users with at least 2 "
@@ -87,23 +94,23 @@ def check(made: RunContext) -> list[str]:
         ) from None
     except RuntimeError as error:
         raise UserError(
-            f"model {made.run.model or 'of the scenario'} does not take examples of shape "
+            f"model {ctx.run.model or 'of the scenario'} does not take examples of shape "
             f"{list(population.shape)}: {error}"
         ) from None
     finally:
-        made.load(made.initial)
+        ctx.load(ctx.initial)
     if outputs.dim() != 2 or outputs.shape[1] != len(population.classes):
         raise UserError(
-            f"the model gives outputs of shape {list(outputs.shape[1:])} for {len(population.classes)} classes: it "
+            f"the model returns outputs of shape {list(outputs.shape[1:])} for {len(population.classes)} classes: it "
             "must return logits [N, classes]"
         )
-    few = [population.users[i].name for i in trainers if i != EVERYONE and sizes[i] < plan.batch_size]
-    if few:
+    small = [population.users[i].name for i in trainers if i != CENTRAL_TRAINER and sizes[i] < plan.batch_size]
+    if small:
         notices.append(
-            f"{len(few)} of {len(trainers)} users have fewer training examples than a batch of {plan.batch_size} "
-            f"({', '.join(few[:5])}{', ...' if len(few) > 5 else ''}): they train on one smaller batch an epoch; "
+            f"{len(small)} of {len(trainers)} users have fewer training examples than a batch of {plan.batch_size} "
+            f"({', '.join(small[:5])}{', ...' if len(small) > 5 else ''}): they train on one smaller batch per epoch; "
             f"--batch-size {min(sizes.values())} would fit all"
         )
-    if plan.batch_size == 1 and any(role == "statistics" for role in made.ownership.roles.values()):
-        notices.append("batches of one: each window is normalized by itself (instance statistics)")
-    return notices + statement(made)
+    if plan.batch_size == 1 and any(role == "statistics" for role in ctx.ownership.roles.values()):
+        notices.append("batches of one: each window is normalized on its own (instance statistics)")
+    return notices + privacy_notices(ctx)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from fedbn.federation.cold_start import population, starts
-from fedbn.federation.context import EVERYONE, RunContext
+from fedbn.federation.cold_start import cold_starts, population_prior_for
+from fedbn.federation.context import RunContext
 from fedbn.federation.evaluation import evaluate_user
 from fedbn.federation.metrics import Column, Score, score
 from fedbn.federation.training import epoch_batches, fit
 from fedbn.nn.inference import logits
-from fedbn.nn.roles import State, clone
+from fedbn.nn.roles import State, clone, with_prefix
 from fedbn.online.rules.base import client_rule
 from fedbn.personalization.base import ClientTrainer
 from fedbn.seeds import key
@@ -23,27 +22,23 @@ from fedbn.statistics.moments import Moments
 from fedbn.strategies.base import Progress, Update
 
 OPTIMIZER = "optimizer/"
-"""Prefix of a client's momentum buffers among the entries it keeps; such entries never travel."""
-
+"""Prefix of the momentum buffers in the client state; these entries are never sent."""
 
 METHOD_STATE = "method_state/"
-"""Prefix of what a personalization method keeps at the client; such entries never travel."""
+"""Prefix of the personalization method's entries in the client state; these entries are never sent."""
 
 
 def _split(client_state: State | None, ctx: RunContext) -> tuple[State, State, State]:
-    """What a client keeps, as (model entries, momentum buffers, a personalization method's own)."""
+    """Split a client state into (model entries, momentum buffers, state of the personalization method)."""
     client_state = client_state or {}
-    momentum = {k.removeprefix(OPTIMIZER): v for k, v in client_state.items() if k.startswith(OPTIMIZER)}
-    method_state = {k.removeprefix(METHOD_STATE): v for k, v in client_state.items() if k.startswith(METHOD_STATE)}
-    return {k: v for k, v in client_state.items() if k in ctx.ownership.roles}, momentum, method_state
+    entries = {k: v for k, v in client_state.items() if k in ctx.ownership.roles}
+    return entries, with_prefix(client_state, OPTIMIZER), with_prefix(client_state, METHOD_STATE)
 
 
 def _client_trainer(
     ctx: RunContext, user: int, model: nn.Module, progress: Progress, aggregates: Aggregates, momentum: State
 ) -> ClientTrainer:
     plan, data = ctx.run.plan, ctx.training_data(user)
-    # One place that holds one user's data draws as that user would: then it is the same training.
-    drawn = ctx.population.seen[0] if user == EVERYONE else user
     shared = set(ctx.ownership.travels)
     received = {n: p.detach().clone() for n, p in model.named_parameters() if n in shared} if plan.proximal else {}
 
@@ -52,11 +47,11 @@ def _client_trainer(
 
     def run_fit(model: nn.Module, **options: Any) -> float:
         main = not options.get("purpose")
-        own_hook = options.pop("on_before_optimizer_step", None)
+        method_hook = options.pop("on_before_optimizer_step", None)
 
         def on_before_optimizer_step(trained: nn.Module) -> None:
-            if own_hook is not None:
-                own_hook(trained)
+            if method_hook is not None:
+                method_hook(trained)
             ctx.strategy.on_before_optimizer_step(trained)
 
         loss, buffers = fit(
@@ -65,11 +60,11 @@ def _client_trainer(
             plan,
             seed=ctx.run.seed,
             round=progress.round,
-            user=drawn,
+            user=ctx.rng_user(user),
             pull=options.pop("pull", None) or (plan.proximal, received),
             on_before_optimizer_step=on_before_optimizer_step,
             optimizer_state=momentum if main else None,
-            owners=ctx.owners_of_rows(user),
+            row_users=ctx.row_users(user),
             **options,
         )
         if main:
@@ -88,19 +83,19 @@ def client_round(
     aggregates: Aggregates = (),
     broadcast: State | None = None,
 ) -> tuple[Update, State]:
-    """One client's round: assemble its model, train it, part what travels from what stays.
+    """One client's round: assemble its model, train it, and split the result into update and client state.
 
     Args:
         ctx: the run's context.
         user: index of the client.
         received: the server's entries.
-        client_state: the client's own, from the last round in which it took part.
-        progress: which round.
-        aggregates: the answers of this round's consultation.
-        broadcast: what the server tells all clients besides the model.
+        client_state: the client's state after the last round in which it took part.
+        progress: the current round.
+        aggregates: results of this round's first-batch synchronization.
+        broadcast: tensors that the server sends to all clients besides the model.
 
     Returns:
-        The update for the server, and all entries the client keeps for itself.
+        The update for the server, and the new client state.
     """
     own, momentum, method_state = _split(client_state, ctx)
     model = ctx.load(ctx.assemble(received, own))
@@ -112,36 +107,35 @@ def client_round(
     loss = ctx.personal.train(trainer)
     notes |= ctx.strategy.after_local_training(model) | trainer.notes
     state = clone(model.state_dict())
-    travels = {k: state[k] for k in ctx.ownership.travels}
-    stays = {k: state[k] for k in ctx.ownership.retained}
-    stays |= {OPTIMIZER + k: v for k, v in momentum.items()}
-    stays |= {METHOD_STATE + k: v for k, v in trainer.method_state.items()}
-    return Update(user, travels, len(data), loss, notes), stays
+    shared = {k: state[k] for k in ctx.ownership.travels}
+    retained = {k: state[k] for k in ctx.ownership.retained}
+    retained |= {OPTIMIZER + k: v for k, v in momentum.items()}
+    retained |= {METHOD_STATE + k: v for k, v in trainer.method_state.items()}
+    return Update(user, shared, len(data), loss, notes), retained
 
 
 def client_sync_first_batch(
     ctx: RunContext, user: int, received: State, client_state: State | None, progress: Progress, aggregates: Aggregates
 ) -> dict[str, Moments] | None:
-    """What one client says next about the first batch of the round that is about to begin; None at the end."""
+    """One client's next message about its first batch of a round; None when there is no further message."""
     own, _, _ = _split(client_state, ctx)
     data = ctx.training_data(user)
-    drawn = ctx.population.seen[0] if user == EVERYONE else user
-    owners = ctx.owners_of_rows(user)
-    first = next(epoch_batches(len(data), ctx.run.plan, ctx.run.seed, progress.round, drawn, 0, owners=owners))
+    rng_user, row_users = ctx.rng_user(user), ctx.row_users(user)
+    first = next(epoch_batches(len(data), ctx.run.plan, ctx.run.seed, progress.round, rng_user, 0, row_users=row_users))
     model, batch = ctx.load(ctx.assemble(received, own)), data.take(first.to(data.y.device))
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(key(ctx.run.seed, "noise", progress.round, drawn))  # dropout as in the step to come
+        torch.manual_seed(key(ctx.run.seed, "noise", progress.round, rng_user))  # same dropout as in the first step
         return ctx.strategy.sync_first_batch(model, batch, aggregates)
 
 
 def user_state(ctx: RunContext, user: int, received: State, client_state: State | None) -> State:
-    """A user's whole model after aggregation: assembled, and personalized where the run says so.
+    """State of a user's model after aggregation, personalized if the run has a personalization method.
 
     Args:
         ctx: the run's context.
         user: index of the user.
         received: the server's entries.
-        client_state: the user's own.
+        client_state: the user's client state.
     """
     own, _, method_state = _split(client_state, ctx)
     state = ctx.assemble(received, own)
@@ -165,26 +159,26 @@ def client_evaluation(
     globally: tuple[Column, ...] = (),
     client_statistics: dict[int, State] | None = None,
 ) -> list[Score]:
-    """One user's cells of the evaluation matrix, with its model as assembled after aggregation.
+    """Score one user's cells of the evaluation matrix, with its model after aggregation.
 
     Args:
         ctx: the run's context.
         user: index of the user.
         received: the server's entries.
-        client_state: the user's own.
+        client_state: the user's client state.
         columns: columns to score.
         globally: columns that are also scored on the pooled test rows.
-        client_statistics: statistics by client, for rules that start from the population; an unseen user is also scored
-            from every start they allow.
+        client_statistics: statistics by client, for rules with a population prior; an unseen user is also scored with
+            every cold start that they allow.
     """
     state = user_state(ctx, user, received, client_state)
     return [
-        *cells(ctx, user, state, columns, globally, client_statistics),
-        *(newcomer_cells(ctx, user, state, client_statistics) if client_statistics else ()),
+        *user_scores(ctx, user, state, columns, globally, client_statistics),
+        *(cold_start_scores(ctx, user, state, client_statistics) if client_statistics else ()),
     ]
 
 
-def cells(
+def user_scores(
     ctx: RunContext,
     user: int,
     state: State,
@@ -192,42 +186,42 @@ def cells(
     globally: tuple[Column, ...],
     client_statistics: dict[int, State] | None,
 ) -> list[Score]:
-    """A user's cells of some columns, given its whole model (`user_state`); else as `client_evaluation`."""
-    person = ctx.population.users[user]
+    """Score some columns for a user whose complete state is given (`user_state`); see `client_evaluation`."""
+    data = ctx.population.users[user]
     return evaluate_user(
         ctx.scratch,
         state,
-        calibration=person.train.x,
-        test=person.test,
+        calibration=data.train.x,
+        test=data.test,
         unseen=user in ctx.population.unseen,
-        everyone=ctx.everyone if globally else None,
+        pooled_test=ctx.pooled_test if globally else None,
         columns=columns,
         globally=globally,
         online_prior=ctx.run.plan.online_prior,
         online_rule=client_rule(ctx.run.rule) if ctx.run.rule else None,
-        prior=population(ctx, state, client_statistics, person.train.x)
-        if client_statistics and ctx.asks_population
+        prior=population_prior_for(ctx, state, client_statistics, data.train.x)
+        if client_statistics and ctx.uses_population_prior
         else None,
-        follow=ctx.strategy.predict_stream,
+        predict_stream=ctx.strategy.predict_stream,
     )
 
 
-def newcomer_cells(ctx: RunContext, user: int, state: State, client_statistics: dict[int, State]) -> list[Score]:
-    """The cells of an unseen user for every start that other clients' statistics allow; none of a seen one's."""
+def cold_start_scores(ctx: RunContext, user: int, state: State, client_statistics: dict[int, State]) -> list[Score]:
+    """Score an unseen user with every cold start that the clients' statistics allow; nothing for a seen user."""
     if user not in ctx.population.unseen:
         return []
-    person = ctx.population.users[user]
+    data = ctx.population.users[user]
     return [
-        score("unseen", name, logits(ctx.load(start), person.test.x), person.test.y)
-        for name, start in starts(ctx, state, client_statistics, person.train.x).items()
+        score("unseen", name, logits(ctx.load(start), data.test.x), data.test.y)
+        for name, start in cold_starts(ctx, state, client_statistics, data.train.x).items()
     ]
 
 
-def client_consensus(
-    ctx: RunContext, user: int, received: State, client_state: State | None, answers: Sequence[dict[str, Moments]]
+def client_sync_statistics(
+    ctx: RunContext, user: int, received: State, client_state: State | None, aggregates: Aggregates
 ) -> dict[str, Moments] | None:
-    """What one client says next in settling statistics, after the answers heard so far; None at the end."""
+    """One client's next message in synchronizing statistics; None when there is no further message."""
     own, _, _ = _split(client_state, ctx)
     state = ctx.assemble(received, own)
     x = ctx.training_data(user).x
-    return replay(lambda: ctx.strategy.sync_statistics(ctx.load(state), x), answers)
+    return replay(lambda: ctx.strategy.sync_statistics(ctx.load(state), x), aggregates)

@@ -1,7 +1,7 @@
-"""Everything of a run that is fixed before its first round: data, model, who owns what. Checked here, once.
+"""The fixed context of a run: its data, model and ownership of entries.
 
-A setting is made once a process and run (`build_context`) and handed to the functions of a round; simulated
-clients share its scratch model, whose whole state is loaded before each use.
+`build_context` builds and checks it once per process and run. The functions of a round take it as an argument.
+Simulated clients share its scratch model, whose whole state is loaded before each use.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from fedbn.seeds import generator, numpy_generator
 from fedbn.strategies.base import NormStrategy
 from fedbn.strategies.ownership import Ownership
 
-EVERYONE = -1
-"""Index of the one client that holds all seen users' data when a strategy gathers them."""
+CENTRAL_TRAINER = -1
+"""Index of the only client of a centralized strategy, which holds all seen users' training data."""
 
 
 @dataclass(frozen=True)
 class RunContext:
-    """A run made concrete.
+    """A run with its data, model and ownership table.
 
     Attributes:
-        run: the value it was made from.
+        run: the run.
         population: users with their data, partitioned and shifted.
-        treatment: strategy and personalization.
-        ownership: who owns each entry of the model.
+        treatment: strategy and personalization method.
+        ownership: owner of each entry of the model.
         initial: the model's state before training, the same for every client.
-        scratch: one model for all to compute with.
-        notices: what the user should know and did not ask for.
+        scratch: the model that all clients share for computation.
+        notices: notices and warnings for the user.
     """
 
     run: Run
@@ -52,35 +52,35 @@ class RunContext:
 
     @property
     def strategy(self) -> NormStrategy:
-        """How normalization is treated."""
+        """The normalization strategy."""
         return self.treatment.norm
 
     @property
     def personal(self) -> Personalization:
-        """How clients personalize."""
+        """The personalization method."""
         return self.treatment.personal
 
     @cached_property
     def privacy(self) -> Privacy | None:
-        """How clients' messages are protected; None: not at all."""
+        """Protection of the clients' messages, or None."""
         return parse_privacy(self.run.privacy)
 
     @property
-    def asks_population(self) -> bool:
-        """Whether the rule of the online column starts users from what clients' statistics are."""
-        return bool(self.run.rule) and client_rule(self.run.rule).wants == "n0"
+    def uses_population_prior(self) -> bool:
+        """Whether the online rule starts users from a prior over the clients' statistics."""
+        return bool(self.run.rule) and client_rule(self.run.rule).requires == "n0"
 
     def receives_client_statistics(self, user: int) -> bool:
-        """Whether a user is told every client's statistics for the last evaluation."""
-        return user in self.population.unseen or self.asks_population
+        """Whether a user receives the statistics of all clients for the final evaluation."""
+        return user in self.population.unseen or self.uses_population_prior
 
     def group_of(self, user: int) -> str:
-        """Name of the view of the server's state that a user gets."""
-        return "" if user == EVERYONE else self.strategy.group_of(user, self.population.users[user])
+        """Name of the user's group; users of one group receive the same state."""
+        return "" if user == CENTRAL_TRAINER else self.strategy.group_of(user, self.population.users[user])
 
     @cached_property
-    def everyone(self) -> Examples:
-        """The pooled test rows of the matrix's global row."""
+    def pooled_test(self) -> Examples:
+        """Pooled test examples of all seen users, for the global row of the matrix."""
         return pooled_test(
             [self.population.users[i].test for i in self.population.seen],
             self.run.plan.global_test,
@@ -88,28 +88,35 @@ class RunContext:
         ).to(self.run.device)
 
     @cached_property
-    def gathered(self) -> Examples:
-        """All seen users' training examples."""
+    def pooled_training_data(self) -> Examples:
+        """Training examples of all seen users."""
         return Examples.concat([self.population.users[i].train for i in self.population.seen])
 
     @property
     def trainers(self) -> tuple[int, ...]:
-        """Who trains: the seen users, or the one place where their data are."""
-        return (EVERYONE,) if self.strategy.is_centralized else self.population.seen
+        """Indices of the clients that train: the seen users, or the central trainer."""
+        return (CENTRAL_TRAINER,) if self.strategy.is_centralized else self.population.seen
 
     def training_data(self, user: int) -> Examples:
-        """Training examples of one trainer."""
-        return self.gathered if user == EVERYONE else self.population.users[user].train
+        """Training examples of one client."""
+        return self.pooled_training_data if user == CENTRAL_TRAINER else self.population.users[user].train
 
-    def owners_of_rows(self, user: int) -> Tensor | None:
-        """``[n]`` whose each row of a trainer's data is, where batches are to be of one user; else None."""
-        if user != EVERYONE or not self.run.plan.user_batches:
+    def rng_user(self, user: int) -> int:
+        """User index that keys the random draws of a client's training.
+
+        The central trainer draws like the first seen user, so that with one user it trains exactly like that user.
+        """
+        return self.population.seen[0] if user == CENTRAL_TRAINER else user
+
+    def row_users(self, user: int) -> Tensor | None:
+        """Position ``[n]`` of each row's user in ``population.seen`` if batches are built per user; else None."""
+        if user != CENTRAL_TRAINER or not self.run.plan.user_batches:
             return None
         lengths = torch.tensor([len(self.population.users[i].train) for i in self.population.seen])
         return torch.arange(len(lengths)).repeat_interleave(lengths)
 
-    def sampled(self, round: int) -> list[int]:
-        """Who trains in a round, in order; drawn by (seed, round) alone."""
+    def sample_clients(self, round: int) -> list[int]:
+        """Sorted indices of the clients of a round; depends on (seed, round) only."""
         trainers = self.trainers
         count = self.run.plan.clients_per_round
         if count is None or count >= len(trainers):
@@ -118,23 +125,27 @@ class RunContext:
         return sorted(trainers[i] for i in draw.choice(len(trainers), count, replace=False).tolist())
 
     def weight(self, examples: int) -> float:
-        """A client's weight in the mean."""
+        """Aggregation weight of a client with this number of examples."""
         return float(examples) if self.run.plan.weighting == "samples" else 1.0
 
-    def start(self) -> State:
-        """The server's state before the first round: the travelling entries."""
+    def initial_server_state(self) -> State:
+        """The server's state before the first round: the initial shared entries."""
         return clone(split(self.initial, set(self.ownership.travels))[0])
 
     def assemble(self, received: State, client_state: State | None) -> State:
-        """A user's whole model: the server's entries, its own where it has them, initial ones otherwise."""
+        """Complete state of a user's model.
+
+        Retained entries come from the client's own state where it has them, other shared entries from the server, and
+        the rest from the initial model.
+        """
         if missing := [k for k in self.ownership.travels if k not in received]:
             raise KeyError(f"missing {missing}")
         own = client_state or {}
-        mine = {k: own[k] for k in self.ownership.retained if k in own}
+        retained = {k: own[k] for k in self.ownership.retained if k in own}
         server = {k: received[k] for k in self.ownership.travels}
-        return self.initial | server | mine
+        return self.initial | server | retained
 
     def load(self, state: State) -> nn.Module:
-        """The scratch model with exactly ``state``."""
+        """Load ``state`` into the scratch model and return the model."""
         self.scratch.load_state_dict(state, strict=True)
         return self.scratch

@@ -1,9 +1,9 @@
-"""The evaluation matrix: on whose data (rows), with which statistics (columns).
+"""The evaluation matrix: data (rows) by BN statistics (columns).
 
-Rows: *own*, a seen user's own later recordings; *global*, the pooled test rows of all seen users with that
-user's model; *unseen*, a user who never trained. Columns: *aggregated*, statistics as the strategy leaves
-them; *recalibrated*, measured again on the user's own unlabeled training recordings under the final
-weights; *online*, following the user's unlabeled test stream, each block predicted before it is used.
+Rows: *own*, a seen user's later recordings; *global*, the pooled test examples of all seen users with that user's
+model; *unseen*, a user who took no part in training. Columns: *aggregated*, statistics as the strategy produces them;
+*recalibrated*, statistics measured again on the user's unlabeled training recordings under the final weights;
+*online*, statistics that adapt to the user's unlabeled test stream, where each block is predicted before it is used.
 """
 
 from __future__ import annotations
@@ -29,30 +29,30 @@ def evaluate_user(
     calibration: Tensor,
     test: Examples,
     unseen: bool,
-    everyone: Examples | None,
+    pooled_test: Examples | None,
     columns: tuple[Column, ...] = COLUMNS,
     globally: tuple[Column, ...] = COLUMNS,
     online_prior: float = 256.0,
     online_rule: Rule | None = None,
     prior: Mapping[str, LayerPrior] | None = None,
-    follow: Callable[[nn.Module, Tensor], Tensor | None] = lambda model, x: None,
+    predict_stream: Callable[[nn.Module, Tensor], Tensor | None] = lambda model, x: None,
 ) -> list[Score]:
-    """All cells of one user.
+    """Score all cells of one user.
 
     Args:
         model: scratch model; left in an undefined state.
         state: the user's model as assembled after aggregation.
         calibration: the user's unlabeled training rows ``[n, *shape]``.
         test: the user's test rows in recorded order.
-        unseen: whether the user never trained.
-        everyone: pooled test rows, or None to leave the global row out.
-        columns: which columns; those that need statistics are left out of a model without any.
-        globally: the columns of the global row.
+        unseen: whether the user took no part in training.
+        pooled_test: test examples of the global row, or None to omit that row.
+        columns: columns to score; columns that need statistics are skipped for a model without any.
+        globally: columns of the global row.
         online_prior: weight of the source statistics in the online column, in windows.
-        online_rule: followed in the online column instead, window by window.
-        prior: what the user then starts from; None: the statistics of ``state``.
-        follow: the strategy's own way (`fedbn.strategies.base.NormStrategy.predict_stream`), which ``online_rule``
-            overrides.
+        online_rule: rule of the online column, applied window by window; None: blocks with ``online_prior``.
+        prior: starting point of ``online_rule``; None: the statistics of ``state``.
+        predict_stream: the strategy's hook `fedbn.strategies.base.NormStrategy.predict_stream`; ``online_rule`` takes
+            precedence.
     """
     row: Row = "unseen" if unseen else "own"
     stateful = bool(statistics_layers(model))
@@ -62,19 +62,19 @@ def evaluate_user(
         if column != "aggregated" and not stateful:
             continue
         model.load_state_dict(saved)
-        answer: Callable[[Tensor], Tensor] = partial(logits, model)
+        predict: Callable[[Tensor], Tensor] = partial(logits, model)
         if column == "online":
             if online_rule is None:
-                own = follow(model, test.x)
-                outputs = predict_online(model, test.x, prior=online_prior) if own is None else own
+                streamed = predict_stream(model, test.x)
+                outputs = predict_online(model, test.x, prior=online_prior) if streamed is None else streamed
             else:
                 outputs, net = follow_rule(model, test.x, online_rule, prior)
-                answer = partial(net.predict, user=USER)
+                predict = partial(net.predict, user=USER)
         else:
             if column == "recalibrated":
                 recalibrate(model, calibration)
             outputs = logits(model, test.x)
         out.append(score(row, column, outputs, test.y))
-        if everyone is not None and column in globally:
-            out.append(score("global", column, answer(everyone.x), everyone.y))
+        if pooled_test is not None and column in globally:
+            out.append(score("global", column, predict(pooled_test.x), pooled_test.y))
     return out

@@ -1,8 +1,7 @@
-"""A round of federation, as plain functions, and the readable one-process loop made of them.
+"""The reference loop: federated training in one process, as plain functions.
 
-`client_round`, `client_evaluation` and `client_consensus` are what a client does; `Server.advance` and
-`with_synced_statistics` what the server does. Flower's apps call the very same functions, so `federate` is the oracle
-of every engine.
+Clients run `client_round`, `client_evaluation` and `client_sync_statistics`; the server runs `Server.advance` and
+`with_synced_statistics`. The Flower apps call the same functions, and every engine is tested against `federate`.
 """
 
 from __future__ import annotations
@@ -11,10 +10,10 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from fedbn.federation.client import client_consensus, client_evaluation, client_round, client_sync_first_batch
+from fedbn.federation.client import client_evaluation, client_round, client_sync_first_batch, client_sync_statistics
 from fedbn.federation.context import RunContext
 from fedbn.federation.metrics import COLUMNS, Score
-from fedbn.federation.protection import protected
+from fedbn.federation.protection import protect_update
 from fedbn.federation.run import Run
 from fedbn.federation.server import (
     Outcome,
@@ -43,14 +42,14 @@ def federate(
     resume: Outcome | None = None,
     on_round: Callable[[int, Outcome], None] | None = None,
 ) -> Outcome:
-    """Run a whole federation in one process: the readable version, and the oracle of every engine.
+    """Run federated training in one process, as the reference for every engine.
 
     Args:
-        run: what to do.
-        ctx: the run made concrete; None: what `build_context` makes of it.
-        step: the server's step on parameters (None: take the mean).
-        resume: an unfinished outcome to go on from.
-        on_round: told after each round.
+        run: the run.
+        ctx: the run's context; built by `build_context` by default.
+        step: the server's optimizer step on parameters; by default the server takes the mean.
+        resume: an unfinished outcome to resume.
+        on_round: callback after each round, with its number and the outcome.
 
     >>> from fedbn.config import Plan
     >>> run = Run("digits8", "fedbn", plan=Plan(rounds=1, eval_every=1))
@@ -58,26 +57,26 @@ def federate(
     1
     """
     ctx = ctx or build_context(run)
-    began = time.perf_counter()
-    out = resume or Outcome(Server(ctx.start(), ctx.start()))
-    spent = out.seconds
+    start = time.perf_counter()
+    out = resume or Outcome(Server(ctx.initial_server_state(), ctx.initial_server_state()))
+    previous_seconds = out.seconds
     for number in range(len(out.curve) + 1, run.plan.rounds + 1):
         progress = Progress(number, run.plan.rounds)
-        sampled = ctx.sampled(number)
+        sampled = ctx.sample_clients(number)
         aggregates = list(_sync_first_batch(ctx, out, sampled, progress)) if ctx.strategy.syncs_first_batch else []
         updates = []
         for user in sampled:
-            received = out.server.sends(ctx, user)
-            mine = replace(progress, known=ctx.strategy.is_known_client(user, out.server.known))
+            received = out.server.state_for(ctx, user)
+            client_progress = replace(progress, known=ctx.strategy.is_known_client(user, out.server.known))
             update, out.client_states[user] = client_round(
-                ctx, user, received, out.client_states.get(user), mine, aggregates, out.server.broadcast
+                ctx, user, received, out.client_states.get(user), client_progress, aggregates, out.server.broadcast
             )
-            updates.append(protected(ctx, update, received, mine))
+            updates.append(protect_update(ctx, update, received, client_progress))
         out.trained |= dict.fromkeys(sampled, number)
-        out.traffic.round(updates, out.server.broadcast, aggregates)
+        out.traffic.count_round(updates, out.server.broadcast, aggregates)
         out.server.advance(ctx, updates, number, step)
         if is_evaluated(ctx, number) and ctx.strategy.syncs_statistics:
-            out.server.serving = with_synced_statistics(ctx, out.server.state, list(_talk(ctx, out)))
+            out.server.serving = with_synced_statistics(ctx, out.server.state, list(_sync_statistics(ctx, out)))
         scores = _evaluate(ctx, out, last=number == run.plan.rounds) if is_evaluated(ctx, number) else {}
         if number == run.plan.rounds:
             out.scores = scores
@@ -89,16 +88,16 @@ def federate(
                 mean_accuracy(ctx, scores, unseen=True),
             )
         )
-        out.seconds = spent + time.perf_counter() - began
+        out.seconds = previous_seconds + time.perf_counter() - start
         if on_round:
             on_round(number, out)
     return out
 
 
-def _talk(ctx: RunContext, out: Outcome) -> Iterator[dict[str, Moments]]:
+def _sync_statistics(ctx: RunContext, out: Outcome) -> Iterator[dict[str, Moments]]:
     return run_consensus(
-        lambda answers: [
-            client_consensus(ctx, u, out.server.state, out.client_states.get(u), answers) for u in ctx.trainers
+        lambda aggregates: [
+            client_sync_statistics(ctx, u, out.server.state, out.client_states.get(u), aggregates) for u in ctx.trainers
         ],
         traffic_counter(ctx, out, "statistics sync"),
     )
@@ -108,8 +107,10 @@ def _sync_first_batch(
     ctx: RunContext, out: Outcome, sampled: list[int], progress: Progress
 ) -> Iterator[dict[str, Moments]]:
     return run_consensus(
-        lambda answers: [
-            client_sync_first_batch(ctx, u, out.server.sends(ctx, u), out.client_states.get(u), progress, answers)
+        lambda aggregates: [
+            client_sync_first_batch(
+                ctx, u, out.server.state_for(ctx, u), out.client_states.get(u), progress, aggregates
+            )
             for u in sampled
         ],
         traffic_counter(ctx, out, "first-batch sync"),
@@ -121,7 +122,7 @@ def _evaluate(ctx: RunContext, out: Outcome, *, last: bool) -> dict[int, list[Sc
         user: client_evaluation(
             ctx,
             user,
-            out.server.sends(ctx, user, serving=True),
+            out.server.state_for(ctx, user, serving=True),
             out.client_states.get(user),
             columns=COLUMNS if last else COLUMNS[:1],
             globally=global_columns(ctx, user) if last else (),

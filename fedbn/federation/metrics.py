@@ -1,4 +1,4 @@
-"""Cells of the evaluation matrix: accuracy, macro-F1 and loss of a model on a set of rows."""
+"""Cells of the evaluation matrix: accuracy, macro-F1 and loss of a model on a set of examples."""
 
 from __future__ import annotations
 
@@ -12,15 +12,12 @@ from torch.nn import functional as F
 
 Row = Literal["own", "global", "unseen"]
 
-
 Column = Literal["aggregated", "recalibrated", "online", "initial", "mean", "pooled", "nearest", "mixture", "prior"]
-
 
 COLUMNS: tuple[Column, ...] = ("aggregated", "recalibrated", "online")
 
-
 STARTS: tuple[Column, ...] = ("initial", "mean", "pooled", "nearest", "mixture", "prior")
-"""What an unseen user may start from (`fedbn.federation.cold_start`)."""
+"""Initial statistics of an unseen user (`fedbn.federation.cold_start`)."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +25,9 @@ class Score:
     """One cell of the matrix for one user.
 
     Attributes:
-        row, column: where in the matrix.
-        n: examples tested.
-        accuracy: share right.
+        row, column: position in the matrix.
+        n: number of test examples.
+        accuracy: share of correct predictions.
         macro_f1: unweighted mean of F1 over the classes that occur or are predicted.
         loss: mean cross-entropy, in nats.
     """
@@ -61,52 +58,56 @@ def score(row: Row, column: Column, outputs: Tensor, y: Tensor) -> Score:
 
 
 def macro_f1(predicted: Tensor, y: Tensor, classes: int) -> float:
-    """Unweighted mean of F1 over the classes that occur or are predicted, of class numbers ``[n]`` each.
+    """Unweighted mean of F1 over the classes that occur or are predicted.
 
-    scikit-learn's ``f1_score`` gives the same and takes milliseconds to check its input: most of an evaluation of
+    Equal to scikit-learn's ``f1_score``, whose input checks take milliseconds and would dominate the evaluation of
     thousands of clients.
+
+    Args:
+        predicted: predicted classes ``[n]``.
+        y: labels ``[n]``.
+        classes: number of classes.
 
     >>> macro_f1(torch.tensor([0, 0, 1]), torch.tensor([0, 1, 1]), classes=3)
     0.6666666666666666
     """
-    right = torch.bincount(y[predicted == y], minlength=classes)
-    met = torch.bincount(y, minlength=classes) + torch.bincount(predicted, minlength=classes)
-    return float(_mean_f1(right, met))
+    correct = torch.bincount(y[predicted == y], minlength=classes)
+    occurring = torch.bincount(y, minlength=classes) + torch.bincount(predicted, minlength=classes)
+    return float(_mean_f1(correct, occurring))
 
 
-def _mean_f1(right: Tensor, met: Tensor) -> Tensor:
-    """Mean of F1 over the classes on the last axis, of how often each is right, and how often true or predicted."""
-    return (2 * right.double() / met.clamp_min(1)).sum(-1) / (met > 0).sum(-1)
+def _mean_f1(correct: Tensor, occurring: Tensor) -> Tensor:
+    """Mean F1 over the classes (last axis), from counts of correct predictions and of labels plus predictions."""
+    return (2 * correct.double() / occurring.clamp_min(1)).sum(-1) / (occurring > 0).sum(-1)
 
 
 def scores(rows: Sequence[Row], column: Column, outputs: Tensor, y: Tensor, n: Sequence[int]) -> list[Score]:
-    """`score` for K users at once, their examples side by side.
+    """Vectorized `score` for K users, padded to the same number of examples.
 
     Args:
-        rows: in the matrix, one a user.
-        column: of all.
+        rows: row of the matrix for each user.
+        column: column of all users.
         outputs: logits ``[K, B, classes]``.
         y: labels ``[K, B]``.
-        n: how many of the B each user has; what stands behind them does not count.
+        n: number of examples of each user; the remaining ones are padding.
 
     >>> outputs = torch.tensor([[[2.0, 0.0], [0.0, 2.0]], [[2.0, 0.0], [7.0, 7.0]]])
     >>> [s.accuracy for s in scores(["own", "own"], "aggregated", outputs, torch.tensor([[0, 0], [0, 0]]), [2, 1])]
     [0.5, 1.0]
     """
     k, width, classes = outputs.shape
-    many = torch.tensor(n, device=y.device)
-    counts = torch.arange(width, device=y.device) < many[:, None]
+    sizes = torch.tensor(n, device=y.device)
+    valid = torch.arange(width, device=y.device) < sizes[:, None]
     predicted = outputs.argmax(2)
-    right = (predicted == y) & counts
-    first = torch.arange(k, device=y.device)[:, None] * classes
+    correct = (predicted == y) & valid
+    offset = torch.arange(k, device=y.device)[:, None] * classes
 
-    def count(labels: Tensor, among: Tensor) -> Tensor:
-        return torch.bincount((labels + first)[among], minlength=k * classes).view(k, classes)
+    def count(labels: Tensor, mask: Tensor) -> Tensor:
+        return torch.bincount((labels + offset)[mask], minlength=k * classes).view(k, classes)
 
-    met = count(y, counts) + count(predicted, counts)
-    f1 = _mean_f1(count(y, right), met)
+    f1 = _mean_f1(count(y, correct), count(y, valid) + count(predicted, valid))
     losses = F.cross_entropy(outputs.double().flatten(0, 1), y.flatten(), reduction="none").view(k, width)
-    loss = torch.where(counts, losses, 0).sum(1) / many
-    accuracy = right.sum(1).double() / many
+    loss = torch.where(valid, losses, 0).sum(1) / sizes
+    accuracy = correct.sum(1).double() / sizes
     values = zip(rows, n, accuracy.tolist(), f1.tolist(), loss.tolist(), strict=True)
     return [Score(row, column, *numbers) for row, *numbers in values]

@@ -17,200 +17,194 @@ from fedbn.personalization.base import Personalization
 from fedbn.privacy.accounting import epsilon
 from fedbn.privacy.mechanism import (
     Privacy,
-    flat,
+    clip_and_noise,
+    flatten_entries,
     from_sums,
-    parameter_keys,
-    released,
     statistics_pairs,
     to_sums,
-    unflat,
+    unflatten_entries,
 )
-from fedbn.privacy.secure_aggregation import decode, encode, mask, total
+from fedbn.privacy.secure_aggregation import decode, encode, modular_sum, pairwise_mask
 from fedbn.seeds import generator
 from fedbn.strategies.base import NormStrategy, Progress, Update
 from fedbn.strategies.global_pooled import GlobalPooled
 
 
-def protected(ctx: RunContext, update: Update, received: State, progress: Progress) -> Update:
-    """What a client really sends in place of ``update``, under the run's protection.
+def protect_update(ctx: RunContext, update: Update, received: State, progress: Progress) -> Update:
+    """Apply the run's privacy protection to an update.
 
     Raises:
-        UserError: as `released`; or a value does not fit a secure sum.
+        UserError: as `clip_and_noise`; or a value that does not fit a secure sum.
     """
-    rule = ctx.privacy
-    if rule is None:
+    privacy = ctx.privacy
+    if privacy is None:
         return update
-    if rule.changes:
+    if privacy.is_bounded:
         draw = generator(ctx.run.seed, "privacy", progress.round, update.user)
-        if rule.entropy == "system":
+        if privacy.entropy == "system":
             draw.manual_seed(secrets.randbits(63))
-        update = released(rule, update, received, ctx.ownership, draw)
-    return masked(ctx, update, received, progress) if rule.secure else update
+        update = clip_and_noise(privacy, update, received, ctx.ownership, draw)
+    return mask_update(ctx, update, received, progress) if privacy.secure else update
 
 
-def statement(ctx: RunContext) -> list[str]:
-    """In words, what the run's protection guarantees and what it does not.
+def privacy_notices(ctx: RunContext) -> list[str]:
+    """Notices on what the run's privacy protection guarantees and what it does not.
 
     Raises:
-        UserError: the treatment tells what the protection does not cover; the accountant is missing.
+        UserError: the method sends data that the protection does not cover, or the accountant is missing.
     """
-    rule = ctx.privacy
-    if rule is None:
+    privacy = ctx.privacy
+    if privacy is None:
         return []
-    _require_covered(ctx, rule)
+    _require_covered(ctx, privacy)
     plan = ctx.run.plan
-    rounds = [ctx.sampled(r) for r in range(1, plan.rounds + 1)]
-    often = max(sum(u in sampled for sampled in rounds) for u in ctx.trainers)
-    parts = bool(parameter_keys(ctx.ownership)) + bool(statistics_pairs(ctx.ownership))
-    said = []
-    if rule.changes and plan.weighting == "samples":
-        said.append("privacy: numbers of examples are not sent, so every client counts the same")
+    rounds = [ctx.sample_clients(r) for r in range(1, plan.rounds + 1)]
+    participations = max(sum(u in sampled for sampled in rounds) for u in ctx.trainers)
+    parts = bool(ctx.ownership.shared_parameters) + bool(statistics_pairs(ctx.ownership))
+    notices = []
+    if privacy.is_bounded and plan.weighting == "samples":
+        notices.append("privacy: numbers of examples are not sent, so every client counts the same")
     if not parts:
-        said.append("privacy: nothing but losses and scores leaves a client here")
-    elif rule.noise:
+        notices.append("privacy: clients send nothing but losses and scores here")
+    elif privacy.noise:
         # Replacing a user moves a bounded vector by up to twice its bound.
-        spent = epsilon(rule.noise / 2, often * parts, rule.delta)
-        said.append(
-            f"privacy: user-level (all of one user's data replaced), against the server and everybody else: epsilon = "
-            f"{spent:.3g} at delta = {rule.delta:g}, for a user drawn in {often} rounds with {parts} noised parts each"
+        spent = epsilon(privacy.noise / 2, participations * parts, privacy.delta)
+        notices.append(
+            "privacy: user-level (all of one user's data replaced), against the server and all others: epsilon = "
+            f"{spent:.3g} at delta = {privacy.delta:g}, for a user sampled in "
+            f"{participations} rounds with {parts} noised parts each"
         )
-        if rule.secure:
-            drawn = len(rounds[0])
-            joint = epsilon(rule.noise * math.sqrt(drawn) / 2, often * parts, rule.delta)
-            said.append(
-                f"privacy: against who sees only the sums, if all {drawn} clients of a round add their noise: "
+        if privacy.secure:
+            clients = len(rounds[0])
+            joint = epsilon(privacy.noise * math.sqrt(clients) / 2, participations * parts, privacy.delta)
+            notices.append(
+                f"privacy: against an observer of the sums only, if all {clients} clients of a round add their noise: "
                 f"epsilon = {joint:.3g} at the same delta"
             )
-        if rule.entropy == "run":
-            said.append(
-                "privacy: the noise comes from the run's seed, so that the run repeats; where it has to protect, "
-                "entropy=system draws it afresh"
+        if privacy.entropy == "run":
+            notices.append(
+                "privacy: the noise comes from the run's seed, so that the run is reproducible; for real protection "
+                "use entropy=system"
             )
-    elif rule.changes:
-        said.append("privacy: messages are bounded but not noised: no differential privacy")
-    if rule.secure:
-        said.append("privacy: masks are drawn from the run's seed in place of agreed keys: a simulation of secure sums")
-    return [*said, "privacy: losses and scores, with which the study measures, are outside the protection"]
+    elif privacy.is_bounded:
+        notices.append("privacy: messages are clipped but not noised: no differential privacy")
+    if privacy.secure:
+        notices.append("privacy: masks are drawn from the run's seed, not from agreed keys: secure sums are simulated")
+    return [*notices, "privacy: losses and scores, which the study measures, are not protected"]
 
 
-def _require_covered(ctx: RunContext, rule: Privacy) -> None:
+def _require_covered(ctx: RunContext, privacy: Privacy) -> None:
     norm, personal = type(ctx.strategy), type(ctx.personal)
     name = ctx.run.strategy
     if norm.is_centralized:
-        raise UserError(f"privacy: {name} brings all data to one place, so there are no messages to protect")
-    tells = [
+        raise UserError(f"privacy: {name} pools all data in one place, so there are no messages to protect")
+    extra = [
         m for m in ("before_local_training", "after_local_training") if getattr(norm, m) is not getattr(NormStrategy, m)
     ]
-    tells += [m for m in ("syncs_statistics", "syncs_first_batch") if getattr(norm, m)]
-    if personal.server_broadcast is not _default_broadcast():
-        tells.append("server_broadcast")
-    if tells:
+    extra += [m for m in ("syncs_statistics", "syncs_first_batch") if getattr(norm, m)]
+    if personal.server_broadcast is not Personalization.server_broadcast:
+        extra.append("server_broadcast")
+    if extra:
         raise UserError(
-            f"privacy: {name} sends more than the model's entries ({', '.join(tells)}), which is not protected: "
-            "choose another treatment, or no --privacy"
+            f"privacy: {name} sends more than the model's entries ({', '.join(extra)}), which is not protected: "
+            "choose another method, or no --privacy"
         )
-    if rule.changes or rule.secure:
+    if privacy.is_bounded or privacy.secure:
         statistics_pairs(ctx.ownership)
-    if rule.secure:
+    if privacy.secure:
         require_summable(ctx)
 
 
-def _default_broadcast() -> object:
-
-    return Personalization.server_broadcast
-
-
 MASKED = "masked"
-"""Name of the one entry of a masked message."""
+"""Name of the only entry of a masked message."""
 
-
-EVERYBODY = -2
-"""Who a sum is from."""
+ALL_CLIENTS = -2
+"""User index of an update that is a sum over clients."""
 
 
 def message_size(ctx: RunContext) -> int:
-    """Numbers in a client's message: its weight, parameters, and two a channel with statistics."""
+    """Length of a client's masked message: weight, parameters, and two numbers per channel with statistics."""
     return 1 + sum(ctx.initial[k].numel() for k in ctx.ownership.travels)
 
 
-def masked(ctx: RunContext, update: Update, received: State, progress: Progress) -> Update:
-    """A client's message: weight, parameters and statistics in one masked vector.
+def mask_update(ctx: RunContext, update: Update, received: State, progress: Progress) -> Update:
+    """Pack weight, parameters and statistics of an update into one masked vector.
 
     Raises:
-        UserError: a number that does not fit.
+        UserError: a value does not fit a secure sum.
     """
-    rule = ctx.privacy
-    assert rule is not None
-    table, peers = ctx.ownership, ctx.sampled(progress.round)
+    privacy = ctx.privacy
+    assert privacy is not None
+    table, peers = ctx.ownership, ctx.sample_clients(progress.round)
     weight = ctx.weight(update.examples)
-    keys, pairs = parameter_keys(table), statistics_pairs(table)
-    moved = flat(update.state, keys) - flat(received, keys)
-    cpu = {k: v.cpu() for k, v in received.items()}
-    mine = {k: v.cpu() for k, v in update.state.items()}
-    vector = torch.cat([torch.ones(1).double(), moved, _statistics(ctx, mine, cpu, pairs)]) * weight
-    words = encode(vector, rule.bits, len(peers))
-    words = words + mask(update.user, peers, len(words), ctx.run.seed, progress.round)
+    keys, pairs = table.shared_parameters, statistics_pairs(table)
+    moved = flatten_entries(update.state, keys) - flatten_entries(received, keys)
+    center = {k: v.cpu() for k, v in received.items()}
+    trained = {k: v.cpu() for k, v in update.state.items()}
+    vector = torch.cat([torch.ones(1).double(), moved, _statistics(ctx, trained, center, pairs)]) * weight
+    words = encode(vector, privacy.bits, len(peers))
+    words = words + pairwise_mask(update.user, peers, len(words), ctx.run.seed, progress.round)
     return Update(update.user, {MASKED: torch.from_numpy(words.view(np.int64))}, 1, update.loss)
 
 
-def opened(ctx: RunContext, updates: Sequence[Update], sent: State, round: int) -> Update:
-    """The clients' mean as one update, from the sum of their messages.
+def unmask_mean(ctx: RunContext, updates: Sequence[Update], sent: State, round: int) -> Update:
+    """Mean of the clients' updates as one update, from the sum of their masked messages.
 
     Args:
         ctx: the run's context.
-        updates: what all clients of the round sent.
-        sent: what they were sent.
-        round: counted from 1.
+        updates: masked messages of all clients of the round.
+        sent: shared entries that the clients received.
+        round: the round, from 1.
 
     Raises:
-        UserError: a client's message is missing, so that masks do not cancel.
+        UserError: a client's message is missing, so that the masks do not cancel.
     """
-    rule = ctx.privacy
-    assert rule is not None
-    if missing := set(ctx.sampled(round)) - {u.user for u in updates}:
+    privacy = ctx.privacy
+    assert privacy is not None
+    if missing := set(ctx.sample_clients(round)) - {u.user for u in updates}:
         raise UserError(
-            f"secure sums need every client of a round, and {sorted(missing)} did not reply in round {round}: run it "
+            f"secure sums need every client of a round, but {sorted(missing)} did not reply in round {round}: run "
             "again, or without secure=true"
         )
-    vector = decode(total([u.state[MASKED].numpy().view(np.uint64) for u in updates]), rule.bits)
+    vector = decode(modular_sum([u.state[MASKED].numpy().view(np.uint64) for u in updates]), privacy.bits)
     table = ctx.ownership
-    keys, pairs = parameter_keys(table), statistics_pairs(table)
+    keys, pairs = table.shared_parameters, statistics_pairs(table)
     size = sum(sent[k].numel() for k in keys)
     mean = vector[1:] / vector[0]
-    cpu = {k: v.cpu() for k, v in sent.items()}
-    state = unflat(flat(sent, keys) + mean[:size], sent, keys)
+    center = {k: v.cpu() for k, v in sent.items()}
+    state = unflatten_entries(flatten_entries(sent, keys) + mean[:size], sent, keys)
     if pools_moments(ctx.strategy):
-        state |= from_sums(mean[size:], cpu, pairs, 0.0)
+        state |= from_sums(mean[size:], center, pairs, 0.0)
     else:
         names = [k for pair in pairs for k in pair]
-        state |= unflat(flat(cpu, names) + mean[size:], sent, names)
+        state |= unflatten_entries(flatten_entries(center, names) + mean[size:], sent, names)
     state = {k: state[k].to(sent[k].device) for k in table.travels}
-    return Update(EVERYBODY, state, 1, 0.0)
+    return Update(ALL_CLIENTS, state, 1, 0.0)
 
 
 def _statistics(ctx: RunContext, state: State, center: State, pairs: Sequence[tuple[str, str]]) -> Tensor:
     if pools_moments(ctx.strategy):
         return to_sums(state, center, pairs)
     names = [k for pair in pairs for k in pair]
-    return flat(state, names) - flat(center, names)
+    return flatten_entries(state, names) - flatten_entries(center, names)
 
 
 def pools_moments(strategy: NormStrategy) -> bool:
-    """Whether a strategy pools clients' moments, rather than averaging means and variances."""
+    """Whether a strategy pools clients' moments instead of averaging means and variances."""
     return type(strategy).aggregate_statistics is GlobalPooled.aggregate_statistics
 
 
 def require_summable(ctx: RunContext) -> None:
-    """Raise `UserError` unless sums over the clients are all that the strategy's server needs."""
+    """Raise `UserError` if the strategy's aggregation needs more than sums over the clients."""
     kind = type(ctx.strategy)
     if (
         kind.aggregate_statistics not in (NormStrategy.aggregate_statistics, GlobalPooled.aggregate_statistics)
         or kind.group_states is not NormStrategy.group_states
     ):
         raise UserError(
-            f"privacy: secure sums show the server no single client, but {ctx.run.strategy} looks at each: choose a "
-            "strategy that averages or pools, such as global-pooled, fedbn or silobn"
+            f"privacy: secure sums hide single clients from the server, but {ctx.run.strategy} needs each client's "
+            "update: choose a strategy that averages or pools, such as global-pooled, fedbn or silobn"
         )
-    few = min(len(ctx.sampled(r)) for r in range(1, ctx.run.plan.rounds + 1))
-    if few < 2:
-        raise UserError("privacy: a secure sum of one client is that client's message: let at least 2 take part")
+    smallest = min(len(ctx.sample_clients(r)) for r in range(1, ctx.run.plan.rounds + 1))
+    if smallest < 2:
+        raise UserError("privacy: a secure sum of one client reveals its message: sample at least 2 clients per round")

@@ -1,4 +1,4 @@
-"""The server's part of a round: aggregation, served states, the learning curve."""
+"""The server's part of a round: aggregation, states for users, and the learning curve."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 from fedbn.federation.context import RunContext
 from fedbn.federation.metrics import COLUMNS, Column, Score
-from fedbn.federation.protection import opened
+from fedbn.federation.protection import unmask_mean
 from fedbn.federation.traffic import Traffic
 from fedbn.nn.roles import Role, State, clone
 from fedbn.statistics.consensus import Aggregates
@@ -20,21 +20,21 @@ from fedbn.strategies.base import Progress, Update
 from fedbn.strategies.ownership import SEEDED
 
 ServerStep = Callable[[int, State, State, State], tuple[State, State]]
-"""How the server moves its parameters: (round, old, mean of the clients', memory) -> (new, memory)."""
+"""Server optimizer step: (round, old parameters, mean of the clients, memory) -> (new parameters, memory)."""
 
 
 @dataclass
 class Server:
-    """What the server knows between rounds.
+    """State of the server between rounds.
 
     Attributes:
-        state: entries that travel.
-        serving: the same with statistics that the strategy settled for evaluation.
-        memory: what the server's optimizer remembers.
-        groups: entries in which some clients' states differ from ``state``, by view.
-        known: what the strategy remembers for its views.
-        broadcast: what the personalization method tells all clients besides the model.
-        client_statistics: the last statistics that each client sent, for newcomers to start from.
+        state: the shared entries.
+        serving: the shared entries for evaluation, with synchronized statistics if the strategy synchronizes them.
+        memory: state of the server optimizer.
+        groups: entries in which a group's state differs from ``state``, by group.
+        known: the strategy's memory for `NormStrategy.group_states`.
+        broadcast: tensors of the personalization method that are sent to all clients besides the model.
+        client_statistics: the last statistics sent by each client, for cold starts of unseen users.
     """
 
     state: State
@@ -52,7 +52,9 @@ class Server:
         round: int,
         step: ServerStep | None = None,
     ) -> None:
-        """Aggregate: parameters by weighted mean and server step, statistics by the strategy's pool.
+        """Aggregate the updates of a round.
+
+        Parameters take the weighted mean and the server's optimizer step; statistics are aggregated by the strategy.
 
         Raises:
             ValueError: no updates.
@@ -61,11 +63,10 @@ class Server:
             raise ValueError("nothing to aggregate")
         secure = ctx.privacy is not None and ctx.privacy.secure
         if secure:
-            updates = [opened(ctx, updates, self.state, round)]
+            updates = [unmask_mean(ctx, updates, self.state, round)]
         weights = [ctx.weight(u.examples) for u in updates]
         table = ctx.ownership
-        statistics = [k for k in table.travels if table.roles[k] is Role.STATISTICS]
-        parameters = [k for k in table.travels if table.roles[k] is not Role.STATISTICS]
+        statistics, parameters = table.shared_statistics, table.shared_parameters
         new = {k: naive_mean([u.state[k] for u in updates], weights) for k in parameters}
         if step is not None and new:
             new, self.memory = step(round, {k: self.state[k] for k in parameters}, new, self.memory)
@@ -82,15 +83,15 @@ class Server:
         self.state = {k: new[k] for k in table.travels}
         self.serving = self.state
 
-    def sends(self, ctx: RunContext, user: int, *, serving: bool = False) -> State:
-        """The entries that one user is sent, for training or for evaluation."""
-        common = self.serving if serving else self.state
-        return common | self.groups.get(ctx.group_of(user), {}) if self.groups else common
+    def state_for(self, ctx: RunContext, user: int, *, serving: bool = False) -> State:
+        """Shared entries for one user, for training or (``serving``) for evaluation."""
+        state = self.serving if serving else self.state
+        return state | self.groups.get(ctx.group_of(user), {}) if self.groups else state
 
 
 @dataclass(frozen=True)
 class RoundMetrics:
-    """One round on the curve: training loss, and mean accuracies as aggregated where the round was evaluated."""
+    """Training loss of a round and, if it was evaluated, mean accuracies of seen (``own``) and unseen users."""
 
     round: int
     train_loss: float
@@ -100,7 +101,7 @@ class RoundMetrics:
 
 @dataclass(frozen=True)
 class ClientFailure:
-    """Something that went wrong in a round and was survived."""
+    """A client failure that the run tolerated."""
 
     round: int
     text: str
@@ -108,17 +109,17 @@ class ClientFailure:
 
 @dataclass
 class Outcome:
-    """A finished run.
+    """Result of a run, complete after the last round.
 
     Attributes:
         server: final server state.
-        client_states: what each user that trained keeps, by index.
-        curve: one point a round.
-        scores: the evaluation matrix's cells by user index.
-        seconds: time spent in this process, training and evaluation.
-        failures: what was survived.
-        traffic: what has travelled besides entries.
-        trained: the last round of each user whose training counted.
+        client_states: client state of each user that trained, by index.
+        curve: metrics of each round.
+        scores: cells of the evaluation matrix, by user index.
+        seconds: time spent on training and evaluation in this process.
+        failures: tolerated client failures.
+        traffic: bytes sent besides the model's entries.
+        trained: last round in which each user's training was aggregated.
     """
 
     server: Server
@@ -131,45 +132,45 @@ class Outcome:
     trained: dict[int, int] = field(default_factory=dict)
 
     def notices(self) -> list[str]:
-        """What was survived, in a sentence; nothing if nothing was."""
+        """Notices about tolerated failures."""
         if not self.failures:
             return []
         first = self.failures[0]
-        return [f"{len(self.failures)} faults were survived; the first, in round {first.round}: {first.text}"]
+        return [f"{len(self.failures)} client failures were tolerated; the first, in round {first.round}: {first.text}"]
 
 
-def with_synced_statistics(ctx: RunContext, state: State, answers: Sequence[dict[str, Moments]]) -> State:
-    """``state`` with its statistics replaced by those that the clients agreed on."""
+def with_synced_statistics(ctx: RunContext, state: State, aggregates: Aggregates) -> State:
+    """``state`` with the statistics that the clients synchronized."""
     model: nn.Module = ctx.load(ctx.assemble(state, None))
-    ctx.strategy.load_statistics(model, answers)
-    agreed = clone(statistics_of(model))
-    return {k: agreed.get(k, v) for k, v in state.items()}
+    ctx.strategy.load_statistics(model, aggregates)
+    synced = clone(statistics_of(model))
+    return {k: synced.get(k, v) for k, v in state.items()}
 
 
 def is_evaluated(ctx: RunContext, round: int) -> bool:
-    """Whether a round gets a point with accuracies on the curve."""
+    """Whether the users are evaluated after a round."""
     return round % ctx.run.plan.eval_every == 0 or round == ctx.run.plan.rounds
 
 
 def global_columns(ctx: RunContext, user: int) -> tuple[Column, ...]:
-    """The columns in which a user's model meets the pooled test set in the end.
+    """Columns of the final evaluation in which a user's model is also scored on the pooled test set.
 
-    As aggregated, every seen user's model does, or one user's where all models are the same.
+    *aggregated* is scored for every seen user, or for the first one only if all models are equal.
     """
-    if user in ctx.population.unseen or ctx.population.remote:  # nobody has all users' test rows
+    if user in ctx.population.unseen or ctx.population.remote:  # no node has the test rows of all users
         return ()
     personal = ctx.ownership.personal or ctx.treatment.personalizes or user == ctx.population.seen[0]
     return COLUMNS if personal else COLUMNS[1:]
 
 
 def served_users(ctx: RunContext) -> list[int]:
-    """Users with a model: everybody, except unseen users where no model is shared."""
+    """Users that have a model: all users, without the unseen ones if no model is shared."""
     is_local_only = ctx.treatment.is_local_only
     return [i for i in range(len(ctx.population.users)) if not (is_local_only and i in ctx.population.unseen)]
 
 
 def mean_accuracy(ctx: RunContext, scores: dict[int, list[Score]], unseen: bool) -> float | None:
-    """Mean over users of own accuracy as aggregated."""
+    """Mean accuracy of users on their own test data in the *aggregated* column."""
     users = ctx.population.unseen if unseen else ctx.population.seen
     values = [
         s.accuracy
@@ -181,7 +182,7 @@ def mean_accuracy(ctx: RunContext, scores: dict[int, list[Score]], unseen: bool)
 
 
 def mean_loss(updates: Sequence[Update]) -> float:
-    """Training loss over all examples of a round."""
+    """Mean training loss over all examples of a round."""
     total = sum(u.examples for u in updates)
     return sum(u.loss * u.examples for u in updates) / total
 
@@ -189,5 +190,5 @@ def mean_loss(updates: Sequence[Update]) -> float:
 def traffic_counter(
     ctx: RunContext, out: Outcome, purpose: str
 ) -> Callable[[Aggregates, Sequence[dict[str, Moments] | None]], None]:
-    """Counts the exchanges of a conversation for an outcome."""
-    return partial(out.traffic.talked, purpose, sum(ctx.ownership.sizes[k] for k in ctx.ownership.travels))
+    """Callback that counts the exchanges of a synchronization in an outcome's traffic."""
+    return partial(out.traffic.count_exchange, purpose, sum(ctx.ownership.sizes[k] for k in ctx.ownership.travels))

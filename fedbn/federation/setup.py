@@ -10,7 +10,7 @@ from fedbn.data.population import Population, User
 from fedbn.data.shift import shift
 from fedbn.data.splits import carve_validation
 from fedbn.errors import UserError
-from fedbn.federation.checks import check, check_data
+from fedbn.federation.checks import check_context, check_population
 from fedbn.federation.context import RunContext
 from fedbn.federation.run import Run
 from fedbn.models import build
@@ -24,10 +24,10 @@ from fedbn.strategies.ownership import Ownership
 def load_population(
     scenario_text: str, partition: str, shift_text: str, seed: int, validation: bool, device: str
 ) -> Population:
-    """The users of a run, computed once a process for all strategies that share them."""
+    """Load, partition and shift the users of a run; cached for all strategies that share them."""
     loaded = scenario(scenario_text).load(seed)
     if loaded.remote and (partition != "natural" or shift_text or validation):
-        raise UserError(f"{scenario_text}: data that lie with the nodes cannot be partitioned, shifted or split here")
+        raise UserError(f"{scenario_text}: the data stay on the nodes and cannot be partitioned, shifted or split here")
     population = shift(repartition(loaded, partition, seed), shift_text, seed)
     users = population.users
     unseen = population.unseen
@@ -43,7 +43,7 @@ def build_context(run: Run) -> RunContext:
     """Load, build and check everything a run needs.
 
     Raises:
-        UserError: whatever would fail or mislead later; nothing has been trained then.
+        UserError: settings or data that would fail or mislead later; raised before any training.
     """
     return build_context_for(
         run, load_population(run.scenario, run.partition, run.shift, run.seed, run.validation, run.device)
@@ -51,20 +51,22 @@ def build_context(run: Run) -> RunContext:
 
 
 def build_context_for(run: Run, population: Population) -> RunContext:
-    """As `build_context`, with users that are at hand already; of the run, what says where they are from is not read.
+    """Like `build_context`, for an existing population.
+
+    Settings of the run that describe the origin of the data are ignored.
 
     Raises:
         UserError: as `build_context`.
     """
-    check_data(population)
+    check_population(population)
     chosen = treatment(run.strategy)
     chosen.norm.validate_population(population)
     if population.remote and chosen.norm.is_centralized:
         raise UserError(
-            f"{run.strategy} brings all data to one place, but here they stay with the nodes: choose another"
+            f"{run.strategy} pools all data in one place, but here the data stay on the nodes: choose another strategy"
         )
     model = build(run.model or scenario(run.scenario).model, population.shape, len(population.classes), run.seed)
     model = chosen.norm.prepare_model(model).to(run.device)
     ownership = Ownership.of(model, chosen)
-    made = RunContext(run, population, chosen, ownership, clone(model.state_dict()), model, ())
-    return replace(made, notices=tuple(check(made)))
+    ctx = RunContext(run, population, chosen, ownership, clone(model.state_dict()), model, ())
+    return replace(ctx, notices=tuple(check_context(ctx)))

@@ -1,9 +1,8 @@
-"""What travels between the server and its clients besides the model's entries, counted in bytes of tensors.
+"""Bytes of tensors sent between server and clients besides the model's entries.
 
-Entries are counted role by role (`fedbn.strategies.ownership.Ownership.rows`). Conversations are not a matter of roles:
-they are counted here as they are held, so that a method which asks its clients dozens of times a round is seen to do
-so.
-Messages of evaluation are not counted: they measure a method and are no part of it.
+The model's entries are counted by role (`fedbn.strategies.ownership.Ownership.rows`). This module counts the other
+messages as they are sent, such as the dozens of exchanges per round in which some methods synchronize statistics.
+Messages of evaluation are not counted: they measure a method and are not part of it.
 """
 
 from __future__ import annotations
@@ -18,26 +17,26 @@ from fedbn.statistics.moments import Moments
 from fedbn.strategies.base import Update
 
 MESSAGE = "message"
-"""What stands for an owner in the rows of what is no entry: nobody keeps it."""
+"""Owner in the rows of `Traffic.rows`, which describe messages and not entries of the model."""
 
 REPEATED = "repeated"
-"""What a client hears again, since it keeps nothing between two messages: the model, and earlier answers."""
+"""Purpose of data that is sent again because clients are stateless between messages: model and earlier aggregates."""
 
 
 @dataclass
 class Traffic:
-    """Bytes by purpose, over all clients and rounds so far.
+    """Bytes by purpose, summed over all clients and rounds so far.
 
     Attributes:
-        trained: how many times a client was trained.
-        down: from the server to clients.
-        up: from clients to the server.
+        trained: number of local trainings, summed over clients and rounds.
+        down: bytes from the server to clients.
+        up: bytes from clients to the server.
 
     >>> import torch
-    >>> traffic, said = Traffic(), {"bn": Moments.of(torch.ones(4, 2))}
-    >>> traffic.talked("first-batch sync", 100, [], [said, said])  # each says a count, 2 means, 2 sums of squares
-    >>> traffic.talked("first-batch sync", 100, [said], [None, None])
-    >>> traffic.round([Update(u, {}, 4, 0.5) for u in (0, 1)], {}, [said])
+    >>> traffic, moments = Traffic(), {"bn": Moments.of(torch.ones(4, 2))}  # a count, 2 means, 2 sums of squares
+    >>> traffic.count_exchange("first-batch sync", 100, [], [moments, moments])
+    >>> traffic.count_exchange("first-batch sync", 100, [moments], [None, None])
+    >>> traffic.count_round([Update(u, {}, 4, 0.5) for u in (0, 1)], {}, [moments])
     >>> [(row["role"], row["bytes_down"], row["bytes_up"]) for row in traffic.rows()]
     [('first-batch sync', 40, 40), ('repeated', 240, 0)]
     """
@@ -46,37 +45,37 @@ class Traffic:
     down: dict[str, int] = field(default_factory=dict)
     up: dict[str, int] = field(default_factory=dict)
 
-    def talked(
-        self, purpose: str, model: int, answers: Aggregates, replies: Sequence[dict[str, Moments] | None]
+    def count_exchange(
+        self, purpose: str, model: int, aggregates: Aggregates, replies: Sequence[dict[str, Moments] | None]
     ) -> None:
-        """Count one exchange of a conversation.
+        """Count one exchange of a synchronization.
 
         Args:
-            purpose: of the conversation.
-            model: bytes of the model that goes with every question.
-            answers: all that clients are told; the last is new to them.
-            replies: what each client says.
+            purpose: name of the synchronization.
+            model: bytes of the model, which is sent with every request.
+            aggregates: all aggregates sent to the clients; only the last one is new to them.
+            replies: reply of each client.
         """
         clients = len(replies)
-        _add(self.down, purpose, clients * sum(_heard(answers[-1:])))
-        _add(self.down, REPEATED, clients * (model + sum(_heard(answers[:-1]))))
-        _add(self.up, purpose, sum(_heard([reply for reply in replies if reply is not None])))
+        _add(self.down, purpose, clients * sum(_sizes(aggregates[-1:])))
+        _add(self.down, REPEATED, clients * (model + sum(_sizes(aggregates[:-1]))))
+        _add(self.up, purpose, sum(_sizes([reply for reply in replies if reply is not None])))
 
-    def round(self, updates: Sequence[Update], broadcast: State, aggregates: Aggregates) -> None:
+    def count_round(self, updates: Sequence[Update], broadcast: State, aggregates: Aggregates) -> None:
         """Count a round of training.
 
         Args:
-            updates: what came back.
-            broadcast: what all clients were told besides the model.
-            aggregates: the answers of the round's conversation, which go with the model.
+            updates: updates of the clients.
+            broadcast: tensors sent to all clients besides the model.
+            aggregates: results of the round's first-batch synchronization, which are sent with the model.
         """
         self.trained += len(updates)
         _add(self.down, "notes", len(updates) * _size(broadcast))
-        _add(self.down, REPEATED, len(updates) * sum(_heard(aggregates)))
+        _add(self.down, REPEATED, len(updates) * sum(_sizes(aggregates)))
         _add(self.up, "notes", sum(_size(update.notes) for update in updates))
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row per purpose, as `fedbn.strategies.ownership.Ownership.rows`: rounded bytes per client and round."""
+        """Rounded bytes per client and round, one row per purpose, in the format of `Ownership.rows`."""
         purposes = [p for p in dict.fromkeys([*self.down, *self.up]) if self.down.get(p) or self.up.get(p)]
         return [
             {
@@ -96,8 +95,8 @@ def _add(counts: dict[str, int], purpose: str, size: int) -> None:
     counts[purpose] = counts.get(purpose, 0) + size
 
 
-def _heard(answers: Aggregates) -> list[int]:
-    return [_size(flatten(answer)) for answer in answers]
+def _sizes(messages: Sequence[dict[str, Moments]]) -> list[int]:
+    return [_size(flatten(message)) for message in messages]
 
 
 def _size(state: State) -> int:

@@ -1,10 +1,9 @@
-"""Local training: plain SGD over shuffled batches, every draw keyed by (seed, round, user)."""
+"""Local training: SGD over shuffled batches, with all random draws keyed by (seed, round, user)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +16,13 @@ from fedbn.nn.roles import State, statistics_layers
 from fedbn.seeds import generator, key
 
 
-def computed(model: Callable[[Tensor], Tensor], x: Tensor, precision: Precision) -> Tensor:
-    """The answers to ``x`` of a training step, its products and convolutions in a precision.
+def autocast_forward(model: Callable[[Tensor], Tensor], x: Tensor, precision: Precision) -> Tensor:
+    """Forward pass of a training step, optionally under ``torch.autocast``.
 
-    Batch statistics and all losses are float32 in either: normalization layers of torch sum half precision that way.
+    Batch statistics and losses are float32 in either precision: PyTorch's normalization layers sum half-precision
+    inputs in float32.
 
-    >>> computed(nn.Linear(2, 3), torch.zeros(4, 2), "bfloat16").dtype
+    >>> autocast_forward(nn.Linear(2, 3), torch.zeros(4, 2), "bfloat16").dtype
     torch.float32
     """
     if precision == "float32":
@@ -31,25 +31,27 @@ def computed(model: Callable[[Tensor], Tensor], x: Tensor, precision: Precision)
         return model(x).float()
 
 
-class _Apart:
-    """Running statistics of several users of one model: each goes on from its own, all from where the model was."""
+class _PerUserStatistics:
+    """Separate running statistics of several users for one model; all start from the model's."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, row_users: Tensor) -> None:
+        self._row_users = row_users
         self._entries = [b for layer in statistics_layers(model).values() for b in layer.buffers(recurse=False)]
         self._start = [b.clone() for b in self._entries]
-        self._now: dict[int, list[Tensor]] = {}
+        self._values: dict[int, list[Tensor]] = {}
 
     @contextmanager
-    def of(self, user: int) -> Iterator[None]:
-        """Inside, the model has one user's."""
-        self._write(self._now.get(user, self._start))
+    def of_row(self, row: int) -> Iterator[None]:
+        """Context in which the model uses the statistics of a row's user."""
+        user = int(self._row_users[row])
+        self._write(self._values.get(user, self._start))
         yield
-        self._now[user] = [b.clone() for b in self._entries]
+        self._values[user] = [b.clone() for b in self._entries]
 
     def average(self) -> None:
-        """The model gets the mean over users, each counting the same, and the highest counter."""
-        together = [torch.stack(values) for values in zip(*self._now.values(), strict=True)]
-        self._write([t.mean(0) if t.is_floating_point() else t.amax(0) for t in together])
+        """Write the unweighted mean over users, and the highest counter, into the model."""
+        stacked = [torch.stack(values) for values in zip(*self._values.values(), strict=True)]
+        self._write([t.mean(0) if t.is_floating_point() else t.amax(0) for t in stacked])
 
     def _write(self, values: list[Tensor]) -> None:
         for entry, value in zip(self._entries, values, strict=True):
@@ -71,34 +73,34 @@ def fit(
     on_before_optimizer_step: Callable[[nn.Module], None] | None = None,
     optimizer_state: State | None = None,
     purpose: str = "",
-    owners: Tensor | None = None,
+    row_users: Tensor | None = None,
 ) -> tuple[float, State]:
     """Train ``model`` in place for one round.
 
     Args:
-        model: in the mode that the strategy has set.
+        model: the model, in the training mode set by the strategy.
         data: the user's training examples, on the model's device.
         plan: settings.
         seed: the run's seed.
         round: the round, from 1.
         user: index of the user.
-        pull: weight mu and values by parameter name; adds mu/2 times the squared distance to them to the loss.
+        pull: weight mu and target values by parameter name; adds mu/2 times the squared distance to the loss.
         only: names of the parameters to train; all by default.
         epochs: passes over the data; the plan's by default.
         lr: learning rate; the plan's for this round by default.
         on_before_optimizer_step: called between backward pass and optimizer step.
         optimizer_state: momentum buffers from the user's last round, by parameter name.
-        purpose: tells the draws of several trainings within a round apart.
-        owners: ``[n]`` whose each row is: batches are then of one user, who has running statistics of its own, and the
-            model is left with their mean over users.
+        purpose: separates the random draws of several trainings within a round.
+        row_users: user ``[n]`` of each row. If given, each batch holds rows of one user and updates separate running
+            statistics of that user; the model ends with their mean over users.
 
     Returns:
         Mean loss over the round's examples, and the momentum buffers (empty unless the plan keeps them).
     """
     epochs = plan.local_epochs if epochs is None else epochs
-    everything = dict(model.named_parameters())
-    frozen = [p for n, p in everything.items() if p.requires_grad and only is not None and n not in only]
-    named = {n: p for n, p in everything.items() if p.requires_grad and (only is None or n in only)}
+    parameters = dict(model.named_parameters())
+    frozen = [p for n, p in parameters.items() if p.requires_grad and only is not None and n not in only]
+    named = {n: p for n, p in parameters.items() if p.requires_grad and (only is None or n in only)}
     optimizer = torch.optim.SGD(
         named.values(),
         lr=plan.rate(round) if lr is None else lr,
@@ -110,7 +112,7 @@ def fit(
             continue
         optimizer.state[named[name]]["momentum_buffer"] = buffer.to(named[name].device).clone()
     weight, anchor = pull[0], {n: v.detach() for n, v in pull[1].items() if n in named}
-    apart = _Apart(model) if owners is not None else None
+    per_user = None if row_users is None else _PerUserStatistics(model, row_users)
     total = torch.zeros((), device=data.x.device)
     for parameter in frozen:
         parameter.requires_grad_(False)
@@ -118,12 +120,12 @@ def fit(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(key(seed, "noise" + purpose, round, user))  # dropout draws from the global generator
             for epoch in range(epochs):
-                for index in epoch_batches(len(data), plan, seed, round, user, epoch, purpose, owners):
-                    of_user = nullcontext() if apart is None else apart.of(int(cast(Tensor, owners)[index[0]]))
+                for index in epoch_batches(len(data), plan, seed, round, user, epoch, purpose, row_users):
+                    statistics = nullcontext() if per_user is None else per_user.of_row(int(index[0]))
                     index = index.to(data.x.device)
                     optimizer.zero_grad()
-                    with of_user:
-                        loss = F.cross_entropy(computed(model, data.x[index], plan.precision), data.y[index])
+                    with statistics:
+                        loss = F.cross_entropy(autocast_forward(model, data.x[index], plan.precision), data.y[index])
                     total += loss.detach() * len(index)
                     if weight and anchor:
                         loss = loss + weight / 2 * sum(((named[n] - to) ** 2).sum() for n, to in anchor.items())
@@ -134,8 +136,8 @@ def fit(
     finally:
         for parameter in frozen:
             parameter.requires_grad_(True)
-    if apart is not None:
-        apart.average()
+    if per_user is not None:
+        per_user.average()
     buffers_out: State = {}
     if plan.optimizer_state == "keep":
         buffers_out = {
@@ -154,13 +156,13 @@ def epoch_batches(
     user: int,
     epoch: int,
     purpose: str = "",
-    owners: Tensor | None = None,
+    row_users: Tensor | None = None,
 ) -> Iterator[Tensor]:
-    """The batches of one epoch of a user's local training, as rows of its data."""
+    """Row indices of the batches of one epoch of a user's local training."""
     draw = shuffle(seed, round, user, epoch, purpose)
-    return batches(n, plan.batch_size, draw) if owners is None else user_batches(owners, plan.batch_size, draw)
+    return batches(n, plan.batch_size, draw) if row_users is None else user_batches(row_users, plan.batch_size, draw)
 
 
 def shuffle(seed: int, round: int, user: int, epoch: int, purpose: str = "") -> torch.Generator:
-    """Draws the order of one epoch of a user's local training."""
+    """Generator that shuffles one epoch of a user's local training."""
     return generator(seed, "shuffle" + purpose, round, user, epoch)

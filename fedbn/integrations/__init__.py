@@ -1,1 +1,1 @@
-"""Interfaces to scikit-learn, Lightning, export formats and pre-trained weights."""
+"""Integrations: scikit-learn, Lightning, export formats and pretrained weights."""

@@ -1,6 +1,6 @@
-"""A model as a file for elsewhere: ONNX, torch.export, or bare tensors; nothing of this project is needed to run it.
+"""Export a model to ONNX, torch.export or safetensors; the file does not depend on this project.
 
-What is written is read back and run, and must say what the model says: an export that is almost right is refused.
+The file is read back and run, and its outputs must match those of the model. Otherwise the export fails.
 """
 
 from __future__ import annotations
@@ -18,75 +18,79 @@ from torch.fx.experimental.optimization import fuse
 from fedbn.errors import UserError, unknown
 
 TOLERANCE = 1e-4
-"""Largest difference of an output, relative to the largest output, that a file may have to its model."""
+"""Maximum difference between an output of the file and of the model, relative to the largest output."""
 
 
-def folded(model: nn.Module) -> nn.Module:
-    """A copy in evaluation mode, each BN layer right after a linear or convolutional one folded into it.
+def fold_batch_norm(model: nn.Module) -> nn.Module:
+    """Copy of the model in evaluation mode with BN layers folded into the preceding linear or convolutional layers.
 
     Raises:
-        UserError: the model cannot be traced, for example because it branches on values.
+        UserError: if the model cannot be traced, for example because it branches on values.
 
     >>> net = nn.Sequential(nn.Conv1d(2, 3, 3), nn.BatchNorm1d(3), nn.ReLU())
-    >>> [type(m).__name__ for m in folded(net).children()]
+    >>> [type(m).__name__ for m in fold_batch_norm(net).children()]
     ['Conv1d', 'ReLU']
     """
     try:
         return fuse(model.eval())
-    except Exception as error:  # whatever a user's forward does when it is traced
+    except Exception as error:  # tracing a user's forward may raise any exception
         raise UserError(
             f"{type(model).__name__} cannot be traced, so BN cannot be folded ({error}): export without folding"
         ) from error
 
 
 def export(model: nn.Module, example: Tensor, path: Path) -> float:
-    """Write ``model`` in evaluation mode to a file, its format told by the suffix.
+    """Write ``model`` in evaluation mode to a file; the suffix determines the format.
 
     Args:
-        model: any; of a `fedbn.online.Personalized` what its ``export(user)`` gives.
-        example: rows ``[n, *shape]``, at least 2; the file takes any number of rows.
+        model: any model; for a `fedbn.online.Personalized`, the result of its ``export(user)``.
+        example: input rows ``[n, *shape]``, at least 2. The file accepts any number of rows.
         path: ``.onnx`` (any ONNX runtime), ``.pt2`` (`torch.export.load`) or ``.safetensors`` (the state dict).
 
     Returns:
-        The largest difference between an output of the file and of the model, on the example.
+        The largest absolute difference between the outputs of the file and of the model on the example.
 
     Raises:
-        UserError: another suffix, packages missing, a model that cannot be exported, or a file that says otherwise.
+        UserError: if the suffix is unknown, packages are missing, the model cannot be exported, or the outputs of the
+            file differ from those of the model.
     """
     path = Path(path)
     if path.suffix not in WRITERS:
         raise unknown("suffix of an export", path.suffix or path.name, WRITERS)
     model = model.eval()
     with torch.no_grad():
-        wanted = model(example)
+        expected = model(example)
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            read = WRITERS[path.suffix](model, example, path)
+            exported = WRITERS[path.suffix](model, example, path)
         except ImportError as error:
             raise UserError(f"{path.suffix} needs packages ({error}): pip install 'fedbn[onnx]'") from None
         except (OSError, UserError):
             raise
-        except Exception as error:  # exporters raise whatever they like
+        except Exception as error:  # exporters may raise any exception
             raise UserError(f"{type(model).__name__} cannot be exported as {path.suffix}: {error}") from error
-        # Half of the rows too: a file that only takes the example's number of rows is of no use.
-        differences = [(read(example[:n]) - wanted[:n]).abs().max() for n in (len(example), max(1, len(example) // 2))]
+        # Half of the rows too: the file must accept any number of rows.
+        sizes = (len(example), max(1, len(example) // 2))
+        differences = [(exported(example[:n]) - expected[:n]).abs().max() for n in sizes]
     difference = float(max(differences))
-    if not difference <= TOLERANCE * max(1.0, float(wanted.abs().max())):
+    if not difference <= TOLERANCE * max(1.0, float(expected.abs().max())):
         path.unlink()
-        raise UserError(f"{path} would differ from the model by {difference:.2g}: it is not written")
+        raise UserError(
+            f"{path} would differ from the model by {difference:.2g}, so it was removed: use another suffix"
+        )
     return difference
 
 
 def _onnx(model: nn.Module, example: Tensor, path: Path) -> Callable[[Tensor], Tensor]:
     import onnxruntime
-    import onnxscript as onnxscript  # what torch.onnx needs; asked for first, so that its lack is said plainly
+    import onnxscript as onnxscript  # needed by torch.onnx; imported first for a clear error if it is missing
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of the exporter to itself
-        # The exporter warns for every operator of torchvision that is not there.
-        said = logging.getLogger("torch.onnx")
-        before = said.level
-        said.setLevel(logging.ERROR)
+        warnings.simplefilter("ignore", FutureWarning)  # raised inside the exporter
+        # The exporter warns about every torchvision operator that is not installed.
+        logger = logging.getLogger("torch.onnx")
+        level = logger.level
+        logger.setLevel(logging.ERROR)
         try:
             torch.onnx.export(
                 model,
@@ -100,14 +104,14 @@ def _onnx(model: nn.Module, example: Tensor, path: Path) -> Callable[[Tensor], T
                 verbose=False,
             )
         finally:
-            said.setLevel(before)
+            logger.setLevel(level)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     return lambda x: torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
 
 
 def _pt2(model: nn.Module, example: Tensor, path: Path) -> Callable[[Tensor], Tensor]:
-    made = torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
-    torch.export.save(made, path)
+    program = torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+    torch.export.save(program, path)
     return torch.export.load(path).module()
 
 

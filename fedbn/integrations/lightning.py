@@ -1,6 +1,6 @@
-"""Normalization in Lightning: convert layers before a fit, measure statistics exactly after it (``fedbn[lightning]``).
+"""Lightning callback that converts normalization layers and recalibrates statistics (``fedbn[lightning]``).
 
-Lightning is imported when a callback is asked for: it takes seconds.
+Lightning is imported when a callback is created, because the import takes seconds.
 """
 
 from __future__ import annotations
@@ -20,53 +20,52 @@ if TYPE_CHECKING:
     from lightning.pytorch import Callback
 
 
-def first(batch: Any) -> Tensor:
-    """The inputs of a batch that is a tensor, or a sequence with them first.
+def first_tensor(batch: Any) -> Tensor:
+    """Inputs of a batch that is a tensor, or a sequence that starts with one.
 
     Raises:
-        UserError: it is neither.
+        UserError: if the batch is neither.
 
-    >>> first((torch.ones(2), "labels"))
+    >>> first_tensor((torch.ones(2), "labels"))
     tensor([1., 1.])
     """
-    found = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
-    if not isinstance(found, Tensor):
-        raise UserError(f"a batch is a {type(batch).__name__}: tell normalization(inputs=...) where its inputs are")
-    return found
+    inputs = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+    if not isinstance(inputs, Tensor):
+        raise UserError(f"a batch is a {type(batch).__name__}: set normalization(inputs=...) to select its inputs")
+    return inputs
 
 
 def normalization(
-    kind: str = "", *, rows: int = 4096, inputs: Callable[[Any], Tensor] = first, **options: object
+    kind: str = "", *, rows: int = 4096, inputs: Callable[[Any], Tensor] = first_tensor, **options: object
 ) -> Callback:
-    """A callback for `lightning.pytorch.Trainer`.
+    """Create a callback for `lightning.pytorch.Trainer`.
 
-    Before a fit, `fedbn.nn.conversion.convert` turns the module's normalization layers into ``kind``, in time for its
-    optimizers. When training ends, `fedbn.statistics.recalibration.recalibrate` replaces the running averages by the
-    exact moments of training inputs under the final weights; checkpoints that were written before have the running
-    averages.
+    Before a fit, and before the optimizers are created, `fedbn.nn.conversion.convert` converts the module's
+    normalization layers to ``kind``. When training ends, `fedbn.statistics.recalibration.recalibrate` replaces the
+    running averages with the exact moments of training inputs under the final weights. Checkpoints written before that
+    contain the running averages.
 
     Args:
-        kind: such as ``group``; empty: layers stay.
-        rows: training inputs that are measured at least, if there are as many; 0: none.
-        inputs: batch -> what the module's ``forward`` takes.
-        **options: of the kind, for example ``groups``.
+        kind: kind of normalization such as ``group``; empty to keep the layers.
+        rows: minimum number of training inputs for recalibration (all, if there are fewer); 0 to skip it.
+        inputs: function that maps a batch to the input of the module's ``forward``.
+        **options: options of the kind, for example ``groups``.
 
     Raises:
-        UserError: Lightning is not installed; when the fit begins, whatever `fedbn.nn.conversion.convert` refuses,
-            statistics to be measured that the module has not, or several processes, each of which would measure its own
-            share.
+        UserError: if Lightning is not installed. When the fit starts: if `fedbn.nn.conversion.convert` rejects the
+            module or the options, the module has no running statistics to recalibrate, or there are several processes.
     """
     if rows < 0:
         raise UserError(f"rows must be 0 or more, not {rows}")
     try:
-        made = _kind()
+        callback = _callback_class()
     except ImportError as error:
         raise UserError(f"this needs Lightning ({error}): pip install 'fedbn[lightning]'") from None
-    return made(kind, rows, inputs, options)
+    return callback(kind, rows, inputs, options)
 
 
 @cache
-def _kind() -> Callable[..., Callback]:
+def _callback_class() -> Callable[..., Callback]:
     from lightning.pytorch import Callback
 
     class Normalization(Callback):
@@ -80,20 +79,20 @@ def _kind() -> Callable[..., Callback]:
             if self.kind and self.converted is not pl_module:
                 self.converted = convert(pl_module, self.kind, **self.options)
             if self.rows:
-                require_statistics(pl_module, "measuring statistics after a fit (rows=0 leaves it out)")
+                require_statistics(pl_module, "recalibration after a fit (rows=0 skips it)")
                 if trainer.world_size > 1:
                     raise UserError(
-                        f"{trainer.world_size} processes would each measure their own share: give rows=0, and call "
+                        f"{trainer.world_size} processes would each use only their own data: set rows=0, and call "
                         "fedbn.statistics.recalibration.recalibrate on the finished model"
                     )
 
         def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-            found: list[Tensor] = []
+            parts: list[Tensor] = []
             for batch in trainer.train_dataloader if self.rows else ():
-                found.append(self.inputs(batch))
-                if sum(map(len, found)) >= self.rows:
+                parts.append(self.inputs(batch))
+                if sum(map(len, parts)) >= self.rows:
                     break
-            if found:
-                recalibrate(pl_module, torch.cat(found).to(pl_module.device))
+            if parts:
+                recalibrate(pl_module, torch.cat(parts).to(pl_module.device))
 
     return Normalization

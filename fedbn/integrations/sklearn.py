@@ -1,4 +1,4 @@
-"""A personalized classifier with scikit-learn's interface: `fit`, `predict`, `score`, and `adapt` for one user."""
+"""Personalized classifier with the interface of scikit-learn, plus `adapt` for user-specific statistics."""
 
 from __future__ import annotations
 
@@ -30,31 +30,32 @@ Users = str | int | Sequence[str | int] | NDArray[Any]
 
 
 class PersonalizedClassifier(ClassifierMixin, BaseEstimator):
-    """Train one network over all users, then let each user's statistics follow that user's unlabeled rows.
+    """Train one network on all users, then adapt each user's statistics to unlabeled rows of that user.
 
-    `fit` federates over the groups; `predict` never changes anything; `adapt` moves one user's statistics. Rows are
-    ``[n, features]`` or of any shape that the model takes, such as windows ``[n, channels, time]``.
+    `fit` trains with federated learning over the groups, `predict` changes no state, and `adapt` updates the statistics
+    of users. Rows are ``[n, features]`` or of any shape that the model accepts, such as windows ``[n, channels,
+    time]``.
 
     Args:
-        model: built-in network or ``package.module:factory``; one with BN layers.
-        rule: how statistics follow a user (``fedbn list rules``).
-        strategy: treatment of normalization in training (``fedbn list strategies``).
-        rounds: rounds of federation; with one group, epochs.
-        batch_size: rows a step.
+        model: built-in network or ``package.module:factory`` with BN layers.
+        rule: adaptation rule (``fedbn list rules``).
+        strategy: normalization strategy during training (``fedbn list strategies``).
+        rounds: number of federated rounds; with one group, number of epochs.
+        batch_size: training batch size.
         lr: learning rate.
-        random_state: of initial weights and shuffling.
+        random_state: seed of initial weights and shuffling.
 
     Attributes:
-        classes_: labels met in `fit`.
-        n_features_in_: size of the second axis of what was fitted.
-        network_: the users' `fedbn.online.Personalized`.
+        classes_: class labels seen during `fit`.
+        n_features_in_: size of the second axis of the training data.
+        network_: `fedbn.online.Personalized` network with the statistics of all users.
 
     >>> rng = np.random.default_rng(0)
     >>> X, y = rng.normal(size=(80, 4)), np.repeat(["rest", "walk"], 40)
     >>> X[40:] += 3
     >>> shifted = X + np.repeat([[0.0], [1.0]], 40, 0).take(np.arange(80) % 2 * 40, 0)
-    >>> ours = PersonalizedClassifier(rounds=5, random_state=0).fit(shifted, y, groups=np.arange(80) % 2)
-    >>> ours.adapt(X, user="new").predict(X[[0, 79]], user="new").tolist()
+    >>> clf = PersonalizedClassifier(rounds=5, random_state=0).fit(shifted, y, groups=np.arange(80) % 2)
+    >>> clf.adapt(X, user="new").predict(X[[0, 79]], user="new").tolist()
     ['rest', 'walk']
     """
 
@@ -77,42 +78,43 @@ class PersonalizedClassifier(ClassifierMixin, BaseEstimator):
         self.random_state = random_state
 
     def fit(self, X: ArrayLike, y: ArrayLike, groups: ArrayLike | None = None) -> PersonalizedClassifier:
-        """Federate over the groups; nobody's statistics have moved afterwards.
+        """Train with federated learning over the groups; afterwards no user has adapted statistics.
 
         Args:
-            X: rows ``[n, ...]``, of each group in recorded order.
-            y: classes ``[n]``.
-            groups: whose each row is ``[n]``; None: all are one user's.
+            X: rows ``[n, ...]``, in the order of recording within each group.
+            y: class labels ``[n]``.
+            groups: user of each row ``[n]``; None if all rows are of one user.
 
         Raises:
-            ValueError: data that cannot be trained on, as scikit-learn says it.
-            UserError: an unknown name, a setting out of range, a group of one row, or a strategy without statistics.
+            ValueError: if the data are invalid, as in other estimators of scikit-learn.
+            UserError: if a name is unknown, a setting is out of range, a group has one row, or the strategy has no
+                statistics.
         """
         rows, labels = validate_data(self, X, y, allow_nd=True, dtype=np.float32)
         check_classification_targets(labels)
         encoder = LabelEncoder().fit(labels)
         self.classes_ = encoder.classes_
-        owners: NDArray[Any] = np.zeros(len(rows)) if groups is None else np.asarray(groups)
-        if owners.shape != (len(rows),):
-            raise UserError(f"{len(rows)} rows and groups of shape {list(owners.shape)}: give one group a row")
+        row_groups: NDArray[Any] = np.zeros(len(rows)) if groups is None else np.asarray(groups)
+        if row_groups.shape != (len(rows),):
+            raise UserError(f"{len(rows)} rows and groups of shape {list(row_groups.shape)}: pass one group per row")
         if len(rows) < 2:
-            raise UserError("batch normalization cannot train on 1 sample: give at least 2")
+            raise UserError("batch normalization cannot train on 1 sample: pass at least 2")
         data = Examples(_tensor(rows), torch.as_tensor(encoder.transform(labels)).long(), torch.zeros(len(rows)).long())
         users = tuple(
-            User(str(name), "", own, own)  # nothing is tested here
-            for name in np.unique(owners)
-            for own in [data.take(torch.as_tensor(np.flatnonzero(owners == name)))]
+            User(str(name), "", examples, examples)  # there is no evaluation
+            for name in np.unique(row_groups)
+            for examples in [data.take(torch.as_tensor(np.flatnonzero(row_groups == name)))]
         )
         population = Population(users, (), tuple(map(str, self.classes_)), "")
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         plan = Plan(rounds=self.rounds, batch_size=self.batch_size, lr=self.lr, eval_every=self.rounds)
-        ctx = build_context_for(Run("arrays", self.strategy, seed, self.model, plan=plan), population)
+        ctx = build_context_for(Run("arrays", self.strategy, seed, model=self.model, plan=plan), population)
         require_statistics(ctx.scratch, f"{type(self).__name__} with strategy {self.strategy!r}")
-        at_home = [str(role) for role in set(ctx.ownership.roles.values()) if _stays(ctx, role)]
-        if at_home:
+        local = [str(role) for role in set(ctx.ownership.roles.values()) if _is_local(ctx, role)]
+        if local:
             raise UserError(
-                f"strategy {self.strategy!r} leaves {', '.join(sorted(at_home))} with each user, but this "
-                "classifier has one network for all: choose one that shares or averages them, such as global-pooled or "
+                f"strategy {self.strategy!r} keeps {', '.join(sorted(local))} local to each user, but this classifier "
+                "has one network for all: choose a strategy that shares or averages them, such as global-pooled or "
                 "fedbn-seeded"
             )
         serving = federate(ctx.run, ctx=ctx).server.serving
@@ -120,24 +122,25 @@ class PersonalizedClassifier(ClassifierMixin, BaseEstimator):
         return self
 
     def adapt(self, X: ArrayLike, user: Users) -> PersonalizedClassifier:
-        """Let users' statistics follow their rows, without labels, in order; each is answered before it is learnt from.
+        """Update the statistics of users with unlabeled rows, one row at a time, in order.
 
         Args:
             X: rows ``[n, ...]``.
-            user: whose: one name for all, or one a row.
+            user: one name for all rows, or one name per row.
         """
         rows = self._rows(X)
         names = _names(user, len(rows))
-        for place in range(len(rows)):
-            self.network_(rows[place : place + 1], user=names[place : place + 1])
+        for i in range(len(rows)):
+            self.network_(rows[i : i + 1], user=names[i : i + 1])
         return self
 
     def predict_proba(self, X: ArrayLike, user: Users | None = None) -> NDArray[np.float64]:
-        """Probabilities ``[n, classes]``, each row under its user's statistics; no statistic moves.
+        """Predict probabilities ``[n, classes]``, with the statistics of each row's user, which do not change.
 
         Args:
             X: rows ``[n, ...]``.
-            user: one name for all, or one a row; None and users never met: those of the population.
+            user: one name for all rows, or one name per row. None and unknown users use the statistics of the
+                population.
         """
         rows = self._rows(X)
         with self.network_.frozen():
@@ -148,25 +151,25 @@ class PersonalizedClassifier(ClassifierMixin, BaseEstimator):
         return outputs.double().softmax(1).numpy()
 
     def predict(self, X: ArrayLike, user: Users | None = None) -> NDArray[Any]:
-        """Classes ``[n]``; arguments as of `predict_proba`."""
-        best = self.predict_proba(X, user).argmax(1)  # says so if nothing is fitted
-        return self.classes_[best]
+        """Predict class labels ``[n]``; arguments as for `predict_proba`."""
+        index = self.predict_proba(X, user).argmax(1)  # raises before `classes_` is read if not fitted
+        return self.classes_[index]
 
     def _rows(self, X: ArrayLike) -> torch.Tensor:
         check_is_fitted(self)
         return _tensor(validate_data(self, X, allow_nd=True, dtype=np.float32, reset=False))
 
 
-def _stays(ctx: RunContext, role: Role) -> bool:
+def _is_local(ctx: RunContext, role: Role) -> bool:
     return role is not Role.COUNTER and ctx.ownership.owners[role] is LOCAL
 
 
 def _tensor(rows: NDArray[np.float32]) -> torch.Tensor:
-    return torch.tensor(rows)  # a copy: callers' arrays may be read-only
+    return torch.tensor(rows)  # a copy, because the array may be read-only
 
 
 def _names(user: Users, rows: int) -> list[str]:
     names = [user] * rows if isinstance(user, (str, int)) else list(user)
     if len(names) != rows:
-        raise UserError(f"{rows} rows and {len(names)} users: give one name a row, or one name for all")
+        raise UserError(f"{rows} rows and {len(names)} users: pass one name per row, or one name for all")
     return [str(name) for name in names]

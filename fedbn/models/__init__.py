@@ -1,4 +1,4 @@
-"""Networks. One network per file."""
+"""Built-in networks, one per module."""
 
 from fedbn.models.base import Factory, Network, build, factory, models
 

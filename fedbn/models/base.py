@@ -1,4 +1,4 @@
-"""Networks to compare treatments on. One file each; a new one is found by being here."""
+"""Base class and factories of the built-in networks, which are discovered automatically."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from fedbn.seeds import key
 
 
 class Network(nn.Module):
-    """Base of the built-in models: built from the shape of an example and the number of classes.
+    """Base of the built-in models, which are built from the shape of an example and the number of classes.
 
     Attributes:
-        name: what the command line calls it.
-        about: one line for lists.
+        name: name on the command line.
+        about: one-line description.
     """
 
     name: ClassVar[str]
@@ -32,7 +32,7 @@ class Network(nn.Module):
 
 
 class Factory(Protocol):
-    """Anything that makes a model for examples of a shape and a number of classes."""
+    """A callable that builds a model for examples of a shape and a number of classes."""
 
     def __call__(self, shape: tuple[int, ...], classes: int) -> nn.Module: ...
 
@@ -43,43 +43,45 @@ def models() -> dict[str, type[Network]]:
 
 
 def factory(text: str) -> Factory:
-    """The model named ``text``, or the user's own as ``package.module:factory``.
+    """Factory of the built-in model named ``text``, or of a user's model ``package.module:factory``.
 
-    A factory of the user's may take ``shape`` and ``classes`` (by these names), or nothing.
+    A user's factory may accept the arguments ``shape`` and ``classes``, by these names.
 
     Raises:
-        UserError: unknown name, module that cannot be imported, something that is no factory or needs more.
+        UserError: unknown name, the module cannot be imported, or the object is not a factory or needs other arguments.
     """
     if ":" not in text:
         known = models()
         if text not in known:
             raise unknown("model (or package.module:factory)", text, known)
         return known[text]
-    made = _imported(text)
+    user_factory = _import_factory(text)
     try:
-        accepted = inspect.signature(made).parameters
+        accepted = inspect.signature(user_factory).parameters
     except (TypeError, ValueError) as error:
         raise UserError(f"model {text!r}: {error}; name a function or class that returns a model") from None
-    starred = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    needed = [n for n, p in accepted.items() if p.default is p.empty and p.kind not in starred]
-    if more := [n for n in needed if n not in ("shape", "classes")]:
-        raise UserError(f"model {text!r} needs {', '.join(more)}: give defaults, or wrap it in a function without")
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    required = [n for n, p in accepted.items() if p.default is p.empty and p.kind not in variadic]
+    if others := [n for n in required if n not in ("shape", "classes")]:
+        raise UserError(
+            f"model {text!r} needs {', '.join(others)}: give defaults, or wrap it in a function without these arguments"
+        )
 
     def build(shape: tuple[int, ...], classes: int) -> nn.Module:
-        if not shape and "shape" in needed:
+        if not shape and "shape" in required:
             raise UserError(f"model {text!r} needs the shape of an example: give it, e.g. --shape 3,32,32")
-        offered = {"shape": shape, "classes": classes}
-        model = made(**{k: v for k, v in offered.items() if k in accepted})
+        arguments = {"shape": shape, "classes": classes}
+        model = user_factory(**{k: v for k, v in arguments.items() if k in accepted})
         if not isinstance(model, nn.Module):
-            raise UserError(f"model {text!r} gave a {type(model).__name__}, not a torch.nn.Module")
+            raise UserError(f"model {text!r} returned a {type(model).__name__}, not a torch.nn.Module")
         return model
 
     return build
 
 
-def _imported(text: str) -> Callable[..., nn.Module]:
+def _import_factory(text: str) -> Callable[..., nn.Module]:
     module_name, _, attribute = text.partition(":")
-    wanted = "name a function or class that returns a model, as package.module:factory"
+    fix = "name a function or class that returns a model, as package.module:factory"
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
@@ -87,22 +89,22 @@ def _imported(text: str) -> Callable[..., nn.Module]:
             f"model {text!r}: cannot import {module_name!r} ({error}); run where it can be imported"
         ) from None
     except Exception as error:
-        raise UserError(f"model {text!r}: {type(error).__name__}: {error}; {wanted}") from error
+        raise UserError(f"model {text!r}: {type(error).__name__}: {error}; {fix}") from error
     if not hasattr(module, attribute):
         raise unknown(f"factory in {module_name}", attribute, [n for n, v in vars(module).items() if callable(v)])
-    made = getattr(module, attribute)
-    if isinstance(made, nn.Module):
+    user_factory = getattr(module, attribute)
+    if isinstance(user_factory, nn.Module):
         raise UserError(f"model {text!r} is a model, not a factory: name a function that returns a new one")
-    if not callable(made):
-        raise UserError(f"model {text!r}: {type(made).__name__} is not callable; {wanted}")
-    return made
+    if not callable(user_factory):
+        raise UserError(f"model {text!r}: {type(user_factory).__name__} is not callable; {fix}")
+    return user_factory
 
 
 def build(text: str, shape: tuple[int, ...], classes: int, seed: int) -> nn.Module:
-    """Build a model with weights determined by ``seed`` alone; torch's global generator is left as it was.
+    """Build a model whose weights depend only on ``seed``; torch's global generator does not change.
 
     Raises:
-        UserError: as `factory`, or whatever the factory raises, or layers whose shape is still open.
+        UserError: as in `factory`, or the factory fails, or the model has uninitialized lazy layers.
     """
     make = factory(text)
     if not shape and ":" not in text:
@@ -120,7 +122,7 @@ def build(text: str, shape: tuple[int, ...], classes: int, seed: int) -> nn.Modu
             ) from error
     if lazy := [k for k, v in model.state_dict(keep_vars=True).items() if is_lazy(v)]:
         raise UserError(
-            f"model {text!r} has lazy layers without a shape yet ({lazy[0]}, ...): let the factory run one "
+            f"model {text!r} has uninitialized lazy layers ({lazy[0]}, ...): let the factory run one "
             "batch through the model before returning it"
         )
     return model

@@ -1,9 +1,9 @@
 r"""Networks with binary weights and activations (Sari, Belbahri, Partovi Nia, 2019, https://arxiv.org/abs/1909.09139).
 
-A layer computes :math:`s = \mathrm{sign}(W)\,h` with :math:`h = \mathrm{sign}(\hat s)` of the layer before. With fan-in
-:math:`K` and random signs :math:`s \sim N(0, K)`. The straight-through estimator lets a gradient pass where
-:math:`|\hat s| \le 1`; without normalization that is a share :math:`\sqrt{2/(\pi K)}` of the units, and each passed
-gradient is a sum of :math:`K` terms. So its root mean square grows towards the input by
+A layer computes :math:`s = \mathrm{sign}(W)\,h` with :math:`h = \mathrm{sign}(\hat s)` of the previous layer. With
+fan-in :math:`K` and random signs :math:`s \sim N(0, K)`. The straight-through estimator passes a gradient where
+:math:`|\hat s| \le 1`; without normalization this holds for a share :math:`\sqrt{2/(\pi K)}` of the units, and each
+passed gradient is a sum of :math:`K` terms. So the root mean square grows towards the input by
 
 .. math:: (2K/\pi)^{1/4}
 
@@ -14,7 +14,7 @@ cancels: the factor is :math:`\sqrt{0.683} = 0.826` at any width. (Derived here;
 from __future__ import annotations
 
 from math import prod
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,14 +22,14 @@ from torch.nn import functional as F
 
 from fedbn.errors import UserError, unknown
 from fedbn.models.base import Network
-from fedbn.nn.batchnorm import AnyBatchNorm
+from fedbn.nn.batchnorm import AnyBatchNorm, along
 
 BinaryNorm = Literal["none", "center", "scale", "fixed", "bn"]
 BINARY_NORMS: tuple[BinaryNorm, ...] = ("none", "center", "scale", "fixed", "bn")
 
 
 class _Sign(torch.autograd.Function):
-    """Sign with sign(0) = +1; the gradient passes straight through where ``|x| <= 1``."""
+    """Sign with sign(0) = +1; the gradient passes unchanged where ``|x| <= 1``."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -43,7 +43,7 @@ class _Sign(torch.autograd.Function):
 
 
 def sign(x: Tensor) -> Tensor:
-    """Signs of ``x``, of its shape, with the straight-through gradient of the hard tanh.
+    """Signs of ``x``, in the same shape, with the straight-through gradient of the hard tanh.
 
     Hubara, Courbariaux, Soudry, El-Yaniv, Bengio, 2016, https://arxiv.org/abs/1602.02830
 
@@ -55,15 +55,15 @@ def sign(x: Tensor) -> Tensor:
 
 
 def _signs(layer: nn.Linear | nn.Conv2d) -> Tensor:
-    """Signs of a layer's latent weights, which training keeps in [-1, 1], where gradients reach them."""
+    """Signs of a layer's latent weights, which training clips to [-1, 1] so that gradients pass."""
     if layer.training:
-        # Through .data: autograd must not take the clipping for a change of a weight that a graph has saved.
+        # Clip .data: autograd must not register a change of a weight that a graph has saved.
         layer.weight.data.clamp_(-1, 1)
     return sign(layer.weight)
 
 
 class BinaryLinear(nn.Linear):
-    """Linear layer, without bias, that computes with the signs of its latent weights.
+    """Linear layer without bias that uses the signs of its latent weights.
 
     >>> BinaryLinear(3, 2)(torch.ones(1, 3)).abs().max() <= 3
     tensor(True)
@@ -79,7 +79,7 @@ class BinaryLinear(nn.Linear):
 
 
 class BinaryConv2d(nn.Conv2d):
-    """3x3 convolution, padded, without bias, that computes with the signs of its latent weights."""
+    """Padded 3x3 convolution without bias that uses the signs of its latent weights."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs, 3, padding=1, bias=False)
@@ -91,7 +91,7 @@ class BinaryConv2d(nn.Conv2d):
 
 
 class HalfBatchNorm(AnyBatchNorm):
-    """BN of which only one half acts: ``center`` subtracts the mean, ``scale`` divides by the standard deviation.
+    """One half of BN: ``center`` only subtracts the mean, ``scale`` only divides by the standard deviation.
 
     >>> x = torch.tensor([[1.0], [3.0]])
     >>> HalfBatchNorm(1, "center")(x).flatten().tolist()
@@ -104,35 +104,34 @@ class HalfBatchNorm(AnyBatchNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """Activations of the input's shape ``[N, C, *positions]``."""
-        super().forward(input)  # keeps the running statistics
+        super().forward(input)  # updates the running statistics
         axes = [0, *range(2, input.dim())]
-        shape = [1, -1, *[1] * (input.dim() - 2)]
         if self.part == "center":
-            mean = input.mean(axes) if self.training else cast(Tensor, self.running_mean)
-            half = input - mean.view(shape)
+            mean = input.mean(axes) if self.training else self.running_mean
+            half = input - along(mean, input)
         else:
-            variance = input.var(axes, unbiased=False) if self.training else cast(Tensor, self.running_var)
-            half = input / (variance + self.eps).sqrt().view(shape)
-        return self.weight.view(shape) * half + self.bias.view(shape)
+            variance = input.var(axes, unbiased=False) if self.training else self.running_var
+            half = input / along((variance + self.eps).sqrt(), input)
+        return along(self.weight, input) * half + along(self.bias, input)
 
 
 class FixedScale(nn.Module):
-    """Division by the square root of the fan-in: what BN's scaling is at initialization, without any statistic."""
+    """Division by the square root of the fan-in: the scaling by BN at initialization, without statistics."""
 
     def __init__(self, fan_in: int) -> None:
         super().__init__()
         self.fan_in = fan_in
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x / sqrt(fan_in)``, of its shape."""
+        """Compute ``x / sqrt(fan_in)``."""
         return x / self.fan_in**0.5
 
 
 def binary_norm(kind: BinaryNorm, channels: int, fan_in: int) -> nn.Module:
-    """What stands between a binary layer's sums and the sign.
+    """Layer between the sums of a binary layer and the sign.
 
     Raises:
-        UserError: an unknown kind.
+        UserError: unknown kind.
     """
     match kind:
         case "none":
@@ -151,19 +150,19 @@ class Sign(nn.Module):
     """`sign` as a layer."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Signs of ``x``, of its shape."""
+        """Signs of ``x``, in the same shape."""
         return sign(x)
 
 
 class BinaryMLP(Network):
-    """Binary hidden layers, each followed by a norm and the sign; the first input and the classifier stay real.
+    """Binary hidden layers, each followed by a norm and the sign; the input and the classifier are real-valued.
 
     Args:
         shape: of an example; flattened.
         classes: number of classes.
         norm: ``none``, ``center`` (only subtract the mean), ``scale`` (only divide by the standard deviation),
             ``fixed`` (divide by the root of the fan-in) or ``bn``.
-        width: units of a hidden layer.
+        width: units per hidden layer.
         depth: number of hidden layers.
 
     >>> BinaryMLP((1, 8, 8), 10)(torch.zeros(2, 1, 8, 8)).shape
@@ -178,12 +177,12 @@ class BinaryMLP(Network):
     ) -> None:
         super().__init__(shape, classes)
         layers: list[nn.Module] = []
-        before = prod(shape)
+        in_features = prod(shape)
         for _ in range(depth):
-            layers += [BinaryLinear(before, width), binary_norm(norm, width, before), Sign()]
-            before = width
+            layers += [BinaryLinear(in_features, width), binary_norm(norm, width, in_features), Sign()]
+            in_features = width
         self.hidden = nn.Sequential(*layers)
-        self.classifier = nn.Linear(before, classes)
+        self.classifier = nn.Linear(in_features, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``[N, classes]``."""
@@ -191,9 +190,9 @@ class BinaryMLP(Network):
 
 
 class BinaryCNN(Network):
-    """Three binary 3x3 convolutions (32, 64, 64), norm, sign and pooling, then a real classifier.
+    """Three binary 3x3 convolutions (32, 64, 64) with pooling, norm and sign, and a real-valued classifier.
 
-    Pooling comes before the norm: the largest of some signs would nearly always be +1.
+    Pooling comes before the norm, because the maximum of several signs would nearly always be +1.
 
     >>> BinaryCNN((1, 8, 8), 10)(torch.zeros(2, 1, 8, 8)).shape
     torch.Size([2, 10])
@@ -207,15 +206,15 @@ class BinaryCNN(Network):
         if len(shape) != 3 or min(shape[1:]) < 8:
             raise UserError(f"binary-cnn takes images [channels, >= 8, >= 8], not examples of shape {list(shape)}")
         layers: list[nn.Module] = []
-        before = shape[0]
+        in_channels = shape[0]
         for width in (32, 64, 64):
             layers += [
-                BinaryConv2d(before, width),
+                BinaryConv2d(in_channels, width),
                 nn.MaxPool2d(2),
-                binary_norm(norm, width, 9 * before),
+                binary_norm(norm, width, 9 * in_channels),
                 Sign(),
             ]
-            before = width
+            in_channels = width
         self.features = nn.Sequential(*layers)
         self.classifier = nn.Linear(64 * (shape[1] // 8) * (shape[2] // 8), classes)
 

@@ -12,7 +12,7 @@ from fedbn.models.base import Network
 class DigitCNN(Network):
     """Three 5x5 convolutions (64, 64, 128) and two hidden linear layers (2048, 512), BN after each.
 
-    https://arxiv.org/abs/2102.07623. At 3 x 28 x 28 and ten classes it has 14,219,210 parameters.
+    https://arxiv.org/abs/2102.07623. For 3 x 28 x 28 images and ten classes it has 14,219,210 parameters.
 
     >>> sum(p.numel() for p in DigitCNN((3, 28, 28), 10).parameters())
     14219210
@@ -27,8 +27,8 @@ class DigitCNN(Network):
             raise UserError(f"digit-cnn takes images [channels, height, width], not examples of shape {list(shape)}")
         flat = 128 * (shape[1] // 4) * (shape[2] // 4)
 
-        def block(before: int, width: int) -> list[nn.Module]:
-            return [nn.Conv2d(before, width, 5, padding=2), nn.BatchNorm2d(width), nn.ReLU()]
+        def block(in_channels: int, width: int) -> list[nn.Module]:
+            return [nn.Conv2d(in_channels, width, 5, padding=2), nn.BatchNorm2d(width), nn.ReLU()]
 
         self.features = nn.Sequential(
             *block(shape[0], 64), nn.MaxPool2d(2), *block(64, 64), nn.MaxPool2d(2), *block(64, 128)

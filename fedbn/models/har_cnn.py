@@ -12,8 +12,8 @@ from fedbn.models.base import Network
 class HarCNN(Network):
     """Three blocks of convolution along time, BN, pooling and ReLU, then average over time and a classifier.
 
-    The convolutions run as 2-D ones of height 1 in channels-last order: the same numbers as ``Conv1d``, and
-    measured about 1.3 times as fast on a CPU. Pooling before ReLU is exact and rectifies half as much.
+    The convolutions run as 2-D convolutions of height 1 in channels-last order. They give the same numbers as
+    ``Conv1d`` and are about 1.3 times as fast on a CPU. Pooling before ReLU is exact and halves the work of ReLU.
 
     Shapes: input ``[N, channels, length]``, output ``[N, classes]``.
 
@@ -29,17 +29,17 @@ class HarCNN(Network):
         if len(shape) != 2 or shape[1] < 8:
             raise UserError(f"har-cnn takes windows [channels, length >= 8], not examples of shape {list(shape)}")
         layers: list[nn.Module] = []
-        before = shape[0]
+        in_channels = shape[0]
         for width in (32, 64, 64):
             layers += [
-                nn.Conv2d(before, width, (1, 5), padding=(0, 2), bias=False),
+                nn.Conv2d(in_channels, width, (1, 5), padding=(0, 2), bias=False),
                 nn.BatchNorm2d(width),
                 nn.MaxPool2d((1, 2)),
                 nn.ReLU(),
             ]
-            before = width
+            in_channels = width
         self.features = nn.Sequential(*layers)
-        self.classifier = nn.Linear(before, classes)
+        self.classifier = nn.Linear(in_channels, classes)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-r"""An MLP with BN and dropout before every layer, and skips (Kim, 2021, https://arxiv.org/abs/2108.08186).
+r"""An MLP with BN and dropout before every layer and skip connections (Kim, 2021, https://arxiv.org/abs/2108.08186).
 
 The *independent-component* layer IC is BN followed by dropout (Chen, Chen, Shi, Hou, Liao, Zhang, 2019,
-https://arxiv.org/abs/1905.05928) and stands *before* a linear layer:
+https://arxiv.org/abs/1905.05928), placed *before* a linear layer:
 
 .. math:: \text{residual}: y = \mathrm{ReLU}(W_2\,\mathrm{IC}(\mathrm{ReLU}(W_1\,\mathrm{IC}(x))) + x), \qquad
           \text{down}: y = \mathrm{ReLU}(W\,\mathrm{IC}(x)) \in \mathbb{R}^{n/2}.
@@ -29,14 +29,14 @@ def ic_layer(width: int, p: float) -> nn.Sequential:
 
 
 class Residual(nn.Module):
-    """Two linear layers of ``width`` with a skip around both.
+    """Two linear layers of ``width`` with a skip connection around both.
 
     Args:
         width: units.
         p: dropout probability.
-        ic: IC before each linear layer.
+        ic: put IC before each linear layer.
         skip: add the input.
-        first: the net's first block, whose input is an embedding: no IC before its first linear layer.
+        first: whether this is the first block of the net, which has no IC before its first linear layer.
     """
 
     def __init__(self, width: int, p: float, *, ic: bool, skip: bool, first: bool) -> None:
@@ -48,13 +48,13 @@ class Residual(nn.Module):
         self.linear2 = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[N, width]`` to ``[N, width]``."""
+        """Map ``[N, width]`` to ``[N, width]``."""
         h = self.linear2(self.ic2(self.linear1(self.ic1(x)).relu()))
         return (h + x if self.skip else h).relu()
 
 
 class Down(nn.Module):
-    """A linear layer from ``width`` to half of it, with IC before and ReLU after."""
+    """A linear layer that halves ``width``, with IC before and ReLU after it."""
 
     def __init__(self, width: int, p: float, *, ic: bool) -> None:
         super().__init__()
@@ -62,21 +62,23 @@ class Down(nn.Module):
         self.linear = nn.Linear(width, width // 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[N, width]`` to ``[N, width // 2]``."""
+        """Map ``[N, width]`` to ``[N, width // 2]``."""
         return self.linear(self.ic(x)).relu()
 
 
 class ResMLP(Network):
-    """Blocks of residual layers, each block halving the width; the author's gender model at 512 inputs, 2 classes.
+    """Blocks of residual layers that each halve the width.
+
+    With 512 inputs and 2 classes this is the author's gender model.
 
     Args:
         shape: of an example (an embedding); flattened.
         classes: number of classes.
-        blocks: how often the width is halved.
+        blocks: number of times the width is halved.
         residuals: residual layers before each halving.
         p: dropout probability.
-        ic: with IC layers.
-        skip: with skips; with neither this is a plain MLP.
+        ic: use IC layers.
+        skip: use skip connections. Without both this is a plain MLP.
 
     >>> net = ResMLP((512,), 2)
     >>> net(torch.zeros(2, 512)).shape, sum(p.numel() for p in net.parameters())
@@ -84,7 +86,7 @@ class ResMLP(Network):
     """
 
     name = "resmlp"
-    about = "MLP with BN and dropout before every layer and skips, for embeddings"
+    about = "MLP with BN and dropout before every layer and skip connections, for embeddings"
 
     def __init__(
         self,
@@ -115,7 +117,7 @@ class ResMLP(Network):
 
 
 def mc_dropout(model: nn.Module, x: Tensor, samples: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Predictions averaged over dropout masks, and their entropy as uncertainty; BN stays in evaluation mode.
+    """Predictions averaged over dropout masks, with their entropy as uncertainty; BN stays in evaluation mode.
 
     Gal, Ghahramani, 2016, https://arxiv.org/abs/1506.02142
 
@@ -123,7 +125,7 @@ def mc_dropout(model: nn.Module, x: Tensor, samples: int, seed: int = 0) -> tupl
         model: any model; left in evaluation mode.
         x: ``[n, *shape]``.
         samples: number of masks.
-        seed: of the masks; torch's global generator is left as it was.
+        seed: seed of the masks; torch's global generator does not change.
 
     Returns:
         Probabilities ``[n, classes]`` and entropy in nats ``[n]``.

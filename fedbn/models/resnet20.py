@@ -12,17 +12,17 @@ from fedbn.models.base import Network
 
 
 class Block(nn.Module):
-    """Two 3x3 convolutions with BN and a shortcut, which projects where the shape changes (``downsample``)."""
+    """Two 3x3 convolutions with BN and a shortcut with a projection (``downsample``) where shapes change."""
 
-    def __init__(self, before: int, width: int, stride: int) -> None:
+    def __init__(self, in_channels: int, width: int, stride: int) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(before, width, 3, stride, 1, bias=False)
+        self.conv1 = nn.Conv2d(in_channels, width, 3, stride, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(width)
         self.downsample: nn.Module = nn.Identity()
-        if stride != 1 or before != width:
-            self.downsample = nn.Sequential(nn.Conv2d(before, width, 1, stride, bias=False), nn.BatchNorm2d(width))
+        if stride != 1 or in_channels != width:
+            self.downsample = nn.Sequential(nn.Conv2d(in_channels, width, 1, stride, bias=False), nn.BatchNorm2d(width))
 
     def forward(self, x: Tensor) -> Tensor:
         """Activations ``[N, width, height / stride, width / stride]``."""
@@ -48,12 +48,12 @@ class ResNet20(Network):
             raise UserError(f"resnet20 takes images [channels, >= 8, >= 8], not examples of shape {list(shape)}")
         self.conv1 = nn.Conv2d(shape[0], 16, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
-        before = 16
+        in_channels = 16
         for stage, width in enumerate((16, 32, 64), start=1):
             blocks = []
             for i in range(3):
-                blocks.append(Block(before, width, 2 if stage > 1 and i == 0 else 1))
-                before = width
+                blocks.append(Block(in_channels, width, 2 if stage > 1 and i == 0 else 1))
+                in_channels = width
             self.add_module(f"layer{stage}", nn.Sequential(*blocks))
         self.fc = nn.Linear(64, classes)
         for module in self.modules():

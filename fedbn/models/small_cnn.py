@@ -1,4 +1,4 @@
-"""A very small CNN for small images: first steps and tests."""
+"""A very small CNN for small images, for first steps and tests."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fedbn.models.base import Network
 
 
 class SmallCNN(Network):
-    """Two 3x3 convolutions (8, 16) with BN, average pooling, a classifier.
+    """Two 3x3 convolutions (8, 16) with BN, average pooling and a classifier.
 
     >>> import torch
     >>> SmallCNN((1, 8, 8), 10)(torch.zeros(2, 1, 8, 8)).shape

@@ -1,7 +1,7 @@
 """A 1-D CNN with BN for EEG and EOG: *our stand-in* for the one of Giri, Fanany, Arymurthy (2016).
 
-https://arxiv.org/abs/1610.01757 tells of a 1-D CNN with BN on 24 hand-crafted features of 62 subjects. Its layers,
-kernels, optimizer and list of features were not available to us: everything below is our design.
+https://arxiv.org/abs/1610.01757 describes a 1-D CNN with BN on 24 hand-crafted features of 62 subjects. Its layers,
+kernels, optimizer and list of features were not available to us, so the network below is our design.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from fedbn.models.base import Network
 
 
 class StrokeEEG1DCNN(Network):
-    """Three convolutions (16, 32, 32) with BN and ReLU, the last two pooled by 2; a hidden layer of 64 with dropout.
+    """Three convolutions (16, 32, 32) with BN and ReLU, the last two with pooling; a hidden layer of 64 with dropout.
 
-    Takes the 24 features as a sequence ``[1, 24]`` or raw windows ``[channels, samples]``; only the hidden layer's
-    width differs. Without BN: `fedbn.nn.conversion.convert` to ``none``.
+    The input is the 24 features as a sequence ``[1, 24]`` or raw windows ``[channels, samples]``; only the input width
+    of the hidden layer differs. For a version without BN, use `fedbn.nn.conversion.convert` with ``none``.
 
     >>> import torch
     >>> StrokeEEG1DCNN((1, 24), 2)(torch.zeros(2, 1, 24)).shape, StrokeEEG1DCNN((6, 256), 2).hidden[0].in_features
@@ -31,8 +31,8 @@ class StrokeEEG1DCNN(Network):
         if len(shape) != 2 or shape[1] < 4:
             raise UserError(f"stroke-cnn takes [channels, length >= 4], not examples of shape {list(shape)}")
 
-        def block(before: int, width: int) -> list[nn.Module]:
-            return [nn.Conv1d(before, width, 3, padding=1), nn.BatchNorm1d(width), nn.ReLU()]
+        def block(in_channels: int, width: int) -> list[nn.Module]:
+            return [nn.Conv1d(in_channels, width, 3, padding=1), nn.BatchNorm1d(width), nn.ReLU()]
 
         self.features = nn.Sequential(
             *block(shape[0], 16), *block(16, 32), nn.MaxPool1d(2), *block(32, 32), nn.MaxPool1d(2)

@@ -1,1 +1,1 @@
-"""Tools for any torch model: roles of state entries, conversion of layers, hooks, inference."""
+"""Utilities for any PyTorch model: roles of state entries, layer conversion, hooks, inference, threads."""

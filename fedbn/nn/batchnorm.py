@@ -1,7 +1,8 @@
-"""The batch and instance normalization classes of torch, independent of the number of dimensions."""
+"""Batch and instance normalization layers for inputs with any number of position axes."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
@@ -9,10 +10,15 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from fedbn.errors import UserError
 
 
-class AnyInstanceNorm(_InstanceNorm):
-    """Instance normalization of ``[N, C, *positions]``, whatever the number of position axes.
+def along(values: Tensor, x: Tensor) -> Tensor:
+    """Reshape ``values`` ``[C]`` so that they broadcast against ``x`` ``[N, C, *positions]``."""
+    return values.view(1, -1, *[1] * (x.dim() - 2))
 
-    Without positions (``[N, C]``) a sample has one value a channel and nothing to normalize by: refused.
+
+class AnyInstanceNorm(_InstanceNorm):
+    """Instance normalization of ``[N, C, *positions]`` with any number of position axes.
+
+    Inputs without positions (``[N, C]``) are rejected: a sample has only one value per channel.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -26,8 +32,23 @@ class AnyInstanceNorm(_InstanceNorm):
 
 
 class AnyBatchNorm(_BatchNorm):
-    """Batch normalization of ``[N, C, *positions]``, whatever the number of position axes."""
+    """Batch normalization of ``[N, C, *positions]`` with any number of position axes."""
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:
             raise ValueError(f"expected [N, C, *positions], got {list(input.shape)}")
+
+    def scale_and_shift(self, normalized: Tensor) -> Tensor:
+        """Apply ``weight`` and ``bias``, if there are any, to normalized activations ``[N, C, *positions]``."""
+        if self.weight is None:
+            return normalized
+        return normalized * along(self.weight, normalized) + along(self.bias, normalized)
+
+    def normalize_instances(self, x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+        """Normalize each sample of ``x`` ``[N, C, *positions]`` by its own ``mean`` and ``var`` ``[N, C]``."""
+        shape = (*mean.shape, *[1] * (x.dim() - 2))
+        return self.scale_and_shift((x - mean.view(shape)) * torch.rsqrt(var.view(shape) + self.eps))

@@ -1,4 +1,4 @@
-"""Exchange the normalization layers of any model, keeping names, affine parameters and statistics."""
+"""Convert the normalization layers of any model, keeping names, affine parameters and statistics."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import cast
 
 import torch
@@ -17,52 +17,52 @@ from fedbn.nn.roles import head, is_norm, keeps_statistics, norm_layers, statist
 
 
 def channels_of(layer: nn.Module) -> int:
-    """Number of channels a normalization layer works on."""
+    """Number of channels of a normalization layer."""
     for attribute in ("num_features", "num_channels"):
         if isinstance(c := getattr(layer, attribute, None), int):
             return c
     raise UserError(
-        f"cannot exchange {type(layer).__name__}: it does not say how many channels (axis 1) it normalizes; "
-        "give it num_features, or replace it in the model"
+        f"cannot convert {type(layer).__name__}: its number of channels (axis 1) is unknown; "
+        "give it an attribute num_features, or replace it in the model"
     )
 
 
 def groups_for(channels: int, *, groups: int | None = None, per_group: int | None = None) -> int:
-    """The number of groups that divides ``channels`` and comes closest to the wish without exceeding it.
+    """Largest number of groups that divides ``channels`` and does not exceed the requested number.
 
-    ``GroupNorm(min(32, C), C)``, common elsewhere, raises at C=48 and is InstanceNorm for C <= 32.
+    The common ``GroupNorm(min(32, C), C)`` raises at C=48 and is InstanceNorm for C <= 32.
 
     >>> groups_for(48, groups=32), groups_for(64, groups=8), groups_for(64, per_group=16)
     (24, 8, 4)
 
     Raises:
-        UserError: a wish below one.
+        UserError: ``groups`` or ``per_group`` is below one.
     """
     if groups is not None and groups < 1:
         raise UserError(f"groupnorm: groups={groups} is impossible; give at least 1")
     if per_group is not None and not per_group >= 1:
         raise UserError(f"groupnorm: channels={per_group} per group is impossible; give at least 1")
-    wish = groups if groups is not None else max(1, channels // (per_group or 1))
-    return max(g for g in range(1, channels + 1) if channels % g == 0 and g <= wish)
+    limit = groups if groups is not None else max(1, channels // (per_group or 1))
+    return max(g for g in range(1, channels + 1) if channels % g == 0 and g <= limit)
 
 
 def replace_norms(model: nn.Module, make: Callable[[str, nn.Module], nn.Module | None]) -> nn.Module:
-    """Put ``make(path, layer)`` in the place of every normalization layer (None: leave it), in place.
+    """Replace every normalization layer by ``make(path, layer)`` (None: keep the layer), in place.
 
-    Affine parameters, running statistics and the counter are copied where both layers have them in the same shape, so
-    state names stay as they were.
+    Affine parameters, running statistics and the batch counter are copied where both layers have them in the same
+    shape. State names do not change.
     """
-    made: dict[int, nn.Module | None] = {}
+    replacements: dict[int, nn.Module | None] = {}
     layers = [(path, m) for path, m in model.named_modules(remove_duplicate=False) if is_norm(m)]
     for path, layer in layers:
-        new = made[id(layer)] if id(layer) in made else make(path, layer)
-        made[id(layer)] = new
+        new = replacements[id(layer)] if id(layer) in replacements else make(path, layer)
+        replacements[id(layer)] = new
         if new is None:
             continue
-        like = next((t for m in (layer, model) for t in m.state_dict().values() if t.is_floating_point()), None)
-        if like is not None:
-            new.to(like.device, like.dtype)
-        _inherit(new, layer)
+        reference = next((t for m in (layer, model) for t in m.state_dict().values() if t.is_floating_point()), None)
+        if reference is not None:
+            new.to(reference.device, reference.dtype)
+        _copy_state(new, layer)
         parent, _, leaf = path.rpartition(".")
         if not path:
             raise UserError("the model itself is a normalization layer: wrap it, e.g. nn.Sequential(layer)")
@@ -70,7 +70,7 @@ def replace_norms(model: nn.Module, make: Callable[[str, nn.Module], nn.Module |
     return model
 
 
-def _inherit(new: nn.Module, old: nn.Module) -> None:
+def _copy_state(new: nn.Module, old: nn.Module) -> None:
     names = ["weight", "bias"]
     if keeps_statistics(old) and keeps_statistics(new):
         names += ["running_mean", "running_var", "num_batches_tracked"]
@@ -82,16 +82,18 @@ def _inherit(new: nn.Module, old: nn.Module) -> None:
     new.train(old.training)
 
 
-def exchange(model: nn.Module, cls: type[nn.Module], what: str, **options: object) -> nn.Module:
-    """Put ``cls(channels, eps=, momentum=, affine=, **options)`` in the place of every normalization layer, in place.
+def convert_norms(model: nn.Module, cls: type[nn.Module], kind: str, **options: object) -> nn.Module:
+    """Replace every normalization layer by ``cls(channels, eps=, momentum=, affine=, **options)``, in place.
 
-    What ``options`` leaves open of these three, and ``cls`` takes, is that of the layer replaced.
+    Values of ``eps``, ``momentum`` and ``affine`` that ``options`` does not set are inherited from the replaced layer,
+    if ``cls`` accepts them.
 
     Raises:
         UserError: the model has no normalization layer.
     """
-    require_norms(model, f"conversion to {what}")
-    takes = inspect.signature(cls).parameters
+    require_norms(model, f"conversion to {kind}")
+    parameters = inspect.signature(cls).parameters
+    accepts_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
     def make(path: str, layer: nn.Module) -> nn.Module:
         inherited = {
@@ -99,14 +101,22 @@ def exchange(model: nn.Module, cls: type[nn.Module], what: str, **options: objec
             "momentum": getattr(layer, "momentum", 0.1),
             "affine": getattr(layer, "weight", None) is not None,
         }
-        return cls(channels_of(layer), **{k: v for k, v in inherited.items() if k in takes} | options)
+        return cls(
+            channels_of(layer), **{k: v for k, v in inherited.items() if accepts_any or k in parameters} | options
+        )
 
     return replace_norms(model, make)
 
 
+def _options(function: Callable[..., object]) -> list[str]:
+    """Keyword-only parameters of a function; for a partial of `convert_norms`, those of its layer class."""
+    target = function.keywords["cls"] if isinstance(function, partial) else function
+    return [name for name, p in inspect.signature(target).parameters.items() if p.kind is p.KEYWORD_ONLY]
+
+
 @cache
 def kinds() -> dict[str, Callable[..., nn.Module]]:
-    """What `convert` can turn a model into: the function ``convert`` of every file in ``fedbn.norms``, by file name.
+    """The kinds of normalization that `convert` supports: ``convert`` of every module in ``fedbn.norms``, by file name.
 
     >>> {"batch", "group", "batch-renorm", "weight-norm"} <= set(kinds())
     True
@@ -117,17 +127,17 @@ def kinds() -> dict[str, Callable[..., nn.Module]]:
 
 
 def convert(model: nn.Module, kind: str, **options: object) -> nn.Module:
-    """Turn every normalization layer of ``model`` into ``kind``, in place, and return the model.
+    """Convert every normalization layer of ``model`` to ``kind``, in place, and return the model.
 
-    Names in the state dict stay, and what both layers have is copied, so weights of a BN network load into its
-    GroupNorm twin and back, and BN becomes BatchRenorm with its statistics. Kinds that act on weights or features
-    instead (``weight-norm``, ``weight-standardization``, ``fedwon``, ``feature-norm``) take the normalization layers
-    out.
+    Names in the state dict do not change, and entries that both layers have are copied. So the weights of a BN network
+    load into its GroupNorm version and back, and BN becomes BatchRenorm with its statistics. Kinds that normalize
+    weights or features instead (``weight-norm``, ``weight-standardization``, ``fedwon``, ``feature-norm``) remove the
+    normalization layers.
 
     Args:
-        model: any module; nested layers included.
-        kind: the name of a file of ``fedbn.norms``, hyphens for underscores.
-        **options: what the kind's ``convert`` takes, for example ``groups`` for ``group``.
+        model: any module, including nested layers.
+        kind: the name of a module in ``fedbn.norms``, with hyphens for underscores.
+        **options: options of the kind, for example ``groups`` for ``group``.
 
     Raises:
         UserError: unknown kind or option, or the model has no normalization layer.
@@ -139,19 +149,20 @@ def convert(model: nn.Module, kind: str, **options: object) -> nn.Module:
     known = kinds()
     if kind not in known:
         raise unknown("kind of normalization", kind, known)
-    takes = list(inspect.signature(known[kind]).parameters)[1:]
+    allowed = _options(known[kind])
     for name in options:
-        if name not in takes:
-            if not takes:
+        if name not in allowed:
+            if not allowed:
                 raise UserError(f"{kind!r} has no options, so {name!r} cannot be set")
-            raise unknown(f"option of {kind!r}", name, takes)
+            raise unknown(f"option of {kind!r}", name, allowed)
     return known[kind](model, **options)
 
 
 def drop_norms(model: nn.Module) -> nn.Module:
-    """Take every normalization layer out, in place; the shift it held goes to the layers with weights.
+    """Remove every normalization layer, in place, and add the missing biases.
 
-    A convolution before BN has no bias, so those without get one, at zero; the classifier stays as it is.
+    A convolution before BN usually has no bias because BN shifts its output. Each layer without a bias, except the
+    classifier, gets one that starts at zero.
     """
     if norm_layers(model):
         replace_norms(model, lambda _path, _layer: nn.Identity())
@@ -163,7 +174,7 @@ def drop_norms(model: nn.Module) -> nn.Module:
 
 
 def weighted_layers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d]:
-    """Path -> module of linear layers and convolutions, whose weight has the output on axis 0."""
+    """Linear layers and convolutions by path; axis 0 of their weight is the output."""
     types = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
     return {p: cast(nn.Linear, m) for p, m in model.named_modules() if isinstance(m, types)}
 

@@ -1,4 +1,4 @@
-"""Forward hooks that record the inputs of layers."""
+"""Forward hooks that capture the inputs of layers."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 
 @contextmanager
-def inputs_of(layers: dict[str, nn.Module], see: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """Call ``see(path, input)`` whenever one of ``layers`` is about to run."""
+def capture_inputs(layers: dict[str, nn.Module], callback: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Inside the ``with`` block, call ``callback(path, input)`` before each forward pass of one of ``layers``."""
 
     def hook(path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _module, args: see(path, args[0])
+        return lambda _module, args: callback(path, args[0])
 
     handles = [layer.register_forward_pre_hook(hook(path)) for path, layer in layers.items()]
     try:

@@ -1,4 +1,4 @@
-"""Logits in evaluation mode."""
+"""Inference in evaluation mode."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 def logits(model: nn.Module, x: Tensor, chunk: int = 512) -> Tensor:
-    """Evaluation-mode outputs ``[n, classes]``, without gradients."""
+    """Evaluation-mode outputs ``[n, classes]`` without gradients, computed ``chunk`` rows at a time."""
     model.eval()
     with torch.no_grad():
         return torch.cat([model(rows) for rows in x.split(chunk)])

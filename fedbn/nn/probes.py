@@ -1,4 +1,4 @@
-"""Look into a network while it trains: how gradients grow from layer to layer."""
+"""Measure how gradients grow from layer to layer."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from fedbn.errors import UserError
 
 @dataclass
 class GradientGrowthProbe:
-    r"""Watch the outputs :math:`s_\ell` of some layers and the gradients of the loss with respect to them.
+    r"""Record the outputs :math:`s_\ell` of some layers and the gradients of the loss with respect to them.
 
-    Of the last forward and backward pass inside the ``with`` block, by layer in forward order: root mean square of
-    :math:`\partial L/\partial s_\ell`, standard deviation of :math:`s_\ell`, share of :math:`|s_\ell| \le 1`.
+    The recorded values belong to the last forward and backward pass inside the ``with`` block: for each layer, the root
+    mean square of :math:`\partial L/\partial s_\ell`, the standard deviation of :math:`s_\ell` and the share of
+    :math:`|s_\ell| \le 1`.
 
     Attributes:
-        layers: name -> module, in forward order; each must run once a pass.
+        layers: name -> module, in forward order; each must run once per pass.
         gradient: root mean square of the gradient.
-        spread: standard deviation of the output.
-        small: share of outputs in [-1, 1].
+        std: standard deviation of the output.
+        unit_share: share of outputs in [-1, 1].
 
     >>> import torch
     >>> net = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
@@ -36,13 +37,13 @@ class GradientGrowthProbe:
 
     layers: Mapping[str, nn.Module]
     gradient: dict[str, float] = field(default_factory=dict)
-    spread: dict[str, float] = field(default_factory=dict)
-    small: dict[str, float] = field(default_factory=dict)
+    std: dict[str, float] = field(default_factory=dict)
+    unit_share: dict[str, float] = field(default_factory=dict)
 
     def __enter__(self) -> GradientGrowthProbe:
         if len(self.layers) < 2:
-            raise UserError(f"growth is between layers: watch two or more, not {len(self.layers)}")
-        self._handles = [layer.register_forward_hook(self._see(name)) for name, layer in self.layers.items()]
+            raise UserError(f"gradient growth is measured between layers: pass at least two, not {len(self.layers)}")
+        self._handles = [layer.register_forward_hook(self._forward_hook(name)) for name, layer in self.layers.items()]
         return self
 
     def __exit__(
@@ -51,27 +52,27 @@ class GradientGrowthProbe:
         for handle in self._handles:
             handle.remove()
 
-    def _see(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def keep(grad: Tensor) -> None:
+    def _forward_hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def record_gradient(grad: Tensor) -> None:
             self.gradient[name] = float(grad.double().square().mean().sqrt())
 
         def hook(_module: nn.Module, _args: tuple[Tensor, ...], out: Tensor) -> None:
             s = out.detach().double()
-            self.spread[name], self.small[name] = float(s.std()), float((s.abs() <= 1).double().mean())
+            self.std[name], self.unit_share[name] = float(s.std()), float((s.abs() <= 1).double().mean())
             if out.requires_grad:
-                out.register_hook(keep)
+                out.register_hook(record_gradient)
 
         return hook
 
     @property
     def growth(self) -> float:
-        """Factor per layer *towards the input*, the geometric mean: above 1 gradients explode, below they vanish.
+        """Geometric mean of the growth per layer *towards the input*: above 1 gradients explode, below 1 they vanish.
 
         Raises:
-            UserError: nothing has been propagated back, or the gradient of the last layer is zero.
+            UserError: there was no backward pass, or the gradient of the last layer is zero.
         """
         names = list(self.layers)
         first, last = (self.gradient.get(name, 0.0) for name in (names[0], names[-1]))
         if not last:
-            raise UserError("no gradient has reached the watched layers: call backward() inside the with block")
+            raise UserError("no gradient has reached the layers: call backward() inside the with block")
         return (first / last) ** (1 / (len(names) - 1))

@@ -1,7 +1,7 @@
-"""Who is who: every entry of a model's state has a role, read off the type of the module that owns it.
+"""Roles of the entries of a model's state, derived from the type of the owning module.
 
-Names decide nothing. ``'bn' in key`` misses ``downsample.1`` in every torchvision ResNet and all of
-MobileNet, DenseNet and VGG-BN; a type does not lie.
+Names are ignored: ``'bn' in key`` misses ``downsample.1`` in every torchvision ResNet and all of
+MobileNet, DenseNet and VGG-BN.
 """
 
 from __future__ import annotations
@@ -12,20 +12,19 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 State = dict[str, Tensor]
-"""A model's state, or a part of it: entry name -> tensor."""
+"""A model's state or a part of it: entry name -> tensor."""
 
 
 class Role(StrEnum):
-    """What an entry is for.
+    """Role of a state entry.
 
     Attributes:
         BODY: weights of feature-extracting layers.
         HEAD: weights of the last linear (or convolutional) layer, the classifier.
         AFFINE: scale and shift (gamma, beta) of a normalization layer.
-        GATE: mixing weights of a normalization layer, which say how much of which statistics it uses; a layer names
-            them in ``gates``.
+        GATE: weights by which a normalization layer mixes statistics; the layer lists their names in ``gates``.
         STATISTICS: running moments of a normalization layer.
-        COUNTER: an integer that counts batches; it is never averaged and never travels.
+        COUNTER: an integer that counts batches; it is neither averaged nor sent.
     """
 
     BODY = "body"
@@ -46,33 +45,33 @@ NORM_TYPES: tuple[type[nn.Module], ...] = (
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module normalizes activations (torch's own types and their subclasses)."""
+    """Whether a module normalizes activations: PyTorch's types, their subclasses, or ``normalizes = True``."""
     return isinstance(module, NORM_TYPES) or getattr(module, "normalizes", False) is True
 
 
 def keeps_statistics(module: nn.Module) -> bool:
-    """Whether a module carries running mean and variance."""
+    """Whether a module has a running mean and variance."""
     return is_norm(module) and isinstance(getattr(module, "running_mean", None), Tensor)
 
 
 def norm_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Path -> module of all normalization layers, in registration order."""
+    """All normalization layers by path, in registration order."""
     return {path: m for path, m in model.named_modules() if is_norm(m)}
 
 
 def statistics_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Path -> module of the layers with running statistics, in registration order."""
+    """The layers with running statistics by path, in registration order."""
     return {path: m for path, m in model.named_modules() if keeps_statistics(m)}
 
 
 def head(model: nn.Module) -> str | None:
-    """Path of the classifier: the last linear or convolutional layer registered."""
+    """Path of the classifier: the last registered linear or convolutional layer."""
     weighted = [p for p, m in model.named_modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))]
     return weighted[-1] if weighted else None
 
 
 def roles(model: nn.Module) -> dict[str, Role]:
-    """Role of every entry of ``model.state_dict()``, in its order.
+    """Role of every entry of ``model.state_dict()``, in the same order.
 
     >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
     >>> {str(r) for r in roles(net).values()} == {"body", "affine", "statistics", "counter", "head"}
@@ -82,11 +81,11 @@ def roles(model: nn.Module) -> dict[str, Role]:
     table: dict[str, Role] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         norm = is_norm(module)
-        own = [
+        entries = [
             *((n, p, False) for n, p in module.named_parameters(recurse=False, remove_duplicate=False)),
             *((n, b, True) for n, b in module.named_buffers(recurse=False, remove_duplicate=False)),
         ]
-        for name, tensor, buffer in own:
+        for name, tensor, buffer in entries:
             if not tensor.is_floating_point() and not tensor.is_complex():
                 role = Role.COUNTER
             elif buffer and norm:
@@ -100,20 +99,20 @@ def roles(model: nn.Module) -> dict[str, Role]:
 
 
 def split(state: State, keys: set[str]) -> tuple[State, State]:
-    """``state`` as (the entries in ``keys``, the rest); `combine` is the inverse."""
+    """Split ``state`` into the entries in ``keys`` and the rest; `combine` is the inverse."""
     return {k: v for k, v in state.items() if k in keys}, {k: v for k, v in state.items() if k not in keys}
 
 
 def combine(order: dict[str, Role], *parts: State) -> State:
-    """Disjoint parts as one state in the order of ``order``.
+    """Merge disjoint parts into one state in the order of ``order``.
 
     Raises:
-        KeyError: an entry is missing, unknown or given twice: states are never loaded partially.
+        KeyError: an entry is missing, unknown or duplicated, because states are never loaded partially.
     """
     merged: State = {}
     for part in parts:
-        if twice := merged.keys() & part.keys():
-            raise KeyError(f"entries given twice: {sorted(twice)}")
+        if duplicates := merged.keys() & part.keys():
+            raise KeyError(f"duplicate entries: {sorted(duplicates)}")
         merged |= part
     if merged.keys() != order.keys():
         raise KeyError(
@@ -125,3 +124,13 @@ def combine(order: dict[str, Role], *parts: State) -> State:
 def clone(state: State) -> State:
     """Detached copies of all tensors."""
     return {k: v.detach().clone() for k, v in state.items()}
+
+
+def with_prefix(state: State, prefix: str) -> State:
+    """Entries whose names start with ``prefix``, with the prefix removed.
+
+    >>> import torch
+    >>> with_prefix({"a/w": torch.zeros(1), "b/w": torch.ones(1)}, "a/")
+    {'w': tensor([0.])}
+    """
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}

@@ -1,6 +1,8 @@
-"""Normalizers: one file a paper. A file with a function ``convert`` is a kind that `fedbn.nn.conversion.convert` knows.
+"""Normalization methods, one module per paper.
 
-Every layer with running statistics keeps them as ``running_mean`` and ``running_var``, the variance that evaluation
-normalizes by. A method that averages something else (standard deviations, second moments) does so on a function of
-these two, so that any layer is recalibrated, followed online, shared and turned back into BN like any other.
+A module that defines ``convert`` is a kind of normalization for `fedbn.nn.conversion.convert`.
+
+Every layer with running statistics stores them as ``running_mean`` and ``running_var``, the variance used in
+evaluation. A method that averages something else (standard deviations, second moments) computes it from these two. So
+any layer can be recalibrated, updated online, shared and converted back to BN in the same way.
 """

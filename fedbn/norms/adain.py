@@ -1,10 +1,10 @@
 r"""Adaptive instance normalization (Huang, Belongie, ICCV 2017, https://arxiv.org/abs/1703.06868).
 
-Activations take on the mean and standard deviation, sample by sample and channel by channel, of a style,
+Activations get the mean and standard deviation of a style, for each sample and channel,
 
 .. math:: \mathrm{AdaIN}(x, y) = \sigma(y)\,\frac{x-\mu(x)}{\sigma(x)} + \mu(y),
 
-with :math:`\sigma` the root of the unbiased variance over positions plus :math:`10^{-5}`, as in common use.
+where :math:`\sigma` is the square root of the unbiased variance over positions plus :math:`10^{-5}`, as is common.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from fedbn.errors import UserError
 
 
 def adain(x: Tensor, style: Tensor) -> Tensor:
-    """``x`` ``[N, C, *positions]`` with the statistics of ``style`` ``[N or 1, C, *other positions]``.
+    """Give ``x`` ``[N, C, *positions]`` the statistics of ``style`` ``[N or 1, C, *other positions]``.
 
     Raises:
-        UserError: fewer than two positions, which have no standard deviation.
+        UserError: there are fewer than two positions, so the standard deviation is undefined.
 
     >>> adain(torch.tensor([[[0.0, 2.0]]]), torch.tensor([[[5.0, 9.0]]])).round().tolist()
     [[[5.0, 9.0]]]
@@ -28,8 +28,8 @@ def adain(x: Tensor, style: Tensor) -> Tensor:
     style_mean, style_std = _moments(style)
     shape = (*mean.shape, *[1] * (x.dim() - 2))
     out = (x - mean.view(shape)) / std.view(shape)
-    lead = (*style_mean.shape, *[1] * (x.dim() - 2))
-    return out * style_std.view(lead) + style_mean.view(lead)
+    style_shape = (*style_mean.shape, *[1] * (x.dim() - 2))
+    return out * style_std.view(style_shape) + style_mean.view(style_shape)
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:

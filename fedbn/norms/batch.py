@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-from torch import nn
+from functools import partial
 
 from fedbn.nn.batchnorm import AnyBatchNorm
-from fedbn.nn.conversion import exchange
+from fedbn.nn.conversion import convert_norms
 
-
-def convert(model: nn.Module) -> nn.Module:
-    """BN for every normalization layer; a layer that kept the same statistics hands them over.
-
-    >>> type(convert(nn.Sequential(nn.GroupNorm(2, 4)))[0]).__name__
-    'AnyBatchNorm'
-    """
-    return exchange(model, AnyBatchNorm, "batch")
+convert = partial(convert_norms, cls=AnyBatchNorm, kind="batch")
+"""Replace every normalization layer by BN. Statistics are copied from layers that have them."""

@@ -1,17 +1,18 @@
 r"""Diminishing batch normalization (Ma, Klabjan, 2017, https://arxiv.org/abs/1705.08011).
 
-Statistics :math:`\lambda = (\mu, \sigma)` are a moving average whose weight may diminish,
+The statistics :math:`\lambda = (\mu, \sigma)` are a moving average whose weight may diminish,
 
 .. math:: \lambda^{(m)} = \alpha^{(m)} (\mu_B, \sigma_B) + (1-\alpha^{(m)})\,\lambda^{(m-1)},\qquad \alpha^{(1)} = 1,
 
-and gradients hold them constant. The paper averages standard deviations, adds :math:`\epsilon` to them, and puts the
-layer after the activation. It does not say whether training normalized by :math:`\lambda` or by the batch: both can be
-had.
+and gradients treat them as constants. The paper averages standard deviations, adds :math:`\epsilon` to them, and puts
+the layer after the activation. It does not state whether training normalizes by :math:`\lambda` or by the batch; both
+are available.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
@@ -20,8 +21,8 @@ from torch.nn import functional as F
 
 from fedbn.errors import UserError
 from fedbn.nn.batchnorm import AnyBatchNorm
-from fedbn.nn.conversion import exchange
-from fedbn.norms.statnorm import along, batch_statistics, normalize
+from fedbn.nn.conversion import convert_norms
+from fedbn.norms.statnorm import batch_statistics, normalize
 
 Mode = Literal["algorithm1", "inference"]
 Step = Literal["iter", "epoch"]
@@ -35,7 +36,7 @@ def schedule(text: str) -> Callable[[float], float]:
     ([0.25, 0.5, 0.25], 1.0)
 
     Raises:
-        UserError: anything else, a constant outside [0, 1] or a power that is not positive.
+        UserError: unknown schedule, a constant outside [0, 1], or a power that is not positive.
     """
     head, _, power = text.partition("^")
     try:
@@ -46,24 +47,24 @@ def schedule(text: str) -> Callable[[float], float]:
     if h is not None and h > 0:
         return lambda m: float(max(m, 1.0)) ** -h
     if h is not None or not 0 <= a <= 1:
-        raise UserError(f"no schedule {text!r}: write a number from 0 to 1, 1/m, or 1/m^h with h above 0")
+        raise UserError(f"unknown schedule {text!r}: write a number from 0 to 1, 1/m, or 1/m^h with h above 0")
     return lambda m: 1.0 if m <= 1 else a
 
 
 class DiminishingBN(AnyBatchNorm):
     """Diminishing BN of ``[N, C, *positions]``.
 
-    ``running_var`` holds the square of the averaged standard deviation, or with ``stat="var"`` the averaged variance.
+    ``running_var`` holds the square of the averaged standard deviation, or the averaged variance with ``stat="var"``.
 
     Args:
         num_features: channels C.
-        eps: added to the standard deviation as in the paper, or with ``stat="var"`` to the variance.
-        affine: whether there are a scale and a shift.
+        eps: added to the standard deviation as in the paper, or to the variance with ``stat="var"``.
+        affine: whether the layer has a scale and a shift.
         alpha: see `schedule`.
-        mode: ``algorithm1``: the moving average, updated first, normalizes in training too, as the published
-            algorithm reads literally; ``inference``: training is plain BN, the average serves evaluation.
-        step: what m counts: batches, or calls of `next_epoch`.
-        stat: what is averaged.
+        mode: ``algorithm1``: training also normalizes by the moving average, after updating it, as in the published
+            algorithm; ``inference``: training is plain BN, and the average is used in evaluation only.
+        step: what m counts: batches (``iter``), or calls of `next_epoch` (``epoch``).
+        stat: averaged statistic.
         unbiased: average the unbiased variance, as PyTorch does.
 
     >>> layer = DiminishingBN(1, alpha="1/m")
@@ -72,9 +73,6 @@ class DiminishingBN(AnyBatchNorm):
     5.0
     """
 
-    running_mean: Tensor
-    running_var: Tensor
-    num_batches_tracked: Tensor
     steps: Tensor
 
     def __init__(
@@ -91,7 +89,7 @@ class DiminishingBN(AnyBatchNorm):
     ) -> None:
         super().__init__(num_features, eps, affine=affine)
         self.alpha, self.mode, self.step, self.stat, self.unbiased = schedule(alpha), mode, step, stat, unbiased
-        # A buffer that travels with the statistics: a counter stays home, and latecomers would restart at alpha = 1.
+        # A float buffer, which is sent with the statistics. Counters are not sent: late clients would restart at 1.
         self.register_buffer("steps", torch.zeros(()))
 
     def forward(self, input: Tensor) -> Tensor:
@@ -102,17 +100,17 @@ class DiminishingBN(AnyBatchNorm):
             if self.step == "iter":
                 self.steps += 1
             mean, var, n = batch_statistics(input.detach())
-            self._move(mean, var * n / (n - 1) if self.unbiased else var)
+            self._update(mean, var * n / (n - 1) if self.unbiased else var)
             if self.mode == "inference":
                 return F.batch_norm(input, None, None, self.weight, self.bias, True, 0.0, self.eps)
         var, eps = self.running_var, self.eps
         if self.stat == "std":
             var, eps = (var.sqrt() + eps) ** 2, 0.0
-        out = normalize(input, self.running_mean, var, eps, exchange=None)
-        return out if self.weight is None else out * along(self.weight, input) + along(self.bias, input)
+        out = normalize(input, self.running_mean, var, eps, gradient_map=None)
+        return self.scale_and_shift(out)
 
     @torch.no_grad()
-    def _move(self, mean: Tensor, var: Tensor) -> None:
+    def _update(self, mean: Tensor, var: Tensor) -> None:
         alpha = self.alpha(float(self.steps))
         mean, var = mean.to(self.running_mean), var.to(self.running_var)
         self.running_mean.lerp_(mean, alpha)
@@ -120,7 +118,7 @@ class DiminishingBN(AnyBatchNorm):
 
 
 def diminished(old: Tensor, new: Tensor, alpha: float, stat: Stat) -> Tensor:
-    """The variance ``old`` moved to ``new`` by a weight ``alpha``, on the scale that ``stat`` names.
+    """Move the variance ``old`` towards ``new`` by a weight ``alpha``, on the scale given by ``stat``.
 
     >>> float(diminished(torch.tensor(1.0), torch.tensor(9.0), 0.5, "std"))
     4.0
@@ -129,24 +127,14 @@ def diminished(old: Tensor, new: Tensor, alpha: float, stat: Stat) -> Tensor:
 
 
 def next_epoch(model: nn.Module) -> None:
-    """Count one epoch in every diminishing layer of ``model`` (those with ``step="epoch"``); call it before each."""
+    """Count an epoch in each `DiminishingBN` layer with ``step="epoch"``; call it before every epoch."""
     for layer in model.modules():
         if isinstance(layer, DiminishingBN) and layer.step == "epoch":
             layer.steps += 1
 
 
-def convert(
-    model: nn.Module,
-    *,
-    alpha: str = "0.25",
-    mode: Mode = "algorithm1",
-    step: Step = "iter",
-    stat: Stat = "std",
-    unbiased: bool = False,
-) -> nn.Module:
-    """Diminishing BN for every normalization layer, where it stands (the paper's place is after the activation).
+convert = partial(convert_norms, cls=DiminishingBN, kind="dbn")
+"""Replace every normalization layer by diminishing BN, in the same place.
 
-    >>> convert(nn.Sequential(nn.BatchNorm1d(4)), alpha="1/m")[0].mode
-    'algorithm1'
-    """
-    return exchange(model, DiminishingBN, "dbn", alpha=alpha, mode=mode, step=step, stat=stat, unbiased=unbiased)
+The paper puts it after the activation. Options: ``alpha``, ``mode``, ``step``, ``stat``, ``unbiased``.
+"""

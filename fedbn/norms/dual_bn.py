@@ -1,7 +1,7 @@
-"""Dual BN: clean and adversarial examples are normalized apart.
+"""Dual BN: clean and adversarial examples are normalized by separate layers.
 
-Two whole BN layers in one place (Xie et al., AdvProp, CVPR 2020, https://arxiv.org/abs/1911.09665); in federation:
-FedRBN (Hong, Wang, Wang, Zhou, AAAI 2023, https://arxiv.org/abs/2106.10196).
+Each BN layer is replaced by two (Xie et al., AdvProp, CVPR 2020, https://arxiv.org/abs/1911.09665). In federated
+learning: FedRBN (Hong, Wang, Wang, Zhou, AAAI 2023, https://arxiv.org/abs/2106.10196).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Branch = Literal["clean", "adversarial"]
 
 
 class DualBN(nn.Module):
-    """Two layers alike, of which one is in use; a copy of ``layer`` serves adversarial examples.
+    """Two copies of ``layer``, for clean and adversarial examples; ``branch`` selects the active one.
 
     >>> import torch
     >>> layer = DualBN(nn.BatchNorm1d(1)); layer.branch = "adversarial"; _ = layer(torch.tensor([[10.0], [30.0]]))
@@ -41,7 +41,7 @@ class DualBN(nn.Module):
 
 @contextmanager
 def adversarial(model: nn.Module) -> Iterator[None]:
-    """Within, every dual layer of ``model`` uses its adversarial branch.
+    """Use the adversarial branch of every dual layer of ``model`` inside the ``with`` block.
 
     >>> net = convert(nn.Sequential(nn.BatchNorm1d(4)))
     >>> with adversarial(net): net[0].branch
@@ -61,7 +61,7 @@ def adversarial(model: nn.Module) -> Iterator[None]:
 
 
 def convert(model: nn.Module) -> nn.Module:
-    """Two BN layers for every normalization layer, both starting from it; names gain ``clean`` or ``adversarial``.
+    """Replace every normalization layer by two copies; state names gain ``clean`` or ``adversarial``.
 
     >>> sorted({k.split(".")[1] for k in convert(nn.Sequential(nn.BatchNorm1d(4))).state_dict()})
     ['adversarial', 'clean']

@@ -1,7 +1,8 @@
 r"""Feature normalization (Zhang et al., TMLR 2024, https://arxiv.org/abs/2308.09565).
 
-What reaches the classifier has fixed length, :math:`\varphi \leftarrow \sqrt d\,\varphi/\lVert\varphi\rVert_2`. Under
-extreme label skew this is, the authors find, what layer normalization is good for: it keeps features from collapsing.
+The input of the classifier is scaled to a fixed length,
+:math:`\varphi \leftarrow \sqrt d\,\varphi/\lVert\varphi\rVert_2`. The authors find that this explains the benefit of
+layer normalization under extreme label skew: it prevents feature collapse.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from fedbn.nn.roles import head
 
 
 def normalize_features(x: Tensor) -> Tensor:
-    r"""Features ``[..., d]`` scaled to length :math:`\sqrt d`.
+    r"""Scale features ``[..., d]`` to length :math:`\sqrt d`.
 
     >>> import torch
     >>> normalize_features(torch.tensor([[0.0, 0.0, 0.0, 9.0]]))
@@ -25,7 +26,7 @@ def normalize_features(x: Tensor) -> Tensor:
 
 
 class FeatureNormLinear(nn.Linear):
-    """A classifier that normalizes the features ``[N, d]`` it gets."""
+    """A linear classifier that normalizes its input features ``[N, d]``."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Logits ``[N, classes]``."""
@@ -33,11 +34,11 @@ class FeatureNormLinear(nn.Linear):
 
 
 def convert(model: nn.Module, *, keep_norms: bool = False) -> nn.Module:
-    """Normalize features before the classifier, in place; names in the state dict stay.
+    """Normalize features before the classifier, in place; names in the state dict do not change.
 
     Args:
         model: its last layer with weights must be linear.
-        keep_norms: leave the normalization layers in; by default this is the only normalization.
+        keep_norms: keep the normalization layers; by default they are removed.
 
     Raises:
         UserError: the last layer with weights is not linear, or is the model itself.

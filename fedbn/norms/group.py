@@ -12,8 +12,8 @@ def convert(model: nn.Module, *, groups: int | None = None, per_group: int | Non
 
     Args:
         model: changed in place.
-        groups: groups wished; the largest divisor of a layer's channels not above it is taken.
-        per_group: channels per group instead. Neither: one channel a group, which is instance normalization.
+        groups: maximum number of groups; the largest divisor of a layer's channels up to it is used.
+        per_group: channels per group instead. With neither there is one channel per group (instance normalization).
 
     >>> convert(nn.Sequential(nn.BatchNorm2d(48)), groups=32)[0].num_groups
     24

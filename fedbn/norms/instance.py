@@ -2,22 +2,10 @@
 
 from __future__ import annotations
 
-from torch import nn
+from functools import partial
 
 from fedbn.nn.batchnorm import AnyInstanceNorm
-from fedbn.nn.conversion import channels_of, replace_norms, require_norms
+from fedbn.nn.conversion import convert_norms
 
-
-def convert(model: nn.Module) -> nn.Module:
-    """Normalize each channel of each sample over its positions; nothing is kept.
-
-    >>> type(convert(nn.Sequential(nn.BatchNorm2d(4)))[0]).__name__
-    'AnyInstanceNorm'
-    """
-    require_norms(model, "conversion to instance")
-
-    def make(path: str, layer: nn.Module) -> nn.Module:
-        affine = getattr(layer, "weight", None) is not None
-        return AnyInstanceNorm(channels_of(layer), eps=getattr(layer, "eps", None) or 1e-5, affine=affine)
-
-    return replace_norms(model, make)
+convert = partial(convert_norms, cls=AnyInstanceNorm, kind="instance")
+"""Normalize each channel of each sample over its positions, without running statistics."""

@@ -10,7 +10,7 @@ from fedbn.norms import group
 def convert(model: nn.Module) -> nn.Module:
     """Normalize each sample over all channels and positions: group normalization with one group.
 
-    Scale and shift stay one a channel, as BN has them.
+    There is one scale and shift per channel, as in BN.
 
     >>> convert(nn.Sequential(nn.BatchNorm2d(48)))[0].num_groups
     1

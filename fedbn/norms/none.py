@@ -1,4 +1,4 @@
-"""No normalization: the control."""
+"""No normalization, as a control."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from fedbn.nn.conversion import replace_norms, require_norms
 
 
 def convert(model: nn.Module) -> nn.Module:
-    """The identity for every normalization layer; nothing else changes, biases neither.
+    """Replace every normalization layer by the identity; everything else, including biases, stays.
 
     >>> convert(nn.Sequential(nn.BatchNorm1d(4)))[0]
     Identity()

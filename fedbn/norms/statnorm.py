@@ -1,15 +1,15 @@
-r"""StatNorm: normalize by statistics from anywhere, with statistic gradients from anywhere.
+r"""StatNorm: normalize by any statistics, with any statistic gradients.
 
-Training-time methods differ in two answers: which :math:`(\mu, v)` normalizes, and which gradient of the loss with
-respect to them flows back. With :math:`\hat x = (x-\mu)/\sqrt{v+\epsilon}`, :math:`s = 1/\sqrt{v+\epsilon}` and
-:math:`g = \partial L/\partial\hat x`, sums over the :math:`n` values of a channel,
+Training-time methods differ in two respects: which :math:`(\mu, v)` normalizes, and which gradient of the loss with
+respect to them is propagated back. With :math:`\hat x = (x-\mu)/\sqrt{v+\epsilon}`, :math:`s = 1/\sqrt{v+\epsilon}` and
+:math:`g = \partial L/\partial\hat x`, with sums over the :math:`n` values of a channel,
 
 .. math::
     g_\mu = -s\sum g,\qquad g_v = -\tfrac12 s^3 \sum g\,(x-\mu),\qquad
     \frac{\partial L}{\partial x} = g s + \frac{G_\mu}{n} + \frac{2 (x-\mu)\, G_v}{n},
 
-where :math:`(G_\mu, G_v)` are the statistic gradients to use: the own ones (BN), zero (statistics are constants: DBN,
-frozen BN), or whatever a callable makes of the own ones (averages over clients: FedTAN; over time: full
+where :math:`(G_\mu, G_v)` are the statistic gradients to use: :math:`(g_\mu, g_v)` itself (BN), zero (constant
+statistics: DBN, frozen BN), or the result of a callable (average over clients: FedTAN; average over time: full
 normalization).
 """
 
@@ -22,22 +22,19 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-Exchange = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""From the own statistic gradients (g_mu, g_v), ``[C]`` each, to those that flow back."""
+from fedbn.nn.batchnorm import along
+
+GradientMap = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Maps the statistic gradients (g_mu, g_v) of the batch, ``[C]`` each, to those that are propagated back."""
 
 
-def own(g_mu: Tensor, g_v: Tensor) -> tuple[Tensor, Tensor]:
-    """The own statistic gradients, as in BN."""
+def own_gradients(g_mu: Tensor, g_v: Tensor) -> tuple[Tensor, Tensor]:
+    """Use the batch's own statistic gradients, as in BN."""
     return g_mu, g_v
 
 
-def along(values: Tensor, x: Tensor) -> Tensor:
-    """``values`` ``[C]`` shaped to broadcast against ``x`` ``[N, C, *positions]``."""
-    return values.view(1, -1, *[1] * (x.dim() - 2))
-
-
 def batch_statistics(x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, biased variance (``[C]`` each) and count (0-d) of ``x`` ``[N, C, *positions]``, in float32 at least.
+    """Mean, biased variance (``[C]`` each) and count (0-d) of ``x`` ``[N, C, *positions]``, at least in float32.
 
     Args:
         x: activations.
@@ -57,10 +54,10 @@ def batch_statistics(x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Ten
 def blend(
     mean: Tensor, var: Tensor, other_mean: Tensor, other_var: Tensor, a: float | Tensor, b: float | Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    r"""Statistics moved towards others: :math:`(1-a)\mu + a m` and :math:`(1-b)v + b w + b(1-b)(m-\mu)^2`.
+    r"""Move statistics towards others: :math:`(1-a)\mu + a m` and :math:`(1-b)v + b w + b(1-b)(m-\mu)^2`.
 
-    With ``b = a`` (None) these are the exact moments of the mixture, so second moments are averaged without ever being
-    formed, and the variance cannot become negative.
+    With ``b = a`` (None) these are the exact moments of the mixture. Second moments are averaged without being
+    computed, and the variance cannot become negative.
 
     >>> mean, var = blend(torch.zeros(1), torch.ones(1), torch.full((1,), 2.0), torch.ones(1), 0.5)
     >>> float(mean), float(var)
@@ -77,19 +74,20 @@ def normalize(
     var: Tensor,
     eps: float = 1e-5,
     *,
-    exchange: Exchange | None = own,
+    gradient_map: GradientMap | None = own_gradients,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """``(x - mean) / sqrt(var + eps)`` with the statistic gradients that ``exchange`` chooses.
+    """``(x - mean) / sqrt(var + eps)`` with the statistic gradients given by ``gradient_map``.
 
-    The own gradients are right when ``var`` is a mean of squares about ``mean`` itself. No double backward.
+    The batch's own gradients are correct when ``var`` is the mean of squares about ``mean``. Double backward is not
+    supported.
 
     Args:
-        x: ``[N, C, *positions]``; half precision is normalized in float32 and given back as it came.
+        x: ``[N, C, *positions]``; half precision is normalized in float32 and returned in half precision.
         mean: ``[C]``, a constant for autograd.
         var: ``[C]``, a constant for autograd.
         eps: added to the variance.
-        exchange: called once in the backward pass; None: the statistics do not depend on ``x``.
+        gradient_map: called once in the backward pass; None: the statistics do not depend on ``x``.
         mask: ``[N, *positions]``, true where a value counts; the output is 0 elsewhere.
 
     >>> x = torch.tensor([[0.0], [2.0]], requires_grad=True); mean, var, _ = batch_statistics(x.detach())
@@ -97,45 +95,51 @@ def normalize(
     [-1.0, 1.0]
     >>> normalize(x, mean, var, 0.0)[1, 0].backward(); x.grad.flatten().tolist()
     [0.0, 0.0]
-    >>> x.grad = None; normalize(x, mean, var, 0.0, exchange=None)[1, 0].backward(); x.grad.flatten().tolist()
+    >>> x.grad = None; normalize(x, mean, var, 0.0, gradient_map=None)[1, 0].backward(); x.grad.flatten().tolist()
     [0.0, 1.0]
     """
-    return cast(Tensor, _StatNorm.apply(x, mean.detach(), var.detach(), eps, exchange, mask))  # type: ignore[no-untyped-call]
+    return cast(Tensor, _StatNorm.apply(x, mean.detach(), var.detach(), eps, gradient_map, mask))  # type: ignore[no-untyped-call]
 
 
 class _StatNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, mean: Tensor, var: Tensor, eps: float, exchange: Exchange | None, mask: Tensor | None
+        ctx: Any,
+        x: Tensor,
+        mean: Tensor,
+        var: Tensor,
+        eps: float,
+        gradient_map: GradientMap | None,
+        mask: Tensor | None,
     ) -> Tensor:
         wide = widened(x)
         mean = mean.to(wide.dtype)
         inv = torch.rsqrt(var.to(wide.dtype) + eps)
         ctx.save_for_backward(x, mean, inv, mask)
-        ctx.exchange = exchange
-        return _only((wide - along(mean, x)) * along(inv, x), mask).to(x.dtype)
+        ctx.gradient_map = gradient_map
+        return _masked((wide - along(mean, x)) * along(inv, x), mask).to(x.dtype)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, mean, inv, mask = ctx.saved_tensors
-        g = _only(widened(grad), mask)
+        g = _masked(widened(grad), mask)
         gx = g * along(inv, x)
-        if ctx.exchange is not None:
-            centered = _only(widened(x) - along(mean, x), mask)
+        if ctx.gradient_map is not None:
+            centered = _masked(widened(x) - along(mean, x), mask)
             axes = [0, *range(2, x.dim())]
             g_mu = -inv * g.sum(axes)
             g_v = -0.5 * inv**3 * (g * centered).sum(axes)
-            G_mu, G_v = ctx.exchange(g_mu, g_v)
+            G_mu, G_v = ctx.gradient_map(g_mu, g_v)
             n = x.numel() // x.shape[1] if mask is None else mask.sum()
-            gx = gx + _only(along(G_mu / n, x) + along(2 * G_v / n, x) * centered, mask)
+            gx = gx + _masked(along(G_mu / n, x) + along(2 * G_v / n, x) * centered, mask)
         return gx.to(x.dtype), None, None, None, None, None
 
 
 def widened(x: Tensor) -> Tensor:
-    """Half precision as float32, in which statistics are computed; anything else as it is."""
+    """Convert half precision to float32, in which statistics are computed; keep other dtypes."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def _only(x: Tensor, mask: Tensor | None) -> Tensor:
+def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
     return x if mask is None else x.masked_fill(~mask.unsqueeze(1), 0)

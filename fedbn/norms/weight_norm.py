@@ -1,7 +1,7 @@
 r"""Weight normalization (Salimans, Kingma, NeurIPS 2016, https://arxiv.org/abs/1602.07868).
 
-Each unit's weights are a length and a direction, :math:`w = g\,v/\lVert v\rVert_2`; no statistics of data, but
-for those of one batch at the start: `initialize`.
+The weights of each unit are split into a length and a direction, :math:`w = g\,v/\lVert v\rVert_2`. No statistics of
+data are used, except those of one initial batch in `initialize`.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from fedbn.nn.conversion import drop_norms, weighted_layers
 
 
 def convert(model: nn.Module) -> nn.Module:
-    """Weight normalization of every linear layer and convolution; normalization layers are taken out.
+    """Apply weight normalization to every linear layer and convolution and remove the normalization layers.
 
-    Length and direction start at those of the weights, so no layer's function changes. PyTorch's parametrisation:
-    ``weight`` becomes ``parametrizations.weight.original0`` (g) and ``original1`` (v). Transposed convolutions are left
-    alone.
+    Length and direction start at those of the weights, so the function of each layer does not change. This is PyTorch's
+    parametrization: ``weight`` becomes ``parametrizations.weight.original0`` (g) and ``original1`` (v). Transposed
+    convolutions are not changed.
 
     >>> sorted(dict(convert(nn.Sequential(nn.Linear(3, 4, bias=False))).named_parameters()))
     ['0.parametrizations.weight.original0', '0.parametrizations.weight.original1']
@@ -32,11 +32,11 @@ def convert(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def initialize(model: nn.Module, x: Tensor) -> None:
-    r"""Data-dependent start (section 3 of the paper), in place: on ``x`` each unit has mean zero and variance one.
+    r"""Data-dependent initialization, in place: on ``x`` each unit gets mean zero and variance one.
 
-    :math:`g\leftarrow g/\sigma[t]`, :math:`b\leftarrow (b-\mu[t])/\sigma[t]`, layer after layer in the order in which
-    they run, with the moments of the pre-activations :math:`t` over rows and positions. A layer that runs more than
-    once is set by its first run; one without a bias keeps its mean.
+    Section 3 of the paper: :math:`g\leftarrow g/\sigma[t]`, :math:`b\leftarrow (b-\mu[t])/\sigma[t]`, layer by layer in
+    forward order, with the moments of the pre-activations :math:`t` over rows and positions. A layer that runs more
+    than once is initialized in its first run. A layer without a bias keeps its mean.
 
     Args:
         model: converted to weight normalization.
@@ -56,7 +56,7 @@ def initialize(model: nn.Module, x: Tensor) -> None:
         done.add(layer)
         var, mean = torch.var_mean(out, [0, *range(2, out.dim())], correction=0)
         length = layer.parametrizations.weight.original0
-        # A unit that is constant on x has no variance to bring to one.
+        # A unit that is constant on x cannot be scaled to variance one.
         scale = torch.where(var > 1e-12, var, 1.0).rsqrt()
         length.mul_(scale.view(-1, *[1] * (length.dim() - 1)))
         if layer.bias is None:

@@ -1,7 +1,7 @@
 r"""Weight standardization (Qiao, Wang, Liu, Shen, Yuille, 2019, https://arxiv.org/abs/1903.10520).
 
 Each filter of a convolution is standardized over its inputs, :math:`\hat W_i = (W_i - \bar W_i)/(\mathrm{sd}(W_i) +
-10^{-5})`, with the unbiased standard deviation as in the authors' code. Made for use before normalization.
+10^{-5})`, with the unbiased standard deviation as in the authors' code. It is meant to precede normalization layers.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from fedbn.nn.conversion import drop_norms, weighted_layers
 
 
 class WeightStandardization(nn.Module):
-    """The parametrisation: from weights ``[out, in, *kernel]`` to standardized ones of the same shape.
+    """Parametrization from weights ``[out, in, *kernel]`` to standardized weights of the same shape.
 
     >>> WeightStandardization()(torch.tensor([[[1.0, 3.0]]])).round(decimals=4)
     tensor([[[-0.7071,  0.7071]]])
@@ -32,24 +32,24 @@ def convolutions(model: nn.Module, what: str) -> list[nn.Conv1d | nn.Conv2d | nn
     """The convolutions of ``model`` whose filters have more than one weight.
 
     Raises:
-        UserError: there are none.
+        UserError: the model has none.
     """
     weighted = weighted_layers(model).values()
     found = [m for m in weighted if not isinstance(m, nn.Linear) and m.weight[0].numel() > 1]
     if not found:
         raise UserError(
-            f"{what} works on convolutions and {type(model).__name__} has none with more than one weight a filter: "
+            f"{what} works on convolutions and {type(model).__name__} has none with more than one weight per filter: "
             "choose a convolutional model, or weight-norm"
         )
     return found
 
 
 def convert(model: nn.Module, *, keep_norms: bool = False) -> nn.Module:
-    """Weight standardization of every convolution, in place; ``weight`` becomes ``parametrizations.weight.original``.
+    """Apply weight standardization to every convolution; ``weight`` becomes ``parametrizations.weight.original``.
 
     Args:
         model: changed in place.
-        keep_norms: leave the normalization layers in, as the paper has it.
+        keep_norms: keep the normalization layers, as in the paper.
 
     Raises:
         UserError: the model has no convolution.

@@ -1,7 +1,6 @@
-"""The statistics of many users, packed: one row a user, the channels of all layers side by side.
+"""Statistics of many users in one table: one row per user, with the channels of all layers concatenated.
 
-Row 0 belongs to nobody and always holds what a new user starts from. Users who have not been met lately give their
-row to others and go to a store, from which they come back when they are met again.
+Row 0 is the template for new users. The least recently used rows are evicted to a store and reloaded on demand.
 """
 
 from __future__ import annotations
@@ -17,23 +16,23 @@ from fedbn.errors import UserError
 from fedbn.online.layer import scale_and_shift
 from fedbn.online.rules.base import Rule
 from fedbn.online.state import BNState
-from fedbn.online.statistics import Pair, Prior, State, WindowStatistics, columns, each
+from fedbn.online.statistics import Pair, Prior, State, WindowStatistics, map_tensors, slice_channels
 from fedbn.online.stores import Store
 from fedbn.plugins import render
 from fedbn.statistics.moments import Moments
 
-COUNTERS = ("offered", "learnt", "entropy", "prior_entropy")
-"""Numbers kept for each user besides what its rule keeps."""
+COUNTERS = ("offered", "learned", "entropy", "prior_entropy")
+"""Values per user in addition to the state of the rule."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Which rows of a batch belong to whom.
+    """Assigns the rows of a batch to users.
 
     Attributes:
         users: the different users, in the order of their first rows.
-        slots: ``[U]`` their rows in the bank; 0 for users who are not known.
-        row: ``[B]`` index into ``users`` of every row of the batch.
+        slots: ``[U]`` their rows in the bank; 0 for unknown users.
+        row: ``[B]`` index into ``users`` for each row of the batch.
     """
 
     users: list[str]
@@ -42,7 +41,7 @@ class Group:
 
     @property
     def distinct(self) -> bool:
-        """Whether every row is of another user; ``row`` then counts from 0."""
+        """Whether all rows belong to different users; ``row`` then counts from 0."""
         return len(self.users) == len(self.row)
 
     def sum(self, values: Tensor) -> Tensor:
@@ -51,28 +50,28 @@ class Group:
             return values
         return values.new_zeros((len(self.users), *values.shape[1:])).index_add_(0, self.row, values)
 
-    def merge(self, seen: Pair, weight: Tensor) -> Pair:
-        """Moments of all rows of each user together, ``[U, C]``, rows weighted; NaN where no row has weight."""
+    def merge(self, moments: Pair, weight: Tensor) -> Pair:
+        """Joint moments of the weighted rows of each user, ``[U, C]``; NaN where all weights are 0."""
         if self.distinct:
-            return seen
-        mean, var = seen
+            return moments
+        mean, var = moments
         total = self.sum(weight)[:, None]
-        joint = self.sum(weight[:, None] * mean) / total
-        spread = self.sum(weight[:, None] * (var + (mean - joint[self.row]) ** 2)) / total
-        return joint, spread
+        joint_mean = self.sum(weight[:, None] * mean) / total
+        joint_var = self.sum(weight[:, None] * (var + (mean - joint_mean[self.row]) ** 2)) / total
+        return joint_mean, joint_var
 
 
 class Bank:
-    """Rows of users.
+    """Table of users.
 
     Args:
-        rule: how states are kept.
-        prior: what users start from, one row.
-        affine: ``[C]`` scale and shift of the layers.
-        spans: path -> columns of each layer.
-        classes: K.
-        capacity: rows kept at hand.
-        store: where the others go.
+        rule: rule that updates the states.
+        prior: initial statistics of users, one row.
+        affine: ``[C]`` weight and bias of the layers.
+        spans: columns of each layer, by path.
+        classes: number of classes K.
+        capacity: maximum number of users in memory.
+        store: store for evicted users.
         model: fingerprint of the network.
     """
 
@@ -87,168 +86,168 @@ class Bank:
         store: Store,
         model: str,
     ) -> None:
-        self.rule, self.text = rule, render(rule)
+        self.rule, self.rule_text = rule, render(rule)
         self.source, self.affine, self.spans, self.classes = prior, affine, spans, classes
         self.capacity, self.store, self.model = capacity, store, model
         start = rule.start(prior, classes)
-        one = {f.name: getattr(start, f.name) for f in fields(State)}
-        one |= {"base_mean": prior.mean, "base_var": prior.var, "frozen": torch.zeros(1, device=prior.mean.device) > 0}
-        one |= {name: prior.mean.new_zeros(1) for name in COUNTERS}
-        one |= {"scale": torch.zeros_like(prior.mean), "shift": torch.zeros_like(prior.mean)}
-        self.rows: dict[str, Tensor] = one
+        template = {f.name: getattr(start, f.name) for f in fields(State)}
+        template |= {"base_mean": prior.mean, "base_var": prior.var}
+        template |= {"frozen": torch.zeros(1, device=prior.mean.device) > 0}
+        template |= {name: prior.mean.new_zeros(1) for name in COUNTERS}
+        template |= {"scale": torch.zeros_like(prior.mean), "shift": torch.zeros_like(prior.mean)}
+        self.rows: dict[str, Tensor] = template
         self.slot: OrderedDict[str, int] = OrderedDict()
         self.free: list[int] = []
         self.refresh(torch.zeros(1, dtype=torch.long))
-        self.blank = {name: t.clone() for name, t in self.rows.items()}
+        self.template = {name: t.clone() for name, t in self.rows.items()}
 
-    # ---------------------------------------------------------------- who is where
+    # ---------------------------------------------------------------- users
 
     def group(self, ids: Sequence[str], *, create: bool) -> Group:
-        """Find the users of a batch; users in the store come back, and with ``create`` unknown ones get a row.
+        """Find the rows of a batch's users. Loads them from the store; adds unknown users if ``create``.
 
         Raises:
-            UserError: more different users than the bank has room for.
+            UserError: more different users than the capacity.
         """
-        place: dict[str, int] = {}
-        row = [place.setdefault(user, len(place)) for user in ids]
-        wanted = [u for u in place if u in self.slot or create or u in self.store]
-        if len(wanted) > self.capacity:
+        index: dict[str, int] = {}
+        row = [index.setdefault(user, len(index)) for user in ids]
+        needed = [u for u in index if u in self.slot or create or u in self.store]
+        if len(needed) > self.capacity:
             raise UserError(
-                f"{len(wanted)} users in one batch and room for {self.capacity}: raise capacity, or split the batch"
+                f"{len(needed)} users in one batch exceed the capacity of {self.capacity}: raise it, or split the batch"
             )
-        for user in wanted:
+        for user in needed:
             if user in self.slot:
                 self.slot.move_to_end(user)
-        for user in wanted:
+        for user in needed:
             if user not in self.slot:
-                self._admit(user)
+                self._load(user)
         device = self.source.mean.device
-        slots = torch.tensor([self.slot.get(u, 0) for u in place], dtype=torch.long, device=device)
-        return Group(list(place), slots, torch.tensor(row, dtype=torch.long, device=device))
+        slots = torch.tensor([self.slot.get(u, 0) for u in index], dtype=torch.long, device=device)
+        return Group(list(index), slots, torch.tensor(row, dtype=torch.long, device=device))
 
-    def _admit(self, user: str) -> None:
+    def _load(self, user: str) -> None:
         if len(self.slot) >= self.capacity:
             oldest, slot = next(iter(self.slot.items()))
-            self._keep(oldest)
+            self._save(oldest)
             del self.slot[oldest]
             self.free.append(slot)
         if not self.free:
             used = len(self.rows["t"])
             more = min(used, self.capacity + 1 - used)
             for name, rows in self.rows.items():
-                self.rows[name] = torch.cat([rows, self.blank[name].expand(more, *rows.shape[1:])])
+                self.rows[name] = torch.cat([rows, self.template[name].expand(more, *rows.shape[1:])])
             self.free = list(range(used + more - 1, used - 1, -1))
         slot = self.free.pop()
         if user in self.store:
-            self.put(slot, BNState.from_bytes(self.store[user], self.model, self.text))
+            self.put(slot, BNState.from_bytes(self.store[user], self.model, self.rule_text))
         else:
             self.clear(slot)
         self.slot[user] = slot
 
-    def _keep(self, user: str) -> None:
+    def _save(self, user: str) -> None:
         self.store[user] = self.get(self.slot[user]).to_bytes(self.source.mean.dtype)
 
     def flush(self) -> None:
-        """Write everybody at hand to the store."""
+        """Write all users in memory to the store."""
         for user in self.slot:
-            self._keep(user)
+            self._save(user)
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Move every tensor to another device or floating type."""
-        self.source = each(self.source, lambda _, t: function(t))
+        """Apply a function to every tensor, e.g. to move it to another device."""
+        self.source = map_tensors(self.source, lambda _, t: function(t))
         self.affine = function(self.affine[0]), function(self.affine[1])
         self.rows = {name: function(t) for name, t in self.rows.items()}
-        self.blank = {name: function(t) for name, t in self.blank.items()}
+        self.template = {name: function(t) for name, t in self.template.items()}
 
     def drop(self, user: str) -> None:
-        """Forget that a user was ever met."""
+        """Delete a user from memory and store."""
         if user in self.slot:
             self.free.append(self.slot.pop(user))
         self.store.pop(user, None)
 
     def clear(self, slot: int) -> None:
-        """Back to the start."""
+        """Reset one row to the template."""
         for name, rows in self.rows.items():
-            rows[slot] = self.blank[name][0]
+            rows[slot] = self.template[name][0]
 
-    # ---------------------------------------------------------------- rows as values
+    # ---------------------------------------------------------------- rows
 
-    def prior(self, at: Tensor) -> Prior:
-        """What the users in slots ``at`` started from."""
-        return replace(self.source, mean=self.rows["base_mean"][at], var=self.rows["base_var"][at])
+    def prior(self, slots: Tensor) -> Prior:
+        """Initial statistics of the users in rows ``slots``."""
+        return replace(self.source, mean=self.rows["base_mean"][slots], var=self.rows["base_var"][slots])
 
-    def states(self, at: Tensor) -> State:
-        """The states in slots ``at``."""
-        return State(**{f.name: self.rows[f.name][at] for f in fields(State)})
+    def states(self, slots: Tensor) -> State:
+        """States in rows ``slots``."""
+        return State(**{f.name: self.rows[f.name][slots] for f in fields(State)})
 
-    def write(self, at: Tensor, state: State) -> None:
-        """Put states into slots ``at``."""
+    def write(self, slots: Tensor, state: State) -> None:
+        """Write states to rows ``slots``."""
         for f in fields(State):
-            self.rows[f.name][at] = getattr(state, f.name)
-        self.refresh(at)
+            self.rows[f.name][slots] = getattr(state, f.name)
+        self.refresh(slots)
 
-    def refresh(self, at: Tensor) -> None:
-        """Compute scale and shift of the rows ``at`` again."""
-        self.rows["scale"][at], self.rows["shift"][at] = self.transform(*self.statistics(at))
+    def refresh(self, slots: Tensor) -> None:
+        """Recompute scale and shift of rows ``slots``."""
+        self.rows["scale"][slots], self.rows["shift"][slots] = self.transform(*self.statistics(slots))
 
-    def statistics(self, at: Tensor) -> Pair:
-        """Mean and variance in use, ``[U, C]`` each."""
-        prior = self.prior(at)
-        return self._unless_frozen(at, prior, self.rule.statistics(prior, self.states(at)))
+    def statistics(self, slots: Tensor) -> Pair:
+        """Current mean and variance, ``[U, C]`` each."""
+        prior = self.prior(slots)
+        return self._unless_frozen(slots, prior, self.rule.statistics(prior, self.states(slots)))
 
-    def transform(self, mean: Tensor, var: Tensor, of: slice = slice(None)) -> Pair:
-        """Scale and shift for statistics of the columns ``of``."""
+    def transform(self, mean: Tensor, var: Tensor, span: slice = slice(None)) -> Pair:
+        """Scale and shift for statistics of the columns ``span``."""
         weight, bias = self.affine
-        return scale_and_shift(mean, var, self.source.eps[of], weight[of], bias[of])
+        return scale_and_shift(mean, var, self.source.eps[span], weight[span], bias[span])
 
-    def _unless_frozen(self, at: Tensor, prior: Prior, pair: Pair) -> Pair:
-        frozen = self.rows["frozen"][at][:, None]
+    def _unless_frozen(self, slots: Tensor, prior: Prior, pair: Pair) -> Pair:
+        frozen = self.rows["frozen"][slots][:, None]
         return torch.where(frozen, prior.mean, pair[0]), torch.where(frozen, prior.var, pair[1])
 
-    # ---------------------------------------------------------------- rules at work
+    # ---------------------------------------------------------------- updates
 
-    def statistics_with_current(self, group: Group, seen: Pair, positions: int, of: slice) -> Pair:
-        """Scale and shift of the columns ``of`` with the users' rows inside their own statistics; nothing is kept."""
-        weight = group.sum(seen[0].new_ones(len(group.row)))
-        at = group.slots
-        prior, state = columns(self.prior(at), of), columns(self.states(at), of)
-        group_prior = self.rule.heard(columns(self.prior(at[group.row]), of), seen)
-        heard = WindowStatistics(
-            *group.merge(group_prior, seen[0].new_ones(len(group.row))), torch.full_like(prior.eps, positions)
+    def transform_with_current(self, group: Group, moments: Pair, positions: int, span: slice) -> Pair:
+        """Scale and shift of the columns ``span`` if statistics include the current rows; the state is unchanged."""
+        weight = group.sum(moments[0].new_ones(len(group.row)))
+        slots = group.slots
+        prior, state = slice_channels(self.prior(slots), span), slice_channels(self.states(slots), span)
+        clipped = self.rule.clip_moments(slice_channels(self.prior(slots[group.row]), span), moments)
+        window = WindowStatistics(
+            *group.merge(clipped, moments[0].new_ones(len(group.row))), torch.full_like(prior.eps, positions)
         )
-        nothing = torch.zeros_like(state.classes)
-        pair = self.rule.statistics(prior, self.rule.update(prior, state, heard, weight, nothing))
-        scale, shift = self.transform(*self._unless_frozen(at, prior, pair), of)
+        unknown = torch.zeros_like(state.classes)
+        pair = self.rule.statistics(prior, self.rule.update(prior, state, window, weight, unknown))
+        scale, shift = self.transform(*self._unless_frozen(slots, prior, pair), span)
         return scale[group.row], shift[group.row]
 
-    def learn(self, group: Group, seen: Pair, positions: Tensor, weight: Tensor, posterior: Tensor) -> None:
-        """Update the states of the users of a batch at once.
+    def learn(self, group: Group, moments: Pair, positions: Tensor, weight: Tensor, posterior: Tensor) -> None:
+        """Update the states of all users of a batch.
 
         Args:
-            group: whose rows.
-            seen: row moments, ``[B, C]`` each.
-            positions: ``[C]`` values behind them; 0 for layers that did not run, whose columns stay as they are.
-            weight: ``[B]`` 0 or more.
-            posterior: ``[B, K]``; zeros where nothing is known.
+            group: users of the rows.
+            moments: row moments, ``[B, C]`` each.
+            positions: ``[C]`` number of values behind them; 0 for layers that did not run, which do not change.
+            weight: ``[B]`` weights of the rows, not negative.
+            posterior: ``[B, K]``; zeros if unknown.
         """
         total = group.sum(weight)
-        moving = ~self.rows["frozen"][group.slots]
-        self.rows["offered"][group.slots] += group.sum(torch.ones_like(weight)) * moving
-        active = moving & (total > 0)
-        at, total = group.slots[active], total[active]
-        if not len(at):
+        adaptive = ~self.rows["frozen"][group.slots]
+        self.rows["offered"][group.slots] += group.sum(torch.ones_like(weight)) * adaptive
+        active = adaptive & (total > 0)
+        slots, total = group.slots[active], total[active]
+        if not len(slots):
             return
-        mean, var = group.merge(self.rule.heard(self.prior(group.slots[group.row]), seen), weight)
+        mean, var = group.merge(self.rule.clip_moments(self.prior(group.slots[group.row]), moments), weight)
         classes = group.sum(weight[:, None] * posterior)[active]
-        belief = classes / total[:, None]
-        before = self.states(at)
-        after = self.rule.update(
-            self.prior(at), before, WindowStatistics(mean[active], var[active], positions), total, belief
-        )
+        mean_posterior = classes / total[:, None]
+        before = self.states(slots)
+        window = WindowStatistics(mean[active], var[active], positions)
+        after = self.rule.update(self.prior(slots), before, window, total, mean_posterior)
         ran = positions > 0
-        self.rows["learnt"][at] += total
+        self.rows["learned"][slots] += total
         self.write(
-            at,
+            slots,
             replace(
                 after,
                 t=before.t + 1,
@@ -261,68 +260,68 @@ class Bank:
     # ---------------------------------------------------------------- one user
 
     def get(self, slot: int) -> BNState:
-        """One row as a value."""
+        """State of one row."""
         row = {name: rows[slot].detach().cpu() for name, rows in self.rows.items()}
         calibrated = self.calibrated(slot)
         return BNState(
             parts={
-                path: tuple(Moments.from_variance(*p) for p in zip(row["n"], row["mean"][:, of], row["var"][:, of]))
-                for path, of in self.spans.items()
+                path: tuple(Moments.from_variance(*p) for p in zip(row["n"], row["mean"][:, span], row["var"][:, span]))
+                for path, span in self.spans.items()
             },
             base={
-                path: Moments.from_variance(1, row["base_mean"][of], row["base_var"][of])
-                for path, of in self.spans.items()
+                path: Moments.from_variance(1, row["base_mean"][span], row["base_var"][span])
+                for path, span in self.spans.items()
                 if calibrated
             },
-            extra={path: row["extra"][:, of] for path, of in self.spans.items()},
+            extra={path: row["extra"][:, span] for path, span in self.spans.items()},
             classes=row["classes"].double(),
             tally={name: float(row[name]) for name in ("t", *COUNTERS)},
             frozen=bool(row["frozen"]),
-            rule=self.text,
+            rule=self.rule_text,
             model=self.model,
         )
 
     def put(self, slot: int, state: BNState) -> None:
-        """A value into one row. Parts that hold no window start where the rule starts them.
+        """Write a state to one row. Parts without windows get the rule's initial values.
 
         Raises:
             UserError: the state belongs to another model or rule.
         """
-        state.require(self.model, self.text)
+        state.require(self.model, self.rule_text)
         self.clear(slot)
-        for path, of in self.spans.items():
+        for path, span in self.spans.items():
             if path in state.base:
-                self._set("base_mean", slot, of, state.base[path].mean)
-                self._set("base_var", slot, of, state.base[path].variance())
-        at = torch.tensor([slot], device=self.source.mean.device)
-        start = self.rule.start(self.prior(at), self.classes)
+                self._set("base_mean", slot, span, state.base[path].mean)
+                self._set("base_var", slot, span, state.base[path].variance())
+        slots = torch.tensor([slot], device=self.source.mean.device)
+        start = self.rule.start(self.prior(slots), self.classes)
         for f in fields(State):
-            self.rows[f.name][at] = getattr(start, f.name)
-        for path, of in self.spans.items():
+            self.rows[f.name][slots] = getattr(start, f.name)
+        for path, span in self.spans.items():
             for p, moments in enumerate(state.parts[path]):
                 self.rows["n"][slot, p] = moments.n
                 if moments.n > 0:
-                    self.rows["mean"][slot, p, of] = moments.mean.to(self.rows["mean"])
-                    self.rows["var"][slot, p, of] = moments.variance().to(self.rows["var"])
+                    self.rows["mean"][slot, p, span] = moments.mean.to(self.rows["mean"])
+                    self.rows["var"][slot, p, span] = moments.variance().to(self.rows["var"])
             if state.extra[path].numel():
-                self._set("extra", slot, (slice(None), of), state.extra[path])
+                self._set("extra", slot, (slice(None), span), state.extra[path])
         self._set("classes", slot, slice(None), state.classes)
         for name, value in state.tally.items():
             self.rows[name][slot] = value
         self.rows["frozen"][slot] = state.frozen
-        self.refresh(at)
+        self.refresh(slots)
 
-    def _set(self, name: str, slot: int, where: slice | tuple[slice, slice], value: Tensor) -> None:
+    def _set(self, name: str, slot: int, index: slice | tuple[slice, slice], value: Tensor) -> None:
         rows = self.rows[name]
-        rows[slot][where] = value.to(rows)
+        rows[slot][index] = value.to(rows)
 
     def calibrated(self, slot: int) -> bool:
-        """Whether a user starts from statistics of its own."""
-        return not all(torch.equal(self.rows[b][slot], self.blank[b][0]) for b in ("base_mean", "base_var"))
+        """Whether a user has statistics from calibration."""
+        return not all(torch.equal(self.rows[b][slot], self.template[b][0]) for b in ("base_mean", "base_var"))
 
     def calibrate(self, slot: int, mean: Tensor, var: Tensor, *, frozen: bool) -> None:
-        """Let one user start from ``mean`` and ``var``, ``[C]``, instead of the prior; what it had learnt goes."""
+        """Replace the prior of one user by ``mean`` and ``var``, ``[C]``, and reset its state."""
         self.clear(slot)
-        at = torch.tensor([slot], device=mean.device)
+        slots = torch.tensor([slot], device=mean.device)
         self.rows["base_mean"][slot], self.rows["base_var"][slot], self.rows["frozen"][slot] = mean, var, frozen
-        self.write(at, self.rule.start(self.prior(at), self.classes))
+        self.write(slots, self.rule.start(self.prior(slots), self.classes))

@@ -1,8 +1,8 @@
-r"""A normalization layer whose rows may each have their own statistics, and one forward pass through all of them.
+r"""Normalization layer with separate statistics per row, and a forward pass that supplies them.
 
-The layer knows nothing of users: it asks the `Pass` under way for a scale and a shift of every row and channel,
-:math:`s=\gamma/\sqrt{v+\epsilon}` and :math:`t=\beta-\mu s`, and gives :math:`y = s x + t`. Written with the
-operations of PyTorch's own kernel, so that a row with the source's statistics gets the source's output to the bit.
+The layer is independent of users. The current `Pass` supplies a scale and a shift for every row and channel,
+:math:`s=\gamma/\sqrt{v+\epsilon}` and :math:`t=\beta-\mu s`, and the output is :math:`y = s x + t`. The operations
+are those of PyTorch's kernel, so that a row with the source's statistics gets the source's output to the bit.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from fedbn.online.statistics import Pair, mix
 
 
 class UserNorm(AnyBatchNorm):
-    """BN in evaluation mode; inside a `Pass`, every row with the scale and shift of its user.
+    """BN in evaluation mode. Inside a `Pass`, each row has the scale and shift of its user.
 
     Attributes:
-        place: which of the model's statistics layers it is, in registration order.
+        index: position among the model's statistics layers, in registration order.
     """
 
-    place: int
+    index: int
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalized activations, of the input's shape."""
@@ -37,8 +37,8 @@ class UserNorm(AnyBatchNorm):
 
 
 Transform = Callable[[int, "Pair | None", int], Pair]
-"""From a layer's place, the row moments ``[B, C]`` that it met (if watched) and the number of positions behind them to
-its scale and shift, ``[B, C]`` or ``[1, C]``."""
+"""Maps a layer's index, the row moments ``[B, C]`` of its input (if recorded) and their number of positions to scale
+and shift, ``[B, C]`` or ``[1, C]``."""
 
 
 @dataclass
@@ -46,20 +46,20 @@ class Pass:
     """One forward pass over ``rows`` rows.
 
     Attributes:
-        rows: of the batch.
-        transform: scale and shift of each row.
-        watch: whether row moments are measured.
-        seen: what each layer met, in the order in which they ran.
-        positions: values of a row behind each channel, by place.
-        mask: ``[B, length]`` which positions of the last axis are real; the others count in no moments. Deeper layers
-            read the nearest entry for each of their positions.
+        rows: batch size.
+        transform: returns scale and shift of each row.
+        record: whether to record row moments.
+        mask: ``[B, length]`` False where the last axis is padding, which is excluded from moments. Deeper layers use
+            the nearest entry for each of their positions.
+        moments: row moments of each layer's input by index, in execution order.
+        positions: number of values per row and channel, by index.
     """
 
     rows: int
     transform: Transform
-    watch: bool = True
+    record: bool = True
     mask: Tensor | None = None
-    seen: dict[int, Pair] = field(default_factory=dict)
+    moments: dict[int, Pair] = field(default_factory=dict)
     positions: dict[int, int] = field(default_factory=dict)
 
     def __enter__(self) -> Pass:
@@ -70,35 +70,35 @@ class Pass:
         _PASS.reset(self._token)
 
     def normalize(self, layer: UserNorm, x: Tensor) -> Tensor:
-        """The layer's output.
+        """Output of the layer.
 
         Raises:
-            UserError: the layer's rows are not the batch's.
+            UserError: the layer's batch size differs from the model's.
         """
         if x.shape[0] != self.rows:
             raise UserError(
-                f"a normalization layer met {x.shape[0]} rows where {self.rows} windows were given: the model folds "
-                "another axis into the batch, so rows cannot be told apart by user; keep the batch on axis 0"
+                f"a normalization layer received {x.shape[0]} rows for {self.rows} windows: the model folds another "
+                "axis into the batch, so rows cannot be assigned to users; keep the batch on axis 0"
             )
-        moments = self._meet(layer, x) if self.watch else None
-        scale, shift = self.transform(layer.place, moments, x[0, 0].numel())
+        moments = self._record(layer, x) if self.record else None
+        scale, shift = self.transform(layer.index, moments, x[0, 0].numel())
         shape = (*scale.shape, *[1] * (x.dim() - 2))
         return torch.addcmul(shift.view(shape), x.to(scale.dtype), scale.view(shape)).to(x.dtype)
 
-    def _meet(self, layer: UserNorm, x: Tensor) -> Pair:
-        now = row_moments(x, cast(Tensor, layer.running_mean), self._real(x))
+    def _record(self, layer: UserNorm, x: Tensor) -> Pair:
+        moments = row_moments(x, cast(Tensor, layer.running_mean), self._layer_mask(x))
         positions = x[0, 0].numel()
-        if layer.place in self.seen:  # the layer occurs twice in the network
-            before = self.positions[layer.place]
+        if layer.index in self.moments:  # the layer occurs twice in the network
+            before = self.positions[layer.index]
             share = torch.as_tensor(positions / (before + positions), device=x.device)
-            self.seen[layer.place] = mix(self.seen[layer.place], now, share)
+            self.moments[layer.index] = mix(self.moments[layer.index], moments, share)
             positions += before
         else:
-            self.seen[layer.place] = now
-        self.positions[layer.place] = positions
-        return now
+            self.moments[layer.index] = moments
+        self.positions[layer.index] = positions
+        return moments
 
-    def _real(self, x: Tensor) -> Tensor | None:
+    def _layer_mask(self, x: Tensor) -> Tensor | None:
         if self.mask is None or x.dim() < 3:
             return None
         return F.interpolate(self.mask[:, None].to(x), size=x.shape[-1], mode="nearest")[:, 0]
@@ -107,16 +107,16 @@ class Pass:
 _PASS: ContextVar[Pass | None] = ContextVar("pass", default=None)
 
 
-def row_moments(x: Tensor, center: Tensor, real: Tensor | None = None) -> Pair:
+def row_moments(x: Tensor, center: Tensor, mask: Tensor | None = None) -> Pair:
     """Mean and biased variance of each row and channel over the positions, ``[B, C]`` each.
 
-    Two plain means about ``center``: where values lie far from zero nothing cancels, and on a CPU it is many times
-    as fast as ``torch.var_mean``.
+    Two plain means about ``center`` avoid cancellation far from zero, and are many times faster than ``torch.var_mean``
+    on a CPU.
 
     Args:
         x: ``[B, C, *positions]``; half precision is measured in float32.
-        center: ``[C]``, anything near the mean.
-        real: ``[B, length]`` weights of the positions of the last axis; None: all alike.
+        center: ``[C]``, any values near the mean.
+        mask: ``[B, length]`` weights of the positions of the last axis; None: equal weights.
 
     >>> row_moments(torch.tensor([[[1001.0, 1003.0]]]), torch.tensor([1000.0]))
     (tensor([[1002.]]), tensor([[1.]]))
@@ -126,20 +126,20 @@ def row_moments(x: Tensor, center: Tensor, real: Tensor | None = None) -> Pair:
     centered = wide - center.view(-1, *[1] * len(dims))
     if not dims:
         return wide, torch.zeros_like(wide)
-    if real is not None:
-        share = real.view(len(x), *[1] * len(dims), -1).expand_as(centered[:, :1])
+    if mask is not None:
+        share = mask.view(len(x), *[1] * len(dims), -1).expand_as(centered[:, :1])
         share = share / share.sum(dims, keepdim=True)
         offset = (share * centered).sum(dims)
-        spread = (share * centered.square()).sum(dims) - offset * offset
-        # Rows without padding to the same bits as in a batch without: what is another user's changes nothing here.
-        whole, mean, var = real.all(1)[:, None], *row_moments(x, center)
-        return torch.where(whole, mean, center + offset), torch.where(whole, var, spread.clamp_min(0))
+        masked_var = (share * centered.square()).sum(dims) - offset * offset
+        # Rows without padding have the same bits as in a batch without padding: other users have no influence.
+        whole, mean, var = mask.all(1)[:, None], *row_moments(x, center)
+        return torch.where(whole, mean, center + offset), torch.where(whole, var, masked_var.clamp_min(0))
     offset = centered.mean(dims)
     return center + offset, (centered.square_().mean(dims) - offset * offset).clamp_min(0)
 
 
 def scale_and_shift(mean: Tensor, var: Tensor, eps: Tensor, weight: Tensor, bias: Tensor) -> Pair:
-    """Factor s and summand t of :math:`y = s x + t`, rounded as in PyTorch's kernel; arguments broadcast.
+    """Scale s and shift t of :math:`y = s x + t`, rounded as in PyTorch's kernel; arguments broadcast.
 
     >>> scale_and_shift(torch.tensor(2.0), torch.tensor(4.0), torch.tensor(0.0), torch.tensor(1.0), torch.tensor(0.0))
     (tensor(0.5000), tensor(-1.))

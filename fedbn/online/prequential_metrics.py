@@ -10,29 +10,27 @@ import numpy as np
 from scipy.signal import lfilter
 from sklearn.metrics import f1_score
 
-from fedbn.online.prequential import Floats, Trace, _side_by_side
+from fedbn.online.prequential import Floats, Trace
 
 FADING = 0.99
-"""Weight of a window relative to the one after it in the fading measures."""
-
+"""Weight of a window relative to the next one in the fading metrics."""
 
 HARM = 0.01
-"""A user is harmed who loses more than this against the source model."""
-
+"""A user is harmed if its accuracy is lower than that of the source model by more than this."""
 
 SMOOTH = 50
-"""Windows of the moving average by which "closed the gap, and stayed" is judged."""
+"""Windows of the moving average in `windows_to_close`, and windows for which the gap must remain closed."""
 
 
 @dataclass(frozen=True)
 class UserScore:
-    """One trace in numbers.
+    """Metrics of one trace.
 
     Attributes:
-        n: windows scored.
+        n: number of scored windows.
         accuracy, macro_f1: over all of them.
-        faded_accuracy, faded_f1: with weight .99 a step back from the end: where the user stands at last.
-        nll: mean, in nats.
+        faded_accuracy, faded_f1: with weights that decay by .99 per window from the end: performance at the end.
+        nll: mean negative log-likelihood, in nats.
         ece: expected calibration error.
     """
 
@@ -46,7 +44,7 @@ class UserScore:
 
 
 def score(trace: Trace) -> UserScore:
-    """A trace in numbers; foreign windows left out.
+    """Metrics of a trace, without foreign windows.
 
     >>> import torch
     >>> from fedbn.streams import Stream
@@ -54,60 +52,60 @@ def score(trace: Trace) -> UserScore:
     >>> score(Trace.of(s, torch.tensor([[9.0, 0.0], [9.0, 0.0]]))).accuracy
     0.5
     """
-    keep = trace.scored
-    y, said = trace.y[keep], trace.predicted[keep]
-    faded = FADING ** np.arange(len(y) - 1, -1, -1)
-    right = (y == said).astype(float)
+    scored = trace.scored
+    y, predicted = trace.y[scored], trace.predicted[scored]
+    weights = FADING ** np.arange(len(y) - 1, -1, -1)
+    correct = (y == predicted).astype(float)
     return UserScore(
         len(y),
-        float(right.mean()),
-        float(f1_score(y, said, average="macro", zero_division=0.0)),
-        float(np.average(right, weights=faded)),
-        float(f1_score(y, said, average="macro", zero_division=0.0, sample_weight=faded)),
-        float(trace.nll[keep].mean()),
-        calibration_error(trace.confidence[keep], right),
+        float(correct.mean()),
+        float(f1_score(y, predicted, average="macro", zero_division=0.0)),
+        float(np.average(correct, weights=weights)),
+        float(f1_score(y, predicted, average="macro", zero_division=0.0, sample_weight=weights)),
+        float(trace.nll[scored].mean()),
+        calibration_error(trace.confidence[scored], correct),
     )
 
 
-def calibration_error(confidence: Floats, right: Floats, bins: int = 15) -> float:
-    r"""Expected calibration error: :math:`\sum_b \frac{n_b}{n}|acc_b-conf_b|` over equal bins of confidence.
+def calibration_error(confidence: Floats, correct: Floats, bins: int = 15) -> float:
+    r"""Expected calibration error: :math:`\sum_b \frac{n_b}{n}|acc_b-conf_b|` over confidence bins of equal width.
 
     Guo, Pleiss, Sun, Weinberger, 2017, https://arxiv.org/abs/1706.04599
 
     Args:
         confidence: ``[n]`` in [0, 1].
-        right: ``[n]`` 0 or 1.
-        bins: how many.
+        correct: ``[n]`` 0 or 1.
+        bins: number of bins.
 
     >>> calibration_error(np.array([0.9, 0.9]), np.array([1.0, 0.0]))
     0.4
     """
     bin_ = np.minimum((confidence * bins).astype(int), bins - 1)
-    gap = np.bincount(bin_, weights=right - confidence, minlength=bins)
+    gap = np.bincount(bin_, weights=correct - confidence, minlength=bins)
     return float(np.abs(gap).sum() / len(confidence))
 
 
-def faded(correct: Floats, factor: float = FADING) -> Floats:
-    r"""The fading mean at each window, :math:`\sum_i f^{t-i}c_i/\sum_i f^{t-i}` over the windows that count.
+def fading_mean(correct: Floats, factor: float = FADING) -> Floats:
+    r"""Fading mean at each window t: :math:`\sum_i f^{t-i}c_i/\sum_i f^{t-i}` over the scored windows.
 
     Gama, Sebastião, Rodrigues, 2013, *On evaluating stream learning algorithms*, Machine Learning 90.
 
     Args:
-        correct: ``[n]``, NaN where a window does not count; the first counts.
+        correct: ``[n]``, NaN for windows that are not scored; the first window must be scored.
         factor: f.
 
-    >>> faded(np.array([1.0, 0.0]), 0.5).round(3).tolist()
+    >>> fading_mean(np.array([1.0, 0.0]), 0.5).round(3).tolist()
     [1.0, 0.333]
     """
-    counts = ~np.isnan(correct)
+    scored = ~np.isnan(correct)
     filters = [1.0], [1.0, -factor]
-    total = lfilter(*filters, np.where(counts, correct, 0.0))
-    weight = lfilter(*filters, counts.astype(float))
+    total = lfilter(*filters, np.where(scored, correct, 0.0))
+    weight = lfilter(*filters, scored.astype(float))
     return np.asarray(total / np.where(weight > 0, weight, np.nan))
 
 
 def worst_decile(values: Sequence[float]) -> float:
-    """Mean over the lowest tenth of the users, at least one of them.
+    """Mean over the worst tenth of the users, at least one user.
 
     >>> worst_decile([0.9, 0.2, 0.7])
     0.2
@@ -117,7 +115,7 @@ def worst_decile(values: Sequence[float]) -> float:
 
 
 def harmed(values: Sequence[float], unadapted: Sequence[float]) -> float:
-    """Share of users more than a point below the source, the same users in the same order.
+    """Share of users more than a percentage point below the source; both in the same order.
 
     >>> harmed([0.90, 0.70], [0.905, 0.80])
     0.5
@@ -126,52 +124,62 @@ def harmed(values: Sequence[float], unadapted: Sequence[float]) -> float:
 
 
 def regret(traces: Sequence[Trace], unadapted: Sequence[Trace], oracle: Sequence[Trace]) -> float:
-    r"""Errors above the oracle's in units of the source's: 0 as good, 1 useless, above 1 harmful.
+    r"""Excess errors over the oracle, relative to the source: 0 oracle, 1 source, above 1 harmful.
 
     :math:`\sum(\ell-\ell_{oracle})/\sum(\ell_{source}-\ell_{oracle})` with zero-one loss over all users' windows; NaN
-    where the oracle is no better than the source.
+    if the oracle is no better than the source.
 
     Raises:
-        ValueError: the traces are not of the same streams.
+        ValueError: the traces belong to different streams.
     """
-    rule, base, best = (np.nanmean(_side_by_side(t, traces)) for t in (traces, unadapted, oracle))
+    rule, base, best = (np.nanmean(_correct_table(t, traces)) for t in (traces, unadapted, oracle))
     return float((best - rule) / (best - base)) if best > base else math.nan
 
 
 def windows_to_close(
-    part: float, traces: Sequence[Trace], unadapted: Sequence[Trace], oracle: Sequence[Trace]
+    share: float, traces: Sequence[Trace], unadapted: Sequence[Trace], oracle: Sequence[Trace]
 ) -> int | None:
-    """Windows until ``part`` of the gap between source and oracle is closed, and stays so for 50 windows.
+    """Windows until ``share`` of the gap between source and oracle is closed for `SMOOTH` windows.
 
-    Accuracies are means over the users and the last 50 windows, all three on the same windows.
+    Accuracies are means over the users and the last `SMOOTH` windows, all three on the same windows.
 
     Returns:
-        Windows learnt from when it is first so (at least `SMOOTH`); None if never within the streams (censored), or if
-        there is no gap.
+        Number of windows (at least `SMOOTH`); None if the gap is not closed within the streams (censored), or if there
+        is no gap.
 
     Raises:
-        ValueError: the traces are not of the same streams.
+        ValueError: the traces belong to different streams.
     """
-    rule, base, best = (_moving(_side_by_side(t, traces)) for t in (traces, unadapted, oracle))
+    rule, base, best = (_moving(_correct_table(t, traces)) for t in (traces, unadapted, oracle))
     if len(rule) < SMOOTH or not np.nanmean(best) > np.nanmean(base):
         return None
-    good = (rule >= base + part * (best - base) - 1e-12).astype(int)
-    runs = np.convolve(good, np.ones(SMOOTH, int), "valid")
-    held = np.flatnonzero(runs == SMOOTH)
-    return int(held[0]) + SMOOTH if len(held) else None
+    closed = (rule >= base + share * (best - base) - 1e-12).astype(int)
+    runs = np.convolve(closed, np.ones(SMOOTH, int), "valid")
+    first = np.flatnonzero(runs == SMOOTH)
+    return int(first[0]) + SMOOTH if len(first) else None
 
 
 def _moving(correct: Floats) -> Floats:
-    """Mean over users and the last `SMOOTH` windows, ``[windows - SMOOTH + 1]``."""
+    """Moving average over users and the last `SMOOTH` windows, ``[windows - SMOOTH + 1]``."""
     ones = np.ones(SMOOTH)
-    right = np.convolve(np.nansum(correct, 0), ones, "valid")
+    total = np.convolve(np.nansum(correct, 0), ones, "valid")
     count = np.convolve((~np.isnan(correct)).sum(0), ones, "valid")
-    return np.asarray(right / np.maximum(count, 1))
+    return np.asarray(total / np.maximum(count, 1))
+
+
+def _correct_table(traces: Sequence[Trace], reference: Sequence[Trace]) -> Floats:
+    """``[users, windows]`` with 1 for correct predictions; NaN where nothing is scored."""
+    if [t.digest for t in traces] != [t.digest for t in reference]:
+        raise ValueError("traces of different streams cannot be compared")
+    out = np.full((len(traces), max(len(t.y) for t in traces)), np.nan)
+    for row, trace in zip(out, traces, strict=True):
+        row[: len(trace.y)] = trace.correct
+    return out
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What following costs: microseconds a window, median and 99th percentile, and bytes of state a user."""
+    """Cost of adaptation: microseconds per window (median, 99th percentile) and bytes of state per user."""
 
     us_p50: float
     us_p99: float
@@ -179,19 +187,19 @@ class Cost:
 
 
 def cost(traces: Sequence[Trace], bytes_per_user: float) -> Cost:
-    """Times of all windows of all traces together; the first ten of each trace warm up and do not count."""
+    """Cost over the windows of all traces, without the first ten of each trace (warm-up)."""
     micro = 1e6 * np.concatenate([t.seconds[min(10, len(t.seconds) - 1) :] for t in traces])
     return Cost(float(np.percentile(micro, 50)), float(np.percentile(micro, 99)), bytes_per_user)
 
 
 @dataclass(frozen=True)
 class Alarms:
-    """How well alarms fit changes.
+    """Performance of a drift detector.
 
     Attributes:
-        delays: windows from each change that was noticed to its first alarm.
-        missed: changes without an alarm in time.
-        false_per_1000: alarms in reach of no change, in a thousand windows.
+        delays: windows from each detected change to its first alarm.
+        missed: number of changes that were not detected.
+        false_per_1000: false alarms per thousand windows.
     """
 
     delays: tuple[int, ...]
@@ -200,18 +208,18 @@ class Alarms:
 
 
 def judge_alarms(alarms: Sequence[int], changes: Sequence[int], n: int, patience: int = 100) -> Alarms:
-    """Match alarms with changes: those within ``patience`` windows of a change, before the next one, are its own.
+    """Match alarms to changes. An alarm is correct within ``patience`` windows of a change and before the next.
 
     Args:
-        alarms: windows after which the detector spoke.
-        changes: windows before which something changed.
+        alarms: number of windows at each alarm.
+        changes: number of windows before each change.
         n: length of the stream.
-        patience: windows that a detector may take.
+        patience: maximum delay of a detection, in windows.
 
     >>> judge_alarms([5, 130, 140], [100], n=1000)
     Alarms(delays=(30,), missed=0, false_per_1000=1.0)
     """
     ends = [min(end, start + patience) for start, end in zip(changes, [*changes, n][1:], strict=True)]
-    theirs = [[a for a in alarms if start <= a < end] for start, end in zip(changes, ends, strict=True)]
-    delays = tuple(min(near) - start for start, near in zip(changes, theirs, strict=True) if near)
-    return Alarms(delays, len(changes) - len(delays), 1000 * (len(alarms) - sum(map(len, theirs))) / n)
+    matched = [[a for a in alarms if start <= a < end] for start, end in zip(changes, ends, strict=True)]
+    delays = tuple(min(near) - start for start, near in zip(changes, matched, strict=True) if near)
+    return Alarms(delays, len(changes) - len(delays), 1000 * (len(alarms) - sum(map(len, matched))) / n)

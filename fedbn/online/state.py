@@ -1,4 +1,4 @@
-"""One user's statistics as a value: to keep, send, merge, take apart, or turn into a plain network."""
+"""State of one user as a value that can be stored, sent, merged, split, or exported to a plain network."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from torch import Tensor, nn
 from fedbn.errors import UserError
 from fedbn.statistics.moments import Moments, pooled
 
-VERSION = 2
-"""Of the layout of `BNState.to_bytes`; another one is refused."""
+VERSION = 3
+"""Version of the format of `BNState.to_bytes`. Other versions are rejected."""
 
 
 @dataclass(frozen=True)
 class BNState:
-    """What a rule remembers of one user, all layers, by path. Counts are in windows.
+    """State of a rule for one user, with all layers by path. Counts are in windows.
 
-    `merge` and `unmerge` are exact for rules whose parts are plain moments of the windows met (``pseudo``,
-    ``cumulative``, the classwise ones), as long as nothing was forgotten in between. Running averages contain their
-    start, so merging two is but their mean, weighted by windows.
+    `merge` and `unmerge` are exact for rules whose parts are plain moments of windows (``pseudo``, ``cumulative``, the
+    classwise ones), if nothing was discounted in between. Running averages contain their initial values, so merging
+    them only averages them, weighted by windows.
 
     Attributes:
-        parts: one or more sets of moments a layer; several for rules that keep one a class, component or window.
-        base: the statistics that the user was calibrated to; empty: the prior.
-        extra: ``[E, C]`` a layer, numbers that are no moments.
-        classes: ``[K]`` float64, posteriors summed over the windows learnt from.
-        tally: running numbers: updates ``t``, windows ``offered`` and ``learnt``, fading entropies of the guard.
-        frozen: the user's statistics do not move.
+        parts: one or more sets of moments per layer; several for rules with one per class, component or window.
+        base: statistics from calibration; empty: the prior.
+        extra: ``[E, C]`` per layer, values other than moments.
+        classes: ``[K]`` float64, posteriors summed over the windows learned from.
+        tally: counters: updates ``t``, windows ``offered`` and ``learned``, fading entropies of the guard.
+        frozen: whether the statistics are frozen.
         rule: text of the rule.
         model: `fingerprint` of the network.
     """
@@ -48,43 +48,43 @@ class BNState:
 
     @property
     def layers(self) -> dict[str, Moments]:
-        """All parts of each layer together."""
+        """Union of the parts of each layer."""
         return {path: pooled(parts) for path, parts in self.parts.items()}
 
     @property
     def n(self) -> float:
-        """Windows learnt from and not forgotten."""
+        """Number of windows learned from, after decay."""
         return max(float(sum(part.n for part in parts)) for parts in self.parts.values())
 
     def merge(self, other: BNState) -> BNState:
-        """The state of somebody who met both users' windows; calibration and freezing are this state's.
+        """State after the windows of both; calibration and freezing are those of this state.
 
         Raises:
-            UserError: of another model or rule.
+            UserError: the states have different models or rules.
         """
-        return self._with(other, Moments.merge, 1.0)
+        return self._combine(other, Moments.merge, 1.0)
 
     def unmerge(self, part: BNState) -> BNState:
-        """Take a part that had been merged out again: erase one session.
+        """Remove a part that was merged before, e.g. to erase one session.
 
         Raises:
-            UserError: of another model or rule, or it holds more than there is.
+            UserError: the states have different models or rules, or the part has more windows than this state.
         """
         try:
-            return self._with(part, Moments.unmerge, -1.0)
+            return self._combine(part, Moments.unmerge, -1.0)
         except ValueError as error:
             raise UserError(f"this part was never merged into the state: {error}") from None
 
     def decay(self, factor: float) -> BNState:
-        """Let every window count ``factor`` as much; statistics stay, new windows and the prior gain weight."""
+        """Multiply the weight of every window by ``factor``; mean and variance do not change."""
         parts = {path: tuple(m.decay(factor) for m in ms) for path, ms in self.parts.items()}
         return replace(self, parts=parts, classes=self.classes * factor)
 
     def shrink(self, prior: BNState, n0: float) -> BNState:
-        """Mix a prior worth ``n0`` windows into every part, for example a population's state.
+        """Merge a prior with the weight of ``n0`` windows into every part, e.g. the state of a population.
 
         Raises:
-            UserError: of another model or rule.
+            UserError: the states have different models or rules.
         """
         self.require(prior.model, prior.rule)
         parts = {
@@ -94,33 +94,33 @@ class BNState:
         return replace(self, parts=parts)
 
     def distance(self, other: BNState) -> float:
-        """2-Wasserstein distance between the two as Gaussians with independent channels, all layers together.
+        """2-Wasserstein distance of the states as Gaussians with independent channels, over all layers.
 
         Raises:
-            UserError: of another model, or one of them has met nothing.
+            UserError: the states have different models, or one has no windows.
         """
         self.require(other.model)
-        theirs = other.layers
+        layers = other.layers
         if not (self.n and other.n):
-            raise UserError("a user who has met no windows is at no distance from anybody: let it meet some first")
-        return float(sum(m.w2(theirs[path]) ** 2 for path, m in self.layers.items()) ** 0.5)
+            raise UserError("the distance to a state without windows is not defined: let the user process some first")
+        return float(sum(m.w2(layers[path]) ** 2 for path, m in self.layers.items()) ** 0.5)
 
     def require(self, model: str, rule: str | None = None) -> None:
-        """Check that the state fits.
+        """Check the model and, optionally, the rule of the state.
 
         Raises:
-            UserError: it belongs to another model, or another rule where one is given.
+            UserError: the state has another model or rule.
         """
         if self.model != model:
             raise UserError(
-                f"this state belongs to model {self.model}, not {model}: statistics mean something only under the "
-                "weights they were measured with; load it into that model, or let the user start anew"
+                f"this state belongs to model {self.model}, not {model}: statistics are valid only for the weights "
+                "they were measured with; load it into that model, or start with a new state"
             )
         if rule is not None and self.rule != rule:
-            raise UserError(f"this state was kept by rule {self.rule!r}, not {rule!r}: personalize with that rule")
+            raise UserError(f"this state belongs to rule {self.rule!r}, not {rule!r}: personalize with that rule")
 
     def to_bytes(self, dtype: torch.dtype = torch.float32) -> bytes:
-        """As safetensors; ``torch.float16`` halves the size for 3 digits (it keeps deviations, not variances).
+        """Serialize as safetensors. ``torch.float16`` halves the size at 3 digits, storing standard deviations.
 
         Raises:
             UserError: a value is too large for float16.
@@ -142,21 +142,21 @@ class BNState:
             "layers": {path: len(self.parts[path][0].mean) for path in paths},
             "tally": dict(self.tally),
         }
-        # One entry, because safetensors writes several in random order and equal states shall be equal bytes.
+        # One entry, because safetensors writes several in random order, and equal states must have equal bytes.
         text = json.dumps(about, separators=(",", ":"))
         return safetensors.torch.save({k: v.contiguous() for k, v in tensors.items()}, {"bnstate": text})
 
     @staticmethod
     def from_bytes(data: bytes, model: str | None = None, rule: str | None = None) -> BNState:
-        """The inverse of `to_bytes`.
+        """Deserialize the result of `to_bytes`.
 
         Args:
-            data: as written.
-            model: fingerprint that the state must have.
-            rule: text of the rule that it must have.
+            data: bytes of a state.
+            model: expected fingerprint of the model.
+            rule: expected text of the rule.
 
         Raises:
-            UserError: damaged, of another version of the layout, of another model or rule.
+            UserError: the data is damaged or has another format version, model or rule.
         """
         try:
             tensors = safetensors.torch.load(data)
@@ -164,9 +164,9 @@ class BNState:
             about = json.loads(header["__metadata__"]["bnstate"])
             version = about["version"]
         except Exception:
-            raise UserError("these bytes are no state of a user, or damaged: write them with to_bytes()") from None
+            raise UserError("these bytes are not a user's state, or are damaged: write them with to_bytes()") from None
         if version != VERSION:
-            raise UserError(f"this state has layout {version}, this program reads {VERSION}: let the user start anew")
+            raise UserError(f"this state has format {version}, this program reads {VERSION}: start with a new state")
         widths = about["layers"]
         extra = tensors.get("extra", torch.zeros(0, sum(widths.values())))
         base = _unpack("base ", tensors, torch.ones(len(widths), 1), widths) if "base mean" in tensors else {}
@@ -184,10 +184,10 @@ class BNState:
             state.require(model, rule)
         return state
 
-    def _with(self, other: BNState, both: Callable[[Moments, Moments], Moments], sign: float) -> BNState:
+    def _combine(self, other: BNState, combine: Callable[[Moments, Moments], Moments], sign: float) -> BNState:
         self.require(other.model, other.rule)
         parts = {
-            path: tuple(both(a, b) for a, b in zip(ms, other.parts[path], strict=True))
+            path: tuple(combine(a, b) for a, b in zip(ms, other.parts[path], strict=True))
             for path, ms in self.parts.items()
         }
         total = self.n + sign * other.n
@@ -201,12 +201,12 @@ class BNState:
         )
 
 
-COUNTS = ("t", "offered", "learnt")
-"""Entries of a tally that add up."""
+COUNTS = ("t", "offered", "learned")
+"""Entries of a tally that are added when states are merged."""
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Sixteen hexadecimal digits of a hash over names, shapes and values of a network's state.
+    """Sixteen hexadecimal digits of a hash of the names, shapes and values of a model's state.
 
     >>> a, b = nn.Linear(2, 2), nn.Linear(2, 2)
     >>> fingerprint(a) == fingerprint(a), fingerprint(a) == fingerprint(b)
@@ -220,21 +220,21 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def _pack(name: str, layers: Sequence[tuple[Moments, ...]], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Means and variances ``[parts, channels]``, all layers side by side: a header for each would outweigh them."""
+    """Concatenated means and variances ``[parts, channels]``, since one tensor per layer has a larger header."""
     mean = torch.cat([torch.stack([m.mean for m in parts]) for parts in layers], 1)
     var = torch.cat([torch.stack([m.variance() if m.n > 0 else m.m2 for m in parts]) for parts in layers], 1)
     if dtype is not torch.float16:
         return {f"{name}mean": mean.to(dtype), f"{name}var": var.to(dtype)}
     out = {f"{name}mean": mean.half(), f"{name}std": var.sqrt().half()}
     if not all(t.isfinite().all() for t in out.values()):
-        raise UserError("these statistics are too large for float16: write them as float32")
+        raise UserError("these statistics are too large for float16: use float32")
     return out
 
 
 def _unpack(
     name: str, tensors: Mapping[str, Tensor], n: Tensor, widths: Mapping[str, int]
 ) -> dict[str, tuple[Moments, ...]]:
-    """The inverse of `_pack`; parts that hold nothing were not written at all if no layer had any."""
+    """Inverse of `_pack`. If no layer has any windows, means and variances are not stored."""
     zeros = torch.zeros(n.shape[1], sum(widths.values()))
     std = tensors.get(f"{name}std")
     variances = tensors.get(f"{name}var", zeros) if std is None else std.double() ** 2

@@ -22,10 +22,10 @@ def mix(a: Pair, b: Pair, share: Tensor, *, between: bool = True) -> Pair:
     """Mean and variance of a mixture with ``share`` of ``b``; exactly ``a`` at 0 and ``b`` at 1.
 
     Args:
-        a: mean and variance of the one.
-        b: of the other; all broadcast against each other.
+        a: mean and variance of the first component.
+        b: mean and variance of the second. All arguments broadcast.
         share: weight of ``b``, in [0, 1].
-        between: count the spread between the two means (many published rules do not).
+        between: count the variance between the two means (many published rules do not).
 
     >>> mean, var = mix((torch.zeros(1), torch.ones(1)), (torch.full((1,), 4.0), torch.ones(1)), torch.tensor(0.5))
     >>> float(mean), float(var)
@@ -40,12 +40,12 @@ def mix(a: Pair, b: Pair, share: Tensor, *, between: bool = True) -> Pair:
 
 @dataclass(frozen=True)
 class WindowStatistics:
-    """What one update learns from, a row a user.
+    """Window statistics that one update learns from, one row per user.
 
     Attributes:
         mean: ``[U, C]`` mean over the positions of the windows.
-        var: ``[U, C]`` biased variance, of all values when a user had several windows.
-        positions: ``[C]`` values of a window behind each channel (1 after a linear layer).
+        var: ``[U, C]`` biased variance, over all values if a user has several windows.
+        positions: ``[C]`` values per window and channel (1 after a linear layer).
     """
 
     mean: Tensor
@@ -53,10 +53,10 @@ class WindowStatistics:
     positions: Tensor
 
     def unbiased(self, weight: Tensor) -> Tensor:
-        """The variance as PyTorch stores it, ``[U, C]``; biased where there is but one value.
+        """Unbiased variance as PyTorch stores it, ``[U, C]``; biased where there is only one value.
 
         Args:
-            weight: ``[U]`` windows behind each row.
+            weight: ``[U]`` windows per row.
         """
         values = self.positions * weight[:, None]
         return self.var * torch.where(values > 1, values / (values - 1).clamp_min(1e-12), 1.0)
@@ -64,14 +64,14 @@ class WindowStatistics:
 
 @dataclass(frozen=True)
 class State:
-    """What a rule remembers of its users. Some rules keep several sets of moments ("parts", ``P``): one a class, say.
+    """State of a rule for several users. Some rules keep several sets of moments ("parts", ``P``), e.g. one per class.
 
     Attributes:
         t: ``[U]`` updates so far.
-        n: ``[U, P]`` windows behind each part.
+        n: ``[U, P]`` windows per part.
         mean, var: ``[U, P, C]``.
-        classes: ``[U, K]`` posteriors summed over the windows learnt from.
-        extra: ``[U, E, C]`` numbers that are no moments.
+        classes: ``[U, K]`` posteriors summed over the windows learned from.
+        extra: ``[U, E, C]`` values other than moments.
     """
 
     t: Tensor
@@ -83,11 +83,11 @@ class State:
 
     @property
     def moments(self) -> Pair:
-        """Mean and variance of the first part, ``[U, C]``; all there is for most rules."""
+        """Mean and variance of the first part, ``[U, C]``. Most rules have only one."""
         return self.mean[:, 0], self.var[:, 0]
 
     def diversity(self) -> Tensor:
-        r"""``[U]`` in [0, 1]: :math:`(e^{H(q)}-1)/(K-1)` of the classes met; 0 for one or none, 1 for all alike."""
+        r"""``[U]`` in [0, 1]: :math:`(e^{H(q)}-1)/(K-1)` of the classes seen; 0 for at most one class, 1 if uniform."""
         q = self.classes / self.classes.sum(1, keepdim=True).clamp_min(1e-12)
         effective: Tensor = torch.special.entr(q).sum(1).exp()
         return (effective - 1).clamp_min(0) / max(1, q.shape[1] - 1)
@@ -95,16 +95,16 @@ class State:
 
 @dataclass(frozen=True)
 class Prior:
-    """What a user starts from, and what is known of the channels.
+    """Initial statistics of users, and constants of the channels.
 
     Attributes:
-        mean, var: ``[U, C]`` the source's statistics, or those a user was calibrated to.
+        mean, var: ``[U, C]`` statistics of the source, or those of a calibrated user.
         layer: ``[C]`` index of a channel's layer.
-        layers: how many layers the whole model has.
-        eps: ``[C]``.
-        n0: ``[C]`` windows that the prior is worth, where known from the spread between users.
-        alpha: ``[C]`` learnt weight of the test statistics (`ttn`).
-        class_mean, class_var: ``[K, C]`` source moments of each class, where known.
+        layers: number of layers of the model.
+        eps: ``[C]`` added to variances.
+        n0: ``[C]`` weight of the prior in windows, if estimated from the variance between users.
+        alpha: ``[C]`` learned weight of the test statistics (`ttn`).
+        class_mean, class_var: ``[K, C]`` source moments of each class, if available.
     """
 
     mean: Tensor
@@ -131,26 +131,27 @@ class Prior:
         zeros = values.new_zeros((*values.shape[:-1], self.layers))
         return zeros.index_add(-1, self.layer, values)
 
-    def classwise(self, who: str) -> Pair:
+    def class_moments(self, rule: str) -> Pair:
         """Class-conditional source moments, ``[K, C]`` each.
 
         Raises:
-            UserError: they are not known.
+            UserError: the prior has none.
         """
         if self.class_mean is None or self.class_var is None:
             raise UserError(
-                f"rule {who!r} needs the source's moments of each class: personalize(model, rule, "
+                f"rule {rule!r} needs the source's moments of each class: personalize(model, rule, "
                 "prior=source_prior(model, x, y, classes)) with labeled source data"
             )
         return self.class_mean, self.class_var
 
 
-def each(value: V, function: Callable[[str, Tensor], Tensor]) -> V:
-    """A copy of a `Prior`, `State` or `WindowStatistics` with every tensor replaced by ``function(field, tensor)``."""
+def map_tensors(value: V, function: Callable[[str, Tensor], Tensor]) -> V:
+    """Copy of a `Prior`, `State` or `WindowStatistics` with each tensor replaced by ``function(field, tensor)``."""
     tensors = {f.name: t for f in fields(value) if isinstance(t := getattr(value, f.name), Tensor)}  # type: ignore[arg-type]
     return replace(value, **{name: function(name, t) for name, t in tensors.items()})  # type: ignore[type-var]
 
 
-def columns(value: V, of: slice) -> V:
-    """A `Prior`, `State` or `WindowStatistics` of a slice of the channels."""
-    return each(value, lambda name, t: t if name in ("t", "n", "classes") and isinstance(value, State) else t[..., of])
+def slice_channels(value: V, span: slice) -> V:
+    """`Prior`, `State` or `WindowStatistics` of a slice of the channels."""
+    constant = ("t", "n", "classes") if isinstance(value, State) else ()
+    return map_tensors(value, lambda name, t: t if name in constant else t[..., span])

@@ -1,6 +1,6 @@
-"""Where states of users go who are not at hand: any mutable mapping from name to bytes. A ``dict`` will do.
+"""Stores for the states of users that are not in memory: any mutable mapping from name to bytes, such as ``dict``.
 
-Writes are all or nothing: a crash leaves the old state or the new one.
+Writes are atomic: after a crash, a store has either the old or the new state.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from urllib.parse import quote, unquote
 from fedbn.errors import UserError
 
 Store = MutableMapping[str, bytes]
-"""Name of a user -> `fedbn.online.state.BNState.to_bytes`."""
+"""Maps the name of a user to `fedbn.online.state.BNState.to_bytes`."""
 
 SUFFIX = ".bnstate"
 
 
 class DirectoryStore(Store):
-    """One file a user; any name is possible, also ``../x``.
+    """One file per user. Any name is valid, including ``../x``.
 
     >>> store = DirectoryStore(tempfile.mkdtemp()); store["a/b"] = b"state"
     >>> list(store), store["a/b"]
@@ -69,7 +69,7 @@ class DirectoryStore(Store):
 
 
 class SQLiteStore(Store):
-    """One table in one file, a transaction a write.
+    """One table in one file, with one transaction per write.
 
     >>> store = SQLiteStore(Path(tempfile.mkdtemp()) / "users.db"); store["ann"] = b"state"
     >>> "ann" in store, "bob" in store
@@ -90,7 +90,7 @@ class SQLiteStore(Store):
         self._write("INSERT OR REPLACE INTO states VALUES (?, ?)", user, state)
 
     def write_all(self, states: Mapping[str, bytes]) -> None:
-        """Write several states in one transaction: all of them or none, and one wait for the disk.
+        """Write several states in one transaction, which is atomic and waits for the disk once.
 
         >>> store = SQLiteStore(Path(tempfile.mkdtemp()) / "users.db"); store.write_all({"ann": b"1", "bob": b"2"})
         >>> dict(store)
@@ -123,8 +123,8 @@ class SQLiteStore(Store):
             with closing(sqlite3.connect(self.file)) as connection:
                 yield connection
         except sqlite3.OperationalError:
-            raise  # locked, no room, no such folder: says so itself
+            raise  # locked, disk full, missing folder: SQLite's message is clear
         except sqlite3.DatabaseError as error:
             raise UserError(
-                f"store {self.file} is damaged or no SQLite database ({error}): restore it from a copy, or name another"
+                f"store {self.file} is damaged or not an SQLite database ({error}): restore a backup, or use another"
             ) from None

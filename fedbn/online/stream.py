@@ -1,9 +1,9 @@
-r"""Follow one user's stream: predict a block of windows, then let the statistics move towards it.
+r"""Online adaptation on one user's stream: predict a block of windows, then update the statistics with it.
 
-For every BN layer the statistics in use are the source's, worth :math:`n_0` windows, merged with the moments of
-all windows met so far (pseudo-count rule; Schneider et al., 2020, https://arxiv.org/abs/2006.16971, made
-cumulative). No label is used. The default prior weighs as much as 256 windows, five and a half minutes of HAPT at
-its hop of 1.28 s: activity streams hold one class for long, and a light prior collapses on them.
+Each BN layer uses the statistics of the source with a weight of :math:`n_0` windows, merged with the moments of all
+windows so far (pseudo-count rule; Schneider et al., 2020, https://arxiv.org/abs/2006.16971, made cumulative). No label
+is used. The default prior has the weight of 256 windows, which is five and a half minutes of HAPT at its hop of 1.28 s:
+activity streams stay in one class for long periods, on which a small weight collapses.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from fedbn.nn.hooks import inputs_of
+from fedbn.nn.hooks import capture_inputs
 from fedbn.nn.roles import statistics_layers
 from fedbn.online.personalized import Personalized, personalize
 from fedbn.online.prior import LayerPrior
@@ -22,21 +22,21 @@ from fedbn.statistics.moments import Moments
 from fedbn.statistics.recalibration import set_statistics
 
 BLOCK = 8
-"""Windows predicted between two updates."""
+"""Number of windows between two updates."""
 
 USER = "this"
-"""The only user's name in what `follow_rule` returns."""
+"""Name of the user in the model that `follow_rule` returns."""
 
 
 def predict_online(model: nn.Module, x: Tensor, *, prior: float = 256.0, block: int = BLOCK) -> Tensor:
-    """Logits ``[n, classes]`` of a stream ``x`` in its order, each block predicted before it is learnt from.
+    """Logits ``[n, classes]`` of a stream; each block is predicted before it updates the statistics.
 
-    The model is left with the statistics it has after the stream.
+    Afterwards the model has the statistics at the end of the stream.
 
     Args:
-        model: a network with BN layers, in place.
+        model: a network with BN layers. It is modified in place.
         x: ``[n, *shape]`` in the order of arrival.
-        prior: weight n0 of the source statistics, in windows; ``inf`` never moves.
+        prior: weight n0 of the source statistics, in windows; ``inf`` disables adaptation.
         block: windows per update.
 
     >>> _ = torch.manual_seed(0); net = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 2)).eval()
@@ -46,43 +46,43 @@ def predict_online(model: nn.Module, x: Tensor, *, prior: float = 256.0, block: 
     """
     layers = statistics_layers(model)
     source = {p: (m.running_mean.clone(), m.running_var.clone()) for p, m in layers.items()}  # type: ignore[operator,union-attr]
-    met: dict[str, Moments] = {}
-    now: dict[str, Moments] = {}
+    total: dict[str, Moments] = {}
+    current: dict[str, Moments] = {}
     rows = 0
     out = []
     model.eval()
-    with torch.no_grad(), inputs_of(layers, lambda path, value: now.__setitem__(path, Moments.of(value))):
+    with torch.no_grad(), capture_inputs(layers, lambda path, value: current.__setitem__(path, Moments.of(value))):
         for part in x.split(block):
             out.append(model(part))
             rows += len(part)
             if prior == float("inf"):
                 continue
             for path, layer in layers.items():
-                met[path] = met[path].merge(now[path]) if path in met else now[path]
+                total[path] = total[path].merge(current[path]) if path in total else current[path]
                 mean, var = source[path]
-                values_per_row = float(met[path].n) / rows
+                values_per_row = float(total[path].n) / rows
                 weight = prior * values_per_row
                 base = Moments.from_variance(weight, mean.cpu(), var.cpu())
-                set_statistics(layer, met[path].shrink(base, weight) if weight else met[path])
+                set_statistics(layer, total[path].shrink(base, weight) if weight else total[path])
     return torch.cat(out)
 
 
 def follow_rule(
     model: nn.Module, x: Tensor, rule: Rule, prior: Mapping[str, LayerPrior] | None = None
 ) -> tuple[Tensor, Personalized]:
-    """Logits ``[n, classes]`` of one user's stream ``x``, each window predicted before a rule learns from it.
+    """Logits ``[n, classes]`` of one user's stream; each window is predicted before a rule learns from it.
 
     Args:
-        model: a network with BN layers; it is not touched.
+        model: a network with BN layers. It is not changed.
         x: ``[n, *shape]`` in the order of arrival.
-        rule: how statistics follow.
-        prior: what the user starts from; None: the model's statistics.
+        rule: the rule that updates the statistics.
+        prior: initial statistics; None: those of the model.
 
     Returns:
-        The logits, and the network with what was learnt of the user, whose name is `USER`.
+        The logits, and the personalized model with the state of the user, whose name is `USER`.
 
     Raises:
-        UserError: the rule needs a prior that is not given.
+        UserError: the rule needs a prior.
     """
     net = personalize(model, rule, prior, capacity=1)
     return torch.cat([net(window, user=USER) for window in x.split(1)]), net

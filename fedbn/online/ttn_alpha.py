@@ -1,21 +1,21 @@
-r"""Post-training of TTN: how much of a batch's own statistics each channel should be normalized by.
+r"""Post-training of TTN: learns the weight of the batch statistics for each channel.
 
 Lim, Kim, Choo, Choi, 2023, *TTN: a domain-shift aware batch normalization in test-time adaptation*, ICLR,
 https://arxiv.org/abs/2302.05155. With :math:`g_c` the gradient of the loss by a channel's scale and shift on a batch,
-and :math:`g'_c` that on the batch under augmentation, a channel's sensitivity to shift and its weight's prior are
+and :math:`g'_c` that on the augmented batch, the sensitivity of a channel to shift and the prior of its weight are
 
 .. math:: d_c = 1 - \operatorname{mean}\frac{g_c\cdot g'_c}{\|g_c\|\|g'_c\|},\qquad
     A_c = \Big(\frac{d_c-\min d}{\max d-\min d}\Big)^2 .
 
-From there the weights alone are trained, on cross-entropy of clean and augmented batches plus
-:math:`\lambda\,\operatorname{mean}(\alpha-A)^2`, and kept in [0, 1]. Labeled source data are needed, and no target
-data. What the paper takes for images is replaced here by changes of gain and noise; a batch is one user's windows, as
-at test time.
+Starting from A, only the weights are trained, on the cross-entropy of clean and augmented batches plus
+:math:`\lambda\,\operatorname{mean}(\alpha-A)^2`, and clipped to [0, 1]. This needs labeled source data but no target
+data. The paper's image augmentations are replaced by changes of gain and noise. A batch consists of one user's windows,
+as at test time.
 
-Confirmed by the paper's abstract, the authors' page and a reader's notes: the model is frozen, sensitivity comes from
-how alike the gradients of scale and shift are on clean and augmented data, it is the prior from which the weights are
-trained on labeled source data, and they are fixed at test time. Not verified against the paper's text: that one cosine
-joins the gradients of scale and shift, the scaling of d to [0, 1], its square, and the form of the penalty.
+Confirmed by the paper's abstract, the authors' page and a reader's notes: the model is frozen; the sensitivity compares
+the gradients of scale and shift on clean and augmented data; it is the prior from which the weights are trained on
+labeled source data; and they are fixed at test time. Not verified against the paper's text: the use of one cosine for
+the gradients of scale and shift, the scaling of d to [0, 1], its square, and the form of the penalty.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ Batch = tuple[Tensor, Tensor]
 """Windows ``[n, *shape]`` of one user and their classes ``[n]``."""
 
 
-def augmented(x: Tensor, draw: torch.Generator) -> Tensor:
-    """Windows with other gains of their channels and more noise, one draw for all."""
+def gain_and_noise(x: Tensor, draw: torch.Generator) -> Tensor:
+    """Augmentation: scale the channels and add noise, with one draw for all windows."""
     scale = x.transpose(0, 1).flatten(1).std(1)
     shape = tuple(x.shape[1:])
     for change in (Gain(), Noise()):
@@ -56,48 +56,49 @@ def learn_alpha(
     epochs: int = 5,
     lr: float = 0.01,
     lam: float = 1.0,
-    augment: Callable[[Tensor, torch.Generator], Tensor] = augmented,
+    augment: Callable[[Tensor, torch.Generator], Tensor] = gain_and_noise,
 ) -> dict[str, LayerPrior]:
-    """The model's running statistics with ``alpha``, for rule ``ttn``.
+    """Prior for rule ``ttn``: the model's running statistics with learned ``alpha``.
 
     Args:
-        model: in evaluation mode; it is not touched.
-        batches: labeled, each of one seen user, two windows at least.
-        draw: of the augmentation.
-        epochs: passes over the batches.
-        lr: of Adam, on the weights.
-        lam: weight of the distance to the prior.
-        augment: what a shift looks like.
+        model: the source model in evaluation mode; it is not changed.
+        batches: labeled batches of at least two windows, each of one seen user.
+        draw: generator of the augmentation.
+        epochs: number of passes over the batches.
+        lr: learning rate of Adam.
+        lam: weight of the penalty on the distance from the prior.
+        augment: augmentation that simulates a shift.
 
     Raises:
         UserError: no batches, or a batch of one window.
     """
     if not batches or min(len(y) for _, y in batches) < 2:
-        raise UserError("ttn learns its weights from labeled batches of two windows at least: give some")
+        raise UserError("ttn learns its weights from labeled batches of at least two windows: pass some")
     net = personalize(model, Source(), capacity=1)
     bank = net.bank
     weight, bias = (t.clone().requires_grad_() for t in bank.affine)
     alpha = torch.zeros_like(weight)
 
     def loss(x: Tensor, y: Tensor) -> Tensor:
-        def at(place: int, moments: Pair | None, positions: int) -> Pair:
-            of = list(bank.spans.values())[place]
-            assert moments is not None  # the pass watches
+        def transform(index: int, moments: Pair | None, positions: int) -> Pair:
+            span = list(bank.spans.values())[index]
+            assert moments is not None  # the pass records them
             joint = moments[0].mean(0), moments[1].mean(0) + moments[0].var(0, correction=0)
-            mean, var = mix((bank.source.mean[0, of], bank.source.var[0, of]), joint, alpha[of])
-            return tuple(t[None] for t in scale_and_shift(mean, var, bank.source.eps[of], weight[of], bias[of]))  # type: ignore[return-value]
+            mean, var = mix((bank.source.mean[0, span], bank.source.var[0, span]), joint, alpha[span])
+            scale, shift = scale_and_shift(mean, var, bank.source.eps[span], weight[span], bias[span])
+            return scale[None], shift[None]
 
-        with Pass(len(x), at):
+        with Pass(len(x), transform):
             return F.cross_entropy(net.model(x), y)
 
     def gradient(x: Tensor, y: Tensor) -> Tensor:
         return torch.stack(torch.autograd.grad(loss(x, y), (weight, bias)))
 
     net.requires_grad_(False)
-    likeness = [F.cosine_similarity(gradient(x, y), gradient(augment(x, draw), y), dim=0) for x, y in batches]
-    sensitivity = 1 - torch.stack(likeness).mean(0)
-    spread = sensitivity.max() - sensitivity.min()
-    prior = ((sensitivity - sensitivity.min()) / spread.clamp_min(1e-12)) ** 2
+    similarity = [F.cosine_similarity(gradient(x, y), gradient(augment(x, draw), y), dim=0) for x, y in batches]
+    sensitivity = 1 - torch.stack(similarity).mean(0)
+    width = sensitivity.max() - sensitivity.min()
+    prior = ((sensitivity - sensitivity.min()) / width.clamp_min(1e-12)) ** 2
     alpha = prior.clone().requires_grad_()
     optimizer = torch.optim.Adam([alpha], lr)
     for _ in range(epochs):
@@ -107,5 +108,5 @@ def learn_alpha(
                 (loss(windows, y) + lam * (alpha - prior).square().mean()).backward()
                 optimizer.step()
                 alpha.data.clamp_(0, 1)
-    learnt = alpha.detach()
-    return {path: replace(p, alpha=learnt[bank.spans[path]]) for path, p in layer_priors(model).items()}
+    learned = alpha.detach()
+    return {path: replace(p, alpha=learned[bank.spans[path]]) for path, p in layer_priors(model).items()}

@@ -1,4 +1,4 @@
-"""Users of one network: their states, how they stand, all of them at one moment."""
+"""Access to the users of a personalized model: states, reports and snapshots."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from fedbn.online.statistics import Pair
 if TYPE_CHECKING:
     import pandas as pd
 
-SHOWN = 20
-"""Users that are listed where a network is shown."""
+MAX_ROWS = 20
+"""Number of users in the representation of a model."""
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Everything `Users` know of its users at one moment."""
+    """Copy of the states of all users."""
 
     rows: dict[str, Tensor]
     slot: dict[str, int]
@@ -32,7 +32,7 @@ class Snapshot:
 
 
 class Users(nn.Module):
-    """What `fedbn.online.personalized.Personalized` knows of its users, apart from how it learns it.
+    """Base of `fedbn.online.personalized.Personalized`: access to the states of users.
 
     Attributes:
         model: the network.
@@ -46,52 +46,52 @@ class Users(nn.Module):
 
     @property
     def users(self) -> list[str]:
-        """Everybody ever met, those in the store included."""
+        """Names of all known users, including those in the store."""
         return sorted({*self.bank.slot, *self.bank.store})
 
     def state(self, user: str | int) -> BNState:
-        """A user's state as a value; of users never met, what they would start from."""
+        """State of a user; for unknown users, the initial state."""
         return self.bank.get(int(self._slot(user)))
 
     def load(self, user: str | int, state: BNState) -> None:
-        """Give a user a state.
+        """Set the state of a user.
 
         Raises:
-            UserError: the state is of another model or rule.
+            UserError: the state has another model or rule.
         """
-        state.require(self.bank.model, self.bank.text)
+        state.require(self.bank.model, self.bank.rule_text)
         self.bank.put(int(self.bank.group([str(user)], create=True).slots[0]), state)
 
     def merge(self, user: str | int, state: BNState) -> None:
-        """Add the windows behind another state to a user's."""
+        """Merge another state into the state of a user."""
         self.load(user, self.state(user).merge(state))
 
     def reset(self, user: str | int) -> None:
-        """A user is as on the first day, calibration included; it stays known."""
+        """Reset a user to the initial state, including calibration. The user remains known."""
         self.bank.clear(int(self.bank.group([str(user)], create=True).slots[0]))
 
     def forget(self, user: str | int) -> None:
-        """Delete everything about a user, in the store too.
+        """Delete a user, also from the store.
 
         Raises:
-            UserError: nobody of that name was ever met.
+            UserError: unknown user.
         """
         if str(user) not in self.users:
             raise unknown("user", str(user), self.users)
         self.bank.drop(str(user))
 
     def flush(self) -> None:
-        """Write everybody at hand to the store."""
+        """Write all users in memory to the store."""
         self.bank.flush()
 
     def snapshot(self) -> Snapshot:
-        """All users, to come back to with `restore`."""
+        """Copy of the states of all users, for `restore`."""
         bank = self.bank
         rows = {name: t.clone() for name, t in bank.rows.items()}
         return Snapshot(rows, dict(bank.slot), list(bank.free), dict(bank.store))
 
     def restore(self, snapshot: Snapshot) -> None:
-        """All users as they were at a `snapshot` of this network."""
+        """Restore all users from a `snapshot` of this model."""
         bank = self.bank
         bank.rows = {name: t.clone() for name, t in snapshot.rows.items()}
         bank.slot, bank.free = OrderedDict(snapshot.slot), list(snapshot.free)
@@ -99,68 +99,69 @@ class Users(nn.Module):
         bank.store.update(snapshot.stored)
 
     def statistics(self, user: str | int) -> dict[str, Pair]:
-        """Mean and variance ``[C]`` in use for a user, by layer.
+        """Current mean and variance ``[C]`` of a user, by layer.
 
         Raises:
             UserError: the rule normalizes each window by itself.
         """
         bank = self.bank
         slot = self._slot(user)
-        if not bank.rule.keeps and not bool(bank.rows["frozen"][slot]):
+        if not bank.rule.keeps_state and not bool(bank.rows["frozen"][slot]):
             raise UserError(
                 f"rule {bank.rule.name!r} normalizes every window by itself, so a user has no statistics to show or "
-                "export; choose a rule that keeps them (pseudo, ema, cumulative, ...), or calibrate and freeze"
+                "export; choose a rule with a state (pseudo, ema, cumulative, ...), or calibrate and freeze"
             )
         mean, var = bank.statistics(slot)
-        return {path: (mean[0, of], var[0, of]) for path, of in bank.spans.items()}
+        return {path: (mean[0, span], var[0, span]) for path, span in bank.spans.items()}
 
     def report(self, user: str | int) -> dict[str, Any]:
-        """How a user stands: counts, class diversity, and per layer how far its statistics are from the prior.
+        """Report on a user: counts, class diversity, and the distance of each layer's statistics from the prior.
 
-        ``moved`` is the symmetric Kullback-Leibler divergence of Gaussians, mean over a layer's channels.
+        ``statistics`` shows which statistics predict at present (``prior`` only with the rule's ``guard``). ``moved``
+        is the symmetric Kullback-Leibler divergence of Gaussians from the prior, averaged over the channels of a layer.
         """
         bank = self.bank
         slot = self._slot(user)
         row = {name: float(bank.rows[name][slot]) for name in ("t", *COUNTERS)}
-        keeps = bank.rule.keeps or bool(bank.rows["frozen"][slot])
+        has_statistics = bank.rule.keeps_state or bool(bank.rows["frozen"][slot])
         return {
             "offered": row["offered"],
-            "learnt": row["learnt"],
+            "learned": row["learned"],
             "updates": row["t"],
             "windows": float(bank.rows["n"][slot].sum()),
             "diversity": float(bank.states(slot).diversity()),
             "frozen": bool(bank.rows["frozen"][slot]),
             "calibrated": bank.calibrated(int(slot)),
-            "answers": "prior" if row["entropy"] > row["prior_entropy"] else "adapted",
-            "moved": self._moved(user) if keeps else {},
+            "statistics": "prior" if row["entropy"] > row["prior_entropy"] else "adapted",
+            "moved": self._divergence(user) if has_statistics else {},
         }
 
     def to_pandas(self) -> pd.DataFrame:
-        """How the users at hand stand, one line each, as `report` says it of one; the store is not read."""
+        """Table of the users in memory, with the main entries of `report`. The store is not read."""
         import pandas as pd
 
-        shown = ["learnt", "windows", "diversity", "frozen", "calibrated", "answers"]
-        lines = {user: {k: v for k, v in self.report(user).items() if k in shown} for user in sorted(self.bank.slot)}
-        return pd.DataFrame.from_dict(lines, orient="index", columns=shown).rename_axis("user")
+        columns = ["learned", "windows", "diversity", "frozen", "calibrated", "statistics"]
+        rows = {user: {k: v for k, v in self.report(user).items() if k in columns} for user in sorted(self.bank.slot)}
+        return pd.DataFrame.from_dict(rows, orient="index", columns=columns).rename_axis("user")
 
     def __repr__(self) -> str:
-        return f"{self._headline()}\n{self.to_pandas().to_string(max_rows=SHOWN)}"
+        return f"{self._headline()}\n{self.to_pandas().to_string(max_rows=MAX_ROWS)}"
 
     def _repr_html_(self) -> str:
-        return f"<p>{escape(self._headline())}</p>{self.to_pandas().to_html(max_rows=SHOWN)}"
+        return f"<p>{escape(self._headline())}</p>{self.to_pandas().to_html(max_rows=MAX_ROWS)}"
 
     def _headline(self) -> str:
-        known = f"{len(self.users)} users known, {len(self.bank.slot)} at hand"
-        return f"{type(self.model).__name__} personalized by {self.bank.text}: {known}"
+        users = f"{len(self.users)} users, {len(self.bank.slot)} in memory"
+        return f"{type(self.model).__name__} personalized with {self.bank.rule_text}: {users}"
 
     def _slot(self, user: str | int) -> Tensor:
         return self.bank.group([str(user)], create=False).slots
 
-    def _moved(self, user: str | int) -> dict[str, float]:
+    def _divergence(self, user: str | int) -> dict[str, float]:
         start = self.bank.source.moments
-        moved = {}
+        divergence = {}
         for path, (mean, var) in self.statistics(user).items():
             mean0, var0 = (t[0, self.bank.spans[path]].double() for t in start)
             a, b = var.double() + 1e-12, var0 + 1e-12
-            moved[path] = float(0.5 * (a / b + b / a - 2 + (mean - mean0) ** 2 * (1 / a + 1 / b)).mean())
-        return moved
+            divergence[path] = float(0.5 * (a / b + b / a - 2 + (mean - mean0) ** 2 * (1 / a + 1 / b)).mean())
+        return divergence

@@ -1,1 +1,1 @@
-"""One file each; a new one is found by being here."""
+"""Personalization methods, one per module; all modules of this package are discovered automatically."""

@@ -14,11 +14,11 @@ from fedbn.personalization.base import ClientTrainer, Personalization
 
 @dataclass(frozen=True)
 class APFL(Personalization):
-    r"""A client is served :math:`\bar v=\alpha v+(1-\alpha)w`; :math:`v` follows the gradient at :math:`\bar v`.
+    r"""Clients use the mixture :math:`\bar v=\alpha v+(1-\alpha)w`; :math:`v` follows the gradient at :math:`\bar v`.
 
-    https://arxiv.org/abs/2003.13461. The shared model is trained as ever; then :math:`v` takes as many steps, each
-    :math:`v \leftarrow v-\eta\alpha\nabla f(\bar v)`, against the shared model the client has just trained. The mixed
-    model has statistics of its own.
+    https://arxiv.org/abs/2003.13461. The shared model is trained as usual; then :math:`v` takes equally many steps
+    :math:`v \leftarrow v-\eta\alpha\nabla f(\bar v)`, where :math:`w` is the shared model that the client has just
+    trained. The mixture has its own BN statistics.
 
     Attributes:
         alpha: weight of the personal model.
@@ -55,7 +55,7 @@ class APFL(Personalization):
                 parameter.grad.mul_(self.alpha**2)
 
     def _mixed(self, trainer: ClientTrainer, shared: State) -> State:
-        """Parameters of the mixture; statistics as the mixture left them last."""
+        """State of the mixture: mixed parameters, and the mixture's last statistics."""
         trained = trainer.names(Role.BODY, Role.HEAD, Role.AFFINE)
         own = trainer.method_state
         return {

@@ -1,7 +1,7 @@
-"""Personalization, apart from normalization: which parameters are a client's own, and how it trains them.
+"""Base class of personalization methods: which parameters are local to a client and how it trains them.
 
-A *treatment* is a strategy for the normalization layers and, after a plus sign, a method of personalization:
-``fedbn``, ``groupnorm+ditto``, ``silobn+fedrep:head_epochs=2``. Every pair can be run.
+A *treatment* is a normalization strategy with an optional personalization method after a plus sign: ``fedbn``,
+``groupnorm+ditto``, ``silobn+fedrep:head_epochs=2``. All combinations are supported.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from fedbn.config import Plan
 from fedbn.data.population import Examples
 from fedbn.nn.roles import Role, State, clone
 from fedbn.plugins import discover
-from fedbn.strategies.base import Progress, Update
+from fedbn.strategies.base import Progress, Update, refuse_misspelled_hooks
 from fedbn.strategies.ownership import Owner
 
 
 class Fit(Protocol):
-    """`fedbn.federation.training.fit` with a client's data, draws and settings filled in."""
+    """`fedbn.federation.training.fit` with the data, random draws and settings of a client."""
 
     def __call__(
         self,
@@ -34,25 +34,25 @@ class Fit(Protocol):
         on_before_optimizer_step: Callable[[nn.Module], None] | None = None,
         purpose: str = "",
     ) -> float:
-        """Train in place; mean loss."""
+        """Train in place and return the mean loss."""
         ...
 
 
 @dataclass
 class ClientTrainer:
-    """One client's work in a round, as a personalization method sees it.
+    """Local training of one client in a round, for use by a personalization method.
 
     Attributes:
-        model: holds the client's assembled state, in training mode as the strategy wishes.
+        model: the model with the client's assembled state, in the strategy's training mode.
         data: the client's training examples.
         plan: settings.
-        progress: where the run stands.
-        roles: role of every entry of the model.
+        progress: progress of the run.
+        roles: role of each entry of the model.
         fit: trains a model with the run's settings.
-        set_training_mode: puts the model into the strategy's training mode again (after another state was loaded).
-        broadcast: what the server tells all clients besides the model.
-        method_state: what the client keeps for the method besides model entries; to be written.
-        notes: what the client tells the server besides model entries; to be written.
+        set_training_mode: restores the strategy's training mode, for example after another state was loaded.
+        broadcast: tensors that the server sends to all clients besides the model.
+        method_state: tensors of the method that the client keeps between rounds; set by the method.
+        notes: tensors that the client sends to the server besides its entries; set by the method.
     """
 
     model: nn.Module
@@ -66,29 +66,31 @@ class ClientTrainer:
     method_state: State = field(default_factory=dict)
     notes: State = field(default_factory=dict)
 
-    def names(self, *wanted: Role) -> set[str]:
+    def names(self, *roles: Role) -> set[str]:
         """Names of the entries with any of these roles."""
-        return {k for k, r in self.roles.items() if r in wanted}
+        return {k for k, r in self.roles.items() if r in roles}
 
     def load(self, state: State) -> None:
-        """Load a whole state and go back to training mode."""
+        """Load a complete state and restore the training mode."""
         self.model.load_state_dict(state)
         self.set_training_mode()
 
     def state(self) -> State:
-        """A copy of the model's whole state."""
+        """Copy of the model's complete state."""
         return clone(self.model.state_dict())
 
 
 @dataclass(frozen=True)
 class Personalization:
-    """No personalization: what is local is the normalization strategy's choice alone.
+    """Base class of personalization methods; by itself, no personalization.
+
+    A subclass that defines a method with a misspelled or former hook name is refused with a `UserError`.
 
     Attributes:
-        name: what the command line calls it.
-        about: one line for lists.
-        source: authors, year, link.
-        body, head: another owner than the strategy's, or None.
+        name: name on the command line.
+        about: one-line description.
+        source: authors and year.
+        body, head: owner that overrides the strategy's, or None.
     """
 
     name: ClassVar[str]
@@ -97,24 +99,34 @@ class Personalization:
     body: ClassVar[Owner | None] = None
     head: ClassVar[Owner | None] = None
 
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        refuse_misspelled_hooks(cls, Personalization, {"serve": "personalized_state", "tell": "server_broadcast"})
+
     def owners(self, table: dict[Role, Owner]) -> dict[Role, Owner]:
-        """The strategy's table of owners with this method's own choices."""
-        mine = {Role.BODY: self.body, Role.HEAD: self.head}
-        return table | {role: owner for role, owner in mine.items() if owner is not None}
+        """The strategy's owners, overridden by this method's."""
+        overrides = {Role.BODY: self.body, Role.HEAD: self.head}
+        return table | {role: owner for role, owner in overrides.items() if owner is not None}
 
     def train(self, trainer: ClientTrainer) -> float:
-        """A client's training of one round: the model is left as it is to be sent. Mean loss."""
+        """Train a client's model for one round, in place; the shared entries are sent. Returns the mean loss."""
         return trainer.fit(trainer.model)
 
     def personalized_state(self, trainer: ClientTrainer) -> State:
-        """The state a seen user is served with, given its model as assembled after aggregation."""
+        """Model state that a seen user is evaluated with, given its assembled model after aggregation."""
         return trainer.state()
 
     def server_broadcast(self, updates: Sequence[Update], broadcast: State, clients: int) -> State:
-        """What the server tells all clients next, besides the model; ``clients`` could have trained."""
+        """Tensors that the server sends to all clients next, besides the model.
+
+        Args:
+            updates: updates of the clients of this round.
+            broadcast: tensors sent so far.
+            clients: number of all clients, including those that were not sampled.
+        """
         return broadcast
 
 
 def personalizations() -> dict[str, type[Personalization]]:
-    """All methods found, by name."""
+    """All available personalization methods, by name."""
     return discover("fedbn.personalization", Personalization)

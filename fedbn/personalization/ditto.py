@@ -1,4 +1,4 @@
-"""Ditto: a personal model that is held near the global one (Li, Hu, Beirami, Smith, ICML 2021)."""
+"""Ditto: a personal model with a penalty on its distance to the global one (Li, Hu, Beirami, Smith, ICML 2021)."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from fedbn.personalization.base import ClientTrainer, Personalization
 
 @dataclass(frozen=True)
 class Ditto(Personalization):
-    r"""Beside the shared model :math:`w` each client trains :math:`v_k` on :math:`f_k(v)+\frac\lambda2\|v-w\|^2`.
+    r"""Each client also trains a personal model :math:`v_k` on :math:`f_k(v)+\frac\lambda2\|v-w\|^2`.
 
-    https://arxiv.org/abs/2012.04221. The personal model has statistics of its own; it takes as many steps as the shared
-    one and is what the client is served with.
+    https://arxiv.org/abs/2012.04221. The personal model has its own BN statistics, takes as many steps as the shared
+    model :math:`w`, and is used for evaluation on the client.
 
     Attributes:
-        lam: weight of the pull towards the shared model as received.
+        lam: weight of the penalty on the distance to the received shared model.
 
     >>> Ditto(lam=0.5).lam
     0.5
     """
 
     name = "ditto"
-    about = "a second, personal model held near the shared one; option lam"
+    about = "a second, personal model, regularized towards the shared one; option lam"
     source = "Li et al. 2021"
     lam: float = 0.1
 

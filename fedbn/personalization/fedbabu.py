@@ -1,4 +1,4 @@
-"""FedBABU: the head is never trained in federation, only during personalization (Oh, Kim, Yun, ICLR 2022)."""
+"""FedBABU: the head is trained only during personalization, never in federated rounds (Oh, Kim, Yun, ICLR 2022)."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from fedbn.personalization.base import ClientTrainer, Personalization
 
 @dataclass(frozen=True)
 class FedBABU(Personalization):
-    """Body aggregation and body update, the head at its initial value; then fine-tuning.
+    """The body is trained and aggregated with a fixed initial head; clients then fine-tune.
 
     https://arxiv.org/abs/2106.06042
 
     Attributes:
-        epochs: passes of fine-tuning, on all parameters, before evaluation on the client.
+        epochs: epochs of fine-tuning of all parameters before evaluation on the client.
         lr: learning rate of fine-tuning.
 
     >>> FedBABU().epochs
@@ -23,7 +23,7 @@ class FedBABU(Personalization):
     """
 
     name = "fedbabu"
-    about = "the classifier stays at its initial value in training; clients fine-tune"
+    about = "the classifier keeps its initial value in training; clients fine-tune"
     source = "Oh et al. 2022"
     epochs: int = 1
     lr: float = 0.01

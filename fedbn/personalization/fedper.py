@@ -10,9 +10,9 @@ from fedbn.strategies.ownership import LOCAL
 
 @dataclass(frozen=True)
 class FedPer(Personalization):
-    """The classifier stays at the client and is trained with the body. https://arxiv.org/abs/1912.00818
+    """The classifier is local and trained together with the body. https://arxiv.org/abs/1912.00818
 
-    An unseen user has no head but the initial one: its figures are at chance, as the paper leaves it.
+    An unseen user has only the initial head and thus chance accuracy, as in the paper.
 
     >>> str(FedPer.head)
     'local'

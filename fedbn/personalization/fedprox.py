@@ -1,4 +1,4 @@
-"""FedProx: parameters held near their received values (Li, Sahu, Zaheer, Sanjabi, Talwalkar, Smith, 2020)."""
+"""FedProx: a proximal term towards the received parameters (Li, Sahu, Zaheer, Sanjabi, Talwalkar, Smith, 2020)."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ class FedProx(Personalization):
     https://arxiv.org/abs/1812.06127
 
     Attributes:
-        mu: weight of the pull.
+        mu: weight of the proximal term.
 
     >>> FedProx(mu=0.1).mu
     0.1
     """
 
     name = "fedprox"
-    about = "a proximal pull towards the received parameters; option mu"
+    about = "a proximal term towards the received parameters; option mu"
     source = "Li et al. 2020"
     mu: float = 0.01
 

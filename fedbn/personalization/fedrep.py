@@ -11,17 +11,17 @@ from fedbn.strategies.ownership import LOCAL
 
 @dataclass(frozen=True)
 class FedRep(Personalization):
-    """A personal head, trained on the body as received; then the body on the new head. https://arxiv.org/abs/2102.07078
+    """A local head is trained on the received body, then the body on the new head. https://arxiv.org/abs/2102.07078
 
     Attributes:
-        head_epochs: passes that train the head; the plan's local epochs then train the rest.
+        head_epochs: epochs for the head; the plan's local epochs then train the other parameters.
 
     >>> FedRep().head_epochs
     1
     """
 
     name = "fedrep"
-    about = "personal head, trained before the body in every round"
+    about = "local head, trained before the body in every round"
     source = "Collins et al. 2021"
     head = LOCAL
     head_epochs: int = 1

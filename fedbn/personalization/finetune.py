@@ -1,4 +1,4 @@
-"""Local fine-tuning: the shared model, trained further on each client's own data before it is used there."""
+"""Local fine-tuning: each client trains the final shared model further on its own data."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from fedbn.personalization.base import ClientTrainer, Personalization
 class FineTune(Personalization):
     """FedAvg + fine-tuning. Yu, Bagdasaryan, Shmatikov, 2020, https://arxiv.org/abs/2002.04758
 
-    Nothing changes in the rounds. An unseen user, who has no labels, is served the shared model.
+    The training rounds are unchanged. An unseen user has no labels and uses the shared model.
 
     Attributes:
-        epochs: passes over the client's training data.
+        epochs: epochs over the client's training data.
         lr: learning rate.
 
     >>> FineTune(epochs=2).epochs
@@ -23,7 +23,7 @@ class FineTune(Personalization):
     """
 
     name = "finetune"
-    about = "the model is trained further on each client's data before it is evaluated there"
+    about = "clients fine-tune the model on their own data before evaluation"
     source = "Yu et al. 2020"
     epochs: int = 1
     lr: float = 0.01

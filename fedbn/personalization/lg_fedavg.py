@@ -10,10 +10,10 @@ from fedbn.strategies.ownership import LOCAL
 
 @dataclass(frozen=True)
 class LGFedAvg(Personalization):
-    """The body stays at the client, only the classifier is averaged. https://arxiv.org/abs/2001.01523
+    """The body is local; only the classifier is averaged. https://arxiv.org/abs/2001.01523
 
-    Normalization layers follow the strategy: with ``fedbn`` the whole representation is local, as in the paper. There
-    is no model for an unseen user.
+    The strategy sets the owners of normalization layers: with ``fedbn`` the whole representation is local, as in the
+    paper. Unseen users have no model.
 
     >>> str(LGFedAvg.body)
     'local'

@@ -1,4 +1,4 @@
-"""SCAFFOLD on parameters only: control variates against client drift (Karimireddy et al., ICML 2020)."""
+"""SCAFFOLD on parameters only: control variates that reduce client drift (Karimireddy et al., ICML 2020)."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from fedbn.nn.roles import Role, State
+from fedbn.nn.roles import Role, State, with_prefix
 from fedbn.personalization.base import ClientTrainer, Personalization
 from fedbn.strategies.base import Update
 
 CONTROL = "control/"
-"""Prefix of control variates in what clients and server tell each other."""
+"""Prefix of control variates in messages between clients and server."""
 
 
 @dataclass
 class _Correction:
-    """Replaces each gradient g by g - c_k + c, and averages the g met."""
+    """Replace each gradient g by g - c_k + c, and average the original gradients g."""
 
-    own: State
-    common: State
+    client: State
+    server: State
     names: set[str]
     total: State = field(default_factory=dict)
     steps: int = 0
@@ -31,10 +31,10 @@ class _Correction:
         for name, parameter in model.named_parameters():
             if name not in self.names or parameter.grad is None:
                 continue
-            seen = self.total.setdefault(name, torch.zeros_like(parameter))
-            seen += parameter.grad
-            if name in self.common:
-                parameter.grad += self.common[name] - self.own.get(name, torch.zeros_like(parameter))
+            total = self.total.setdefault(name, torch.zeros_like(parameter))
+            total += parameter.grad
+            if name in self.server:
+                parameter.grad += self.server[name] - self.client.get(name, torch.zeros_like(parameter))
 
     def mean(self) -> dict[str, Tensor]:
         return {k: v / self.steps for k, v in self.total.items()}
@@ -42,24 +42,24 @@ class _Correction:
 
 @dataclass(frozen=True)
 class Scaffold(Personalization):
-    r"""Clients step along :math:`g-c_k+c`; afterwards :math:`c_k` is the mean of the gradients :math:`g` they met.
+    r"""Clients step along :math:`g-c_k+c`; afterwards :math:`c_k` is the mean of the gradients :math:`g`.
 
-    https://arxiv.org/abs/1910.06378, option II, which is that mean under plain SGD, and stays meaningful with momentum.
-    The server keeps :math:`c \leftarrow c+\frac1N\sum_{k\in S}(c_k^+-c_k)` over all :math:`N` clients. Body and head
-    only: statistics have no gradient, and scale and shift may be a client's own.
+    https://arxiv.org/abs/1910.06378, option II, which equals that mean for plain SGD and also works with momentum.
+    The server keeps :math:`c \leftarrow c+\frac1N\sum_{k\in S}(c_k^+-c_k)` over all :math:`N` clients. Only body
+    and head are corrected: statistics have no gradient, and scale and shift may be local.
 
     >>> Scaffold().name
     'scaffold'
     """
 
     name = "scaffold"
-    about = "control variates on body and head correct the clients' drift"
+    about = "control variates on body and head correct client drift"
     source = "Karimireddy et al. 2020"
 
     def train(self, trainer: ClientTrainer) -> float:
         correction = _Correction(
             trainer.method_state,
-            {k.removeprefix(CONTROL): v for k, v in trainer.broadcast.items()},
+            with_prefix(trainer.broadcast, CONTROL),
             trainer.names(Role.BODY, Role.HEAD),
         )
         loss = trainer.fit(trainer.model, on_before_optimizer_step=correction)

@@ -24,17 +24,17 @@ class Treatment:
     personal: Personalization = field(default_factory=Personalization)
 
     def owners(self) -> dict[Role, Owner]:
-        """Owner of every role."""
+        """Owner of each role."""
         return self.personal.owners(self.norm.owners())
 
     @property
     def personalizes(self) -> bool:
-        """Whether there is a personalization method besides the strategy."""
+        """Whether the treatment has a personalization method."""
         return type(self.personal) is not Personalization
 
     @property
     def is_local_only(self) -> bool:
-        """Whether no model is shared, so that unseen users have none."""
+        """Whether the body is local, so that unseen users have no model."""
         return self.owners()[Role.BODY] is LOCAL
 
     def __str__(self) -> str:
@@ -43,11 +43,11 @@ class Treatment:
 
 
 def treatment(text: str) -> Treatment:
-    """The treatment that a text such as ``fedbn`` or ``groupnorm+ditto:lam=0.5`` names.
+    """Parse a treatment such as ``fedbn`` or ``groupnorm+ditto:lam=0.5``.
 
     Raises:
-        UserError: unknown strategy, method or option, with the nearest one suggested.
+        UserError: unknown strategy, method or option; the message suggests the nearest one.
     """
     norm, plus, personal = text.partition("+")
-    chosen = parse_strategy(norm)
-    return Treatment(chosen, parse(personal, "personalization", personalizations())) if plus else Treatment(chosen)
+    strategy = parse_strategy(norm)
+    return Treatment(strategy, parse(personal, "personalization", personalizations())) if plus else Treatment(strategy)

@@ -7,7 +7,7 @@ import warnings
 from fedbn.errors import UserError
 
 ORDERS = (1.001, 1.005, 1.01, 1.02, *(1 + x / 20 for x in range(1, 100)), *range(6, 64), 128, 256, 512)
-"""Renyi orders among which the accountant looks for the best."""
+"""Renyi orders over which the accountant minimizes epsilon."""
 
 
 def epsilon(multiplier: float, releases: int, delta: float) -> float:
@@ -15,8 +15,8 @@ def epsilon(multiplier: float, releases: int, delta: float) -> float:
 
     Args:
         multiplier: standard deviation of the noise over the L2 sensitivity of one release.
-        releases: how many, about the same user.
-        delta: as in (epsilon, delta)-differential privacy.
+        releases: number of releases about the same user.
+        delta: delta of (epsilon, delta)-differential privacy.
 
     Raises:
         UserError: the accountant is not installed.
@@ -24,8 +24,8 @@ def epsilon(multiplier: float, releases: int, delta: float) -> float:
     try:
         from opacus.accountants.analysis import rdp
     except ImportError:
-        raise UserError("accounting for noise needs Opacus: pip install 'fedbn[privacy]'") from None
-    spent = rdp.compute_rdp(q=1.0, noise_multiplier=multiplier, steps=releases, orders=list(ORDERS))
+        raise UserError("privacy accounting needs Opacus: pip install 'fedbn[privacy]'") from None
+    rdp_values = rdp.compute_rdp(q=1.0, noise_multiplier=multiplier, steps=releases, orders=list(ORDERS))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # an order at the edge gives a looser bound, which is still one
-        return float(rdp.get_privacy_spent(orders=list(ORDERS), rdp=spent, delta=delta)[0])
+        warnings.simplefilter("ignore")  # an optimum at the largest or smallest order is a looser but valid bound
+        return float(rdp.get_privacy_spent(orders=list(ORDERS), rdp=rdp_values, delta=delta)[0])

@@ -1,17 +1,17 @@
-r"""What a client's message may tell: bounded, noised, or summed with others' before anyone looks.
+r"""Differentially private messages of clients: clipping, noise and options of secure aggregation.
 
-Parameters, statistics and counters need different treatment. Of *parameters* the update is clipped. *Statistics* are
-moments: they are released as sums shifted by what the server sent, in its own scale,
+Parameters, statistics and counters are handled differently. For *parameters*, the update is clipped. *Statistics* are
+moments: they are released as sums, shifted and scaled by the server's statistics,
 
 .. math:: s_1=(\mu-\mu_g)/\sigma_g,\qquad s_2=\big(\sigma^2+(\mu-\mu_g)^2\big)/\sigma_g^2-1,
 
-so that one bound serves every layer, clipped as one vector, and turned back into a mean and a variance, which is never
-less than ``floor`` times the server's. *Counters* and the number of examples are not sent at all: every client counts
-the same. Clipping all entries as one vector, as wrappers around whole state dicts do, spends the bound on counters and
+so that one bound fits every layer. They are clipped as one vector and converted back into a mean and a variance, which
+is at least ``floor`` times the server's. *Counters* and the number of examples are not sent: all clients have equal
+weight. Clipping all entries as one vector, as wrappers around whole state dicts do, spends the bound on counters and
 statistics, and noise added to variances makes them negative.
 
-The unit is the user: all of one user's data may be replaced. Noise is added by the client to its own message, so the
-guarantee needs no trust in the server. Gaussian mechanism: Dwork and Roth, 2014,
+The guarantee is at user level: all of one user's data may be replaced. Each client adds noise to its own message, so
+the guarantee does not depend on trust in the server. Gaussian mechanism: Dwork and Roth, 2014,
 https://doi.org/10.1561/0400000042; clipped updates: McMahan et al., 2018, https://arxiv.org/abs/1710.06963.
 """
 
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from fedbn.errors import UserError
-from fedbn.nn.roles import Role, State
+from fedbn.nn.roles import State
 from fedbn.plugins import parse, render
 from fedbn.strategies.base import Update
 from fedbn.strategies.ownership import Ownership
@@ -34,18 +34,19 @@ from fedbn.strategies.ownership import Ownership
 
 @dataclass(frozen=True)
 class Privacy:
-    """How messages from clients are protected.
+    """Protection of the messages from clients.
 
     Attributes:
-        clip: largest L2 norm of a client's update of parameters.
-        clip_statistics: largest L2 norm of its shifted sums of statistics; None: as ``clip``.
-        noise: standard deviation of the client's Gaussian noise, in units of the bound.
-        floor: least variance, as a share of the server's.
-        delta: probability for which the guarantee may fail, for the epsilon that is stated.
-        secure: the server sees sums over the clients of a round only (`fedbn.privacy.secure_aggregation`).
-        bits: binary digits after the point in secure sums.
-        entropy: noise from the ``run``'s seed, so that runs repeat, or from the ``system``'s, so that nobody can
-            subtract it.
+        clip: largest L2 norm of a client's parameter update.
+        clip_statistics: largest L2 norm of its shifted sums of statistics; None: same as ``clip``.
+        noise: standard deviation of the client's Gaussian noise, relative to the clipping bound.
+        floor: smallest variance, relative to the server's.
+        delta: probability that the guarantee fails, for which epsilon is reported.
+        secure: whether the server receives only sums over the clients of a round
+            (`fedbn.privacy.secure_aggregation`).
+        bits: fractional bits of the fixed-point numbers in secure sums.
+        entropy: source of the noise: the seed of the ``run``, which makes runs reproducible, or random numbers of the
+            ``system``, so that the noise cannot be reproduced and subtracted.
 
     Raises:
         UserError: a value out of range.
@@ -68,28 +69,28 @@ class Privacy:
                 raise UserError(f"privacy: {name} must be positive, not {value}")
         if not 0 <= self.noise < math.inf:
             raise UserError(f"privacy: noise must be finite and at least 0, not {self.noise}")
-        if self.noise and math.inf in (self.clip, self.bound):
-            raise UserError("privacy: noise needs a bound to be measured by: give clip too, such as clip=1:noise=0.5")
+        if self.noise and math.inf in (self.clip, self.statistics_bound):
+            raise UserError("privacy: noise is relative to a clipping bound: give clip too, such as clip=1:noise=0.5")
         if not 0 < self.floor <= 1:
-            raise UserError(f"privacy: floor is a share of the server's variance in (0, 1], not {self.floor}")
+            raise UserError(f"privacy: floor, a share of the server's variance, must lie in (0, 1], not {self.floor}")
         if not 0 < self.delta < 1:
-            raise UserError(f"privacy: delta lies between 0 and 1, not {self.delta}")
+            raise UserError(f"privacy: delta must lie between 0 and 1, not {self.delta}")
         if not 8 <= self.bits <= 40:
             raise UserError(f"privacy: bits must lie between 8 and 40, not {self.bits}")
 
     @property
-    def bound(self) -> float:
-        """Largest norm of statistics."""
+    def statistics_bound(self) -> float:
+        """Largest L2 norm of the shifted sums of statistics."""
         return self.clip if self.clip_statistics is None else self.clip_statistics
 
     @property
-    def changes(self) -> bool:
-        """Whether anything is clipped or noised."""
-        return min(self.clip, self.bound) < math.inf
+    def is_bounded(self) -> bool:
+        """Whether anything is clipped; noise implies clipping."""
+        return min(self.clip, self.statistics_bound) < math.inf
 
 
 def parse_privacy(text: str) -> Privacy | None:
-    """The protection that a text such as ``clip=1:noise=0.5`` describes; None for none.
+    """Parse a text such as ``clip=1:noise=0.5``; None if it describes no protection.
 
     >>> parse_privacy("clip=2:noise=0.5").clip
     2.0
@@ -97,47 +98,42 @@ def parse_privacy(text: str) -> Privacy | None:
     Raises:
         UserError: an unknown option, or a value out of range.
     """
-    found = parse(f"privacy:{text}", "privacy", {"privacy": Privacy}) if text else Privacy()
-    return None if found == Privacy() else found
+    privacy = parse(f"privacy:{text}", "privacy", {"privacy": Privacy}) if text else Privacy()
+    return None if privacy == Privacy() else privacy
 
 
 def render_privacy(text: str) -> str:
-    """The shortest text for the same protection.
+    """Shortest text of the same protection.
 
     >>> render_privacy("noise=0:clip=1.0")
     'clip=1.0'
     """
-    found = parse_privacy(text)
-    return "" if found is None else render(found).removeprefix("privacy:")
+    privacy = parse_privacy(text)
+    return "" if privacy is None else render(privacy).removeprefix("privacy:")
 
 
 def statistics_pairs(table: Ownership) -> list[tuple[str, str]]:
-    """Names of the travelling (mean, variance) entries.
+    """Names of the shared (running mean, running variance) entries.
 
     Raises:
-        UserError: a travelling statistic that is neither, or lacks the other.
+        UserError: a shared statistic that is neither a mean nor a variance, or has no counterpart.
     """
-    keys = [k for k in table.travels if table.roles[k] is Role.STATISTICS]
+    keys = table.shared_statistics
     pairs = [(k, k.removesuffix("mean") + "var") for k in keys if k.rpartition(".")[2] == "running_mean"]
-    if odd := set(keys) - {k for pair in pairs for k in pair} | {v for _, v in pairs} - set(keys):
+    if unpaired := set(keys) - {k for pair in pairs for k in pair} | {v for _, v in pairs} - set(keys):
         raise UserError(
-            f"privacy knows means and variances; {', '.join(sorted(odd))} is something else: choose a strategy "
-            "with plain batch normalization, or one that keeps statistics local"
+            f"privacy supports pairs of means and variances, not {', '.join(sorted(unpaired))}: choose a strategy "
+            "with plain batch normalization, or one whose statistics stay local"
         )
     return pairs
 
 
-def parameter_keys(table: Ownership) -> list[str]:
-    """Names of the travelling entries that are no statistics."""
-    return [k for k in table.travels if table.roles[k] is not Role.STATISTICS]
-
-
 def to_sums(state: State, center: State, pairs: Sequence[tuple[str, str]]) -> Tensor:
-    """Means and variances as shifted sums for a weight of one, ``[2 x channels of all layers]`` float64.
+    """Convert means and variances to shifted sums of weight one, ``[2 x channels of all layers]`` float64.
 
     Args:
-        state: holds the entries.
-        center: what the server sent; sums are shifted and scaled by it.
+        state: entries of the client.
+        center: the server's entries, which shift and scale the sums.
         pairs: names of means and variances.
     """
     parts = []
@@ -149,13 +145,13 @@ def to_sums(state: State, center: State, pairs: Sequence[tuple[str, str]]) -> Te
 
 
 def from_sums(sums: Tensor, center: State, pairs: Sequence[tuple[str, str]], floor: float) -> State:
-    """The inverse of `to_sums`; no variance is less than ``floor`` times the center's."""
+    """Inverse of `to_sums`; variances are at least ``floor`` times the center's."""
     out: State = {}
-    at = 0
+    start = 0
     for mean, var in pairs:
         size, scale = center[mean].numel(), _scale(center[var])
-        first, second = sums[at : at + size], sums[at + size : at + 2 * size]
-        at += 2 * size
+        first, second = sums[start : start + size], sums[start + size : start + 2 * size]
+        start += 2 * size
         out[mean] = (center[mean].double() + scale * first).to(center[mean].dtype)
         out[var] = ((second + 1 - first**2).clamp_min(floor) * scale**2).to(center[var].dtype)
     return out
@@ -165,67 +161,70 @@ def _scale(variance: Tensor) -> Tensor:
     return variance.double().clamp_min(1e-8).sqrt()
 
 
-def clipped(vector: Tensor, bound: float) -> Tensor:
-    """A vector no longer than ``bound``; itself if it is not.
+def clip_norm(vector: Tensor, bound: float) -> Tensor:
+    """Scale a vector to norm ``bound`` if it is longer; otherwise return it unchanged.
 
-    >>> clipped(torch.tensor([3.0, 4.0]), 1.0)
+    >>> clip_norm(torch.tensor([3.0, 4.0]), 1.0)
     tensor([0.6000, 0.8000])
 
     Raises:
-        UserError: not finite.
+        UserError: the vector is not finite.
     """
     norm = float(torch.linalg.vector_norm(vector.double()))
     if not math.isfinite(norm):
-        raise UserError("a client's update is not finite, so no bound can be put on it: lower the learning rate")
-    # A hair below the bound, since the norm after scaling is rounded again.
+        raise UserError("a client's update is not finite and cannot be clipped: lower the learning rate")
+    # Slightly below the bound, because the scaled vector is rounded again.
     return vector * (bound / norm * (1 - 1e-12)) if norm > bound else vector
 
 
-def flat(state: State, keys: Sequence[str]) -> Tensor:
-    """Entries as one vector, float64."""
+def flatten_entries(state: State, keys: Sequence[str]) -> Tensor:
+    """Concatenate entries into one float64 vector."""
     return torch.cat([state[k].double().flatten().cpu() for k in keys]) if keys else torch.zeros(0).double()
 
 
-def unflat(vector: Tensor, like: State, keys: Sequence[str]) -> State:
-    """The inverse of `flat`, with the shapes and dtypes of ``like``."""
+def unflatten_entries(vector: Tensor, like: State, keys: Sequence[str]) -> State:
+    """Inverse of `flatten_entries`, with the shapes and dtypes of ``like``."""
     parts = vector.split([like[k].numel() for k in keys])
     return {k: p.view(like[k].shape).to(like[k].device, like[k].dtype) for k, p in zip(keys, parts, strict=True)}
 
 
-def released(rule: Privacy, update: Update, received: State, table: Ownership, draw: torch.Generator) -> Update:
-    """An update whose every part is bounded and noised.
+def clip_and_noise(
+    privacy: Privacy, update: Update, received: State, table: Ownership, draw: torch.Generator
+) -> Update:
+    """Clip and noise the parameters and the statistics of an update.
 
     Args:
-        rule: bounds and noise.
-        update: what the client would send.
-        received: what it was sent.
-        table: who owns what.
+        privacy: clipping bounds and noise.
+        update: the client's update.
+        received: shared entries that the client received.
+        table: ownership of the entries.
         draw: source of the noise.
 
     Raises:
-        UserError: the update is not finite, or tells more than entries.
+        UserError: the update is not finite, or holds more than the model's entries.
     """
     if update.notes:
         raise UserError(
-            f"privacy covers the model's entries, but the treatment also sends {', '.join(sorted(update.notes))}: "
-            "choose another treatment, or no --privacy"
+            f"privacy covers the model's entries, but the method also sends {', '.join(sorted(update.notes))}: "
+            "choose another method, or no --privacy"
         )
     state = dict(update.state)
-    if keys := parameter_keys(table):
-        before = flat(received, keys)
-        moved = flat(update.state, keys) - before
-        bounded = clipped(moved, rule.clip)
-        if bounded is not moved or rule.noise:
-            state |= unflat(before + _noised(bounded, rule.noise * rule.clip, draw), received, keys)
+    if keys := table.shared_parameters:
+        before = flatten_entries(received, keys)
+        change = flatten_entries(update.state, keys) - before
+        clipped = clip_norm(change, privacy.clip)
+        if clipped is not change or privacy.noise:
+            state |= unflatten_entries(before + _add_noise(clipped, privacy.noise * privacy.clip, draw), received, keys)
     if pairs := statistics_pairs(table):
-        ctx = {k: v.cpu() for k, v in received.items()}
-        sums = to_sums({k: v.cpu() for k, v in update.state.items()}, ctx, pairs)
-        bounded = clipped(sums, rule.bound)
-        if bounded is not sums or rule.noise:
-            told = from_sums(_noised(bounded, rule.noise * rule.bound, draw), ctx, pairs, rule.floor)
-            state |= {k: v.to(received[k].device) for k, v in told.items()}
+        center = {k: v.cpu() for k, v in received.items()}
+        sums = to_sums({k: v.cpu() for k, v in update.state.items()}, center, pairs)
+        clipped = clip_norm(sums, privacy.statistics_bound)
+        if clipped is not sums or privacy.noise:
+            noised = _add_noise(clipped, privacy.noise * privacy.statistics_bound, draw)
+            statistics = from_sums(noised, center, pairs, privacy.floor)
+            state |= {k: v.to(received[k].device) for k, v in statistics.items()}
     return replace(update, state={k: state[k] for k in update.state}, examples=1)
 
 
-def _noised(vector: Tensor, scale: float, draw: torch.Generator) -> Tensor:
+def _add_noise(vector: Tensor, scale: float, draw: torch.Generator) -> Tensor:
     return vector + scale * torch.randn(len(vector), dtype=torch.float64, generator=draw) if scale else vector

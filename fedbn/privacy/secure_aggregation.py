@@ -1,13 +1,13 @@
-r"""Sums over clients that show nobody's part: fixed-point numbers and masks that cancel, modulo :math:`2^{64}`.
+r"""Secure sums over clients: fixed-point numbers with pairwise masks that cancel, modulo :math:`2^{64}`.
 
-A client sends :math:`w`, its weighted update of parameters and its weighted shifted sums of statistics, each rounded
-to ``bits`` binary digits after the point and taken modulo :math:`2^{64}`, plus a mask for each other client of the
-round: what one of a pair adds, the other subtracts. A message alone is uniformly distributed; the sum of all is the sum
-of what was encoded, exactly. Moments are sums, so pooling needs nothing else. What would not fit is an error:
-clipping it silently, as quantisers with a fixed range do, destroys running variances.
+A client sends its weight :math:`w`, its weighted parameter update and its weighted shifted sums of statistics. Each
+number is rounded to ``bits`` fractional bits, taken modulo :math:`2^{64}`, and masked once for every other client of
+the round: one client of a pair adds the mask, the other subtracts it. A single message is uniformly distributed; the
+sum of all messages is exactly the sum of the encoded numbers. Moments are sums, so pooling needs nothing else. Numbers
+that do not fit are an error, because silent clipping, as in quantizers with a fixed range, destroys running variances.
 
-After Bonawitz et al., 2017, https://doi.org/10.1145/3133956.3133982. Their key agreement and recovery from
-clients that drop out are not here: masks come from the run's seed, and a round without every reply is an error.
+After Bonawitz et al., 2017, https://doi.org/10.1145/3133956.3133982. Their key agreement and
+dropout recovery are not implemented: masks come from the run's seed, and a missing reply is an error.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Words = NDArray[np.uint64]
 
 
 def encode(values: Tensor, bits: int, clients: int) -> Words:
-    """Numbers as integers modulo 2^64, so that a sum over ``clients`` cannot run over.
+    """Encode numbers as integers modulo 2^64 such that a sum over ``clients`` cannot overflow.
 
     >>> encode(torch.tensor([-0.5, 2.0]), bits=8, clients=3)
     array([18446744073709551488,                  512], dtype=uint64)
@@ -38,14 +38,14 @@ def encode(values: Tensor, bits: int, clients: int) -> Words:
     largest = float(values.abs().max()) if len(values) else 0.0
     if not largest <= limit:
         raise UserError(
-            f"privacy: {largest:g} does not fit a secure sum of {clients} clients with {bits} bits after the point "
+            f"privacy: {largest:g} does not fit a secure sum of {clients} clients with {bits} fractional bits "
             f"(at most {limit:g}): choose fewer bits, or a lower learning rate"
         )
     return np.rint(values.double().numpy() * 2.0**bits).astype(np.int64).view(np.uint64)
 
 
 def decode(words: Words, bits: int) -> Tensor:
-    """A sum of encoded numbers, float64.
+    """Decode a sum of encoded numbers to float64.
 
     >>> decode(encode(torch.tensor([-0.5, 2.0]), 8, 1), 8)
     tensor([-0.5000,  2.0000], dtype=torch.float64)
@@ -53,13 +53,13 @@ def decode(words: Words, bits: int) -> Tensor:
     return torch.from_numpy(words.view(np.int64) / 2.0**bits)
 
 
-def total(messages: Sequence[Words]) -> Words:
-    """The sum modulo 2^64."""
+def modular_sum(messages: Sequence[Words]) -> Words:
+    """Sum of messages modulo 2^64."""
     return np.sum(np.stack(messages), axis=0, dtype=np.uint64)
 
 
-def mask(user: int, others: Sequence[int], size: int, seed: int, round: int) -> Words:
-    """What a client adds to its message; over all clients of a round it sums to zero modulo 2^64."""
+def pairwise_mask(user: int, others: Sequence[int], size: int, seed: int, round: int) -> Words:
+    """Mask that a client adds to its message; the masks of all clients of a round sum to 0 modulo 2^64."""
     out = np.zeros(size, dtype=np.uint64)
     for other in others:
         if other != user:

@@ -1,1 +1,1 @@
-"""One file each; a new one is found by being here."""
+"""Scenarios, one module each; modules of this package are discovered automatically."""

@@ -1,8 +1,7 @@
-"""A scenario: real users with their recordings, some of them never seen in training.
+"""Scenarios: data sets of real users, some of whom are never seen in training.
 
-``Scenario.load(seed)`` gives a `Population`. Splits are by whole recordings or with a gap, never by
-overlapping windows; rows stay in the order in which they were recorded, so that a user's test set is
-also a stream.
+``Scenario.load(seed)`` returns a `Population`. Data are split by whole recordings or with a gap, so that
+windows never overlap across a split. Rows stay in the order of recording, so that a user's test set is also a stream.
 """
 
 from __future__ import annotations
@@ -17,14 +16,14 @@ from fedbn.plugins import discover, parse
 
 @dataclass(frozen=True)
 class Scenario(ABC):
-    """Fields are the scenario's options; subclasses live one to a file in ``fedbn.scenarios``.
+    """Base class of scenarios; fields are options. Subclasses are in ``fedbn.scenarios``, one per module.
 
     Attributes:
-        name: what the command line calls it.
-        about: one line for lists.
-        model: name of the model used unless the run says otherwise.
-        plan: settings (fields of `fedbn.config.Plan`) that differ from the general defaults here.
-        rates: learning rates of strategies for which validation data chose another than the plan's.
+        name: name on the command line.
+        about: one-line description.
+        model: default model.
+        plan: settings (fields of `fedbn.config.Plan`) that differ from the general defaults.
+        rates: learning rates of the strategies for which validation data favored another rate than the plan's.
     """
 
     name: ClassVar[str]
@@ -35,14 +34,14 @@ class Scenario(ABC):
 
     @abstractmethod
     def load(self, seed: int) -> Population:
-        """Load, check and split the data. ``seed`` decides which users are unseen."""
+        """Load, check and split the data. ``seed`` determines which users are unseen."""
 
 
 def scenarios() -> dict[str, type[Scenario]]:
-    """All scenarios found, by name."""
+    """All discovered scenarios, by name."""
     return discover("fedbn.scenarios", Scenario)
 
 
 def scenario(text: str) -> Scenario:
-    """The scenario that a text such as ``hapt`` or ``hapt:unseen=10`` names."""
+    """Parse a scenario such as ``hapt`` or ``hapt:unseen=10``."""
     return parse(text, "scenario", scenarios())

@@ -1,27 +1,27 @@
-"""Digits: one task, six domains, one client each: the setting in which FedBN was proposed.
+"""Digits: one task, six domains, one client per domain, the setting in which FedBN was proposed.
 
 Li, Jiang, Zhang, Kamp, Dou, *FedBN: Federated Learning on Non-IID Features via Local Batch Normalization*,
-ICLR 2021, https://arxiv.org/abs/2102.07623, train one client per data set on 743 images each. Their five
-data sets cannot be had without a download; these six can:
+ICLR 2021, https://arxiv.org/abs/2102.07623, train one client per data set on 743 images each. Their five data sets need
+a download; these six do not:
 
 ========== ========================================================= ===========================
-domain     what it is                                                how it becomes 28x28
+domain     content                                                   conversion to 28x28
 ========== ========================================================= ===========================
-mnist      handwriting, US (LeCun et al., 1998)                      as it is
+mnist      handwriting, US (LeCun et al., 1998)                      none
 optdigits  handwriting, Turkey, 8x8 counts (Alpaydin and Kaynak)     20x20 box, bilinear
 mfeat      digits on Dutch utility maps, 16x15 (van Breukelen et al.) 20x20 box, bilinear
-pendigits  pen movements on a tablet, 8 points (Alpaydin, Alimoglu)  points joined by a stroke
-fonts      21 printed typefaces that come with matplotlib            drawn, turned, moved
-mnistm     MNIST against photographs (after Ganin, Lempitsky, 2015)  absolute difference
+pendigits  pen movements on a tablet, 8 points (Alpaydin, Alimoglu)  points joined by strokes
+fonts      21 printed typefaces bundled with matplotlib              drawn, rotated, shifted
+mnistm     MNIST blended with photos (after Ganin, Lempitsky, 2015)  absolute difference
 ========== ========================================================= ===========================
 
-The skew is a *feature* skew: part of it natural (who wrote, with what), part of it our choice of how to
-draw the domains that are not images of that size. ``mnist`` and ``mnistm`` are made from different halves
-of the 5,000 packaged MNIST images, so no digit is trained on in one domain and tested in another.
+The skew is a *feature* skew. Part of it is natural (writers and instruments), and part of it comes from the rendering
+of the domains that do not have images of that size. ``mnist`` and ``mnistm`` use different halves of the 5,000 packaged
+MNIST images, so no digit is a training image in one domain and a test image in another.
 
-Images are independent of each other and some files are sorted by class, so their order carries no time;
-rows are in one fixed random order. The file of ``mfeat`` holds six images twice; at the default size none of
-them is on both sides of the split.
+Images are independent of each other and some files are sorted by class, so their order does not reflect time. Rows are
+in a fixed random order. The file of ``mfeat`` contains six images twice; at the default size none of them is on both
+sides of the split.
 """
 
 from __future__ import annotations
@@ -51,20 +51,21 @@ FACES = (
     *("cmb10", "cmr10", "cmss10", "cmti10", "cmtt10"),
 )
 FONT_IMAGES = 3000
-SIZE, BOX, FINE = 28, 20, 4  # pixels; FINE: drawn this much larger, then averaged down
+SIZE, BOX = 28, 20  # pixels
+SCALE = 4  # images are drawn this much larger and then downsampled
 
 
 @dataclass(frozen=True)
 class Digits(Scenario):
-    """Six clients, images ``[3, 28, 28]`` in -1 to 1, 10 classes.
+    """Six clients, images ``[3, 28, 28]`` in [-1, 1], 10 classes.
 
-    A fifth of every domain, stratified by class, tests; of the rest, ``train`` images are used, so that
-    no domain outweighs another.
+    A fifth of every domain, stratified by class, is the test data. Of the rest, ``train`` images are used, so that all
+    domains have the same weight.
 
     Attributes:
-        unseen: how many domains never train, or which: names joined by ``+``.
-        train: training images per domain.
-        test: at most this many test images per domain; none: all.
+        unseen: number of domains that never train, or their names joined by ``+``.
+        train: number of training images per domain.
+        test: maximum number of test images per domain; none for all.
     """
 
     name: ClassVar[str] = "digits"
@@ -83,39 +84,39 @@ class Digits(Scenario):
     test: int | None = None
 
     def load(self, seed: int) -> Population:
-        away = self._unseen(seed)
-        drawn = _domains()
-        users = tuple(self._user(name, drawn[f"{name}_x"], drawn[f"{name}_y"]) for name in DOMAINS)
+        unseen = self._unseen(seed)
+        images = _domains()
+        users = tuple(self._user(name, images[f"{name}_x"], images[f"{name}_y"]) for name in DOMAINS)
         return Population(
             users=users,
-            unseen=away,
+            unseen=unseen,
             classes=tuple("0123456789"),
-            skew="feature skew: six kinds of digits, partly of our own drawing; labels and quantity balanced",
-            sources={f"digits/{name}": _sha256(drawn[f"{name}_x"]) for name in DOMAINS},
+            skew="feature skew: six kinds of digits, partly rendered here; labels and quantity balanced",
+            sources={f"digits/{name}": _sha256(images[f"{name}_x"]) for name in DOMAINS},
         )
 
     def _unseen(self, seed: int) -> tuple[int, ...]:
         names = list(DOMAINS)
         if self.unseen.isdigit():
             return hold_out(len(names), int(self.unseen), seed)
-        chosen = self.unseen.split("+")
-        for name in chosen:
+        selected = self.unseen.split("+")
+        for name in selected:
             if name not in names:
                 raise unknown("domain of scenario 'digits'", name, names)
-        if len(set(chosen)) == len(names):
-            raise UserError("unseen names all six domains, which leaves nobody to train; leave one out")
-        return tuple(sorted({names.index(name) for name in chosen}))
+        if len(set(selected)) == len(names):
+            raise UserError("unseen lists all six domains, which leaves no user for training; leave one out")
+        return tuple(sorted({names.index(name) for name in selected}))
 
     def _user(self, name: str, images: np.ndarray, labels: np.ndarray) -> User:
         rng = numpy_generator(0, "digits", "split", name)
         order = rng.permutation(len(labels))
-        tests = np.zeros(len(labels), bool)
+        is_test = np.zeros(len(labels), bool)
         for digit in range(10):
-            of_class = order[labels[order] == digit]
-            tests[of_class[: len(of_class) // 5]] = True
-        train, test = order[~tests[order]], order[tests[order]]
+            members = order[labels[order] == digit]
+            is_test[members[: len(members) // 5]] = True
+        train, test = order[~is_test[order]], order[is_test[order]]
         if not 10 <= self.train <= len(train):
-            raise UserError(f"train={self.train}: choose 10 to {len(train)}, what domain {name!r} has")
+            raise UserError(f"train={self.train}: choose 10 to {len(train)}, the size of domain {name!r}")
         if self.test is not None and self.test < 1:
             raise UserError(f"test={self.test}: choose 1 or more, or none for all test images")
         parts = (train[: self.train], test[: self.test])
@@ -123,7 +124,7 @@ class Digits(Scenario):
 
 
 def _examples(images: np.ndarray, labels: np.ndarray, recording: int) -> Examples:
-    """Gray ``[n, 28, 28]`` or color ``[n, 28, 28, 3]`` bytes as ``[n, 3, 28, 28]`` in -1 to 1."""
+    """Convert gray ``[n, 28, 28]`` or color ``[n, 28, 28, 3]`` bytes to ``[n, 3, 28, 28]`` in [-1, 1]."""
     x = torch.from_numpy(images).float().div(255).sub(0.5).div(0.5)
     x = x.permute(0, 3, 1, 2) if x.ndim == 4 else x[:, None].expand(-1, 3, -1, -1)
     y = torch.from_numpy(labels.astype(np.int64))
@@ -131,31 +132,31 @@ def _examples(images: np.ndarray, labels: np.ndarray, recording: int) -> Example
 
 
 def _domains() -> Arrays:
-    """``<domain>_x`` uint8 and ``<domain>_y`` of all six, drawn once and then cached."""
+    """``<domain>_x`` uint8 and ``<domain>_y`` of all six domains, cached."""
     paths = {name: fetch(source) for name, source in SOURCES.items() if source.scenario == "digits"}
-    # Other versions of the drawing libraries draw other bytes.
-    drawn_with = [f"{p} {version(p)}" for p in ("pillow", "matplotlib", "scikit-learn")]
-    identity = "\n".join([*(SOURCES[name].sha256 for name in sorted(paths)), *drawn_with])
+    # Other versions of the drawing libraries produce other bytes.
+    versions = [f"{p} {version(p)}" for p in ("pillow", "matplotlib", "scikit-learn")]
+    identity = "\n".join([*(SOURCES[name].sha256 for name in sorted(paths)), *versions])
 
     def draw() -> Arrays:
-        made = {name: make(paths) for name, make in DOMAINS.items()}
-        return {f"{name}_{k}": a for name, pair in made.items() for k, a in zip("xy", pair, strict=True)}
+        domains = {name: make(paths) for name, make in DOMAINS.items()}
+        return {f"{name}_{k}": a for name, pair in domains.items() for k, a in zip("xy", pair, strict=True)}
 
     return cached("digits", 1, identity, draw)
 
 
-Drawn = tuple[np.ndarray, np.ndarray]
+Labeled = tuple[np.ndarray, np.ndarray]
 Paths = dict[str, Path]
 
 
-def _mnist(paths: Paths) -> Drawn:
-    """Every other image of the file, which is sorted by class: half of each class."""
+def _mnist(paths: Paths) -> Labeled:
+    """Every other image of the file, which is sorted by class, so half of each class."""
     images, labels = _mnist_all(paths)
     return images[::2], labels[::2]
 
 
-def _mnistm(paths: Paths) -> Drawn:
-    """The other half, each against a crop of a photograph."""
+def _mnistm(paths: Paths) -> Labeled:
+    """The other half, each image blended with a crop of a photograph."""
     from sklearn.datasets import load_sample_images
 
     images, labels = (a[1::2] for a in _mnist_all(paths))
@@ -165,50 +166,50 @@ def _mnistm(paths: Paths) -> Drawn:
     for i, image in enumerate(images):
         photograph = photographs[rng.integers(len(photographs))]
         top, left = (rng.integers(n - 2 * SIZE) for n in photograph.shape[:2])
-        # A crop of twice the size, halved: two photographs have too few edges in 28 pixels.
+        # A crop of twice the size, downsampled: a 28-pixel crop of these photographs has too few edges.
         crop = photograph[top : top + 2 * SIZE, left : left + 2 * SIZE].astype(np.int16)
         crop = crop.reshape(SIZE, 2, SIZE, 2, 3).mean(axis=(1, 3))
         out[i] = np.abs(crop - image[..., None])
     return out, labels
 
 
-def _mnist_all(paths: Paths) -> Drawn:
+def _mnist_all(paths: Paths) -> Labeled:
     table = np.loadtxt(paths["mnist"], delimiter=",", dtype=np.uint8)
     return table[:, :-1].reshape(-1, SIZE, SIZE), table[:, -1]
 
 
-def _optdigits(paths: Paths) -> Drawn:
+def _optdigits(paths: Paths) -> Labeled:
     table = np.loadtxt(paths["optdigits"], delimiter=",", dtype=np.uint8)
-    return _enlarged(table[:, :-1].reshape(-1, 8, 8), 16), table[:, -1]
+    return _resize(table[:, :-1].reshape(-1, 8, 8), 16), table[:, -1]
 
 
-def _mfeat(paths: Paths) -> Drawn:
+def _mfeat(paths: Paths) -> Labeled:
     table = np.loadtxt(paths["mfeat"], delimiter=",", skiprows=1).astype(np.uint8)
-    return _enlarged(table[:, :-1].reshape(-1, 16, 15), 6), table[:, -1]
+    return _resize(table[:, :-1].reshape(-1, 16, 15), 6), table[:, -1]
 
 
-def _enlarged(images: np.ndarray, top: int) -> np.ndarray:
-    """Images with values 0 to ``top``, at their aspect ratio in a centered box like MNIST's."""
+def _resize(images: np.ndarray, top: int) -> np.ndarray:
+    """Fit images with values in [0, ``top``] into a centered box like that of MNIST, at their aspect ratio."""
     height, width = images.shape[1:]
     scale = BOX / max(height, width)
     size = (round(width * scale), round(height * scale))
     out = np.zeros((len(images), SIZE, SIZE), np.uint8)
     y, x = (SIZE - size[1]) // 2, (SIZE - size[0]) // 2
     for canvas, image in zip(out, (images * (255 / top)).astype(np.uint8), strict=True):
-        big = Image.fromarray(image).resize(size, Image.Resampling.BILINEAR)
-        canvas[y : y + size[1], x : x + size[0]] = np.asarray(big)
+        resized = Image.fromarray(image).resize(size, Image.Resampling.BILINEAR)
+        canvas[y : y + size[1], x : x + size[0]] = np.asarray(resized)
     return out
 
 
-def _pendigits(paths: Paths) -> Drawn:
-    """Eight points (x, y) in 0 to 100, y upwards, joined by a round pen; where the pen was up is not kept."""
+def _pendigits(paths: Paths) -> Labeled:
+    """Eight points (x, y) in [0, 100], y upwards, joined by a round pen; pen-up positions are unknown."""
     table = np.loadtxt(paths["pendigits"], delimiter=",", dtype=np.int64)
     strokes = table[:, :-1].reshape(-1, 8, 2)
-    margin, pen = FINE * (SIZE - BOX) / 2, 2.5 * FINE
+    margin, pen = SCALE * (SIZE - BOX) / 2, 2.5 * SCALE
     out = np.empty((len(table), SIZE, SIZE), np.uint8)
     for i, points in enumerate(strokes):
-        xy = [(margin + x * FINE * BOX / 100, margin + (100 - y) * FINE * BOX / 100) for x, y in points]
-        canvas = Image.new("L", (SIZE * FINE, SIZE * FINE))
+        xy = [(margin + x * SCALE * BOX / 100, margin + (100 - y) * SCALE * BOX / 100) for x, y in points]
+        canvas = Image.new("L", (SIZE * SCALE, SIZE * SCALE))
         brush = ImageDraw.Draw(canvas)
         brush.line(xy, fill=255, width=round(pen), joint="curve")
         for x, y in (xy[0], xy[-1]):
@@ -217,8 +218,8 @@ def _pendigits(paths: Paths) -> Drawn:
     return out, table[:, -1].astype(np.uint8)
 
 
-def _fonts(paths: Paths) -> Drawn:
-    """Every digit in every face at random sizes (18 to 24 px), angles (up to 12°) and places (up to 2 px)."""
+def _fonts(paths: Paths) -> Labeled:
+    """Every digit in every typeface at random sizes (18 to 24 px), angles (up to 12°) and positions (up to 2 px)."""
     import matplotlib
 
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
@@ -227,15 +228,15 @@ def _fonts(paths: Paths) -> Drawn:
     out = np.empty((FONT_IMAGES, SIZE, SIZE), np.uint8)
     for i, label in enumerate(labels):
         face = folder / f"{FACES[i // 10 % len(FACES)]}.ttf"
-        font = ImageFont.truetype(face, round(rng.uniform(18, 24) * FINE))
-        canvas = Image.new("L", (SIZE * FINE, SIZE * FINE))
-        center = tuple(FINE * (SIZE / 2 + rng.uniform(-2, 2, 2)))
-        # Centered by its own box rather than anchor "mm", whose height is the face's and differs.
+        font = ImageFont.truetype(face, round(rng.uniform(18, 24) * SCALE))
+        canvas = Image.new("L", (SIZE * SCALE, SIZE * SCALE))
+        center = tuple(SCALE * (SIZE / 2 + rng.uniform(-2, 2, 2)))
+        # Centered by its bounding box; anchor "mm" would use the height of the typeface.
         left, top, right, bottom = font.getbbox(str(label))
         corner = (center[0] - (left + right) / 2, center[1] - (top + bottom) / 2)
         ImageDraw.Draw(canvas).text(corner, str(label), fill=255, font=font)
-        turned = canvas.rotate(rng.uniform(-12, 12), Image.Resampling.BILINEAR)
-        out[i] = np.asarray(turned.resize((SIZE, SIZE), Image.Resampling.BOX))
+        rotated = canvas.rotate(rng.uniform(-12, 12), Image.Resampling.BILINEAR)
+        out[i] = np.asarray(rotated.resize((SIZE, SIZE), Image.Resampling.BOX))
     return out, labels
 
 
@@ -243,7 +244,7 @@ def _sha256(array: np.ndarray) -> str:
     return hashlib.sha256(array.tobytes()).hexdigest()
 
 
-DOMAINS: dict[str, Callable[[Paths], Drawn]] = {
+DOMAINS: dict[str, Callable[[Paths], Labeled]] = {
     "mnist": _mnist,
     "optdigits": _optdigits,
     "mfeat": _mfeat,

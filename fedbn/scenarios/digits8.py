@@ -1,9 +1,9 @@
-"""Digits8: scikit-learn's bundled 8x8 digits, dealt to a few users with different cameras.
+"""Digits8: scikit-learn's 8x8 digits, distributed to a few users with different cameras.
 
 Alpaydin and Kaynak, *Optical Recognition of Handwritten Digits*, UCI (1998), as shipped by
-``sklearn.datasets.load_digits``. Needs no download and loads at once: for tests and first steps. Images
-are dealt independently and at random; what differs between users is *made*: each has a gain and an
-offset, and some see white on black as black on white. Results here say nothing about real users.
+``sklearn.datasets.load_digits``. It needs no download and loads quickly, for tests and first steps. Images are assigned
+at random. The differences between users are *synthetic*: each user has a gain and an offset, and some have inverted
+images. Results on this scenario do not transfer to real users.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from fedbn.scenarios.base import Scenario
 from fedbn.seeds import numpy_generator
 
 IMAGES = 1797
-EACH = 25
+MIN_PER_USER = 25
 
 
 @dataclass(frozen=True)
 class Digits8(Scenario):
-    """1,797 images ``[1, 8, 8]``, 10 classes, three quarters of each user's images train.
+    """1,797 images ``[1, 8, 8]``, 10 classes; three quarters of each user's images are training data.
 
     Attributes:
-        unseen: users that never train.
-        users: how many users share the images, 2 to 60.
-        images: how many of the images are dealt, at least 25 a user.
+        unseen: number of users that never train.
+        users: number of users, 2 to 60.
+        images: number of images to distribute, at least 25 per user.
     """
 
     name: ClassVar[str] = "digits8"
@@ -51,10 +51,11 @@ class Digits8(Scenario):
 
     def load(self, seed: int) -> Population:
         if not 2 <= self.users <= 60:
-            raise UserError(f"users={self.users}: choose 2 to 60, the 1,797 images do not serve more")
-        if not EACH * self.users <= self.images <= IMAGES:
-            raise UserError(f"images={self.images}: choose {EACH * self.users} ({EACH} a user) to {IMAGES}")
-        # Imported here because listing the scenarios should not cost scikit-learn's import.
+            raise UserError(f"users={self.users}: choose 2 to 60, the 1,797 images are too few for more")
+        if not MIN_PER_USER * self.users <= self.images <= IMAGES:
+            least = MIN_PER_USER * self.users
+            raise UserError(f"images={self.images}: choose {least} ({MIN_PER_USER} per user) to {IMAGES}")
+        # Imported here so that listing the scenarios does not import scikit-learn.
         from sklearn.datasets import load_digits
 
         pixels, labels = load_digits(return_X_y=True)
@@ -63,10 +64,10 @@ class Digits8(Scenario):
         users = []
         for i in range(self.users):
             name = f"user{i + 1:02d}"
-            # Back in the file's order: who gets an image is random, the order in time is not.
+            # The assignment to users is random, but each user's images keep the order of the file.
             rows = np.sort(order[: self.images][i :: self.users])
-            seen, domain = _camera(images[rows], name)
-            x = torch.from_numpy(seen)
+            observed, domain = _apply_camera(images[rows], name)
+            x = torch.from_numpy(observed)
             y = torch.from_numpy(labels[rows].astype(np.int64))
             cut = 3 * len(rows) // 4
             train, test = (
@@ -78,14 +79,14 @@ class Digits8(Scenario):
             users=tuple(users),
             unseen=hold_out(self.users, self.unseen, seed),
             classes=tuple("0123456789"),
-            skew="made feature skew: gain, offset and inversion per user; labels independent of the user",
+            skew="synthetic feature skew: gain, offset and inversion per user; labels independent of the user",
             sources={"sklearn/load_digits": hashlib.sha256(pixels.astype(np.uint8).tobytes()).hexdigest()},
         )
 
 
-def _camera(images: np.ndarray, name: str) -> tuple[np.ndarray, str]:
-    """``images`` in 0 to 1 as the user called ``name`` sees them, the same in every run, and the kind of camera."""
+def _apply_camera(images: np.ndarray, name: str) -> tuple[np.ndarray, str]:
+    """Apply a user's camera to images in [0, 1]; return the images and the kind of camera, the same in every run."""
     rng = numpy_generator(0, "digits8", "camera", name)
     gain, offset, inverted = rng.uniform(0.6, 1.4), rng.uniform(-0.3, 0.3), rng.random() < 0.3
-    seen = (1 - images if inverted else images) * np.float32(gain) + np.float32(offset)
-    return seen.astype(np.float32), "inverted" if inverted else "upright"
+    observed = (1 - images if inverted else images) * np.float32(gain) + np.float32(offset)
+    return observed.astype(np.float32), "inverted" if inverted else "upright"

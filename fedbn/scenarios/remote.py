@@ -1,8 +1,9 @@
-"""Remote: data that lie with the nodes of a deployment, each user's with that user's node alone.
+"""Remote: the data of each user are stored on that user's node only.
 
-The scenario says only what everybody has to agree on: how many users, shape and number of classes. Each node names its
-user's file in its node config (``data="PATH"``); the server needs none. What is here in the place of data is noise of
-that shape, which nobody trains on. As nobody has all users' test rows, the pooled row of the evaluation is left out.
+The scenario defines what all nodes have to agree on: number of users, shape and number of classes. Each node sets its
+user's file in its node config (``data="PATH"``); the server needs no file. The population contains noise of that shape
+as a placeholder, which is never used for training. The pooled row of the evaluation is left out, because no node has
+the test rows of all users.
 """
 
 from __future__ import annotations
@@ -16,23 +17,23 @@ import torch
 from fedbn.data.population import Examples, Population, User, hold_out
 from fedbn.errors import UserError
 from fedbn.scenarios.base import Scenario, scenario
-from fedbn.scenarios.files import one_user
+from fedbn.scenarios.files import read_single_user
 from fedbn.seeds import generator
 
 
 @dataclass(frozen=True)
 class Remote(Scenario):
-    """Data at the nodes, e.g. ``remote:users=3:shape=6+128:classes=5``.
+    """Data on the nodes, e.g. ``remote:users=3:shape=6+128:classes=5``.
 
     Attributes:
-        users: how many; node ``i`` serves user ``i``.
-        unseen: users that never train.
-        shape: of one example.
-        classes: how many, numbered from 0 in every file.
-        x: the array or column of values in each file, as in scenario ``files``.
-        y: class numbers.
-        test: share of a user's rows, the last, that test.
-        gap: rows left out before the test rows.
+        users: number of users; node ``i`` serves user ``i``.
+        unseen: number of users that never train.
+        shape: shape of one example.
+        classes: number of classes; they are numbered from 0 in every file.
+        x: array or column of values in each file, as in scenario ``files``.
+        y: column of class numbers.
+        test: fraction of a user's rows for testing (the last rows).
+        gap: number of rows dropped before the test rows.
     """
 
     name: ClassVar[str] = "remote"
@@ -51,34 +52,34 @@ class Remote(Scenario):
     def load(self, seed: int) -> Population:
         if self.users < 1 or self.classes < 2 or not self.shape or min(self.shape) < 1:
             raise UserError("remote: at least 1 user, 2 classes and a shape such as 16 or 6+128 are needed")
-        draw = generator(0, "stand-ins")
+        rng = generator(0, "stand-ins")
         labels = torch.arange(2 * self.classes) % self.classes
 
         def noise() -> Examples:
-            return Examples(torch.randn(len(labels), *self.shape, generator=draw), labels, torch.zeros_like(labels))
+            return Examples(torch.randn(len(labels), *self.shape, generator=rng), labels, torch.zeros_like(labels))
 
         users = tuple(User(str(i), f"node {i}", noise(), noise()) for i in range(self.users))
-        away = hold_out(self.users, self.unseen, seed)
-        names = tuple(map(str, range(self.classes)))
-        return Population(users, away, names, "whatever skew the nodes' data have", remote=True)
+        unseen = hold_out(self.users, self.unseen, seed)
+        classes = tuple(map(str, range(self.classes)))
+        return Population(users, unseen, classes, "whatever skew the nodes' data have", remote=True)
 
 
-def own(text: str, path: str) -> User:
-    """A node's user, from its file.
+def load_node_user(text: str, path: str) -> User:
+    """Load the user of a node from its file.
 
     Args:
         text: the scenario.
         path: the file.
 
     Raises:
-        UserError: the file is not there or cannot be trained on.
+        UserError: if the file does not exist or cannot be used for training.
     """
-    about = cast(Remote, scenario(text))
-    found = one_user(Path(path), about.classes, x=about.x, y=about.y, test=about.test, gap=about.gap)
-    return User(found.name, found.domain, _shaped(found.train, about.shape), _shaped(found.test, about.shape))
+    options = cast(Remote, scenario(text))
+    user = read_single_user(Path(path), options.classes, x=options.x, y=options.y, test=options.test, gap=options.gap)
+    return User(user.name, user.domain, _reshape(user.train, options.shape), _reshape(user.test, options.shape))
 
 
-def _shaped(data: Examples, shape: tuple[int, ...]) -> Examples:
+def _reshape(data: Examples, shape: tuple[int, ...]) -> Examples:
     if data.x[0].numel() != torch.Size(shape).numel():
         return data
     return Examples(data.x.reshape(len(data), *shape), data.y, data.recording)

@@ -1,12 +1,12 @@
-"""UCI-HAR: thirty people with a phone at the waist, from the archive's own directory.
+"""UCI-HAR: thirty people with a phone at the waist, from the unpacked archive.
 
 Anguita, Ghio, Oneto, Parra, Reyes-Ortiz, *A Public Domain Dataset for Human Activity Recognition Using
 Smartphones*, ESANN 2013. Windows of 128 samples at 50 Hz that overlap by half: total acceleration (g), body
-acceleration (g) and rotation (rad/s), three axes each. The archive's own train and test parts hold different
-people; here they are put together, and people are seen or unseen by seed.
+acceleration (g) and rotation (rad/s), three axes each. The training and test parts of the archive contain different
+people; they are merged here, and the seed determines who is unseen.
 
-The archive does not say where one recording ends and the next begins, so each person's rows are split in the
-order of the files, with one window between the two sides left out: neighbors share half their samples.
+The archive does not mark where a recording ends, so each person's rows are split in the order of the files. One window
+between the two sides is dropped, because neighboring windows share half of their samples.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fedbn.data.population import Population
 from fedbn.data.readers import Rows
 from fedbn.errors import UserError
 from fedbn.scenarios.base import Scenario
-from fedbn.scenarios.files import population
+from fedbn.scenarios.files import build_population
 
 CLASSES = ("walking", "upstairs", "downstairs", "sitting", "standing", "lying")
 SIGNALS = tuple(f"{kind}_{axis}" for kind in ("total_acc", "body_acc", "body_gyro") for axis in "xyz")
@@ -33,9 +33,9 @@ class UciHar(Scenario):
     """30 users, 6 activities, windows ``[9, 128]``: total acceleration, body acceleration, rotation.
 
     Attributes:
-        path: the unpacked directory ``UCI HAR Dataset``, with ``train`` and ``test`` in it.
-        test: share of a person's windows, the last ones, that test.
-        unseen: users that never train.
+        path: the unpacked directory ``UCI HAR Dataset`` with ``train`` and ``test``.
+        test: fraction of a person's windows for testing (the last windows).
+        unseen: number of users that never train.
     """
 
     name: ClassVar[str] = "uci-har"
@@ -47,22 +47,15 @@ class UciHar(Scenario):
     unseen: int = 6
 
     def load(self, seed: int) -> Population:
-        place = Path(self.path)
-        if not self.path or not (place / "train").is_dir() or not (place / "test").is_dir():
+        directory = Path(self.path)
+        if not self.path or not all((directory / part).is_dir() for part in ("train", "test")):
             raise UserError(
-                "scenario 'uci-har' reads the directory 'UCI HAR Dataset' of the archive's zip file, with train and "
-                f"test in it, and {self.path or 'no path'!r} is none: unpack the file and give uci-har:path=DIR; "
+                "scenario 'uci-har' reads the directory 'UCI HAR Dataset' from the archive's zip file, with train and "
+                f"test in it, not {self.path or 'no path'!r}: unpack the file and set uci-har:path=DIR; "
                 "scenario hapt has the same people's raw signals and needs no download"
             )
-        parts = [_part(place, part) for part in ("train", "test")]
-        rows = Rows(
-            x=np.concatenate([p.x for p in parts]),
-            y=np.concatenate([p.y for p in parts]),
-            user=np.concatenate([p.user for p in parts]),
-            recording=None,
-            classes=CLASSES,
-        )
-        return population(
+        rows = Rows.concat([_read_part(directory, part) for part in ("train", "test")])
+        return build_population(
             rows,
             name=self.name,
             test=self.test,
@@ -74,23 +67,23 @@ class UciHar(Scenario):
         )
 
 
-def _part(place: Path, part: str) -> Rows:
-    y = _numbers(place / part / f"y_{part}.txt", 1)[:, 0]
-    user = _numbers(place / part / f"subject_{part}.txt", 1)[:, 0].astype(np.int64)
-    inertial = place / part / "Inertial Signals"
-    signals = [_numbers(inertial / f"{name}_{part}.txt", 128) for name in SIGNALS]
+def _read_part(directory: Path, part: str) -> Rows:
+    y = _read_table(directory / part / f"y_{part}.txt", 1)[:, 0]
+    user = _read_table(directory / part / f"subject_{part}.txt", 1)[:, 0].astype(np.int64)
+    inertial = directory / part / "Inertial Signals"
+    signals = [_read_table(inertial / f"{name}_{part}.txt", 128) for name in SIGNALS]
     lengths = {len(y), len(user), *(len(s) for s in signals)}
     if len(lengths) > 1:
         raise UserError(f"uci-har: the files of {part} differ in length ({sorted(lengths)}); unpack the archive again")
-    return Rows(np.stack(signals, axis=1).astype(np.float32), y - 1, user, None)
+    return Rows(np.stack(signals, axis=1).astype(np.float32), y - 1, user, None, CLASSES)
 
 
-def _numbers(path: Path, columns: int) -> np.ndarray:
-    """``[n, columns]`` of a text file of numbers."""
+def _read_table(path: Path, columns: int) -> np.ndarray:
+    """Read a text file of numbers as ``[n, columns]``."""
     try:
         values = np.loadtxt(path, ndmin=2)
     except (OSError, ValueError) as error:
-        raise UserError(f"uci-har: {path} is missing or no table ({error}); unpack the archive again") from error
+        raise UserError(f"uci-har: {path} is missing or is not a table ({error}); unpack the archive again") from error
     if values.shape[1] != columns:
         raise UserError(f"uci-har: {path} has {values.shape[1]} columns, not {columns}; unpack the archive again")
     return values

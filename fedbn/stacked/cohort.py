@@ -1,4 +1,4 @@
-"""Whole rounds of many clients at once: what `fedbn.federation.client.client_round` does, for a stack."""
+"""Training rounds of many clients at once, equivalent to `fedbn.federation.client.client_round`."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from fedbn.data.batching import sizes
+from fedbn.data.batching import batch_sizes
 from fedbn.federation.client import METHOD_STATE, OPTIMIZER
-from fedbn.federation.context import EVERYONE, RunContext
+from fedbn.federation.context import RunContext
 from fedbn.federation.training import shuffle
-from fedbn.nn.roles import State
+from fedbn.nn.roles import State, with_prefix
 from fedbn.personalization.base import Personalization
 from fedbn.seeds import generator
-from fedbn.stacked.fit import Descent, Trained, Trainee, fit_stack
+from fedbn.stacked.fit import SGDConfig, StackedClient, TrainResult, fit_stack
 from fedbn.stacked.layers import Unstackable
-from fedbn.stacked.program import Program, build_program, refuse_hooks
+from fedbn.stacked.program import Program, build_program, check_no_hooks
 from fedbn.statistics.consensus import Aggregates
 from fedbn.strategies.base import NormStrategy, Progress, Update
 
 
 @dataclass
 class Failure:
-    """A job that raised."""
+    """Result of a job that raised an exception."""
 
     error: Exception
 
 
-class Assignment(Protocol):
-    """What a user is to do, not yet done, and the entries its model is made of."""
+class ClientJob(Protocol):
+    """A pending job of one user, with the entries that make up its model."""
 
     @property
     def ctx(self) -> RunContext: ...
@@ -44,8 +44,8 @@ class Assignment(Protocol):
     def client_state(self) -> State | None: ...
 
 
-class Round(Assignment, Protocol):
-    """One client's round of training, not yet done: what `client_round` is given."""
+class TrainJob(ClientJob, Protocol):
+    """A pending training round of one client: the arguments of `client_round`."""
 
     @property
     def progress(self) -> Progress: ...
@@ -54,12 +54,12 @@ class Round(Assignment, Protocol):
 
 
 @dataclass
-class Rows:
-    """Training data of many users as one tensor, made once for a set of users.
+class StackedData:
+    """Training data of several users, concatenated once.
 
     Attributes:
-        x, y: all users' examples, one user after the other.
-        first: user -> its first row.
+        x, y: the examples of all users, ordered by user.
+        first: user -> index of its first row.
     """
 
     x: Tensor
@@ -67,21 +67,21 @@ class Rows:
     first: dict[int, int]
 
     @staticmethod
-    def of(ctx: RunContext, users: Sequence[int]) -> Rows:
-        """The rows of some users."""
+    def of(ctx: RunContext, users: Sequence[int]) -> StackedData:
+        """Concatenate the training data of ``users``."""
         parts = [ctx.training_data(u) for u in users]
         if len(parts) == 1:
-            return Rows(parts[0].x, parts[0].y, {users[0]: 0})
-        first, at = {}, 0
+            return StackedData(parts[0].x, parts[0].y, {users[0]: 0})
+        first, offset = {}, 0
         for user, part in zip(users, parts, strict=True):
-            first[user] = at
-            at += len(part)
-        return Rows(torch.cat([p.x for p in parts]), torch.cat([p.y for p in parts]), first)
+            first[user] = offset
+            offset += len(part)
+        return StackedData(torch.cat([p.x for p in parts]), torch.cat([p.y for p in parts]), first)
 
 
 @dataclass
 class Cohort:
-    """What stays the same between the rounds of a run: the model's twin and the users' rows.
+    """What the rounds of a run share: the stacked programs and the training data.
 
     >>> from fedbn.config import Plan
     >>> from fedbn.federation.run import Run
@@ -94,111 +94,110 @@ class Cohort:
     programs: dict[tuple[tuple[int, bool], ...], Program] = field(default_factory=dict)
 
     @cached_property
-    def rows(self) -> Rows:
-        """The training data of all who train."""
-        return Rows.of(self.ctx, self.ctx.trainers)
+    def rows(self) -> StackedData:
+        """Training data of all trainers."""
+        return StackedData.of(self.ctx, self.ctx.trainers)
 
     def program(self, progress: Progress, aggregates: Aggregates = ()) -> Program:
-        """The stacked twin of the run's model in the mode of a round; to be used before the mode changes.
+        """The stacked model in the training mode of a round; use it before the mode changes.
 
         Raises:
-            Unstackable: clients do more than plain steps, or the model has unknown parts.
+            Unstackable: clients do more than plain SGD steps, or the model has unsupported parts.
         """
         ctx, kind = self.ctx, type(self.ctx.strategy)
         if aggregates:
-            raise Unstackable(f"{ctx.strategy.name} consults before training")
+            raise Unstackable(f"{ctx.strategy.name} synchronizes statistics before training")
         for hook in ("on_before_optimizer_step", "before_local_training", "after_local_training"):
             if getattr(kind, hook) is not getattr(NormStrategy, hook):
                 raise Unstackable(f"{ctx.strategy.name} has its own {hook}")
-        if ctx.owners_of_rows(ctx.trainers[0]) is not None:
-            raise Unstackable("batches are of one user each")
+        if ctx.row_users(ctx.trainers[0]) is not None:
+            raise Unstackable("each batch holds the examples of one user")
         if type(ctx.personal).train is not Personalization.train:
-            raise Unstackable(f"{ctx.personal.name} trains in its own way")
+            raise Unstackable(f"{ctx.personal.name} has its own training procedure")
         model = ctx.load(ctx.initial)
         ctx.strategy.set_training_mode(model, progress, aggregates)
         state = model.state_dict()
         if any(not torch.equal(state[n], v) for n, v in ctx.initial.items()):
             raise Unstackable(f"{ctx.strategy.name} changes the model before training")
-        return self._read(model)
+        return self._build(model)
 
     def evaluation_program(self) -> Program:
-        """The stacked twin of the run's model in evaluation; to be used before the mode changes.
+        """The stacked model in evaluation mode; use it before the mode changes.
 
         Raises:
-            Unstackable: the model has unknown parts, or users are served models that are made in another way.
+            Unstackable: the model has unsupported parts, or users are served personalized models.
         """
         ctx = self.ctx
         if ctx.treatment.personalizes:
-            raise Unstackable(f"{ctx.personal.name} serves models of its own")
+            raise Unstackable(f"{ctx.personal.name} serves personalized models")
         model = ctx.scratch.eval()
-        watched = (program := self._read(model)).watched
-        if any(model.get_submodule(path).running_mean is None for path in watched):
-            raise Unstackable("examples of a batch are normalized together in evaluation too")
+        program = self._build(model)
+        if any(model.get_submodule(path).running_mean is None for path in program.norm_paths):
+            raise Unstackable("evaluation normalizes by batch statistics")
         return program
 
-    def _read(self, model: nn.Module) -> Program:
-        refuse_hooks(model)
+    def _build(self, model: nn.Module) -> Program:
+        check_no_hooks(model)
         mode = tuple((id(m), m.training) for m in model.modules())
         if mode not in self.programs:
             self.programs[mode] = build_program(model)
         return self.programs[mode]
 
-    def train(self, rounds: Sequence[Round], program: Program) -> list[tuple[Update, State] | Failure]:
-        """Do the rounds of several clients side by side; results in their order.
+    def train(self, rounds: Sequence[TrainJob], program: Program) -> list[tuple[Update, State] | Failure]:
+        """Train several clients in one stack; results are in the order of ``rounds``.
 
-        A client that cannot begin (entries are missing, say) is left out, and its result is the `Failure`.
+        A client that cannot start, for example because entries are missing, is skipped, and its result is a `Failure`.
         """
         ctx, plan = self.ctx, self.ctx.run.plan
-        rows = self.rows if len(rounds) > 1 else Rows.of(ctx, [rounds[0].user])
+        rows = self.rows if len(rounds) > 1 else StackedData.of(ctx, [rounds[0].user])
         results: dict[int, tuple[Update, State] | Failure] = {}
-        trainees: dict[int, Trainee] = {}
+        clients: dict[int, StackedClient] = {}
         for i, job in enumerate(rounds):
             try:
-                trainees[i] = self._trainee(job, rows, program)
+                clients[i] = self._stacked_client(job, rows, program)
             except Exception as error:
                 results[i] = Failure(error)
-        order = sorted(trainees, key=lambda i: -len(trainees[i].order))
+        order = sorted(clients, key=lambda i: -len(clients[i].order))
         if order:
-            rate, travels = plan.rate(rounds[0].progress.round), frozenset(ctx.ownership.travels)
-            how = Descent(rate, plan.momentum, plan.weight_decay, plan.proximal, travels, plan.precision)
-            trained = fit_stack(program, [trainees[i] for i in order], rows.x, rows.y, how)
-            results |= {i: self._result(rounds[i], done) for i, done in zip(order, trained, strict=True)}
+            rate, shared = plan.rate(rounds[0].progress.round), frozenset(ctx.ownership.travels)
+            sgd = SGDConfig(rate, plan.momentum, plan.weight_decay, plan.proximal, shared, plan.precision)
+            trained = fit_stack(program, [clients[i] for i in order], rows.x, rows.y, sgd)
+            results |= {i: self._result(rounds[i], result) for i, result in zip(order, trained, strict=True)}
         return [results[i] for i in range(len(rounds))]
 
-    def rehearse(self, rounds: Sequence[Round], program: Program) -> None:
-        """One step of each client on its first rows, to see how long it takes; nothing is kept."""
+    def trial_step(self, rounds: Sequence[TrainJob], program: Program) -> None:
+        """Take one step of each client on its first rows, for timing; the result is discarded."""
         ctx, plan = self.ctx, self.ctx.run.plan
         size = min(plan.batch_size, min(len(ctx.training_data(r.user)) for r in rounds))
         parts = [ctx.training_data(r.user).take(torch.arange(size)) for r in rounds]
         x, y = torch.cat([p.x for p in parts]), torch.cat([p.y for p in parts])
-        trainees = [
-            Trainee(ctx.initial, torch.arange(size), [size], torch.Generator(), first=i * size)
+        clients = [
+            StackedClient(ctx.initial, torch.arange(size), [size], torch.Generator(), first=i * size)
             for i in range(len(parts))
         ]
-        fit_stack(program, trainees, x, y, Descent(plan.lr, plan.momentum, precision=plan.precision))
+        fit_stack(program, clients, x, y, SGDConfig(plan.lr, plan.momentum, precision=plan.precision))
 
-    def _trainee(self, job: Round, rows: Rows, program: Program) -> Trainee:
+    def _stacked_client(self, job: TrainJob, rows: StackedData, program: Program) -> StackedClient:
         ctx, plan, client_state = self.ctx, self.ctx.run.plan, job.client_state or {}
-        # As in `client_round`: one place that holds everyone's data draws as its first user would.
-        drawn = ctx.population.seen[0] if job.user == EVERYONE else job.user
+        random_user = ctx.rng_user(job.user)
         seed, number = ctx.run.seed, job.progress.round
         n = len(ctx.training_data(job.user))
-        orders = [torch.randperm(n, generator=shuffle(seed, number, drawn, e)) for e in range(plan.local_epochs)]
-        return Trainee(
+        orders = [torch.randperm(n, generator=shuffle(seed, number, random_user, e)) for e in range(plan.local_epochs)]
+        return StackedClient(
             ctx.assemble(job.received, client_state),
             torch.cat(orders) if len(orders) > 1 else orders[0],
-            sizes(n, plan.batch_size) * plan.local_epochs,
-            generator(seed, "noise", number, drawn) if program.draws else None,
-            {k.removeprefix(OPTIMIZER): v for k, v in client_state.items() if k.startswith(OPTIMIZER)},
+            batch_sizes(n, plan.batch_size) * plan.local_epochs,
+            generator(seed, "noise", number, random_user) if program.draws_noise else None,
+            with_prefix(client_state, OPTIMIZER),
             rows.first[job.user],
         )
 
-    def _result(self, job: Round, done: Trained) -> tuple[Update, State]:
+    def _result(self, job: TrainJob, result: TrainResult) -> tuple[Update, State]:
         ctx, plan = self.ctx, self.ctx.run.plan
         examples = len(ctx.training_data(job.user))
-        loss = done.loss / (examples * max(plan.local_epochs, 1))
-        stays = {k: done.state[k] for k in ctx.ownership.retained}
+        loss = result.loss / (examples * max(plan.local_epochs, 1))
+        client_state = {k: result.state[k] for k in ctx.ownership.retained}
         if plan.optimizer_state == "keep" and plan.momentum:
-            stays |= {OPTIMIZER + k: v for k, v in done.momentum.items()}
-        stays |= {k: v for k, v in (job.client_state or {}).items() if k.startswith(METHOD_STATE)}
-        return Update(job.user, {k: done.state[k] for k in ctx.ownership.travels}, examples, loss), stays
+            client_state |= {OPTIMIZER + k: v for k, v in result.momentum.items()}
+        client_state |= {k: v for k, v in (job.client_state or {}).items() if k.startswith(METHOD_STATE)}
+        return Update(job.user, {k: result.state[k] for k in ctx.ownership.travels}, examples, loss), client_state

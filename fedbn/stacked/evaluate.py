@@ -1,8 +1,8 @@
-"""The evaluation matrix of many users at once: what `fedbn.federation.evaluation.evaluate_user` does, for a stack.
+"""Evaluation of many users at once, equivalent to `fedbn.federation.evaluation.evaluate_user`.
 
-All columns that need nothing but the model and moments of what its layers meet: users lie side by side, those with
-fewer examples are filled up, and what stands there counts for nothing. Statistics are measured in one forward pass in
-place of one a layer: each layer's are replaced just before it is computed.
+It covers all columns that need only the model and moments of the inputs of its layers. Users are stacked; shorter
+sets of examples are padded, and the padding is ignored. Statistics are measured in one forward pass instead of one per
+layer: each layer's statistics are replaced just before it is computed.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from fedbn.federation.context import RunContext
 from fedbn.federation.metrics import Column, Row, Score, scores
 from fedbn.nn.roles import State, statistics_layers
 from fedbn.online.stream import BLOCK
-from fedbn.stacked.cohort import Assignment
+from fedbn.stacked.cohort import ClientJob
 from fedbn.stacked.program import Program
 from fedbn.statistics.moments import Moments, pooled
 from fedbn.statistics.recalibration import CHUNK, Reached
 from fedbn.strategies.base import NormStrategy
 
 
-class Evaluation(Assignment, Protocol):
-    """One user's cells, not yet scored: what `fedbn.federation.client.client_evaluation` is given."""
+class EvaluateJob(ClientJob, Protocol):
+    """A pending evaluation of one user: the arguments of `fedbn.federation.client.client_evaluation`."""
 
     @property
     def columns(self) -> tuple[Column, ...]: ...
@@ -39,79 +39,87 @@ class Evaluation(Assignment, Protocol):
 
 
 @dataclass(frozen=True)
-class Filled:
-    """Examples of K users side by side.
+class PaddedBatch:
+    """Examples of K users, padded to the same number.
 
     Attributes:
-        x: ``[K, B, *shape]``; behind a user's own stand copies of its first.
-        n: how many are its own.
+        x: ``[K, B, *shape]``; the padding repeats the user's first example.
+        n: number of examples of each user, without padding.
     """
 
     x: Tensor
     n: list[int]
 
     @staticmethod
-    def of(parts: Sequence[Tensor]) -> Filled:
-        """Of each user's ``[n, ...]``."""
+    def of(parts: Sequence[Tensor]) -> PaddedBatch:
+        """Pad and stack the tensors ``[n, ...]`` of all users."""
         n = [len(p) for p in parts]
         if len(parts) == 1:
-            return Filled(parts[0][None], n)
-        widest = max(n)
-        filled = [p if len(p) == widest else torch.cat([p, p[:1].expand(widest - len(p), *p.shape[1:])]) for p in parts]
-        return Filled(torch.stack(filled), n)
+            return PaddedBatch(parts[0][None], n)
+        longest = max(n)
+        padded = [
+            p if len(p) == longest else torch.cat([p, p[:1].expand(longest - len(p), *p.shape[1:])]) for p in parts
+        ]
+        return PaddedBatch(torch.stack(padded), n)
 
-    def split(self) -> list[Filled]:
-        """In as few parts as computing may take at once; of some users a part may have nothing."""
-        rows = max(1, min(CHUNK, AT_ONCE // (self.x[:, 0].numel() * self.x.element_size())))
+    def split(self) -> list[PaddedBatch]:
+        """Split into as few parts as `MAX_INPUT_BYTES` allows; a part can contain no examples of some users."""
+        rows = max(1, min(CHUNK, MAX_INPUT_BYTES // (self.x[:, 0].numel() * self.x.element_size())))
         starts = range(0, self.x.shape[1], rows)
-        return [Filled(self.x[:, at : at + rows], [min(max(n - at, 0), rows) for n in self.n]) for at in starts]
+        return [PaddedBatch(self.x[:, i : i + rows], [min(max(n - i, 0), rows) for n in self.n]) for i in starts]
 
-    def block(self, first: int, size: int) -> Filled:
-        """The examples from ``first`` on of those users who have any; no user has more than the one before."""
+    def block(self, first: int, size: int) -> PaddedBatch:
+        """Up to ``size`` examples from index ``first``, of the users that have any.
+
+        Users must be sorted by decreasing number of examples.
+        """
         n = [min(size, n - first) for n in self.n if n > first]
-        return Filled(self.x[: len(n), first : first + size], n)
+        return PaddedBatch(self.x[: len(n), first : first + size], n)
 
 
-AT_ONCE = 2**22
-"""Bytes of inputs that are computed at once: their activations take many times as much memory."""
+MAX_INPUT_BYTES = 2**22
+"""Maximum bytes of the inputs of one forward pass; the activations take many times as much memory."""
 
 
-See = Callable[[str, Moments], None]
-"""Given the path of a layer and the moments of its input, user by user, before it is computed."""
+MomentsCallback = Callable[[str, Moments], None]
+"""Called with the path of a layer and the moments of its input, by user, before the layer is computed."""
 
 
-class Models:
-    """K users' models side by side, in evaluation mode.
+class StackedModels:
+    """The models of K users in one stack, in evaluation mode.
 
     Attributes:
-        program: their program.
-        k: how many.
-        tensors: their entries, statistics as they are now.
+        program: stacked program of the model.
+        k: number of users.
+        tensors: entries of all models, with the current statistics.
     """
 
     def __init__(self, program: Program, tensors: State, axes: int) -> None:
-        """Of entries ``[K, *shape]``, which are not written to; ``axes`` has a batch of one user's examples."""
+        """Create a stack from entries ``[K, *shape]``, which are not modified.
+
+        ``axes`` is the number of axes of a batch of one user's examples.
+        """
         self.program, self.axes = program, axes
         self.k = len(next(iter(tensors.values())))
-        self.across = program.across(axes) and self.k > 1
-        self.statistics = {path: (f"{path}.running_mean", f"{path}.running_var") for path in program.watched}
-        moving = {n for names in self.statistics.values() for n in names}
-        self.tensors = {n: t.clone() if n in moving else t for n, t in tensors.items()}
+        self.batch_last = program.supports_batch_last(axes) and self.k > 1
+        self.statistics = {path: (f"{path}.running_mean", f"{path}.running_var") for path in program.norm_paths}
+        statistics = {n for names in self.statistics.values() for n in names}
+        self.tensors = {n: t.clone() if n in statistics else t for n, t in tensors.items()}
         self._bound: dict[int, Callable[[Tensor], Tensor]] = {}
-        self._see: Callable[[str, Tensor], None] | None = None
+        self._callback: Callable[[str, Tensor], None] | None = None
 
-    def among(self, users: Sequence[int]) -> Models:
-        """Some of them."""
+    def select(self, users: Sequence[int]) -> StackedModels:
+        """The stack of some of the users."""
         if len(users) == self.k:
             return self
-        return Models(self.program, {n: t[users] for n, t in self.tensors.items()}, self.axes)
+        return StackedModels(self.program, {n: t[users] for n, t in self.tensors.items()}, self.axes)
 
-    def outputs(self, data: Filled) -> Tensor:
+    def outputs(self, data: PaddedBatch) -> Tensor:
         """Logits ``[K, B, classes]``."""
         return torch.cat([self._forward(part) for part in data.split()], 1)
 
-    def recalibrate(self, data: Filled) -> None:
-        """As `fedbn.statistics.recalibration.recalibrate`: all statistics become those of the users' examples."""
+    def recalibrate(self, data: PaddedBatch) -> None:
+        """Replace all statistics by those of ``data``, as `fedbn.statistics.recalibration.recalibrate` does."""
         parts = data.split()
         if len(parts) == 1:
             self._forward(data, self._set)
@@ -119,41 +127,41 @@ class Models:
         for layer in self.statistics:
             total: list[Moments] = []
 
-            def meet(path: str, moments: Moments, layer: str = layer, total: list[Moments] = total) -> None:
+            def add(path: str, moments: Moments, layer: str = layer, total: list[Moments] = total) -> None:
                 if path == layer:
                     total.append(moments)
                     raise Reached
 
             for part in parts:
                 with suppress(Reached):
-                    self._forward(part, meet)
+                    self._forward(part, add)
             self._set(layer, pooled(total))
 
-    def follow(self, streams: Filled, prior: float) -> Tensor:
-        """Logits ``[K, B, classes]`` of streams, as `fedbn.online.predict_online` gives them.
+    def predict_online(self, streams: PaddedBatch, prior: float) -> Tensor:
+        """Logits ``[K, B, classes]`` of streams, equal to those of `fedbn.online.predict_online`.
 
         Args:
-            streams: in their order; no user's is longer than that of the user before.
-            prior: weight of the statistics at the start, in windows.
+            streams: one stream per user, sorted by decreasing length.
+            prior: weight of the initial statistics, in windows.
         """
         source = {p: [self.tensors[n].clone() for n in names] for p, names in self.statistics.items()}
-        met: dict[str, Moments] = {}
+        stream_moments: dict[str, Moments] = {}
         out = []
         for first in range(0, streams.x.shape[1], BLOCK):
             block = streams.block(first, BLOCK)
-            now: dict[str, Moments] = {}
-            answers = self._forward(block, now.__setitem__)
-            out.append(F.pad(answers, (0, 0, 0, 0, 0, self.k - len(block.n))))
-            for path, moments in now.items() if prior < float("inf") else ():
+            block_moments: dict[str, Moments] = {}
+            outputs = self._forward(block, block_moments.__setitem__)
+            out.append(F.pad(outputs, (0, 0, 0, 0, 0, self.k - len(block.n))))
+            for path, moments in block_moments.items() if prior < float("inf") else ():
                 k = len(block.n)
-                if path in met:
-                    met[path] = Moments(met[path].n[:k], met[path].mean[:k], met[path].m2[:k]).merge(moments)
-                else:
-                    met[path] = moments
-                weight = prior * float(met[path].n[0, 0]) / (first + block.n[0])
+                if path in stream_moments:
+                    past = stream_moments[path]
+                    moments = Moments(past.n[:k], past.mean[:k], past.m2[:k]).merge(moments)
+                stream_moments[path] = moments
+                weight = prior * float(moments.n[0, 0]) / (first + block.n[0])
                 mean, variance = (t[:k] for t in source[path])
                 base = Moments.from_variance(weight, mean, variance)
-                self._set(path, met[path].shrink(base, weight) if weight else met[path])
+                self._set(path, moments.shrink(base, weight) if weight else moments)
         return torch.cat(out, 1)
 
     def _set(self, path: str, moments: Moments) -> None:
@@ -161,45 +169,47 @@ class Models:
         mean[: len(moments.mean)] = moments.mean.to(mean.dtype)
         variance[: len(moments.mean)] = moments.stored_variance().to(variance.dtype)
 
-    def _forward(self, data: Filled, see: See | None = None) -> Tensor:
-        """Logits of the first users, as many as ``data`` has; ``see`` gets what each layer's input is like."""
+    def _forward(self, data: PaddedBatch, callback: MomentsCallback | None = None) -> Tensor:
+        """Logits of the first ``len(data.n)`` users; ``callback`` gets the moments of the layers' inputs."""
         k, size = data.x.shape[:2]
         if k not in self._bound:
-            entries = {n: self.program.laid(n, t[:k]) for n, t in self.tensors.items()}
-            self._bound[k] = self.program.bind(entries, k, across=self.across, watch=self._watch)
-        self._see = None if see is None else lambda path, met: see(path, _moments(met, data.n, self.across))
-        x = data.x.flatten(2).mT if self.across else data.x.transpose(0, 1).flatten(1, 2)
+            entries = {n: self.program.lay_out(n, t[:k]) for n, t in self.tensors.items()}
+            self._bound[k] = self.program.bind(
+                entries, k, batch_last=self.batch_last, on_norm_input=self._on_norm_input
+            )
+        self._callback = callback and (lambda path, x: callback(path, _moments(x, data.n, self.batch_last)))
+        x = data.x.flatten(2).mT if self.batch_last else data.x.transpose(0, 1).flatten(1, 2)
         with torch.no_grad():
             out = self._bound[k](x)
-        return out.mT if self.across else out.view(size, k, -1).transpose(0, 1)
+        return out.mT if self.batch_last else out.view(size, k, -1).transpose(0, 1)
 
-    def _watch(self, path: str, x: Tensor) -> None:
-        if self._see is not None:
-            self._see(path, x)
+    def _on_norm_input(self, path: str, x: Tensor) -> None:
+        if self._callback is not None:
+            self._callback(path, x)
 
 
-def _moments(x: Tensor, n: Sequence[int], across: bool) -> Moments:
-    """Moments of each of K users' own examples, channel by channel; of activations as the program has them."""
+def _moments(x: Tensor, n: Sequence[int], batch_last: bool) -> Moments:
+    """Per-channel moments of the examples of each of K users, without padding, from activations of the program."""
     k = len(n)
-    values = x.double().view(k, -1, x.shape[-1], 1) if across else x.double().reshape(len(x), k, -1, *x.shape[2:])
-    if not across:
+    values = x.double().view(k, -1, x.shape[-1], 1) if batch_last else x.double().reshape(len(x), k, -1, *x.shape[2:])
+    if not batch_last:
         values = values.flatten(3).permute(1, 2, 0, 3) if x.dim() > 2 else values.permute(1, 2, 0)[..., None]
     size, positions = values.shape[2:]
-    own = torch.tensor(n, dtype=torch.float64, device=x.device)[:, None]
-    count = own * positions
+    sizes = torch.tensor(n, dtype=torch.float64, device=x.device)[:, None]
+    count = sizes * positions
     if min(n) == size:
         mean = values.mean((2, 3))
         return Moments(count, mean, ((values - mean[..., None, None]) ** 2).sum((2, 3)))
-    mask = (torch.arange(size, device=x.device) < own)[:, None, :, None]
+    mask = (torch.arange(size, device=x.device) < sizes)[:, None, :, None]
     mean = (values * mask).sum((2, 3)) / count.clamp_min(1)
     return Moments(count, mean, (((values - mean[..., None, None]) * mask) ** 2).sum((2, 3)))
 
 
-def stackable(ctx: RunContext, program: Program, column: Column) -> bool:
-    """Whether a column needs nothing but the model and moments of what its layers meet."""
+def is_stackable(ctx: RunContext, program: Program, column: Column) -> bool:
+    """Whether a column needs only the model and moments of the inputs of its layers."""
     if column == "aggregated":
         return True
-    if program.watched != [*statistics_layers(ctx.scratch)]:  # other layers, or computed in another order or twice
+    if program.norm_paths != [*statistics_layers(ctx.scratch)]:  # other layers, another order, or shared layers
         return False
     return column == "recalibrated" or (
         not ctx.run.rule and type(ctx.strategy).predict_stream is NormStrategy.predict_stream
@@ -207,40 +217,40 @@ def stackable(ctx: RunContext, program: Program, column: Column) -> bool:
 
 
 def evaluate_stack(
-    ctx: RunContext, program: Program, jobs: Sequence[Evaluation], states: Sequence[State], column: Column
+    ctx: RunContext, program: Program, jobs: Sequence[EvaluateJob], states: Sequence[State], column: Column
 ) -> list[list[Score]]:
-    """A column's cells of many users, in their order; only if it is `stackable`.
+    """Scores of one column for many users, in the order of ``jobs``; requires `is_stackable`.
 
     Args:
         ctx: the run's context.
-        program: the model's, in evaluation mode.
-        jobs: what is asked.
-        states: the users' whole models.
-        column: which.
+        program: stacked program of the model in evaluation mode.
+        jobs: evaluations of the users.
+        states: complete models of the users.
+        column: column to score.
     """
     order = sorted(range(len(jobs)), key=lambda i: -len(ctx.population.users[jobs[i].user].test))
-    found = _side_by_side(ctx, program, [jobs[i] for i in order], [states[i] for i in order], column)
-    done = dict(zip(order, found, strict=True))
-    return [done[i] for i in range(len(jobs))]
+    results = _evaluate_sorted(ctx, program, [jobs[i] for i in order], [states[i] for i in order], column)
+    result_of = dict(zip(order, results, strict=True))
+    return [result_of[i] for i in range(len(jobs))]
 
 
-def _side_by_side(
-    ctx: RunContext, program: Program, jobs: Sequence[Evaluation], states: Sequence[State], column: Column
+def _evaluate_sorted(
+    ctx: RunContext, program: Program, jobs: Sequence[EvaluateJob], states: Sequence[State], column: Column
 ) -> list[list[Score]]:
-    """The same, where no user has more test examples than the one before."""
+    """`evaluate_stack` for users sorted by decreasing number of test examples."""
     users = [ctx.population.users[job.user] for job in jobs]
     rows: list[Row] = ["unseen" if job.user in ctx.population.unseen else "own" for job in jobs]
-    test, labels = Filled.of([p.test.x for p in users]), Filled.of([p.test.y for p in users]).x
+    test, labels = PaddedBatch.of([p.test.x for p in users]), PaddedBatch.of([p.test.y for p in users]).x
     tensors = {n: torch.stack([s[n] for s in states]) if len(states) > 1 else v[None] for n, v in states[0].items()}
-    models = Models(program, tensors, users[0].test.x.dim())
+    models = StackedModels(program, tensors, users[0].test.x.dim())
     if column == "recalibrated":
-        models.recalibrate(Filled.of([p.train.x for p in users]))
-    answers = models.follow(test, ctx.run.plan.online_prior) if column == "online" else models.outputs(test)
-    out = [[own] for own in scores(rows, column, answers, labels, test.n)]
-    if asked := [i for i, job in enumerate(jobs) if column in job.globally]:
-        k, x, y = len(asked), ctx.everyone.x, ctx.everyone.y
-        answers = models.among(asked).outputs(Filled(x.expand(k, *x.shape), [len(x)] * k))
-        found = scores(["global"] * k, column, answers, y.expand(k, -1), [len(y)] * k)
-        for i, cell in zip(asked, found, strict=True):
+        models.recalibrate(PaddedBatch.of([p.train.x for p in users]))
+    outputs = models.predict_online(test, ctx.run.plan.online_prior) if column == "online" else models.outputs(test)
+    out = [[cell] for cell in scores(rows, column, outputs, labels, test.n)]
+    if selected := [i for i, job in enumerate(jobs) if column in job.globally]:
+        k, x, y = len(selected), ctx.pooled_test.x, ctx.pooled_test.y
+        outputs = models.select(selected).outputs(PaddedBatch(x.expand(k, *x.shape), [len(x)] * k))
+        global_scores = scores(["global"] * k, column, outputs, y.expand(k, -1), [len(y)] * k)
+        for i, cell in zip(selected, global_scores, strict=True):
             out[i].append(cell)
     return out

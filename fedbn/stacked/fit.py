@@ -1,4 +1,4 @@
-"""Train a stack of clients by SGD, each with the steps that `fedbn.federation.training.fit` would take."""
+"""Train a stack of clients by SGD, with the same steps as `fedbn.federation.training.fit`."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from fedbn.config import Precision
-from fedbn.federation.training import computed
+from fedbn.federation.training import autocast_forward
 from fedbn.nn.roles import State
 from fedbn.stacked.program import Program
 
 
 @dataclass
-class Trainee:
+class StackedClient:
     """One client of a stack.
 
     Attributes:
-        state: its model's state; not written to.
-        order: the rows of its steps, one step after the other, counted from its first.
-        sizes: how many rows each step takes.
-        noise: draws its dropout masks; None where there are none.
-        momentum: buffers from its last round, by parameter name.
-        first: its first row in the stack's data.
+        state: the state of its model; not modified.
+        order: row indices of all steps in order, relative to the client's first row.
+        sizes: batch size of each step.
+        noise: generator of the dropout masks; None without dropout.
+        momentum: momentum buffers of its last round, by parameter name.
+        first: index of its first row in the data of the stack.
     """
 
     state: State
@@ -39,76 +39,76 @@ class Trainee:
 
 
 @dataclass(frozen=True)
-class Descent:
-    """How every client of a stack steps.
+class SGDConfig:
+    """SGD options shared by all clients of a stack.
 
     Attributes:
-        lr, momentum, weight_decay: of SGD.
-        mu: weight of half the squared distance to the values before the first step (FedProx).
-        pulled: names of the parameters that it counts for.
-        precision: of products and convolutions.
+        lr, momentum, weight_decay: as in ``torch.optim.SGD``.
+        mu: weight of the proximal term, half the squared distance to the initial values (FedProx).
+        proximal: names of the parameters with a proximal term.
+        precision: precision of matrix products and convolutions.
     """
 
     lr: float
     momentum: float = 0.0
     weight_decay: float = 0.0
     mu: float = 0.0
-    pulled: frozenset[str] = frozenset()
+    proximal: frozenset[str] = frozenset()
     precision: Precision = "float32"
 
 
 @dataclass
-class Trained:
-    """One client after training: its state, the sum of its examples' losses, its momentum buffers."""
+class TrainResult:
+    """One client after training: its state, the sum of the losses of its examples, its momentum buffers."""
 
     state: State
     loss: float
     momentum: State
 
 
-HEAVY = 2**18
-"""Weights of a linear layer from which on it pays to step in the backward pass: they no longer fit the cache."""
+MIN_FUSED_SIZE = 2**18
+"""Number of weights above which a fused step of a linear layer is faster: they no longer fit into the cache."""
 
 
-def agenda(sizes: Sequence[Sequence[int]]) -> Iterator[list[tuple[int, int]]]:
-    """The steps of all clients in an order in which as many as possible are taken together.
+def step_schedule(sizes: Sequence[Sequence[int]]) -> Iterator[list[tuple[int, int]]]:
+    """Group the steps of all clients so that as many as possible are taken at once.
 
-    Only batches of one size can be. Every client's own steps stay in their order; whose next batch has the most
-    frequent size steps next.
+    Only batches of equal size can be grouped. The steps of each client stay in order. The next group consists of the
+    clients whose next batch has the most frequent size.
 
     Args:
-        sizes: for each client, the sizes of its batches.
+        sizes: batch sizes of each client.
 
     Yields:
-        Pairs of client and step.
+        Groups of (client, step) pairs.
 
-    >>> list(agenda([[4, 4, 1], [4, 4, 3], [4, 1]]))
+    >>> list(step_schedule([[4, 4, 1], [4, 4, 3], [4, 1]]))
     [[(0, 0), (1, 0), (2, 0)], [(0, 1), (1, 1)], [(0, 2), (2, 1)], [(1, 2)]]
     """
-    if all(own == sizes[0] for own in sizes):
+    if all(s == sizes[0] for s in sizes):
         yield from ([(i, step) for i in range(len(sizes))] for step in range(len(sizes[0])))
         return
-    at = [0] * len(sizes)
-    while waiting := [i for i, own in enumerate(sizes) if at[i] < len(own)]:
-        size, _ = Counter(sizes[i][at[i]] for i in waiting).most_common(1)[0]
-        together = [i for i in waiting if sizes[i][at[i]] == size]
-        yield [(i, at[i]) for i in together]
-        for i in together:
-            at[i] += 1
+    step = [0] * len(sizes)
+    while unfinished := [i for i, s in enumerate(sizes) if step[i] < len(s)]:
+        size, _ = Counter(sizes[i][step[i]] for i in unfinished).most_common(1)[0]
+        group = [i for i in unfinished if sizes[i][step[i]] == size]
+        yield [(i, step[i]) for i in group]
+        for i in group:
+            step[i] += 1
 
 
 @dataclass(frozen=True)
-class Group:
-    """Clients of a stack that step together.
+class StepGroup:
+    """Clients of a stack that take a step at the same time.
 
     Attributes:
-        members: which, as indices into the stack.
-        rows: the same as a slice, where they are neighbors, or as a tensor.
-        leaves: their parameters, by name, laid out for the program.
-        momentum: their buffers, likewise; empty without momentum.
-        forward: the program on their tensors.
-        entries: all their entries, laid out.
-        across: whether examples lie on the last axis (`fedbn.stacked.program.Program.across`).
+        members: indices into the stack.
+        rows: the same indices as a slice if they are contiguous, else as a tensor.
+        leaves: trainable parameters by name, in the layout of the program.
+        momentum: momentum buffers in the same layout; empty without momentum.
+        forward: forward pass of the members.
+        entries: all entries of the members, in the layout of the program.
+        batch_last: whether examples are on the last axis (`fedbn.stacked.program.Program.supports_batch_last`).
     """
 
     members: tuple[int, ...]
@@ -117,55 +117,59 @@ class Group:
     momentum: State
     forward: Callable[[Tensor], Tensor]
     entries: State
-    across: bool
+    batch_last: bool
 
 
 class Stack:
     """States of K clients as tensors ``[K, *shape]``."""
 
-    def __init__(self, program: Program, trainees: Sequence[Trainee], how: Descent, axes: int) -> None:
+    def __init__(self, program: Program, clients: Sequence[StackedClient], sgd: SGDConfig, axes: int) -> None:
         self.program = program
-        self.device = next(iter(trainees[0].state.values())).device
-        self.across = program.across(axes)
-        plain = not (how.momentum or how.weight_decay or how.mu) and how.precision == "float32"
-        self.lr = how.lr if plain else None
-        self.noise = [t.noise for t in trainees]
-        self.tensors = {n: _stack([t.state[n] for t in trainees]) for n in trainees[0].state}
+        self.device = next(iter(clients[0].state.values())).device
+        self.batch_last = program.supports_batch_last(axes)
+        plain = not (sgd.momentum or sgd.weight_decay or sgd.mu) and sgd.precision == "float32"
+        self.lr = sgd.lr if plain else None
+        self.noise = [t.noise for t in clients]
+        self.tensors = {n: _stack([t.state[n] for t in clients]) for n in clients[0].state}
         self.momentum: State = {}
-        if how.momentum:
+        if sgd.momentum:
             self.momentum = {n: torch.zeros_like(self.tensors[n]) for n in program.trained}
-            for i, trainee in enumerate(trainees):
-                for name, buffer in trainee.momentum.items():
+            for i, client in enumerate(clients):
+                for name, buffer in client.momentum.items():
                     self.momentum[name][i] = buffer
-        self._views: dict[tuple[int, ...], Group] = {}
+        self._groups: dict[tuple[int, ...], StepGroup] = {}
 
-    def group(self, members: tuple[int, ...]) -> Group:
-        """Some of the clients, in the order of the stack."""
-        if members in self._views:
-            return self._views[members]
+    def group(self, members: tuple[int, ...]) -> StepGroup:
+        """The group of ``members``, which are in the order of the stack."""
+        if members in self._groups:
+            return self._groups[members]
         first, last = members[0], members[-1]
-        views = last - first + 1 == len(members)
-        rows = slice(first, last + 1) if views else torch.tensor(members, device=self.device)
-        entries = {n: self.program.laid(n, t[rows]).detach() for n, t in self.tensors.items()}
-        momentum = {n: self.program.laid(n, t[rows]).detach() for n, t in self.momentum.items()}
-        alone = self.lr is not None and len(members) == 1
-        stepping = {n for n in self.program.heavy if entries[n].numel() >= HEAVY} if alone else set()
-        leaves = {n: entries[n].requires_grad_() for n in self.program.trained if n not in stepping}
+        contiguous = last - first + 1 == len(members)
+        rows = slice(first, last + 1) if contiguous else torch.tensor(members, device=self.device)
+        entries = {n: self.program.lay_out(n, t[rows]).detach() for n, t in self.tensors.items()}
+        momentum = {n: self.program.lay_out(n, t[rows]).detach() for n, t in self.momentum.items()}
+        fuse = self.lr is not None and len(members) == 1
+        fused_weights = (
+            {n for n in self.program.fusable_weights if entries[n].numel() >= MIN_FUSED_SIZE} if fuse else set()
+        )
+        leaves = {n: entries[n].requires_grad_() for n in self.program.trained if n not in fused_weights}
         noise = [self.noise[i] for i in members]
-        across = self.across and len(members) > 1
-        forward = self.program.bind(entries, len(members), noise, across=across, stepping=stepping, lr=self.lr)
-        made = Group(members, rows, leaves, momentum, forward, entries, across)
-        if views:
-            self._views[members] = made
-        return made
+        batch_last = self.batch_last and len(members) > 1
+        forward = self.program.bind(
+            entries, len(members), noise, batch_last=batch_last, fused_weights=fused_weights, lr=self.lr
+        )
+        group = StepGroup(members, rows, leaves, momentum, forward, entries, batch_last)
+        if contiguous:
+            self._groups[members] = group
+        return group
 
-    def put_back(self, group: Group) -> None:
-        """Write what a group has learnt into the stack, unless it shares the stack's memory."""
+    def write_back(self, group: StepGroup) -> None:
+        """Copy the tensors of a group into the stack, unless they share its memory."""
         if isinstance(group.rows, slice):
             return
-        for of, parts in ((self.tensors, group.entries), (self.momentum, group.momentum)):
-            for name, whole in of.items():
-                whole[group.rows] = parts[name].detach().reshape(len(group.members), *whole.shape[1:])
+        for stacked, parts in ((self.tensors, group.entries), (self.momentum, group.momentum)):
+            for name, tensor in stacked.items():
+                tensor[group.rows] = parts[name].detach().reshape(len(group.members), *tensor.shape[1:])
 
 
 def _stack(tensors: Sequence[Tensor]) -> Tensor:
@@ -175,70 +179,72 @@ def _stack(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(tensors)).contiguous()
 
 
-def fit_stack(program: Program, trainees: Sequence[Trainee], x: Tensor, y: Tensor, how: Descent) -> list[Trained]:
+def fit_stack(
+    program: Program, clients: Sequence[StackedClient], x: Tensor, y: Tensor, sgd: SGDConfig
+) -> list[TrainResult]:
     """Train all clients.
 
     Args:
-        program: their model.
-        trainees: the clients; those with more batches first make the largest groups cheapest.
+        program: the stacked program of their model.
+        clients: clients; groups are cheapest if clients with more batches come first.
         x: rows ``[n, C, *positions]`` of all clients.
         y: labels ``[n]``.
-        how: the steps.
+        sgd: options of the optimizer.
     """
-    stack = Stack(program, trainees, how, x.dim())
-    start = {n: stack.tensors[n].clone() for n in program.trained if how.mu and n in how.pulled}
-    total = torch.zeros(len(trainees), device=x.device)
-    orders = pad_sequence([t.order for t in trainees], batch_first=True)
-    orders = (orders + torch.tensor([[t.first] for t in trainees])).to(x.device)
-    taken = [0] * len(trainees)
-    for steps in agenda([t.sizes for t in trainees]):
+    stack = Stack(program, clients, sgd, x.dim())
+    initial = {n: stack.tensors[n].clone() for n in program.trained if sgd.mu and n in sgd.proximal}
+    total = torch.zeros(len(clients), device=x.device)
+    orders = pad_sequence([t.order for t in clients], batch_first=True)
+    orders = (orders + torch.tensor([[t.first] for t in clients])).to(x.device)
+    offset = [0] * len(clients)
+    for steps in step_schedule([t.sizes for t in clients]):
         group = stack.group(tuple(i for i, _ in steps))
-        size = trainees[steps[0][0]].sizes[steps[0][1]]
-        at = [taken[i] for i in group.members]
-        if at.count(at[0]) == len(at):
-            rows = orders[group.rows, at[0] : at[0] + size]
+        size = clients[steps[0][0]].sizes[steps[0][1]]
+        starts = [offset[i] for i in group.members]
+        if starts.count(starts[0]) == len(starts):
+            rows = orders[group.rows, starts[0] : starts[0] + size]
         else:
-            columns = torch.tensor(at)[:, None] + torch.arange(size)
+            columns = torch.tensor(starts)[:, None] + torch.arange(size)
             rows = orders[group.rows].gather(1, columns.to(x.device))
-        losses = _losses(group, x, y, rows, how.precision)
+        losses = _losses(group, x, y, rows, sgd.precision)
         gradients = torch.autograd.grad(losses.sum(), list(group.leaves.values()), allow_unused=True)
         with torch.no_grad():
             total[group.rows] += losses.detach() * size
-            pulled = {n: program.laid(n, v[group.rows]) for n, v in start.items()}
-            _descend(how, group, gradients, pulled)
-        stack.put_back(group)
+            proximal = {n: program.lay_out(n, v[group.rows]) for n, v in initial.items()}
+            _sgd_step(sgd, group, gradients, proximal)
+        stack.write_back(group)
         for i in group.members:
-            taken[i] += size
+            offset[i] += size
     states = {n: t.unbind() for n, t in stack.tensors.items()}
     momentum = {n: m.unbind() for n, m in stack.momentum.items()}
     return [
-        Trained({n: t[i] for n, t in states.items()}, loss, {n: m[i] for n, m in momentum.items()})
+        TrainResult({n: t[i] for n, t in states.items()}, loss, {n: m[i] for n, m in momentum.items()})
         for i, loss in enumerate(total.tolist())
     ]
 
 
-def _losses(group: Group, x: Tensor, y: Tensor, rows: Tensor, precision: Precision) -> Tensor:
-    """Mean loss of each client's batch, ``[K]``, given its rows ``[K, B]``."""
+def _losses(group: StepGroup, x: Tensor, y: Tensor, rows: Tensor, precision: Precision) -> Tensor:
+    """Mean loss ``[K]`` of each client's batch, for row indices ``[K, B]``."""
     k, batch = rows.shape
-    if group.across:
+    if group.batch_last:
         inputs = x.index_select(0, rows.flatten()).view(k, batch, -1).mT
-        return F.cross_entropy(computed(group.forward, inputs, precision), y[rows], reduction="none").mean(1)
+        return F.cross_entropy(autocast_forward(group.forward, inputs, precision), y[rows], reduction="none").mean(1)
     inputs = x.index_select(0, rows.T.flatten()).view(batch, k * x.shape[1], *x.shape[2:])
-    # Classes on an outer axis: a softmax over the innermost one, which is short, is several times slower.
-    outputs = computed(group.forward, inputs, precision).view(batch, k, -1).permute(1, 2, 0).contiguous()
+    # A softmax over the short innermost axis would be several times slower, so classes are on an outer axis.
+    outputs = autocast_forward(group.forward, inputs, precision).view(batch, k, -1).permute(1, 2, 0).contiguous()
     return F.cross_entropy(outputs, y[rows], reduction="none").mean(1)
 
 
-def _descend(how: Descent, group: Group, gradients: Sequence[Tensor | None], pulled: State) -> None:
-    """One step of SGD on all parameters that have a gradient, in place, as ``torch.optim.SGD`` takes it."""
+def _sgd_step(sgd: SGDConfig, group: StepGroup, gradients: Sequence[Tensor | None], proximal: State) -> None:
+    """One in-place step of ``torch.optim.SGD`` on all parameters that have a gradient."""
     used = [(n, p, g) for (n, p), g in zip(group.leaves.items(), gradients, strict=True) if g is not None]
     parameters = [p for _, p, _ in used]
-    directions = [g.add(p - pulled[n], alpha=how.mu) if n in pulled else g for n, p, g in used]
-    if how.weight_decay:
-        directions = list(torch._foreach_add(directions, parameters, alpha=how.weight_decay))
-    if how.momentum:
+    directions = [g.add(p - proximal[n], alpha=sgd.mu) if n in proximal else g for n, p, g in used]
+    if sgd.weight_decay:
+        directions = list(torch._foreach_add(directions, parameters, alpha=sgd.weight_decay))
+    if sgd.momentum:
         buffers = [group.momentum[n] for n, _, _ in used]
-        torch._foreach_mul_(buffers, how.momentum)
+        torch._foreach_mul_(buffers, sgd.momentum)
         torch._foreach_add_(buffers, directions)
         directions = buffers
-    torch._foreach_add_(parameters, directions, alpha=-how.lr)
+    torch._foreach_add_(parameters, directions, alpha=-sgd.lr)

@@ -1,7 +1,7 @@
-"""Layers and functions for K clients at once, their activations side by side on the channel axis.
+"""Stacked layers and functions: K clients at once, with their activations concatenated on the channel axis.
 
-What the stacked program (`fedbn.stacked.program`) is made of: one entry of `STACKED_LAYERS` a kind of layer, of
-`FUNCTIONS` a function, of `METHODS` a tensor's method.
+These are the building blocks of `fedbn.stacked.program`: `STACKED_LAYERS` holds the supported layer types, `FUNCTIONS`
+the supported functions and `METHODS` the supported tensor methods.
 """
 
 from __future__ import annotations
@@ -20,36 +20,36 @@ from fedbn.nn.roles import State
 
 
 class Unstackable(Exception):
-    """A model, or a way of training it, that has no stacked twin; the message says why."""
+    """A model or training procedure without a stacked implementation; the message gives the reason."""
 
 
 @dataclass(frozen=True)
-class Stacked:
-    """What a twin is given besides activations.
+class StackContext:
+    """Inputs of a stacked layer besides the activations.
 
     Attributes:
         k: number of clients.
-        tensors: parameters and buffers of the layer by their names in it, laid out by `laid`.
-        noise: a generator per client, from which dropout draws.
-        across: whether activations are ``[K, C, B]``.
-        lr: if given, the layer's weight takes its step of this rate in the backward pass (`_Stepping`).
+        tensors: parameters and buffers of the layer by local name, in the layout of `Program.lay_out`.
+        noise: one generator per client, for dropout.
+        batch_last: whether activations are ``[K, C, B]``.
+        lr: if given, the backward pass updates the layer's weight with this learning rate (`_FusedLinearStep`).
     """
 
     k: int
     tensors: State
     noise: Sequence[torch.Generator | None]
-    across: bool = False
+    batch_last: bool = False
     lr: float | None = None
 
 
-StackedLayer = Callable[[Any, Stacked, Tensor], Tensor]
-"""Computes a layer for all clients: (module, what is stacked, ``[B, K*C, *positions]``) -> the same shape."""
+StackedLayer = Callable[[Any, StackContext, Tensor], Tensor]
+"""Computes a layer for all clients: (module, context, ``[B, K*C, *positions]``) -> the same kind of shape."""
 
 
 def as_image(x: Tensor) -> Tensor:
-    """Signals ``[B, C, L]`` as images of height one, anything else as it is.
+    """View signals ``[B, C, L]`` as images of height one; return anything else unchanged.
 
-    The same numbers; channels-last kernels exist for images only and are much faster on a CPU.
+    The values are the same. Channels-last kernels exist only for images and are much faster on a CPU.
     """
     return x.unsqueeze(2) if x.dim() == 3 else x
 
@@ -58,11 +58,11 @@ def _channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``F.linear`` of large weights without a gradient, by oneDNN where torch has it.
+def mkldnn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``F.linear`` for large weights, without a gradient, computed by oneDNN if available.
 
-    MKL, which ``F.linear`` uses, leaves AVX-512 unused on processors of other makes and takes up to twice as long.
-    The operator is the one that torch's own compiler puts in the place of ``F.linear``.
+    MKL, which ``F.linear`` uses, does not use AVX-512 on processors of other vendors and takes up to twice as long.
+    ``torch.compile`` replaces ``F.linear`` by the same operator.
     """
     if x.dtype == torch.float32 and x.device.type == "cpu" and torch.backends.mkldnn.is_available():
         pointwise = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
@@ -71,35 +71,35 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-class _Stepping(torch.autograd.Function):
-    """A linear layer whose weight takes its step of plain SGD as soon as its gradient is known.
+class _FusedLinearStep(torch.autograd.Function):
+    """A linear layer whose backward pass applies the plain SGD step to its weight.
 
-    The gradient is added to the weight where it is computed. A large one would otherwise be written out, and read
-    again, at the cost of a quarter of the whole step.
+    The gradient is added to the weight directly. Writing a large gradient to memory and reading it back would cost a
+    quarter of the whole step.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, lr: float) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.weight, ctx.lr = weight, lr  # not saved: it changes in place, which autograd would refuse
-        return product(x, weight, bias)
+        ctx.weight, ctx.lr = weight, lr  # not saved for backward: autograd rejects tensors that change in place
+        return mkldnn_linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, Tensor, None]:
         (g,), (x,) = gradients, ctx.saved_tensors
-        to_inputs = product(g, ctx.weight.T, None) if ctx.needs_input_grad[0] else None
+        input_gradient = mkldnn_linear(g, ctx.weight.T, None) if ctx.needs_input_grad[0] else None
         ctx.weight.addmm_(g.T, x, alpha=-ctx.lr)
-        return to_inputs, None, g.sum(0), None
+        return input_gradient, None, g.sum(0), None
 
 
-def _linear(m: nn.Linear, context: Stacked, x: Tensor) -> Tensor:
+def _linear(m: nn.Linear, context: StackContext, x: Tensor) -> Tensor:
     weight, bias = context.tensors["weight"], context.tensors.get("bias")
-    if context.across:
+    if context.batch_last:
         return torch.bmm(weight, x) if bias is None else torch.baddbmm(bias.mT, weight, x)
     if x.dim() != 2:
         raise Unstackable(f"a linear layer on activations with {x.dim()} axes")
     if context.lr is not None:
-        return cast(Tensor, _Stepping.apply(x, weight[0], cast(Tensor, bias).view(-1), context.lr))  # type: ignore[no-untyped-call]
+        return cast(Tensor, _FusedLinearStep.apply(x, weight[0], cast(Tensor, bias).view(-1), context.lr))  # type: ignore[no-untyped-call]
     if context.k == 1:
         return F.linear(x, weight[0], None if bias is None else bias.view(-1))
     rows = x.view(len(x), context.k, -1).transpose(0, 1)
@@ -107,7 +107,7 @@ def _linear(m: nn.Linear, context: Stacked, x: Tensor) -> Tensor:
     return out.transpose(0, 1).flatten(1)
 
 
-def _convolution(m: Any, context: Stacked, x: Tensor) -> Tensor:
+def _convolution(m: Any, context: StackContext, x: Tensor) -> Tensor:
     weight, bias = context.tensors["weight"], context.tensors.get("bias")
     if x.dim() == 5:
         return F.conv3d(x, weight, bias, m.stride, m.padding, m.dilation, m.groups * context.k)
@@ -118,14 +118,14 @@ def _convolution(m: Any, context: Stacked, x: Tensor) -> Tensor:
     return F.conv2d(_channels_last(x), weight, bias, stride, padding, dilation, m.groups * context.k)
 
 
-def batch_norm(m: Any, context: Stacked, x: Tensor) -> Tensor:
-    """K batch normalizations as one: statistics are per channel, whoever's channel it is."""
+def batch_norm(m: Any, context: StackContext, x: Tensor) -> Tensor:
+    """K batch normalizations as one, because statistics are per channel."""
     t = context.tensors
     if m.training and m.track_running_stats:
         t["num_batches_tracked"].add_(1)
     stored = not m.training or m.track_running_stats
     out = F.batch_norm(
-        x.reshape(1, -1, x.shape[2]) if context.across else x,
+        x.reshape(1, -1, x.shape[2]) if context.batch_last else x,
         t.get("running_mean") if stored else None,
         t.get("running_var") if stored else None,
         t.get("weight"),
@@ -134,10 +134,10 @@ def batch_norm(m: Any, context: Stacked, x: Tensor) -> Tensor:
         m.momentum,
         m.eps,
     )
-    return out.view(x.shape) if context.across else out
+    return out.view(x.shape) if context.batch_last else out
 
 
-def _instance_norm(m: Any, context: Stacked, x: Tensor) -> Tensor:
+def _instance_norm(m: Any, context: StackContext, x: Tensor) -> Tensor:
     t = context.tensors
     batch = m.training or not m.track_running_stats
     return F.instance_norm(
@@ -145,11 +145,11 @@ def _instance_norm(m: Any, context: Stacked, x: Tensor) -> Tensor:
     )
 
 
-def _group_norm(m: nn.GroupNorm, context: Stacked, x: Tensor) -> Tensor:
+def _group_norm(m: nn.GroupNorm, context: StackContext, x: Tensor) -> Tensor:
     return F.group_norm(x, m.num_groups * context.k, context.tensors.get("weight"), context.tensors.get("bias"), m.eps)
 
 
-def _layer_norm(m: nn.LayerNorm, context: Stacked, x: Tensor) -> Tensor:
+def _layer_norm(m: nn.LayerNorm, context: StackContext, x: Tensor) -> Tensor:
     each = x.reshape(len(x), context.k, -1, *x.shape[2:])
     out = F.layer_norm(each, m.normalized_shape, eps=m.eps)
     middle = [1] * (each.dim() - 2 - len(m.normalized_shape))
@@ -161,13 +161,13 @@ def _layer_norm(m: nn.LayerNorm, context: Stacked, x: Tensor) -> Tensor:
     return out.flatten(1, 2)
 
 
-def dropout(m: Any, context: Stacked, x: Tensor) -> Tensor:
-    """Dropout with the masks that each client would draw alone."""
+def dropout(m: Any, context: StackContext, x: Tensor) -> Tensor:
+    """Dropout with the masks that each client would draw when trained alone."""
     if not m.training or m.p == 0:
         return x
     if m.p == 1:
         return x * 0
-    if context.across:
+    if context.batch_last:
         masks = [x.new_empty(x.shape[2], x.shape[1]).bernoulli_(1 - m.p, generator=draw) for draw in context.noise]
         return x * torch.stack(masks).mT.div(1 - m.p)
     positions = x.shape[2:] if type(m) is nn.Dropout else [1] * (x.dim() - 2)
@@ -176,11 +176,11 @@ def dropout(m: Any, context: Stacked, x: Tensor) -> Tensor:
     return x * torch.stack(masks, 1).div_(1 - m.p).flatten(1, 2)
 
 
-def _same(m: nn.Module, context: Stacked, x: Tensor) -> Tensor:
+def _apply(m: nn.Module, context: StackContext, x: Tensor) -> Tensor:
     return cast(Tensor, m(x))
 
 
-def _pool(m: nn.Module, context: Stacked, x: Tensor) -> Tensor:
+def _pool(m: nn.Module, context: StackContext, x: Tensor) -> Tensor:
     """Pooling of images, or of signals as images of height one."""
     if isinstance(m, nn.AdaptiveAvgPool1d | nn.AdaptiveMaxPool1d):
         adaptive = F.adaptive_avg_pool2d if isinstance(m, nn.AdaptiveAvgPool1d) else F.adaptive_max_pool2d
@@ -189,14 +189,14 @@ def _pool(m: nn.Module, context: Stacked, x: Tensor) -> Tensor:
     if not isinstance(m, nn.MaxPool1d | nn.AvgPool1d):
         return cast(Tensor, m(x))
 
-    def two(value: Any, first: int) -> tuple[int, int]:
+    def pair(value: Any, first: int) -> tuple[int, int]:
         return first, value[0] if isinstance(value, tuple) else value
 
-    size, stride, padding = two(m.kernel_size, 1), two(m.stride, 1), two(m.padding, 0)
+    size, stride, padding = pair(m.kernel_size, 1), pair(m.stride, 1), pair(m.padding, 0)
     if isinstance(m, nn.AvgPool1d):
         rest: tuple[Any, ...] = (m.ceil_mode, m.count_include_pad)
         return F.avg_pool2d(x, size, stride, padding, *rest)
-    dilation = two(m.dilation, 1)
+    dilation = pair(m.dilation, 1)
     return F.max_pool2d(x, size, stride, padding, dilation, m.ceil_mode)
 
 
@@ -225,7 +225,7 @@ STACKED_LAYERS: dict[type[nn.Module], StackedLayer] = {
     **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, AnyBatchNorm), batch_norm),
     **dict.fromkeys((nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, AnyInstanceNorm), _instance_norm),
     **dict.fromkeys((nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d), dropout),
-    **dict.fromkeys(_ELEMENTWISE, _same),
+    **dict.fromkeys(_ELEMENTWISE, _apply),
     **dict.fromkeys(_POOLING, _pool),
 }
 
@@ -244,9 +244,9 @@ def _unsqueeze(x: Tensor, dim: int) -> Tensor:
 
 
 def _reshape(x: Tensor, *shape: Any) -> Tensor:
-    wanted = shape[0] if len(shape) == 1 else shape
-    if tuple(wanted) != (len(x), -1):
-        raise Unstackable(f"a reshape to {list(wanted)} other than [N, -1]")
+    target = shape[0] if len(shape) == 1 else shape
+    if tuple(target) != (len(x), -1):
+        raise Unstackable(f"a reshape to {list(target)} other than [N, -1]")
     return x.flatten(1)
 
 
@@ -280,8 +280,21 @@ METHODS: dict[str, Callable[..., Any]] = {
 }
 
 
-TALL: frozenset[StackedLayer] = frozenset({_convolution, batch_norm, _group_norm, _instance_norm, _same, _pool})
-"""Layers that compute the same on signals and on images of height one."""
+IMAGE_LAYERS: frozenset[StackedLayer] = frozenset(
+    {_convolution, batch_norm, _group_norm, _instance_norm, _apply, _pool}
+)
+"""Layers with the same result on signals and on images of height one."""
 
-FEATURES = (nn.Linear, nn.BatchNorm1d, AnyBatchNorm, nn.Dropout, *_ELEMENTWISE)
-OF_FEATURES = {F.relu, torch.relu, torch.sigmoid, torch.tanh, F.gelu, F.silu, operator.add, torch.add, "relu", "add"}
+FEATURE_LAYERS = (nn.Linear, nn.BatchNorm1d, AnyBatchNorm, nn.Dropout, *_ELEMENTWISE)
+FEATURE_FUNCTIONS = {
+    F.relu,
+    torch.relu,
+    torch.sigmoid,
+    torch.tanh,
+    F.gelu,
+    F.silu,
+    operator.add,
+    torch.add,
+    "relu",
+    "add",
+}

@@ -1,4 +1,4 @@
-"""Memory settings of processes that train small models step after step. For whoever owns the process."""
+"""Process-wide memory settings for training many small models; to be called by the main program."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import ctypes
 import gc
 import sys
 
-ALLOCATIONS = 50_000
-"""Objects made, less those freed, between two collections; Python's own choice is 700 up to 3.13."""
+GC_THRESHOLD = 50_000
+"""Net number of allocated objects that triggers a garbage collection; Python's default is 700 up to 3.13."""
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 
 
 def keep_freed_memory() -> bool:
-    """Tell glibc to reuse freed blocks instead of giving them back to the kernel; False where there is no glibc.
+    """Make glibc reuse freed blocks instead of returning them to the kernel; False without glibc.
 
-    Every step frees and asks for the same large blocks; each time the kernel hands them out it clears them page by
-    page. To be called by whoever owns the process, before it computes; memory use does not shrink afterwards.
+    Every step frees and allocates the same large blocks, and the kernel clears each block page by page. Call this once
+    in the main program, before any computation; memory use does not shrink afterwards.
     ``mallopt`` (3), https://man7.org/linux/man-pages/man3/mallopt.3.html
 
     >>> keep_freed_memory() == sys.platform.startswith("linux")
@@ -32,12 +32,12 @@ def keep_freed_memory() -> bool:
 
 
 def collect_garbage_rarely() -> None:
-    """Keep Python's garbage collector from going through all that there is, time and again.
+    """Freeze the loaded modules and make garbage collections rare.
 
-    Loaded modules are some hundred thousand objects and stay; leaving them out saves a tenth of a round of tiny
-    clients. With thousands of clients the collector goes through their messages, a third of a round, and finds nothing.
-    To be called after the imports by whoever owns the process.
+    Loaded modules are about a hundred thousand permanent objects; excluding them saves a tenth of a round of tiny
+    clients. With thousands of clients the collector spends a third of a round on their messages and frees nothing.
+    Call this once in the main program, after the imports.
     """
     gc.collect()
     gc.freeze()
-    gc.set_threshold(ALLOCATIONS)
+    gc.set_threshold(GC_THRESHOLD)

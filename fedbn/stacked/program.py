@@ -1,13 +1,13 @@
-r"""The stacked twin of a model: K clients' networks as one.
+r"""The stacked program of a model: the networks of K clients as one.
 
-Clients lie side by side on the *channel* axis: activations are ``[B, K*C, *positions]``. Then K convolutions are one
-grouped convolution, K batch normalizations are one (statistics are per channel anyway), pooling and activation
-functions need no change, and a linear layer is a batched product. The sum of the K losses gives every client its own
-gradient. Horizontally fused training: Wang, Yang, Zheng, Jiang, Pekhimenko, 2021 (HFTA),
-https://arxiv.org/abs/2102.02344
+Clients are concatenated on the *channel* axis: activations are ``[B, K*C, *positions]``. K convolutions become one
+grouped convolution, K batch normalizations become one (their statistics are per channel), pooling and activation
+functions do not change, and a linear layer is a batched matrix product. The gradient of the sum of the K losses
+contains each client's own gradient. Horizontally fused training: Wang, Yang, Zheng, Jiang, Pekhimenko,
+2021 (HFTA), https://arxiv.org/abs/2102.02344
 
-A model is read with ``torch.fx``. Layers are recognized by their exact type: a subclass may compute something else.
-Anything unknown makes the model `Unstackable`, and its clients train one by one.
+Models are traced with ``torch.fx``. Layers are matched by their exact type, because a subclass may compute something
+else. A model with an unsupported part is `Unstackable`, and its clients train one by one.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from torch.nn import functional as F
 
 from fedbn.nn.roles import State
 from fedbn.stacked.layers import (
-    FEATURES,
+    FEATURE_FUNCTIONS,
+    FEATURE_LAYERS,
     FUNCTIONS,
+    IMAGE_LAYERS,
     METHODS,
-    OF_FEATURES,
     STACKED_LAYERS,
-    TALL,
-    Stacked,
+    StackContext,
     StackedLayer,
     Unstackable,
     as_image,
@@ -45,7 +45,7 @@ class _Tracer(fx.Tracer):
 
 @dataclass(frozen=True)
 class _Layer:
-    """A layer's place in the program: where its tensors are and how it is computed."""
+    """A layer of the program, with the names of its tensors and its stacked implementation."""
 
     module: nn.Module
     path: str
@@ -55,13 +55,13 @@ class _Layer:
 
 @dataclass(frozen=True)
 class Program:
-    """The stacked twin of a model in the mode it was read in.
+    """The stacked program of a model, in the mode in which the model was traced.
 
     Attributes:
-        graph: what is computed, in order.
-        layers: layers by the name of their node in the graph.
-        trained: names of the parameters that are trained.
-        owner: entry -> the layer it belongs to.
+        graph: the traced graph.
+        layers: node name -> layer.
+        trained: names of the trainable parameters.
+        owner: entry name -> the module that owns it.
     """
 
     graph: fx.Graph
@@ -69,19 +69,21 @@ class Program:
     trained: tuple[str, ...]
     owner: dict[str, nn.Module]
 
-    def across(self, axes: int) -> bool:
-        """Whether the model knows features only, no positions, so that activations may be laid out ``[K, C, B]``.
+    def supports_batch_last(self, axes: int) -> bool:
+        """Whether the model has only features, without positions, so that activations can be ``[K, C, B]``.
 
-        Then no product and no softmax has to copy them first.
+        This layout saves copies before matrix products and the softmax.
 
         Args:
-            axes: of a batch of examples.
+            axes: number of axes of a batch of examples.
         """
         nodes = [n for n in self.graph.nodes if n.op.startswith("call")]
         first = [n for n in nodes if any(a.op == "placeholder" for a in n.all_input_nodes)]
         flattened = all(self._flattens(n) for n in first)
         return (axes == 2 or flattened) and all(
-            type(self.layers[n.name].module) in FEATURES if n.op == "call_module" else n.target in OF_FEATURES
+            type(self.layers[n.name].module) in FEATURE_LAYERS
+            if n.op == "call_module"
+            else n.target in FEATURE_FUNCTIONS
             for n in nodes
             if not (flattened and n in first)
         )
@@ -93,25 +95,25 @@ class Program:
         return node.target in (torch.flatten, "flatten") and node.args[1:] == (1,) and not node.kwargs
 
     @cached_property
-    def heavy(self) -> tuple[str, ...]:
-        """Trained weights of linear layers with a trained bias: they can step by themselves (`_Stepping`)."""
+    def fusable_weights(self) -> tuple[str, ...]:
+        """Trainable weights of linear layers with a trainable bias, which `_FusedLinearStep` can update."""
         linear = [layer for layer in self.layers.values() if type(layer.module) is nn.Linear]
         keys = [dict(layer.names) for layer in linear]
         return tuple(k["weight"] for k in keys if {k["weight"], k.get("bias")} <= set(self.trained))
 
     @cached_property
-    def watched(self) -> list[str]:
-        """Paths of the layers with statistics of batches, in the order in which they are computed."""
+    def norm_paths(self) -> list[str]:
+        """Paths of the batch normalization layers, in the order of computation."""
         calls = [self.layers[n.name] for n in self.graph.nodes if n.op == "call_module"]
         return [layer.path for layer in calls if layer.compute is batch_norm]
 
     @cached_property
-    def draws(self) -> bool:
-        """Whether a step needs random numbers."""
+    def draws_noise(self) -> bool:
+        """Whether a training step draws random numbers."""
         return any(layer.compute is dropout for layer in self.layers.values())
 
-    def laid(self, name: str, stacked: Tensor) -> Tensor:
-        """A view of an entry ``[K, *shape]`` as the kernels take it: clients side by side on the channel axis."""
+    def lay_out(self, name: str, stacked: Tensor) -> Tensor:
+        """View an entry ``[K, *shape]`` in the layout of the kernels, with the clients on the channel axis."""
         if type(self.owner[name]) is nn.Linear:
             return stacked.unsqueeze(1) if stacked.dim() == 2 else stacked
         if stacked.dim() == 1 or isinstance(self.owner[name], nn.LayerNorm):
@@ -124,71 +126,72 @@ class Program:
         k: int,
         noise: Sequence[torch.Generator | None] = (),
         *,
-        across: bool = False,
-        stepping: Container[str] = (),
+        batch_last: bool = False,
+        fused_weights: Container[str] = (),
         lr: float | None = None,
-        watch: Callable[[str, Tensor], None] | None = None,
+        on_norm_input: Callable[[str, Tensor], None] | None = None,
     ) -> Callable[[Tensor], Tensor]:
-        """The forward pass ``[B, K*C, *positions]`` -> ``[B, K*classes]`` of K clients.
+        """Build the forward pass ``[B, K*C, *positions]`` -> ``[B, K*classes]`` of K clients.
 
-        Running statistics and counters in ``tensors`` are updated in place when it is called.
+        Each call updates the running statistics and counters in ``tensors`` in place.
 
         Args:
-            tensors: entries of the models' states, as `laid` lays them out.
+            tensors: entries of the models' states, in the layout of `lay_out`.
             k: number of clients.
-            noise: one generator a client, if the model draws any.
-            across: whether activations are ``[K, C, B]``, examples last; only if `across` allows it.
-            stepping: linear layers' weights, of one client, that step by themselves (`_Stepping`).
-            lr: their rate.
-            watch: told the path and the input of each layer of `watched` before it is computed.
+            noise: one generator per client, if the model draws random numbers.
+            batch_last: use activations ``[K, C, B]``; requires `supports_batch_last`.
+            fused_weights: weights of linear layers that `_FusedLinearStep` updates; only for one client.
+            lr: learning rate of ``fused_weights``.
+            on_norm_input: called with the path and the input of each layer of `norm_paths` before it is computed.
         """
         steps: list[tuple[fx.Node, Callable[..., Any], bool, Any, dict[str, Any]]] = []
-        first = last = next(iter(self.graph.nodes))
-        late = {node: pool for node, pool in self._late.items() if not across}
+        input_node = output_node = next(iter(self.graph.nodes))
+        delayed = {node: pool for node, pool in self._delayed_relus.items() if not batch_last}
         for node in self.graph.nodes:
             if node.op == "placeholder":
-                first = node
+                input_node = node
             elif node.op == "output":
-                last = node.args[0]
-            elif node in late or (across and self._flattens(node)):
-                steps.append((node, lambda x, *_: x, not across, node.args, {}))
+                output_node = node.args[0]
+            elif node in delayed or (batch_last and self._flattens(node)):
+                steps.append((node, lambda x, *_: x, not batch_last, node.args, {}))
             elif node.op == "call_module":
                 layer = self.layers[node.name]
-                rate = lr if any(key in stepping for _, key in layer.names) else None
-                ctx = Stacked(k, {n: tensors[key] for n, key in layer.names}, noise, across, rate)
+                rate = lr if any(key in fused_weights for _, key in layer.names) else None
+                ctx = StackContext(k, {n: tensors[key] for n, key in layer.names}, noise, batch_last, rate)
                 compute: Callable[..., Any] = partial(layer.compute, layer.module, ctx)
-                if node in late.values():
+                if node in delayed.values():
                     compute = _then_relu(compute)
-                if watch is not None and layer.compute is batch_norm:
-                    compute = _told(compute, partial(watch, layer.path))
-                steps.append((node, compute, layer.compute in TALL and not across, node.args, {}))
+                if on_norm_input is not None and layer.compute is batch_norm:
+                    compute = _with_callback(compute, partial(on_norm_input, layer.path))
+                steps.append((node, compute, layer.compute in IMAGE_LAYERS and not batch_last, node.args, {}))
             else:
                 compute = METHODS[node.target] if node.op == "call_method" else FUNCTIONS[node.target]
                 steps.append((node, compute, False, node.args, node.kwargs))
 
         def forward(x: Tensor) -> Tensor:
-            values: dict[fx.Node, Any] = {first: x}
-            tall: set[fx.Node] = set()  # whose value is a signal as an image
-            for node, compute, takes_tall, args, kwargs in steps:
-                if takes_tall:
+            values: dict[fx.Node, Any] = {input_node: x}
+            images: set[fx.Node] = set()  # nodes whose value is a signal stored as an image
+            for node, compute, takes_images, args, kwargs in steps:
+                if takes_images:
                     (source,) = args
-                    if source in tall or values[source].dim() == 3:
-                        tall.add(node)
+                    if source in images or values[source].dim() == 3:
+                        images.add(node)
                     values[node] = compute(as_image(values[source]))
                     continue
-                for other in tall.intersection(node.all_input_nodes):
+                for other in images.intersection(node.all_input_nodes):
                     values[other] = values[other].squeeze(2)
-                    tall.remove(other)
-                values[node] = compute(*[_value(a, values) for a in args], **kwargs)
-            return cast(Tensor, values[last].squeeze(2) if last in tall else values[last])
+                    images.remove(other)
+                values[node] = compute(*[_resolve(a, values) for a in args], **kwargs)
+            output = values[output_node]
+            return cast(Tensor, output.squeeze(2) if output_node in images else output)
 
         return forward
 
     @cached_property
-    def _late(self) -> dict[fx.Node, fx.Node]:
-        """ReLUs that may as well be applied after the max-pooling that follows: both are monotonic.
+    def _delayed_relus(self) -> dict[fx.Node, fx.Node]:
+        """ReLU -> the max-pooling after which it is applied instead.
 
-        There are fewer numbers then.
+        Both are monotonic, so the order does not matter, and the pooled activations are smaller.
         """
         pools = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
 
@@ -208,34 +211,34 @@ def _then_relu(compute: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda x: F.relu(compute(x))
 
 
-def _told(compute: Callable[..., Tensor], tell: Callable[[Tensor], None]) -> Callable[..., Tensor]:
-    def told(x: Tensor) -> Tensor:
-        tell(x)
+def _with_callback(compute: Callable[..., Tensor], callback: Callable[[Tensor], None]) -> Callable[..., Tensor]:
+    def wrapped(x: Tensor) -> Tensor:
+        callback(x)
         return compute(x)
 
-    return told
+    return wrapped
 
 
-def _value(of: Any, values: dict[fx.Node, Any]) -> Any:
-    if isinstance(of, fx.Node):
-        return values[of]
-    return tuple(_value(o, values) for o in of) if isinstance(of, tuple | list) else of
+def _resolve(argument: Any, values: dict[fx.Node, Any]) -> Any:
+    if isinstance(argument, fx.Node):
+        return values[argument]
+    return tuple(_resolve(a, values) for a in argument) if isinstance(argument, tuple | list) else argument
 
 
 def build_program(model: nn.Module) -> Program:
-    """Read a model, in its present training mode, into its stacked twin.
+    """Trace a model, in its current training mode, and build its stacked program.
 
     Raises:
-        Unstackable: it has parts that are not known here.
+        Unstackable: the model has unsupported parts.
 
     >>> net = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.ReLU(), nn.Linear(3, 2))
-    >>> compute = build_program(net)
-    >>> state = {n: compute.laid(n, torch.stack([v, v])) for n, v in net.state_dict().items()}
+    >>> program = build_program(net)
+    >>> state = {n: program.lay_out(n, torch.stack([v, v])) for n, v in net.state_dict().items()}
     >>> x = torch.randn(5, 4)
-    >>> torch.allclose(compute.bind(state, 2)(x.repeat(1, 2)), net(x).repeat(1, 2), atol=1e-6)
+    >>> torch.allclose(program.bind(state, 2)(x.repeat(1, 2)), net(x).repeat(1, 2), atol=1e-6)
     True
     """
-    refuse_hooks(model)
+    check_no_hooks(model)
     if len([*model.named_parameters(remove_duplicate=False)]) != len([*model.parameters()]):
         raise Unstackable("layers share parameters")
     try:
@@ -255,20 +258,20 @@ def build_program(model: nn.Module) -> Program:
         elif node.op == "call_function" and node.target not in FUNCTIONS:
             raise Unstackable(f"function {getattr(node.target, '__name__', node.target)}")
         elif any(isinstance(v, fx.Node) for v in node.kwargs.values()):
-            raise Unstackable(f"{node.target} with computed options")
+            raise Unstackable(f"{node.target} with computed keyword arguments")
         elif node.op == "get_attr":
-            raise Unstackable(f"{node.target}, a tensor outside the usual layers")
+            raise Unstackable(f"{node.target}, a tensor that no supported layer owns")
     output = next(n for n in graph.nodes if n.op == "output")
     if len(inputs) != 1 or not isinstance(output.args[0], fx.Node):
-        raise Unstackable(f"forward of {type(model).__name__} does not turn one tensor into one")
-    if idle := [n for n in model.state_dict() if n not in owner]:
-        raise Unstackable(f"{idle[0]} is not used in forward")
+        raise Unstackable(f"forward of {type(model).__name__} does not map one tensor to one tensor")
+    if unused := [n for n in model.state_dict() if n not in owner]:
+        raise Unstackable(f"{unused[0]} is not used in forward")
     trained = tuple(n for n, p in model.named_parameters() if p.requires_grad)
     return Program(graph, layers, trained, owner)
 
 
-def refuse_hooks(model: nn.Module) -> None:
-    """Raise for a model that does something besides its layers' own forward pass."""
+def check_no_hooks(model: nn.Module) -> None:
+    """Raise `Unstackable` for a model with hooks or patched ``forward`` methods."""
     for path, module in model.named_modules():
         hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
         if any(hooks) or "forward" in vars(module):

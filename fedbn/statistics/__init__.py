@@ -1,1 +1,1 @@
-"""Means and variances as values: moments, robust estimates, recalibration, consensus."""
+"""Means and variances as values: moments, robust estimates, recalibration, consensus between clients."""

@@ -1,4 +1,4 @@
-"""The protocol by which clients agree on statistics, one exchange per layer."""
+"""The protocol by which clients agree on statistics, with one exchange per layer."""
 
 from __future__ import annotations
 
@@ -7,66 +7,67 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from fedbn.nn.roles import State
 from fedbn.statistics.moments import Moments
 
+Aggregates = Sequence[dict[str, Moments]]
+"""Results of the exchanges so far, in order: by name, the merged moments of all clients."""
+
+ConsensusStep = Generator[dict[str, Moments], dict[str, Moments], None]
+"""A client's part in the protocol: yields its moments by name and receives the merged moments of all clients."""
+
 
 def run_consensus(
-    ask: Callable[[list[dict[str, Moments]]], Sequence[dict[str, Moments] | None]],
-    count: Callable[[Aggregates, Sequence[dict[str, Moments] | None]], None] = lambda answers, replies: None,
+    query: Callable[[list[dict[str, Moments]]], Sequence[dict[str, Moments] | None]],
+    count: Callable[[Aggregates, Sequence[dict[str, Moments] | None]], None] = lambda aggregates, replies: None,
 ) -> Iterator[dict[str, Moments]]:
-    """Hold a conversation: ask all clients, answer with the union of what they say, until one has nothing to say.
+    """Query all clients and merge their replies, exchange by exchange, until a client has nothing more to send.
 
     Args:
-        ask: what clients say to the answers so far.
-        count: told of each exchange (`counting`).
+        query: returns the clients' replies, given the aggregates so far.
+        count: called after each exchange with the aggregates before it and the replies, for example to count traffic.
+
+    Yields:
+        The aggregate of each exchange.
     """
-    answers: list[dict[str, Moments]] = []
+    aggregates: list[dict[str, Moments]] = []
     while True:
-        replies = ask(answers)
-        count(answers, replies)
-        said = [reply for reply in replies if reply is not None]
-        if len(said) < len(replies):
+        replies = query(aggregates)
+        count(aggregates, replies)
+        messages = [reply for reply in replies if reply is not None]
+        if len(messages) < len(replies):
             return
-        answers.append(union(said))
-        yield answers[-1]
+        aggregates.append(union(messages))
+        yield aggregates[-1]
 
 
-def replay(start: Callable[[], ConsensusStep], answers: Sequence[dict[str, Moments]]) -> dict[str, Moments] | None:
-    """What a conversation says after having heard ``answers``; None when it has ended.
+def replay(start: Callable[[], ConsensusStep], aggregates: Sequence[dict[str, Moments]]) -> dict[str, Moments] | None:
+    """A client's next message after the given aggregates; None at the end of the protocol.
 
-    Clients are stateless between messages, so the talk is held again from its start.
+    Clients are stateless between messages, so the protocol is run again from its start.
     """
     steps = start()
     try:
-        said = next(steps)
-        for aggregates in answers:
-            said = steps.send(aggregates)
+        message = next(steps)
+        for aggregate in aggregates:
+            message = steps.send(aggregate)
     except StopIteration:
         return None
-    return said
+    return message
 
 
 def union(replies: Iterable[dict[str, Moments]]) -> dict[str, Moments]:
-    """Layer by layer, the moments of all clients' data together, merged in the order given."""
-    out: dict[str, Moments] = {}
+    """Merge the moments of all clients by name, in the given order."""
+    merged: dict[str, Moments] = {}
     for reply in replies:
         for path, moments in reply.items():
-            out[path] = out[path].merge(moments) if path in out else moments
-    return out
+            merged[path] = merged[path].merge(moments) if path in merged else moments
+    return merged
 
 
 def flatten(moments: dict[str, Moments]) -> State:
-    """Moments as named tensors, for a message; `unflatten` is the inverse."""
+    """Moments as named tensors for a message; `unflatten` is the inverse."""
     return {f"{path}|{f}": getattr(m, f) for path, m in moments.items() for f in ("n", "mean", "m2")}
 
 
 def unflatten(state: State) -> dict[str, Moments]:
-    """Named tensors back to moments."""
+    """Moments from named tensors; the inverse of `flatten`."""
     paths = dict.fromkeys(k.rpartition("|")[0] for k in state)
     return {p: Moments(*(state[f"{p}|{f}"] for f in ("n", "mean", "m2"))) for p in paths}
-
-
-Aggregates = Sequence[dict[str, Moments]]
-"""The answers of a conversation so far, in order: by name, the union of the moments that all clients said."""
-
-
-ConsensusStep = Generator[dict[str, Moments], dict[str, Moments], None]
-"""A client's side of a conversation: it yields moments by name and hears their union over all clients."""

@@ -1,4 +1,4 @@
-r"""One algebra for everything that is a mean and a variance: a batch, a client, a user, a population.
+r"""An algebra of means and variances: of a batch, a client, a user, a population.
 
 A set of :math:`n` values with mean :math:`\mu` and :math:`M_2=\sum_i (x_i-\mu)^2` is ``Moments(n, mean, m2)``.
 Union of disjoint sets is `merge` (Chan, Golub and LeVeque, 1979, *Updating formulae and a pairwise
@@ -6,9 +6,9 @@ algorithm for computing sample variances*): with :math:`\delta=\mu_b-\mu_a`,
 
 .. math:: n=n_a+n_b,\quad \mu=\mu_a+\delta\,n_b/n,\quad M_2=M_{2a}+M_{2b}+\delta^2\,n_a n_b/n .
 
-It is a commutative monoid with the empty set as unit. `unmerge` takes a part out again, `decay`
-forgets, `shrink` mixes in a prior worth ``n0`` values. Arithmetic is float64 throughout: a difference
-of large sums never loses the variance.
+It is a commutative monoid with the empty set as unit. `unmerge` removes a part, `decay` down-weights the past,
+`shrink` merges with a prior that counts as ``n0`` values. All arithmetic is in float64, so a difference of large sums
+does not lose the variance.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Moments:
-    """Count, mean and sum of squared deviations per channel; of one set of values, or of K sets side by side.
+    """Count, mean and sum of squared deviations per channel, of one set of values or of a batch of K sets.
 
     Attributes:
-        n: 0-d float64, how many values each channel has seen (samples times positions); ``[K, 1]`` of K sets.
-        mean: ``[C]`` float64; ``[K, C]`` of K sets.
-        m2: as ``mean``, non-negative.
+        n: 0-d float64, number of values per channel (samples times positions); ``[K, 1]`` for K sets.
+        mean: ``[C]`` float64; ``[K, C]`` for K sets.
+        m2: like ``mean``, non-negative.
     """
 
     n: Tensor
@@ -37,13 +37,13 @@ class Moments:
 
     @staticmethod
     def empty(channels: int) -> Moments:
-        """The unit of `merge`."""
+        """Moments of the empty set, the unit of `merge`."""
         zeros = torch.zeros(channels, dtype=torch.float64)
         return Moments(torch.zeros((), dtype=torch.float64), zeros, zeros)
 
     @staticmethod
     def of(x: Tensor) -> Moments:
-        """Moments of activations ``[N, C, *positions]`` over everything but the channel.
+        """Moments of activations ``[N, C, *positions]`` over all axes except the channels.
 
         >>> Moments.of(torch.tensor([[0.0], [1.0], [2.0], [3.0]])).variance()
         tensor([1.2500], dtype=torch.float64)
@@ -58,15 +58,15 @@ class Moments:
 
     @staticmethod
     def from_variance(n: float | Tensor, mean: Tensor, variance: Tensor, *, unbiased: bool = False) -> Moments:
-        """From a mean and a variance that ``n`` values had (``unbiased``: divided by ``n - 1``)."""
+        """Moments of ``n`` values with a given mean and variance (``unbiased``: divided by ``n - 1``)."""
         count = torch.as_tensor(n, dtype=torch.float64)
         return Moments(count, mean.double(), variance.double() * (count - 1 if unbiased else count))
 
     def variance(self, *, unbiased: bool = False) -> Tensor:
-        """Variance per channel, ``[C]``; biased as BN normalizes, or unbiased as PyTorch stores it.
+        """Variance per channel, ``[C]``: biased as used for normalization, or unbiased as stored by PyTorch.
 
         Raises:
-            ValueError: fewer values than the definition needs.
+            ValueError: there are too few values.
         """
         dof = self.n - 1 if unbiased else self.n
         if (dof <= 0).any():
@@ -74,7 +74,7 @@ class Moments:
         return self.m2 / dof
 
     def stored_variance(self) -> Tensor:
-        """Variance as PyTorch stores it: unbiased; of a single value zero.
+        """Variance as stored by PyTorch: unbiased, and zero for a single value.
 
         >>> Moments.of(torch.tensor([[3.0]])).stored_variance()
         tensor([0.], dtype=torch.float64)
@@ -95,14 +95,14 @@ class Moments:
         return Moments(n, self.mean + delta * share, self.m2 + other.m2 + delta**2 * (self.n * share))
 
     def unmerge(self, part: Moments) -> Moments:
-        """Take a part that had been merged out again (erase one recording).
+        """Remove a previously merged part, for example to erase one recording.
 
         Raises:
-            ValueError: the part holds more values than there are.
+            ValueError: the part has more values than this set.
         """
         n = self.n - part.n
         if n < 0:
-            raise ValueError(f"cannot take {float(part.n):g} values out of {float(self.n):g}")
+            raise ValueError(f"cannot remove {float(part.n):g} values from {float(self.n):g}")
         if n == 0:
             return Moments.empty(len(self.mean))
         mean = self.mean + (self.mean - part.mean) * (part.n / n)
@@ -110,34 +110,34 @@ class Moments:
         return Moments(n, mean, m2.clamp_min(0.0))
 
     def decay(self, factor: float) -> Moments:
-        """Forget: every value seen so far counts ``factor`` as much; mean and variance stay.
+        """Multiply the weight of all values by ``factor``; mean and variance do not change.
 
         Raises:
             ValueError: ``factor`` outside [0, 1].
         """
         if not 0.0 <= factor <= 1.0:
-            raise ValueError(f"a decay factor lies in [0, 1], not {factor}")
+            raise ValueError(f"the decay factor must be in [0, 1], not {factor}")
         return Moments(self.n * factor, self.mean, self.m2 * factor)
 
     def shrink(self, prior: Moments, n0: float) -> Moments:
-        """Merge with a prior that weighs as much as ``n0`` values (``n0=0``: the data alone).
+        """Merge with a prior that counts as ``n0`` values (``n0=0``: no prior).
 
         Raises:
-            ValueError: ``n0`` negative.
+            ValueError: ``n0`` is negative.
         """
         if n0 < 0:
-            raise ValueError(f"a prior weighs n0 >= 0 values, not {n0}")
+            raise ValueError(f"the weight of a prior must be n0 >= 0, not {n0}")
         return Moments(torch.tensor(n0, dtype=torch.float64), prior.mean, prior.variance() * n0).merge(self)
 
     def w2(self, other: Moments) -> Tensor:
-        """2-Wasserstein distance between the diagonal Gaussians of these moments, 0-d.
+        """2-Wasserstein distance (0-d) between the diagonal Gaussians of these moments.
 
         >>> a = Moments.of(torch.tensor([[0.0], [2.0]])); b = Moments.of(torch.tensor([[3.0], [5.0]]))
         >>> float(a.w2(b))
         3.0
         """
-        spread = self.variance().sqrt() - other.variance().sqrt()
-        return torch.sqrt(((self.mean - other.mean) ** 2).sum() + (spread**2).sum())
+        std_difference = self.variance().sqrt() - other.variance().sqrt()
+        return torch.sqrt(((self.mean - other.mean) ** 2).sum() + (std_difference**2).sum())
 
 
 def pooled(parts: Iterable[Moments]) -> Moments:
@@ -145,26 +145,26 @@ def pooled(parts: Iterable[Moments]) -> Moments:
     return reduce(Moments.merge, parts)
 
 
-MANY = 2**16
-"""Elements up to which many values are averaged at once; a copy of all of larger ones would cost more than it saves."""
+MAX_STACKED_ELEMENTS = 2**16
+"""Largest tensor whose values are stacked before averaging; copying larger ones costs more than it saves."""
 
-PART = 1024
-"""How many values are averaged at once: more would only be copied to use memory."""
+STACK_SIZE = 1024
+"""Number of values that are stacked at once; larger stacks only use more memory."""
 
 
 def naive_mean(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """Weighted mean accumulated in float64, given back in the values' dtype.
+    """Weighted mean, accumulated in float64 and returned in the values' dtype.
 
-    Right for weights and means. For variances it drops the spread between the parts' means: the
-    baseline that FedAvg on a whole state dict is, kept under its own name.
+    It is correct for weights and means. For variances it ignores the variance between the parts' means, as FedAvg on a
+    whole state dict does; it is the baseline for `pooled_variance`.
     """
     total, first = float(sum(weights)), values[0]
-    if first.numel() <= MANY:
+    if first.numel() <= MAX_STACKED_ELEMENTS:
         shares = torch.tensor(weights, dtype=torch.float64, device=first.device) / total
         mean = torch.zeros(first.numel(), dtype=torch.float64, device=first.device)
-        for i in range(0, len(values), PART):
-            flat = torch.stack(list(values[i : i + PART])).double().reshape(-1, first.numel())
-            mean += (flat * shares[i : i + PART, None]).sum(0)
+        for i in range(0, len(values), STACK_SIZE):
+            flat = torch.stack(list(values[i : i + STACK_SIZE])).double().reshape(-1, first.numel())
+            mean += (flat * shares[i : i + STACK_SIZE, None]).sum(0)
         return mean.view(first.shape).to(first.dtype)
     acc = torch.zeros_like(first, dtype=torch.float64)
     for value, weight in zip(values, weights, strict=True):
@@ -173,14 +173,14 @@ def naive_mean(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 
 
 def pooled_variance(means: Sequence[Tensor], variances: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """Law of total variance: mean of the variances plus variance of the means, in float64, dtype kept.
+    """Law of total variance: mean of the variances plus variance of the means, computed in float64.
 
-    Exact for biased variances, or for parts large enough that ``n - 1`` and ``n`` do not differ.
+    It is exact for biased variances, or for parts so large that ``n - 1`` and ``n`` hardly differ. The dtype is kept.
     """
-    share = torch.tensor(weights, dtype=torch.float64) / float(sum(weights))
+    shares = torch.tensor(weights, dtype=torch.float64) / float(sum(weights))
     shape = (-1, *[1] * variances[0].dim())
     mu = torch.stack([m.double().cpu() for m in means])
     var = torch.stack([v.double().cpu() for v in variances])
-    w = share.view(shape)
+    w = shares.view(shape)
     center = (w * mu).sum(0)
     return (w * (var + (mu - center) ** 2)).sum(0).to(variances[0].device, variances[0].dtype)

@@ -1,10 +1,9 @@
-r"""Measure statistics again under the weights that are used.
+r"""Recompute the statistics of a model under its current weights.
 
-The input of layer :math:`\ell` depends on the statistics used in all layers before it, so they are fixed one
-after the other: exact moments of layer 1, then of layer 2 given layer 1's, and so on. In the end every layer's
-stored statistics are the moments of what it meets in evaluation. (A single training-mode pass over all data as
-one batch gives the same but for :math:`n/(n-1)`: batches are normalized by the biased variance, PyTorch stores
-the unbiased one.)
+The input of layer :math:`\ell` depends on the statistics of all layers before it. So the layers are processed in order:
+exact moments of layer 1, then of layer 2 given those of layer 1, and so on. In the end the stored statistics of every
+layer are the moments of its input in evaluation mode. (A single training-mode pass over all data as one batch gives the
+same result up to :math:`n/(n-1)`: batches are normalized by the biased variance, PyTorch stores the unbiased one.)
 """
 
 from __future__ import annotations
@@ -14,21 +13,21 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fedbn.nn.hooks import inputs_of
+from fedbn.nn.hooks import capture_inputs
 from fedbn.nn.roles import State, statistics_layers
 from fedbn.statistics.consensus import ConsensusStep
 from fedbn.statistics.moments import Moments, pooled
 
 CHUNK = 512
-"""Rows a forward pass takes at once."""
+"""Number of rows per forward pass."""
 
 
 class Reached(Exception):
-    """Raised to stop a forward pass at the layer of interest."""
+    """Raised to end a forward pass at the layer of interest."""
 
 
 def set_statistics(layer: nn.Module, moments: Moments) -> None:
-    """Write mean and (as PyTorch stores it) unbiased variance into a layer, in place."""
+    """Write the mean and the unbiased variance (as stored by PyTorch) into a layer, in place."""
     bn = cast(Any, layer)
     variance = moments.stored_variance()
     with torch.no_grad():
@@ -37,66 +36,66 @@ def set_statistics(layer: nn.Module, moments: Moments) -> None:
 
 
 def statistics_of(model: nn.Module) -> State:
-    """The statistics of a model, by state name: running means and variances, and what else a layer averages."""
-    out: State = {}
+    """Statistics of a model by state name: running means and variances, and other averaged buffers of the layers."""
+    statistics: State = {}
     for path, layer in statistics_layers(model).items():
-        dot = f"{path}." if path else ""
-        out |= {f"{dot}{name}": b for name, b in layer.named_buffers(recurse=False) if b.is_floating_point()}
-    return out
+        prefix = f"{path}." if path else ""
+        statistics |= {f"{prefix}{name}": b for name, b in layer.named_buffers(recurse=False) if b.is_floating_point()}
+    return statistics
 
 
 def layer_moments(model: nn.Module, path: str, x: Tensor) -> Moments | None:
-    """Exact moments of the input of the layer at ``path`` over all rows of ``x``, the model in evaluation mode.
+    """Exact moments of the input of the layer at ``path`` over all rows of ``x``, in evaluation mode.
 
-    None where the layer is not in use (the other branch of a dual layer, for example).
+    Returns None if the layer does not run, for example the inactive branch of a dual layer.
     """
     layer = model.get_submodule(path)
-    total: list[Moments] = []
+    parts: list[Moments] = []
 
-    def see(_path: str, value: Tensor) -> None:
-        total.append(Moments.of(value))
+    def measure(_path: str, value: Tensor) -> None:
+        parts.append(Moments.of(value))
         raise Reached
 
     model.eval()
-    with torch.no_grad(), inputs_of({path: layer}, see):
+    with torch.no_grad(), capture_inputs({path: layer}, measure):
         for rows in x.split(CHUNK):
             try:
                 model(rows)
             except Reached:
                 continue
-    return pooled(total) if total else None
+    return pooled(parts) if parts else None
 
 
 def all_moments(model: nn.Module, x: Tensor) -> dict[str, Moments]:
-    """Exact moments of every statistics layer's input in one evaluation-mode pass, statistics as they are."""
+    """Exact moments of the input of every layer with statistics, in one evaluation-mode pass."""
     layers = statistics_layers(model)
-    seen: dict[str, Moments] = {}
+    measured: dict[str, Moments] = {}
 
-    def see(path: str, value: Tensor) -> None:
-        now = Moments.of(value)
-        seen[path] = seen[path].merge(now) if path in seen else now
+    def measure(path: str, value: Tensor) -> None:
+        moments = Moments.of(value)
+        measured[path] = measured[path].merge(moments) if path in measured else moments
 
     model.eval()
-    with torch.no_grad(), inputs_of(layers, see):
+    with torch.no_grad(), capture_inputs(layers, measure):
         for rows in x.split(CHUNK):
             model(rows)
-    return seen
+    return measured
 
 
 def agree_layerwise(model: nn.Module, x: Tensor) -> ConsensusStep:
-    """A client's part in measuring statistics over all clients: one exchange of moments a layer.
+    """A client's part in measuring statistics over all clients, with one exchange of moments per layer.
 
-    Yields this client's moments of a layer, hears the union over all clients, goes on with that.
+    For each layer it yields this client's moments, receives the merged moments of all clients and sets them.
     """
     for path, layer in statistics_layers(model).items():
         if (moments := layer_moments(model, path, x)) is None:
             continue
-        aggregates = yield {path: moments}
-        set_statistics(layer, aggregates[path])
+        aggregate = yield {path: moments}
+        set_statistics(layer, aggregate[path])
 
 
 def recalibrate(model: nn.Module, x: Tensor) -> nn.Module:
-    """Replace the model's statistics by the exact ones of unlabeled data ``x``, in place; weights stay.
+    """Replace the model's statistics by the exact ones of unlabeled data ``x``, in place; weights do not change.
 
     Li, Wang, Shi, Liu, Hou, 2016 (AdaBN), https://arxiv.org/abs/1603.04779
 

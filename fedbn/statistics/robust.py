@@ -1,8 +1,8 @@
-r"""Location estimates that a minority of clients cannot move far, for statistics.
+r"""Robust aggregation of statistics, which limits the influence of a minority of clients.
 
-In moments space: a robust location of the means, :math:`\tilde\mu`, and the same location of the second moments
-about it, :math:`\sigma_k^2+(\mu_k-\tilde\mu)^2`. Without outliers and with nothing cut off this is the law of total
-variance. Coordinate-wise median and trimmed mean: Yin, Chen, Ramchandran, Bartlett, 2018,
+The estimate is a robust location of the means, :math:`\tilde\mu`, and the same location of the second moments about it,
+:math:`\sigma_k^2+(\mu_k-\tilde\mu)^2`. Without outliers and without trimming this is the law of total variance.
+Coordinate-wise median and trimmed mean: Yin, Chen, Ramchandran, Bartlett, 2018,
 https://arxiv.org/abs/1803.01498.
 """
 
@@ -19,12 +19,12 @@ Location = Literal["trimmed", "median"]
 
 
 def location(values: Sequence[Tensor], how: Location, trim: float) -> Tensor:
-    """Coordinate-wise location of equally shaped tensors, in float64.
+    """Coordinate-wise location of tensors of the same shape, in float64.
 
     Args:
-        values: one a client; a NaN counts as infinitely large.
-        how: median, or mean without the extremes.
-        trim: share of the values cut off at either end.
+        values: one per client; NaN counts as infinity.
+        how: median, or trimmed mean.
+        trim: share of the values that is cut off at each end.
 
     >>> location([torch.tensor([x]) for x in (1.0, 2.0, 3.0, 1e9)], "trimmed", 0.25)
     tensor([2.5000], dtype=torch.float64)
@@ -38,12 +38,14 @@ def location(values: Sequence[Tensor], how: Location, trim: float) -> Tensor:
 def robust_moments(
     means: Sequence[Tensor], variances: Sequence[Tensor], how: Location, trim: float
 ) -> tuple[Tensor, Tensor]:
-    """Mean and variance of all clients together, ``[C]`` each in float64, whatever a minority sends.
+    """Robust mean and variance over all clients, ``[C]`` each in float64.
 
     >>> one = torch.ones(1)
     >>> robust_moments([-3 * one, 3 * one], [one, one], "trimmed", 0.0)
     (tensor([0.], dtype=torch.float64), tensor([10.], dtype=torch.float64))
     """
     center = location(means, how, trim)
-    seconds = [v.double().cpu() + (m.double().cpu() - center) ** 2 for m, v in zip(means, variances, strict=True)]
-    return center, location(seconds, how, trim).clamp_min(0.0)
+    second_moments = [
+        v.double().cpu() + (m.double().cpu() - center) ** 2 for m, v in zip(means, variances, strict=True)
+    ]
+    return center, location(second_moments, how, trim).clamp_min(0.0)

@@ -1,4 +1,4 @@
-"""Strategies: how normalization is treated in a federation. One strategy per file."""
+"""Normalization strategies for federated learning, one per module; all modules are discovered automatically."""
 
 from fedbn.strategies.base import NormStrategy, strategies, strategy
 from fedbn.strategies.ownership import LOCAL, SEEDED, SHARED, Owner

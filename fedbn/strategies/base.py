@@ -1,19 +1,21 @@
-"""A treatment of normalization in federated learning, as a value.
+"""Base class of normalization strategies.
 
-`NormStrategy` is a frozen dataclass. Its class variables say, role by role, whose value counts (`Owner`);
-its fields are hyper-parameters; a few hooks do the rest. The base class is global BN, naively averaged:
-a strategy's file holds only what differs, and lies in ``fedbn.strategies``.
+`NormStrategy` is a frozen dataclass. Its class variables set the owner of each role (`Owner`), its fields are
+hyperparameters, and its hooks change single steps of a round. The base class implements naively averaged global BN; a
+subclass overrides only what differs. All modules of ``fedbn.strategies`` are discovered automatically.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 from torch import Tensor, nn
 
 from fedbn.data.population import Examples, Population, User
+from fedbn.errors import UserError
 from fedbn.nn.conversion import require_statistics
 from fedbn.nn.roles import Role, State
 from fedbn.plugins import discover, parse
@@ -21,13 +23,64 @@ from fedbn.statistics.consensus import Aggregates, ConsensusStep
 from fedbn.statistics.moments import Moments, naive_mean
 from fedbn.strategies.ownership import LOCAL, SEEDED, SHARED, Owner, Ownership
 
+FORMER_HOOKS = {
+    "prepare": "prepare_model",
+    "suit": "validate_population",
+    "measure": "before_local_training",
+    "consult": "sync_first_batch",
+    "begin": "set_training_mode",
+    "before_step": "on_before_optimizer_step",
+    "report": "after_local_training",
+    "pool": "aggregate_statistics",
+    "met": "is_known_client",
+    "view": "group_of",
+    "views": "group_states",
+    "settle": "sync_statistics",
+    "adopt": "load_statistics",
+    "follow": "predict_stream",
+    "gathers": "is_centralized",
+    "consults": "syncs_first_batch",
+    "settles": "syncs_statistics",
+}
+"""Former names of the hooks and flags of `NormStrategy`, and their current names."""
+
+
+def refuse_misspelled_hooks(cls: type, base: type, former: Mapping[str, str]) -> None:
+    """Refuse a class whose hook would be ignored silently because its name is misspelled or outdated.
+
+    Args:
+        cls: a new subclass of ``base``; its own public methods, properties, flags and owners are checked.
+        base: the class that defines the hooks.
+        former: current names of hooks, by former name.
+
+    Raises:
+        UserError: a name that no base class defines is a former hook name or closely resembles a hook name.
+    """
+    for name, value in vars(cls).items():
+        is_inherited = any(hasattr(parent, name) for parent in cls.__bases__)
+        if name.startswith("_") or is_inherited or not (_is_method(value) or isinstance(value, (bool, Owner))):
+            continue
+        hooks = [h for h, v in vars(base).items() if not h.startswith("_") and _is_method(v) == _is_method(value)]
+        near = [former[name]] if name in former else difflib.get_close_matches(name, hooks, n=1, cutoff=0.8)
+        if near and near[0] in hooks:
+            raise UserError(
+                f"class {cls.__name__} defines {name!r}, which {base.__name__} does not use: rename it to {near[0]!r}, "
+                "or start its name with an underscore if it is a helper"
+            )
+
+
+def _is_method(value: object) -> bool:
+    return callable(value) or isinstance(value, (classmethod, property, staticmethod))
+
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands: ``round`` counts from 1 to ``rounds``.
+    """Progress of a run.
 
     Attributes:
-        known: whether the server remembers what this client told it (`NormStrategy.is_known_client`).
+        round: the current round, from 1 to ``rounds``.
+        rounds: number of rounds.
+        known: result of `NormStrategy.is_known_client` for this client.
     """
 
     round: int
@@ -37,15 +90,15 @@ class Progress:
 
 @dataclass(frozen=True)
 class Update:
-    """What one client sends after training.
+    """The message of one client after local training.
 
     Attributes:
         user: index of the client in the population.
-        state: the entries that travel, after local training.
+        state: the shared entries after local training.
         examples: number of training examples.
         loss: mean training loss of the round.
-        notes: what else the treatment tells the server (`NormStrategy.before_local_training`,
-            `NormStrategy.after_local_training`).
+        notes: other tensors for the server (`NormStrategy.before_local_training`,
+            `NormStrategy.after_local_training`, `fedbn.personalization.base.ClientTrainer.notes`).
     """
 
     user: int
@@ -57,17 +110,19 @@ class Update:
 
 @dataclass(frozen=True)
 class NormStrategy:
-    """Global BN: everything shared, running statistics averaged like weights.
+    """Base class of strategies: global BN with all entries shared and statistics averaged like weights.
+
+    A subclass that defines a method or flag with a misspelled or former hook name is refused with a `UserError`.
 
     Attributes:
-        name: what the command line calls it.
-        about: one line for lists.
-        source: authors, year, link.
-        body, head, affine, gate, statistics: the owner of each role. Counters are always local.
-        is_centralized: all seen users' data are brought to one place (the centralized bound).
-        syncs_statistics: `sync_statistics` is held before each evaluation.
-        syncs_first_batch: `sync_first_batch` is held before each round of training.
-        newcomer: in words, what an unseen user starts from.
+        name: name on the command line.
+        about: one-line description.
+        source: authors and year.
+        body, head, affine, gate, statistics: owner of each role. Counters are always local.
+        is_centralized: whether one client trains on all seen users' data (the centralized bound).
+        syncs_statistics: whether clients run `sync_statistics` before each evaluation.
+        syncs_first_batch: whether clients run `sync_first_batch` before each round of training.
+        newcomer: description of the initial state of an unseen user.
     """
 
     name: ClassVar[str]
@@ -82,8 +137,12 @@ class NormStrategy:
     syncs_statistics: ClassVar[bool] = False
     syncs_first_batch: ClassVar[bool] = False
 
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        refuse_misspelled_hooks(cls, NormStrategy, FORMER_HOOKS)
+
     def owners(self) -> dict[Role, Owner]:
-        """Owner of every role."""
+        """Owner of each role."""
         return {
             Role.BODY: self.body,
             Role.HEAD: self.head,
@@ -94,57 +153,57 @@ class NormStrategy:
         }
 
     def prepare_model(self, model: nn.Module) -> nn.Module:
-        """Adapt a freshly built model, in place or as a new one.
+        """Convert a newly built model, in place or as a new one.
 
         Raises:
-            UserError: the strategy makes no sense for this model.
+            UserError: the strategy does not apply to this model.
         """
         require_statistics(model, f"strategy {self.name!r}")
         return model
 
     def validate_population(self, population: Population) -> None:
-        """Raise `UserError` for users that the strategy cannot serve (groups not known, for example)."""
+        """Raise `UserError` if the strategy does not apply to these users (for example without known groups)."""
 
     def before_local_training(self, model: nn.Module, data: Examples, progress: Progress) -> State:
-        """What a client tells about the received model on its data, before it trains; may set the model up by them."""
+        """Statistics the client computes on its data before local training. May modify the model in place."""
         return {}
 
     def sync_first_batch(self, model: nn.Module, batch: Examples, aggregates: Aggregates) -> dict[str, Moments] | None:
-        """What a client says next about its first batch before a round of training (only if ``syncs_first_batch``).
+        """A client's next message about its first batch of a round (only if ``syncs_first_batch``).
 
         Args:
-            model: as received.
-            batch: the rows of the client's first step.
-            aggregates: the answers so far.
+            model: the model as received.
+            batch: examples of the client's first step.
+            aggregates: results of the previous exchanges.
 
         Returns:
-            Moments by name, or None when there is nothing more to say.
+            Moments by name, or None to end the synchronization.
         """
-        raise NotImplementedError(f"{self.name} does not consult")
+        raise NotImplementedError(f"{self.name} does not synchronize first batches")
 
     def set_training_mode(self, model: nn.Module, progress: Progress, aggregates: Aggregates = ()) -> None:
-        """Set the model's mode for one round of local training, given what was heard in consulting."""
+        """Set the model's mode for a round of training, given the results of `sync_first_batch`."""
         model.train()
 
     def on_before_optimizer_step(self, model: nn.Module) -> None:
-        """Look at, or change, the gradients between backward pass and optimizer step."""
+        """Inspect or modify the gradients between backward pass and optimizer step."""
 
     def after_local_training(self, model: nn.Module) -> State:
-        """What a client tells besides its entries after it has trained; may still write statistics into the model."""
+        """Tensors the client sends besides its entries after training. May write statistics into the model."""
         return {}
 
     def aggregate_statistics(
         self, updates: Sequence[Update], weights: Sequence[float], keys: Sequence[str], old: State, progress: Progress
     ) -> State:
-        """The server's new statistics entries ``keys`` from what clients sent and what it had (``old``)."""
+        """New statistics entries ``keys`` of the server, from the updates and its ``old`` entries."""
         return {k: naive_mean([u.state[k] for u in updates], weights) for k in keys}
 
     def is_known_client(self, user: int, known: State) -> bool:
-        """Whether the server has no need to hear from a client again, from what `group_states` remembers."""
+        """Whether the server needs no further statistics from a client, given the memory of `group_states`."""
         return False
 
     def group_of(self, index: int, user: User) -> str:
-        """Name of the view of the server's state that a user gets; users of one view get the same."""
+        """Name of a user's group. Users of one group receive the same state."""
         return ""
 
     def group_states(
@@ -155,44 +214,44 @@ class NormStrategy:
         population: Population,
         known: State,
     ) -> dict[str, State]:
-        """Entries in which views differ from the server's state, by view, after aggregation.
+        """Entries in which a group's state differs from the server's state, by group, after aggregation.
 
         Args:
-            updates: what clients sent.
-            weights: their weights in the mean.
-            table: who owns what.
+            updates: updates of the clients.
+            weights: aggregation weights of the updates.
+            table: ownership of the entries.
             population: all users.
-            known: what the server remembers for this purpose between rounds; written in place.
+            known: memory of this hook between rounds; modified in place.
         """
         return {}
 
     def sync_statistics(self, model: nn.Module, x: Tensor) -> ConsensusStep:
-        """A client's part in agreeing on statistics after aggregation (only if ``syncs_statistics``)."""
-        raise NotImplementedError(f"{self.name} does not settle")
+        """Messages of a client that synchronize statistics after aggregation (only if ``syncs_statistics``)."""
+        raise NotImplementedError(f"{self.name} does not synchronize statistics")
 
     def load_statistics(self, model: nn.Module, aggregates: Aggregates) -> None:
-        """Write the statistics agreed on in settling into a model, in place (only if ``syncs_statistics``)."""
-        raise NotImplementedError(f"{self.name} does not settle")
+        """Load the results of `sync_statistics` into a model, in place (only if ``syncs_statistics``)."""
+        raise NotImplementedError(f"{self.name} does not synchronize statistics")
 
     def predict_stream(self, model: nn.Module, x: Tensor) -> Tensor | None:
-        """Logits of a user's unlabeled stream ``x``, where the strategy adapts in a way of its own; else None.
+        """Logits for a user's unlabeled stream ``x`` if the strategy has its own online adaptation; else None.
 
-        The model is left as it is after the stream.
+        The model keeps its adapted state after the stream.
         """
         return None
 
     @property
     def newcomer(self) -> str:
-        """In words, what a user starts from who has never trained."""
+        """Description of the initial state of a user that took no part in training."""
         owners = self.owners()
         if owners[Role.BODY] is LOCAL:
             return "none: no model is shared"
-        words = {SHARED: "the server's", SEEDED: "the clients' mean", LOCAL: "initial"}
-        return f"statistics {words[owners[Role.STATISTICS]]}, scale and shift {words[owners[Role.AFFINE]]}"
+        origin = {SHARED: "the server's", SEEDED: "the clients' mean", LOCAL: "initial"}
+        return f"statistics {origin[owners[Role.STATISTICS]]}, scale and shift {origin[owners[Role.AFFINE]]}"
 
 
 class StatelessNorm(NormStrategy):
-    """Base of strategies whose normalization keeps no running statistics."""
+    """Base class of strategies whose normalization has no running statistics."""
 
     @property
     def newcomer(self) -> str:
@@ -200,14 +259,14 @@ class StatelessNorm(NormStrategy):
 
 
 def strategies() -> dict[str, type[NormStrategy]]:
-    """All strategies found, by name."""
+    """All available strategies, by name."""
     return discover("fedbn.strategies", NormStrategy)
 
 
 def strategy(text: str) -> NormStrategy:
-    """The strategy that a text such as ``fedbn`` or ``groupnorm:groups=4`` names.
+    """Parse a strategy such as ``fedbn`` or ``groupnorm:groups=4``.
 
     Raises:
-        UserError: unknown strategy or option, with the nearest one suggested.
+        UserError: unknown strategy or option; the message suggests the nearest one.
     """
     return parse(text, "strategy", strategies())

@@ -12,18 +12,18 @@ from fedbn.strategies.base import NormStrategy
 
 @dataclass(frozen=True)
 class BatchRenormStrategy(NormStrategy):
-    """Train by batch statistics corrected towards the running ones, which are shared.
+    """Train with batch statistics that are corrected towards the shared running statistics.
 
     https://arxiv.org/abs/1702.03275, https://arxiv.org/abs/2303.10630
 
     Attributes:
-        r_max: limit of the scale in the end.
-        d_max: limit of the shift in the end.
+        r_max: final limit of the scale correction.
+        d_max: final limit of the shift correction.
         momentum: weight of a batch in the running statistics.
-        start: a client's batches until the limits begin to open. The paper's 5,000, 40,000 and 25,000 are for
-            ImageNet; the defaults are a hundredth and less, in the same proportions.
-        r_full: batches until the scale's limit is open.
-        d_full: batches until the shift's limit is open.
+        start: batches of a client until the limits begin to grow. The paper uses 5,000, 40,000 and 25,000 for ImageNet;
+            the defaults are smaller by a factor of 200, in the same proportions.
+        r_full: batches until the scale limit is reached.
+        d_full: batches until the shift limit is reached.
 
     >>> from torch import nn as torch_nn
     >>> net = torch_nn.Sequential(torch_nn.Linear(3, 4), torch_nn.BatchNorm1d(4))
@@ -32,7 +32,7 @@ class BatchRenormStrategy(NormStrategy):
     """
 
     name = "batch-renorm"
-    about = "BatchRenorm instead of BN; options r_max, d_max, momentum and when the limits open"
+    about = "BatchRenorm instead of BN; options r_max, d_max, momentum, start, r_full, d_full"
     source = "Ioffe 2017"
     r_max: float = 3.0
     d_max: float = 5.0

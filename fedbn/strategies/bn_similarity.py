@@ -17,7 +17,7 @@ class BNSimilarity(SimilarityWeighted):
     r"""Weights :math:`\propto \exp(-D_{ij}/\tau)`.
 
     :math:`D_{ij}` is the mean over layers of :math:`\frac12(\|\Delta\mu\|+\|\Delta\sigma^2\|)`. Only the
-    similarity of https://arxiv.org/abs/2511.18066: not its test-time, class-balanced statistics.
+    similarity of https://arxiv.org/abs/2511.18066 is implemented, without its class-balanced statistics at test time.
 
     Attributes:
         tau: temperature.
@@ -36,11 +36,11 @@ class BNSimilarity(SimilarityWeighted):
             raise UserError(f"bn-similarity: tau must be positive, not {self.tau:g}")
 
     def distance(self, a: dict[str, Moments], b: dict[str, Moments]) -> float:
-        def gap(path: str) -> float:
+        def layer_distance(path: str) -> float:
             means = (a[path].mean - b[path].mean).norm()
             return float(means + (a[path].variance() - b[path].variance()).norm()) / 2
 
-        return sum(map(gap, a)) / len(a)
+        return sum(map(layer_distance, a)) / len(a)
 
-    def weights(self, distances: Tensor, me: int) -> Tensor:
+    def weights(self, distances: Tensor, index: int) -> Tensor:
         return torch.softmax(-distances / self.tau, 0)

@@ -1,4 +1,4 @@
-"""Bound: all seen users' data in one place, trained as one client."""
+"""Centralized bound: one client trains on all seen users' data."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from fedbn.strategies.base import NormStrategy
 
 @dataclass(frozen=True)
 class Centralized(NormStrategy):
-    """One model on the union of the seen users' training data, as many epochs as in federation.
+    """One model, trained on the union of the seen users' data for as many epochs as federated models.
 
-    What federation would give if data could be pooled; it is no upper bound for personal models.
+    The result of federated learning if data could be pooled. Not an upper bound for personalized models.
 
     >>> Centralized.is_centralized
     True
     """
 
     name = "centralized"
-    about = "bound: all seen users' data trained in one place"
+    about = "bound: one model trained on all seen users' pooled data"
     is_centralized = True
 
     def prepare_model(self, model: nn.Module) -> nn.Module:

@@ -1,4 +1,4 @@
-"""DBN: running statistics with a diminishing step, at the clients and at the server (Ma, Klabjan, 2017)."""
+"""DBN: running statistics with a diminishing step size, at clients and server (Ma, Klabjan, 2017)."""
 
 from __future__ import annotations
 
@@ -17,25 +17,26 @@ from fedbn.strategies.global_pooled import GlobalPooled
 
 @dataclass(frozen=True)
 class DBN(GlobalPooled):
-    r"""Server statistics :math:`\lambda_r=\alpha_r\,\mathrm{pooled}_r+(1-\alpha_r)\lambda_{r-1}`, layers likewise.
+    r"""Server statistics :math:`\lambda_r=\alpha_r\,\mathrm{pooled}_r+(1-\alpha_r)\lambda_{r-1}`; layers alike.
 
-    https://arxiv.org/abs/1705.08011. The paper is about one machine; the server's step is its rule, applied to rounds.
+    https://arxiv.org/abs/1705.08011. The paper trains on one machine; the server applies its update rule to rounds.
 
     Attributes:
-        alpha: weight of the new: a number, ``1/m`` or ``1/m^h``; m counts batches (or rounds), in the server rounds.
-        mode: ``inference``: clients train with batch statistics; ``algorithm1``: with the averaged ones, as constants.
-        step: what m counts in the layers: ``iter``, a batch, or ``epoch``, a round.
+        alpha: weight of new statistics: a number, ``1/m`` or ``1/m^h``, where m counts batches or rounds (see ``step``)
+            in the layers and rounds at the server.
+        mode: ``inference``: clients train with batch statistics; ``algorithm1``: with averaged statistics as constants.
+        step: unit of m in the layers: ``iter`` (batches) or ``epoch`` (rounds).
         stat: average standard deviations, as in the paper, or variances.
 
     >>> import torch; from fedbn.strategies.base import Update
-    >>> now = Update(0, {"bn.running_mean": torch.tensor([4.0]), "bn.running_var": torch.tensor([9.0])}, 1, 0.0)
+    >>> update = Update(0, {"bn.running_mean": torch.tensor([4.0]), "bn.running_var": torch.tensor([9.0])}, 1, 0.0)
     >>> old = {"bn.running_mean": torch.tensor([0.0]), "bn.running_var": torch.tensor([1.0])}
-    >>> DBN("0.5").aggregate_statistics([now], [1], list(old), old, Progress(2, 2))
+    >>> DBN("0.5").aggregate_statistics([update], [1], list(old), old, Progress(2, 2))
     {'bn.running_mean': tensor([2.]), 'bn.running_var': tensor([4.])}
     """
 
     name = "dbn"
-    about = "statistics with diminishing step; options alpha (0.25, 1/m, 1/m^2), mode, step, stat"
+    about = "statistics with a diminishing step size; options alpha (0.25, 1/m, 1/m^2), mode, step, stat"
     source = "Ma & Klabjan 2017"
     alpha: str = "0.25"
     mode: Literal["inference", "algorithm1"] = "inference"
@@ -53,13 +54,11 @@ class DBN(GlobalPooled):
     def aggregate_statistics(
         self, updates: Sequence[Update], weights: Sequence[float], keys: Sequence[str], old: State, progress: Progress
     ) -> State:
-        now, alpha = (
-            super().aggregate_statistics(updates, weights, keys, old, progress),
-            schedule(self.alpha)(progress.round),
-        )
+        new = super().aggregate_statistics(updates, weights, keys, old, progress)
+        alpha = schedule(self.alpha)(progress.round)
         for key in keys:
             if key.endswith("running_mean"):
-                now[key] = old[key].lerp(now[key], alpha)
+                new[key] = old[key].lerp(new[key], alpha)
             elif key.endswith("running_var"):
-                now[key] = diminished(old[key], now[key], alpha, self.stat)
-        return now
+                new[key] = diminished(old[key], new[key], alpha, self.stat)
+        return new

@@ -1,4 +1,4 @@
-"""Statistics weighted by how little a client's diverge from all clients' together: a stand-in for FedDNA."""
+"""Statistics pooled with weights that decrease with divergence from the pool: a stand-in for FedDNA."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from fedbn.strategies.global_pooled import GlobalPooled
 class DivergencePooled(GlobalPooled):
     r"""Pool statistics with weights :math:`w_k \exp(-d_k/\bar d)`, :math:`d_k` the W2 distance to the plain pool.
 
-    FedDNA (Duan, Li, Lu, 2021) finds such importance weights with an adversarial autoencoder at the server; no code of
-    it is public. This keeps the idea that outlying statistics should count less, and nothing else.
+    FedDNA (Duan, Li, Lu, 2021) computes importance weights with an adversarial autoencoder at the server; its code is
+    not public. This strategy only keeps the idea that outlying statistics should count less.
 
     >>> DivergencePooled.name
     'divergence-pooled'
     """
 
     name = "divergence-pooled"
-    about = "global BN whose pooled statistics count outlying clients less (stand-in for FedDNA)"
+    about = "global BN; outlying clients count less in the pooled statistics (stand-in for FedDNA)"
     source = "after Duan et al. 2021"
 
     def aggregate_statistics(
         self, updates: Sequence[Update], weights: Sequence[float], keys: Sequence[str], old: State, progress: Progress
     ) -> State:
         center = super().aggregate_statistics(updates, weights, keys, old, progress)
-        far = [_distance(u.state, center) for u in updates]
-        scale = max(sum(far) / len(far), 1e-12)
-        shares = [w * math.exp(-d / scale) for w, d in zip(weights, far, strict=True)]
+        distances = [_distance(u.state, center) for u in updates]
+        scale = max(sum(distances) / len(distances), 1e-12)
+        shares = [w * math.exp(-d / scale) for w, d in zip(weights, distances, strict=True)]
         return super().aggregate_statistics(updates, shares, keys, old, progress)
 
 

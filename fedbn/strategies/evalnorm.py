@@ -1,4 +1,4 @@
-"""EvalNorm: global BN whose evaluation knows how small the training batches were (Singh, Shrivastava, ICCV 2019)."""
+"""EvalNorm: global BN with evaluation that corrects for small training batches (Singh, Shrivastava, ICCV 2019)."""
 
 from __future__ import annotations
 
@@ -13,14 +13,12 @@ from fedbn.strategies.base import NormStrategy
 
 @dataclass(frozen=True)
 class EvalNormStrategy(NormStrategy):
-    """Train as global BN, to the last bit; evaluate each sample as part of a batch of M.
+    """Train exactly like global BN; evaluate each sample as part of a batch of size M.
 
-    https://arxiv.org/abs/1904.06031
-
-    M, the rows of a batch, is recorded by the clients and averaged like statistics.
+    https://arxiv.org/abs/1904.06031. The clients record the batch size M; it is averaged like statistics.
 
     Attributes:
-        rule: weight of the sample in its statistics: ``1/M``, ``1/M^2`` or ``learned`` in training.
+        rule: weight of a sample in its statistics: ``1/M``, ``1/M^2`` or ``learned`` in training.
 
     >>> from torch import nn as torch_nn
     >>> net = torch_nn.Sequential(torch_nn.Linear(3, 4), torch_nn.BatchNorm1d(4))
@@ -29,7 +27,7 @@ class EvalNormStrategy(NormStrategy):
     """
 
     name = "evalnorm"
-    about = "global BN; each sample weighs in its own statistics in evaluation; option rule"
+    about = "global BN; each sample contributes to its own statistics in evaluation; option rule"
     source = "Singh & Shrivastava 2019"
     rule: Literal["1/M", "1/M^2", "learned"] = "1/M"
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from fedbn.nn.conversion import channels_of, replace_norms, require_statistics
+from fedbn.nn.conversion import channels_of, replace_norms
 from fedbn.nn.roles import State
-from fedbn.norms.shared_statistics import SharedStatisticsNorm, layers
+from fedbn.norms.shared_statistics import SharedStatisticsNorm, shared_statistics_layers
 from fedbn.statistics.consensus import Aggregates
 from fedbn.strategies.base import Progress, Update
 from fedbn.strategies.global_pooled import GlobalPooled
@@ -17,11 +17,10 @@ from fedbn.strategies.global_pooled import GlobalPooled
 
 @dataclass(frozen=True)
 class FBN(GlobalPooled):
-    """Clients normalize by the server's statistics and send averages of their batches'; the server follows slowly.
+    """Clients normalize with the server's statistics and send their batch statistics; the server averages slowly.
 
-    https://arxiv.org/abs/2405.14670. The new statistics are ``rate`` times the clients' pooled ones plus the rest of
-    the old. They start at 0 and 1, so the first rounds are hardly normalized. The paper's robust aggregation is left
-    out.
+    https://arxiv.org/abs/2405.14670. The server's statistics move by ``rate`` towards the clients' pooled ones. They
+    start at 0 and 1, so the first rounds are hardly normalized. The paper's robust aggregation is not included.
 
     Attributes:
         rate: weight of a round's statistics.
@@ -36,18 +35,18 @@ class FBN(GlobalPooled):
     rate: float = 0.1
 
     def prepare_model(self, model: nn.Module) -> nn.Module:
-        require_statistics(model, f"strategy {self.name!r}")
         return replace_norms(
-            model, lambda _, old: SharedStatisticsNorm(channels_of(old), affine=old.weight is not None)
+            super().prepare_model(model),
+            lambda _, old: SharedStatisticsNorm(channels_of(old), affine=old.weight is not None),
         )
 
     def set_training_mode(self, model: nn.Module, progress: Progress, aggregates: Aggregates = ()) -> None:
         model.train()
-        for layer in layers(model):
-            layer.begin()
+        for layer in shared_statistics_layers(model):
+            layer.reset_sums()
 
     def after_local_training(self, model: nn.Module) -> State:
-        for layer in layers(model):
+        for layer in shared_statistics_layers(model):
             layer.publish()
         return {}
 

@@ -1,4 +1,4 @@
-"""Features of fixed length before the classifier, no other normalization (Zhang et al., TMLR 2024)."""
+"""Features of fixed norm before the classifier, without other normalization (Zhang et al., TMLR 2024)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fedbn.strategies.base import StatelessNorm
 
 @dataclass(frozen=True)
 class FeatureNorm(StatelessNorm):
-    """What helps under extreme label skew in layer normalization, by itself. https://arxiv.org/abs/2308.09565
+    """Only feature normalization, the part of LayerNorm that helps under label skew. https://arxiv.org/abs/2308.09565
 
     >>> from torch import nn as torch_nn
     >>> net = torch_nn.Sequential(torch_nn.Linear(3, 4), torch_nn.BatchNorm1d(4), torch_nn.Linear(4, 2))
@@ -21,7 +21,7 @@ class FeatureNorm(StatelessNorm):
     """
 
     name = "feature-norm"
-    about = "features of fixed length before the classifier instead of BN (FedFN)"
+    about = "features of fixed norm before the classifier instead of BN (FedFN)"
     source = "Zhang et al. 2024"
 
     def prepare_model(self, model: nn.Module) -> nn.Module:

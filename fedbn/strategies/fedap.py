@@ -16,7 +16,8 @@ class FedAP(SimilarityWeighted):
     r"""Client :math:`i` gets :math:`\sum_j W_{ij}\theta_j`; :math:`W_{ii}=\lambda`, others :math:`\propto 1/d_{ij}`.
 
     :math:`d_{ij}=\sum_\ell \sqrt{\|\mu_i-\mu_j\|^2+\|\sigma_i-\sigma_j\|^2}` over all BN layers' inputs, measured once
-    after a warm-up of FedBN (f-FedAP). https://arxiv.org/abs/2112.00734. An unseen user gets the mean of all.
+    after a warm-up of FedBN (f-FedAP). https://arxiv.org/abs/2112.00734. Unseen users get the mean of all
+    clients.
 
     Attributes:
         lam: weight of a client's own parameters.
@@ -37,11 +38,11 @@ class FedAP(SimilarityWeighted):
     def distance(self, a: dict[str, Moments], b: dict[str, Moments]) -> float:
         return sum(float(a[path].w2(b[path])) for path in a)
 
-    def weights(self, distances: Tensor, me: int) -> Tensor:
-        near = 1 / distances.clamp_min(1e-12)
-        if me < 0:
-            return near / near.sum()
-        near[me] = 0
-        out = (1 - self.lam) * near / near.sum()
-        out[me] = self.lam
+    def weights(self, distances: Tensor, index: int) -> Tensor:
+        proximity = 1 / distances.clamp_min(1e-12)
+        if index < 0:
+            return proximity / proximity.sum()
+        proximity[index] = 0
+        out = (1 - self.lam) * proximity / proximity.sum()
+        out[index] = self.lam
         return out

@@ -1,4 +1,4 @@
-"""FedBN: batch normalization stays local, the rest is averaged (Li, Jiang, Zhang, Kamp, Dou, ICLR 2021)."""
+"""FedBN: BN layers stay local, all other entries are averaged (Li, Jiang, Zhang, Kamp, Dou, ICLR 2021)."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from fedbn.strategies.ownership import LOCAL
 
 @dataclass(frozen=True)
 class FedBN(NormStrategy):
-    """Keep scale, shift and statistics of every BN layer at home. https://arxiv.org/abs/2102.07623
+    """Scale, shift and statistics of BN layers stay at the client. https://arxiv.org/abs/2102.07623
 
-    The paper leaves open what an unseen client uses; here it starts from initial BN. For the authors' advice (the
-    mean of the clients') see `fedbn-seeded`.
+    The paper does not define the BN entries of an unseen client; here they keep their initial values. `fedbn-seeded`
+    implements the authors' advice, the mean of the clients' entries.
 
     >>> sorted(str(role) for role, owner in FedBN().owners().items() if owner is LOCAL)
     ['affine', 'counter', 'statistics']

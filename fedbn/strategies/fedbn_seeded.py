@@ -1,4 +1,4 @@
-"""FedBN that can serve newcomers: BN entries stay each client's own, and their mean is kept for the unseen."""
+"""FedBN with an initial state for unseen users: the mean of the clients' BN entries."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from fedbn.strategies.ownership import SEEDED
 
 @dataclass(frozen=True)
 class FedBNSeeded(GlobalPooled):
-    """FedBN for those who train, the mean BN for those who do not; the authors' advice for unseen clients.
+    """FedBN for seen users; unseen users start from the clients' mean BN, as the authors advise.
 
-    Variances are pooled with the spread of the means. Seen users get exactly what FedBN gives them.
+    Pooled variances include the variance of the means. Seen users get exactly the same models as with FedBN.
 
     >>> str(FedBNSeeded.statistics)
     'seeded'

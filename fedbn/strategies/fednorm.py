@@ -16,10 +16,10 @@ from fedbn.strategies.ownership import Ownership
 
 @dataclass(frozen=True)
 class FedNorm(GlobalPooled):
-    """Statistics, scale and shift are averaged within a group - a modality, a device, a body side - the rest over all.
+    """Statistics, scale and shift are averaged within groups, all other entries over all clients.
 
-    https://arxiv.org/abs/2205.11096. A user's group is its domain, known beforehand; an unseen user gets its group's
-    entries.
+    https://arxiv.org/abs/2205.11096. A user's group is its known domain, such as a modality, a device or a body side.
+    Unseen users get the entries of their group.
 
     >>> FedNorm().group_of(0, User("a", "left", None, None))
     'left'
@@ -32,9 +32,9 @@ class FedNorm(GlobalPooled):
     def validate_population(self, population: Population) -> None:
         if len(population.users) > 1 and len({u.domain for u in population.users}) < 2:
             raise UserError(
-                "fednorm needs users of known groups, and all these are of one "
-                f"({population.users[0].domain or 'unnamed'}): use watch (left, right), digits (domains), or "
-                "global-pooled"
+                "fednorm needs users of known groups, but all users here belong to one group "
+                f"({population.users[0].domain or 'unnamed'}): use scenario watch (left, right) or digits (domains), "
+                "or strategy global-pooled"
             )
 
     def group_of(self, index: int, user: User) -> str:
@@ -48,12 +48,11 @@ class FedNorm(GlobalPooled):
         population: Population,
         known: State,
     ) -> dict[str, State]:
-        statistics = [k for k in table.travels if table.roles[k] is Role.STATISTICS]
         affine = [k for k in table.travels if table.roles[k] is Role.AFFINE]
         out: dict[str, State] = {}
         for group in dict.fromkeys(population.users[u.user].domain for u in updates):
-            mine = [(u, w) for u, w in zip(updates, weights, strict=True) if population.users[u.user].domain == group]
-            members, shares = [u for u, _ in mine], [w for _, w in mine]
+            pairs = [(u, w) for u, w in zip(updates, weights, strict=True) if population.users[u.user].domain == group]
+            members, shares = [u for u, _ in pairs], [w for _, w in pairs]
             out[group] = {k: naive_mean([u.state[k] for u in members], shares) for k in affine}
-            out[group] |= self.aggregate_statistics(members, shares, statistics, {}, Progress(1, 1))
+            out[group] |= self.aggregate_statistics(members, shares, table.shared_statistics, {}, Progress(1, 1))
         return out

@@ -1,4 +1,4 @@
-"""FedTAN: statistics and their gradients agreed on layer by layer (Wang, Shi, Chang, 2023)."""
+"""FedTAN: BN statistics and their gradients synchronized layer by layer (Wang, Shi, Chang, 2023)."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import cast
 from torch import nn
 
 from fedbn.data.population import Examples
-from fedbn.nn.conversion import replace_norms, require_statistics
-from fedbn.norms.exchanged import Exchange, ExchangedNorm, exchanged_layers, speak
+from fedbn.nn.conversion import replace_norms
+from fedbn.norms.exchanged import Exchange, ExchangedNorm, exchanged_layers, next_message
 from fedbn.statistics.consensus import Aggregates
 from fedbn.statistics.moments import Moments
 from fedbn.strategies.base import NormStrategy, Progress
@@ -17,50 +17,50 @@ from fedbn.strategies.base import NormStrategy, Progress
 
 @dataclass(frozen=True)
 class FedTAN(NormStrategy):
-    """The first local step of a round is a step of centralized training on all clients' first batches.
+    """The first local step of a round equals a centralized step on the first batches of all clients.
 
-    https://arxiv.org/abs/2301.02982. A client says its batch mean, then its mean square about the common mean, layer
-    after layer; backwards, its statistic gradients: 3L exchanges for L layers, and one of the model. Weights are the
-    numbers of values (the released code's are uniform). The other steps are ordinary BN. Any model: what a pass meets.
+    https://arxiv.org/abs/2301.02982. Layer by layer, clients send their batch mean, then their mean square about the
+    common mean, and in the backward pass their statistic gradients: 3L exchanges for L layers, and one of the model.
+    Weights are the numbers of values (uniform in the released code). All other steps are ordinary BN. Layers are
+    synchronized in the order of the forward pass, so any model is supported.
 
     >>> FedTAN.syncs_first_batch
     True
     """
 
     name = "fedtan"
-    about = "first step of a round by exact global statistics and statistic gradients, 3L+1 exchanges"
+    about = "first step of a round with exact global statistics and statistic gradients; 3L+1 exchanges"
     source = "Wang et al. 2023"
     syncs_first_batch = True
 
     def prepare_model(self, model: nn.Module) -> nn.Module:
-        require_statistics(model, f"strategy {self.name!r}")
-
         def make(_: str, old: nn.Module) -> nn.Module:
             bn = cast(nn.BatchNorm2d, old)
             return ExchangedNorm(bn.num_features, bn.eps, bn.momentum, bn.affine)
 
-        return replace_norms(model, make)
+        return replace_norms(super().prepare_model(model), make)
 
     def sync_first_batch(self, model: nn.Module, batch: Examples, aggregates: Aggregates) -> dict[str, Moments] | None:
         model.train()
-        said = speak(model, batch.x, batch.y, _told(model, aggregates))
-        if said is None:
+        message = next_message(model, batch.x, batch.y, _exchanges(model, aggregates))
+        if message is None:
             return None
-        n = next(v for k, v in said.items() if k.endswith("|n"))
-        return {k: Moments.from_variance(n, v.cpu(), v.cpu() * 0) for k, v in said.items() if not k.endswith("|n")}
+        n = next(v for k, v in message.items() if k.endswith("|n"))
+        return {k: Moments.from_variance(n, v.cpu(), v.cpu() * 0) for k, v in message.items() if not k.endswith("|n")}
 
     def set_training_mode(self, model: nn.Module, progress: Progress, aggregates: Aggregates = ()) -> None:
         model.train()
-        told = _told(model, aggregates) if aggregates else {}
+        exchanges = _exchanges(model, aggregates) if aggregates else {}
         for path, layer in exchanged_layers(model).items():
-            layer.exchange = told.get(path)
+            layer.exchange = exchanges.get(path)
 
 
-def _told(model: nn.Module, aggregates: Aggregates) -> dict[str, Exchange]:
-    told = {path: Exchange() for path in exchanged_layers(model)}
-    for answer in aggregates:
-        for key, moments in answer.items():
+def _exchanges(model: nn.Module, aggregates: Aggregates) -> dict[str, Exchange]:
+    """Global statistics and gradients received so far, by layer."""
+    exchanges = {path: Exchange() for path in exchanged_layers(model)}
+    for aggregate in aggregates:
+        for key, moments in aggregate.items():
             path, _, name = key.rpartition("|")
-            setattr(told[path], name, moments.mean)
-            told[path].total = float(moments.n)
-    return told
+            setattr(exchanges[path], name, moments.mean)
+            exchanges[path].total = float(moments.n)
+    return exchanges

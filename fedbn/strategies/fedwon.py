@@ -1,4 +1,4 @@
-"""FedWon: no normalization; scaled standardized weights and clipped gradients (Zhuang, Lyu, ICLR 2024)."""
+"""FedWon: no normalization; scaled weight standardization and adaptive gradient clipping (Zhuang, Lyu, ICLR 2024)."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from fedbn.strategies.base import StatelessNorm
 
 @dataclass(frozen=True)
 class FedWon(StatelessNorm):
-    """Nothing depends on the batch, so batches of one will do. https://arxiv.org/abs/2306.05879
+    """Independent of the batch, so that a batch size of 1 works. https://arxiv.org/abs/2306.05879
 
     Attributes:
-        clip: largest size of a unit's gradient, relative to its weights (lambda); the classifier's is not clipped.
+        clip: largest gradient norm of a unit, relative to its weights (lambda); the classifier is not clipped.
 
     >>> from torch import nn as torch_nn
     >>> net = torch_nn.Sequential(torch_nn.Conv1d(3, 4, 2), torch_nn.BatchNorm1d(4), torch_nn.Flatten())
@@ -33,7 +33,7 @@ class FedWon(StatelessNorm):
 
     def prepare_model(self, model: nn.Module) -> nn.Module:
         if not self.clip > 0:
-            raise UserError(f"fedwon: clip={self.clip} would stop all learning; give a positive number, e.g. 0.16")
+            raise UserError(f"fedwon: clip={self.clip} would stop all learning; use a positive number such as 0.16")
         return convert(model, "fedwon")
 
     def on_before_optimizer_step(self, model: nn.Module) -> None:

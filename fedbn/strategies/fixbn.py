@@ -1,4 +1,4 @@
-"""FixBN: BN trained as ever, then frozen (Zhong, Chen, Chao, 2023)."""
+"""FixBN: standard BN in the first rounds, frozen statistics afterwards (Zhong, Chen, Chao, 2023)."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from fedbn.strategies.base import NormStrategy, Progress
 
 @dataclass(frozen=True)
 class FixBN(NormStrategy):
-    """Stage 1 is FedAvg with BN; from then on the aggregated statistics are constants, in training too.
+    """Stage 1 is FedAvg with BN; afterwards the aggregated statistics are constants, also in training.
 
-    https://arxiv.org/abs/2303.06530. Only normalization layers are put in evaluation mode: dropout stays on, and
-    scale and shift go on training. The paper also keeps clients' momentum between rounds: ``--optimizer-state keep``.
+    https://arxiv.org/abs/2303.06530. Only normalization layers switch to evaluation mode: dropout stays active, and
+    scale and shift are still trained. The paper also keeps clients' momentum between rounds
+    (``--optimizer-state keep``).
 
     Attributes:
         stage1: share of the rounds in stage 1.
@@ -28,7 +29,7 @@ class FixBN(NormStrategy):
     """
 
     name = "fixbn"
-    about = "global BN, its statistics frozen after half of the rounds; option stage1"
+    about = "global BN with statistics frozen after a share of the rounds; option stage1 (0.5)"
     source = "Zhong et al. 2023"
     stage1: float = 0.5
 

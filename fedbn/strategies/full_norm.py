@@ -1,4 +1,4 @@
-"""Full normalization: statistics and their gradients follow all clients' data (Lian, Liu, AISTATS 2019)."""
+"""Full normalization: statistics and their gradients track all clients' data (Lian, Liu, AISTATS 2019)."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from fedbn.strategies.global_pooled import GlobalPooled
 
 @dataclass(frozen=True)
 class FullNormStrategy(GlobalPooled):
-    """Train by running statistics and running statistic gradients, both shared. https://arxiv.org/abs/1810.06177
+    """Train with shared running statistics and running statistic gradients. https://arxiv.org/abs/1810.06177
 
-    First and second moments and statistic gradients are linear in the data, so their mean over clients is what one
-    place would have: the pooled variance is the one of the mean second moment. The learning rate must be small
-    against ``a``; with momentum or a large rate it diverges, hence the clipping. Federated use is this project's.
+    Moments and statistic gradients are linear in the data, so their mean over clients equals the centralized value; the
+    pooled variance is that of the mean second moment. The learning rate must be small compared with ``a``: training
+    diverges with momentum or a large rate, hence the clipping. The federated version is this project's own.
 
     Attributes:
-        a: weight of a batch.
-        clip: largest norm of the whole gradient.
+        a: weight of a batch in the running values.
+        clip: largest norm of the gradient of all parameters.
 
     >>> from torch import nn as torch_nn
     >>> FullNormStrategy(a=0.05).prepare_model(torch_nn.Sequential(torch_nn.Linear(3, 4), torch_nn.BatchNorm1d(4)))[1].a

@@ -12,10 +12,10 @@ from fedbn.strategies.base import NormStrategy
 
 @dataclass(frozen=True)
 class GhostBNStrategy(NormStrategy):
-    """Normalize parts of each batch by themselves; running statistics are shared. https://arxiv.org/abs/1705.08741
+    """Normalize parts of each batch separately; running statistics are shared. https://arxiv.org/abs/1705.08741
 
     Attributes:
-        size: rows of a part.
+        size: rows per part.
 
     >>> from torch import nn as torch_nn
     >>> net = torch_nn.Sequential(torch_nn.Linear(3, 4), torch_nn.BatchNorm1d(4))
@@ -24,7 +24,7 @@ class GhostBNStrategy(NormStrategy):
     """
 
     name = "ghost-bn"
-    about = "BN over parts of the batch; option size (rows of a part)"
+    about = "BN over parts of the batch; option size (rows per part)"
     source = "Hoffer et al. 2017"
     size: int = 8
 

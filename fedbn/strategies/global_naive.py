@@ -1,4 +1,4 @@
-"""Global BN as FedAvg does it on a whole state dict: running variances averaged like weights."""
+"""Global BN with FedAvg on the whole state dict: running variances are averaged like weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fedbn.strategies.base import NormStrategy
 
 @dataclass(frozen=True)
 class GlobalNaive(NormStrategy):
-    r"""Share everything; :math:`\sigma^2 \leftarrow \sum_k w_k \sigma_k^2`, without the spread between the means.
+    r"""Share all entries; :math:`\sigma^2 \leftarrow \sum_k w_k \sigma_k^2`, without the variance of the means.
 
     McMahan, Moore, Ramage, Hampson, Agüera y Arcas, 2017, https://arxiv.org/abs/1602.05629
 

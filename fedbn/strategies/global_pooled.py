@@ -12,10 +12,10 @@ from fedbn.strategies.base import NormStrategy, Progress, Update
 
 @dataclass(frozen=True)
 class GlobalPooled(NormStrategy):
-    r"""Share everything; :math:`\sigma^2 \leftarrow \sum_k w_k \sigma_k^2 + \sum_k w_k (\mu_k-\mu)^2`.
+    r"""Share all entries; :math:`\sigma^2 \leftarrow \sum_k w_k \sigma_k^2 + \sum_k w_k (\mu_k-\mu)^2`.
 
-    Law of total variance. It is exact for moments measured under one set of weights; running averages of
-    clients that trained apart are not, which `global-recalibrated` mends.
+    Law of total variance. It is exact for moments measured under the same weights. Running averages of clients with
+    different local weights are not, which `global-recalibrated` corrects.
 
     >>> import torch; from fedbn.strategies.base import Update
     >>> def client(i, mean): return Update(

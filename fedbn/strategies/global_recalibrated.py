@@ -1,4 +1,4 @@
-"""Global BN whose statistics are measured again, layer by layer, under the aggregated weights."""
+"""Global BN with statistics re-measured layer by layer under the aggregated weights."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from fedbn.strategies.base import NormStrategy
 
 @dataclass(frozen=True)
 class GlobalRecalibrated(NormStrategy):
-    """Train as global BN; before each evaluation every client passes its data forward, one layer after the other.
+    """Train as global BN; before each evaluation the clients measure the statistics again, layer by layer.
 
-    Running averages describe each client's own drifted weights, not the average of the weights. The pass gives the
-    exact moments of the union of all clients' data under the weights that are used: static BN of HeteroFL with pooled
-    moments in place of a mean of batch variances. Diao, Ding, Tarokh, 2021, https://arxiv.org/abs/2010.01264
-    One exchange of moments a BN layer.
+    Running averages belong to each client's drifted weights, not to the averaged weights. The extra pass computes the
+    exact moments of all clients' data under the averaged weights: static BN of HeteroFL with pooled moments instead of
+    a mean of batch variances. Diao, Ding, Tarokh, 2021, https://arxiv.org/abs/2010.01264
+    One exchange of moments per BN layer.
 
     >>> GlobalRecalibrated.syncs_statistics
     True
@@ -35,6 +35,6 @@ class GlobalRecalibrated(NormStrategy):
 
     def load_statistics(self, model: nn.Module, aggregates: Aggregates) -> None:
         layers = statistics_layers(model)
-        for answer in aggregates:
-            for path, moments in answer.items():
+        for aggregate in aggregates:
+            for path, moments in aggregate.items():
                 set_statistics(layers[path], moments)

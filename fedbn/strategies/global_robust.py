@@ -1,4 +1,4 @@
-"""Global BN whose statistics a minority of clients cannot poison."""
+"""Global BN with statistics that are robust to a minority of poisoning clients."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from fedbn.strategies.base import NormStrategy, Progress, Update
 
 @dataclass(frozen=True)
 class GlobalRobust(NormStrategy):
-    """Share everything; pool statistics by a trimmed mean or a median in moments space. Every client counts the same.
+    """Share all entries; pool statistics by a trimmed mean or median of moments, with equal client weights.
 
-    Parameters are averaged as ever: this guards the statistics, through which one client can switch a network off.
+    Parameters are averaged as usual. Only the statistics are protected, through which a single client can disable a
+    network.
 
     Attributes:
         how: ``trimmed`` or ``median``.
-        trim: share of the clients cut off at either end of every channel.
+        trim: share of the clients that is removed at either end, per channel.
 
     >>> import torch; from fedbn.strategies.base import Update
     >>> def client(i, var): return Update(
@@ -39,7 +40,7 @@ class GlobalRobust(NormStrategy):
 
     def __post_init__(self) -> None:
         if not 0 <= self.trim < 0.5:
-            raise UserError(f"global-robust: trim is a share in [0, 0.5), not {self.trim}")
+            raise UserError(f"global-robust: trim must lie in [0, 0.5), not {self.trim}")
 
     def aggregate_statistics(
         self, updates: Sequence[Update], weights: Sequence[float], keys: Sequence[str], old: State, progress: Progress
@@ -50,8 +51,8 @@ class GlobalRobust(NormStrategy):
             values = [s[key] for s in states]
             mean = key.removesuffix("running_var") + "running_mean"
             if key.endswith("running_var") and mean in keys:
-                found = robust_moments([s[mean] for s in states], values, self.how, self.trim)[1]
+                value = robust_moments([s[mean] for s in states], values, self.how, self.trim)[1]
             else:
-                found = location(values, self.how, self.trim)
-            out[key] = found.to(values[0].device, values[0].dtype)
+                value = location(values, self.how, self.trim)
+            out[key] = value.to(values[0].device, values[0].dtype)
         return out

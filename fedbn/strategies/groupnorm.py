@@ -12,13 +12,13 @@ from fedbn.strategies.base import StatelessNorm
 
 @dataclass(frozen=True)
 class GroupNorm(StatelessNorm):
-    """Normalize each sample over groups of channels: nothing to share but scale and shift.
+    """Normalize each sample over groups of channels; only scale and shift are shared.
 
     https://arxiv.org/abs/1803.08494, https://arxiv.org/abs/1910.00189
 
     Attributes:
-        groups: groups wished; the largest divisor of each layer's channels not above it is taken.
-        channels: channels per group instead of ``groups``.
+        groups: largest number of groups; each layer uses the largest divisor of its channels up to this number.
+        channels: channels per group; overrides ``groups``.
 
     >>> from torch import nn as torch_nn
     >>> net = torch_nn.Sequential(torch_nn.Conv2d(3, 48, 1), torch_nn.BatchNorm2d(48))

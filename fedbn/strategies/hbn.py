@@ -1,4 +1,4 @@
-"""HBN: a learnt mixture of global and batch statistics (Chen, Xu, Wu, Kittler, ICML 2025)."""
+"""HBN: a learned mixture of global and batch statistics (Chen, Xu, Wu, Kittler, ICML 2025)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fedbn.data.population import Examples
-from fedbn.nn.conversion import channels_of, replace_norms, require_statistics
+from fedbn.nn.conversion import channels_of, replace_norms
 from fedbn.nn.roles import State
 from fedbn.norms.hybrid import HybridNorm, hybrid_layers, measuring
 from fedbn.statistics.consensus import Aggregates, ConsensusStep
@@ -22,10 +22,10 @@ from fedbn.strategies.ownership import SEEDED
 
 @dataclass(frozen=True)
 class HBN(GlobalPooled):
-    """Mixing weights stay at the client; statistics are measured in a pass of their own over the first 64 rows.
+    """Mixing weights are local; statistics are measured in a separate pass over the first 64 rows.
 
-    https://arxiv.org/abs/2505.21877, with the authors' released pass over one unshuffled batch; `HBNFull` passes over
-    all rows. The server moves its statistics by ``rate`` a round, and measures them anew before each evaluation.
+    https://arxiv.org/abs/2505.21877. Like the released code, the pass uses one unshuffled batch; `HBNFull` uses all
+    rows. The server's statistics move by ``rate`` per round and are measured again before each evaluation.
 
     Attributes:
         rate: weight of a round's statistics.
@@ -35,7 +35,7 @@ class HBN(GlobalPooled):
     """
 
     name = "hbn"
-    about = "learnt mixture of global and batch statistics, measured on the first 64 rows"
+    about = "learned mixture of global and batch statistics, measured on the first 64 rows"
     source = "Chen et al. 2025"
     gate = SEEDED
     syncs_statistics = True
@@ -43,7 +43,7 @@ class HBN(GlobalPooled):
     rate: float = 0.002
 
     def prepare_model(self, model: nn.Module) -> nn.Module:
-        require_statistics(model, f"strategy {self.name!r}")
+        model = super().prepare_model(model)
         return replace_norms(model, lambda _, old: HybridNorm(channels_of(old), affine=old.weight is not None))
 
     def before_local_training(self, model: nn.Module, data: Examples, progress: Progress) -> State:
@@ -66,12 +66,12 @@ class HBN(GlobalPooled):
         yield {path: layer.measured for path, layer in self._pass(model, x).items() if layer.measured is not None}
 
     def load_statistics(self, model: nn.Module, aggregates: Aggregates) -> None:
-        found = hybrid_layers(model)
+        layers = hybrid_layers(model)
         for path, moments in aggregates[0].items():
-            set_statistics(found[path], moments)
+            set_statistics(layers[path], moments)
 
     def _pass(self, model: nn.Module, x: Tensor) -> dict[str, HybridNorm]:
-        with torch.no_grad(), measuring(model) as found:
+        with torch.no_grad(), measuring(model) as layers:
             for rows in x[: self.rows].split(64):
                 model(rows)
-        return found
+        return layers

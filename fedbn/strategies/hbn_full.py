@@ -1,4 +1,4 @@
-"""HBN with a statistics pass over all of a client's rows."""
+"""HBN with a statistics pass over all rows of a client."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from fedbn.strategies.hbn import HBN
 
 @dataclass(frozen=True)
 class HBNFull(HBN):
-    """As the method is described, where the released code stops after one batch. https://arxiv.org/abs/2505.21877
+    """HBN as described in the paper; the released code uses one batch only. https://arxiv.org/abs/2505.21877
 
     >>> HBNFull.rows is None
     True
     """
 
     name = "hbn-full"
-    about = "HBN whose statistics pass goes over all rows"
+    about = "HBN with a statistics pass over all rows"
     source = "Chen et al. 2025"
     rows: ClassVar[int | None] = None

@@ -15,7 +15,7 @@ class IABNStrategy(NormStrategy):
     """Train and evaluate with IABN, the normalization of NOTE; statistics are shared. https://arxiv.org/abs/2208.05117
 
     Attributes:
-        k: standard errors by which a sample may differ uncorrected.
+        k: number of standard errors by which a sample may differ without correction.
 
     >>> from torch import nn as torch_nn
     >>> IABNStrategy(k=2.0).prepare_model(torch_nn.Sequential(torch_nn.Conv1d(3, 4, 2), torch_nn.BatchNorm1d(4)))[1].k

@@ -14,7 +14,7 @@ from fedbn.strategies.base import StatelessNorm
 class InstanceNorm(StatelessNorm):
     """Normalize each channel of each sample over its positions. https://arxiv.org/abs/1607.08022
 
-    Layers that follow a linear layer have no positions; a model with such layers is refused.
+    Models with normalization after a linear layer are refused, because its output has no positions.
 
     >>> from torch import nn as torch_nn
     >>> net = torch_nn.Sequential(torch_nn.Conv1d(3, 4, 1), torch_nn.BatchNorm1d(4))

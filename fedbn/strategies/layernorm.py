@@ -12,7 +12,7 @@ from fedbn.strategies.base import StatelessNorm
 
 @dataclass(frozen=True)
 class LayerNorm(StatelessNorm):
-    """Normalize each sample over all channels and positions: GroupNorm with one group.
+    """Normalize each sample over all channels and positions (GroupNorm with one group).
 
     https://arxiv.org/abs/1607.06450, https://arxiv.org/abs/2210.03277
 

@@ -1,4 +1,4 @@
-"""Bound: every user trains alone, nothing is shared."""
+"""Local bound: every user trains its own model and shares nothing."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from fedbn.strategies.ownership import LOCAL
 
 @dataclass(frozen=True)
 class Local(NormStrategy):
-    """Each user's own model, as many epochs as in federation. There is no model for an unseen user.
+    """One model per user, trained for as many epochs as federated models. Unseen users have no model.
 
     >>> set(map(str, Local().owners().values()))
     {'local'}
     """
 
     name = "local"
-    about = "bound: each user alone, nothing shared"
+    about = "bound: every user trains its own model, nothing is shared"
     body = LOCAL
     head = LOCAL
     affine = LOCAL

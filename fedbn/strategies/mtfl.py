@@ -1,4 +1,4 @@
-"""MTFL: which BN entries are private, all four choices (Mills, Hu, Min, IEEE TPDS 2021)."""
+"""MTFL: private BN patches, with all four choices of private entries (Mills, Hu, Min, IEEE TPDS 2021)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""No normalization at all: every normalization layer becomes the identity."""
+"""No normalization: every normalization layer is replaced by the identity."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""The ownership table: which entries of a model are shared, seeded or local."""
+"""Ownership of a model's entries: shared, seeded or local."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
@@ -13,12 +14,12 @@ from fedbn.nn.roles import Role, roles
 
 
 class Owner(StrEnum):
-    """Whose value of an entry counts.
+    """Owner of an entry.
 
     Attributes:
-        SHARED: the server's, for everybody, every round.
-        SEEDED: the client's own; it is also sent and averaged, so that newcomers start from the population.
-        LOCAL: the client's own; it never travels. A newcomer starts from the model's initial value.
+        SHARED: the server's value is used by all clients in every round.
+        SEEDED: each client retains its own value, which is also sent and averaged; new users start from the mean.
+        LOCAL: each client retains its own value, which is never sent; new users start from the initial value.
     """
 
     SHARED = "shared"
@@ -30,16 +31,23 @@ SHARED, SEEDED, LOCAL = Owner.SHARED, Owner.SEEDED, Owner.LOCAL
 
 
 class HasOwners(Protocol):
-    """Whatever says who owns each role."""
+    """An object with an owner for each role: a strategy or a treatment."""
 
     def owners(self) -> dict[Role, Owner]:
-        """Owner of every role."""
+        """Owner of each role."""
         ...
 
 
 @dataclass(frozen=True)
 class Ownership:
-    """The table that says who owns each entry of a model under a strategy."""
+    """Ownership table of a model's entries under a strategy.
+
+    Attributes:
+        roles: role of each entry.
+        owners: owner of each role.
+        shapes: shape of each entry.
+        sizes: size of each entry in bytes.
+    """
 
     roles: dict[str, Role]
     owners: dict[Role, Owner]
@@ -48,7 +56,7 @@ class Ownership:
 
     @staticmethod
     def of(model: nn.Module, strategy: HasOwners) -> Ownership:
-        """Read the table off a prepared model."""
+        """Ownership table of a model that the strategy has prepared."""
         state = model.state_dict()
         return Ownership(
             roles(model),
@@ -67,21 +75,31 @@ class Ownership:
 
     @cached_property
     def travels(self) -> list[str]:
-        """Entries that go to the server and come back."""
+        """Shared entries: sent to the server and received from it (`SHARED` and `SEEDED`)."""
         return self.keys(SHARED, SEEDED)
 
     @cached_property
+    def shared_statistics(self) -> list[str]:
+        """Shared entries that are statistics."""
+        return [k for k in self.travels if self.roles[k] is Role.STATISTICS]
+
+    @cached_property
+    def shared_parameters(self) -> list[str]:
+        """Shared entries that are not statistics."""
+        return [k for k in self.travels if self.roles[k] is not Role.STATISTICS]
+
+    @cached_property
     def retained(self) -> list[str]:
-        """Entries of which each client keeps its own value."""
+        """Retained entries: each client keeps its own value (`SEEDED` and `LOCAL`)."""
         return self.keys(SEEDED, LOCAL)
 
     @property
     def personal(self) -> bool:
-        """Whether two clients can end up with different models (counters do not count)."""
+        """Whether clients can end with different models, apart from counters."""
         return any(self.roles[k] is not Role.COUNTER for k in self.retained)
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row a role that occurs: owner, entries, elements, bytes, bytes down and up per client and round.
+        """One row per role: owner, entries, elements, bytes, and bytes down and up per client and round.
 
         >>> from fedbn.strategies.silobn import SiloBN
         >>> net = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
@@ -95,23 +113,16 @@ class Ownership:
             if not keys:
                 continue
             size = sum(self.sizes[k] for k in keys)
-            moved = 0 if self.owners[role] is LOCAL else size
+            sent = 0 if self.owners[role] is LOCAL else size
             out.append(
                 {
                     "role": str(role),
                     "owner": str(self.owners[role]),
                     "entries": len(keys),
-                    "elements": sum(_numel(self.shapes[k]) for k in keys),
+                    "elements": sum(math.prod(self.shapes[k]) for k in keys),
                     "bytes": size,
-                    "bytes_down": moved,
-                    "bytes_up": moved,
+                    "bytes_down": sent,
+                    "bytes_up": sent,
                 }
             )
         return out
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total

@@ -1,4 +1,4 @@
-"""FedAvg on ``model.parameters()``: what many frameworks call FedAvg, silently keeping statistics at home."""
+"""FedAvg on ``model.parameters()``, as in many frameworks, which silently keeps statistics local."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from fedbn.strategies.ownership import LOCAL
 
 @dataclass(frozen=True)
 class ParamsOnly(NormStrategy):
-    """Average what ``parameters()`` lists; buffers stay where they are and newcomers keep (0, 1).
+    """Average ``parameters()`` only; buffers stay local and new users keep initial statistics (0, 1).
 
-    The same training as SiloBN when clients persist; the accident is that nobody chose it.
+    Training is identical to SiloBN as long as clients keep their state, but usually unintended.
 
     >>> {str(role): str(owner) for role, owner in ParamsOnly().owners().items()}["statistics"]
     'local'
     """
 
     name = "params-only"
-    about = "FedAvg on parameters(): statistics silently stay local"
+    about = "FedAvg on parameters() only: statistics silently stay local"
     source = "common in FL frameworks"
     statistics = LOCAL

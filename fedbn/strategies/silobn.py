@@ -1,4 +1,4 @@
-"""SiloBN: share scale and shift, keep the statistics (Andreux, du Terrail, Béguier, Tramel, 2020)."""
+"""SiloBN: shared scale and shift, local statistics (Andreux, du Terrail, Béguier, Tramel, 2020)."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from fedbn.strategies.ownership import LOCAL
 
 @dataclass(frozen=True)
 class SiloBN(NormStrategy):
-    """Statistics hold what is particular to a center, the affine part transfers. https://arxiv.org/abs/2008.07424
+    """Statistics are specific to a center and stay local; the affine part is shared. https://arxiv.org/abs/2008.07424
 
-    For an unseen center the paper recomputes statistics on its unlabeled data: the column *recalibrated*.
+    For an unseen center the paper recomputes statistics on unlabeled data, as in the column *recalibrated*.
 
     >>> str(SiloBN.affine), str(SiloBN.statistics)
     ('shared', 'local')

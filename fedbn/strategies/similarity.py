@@ -1,4 +1,4 @@
-"""Strategies in which each client's parameters are a mean of all clients', weighted by how alike their data are."""
+"""Base class of strategies that average each client's parameters with weights by similarity of the data."""
 
 from __future__ import annotations
 
@@ -10,22 +10,23 @@ import torch
 from torch import Tensor, nn
 
 from fedbn.data.population import Examples, Population, User
-from fedbn.nn.roles import State
+from fedbn.nn.roles import State, with_prefix
 from fedbn.statistics.consensus import flatten, unflatten
 from fedbn.statistics.moments import Moments, naive_mean
 from fedbn.statistics.recalibration import all_moments
 from fedbn.strategies.base import NormStrategy, Progress, Update
 from fedbn.strategies.ownership import LOCAL, SHARED, Ownership
 
-SAID = "moments/"
+MOMENTS = "moments/"
+"""Prefix of a client's moments in the notes of its update."""
 
 
 @dataclass(frozen=True)
 class SimilarityWeighted(NormStrategy):
-    """BN stays local; after a warm-up, clients tell their moments once and get parameters weighted by similarity.
+    """Local BN; after a warm-up, clients send their moments once and receive similarity-weighted parameters.
 
     Attributes:
-        warm_up: share of the rounds that are FedBN, to have a model under which moments can be compared.
+        warm_up: share of rounds trained as FedBN, to obtain a model under which moments can be compared.
     """
 
     affine = LOCAL
@@ -33,18 +34,23 @@ class SimilarityWeighted(NormStrategy):
     warm_up: float = 0.3
 
     @abstractmethod
-    def weights(self, distances: Tensor, me: int) -> Tensor:
-        """Weights ``[K]`` of all clients for client ``me``, from its distances ``[K]`` to them."""
+    def weights(self, distances: Tensor, index: int) -> Tensor:
+        """Aggregation weights ``[K]`` for a client.
+
+        Args:
+            distances: distances ``[K]`` from the client to all clients.
+            index: position of the client among them; -1 if it is not included.
+        """
 
     @abstractmethod
     def distance(self, a: dict[str, Moments], b: dict[str, Moments]) -> float:
-        """How unlike two clients are, from their moments by layer."""
+        """Distance of two clients, from their moments by layer."""
 
     def before_local_training(self, model: nn.Module, data: Examples, progress: Progress) -> State:
-        # The first model after the warm-up is what a client is compared under.
+        # Clients are compared under the first model after the warm-up.
         if progress.known or progress.round <= self.warm_up * progress.rounds:
             return {}
-        return {SAID + k: v for k, v in flatten(all_moments(model, data.x)).items()}
+        return {MOMENTS + k: v for k, v in flatten(all_moments(model, data.x)).items()}
 
     def is_known_client(self, user: int, known: State) -> bool:
         return any(key.startswith(f"{user}/") for key in known)
@@ -61,8 +67,8 @@ class SimilarityWeighted(NormStrategy):
         known: State,
     ) -> dict[str, State]:
         for update in updates:
-            known |= {f"{update.user}/{k.removeprefix(SAID)}": v for k, v in update.notes.items() if k.startswith(SAID)}
-        moments = {u: unflatten(_under(known, f"{u}/")) for u in population.seen}
+            known |= {f"{update.user}/{k}": v for k, v in with_prefix(update.notes, MOMENTS).items()}
+        moments = {u: unflatten(with_prefix(known, f"{u}/")) for u in population.seen}
         measured = [u for u in updates if moments[u.user]]
         if len(measured) < 2:
             return {}
@@ -70,12 +76,8 @@ class SimilarityWeighted(NormStrategy):
         for user, own in moments.items():
             if not own:
                 continue
-            me = next((i for i, u in enumerate(measured) if u.user == user), -1)
+            index = next((i for i, u in enumerate(measured) if u.user == user), -1)
             distances = torch.tensor([self.distance(own, moments[u.user]) for u in measured], dtype=torch.float64)
-            share = self.weights(distances, me).tolist()
-            out[str(user)] = {k: naive_mean([u.state[k] for u in measured], share) for k in table.keys(SHARED)}
+            shares = self.weights(distances, index).tolist()
+            out[str(user)] = {k: naive_mean([u.state[k] for u in measured], shares) for k in table.keys(SHARED)}
         return out
-
-
-def _under(state: State, prefix: str) -> State:
-    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}

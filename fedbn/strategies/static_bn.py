@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fedbn.nn.hooks import inputs_of
+from fedbn.nn.hooks import capture_inputs
 from fedbn.nn.roles import State, statistics_layers
 from fedbn.statistics.consensus import Aggregates, ConsensusStep
 from fedbn.statistics.moments import Moments
@@ -17,20 +17,20 @@ from fedbn.strategies.base import NormStrategy, Progress, Update
 
 @dataclass(frozen=True)
 class StaticBN(NormStrategy):
-    """HeteroFL's sBN: before evaluation, the mean over all clients' batches of batch means and of batch variances.
+    """HeteroFL's sBN: evaluation uses the mean of batch means and of batch variances over all clients' batches.
 
-    https://arxiv.org/abs/2010.01264. A mean of batch variances lacks the spread between batches, which
-    `global-recalibrated` has.
+    https://arxiv.org/abs/2010.01264. A mean of batch variances lacks the variance between batches, which
+    `global-recalibrated` includes.
 
     Attributes:
-        batch: rows a batch of the pass.
+        batch: batch size of the pass.
 
     >>> StaticBN.syncs_statistics
     True
     """
 
     name = "static-bn"
-    about = "no statistics in training; means over all clients' batches before evaluation"
+    about = "no running statistics in training; means over all clients' batches before evaluation"
     source = "Diao et al. 2021"
     syncs_statistics = True
     batch: int = 32
@@ -41,23 +41,23 @@ class StaticBN(NormStrategy):
         return {k: old[k] for k in keys}
 
     def sync_statistics(self, model: nn.Module, x: Tensor) -> ConsensusStep:
-        said: dict[str, Moments] = {}
+        totals: dict[str, Moments] = {}
 
-        def see(path: str, value: Tensor) -> None:
+        def record(path: str, value: Tensor) -> None:
             batch = Moments.of(value)
             for name, entry in (("mean", batch.mean), ("var", batch.stored_variance())):
-                now = Moments.from_variance(1.0, entry, torch.zeros_like(entry))
-                said[f"{path}|{name}"] = said[f"{path}|{name}"].merge(now) if f"{path}|{name}" in said else now
+                key, value_moments = f"{path}|{name}", Moments.from_variance(1.0, entry, torch.zeros_like(entry))
+                totals[key] = totals[key].merge(value_moments) if key in totals else value_moments
 
         layers = statistics_layers(model)
         model.eval()
         for layer in layers.values():
-            layer.train()  # batches normalize themselves, dropout stays off
-        with torch.no_grad(), inputs_of(layers, see):
+            layer.train()  # layers use batch statistics, while dropout stays off
+        with torch.no_grad(), capture_inputs(layers, record):
             for rows in x.split(self.batch):
                 if len(rows) > 1:
                     model(rows)
-        yield said
+        yield totals
 
     def load_statistics(self, model: nn.Module, aggregates: Aggregates) -> None:
         layers = statistics_layers(model)

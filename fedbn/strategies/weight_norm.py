@@ -15,10 +15,10 @@ from fedbn.strategies.base import Progress, StatelessNorm
 
 @dataclass(frozen=True)
 class WeightNorm(StatelessNorm):
-    """Each unit's weights as length times direction; both are averaged. https://arxiv.org/abs/1602.07868
+    """Weights of each unit as length times direction, which are both averaged. https://arxiv.org/abs/1602.07868
 
-    In the first round every client starts from lengths and biases set by its own data, as the paper does with its first
-    batch; their mean is what all go on from.
+    In the first round every client initializes lengths and biases from its own data, as the paper does from the first
+    batch. All clients continue from their mean.
 
     >>> from torch import nn as torch_nn
     >>> WeightNorm().prepare_model(torch_nn.Sequential(torch_nn.Linear(3, 4), torch_nn.BatchNorm1d(4)))[1]

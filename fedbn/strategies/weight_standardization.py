@@ -12,10 +12,10 @@ from fedbn.strategies.base import StatelessNorm
 
 @dataclass(frozen=True)
 class WeightStandardization(StatelessNorm):
-    """Standardized convolutions before GroupNorm, the paper's pair. https://arxiv.org/abs/1903.10520
+    """Standardized convolutions with GroupNorm, as in the paper. https://arxiv.org/abs/1903.10520
 
     Attributes:
-        groups: of GroupNorm, as in `groupnorm`; 0 for no normalization of activations.
+        groups: groups of GroupNorm, as in `groupnorm`; 0: no normalization of activations.
 
     >>> from torch import nn as torch_nn
     >>> net = torch_nn.Sequential(torch_nn.Conv1d(3, 4, 2), torch_nn.BatchNorm1d(4))

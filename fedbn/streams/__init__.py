@@ -1,4 +1,4 @@
-"""Streams: in which order a user's windows arrive. One kind of stream per file."""
+"""Streams: the order in which a user's windows arrive. One stream type per file."""
 
 from fedbn.streams.base import FOREIGN, Event, Stream, StreamSpec, stream, streams
 

@@ -1,4 +1,4 @@
-"""Activities in bouts: a recording's order made up, with a length and a mix that one may choose."""
+"""Activities in bouts: a synthetic order with a chosen bout length and class mix."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import torch
 from fedbn.data.population import Examples
 from fedbn.errors import UserError
 from fedbn.seeds import numpy_generator
-from fedbn.streams.base import Stream, StreamSpec, arranged, positive
+from fedbn.streams.base import Stream, StreamSpec, reorder, require_positive
 
 
 @dataclass(frozen=True)
 class Bouts(StreamSpec):
     """As many windows as were recorded, in bouts of one class with geometric length.
 
-    The class after a bout is drawn from the prior among the others. A bout goes on through the class's windows where
-    the last one stopped and starts again when they are used up, so with a skewed prior windows recur.
+    The next class is drawn from the prior over the other classes. A bout continues with the class's windows where the
+    last one stopped, and wraps around at the end. With a skewed prior, windows therefore recur.
 
     Attributes:
         length: mean length of a bout, in windows.
@@ -38,8 +38,8 @@ class Bouts(StreamSpec):
 
     def __post_init__(self) -> None:
         if not self.length >= 1:
-            raise UserError(f"stream 'bouts': a bout lasts at least 1 window, length={self.length:g} does not")
-        positive(self, **{f"prior {i + 1}": p for i, p in enumerate(self.prior)})
+            raise UserError(f"stream 'bouts': length must be at least 1 window, not {self.length:g}")
+        require_positive(self, **{f"prior {i + 1}": p for i, p in enumerate(self.prior)})
 
     def make(self, user: str, recordings: Sequence[Examples], seed: int) -> Stream:
         draw = numpy_generator(seed, "stream", self.name, user)
@@ -47,8 +47,8 @@ class Bouts(StreamSpec):
         classes = np.unique(y)
         if self.prior and len(self.prior) <= classes.max():
             raise UserError(
-                f"stream 'bouts': prior has {len(self.prior)} numbers and class {classes.max()} occurs; give one for "
-                "each class"
+                f"stream 'bouts': prior has {len(self.prior)} numbers but class {classes.max()} occurs; give one "
+                "per class"
             )
         prior = np.array(self.prior)[classes] if self.prior else np.ones(len(classes))
         rows = [np.flatnonzero(y == c) for c in classes]
@@ -61,4 +61,4 @@ class Bouts(StreamSpec):
             for _ in range(draw.geometric(1 / self.length)):
                 order.append(rows[current][position[current] % len(rows[current])])
                 position[current] += 1
-        return arranged(user, recordings[0], torch.tensor(order[: len(y)]))
+        return reorder(user, recordings[0], torch.tensor(order[: len(y)]))

@@ -1,8 +1,8 @@
-r"""Label-correlated chunks by a Dirichlet draw, as NOTE makes them.
+r"""Label-correlated chunks with Dirichlet class shares, as in NOTE.
 
 There are as many chunks as classes. Each class is split over the chunks in shares
-:math:`\sim Dir(\delta,\dots,\delta)`, chunks that are full already getting none; within a chunk each class lies in
-one piece. Small :math:`\delta`: nearly one class a chunk; large: every chunk holds all classes.
+:math:`\sim Dir(\delta,\dots,\delta)`; full chunks get none. Within a chunk each class is contiguous. With small
+:math:`\delta` a chunk has nearly one class; with large :math:`\delta` every chunk has all classes.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import torch
 
 from fedbn.data.population import Examples
 from fedbn.seeds import numpy_generator
-from fedbn.streams.base import Stream, StreamSpec, arranged, positive
+from fedbn.streams.base import Stream, StreamSpec, reorder, require_positive
 
 ATTEMPTS = 100
-"""Draws after which the last one is taken, be its smallest chunk as it may."""
+"""Maximum number of draws; the last one is used even if its smallest chunk is too small."""
 
 
 @dataclass(frozen=True)
 class Dirichlet(StreamSpec):
-    """Chunks of skewed classes, redrawn until each holds at least ten windows or a quarter of its fair share.
+    """Chunks of skewed classes, redrawn until each has at least ten windows or a quarter of its fair share.
 
     Attributes:
         delta: concentration.
@@ -39,13 +39,13 @@ class Dirichlet(StreamSpec):
     delta: float = 0.1
 
     def __post_init__(self) -> None:
-        positive(self, delta=self.delta)
+        require_positive(self, delta=self.delta)
 
     def make(self, user: str, recordings: Sequence[Examples], seed: int) -> Stream:
         draw = numpy_generator(seed, "stream", self.name, user)
         chunks = self.chunks(recordings[0].y.cpu().numpy(), draw)
         order = [chunk[i] for chunk in chunks for i in draw.permutation(len(chunk))]
-        return arranged(user, recordings[0], torch.from_numpy(np.concatenate(order)))
+        return reorder(user, recordings[0], torch.from_numpy(np.concatenate(order)))
 
     def chunks(self, y: np.ndarray, draw: np.random.Generator) -> list[list[np.ndarray]]:
         """Rows of each class in each chunk, from labels ``[n]``."""
@@ -57,16 +57,16 @@ class Dirichlet(StreamSpec):
             for label in draw.permutation(classes):
                 filled = np.array([sum(map(len, chunk)) for chunk in chunks])
                 weight = draw.dirichlet([self.delta] * len(chunks)) * (filled < fair)
-                if weight.sum() == 0:  # the whole draw fell on chunks that are full
+                if weight.sum() == 0:  # all of the draw fell on full chunks
                     weight = (filled < fair).astype(float)
-                for chunk, piece in zip(chunks, pieces(np.flatnonzero(y == label), weight), strict=True):
-                    chunk.append(piece)
+                for chunk, part in zip(chunks, split_by_weight(np.flatnonzero(y == label), weight), strict=True):
+                    chunk.append(part)
             if min(sum(map(len, chunk)) for chunk in chunks) >= enough:
                 break
         return chunks
 
 
-def pieces(rows: np.ndarray, weight: np.ndarray) -> list[np.ndarray]:
-    """``rows`` cut in consecutive pieces proportional to ``weight``, some of them empty."""
+def split_by_weight(rows: np.ndarray, weight: np.ndarray) -> list[np.ndarray]:
+    """Split ``rows`` into consecutive parts proportional to ``weight``; some may be empty."""
     cuts = np.rint(np.cumsum(weight / weight.sum())[:-1] * len(rows)).astype(int)
     return np.split(rows, cuts)

@@ -1,4 +1,4 @@
-"""A sensor that sticks for a while and recovers."""
+"""A sensor fault: some channels are stuck for a while and then recover."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import torch
 
 from fedbn.data.population import Examples
 from fedbn.seeds import generator
-from fedbn.streams.base import Event, Stream, StreamSpec, arranged, share
+from fedbn.streams.base import Event, Stream, StreamSpec, reorder, require_share
 
 
 @dataclass(frozen=True)
 class Fault(StreamSpec):
-    """From a third of the recording on, half of the channels (drawn; at least one) hold the value they last had.
+    """From a third of the recording on, half of the channels (random; at least one) repeat their last value.
 
-    A fault that would outlast the recording lasts to its end.
+    A fault that would exceed the recording ends with it.
 
     Attributes:
-        lasting: share of the windows that the fault lasts.
+        lasting: duration of the fault as a share of the windows.
 
     >>> own = Examples(torch.rand(9, 2, 4), torch.zeros(9, dtype=torch.int64), torch.zeros(9))
     >>> stuck = Fault().make("ann", [own], seed=0)
@@ -28,11 +28,11 @@ class Fault(StreamSpec):
     """
 
     name = "fault"
-    about = "half of the channels stick for a while"
+    about = "half of the channels are stuck for a while"
     lasting: float = 0.2
 
     def __post_init__(self) -> None:
-        share(self, lasting=self.lasting)
+        require_share(self, lasting=self.lasting)
 
     def make(self, user: str, recordings: Sequence[Examples], seed: int) -> Stream:
         own = recordings[0]
@@ -45,4 +45,4 @@ class Fault(StreamSpec):
         rows = torch.arange(start, min(start + length, len(own)), device=x.device)
         x[rows[:, None], stuck] = last.view(1, -1, *[1] * (x.dim() - 2)).expand(len(rows), -1, *x.shape[2:])
         events = (Event(start, "fault"), *([Event(start + length, "repair")] if start + length < len(own) else []))
-        return arranged(user, Examples(x, own.y, own.recording), torch.arange(len(own)), events)
+        return reorder(user, Examples(x, own.y, own.recording), torch.arange(len(own)), events)

@@ -1,4 +1,4 @@
-"""Windows of no known class in between: a phone on a table, a child shaking it."""
+"""Windows of no known class in between, e.g. from a phone on a table or a child shaking it."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import torch
 
 from fedbn.data.population import Examples
 from fedbn.seeds import generator
-from fedbn.streams.base import FOREIGN, Stream, StreamSpec, share
+from fedbn.streams.base import FOREIGN, Stream, StreamSpec, require_share
 
 
 @dataclass(frozen=True)
 class Foreign(StreamSpec):
-    """The recording, with foreign windows at random places: the person's own, their values in random positions.
+    """The recording with foreign windows at random places: windows of the same person with permuted values.
 
-    The values are plausible, what they depict is not. Foreign windows are not scored.
+    The values are plausible, the signals are not. Foreign windows are not scored.
 
     Attributes:
-        portion: share of the stream that is foreign.
+        portion: share of foreign windows in the stream.
 
     >>> own = Examples(torch.rand(8, 2, 4), torch.zeros(8, dtype=torch.int64), torch.zeros(8))
     >>> (Foreign(portion=0.5).make("ann", [own], seed=0).y == FOREIGN).sum().item()
@@ -27,12 +27,12 @@ class Foreign(StreamSpec):
     """
 
     name = "foreign"
-    about = "windows of no class in between"
+    about = "with windows of no class in between"
     source = "Gong et al. 2023 (SoTTA), https://arxiv.org/abs/2310.10074"
     portion: float = 0.2
 
     def __post_init__(self) -> None:
-        share(self, portion=self.portion)
+        require_share(self, portion=self.portion)
 
     def make(self, user: str, recordings: Sequence[Examples], seed: int) -> Stream:
         own = recordings[0]
@@ -40,8 +40,8 @@ class Foreign(StreamSpec):
         extra = max(1, round(len(own) * self.portion / (1 - self.portion)))
         values = own.x[torch.randint(len(own), (extra,), generator=draw)].flatten(1)
         scrambled = torch.stack([row[torch.randperm(len(row), generator=draw)] for row in values])
-        place = torch.randperm(len(own) + extra, generator=draw)[:extra]
-        is_foreign = torch.zeros(len(own) + extra, dtype=torch.bool).index_fill(0, place, True)
+        positions = torch.randperm(len(own) + extra, generator=draw)[:extra]
+        is_foreign = torch.zeros(len(own) + extra, dtype=torch.bool).index_fill(0, positions, True)
         x = own.x.new_empty(len(is_foreign), *own.x.shape[1:])
         x[is_foreign], x[~is_foreign] = scrambled.view(extra, *own.x.shape[1:]), own.x
         y = torch.full((len(is_foreign),), FOREIGN, device=own.y.device)

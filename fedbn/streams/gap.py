@@ -1,4 +1,4 @@
-"""Hours that were not recorded: the person comes back and does something else."""
+"""A gap in the recording, after which the person does something else."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from dataclasses import dataclass
 import torch
 
 from fedbn.data.population import Examples
-from fedbn.streams.base import Event, Stream, StreamSpec, arranged, share
+from fedbn.streams.base import Event, Stream, StreamSpec, reorder, require_share
 
 
 @dataclass(frozen=True)
 class Gap(StreamSpec):
-    """The recording without a stretch in its middle.
+    """The recording without a part in its middle.
 
     Attributes:
-        missing: share of the windows that is lost.
+        missing: share of missing windows.
 
     >>> own = Examples(torch.arange(8.0)[:, None], torch.zeros(8, dtype=torch.int64), torch.zeros(8))
     >>> Gap(missing=0.5).make("ann", [own], seed=0).x.flatten().tolist()
@@ -28,11 +28,11 @@ class Gap(StreamSpec):
     missing: float = 0.3
 
     def __post_init__(self) -> None:
-        share(self, missing=self.missing)
+        require_share(self, missing=self.missing)
 
     def make(self, user: str, recordings: Sequence[Examples], seed: int) -> Stream:
         n = len(recordings[0])
         lost = min(round(self.missing * n), n - 1)
         start = (n - lost) // 2
         rows = torch.cat([torch.arange(start), torch.arange(start + lost, n)])
-        return arranged(user, recordings[0], rows, (Event(start, "gap"),))
+        return reorder(user, recordings[0], rows, (Event(start, "gap"),))

@@ -1,4 +1,4 @@
-"""Shuffled windows: what most published comparisons use, and what no person produces."""
+"""Shuffled windows: used by most published comparisons, but unrealistic."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 
 from fedbn.data.population import Examples
 from fedbn.seeds import generator
-from fedbn.streams.base import Stream, StreamSpec, arranged
+from fedbn.streams.base import Stream, StreamSpec, reorder
 
 
 @dataclass(frozen=True)
 class Iid(StreamSpec):
-    """All windows in an order drawn at random.
+    """All windows in random order.
 
     >>> own = Examples(torch.arange(9.0)[:, None], torch.arange(9), torch.zeros(9))
     >>> sorted(Iid().make("ann", [own], seed=0).y.tolist()) == own.y.tolist()
@@ -26,4 +26,4 @@ class Iid(StreamSpec):
 
     def make(self, user: str, recordings: Sequence[Examples], seed: int) -> Stream:
         draw = generator(seed, "stream", self.name, user)
-        return arranged(user, recordings[0], torch.randperm(len(recordings[0]), generator=draw))
+        return reorder(user, recordings[0], torch.randperm(len(recordings[0]), generator=draw))

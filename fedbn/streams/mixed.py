@@ -1,4 +1,4 @@
-"""Several people's windows under one name: a device that does not know whom it serves."""
+"""Several people's windows under one user name, as on a shared device without accounts."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class Mixed(StreamSpec):
     """Recordings interleaved at random, each in its own order.
 
     Attributes:
-        people: how many.
+        people: number of people.
 
     >>> a = Examples(torch.zeros(4, 1), torch.zeros(4, dtype=torch.int64), torch.zeros(4))
-    >>> Mixed().make("ann", [a, a], seed=0).who.sum().item()
+    >>> Mixed().make("ann", [a, a], seed=0).person_index.sum().item()
     4
     """
 
@@ -34,14 +34,14 @@ class Mixed(StreamSpec):
             raise UserError(f"stream 'mixed': people must be at least 2, not {self.people}")
 
     @property
-    def persons(self) -> int:
+    def num_persons(self) -> int:
         return self.people
 
     def make(self, user: str, recordings: Sequence[Examples], seed: int) -> Stream:
-        who = torch.arange(len(recordings)).repeat_interleave(torch.tensor([len(p) for p in recordings]))
-        shuffled = who[torch.randperm(len(who), generator=generator(seed, "stream", self.name, user))]
-        order = torch.empty_like(who)
-        order[shuffled.argsort(stable=True)] = torch.arange(len(who))
+        owner = torch.arange(len(recordings)).repeat_interleave(torch.tensor([len(p) for p in recordings]))
+        shuffled = owner[torch.randperm(len(owner), generator=generator(seed, "stream", self.name, user))]
+        order = torch.empty_like(owner)
+        order[shuffled.argsort(stable=True)] = torch.arange(len(owner))
         return Stream(
             user, torch.cat([p.x for p in recordings])[order], torch.cat([p.y for p in recordings])[order], shuffled
         )

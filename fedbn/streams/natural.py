@@ -1,4 +1,4 @@
-"""The recorded order: the only one that a deployed rule will meet."""
+"""The recorded order: the only one that occurs in deployment."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from fedbn.data.population import Examples
-from fedbn.streams.base import Stream, StreamSpec, arranged
+from fedbn.streams.base import Stream, StreamSpec, reorder
 
 
 @dataclass(frozen=True)
@@ -24,4 +24,4 @@ class Natural(StreamSpec):
     about = "windows as recorded"
 
     def make(self, user: str, recordings: Sequence[Examples], seed: int) -> Stream:
-        return arranged(user, recordings[0], torch.arange(len(recordings[0])))
+        return reorder(user, recordings[0], torch.arange(len(recordings[0])))

@@ -1,4 +1,4 @@
-"""Practical test-time adaptation, RoTTA's stream: classes over time slots by a Dirichlet draw, slots of any size."""
+"""Practical test-time adaptation (RoTTA): classes split over time slots of any size by a Dirichlet distribution."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import torch
 
 from fedbn.data.population import Examples
 from fedbn.seeds import numpy_generator
-from fedbn.streams.base import Stream, StreamSpec, arranged, positive
-from fedbn.streams.dirichlet import pieces
+from fedbn.streams.base import Stream, StreamSpec, reorder, require_positive
+from fedbn.streams.dirichlet import split_by_weight
 
-MOST_SLOTS = 100
+MAX_SLOTS = 100
 
 
 @dataclass(frozen=True)
 class Ptta(StreamSpec):
-    r"""As many slots as classes (at most 100), each class split over them by :math:`Dir(\gamma)`, their order drawn.
+    r"""As many slots as classes (at most 100), with class shares from :math:`Dir(\gamma)` and random class order.
 
     Attributes:
         gamma: concentration.
@@ -29,18 +29,18 @@ class Ptta(StreamSpec):
     """
 
     name = "ptta"
-    about = "classes spread over slots of free size by a Dirichlet distribution"
+    about = "classes split over slots of any size by a Dirichlet distribution"
     source = "Yuan, Xie, Li 2023 (RoTTA), https://arxiv.org/abs/2303.13899"
     gamma: float = 0.1
 
     def __post_init__(self) -> None:
-        positive(self, gamma=self.gamma)
+        require_positive(self, gamma=self.gamma)
 
     def make(self, user: str, recordings: Sequence[Examples], seed: int) -> Stream:
         draw = numpy_generator(seed, "stream", self.name, user)
         y = recordings[0].y.cpu().numpy()
         classes = np.unique(y)
-        slots = min(len(classes), MOST_SLOTS)
-        split = [pieces(np.flatnonzero(y == c), draw.dirichlet([self.gamma] * slots)) for c in classes]
-        order = [split[c][slot] for slot in range(slots) for c in draw.permutation(len(classes))]
-        return arranged(user, recordings[0], torch.from_numpy(np.concatenate(order)))
+        slots = min(len(classes), MAX_SLOTS)
+        parts = [split_by_weight(np.flatnonzero(y == c), draw.dirichlet([self.gamma] * slots)) for c in classes]
+        order = [parts[c][slot] for slot in range(slots) for c in draw.permutation(len(classes))]
+        return reorder(user, recordings[0], torch.from_numpy(np.concatenate(order)))

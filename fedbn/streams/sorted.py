@@ -1,4 +1,4 @@
-"""One class after the other: the hardest label correlation there is."""
+"""One class after the other: the strongest possible label correlation."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 
 from fedbn.data.population import Examples
 from fedbn.seeds import generator
-from fedbn.streams.base import Stream, StreamSpec, arranged
+from fedbn.streams.base import Stream, StreamSpec, reorder
 
 
 @dataclass(frozen=True)
 class Sorted(StreamSpec):
-    """All windows of one class, then all of another; which comes first is drawn, within a class they stay as recorded.
+    """All windows of one class, then all of another. The class order is random; within a class it is as recorded.
 
     >>> own = Examples(torch.arange(4.0)[:, None], torch.tensor([1, 0, 1, 0]), torch.zeros(4))
     >>> Sorted().make("ann", [own], seed=0).x.flatten().tolist() in ([1, 3, 0, 2], [0, 2, 1, 3])
@@ -26,5 +26,5 @@ class Sorted(StreamSpec):
 
     def make(self, user: str, recordings: Sequence[Examples], seed: int) -> Stream:
         y = recordings[0].y.cpu()
-        place = torch.randperm(int(y.max()) + 1, generator=generator(seed, "stream", self.name, user))
-        return arranged(user, recordings[0], place[y].argsort(stable=True))
+        rank = torch.randperm(int(y.max()) + 1, generator=generator(seed, "stream", self.name, user))
+        return reorder(user, recordings[0], rank[y].argsort(stable=True))

@@ -1,4 +1,4 @@
-"""Somebody else takes the device, and nobody says so."""
+"""Another person takes over the device without notice."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from dataclasses import dataclass
 import torch
 
 from fedbn.data.population import Examples
-from fedbn.streams.base import Stream, StreamSpec, joined, share
+from fedbn.streams.base import Stream, StreamSpec, concatenate, require_share
 
 
 @dataclass(frozen=True)
 class Switch(StreamSpec):
-    """One person's recording up to a point, from there on another's.
+    """One person's recording up to a point, then another person's.
 
     Attributes:
         at: share of the recording after which the person changes.
 
     >>> a = Examples(torch.zeros(4, 1), torch.zeros(4, dtype=torch.int64), torch.zeros(4))
-    >>> Switch().make("ann", [a, a], seed=0).who.tolist()
+    >>> Switch().make("ann", [a, a], seed=0).person_index.tolist()
     [0, 0, 1, 1]
     """
 
@@ -28,13 +28,13 @@ class Switch(StreamSpec):
     at: float = 0.5
 
     def __post_init__(self) -> None:
-        share(self, at=self.at)
+        require_share(self, at=self.at)
 
     @property
-    def persons(self) -> int:
+    def num_persons(self) -> int:
         return 2
 
     def make(self, user: str, recordings: Sequence[Examples], seed: int) -> Stream:
         before, after = (torch.arange(len(p)) for p in recordings)
         first, second = before[: round(self.at * len(before))], after[round(self.at * len(after)) :]
-        return joined(user, [(0, recordings[0].take(first)), (1, recordings[1].take(second))], "switch")
+        return concatenate(user, [(0, recordings[0].take(first)), (1, recordings[1].take(second))], "switch")

@@ -1,8 +1,8 @@
-"""Published methods that adapt by gradients or smooth outputs, for comparison under the same protocol. One file each.
+"""Published test-time adaptation methods that adapt by gradients or smooth outputs, as baselines. One file each.
 
-They follow one user at a time, take windows in blocks, and most keep raw windows in memory: the price that rules on
-statistics alone do not pay. What an image paper augments by crops and colors, sensors get as scaling and noise; that
-is said where it is so.
+They follow one user at a time and take windows in blocks, and most keep raw windows in memory. Rules that use
+statistics alone need none of this. Where an image paper augments by crops and colors, the methods here scale sensor
+windows and add noise; their docstrings say so.
 """
 
 from __future__ import annotations
@@ -12,31 +12,32 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from fedbn.errors import UserError
-from fedbn.nn.conversion import require_norms
+from fedbn.nn.batchnorm import AnyBatchNorm
+from fedbn.nn.conversion import channels_of, replace_norms, require_norms
 from fedbn.nn.roles import head, keeps_statistics, norm_layers, statistics_layers
 from fedbn.plugins import discover, parse, render
 from fedbn.seeds import generator
 
 Step = Callable[[Tensor], Tensor]
-"""Answers windows ``[b, *shape]`` with logits ``[b, classes]``, and learns."""
+"""Predicts windows ``[b, *shape]`` as logits ``[b, classes]``, and adapts."""
 
 
 @dataclass(frozen=True)
 class Method(ABC):
-    """A method as a value: fields are hyper-parameters; subclasses lie one to a file in ``fedbn.tta``.
+    """Base class of methods. Fields are hyperparameters; each subclass has its own file in ``fedbn.tta``.
 
     Attributes:
-        name: what the command line calls it.
-        about: one line for lists.
+        name: name on the command line.
+        about: one-line description for lists.
         source: authors, year, link.
-        includes_current: a window is inside the statistics or the neighbourhood that its own answer depends on.
-        block: windows it takes at once.
+        includes_current: whether a window is part of the statistics or the neighborhood that its own prediction uses.
+        block: windows per step.
     """
 
     name: ClassVar[str]
@@ -52,17 +53,17 @@ class Method(ABC):
 
     @abstractmethod
     def begin(self, model: nn.Module, source: Tensor, draw: torch.Generator) -> Step:
-        """Set out from a model.
+        """Start adaptation of a model.
 
         Args:
-            model: in evaluation mode; the method's own to change.
-            source: ``[n, *shape]`` unlabeled windows of the kind that the model was trained on.
-            draw: for all randomness.
+            model: in evaluation mode; the method may modify it.
+            source: ``[n, *shape]`` unlabeled windows from the distribution that the model was trained on.
+            draw: source of all randomness.
         """
 
 
 class Adapter:
-    """A method at work on one user's stream; `reset` takes it back to where it began, bit for bit."""
+    """A method applied to one user's stream. `reset` restores the initial state bit for bit."""
 
     def __init__(self, method: Method, model: nn.Module, source: Tensor, seed: int = 0) -> None:
         self._begin = lambda: method.begin(
@@ -71,21 +72,21 @@ class Adapter:
         self._step = self._begin()
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Logits ``[b, classes]`` of windows ``[b, *shape]``, learning on the way."""
+        """Logits ``[b, classes]`` for windows ``[b, *shape]``; adapts to them."""
         return self._step(x).detach()
 
     def reset(self) -> None:
-        """Forget everything since the beginning."""
+        """Discard all adaptation."""
         self._step = self._begin()
 
 
 def methods() -> dict[str, type[Method]]:
-    """All methods found, by name."""
+    """All methods, by name."""
     return discover("fedbn.tta", Method)
 
 
 def method(text: str) -> Method:
-    """The method that a text such as ``tent`` or ``tent:lr=0.01:block=32`` names.
+    """Parse a method from text such as ``tent`` or ``tent:lr=0.01:block=32``.
 
     Raises:
         UserError: unknown name or option, or an option out of range.
@@ -93,7 +94,7 @@ def method(text: str) -> Method:
     return parse(text, "method", methods())
 
 
-# ---------------------------------------------------------------- what methods share
+# ---------------------------------------------------------------- shared by methods
 
 
 def entropy(outputs: Tensor) -> Tensor:
@@ -110,21 +111,23 @@ def affine_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Scale and shift of all normalization layers, set to require gradients.
 
     Raises:
-        UserError: there are none.
+        UserError: the model has none.
     """
     require_norms(model, "adaptation of scale and shift")
-    found: list[nn.Parameter] = [p for layer in norm_layers(model).values() for p in layer.parameters(recurse=False)]
-    if not found:
+    parameters: list[nn.Parameter] = [
+        p for layer in norm_layers(model).values() for p in layer.parameters(recurse=False)
+    ]
+    if not parameters:
         raise UserError(
             "the model's normalization layers have no scale and shift to adapt: build them with affine=True"
         )
-    for p in found:
+    for p in parameters:
         p.requires_grad_()
-    return found
+    return parameters
 
 
 def use_batch_statistics(model: nn.Module) -> None:
-    """Let every BN layer normalize by the statistics of the batch at hand, in place.
+    """Make every BN layer normalize by the statistics of the current batch, in place.
 
     Nado et al. 2020 (prediction-time BN), https://arxiv.org/abs/2006.10963
     """
@@ -133,9 +136,23 @@ def use_batch_statistics(model: nn.Module) -> None:
         layer.register_buffer("running_var", None)
 
 
+def replace_bn(model: nn.Module, cls: type[AnyBatchNorm], **options: Any) -> nn.Module:
+    """Replace every BN layer by ``cls(channels, eps=, affine=, **options)`` with the same state, in place."""
+
+    def make(path: str, layer: nn.Module) -> nn.Module | None:
+        if not keeps_statistics(layer):
+            return None
+        affine = getattr(layer, "weight", None) is not None
+        new = cls(channels_of(layer), eps=cast(float, layer.eps), affine=affine, **options)
+        new.load_state_dict(layer.state_dict())
+        return new
+
+    return replace_norms(model, make)
+
+
 @contextmanager
-def learning_statistics(model: nn.Module) -> Iterator[None]:
-    """BN layers in training mode, everything else (dropout) in evaluation mode."""
+def bn_training(model: nn.Module) -> Iterator[None]:
+    """Put BN layers into training mode; everything else (dropout) stays in evaluation mode."""
     layers = [m for m in model.modules() if keeps_statistics(m)]
     for layer in layers:
         layer.train()
@@ -147,15 +164,15 @@ def learning_statistics(model: nn.Module) -> Iterator[None]:
 
 
 def set_momentum(model: nn.Module, momentum: float) -> None:
-    """Weight of a new batch in the running statistics of every BN layer."""
+    """Set the weight of a new batch in the running statistics of every BN layer."""
     for layer in statistics_layers(model).values():
         layer.momentum = momentum  # type: ignore[assignment]
 
 
-def scaled_and_noisy(x: Tensor, draw: torch.Generator, strength: float) -> Tensor:
+def augment(x: Tensor, draw: torch.Generator, strength: float) -> Tensor:
     """Sensor windows ``[n, C, *positions]`` scaled per channel and with noise, both N(0, strength) relative.
 
-    Stands in for the crops, flips and color changes of image papers, which mean nothing for sensors.
+    Replaces the crops, flips and color changes of image papers, which do not apply to sensors.
     """
     shape = (*x.shape[:2], *[1] * (x.dim() - 2))
     scale = 1 + strength * torch.randn(shape, generator=draw)
@@ -165,7 +182,7 @@ def scaled_and_noisy(x: Tensor, draw: torch.Generator, strength: float) -> Tenso
 
 
 def features_of(model: nn.Module) -> tuple[nn.Module, Callable[[], Tensor]]:
-    """The classifier, and a function giving its input at the last forward pass, ``[n, features]``.
+    """The classifier, and a function that returns its input in the last forward pass, ``[n, features]``.
 
     Raises:
         UserError: the model has no linear classifier.
@@ -174,46 +191,48 @@ def features_of(model: nn.Module) -> tuple[nn.Module, Callable[[], Tensor]]:
     last = model.get_submodule(path) if path is not None else None
     if not isinstance(last, nn.Linear):
         raise UserError("output smoothing works on the input of a last linear layer, which this model does not have")
-    seen: list[Tensor] = []
+    inputs: list[Tensor] = []
 
-    def keep(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        seen[:] = [args[0].detach()]
+    def save_input(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        inputs[:] = [args[0].detach()]
 
-    last.register_forward_pre_hook(keep)
-    return last, lambda: seen[0]
+    last.register_forward_pre_hook(save_input)
+    return last, lambda: inputs[0]
 
 
-def sharpness_aware(optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor | None], rho: float) -> Tensor | None:
+def sharpness_aware_step(
+    optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor | None], rho: float
+) -> Tensor | None:
     r"""One step against the gradient taken :math:`\rho` up the slope.
 
     Foret et al. 2021 (SAM), https://arxiv.org/abs/2010.01412
 
     Args:
-        optimizer: of the parameters to move.
-        loss: evaluated at the parameters and again up the slope; None where there is nothing to learn from.
+        optimizer: of the parameters to update.
+        loss: is evaluated at the parameters and again up the slope; returns None if there is nothing to learn from.
         rho: distance.
 
     Returns:
-        The second loss; None if there was nothing to learn from, and then nothing has moved.
+        The second loss; None if there was nothing to learn from, in which case the parameters are unchanged.
     """
-    moved = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     optimizer.zero_grad()
     first = loss()
     if first is None:
         return None
     first.backward()
-    norm = torch.stack([cast(Tensor, p.grad).norm() for p in moved]).norm() + 1e-12
-    up = [rho * cast(Tensor, p.grad) / norm for p in moved]
-    before = [p.detach().clone() for p in moved]
+    norm = torch.stack([cast(Tensor, p.grad).norm() for p in parameters]).norm() + 1e-12
+    ascent = [rho * cast(Tensor, p.grad) / norm for p in parameters]
+    before = [p.detach().clone() for p in parameters]
     with torch.no_grad():
-        for p, e in zip(moved, up, strict=True):
+        for p, e in zip(parameters, ascent, strict=True):
             p.add_(e)
     optimizer.zero_grad()
     second = loss()
     if second is not None:
         second.backward()
     with torch.no_grad():
-        for p, old in zip(moved, before, strict=True):
+        for p, old in zip(parameters, before, strict=True):
             p.copy_(old)
     if second is None:
         return None

@@ -1,8 +1,8 @@
-r"""CoTTA: a slow teacher labels, a student learns, and a few weights go back to the source at random.
+r"""CoTTA: a slow teacher labels, a student learns, and a few random weights are restored to the source.
 
-Teacher :math:`\theta'\leftarrow\alpha\theta'+(1-\alpha)\theta`; where the source model is unsure of a block the teacher
-answers by the mean over augmented views; after each step every weight returns to the source with probability
-:math:`p`.
+Teacher :math:`\theta'\leftarrow\alpha\theta'+(1-\alpha)\theta`. If the source model's confidence on a block is low, the
+teacher predicts with the mean over augmented views. After each step every weight is restored to the source with
+probability :math:`p`.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fedbn.tta.base import Method, Step, scaled_and_noisy, use_batch_statistics
+from fedbn.tta.base import Method, Step, augment, use_batch_statistics
 
 
 @dataclass(frozen=True)
 class CoTTA(Method):
-    """All weights learn; the answer is the teacher's. Views are scaled and noisy windows instead of image changes.
+    """All weights are trained; the teacher predicts. Views are scaled and noisy windows instead of image changes.
 
     Attributes:
-        lr: of Adam.
-        keep: alpha, the teacher's inertia.
+        lr: learning rate of Adam.
+        keep: alpha, the weight of the teacher's old parameters.
         restore: p.
-        views: augmented views, where they are used.
-        unsure: mean confidence of the source model below which they are.
+        views: number of augmented views.
+        unsure: mean confidence of the source model below which the views are used.
 
     >>> CoTTA().keep
     0.999
@@ -49,20 +49,20 @@ class CoTTA(Method):
 
         def step(x: Tensor) -> Tensor:
             with torch.no_grad():
-                answer: Tensor = teacher(x)
+                logits: Tensor = teacher(x)
                 if float(anchor(x).softmax(1).amax(1).mean()) < self.unsure:
-                    views = [teacher(scaled_and_noisy(x, draw, 0.05)) for _ in range(self.views)]
-                    answer = torch.stack(views).mean(0)
+                    views = [teacher(augment(x, draw, 0.05)) for _ in range(self.views)]
+                    logits = torch.stack(views).mean(0)
             optimizer.zero_grad()
-            loss = -(answer.softmax(1) * student(x).log_softmax(1)).sum(1).mean()
+            loss = -(logits.softmax(1) * student(x).log_softmax(1)).sum(1).mean()
             loss.backward()
             optimizer.step()
             with torch.no_grad():
-                sides = zip(teacher.parameters(), student.parameters(), anchor.parameters(), strict=True)
-                for slow, fast, old in sides:
+                triples = zip(teacher.parameters(), student.parameters(), anchor.parameters(), strict=True)
+                for slow, fast, initial in triples:
                     slow.lerp_(fast, 1 - self.keep)
-                    back = torch.rand(fast.shape, generator=draw).to(fast) < self.restore
-                    fast.copy_(old.where(back, fast))
-            return answer
+                    restored = torch.rand(fast.shape, generator=draw).to(fast) < self.restore
+                    fast.copy_(initial.where(restored, fast))
+            return logits
 
         return step

@@ -1,8 +1,9 @@
-r"""EATA: entropy minimization on windows that are reliable and not redundant, anchored where the source cared.
+r"""EATA: entropy minimization on reliable, non-redundant windows, with a Fisher-weighted anchor to the source.
 
-A window counts if :math:`H<E_0=0.4\ln K` and its prediction is not too like the moving average of those used,
-:math:`|\cos(\bar p,p)|<d`; it weighs :math:`e^{E_0-H}`. The penalty
-:math:`\lambda\sum_i F_i(\theta_i-\theta_i^s)^2` holds what Fisher information on source windows calls important.
+A window is used if :math:`H<E_0=0.4\ln K` and its prediction differs from the moving average of the predictions used so
+far, :math:`|\cos(\bar p,p)|<d`. Its weight is :math:`e^{E_0-H}`. The penalty
+:math:`\lambda\sum_i F_i(\theta_i-\theta_i^s)^2` anchors the parameters that have high Fisher information on source
+windows.
 """
 
 from __future__ import annotations
@@ -17,17 +18,17 @@ from torch.nn import functional as F
 from fedbn.tta.base import Method, Step, affine_parameters, entropy, use_batch_statistics
 
 CHUNK = 64
-"""Source windows a gradient for the Fisher information is averaged over."""
+"""Batch size of source windows for the Fisher information."""
 
 
 @dataclass(frozen=True)
 class Eata(Method):
-    """Fisher information of pseudo-labels on the source windows given, at the start.
+    """The Fisher information is computed once, at the start, from pseudo-labels of the source windows.
 
     Attributes:
-        lr: of SGD with momentum 0.9.
+        lr: learning rate of SGD with momentum 0.9.
         margin: E0 as a share of ln K.
-        redundant: d; similar predictions above it are left out.
+        redundant: d, the similarity from which a window is redundant.
         fisher: weight of the anchor.
 
     >>> Eata().redundant
@@ -45,37 +46,37 @@ class Eata(Method):
 
     def begin(self, model: nn.Module, source: Tensor, draw: torch.Generator) -> Step:
         use_batch_statistics(model)
-        moved = affine_parameters(model)
-        importance = fisher_information(model, moved, source)
-        start = [p.detach().clone() for p in moved]
-        optimizer = torch.optim.SGD(moved, self.lr, momentum=0.9)
+        parameters = affine_parameters(model)
+        importance = fisher_information(model, parameters, source)
+        start = [p.detach().clone() for p in parameters]
+        optimizer = torch.optim.SGD(parameters, self.lr, momentum=0.9)
         average: Tensor | None = None
 
         def step(x: Tensor) -> Tensor:
             nonlocal average
-            answer: Tensor = model(x)
-            h, p = entropy(answer), answer.softmax(1)
-            e0 = self.margin * math.log(answer.shape[1])
+            logits: Tensor = model(x)
+            h, p = entropy(logits), logits.softmax(1)
+            e0 = self.margin * math.log(logits.shape[1])
             used = h < e0
             if average is not None:
                 used = used & (F.cosine_similarity(p, average[None], dim=1).abs() < self.redundant)
             if not bool(used.any()):
-                return answer
+                return logits
             mean = p[used].detach().mean(0)
             average = mean if average is None else 0.9 * average + 0.1 * mean
             loss = (torch.exp(e0 - h[used].detach()) * h[used]).mean()
-            for parameter, old, weight in zip(moved, start, importance, strict=True):
-                loss = loss + self.fisher * (weight * (parameter - old) ** 2).sum()
+            for parameter, initial, weight in zip(parameters, start, importance, strict=True):
+                loss = loss + self.fisher * (weight * (parameter - initial) ** 2).sum()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            return answer
+            return logits
 
         return step
 
 
 def fisher_information(model: nn.Module, parameters: list[nn.Parameter], source: Tensor) -> list[Tensor]:
-    """Mean squared gradient of the loss against the model's own labels, over batches of source windows."""
+    """Mean squared gradient of the loss on the model's own labels, over batches of source windows."""
     batches = [part for part in source.split(CHUNK) if len(part) > 1]
     total = [torch.zeros_like(p) for p in parameters]
     for rows in batches:

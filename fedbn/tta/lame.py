@@ -1,11 +1,11 @@
-r"""LAME: leave the network alone and let near windows of a block agree.
+r"""LAME: smooth the predictions of a block over nearest neighbors; the network stays unchanged.
 
 Maximum likelihood with a Laplacian term, by fixed-point steps from the network's own predictions,
 
 .. math:: Y\leftarrow\mathrm{softmax}\Big(\log p+\sum_j w_{ij}Y_j\Big),
 
-:math:`w_{ij}=1` for the nearest neighbors of window :math:`i` in feature space. Superb where neighbors in time share
-a label, destructive where they do not.
+:math:`w_{ij}=1` for the nearest neighbors of window :math:`i` in feature space. Works very well if neighbors in time
+share a label, and is harmful if they do not.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from torch.nn import functional as F
 
 from fedbn.tta.base import Method, Step, features_of
 
-MOST_STEPS = 100
-"""Fixed-point steps; the energy converges in far fewer."""
+MAX_STEPS = 100
+"""Maximum number of fixed-point steps; the energy converges in far fewer."""
 
 
 @dataclass(frozen=True)
 class Lame(Method):
-    """Keeps nothing from block to block.
+    """Has no state between blocks.
 
     Attributes:
-        neighbors: of each window in its block.
+        neighbors: neighbors of each window in its block.
 
     >>> Lame().neighbors
     5
     """
 
     name = "lame"
-    about = "Laplacian smoothing of a block's predictions, network untouched"
+    about = "Laplacian smoothing of a block's predictions, network unchanged"
     source = "Boudiaf et al. 2022, https://arxiv.org/abs/2201.05718"
     includes_current = True
     block: int = 64
@@ -46,34 +46,34 @@ class Lame(Method):
         def step(x: Tensor) -> Tensor:
             with torch.no_grad():
                 logp = model(x).log_softmax(1)
-            return agree(logp, nearest(features(), self.neighbors))
+            return laplacian_smoothing(logp, nearest_neighbors(features(), self.neighbors))
 
         return step
 
 
-def nearest(features: Tensor, neighbors: int) -> Tensor:
-    """Affinities ``[n, n]``: 1 where j is one of i's nearest by direction, else 0; nobody is their own neighbor.
+def nearest_neighbors(features: Tensor, neighbors: int) -> Tensor:
+    """Affinities ``[n, n]``: 1 if j is one of i's nearest by cosine similarity, else 0. The diagonal is 0.
 
-    >>> nearest(torch.tensor([[1.0, 0], [1, 0.1], [0, 1]]), 1).argmax(1).tolist()
+    >>> nearest_neighbors(torch.tensor([[1.0, 0], [1, 0.1], [0, 1]]), 1).argmax(1).tolist()
     [1, 0, 1]
     """
     n = len(features)
     unit = F.normalize(features.flatten(1), dim=1)
-    # Not by cdist: rounding in its expansion may put a row's twin before the row itself.
+    # Not by cdist: rounding in its expansion may rank a duplicate of a row before the row itself.
     similarity = (unit @ unit.T).fill_diagonal_(-torch.inf)
-    chosen = similarity.topk(min(neighbors, n - 1), dim=1).indices
-    return torch.zeros(n, n, dtype=features.dtype, device=features.device).scatter_(1, chosen, 1.0)
+    selected = similarity.topk(min(neighbors, n - 1), dim=1).indices
+    return torch.zeros(n, n, dtype=features.dtype, device=features.device).scatter_(1, selected, 1.0)
 
 
-def agree(logp: Tensor, affinity: Tensor) -> Tensor:
+def laplacian_smoothing(logp: Tensor, affinity: Tensor) -> Tensor:
     """Log-probabilities ``[n, K]`` after smoothing by affinities ``[n, n]``.
 
     >>> logp = torch.randn(3, 4).log_softmax(1)
-    >>> bool(torch.equal(agree(logp, torch.zeros(3, 3)), logp.log_softmax(1)))
+    >>> bool(torch.equal(laplacian_smoothing(logp, torch.zeros(3, 3)), logp.log_softmax(1)))
     True
     """
     y = logp.log_softmax(1)
-    for _ in range(MOST_STEPS):
+    for _ in range(MAX_STEPS):
         new = (logp + affinity @ y.exp()).log_softmax(1)
         if torch.allclose(new.exp(), y.exp(), atol=1e-7, rtol=0):
             return new

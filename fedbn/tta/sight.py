@@ -1,10 +1,11 @@
-r"""SIGHT: leave the network alone and expect the next window to be like the last, unless it surprises.
+r"""SIGHT: temporal smoothing of predictions, weakened by surprise; the network stays unchanged.
 
-Prototypes :math:`\mu_k` start at the classifier's normalized weights. The last answer :math:`q` predicts features
+Prototypes :math:`\mu_k` start at the classifier's normalized weights. The last prediction :math:`q` predicts features
 :math:`\hat z=\sum_k q_k\mu_k`; surprise is :math:`\lambda=1-e^{-\beta(1-\cos(z,\hat z))^2}`. The prior for this window
-is :math:`(1-\lambda)q+\lambda\pi`, where :math:`\pi` weighs the classes in whose direction the features moved,
-:math:`\mathrm{softmax}(\cos(z-\hat z,\mu_k-\hat z)/\tau)`, by the root of how usual they are (habit :math:`h`). The
-answer is proportional to the network's times the prior; prototypes follow it slowly, held by a pull to the source.
+is :math:`(1-\lambda)q+\lambda\pi`, where :math:`\pi` weights the classes in whose direction the features moved,
+:math:`\mathrm{softmax}(\cos(z-\hat z,\mu_k-\hat z)/\tau)`, by the square root of their frequency (habit :math:`h`). The
+prediction is proportional to the network's times the prior. Prototypes follow it slowly and are pulled back to the
+source.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from torch.nn import functional as F
 from fedbn.tta.base import Method, Step, features_of
 
 PULL = 0.01
-"""Share of the source's prototype mixed in at each window."""
+"""Weight of the source's prototype in each update."""
 
 
 @dataclass(frozen=True)
 class Sight(Method):
-    """One window at a time; prototypes, habit and last answer are all it keeps.
+    """Processes one window at a time. The state is prototypes, habit and the last prediction.
 
     Attributes:
         eta_mu: rate of the prototypes.
@@ -36,7 +37,7 @@ class Sight(Method):
     """
 
     name = "sight"
-    about = "temporal smoothing by surprise and habit, network untouched"
+    about = "temporal smoothing by surprise and habit, network unchanged"
     source = "SIGHT 2026, https://github.com/zszhou21/SIGHT"
     includes_current = False
     block: int = 1
@@ -52,14 +53,14 @@ class Sight(Method):
         habit = mu.new_full((len(mu),), 1 / len(mu))
         q: Tensor | None = None
 
-        def one(p: Tensor, z: Tensor) -> Tensor:
+        def smooth(p: Tensor, z: Tensor) -> Tensor:
             nonlocal mu, habit, q
             prior = torch.ones_like(p)
             if q is not None:
                 expected = q @ mu
                 surprise = 1 - torch.exp(-self.beta * (1 - F.cosine_similarity(z, expected, dim=0)) ** 2)
-                towards = F.cosine_similarity((z - expected)[None], mu - expected, dim=1)
-                pi = (towards / self.tau).softmax(0) * habit.sqrt()
+                direction = F.cosine_similarity((z - expected)[None], mu - expected, dim=1)
+                pi = (direction / self.tau).softmax(0) * habit.sqrt()
                 prior = ((1 - surprise) * q + surprise * pi / pi.sum()).clamp_min(1e-8)
                 habit = (1 - self.eta_h) * habit + self.eta_h * q
             q = p * prior / (p * prior).sum()
@@ -70,6 +71,6 @@ class Sight(Method):
         def step(x: Tensor) -> Tensor:
             with torch.no_grad():
                 p = model(x).softmax(1)
-                return torch.stack([one(*row) for row in zip(p, features(), strict=True)]).clamp_min(1e-30).log()
+                return torch.stack([smooth(*row) for row in zip(p, features(), strict=True)]).clamp_min(1e-30).log()
 
         return step

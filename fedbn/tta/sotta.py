@@ -1,7 +1,7 @@
-"""SoTTA: entropy minimization, towards flat minima, on a class-balanced memory of confident windows only.
+"""SoTTA: sharpness-aware entropy minimization on a class-balanced memory of confident windows.
 
-High-confidence uniform-class sampling keeps foreign windows out: a window that the model is not sure of is answered
-and forgotten. When the memory is full a random window of a largest class gives way.
+High-confidence uniform-class sampling excludes foreign windows: a window with low confidence is predicted and not
+stored. When the memory is full, a random window of a largest class is replaced.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from fedbn.tta.base import Method, Step, affine_parameters, entropy, learning_statistics, set_momentum, sharpness_aware
+from fedbn.tta.base import Method, Step, affine_parameters, bn_training, entropy, set_momentum, sharpness_aware_step
 
 
 @dataclass(frozen=True)
 class Sotta(Method):
-    """Answers by running statistics, which a step on the memory moves.
+    """Predicts with running statistics, which each step on the memory updates.
 
     Attributes:
-        lr: of Adam.
-        confident: probability from which a window is kept.
-        capacity: windows in memory, and met between two steps.
-        momentum: of the running statistics, at a step.
-        rho: how far up the slope the gradient is taken.
+        lr: learning rate of Adam.
+        confident: minimum probability of a stored window.
+        capacity: windows in memory, and between two steps.
+        momentum: of the running statistics, in a step.
+        rho: distance up the slope at which the gradient is taken.
 
     >>> Sotta().confident
     0.99
@@ -44,34 +44,34 @@ class Sotta(Method):
         set_momentum(model, self.momentum)
         optimizer = torch.optim.Adam(affine_parameters(model), self.lr)
         memory = ConfidentMemory(self.capacity, self.confident, draw)
-        since = 0
+        since_step = 0
 
         def step(x: Tensor) -> Tensor:
-            nonlocal since
+            nonlocal since_step
             with torch.no_grad():
-                answer: Tensor = model(x)
-            sure = answer.softmax(1).max(1)
-            for row, p, label in zip(x, sure.values.tolist(), sure.indices.tolist(), strict=True):
+                logits: Tensor = model(x)
+            confidence = logits.softmax(1).max(1)
+            for row, p, label in zip(x, confidence.values.tolist(), confidence.indices.tolist(), strict=True):
                 memory.add(row, label, p)
-            since += len(x)
-            if since >= self.capacity and len(memory.items) > 1:
-                since = 0
+            since_step += len(x)
+            if since_step >= self.capacity and len(memory.items) > 1:
+                since_step = 0
                 windows = torch.stack([w for w, _ in memory.items])
-                with learning_statistics(model):
-                    sharpness_aware(optimizer, lambda: entropy(model(windows)).mean(), self.rho)
-            return answer
+                with bn_training(model):
+                    sharpness_aware_step(optimizer, lambda: entropy(model(windows)).mean(), self.rho)
+            return logits
 
         return step
 
 
 @dataclass
 class ConfidentMemory:
-    """HUS: confident windows, classes balanced.
+    """HUS: a class-balanced memory of confident windows.
 
     Attributes:
         capacity: windows.
-        threshold: probability from which a window is kept.
-        draw: for all randomness.
+        threshold: minimum probability of a stored window.
+        draw: source of all randomness.
         items: (window, class), in order of arrival.
     """
 
@@ -81,14 +81,14 @@ class ConfidentMemory:
     items: list[tuple[Tensor, int]] = field(default_factory=list)
 
     def add(self, x: Tensor, label: int, confidence: float) -> None:
-        """Meet one window ``[*shape]``."""
+        """Offer one window ``[*shape]``."""
         if confidence < self.threshold:
             return
         if len(self.items) >= self.capacity:
             labels = [c for _, c in self.items]
             most = max(map(labels.count, set(labels)))
             largest = {c for c in labels if labels.count(c) == most}
-            out = {label} if label in largest else largest
-            places = [i for i, c in enumerate(labels) if c in out]
-            self.items.pop(places[int(torch.randint(len(places), (), generator=self.draw))])
+            classes = {label} if label in largest else largest
+            candidates = [i for i, c in enumerate(labels) if c in classes]
+            self.items.pop(candidates[int(torch.randint(len(candidates), (), generator=self.draw))])
         self.items.append((x, label))

@@ -1,4 +1,4 @@
-"""TENT: minimize the entropy of predictions over scale and shift, normalizing by the batch."""
+"""TENT: minimize the entropy of predictions over scale and shift, with batch statistics."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fedbn.tta.base import Method, Step, affine_parameters, entropy, use_batch_s
 
 @dataclass(frozen=True)
 class Tent(Method):
-    """One Adam step a block on its mean entropy; the answer is from before the step.
+    """One Adam step per block on its mean entropy. Predictions are made before the step.
 
     Attributes:
         lr: learning rate.

@@ -1,4 +1,4 @@
-"""Do the cells of a study of personalization, and keep them: windows in a table, what else is known beside it."""
+"""Cells of an adaptation study: run one, write it (predictions as parquet, measurements as JSON), read it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fedbn.nn.inference import logits
 from fedbn.online import personalize
 from fedbn.online.drift.monitor import DriftMonitor
 from fedbn.online.prequential import (
-    Ask,
+    ActiveLabeling,
     Trace,
     accuracy_with_state,
     balanced_oracle,
@@ -38,20 +38,20 @@ from simulations.storage.checkpoint import write_atomically
 from simulations.storage.provenance import NUMERICS, check_numerics, code_digest
 
 SOURCE = "source"
-"""The rule that never moves: what every other is measured against."""
+"""The rule that never adapts: the reference of all others."""
 
 CHANGES = ("switch", "fault", "repair")
-"""Events that a drift detector should notice; after a gap nothing needs to be different."""
+"""Events that a drift detector should notice. A gap in the stream need not change anything."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One rule with one start on one kind of stream, for all people of one seed.
+    """One rule with one start on one kind of stream, for all users of one seed.
 
     Attributes:
         run: the training run.
-        users: whether the people are unseen, or seen ones with their later recordings (for tuning).
-        stream, start, rule: texts; a rule ``bound-own`` or ``bound-balanced`` is an oracle.
+        users: ``unseen`` users, or ``seen`` users with their later recordings (for tuning).
+        stream, start, rule: texts of plug-ins. The rules ``bound-own`` and ``bound-balanced`` are oracles.
     """
 
     run: Run
@@ -62,7 +62,7 @@ class Cell:
 
     @property
     def id(self) -> str:
-        """A digest of all of it."""
+        """Digest of all fields."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -70,41 +70,41 @@ BOUNDS: dict[str, Callable[[nn.Module, Stream, int], Trace]] = {
     "bound-own": lambda model, s, seed: own_stream_oracle(model, s),
     "bound-balanced": balanced_oracle,
 }
-"""Oracles: statistics of the whole stream, and of equally many of its windows of each class."""
+"""Oracles: statistics of the whole stream, and of equally many of its windows from each class."""
 
 
 def run_cell(cell: Cell, source: SourceModel) -> tuple[list[Trace], dict[str, Any]]:
-    """All people's traces in one cell, and what else is known of it."""
+    """Run one cell. Returns the traces of all users, and other measurements of the cell."""
     seed = cell.run.seed
-    followed = source.streams(cell.stream, cell.users)
+    streams = source.streams(cell.stream, cell.users)
     facts: dict[str, Any] = {"bytes_per_user": None, "forgotten": None, "reset_exact": None, "includes_current": False}
     if cell.rule in BOUNDS:
-        return [BOUNDS[cell.rule](source.model, s, seed) for s in followed], facts | {"includes_current": True}
+        return [BOUNDS[cell.rule](source.model, s, seed) for s in streams], facts | {"includes_current": True}
     begin = start(cell.start)
-    given = {
+    calibration = {
         u.name: begin.windows(u.train, generator(seed, "start", cell.start, u.name)) for u in source.users(cell.users)
     }
     chosen = adaptation_method(cell.rule)
     if isinstance(chosen.rule, Method):
-        return _follow_each(chosen.rule, source, followed, given, begin.n0, seed), facts | {
+        return _adapt_each(chosen.rule, source, streams, calibration, begin.n0, seed), facts | {
             "includes_current": chosen.rule.includes_current
         }
     prior = source.prior_for(chosen.rule)
     net = personalize(source.model, chosen.rule, prior=prior)
-    for name, windows in given.items():
+    for name, windows in calibration.items():
         if windows is not None:
             net.calibrate(windows, user=name, then="freeze" if cell.rule == SOURCE else "adapt", n0=begin.n0)
     follower = DriftMonitor(net, source.model, *chosen.watch) if chosen.watch else net
-    ask = Ask(chosen.ask.budget) if chosen.ask else None
-    traces = follow(follower, followed, ask)
+    ask = ActiveLabeling(chosen.ask.budget) if chosen.ask else None
+    traces = follow(follower, streams, ask)
     facts["includes_current"] = chosen.rule.includes_current
     if isinstance(follower, DriftMonitor):
-        facts["alarms"] = [_alarms(follower.watches[s.user].alarms, s) for s in followed]
+        facts["alarms"] = [_alarms(follower.users[s.user].alarms, s) for s in streams]
     if ask is not None:
-        facts["questions"] = {user: sum(counts) for user, counts in ask.confirmed.items()}
-    first = followed[0]
+        facts["questions"] = {user: sum(counts) for user, counts in ask.labeled.items()}
+    first = streams[0]
     before = float((logits(source.model, source.source_test.x).argmax(1) == source.source_test.y).double().mean())
-    after = [accuracy_with_state(net, s.user, source.source_test) for s in followed]
+    after = [accuracy_with_state(net, s.user, source.source_test) for s in streams]
     facts["bytes_per_user"] = len(net.state(first.user).to_bytes())
     facts["forgotten"] = before - sum(after) / len(after)
     net.reset(first.user)
@@ -113,22 +113,22 @@ def run_cell(cell: Cell, source: SourceModel) -> tuple[list[Trace], dict[str, An
     return traces, facts
 
 
-def _alarms(alarms: Sequence[int], met: Stream) -> dict[str, Any]:
-    found = judge_alarms(alarms, [e.at for e in met.events if e.kind in CHANGES], len(met))
+def _alarms(alarms: Sequence[int], stream: Stream) -> dict[str, Any]:
+    found = judge_alarms(alarms, [e.at for e in stream.events if e.kind in CHANGES], len(stream))
     return {"delays": found.delays, "missed": found.missed, "false_per_1000": found.false_per_1000}
 
 
-def _follow_each(
+def _adapt_each(
     chosen: Method,
     source: SourceModel,
-    followed: Sequence[Stream],
-    given: dict[str, Tensor | None],
+    streams: Sequence[Stream],
+    calibration: dict[str, Tensor | None],
     n0: float,
     seed: int,
 ) -> list[Trace]:
     traces = []
-    for s in followed:
-        windows, model = given[s.user], source.model
+    for s in streams:
+        windows, model = calibration[s.user], source.model
         if windows is not None:
             calibrated = personalize(model, Source(), capacity=1)
             calibrated.calibrate(windows, user=s.user, n0=n0)
@@ -139,8 +139,8 @@ def _follow_each(
 
 
 def write_cell(out: Path, cell: Cell, traces: Sequence[Trace], facts: dict[str, Any]) -> None:
-    """A table of windows, then the facts beside it: a cell with facts is finished."""
-    place = out / "cells"
+    """Write the predictions, then the measurements. A cell with measurements is finished."""
+    folder = out / "cells"
     frame = pd.concat(
         [
             pd.DataFrame(
@@ -157,22 +157,22 @@ def write_cell(out: Path, cell: Cell, traces: Sequence[Trace], facts: dict[str, 
             for t in traces
         ]
     )
-    write_atomically(place / f"{cell.id}.parquet", frame.to_parquet(index=False))
-    known = {
+    write_atomically(folder / f"{cell.id}.parquet", frame.to_parquet(index=False))
+    record = {
         "cell": asdict(cell),
         "numerics": NUMERICS,
         "code": code_digest(),
         "digests": {t.user: t.digest for t in traces},
         **facts,
     }
-    write_atomically(place / f"{cell.id}.json", json.dumps(known, indent=1).encode())
+    write_atomically(folder / f"{cell.id}.json", json.dumps(record, indent=1).encode())
 
 
 def read_cell(out: Path, cell: Cell) -> tuple[list[Trace], dict[str, Any]] | None:
-    """A finished cell, or None.
+    """Read a finished cell, or None.
 
     Raises:
-        UserError: it has other numerics.
+        UserError: the cell was computed with other numerics.
     """
     path = out / "cells" / f"{cell.id}.json"
     if not path.exists():

@@ -1,4 +1,4 @@
-"""What follows a stream, as it is named on the command line: a rule or method, drift detection, questions."""
+"""Adaptation methods as the command line names them: a rule or test-time method, drift detection, questions."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from fedbn.tta import Method, methods
 
 @dataclass(frozen=True)
 class Questions:
-    """Ask each user about single windows (`fedbn.online.prequential.Ask`).
+    """Ask each user for labels of single windows (`fedbn.online.prequential.ActiveLabeling`).
 
     Attributes:
-        budget: questions a user answers.
+        budget: number of questions per user.
     """
 
     name: ClassVar[str] = "ask"
@@ -33,12 +33,12 @@ class Questions:
 
 @dataclass(frozen=True)
 class AdaptationMethod:
-    """What follows the streams: a rule or method and, with a rule, drift detection and questions.
+    """A rule or test-time method and, with a rule, drift detection and questions.
 
     Attributes:
-        rule: on statistics, or a method with gradients or output smoothing.
-        watch: what notices drift, and what is done then.
-        ask: how many questions users answer.
+        rule: a rule on statistics, or a method with gradients or output smoothing.
+        watch: drift detector, and the action after an alarm.
+        ask: questions to users.
     """
 
     rule: Rule | Method
@@ -47,15 +47,15 @@ class AdaptationMethod:
 
     @property
     def text(self) -> str:
-        """The shortest text that `adaptation_method` reads as this."""
+        """The shortest text that `adaptation_method` parses to this value."""
         return "/".join(render(part) for part in (self.rule, *(self.watch or ()), self.ask) if part is not None)
 
 
 def adaptation_method(text: str) -> AdaptationMethod:
-    """A contender from ``rule``, ``rule/detector/action``, ``rule/ask`` or ``rule/detector/action/ask``.
+    """Parse ``rule``, ``rule/detector/action``, ``rule/ask`` or ``rule/detector/action/ask``.
 
     Raises:
-        UserError: an unknown name, a wrong option, parts that do not go together.
+        UserError: an unknown name, a wrong option, or parts that cannot be combined.
 
     >>> adaptation_method("pseudo:n0=16/adwin/decay:n=8/ask").text
     'pseudo/adwin/decay:n=8/ask'
@@ -69,6 +69,7 @@ def adaptation_method(text: str) -> AdaptationMethod:
     watch = (detector(more[0]), action(more[1])) if more else None
     if isinstance(chosen, Method) and (watch or ask):
         raise UserError(
-            f"{text!r}: only rules on statistics can be watched or ask; {chosen.name} is a method of its own"
+            f"{text!r}: only rules on statistics support drift detection and questions, and "
+            f"{chosen.name} is a test-time method"
         )
     return AdaptationMethod(chosen, watch, ask)

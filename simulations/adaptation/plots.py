@@ -1,4 +1,4 @@
-"""Pictures of a study of personalization: the course of each rule, and everybody's difference to the source."""
+"""Figures of an adaptation study: accuracy over the stream, and each user's difference to the source."""
 
 from __future__ import annotations
 
@@ -16,41 +16,41 @@ from simulations.report.plots import INK, PALETTE
 
 
 def accuracy_curve_figure(curves: pd.DataFrame) -> Figure:
-    """A row of panels for each strategy and start, a column for each kind of stream; source and bounds in all."""
+    """A row of panels per strategy and start, a column per kind of stream; source and oracles in every panel."""
     kinds = list(dict.fromkeys(curves["stream"]))
-    begun = list(dict.fromkeys(zip(curves["strategy"], curves["start"], strict=True)))
+    starts = list(dict.fromkeys(zip(curves["strategy"], curves["start"], strict=True)))
     several = curves["strategy"].nunique() > 1
     names = [n for n in dict.fromkeys(curves["rule"]) if n != SOURCE and n not in BOUNDS]
-    looks: dict[str, Any] = {SOURCE: {"color": INK, "linestyle": "--"}}
-    looks |= {n: {"color": INK, "linestyle": line, "alpha": 0.5} for n, line in zip(BOUNDS, (":", "-."))}
+    styles: dict[str, Any] = {SOURCE: {"color": INK, "linestyle": "--"}}
+    styles |= {n: {"color": INK, "linestyle": line, "alpha": 0.5} for n, line in zip(BOUNDS, (":", "-."))}
     for i, name in enumerate(names):
-        looks[name] = {"color": PALETTE[i % len(PALETTE)], "linestyle": ("-", "--", ":", "-.")[i // len(PALETTE) % 4]}
+        styles[name] = {"color": PALETTE[i % len(PALETTE)], "linestyle": ("-", "--", ":", "-.")[i // len(PALETTE) % 4]}
     with mpl.rc_context(
         {"text.parse_math": False, "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
     ):
-        figure = Figure(figsize=(2.2 + 3.6 * len(kinds), 0.6 + 2.7 * len(begun)), layout="constrained")
-        panels = figure.subplots(len(begun), len(kinds), sharey=True, sharex="col", squeeze=False)
-        for (row, (strategy, begin)), (column, kind) in product(enumerate(begun), enumerate(kinds)):
+        figure = Figure(figsize=(2.2 + 3.6 * len(kinds), 0.6 + 2.7 * len(starts)), layout="constrained")
+        panels = figure.subplots(len(starts), len(kinds), sharey=True, sharex="col", squeeze=False)
+        for (row, (strategy, begin)), (column, kind) in product(enumerate(starts), enumerate(kinds)):
             axes = panels[row, column]
-            ctx = curves[(curves["strategy"] == strategy) & (curves["stream"] == kind)]
-            ctx = ctx[(ctx["start"] == begin) | ctx["rule"].isin(BOUNDS)]
-            for name, part in ctx.groupby("rule", sort=False):
-                axes.plot(part["window"], part["accuracy"], linewidth=1.3, label=name, **looks[str(name)])
+            panel = curves[(curves["strategy"] == strategy) & (curves["stream"] == kind)]
+            panel = panel[(panel["start"] == begin) | panel["rule"].isin(BOUNDS)]
+            for name, part in panel.groupby("rule", sort=False):
+                axes.plot(part["window"], part["accuracy"], linewidth=1.3, label=name, **styles[str(name)])
                 if name in names:
                     band = part["window"], part["low"].clip(lower=0), part["high"].clip(upper=1)
-                    axes.fill_between(*band, color=looks[str(name)]["color"], alpha=0.12, linewidth=0)
+                    axes.fill_between(*band, color=styles[str(name)]["color"], alpha=0.12, linewidth=0)
             title = kind if begin == "cold" else f"{kind}, from {begin}"
             axes.set_title(f"{strategy}: {title}" if several else title, loc="left")
             axes.grid(alpha=0.18)
-        figure.supxlabel("windows met", fontsize=9)
+        figure.supxlabel("window", fontsize=9)
         figure.supylabel("fading accuracy, band of the difference to source", fontsize=9)
         handles, labels = panels[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=8)
     return figure
 
 
-def people_figure(users: pd.DataFrame, found: pd.DataFrame) -> Figure:
-    """Everybody's difference to the source, rules down and a panel for each kind of stream; who lies left is harmed.
+def users_figure(users: pd.DataFrame, found: pd.DataFrame) -> Figure:
+    """Each user's difference to the source, one panel per kind of stream. Users to the left of zero are harmed.
 
     Args:
         users: a `users_frame`.
@@ -69,10 +69,10 @@ def people_figure(users: pd.DataFrame, found: pd.DataFrame) -> Figure:
                 line = by_kind[kind]
                 of = accuracy.loc[line["strategy"], kind]
                 gains = (of.loc[line["rule"]] - of.loc[SOURCE]).stack()
-                harmed_here = gains < -HARM
+                is_harmed = gains < -HARM
                 for part, mark, color in (
-                    (gains[~harmed_here], "o", PALETTE[0]),
-                    (gains[harmed_here], "x", PALETTE[1]),
+                    (gains[~is_harmed], "o", PALETTE[0]),
+                    (gains[is_harmed], "x", PALETTE[1]),
                 ):
                     axes.plot(part, [place] * len(part), mark, color=color, markersize=4, alpha=0.5)
                 axes.plot([line["gain_low"], line["gain_high"]], [place - 0.3] * 2, color=INK, linewidth=1.6)
@@ -86,6 +86,6 @@ def people_figure(users: pd.DataFrame, found: pd.DataFrame) -> Figure:
             axes.set_yticks(range(len(shown)), [name for name, _ in shown])
             axes.set_ylim(len(shown) - 0.4, -0.9)
             axes.grid(alpha=0.18)
-        told = "a person in a seed each (crosses: harmed), mean and interval above"
-        figure.supxlabel(f"accuracy less source's: {told}", fontsize=9)
+        text = "accuracy minus source: one mark per user and seed (crosses: harmed), mean and interval above"
+        figure.supxlabel(text, fontsize=9)
     return figure

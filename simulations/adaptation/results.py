@@ -1,4 +1,4 @@
-"""What a study of personalization found: table in the terminal, parquet, JSON and a picture."""
+"""Results of an adaptation study: measures per user, summary, learning curves, files."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import numpy as np
 import pandas as pd
 
 from fedbn.online.prequential import Trace
-from fedbn.online.prequential_metrics import cost, faded, harmed, regret, score, windows_to_close, worst_decile
+from fedbn.online.prequential_metrics import cost, fading_mean, harmed, regret, score, windows_to_close, worst_decile
 from simulations.adaptation.cells import BOUNDS, SOURCE, Cell
-from simulations.adaptation.plots import accuracy_curve_figure, people_figure
+from simulations.adaptation.plots import accuracy_curve_figure, users_figure
 from simulations.adaptation.study import Results, Study
 from simulations.report.plots import png
 from simulations.results.inference import adjust, estimate, mean_of_users, signed_rank
@@ -24,11 +24,11 @@ from simulations.storage.checkpoint import write_atomically
 from simulations.storage.provenance import NUMERICS, code_digest, versions
 
 PARTS = (0.5, 0.8, 0.9)
-"""Shares of the gap to the class-balanced bound whose closing is timed."""
+"""Shares of the gap to the class-balanced oracle; the windows needed to close them are reported."""
 
 
 def label(cell: Cell) -> str:
-    """What a row is called.
+    """Label of a cell in tables.
 
     >>> from fedbn.federation.run import Run
     >>> label(Cell(Run("hapt", "fedbn"), "unseen", "iid", "recording", "source"))
@@ -38,7 +38,7 @@ def label(cell: Cell) -> str:
 
 
 def users_frame(results: Results) -> pd.DataFrame:
-    """One line a person, strategy, seed, stream and rule: all measures of one trace."""
+    """One row per user, strategy, seed, stream and rule: all measures of one trace."""
     lines = [
         {"strategy": c.run.strategy, "seed": c.run.seed, "stream": c.stream, "start": c.start, "rule": c.rule}
         | {"label": label(c), "user": t.user}
@@ -50,25 +50,25 @@ def users_frame(results: Results) -> pd.DataFrame:
 
 
 def summary(results: Results, users: pd.DataFrame) -> pd.DataFrame:
-    """One line a strategy, stream and rule: means with intervals over people, harm, regret, tests, cost.
+    """One row per strategy, stream and rule: means with intervals over users, harm, regret, tests, cost.
 
     Args:
-        results: of a study.
+        results: results of a study.
         users: their `users_frame`.
     """
     lines: list[dict[str, Any]] = []
     for (strategy, stream, name), part in users.groupby(["strategy", "stream", "label"], sort=False):
         base = users[(users["strategy"] == strategy) & (users["stream"] == stream) & (users["label"] == SOURCE)]
-        table, ground = (f.pivot_table(index="user", columns="seed", values="accuracy") for f in (part, base))
-        ground = ground.loc[table.index, table.columns]
+        table, baseline = (f.pivot_table(index="user", columns="seed", values="accuracy") for f in (part, base))
+        baseline = baseline.loc[table.index, table.columns]
         found = estimate(mean_of_users, table.to_numpy())
-        gains = (table - ground).to_numpy()
+        gains = (table - baseline).to_numpy()
         gain = estimate(mean_of_users, gains)
-        mine = {c: r for c, r in results.items() if (c.run.strategy, c.stream, label(c)) == (strategy, stream, name)}
-        facts = [f for _, f in mine.values()]
+        own = {c: r for c, r in results.items() if (c.run.strategy, c.stream, label(c)) == (strategy, stream, name)}
+        facts = [f for _, f in own.values()]
         pairs = [(part[part["seed"] == s], base[base["seed"] == s]) for s in table.columns]
         sizes = [f["bytes_per_user"] for f in facts if f["bytes_per_user"] is not None]
-        spent = cost([t for traces, _ in mine.values() for t in traces], max(sizes, default=math.nan))
+        spent = cost([t for traces, _ in own.values() for t in traces], max(sizes, default=math.nan))
         lines.append(
             {
                 "strategy": strategy,
@@ -89,7 +89,7 @@ def summary(results: Results, users: pd.DataFrame) -> pd.DataFrame:
                 "p": math.nan if name == SOURCE or name in BOUNDS else signed_rank(np.nanmean(gains, axis=1)),
                 "nll": mean_of_users(part.pivot_table("nll", "user", "seed").to_numpy()).item(),
                 "ece": mean_of_users(part.pivot_table("ece", "user", "seed").to_numpy()).item(),
-                **_against_bounds(results, mine),
+                **_against_bounds(results, own),
                 **_drift(facts),
                 "questions": _mean([n for f in facts for n in f.get("questions", {}).values()]),
                 "forgotten": _mean([f["forgotten"] for f in facts]),
@@ -101,18 +101,18 @@ def summary(results: Results, users: pd.DataFrame) -> pd.DataFrame:
             }
         )
     frame = pd.DataFrame(lines)
-    # Corrected over everything that is tested, all streams together.
+    # Corrected over all tests of all streams.
     frame["p_adjusted"] = adjust(frame["p"])
     return frame
 
 
-def _against_bounds(results: Results, mine: Results) -> dict[str, float | int | None]:
-    """Regret against both bounds, and windows to close the gap to the balanced one, over all seeds together."""
+def _against_bounds(results: Results, own: Results) -> dict[str, float | int | None]:
+    """Regret against both oracles, and windows to close the gap to the balanced one, over all seeds."""
 
     def of(text: str) -> list[Trace]:
-        return [t for c in mine for t in results[Cell(c.run, c.users, c.stream, "cold", text)][0]]
+        return [t for c in own for t in results[Cell(c.run, c.users, c.stream, "cold", text)][0]]
 
-    traces = [t for found, _ in mine.values() for t in found]
+    traces = [t for found, _ in own.values() for t in found]
     out: dict[str, float | int | None] = {
         f"regret_{bound.removeprefix('bound-')}": regret(traces, of(SOURCE), of(bound)) for bound in BOUNDS
     }
@@ -122,7 +122,7 @@ def _against_bounds(results: Results, mine: Results) -> dict[str, float | int | 
 
 
 def _drift(facts: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """How well alarms fitted changes, over all people and seeds; NaN for rules that are not watched."""
+    """Delays, missed changes and false alarms over all users and seeds; NaN without drift detection."""
     found = [alarms for f in facts for alarms in f.get("alarms", [])]
     return {
         "drift_delay": _mean([d for alarms in found for d in alarms["delays"]]),
@@ -137,24 +137,24 @@ def _mean(values: Sequence[float | None]) -> float:
 
 
 def accuracy_curve(results: Results, longest: float = 0.9) -> pd.DataFrame:
-    """Fading accuracy at each window, mean over people and seeds, while most are there.
+    """Fading accuracy at each window, mean over users and seeds.
 
-    The band is the 95 % interval (normal) of the paired difference to the source, drawn about the rule's mean: people
-    differ far more from each other than rules do.
+    The band is the normal 95 % interval of the paired difference to the source, drawn about the rule's mean, because
+    users differ far more from each other than rules do.
 
     Args:
-        results: of a study.
-        longest: windows are shown up to where this share of the streams goes on.
+        results: results of a study.
+        longest: share of the streams that must still be running at a window.
     """
     lines = []
     for kind, cells in group_cells(results).items():
-        curves, ground = [], []
+        curves, baseline = [], []
         for cell in cells:
-            unmoved = results[replace(cell, start="cold", rule=SOURCE)][0]
-            curves += [faded(t.correct) for t in results[cell][0]]
-            ground += [faded(t.correct) for t in unmoved]
+            reference = results[replace(cell, start="cold", rule=SOURCE)][0]
+            curves += [fading_mean(t.correct) for t in results[cell][0]]
+            baseline += [fading_mean(t.correct) for t in reference]
         end = int(np.quantile([len(c) for c in curves], 1 - longest))
-        rule, base = (np.array([c[:end] for c in side if len(c) >= end]) for side in (curves, ground))
+        rule, base = (np.array([c[:end] for c in side if len(c) >= end]) for side in (curves, baseline))
         mean = np.nanmean(rule, axis=0)
         half = 1.96 * np.nanstd(rule - base, axis=0) / math.sqrt(max(1, len(rule) - 1))
         of = dict(zip(("strategy", "stream", "start", "rule"), kind, strict=True))
@@ -166,7 +166,7 @@ def accuracy_curve(results: Results, longest: float = 0.9) -> pd.DataFrame:
 
 
 def group_cells(results: Results) -> dict[tuple[str, str, str, str], list[Cell]]:
-    """Cells that differ in their seed alone, by strategy, stream, start and rule."""
+    """Cells that differ only in their seed, by strategy, stream, start and rule."""
     out: dict[tuple[str, str, str, str], list[Cell]] = {}
     for cell in results:
         out.setdefault((cell.run.strategy, cell.stream, cell.start, cell.rule), []).append(cell)
@@ -174,18 +174,18 @@ def group_cells(results: Results) -> dict[tuple[str, str, str, str], list[Cell]]
 
 
 def write(out: Path, study: Study, results: Results, command: str) -> pd.DataFrame:
-    """Write users, summary and course as parquet, ``adapt.json``, ``accuracy_curve.png`` and ``people.png``.
+    """Write ``users``, ``summary`` and ``accuracy_curve`` as parquet, ``adapt.json``, and two figures.
 
     Returns:
         The summary.
     """
     users, curves = users_frame(results), accuracy_curve(results)
     found = summary(results, users)
-    for name, frame in (("users", users), ("summary", found), ("course", curves)):
+    for name, frame in (("users", users), ("summary", found), ("accuracy_curve", curves)):
         buffer = io.BytesIO()
         frame.to_parquet(buffer, index=False)
         write_atomically(out / f"{name}.parquet", buffer.getvalue())
-    known = {
+    record = {
         "study": asdict(study),
         "command": command,
         "numerics": NUMERICS,
@@ -194,8 +194,8 @@ def write(out: Path, study: Study, results: Results, command: str) -> pd.DataFra
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "streams": {f"{c.stream}, seed {c.run.seed}": {t.user: t.digest for t in r[0]} for c, r in results.items()},
     }
-    text = pd.Series(known | {"summary": found.to_dict(orient="records")}).to_json(indent=1)
+    text = pd.Series(record | {"summary": found.to_dict(orient="records")}).to_json(indent=1)
     write_atomically(out / "adapt.json", text.encode())
-    for name, figure in (("course", accuracy_curve_figure(curves)), ("people", people_figure(users, found))):
+    for name, figure in (("accuracy_curve", accuracy_curve_figure(curves)), ("users", users_figure(users, found))):
         write_atomically(out / f"{name}.png", png(figure))
     return found

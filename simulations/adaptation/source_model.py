@@ -1,4 +1,4 @@
-"""A trained model and the people it meets."""
+"""The source model of a study: a federated model, its users and their streams."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ from simulations.experiments.tasks import CHECKPOINT, Report, Task, run_task
 from simulations.storage.checkpoint import load_outcome
 
 SOURCE_WINDOWS = 512
-"""Windows of seen users' training data that methods may look at before they begin (EATA's Fisher information)."""
+"""Windows of seen users' training data available to methods before the stream (EATA's Fisher information)."""
 
 UserGroup = Literal["unseen", "seen"]
 
 
 @dataclass(frozen=True, eq=False)
 class SourceModel:
-    """A trained model and the people it meets.
+    """A trained model with the context of its run.
 
     Attributes:
-        run: how it was trained.
-        model: the server's, in evaluation mode.
-        ctx: the run made concrete.
+        run: the training run.
+        model: the server's model, in evaluation mode.
+        ctx: the context of the run.
     """
 
     run: Run
@@ -47,7 +47,7 @@ class SourceModel:
     ctx: RunContext
 
     def users(self, which: UserGroup) -> list[User]:
-        """The people of one kind, in the population's order.
+        """The seen or the unseen users, in the order of the population.
 
         Raises:
             UserError: there are none.
@@ -56,19 +56,18 @@ class SourceModel:
         found = [population.users[i] for i in (population.unseen if which == "unseen" else population.seen)]
         if not found:
             raise UserError(
-                f"scenario {self.run.scenario!r} holds out nobody, so there is nobody new to personalize for: give it "
-                "unseen users, e.g. SCENARIO:unseen=2"
+                f"scenario {self.run.scenario!r} has no unseen users to adapt to: hold some out, e.g. SCENARIO:unseen=2"
             )
         return found
 
     def streams(self, text: str, which: UserGroup) -> list[Stream]:
-        """Everybody's stream over their later recordings."""
+        """The users' streams, over their later recordings."""
         users = self.users(which)
-        return stream(text).of([u.name for u in users], [u.test for u in users], self.run.seed)
+        return stream(text).make_all([u.name for u in users], [u.test for u in users], self.run.seed)
 
     @cached_property
     def source_windows(self) -> Tensor:
-        """Unlabeled windows of seen users' training data, an equal share from each."""
+        """Unlabeled windows of seen users' training data, an equal share per user."""
         seen = [self.ctx.population.users[i].train.x for i in self.ctx.population.seen]
         share = max(2, SOURCE_WINDOWS // len(seen))
         draw = generator(self.run.seed, "source windows")
@@ -76,21 +75,21 @@ class SourceModel:
 
     @cached_property
     def prior(self) -> dict[str, LayerPrior]:
-        """The model's statistics, and for rules that ask for them those of each class over seen users' training data.
+        """The model's statistics, and statistics per class over seen users' training data.
 
-        They are sums over users, so a federation can pool them without seeing a window.
+        They are sums over users, so a federation can pool them without access to windows.
         """
-        data = self.ctx.gathered
+        data = self.ctx.pooled_training_data
         return source_prior(self.model, data.x, data.y, len(self.ctx.population.classes))
 
     @cached_property
     def population(self) -> dict[str, LayerPrior]:
-        """How seen users' statistics are and differ under the finished model; sums over users too."""
+        """Mean and spread of seen users' statistics under the trained model. Also sums over users."""
         return population_prior(self.model, [self.ctx.population.users[i].train.x for i in self.ctx.population.seen])
 
     @cached_property
-    def weighed(self) -> dict[str, LayerPrior]:
-        """The weights of `ttn`, learnt from a batch of each seen user."""
+    def ttn_prior(self) -> dict[str, LayerPrior]:
+        """The weights of the rule `ttn`, learned from one batch per seen user."""
         seen = [self.ctx.population.users[i].train for i in self.ctx.population.seen]
         draw = generator(self.run.seed, "ttn")
         rows = self.run.plan.batch_size
@@ -98,21 +97,21 @@ class SourceModel:
         return learn_alpha(self.model, [(c.x, c.y) for c in chosen], draw)
 
     def prior_for(self, chosen: Rule) -> dict[str, LayerPrior]:
-        """What users start from under a rule, and what it may know."""
-        match chosen.wants:
+        """The prior that a rule requires."""
+        match chosen.requires:
             case "n0":
                 return self.population
             case "class_mean":
                 return self.prior
             case "alpha":
-                return self.weighed
+                return self.ttn_prior
             case _:
                 return layer_priors(self.model)
 
     @cached_property
     def source_test(self) -> Examples:
-        """Labeled later windows of seen users, on which forgetting is measured."""
-        return self.ctx.everyone
+        """Labeled test windows of seen users, on which forgetting is measured."""
+        return self.ctx.pooled_test
 
 
 def train_source_model(run: Run, out: Path, engine: Engine, report: Report) -> SourceModel:
@@ -126,7 +125,7 @@ def train_source_model(run: Run, out: Path, engine: Engine, report: Report) -> S
     ctx = build_context(run)
     outcome = load_outcome(Path(task.directory) / CHECKPOINT, run, ctx.population.sources)
     if str(ctx.ownership.owners["body"]) != "shared":  # type: ignore[index]
-        raise UserError(f"strategy {run.strategy!r} shares no model that new people could start from: choose another")
+        raise UserError(f"strategy {run.strategy!r} shares no model for unseen users to start from: choose another")
     model = copy.deepcopy(ctx.load(ctx.assemble(outcome.server.serving, None))).eval()
-    require_statistics(model, "personalization")
+    require_statistics(model, "online adaptation")
     return SourceModel(run, model, ctx)

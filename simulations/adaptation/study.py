@@ -1,26 +1,27 @@
-"""Personalize: a federated model meets people it has never seen, and every rule follows the same streams of theirs.
+"""Online adaptation of unseen users: all rules follow the same streams.
 
-A *cell* is one rule with one start on one kind of stream, for all people of one seed side by side. Each is written
-when it is done, as a table of windows; an interrupted study goes on with the cells that are missing. All measures are
-computed from these tables, none is stored first.
+A *cell* is one rule with one start on one kind of stream, for all users of one seed. Each cell is written when it is
+finished, as a table of windows; an interrupted study resumes with the missing cells. All measures are computed from
+these tables.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from fedbn.config import Plan
+from fedbn.config import Conditions, nest
 from fedbn.errors import UserError
 from fedbn.federation.run import Run, plan_for
 from fedbn.federation.setup import build_context
 from fedbn.online.prequential import Trace
-from fedbn.plugins import render
+from fedbn.plugins import build, render, table
 from fedbn.streams import stream
 from simulations.adaptation.cells import BOUNDS, SOURCE, Cell, read_cell, run_cell, write_cell
 from simulations.adaptation.methods import adaptation_method
+from simulations.adaptation.options import StudyOptions
 from simulations.adaptation.source_model import UserGroup, train_source_model
 from simulations.adaptation.warm_starts import start
 from simulations.engines.execute import Engine
@@ -28,40 +29,32 @@ from simulations.experiments.tasks import Report
 
 
 @dataclass(frozen=True)
-class Study:
-    """What is compared.
+class Study(StudyOptions):
+    """Online adaptation of unseen users: strategies of training, rules, streams, starts and seeds.
 
-    Attributes:
-        scenario, model, partition, shift, device, plan: of the federated training, as in `Run`.
-        strategies: treatments of normalization in training; every rule is tried after each.
-        rules: texts of rules and methods; the source is always there.
-        streams: texts of kinds of stream.
-        starts: texts of starts; every rule is tried with each.
-        seeds: how many; each trains a model and holds out other people.
-        tune: of rules that differ in their options alone keep the best on seen users' later recordings.
+    Raises:
+        UserError: a value is out of bounds.
     """
 
-    scenario: str
-    rules: tuple[str, ...]
-    streams: tuple[str, ...] = ("natural", "iid")
-    starts: tuple[str, ...] = ("cold",)
-    strategies: tuple[str, ...] = ("global-naive",)
-    seeds: int = 2
-    model: str = ""
-    partition: str = "natural"
-    shift: str = ""
-    device: str = "cpu"
-    tune: bool = False
-    plan: Plan = field(default_factory=Plan)
-
-    def resolved(self) -> Study:
-        """All texts checked and in their shortest form, the source first.
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> Study:
+        """Build a study from parsed JSON or TOML, or from flat options; as `Experiment.from_dict`.
 
         Raises:
-            UserError: unknown names or options, something given twice, nothing to do.
+            UserError: no scenario, an unknown option, or a value of the wrong type.
         """
-        if self.seeds < 1:
-            raise UserError(f"--seeds must be at least 1, not {self.seeds}")
+        values = nest(Study, values)
+        if "scenario" not in values:
+            raise UserError("no scenario given: see `fedbn list scenarios`")
+        plan = plan_for(str(values["scenario"]), **table(values.pop("plan", {}), "plan"))
+        return replace(build(Study, values, "study"), plan=plan)
+
+    def resolved(self) -> Study:
+        """The study with all texts checked and in their shortest form, and the source as first rule.
+
+        Raises:
+            UserError: an unknown name or option, a duplicate, or an empty list.
+        """
         if not self.strategies:
             raise UserError("no strategies given: name at least one of --strategies")
         runs = [self.run(0, strategy).resolved() for strategy in self.strategies]
@@ -76,12 +69,12 @@ class Study:
                 raise UserError(f"no {kind} given: name at least one of --{kind}")
             if twice := {n for n in names if names.count(n) > 1}:
                 raise UserError(f"{kind} given twice: {', '.join(sorted(twice))}")
-        texts = {k: getattr(runs[0], k) for k in ("scenario", "model", "partition", "shift")}
+        texts = {k: getattr(runs[0], k) for k in ("scenario", "model", "partition", "shift", "privacy")}
         return replace(self, **texts, **found)
 
     def run(self, seed: int, strategy: str) -> Run:
-        """The training run of one seed and strategy."""
-        return Run(self.scenario, strategy, seed, self.model, self.partition, self.shift, self.plan, device=self.device)
+        """The training run of a seed and strategy."""
+        return Run(strategy=strategy, seed=seed, **{f.name: getattr(self, f.name) for f in fields(Conditions)})
 
     def runs(self) -> list[Run]:
         """All training runs, seeds outermost."""
@@ -89,7 +82,7 @@ class Study:
 
 
 def cells_of(study: Study, users: UserGroup, rules_: Sequence[str]) -> list[Cell]:
-    """All cells of one kind of people; bounds and the cold source first."""
+    """All cells of one group of users; oracles and the cold source first."""
     return [
         cell
         for run in study.runs()
@@ -119,21 +112,21 @@ def run_study(
     began: Callable[[Sequence[Cell]], None] = lambda cells: None,
     done: Done = lambda cell: None,
 ) -> tuple[Study, Results]:
-    """Conduct a study, or what is left of it.
+    """Run a study, or resume it.
 
     Args:
-        study: what to compare.
-        out: directory; what is finished there is kept.
-        engine: how training runs are executed.
-        report: told of each round of training.
-        began: told of the cells before they begin.
-        done: told of each cell.
+        study: the study.
+        out: directory of results; finished cells are not run again.
+        engine: engine of the training runs.
+        report: called after each round of training.
+        began: called with all cells before they run.
+        done: called after each cell.
 
     Returns:
-        The study with the rules that were kept, and all its cells.
+        The study with the selected rules, and its cells.
 
     Raises:
-        UserError: before anything runs, for whatever can be known then.
+        UserError: before anything runs, for whatever can be checked then.
     """
     study = study.resolved()
     for run in study.runs():
@@ -143,7 +136,7 @@ def run_study(
         for source in sources.values():
             source.streams(text, "unseen")
 
-    def all_of(cells: list[Cell]) -> Results:
+    def run_cells(cells: list[Cell]) -> Results:
         began(cells)
         results: Results = {}
         for cell in cells:
@@ -155,18 +148,18 @@ def run_study(
             done(cell)
         return results
 
-    if study.tune and (contested := families(study.rules)):
-        rivals = [text for variants in contested for text in variants]
-        scored = all_of([c for c in cells_of(study, "seen", rivals) if c.rule in rivals])
-        losers = set(rivals) - set(winners(contested, scored))
+    if study.tune and (rival_families := families(study.rules)):
+        rivals = [text for variants in rival_families for text in variants]
+        scored = run_cells([c for c in cells_of(study, "seen", rivals) if c.rule in rivals])
+        losers = set(rivals) - set(winners(rival_families, scored))
         study = replace(study, rules=tuple(r for r in study.rules if r not in losers))
-    results = all_of(cells_of(study, "unseen", study.rules))
+    results = run_cells(cells_of(study, "unseen", study.rules))
     check_same_windows(results)
     return study, results
 
 
 def families(texts: Sequence[str]) -> list[list[str]]:
-    """Rules that differ in their options alone, where there are several.
+    """Groups of rules that differ only in their options.
 
     >>> families(["source", "pseudo:n0=4", "ema", "pseudo"])
     [['pseudo:n0=4', 'pseudo']]
@@ -177,8 +170,8 @@ def families(texts: Sequence[str]) -> list[list[str]]:
     return [variants for variants in by_name.values() if len(variants) > 1]
 
 
-def winners(contested: Sequence[Sequence[str]], scored: Results) -> list[str]:
-    """Of each family the one with the best mean accuracy over users, streams, starts and seeds; ties: the first."""
+def winners(rival_families: Sequence[Sequence[str]], scored: Results) -> list[str]:
+    """The best rule of each family, by mean accuracy over users, streams, starts and seeds; the first of ties."""
 
     def mean(text: str) -> float:
         right = [
@@ -186,18 +179,13 @@ def winners(contested: Sequence[Sequence[str]], scored: Results) -> list[str]:
         ]
         return float(sum(right) / len(right))
 
-    return [max(variants, key=mean) for variants in contested]
+    return [max(variants, key=mean) for variants in rival_families]
 
 
 def check_same_windows(results: Results) -> None:
-    """Raise unless every rule met the very same windows."""
-    met: dict[tuple[int, UserGroup, str], list[str]] = {}
+    """Check that all rules saw the same windows."""
+    known: dict[tuple[int, UserGroup, str], list[str]] = {}
     for cell, (traces, _) in results.items():
         digests = [t.digest for t in traces]
-        if met.setdefault((cell.run.seed, cell.users, cell.stream), digests) != digests:
-            raise ValueError(f"{cell.rule} on {cell.stream} met other windows than the rules before it")
-
-
-def study_from(values: dict[str, Any], **plan: Any) -> Study:
-    """A study from plain values; the plan starts from the scenario's own."""
-    return Study(**values, plan=plan_for(values["scenario"], **plan))
+        if known.setdefault((cell.run.seed, cell.users, cell.stream), digests) != digests:
+            raise ValueError(f"{cell.rule} on {cell.stream} saw other windows than the rules before it")

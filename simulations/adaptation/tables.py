@@ -1,4 +1,4 @@
-"""A study of personalization as a table, in the terminal or in a document, so that no number in it is typed by hand."""
+"""Tables of an adaptation study, for the terminal and for Markdown documents."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from rich.text import Text
 
 from simulations.adaptation.cells import BOUNDS
 from simulations.adaptation.study import Study
-from simulations.report.documents import markdown, replace_block
-from simulations.results.formatting import format_interval, format_number, format_signed
+from simulations.report.documents import replace_block
+from simulations.results.formatting import format_interval, format_number, format_signed, markdown_table
 
 
 def summary_table(found: pd.DataFrame, study: Study) -> Table:
-    """Rules down, kinds of stream across: mean accuracy [interval], worst tenth, share harmed."""
-    people = f"{found['users'].max()} people, {study.seeds} seed{'s' if study.seeds > 1 else ''}"
+    """Rules by kinds of stream: mean accuracy [interval], worst tenth, share of users harmed."""
+    users = f"{found['users'].max()} users, {study.seeds} seed{'s' if study.seeds > 1 else ''}"
     table = Table(
-        title=Text(f"Accuracy on new people's streams [95 % over people], worst tenth, harmed; {people}", style="bold"),
+        title=Text(f"Accuracy on unseen users' streams [95 % over users], worst tenth, harmed; {users}", style="bold"),
         title_justify="left",
         caption=Text(
-            "harmed: share more than a point below source. bound-…: oracles, statistics of the whole stream or of "
-            "equally many windows of each class. °: a window is inside its own statistics. "
+            "harmed: share of users more than a point below source. bound-…: oracles with statistics of the whole "
+            "stream, or of equally many windows per class. °: statistics include the current window. "
             "*: differs from source, corrected p < .05.",
             style="dim",
         ),
@@ -41,15 +41,15 @@ def summary_table(found: pd.DataFrame, study: Study) -> Table:
         table.add_column(kind, overflow="fold")
     for name, by_kind in rows(found):
         mark = "°" if by_kind[kinds[0]]["includes_current"] else ""
-        table.add_row(Text(name + mark), *(Text(_shown(by_kind[kind])) for kind in kinds))
+        table.add_row(Text(name + mark), *(Text(_format_line(by_kind[kind])) for kind in kinds))
     return table
 
 
 def rows(found: pd.DataFrame) -> list[tuple[str, dict[str, Any]]]:
-    """Rows of a table: name, with its strategy where there are several, and a line for each stream; bounds last.
+    """Rows of a table: name (with the strategy if there are several) and one line per stream; oracles last.
 
     Args:
-        found: a `summary`.
+        found: a `simulations.adaptation.results.summary`.
     """
     several = found["strategy"].nunique() > 1
     lines = found.set_index(["strategy", "rule", "stream"], drop=False)
@@ -61,18 +61,18 @@ def rows(found: pd.DataFrame) -> list[tuple[str, dict[str, Any]]]:
     ]
 
 
-def _shown(line: Any) -> str:
+def _format_line(line: Any) -> str:
     star = "*" if line["p_adjusted"] < 0.05 else ""
     mean = f"{format_number(line['accuracy'])}{star} {format_interval(line['low'], line['high'])}".rstrip()
     return f"{mean}\n{format_number(line['worst_decile'])} worst, {line['harmed']:.0%} harmed"
 
 
 def update_study_document(directory: Path, document: Path) -> None:
-    """Replace what stands between ``<!-- begin NAME -->`` and ``<!-- end NAME -->``; NAME is the directory's name.
+    """Write a study's table between ``<!-- begin NAME -->`` and ``<!-- end NAME -->``; NAME is the directory's name.
 
     Args:
-        directory: of a finished study.
-        document: a Markdown text.
+        directory: directory of a finished study.
+        document: a Markdown file.
 
     Raises:
         UserError: the document or its markers are missing.
@@ -82,37 +82,37 @@ def update_study_document(directory: Path, document: Path) -> None:
 
 
 def table(found: pd.DataFrame) -> str:
-    """A Markdown table of a study's summary: rules down, three columns for each kind of stream; bounds last.
+    """A Markdown table of a study's summary: three columns per kind of stream; oracles last.
 
-    Where rules are watched for drift, a fourth: windows from a change to its alarm, changes missed by stream, false
-    alarms in a thousand windows.
+    With drift detection there is a fourth column: windows from a change to its alarm, missed changes per stream, and
+    false alarms per thousand windows.
 
     Args:
-        found: as `simulations.adaptation.results.summary` gives it.
+        found: a `simulations.adaptation.results.summary`.
     """
-    people, seeds = found["users"].max(), found["seeds"].max()
-    watched = bool(found["false_alarms_per_1000"].notna().any())
-    lines = [_row(name, by_stream, watched) for name, by_stream in rows(found)]
-    return f"{people} people, {seeds} seeds.\n\n{markdown(lines)}"
+    users, seeds = found["users"].max(), found["seeds"].max()
+    monitored = bool(found["false_alarms_per_1000"].notna().any())
+    lines = [_row(name, by_stream, monitored) for name, by_stream in rows(found)]
+    return f"{users} users, {seeds} seeds.\n\n{markdown_table(lines)}"
 
 
-def _row(name: str, by_stream: dict[str, Any], watched: bool) -> dict[str, str]:
+def _row(name: str, by_stream: dict[str, Any], monitored: bool) -> dict[str, str]:
     row = {"rule": name}
     for stream, line in by_stream.items():
         star = "*" if line["p_adjusted"] < 0.05 else ""
         gain = (
-            "" if name.split(": ")[-1] == "source" else f", {format_signed(line['gain'])}{star} {_signed_bracket(line)}"
+            "" if name.split(": ")[-1] == "source" else f", {format_signed(line['gain'])}{star} {_gain_interval(line)}"
         )
         row[stream] = f"{format_number(line['accuracy'])} {format_interval(line['low'], line['high'])}{gain}".rstrip()
         row[f"worst, {stream}"] = format_number(line["worst"])
         row[f"harmed, {stream}"] = f"{line['harmed']:.0%}"
-        if watched:
+        if monitored:
             row[f"delay, missed, false, {stream}"] = _alarms(line)
     return row
 
 
 def _alarms(line: Any) -> str:
-    """Delay, changes missed and false alarms in a thousand windows; empty where nothing was watched.
+    """Delay, missed changes and false alarms per thousand windows; empty without drift detection.
 
     >>> _alarms({"drift_delay": 12.4, "drift_missed": 0.25, "false_alarms_per_1000": 3.0})
     '12, 0.2, 3.0'
@@ -127,5 +127,5 @@ def _alarms(line: Any) -> str:
     return f"{delay}, {missed}, {false:.1f}"
 
 
-def _signed_bracket(line: Any) -> str:
+def _gain_interval(line: Any) -> str:
     return f"[{format_signed(line['gain_low'])}, {format_signed(line['gain_high'])}]"

@@ -1,4 +1,4 @@
-"""A study of personalization as runs of trackers: one for each rule, start and kind of stream."""
+"""Log an adaptation study to trackers: one run per rule, start and kind of stream."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from simulations.experiments.tasks import Task
 from simulations.tracking.trackers import Tracking
 
 POINTS = 100
-"""Points of a curve at most: windows are many, and neighbors alike."""
+"""Maximum number of points of a logged curve."""
 
 
 def tasks(study: Study, out: Path) -> Sequence[Task]:
-    """The training runs of a study, under the directories that it reports them by."""
+    """The training runs of a study with their directories."""
     return [Task(run, str(out / "runs" / run.id)) for run in study.resolved().runs()]
 
 
-def tell(tracking: Tracking, study: Study, results: Results, found: pd.DataFrame) -> None:
-    """Tell of each rule its fading accuracy over windows, and with the last one everything of its summary.
+def log_study(tracking: Tracking, study: Study, results: Results, found: pd.DataFrame) -> None:
+    """Log each rule's fading accuracy over windows, and its summary with the last window.
 
     Args:
-        tracking: where to.
-        study: what was compared.
+        tracking: the trackers.
+        study: the study.
         results: its cells.
         found: their `simulations.adaptation.results.summary`.
     """
@@ -35,8 +35,8 @@ def tell(tracking: Tracking, study: Study, results: Results, found: pd.DataFrame
     numbers = found.set_index(["strategy", "stream", "rule"]).select_dtypes("number")
     curves = accuracy_curve(results)
     for kind, (cell, *_) in group_cells(results).items():
-        ctx = curves[(curves[["strategy", "stream", "start", "rule"]] == list(kind)).all(axis=1)]
-        thinned = ctx.iloc[:: max(1, len(ctx) // POINTS)]
+        curve = curves[(curves[["strategy", "stream", "start", "rule"]] == list(kind)).all(axis=1)]
+        thinned = curve.iloc[:: max(1, len(curve) // POINTS)]
         points = {int(w): {"fading_accuracy": float(a)} for w, a in zip(thinned["window"], thinned["accuracy"])}
         last = max(points, default=0)
         points[last] = {**points.get(last, {}), **numbers.loc[(cell.run.strategy, cell.stream, label(cell))].to_dict()}
@@ -49,4 +49,4 @@ def tell(tracking: Tracking, study: Study, results: Results, found: pd.DataFrame
             "rule": cell.rule,
         }
         trained = f"{cell.run.strategy}__" if len(study.strategies) > 1 else ""
-        tracking.tell(f"{trained}{cell.stream}__{cell.start}__{cell.rule}", settings, points)
+        tracking.log_run(f"{trained}{cell.stream}__{cell.start}__{cell.rule}", settings, points)

@@ -1,4 +1,4 @@
-"""What a person gives before the stream begins, from an earlier recording."""
+"""Starts: what a user provides before the stream begins, from an earlier recording."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from torch import Tensor
 
 from fedbn.data.population import Examples
 from fedbn.errors import UserError
-from fedbn.online.prequential import balanced
+from fedbn.online.prequential import balanced_rows
 from fedbn.plugins import parse
 
 
 @dataclass(frozen=True)
 class Start(ABC):
-    """What a person gives before the stream begins, from an earlier recording; subclasses below.
+    """Base class of starts: what a user provides before the stream begins.
 
     Attributes:
         name: what the command line calls it.
         about: one line for lists.
-        n0: windows of the statistics before that the calibration is merged with. A placement changes between
-            recordings, so many where the windows are many.
+        n0: weight of the source statistics in the calibration, in windows. The sensor placement changes between
+            recordings, so a large weight helps where there are many windows.
     """
 
     name: ClassVar[str]
@@ -36,15 +36,15 @@ class Start(ABC):
 
     @abstractmethod
     def windows(self, earlier: Examples, draw: torch.Generator) -> Tensor | None:
-        """Windows ``[n, *shape]`` to calibrate by; None for nothing."""
+        """Calibration windows ``[n, *shape]``, or None."""
 
 
 @dataclass(frozen=True)
 class Cold(Start):
-    """The source's statistics."""
+    """No calibration: the source model's statistics."""
 
     name = "cold"
-    about = "nothing: the source's statistics"
+    about = "no calibration: the source model's statistics"
 
     def windows(self, earlier: Examples, draw: torch.Generator) -> Tensor | None:
         return None
@@ -55,7 +55,7 @@ class Recording(Start):
     """The whole earlier recording, without labels."""
 
     name = "recording"
-    about = "the person's earlier recording, unlabeled"
+    about = "the user's earlier recording, unlabeled"
 
     def windows(self, earlier: Examples, draw: torch.Generator) -> Tensor | None:
         return earlier.x
@@ -63,10 +63,10 @@ class Recording(Start):
 
 @dataclass(frozen=True)
 class Classes(Start):
-    """Guided calibration: as many windows of each class; the label is used to choose them and for nothing else.
+    """Guided calibration: equally many windows of each class. Labels are used only to select the windows.
 
     Attributes:
-        k: windows of each class, or as many as the rarest has.
+        k: windows per class, or as many as the rarest class has.
     """
 
     name = "classes"
@@ -79,7 +79,7 @@ class Classes(Start):
             raise UserError(f"start 'classes': k must be at least 1, not {self.k}")
 
     def windows(self, earlier: Examples, draw: torch.Generator) -> Tensor | None:
-        return earlier.x[balanced(earlier.y, draw, self.k)]
+        return earlier.x[balanced_rows(earlier.y, draw, self.k)]
 
 
 def start(text: str) -> Start:

@@ -1,4 +1,4 @@
-"""Claims of papers, measured again on small data."""
+"""Claims of papers, tested again on small data."""
 
 from simulations.claims.claim import Claim, Effect, claims
 

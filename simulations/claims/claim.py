@@ -1,7 +1,7 @@
-"""Claims of papers, measured again on our data. One file a study; a new one is found by being here.
+"""Claims of papers, tested again on our data.
 
-A study reads like the method section of a short paper. It holds functions that train one arm with one seed, and
-``CLAIMS``: what is claimed, by whom, and the threshold that decides, written down before anything is run.
+Each module in `simulations.claims.studies` is a study and is discovered automatically. It has functions that train one
+arm with one seed, and ``CLAIMS``: the claims, their sources and their thresholds, which are fixed before any run.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fedbn.errors import UserError, unknown
 
 Arm = str
 Run = Callable[[Arm, int, bool], dict[str, float]]
-"""``run(arm, seed, quick)``: measured quantities by name, determined by the arguments alone."""
+"""``run(arm, seed, quick)``: measured quantities by name; depends on the arguments only."""
 
 Verdict = Literal["holds", "does not hold", "undecided"]
 Drawing = Literal["dots", "curves", "grid"]
@@ -28,26 +28,26 @@ Drawing = Literal["dots", "curves", "grid"]
 
 @dataclass(frozen=True)
 class Claim:
-    """One claim and how it is decided.
+    """A claim and how it is decided.
 
     Attributes:
-        name: what the command line calls it.
-        sentence: the claim, in one sentence.
-        source: authors, year, link.
-        published: the paper's own number, only where its text was read; else that none was verified.
+        name: name for the command line.
+        sentence: the claim in one sentence.
+        source: authors, year and link.
+        published: the number in the paper, if its text was read; otherwise a remark that it was not verified.
         setting: our data and model.
-        run: trains one arm with one seed; claims with the same function share its results.
-        arms: what is compared.
-        measure: which of the quantities that ``run`` measures.
-        effect: from that quantity by arm, of one seed, a number that the claim wants large.
-        meaning: the effect in words, with its unit.
-        threshold: the claim holds when the whole 95 % interval of the effect is at or above it.
-        drawing: of the arms: ``dots``; ``curves`` of arms called "series number", over the number; or a ``grid`` of
-            arms called "row @ column".
-        axis: what the numbers of curves are.
-        trained: what ``run`` is asked for to know an arm. Arms that read one training share it; what it measures for
-            an arm is then called "measure: arm".
-        note: what has to be known to read the verdict, or was tried where the claim does not hold.
+        run: function that trains one arm with one seed; claims with the same function share its results.
+        arms: the variants to compare.
+        measure: name of the measured quantity.
+        effect: maps the measured quantity by arm (for one seed) to a number; larger values support the claim.
+        meaning: description of the effect, with its unit.
+        threshold: the claim holds if the whole 95 % interval of the effect is at or above this value.
+        drawing: plot of the arms: ``dots``; ``curves`` for arms named "series number"; ``grid`` for arms named
+            "row @ column".
+        axis: label of the numbers of ``curves``.
+        trained: maps an arm to the arm that ``run`` trains for it. Arms can share a training; ``run`` then returns
+            their quantities as "measure: arm".
+        note: additional information on the verdict.
     """
 
     name: str
@@ -68,7 +68,7 @@ class Claim:
 
     @property
     def study(self) -> str:
-        """Name of the file."""
+        """Name of the study's module."""
         return self.run.__module__.rpartition(".")[2]
 
 
@@ -82,23 +82,23 @@ class Effect:
 
     @staticmethod
     def of(effects: Sequence[float]) -> Effect:
-        """Student's t interval, as the seeds are few.
+        """Compute the mean and Student's t interval of one effect per seed.
 
         Raises:
-            ValueError: fewer than two seeds, or an effect that is not finite.
+            ValueError: fewer than two effects, or one that is not finite.
 
         >>> effect = Effect.of([0.0, 1.0, 2.0]); effect.mean, round(effect.low, 3), round(effect.high, 3)
         (1.0, -1.484, 3.484)
         """
         values = np.asarray(effects, float)
         if len(values) < 2 or not np.isfinite(values).all():
-            raise ValueError(f"an interval needs two finite effects or more, not {list(effects)}")
+            raise ValueError(f"an interval needs at least two finite effects, not {list(effects)}")
         mean = float(values.mean())
         half = float(stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values)))
         return Effect(mean, mean - half, mean + half)
 
     def verdict(self, threshold: float) -> Verdict:
-        """What the interval says against a threshold.
+        """Compare the interval with a threshold.
 
         >>> [Effect(2, 1, 3).verdict(t) for t in (0.5, 2.0, 3.5)]
         ['holds', 'undecided', 'does not hold']
@@ -109,34 +109,34 @@ class Effect:
 
 
 def discover_studies() -> dict[str, tuple[str, tuple[Claim, ...]]]:
-    """Title and claims of every study, by name of its file."""
-    found: dict[str, tuple[str, tuple[Claim, ...]]] = {}
+    """Title and claims of every study, by name of its module."""
+    studies: dict[str, tuple[str, tuple[Claim, ...]]] = {}
     package = importlib.import_module("simulations.claims.studies")
     for entry in pkgutil.iter_modules(package.__path__):
         module = importlib.import_module(f"{package.__name__}.{entry.name}")
         if hasattr(module, "CLAIMS"):
-            found[entry.name] = (str(module.__doc__).splitlines()[0].rstrip("."), module.CLAIMS)
-    return found
+            studies[entry.name] = (str(module.__doc__).splitlines()[0].rstrip("."), module.CLAIMS)
+    return studies
 
 
 def claims(names: Sequence[str] = ()) -> tuple[Claim, ...]:
-    """The claims with these names, or of the studies with these names; all by default.
+    """The claims with the given names or of the given studies; all by default.
 
     Raises:
-        UserError: an unknown name, with the nearest one.
+        UserError: unknown name; suggests the nearest one.
     """
-    known = discover_studies()
-    everything = {c.name: c for _, found in known.values() for c in found}
-    if sum(len(found) for _, found in known.values()) != len(everything):
-        raise UserError("two claims have one name: rename one")
+    studies = discover_studies()
+    by_name = {c.name: c for _, study_claims in studies.values() for c in study_claims}
+    if sum(len(study_claims) for _, study_claims in studies.values()) != len(by_name):
+        raise UserError("two claims have the same name: rename one")
     if not names:
-        return tuple(everything.values())
-    chosen: dict[str, Claim] = {}
+        return tuple(by_name.values())
+    selected: dict[str, Claim] = {}
     for name in names:
-        if name in known:
-            chosen |= {c.name: c for c in known[name][1]}
-        elif name in everything:
-            chosen[name] = everything[name]
+        if name in studies:
+            selected |= {c.name: c for c in studies[name][1]}
+        elif name in by_name:
+            selected[name] = by_name[name]
         else:
-            raise unknown("claim or study", name, [*everything, *known])
-    return tuple(chosen.values())
+            raise unknown("claim or study", name, [*by_name, *studies])
+    return tuple(selected.values())

@@ -1,4 +1,4 @@
-"""The figure of a study: every arm's values beside the effect and its interval."""
+"""The figure of a study: values of every arm, and effects with their intervals."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from simulations.report.plots import INK, MARKERS, PALETTE
 
 
 def figure(entries: Sequence[Entry]) -> Figure:
-    """One row a claim: every arm's values, as the claim wants them drawn; and the effect with its interval.
+    """One row per claim: values of every arm in the claim's drawing, and the effect with its interval.
 
-    Arms of several claims that are drawn alike are drawn once.
+    The same values are drawn only once for several claims.
     """
     with mpl.rc_context(
         {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "text.parse_math": False}
     ):
-        shown: dict[Any, str] = {}
-        firsts = [shown.setdefault((e.claim.run, e.claim.arms, e.claim.measure), e.claim.name) for e in entries]
-        tall = [_height(e) if first == e.claim.name else 0.9 for e, first in zip(entries, firsts, strict=True)]
-        drawing = Figure(figsize=(8.6, sum(tall)), layout="constrained")
-        panels = drawing.subplots(
-            len(entries), 2, squeeze=False, gridspec_kw={"height_ratios": tall, "width_ratios": [3, 2]}
+        drawn: dict[Any, str] = {}
+        firsts = [drawn.setdefault((e.claim.run, e.claim.arms, e.claim.measure), e.claim.name) for e in entries]
+        heights = [_height(e) if first == e.claim.name else 0.9 for e, first in zip(entries, firsts, strict=True)]
+        fig = Figure(figsize=(8.6, sum(heights)), layout="constrained")
+        panels = fig.subplots(
+            len(entries), 2, squeeze=False, gridspec_kw={"height_ratios": heights, "width_ratios": [3, 2]}
         )
         for (left, right), entry, first in zip(panels, entries, firsts, strict=True):
             _effect(right, entry)
@@ -35,11 +35,11 @@ def figure(entries: Sequence[Entry]) -> Figure:
             left.set_title(c.name, loc="left", fontweight="bold")
             if first != c.name:
                 left.set_axis_off()
-                left.text(0, 0.5, f"{c.measure}: drawn above, {first}", transform=left.transAxes)
+                left.text(0, 0.5, f"{c.measure}: see {first} above", transform=left.transAxes)
                 continue
             left.set_xlabel(c.measure)
             {"dots": _dots, "curves": _curves, "grid": _grid}[c.drawing](left, entry)
-        return drawing
+        return fig
 
 
 def _height(entry: Entry) -> float:
@@ -62,7 +62,7 @@ def _dots(axes: Axes, entry: Entry) -> None:
 
 
 def _curves(axes: Axes, entry: Entry) -> None:
-    """Mean over seeds, band lowest to highest; both axes logarithmic where values span more than a hundredfold."""
+    """Mean over seeds with a band from lowest to highest; an axis with a wide range of values is logarithmic."""
     series: dict[str, list[tuple[float, list[float]]]] = {}
     for arm, values in entry.values.items():
         name, _, number = arm.rpartition(" ")
@@ -78,8 +78,8 @@ def _curves(axes: Axes, entry: Entry) -> None:
         axes.set_xscale("log")
     axes.set_xticks(numbers, [f"{x:g}" for x in numbers])
     axes.minorticks_off()
-    everything = [v for points in series.values() for _, values in points for v in values]
-    if min(everything) > 0 and max(everything) > 100 * min(everything):
+    all_values = [v for points in series.values() for _, values in points for v in values]
+    if min(all_values) > 0 and max(all_values) > 100 * min(all_values):
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
     axes.set_xlabel(entry.claim.axis)
@@ -88,7 +88,7 @@ def _curves(axes: Axes, entry: Entry) -> None:
 
 
 def _grid(axes: Axes, entry: Entry) -> None:
-    """Means over seeds, in color and in words."""
+    """Means over seeds, as colors and numbers."""
     pairs = [arm.split(" @ ") for arm in entry.values]
     rows, columns = (list(dict.fromkeys(names)) for names in zip(*pairs, strict=True))
     table = np.full((len(rows), len(columns)), np.nan)
@@ -98,8 +98,8 @@ def _grid(axes: Axes, entry: Entry) -> None:
     middle = (np.nanmin(table) + np.nanmax(table)) / 2
     for (i, j), value in np.ndenumerate(table):
         if np.isfinite(value):
-            ink = "white" if value < middle else "black"
-            axes.text(j, i, f"{100 * value:.0f}", ha="center", va="center", fontsize=7, color=ink)
+            color = "white" if value < middle else "black"
+            axes.text(j, i, f"{100 * value:.0f}", ha="center", va="center", fontsize=7, color=color)
     axes.set_yticks(range(len(rows)), rows)
     axes.set_xticks(range(len(columns)), columns, rotation=60, ha="right", fontsize=7)
     axes.tick_params(length=0)

@@ -1,8 +1,4 @@
-"""Run claims, keep what comes, decide, and write the ledger: numbers, a page, one figure a study.
-
-A *cell* is one arm with one seed of one study's function. Cells go to worker processes, one torch thread each, and are
-appended to a file as they finish; a cell that is there, with the current numerics, is not run again.
-"""
+"""Write the results of claims: a JSON file, a Markdown page and one figure per study."""
 
 from __future__ import annotations
 
@@ -15,8 +11,9 @@ from simulations.claims.claim import Verdict, discover_studies
 from simulations.claims.figures import figure
 from simulations.claims.notes import TRIED
 from simulations.claims.store import FULL_SEEDS, QUICK_SEEDS
-from simulations.claims.verdicts import Entry, rerun
+from simulations.claims.verdicts import Entry, rerun_command
 from simulations.report.plots import png
+from simulations.results.formatting import markdown_table
 from simulations.storage.checkpoint import write_atomically
 from simulations.storage.provenance import versions
 
@@ -24,53 +21,53 @@ MARKS: dict[Verdict, str] = {"holds": "✔ holds", "does not hold": "✘ does no
 
 
 def write(out: Path, entries: Sequence[Entry]) -> Path:
-    """Write ``claims.md`` and, under ``claims/``, ``ledger.json`` and one figure a study; gives the page's path.
+    """Write ``claims.md``, ``claims/claims.json`` and one figure per study to ``claims/``; returns the page's path.
 
     Raises:
-        UserError: there is nothing to write.
+        UserError: there are no entries.
     """
     if not entries:
-        raise UserError("no claim has two seeds yet: run some, with --seeds 2 or more")
+        raise UserError("no claim has results for two seeds: run claims with --seeds 2 or more")
     content = {"versions": versions(), "claims": [e.as_dict() for e in entries]}
-    write_atomically(out / "claims" / "ledger.json", json.dumps(content, indent=1).encode())
-    for study, found in by_study(entries).items():
-        write_atomically(out / "claims" / f"{study}.png", png(figure(found)))
+    write_atomically(out / "claims" / "claims.json", json.dumps(content, indent=1).encode())
+    for study, group in by_study(entries).items():
+        write_atomically(out / "claims" / f"{study}.png", png(figure(group)))
     page = out / "claims.md"
-    write_atomically(page, markdown(entries).encode())
+    write_atomically(page, render(entries).encode())
     return page
 
 
 def by_study(entries: Iterable[Entry]) -> dict[str, list[Entry]]:
     """Entries grouped by study, in order."""
-    out: dict[str, list[Entry]] = {}
+    groups: dict[str, list[Entry]] = {}
     for entry in entries:
-        out.setdefault(entry.claim.study, []).append(entry)
-    return out
+        groups.setdefault(entry.claim.study, []).append(entry)
+    return groups
 
 
-def interval(entry: Entry) -> str:
-    """Mean and interval as text, e.g. ``0.031 [0.012, 0.050]``."""
+def format_effect(entry: Entry) -> str:
+    """Format an effect and its interval, e.g. ``0.031 [0.012, 0.050]``."""
     e = entry.effect
     return f"{e.mean:.3g} [{e.low:.3g}, {e.high:.3g}]"
 
 
-OWN = """## With recordings or weights of your own
+OWN_DATA = """## Using your own recordings or weights
 
-Recordings (EDF, BDF, BrainVision through the extra `fedbn[eeg]`, or `.npz` with `signal`, `rate` and `channels`) are
-listed in a table with the columns `file`, `subject` and `label` (1: patient, 0: control); the stroke study's network
-and comparators are then measured on subjects left out:
+List recordings (EDF, BDF, BrainVision with the extra `fedbn[eeg]`, or `.npz` with `signal`, `rate` and `channels`) in a
+table with the columns `file`, `subject` and `label` (1: patient, 0: control). The network and classical methods of the
+stroke study are then tested on left-out subjects:
 
 ```bash
 fedbn eeg cohort.csv --channels F3,F4,T3,T4
 ```
 
-Weights of torchvision, timm or anybody else are read without running code, and must fit in every entry but the
-classifier (`fedbn.integrations.pretrained`); a factory makes such a network a model of every command:
+Weights from torchvision, timm or other sources are loaded without running code and must match the model except for the
+classifier (`fedbn.integrations.pretrained`). A factory makes such a network available as a model in all commands:
 
 ```python
 import torchvision
 
-from fedbn.pretrained import load_pretrained
+from fedbn.integrations.pretrained import load_pretrained
 
 
 def resnet50(shape, classes):
@@ -85,43 +82,46 @@ fedbn compare digits --model mymodels:resnet50 --strategies fedbn,fixbn,global-p
 """
 
 
-def markdown(entries: Sequence[Entry]) -> str:
-    """The page."""
+def render(entries: Sequence[Entry]) -> str:
+    """Render the page as Markdown."""
     counts = [sum(e.verdict == v for e in entries) for v in MARKS]
-    size = "quick runs: smaller and fewer, for a first look" if entries[0].quick else "full runs"
+    size = "quick runs of reduced size, for a first impression" if entries[0].quick else "full runs"
     seeds = [len(e.effects) for e in entries]
-    to = f" to {max(seeds)}" if max(seeds) > min(seeds) else ""
+    num_seeds = f"{min(seeds)} to {max(seeds)}" if max(seeds) > min(seeds) else f"{min(seeds)}"
+    table = [
+        {
+            "claim": f"[{e.claim.name}](#{e.claim.name})",
+            "verdict": MARKS[e.verdict],
+            "effect, 95 % interval": format_effect(e),
+            "threshold": f"{e.claim.threshold:g}",
+        }
+        for e in entries
+    ]
     lines = [
         "# Claims",
         "",
-        "What papers on normalization claim, measured again here on small data. A claim *holds* when the whole 95 % "
-        "interval of its effect (Student's t over paired seeds) is at or above a threshold written down before the "
-        "runs, *does not hold* when it is wholly below, and is else *undecided*. A verdict is about our small data and "
-        "model, not about the paper's: it says whether the effect shows here. Intervals are not corrected for their "
-        "number. Sizes were meant to fit into an hour on two cores, thresholds set before the runs. After two seeds "
-        "had been seen, and not for a verdict, these were changed: rounds of the grid of normalizers at batch 32 (4 to "
-        "16, since nothing had been learnt), epochs of the stroke networks (6 to 4, for time), and the threshold of "
-        "`fedtan-messages`, a count, from 0 to -0.5, so that equality counts as holding. *Tried* says what else was "
-        "measured where a claim does not hold.",
+        "Claims of papers on normalization, tested again on small data. A claim *holds* if the whole 95 % interval of "
+        "its effect (Student's t over paired seeds) is at or above a threshold that was fixed before the runs. It "
+        "*does not hold* if the whole interval is below the threshold, and is *undecided* otherwise. Verdicts apply to "
+        "our small data and models, not to those of the papers: they show whether the effect occurs here. Intervals "
+        "are not corrected for multiple comparisons. All runs were designed to take about an hour on two cores. After "
+        "the first two seeds, three settings were changed, but not because of a verdict: rounds of the grid of "
+        "normalizers with batches of 32 (4 to 16, because nothing had been learned), epochs of the stroke networks (6 "
+        "to 4, to save time), and the threshold of `fedtan-messages`, a count (0 to -0.5, so that equality counts as "
+        "holding). *Also tried* lists other measurements for claims that do not hold.",
         "",
-        f"Written by `fedbn claims --all{' --quick' * entries[0].quick} --out docs`, which goes on where it was "
-        "interrupted.",
+        f"Generated by `fedbn claims --all{' --quick' * entries[0].quick} --out docs`, which resumes after an "
+        "interruption.",
         "",
         f"{len(entries)} claims ({size}): {counts[0]} hold, {counts[1]} do not, {counts[2]} are undecided. Seeds done: "
-        f"{min(seeds)}{to} of {QUICK_SEEDS if entries[0].quick else FULL_SEEDS}.",
+        f"{num_seeds} of {QUICK_SEEDS if entries[0].quick else FULL_SEEDS}.",
         "",
-        "| claim | verdict | effect, 95 % interval | threshold |",
-        "|---|---|---|---|",
-        *(
-            f"| [{e.claim.name}](#{e.claim.name}) | {MARKS[e.verdict]} | {interval(e)} | {e.claim.threshold:g} |"
-            for e in entries
-        ),
-        "",
+        markdown_table(table),
     ]
-    known = discover_studies()
-    for study, found in by_study(entries).items():
-        lines += [f"## {known[study][0]}", "", f"![{known[study][0]}](claims/{study}.png)", ""]
-        for e in found:
+    studies = discover_studies()
+    for study, group in by_study(entries).items():
+        lines += [f"## {studies[study][0]}", "", f"![{studies[study][0]}](claims/{study}.png)", ""]
+        for e in group:
             c = e.claim
             arms = ", ".join(f"{arm} {sum(v) / len(v):.4g}" for arm, v in e.values.items())
             lines += [
@@ -130,11 +130,11 @@ def markdown(entries: Sequence[Entry]) -> str:
                 f"**{c.sentence}** {c.source}",
                 "",
                 f"- Published: {c.published}",
-                f"- Here: {c.setting}; {len(e.effects)} paired seeds.",
-                f"- Measured: {c.meaning}: {interval(e)}, threshold {c.threshold:g}. Means of {c.measure}: {arms}.",
+                f"- Setting: {c.setting}; {len(e.effects)} paired seeds.",
+                f"- Measured: {c.meaning}: {format_effect(e)}, threshold {c.threshold:g}. Mean {c.measure}: {arms}.",
                 *([f"- Note: {c.note}."] if c.note else []),
-                *([f"- Tried: {TRIED[c.name]}."] if c.name in TRIED and e.verdict != "holds" else []),
-                f"- Verdict: **{e.verdict}**. Again: `{rerun(e)}` ({e.seconds:.0f} s of computing).",
+                *([f"- Also tried: {TRIED[c.name]}."] if c.name in TRIED and e.verdict != "holds" else []),
+                f"- Verdict: **{e.verdict}**. Reproduce with `{rerun_command(e)}` ({e.seconds:.0f} s of compute).",
                 "",
             ]
-    return "\n".join([*lines, OWN])
+    return "\n".join([*lines, OWN_DATA])

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 
 from simulations.claims.claim import Claim
-from simulations.claims.studies import common as bench
+from simulations.claims.studies import common
 from simulations.storage.provenance import NUMERICS, code_digest
 
 FULL_SEEDS, QUICK_SEEDS = 10, 3
-"""Paired seeds of a full and of a quick run; with fewer, Student's t leaves nearly everything undecided."""
+"""Paired seeds of full and quick runs; with fewer, Student's t intervals leave almost all claims undecided."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,11 @@ class Cell:
     """One arm with one seed: the unit of work.
 
     Attributes:
-        study: name of the study's file.
+        study: name of the study's module.
         run: name of its function.
-        arm: what to train.
-        seed: of everything random.
-        quick: at reduced size.
+        arm: the arm to train.
+        seed: random seed.
+        quick: whether to run at reduced size.
     """
 
     study: str
@@ -43,36 +43,36 @@ class Cell:
 
 
 def cell(claim: Claim, arm: str, seed: int, quick: bool) -> Cell:
-    """The cell that holds an arm of a claim."""
+    """The cell with the result of an arm of a claim."""
     return Cell(claim.study, claim.run.__name__, claim.trained(arm), seed, quick)
 
 
 def cells(claims: Sequence[Claim], seeds: int, quick: bool) -> list[Cell]:
-    """What the claims need, each cell once; seeds outermost, so that an interrupted run holds whole comparisons."""
-    wanted = (cell(c, arm, seed, quick) for seed in range(seeds) for c in claims for arm in c.arms)
-    return list(dict.fromkeys(wanted))
+    """The cells of claims without duplicates; seeds are outermost, so that interrupted runs have complete seeds."""
+    needed = (cell(c, arm, seed, quick) for seed in range(seeds) for c in claims for arm in c.arms)
+    return list(dict.fromkeys(needed))
 
 
 class Store:
-    """Results of cells, in a file of JSON lines; lines of other numerics are left out, and so is a torn last line.
+    """Results of cells in a JSON Lines file; lines of other numerics and a truncated last line are ignored.
 
     Args:
-        path: the file.
+        path: path of the file.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.found: dict[Cell, dict[str, Any]] = {}
+        self.results: dict[Cell, dict[str, Any]] = {}
         for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
             try:
                 line = json.loads(text)
             except json.JSONDecodeError:
                 continue
             if line.get("numerics") == numerics(line["cell"]["study"]):
-                self.found[Cell(**line["cell"])] = line
+                self.results[Cell(**line["cell"])] = line
 
     def add(self, key: Cell, measured: dict[str, float], seconds: float) -> None:
-        """Keep a result, on disk at once."""
+        """Add a result and write it to disk immediately."""
         line = {
             "cell": asdict(key),
             "measured": measured,
@@ -80,40 +80,40 @@ class Store:
             "numerics": numerics(key.study),
             "code": code_digest(),
         }
-        self.found[key] = line
+        self.results[key] = line
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        # A torn line must not swallow the one after it.
-        torn = self.path.exists() and not self.path.read_bytes().endswith(b"\n")
+        # A truncated line must not be joined with the next one.
+        truncated = self.path.exists() and not self.path.read_bytes().endswith(b"\n")
         with self.path.open("a", encoding="utf-8") as file:
-            file.write("\n" * (torn and self.path.stat().st_size > 0) + json.dumps(line) + "\n")
+            file.write("\n" * (truncated and self.path.stat().st_size > 0) + json.dumps(line) + "\n")
 
 
 def numerics(study: str) -> list[int]:
-    """Versions of the numbers of the library, of the studies' common code and of one study."""
+    """Numerics versions of the library, the common code of the studies and one study."""
     module = importlib.import_module(f"simulations.claims.studies.{study}")
-    return [NUMERICS, bench.NUMERICS, module.NUMERICS]
+    return [NUMERICS, common.NUMERICS, module.NUMERICS]
 
 
 def run_cell(key: Cell) -> tuple[dict[str, float], float]:
-    """Run one cell; gives what was measured, and seconds.
+    """Run a cell; returns the measured quantities and the time in seconds.
 
     Raises:
         ValueError: a measured quantity is not finite.
     """
     torch.set_num_threads(1)
-    began = time.perf_counter()
+    start = time.perf_counter()
     run = getattr(importlib.import_module(f"simulations.claims.studies.{key.study}"), key.run)
     measured = {k: float(v) for k, v in run(key.arm, key.seed, key.quick).items()}
-    if bad := [k for k, v in measured.items() if not math.isfinite(v)]:
-        raise ValueError(f"{key}: {', '.join(bad)} not finite")
-    return measured, time.perf_counter() - began
+    if invalid := [k for k, v in measured.items() if not math.isfinite(v)]:
+        raise ValueError(f"{key}: {', '.join(invalid)} not finite")
+    return measured, time.perf_counter() - start
 
 
-def run_cells(wanted: Sequence[Cell], store: Store, workers: int, done: Callable[[Cell], None]) -> None:
-    """Run the cells that the store does not have; every result is kept as it comes."""
+def run_cells(cells: Sequence[Cell], store: Store, workers: int, done: Callable[[Cell], None]) -> None:
+    """Run the cells that are not in the store, and store each result as soon as it is available."""
     missing = []
-    for key in wanted:
-        if key in store.found:
+    for key in cells:
+        if key in store.results:
             done(key)
         else:
             missing.append(key)

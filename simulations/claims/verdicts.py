@@ -11,16 +11,16 @@ from simulations.claims.store import Store, cell
 
 @dataclass(frozen=True)
 class Entry:
-    """A claim decided.
+    """The result of a claim.
 
     Attributes:
-        claim: what was claimed.
-        values: the measured quantity by arm, one number a seed.
-        effects: one number a seed.
+        claim: the claim.
+        values: the measured quantity by arm, one value per seed.
+        effects: one effect per seed.
         effect: their mean with its interval.
-        verdict: the interval against the threshold.
-        quick: at reduced size.
-        seconds: of computing, all cells together.
+        verdict: result of comparing the interval with the threshold.
+        quick: whether the runs had reduced size.
+        seconds: compute time of all cells.
     """
 
     claim: Claim
@@ -32,38 +32,38 @@ class Entry:
     seconds: float
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values."""
+        """Convert to plain values."""
         c = self.claim
-        words = ("name", "sentence", "source", "published", "setting", "measure", "meaning", "threshold", "study")
+        fields = ("name", "sentence", "source", "published", "setting", "measure", "meaning", "threshold", "study")
         return {
-            **{k: getattr(c, k) for k in words},
+            **{k: getattr(c, k) for k in fields},
             "values": self.values,
             "effects": self.effects,
             **asdict(self.effect),
             "verdict": self.verdict,
             "quick": self.quick,
             "seconds": round(self.seconds, 1),
-            "rerun": rerun(self),
+            "rerun": rerun_command(self),
         }
 
 
-def rerun(entry: Entry) -> str:
-    """The command that measures a claim again."""
+def rerun_command(entry: Entry) -> str:
+    """The command that reproduces an entry."""
     return f"fedbn claims {entry.claim.name}{' --quick' * entry.quick} --seeds {len(entry.effects)}"
 
 
 def decide(claim: Claim, store: Store, quick: bool) -> Entry | None:
-    """The ledger's entry of a claim, from all seeds whose arms are all there; None for fewer than two."""
-    seeds = sorted({k.seed for k in store.found})
-    whole = [s for s in seeds if all(cell(claim, arm, s, quick) in store.found for arm in claim.arms)]
-    if len(whole) < 2:
+    """Decide a claim from all seeds with results for every arm; None for fewer than two seeds."""
+    seeds = sorted({k.seed for k in store.results})
+    complete = [s for s in seeds if all(cell(claim, arm, s, quick) in store.results for arm in claim.arms)]
+    if len(complete) < 2:
         return None
-    used = {key: store.found[key] for s in whole for arm in claim.arms for key in [cell(claim, arm, s, quick)]}
-    values = {arm: [_value(claim, arm, used[cell(claim, arm, s, quick)]) for s in whole] for arm in claim.arms}
-    effects = [float(claim.effect({arm: values[arm][i] for arm in claim.arms})) for i in range(len(whole))]
+    used = {key: store.results[key] for s in complete for arm in claim.arms for key in [cell(claim, arm, s, quick)]}
+    values = {arm: [_value(claim, arm, used[cell(claim, arm, s, quick)]) for s in complete] for arm in claim.arms}
+    effects = [float(claim.effect({arm: values[arm][i] for arm in claim.arms})) for i in range(len(complete))]
     effect = Effect.of(effects)
     seconds = sum(line["seconds"] for line in used.values())
-    # Arms that never differ at all would "beat" each other by a threshold of zero.
+    # Arms that never differ would otherwise "beat" each other with a threshold of zero.
     tied = effect.low == effect.high == claim.threshold
     return Entry(
         claim, values, effects, effect, "undecided" if tied else effect.verdict(claim.threshold), quick, seconds
@@ -72,5 +72,5 @@ def decide(claim: Claim, store: Store, quick: bool) -> Entry | None:
 
 def _value(claim: Claim, arm: str, line: dict[str, Any]) -> float:
     measured: dict[str, float] = line["measured"]
-    own = f"{claim.measure}: {arm}"
-    return measured[own] if own in measured else measured[claim.measure]
+    arm_measure = f"{claim.measure}: {arm}"
+    return measured[arm_measure] if arm_measure in measured else measured[claim.measure]

@@ -1,7 +1,4 @@
-"""The command line: compare, resume, report, list, audit, data.
-
-Heavy imports happen inside commands, so that ``fedbn --help`` answers at once.
-"""
+"""The command line. Heavy imports are inside the commands, so that ``fedbn --help`` starts fast."""
 
 from __future__ import annotations
 
@@ -28,7 +25,7 @@ from simulations.cli.service import demo, serve
 
 app = typer.Typer(
     name="fedbn",
-    help="How should normalization be treated when data live with many different users?",
+    help="Federated and domain-adaptive batch normalization: compare, adapt, report, serve.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -62,14 +59,14 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _before(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say which version this is, and stop.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None: ...
 
 
 def main() -> None:
-    """Entry point: user mistakes become one line and exit code 2; an interruption is exit code 130."""
-    sys.path.insert(0, "")  # a model or scenario of the user's lies where the command is given
+    """Entry point. User errors print one line and exit with code 2; an interruption exits with code 130."""
+    sys.path.insert(0, "")  # so that models and scenarios in the working directory can be imported
     try:
         add_quiet_option(app)()
     except UserError as error:

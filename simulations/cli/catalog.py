@@ -13,11 +13,11 @@ from fedbn.errors import UserError
 
 if TYPE_CHECKING:
     from rich.table import Table
-from simulations.cli.options import AsJson, _numbers, console
+from simulations.cli.options import AsJson, Into, console, numbers
 
 
 class Kind(StrEnum):
-    """What can be listed."""
+    """Kinds of plug-ins that can be listed."""
 
     STRATEGIES = "strategies"
     PERSONALIZATIONS = "personalizations"
@@ -31,11 +31,9 @@ class Kind(StrEnum):
 
 def advise(
     directories: Annotated[list[Path], typer.Argument(help="Directories of comparisons.")],
-    into: Annotated[
-        Path | None, typer.Option(help="Put the answer into this document, between its markers for 'advice'.")
-    ] = None,
+    into: Into = None,
 ) -> None:
-    """Say which treatments are best, and which not clearly behind, over several comparisons."""
+    """Summarize several comparisons: the best strategies, and those not clearly worse."""
     from simulations.report.documents import replace_block
     from simulations.results.advice import advice
 
@@ -49,17 +47,16 @@ def advise(
 
 def list_(
     kind: Annotated[Kind, typer.Argument(help="What to list.")],
-    into: Annotated[
-        Path | None, typer.Option(help="Put the list into this document, between its markers for the kind.")
-    ] = None,
+    into: Into = None,
     as_json: AsJson = False,
 ) -> None:
-    """List what is there, installed plug-ins included."""
+    """List strategies, scenarios, models, rules and other plug-ins, including installed ones."""
     rows = _rows(kind)
     if into is not None:
-        from simulations.report.documents import markdown, replace_block
+        from simulations.report.documents import replace_block
+        from simulations.results.formatting import markdown_table
 
-        replace_block(into, kind.value, markdown(rows))
+        replace_block(into, kind.value, markdown_table(rows))
     if as_json:
         print(json.dumps(rows, indent=1))
         return
@@ -68,19 +65,21 @@ def list_(
 
 def audit(
     model: Annotated[str, typer.Argument(help="Built-in name or package.module:factory.")],
-    strategy: Annotated[str | None, typer.Option(help="Show owners and bytes under this strategy.")] = None,
+    strategy: Annotated[
+        str | None, typer.Option(help="Show owners and bytes under this strategy.", show_default=False)
+    ] = None,
     shape: Annotated[str, typer.Option(help="Shape of an example, comma-separated.")] = "3,32,32",
     classes: Annotated[int, typer.Option(min=2, help="Number of classes.")] = 10,
-    full: Annotated[bool, typer.Option("--full", help="One line for every entry.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="One line per entry.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Print role, owner and bytes of every state entry, and lint the traps of averaging normalized networks."""
+    """Show role, owner and bytes of every state entry, and check for pitfalls of averaging normalized networks."""
     from fedbn.auditing.audit import audit_model
     from simulations.report.audit import show
 
-    if any(not n.is_integer() or n < 1 for n in _numbers(shape)):
+    if any(not n.is_integer() or n < 1 for n in numbers(shape)):
         raise UserError(f"--shape takes positive whole numbers such as 3,32,32, not {shape!r}")
-    found = audit_model(model, strategy, tuple(int(n) for n in _numbers(shape)), classes)
+    found = audit_model(model, strategy, tuple(int(n) for n in numbers(shape)), classes)
     if as_json:
         print(json.dumps(found.as_dict(), indent=1))
     else:
@@ -88,7 +87,7 @@ def audit(
 
 
 def data() -> None:
-    """Show which data sets are installed and intact, and how to get the others."""
+    """Show which data sets are installed and intact, and how to install the others."""
     from fedbn.data.packages import status
 
     rows = [
@@ -134,7 +133,7 @@ def _rows(kind: Kind) -> list[dict[str, str]]:
         case Kind.SHIFTS:
             return [{"name": n, "what": s.about} for n, s in shifts().items()]
         case Kind.RULES:
-            # Methods with gradients answer to the same command.
+            # Test-time methods with gradients are options of the same command.
             found = [(n, r.about, r.source) for n, r in rules().items()]
             found += [(n, m.about, m.source) for n, m in methods().items()]
             return [{"name": n, "what": what, "source": source} for n, what, source in sorted(found)]

@@ -1,4 +1,4 @@
-"""``fedbn claims``: list what papers claim, and measure it again."""
+"""``fedbn claims``: list claims of papers, and measure them again."""
 
 from __future__ import annotations
 
@@ -9,36 +9,31 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from fedbn.errors import UserError
+from simulations.cli.options import AsJson, Track, Workers, console, errors
 
 if TYPE_CHECKING:
     from simulations.claims.store import Cell, Store
     from simulations.claims.verdicts import Entry
     from simulations.tracking.trackers import Tracking
 
-console = Console()
-errors = Console(stderr=True)
-
 
 def claims(
-    names: Annotated[list[str] | None, typer.Argument(help="Claims, or whole studies.")] = None,
+    names: Annotated[list[str] | None, typer.Argument(help="Names of claims or studies.")] = None,
     all_: Annotated[bool, typer.Option("--all", help="Run every claim.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Smaller runs: minutes instead of an hour.")] = False,
-    seeds: Annotated[int | None, typer.Option(min=2, help="Paired seeds. [default: 10, with --quick 4]")] = None,
+    seeds: Annotated[int | None, typer.Option(min=2, help="Paired seeds.", show_default="10, with --quick 3")] = None,
     out: Annotated[Path, typer.Option(help="Directory for claims.md and claims/.")] = Path("results"),
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes; default one a core.")] = None,
-    track: Annotated[
-        list[str] | None,
-        typer.Option(help="Also log to tensorboard:DIR, mlflow:DIR or wandb:DIR (offline); repeatable."),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON instead of tables.")] = False,
+    workers: Workers = None,
+    track: Track = None,
+    as_json: AsJson = False,
 ) -> None:
-    """List claims of papers, or run them and write a ledger: effect, interval, verdict.
+    """List claims of papers, or run them and write their effects, intervals and verdicts to a page.
 
-    Without names or --all it lists. Results are kept as they come; an interrupted run goes on where it was.
+    Without names or --all, the claims are listed. Results are stored as they arrive; the same command resumes an
+    interrupted run.
 
     Example: [bold]fedbn claims binary --quick[/]
     """
@@ -49,7 +44,7 @@ def claims(
         return
     if names and all_:
         raise UserError("give names or --all, not both")
-    from simulations.claims.page import MARKS, interval, write
+    from simulations.claims.page import MARKS, format_effect, write
     from simulations.claims.store import FULL_SEEDS, QUICK_SEEDS, Store, cells
     from simulations.claims.verdicts import decide
     from simulations.tracking.trackers import Tracking
@@ -62,9 +57,9 @@ def claims(
         try:
             _run_cells(todo, store, workers or os.cpu_count() or 1)
         except KeyboardInterrupt:
-            errors.print("interrupted; what was finished is kept, the same command goes on")
+            errors.print("interrupted; finished results are stored, the same command resumes")
             sys.exit(130)
-        # The page shows what is known, not only what was asked for just now.
+        # The page shows all stored results, not only those of this call.
         entries = [e for c in chosen() if (e := decide(c, store, quick)) is not None]
         page = write(out, entries)
         asked = {c.name for c in wanted}
@@ -79,13 +74,13 @@ def claims(
         table.add_column(column)
     for e in shown:
         # Plain text: an interval's brackets are not markup.
-        table.add_row(e.claim.name, MARKS[e.verdict], interval(e).replace("[", r"\["), f"{e.claim.threshold:g}")
+        table.add_row(e.claim.name, MARKS[e.verdict], format_effect(e).replace("[", r"\["), f"{e.claim.threshold:g}")
     console.print(table)
-    console.print(f"ledger: {page.resolve()}", soft_wrap=True)
+    console.print(f"page: {page.resolve()}", soft_wrap=True)
 
 
 def _tell(tracking: Tracking, entry: Entry) -> None:
-    """A claim as a run: a step for each seed, with the last one the mean and its interval."""
+    """Log a claim as a run: one step per seed, and with the last one the mean and its interval."""
     about = {k: v for k, v in entry.as_dict().items() if isinstance(v, (str, float))}
     points = {
         seed: {"effect": effect, **{arm: values[seed] for arm, values in entry.values.items()}}
@@ -93,7 +88,7 @@ def _tell(tracking: Tracking, entry: Entry) -> None:
     }
     found = entry.effect
     points[len(points) - 1] |= {"effect_mean": found.mean, "effect_low": found.low, "effect_high": found.high}
-    tracking.tell(entry.claim.name, about, points)
+    tracking.log_run(entry.claim.name, about, points)
 
 
 def _list(as_json: bool) -> None:

@@ -1,50 +1,63 @@
-"""``fedbn deploy``: the same run as real processes, and whether it gives the same numbers."""
+"""``fedbn deploy``: a run as real processes, compared with the same run in this process."""
 
 from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-console = Console()
-errors = Console(stderr=True)
+from fedbn.config import Plan, RunOptions, nest
+from simulations.cli.options import AsJson, console, errors, options_of
+
+DEFAULT = "digits8:users=3:unseen=1"
+"""Scenario of a deployment without arguments."""
 
 
+@options_of(RunOptions, Plan)
 def deploy(
+    options: dict[str, Any],
     scenario: Annotated[
-        str, typer.Argument(help="Scenario with few users; each gets a process.")
-    ] = "digits8:users=3:unseen=1",
-    strategy: Annotated[str, typer.Option(help="Treatment of normalization.")] = "fedbn",
-    rounds: Annotated[int, typer.Option(min=1, help="Communication rounds.")] = 2,
-    partition: Annotated[str, typer.Option(help="E.g. dirichlet:alpha=0.1:clients=3.")] = "natural",
-    seed: Annotated[int, typer.Option(help="Decides weights, sampling and shuffling.")] = 0,
-    tls: Annotated[bool, typer.Option("--tls", help="Encrypt, and let only nodes with a registered key in.")] = False,
-    out: Annotated[
-        Path | None, typer.Option(help="Directory for how far it has got; the same command goes on from there.")
+        str | None,
+        typer.Argument(help="Scenario with few users; each gets a process.", show_default=DEFAULT),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+    tls: Annotated[
+        bool, typer.Option("--tls", help="Encrypt all connections, and admit only nodes with a registered key.")
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Directory of checkpoints; the same command resumes from them.",
+            show_default="none",
+            rich_help_panel="Output",
+        ),
+    ] = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Run a federation on Flower's SuperLink with one SuperNode a user, on this machine, and in this process.
+    """Run a federation on Flower's SuperLink with one SuperNode per user, on this machine, and in this process.
 
-    Says whether both gave the same bits (exit code 1 if not). Nothing listens beyond loopback, and no process stays.
+    Reports whether both runs are equal bit for bit (exit code 1 if not). Nothing listens beyond loopback, and all
+    processes are stopped at the end. Without options: strategy fedbn, two rounds.
 
     Example: [bold]fedbn deploy digits8:users=3:unseen=1 --strategy silobn --tls[/]
     """
     from fedbn.federation.run import Run, plan_for
-    from simulations.engines.deployment import deploy as conduct
+    from simulations.engines.deployment import deploy as run_deployed
     from simulations.engines.deployment import digest
 
-    plan = plan_for(scenario, rounds=rounds, eval_every=rounds)
-    run = Run(scenario, strategy, seed=seed, partition=partition, plan=plan).resolved()
+    values = nest(RunOptions, {"scenario": DEFAULT, "strategy": "fedbn", "rounds": 2} | options)
+    plan = {"eval_every": values["plan"]["rounds"]} | values["plan"]
+    run = replace(Run.from_dict(values | {"plan": {}}), plan=plan_for(values["scenario"], **plan)).resolved()
     try:
-        result = conduct(run, tls=tls, say=lambda text: errors.print(text, highlight=False, markup=False), out=out)
+        result = run_deployed(
+            run, tls=tls, notify=lambda text: errors.print(text, highlight=False, markup=False), out=out
+        )
     except KeyboardInterrupt:
-        kept = "the same command goes on" if out else "nothing was kept, for want of --out"
+        kept = "the same command resumes" if out else "nothing was saved, because --out was not given"
         errors.print(f"interrupted; every process was stopped, and {kept}")
         sys.exit(130)
     rows = [
@@ -62,7 +75,12 @@ def deploy(
         )
     ]
     if as_json:
-        found = {"strategy": run.strategy, "rounds": rounds, "tls": tls, "start": round(result.seconds["start"], 1)}
+        found = {
+            "strategy": run.strategy,
+            "rounds": run.plan.rounds,
+            "tls": tls,
+            "start": round(result.seconds["start"], 1),
+        }
         print(json.dumps(found | {"engines": rows, "differences": result.differences}, indent=1))
     else:
         table = Table(box=None, header_style="bold", pad_edge=False)

@@ -1,4 +1,4 @@
-"""``fedbn eeg``: the stroke study's network and comparators on somebody's own recordings."""
+"""``fedbn eeg``: the stroke study's network and comparators on your own EEG recordings."""
 
 from __future__ import annotations
 
@@ -7,41 +7,39 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from fedbn.errors import UserError
-
-console = Console()
+from simulations.cli.options import AsJson, console
 
 
 def eeg(
     table: Annotated[Path, typer.Argument(help="CSV with the columns file, subject, label (1: patient, 0: control).")],
     channels: Annotated[str, typer.Option(help="Names of the channels, separated by commas.")],
-    seconds: Annotated[float, typer.Option(help="Length of a window, 2 or more.")] = 4.0,
-    overlap: Annotated[float, typer.Option(help="Share of a window that the next one repeats.")] = 0.0,
-    epochs: Annotated[int, typer.Option(min=1, help="Of the network's training.")] = 20,
-    folds: Annotated[int, typer.Option(min=0, help="Folds of subjects; 0 leaves one subject out at a time.")] = 0,
-    seed: Annotated[int, typer.Option(help="Of folds, weights and batches.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON instead of a table.")] = False,
+    seconds: Annotated[float, typer.Option(help="Length of a window in seconds, at least 2.")] = 4.0,
+    overlap: Annotated[float, typer.Option(help="Overlap of consecutive windows, as a share of their length.")] = 0.0,
+    epochs: Annotated[int, typer.Option(min=1, help="Training epochs of the network.")] = 20,
+    folds: Annotated[int, typer.Option(min=0, help="Folds of subjects; 0 for leave-one-subject-out.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of folds, weights and batches.")] = 0,
+    as_json: AsJson = False,
 ) -> None:
-    """Tell patients from controls in EEG recordings: 1-D CNN with BN, the same without, and classical comparators.
+    """Classify patients and controls from EEG: 1-D CNN with and without BN, and classical comparators.
 
-    Recordings are EDF, BDF, BrainVision or .npz files; features are relative band powers of windows. Subjects never
-    stand on both sides. Research only: no verdict about a person.
+    Recordings are EDF, BDF, BrainVision or .npz files. Features are relative band powers of windows. No subject is in
+    both the training and the test set. For research only; not a diagnosis.
 
     Example: [bold]fedbn eeg cohort.csv --channels F3,F4,T3,T4[/]
     """
-    from fedbn.scenarios.stroke import recorded
+    from fedbn.scenarios.stroke import read_cohort
     from simulations.claims.studies.stroke import MEASURES, classical, network
 
     wanted = [name.strip() for name in channels.split(",") if name.strip()]
     if not wanted:
         raise UserError("give at least one channel: --channels F3,F4")
-    made, names = recorded(table, wanted, seconds, overlap)
+    made, names = read_cohort(table, wanted, seconds, overlap)
     k = folds or len(names)
     if not 2 <= k <= len(names):
-        raise UserError(f"folds={folds}: choose 2 to {len(names)}, the subjects there are, or 0 for one at a time")
+        raise UserError(f"folds={folds}: choose 2 to {len(names)} (the number of subjects), or 0 for leave-one-out")
     found = {
         "1-D CNN with BN": network("bn", [epochs], made, k, seed)[epochs],
         "1-D CNN without": network("none", [epochs], made, k, seed)[epochs],

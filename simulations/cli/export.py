@@ -1,4 +1,4 @@
-"""``fedbn export``: a user's model out of a finished comparison, for use elsewhere."""
+"""``fedbn export``: save a user's model from a finished comparison to a standalone file."""
 
 from __future__ import annotations
 
@@ -7,49 +7,56 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from fedbn.errors import UserError, unknown
+from simulations.cli.options import AsJson, console
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-console = Console()
-
 
 def export(
     directory: Annotated[Path, typer.Argument(help="Directory of a finished comparison.")],
-    out: Annotated[Path, typer.Option(help="File: .onnx, .pt2 (torch.export) or .safetensors (the state dict).")],
-    strategy: Annotated[str, typer.Option(help="Whose model, as the comparison names it.")],
-    user: Annotated[str | None, typer.Option(help="User whose model; default: what a newcomer is given.")] = None,
+    out: Annotated[
+        Path, typer.Option(help="Output file: .onnx, .pt2 (torch.export) or .safetensors (the state dict).")
+    ],
+    strategy: Annotated[str, typer.Option(help="Strategy, as named in the comparison.")],
+    user: Annotated[
+        str | None, typer.Option(help="User whose model to export.", show_default="the model of an unseen user")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the run.")] = 0,
     rule: Annotated[
         str | None,
-        typer.Option(help="First let this rule follow the user's unlabeled training windows, e.g. pseudo:n0=64."),
+        typer.Option(
+            help="First adapt the model to the user's unlabeled training windows by this rule, e.g. pseudo:n0=64.",
+            show_default=False,
+        ),
     ] = None,
     fold: Annotated[bool, typer.Option("--fold", help="Fold BN into the layers before it.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Write one user's model to a file that needs nothing of this project, and check what it says.
+    """Save one user's model to a standalone file.
+
+    The file is read back, and its outputs are checked against the model's.
 
     Example: [bold]fedbn export results/hapt --strategy fedbn --user "user 01" --out model.onnx[/]
     """
     from fedbn.integrations.export import export as write
-    from fedbn.integrations.export import folded
+    from fedbn.integrations.export import fold_batch_norm
 
     if rule is not None and user is None:
-        raise UserError("--rule follows one user's windows: say --user")
+        raise UserError("--rule adapts to one user's windows: name the user with --user")
     model, rows = _model(directory, strategy, seed, user)
     if rule is not None:
-        model = _followed(model, rule, rows)
-    difference = write(folded(model) if fold else model, rows[:8], out)
+        model = _adapted(model, rule, rows)
+    difference = write(fold_batch_norm(model) if fold else model, rows[:8], out)
     shape = [int(n) for n in rows.shape[1:]]
     found = {"file": str(out), "bytes": out.stat().st_size, "input": shape, "difference": difference}
     if as_json:
         print(json.dumps(found, indent=1))
     else:
         console.print(
-            f"{out}: {found['bytes']:,} bytes, takes rows of shape {shape}; read back, its outputs differ from the "
+            f"{out}: {found['bytes']:,} bytes, for inputs of shape {shape}; its outputs differ from the "
             f"model's by at most {difference:.1g}",
             highlight=False,
             markup=False,
@@ -57,7 +64,7 @@ def export(
 
 
 def _model(directory: Path, strategy: str, seed: int, user: str | None) -> tuple[nn.Module, Tensor]:
-    """The model of a user (None: of a newcomer), and training rows of the user's (None: of the first seen user)."""
+    """The model of a user (None for an unseen user), and training rows of the user (None for the first seen user)."""
     from fedbn.federation.client import user_state
     from fedbn.federation.run import Run
     from fedbn.federation.setup import build_context
@@ -82,13 +89,13 @@ def _model(directory: Path, strategy: str, seed: int, user: str | None) -> tuple
         raise unknown("user", user, names)
     else:
         index = names.index(user)
-        received = outcome.server.sends(ctx, index, serving=True)
+        received = outcome.server.state_for(ctx, index, serving=True)
         state = user_state(ctx, index, received, outcome.client_states.get(index))
     return ctx.load(state), ctx.population.users[index].train.x
 
 
-def _followed(model: nn.Module, rule: str, rows: Tensor) -> nn.Module:
-    """A plain copy whose statistics have followed the rows, one after the other."""
+def _adapted(model: nn.Module, rule: str, rows: Tensor) -> nn.Module:
+    """A plain copy of the model, adapted to the rows one by one."""
     from fedbn.online import personalize
 
     network = personalize(model, rule)

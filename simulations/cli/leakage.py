@@ -3,55 +3,60 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from fedbn.config import Plan, RunOptions, nest
 from fedbn.errors import UserError
+from simulations.cli.options import AsJson, Into, console, options_of, parts
 
 if TYPE_CHECKING:
     from fedbn.federation.run import Run
 
-console = Console()
 
-
+@options_of(RunOptions, Plan, without=("privacy", "rule", "validation"))
 def leakage(
-    scenario: Annotated[str, typer.Argument(help="hapt, watch, digits8, ... with options.")],
+    options: dict[str, Any],
+    scenario: Annotated[
+        str | None, typer.Argument(help="hapt, watch, digits8, ... with options, e.g. hapt:unseen=10.")
+    ] = None,
     strategy: Annotated[str, typer.Option(help="A strategy that sends statistics.")] = "global-pooled",
     controls: Annotated[
-        str, typer.Option(help="Protections to compare, comma-separated; none is always measured.")
+        str, typer.Option(help="Protections to compare, comma-separated; no protection is always included.")
     ] = "clip=1,clip=1:noise=0.1,clip=1:noise=0.5,clip=1:noise=2",
-    seed: Annotated[int, typer.Option(help="Of the run.")] = 0,
     states: Annotated[
-        bool, typer.Option("--states", help="Of people's states instead, after each of two recordings.")
+        bool,
+        typer.Option("--states", help="Measure users' states after each of two recordings, instead of messages."),
     ] = False,
-    rounds: Annotated[int | None, typer.Option(help="With --states: rounds of training.")] = None,
-    into: Annotated[
-        Path | None, typer.Option(help="Put the tables between this document's markers for leakage or leakage-states.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    into: Into = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Find users again by the statistics they send, and solve for single windows from consecutive states.
+    """Re-identify users by the statistics they send, and reconstruct single windows from consecutive states.
 
     Example: [bold]fedbn leakage hapt[/]
     """
     from fedbn.federation.run import Run, plan_for
     from simulations.leakage.messages import inversion, measure
-    from simulations.report.documents import markdown, replace_block
+    from simulations.report.documents import replace_block
+    from simulations.results.formatting import markdown_table
 
+    values = nest(RunOptions, options | {"strategy": strategy})
+    if "scenario" not in values:
+        raise UserError("no scenario given: see `fedbn list scenarios`")
+    plan = values.pop("plan", {})
+    if "rounds" in plan and not states:
+        raise UserError("--rounds goes with --states: messages are inspected in the first two rounds")
+    run = replace(Run.from_dict(values), plan=plan_for(values["scenario"], **plan))
     if states:
-        _states(Run(scenario, strategy, seed, plan=plan_for(scenario, rounds=rounds)), into, as_json)
+        _states(run, into, as_json)
         return
-    if rounds is not None:
-        raise UserError("--rounds goes with --states: messages are looked at in the first two rounds")
     if into is not None:
         replace_block(into, "leakage")  # before anything is computed
-    run = Run(scenario, strategy, seed, plan=plan_for(scenario))
-    leaks = measure(run, ("", *filter(None, (text.strip() for text in controls.split(",")))))
+    leaks = measure(run, ("", *parts(controls)))
     errors = inversion(run)
     who = [
         {"protection": leak.privacy or "none", "layers seen": leak.layers}
@@ -64,7 +69,7 @@ def leakage(
         for name, error in errors.items()
     ]
     if into is not None:
-        replace_block(into, "leakage", f"{markdown(who)}\n{markdown(what)}")
+        replace_block(into, "leakage", f"{markdown_table(who)}\n{markdown_table(what)}")
     if as_json:
         print(json.dumps({"found": [asdict(leak) for leak in leaks], "inversion": errors}, indent=1))
         return
@@ -83,14 +88,15 @@ def _print(title: str, rows: list[dict[str, str]]) -> None:
 
 def _states(run: Run, into: Path | None, as_json: bool) -> None:
     from simulations.leakage.states import rows, state_leaks
-    from simulations.report.documents import markdown, replace_block
+    from simulations.report.documents import replace_block
+    from simulations.results.formatting import markdown_table
 
     if into is not None:
         replace_block(into, "leakage-states")  # before anything is computed
     leaks = state_leaks(run)
     found = rows(leaks)
     if into is not None:
-        replace_block(into, "leakage-states", markdown(found))
+        replace_block(into, "leakage-states", markdown_table(found))
     if as_json:
         print(json.dumps([asdict(leak) for leak in leaks], indent=1))
         return

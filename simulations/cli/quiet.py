@@ -1,4 +1,4 @@
-"""``--quiet`` on every command: no progress, no tables; errors, exit codes and ``--json`` stay."""
+"""The option ``--quiet`` of every command: no progress and no tables, only errors and ``--json`` output."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from typer.core import TyperCommand
 
 
 class Quiet(TyperCommand):
-    """A command with one option more, which says so when it is interrupted; errors are printed by the entry point."""
+    """A command with the option ``--quiet`` and a message on interruption."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        told = "Print nothing but errors, and what --json asks for."
-        self.params.append(typer.core.TyperOption(param_decls=["--quiet", "-q"], is_flag=True, help=told))
+        text = "Print only errors and the output of --json."
+        self.params.append(typer.core.TyperOption(param_decls=["--quiet", "-q"], is_flag=True, help=text))
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command, its output thrown away if so asked."""
+        """Run the command, discarding its output if ``--quiet`` is given."""
         try:
             with ExitStack() as stack:
                 if ctx.params.pop("quiet"):
-                    nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
-                    stack.enter_context(redirect_stderr(nowhere))
+                    devnull = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+                    stack.enter_context(redirect_stderr(devnull))
                     if not ctx.params.get("as_json"):
-                        stack.enter_context(redirect_stdout(nowhere))
+                        stack.enter_context(redirect_stdout(devnull))
                 return super().invoke(ctx)
         except KeyboardInterrupt:
-            # Here, for typer turns it into a silent exit before the entry point sees it.
-            print("interrupted; what was finished is kept", file=sys.stderr)
+            # Typer would turn it into a silent exit before the entry point can catch it.
+            print("interrupted; finished results are stored", file=sys.stderr)
             raise typer.Exit(130) from None
 
 
 def add_quiet_option(app: typer.Typer) -> Callable[[], Any]:
-    """Give every command of ``app`` the option, and return ``app``; call it after the last one is registered."""
+    """Add ``--quiet`` to every registered command of ``app``, and return ``app``."""
     for command in app.registered_commands:
         command.cls = Quiet
     return app

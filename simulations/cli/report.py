@@ -1,4 +1,4 @@
-"""``fedbn report``: tables of a comparison, its page, and several comparisons side by side."""
+"""``fedbn report``: tables and HTML page of one comparison, or of several side by side."""
 
 from __future__ import annotations
 
@@ -8,15 +8,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from fedbn.errors import UserError
-
-console = Console()
+from simulations.cli.options import AsJson, Into, console
 
 
 class Format(StrEnum):
-    """What the evaluation matrix can be written as."""
+    """File formats of the evaluation matrix."""
 
     CSV = "csv"
     LATEX = "latex"
@@ -24,20 +22,30 @@ class Format(StrEnum):
 
 
 def report(
-    directories: Annotated[list[Path], typer.Argument(help="Directory of a comparison; several: side by side.")],
+    directories: Annotated[
+        list[Path], typer.Argument(help="Directory of a comparison, or several to show side by side.")
+    ],
     format_: Annotated[
-        Format | None, typer.Option("--format", help="Only the evaluation matrix, in this format, to --out or printed.")
+        Format | None,
+        typer.Option(
+            "--format",
+            help="Write only the evaluation matrix, in this format, to --out or the terminal.",
+            show_default=False,
+        ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="File for --format, or for the page of several. [default: side-by-side.html]")
+        Path | None,
+        typer.Option(
+            help="File for --format, or for the page of several comparisons.", show_default="side-by-side.html"
+        ),
     ] = None,
-    into: Annotated[
-        Path | None, typer.Option(help="Put the table into this document, between its markers for the directory.")
-    ] = None,
-    full: Annotated[bool, typer.Option("--full", help="With --into: also newcomers' starts, and costs.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON instead of tables.")] = False,
+    into: Into = None,
+    full: Annotated[
+        bool, typer.Option("--full", help="With --into: also the starts of unseen users, and costs.")
+    ] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Print the tables of a comparison and write its HTML report; of several, set them side by side.
+    """Print the tables of a comparison and write its HTML report, or show several side by side.
 
     Example: [bold]fedbn report results/hapt --format latex --out hapt.tex[/]
     """
@@ -45,7 +53,7 @@ def report(
     if into is not None and (several or format_ is not None):
         raise UserError("--into takes one directory and no --format")
     if full and into is None:
-        raise UserError("--full goes with --into: say which document")
+        raise UserError("--full goes with --into: name the document")
     if format_ is not None and as_json:
         raise UserError("give --format or --json, not both")
     if out is not None and not several and format_ is None:
@@ -63,7 +71,7 @@ def report(
 
 
 def show_comparison(directory: Path, as_json: bool) -> None:
-    """Write the page of a comparison; print its tables, or everything as JSON."""
+    """Write the page of a comparison, and print its tables, or all results as JSON."""
     from simulations.report.page import write_report
     from simulations.report.terminal import show
     from simulations.results.comparison import Comparison
@@ -115,7 +123,7 @@ def _show_side_by_side(directories: list[Path], page: Path, as_json: bool) -> No
     for title, frame in (
         ("Accuracy, mean over users [95 % interval]", found.wide()),
         (f"Accuracy minus that of {first}, user by user [95 % interval]", found.differences_wide()),
-        ("What is not the same in all", found.settings()),
+        ("Settings that differ", found.settings()),
     ):
         if not frame.empty:
             console.print(frame_table(frame, title), "")

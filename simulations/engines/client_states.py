@@ -1,7 +1,7 @@
-"""What a grid's nodes keep, in memory-mapped files as soon as it would take too much memory.
+"""Client states of a grid's nodes, moved to memory-mapped files if they need too much memory.
 
-A federation of many users keeps a state of each, a hundred thousand of them with a megabyte, say. The operating system
-then writes out what is not in use, and reads it again when its user is next asked; values and bits stay the same.
+A federation keeps one state per user, for example a megabyte for each of a hundred thousand users. The operating system
+writes unused states to disk and reads them back when the user is selected again; the bits do not change.
 """
 
 from __future__ import annotations
@@ -24,125 +24,125 @@ from fedbn.nn.roles import State
 
 log = logging.getLogger(__name__)
 
-INFO = Path("/proc/meminfo")
+MEMINFO = Path("/proc/meminfo")
 
-SHARE = 0.5
-"""Of the memory that is available, what all nodes' states may take."""
+MAX_MEMORY_SHARE = 0.5
+"""Maximum share of the available memory for the states of all nodes."""
 
-ALIGNED = 64
-"""Bytes at whose multiples a tensor begins."""
+ALIGNMENT = 64
+"""Alignment of tensors in a file, in bytes."""
 
-FILE = 2**26
-"""Bytes of a file, unless a single state is larger: systems allow some ten thousand mappings a process."""
+FILE_BYTES = 2**26
+"""Bytes per file, unless one state is larger; processes are limited to some ten thousand mappings."""
 
 
 class ClientStates:
-    """Where the states of a grid's nodes are.
+    """Storage for the client states of a grid's nodes.
 
     Attributes:
-        nodes: how many there are.
-        on_disk: whether states are in files; None until the first is known.
+        nodes: number of nodes.
+        on_disk: whether states are stored in files; None until the size of a state is known.
     """
 
     def __init__(self, nodes: int) -> None:
-        """For so many nodes."""
+        """Create the storage for ``nodes`` nodes."""
         self.nodes = nodes
         self.on_disk: bool | None = None
-        self._place: dict[tuple[int, str], Tensor] = {}
+        self._blocks: dict[tuple[int, str], Tensor] = {}
         self._free: dict[int, list[Tensor]] = {}
 
-    def keep(self, node: int, records: RecordDict) -> None:
-        """Move a node's tensors to a file, if that is where states are to be.
+    def store(self, node: int, records: RecordDict) -> None:
+        """Move the tensors of a node to a file if states are stored on disk.
 
         Args:
-            node: whose.
-            records: its context's state; tensors held by reference become those of the file.
+            node: id of the node.
+            records: state of its context; tensors held by reference are replaced by those of the file.
 
         Raises:
-            UserError: there is no room on the disk either.
+            UserError: the disk does not have enough space.
         """
         if self.on_disk is False:
             return
-        held = {
+        by_reference = {
             name: record.state
             for name, record in records.items()
             if isinstance(record, LazyArrayRecord) and record.state
         }
-        if self.on_disk is None and held:
-            self._decide(sum(size(state) for state in held.values()))
-        for name, state in held.items():
+        if self.on_disk is None and by_reference:
+            self._choose_storage(sum(state_bytes(state) for state in by_reference.values()))
+        for name, state in by_reference.items():
             if self.on_disk and all(value.device.type == "cpu" for value in state.values()):
-                records[name] = LazyArrayRecord(self._written((node, name), state))
+                records[name] = LazyArrayRecord(self._write((node, name), state))
 
-    def _decide(self, each: int) -> None:
-        needed, free = each * self.nodes, available()
-        self.on_disk = needed > SHARE * free
+    def _choose_storage(self, bytes_per_node: int) -> None:
+        needed, free = bytes_per_node * self.nodes, available_memory()
+        self.on_disk = needed > MAX_MEMORY_SHARE * free
         if self.on_disk:
-            where = tempfile.gettempdir()
-            text = f"what {self.nodes} clients keep, {needed / 1e9:.3g} GB"
-            if needed > (room := shutil.disk_usage(where).free):
-                raise UserError(f"{where} has no room for {text}, but {room / 1e9:.3g}: name a larger place in TMPDIR")
-            log.warning(f"{text}, is more than {SHARE:.0%} of the memory left: it goes to files in {where}")
+            directory = tempfile.gettempdir()
+            text = f"the states of {self.nodes} clients need {needed / 1e9:.3g} GB"
+            if needed > (space := shutil.disk_usage(directory).free):
+                raise UserError(f"{text}, but {directory} has only {space / 1e9:.3g} GB: set TMPDIR to a larger disk")
+            log.warning(f"{text}, more than {MAX_MEMORY_SHARE:.0%} of the available memory: using files in {directory}")
 
-    def _written(self, key: tuple[int, str], state: State) -> State:
-        """The same values in a file. A client may keep what it had under another name: so never over what it had."""
-        before = self._place.get(key)
-        if before is not None and all(_within(value, before) for value in state.values()):
+    def _write(self, key: tuple[int, str], state: State) -> State:
+        """Copy a state to a file; never over the old state, which the new one can still reference."""
+        previous = self._blocks.get(key)
+        if previous is not None and all(_within(value, previous) for value in state.values()):
             return state
-        free = self._free.setdefault(size(state), [])
+        free = self._free.setdefault(state_bytes(state), [])
         if not free:
-            free += _mapped(size(state), self.nodes)
-        place = free.pop()
-        at, out = 0, {}
+            free += _map_file(state_bytes(state), self.nodes)
+        block = free.pop()
+        offset, out = 0, {}
         for name, value in state.items():
             count = value.numel() * value.element_size()
-            out[name] = place[at : at + count].view(value.dtype).view(value.shape)
+            out[name] = block[offset : offset + count].view(value.dtype).view(value.shape)
             out[name].copy_(value.detach())
-            at += _aligned(count)
-        self._place[key] = place
-        if before is not None:
-            self._free[len(before)].append(before)
+            offset += _aligned(count)
+        self._blocks[key] = block
+        if previous is not None:
+            self._free[len(previous)].append(previous)
         return out
 
 
-def _within(value: Tensor, place: Tensor) -> bool:
-    return 0 <= value.data_ptr() - place.data_ptr() < len(place)
+def _within(value: Tensor, block: Tensor) -> bool:
+    return 0 <= value.data_ptr() - block.data_ptr() < len(block)
 
 
-def size(state: State) -> int:
-    """Bytes of a state's file."""
+def state_bytes(state: State) -> int:
+    """Bytes of a state in a file."""
     return sum(_aligned(value.numel() * value.element_size()) for value in state.values())
 
 
 def _aligned(count: int) -> int:
-    return math.ceil(count / ALIGNED) * ALIGNED
+    return math.ceil(count / ALIGNMENT) * ALIGNMENT
 
 
-def _mapped(count: int, most: int) -> list[Tensor]:
-    """Places of ``count`` bytes, at most so many, in a file without a name: it is gone with the process."""
-    places = min(most, max(1, FILE // count))
-    number, name = tempfile.mkstemp(prefix="fedbn-clients-")
+def _map_file(count: int, max_blocks: int) -> list[Tensor]:
+    """Map up to ``max_blocks`` blocks of ``count`` bytes from an unlinked file, which is deleted with the process."""
+    blocks = min(max_blocks, max(1, FILE_BYTES // count))
+    descriptor, name = tempfile.mkstemp(prefix="fedbn-clients-")
     try:
-        if hasattr(os, "posix_fallocate"):  # without room for all of it, writing to the mapping would end the process
-            os.posix_fallocate(number, 0, places * count)
+        if hasattr(os, "posix_fallocate"):  # without reserved space, writing to the mapping could kill the process
+            os.posix_fallocate(descriptor, 0, blocks * count)
         else:
-            os.truncate(name, places * count)
-        return [*torch.from_file(name, shared=True, size=places * count, dtype=torch.uint8).split(count)]
+            os.truncate(name, blocks * count)
+        return [*torch.from_file(name, shared=True, size=blocks * count, dtype=torch.uint8).split(count)]
     except OSError as error:
-        where = tempfile.gettempdir()
-        raise UserError(f"{where}: no room for what clients keep ({error}): name a larger one in TMPDIR") from None
+        directory = tempfile.gettempdir()
+        raise UserError(f"{directory}: no space for client states ({error}): set TMPDIR to a larger disk") from None
     finally:
-        os.close(number)
+        os.close(descriptor)
         os.unlink(name)
 
 
-def available() -> int:
-    """Bytes of memory that can still be had; all that the machine has, where the system does not say.
+def available_memory() -> int:
+    """Bytes of available memory; the total memory if the system does not report it.
 
-    Where it says neither, states stay in memory.
+    If neither is known, states stay in memory.
     """
-    if INFO.exists():
-        return 1024 * int(INFO.read_text(encoding="utf-8").split("MemAvailable:")[1].split()[0])
+    if MEMINFO.exists():
+        return 1024 * int(MEMINFO.read_text(encoding="utf-8").split("MemAvailable:")[1].split()[0])
     if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return sys.maxsize

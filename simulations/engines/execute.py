@@ -1,9 +1,9 @@
-"""Three ways to execute a run; the numbers are the same to the last bit.
+"""Three engines to execute a run, with bit-identical results.
 
-*reference*: the readable loop, without Flower. *grid*: Flower's apps over a Grid in this process. *ray*: Flower's
-apps in Flower's own simulation; ``ray:HOST:PORT`` in a Ray cluster that is there already. ``grid:TIER`` says how the
-grid does its clients' work (`fedbn.stacked.executors`): the tiers ``stacked``, ``lean`` and ``auto`` are faster and
-equal to rounding, the last in a way that depends on timing.
+*reference*: the readable loop, without Flower. *grid*: the Flower apps over a Grid in this process. *ray*: the Flower
+apps in Flower's own simulation, with ``ray:HOST:PORT`` in an existing Ray cluster. ``grid:EXECUTOR`` selects how the
+grid runs its clients (`fedbn.stacked.executors`): ``stacked``, ``lean`` and ``auto`` are faster and equal up to
+rounding; the rounding of ``auto`` depends on timing.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from simulations.app import app as server_app
 from simulations.engines.grid import InProcessGrid
 from simulations.flower.compat import task_identity
 from simulations.server.optimizer import server_step
-from simulations.server.rounds import Listener, listening
+from simulations.server.rounds import Listener, attach_listener
 
 Engine = str
-"""``reference``, ``grid``, ``grid:TIER``, ``ray`` or ``ray:ADDRESS``."""
+"""``reference``, ``grid``, ``grid:EXECUTOR``, ``ray`` or ``ray:ADDRESS``."""
 
 ENGINES = ("reference", "grid", "ray")
 OnRound = Callable[[int, Outcome], None]
 
 
 def parse_engine(text: str) -> tuple[str, Executor]:
-    """Engine and tier that a text names.
+    """Parse the name of an engine and its executor.
 
     Raises:
-        UserError: there is none of this name.
+        UserError: unknown name.
 
     >>> parse_engine("grid:stacked")
     ('grid', 'stacked')
@@ -48,9 +48,9 @@ def parse_engine(text: str) -> tuple[str, Executor]:
     if name not in ENGINES:
         raise unknown("engine", name, ENGINES)
     if colon and name == "ray" and not re.fullmatch(r"auto|[\w.-]+:\d+", executor):
-        raise UserError(f"engine {text!r}: a Ray cluster is addressed as ray:HOST:PORT, for instance ray:10.0.0.1:6379")
+        raise UserError(f"engine {text!r}: a Ray cluster is addressed as ray:HOST:PORT, for example ray:10.0.0.1:6379")
     if colon and name == "reference":
-        raise UserError(f"engine {name!r} has no tiers; only the grid has: {text!r}")
+        raise UserError(f"engine {name!r} has no executors, only the grid does: {text!r}")
     return name, parse_executor(executor) if colon and name == "grid" else "exact"
 
 
@@ -64,11 +64,11 @@ def execute(
     """Execute a run, or the rest of one.
 
     Args:
-        run: what to do.
-        engine: how.
-        resume: an unfinished outcome (reference and grid engines).
-        on_round: told after each round, with all that is needed to go on from there (reference and grid engines).
-        checkpoint: where a Ray run writes how far it has got, and goes on from.
+        run: run to execute.
+        engine: name of the engine.
+        resume: partial outcome from which the run continues (reference and grid engines).
+        on_round: called after each round with an outcome from which the run can resume (reference and grid engines).
+        checkpoint: file for checkpoints, from which the run resumes (Ray engine).
     """
     set_threads()
     name, executor = parse_engine(engine)
@@ -104,7 +104,7 @@ def _in_process(run: Run, executor: Executor, resume: Outcome | None, on_round: 
         on_round=None if on_round is None else (lambda number, outcome: on_round(number, with_client_states(outcome))),
         on_end=lambda outcome: finished.append(with_client_states(outcome)),
     )
-    with task_identity(grid.run.run_id), listening(listener):
+    with task_identity(grid.run.run_id), attach_listener(listener):
         server_app(grid, _server_context(grid, config))
     return finished[0]
 

@@ -1,7 +1,7 @@
 """The default engine: a Flower Grid in this process, running the same apps without Ray.
 
-Node ``p`` has partition id ``p``; each has its own `Context`, whose state lives as long as the grid. Messages
-carry the same records as over the network; containers are copied, so that no client sees another's writes.
+Node ``p`` has partition id ``p`` and its own `Context`, whose state lives as long as the grid. Messages carry the same
+records as over the network; containers are copied, so that clients do not see each other's changes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
 from clients.jobs import run_batched
-from fedbn.stacked.executors import WIDEST, ClientExecutor, Executor
+from fedbn.stacked.executors import MAX_STACK_WIDTH, ClientExecutor, Executor
 from simulations.engines.client_states import ClientStates
 from simulations.flower.compat import (
     CLIENT_APP_RAISED,
@@ -30,16 +30,16 @@ from simulations.flower.compat import (
 
 FIRST_NODE = 1_000_000
 
-CROWD = 8 * WIDEST
-"""Most clients whose calls are open at the same time: each holds a model's tensors and a hundred kilobytes more."""
+MAX_OPEN_CALLS = 8 * MAX_STACK_WIDTH
+"""Maximum number of open client calls; each holds the tensors of a model and about a hundred kilobytes."""
 
 
 class InProcessGrid(Grid):
-    """Executes a ClientApp directly, one context a node.
+    """Executes a ClientApp directly, with one context per node.
 
     Attributes:
-        contexts: node id -> context, made when a node is first addressed.
-        shares_memory: the nodes are in this process, so that tensors can be passed by reference.
+        contexts: node id -> context, created on first use.
+        shares_memory: the nodes are in this process, so tensors can be passed by reference.
     """
 
     shares_memory = True
@@ -55,16 +55,16 @@ class InProcessGrid(Grid):
         fault: Callable[[Message], str | None] | None = None,
         executor: Executor = "exact",
     ) -> None:
-        """Make a grid.
+        """Create a grid.
 
         Args:
-            client_app: run for every message.
-            nodes: how many nodes there are.
-            run_config: given to every context, in a copy of its own.
+            client_app: app that handles the messages.
+            nodes: number of nodes.
+            run_config: run-config, copied to every context.
             run_id: Flower's run id.
             first_node: node id of partition 0.
-            fault: may give a reason why a message's node cannot be reached.
-            executor: how the jobs of many clients are done (`fedbn.stacked.executors`).
+            fault: returns an error reason for messages whose node is simulated as unreachable, else None.
+            executor: executor of the clients' jobs (`fedbn.stacked.executors`).
         """
         self.client_app, self.nodes, self.run_config = client_app, nodes, dict(run_config)
         self.contexts: dict[int, Context] = {}
@@ -91,40 +91,40 @@ class InProcessGrid(Grid):
         group_id: str,
         ttl: float | None = None,
     ) -> Message:
-        """A message to a node."""
+        """Create a message to a node."""
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
-        """All nodes, in the order of their partitions."""
+        """Node ids, in the order of the partitions."""
         return list(range(self._first, self._first + self.nodes))
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Run the messages' clients, their jobs together; replies wait to be pulled."""
+        """Run the clients of the messages, with their jobs batched, and store the replies."""
         messages = list(messages)
         for message in messages:
             set_message_id(message, self._next_id())
         ids = [message.metadata.message_id for message in messages]
-        for first in range(0, len(messages), CROWD):
-            crowd = slice(first, first + CROWD)
-            calls = [partial(self._deliver, m) for m in messages[crowd]]
-            for number, reply in zip(ids[crowd], run_batched(calls, self._executor.run)):
+        for first in range(0, len(messages), MAX_OPEN_CALLS):
+            part = slice(first, first + MAX_OPEN_CALLS)
+            calls = [partial(self._deliver, m) for m in messages[part]]
+            for message_id, reply in zip(ids[part], run_batched(calls, self._executor.run)):
                 set_message_id(reply, self._next_id())
-                self._replies[number] = reply
+                self._replies[message_id] = reply
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Replies to these messages, each once."""
+        """Return and remove the replies to these messages."""
         return [self._replies.pop(i) for i in list(message_ids) if i in self._replies]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        """Push and pull; nothing is waited for, so ``timeout`` has no meaning here."""
+        """Push messages and pull the replies; ``timeout`` is ignored."""
         return self.pull_messages(self.push_messages(messages))
 
     def context(self, node: int) -> Context:
-        """A node's context.
+        """The context of a node.
 
         Raises:
-            KeyError: no such node.
+            KeyError: unknown node.
         """
         if node not in self.contexts:
             if not 0 <= node - self._first < self.nodes:
@@ -156,9 +156,9 @@ class InProcessGrid(Grid):
         before = copy_records(context.state)
         try:
             reply = self.client_app(with_content(message, copy_records(message.content)), context)
-            self._states.keep(context.node_id, context.state)
+            self._states.store(context.node_id, context.state)
             return reply
-        except Exception as error:  # as everywhere in Flower: an error reply, and the run goes on
+        except Exception as error:  # as in Flower's runtimes: return an error reply
             context.state = before
             trace = traceback.format_exc(limit=-4)
             return Message(Error(CLIENT_APP_RAISED, f"{type(error).__name__}: {error}\n{trace}"), reply_to=message)

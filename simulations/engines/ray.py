@@ -1,16 +1,14 @@
-"""Flower's own Ray simulation on a private SuperLink (`simulations.flower.superlink`), and nothing left behind.
+"""Flower's own Ray simulation on a private SuperLink (`simulations.flower.superlink`), with complete cleanup.
 
-What the clients keep stays with them: Ray gives no access to it, and `Outcome.client_state` is empty. With a file to
-    write to,
-the server leaves a checkpoint in it after every round and the clients what they keep in a directory beside it, so that
-the same run with the same file goes on where it was killed.
+Ray gives no access to client states, so `Outcome.client_states` is empty. With an output file, the server writes a
+checkpoint to it after every round, and the clients write their states to a directory beside it, so that the same run
+with the same file resumes after an interruption.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,46 +16,47 @@ from pathlib import Path
 
 import torch
 
-from clients.persistence import STATES
+from clients.persistence import STATE_DIR_VARIABLE
 from fedbn.errors import UserError
 from fedbn.federation.run import Run
 from fedbn.federation.server import Outcome
 from fedbn.federation.setup import build_context
-from simulations.flower.processes import Family, private_place
+from fedbn.stacked.executors import available_cores
+from simulations.flower.processes import ProcessGroup, temporary_workspace
 from simulations.flower.superlink import SuperLink
 
 
 def run_on_ray(run: Run, *, actors: int | None = None, address: str = "", out: Path | None = None) -> Outcome:
-    """Execute one run, or what is left of it, in a session of its own.
+    """Execute one run, or the rest of it, in its own session.
 
     Args:
-        run: what to do.
-        actors: Ray workers that serve the clients; None for one a processor.
-        address: of a Ray cluster that this machine is part of; empty: Ray is started for this run.
-        out: where the server writes how far it has got; None: nowhere.
+        run: run to execute.
+        actors: number of Ray workers that run the clients; None: one per core.
+        address: address of a Ray cluster that includes this machine; empty: Ray is started for this run.
+        out: checkpoint file of the server; None: no checkpoints.
 
     Raises:
-        UserError: Ray is not installed, or the run cannot work.
+        UserError: Ray is not installed, or the run has invalid settings.
         FlowerRunError: the simulation failed.
     """
-    states = None if out is None else out.resolve().with_name("states")
-    with ray_session(actors, address, states) as execute:
+    state_dir = None if out is None else out.resolve().with_name("states")
+    with ray_session(actors, address, state_dir) as execute:
         outcome = execute(run, out)
-    if states is not None:
-        shutil.rmtree(states, ignore_errors=True)
+    if state_dir is not None:
+        shutil.rmtree(state_dir, ignore_errors=True)
     return outcome
 
 
 @contextmanager
 def ray_session(
-    actors: int | None = None, address: str = "", states: Path | None = None
+    actors: int | None = None, address: str = "", state_dir: Path | None = None
 ) -> Iterator[Callable[..., Outcome]]:
-    """A function that executes runs, one after the other, on one SuperLink that lives for this block.
+    """Start a SuperLink for this context; yields a function that executes runs on it, one after the other.
 
     Args:
-        actors: Ray workers that serve the clients; None for one a processor.
-        address: of a Ray cluster that this machine is part of; empty: Ray is started for each run.
-        states: directory for what clients keep; None: in memory.
+        actors: number of Ray workers that run the clients; None: one per core.
+        address: address of a Ray cluster that includes this machine; empty: Ray is started for each run.
+        state_dir: directory for client states; None: in memory.
 
     Raises:
         UserError: Ray is not installed.
@@ -65,27 +64,27 @@ def ray_session(
     """
     if importlib.util.find_spec("ray") is None:
         raise UserError("engine ray needs Ray: pip install 'fedbn[ray]', or use --engine grid (same numbers)")
-    family = Family()
-    with private_place(family.stop) as place:
-        extra = {"RAY_ADDRESS": address} if address else {}
-        extra |= {STATES: str(states)} if states else {}
-        link = SuperLink(place, ("--simulation",), family=family, extra=extra)
+    processes = ProcessGroup()
+    with temporary_workspace(processes.stop) as directory:
+        environment = {"RAY_ADDRESS": address} if address else {}
+        environment |= {STATE_DIR_VARIABLE: str(state_dir)} if state_dir else {}
+        link = SuperLink(directory, ("--simulation",), processes=processes, extra_environment=environment)
         link.start()
 
         def execute(run: Run, out: Path | None = None) -> Outcome:
             users = len(build_context(run).population.users)
-            own = None if address else min(actors or _processors(), users)
-            return link.execute(run, "--federation-config", _federation(users, own, run.device), out=out)
+            num_actors = None if address else min(actors or available_cores(), users)
+            return link.execute(run, "--federation-config", _federation_config(users, num_actors, run.device), out=out)
 
         yield execute
 
 
-def _federation(users: int, actors: int | None, device: str) -> str:
-    """Flower's federation config: one SuperNode a user, and one processor an actor.
+def _federation_config(users: int, actors: int | None, device: str) -> str:
+    """Flower's federation config with one SuperNode per user and one core per actor.
 
-    Without a number of actors, those that a cluster has room for: whoever joins one may not say how large it is.
+    Without a number of actors, the cluster decides: a program that joins a cluster cannot set its size.
 
-    >>> _federation(10, 2, "cpu").split()[:3]
+    >>> _federation_config(10, 2, "cpu").split()[:3]
     ['num-supernodes=10', 'client-resources-num-cpus=1', 'init-args-num-cpus=2']
     """
     settings = [
@@ -98,12 +97,8 @@ def _federation(users: int, actors: int | None, device: str) -> str:
     if device.startswith("cuda") and actors is None:
         settings.append("client-resources-num-gpus=1.0")
     elif device.startswith("cuda") and actors is not None:
-        # Ray hides the devices from actors that ask for none, and rounds shares to four places.
+        # Ray hides GPUs from actors that do not request any, and rounds shares to four decimals.
         devices = torch.cuda.device_count()
         share = min(1.0, math.floor(10_000 * devices / actors) / 10_000)
         settings += [f"init-args-num-gpus={devices}", f"client-resources-num-gpus={share}"]
     return " ".join(settings)
-
-
-def _processors() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

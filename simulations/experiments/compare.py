@@ -1,7 +1,7 @@
-"""Conduct an experiment: tune if asked, run every strategy with every seed, measure the shift, write it all down.
+"""Run an experiment: tune if requested, run every strategy with every seed, measure the shift, write the results.
 
-Runs are independent, so they go to worker processes, one torch thread each. Every run keeps a checkpoint in its
-own directory; what is finished is never run again, and an interrupted experiment is resumed to the same numbers.
+Runs are independent and are distributed over worker processes, with one torch thread each. Every run has a checkpoint
+in its own directory. Finished runs are not repeated, and a resumed experiment gives the same numbers.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from fedbn.federation.setup import build_context
 from simulations.engines.execute import Engine, parse_engine
 from simulations.experiments.experiment import Experiment
 from simulations.experiments.preflight import LEFT_OUT, preflight
-from simulations.experiments.shift import measured_shift
+from simulations.experiments.shift import measure_shift
 from simulations.experiments.tasks import Report, Task, run_tasks
 from simulations.results.comparison import Comparison
 from simulations.results.files import write_comparison, write_shift
 from simulations.storage.provenance import NUMERICS, check_numerics, code_digest, versions
 
 
-def tasks_of(experiment: Experiment, out: Path, rates: dict[str, float]) -> list[Task]:
-    """Every strategy with every seed; seeds outermost, so that a stopped experiment holds whole comparisons."""
+def comparison_tasks(experiment: Experiment, out: Path, rates: dict[str, float]) -> list[Task]:
+    """Every strategy with every seed; seeds are outermost, so that an interrupted experiment has complete seeds."""
     runs = [
         experiment.run(strategy, seed, lr=rates.get(strategy))
         for seed in range(experiment.seeds)
@@ -47,8 +47,8 @@ def tuning_tasks(experiment: Experiment, out: Path) -> list[Task]:
     return [Task(run, str(out / "tuning" / "runs" / run.id)) for run in runs]
 
 
-def chosen_rates(tasks: Sequence[Task]) -> dict[str, float]:
-    """For each strategy the learning rate with the best mean accuracy on validation data (ties: the smaller)."""
+def select_rates(tasks: Sequence[Task]) -> dict[str, float]:
+    """The learning rate with the best mean accuracy on validation data by strategy (ties: the smaller)."""
     best: dict[str, tuple[float, float]] = {}
     for task in tasks:
         result = json.loads((Path(task.directory) / "result.json").read_text(encoding="utf-8"))
@@ -70,23 +70,23 @@ def compare(
     command: str = "",
     notices: Sequence[str] = (),
 ) -> Path:
-    """Conduct an experiment, or what is left of it, and write its results below ``out``.
+    """Run an experiment, or the rest of it, and write the results to ``out``.
 
     Args:
         experiment: what to compare.
-        out: directory; what is finished there is kept.
+        out: results directory; finished runs in it are kept.
         engine: how runs are executed.
-        workers: processes; None for one a core.
-        report: told of each round done.
-        started: told of each batch of tasks before it begins.
-        command: how to do it again, for the record.
-        notices: what a reader should know besides what is found here.
+        workers: number of processes; None for one per core.
+        report: called after each round.
+        started: called before each batch of tasks.
+        command: command that reproduces the experiment, for the record.
+        notices: additional notices for the report.
 
     Returns:
-        The directory.
+        The results directory.
 
     Raises:
-        UserError: before anything runs, for whatever can be known then.
+        UserError: invalid settings; checked before anything runs.
     """
     parse_engine(engine)
     experiment = experiment.resolved()
@@ -96,12 +96,12 @@ def compare(
         workers = 1
     ctx = build_context(experiment.run(experiment.strategies[0], 0))
     meta: dict[str, Any] = {
-        "title": f"{experiment.scenario}: {len(experiment.strategies)} treatments of normalization",
+        "title": f"{experiment.scenario}: {len(experiment.strategies)} normalization strategies",
         "scenario": experiment.scenario,
         "strategies": list(experiment.strategies),
         "seeds": list(range(experiment.seeds)),
         "columns": list(COLUMNS),
-        "settings": {**asdict(experiment.plan), **_described(experiment), "engine": engine},
+        "settings": {**asdict(experiment.plan), **_settings(experiment), "engine": engine},
         "versions": versions(),
         "numerics": NUMERICS,
         "code": code_digest(),
@@ -119,25 +119,25 @@ def compare(
         tuning = tuning_tasks(experiment, out)
         started("tuning", tuning)
         run_tasks(tuning, engine, workers, report)
-        rates = chosen_rates(tuning)
+        rates = select_rates(tuning)
         meta["settings"]["lr"] = "tuned: " + ", ".join(f"{s} {lr:g}" for s, lr in rates.items())
         write_comparison(out, meta)
-    tasks = tasks_of(experiment, out, rates)
+    tasks = comparison_tasks(experiment, out, rates)
     started("comparing", tasks)
     run_tasks(tasks, engine, workers, report)
-    write_shift(out, measured_shift(experiment, tasks))
+    write_shift(out, measure_shift(experiment, tasks))
     Comparison.load(out).evaluations.to_parquet(out / "evaluations.parquet", index=False)
     return out
 
 
-def _described(experiment: Experiment) -> dict[str, Any]:
+def _settings(experiment: Experiment) -> dict[str, Any]:
     return {
         "model": experiment.model,
         "partition": experiment.partition,
         "shift": experiment.shift or "none",
         "privacy": experiment.privacy or "none",
         "device": experiment.device,
-        "rates of their own": ", ".join(
+        "learning rates by strategy": ", ".join(
             f"{s} {experiment.rates[s]:g}" for s in experiment.strategies if s in experiment.rates
         )
         or "none",
@@ -146,14 +146,14 @@ def _described(experiment: Experiment) -> dict[str, Any]:
 
 
 def resume(out: Path, **options: Any) -> Path:
-    """Go on with an interrupted comparison.
+    """Resume an interrupted comparison.
 
     Raises:
-        UserError: there is none, or numerics or data have changed since.
+        UserError: there is no comparison, or numerics or data have changed.
     """
     stored = out / "comparison.json"
     if not stored.exists():
-        raise UserError(f"{out} holds no comparison (no comparison.json): start one with `fedbn compare`")
+        raise UserError(f"{out} has no comparison (no comparison.json): start one with `fedbn compare`")
     meta = json.loads(stored.read_text(encoding="utf-8"))
     check_numerics(out, meta.get("numerics"))
     experiment = Experiment.from_dict(meta["experiment"])

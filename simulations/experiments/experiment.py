@@ -1,87 +1,43 @@
-"""An experiment: one scenario, several strategies, several paired seeds, one plan. It is a value, like a run."""
+"""An experiment as a value: one scenario, several strategies, several paired seeds, one plan."""
 
 from __future__ import annotations
 
 import json
 import tomllib
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from fedbn.config import PLAN_FIELDS, Plan
-from fedbn.errors import UserError, unknown
+from fedbn.config import Conditions, nest
+from fedbn.errors import UserError
 from fedbn.federation.run import Run, plan_for
 from fedbn.plugins import build, table
 from fedbn.scenarios.base import scenario
-
-DEFAULT_STRATEGIES = (
-    "global-naive",
-    "global-pooled",
-    "fedbn",
-    "silobn",
-    "groupnorm",
-    "local",
-    "centralized",
-)
-
-GRID = (0.01, 0.03, 0.1, 0.3)
-"""Learning rates tried for every strategy when tuning; a factor of about three apart."""
+from simulations.experiments.options import ExperimentOptions
 
 
 @dataclass(frozen=True)
-class Experiment:
-    """What is compared.
+class Experiment(ExperimentOptions):
+    """One scenario, several strategies, several paired seeds, one plan.
 
-    Attributes:
-        scenario: text of a scenario.
-        strategies: texts of strategies; the first is the reference of paired differences.
-        seeds: how many paired seeds, 0 to seeds - 1.
-        model, partition, shift, device, rule, privacy: as in `Run`.
-        tune: learning rates to choose from for each strategy; empty for the plan's own.
-        rates: learning rates by strategy, where they differ from the plan's; the scenario's, unless a rate was given.
-        plan: training and evaluation settings.
+    Raises:
+        UserError: a value is out of bounds.
     """
 
-    scenario: str
-    strategies: tuple[str, ...] = DEFAULT_STRATEGIES
-    seeds: int = 3
-    model: str = ""
-    partition: str = "natural"
-    shift: str = ""
-    device: str = "cpu"
-    rule: str = ""
-    privacy: str = ""
-    tune: tuple[float, ...] = ()
-    rates: dict[str, float] = field(default_factory=dict)
-    plan: Plan = field(default_factory=Plan)
-
     def run(self, strategy: str, seed: int, *, lr: float | None = None, validation: bool = False) -> Run:
-        """One of the experiment's runs."""
+        """The run of one strategy and seed."""
         plan = replace(self.plan, lr=lr or self.rates.get(strategy, self.plan.lr))
         if validation:
             plan = replace(plan, eval_every=plan.rounds)
-        return Run(
-            self.scenario,
-            strategy,
-            seed,
-            self.model,
-            self.partition,
-            self.shift,
-            plan,
-            validation,
-            self.device,
-            self.rule,
-            self.privacy,
-        )
+        shared = {f.name: getattr(self, f.name) for f in fields(Conditions)} | {"plan": plan}
+        return Run(strategy=strategy, seed=seed, validation=validation, rule=self.rule, **shared)
 
     def resolved(self) -> Experiment:
-        """All texts checked and in their shortest form.
+        """The experiment with all texts checked and in their shortest form.
 
         Raises:
-            UserError: unknown names or options, strategies given twice, no seeds.
+            UserError: an unknown name or option, or a strategy given twice.
         """
-        if self.seeds < 1:
-            raise UserError(f"--seeds must be at least 1, not {self.seeds}")
         if not self.strategies:
             raise UserError("no strategy given: see `fedbn list strategies`")
         if any(lr <= 0 for lr in self.tune):
@@ -92,17 +48,8 @@ class Experiment:
         names = tuple(r.strategy for r in runs)
         if twice := {n for n in names if names.count(n) > 1}:
             raise UserError(f"strategies given twice: {', '.join(sorted(twice))}")
-        first = runs[0]
-        return replace(
-            self,
-            scenario=first.scenario,
-            strategies=names,
-            model=first.model,
-            partition=first.partition,
-            shift=first.shift,
-            privacy=first.privacy,
-            rule=first.rule,
-        )
+        texts = {k: getattr(runs[0], k) for k in ("scenario", "model", "partition", "shift", "privacy", "rule")}
+        return replace(self, strategies=names, **texts)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as in a run file."""
@@ -110,17 +57,20 @@ class Experiment:
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> Experiment:
-        """From parsed JSON or TOML; the plan starts from the scenario's own.
+        """Build an experiment from parsed JSON or TOML, or from flat options.
+
+        The plan starts from the scenario's plan.
+
+        Args:
+            values: fields of `Experiment`. Options of the plan are given in a table ``plan``, or flat among the others.
 
         Raises:
-            UserError: unknown keys or wrong types, no scenario.
+            UserError: no scenario, an unknown option, or a value of the wrong type.
         """
+        values = nest(Experiment, values)
         if "scenario" not in values:
             raise UserError("no scenario given: see `fedbn list scenarios`")
         settings = table(values.get("plan", {}), "plan")
-        for name in settings:
-            if name not in PLAN_FIELDS:
-                raise unknown("setting in [plan]", name, PLAN_FIELDS)
         plan = plan_for(str(values["scenario"]), **settings)
         rest = {k: v for k, v in values.items() if k != "plan"}
         if "lr" not in settings:

@@ -15,40 +15,40 @@ from fedbn.federation.setup import build_context
 from simulations.experiments.experiment import Experiment
 
 LEFT_OUT = "Left out:"
-"""Begins the notice about a strategy that cannot work on an experiment's users or model."""
+"""Prefix of the notice about a strategy that does not support an experiment's users or model."""
 
 
-def default_place(experiment: Experiment) -> Path:
-    """Where results go that nobody has named a place for: the same settings always come back to the same place.
+def default_directory(experiment: Experiment) -> Path:
+    """Default results directory. The same settings always map to the same directory.
 
-    ``results/SCENARIO``, or with a digest of the settings behind it where that holds another comparison already.
+    ``results/SCENARIO``, with a digest of the settings appended if that directory has another comparison.
     """
-    place = Path("results") / experiment.scenario.partition(":")[0]
-    if not (place / "comparison.json").exists() or _stored(place) == experiment.to_dict():
-        return place
+    directory = Path("results") / experiment.scenario.partition(":")[0]
+    if not (directory / "comparison.json").exists() or _stored_experiment(directory) == experiment.to_dict():
+        return directory
     digest = hashlib.sha256(json.dumps(experiment.to_dict(), sort_keys=True).encode()).hexdigest()[:8]
-    return place.with_name(f"{place.name}-{digest}")
+    return directory.with_name(f"{directory.name}-{digest}")
 
 
-def _stored(place: Path) -> Any:
-    return json.loads((place / "comparison.json").read_text(encoding="utf-8")).get("experiment")
+def _stored_experiment(directory: Path) -> Any:
+    return json.loads((directory / "comparison.json").read_text(encoding="utf-8")).get("experiment")
 
 
-def _firsts(experiment: Experiment, strategy: str) -> list[Run]:
-    """A strategy's first run, and that of its tuning, which has fewer users and fewer rows of each."""
+def _first_runs(experiment: Experiment, strategy: str) -> list[Run]:
+    """A strategy's first run, and its first tuning run, which has fewer users and fewer rows per user."""
     tuning = [experiment.run(strategy, 0, lr=experiment.tune[0], validation=True)] if experiment.tune else []
     return [experiment.run(strategy, 0), *tuning]
 
 
 def preflight(experiment: Experiment, out: Path) -> list[str]:
-    """Check everything that can be checked before work starts; returns notices.
+    """Check the experiment before any run and return notices.
 
     Raises:
-        UserError: anything that would fail later.
+        UserError: a run would fail, or ``out`` cannot be used.
     """
     notices: list[str] = []
     for strategy in experiment.strategies:
-        for run in _firsts(experiment, strategy):
+        for run in _first_runs(experiment, strategy):
             notices += [n for n in build_context(run).notices if n not in notices]
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -57,25 +57,25 @@ def preflight(experiment: Experiment, out: Path) -> list[str]:
         probe.unlink()
     except OSError as error:
         raise UserError(f"cannot write to {out}: {error.strerror}; choose another --out") from None
-    if (out / "comparison.json").exists() and _stored(out) != experiment.to_dict():
-        raise UserError(f"{out} holds another comparison; choose another --out, or delete it")
+    if (out / "comparison.json").exists() and _stored_experiment(out) != experiment.to_dict():
+        raise UserError(f"{out} has another comparison; choose another --out, or delete it")
     return notices
 
 
-def suited(experiment: Experiment) -> tuple[Experiment, list[str]]:
-    """The experiment without the strategies that cannot work on its users or model, and why not.
+def drop_unsupported(experiment: Experiment) -> tuple[Experiment, list[str]]:
+    """Drop strategies that do not support the experiment's users or model; also returns a notice for each.
 
     Raises:
-        UserError: none can.
+        UserError: no strategy is supported.
     """
-    kept, notices = [], []
+    supported, notices = [], []
     for strategy in experiment.strategies:
         try:
-            for run in _firsts(experiment, strategy):
+            for run in _first_runs(experiment, strategy):
                 build_context(run)
-            kept.append(strategy)
+            supported.append(strategy)
         except UserError as error:
             notices.append(f"{LEFT_OUT} {strategy}: {error}")
-    if not kept:
-        raise UserError(f"no strategy can work here: {notices[0]}")
-    return replace(experiment, strategies=tuple(kept)), notices
+    if not supported:
+        raise UserError(f"no strategy supports this experiment: {notices[0]}")
+    return replace(experiment, strategies=tuple(supported)), notices

@@ -1,4 +1,4 @@
-"""Measure how much users differ in labels, quantity, inputs and layer statistics."""
+"""Measure differences between users in labels, quantity, inputs and layer statistics."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from simulations.experiments.tasks import CHECKPOINT, Task
 from simulations.storage.checkpoint import load_outcome
 
 
-def measured_shift(experiment: Experiment, tasks: Sequence[Task]) -> dict[str, Any]:
-    """How far seen users are apart: in labels, in quantity, in inputs, and in the statistics of each BN layer.
+def measure_shift(experiment: Experiment, tasks: Sequence[Task]) -> dict[str, Any]:
+    """Measure differences between seen users in labels, quantity, inputs and the statistics of each BN layer.
 
-    The layers are those of the first strategy whose final network has statistics and a body for all, seed 0:
-    every user's training data pass through that one network.
+    The statistics are those of all users' training data in one network: the final network with seed 0 of the first
+    strategy that has normalization statistics and a shared body.
     """
     first = build_context(experiment.run(experiment.strategies[0], 0))
     skew = measure(first.population).as_dict()

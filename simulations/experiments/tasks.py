@@ -22,7 +22,7 @@ from fedbn.federation.setup import build_context
 from fedbn.stacked.memory import collect_garbage_rarely, keep_freed_memory
 from simulations.engines.execute import Engine, execute
 from simulations.results.files import write_run
-from simulations.storage.checkpoint import before, load_latest, save_outcome
+from simulations.storage.checkpoint import load_latest, previous_checkpoint, save_outcome
 from simulations.storage.provenance import NUMERICS, check_numerics, code_digest
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -30,7 +30,7 @@ CHECKPOINT = "checkpoint.safetensors"
 
 @dataclass(frozen=True)
 class Task:
-    """A run and the directory that it writes to."""
+    """A run and its results directory."""
 
     run: Run
     directory: str
@@ -38,7 +38,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Event:
-    """Progress of a task: ``round`` rounds are done, or the task ended; with what was measured, if anything was."""
+    """Progress of a task: ``round`` rounds are done, or the task has ended; with measured values, if any."""
 
     directory: str
     round: int
@@ -49,8 +49,8 @@ class Event:
 Report = Callable[[Event], None]
 
 
-def result_of(run: Run, ctx: RunContext, outcome: Outcome) -> dict[str, Any]:
-    """A finished run as plain values: what tables, plots and reports are made of."""
+def run_result(run: Run, ctx: RunContext, outcome: Outcome) -> dict[str, Any]:
+    """A finished run as plain values, the input of tables, plots and reports."""
     users = ctx.population.users
     return {
         "run": asdict(run),
@@ -75,7 +75,7 @@ def result_of(run: Run, ctx: RunContext, outcome: Outcome) -> dict[str, Any]:
 
 
 def run_task(task: Task, engine: Engine, report: Report) -> None:
-    """Execute one task from wherever it stands; does nothing if it is finished.
+    """Execute a task from its last checkpoint; does nothing if it is finished.
 
     Raises:
         UserError: the checkpoint or result has other numerics or other data.
@@ -95,7 +95,7 @@ def run_task(task: Task, engine: Engine, report: Report) -> None:
         report(Event(task.directory, len(resume.curve)))
 
     def on_round(number: int, outcome: Outcome) -> None:
-        save_outcome(checkpoint, task.run, outcome, sources, before(checkpoint))
+        save_outcome(checkpoint, task.run, outcome, sources, previous_checkpoint(checkpoint))
         measured = {k: v for k, v in asdict(outcome.curve[-1]).items() if k != "round" and v is not None}
         report(Event(task.directory, number, values=measured))
 
@@ -104,22 +104,22 @@ def run_task(task: Task, engine: Engine, report: Report) -> None:
     else:
         outcome = execute(task.run, engine, resume, on_round, checkpoint)
         save_outcome(checkpoint, task.run, outcome, sources)
-    write_run(directory.parent.parent, directory.name, result_of(task.run, ctx, outcome))
-    before(checkpoint).unlink(missing_ok=True)
+    write_run(directory.parent.parent, directory.name, run_result(task.run, ctx, outcome))
+    previous_checkpoint(checkpoint).unlink(missing_ok=True)
     report(Event(task.directory, rounds, ended=True, values=_means(outcome)))
 
 
 def _means(outcome: Outcome) -> dict[str, float]:
     """Mean accuracy over users by row and column of the matrix."""
-    found: dict[str, list[float]] = {}
+    accuracies: dict[str, list[float]] = {}
     for scores in outcome.scores.values():
         for score in scores:
-            found.setdefault(f"{score.row}/{score.column}", []).append(score.accuracy)
-    return {name: sum(values) / len(values) for name, values in found.items()}
+            accuracies.setdefault(f"{score.row}/{score.column}", []).append(score.accuracy)
+    return {name: sum(values) / len(values) for name, values in accuracies.items()}
 
 
 def check_result(path: Path, run: Run) -> None:
-    """Raise unless a finished result is of this run and of the current numerics."""
+    """Raise an error unless a finished result belongs to this run and the current numerics."""
     result = json.loads(path.read_text(encoding="utf-8"))
     check_numerics(path, result.get("numerics"))
     if result["run"] != json.loads(run.to_json()):
@@ -132,7 +132,7 @@ _events: Any = None
 def _start_worker(events: Any) -> None:
     global _events
     _events = events
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles interrupts
     torch.set_num_threads(1)
     keep_freed_memory()
     collect_garbage_rarely()
@@ -143,7 +143,7 @@ def _work(task: Task, engine: Engine) -> None:
 
 
 def run_tasks(tasks: Sequence[Task], engine: Engine, workers: int, report: Report) -> None:
-    """Execute tasks on worker processes (in this process if ``workers`` is 1); the first error stops all."""
+    """Execute tasks on worker processes, or in this process if ``workers`` is 1; the first error stops all tasks."""
     if workers <= 1 or len(tasks) <= 1:
         for task in tasks:
             run_task(task, engine, report)
@@ -175,9 +175,9 @@ def run_tasks(tasks: Sequence[Task], engine: Engine, workers: int, report: Repor
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _drain(events: Any, wait: float) -> Iterator[Event]:
+def _drain(events: Any, timeout: float) -> Iterator[Event]:
     try:
-        yield events.get(timeout=wait)
+        yield events.get(timeout=timeout)
         while True:
             yield events.get_nowait()
     except queue.Empty:

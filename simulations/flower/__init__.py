@@ -1,1 +1,1 @@
-"""Flower's processes and certificates."""
+"""Flower's processes and certificates, and its internals."""

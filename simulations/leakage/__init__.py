@@ -1,1 +1,1 @@
-"""Attacks on messages and states: what a federation leaks."""
+"""Privacy attacks on messages and user states."""

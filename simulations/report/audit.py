@@ -1,8 +1,7 @@
-"""An audit in the terminal: the state, totals a role, findings with their fixes.
+"""An audit in the terminal: state entries, totals per role, findings with their fixes.
 
-A ResNet-50 has 320 entries; one reads them by layer, and of blocks that repeat one reads one. So a layer
-takes one line, and equal neighbors such as ``layer1.1`` and ``layer1.2`` one block, ``layer1.[1-2]``,
-whose bytes are those of all of them.
+A ResNet-50 has 320 entries, so each layer takes a single line, and equal consecutive blocks such as ``layer1.1`` and
+``layer1.2`` are merged into ``layer1.[1-2]`` with their total bytes.
 """
 
 from __future__ import annotations
@@ -17,21 +16,21 @@ from rich.text import Text
 
 from fedbn.auditing.audit import LEVELS, Audit, Entry, Finding
 from fedbn.nn.roles import Role
-from simulations.results.formatting import format_size
+from simulations.results.formatting import format_count, format_size
 
 STYLES = {"error": "bold red", "warning": "bold yellow", "note": "bold cyan"}
 
-NAMED = 4
-"""Layers that a finding names before it only counts them."""
+MAX_NAMES = 4
+"""Number of layers that a finding lists by name."""
 
 
 def show(audit: Audit, console: Console | None = None, *, full: bool = False) -> None:
     """Print state, totals and findings.
 
     Args:
-        audit: what to show.
-        console: where to; the terminal if None.
-        full: one line for every entry, and every layer of a finding by name.
+        audit: the audit to show.
+        console: output console; the terminal if None.
+        full: print one line per entry, and name every layer of a finding.
     """
     console = console or Console()
     console.print(entry_table(audit) if full else layer_table(audit), "")
@@ -39,15 +38,15 @@ def show(audit: Audit, console: Console | None = None, *, full: bool = False) ->
     if not audit.findings:
         console.print(Text("No findings.", style="bold green"))
     for level in LEVELS:
-        found = [f for f in audit.findings if f.level == level]
-        if found:
-            console.print(Text(f"{len(found)} {level}{'s' if len(found) > 1 else ''}", style=STYLES[level]))
-        for finding in found:
+        findings = [f for f in audit.findings if f.level == level]
+        if findings:
+            console.print(Text(format_count(len(findings), level), style=STYLES[level]))
+        for finding in findings:
             _print(finding, console, full)
 
 
 def _print(finding: Finding, console: Console, full: bool) -> None:
-    where = finding.where if full else finding.where[:NAMED]
+    where = finding.where if full else finding.where[:MAX_NAMES]
     console.print(Padding(Text(f"{finding.lint}: {finding.message}"), (0, 0, 0, 2)))
     if where:
         more = len(finding.where) - len(where)
@@ -57,7 +56,7 @@ def _print(finding: Finding, console: Console, full: bool) -> None:
 
 
 def entry_table(audit: Audit) -> Table:
-    """One line a state entry, without rules: keys of torchvision's networks just fit into 100 columns."""
+    """One line per state entry, without rules, so that keys of torchvision's networks fit into 100 columns."""
     table = _table(audit, "entry", "role", "owner", "shape", "type")
     table.box, table.pad_edge, table.collapse_padding = None, False, True
     for e in audit.entries:
@@ -66,7 +65,7 @@ def entry_table(audit: Audit) -> Table:
 
 
 def layer_table(audit: Audit) -> Table:
-    """One line a layer; equal numbered neighbors share their lines."""
+    """One line per layer; equal consecutive blocks are merged."""
     table = _table(audit, "layer", "×", "roles and owners", "shape")
     for path, copies in _collapsed(_tree(audit.entries), ()):
         layer = copies[0]
@@ -121,11 +120,11 @@ def _shape(entry: Entry) -> Text:
 
 
 def _owners(layer: Iterable[Entry]) -> Text:
-    """Roles by owner; the counter, always local, only where there is nothing else."""
+    """Roles by owner; the counter, which is always local, only if there are no other entries."""
     entries = list(layer)
-    told = [e for e in entries if e.role != Role.COUNTER] or entries
-    owners = dict.fromkeys(e.owner for e in told)
-    return Text("; ".join(f"{', '.join(dict.fromkeys(e.role for e in told if e.owner == o))} {o}" for o in owners))
+    shown = [e for e in entries if e.role != Role.COUNTER] or entries
+    owners = dict.fromkeys(e.owner for e in shown)
+    return Text("; ".join(f"{', '.join(dict.fromkeys(e.role for e in shown if e.owner == o))} {o}" for o in owners))
 
 
 @dataclass
@@ -135,10 +134,10 @@ class _Node:
     entries: list[Entry] = field(default_factory=list)
     children: dict[str, _Node] = field(default_factory=dict)
 
-    def form(self) -> tuple[object, ...]:
+    def structure(self) -> tuple[object, ...]:
         """Equal for modules of equal structure, roles, owners and shapes."""
         own = tuple((e.key.rpartition(".")[2], e.role, e.owner, e.shape, e.dtype) for e in self.entries)
-        return own, tuple((name, child.form()) for name, child in self.children.items())
+        return own, tuple((name, child.structure()) for name, child in self.children.items())
 
 
 def _tree(entries: Iterable[Entry]) -> _Node:
@@ -151,19 +150,19 @@ def _tree(entries: Iterable[Entry]) -> _Node:
     return root
 
 
-def _collapsed(node: _Node, path: tuple[str, ...], *twins: _Node) -> list[tuple[str, list[list[Entry]]]]:
-    """Lines (path, entries of each copy) of a module and its equals ``twins``."""
-    lines = [(".".join(path), [n.entries for n in (node, *twins)])] if node.entries else []
+def _collapsed(node: _Node, path: tuple[str, ...], *equals: _Node) -> list[tuple[str, list[list[Entry]]]]:
+    """Lines (path, entries of each copy) of a module and its equal modules ``equals``."""
+    lines = [(".".join(path), [n.entries for n in (node, *equals)])] if node.entries else []
     names = list(node.children)
     while names:
         first = names[0]
-        form = node.children[first].form()
+        structure = node.children[first].structure()
         run = [first]
         while first.isdigit() and len(run) < len(names) and _follows(run[-1], names[len(run)]):
-            if node.children[names[len(run)]].form() != form:
+            if node.children[names[len(run)]].structure() != structure:
                 break
             run.append(names[len(run)])
-        copies = [n.children[name] for n in (node, *twins) for name in run]
+        copies = [n.children[name] for n in (node, *equals) for name in run]
         label = first if len(run) == 1 else f"[{first}-{run[-1]}]"
         lines += _collapsed(copies[0], (*path, label), *copies[1:])
         names = names[len(run) :]

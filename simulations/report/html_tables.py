@@ -1,4 +1,4 @@
-"""The tables of a report's page: cells with what they say, what they say quietly, and what they are ordered by."""
+"""Tables of the HTML report, with cells that have a text, a small text and a sort key."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from simulations.results.formatting import format_interval, format_number, forma
 from simulations.results.matrix import COLUMNS, ROWS
 from simulations.results.summary import is_clear, starts_rows
 
-#: Measures of ``shift.json``: name -> (title, what it means).
+#: Measures of ``shift.json``: name -> (title, description).
 SKEW = {
     "label_divergence": (
         "labels",
-        "Jensen-Shannon divergence of a user's shares of classes to the pooled ones, mean over users, in bits: "
-        "0 if all have the same, at most 1",
+        "Jensen-Shannon divergence between a user's class distribution and the pooled one, mean over users, in bits: "
+        "0 if all are the same, at most 1",
     ),
-    "quantity_cv": ("quantity", "standard deviation of the users' number of examples over its mean"),
-    "quantity_ratio": ("quantity", "most examples of a user over fewest"),
+    "quantity_cv": ("quantity", "standard deviation of the number of examples per user, divided by its mean"),
+    "quantity_ratio": ("quantity", "largest number of examples per user, divided by the smallest"),
     "feature_w2": (
         "inputs",
-        "2-Wasserstein distance between two users' input channels taken as Gaussian, mean over pairs, in pooled "
-        "standard deviations",
+        "2-Wasserstein distance between two users' input channels, approximated as Gaussian, mean over pairs, in "
+        "pooled standard deviations",
     ),
 }
 
@@ -37,10 +37,10 @@ class Cell:
     """One cell of a table.
 
     Attributes:
-        text: what it says.
-        small: said more quietly, its first line beside the text and the others below.
-        sort: what the column is ordered by; empty cells stay last.
-        strong: whether it stands out.
+        text: main text.
+        small: small text; its first line is next to the main text and the others are below.
+        sort: sort key of the column; empty keys are sorted last.
+        strong: whether the main text is bold.
     """
 
     text: str
@@ -51,7 +51,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of the page; the first ``names`` columns hold words, the others numbers."""
+    """A table of the page; the first ``names`` columns are text, the others numbers."""
 
     caption: str
     head: list[str]
@@ -60,34 +60,34 @@ class Table:
 
 
 MISSING = Cell("–")
-SPREAD = ["over users", "over seeds", "sd of seeds", "users", "seeds"]
+INTERVALS = ["over users", "over seeds", "sd of seeds", "users", "seeds"]
 
 
 def plain(frame: pd.DataFrame, caption: str, names: Sequence[str]) -> Table | None:
-    """A table of text; columns called ``names`` hold words."""
+    """Table of a frame of text; the columns ``names`` are text, the others numbers."""
     if frame.empty:
         return None
     flat = frame.reset_index()
-    words = [name for name in names if name in flat.columns]
-    flat = flat[words + [name for name in flat.columns if name not in names]]
+    text_columns = [name for name in names if name in flat.columns]
+    flat = flat[text_columns + [name for name in flat.columns if name not in names]]
     lines = [
         [
-            *(Cell(text, sort=text) for text in line[: len(words)]),
-            *(_interval_cell(text) for text in line[len(words) :]),
+            *(Cell(text, sort=text) for text in line[: len(text_columns)]),
+            *(_interval_cell(text) for text in line[len(text_columns) :]),
         ]
         for line in flat.astype(str).to_numpy().tolist()
     ]
-    return Table(caption, list(flat.columns), lines, names=len(words))
+    return Table(caption, list(flat.columns), lines, names=len(text_columns))
 
 
 def _interval_cell(text: str) -> Cell:
-    """A number, its interval said more quietly; a setting is one word or has no interval."""
-    value, bracket_, rest = text.partition(" [")
-    return Cell(value, (bracket_ + rest).strip(), _leading(value))
+    """A value with its interval, if any, as small text."""
+    value, bracket, rest = text.partition(" [")
+    return Cell(value, (bracket + rest).strip(), _sort_key(value))
 
 
-def _leading(text: str) -> float | str:
-    """The number that a cell is, else the text; nothing for a missing cell."""
+def _sort_key(text: str) -> float | str:
+    """The text as a number if possible, else as it is; empty for a missing cell."""
     try:
         return float(text.replace("−", "-"))
     except ValueError:
@@ -95,7 +95,7 @@ def _leading(text: str) -> float | str:
 
 
 def matrix(comparison: Comparison, metric: str = "accuracy") -> Table:
-    """Strategies and statistics down, rows of the matrix across."""
+    """Evaluation matrix: strategies and statistics down, rows of the matrix across."""
     best = comparison.clear_best(metric)
     cells = {
         (line.strategy, line.column, line.row): Cell(
@@ -111,7 +111,7 @@ def matrix(comparison: Comparison, metric: str = "accuracy") -> Table:
 
 
 def paired(comparison: Comparison) -> Table:
-    """As the matrix: differences to the reference, with corrected p and the number of users on either side."""
+    """Differences to the reference in the layout of the matrix, with corrected p and counts of users."""
     cells = {}
     for line in comparison.paired().dropna(subset="difference").itertuples():
         users, seeds = (
@@ -132,53 +132,53 @@ def _across(
 ) -> Table:
     rows = list(dict.fromkeys(row for row, _ in comparison.cells))
     lines = []
-    for place, column in enumerate(comparison.meta["columns"]):
+    for i, column in enumerate(comparison.meta["columns"]):
         for strategy in strategies:
             line = [cells.get((strategy, column, row), MISSING) for row in rows]
             if any(cell is not MISSING for cell in line):
                 title = COLUMNS[column][0]
-                lines.append([Cell(strategy, sort=strategy), Cell(title, sort=f"{place} {title}"), *line])
+                lines.append([Cell(strategy, sort=strategy), Cell(title, sort=f"{i} {title}"), *line])
     return Table(caption, ["strategy", "statistics", *(ROWS[row][0] for row in rows)], lines, names=2)
 
 
 def matrix_long(comparison: Comparison) -> Table:
-    """One line a cell of the matrix, with every interval."""
+    """One line per cell of the matrix, with every interval."""
     lines = [
-        [*_place(line), _number(line.mean), *_spread(line)]
+        [*_labels(line), _number(line.mean), *_intervals(line)]
         for line in comparison.matrix().dropna(subset="mean").itertuples()
     ]
-    head = ["strategy", "test", "statistics", "mean", *SPREAD]
+    head = ["strategy", "test", "statistics", "mean", *INTERVALS]
     return Table("Every cell with its intervals over users and over seeds", head, lines, names=3)
 
 
 def paired_long(comparison: Comparison) -> Table:
-    """One line a difference to the reference, with every interval."""
+    """One line per difference to the reference, with every interval."""
     lines = [
         [
-            *_place(line),
+            *_labels(line),
             _number(line.difference, format_signed),
-            *_spread(line, format_signed),
+            *_intervals(line, format_signed),
             _number(line.p),
             _number(line.p_adjusted),
             *(MISSING if pd.isna(count) else Cell(str(count), sort=int(count)) for count in (line.better, line.worse)),
         ]
         for line in comparison.paired().dropna(subset="difference").itertuples()
     ]
-    head = ["strategy", "test", "statistics", "difference", *SPREAD, "p", "corrected p", "better", "worse"]
+    head = ["strategy", "test", "statistics", "difference", *INTERVALS, "p", "corrected p", "better", "worse"]
     return Table("Every difference with its intervals over users and over seeds", head, lines, names=3)
 
 
 def domains(comparison: Comparison) -> Table | None:
-    """Strategies down, domains across; None if there are too few or too many domains."""
-    found = comparison.by_domain()
-    if found.empty:
+    """Results by domain: strategies down, domains across; None for too few or too many domains."""
+    frame = comparison.by_domain()
+    if frame.empty:
         return None
-    domains = sorted(found["domain"].unique())
+    domains = sorted(frame["domain"].unique())
     cells = {
         (line.strategy, line.column, line.row, line.domain): Cell(
             format_number(line.mean), format_interval(line.ci_low, line.ci_high), line.mean
         )
-        for line in found.itertuples()
+        for line in frame.itertuples()
     }
     lines = [
         [
@@ -197,7 +197,7 @@ def domains(comparison: Comparison) -> Table | None:
 
 
 def ownership(comparison: Comparison) -> Table:
-    """Owner of each role, and what a client receives and sends for it in a round."""
+    """Owner of each role, and the bytes received and sent for it per client and round."""
     owners = comparison.traffic()
     roles = list(dict.fromkeys(owners["role"]))
     lines = []
@@ -207,24 +207,24 @@ def ownership(comparison: Comparison) -> Table:
         for role in roles:
             line.append(MISSING if role not in by_role.index else _owner(by_role.loc[role]))
         down, up = of_strategy["bytes_down"].sum(), of_strategy["bytes_up"].sum()
-        lines.append([*line, Cell(format_size(down + up), "\n" + _ways(down, up), float(down + up))])
+        lines.append([*line, Cell(format_size(down + up), "\n" + _traffic(down, up), float(down + up))])
     caption = (
-        "Owner of each role, and the bytes that a client receives ↓ and sends ↑ in a round; then what it hears and "
-        "says besides, of which repeated is what it is told anew since it keeps nothing between messages"
+        "Owner of each role, and bytes received ↓ and sent ↑ per client and round; then additional messages, of which "
+        "repeated is sent again because clients are stateless between messages"
     )
-    return Table(caption, ["strategy", *roles, "in all"], lines)
+    return Table(caption, ["strategy", *roles, "total"], lines)
 
 
 def _owner(line: Any) -> Cell:
-    return Cell(line["owner"], "\n" + _ways(line["bytes_down"], line["bytes_up"]), line["owner"])
+    return Cell(line["owner"], "\n" + _traffic(line["bytes_down"], line["bytes_up"]), line["owner"])
 
 
-def _ways(down: float, up: float) -> str:
-    return f"{format_size(down)} ↓ {format_size(up)} ↑" if down or up else "stays"
+def _traffic(down: float, up: float) -> str:
+    return f"{format_size(down)} ↓ {format_size(up)} ↑" if down or up else "not sent"
 
 
 def starts(comparison: Comparison) -> Table | None:
-    """What unseen users reach from each start, before any adaptation."""
+    """Results of unseen users by initial statistics, before any adaptation."""
     head, *lines = starts_rows(comparison)
     if not lines:
         return None
@@ -234,7 +234,7 @@ def starts(comparison: Comparison) -> Table | None:
 
 
 def newcomers(comparison: Comparison) -> Table:
-    """What an unseen user starts from, and what a run costs."""
+    """Initial model of an unseen user, and the cost of a run."""
     starts = comparison.runs.groupby("strategy")["newcomer"].first()
     lines = [
         [
@@ -246,41 +246,43 @@ def newcomers(comparison: Comparison) -> Table:
         ]
         for line in comparison.seconds().itertuples()
     ]
-    head = ["strategy", "a newcomer starts from", "learning rate", "seconds a run", "seconds a round"]
-    return Table("What an unseen user starts from, and the cost of a run (mean ± sd over seeds)", head, lines, names=2)
+    head = ["strategy", "unseen users start from", "learning rate", "seconds per run", "seconds per round"]
+    return Table("Initial model of unseen users, and cost of a run (mean ± sd over seeds)", head, lines, names=2)
 
 
 def skew(comparison: Comparison) -> Table | None:
-    """Measured skew; measures that this version does not know are shown by their name."""
+    """Measured skew; unknown measures are shown with their names."""
     scalars = {name: value for name, value in comparison.shift.items() if not isinstance(value, list | dict)}
     if not scalars:
         return None
     lines = []
     for name, value in scalars.items():
         title, meaning = SKEW.get(name, (name.replace("_", " "), ""))
-        shown = _number(value) if isinstance(value, int | float) else Cell(str(value)) if value else MISSING
-        lines.append([Cell(title, sort=title), Cell(meaning, sort=meaning), shown])
-    return Table("How far seen users are apart", ["skew of", "measured as", "value"], lines, names=2)
+        cell = _number(value) if isinstance(value, int | float) else Cell(str(value)) if value else MISSING
+        lines.append([Cell(title, sort=title), Cell(meaning, sort=meaning), cell])
+    return Table("Differences between seen users", ["skew in", "measured as", "value"], lines, names=2)
 
 
 def layers(comparison: Comparison) -> Table | None:
-    """Distances between users' statistics by layer, as numbers for those who do not see the map."""
+    """Distances between users' statistics by layer: the figure as numbers, for accessibility."""
     lines = []
-    for place, layer in enumerate(comparison.shift.get("layers") or []):
+    for i, layer in enumerate(comparison.shift.get("layers") or []):
         distance = np.array(layer["distance"], dtype=float)
         pairs = distance[np.triu_indices(len(distance), 1)]
         pairs = pairs[np.isfinite(pairs)]
         if len(pairs):
-            shown = [_number(value) for value in (pairs.mean(), pairs.min(), pairs.max())]
-            lines.append([Cell(layer["layer"], sort=place), *shown])
+            cells = [_number(value) for value in (pairs.mean(), pairs.min(), pairs.max())]
+            lines.append([Cell(layer["layer"], sort=i), *cells])
     if not lines:
         return None
-    return Table("Distance between two users' statistics, over all pairs", ["layer", "mean", "least", "most"], lines)
+    return Table(
+        "Distance between two users' statistics, over all pairs", ["layer", "mean", "minimum", "maximum"], lines
+    )
 
 
-def facts(caption: str, kind: str, known: dict[str, Any]) -> Table | None:
-    """What is known by name; None for nothing."""
-    lines = [[Cell(name.replace("_", " "), sort=name), _fact(value)] for name, value in known.items()]
+def facts(caption: str, kind: str, values: dict[str, Any]) -> Table | None:
+    """Table of names and values; None if there are none."""
+    lines = [[Cell(name.replace("_", " "), sort=name), _fact(value)] for name, value in values.items()]
     return Table(caption, [kind, "value"], lines, names=2) if lines else None
 
 
@@ -289,7 +291,7 @@ def _fact(value: Any) -> Cell:
     return Cell(text, sort=text)
 
 
-def _place(line: Any) -> list[Cell]:
+def _labels(line: Any) -> list[Cell]:
     return [
         Cell(line.strategy, sort=line.strategy),
         Cell(ROWS[line.row][0], sort=list(ROWS).index(line.row)),
@@ -297,11 +299,11 @@ def _place(line: Any) -> list[Cell]:
     ]
 
 
-def _spread(line: Any, style: Any = format_number) -> list[Cell]:
-    """The columns `SPREAD` of a line of the matrix or of the paired differences."""
+def _intervals(line: Any, style: Any = format_number) -> list[Cell]:
+    """The columns `INTERVALS` of a line of the matrix or the paired differences."""
     return [
-        Cell(format_interval(line.ci_low, line.ci_high, style) or "–", sort=_key(line.ci_low)),
-        Cell(format_interval(line.seed_low, line.seed_high, style) or "–", sort=_key(line.seed_low)),
+        Cell(format_interval(line.ci_low, line.ci_high, style) or "–", sort=_finite_key(line.ci_low)),
+        Cell(format_interval(line.seed_low, line.seed_high, style) or "–", sort=_finite_key(line.seed_low)),
         _number(line.seed_sd),
         Cell(str(line.n_users), sort=line.n_users),
         Cell(str(line.n_seeds), sort=line.n_seeds),
@@ -309,9 +311,9 @@ def _spread(line: Any, style: Any = format_number) -> list[Cell]:
 
 
 def _number(value: float, style: Any = format_number) -> Cell:
-    return Cell(style(value), sort=_key(value))
+    return Cell(style(value), sort=_finite_key(value))
 
 
-def _key(value: float) -> float | str:
-    """What to sort by; nothing where there is no number."""
+def _finite_key(value: float) -> float | str:
+    """The sort key of a number; empty if it is not finite."""
     return value if math.isfinite(value) else ""

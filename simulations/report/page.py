@@ -1,7 +1,7 @@
-"""The report of a comparison: one HTML page that needs no network, its figures and tables as files beside it.
+"""The report of a comparison: a self-contained HTML page, with its figures and tables as separate files.
 
-The page says the finding first, then shows what it rests on, then how to do it again. All text is escaped
-by the template; all numbers come from the result directory.
+The page shows the result first, then the evidence, then how to reproduce it. The template escapes all text; all numbers
+come from the results directory.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from fedbn.data.packages import SOURCES
-from simulations.report import html_tables as report_tables
+from simulations.report import html_tables
 from simulations.report.figures import paired_pictures, picture
 from simulations.results.comparison import Comparison
 from simulations.results.matrix import COLUMNS, ROWS
@@ -29,13 +29,13 @@ def write_report(directory: str | Path) -> Path:
     """Write ``report.html``, the matrix as ``matrix`` with ``.csv``, ``.tex`` and ``.md``, ``paired.csv`` and figures.
 
     Args:
-        directory: of a comparison, finished or not.
+        directory: results directory of a comparison, finished or not.
 
     Returns:
         Path of the page.
 
     Raises:
-        UserError: the directory is no comparison, is damaged, or holds no finished run.
+        UserError: the directory is not a comparison, is damaged, or has no finished run.
     """
     comparison = Comparison.load(directory)
     directory = comparison.directory
@@ -49,43 +49,43 @@ def write_report(directory: str | Path) -> Path:
 
 
 def write_side_by_side(directories: Sequence[Path], page: Path) -> SideBySide:
-    """Write several comparisons beside each other as one page.
+    """Write a page with several comparisons side by side.
 
     Raises:
         UserError: one of them cannot be read, or the page cannot be written.
     """
-    found = SideBySide.load(directories)
+    loaded = SideBySide.load(directories)
     titles = ("strategy", "statistics", "comparison")
     context = {
-        "title": f"{len(found.comparisons)} comparisons side by side",
-        "answers": {name: sentences(comparison) for name, comparison in found.comparisons.items()},
-        "matrix": report_tables.plain(found.wide(), "Accuracy: mean over users [95 % interval over users]", titles),
-        "differences": report_tables.plain(
-            found.differences_wide(),
-            f"Accuracy minus that of {next(iter(found.comparisons))}, user by user [95 % interval over users]",
+        "title": f"{len(loaded.comparisons)} comparisons side by side",
+        "answers": {name: sentences(comparison) for name, comparison in loaded.comparisons.items()},
+        "matrix": html_tables.plain(loaded.wide(), "Accuracy: mean over users [95 % interval over users]", titles),
+        "differences": html_tables.plain(
+            loaded.differences_wide(),
+            f"Accuracy minus that of {next(iter(loaded.comparisons))}, user by user [95 % interval over users]",
             titles,
         ),
-        "settings": report_tables.plain(found.settings(), "What is not the same in all", ("setting",)),
-        "exports": _exports(found),
-        "again": shlex.join(["fedbn", "report", *map(str, directories)]),
+        "settings": html_tables.plain(loaded.settings(), "Settings that differ", ("setting",)),
+        "exports": _exports(loaded),
+        "page_command": shlex.join(["fedbn", "report", *map(str, directories)]),
     }
     write_atomically(page, _template("side_by_side.html.j2").render(context).encode())
-    return found
+    return loaded
 
 
-def _exports(found: Comparison | SideBySide) -> list[tuple[str, str, str]]:
-    """Name of the file, what it is and its content as a data URI: a page that is mailed has its tables with it."""
+def _exports(comparison: Comparison | SideBySide) -> list[tuple[str, str, str]]:
+    """File name, format and content as a data URI, so that the page contains its tables when it is mailed."""
     return [
-        (f"matrix{suffix}", name, "data:text/plain;base64," + b64encode(write(found).encode()).decode())
+        (f"matrix{suffix}", name, "data:text/plain;base64," + b64encode(write(comparison).encode()).decode())
         for name, (suffix, write) in FORMATS.items()
     ]
 
 
-#: Formats of the evaluation matrix: name -> (suffix, how it is made).
+#: Formats of the evaluation matrix: name -> (suffix, function that makes it).
 FORMATS: dict[str, tuple[str, Callable[[Comparison | SideBySide], str]]] = {
-    "csv": (".csv", lambda found: found.long().to_csv(index=False)),
-    "latex": (".tex", lambda found: found.to_latex()),
-    "markdown": (".md", lambda found: found.to_markdown()),
+    "csv": (".csv", lambda comparison: comparison.long().to_csv(index=False)),
+    "latex": (".tex", lambda comparison: comparison.to_latex()),
+    "markdown": (".md", lambda comparison: comparison.to_markdown()),
 }
 
 
@@ -104,6 +104,7 @@ def _template(name: str = "report.html.j2") -> Template:
 def _context(comparison: Comparison) -> dict[str, Any]:
     meta = comparison.meta
     unseen = comparison.evaluations.query("row == 'unseen'")["user"].nunique()
+    digest = {"code digest": meta["code"]} if "code" in meta else {}
     return {
         "meta": meta,
         "title": meta["title"],
@@ -120,14 +121,14 @@ def _context(comparison: Comparison) -> dict[str, Any]:
         "rows": [ROWS[row] for row in dict.fromkeys(row for row, _ in comparison.cells)],
         "columns": [COLUMNS[column] for column in dict.fromkeys(column for _, column in comparison.cells)],
         "bounds": [strategy for strategy in comparison.strategies if is_bound(strategy)],
-        "matrix": report_tables.matrix(comparison),
-        "matrix_f1": report_tables.matrix(comparison, "macro_f1"),
-        "matrix_long": report_tables.matrix_long(comparison),
+        "matrix": html_tables.matrix(comparison),
+        "matrix_f1": html_tables.matrix(comparison, "macro_f1"),
+        "matrix_long": html_tables.matrix_long(comparison),
         "matrix_picture": picture(
             comparison, "matrix", "Evaluation matrix", "Dots: mean over users. Bars: 95 % interval over users."
         ),
-        "paired": report_tables.paired(comparison),
-        "paired_long": report_tables.paired_long(comparison),
+        "paired": html_tables.paired(comparison),
+        "paired_long": html_tables.paired_long(comparison),
         "paired_pictures": paired_pictures(comparison),
         "convergence": picture(
             comparison,
@@ -135,34 +136,30 @@ def _context(comparison: Comparison) -> dict[str, Any]:
             "Convergence",
             "Lines: mean over seeds, each the mean over users. Bands: from the lowest to the highest seed.",
         ),
-        "domains": report_tables.domains(comparison),
-        "ownership": report_tables.ownership(comparison),
-        "newcomers": report_tables.newcomers(comparison),
-        "starts": report_tables.starts(comparison),
-        "skew": report_tables.skew(comparison),
+        "domains": html_tables.domains(comparison),
+        "ownership": html_tables.ownership(comparison),
+        "newcomers": html_tables.newcomers(comparison),
+        "starts": html_tables.starts(comparison),
+        "skew": html_tables.skew(comparison),
         "shift": picture(
             comparison,
             "shift",
             "Distance between users' statistics",
-            "Every user's training data pass through one network; each square compares two users, brighter is "
-            "farther apart.",
+            "Every user's training data are passed through the same network. Each square compares two users; brighter "
+            "squares are larger distances.",
         ),
-        "layers": report_tables.layers(comparison),
-        "settings": report_tables.facts("Settings of every run", "setting", meta["settings"]),
-        "versions": report_tables.facts("Versions", "package", meta["versions"] | _given(meta, "code", "code digest")),
-        "sources": report_tables.facts("SHA-256 of the data", "file", meta["sources"]),
+        "layers": html_tables.layers(comparison),
+        "settings": html_tables.facts("Settings of every run", "setting", meta["settings"]),
+        "versions": html_tables.facts("Versions", "package", meta["versions"] | digest),
+        "sources": html_tables.facts("SHA-256 of the data", "file", meta["sources"]),
         "citations": _citations(meta),
         "citation": cite(meta),
-        "again": f"fedbn report {shlex.quote(str(comparison.directory))}",
+        "page_command": f"fedbn report {shlex.quote(str(comparison.directory))}",
     }
 
 
-def _given(meta: dict[str, Any], key: str, title: str) -> dict[str, Any]:
-    return {title: meta[key]} if key in meta else {}
-
-
 def cite(meta: dict[str, Any]) -> str:
-    """How to cite the software that made a comparison, as BibTeX."""
+    """BibTeX entry for the software that produced a comparison."""
     version = meta["versions"].get("fedbn", "")
     digest = f", code digest {meta['code']}" if "code" in meta else ""
     return (
@@ -177,7 +174,7 @@ def cite(meta: dict[str, Any]) -> str:
 
 
 def _citations(meta: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """Package, whom to credit and license of the data, as far as known."""
+    """Package, citation and license of the data, if known."""
     scenario = str(meta["scenario"]).partition(":")[0]
-    known: Iterable[Any] = (s for s in SOURCES.values() if s.label in meta["sources"] or s.scenario == scenario)
-    return [(source.package, source.citation, source.license) for source in known]
+    sources: Iterable[Any] = (s for s in SOURCES.values() if s.label in meta["sources"] or s.scenario == scenario)
+    return [(source.package, source.citation, source.license) for source in sources]

@@ -1,8 +1,8 @@
-"""Figures of a comparison, as SVG that follows the page's colors and as PNG for slides and papers.
+"""Figures of a comparison: SVG that follows the page's colors, PNG and PDF for slides and papers.
 
-Okabe-Ito colors, distinct under the common color deficiencies, each with its own marker, so that no
-figure depends on color alone. Text and axes are drawn in one ink which the SVG turns into
-``currentColor``: the same figure is readable on a light and on a dark page. No pyplot, hence no global state.
+The Okabe-Ito colors can be distinguished with common color deficiencies, and each has its own marker, so that no figure
+depends on color alone. Text and axes have one color, which the SVG replaces by ``currentColor``, so that figures are
+readable on light and dark pages. Pyplot is not used, so there is no global state.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from simulations.results.matrix import COLUMNS, ROWS
 P = ParamSpec("P")
 T = TypeVar("T")
 
-#: Okabe and Ito (2008) without yellow, which vanishes on white; black is the ink of the reference.
+#: Okabe and Ito (2008) without yellow, which is invisible on white; black is the color of the reference.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = "osD^vP"
 INK = "#1b1c1d"
-#: At most this many layers are drawn, evenly spaced from the first to the last.
-LAYERS = 8
-LONGEST_LABEL = 26
+#: Maximum number of layers to draw, evenly spaced from the first to the last.
+MAX_LAYERS = 8
+MAX_LABEL_LENGTH = 26
 
 _STYLE: Any = {
-    # A label is a user's text and never a formula: "$x" must neither vanish nor crash.
+    # Labels are user input and never formulas: "$x" must be shown as it is.
     "text.parse_math": False,
     "figure.facecolor": "none",
     "axes.facecolor": "none",
@@ -58,7 +58,7 @@ _STYLE: Any = {
     "lines.markersize": 4.5,
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
     "grid.color": INK,
-    # Text stays text: it can be searched, read aloud, and takes the page's color.
+    # Keep text as text, so that it can be searched, read aloud and styled by the page.
     "svg.fonttype": "none",
     "svg.hashsalt": "fedbn",
 }
@@ -74,12 +74,12 @@ def _styled(draw: Callable[P, T]) -> Callable[P, T]:
 
 
 def svg(figure: Figure, name: str, description: str) -> str:
-    """The figure as inline SVG: no ids shared with other figures, and a description for screen readers.
+    """The figure as inline SVG with unique ids and a description for screen readers.
 
     Args:
-        figure: one of this module's.
-        name: prefix of all ids, unique on the page.
-        description: what the figure shows, in words.
+        figure: a figure of this module.
+        name: prefix of all ids; unique on the page.
+        description: text alternative of the figure.
     """
     buffer = io.StringIO()
     with mpl.rc_context(_STYLE):
@@ -89,7 +89,7 @@ def svg(figure: Figure, name: str, description: str) -> str:
     text = re.sub(r'(\bid="|url\(#|xlink:href="#)', rf"\g<1>{name}-", text)
     text = text.replace(INK, "currentColor").replace("'DejaVu Sans', ", "")
     width = round(96 * figure.get_size_inches()[0])
-    # On a phone a figure scrolls sideways rather than shrink its text below what can be read.
+    # On a phone, figures scroll sideways, because their text would become too small to read.
     opening = f'<svg role="img" aria-label="{escape(description)}" style="min-width:{4 * width // 5}px"'
     text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', rf'\1 width="{width}"', text, count=1)
@@ -97,7 +97,7 @@ def svg(figure: Figure, name: str, description: str) -> str:
 
 
 def pdf(figure: Figure) -> bytes:
-    """The figure as PDF for LaTeX, its text as text."""
+    """The figure as PDF for LaTeX, with text as text."""
     buffer = io.BytesIO()
     with mpl.rc_context({**_STYLE, "pdf.fonttype": 42}):
         FigureCanvasPdf(figure).print_pdf(buffer, metadata=dict.fromkeys(("CreationDate", "Creator", "Producer")))
@@ -125,11 +125,11 @@ def matrix_figure(comparison: Comparison, metric: str = "accuracy") -> Figure:
     shifts = dict(zip(columns, np.linspace(-0.24, 0.24, len(columns)) if len(columns) > 1 else [0.0]))
     for axes, row in zip(panels, rows):
         for line in matrix[matrix["row"] == row].itertuples():
-            place = strategies.index(line.strategy)
-            y = place + shifts[line.column]
-            color = _color(place)
+            position = strategies.index(line.strategy)
+            y = position + shifts[line.column]
+            color = _color(position)
             axes.plot([line.ci_low, line.ci_high], [y, y], color=color, linewidth=1.2)
-            axes.plot(line.mean, y, **_look(columns.index(line.column), color))
+            axes.plot(line.mean, y, **_marker(columns.index(line.column), color))
         axes.set_title(ROWS[row][0])
         axes.grid(axis="x")
         axes.tick_params(axis="y", length=0)
@@ -139,7 +139,7 @@ def matrix_figure(comparison: Comparison, metric: str = "accuracy") -> Figure:
     panels[0].set_ylim(len(strategies) - 0.5, -0.5)
     figure.supxlabel(f"{metric.replace('_', '-')}, mean over users with 95 % interval", fontsize=9)
     figure.legend(
-        [Line2D([], [], linestyle="", **_look(i, INK)) for i in range(len(columns))],
+        [Line2D([], [], linestyle="", **_marker(i, INK)) for i in range(len(columns))],
         [COLUMNS[c][0] for c in columns],
         loc="outside upper right",
         ncols=3,
@@ -151,23 +151,23 @@ def matrix_figure(comparison: Comparison, metric: str = "accuracy") -> Figure:
 def paired_figure(comparison: Comparison, row: str, column: str, metric: str = "accuracy") -> Figure | None:
     """Every user's difference to the reference, sorted, one panel per strategy; None if there is none.
 
-    A mean hides who pays for it: points below the line are users that the strategy harms.
+    A mean hides differences between users: points below the line are users harmed by the strategy.
     """
-    found = {
+    by_strategy = {
         strategy: differences
         for strategy in comparison.strategies[1:]
         if len(differences := comparison.differences(strategy, row, column, metric))
     }
-    if not found:
+    if not by_strategy:
         return None
-    down = math.ceil(len(found) / 5)
-    across = math.ceil(len(found) / down)
+    down = math.ceil(len(by_strategy) / 5)
+    across = math.ceil(len(by_strategy) / down)
     figure = Figure(figsize=(min(8.6, 1.0 + 2.4 * across), 0.5 + 1.9 * down), layout="constrained")
     panels = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
     lines = comparison.paired(metric).query("row == @row and column == @column").set_index("strategy")
-    for axes, (strategy, differences) in zip(panels.flat, found.items()):
-        place = comparison.strategies.index(strategy)
-        color = _color(place)
+    for axes, (strategy, differences) in zip(panels.flat, by_strategy.items()):
+        index = comparison.strategies.index(strategy)
+        color = _color(index)
         rank = np.arange(1, len(differences) + 1)
         line = lines.loc[strategy]
         axes.axhspan(line["ci_low"], line["ci_high"], color=color, alpha=0.2, linewidth=0)
@@ -178,14 +178,14 @@ def paired_figure(comparison: Comparison, row: str, column: str, metric: str = "
             rank,
             differences,
             linestyle="",
-            marker=MARKERS[(place - 1) % len(MARKERS)],
+            marker=MARKERS[(index - 1) % len(MARKERS)],
             color=color,
             markersize=3,
         )
         axes.set_title(_short(strategy))
         axes.grid(axis="y")
         axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(4, integer=True))
-    for axes in panels.flat[len(found) :]:
+    for axes in panels.flat[len(by_strategy) :]:
         axes.set_visible(False)
     figure.supxlabel("users, sorted by their difference", fontsize=9)
     figure.supylabel(f"{metric.replace('_', '-')} − {_short(comparison.reference)}", fontsize=9)
@@ -196,7 +196,7 @@ def paired_figure(comparison: Comparison, row: str, column: str, metric: str = "
 def convergence_figure(comparison: Comparison) -> Figure | None:
     """Accuracy and training loss by round: mean over seeds, band lowest to highest; None if not recorded."""
     titles = {"own": "own test accuracy", "unseen": "unseen users' accuracy", "train_loss": "training loss"}
-    # One evaluated round is no curve; its number is in the matrix.
+    # One evaluated round makes no curve; its value is in the matrix.
     shown = [name for name in titles if comparison.curves.dropna(subset=name)["round"].nunique() > 1]
     if not shown:
         return None
@@ -206,12 +206,12 @@ def convergence_figure(comparison: Comparison) -> Figure | None:
     handles: dict[str, Line2D] = {}
     for axes, name in zip(panels, shown):
         for strategy, lines in comparison.curves.dropna(subset=name).groupby("strategy", sort=False):
-            place = comparison.strategies.index(strategy)
-            color = _color(place)
+            index = comparison.strategies.index(strategy)
+            color = _color(index)
             by_round = lines.groupby("round")[name].agg(["mean", "min", "max"])
             axes.fill_between(by_round.index, by_round["min"], by_round["max"], color=color, alpha=0.15, linewidth=0)
             (handles[strategy],) = axes.plot(
-                by_round.index, by_round["mean"], color=color, **_stroke(place), markersize=3, markevery=0.2
+                by_round.index, by_round["mean"], color=color, **_stroke(index), markersize=3, markevery=0.2
             )
         axes.set_title(titles[name])
         axes.set_xlabel("round")
@@ -232,8 +232,8 @@ def shift_figure(comparison: Comparison) -> Figure | None:
     layers = comparison.shift.get("layers") or []
     if not layers:
         return None
-    if len(layers) > LAYERS:
-        layers = [layers[i] for i in np.linspace(0, len(layers) - 1, LAYERS).round().astype(int)]
+    if len(layers) > MAX_LAYERS:
+        layers = [layers[i] for i in np.linspace(0, len(layers) - 1, MAX_LAYERS).round().astype(int)]
     across = min(4, len(layers))
     down = math.ceil(len(layers) / across)
     figure = Figure(figsize=(0.9 + 1.95 * across, 0.3 + 2.0 * down), layout="constrained")
@@ -251,7 +251,7 @@ def shift_figure(comparison: Comparison) -> Figure | None:
 
 
 def _name_users(axes: Axes, users: list[str]) -> None:
-    """Names beside the map where they fit, else their number."""
+    """Label the map with the names of the users if they fit, otherwise with their number."""
     axes.set_xticks([])
     axes.spines[:].set_visible(False)
     if len(users) <= 8:
@@ -262,21 +262,21 @@ def _name_users(axes: Axes, users: list[str]) -> None:
     axes.tick_params(length=0)
 
 
-def _color(place: int) -> str:
-    """Ink for the reference, then the palette in turn."""
-    return INK if place == 0 else PALETTE[(place - 1) % len(PALETTE)]
+def _color(index: int) -> str:
+    """Black for the reference, then the colors of the palette in turn."""
+    return INK if index == 0 else PALETTE[(index - 1) % len(PALETTE)]
 
 
-def _stroke(place: int) -> dict[str, Any]:
-    """Marker and dash of a strategy; the dash changes when the palette starts again."""
-    if place == 0:
+def _stroke(index: int) -> dict[str, Any]:
+    """Marker and line style of a strategy; the line style changes when the palette repeats."""
+    if index == 0:
         return {"linestyle": "--", "marker": ""}
-    again, index = divmod(place - 1, len(PALETTE))
-    return {"linestyle": ("-", ":", "-.")[again % 3], "marker": MARKERS[index]}
+    cycle, color = divmod(index - 1, len(PALETTE))
+    return {"linestyle": ("-", ":", "-.")[cycle % 3], "marker": MARKERS[color]}
 
 
-def _look(column: int, color: str) -> dict[str, Any]:
-    """Marker of a treatment of the statistics."""
+def _marker(column: int, color: str) -> dict[str, Any]:
+    """Marker of a column of the matrix."""
     return {
         "marker": "osD"[column % 3],
         "color": color,
@@ -284,11 +284,11 @@ def _look(column: int, color: str) -> dict[str, Any]:
     }
 
 
-def _short(label: str, longest: int = LONGEST_LABEL) -> str:
-    """A label that fits; a leading underscore would hide it from matplotlib's legend.
+def _short(label: str, length: int = MAX_LABEL_LENGTH) -> str:
+    """Shorten a label; a leading underscore would hide it from matplotlib's legend.
 
     >>> _short("groupnorm:groups=4:affine=false"), len(_short("_x"))
     ('groupnorm:groups=4:affine…', 3)
     """
-    text = label if len(label) <= longest else label[: longest - 1] + "…"
+    text = label if len(label) <= length else label[: length - 1] + "…"
     return "\u200b" + text if text.startswith("_") else text

@@ -1,8 +1,8 @@
 """A comparison in the terminal: the answer in words, the evaluation matrix, paired differences, cost.
 
-Strategies stand below each other within one treatment of the statistics, because that is what one
-compares. A star is earned: the paired interval against *every* other strategy excludes zero. It is printed
-besides being bold, because a pipe or a log has no bold.
+Strategies are listed below each other for each kind of statistics, because these are the values to compare. A star
+means that the paired interval against *every* other strategy excludes zero. It is printed in addition to bold text,
+because pipes and logs have no bold text.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from simulations.results.summary import answer, is_clear, starts_rows
 if TYPE_CHECKING:
     import pandas as pd
 
-#: Of a longer label this much must fit on one line beside the numbers.
-SHORTEST_LABEL = 12
+#: Minimum width of a label that must fit on one line with the numbers; longer labels are folded.
+MIN_LABEL_WIDTH = 12
 
 Cells = dict[tuple[str, str, str], tuple[str, ...]]
 """The parts of a cell by column, strategy and row."""
@@ -54,7 +54,7 @@ def show(comparison: Comparison, console: Console | None = None, metric: str = "
 
 
 def matrix_table(comparison: Comparison, metric: str = "accuracy", width: int = 100) -> Table:
-    """Mean over users with its 95 % interval; sections by how the statistics were obtained."""
+    """Mean over users with its 95 % interval, in one section per column of the matrix."""
     best = comparison.clear_best(metric)
     text: Cells = {}
     for line in comparison.matrix(metric).dropna(subset="mean").itertuples():
@@ -67,26 +67,25 @@ def matrix_table(comparison: Comparison, metric: str = "accuracy", width: int = 
         list(comparison.meta["columns"]),
         text,
         width,
-        title=f"{_metric(metric)}, mean over users [95 % interval], {_size(comparison)}",
-        caption="*: better than each other strategy, every paired interval excludes 0." if best else None,
+        title=f"{_metric(metric)}, mean over users [95 % interval], {_counts(comparison)}",
+        caption="*: better than every other strategy; every paired interval excludes 0." if best else None,
     )
 
 
 def paired_table(comparison: Comparison, metric: str = "accuracy", width: int = 100) -> Table:
     """Each strategy minus the reference, user by user, in the first column of the matrix.
 
-    The other columns and the worst users are on the report's page: a terminal is no place for all of it.
+    The other columns and the worst users are only in the HTML report.
     """
     first = next(c for c in comparison.meta["columns"] if any(c == column for _, column in comparison.cells))
     text: Cells = {}
     for line in comparison.paired(metric).dropna(subset="difference").itertuples():
         if line.row == "worst":
             continue
-        shown = format_estimate(line.difference, line.ci_low, line.ci_high, format_signed) + (
-            "*" if is_clear(line) else ""
-        )
+        estimate = format_estimate(line.difference, line.ci_low, line.ci_high, format_signed)
+        star = "*" if is_clear(line) else ""
         counts = f"{line.better}↑ {line.worse}↓" if line.row != "global" else ""
-        text[line.column, line.strategy, line.row] = (*shown.split(" ", 1), counts)
+        text[line.column, line.strategy, line.row] = (*f"{estimate}{star}".split(" ", 1), counts)
     return _sections(
         comparison,
         comparison.strategies[1:],
@@ -100,10 +99,10 @@ def paired_table(comparison: Comparison, metric: str = "accuracy", width: int = 
 
 
 def starts_table(rows: list[list[str]], metric: str = "accuracy") -> Table:
-    """The rows of `starts_rows` as a table."""
+    """Table of the rows from `starts_rows`."""
     table = _table(
         title=f"{_metric(metric)} of unseen users by the statistics they start from [95 % interval]",
-        caption="Before any adaptation; nearest, mixture and prior-mixed look at the user's earlier unlabeled data.",
+        caption="Before any adaptation; nearest, mixture and prior-mixed use the user's earlier unlabeled data.",
     )
     for name in rows[0]:
         table.add_column(name, overflow="fold")
@@ -113,15 +112,15 @@ def starts_table(rows: list[list[str]], metric: str = "accuracy") -> Table:
 
 
 def cost_table(comparison: Comparison) -> Table:
-    """Who owns what, bytes per client and round, seconds per run."""
+    """Owner of each role, bytes per client and round, seconds per run."""
     owners = comparison.traffic()
-    # Step counters are always the client's own and never travel; messages besides entries have no owner.
+    # Step counters are always local and never sent; additional messages have no owner.
     owned = owners.loc[owners["owner"] != MESSAGE, "role"]
     roles = [role for role in dict.fromkeys(owned) if role != Role.COUNTER]
     seconds = comparison.seconds().set_index("strategy")
     table = _table(
         title="Owner of each role, bytes per client and round, seconds per run",
-        caption="shared: the server's. seeded: the client's own, averaged for newcomers. local: stays.",
+        caption="shared: on the server. seeded: per client, averaged for newcomers. local: per client, never sent.",
     )
     table.add_column("strategy", overflow="fold")
     for name in roles:
@@ -131,13 +130,13 @@ def cost_table(comparison: Comparison) -> Table:
     for strategy in seconds.index:
         lines = owners[owners["strategy"] == strategy].set_index("role")
         run = seconds.loc[strategy]
-        spread = f" ±{run['sd']:.1f}" if math.isfinite(run["sd"]) else ""
+        sd = f" ±{run['sd']:.1f}" if math.isfinite(run["sd"]) else ""
         table.add_row(
             Text(strategy),
             *(Text(lines["owner"].get(role, "–")) for role in roles),
             format_size(lines["bytes_down"].sum()),
             format_size(lines["bytes_up"].sum()),
-            f"{run['mean']:.1f}{spread}",
+            f"{run['mean']:.1f}{sd}",
             run["lr"],
         )
     return table
@@ -168,12 +167,12 @@ def _sections(
 ) -> Table:
     """Strategies down, rows of the matrix across, one section per column of the matrix.
 
-    The parts of a cell stand beside each other where the console is wide enough, else below each other.
+    The parts of a cell share a line if the console is wide enough, otherwise they are stacked.
     """
     rows = [r for r in ROWS if any(row == r and column in columns for column, _, row in text)]
-    spans = [max(len(" ".join(filter(None, parts))) for key, parts in text.items() if key[2] == r) for r in rows]
+    widths = [max(len(" ".join(filter(None, parts))) for key, parts in text.items() if key[2] == r) for r in rows]
     longest = max(map(len, strategies))
-    wide = sum(span + 2 for span in spans) + min(longest, SHORTEST_LABEL) <= width
+    wide = sum(w + 2 for w in widths) + min(longest, MIN_LABEL_WIDTH) <= width
     table = _table(title, caption)
     table.add_column("strategy", overflow="fold")
     for row in rows:
@@ -194,7 +193,7 @@ def _metric(metric: str) -> str:
     return metric.replace("_", "-").capitalize()
 
 
-def _size(comparison: Comparison) -> str:
+def _counts(comparison: Comparison) -> str:
     seen = comparison.evaluations.query("row == 'own'")["user"].nunique()
     unseen = comparison.evaluations.query("row == 'unseen'")["user"].nunique()
     users = f"{format_count(seen, 'seen user')}, " + (f"{unseen} unseen, " if unseen else "")
@@ -202,7 +201,7 @@ def _size(comparison: Comparison) -> str:
 
 
 def frame_table(frame: pd.DataFrame, title: str) -> Table:
-    """A table of text as it is, its index in front."""
+    """Table of a frame of text, with its index in the first columns."""
     flat = frame.reset_index()
     table = _table(title, None)
     for name in flat.columns:

@@ -1,8 +1,8 @@
-"""Which treatment should I use? An answer drawn from comparisons' numbers alone.
+"""Recommend strategies from the results of comparisons.
 
-For each comparison and each kind of test: the best strategy that a federation can choose, and those that are not
-clearly behind it (their paired 95 % interval over users includes 0). The reversal between the users' own tests and
-the pooled test is stated where it occurs.
+For each comparison and each kind of test: the best strategy that is not a bound, and those that are not clearly behind
+it (their paired 95 % interval over users includes 0). Reversals between the users' own tests and the pooled test are
+listed.
 """
 
 from __future__ import annotations
@@ -12,33 +12,33 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from simulations.results.comparison import Comparison
-from simulations.results.formatting import format_number
+from simulations.results.formatting import format_number, markdown_table
 from simulations.results.matrix import METRICS, ROWS
 from simulations.results.summary import is_bound
 
 CELLS = (("own", "aggregated"), ("global", "aggregated"), ("unseen", "aggregated"), ("unseen", "recalibrated"))
-"""What is asked of every comparison: whose data, which statistics."""
+"""Cells of the matrix to report for every comparison: row and column."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Who is best in one cell.
+    """The best strategy of one cell.
 
     Attributes:
-        best: its label.
+        best: label of the best strategy.
         mean: its mean over users.
-        beside: strategies not clearly behind it, best first.
-        clearly_behind: how many are.
+        comparable: strategies that are not clearly behind it, best first.
+        clearly_behind: number of strategies that are clearly behind it.
     """
 
     best: str
     mean: float
-    beside: tuple[str, ...]
+    comparable: tuple[str, ...]
     clearly_behind: int
 
 
 def verdict(comparison: Comparison, row: str, column: str, metric: str = "accuracy") -> Verdict | None:
-    """The best of a cell among strategies that are no bounds; None where nobody has it."""
+    """The best strategy of a cell, without bounds; None if no strategy has the cell."""
     lines = comparison.matrix(metric).query("row == @row and column == @column").dropna(subset="mean")
     lines = lines[~lines["strategy"].map(is_bound)].sort_values("mean", ascending=not METRICS[metric], kind="stable")
     if lines.empty:
@@ -48,38 +48,37 @@ def verdict(comparison: Comparison, row: str, column: str, metric: str = "accura
     return Verdict(best, float(lines["mean"].iloc[0]), tuple(s for s in others if s not in behind), len(behind))
 
 
-def advice(directories: Sequence[Path], metric: str = "accuracy", named: int = 4) -> str:
-    """A Markdown table over comparisons, and the reversals found.
+def advice(directories: Sequence[Path], metric: str = "accuracy", max_names: int = 4) -> str:
+    """Make a Markdown table of the best strategies, followed by the reversals.
 
     Args:
         directories: result directories.
-        metric: what counts.
-        named: how many of those beside the best are named.
+        metric: the metric to compare by.
+        max_names: how many comparable strategies to list by name.
     """
-    head = ["comparison", *(f"{ROWS[row][0]}, {column}" for row, column in CELLS)]
-    lines, reversals = [head, ["---"] * len(head)], []
+    lines, reversals = [], []
     for directory in directories:
         comparison = Comparison.load(directory)
-        found = {cell: verdict(comparison, *cell, metric) for cell in CELLS}
-        lines.append([directory.name, *(_text(v, named) for v in found.values())])
-        own, pooled = found["own", "aggregated"], found["global", "aggregated"]
-        if own and pooled and own.best not in (pooled.best, *pooled.beside):
-            lines_of = comparison.matrix(metric).query("row == 'global' and column == 'aggregated'")
-            there = lines_of.set_index("strategy").loc[own.best, "mean"]
+        verdicts = {cell: verdict(comparison, *cell, metric) for cell in CELLS}
+        cells = {f"{ROWS[row][0]}, {column}": _text(v, max_names) for (row, column), v in verdicts.items()}
+        lines.append({"comparison": directory.name} | cells)
+        own, pooled = verdicts["own", "aggregated"], verdicts["global", "aggregated"]
+        if own and pooled and own.best not in (pooled.best, *pooled.comparable):
+            global_means = comparison.matrix(metric).query("row == 'global' and column == 'aggregated'")
+            mean = global_means.set_index("strategy").loc[own.best, "mean"]
             reversals.append(
                 f"- {directory.name}: `{own.best}` is best on users' own tests ({format_number(own.mean)}) and clearly "
-                f"behind "
-                f"`{pooled.best}` on the pooled test ({format_number(there)} against {format_number(pooled.mean)})."
+                f"behind `{pooled.best}` on the pooled test ({format_number(mean)} against "
+                f"{format_number(pooled.mean)})."
             )
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     tail = "\n".join(["Reversals:", "", *reversals]) if reversals else "No clear reversal between own and pooled test."
-    return f"{table}\n\n{tail}\n"
+    return f"{markdown_table(lines)}\n{tail}\n"
 
 
-def _text(found: Verdict | None, named: int) -> str:
-    if found is None:
+def _text(result: Verdict | None, max_names: int) -> str:
+    if result is None:
         return "–"
-    beside = ", ".join(f"`{s}`" for s in found.beside[:named])
-    more = len(found.beside) - named
-    rest = f"; not clearly behind: {beside}{f' and {more} more' if more > 0 else ''}" if beside else "; clearly best"
-    return f"`{found.best}` {format_number(found.mean)}{rest}"
+    names = ", ".join(f"`{s}`" for s in result.comparable[:max_names])
+    more = len(result.comparable) - max_names
+    rest = f"; not clearly behind: {names}{f' and {more} more' if more > 0 else ''}" if names else "; clearly best"
+    return f"`{result.best}` {format_number(result.mean)}{rest}"

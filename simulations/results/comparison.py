@@ -1,4 +1,4 @@
-"""A comparison as it is read from its result directory, and as text.
+"""A comparison loaded from its results directory, with its tables as text.
 
 Files: `simulations.results.files`; rows, columns and statistics: `simulations.results.matrix`.
 """
@@ -13,31 +13,39 @@ from typing import Any
 import pandas as pd
 
 from fedbn.errors import UserError
-from simulations.results.files import finished, held_by_all, lines_table, ownership_table, read, runs_table, told
+from simulations.results.files import (
+    expand_shared_models,
+    finished_runs,
+    lines_table,
+    ownership_table,
+    read_json,
+    runs_table,
+    summarize_notices,
+)
 from simulations.results.formatting import format_estimate, latex_table, markdown_table
 from simulations.results.matrix import COLUMNS, METRICS, ROWS, Matrix
 from simulations.results.summary import answer
 
-WHAT_CELLS_ARE = "Mean over users [95 % interval over users]."
+CELL_LEGEND = "Mean over users [95 % interval over users]."
 
 CAPTION = "mean over users [95\\% cluster bootstrap interval]"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Comparison(Matrix):
-    """A comparison as read from its directory.
+    """A comparison loaded from its results directory.
 
     Attributes:
         meta: ``comparison.json``.
         evaluations: one line per run x user x row x column: n, accuracy, macro_f1, loss.
-        directory: where it was read from.
-        shift: ``shift.json``, empty if there is none.
+        directory: the results directory.
+        shift: ``shift.json``, or empty.
         runs: one line per finished run: run, strategy, seed, lr, seconds, rounds, newcomer.
         curves: one line per run and evaluated round: train_loss, own, unseen.
-        ownership: one line per strategy and role, or purpose of other messages: owner, entries, elements, and bytes per
-            client and round.
+        ownership: one line per strategy and role (or kind of additional message): owner, entries, elements, and bytes
+            per client and round.
         missing: number of (strategy, seed) pairs without a finished run.
-        notices: what a reader should know, of the comparison and of its runs.
+        notices: notices of the comparison and its runs.
     """
 
     directory: Path
@@ -50,34 +58,32 @@ class Comparison(Matrix):
 
     @classmethod
     def load(cls, directory: str | Path) -> Comparison:
-        """Read a result directory; unfinished runs are skipped and counted.
+        """Load a results directory; unfinished runs are skipped and counted.
 
         Raises:
-            UserError: the directory is no comparison, a file is damaged, or no run is finished.
+            UserError: the directory is not a comparison, a file is damaged, or no run is finished.
         """
         directory = Path(directory)
         if not (directory / "comparison.json").is_file():
-            raise UserError(
-                f"{directory} is no comparison: it has no comparison.json. Give the directory that the comparison wrote"
-            )
-        meta = read(directory / "comparison.json")
-        runs, foreign = finished(directory, meta)
+            raise UserError(f"{directory} is not a comparison: it has no comparison.json. Give a results directory")
+        meta = read_json(directory / "comparison.json")
+        runs, foreign = finished_runs(directory, meta)
         if not runs:
-            raise UserError(f"{directory} holds no finished run yet: run the comparison to the end first")
+            raise UserError(f"{directory} has no finished run yet: finish the comparison first")
         planned = len(meta["strategies"]) * len(meta["seeds"])
         notices = list(meta.get("notices", []))
         if len(runs) < planned:
             notices.insert(0, f"{planned - len(runs)} of {planned} runs are not finished and left out.")
         if foreign:
-            notices.append(f"Runs of no strategy and seed of this comparison, left out: {', '.join(foreign)}.")
-        notices += told([r for _, r in runs], notices)
+            notices.append(f"Runs that do not belong to this comparison are left out: {', '.join(foreign)}.")
+        notices += summarize_notices([r for _, r in runs], notices)
         shift = directory / "shift.json"
         return cls(
             directory=directory,
             meta=meta,
-            shift=read(shift) if shift.is_file() else {},
+            shift=read_json(shift) if shift.is_file() else {},
             runs=runs_table(runs),
-            evaluations=held_by_all(
+            evaluations=expand_shared_models(
                 lines_table(
                     runs,
                     "evaluations",
@@ -96,21 +102,18 @@ class Comparison(Matrix):
         )
 
     def to_pandas(self, metric: str = "accuracy") -> pd.DataFrame:
-        """The evaluation matrix, one line a strategy, row and column; as `matrix`."""
+        """The evaluation matrix with one line per strategy, row and column; same as `matrix`."""
         return self.matrix(metric)
 
     def __repr__(self) -> str:
-        return f"{self._headline()}\n\n{self.wide().to_string()}"
+        return f"{answer(self)}\n\n{self.wide().to_string()}"
 
     def _repr_html_(self) -> str:
-        shown = self.wide().to_html()  # pandas escapes labels, which are a user's text
-        return f"<p>{escape(self._headline())}</p>{shown}<p>{escape(WHAT_CELLS_ARE)}</p>"
-
-    def _headline(self) -> str:
-        return answer(self)
+        table = self.wide().to_html()  # pandas escapes labels, which are user input
+        return f"<p>{escape(answer(self))}</p>{table}<p>{escape(CELL_LEGEND)}</p>"
 
     def traffic(self) -> pd.DataFrame:
-        """Who owns what and what travels: one line per strategy and role, bytes per client and round."""
+        """Owners and traffic: one line per strategy and role, bytes per client and round."""
         return self.ownership.copy()
 
     def seconds(self) -> pd.DataFrame:
@@ -128,7 +131,7 @@ class Comparison(Matrix):
         ).reset_index()
 
     def wide(self, metric: str = "accuracy") -> pd.DataFrame:
-        """The matrix as text for a page: statistics and strategy down, rows of the matrix across."""
+        """The matrix as text: statistics and strategy down, rows of the matrix across."""
         text = {
             (line.column, line.strategy, line.row): format_estimate(line.mean, line.ci_low, line.ci_high)
             for line in self.matrix(metric).itertuples()
@@ -150,16 +153,16 @@ class Comparison(Matrix):
         )
 
     def long(self, metric: str = "accuracy") -> pd.DataFrame:
-        """The long matrix with all its numbers, unrounded; as `matrix`."""
+        """The long matrix, unrounded; same as `matrix`."""
         return self.matrix(metric)
 
     def to_csv(self, path: str | Path, metric: str = "accuracy") -> None:
-        """Write the long matrix with all its numbers, unrounded."""
+        """Write the long matrix, unrounded."""
         self.matrix(metric).to_csv(path, index=False)
 
     def to_markdown(self, metric: str = "accuracy") -> str:
         """The wide matrix as a Markdown table: mean and 95 % interval over users."""
-        return markdown_table(self.wide(metric))
+        return markdown_table(self.wide(metric).reset_index().to_dict("records"))
 
     def to_latex(self, metric: str = "accuracy") -> str:
         """The wide matrix as a LaTeX table (packages booktabs and multirow)."""

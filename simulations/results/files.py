@@ -1,10 +1,10 @@
-"""The files of a comparison's result directory: written whole or not at all, read with checks.
+"""Files of a comparison's results directory; writes are atomic, reads are checked.
 
 ::
 
     comparison.json         title, strategies (the first is the reference), seeds, settings, hashes
     runs/<id>/result.json   one finished run: one strategy with one seed
-    shift.json              how far users are apart (optional)
+    shift.json              measured differences between users (optional)
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ import pandas as pd
 
 from fedbn.errors import UserError
 
-NAMED = 3
-"""Strategies that a notice names before it counts."""
+MAX_NAMES = 3
+"""Number of strategies that a notice lists by name."""
 
 
 def write_comparison(directory: Path, meta: dict[str, Any]) -> None:
-    """Write ``comparison.json``; call it first, so that an interrupted comparison can be read."""
+    """Write ``comparison.json``; call this first, so that an interrupted comparison can be read."""
     _write(Path(directory) / "comparison.json", meta)
 
 
 def write_run(directory: Path, run: str, result: dict[str, Any]) -> None:
-    """Write ``runs/<run>/result.json``, whole or not at all: a run with this file is a finished run."""
+    """Write ``runs/<run>/result.json`` atomically: a run with this file is finished."""
     _write(Path(directory) / "runs" / run / "result.json", result)
 
 
 def write_shift(directory: Path, shift: dict[str, Any]) -> None:
-    """Write ``shift.json``: the measured distance between users."""
+    """Write ``shift.json``: the measured differences between users."""
     _write(Path(directory) / "shift.json", shift)
 
 
@@ -47,7 +47,7 @@ def _write(path: Path, value: dict[str, Any]) -> None:
 
 
 def _finite(value: Any) -> Any:
-    """NaN and infinity as null: a diverged loss must not make the file unreadable for other tools."""
+    """Replace NaN and infinity by null, so that other tools can read the file even if a loss diverged."""
     if isinstance(value, dict):
         return {key: _finite(v) for key, v in value.items()}
     if isinstance(value, list | tuple):
@@ -55,29 +55,31 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def told(runs: Sequence[dict[str, Any]], known: Sequence[str] = ()) -> list[str]:
-    """What runs have to say, each thing once, with the strategies and seeds that it is said of.
+def summarize_notices(runs: Sequence[dict[str, Any]], known: Sequence[str] = ()) -> list[str]:
+    """The notices of runs without duplicates, each with the strategies and seeds it applies to.
 
     >>> runs = [{"strategy": name, "seed": 0, "notices": ["few rows"]} for name in ("fedbn", "silobn")]
-    >>> told(runs), told(runs[:1]), told(runs, known=["few rows"])
+    >>> summarize_notices(runs), summarize_notices(runs[:1]), summarize_notices(runs, known=["few rows"])
     (['fedbn, silobn, seed 0: few rows'], ['fedbn, seed 0: few rows'], [])
     """
-    said: dict[str, list[dict[str, Any]]] = {}
+    by_notice: dict[str, list[dict[str, Any]]] = {}
     for run in runs:
         for notice in run.get("notices", []):
             if notice not in known:
-                said.setdefault(notice, []).append(run)
+                by_notice.setdefault(notice, []).append(run)
     lines = []
-    for notice, saying in said.items():
-        names = list(dict.fromkeys(run["strategy"] for run in saying))
-        who = ", ".join(names) if len(names) <= NAMED else f"{', '.join(names[:NAMED])} and {len(names) - NAMED} more"
-        seeds = sorted({run["seed"] for run in saying})
-        lines.append(f"{who}, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}: {notice}")
+    for notice, affected in by_notice.items():
+        names = list(dict.fromkeys(run["strategy"] for run in affected))
+        more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+        seeds = sorted({run["seed"] for run in affected})
+        lines.append(
+            f"{', '.join(names[:MAX_NAMES])}{more}, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}: {notice}"
+        )
     return lines
 
 
-def read(path: Path) -> dict[str, Any]:
-    """One JSON object.
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
 
     Raises:
         UserError: the file is damaged.
@@ -91,18 +93,18 @@ def read(path: Path) -> dict[str, Any]:
     return value
 
 
-def finished(directory: Path, meta: dict[str, Any]) -> tuple[list[tuple[str, dict[str, Any]]], list[str]]:
-    """(id, result) of the finished runs in display order, and the ids of runs that do not belong here."""
+def finished_runs(directory: Path, meta: dict[str, Any]) -> tuple[list[tuple[str, dict[str, Any]]], list[str]]:
+    """(id, result) of the finished runs in display order, and the ids of runs that belong to no strategy and seed."""
     found: dict[tuple[str, int], tuple[str, dict[str, Any]]] = {}
     foreign = []
     for path in sorted((directory / "runs").glob("*/result.json")):
-        run, result = path.parent.name, read(path)
+        run, result = path.parent.name, read_json(path)
         pair = (result["strategy"], result["seed"])
         if pair[0] not in meta["strategies"] or pair[1] not in meta["seeds"]:
             foreign.append(run)
         elif pair in found:
             raise UserError(
-                f"{directory} holds two results of strategy {pair[0]!r} with seed {pair[1]}: "
+                f"{directory} has two results of strategy {pair[0]!r} with seed {pair[1]}: "
                 f"delete runs/{found[pair][0]} or runs/{run}"
             )
         else:
@@ -112,7 +114,7 @@ def finished(directory: Path, meta: dict[str, Any]) -> tuple[list[tuple[str, dic
 
 
 def lines_table(runs: list[tuple[str, dict[str, Any]]], key: str, types: dict[str, str]) -> pd.DataFrame:
-    """The lists ``result[key]`` of all runs under each other, with the run's strategy and seed in front."""
+    """Concatenate the lists ``result[key]`` of all runs, with the strategy and seed of each run in front."""
     records = [
         {"strategy": result["strategy"], "seed": result["seed"], **{name: line[name] for name in types}}
         for _, result in runs
@@ -122,28 +124,28 @@ def lines_table(runs: list[tuple[str, dict[str, Any]]], key: str, types: dict[st
     return frame.astype({"strategy": "str", "seed": "int64", **types})
 
 
-def held_by_all(evaluations: pd.DataFrame) -> pd.DataFrame:
-    """Give every seen user the global test of the model that all of them hold.
+def expand_shared_models(evaluations: pd.DataFrame) -> pd.DataFrame:
+    """Copy the global test of a shared model to every seen user.
 
-    A run tests one model on the pooled data once, and writes it down under its first user. Every user holds
-    that model; without their lines a strategy with a model for each user could be compared on one user only.
+    A run tests a shared model on the pooled data once and records the result for its first user. Without a line for
+    every user, it could be compared with a strategy that has one model per user on a single user only.
     """
     run = ["strategy", "seed"]
     cell = [*run, "column"]
     single = evaluations[evaluations["row"] == "global"].drop_duplicates(cell, keep=False)
     seen = evaluations.loc[evaluations["row"] == "own", [*run, "user", "domain"]].drop_duplicates()
-    everybody = single.drop(columns=["user", "domain"]).merge(seen, on=run)[evaluations.columns]
-    return pd.concat([evaluations.drop(single.index), everybody], ignore_index=True)
+    expanded = single.drop(columns=["user", "domain"]).merge(seen, on=run)[evaluations.columns]
+    return pd.concat([evaluations.drop(single.index), expanded], ignore_index=True)
 
 
 def runs_table(runs: list[tuple[str, dict[str, Any]]]) -> pd.DataFrame:
-    """One line a run: what it was and what it cost."""
+    """One line per run: its identity and cost."""
     keys = ["strategy", "seed", "lr", "seconds", "rounds", "newcomer"]
     return pd.DataFrame([{"run": run, **{key: result[key] for key in keys}} for run, result in runs])
 
 
 def ownership_table(runs: list[tuple[str, dict[str, Any]]]) -> pd.DataFrame:
-    """By strategy; it follows from model and strategy, so every seed has the same."""
+    """Ownership by strategy; it follows from model and strategy and is the same for every seed."""
     first = {result["strategy"]: result["ownership"] for _, result in reversed(runs)}
     keys = ["role", "owner", "entries", "elements", "bytes", "bytes_down", "bytes_up"]
     records = [

@@ -1,20 +1,18 @@
-"""Numbers as text, the same in the terminal, on the page and in documents."""
+"""Number and table formats shared by the terminal, HTML reports and documents."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
-
-import pandas as pd
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
 def format_number(value: float, digits: int = 3) -> str:
-    """A number for a table; an en dash for one that does not exist.
+    """Format a number for a table; an en dash if it is missing.
 
     >>> format_number(0.8824), format_number(1.0), format_number(-0.0312), format_number(float("nan"))
     ('.882', '1.000', '−.031', '–')
@@ -27,7 +25,7 @@ def format_number(value: float, digits: int = 3) -> str:
 
 
 def format_signed(value: float, digits: int = 3) -> str:
-    """A difference for a table, always with its sign.
+    """Format a difference for a table, always with its sign.
 
     >>> format_signed(0.0271), format_signed(-0.0271), format_signed(0.0)
     ('+.027', '−.027', '.000')
@@ -37,7 +35,7 @@ def format_signed(value: float, digits: int = 3) -> str:
 
 
 def format_interval(low: float, high: float, style: Callable[[float], str] = format_number) -> str:
-    """An interval for a table; empty for one that does not exist.
+    """Format an interval for a table; empty if it is missing.
 
     >>> format_interval(0.851, 0.913), format_interval(float("nan"), float("nan"))
     ('[.851, .913]', '')
@@ -46,7 +44,7 @@ def format_interval(low: float, high: float, style: Callable[[float], str] = for
 
 
 def format_estimate(value: float, low: float, high: float, style: Callable[[float], str] = format_number) -> str:
-    """A value with its interval.
+    """Format a value with its interval.
 
     >>> format_estimate(0.882, 0.851, 0.913)
     '.882 [.851, .913]'
@@ -55,26 +53,34 @@ def format_estimate(value: float, low: float, high: float, style: Callable[[floa
 
 
 def format_elapsed(since: float) -> str:
-    """Time since a `time.perf_counter` reading, in words."""
+    """Format the time since a `time.perf_counter` reading."""
     seconds = time.perf_counter() - since
     return f"{seconds / 60:.1f} min" if seconds >= 90 else f"{seconds:.0f} s"
 
 
-def markdown_table(frame: pd.DataFrame) -> str:
-    """A table of text as Markdown, its index in front."""
-    flat = frame.reset_index()
-    lines = [list(flat.columns), ["---"] * len(flat.columns), *flat.to_numpy().tolist()]
+def markdown_table(rows: Sequence[Mapping[str, object]]) -> str:
+    r"""Format rows with the same keys as a Markdown table; empty without rows.
+
+    >>> print(markdown_table([{"name": "fedbn", "what": "a|b"}]), end="")
+    | name | what |
+    | --- | --- |
+    | fedbn | a\|b |
+    """
+    if not rows:
+        return ""
+    head = list(rows[0])
+    lines: list[list[object]] = [[*head], ["---"] * len(head), *([row[name] for name in head] for row in rows)]
     return "".join("| " + " | ".join(str(v).replace("|", "\\|") for v in line) + " |\n" for line in lines)
 
 
 def latex_table(frame: pd.DataFrame, caption: str) -> str:
-    """A table of text as LaTeX (packages booktabs and multirow)."""
+    """Format a table of text for LaTeX (packages booktabs and multirow)."""
     layout = "l" * (frame.index.nlevels + frame.shape[1])
     return frame.to_latex(escape=True, column_format=layout, caption=caption)
 
 
 def format_p_value(p: float) -> str:
-    """A p-value with its relation.
+    """Format a p-value with its relation.
 
     >>> format_p_value(0.0312), format_p_value(0.00002), format_p_value(float("nan"))
     ('p = .031', 'p < .001', 'p –')
@@ -85,7 +91,7 @@ def format_p_value(p: float) -> str:
 
 
 def format_size(count: float) -> str:
-    """Bytes in decimal units.
+    """Format a number of bytes in decimal units.
 
     >>> format_size(0), format_size(412), format_size(45_600), format_size(3_210_000)
     ('0 B', '412 B', '45.6 kB', '3.2 MB')
@@ -96,10 +102,10 @@ def format_size(count: float) -> str:
     return f"{count:.0f} B"
 
 
-def format_count(many: int, noun: str) -> str:
-    """A number of things.
+def format_count(count: int, noun: str) -> str:
+    """Format a count with its noun.
 
     >>> format_count(1, "user"), format_count(24, "user")
     ('1 user', '24 users')
     """
-    return f"{many} {noun}{'' if many == 1 else 's'}"
+    return f"{count} {noun}{'' if count == 1 else 's'}"

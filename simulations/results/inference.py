@@ -1,7 +1,7 @@
 """Statistics over users and seeds: estimates with intervals, paired tests, corrections.
 
-The *user* is the unit of inference: intervals come from resampling users with all their seeds kept together (a
-cluster bootstrap). Seeds say how much of a mean is luck of initialization and sampling; they get their own interval.
+The *user* is the unit of inference: users are resampled with all their seeds (a cluster bootstrap). The variation over
+seeds shows how much of a mean is due to initialization and sampling; it has its own interval.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from scipy import stats
 
 LEVEL = 0.95
 RESAMPLES = 2000
-FEW = 13
-"""Most differences of which all choices of signs are tried; `scipy.stats.wilcoxon` has the same limit."""
+EXACT_LIMIT = 13
+"""Up to this many differences the test enumerates all signs; `scipy.stats.wilcoxon` has the same limit."""
 
 Statistic = Callable[..., np.ndarray]
 
 
 class Interval(NamedTuple):
-    """Lower and upper end; NaN where the data admit none."""
+    """Lower and upper end; NaN if the data do not allow an interval."""
 
     low: float
     high: float
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether 0 lies outside; False for an interval that does not exist."""
+        """Whether 0 lies outside; False for a missing interval."""
         return self.low > 0 or self.high < 0
 
 
@@ -50,7 +50,7 @@ def mean_of_users(values: np.ndarray) -> np.ndarray:
 
 
 def worst_of_users(values: np.ndarray) -> np.ndarray:
-    """Mean of the lowest tenth of users (rounded down, at least one) of each seed, then over seeds.
+    """Mean over seeds of each seed's lowest tenth of users (rounded down, at least one).
 
     Args:
         values: ``[..., users, seeds]``, NaN where a user was not evaluated in a seed.
@@ -58,33 +58,33 @@ def worst_of_users(values: np.ndarray) -> np.ndarray:
     >>> float(worst_of_users(np.array([[0.5, 0.7], [0.8, 0.3]])))
     0.4
     """
-    ordered = np.sort(values, axis=-2)  # NaN goes last
+    ordered = np.sort(values, axis=-2)  # NaN is sorted to the end
     present = (~np.isnan(values)).sum(axis=-2, keepdims=True)
-    tenth = np.minimum(np.maximum(1, present // 10), present)
-    chosen = np.arange(values.shape[-2])[:, None] < tenth
-    total = np.where(chosen, ordered, 0.0).sum(axis=-2)
-    size = tenth[..., 0, :]
+    count = np.minimum(np.maximum(1, present // 10), present)
+    selected = np.arange(values.shape[-2])[:, None] < count
+    total = np.where(selected, ordered, 0.0).sum(axis=-2)
+    size = count[..., 0, :]
     return np.nanmean(np.where(size > 0, total / np.maximum(size, 1), np.nan), axis=-1)
 
 
 def uniform(values: np.ndarray) -> bool:
-    """Whether ``[users, seeds]`` hold one observation a seed, repeated for several users.
+    """Whether ``[users, seeds]`` hold one observation per seed, repeated for several users.
 
-    So it is where all users hold one model and meet the same test data. Users may be in different seeds,
-    and then their means differ although nothing distinguishes the users.
+    This happens if all users share one model and one test set. If users take part in different seeds, their means
+    differ although the users do not.
 
     >>> uniform(np.array([[0.8, 0.7], [0.8, np.nan]])), uniform(np.array([[0.8, np.nan], [np.nan, 0.7]]))
     (True, False)
     """
     present = (~np.isnan(values)).sum(axis=0)
-    spread = np.nanmax(values, axis=0) - np.nanmin(values, axis=0)
-    return bool((present > 1).any() and (spread < 1e-12).all())
+    value_range = np.nanmax(values, axis=0) - np.nanmin(values, axis=0)
+    return bool((present > 1).any() and (value_range < 1e-12).all())
 
 
 def user_interval(statistic: Statistic, *samples: np.ndarray) -> Interval:
-    """Percentile interval of a statistic when users are resampled, their seeds kept together.
+    """Percentile bootstrap interval of a statistic; users are resampled with all their seeds.
 
-    With one user, or where users do not differ at all, resampling says nothing: the interval is NaN.
+    The interval is NaN for a single user and for users that do not differ.
 
     Args:
         statistic: maps arrays ``[..., users, seeds]`` to ``[...]``.
@@ -95,7 +95,7 @@ def user_interval(statistic: Statistic, *samples: np.ndarray) -> Interval:
         return NO_INTERVAL
 
     def resampled(index: np.ndarray, axis: int) -> np.ndarray:
-        del axis  # users are the last axis of the index, and so the last but one of what it takes
+        del axis  # users are the last axis of the index, hence the second to last of the values
         return statistic(*(values[index.astype(int)] for values in samples))
 
     low, high = stats.bootstrap(
@@ -105,7 +105,7 @@ def user_interval(statistic: Statistic, *samples: np.ndarray) -> Interval:
         method="percentile",
         n_resamples=RESAMPLES,
         confidence_level=LEVEL,
-        # With thousands of users all resamples at once would not fit into memory.
+        # With thousands of users, all resamples at once do not fit into memory.
         batch=max(1, 4_000_000 // samples[0].size),
         rng=np.random.default_rng(0),
     ).confidence_interval
@@ -124,7 +124,7 @@ def seed_interval(per_seed: np.ndarray) -> tuple[float, Interval]:
 
 
 class Estimate(NamedTuple):
-    """A statistic with its interval over users, and its spread and interval over seeds."""
+    """A statistic with its interval over users, and its standard deviation and interval over seeds."""
 
     value: float = math.nan
     users: Interval = NO_INTERVAL
@@ -135,10 +135,10 @@ class Estimate(NamedTuple):
 
 
 def estimate(statistic: Statistic, *samples: np.ndarray) -> Estimate:
-    """The statistic of ``[users, seeds]`` samples; all have NaN at the same places, no user is all NaN.
+    """Estimate a statistic of ``[users, seeds]`` samples with NaN at the same positions; no user is all NaN.
 
-    >>> found = estimate(mean_of_users, np.array([[0.5, 0.7], [0.8, 0.6]]))
-    >>> round(found.value, 3), round(found.seed_sd, 3), found.n_users, found.n_seeds
+    >>> result = estimate(mean_of_users, np.array([[0.5, 0.7], [0.8, 0.6]]))
+    >>> round(result.value, 3), round(result.seed_sd, 3), result.n_users, result.n_seeds
     (0.65, 0.0, 2, 2)
     """
     n_users, n_seeds = samples[0].shape
@@ -151,31 +151,31 @@ def estimate(statistic: Statistic, *samples: np.ndarray) -> Estimate:
 
 
 def signed_rank(differences: np.ndarray) -> float:
-    """Two-sided p of Wilcoxon's signed-rank test; 1 if nothing differs, NaN if all differ by the same.
+    """Two-sided p-value of Wilcoxon's signed-rank test; 1 if all differences are 0, NaN if they are all the same.
 
-    The same non-zero difference for every user (two shared models on one shared test set) is one
-    observation, not many; a p-value that counts it once per user would be made up.
+    The same non-zero difference for every user (two shared models on one shared test set) is a single observation. A
+    p-value that counts it once per user would be meaningless.
 
     >>> signed_rank(np.zeros(5)), signed_rank(np.array([0.3])), signed_rank(np.full(30, 0.1))
     (1.0, nan, nan)
     """
-    # Rounding makes ties out of differences that only floating point tells apart.
+    # Rounding turns differences that only floating-point error separates into ties.
     differences = np.round(differences, 12)
     if not differences.any():
         return 1.0
     if np.ptp(differences) == 0:
         return math.nan
-    if len(differences) > FEW:
+    if len(differences) > EXACT_LIMIT:
         return float(stats.wilcoxon(differences).pvalue)
-    # As SciPy's function does it with few and tied differences; but that ranks them anew for every choice of signs.
+    # Same as SciPy for few and tied differences, but SciPy computes the ranks again for every choice of signs.
     ranks = np.zeros(len(differences))
-    moved = differences != 0
-    ranks[moved] = np.sign(differences[moved]) * stats.rankdata(np.abs(differences[moved]))
+    nonzero = differences != 0
+    ranks[nonzero] = np.sign(differences[nonzero]) * stats.rankdata(np.abs(differences[nonzero]))
     return float(stats.permutation_test((ranks,), np.sum, permutation_type="samples", n_resamples=np.inf).pvalue)
 
 
 def adjust(p: pd.Series) -> pd.Series:
-    """Benjamini-Hochberg adjusted p-values over those that exist.
+    """Benjamini-Hochberg adjusted p-values; missing ones stay missing.
 
     >>> adjust(pd.Series([0.01, np.nan, 0.04])).tolist()
     [0.02, nan, 0.04]

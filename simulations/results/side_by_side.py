@@ -1,7 +1,7 @@
-"""Several comparisons beside each other: what each found, what differs between them, and by how much.
+"""Several comparisons side by side: their results, settings and differences.
 
-Where two of them tested a strategy on the same users with the same seeds, the later is subtracted from the first user
-by user. Nothing is called clear here: runs that were made at different times answer no common question beforehand.
+If two comparisons tested a strategy on the same users with the same seeds, the first is subtracted from the later one
+user by user. No difference is called clear here, because the comparisons were not planned together.
 """
 
 from __future__ import annotations
@@ -21,55 +21,48 @@ from simulations.results.matrix import COLUMNS, ROWS, contrast
 
 @dataclass(frozen=True)
 class SideBySide:
-    """Comparisons by a short name, in the order given."""
+    """Comparisons by short name, in the given order."""
 
     comparisons: dict[str, Comparison]
 
     @staticmethod
     def load(directories: Sequence[Path]) -> SideBySide:
-        """Read them; a name is the end of the path, as much of it as tells them apart.
+        """Load comparisons; the short names are the shortest distinct ends of the paths.
 
         Raises:
-            UserError: one is no comparison, or one is named twice.
+            UserError: a directory is not a comparison, or is given twice.
         """
-        places = [Path(d).resolve() for d in directories]
-        if len(set(places)) < len(places):
-            raise UserError("the same comparison is named twice: give different directories")
+        paths = [Path(d).resolve() for d in directories]
+        if len(set(paths)) < len(paths):
+            raise UserError("the same comparison is given twice: give different directories")
         depth = 1
-        while len({place.parts[-depth:] for place in places}) < len(places):
+        while len({path.parts[-depth:] for path in paths}) < len(paths):
             depth += 1
-        return SideBySide({"/".join(place.parts[-depth:]): Comparison.load(place) for place in places})
+        return SideBySide({"/".join(path.parts[-depth:]): Comparison.load(path) for path in paths})
 
     def long(self, metric: str = "accuracy") -> pd.DataFrame:
-        """All matrices under each other, as `Comparison.matrix` with the comparison's name in front."""
+        """The concatenated `Comparison.matrix` tables, with the name of the comparison in the first column."""
         parts = [c.matrix(metric).assign(comparison=name) for name, c in self.comparisons.items()]
         frame = pd.concat(parts, ignore_index=True)
         return frame[["comparison", *frame.columns.drop("comparison")]]
 
     def wide(self, metric: str = "accuracy") -> pd.DataFrame:
-        """As text: statistics, strategy and comparison down, rows of the matrix across."""
+        """The matrices as text: statistics, strategy and comparison down, rows of the matrix across."""
         frame = self.long(metric).dropna(subset="mean")
-        shown = [format_estimate(line.mean, line.ci_low, line.ci_high) for line in frame.itertuples()]
-        frame = frame.assign(
-            text=shown, place=frame["column"].map(list(COLUMNS).index), statistics=frame["column"].map(_title)
-        )
         order = {s: i for i, s in enumerate(dict.fromkeys(frame["strategy"]))}
         frame = frame.assign(
-            rank=frame["strategy"].map(order), run=frame["comparison"].map(list(self.comparisons).index)
+            text=[format_estimate(line.mean, line.ci_low, line.ci_high) for line in frame.itertuples()],
+            rank=frame["strategy"].map(order),
+            run=frame["comparison"].map(list(self.comparisons).index),
         )
-        table = frame.pivot(index=["place", "statistics", "rank", "strategy", "run", "comparison"], columns="row")[
-            "text"
-        ]
-        table = table.sort_index().droplevel(["place", "rank", "run"]).fillna("–")
-        table = table[[row for row in ROWS if row in table.columns]]
-        return table.rename(columns={row: title for row, (title, _) in ROWS.items()}).rename_axis(columns=None)
+        return _across(frame, ["rank", "strategy", "run", "comparison"], drop=["rank", "run"])
 
     def differences(self, metric: str = "accuracy") -> pd.DataFrame:
-        """Every later comparison minus the first, for strategies that both have, on users and seeds that both have.
+        """Every later comparison minus the first, on the strategies, users and seeds they have in common.
 
         Returns:
             strategy, comparison, minus, row, column, difference, ci_low, ci_high (95 %, users resampled), n_users,
-            n_seeds; empty if the scenarios differ, for then equal names are other people.
+            n_seeds; empty if the scenarios differ, because the users are not the same.
         """
         (first, base), *others = self.comparisons.items()
         lines: list[tuple[Any, ...]] = []
@@ -78,15 +71,11 @@ class SideBySide:
                 continue
             for strategy in (s for s in base.strategies if s in other.strategies):
                 for row, column in base.cells:
-                    found = contrast(
-                        other.values(strategy, row, column, metric),
-                        base.values(strategy, row, column, metric),
-                        row,
-                        metric,
-                    )
-                    if found.n_users:
-                        counts = found.n_users, found.n_seeds
-                        lines.append((strategy, name, first, row, column, found.value, *found.users, *counts))
+                    a, b = (c.values(strategy, row, column, metric) for c in (other, base))
+                    result = contrast(a, b, row, metric)
+                    if result.n_users:
+                        counts = result.n_users, result.n_seeds
+                        lines.append((strategy, name, first, row, column, result.value, *result.users, *counts))
         columns = ["strategy", "comparison", "minus", "row", "column", "difference", "ci_low", "ci_high"]
         return pd.DataFrame(lines, columns=[*columns, "n_users", "n_seeds"])
 
@@ -95,39 +84,41 @@ class SideBySide:
         frame = self.differences(metric)
         if frame.empty:
             return frame
-        shown = [
-            format_estimate(line.difference, line.ci_low, line.ci_high, format_signed) for line in frame.itertuples()
-        ]
-        frame = frame.assign(text=shown, place=frame["column"].map(list(COLUMNS).index))
-        frame["statistics"] = frame["column"].map(_title)
-        table = frame.pivot(index=["place", "statistics", "strategy", "comparison"], columns="row", values="text")
-        table = table.droplevel("place").fillna("–")
-        table = table[[row for row in ROWS if row in table.columns]]
-        return table.rename(columns={row: title for row, (title, _) in ROWS.items()}).rename_axis(columns=None)
+        lines = frame.itertuples()
+        frame["text"] = [format_estimate(line.difference, line.ci_low, line.ci_high, format_signed) for line in lines]
+        return _across(frame, ["strategy", "comparison"])
 
     def settings(self) -> pd.DataFrame:
-        """Settings, versions and data that are not the same in all: one line each, one column a comparison."""
-        table = pd.DataFrame({name: _told(c) for name, c in self.comparisons.items()}).fillna("–")
+        """Settings, versions and data that differ: one line each, one column per comparison."""
+        table = pd.DataFrame({name: _settings(c) for name, c in self.comparisons.items()}).fillna("–")
         return table[table.nunique(axis=1) > 1].rename_axis("setting")
 
     def to_markdown(self, metric: str = "accuracy") -> str:
         """The wide table as Markdown."""
-        return markdown_table(self.wide(metric))
+        return markdown_table(self.wide(metric).reset_index().to_dict("records"))
 
     def to_latex(self, metric: str = "accuracy") -> str:
         """The wide table as LaTeX (packages booktabs and multirow)."""
         return latex_table(self.wide(metric), f"{metric.replace('_', ' ')}: {CAPTION}")
 
 
-def _title(column: str) -> str:
-    return COLUMNS[column][0]
+def _across(frame: pd.DataFrame, index: list[str], drop: Sequence[str] = ()) -> pd.DataFrame:
+    """Pivot the column ``text``: statistics and ``index`` down (without ``drop``), rows of the matrix across."""
+    frame = frame.assign(
+        position=frame["column"].map(list(COLUMNS).index),
+        statistics=[COLUMNS[column][0] for column in frame["column"]],
+    )
+    table = frame.pivot(index=["position", "statistics", *index], columns="row", values="text").sort_index()
+    table = table.droplevel(["position", *drop]).fillna("–")
+    table = table[[row for row in ROWS if row in table.columns]]
+    return table.rename(columns={row: title for row, (title, _) in ROWS.items()}).rename_axis(columns=None)
 
 
 def _scenario(comparison: Comparison) -> str:
     return str(comparison.meta["scenario"]).partition(":")[0]
 
 
-def _told(comparison: Comparison) -> dict[str, str]:
+def _settings(comparison: Comparison) -> dict[str, str]:
     meta = comparison.meta
     facts = {"scenario": meta["scenario"], "seeds": len(meta["seeds"])} | meta["settings"] | meta["versions"]
     facts |= {f"data: {name}": digest for name, digest in meta["sources"].items()}

@@ -1,1 +1,1 @@
-"""The server side of the Flower app: rounds, nodes, validation of replies, server optimizer."""
+"""Server side of the Flower app: rounds, nodes, validation of replies, server optimizers."""

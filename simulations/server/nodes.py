@@ -12,35 +12,35 @@ from flwr.serverapp import Grid
 from clients.records import arrays
 from clients.serialization import LazyArrayRecord
 from fedbn.errors import UserError
-from fedbn.federation.context import EVERYONE
+from fedbn.federation.context import CENTRAL_TRAINER
 from fedbn.nn.roles import State
 
 T = TypeVar("T")
 
 
 class ClientError(RuntimeError):
-    """A client answered with an error; the run stops, completed rounds are kept."""
+    """A client failed; the run stops, and completed rounds are kept."""
 
 
 class NodePool:
-    """The nodes of a grid, addressed by the user they serve.
+    """The nodes of a grid, addressed by user.
 
     Attributes:
-        grid: reaches them.
-        users: how many there are.
-        tolerate: share of those asked that may fail.
-        timeout: seconds after which a client that was asked has failed; 0: never.
-        failures: what went wrong so far and was survived.
-        trained: the last round of each user whose training counted.
+        grid: grid of the nodes.
+        users: number of users.
+        tolerate: tolerated share of failing clients per request.
+        timeout: seconds to wait for replies; 0: no limit.
+        failures: tolerated failures since they were last cleared.
+        trained: user -> last round in which the user's update was aggregated.
         node: user -> node id.
 
     Raises:
-        UserError: the grid has fewer nodes than there are users.
-        ClientError: a node answers with an error.
+        UserError: the grid has fewer nodes than users.
+        ClientError: a node replies with an error.
     """
 
     def __init__(self, grid: Grid, users: int, tolerate: float = 0.0, timeout: float = 0.0) -> None:
-        """Ask every node which user it serves, until all users have one."""
+        """Query the partitions of the nodes until every user has a node."""
         self.grid, self.users, self.tolerate, self.timeout = grid, users, tolerate, timeout
         self.failures: list[str] = []
         self.node: dict[int, int] = {}
@@ -51,10 +51,10 @@ class NodePool:
                 time.sleep(0.5)
 
     def discover(self) -> None:
-        """Ask the nodes that serve nobody yet whom they serve."""
+        """Query the partitions of unassigned nodes."""
         known = set(self.node.values())
-        asked = [n for n in self.grid.get_node_ids() if n not in known]
-        for reply in self._exchange([Message(RecordDict(), n, "query.partition") for n in asked]):
+        unassigned = [n for n in self.grid.get_node_ids() if n not in known]
+        for reply in self._exchange([Message(RecordDict(), n, "query.partition") for n in unassigned]):
             if reply.has_error() and self.trained and self.tolerate:
                 continue
             if reply.has_error():
@@ -63,7 +63,7 @@ class NodePool:
             nodes = cast(int, info["num-partitions"])
             if 0 < nodes < self.users:
                 raise UserError(
-                    f"a federation of {nodes} nodes cannot serve {self.users} users, one each: add "
+                    f"{nodes} nodes cannot serve {self.users} users, one node per user: add "
                     f"--federation-config 'num-supernodes={self.users}' to flwr run"
                 )
             self.node[cast(int, info["partition-id"])] = reply.metadata.src_node_id
@@ -72,76 +72,75 @@ class NodePool:
         return self.grid.send_and_receive(messages, timeout=self.timeout or None)
 
     def record(self, state: State) -> ArrayRecord:
-        """Tensors as the nodes can take them: by reference where they are in this process."""
+        """Convert tensors to a record, by reference if the nodes are in this process."""
         return LazyArrayRecord(state) if getattr(self.grid, "shares_memory", False) else arrays(state)
 
     def send(self, kind: str, content: Mapping[int, RecordDict], read: Callable[[int, RecordDict], T]) -> dict[int, T]:
-        """Send each user its content.
+        """Send a message to each user and read the replies.
 
         Args:
-            kind: of message.
-            content: by user.
-            read: what a user's reply says; raises `UserError` for a reply that is not let in.
+            kind: message type.
+            content: user -> content of the message.
+            read: decodes the reply of a user; raises `UserError` for an invalid reply.
 
         Returns:
-            What was read, in the order of the users; without those that failed, where so many are tolerated.
+            Decoded replies by user, in the order of ``content``, without tolerated failures.
 
         Raises:
-            ClientError: a client answered with an error or not at all.
-            UserError: a reply was not let in.
+            ClientError: a client replied with an error or did not reply.
+            UserError: a reply was invalid.
         """
         if any(max(user, 0) not in self.node for user in content):
-            self.discover()  # a node that was started anew may have another id
+            self.discover()  # a restarted node can have another id
         user_of = {self.node[max(user, 0)]: user for user in content if max(user, 0) in self.node}
         messages = [Message(content[user], node, kind) for node, user in user_of.items()]
         replies: dict[int, T] = {}
         failed: dict[int, Exception] = {}
-        answers = self._exchange(messages)
-        asked = {message.metadata.message_id: message.metadata.dst_node_id for message in messages}
-        for reply in answers:
-            # A SuperLink answers in its own name for a node that it cannot reach.
-            user = user_of[asked.get(reply.metadata.reply_to_message_id, reply.metadata.src_node_id)]
+        exchanged = self._exchange(messages)
+        receiver = {message.metadata.message_id: message.metadata.dst_node_id for message in messages}
+        for reply in exchanged:
+            # For an unreachable node the SuperLink itself replies.
+            user = user_of[receiver.get(reply.metadata.reply_to_message_id, reply.metadata.src_node_id)]
             if user in replies or user in failed:
-                self.failures.append(f"{kind}, {_name(user)}: answered twice; the first answer counts")
+                self.failures.append(f"{kind}, {_label(user)}: replied twice; only the first reply is used")
             elif reply.has_error():
-                failed[user] = ClientError(f"{kind}, {_name(user)}: {reply.error.reason}")
+                failed[user] = ClientError(f"{kind}, {_label(user)}: {reply.error.reason}")
             else:
                 try:
                     replies[user] = read(user, reply.content)
                     if "lost" in reply.content:
                         self.failures.append(
-                            f"{kind}, {_name(user)}: the node had lost what its user keeps, and went on like a newcomer"
+                            f"{kind}, {_label(user)}: the node had lost its client state and continued as a new client"
                         )
                 except UserError as error:
                     failed[user] = error
                 except (KeyError, TypeError, ValueError) as error:
-                    failed[user] = ClientError(f"{kind}, {_name(user)}: a reply that cannot be read: {error!r}")
+                    failed[user] = ClientError(f"{kind}, {_label(user)}: invalid reply: {error!r}")
         for user in content.keys() - replies.keys() - failed.keys():
-            failed[user] = ClientError(f"{kind}, {_name(user)}: no reply")
+            failed[user] = ClientError(f"{kind}, {_label(user)}: no reply")
         self._handle_failures(kind, failed, len(content))
         return {user: replies[user] for user in content if user in replies}
 
-    def _handle_failures(self, kind: str, failed: Mapping[int, Exception], asked: int) -> None:
-        """Note who failed; raise if these are too many."""
+    def _handle_failures(self, kind: str, failed: Mapping[int, Exception], num_clients: int) -> None:
+        """Record tolerated failures; raise if there are too many."""
         if not failed:
             return
         first = failed[min(failed)]
         if not self.tolerate:
             raise first
-        if len(failed) > int(self.tolerate * asked):
+        if len(failed) > int(self.tolerate * num_clients):
             raise ClientError(
-                f"{kind}: {len(failed)} of {asked} clients failed, more than the share of {self.tolerate:g} that is "
-                f"tolerated; the first: {first}"
+                f"{kind}: {len(failed)} of {num_clients} clients failed, more than the tolerated share of "
+                f"{self.tolerate:g}; the first: {first}"
             ) from first
-        self.failures += [_line(failed[user]) for user in sorted(failed)]
+        self.failures += [_first_line(failed[user]) for user in sorted(failed)]
         for user in failed:
             self.node.pop(max(user, 0), None)
 
 
-def _name(user: int) -> str:
-    return "everyone" if user == EVERYONE else f"user {user}"
+def _label(user: int) -> str:
+    return "central trainer" if user == CENTRAL_TRAINER else f"user {user}"
 
 
-def _line(error: Exception) -> str:
-    first, *_ = str(error).splitlines()
-    return first
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]

@@ -1,9 +1,8 @@
-"""Flower's server optimisers, applied to parameters only.
+"""Flower's server optimizers, applied to parameters only.
 
-FedAvgM, FedAdam, FedYogi and FedAdagrad of ``flwr.serverapp.strategy`` treat every array they are given as a
-parameter: handed a whole state they step on running variances until some are negative. Here they see the
-parameters alone. Hsu, Qi, Brown, 2019, https://arxiv.org/abs/1909.06335; Reddi et al., 2021,
-https://arxiv.org/abs/2003.00295
+FedAvgM, FedAdam, FedYogi and FedAdagrad of ``flwr.serverapp.strategy`` treat every array as a parameter. Applied to a
+whole state, they also update running variances, until some are negative. Here they receive only the parameters. Hsu,
+Qi, Brown, 2019, https://arxiv.org/abs/1909.06335; Reddi et al., 2021, https://arxiv.org/abs/2003.00295
 """
 
 from __future__ import annotations
@@ -24,32 +23,32 @@ from fedbn.nn.roles import State
 
 
 def server_step(plan: Plan) -> ServerStep | None:
-    """The plan's server optimizer as a function of explicit state; None for the plain mean."""
+    """The plan's server optimizer as a function with explicit state; None for the plain mean."""
     if plan.server_optimizer == "none":
         return None
 
     def step(round: int, old: State, mean: State, memory: State) -> tuple[State, State]:
         content = RecordDict({"arrays": _record(mean), "metrics": MetricRecord({"num-examples": 1})})
-        with _quiet():
-            optimizer = _make(plan)
-            _remember(optimizer, memory, list(mean))
+        with _errors_only():
+            optimizer = _build_optimizer(plan)
+            _restore_memory(optimizer, memory, list(mean))
             optimizer.configure_train(round, _record(old), ConfigRecord(), _NO_GRID)
-            moved, _ = optimizer.aggregate_train(round, [Message(content, 0, "train")])
-        if moved is None:
+            updated, _ = optimizer.aggregate_train(round, [Message(content, 0, "train")])
+        if updated is None:
             raise RuntimeError("Flower's server optimizer returned no arrays")
-        new = {k: torch.from_numpy(np.array(moved[k].numpy())).to(v.device, v.dtype) for k, v in old.items()}
-        return new, _memory(optimizer)
+        new = {k: torch.from_numpy(np.array(updated[k].numpy())).to(v.device, v.dtype) for k, v in old.items()}
+        return new, _read_memory(optimizer)
 
     return step
 
 
 _NO_GRID: Any = None
-"""With ``fraction_train=0`` Flower's `configure_train` notes the current arrays and asks the grid for nothing."""
+"""With ``fraction_train=0`` Flower's `configure_train` stores the current arrays and does not use the grid."""
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Flower warns that a strategy samples nobody, which is the point here."""
+def _errors_only() -> Iterator[None]:
+    """Suppress Flower's warning that the strategy samples no clients, which is intended here."""
     logger = logging.getLogger("flwr")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -59,24 +58,24 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _make(plan: Plan) -> Any:
-    quiet: dict[str, Any] = {"fraction_train": 0.0, "fraction_evaluate": 0.0}
+def _build_optimizer(plan: Plan) -> Any:
+    options: dict[str, Any] = {"fraction_train": 0.0, "fraction_evaluate": 0.0}
     match plan.server_optimizer:
         case "fedavgm":
-            return FedAvgM(server_learning_rate=plan.server_lr, server_momentum=0.9, **quiet)
+            return FedAvgM(server_learning_rate=plan.server_lr, server_momentum=0.9, **options)
         case "fedadam":
-            return FedAdam(eta=plan.server_lr, **quiet)
+            return FedAdam(eta=plan.server_lr, **options)
         case "fedyogi":
-            return FedYogi(eta=plan.server_lr, **quiet)
+            return FedYogi(eta=plan.server_lr, **options)
         case _:
-            return FedAdagrad(eta=plan.server_lr, **quiet)
+            return FedAdagrad(eta=plan.server_lr, **options)
 
 
 def _record(state: State) -> ArrayRecord:
     return ArrayRecord({k: Array(v.detach().cpu().numpy()) for k, v in state.items()})
 
 
-def _memory(optimizer: Any) -> State:
+def _read_memory(optimizer: Any) -> State:
     if isinstance(optimizer, FedAvgM):
         return {f"momentum/{i}": torch.from_numpy(v) for i, v in enumerate(optimizer.momentum_vector or [])}
     out: State = {}
@@ -85,7 +84,7 @@ def _memory(optimizer: Any) -> State:
     return out
 
 
-def _remember(optimizer: Any, memory: State, order: list[str]) -> None:
+def _restore_memory(optimizer: Any, memory: State, order: list[str]) -> None:
     if not memory:
         return
     if isinstance(optimizer, FedAvgM):

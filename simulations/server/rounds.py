@@ -1,4 +1,4 @@
-"""The rounds of a run over the nodes of a grid."""
+"""The server's loop: the rounds of a run over the nodes of a grid."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import cast
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 
-from clients.records import answers_to, client_statistics_to, scores_from
+from clients.records import aggregates_to, client_statistics_to, scores_from
 from fedbn.errors import UserError
 from fedbn.federation.context import RunContext
 from fedbn.federation.metrics import COLUMNS, Score
@@ -42,12 +42,12 @@ from simulations.server.validation import validate_moments, validate_update
 
 @dataclass(frozen=True)
 class Listener:
-    """What the caller of an in-process run wants to know, and where it wants to go on from.
+    """Callbacks and resume state of an in-process run.
 
     Attributes:
-        resume: an unfinished outcome.
-        on_round: told after each round.
-        on_end: given the finished outcome.
+        resume: partial outcome from which the run continues.
+        on_round: called with the round and the outcome after each round.
+        on_end: called with the complete outcome.
     """
 
     resume: Outcome | None = None
@@ -59,8 +59,8 @@ _listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
 
 
 @contextmanager
-def listening(listener: Listener) -> Iterator[None]:
-    """Attach a listener to the runs of this block."""
+def attach_listener(listener: Listener) -> Iterator[None]:
+    """Attach a listener to the runs in this context."""
     token = _listener.set(listener)
     try:
         yield
@@ -71,33 +71,33 @@ def listening(listener: Listener) -> Iterator[None]:
 def run_rounds(grid: Grid, run: Run, listener: Listener | None = None, timeout: float = 0.0) -> Outcome:
     """Run a federation over the nodes of a grid.
 
-    The order of operations is that of `fedbn.federation.loop.federate`, and so are the numbers, to the last bit.
+    The operations and their order are those of `fedbn.federation.loop.federate`, so the results are bit-identical.
 
     Args:
-        grid: reaches the nodes.
-        run: what to do.
-        listener: who is told, and where to go on from.
-        timeout: seconds after which a client that was asked has failed; 0: never.
+        grid: grid of the nodes.
+        run: run to execute.
+        listener: callbacks and resume state.
+        timeout: seconds to wait for replies; 0: no limit.
 
     Raises:
-        UserError: the run cannot work.
+        UserError: the run has invalid settings.
         ClientError: a client failed.
     """
     listener = listener or Listener()
     ctx = build_context(run)
     step = server_step(run.plan)
     if run.plan.tolerate and ctx.privacy is not None and ctx.privacy.secure:
-        raise UserError("secure sums need every client of a round: leave out secure=true, or tolerate")
+        raise UserError("secure sums need every client of a round: remove secure=true or tolerate")
     nodes = NodePool(grid, len(ctx.population.users), run.plan.tolerate, timeout)
-    began = time.perf_counter()
-    out = listener.resume or Outcome(Server(ctx.start(), ctx.start()))
+    start = time.perf_counter()
+    out = listener.resume or Outcome(Server(ctx.initial_server_state(), ctx.initial_server_state()))
     nodes.trained = out.trained
-    spent = out.seconds
+    previous_seconds = out.seconds
     for number in range(len(out.curve) + 1, run.plan.rounds + 1):
-        sampled = ctx.sampled(number)
+        sampled = ctx.sample_clients(number)
         aggregates = _sync_first_batch(ctx, nodes, out, number, sampled) if ctx.strategy.syncs_first_batch else []
         updates = _train(ctx, nodes, out.server, number, sampled, aggregates)
-        out.traffic.round(updates, out.server.broadcast, aggregates)
+        out.traffic.count_round(updates, out.server.broadcast, aggregates)
         out.server.advance(ctx, updates, number, step)
         if is_evaluated(ctx, number) and ctx.strategy.syncs_statistics:
             out.server.serving = _sync_statistics(ctx, nodes, out)
@@ -114,7 +114,7 @@ def run_rounds(grid: Grid, run: Run, listener: Listener | None = None, timeout: 
         out.curve.append(point)
         out.failures += [ClientFailure(number, text) for text in nodes.failures]
         nodes.failures.clear()
-        out.seconds = spent + time.perf_counter() - began
+        out.seconds = previous_seconds + time.perf_counter() - start
         if listener.on_round:
             listener.on_round(number, out)
     if listener.on_end:
@@ -125,11 +125,11 @@ def run_rounds(grid: Grid, run: Run, listener: Listener | None = None, timeout: 
 def _outgoing(
     ctx: RunContext, nodes: NodePool, server: Server, users: Sequence[int], *, serving: bool = False
 ) -> dict[int, ArrayRecord]:
-    """What each user is sent; users of one view share one record."""
+    """Records for the users; users of one group share a record."""
     records: dict[str, ArrayRecord] = {}
     for user in users:
         if (view := ctx.group_of(user)) not in records:
-            records[view] = nodes.record(server.sends(ctx, user, serving=serving))
+            records[view] = nodes.record(server.state_for(ctx, user, serving=serving))
     return {user: records[ctx.group_of(user)] for user in users}
 
 
@@ -142,13 +142,13 @@ def _sync_first_batch(
 ) -> list[dict[str, Moments]]:
     outgoing = _outgoing(ctx, nodes, out.server, sampled)
 
-    def ask(answers: list[dict[str, Moments]]) -> list[dict[str, Moments] | None]:
-        aggregates = answers_to(answers)
+    def exchange(aggregates: list[dict[str, Moments]]) -> list[dict[str, Moments] | None]:
+        records = aggregates_to(aggregates)
         configs = {u: _config(ctx, number, nodes.trained.get(u, 0)) for u in sampled}
-        content = {u: RecordDict({"arrays": outgoing[u], "config": configs[u], **aggregates}) for u in sampled}
+        content = {u: RecordDict({"arrays": outgoing[u], "config": configs[u], **records}) for u in sampled}
         return list(nodes.send("query.sync_first_batch", content, _read_moments).values())
 
-    return list(run_consensus(ask, traffic_counter(ctx, out, "first-batch sync")))
+    return list(run_consensus(exchange, traffic_counter(ctx, out, "first-batch sync")))
 
 
 def _train(
@@ -160,18 +160,18 @@ def _train(
     aggregates: list[dict[str, Moments]],
 ) -> list[Update]:
     outgoing = _outgoing(ctx, nodes, server, sampled)
-    common = answers_to(aggregates)
+    common = aggregates_to(aggregates)
     if server.broadcast:
         common["broadcast"] = nodes.record(server.broadcast)
 
-    contents: dict[tuple[str, int, bool], RecordDict] = {}  # users that are told the same share it
+    contents: dict[tuple[str, int, bool], RecordDict] = {}  # shared by users with the same content
 
     def content(user: int) -> RecordDict:
-        which = ctx.group_of(user), nodes.trained.get(user, 0), ctx.strategy.is_known_client(user, server.known)
-        if which not in contents:
-            config = _config(ctx, number, *which[1:])
-            contents[which] = RecordDict({"arrays": outgoing[user], "config": config, **common})
-        return contents[which]
+        key = ctx.group_of(user), nodes.trained.get(user, 0), ctx.strategy.is_known_client(user, server.known)
+        if key not in contents:
+            config = _config(ctx, number, *key[1:])
+            contents[key] = RecordDict({"arrays": outgoing[user], "config": config, **common})
+        return contents[key]
 
     def read(user: int, reply: RecordDict) -> Update:
         return validate_update(ctx, user, reply)
@@ -184,17 +184,17 @@ def _train(
 def _sync_statistics(ctx: RunContext, nodes: NodePool, out: Outcome) -> State:
     record = nodes.record(out.server.state)
 
-    def ask(answers: list[dict[str, Moments]]) -> list[dict[str, Moments] | None]:
-        aggregates = answers_to(answers)
+    def exchange(aggregates: list[dict[str, Moments]]) -> list[dict[str, Moments] | None]:
+        records = aggregates_to(aggregates)
 
         def content(user: int) -> RecordDict:
             config = ConfigRecord({"trained": nodes.trained.get(user, 0)})
-            return RecordDict({"arrays": record, "config": config, **aggregates})
+            return RecordDict({"arrays": record, "config": config, **records})
 
         return list(nodes.send("query.sync_statistics", {u: content(u) for u in ctx.trainers}, _read_moments).values())
 
     return with_synced_statistics(
-        ctx, out.server.state, list(run_consensus(ask, traffic_counter(ctx, out, "statistics sync")))
+        ctx, out.server.state, list(run_consensus(exchange, traffic_counter(ctx, out, "statistics sync")))
     )
 
 

@@ -1,6 +1,6 @@
-"""What the server lets in: a client's entries under the names, types and shapes that the model has, and no more.
+"""Validation of client replies: entries must have the names, types and shapes of the model.
 
-Nothing is decoded before its declared size has been compared with what is expected, and nothing is ever unpickled.
+The declared size of an array is checked before it is decoded, and nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -18,117 +18,126 @@ from fedbn.statistics.consensus import unflatten
 from fedbn.statistics.moments import Moments
 from fedbn.strategies.base import Update
 
-HEADER = 4096
-"""Bytes that an array may take besides its values."""
+HEADER_BYTES = 4096
+"""Maximum bytes of an array besides its values."""
 
-NOTES = 16
-"""What a treatment tells besides entries may take this many times the bytes of the model, and a megabyte."""
+MAX_NOTES_RATIO = 16
+"""Maximum size of the notes of a reply, as a multiple of the bytes of the model, plus a megabyte."""
 
 
 class InvalidReply(UserError):
-    """A client's reply that is not let in."""
+    """A client's reply that fails validation."""
 
 
-def expected(ctx: RunContext) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Type and shape of every entry of a client's reply, by name."""
+def expected_entries(ctx: RunContext) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Expected dtype and shape of every entry of a client's reply, by name."""
     if ctx.privacy is not None and ctx.privacy.secure:
         return {MASKED: (torch.int64, (message_size(ctx),))}
     return {k: (ctx.initial[k].dtype, tuple(ctx.initial[k].shape)) for k in ctx.ownership.travels}
 
 
 def validate_entries(ctx: RunContext, user: int, record: ArrayRecord) -> State:
-    """A client's entries.
+    """Validate and decode the entries of a client's reply.
 
     Args:
         ctx: the run's context.
-        user: who sent them.
-        record: as received.
+        user: sender of the reply.
+        record: received record.
 
     Raises:
-        InvalidReply: other names, types, shapes or sizes than the model's, or, from another process, values that are
-            not finite.
+        InvalidReply: names, types, shapes or sizes differ from the model's, or values from another process are not
+            finite.
     """
-    wanted = expected(ctx)
-    # Tensors by reference never left this process: what is not finite there is training that diverged, to be shown.
-    ours = isinstance(record, LazyArrayRecord) and record.state is not None
-    if not ours:
-        if record.keys() != wanted.keys():
-            raise _bad(user, f"sent entries {_few(record.keys() ^ wanted.keys())} too many or too few")
-        for name, (dtype, shape) in wanted.items():
-            most = dtype.itemsize * torch.Size(shape).numel() + HEADER
-            if len(record[name].data) > most:
-                raise _bad(user, f"sent {len(record[name].data)} bytes for {name}, at most {most} are expected")
+    expected = expected_entries(ctx)
+    # Tensors by reference are from this process: values that are not finite are diverged training, which is reported.
+    in_process = isinstance(record, LazyArrayRecord) and record.state is not None
+    if not in_process:
+        if record.keys() != expected.keys():
+            raise _invalid_reply(
+                user, f"sent unexpected or missing entries: {_shorten(record.keys() ^ expected.keys())}"
+            )
+        for name, (dtype, shape) in expected.items():
+            max_bytes = dtype.itemsize * torch.Size(shape).numel() + HEADER_BYTES
+            if len(record[name].data) > max_bytes:
+                raise _invalid_reply(
+                    user, f"sent {len(record[name].data)} bytes for {name}, at most {max_bytes} are allowed"
+                )
     try:
         state = tensors(record, ctx.run.device)
     except UserError as error:
-        raise _bad(user, str(error)) from None
-    if state.keys() != wanted.keys():
-        raise _bad(user, f"sent entries {_few(state.keys() ^ wanted.keys())} too many or too few")
-    for name, (dtype, shape) in wanted.items():
+        raise _invalid_reply(user, str(error)) from None
+    if state.keys() != expected.keys():
+        raise _invalid_reply(user, f"sent unexpected or missing entries: {_shorten(state.keys() ^ expected.keys())}")
+    for name, (dtype, shape) in expected.items():
         value = state[name]
         if value.dtype != dtype or tuple(value.shape) != shape:
-            raise _bad(user, f"sent {name} as {value.dtype} {list(value.shape)}, expected {dtype} {list(shape)}")
-        if not ours and not torch.isfinite(value).all():
-            raise _bad(user, f"sent NaN or Inf in {name}: lower the learning rate if this is not one client's fault")
-    return {name: state[name] for name in wanted}
+            raise _invalid_reply(
+                user, f"sent {name} as {value.dtype} {list(value.shape)}, expected {dtype} {list(shape)}"
+            )
+        if not in_process and not torch.isfinite(value).all():
+            raise _invalid_reply(
+                user, f"sent NaN or Inf in {name}: lower the learning rate if other clients diverge too"
+            )
+    return {name: state[name] for name in expected}
 
 
 def validate_update(ctx: RunContext, user: int, reply: RecordDict) -> Update:
-    """A client's reply to a round of training.
+    """Validate and decode a client's reply to a training round.
 
     Raises:
-        InvalidReply: a record or number is missing or makes no sense; or as `validate_entries` and `validate_notes`.
+        InvalidReply: a record or number is missing or invalid; see also `validate_entries` and `validate_notes`.
     """
     records, metrics, notes = reply.get("arrays"), reply.get("metrics"), reply.get("notes")
     if not isinstance(records, ArrayRecord) or not isinstance(metrics, MetricRecord):
-        raise _bad(user, "sent no arrays or no metrics")
+        raise _invalid_reply(user, "sent no arrays or no metrics")
     examples, loss = metrics.get("num-examples"), metrics.get("loss")
     if not isinstance(examples, int) or examples < 1:
-        raise _bad(user, f"says that it trained on {examples} examples")
+        raise _invalid_reply(user, f"reported {examples} training examples")
     if not isinstance(loss, float):
-        raise _bad(user, f"says that its loss is {loss}")
+        raise _invalid_reply(user, f"reported the loss {loss}")
     validated = validate_notes(ctx, user, notes) if isinstance(notes, ArrayRecord) else {}
     return Update(user, validate_entries(ctx, user, records), examples, loss, validated)
 
 
 def validate_moments(user: int, reply: RecordDict) -> dict[str, Moments]:
-    """What a client says in a conversation about statistics.
+    """Validate and decode a client's moments in an exchange of statistics.
 
     Raises:
         InvalidReply: a record is missing or cannot be read, or values are not finite.
     """
     record = reply.get("moments")
     if not isinstance(record, ArrayRecord):
-        raise _bad(user, "sent no moments")
+        raise _invalid_reply(user, "sent no moments")
     try:
         state = tensors(record)
     except UserError as error:
-        raise _bad(user, str(error)) from None
-    if wrong := [name for name, value in state.items() if not torch.isfinite(value).all()]:
-        raise _bad(user, f"sent NaN or Inf in {wrong[0]}")
+        raise _invalid_reply(user, str(error)) from None
+    if invalid := [name for name, value in state.items() if not torch.isfinite(value).all()]:
+        raise _invalid_reply(user, f"sent NaN or Inf in {invalid[0]}")
     return unflatten(state)
 
 
 def validate_notes(ctx: RunContext, user: int, record: ArrayRecord) -> State:
-    """What else a client tells.
+    """Validate and decode the notes of a client's reply.
 
     Raises:
-        InvalidReply: far more than a model's worth of bytes, or something that cannot be read.
+        InvalidReply: the notes are much larger than the model or cannot be read.
     """
     if not (isinstance(record, LazyArrayRecord) and record.state is not None):
-        sent, most = sum(len(a.data) for a in record.values()), NOTES * sum(ctx.ownership.sizes.values()) + 2**20
-        if sent > most:
-            raise _bad(user, f"sent {sent} bytes of notes, at most {most} are taken")
+        num_bytes = sum(len(a.data) for a in record.values())
+        max_bytes = MAX_NOTES_RATIO * sum(ctx.ownership.sizes.values()) + 2**20
+        if num_bytes > max_bytes:
+            raise _invalid_reply(user, f"sent {num_bytes} bytes of notes, at most {max_bytes} are allowed")
     try:
         return tensors(record, ctx.run.device)
     except UserError as error:
-        raise _bad(user, str(error)) from None
+        raise _invalid_reply(user, str(error)) from None
 
 
-def _few(names: set[str]) -> str:
+def _shorten(names: set[str]) -> str:
     first = sorted(names)[:3]
     return ", ".join(first) + (", ..." if len(names) > 3 else "")
 
 
-def _bad(user: int, what: str) -> InvalidReply:
-    return InvalidReply(f"client {user} {what}; nothing of its reply was used")
+def _invalid_reply(user: int, what: str) -> InvalidReply:
+    return InvalidReply(f"client {user} {what}; its reply was discarded")

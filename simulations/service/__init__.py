@@ -1,1 +1,1 @@
-"""An HTTP service over the bank of users, and the page that shows it at work. Needs the extra ``demo``."""
+"""HTTP service for personalized predictions of many users, and its demo page. Needs the extra ``demo``."""

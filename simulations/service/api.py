@@ -1,4 +1,4 @@
-"""The service's routes. `create` makes the application; everything that touches users runs on the bank's thread."""
+"""Routes of the service. `create_app` builds the application. All access to users runs on the bank's thread."""
 
 from __future__ import annotations
 
@@ -21,31 +21,40 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from fedbn.errors import UserError
 from simulations.service.access import Access
 from simulations.service.batching import Batcher, Job
-from simulations.service.middleware import LOG, Guard, extra, refusal_of
+from simulations.service.middleware import LOG, AccessMiddleware, as_request_error, error_headers
 from simulations.service.observability import Metrics
-from simulations.service.openapi import with_windows
-from simulations.service.schema import BINARY, Answer, checked_name, encoded, labels_of, listed, parsed, windows_of
+from simulations.service.openapi import add_window_routes
+from simulations.service.schema import (
+    BINARY,
+    Answer,
+    encode_answer,
+    parse_json,
+    parse_labels,
+    parse_windows,
+    validate_name,
+    windows_from_lists,
+)
 from simulations.service.users import UserStore
 
-KEEP = 10.0
-"""Seconds between two writes of what has changed: what a crash may lose."""
+SAVE_INTERVAL = 10.0
+"""Seconds between two saves of changed users. A crash loses at most this much."""
 
-AT_ONCE = 16
-"""Users written between two calls of the bank, so that nobody waits long for the disk: about 10 ms."""
+SAVE_BATCH = 16
+"""Users saved between two calls of the bank. Keeps the delay of requests at about 10 ms."""
 
-DOCS = Path(__file__).parent / "demo" / "page" / "docs.html"
-"""The routes as a page, without a script or font from the network."""
+DOCS_PAGE = Path(__file__).parent / "demo" / "page" / "docs.html"
+"""Template of the page of routes, without scripts or fonts from the network."""
 
-WINDOWS = re.compile(r"/v1/users/(?P<user>[^/]+)/(?P<what>observe|predict)")
+WINDOW_ROUTES = re.compile(r"/v1/users/(?P<user>[^/]+)/(?P<action>observe|predict)")
 
 
 @dataclass(frozen=True)
 class Service:
-    """What the routes work with.
+    """Shared objects of the routes.
 
     Attributes:
-        users: the users.
-        batcher: the way to them.
+        users: the users; only used on the batcher's thread.
+        batcher: queue in front of the users.
         metrics: counters.
     """
 
@@ -54,98 +63,96 @@ class Service:
     metrics: Metrics
 
     async def windows(self, user: str, body: bytes, binary: bool, *, learn: bool, hold: bool = False) -> Answer:
-        """Answer the windows of one body."""
-        found = windows_of(body, binary, self.users.shape, self.users.limits.windows)
-        return await self.batcher.submit(Job(user, found, learn, hold))
+        """Predict the windows of one request body."""
+        windows = parse_windows(body, binary, self.users.shape, self.users.limits.windows)
+        return await self.batcher.submit(Job(user, windows, learn, hold))
 
 
-def create(users: UserStore, access: Access, *routers: APIRouter) -> Guard:
-    """The application (ASGI), `Guard` outermost.
+def create_app(users: UserStore, access: Access, *routers: APIRouter) -> AccessMiddleware:
+    """Create the ASGI application.
 
     Args:
         users: the users.
-        access: who may ask, and how much.
-        routers: of pages served beside.
+        access: authentication and limits.
+        routers: additional routes.
     """
-    batcher = Batcher(users.answer, rows=min(64, users.limits.capacity))
+    batcher = Batcher(users.answer, max_batch=min(64, users.limits.capacity))
     service = Service(users, batcher, Metrics(users, batcher))
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        keeper = asyncio.create_task(_keep(service))
+        saving = asyncio.create_task(_save_periodically(service))
         try:
             yield
         finally:
-            keeper.cancel()
+            saving.cancel()
             with contextlib.suppress(asyncio.CancelledError):
-                await keeper
-            await batcher.call(users.keep)
+                await saving
+            await batcher.call(users.save)
             await batcher.close()
 
     app = FastAPI(
         title="fedbn",
         version=version("fedbn"),
-        summary="Classes of windows, by statistics that follow each user.",
+        summary="Classification of sensor windows, with normalization statistics adapted to each user.",
         lifespan=lifespan,
-        docs_url=None,  # its page loads scripts from the network
+        docs_url=None,  # FastAPI's page loads scripts from the network
         redoc_url=None,
     )
     app.state.service = service
-    app.add_exception_handler(UserError, _explain)
-    app.include_router(_about)
-    app.include_router(_users)
-    for router in routers:
+    app.add_exception_handler(UserError, _error_response)
+    for router in (_service_router, _users_router, *routers):
         app.include_router(router)
-    plain = app.openapi
+    default_openapi = app.openapi
 
     def openapi() -> dict[str, Any]:
-        return with_windows(plain())
+        return add_window_routes(default_openapi())
 
     app.openapi = openapi  # type: ignore[method-assign]
 
     @app.get("/docs", include_in_schema=False)
     async def docs() -> Response:
-        template = Template(DOCS.read_text(encoding="utf-8"), autoescape=True)
+        template = Template(DOCS_PAGE.read_text(encoding="utf-8"), autoescape=True)
         return Response(template.render(schema=app.openapi()), media_type="text/html")
 
-    return Guard(Fast(service, app), access, service.metrics)
+    return AccessMiddleware(WindowMiddleware(app, service), access, service.metrics)
 
 
-async def _keep(service: Service) -> None:
+async def _save_periodically(service: Service) -> None:
     while True:
-        await asyncio.sleep(KEEP)
+        await asyncio.sleep(SAVE_INTERVAL)
         try:
-            while await service.batcher.call(lambda: service.users.keep(AT_ONCE)):
+            while await service.batcher.call(lambda: service.users.save(SAVE_BATCH)):
                 pass
         except Exception:
-            LOG.exception("users could not be written; tried again soon")
+            LOG.exception("saving users failed; will retry")
 
 
-async def _explain(request: Request, error: Exception) -> Response:
-    refusal = refusal_of(cast(UserError, error))
-    return Response(
-        orjson.dumps({"error": str(refusal)}), refusal.status, extra(refusal), media_type="application/json"
-    )
+async def _error_response(request: Request, error: Exception) -> Response:
+    error = as_request_error(cast(UserError, error))
+    body = orjson.dumps({"error": str(error)})
+    return Response(body, error.status, error_headers(error), media_type="application/json")
 
 
-class Fast:
-    """ASGI application that answers windows itself and leaves everything else to another.
+class WindowMiddleware:
+    """ASGI middleware that handles requests with windows and passes on all others.
 
-    Windows come thousands of times a second, and the way through FastAPI costs more than the bank does.
+    There are thousands of such requests per second, and FastAPI's overhead exceeds the cost of the bank.
 
     Args:
-        service: what answers.
-        other: what is left.
+        app: application for all other requests.
+        service: predicts the windows.
     """
 
-    def __init__(self, service: Service, other: ASGIApp) -> None:
-        self.service, self.other = service, other
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self.app, self.service = app, service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer, or pass on."""
-        found = WINDOWS.fullmatch(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
-        if found is None:
-            await self.other(scope, receive, send)
+        """Handle or pass on a request."""
+        is_post = scope["type"] == "http" and scope["method"] == "POST"
+        match = WINDOW_ROUTES.fullmatch(scope["path"]) if is_post else None
+        if match is None:
+            await self.app(scope, receive, send)
             return
         headers = dict(scope["headers"])
         body, more = b"", True
@@ -156,164 +163,165 @@ class Fast:
             body += message.get("body", b"")
             more = message.get("more_body", False)
         answer = await self.service.windows(
-            found["user"],
+            match["user"],
             body,
             headers.get(b"content-type", b"").startswith(BINARY.encode()),
-            learn=found["what"] == "observe",
-            hold=found["what"] == "predict" and b"hold=true" in scope["query_string"].split(b"&"),
+            learn=match["action"] == "observe",
+            hold=match["action"] == "predict" and b"hold=true" in scope["query_string"].split(b"&"),
         )
         if headers.get(b"accept") == BINARY.encode():
             alarm, alarms = str(int(answer.alarm)).encode(), str(answer.alarms).encode()
-            about = [(b"content-type", BINARY.encode()), (b"x-drift-alarm", alarm), (b"x-drift-alarms", alarms)]
+            out_headers = [(b"content-type", BINARY.encode()), (b"x-drift-alarm", alarm), (b"x-drift-alarms", alarms)]
             out = answer.probabilities.astype("<f4").tobytes()
         else:
-            about = [(b"content-type", b"application/json")]
-            out = encoded(answer, self.service.users.classes)
-        about.append((b"content-length", str(len(out)).encode()))
-        await send({"type": "http.response.start", "status": 200, "headers": about})
+            out_headers = [(b"content-type", b"application/json")]
+            out = encode_answer(answer, self.service.users.classes)
+        out_headers.append((b"content-length", str(len(out)).encode()))
+        await send({"type": "http.response.start", "status": 200, "headers": out_headers})
         await send({"type": "http.response.body", "body": out})
 
 
 def _service(request: Request | WebSocket) -> Service:
-    found: Service = request.app.state.service
-    return found
+    return cast(Service, request.app.state.service)
 
 
-_about = APIRouter(tags=["service"])
-_users = APIRouter(prefix="/v1/users", tags=["users"])
+_service_router = APIRouter(tags=["service"])
+_users_router = APIRouter(prefix="/v1/users", tags=["users"])
 
 
-@_about.get("/health", summary="Whether the service answers.")
+@_service_router.get("/health", summary="Check that the service responds.")
 async def health(request: Request) -> dict[str, str]:
-    """Goes through the bank's thread, so that a bank that hangs does not look healthy."""
+    """Runs on the bank's thread, so it fails if the bank hangs."""
     await _service(request).batcher.call(lambda: None)
     return {"status": "ok"}
 
 
-@_about.get("/metrics", summary="Metrics for Prometheus.")
+@_service_router.get("/metrics", summary="Metrics for Prometheus.")
 async def metrics(request: Request) -> Response:
-    """All counters as text."""
+    """Metrics as text."""
     return Response(generate_latest(_service(request).metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
 
-@_about.get("/v1/model", summary="What is served: shape of a window, classes, rule, limits.")
+@_service_router.get("/v1/model", summary="The served model: window shape, classes, rule, limits.")
 async def model(request: Request) -> dict[str, Any]:
-    """Everything a client must know before it sends windows."""
+    """Information that a client needs to send windows."""
     users = _service(request).users
     bank = users.net.bank
     return {
         "model": bank.model,
         "shape": users.shape,
         "classes": list(users.classes),
-        "rule": bank.text,
+        "rule": bank.rule_text,
         "drift": users.drift,
-        "windows_a_request": users.limits.windows,
-        "users_at_hand": users.at_hand,
+        "max_windows_per_request": users.limits.windows,
+        "users_in_memory": users.num_in_memory,
     }
 
 
-@_users.get("", summary="Names of users, in alphabetical order.")
+@_users_router.get("", summary="Names of users, in alphabetical order.")
 async def users(
-    request: Request, after: str = "", most: Annotated[int, Query(ge=1, le=1000)] = 100
+    request: Request, after: str = "", limit: Annotated[int, Query(ge=1, le=1000)] = 100
 ) -> dict[str, list[str]]:
-    """One page; the next begins after its last name."""
+    """One page of names. Pass the last name as ``after`` to get the next page."""
     service = _service(request)
-    return {"users": await service.batcher.call(lambda: service.users.users(after, most))}
+    return {"users": await service.batcher.call(lambda: service.users.users(after, limit))}
 
 
-@_users.put("/{user}", summary="Enroll a user; nothing happens to one who is known.")
+@_users_router.put("/{user}", summary="Enroll a user. Existing users are unchanged.")
 async def enroll(request: Request, user: str, response: Response) -> dict[str, Any]:
-    """Status 201 where the user is new."""
-    service, name = _service(request), checked_name(user)
+    """Status 201 if the user is new."""
+    service, name = _service(request), validate_name(user)
     new = await service.batcher.call(lambda: service.users.enroll(name))
     response.status_code = 201 if new else 200
     return {"user": name, "new": new}
 
 
-@_users.get("/{user}", summary="How a user stands: windows, classes met, drift, distance of each layer.")
+@_users_router.get("/{user}", summary="Summary of a user: windows, classes, drift, distance of each layer.")
 async def report(request: Request, user: str) -> dict[str, Any]:
     """As `UserStore.report`."""
     service = _service(request)
     return await service.batcher.call(lambda: service.users.report(user))
 
 
-@_users.delete("/{user}", summary="Forget everything about a user.", status_code=204)
+@_users_router.delete("/{user}", summary="Delete all data of a user.", status_code=204)
 async def forget(request: Request, user: str) -> None:
-    """In memory and in the store."""
+    """Both in memory and in the store."""
     service = _service(request)
     await service.batcher.call(lambda: service.users.forget(user))
 
 
-@_users.post("/{user}/reset", summary="Back to the first day.", status_code=204)
+@_users_router.post("/{user}/reset", summary="Restore a user's initial state.", status_code=204)
 async def reset(request: Request, user: str) -> None:
-    """The user stays known."""
+    """The user stays enrolled."""
     service = _service(request)
     await service.batcher.call(lambda: service.users.reset(user))
 
 
-@_users.post(
+@_users_router.post(
     "/{user}/commit",
-    summary='Learn labels: of held windows, {"labels": {"17": "walking"}}, or {"windows": [...], "labels": [...]}.',
+    summary='Learn labels of held windows, {"labels": {"17": "walking"}}, or {"windows": [...], "labels": [...]}.',
 )
 async def commit(request: Request, user: str) -> dict[str, int]:
-    """How many windows were learnt."""
-    service, given = _service(request), parsed(await request.body())
-    users, labels = service.users, given.get("labels")
+    """Number of learned windows."""
+    service, body = _service(request), parse_json(await request.body())
+    users, labels = service.users, body.get("labels")
     if isinstance(labels, dict):
-        known = dict(zip(labels, labels_of(list(labels.values()), users.classes), strict=True))
-        return {"learnt": await service.batcher.call(lambda: users.commit(user, known))}
-    windows = listed(given.get("windows"), users.shape, users.limits.windows)
-    told = labels_of(labels, users.classes)
-    await service.batcher.call(lambda: users.learn(user, windows, told))
-    return {"learnt": len(told)}
+        by_window = dict(zip(labels, parse_labels(list(labels.values()), users.classes), strict=True))
+        return {"learned": await service.batcher.call(lambda: users.commit(user, by_window))}
+    windows = windows_from_lists(body.get("windows"), users.shape, users.limits.windows)
+    indices = parse_labels(labels, users.classes)
+    await service.batcher.call(lambda: users.learn(user, windows, indices))
+    return {"learned": len(indices)}
 
 
-@_users.post(
+@_users_router.post(
     "/{user}/calibrate",
-    summary='Start from the user\'s own windows: {"windows": [...], "labels": [...], "then": "freeze" or "adapt"}.',
+    summary='Calibrate on the user\'s windows: {"windows": [...], "labels": [...], "then": "freeze" or "adapt"}.',
     status_code=204,
 )
 async def calibrate(request: Request, user: str) -> None:
-    """Labels may be left out; best are a few windows of each class."""
-    service, given = _service(request), parsed(await request.body())
+    """Labels are optional. A few windows of each class work best."""
+    service, body = _service(request), parse_json(await request.body())
     users = service.users
-    windows = listed(given.get("windows"), users.shape, users.limits.windows)
-    labels = None if given.get("labels") is None else labels_of(given["labels"], users.classes)
-    then = str(given.get("then", "adapt"))
+    windows = windows_from_lists(body.get("windows"), users.shape, users.limits.windows)
+    labels = None if body.get("labels") is None else parse_labels(body["labels"], users.classes)
+    then = str(body.get("then", "adapt"))
     await service.batcher.call(lambda: users.calibrate(user, windows, labels, then))
 
 
-@_users.get("/{user}/snapshot", summary="A user's state, as safetensors.", response_class=Response)
+@_users_router.get("/{user}/snapshot", summary="A user's state, as safetensors.", response_class=Response)
 async def snapshot(request: Request, user: str) -> Response:
-    """To keep, or to give to another service with the same model and rule."""
+    """For backup, or for another service with the same model and rule."""
     service = _service(request)
     return Response(await service.batcher.call(lambda: service.users.snapshot(user)), media_type=BINARY)
 
 
-@_users.put("/{user}/snapshot", summary="Give a user a state instead of its own.", status_code=204)
+@_users_router.put("/{user}/snapshot", summary="Replace a user's state.", status_code=204)
 async def restore(request: Request, user: str) -> None:
-    """As `snapshot` gave it."""
+    """The body is the response of `snapshot`."""
     service, data = _service(request), await request.body()
     await service.batcher.call(lambda: service.users.restore(user, data, merge=False))
 
 
-@_users.post("/{user}/merge", summary="Add the windows behind another state to a user's.", status_code=204)
+@_users_router.post("/{user}/merge", summary="Merge another state into a user's state.", status_code=204)
 async def merge(request: Request, user: str) -> None:
-    """As `snapshot` gave it, for example on another device of the same user."""
+    """The body is the response of `snapshot`, for example from another device of the same user."""
     service, data = _service(request), await request.body()
     await service.batcher.call(lambda: service.users.restore(user, data, merge=True))
 
 
-@_users.get("/{user}/export", summary="Weights of a plain model with the user's statistics.", response_class=Response)
+@_users_router.get(
+    "/{user}/export", summary="Weights of a plain model with the user's statistics.", response_class=Response
+)
 async def export(request: Request, user: str) -> Response:
-    """As safetensors, under the names of the model's state."""
+    """As safetensors, with the names of the model's state dict."""
     service = _service(request)
     return Response(await service.batcher.call(lambda: service.users.export(user)), media_type=BINARY)
 
 
-@_users.websocket("/{user}/stream")
+@_users_router.websocket("/{user}/stream")
 async def stream(socket: WebSocket, user: str) -> None:
-    """A frame of windows in (raw float32, or JSON with ``windows`` and perhaps ``learn``), an answer out, in order."""
+    """Receive frames of windows (raw float32, or JSON with ``windows`` and optional ``learn``) and answer in order."""
     service = _service(socket)
     await socket.accept()
     try:
@@ -322,7 +330,7 @@ async def stream(socket: WebSocket, user: str) -> None:
             if frame["type"] == "websocket.disconnect":
                 return
             try:
-                answer = await _framed(service, user, frame)
+                answer = await _answer_frame(service, user, frame)
             except UserError as error:
                 answer = orjson.dumps({"error": str(error)})
             await socket.send_text(answer.decode())
@@ -330,15 +338,14 @@ async def stream(socket: WebSocket, user: str) -> None:
         return
 
 
-async def _framed(service: Service, user: str, frame: Any) -> bytes:
-    learn = True
-    if (body := frame.get("bytes")) is None:
+async def _answer_frame(service: Service, user: str, frame: Any) -> bytes:
+    learn, body = True, frame.get("bytes")
+    if not (binary := body is not None):
         body = frame["text"].encode()
-        learn = parsed(body).get("learn", True) is not False
-    binary = frame.get("bytes") is not None
-    return encoded(await service.windows(user, body, binary, learn=learn), service.users.classes)
+        learn = parse_json(body).get("learn", True) is not False
+    return encode_answer(await service.windows(user, body, binary, learn=learn), service.users.classes)
 
 
-def log_start(where: str, users: UserStore) -> None:
-    """Say where the service listens."""
-    LOG.log(logging.INFO, "listening", extra={"about": {"address": where, "rule": users.rule}})
+def log_start(url: str, users: UserStore) -> None:
+    """Log the address of the service."""
+    LOG.log(logging.INFO, "listening", extra={"fields": {"address": url, "rule": users.rule}})

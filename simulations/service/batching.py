@@ -1,4 +1,4 @@
-"""Single requests become few calls: whoever waits while the bank works goes into its next call together."""
+"""Request batching: requests that arrive during a call of the bank are processed together in the next call."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from simulations.service.schema import Answer, Refusal
+from simulations.service.schema import Answer, RequestError
 
-LOOKS = 3
-"""Turns of the event loop without a new request after which the bank is called: bytes become a request in two."""
+IDLE_TURNS = 3
+"""Event loop iterations without a new request before the bank is called. Parsing a request takes two."""
 
-LEFT = 256
-"""Jobs that a call leaves behind before it is closed, so that a long queue of one user is not searched through."""
+MAX_SKIPPED = 256
+"""Jobs that may be skipped while a batch is formed. Limits the search through a long queue of one user."""
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """Windows of one request.
+    """The windows of one request.
 
     Attributes:
-        user: whose.
+        user: name of the user.
         windows: ``[n, *shape]``.
-        learn: the user's statistics follow them.
-        hold: keep them for labels that come later.
+        learn: whether the user's statistics are updated.
+        hold: whether the windows are stored until labels arrive.
     """
 
     user: str
@@ -41,93 +41,91 @@ class Job:
 
     @cached_property
     def n(self) -> int:
-        """Windows."""
+        """Number of windows."""
         return len(self.windows)
 
 
-Work = Callable[[Sequence[Job]], Sequence["Answer | Exception"]]
+Handler = Callable[[Sequence[Job]], Sequence["Answer | Exception"]]
 
 
 class Batcher:
-    """One thread that alone touches the bank, and the queue before it.
+    """Queue and worker thread for the bank. No other thread may use the bank.
 
-    A call takes jobs of one kind, in their order and each of another user; further ones of its users wait for the next.
-    Every window is so answered with what was learnt from those of its user before it, as if requests came one after the
-    other. The next call is not made before what has arrived meanwhile is in the queue: a call of few costs as much as
-    one of many.
+    A batch has jobs of one type (learning or not), in order of arrival and at most one per user. Further jobs of a user
+    wait for the next batch, so results are the same as for sequential requests. A batch starts only after all requests
+    that have already arrived are in the queue, since small batches cost as much as large ones.
 
     Args:
-        work: answers jobs, one answer or exception each; runs on the thread.
-        rows: windows a call at most, unless one job alone has more.
-        room: windows that may wait; further jobs are refused.
+        handler: answers jobs, with one answer or exception per job; runs on the thread.
+        max_batch: maximum number of windows per batch, unless a single job has more.
+        max_queue: maximum number of windows in the queue; further jobs are rejected.
+
+    Attributes:
+        num_calls: number of batches so far.
+        num_windows: number of windows processed so far.
+        queued: number of windows in the queue.
     """
 
-    def __init__(self, work: Work, rows: int = 64, room: int = 4096) -> None:
-        self.work, self.rows, self.room = work, rows, room
-        self.calls = self.done = 0
-        self._waiting: deque[tuple[Job, asyncio.Future[Answer]]] = deque()
-        self._windows = 0
+    def __init__(self, handler: Handler, max_batch: int = 64, max_queue: int = 4096) -> None:
+        self.handler, self.max_batch, self.max_queue = handler, max_batch, max_queue
+        self.num_calls = self.num_windows = self.queued = 0
+        self._queue: deque[tuple[Job, asyncio.Future[Answer]]] = deque()
         self._thread = ThreadPoolExecutor(1, "bank")
-        self._pump: asyncio.Task[None] | None = None
-
-    @property
-    def waiting(self) -> int:
-        """Windows in the queue."""
-        return self._windows
+        self._task: asyncio.Task[None] | None = None
 
     async def submit(self, job: Job) -> Answer:
         """The answer to a job.
 
         Raises:
-            Refusal: the queue is full, or what ``work`` raised for this job.
+            RequestError: the queue is full, or the handler returned this error for the job.
         """
         n = job.n
-        if self._windows + n > self.room:
-            raise Refusal(503, f"{self._windows} windows are waiting already: try again in a second", wait=1)
+        if self.queued + n > self.max_queue:
+            raise RequestError(503, f"{self.queued} windows are already queued: try again in a second", retry_after=1)
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        self._waiting.append((job, future))
-        self._windows += n
-        if self._pump is None:
-            self._pump = asyncio.create_task(self._run())
+        self._queue.append((job, future))
+        self.queued += n
+        if self._task is None:
+            self._task = asyncio.create_task(self._run())
         return await future
 
     async def call(self, function: Callable[[], T]) -> T:
-        """Run anything else on the bank's thread, after the call under way."""
+        """Run any other function on the bank's thread, after the current batch."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, function)
 
     async def close(self) -> None:
-        """Finish what waits, then stop the thread."""
-        if self._pump is not None:
-            await self._pump
+        """Process the queue, then stop the thread."""
+        if self._task is not None:
+            await self._task
         self._thread.shutdown()
 
     async def _run(self) -> None:
         try:
-            while self._waiting:
-                await self._gather()
-                await self._turn()
+            while self._queue:
+                await self._collect()
+                await self._process_batch()
         finally:
-            self._pump = None
+            self._task = None
 
-    async def _gather(self) -> None:
-        """Let requests in that the network has already brought, until a look at it brings none or there are enough."""
-        quiet, met = 0, self._windows
-        while quiet < LOOKS and self._windows < self.rows:
+    async def _collect(self) -> None:
+        """Wait until no request has arrived for `IDLE_TURNS` iterations, or a batch is full."""
+        idle, before = 0, self.queued
+        while idle < IDLE_TURNS and self.queued < self.max_batch:
             await asyncio.sleep(0)
-            quiet, met = (0 if self._windows > met else quiet + 1), self._windows
+            idle, before = (0 if self.queued > before else idle + 1), self.queued
 
-    async def _turn(self) -> None:
-        taken = self._take()
-        if not taken:
+    async def _process_batch(self) -> None:
+        batch = self._next_batch()
+        if not batch:
             return
-        jobs = [job for job, _ in taken]
+        jobs = [job for job, _ in batch]
         try:
-            answers = await self.call(lambda: self.work(jobs))
+            answers = await self.call(lambda: self.handler(jobs))
         except Exception as error:
             answers = [error] * len(jobs)
-        self.calls += 1
-        self.done += sum(job.n for job in jobs)
-        for (_, future), answer in zip(taken, answers, strict=True):
+        self.num_calls += 1
+        self.num_windows += sum(job.n for job in jobs)
+        for (_, future), answer in zip(batch, answers, strict=True):
             if future.done():
                 continue
             if isinstance(answer, Exception):
@@ -135,24 +133,26 @@ class Batcher:
             else:
                 future.set_result(answer)
 
-    def _take(self) -> list[tuple[Job, asyncio.Future[Answer]]]:
-        """The next call's jobs; those that nobody waits for any more fall away."""
-        taken: list[tuple[Job, asyncio.Future[Answer]]] = []
-        later: list[tuple[Job, asyncio.Future[Answer]]] = []
+    def _next_batch(self) -> list[tuple[Job, asyncio.Future[Answer]]]:
+        """Remove the jobs of the next batch from the queue; canceled ones are dropped."""
+        batch: list[tuple[Job, asyncio.Future[Answer]]] = []
+        skipped: list[tuple[Job, asyncio.Future[Answer]]] = []
         users: set[str] = set()
         rows = 0
-        while self._waiting and rows < self.rows and len(later) < LEFT:
-            job, future = self._waiting.popleft()
+        while self._queue and rows < self.max_batch and len(skipped) < MAX_SKIPPED:
+            job, future = self._queue.popleft()
             if future.done():
-                self._windows -= job.n
+                self.queued -= job.n
                 continue
-            if not taken or (job.learn == taken[0][0].learn and job.user not in users and rows + job.n <= self.rows):
-                taken.append((job, future))
-                self._windows -= job.n
+            if not batch or (
+                job.learn == batch[0][0].learn and job.user not in users and rows + job.n <= self.max_batch
+            ):
+                batch.append((job, future))
+                self.queued -= job.n
                 rows += job.n
             else:
-                later.append((job, future))
-            # Windows that stay behind must not be overtaken by their user's later ones.
+                skipped.append((job, future))
+            # Later windows of a user must not overtake skipped ones.
             users.add(job.user)
-        self._waiting.extendleft(reversed(later))
-        return taken
+        self._queue.extendleft(reversed(skipped))
+        return batch

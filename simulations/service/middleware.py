@@ -1,4 +1,4 @@
-"""Around every request: who may ask, how much and how often, how long it may take; counted, timed and logged."""
+"""ASGI middleware for authentication, size and rate limits, timeouts, metrics and access logs."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from urllib.parse import urlsplit
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fedbn.errors import UserError
-from simulations.service.access import LOOPBACK, OPEN, Access, Rates
+from simulations.service.access import LOOPBACK, PUBLIC_PATHS, Access, RateLimiter
 from simulations.service.observability import Metrics
-from simulations.service.schema import Refusal
+from simulations.service.schema import RequestError
 
 LOG = logging.getLogger("fedbn.service")
 
 
-class Guard:
+class AccessMiddleware:
     """ASGI middleware.
 
     Args:
-        app: what is guarded.
-        access: who may ask, and how much.
-        metrics: where requests are counted.
+        app: wrapped application.
+        access: authentication and limits.
+        metrics: request counters.
     """
 
     def __init__(self, app: ASGIApp, access: Access, metrics: Metrics) -> None:
         self.app, self.access, self.metrics = app, access, metrics
-        self.rates = Rates(access.rate)
+        self.limiter = RateLimiter(access.rate)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve, or refuse."""
+        """Handle or reject a request."""
         if scope["type"] == "http":
             await self._http(scope, receive, send)
         elif scope["type"] == "websocket":
@@ -43,125 +43,126 @@ class Guard:
             await self.app(scope, receive, send)
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
-        began = time.perf_counter()
+        start = time.perf_counter()
         status = 0
 
-        async def noting(message: Message) -> None:
+        async def record_status(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
             await send(message)
 
         try:
-            self._admit(scope)
+            self._check(scope)
             async with asyncio.timeout(self.access.timeout):
-                await self.app(scope, self._measured(scope, receive), noting)
+                await self.app(scope, self._limit_body(scope, receive), record_status)
         except UserError as error:
-            await self._refuse(refusal_of(error), noting)
+            await self._reject(as_request_error(error), record_status)
         except TimeoutError:
             if status:
                 raise
-            text = f"no answer within {self.access.timeout:g} s: send less at once; what was sent may have been learnt"
-            await self._refuse(Refusal(504, text, wait=1), noting)
+            text = f"no answer within {self.access.timeout:g} s: send fewer windows; they may have been learned already"
+            await self._reject(RequestError(504, text, retry_after=1), record_status)
         except Exception:
             if status:
                 raise
             LOG.exception("request failed")
-            await self._refuse(Refusal(500, "the service made a mistake; its log says more"), noting)
+            await self._reject(RequestError(500, "internal error; see the log of the service"), record_status)
         finally:
-            took = time.perf_counter() - began
+            seconds = time.perf_counter() - start
             self.metrics.requests.labels(scope["method"], str(status)).inc()
-            self.metrics.seconds.observe(took)
+            self.metrics.seconds.observe(seconds)
             level = logging.DEBUG if status < 400 else logging.WARNING if status < 500 else logging.ERROR
             if LOG.isEnabledFor(level):
-                about = {"method": scope["method"], "path": scope["path"], "status": status, "ms": round(1e3 * took, 2)}
-                LOG.log(level, "request", extra={"about": about | {"caller": _caller(scope)}})
+                fields = {"method": scope["method"], "path": scope["path"], "status": status}
+                fields |= {"ms": round(1e3 * seconds, 2), "caller": _caller(scope)}
+                LOG.log(level, "request", extra={"fields": fields})
 
     async def _socket(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            self._admit(scope)
-        except Refusal as refusal:
-            LOG.warning("socket refused", extra={"about": {"path": scope["path"], "why": str(refusal)}})
+            self._check(scope)
+        except RequestError as error:
+            LOG.warning("socket rejected", extra={"fields": {"path": scope["path"], "reason": str(error)}})
             await receive()
-            await send({"type": "websocket.close", "code": 1008, "reason": str(refusal)[:120]})
+            await send({"type": "websocket.close", "code": 1008, "reason": str(error)[:120]})
             return
 
-        async def paced() -> Message:
+        async def rate_limited() -> Message:
             message = await receive()
             if message["type"] == "websocket.receive":
                 self.metrics.frames.inc()
-                while wait := self.rates.wait(_caller(scope)):
+                while wait := self.limiter.acquire(_caller(scope)):
                     await asyncio.sleep(wait)
             return message
 
-        await self.app(scope, paced, send)
+        await self.app(scope, rate_limited, send)
 
-    def _admit(self, scope: Scope) -> None:
+    def _check(self, scope: Scope) -> None:
         headers = dict(scope["headers"])
         host = headers.get(b"host", b"").decode("latin-1")
         name = _hostname(host)
-        # A page elsewhere must not reach a service on this machine through the browser of whoever reads it.
+        # Other web pages must not reach a local service through the user's browser.
         if self.access.host in LOOPBACK and name not in LOOPBACK:
-            raise Refusal(421, f"this service answers for localhost, not for {name!r}")
+            raise RequestError(421, f"this service accepts requests for localhost only, not for {name!r}")
         origin = headers.get(b"origin")
         if origin is not None and urlsplit(origin.decode("latin-1")).netloc != host:
-            raise Refusal(403, "requests from pages of another origin are not served")
-        if self.access.token and scope["path"] not in OPEN:
+            raise RequestError(403, "requests from pages of another origin are rejected")
+        if self.access.token and scope["path"] not in PUBLIC_PATHS:
             expected = f"Bearer {self.access.token}".encode()
             if not hmac.compare_digest(headers.get(b"authorization", b""), expected):
-                raise Refusal(401, "send the header 'Authorization: Bearer TOKEN'")
-        if wait := self.rates.wait(_caller(scope)):
-            raise Refusal(429, f"more than {self.access.rate:g} requests a second: wait a little", wait)
+                raise RequestError(401, "send the header 'Authorization: Bearer TOKEN'")
+        if wait := self.limiter.acquire(_caller(scope)):
+            raise RequestError(429, f"more than {self.access.rate:g} requests per second: try again later", wait)
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > self.access.body:
             raise self._too_large()
 
-    def _too_large(self) -> Refusal:
-        return Refusal(413, f"a body may have {self.access.body} bytes: send fewer windows at once")
+    def _too_large(self) -> RequestError:
+        return RequestError(413, f"the body exceeds {self.access.body} bytes: send fewer windows per request")
 
-    def _measured(self, scope: Scope, receive: Receive) -> Receive:
-        """Bodies without a stated length are counted as they come."""
+    def _limit_body(self, scope: Scope, receive: Receive) -> Receive:
+        """Count the bytes of bodies without a content length."""
         if any(name == b"content-length" for name, _ in scope["headers"]):
             return receive
-        met = 0
+        received = 0
 
         async def counted() -> Message:
-            nonlocal met
+            nonlocal received
             message = await receive()
-            met += len(message.get("body", b""))
-            if met > self.access.body:
+            received += len(message.get("body", b""))
+            if received > self.access.body:
                 raise self._too_large()
             return message
 
         return counted
 
-    async def _refuse(self, refusal: Refusal, send: Send) -> None:
-        body = json.dumps({"error": str(refusal)}).encode()
-        headers = [(k.encode(), v.encode()) for k, v in extra(refusal).items()]
+    async def _reject(self, error: RequestError, send: Send) -> None:
+        body = json.dumps({"error": str(error)}).encode()
+        headers = [(k.encode(), v.encode()) for k, v in error_headers(error).items()]
         headers += [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-        await send({"type": "http.response.start", "status": refusal.status, "headers": headers})
+        await send({"type": "http.response.start", "status": error.status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 
 
-def refusal_of(error: UserError) -> Refusal:
-    """Mistakes that the library finds are conflicts with what is known of a user."""
-    return error if isinstance(error, Refusal) else Refusal(409, str(error))
+def as_request_error(error: UserError) -> RequestError:
+    """Convert errors of the library to status 409: they are conflicts with the user's state."""
+    return error if isinstance(error, RequestError) else RequestError(409, str(error))
 
 
-def extra(refusal: Refusal) -> dict[str, str]:
-    """Headers that belong to a refusal.
+def error_headers(error: RequestError) -> dict[str, str]:
+    """Response headers for an error.
 
-    >>> extra(Refusal(429, "wait", wait=0.2))
+    >>> error_headers(RequestError(429, "wait", retry_after=0.2))
     {'retry-after': '1'}
     """
-    if refusal.status == 401:
+    if error.status == 401:
         return {"www-authenticate": "Bearer"}
-    return {} if refusal.wait is None else {"retry-after": str(max(1, round(refusal.wait)))}
+    return {} if error.retry_after is None else {"retry-after": str(max(1, round(error.retry_after)))}
 
 
 @lru_cache(256)
 def _hostname(host: str) -> str:
-    """Of the header ``host``, which most requests have alike."""
+    """Host name of the header ``host``, which is the same for most requests."""
     return urlsplit(f"//{host}").hostname or ""
 
 

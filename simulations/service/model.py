@@ -1,4 +1,4 @@
-"""What a service serves: a model trained on a scenario, or one that a user brings."""
+"""The model of a service: trained on a scenario, or provided by the user."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from simulations.adaptation.source_model import SourceModel
 
 
 @dataclass(frozen=True)
-class Served:
-    """A model and what must be known to serve it.
+class ServedModel:
+    """A model with the metadata that a service needs.
 
     Attributes:
         model: in evaluation mode.
-        shape: of a window.
-        classes: their names.
-        prior: what users start from.
+        shape: shape of a window.
+        classes: class names.
+        prior: initial statistics of users.
     """
 
     model: nn.Module
@@ -36,52 +36,55 @@ class Served:
     prior: Mapping[str, LayerPrior]
 
     @staticmethod
-    def trained(source: SourceModel, rule: Rule) -> Served:
-        """A model that was trained here."""
+    def from_source(source: SourceModel, rule: Rule) -> ServedModel:
+        """A model trained on a scenario."""
         population = source.ctx.population
-        return Served(source.model, population.shape, tuple(population.classes), source.prior_for(rule))
+        return ServedModel(source.model, population.shape, tuple(population.classes), source.prior_for(rule))
 
     @staticmethod
-    def brought(model: str, weights: Path, shape: tuple[int, ...], classes: tuple[str, ...], rule: Rule) -> Served:
-        """A user's own model.
+    def from_weights(
+        model: str, weights: Path, shape: tuple[int, ...], classes: tuple[str, ...], rule: Rule
+    ) -> ServedModel:
+        """A model provided by the user.
 
         Args:
             model: built-in name or ``package.module:factory``.
-            weights: as for `fedbn.integrations.pretrained.read_state`; all of them, the classifier's too.
-            shape: of a window.
-            classes: their names, in the order of the model's outputs.
-            rule: that will follow users.
+            weights: as for `fedbn.integrations.pretrained.read_state`; must be complete, including the classifier.
+            shape: shape of a window.
+            classes: class names, in the order of the model's outputs.
+            rule: rule that updates users' statistics.
 
         Raises:
-            UserError: the weights are not the model's, its outputs are not the classes, it keeps no statistics, or the
-                rule needs what only training here tells.
+            UserError: the weights do not fit the model, its outputs do not match the classes, it has no running
+                statistics, or the rule needs information from federated training.
         """
         if len(classes) < 2 or len(set(classes)) < len(classes):
             raise UserError(f"--classes must name two different classes or more, not {', '.join(classes) or 'none'}")
-        if rule.wants:
+        if rule.requires:
             raise UserError(
-                f"rule {rule.name!r} needs what only training on users tells ({rule.wants}): serve a scenario's model, "
+                f"rule {rule.name!r} needs statistics of training users ({rule.requires}): serve a scenario's model, "
                 "or choose another --rule"
             )
-        made = build(model, shape, len(classes), seed=0)
-        table = roles(made)
-        if kept := [name for name in load_pretrained(made, weights) if table[name] is not Role.COUNTER]:
+        net = build(model, shape, len(classes), seed=0)
+        table = roles(net)
+        if missing := [name for name in load_pretrained(net, weights) if table[name] is not Role.COUNTER]:
             raise UserError(
                 f"the weights in {weights} have a classifier for other classes than the {len(classes)} of --classes "
-                f"({', '.join(kept)} would stay untrained): name those that the model was trained for, in its order"
+                f"({', '.join(missing)} would stay untrained): name those that the model was trained for, in its order"
             )
-        require_statistics(made, "serving")
-        made.eval()
+        require_statistics(net, "serving")
+        net.eval()
         with torch.no_grad():
             try:
-                found = list(made(torch.zeros(2, *shape)).shape)
-            except Exception as error:  # whatever a user's forward does
+                output_shape = list(net(torch.zeros(2, *shape)).shape)
+            except Exception as error:  # a user's forward may raise anything
                 raise UserError(
                     f"model {model!r} cannot take windows of shape {list(shape)} ({error}): check --shape"
                 ) from error
-        if found != [2, len(classes)]:
+        if output_shape != [2, len(classes)]:
             raise UserError(
-                f"model {model!r} gives outputs of shape {found} for 2 windows and not [2, {len(classes)}]: --classes "
-                "must name every output once, and the model must return a tensor of logits"
+                f"model {model!r} returns outputs of shape {output_shape} for 2 windows instead of "
+                f"[2, {len(classes)}]: --classes must name every output once, and the model must return a tensor of "
+                "logits"
             )
-        return Served(made, shape, classes, layer_priors(made))
+        return ServedModel(net, shape, classes, layer_priors(net))

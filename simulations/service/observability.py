@@ -17,28 +17,28 @@ BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 1
 
 
 class Metrics:
-    """Counters of one service, for Prometheus."""
+    """Prometheus metrics of one service."""
 
     def __init__(self, users: UserStore, batcher: Batcher) -> None:
         self.registry = CollectorRegistry()
-        more: dict[str, Any] = {"registry": self.registry}
-        ProcessCollector(**more)
-        self.requests = Counter("fedbn_requests", "Requests by kind and status", ["method", "status"], **more)
-        self.seconds = Histogram("fedbn_request_seconds", "Time to answer", buckets=BUCKETS, **more)
-        self.frames = Counter("fedbn_frames", "Frames received on sockets", **more)
+        options: dict[str, Any] = {"registry": self.registry}
+        ProcessCollector(**options)
+        self.requests = Counter("fedbn_requests", "Requests by method and status", ["method", "status"], **options)
+        self.seconds = Histogram("fedbn_request_seconds", "Duration of requests", buckets=BUCKETS, **options)
+        self.frames = Counter("fedbn_frames", "Frames received on sockets", **options)
         gauges: dict[tuple[str, str], Callable[[], float]] = {
-            ("fedbn_users_at_hand", "Users in memory"): lambda: users.at_hand,
-            ("fedbn_windows_waiting", "Windows in the queue"): lambda: batcher.waiting,
-            ("fedbn_bank_calls", "Calls of the bank"): lambda: batcher.calls,
-            ("fedbn_windows", "Windows answered"): lambda: batcher.done,
-            ("fedbn_drift_alarms", "Alarms of drift detectors"): lambda: users.watches.spoken,
+            ("fedbn_users_in_memory", "Users in memory"): lambda: users.num_in_memory,
+            ("fedbn_windows_queued", "Windows in the queue"): lambda: batcher.queued,
+            ("fedbn_bank_calls", "Calls of the bank"): lambda: batcher.num_calls,
+            ("fedbn_windows", "Windows processed"): lambda: batcher.num_windows,
+            ("fedbn_drift_alarms", "Alarms of drift detectors"): lambda: users.monitor.num_alarms,
         }
-        for (name, about), value in gauges.items():
-            Gauge(name, about, **more).set_function(value)
+        for (name, description), value in gauges.items():
+            Gauge(name, description, **options).set_function(value)
 
 
 class JsonLines(logging.Formatter):
-    """One JSON object a line: time, level, event, and what the caller says about it."""
+    """One JSON object per line: time, level, logger, event, and the fields of the record."""
 
     def format(self, record: logging.LogRecord) -> str:
         """The line."""
@@ -47,7 +47,7 @@ class JsonLines(logging.Formatter):
             "level": record.levelname.lower(),
             "logger": record.name,
             "event": record.getMessage(),
-            **getattr(record, "about", {}),
+            **getattr(record, "fields", {}),
         }
         if record.exc_info:
             line["error"] = self.formatException(record.exc_info)
@@ -55,7 +55,7 @@ class JsonLines(logging.Formatter):
 
 
 def log_to_stderr(verbose: bool) -> None:
-    """Structured logs of the service and of its server; with ``verbose`` every request."""
+    """Write structured logs of the service and of uvicorn to stderr; if ``verbose``, log every request."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
     for name, level in (("fedbn.service", logging.DEBUG if verbose else logging.INFO), ("uvicorn", logging.WARNING)):

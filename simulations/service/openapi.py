@@ -1,4 +1,4 @@
-"""What the schema says of the routes that do not go through FastAPI."""
+"""OpenAPI schema of the routes that FastAPI does not handle."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from typing import Any
 
 from simulations.service.schema import BINARY
 
-HEAR = {"application/json": {"schema": {"$ref": "#/components/schemas/Windows"}}}
-RAW = {BINARY: {"schema": {"type": "string", "format": "binary", "description": "windows as float32 little-endian"}}}
+JSON_WINDOWS = {"application/json": {"schema": {"$ref": "#/components/schemas/Windows"}}}
+RAW_WINDOWS = {
+    BINARY: {"schema": {"type": "string", "format": "binary", "description": "windows as float32 little-endian"}}
+}
 SCHEMAS = {
     "Windows": {
         "type": "object",
@@ -51,27 +53,27 @@ SCHEMAS = {
 }
 
 
-def with_windows(schema: dict[str, Any]) -> dict[str, Any]:
-    """FastAPI's schema, with the routes of windows in it."""
-    schema["paths"] |= {f"/v1/users/{{user}}/{name}": {"post": _described(name)} for name in ("observe", "predict")}
+def add_window_routes(schema: dict[str, Any]) -> dict[str, Any]:
+    """Add the routes ``observe`` and ``predict`` to FastAPI's schema."""
+    schema["paths"] |= {f"/v1/users/{{user}}/{name}": {"post": _operation(name)} for name in ("observe", "predict")}
     schema.setdefault("components", {}).setdefault("schemas", {}).update(SCHEMAS)
     return schema
 
 
-def _described(name: str) -> dict[str, Any]:
-    what = {
-        "observe": "Answer windows, then let the user's statistics follow them.",
-        "predict": "Answer windows and learn nothing; with hold=true they wait for labels (commit).",
+def _operation(name: str) -> dict[str, Any]:
+    summary = {
+        "observe": "Predict windows, then update the user's statistics.",
+        "predict": "Predict windows without learning; with hold=true they are stored until labels arrive (commit).",
     }[name]
     parameters: list[dict[str, Any]] = [{"name": "user", "in": "path", "required": True, "schema": {"type": "string"}}]
     if name == "predict":
         parameters.append({"name": "hold", "in": "query", "schema": {"type": "boolean", "default": False}})
-    answers = {"application/json": {"schema": {"$ref": "#/components/schemas/Answers"}}, **RAW}
+    answers = {"application/json": {"schema": {"$ref": "#/components/schemas/Answers"}}, **RAW_WINDOWS}
     return {
-        "summary": what,
+        "summary": summary,
         "operationId": name,
         "tags": ["windows"],
         "parameters": parameters,
-        "requestBody": {"required": True, "content": HEAR | RAW},
+        "requestBody": {"required": True, "content": JSON_WINDOWS | RAW_WINDOWS},
         "responses": {"200": {"description": "JSON, or with Accept: " + BINARY + " probabilities", "content": answers}},
     }

@@ -1,7 +1,7 @@
-"""What goes over the wire: windows in, answers out, and refusals.
+"""Parsing of requests, encoding of answers, and errors.
 
-Windows come as JSON (``{"windows": [[[...]]]}``, nested lists of numbers) or, several times smaller and cheaper to
-read, as raw little-endian float32, one window after the other.
+Windows are JSON (``{"windows": [[[...]]]}``, nested lists of numbers) or concatenated raw little-endian float32, which
+is several times smaller and faster to parse.
 """
 
 from __future__ import annotations
@@ -20,38 +20,38 @@ from fedbn.errors import UserError
 
 BINARY = "application/octet-stream"
 
-LONGEST_NAME = 128
-"""Characters of a user's name."""
+MAX_NAME_LENGTH = 128
+"""Maximum number of characters in a user's name."""
 
 
-class Refusal(UserError):
-    """A request that is not served; the text goes to the caller.
+class RequestError(UserError):
+    """A rejected request. The text is returned to the caller.
 
     Args:
-        status: of the HTTP response.
+        status: HTTP status code.
         text: names the mistake and the fix.
-        wait: seconds after which the same request may succeed; None: never as it is.
+        retry_after: seconds after which the same request may succeed; None if it never can.
     """
 
-    def __init__(self, status: int, text: str, wait: float | None = None) -> None:
+    def __init__(self, status: int, text: str, retry_after: float | None = None) -> None:
         super().__init__(text)
-        self.status, self.wait = status, wait
+        self.status, self.retry_after = status, retry_after
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What is said about the windows of one request.
+    """Predictions for the windows of one request.
 
     Attributes:
-        user: whose they are.
+        user: name of the user.
         probabilities: ``[n, classes]`` float32.
-        distance: of the last window from those of its class before it (`fedbn.online.drift.monitor`); None while they
-            are few.
-        alarm: the user's drift detector spoke at one of these windows.
-        alarms: how often it has spoken since the last calibration.
-        met: a class -> windows learnt from that seem to be of it.
-        calibrated: the user starts from statistics of its own.
-        held: names under which the windows wait for labels.
+        distance: distance of the last window from earlier ones of its class (`fedbn.online.drift.monitor`); None while
+            there are too few.
+        alarm: whether the user's drift detector raised an alarm at one of these windows.
+        alarms: number of alarms since the last calibration.
+        class_counts: learned windows per predicted class.
+        calibrated: whether the user's statistics were calibrated on own windows.
+        held: identifiers of the windows stored until labels arrive.
     """
 
     user: str
@@ -59,132 +59,136 @@ class Answer:
     distance: float | None
     alarm: bool
     alarms: int
-    met: Sequence[float]
+    class_counts: Sequence[float]
     calibrated: bool
     held: Sequence[str] = ()
 
 
-def checked_name(user: str) -> str:
-    """A user's name.
+def validate_name(user: str) -> str:
+    """The name of a user, if valid.
 
     Raises:
-        Refusal: empty, too long, or with control characters.
+        RequestError: empty, too long, or with control characters.
 
-    >>> checked_name("ann")
+    >>> validate_name("ann")
     'ann'
     """
-    if not 0 < len(user) <= LONGEST_NAME or not user.isprintable():
-        raise Refusal(422, f"a user's name is 1 to {LONGEST_NAME} printable characters")
+    if not 0 < len(user) <= MAX_NAME_LENGTH or not user.isprintable():
+        raise RequestError(422, f"a user's name must have 1 to {MAX_NAME_LENGTH} printable characters")
     return user
 
 
-def parsed(body: bytes) -> dict[str, Any]:
-    """A JSON object.
+def parse_json(body: bytes) -> dict[str, Any]:
+    """Parse a JSON object.
 
     Raises:
-        Refusal: it is none.
+        RequestError: not a JSON object.
     """
     try:
-        found = orjson.loads(body)
+        value = orjson.loads(body)
     except orjson.JSONDecodeError as error:
-        raise Refusal(400, f"the body is no JSON ({error}); raw float32 needs 'Content-Type: {BINARY}'") from None
-    if not isinstance(found, dict):
-        raise Refusal(400, 'the body must be a JSON object such as {"windows": [...]}')
-    return found
+        raise RequestError(400, f"the body is not JSON ({error}); raw float32 needs 'Content-Type: {BINARY}'") from None
+    if not isinstance(value, dict):
+        raise RequestError(400, 'the body must be a JSON object such as {"windows": [...]}')
+    return value
 
 
-def windows_of(body: bytes, binary: bool, shape: tuple[int, ...], most: int) -> Tensor:
+def parse_windows(body: bytes, binary: bool, shape: tuple[int, ...], limit: int) -> Tensor:
     """The windows ``[n, *shape]`` of a request, finite float32.
 
     Args:
         body: of the request.
-        binary: raw little-endian float32 rather than JSON.
-        shape: of one window.
-        most: windows a request.
+        binary: whether the body is raw little-endian float32 rather than JSON.
+        shape: shape of a window.
+        limit: maximum number of windows per request.
 
     Raises:
-        Refusal: none, too many, another shape, or values that are not finite.
+        RequestError: no windows, too many, another shape, or values that are not finite.
 
-    >>> windows_of(np.ones(6, "<f4").tobytes(), True, (2, 3), most=4).shape
+    >>> parse_windows(np.ones(6, "<f4").tobytes(), True, (2, 3), limit=4).shape
     torch.Size([1, 2, 3])
-    >>> windows_of(b'{"windows": [[1, 2], [3, 4]]}', False, (2,), most=4).tolist()
+    >>> parse_windows(b'{"windows": [[1, 2], [3, 4]]}', False, (2,), limit=4).tolist()
     [[1.0, 2.0], [3.0, 4.0]]
     """
-    return _raw(body, shape, most) if binary else listed(parsed(body).get("windows"), shape, most)
-
-
-def _raw(body: bytes, shape: tuple[int, ...], most: int) -> Tensor:
+    if not binary:
+        return windows_from_lists(parse_json(body).get("windows"), shape, limit)
     size = 4 * math.prod(shape)
     if not body or len(body) % size:
-        raise Refusal(
-            422, f"{len(body)} bytes are no whole windows: each has {size}, float32 little-endian, shape {list(shape)}"
+        raise RequestError(
+            422,
+            f"{len(body)} bytes are not a whole number of windows: each has {size}, float32 little-endian, shape "
+            f"{list(shape)}",
         )
-    return _fine(np.frombuffer(body, "<f4").astype(np.float32).reshape(-1, *shape), most)
+    return _checked(np.frombuffer(body, "<f4").astype(np.float32).reshape(-1, *shape), limit)
 
 
-def listed(values: Any, shape: tuple[int, ...], most: int) -> Tensor:
-    """Windows from nested lists, as `windows_of`.
+def windows_from_lists(values: Any, shape: tuple[int, ...], limit: int) -> Tensor:
+    """Convert nested lists to windows, as for `parse_windows`.
 
     Raises:
-        Refusal: as `windows_of`.
+        RequestError: as for `parse_windows`.
     """
-    found: np.ndarray
+    windows: np.ndarray
     try:
-        found = np.asarray(values, np.float32)
+        windows = np.asarray(values, np.float32)
     except (ValueError, TypeError):
-        found = np.zeros(0)
-    if found.shape[1:] != shape or not len(found):
-        raise Refusal(422, f'"windows" must be a list of one or more windows of numbers, each of shape {list(shape)}')
-    return _fine(found, most)
+        windows = np.zeros(0)
+    if windows.shape[1:] != shape or not len(windows):
+        raise RequestError(
+            422, f'"windows" must be a list of one or more windows of numbers, each of shape {list(shape)}'
+        )
+    return _checked(windows, limit)
 
 
-def _fine(found: np.ndarray, most: int) -> Tensor:
-    if len(found) > most:
-        raise Refusal(413, f"{len(found)} windows in one request; send at most {most} at once")
-    if not np.isfinite(found).all():
-        raise Refusal(422, "windows hold NaN or Inf: leave those windows out or impute them")
-    return torch.from_numpy(found)
+def _checked(windows: np.ndarray, limit: int) -> Tensor:
+    if len(windows) > limit:
+        raise RequestError(413, f"{len(windows)} windows in one request; send at most {limit} at once")
+    if not np.isfinite(windows).all():
+        raise RequestError(422, "windows contain NaN or Inf: leave those windows out or impute them")
+    return torch.from_numpy(windows)
 
 
-def labels_of(values: Any, classes: Sequence[str]) -> list[int]:
-    """Class indices from indices or names.
+def parse_labels(values: Any, classes: Sequence[str]) -> list[int]:
+    """Convert class names or indices to indices.
 
     Raises:
-        Refusal: unknown classes.
+        RequestError: unknown classes.
 
-    >>> labels_of(["walking", 1], ["sitting", "walking"])
+    >>> parse_labels(["walking", 1], ["sitting", "walking"])
     [1, 1]
     """
-    place: Mapping[Any, int] = {name: i for i, name in enumerate(classes)}
+    index: Mapping[Any, int] = {name: i for i, name in enumerate(classes)}
     if not isinstance(values, list):
-        raise Refusal(422, f'"labels" must be a list of classes, by name or 0 to {len(classes) - 1}')
-    found = [place.get(v, v) if isinstance(v, (str, int)) and not isinstance(v, bool) else None for v in values]
-    for value, label in zip(values, found, strict=True):
+        raise RequestError(422, f'"labels" must be a list of classes, by name or 0 to {len(classes) - 1}')
+    labels = [index.get(v, v) if isinstance(v, (str, int)) and not isinstance(v, bool) else None for v in values]
+    for value, label in zip(values, labels, strict=True):
         if not isinstance(label, int) or not 0 <= label < len(classes):
-            raise Refusal(422, f"unknown class {value!r}; classes are {', '.join(classes)}, or 0 to {len(classes) - 1}")
-    return found  # type: ignore[return-value]
+            raise RequestError(
+                422, f"unknown class {value!r}; classes are {', '.join(classes)}, or 0 to {len(classes) - 1}"
+            )
+    return labels  # type: ignore[return-value]
 
 
 def advice(answer: Answer, classes: Sequence[str]) -> dict[str, Any]:
-    """What to do for the user, from what was met: ``none``, ``calibrate`` or ``recalibrate``.
+    """Recommended action for the user: ``none``, ``calibrate`` or ``recalibrate``.
 
-    Statistics of few activities do harm on the others, so a user is asked for the classes that it has hardly shown.
+    Statistics of few activities are harmful on the others, so the advice lists the classes with hardly any windows.
 
-    >>> told = Answer("ann", np.zeros((1, 2)), None, False, 0, [3.0, 0.0], False)
-    >>> advice(told, ["sitting", "walking"])["action"], advice(told, ["sitting", "walking"])["classes"]
+    >>> answer = Answer("ann", np.zeros((1, 2)), None, False, 0, [3.0, 0.0], False)
+    >>> advice(answer, ["sitting", "walking"])["action"], advice(answer, ["sitting", "walking"])["classes"]
     ('calibrate', ['walking'])
     """
     if answer.alarms:
-        why = "the signal has changed since the last calibration: record a window of each class again"
-        return {"action": "recalibrate", "classes": list(classes), "text": why}
-    unmet = [name for name, n in zip(classes, answer.met, strict=True) if n < 1]
-    if answer.calibrated or not unmet:
+        text = "the signal has changed since the last calibration: record a window of each class again"
+        return {"action": "recalibrate", "classes": list(classes), "text": text}
+    missing = [name for name, n in zip(classes, answer.class_counts, strict=True) if n < 1]
+    if answer.calibrated or not missing:
         return {"action": "none", "classes": [], "text": ""}
-    why = "statistics of a few classes mislead on the others: record a window of each of these"
-    return {"action": "calibrate", "classes": unmet, "text": why}
+    text = "statistics of a few classes mislead on the others: record a window of each of these"
+    return {"action": "calibrate", "classes": missing, "text": text}
 
 
-def encoded(answer: Answer, classes: Sequence[str]) -> bytes:
+def encode_answer(answer: Answer, classes: Sequence[str]) -> bytes:
     """An answer as JSON."""
     best = answer.probabilities.argmax(1).tolist()
     return orjson.dumps(

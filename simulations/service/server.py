@@ -13,84 +13,83 @@ from starlette.types import ASGIApp
 from fedbn.errors import UserError
 from simulations.service.access import Access
 
-CONNECTIONS = 8192
-"""Open at once; further ones are answered with 503."""
+MAX_CONNECTIONS = 8192
+"""Maximum number of open connections; further ones get status 503."""
 
-IDLE = 75
-"""Seconds after which a connection without requests is closed."""
+KEEP_ALIVE = 75
+"""Seconds after which an idle connection is closed."""
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens; port 0: any that is free.
+    """A listening socket. Port 0 selects a free port.
 
     Raises:
         UserError: the address cannot be used.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        found = socket.create_server((host, port), family=family, backlog=2048)
+        return socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
         raise UserError(
-            f"cannot listen on {host} port {port} ({error.strerror}): choose another --port, 0 takes any that is free"
+            f"cannot listen on {host} port {port} ({error.strerror}): choose another --port, or 0 for a free one"
         ) from None
-    return found
 
 
 def address(host: str, listening: socket.socket) -> str:
-    """What to type into a browser.
+    """The URL of the service.
 
     >>> with listen("127.0.0.1", 0) as free: address("127.0.0.1", free).startswith("http://127.0.0.1:")
     True
     """
-    shown = f"[{host}]" if ":" in host else host
-    return f"http://{shown}:{listening.getsockname()[1]}"
+    name = f"[{host}]" if ":" in host else host
+    return f"http://{name}:{listening.getsockname()[1]}"
 
 
-def server_of(app: ASGIApp, access: Access, ready: Callable[[], None] = lambda: None) -> uvicorn.Server:
-    """The server, not yet running; arguments as for `run`."""
+def create_server(app: ASGIApp, access: Access, on_ready: Callable[[], None] = lambda: None) -> uvicorn.Server:
+    """Create a server without starting it; arguments as for `run`."""
     config = uvicorn.Config(
         app,
         log_config=None,
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        limit_concurrency=CONNECTIONS,
-        timeout_keep_alive=IDLE,
+        limit_concurrency=MAX_CONNECTIONS,
+        timeout_keep_alive=KEEP_ALIVE,
         timeout_graceful_shutdown=5,
         ws="websockets-sansio",
         ws_max_size=access.body,
         ws_max_queue=4,
         ws_per_message_deflate=False,
     )
-    return _Server(config, ready)
+    return _Server(config, on_ready)
 
 
-def run(app: ASGIApp, access: Access, listening: socket.socket, ready: Callable[[], None] = lambda: None) -> None:
-    """Serve until SIGINT or SIGTERM; what waits is answered, what changed is written.
+def run(app: ASGIApp, access: Access, listening: socket.socket, on_ready: Callable[[], None] = lambda: None) -> None:
+    """Serve until SIGINT or SIGTERM, then answer queued requests and save changed users.
 
     Args:
-        app: of `simulations.service.api.create`.
+        app: of `simulations.service.api.create_app`.
         access: its limits.
         listening: of `listen`.
-        ready: called when requests are about to be answered.
+        on_ready: is called before the first request.
     """
-    torch.set_num_threads(1)  # batches are small, and the other core belongs to the network
+    torch.set_num_threads(1)  # batches are small, and the network needs the other core
     try:
-        server_of(app, access, ready).run(sockets=[listening])
+        create_server(app, access, on_ready).run(sockets=[listening])
     except KeyboardInterrupt:
         return
 
 
 class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, ready: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None]) -> None:
         super().__init__(config)
-        self.ready = ready
+        self.on_ready = on_ready
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        # A second signal would leave before the users are written; the wait is short as it is.
+        # By default a second signal exits before the users are saved. Shutdown is fast enough without it.
         self._captured_signals.append(sig)
         self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        self.ready()
+        self.on_ready()

@@ -1,7 +1,7 @@
-"""Runs on disk: one safetensors file a run, replaced whole after every round.
+"""Checkpoints of runs: one safetensors file per run, replaced after every round.
 
-The file holds the server's and the clients' tensors, and in its header the curve, the scores and the run itself.
-It is written beside itself, synced and renamed: a kill at any moment leaves the last complete round.
+The file holds the tensors of the server and the clients; its header holds the learning curve, the scores and the run.
+It is replaced atomically, so an interruption at any time leaves the last complete round.
 """
 
 from __future__ import annotations
@@ -20,38 +20,38 @@ from fedbn.federation.metrics import Score
 from fedbn.federation.run import Run
 from fedbn.federation.server import ClientFailure, Outcome, RoundMetrics, Server
 from fedbn.federation.traffic import Traffic
-from fedbn.nn.roles import State
+from fedbn.nn.roles import State, with_prefix
 from simulations.storage.provenance import NUMERICS, check_numerics, code_digest, versions
 
 
-def write_atomically(path: Path, data: bytes, keep: Path | None = None) -> None:
-    """Write beside, sync, rename.
+def write_atomically(path: Path, data: bytes, backup: Path | None = None) -> None:
+    """Replace a file atomically.
 
     Args:
-        path: to be written.
-        data: what it shall hold.
-        keep: where the file that was there before goes; None: it is replaced.
+        path: file to write.
+        data: its new content.
+        backup: new path of the old file; None: the old file is discarded.
 
     Raises:
-        UserError: the place cannot be written; what was there before still is.
+        UserError: the file cannot be written; the old file is unchanged.
     """
     try:
-        replace_file(path, data, keep)
+        replace_file(path, data, backup)
     except OSError as error:
         raise UserError(
-            f"cannot write {path}: {error.strerror or error}; choose another --out or free the disk"
+            f"cannot write {path}: {error.strerror or error}; choose another --out or free disk space"
         ) from None
 
 
-def before(path: Path) -> Path:
-    """Where the checkpoint before the last one lies."""
+def previous_checkpoint(path: Path) -> Path:
+    """Path of the previous checkpoint."""
     return path.with_name(f"{path.name}.before")
 
 
 def save_outcome(
-    path: Path, run: Run, outcome: Outcome, sources: dict[str, str] | None = None, keep: Path | None = None
+    path: Path, run: Run, outcome: Outcome, sources: dict[str, str] | None = None, backup: Path | None = None
 ) -> None:
-    """Write an outcome, finished or not; what was there before goes to ``keep``, if given."""
+    """Write a complete or partial outcome; the old file moves to ``backup``, if given."""
     tensors = _prefixed("server", outcome.server.state) | _prefixed("memory", outcome.server.memory)
     if outcome.server.serving is not outcome.server.state:
         tensors |= _prefixed("serving", outcome.server.serving)
@@ -81,14 +81,14 @@ def save_outcome(
     }
     text = json.dumps(header)
     metadata = {"outcome": text, "crc32": str(checksum(text, tensors))}
-    write_atomically(path, save(tensors, metadata=metadata), keep)
+    write_atomically(path, save(tensors, metadata=metadata), backup)
 
 
 def load_outcome(path: Path, run: Run, sources: dict[str, str] | None = None) -> Outcome:
     """Read an outcome of exactly this run, computed with the current numerics on the same data.
 
     Raises:
-        UserError: unreadable file, another run, other numerics, versions or data.
+        UserError: the file is unreadable, or of another run or of other numerics, versions or data.
     """
     header, tensors = _read(path)
     if header["run"] != run.to_json():
@@ -96,25 +96,25 @@ def load_outcome(path: Path, run: Run, sources: dict[str, str] | None = None) ->
     check_numerics(path, header.get("numerics"))
     if changed := {k: v for k, v in header["versions"].items() if versions().get(k) != v}:
         raise UserError(
-            f"{path} was made with other versions ({changed}): install those, or start afresh with another --out"
+            f"{path} was written with other versions ({changed}): install those, or start again with another --out"
         )
     if sources is not None and header["sources"] != sources:
         raise UserError(
-            f"{path} was made on other data (hashes differ): restore them, or start afresh with another --out"
+            f"{path} was written for other data (hashes differ): restore the data, or start again with another --out"
         )
-    state = _under("server", tensors)
-    serving = _under("serving", tensors)
+    state = with_prefix(tensors, "server/")
+    serving = with_prefix(tensors, "serving/")
     return Outcome(
         server=Server(
             state,
             serving or state,
-            _under("memory", tensors),
-            {v: _under(f"group/{v}", tensors) for v in header["groups"]},
-            _under("known", tensors),
-            _under("broadcast", tensors),
-            {u: _under(f"client_statistics/{u}", tensors) for u in header["client_statistics"]},
+            with_prefix(tensors, "memory/"),
+            {v: with_prefix(tensors, f"group/{v}/") for v in header["groups"]},
+            with_prefix(tensors, "known/"),
+            with_prefix(tensors, "broadcast/"),
+            {u: with_prefix(tensors, f"client_statistics/{u}/") for u in header["client_statistics"]},
         ),
-        client_states={u: _under(f"client_states/{u}", tensors) for u in header["client_states"]},
+        client_states={u: with_prefix(tensors, f"client_states/{u}/") for u in header["client_states"]},
         curve=[RoundMetrics(**p) for p in header["curve"]],
         scores={int(u): [Score(**s) for s in scores] for u, scores in header["scores"].items()},
         seconds=header["seconds"],
@@ -125,35 +125,37 @@ def load_outcome(path: Path, run: Run, sources: dict[str, str] | None = None) ->
 
 
 def load_latest(path: Path, run: Run, sources: dict[str, str] | None = None) -> Outcome | None:
-    """The last checkpoint that can be read, of two; None if there is none.
+    """Read the latest valid checkpoint of the last two; None if no file exists.
 
-    Falling back on the one before is a fault that the outcome tells of.
+    The use of the previous checkpoint is recorded as a failure in the outcome.
 
     Raises:
-        UserError: no checkpoint can be read, or it is of another run, other numerics, versions or data.
+        UserError: no checkpoint is readable, or it is of another run or of other numerics, versions or data.
     """
-    if not path.exists() and not before(path).exists():
+    if not path.exists() and not previous_checkpoint(path).exists():
         return None
     try:
         return load_outcome(path, run, sources)
-    except Unreadable as error:
-        if not before(path).exists():
+    except UnreadableCheckpoint as error:
+        if not previous_checkpoint(path).exists():
             raise
-        outcome = load_outcome(before(path), run, sources)
+        outcome = load_outcome(previous_checkpoint(path), run, sources)
         outcome.failures.append(
-            ClientFailure(len(outcome.curve) + 1, f"{error.reason}; went on from the checkpoint before")
+            ClientFailure(len(outcome.curve) + 1, f"{error.reason}; resumed from the previous checkpoint")
         )
-        save_outcome(path, run, outcome, sources)  # or the next round would move the damaged one over the sound one
-        before(path).unlink()
+        save_outcome(
+            path, run, outcome, sources
+        )  # so that the next round does not replace the valid checkpoint by the damaged one
+        previous_checkpoint(path).unlink()
         return outcome
 
 
-class Unreadable(UserError):
+class UnreadableCheckpoint(UserError):
     """A checkpoint that is damaged or missing."""
 
     def __init__(self, path: Path, error: Exception) -> None:
         self.reason = f"checkpoint {path.name} cannot be read ({error})"
-        super().__init__(f"checkpoint {path} cannot be read ({error}): delete it and resume; its run starts anew")
+        super().__init__(f"checkpoint {path} cannot be read ({error}): delete it and resume; its run starts again")
 
 
 def _read(path: Path) -> tuple[dict[str, Any], State]:
@@ -162,15 +164,11 @@ def _read(path: Path) -> tuple[dict[str, Any], State]:
             metadata = file.metadata() or {}
             tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
             if metadata["crc32"] != str(checksum(metadata["outcome"], tensors)):
-                raise Unreadable(path, ValueError("its checksum is wrong"))
+                raise UnreadableCheckpoint(path, ValueError("wrong checksum"))
             return json.loads(metadata["outcome"]), tensors
     except (SafetensorError, KeyError, json.JSONDecodeError, OSError) as error:
-        raise Unreadable(path, error) from None
+        raise UnreadableCheckpoint(path, error) from None
 
 
 def _prefixed(prefix: str, state: State) -> State:
     return {f"{prefix}/{k}": v.detach().cpu().contiguous().clone() for k, v in state.items()}
-
-
-def _under(prefix: str, tensors: State) -> State:
-    return {k.removeprefix(f"{prefix}/"): v for k, v in tensors.items() if k.startswith(f"{prefix}/")}

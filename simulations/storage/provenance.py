@@ -12,15 +12,17 @@ import fedbn
 from fedbn.errors import UserError
 
 NUMERICS = 1
-"""Version of the numbers that `fedbn` and `clients` compute. Raise it whenever results change: when a golden curve or a
-test of bit equality has to be updated. Stored results of another version are refused."""
+"""Version of the numerical results of `fedbn` and `clients`.
 
+Increment it whenever results change, that is, whenever a golden curve or a test of bit equality has to be updated.
+Stored results of another version are rejected.
+"""
 
 PACKAGES = ("fedbn", "flwr", "torch", "numpy", "scikit-learn", "flwr-datasets")
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages that decide results."""
+    """Versions of the packages that influence results."""
     return {name: version(name) for name in PACKAGES}
 
 
@@ -40,10 +42,10 @@ def check_numerics(path: Path, stored: object) -> None:
 
     Args:
         path: the file or directory, for the message.
-        stored: its ``numerics``.
+        stored: its ``numerics`` field.
 
     Raises:
-        UserError: another version, or none.
+        UserError: the version differs or is missing.
     """
     if stored != NUMERICS:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Progress bars: one over all rounds of all runs, with the time left."""
+"""Progress bar over all rounds of all runs, with the remaining time."""
 
 from __future__ import annotations
 
@@ -19,35 +19,35 @@ from rich.progress import (
 from simulations.experiments.tasks import Event, Task
 
 
-class Watcher(Protocol):
-    """Whoever wants to know how a comparison goes."""
+class Observer(Protocol):
+    """Receives the progress of a comparison."""
 
     def started(self, title: str, tasks: Sequence[Task]) -> None:
-        """A batch of tasks begins."""
+        """Called when a batch of tasks starts."""
 
     def report(self, event: Event) -> None:
-        """A round or a run is done."""
+        """Called when a round or a run is done."""
 
 
-class Watchers:
-    """Several watchers as one."""
+class Observers:
+    """Several observers as one."""
 
-    def __init__(self, *watchers: Watcher) -> None:
-        self.watchers = watchers
+    def __init__(self, *observers: Observer) -> None:
+        self.observers = observers
 
     def started(self, title: str, tasks: Sequence[Task]) -> None:
-        """A batch of tasks begins."""
-        for watcher in self.watchers:
-            watcher.started(title, tasks)
+        """Call `started` of every observer."""
+        for observer in self.observers:
+            observer.started(title, tasks)
 
     def report(self, event: Event) -> None:
-        """A round or a run is done."""
-        for watcher in self.watchers:
-            watcher.report(event)
+        """Call `report` of every observer."""
+        for observer in self.observers:
+            observer.report(event)
 
 
-class Bars:
-    """Shows events of a comparison; silent on a console that is no terminal, except for a line a finished run."""
+class ProgressBar:
+    """Shows the progress of a comparison; without a terminal, it only prints a line per finished run."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -67,7 +67,7 @@ class Bars:
         self.done: dict[str, int] = {}
         self.ended = 0
 
-    def __enter__(self) -> Bars:
+    def __enter__(self) -> ProgressBar:
         self.progress.start()
         return self
 
@@ -77,7 +77,7 @@ class Bars:
         self.progress.stop()
 
     def started(self, title: str, tasks: Sequence[Task]) -> None:
-        """A batch of tasks begins."""
+        """Start a new bar for a batch of tasks."""
         self.tasks = {t.directory: t for t in tasks}
         self.done = dict.fromkeys(self.tasks, 0)
         self.ended = 0
@@ -85,7 +85,7 @@ class Bars:
         self.total = self.progress.add_task(f"{title} {len(tasks)} runs", total=sum(t.run.plan.rounds for t in tasks))
 
     def report(self, event: Event) -> None:
-        """A round or a run is done."""
+        """Advance the bar, and print a line if a run is finished."""
         self.done[event.directory] = event.round
         self.progress.update(self.total, completed=sum(self.done.values()))
         if event.ended:

@@ -1,7 +1,7 @@
-"""Experiment trackers: curves and final means of every run, to TensorBoard, MLflow or Weights & Biases.
+"""Experiment trackers: log curves and final means of every run to TensorBoard, MLflow or Weights & Biases.
 
-All write to a directory on this machine and ask no service. Their packages are optional (``fedbn[trackers]``) and
-imported when a tracker is asked for. A tracker sees what the progress bars see; it decides nothing.
+All trackers write to a local directory and use no online service. Their packages are optional (``fedbn[trackers]``) and
+imported on demand. Trackers receive the same events as the progress bar and do not affect results.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from simulations.experiments.tasks import Event, Task
 
 
 class Tracker(ABC):
-    """Where numbers of runs go; runs are told apart by their id and may interleave.
+    """Base class of trackers. Runs are identified by their id and may interleave.
 
     Attributes:
-        name: what ``--track`` calls it.
-        package: what must be installed.
+        name: name for ``--track``.
+        package: required package.
     """
 
     name: ClassVar[str]
@@ -33,7 +33,7 @@ class Tracker(ABC):
 
     @abstractmethod
     def __init__(self, directory: Path) -> None:
-        """Open ``directory``, which exists.
+        """Open an existing directory.
 
         Raises:
             ImportError: the package is not installed.
@@ -41,23 +41,23 @@ class Tracker(ABC):
 
     @abstractmethod
     def begin(self, run: str, settings: Mapping[str, Any]) -> None:
-        """A run begins, or goes on; ``settings`` are flat."""
+        """Start or resume a run; ``settings`` are flat."""
 
     @abstractmethod
     def log(self, run: str, step: int, values: Mapping[str, float]) -> None:
-        """Numbers of a run after a round."""
+        """Log values of a run after a round."""
 
     @abstractmethod
     def end(self, run: str) -> None:
-        """A run is finished."""
+        """Mark a run as finished."""
 
     @abstractmethod
     def close(self) -> None:
-        """No more runs; those that have not ended were interrupted."""
+        """Close the tracker; runs that have not ended are marked as interrupted."""
 
 
 class TensorBoard(Tracker):
-    """One folder a run, as ``tensorboard --logdir DIR`` reads it."""
+    """One folder per run; view with ``tensorboard --logdir DIR``."""
 
     name = "tensorboard"
     package = "tensorboard"
@@ -85,7 +85,7 @@ class TensorBoard(Tracker):
 
 
 class MLflow(Tracker):
-    """A local database, as ``mlflow ui --backend-store-uri sqlite:///DIR/mlflow.db`` reads it."""
+    """A local database; view with ``mlflow ui --backend-store-uri sqlite:///DIR/mlflow.db``."""
 
     name = "mlflow"
     package = "mlflow-skinny"
@@ -95,9 +95,9 @@ class MLflow(Tracker):
         from mlflow import MlflowClient
 
         self._client = MlflowClient(tracking_uri=f"sqlite:///{directory.resolve() / 'mlflow.db'}")
-        known = self._client.get_experiment_by_name("fedbn")
+        existing = self._client.get_experiment_by_name("fedbn")
         artifacts = (directory.resolve() / "artifacts").as_uri()
-        self._experiment = known.experiment_id if known else self._client.create_experiment("fedbn", artifacts)
+        self._experiment = existing.experiment_id if existing else self._client.create_experiment("fedbn", artifacts)
         self._runs: dict[str, str] = {}
 
     def begin(self, run: str, settings: Mapping[str, Any]) -> None:
@@ -118,7 +118,7 @@ class MLflow(Tracker):
 
 
 class WeightsAndBiases(Tracker):
-    """Offline runs, which ``wandb sync`` can upload later."""
+    """Offline runs; upload with ``wandb sync``."""
 
     name = "wandb"
     package = "wandb"
@@ -154,41 +154,41 @@ class WeightsAndBiases(Tracker):
 TRACKERS: dict[str, type[Tracker]] = {t.name: t for t in (TensorBoard, MLflow, WeightsAndBiases)}
 
 
-def tracker(text: str) -> Tracker:
-    """Open what a text such as ``tensorboard:DIR`` names; the directory is made.
+def open_tracker(text: str) -> Tracker:
+    """Open a tracker given as ``tensorboard:DIR``; the directory is created.
 
     Raises:
-        UserError: unknown tracker, no directory or none that can be written, or the package is missing.
+        UserError: unknown tracker, missing or unwritable directory, or missing package.
     """
-    name, colon, place = text.partition(":")
+    name, _, path = text.partition(":")
     if name not in TRACKERS:
         raise unknown("tracker", name, TRACKERS)
-    if not colon or not place:
-        raise UserError(f"--track {text}: say where to, as {name}:DIR")
-    directory = Path(place)
-    kind = TRACKERS[name]
+    if not path:
+        raise UserError(f"--track {text} has no directory: write {name}:DIR")
+    directory = Path(path)
+    tracker_class = TRACKERS[name]
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        return kind(directory)
+        return tracker_class(directory)
     except OSError as error:
-        raise UserError(f"--track {text}: cannot write to {place}: {error.strerror or error}") from None
+        raise UserError(f"--track {text}: cannot write to {path}: {error.strerror or error}") from None
     except ImportError as error:
         raise UserError(
-            f"--track {name} needs the package {kind.package} ({error}): pip install 'fedbn[trackers]'"
+            f"--track {name} needs the package {tracker_class.package} ({error}): pip install 'fedbn[trackers]'"
         ) from None
 
 
 class Tracking:
-    """Passes the events of a comparison, and whole runs of other commands, on to trackers.
+    """Forwards the events of a comparison, and complete runs of other commands, to trackers.
 
-    It is a context, because files want closing.
+    A context manager that closes the trackers.
     """
 
     def __init__(self, texts: Iterable[str] = ()) -> None:
-        """Open every tracker named; the first that cannot be opened raises."""
-        self.trackers = [tracker(text) for text in texts]
+        """Open all trackers, each given as ``NAME:DIR``."""
+        self.trackers = [open_tracker(text) for text in texts]
         self.tasks: dict[str, Task] = {}
-        self.begun: set[str] = set()
+        self.logged_runs: set[str] = set()
 
     def __enter__(self) -> Tracking:
         return self
@@ -196,53 +196,53 @@ class Tracking:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for one in self.trackers:
-            one.close()
+        for tracker in self.trackers:
+            tracker.close()
 
     def started(self, title: str, tasks: Sequence[Task]) -> None:
-        """A batch of tasks begins."""
+        """Remember the runs of a batch of tasks."""
         self.tasks = {t.directory: t for t in tasks}
 
     def report(self, event: Event) -> None:
-        """A round or a run is done; runs that were finished before have no values and are passed over."""
+        """Log the values of a round or a run; runs that were already finished have no values and are skipped."""
         run = self.tasks[event.directory].run
-        for one in self.trackers:
-            if event.values and run.id not in self.begun:
-                one.begin(run.id, flat(asdict(run)))
+        for tracker in self.trackers:
+            if event.values and run.id not in self.logged_runs:
+                tracker.begin(run.id, flatten(asdict(run)))
             if event.values:
-                one.log(run.id, event.round, event.values)
-            if event.ended and (event.values or run.id in self.begun):
-                one.end(run.id)
+                tracker.log(run.id, event.round, event.values)
+            if event.ended and (event.values or run.id in self.logged_runs):
+                tracker.end(run.id)
         if event.values:
-            self.begun.add(run.id)
+            self.logged_runs.add(run.id)
 
-    def tell(self, run: str, settings: Mapping[str, Any], points: Mapping[int, Mapping[str, float]]) -> None:
-        """Tell every tracker a whole run that is finished; what is no finite number is left out.
+    def log_run(self, run: str, settings: Mapping[str, Any], points: Mapping[int, Mapping[str, float]]) -> None:
+        """Log a complete run to every tracker, without values that are not finite.
 
         Args:
-            run: its name; here and in names of values, characters that not every tracker takes become hyphens.
-            settings: flat.
-            points: step -> values.
+            run: name of the run; unsupported characters in it and in names of values are replaced by hyphens.
+            settings: flat settings.
+            points: values by step.
         """
         name = _plain(run)
-        for one in self.trackers:
-            one.begin(name, settings)
+        for tracker in self.trackers:
+            tracker.begin(name, settings)
             for step, values in points.items():
-                one.log(name, step, {_plain(k): float(v) for k, v in values.items() if math.isfinite(v)})
-            one.end(name)
+                tracker.log(name, step, {_plain(k): float(v) for k, v in values.items() if math.isfinite(v)})
+            tracker.end(name)
 
 
 def _plain(name: str) -> str:
     return re.sub(r"[^\w.-]+", "-", name)
 
 
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings under dotted names.
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten nested settings to dotted names.
 
-    >>> flat({"seed": 0, "plan": {"lr": 0.1}})
+    >>> flatten({"seed": 0, "plan": {"lr": 0.1}})
     {'seed': 0, 'plan.lr': 0.1}
     """
-    found: dict[str, Any] = {}
+    flattened: dict[str, Any] = {}
     for name, value in values.items():
-        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-    return found
+        flattened |= flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flattened

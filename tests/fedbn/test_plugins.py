@@ -11,12 +11,12 @@ from fedbn.strategies.base import strategies, strategy
 
 
 @pytest.mark.parametrize("name", strategies())
-def test_text_and_value_are_inverses(name):
+def test_render_and_parse_are_inverses(name):
     assert render(strategy(name)) == name
     assert strategy(render(strategy(name))) == strategy(name)
 
 
-def test_options_are_parsed_and_rendered():
+def test_render_omits_default_options():
     assert render(strategy("groupnorm:groups=4:channels=2")) == "groupnorm:groups=4:channels=2"
     assert render(strategy("groupnorm:groups=8:channels=none")) == "groupnorm"
 
@@ -33,18 +33,18 @@ def test_options_are_parsed_and_rendered():
         ("fedbn:x=1", r"strategy 'fedbn' has no options, so 'x' cannot be set"),
     ],
 )
-def test_a_wrong_strategy_text_names_the_mistake(text, message):
+def test_strategy_rejects_bad_input(text, message):
     with pytest.raises(UserError, match=message):
         strategy(text)
 
 
-def test_an_unknown_scenario_suggests_the_nearest():
+def test_scenario_suggests_similar_name():
     with pytest.raises(UserError, match=r"unknown scenario 'hapd'. Did you mean 'hapt'\?"):
         scenario("hapd")
     assert "digits8" in scenarios()
 
 
-def test_a_run_is_its_json():
+def test_run_survives_json():
     run = Run("digits8", "groupnorm:groups=2", 3, plan=Plan(rounds=4))
     assert Run.from_dict(__import__("json").loads(run.to_json())) == run
     assert run.id != Run("digits8", "groupnorm:groups=2", 4, plan=Plan(rounds=4)).id
@@ -62,6 +62,6 @@ def test_a_run_is_its_json():
         ({"round": 3}, r"unknown option of plan 'round'. Did you mean 'rounds'\?"),
     ],
 )
-def test_a_wrong_setting_names_the_mistake(settings, message):
+def test_plan_rejects_bad_input(settings, message):
     with pytest.raises(UserError, match=message):
         plan_for("digits8", **settings)

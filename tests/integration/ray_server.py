@@ -1,4 +1,4 @@
-"""The ServerApp of many runs in one simulation: what starts Flower and Ray is paid once."""
+"""A ServerApp for many runs in one simulation, so that Flower and Ray start only once."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pathlib import Path
 from flwr.app import ConfigRecord, Context, RecordDict
 from flwr.serverapp import ServerApp
 
-from simulations.app import app as real
-from tests.integration.ray_client import NAME
+from simulations.app import app as run_app
+from tests.integration.ray_client import RUN_RECORD
 
 RUNS = "runs.json"
 
 
-class OneOfMany:
-    """The grid as one run sees it."""
+class RunGrid:
+    """The grid of one run."""
 
     def __init__(self, grid, run):
         self.grid, self.run = grid, run
@@ -25,7 +25,7 @@ class OneOfMany:
 
     def send_and_receive(self, messages, timeout=None):
         for message in messages:
-            message.content[NAME] = ConfigRecord({"run": self.run})
+            message.content[RUN_RECORD] = ConfigRecord({"run": self.run})
         return self.grid.send_and_receive(messages, timeout=timeout)
 
 
@@ -34,8 +34,8 @@ app = ServerApp()
 
 @app.main()
 def main(grid, context):
-    place = Path(context.run_config["out"]).parent
-    for name, run in json.loads((place / RUNS).read_text()).items():
-        config = {"run": run, "out": str(place / f"{name}.safetensors")}
-        one = Context(context.run_id, context.node_id, context.node_config, RecordDict(), config)
-        real(OneOfMany(grid, run), one)
+    directory = Path(context.run_config["out"]).parent
+    for name, run in json.loads((directory / RUNS).read_text()).items():
+        config = {"run": run, "out": str(directory / f"{name}.safetensors")}
+        run_context = Context(context.run_id, context.node_id, context.node_config, RecordDict(), config)
+        run_app(RunGrid(grid, run), run_context)

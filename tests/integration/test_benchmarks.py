@@ -1,4 +1,4 @@
-"""The benchmarks measure what they say: the bare loop is FedBN, and slower means slower."""
+"""The benchmarks measure what they claim, and the plain PyTorch loop is FedBN."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from benchmarks import measure, peers, workloads
 from benchmarks.loop import Loop
 from benchmarks.measure import grid_rounds, ratios, scale
 from benchmarks.soak import growth
-from benchmarks.workloads import WORKLOADS, bare_loop
+from benchmarks.workloads import WORKLOADS, plain_loop
 from fedbn.errors import UserError
 from fedbn.federation.loop import federate
 from fedbn.federation.setup import build_context
@@ -27,7 +27,7 @@ def tiny():
     return replace(WORKLOADS[2], clients=3, steps=2)
 
 
-def test_the_workloads_are_as_the_table_says(tmp_path):
+def test_workloads_match_table(tmp_path):
     for work in WORKLOADS:
         ctx = build_context(replace(work, clients=2).run(tmp_path, 1))
         sizes = {len(u.train) for u in ctx.population.users}
@@ -36,8 +36,8 @@ def test_the_workloads_are_as_the_table_says(tmp_path):
         assert f"{sum(p.numel() for p in ctx.scratch.parameters()):,}" in str(workloads.__doc__)
 
 
-def test_the_bare_loop_takes_the_steps_of_a_round(tmp_path, monkeypatch):
-    """With the federation's shuffles it ends in the federation's state."""
+def test_plain_loop_matches_federated_round(tmp_path, monkeypatch):
+    """With the same shuffles, the plain loop and the federation end in the same state."""
     run = tiny().run(tmp_path, 1)
     ctx = build_context(run)
     drawn = iter(ctx.trainers)
@@ -45,7 +45,7 @@ def test_the_bare_loop_takes_the_steps_of_a_round(tmp_path, monkeypatch):
         "benchmarks.workloads.batches",
         lambda n, size, draw: epoch_batches(n, run.plan, 0, 1, next(drawn), 0),
     )
-    loop = bare_loop(ctx)
+    loop = plain_loop(ctx)
     next(loop)
     shared = loop.gi_frame.f_locals["shared"]
     expected = federate(run).server.state
@@ -54,7 +54,7 @@ def test_the_bare_loop_takes_the_steps_of_a_round(tmp_path, monkeypatch):
         torch.testing.assert_close(shared[key], value, rtol=1e-5, atol=1e-6)
 
 
-def test_rounds_are_timed_without_changing_threads(tmp_path):
+def test_grid_rounds_keeps_number_of_threads(tmp_path):
     run = tiny().run(tmp_path, 4)
     before = torch.get_num_threads()
     between = []
@@ -65,13 +65,13 @@ def test_rounds_are_timed_without_changing_threads(tmp_path):
     assert torch.get_num_threads() == before
 
 
-def test_without_pfl_its_environment_is_named(tmp_path, monkeypatch):
+def test_peers_serve_requires_pfl(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pfl", None)
     with pytest.raises(UserError, match="make bench-peers"):
         peers.serve(build_context(tiny().run(tmp_path, 1)))
 
 
-def test_a_peers_steps_are_on_the_mean_loss_of_a_batch(tmp_path):
+def test_peer_learner_uses_mean_loss(tmp_path):
     ctx = build_context(tiny().run(tmp_path, 1))
     part = ctx.training_data(0)
     model = ctx.load(ctx.initial)
@@ -80,14 +80,14 @@ def test_a_peers_steps_are_on_the_mean_loss_of_a_batch(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_loop_takes_turns_and_says_when_it_has_ended(tmp_path):
+def test_loop_process_runs_rounds_and_reports_exit(tmp_path):
     with Loop(tiny().run(tmp_path, 4)) as loop:
         loop.round()
         assert len(loop.wall) == len(loop.cpu) == 1
         assert loop.wall[0] > 0
         loop._process.kill()
         loop._process.wait()
-        with pytest.raises(RuntimeError, match="loop has ended"):
+        with pytest.raises(RuntimeError, match="benchmarks.loop exited"):
             loop.round()
     (row,) = ratios(tmp_path, ["one"], 3, [tiny()])
     assert row["engine"] == "grid:one"
@@ -95,13 +95,13 @@ def test_the_loop_takes_turns_and_says_when_it_has_ended(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_scale_curve_keeps_the_work_constant(tmp_path):
+def test_scale_keeps_work_constant(tmp_path):
     rows = list(scale(tmp_path, "stacked", 3, 100))
     assert [(row["clients"], row["steps"]) for row in rows] == [(10, 10), (100, 1)]
     assert rows[0]["data"] > 0
 
 
-def test_the_command_writes_prints_stores_and_warns(tmp_path, monkeypatch, capsys):
+def test_benchmark_command_writes_prints_and_warns(tmp_path, monkeypatch, capsys):
     row = {"workload": "W3", "engine": "grid:auto", "loop": 0.1, "seconds": 0.01, "ratio": 0.1, "target": 0.05}
     row |= {"ratio of medians": 0.2, "ratio of CPU time": 0.3}
     peer = row | {"engine": "pfl", "ratio of CPU time": None, "target": None}
@@ -132,26 +132,26 @@ def test_the_command_writes_prints_stores_and_warns(tmp_path, monkeypatch, capsy
         "benchmarks.measure.measure", lambda *args, **options: result | {"ratios": [row | {"ratio": 0.2}]}
     )
     command.main(["--out", str(tmp_path)])
-    assert "warning: W3 on grid:auto takes 0.200 of the bare loop; stored: 0.100" in capsys.readouterr().err
+    assert "warning: W3 on grid:auto takes 0.200 times the plain loop; stored: 0.100" in capsys.readouterr().err
 
 
-def test_the_bank_is_measured_beside_a_stock_pass():
-    found = measure.bank(users=40, rows=16, repeats=2)
-    assert {"predict, ratio to stock", "predict and commit, ratio to stock", "state, bytes per user"} == found.keys()
-    assert all(value > 0 for value in found.values())
+def test_measure_bank_reports_ratios():
+    result = measure.bank(users=40, rows=16, repeats=2)
+    assert {"predict, ratio to stock", "predict and commit, ratio to stock", "state, bytes per user"} == result.keys()
+    assert all(value > 0 for value in result.values())
 
 
 @pytest.mark.slow
-def test_memory_does_not_grow_with_the_rounds(tmp_path):
+def test_soak_memory_does_not_grow(tmp_path):
     out = tmp_path / "soak.jsonl"
     command = [sys.executable, "-m", "benchmarks.soak", "--clients", "400", "--rounds", "120", "--share", "0.05"]
     subprocess.run([*command, "--out", str(out)], check=True, cwd=Path(__file__).parents[2], capture_output=True)
     *readings, result = map(json.loads, out.read_text().splitlines())
     assert [r["round"] for r in readings] == list(range(1, 121))
-    assert result["growth a round"] < 20_000  # a client's state has a thousand bytes, a round touches twenty of them
+    assert result["growth per round"] < 20_000  # a client state has a thousand bytes, and a round uses twenty clients
     assert 300 < result["states"] <= 400
 
 
-def test_growth_is_the_slope_of_the_second_half():
+def test_growth_is_slope_of_second_half():
     assert growth([9, 9, 9, 9, 1, 3, 5, 7]) == pytest.approx(2)
     assert growth([1, 2, 3]) is None

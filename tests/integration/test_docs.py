@@ -1,4 +1,4 @@
-"""The documents say what is there: lists as the command line gives them, links that lead somewhere."""
+"""The documentation is consistent: lists match the command line, and links, commands and examples work."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from simulations.cli.catalog import Kind, _rows
-from simulations.report.documents import markdown
+from simulations.results.formatting import markdown_table
 from tests.commands import commands_in, parses
 
 ROOT = Path(__file__).parents[2]
@@ -22,13 +22,13 @@ METHODS = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("kind", re.findall(r"<!-- begin (\w+) -->", METHODS))
-def test_lists_are_as_the_command_gives_them(kind):
+def test_method_lists_match_command(kind):
     block = re.search(f"<!-- begin {kind} -->\n(.*?)<!-- end {kind} -->", METHODS, re.DOTALL)[1]
-    assert block == markdown(_rows(Kind(kind))), f"run: fedbn list {kind} --into docs/methods.md"
+    assert block == markdown_table(_rows(Kind(kind))), f"run: fedbn list {kind} --into docs/methods.md"
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_links_to_files_lead_somewhere(document):
+def test_links_to_files_exist(document):
     text = document.read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", text):
         if not target.startswith(("http://", "https://")):
@@ -36,25 +36,25 @@ def test_links_to_files_lead_somewhere(document):
 
 
 @pytest.mark.parametrize("line", dict.fromkeys(line for page in PAGES for line in commands_in(page)))
-def test_commands_parse(line):
+def test_document_commands_parse(line):
     parses(line)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.name)
-def test_commands_under_tables_write_where_anybody_could(document):
-    made = [line for line in document.read_text(encoding="utf-8").splitlines() if "made by `fedbn" in line]
-    assert not [line for line in made if "=/" in line or " /" in line.partition("made by")[2]]
+def test_table_commands_use_relative_paths(document):
+    captions = [line for line in document.read_text(encoding="utf-8").splitlines() if "made by `fedbn" in line]
+    assert not [line for line in captions if "=/" in line or " /" in line.partition("made by")[2]]
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if ">>>" in p.read_text()], ids=lambda path: path.name)
-def test_python_examples_run(page):
+def test_document_examples_run(page):
     result = doctest.testfile(str(page), module_relative=False)
     assert result.attempted
     assert not result.failed
 
 
 @pytest.mark.slow
-def test_the_site_builds_without_a_warning(tmp_path):
+def test_site_builds_without_warnings(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--site-dir", str(tmp_path / "site")],
         cwd=ROOT,

@@ -1,4 +1,4 @@
-"""Whatever comes in from outside ends in a value or in a clear error, never in another exception."""
+"""External input yields a value or a clear `UserError`, never another exception."""
 
 from __future__ import annotations
 
@@ -38,29 +38,29 @@ from simulations.experiments.experiment import Experiment, read_run_file
 from simulations.server.validation import validate_entries, validate_notes
 from simulations.storage.checkpoint import load_outcome, save_outcome
 
-FEW, MANY = 25, 600
-"""Cases of each boundary by default and under the slow marker; there are nineteen boundaries."""
+DEFAULT_CASES, SLOW_CASES = 25, 600
+"""Cases per test by default and under the slow marker; there are nineteen tests."""
 
-QUIET = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.filter_too_much]
+SUPPRESSED_CHECKS = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.filter_too_much]
 
 
 def fuzzed(*strategy_):
-    """Two tests of one: a few cases by default, many under the slow marker."""
+    """Turn a function into a test with few cases by default and many under the slow marker."""
 
     def decorate(test):
-        @pytest.mark.parametrize("cases", [FEW, pytest.param(MANY, marks=pytest.mark.slow)])
+        @pytest.mark.parametrize("cases", [DEFAULT_CASES, pytest.param(SLOW_CASES, marks=pytest.mark.slow)])
         def run(cases, tmp_path):
-            @settings(max_examples=cases, suppress_health_check=QUIET, deadline=None)
+            @settings(max_examples=cases, suppress_health_check=SUPPRESSED_CHECKS, deadline=None)
             @given(st.tuples(*strategy_))
             def body(values):
                 try:
                     test(tmp_path, *values)
                 except UserError as error:
-                    said.append(str(error))
+                    messages.append(str(error))
 
-            said: list[str] = []
+            messages: list[str] = []
             body()
-            assert all(len(text) > 10 for text in said)
+            assert all(len(text) > 10 for text in messages)
 
         run.__name__ = test.__name__
         return run
@@ -101,52 +101,52 @@ JSON = st.recursive(
 
 
 @fuzzed(texts(strategies()))
-def test_strategies(tmp_path, text):
+def test_strategy_fuzz(tmp_path, text):
     strategy(text)
 
 
 @fuzzed(st.one_of(texts(strategies()), texts(personalizations()).map(lambda t: f"fedbn+{t}")))
-def test_treatments(tmp_path, text):
+def test_treatment_fuzz(tmp_path, text):
     treatment(text)
 
 
 @fuzzed(texts(partitions()))
-def test_partitions(tmp_path, text):
+def test_parse_partition_fuzz(tmp_path, text):
     parse_partition(text)
 
 
 @fuzzed(texts(shifts()))
-def test_shifts(tmp_path, text):
+def test_parse_shift_fuzz(tmp_path, text):
     parse_shift(text)
 
 
 @fuzzed(texts(rules()))
-def test_rules(tmp_path, text):
+def test_client_rule_fuzz(tmp_path, text):
     client_rule(text)
 
 
 @fuzzed(texts(streams()))
-def test_streams(tmp_path, text):
+def test_stream_fuzz(tmp_path, text):
     parse(text, "stream", streams())
 
 
 @fuzzed(texts(scenarios()))
-def test_scenarios(tmp_path, text):
+def test_scenario_fuzz(tmp_path, text):
     scenario(text)
 
 
 @fuzzed(texts({"privacy": Privacy}).map(lambda t: t.removeprefix("privacy:")))
-def test_privacy(tmp_path, text):
+def test_parse_privacy_fuzz(tmp_path, text):
     parse_privacy(text)
 
 
 @fuzzed(st.one_of(st.text(max_size=12), st.sampled_from(["grid", "ray", "grid:", "grid:x", "ray:stacked"])))
-def test_engines(tmp_path, text):
+def test_parse_engine_fuzz(tmp_path, text):
     parse_engine(text)
 
 
 @fuzzed(st.dictionaries(st.one_of(st.sampled_from(PLAN_FIELDS), st.text(max_size=4)), JSON, max_size=4))
-def test_plans(tmp_path, values):
+def test_plan_for_fuzz(tmp_path, values):
     plan = plan_for("digits8", **{k: v for k, v in values.items() if k != "scenario_text"})
     assert plan.rounds >= 1
     assert math.isfinite(plan.rate(1))
@@ -156,7 +156,7 @@ RUN_KEYS = st.sampled_from([*Run.__dataclass_fields__, "strategies", "seeds", "t
 
 
 @fuzzed(st.dictionaries(RUN_KEYS, JSON, max_size=5), st.booleans())
-def test_run_and_experiment_values(tmp_path, values, whole):
+def test_run_and_experiment_from_dict_fuzz(tmp_path, values, whole):
     if whole:
         values = {"scenario": "digits8", "strategy": "fedbn"} | values
         Run.from_dict(values).resolved()
@@ -172,7 +172,7 @@ def test_run_and_experiment_values(tmp_path, values, whole):
         ),
     )
 )
-def test_run_files(tmp_path, data):
+def test_read_run_file_fuzz(tmp_path, data):
     path = tmp_path / "run.toml"
     path.write_bytes(data)
     Experiment.from_dict(read_run_file(path)).resolved()
@@ -185,7 +185,7 @@ def test_run_files(tmp_path, data):
         max_size=4,
     )
 )
-def test_flower_run_configs(tmp_path, config):
+def test_run_from_config_fuzz(tmp_path, config):
     run_from_config({"scenario": "digits8", "strategy": "fedbn"} | config)
 
 
@@ -206,7 +206,7 @@ def checkpoint():
 
 @st.composite
 def damaged(draw, whole):
-    """Bytes with some cut out, changed or added."""
+    """Bytes with random deletions, changes and insertions."""
     data = bytearray(whole())
     for _ in range(draw(st.integers(1, 4))):
         at = draw(st.integers(0, max(0, len(data) - 1)))
@@ -223,7 +223,7 @@ def damaged(draw, whole):
 
 
 @fuzzed(st.one_of(damaged(checkpoint), st.binary(max_size=64)))
-def test_checkpoints(tmp_path, data):
+def test_load_outcome_fuzz(tmp_path, data):
     path = tmp_path / "checkpoint.safetensors"
     path.write_bytes(data)
     load_outcome(path, RUN)
@@ -259,21 +259,21 @@ def read(tmp_path, ending, data):
 
 
 @fuzzed(damaged(as_csv))
-def test_csv_files(tmp_path, data):
+def test_csv_file_fuzz(tmp_path, data):
     read(tmp_path, "csv", data)
 
 
 @fuzzed(damaged(as_parquet))
-def test_parquet_files(tmp_path, data):
+def test_parquet_file_fuzz(tmp_path, data):
     read(tmp_path, "parquet", data)
 
 
 @fuzzed(damaged(as_npz))
-def test_npz_files(tmp_path, data):
+def test_npz_file_fuzz(tmp_path, data):
     read(tmp_path, "npz", data)
 
 
-CLAIMS = st.tuples(
+HEADERS = st.tuples(
     st.one_of(
         st.sampled_from(["float32", "float64", "int64", "O", "V8", "<U3", "datetime64[s]", "bool"]), st.text(max_size=5)
     ),
@@ -282,9 +282,9 @@ CLAIMS = st.tuples(
 )
 
 
-@fuzzed(st.one_of(damaged(lambda: pack(torch.arange(6.0)).data), st.binary(max_size=100)), CLAIMS, st.booleans())
-def test_arrays_in_messages(tmp_path, data, claims, honest):
-    unpack(Array("float32", (6,), "numpy.ndarray", data) if honest else Array(*claims[:2], claims[2], data))
+@fuzzed(st.one_of(damaged(lambda: pack(torch.arange(6.0)).data), st.binary(max_size=100)), HEADERS, st.booleans())
+def test_unpack_fuzz(tmp_path, data, header, valid_header):
+    unpack(Array("float32", (6,), "numpy.ndarray", data) if valid_header else Array(*header[:2], header[2], data))
 
 
 @cache
@@ -296,8 +296,8 @@ def ctx():
     st.dictionaries(st.integers(0, 5), damaged(lambda: pack(torch.zeros(8)).data), min_size=1, max_size=3),
     st.booleans(),
 )
-def test_clients_replies(tmp_path, changes, notes):
-    record = arrays(ctx().start())
+def test_validate_reply_fuzz(tmp_path, changes, notes):
+    record = arrays(ctx().initial_server_state())
     names = list(record)
     for i, data in changes.items():
         old = record[names[i % len(names)]]
@@ -305,5 +305,5 @@ def test_clients_replies(tmp_path, changes, notes):
     (validate_notes if notes else validate_entries)(ctx(), 0, ArrayRecord(dict(record.items())))
 
 
-def test_stored_plain_values_are_json():
+def test_run_to_json_is_valid_json():
     assert json.loads(RUN.to_json())["privacy"] == ""

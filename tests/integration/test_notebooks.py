@@ -1,4 +1,4 @@
-"""Notebooks run from top to bottom and are stored without what they print."""
+"""Notebooks run from top to bottom and are stored without outputs."""
 
 from __future__ import annotations
 

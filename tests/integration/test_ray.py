@@ -1,4 +1,4 @@
-"""Flower's own simulation gives the same bits, says truly how a run ended, and leaves nothing behind."""
+"""Flower's own simulation is bit-identical, reports how a run ended, and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from simulations.engines.execute import execute
 from simulations.engines.grid import InProcessGrid
 from simulations.engines.ray import ray_session
 from simulations.flower.compat import task_identity
-from simulations.flower.superlink import MODULES, PRIVATE, FlowerRunError
+from simulations.flower.superlink import ENVIRONMENT, MODULES, FlowerRunError
 from simulations.server.nodes import NodePool
 from simulations.storage.checkpoint import load_outcome
 from tests.helpers import same
@@ -48,45 +48,45 @@ def plain(shape, classes):
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.BatchNorm1d(16), nn.Linear(16, classes))
 
 
-def refused_by_the_server(shape, classes):
+def rejected_by_server(shape, classes):
     if "FLWR_HOME" in os.environ:
         raise UserError(f"cache {os.environ['FEDBN_CACHE']} is not mine\\nuse another")
     return plain(shape, classes)
 
 
-def broken_at_the_clients(shape, classes):
+def broken_at_clients(shape, classes):
     if "worker" in sys.argv[0]:
-        raise ZeroDivisionError("a bug of the model's")
+        raise ZeroDivisionError("a bug in the model")
     return plain(shape, classes)
 """
 
 
-def short(strategy, **fields):
+def short_run(strategy, **fields):
     clients = None if strategies()[strategy].is_centralized else 4
     plan = plan_for("digits8", rounds=2, clients_per_round=clients, eval_every=1, global_test=60)
     return Run("digits8", strategy, plan=plan, **fields).resolved()
 
 
-def everything():
-    """Runs by name: of every strategy, and of clients that personalize by a rule."""
+def all_runs():
+    """Runs by name: of every strategy, and with personalization by online rules."""
     rules = {
-        "population": short("global-naive", rule="population:diversity=1"),
-        "ema": short("fedbn", rule="ema:rate=0.3"),
+        "population": short_run("global-naive", rule="population:diversity=1"),
+        "ema": short_run("fedbn", rule="ema:rate=0.3"),
     }
-    return {name: short(name) for name in strategies()} | rules
+    return {name: short_run(name) for name in strategies()} | rules
 
 
 def marked(mark):
-    """Live processes that inherited the mark, by id, with their environments; zombies have none."""
-    found = {}
-    for place in Path("/proc").iterdir():
+    """Live processes that inherited the mark, by id, with their environments; zombies have no environment."""
+    processes = {}
+    for directory in Path("/proc").iterdir():
         try:
-            environment = (place / "environ").read_bytes().decode(errors="replace").split("\0")
+            environment = (directory / "environ").read_bytes().decode(errors="replace").split("\0")
         except OSError:
             continue
         if f"{MARK}={mark}" in environment:
-            found[int(place.name)] = dict(e.split("=", 1) for e in environment if "=" in e)
-    return found
+            processes[int(directory.name)] = dict(e.split("=", 1) for e in environment if "=" in e)
+    return processes
 
 
 def assert_same(a, b):
@@ -99,17 +99,17 @@ def assert_same(a, b):
 
 @pytest.fixture(scope="module")
 def on_ray(tmp_path_factory):
-    """A function that executes runs; all share a SuperLink, started where the user's models are."""
-    place, mark = tmp_path_factory.mktemp("elsewhere"), uuid.uuid4().hex
-    (place / "ray_models.py").write_text(MODELS)
+    """A function that executes runs on one SuperLink, started in a directory with the user's models."""
+    directory, mark = tmp_path_factory.mktemp("elsewhere"), uuid.uuid4().hex
+    (directory / "ray_models.py").write_text(MODELS)
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(place)
-        patch.syspath_prepend(place)
+        patch.chdir(directory)
+        patch.syspath_prepend(directory)
         patch.setenv(MARK, mark)
-        patch.setenv("FEDBN_CACHE", str(place / "cache"))
-        with ray_session(actors=1) as go:  # two cost more in starting than they save
+        patch.setenv("FEDBN_CACHE", str(directory / "cache"))
+        with ray_session(actors=1) as execute_on_ray:  # a second actor would cost more at startup than it saves
             started = marked(mark)
-            yield go
+            yield execute_on_ray
     assert started
     assert not marked(mark)
     assert not any(Path(environment["FLWR_HOME"]).exists() for environment in started.values())
@@ -117,23 +117,23 @@ def on_ray(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def all_on_ray(tmp_path_factory):
-    """A function that gives a run's outcome; all were executed in one simulation, one after the other."""
-    place, runs = tmp_path_factory.mktemp("all"), everything()
-    (place / RUNS).write_text(json.dumps({name: run.to_json() for name, run in runs.items()}))
+    """A function that returns the outcome of a run; all runs were executed in one simulation."""
+    directory, runs = tmp_path_factory.mktemp("all"), all_runs()
+    (directory / RUNS).write_text(json.dumps({name: run.to_json() for name, run in runs.items()}))
     last = list(runs)[-1]
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(MODULES, "fedbn_run_server.py", "tests.integration.ray_server")
         patch.setitem(MODULES, "fedbn_run_client.py", "tests.integration.ray_client")
-        with ray_session() as go:
-            go(runs[last], place / f"{last}.safetensors")
-    return lambda name: load_outcome(place / f"{name}.safetensors", runs[name])
+        with ray_session() as execute_on_ray:
+            execute_on_ray(runs[last], directory / f"{last}.safetensors")
+    return lambda name: load_outcome(directory / f"{name}.safetensors", runs[name])
 
 
 @pytest.mark.ray
 @pytest.mark.xdist_group("all-on-ray")
-@pytest.mark.parametrize("name", everything())
-def test_ray_equals_the_grid_and_the_loop(name, all_on_ray):
-    run = everything()[name]
+@pytest.mark.parametrize("name", all_runs())
+def test_ray_matches_grid_and_reference_loop(name, all_on_ray):
+    run = all_runs()[name]
     outcome = all_on_ray(name)
     assert_same(outcome, execute(run, "grid"))
     assert_same(outcome, execute(run, "reference"))
@@ -142,28 +142,28 @@ def test_ray_equals_the_grid_and_the_loop(name, all_on_ray):
 
 @pytest.mark.ray
 @pytest.mark.xdist_group("on-ray")
-def test_what_the_user_did_wrong_is_said_as_in_this_process(on_ray):
+def test_ray_raises_user_errors_of_server(on_ray):
     with pytest.raises(UserError, match=r"cache .*elsewhere.*/cache is not mine\nuse another") as caught:
-        on_ray(short("fedbn", model="ray_models:refused_by_the_server"))
+        on_ray(short_run("fedbn", model="ray_models:rejected_by_server"))
     assert "Traceback" not in str(caught.value)
 
 
 @pytest.mark.ray
 @pytest.mark.xdist_group("on-ray")
-def test_a_bug_at_a_client_fails_the_run_and_shows_the_log(on_ray):
-    with pytest.raises(FlowerRunError, match=r"(?s)finished:failed: train, user \d.*a bug of the model's"):
-        on_ray(short("fedbn", model="ray_models:broken_at_the_clients"))
+def test_ray_run_fails_with_log_on_client_error(on_ray):
+    with pytest.raises(FlowerRunError, match=r"(?s)finished:failed: train, user \d.*a bug in the model"):
+        on_ray(short_run("fedbn", model="ray_models:broken_at_clients"))
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_leaves_nothing_behind(how, tmp_path):
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_ray_run_leaves_nothing_behind(signum, tmp_path):
     mark = uuid.uuid4().hex
     script = tmp_path / "long.py"
     script.write_text(
         "import signal\nfrom fedbn.federation.run import Run, plan_for\n"
         "from simulations.engines.execute import execute\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored in a shell's background job
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # background jobs of a shell ignore it
         "execute(Run('digits8', 'fedbn', plan=plan_for('digits8', rounds=10_000)).resolved(), 'ray')\n"
     )
     process = subprocess.Popen(
@@ -179,12 +179,12 @@ def test_an_interrupted_run_leaves_nothing_behind(how, tmp_path):
             assert time.monotonic() < deadline
             time.sleep(0.2)
         homes = {Path(e["FLWR_HOME"]) for e in marked(mark).values() if "FLWR_HOME" in e}
-        process.send_signal(how)
+        process.send_signal(signum)
         time.sleep(1)
-        process.send_signal(how)  # as impatient people do
-        said, _ = process.communicate(timeout=60)
+        process.send_signal(signum)  # as impatient users do
+        output, _ = process.communicate(timeout=60)
         assert process.returncode != 0
-        assert not said
+        assert not output
         assert not marked(mark)
         assert homes
         assert not any(home.parent.exists() for home in homes)
@@ -193,7 +193,7 @@ def test_an_interrupted_run_leaves_nothing_behind(how, tmp_path):
 
 
 @pytest.mark.ray
-def test_flwr_run_in_a_checkout(tmp_path):
+def test_flwr_run_works_in_checkout(tmp_path):
     checkout, home, out, mark = (
         tmp_path / "checkout",
         tmp_path / "home",
@@ -207,7 +207,7 @@ def test_flwr_run_in_a_checkout(tmp_path):
     scripts = sysconfig.get_path("scripts")
     environment = (
         os.environ
-        | PRIVATE
+        | ENVIRONMENT
         | {
             MARK: mark,
             "FLWR_HOME": str(home),
@@ -236,14 +236,14 @@ def test_flwr_run_in_a_checkout(tmp_path):
 
 
 def kill(mark):
-    """End what a test started and did not end itself."""
+    """Kill all processes that a test has started and not stopped."""
     while pids := marked(mark):
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
         time.sleep(0.2)
 
 
-def test_the_run_config_names_a_run_and_the_app_includes_all_code():
+def test_app_config_names_run_and_includes_all_code():
     app = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
     assert run_from_config(app["config"]) == Run("digits8", "fedbn", plan=plan_for("digits8")).resolved()
     included = {path for pattern in app["fab-include"] for path in ROOT.glob(pattern)}
@@ -251,7 +251,7 @@ def test_the_run_config_names_a_run_and_the_app_includes_all_code():
     assert included >= {p for package in ("fedbn", "clients", "simulations") for p in (ROOT / package).rglob("*.py")}
 
 
-def test_too_few_nodes_are_an_error_and_no_endless_wait():
+def test_node_pool_rejects_too_few_nodes():
     grid = InProcessGrid(client_app, 2, {})
     with (
         task_identity(1),
@@ -260,8 +260,10 @@ def test_too_few_nodes_are_an_error_and_no_endless_wait():
         NodePool(grid, 10)
 
 
-def test_without_ray_the_error_names_what_to_install(monkeypatch):
-    found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "ray" else found(name, *rest))
+def test_ray_engine_requires_ray(monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "ray" else find_spec(name, *rest)
+    )
     with pytest.raises(UserError, match=r"pip install 'fedbn\[ray\]'"):
-        execute(short("fedbn"), "ray")
+        execute(short_run("fedbn"), "ray")

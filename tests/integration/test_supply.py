@@ -1,4 +1,4 @@
-"""The wheel is the same bytes whenever it is built; the oldest versions allowed are pinned once and for all."""
+"""Wheel builds are reproducible, and the oldest allowed versions are pinned."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).parents[2]
 
 
-def lines(name):
+def requirements_in(name):
     text = (ROOT / name).read_text(encoding="utf-8")
     return [Requirement(line) for line in text.splitlines() if line and not line.startswith("#")]
 
 
-def test_the_oldest_versions_tested_are_the_lower_bounds():
+def test_oldest_constraints_match_lower_bounds():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     lower = {}
     for text in project["dependencies"]:
-        need = Requirement(text)
-        lower[need.name] = next(s.version for s in need.specifier if s.operator == ">=")
-    oldest = {r.name: next(iter(r.specifier)).version for r in lines("constraints-oldest.txt")}
-    newest = {r.name: next(iter(r.specifier)).version for r in lines("constraints.txt")}
-    assert oldest.pop("torch") == newest["torch"], "the only one that is not the lower bound; the file says why"
+        requirement = Requirement(text)
+        lower[requirement.name] = next(s.version for s in requirement.specifier if s.operator == ">=")
+    oldest = {r.name: next(iter(r.specifier)).version for r in requirements_in("constraints-oldest.txt")}
+    newest = {r.name: next(iter(r.specifier)).version for r in requirements_in("constraints.txt")}
+    assert oldest.pop("torch") == newest["torch"], "the only exception to the lower bounds, as explained in the file"
     del lower["torch"]
     assert {k: oldest.get(k) for k in lower} == lower
 
 
 @pytest.mark.slow
-def test_a_wheel_built_twice_is_the_same_bytes(tmp_path):
+def test_wheel_build_is_reproducible(tmp_path):
     digests = set()
     for number in (1, 2):
         out = tmp_path / str(number)

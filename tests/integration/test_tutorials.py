@@ -1,4 +1,4 @@
-"""A reader who types what a page says, line after line, gets what it says; here with one round and one seed."""
+"""The commands of each page succeed, line by line; here with one round and one seed."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ SMALL = {
     "adapt": ["--rounds", "1", "--seeds", "1", "--quiet"],
     "claims": ["--seeds", "2", "--workers", "1"],
 }
-FEWER = {"hapt": "hapt:reserved=15", "digits": "digits:train=64:test=32"}  # half of its people; few images
-ELSEWHERE = [
+FEWER = {"hapt": "hapt:reserved=15", "digits": "digits:train=64:test=32"}  # half of its users; few images
+SKIPPED = [
     "fedbn demo",
     "fedbn leakage hapt",
     "fedbn leakage hapt --states",
-]  # stays open; take minutes. All have tests of their own.
+]  # commands that keep running or take minutes; they have separate tests
 MODEL = """
 from torch import nn
 
@@ -39,8 +39,8 @@ def net(shape, classes):
 
 
 @pytest.fixture
-def reader(tmp_path, monkeypatch):
-    """Somebody in an empty directory but for the files that docs/own.md takes to be theirs; runs one line."""
+def run_line(tmp_path, monkeypatch):
+    """A function that runs one command in a directory with the files that docs/own.md assumes."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     rng = np.random.default_rng(0)
@@ -53,10 +53,10 @@ def reader(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "mymodels", raising=False)
 
     def run(line):
-        _, name, *given = shlex.split(line)
-        alone = "--help" in given or not given  # `fedbn claims` only lists
-        small = [] if alone else SMALL.get(name, [])
-        monkeypatch.setattr(sys, "argv", ["fedbn", name, *(FEWER.get(word, word) for word in given), *small])
+        _, name, *arguments = shlex.split(line)
+        is_listing = "--help" in arguments or not arguments  # `fedbn claims` only prints a list
+        small = [] if is_listing else SMALL.get(name, [])
+        monkeypatch.setattr(sys, "argv", ["fedbn", name, *(FEWER.get(word, word) for word in arguments), *small])
         try:
             cli.main()
         except SystemExit as stop:
@@ -68,9 +68,9 @@ def reader(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_every_command_of_a_page_does_what_it_says(page, reader, capsys):
-    lines = [line for line in commands_in(page) if line not in ELSEWHERE]
+def test_page_commands_succeed(page, run_line, capsys):
+    lines = [line for line in commands_in(page) if line not in SKIPPED]
     assert lines
     for line in lines:
-        code = reader(line)
+        code = run_line(line)
         assert code == 0, f"{line}: {capsys.readouterr().err}"

@@ -32,7 +32,7 @@ def imported(*arguments):
     return {line.partition(".")[0] for line in done.stdout.splitlines()}
 
 
-def test_the_package_itself_imports_nothing_heavy():
+def test_import_fedbn_imports_nothing_heavy():
     assert not imported("import fedbn") & HEAVY
 
 
@@ -43,14 +43,14 @@ def test_help_imports_nothing_heavy():
 
 
 @pytest.mark.slow  # the import contract says the same of what is written; this of what happens
-def test_the_library_knows_no_flower():
+def test_library_does_not_import_flower():
     names = [name for name in fedbn.__all__ if name not in ("compare", "load", "study")]
     found = imported(f"import fedbn\nfor name in {names}: getattr(fedbn, name)")
     assert "torch" in found
     assert not found & {"flwr", "ray", "simulations", "clients"}
 
 
-def test_every_name_is_there_and_typed():
+def test_public_names_exist_and_are_typed():
     for name in fedbn.__all__:
         assert callable(getattr(fedbn, name)), name
     stub = ast.parse((ROOT / "fedbn" / "__init__.pyi").read_text())
@@ -60,19 +60,19 @@ def test_every_name_is_there_and_typed():
     assert set(fedbn.__all__) <= set(dir(fedbn))
 
 
-def test_a_name_that_is_not_there():
+def test_unknown_name_raises_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'compair'"):
         fedbn.compair  # noqa: B018
 
 
-def test_without_an_installed_package_the_error_says_how(monkeypatch):
+def test_missing_entry_point_names_the_fix(monkeypatch):
     monkeypatch.setattr(fedbn, "entry_points", lambda group: entry_points(group="nothing.of.this.name"))
     monkeypatch.delitem(vars(fedbn), "study", raising=False)
     with pytest.raises(ImportError, match=r"fedbn\.study needs the installed package: pip install"):
         fedbn.study  # noqa: B018
 
 
-def test_python_dash_m_is_the_command_line():
+def test_python_m_fedbn_is_the_cli():
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "fedbn", "list", "nonsense"]
     done = subprocess.run(command, capture_output=True, text=True, env=env)
@@ -83,7 +83,7 @@ def test_python_dash_m_is_the_command_line():
 SMALL = {"strategies": ("global-naive", "fedbn"), "seeds": 1, "rounds": 1, "eval_every": 1, "progress": False}
 
 
-def test_compare_is_the_command(tmp_path, monkeypatch):
+def test_compare_equals_the_command(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(inference, "RESAMPLES", 50)
     found = fedbn.compare("digits8", **SMALL)
@@ -99,7 +99,7 @@ def test_compare_is_the_command(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("wrong", "message"),
     [
         ({"strategies": ("fedbm",)}, "Did you mean 'fedbn'"),
         ({"roundz": 3}, "Did you mean 'rounds'"),
@@ -107,14 +107,14 @@ def test_compare_is_the_command(tmp_path, monkeypatch):
         ({"track": ["tensorbord:x"]}, "Did you mean 'tensorboard'"),
     ],
 )
-def test_compare_says_what_is_wrong_before_it_works(tmp_path, monkeypatch, wrong, said):
+def test_compare_rejects_bad_options_early(tmp_path, monkeypatch, wrong, message):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         fedbn.compare("digits8", **SMALL | wrong)
     assert not list(tmp_path.rglob("result.json"))
 
 
-def test_a_comparison_shows_itself(tmp_path, monkeypatch):
+def test_comparison_has_repr_and_html(tmp_path, monkeypatch):
     monkeypatch.setattr(inference, "RESAMPLES", 50)
     hostile = "<script>x</script>"
     found = fedbn.load(write(tmp_path, {"global": 0.8, hostile: 0.9}))
@@ -127,7 +127,7 @@ def test_a_comparison_shows_itself(tmp_path, monkeypatch):
     assert set(found.to_pandas("loss")["strategy"]) == {"global", hostile}
 
 
-def test_an_audit_shows_itself():
+def test_audit_has_repr_and_html():
     net = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
     found = fedbn.audit(net, "silobn", shape=(4,))
     assert repr(found).splitlines()[0].startswith("Sequential with silobn: 148 bytes, 116 down")
@@ -138,19 +138,19 @@ def test_an_audit_shows_itself():
         fedbn.audit(net, "silobm")
 
 
-def test_users_of_a_personalized_network_show_themselves():
+def test_users_have_repr_and_html():
     net = fedbn.personalize(nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 3)), "pseudo:n0=8")
-    assert "0 users known" in repr(net)
+    assert "0 users, 0 in memory" in repr(net)
     net(torch.ones(3, 2), user=["ann", "<b>bob", "ann"])
-    assert net.to_pandas()["learnt"].to_dict() == {"<b>bob": 1.0, "ann": 2.0}
-    assert "2 users known, 2 at hand" in repr(net)
+    assert net.to_pandas()["learned"].to_dict() == {"<b>bob": 1.0, "ann": 2.0}
+    assert "2 users, 2 in memory" in repr(net)
     assert "<b>bob" not in net._repr_html_()
     with pytest.raises(UserError, match="Did you mean 'pseudo'"):
         fedbn.personalize(net.model, "pseudi")
 
 
 @pytest.mark.slow
-def test_a_study_is_the_command(tmp_path, monkeypatch):
+def test_study_equals_the_command(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = fedbn.study("digits8", ["pseudo:n0=8"], streams=["iid"], seeds=1, rounds=1)
     assert "pseudo:n0=8" in repr(found)

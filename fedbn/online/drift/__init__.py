@@ -1,1 +1,1 @@
-"""Drift detection on a user's stream."""
+"""Drift detection on the streams of users."""

@@ -1,4 +1,4 @@
-"""What to do after a drift alarm: decay, reset or branch a user's statistics."""
+"""Actions after a drift alarm: decay, reset or branch a user's statistics."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch import Tensor
 
 from fedbn.errors import UserError
 from fedbn.online.drift.detectors import Alarm
-from fedbn.online.drift.signal import Context
+from fedbn.online.drift.signal import Floats, GroupStatistics
 from fedbn.plugins import parse
 
-JUDGED = 6
-"""Windows by which `Branch` judges which context fits: no detector here speaks sooner after a change."""
+BRANCH_WINDOWS = 6
+"""Windows by which `Branch` selects saved statistics: no detector here raises an alarm sooner after a change."""
 
 
-class Personal(Protocol):
-    """What follows many users and lets their states be exchanged."""
+class PersonalizedModel(Protocol):
+    """A model with one state per user that can be read and replaced."""
 
     def predict(self, x: Tensor, user: Sequence[str]) -> Tensor: ...
 
@@ -35,98 +35,98 @@ class Personal(Protocol):
 
 @dataclass
 class UserMonitor:
-    """One user under watch.
+    """Drift detection of one user.
 
     Attributes:
-        alarm: the user's detector.
-        context: what windows have looked like since the last action, but for the recent ones: an alarm comes late, and
-            what follows a change belongs to another context.
-        aside: contexts put aside, each with the user's state then.
-        recent: the last windows' looks and classes.
-        alarms: after which windows the detector spoke.
-        met: windows met.
+        alarm: the detector.
+        statistics: channel means by class since the last action, without the recent windows: an alarm comes late, and
+            windows after a change must not be mixed with those before it.
+        saved: statistics saved by `Branch`, each with the user's state at that time.
+        recent: channel means ``[C]`` and class of the last windows.
+        alarms: number of windows seen at each alarm.
+        num_windows: number of windows seen.
     """
 
     alarm: Alarm
-    context: Context
-    aside: list[tuple[Context, Any]] = field(default_factory=list)
-    recent: list[tuple[Tensor, int]] = field(default_factory=list)
+    statistics: GroupStatistics
+    saved: list[tuple[GroupStatistics, Any]] = field(default_factory=list)
+    recent: list[tuple[Floats, int]] = field(default_factory=list)
     alarms: list[int] = field(default_factory=list)
-    met: int = 0
+    num_windows: int = 0
 
-    def anew(self) -> None:
-        """A new context, of what came last."""
-        self.context = Context(self.context.scale)
+    def restart(self) -> None:
+        """Start with empty statistics."""
+        self.statistics = GroupStatistics(len(self.statistics.n), self.statistics.scale)
 
 
 @dataclass(frozen=True)
 class Action(ABC):
-    """What to do at an alarm, as a value."""
+    """What to do after an alarm."""
 
     name: ClassVar[str]
     about: ClassVar[str]
 
     @abstractmethod
-    def act(self, net: Personal, user: str, watch: UserMonitor) -> None:
-        """Change the user's statistics and context."""
+    def apply(self, net: PersonalizedModel, user: str, monitor: UserMonitor) -> None:
+        """Change the user's state in ``net`` and the statistics of ``monitor``."""
 
 
 @dataclass(frozen=True)
 class Decay(Action):
-    """What was learnt counts as few windows.
+    """Reduce the weight of the user's statistics to that of a few windows.
 
     Attributes:
-        n: how many at most.
+        n: maximum weight, in windows.
 
     >>> Decay().n
     16
     """
 
     name = "decay"
-    about = "what was learnt counts as n windows"
+    about = "reduce the weight of the user's statistics to n windows"
     n: int = 16
 
     def __post_init__(self) -> None:
         if self.n < 0:
             raise UserError(f"action 'decay': n must not be negative, it is {self.n}")
 
-    def act(self, net: Personal, user: str, watch: UserMonitor) -> None:
+    def apply(self, net: PersonalizedModel, user: str, monitor: UserMonitor) -> None:
         state = net.state(user)
         if state.n > self.n:
             net.load(user, state.decay(self.n / state.n))
-        watch.anew()
+        monitor.restart()
 
 
 @dataclass(frozen=True)
 class Reset(Action):
-    """Back to the source.
+    """Return to the source's statistics.
 
     >>> Reset().name
     'reset'
     """
 
     name = "reset"
-    about = "back to the source's statistics"
+    about = "return to the source's statistics"
 
-    def act(self, net: Personal, user: str, watch: UserMonitor) -> None:
+    def apply(self, net: PersonalizedModel, user: str, monitor: UserMonitor) -> None:
         net.reset(user)
-        watch.anew()
+        monitor.restart()
 
 
 @dataclass(frozen=True)
 class Branch(Action):
-    """Put the context aside; take out the one that fits the last windows best, or begin a new one at the source.
+    """Save the statistics. Restore the saved ones that fit the last windows best, or start again from the source.
 
     Attributes:
-        near: a context fits if its distance z to the last windows is at most this.
-        most: contexts kept; the oldest gives way.
+        near: saved statistics fit if their distance z from the last windows is at most this.
+        most: maximum number of saved statistics; the oldest are dropped.
 
     >>> Branch().most
     4
     """
 
     name = "branch"
-    about = "put the statistics aside and take out those that fit"
+    about = "save the statistics and restore saved ones that fit"
     near: float = 2.0
     most: int = 4
 
@@ -134,31 +134,32 @@ class Branch(Action):
         if self.most < 1:
             raise UserError(f"action 'branch': most must be at least 1, not {self.most}")
 
-    def act(self, net: Personal, user: str, watch: UserMonitor) -> None:
-        fits = [(_distance(context, watch.recent[-JUDGED:]), i) for i, (context, _) in enumerate(watch.aside)]
-        best = min(((z, i) for z, i in fits if z is not None), default=None)
-        found = watch.aside.pop(best[1]) if best is not None and best[0] <= self.near else None
-        watch.aside = [*watch.aside, (watch.context, net.state(user))][-self.most :]
-        if found is None:
+    def apply(self, net: PersonalizedModel, user: str, monitor: UserMonitor) -> None:
+        recent = monitor.recent[-BRANCH_WINDOWS:]
+        distances = [(_distance(statistics, recent), i) for i, (statistics, _) in enumerate(monitor.saved)]
+        best = min(((z, i) for z, i in distances if z is not None), default=None)
+        match = monitor.saved.pop(best[1]) if best is not None and best[0] <= self.near else None
+        monitor.saved = [*monitor.saved, (monitor.statistics, net.state(user))][-self.most :]
+        if match is None:
             net.reset(user)
-            watch.anew()
+            monitor.restart()
         else:
-            watch.context, state = found
+            monitor.statistics, state = match
             net.load(user, state)
 
 
-def _distance(context: Context, recent: Sequence[tuple[Tensor, int]]) -> float | None:
-    """How far the last windows are from a context; None while it knows too little.
+def _distance(statistics: GroupStatistics, recent: Sequence[tuple[Floats, int]]) -> float | None:
+    """Median distance of the last windows; None if no class has enough windows.
 
-    Each from the nearest class: under the statistics of somebody else they were given wrong ones.
+    Each window is compared with the nearest class, because its predicted class may be wrong after a change.
     """
-    near = [[z for label in context.n if (z := context.distance(m, label)) is not None] for m, _ in recent]
-    known = [min(zs) for zs in near if zs]
-    return median(known) if known else None
+    distances = [[statistics.distance(x, label) for label in range(len(statistics.n))] for x, _ in recent]
+    nearest = [min(known) for row in distances if (known := [z for z in row if z is not None])]
+    return median(nearest) if nearest else None
 
 
 def action(text: str) -> Action:
-    """The action that a text such as ``decay:n=8`` names.
+    """Action from a text such as ``decay:n=8``.
 
     Raises:
         UserError: unknown name or option, or an option out of range.

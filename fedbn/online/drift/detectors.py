@@ -12,7 +12,7 @@ from fedbn.plugins import parse
 
 
 class Alarm(Protocol):
-    """What river's detectors have in common."""
+    """Common interface of river's detectors."""
 
     @property
     def drift_detected(self) -> bool: ...
@@ -22,7 +22,7 @@ class Alarm(Protocol):
 
 @dataclass(frozen=True)
 class Detector(ABC):
-    """A detector as a value; `new` makes one for a user."""
+    """Options of a detector; `new` creates one."""
 
     name: ClassVar[str]
     about: ClassVar[str]
@@ -30,7 +30,7 @@ class Detector(ABC):
 
     @abstractmethod
     def new(self) -> Alarm:
-        """A detector that has seen nothing."""
+        """Create a detector."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class Adwin(Detector):
     """Adaptive windowing.
 
     Attributes:
-        delta: confidence; smaller alarms less.
-        clock: windows between two looks.
+        delta: confidence; smaller values raise fewer alarms.
+        clock: windows between two checks.
 
     >>> Adwin().delta
     0.002
@@ -57,11 +57,11 @@ class Adwin(Detector):
 
 @dataclass(frozen=True)
 class PageHinkley(Detector):
-    """Cumulative sum of what exceeds the mean.
+    """Page-Hinkley test: cumulative sum of the excess over the mean.
 
     Attributes:
-        threshold: of the sum.
-        delta: excess that is tolerated.
+        threshold: an alarm is raised when the sum exceeds it.
+        delta: tolerated excess.
 
     >>> PageHinkley().delta
     0.05
@@ -83,12 +83,12 @@ def _river(name: str) -> Callable[..., Alarm]:
         from river import drift
     except ImportError:
         raise UserError("drift detection needs river: pip install 'fedbn[online]'") from None
-    found: Callable[..., Alarm] = getattr(drift, name)
-    return found
+    factory: Callable[..., Alarm] = getattr(drift, name)
+    return factory
 
 
 def detector(text: str) -> Detector:
-    """The detector that a text such as ``adwin:delta=0.01`` names.
+    """Detector from a text such as ``adwin:delta=0.01``.
 
     Raises:
         UserError: unknown name or option.

@@ -1,15 +1,15 @@
-r"""Notice without labels that the person or the sensor has changed, and do something about the statistics.
+r"""Detect without labels that the person or the sensor has changed, and adjust the user's statistics.
 
-*Signal.* The channel means :math:`m` of a window at the inputs of the first BN layers are compared with those of the
-windows met before *that were given the same class*, so that a new activity is no drift. With their mean :math:`M` and
-variance :math:`V`, :math:`z=\overline{(m-M)^2/V}` over channels is about 1 while nothing changes. The layers are the
-source model's: what a rule does to its statistics does not move the signal.
+*Signal.* The channel means :math:`m` of a window at the inputs of the first BN layers are compared with those of
+earlier windows *that were predicted as the same class*, so that a new activity is no drift. With their mean :math:`M`
+and variance :math:`V`, :math:`z=\overline{(m-M)^2/V}` over channels is about 1 as long as nothing changes. The layers
+are those of the source model: changes of the user's statistics do not move the signal.
 
-*Detector.* ADWIN or Page-Hinkley from river, one for each user, on :math:`z/(1+z)\in[0,1)`.
+*Detector.* ADWIN or Page-Hinkley from river, one per user, on :math:`z/(1+z)\in[0,1)`.
 
-*Action.* ``decay`` lets what was learnt count little, ``reset`` forgets it, ``branch`` puts it aside and takes out what
-was put aside before if that fits the last windows better. On streams in bouts a reset loses classes that do not come
-again for a while; decay is the safer choice.
+*Action.* ``decay`` reduces the weight of earlier windows. ``reset`` discards them. ``branch`` saves the statistics and
+restores saved ones if they fit the last windows better. On streams in bouts, a reset loses classes that do not recur
+for a while; decay is the safer choice.
 """
 
 from __future__ import annotations
@@ -18,66 +18,65 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from fedbn.online.drift.actions import Action, Personal, UserMonitor
+from fedbn.online.drift.actions import Action, PersonalizedModel, UserMonitor
 from fedbn.online.drift.detectors import Detector
-from fedbn.online.drift.signal import ChannelMeans, Context
+from fedbn.online.drift.signal import Floats, GroupStatistics, InputMeans
 
-RECENT = 12
-"""Windows that may have come after a change which was not noticed yet."""
-
-
-# ---------------------------------------------------------------- signal
-
-
-# ---------------------------------------------------------------- detectors
-
-
-# ---------------------------------------------------------------- actions
+DELAY = 12
+"""Windows that are not yet added to the statistics: they may follow a change that was not detected yet."""
 
 
 class DriftMonitor:
-    """A follower under watch: predicts and learns as ``net`` does, and acts when a user's detector speaks.
+    """Wraps a personalized model: predicts and learns as ``net`` does, and acts on alarms.
 
     Args:
-        net: follows the users.
-        model: the source, for the signal.
-        notice: what detects.
-        act: what is done then.
+        net: the personalized model.
+        model: the source model, for the signal.
+        detector: creates the detector of each user.
+        action: applied after an alarm.
+
+    Attributes:
+        users: monitor of each user, by name.
     """
 
-    def __init__(self, net: Personal, model: nn.Module, notice: Detector, act: Action) -> None:
-        self.net, self.look, self.notice, self.action = net, ChannelMeans(model), notice, act
-        self.watches: dict[str, UserMonitor] = {}
+    def __init__(self, net: PersonalizedModel, model: nn.Module, detector: Detector, action: Action) -> None:
+        self.net, self.input_means, self.detector, self.action = net, InputMeans(model), detector, action
+        self.users: dict[str, UserMonitor] = {}
         self._last: tuple[Tensor, list[str]] | None = None
 
     def predict(self, x: Tensor, user: Sequence[str]) -> Tensor:
-        """Logits of the follower."""
+        """Logits of the wrapped model."""
         self._last = (x, list(user))
         return self.net.predict(x, user=user)
 
     def commit(self, posterior: Tensor | None = None) -> None:
-        """Let the follower learn, then look at the windows.
+        """Update the wrapped model, then the detectors.
 
         Raises:
-            ValueError: nothing was predicted before.
+            ValueError: `predict` was not called before, or there is no posterior.
         """
         if self._last is None or posterior is None:
-            raise ValueError("commit follows a predict and takes its posterior")
+            raise ValueError("nothing to commit: call predict() first, and pass its posterior")
         self.net.commit(posterior=posterior)
         x, users = self._last
-        for m, label, user in zip(self.look(x), posterior.argmax(1).tolist(), users, strict=True):
-            self._see(user, m, label)
+        labels, classes = posterior.argmax(1).tolist(), posterior.shape[1]
+        for means, label, user in zip(self.input_means(x).cpu().numpy(), labels, users, strict=True):
+            if user not in self.users:
+                statistics = GroupStatistics(classes, self.input_means.scale.cpu().numpy())
+                self.users[user] = UserMonitor(self.detector.new(), statistics)
+            self._observe(user, means, label)
 
-    def _see(self, user: str, m: Tensor, label: int) -> None:
-        watch = self.watches.setdefault(user, UserMonitor(self.notice.new(), Context(self.look.scale)))
-        watch.met += 1
-        watch.recent.append((m, label))
-        if len(watch.recent) > RECENT:
-            watch.context.learn(*watch.recent.pop(0))
-        z = watch.context.distance(m, label)
+    def _observe(self, user: str, x: Floats, label: int) -> None:
+        monitor = self.users[user]
+        monitor.num_windows += 1
+        monitor.recent.append((x, label))
+        if len(monitor.recent) > DELAY:
+            old, old_label = monitor.recent.pop(0)
+            monitor.statistics.update(old[None], [old_label])
+        z = monitor.statistics.distance(x, label)
         if z is not None:
-            watch.alarm.update(z / (1 + z))
-            if watch.alarm.drift_detected:
-                watch.alarms.append(watch.met)
-                self.action.act(self.net, user, watch)
-                watch.alarm, watch.recent = self.notice.new(), []
+            monitor.alarm.update(z / (1 + z))
+            if monitor.alarm.drift_detected:
+                monitor.alarms.append(monitor.num_windows)
+                self.action.apply(self.net, user, monitor)
+                monitor.alarm, monitor.recent = self.detector.new(), []

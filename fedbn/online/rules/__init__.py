@@ -1,1 +1,1 @@
-"""Rules by which statistics follow a stream, one paper a file; a new file is found."""
+"""Rules that update a user's statistics on a stream, one file per paper. New files are discovered automatically."""

@@ -1,18 +1,15 @@
-r"""A fixed blend of source and batch."""
+r"""Alpha-BN: fixed mixture of source and batch statistics."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-from fedbn.online.rules.base import Rule
+from fedbn.online.rules.base import BatchRule
 from fedbn.online.statistics import Pair, Prior, State, mix
 
 
 @dataclass(frozen=True)
-class AlphaBN(Rule):
+class AlphaBN(BatchRule):
     r""":math:`\mu = (1-\alpha)\mu_0 + \alpha\mu_B`, the same for the variance.
 
     You, Li, Zhao, 2021, *Test-time batch statistics calibration for covariate shift*, https://arxiv.org/abs/2110.04065
@@ -22,19 +19,14 @@ class AlphaBN(Rule):
     """
 
     name = "alpha-bn"
-    about = "fixed blend of the source and the user's rows in the same call"
+    about = "fixed mixture of the source and the user's rows in the same call"
     source = "You, Li, Zhao 2021, arXiv:2110.04065"
-    includes_current = True
-    keeps = False
 
     alpha: float = 0.1
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.within("alpha", 0, 1)
-
-    def gain(self, state: State, weight: Tensor) -> Tensor:
-        return torch.ones_like(weight)
+        self.check_range("alpha", 0, 1)
 
     def use(self, prior: Prior, state: State) -> Pair:
         return mix(prior.moments, state.moments, state.n.new_tensor(self.alpha), between=False)

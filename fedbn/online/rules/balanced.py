@@ -1,4 +1,4 @@
-r"""Moments of each class, so that how often a class comes does not matter."""
+r"""Balanced BN: moments of each class, mixed with equal weights."""
 
 from __future__ import annotations
 
@@ -13,22 +13,23 @@ from fedbn.online.statistics import Pair, Prior, State, WindowStatistics, mix
 
 @dataclass(frozen=True)
 class Balanced(Rule):
-    r"""Balanced BN: exponentially weighted moments for each pseudo-label, all classes mixed in equal parts,
+    r"""Balanced BN: exponentially weighted moments of each pseudo-label, all classes with equal weights,
 
     .. math:: \mu = \tfrac1K\sum_k \mu_k,\qquad v = \tfrac1K\sum_k \big(v_k + (\mu_k-\mu)^2\big).
 
     Su, Xu, Jia, 2024, *Towards real-world test-time adaptation: tri-net self-training with balanced normalization*
     (TRIBE), AAAI, https://arxiv.org/abs/2309.14949
 
-    The gain is :math:`\max(0.0005 K, 0.01)` as published; its mix of classwise and global updates (gamma) is not here.
-    Every class starts at the source's overall statistics, which makes it slow: see `class-mixture`.
+    The gain is :math:`\max(0.0005 K, 0.01)` as published. The mixture of classwise and global updates (gamma) is not
+    implemented. Every class starts from the overall statistics of the source, which makes adaptation slow; see
+    `class-mixture`.
 
     Attributes:
-        rate: gain; 0: as published.
+        rate: gain; 0: the published value.
     """
 
     name = "balanced"
-    about = "running moments of each pseudo-class, mixed in equal parts (TRIBE's Balanced BN)"
+    about = "running moments of each pseudo-class, mixed with equal weights (Balanced BN of TRIBE)"
     source = "Su, Xu, Jia 2024, arXiv:2309.14949"
     classwise = True
 
@@ -36,21 +37,21 @@ class Balanced(Rule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.within("rate", 0, 1)
+        self.check_range("rate", 0, 1)
 
     def start(self, prior: Prior, classes: int) -> State:
-        return self.parts_at(prior, classes, classes)
+        return self.state_at_prior(prior, classes, classes)
 
-    def update(self, prior: Prior, state: State, seen: WindowStatistics, weight: Tensor, posterior: Tensor) -> State:
+    def update(self, prior: Prior, state: State, window: WindowStatistics, weight: Tensor, posterior: Tensor) -> State:
         classes = posterior.shape[1]
-        which = torch.nn.functional.one_hot(posterior.argmax(1), classes) * weight.clamp(max=1)[:, None]
-        rate = (self.rate or max(0.0005 * classes, 0.01)) * which
-        new = seen.mean[:, None], seen.var[:, None]
+        one_hot = torch.nn.functional.one_hot(posterior.argmax(1), classes) * weight.clamp(max=1)[:, None]
+        rate = (self.rate or max(0.0005 * classes, 0.01)) * one_hot
+        new = window.mean[:, None], window.var[:, None]
         mean, var = mix((state.mean, state.var), new, rate[:, :, None])
-        return replace(state, n=state.n + which, mean=mean, var=var)
+        return replace(state, n=state.n + one_hot, mean=mean, var=var)
 
     def use(self, prior: Prior, state: State) -> Pair:
-        moved = state.mean - prior.mean[:, None]
-        mean = prior.mean + moved.mean(1)
-        spread = (state.mean - mean[:, None]) ** 2
-        return mean, prior.var + (state.var - prior.var[:, None] + spread).mean(1)
+        shift = state.mean - prior.mean[:, None]
+        mean = prior.mean + shift.mean(1)
+        between = (state.mean - mean[:, None]) ** 2
+        return mean, prior.var + (state.var - prior.var[:, None] + between).mean(1)

@@ -1,6 +1,6 @@
-r"""How a user's statistics follow a stream: which to use now, and how to move them afterwards, are two questions.
+r"""Base class of rules: which statistics normalize a user's window, and how the window updates them.
 
-Nearly every published rule without gradients answers them by one equation. With the moments :math:`(m, w)` of a
+One equation covers nearly every published rule without gradients. With the moments :math:`(m, w)` of a
 window (mean and variance over its positions), the user's :math:`(M, V)` and the prior's :math:`(\mu_0, v_0)`,
 
 .. math::
@@ -9,8 +9,9 @@ window (mean and variance over its positions), the user's :math:`(M, V)` and the
     \operatorname{mix}\big((M, V), (m, w); a\big)
       &= \big((1-a)M + a m,\;(1-a)V + a w + a(1-a)(m-M)^2\big),
 
-mean and variance of a mixture. A rule is its gain :math:`a`, its weight of the prior :math:`r`, whether the last
-("between") term counts, and whether a window is inside the statistics that it is normalized by (``includes_current``).
+mean and variance of a mixture. A rule is defined by its gain :math:`a`, its weight of the prior :math:`r`, whether
+the last ("between") term counts, and whether a window is part of the statistics that normalize it
+(``includes_current``).
 
 Everything is vectorized over users (rows, ``U``) and over the channels of all layers side by side (``C``).
 """
@@ -30,29 +31,29 @@ from fedbn.plugins import discover, parse
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """The prior's statistics for ever; base of all rules.
+    """Base class of all rules. It always uses the statistics of the prior.
 
-    A rule overrides `gain`, `prior_share` and `between`, or else `use` and `update`; all are pure. The fields below
-    work with every rule.
+    A rule overrides `gain`, `prior_share` and `between`, or `use` and `update`. All are pure functions. The fields
+    below work with every rule.
 
     Attributes:
-        name: what the command line calls it.
-        about: one line for lists.
+        name: name on the command line.
+        about: one-line description.
         source: authors, year, link.
-        includes_current: a window is inside the statistics that normalize it ("update, then use").
-        keeps: there is a state worth exporting; otherwise every window is normalized by itself.
-        learns: `update` does something.
-        classwise: `update` needs the posterior of each window, so several of one user are taken one after the other.
-        wants: field of `fedbn.online.prior.LayerPrior` that the rule cannot do without.
-        gate: windows are learnt from only if their largest posterior is at least this.
-        diversity: exponent g; :math:`D^g` of the user's statistics is used and the rest is the prior's
-            (`State.diversity`). 0: all of it.
-        fade: every layer is given ``fade`` times what the one before it is given of the user's statistics.
-        floor: variances stay above this share of the prior's.
-        mean_only: variances are the prior's.
-        clip: what a window says of a channel is taken for no further from the prior's mean than this many of the
-            prior's standard deviations, and for no more spread than that; 0: as it is. One window can do only so much.
-        guard: answers are the prior's own while the adapted ones are the less certain
+        includes_current: a window is part of the statistics that normalize it ("update, then use").
+        keeps_state: the state can be exported; otherwise every window is normalized by itself.
+        learns: `update` changes the state.
+        classwise: `update` needs the posterior of each window, so windows of one user are processed one by one.
+        requires: field of `fedbn.online.prior.LayerPrior` that the rule requires.
+        gate: only windows whose largest posterior is at least this are used for updates.
+        diversity: exponent g. The user's statistics have weight :math:`D^g` (`State.diversity`), the prior the rest.
+            0: weight one.
+        fade: the weight of the user's statistics in a layer is ``fade`` times that in the layer before.
+        floor: least variance, as a share of the prior's.
+        mean_only: use the prior's variances.
+        clip: limit on a window's channel mean (distance from the prior's mean) and standard deviation, in standard
+            deviations of the prior. It bounds the influence of one window. 0: no limit.
+        guard: use the prior while adapted predictions are less certain
             (`fedbn.online.personalized.Personalized.predict`).
 
     >>> from fedbn.online import rule
@@ -64,10 +65,10 @@ class Rule:
     about: ClassVar[str]
     source: ClassVar[str] = ""
     includes_current: ClassVar[bool] = False
-    keeps: ClassVar[bool] = True
+    keeps_state: ClassVar[bool] = True
     learns: ClassVar[bool] = True
     classwise: ClassVar[bool] = False
-    wants: ClassVar[str] = ""
+    requires: ClassVar[str] = ""
 
     gate: float = 0.0
     diversity: float = 0.0
@@ -78,36 +79,36 @@ class Rule:
     guard: bool = False
 
     def __post_init__(self) -> None:
-        self.within("gate", 0, 1)
-        self.within("diversity", 0)
-        self.within("fade", 0, 1)
-        self.within("floor", 0)
-        self.within("clip", 0)
+        self.check_range("gate", 0, 1)
+        self.check_range("diversity", 0)
+        self.check_range("fade", 0, 1)
+        self.check_range("floor", 0)
+        self.check_range("clip", 0)
 
-    def within(self, option: str, low: float, high: float = float("inf")) -> None:
-        """Check an option's value.
+    def check_range(self, option: str, low: float, high: float = float("inf")) -> None:
+        """Check the value of an option.
 
         Raises:
             UserError: it is outside ``[low, high]``.
         """
         value = getattr(self, option)
         if not low <= value <= high:
-            raise UserError(f"rule {self.name!r}: {option}={value:g} is impossible; give {low:g} to {high:g}")
+            raise UserError(f"rule {self.name!r}: {option}={value:g} is out of range; use {low:g} to {high:g}")
 
-    def heard(self, prior: Prior, seen: Pair) -> Pair:
-        """Row moments ``[B, C]`` as far as they are believed (``clip``), under the prior of each row."""
+    def clip_moments(self, prior: Prior, moments: Pair) -> Pair:
+        """Row moments ``[B, C]``, limited by ``clip`` under the prior of each row."""
         if not self.clip:
-            return seen
-        reach = self.clip * prior.var.sqrt()
-        mean = torch.minimum(torch.maximum(seen[0], prior.mean - reach), prior.mean + reach)
-        return mean, torch.minimum(seen[1], reach**2)
+            return moments
+        limit = self.clip * prior.var.sqrt()
+        mean = torch.minimum(torch.maximum(moments[0], prior.mean - limit), prior.mean + limit)
+        return mean, torch.minimum(moments[1], limit**2)
 
     def start(self, prior: Prior, classes: int) -> State:
-        """The state of users who have not been met: one part, at the prior's statistics, worth nothing."""
-        return self.parts_at(prior, classes, 1)
+        """Initial state of users: one part with the prior's statistics and no windows."""
+        return self.state_at_prior(prior, classes, 1)
 
-    def parts_at(self, prior: Prior, classes: int, parts: int, extra: int = 0) -> State:
-        """A state with every part at the prior's statistics, worth nothing, and ``extra`` rows of zeros."""
+    def state_at_prior(self, prior: Prior, classes: int, parts: int, extra: int = 0) -> State:
+        """State whose parts have the prior's statistics and no windows, with ``extra`` rows of zeros."""
         users, channels = prior.mean.shape
         zeros = prior.mean.new_zeros
         return State(
@@ -120,47 +121,47 @@ class Rule:
         )
 
     def gain(self, state: State, weight: Tensor) -> Tensor:
-        """a, the share of the new windows, ``[U]``.
+        """Gain a: the share of the new windows, ``[U]``.
 
         Args:
-            state: before the update.
-            weight: ``[U]`` windows (or parts of one) behind the update, positive.
+            state: state before the update.
+            weight: ``[U]`` number of windows in the update, positive, not necessarily integers.
         """
         return torch.zeros_like(weight)
 
     def prior_share(self, prior: Prior, state: State) -> Tensor:
-        """r, the share of the prior, broadcastable to ``[U, C]``."""
+        """Share r of the prior, broadcastable to ``[U, C]``."""
         return state.n.new_zeros(())
 
     def between(self) -> bool:
-        """Whether the spread of windows about their mean counts as variance, in `update` and in `use`."""
+        """Whether the variance between window means counts, in `update` and in `use`."""
         return True
 
     def use(self, prior: Prior, state: State) -> Pair:
         """Mean and variance to normalize by, ``[U, C]`` each."""
         return mix(state.moments, prior.moments, self.prior_share(prior, state), between=self.between())
 
-    def update(self, prior: Prior, state: State, seen: WindowStatistics, weight: Tensor, posterior: Tensor) -> State:
-        """The state after learning from ``seen``; ``t`` and ``classes`` are counted by the caller.
+    def update(self, prior: Prior, state: State, window: WindowStatistics, weight: Tensor, posterior: Tensor) -> State:
+        """State after an update; the caller updates ``t`` and ``classes``.
 
         Args:
-            prior: of these users.
-            state: before.
-            seen: a row a user.
-            weight: ``[U]`` windows behind each row, positive.
-            posterior: ``[U, K]``, mean over the windows of each row; zeros where nothing is known.
+            prior: prior of these users.
+            state: state before the update.
+            window: statistics of the new windows, one row per user.
+            weight: ``[U]`` windows per row, positive.
+            posterior: ``[U, K]``, mean over the windows of each row; zeros if unknown.
         """
         a = self.gain(state, weight)[:, None]
         if self.between():
-            mean, var = mix(state.moments, (seen.mean, seen.var), a)
+            mean, var = mix(state.moments, (window.mean, window.var), a)
         else:
-            one_value = seen.positions * weight[:, None] <= 1
-            target = torch.where(one_value, state.var[:, 0], seen.unbiased(weight))
-            mean, var = mix(state.moments, (seen.mean, target), a, between=False)
+            one_value = window.positions * weight[:, None] <= 1
+            target = torch.where(one_value, state.var[:, 0], window.unbiased(weight))
+            mean, var = mix(state.moments, (window.mean, target), a, between=False)
         return replace(state, n=state.n + weight[:, None], mean=mean[:, None], var=var[:, None])
 
     def statistics(self, prior: Prior, state: State) -> Pair:
-        """`use`, with what the fields of every rule ask for; ``[U, C]`` each."""
+        """Mean and variance of `use` with the common options applied, ``[U, C]`` each."""
         pair = self.use(prior, state)
         if self.fade < 1:
             pair = mix(prior.moments, pair, torch.pow(torch.full_like(prior.eps, self.fade), prior.layer))
@@ -172,54 +173,83 @@ class Rule:
         return mean, torch.maximum(var, self.floor * prior.var)
 
 
-def merge_by_class(state: State, seen: WindowStatistics, weight: Tensor) -> State:
-    """Merge a window into the moments of each class with ``weight`` ``[U, K]``."""
+@dataclass(frozen=True)
+class RunningAverage(Rule):
+    """Base of rules with a constant gain.
+
+    Attributes:
+        rate: gain of a step.
+    """
+
+    rate: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_range("rate", 0, 1)
+
+    def gain(self, state: State, weight: Tensor) -> Tensor:
+        return self.rate * weight.clamp(max=1)
+
+
+@dataclass(frozen=True)
+class BatchRule(Rule):
+    """Base of rules that use the user's rows in the current call and keep no state."""
+
+    includes_current = True
+    keeps_state = False
+
+    def gain(self, state: State, weight: Tensor) -> Tensor:
+        return torch.ones_like(weight)
+
+
+def merge_by_class(state: State, window: WindowStatistics, weight: Tensor) -> State:
+    """Merge windows into the moments of each class with ``weight`` ``[U, K]``."""
     n = state.n + weight
     share = torch.where(weight > 0, weight / n.clamp_min(1e-12), 0.0)[:, :, None]
-    mean, var = mix((state.mean, state.var), (seen.mean[:, None], seen.var[:, None]), share)
+    mean, var = mix((state.mean, state.var), (window.mean[:, None], window.var[:, None]), share)
     return replace(state, n=n, mean=mean, var=var)
 
 
 @dataclass(frozen=True)
 class ClassConditional(Rule):
-    """Base of rules that keep moments of every class and compare them with the source's of the same class.
+    """Base of rules that compare the moments of each class with the source's moments of the same class.
 
     Attributes:
-        n0: windows of a class before it is believed by half.
+        n0: windows of a class after which its shift has weight one half.
     """
 
     classwise = True
-    wants = "class_mean"
+    requires = "class_mean"
 
     n0: float = 4.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.within("n0", 0)
+        self.check_range("n0", 0)
 
     def start(self, prior: Prior, classes: int) -> State:
-        prior.classwise(self.name)
-        return self.parts_at(prior, classes, classes)
+        prior.class_moments(self.name)
+        return self.state_at_prior(prior, classes, classes)
 
-    def update(self, prior: Prior, state: State, seen: WindowStatistics, weight: Tensor, posterior: Tensor) -> State:
-        return merge_by_class(state, seen, posterior * weight[:, None])
+    def update(self, prior: Prior, state: State, window: WindowStatistics, weight: Tensor, posterior: Tensor) -> State:
+        return merge_by_class(state, window, posterior * weight[:, None])
 
-    def belief(self, prior: Prior, state: State) -> Pair:
-        """How far each class is believed, ``[U, K, 1]``, and the user's shift in it, ``[U, K, C]``; 0 where unmet."""
+    def class_shifts(self, prior: Prior, state: State) -> Pair:
+        """Weight ``[U, K, 1]`` and shift ``[U, K, C]`` of each class; 0 for classes without windows."""
         u = (state.n / (state.n + self.n0).clamp_min(1e-12))[:, :, None]
-        return u, torch.where(u > 0, state.mean - prior.classwise(self.name)[0], 0.0)
+        return u, torch.where(u > 0, state.mean - prior.class_moments(self.name)[0], 0.0)
 
 
 def rules() -> dict[str, type[Rule]]:
-    """Name -> class of every rule found."""
+    """All rules, by name."""
     return discover("fedbn.online.rules", Rule)
 
 
 def rule(text: str) -> Rule:
-    """A rule from ``name:option=value:option=value``.
+    """Rule from a text such as ``name:option=value:option=value``.
 
     Raises:
-        UserError: unknown name or option (the nearest is suggested), or an impossible value.
+        UserError: unknown name or option (the closest one is suggested), or a value out of range.
 
     >>> rule("pseudo:n0=64:floor=0.05").n0
     64.0
@@ -228,18 +258,18 @@ def rule(text: str) -> Rule:
 
 
 def client_rule(text: str) -> Rule:
-    """A rule that a client can follow by itself, with what a federation has told it.
+    """Rule that a client can use with its own windows and a prior from the federation.
 
     Raises:
-        UserError: as `rule`, or the rule needs what only labeled data of many users tell.
+        UserError: as for `rule`, or the rule needs labeled data of other users.
 
-    >>> client_rule("population:diversity=1").wants
+    >>> client_rule("population:diversity=1").requires
     'n0'
     """
-    chosen = rule(text)
-    if chosen.wants not in ("", "n0"):
+    parsed = rule(text)
+    if parsed.requires not in ("", "n0"):
         raise UserError(
-            f"rule {text!r} needs labeled windows of seen users, which no client sends: follow it with fedbn "
-            "personalize, or choose another rule here (pseudo, population, ema, ...)"
+            f"rule {text!r} needs labeled windows of seen users, which no client sends: use it with "
+            "fedbn adapt, or choose another rule here (pseudo, population, ema, ...)"
         )
-    return chosen
+    return parsed

@@ -1,4 +1,4 @@
-"""Exact moments of everything met, nothing of the source."""
+"""Exact moments of all windows so far, without the source."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from fedbn.online.statistics import State
 
 @dataclass(frozen=True)
 class Cumulative(Rule):
-    r"""Plain moments: :math:`a_t = 1/n_t`; the first window replaces the source at once.
+    r"""Plain moments: :math:`a_t = 1/n_t`; the first window replaces the source.
 
-    What `torch.nn.BatchNorm2d` does with ``momentum=None``, but counting windows rather than batches, and with the
-    spread between them.
+    Like `torch.nn.BatchNorm2d` with ``momentum=None``, but averages windows instead of batches and includes the
+    variance between them.
     """
 
     name = "cumulative"
-    about = "moments of all windows met so far, without the source"
+    about = "moments of all windows so far, without the source"
     source = "Chan, Golub, LeVeque 1979"
 
     def gain(self, state: State, weight: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-r"""A gain that falls from step to step to a small constant."""
+r"""DUA: running average whose gain decays to a small constant."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ class DUA(Rule):
     Mirza, Micorek, Possegger, Bischof, 2022, *The norm must go on: dynamic unsupervised domain adaptation by
     normalization*, CVPR, https://arxiv.org/abs/2112.00463
 
-    The schedule only; the paper also makes 64 augmented copies of every image.
+    Only the schedule is implemented; the paper also uses 64 augmented copies of every image.
 
     Attributes:
         decay: omega.
-        floor_gain: xi, what the gain falls to.
+        floor_gain: xi, the limit of the gain.
     """
 
     name = "dua"
-    about = "running average whose gain falls from 0.1 to 0.005"
+    about = "running average whose gain decays from 0.1 to 0.005"
     source = "Mirza, Micorek, Possegger, Bischof 2022, arXiv:2112.00463"
 
     decay: float = 0.94
@@ -33,8 +33,8 @@ class DUA(Rule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.within("decay", 0, 1)
-        self.within("floor_gain", 0, 0.9)
+        self.check_range("decay", 0, 1)
+        self.check_range("floor_gain", 0, 0.9)
 
     def gain(self, state: State, weight: Tensor) -> Tensor:
         return (0.1 * self.decay ** (state.t + 1) + self.floor_gain) * weight.clamp(max=1)

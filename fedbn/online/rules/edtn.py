@@ -1,48 +1,41 @@
-r"""Shallow layers follow the user, deep ones the source."""
+r"""EDTN: batch statistics in shallow layers, source statistics in deep ones."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from fedbn.online.rules.base import Rule
+from fedbn.online.rules.base import BatchRule
 from fedbn.online.statistics import Pair, Prior, State
 
 
 @dataclass(frozen=True)
-class EDTN(Rule):
-    r"""Blend of batch and source in mean and *standard deviation*, layer by layer.
+class EDTN(BatchRule):
+    r"""Mixture of batch and source in mean and *standard deviation*, by layer.
 
-    The source weighs :math:`r_l = r_1 (r_L/r_1)^{(l-1)/(L-1)}` in layer l, from 0.1 in the first to 0.99 in the last.
+    The source has weight :math:`r_l = r_1 (r_L/r_1)^{(l-1)/(L-1)}` in layer l: 0.1 in the first, 0.99 in the last.
 
     Wang, Wang, Xi, Zhang, Zhang, 2024, *Optimization-free test-time adaptation for cross-person activity recognition*
     (OFTTA), https://arxiv.org/abs/2310.18562
 
-    Layers count in the order in which the model registers them. The paper's other half, a classifier of prototypes, is
-    not here.
+    Layers are numbered in registration order. The paper's second part, a prototype classifier, is not implemented.
 
     Attributes:
-        first, last: the source's weight at both ends.
+        first, last: weight of the source in the first and last layer.
     """
 
     name = "edtn"
-    about = "blend with the user's rows in the same call, less and less towards the last layer"
+    about = "mixture with the user's rows in the same call, decreasing towards the last layer"
     source = "Wang et al. 2024, arXiv:2310.18562"
-    includes_current = True
-    keeps = False
 
     first: float = 0.1
     last: float = 0.99
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.within("first", 1e-6, 1)
-        self.within("last", 1e-6, 1)
-
-    def gain(self, state: State, weight: Tensor) -> Tensor:
-        return torch.ones_like(weight)
+        self.check_range("first", 1e-6, 1)
+        self.check_range("last", 1e-6, 1)
 
     def use(self, prior: Prior, state: State) -> Pair:
         r = self.first * (self.last / self.first) ** prior.depth()

@@ -1,27 +1,24 @@
-r"""A running average with a constant gain, in two forms."""
+r"""Running average with a constant gain, in two forms."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import Tensor
-
-from fedbn.online.rules.base import Rule
-from fedbn.online.statistics import State
+from fedbn.online.rules.base import RunningAverage
 
 
 @dataclass(frozen=True)
-class Ema(Rule):
-    """Exponentially weighted statistics, started at the source: :math:`a=` ``rate``, :math:`r=0`.
+class Ema(RunningAverage):
+    """Exponentially weighted statistics that start from the source: :math:`a=` ``rate``, :math:`r=0`.
 
     ``form="moments"`` weights all values exactly. ``form="within"`` averages the (unbiased) variances of windows and
-    forgets the spread of their means, which is what BN in training mode does; in deep layers that spread is most of
-    the variance. Several windows of a user at once are one step with their joint moments.
+    ignores the variance between their means, as BN in training mode does; in deep layers that is most of the variance.
+    Several windows of a user in one call are one step with their joint moments.
 
     Attributes:
         rate: gain of a step.
-        form: which variance.
+        form: ``moments`` or ``within``.
     """
 
     name = "ema"
@@ -30,13 +27,6 @@ class Ema(Rule):
 
     rate: float = 0.01
     form: Literal["moments", "within"] = "moments"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.within("rate", 0, 1)
-
-    def gain(self, state: State, weight: Tensor) -> Tensor:
-        return self.rate * weight.clamp(max=1)
 
     def between(self) -> bool:
         return self.form == "moments"

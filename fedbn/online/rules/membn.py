@@ -1,4 +1,4 @@
-r"""The last few windows, each with its own moments."""
+r"""MemBN: joint moments of the last few windows."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from fedbn.online.statistics import Pair, Prior, State, WindowStatistics, mix
 
 @dataclass(frozen=True)
 class MemBN(Rule):
-    r"""Moments of the last ``size`` updates together, blended with the source by :math:`r = n_0/(n_0+n)`.
+    r"""Joint moments of the last ``size`` updates, mixed with the source by :math:`r = n_0/(n_0+n)`.
 
     After Kang, Kim, Ok, Kwak, 2024, *MemBN: robust test-time adaptation via batch norm with statistics memory*,
     ECCV.
 
-    The queue is the paper's; its adaptive weight for each layer, and its reset at a change of domain, are not here.
+    The queue follows the paper. Its adaptive weight per layer and its reset after a change of domain are not
+    implemented.
 
     Attributes:
-        size: updates remembered.
-        n0: windows that the source is worth.
+        size: number of updates in the queue.
+        n0: weight of the source, in windows.
     """
 
     name = "membn"
@@ -35,19 +36,19 @@ class MemBN(Rule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.within("size", 1)
-        self.within("n0", 0)
+        self.check_range("size", 1)
+        self.check_range("n0", 0)
 
     def start(self, prior: Prior, classes: int) -> State:
-        return self.parts_at(prior, classes, self.size)
+        return self.state_at_prior(prior, classes, self.size)
 
-    def update(self, prior: Prior, state: State, seen: WindowStatistics, weight: Tensor, posterior: Tensor) -> State:
+    def update(self, prior: Prior, state: State, window: WindowStatistics, weight: Tensor, posterior: Tensor) -> State:
         oldest = torch.nn.functional.one_hot((state.t % self.size).long(), self.size) == 1
         return replace(
             state,
             n=torch.where(oldest, weight[:, None], state.n),
-            mean=torch.where(oldest[:, :, None], seen.mean[:, None], state.mean),
-            var=torch.where(oldest[:, :, None], seen.var[:, None], state.var),
+            mean=torch.where(oldest[:, :, None], window.mean[:, None], state.mean),
+            var=torch.where(oldest[:, :, None], window.var[:, None], state.var),
         )
 
     def use(self, prior: Prior, state: State) -> Pair:

@@ -1,4 +1,4 @@
-r"""What the population knows of its users, gradually outweighed by the user's own windows."""
+r"""Population statistics as pseudo-windows, gradually outweighed by the user's own."""
 
 from __future__ import annotations
 
@@ -13,41 +13,41 @@ from fedbn.online.statistics import Prior
 
 @dataclass(frozen=True)
 class Population(Pseudo):
-    r"""`pseudo` that starts from what seen users' statistics are under the finished model, worth
+    r"""`pseudo` that starts from the statistics of seen users under the trained model, with a weight of
 
     .. math:: n_{0,c} = b\,s_c^2/\tau_c^2
 
-    windows in channel c: the more users differ in it (:math:`\tau^2`, variance of users' means) against how much one
-    user's windows do (:math:`s^2`), the sooner the start is given up. That is the weight with the least expected
-    squared error for independent windows (Efron, Morris, 1975, *Data analysis using Stein's estimator*); successive
-    windows of one activity say much the same, and ``bout`` is how many of them say as much as one that is independent.
+    windows in channel c. The larger the variance between users' means (:math:`\tau^2`) relative to that between windows
+    of one user (:math:`s^2`), the faster the user's own windows dominate. This weight minimizes the expected squared
+    error for independent windows (Efron, Morris, 1975, *Data analysis using Stein's estimator*). Successive windows of
+    one activity are correlated: ``bout`` of them count as one independent window.
 
-    The start and :math:`s^2/\tau^2` come with the prior (`fedbn.online.prior.population_prior`). This project's; the
-    default was chosen on people who are in no published table (docs/adaptation.md).
+    The initial statistics and :math:`s^2/\tau^2` are part of the prior (`fedbn.online.prior.population_prior`).
+    Proposed by this project. The default was chosen on people who are in no published table (docs/adaptation.md).
 
     Attributes:
         bout: b.
-        cap: windows after which old ones fade.
+        cap: number of windows after which earlier ones are discounted.
     """
 
     name = "population"
-    about = "seen users' statistics, each channel worth what users agree in it, merged with the user's"
+    about = "seen users' statistics, weighted by how much users agree in a channel, merged with the user's"
     source = "after Efron, Morris 1975"
-    wants = "n0"
+    requires = "n0"
 
     n0: float = 0.0
     bout: float = 4.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.within("bout", 0)
+        self.check_range("bout", 0)
         if self.n0:
             raise UserError("rule 'population' takes n0 from the prior: scale it by bout=..., or use pseudo:n0=...")
 
-    def worth(self, prior: Prior) -> Tensor:
+    def pseudo_count(self, prior: Prior) -> Tensor:
         if prior.n0 is None:
             raise UserError(
-                "rule 'population' needs to know how users differ: personalize(model, rule, "
-                "prior=population_prior(model, people)) with windows of seen users"
+                "rule 'population' needs the variance between users: personalize(model, rule, "
+                "prior=population_prior(model, users)) with windows of seen users"
             )
         return self.bout * prior.n0

@@ -1,43 +1,37 @@
-r"""The source as pseudo-windows next to those of the batch."""
+r"""Source statistics as pseudo-windows, mixed with the batch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
-from fedbn.online.rules.base import Rule
+from fedbn.online.rules.base import BatchRule
 from fedbn.online.statistics import Pair, Prior, State, WindowStatistics, mix
 
 
 @dataclass(frozen=True)
-class Schneider(Rule):
-    r""":math:`\mu = \frac{N}{N+n}\mu_0 + \frac{n}{N+n}\mu_B`, the same for the variance; nothing is remembered.
+class Schneider(BatchRule):
+    r""":math:`\mu = \frac{N}{N+n}\mu_0 + \frac{n}{N+n}\mu_B`, the same for the variance, without memory.
 
     Schneider, Rusak, Eck, Bringmann, Brendel, Bethge, 2020, https://arxiv.org/abs/2006.16971
 
     Attributes:
-        N: windows that the source is worth.
+        N: weight of the source, in windows.
     """
 
     name = "schneider"
-    about = "blend of the source and the user's rows in the same call, N against n"
+    about = "mixture of the source and the user's rows in the same call, with weights N and n"
     source = "Schneider et al. 2020, arXiv:2006.16971"
-    includes_current = True
-    keeps = False
 
     N: float = 16.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.within("N", 0)
+        self.check_range("N", 0)
 
-    def gain(self, state: State, weight: Tensor) -> Tensor:
-        return torch.ones_like(weight)
-
-    def update(self, prior: Prior, state: State, seen: WindowStatistics, weight: Tensor, posterior: Tensor) -> State:
-        after = super().update(prior, state, seen, weight, posterior)
+    def update(self, prior: Prior, state: State, window: WindowStatistics, weight: Tensor, posterior: Tensor) -> State:
+        after = super().update(prior, state, window, weight, posterior)
         return replace(after, n=weight[:, None])
 
     def use(self, prior: Prior, state: State) -> Pair:

@@ -1,4 +1,4 @@
-"""No adaptation: the baseline that no rule should fall below."""
+"""No adaptation: the baseline of all rules."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fedbn.online.rules.base import Rule
 
 @dataclass(frozen=True)
 class Source(Rule):
-    """Normalize by the source's statistics, or by those a user was calibrated to, for ever."""
+    """Always normalizes by the source's statistics, or by those of a calibrated user."""
 
     name = "source"
     about = "never adapts"

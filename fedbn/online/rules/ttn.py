@@ -1,36 +1,28 @@
-r"""A learnt blend of source and batch, channel by channel."""
+r"""TTN: learned mixture of source and batch statistics, by channel."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from fedbn.errors import UserError
-from fedbn.online.rules.base import Rule
+from fedbn.online.rules.base import BatchRule
 from fedbn.online.statistics import Pair, Prior, State, mix
 
 
 @dataclass(frozen=True)
-class TTN(Rule):
-    r"""Mixture of batch and source with weight :math:`\alpha_c` for the batch, spread between the means included.
+class TTN(BatchRule):
+    r"""Mixture of batch and source with weight :math:`\alpha_c` for the batch, with the variance between the means.
 
     Lim, Kim, Choo, Choi, 2023, *TTN: a domain-shift aware batch normalization in test-time adaptation*, ICLR,
     https://arxiv.org/abs/2302.05155
 
-    The weights come with the prior; `fedbn.online.ttn_alpha.learn_alpha` learns them from labeled source data.
+    The weights are part of the prior; `fedbn.online.ttn_alpha.learn_alpha` learns them from labeled source data.
     """
 
     name = "ttn"
-    about = "blend with the user's rows in the same call, weights learnt for each channel"
+    about = "mixture with the user's rows in the same call, with a learned weight per channel"
     source = "Lim, Kim, Choo, Choi 2023, arXiv:2302.05155"
-    includes_current = True
-    wants = "alpha"
-    keeps = False
-
-    def gain(self, state: State, weight: Tensor) -> Tensor:
-        return torch.ones_like(weight)
+    requires = "alpha"
 
     def use(self, prior: Prior, state: State) -> Pair:
         if prior.alpha is None:

@@ -1,4 +1,4 @@
-r"""Several components a channel, so that a stretch of one class moves only some of them."""
+r"""UnMix-TNS: mixture of components, of which a sequence of one class changes only some."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fedbn.online.rules.base import Rule
+from fedbn.online.rules.base import BatchRule
 from fedbn.online.statistics import Pair, Prior, State, WindowStatistics
 
 
 @dataclass(frozen=True)
-class UnMixTNS(Rule):
-    r"""K components; a window is normalized by the mixture of all of them, each drawn towards it by its similarity.
+class UnMixTNS(BatchRule):
+    r"""Normalizes a window by a mixture of K components, each moved towards the window by its similarity.
 
     With :math:`p_k = \operatorname{softmax}_k(\cos(m, \mu_k)/0.07)`,
 
@@ -25,37 +25,35 @@ class UnMixTNS(Rule):
     Tomar, Vray, Thiran, Bozorgtabar, 2024, *Un-mixing test-time normalization statistics: combatting label temporal
     correlation*, ICLR, https://arxiv.org/abs/2401.08328
 
-    Several windows of a user at once are taken as one with their joint moments. The components start at random about
-    the source, for all users alike: with K components the mixture has the source's moments only in expectation.
+    Several windows of a user in one call count as one window with their joint moments. The components start at random
+    values around the source, the same for all users. The mixture has the source's moments only in expectation.
 
     Attributes:
-        K: components.
-        seed: of their start.
+        K: number of components.
+        seed: seed of their initial values.
     """
 
     name = "unmix-tns"
-    about = "a mixture of K components, each drawn by the windows that resemble it"
+    about = "mixture of K components, each moved by similar windows"
     source = "Tomar, Vray, Thiran, Bozorgtabar 2024, arXiv:2401.08328"
-    includes_current = True
-    keeps = False
 
     K: int = 16
     seed: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.within("K", 2)
+        self.check_range("K", 2)
 
     def start(self, prior: Prior, classes: int) -> State:
-        state = self.parts_at(prior, classes, self.K, extra=2)
+        state = self.state_at_prior(prior, classes, self.K, extra=2)
         channels = prior.mean.shape[1]
         noise = torch.randn(self.K, channels, generator=torch.Generator().manual_seed(self.seed), dtype=torch.float64)
         offset = (0.5 * self.K / (self.K - 1)) ** 0.5 * prior.var.sqrt()[:, None] * noise.to(prior.mean)
         mixture = torch.stack(prior.moments, 1)
         return replace(state, mean=state.mean + offset, var=0.5 * state.var, extra=mixture)
 
-    def update(self, prior: Prior, state: State, seen: WindowStatistics, weight: Tensor, posterior: Tensor) -> State:
-        m, w = seen.mean[:, None], seen.var[:, None]
+    def update(self, prior: Prior, state: State, window: WindowStatistics, weight: Tensor, posterior: Tensor) -> State:
+        m, w = window.mean[:, None], window.var[:, None]
         dot, a, b = (prior.per_layer(v) for v in (m * state.mean, m * m, state.mean**2))
         p = (dot / (a * b).sqrt().clamp_min(1e-12) / 0.07).softmax(1)[:, :, prior.layer]
         mean, var = torch.lerp(state.mean, m, p), torch.lerp(state.var, w, p)

@@ -1,1 +1,1 @@
-"""Studies: one paper per file. A study holds functions that train one arm with one seed, and ``CLAIMS``."""
+"""Studies, one per module: functions that train one arm with one seed, and ``CLAIMS``."""

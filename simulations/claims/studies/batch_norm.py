@@ -1,6 +1,6 @@
-"""Batch normalization itself.
+"""Batch normalization.
 
-What everybody says of BN (Ioffe, Szegedy, 2015; Wu, He, 2018), on networks that train in seconds.
+Common claims about BN (Ioffe, Szegedy, 2015; Wu, He, 2018), tested on networks that train in seconds.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from simulations.claims.claim import Claim
 from simulations.claims.studies.common import DIGITS, accuracy, digits, seeded, shuffled, train
 
 NUMERICS = 1
-"""Version of this study's numbers; raise it when a change here changes results."""
+"""Numerics version of this study; increase it if a change affects results."""
 
 
 def _cnn(norm: str, seed: int) -> nn.Module:
@@ -38,13 +38,13 @@ def _cnn(norm: str, seed: int) -> nn.Module:
 
 
 def _mlp(norm: str, seed: int, gain: float = 1.0, p: float = 0.0) -> nn.Sequential:
-    """Three hidden layers of 64, weights as He et al. initialize them: torch's own stall a network without BN.
+    """Three hidden layers of 64 with He initialization; with torch's default, a network without BN does not train.
 
     Args:
         norm: ``BN`` before each nonlinearity, or none.
-        seed: of the weights.
+        seed: random seed of the weights.
         gain: factor of the initial weights.
-        p: of dropout after each nonlinearity.
+        p: dropout probability after each nonlinearity.
     """
     layers: list[nn.Module] = [nn.Flatten()]
     for _ in range(3):
@@ -60,12 +60,12 @@ def _mlp(norm: str, seed: int, gain: float = 1.0, p: float = 0.0) -> nn.Sequenti
 
 
 def rates(arm: str, seed: int, quick: bool) -> dict[str, float]:
-    """Largest learning rate, among powers of two, with which plain SGD still reaches 90 % on the training data.
+    """Largest learning rate, as a power of two, with which plain SGD reaches 90 % training accuracy.
 
     The arm is a network and a normalizer.
 
     Raises:
-        ValueError: no rate does.
+        ValueError: no rate reaches it.
     """
     network, norm = arm.split()
     data, _ = digits(seed)
@@ -75,11 +75,11 @@ def rates(arm: str, seed: int, quick: bool) -> dict[str, float]:
         train(model, data, shuffled(len(data), 64, 10, seed), optimizer)
         if accuracy(model, data) >= 0.9:
             return {"largest stable rate, log2": float(exponent)}
-    raise ValueError(f"{arm}: no rate trains")
+    raise ValueError(f"{arm}: no learning rate reaches 90 % training accuracy")
 
 
 def speed(arm: str, seed: int, quick: bool) -> dict[str, float]:
-    """Test accuracy after a single epoch at a common learning rate."""
+    """Test accuracy after a single epoch with the same learning rate."""
     data, test = digits(seed)
     model = _mlp(arm, seed)
     train(model, data, shuffled(len(data), 64, 1, seed), torch.optim.SGD(model.parameters(), lr=0.1))
@@ -87,7 +87,7 @@ def speed(arm: str, seed: int, quick: bool) -> dict[str, float]:
 
 
 def initial(arm: str, seed: int, quick: bool) -> dict[str, float]:
-    """Test accuracy when the initial weights are the usual ones times a gain; the arm is a normalizer and the gain."""
+    """Test accuracy with initial weights multiplied by a gain; the arm is a normalizer and the gain."""
     norm, _, gain = arm.partition(" ")
     data, test = digits(seed)
     model = _mlp(norm, seed, gain=float(gain))
@@ -97,7 +97,7 @@ def initial(arm: str, seed: int, quick: bool) -> dict[str, float]:
 
 
 def small_batches(arm: str, seed: int, quick: bool) -> dict[str, float]:
-    """Test accuracy, learning rate proportional to the batch; the arm is a normalizer and the rows of a batch."""
+    """Test accuracy with a learning rate proportional to the batch size; the arm is a normalizer and the batch size."""
     norm, _, size = arm.partition(" ")
     data, test = digits(seed)
     model = _cnn(norm, seed)
@@ -107,15 +107,15 @@ def small_batches(arm: str, seed: int, quick: bool) -> dict[str, float]:
 
 
 def placement(arm: str, seed: int, quick: bool) -> dict[str, float]:
-    """Test accuracy of two convolutions (8, 16) with BN where the arm says, after three epochs."""
+    """Test accuracy of two convolutions (8, 16) after three epochs; the arm is the position of BN."""
     layers: list[nn.Module] = []
     with seeded(seed, "weights"):
-        for before, width in ((1, 8), (8, 16)):
+        for inputs, width in ((1, 8), (8, 16)):
             parts: dict[str, list[nn.Module]] = {
-                "before the convolution": [nn.BatchNorm2d(before), nn.Conv2d(before, width, 3, padding=1), nn.ReLU()],
-                "before the ReLU": [nn.Conv2d(before, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()],
-                "after the ReLU": [nn.Conv2d(before, width, 3, padding=1), nn.ReLU(), nn.BatchNorm2d(width)],
-                "nowhere": [nn.Conv2d(before, width, 3, padding=1), nn.ReLU()],
+                "before the convolution": [nn.BatchNorm2d(inputs), nn.Conv2d(inputs, width, 3, padding=1), nn.ReLU()],
+                "before the ReLU": [nn.Conv2d(inputs, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()],
+                "after the ReLU": [nn.Conv2d(inputs, width, 3, padding=1), nn.ReLU(), nn.BatchNorm2d(width)],
+                "nowhere": [nn.Conv2d(inputs, width, 3, padding=1), nn.ReLU()],
             }
             layers += [*parts[arm], nn.MaxPool2d(2)]
         model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(64, 10))
@@ -126,37 +126,38 @@ def placement(arm: str, seed: int, quick: bool) -> dict[str, float]:
 
 
 def regularizing(arm: str, seed: int, quick: bool) -> dict[str, float]:
-    """Test accuracy after training to the end on 200 images, and how far training accuracy is above it."""
+    """Test accuracy after long training on 200 images, and the gap to the training accuracy."""
     data, test = digits(seed)
     few = data.take(torch.arange(200))
     model = _mlp("BN" if "BN" in arm else "none", seed, p=0.5 if "dropout" in arm else 0.0)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     with seeded(seed, "dropout"):
         train(model, few, shuffled(len(few), 32, 40 if quick else 100, seed), optimizer)
-    right = accuracy(model, test)
-    return {"accuracy": right, "training above test accuracy": accuracy(model, few) - right}
+    test_accuracy = accuracy(model, test)
+    gap = accuracy(model, few) - test_accuracy
+    return {"accuracy": test_accuracy, "training above test accuracy": gap}
 
 
 def shift(arm: str, seed: int, quick: bool) -> dict[str, float]:
-    """How far the inputs of the nonlinearities move while the network trains.
+    """Shift of the inputs of nonlinearities during training.
 
-    Every ten steps the values of each unit on 256 fixed images are compared with those of ten steps before: their
-    1-Wasserstein distance over their standard deviation, mean over units, layers and the whole training.
+    Every ten steps, the values of each unit on 256 fixed images are compared with those ten steps earlier: the
+    1-Wasserstein distance divided by the standard deviation, averaged over units, layers and the whole training.
     """
     data, _ = digits(seed)
     model = _mlp(arm, seed)
     fixed, steps = data.x[:256], 0
-    found: list[float] = []
-    last: list[Tensor] = []
+    distances: list[float] = []
+    previous: list[Tensor] = []
 
-    def look() -> None:
-        nonlocal steps, last
+    def measure() -> None:
+        nonlocal steps, previous
         steps += 1
         if steps % 10:
             return
-        now: list[Tensor] = []
+        current: list[Tensor] = []
         hooks = [
-            m.register_forward_pre_hook(lambda _, args: now.append(args[0].sort(0).values))
+            m.register_forward_pre_hook(lambda _, args: current.append(args[0].sort(0).values))
             for m in model
             if isinstance(m, nn.ReLU)
         ]
@@ -164,16 +165,16 @@ def shift(arm: str, seed: int, quick: bool) -> dict[str, float]:
             model(fixed)
         for hook in hooks:
             hook.remove()
-        found.extend(float(((a - b).abs().mean(0) / b.std(0)).mean()) for a, b in zip(now, last))
-        last = now
+        distances.extend(float(((a - b).abs().mean(0) / b.std(0)).mean()) for a, b in zip(current, previous))
+        previous = current
 
     order = shuffled(len(data), 64, 5 if quick else 15, seed)
-    train(model, data, order, torch.optim.SGD(model.parameters(), lr=0.1), on_step=look)
-    return {"shift in ten steps": sum(found) / len(found)}
+    train(model, data, order, torch.optim.SGD(model.parameters(), lr=0.1), on_step=measure)
+    return {"shift in ten steps": sum(distances) / len(distances)}
 
 
 def epsilon(arm: str, seed: int, quick: bool) -> dict[str, float]:
-    """Test accuracy with the constant in the denominator as the arm says."""
+    """Test accuracy with the eps of the arm."""
     data, test = digits(seed)
     model = _cnn("BN", seed)
     for layer in norm_layers(model).values():
@@ -187,14 +188,14 @@ GAINS = ("0.1", "0.3", "1", "3", "10")
 SIZES = ("1", "2", "4", "8", "32")
 
 
-def spread(values: Mapping[str, float], norm: str) -> float:
+def accuracy_range(values: Mapping[str, float], norm: str) -> float:
     """Best minus worst accuracy over the gains."""
-    found = [values[f"{norm} {gain}"] for gain in GAINS]
-    return max(found) - min(found)
+    accuracies = [values[f"{norm} {gain}"] for gain in GAINS]
+    return max(accuracies) - min(accuracies)
 
 
-def lost(values: Mapping[str, float], norm: str, size: str) -> float:
-    """Accuracy lost by batches of ``size`` instead of 32."""
+def accuracy_loss(values: Mapping[str, float], norm: str, size: str) -> float:
+    """Loss of accuracy with batches of ``size`` instead of 32."""
     return values[f"{norm} 32"] - values[f"{norm} {size}"]
 
 
@@ -209,7 +210,7 @@ in_small_batches = partial(
     measure="accuracy",
     threshold=0.0,
     drawing="curves",
-    axis="rows of a training batch",
+    axis="training batch size",
 )
 
 CLAIMS = (
@@ -221,7 +222,7 @@ CLAIMS = (
         arms=("MLP BN", "MLP none"),
         measure="largest stable rate, log2",
         effect=lambda v: v["MLP BN"] - v["MLP none"],
-        meaning="doublings of the largest rate that still trains, BN minus none",
+        meaning="log2 of the largest stable learning rate, BN minus none",
         threshold=1.585,
     ),
     claim(
@@ -232,7 +233,7 @@ CLAIMS = (
         arms=("CNN BN", "CNN none"),
         measure="largest stable rate, log2",
         effect=lambda v: v["CNN BN"] - v["CNN none"],
-        meaning="doublings of the largest rate that still trains, BN minus none",
+        meaning="log2 of the largest stable learning rate, BN minus none",
         threshold=1.585,
     ),
     claim(
@@ -249,41 +250,41 @@ CLAIMS = (
     claim(
         name="bn-initialization",
         sentence="With BN the scale of the initial weights matters less.",
-        setting=f"{MLP} 0.1; initial weights as He et al. times 0.1 to 10",
+        setting=f"{MLP} 0.1; He initialization times 0.1 to 10",
         run=initial,
         arms=tuple(f"{norm} {gain}" for norm in ("BN", "none") for gain in GAINS),
         measure="accuracy",
-        effect=lambda v: spread(v, "none") - spread(v, "BN"),
-        meaning="test accuracy, best minus worst over the gains: without BN minus with BN",
+        effect=lambda v: accuracy_range(v, "none") - accuracy_range(v, "BN"),
+        meaning="range of the test accuracy over the gains, without BN minus with BN",
         threshold=0.0,
         drawing="curves",
         axis="gain of the initial weights",
     ),
     in_small_batches(
         name="bn-small-batch",
-        sentence="BN suffers from batches of 2 more than group normalization does.",
+        sentence="BN loses more accuracy with batches of 2 than group normalization.",
         source="Wu, He 2018, https://arxiv.org/abs/1803.08494",
-        effect=lambda v: lost(v, "BN", "2") - lost(v, "GN", "2"),
-        meaning="accuracy lost from batches of 32 to 2, BN minus GN",
+        effect=lambda v: accuracy_loss(v, "BN", "2") - accuracy_loss(v, "GN", "2"),
+        meaning="loss of accuracy with batches of 2 instead of 32, BN minus GN",
     ),
     in_small_batches(
         name="bn-one-row",
-        sentence="BN suffers from batches of one more than layer normalization does.",
+        sentence="BN loses more accuracy with batches of 1 than layer normalization.",
         source="after Ba, Kiros, Hinton 2016, https://arxiv.org/abs/1607.06450",
-        effect=lambda v: lost(v, "BN", "1") - lost(v, "LN", "1"),
-        meaning="accuracy lost from batches of 32 to 1, BN minus LN",
-        note="in a convolution a batch of one still has its positions to take statistics over",
+        effect=lambda v: accuracy_loss(v, "BN", "1") - accuracy_loss(v, "LN", "1"),
+        meaning="loss of accuracy with batches of 1 instead of 32, BN minus LN",
+        note="in a convolution, a batch of one still has statistics over its positions",
     ),
     in_small_batches(
         name="bn-small-batch-evalnorm",
-        sentence="EvalNorm takes back what batches of 2 cost BN.",
+        sentence="EvalNorm recovers the accuracy that BN loses with batches of 2.",
         source="Singh, Shrivastava 2019, https://arxiv.org/abs/1904.06031",
         effect=lambda v: v["EvalNorm 2"] - v["BN 2"],
         meaning="test accuracy with batches of 2, EvalNorm minus BN",
     ),
     claim(
         name="bn-placement",
-        sentence="BN belongs before the nonlinearity, not after it.",
+        sentence="BN works better before the nonlinearity than after it.",
         setting=f"{DIGITS}; two convolutions (8, 16), three epochs of SGD 0.05 with momentum",
         run=placement,
         arms=("before the ReLU", "after the ReLU", "before the convolution", "nowhere"),
@@ -294,7 +295,7 @@ CLAIMS = (
     ),
     claim(
         name="bn-regularizes",
-        sentence="BN regularizes: training accuracy is less far above test accuracy.",
+        sentence="BN regularizes: it reduces the gap between training and test accuracy.",
         setting=f"{MLP} 0.05 with momentum, 200 images",
         run=regularizing,
         arms=("none", "BN", "dropout", "BN + dropout"),
@@ -305,37 +306,37 @@ CLAIMS = (
     ),
     claim(
         name="bn-instead-of-dropout",
-        sentence="With BN dropout brings less.",
+        sentence="Dropout helps less with BN.",
         setting=f"{MLP} 0.05 with momentum, 200 images, dropout 0.5",
         run=regularizing,
         arms=("none", "BN", "dropout", "BN + dropout"),
         measure="accuracy",
         effect=lambda v: (v["dropout"] - v["none"]) - (v["BN + dropout"] - v["BN"]),
-        meaning="test accuracy that dropout adds, without BN minus with BN",
+        meaning="gain of test accuracy from dropout, without BN minus with BN",
         threshold=0.0,
     ),
     claim(
         name="bn-shift",
-        sentence="BN lessens the shift of activations in training.",
+        sentence="BN reduces the shift of activations during training.",
         setting=f"{MLP} 0.1",
         run=shift,
         arms=("none", "BN"),
         measure="shift in ten steps",
         effect=lambda v: v["none"] - v["BN"],
-        meaning="distance in standard deviations that inputs of nonlinearities move in ten steps, none minus BN",
+        meaning="shift of the inputs of nonlinearities in ten steps, in standard deviations, none minus BN",
         threshold=0.0,
-        note="whether this is why BN works is another question (Santurkar et al. 2018 say no)",
+        note="this may not be why BN works (Santurkar et al. 2018)",
     ),
     claim(
         name="bn-epsilon",
-        sentence="Any eps from 1e-5 to 1e-3 will do.",
-        source="practice; no paper",
+        sentence="Any eps from 1e-5 to 1e-3 gives the same accuracy.",
+        source="common practice, no paper",
         setting=f"{DIGITS}; small-cnn",
         run=epsilon,
         arms=("1e-5", "1e-3"),
         measure="accuracy",
         effect=lambda v: -abs(v["1e-5"] - v["1e-3"]),
-        meaning="minus the difference in accuracy",
+        meaning="negative absolute difference in accuracy",
         threshold=-0.01,
     ),
 )

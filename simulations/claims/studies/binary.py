@@ -1,7 +1,7 @@
 """Binary networks need BN's scaling (Sari et al.).
 
-Binary weights and activations, straight-through estimators; gradients are watched at initialization, accuracy after
-training, of an MLP and a CNN, with all of BN, one half of it, or none. Law of growth: see `fedbn.models.binary`.
+Binary weights and activations with straight-through estimators. Measures gradients at initialization and accuracy after
+training of an MLP and a CNN with BN, one half of it, or none. See `fedbn.models.binary` for the growth law.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from simulations.claims.claim import Claim
 from simulations.claims.studies.common import DIGITS, accuracy, digits, seeded, shuffled, train
 
 NUMERICS = 1
-"""Version of this study's numbers; raise it when a change here changes results."""
+"""Numerics version of this study; increase it if a change affects results."""
 
 WIDTH = 128
 
 
 def growth(arm: str, seed: int, quick: bool) -> dict[str, float]:
-    """Growth of the gradient per layer towards the input, 8 binary layers at initialization, mean over networks."""
-    found = []
+    """Mean growth of the gradient per layer towards the input in networks of 8 binary layers at initialization."""
+    growths = []
     for i in range(4 if quick else 16):
         with seeded(seed, "growth", i):
             model = BinaryMLP((WIDTH,), 10, norm=arm, width=WIDTH, depth=8)  # type: ignore[arg-type]
@@ -33,25 +33,25 @@ def growth(arm: str, seed: int, quick: bool) -> dict[str, float]:
         layers = {n: m for n, m in model.named_modules() if isinstance(m, BinaryLinear)}
         with GradientGrowthProbe(layers) as probe:
             (model.hidden(x) * out).sum().backward()
-        found.append(probe.growth)
-    return {"growth per layer": sum(found) / len(found)}
+        growths.append(probe.growth)
+    return {"growth per layer": sum(growths) / len(growths)}
 
 
 def learning(arm: str, seed: int, quick: bool) -> dict[str, float]:
     """Test accuracy of 4 binary layers of 128."""
     with seeded(seed, "weights"):
         model = BinaryMLP((1, 8, 8), 10, norm=arm, width=WIDTH)  # type: ignore[arg-type]
-    return _learned(model, 10 if quick else 40, seed)
+    return _fit(model, 10 if quick else 40, seed)
 
 
 def convolving(arm: str, seed: int, quick: bool) -> dict[str, float]:
     """Test accuracy of 3 binary convolutions (32, 64, 64)."""
     with seeded(seed, "weights"):
         model = BinaryCNN((1, 8, 8), 10, norm=arm)  # type: ignore[arg-type]
-    return _learned(model, 4 if quick else 10, seed)
+    return _fit(model, 4 if quick else 10, seed)
 
 
-def _learned(model: nn.Module, epochs: int, seed: int) -> dict[str, float]:
+def _fit(model: nn.Module, epochs: int, seed: int) -> dict[str, float]:
     data, test = digits(seed)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.003)
     train(model, data, shuffled(len(data), 64, epochs, seed), optimizer)
@@ -67,17 +67,17 @@ CLAIMS = (
     claim(
         name="binary-explosion",
         sentence="Without normalization the gradients of a binary network explode, by (2K/pi)^(1/4) per layer.",
-        setting=f"random inputs, 8 binary layers of {WIDTH} at initialization; the law is derived here",
+        setting=f"random inputs, 8 binary layers of {WIDTH} at initialization; the growth law is derived here",
         run=growth,
         arms=BINARY_NORMS,
         measure="growth per layer",
         effect=lambda v: -abs(v["none"] / LAW - 1),
-        meaning=f"minus the relative deviation from {LAW:.3f}",
+        meaning=f"negative relative deviation from {LAW:.3f}",
         threshold=-0.05,
     ),
     claim(
         name="binary-bn-tames",
-        sentence="BN keeps the gradients of a binary network from exploding.",
+        sentence="BN prevents exploding gradients in a binary network.",
         setting=f"random inputs, 8 binary layers of {WIDTH} at initialization",
         run=growth,
         arms=BINARY_NORMS,
@@ -99,13 +99,13 @@ CLAIMS = (
     ),
     claim(
         name="binary-scale",
-        sentence="What binary networks need of BN is the scaling, not the centring.",
+        sentence="Binary networks need the scaling of BN, not the centering.",
         setting=TRAINED,
         run=learning,
         arms=BINARY_NORMS,
         measure="accuracy",
         effect=lambda v: v["scale"] - v["center"],
-        meaning="test accuracy, scaling alone minus centring alone",
+        meaning="test accuracy, only scaling minus only centering",
         threshold=0.1,
     ),
     claim(
@@ -121,18 +121,18 @@ CLAIMS = (
     ),
     claim(
         name="binary-scale-cnn",
-        sentence="What binary convolutional networks need of BN is the scaling, not the centring.",
+        sentence="Binary convolutional networks need the scaling of BN, not the centering.",
         setting=f"{DIGITS}; binary CNN (32-64-64), Adam 0.003",
         run=convolving,
         arms=BINARY_NORMS,
         measure="accuracy",
         effect=lambda v: v["scale"] - v["center"],
-        meaning="test accuracy, scaling alone minus centring alone",
+        meaning="test accuracy, only scaling minus only centering",
         threshold=0.1,
     ),
     claim(
         name="binary-fixed",
-        sentence="Division by the root of the fan-in, without any statistic, replaces BN in a binary network.",
+        sentence="Division by the square root of the fan-in, without statistics, can replace BN in a binary network.",
         setting=TRAINED,
         run=learning,
         arms=BINARY_NORMS,

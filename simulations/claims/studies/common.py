@@ -1,4 +1,4 @@
-"""What the studies share: small real data, batches, and a training loop short enough to be read."""
+"""Code shared by the studies: small real data sets, batches and a simple training loop."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from fedbn.scenarios.digits import Digits
 from fedbn.seeds import generator, key
 
 NUMERICS = 1
-"""Version of the numbers of all studies; raise it when a change here changes results."""
+"""Numerics version of all studies; increase it if a change affects results."""
 
-DIGITS = "scikit-learn's 8x8 digits (1,797 images, a quarter of them, drawn by the seed, for testing)"
+DIGITS = "scikit-learn's 8x8 digits (1,797 images, a random quarter of them for testing)"
 
 
 @cache
@@ -32,49 +32,49 @@ def _digits() -> tuple[Tensor, Tensor]:
 
 
 def digits(seed: int) -> tuple[Examples, Examples]:
-    """Training and test images ``[n, 1, 8, 8]`` in 0 to 1, dealt by the seed."""
+    """Training and test images ``[n, 1, 8, 8]`` in 0 to 1, split at random with the seed."""
     x, y = _digits()
     order = torch.randperm(len(y), generator=generator(seed, "claims", "digits"))
-    everything = Examples(x, y, torch.zeros_like(y))
-    return everything.take(order[:1347]), everything.take(order[1347:])
+    data = Examples(x, y, torch.zeros_like(y))
+    return data.take(order[:1347]), data.take(order[1347:])
 
 
 DOMAINS = ("mnist", "optdigits", "mfeat", "pendigits", "fonts", "mnistm")
-SIX = "digits in six domains (scenario digits), 743 training images each, averaged to 14x14 pixels"
+SIX_DOMAINS = "digits of six domains (scenario digits), 743 training images each, averaged to 14x14 pixels"
 
 
 @cache
 def digit_domains() -> dict[str, tuple[Examples, Examples]]:
-    """Training and test images ``[n, 3, 14, 14]`` in -1 to 1 of every domain; at most 500 test."""
+    """Training images and at most 500 test images ``[n, 3, 14, 14]`` in -1 to 1 of every domain."""
     users = Digits(test=500).load(0).users
-    return {u.name: (_smaller(u.train), _smaller(u.test)) for u in users}
+    return {u.name: (_downsample(u.train), _downsample(u.test)) for u in users}
 
 
-def _smaller(data: Examples) -> Examples:
+def _downsample(data: Examples) -> Examples:
     return Examples(F.avg_pool2d(data.x, 2), data.y, data.recording)
 
 
 @contextmanager
 def seeded(seed: int, *purpose: object) -> Iterator[None]:
-    """Torch's global generator set for one purpose, e.g. initial weights, and put back afterwards."""
+    """Seed torch's global generator for one purpose, e.g. initial weights, and restore it afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key(seed, "claims", *purpose))
         yield
 
 
 def shuffled(n: int, size: int, epochs: int, seed: int) -> Iterator[Tensor]:
-    """Batches of row indices over some epochs, drawn by the seed; all of one size, the rest of an epoch is left out.
+    """Shuffled batches of row indices over some epochs; incomplete batches at the end of an epoch are dropped.
 
-    A last batch of three rows would decide the statistics of a layer that remembers only the last batch.
+    A last batch of three rows would determine the statistics of a layer that only stores the last batch.
     """
     for epoch in range(epochs):
         yield from torch.randperm(n, generator=generator(seed, "claims", "shuffle", epoch))[: n - n % size].split(size)
 
 
 def by_epoch(order: Sequence[Tensor], epochs: int) -> Iterator[Sequence[Tensor]]:
-    """The batches of each epoch of what `shuffled` gave for so many epochs.
+    """Split the batches of `shuffled` by epoch.
 
-    >>> [len(part) for part in by_epoch(list(shuffled(10, 3, 2, seed=0)), 2)]
+    >>> [len(batches) for batches in by_epoch(list(shuffled(10, 3, 2, seed=0)), 2)]
     [3, 3]
     """
     steps = len(order) // epochs
@@ -83,12 +83,12 @@ def by_epoch(order: Sequence[Tensor], epochs: int) -> Iterator[Sequence[Tensor]]
 
 
 def single_label(y: Tensor, size: int, labels: int, steps: int, seed: int) -> Iterator[Tensor]:
-    """Badly built batches: the rows of each are drawn from only ``labels`` classes."""
-    draw = generator(seed, "claims", "single label")
+    """Unbalanced batches: each is sampled from only ``labels`` classes."""
+    rng = generator(seed, "claims", "single label")
     rows = [(y == c).nonzero()[:, 0] for c in range(int(y.max()) + 1)]
     for _ in range(steps):
-        pool = torch.cat([rows[c] for c in torch.randperm(len(rows), generator=draw)[:labels].tolist()])
-        yield pool[torch.randint(len(pool), (size,), generator=draw)]
+        pool = torch.cat([rows[c] for c in torch.randperm(len(rows), generator=rng)[:labels].tolist()])
+        yield pool[torch.randint(len(pool), (size,), generator=rng)]
 
 
 def train(
@@ -101,15 +101,15 @@ def train(
     clip: float | None = None,
     on_step: Callable[[], None] | None = None,
 ) -> nn.Module:
-    """Minimize the cross-entropy, one step a batch of ``order``; ends early once the loss is not finite.
+    """Minimize the cross-entropy with one step per batch of ``order``; stop early if the loss is not finite.
 
     Args:
-        model: trained in place.
-        data: rows to index.
+        model: model to train in place.
+        data: training data.
         order: batches of row indices.
-        optimizer: of the model's parameters.
-        scheduler: stepped after every batch.
-        clip: largest norm of the gradient.
+        optimizer: optimizer of the model's parameters.
+        scheduler: learning rate scheduler, stepped after every batch.
+        clip: maximum norm of the gradient.
         on_step: called after every step.
     """
     model.train()
@@ -130,12 +130,12 @@ def train(
 
 
 def accuracy(model: nn.Module, data: Examples) -> float:
-    """Share right in evaluation mode; a diverged model is as wrong as its arg max."""
+    """Accuracy in evaluation mode; also defined for a diverged model."""
     return float((logits(model, data.x).argmax(1) == data.y).double().mean())
 
 
 def mean_accuracy(outcome: Outcome, row: Row) -> float:
-    """Mean over users of their accuracy in one row of the evaluation matrix, statistics as aggregated."""
+    """Mean accuracy over users in one row of the evaluation matrix, with statistics as aggregated."""
     scores = [score for user in outcome.scores.values() for score in user]
-    found = [score.accuracy for score in scores if (score.row, score.column) == (row, "aggregated")]
-    return sum(found) / len(found)
+    accuracies = [score.accuracy for score in scores if (score.row, score.column) == (row, "aggregated")]
+    return sum(accuracies) / len(accuracies)

@@ -1,8 +1,9 @@
 """Diminishing BN: statistics averaged over the whole training (Ma, Klabjan).
 
-Both readings of the paper: *algorithm 1* literally, the average normalizing in training too and the layer after the
-activation; and the average serving *inference* only, while batches normalize in training. Every weight and schedule of
-the paper's table; the error is that after the last epoch, its spread that over the epochs of the second half.
+Both interpretations of the paper: *algorithm 1* literally, with the average also used in training and the layer after
+the activation; and the average used for *inference* only, with batch statistics in training. All weights and schedules
+of the paper's table. The error is measured after the last epoch, its standard deviation over the second half of the
+epochs.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from simulations.claims.claim import Claim
 from simulations.claims.studies.common import DIGITS, accuracy, by_epoch, digits, seeded, shuffled, train
 
 NUMERICS = 1
-"""Version of this study's numbers; raise it when a change here changes results."""
+"""Numerics version of this study; increase it if a change affects results."""
 
 ALPHAS = ("1", "0.75", "0.5", "0.25", "0.1", "0.01", "0.001", "1/m", "1/m^2", "0")
 
@@ -26,22 +27,22 @@ ALPHAS = ("1", "0.75", "0.5", "0.25", "0.1", "0.01", "0.001", "1/m", "1/m^2", "0
 def _mlp(mode: Mode, alpha: str, seed: int) -> nn.Module:
     """Two hidden layers of 64, normalized after the ReLU as in the paper's equations."""
 
-    def block(before: int) -> list[nn.Module]:
-        return [nn.Linear(before, 64), nn.ReLU(), DiminishingBN(64, alpha=alpha, mode=mode)]
+    def block(inputs: int) -> list[nn.Module]:
+        return [nn.Linear(inputs, 64), nn.ReLU(), DiminishingBN(64, alpha=alpha, mode=mode)]
 
     with seeded(seed, "weights"):
         return nn.Sequential(nn.Flatten(), *block(64), *block(64), nn.Linear(64, 10))
 
 
-def _errors(model: nn.Module, optimizer: torch.optim.Optimizer, epochs: int, seed: int, *, fall: float) -> list[float]:
-    """Test error after every epoch; the rate is divided by 1 + step / ``fall``."""
+def _errors(model: nn.Module, optimizer: torch.optim.Optimizer, epochs: int, seed: int, *, decay: float) -> list[float]:
+    """Test error after every epoch; the learning rate is divided by 1 + step / ``decay``."""
     data, test = digits(seed)
-    falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda m: 1 / (1 + m / fall))
-    found = []
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda m: 1 / (1 + m / decay))
+    errors = []
     for order in by_epoch(list(shuffled(len(data), 32, epochs, seed)), epochs):
-        train(model, data, order, optimizer, scheduler=falling)
-        found.append(1 - accuracy(model, test))
-    return found
+        train(model, data, order, optimizer, scheduler=scheduler)
+        errors.append(1 - accuracy(model, test))
+    return errors
 
 
 def _summary(errors: list[float]) -> dict[str, float]:
@@ -49,16 +50,16 @@ def _summary(errors: list[float]) -> dict[str, float]:
 
 
 def algorithm1(arm: str, seed: int, quick: bool) -> dict[str, float]:
-    """Plain SGD, rate 0.01 / (1 + m / 600); the arm is the schedule alpha."""
+    """Test error with plain SGD, rate 0.01 / (1 + m / 600); the arm is the schedule alpha."""
     model = _mlp("algorithm1", arm, seed)
-    return _summary(_errors(model, torch.optim.SGD(model.parameters(), lr=0.01), 15 if quick else 30, seed, fall=600))
+    return _summary(_errors(model, torch.optim.SGD(model.parameters(), lr=0.01), 15 if quick else 30, seed, decay=600))
 
 
 def inference(arm: str, seed: int, quick: bool) -> dict[str, float]:
-    """AdaGrad 0.01; the arm is the schedule alpha."""
+    """Test error with AdaGrad 0.01; the arm is the schedule alpha."""
     model = _mlp("inference", arm, seed)
     optimizer = torch.optim.Adagrad(model.parameters(), lr=0.01)
-    return _summary(_errors(model, optimizer, 8 if quick else 20, seed, fall=float("inf")))
+    return _summary(_errors(model, optimizer, 8 if quick else 20, seed, decay=float("inf")))
 
 
 claim = partial(
@@ -72,7 +73,7 @@ claim = partial(
 literal = partial(claim, setting=f"{DIGITS}; MLP with two hidden layers of 64, algorithm 1, SGD", run=algorithm1)
 serving = partial(
     claim,
-    setting=f"{DIGITS}; MLP with two hidden layers of 64, average used in inference only, AdaGrad; m counts steps",
+    setting=f"{DIGITS}; MLP with two hidden layers of 64, average used for inference only, AdaGrad; m counts steps",
     run=inference,
 )
 
@@ -92,28 +93,28 @@ CLAIMS = (
     literal(
         name="dbn-steady",
         sentence="With alpha = 0.25 the error varies less from epoch to epoch than with alpha = 1.",
-        published="said, no number read",
+        published="stated without a number",
         measure="spread over epochs",
         effect=lambda v: v["1"] - v["0.25"],
         meaning="standard deviation of the test error over epochs, alpha = 1 minus 0.25",
     ),
     serving(
         name="dbn-quarter-inference",
-        sentence="A constant weight alpha = 0.25 beats alpha = 1 where batches normalize in training.",
-        published="MNIST error 2.70 % at alpha = 1, 1.91 % at 0.25 (table 1; the paper leaves open which reading)",
+        sentence="A constant weight alpha = 0.25 beats alpha = 1 with batch statistics in training.",
+        published="MNIST error 2.70 % at alpha = 1, 1.91 % at 0.25 (table 1; the interpretation is not specified)",
         effect=lambda v: v["1"] - v["0.25"],
     ),
     serving(
         name="dbn-steady-inference",
-        sentence="With alpha = 0.25 the error varies less from epoch to epoch where batches normalize in training.",
-        published="said, no number read",
+        sentence="With alpha = 0.25 the error varies less from epoch to epoch with batch statistics in training.",
+        published="stated without a number",
         measure="spread over epochs",
         effect=lambda v: v["1"] - v["0.25"],
         meaning="standard deviation of the test error over epochs, alpha = 1 minus 0.25",
     ),
     serving(
         name="dbn-never",
-        sentence="Statistics kept from the first batch alone (alpha = 0) make the error at least ten times as large.",
+        sentence="With the statistics of the first batch only (alpha = 0), the error is at least ten times as large.",
         published="MNIST error 24.27 % at alpha = 0, 1.91 % at 0.25 (table 1)",
         effect=lambda v: v["0"] / max(v["0.25"], 1 / 450),
         meaning="error at alpha = 0 over error at 0.25",

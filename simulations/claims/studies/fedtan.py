@@ -1,8 +1,8 @@
-"""FedTAN: what label skew costs BN, and what exact statistics save (Wang, Shi, Chang).
+"""FedTAN: BN with exact statistics under label skew (Wang, Shi, Chang).
 
-Federated SGD, one full-batch step a round (E = 1), clients with two label-sorted shards each or with rows dealt at
-random. First the gradient of single layers against that of all data in one place; then accuracy after many rounds; and
-what the statistics cost in messages and bytes.
+Federated SGD with one full-batch step per round (E = 1). Clients have two label-sorted shards each, or randomly
+distributed data. Compares the gradient of single layers with that of the pooled data, the accuracy after many rounds,
+and the cost of the statistics in messages and bytes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from functools import partial
 from torch import Tensor
 
 from fedbn.federation.client import client_sync_first_batch
-from fedbn.federation.context import EVERYONE
+from fedbn.federation.context import CENTRAL_TRAINER
 from fedbn.federation.loop import federate
 from fedbn.federation.run import Run, plan_for
 from fedbn.federation.setup import build_context
@@ -24,7 +24,7 @@ from simulations.claims.studies.common import mean_accuracy
 from simulations.engines.execute import execute
 
 NUMERICS = 1
-"""Version of this study's numbers; raise it when a change here changes results."""
+"""Numerics version of this study; increase it if a change affects results."""
 
 SCENARIO = "tabular:table=digits:dealt=random:users=7"
 IMAGES = "digits8:users=7"
@@ -48,40 +48,40 @@ def one_step(arm: str, seed: int, quick: bool) -> dict[str, float]:
 
 
 def _gradient(strategy: str, partition: str, seed: int) -> dict[str, Tensor]:
-    """What the first round moves parameters by, over the rate, by name."""
+    """Change of the parameters in the first round divided by the learning rate, by name."""
     run = _run(IMAGES, strategy, partition, seed, rounds=1)
-    before, outcome = build_context(run).start(), federate(run)
-    # Trained in one place, a model stays there.
-    after = outcome.server.state | outcome.client_states.get(EVERYONE, {})
+    before, outcome = build_context(run).initial_server_state(), federate(run)
+    # A centralized run stores its model as the state of the client CENTRAL_TRAINER.
+    after = outcome.server.state | outcome.client_states.get(CENTRAL_TRAINER, {})
     return {name: (before[name] - after[name]) / RATE for name in LAYERS.values()}
 
 
 def gradients(arm: str, seed: int, quick: bool) -> dict[str, float]:
-    """Distance of the clients' mean gradient from that of all data, relative to its length, layer by layer."""
+    """Distance of the clients' mean gradient from that of the pooled data, relative to its norm, by layer."""
     strategy, partition = arm.split()
-    found, exact = (_gradient(s, partition, seed) for s in (strategy, "centralized"))
+    gradient, exact = (_gradient(s, partition, seed) for s in (strategy, "centralized"))
     return {
-        f"gradient deviation: {arm} {layer}": float((found[name] - exact[name]).norm() / exact[name].norm())
+        f"gradient deviation: {arm} {layer}": float((gradient[name] - exact[name]).norm() / exact[name].norm())
         for layer, name in LAYERS.items()
     }
 
 
 def cost(arm: str, seed: int, quick: bool) -> dict[str, float]:
-    """Exchanges of one round beyond 3 L + 1 for L layers, and a client's statistics as a share of its model's bytes.
+    """Exchanges per round beyond 3 L + 1 for L layers, and the size of a client's statistics relative to its model.
 
     The arm is a model.
     """
-    # What is sent does not depend on how many rows a batch has.
+    # The size of the messages does not depend on the batch size.
     run = _run(IMAGES, "fedtan", "sorted", seed, 1, model=arm, size=16)
     ctx = build_context(run)
-    progress, state = Progress(1, 1), ctx.start()
+    progress, state = Progress(1, 1), ctx.initial_server_state()
     aggregates = list(
         run_consensus(
-            lambda answers: [client_sync_first_batch(ctx, u, state, None, progress, answers) for u in ctx.trainers]
+            lambda previous: [client_sync_first_batch(ctx, u, state, None, progress, previous) for u in ctx.trainers]
         )
     )
     layers = len(statistics_layers(ctx.scratch))
-    sent = sum(moments.mean.numel() for answer in aggregates for moments in answer.values())
+    sent = sum(moments.mean.numel() for aggregate in aggregates for moments in aggregate.values())
     return {
         "exchanges": len(aggregates) + 1.0,
         "exchanges beyond 3L+1": len(aggregates) + 1.0 - (3 * layers + 1),
@@ -89,7 +89,7 @@ def cost(arm: str, seed: int, quick: bool) -> dict[str, float]:
     }
 
 
-TABLE = "scikit-learn's digits as a table, 5 clients; MLP with one hidden layer of 32, one full-batch step a round"
+TABLE = "scikit-learn's digits as a table, 5 clients; MLP with one hidden layer of 32, one full-batch step per round"
 STRATEGIES = ("global-naive", "groupnorm", "fedtan")
 claim = partial(
     Claim,
@@ -108,7 +108,9 @@ deviating = partial(
     setting="digits8 with label-sorted shards, 5 clients; small-cnn, the first full-batch step",
     run=gradients,
     arms=tuple(
-        f"{which} {layer}" for which in ("global-naive sorted", "global-naive IID", "fedtan sorted") for layer in LAYERS
+        f"{training} {layer}"
+        for training in ("global-naive sorted", "global-naive IID", "fedtan sorted")
+        for layer in LAYERS
     ),
     measure="gradient deviation",
     trained=lambda arm: arm.rpartition(" ")[0],
@@ -117,7 +119,7 @@ deviating = partial(
 )
 costing = partial(
     claim,
-    setting="digits8, 5 clients; one round of FedTAN counted",
+    setting="digits8, 5 clients; one round of FedTAN",
     run=cost,
     arms=("mlp", "small-cnn", "resnet20"),
 )
@@ -125,28 +127,28 @@ costing = partial(
 CLAIMS = (
     deviating(
         name="fedtan-bn-deviates",
-        sentence="With label-sorted clients the gradient of federated BN deviates from that of all data.",
+        sentence="With label-sorted clients, the gradient of federated BN deviates from that of the pooled data.",
         effect=lambda v: v["global-naive sorted 1"],
         meaning="relative deviation of the gradient of the first convolution, global BN",
         threshold=0.1,
     ),
     deviating(
         name="fedtan-is-exact",
-        sentence="FedTAN's gradient is that of all data.",
+        sentence="The gradient of FedTAN equals that of the pooled data.",
         effect=lambda v: -max(v[f"fedtan sorted {layer}"] for layer in LAYERS),
-        meaning="minus the largest relative deviation over layers",
+        meaning="negative of the largest relative deviation over layers",
         threshold=-1e-4,
     ),
     accurate(
         name="fedtan-bn-suffers",
-        sentence="Clients with label-sorted shards cost federated BN more than three points of accuracy.",
+        sentence="With label-sorted shards, federated BN loses more than three points of accuracy.",
         effect=lambda v: v["global-naive IID"] - v["global-naive sorted"],
         meaning="accuracy of global BN, IID minus label-sorted",
         threshold=0.03,
     ),
     accurate(
         name="fedtan-is-immune",
-        sentence="They cost FedTAN less than one and a half points.",
+        sentence="With label-sorted shards, FedTAN loses less than one and a half points of accuracy.",
         effect=lambda v: v["fedtan sorted"] - v["fedtan IID"],
         meaning="accuracy of FedTAN, label-sorted minus IID",
         threshold=-0.015,
@@ -161,20 +163,20 @@ CLAIMS = (
     costing(
         name="fedtan-messages",
         sentence="A round takes 3 L + 1 exchanges for L normalization layers.",
-        published="not verified; the structure was read in the authors' code",
+        published="not verified; derived from the authors' code",
         measure="exchanges beyond 3L+1",
         effect=lambda v: -max(abs(x) for x in v.values()),
-        meaning="minus the largest difference from 3 L + 1 over the models",
+        meaning="negative of the largest difference from 3 L + 1 over the models",
         threshold=-0.5,
-        note="each exchange waits for the slowest client: the cost is in waiting",
+        note="each exchange waits for the slowest client, so the cost is mainly waiting time",
     ),
     costing(
         name="fedtan-bytes",
-        sentence="What it sends beside the model is less than five per cent of a deep model.",
+        sentence="The additional messages have less than five percent of the size of a deep model.",
         source="derived from the authors' code",
         measure="share of the model",
         effect=lambda v: -v["resnet20"],
-        meaning="minus the statistics and their gradients over the entries of ResNet-20",
+        meaning="negative ratio of statistics and their gradients to the entries of ResNet-20",
         threshold=-0.05,
     ),
 )

@@ -1,8 +1,8 @@
-"""Normalizers in federated learning: which wins depends on the skew.
+"""Normalizers in federated learning: the best one depends on the skew.
 
-Whole federated runs of the reference loop. First real and made users with BN's treatments; then all related
-normalizers in one grid: two architectures, batches of 4 and of 32, rows dealt at random, few classes a client, or a
-camera a client.
+Complete federated runs of the reference loop. First strategies for BN on real and synthetic users; then a grid of
+normalizers with two architectures, batches of 4 and 32, and data distributed at random, by few classes per client or by
+one camera per client.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from simulations.claims.studies.common import mean_accuracy
 from simulations.engines.execute import execute
 
 NUMERICS = 1
-"""Version of this study's numbers; raise it when a change here changes results."""
+"""Numerics version of this study; increase it if a change affects results."""
 
 SKEWS = {"iid": "iid:clients=8", "labels": "pathological:classes=2", "cameras": "natural"}
 NORMS = {
@@ -31,34 +31,35 @@ SETTINGS = tuple(f"{model} {skew} {size}" for model in ("small-cnn", "mlp") for 
 
 
 def federated(arm: str, seed: int, quick: bool, *, scenario: str, partition: str, rounds: int) -> dict[str, float]:
-    """Accuracies of a federated run with the strategy that the arm names."""
+    """Accuracies of a federated run; the arm is the strategy."""
     plan = plan_for(scenario, rounds=rounds, eval_every=rounds, schedule="cosine")
     outcome = execute(Run(scenario, arm, seed=seed, partition=partition, plan=plan).resolved(), "reference")
     return {"own test": mean_accuracy(outcome, "own"), "global test": mean_accuracy(outcome, "global")}
 
 
 def label_skew(arm: str, seed: int, quick: bool) -> dict[str, float]:
-    """Digits with two classes a client."""
+    """Accuracies on digits with two classes per client."""
     return federated(arm, seed, quick, scenario="digits8", partition=SKEWS["labels"], rounds=5 if quick else 25)
 
 
 def feature_skew(arm: str, seed: int, quick: bool) -> dict[str, float]:
-    """Digits with a camera a client."""
+    """Accuracies on digits with one camera per client."""
     return federated(arm, seed, quick, scenario="digits8", partition="natural", rounds=5 if quick else 25)
 
 
 def real_users(arm: str, seed: int, quick: bool) -> dict[str, float]:
-    """People with a phone at the waist, later recordings for testing."""
+    """Accuracies on people with a phone at the waist, tested on later recordings."""
     return federated(arm, seed, quick, scenario="hapt", partition="natural", rounds=2 if quick else 6)
 
 
 def grid(arm: str, seed: int, quick: bool) -> dict[str, float]:
-    """Accuracy on the pooled test set; the arm is a normalizer, a model, a skew and the rows of a batch.
+    """Accuracy on the pooled test set; the arm is a normalizer, a model, a skew and the batch size.
 
-    The learning rate grows with the square root of the batch; large batches get more rounds, which have fewer steps.
+    The learning rate is proportional to the square root of the batch size. Large batches have more rounds, because a
+    round has fewer steps.
     """
-    norm, _, where = arm.partition(" @ ")
-    model, skew, size = where.split()
+    norm, _, setting = arm.partition(" @ ")
+    model, skew, size = setting.split()
     rounds = (2 if quick else 4) if size == "4" else (4 if quick else 16)
     plan = plan_for(
         "digits8", rounds=rounds, eval_every=rounds, schedule="cosine", batch_size=int(size), lr=0.01 * int(size) ** 0.5
@@ -67,21 +68,21 @@ def grid(arm: str, seed: int, quick: bool) -> dict[str, float]:
     return {"accuracy": mean_accuracy(execute(run.resolved(), "reference"), "global")}
 
 
-def mean_gain(values: Mapping[str, float], norm: str, over: str, *words: str) -> float:
-    """Accuracy of one normalizer minus another's, mean over the settings that hold all ``words``."""
-    chosen = [s for s in SETTINGS if set(words) <= set(s.split()) and f"{norm} @ {s}" in values]
-    return sum(values[f"{norm} @ {s}"] - values[f"{over} @ {s}"] for s in chosen) / len(chosen)
+def mean_gain(values: Mapping[str, float], norm: str, baseline: str, *keywords: str) -> float:
+    """Accuracy of a normalizer minus that of a baseline, mean over the settings with all ``keywords``."""
+    selected = [s for s in SETTINGS if set(keywords) <= set(s.split()) and f"{norm} @ {s}" in values]
+    return sum(values[f"{norm} @ {s}"] - values[f"{baseline} @ {s}"] for s in selected) / len(selected)
 
 
 LABELS = "digits8, 10 clients with two classes each; small-cnn"
-CAMERAS = "digits8, 10 clients with made-up cameras; small-cnn"
+CAMERAS = "digits8, 10 clients with synthetic cameras; small-cnn"
 PEOPLE = "HAPT, 24 of 30 people train; har-cnn"
 claim = partial(Claim, published="not verified")
 in_one_grid = partial(
     claim,
     setting="digits8, 8 clients; small-cnn and mlp, batches of 4 and 32, three kinds of skew",
     run=grid,
-    # Instance normalization has nothing to normalize where there are no positions.
+    # Instance normalization needs positions, which the MLP does not have.
     arms=tuple(f"{norm} @ {s}" for norm in NORMS for s in SETTINGS if norm != "IN" or "cnn" in s),
     measure="accuracy",
     threshold=0.0,
@@ -91,7 +92,7 @@ in_one_grid = partial(
 CLAIMS = (
     claim(
         name="groupnorm-label-skew",
-        sentence="Where clients hold few classes each, group normalization beats global BN.",
+        sentence="With few classes per client, group normalization beats global BN.",
         source="Hsieh et al. 2020, https://arxiv.org/abs/1910.00189",
         setting=LABELS,
         run=label_skew,
@@ -103,7 +104,7 @@ CLAIMS = (
     ),
     claim(
         name="fedbn-feature-skew",
-        sentence="Where clients differ in their inputs, local BN beats global BN on the clients' own data.",
+        sentence="With different inputs per client, local BN beats global BN on the clients' own data.",
         source="Li et al. 2021, https://arxiv.org/abs/2102.07623",
         setting=CAMERAS,
         run=feature_skew,
@@ -127,7 +128,7 @@ CLAIMS = (
     ),
     claim(
         name="silobn-global-label-skew",
-        sentence="With few classes a client, keeping statistics local costs a model that is to serve everybody.",
+        sentence="With few classes per client, local statistics reduce the accuracy on pooled data.",
         source="follows from Andreux et al. 2020, https://arxiv.org/abs/2008.07424",
         setting=LABELS,
         run=label_skew,
@@ -139,7 +140,7 @@ CLAIMS = (
     ),
     claim(
         name="recalibrated-label-skew",
-        sentence="Measuring statistics again under the aggregated weights mends global BN.",
+        sentence="Recalibrating the statistics with the aggregated weights improves global BN.",
         source="after Diao, Ding, Tarokh 2021, https://arxiv.org/abs/2010.01264",
         setting=LABELS,
         run=label_skew,
@@ -151,30 +152,30 @@ CLAIMS = (
     ),
     in_one_grid(
         name="grid-labels",
-        sentence="Few classes a client cost BN more than they cost group normalization, whatever the model and batch.",
+        sentence="With few classes per client, BN loses more than group normalization, over models and batch sizes.",
         source="after Hsieh et al. 2020, https://arxiv.org/abs/1910.00189",
         effect=lambda v: mean_gain(v, "GN", "BN", "labels") - mean_gain(v, "GN", "BN", "iid"),
-        meaning="GN minus BN with few classes a client, beyond GN minus BN on rows dealt at random; mean accuracy",
+        meaning="mean accuracy of GN minus BN, few classes per client minus randomly distributed data",
     ),
     in_one_grid(
         name="grid-batch",
-        sentence="Small batches cost BN more than they cost layer normalization, whatever the model and skew.",
+        sentence="With small batches, BN loses more than layer normalization, over models and skews.",
         source="after Ba, Kiros, Hinton 2016, https://arxiv.org/abs/1607.06450",
         effect=lambda v: mean_gain(v, "LN", "BN", "4") - mean_gain(v, "LN", "BN", "32"),
-        meaning="LN minus BN with batches of 4, beyond that with batches of 32; mean accuracy",
+        meaning="mean accuracy of LN minus BN, batches of 4 minus batches of 32",
     ),
     in_one_grid(
         name="grid-adaptive",
-        sentence="A learnt mixture of global and batch statistics (HBN) beats global BN under label skew.",
+        sentence="A learned mixture of global and batch statistics (HBN) beats global BN under label skew.",
         source="Chen et al. 2025 (HBN, ICML)",
         effect=lambda v: mean_gain(v, "HBN", "BN", "labels"),
-        meaning="HBN minus BN with few classes a client, mean accuracy over models and batches",
+        meaning="mean accuracy of HBN minus BN with few classes per client",
     ),
     in_one_grid(
         name="grid-weightnorm",
-        sentence="Weight normalization, which has no statistics, is hurt less than BN by few classes a client.",
+        sentence="With few classes per client, weight normalization, which has no statistics, loses less than BN.",
         source="after Salimans, Kingma 2016, https://arxiv.org/abs/1602.07868",
         effect=lambda v: mean_gain(v, "WN", "BN", "labels") - mean_gain(v, "WN", "BN", "iid"),
-        meaning="WN minus BN with few classes a client, beyond WN minus BN on rows dealt at random; mean accuracy",
+        meaning="mean accuracy of WN minus BN, few classes per client minus randomly distributed data",
     ),
 )

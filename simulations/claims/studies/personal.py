@@ -1,8 +1,8 @@
 """Online domain-adaptive BN for activity recognition (Mazankiewicz, Boehm, Berges).
 
-Real people, with a phone at the waist or a watch at the wrist; some never train and are met window by window, without
-labels. Training normalizes batches of one user and keeps running statistics of every user; a stranger starts from
-their mean. That mean's variance leaves out how users' means differ, as in the authors' released code.
+Real people, with a phone at the waist or a watch at the wrist. Some are unseen and are processed window by window,
+without labels. Training normalizes batches of one user each and has running statistics per user; an unseen user starts
+from their mean. As in the authors' released code, the mean variance ignores differences between users' means.
 """
 
 from __future__ import annotations
@@ -27,47 +27,47 @@ from simulations.claims.claim import Claim
 from simulations.claims.studies.common import accuracy, shuffled, train
 
 NUMERICS = 1
-"""Version of this study's numbers; raise it when a change here changes results."""
+"""Numerics version of this study; increase it if a change affects results."""
 
 
 @cache
-def _people(name: str, seed: int) -> Population:
+def _population(name: str, seed: int) -> Population:
     return scenario(name).load(seed)
 
 
 def one_user_a_batch(data: Examples, sizes: list[int], epochs: int, seed: int) -> Iterator[torch.Tensor]:
     """Batches of 32 rows of a single user each, in shuffled order."""
     for epoch in range(epochs):
-        draw = generator(seed, "claims", "one user a batch", epoch)
+        rng = generator(seed, "claims", "one user a batch", epoch)
         rows = torch.arange(len(data)).split(sizes)
-        parts = [part for own in rows for part in own[torch.randperm(len(own), generator=draw)].split(32)]
-        for i in torch.randperm(len(parts), generator=draw).tolist():
-            if len(parts[i]) == 32:
-                yield parts[i]
+        batches = [b for user_rows in rows for b in user_rows[torch.randperm(len(user_rows), generator=rng)].split(32)]
+        for i in torch.randperm(len(batches), generator=rng).tolist():
+            if len(batches[i]) == 32:
+                yield batches[i]
 
 
-def trained_by_user(model: nn.Module, users: list[Examples], epochs: int, seed: int) -> nn.Module:
-    """``model`` trained on batches of one user each; its statistics are the mean of the users'.
+def train_by_user(model: nn.Module, users: list[Examples], epochs: int, seed: int) -> nn.Module:
+    """Train ``model`` on batches of one user each; its statistics are the mean of those of the users.
 
     Args:
-        model: with BN layers.
-        users: data of each.
-        epochs: over all of them.
-        seed: of the order of batches.
+        model: model with BN layers.
+        users: training data of each user.
+        epochs: number of epochs over all users.
+        seed: random seed of the order of batches.
     """
     data, sizes = Examples.concat(users), [len(u) for u in users]
-    owner = torch.arange(len(users)).repeat_interleave(torch.tensor(sizes))
+    user_of_row = torch.arange(len(users)).repeat_interleave(torch.tensor(sizes))
     convert(model, "bne", domains=len(users))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
-    met: set[int] = set()
+    trained: set[int] = set()
     for rows in one_user_a_batch(data, sizes, epochs, seed):
-        user = int(owner[rows[0]])
-        met.add(user)
+        user = int(user_of_row[rows[0]])
+        trained.add(user)
         set_domain(model, user)
         train(model, data, [rows], optimizer)
-    mine = torch.tensor(sorted(met))  # a user with less than a batch has no statistics
+    selected = torch.tensor(sorted(trained))  # a user with less than a batch has no statistics
     means = {
-        path: (layer.domain_mean[mine].mean(0), layer.domain_var[mine].mean(0))
+        path: (layer.domain_mean[selected].mean(0), layer.domain_var[selected].mean(0))
         for path, layer in domain_layers(model).items()
     }
     convert(model, "batch")
@@ -77,8 +77,8 @@ def trained_by_user(model: nn.Module, users: list[Examples], epochs: int, seed: 
     return model
 
 
-def _deployed(population: Population, arm: str, seed: int, epochs: int) -> dict[str, float]:
-    """Mean accuracy on the unseen people; the arm is what is trained: ``frozen``, ordinary BN, or ``by user``."""
+def _unseen_accuracy(population: Population, arm: str, seed: int, epochs: int) -> dict[str, float]:
+    """Mean accuracy on unseen people; the arm is the training: ``frozen`` (ordinary BN) or ``by user``."""
     users = [population.users[i].train for i in population.seen]
     model = build("har-cnn", population.shape, len(population.classes), seed)
     streams = [population.users[i].test for i in population.unseen]
@@ -87,38 +87,38 @@ def _deployed(population: Population, arm: str, seed: int, epochs: int) -> dict[
         optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
         train(model, data, shuffled(len(data), 32, epochs, seed), optimizer)
         return {"accuracy: frozen": sum(accuracy(model, s) for s in streams) / len(streams)}
-    model = trained_by_user(model, users, epochs, seed).eval()
-    mixed = [
+    model = train_by_user(model, users, epochs, seed).eval()
+    shuffled_streams = [
         s.take(torch.randperm(len(s), generator=generator(seed, "claims", "stream", i)))
         for i, s in zip(population.unseen, streams, strict=True)
     ]
     return {
         "accuracy: mean of users": sum(accuracy(model, s) for s in streams) / len(streams),
-        "accuracy: natural stream": _followed(model, streams),
-        "accuracy: shuffled stream": _followed(model, mixed),
+        "accuracy: natural stream": _online_accuracy(model, streams),
+        "accuracy: shuffled stream": _online_accuracy(model, shuffled_streams),
     }
 
 
-def _followed(model: nn.Module, streams: list[Examples]) -> float:
-    """Mean over users of accuracy where statistics follow each user's stream, window by window."""
+def _online_accuracy(model: nn.Module, streams: list[Examples]) -> float:
+    """Mean accuracy over users with statistics that are updated on each user's stream, window by window."""
     net = personalize(model, rule("dabn:rate=0.02"))
-    counts = torch.zeros(len(streams))
+    correct = torch.zeros(len(streams))
     with torch.no_grad():
         for t in range(max(map(len, streams))):
-            ctx = [u for u, s in enumerate(streams) if t < len(s)]
-            answers = net(torch.stack([streams[u].x[t] for u in ctx]), user=ctx).argmax(1)
-            counts[ctx] += (answers == torch.stack([streams[u].y[t] for u in ctx])).float()
-    return float((counts / torch.tensor([len(s) for s in streams])).mean())
+            users = [u for u, s in enumerate(streams) if t < len(s)]
+            predicted = net(torch.stack([streams[u].x[t] for u in users]), user=users).argmax(1)
+            correct[users] += (predicted == torch.stack([streams[u].y[t] for u in users])).float()
+    return float((correct / torch.tensor([len(s) for s in streams])).mean())
 
 
 def phone(arm: str, seed: int, quick: bool) -> dict[str, float]:
-    """Six people with a phone, their later recordings."""
-    return _deployed(_people("hapt", seed), arm, seed, 2 if quick else 6)
+    """Accuracies on the later recordings of six people with a phone."""
+    return _unseen_accuracy(_population("hapt", seed), arm, seed, 2 if quick else 6)
 
 
 def watch(arm: str, seed: int, quick: bool) -> dict[str, float]:
-    """Two people with a watch on either arm, the second halves of their recordings."""
-    return _deployed(_people("watch", seed), arm, seed, 4 if quick else 12)
+    """Accuracies on the second halves of the recordings of two people with a watch on either arm."""
+    return _unseen_accuracy(_population("watch", seed), arm, seed, 4 if quick else 12)
 
 
 ABSTRACT = "44 people, median improvement 4 %, up to 14 % (abstract"
@@ -130,42 +130,42 @@ claim = partial(
     threshold=0.0,
     trained=lambda arm: "frozen" if arm == "frozen" else "by user",
 )
-NATURAL = "the order of the stream was not read)"
+NATURAL = "the order of the stream was not verified)"
 SETTINGS = (
-    ("", phone, "HAPT, 24 people train and 6 are unseen; har-cnn, weight of a window 0.02"),
-    ("-watch", watch, "watch, 16 arms of 8 people train and 4 of 2 are unseen; har-cnn, weight of a window 0.02"),
+    ("", phone, "HAPT, 24 seen and 6 unseen people; har-cnn, weight per window 0.02"),
+    ("-watch", watch, "watch, 16 arms of 8 seen and 4 arms of 2 unseen people; har-cnn, weight per window 0.02"),
 )
 
 CLAIMS = tuple(
-    made
+    study_claim
     for suffix, run, setting in SETTINGS
-    for made in (
+    for study_claim in (
         claim(
             name=f"dabn-mixed-stream{suffix}",
-            sentence="Online DA-BN is more accurate on unseen people than frozen BN when activities come mixed.",
+            sentence="Online DA-BN is more accurate on unseen people than frozen BN if activities are mixed.",
             published=f"{ABSTRACT})",
             setting=setting,
             run=run,
             effect=lambda v: v["shuffled stream"] - v["frozen"],
-            meaning="mean accuracy of unseen people, DA-BN on a shuffled stream minus frozen BN",
+            meaning="mean accuracy on unseen people, DA-BN on a shuffled stream minus frozen BN",
         ),
         claim(
             name=f"dabn-natural-stream{suffix}",
-            sentence="Online DA-BN is more accurate on unseen people than frozen BN as activities really come.",
+            sentence="Online DA-BN is more accurate on unseen people than frozen BN if activities are as recorded.",
             published=f"{ABSTRACT}; {NATURAL}",
             setting=setting,
             run=run,
             effect=lambda v: v["natural stream"] - v["frozen"],
-            meaning="mean accuracy of unseen people, DA-BN on the recorded stream minus frozen BN",
+            meaning="mean accuracy on unseen people, DA-BN on the recorded stream minus frozen BN",
         ),
         claim(
             name=f"dabn-order-matters{suffix}",
-            sentence="Online DA-BN loses accuracy when activities come in bouts instead of mixed.",
-            published="not in the paper, as far as read",
+            sentence="Online DA-BN loses accuracy if activities are in recorded order instead of mixed.",
+            published="not in the parts of the paper that were read",
             setting=setting,
             run=run,
             effect=lambda v: v["shuffled stream"] - v["natural stream"],
-            meaning="mean accuracy of unseen people, shuffled minus recorded stream",
+            meaning="mean accuracy on unseen people, shuffled minus recorded stream",
         ),
     )
 )

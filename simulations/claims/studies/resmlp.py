@@ -1,9 +1,9 @@
-"""Dropout, BN and skips make an MLP trainable (Kim).
+"""Dropout, BN and skip connections make an MLP trainable (Kim).
 
-The author's gender model and hyper-parameters on synthetic 512-dimensional embeddings, as faces are not at hand: two
-classes, each a mixture of 20 Gaussians around random directions. Then the same four networks, two blocks deep, on real
-tables: breast cancer, wine and digits of scikit-learn, and HAPT's windows as means, standard deviations, extremes and
-mean changes of each channel, with people in the test that never train.
+The author's gender model and hyper-parameters on synthetic 512-dimensional embeddings instead of faces: two classes,
+each a mixture of 20 Gaussians around random directions. Then the same four networks with two blocks on real tables:
+breast cancer, wine and digits from scikit-learn, and HAPT windows (mean, standard deviation, minimum, maximum and mean
+change of each channel), tested on unseen people.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from simulations.claims.claim import Claim
 from simulations.claims.studies.common import accuracy, seeded, shuffled, train
 
 NUMERICS = 1
-"""Version of this study's numbers; raise it when a change here changes results."""
+"""Numerics version of this study; increase it if a change affects results."""
 
 
 def embeddings(seed: int, rows: int) -> tuple[Examples, Examples]:
-    """Training and as many test rows ``[rows, 512]`` of unit length."""
-    draw = generator(seed, "claims", "embeddings")
-    centers = torch.randn(40, 512, generator=draw)
-    group = torch.randint(40, (2 * rows,), generator=draw)
-    x = centers[group] + 2.5 * torch.randn(2 * rows, 512, generator=draw)
-    everything = Examples(torch.nn.functional.normalize(x), group % 2, torch.zeros_like(group))
-    return everything.take(torch.arange(rows)), everything.take(torch.arange(rows, 2 * rows))
+    """Training and test data ``[rows, 512]`` of unit norm."""
+    rng = generator(seed, "claims", "embeddings")
+    centers = torch.randn(40, 512, generator=rng)
+    group = torch.randint(40, (2 * rows,), generator=rng)
+    x = centers[group] + 2.5 * torch.randn(2 * rows, 512, generator=rng)
+    data = Examples(torch.nn.functional.normalize(x), group % 2, torch.zeros_like(group))
+    return data.take(torch.arange(rows)), data.take(torch.arange(rows, 2 * rows))
 
 
 def learning(arm: str, seed: int, quick: bool) -> dict[str, float]:
-    """Test accuracy with the author's optimizer: AdamW, batches of 512, the rate times 0.066 after every epoch."""
+    """Test accuracy with the author's optimizer: AdamW, batches of 512, rate multiplied by 0.066 after every epoch."""
     data, test = embeddings(seed, 4096)
     with seeded(seed, "weights"):
         model = ResMLP((512,), 2, ic="IC" in arm, skip="skip" in arm)
@@ -50,52 +50,53 @@ def learning(arm: str, seed: int, quick: bool) -> dict[str, float]:
 
 
 def features(windows: Tensor) -> Tensor:
-    """Five numbers a channel of ``[n, channels, samples]``: mean, deviation, least, largest, mean change of a step.
+    """Mean, standard deviation, minimum, maximum and mean absolute change per channel of ``[n, channels, samples]``.
 
     >>> features(torch.tensor([[[0.0, 2.0, 4.0]]])).tolist()
     [[2.0, 2.0, 0.0, 4.0, 2.0]]
     """
     changes = windows.diff(dim=2).abs().mean(2)
-    parts = [windows.mean(2), windows.std(2), windows.amin(2), windows.amax(2), changes]
-    return torch.stack(parts, 2).flatten(1)
+    statistics = [windows.mean(2), windows.std(2), windows.amin(2), windows.amax(2), changes]
+    return torch.stack(statistics, 2).flatten(1)
 
 
 @cache
 def _table(name: str, seed: int) -> tuple[Examples, Examples]:
-    """Training and test rows of a table, in units of the training rows' standard deviations."""
+    """Training and test rows of a table, standardized with the training rows."""
     if name == "hapt":
         population = scenario("hapt").load(seed)
-        parts = [
-            Examples.concat([population.users[i].train for i in of]) for of in (population.seen, population.unseen)
+        groups = [
+            Examples.concat([population.users[i].train for i in users])
+            for users in (population.seen, population.unseen)
         ]
-        train_rows, test_rows = (Examples(features(p.x), p.y, p.recording) for p in parts)
+        train_rows, test_rows = (Examples(features(g.x), g.y, g.recording) for g in groups)
     else:
-        whole = scenario(f"tabular:table={name}:dealt=random:unseen=0").load(0).users
-        rows = Examples.concat([part for u in whole for part in (u.train, u.test)])
+        users = scenario(f"tabular:table={name}:dealt=random:unseen=0").load(0).users
+        rows = Examples.concat([examples for u in users for examples in (u.train, u.test)])
         order = torch.randperm(len(rows), generator=generator(seed, "claims", "table", name))
         cut = 3 * len(rows) // 4
         train_rows, test_rows = rows.take(order[:cut]), rows.take(order[cut:])
-    mean, spread = train_rows.x.mean(0), train_rows.x.std(0).clamp_min(1e-6)
+    mean, std = train_rows.x.mean(0), train_rows.x.std(0).clamp_min(1e-6)
     return (
-        Examples((train_rows.x - mean) / spread, train_rows.y, train_rows.recording),
-        Examples((test_rows.x - mean) / spread, test_rows.y, test_rows.recording),
+        Examples((train_rows.x - mean) / std, train_rows.y, train_rows.recording),
+        Examples((test_rows.x - mean) / std, test_rows.y, test_rows.recording),
     )
 
 
 def tables(arm: str, seed: int, quick: bool) -> dict[str, float]:
-    """Test accuracy on each table, AdamW 0.001 with batches of 32; and their mean."""
-    found = {}
+    """Test accuracy on each table and their mean, with AdamW 0.001 and batches of 32."""
+    accuracies = {}
     for name in TABLES:
         data, test = _table(name, seed)
         with seeded(seed, "weights"):
             classes = int(data.y.max()) + 1
             model = ResMLP((data.x.shape[1],), classes, blocks=2, ic="IC" in arm, skip="skip" in arm)
-        # As many steps on each.
+        # The same number of steps on each table.
         epochs = max(1, (100 if quick else 300) // (len(data) // 32))
         with seeded(seed, "dropout"):
             train(model, data, shuffled(len(data), 32, epochs, seed), torch.optim.AdamW(model.parameters(), lr=1e-3))
-        found[f"accuracy on {name}"] = accuracy(model, test)
-    return found | {"mean accuracy": sum(found.values()) / len(found)}
+        accuracies[f"accuracy on {name}"] = accuracy(model, test)
+    return accuracies | {"mean accuracy": sum(accuracies.values()) / len(accuracies)}
 
 
 TABLES = ("breast-cancer", "wine", "digits", "hapt")
@@ -122,7 +123,7 @@ claim = partial(
 CLAIMS = (
     claim(
         name="resmlp-ic-skip",
-        sentence="Trained from scratch, IC layers with skips beat the plain MLP.",
+        sentence="Trained from scratch, an MLP with IC layers and skips beats the plain MLP.",
         published="Adience gender from scratch: .8406 with IC and skip, .5847 plain (mean over 25 runs, author's log)",
         effect=lambda v: v["IC + skip"] - v["plain"],
         meaning="test accuracy, IC and skip minus plain",
@@ -130,7 +131,7 @@ CLAIMS = (
     ),
     claim(
         name="resmlp-skip-on-top",
-        sentence="Skips add to what IC layers bring.",
+        sentence="Skips improve an MLP with IC layers.",
         published="Adience gender from scratch: .8406 with IC and skip, .8340 IC only (author's log)",
         effect=lambda v: v["IC + skip"] - v["IC"],
         meaning="test accuracy, IC and skip minus IC only",
@@ -138,7 +139,7 @@ CLAIMS = (
     ),
     claim(
         name="resmlp-ic-on-top",
-        sentence="IC layers add to what skips bring.",
+        sentence="IC layers improve an MLP with skips.",
         published="Adience gender from scratch: .8406 with IC and skip, .8207 skip only (author's log)",
         effect=lambda v: v["IC + skip"] - v["skip"],
         meaning="test accuracy, IC and skip minus skip only",
@@ -146,20 +147,20 @@ CLAIMS = (
     ),
     on_tables(
         name="resmlp-tables",
-        sentence="On real tables, too, IC layers with skips beat the plain MLP.",
+        sentence="On real tables, an MLP with IC layers and skips also beats the plain MLP.",
         effect=lambda v: v["IC + skip"] - v["plain"],
         meaning="mean test accuracy over four tables, IC and skip minus plain",
     ),
     on_tables(
         name="resmlp-tables-ic",
-        sentence="On real tables IC layers bring more than skips do.",
-        source="the project's question, after Kim 2021, https://arxiv.org/abs/2108.08186",
+        sentence="On real tables, IC layers improve accuracy more than skips.",
+        source="our question, after Kim 2021, https://arxiv.org/abs/2108.08186",
         effect=lambda v: v["IC"] - v["skip"],
         meaning="mean test accuracy over four tables, IC only minus skip only",
     ),
     on_tables(
         name="resmlp-hapt",
-        sentence="On people never met, IC layers with skips beat the plain MLP.",
+        sentence="On unseen people, an MLP with IC layers and skips beats the plain MLP.",
         measure="accuracy on hapt",
         effect=lambda v: v["IC + skip"] - v["plain"],
         meaning="test accuracy on features of six unseen people, IC and skip minus plain",

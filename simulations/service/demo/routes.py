@@ -1,4 +1,4 @@
-"""The page's files, and the socket by which it is played."""
+"""Files of the page, and the socket that streams a session to it."""
 
 from __future__ import annotations
 
@@ -13,26 +13,27 @@ from fastapi import APIRouter, Response, WebSocket, WebSocketDisconnect
 
 from fedbn.errors import UserError
 from simulations.service.demo.session import Playground, Session
-from simulations.service.schema import Refusal, parsed
+from simulations.service.schema import RequestError, parse_json
 
 PAGE = Path(__file__).parent / "page"
 FILES = {"app.js": "text/javascript", "charts.js": "text/javascript", "style.css": "text/css"}
-SAFE = {
+HEADERS = {
     "content-security-policy": "default-src 'self'; img-src 'self' data:",
     "cache-control": "no-cache",
     "x-content-type-options": "nosniff",
 }
 
-VISITORS = 8
-"""At once."""
+MAX_VISITORS = 8
+"""Maximum number of simultaneous visitors."""
 
-FRAME = 0.1
-"""Seconds between two frames at least."""
+FRAME_INTERVAL = 0.1
+"""Minimum seconds between two frames."""
 
-MOST = 24
-"""Windows a frame; where computing them takes longer than it should, the stream is slower than asked for."""
+MAX_FRAME_WINDOWS = 24
+"""Maximum number of windows per frame. If the computation is too slow, so is the stream."""
 
 SPEEDS = (1.0, 100.0)
+"""Minimum and maximum speed, relative to real time."""
 
 
 def routes(playground: Playground) -> APIRouter:
@@ -42,19 +43,19 @@ def routes(playground: Playground) -> APIRouter:
 
     @router.get("/")
     async def index() -> Response:
-        return Response((PAGE / "index.html").read_bytes(), media_type="text/html", headers=SAFE)
+        return Response((PAGE / "index.html").read_bytes(), media_type="text/html", headers=HEADERS)
 
     @router.get("/page/{name}")
     async def file(name: str) -> Response:
         if name not in FILES:
-            raise Refusal(404, "there is no such file")
-        return Response((PAGE / name).read_bytes(), media_type=FILES[name], headers=SAFE)
+            raise RequestError(404, f"no such file: {name!r}")
+        return Response((PAGE / name).read_bytes(), media_type=FILES[name], headers=HEADERS)
 
     @router.websocket("/play")
     async def play(socket: WebSocket) -> None:
         await socket.accept()
-        if len(visitors) >= VISITORS:
-            await socket.close(1013, f"{VISITORS} visitors are here already: try again later")
+        if len(visitors) >= MAX_VISITORS:
+            await socket.close(1013, f"the limit of {MAX_VISITORS} visitors is reached: try again later")
             return
         visitors.add(socket)
         try:
@@ -68,11 +69,11 @@ def routes(playground: Playground) -> APIRouter:
 
 
 class Player:
-    """Plays a session to one visitor.
+    """Streams a session to one visitor.
 
     Args:
-        socket: accepted.
-        playground: what is shared.
+        socket: accepted socket.
+        playground: shared by all sessions.
     """
 
     def __init__(self, socket: WebSocket, playground: Playground) -> None:
@@ -83,64 +84,65 @@ class Player:
         self.playing: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
-        """Do what the visitor asks until they go."""
-        await self._send("hello", self.playground.about())
+        """Handle the visitor's messages until they disconnect."""
+        await self._send("hello", self.playground.description())
         try:
             while True:
                 text = await self.socket.receive_text()
                 try:
-                    await self._do(parsed(text.encode()))
+                    await self._handle(parse_json(text.encode()))
                 except UserError as error:
                     await self._send("error", {"text": str(error)})
         finally:
             await self._pause()
 
-    async def _do(self, asked: dict[str, Any]) -> None:
-        what = asked.get("do")
-        if what == "open":
+    async def _handle(self, message: dict[str, Any]) -> None:
+        action = message.get("action")
+        person = str(message.get("person"))
+        if action == "open":
             await self._pause()
-            self.session = await self.compute(lambda: Session(self.playground, str(asked.get("person"))))
-            await self._send("opened", {"person": str(asked.get("person"))})
+            self.session = await self.compute(lambda: Session(self.playground, person))
+            await self._send("opened", {"person": person})
             return
         if self.session is None:
-            raise UserError("open somebody's stream first")
+            raise UserError("open a person's stream first")
         session = self.session
-        if what == "play":
-            self.speed = min(max(_number(asked, "speed"), SPEEDS[0]), SPEEDS[1])
+        if action == "play":
+            self.speed = min(max(_number(message, "speed"), SPEEDS[0]), SPEEDS[1])
             if session.ended:
-                session.at = 0
+                session.position = 0
             if self.playing is None or self.playing.done():
                 self.playing = asyncio.create_task(self._play(session))
-        elif what == "pause":
+        elif action == "pause":
             await self._pause()
-        elif what == "step":
+        elif action == "step":
             await self._send("windows", await self.compute(lambda: session.step(1)))
-        elif what == "switch":
-            await self.compute(lambda: session.switch(str(asked.get("person"))))
+        elif action == "switch":
+            await self.compute(lambda: session.switch(person))
             await self._send("switched", {"person": session.person.name} | await self._layers(session))
-        elif what == "rotate":
-            degrees = _number(asked, "degrees")
+        elif action == "rotate":
+            degrees = _number(message, "degrees")
             await self.compute(lambda: session.rotate(degrees))
             await self._send("rotated", {"degrees": degrees} | await self._layers(session))
-        elif what == "record":
-            label = int(_number(asked, "class"))
+        elif action == "record":
+            label = int(_number(message, "class"))
             recorded = await self.compute(lambda: session.record(label))
             await self._send("recorded", recorded | await self._layers(session))
         else:
-            raise UserError(f"nothing is known of {what!r}")
+            raise UserError(f"unknown action {action!r}")
 
     async def _layers(self, session: Session) -> dict[str, Any]:
         return {"layers": await self.compute(session.positions)}
 
     async def _play(self, session: Session) -> None:
-        owed, last = 0.0, time.monotonic()
+        due, last = 0.0, time.monotonic()
         while not session.ended:
-            await asyncio.sleep(FRAME)
+            await asyncio.sleep(FRAME_INTERVAL)
             now = time.monotonic()
-            owed, last = min(owed + (now - last) * self.speed / self.playground.hop, MOST), now
-            if owed >= 1:
-                count = int(owed)
-                owed -= count
+            due, last = min(due + (now - last) * self.speed / self.playground.hop, MAX_FRAME_WINDOWS), now
+            if due >= 1:
+                count = int(due)
+                due -= count
                 await self._send("windows", await self.compute(lambda n=count: session.step(n)))  # type: ignore[misc]
         await self._send("ended", {})
 
@@ -151,12 +153,12 @@ class Player:
                 await self.playing
             self.playing = None
 
-    async def _send(self, kind: str, about: dict[str, Any]) -> None:
-        await self.socket.send_text(orjson.dumps({"kind": kind} | about).decode())
+    async def _send(self, kind: str, content: dict[str, Any]) -> None:
+        await self.socket.send_text(orjson.dumps({"kind": kind} | content).decode())
 
 
-def _number(asked: dict[str, Any], name: str) -> float:
-    value = asked.get(name)
+def _number(message: dict[str, Any], name: str) -> float:
+    value = message.get(name)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise UserError(f"{name!r} must be a number, not {value!r}")
     return float(value)

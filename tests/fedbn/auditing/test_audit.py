@@ -1,4 +1,4 @@
-"""Traps are found where they are, and only there; the model is left as it was."""
+"""Lints find mistakes where they are and nowhere else, and do not change the model."""
 
 import json
 import sys
@@ -50,7 +50,7 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """torchvision's layout of ResNet-18; ``width`` 64 there, smaller here where numbers do not matter."""
+    """torchvision's layout of ResNet-18, where ``width`` is 64; smaller here where numbers do not matter."""
 
     def __init__(self, width=64, classes=1000):
         super().__init__()
@@ -76,8 +76,8 @@ class ResNet(nn.Module):
         return self.fc(self.avgpool(h).flatten(1))
 
 
-def mobile():
-    """Numbered like torchvision's MobileNet: no key says ``bn``."""
+def mobilenet():
+    """Modules numbered like torchvision's MobileNet: no key contains ``bn``."""
 
     def block(before, after, stride=1, groups=1):
         conv = nn.Conv2d(before, after, 3, stride, 1, groups=groups, bias=False)
@@ -97,7 +97,7 @@ def small(*, norm=nn.BatchNorm2d, channels=4, **options):
 
 
 class Named(nn.Module):
-    """A chain whose modules have the given names."""
+    """Sequential model with named modules."""
 
     def __init__(self, **layers):
         super().__init__()
@@ -110,13 +110,13 @@ class Named(nn.Module):
         return x
 
 
-def found(model, lint, how=None, **options):
-    """The findings of one lint."""
-    return [f for f in audit(model, how, **options).findings if f.lint == lint]
+def findings(model, lint, strategy=None, **options):
+    """Findings of one lint."""
+    return [f for f in audit(model, strategy, **options).findings if f.lint == lint]
 
 
-def only(model, lint, how=None, **options):
-    (finding,) = found(model, lint, how, **options)
+def only_finding(model, lint, strategy=None, **options):
+    (finding,) = findings(model, lint, strategy, **options)
     assert finding.message
     assert finding.fix
     return finding
@@ -125,17 +125,17 @@ def only(model, lint, how=None, **options):
 # --- names
 
 
-def test_names_miss_three_of_twenty_in_a_torchvision_resnet18():
+def test_name_misses_in_torchvision_resnet18():
     with torch.device("meta"):
         net = ResNet()
-    finding = only(net, "name-misses")
+    finding = only_finding(net, "name-misses")
     assert finding.where == ("layer2.0.downsample.1", "layer3.0.downsample.1", "layer4.0.downsample.1")
     assert "misses 3 of 20 BN layers" in finding.message
     parameters, statistics, counters = 11_689_512, 9_600, 20  # torchvision's
     assert audit(net).bytes == 4 * (parameters + statistics) + 8 * counters
 
 
-def test_roles_miss_none():
+def test_roles_include_all_norm_layers():
     net = ResNet(width=4)
     by_type = {k.rpartition(".")[0] for k, r in roles(net).items() if r is Role.AFFINE}
     assert len(by_type) == 20
@@ -144,163 +144,165 @@ def test_roles_miss_none():
     assert not any(k.rpartition(".")[0] in by_type for k in shared)
 
 
-def test_names_miss_two_of_twentyone_in_the_builtin_resnet20():
-    finding = only(build("resnet20", (3, 32, 32), 10, 0), "name-misses")
+def test_name_misses_in_builtin_resnet20():
+    finding = only_finding(build("resnet20", (3, 32, 32), 10, 0), "name-misses")
     assert finding.where == ("layer2.0.downsample.1", "layer3.0.downsample.1")
     assert "misses 2 of 21 BN layers" in finding.message
 
 
-def test_names_miss_all_of_a_numbered_net():
-    assert "misses 3 of 3 BN layers" in only(mobile(), "name-misses").message
+def test_name_misses_with_numbered_modules():
+    assert "misses 3 of 3 BN layers" in only_finding(mobilenet(), "name-misses").message
 
 
-def test_names_that_match_are_no_finding():
+def test_name_lints_accept_matching_names():
     net = Named(conv=nn.Conv2d(3, 4, 1), bn=nn.BatchNorm2d(4))
-    assert not found(net, "name-misses")
-    assert not found(net, "name-catches")
+    assert not findings(net, "name-misses")
+    assert not findings(net, "name-catches")
 
 
-def test_matching_is_case_sensitive():
-    assert found(Named(conv=nn.Conv2d(3, 4, 1), BN=nn.BatchNorm2d(4)), "name-misses")
+def test_name_misses_is_case_sensitive():
+    assert findings(Named(conv=nn.Conv2d(3, 4, 1), BN=nn.BatchNorm2d(4)), "name-misses")
 
 
-def test_other_kinds_are_called_by_their_name():
-    assert "1 of 1 normalization layers" in only(small(norm=lambda c: nn.GroupNorm(2, c)), "name-misses").message
+def test_name_misses_counts_other_norm_layers():
+    assert (
+        "1 of 1 normalization layers" in only_finding(small(norm=lambda c: nn.GroupNorm(2, c)), "name-misses").message
+    )
 
 
-def test_subnet_contains_bn():
+def test_name_catches_subnet():
     net = Named(subnet=nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)), fc=nn.Conv2d(4, 2, 1))
-    finding = only(net, "name-catches")
+    finding = only_finding(net, "name-catches")
     assert finding.where == ("subnet.0",)
-    assert "catches 2 entries of 1 layer" in finding.message
-    assert not found(net, "name-misses")
+    assert "catches 2 entries of 1 layer without" in finding.message
+    assert not findings(net, "name-misses")
 
 
-# --- each trap, where it is and where it is not
+# --- each lint, with and without a finding
 
 
-def test_no_norm():
+def test_no_norm_finding():
     net = nn.Sequential(nn.Linear(3, 2))
-    assert only(net, "no-norm").level == "warning"
-    assert only(net, "no-norm", NoNorm()).level == "note"
-    assert not found(small(), "no-norm")
+    assert only_finding(net, "no-norm").level == "warning"
+    assert only_finding(net, "no-norm", NoNorm()).level == "note"
+    assert not findings(small(), "no-norm")
 
 
-def test_lazy():
+def test_lazy_finding():
     net = nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d(), nn.Flatten(), nn.LazyLinear(2))
     result = audit(net, FedBN(), shape=(3, 8, 8))
     assert [f.lint for f in result.findings if f.level == "error"] == ["lazy"]
     assert result.entries[0].shape is None
     assert result.bytes == 8  # the counter
     net(torch.zeros(2, 3, 8, 8))
-    assert not found(net, "lazy")
+    assert not findings(net, "lazy")
 
 
-def test_counters():
-    assert "1 integer entry (8 B)" in only(small(), "counters").message
-    assert not found(small(norm=lambda c: nn.GroupNorm(2, c)), "counters")
+def test_counters_finding():
+    assert "1 integer entry (8 B)" in only_finding(small(), "counters").message
+    assert not findings(small(norm=lambda c: nn.GroupNorm(2, c)), "counters")
 
 
-def test_cumulative_average():
-    assert only(small(momentum=None), "momentum-none").where == ("1",)
-    assert not found(small(), "momentum-none")
+def test_momentum_none_finding():
+    assert only_finding(small(momentum=None), "momentum-none").where == ("1",)
+    assert not findings(small(), "momentum-none")
 
 
-def test_statistics_are_no_parameters():
-    finding = only(small(), "parameters-only")
-    assert "leaves 2 statistics (32 B) behind" in finding.message
+def test_parameters_only_finding():
+    finding = only_finding(small(), "parameters-only")
+    assert "omits 2 statistics (32 B)" in finding.message
     assert "SiloBN" in finding.message
-    assert not found(small(track_running_stats=False), "parameters-only")
+    assert not findings(small(track_running_stats=False), "parameters-only")
 
 
-def test_parameters_only_is_exactly_what_silobn_keeps():
+def test_parameters_only_matches_silobn():
     net = ResNet(width=4)
-    left = {k for k in net.state_dict() if k not in dict(net.named_parameters())}
-    assert left == {e.key for e in audit(net, SiloBN()).entries if not e.bytes_up}
+    omitted = {k for k in net.state_dict() if k not in dict(net.named_parameters())}
+    assert omitted == {e.key for e in audit(net, SiloBN()).entries if not e.bytes_up}
 
 
-def test_untracked():
-    assert only(small(track_running_stats=False), "untracked").where == ("1",)
-    assert not found(small(), "untracked")
-    assert not found(small(norm=nn.InstanceNorm2d), "untracked")
+def test_untracked_finding():
+    assert only_finding(small(track_running_stats=False), "untracked").where == ("1",)
+    assert not findings(small(), "untracked")
+    assert not findings(small(norm=nn.InstanceNorm2d), "untracked")
 
 
-def test_untrained():
+def test_untrained_finding():
     net = nn.Sequential(small(), nn.BatchNorm1d(2))
-    assert only(net, "untrained").level == "note"
+    assert only_finding(net, "untrained").level == "note"
     net[0](torch.randn(2, 3, 4, 4))
-    some = only(net, "untrained")
-    assert (some.level, some.where) == ("warning", ("1",))
+    finding = only_finding(net, "untrained")
+    assert (finding.level, finding.where) == ("warning", ("1",))
     net(torch.randn(2, 3, 4, 4))
-    assert not found(net, "untrained")
+    assert not findings(net, "untrained")
 
 
 @pytest.mark.parametrize(
-    ("entry", "value", "words"),
+    ("entry", "value", "message"),
     [
         ("running_var", -1e-9, "1 negative variance"),
         ("running_var", float("nan"), "1 NaN or infinite value"),
         ("running_mean", float("inf"), "1 NaN or infinite value"),
     ],
 )
-def test_broken_statistics(entry, value, words):
+def test_broken_statistics_finding(entry, value, message):
     net = small()
-    assert not found(net, "broken-statistics")
+    assert not findings(net, "broken-statistics")
     getattr(net[1], entry)[2] = value
-    finding = only(net, "broken-statistics")
+    finding = only_finding(net, "broken-statistics")
     assert (finding.level, finding.where) == ("error", ("1",))
-    assert words in finding.message
+    assert message in finding.message
 
 
-def test_a_zero_variance_is_not_broken():
+def test_broken_statistics_accepts_zero_variance():
     net = small()
     net[1].running_var.zero_()
-    assert not found(net, "broken-statistics")
+    assert not findings(net, "broken-statistics")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision(dtype):
+def test_half_statistics_finding(dtype):
     net = small().to(dtype)
-    assert only(net, "half-statistics").where == ("1",)
+    assert only_finding(net, "half-statistics").where == ("1",)
     net[1].float()
-    assert not found(net, "half-statistics")
+    assert not findings(net, "half-statistics")
 
 
-def test_one_value_is_measured():
+def test_one_value_uses_measurement():
     image = small()
-    assert not found(image, "one-value", shape=(3, 4, 4))
+    assert not findings(image, "one-value", shape=(3, 4, 4))
     point = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
-    assert only(point, "one-value", shape=(3, 3, 3)).level == "warning"
-    assert only(point, "one-value", shape=(3, 3, 3), batch_size=1).level == "error"
+    assert only_finding(point, "one-value", shape=(3, 3, 3)).level == "warning"
+    assert only_finding(point, "one-value", shape=(3, 3, 3), batch_size=1).level == "error"
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         point(torch.zeros(1, 3, 3, 3))
 
 
-def test_one_value_without_measuring_is_what_follows_a_linear_layer():
+def test_one_value_without_shape_uses_linear_layers():
     net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
-    assert only(net, "one-value").where == ("1",)
-    assert not found(small(), "one-value")
+    assert only_finding(net, "one-value").where == ("1",)
+    assert not findings(small(), "one-value")
 
 
-def test_a_measured_sequence_after_a_linear_layer_is_fine():
+def test_one_value_accepts_measured_sequence():
     net = nn.Sequential(nn.Flatten(2), nn.Unflatten(2, (5,)), nn.Identity(), nn.Linear(5, 5), nn.BatchNorm1d(4))
-    assert found(net, "one-value")
-    assert not found(net, "one-value", shape=(4, 5))
+    assert findings(net, "one-value")
+    assert not findings(net, "one-value", shape=(4, 5))
 
 
-def test_batch_of_one():
-    assert found(small(), "batch-of-one", batch_size=1)
-    assert not found(small(), "batch-of-one", batch_size=2)
-    assert not found(small(norm=lambda c: nn.GroupNorm(2, c)), "batch-of-one", batch_size=1)
+def test_batch_of_one_finding():
+    assert findings(small(), "batch-of-one", batch_size=1)
+    assert not findings(small(), "batch-of-one", batch_size=2)
+    assert not findings(small(norm=lambda c: nn.GroupNorm(2, c)), "batch-of-one", batch_size=1)
 
 
-def test_fewest_values():
-    finding = only(small(), "fewest-values", batch_size=8, shape=(3, 4, 4))
+def test_fewest_values_finding():
+    finding = only_finding(small(), "fewest-values", batch_size=8, shape=(3, 4, 4))
     assert "32 values per channel at batch size 8, 4 in a last batch of one" in finding.message
-    assert not found(small(), "fewest-values")
+    assert not findings(small(), "fewest-values")
 
 
-def test_a_layer_used_twice_counts_by_its_fewest_values():
+def test_measure_uses_minimum_for_reused_layer():
     class Twice(nn.Module):
         def __init__(self):
             super().__init__()
@@ -312,34 +314,34 @@ def test_a_layer_used_twice_counts_by_its_fewest_values():
     assert measure(Twice(), (3, 4, 4)).values == {"bn": 1}
 
 
-def test_a_shape_the_model_does_not_take():
-    finding = only(small(), "unmeasured", shape=(5, 4, 4))
+def test_unmeasured_finding():
+    finding = only_finding(small(), "unmeasured", shape=(5, 4, 4))
     assert str([EXAMPLES, 5, 4, 4]) in finding.message
-    assert not found(small(), "unmeasured", shape=(3, 4, 4))
+    assert not findings(small(), "unmeasured", shape=(3, 4, 4))
 
 
-def test_groups():
+def test_group_lint_findings():
     def net(groups):
         return small(norm=lambda c: nn.GroupNorm(groups, c))
 
-    assert only(net(4), "group-is-instance").where == ("1",)
-    assert only(net(1), "group-is-layer").level == "note"
-    assert not found(net(2), "group-is-instance")
-    assert not found(net(2), "group-is-layer")
+    assert only_finding(net(4), "group-is-instance").where == ("1",)
+    assert only_finding(net(1), "group-is-layer").level == "note"
+    assert not findings(net(2), "group-is-instance")
+    assert not findings(net(2), "group-is-layer")
 
 
-def test_a_group_of_one_value_gives_a_constant():
+def test_group_of_one_finding():
     net = nn.Sequential(nn.Linear(3, 4), nn.GroupNorm(4, 4))
-    assert only(net, "group-of-one", shape=(3,)).level == "error"
+    assert only_finding(net, "group-of-one", shape=(3,)).level == "error"
     assert net(torch.randn(5, 3)).abs().max() < 1e-3
-    assert not found(nn.Sequential(nn.Linear(3, 4), nn.GroupNorm(2, 4)), "group-of-one", shape=(3,))
+    assert not findings(nn.Sequential(nn.Linear(3, 4), nn.GroupNorm(2, 4)), "group-of-one", shape=(3,))
 
 
-def test_the_usual_conversion():
+def test_conversion_findings():
     net = nn.Sequential(*(nn.BatchNorm2d(c) for c in (16, 32, 48, 64, 80)))
-    assert only(net, "conversion-raises").where == ("2", "4")
-    assert "(C = 48, 80)" in only(net, "conversion-raises").message
-    assert "(C = 16, 32)" in only(net, "conversion-degenerates").message
+    assert only_finding(net, "conversion-raises").where == ("2", "4")
+    assert "(C = 48, 80)" in only_finding(net, "conversion-raises").message
+    assert "(C = 16, 32)" in only_finding(net, "conversion-degenerates").message
     for layer in net:
         groups = min(32, layer.num_features)
         if layer.num_features in (48, 80):
@@ -347,40 +349,40 @@ def test_the_usual_conversion():
                 nn.GroupNorm(groups, layer.num_features)
         else:
             nn.GroupNorm(groups, layer.num_features)
-    assert not found(small(channels=64), "conversion-raises")
-    assert not found(small(channels=64), "conversion-degenerates")
+    assert not findings(small(channels=64), "conversion-raises")
+    assert not findings(small(channels=64), "conversion-degenerates")
 
 
-def test_idle_bias():
+def test_idle_bias_finding():
     biased = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.ReLU())
-    finding = only(biased, "idle-bias")
+    finding = only_finding(biased, "idle-bias")
     assert finding.where == ("0",)
     assert "(16 B)" in finding.message
-    assert only(nn.Sequential(biased), "idle-bias").where == ("0.0",)
-    assert not found(small(), "idle-bias")
-    assert not found(nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4)), "idle-bias")
+    assert only_finding(nn.Sequential(biased), "idle-bias").where == ("0.0",)
+    assert not findings(small(), "idle-bias")
+    assert not findings(nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4)), "idle-bias")
 
 
-def test_synchronized():
-    assert only(nn.SyncBatchNorm.convert_sync_batchnorm(small()), "sync").where == ("1",)
-    assert not found(small(), "sync")
+def test_sync_finding():
+    assert only_finding(nn.SyncBatchNorm.convert_sync_batchnorm(small()), "sync").where == ("1",)
+    assert not findings(small(), "sync")
 
 
-def test_tied_tensors():
+def test_tied_finding():
     net = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 3))
-    assert not found(net, "tied")
+    assert not findings(net, "tied")
     net[2].weight = net[0].weight
-    assert only(net, "tied").where == ("0.weight", "2.weight")
-    assert only(net, "tied").level == "warning"
+    assert only_finding(net, "tied").where == ("0.weight", "2.weight")
+    assert only_finding(net, "tied").level == "warning"
 
     class PersonalHead(NormStrategy):
         name = "personal-head"
         head = LOCAL
 
-    assert only(net, "tied", PersonalHead()).level == "error"
+    assert only_finding(net, "tied", PersonalHead()).level == "error"
 
 
-def test_a_module_under_two_paths():
+def test_tied_findings_for_shared_module():
     shared = nn.BatchNorm1d(3)
     net = nn.Sequential(nn.Linear(3, 3), shared, nn.Linear(3, 3), shared)
     result = audit(net, FedBN(), shape=(3,))
@@ -390,13 +392,13 @@ def test_a_module_under_two_paths():
     assert net[1] is net[3]
 
 
-def test_after_the_head():
+def test_after_head_finding():
     net = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3), nn.Linear(3, 2), nn.InstanceNorm1d(2))
-    assert only(net, "after-head").where == ("3",)
-    assert not found(net[:3], "after-head")
+    assert only_finding(net, "after-head").where == ("3",)
+    assert not findings(net[:3], "after-head")
 
 
-def test_after_the_head_is_by_order_of_running_where_measured():
+def test_after_head_uses_measured_order():
     class Reversed(nn.Module):
         def __init__(self):
             super().__init__()
@@ -405,15 +407,15 @@ def test_after_the_head_is_by_order_of_running_where_measured():
         def forward(self, x):
             return self.fc(self.bn(x))
 
-    assert found(Reversed(), "after-head")
-    assert not found(Reversed(), "after-head", shape=(3,))
+    assert findings(Reversed(), "after-head")
+    assert not findings(Reversed(), "after-head", shape=(3,))
 
 
-# --- the whole
+# --- all lints
 
 
-def trapped():
-    """A model with as many traps as fit."""
+def problematic():
+    """Model with many problems."""
     net = nn.Sequential(
         nn.Conv2d(3, 4, 1),
         nn.BatchNorm2d(4, momentum=None),
@@ -432,25 +434,25 @@ def trapped():
     return net
 
 
-def bits(model):
+def state_bytes(model):
     return {k: v.numpy().tobytes() for k, v in model.state_dict().items()}
 
 
-def test_the_model_is_left_as_it_was():
-    net = trapped()
+def test_audit_does_not_change_model():
+    net = problematic()
     handles = [len(m._forward_pre_hooks) for m in net.modules()]
-    before, modes, random = bits(net), [m.training for m in net.modules()], torch.get_rng_state()
+    before, modes, rng_state = state_bytes(net), [m.training for m in net.modules()], torch.get_rng_state()
     result = audit(net, shape=(3, 2, 2))
     assert len({f.lint for f in result.findings}) >= 12
-    assert bits(net) == before
+    assert state_bytes(net) == before
     assert [m.training for m in net.modules()] == modes
     assert [len(m._forward_pre_hooks) for m in net.modules()] == handles
-    assert torch.equal(torch.get_rng_state(), random)
+    assert torch.equal(torch.get_rng_state(), rng_state)
     assert all(p.grad is None for p in net.parameters())
 
 
-def test_a_norm_of_the_users_own():
-    class Own(nn.Module):
+def test_audit_supports_custom_norm_layers():
+    class CustomNorm(nn.Module):
         normalizes = True
 
         def __init__(self):
@@ -460,19 +462,19 @@ def test_a_norm_of_the_users_own():
         def forward(self, x):
             return x - self.running_mean
 
-    net = nn.Sequential(nn.Linear(3, 3), Own(), nn.Linear(3, 2))
-    assert only(net, "name-misses", FedBN(), shape=(3,)).where == ("1",)
+    net = nn.Sequential(nn.Linear(3, 3), CustomNorm(), nn.Linear(3, 2))
+    assert only_finding(net, "name-misses", FedBN(), shape=(3,)).where == ("1",)
     net[1].running_mean[0] = float("nan")
-    assert found(net, "broken-statistics")
+    assert findings(net, "broken-statistics")
 
 
-def test_findings_are_ordered_by_gravity():
-    levels = [f.level for f in audit(trapped(), shape=(3, 2, 2)).findings]
+def test_audit_sorts_findings_by_severity():
+    levels = [f.level for f in audit(problematic(), shape=(3, 2, 2)).findings]
     assert levels == sorted(levels, key=["error", "warning", "note"].index)
     assert set(levels) == {"error", "warning", "note"}
 
 
-def test_every_lint_is_listed():
+def test_lints_are_complete():
     import fedbn.auditing.lints as module
 
     lints = [f for f in vars(module).values() if getattr(f, "__annotations__", {}).get("return") == "Iterator[Finding]"]
@@ -487,7 +489,7 @@ def test_every_lint_is_listed():
     dtype=st.sampled_from([torch.float16, torch.float32, torch.float64]),
     name=st.sampled_from(["global-naive", "fedbn", "silobn", "fedbn-seeded", "local"]),
 )
-def test_bytes_add_up_to_the_state(widths, affine, tracked, dtype, name):
+def test_audit_bytes_sum_to_state_size(widths, affine, tracked, dtype, name):
     layers = []
     for before, after in zip([3, *widths], widths):
         layers += [
@@ -504,40 +506,40 @@ def test_bytes_add_up_to_the_state(widths, affine, tracked, dtype, name):
     assert result.bytes_down == sum(r["bytes_down"] for r in result.totals)
 
 
-@pytest.mark.parametrize("how", [None, *strategies()])
+@pytest.mark.parametrize("strategy_text", [None, *strategies()])
 @pytest.mark.parametrize(
     "name",
     [m if m in ("mlp", "small-cnn") else pytest.param(m, marks=pytest.mark.slow) for m in models()],
 )
-def test_every_model_under_every_strategy(name, how):
+def test_audit_model_for_every_model_and_strategy(name, strategy_text):
     shape = SHAPES.get(name, (3, 28, 28))
-    if how in ("fedwon", "weight-standardization") and name in ("mlp", "resmlp", "binary-mlp"):
-        pytest.skip("works on convolutions, and says so")
-    if how == "atp" and name in ("alexnet-cvgj", "vgg19-cvgj"):
-        pytest.skip("wants scale and shift in every BN layer, and says so")
-    result = audit_model(name, how, shape, 10)
+    if strategy_text in ("fedwon", "weight-standardization") and name in ("mlp", "resmlp", "binary-mlp"):
+        pytest.skip("requires convolutions")
+    if strategy_text == "atp" and name in ("alexnet-cvgj", "vgg19-cvgj"):
+        pytest.skip("requires scale and shift in every BN layer")
+    result = audit_model(name, strategy_text, shape, 10)
     assert result.model == name
-    assert result.strategy == (how or "global-naive")
-    linear_bn = how == "instancenorm" and name in NORMS_AFTER_LINEAR
+    assert result.strategy == (strategy_text or "global-naive")
+    linear_bn = strategy_text == "instancenorm" and name in NORMS_AFTER_LINEAR
     assert any(f.lint == "unmeasured" for f in result.findings) == linear_bn
     assert not [f for f in result.findings if f.level == "error"]
     text = json.dumps(result.as_dict(), allow_nan=False)
     assert json.loads(text)["bytes"] == result.bytes
 
 
-def test_as_a_table():
+def test_audit_to_pandas():
     frame = audit(small(), FedBN()).to_pandas()
     assert frame.loc["1.running_var", "role"] == "statistics"
     assert frame["bytes"].sum() == audit(small()).bytes
 
 
-# --- mistakes
+# --- bad input
 
 
 @pytest.fixture
 def user_module(monkeypatch):
-    """A module of the user's, with factories that work and factories that do not."""
-    module = types.ModuleType("their_models")
+    """A user's module with valid and invalid factories."""
+    module = types.ModuleType("user_models")
 
     def needs_depth(shape, classes, depth):
         return small()
@@ -554,18 +556,18 @@ def user_module(monkeypatch):
     module.no_model = lambda: "net"
     module.normless = lambda: nn.Linear(3, 2)
     module.lazy = lambda: nn.Sequential(nn.LazyLinear(2), nn.LazyBatchNorm1d())
-    monkeypatch.setitem(sys.modules, "their_models", module)
+    monkeypatch.setitem(sys.modules, "user_models", module)
     return module
 
 
-def test_a_factory_of_the_users(user_module):
-    assert audit_model("their_models:plain").entries
-    assert audit_model("their_models:keywords", "groupnorm:groups=2", (3, 4, 4)).strategy == "groupnorm:groups=2"
-    assert audit_model("their_models:shaped", "fedbn", (7,), 3).entries[0].shape == (3, 7)
+def test_audit_model_accepts_user_factories(user_module):
+    assert audit_model("user_models:plain").entries
+    assert audit_model("user_models:keywords", "groupnorm:groups=2", (3, 4, 4)).strategy == "groupnorm:groups=2"
+    assert audit_model("user_models:shaped", "fedbn", (7,), 3).entries[0].shape == (3, 7)
 
 
 @pytest.mark.parametrize(
-    ("text", "how", "shape", "words"),
+    ("text", "strategy_text", "shape", "message"),
     [
         ("resnet21", None, (3, 32, 32), "Did you mean 'resnet20'"),
         ("resnet20", "fedbm", (3, 32, 32), "Did you mean 'fedbn'"),
@@ -574,31 +576,31 @@ def test_a_factory_of_the_users(user_module):
         ("resnet20", None, (3, 0, 32), "at least|images"),
         ("no_such_package:net", None, None, "cannot import 'no_such_package'"),
         (":net", None, None, "package.module:factory"),
-        ("their_models:plane", None, None, "Did you mean 'plain'"),
-        ("their_models:number", None, None, "package.module:factory"),
-        ("their_models:a_model", None, None, "is a model, not a factory"),
-        ("their_models:needs_depth", None, (3, 4, 4), "needs depth: give defaults"),
-        ("their_models:shaped", None, None, "needs the shape of an example"),
-        ("their_models:fails", None, (3, 4, 4), "RuntimeError: no weights here"),
-        ("their_models:no_model", None, None, "gave a str"),
-        ("their_models:normless", "fedbn", None, "works on running statistics"),
-        ("their_models:normless", "groupnorm", None, "needs normalization layers"),
-        ("their_models:lazy", "groupnorm", None, "run one batch"),
+        ("user_models:plane", None, None, "Did you mean 'plain'"),
+        ("user_models:number", None, None, "package.module:factory"),
+        ("user_models:a_model", None, None, "is a model, not a factory"),
+        ("user_models:needs_depth", None, (3, 4, 4), "needs depth: give defaults"),
+        ("user_models:shaped", None, None, "needs the shape of an example"),
+        ("user_models:fails", None, (3, 4, 4), "RuntimeError: no weights here"),
+        ("user_models:no_model", None, None, "returned a str"),
+        ("user_models:normless", "fedbn", None, "works on running statistics"),
+        ("user_models:normless", "groupnorm", None, "needs normalization layers"),
+        ("user_models:lazy", "groupnorm", None, "run one batch"),
     ],
 )
-def test_mistakes_are_named(user_module, text, how, shape, words):
-    with pytest.raises(UserError, match=words):
-        audit_model(text, how, shape)
+def test_audit_model_rejects_bad_input(user_module, text, strategy_text, shape, message):
+    with pytest.raises(UserError, match=message):
+        audit_model(text, strategy_text, shape)
 
 
-def test_a_module_that_fails_on_import(tmp_path, monkeypatch):
+def test_audit_model_rejects_module_with_syntax_error(tmp_path, monkeypatch):
     (tmp_path / "half_written.py").write_text("def net(:\n")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UserError, match="SyntaxError"):
         audit_model("half_written:net")
 
 
-def test_impossible_settings():
+def test_audit_rejects_bad_input():
     with pytest.raises(UserError, match="batch size 0"):
         audit(small(), batch_size=0)
     with pytest.raises(UserError, match="is empty"):
@@ -607,7 +609,7 @@ def test_impossible_settings():
         audit(small(), shape=())
 
 
-def test_an_entry_that_belongs_to_no_module():
+def test_audit_rejects_extra_state():
     class Extra(nn.Linear):
         def get_extra_state(self):
             return torch.zeros(1)
@@ -619,20 +621,20 @@ def test_an_entry_that_belongs_to_no_module():
         audit(nn.Sequential(Extra(2, 2)))
 
 
-# --- the view
+# --- terminal report
 
 
-def shown(result, **options):
+def render_text(result, **options):
     console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     show(result, console, **options)
     return console.export_text()
 
 
-def test_the_view_fits_and_collapses():
+def test_show_fits_width_and_collapses_blocks():
     with torch.device("meta"):
         net = ResNet()
     result = audit(net, FedBN())
-    text = shown(result)
+    text = render_text(result)
     assert all(len(line) <= 100 for line in text.splitlines())
     assert "layer1.[0-1].bn1" in text
     assert "layer2.0.downsample.1" in text
@@ -641,32 +643,32 @@ def test_the_view_fits_and_collapses():
     assert len(text.splitlines()) < 90
 
 
-def test_the_full_view_names_every_entry_and_layer():
+def test_show_full_lists_every_entry():
     result = audit(ResNet(width=4), FedBN())
-    text = shown(result, full=True)
+    text = render_text(result, full=True)
     lines = text.splitlines()
     assert all(any(line.split()[:1] == [e.key] for line in lines) for e in result.entries)
     assert all(len(line) <= 100 for line in lines)
-    assert " and 16 more" in shown(result)
+    assert " and 16 more" in render_text(result)
     assert " more" not in text
 
 
-def test_blocks_that_differ_stay_apart():
+def test_show_does_not_collapse_different_blocks():
     widths = (3, 3, 3, 4, 4, 2)
-    text = shown(audit(nn.Sequential(*(nn.Linear(a, b) for a, b in pairwise(widths)))))
+    text = render_text(audit(nn.Sequential(*(nn.Linear(a, b) for a, b in pairwise(widths)))))
     assert [line.split()[1] for line in text.splitlines() if "shared" in line][:4] == ["[0-1]", "2", "3", "4"]
 
 
-def test_collapsed_bytes_are_those_of_all_copies():
+def test_show_sums_bytes_of_collapsed_blocks():
     net = nn.Sequential(nn.Sequential(*(nn.Linear(8, 8, bias=False) for _ in range(4))), nn.BatchNorm1d(8))
-    text = shown(audit(net))
+    text = render_text(audit(net))
     assert "0.[0-2]" in text  # the last one is the head
     assert f"{3 * 8 * 8 * 4} B" in text
 
 
-def test_a_model_without_findings_says_so():
-    assert "No findings." in shown(audit(Named(bn_a=nn.GroupNorm(2, 4))))
+def test_show_without_findings():
+    assert "No findings." in render_text(audit(Named(bn_a=nn.GroupNorm(2, 4))))
 
 
-def test_a_model_that_is_one_layer():
-    assert "the model itself" in shown(audit(nn.BatchNorm2d(4)))
+def test_show_single_layer_model():
+    assert "the model itself" in render_text(audit(nn.BatchNorm2d(4)))

@@ -10,7 +10,7 @@ from fedbn.data.partition import (
     Dirichlet,
     Rows,
     digest,
-    matching,
+    matching_test_rows,
     parse_partition,
     partitions,
     repartition,
@@ -29,7 +29,7 @@ TEXTS = {
 }
 
 
-def people():
+def population():
     return scenario("digits8").load(0)
 
 
@@ -38,44 +38,44 @@ def rows_of(parts):
 
 
 @pytest.mark.parametrize("name", [n for n in partitions() if n != "natural"])
-def test_every_scheme_uses_rows_once_and_keeps_train_and_test_apart(name):
+def test_repartition_uses_rows_once_and_separates_test_rows(name):
     text = TEXTS.get(name, f"{name}:clients=8")
-    before = people()
+    before = population()
     after = repartition(before, text, 0)
     seen = [before.users[i] for i in before.seen]
-    ours = [after.users[i] for i in after.seen]
+    clients = [after.users[i] for i in after.seen]
 
     def ids(parts):
         return sorted(hash(tuple(r)) for r in rows_of(parts).tolist())
 
-    train, pool = ids([u.train for u in ours]), ids([u.train for u in seen])
+    train, pooled = ids([u.train for u in clients]), ids([u.train for u in seen])
     if name in ("size", "shard"):
-        assert len(train) <= len(pool)
-        assert set(train) <= set(pool)
+        assert len(train) <= len(pooled)
+        assert set(train) <= set(pooled)
     else:
-        assert train == pool
-    assert set(ids([u.test for u in ours])) <= set(ids([u.test for u in seen]))
+        assert train == pooled
+    assert set(ids([u.test for u in clients])) <= set(ids([u.test for u in seen]))
     assert [u.name for u in after.users[-2:]] == [before.users[i].name for i in before.unseen]
-    again = repartition(people(), text, 0)
-    assert again.sources == after.sources
-    assert after.sources["partition"] != repartition(people(), text, 1).sources["partition"]
+    repeated = repartition(population(), text, 0)
+    assert repeated.sources == after.sources
+    assert after.sources["partition"] != repartition(population(), text, 1).sources["partition"]
     assert text.split(":")[0] in after.skew
 
 
-def test_natural_leaves_everything():
-    before = people()
+def test_natural_partition_changes_nothing():
+    before = population()
     assert repartition(before, "natural", 0) is before
     assert repartition(before, "", 0) is before
 
 
-def test_iid_on_sorted_labels_gives_every_client_every_class():
+def test_iid_gives_every_client_every_class():
     users = (User("a", "d", *(Examples(torch.randn(400, 3), torch.arange(400) // 40, torch.zeros(400).long()),) * 2),)
     after = repartition(Population(users, (), tuple("0123456789"), "none"), "iid:clients=4", 0)
     assert all(len(u.train.y.unique()) == 10 for u in after.users)
 
 
-def test_own_test_has_the_label_mix_of_own_training():
-    after = repartition(people(), "dirichlet:alpha=0.2:clients=6", 0)
+def test_repartition_matches_label_distribution_of_training():
+    after = repartition(population(), "dirichlet:alpha=0.2:clients=6", 0)
     for user in after.users[:6]:
         train = torch.bincount(user.train.y, minlength=10) / len(user.train)
         test = torch.bincount(user.test.y, minlength=10) / len(user.test)
@@ -84,15 +84,15 @@ def test_own_test_has_the_label_mix_of_own_training():
 
 @settings(max_examples=25)
 @given(st.integers(2, 400), st.floats(0.01, 10), st.integers(0, 5))
-def test_our_dirichlet_never_gives_up(clients, alpha, seed):
+def test_dirichlet_split_all_never_fails(clients, alpha, seed):
     labels = np.arange(3000) % 7
-    parts = Dirichlet(alpha=alpha, clients=clients, least=5)._ours(Rows(labels, labels), seed)
+    parts = Dirichlet(alpha=alpha, clients=clients, least=5)._split_all(Rows(labels, labels), seed)
     assert len(parts) == clients
     assert min(map(len, parts)) >= 5
     assert sorted(np.concatenate(parts).tolist()) == list(range(3000))
 
 
-def test_many_clients_and_a_small_alpha_work():
+def test_dirichlet_supports_many_clients_and_small_alpha():
     labels = np.arange(20_000) % 10
     parts = Dirichlet(alpha=0.1, clients=1000).split(Rows(labels, labels), 0)
     assert len(parts) == 1000
@@ -100,20 +100,20 @@ def test_many_clients_and_a_small_alpha_work():
 
 
 @given(st.lists(st.floats(0, 5), min_size=1, max_size=9).filter(lambda p: sum(p) > 0.1), st.integers(0, 500))
-def test_shares_add_up_and_are_off_by_less_than_one(proportions, total):
+def test_shares_sum_to_total_with_error_below_one(proportions, total):
     p = np.array(proportions)
-    got = shares(p, total)
-    assert got.sum() == total
-    assert (np.abs(got - p / p.sum() * total) < 1).all()
+    counts = shares(p, total)
+    assert counts.sum() == total
+    assert (np.abs(counts - p / p.sum() * total) < 1).all()
 
 
-def test_a_client_too_small_for_a_share_still_has_a_test_row():
+def test_matching_test_rows_gives_small_client_one_row():
     train = np.array([0] * 99 + [1])
-    parts = matching(train, [np.arange(98), np.array([98]), np.array([99])], np.zeros(3, int), 2, 0)
+    parts = matching_test_rows(train, [np.arange(98), np.array([98]), np.array([99])], np.zeros(3, int), 2, 0)
     assert [len(p) for p in parts][1:] == [1, 1]
 
 
-def test_digest_tells_partitions_apart():
+def test_digest_differs_between_partitions():
     a = [np.array([1, 2]), np.array([3])]
     assert digest(a) == digest([np.array([1, 2]), np.array([3])])
     assert digest(a) != digest([np.array([1]), np.array([2, 3])])
@@ -125,26 +125,26 @@ def test_digest_tells_partitions_apart():
         ("dirichlet:alpha=0", "alpha must be positive"),
         (
             "dirichlet:clients=500",
-            r"500 clients with at least 10 rows need 5000, there are \d+: fewer clients",
+            r"500 clients with at least 10 rows need 5000, but there are \d+: use fewer clients",
         ),
         ("iid:clients=100000", "100000 clients of"),
         ("iid:clients=0", "0 clients of"),
-        ("pathological:classes=11", "classes=11 a client, but there are 1 to 10"),
-        ("pathological:classes=1:clients=3", "leave some of the 10 classes with nobody"),
+        ("pathological:classes=11", "classes=11 per client is impossible; choose 1 to 10"),
+        ("pathological:classes=1:clients=3", "cannot cover all 10 classes"),
         ("shard:shards=900", "18000 shards of"),
         ("size", r"sizes=\(none\) must be positive"),
         ("size:sizes=10+0", "must be positive"),
-        ("grouped:size=99", "size=99 users a client, but there are"),
+        ("grouped:size=99", "size=99 users per client is impossible"),
         ("exponential:clients=20", "exponential:clients=20 is impossible for"),
         ("size:sizes=1+100", "leaves client 0 with 1 training rows of"),
         ("dirichlett", r"unknown partition 'dirichlett'. Did you mean 'dirichlet'\?"),
     ],
 )
-def test_an_impossible_partition_names_the_fix(text, message):
+def test_repartition_rejects_bad_input(text, message):
     with pytest.raises(UserError, match=message):
-        repartition(people(), text, 0)
+        repartition(population(), text, 0)
 
 
-def test_texts_are_canonical():
+def test_parse_partition_is_canonical():
     assert parse_partition("size:sizes=1+2") == "size:sizes=1+2"
     assert parse_partition("iid:clients=20") == "iid"

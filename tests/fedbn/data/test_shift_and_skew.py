@@ -29,7 +29,7 @@ def images():
 
 
 @pytest.mark.parametrize("name", shifts())
-def test_every_shift_is_keyed_by_seed_and_user_and_alike_for_train_and_test(name):
+def test_shift_is_keyed_by_seed_and_user(name):
     before = sensors() if name in SENSORS else images()
     a, b, c = shift(before, name, 0), shift(before, name, 0), shift(before, name, 1)
     assert all(torch.equal(x.train.x, y.train.x) for x, y in zip(a.users, b.users, strict=True))
@@ -42,18 +42,18 @@ def test_every_shift_is_keyed_by_seed_and_user_and_alike_for_train_and_test(name
         assert not torch.equal(a.users[0].train.x, a.users[1].train.x)
     assert all(torch.isfinite(u.train.x).all() for u in a.users)
     assert name in a.skew
-    still = shift(before, f"{name}:strength=0", 0)
-    torch.testing.assert_close(still.users[0].train.x, before.users[0].train.x, rtol=1e-5, atol=1e-5)
+    unchanged = shift(before, f"{name}:strength=0", 0)
+    torch.testing.assert_close(unchanged.users[0].train.x, before.users[0].train.x, rtol=1e-5, atol=1e-5)
 
 
-def test_a_rotation_keeps_lengths():
+def test_rotation_preserves_norms():
     before = sensors()
     after = shift(before, "rotation", 0)
     old, new = (p.users[1].train.x.unflatten(1, (2, 3)).norm(dim=2) for p in (before, after))
     torch.testing.assert_close(old, new, rtol=1e-5, atol=1e-5)
 
 
-def test_shifts_are_applied_in_order():
+def test_shift_applies_several_shifts_in_order():
     both = shift(sensors(), "gain,offset", 0)
     chained = shift(shift(sensors(), "gain", 0), "offset", 0)
     assert both.users[0].train.x.shape == chained.users[0].train.x.shape
@@ -66,33 +66,33 @@ def test_shifts_are_applied_in_order():
     [(n, "for sensors use gain, offset") for n in IMAGES]
     + [("rotated", "unknown shift 'rotated'. Did you mean 'rotation'")],
 )
-def test_a_shift_that_does_not_suit_sensors_says_so(name, message):
+def test_shift_rejects_image_shifts_for_sensors(name, message):
     with pytest.raises(UserError, match=message):
         shift(sensors(), name, 0)
 
 
-def test_a_shift_that_does_not_suit_images_says_so():
+def test_shift_rejects_sensor_shifts_for_images():
     with pytest.raises(UserError, match="for images use contrast"):
         shift(images(), "rotation", 0)
     with pytest.raises(UserError, match="strength must not be negative"):
         parse_shift("gain:strength=-1")
 
 
-def test_equal_users_have_no_skew_and_made_skew_is_measured():
-    nothing = measure(sensors())
-    assert nothing.label_divergence == pytest.approx(0, abs=1e-12)
-    assert nothing.quantity_cv == 0
-    assert nothing.quantity_ratio == 1
-    assert nothing.feature_w2 == pytest.approx(0, abs=1e-6)
+def test_measure_detects_synthetic_skew():
+    skew = measure(sensors())
+    assert skew.label_divergence == pytest.approx(0, abs=1e-12)
+    assert skew.quantity_cv == 0
+    assert skew.quantity_ratio == 1
+    assert skew.feature_w2 == pytest.approx(0, abs=1e-6)
     assert measure(shift(sensors(), "gain", 0)).feature_w2 > 0.05
-    pool = images()
-    mild, hard = (measure(repartition(pool, f"dirichlet:alpha={a}:clients=8", 0)) for a in (100, 0.1))
-    assert mild.label_divergence < 0.05 < 0.3 < hard.label_divergence <= 1
-    assert measure(repartition(pool, "linear:clients=8", 0)).quantity_cv > 0.4
+    population = images()
+    mild, strong = (measure(repartition(population, f"dirichlet:alpha={a}:clients=8", 0)) for a in (100, 0.1))
+    assert mild.label_divergence < 0.05 < 0.3 < strong.label_divergence <= 1
+    assert measure(repartition(population, "linear:clients=8", 0)).quantity_cv > 0.4
 
 
-def test_distances_are_those_of_the_moments():
+def test_statistics_distance_matches_moments():
     x = [torch.randn(20, 3, generator=torch.Generator().manual_seed(i)) * (i + 1) for i in range(3)]
-    m = [Moments.of(v) for v in x]
-    got = statistics_distance([v.mean.numpy() for v in m], [v.variance().numpy() for v in m])
-    assert np.allclose(got, [[float(a.w2(b)) for b in m] for a in m])
+    moments = [Moments.of(v) for v in x]
+    actual = statistics_distance([m.mean.numpy() for m in moments], [m.variance().numpy() for m in moments])
+    assert np.allclose(actual, [[float(a.w2(b)) for b in moments] for a in moments])

@@ -1,4 +1,4 @@
-"""Personalization inside the ClientApp: the online column by a rule of one's choice, the same in every engine."""
+"""Online rules in the ClientApp: the online column with a rule is equal in every engine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from clients.config import run_from_config
 from fedbn.config import Plan
 from fedbn.errors import UserError
 from fedbn.federation.client import user_state
-from fedbn.federation.cold_start import population
+from fedbn.federation.cold_start import population_prior_for
 from fedbn.federation.loop import federate
 from fedbn.federation.run import Run
 from fedbn.federation.setup import build_context
@@ -24,12 +24,12 @@ from fedbn.streams import Stream
 from simulations.cli.app import app
 from simulations.engines.execute import execute
 
-CHOSEN = "population:diversity=1"
+POPULATION_RULE = "population:diversity=1"
 
 
 @pytest.fixture
 def small(tmp_path):
-    """A function giving a short run on four users of forty rows each, every one moved and scaled on their own."""
+    """A function that returns a short run on four users with 40 rows each, shifted and scaled per user."""
     draw = np.random.default_rng(0)
     y, user = np.tile(np.arange(160) // 5 % 2, 1), np.arange(160) // 40
     x = draw.normal(size=(160, 6)) * (1 + user[:, None] / 2) + user[:, None] + 2 * y[:, None] * (np.arange(6) < 3)
@@ -47,10 +47,10 @@ def online(scores):
 
 
 @pytest.mark.parametrize("strategy", ["global-naive", "fedbn-seeded", "fedbn"])
-@pytest.mark.parametrize("text", ["ema:rate=0.3", CHOSEN])
-def test_the_grid_personalizes_to_the_same_numbers_as_the_loop(strategy, text, small):
+@pytest.mark.parametrize("text", ["ema:rate=0.3", POPULATION_RULE])
+def test_online_rule_engines_agree(strategy, text, small):
     run = replace(small(strategy), rule=text)
-    if strategy == "fedbn" and text == CHOSEN:
+    if strategy == "fedbn" and text == POPULATION_RULE:
         with pytest.raises(UserError, match=f"with strategy '{strategy}' no client sends any"):
             build_context(run)
         return
@@ -60,60 +60,64 @@ def test_the_grid_personalizes_to_the_same_numbers_as_the_loop(strategy, text, s
     assert [s.loss for c in a.scores.values() for s in c] != [s.loss for c in plain.values() for s in c]
 
 
-@pytest.mark.parametrize("text", ["ema:rate=0.3", CHOSEN])
-def test_the_online_column_is_the_prequential_protocol_on_what_the_strategy_gives(text, small):
+@pytest.mark.parametrize("text", ["ema:rate=0.3", POPULATION_RULE])
+def test_online_column_equals_prequential_evaluation(text, small):
     run = replace(small("global-naive"), rule=text)
     out, ctx = federate(run), build_context(run)
     for user in (ctx.population.unseen[0], ctx.population.seen[1]):
-        person = ctx.population.users[user]
+        data = ctx.population.users[user]
         state = user_state(ctx, user, out.server.serving, out.client_states.get(user))
-        prior = population(ctx, state, out.server.client_statistics, person.train.x) if text == CHOSEN else None
+        prior = (
+            population_prior_for(ctx, state, out.server.client_statistics, data.train.x)
+            if text == POPULATION_RULE
+            else None
+        )
         net = personalize(copy.deepcopy(ctx.load(state)), rule(text), prior)
-        (trace,) = follow(net, [Stream(person.name, person.test.x, person.test.y, person.test.recording)])
-        found = [a for (u, row), a in online(out.scores).items() if u == user and row != "global"]
-        assert found == [pytest.approx(trace.correct.mean(), abs=1e-12)]
+        (trace,) = follow(net, [Stream(data.name, data.test.x, data.test.y, data.test.recording)])
+        accuracies = [a for (u, row), a in online(out.scores).items() if u == user and row != "global"]
+        assert accuracies == [pytest.approx(trace.correct.mean(), abs=1e-12)]
 
 
-def test_what_a_population_is_worth_follows_from_how_its_users_differ(small):
-    run = replace(small("global-naive"), rule=CHOSEN)
+def test_population_prior_for_weights_by_client_variance(small):
+    run = replace(small("global-naive"), rule=POPULATION_RULE)
     out, ctx = federate(run), build_context(run)
     x = ctx.population.users[ctx.population.unseen[0]].train.x
-    prior = population(ctx, out.server.serving, out.server.client_statistics, x)
-    alike = dict.fromkeys(out.server.client_statistics, next(iter(out.server.client_statistics.values())))
-    certain = population(ctx, out.server.serving, alike, x)
+    prior = population_prior_for(ctx, out.server.serving, out.server.client_statistics, x)
+    equal = dict.fromkeys(out.server.client_statistics, next(iter(out.server.client_statistics.values())))
+    strongest = population_prior_for(ctx, out.server.serving, equal, x)
     for path, layer in prior.items():
         means = torch.stack([c[f"{path}.running_mean"] for c in out.server.client_statistics.values()])
         torch.testing.assert_close(layer.mean, means.mean(0))
-        assert (layer.n0 <= certain[path].n0).all()
-        assert layer.n0.median() < certain[path].n0[0] / 10
-        assert (certain[path].n0 == certain[path].n0[0]).all(), "where nobody differs, as much as anything can be"
+        assert (layer.n0 <= strongest[path].n0).all()
+        assert layer.n0.median() < strongest[path].n0[0] / 10
+        assert (strongest[path].n0 == strongest[path].n0[0]).all(), "maximal for equal clients"
 
 
-def test_following_leaves_the_model_alone_and_returns_what_was_learnt(small):
+def test_follow_rule_returns_state_and_keeps_model(small):
     run = small("global-naive")
     ctx = build_context(run)
-    model, person = ctx.load(ctx.initial).eval(), ctx.population.users[0]
+    model, data = ctx.load(ctx.initial).eval(), ctx.population.users[0]
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    logits, net = follow_rule(model, person.test.x, rule("cumulative"))
+    logits, net = follow_rule(model, data.test.x, rule("cumulative"))
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    assert logits.shape == (len(person.test), len(ctx.population.classes))
-    assert net.state("this").n == len(person.test)
+    assert logits.shape == (len(data.test), len(ctx.population.classes))
+    assert net.state("this").n == len(data.test)
 
 
-def test_rules_that_no_client_can_follow_by_itself_are_refused():
+def test_run_rejects_rules_that_need_labels():
     for text in ("class-mixture", "ttn"):
         with pytest.raises(UserError, match="needs labeled windows of seen users"):
             run_from_config({"scenario": "digits8", "strategy": "fedbn", "rule": text})
     with pytest.raises(UserError, match="unknown rule 'emma'. Did you mean 'ema'"):
         run_from_config({"scenario": "digits8", "strategy": "fedbn", "rule": "emma"})
-    found = run_from_config({"scenario": "digits8", "strategy": "global-naive", "rule": "pseudo:n0=16.0"})
-    assert found.rule == "pseudo"
+    run = run_from_config({"scenario": "digits8", "strategy": "global-naive", "rule": "pseudo:n0=16.0"})
+    assert run.rule == "pseudo"
 
 
 @pytest.mark.slow
-def test_a_comparison_from_the_shell_takes_a_rule(tmp_path):
+def test_compare_command_accepts_rule(tmp_path):
     out = str(tmp_path / "out")
-    given = ["compare", "hapt:reserved=15", "--strategies", "global-naive", "--rule", "pseudo:n0=16:diversity=1"]
-    done = CliRunner().invoke(app, [*given, "--rounds", "2", "--seeds", "1", "--workers", "1", "--out", out])
-    assert done.exit_code == 0, done.output
-    assert "adapted online" in done.output
+    arguments = ["compare", "hapt:reserved=15", "--strategies", "global-naive", "--rule", "pseudo:n0=16:diversity=1"]
+    result = CliRunner().invoke(app, [*arguments, "--rounds", "2", "--seeds", "1", "--workers", "1", "--out", out])
+    assert result.exit_code == 0, result.output
+    assert "adapted online" in result.output

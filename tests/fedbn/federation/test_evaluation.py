@@ -1,4 +1,4 @@
-"""Scores against scikit-learn's."""
+"""Scores compared with scikit-learn."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from fedbn.federation.metrics import macro_f1, score
         lambda c: st.tuples(st.just(c), st.lists(st.tuples(*2 * [st.integers(0, c - 1)]), min_size=1))
     )
 )
-def test_macro_f1_is_scikit_learns(drawn):
+def test_macro_f1_equals_scikit_learn(drawn):
     classes, pairs = drawn
-    said, y = torch.tensor(pairs).T
-    want = f1_score(y.numpy(), said.numpy(), average="macro", zero_division=0.0)
-    assert macro_f1(said, y, classes) == pytest.approx(want, abs=1e-12)
+    predicted, y = torch.tensor(pairs).T
+    expected = f1_score(y.numpy(), predicted.numpy(), average="macro", zero_division=0.0)
+    assert macro_f1(predicted, y, classes) == pytest.approx(expected, abs=1e-12)
 
 
-def test_a_score_counts_classes_that_occur_or_are_predicted():
+def test_score_macro_f1_ignores_absent_classes():
     outputs = torch.nn.functional.one_hot(torch.tensor([0, 0, 2, 2]), 5) * 9.0
-    got = score("own", "aggregated", outputs, torch.tensor([0, 1, 2, 2]))
-    assert got.accuracy == 0.75
-    assert got.macro_f1 == pytest.approx((2 / 3 + 0 + 1) / 3)
+    result = score("own", "aggregated", outputs, torch.tensor([0, 1, 2, 2]))
+    assert result.accuracy == 0.75
+    assert result.macro_f1 == pytest.approx((2 / 3 + 0 + 1) / 3)

@@ -1,4 +1,4 @@
-"""Training steps in bfloat16: everything that is kept, sent or summed stays float32, and learning goes on."""
+"""Training in bfloat16: states, messages and sums stay float32, and results stay close to float32."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from torch import nn
 from fedbn.config import Plan
 from fedbn.errors import UserError
 from fedbn.federation.run import Run
-from fedbn.federation.training import computed
+from fedbn.federation.training import autocast_forward
 from fedbn.strategies.base import strategies
 from simulations.engines.execute import execute
-from tests.helpers import few, same
+from tests.helpers import same, sampling_options
 
 
 @pytest.mark.parametrize("name", strategies())
-def test_every_strategy_trains_and_keeps_float32(name, small):
-    outcome = execute(small(name, rounds=1, precision="bfloat16", **few(name)), "reference")
+def test_bfloat16_training_keeps_float32_state(name, small):
+    outcome = execute(small(name, rounds=1, precision="bfloat16", **sampling_options(name)), "reference")
     states = [outcome.server.state, *outcome.client_states.values()]
     assert {v.dtype for s in states for v in s.values() if v.is_floating_point()} == {torch.float32}
     assert all(torch.isfinite(v).all() for s in states for v in s.values())
 
 
-def test_engines_agree_and_the_option_does_something(small):
+def test_bfloat16_engines_agree_and_differ_from_float32(small):
     run, plain = small("fedbn", precision="bfloat16"), small("fedbn")
     reference, grid = execute(run, "reference"), execute(run, "grid")
     assert same(reference.server.state, grid.server.state)
@@ -33,29 +33,29 @@ def test_engines_agree_and_the_option_does_something(small):
 
 
 @pytest.mark.parametrize("model", ["mlp", "small-cnn"])
-def test_side_by_side_it_is_as_near_to_float32_as_one_by_one(model, small):
+def test_bfloat16_stacked_is_as_close_to_float32(model, small):
     def weights(precision, engine):
         state = execute(small("global-naive", rounds=1, model=model, precision=precision), engine).server.state
         return torch.cat([v.flatten().double() for v in state.values()])
 
     exact = weights("float32", "reference")
-    alone, stacked = (weights("bfloat16", e) for e in ("reference", "grid:stacked"))
-    assert 0 < (alone - exact).norm() < 0.05 * exact.norm()
-    assert 0 < (stacked - exact).norm() < 3 * (alone - exact).norm()
+    single, stacked = (weights("bfloat16", e) for e in ("reference", "grid:stacked"))
+    assert 0 < (single - exact).norm() < 0.05 * exact.norm()
+    assert 0 < (stacked - exact).norm() < 3 * (single - exact).norm()
 
 
-def test_statistics_of_a_batch_are_summed_in_float32():
-    layer, seen = nn.BatchNorm1d(4), []
-    layer.register_forward_pre_hook(lambda m, inputs: seen.append(inputs[0]))
+def test_autocast_forward_sums_statistics_in_float32():
+    layer, recorded = nn.BatchNorm1d(4), []
+    layer.register_forward_pre_hook(lambda m, inputs: recorded.append(inputs[0]))
     net = nn.Sequential(nn.Linear(3, 4), layer)
-    computed(net, torch.randn(4096, 3) + 10, "bfloat16")
-    (x,) = seen
+    autocast_forward(net, torch.randn(4096, 3) + 10, "bfloat16")
+    (x,) = recorded
     assert x.dtype == torch.bfloat16
     torch.testing.assert_close(layer.running_mean, 0.1 * x.float().mean(0), rtol=1e-5, atol=1e-5)
     assert layer.running_var.dtype == torch.float32
 
 
-def test_another_precision_is_an_error():
+def test_run_rejects_unknown_precision():
     values = json.loads(Run("digits8", "fedbn", plan=Plan()).to_json())
     with pytest.raises(UserError, match="float32"):
         Run.from_dict(values | {"plan": {"precision": "float8"}})

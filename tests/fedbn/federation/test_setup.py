@@ -1,4 +1,4 @@
-"""Everything that would fail or mislead later is said before work starts."""
+"""Checks of data, model and settings before training starts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fedbn.data.population import Examples, Population, User, hold_out
 from fedbn.data.splits import carve_validation
 from fedbn.errors import UserError
 from fedbn.federation import setup as module
-from fedbn.federation.checks import check_data
+from fedbn.federation.checks import check_population
 from fedbn.federation.setup import build_context
 from fedbn.scenarios.base import Scenario
 
@@ -24,7 +24,7 @@ def examples(n=12, classes=3, shape=(4,)):
     return Examples(torch.randn(n, *shape, generator=draw), torch.arange(n) % classes, torch.zeros(n).long())
 
 
-def people(train=None, test=None, classes=("a", "b", "c")):
+def make_population(train=None, test=None, classes=("a", "b", "c")):
     users = tuple(User(f"u{i}", "d", examples(), examples()) for i in range(3))
     users = (
         replace(users[0], train=examples() if train is None else train, test=examples() if test is None else test),
@@ -36,106 +36,104 @@ def people(train=None, test=None, classes=("a", "b", "c")):
 @pytest.mark.parametrize(
     ("population", "message"),
     [
-        (people(train=examples(0)), "user u0 has no training data: leave the user out"),
-        (people(test=examples(0)), "user u0 has no test data"),
-        (people(classes=("a", "b")), "labels run from 0 to 2, but there are 2 classes, 0 to 1"),
-        (people(classes=("a", "b", "c", "d")), "no seen user has training data of class d: drop the class"),
-        (people(test=examples(shape=(5,))), r"test examples have shape \[5\], others \[4\]"),
+        (make_population(train=examples(0)), "user u0 has no training data: leave the user out"),
+        (make_population(test=examples(0)), "user u0 has no test data"),
+        (make_population(classes=("a", "b")), "labels run from 0 to 2, but there are 2 classes, 0 to 1"),
+        (make_population(classes=("a", "b", "c", "d")), "no seen user has training data of class d: drop the class"),
+        (make_population(test=examples(shape=(5,))), r"test examples have shape \[5\], others \[4\]"),
     ],
 )
-def test_bad_data_are_named(population, message):
+def test_check_population_rejects_bad_data(population, message):
     with pytest.raises(UserError, match=message):
-        check_data(population)
+        check_population(population)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_values_that_are_not_finite_are_found(bad):
+def test_check_population_rejects_nonfinite_values(bad):
     data = examples()
     data.x[7, 2] = bad
     with pytest.raises(
         UserError, match=r"1 of 12 training examples hold NaN or Inf \(first: row 7\); remove or impute"
     ):
-        check_data(people(train=data))
+        check_population(make_population(train=data))
 
 
-def test_good_data_pass():
-    check_data(people())
+def test_check_population_accepts_good_data():
+    check_population(make_population())
 
 
-def test_more_clients_than_there_are(small):
-    with pytest.raises(
-        UserError, match=r"--clients-per-round 50 asks for more than the \d seen users; choose at most \d"
-    ):
+def test_build_context_rejects_too_many_clients_per_round(small):
+    with pytest.raises(UserError, match=r"--clients-per-round 50 exceeds the \d seen users; choose at most \d"):
         build_context(small(clients_per_round=50))
     assert build_context(small("centralized", clients_per_round=50)).trainers == (-1,)
 
 
-def test_batches_of_one_and_batch_norm(small):
+def test_build_context_rejects_batch_norm_with_batch_size_1(small):
     with pytest.raises(UserError, match=r"cannot train on batches of one \(--batch-size 1\): use a batch size of 2"):
         build_context(small("fedbn", model="mlp", batch_size=1))
     assert build_context(small("groupnorm", model="mlp", batch_size=1)).notices == ()
     assert any("batches of one" in n for n in build_context(small("fedbn", batch_size=1)).notices)
 
 
-def test_users_with_less_than_a_batch_are_said_and_trained(small):
+def test_build_context_notices_users_with_less_than_a_batch(small):
     (notice,) = build_context(small("fedbn", batch_size=500)).notices
     assert "fewer training examples than a batch of 500" in notice
-    assert "they train on one smaller batch an epoch" in notice
+    assert "they train on one smaller batch per epoch" in notice
     assert build_context(small("fedbn", batch_size=8)).notices == ()
 
 
-def given(monkeypatch, make):
-    fake = types.ModuleType("given_models")
+def register_model(monkeypatch, make):
+    fake = types.ModuleType("registered_models")
     fake.make = make
-    monkeypatch.setitem(sys.modules, "given_models", fake)
-    return "given_models:make"
+    monkeypatch.setitem(sys.modules, "registered_models", fake)
+    return "registered_models:make"
 
 
-def test_a_model_of_the_wrong_shape(small, monkeypatch):
-    text = given(monkeypatch, lambda shape, classes: nn.Sequential(nn.Flatten(), nn.Linear(9, classes)))
+def test_build_context_rejects_model_of_wrong_shape(small, monkeypatch):
+    text = register_model(monkeypatch, lambda shape, classes: nn.Sequential(nn.Flatten(), nn.Linear(9, classes)))
     with pytest.raises(UserError, match=r"does not take examples of shape \[1, 8, 8\]"):
         build_context(small("nonorm", model=text))
-    text = given(monkeypatch, lambda shape, classes: nn.Sequential(nn.Flatten(), nn.Linear(64, 7)))
+    text = register_model(monkeypatch, lambda shape, classes: nn.Sequential(nn.Flatten(), nn.Linear(64, 7)))
     with pytest.raises(UserError, match=r"outputs of shape \[7\] for 10 classes"):
         build_context(small("nonorm", model=text, rounds=3))
-    with pytest.raises(UserError, match="gave a int, not a torch.nn.Module"):
-        build_context(small("nonorm", model=given(monkeypatch, lambda: 3), rounds=4))
+    with pytest.raises(UserError, match="returned a int, not a torch.nn.Module"):
+        build_context(small("nonorm", model=register_model(monkeypatch, lambda: 3), rounds=4))
 
 
-def test_instance_norm_refuses_layers_without_positions(small):
+def test_instancenorm_rejects_layers_without_positions(small):
     with pytest.raises(UserError, match="after a linear layer; choose groupnorm or layernorm"):
         build_context(small("instancenorm", model="mlp"))
 
 
-def test_strategies_that_need_norms_refuse_a_model_without(small, monkeypatch):
-    text = given(monkeypatch, lambda shape, classes: nn.Sequential(nn.Flatten(), nn.Linear(64, classes)))
+def test_strategies_reject_model_without_norm_layers(small, monkeypatch):
+    text = register_model(monkeypatch, lambda shape, classes: nn.Sequential(nn.Flatten(), nn.Linear(64, classes)))
     with pytest.raises(UserError, match="conversion to group needs normalization layers and Sequential has none"):
         build_context(small("groupnorm", model=text))
     with pytest.raises(UserError, match="strategy 'silobn' works on running statistics"):
         build_context(small("silobn", model=text))
 
 
-def test_too_few_rows_to_hold_any_out():
+def test_carve_validation_rejects_too_few_rows():
     user = User("tiny", "d", examples(3), examples(3))
     with pytest.raises(UserError, match=r"user tiny has too few examples \(3\) to hold any out"):
         carve_validation(user)
 
 
-def test_validation_leaves_a_gap_between_neighboring_windows():
+def test_carve_validation_leaves_gap_between_parts():
     data = Examples(torch.arange(40.0)[:, None], torch.arange(40) // 20, torch.zeros(40).long())
-    held = carve_validation(User("u", "d", data, data))
-    train, test = (set(p.x.flatten().tolist()) for p in (held.train, held.test))
+    split = carve_validation(User("u", "d", data, data))
+    train, test = (set(p.x.flatten().tolist()) for p in (split.train, split.test))
     assert not train & test
     assert not {v + 1 for v in train} & test
     assert test == {16.0, 17.0, 18.0, 19.0, 36.0, 37.0, 38.0, 39.0}
 
 
-def test_holding_everybody_out_is_refused():
-    with pytest.raises(UserError, match="5 unseen of 5 users leaves nobody to train; choose 0 to 4"):
+def test_hold_out_rejects_all_users():
+    with pytest.raises(UserError, match="5 unseen of 5 users leaves no user for training; choose 0 to 4"):
         hold_out(5, 5, 0)
 
 
-def test_the_population_is_loaded_once_for_all_strategies(small, monkeypatch):
+def test_population_is_loaded_once_for_all_strategies(small, monkeypatch):
     calls = []
     from fedbn.scenarios.digits8 import Digits8
 

@@ -27,7 +27,7 @@ def network():
 
 
 @given(st.integers(1, 200), st.integers(1, 40))
-def test_batches_cover_every_row_once_and_none_is_left_alone(n, size):
+def test_batches_cover_rows_once_without_single_row_batch(n, size):
     parts = list(batches(n, size, torch.Generator().manual_seed(1)))
     assert torch.equal(torch.cat(parts).sort().values, torch.arange(n))
     if size > 1 and n > 1:
@@ -38,7 +38,7 @@ def train(model, plan, **options):
     return fit(model, examples(), plan, seed=1, round=1, user=0, **options)
 
 
-def test_training_leaves_the_global_generator_alone_and_repeats():
+def test_fit_is_reproducible_and_keeps_global_generator():
     torch.manual_seed(7)
     before = torch.get_rng_state()
     a, b = network(), network()
@@ -51,7 +51,7 @@ def test_training_leaves_the_global_generator_alone_and_repeats():
     assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
 
 
-def test_one_full_batch_step_is_plain_gradient_descent():
+def test_fit_full_batch_step_is_gradient_descent():
     a, b = network(), network()
     a[3].p = b[3].p = 0.0
     data = examples()
@@ -61,31 +61,32 @@ def test_one_full_batch_step_is_plain_gradient_descent():
         torch.testing.assert_close(x, y - 0.1 * y.grad, rtol=1e-5, atol=1e-6)
 
 
-def test_a_pull_holds_the_parameters_it_names_near_their_target():
+def test_fit_pull_keeps_named_parameters_near_target():
     start = {k: v.clone() for k, v in network().state_dict().items()}
-    far, near = network(), network()
-    train(far, Plan(batch_size=4, local_epochs=5))
-    train(near, Plan(batch_size=4, local_epochs=5), pull=(5.0, {"0.weight": start["0.weight"].clone()}))
+    free, pulled = network(), network()
+    train(free, Plan(batch_size=4, local_epochs=5))
+    train(pulled, Plan(batch_size=4, local_epochs=5), pull=(5.0, {"0.weight": start["0.weight"].clone()}))
 
-    def moved(net, key):
+    def distance(net, key):
         return float((net.state_dict()[key] - start[key]).norm())
 
-    assert moved(near, "0.weight") < 0.5 * moved(far, "0.weight")
-    assert moved(near, "4.weight") > 0.5 * moved(far, "4.weight")
+    assert distance(pulled, "0.weight") < 0.5 * distance(free, "0.weight")
+    assert distance(pulled, "4.weight") > 0.5 * distance(free, "4.weight")
 
 
-def test_optimizer_state_is_kept_by_the_client_and_never_sent(small):
+def test_optimizer_state_is_kept_and_never_sent(small):
     ctx = build_context(small("fedbn", optimizer_state="keep"))
-    update, kept = client_round(ctx, 0, ctx.start(), None, Progress(1, 2))
-    buffers = {k.removeprefix(OPTIMIZER) for k in kept if k.startswith(OPTIMIZER)}
+    update, client_state = client_round(ctx, 0, ctx.initial_server_state(), None, Progress(1, 2))
+    buffers = {k.removeprefix(OPTIMIZER) for k in client_state if k.startswith(OPTIMIZER)}
     assert buffers == {n for n, _ in ctx.scratch.named_parameters()}
     assert not any(k.startswith(OPTIMIZER) for k in update.state)
-    with_memory, _ = client_round(ctx, 0, ctx.start(), kept, Progress(2, 2))
-    without, _ = client_round(ctx, 0, ctx.start(), {k: kept[k] for k in ctx.ownership.retained}, Progress(2, 2))
-    assert with_memory.loss != without.loss
+    with_momentum, _ = client_round(ctx, 0, ctx.initial_server_state(), client_state, Progress(2, 2))
+    retained = {k: client_state[k] for k in ctx.ownership.retained}
+    without, _ = client_round(ctx, 0, ctx.initial_server_state(), retained, Progress(2, 2))
+    assert with_momentum.loss != without.loss
 
 
-def test_momentum_is_forgotten_between_rounds_unless_kept(small):
+def test_momentum_is_reset_between_rounds_by_default(small):
     reset = federate(small("fedbn"))
     keep = federate(small("fedbn", optimizer_state="keep"))
     assert reset.curve[0] == keep.curve[0]

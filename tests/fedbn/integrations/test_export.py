@@ -1,4 +1,4 @@
-"""Files that other programs read say what the model says; what cannot is refused and not left behind."""
+"""Exported files give the outputs of the model; failed exports leave no file."""
 
 from __future__ import annotations
 
@@ -16,16 +16,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fedbn import personalize
 from fedbn.errors import UserError
 from fedbn.integrations import export as module
-from fedbn.integrations.export import export, folded
+from fedbn.integrations.export import export, fold_batch_norm
 from fedbn.models import build
-from simulations.cli import app as cli
 from simulations.experiments.compare import compare
 from simulations.experiments.experiment import Experiment
 
 
 @pytest.fixture(scope="module")
 def personal():
-    """A user's plain network whose statistics are not those of the model as built."""
+    """A user's exported network with adapted statistics, inputs, and expected outputs."""
     net = personalize(build("har-cnn", (3, 32), 4, seed=0), "pseudo:n0=4")
     torch.manual_seed(0)
     x = torch.randn(12, 3, 32) * 2 + 1
@@ -36,41 +35,41 @@ def personal():
 
 @pytest.mark.parametrize("fold", [False, True])
 @pytest.mark.parametrize("suffix", [".safetensors", pytest.param(".pt2", marks=pytest.mark.slow)])
-def test_a_file_says_what_the_model_says(personal, tmp_path, suffix, fold):
-    model, x, wanted = personal
+def test_export_matches_model(personal, tmp_path, suffix, fold):
+    model, x, expected = personal
     path = tmp_path / "new" / f"model{suffix}"
-    assert export(folded(model) if fold else model, x, path) < 1e-5
+    assert export(fold_batch_norm(model) if fold else model, x, path) < 1e-5
     if suffix == ".pt2":
-        torch.testing.assert_close(torch.export.load(path).module()(x[:5]), wanted[:5], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(torch.export.load(path).module()(x[:5]), expected[:5], atol=1e-5, rtol=1e-4)
     elif not fold:
         assert load_file(path).keys() == model.state_dict().keys()
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("error")
-def test_onnx_in_another_runtime(personal, tmp_path, caplog):
+def test_export_onnx_runs_in_onnxruntime(personal, tmp_path, caplog):
     onnxruntime = pytest.importorskip("onnxruntime")
-    model, x, wanted = personal
-    assert export(folded(model), x, tmp_path / "model.onnx") < 1e-5
+    model, x, expected = personal
+    assert export(fold_batch_norm(model), x, tmp_path / "model.onnx") < 1e-5
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
-    for rows in (1, 12):  # any number
-        (found,) = session.run(None, {"x": x[:rows].numpy()})
-        np.testing.assert_allclose(found, wanted[:rows].numpy(), atol=1e-5, rtol=1e-4)
+    for rows in (1, 12):
+        (actual,) = session.run(None, {"x": x[:rows].numpy()})
+        np.testing.assert_allclose(actual, expected[:rows].numpy(), atol=1e-5, rtol=1e-4)
     assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
 
 
-def test_folding_takes_every_layer_in_and_leaves_the_model(personal):
-    model, x, wanted = personal
+def test_fold_batch_norm_folds_all_layers_of_a_copy(personal):
+    model, x, expected = personal
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    plain = folded(model)
+    plain = fold_batch_norm(model)
     assert not [m for m in plain.modules() if isinstance(m, _BatchNorm)]
     assert [m for m in model.modules() if isinstance(m, _BatchNorm)]
-    torch.testing.assert_close(plain(x), wanted, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(plain(x), expected, atol=1e-5, rtol=1e-4)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
 class Branches(nn.Module):
-    """Looks at values, so that it cannot be traced."""
+    """Branches on values, so that it cannot be traced."""
 
     def __init__(self):
         super().__init__()
@@ -80,14 +79,14 @@ class Branches(nn.Module):
         return self.layer(x) if x.sum() > 0 else -self.layer(x)
 
 
-def test_what_cannot_be_traced(tmp_path):
+def test_export_rejects_untraceable_model(tmp_path):
     with pytest.raises(UserError, match="Branches cannot be traced.*export without folding"):
-        folded(Branches())
+        fold_batch_norm(Branches())
     with pytest.raises(UserError, match=r"Branches cannot be exported as \.pt2"):
         export(Branches(), torch.ones(2, 2), tmp_path / "m.pt2")
 
 
-def test_unknown_suffix_and_missing_package(tmp_path, monkeypatch):
+def test_export_rejects_unknown_suffix_and_missing_package(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"unknown suffix of an export '\.onx'\. Did you mean '\.onnx'"):
         export(nn.Linear(2, 2), torch.ones(2, 2), tmp_path / "m.onx")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
@@ -95,7 +94,7 @@ def test_unknown_suffix_and_missing_package(tmp_path, monkeypatch):
         export(nn.Linear(2, 2), torch.ones(2, 2), tmp_path / "m.onnx")
 
 
-def test_a_file_that_says_otherwise_is_not_left_behind(tmp_path, monkeypatch):
+def test_export_removes_file_with_different_outputs(tmp_path, monkeypatch):
     def wrong(model, example, path):
         path.write_bytes(b"")
         return lambda x: model(x) + 0.01
@@ -108,7 +107,7 @@ def test_a_file_that_says_otherwise_is_not_left_behind(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    place = tmp_path_factory.mktemp("export") / "found"
+    directory = tmp_path_factory.mktemp("export") / "results"
     experiment = Experiment.from_dict(
         {
             "scenario": "digits8",
@@ -117,22 +116,7 @@ def directory(tmp_path_factory):
             "plan": {"rounds": 1, "eval_every": 1, "global_test": 20},
         }
     )
-    return compare(experiment.resolved(), place, workers=1)
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["fedbn", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        said = capsys.readouterr()
-        return code, said.out, " ".join(said.err.split())
-
-    return call
+    return compare(experiment.resolved(), directory, workers=1)
 
 
 def result_of(directory, strategy):
@@ -150,43 +134,43 @@ def user_and_accuracy(directory, strategy, row):
 @pytest.mark.parametrize(
     ("strategy", "row"), [("fedbn+ditto", "own"), ("fedbn+ditto", "unseen"), ("global-naive", "own")]
 )
-def test_the_model_that_is_exported_is_the_one_that_was_scored(directory, call, tmp_path, strategy, row):
+def test_cli_export_writes_evaluated_model(directory, run_cli, tmp_path, strategy, row):
     from fedbn.federation.run import Run
     from fedbn.federation.setup import build_context
 
     user, accuracy = user_and_accuracy(directory, strategy, row)
     path = tmp_path / "model.safetensors"
-    code, out, err = call("export", directory, "--strategy", strategy, "--user", user, "--out", path, "--json")
+    code, out, err = run_cli("export", directory, "--strategy", strategy, "--user", user, "--out", path, "--json")
     assert code == 0, err
     assert json.loads(out)["input"] == [1, 8, 8]
     ctx = build_context(Run.from_dict(json.loads(result_of(directory, strategy).read_text())["run"]))
-    person = next(u for u in ctx.population.users if u.name == user)
+    test = next(u for u in ctx.population.users if u.name == user).test
     model = ctx.load(load_file(path)).eval()
-    assert float((model(person.test.x).argmax(1) == person.test.y).double().mean()) == accuracy
+    assert float((model(test.x).argmax(1) == test.y).double().mean()) == accuracy
 
 
-def test_a_rule_moves_statistics_before_the_export(directory, call, tmp_path):
+def test_cli_export_applies_rule_to_statistics(directory, run_cli, tmp_path):
     user, _ = user_and_accuracy(directory, "global-naive", "own")
     common = ["export", directory, "--strategy", "global-naive", "--user", user, "--out"]
-    assert call(*common, tmp_path / "a.safetensors")[0] == 0
-    assert call(*common, tmp_path / "b.safetensors", "--rule", "pseudo:n0=4")[0] == 0
+    assert run_cli(*common, tmp_path / "a.safetensors")[0] == 0
+    assert run_cli(*common, tmp_path / "b.safetensors", "--rule", "pseudo:n0=4")[0] == 0
     a, b = (load_file(tmp_path / f"{n}.safetensors") for n in "ab")
-    moved = {k for k in a if not torch.equal(a[k], b[k])}
-    assert moved
-    assert all("running" in k for k in moved)
+    changed = {k for k in a if not torch.equal(a[k], b[k])}
+    assert changed
+    assert all("running" in k for k in changed)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--strategy", "fedbm"], "Known: fedbn+ditto, global-naive"),
         (["--strategy", "global-naive", "--seed", "4"], "unknown seed"),
         (["--strategy", "global-naive", "--user", "nobody"], "unknown user 'nobody'"),
-        (["--strategy", "global-naive", "--rule", "pseudo"], "say --user"),
+        (["--strategy", "global-naive", "--rule", "pseudo"], "name the user with --user"),
     ],
 )
-def test_mistakes(directory, call, tmp_path, arguments, said):
-    code, _, err = call("export", directory, *arguments, "--out", tmp_path / "m.safetensors")
+def test_cli_export_rejects_bad_input(directory, run_cli, tmp_path, arguments, message):
+    code, _, err = run_cli("export", directory, *arguments, "--out", tmp_path / "m.safetensors")
     assert code == 2
-    assert said in err
+    assert message in err
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""The callback converts before the optimizers are made, and what it measures is what recalibration measures."""
+"""The callback converts layers before the optimizers are created and recalibrates statistics after training."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from fedbn.errors import UserError
-from fedbn.integrations.lightning import first, normalization
+from fedbn.integrations.lightning import first_tensor, normalization
 from fedbn.statistics.recalibration import recalibrate, statistics_of
 
 if find_spec("lightning") is None:
@@ -48,15 +48,15 @@ DATA = TensorDataset(X, (X.sum(1) > 3).long())
 
 
 def fit(net, *callbacks, data=None):
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    quiet |= {"enable_model_summary": False, "accelerator": "cpu", "max_epochs": 2}
+    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    options |= {"enable_model_summary": False, "accelerator": "cpu", "max_epochs": 2}
     from lightning.pytorch import Trainer
 
-    Trainer(callbacks=list(callbacks), **quiet).fit(net, data or DataLoader(DATA, batch_size=16))
+    Trainer(callbacks=list(callbacks), **options).fit(net, data or DataLoader(DATA, batch_size=16))
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_statistics_after_a_fit_are_those_of_the_data_under_the_final_weights():
+def test_normalization_recalibrates_with_final_weights():
     net = module()
     fit(net, normalization())
     other = module()
@@ -64,9 +64,9 @@ def test_statistics_after_a_fit_are_those_of_the_data_under_the_final_weights():
     for layer in other.modules():
         if isinstance(layer, nn.BatchNorm1d):
             layer.reset_running_stats()
-    wanted = statistics_of(recalibrate(other, X))
+    expected = statistics_of(recalibrate(other, X))
     for name, value in statistics_of(net).items():
-        torch.testing.assert_close(value, wanted[name], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6)
     plain = module()
     fit(plain, normalization(rows=0))
     torch.testing.assert_close(plain.layers[0].weight, net.layers[0].weight, rtol=0, atol=0)
@@ -74,28 +74,28 @@ def test_statistics_after_a_fit_are_those_of_the_data_under_the_final_weights():
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_as_many_rows_as_asked_for_and_no_more_than_whole_batches():
+def test_normalization_uses_whole_batches_up_to_rows():
     net = module()
     fit(net, normalization(rows=20))
-    wanted = statistics_of(recalibrate(net, X[:32]))
-    torch.testing.assert_close(statistics_of(net), wanted)
+    expected = statistics_of(recalibrate(net, X[:32]))
+    torch.testing.assert_close(statistics_of(net), expected)
     assert int(net.layers[1].num_batches_tracked) == 10
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_converted_layers_are_trained_and_a_second_fit_leaves_them():
+def test_normalization_converts_once_and_trains_layers():
     net, callback = module(), normalization("group", groups=4, rows=0)
     fit(net, callback)
     layer = net.layers[1]
     assert isinstance(layer, nn.GroupNorm)
     assert layer.num_groups == 4
-    assert (layer.weight - 1).abs().max() > 1e-3, "the optimizer must have met it"
+    assert (layer.weight - 1).abs().max() > 1e-3, "the optimizer must update the converted layer"
     fit(net, callback)
     assert net.layers[1] is layer
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_batches_of_any_form():
+def test_normalization_accepts_inputs_function():
     class Named(torch.utils.data.Dataset):
         def __len__(self):
             return len(DATA)
@@ -106,13 +106,13 @@ def test_batches_of_any_form():
     net = module()
     fit(net, normalization(inputs=lambda batch: batch["x"]), data=DataLoader(Named(), batch_size=16))
     torch.testing.assert_close(statistics_of(net), statistics_of(recalibrate(net, X)))
-    with pytest.raises(UserError, match=r"a batch is a dict: tell normalization\(inputs=...\)"):
+    with pytest.raises(UserError, match=r"a batch is a dict: set normalization\(inputs=...\)"):
         fit(module(), normalization(), data=DataLoader(Named(), batch_size=16))
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
-    ("callback", "said"),
+    ("callback", "message"),
     [
         (lambda: normalization("grup"), "Did you mean 'group'"),
         (lambda: normalization("group", grups=4), "Did you mean 'groups'"),
@@ -120,30 +120,30 @@ def test_batches_of_any_form():
         (lambda: normalization(rows=-1), "0 or more, not -1"),
     ],
 )
-def test_mistakes_are_said_before_training(callback, said):
+def test_normalization_rejects_bad_input_before_training(callback, message):
     net = module()
-    net.training_step = lambda *_: pytest.fail("trained before it was checked")
-    with pytest.raises(UserError, match=said):
+    net.training_step = lambda *_: pytest.fail("trained before validation")
+    with pytest.raises(UserError, match=message):
         fit(net, callback())
 
 
-def test_several_processes_would_each_measure_their_own():
+def test_normalization_rejects_several_processes():
     trainer = type("Trainer", (), {"world_size": 2})()
     with pytest.raises(UserError, match="2 processes"):
         normalization().setup(trainer, module(), "fit")
     normalization().setup(trainer, module(), "test")
 
 
-def test_without_lightning_one_is_told_what_to_install(monkeypatch):
-    from fedbn.integrations import lightning as ours
+def test_normalization_without_lightning_suggests_package(monkeypatch):
+    from fedbn.integrations import lightning
 
-    ours._kind.cache_clear()
+    lightning._callback_class.cache_clear()
     monkeypatch.setitem(sys.modules, "lightning.pytorch", None)
     with pytest.raises(UserError, match=r"pip install 'fedbn\[lightning\]'"):
         normalization()
 
 
 @pytest.mark.parametrize("batch", [(), {"x": X}, ("x",)])
-def test_inputs_are_not_guessed(batch):
-    with pytest.raises(UserError, match="tell normalization"):
-        first(batch)
+def test_first_tensor_rejects_bad_batch(batch):
+    with pytest.raises(UserError, match="set normalization"):
+        first_tensor(batch)

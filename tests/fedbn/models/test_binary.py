@@ -1,4 +1,4 @@
-"""Binary networks: the sign, its gradient, what each norm does, and the law of growth."""
+"""Binary networks: the sign and its gradient, the norms, and the growth of gradients."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fedbn.models.binary import (
 from fedbn.nn.probes import GradientGrowthProbe
 
 
-def test_sign_of_zero_is_one_and_its_gradient_stops_outside_the_unit_interval():
+def test_sign_passes_gradient_only_in_unit_interval():
     x = torch.tensor([-1.5, -1.0, -0.0, 0.0, 1.0, 1.0001], requires_grad=True)
     y = sign(x)
     y.backward(torch.arange(1.0, 7.0))
@@ -32,7 +32,7 @@ def test_sign_of_zero_is_one_and_its_gradient_stops_outside_the_unit_interval():
 
 
 @pytest.mark.parametrize("layer", [BinaryLinear(5, 3), BinaryConv2d(5, 3)])
-def test_a_layer_computes_with_signs_and_trains_what_is_behind_them(layer):
+def test_binary_layers_use_signs_and_train_latent_weights(layer):
     with torch.no_grad():
         layer.weight.normal_(generator=torch.Generator().manual_seed(0)).mul_(2)
     before = layer.weight.detach().clone()
@@ -42,13 +42,13 @@ def test_a_layer_computes_with_signs_and_trains_what_is_behind_them(layer):
     expected = x @ signs.T if isinstance(layer, nn.Linear) else nn.functional.conv2d(x, signs, padding=1)
     out = layer.train()(x)
     torch.testing.assert_close(out, expected)
-    # The straight-through gradient reaches every latent weight, also one at the edge.
+    # The straight-through gradient reaches every latent weight, including those at the boundary.
     out.square().sum().backward()
     assert (layer.weight.grad != 0).all()
     assert torch.equal(layer.weight, before.clamp(-1, 1))
 
 
-def test_evaluation_leaves_latent_weights_alone():
+def test_evaluation_keeps_latent_weights():
     layer = BinaryLinear(2, 2).eval()
     with torch.no_grad():
         layer.weight.fill_(3.0)
@@ -57,7 +57,7 @@ def test_evaluation_leaves_latent_weights_alone():
 
 
 @pytest.mark.parametrize("shape", [(40, 3), (40, 3, 5), (40, 3, 4, 4)])
-def test_centring_and_scaling_are_the_halves_of_bn(shape):
+def test_half_bn_parts_compose_to_bn(shape):
     x = 2 * torch.randn(shape, dtype=torch.float64) + 3
     axes = [0, *range(2, len(shape))]
     mean, std = x.mean(axes, keepdim=True), (x.var(axes, unbiased=False, keepdim=True) + 1e-5).sqrt()
@@ -69,7 +69,7 @@ def test_centring_and_scaling_are_the_halves_of_bn(shape):
 
 
 @pytest.mark.parametrize("part", ["center", "scale"])
-def test_half_bn_keeps_the_statistics_that_bn_keeps_and_evaluates_by_them(part):
+def test_half_bn_tracks_and_uses_running_statistics(part):
     half, bn = HalfBatchNorm(3, part), nn.BatchNorm1d(3)
     with torch.no_grad():
         half.weight.fill_(2.0)
@@ -81,14 +81,14 @@ def test_half_bn_keeps_the_statistics_that_bn_keeps_and_evaluates_by_them(part):
     assert torch.equal(half.running_var, bn.running_var)
     before = half.running_mean.clone()
     x = torch.randn(5, 3)
-    spread = (bn.running_var + 1e-5).sqrt()
-    expected = x - bn.running_mean if part == "center" else x / spread
+    std = (bn.running_var + 1e-5).sqrt()
+    expected = x - bn.running_mean if part == "center" else x / std
     torch.testing.assert_close(half.eval()(x), 2 * expected + 0.5)
     assert torch.equal(half.running_mean, before)
 
 
 def growth(norm, width, networks=6):
-    """Geometric mean over networks of the growth per layer at initialization."""
+    """Geometric mean over networks of the gradient growth per layer at initialization, and the last probe."""
     logs = []
     for seed in range(networks):
         torch.manual_seed(seed)
@@ -101,38 +101,38 @@ def growth(norm, width, networks=6):
 
 
 @pytest.mark.parametrize("width", [64, 128, 256, 512])
-def test_gradients_explode_by_the_law_without_a_norm(width):
-    law = (2 * width / math.pi) ** 0.25
-    assert growth("none", width, 3 if width == 512 else 8)[0] == pytest.approx(law, rel=0.05)
+def test_gradient_growth_without_norm_follows_formula(width):
+    expected = (2 * width / math.pi) ** 0.25
+    assert growth("none", width, 3 if width == 512 else 8)[0] == pytest.approx(expected, rel=0.05)
 
 
 @pytest.mark.parametrize("width", [64, 256])
 @pytest.mark.parametrize("norm", ["bn", "scale", "fixed"])
-def test_scaling_keeps_gradients_at_bay_at_any_width(norm, width):
+def test_scaling_bounds_gradient_growth_at_any_width(norm, width):
     assert 0.75 < growth(norm, width)[0] < 0.9
 
 
-def test_centring_alone_does_not():
+def test_centering_does_not_reduce_gradient_growth():
     assert growth("center", 128)[0] == pytest.approx((2 * 128 / math.pi) ** 0.25, rel=0.05)
 
 
-def test_the_probe_sees_spread_and_share_of_the_unit_interval():
+def test_probe_measures_std_and_unit_share():
     width = 256
     _, probe = growth("none", width)
     deep = list(probe.layers)[1:]
-    assert sum(probe.spread[n] for n in deep) / len(deep) == pytest.approx(math.sqrt(width), rel=0.05)
-    share = sum(probe.small[n] for n in deep) / len(deep)
+    assert sum(probe.std[n] for n in deep) / len(deep) == pytest.approx(math.sqrt(width), rel=0.05)
+    share = sum(probe.unit_share[n] for n in deep) / len(deep)
     assert share == pytest.approx(math.sqrt(2 / (math.pi * width)), rel=0.1)
 
 
-def test_the_probe_takes_the_root_mean_square_of_a_gradient():
+def test_probe_measures_root_mean_square_gradient():
     net = nn.Sequential(nn.Linear(1, 2, bias=False), nn.Identity())
     with GradientGrowthProbe(dict(net.named_children())) as probe:
         (net(torch.ones(1, 1)) * torch.tensor([3.0, 4.0])).sum().backward()
     assert probe.gradient == pytest.approx({"0": math.sqrt(12.5), "1": math.sqrt(12.5)})
 
 
-def test_the_probe_takes_its_hooks_away_and_says_what_is_missing():
+def test_probe_removes_hooks_and_rejects_bad_input():
     net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     layers = dict(net.named_children())
     with GradientGrowthProbe(layers) as probe:
@@ -140,25 +140,25 @@ def test_the_probe_takes_its_hooks_away_and_says_what_is_missing():
     with pytest.raises(UserError, match=r"call backward\(\) inside the with block"):
         _ = probe.growth
     assert not any(m._forward_hooks for m in net)
-    with pytest.raises(UserError, match="watch two or more, not 1"), GradientGrowthProbe({"0": net[0]}):
+    with pytest.raises(UserError, match="pass at least two, not 1"), GradientGrowthProbe({"0": net[0]}):
         pass
 
 
 @pytest.mark.parametrize("norm", BINARY_NORMS)
-def test_every_norm_in_both_networks(norm):
+def test_binary_networks_support_every_norm(norm):
     for model in (BinaryMLP((1, 8, 8), 3, norm=norm), BinaryCNN((1, 8, 8), 3, norm=norm)):
         signs = [m for m in model.modules() if isinstance(m, Sign)]
-        seen = []
-        signs[-1].register_forward_hook(lambda m, a, out: seen.append(out))
+        outputs = []
+        signs[-1].register_forward_hook(lambda m, a, out: outputs.append(out))
         assert model(torch.randn(4, 1, 8, 8)).shape == (4, 3)
-        assert set(seen[0].unique().tolist()) <= {-1.0, 1.0}
+        assert set(outputs[0].unique().tolist()) <= {-1.0, 1.0}
 
 
-def test_a_fixed_scale_is_the_root_of_the_fan_in():
+def test_fixed_scale_divides_by_root_of_fan_in():
     assert binary_norm("fixed", 4, 16)(torch.ones(1, 4)).tolist() == [[0.25] * 4]
 
 
-def test_mistakes_are_named():
+def test_binary_networks_reject_bad_input():
     with pytest.raises(UserError, match="unknown norm of a binary network 'centre'. Did you mean 'center'"):
         BinaryMLP((4,), 2, norm="centre")
     with pytest.raises(UserError, match=r"binary-cnn takes images \[channels, >= 8, >= 8\], not examples of shape \[4"):

@@ -1,4 +1,4 @@
-"""The cvgj networks: layers as published, BN on the data, the polynomial schedule, and weights of one's own."""
+"""The cvgj networks: layers as published, BN on the data, the polynomial schedule, and pretrained weights."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def count(model, kind):
     ],
 )
 @pytest.mark.parametrize("small", [False, True])
-def test_layers_are_as_published(net, side, convolutions, linears, norms, scaled, small):
+def test_cvgj_layer_counts_match_publication(net, side, convolutions, linears, norms, scaled, small):
     shape = (3, 32, 32) if small else (3, side, side)
     with torch.device("meta"):
         model = net(shape, 1000, width_mult=1)
@@ -44,7 +44,7 @@ def test_layers_are_as_published(net, side, convolutions, linears, norms, scaled
     assert count(model, nn.Dropout) == count(model, nn.LocalResponseNorm) == 0
 
 
-def test_widths_of_alexnet_and_the_order_of_its_layers():
+def test_alexnet_widths_and_layer_order_match_publication():
     with torch.device("meta"):
         model = AlexNetCvgj((3, 227, 227), 1000, width_mult=1)
     convs = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
@@ -60,16 +60,16 @@ def test_widths_of_alexnet_and_the_order_of_its_layers():
 
 @pytest.mark.parametrize("net", NETS)
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 28, 30), (3, 64, 67)])
-def test_every_size_of_image_runs(net, shape):
+def test_cvgj_accepts_every_image_size(net, shape):
     model = net(shape, 7, width_mult=1 / 16)
     assert model(torch.randn(2, *shape)).shape == (2, 7)
 
 
 @pytest.mark.parametrize("net", NETS)
-def test_the_datas_bn_makes_gain_and_offset_of_each_channel_vanish(net):
+def test_bn_on_data_removes_gain_and_offset_of_channels(net):
     torch.manual_seed(0)
     model = net((3, 16, 16), 5, width_mult=1 / 8).double().train()
-    # What eps does to a small variance, fifty layers make large.
+    # Fifty layers amplify the effect of eps on a small variance.
     model.data.eps = 1e-12
     x = torch.randn(8, 3, 16, 16, dtype=torch.float64)
     a, b = torch.tensor([0.5, 2.0, 7.0]).view(1, 3, 1, 1), torch.tensor([1.0, -3.0, 9.0]).view(1, 3, 1, 1)
@@ -77,7 +77,7 @@ def test_the_datas_bn_makes_gain_and_offset_of_each_channel_vanish(net):
     assert (model(x) - model(-x)).abs().max() > 1e-3
 
 
-def test_a_bias_before_bn_has_no_effect():
+def test_bias_before_bn_has_no_effect():
     model = AlexNetCvgj((3, 16, 16), 5, width_mult=1 / 8).double().train()
     x = torch.randn(8, 3, 16, 16, dtype=torch.float64)
     before = model(x)
@@ -85,7 +85,7 @@ def test_a_bias_before_bn_has_no_effect():
     torch.testing.assert_close(model(x), before)
 
 
-def test_the_expansion_reads_the_pre_activated_tensor():
+def test_preact_unit_expands_pre_activated_tensor():
     unit = next(u for u in ResNet10Cvgj((3, 16, 16), 5).stages if u.expand is not None).eval()
     x = torch.randn(2, unit.expand.in_channels, 8, 8)
     h = torch.relu(unit.activate[0](x))
@@ -94,7 +94,7 @@ def test_the_expansion_reads_the_pre_activated_tensor():
     assert isinstance(first.activate, nn.Identity)
 
 
-def test_the_polynomial_schedule_reaches_zero_in_a_straight_line():
+def test_polynomial_schedule_reaches_zero_linearly():
     parameter = nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([parameter], lr=0.4)
     schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, 4)
@@ -107,12 +107,12 @@ def test_the_polynomial_schedule_reaches_zero_in_a_straight_line():
 
 
 @pytest.mark.parametrize("net", NETS)
-def test_what_is_no_image_is_refused(net):
+def test_cvgj_rejects_inputs_that_are_not_images(net):
     with pytest.raises(UserError, match=rf"{net.name} takes images \[channels, >= 8, >= 8\]"):
         net((6, 128), 3)
 
 
-# --- weights of one's own
+# --- pretrained weights
 
 
 @pytest.fixture
@@ -122,16 +122,16 @@ def trained():
     return model
 
 
-@pytest.mark.parametrize("how", ["safetensors", "pt", "wrapped", "parallel"])
-def test_weights_and_statistics_arrive_and_a_new_head_stays_new(trained, tmp_path, how):
+@pytest.mark.parametrize("layout", ["safetensors", "pt", "wrapped", "parallel"])
+def test_load_pretrained_keeps_head_of_other_size(trained, tmp_path, layout):
     state = trained.state_dict()
-    path = tmp_path / ("w.safetensors" if how == "safetensors" else "w.pth")
-    if how == "safetensors":
+    path = tmp_path / ("w.safetensors" if layout == "safetensors" else "w.pth")
+    if layout == "safetensors":
         save_file(state, path)
-    elif how == "wrapped":
+    elif layout == "wrapped":
         torch.save({"state_dict": state, "epoch": 3}, path)
     else:
-        torch.save({f"module.{k}": v for k, v in state.items()} if how == "parallel" else state, path)
+        torch.save({f"module.{k}": v for k, v in state.items()} if layout == "parallel" else state, path)
     model = ResNet20((3, 8, 8), 4)
     head = model.fc.weight.detach().clone()
     assert load_pretrained(model, path) == ["fc.weight", "fc.bias"]
@@ -142,12 +142,12 @@ def test_weights_and_statistics_arrive_and_a_new_head_stays_new(trained, tmp_pat
     assert torch.equal(twin.fc.weight, trained.fc.weight)
 
 
-def test_a_file_without_batch_counters_is_complete(trained, tmp_path):
+def test_load_pretrained_accepts_missing_batch_counters(trained, tmp_path):
     state = {k: v for k, v in trained.state_dict().items() if "num_batches" not in k}
     save_file(state, tmp_path / "old.safetensors")
-    kept = load_pretrained(ResNet20((3, 8, 8), 10), tmp_path / "old.safetensors")
-    assert kept
-    assert all(k.endswith("num_batches_tracked") for k in kept)
+    missing = load_pretrained(ResNet20((3, 8, 8), 10), tmp_path / "old.safetensors")
+    assert missing
+    assert all(k.endswith("num_batches_tracked") for k in missing)
 
 
 class Payload:
@@ -155,7 +155,7 @@ class Payload:
         return (print, ("code has run",))
 
 
-def test_code_in_a_weights_file_is_not_run(tmp_path, capsys):
+def test_read_state_does_not_run_code(tmp_path, capsys):
     (tmp_path / "evil.pth").write_bytes(pickle.dumps({"w": Payload()}))
     torch.save({"w": Payload()}, tmp_path / "evil.pt")
     for name in ("evil.pth", "evil.pt"):
@@ -164,26 +164,26 @@ def test_code_in_a_weights_file_is_not_run(tmp_path, capsys):
     assert "code has run" not in capsys.readouterr().out
 
 
-def test_what_does_not_fit_is_named(trained, tmp_path):
+def test_load_pretrained_rejects_bad_input(trained, tmp_path):
     state = trained.state_dict()
     path = tmp_path / "w.safetensors"
 
-    def said(entries, model):
+    def message(entries, model):
         save_file(entries, path)
         with pytest.raises(UserError) as error:
             load_pretrained(model, path)
         return str(error.value)
 
     fresh = ResNet20((3, 8, 8), 10)
-    assert "lack 1 entries (bn1.weight) for ResNet20" in said(
+    assert "lack entries of ResNet20 (1: bn1.weight)" in message(
         {k: v for k, v in state.items() if k != "bn1.weight"}, fresh
     )
-    assert "unknown to the model, 1 entries (more)" in said(state | {"more": torch.ones(1)}, fresh)
-    assert "conv1.weight has shape [16, 3, 3, 3]" in said(state, ResNet20((1, 8, 8), 10))
+    assert "have entries that are not in ResNet20 (1: more)" in message(state | {"more": torch.ones(1)}, fresh)
+    assert "conv1.weight has shape [16, 3, 3, 3]" in message(state, ResNet20((1, 8, 8), 10))
     with pytest.raises(UserError, match="no weights at"):
         read_state(tmp_path / "none.pt")
     torch.save([1, 2], tmp_path / "list.pt")
-    with pytest.raises(UserError, match="holds a list that is no state dict"):
+    with pytest.raises(UserError, match="holds a list that is not a state dict"):
         read_state(tmp_path / "list.pt")
     (tmp_path / "torn.safetensors").write_bytes(b"abc")
     with pytest.raises(UserError, match="cannot be read as weights alone"):

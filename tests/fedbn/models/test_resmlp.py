@@ -1,4 +1,4 @@
-"""ResMLP: order of modules, parameter counts, flags, and uncertainty by dropout."""
+"""ResMLP: order of modules, parameter counts, flags, and uncertainty from dropout."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def parameters(model):
     return sum(p.numel() for p in model.parameters())
 
 
-def test_parameters_are_those_of_the_paper():
+def test_resmlp_parameter_count_matches_paper():
     """Residual: 2 (n^2 + n) and an IC of 2n before each layer but the first; down: n^2/2 + n/2 and an IC."""
     total, first = 0, True
     for n in (512, 256, 128, 64):
@@ -30,7 +30,7 @@ def test_parameters_are_those_of_the_paper():
     )  # fmt: skip
 
 
-def test_modules_stand_in_the_papers_order():
+def test_resmlp_module_order_matches_paper():
     kinds = (nn.Linear, nn.BatchNorm1d, nn.Dropout)
     order = [type(m).__name__ for m in ResMLP((16,), 2, blocks=2, residuals=2).modules() if isinstance(m, kinds)]
     ic = ["BatchNorm1d", "Dropout"]
@@ -40,7 +40,7 @@ def test_modules_stand_in_the_papers_order():
     assert order == [*first, *residual, *down, *residual, *residual, *down, "Linear"]
 
 
-def test_without_both_flags_it_is_a_plain_mlp():
+def test_resmlp_without_ic_and_skip_is_plain_mlp():
     net = ResMLP((16,), 3, blocks=2, ic=False, skip=False)
     assert not norm_layers(net)
     assert not [m for m in net.modules() if isinstance(m, nn.Dropout)]
@@ -50,7 +50,7 @@ def test_without_both_flags_it_is_a_plain_mlp():
     torch.testing.assert_close(net(x), plain(x))
 
 
-def test_a_residual_adds_its_input_before_the_last_relu():
+def test_residual_adds_input_before_last_relu():
     block = Residual(6, 0.0, ic=True, skip=True, first=False).eval()
     x = torch.randn(4, 6)
     h = block.linear2(block.ic2(torch.relu(block.linear1(block.ic1(x)))))
@@ -59,14 +59,14 @@ def test_a_residual_adds_its_input_before_the_last_relu():
     torch.testing.assert_close(block(x), torch.relu(h))
 
 
-def test_no_dropout_is_deterministic_in_training_and_some_is_not():
+def test_resmlp_without_dropout_is_deterministic():
     x = torch.randn(32, 16)
-    calm, noisy = ResMLP((16,), 2, p=0.0), ResMLP((16,), 2, p=0.5)
-    assert torch.equal(calm(x), calm(x))
+    deterministic, noisy = ResMLP((16,), 2, p=0.0), ResMLP((16,), 2, p=0.5)
+    assert torch.equal(deterministic(x), deterministic(x))
     assert not torch.equal(noisy(x), noisy(x))
 
 
-def test_mc_dropout_drops_and_keeps_bn_in_evaluation():
+def test_mc_dropout_keeps_bn_in_evaluation_mode():
     torch.manual_seed(0)
     net, x = ResMLP((16,), 3, p=0.4), torch.randn(20, 16)
     net(x)
@@ -79,14 +79,16 @@ def test_mc_dropout_drops_and_keeps_bn_in_evaluation():
     torch.testing.assert_close(p.sum(1), torch.ones(20))
     torch.testing.assert_close(entropy, -(p * p.log()).sum(1))
     assert not torch.allclose(p, net(x).softmax(1))
-    # Alone or with others: evaluation-mode BN does not look at the rest of the batch (nor do the masks, without p).
-    calm = ResMLP((16,), 3, p=0.0)
-    torch.testing.assert_close(mc_dropout(calm, x, samples=2)[0][:1], mc_dropout(calm, x[:1], samples=2)[0])
-    again = mc_dropout(net, x, samples=8, seed=1)[0]
-    assert torch.equal(p, again)
+    # With p=0 a row does not depend on the rest of the batch.
+    deterministic = ResMLP((16,), 3, p=0.0)
+    torch.testing.assert_close(
+        mc_dropout(deterministic, x, samples=2)[0][:1], mc_dropout(deterministic, x[:1], samples=2)[0]
+    )
+    repeated = mc_dropout(net, x, samples=8, seed=1)[0]
+    assert torch.equal(p, repeated)
     assert not torch.equal(p, mc_dropout(net, x, samples=8, seed=2)[0])
 
 
-def test_too_narrow_an_embedding_is_refused():
+def test_resmlp_rejects_too_few_features():
     with pytest.raises(UserError, match="halves its width 4 times: 15 features are too few, 16 needed"):
         ResMLP((15,), 2)

@@ -17,14 +17,14 @@ SHAPES = {"stroke-cnn": (1, 24), "har-cnn": (6, 32), "mlp": (12,)}
 
 
 @given(st.integers(1, 300), st.integers(1, 64))
-def test_the_group_count_always_divides(channels, wish):
-    groups = groups_for(channels, groups=wish)
+def test_groups_for_divides_channels(channels, limit):
+    groups = groups_for(channels, groups=limit)
     assert channels % groups == 0
-    assert 1 <= groups <= max(1, wish)
-    assert channels % groups_for(channels, per_group=wish) == 0
+    assert 1 <= groups <= max(1, limit)
+    assert channels % groups_for(channels, per_group=limit) == 0
 
 
-def test_conversion_keeps_names_and_copies_scale_and_shift():
+def test_convert_keeps_names_and_affine_parameters():
     net = ResNet20((3, 16, 16), 10)
     with torch.no_grad():
         net.layer2[0].downsample[1].weight.fill_(3.0)
@@ -36,7 +36,7 @@ def test_conversion_keeps_names_and_copies_scale_and_shift():
     assert net(torch.zeros(2, 3, 16, 16)).shape == (2, 10)
 
 
-def test_group_norm_with_one_group_is_layer_norm_and_with_all_groups_instance_norm():
+def test_group_norm_limits_are_layer_and_instance_norm():
     x = torch.randn(4, 6, 5, generator=torch.Generator().manual_seed(0))
     layer = convert(nn.Sequential(nn.BatchNorm1d(6)), "layer")
     torch.testing.assert_close(layer(x), nn.functional.layer_norm(x, [6, 5]))
@@ -46,13 +46,13 @@ def test_group_norm_with_one_group_is_layer_norm_and_with_all_groups_instance_no
 
 
 @pytest.mark.parametrize("shape", [(4, 6), (4, 6, 5), (4, 6, 3, 3)])
-def test_back_to_batch_normalizes_like_torch(shape):
+def test_convert_back_to_batch_matches_torch(shape):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    back = convert(convert(nn.Sequential(nn.BatchNorm2d(6)), "group", groups=3), "batch")
-    torch.testing.assert_close(back(x), nn.functional.batch_norm(x, None, None, training=True))
+    model = convert(convert(nn.Sequential(nn.BatchNorm2d(6)), "group", groups=3), "batch")
+    torch.testing.assert_close(model(x), nn.functional.batch_norm(x, None, None, training=True))
 
 
-def test_errors_name_the_fix():
+def test_convert_rejects_bad_input():
     with pytest.raises(
         UserError, match="needs normalization layers and Linear has none: choose a model with BatchNorm"
     ):
@@ -68,7 +68,7 @@ def test_errors_name_the_fix():
 
 
 @pytest.mark.parametrize("name", models())
-def test_every_model_is_built_alike_from_a_seed_and_has_batch_norm(name):
+def test_build_is_deterministic_for_every_model(name):
     shape = SHAPES.get(name, (1, 16, 16))
     torch.manual_seed(5)
     before = torch.get_rng_state()
@@ -92,6 +92,6 @@ def test_every_model_is_built_alike_from_a_seed_and_has_batch_norm(name):
         ("fedbn.models.mlp:MPL", r"unknown factory in fedbn.models.mlp 'MPL'. Did you mean 'MLP'\?"),
     ],
 )
-def test_a_model_that_cannot_be_built_says_why(name, message):
+def test_build_rejects_bad_input(name, message):
     with pytest.raises(UserError, match=message):
         build(name, (2,), 3, 0)

@@ -1,4 +1,4 @@
-"""Domain-specific BN and embeddings: one network, statistics per domain, a sample weighed by where it lies."""
+"""Domain-specific BN and embeddings: one network, statistics per domain, weights by distance to each domain."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def data(n=6, seed=1, shift=0.0):
 
 
 def embedded(k=3):
-    """A network with k domains whose statistics were learnt on different inputs."""
+    """A network with k domains whose statistics were computed on different inputs."""
     net = convert(network(), "bne", domains=k)
     for d in range(k):
         set_domain(net, d)
@@ -39,7 +39,7 @@ def embedded(k=3):
     return net.eval()
 
 
-def test_one_domain_is_batch_norm():
+def test_bne_with_one_domain_is_batch_norm():
     plain = network()
     plain.train()(data(30, 5))
     plain.eval()
@@ -48,12 +48,12 @@ def test_one_domain_is_batch_norm():
     assert torch.equal(weights, torch.ones(6, 1, dtype=torch.float64))
 
 
-def test_training_a_domain_is_batch_norm_and_leaves_the_others_alone():
-    plain, ours = network(), convert(network(), "bne", domains=3)
-    set_domain(ours, 1)
+def test_domain_norm_trains_only_the_current_domain():
+    plain, converted = network(), convert(network(), "bne", domains=3)
+    set_domain(converted, 1)
     x = data(12)
-    assert torch.equal(plain.train()(x), ours.train()(x))
-    for path, layer in domain_layers(ours).items():
+    assert torch.equal(plain.train()(x), converted.train()(x))
+    for path, layer in domain_layers(converted).items():
         bn = plain.get_submodule(path)
         assert torch.equal(layer.domain_mean[1], bn.running_mean)
         assert torch.equal(layer.domain_var[1], bn.running_var)
@@ -63,29 +63,29 @@ def test_training_a_domain_is_batch_norm_and_leaves_the_others_alone():
 
 
 def slow_weights(net, x, k):
-    """By hooks and torch's own functions, one sample at a time."""
+    """Weights computed by hooks and torch's own functions, one sample at a time."""
     out = []
     for sample in x.split(1):
-        near = []
+        closeness = []
         for d in range(k):
             set_domain(net, d)
             total = []
 
-            def see(layer, args, d=d, total=total):
+            def add_distance(layer, args, d=d, total=total):
                 flat = args[0][0].flatten(1)
                 total.append(((flat.mean(1) - layer.domain_mean[d]) ** 2).sum())
                 total.append(((flat.std(1, correction=0) - layer.domain_var[d].sqrt()) ** 2).sum())
 
-            handles = [m.register_forward_pre_hook(see) for m in domain_layers(net).values()]
+            handles = [m.register_forward_pre_hook(add_distance) for m in domain_layers(net).values()]
             net(sample)
             for handle in handles:
                 handle.remove()
-            near.append(1 / (sum(total) + 1e-8))
-        out.append(torch.stack(near) / sum(near))
+            closeness.append(1 / (sum(total) + 1e-8))
+        out.append(torch.stack(closeness) / sum(closeness))
     return torch.stack(out)
 
 
-def test_weights_and_mixture_follow_their_formulas():
+def test_bne_weights_and_mixture_match_formulas():
     net, x = embedded(), data(4, 9, shift=2.0)
     log_p, weights = BNE(net).eval()(x)
     torch.testing.assert_close(weights, slow_weights(net, x, 3), rtol=1e-10, atol=1e-12)
@@ -100,22 +100,22 @@ def test_weights_and_mixture_follow_their_formulas():
     torch.testing.assert_close(mixed.exp(), expected, rtol=1e-10, atol=1e-12)
 
 
-def test_distances_instead_of_their_squares_are_milder():
+def test_bne_root_uses_distances_instead_of_squares():
     net, x = embedded(), data(4, 9)
     _, squared = BNE(net).eval()(x)
     _, rooted = BNE(net, root=True).eval()(x)
     torch.testing.assert_close(rooted, squared.sqrt() / squared.sqrt().sum(1, keepdim=True), rtol=1e-6, atol=1e-6)
 
 
-def test_a_sample_with_a_domains_statistics_at_every_layer_is_of_that_domain():
+def test_bne_assigns_sample_with_equal_statistics_to_domain():
     net, x = embedded(), data(1, 30, shift=6.0)
     set_domain(net, 2)
 
-    def adopt(layer, args):
+    def copy_statistics(layer, args):
         flat = args[0][0].flatten(1)
         layer.domain_mean[2], layer.domain_var[2] = flat.mean(1), flat.var(1, correction=0)
 
-    handles = [layer.register_forward_pre_hook(adopt) for layer in domain_layers(net).values()]
+    handles = [layer.register_forward_pre_hook(copy_statistics) for layer in domain_layers(net).values()]
     with torch.no_grad():
         net.eval()(x)
     for handle in handles:
@@ -125,19 +125,19 @@ def test_a_sample_with_a_domains_statistics_at_every_layer_is_of_that_domain():
 
 
 @given(st.permutations(range(3)))
-def test_weights_sum_to_one_and_follow_the_domains_around(order):
+def test_bne_weights_sum_to_one_and_follow_permutations(order):
     net, x = embedded(), data()
     log_p, weights = BNE(net).eval()(x)
     torch.testing.assert_close(weights.sum(1), torch.ones(6, dtype=torch.float64), rtol=1e-12, atol=0)
     for layer in domain_layers(net).values():
         layer.domain_mean.copy_(layer.domain_mean[order].clone())
         layer.domain_var.copy_(layer.domain_var[order].clone())
-    moved, permuted = BNE(net).eval()(x)
+    permuted_log_p, permuted = BNE(net).eval()(x)
     torch.testing.assert_close(permuted, weights[:, order], rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(moved, log_p, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(permuted_log_p, log_p, rtol=1e-10, atol=1e-10)
 
 
-def test_domains_with_equal_statistics_weigh_the_same():
+def test_bne_weights_domains_with_equal_statistics_equally():
     net = embedded()
     for layer in domain_layers(net).values():
         layer.domain_mean[2] = layer.domain_mean[0]
@@ -148,23 +148,23 @@ def test_domains_with_equal_statistics_weigh_the_same():
 
 
 @given(st.lists(st.floats(-5, 5), min_size=2, max_size=2), st.lists(st.floats(0, 5), min_size=2, max_size=2))
-def test_the_distance_is_one(means, stds):
+def test_distance_is_a_metric(means, stds):
     a, b = (tuple(torch.tensor([[m], [s**2]], dtype=torch.float64)) for m, s in zip(means, stds, strict=True))
-    closed = (means[0] - means[1]) ** 2 + (stds[0] - stds[1]) ** 2
-    assert float(distance(*a, *b)) == pytest.approx(closed, abs=1e-9)
+    expected = (means[0] - means[1]) ** 2 + (stds[0] - stds[1]) ** 2
+    assert float(distance(*a, *b)) == pytest.approx(expected, abs=1e-9)
     assert float(distance(*a, *b)) == float(distance(*b, *a))
     assert float(distance(*a, *a)) == 0
-    if closed > 1e-6:
+    if expected > 1e-6:
         assert float(distance(*a, *b)) > 0
 
 
-def test_it_is_the_square_of_the_distance_between_moments():
+def test_distance_is_squared_w2_of_moments():
     one, two = Moments.of(data(3).flatten(1)), Moments.of(data(4, 2).flatten(1) * 2)
-    ours = distance(one.mean, one.variance(), two.mean, two.variance())
-    assert float(ours) == pytest.approx(float(one.w2(two)) ** 2)
+    actual = distance(one.mean, one.variance(), two.mean, two.variance())
+    assert float(actual) == pytest.approx(float(one.w2(two)) ** 2)
 
 
-def test_parameters_are_single_and_statistics_twice_k_c():
+def test_domain_norm_shares_parameters_and_has_k_statistics():
     net, plain = convert(network(), "bne", domains=4), network()
     assert {n: p.shape for n, p in net.named_parameters()} == {n: p.shape for n, p in plain.named_parameters()}
     table = roles(net)
@@ -175,7 +175,7 @@ def test_parameters_are_single_and_statistics_twice_k_c():
     assert set(statistics_of(net)) == {f"features.{i}.domain_{s}" for i in (1, 5) for s in ("mean", "var")}
 
 
-def test_training_the_mixture_learns_in_one_branch_and_through_all():
+def test_bne_training_updates_one_branch_with_gradients_in_all():
     net = embedded()
     before = {p: (m.domain_mean.clone(), m.domain_var.clone()) for p, m in domain_layers(net).items()}
     log_p, _ = BNE(net).train()(data(8, 4), domain=1)
@@ -188,7 +188,7 @@ def test_training_the_mixture_learns_in_one_branch_and_through_all():
             assert torch.equal(layer.domain_var[d], before[path][1][d])
 
 
-def test_clients_statistics_become_domains():
+def test_register_turns_client_statistics_into_domains():
     clients = []
     for seed in range(2):
         net = network()
@@ -202,7 +202,7 @@ def test_clients_statistics_become_domains():
         torch.testing.assert_close(net.eval()(data()), plain.eval()(data()), rtol=0, atol=0)
 
 
-def test_converting_starts_every_domain_from_what_there_was():
+def test_convert_copies_statistics_to_every_domain():
     plain = network()
     plain.train()(data(30))
     net = convert(copy.deepcopy(plain), "bne", domains=2)
@@ -211,7 +211,7 @@ def test_converting_starts_every_domain_from_what_there_was():
         assert torch.equal(net.eval()(data()), plain.eval()(data()))
 
 
-def test_recalibrating_measures_the_current_domain():
+def test_recalibrate_changes_only_the_current_domain():
     net, plain, x = embedded(), network(), data(40)
     set_domain(net, 1)
     others = [m.domain_mean[0].clone() for m in domain_layers(net).values()]
@@ -222,16 +222,16 @@ def test_recalibrating_measures_the_current_domain():
     assert all(torch.equal(a, m.domain_mean[0]) for a, m in zip(others, domain_layers(net).values(), strict=True))
 
 
-def test_errors_name_the_fix():
+def test_bne_rejects_bad_input():
     with pytest.raises(UserError, match="at least one domain, not domains=0"):
         DomainNorm(2, domains=0)
     with pytest.raises(UserError, match="give the model's BN layers a momentum, e.g. 0.1"):
         convert(nn.Sequential(nn.BatchNorm1d(2, momentum=None)), "bne", domains=2)
     with pytest.raises(UserError, match=r"convert\(model, 'bne', domains=K\)"):
         BNE(network())
-    with pytest.raises(UserError, match="there is no domain 3: the model knows 3, counted from 0"):
+    with pytest.raises(UserError, match="unknown domain 3: the model has 3 domains, counted from 0"):
         set_domain(embedded(), 3)
-    with pytest.raises(UserError, match="batches of one domain: say which"):
+    with pytest.raises(UserError, match="batches of one domain: pass it as"):
         BNE(embedded()).train()(data())
     flat = convert(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)), "bne", domains=2)
     with pytest.raises(UserError, match="no domain-specific layer has any: use a convolutional model"):

@@ -1,4 +1,4 @@
-"""One call converts to every kind there is; what layers have in common survives the way there and back."""
+"""Conversion to every kind of normalization and back, keeping what the layers have in common."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from fedbn.statistics.moments import Moments
 from fedbn.statistics.recalibration import all_moments, recalibrate, set_statistics, statistics_of
 
 OPTIONS = {"bne": {"domains": 2}}
-AS_BN = {"evalnorm": {"size": 1e12}, "iabn": {"k": float("inf")}}  # evaluates as BN does
-OWN = [
+BN_OPTIONS = {"evalnorm": {"size": 1e12}, "iabn": {"k": float("inf")}}  # evaluates as BN
+KINDS = [
     "batch",
     "batch-renorm",
     "bne",
@@ -38,7 +38,7 @@ OWN = [
     "weight-norm",
     "weight-standardization",
 ]
-KEEPS = ("batch", "batch-renorm", "dbn", "evalnorm", "full-norm", "ghost-bn", "iabn", "iew")
+STATISTICS_KINDS = ("batch", "batch-renorm", "dbn", "evalnorm", "full-norm", "ghost-bn", "iabn", "iew")
 
 
 def network(seed=0):
@@ -57,12 +57,12 @@ def data(seed=0, n=12):
     return torch.randn(n, 1, 8, 8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def test_every_kind_is_found():
-    assert set(OWN) <= set(kinds())
+def test_kinds_finds_every_module():
+    assert set(KINDS) <= set(kinds())
 
 
-@pytest.mark.parametrize("kind", OWN)
-def test_a_converted_model_trains_and_evaluates_in_its_own_dtype(kind):
+@pytest.mark.parametrize("kind", KINDS)
+def test_convert_keeps_dtype_and_mode(kind):
     net = convert(network(), kind, **OPTIONS.get(kind, {})).train()
     out = net(data())
     F.cross_entropy(out, torch.arange(12) % 10).backward()
@@ -72,29 +72,28 @@ def test_a_converted_model_trains_and_evaluates_in_its_own_dtype(kind):
     assert not any(a.training for a in net.modules())
 
 
-@pytest.mark.parametrize("kind", KEEPS)
-def test_statistics_scale_and_shift_survive_there_and_back(kind):
+@pytest.mark.parametrize("kind", STATISTICS_KINDS)
+def test_convert_and_back_keeps_state(kind):
     plain, x = network().eval(), data(5)
-    net = convert(copy.deepcopy(plain), kind, **AS_BN.get(kind, {}))
+    net = convert(copy.deepcopy(plain), kind, **BN_OPTIONS.get(kind, {}))
     assert not any(layer.training for layer in net.modules())
-    tolerance = 1e-4 if kind == "dbn" else 1e-9  # there epsilon is added to the standard deviation
+    tolerance = 1e-4 if kind == "dbn" else 1e-9  # dbn adds epsilon to the standard deviation
     torch.testing.assert_close(net(x), plain(x), rtol=tolerance, atol=tolerance)
     assert set(plain.state_dict()) <= set(net.state_dict())
-    back = convert(net, "batch").state_dict()
+    restored = convert(net, "batch").state_dict()
     for key, value in plain.state_dict().items():
-        assert torch.equal(back[key], value), key
+        assert torch.equal(restored[key], value), key
 
 
-@pytest.mark.parametrize("kind", [*KEEPS, "bne", "dual-bn"])
-def test_every_layer_with_statistics_is_one_for_roles_recalibration_and_writing(kind):
-    net = convert(network(), kind, **(OPTIONS | AS_BN).get(kind, {}))
+@pytest.mark.parametrize("kind", [*STATISTICS_KINDS, "bne", "dual-bn"])
+def test_converted_layers_support_statistics_functions(kind):
+    net = convert(network(), kind, **(OPTIONS | BN_OPTIONS).get(kind, {}))
     plain, x = network(), data(5, 40) * 3
     recalibrate(net, x)
     recalibrate(plain, x)
     torch.testing.assert_close(net.eval()(x), plain.eval()(x), rtol=1e-4, atol=1e-4)
     table = roles(net)
-    told = statistics_of(net)
-    assert set(told) == {k for k, r in table.items() if r is Role.STATISTICS}
+    assert set(statistics_of(net)) == {k for k, r in table.items() if r is Role.STATISTICS}
     for path, layer in statistics_layers(net).items():
         if path not in all_moments(net, x):
             assert kind == "dual-bn"
@@ -105,17 +104,17 @@ def test_every_layer_with_statistics_is_one_for_roles_recalibration_and_writing(
         torch.testing.assert_close(out, layer.weight + layer.bias, rtol=1e-4, atol=1e-4)  # (5 - 2) / 3
 
 
-def test_momentum_and_eps_are_those_of_the_layer_replaced():
+def test_convert_inherits_momentum_and_eps():
     net = nn.Sequential(nn.BatchNorm1d(3, eps=0.5, momentum=0.7, affine=False))
     for kind in ("batch", "ghost-bn", "evalnorm", "iabn"):
         layer = convert(copy.deepcopy(net), kind)[0]
         assert (layer.eps, layer.momentum, layer.weight) == (0.5, 0.7, None)
-    assert convert(copy.deepcopy(net), "batch-renorm")[0].momentum == 0.01  # its own
+    assert convert(copy.deepcopy(net), "batch-renorm")[0].momentum == 0.01  # not inherited
 
 
-@pytest.mark.parametrize("kind", [*KEEPS, "bne"])
+@pytest.mark.parametrize("kind", [*STATISTICS_KINDS, "bne"])
 @pytest.mark.parametrize("shape", [(6, 3), (6, 3, 4), (6, 3, 2, 2), (6, 3, 2, 2, 2)])
-def test_layers_take_any_number_of_position_axes_with_and_without_affine(kind, shape):
+def test_layers_accept_any_number_of_position_axes(kind, shape):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     for affine in (True, False):
         net = convert(nn.Sequential(nn.BatchNorm1d(3, affine=affine)), kind, **OPTIONS.get(kind, {}))
@@ -125,13 +124,13 @@ def test_layers_take_any_number_of_position_axes_with_and_without_affine(kind, s
             assert out.dtype == x.dtype
 
 
-def test_a_layer_used_twice_stays_one_layer():
+def test_convert_replaces_shared_layer_once():
     shared = nn.BatchNorm1d(3)
     net = convert(nn.Sequential(shared, nn.Linear(3, 3), shared), "ghost-bn")
     assert net[0] is net[2]
 
 
-def test_errors_name_the_fix():
+def test_convert_rejects_bad_input():
     net = nn.Sequential(nn.BatchNorm1d(3))
     with pytest.raises(UserError, match="unknown kind of normalization 'goup'. Did you mean 'group'?"):
         convert(net, "goup")

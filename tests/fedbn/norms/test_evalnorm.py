@@ -1,4 +1,4 @@
-"""EvalNorm and example weighing: exact conditional expectations, their limits, training untouched."""
+"""EvalNorm and example weighing: exact conditional expectations, limiting cases, unchanged training."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def bn_eval(layer, x):
 
 
 @pytest.mark.parametrize("shape", [(5, 3), (5, 3, 4), (5, 3, 2, 3)])
-def test_a_large_batch_is_batch_norm_and_more_so_the_larger(shape):
+def test_evalnorm_converges_to_bn_for_large_batches(shape):
     x = draw(*shape)
     for rule in ("1/M", "1/M^2"):
         errors = []
@@ -49,22 +49,22 @@ def test_a_large_batch_is_batch_norm_and_more_so_the_larger(shape):
 
 
 @pytest.mark.parametrize("shape", [(5, 3, 4), (5, 3, 2, 3)])
-def test_a_batch_of_one_is_instance_norm(shape):
+def test_evalnorm_with_size_one_is_instance_norm(shape):
     layer, x = trained(EvalNorm(3, size=1)), draw(*shape)
     expected = F.instance_norm(x, weight=layer.weight, bias=layer.bias, eps=layer.eps)
     torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("size", [2, 4, 8])
-def test_its_statistics_are_the_conditional_expectations(size):
-    """A population of samples whose own means and variances differ; one fixed sample with random others."""
+def test_evalnorm_uses_conditional_expectations(size):
+    """Samples with different means and variances; batches of one fixed and random other samples."""
     g = torch.Generator().manual_seed(0)
-    people = torch.randn(4000, 6, generator=g, dtype=torch.float64) * (0.5 + torch.rand(4000, 1, generator=g))
-    people = people + torch.randn(4000, 1, generator=g, dtype=torch.float64)
-    sample = torch.full((6,), 3.0, dtype=torch.float64) + people[0]
+    population = torch.randn(4000, 6, generator=g, dtype=torch.float64) * (0.5 + torch.rand(4000, 1, generator=g))
+    population = population + torch.randn(4000, 1, generator=g, dtype=torch.float64)
+    sample = torch.full((6,), 3.0, dtype=torch.float64) + population[0]
 
     def batch_moments(fixed, n=150_000):
-        rows = people[torch.randint(4000, (n, size), generator=g)]
+        rows = population[torch.randint(4000, (n, size), generator=g)]
         if fixed is not None:
             rows[:, 0] = fixed
         values = rows.flatten(1)
@@ -81,10 +81,10 @@ def test_its_statistics_are_the_conditional_expectations(size):
     mu_i = float(sample[0] - y[0] / slope)
     assert mu_i == pytest.approx(float(expected_mean), rel=0.01)
     assert v_i == pytest.approx(float(expected_var), rel=0.01)
-    assert abs(float(v) - float(expected_var)) > 0.05  # running statistics alone are not that
+    assert abs(float(v) - float(expected_var)) > 0.05  # running statistics alone differ
 
 
-def test_without_positions_a_pair_is_normalized_to_less_than_one():
+def test_evalnorm_bounds_pairs_without_positions():
     layer, x = EvalNorm(1, size=2, affine=False).double().eval(), draw(50, 1) * 100
     layer.running_mean.fill_(-3.0)
     layer.running_var.fill_(0.5)
@@ -94,25 +94,25 @@ def test_without_positions_a_pair_is_normalized_to_less_than_one():
 
 
 @given(st.just(0.0) | st.floats(0.001, 1), st.integers(0, 10**6))
-def test_example_weighing_is_evalnorms_estimator(w, seed):
+def test_example_weighing_matches_evalnorm(w, seed):
     x = draw(4, 3, 5, seed=seed)
     weighing = trained(ExampleWeighing(3, w=w), seed)
     mean, var = weighing.running_mean, weighing.running_var
     m, s2 = instance_statistics(x)
     first = (1 - w) * mean + w * m
     second = (1 - w) * (var + mean**2) + w * (s2 + m**2)
-    normal = (x - first[..., None]) / torch.sqrt(second - first**2 + weighing.eps)[..., None]
-    expected = normal * weighing.weight[:, None] + weighing.bias[:, None]
+    normalized = (x - first[..., None]) / torch.sqrt(second - first**2 + weighing.eps)[..., None]
+    expected = normalized * weighing.weight[:, None] + weighing.bias[:, None]
     torch.testing.assert_close(weighing(x), expected, rtol=1e-9, atol=1e-9)
     if w > 0:
-        # v is the total variance there and the expected biased one here: undo EvalNorm's n - 1.
+        # Example weighing uses the total variance, EvalNorm the expected biased one: undo its factor n - 1.
         norm = trained(EvalNorm(3, size=1 / w), seed)
         n = 5 / w
         norm.running_var.mul_(n / (n - 1))
         torch.testing.assert_close(weighing(x), norm(x), rtol=1e-9, atol=1e-9)
 
 
-def test_example_weighing_averages_first_and_second_moments():
+def test_example_weighing_averages_moments():
     layer, data = ExampleWeighing(3, momentum=0.3).double(), [draw(6, 3, 2, seed=i) * (1 + i) for i in range(5)]
     first, second = torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
     for x in data:
@@ -125,56 +125,56 @@ def test_example_weighing_averages_first_and_second_moments():
 
 
 @pytest.mark.parametrize("rule", ["1/M", "1/M^2", "learned"])
-def test_training_is_batch_norm_to_the_last_bit(rule):
+def test_evalnorm_training_is_exactly_batch_norm(rule):
     torch.manual_seed(0)
     plain = SmallCNN((1, 8, 8), 10)
-    ours = convert(copy.deepcopy(plain), "evalnorm", rule=rule)
+    converted = convert(copy.deepcopy(plain), "evalnorm", rule=rule)
     plain = convert(plain, "batch")
     x, y = torch.randn(24, 1, 8, 8), torch.randint(10, (24,))
-    for net in (plain, ours):
+    for net in (plain, converted):
         torch.manual_seed(1)
         optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
         for i in range(0, 24, 4):
             optimizer.zero_grad()
             F.cross_entropy(net(x[i : i + 4]), y[i : i + 4]).backward()
             optimizer.step()
-            if net is ours:  # looking in between changes nothing
+            if net is converted:  # evaluation in between changes nothing
                 net.eval()(x)
                 net.train()
-    mine = ours.state_dict()
+    state = converted.state_dict()
     for key, value in plain.state_dict().items():
-        assert torch.equal(mine[key], value), key
-    assert float(ours.features[1].running_size) == 4
-    assert not torch.allclose(plain.eval()(x), ours.eval()(x))
+        assert torch.equal(state[key], value), key
+    assert float(converted.features[1].running_size) == 4
+    assert not torch.allclose(plain.eval()(x), converted.eval()(x))
 
 
 @pytest.mark.parametrize("layer", [EvalNorm(3, size=4), ExampleWeighing(3, w=0.3)])
 @pytest.mark.parametrize("shape", [(6, 3), (6, 3, 4)])
-def test_a_sample_is_evaluated_apart_from_the_others(layer, shape):
+def test_evaluation_is_independent_per_sample(layer, shape):
     layer, x = trained(layer), draw(*shape)
-    together = layer(x)
+    batched = layer(x)
     for i in range(6):
-        torch.testing.assert_close(layer(x[i : i + 1]), together[i : i + 1], rtol=1e-14, atol=1e-14)
+        torch.testing.assert_close(layer(x[i : i + 1]), batched[i : i + 1], rtol=1e-14, atol=1e-14)
 
 
-def test_evaluation_comes_closer_to_what_training_does():
-    """What a sample is normalized to, expected over the batches it may be in: with 1/M the gap shrinks by half."""
-    people, size = draw(80, 1, 8) + draw(80, 1, 1, seed=1) * 2, 2
+def test_evalnorm_halves_gap_between_training_and_evaluation():
+    """Expected normalized value of a sample over its possible batches: with 1/M the gap is halved."""
+    samples, size = draw(80, 1, 8) + draw(80, 1, 1, seed=1) * 2, 2
     g = torch.Generator().manual_seed(2)
     layer = EvalNorm(1, momentum=None, affine=False).double()
-    seen = torch.zeros(80, 8, dtype=torch.float64)
+    expected = torch.zeros(80, 8, dtype=torch.float64)
     rounds = 150
     for _ in range(rounds):
         for rows in torch.randperm(80, generator=g).split(size):
-            seen[rows] += layer(people[rows]).squeeze(1) / rounds
+            expected[rows] += layer(samples[rows]).squeeze(1) / rounds
     layer.eval()
-    gap = (layer(people).squeeze(1) - seen).abs().mean()
-    plain = (bn_eval(layer, people).squeeze(1) - seen).abs().mean()
+    gap = (layer(samples).squeeze(1) - expected).abs().mean()
+    plain = (bn_eval(layer, samples).squeeze(1) - expected).abs().mean()
     assert float(gap) < 0.5 * float(plain)
 
 
-def test_learned_weights_find_one_over_m():
-    g, found = torch.Generator().manual_seed(0), {}
+def test_evalnorm_learns_one_over_m():
+    g, learned = torch.Generator().manual_seed(0), {}
     for size in (2, 8):
         layer = EvalNorm(4, rule="learned", affine=False).double()
         for _ in range(800):
@@ -183,11 +183,11 @@ def test_learned_weights_find_one_over_m():
         a, b = layer.weights()
         assert float(a) == pytest.approx(1 / size, rel=0.3)
         assert a.grad_fn is None
-        found[size] = float(b)
-    assert 0 < found[8] < found[2] < 1
+        learned[size] = float(b)
+    assert 0 < learned[8] < learned[2] < 1
 
 
-def test_the_size_of_batches_is_recorded_and_followed():
+def test_evalnorm_records_batch_size():
     layer = EvalNorm(1)
     for rows in (4, 4, 14):
         layer(torch.randn(rows, 1))
@@ -196,19 +196,19 @@ def test_the_size_of_batches_is_recorded_and_followed():
     assert EvalNorm(1, rule="1/M^2", size=4).weights() == (1 / 16, 1 / 16)
 
 
-def test_a_layer_that_never_trained_evaluates_as_batch_norm_and_a_trained_one_without_m_asks_for_it():
+def test_evalnorm_needs_size_only_after_training():
     x = draw(4, 3, 5).float()
     net = nn.Sequential(nn.BatchNorm1d(3))
     fresh = convert(copy.deepcopy(net), "evalnorm").eval()
     torch.testing.assert_close(fresh(x), net.eval()(x))
     net.train()(x)
-    old = convert(copy.deepcopy(net), "evalnorm").eval()
+    trained_elsewhere = convert(copy.deepcopy(net), "evalnorm").eval()
     with pytest.raises(UserError, match="trained without recording the rows M of a batch; give size=M, or train on"):
-        old(x)
+        trained_elsewhere(x)
     assert convert(copy.deepcopy(net), "evalnorm", size=4).eval()(x).isfinite().all()
 
 
-def test_impossible_options_are_refused():
+def test_evalnorm_rejects_bad_input():
     with pytest.raises(UserError, match="at least one row, not size=0"):
         EvalNorm(2, size=0)
     with pytest.raises(UserError, match="a weight from 0 to 1, not w=1.5"):

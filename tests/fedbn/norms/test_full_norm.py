@@ -1,4 +1,4 @@
-"""Full normalization: batch norm on all data as a limit, an error proportional to a, states that average."""
+"""Full normalization: limiting case of BN on all data, error proportional to a, aggregation of states."""
 
 from __future__ import annotations
 
@@ -18,24 +18,26 @@ def draw(*shape, seed=0):
 
 
 @pytest.mark.parametrize("shape", [(9, 3), (4, 3, 5)])
-def test_on_all_data_at_once_it_is_batch_norm(shape):
+def test_full_norm_on_all_data_is_batch_norm(shape):
     x, gy = draw(*shape).requires_grad_(), draw(*shape, seed=1)
     layer = FullNorm(3, a=1.0).double()
     for _ in range(2):
         y, expected = layer(x), F.batch_norm(x, None, None, layer.weight, layer.bias, training=True)
         torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
         for leaf in (x, layer.weight, layer.bias):
-            got, want = (torch.autograd.grad(out, leaf, gy, retain_graph=True)[0] for out in (y, expected))
-            torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-12)
+            actual, reference = (torch.autograd.grad(out, leaf, gy, retain_graph=True)[0] for out in (y, expected))
+            torch.testing.assert_close(actual, reference, rtol=1e-11, atol=1e-12)
 
 
 def slow(batches, gys, a, eps=1e-5):
-    """Section 6 as written, with the second moment."""
+    """Direct implementation of section 6, with second moments."""
     state = None
     for x, gy in zip(batches, gys, strict=True):
         rows, g = x.transpose(0, 1).flatten(1), gy.transpose(0, 1).flatten(1)
-        now = (rows.mean(1), (rows**2).mean(1))
-        mu, nu = now if state is None else ((1 - a) * old + a * new for old, new in zip(state[:2], now, strict=True))
+        batch = (rows.mean(1), (rows**2).mean(1))
+        mu, nu = (
+            batch if state is None else ((1 - a) * old + a * new for old, new in zip(state[:2], batch, strict=True))
+        )
         inv = (nu - mu**2 + eps) ** -0.5
         g_var = -0.5 * inv**3 * (g * (rows - mu[:, None])).sum(1)
         grads = (-inv * g.sum(1) - 2 * mu * g_var, g_var)
@@ -46,7 +48,7 @@ def slow(batches, gys, a, eps=1e-5):
     return y, gx, state
 
 
-def test_it_follows_its_formulas_over_several_batches():
+def test_full_norm_matches_formulas_over_several_batches():
     batches, gys = [draw(4, 3, 2, seed=i) for i in range(6)], [draw(4, 3, 2, seed=10 + i) for i in range(6)]
     layer = FullNorm(3, a=0.3, affine=False).double()
     for x, gy in zip(batches, gys, strict=True):
@@ -62,15 +64,15 @@ def test_it_follows_its_formulas_over_several_batches():
         (layer.running_grad_mean, G_mu),
         (layer.running_grad_second, G_nu),
     ]
-    for got, want in pairs:
-        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-11)
+    for actual, reference in pairs:
+        torch.testing.assert_close(actual, reference, rtol=1e-10, atol=1e-11)
     torch.testing.assert_close(
         layer.eval()(batches[0]), F.batch_norm(batches[0], mu, nu - mu**2), rtol=1e-10, atol=1e-10
     )
 
 
 class Net(nn.Module):
-    """Linear, a normalizer, tanh, linear: its weights do not move in the test."""
+    """Linear, a normalizer, tanh, linear; its weights are constant in the test."""
 
     def __init__(self, norm):
         super().__init__()
@@ -88,7 +90,7 @@ def single_class_batches():
 
 
 def mean_gradient(net, x, y, cycles, skip):
-    """The mean over cycles of the first layer's gradient, each batch holding one class."""
+    """Mean gradient of the first layer over cycles of single-class batches."""
     total, count = 0, 0
     for cycle in range(cycles):
         for k in range(3):
@@ -99,7 +101,7 @@ def mean_gradient(net, x, y, cycles, skip):
     return total / count
 
 
-def test_on_single_class_batches_its_mean_gradient_is_the_full_one_up_to_a():
+def test_full_norm_gradient_error_shrinks_with_a():
     x, y = single_class_batches()
     whole = Net(nn.BatchNorm1d(5))
     F.cross_entropy(whole(x), y).backward()
@@ -114,8 +116,8 @@ def test_on_single_class_batches_its_mean_gradient_is_the_full_one_up_to_a():
     assert error(Net(nn.BatchNorm1d(5)), 2, 0) > 0.5
 
 
-def test_mean_states_of_clients_are_the_state_of_the_union():
-    """All four averages are linear in the data: clients that met equal statistics average to one place's state."""
+def test_full_norm_mean_of_states_is_state_of_union():
+    """All four averages are linear in the data, so the mean of the clients' states is the state of the union."""
     x = draw(6, 3)
     start = FullNorm(3, a=0.4).double()
     start(draw(8, 3, seed=5)).sum().backward()
@@ -135,8 +137,8 @@ def test_mean_states_of_clients_are_the_state_of_the_union():
         torch.testing.assert_close(pooled[key], union[key], rtol=1e-12, atol=1e-12)
 
 
-def test_mean_statistic_gradients_of_clients_are_those_of_the_union():
-    """Two batches with the same moments, so that both clients normalize alike; their losses are batch means."""
+def test_full_norm_mean_of_gradients_is_gradient_of_union():
+    """Two batches with the same moments, so both clients normalize equally; their losses are batch means."""
     x, gy = draw(6, 3), draw(12, 3, seed=1)
     mirrored = 2 * x.mean(0) - x
 
@@ -146,12 +148,12 @@ def test_mean_statistic_gradients_of_clients_are_those_of_the_union():
         return layer.running_grad_mean, layer.running_grad_second
 
     union = client(torch.cat([x, mirrored]), gy / 12)
-    mine, other = client(x, gy[:6] / 6), client(mirrored, gy[6:] / 6)
+    first, second = client(x, gy[:6] / 6), client(mirrored, gy[6:] / 6)
     for i in (0, 1):
-        torch.testing.assert_close((mine[i] + other[i]) / 2, union[i], rtol=1e-11, atol=1e-12)
+        torch.testing.assert_close((first[i] + second[i]) / 2, union[i], rtol=1e-11, atol=1e-12)
 
 
-def test_a_batch_of_one_can_be_trained_on():
+def test_full_norm_trains_on_batch_of_one():
     layer = FullNorm(2, a=0.1)
     out = layer(torch.ones(1, 2, requires_grad=True))
     out.sum().backward()
@@ -159,12 +161,12 @@ def test_a_batch_of_one_can_be_trained_on():
 
 
 @pytest.mark.parametrize("a", [0.0, 1.5, -0.1])
-def test_an_impossible_weight_is_refused(a):
+def test_full_norm_rejects_bad_weight(a):
     with pytest.raises(UserError, match="needs a weight above 0 and at most 1, not a="):
         FullNorm(2, a=a)
 
 
-def test_the_strategy_clips_the_whole_gradient():
+def test_full_norm_strategy_clips_total_gradient():
     net = nn.Linear(3, 2)
     for p in net.parameters():
         p.grad = torch.full_like(p, 10.0)

@@ -1,4 +1,4 @@
-"""Batch Renormalization, ghost BN, instance-aware BN, dual BN, and adaptive instance normalization: exact limits."""
+"""Batch Renormalization, ghost BN, instance-aware BN, dual BN and adaptive instance normalization: exact limits."""
 
 from __future__ import annotations
 
@@ -46,39 +46,39 @@ def bn_train(layer, x):
     return F.batch_norm(x, None, None, layer.weight, layer.bias, training=True, eps=layer.eps)
 
 
-def both(y, expected, x, tolerance=1e-11):
-    """Equal forward and in the gradient of the input."""
+def assert_equal_with_gradient(y, expected, x, tolerance=1e-11):
+    """Assert equal outputs and equal gradients of the input."""
     torch.testing.assert_close(y, expected, rtol=tolerance, atol=tolerance)
     gy = draw(y.shape, 3)
-    got, want = (torch.autograd.grad(out, x, gy, retain_graph=True)[0] for out in (y, expected))
-    torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+    actual, reference = (torch.autograd.grad(out, x, gy, retain_graph=True)[0] for out in (y, expected))
+    torch.testing.assert_close(actual, reference, rtol=tolerance, atol=tolerance)
 
 
 # Batch Renormalization ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_closed_limits_are_batch_norm(shape):
+def test_batch_renorm_with_closed_limits_is_batch_norm(shape):
     layer, x = trained(BatchRenorm(3, r_max=1.0, d_max=0.0, start=0, r_full=0, d_full=0)), draw(shape).requires_grad_()
-    both(layer(x), bn_train(layer, x), x)
+    assert_equal_with_gradient(layer(x), bn_train(layer, x), x)
     unopened = trained(BatchRenorm(3))
-    both(unopened(x), bn_train(unopened, x), x)
+    assert_equal_with_gradient(unopened(x), bn_train(unopened, x), x)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_open_limits_normalize_forward_as_evaluation_does(shape):
+def test_batch_renorm_with_open_limits_matches_evaluation(shape):
     x = draw(shape).requires_grad_()
     layer = trained(BatchRenorm(3, r_max=math.inf, d_max=math.inf, start=0, r_full=0, d_full=0))
     before = copy.deepcopy(layer).eval()
     y = layer(x)
     torch.testing.assert_close(y, before(x), rtol=1e-11, atol=1e-11)
-    # The statistics are the batch's for the gradient: shifting the whole batch changes nothing.
+    # The gradient goes through the batch statistics: shifting the whole batch changes nothing.
     (gradient,) = torch.autograd.grad(y, x, draw(shape, 3))
     assert float(gradient.transpose(0, 1).flatten(1).sum(1).abs().max()) < 1e-10
     torch.testing.assert_close(layer.eval()(x), bn_eval(layer, x), rtol=0, atol=0)
 
 
-def test_limits_clip_scale_and_shift_as_defined():
+def test_batch_renorm_clips_scale_and_shift():
     layer = trained(BatchRenorm(3, momentum=0.2, r_max=1.2, d_max=0.1, start=0, r_full=0, d_full=0))
     x = draw((9, 3)) * torch.tensor([1.0, 0.1, 0.5]) - torch.tensor([-3.0, 3.0, 0.0])
     mean, sigma = x.mean(0), (x.var(0, correction=0) + 1e-5).sqrt()
@@ -93,7 +93,7 @@ def test_limits_clip_scale_and_shift_as_defined():
     torch.testing.assert_close((layer.running_var + 1e-5).sqrt(), 0.8 * old_sigma + 0.2 * sigma, rtol=1e-12, atol=1e-12)
 
 
-def test_limits_open_linearly_as_published():
+def test_batch_renorm_limits_grow_linearly():
     layer = BatchRenorm(1)
     assert [layer.limits(s) for s in (0, 5_000, 22_500, 25_000, 40_000, 10**6)] == [
         (1.0, 0.0),
@@ -109,7 +109,7 @@ def test_limits_open_linearly_as_published():
     assert counted.limits(int(counted.num_batches_tracked)) == (1.5, 1.0)
 
 
-def test_batch_renormalization_trains_on_batches_of_one():
+def test_batch_renorm_trains_on_batch_of_one():
     layer = BatchRenorm(2, r_max=3.0, start=0, r_full=0, d_full=0)
     assert torch.isfinite(layer(torch.randn(1, 2))).all()
 
@@ -119,24 +119,24 @@ def test_batch_renormalization_trains_on_batches_of_one():
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("momentum", [0.3, None])
-def test_one_ghost_is_batch_norm(shape, momentum):
+def test_ghost_bn_with_one_part_is_batch_norm(shape, momentum):
     plain = trained(nn.BatchNorm1d(3, momentum=momentum))
     plain._check_input_dim = lambda x: None
     layer = trained(GhostBN(3, momentum=momentum, size=shape[0]))
     for seed in range(3):
         x = draw(shape, seed).requires_grad_()
-        both(layer(x), plain(x), x)
+        assert_equal_with_gradient(layer(x), plain(x), x)
     torch.testing.assert_close(layer.running_mean, plain.running_mean, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(layer.running_var, plain.running_var, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(layer.eval()(x), plain.eval()(x), rtol=1e-12, atol=1e-12)
 
 
 @given(st.integers(2, 20), st.integers(2, 8))
-def test_ghosts_are_normalized_apart_and_their_statistics_averaged(rows, size):
+def test_ghost_bn_normalizes_parts_and_averages_statistics(rows, size):
     layer, x = GhostBN(2, momentum=1.0, size=size).double(), draw((rows, 2))
     cuts = list(range(0, rows, size))
     if len(cuts) > 1 and rows - cuts[-1] == 1:
-        cuts.pop()  # a row alone has no variance
+        cuts.pop()  # a single row has no variance
     parts = [x[a:b] for a, b in zip(cuts, [*cuts[1:], rows], strict=True)]
     expected = torch.cat([F.batch_norm(p, None, None, training=True) for p in parts])
     torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
@@ -149,29 +149,29 @@ def test_ghosts_are_normalized_apart_and_their_statistics_averaged(rows, size):
 
 
 @pytest.mark.parametrize("shape", SHAPES[1:])
-def test_no_tolerance_is_instance_norm(shape):
+def test_iabn_with_k_zero_is_instance_norm(shape):
     layer, x = trained(IABN(3, k=0.0)), draw(shape).requires_grad_()
     length = x[0, 0].numel()
     mean = x.flatten(2).mean(2).view(*shape[:2], *[1] * (len(shape) - 2))
     var = x.flatten(2).var(2).view_as(mean)
     expected = (x - mean) / torch.sqrt(var + 1e-5)
-    # As instance norm but for the unbiased variance.
+    # Instance norm except for the unbiased variance.
     torch.testing.assert_close(expected * math.sqrt(length / (length - 1)), F.instance_norm(x), rtol=1e-4, atol=1e-4)
     w = [t.view(1, 3, *[1] * (len(shape) - 2)) for t in (layer.weight, layer.bias)]
     for mode in (True, False):
-        both(layer.train(mode)(x), expected * w[0] + w[1], x)
+        assert_equal_with_gradient(layer.train(mode)(x), expected * w[0] + w[1], x)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_endless_tolerance_is_batch_norm(shape):
+def test_iabn_with_infinite_k_is_batch_norm(shape):
     x = draw(shape).requires_grad_()
     plain = trained(nn.BatchNorm1d(3))
     plain._check_input_dim = lambda x: None
     for k in (math.inf, 1e9):
         layer = trained(IABN(3, k=k)).eval()
-        both(layer(x), bn_eval(layer, x), x)
+        assert_equal_with_gradient(layer(x), bn_eval(layer, x), x)
     layer = trained(IABN(3, k=math.inf)).train()
-    both(layer(x), plain(x), x)
+    assert_equal_with_gradient(layer(x), plain(x), x)
     assert torch.equal(layer.running_var, plain.running_var)
 
 
@@ -196,7 +196,7 @@ def slow_iabn(x, mean, var, k, eps=1e-5):
 
 
 @pytest.mark.parametrize("k", [0.5, 2.0, 4.0])
-def test_samples_beyond_their_standard_errors_are_corrected(k):
+def test_iabn_corrects_beyond_standard_errors(k):
     x = draw((6, 3, 7)) * torch.linspace(0.1, 5, 6).double().view(6, 1, 1) + torch.linspace(-3, 3, 6).view(6, 1, 1)
     layer = IABN(3, k=k, affine=False).double()
     rows = x.transpose(0, 1).flatten(1)
@@ -207,7 +207,7 @@ def test_samples_beyond_their_standard_errors_are_corrected(k):
     assert not torch.allclose(expected, F.batch_norm(x, layer.running_mean, layer.running_var))
 
 
-def test_few_positions_are_left_to_batch_norm():
+def test_iabn_with_few_positions_is_batch_norm():
     layer, x = trained(IABN(3, k=0.0, skip=4)).eval(), draw((5, 3, 4))
     assert torch.equal(layer(x), bn_eval(layer, x))
     assert not torch.allclose(layer(draw((5, 3, 5))), bn_eval(layer, draw((5, 3, 5))))
@@ -216,15 +216,15 @@ def test_few_positions_are_left_to_batch_norm():
 # Dual BN --------------------------------------------------------------------------------------------------------------
 
 
-def test_dual_branches_are_two_batch_norms_that_share_the_rest():
+def test_dual_bn_branches_are_independent():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2)).double()
-    clean, attacked = copy.deepcopy(net), copy.deepcopy(net)
+    clean, adversarial_bn = copy.deepcopy(net), copy.deepcopy(net)
     dual = convert(net, "dual-bn")
     x, z = draw((8, 4)), draw((8, 4), 1) * 3
     assert torch.equal(dual(x), clean(x))
     with adversarial(dual):
-        assert torch.equal(dual(z), attacked(z))
+        assert torch.equal(dual(z), adversarial_bn(z))
     assert torch.equal(dual.eval()(x), clean.eval()(x))
     with pytest.raises(RuntimeError), adversarial(dual):
         dual(x[:, :1])
@@ -232,28 +232,28 @@ def test_dual_branches_are_two_batch_norms_that_share_the_rest():
     assert len(list(dual.parameters())) == len(list(clean.parameters())) + 2
 
 
-def test_recalibrating_a_dual_model_leaves_the_branch_alone_that_is_not_in_use():
+def test_recalibrate_changes_only_active_branch_of_dual_bn():
     net = convert(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)), "dual-bn").double()
     recalibrate(net, draw((20, 4)))
-    used, idle = statistics_layers(net).values()
-    assert float(used.running_mean.abs().sum()) > 0
-    assert float(idle.running_mean.abs().sum()) == 0
+    active, inactive = statistics_layers(net).values()
+    assert float(active.running_mean.abs().sum()) > 0
+    assert float(inactive.running_mean.abs().sum()) == 0
 
 
 # AdaIN ----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("shape", "style_shape"), [((4, 3, 9), (4, 3, 5)), ((4, 3, 2, 5), (1, 3, 4, 4))])
-def test_adain_gives_the_styles_statistics(shape, style_shape):
+def test_adain_output_has_style_statistics(shape, style_shape):
     x, style = draw(shape), draw(style_shape, 1) * 3 - 2
     y = adain(x, style)
-    got, want = y.flatten(2), style.flatten(2)
-    torch.testing.assert_close(got.mean(2), want.mean(2).expand(4, 3), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(got.std(2), want.std(2).expand(4, 3), rtol=1e-3, atol=1e-5)
+    actual, expected = y.flatten(2), style.flatten(2)
+    torch.testing.assert_close(actual.mean(2), expected.mean(2).expand(4, 3), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(actual.std(2), expected.std(2).expand(4, 3), rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(adain(x, x), x, rtol=1e-12, atol=1e-12)
 
 
-# Mistakes -------------------------------------------------------------------------------------------------------------
+# Bad input ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -268,23 +268,23 @@ def test_adain_gives_the_styles_statistics(shape, style_shape):
         (lambda: adain(torch.zeros(2, 3, 1), torch.zeros(2, 3, 4)), r"at least two positions, got \[2, 3, 1\]"),
     ],
 )
-def test_an_impossible_setting_says_what_is_possible(make, message):
+def test_layers_reject_bad_input(make, message):
     with pytest.raises(UserError, match=message):
         make()
 
 
-# What needs no batch --------------------------------------------------------------------------------------------------
+# Normalization within a sample ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["layer", "group", "instance"])
-def test_normalization_within_a_sample_knows_neither_mode_nor_neighbors_nor_scale(kind):
+def test_sample_norms_ignore_mode_batch_and_scale(kind):
     net = convert(
         nn.Sequential(nn.BatchNorm1d(4, eps=1e-12)), kind, **({"groups": 2} if kind == "group" else {})
     ).double()
     x = torch.randn(5, 4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    together = net.train()(x)
-    assert torch.equal(net.eval()(x), together)
+    batched = net.train()(x)
+    assert torch.equal(net.eval()(x), batched)
     for i in range(5):
-        torch.testing.assert_close(net(x[i : i + 1]), together[i : i + 1], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(net(x[i : i + 1]), batched[i : i + 1], rtol=1e-12, atol=1e-12)
     scaled = x * torch.linspace(0.5, 3, 5).double().view(5, 1, 1) + torch.linspace(-2, 2, 5).double().view(5, 1, 1)
-    torch.testing.assert_close(net(scaled), together, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(net(scaled), batched, rtol=1e-8, atol=1e-8)

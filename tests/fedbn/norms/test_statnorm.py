@@ -1,4 +1,4 @@
-"""The primitive: equal to torch's batch norm with own statistics, and to autograd whatever the statistics."""
+"""StatNorm: equal to batch norm with batch statistics, and to autograd with any statistics."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from fedbn.norms.statnorm import along, batch_statistics, blend, normalize
+from fedbn.nn.batchnorm import along
+from fedbn.norms.statnorm import batch_statistics, blend, normalize
 
 SHAPES = [(7, 3), (5, 3, 4), (4, 3, 2, 5), (3, 2, 2, 3, 2)]
 
@@ -23,7 +24,7 @@ def gradient(y, x, upstream):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_own_statistics_are_batch_norm_forward_and_backward(shape):
+def test_normalize_by_batch_statistics_is_batch_norm(shape):
     x, gy = draw(shape).requires_grad_(), draw(shape, 1)
     mean, var, n = batch_statistics(x.detach())
     assert int(n) == x.numel() // shape[1]
@@ -33,72 +34,72 @@ def test_own_statistics_are_batch_norm_forward_and_backward(shape):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_constant_statistics_are_evaluation_mode_batch_norm(shape):
+def test_normalize_by_constants_is_evaluation_batch_norm(shape):
     x, gy = draw(shape).requires_grad_(), draw(shape, 1)
     mean, var = draw(shape[1:2], 2), draw(shape[1:2], 3).abs()
-    y, expected = normalize(x, mean, var, exchange=None), F.batch_norm(x, mean, var)
+    y, expected = normalize(x, mean, var, gradient_map=None), F.batch_norm(x, mean, var)
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(gradient(y, x, gy), gradient(expected, x, gy), rtol=1e-12, atol=1e-12)
 
 
 @given(st.lists(st.integers(1, 6), min_size=2, max_size=4), st.integers(0, 10**6))
-def test_clients_who_average_statistics_and_their_gradients_are_one_batch(sizes, seed):
-    """Section 12's protocol for one layer: weighted means forward, weighted means of gradients backward."""
+def test_normalize_with_averaged_gradients_is_one_batch(sizes, seed):
+    """The protocol of section 12 for one layer: weighted means forward, weighted means of gradients backward."""
     x, gy = draw((sum(sizes), 2, 3), seed), draw((sum(sizes), 2, 3), seed + 1)
     whole = x.clone().requires_grad_()
     expected = gradient(F.batch_norm(whole, None, None, training=True), whole, gy)
     mean, var, _ = batch_statistics(x)
     shares = [s / sum(sizes) for s in sizes]
-    # A client's own loss is the mean over its rows: gradients arrive larger by 1 / share.
+    # The loss of a client is the mean over its rows, so its gradients are larger by 1 / share.
     parts = [p.clone().requires_grad_() for p in x.split(sizes)]
-    said = []
+    gradients = []
     for part, g, share in zip(parts, gy.split(sizes), shares, strict=True):
-        y = normalize(part, mean, var, exchange=lambda *own: said.append(own) or own)
+        y = normalize(part, mean, var, gradient_map=lambda *own: gradients.append(own) or own)
         gradient(y, part, g / share)
-    agreed = tuple(sum(w * s[i] for w, s in zip(shares, said, strict=True)) for i in (0, 1))
-    got = [
-        share * gradient(normalize(part, mean, var, exchange=lambda *_: agreed), part, g / share)
+    averaged = tuple(sum(w * s[i] for w, s in zip(shares, gradients, strict=True)) for i in (0, 1))
+    actual = [
+        share * gradient(normalize(part, mean, var, gradient_map=lambda *_: averaged), part, g / share)
         for part, g, share in zip(parts, gy.split(sizes), shares, strict=True)
     ]
-    torch.testing.assert_close(torch.cat(got), expected, rtol=1e-10, atol=1e-11)
+    torch.testing.assert_close(torch.cat(actual), expected, rtol=1e-10, atol=1e-11)
 
 
-def test_the_statistic_gradients_are_those_of_autograd():
+def test_normalize_computes_statistic_gradients_of_autograd():
     x, gy = draw((4, 3, 5)), draw((4, 3, 5), 1)
     mean, var = draw((3,), 2).requires_grad_(), (draw((3,), 3).abs() + 0.5).requires_grad_()
     slow = (x - along(mean, x)) / torch.sqrt(along(var, x) + 1e-5)
     expected = torch.autograd.grad(slow, (mean, var), gy)
-    heard = []
+    gradients = []
     leaf = x.clone().requires_grad_()
-    gradient(normalize(leaf, mean, var, exchange=lambda *own: heard.append(own) or own), leaf, gy)
-    for got, want in zip(heard[0], expected, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    gradient(normalize(leaf, mean, var, gradient_map=lambda *own: gradients.append(own) or own), leaf, gy)
+    for actual, reference in zip(gradients[0], expected, strict=True):
+        torch.testing.assert_close(actual, reference, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @given(st.integers(0, 10**6))
-def test_masked_values_count_nowhere(shape, seed):
+def test_normalize_ignores_masked_values(shape, seed):
     x, gy = draw(shape, seed), draw(shape, seed + 1)
-    places = (shape[0], *shape[2:])
-    mask = torch.rand(places, generator=torch.Generator().manual_seed(seed)) < 0.6
+    mask_shape = (shape[0], *shape[2:])
+    mask = torch.rand(mask_shape, generator=torch.Generator().manual_seed(seed)) < 0.6
     mask.view(-1)[:2] = True
     leaf = x.clone().requires_grad_()
     mean, var, n = batch_statistics(x, mask)
     y = normalize(leaf, mean, var, mask=mask)
-    kept = x.movedim(1, -1)[mask].clone().requires_grad_()  # the valid values, [n, C]
-    expected = F.batch_norm(kept, None, None, training=True)
-    assert int(n) == len(kept)
+    valid = x.movedim(1, -1)[mask].clone().requires_grad_()  # [n, C]
+    expected = F.batch_norm(valid, None, None, training=True)
+    assert int(n) == len(valid)
     torch.testing.assert_close(y.movedim(1, -1)[mask], expected, rtol=1e-11, atol=1e-11)
     assert float(y.detach().movedim(1, -1)[~mask].abs().sum()) == 0
-    got = gradient(y, leaf, gy).movedim(1, -1)
-    torch.testing.assert_close(got[mask], gradient(expected, kept, gy.movedim(1, -1)[mask]), rtol=1e-10, atol=1e-10)
-    assert float(got[~mask].abs().sum()) == 0
+    actual = gradient(y, leaf, gy).movedim(1, -1)
+    torch.testing.assert_close(actual[mask], gradient(expected, valid, gy.movedim(1, -1)[mask]), rtol=1e-10, atol=1e-10)
+    assert float(actual[~mask].abs().sum()) == 0
 
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("shape", [(40, 3), (8, 3, 40), (4, 3, 6, 5), (4, 3, 2, 3, 4)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_normalized_in_single(dtype, shape, masked):
+def test_normalize_computes_half_precision_in_float32(dtype, shape, masked):
     x, gy = (draw(shape) + 100).to(dtype), draw(shape, 1).to(dtype)
     mask = draw((shape[0], *shape[2:]), 2) > 0 if masked else None
     mean, var, _ = batch_statistics(x, mask)
@@ -112,17 +113,17 @@ def test_half_precision_is_normalized_in_single(dtype, shape, masked):
 
 
 @given(st.floats(0, 1), st.integers(0, 10**6))
-def test_blending_is_averaging_first_and_second_moments(a, seed):
+def test_blend_averages_first_and_second_moments(a, seed):
     mean, var, m, w = draw((4, 5), seed).unbind()[:4]
     var, w = var.abs(), w.abs()
-    got_mean, got_var = blend(mean, var, m, w, a)
+    blended_mean, blended_var = blend(mean, var, m, w, a)
     first, second = (1 - a) * mean + a * m, (1 - a) * (var + mean**2) + a * (w + m**2)
-    torch.testing.assert_close(got_mean, first, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(got_var, second - first**2, rtol=1e-10, atol=1e-10)
-    assert float(got_var.min()) >= 0
+    torch.testing.assert_close(blended_mean, first, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(blended_var, second - first**2, rtol=1e-10, atol=1e-10)
+    assert float(blended_var.min()) >= 0
 
 
-def test_a_second_derivative_is_refused():
+def test_normalize_rejects_double_backward():
     x = draw((4, 2)).requires_grad_()
     mean, var, _ = batch_statistics(x.detach())
     (g,) = torch.autograd.grad((normalize(x, mean, var) ** 3).sum(), x, create_graph=True)

@@ -37,7 +37,7 @@ def plain():
     return nn.Sequential(nn.Conv2d(1, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(27, 2)).double()
 
 
-def test_weight_norm_keeps_the_function_and_does_not_see_the_length_of_v():
+def test_weight_norm_keeps_function_and_ignores_length_of_v():
     net, x = plain(), draw(5, 1, 4, 4)
     before = net(x)
     convert(net, "weight-norm")
@@ -53,27 +53,27 @@ def test_weight_norm_keeps_the_function_and_does_not_see_the_length_of_v():
     assert not torch.allclose(net(x), before)
 
 
-def test_weight_norm_starts_with_unit_pre_activations_in_every_layer():
+def test_initialize_gives_unit_pre_activations():
     net = convert(network(), "weight-norm")
     x = 3 + 5 * draw(40, 1, 8, 8)
     direction = [m.parametrizations.weight.original1.clone() for m in weighted_layers(net).values()]
     initialize(net, x)
-    seen = []
+    outputs = []
     for layer in weighted_layers(net).values():
-        layer.register_forward_hook(lambda _layer, _args, out: seen.append(out))
+        layer.register_forward_hook(lambda _layer, _args, out: outputs.append(out))
     net(x)
-    assert len(seen) == len(weighted_layers(net)) > 2
-    for out in seen:
+    assert len(outputs) == len(weighted_layers(net)) > 2
+    for out in outputs:
         var, mean = torch.var_mean(out, [0, *range(2, out.dim())], correction=0)
         torch.testing.assert_close(mean, torch.zeros_like(mean), rtol=0, atol=1e-9)
-        alive = var > 1e-9
-        assert alive.any()
-        torch.testing.assert_close(var[alive], torch.ones_like(var[alive]), rtol=1e-9, atol=0)
+        varying = var > 1e-9
+        assert varying.any()
+        torch.testing.assert_close(var[varying], torch.ones_like(var[varying]), rtol=1e-9, atol=0)
     for layer, v in zip(weighted_layers(net).values(), direction, strict=True):
         assert torch.equal(layer.parametrizations.weight.original1, v)
 
 
-def test_clients_start_weight_normalization_from_their_data_in_the_first_round_only():
+def test_weight_norm_initializes_only_in_first_round():
     strategy, data = WeightNorm(), Examples(draw(6, 1, 8, 8), torch.zeros(6).long(), torch.zeros(6).long())
     first, later = (convert(network(), "weight-norm") for _ in range(2))
     before = copy.deepcopy(later.state_dict())
@@ -84,15 +84,15 @@ def test_clients_start_weight_normalization_from_their_data_in_the_first_round_o
 
 
 @given(st.integers(0, 10**6), st.floats(0.1, 100), st.floats(-10, 10))
-def test_standardized_filters_have_mean_zero_and_deviation_one_and_ignore_scale_and_shift(seed, c, d):
+def test_weight_standardization_ignores_scale_and_shift(seed, c, d):
     w = draw(4, 3, 2, seed=seed)
-    once = WeightStandardization()(w)
-    torch.testing.assert_close(once.mean((1, 2)), torch.zeros(4).double(), rtol=0, atol=1e-12)
-    torch.testing.assert_close(once.flatten(1).std(1), torch.ones(4).double(), rtol=0, atol=1e-4)
-    torch.testing.assert_close(WeightStandardization()(w * c + d), once, rtol=1e-3, atol=1e-3)
+    standardized = WeightStandardization()(w)
+    torch.testing.assert_close(standardized.mean((1, 2)), torch.zeros(4).double(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(standardized.flatten(1).std(1), torch.ones(4).double(), rtol=0, atol=1e-4)
+    torch.testing.assert_close(WeightStandardization()(w * c + d), standardized, rtol=1e-3, atol=1e-3)
 
 
-def test_epsilon_is_added_to_the_unbiased_deviation():
+def test_weight_standardization_adds_epsilon_to_unbiased_std():
     w = torch.tensor([[[0.0, 2e-5]]], dtype=torch.float64)
     std = 2e-5 / 2**0.5
     expected = torch.tensor([[[-1e-5, 1e-5]]], dtype=torch.float64) / (std + 1e-5)
@@ -100,7 +100,7 @@ def test_epsilon_is_added_to_the_unbiased_deviation():
 
 
 @given(st.integers(0, 10**6))
-def test_scaled_standardized_filters_have_unit_length_times_gain(seed):
+def test_scaled_weights_have_length_gamma_times_gain(seed):
     w = draw(4, 3, 2, seed=seed)
     scaled = ScaledWeightStandardization(4, gamma=1.5).double()
     with torch.no_grad():
@@ -110,13 +110,13 @@ def test_scaled_standardized_filters_have_unit_length_times_gain(seed):
     torch.testing.assert_close(out.norm(dim=1), 1.5 * scaled.gain.detach(), rtol=1e-12, atol=1e-12)
 
 
-def test_a_filter_without_spread_does_not_blow_up():
+def test_scaled_weights_of_constant_filter_stay_finite():
     scaled = ScaledWeightStandardization(1, gamma=1.0)
     tiny = torch.tensor([[[1.0, 1.0 + 1e-3]]])
     torch.testing.assert_close(scaled(tiny), (tiny - tiny.mean()) * 100, rtol=1e-3, atol=1e-6)
 
 
-def test_variance_passes_relu_and_a_scaled_convolution_unchanged():
+def test_scaled_weights_preserve_variance_through_relu():
     torch.manual_seed(0)
     x = torch.relu(torch.randn(4000, 64)) * GAMMA_RELU
     assert float(x.var()) == pytest.approx(1, abs=0.02)
@@ -125,28 +125,28 @@ def test_variance_passes_relu_and_a_scaled_convolution_unchanged():
 
 
 @given(st.integers(0, 10**6), st.floats(0.01, 1.28))
-def test_clipping_bounds_each_unit_and_leaves_small_gradients_and_vectors(seed, lam):
+def test_clip_adaptively_bounds_only_large_unit_gradients(seed, lam):
     w, b, none = draw(6, 3, 2, seed=seed).requires_grad_(), draw(6).requires_grad_(), draw(2, 2).requires_grad_()
-    w.data[0] = 0  # measured by eps instead
+    w.data[0] = 0  # eps replaces its norm
     w.grad = draw(6, 3, 2, seed=seed + 1) * torch.logspace(-4, 2, 6).double().view(6, 1, 1)
     b.grad = draw(6) * 1000
-    g, kept = w.grad.clone(), b.grad.clone()
+    g, vector_grad = w.grad.clone(), b.grad.clone()
     clip_adaptively([w, b, none], lam, eps=1e-3)
     for i in range(6):
         bound = lam * max(float(w[i].norm()), 1e-3)
         expected = g[i] * (bound / g[i].norm()) if float(g[i].norm()) > bound else g[i]
         torch.testing.assert_close(w.grad[i], expected, rtol=1e-12, atol=1e-15)
-    assert torch.equal(b.grad, kept)
+    assert torch.equal(b.grad, vector_grad)
 
 
-def test_a_gradient_of_zero_stays_zero():
+def test_clip_adaptively_keeps_zero_gradients():
     w = torch.ones(2, 3, requires_grad=True)
     w.grad = torch.zeros(2, 3)
     clip_adaptively([w], 0.1)
     assert torch.equal(w.grad, torch.zeros(2, 3))
 
 
-def test_fedwon_clips_everything_but_the_classifier():
+def test_fedwon_clips_all_layers_except_classifier():
     net = convert(network(), "fedwon")
     for p in net.parameters():
         p.grad = torch.full_like(p, 1e3)
@@ -157,7 +157,7 @@ def test_fedwon_clips_everything_but_the_classifier():
         torch.testing.assert_close(w.grad.flatten(1).norm(dim=1), 0.1 * w.detach().flatten(1).norm(dim=1))
 
 
-def test_feature_norm_gives_every_feature_vector_length_root_d():
+def test_normalize_features_gives_length_root_d():
     x = draw(7, 5) * torch.logspace(-3, 3, 7).double().view(7, 1)
     out = normalize_features(x)
     torch.testing.assert_close(out.norm(dim=1), torch.full((7,), 5**0.5, dtype=torch.float64), rtol=1e-9, atol=1e-9)
@@ -165,7 +165,7 @@ def test_feature_norm_gives_every_feature_vector_length_root_d():
     assert torch.equal(normalize_features(torch.zeros(1, 5)), torch.zeros(1, 5))
 
 
-def test_feature_norm_stands_before_the_classifier_and_keeps_its_name_and_weights():
+def test_feature_norm_keeps_classifier_name_and_weights():
     net = network()
     state = {k: v.clone() for k, v in net.state_dict().items() if "classifier" in k}
     convert(net, "feature-norm", keep_norms=True).eval()
@@ -179,7 +179,7 @@ def test_feature_norm_stands_before_the_classifier_and_keeps_its_name_and_weight
 
 
 @pytest.mark.parametrize("kind", ["weight-norm", "weight-standardization", "fedwon", "feature-norm"])
-def test_norm_layers_go_and_convolutions_get_the_shift(kind):
+def test_weight_kinds_remove_norms_and_add_biases(kind):
     net = convert(network(), kind)
     assert not norm_layers(net)
     assert net.features[0].bias.shape == (8,)
@@ -193,18 +193,18 @@ def test_norm_layers_go_and_convolutions_get_the_shift(kind):
     loss = net(draw(4, 1, 8, 8)).square().mean()
     loss.backward()
     assert all(float(p.grad.abs().sum()) > 0 for p in net.parameters())
-    again = copy.deepcopy(net)
-    again.load_state_dict(net.state_dict())
+    twin = copy.deepcopy(net)
+    twin.load_state_dict(net.state_dict())
 
 
-def test_a_classifier_without_bias_stays_without():
+def test_weight_norm_adds_no_bias_to_classifier():
     net = nn.Sequential(nn.Linear(3, 4, bias=False), nn.BatchNorm1d(4), nn.Linear(4, 2, bias=False))
     convert(net, "weight-norm")
     assert net[0].bias is not None
     assert net[2].bias is None
 
 
-def test_weight_standardization_can_go_with_group_norm():
+def test_weight_standardization_works_with_group_norm():
     net = convert(convert(network(), "group", groups=4), "weight-standardization", keep_norms=True)
     assert isinstance(net.features[1], nn.GroupNorm)
     assert net.features[0].bias is None
@@ -213,14 +213,14 @@ def test_weight_standardization_can_go_with_group_norm():
     assert "classifier.weight" in net.state_dict()
 
 
-def test_errors_name_the_fix():
+def test_weight_kinds_reject_bad_input():
     flat = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
     for kind, what in (("weight-standardization", "weight standardization"), ("fedwon", "fedwon")):
         with pytest.raises(UserError, match=f"{what} works on convolutions and Sequential has none .* or weight-norm"):
             convert(copy.deepcopy(flat), kind)
     with pytest.raises(UserError, match="needs a linear classifier inside the model, and Sequential ends in Conv1d"):
         convert(nn.Sequential(nn.Conv1d(2, 3, 1)), "feature-norm")
-    with pytest.raises(UserError, match="clip=0.0 would stop all learning; give a positive number"):
+    with pytest.raises(UserError, match="clip=0.0 would stop all learning; use a positive number"):
         FedWon(clip=0.0).prepare_model(network())
     with pytest.raises(UserError, match="and Linear ends in none"):
         convert(nn.Linear(2, 3), "feature-norm")

@@ -19,11 +19,11 @@ from fedbn.online.layer import row_moments
 from fedbn.online.rules.base import rules
 from fedbn.statistics.recalibration import recalibrate
 
-EXCLUDES_CURRENT = [n for n, r in rules().items() if not r.includes_current and not r.classwise and not r.wants]
+EXCLUDES_CURRENT = [n for n, r in rules().items() if not r.includes_current and not r.classwise and not r.requires]
 
 
-def warmed(net, *shape):
-    """Random weights, scales and statistics; evaluation mode."""
+def randomized(net, *shape):
+    """The net in evaluation mode with random weights, scales and statistics, and random inputs."""
     torch.manual_seed(0)
     for m in net.modules():
         if hasattr(m, "running_mean") and m.running_mean is not None:
@@ -36,7 +36,7 @@ def warmed(net, *shape):
 
 
 class Branched(nn.Module):
-    """BN of all kinds, nested, one shared by two paths, one without scale and shift, one that never runs."""
+    """Nested BN layers of all kinds: one shared by two paths, one without affine parameters, one unused."""
 
     def __init__(self):
         super().__init__()
@@ -61,21 +61,21 @@ def linear_net():
 
 
 NETS = {
-    "har": lambda: warmed(HarCNN((3, 32), 4), 9, 3, 32),
-    "resnet": lambda: warmed(ResNet20((3, 16, 16), 5), 6, 3, 16, 16),
-    "branched": lambda: warmed(Branched(), 7, 1, 4, 6, 5),
-    "linear": lambda: warmed(linear_net(), 8, 5),
-    "double": lambda: (lambda n, x: (n.double(), x.double()))(*warmed(linear_net(), 8, 5)),
-    "half": lambda: (lambda n, x: (n.bfloat16(), x.bfloat16()))(*warmed(linear_net(), 8, 5)),
+    "har": lambda: randomized(HarCNN((3, 32), 4), 9, 3, 32),
+    "resnet": lambda: randomized(ResNet20((3, 16, 16), 5), 6, 3, 16, 16),
+    "branched": lambda: randomized(Branched(), 7, 1, 4, 6, 5),
+    "linear": lambda: randomized(linear_net(), 8, 5),
+    "double": lambda: (lambda n, x: (n.double(), x.double()))(*randomized(linear_net(), 8, 5)),
+    "half": lambda: (lambda n, x: (n.bfloat16(), x.bfloat16()))(*randomized(linear_net(), 8, 5)),
 }
 
 
-# ---------------------------------------------------------------- newcomers and other users
+# ---------------------------------------------------------------- new users and other users
 
 
 @pytest.mark.parametrize("net", NETS)
 @pytest.mark.parametrize("name", EXCLUDES_CURRENT)
-def test_a_new_user_gets_the_source_model_to_the_bit(net, name):
+def test_predict_of_new_user_is_bit_equal_to_source(net, name):
     model, x = NETS[net]()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     adapted = personalize(model, rule(name))
@@ -83,42 +83,42 @@ def test_a_new_user_gets_the_source_model_to_the_bit(net, name):
         expected = model(x)
     assert torch.equal(adapted.predict(x, user=list(range(len(x)))), expected)
     adapted(x, user=["known"] * len(x))
-    assert torch.equal(adapted.predict(x, user="unknown"), expected), "others have moved, a newcomer has not"
+    assert torch.equal(adapted.predict(x, user="unknown"), expected), "other users were updated, the new user was not"
     adapted.reset("known")
     assert torch.equal(adapted.predict(x, user="known"), expected), "after a reset"
-    assert adapted.users == ["known"], "looking makes nobody known"
+    assert adapted.users == ["known"], "predict must not add users"
     after = model.state_dict()
-    assert all(torch.equal(before[k], after[k]) for k in before), "the model given is untouched"
+    assert all(torch.equal(before[k], after[k]) for k in before), "the source model must not change"
 
 
 @pytest.mark.parametrize("net", ["har", "branched", "linear"])
 @pytest.mark.parametrize("name", ["pseudo", "dabn", "tbn", "unmix-tns", "pseudo:guard=true"])
-def test_rows_of_others_change_a_row_by_no_bit(net, name):
+def test_rows_of_other_users_have_no_influence(net, name):
     model, x = NETS[net]()
     users = [i % 3 for i in range(len(x))]
-    mine = torch.tensor([u == 0 for u in users])
-    changed = torch.where(mine.view(-1, *[1] * (x.dim() - 1)), x, x * 3 - 50)
+    is_ann = torch.tensor([u == 0 for u in users])
+    changed = torch.where(is_ann.view(-1, *[1] * (x.dim() - 1)), x, x * 3 - 50)
     one, other = personalize(model, rule(name)), personalize(model, rule(name))
     for _ in range(3):
         a, b = one(x, user=users), other(changed, user=users)
-    assert torch.equal(a[mine], b[mine])
-    assert not torch.equal(a[~mine], b[~mine])
+    assert torch.equal(a[is_ann], b[is_ann])
+    assert not torch.equal(a[~is_ann], b[~is_ann])
 
 
 @pytest.mark.parametrize("net", ["har", "branched", "linear"])
 @pytest.mark.parametrize("name", ["pseudo:n0=2", "ema:rate=0.3", "dabn", "dua", "tbn", "membn:size=3", "tema"])
-def test_many_users_in_a_batch_are_each_alone(net, name):
+def test_batch_of_users_matches_single_users(net, name):
     model, x = NETS[net]()
     model, x = model.double(), x.double()
-    together, alone = personalize(model, rule(name)), personalize(model, rule(name))
+    batched, single = personalize(model, rule(name)), personalize(model, rule(name))
     for step in range(3):
         batch = x * (1 + step) + torch.arange(len(x)).view(-1, *[1] * (x.dim() - 1))
-        out = together(batch, user=list(range(len(x))))
-        single = torch.cat([alone(batch[i : i + 1], user=i) for i in range(len(x))])
-        torch.testing.assert_close(out, single, rtol=1e-6, atol=1e-6)
+        out = batched(batch, user=list(range(len(x))))
+        expected = torch.cat([single(batch[i : i + 1], user=i) for i in range(len(x))])
+        torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_a_rule_follows_a_plain_batchnorm_with_the_users_statistics():
+def test_export_matches_predict():
     model, x = NETS["har"]()
     adapted = personalize(model, rule("pseudo:n0=3"))
     adapted(x, user="ann")
@@ -130,7 +130,7 @@ def test_a_rule_follows_a_plain_batchnorm_with_the_users_statistics():
     assert not torch.allclose(plain(x), model(x))
 
 
-def test_the_first_layer_knows_the_exact_moments_of_what_a_user_sent():
+def test_first_layer_has_exact_moments_of_user():
     model, _ = NETS["linear"]()
     x = torch.randn(40, 5, generator=torch.Generator().manual_seed(1)) * 3 + 2
     adapted = personalize(model, rule("cumulative"))
@@ -145,13 +145,13 @@ def test_the_first_layer_knows_the_exact_moments_of_what_a_user_sent():
         torch.testing.assert_close(var, inputs.var(0, correction=0), rtol=1e-4, atol=1e-6)
 
 
-def test_a_layer_that_runs_twice_learns_from_both_and_one_that_never_runs_stays():
+def test_shared_layer_learns_from_both_calls():
     model, x = NETS["branched"]()
-    seen = []
+    inputs = []
     adapted = personalize(model, rule("cumulative"))
-    adapted.model.shared.register_forward_pre_hook(lambda _m, a: seen.append(a[0]))
+    adapted.model.shared.register_forward_pre_hook(lambda _m, a: inputs.append(a[0]))
     adapted(x[:1], user=1)
-    both = torch.cat([s.transpose(0, 1).flatten(1) for s in seen[:2]], 1)
+    both = torch.cat([s.transpose(0, 1).flatten(1) for s in inputs[:2]], 1)
     mean, var = adapted.statistics(1)["shared"]
     torch.testing.assert_close(mean, both.mean(1), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(var, both.var(1, correction=0), rtol=1e-4, atol=1e-5)
@@ -175,7 +175,7 @@ def test_row_moments_are_exact_far_from_zero(offset, shape, seed):
 # ---------------------------------------------------------------- duplicates
 
 
-def test_sequential_duplicates_are_rows_one_after_the_other_in_any_order():
+def test_sequential_duplicates_match_single_rows():
     model, x = NETS["har"]()
     users = ["a", "b", "a", "a", "c", "b", "c", "a", "d"]
     adapted = personalize(model, rule("pseudo:n0=2"), duplicates="sequential")
@@ -187,22 +187,22 @@ def test_sequential_duplicates_are_rows_one_after_the_other_in_any_order():
         assert adapted.state(u).n == slow.state(u).n == users.count(u)
 
 
-def test_sequential_commits_fold_rows_in_order_and_merged_ones_take_them_as_one():
+def test_duplicates_are_sequential_or_merged_updates():
     model, x = NETS["linear"]()
-    one = personalize(model, rule("ema:rate=0.5"), duplicates="sequential")
-    two = personalize(model, rule("ema:rate=0.5"), duplicates="merge")
-    for net in (one, two):
+    sequential = personalize(model, rule("ema:rate=0.5"), duplicates="sequential")
+    merged = personalize(model, rule("ema:rate=0.5"), duplicates="merge")
+    for net in (sequential, merged):
         net.predict(x[:2], user="ann")
         net.commit()
     with torch.no_grad():
         a, b = model[0](x[:2])
     start = model[1].running_mean
-    torch.testing.assert_close(one.statistics("ann")["1"][0], 0.25 * start + 0.25 * a + 0.5 * b)
-    torch.testing.assert_close(two.statistics("ann")["1"][0], 0.5 * start + 0.25 * a + 0.25 * b)
-    assert (one.report("ann")["updates"], two.report("ann")["updates"]) == (2, 1)
+    torch.testing.assert_close(sequential.statistics("ann")["1"][0], 0.25 * start + 0.25 * a + 0.5 * b)
+    torch.testing.assert_close(merged.statistics("ann")["1"][0], 0.5 * start + 0.25 * a + 0.25 * b)
+    assert (sequential.report("ann")["updates"], merged.report("ann")["updates"]) == (2, 1)
 
 
-def test_unknown_users_in_one_batch_are_not_one_user():
+def test_unknown_users_of_one_batch_stay_separate():
     model, x = NETS["har"]()
     net = personalize(model, rule("tbn"))
     torch.testing.assert_close(
@@ -232,7 +232,7 @@ def test_predict_never_updates_and_frozen_blocks_commit():
     assert net.state("ann").to_bytes() != state
 
 
-def test_a_commit_uses_what_predict_saw_whatever_happens_between():
+def test_commit_uses_records_of_last_predict():
     model, x = NETS["har"]()
     one, two = personalize(model, rule("pseudo")), personalize(model, rule("pseudo"))
     one(x, user="ann")
@@ -245,7 +245,7 @@ def test_a_commit_uses_what_predict_saw_whatever_happens_between():
         assert torch.equal(m.mean, two.state("ann").layers[path].mean)
 
 
-def test_weights_count_windows_and_zero_learns_nothing():
+def test_commit_weights_count_as_windows():
     model, x = NETS["linear"]()
     one, two = personalize(model, rule("pseudo:n0=1")), personalize(model, rule("pseudo:n0=1"))
     one.predict(x[:3], user="ann")
@@ -258,12 +258,12 @@ def test_weights_count_windows_and_zero_learns_nothing():
     assert two.state("cid").classes.tolist() == [2, 0.5, 0]
     one.predict(x[:1], user="bob")
     one.commit(weight=torch.zeros(1))
-    assert one.report("bob")["learnt"] == 0
+    assert one.report("bob")["learned"] == 0
     assert one.report("bob")["offered"] == 1
-    assert torch.equal(one.predict(x, user="bob"), one.predict(x, user="nobody"))
+    assert torch.equal(one.predict(x, user="bob"), one.predict(x, user="unknown"))
 
 
-def test_capacity_evicts_the_one_met_longest_ago_and_brings_it_back_unchanged():
+def test_capacity_evicts_least_recently_used_and_reloads():
     model, x = NETS["har"]()
     store = {}
     small = personalize(model, rule("pseudo:n0=2"), capacity=2, store=store)
@@ -272,13 +272,13 @@ def test_capacity_evicts_the_one_met_longest_ago_and_brings_it_back_unchanged():
     for i, u in enumerate(order):
         assert torch.equal(small(x[i : i + 1], user=u), large(x[i : i + 1], user=u)), (i, u)
         if i == 3:
-            assert set(store) == {"b"}, "a was met after b"
+            assert set(store) == {"b"}, "a was used after b"
     assert small.users == large.users == list("abcd")
-    again = personalize(model, rule("pseudo:n0=2"), capacity=2, store=store)
+    reopened = personalize(model, rule("pseudo:n0=2"), capacity=2, store=store)
     small.flush()
-    assert torch.equal(again.predict(x[:2], user=["a", "b"]), large.predict(x[:2], user=["a", "b"]))
-    again.forget("a")
-    assert again.users == list("bcd")
+    assert torch.equal(reopened.predict(x[:2], user=["a", "b"]), large.predict(x[:2], user=["a", "b"]))
+    reopened.forget("a")
+    assert reopened.users == list("bcd")
 
 
 def test_snapshot_and_restore_are_exact():
@@ -296,41 +296,41 @@ def test_snapshot_and_restore_are_exact():
     assert [net.state(u).to_bytes() for u in "abc"] == before
 
 
-def test_two_threads_do_not_disturb_each_other():
+def test_predict_is_thread_safe():
     model, x = NETS["har"]()
     nets = [personalize(model, rule("pseudo")) for _ in range(2)]
     nets[1](x * 4, user="ann")
     expected = [n.predict(x, user="ann") for n in nets]
-    wrong = []
+    failures = []
 
     def work(i):
         for _ in range(20):
             if not torch.equal(nets[i].predict(x, user="ann"), expected[i]):
-                wrong.append(i)
+                failures.append(i)
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
     [t.start() for t in threads]
     [t.join() for t in threads]
-    assert not wrong
+    assert not failures
 
 
-def test_it_can_be_copied_and_moved_to_double():
+def test_personalized_supports_deepcopy_and_double():
     model, x = NETS["linear"]()
     net = personalize(model, rule("pseudo"))
     net(x, user="ann")
-    twin = copy.deepcopy(net)
-    twin(x * 3, user="ann")
+    copied = copy.deepcopy(net)
+    copied(x * 3, user="ann")
     assert net.state("ann").n == 8
-    out = twin.double().predict(x.double(), user="ann")
+    out = copied.double().predict(x.double(), user="ann")
     assert out.dtype == torch.float64
     with torch.no_grad():
-        torch.testing.assert_close(out, twin.export("ann")(x.double()))
+        torch.testing.assert_close(out, copied.export("ann")(x.double()))
 
 
 # ---------------------------------------------------------------- calibration
 
 
-def test_calibration_on_everything_without_prior_is_adabn():
+def test_calibrate_without_prior_is_adabn():
     model, x = NETS["har"]()
     model = model.double()
     x = torch.randn(600, *x.shape[1:], dtype=torch.float64, generator=torch.Generator().manual_seed(2)) + 1
@@ -343,7 +343,7 @@ def test_calibration_on_everything_without_prior_is_adabn():
         torch.testing.assert_close(var, layer.running_var, rtol=2e-3, atol=2e-3)  # stored as n/(n-1) of it
 
 
-def test_calibration_goes_layer_by_layer_with_a_prior_and_equal_classes():
+def test_calibrate_by_layer_with_prior_and_equal_classes():
     model, x = NETS["linear"]()
     y = torch.tensor([0, 0, 0, 0, 0, 1, 2, 2])
     net = personalize(model, rule("pseudo:n0=4"))
@@ -361,7 +361,7 @@ def test_calibration_goes_layer_by_layer_with_a_prior_and_equal_classes():
         torch.testing.assert_close(net.predict(x, user="ann"), inner(x), rtol=1e-5, atol=1e-5)
 
 
-def test_after_calibration_statistics_freeze_or_go_on_and_reset_forgets_it():
+def test_calibrate_freezes_or_adapts_until_reset():
     model, x = NETS["har"]()
     net = personalize(model, rule("pseudo:n0=4"))
     for user, then in (("ann", "freeze"), ("bob", "adapt")):
@@ -384,7 +384,7 @@ def test_after_calibration_statistics_freeze_or_go_on_and_reset_forgets_it():
         assert torch.equal(net.predict(x, user="ann"), model(x))
 
 
-def test_frozen_users_of_a_peeking_rule_keep_their_calibration():
+def test_calibrate_freezes_rule_that_includes_current():
     model, x = NETS["har"]()
     net = personalize(model, rule("tbn"))
     net.calibrate(x, user="ann")
@@ -392,10 +392,10 @@ def test_frozen_users_of_a_peeking_rule_keep_their_calibration():
         torch.testing.assert_close(net.export("ann")(x), net.predict(x, user="ann"), rtol=1e-5, atol=1e-6)
 
 
-# ---------------------------------------------------------------- priors given
+# ---------------------------------------------------------------- priors
 
 
-def test_a_given_prior_is_where_users_start():
+def test_prior_sets_initial_statistics():
     model, x = NETS["linear"]()
     prior = {"1": LayerPrior(torch.full((8,), 0.5), torch.full((8,), 2.0))}
     net = personalize(model, rule("pseudo"), prior=prior)
@@ -410,74 +410,74 @@ def test_a_given_prior_is_where_users_start():
 # ---------------------------------------------------------------- errors
 
 
-def expect(words, act):
-    with pytest.raises(UserError, match=words):
-        act()
+def expect_error(message, call):
+    with pytest.raises(UserError, match=message):
+        call()
 
 
-def test_mistakes_are_named():
+def test_personalized_rejects_bad_input():
     model, x = NETS["linear"]()
     net = personalize(model, rule("pseudo"))
     pseudo = rule("pseudo")
-    expect("has no layer that keeps any", lambda: personalize(nn.Linear(2, 2), pseudo))
-    expect("itself is a normalization layer", lambda: personalize(nn.BatchNorm1d(2), pseudo))
-    expect("duplicates='both' is unknown", lambda: personalize(model, pseudo, duplicates="both"))
-    expect("capacity=0 holds no user", lambda: personalize(model, pseudo, capacity=0))
-    expect("say personalize.*classes=K", lambda: personalize(nn.Sequential(nn.BatchNorm1d(2)), pseudo))
-    expect("unknown layer of the prior '2'", lambda: personalize(model, pseudo, {"2": LayerPrior(x[0], x[0])}))
-    expect("shape .5. and the layer 8", lambda: personalize(model, pseudo, {"1": LayerPrior(x[0], x[0])}))
+    expect_error("has no layer that keeps any", lambda: personalize(nn.Linear(2, 2), pseudo))
+    expect_error("itself is a normalization layer", lambda: personalize(nn.BatchNorm1d(2), pseudo))
+    expect_error("duplicates='both' is unknown", lambda: personalize(model, pseudo, duplicates="both"))
+    expect_error("capacity=0 is too small", lambda: personalize(model, pseudo, capacity=0))
+    expect_error("use personalize.*classes=K", lambda: personalize(nn.Sequential(nn.BatchNorm1d(2)), pseudo))
+    expect_error("unknown layer of the prior '2'", lambda: personalize(model, pseudo, {"2": LayerPrior(x[0], x[0])}))
+    expect_error("shape .5. and the layer 8", lambda: personalize(model, pseudo, {"1": LayerPrior(x[0], x[0])}))
     half = {"1": LayerPrior(torch.zeros(8), torch.ones(8), n0=torch.ones(8))}
-    expect("n0 of some layers only, not of .'4'", lambda: personalize(model, pseudo, half))
-    expect("8 rows and 1 users", lambda: net.predict(x, user=["ann"]))
-    expect("nothing to commit", net.commit)
+    expect_error("n0 for some layers only, not for .'4'", lambda: personalize(model, pseudo, half))
+    expect_error("8 rows and 1 users", lambda: net.predict(x, user=["ann"]))
+    expect_error("nothing to commit", net.commit)
     net(x, user="ann")
-    expect("nothing to commit", net.commit)
+    expect_error("nothing to commit", net.commit)
     net.predict(x, user="ann")
-    expect("weight must be one number", lambda: net.commit(weight=torch.ones(3)))
+    expect_error("weight must have one number", lambda: net.commit(weight=torch.ones(3)))
     net.predict(x, user="ann")
-    expect("weight must be one number", lambda: net.commit(weight=-torch.ones(8)))
+    expect_error("weight must have one number", lambda: net.commit(weight=-torch.ones(8)))
     net.predict(x, user="ann")
-    expect("posteriors must be .8, 3., not .8, 2.", lambda: net.commit(posterior=torch.ones(8, 2)))
+    expect_error("posteriors must be .8, 3., not .8, 2.", lambda: net.commit(posterior=torch.ones(8, 2)))
     net.predict(x, user="ann")
-    expect("label must be one class a row, 0 to 2", lambda: net.commit(label=torch.full((8,), 3)))
+    expect_error("label must be one class per row, 0 to 2", lambda: net.commit(label=torch.full((8,), 3)))
     small = personalize(model, pseudo, capacity=2)
-    expect("3 users in one batch and room for 2", lambda: small(x[:3], user=[1, 2, 3]))
-    expect("unknown user 'an'. Did you mean 'ann'", lambda: net.forget("an"))
-    expect("then='thaw' is unknown", lambda: net.calibrate(x, user=1, then="thaw"))
-    expect("calibration needs windows", lambda: net.calibrate(x[:0], user=1))
-    expect("n0=-1 is impossible", lambda: net.calibrate(x, user=1, n0=-1))
-    expect("8 windows and labels of shape .2.", lambda: net.calibrate(x, user=1, labels=torch.ones(2)))
-    expect("normalizes every window by itself", lambda: personalize(model, rule("tbn")).export("ann"))
+    expect_error("3 users in one batch exceed the capacity of 2", lambda: small(x[:3], user=[1, 2, 3]))
+    expect_error("unknown user 'an'. Did you mean 'ann'", lambda: net.forget("an"))
+    expect_error("then='thaw' is unknown", lambda: net.calibrate(x, user=1, then="thaw"))
+    expect_error("calibration needs windows", lambda: net.calibrate(x[:0], user=1))
+    expect_error("n0=-1 is out of range", lambda: net.calibrate(x, user=1, n0=-1))
+    expect_error("8 windows and labels of shape .2.", lambda: net.calibrate(x, user=1, labels=torch.ones(2)))
+    expect_error("normalizes every window by itself", lambda: personalize(model, rule("tbn")).export("ann"))
     for text in ("pseudo:gate=0.5", "pseudo:diversity=1", "balanced"):
         gated = personalize(model, rule(text))
         gated.predict(x, user="ann")
-        expect("learns by class", gated.commit)
+        expect_error("learns by class", gated.commit)
 
 
-def test_bad_windows_and_names_are_refused_and_no_state_moves():
+def test_bad_windows_and_names_change_no_state():
     model, x = NETS["linear"]()
     net = personalize(model, rule("pseudo"))
     net(x, user="ann")
     before = net.state("ann").to_bytes()
     broken = x.clone()
     broken[3, 0] = torch.nan
-    for words, act in (
+    for message, call in (
         ("1 of 8 windows hold NaN or Inf .first: row 3.", lambda: net(broken, user="ann")),
         ("1 of 8 windows hold NaN or Inf", lambda: net.calibrate(broken, user="ann")),
-        (f"does not take windows of shape .{x.shape[1] + 1}.", lambda: net(torch.cat([x, x[:, :1]], 1), user="ann")),
-        ("None names no user", lambda: net(x, user=None)),
-        ("None names no user", lambda: net(x, user=["ann", None] * 4)),
+        (f"does not accept windows of shape .{x.shape[1] + 1}.", lambda: net(torch.cat([x, x[:, :1]], 1), user="ann")),
+        ("None is not a user", lambda: net(x, user=None)),
+        ("None is not a user", lambda: net(x, user=["ann", None] * 4)),
         ("lacks windows of class 1, 2", lambda: net.calibrate(x, user="ann", labels=torch.zeros(8))),
-        ("label 3 is none of the 3 classes", lambda: net.calibrate(x, user="ann", labels=torch.arange(8))),
+        ("label 3 is not one of the 3 classes", lambda: net.calibrate(x, user="ann", labels=torch.arange(8))),
     ):
-        expect(words, act)
-        expect("nothing to commit", net.commit)
+        expect_error(message, call)
+        expect_error("nothing to commit", net.commit)
     assert net.state("ann").to_bytes() == before
     assert net.users == ["ann"]
     net(x * 1e37, user="bob")  # large, but finite: only the sum is not
 
 
-def test_a_model_that_folds_time_into_the_batch_is_refused():
+def test_personalize_rejects_model_that_folds_time():
     class Folds(nn.Module):
         def __init__(self):
             super().__init__()
@@ -486,12 +486,13 @@ def test_a_model_that_folds_time_into_the_batch_is_refused():
         def forward(self, x):
             return self.head(self.bn(x.flatten(0, 1))).view(len(x), -1, 2).mean(1)
 
-    expect(
-        "met 12 rows where 4 windows", lambda: personalize(Folds(), rule("pseudo")).predict(torch.ones(4, 3, 5), user=1)
+    expect_error(
+        "received 12 rows for 4 windows",
+        lambda: personalize(Folds(), rule("pseudo")).predict(torch.ones(4, 3, 5), user=1),
     )
 
 
-def test_names_of_state_entries_stay():
+def test_personalize_keeps_state_names():
     model, _ = NETS["branched"]()
     net = personalize(model, rule("pseudo"))
     assert net.model.state_dict().keys() == model.state_dict().keys()
@@ -501,33 +502,33 @@ def test_names_of_state_entries_stay():
 # ---------------------------------------------------------------- padded windows
 
 
-def test_padding_enters_no_statistics():
+def test_mask_excludes_padding_from_statistics():
     net = nn.Sequential(nn.BatchNorm1d(2), nn.Flatten(), nn.Linear(2 * 8, 3)).eval()
     x = torch.randn(3, 2, 8, generator=torch.Generator().manual_seed(0))
-    real = torch.arange(8) < torch.tensor([[8], [5], [2]])
-    padded = x.masked_fill(~real[:, None], 1e6)
+    mask = torch.arange(8) < torch.tensor([[8], [5], [2]])
+    padded = x.masked_fill(~mask[:, None], 1e6)
     bank = personalize(net, rule("pseudo"), classes=3)
-    bank(padded, user=[0, 1, 2], mask=real)
+    bank(padded, user=[0, 1, 2], mask=mask)
     for i, length in enumerate((8, 5, 2)):
         (moments,) = bank.state(i).parts["0"]
-        alone = x[i, :, :length].double()
-        torch.testing.assert_close(moments.mean, alone.mean(1), rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(moments.variance(), alone.var(1, correction=0), rtol=1e-4, atol=1e-4)
+        valid = x[i, :, :length].double()
+        torch.testing.assert_close(moments.mean, valid.mean(1), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(moments.variance(), valid.var(1, correction=0), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("duplicates", ["merge", "sequential"])
-def test_a_mask_follows_its_rows_and_deeper_layers(duplicates):
+def test_mask_applies_to_its_rows_and_deeper_layers(duplicates):
     torch.manual_seed(0)
     model = HarCNN((6, 28), 4).eval()
     x = torch.randn(3, 6, 28)
-    real = torch.arange(28) < torch.tensor([[28], [16], [16]])
+    mask = torch.arange(28) < torch.tensor([[28], [16], [16]])
     plain, masked, full = (personalize(model, rule("pseudo"), duplicates=duplicates) for _ in range(3))
     out = plain(x, user=["ann", "bob", "bob"])
-    assert torch.equal(full(x, user=["ann", "bob", "bob"], mask=torch.ones_like(real)), out)
-    masked(x, user=["ann", "bob", "bob"], mask=real)
-    assert masked.state("ann").to_bytes() == plain.state("ann").to_bytes(), "nothing of ann's is padding"
+    assert torch.equal(full(x, user=["ann", "bob", "bob"], mask=torch.ones_like(mask)), out)
+    masked(x, user=["ann", "bob", "bob"], mask=mask)
+    assert masked.state("ann").to_bytes() == plain.state("ann").to_bytes(), "ann has no padding"
     half = personalize(model, rule("pseudo"), duplicates=duplicates)
-    half(x[1:], user="bob", mask=real[1:])
+    half(x[1:], user="bob", mask=mask[1:])
     for path, (m,) in half.state("bob").parts.items():
         torch.testing.assert_close(m.mean, masked.state("bob").parts[path][0].mean, rtol=1e-5, atol=1e-5)
     assert all(
@@ -536,27 +537,27 @@ def test_a_mask_follows_its_rows_and_deeper_layers(duplicates):
     )
 
 
-def test_impossible_masks_say_why():
+def test_mask_rejects_bad_input():
     net = personalize(HarCNN((6, 32), 4).eval(), rule("pseudo"))
     x = torch.randn(2, 6, 32)
-    with pytest.raises(UserError, match=r"give \[2, 32\], not \[2, 6\]"):
+    with pytest.raises(UserError, match=r"pass \[2, 32\], not \[2, 6\]"):
         net(x, user=[0, 1], mask=torch.ones(2, 6))
-    with pytest.raises(UserError, match="padding from end to end"):
+    with pytest.raises(UserError, match="window is all padding"):
         net(x, user=[0, 1], mask=torch.arange(32) < torch.tensor([[3], [0]]))
     assert net.users == []
 
 
 @pytest.mark.slow
-def test_a_hundred_thousand_users_fit_one_process():
+def test_bank_holds_a_hundred_thousand_users():
     users, rows = 100_000, 5_000
     net = personalize(HarCNN((6, 16), 6).eval(), rule("pseudo"), capacity=users)
     x = torch.randn(rows, 6, 16, generator=torch.Generator().manual_seed(0))
     for start in range(0, users, rows):
         net(x, user=range(start, start + rows))
     assert len(net.bank.slot) == users
-    assert not net.bank.store, "all at hand"
-    held = sum(t.numel() * t.element_size() for t in net.bank.rows.values())
-    assert held < 4_100 * (users + 1), "4 kB a user at hand, 2 kB at rest"
+    assert not net.bank.store, "all in memory"
+    num_bytes = sum(t.numel() * t.element_size() for t in net.bank.rows.values())
+    assert num_bytes < 4_100 * (users + 1), "4 kB per user in memory, 2 kB in the store"
     for user in (0, 54_321, users - 1):
         assert torch.equal(
             net.predict(x[user % rows][None], user=user), net.predict(x[user % rows][None], user=user % rows)

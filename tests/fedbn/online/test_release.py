@@ -1,4 +1,4 @@
-"""What a state gives away, measured by attack, and how far each control goes against it."""
+"""Attacks on states, and how much each release control prevents."""
 
 from __future__ import annotations
 
@@ -27,10 +27,13 @@ def model():
     return net.eval()
 
 
-def people(n=24, windows=60, session=0):
-    """Windows ``[windows, 6, 32]`` of n people, each with an offset and a gain of their own for good."""
-    own = torch.Generator().manual_seed(1)
-    offset, gain = torch.randn(n, 1, 6, 1, generator=own) * 0.3, (torch.randn(n, 1, 6, 1, generator=own) * 0.2).exp()
+def recordings(n=24, windows=60, session=0):
+    """Windows ``[n, windows, 6, 32]`` of n users, each with a fixed offset and gain."""
+    fixed = torch.Generator().manual_seed(1)
+    offset, gain = (
+        torch.randn(n, 1, 6, 1, generator=fixed) * 0.3,
+        (torch.randn(n, 1, 6, 1, generator=fixed) * 0.2).exp(),
+    )
     noise = torch.Generator().manual_seed(10 + session)
     return torch.randn(n, windows, 6, 32, generator=noise) * gain + offset
 
@@ -43,8 +46,8 @@ def states(model, windows, text="pseudo"):
 
 
 def step(model, text="pseudo", n=50):
-    """States before and after one window, and the window's own channel means in the first layer."""
-    x = people(1, n + 1)[0]
+    """States before and after one window, and the window's channel means in the first layer."""
+    x = recordings(1, n + 1)[0]
     net = personalize(model, rule(text))
     net(x[:n], user="ann")
     before = net.state("ann")
@@ -52,115 +55,115 @@ def step(model, text="pseudo", n=50):
     return before, net.state("ann"), model.features[0](x[n:].unsqueeze(2)).mean((0, 2, 3)).detach().double()
 
 
-def test_two_states_give_away_the_window_between_them(model):
+def test_window_between_states_is_recovered(model):
     before, after, window = step(model)
     torch.testing.assert_close(window_between(before, after)[FIRST], window, rtol=1e-3, atol=1e-3)
-    with pytest.raises(UserError, match="no window lies between"):
+    with pytest.raises(UserError, match="there is no window between"):
         window_between(after, before)
 
 
-def test_the_minimum_count_keeps_single_windows_apart(model):
+def test_minimum_hides_single_windows(model):
     before, after, _ = step(model)
     prior, release = layer_priors(model), Release(minimum=25)
-    a, b = release.of(before, prior), release.of(after, prior)
-    assert (a.n, b.n) == (50, 50), "told in steps of the minimum"
-    with pytest.raises(UserError, match="no window lies between"):
+    a, b = release.apply(before, prior), release.apply(after, prior)
+    assert (a.n, b.n) == (50, 50), "counts are multiples of the minimum"
+    with pytest.raises(UserError, match="there is no window between"):
         window_between(a, b)
-    with pytest.raises(UserError, match="holds 50 windows and at least 51"):
-        Release(minimum=51).of(before, prior)
+    with pytest.raises(UserError, match="has 50 windows, a release needs at least 51"):
+        Release(minimum=51).apply(before, prior)
 
 
-def test_noise_buries_the_window_and_not_the_user(model):
+def test_noise_hides_window_but_not_user(model):
     before, after, window = step(model, CLIPPED)
     prior, draw = layer_priors(model), torch.Generator().manual_seed(0)
-    released = [Release(minimum=1, noise=1.0).of(s, prior, draw) for s in (before, after)]
+    released = [Release(minimum=1, noise=1.0).apply(s, prior, draw) for s in (before, after)]
     sd = prior[FIRST].var.double().sqrt()
     error = ((window_between(*released)[FIRST] - window) / sd).abs().median()
-    assert error > 3, "further off than any clipped window can be from the mean"
+    assert error > 3, "larger than the distance of any clipped window from the mean"
     shift = (released[1].parts[FIRST][0].mean - after.parts[FIRST][0].mean) / sd
     assert shift.abs().median() < 0.3
     assert all((parts[0].variance() > 0).all() for s in released for parts in s.parts.values())
 
 
-def test_noise_has_the_stated_size(model):
+def test_noise_has_documented_scale(model):
     prior, state = layer_priors(model), step(model, CLIPPED)[0]
-    draw = torch.Generator().manual_seed(0)
-    drawn = torch.stack([Release(minimum=1, noise=0.5).of(state, prior, draw).parts[LAST][0].mean for _ in range(300)])
+    draw, release = torch.Generator().manual_seed(0), Release(minimum=1, noise=0.5)
+    means = torch.stack([release.apply(state, prior, draw).parts[LAST][0].mean for _ in range(300)])
     expected = 0.5 * 2 * 3 * prior[LAST].var.double().sqrt() / state.n
-    torch.testing.assert_close(drawn.std(0), expected, rtol=0.25, atol=0)
+    torch.testing.assert_close(means.std(0), expected, rtol=0.25, atol=0)
 
 
-def test_first_layers_tell_people_apart_and_late_ones_alone_do_less_with_noise(model):
-    sessions = [states(model, people(session=s), CLIPPED) for s in (0, 1)]
+def test_noise_reduces_reidentification(model):
+    sessions = [states(model, recordings(session=s), CLIPPED) for s in (0, 1)]
     assert reidentified(*sessions, FIRST) > 0.7, "chance is 1/24"
     prior, draw = layer_priors(model), torch.Generator().manual_seed(0)
-    hidden = [[Release(minimum=60, noise=3.0).of(s, prior, draw) for s in session] for session in sessions]
+    hidden = [[Release(minimum=60, noise=3.0).apply(s, prior, draw) for s in session] for session in sessions]
     assert reidentified(*hidden, FIRST) < 0.35
-    only_late = Release(minimum=60, last=1).of(sessions[0][0], prior)
+    only_late = Release(minimum=60, last=1).apply(sessions[0][0], prior)
     assert only_late.parts[FIRST][0].n == 0
     assert (only_late.parts[FIRST][0].mean == 0).all()
     assert only_late.parts[LAST][0].n == 60
     assert only_late.n == 60
 
 
-def test_classes_tallies_and_calibration_never_leave(model):
+def test_release_removes_classes_tallies_and_calibration(model):
     net = personalize(model, rule("pseudo"))
-    net.calibrate(people(1)[0], user="ann", then="adapt")
-    net(people(1)[0], user="ann")
-    told = Release(minimum=60).of(net.state("ann"), layer_priors(model))
-    assert not told.classes.any()
-    assert not told.base
-    assert set(told.tally.values()) == {0.0}
-    assert told.parts[FIRST][0].mean.equal(net.state("ann").parts[FIRST][0].mean), "without noise, what was measured"
+    net.calibrate(recordings(1)[0], user="ann", then="adapt")
+    net(recordings(1)[0], user="ann")
+    released = Release(minimum=60).apply(net.state("ann"), layer_priors(model))
+    assert not released.classes.any()
+    assert not released.base
+    assert set(released.tally.values()) == {0.0}
+    assert released.parts[FIRST][0].mean.equal(net.state("ann").parts[FIRST][0].mean), "means are exact without noise"
 
 
-def test_released_states_merge_and_late_layers_alone_leave_the_others_where_they_were(model):
-    a, b = states(model, people(2))
+def test_released_states_merge_and_load(model):
+    a, b = states(model, recordings(2))
     prior = layer_priors(model)
-    whole = Release(minimum=60).of(a, prior).merge(Release(minimum=60, last=1).of(b, prior))
+    whole = Release(minimum=60).apply(a, prior).merge(Release(minimum=60, last=1).apply(b, prior))
     assert whole.parts[FIRST][0].n == 60
     assert whole.parts[LAST][0].n == 120
     net = personalize(model, rule("pseudo"))
-    net.load("ann", Release(minimum=60, last=1).of(b, prior))
+    net.load("ann", Release(minimum=60, last=1).apply(b, prior))
     torch.testing.assert_close(net.statistics("ann")[FIRST][0], prior[FIRST].mean)
 
 
-def test_clipping_bounds_what_one_window_can_do(model):
+def test_clip_bounds_influence_of_one_window(model):
     prior = layer_priors(model)
     for text, bounded in ((CLIPPED, True), ("pseudo", False)):
         net = personalize(model, rule(text))
-        net(people(1)[0], user="ann")
+        net(recordings(1)[0], user="ann")
         before = net.state("ann").parts
         net(torch.full((1, 6, 32), 1e4), user="ann")
         after = net.state("ann").parts
-        moved = [(after[p][0].mean - before[p][0].mean).abs() / prior[p].var.double().sqrt() for p in before]
-        assert all((m <= 2 * 3 / 61 + 1e-6).all() for m in moved) is bounded
+        shifts = [(after[p][0].mean - before[p][0].mean).abs() / prior[p].var.double().sqrt() for p in before]
+        assert all((m <= 2 * 3 / 61 + 1e-6).all() for m in shifts) is bounded
 
 
-def test_clipping_changes_nothing_where_windows_are_ordinary_and_works_in_peeking_rules(model):
-    x = people(1)[0]
+def test_clip_affects_only_extreme_windows(model):
+    x = recordings(1)[0]
     for text in ("pseudo", "dabn"):
         plain, clipped = (personalize(model, rule(t)) for t in (text, f"{text}:clip=1e6"))
         assert torch.equal(plain(x, user=1), clipped(x, user=1))
-    wild = torch.full((1, 6, 32), 1e4)
-    outs = [personalize(model, rule(t)).predict(wild, user=1) for t in ("dabn", "dabn:clip=0.5")]
+    extreme = torch.full((1, 6, 32), 1e4)
+    outs = [personalize(model, rule(t)).predict(extreme, user=1) for t in ("dabn", "dabn:clip=0.5")]
     assert not torch.allclose(*outs)
 
 
-def test_impossible_releases_say_why(model):
-    prior, (state,) = layer_priors(model), states(model, people(1))
+def test_release_rejects_bad_input(model):
+    prior, (state,) = layer_priors(model), states(model, recordings(1))
     for options, message in (
-        ({"minimum": 0}, "minimum=0 is impossible"),
-        ({"noise": -1.0}, "noise=-1 is impossible"),
-        ({"last": -1}, "last=-1 is impossible"),
+        ({"minimum": 0}, "minimum=0 is out of range"),
+        ({"noise": -1.0}, "noise=-1 is out of range"),
+        ({"last": -1}, "last=-1 is out of range"),
     ):
         with pytest.raises(UserError, match=message):
             Release(**options)
-    with pytest.raises(UserError, match="lets a window say anything.*pseudo:clip=3"):
-        Release(minimum=1, noise=1.0).of(state, prior)
+    with pytest.raises(UserError, match="does not clip windows.*pseudo:clip=3"):
+        Release(minimum=1, noise=1.0).apply(state, prior)
     with pytest.raises(UserError, match="last=4 layers of a network that has 3"):
-        Release(minimum=1, last=4).of(state, prior)
-    both = replace(state, parts={p: parts * 2 for p, parts in state.parts.items()})
+        Release(minimum=1, last=4).apply(state, prior)
+    two_parts = replace(state, parts={p: parts * 2 for p, parts in state.parts.items()})
     with pytest.raises(UserError, match="by class or component"):
-        Release(minimum=1).of(both, prior)
+        Release(minimum=1).apply(two_parts, prior)
     assert isinstance(model, nn.Module)

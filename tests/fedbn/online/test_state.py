@@ -35,14 +35,14 @@ def data(n, seed=1, shift=1.0):
     return torch.randn(n, 3, 16, generator=torch.Generator().manual_seed(seed)) * 2 + shift
 
 
-def met(text="pseudo", n=8, model=None, user="ann", **kwargs):
+def fitted(text="pseudo", n=8, model=None, user="ann", **kwargs):
     net = personalize(model or network(), rule(text), **kwargs)
     for row in data(n):
         net(row[None], user=user)
     return net
 
 
-def close(a: BNState, b: BNState, tolerance=1e-5):
+def assert_states_close(a: BNState, b: BNState, tolerance=1e-5):
     assert a.parts.keys() == b.parts.keys()
     for path in a.parts:
         for m, k in zip(a.parts[path], b.parts[path], strict=True):
@@ -64,7 +64,7 @@ def prior_for(name, model):
 
 @pytest.mark.parametrize("name", [n for n in rules() if n != "ttn"])
 @pytest.mark.parametrize("calibrated", [False, True])
-def test_a_state_survives_bytes_and_goes_on_as_if_nothing_had_happened(name, calibrated):
+def test_state_round_trip_continues_identically(name, calibrated):
     model = network()
     net = personalize(model, rule(name), prior=prior_for(name, model))
     other = personalize(model, rule(name), prior=prior_for(name, model))
@@ -73,26 +73,26 @@ def test_a_state_survives_bytes_and_goes_on_as_if_nothing_had_happened(name, cal
     for row in data(5):
         net(row[None], user="ann")
     state = BNState.from_bytes(net.state("ann").to_bytes())
-    assert state.to_bytes() == net.state("ann").to_bytes(), "equal states are equal bytes"
+    assert state.to_bytes() == net.state("ann").to_bytes(), "equal states must have equal bytes"
     other.load("eve", state)
     for row in data(5, seed=2):
         assert torch.equal(net(row[None], user="ann"), other(row[None], user="eve"))
     assert net.report("ann") == other.report("eve")
 
 
-def test_a_state_of_the_sensor_network_takes_less_than_two_kilobytes():
+def test_state_of_har_cnn_is_below_two_kilobytes():
     net = personalize(HarCNN((6, 128), 6), rule("pseudo:n0=64:diversity=1"))
     windows = torch.randn(9, 6, 128, generator=torch.Generator().manual_seed(0))
     net(windows, user="ann")
     assert len(net.state("ann").to_bytes()) <= 2048
     net.calibrate(windows, user="ann")
     assert len(net.state("ann").to_bytes()) <= 2048
-    net.calibrate(windows, user="ann", then="adapt")  # statistics of its own to start from, and what was met since
+    net.calibrate(windows, user="ann", then="adapt")  # calibrated statistics and the windows since
     net(windows, user="ann")
     assert len(net.state("ann").to_bytes(torch.float16)) <= 2048
 
 
-def test_half_precision_halves_the_size_and_keeps_three_digits():
+def test_float16_state_has_half_size_and_three_digits():
     torch.manual_seed(0)
     wide = nn.Sequential(nn.Linear(4, 2000), nn.BatchNorm1d(2000), nn.Linear(2000, 2)).eval()
     net = personalize(wide, rule("pseudo"))
@@ -101,16 +101,16 @@ def test_half_precision_halves_the_size_and_keeps_three_digits():
     small = state.to_bytes(torch.float16)
     assert len(small) < 0.6 * len(state.to_bytes())
     assert len(state.to_bytes()) < 2 * 4 * 2000 + 1000
-    back = BNState.from_bytes(small)
-    torch.testing.assert_close(back.parts["1"][0].mean, state.parts["1"][0].mean, rtol=1e-3, atol=1e-2)
-    torch.testing.assert_close(back.parts["1"][0].variance(), state.parts["1"][0].variance(), rtol=2e-3, atol=1e-2)
+    loaded = BNState.from_bytes(small)
+    torch.testing.assert_close(loaded.parts["1"][0].mean, state.parts["1"][0].mean, rtol=1e-3, atol=1e-2)
+    torch.testing.assert_close(loaded.parts["1"][0].variance(), state.parts["1"][0].variance(), rtol=2e-3, atol=1e-2)
     net(torch.randn(9, 4) * 1e6, user=2)
     with pytest.raises(UserError, match="too large for float16"):
         net.state(2).to_bytes(torch.float16)
 
 
-def test_states_of_another_model_rule_or_layout_are_refused():
-    net = met()
+def test_state_rejects_other_model_rule_or_format():
+    net = fitted()
     state = net.state("ann")
     data_ = state.to_bytes()
     assert BNState.from_bytes(data_, model=fingerprint(network()), rule="pseudo").n == 8
@@ -118,18 +118,18 @@ def test_states_of_another_model_rule_or_layout_are_refused():
         BNState.from_bytes(data_, model="elsewhere")
     with pytest.raises(UserError, match="belongs to model"):
         personalize(network(seed=1), rule("pseudo")).load("ann", state)
-    with pytest.raises(UserError, match="kept by rule 'pseudo', not 'pseudo:n0=3.0'"):
+    with pytest.raises(UserError, match="belongs to rule 'pseudo', not 'pseudo:n0=3.0'"):
         personalize(network(), rule("pseudo:n0=3")).load("ann", state)
-    with pytest.raises(UserError, match="kept by rule"):
+    with pytest.raises(UserError, match="belongs to rule"):
         state.merge(replace(state, rule="ema"))
-    with pytest.raises(UserError, match="layout 1, this program reads 2"):
-        BNState.from_bytes(data_.replace(b'\\"version\\":2', b'\\"version\\":1'))
+    with pytest.raises(UserError, match="format 1, this program reads 3"):
+        BNState.from_bytes(data_.replace(b'\\"version\\":3', b'\\"version\\":1'))
     for damaged in (b"", b"xx", data_[:-1], data_[:40], b"\xff" * 100):
-        with pytest.raises(UserError, match="no state of a user, or damaged"):
+        with pytest.raises(UserError, match="not a user's state, or are damaged"):
             BNState.from_bytes(damaged)
 
 
-def test_the_fingerprint_sees_every_weight_and_statistic():
+def test_fingerprint_depends_on_weights_and_statistics():
     net = network()
     before = fingerprint(net)
     net.features[1].running_var[3] += 1e-3
@@ -141,7 +141,7 @@ def test_the_fingerprint_sees_every_weight_and_statistic():
 
 
 def state_of(x):
-    """The state of a user of a one-layer network, where nothing lies before the layer."""
+    """State of a user of a network whose first layer is its only BN layer."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.BatchNorm1d(2), nn.Flatten(), nn.Linear(6, K)).double().eval()
     net = personalize(model, rule("pseudo:n0=2"))
@@ -152,12 +152,12 @@ def state_of(x):
 
 @given(parts=st.lists(st.integers(1, 5), min_size=2, max_size=4), seed=st.integers(0, 99))
 @settings(max_examples=10, deadline=None)
-def test_states_merge_like_the_windows_behind_them_and_come_apart_again(parts, seed):
+def test_merge_and_unmerge_states(parts, seed):
     x = torch.randn(sum(parts), 2, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 3
     whole, _, model = state_of(x)
     exact = all_moments(model, x)["0"]
     mean, var = exact.mean, exact.variance()
-    # windows of a new user are normalized by the source until something is committed; moments of layer 0 do not care
+    # the moments of layer 0 do not depend on the statistics that normalize it
     split = [state_of(part)[0] for part in x.split(parts)]
     merged = split[0]
     for part in split[1:]:
@@ -166,15 +166,15 @@ def test_states_merge_like_the_windows_behind_them_and_come_apart_again(parts, s
         assert state.n == len(x)
         torch.testing.assert_close(state.layers["0"].mean, mean)
         torch.testing.assert_close(state.layers["0"].variance(), var)
-    assert merged.tally["learnt"] == len(x)
+    assert merged.tally["learned"] == len(x)
     for part in split[1:]:
         merged = merged.unmerge(part)
-    close(merged, split[0], 1e-7)
+    assert_states_close(merged, split[0], 1e-7)
     with pytest.raises(UserError, match="never merged into the state"):
         split[0].unmerge(whole)
 
 
-def test_a_merged_state_is_in_use_at_once():
+def test_merged_state_takes_effect_immediately():
     x = torch.randn(9, 2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 3
     whole, net, _ = state_of(x)
     first, _, _ = state_of(x[:4])
@@ -183,11 +183,11 @@ def test_a_merged_state_is_in_use_at_once():
     net.merge("merged", second)
     assert net.users == ["1", "merged"]
     torch.testing.assert_close(net.predict(x, user="merged"), net.predict(x, user=1))
-    net.merge("nobody", whole)
-    torch.testing.assert_close(net.predict(x, user="nobody"), net.predict(x, user=1))
+    net.merge("new", whole)
+    torch.testing.assert_close(net.predict(x, user="new"), net.predict(x, user=1))
 
 
-def test_decay_gives_weight_back_to_the_prior_and_to_new_windows():
+def test_decay_raises_weight_of_prior_and_new_windows():
     x = torch.randn(8, 2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 3
     state, net, _ = state_of(x)
     net.load("old", state.decay(0.25))
@@ -199,8 +199,8 @@ def test_decay_gives_weight_back_to_the_prior_and_to_new_windows():
     assert torch.equal(net.predict(x, user="gone"), net.predict(x, user="new"))
 
 
-def test_numbers_that_are_no_moments_merge_by_windows():
-    a, b = met("tema", 3), met("tema", 5)
+def test_merge_averages_extra_values_by_windows():
+    a, b = fitted("tema", 3), fitted("tema", 5)
     b(data(4, seed=9), user="ann")
     one, two = a.state("ann"), b.state("ann")
     for path, e in one.merge(two).extra.items():
@@ -208,7 +208,7 @@ def test_numbers_that_are_no_moments_merge_by_windows():
     assert not torch.equal(one.extra["features.1"], two.extra["features.1"])
 
 
-def test_shrinking_mixes_in_so_many_windows_of_a_population():
+def test_shrink_merges_n0_windows_of_prior():
     x = torch.randn(8, 2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     a, _, _ = state_of(x[:3])
     b, _, _ = state_of(x[3:] * 4 + 7)
@@ -217,21 +217,21 @@ def test_shrinking_mixes_in_so_many_windows_of_a_population():
     torch.testing.assert_close((shrunk.n, shrunk.mean, shrunk.m2), (both.n, both.mean, both.m2))
 
 
-def test_the_distance_is_that_of_gaussians():
+def test_distance_is_wasserstein_of_gaussians():
     a, _, _ = state_of(torch.randn(5, 2, 3, dtype=torch.float64))
-    moved = {p: tuple(Moments(m.n, m.mean + 3, m.m2) for m in ms) for p, ms in a.parts.items()}
+    shifted = {p: tuple(Moments(m.n, m.mean + 3, m.m2) for m in ms) for p, ms in a.parts.items()}
     assert a.distance(a) == 0
-    assert a.distance(replace(a, parts=moved)) == pytest.approx(3 * 2**0.5)
-    with pytest.raises(UserError, match="met no windows"):
+    assert a.distance(replace(a, parts=shifted)) == pytest.approx(3 * 2**0.5)
+    with pytest.raises(UserError, match="state without windows is not defined"):
         a.distance(a.decay(0))
 
 
 # ---------------------------------------------------------------- plain networks
 
 
-def test_a_state_applied_to_the_model_is_the_export_and_nothing_else_changes():
+def test_personalized_copy_matches_export():
     model = network()
-    net = met(model=model)
+    net = fitted(model=model)
     x = data(4, seed=5)
     plain = personalized_copy(model, net.state("ann"))
     with torch.no_grad():
@@ -241,8 +241,8 @@ def test_a_state_applied_to_the_model_is_the_export_and_nothing_else_changes():
     assert not any("UserNorm" in type(m).__name__ for m in plain.modules())
 
 
-def test_an_exported_network_folds_and_goes_through_torch_export():
-    net = met("ema:rate=0.3")
+def test_export_supports_folding_and_torch_export():
+    net = fitted("ema:rate=0.3")
     x = data(4, seed=5)
     plain = net.export("ann")
     program = torch.export.export(plain, (x,))
@@ -270,7 +270,7 @@ def store(request, tmp_path):
 NAMES = ["ann", "../ann", "a/b\\c", "ünï ©", "..", "x.bnstate", "50%", "", "A'; DROP TABLE states; --"]
 
 
-def test_a_store_is_a_mapping_with_any_name(store):
+def test_store_is_mapping_with_any_name(store):
     for i, name in enumerate(NAMES):
         store[name] = bytes([i]) * (i + 1)
     assert sorted(store) == sorted(NAMES)
@@ -281,29 +281,29 @@ def test_a_store_is_a_mapping_with_any_name(store):
     assert store["ann"] == b"new"
     assert store.pop("ann") == b"new"
     assert "ann" not in store
-    for act in (lambda: store["ann"], lambda: store.__delitem__("ann")):
+    for call in (lambda: store["ann"], lambda: store.__delitem__("ann")):
         with pytest.raises(KeyError):
-            act()
+            call()
 
 
-def test_users_outlive_the_program(store):
+def test_users_are_reloaded_from_store(store):
     model = network()
     net = personalize(model, rule("pseudo"), capacity=2, store=store)
     for i, row in enumerate(data(9)):
         net(row[None], user=i % 3)
     net.flush()
-    again = personalize(model, rule("pseudo"), capacity=2, store=store)
-    assert again.users == ["0", "1", "2"]
+    reopened = personalize(model, rule("pseudo"), capacity=2, store=store)
+    assert reopened.users == ["0", "1", "2"]
     x = data(2, seed=7)
     for user in range(3):
-        assert torch.equal(again.predict(x, user=user), net.predict(x, user=user))
-    again.forget(1)
+        assert torch.equal(reopened.predict(x, user=user), net.predict(x, user=user))
+    reopened.forget(1)
     assert list(store) == ["0", "2"]
     with pytest.raises(UserError, match="belongs to model"):
         personalize(network(seed=1), rule("pseudo"), store=store).predict(x, user=0)
 
 
-def test_a_crash_while_writing_leaves_the_old_state_and_no_half_user(tmp_path, monkeypatch):
+def test_store_keeps_old_state_after_crash(tmp_path, monkeypatch):
     store = DirectoryStore(tmp_path)
     store["ann"] = b"old"
 
@@ -318,7 +318,7 @@ def test_a_crash_while_writing_leaves_the_old_state_and_no_half_user(tmp_path, m
     assert list(store) == ["ann"]
 
 
-def test_a_failed_write_leaves_nothing_behind(tmp_path, monkeypatch):
+def test_store_removes_file_after_failed_write(tmp_path, monkeypatch):
     store = DirectoryStore(tmp_path)
 
     def fail(*_):
@@ -330,8 +330,8 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_damaged_store_says_what_it_is(tmp_path):
-    place = tmp_path / "users.db"
-    place.write_bytes(b"this is no database, but long enough to be looked at" * 20)
-    with pytest.raises(UserError, match=r"store .*users.db is damaged or no SQLite database"):
-        SQLiteStore(place)
+def test_store_rejects_damaged_file(tmp_path):
+    path = tmp_path / "users.db"
+    path.write_bytes(b"not a database, but as long as the header of one" * 20)
+    with pytest.raises(UserError, match=r"store .*users.db is damaged or not an SQLite database"):
+        SQLiteStore(path)

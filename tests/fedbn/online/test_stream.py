@@ -21,7 +21,7 @@ def stream(n=37):
 
 
 def slow(model, x, prior, block):
-    """Written from the formula: per layer, source worth n0 windows plus everything met, one block behind."""
+    """Slow reference: per layer, a source of n0 windows merged with all inputs up to the block before."""
     layers = statistics_layers(model)
     source = {p: (m.running_mean.double().clone(), m.running_var.double().clone()) for p, m in layers.items()}
     inputs = {p: [] for p in layers}
@@ -33,11 +33,11 @@ def slow(model, x, prior, block):
         with torch.no_grad():
             out.append(model(x[start : start + block]))
         for p, m in layers.items():
-            met = torch.cat(inputs[p]).transpose(0, 1).flatten(1)
-            n, n0 = met.shape[1], prior * met.shape[1] / min(start + block, len(x))
+            values = torch.cat(inputs[p]).transpose(0, 1).flatten(1)
+            n, n0 = values.shape[1], prior * values.shape[1] / min(start + block, len(x))
             mean0, var0 = source[p]
-            mean = (n0 * mean0 + met.sum(1)) / (n0 + n)
-            second = n0 * (var0 + (mean0 - mean) ** 2) + ((met - mean[:, None]) ** 2).sum(1)
+            mean = (n0 * mean0 + values.sum(1)) / (n0 + n)
+            second = n0 * (var0 + (mean0 - mean) ** 2) + ((values - mean[:, None]) ** 2).sum(1)
             m.running_mean.copy_(mean)
             m.running_var.copy_(second / (n0 + n - 1))
     for handle in handles:
@@ -45,7 +45,7 @@ def slow(model, x, prior, block):
     return torch.cat(out)
 
 
-def test_it_follows_its_formula():
+def test_predict_online_matches_reference():
     x = stream()
     for prior, block in ((5.0, 8), (0.0, 8), (50.0, 1)):
         torch.testing.assert_close(
@@ -56,7 +56,7 @@ def test_it_follows_its_formula():
         )
 
 
-def test_the_first_block_is_predicted_by_the_source_and_later_rows_change_nothing_before_them():
+def test_predict_online_is_causal():
     net, x = network(), stream()
     out = predict_online(copy.deepcopy(net), x, block=8)
     with torch.no_grad():
@@ -66,11 +66,11 @@ def test_the_first_block_is_predicted_by_the_source_and_later_rows_change_nothin
     assert torch.equal(predict_online(copy.deepcopy(net), changed, block=8)[:16], out[:16])
 
 
-def test_without_a_prior_the_statistics_end_at_those_of_the_stream():
+def test_predict_online_without_prior_ends_at_stream_moments():
     net, x = network(), stream()
     first = next(iter(statistics_layers(net)))
-    seen = []
-    net.get_submodule(first).register_forward_pre_hook(lambda _m, a: seen.append(a[0]))
+    inputs = []
+    net.get_submodule(first).register_forward_pre_hook(lambda _m, a: inputs.append(a[0]))
     predict_online(net, x, prior=0.0)
-    moments = Moments.of(torch.cat(seen))
+    moments = Moments.of(torch.cat(inputs))
     torch.testing.assert_close(net.get_submodule(first).running_mean.double(), moments.mean, rtol=1e-5, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Methods of personalization: each with every kind of norm ownership, and what makes each what it is."""
+"""Personalization methods: combinations with every kind of norm ownership, and defining properties."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from fedbn.errors import UserError
 from fedbn.federation.client import METHOD_STATE, client_round
 from fedbn.federation.loop import federate
 from fedbn.federation.setup import build_context
-from fedbn.nn.roles import Role
-from fedbn.personalization.base import personalizations
+from fedbn.nn.roles import Role, with_prefix
+from fedbn.personalization.base import Personalization, personalizations
 from fedbn.personalization.treatment import treatment
 from fedbn.strategies.base import Progress
 from simulations.engines.execute import execute
-from tests.helpers import same
+from tests.helpers import federated, same
 
 METHODS = list(personalizations())
 NORMS = ["fedbn", *(pytest.param(n, marks=pytest.mark.slow) for n in ("global-naive", "silobn", "groupnorm"))]
@@ -22,7 +22,7 @@ NORMS = ["fedbn", *(pytest.param(n, marks=pytest.mark.slow) for n in ("global-na
 
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("name", METHODS)
-def test_every_pair_runs_the_same_under_flower(name, norm, small):
+def test_engines_agree_for_every_norm_and_method(name, norm, small):
     run = small(f"{norm}+{name}", clients_per_round=3)
     a, b = federate(run), execute(run, "grid")
     assert same(a.server.state, b.server.state)
@@ -34,16 +34,16 @@ def test_every_pair_runs_the_same_under_flower(name, norm, small):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_what_a_method_keeps_aside_never_travels(name, small):
+def test_method_state_is_never_sent(name, small):
     ctx = build_context(small(f"fedbn+{name}"))
-    update, kept = client_round(ctx, ctx.trainers[0], ctx.start(), None, Progress(1, 2))
+    update, client_state = client_round(ctx, ctx.trainers[0], ctx.initial_server_state(), None, Progress(1, 2))
     assert list(update.state) == ctx.ownership.travels
     assert not any(k.startswith(METHOD_STATE) for k in update.state)
-    for key in kept:
+    for key in client_state:
         assert key in ctx.ownership.retained or key.startswith(METHOD_STATE)
 
 
-def test_a_treatment_reads_as_it_is_written():
+def test_treatment_text_round_trip():
     assert str(treatment("fedbn+ditto:lam=0.5")) == "fedbn+ditto:lam=0.5"
     assert str(treatment("groupnorm:groups=8+ditto:lam=0.1")) == "groupnorm+ditto"
 
@@ -58,77 +58,85 @@ def test_a_treatment_reads_as_it_is_written():
         ("fedbn+apfl:alpha=2", "alpha must be between 0 and 1"),
     ],
 )
-def test_mistakes_are_named(text, message):
+def test_treatment_rejects_bad_input(text, message):
     with pytest.raises(UserError, match=message):
         treatment(text)
 
 
+@pytest.mark.parametrize(
+    ("name", "hook"),
+    [("serve", "personalized_state"), ("tell", "server_broadcast"), ("personalised_state", "personalized_state")],
+)
+def test_personalization_rejects_misspelled_and_former_hooks(name, hook):
+    with pytest.raises(UserError, match=f"class Own defines '{name}', which Personalization does not use.*'{hook}'"):
+        type("Own", (Personalization,), {name: lambda self, trainer: {}})
+
+
 @pytest.mark.parametrize("method", ["ditto", "apfl", "finetune", "fedprox:mu=0"])
-def test_the_shared_model_is_trained_as_without_the_method(method, small):
+def test_method_does_not_change_shared_model(method, small):
     plain, with_method = federate(small("silobn")), federate(small(f"silobn+{method}"))
     assert same(plain.server.state, with_method.server.state)
 
 
-def test_fedprox_holds_body_and_head_but_not_the_norm_layers(small):
+def test_fedprox_regularizes_body_and_head_not_norm_layers(small):
     ctx = build_context(small("global-naive+fedprox:mu=20", lr=0.05, momentum=0.0, local_epochs=3))
     free = build_context(small("global-naive", lr=0.05, momentum=0.0, local_epochs=3))
 
-    def moved(there, role):
-        update, _ = client_round(there, 0, there.start(), None, Progress(1, 2))
-        keys = [k for k, r in there.ownership.roles.items() if r is role]
-        return sum(float((update.state[k] - there.initial[k]).norm()) for k in keys)
+    def distance(ctx, role):
+        update, _ = client_round(ctx, 0, ctx.initial_server_state(), None, Progress(1, 2))
+        keys = [k for k, r in ctx.ownership.roles.items() if r is role]
+        return sum(float((update.state[k] - ctx.initial[k]).norm()) for k in keys)
 
-    assert moved(ctx, Role.BODY) < 0.5 * moved(free, Role.BODY)
-    assert moved(ctx, Role.HEAD) < 0.5 * moved(free, Role.HEAD)
-    assert moved(ctx, Role.AFFINE) > 0.5 * moved(free, Role.AFFINE)
+    assert distance(ctx, Role.BODY) < 0.5 * distance(free, Role.BODY)
+    assert distance(ctx, Role.HEAD) < 0.5 * distance(free, Role.HEAD)
+    assert distance(ctx, Role.AFFINE) > 0.5 * distance(free, Role.AFFINE)
 
 
 @pytest.mark.parametrize(("method", "role"), [("fedper", Role.HEAD), ("fedrep", Role.HEAD), ("lg-fedavg", Role.BODY)])
-def test_the_personal_part_stays_home(method, role, small):
+def test_personal_part_is_not_shared(method, role, small):
     ctx = build_context(small(f"global-naive+{method}"))
-    mine = {k for k, r in ctx.ownership.roles.items() if r is role}
-    assert mine
-    assert not mine & set(ctx.ownership.travels)
+    personal = {k for k, r in ctx.ownership.roles.items() if r is role}
+    assert personal
+    assert not personal & set(ctx.ownership.travels)
 
 
-def test_fedrep_trains_the_head_on_the_received_body_first(small, monkeypatch):
+def test_fedrep_trains_head_before_body(small, monkeypatch):
     ctx = build_context(small("global-naive+fedrep:head_epochs=2"))
     phases = []
 
-    def spy(model, data, plan, *, only, epochs=None, **_):
+    def record_fit(model, data, plan, *, only, epochs=None, **_):
         phases.append((set(only), epochs))
         return 0.0, {}
 
-    monkeypatch.setattr("fedbn.federation.client.fit", spy)
-    client_round(ctx, 0, ctx.start(), None, Progress(1, 2))
+    monkeypatch.setattr("fedbn.federation.client.fit", record_fit)
+    client_round(ctx, 0, ctx.initial_server_state(), None, Progress(1, 2))
     head = {k for k, r in ctx.ownership.roles.items() if r is Role.HEAD}
     assert phases == [(head, 2), (set(ctx.ownership.roles) - head, None)]
 
 
-def test_fedbabu_never_trains_the_head_until_it_serves(small):
-    run = small("global-naive+fedbabu:epochs=0")
-    ctx, out = build_context(run), federate(run)
+def test_fedbabu_trains_head_only_for_evaluation(small):
+    ctx, out = federated(small("global-naive+fedbabu:epochs=0"))
     for key, role in ctx.ownership.roles.items():
         if role is Role.HEAD:
             assert torch.equal(out.server.state[key], ctx.initial[key])
         elif role is Role.BODY:
             assert not torch.equal(out.server.state[key], ctx.initial[key])
     tuned = federate(small("global-naive+fedbabu:epochs=3:lr=0.05"))
-    assert mean_own(build_context(run), tuned) > mean_own(build_context(run), out)
+    assert mean_own_accuracy(ctx, tuned) > mean_own_accuracy(ctx, out)
 
 
-def mean_own(ctx, out):
+def mean_own_accuracy(ctx, out):
     values = [
         s.accuracy for u in ctx.population.seen for s in out.scores[u] if (s.row, s.column) == ("own", "aggregated")
     ]
     return sum(values) / len(values)
 
 
-def test_fine_tuning_for_no_epoch_is_no_fine_tuning(small):
+def test_finetune_with_zero_epochs_changes_nothing(small):
     assert federate(small("fedbn+finetune:epochs=0")).scores == federate(small("fedbn")).scores
 
 
-def test_fine_tuning_serves_seen_users_alone(small):
+def test_finetune_affects_seen_users_only(small):
     run = small("global-naive+finetune:epochs=2:lr=0.05")
     plain, tuned = federate(small("global-naive")), federate(run)
     population = build_context(run).population
@@ -136,91 +144,87 @@ def test_fine_tuning_serves_seen_users_alone(small):
     assert any(plain.scores[u] != tuned.scores[u] for u in population.seen)
 
 
-def test_ditto_with_a_strong_pull_is_the_received_model_and_without_one_is_free(small):
+def test_ditto_penalty_controls_distance_to_received_model(small):
     options = {"rounds": 1, "momentum": 0.0}
     for lam, near in ((50.0, True), (0.0, False)):
-        run = small(f"groupnorm+ditto:lam={lam}", lr=0.01, local_epochs=10, **options)
-        ctx, out = build_context(run), federate(run)
-        personal = {
-            k.removeprefix(METHOD_STATE): v for k, v in out.client_states[0].items() if k.startswith(METHOD_STATE)
-        }
-        away = sum(float((personal[k] - ctx.initial[k]).norm()) for k in personal)
+        ctx, out = federated(small(f"groupnorm+ditto:lam={lam}", lr=0.01, local_epochs=10, **options))
+        personal = with_prefix(out.client_states[0], METHOD_STATE)
+        distance = sum(float((personal[k] - ctx.initial[k]).norm()) for k in personal)
         shared = sum(float((out.server.state[k] - ctx.initial[k]).norm()) for k in out.server.state)
-        assert (away < 0.3 * shared) is near
+        assert (distance < 0.3 * shared) is near
 
 
-def test_ditto_without_a_pull_goes_on_from_its_own_model_whatever_the_others_send(small):
+def test_ditto_without_penalty_is_independent_of_others(small):
     a, b = (
         federate(small("groupnorm+ditto:lam=0", partition="linear:clients=4", weighting=weighting))
         for weighting in ("samples", "uniform")
     )
     assert not same(a.server.state, b.server.state)
-    for user, kept in a.client_states.items():
-        own = {k: v for k, v in kept.items() if k.startswith(METHOD_STATE)}
-        assert own
-        assert same(own, {k: b.client_states[user][k] for k in own})
+    for user, client_state in a.client_states.items():
+        personal = with_prefix(client_state, METHOD_STATE)
+        assert personal
+        assert same(personal, with_prefix(b.client_states[user], METHOD_STATE))
 
 
-def test_apfl_serves_the_shared_model_at_one_end_and_its_own_at_the_other(small):
+def test_apfl_alpha_0_is_shared_and_1_is_personal_model(small):
     mixed, plain = federate(small("groupnorm+apfl:alpha=0")), federate(small("groupnorm"))
     for user, scores in plain.scores.items():
         assert mixed.scores[user][0] == scores[0]
     run = small("groupnorm+apfl:alpha=1")
     out = federate(run)
     ctx = build_context(run)
-    own = {k.removeprefix(METHOD_STATE): v for k, v in out.client_states[0].items() if k.startswith(METHOD_STATE)}
-    # With alpha = 1 the mixture is v itself, trained from the first shared model of its client onwards by itself.
-    assert any(not torch.allclose(own[k], out.server.state[k]) for k in own)
-    served = [s for s in out.scores[0] if (s.row, s.column) == ("own", "aggregated")]
-    model = ctx.load(own).eval()
+    personal = with_prefix(out.client_states[0], METHOD_STATE)
+    # With alpha = 1 the mixture equals v, which is trained independently from the client's first shared model on.
+    assert any(not torch.allclose(personal[k], out.server.state[k]) for k in personal)
+    scores = [s for s in out.scores[0] if (s.row, s.column) == ("own", "aggregated")]
+    model = ctx.load(personal).eval()
     with torch.no_grad():
         predicted = model(ctx.population.users[0].test.x).argmax(1)
-    assert served[0].accuracy == pytest.approx(float((predicted == ctx.population.users[0].test.y).double().mean()))
+    assert scores[0].accuracy == pytest.approx(float((predicted == ctx.population.users[0].test.y).double().mean()))
 
 
-def test_apfl_personal_step_is_alpha_times_the_gradient_at_the_mixture(small):
+def test_apfl_step_is_alpha_times_mixture_gradient(small):
     ctx = build_context(small("nonorm+apfl:alpha=0.5", batch_size=10_000, momentum=0.0, lr=0.1))
-    update, kept = client_round(ctx, 0, ctx.start(), None, Progress(1, 2))
+    update, client_state = client_round(ctx, 0, ctx.initial_server_state(), None, Progress(1, 2))
     model, data = ctx.load(update.state).train(), ctx.training_data(0)
     model.zero_grad()
     torch.nn.functional.cross_entropy(model(data.x), data.y).backward()
     for name, parameter in model.named_parameters():
         expected = update.state[name] - 0.1 * 0.5 * parameter.grad
-        torch.testing.assert_close(kept[METHOD_STATE + name], expected, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(client_state[METHOD_STATE + name], expected, rtol=1e-4, atol=1e-6)
         parameter.grad = None
 
 
-def test_scaffold_common_variate_is_the_mean_of_all_clients_those_never_drawn_too(small):
-    run = small("groupnorm+scaffold", rounds=2, clients_per_round=3)
-    ctx, out = build_context(run), federate(run)
+def test_scaffold_server_variate_is_mean_over_all_clients(small):
+    ctx, out = federated(small("groupnorm+scaffold", rounds=2, clients_per_round=3))
     assert 3 < len(out.client_states) < len(ctx.trainers)
     for key, value in out.server.broadcast.items():
         name = key.removeprefix("control/")
-        mean = sum(kept[METHOD_STATE + name] for kept in out.client_states.values()) / len(ctx.trainers)
+        mean = sum(s[METHOD_STATE + name] for s in out.client_states.values()) / len(ctx.trainers)
         torch.testing.assert_close(value, mean, rtol=1e-4, atol=1e-6)
 
 
-def test_scaffold_starts_as_fedavg_and_then_corrects(small):
+def test_scaffold_equals_fedavg_in_first_round_only(small):
     one, other = federate(small("groupnorm+scaffold", rounds=1)), federate(small("groupnorm", rounds=1))
     assert same(one.server.state, other.server.state)
     two, plain = federate(small("groupnorm+scaffold")), federate(small("groupnorm"))
     assert not same(two.server.state, plain.server.state)
 
 
-def test_scaffold_with_one_client_corrects_nothing(small):
+def test_scaffold_with_one_client_equals_fedavg(small):
     options = {"partition": "iid:clients=1", "rounds": 3, "momentum": 0.0}
     a, b = federate(small("groupnorm+scaffold", **options)), federate(small("groupnorm", **options))
     for key, value in b.server.state.items():
         torch.testing.assert_close(a.server.state[key], value, rtol=1e-4, atol=1e-6)
 
 
-def test_scaffold_makes_full_batch_clients_step_along_the_common_gradient(small):
-    """With one full-batch step and unchanged weights, g_k - c_k + c is c: all clients make the same step."""
+def test_scaffold_full_batch_clients_take_equal_steps(small):
+    """With one full-batch step and unchanged weights, g_k - c_k + c equals c for all clients."""
     ctx = build_context(small("groupnorm+scaffold", batch_size=10_000, momentum=0.0, lr=0.1))
-    start = ctx.start()
+    start = ctx.initial_server_state()
     first = {u: client_round(ctx, u, start, None, Progress(1, 2)) for u in ctx.trainers}
-    told = ctx.personal.server_broadcast([u for u, _ in first.values()], {}, len(first))
-    second = [client_round(ctx, u, start, kept, Progress(2, 2), (), told)[0].state for u, (_, kept) in first.items()]
+    broadcast = ctx.personal.server_broadcast([u for u, _ in first.values()], {}, len(first))
+    second = [client_round(ctx, u, start, s, Progress(2, 2), (), broadcast)[0].state for u, (_, s) in first.items()]
     body = [k for k, r in ctx.ownership.roles.items() if r in (Role.BODY, Role.HEAD)]
     for state in second[1:]:
         for key in body:

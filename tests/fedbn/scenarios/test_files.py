@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from fedbn.data.readers import Rows
 from fedbn.errors import UserError
 from fedbn.scenarios.base import scenario
-from fedbn.scenarios.files import population
+from fedbn.scenarios.files import build_population
 
 
 def columns(n=60, users=3, classes=3):
-    """Rows in recorded order; the first value of each is its own number."""
+    """Rows in the order of recording; the first value of each row is its index."""
     return {
         "x": np.stack([np.arange(n), np.ones(n)], axis=1),
         "y": np.arange(n) % classes,
@@ -44,7 +44,7 @@ def numbers(data):
     return data.x[:, 0].int().tolist()
 
 
-def test_without_recordings_the_last_rows_test_after_a_gap(save):
+def test_files_splits_in_time_without_recordings(save):
     population = load(save(), "unseen=1")
     assert [u.name for u in population.users] == ["0", "1", "2"]
     assert numbers(population.users[1].train) == list(range(20, 34))
@@ -54,7 +54,7 @@ def test_without_recordings_the_last_rows_test_after_a_gap(save):
     assert numbers(load(save(), "gap=0").users[0].train) == list(range(15))
 
 
-def test_later_recordings_test_whole(save):
+def test_files_uses_later_recordings_for_testing(save):
     recording = np.array(["b"] * 5 + ["a"] * 9 + ["c"] * 6)
     population = load(save(recording=np.tile(recording, 3)))
     assert numbers(population.users[0].train) == list(range(14))
@@ -65,20 +65,20 @@ def test_later_recordings_test_whole(save):
     assert len(load(save(recording=np.tile(recording, 3)), "recording=").users[0].train) == 14
 
 
-def test_rows_of_users_may_be_interleaved(save):
+def test_files_accepts_interleaved_users(save):
     population = load(save(user=np.arange(60) % 3, y=np.arange(60) // 3 % 3))
     assert numbers(population.users[1].train) == list(range(1, 43, 3))
     assert numbers(population.users[1].test) == list(range(46, 60, 3))
 
 
-def test_names_become_classes_and_users(save):
+def test_files_accepts_names_of_classes_and_users(save):
     population = load(save(y=np.array(["walk", "lie", "sit"] * 20), user=np.repeat(["eve", "bob", "ann"], 20)))
     assert population.classes == ("lie", "sit", "walk")
     assert [u.name for u in population.users] == ["ann", "bob", "eve"]
     assert population.users[2].train.y.tolist()[:4] == [2, 0, 1, 2]
 
 
-def test_users_sort_as_numbers(save):
+def test_files_sorts_users_as_numbers(save):
     population = load(save(user=np.repeat([10, 9, 2], 20)))
     assert [u.name for u in population.users] == ["2", "9", "10"]
     as_floats = load(save(user=np.repeat([10.0, 9.0, 2.0], 20)))
@@ -92,7 +92,7 @@ def frame(prefix="x"):
     )
 
 
-def test_every_format_gives_the_same_people(save, tmp_path):
+def test_files_gives_same_users_for_all_formats(save, tmp_path):
     import datasets
 
     data = columns() | {"recording": np.arange(60) // 5 % 4, "y": np.array(["walk", "lie", "sit"] * 20)}
@@ -115,7 +115,7 @@ def test_every_format_gives_the_same_people(save, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
-def test_tables_by_numbered_columns_names_and_shape(tmp_path, kind):
+def test_files_selects_columns_and_shape(tmp_path, kind):
     path = tmp_path / f"own.{kind}"
     frame()[["x10", *[f"x{i}" for i in range(12) if i != 10], "y", "user"]].pipe(
         lambda f: f.to_csv(path, index=False) if kind == "csv" else f.to_parquet(path)
@@ -129,7 +129,7 @@ def test_tables_by_numbered_columns_names_and_shape(tmp_path, kind):
     assert list(population.sources) == [path.name]
 
 
-def test_parquet_lists_become_rows(tmp_path):
+def test_files_reads_parquet_lists_as_rows(tmp_path):
     data = columns()
     table = pd.DataFrame({"x": data["x"].tolist(), "y": data["y"], "user": data["user"]})
     table.to_parquet(tmp_path / "own.parquet")
@@ -142,17 +142,21 @@ def test_parquet_lists_become_rows(tmp_path):
         load(tmp_path / "own.parquet")
 
 
-@pytest.mark.parametrize("kind", ["parquet", "directory"])
-def test_lists_of_lists_become_channels_and_samples(tmp_path, kind):
+def write_rows(rows, path):
     import datasets
 
-    data = columns()
-    rows = {"x": [[[i, 1, 2], [3, 4, 5]] for i in range(60)], "y": data["y"].tolist(), "user": data["user"].tolist()}
-    path = tmp_path / f"own.{kind}"
-    if kind == "parquet":
+    if path.suffix == ".parquet":
         pd.DataFrame(rows).to_parquet(path)
     else:
         datasets.Dataset.from_dict(rows).save_to_disk(str(path))
+
+
+@pytest.mark.parametrize("kind", ["parquet", "directory"])
+def test_files_reads_nested_lists_as_channels_and_samples(tmp_path, kind):
+    data = columns()
+    rows = {"x": [[[i, 1, 2], [3, 4, 5]] for i in range(60)], "y": data["y"].tolist(), "user": data["user"].tolist()}
+    path = tmp_path / f"own.{kind}"
+    write_rows(rows, path)
     user = load(path).users[0]
     assert user.train.x.shape == (14, 2, 3)
     assert user.train.x[7].tolist() == [[7, 1, 2], [3, 4, 5]]
@@ -167,22 +171,17 @@ def test_lists_of_lists_become_channels_and_samples(tmp_path, kind):
         ([[1.0], [1.0, 2.0]], "row 3 of 'x' is ragged; bring its parts to one length"),
     ],
 )
-def test_rows_of_lists_that_do_not_fit(tmp_path, kind, row, message):
-    import datasets
-
+def test_files_rejects_bad_lists(tmp_path, kind, row, message):
     data = columns()
     rows = {"x": [[[1.0, 2.0]] * 2] * 60, "y": data["y"].tolist(), "user": data["user"].tolist()}
     rows["x"][3] = row
     path = tmp_path / f"own.{kind}"
-    if kind == "parquet":
-        pd.DataFrame(rows).to_parquet(path)
-    else:
-        datasets.Dataset.from_dict(rows).save_to_disk(str(path))
+    write_rows(rows, path)
     with pytest.raises(UserError, match=re.escape(message)):
         load(path)
 
 
-def test_a_saved_datasets_directory(tmp_path):
+def test_files_reads_saved_dataset(tmp_path):
     import datasets
 
     data = columns()
@@ -202,7 +201,7 @@ def test_a_saved_datasets_directory(tmp_path):
     assert population.sources["one"] == load(tmp_path / "two" / "train").sources["train"]
 
 
-def test_images_of_a_datasets_directory_are_channels_first(tmp_path):
+def test_files_reads_images_channels_first(tmp_path):
     import datasets
     from PIL import Image
 
@@ -214,7 +213,7 @@ def test_images_of_a_datasets_directory_are_channels_first(tmp_path):
     torch.testing.assert_close(population.users[0].train.x[0, :, 0, 0], torch.tensor([1.0, 0.0, 0.2]))
 
 
-def test_images_that_do_not_fit_or_cannot_be_decoded(tmp_path):
+def test_files_rejects_bad_images(tmp_path):
     import datasets
     from PIL import Image
 
@@ -230,7 +229,7 @@ def test_images_that_do_not_fit_or_cannot_be_decoded(tmp_path):
         load(tmp_path / "broken")
 
 
-def test_the_hash_is_of_the_content(save):
+def test_files_sources_depend_on_content(save):
     before = load(save()).sources
     assert before == load(save()).sources
     assert before != load(save(x=columns()["x"] + 1)).sources
@@ -241,32 +240,32 @@ def test_the_hash_is_of_the_content(save):
     st.floats(0.05, 0.6),
     st.integers(0, 2),
 )
-def test_every_row_is_used_once_or_left_in_the_gap(sizes, test, gap):
+def test_build_population_uses_each_row_once_or_drops_gap(sizes, test, gap):
     n = sum(sizes)
-    user = np.repeat(np.arange(len(sizes)), sizes)
-    rows = Rows(np.arange(n, dtype=np.float32)[:, None], np.zeros(n, int), user, None)
+    users = np.repeat(np.arange(len(sizes)), sizes)
+    rows = Rows(np.arange(n, dtype=np.float32)[:, None], np.zeros(n, int), users, None)
     try:
-        split = population(rows, name="t", test=test, gap=gap, unseen=1, seed=0, skew="", sources={})
+        split = build_population(rows, name="t", test=test, gap=gap, unseen=1, seed=0, skew="", sources={})
     except UserError as error:
         assert "has" in str(error)  # noqa: PT017
         return
-    for size, one in zip(sizes, split.users, strict=True):
-        train, held = numbers(one.train), numbers(one.test)
-        assert len(train) + gap + len(held) == size
-        assert held[0] - train[-1] == gap + 1
+    for size, user in zip(sizes, split.users, strict=True):
+        train, test = numbers(user.train), numbers(user.test)
+        assert len(train) + gap + len(test) == size
+        assert test[0] - train[-1] == gap + 1
         assert train == sorted(train)
 
 
 ERRORS = [
     ({}, "test=1", "test=1.0 must be a share between 0 and 1"),
     ({}, "gap=-1", "gap=-1 must not be negative"),
-    ({}, "unseen=3", "3 unseen of 3 users leaves nobody to train; choose 0 to 2"),
+    ({}, "unseen=3", "3 unseen of 3 users leaves no user for training; choose 0 to 2"),
     ({}, "y=lable", "unknown column for y (set it with y=NAME) 'lable'. Known: user, x, y"),
     ({"label": np.arange(60), "y": None}, "y=lable", "'lable'. Did you mean 'label'?"),
     ({"user": None}, "", "unknown column for user (set it with user=NAME) 'user'"),
     ({}, "recording=session", "unknown column for recording (set it with recording=NAME) 'session'"),
     ({}, "x=acc", "unknown column for x (set it with x=NAME) 'acc'"),
-    ({}, "shape=2+2", "own.npz: shape=2+2 makes 4 values an example, rows have 2"),
+    ({}, "shape=2+2", "own.npz: shape=2+2 needs 4 values per example, but rows have 2"),
     (
         {"x": np.where(np.arange(120).reshape(60, 2) % 50 == 7, np.nan, 1.0)},
         "",
@@ -274,73 +273,73 @@ ERRORS = [
     ),
     ({"x": np.full((60, 1), 1e300)}, "", "x holds 60 NaN or infinite values (first: row 0, position 0)"),
     ({"x": np.full((60, 1), "abc")}, "", "own.npz: 'x' is not numeric: "),
-    ({"x": np.ones((60, 1), complex)}, "", "own.npz: 'x' is not numeric but of type complex128; save real numbers"),
-    ({"x": np.full((60, 1), np.datetime64("2020-01-01"))}, "", "'x' is not numeric but of type datetime64[D]"),
+    ({"x": np.ones((60, 1), complex)}, "", "own.npz: 'x' is not numeric but has type complex128; save real numbers"),
+    ({"x": np.full((60, 1), np.datetime64("2020-01-01"))}, "", "'x' is not numeric but has type datetime64[D]"),
     ({"x": np.ones((60, 0))}, "", "own.npz: an example of x has no values (shape [0]); save some"),
-    ({"x": 5.0}, "", "'x' is a single value, but x is one value a row; set x=NAME"),
-    ({"user": 3}, "", "'user' is a single value, but user is one value a row; set user=NAME"),
+    ({"x": 5.0}, "", "'x' is a single value, but x needs one value per row; set x=NAME"),
+    ({"user": 3}, "", "'user' is a single value, but user needs one value per row; set user=NAME"),
     ({"y": np.arange(60) % 3 + 1}, "", "labels run from 1 to 3, but no row has class 0; number classes 0 to k-1"),
-    ({"y": np.arange(60) % 3 - 1}, "", "labels run from -1 to 1, but classes are numbered 0 to k-1"),
+    ({"y": np.arange(60) % 3 - 1}, "", "labels run from -1 to 1, but classes must be numbered 0 to k-1"),
     ({"y": np.arange(60) / 2}, "", "labels are class numbers 0 to k-1 or names, but row 1 holds 0.5"),
     ({"y": np.where(np.arange(60) < 58, 1.0, np.nan)}, "", "label is missing in 2 rows (first: row 58)"),
-    ({"y": np.zeros((60, 2))}, "", "label must be one value a row, not an array of shape [60, 2]"),
+    ({"y": np.zeros((60, 2))}, "", "label must be one value per row, not an array of shape [60, 2]"),
     ({"user": np.where(np.arange(60) < 58, 1.0, np.nan)}, "", "user is missing in 2 rows (first: row 58)"),
-    ({"y": np.arange(59) % 3}, "", "x has 60 rows, y has 59 rows, user has 60 rows; a row is an example"),
+    ({"y": np.arange(59) % 3}, "", "x has 60 rows, y has 59 rows, user has 60 rows; they need the same number"),
     ({k: v[:0] for k, v in columns().items()}, "", "own.npz has no rows"),
     (
         {"user": np.where(np.arange(60) < 57, np.arange(60) % 2, 2)},
         "",
         "user '2' has 3 rows, which leaves 1 to train and 1 to test; 2 and 1 are needed",
     ),
-    ({"recording": np.arange(60) // 20}, "", "user '0' has a single recording, so no later one is left to test on"),
+    ({"recording": np.arange(60) // 20}, "", "user '0' has a single recording, so none is left for testing"),
 ]
 
 
 @pytest.mark.parametrize(("changed", "options", "message"), ERRORS)
-def test_a_mistake_in_the_data_names_the_place_and_the_fix(save, changed, options, message):
+def test_files_rejects_bad_input(save, changed, options, message):
     with pytest.raises(UserError, match=re.escape(message)):
         load(save(**changed), options)
 
 
-def test_a_class_that_only_an_unseen_user_has(save):
-    away = {seed: load(save(), seed=seed).unseen for seed in range(3)}
+def test_files_rejects_class_of_unseen_users_only(save):
+    unseen_by_seed = {seed: load(save(), seed=seed).unseen for seed in range(3)}
     path = save(y=np.where(np.arange(60) < 40, np.arange(60) % 2, 2))
-    for seed, unseen in away.items():
+    for seed, unseen in unseen_by_seed.items():
         if unseen == (2,):
             with pytest.raises(
-                UserError, match=r"class 2 is in no training row of the seen users \(unseen: 2\); see more"
+                UserError, match=r"class 2 is in no training row of the seen users \(unseen: 2\); hold out fewer"
             ):
                 load(path, seed=seed)
         else:
             assert load(path, seed=seed).unseen == unseen
-    assert set(away.values()) == {(0,), (1,), (2,)}
+    assert set(unseen_by_seed.values()) == {(0,), (1,), (2,)}
 
 
-def test_files_that_cannot_be_read(tmp_path):
+def test_files_rejects_unreadable_files(tmp_path):
     with pytest.raises(UserError, match="scenario 'files' needs a path: files:path=FILE"):
         scenario("files").load(0)
-    with pytest.raises(UserError, match=r"there is no file '.*away\.npz'; check path="):
-        load(tmp_path / "away.npz")
+    with pytest.raises(UserError, match=r"there is no file '.*none\.npz'; check path="):
+        load(tmp_path / "none.npz")
     (tmp_path / "own.xlsx").write_text("")
     with pytest.raises(UserError, match=r"own\.xlsx: data are read from .npz, .csv, .parquet .* not from '.xlsx'"):
         load(tmp_path / "own.xlsx")
     for name in ("own.npz", "own.csv", "own.parquet"):
         (tmp_path / name).write_bytes(b"")
-        with pytest.raises(UserError, match=rf"{name} cannot be read \(.*\); write it again or check its ending"):
+        with pytest.raises(UserError, match=rf"{name} cannot be read \(.*\); write it again or check its suffix"):
             load(tmp_path / name)
     (tmp_path / "folder").mkdir()
     with pytest.raises(UserError, match=r"folder cannot be read"):
         load(tmp_path / "folder")
 
 
-def test_python_objects_are_refused(tmp_path):
+def test_files_rejects_python_objects(tmp_path):
     ragged = np.array([np.zeros(2), np.zeros(3)], dtype=object)
     np.savez(tmp_path / "own.npz", x=ragged, y=[0, 1], user=[0, 0])
-    with pytest.raises(UserError, match="array 'x' holds Python objects, for instance rows of differing length"):
+    with pytest.raises(UserError, match="array 'x' holds Python objects, for instance rows of different lengths"):
         load(tmp_path / "own.npz")
 
 
-def test_csv_with_words_where_numbers_belong(tmp_path):
+def test_files_rejects_text_in_number_columns(tmp_path):
     table = frame().astype({"x3": object})
     table.loc[5, "x3"] = "n/k"
     table.to_csv(tmp_path / "own.csv", index=False)
@@ -348,7 +347,7 @@ def test_csv_with_words_where_numbers_belong(tmp_path):
         load(tmp_path / "own.csv")
 
 
-def test_class_numbers_beyond_the_names_of_the_file():
+def test_build_population_rejects_class_beyond_names():
     rows = Rows(np.zeros((4, 1)), np.array([0, 1, 2, 5]), np.zeros(4), None, ("a", "b", "c"))
-    with pytest.raises(UserError, match="labels run from 0 to 5, but classes are numbered 0 to 2"):
-        population(rows, name="t", test=0.5, gap=0, unseen=0, seed=0, skew="", sources={})
+    with pytest.raises(UserError, match="labels run from 0 to 5, but classes must be numbered 0 to 2"):
+        build_population(rows, name="t", test=0.5, gap=0, unseen=0, seed=0, skew="", sources={})

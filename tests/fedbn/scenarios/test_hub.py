@@ -1,4 +1,4 @@
-"""The hub without the hub: its local stand-ins, and what it says when there is no connection."""
+"""Scenario hub: local directories, a mocked hub, and errors without a connection."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ datasets.disable_progress_bars()
 
 
 def table(n=80, image="image", label="label", **more):
-    """Images whose gray level is their number; sorted by class, as hub files often are."""
+    """Images whose gray level is their index; sorted by class, as often on the hub."""
     images = [Image.new("L", (8, 6), i) for i in range(n)]
     columns = {image: images, label: (np.arange(n) * 4 // n).tolist(), **more}
     names = ["cat", "dog", "elk", "fox"]
@@ -38,7 +38,7 @@ def load(path, options="", seed=0):
     return scenario(f"hub:path={path}{':' if options else ''}{options}").load(seed)
 
 
-def test_a_user_is_a_domain_and_images_get_the_tables_size(pacs):
+def test_hub_uses_domains_as_users(pacs):
     population = load(pacs)
     assert [u.name for u in population.users] == ["d0", "d1", "d2", "d3"]
     assert population.shape == (3, 64, 64)
@@ -52,13 +52,13 @@ def test_a_user_is_a_domain_and_images_get_the_tables_size(pacs):
         assert user.train.y.tolist() == [number * 4 // 80 for number in numbers(user.train)]
 
 
-def test_sizes_limits_and_the_number_of_users(pacs):
+def test_hub_applies_size_and_limits(pacs):
     population = load(pacs, "size=4:limit=10:users=3:unseen=0:test=0.3")
     assert population.shape == (3, 4, 4)
     assert [(len(u.train), len(u.test)) for u in population.users] == [(7, 3)] * 3
 
 
-def test_rows_without_users_are_dealt_at_random(tmp_path):
+def test_hub_assigns_rows_at_random_without_users(tmp_path):
     table(image="img").save_to_disk(str(tmp_path / "cifar"))
     population = load(tmp_path / "cifar", "data=cifar10:users=4")
     assert population.shape == (3, 32, 32)
@@ -67,7 +67,7 @@ def test_rows_without_users_are_dealt_at_random(tmp_path):
     assert used.sort().values.tolist() == list(range(80))
 
 
-def test_several_parts_are_users_of_their_own(tmp_path):
+def test_hub_uses_parts_as_users(tmp_path):
     for part in COLLECTIONS["digits-four"].parts:
         table(40).save_to_disk(str(tmp_path / part.domain))
     population = load(tmp_path, "data=digits-four")
@@ -75,17 +75,17 @@ def test_several_parts_are_users_of_their_own(tmp_path):
     assert population.shape == (3, 28, 28)
 
 
-def folders(place, domains, classes=("a", "b", "c", "d"), each=10):
+def write_folders(directory, domains, classes=("a", "b", "c", "d"), each=10):
     for domain in domains:
         for i, name in enumerate(classes):
-            (place / domain / name).mkdir(parents=True)
+            (directory / domain / name).mkdir(parents=True)
             for k in range(each):
-                Image.new("RGB", (8, 6), (i, i, i)).save(place / domain / name / f"{k}.png")
+                Image.new("RGB", (8, 6), (i, i, i)).save(directory / domain / name / f"{k}.png")
 
 
-def test_domains_from_their_authors_archives(tmp_path, monkeypatch):
+def test_hub_reads_domains_from_directories(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    folders(tmp_path, ["amazon", "caltech", "dslr", "webcam"])
+    write_folders(tmp_path, ["amazon", "caltech", "dslr", "webcam"])
     population = load(tmp_path, "data=office-caltech10:size=8")
     assert [u.name for u in population.users] == ["amazon", "caltech", "dslr", "webcam"]
     assert population.classes == ("a", "b", "c", "d")
@@ -93,14 +93,14 @@ def test_domains_from_their_authors_archives(tmp_path, monkeypatch):
         assert user.train.y.tolist() == numbers(user.train)
 
 
-def test_domains_that_were_not_brought_along_come_from_the_hub(tmp_path, monkeypatch):
+def test_hub_loads_missing_domains_online(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    folders(tmp_path, ["synth"], classes=("cat", "dog", "elk", "fox"))
-    asked = []
+    write_folders(tmp_path, ["synth"], classes=("cat", "dog", "elk", "fox"))
+    requested = []
 
     class Hub:
         def __init__(self, dataset, **_):
-            asked.append(dataset)
+            requested.append(dataset)
 
         def load_split(self, split):
             return table(40)
@@ -108,26 +108,26 @@ def test_domains_that_were_not_brought_along_come_from_the_hub(tmp_path, monkeyp
     monkeypatch.setattr(flwr_datasets, "FederatedDataset", Hub)
     population = load(tmp_path, "data=digits-five")
     assert [u.name for u in population.users] == ["mnist", "mnistm", "svhn", "synth", "usps"]
-    assert asked == ["ylecun/mnist", "flwrlabs/usps", "ufldl-stanford/svhn", "Mike0307/MNIST-M"]
+    assert requested == ["ylecun/mnist", "flwrlabs/usps", "ufldl-stanford/svhn", "Mike0307/MNIST-M"]
 
 
-def test_domains_without_a_copy_on_the_hub_say_what_to_bring(tmp_path):
-    message = "'amazon' has no copy on the hub to rely on; unpack .* give path=DIR, with DIR/amazon holding one"
+def test_hub_rejects_domain_without_copy(tmp_path):
+    message = "'amazon' has no reliable copy on the hub; unpack .* set path=DIR, where DIR/amazon has one"
     with pytest.raises(UserError, match=message):
         scenario("hub:data=office-caltech10").load(0)
     with pytest.raises(UserError, match=message):
         load(tmp_path, "data=office-caltech10")
 
 
-def test_domains_must_agree_on_their_classes(tmp_path, monkeypatch):
+def test_hub_rejects_different_class_names(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    folders(tmp_path, ["amazon", "caltech", "dslr"])
-    folders(tmp_path, ["webcam"], classes=("a", "b", "c", "mug"))
-    with pytest.raises(UserError, match=r"name their classes differently \(a, b, c, d / a, b, c, mug\)"):
+    write_folders(tmp_path, ["amazon", "caltech", "dslr"])
+    write_folders(tmp_path, ["webcam"], classes=("a", "b", "c", "mug"))
+    with pytest.raises(UserError, match=r"class names differ between domains \(a, b, c, d / a, b, c, mug\)"):
         load(tmp_path, "data=office-caltech10")
 
 
-def test_another_data_set_by_its_columns(tmp_path):
+def test_hub_reads_other_data_set_by_columns(tmp_path):
     writers = [f"w{i % 5:02d}" for i in range(80)]
     datasets.DatasetDict({"train": table(image="scan", label="sign", hand=writers)}).save_to_disk(str(tmp_path / "d"))
     population = load(tmp_path / "d", "data=own/one:x=scan:y=sign:user=hand:size=6")
@@ -135,28 +135,28 @@ def test_another_data_set_by_its_columns(tmp_path):
     assert list(population.sources) == ["hub/own/one"]
 
 
-def test_a_folder_that_load_dataset_understands(tmp_path, monkeypatch):
+def test_hub_reads_folder_with_load_dataset(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "d").mkdir()
     table(domain=[f"d{i % 4}" for i in range(80)]).to_parquet(str(tmp_path / "d" / "train.parquet"))
     assert len(load(tmp_path / "d").users) == 4
 
 
-def test_online_reads_the_train_split_in_the_hubs_order(monkeypatch):
-    asked = {}
+def test_hub_reads_train_split_unshuffled(monkeypatch):
+    requested = {}
 
     class Hub:
         def __init__(self, **settings):
-            asked.update(settings)
+            requested.update(settings)
 
         def load_split(self, split):
-            asked["split"] = split
+            requested["split"] = split
             return table(domain=[f"d{i % 4}" for i in range(80)])
 
     monkeypatch.setattr(flwr_datasets, "FederatedDataset", Hub)
     population = scenario("hub").load(0)
     assert len(population.users) == 4
-    assert asked == {
+    assert requested == {
         "dataset": "flwrlabs/pacs",
         "subset": None,
         "partitioners": {"train": 1},
@@ -165,14 +165,14 @@ def test_online_reads_the_train_split_in_the_hubs_order(monkeypatch):
     }
 
 
-def test_offline_says_what_to_do(monkeypatch):
+def test_hub_suggests_alternatives_offline(monkeypatch):
     def unreachable(**_):
         raise ConnectionError("Couldn't reach the Hub\nand more")
 
     monkeypatch.setattr(flwr_datasets, "FederatedDataset", unreachable)
     message = (
         r"cannot load 'flwrlabs/femnist' from the hub \(ConnectionError: Couldn't reach the Hub\)\. Check name and "
-        r"connection\. Without one: .*save_to_disk\(DIR\), bring DIR here and add path=DIR; or use .*: digits8"
+        r"connection\. To work offline, .*save_to_disk\(DIR\) .* copy DIR here and add path=DIR; or use .*: digits8"
     )
     with pytest.raises(UserError, match=message):
         scenario("hub:data=femnist").load(0)
@@ -184,10 +184,10 @@ def test_offline_says_what_to_do(monkeypatch):
         ("data=pacss", r"unknown data set of scenario 'hub' \(or give owner/name\) 'pacss'. Did you mean 'pacs'\?"),
         ("size=-1", "hub: size=-1, users=20, limit=500: choose"),
         ("users=0", "users=0"),
-        ("limit=2", "3 rows a user or more"),
+        ("limit=2", "3 rows per user or more"),
     ],
 )
-def test_mistakes_in_the_name(options, message):
+def test_hub_rejects_bad_options(options, message):
     with pytest.raises(UserError, match=message):
         scenario(f"hub:{options}").load(0)
 
@@ -201,7 +201,7 @@ def test_mistakes_in_the_name(options, message):
         ("unseen=4", "4 unseen of 4 users"),
     ],
 )
-def test_mistakes_in_the_columns(pacs, options, message):
+def test_hub_rejects_bad_columns(pacs, options, message):
     with pytest.raises(UserError, match=message):
         load(pacs, options)
 
@@ -219,21 +219,21 @@ def test_mistakes_in_the_columns(pacs, options, message):
         ),
     ],
 )
-def test_rows_that_cannot_be_used(tmp_path, column, rows, message):
+def test_hub_rejects_bad_rows(tmp_path, column, rows, message):
     columns = {"image": [Image.new("L", (8, 6))] * 80, "label": [0] * 80, "domain": ["a", "b"] * 40, column: rows}
     if column == "image":
         features = datasets.Features(
             image=datasets.Image(), label=datasets.Value("int64"), domain=datasets.Value("string")
         )
-        made = datasets.Dataset.from_dict(columns, features=features)
+        dataset = datasets.Dataset.from_dict(columns, features=features)
     else:
-        made = datasets.Dataset.from_dict(columns)
-    made.save_to_disk(str(tmp_path / "own"))
+        dataset = datasets.Dataset.from_dict(columns)
+    dataset.save_to_disk(str(tmp_path / "own"))
     with pytest.raises(UserError, match=message):
         load(tmp_path / "own")
 
 
-def test_labels_may_be_names(tmp_path):
+def test_hub_accepts_class_names(tmp_path):
     names = [f"c{i % 3}" for i in range(80)]
     columns = {"image": [Image.new("L", (8, 6), i) for i in range(80)], "label": names, "domain": ["a", "b"] * 40}
     datasets.Dataset.from_dict(columns).save_to_disk(str(tmp_path / "own"))
@@ -243,9 +243,9 @@ def test_labels_may_be_names(tmp_path):
         assert user.train.y.tolist() == [number % 3 for number in numbers(user.train)]
 
 
-def test_directories_that_are_no_data_set(tmp_path):
-    with pytest.raises(UserError, match=r"there is no directory '.*away'"):
-        load(tmp_path / "away")
+def test_hub_rejects_bad_directories(tmp_path):
+    with pytest.raises(UserError, match=r"there is no directory '.*none'"):
+        load(tmp_path / "none")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"empty cannot be read as a data set \(.*\); write it with save_to_disk"):
         load(tmp_path / "empty")
@@ -254,10 +254,10 @@ def test_directories_that_are_no_data_set(tmp_path):
         load(tmp_path / "other")
 
 
-def test_the_content_decides_the_hash(pacs, tmp_path):
+def test_hub_sources_depend_on_content(pacs, tmp_path):
     before = load(pacs, "size=4").sources
-    table(domain=[f"d{i % 4}" for i in range(80)]).save_to_disk(str(tmp_path / "again"))
-    assert load(tmp_path / "again", "size=4").sources == before
+    table(domain=[f"d{i % 4}" for i in range(80)]).save_to_disk(str(tmp_path / "copy"))
+    assert load(tmp_path / "copy", "size=4").sources == before
     inverted = table(domain=[f"d{i % 4}" for i in range(80)][::-1])
     inverted.save_to_disk(str(tmp_path / "inverted"))
     assert load(tmp_path / "inverted", "size=4").sources != before

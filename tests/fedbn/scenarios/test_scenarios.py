@@ -1,4 +1,4 @@
-"""Laws for every scenario that is found, and the counts of the packaged ones."""
+"""Invariants of every discovered scenario, and the counts of the packaged ones."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fedbn.errors import UserError
-from fedbn.scenarios import digits, hapt, watch
+from fedbn.scenarios import digits, hapt, watch, wearable
 from fedbn.scenarios.base import scenario, scenarios
 from fedbn.scenarios.uci_har import SIGNALS
 from fedbn.seeds import numpy_generator
@@ -18,15 +18,15 @@ from fedbn.seeds import numpy_generator
 
 @pytest.fixture(scope="session")
 def texts(tmp_path_factory):
-    """How to name each scenario so that it needs neither a download nor options."""
+    """Scenario name -> options with which the scenario needs no download."""
     import datasets
     from PIL import Image
 
-    place = tmp_path_factory.mktemp("local")
+    directory = tmp_path_factory.mktemp("local")
     rng = numpy_generator(0, "test data")
     n = 120
     np.savez(
-        place / "own.npz",
+        directory / "own.npz",
         x=rng.normal(size=(n, 3)),
         y=np.arange(n) % 3,
         user=np.arange(n) // 20,
@@ -34,26 +34,26 @@ def texts(tmp_path_factory):
     )
     images = [Image.fromarray(rng.integers(0, 256, (9, 9, 3), np.uint8).astype(np.uint8)) for _ in range(n)]
     columns = {"image": images, "label": (np.arange(n) % 3).tolist(), "domain": [f"d{i % 4}" for i in range(n)]}
-    datasets.Dataset.from_dict(columns).save_to_disk(str(place / "hub"))
-    write_uci_har(place / "har")
+    datasets.Dataset.from_dict(columns).save_to_disk(str(directory / "hub"))
+    write_uci_har(directory / "har")
     return {
-        "files": f"files:path={place / 'own.npz'}",
-        "hub": f"hub:path={place / 'hub'}:size=8",
-        "uci-har": f"uci-har:path={place / 'har'}:unseen=2",
+        "files": f"files:path={directory / 'own.npz'}",
+        "hub": f"hub:path={directory / 'hub'}:size=8",
+        "uci-har": f"uci-har:path={directory / 'har'}:unseen=2",
     }
 
 
-def write_uci_har(place, windows=36):
-    """The archive's layout: people 1 to 5 in train, 6 to 8 in test, activities in turn."""
+def write_uci_har(directory, windows=36):
+    """Write the layout of the archive: people 1 to 5 in train, 6 to 8 in test, activities cyclically."""
     rng = numpy_generator(0, "test archive")
-    for part, population in (("train", range(1, 6)), ("test", range(6, 9))):
-        (place / part / "Inertial Signals").mkdir(parents=True)
-        subject = np.repeat(list(population), windows)
-        np.savetxt(place / part / f"subject_{part}.txt", subject, fmt="%d")
-        np.savetxt(place / part / f"y_{part}.txt", np.arange(len(subject)) % 6 + 1, fmt="%d")
+    for part, people in (("train", range(1, 6)), ("test", range(6, 9))):
+        (directory / part / "Inertial Signals").mkdir(parents=True)
+        subject = np.repeat(list(people), windows)
+        np.savetxt(directory / part / f"subject_{part}.txt", subject, fmt="%d")
+        np.savetxt(directory / part / f"y_{part}.txt", np.arange(len(subject)) % 6 + 1, fmt="%d")
         for i, name in enumerate(SIGNALS):
             signal = i + 0.01 * rng.normal(size=(len(subject), 128))
-            np.savetxt(place / part / "Inertial Signals" / f"{name}_{part}.txt", signal, fmt="%.4f")
+            np.savetxt(directory / part / "Inertial Signals" / f"{name}_{part}.txt", signal, fmt="%.4f")
 
 
 @lru_cache
@@ -63,16 +63,16 @@ def _load(text, seed):
 
 @pytest.fixture
 def load(texts):
-    def loaded(name, seed=0, again=False):
+    def load(name, seed=0, cached=True):
         text = texts.get(name, name)
         try:
-            return scenario(text).load(seed) if again else _load(text, seed)
+            return _load(text, seed) if cached else scenario(text).load(seed)
         except UserError as error:
             if "is not installed" in str(error):
                 pytest.skip(str(error))
             raise
 
-    return loaded
+    return load
 
 
 def same_users(a, b):
@@ -88,14 +88,14 @@ every = pytest.mark.parametrize("name", scenarios())
 
 
 @every
-def test_the_same_seed_gives_the_same_people(name, load):
-    a, b = load(name), load(name, again=True)
+def test_scenario_is_deterministic(name, load):
+    a, b = load(name), load(name, cached=False)
     assert same_users(a, b)
     assert (a.unseen, a.classes, a.skew, a.sources) == (b.unseen, b.classes, b.skew, b.sources)
 
 
 @every
-def test_the_seed_decides_who_is_unseen_and_nothing_else(name, load):
+def test_scenario_seed_changes_unseen_users_only(name, load):
     a, b = load(name), load(name, 1)
     assert same_users(a, b)
     assert a.sources == b.sources
@@ -106,9 +106,9 @@ def test_the_seed_decides_who_is_unseen_and_nothing_else(name, load):
 
 
 @every
-def test_examples_are_well_formed(name, load):
+def test_scenario_examples_are_valid(name, load):
     population = load(name)
-    trained = set()
+    train_classes = set()
     for i, user in enumerate(population.users):
         for data in (user.train, user.test):
             assert data.x.dtype == torch.float32
@@ -120,70 +120,70 @@ def test_examples_are_well_formed(name, load):
             assert 0 <= int(data.y.min()) <= int(data.y.max()) < len(population.classes)
         assert len(user.train) >= 2
         if i in population.seen:
-            trained |= set(user.train.y.tolist())
-    assert trained == set(range(len(population.classes)))
+            train_classes |= set(user.train.y.tolist())
+    assert train_classes == set(range(len(population.classes)))
     assert len({u.name for u in population.users}) == len(population.users)
     assert population.skew
     assert all(len(v) == 64 for v in population.sources.values())
 
 
 @every
-def test_no_example_is_on_both_sides(name, load):
+def test_scenario_has_no_example_on_both_sides(name, load):
     for user in load(name).users:
         train, test = ({row.numpy().tobytes() for row in data.x} for data in (user.train, user.test))
         assert not train & test
 
 
 @pytest.mark.parametrize("name", ["hapt", "watch", "digits8", "files"])
-def test_rows_are_in_the_order_of_their_recordings(name, load):
+def test_scenario_rows_are_in_order_of_recording(name, load):
     for user in load(name).users:
         for data in (user.train, user.test):
             assert (data.recording.diff() >= 0).all()
 
 
-def test_hapt_is_the_hapt_we_know(load):
+def test_hapt_has_known_counts(load):
     population = load("hapt")
-    whole = [torch.cat([u.train.y, u.test.y]) for u in population.users]
-    sizes = sorted(map(len, whole))
+    labels = [torch.cat([u.train.y, u.test.y]) for u in population.users]
+    sizes = sorted(map(len, labels))
     assert len(population.users) == 30
     assert sum(sizes) == 10_411
     assert (sizes[0], sizes[-1]) == (284, 413)
-    assert torch.cat(whole).bincount().tolist() == [1722, 1544, 1407, 1801, 1979, 1958]
-    assert min(int(y.bincount().min()) for y in whole) == 36
+    assert torch.cat(labels).bincount().tolist() == [1722, 1544, 1407, 1801, 1979, 1958]
+    assert min(int(y.bincount().min()) for y in labels) == 36
     assert len(population.unseen) == 6
     for user in population.users:
         assert set(user.train.recording.tolist()) == {0}
         assert 0 not in user.test.recording
-    # Gravity: somebody standing still measures 1 g in total.
+    # Gravity: the total acceleration is 1 g while a person stands still.
     standing = torch.cat([u.train.x[u.train.y == 4, :3] for u in population.users])
     assert standing.norm(dim=1).mean() == pytest.approx(1.0, abs=0.05)
 
 
 @pytest.mark.parametrize(("window", "count"), [(100, 13_704), (200, 6_216)])
-def test_hapt_at_other_windows(window, count, load):
+def test_hapt_supports_other_windows(window, count, load):
     load("hapt")
     population = scenario(f"hapt:window={window}").load(0)
     assert sum(len(u.train) + len(u.test) for u in population.users) == count
     assert population.shape == (6, window)
 
 
-def counting(rows):
-    """Rows whose signal is their own number, so that a window tells which samples it holds."""
+def numbered_signal(rows):
+    """Signal whose values are the row indices, so that the samples of a window can be identified."""
     return np.repeat(np.arange(rows, dtype=np.float32)[:, None], 6, axis=1)
 
 
-def test_hapt_windows_stay_inside_a_stretch_and_in_order(monkeypatch):
+def test_hapt_windows_stay_within_stretch_and_in_order(monkeypatch):
     lengths, labels, recordings = [40, 30, 7, 40, 50, 40], [0, 0, 1, 2, 0, 3], [0, 0, 0, 0, 1, 1]
     stretch = np.repeat(np.arange(6), lengths)
     rows = {
-        "signal": counting(sum(lengths)),
+        "signal": numbered_signal(sum(lengths)),
         "label": np.repeat(labels, lengths),
         "user": np.ones(sum(lengths), int),
         "recording": np.repeat(recordings, lengths),
         "stretch": stretch,
     }
-    monkeypatch.setattr(hapt, "cached", lambda *_: rows)
-    monkeypatch.setattr(hapt, "fetch", lambda _: None)
+    monkeypatch.setattr(wearable, "cached", lambda *_: rows)
+    monkeypatch.setattr(wearable, "fetch", lambda _: None)
     (user,) = hapt.Hapt(unseen=0, window=16).load(0).users
     assert [len(user.train), len(user.test)] == [4 + 2 + 0 + 4, 5 + 4]
     for data in (user.train, user.test):
@@ -194,12 +194,11 @@ def test_hapt_windows_stay_inside_a_stretch_and_in_order(monkeypatch):
         assert (data.y == torch.tensor(labels)[stretch[first]]).all()
 
 
-def test_hapt_parses_labels_into_stretches():
-    signal = counting(12)
+def test_hapt_recordings_are_sorted_by_user():
+    signal = numbered_signal(12)
     label = np.array([-1, 1, 1, 7, 7, 1, 1, 2, 2, -1, 2, 2])
-    population = {3: [_frame(signal, label)], 1: [_frame(signal, label), _frame(signal, label)]}
-    got = hapt._recordings(population)
-    assert [(u, r) for u, r, _, _ in got] == [(1, 0), (1, 1), (3, 0)]
+    frames = {3: [_frame(signal, label)], 1: [_frame(signal, label), _frame(signal, label)]}
+    assert [(u, r) for u, r, _, _ in hapt._recordings(frames)] == [(1, 0), (1, 1), (3, 0)]
 
 
 def _frame(signal, label):
@@ -211,40 +210,40 @@ def _frame(signal, label):
     return frame
 
 
-def test_hapt_does_not_join_stretches_across_what_was_dropped(monkeypatch):
+def test_hapt_separates_stretches_at_dropped_rows(monkeypatch):
     label = np.array([-1, 1, 1, 7, 7, 1, 1, 2, 2, -1, 2, 2])
-    monkeypatch.setattr(hapt, "unpickle", lambda *_: {1: [_frame(counting(12), label)] * 2})
+    monkeypatch.setattr(hapt, "unpickle", lambda *_: {1: [_frame(numbered_signal(12), label)] * 2})
     monkeypatch.setattr(hapt.gzip, "open", lambda _: io.BytesIO())
-    rows = hapt._parse(None)
+    rows = hapt.Hapt.parse(None)
     assert rows["label"].tolist() == [0, 0, 0, 0, 1, 1, 1, 1] * 2
-    runs = np.unique(rows["stretch"], return_counts=True)[1]
-    assert runs.tolist() == [2, 2, 2, 2] * 2
+    lengths = np.unique(rows["stretch"], return_counts=True)[1]
+    assert lengths.tolist() == [2, 2, 2, 2] * 2
     assert rows["signal"][:, 0].tolist() == [1, 2, 5, 6, 7, 8, 10, 11] * 2
 
 
-def test_watch_is_the_watch_we_know(load):
+def test_watch_has_known_counts(load):
     population = load("watch")
     assert len(population.users) == 20
     assert [u.domain for u in population.users[:4]] == ["left", "right", "left", "right"]
     assert sum(len(u.train) + len(u.test) for u in population.users) == 3_107
-    away = [population.users[i].name.split("-")[0] for i in population.unseen]
-    assert len(away) == 4
-    assert len(set(away)) == 2
+    unseen = [population.users[i].name.split("-")[0] for i in population.unseen]
+    assert len(unseen) == 4
+    assert len(set(unseen)) == 2
     for user in population.users:
         assert set(user.train.y.tolist()) == set(user.test.y.tolist()) == set(range(7))
 
 
-def test_watch_leaves_a_windows_gap_between_training_and_test(monkeypatch):
+def test_watch_leaves_gap_between_training_and_test(monkeypatch):
     lengths = np.array([200, 171, 230, 190])
     rows = {
-        "signal": counting(int(lengths.sum())),
+        "signal": numbered_signal(int(lengths.sum())),
         "length": lengths,
         "subject": np.array([1, 1, 2, 2]),
         "side": np.array([0, 1, 1, 0]),
         "label": np.array([3, 3, 3, 3]),
     }
-    monkeypatch.setattr(watch, "cached", lambda *_: rows)
-    monkeypatch.setattr(watch, "fetch", lambda _: None)
+    monkeypatch.setattr(wearable, "cached", lambda *_: rows)
+    monkeypatch.setattr(wearable, "fetch", lambda _: None)
     starts = np.cumsum(lengths) - lengths
     users = watch.Watch(unseen=0, window=32).load(0).users
     for user, recording in zip(users, (0, 1, 3, 2), strict=True):
@@ -254,7 +253,7 @@ def test_watch_leaves_a_windows_gap_between_training_and_test(monkeypatch):
         assert int(used[1].max()) < starts[recording] + lengths[recording]
 
 
-def test_digits_is_the_setting_of_fedbn(load):
+def test_digits_matches_setting_of_fedbn(load):
     population = load("digits")
     assert [u.name for u in population.users] == ["mnist", "optdigits", "mfeat", "pendigits", "fonts", "mnistm"]
     assert {len(u.train) for u in population.users} == {743}
@@ -267,22 +266,22 @@ def test_digits_is_the_setting_of_fedbn(load):
         assert int(user.test.y.bincount(minlength=10).min()) >= 0.8 * len(user.test) / 10
 
 
-def test_digits_shares_no_image_of_mnist_between_domains(monkeypatch):
+def test_digits_shares_no_mnist_image_between_domains(monkeypatch):
     numbered = np.zeros((200, 28, 28), np.uint8), np.arange(200, dtype=np.uint8)
     monkeypatch.setattr(digits, "_mnist_all", lambda _: numbered)
-    mnist, mixed = (set(digits.DOMAINS[name]({})[1].tolist()) for name in ("mnist", "mnistm"))
-    assert not mnist & mixed
-    assert mnist | mixed == set(range(200))
+    mnist, mnistm = (set(digits.DOMAINS[name]({})[1].tolist()) for name in ("mnist", "mnistm"))
+    assert not mnist & mnistm
+    assert mnist | mnistm == set(range(200))
 
 
-def test_digits_unseen_by_name_and_a_cap_on_tests(load):
+def test_digits_selects_unseen_by_name_and_limits_test(load):
     load("digits")
     population = scenario("digits:unseen=fonts+mnistm:train=50:test=30").load(3)
     assert [population.users[i].name for i in population.unseen] == ["fonts", "mnistm"]
     assert {(len(u.train), len(u.test)) for u in population.users} == {(50, 30)}
 
 
-def test_digits8_has_different_cameras_and_equal_labels(load):
+def test_digits8_has_different_cameras(load):
     population = load("digits8")
     assert sum(len(u.train) + len(u.test) for u in population.users) == 1_797
     means = torch.stack([u.train.x.mean() for u in population.users])
@@ -295,26 +294,26 @@ def test_digits8_has_different_cameras_and_equal_labels(load):
         ("hapt:window=4", "window=4 is too short for a pattern; choose 8 samples or more"),
         ("hapt:overlap=1", "overlap=1.0 must be at least 0 and below 1"),
         ("hapt:window=3000", r"window=3000: user\d\d has no labeled stretch that long"),
-        ("hapt:unseen=30", "30 unseen of 30 users leaves nobody to train; choose 0 to 29"),
+        ("hapt:unseen=30", "30 unseen of 30 users leaves no user for training; choose 0 to 29"),
         ("watch:window=400", "the shortest recording has 947 samples.*choose 315 or less"),
-        ("watch:unseen=10", "10 unseen of 10 users leaves nobody to train"),
+        ("watch:unseen=10", "10 unseen of 10 users leaves no user for training"),
         ("digits:unseen=mnits", "unknown domain of scenario 'digits' 'mnits'. Did you mean 'mnist'?"),
-        ("digits:unseen=mnist+optdigits+mfeat+pendigits+fonts+mnistm", "leaves nobody to train; leave one out"),
-        ("digits:train=5000", "train=5000: choose 10 to 2000, what domain 'mnist' has"),
+        ("digits:unseen=mnist+optdigits+mfeat+pendigits+fonts+mnistm", "leaves no user for training; leave one out"),
+        ("digits:train=5000", "train=5000: choose 10 to 2000, the size of domain 'mnist'"),
         ("digits:test=0", "test=0: choose 1 or more, or none"),
         ("digits8:users=99", "users=99: choose 2 to 60"),
-        ("digits8:images=240", "images=240: choose 250 .25 a user. to 1797"),
+        ("digits8:images=240", "images=240: choose 250 .25 per user. to 1797"),
         ("digits8:images=1798", "images=1798: choose 250"),
         ("digits8:unseen=10", "10 unseen of 10 users"),
     ],
 )
-def test_an_impossible_scenario_names_the_fix(text, message, load):
+def test_scenario_rejects_bad_input(text, message, load):
     load(text.split(":")[0])
     with pytest.raises(UserError, match=message):
         scenario(text).load(0)
 
 
-def test_the_archive_of_uci_har_is_put_together(tmp_path):
+def test_uci_har_merges_parts_of_archive(tmp_path):
     write_uci_har(tmp_path)
     population = scenario(f"uci-har:path={tmp_path}:unseen=2").load(0)
     assert [u.name for u in population.users] == [str(i) for i in range(1, 9)]
@@ -322,22 +321,28 @@ def test_the_archive_of_uci_har_is_put_together(tmp_path):
     for user in population.users:
         assert (len(user.train), len(user.test)) == (17, 18)
         assert user.train.y.tolist() == [i % 6 for i in range(17)]
-        # Channel i is i: signals are stacked in the order of their names.
+        # The values of channel i are about i: signals are stacked in the order of their names.
         assert user.test.x.mean((0, 2)).round().tolist() == list(range(9))
 
 
 @pytest.mark.parametrize(
-    ("spoil", "message"),
+    ("damage", "message"),
     [
-        (lambda place: None, "reads the directory 'UCI HAR Dataset'.*scenario hapt has the same people's"),
-        (lambda place: (place / "test" / "y_test.txt").unlink(), "y_test.txt is missing or no table .*unpack"),
-        (lambda place: (place / "test" / "y_test.txt").write_text("1 2\n3 4\n"), "has 2 columns, not 1"),
-        (lambda place: (place / "train" / "y_train.txt").write_text("1\n2\n"), "files of train differ in length"),
+        (lambda directory: None, "reads the directory 'UCI HAR Dataset'.*scenario hapt has the same people's"),
+        (
+            lambda directory: (directory / "test" / "y_test.txt").unlink(),
+            "y_test.txt is missing or is not a table .*unpack",
+        ),
+        (lambda directory: (directory / "test" / "y_test.txt").write_text("1 2\n3 4\n"), "has 2 columns, not 1"),
+        (
+            lambda directory: (directory / "train" / "y_train.txt").write_text("1\n2\n"),
+            "files of train differ in length",
+        ),
     ],
 )
-def test_archives_that_are_not_whole(tmp_path, spoil, message):
+def test_uci_har_rejects_incomplete_archive(tmp_path, damage, message):
     write_uci_har(tmp_path / "har", windows=12)
-    spoil(tmp_path / "har")
+    damage(tmp_path / "har")
     path = tmp_path if "reads" in message else tmp_path / "har"
     with pytest.raises(UserError, match=message):
         scenario(f"uci-har:path={path}").load(0)

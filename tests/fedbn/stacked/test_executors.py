@@ -1,4 +1,4 @@
-"""The stacked engine computes what every client would compute alone."""
+"""Stacked training equals the training of each client by itself."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from fedbn.models import build, models
 from fedbn.nn.batchnorm import AnyBatchNorm, AnyInstanceNorm
 from fedbn.personalization.base import personalizations
 from fedbn.stacked.cohort import Cohort, Failure
-from fedbn.stacked.executors import ClientExecutor, Kind, cores, parse_executor, width
-from fedbn.stacked.fit import Descent, Trainee, agenda, fit_stack
+from fedbn.stacked.executors import ClientExecutor, Kind, cores, parse_executor, stack_width
+from fedbn.stacked.fit import SGDConfig, StackedClient, fit_stack, step_schedule
 from fedbn.stacked.layers import Unstackable
 from fedbn.stacked.program import build_program
 from fedbn.strategies.base import Progress, strategies
@@ -38,7 +38,7 @@ from simulations.flower.compat import task_identity
 from simulations.server.rounds import Listener, run_rounds
 from tests.helpers import same
 
-STACKED = {  # at least these; strategies with steps or layers of their own train client by client
+STACKED = {  # must be stackable; strategies with custom steps or layers train client by client
     *("centralized", "fedbn", "fedbn-seeded", "fixbn", "global-naive", "global-pooled", "global-recalibrated"),
     *("groupnorm", "instancenorm", "layernorm", "local", "mtfl", "nonorm", "params-only", "silobn"),
 }
@@ -47,7 +47,7 @@ LARGE = {name for name in models() if name.endswith("-cvgj")}
 
 
 def network(shape, classes):
-    """Everything at once: groups, strides, dropout of both kinds, functions and a shortcut."""
+    """A model with groups, strides, both kinds of dropout, functions and a residual connection."""
     return Everything(classes)
 
 
@@ -66,8 +66,8 @@ class Everything(nn.Module):
         return self.head(self.drop(h.view(h.size(0), -1)))
 
 
-def in_double(ctx: RunContext) -> RunContext:
-    """The setting in double precision, with few rows a user and no two users alike."""
+def in_double_precision(ctx: RunContext) -> RunContext:
+    """The context in double precision, with few rows per user and different sizes."""
 
     def wide(data: Examples, rows: int) -> Examples:
         return Examples(data.x[:rows].double(), data.y[:rows], data.recording[:rows])
@@ -81,26 +81,26 @@ def in_double(ctx: RunContext) -> RunContext:
     return replace(ctx, population=population, scratch=model, initial=initial)
 
 
-def rounds_of(ctx, executors, number, rounds=2):
-    """Final server state, what clients keep and all losses, the jobs of each round done by ``executors``."""
-    server, kept, losses = Server(ctx.start(), ctx.start()), {}, []
+def run_n_rounds(ctx, executor, num_clients, rounds=2):
+    """Final server state, client states and all losses of rounds executed by ``executor``."""
+    server, client_states, losses = Server(ctx.initial_server_state(), ctx.initial_server_state()), {}, []
     for round in range(1, rounds + 1):
         jobs = [
-            Train(ctx, u, server.sends(ctx, u), kept.get(u), Progress(round, rounds), (), server.broadcast)
-            for u in ctx.trainers[:number]
+            Train(ctx, u, server.state_for(ctx, u), client_states.get(u), Progress(round, rounds), (), server.broadcast)
+            for u in ctx.trainers[:num_clients]
         ]
-        results = executors.run(jobs)
+        results = executor.run(jobs)
         assert not any(isinstance(r, Failure) for r in results), results
-        for job, (update, stays) in zip(jobs, results, strict=True):
+        for job, (update, client_state) in zip(jobs, results, strict=True):
             assert job.user == update.user
-            kept[job.user] = stays
+            client_states[job.user] = client_state
             losses.append(update.loss)
         server.advance(ctx, [update for update, _ in results], round)
-    return server.state, kept, losses
+    return server.state, client_states, losses
 
 
-def worst(a, b):
-    """Largest difference between two outcomes of `rounds_of`, whose names must agree."""
+def max_differences(a, b):
+    """Largest difference of states and of losses between two results of `run_n_rounds`."""
     pairs = [(a[0], b[0]), *((a[1][u], b[1][u]) for u in a[1])]
     assert a[1].keys() == b[1].keys()
     assert all(x.keys() == y.keys() for x, y in pairs)
@@ -108,8 +108,8 @@ def worst(a, b):
     return max(differences), max(abs(x - y) for x, y in zip(a[2], b[2], strict=True))
 
 
-def ragged(strategy="fedbn", model="mlp", **plan):
-    """A run on users of different sizes, two epochs each, with everything that plain steps can have."""
+def unequal_users_run(strategy="fedbn", model="mlp", **plan):
+    """A run on users of different sizes, with two epochs and all options of plain SGD steps."""
     chosen = {"local_epochs": 2, "weight_decay": 0.01, "optimizer_state": "keep", "batch_size": 8, "lr": 0.02, **plan}
     partition = "dirichlet:alpha=0.5:clients=5"
     return Run("digits8", strategy, model=model, partition=partition, plan=plan_for("digits8", **chosen)).resolved()
@@ -125,33 +125,33 @@ def context_or_skip(run):
 @pytest.mark.parametrize(
     ("name", "model"), [*((n, "mlp") for n in strategies()), *((n, "small-cnn") for n in sorted(STACKED))]
 )
-def test_every_strategy_equals_clients_one_by_one(name, model, caplog):
+def test_stacked_training_matches_every_strategy(name, model, caplog):
     if strategies()[name].syncs_first_batch:
-        pytest.skip("talks before training: see test_who_consults_trains_alone")
-    ctx = in_double(context_or_skip(ragged(name, model, proximal=0.1)))
+        pytest.skip("synchronizes statistics before training: see test_program_rejects_sync_before_training")
+    ctx = in_double_precision(context_or_skip(unequal_users_run(name, model, proximal=0.1)))
     with caplog.at_level(logging.INFO, logger="fedbn.stacked.executors"):
-        stacked = rounds_of(ctx, ClientExecutor("stacked", 1), 4)
+        stacked = run_n_rounds(ctx, ClientExecutor("stacked", 1), 4)
     assert not caplog.records or name not in STACKED, [r.message for r in caplog.records]
-    states, losses = worst(rounds_of(ctx, ClientExecutor("one"), 4), stacked)
+    states, losses = max_differences(run_n_rounds(ctx, ClientExecutor("one"), 4), stacked)
     assert states < 1e-10
-    assert losses < 1e-6  # summed in single precision by the definition
+    assert losses < 1e-6  # the reference sums in single precision
 
 
 @pytest.mark.parametrize("name", [*sorted(models().keys() - LARGE), "tests.fedbn.stacked.test_executors:network"])
-def test_every_model_equals_clients_one_by_one(name, caplog):
-    ctx = of_model(build_context(ragged(batch_size=8)), name)
-    expected = rounds_of(ctx, ClientExecutor("one"), 3, rounds=1)
+def test_stacked_training_matches_every_model(name, caplog):
+    ctx = with_model(build_context(unequal_users_run(batch_size=8)), name)
+    expected = run_n_rounds(ctx, ClientExecutor("one"), 3, rounds=1)
     for executor in ("lean", "stacked"):
         with caplog.at_level(logging.INFO, logger="fedbn.stacked.executors"):
-            stacked = rounds_of(ctx, ClientExecutor(executor, 1), 3, rounds=1)
+            stacked = run_n_rounds(ctx, ClientExecutor(executor, 1), 3, rounds=1)
         assert not caplog.records or name not in MODELS, [r.message for r in caplog.records]
-        states, losses = worst(expected, stacked)
+        states, losses = max_differences(expected, stacked)
         assert states < 1e-10
         assert losses < 1e-5
 
 
-def of_model(ctx, name):
-    """The setting with a model, and few random examples of a shape that it takes."""
+def with_model(ctx, name):
+    """The context with another model and a few random examples of a supported shape."""
     for shape in ((1, 8, 8), (2, 32), (64,)):
         try:
             model = build(name, shape, 10, 0).double()
@@ -175,14 +175,19 @@ def of_model(ctx, name):
 
 
 @pytest.mark.parametrize("name", personalizations())
-def test_every_personalization_equals_clients_one_by_one(name):
-    ctx = in_double(context_or_skip(ragged(f"fedbn+{name}", proximal=0.0)))
-    assert worst(rounds_of(ctx, ClientExecutor("one"), 3), rounds_of(ctx, ClientExecutor("stacked", 1), 3))[0] < 1e-10
+def test_stacked_training_matches_every_personalization(name):
+    ctx = in_double_precision(context_or_skip(unequal_users_run(f"fedbn+{name}", proximal=0.0)))
+    assert (
+        max_differences(
+            run_n_rounds(ctx, ClientExecutor("one"), 3), run_n_rounds(ctx, ClientExecutor("stacked", 1), 3)
+        )[0]
+        < 1e-10
+    )
 
 
-def test_who_consults_trains_alone(small):
+def test_program_rejects_sync_before_training(small):
     ctx = build_context(small())
-    with pytest.raises(Unstackable, match="consults before training"):
+    with pytest.raises(Unstackable, match="synchronizes statistics before training"):
         Cohort(ctx).program(Progress(1, 2), [{}])
 
 
@@ -215,24 +220,24 @@ LAYERS = {
 @pytest.mark.parametrize("name", LAYERS)
 @given(k=st.integers(1, 4), rows=st.integers(2, 5), training=st.booleans(), seed=st.integers(0, 99))
 @settings(max_examples=12)
-def test_a_stacked_layer_is_the_layers_side_by_side(name, k, rows, training, seed):
+def test_stacked_layer_matches_separate_layers(name, k, rows, training, seed):
     make, shape = LAYERS[name]
     torch.manual_seed(seed)
-    alone = []
+    separate = []
     for _ in range(k):
         net = nn.Sequential(make()).double().train(training)
-        for value in net.state_dict().values():  # running statistics included: no two clients alike
+        for value in net.state_dict().values():  # including running statistics, so that all clients differ
             if value.is_floating_point():
                 value.copy_(torch.rand_like(value) + 0.5)
-        alone.append(net)
-    program = build_program(alone[0])
-    stacked = {n: torch.stack([net.state_dict()[n] for net in alone]) for n in alone[0].state_dict()}
+        separate.append(net)
+    program = build_program(separate[0])
+    stacked = {n: torch.stack([net.state_dict()[n] for net in separate]) for n in separate[0].state_dict()}
     x = torch.randn(rows, k, *shape, dtype=torch.float64)
-    out = program.bind({n: program.laid(n, v) for n, v in stacked.items()}, k)(x.flatten(1, 2))
-    for i, net in enumerate(alone):
+    out = program.bind({n: program.lay_out(n, v) for n, v in stacked.items()}, k)(x.flatten(1, 2))
+    for i, net in enumerate(separate):
         expected = net(x[:, i])
-        got = out.view(rows, k, -1, *out.shape[2:])[:, i]
-        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+        actual = out.view(rows, k, -1, *out.shape[2:])[:, i]
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
         for key, value in net.state_dict().items():
             torch.testing.assert_close(stacked[key][i], value, rtol=1e-10, atol=1e-10)
 
@@ -273,14 +278,14 @@ def tied():
         (nn.Sequential(nn.MaxPool1d(2, return_indices=True)), "returns indices"),
         (hooked(), "has hooks"),
         (tied(), "share parameters"),
-        (Own(lambda self, x: x + self.scale), "scale, a tensor outside"),
+        (Own(lambda self, x: x + self.scale), "scale, a tensor that no supported layer owns"),
         (Own(lambda self, x: torch.relu(x)), "scale is not used"),
         (Own(lambda self, x: x if x.sum() > 0 else -x), "cannot be traced"),
-        (Own(lambda self, x: (x, x)), "one tensor into one"),
+        (Own(lambda self, x: (x, x)), "one tensor to one tensor"),
         (Own(lambda self, x: x.sort()), "method sort"),
     ],
 )
-def test_what_is_not_known_is_refused(model, reason):
+def test_build_program_rejects_unsupported_models(model, reason):
     with pytest.raises(Unstackable, match=reason):
         build_program(model)
 
@@ -296,7 +301,7 @@ def test_what_is_not_known_is_refused(model, reason):
         (lambda x: x.view(x.size(1), -1), "size of an axis"),
     ],
 )
-def test_axes_that_would_mix_clients_are_refused_when_met(function, reason):
+def test_program_rejects_operations_that_mix_clients(function, reason):
     class Net(nn.Module):
         def forward(self, x):
             return function(x)
@@ -311,9 +316,9 @@ def test_axes_that_would_mix_clients_are_refused_when_met(function, reason):
 
 
 @given(st.lists(st.lists(st.integers(1, 3), max_size=5), min_size=1, max_size=5))
-def test_the_agenda_takes_every_step_once_in_order_and_groups_one_size(sizes):
+def test_step_schedule_covers_all_steps_in_order(sizes):
     taken = {i: [] for i in range(len(sizes))}
-    for group in agenda(sizes):
+    for group in step_schedule(sizes):
         assert len({sizes[i][step] for i, step in group}) == 1
         assert len({i for i, _ in group}) == len(group)
         for i, step in group:
@@ -321,40 +326,40 @@ def test_the_agenda_takes_every_step_once_in_order_and_groups_one_size(sizes):
     assert taken == {i: list(range(len(own))) for i, own in enumerate(sizes)}
 
 
-def test_equal_clients_step_together_every_time():
-    assert [len(group) for group in agenda([[4, 4, 2]] * 6)] == [6, 6, 6]
+def test_step_schedule_groups_equal_clients():
+    assert [len(group) for group in step_schedule([[4, 4, 2]] * 6)] == [6, 6, 6]
 
 
-def test_clients_that_are_no_neighbors_step_together():
-    """The first and the last of three: their rows are taken out of the stack and put back."""
+def test_fit_stack_groups_non_adjacent_clients():
+    """The first and the last of three clients are copied out of the stack and back."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).double()
     x, y = torch.randn(30, 3, dtype=torch.float64), torch.randint(0, 2, (30,))
-    how = Descent(0.1, momentum=0.9, weight_decay=0.1, mu=0.5, pulled=frozenset({"0.weight"}))
+    sgd = SGDConfig(0.1, momentum=0.9, weight_decay=0.1, mu=0.5, proximal=frozenset({"0.weight"}))
     parts = [
         torch.arange(10 * i, 10 * i + 10).split(sizes) for i, sizes in enumerate([[4, 4, 2], [2, 4, 4], [4, 4, 2]])
     ]
     state = net.state_dict()
-    trainees = [Trainee(state, torch.cat(p), [len(b) for b in p], torch.Generator()) for p in parts]
-    assert next(agenda([[len(b) for b in p] for p in parts])) == [(0, 0), (2, 0)]
-    for alone, together_ in zip(trainees, fit_stack(build_program(net), trainees, x, y, how), strict=True):
-        (expected,) = fit_stack(build_program(net), [alone], x, y, how)
-        assert together_.loss == pytest.approx(expected.loss, rel=1e-6)
-        for of, parts_ in ((expected.state, together_.state), (expected.momentum, together_.momentum)):
-            for key, value in of.items():
-                torch.testing.assert_close(parts_[key], value, rtol=1e-10, atol=1e-12)
+    clients = [StackedClient(state, torch.cat(p), [len(b) for b in p], torch.Generator()) for p in parts]
+    assert next(step_schedule([[len(b) for b in p] for p in parts])) == [(0, 0), (2, 0)]
+    for client, stacked in zip(clients, fit_stack(build_program(net), clients, x, y, sgd), strict=True):
+        (expected,) = fit_stack(build_program(net), [client], x, y, sgd)
+        assert stacked.loss == pytest.approx(expected.loss, rel=1e-6)
+        for expected_state, state_ in ((expected.state, stacked.state), (expected.momentum, stacked.momentum)):
+            for key, value in expected_state.items():
+                torch.testing.assert_close(state_[key], value, rtol=1e-10, atol=1e-12)
 
 
-def test_what_a_method_has_put_aside_stays_with_the_client(small):
+def test_training_preserves_method_state(small):
     ctx = build_context(small("fedbn", model="mlp"))
-    kept = {"method_state/note": torch.tensor([3.0])}
-    jobs = [Train(ctx, u, ctx.start(), kept, Progress(1, 1)) for u in ctx.trainers[:2]]
+    client_states = {"method_state/note": torch.tensor([3.0])}
+    jobs = [Train(ctx, u, ctx.initial_server_state(), client_states, Progress(1, 1)) for u in ctx.trainers[:2]]
     for executor in ("one", "stacked"):
-        for _, stays in ClientExecutor(executor, 1).run(jobs):
-            assert torch.equal(stays["method_state/note"], kept["method_state/note"])
+        for _, client_state in ClientExecutor(executor, 1).run(jobs):
+            assert torch.equal(client_state["method_state/note"], client_states["method_state/note"])
 
 
-def test_parameters_without_a_gradient_stay_as_they_are():
+def test_fit_stack_skips_parameters_without_gradient():
     class Half(nn.Module):
         def __init__(self):
             super().__init__()
@@ -367,13 +372,13 @@ def test_parameters_without_a_gradient_stay_as_they_are():
     net = Half()
     state = {k: v.clone() for k, v in net.state_dict().items()}
     x, y, rows = torch.randn(4, 3), torch.zeros(4, dtype=torch.long), torch.arange(4)
-    how = Descent(0.1, momentum=0.9, weight_decay=0.5)
-    (done,) = fit_stack(build_program(net), [Trainee(state, rows, [len(rows)], torch.Generator())], x, y, how)
+    sgd = SGDConfig(0.1, momentum=0.9, weight_decay=0.5)
+    (done,) = fit_stack(build_program(net), [StackedClient(state, rows, [len(rows)], torch.Generator())], x, y, sgd)
     assert torch.equal(done.state["unused.weight"], state["unused.weight"])
     assert not torch.equal(done.state["used.weight"], state["used.weight"])
 
 
-# Tiers and the grid.
+# Executors and the grid.
 
 
 def run_grid(run, executor, threads=2):
@@ -381,86 +386,86 @@ def run_grid(run, executor, threads=2):
         client_app, len(build_context(run).population.users), {"run": run.to_json()}, executor=executor
     )
     grid._executor.threads = threads
-    done = []
+    outcomes = []
     with task_identity(1):
-        run_rounds(grid, run, Listener(on_end=done.append))
-    kept = {
+        run_rounds(grid, run, Listener(on_end=outcomes.append))
+    client_states = {
         node: {k: r.to_torch_state_dict() for k, r in c.state.array_records.items()}
         for node, c in grid.contexts.items()
     }
-    return done[0], kept
+    return outcomes[0], client_states
 
 
-def test_threads_give_the_same_bits(small):
+def test_threads_executor_is_bit_identical(small):
     run = small("fedbn", model="small-cnn", rounds=1)
     before = torch.get_rng_state()
-    a, kept_a = run_grid(run, "one")
-    b, kept_b = run_grid(run, "threads")
+    a, states_a = run_grid(run, "one")
+    b, states_b = run_grid(run, "threads")
     assert torch.equal(before, torch.get_rng_state())
     assert same(a.server.state, b.server.state)
     assert a.curve == b.curve
     assert a.scores == b.scores
-    assert all(same(kept_a[n][k], kept_b[n][k]) for n in kept_a for k in kept_a[n])
+    assert all(same(states_a[n][k], states_b[n][k]) for n in states_a for k in states_a[n])
 
 
 @pytest.mark.parametrize("executor", ["lean", "stacked", "auto"])
-def test_the_grid_runs_stacks_behind_the_same_apps(executor, small):
+def test_grid_runs_stacked_executors(executor, small):
     run = small("silobn", model="mlp", clients_per_round=4)
     (a, _), (b, _) = run_grid(run, "one"), run_grid(run, executor)
     for key, value in a.server.state.items():
         torch.testing.assert_close(b.server.state[key], value, rtol=1e-3, atol=1e-5)
     assert [p.train_loss for p in b.curve] == pytest.approx([p.train_loss for p in a.curve], rel=1e-4)
     if executor == "stacked":
-        assert not same(a.server.state, b.server.state)  # else it was not the stack that ran
+        assert not same(a.server.state, b.server.state)  # otherwise the stack was not used
 
 
-def test_clients_whose_noise_is_drawn_from_one_generator_do_not_run_at_once(small):
-    executors = ClientExecutor("threads", 2)
-    for model, independent in (("tests.fedbn.stacked.test_executors:network", False), ("mlp", True)):
+def test_threads_require_clients_without_global_generator(small):
+    executor = ClientExecutor("threads", 2)
+    for model, thread_safe in (("tests.fedbn.stacked.test_executors:network", False), ("mlp", True)):
         ctx = build_context(small(model=model, batch_size=16))
-        executors._start_run(ctx)
-        assert executors._independent() is independent
+        executor._start_run(ctx)
+        assert executor._is_thread_safe() is thread_safe
 
 
-def test_threads_are_used_only_for_steps_worth_it(small, monkeypatch):
+def test_threads_are_used_only_for_long_steps(small, monkeypatch):
     ctx = build_context(small(model="mlp"))
-    jobs = [Train(ctx, u, ctx.start(), None, Progress(1, 1)) for u in ctx.trainers]
+    jobs = [Train(ctx, u, ctx.initial_server_state(), None, Progress(1, 1)) for u in ctx.trainers]
     used = []
     monkeypatch.setattr(
         ClientExecutor, "_on_threads", lambda self, parts, do: used.append(len(parts)) or [None] * len(parts)
     )
-    monkeypatch.setattr("fedbn.stacked.executors.WORTH_A_THREAD", 1e9)
+    monkeypatch.setattr("fedbn.stacked.executors.MIN_THREADED_SECONDS", 1e9)
     ClientExecutor("exact", 2).run(jobs)
     assert used == []
-    monkeypatch.setattr("fedbn.stacked.executors.WORTH_A_THREAD", 0.0)
+    monkeypatch.setattr("fedbn.stacked.executors.MIN_THREADED_SECONDS", 0.0)
     ClientExecutor("exact", 2).run(jobs)
     assert used == [len(jobs) - 3]
 
 
 @pytest.mark.parametrize("executor", ["one", "threads", "stacked"])
-def test_a_failing_client_is_the_only_one(executor, small):
+def test_failing_client_does_not_affect_others(executor, small):
     ctx = build_context(small("fedbn", model="mlp"))
-    jobs = [Train(ctx, u, ctx.start(), None, Progress(1, 1)) for u in ctx.trainers]
+    jobs = [Train(ctx, u, ctx.initial_server_state(), None, Progress(1, 1)) for u in ctx.trainers]
     jobs[1] = replace(jobs[1], received={})
     results = ClientExecutor(executor, 2).run(jobs)
     assert [isinstance(r, Failure) for r in results] == [i == 1 for i in range(len(jobs))]
     assert isinstance(results[1].error, KeyError)
-    expected, _ = client_round(ctx, ctx.trainers[0], ctx.start(), None, Progress(1, 1))
+    expected, _ = client_round(ctx, ctx.trainers[0], ctx.initial_server_state(), None, Progress(1, 1))
     for key, value in expected.state.items():
         torch.testing.assert_close(
             results[0][0].state[key], value, rtol=0 if executor != "stacked" else 1e-3, atol=1e-6
         )
 
 
-def test_a_stack_in_which_nobody_can_begin_gives_everyones_error(small):
+def test_stack_without_valid_clients_returns_all_failures(small):
     ctx = build_context(small("fedbn", model="mlp"))
     jobs = [Train(ctx, u, {}, None, Progress(1, 1)) for u in ctx.trainers[:2]]
     assert [type(r.error) for r in ClientExecutor("stacked", 1).run(jobs)] == [KeyError, KeyError]
 
 
-def test_a_mistake_in_the_stack_is_not_hidden_by_training_alone(small, monkeypatch):
+def test_errors_in_stacked_code_are_raised(small, monkeypatch):
     ctx = build_context(small("fedbn", model="mlp"))
-    jobs = [Train(ctx, u, ctx.start(), None, Progress(1, 1)) for u in ctx.trainers[:2]]
+    jobs = [Train(ctx, u, ctx.initial_server_state(), None, Progress(1, 1)) for u in ctx.trainers[:2]]
 
     def broken(*args):
         raise RuntimeError("wrong shape")
@@ -470,17 +475,17 @@ def test_a_mistake_in_the_stack_is_not_hidden_by_training_alone(small, monkeypat
         ClientExecutor("stacked", 1).run(jobs)
 
 
-def test_the_reason_for_training_alone_is_given_once(small, caplog):
+def test_fallback_reason_is_logged_once(small, caplog):
     ctx = build_context(small("fedbn+fedrep", model="mlp"))
-    executors = ClientExecutor("stacked", 1)
-    jobs = [Train(ctx, u, ctx.start(), None, Progress(1, 1)) for u in ctx.trainers[:2]]
+    executor = ClientExecutor("stacked", 1)
+    jobs = [Train(ctx, u, ctx.initial_server_state(), None, Progress(1, 1)) for u in ctx.trainers[:2]]
     with caplog.at_level(logging.INFO, logger="fedbn.stacked.executors"):
-        executors.run(jobs)
-        executors.run(jobs)
-    assert [r.message for r in caplog.records] == ["training client by client: fedrep trains in its own way"]
+        executor.run(jobs)
+        executor.run(jobs)
+    assert [r.message for r in caplog.records] == ["training client by client: fedrep has its own training procedure"]
 
 
-def test_an_unknown_tier_is_named_with_the_nearest():
+def test_parse_executor_suggests_nearest_name():
     assert parse_executor("stacked") == "stacked"
     with pytest.raises(UserError, match="'stackd'.*stacked"):
         parse_executor("stackd")
@@ -488,12 +493,12 @@ def test_an_unknown_tier_is_named_with_the_nearest():
 
 
 @given(st.integers(1, 500))
-def test_stacks_are_even_and_cover_all(clients):
-    ctx = build_context(ragged())
-    wide = width(ctx, clients)
-    assert 1 <= wide <= min(clients, 128)
-    stacks = -(-clients // wide)
-    assert stacks * wide - clients < stacks * 2 or stacks == 1
+def test_stack_width_is_balanced(clients):
+    ctx = build_context(unequal_users_run())
+    width = stack_width(ctx, clients)
+    assert 1 <= width <= min(clients, 128)
+    stacks = -(-clients // width)
+    assert stacks * width - clients < stacks * 2 or stacks == 1
 
 
 # Suspended calls.
@@ -512,11 +517,11 @@ class OtherJob(Job):
     pass
 
 
-def test_jobs_are_run_together_by_kind_and_calls_go_on_with_their_own_result():
-    seen = []
+def test_run_batched_groups_jobs_by_kind():
+    batches = []
 
     def run(jobs):
-        seen.append([(type(j).__name__, j.number) for j in jobs])
+        batches.append([(type(j).__name__, j.number) for j in jobs])
         return [Failure(ValueError("bad")) if j.number == 9 else 10 * j.number for j in jobs]
 
     def twice(n):
@@ -530,7 +535,7 @@ def test_jobs_are_run_together_by_kind_and_calls_go_on_with_their_own_result():
 
     calls = [lambda: twice(1), lambda: execute(OtherJob(2)), careful, lambda: "none", lambda: twice(3)]
     assert run_batched(calls, run) == [100, 20, "bad", "none", 300]
-    assert seen == [
+    assert batches == [
         [("Job", 1), ("Job", 9), ("Job", 3)],
         [("OtherJob", 2)],
         [("Job", 10), ("Job", 30)],

@@ -24,7 +24,7 @@ def close(a, b):
 
 
 @given(parts)
-def test_pooling_any_partition_gives_the_moments_of_the_union(groups):
+def test_pooled_partition_equals_moments_of_union(groups):
     close(pooled(map(of, groups)), of([row for group in groups for row in group]))
 
 
@@ -38,12 +38,12 @@ def test_merge_is_a_commutative_monoid(a, b, c):
 
 
 @given(values, values)
-def test_unmerge_takes_a_part_out_again(a, b):
+def test_unmerge_inverts_merge(a, b):
     close(of(a).merge(of(b)).unmerge(of(b)), of(a))
 
 
 @given(values, st.floats(0.01, 1))
-def test_decay_forgets_but_keeps_mean_and_variance(a, factor):
+def test_decay_keeps_mean_and_variance(a, factor):
     old, new = of(a), of(a).decay(factor)
     torch.testing.assert_close(new.mean, old.mean)
     torch.testing.assert_close(new.variance(), old.variance(), rtol=1e-9, atol=1e-12)
@@ -51,18 +51,18 @@ def test_decay_forgets_but_keeps_mean_and_variance(a, factor):
 
 
 @given(values, values, st.floats(0, 1000))
-def test_shrinking_is_merging_with_a_prior_of_that_weight(a, prior, n0):
+def test_shrink_merges_with_weighted_prior(a, prior, n0):
     weighted = Moments.from_variance(n0, of(prior).mean, of(prior).variance())
     close(of(a).shrink(of(prior), n0), weighted.merge(of(a)))
 
 
-def test_a_large_mean_does_not_eat_the_variance():
+def test_pooled_keeps_variance_for_large_mean():
     x = torch.tensor([[1e9], [1e9 + 1], [1e9 + 2]], dtype=torch.float64)
     assert float(pooled([Moments.of(x[:1]), Moments.of(x[1:])]).variance()) == pytest.approx(2 / 3)
 
 
 @pytest.mark.parametrize("shape", [(5, 3), (5, 3, 4), (5, 3, 4, 2), (5, 3, 2, 2, 2)])
-def test_moments_agree_with_torch_for_any_number_of_positions(shape):
+def test_moments_match_torch_for_any_position_axes(shape):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     dims = [d for d in range(x.dim()) if d != 1]
     m = Moments.of(x)
@@ -71,15 +71,15 @@ def test_moments_agree_with_torch_for_any_number_of_positions(shape):
 
 
 @given(st.integers(1, 9), st.integers(1, 4))
-def test_a_mean_of_many_is_made_in_parts(count, part):
+def test_naive_mean_is_independent_of_stack_size(count, size):
     values = [torch.tensor([[float(i), -1.0]]) for i in range(count)]
-    with mock.patch("fedbn.statistics.moments.PART", part):
-        found = naive_mean(values, [i + 1 for i in range(count)])
+    with mock.patch("fedbn.statistics.moments.STACK_SIZE", size):
+        mean = naive_mean(values, [i + 1 for i in range(count)])
     expected = sum(i * (i + 1) for i in range(count)) / sum(range(1, count + 1))
-    assert found.tolist() == [[pytest.approx(expected), -1.0]]
+    assert mean.tolist() == [[pytest.approx(expected), -1.0]]
 
 
-def test_pooled_variance_adds_the_spread_of_the_means_that_the_naive_mean_drops():
+def test_pooled_variance_includes_variance_of_means():
     means = [torch.tensor([-3.0]), torch.tensor([3.0])]
     variances = [torch.tensor([1.0]), torch.tensor([1.0])]
     assert float(naive_mean(variances, [1, 1])) == 1.0
@@ -87,20 +87,20 @@ def test_pooled_variance_adds_the_spread_of_the_means_that_the_naive_mean_drops(
     assert pooled_variance(means, variances, [1, 1]).dtype == torch.float32
 
 
-def test_w2_is_a_metric_on_these_points():
+def test_w2_is_a_metric():
     a, b, c = (of([[i, 2.0 * i], [i + 1.0, 3.0 * i]]) for i in (0.0, 1.0, 5.0))
     assert float(a.w2(a)) == 0
     assert float(a.w2(b)) == float(b.w2(a)) > 0
     assert float(a.w2(c)) <= float(a.w2(b)) + float(b.w2(c)) + 1e-12
 
 
-def test_impossible_requests_say_so():
+def test_moments_reject_bad_input():
     one = of([[1.0, 2.0]])
     with pytest.raises(ValueError, match="unbiased variance"):
         one.variance(unbiased=True)
-    with pytest.raises(ValueError, match="cannot take 2 values out of 1"):
+    with pytest.raises(ValueError, match="cannot remove 2 values from 1"):
         one.unmerge(of([[1.0, 2.0], [3.0, 4.0]]))
-    with pytest.raises(ValueError, match=r"decay factor lies in \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"decay factor must be in \[0, 1\]"):
         one.decay(1.5)
     with pytest.raises(ValueError, match="n0 >= 0"):
         one.shrink(one, -1)

@@ -25,56 +25,58 @@ def data(n=60, seed=1):
     return torch.randn(n, 1, 8, 8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 3 + 1
 
 
-def met_in_evaluation(model, x):
-    """The oracle: hooks on a plain evaluation pass, moments by torch itself."""
-    met = {}
+def reference_statistics(model, x):
+    """Reference: hooks in a plain evaluation pass and moments computed by torch."""
+    inputs = {}
     for path, layer in statistics_layers(model).items():
-        layer.register_forward_pre_hook(lambda _m, a, path=path: met.__setitem__(path, a[0].transpose(0, 1).flatten(1)))
+        layer.register_forward_pre_hook(
+            lambda _m, a, path=path: inputs.__setitem__(path, a[0].transpose(0, 1).flatten(1))
+        )
     with torch.no_grad():
         model.eval()(x)
     out = {}
-    for path, rows in met.items():
+    for path, rows in inputs.items():
         out[f"{path}.running_mean"], out[f"{path}.running_var"] = rows.mean(1), rows.var(1, correction=1)
     return out
 
 
-def assert_equal(got, expected):
-    assert got.keys() == expected.keys()
+def assert_equal(actual, expected):
+    assert actual.keys() == expected.keys()
     for key, value in expected.items():
-        torch.testing.assert_close(got[key], value, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(actual[key], value, rtol=1e-10, atol=1e-12)
 
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=4))
-def test_clients_agree_on_what_one_pass_over_their_union_gives(sizes):
+def test_consensus_equals_recalibration_on_union(sizes):
     sizes[0] += 1
     model, x = network(), data(sum(sizes))
     parts = x.split(sizes)
-    answers = []
+    aggregates = []
     while True:
-        said = [replay(lambda p=p: agree_layerwise(copy.deepcopy(model), p), answers) for p in parts]
-        if said[0] is None:
+        replies = [replay(lambda p=p: agree_layerwise(copy.deepcopy(model), p), aggregates) for p in parts]
+        if replies[0] is None:
             break
-        answers.append(union(said))
-    assert len(answers) == 2
-    for answer in answers:
-        for path, moments in answer.items():
+        aggregates.append(union(replies))
+    assert len(aggregates) == 2
+    for aggregate in aggregates:
+        for path, moments in aggregate.items():
             set_statistics(model.get_submodule(path), moments)
-    assert_equal(statistics_of(model), met_in_evaluation(model, x))
+    assert_equal(statistics_of(model), reference_statistics(model, x))
 
 
-def test_recalibration_is_exact_whatever_the_chunks(monkeypatch):
+def test_recalibrate_is_independent_of_chunk_size(monkeypatch):
     model, x = network(), data()
     whole = clone(statistics_of(recalibrate(copy.deepcopy(model), x)))
     monkeypatch.setattr(recalibration, "CHUNK", 7)
     weights = {k: v.clone() for k, v in model.state_dict().items() if "running" not in k}
-    got = statistics_of(recalibrate(model, x))
-    assert_equal(got, whole)
-    assert_equal(got, met_in_evaluation(model, x))
+    actual = statistics_of(recalibrate(model, x))
+    assert_equal(actual, whole)
+    assert_equal(actual, reference_statistics(model, x))
     for key, value in weights.items():
         assert torch.equal(model.state_dict()[key], value)
 
 
-def test_the_second_layer_is_measured_under_the_first_ones_new_statistics():
+def test_recalibrate_processes_layers_in_order():
     model, x = network(), data()
     second = list(statistics_layers(model))[1]
     before = layer_moments(copy.deepcopy(model), second, x)
@@ -82,34 +84,34 @@ def test_the_second_layer_is_measured_under_the_first_ones_new_statistics():
     assert not torch.allclose(before.mean, after.mean)
 
 
-def test_a_conversation_can_be_replayed_from_its_start():
+def test_replay_repeats_protocol_from_start():
     model, x = network(), data()
     steps = agree_layerwise(copy.deepcopy(model), x)
     first = next(steps)
     second = steps.send(first)
-    again = replay(lambda: agree_layerwise(copy.deepcopy(model), x), [first])
-    assert again is not None
+    repeated = replay(lambda: agree_layerwise(copy.deepcopy(model), x), [first])
+    assert repeated is not None
     for path, moments in second.items():
-        assert torch.equal(moments.mean, again[path].mean)
+        assert torch.equal(moments.mean, repeated[path].mean)
     assert replay(lambda: agree_layerwise(copy.deepcopy(model), x), [first, second]) is None
 
 
-def test_moments_survive_a_message():
-    told = {"a.b": Moments.of(torch.randn(5, 3)), "": Moments.of(torch.randn(4, 2))}
-    back = unflatten(flatten(told))
-    assert list(back) == ["a.b", ""]
-    assert torch.equal(back["a.b"].m2, told["a.b"].m2)
+def test_unflatten_inverts_flatten():
+    moments = {"a.b": Moments.of(torch.randn(5, 3)), "": Moments.of(torch.randn(4, 2))}
+    restored = unflatten(flatten(moments))
+    assert list(restored) == ["a.b", ""]
+    assert torch.equal(restored["a.b"].m2, moments["a.b"].m2)
 
 
 @pytest.mark.parametrize("net", [nn.BatchNorm1d(3), nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))])
-def test_one_row_gives_a_variance_of_zero_not_nan(net):
+def test_recalibrate_on_one_row_gives_zero_variance(net):
     recalibrate(net, torch.randn(1, 3))
     assert all(torch.isfinite(v).all() for v in net.state_dict().values())
 
 
-def test_the_sources_own_data_restore_what_a_targets_changed():
+def test_recalibrate_on_source_restores_its_statistics():
     model, source, target = network(), data(), data(seed=2) * 5 - 3
     before = clone(statistics_of(recalibrate(model, source)))
-    moved = clone(statistics_of(recalibrate(model, target)))
-    assert not torch.allclose(moved["features.1.running_mean"], before["features.1.running_mean"], atol=0.1)
+    changed = clone(statistics_of(recalibrate(model, target)))
+    assert not torch.allclose(changed["features.1.running_mean"], before["features.1.running_mean"], atol=0.1)
     assert_equal(statistics_of(recalibrate(model, source)), before)

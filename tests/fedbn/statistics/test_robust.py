@@ -1,4 +1,4 @@
-"""A minority of clients cannot move the statistics far, nor a reply hurt the server."""
+"""A minority of clients has little influence on the statistics, and no reply can harm the server."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ values = st.lists(st.floats(-100, 100, width=32), min_size=5, max_size=11)
 
 
 @given(values)
-def test_without_cutting_it_is_the_law_of_total_variance(xs):
+def test_robust_moments_without_trim_is_pooled_variance(xs):
     means = [torch.tensor([x]) for x in xs]
     variances = [torch.tensor([abs(x) + 1]) for x in xs]
     center, variance = robust_moments(means, variances, "trimmed", 0.0)
@@ -35,17 +35,17 @@ def test_without_cutting_it_is_the_law_of_total_variance(xs):
 
 
 @pytest.mark.parametrize(("how", "trim"), [("median", 0.0), ("trimmed", 0.34)])
-def test_a_value_that_is_not_a_number_counts_as_the_largest(how, trim):
-    found = location([torch.tensor([x]) for x in (1.0, float("nan"), 2.0)], how, trim)
-    assert found.item() == 2.0
+def test_location_treats_nan_as_infinity(how, trim):
+    estimate = location([torch.tensor([x]) for x in (1.0, float("nan"), 2.0)], how, trim)
+    assert estimate.item() == 2.0
 
 
 @given(values, st.sampled_from(["median", "trimmed"]), st.sampled_from([float("nan"), float("inf"), 1e30, -1e30]))
-def test_a_minority_cannot_leave_the_range_of_the_honest(xs, how, poison):
+def test_location_stays_in_range_of_honest_clients(xs, how, poison):
     honest = [torch.tensor([x]) for x in xs]
     bad = [torch.tensor([poison])] * (len(xs) // 5)
-    found = float(location([*honest, *bad], how, 0.25))
-    assert min(xs) - 1e-3 <= found <= max(xs) + 1e-3
+    estimate = float(location([*honest, *bad], how, 0.25))
+    assert min(xs) - 1e-3 <= estimate <= max(xs) + 1e-3
 
 
 ATTACKS = {
@@ -58,10 +58,10 @@ ATTACKS = {
 
 
 def poisoned(ctx, attack, bad):
-    """One round in which users ``bad`` send poisoned statistics; the server's statistics."""
-    server, updates = Server(ctx.start(), ctx.start()), []
+    """Server statistics after one round in which the users ``bad`` send poisoned statistics."""
+    server, updates = Server(ctx.initial_server_state(), ctx.initial_server_state()), []
     for user in ctx.trainers:
-        update, _ = client_round(ctx, user, ctx.start(), None, Progress(1, 2))
+        update, _ = client_round(ctx, user, ctx.initial_server_state(), None, Progress(1, 2))
         if user in bad:
             state = {k: attack(k, v) if "running" in k else v for k, v in update.state.items()}
             update = Update(update.user, state, update.examples, update.loss)
@@ -76,7 +76,7 @@ def distance(state, other):
 
 @pytest.mark.parametrize("name", ATTACKS)
 @pytest.mark.parametrize("text", ["global-robust", "global-robust:how=median"])
-def test_poisoned_statistics_barely_move_the_pool(name, text, small):
+def test_global_robust_limits_poisoned_statistics(name, text, small):
     ctx = build_context(small(text))
     bad = set(ctx.trainers[:1])
     honest = poisoned(ctx, ATTACKS[name], set())
@@ -84,28 +84,28 @@ def test_poisoned_statistics_barely_move_the_pool(name, text, small):
 
 
 @pytest.mark.parametrize("name", ["huge variance", "far mean", "nan"])
-def test_the_same_attack_ruins_the_plain_pool(name, small):
+def test_global_pooled_is_changed_by_poisoned_statistics(name, small):
     ctx = build_context(small("global-pooled"))
     bad = set(ctx.trainers[:1])
     assert distance(poisoned(ctx, ATTACKS[name], bad), poisoned(ctx, ATTACKS[name], set())) > 100
 
 
 @pytest.mark.parametrize("text", ["global-robust:trim=0.5", "global-robust:trim=-0.1"])
-def test_a_share_to_trim_is_checked(text):
+def test_global_robust_rejects_bad_trim(text):
     with pytest.raises(UserError, match=r"\[0, 0.5\)"):
         strategy(text)
 
 
-# What the server lets in
+# Validation of replies
 
 
 def npy(header, body=b""):
-    """A file in NumPy's format with any header."""
+    """A file in NumPy format with the given header."""
     text = header.encode() + b"\n"
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text + body
 
 
-class Boom:
+class CodePayload:
     def __reduce__(self):
         return (pytest.fail, ("code of a client was run",))
 
@@ -113,11 +113,11 @@ class Boom:
 def pickled():
     import pickle
 
-    return pickle.dumps(Boom())
+    return pickle.dumps(CodePayload())
 
 
 HOSTILE = {
-    "a header that promises terabytes": npy(
+    "a header that claims terabytes": npy(
         "{'descr': '<f8', 'fortran_order': False, 'shape': (10**13,)}".replace("10**13", str(10**13))
     ),
     "a pickle in place of values": npy("{'descr': '|O', 'fortran_order': False, 'shape': (1,)}", pickled()),
@@ -132,7 +132,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_bytes_are_refused_without_running_or_filling_anything(name):
+def test_unpack_rejects_hostile_bytes(name):
     with pytest.raises(UserError, match="cannot be read"):
         unpack(Array("float32", (3,), "numpy.ndarray", HOSTILE[name]))
 
@@ -140,22 +140,22 @@ def test_hostile_bytes_are_refused_without_running_or_filling_anything(name):
 @pytest.mark.parametrize(
     ("dtype", "shape"), [("float31", (3,)), ("O", (3,)), ("float32", (-3,)), ("float32", (10**13,)), ("float32", (4,))]
 )
-def test_what_an_array_claims_to_be_is_not_believed(dtype, shape):
+def test_unpack_rejects_wrong_dtype_or_shape(dtype, shape):
     data = pack(torch.zeros(3)).data
     try:
-        found = unpack(Array(dtype, shape, "numpy.ndarray", data))
+        tensor = unpack(Array(dtype, shape, "numpy.ndarray", data))
     except UserError:
         return
-    assert found.shape == (3,)
+    assert tensor.shape == (3,)
 
 
-def test_a_clients_reply_is_let_in_whole_or_not_at_all(small):
+def test_validate_entries_rejects_bad_replies(small):
     ctx = build_context(small("fedbn"))
-    good = ctx.start()
+    good = ctx.initial_server_state()
     first = next(iter(good))
     assert same(validate_entries(ctx, 3, arrays(good)), good)
     wrong = {
-        "too many or too few": {k: v for k, v in good.items() if k != first},
+        "unexpected or missing entries": {k: v for k, v in good.items() if k != first},
         "extra": good | {"extra": torch.zeros(1)},
         "expected torch.float32": good | {first: good[first].double()[..., :1].float()},
         "NaN or Inf": good | {first: good[first] * float("nan")},
@@ -163,7 +163,7 @@ def test_a_clients_reply_is_let_in_whole_or_not_at_all(small):
         "bytes for": good | {first: torch.zeros(100_000)},
     }
     for match, state in wrong.items():
-        with pytest.raises(InvalidReply, match=rf"client 3 .*({match}).*nothing of its reply was used"):
+        with pytest.raises(InvalidReply, match=rf"client 3 .*({match}).*its reply was discarded"):
             validate_entries(ctx, 3, arrays(state))
     hostile = arrays(good)
     hostile[first] = Array("float32", (3,), "numpy.ndarray", HOSTILE["a bare pickle"])
@@ -171,7 +171,7 @@ def test_a_clients_reply_is_let_in_whole_or_not_at_all(small):
         validate_entries(ctx, 3, hostile)
 
 
-def test_notes_are_limited_too(small):
+def test_validate_notes_rejects_large_or_broken_notes(small):
     ctx = build_context(small("fedbn"))
     assert same(validate_notes(ctx, 3, arrays({"n": torch.zeros(3)})), {"n": torch.zeros(3)})
     with pytest.raises(InvalidReply, match="bytes of notes"):

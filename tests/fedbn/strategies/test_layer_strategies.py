@@ -1,14 +1,14 @@
-"""What the strategies that only exchange the normalizer are, in a whole federation."""
+"""Federated runs of the strategies that only replace the normalization layers."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from fedbn.federation.loop import federate
 from fedbn.federation.setup import build_context
 from fedbn.nn.roles import Role, norm_layers
 from fedbn.strategies.base import Progress
+from tests.helpers import federated
 
 
 @pytest.fixture
@@ -17,12 +17,11 @@ def naive_state(small):
 
 
 def finished(small, name, rounds=1):
-    run = small(name, rounds=rounds, eval_every=rounds)
-    return build_context(run), federate(run)
+    return federated(small(name, rounds=rounds, eval_every=rounds))
 
 
 @pytest.mark.parametrize("name", ["evalnorm", "evalnorm:rule=learned", "dbn", "iabn:k=inf", "ghost-bn:size=1000"])
-def test_training_is_that_of_global_batch_norm_to_the_last_bit(name, small, naive_state):
+def test_training_equals_global_bn_exactly(name, small, naive_state):
     ctx, out = finished(small, name)
     for key, value in naive_state.items():
         if ctx.ownership.roles[key] is not Role.STATISTICS or name.startswith(("evalnorm", "iabn")):
@@ -31,27 +30,27 @@ def test_training_is_that_of_global_batch_norm_to_the_last_bit(name, small, naiv
             torch.testing.assert_close(out.server.state[key], value, rtol=1e-5, atol=1e-6)
 
 
-def test_closed_batch_renormalization_is_global_batch_norm(small, naive_state):
+def test_batch_renorm_with_closed_limits_is_global_bn(small, naive_state):
     ctx, closed = finished(small, "batch-renorm:r_max=1:d_max=0")
-    _, opened = finished(small, "batch-renorm:start=0:r_full=0:d_full=0")
+    _, unlimited = finished(small, "batch-renorm:start=0:r_full=0:d_full=0")
     key = "features.0.weight"
     moved = (naive_state[key] - ctx.initial[key]).norm()
-    apart = [float((out.server.state[key] - naive_state[key]).norm() / moved) for out in (closed, opened)]
-    assert apart[0] < 0.02 < 0.1 < apart[1]  # rounding flips a few pooled maxima
+    distances = [float((out.server.state[key] - naive_state[key]).norm() / moved) for out in (closed, unlimited)]
+    assert distances[0] < 0.02 < 0.1 < distances[1]  # rounding flips a few maxima of max pooling
 
 
-def test_the_server_knows_how_large_batches_were(small):
+def test_evalnorm_aggregates_batch_size(small):
     ctx, out = finished(small, "evalnorm")
-    largest = ctx.run.plan.batch_size + 1  # a last row alone joins the batch before it
+    largest = ctx.run.plan.batch_size + 1  # a single last row joins the previous batch
     assert 1 < float(out.server.state["features.1.running_size"]) <= largest
 
 
-def test_an_epoch_of_diminishing_statistics_is_a_round(small):
+def test_dbn_epoch_counts_rounds(small):
     _, out = finished(small, "dbn:alpha=1/m:step=epoch", rounds=2)
     assert float(out.server.state["features.1.steps"]) == 2
 
 
-def test_a_smaller_clip_moves_fedwon_less(small):
+def test_fedwon_smaller_clip_moves_weights_less(small):
     ctx, tight = finished(small, "fedwon:clip=0.001")
     _, loose = finished(small, "fedwon:clip=1000")
     key = "features.0.parametrizations.weight.original"
@@ -60,19 +59,19 @@ def test_a_smaller_clip_moves_fedwon_less(small):
     assert moved[0] < moved[1] / 2
 
 
-def test_weight_standardization_goes_with_group_norm_unless_it_is_to_go_alone(small):
+def test_weight_standardization_groupnorm_is_optional(small):
     assert [m.num_groups for m in norm_layers(build_context(small("weight-standardization:groups=4")).scratch).values()]
     assert not norm_layers(build_context(small("weight-standardization:groups=0")).scratch)
 
 
-def test_full_normalization_shares_statistic_gradients(small):
+def test_full_norm_shares_statistic_gradients(small):
     ctx, out = finished(small, "full-norm:a=0.3")
     assert ctx.ownership.roles["features.1.running_grad_mean"] is Role.STATISTICS
     assert float(out.server.state["features.1.running_grad_second"].abs().sum()) > 0
     assert all(torch.isfinite(v).all() for v in out.server.state.values())
 
 
-def test_diminishing_statistics_begin_each_round_in_training_mode(small):
+def test_dbn_begins_rounds_in_training_mode(small):
     ctx = build_context(small("dbn:step=epoch"))
     model = ctx.load(ctx.initial).eval()
     ctx.strategy.set_training_mode(model, Progress(1, 2))

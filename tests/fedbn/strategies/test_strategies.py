@@ -1,9 +1,9 @@
-"""Laws for every strategy found, and what makes each the method it is named after."""
+"""Invariants of all strategies, and the defining properties of single ones."""
 
 from __future__ import annotations
 
 import inspect
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import pytest
@@ -16,11 +16,11 @@ from fedbn.federation.server import Server
 from fedbn.federation.setup import build_context
 from fedbn.nn.roles import Role
 from fedbn.statistics.recalibration import all_moments, statistics_of
-from fedbn.strategies.base import Progress, Update, strategies
+from fedbn.strategies.base import FORMER_HOOKS, NormStrategy, Progress, Update, strategies
 from fedbn.strategies.ownership import LOCAL, SEEDED, SHARED
 from fedbn.tta.adaptation_rates import RATES
 from simulations.engines.execute import execute
-from tests.helpers import few, same
+from tests.helpers import federated, same, sampling_options
 
 ALL = list(strategies())
 FIRST = Progress(1, 2)
@@ -31,11 +31,11 @@ trained = lru_cache(maxsize=1)(federate)
 
 def one_round(ctx, user=None):
     user = ctx.trainers[0] if user is None else user
-    return client_round(ctx, user, ctx.start(), None, FIRST)
+    return client_round(ctx, user, ctx.initial_server_state(), None, FIRST)
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_every_entry_has_one_owner_and_counters_stay_home(name, small):
+def test_ownership_covers_entries_and_counters_are_local(name, small):
     table = build_context(small(name)).ownership
     assert sorted(table.keys(SHARED, SEEDED, LOCAL)) == sorted(table.roles)
     assert all(table.owner(k) is LOCAL for k, r in table.roles.items() if r is Role.COUNTER)
@@ -45,36 +45,35 @@ def test_every_entry_has_one_owner_and_counters_stay_home(name, small):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_a_client_sends_what_travels_and_keeps_what_it_owns(name, small):
+def test_client_round_splits_shared_and_retained_entries(name, small):
     ctx = build_context(small(name))
-    update, kept = one_round(ctx)
+    update, client_state = one_round(ctx)
     assert list(update.state) == ctx.ownership.travels
-    assert list(kept) == ctx.ownership.retained
-    fake = {k: v + 1 for k, v in ctx.start().items()}
-    again = ctx.assemble(fake, kept)
-    for key, value in again.items():
-        expected = kept[key] if key in kept else fake[key]
+    assert list(client_state) == ctx.ownership.retained
+    received = {k: v + 1 for k, v in ctx.initial_server_state().items()}
+    for key, value in ctx.assemble(received, client_state).items():
+        expected = client_state[key] if key in client_state else received[key]
         assert torch.equal(value, expected)
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_training_moves_every_trained_entry_and_leaves_the_received_state_alone(name, small):
+def test_client_round_changes_all_entries_not_received_state(name, small):
     ctx = build_context(small(name))
-    start = ctx.start()
+    start = ctx.initial_server_state()
     before = {k: v.clone() for k, v in start.items()}
-    update, kept = client_round(ctx, ctx.trainers[0], start, None, FIRST)
+    update, client_state = client_round(ctx, ctx.trainers[0], start, None, FIRST)
     assert same(start, before)
-    moved = update.state | kept
+    changed = update.state | client_state
     if name == "atp":
-        assert not moved.pop(RATES).any(), "learnt when the model is trained"
-    assert all(not torch.equal(v, ctx.initial[k]) for k, v in moved.items())
+        assert not changed.pop(RATES).any(), "rates are learned after the model is trained"
+    assert all(not torch.equal(v, ctx.initial[k]) for k, v in changed.items())
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_aggregating_equal_updates_changes_nothing(name, small):
+def test_advance_with_equal_updates_is_identity(name, small):
     ctx = build_context(small(name))
     update, _ = one_round(ctx)
-    # From where they are: strategies whose server follows slowly stay there too.
+    # The server starts at the same state, because some strategies move its statistics slowly.
     server = Server(update.state, update.state)
     server.advance(ctx, [replace(update, user=u, examples=10 + u) for u in ctx.population.seen[:3]], 1)
     assert list(server.state) == ctx.ownership.travels
@@ -84,43 +83,43 @@ def test_aggregating_equal_updates_changes_nothing(name, small):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_a_newcomer_gets_a_complete_finite_model(name, small):
+def test_newcomer_state_is_complete_and_finite(name, small):
     ctx = build_context(small(name))
-    state = ctx.assemble(ctx.start(), None)
+    state = ctx.assemble(ctx.initial_server_state(), None)
     assert list(state) == list(ctx.ownership.roles)
     assert ctx.strategy.newcomer
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_a_run_repeats_to_the_last_bit_and_depends_on_its_seed(name, small):
-    a, b = (federate(small(name, rounds=1, **few(name))) for _ in range(2))
+def test_run_is_reproducible_and_depends_on_seed(name, small):
+    a, b = (federate(small(name, rounds=1, **sampling_options(name))) for _ in range(2))
     assert same(a.server.state, b.server.state)
     assert a.scores == b.scores
-    other = federate(small(name, rounds=1, **few(name), seed=1))
+    other = federate(small(name, rounds=1, **sampling_options(name), seed=1))
     assert a.curve != other.curve
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_users_who_were_not_drawn_keep_their_state(name, small):
+def test_unsampled_clients_keep_their_state(name, small):
     if strategies()[name].is_centralized:
-        pytest.skip("there is one trainer")
+        pytest.skip("only one client")
     run = small(name, rounds=2, clients_per_round=2, eval_every=2)
-    seen = {}
-    out = federate(run, on_round=lambda n, o: seen.setdefault(n, {u: dict(k) for u, k in o.client_states.items()}))
+    states = {}
+    out = federate(run, on_round=lambda n, o: states.setdefault(n, {u: dict(s) for u, s in o.client_states.items()}))
     ctx = build_context(run)
-    first, second = set(ctx.sampled(1)), set(ctx.sampled(2))
-    assert set(seen[1]) == first
+    first, second = set(ctx.sample_clients(1)), set(ctx.sample_clients(2))
+    assert set(states[1]) == first
     assert set(out.client_states) == first | second
     for user in first - second:
-        assert same(seen[1][user], out.client_states[user])
+        assert same(states[1][user], out.client_states[user])
 
 
 OWN_STATISTICS = {
     "batch-renorm": "normalizes by a mixture of batch and running statistics",
     "ghost-bn": "normalizes parts of a batch",
-    "iabn": "corrects BN by each window's own statistics",
-    "fbn": "trains with the server's statistics, which follow slowly",
-    "fixbn": "freezes statistics half way",
+    "iabn": "corrects BN by the statistics of each window",
+    "fbn": "trains with the server's slowly moving statistics",
+    "fixbn": "freezes statistics after half of the rounds",
     "hbn": "trains with a mixture of global and batch statistics",
     "hbn-full": "trains with a mixture of global and batch statistics",
     "static-bn": "keeps no running statistics",
@@ -128,22 +127,22 @@ OWN_STATISTICS = {
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_with_one_user_every_strategy_is_training_alone(name, small):
+def test_strategy_with_one_user_equals_local(name, small):
     options = {"partition": "iid:clients=1", "rounds": 2}
-    alone = trained(small("local", **options))
+    local = trained(small("local", **options))
     ctx = build_context(small(name, **options))
-    if ctx.ownership.roles.keys() != alone.client_states[ctx.population.seen[0]].keys():
-        pytest.skip("another network than the bounds train")
+    if ctx.ownership.roles.keys() != local.client_states[ctx.population.seen[0]].keys():
+        pytest.skip("different network than the bounds")
     if name in OWN_STATISTICS:
         pytest.skip(OWN_STATISTICS[name])
     out = federate(small(name, **options))
-    mine = out.server.state | next(iter(out.client_states.values()))
-    for key, value in next(iter(alone.client_states.values())).items():
-        torch.testing.assert_close(mine[key], value, rtol=1e-4, atol=3e-6)
+    state = out.server.state | next(iter(out.client_states.values()))
+    for key, value in next(iter(local.client_states.values())).items():
+        torch.testing.assert_close(state[key], value, rtol=1e-4, atol=3e-6)
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_a_strategy_is_a_short_documented_file(name):
+def test_strategy_file_is_short_and_documented(name):
     cls = strategies()[name]
     lines = inspect.getsource(inspect.getmodule(cls)).splitlines()
     assert len(lines) < 80
@@ -151,16 +150,53 @@ def test_a_strategy_is_a_short_documented_file(name):
     assert ">>>" in (cls.__doc__ or "")
 
 
-# What each method is ------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("name", "hook"),
+    [
+        ("prepare_modl", "prepare_model"),
+        ("before_training", "before_local_training"),
+        ("aggregate_statistic", "aggregate_statistics"),
+        *FORMER_HOOKS.items(),
+    ],
+)
+def test_strategy_rejects_misspelled_and_former_hooks(name, hook):
+    value = True if isinstance(getattr(NormStrategy, hook), bool) else lambda self, *args: None
+    with pytest.raises(UserError, match=f"class Own defines '{name}', which NormStrategy does not use.*'{hook}'"):
+        type("Own", (NormStrategy,), {name: value})
 
 
-def finished(small, name, **settings):
-    run = small(name, **settings)
-    return build_context(run), federate(run)
+def test_strategy_rejects_misspelled_owner():
+    with pytest.raises(UserError, match="defines 'statistic'.*rename it to 'statistics'"):
+        type("Own", (NormStrategy,), {"statistic": LOCAL})
 
 
-def test_fedbn_users_differ_in_bn_alone(small):
-    ctx, out = finished(small, "fedbn")
+def test_strategy_accepts_hooks_helpers_and_options():
+    own = type("Own", (NormStrategy,), {"prepare_model": lambda self, model: model, "resting": lambda self: True})
+    assert not hasattr(own, "prepare")
+
+    @dataclass(frozen=True)
+    class Derived(own):
+        view: bool = True
+        statistics = LOCAL
+
+        def resting(self):
+            return False
+
+        def _prepare(self):
+            """A private name may resemble a former hook."""
+
+        @property
+        def distance(self):
+            return 0.0
+
+    assert Derived().view
+
+
+# Single strategies --------------------------------------------------------------------------------------------------
+
+
+def test_fedbn_users_differ_only_in_bn(small):
+    ctx, out = federated(small("fedbn"))
     a, b = (ctx.assemble(out.server.state, out.client_states[u]) for u in ctx.population.seen[:2])
     for key, role in ctx.ownership.roles.items():
         if role in (Role.AFFINE, Role.STATISTICS):
@@ -169,9 +205,9 @@ def test_fedbn_users_differ_in_bn_alone(small):
             assert torch.equal(a[key], b[key])
 
 
-def test_fedbn_seeded_serves_seen_users_as_fedbn_does_and_newcomers_the_mean(small):
-    ctx, seeded = finished(small, "fedbn-seeded")
-    _, plain = finished(small, "fedbn")
+def test_fedbn_seeded_is_fedbn_plus_mean_for_newcomers(small):
+    ctx, seeded = federated(small("fedbn-seeded"))
+    plain = federate(small("fedbn"))
     for user in ctx.population.seen:
         assert same(seeded.client_states[user], plain.client_states[user])
         assert seeded.scores[user] == plain.scores[user]
@@ -182,27 +218,27 @@ def test_fedbn_seeded_serves_seen_users_as_fedbn_does_and_newcomers_the_mean(sma
     torch.testing.assert_close(newcomer[key].double(), mean, rtol=1e-6, atol=1e-6)
 
 
-def test_silobn_is_parameters_only_for_users_who_persist(small):
-    _, silo = finished(small, "silobn", clients_per_round=3, rounds=3)
-    _, params = finished(small, "params-only", clients_per_round=3, rounds=3)
+def test_silobn_equals_params_only_for_persistent_users(small):
+    silo = federate(small("silobn", clients_per_round=3, rounds=3))
+    params = federate(small("params-only", clients_per_round=3, rounds=3))
     assert same(silo.server.state, params.server.state)
     assert silo.scores == params.scores
 
 
-def test_mtfl_choices_are_the_methods_they_name(small):
+def test_mtfl_choices_equal_named_strategies(small):
     for private, name in (("us", "silobn"), ("usyb", "fedbn"), ("none", "global-naive")):
-        _, a = finished(small, f"mtfl:private={private}")
-        _, b = finished(small, name)
+        a = federate(small(f"mtfl:private={private}"))
+        b = federate(small(name))
         assert same(a.server.state, b.server.state), name
         assert a.scores == b.scores, name
-    ctx, _ = finished(small, "mtfl")
+    ctx = build_context(small("mtfl"))
     assert ctx.ownership.owner("features.1.weight") is LOCAL
     assert ctx.ownership.owner("features.1.running_var") is SHARED
 
 
-def test_pooled_and_naive_share_everything_but_the_variances(small):
-    ctx, naive = finished(small, "global-naive")
-    _, pooled = finished(small, "global-pooled")
+def test_global_pooled_and_naive_differ_only_in_variances(small):
+    ctx, naive = federated(small("global-naive"))
+    pooled = federate(small("global-pooled"))
     for key, value in naive.server.state.items():
         if key.endswith("running_var"):
             assert bool((pooled.server.state[key] >= value - 1e-6).all())
@@ -212,8 +248,8 @@ def test_pooled_and_naive_share_everything_but_the_variances(small):
     assert ctx.ownership.roles["features.1.running_var"] is Role.STATISTICS
 
 
-def test_global_recalibrated_serves_the_moments_of_the_union_under_the_final_weights(small):
-    ctx, out = finished(small, "global-recalibrated")
+def test_global_recalibrated_serves_moments_of_all_data(small):
+    ctx, out = federated(small("global-recalibrated"))
     x = torch.cat([ctx.training_data(u).x for u in ctx.population.seen])
     model = ctx.load(ctx.assemble(out.server.serving, None))
     stored = {k: v.clone() for k, v in statistics_of(model).items()}
@@ -225,36 +261,36 @@ def test_global_recalibrated_serves_the_moments_of_the_union_under_the_final_wei
     assert not torch.equal(out.server.state["features.1.running_var"], out.server.serving["features.1.running_var"])
 
 
-def test_centralized_is_one_client_with_all_data(small):
-    ctx, out = finished(small, "centralized")
-    assert len(ctx.gathered) == sum(len(ctx.population.users[u].train) for u in ctx.population.seen)
+def test_centralized_has_one_client_with_all_data(small):
+    ctx, out = federated(small("centralized"))
+    assert len(ctx.pooled_training_data) == sum(len(ctx.population.users[u].train) for u in ctx.population.seen)
     assert ctx.trainers == (-1,)
     assert {s.row for s in out.scores[ctx.population.unseen[0]]} == {"unseen"}
 
 
-def test_local_shares_nothing_and_has_no_model_for_the_unseen(small):
-    ctx, out = finished(small, "local")
+def test_local_shares_nothing_and_skips_unseen_users(small):
+    ctx, out = federated(small("local"))
     assert ctx.ownership.travels == []
     assert out.server.state == {}
     assert set(out.scores) == set(ctx.population.seen)
 
 
-def test_weights_are_samples_or_uniform(small):
+def test_weighting_by_samples_or_uniform(small):
     run = small("global-naive", weighting="uniform")
     ctx = build_context(run)
     update, _ = one_round(ctx)
     other = Update(1, {k: v + 1 for k, v in update.state.items()}, 3 * update.examples, 0.0)
-    server = Server(ctx.start(), ctx.start())
+    server = Server(ctx.initial_server_state(), ctx.initial_server_state())
     server.advance(ctx, [update, other], 1)
     key = ctx.ownership.travels[0]
     torch.testing.assert_close(server.state[key], update.state[key] + 0.5)
-    sampled = build_context(small("global-naive"))
-    server = Server(sampled.start(), sampled.start())
-    server.advance(sampled, [update, other], 1)
+    ctx = build_context(small("global-naive"))
+    server = Server(ctx.initial_server_state(), ctx.initial_server_state())
+    server.advance(ctx, [update, other], 1)
     torch.testing.assert_close(server.state[key], update.state[key] + 0.75)
 
 
-def test_a_strategy_that_needs_statistics_refuses_a_model_without(small, monkeypatch):
+def test_fedbn_rejects_model_without_statistics(small, monkeypatch):
     import sys
     import types
 

@@ -1,4 +1,4 @@
-"""Two people share a device by turns: what was learnt of each is taken out again, and that beats beginning anew."""
+"""Two people take turns on a device. Restoring a person's earlier statistics beats starting over."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TURN = 80
 
 
 def source():
-    """Tells the class by the first channel's sign, for people without an offset."""
+    """Predicts the class from the sign of the first channel, for people without an offset."""
     net = nn.Sequential(nn.BatchNorm1d(2), nn.Flatten(), nn.Linear(16, 2)).eval()
     with torch.no_grad():
         net[0].running_var.copy_(torch.tensor([4.0, 1.0]))
@@ -38,29 +38,29 @@ def person(offset, seed):
 
 @pytest.fixture(scope="module")
 def followed():
-    """By action: what was right, turn after turn, and the alarms; the stream."""
-    (met, _) = stream("recurring:visits=4").of(["ann", "bob"], [person(-1.5, 0), person(1.5, 1)], seed=0)
-    found = {}
+    """The stream, and by action the accuracy of each turn and the alarms."""
+    (recurring, _) = stream("recurring:visits=4").make_all(["ann", "bob"], [person(-1.5, 0), person(1.5, 1)], seed=0)
+    results = {}
     for act in ("branch", "reset"):
-        chosen = adaptation_method(f"pseudo:n0=16/page-hinkley/{act}")
-        net = DriftMonitor(personalize(source(), chosen.rule), source(), *chosen.watch)
-        (trace,) = follow(net, [met])
-        found[act] = trace.correct.reshape(-1, TURN).mean(1), net.watches["ann"].alarms
-    return met, found
+        method = adaptation_method(f"pseudo:n0=16/page-hinkley/{act}")
+        net = DriftMonitor(personalize(source(), method.rule), source(), *method.watch)
+        (trace,) = follow(net, [recurring])
+        results[act] = trace.correct.reshape(-1, TURN).mean(1), net.users["ann"].alarms
+    return recurring, results
 
 
-def test_every_change_is_noticed_and_nothing_else(followed):
-    met, found = followed
-    for _, alarms in found.values():
-        judged = judge_alarms(alarms, [e.at for e in met.events], len(met))
+def test_drift_is_detected_at_every_switch_and_only_there(followed):
+    recurring, results = followed
+    for _, alarms in results.values():
+        judged = judge_alarms(alarms, [e.at for e in recurring.events], len(recurring))
         assert judged.missed == 0
         assert judged.false_per_1000 == 0
         assert max(judged.delays) < 10
 
 
-def test_recall_beats_reset_as_soon_as_somebody_comes_back(followed):
-    _, found = followed
-    (branch, _), (reset, _) = found["branch"], found["reset"]
-    assert branch[:2] == pytest.approx(reset[:2]), "nobody was there before"
+def test_branch_beats_reset_when_a_person_returns(followed):
+    _, results = followed
+    (branch, _), (reset, _) = results["branch"], results["reset"]
+    assert branch[:2] == pytest.approx(reset[:2]), "no person has returned yet"
     assert branch[2:].mean() > reset[2:].mean() + 0.03
     assert branch[2:].min() > 0.93

@@ -26,12 +26,13 @@ from fedbn.tta.base import (
     features_of,
     method,
     methods,
-    sharpness_aware,
+    replace_bn,
+    sharpness_aware_step,
 )
 from fedbn.tta.eata import fisher_information
-from fedbn.tta.lame import agree, nearest
-from fedbn.tta.note import InstanceAwareBN, Reservoir, instance_aware
-from fedbn.tta.rotta import Memory, robust
+from fedbn.tta.lame import laplacian_smoothing, nearest_neighbors
+from fedbn.tta.note import InstanceAwareBN, Reservoir
+from fedbn.tta.rotta import Memory, RobustBN
 from fedbn.tta.sotta import ConfidentMemory
 
 ALL = sorted(methods())
@@ -43,7 +44,7 @@ def network(sharp=30.0):
     net = HarCNN((3, 16), 4)
     recalibrate(net, windows(40, seed=9))
     with torch.no_grad():
-        net.classifier.weight.mul_(sharp)  # sure of some windows and not of others, as a trained network is
+        net.classifier.weight.mul_(sharp)  # confident on some windows only, like a trained network
     add_rates(net).get_buffer(RATES).fill_(0.05)
     return net.eval()
 
@@ -52,12 +53,12 @@ def windows(n=40, seed=1, loc=0.5):
     return torch.randn(n, 3, 16, generator=torch.Generator().manual_seed(seed)) * 1.5 + loc
 
 
-def answers(adapter, x, block):
+def predictions(adapter, x, block):
     return torch.cat([adapter(rows) for rows in x.split(block)])
 
 
-def fast(name):
-    """The method with steps large and frequent enough to be seen on forty windows."""
+def with_large_steps(name):
+    """A method with steps large and frequent enough to have an effect on forty windows."""
     options = {
         "note": ":capacity=8:lr=0.05",
         "rotta": ":capacity=8:lr=0.05:nu=0.5",
@@ -69,158 +70,157 @@ def fast(name):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_reset_is_bit_exact_and_the_model_given_is_untouched(name):
-    net, chosen = network(), fast(name)
+def test_reset_is_bit_exact_and_leaves_the_model_unchanged(name):
+    net, spec = network(), with_large_steps(name)
     before = clone(net.state_dict())
-    adapter = Adapter(chosen, net, windows(seed=2))
-    first = answers(adapter, windows(), 8)
+    adapter = Adapter(spec, net, windows(seed=2))
+    first = predictions(adapter, windows(), 8)
     adapter.reset()
-    again = answers(adapter, windows(), 8)
-    assert torch.equal(first, again)
-    assert torch.equal(answers(Adapter(chosen, net, windows(seed=2)), windows(), 8), first)
+    assert torch.equal(predictions(adapter, windows(), 8), first)
+    assert torch.equal(predictions(Adapter(spec, net, windows(seed=2)), windows(), 8), first)
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
     assert all(p.requires_grad for p in net.parameters())
 
 
 @pytest.mark.parametrize("name", sorted(set(ALL) - {"lame"}))
-def test_it_learns_and_answers_come_before_later_windows(name):
+def test_predictions_depend_on_past_windows_only(name):
     net, x = network(), windows()
     changed = x.clone()
     changed[24:] += 3
-    one, other = (answers(Adapter(fast(name), net, x), seen, 8) for seen in (x, changed))
+    one, other = (predictions(Adapter(with_large_steps(name), net, x), inputs, 8) for inputs in (x, changed))
     assert torch.equal(one[:24], other[:24])
-    late = x.clone()
-    late[:8] = late[:8].flip(2) * 3
-    assert not torch.equal(answers(Adapter(fast(name), net, x), late, 8)[-8:], one[-8:])
+    changed = x.clone()
+    changed[:8] = changed[:8].flip(2) * 3
+    assert not torch.equal(predictions(Adapter(with_large_steps(name), net, x), changed, 8)[-8:], one[-8:])
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_every_method_runs_on_a_stream_and_is_written_as_it_is_read(name):
-    chosen = method(name)
-    assert method(render(chosen)) == chosen
+def test_method_runs_on_a_stream_and_round_trips_as_text(name):
+    spec = method(name)
+    assert method(render(spec)) == spec
     x = windows(33)
     stream = Stream("ann", x, torch.arange(33) % 4, torch.zeros(33, dtype=torch.int64))
-    trace = follow_blocks(Adapter(chosen, network(), x), stream, chosen.block)
+    trace = follow_blocks(Adapter(spec, network(), x), stream, spec.block)
     assert 0 <= score(trace).accuracy <= 1
-    assert chosen.source
-    assert isinstance(chosen.includes_current, bool)
+    assert spec.source
+    assert isinstance(spec.includes_current, bool)
 
 
 def batch_normalized(net, x):
-    """Prediction-time BN written out: a training-mode pass of a copy."""
+    """Reference for prediction-time BN: a forward pass of a copy in training mode."""
     return copy.deepcopy(net).train()(x).detach()
 
 
 @pytest.mark.parametrize("name", ["tent", "sar", "eata"])
-def test_without_a_learning_rate_it_is_prediction_time_bn(name):
+def test_zero_learning_rate_equals_prediction_time_bn(name):
     net, x = network(), windows()
-    out = answers(Adapter(method(f"{name}:lr=0"), net, x), x, 8)
-    wanted = torch.cat([batch_normalized(net, rows) for rows in x.split(8)])
-    torch.testing.assert_close(out, wanted, rtol=1e-5, atol=1e-4)
+    out = predictions(Adapter(method(f"{name}:lr=0"), net, x), x, 8)
+    expected = torch.cat([batch_normalized(net, rows) for rows in x.split(8)])
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-4)
 
 
-def test_tent_lowers_the_entropy_of_a_block_it_sees_again():
+def test_tent_lowers_entropy_of_a_repeated_block():
     net, x = network(), windows(16)
     adapter = Adapter(method("tent:lr=0.01"), net, x)
-    seen = [float(entropy(adapter(x)).mean()) for _ in range(10)]
-    assert seen[-1] < seen[0]
+    entropies = [float(entropy(adapter(x)).mean()) for _ in range(10)]
+    assert entropies[-1] < entropies[0]
 
 
-def test_sharpness_aware_steps_against_the_gradient_up_the_slope():
+def test_sharpness_aware_step_uses_gradient_up_the_slope():
     w = nn.Parameter(torch.tensor([3.0, 4.0]))
     optimizer = torch.optim.SGD([w], lr=0.1)
     # Loss |w|^2 / 2: the gradient is w, up the slope it is w (1 + rho / |w|).
-    sharpness_aware(optimizer, lambda: (w**2).sum() / 2, rho=0.5)
+    sharpness_aware_step(optimizer, lambda: (w**2).sum() / 2, rho=0.5)
     torch.testing.assert_close(w.detach(), torch.tensor([3.0, 4.0]) * (1 - 0.1 * 1.1))
-    kept = w.detach().clone()
-    assert sharpness_aware(optimizer, lambda: None, rho=0.5) is None
-    assert torch.equal(w, kept)
+    before = w.detach().clone()
+    assert sharpness_aware_step(optimizer, lambda: None, rho=0.5) is None
+    assert torch.equal(w, before)
 
 
-def test_sharpness_aware_leaves_everything_where_it_was_when_nothing_is_left_up_the_slope():
+def test_sharpness_aware_step_restores_if_second_loss_is_none():
     w = nn.Parameter(torch.tensor([3.0, 4.0]))
     losses = iter([lambda: (w**2).sum(), lambda: None])
-    assert sharpness_aware(torch.optim.SGD([w], lr=0.1), lambda: next(losses)(), rho=0.5) is None
+    assert sharpness_aware_step(torch.optim.SGD([w], lr=0.1), lambda: next(losses)(), rho=0.5) is None
     assert torch.equal(w, torch.tensor([3.0, 4.0]))
 
 
-def test_sar_starts_anew_when_it_collapses():
+def test_sar_resets_on_collapse():
     net, x = network(), windows()
-    # Every loss is below the threshold, so scale and shift are restored after each step.
-    always = answers(Adapter(method("sar:lr=0.5:margin=1:collapse=100"), net, x), x, 8)
+    # Every loss is below the threshold, so scale and shift are reset after each step.
+    always = predictions(Adapter(method("sar:lr=0.5:margin=1:collapse=100"), net, x), x, 8)
     torch.testing.assert_close(always, torch.cat([batch_normalized(net, r) for r in x.split(8)]), rtol=1e-4, atol=1e-3)
-    never = answers(Adapter(method("sar:lr=0.5:margin=1:collapse=0"), net, x), x, 8)
+    never = predictions(Adapter(method("sar:lr=0.5:margin=1:collapse=0"), net, x), x, 8)
     assert not torch.allclose(never, always, rtol=1e-2, atol=1e-2)
 
 
-def test_unreliable_windows_teach_nothing():
+def test_unreliable_windows_are_not_learned_from():
     net, x = network(), windows()
     for name in ("sar", "eata"):
-        out = answers(Adapter(method(f"{name}:lr=0.5:margin=0"), net, x), x, 8)
-        wanted = torch.cat([batch_normalized(net, rows) for rows in x.split(8)])
-        torch.testing.assert_close(out, wanted, rtol=1e-4, atol=1e-3)
+        out = predictions(Adapter(method(f"{name}:lr=0.5:margin=0"), net, x), x, 8)
+        expected = torch.cat([batch_normalized(net, rows) for rows in x.split(8)])
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-3)
 
 
-def test_unreliable_windows_do_not_disturb_what_reliable_ones_teach():
-    net, unsure = network(sharp=4.0), windows(8)
-    adapter, alone = (Adapter(method("sar:lr=0.05:collapse=0:margin=0.4"), net, unsure) for _ in range(2))
-    out = batch_normalized(net, unsure)
-    kept = entropy(out) < 0.4 * math.log(4)
-    assert 1 < int(kept.sum()) < 8
-    adapter(unsure)
-    # What is learnt from is the batch of reliable windows alone, normalized by their own statistics.
+def test_sar_learns_from_reliable_windows_only():
+    net, x = network(sharp=4.0), windows(8)
+    adapter, fresh = (Adapter(method("sar:lr=0.05:collapse=0:margin=0.4"), net, x) for _ in range(2))
+    out = batch_normalized(net, x)
+    reliable = entropy(out) < 0.4 * math.log(4)
+    assert 1 < int(reliable.sum()) < 8
+    adapter(x)
+    # The training batch has the reliable windows only, normalized by their own statistics.
     student = copy.deepcopy(net).train()
-    moved = [p for m in student.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters()]
-    optimizer = torch.optim.SGD(moved, 0.05, momentum=0.9)
+    parameters = [p for m in student.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters()]
+    optimizer = torch.optim.SGD(parameters, 0.05, momentum=0.9)
 
     def loss():
-        h = entropy(student(unsure[kept]))
+        h = entropy(student(x[reliable]))
         return h[h < 0.4 * math.log(4)].mean()
 
-    assert sharpness_aware(optimizer, loss, 0.05) is not None
-    torch.testing.assert_close(adapter(unsure), student(unsure).detach(), rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(alone(unsure), adapter(unsure))
+    assert sharpness_aware_step(optimizer, loss, 0.05) is not None
+    torch.testing.assert_close(adapter(x), student(x).detach(), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(fresh(x), adapter(x))
 
 
-def test_eata_uses_similar_windows_once():
+def test_eata_skips_redundant_windows():
     net, x = network(), windows(8).repeat(4, 1, 1)
-    # The first block sets the average; with d=0 every later window is redundant, so nothing moves after one step.
-    out = answers(Adapter(method("eata:lr=0.1:margin=1:redundant=0"), net, x), x, 8).split(8)
+    # The first block sets the average. With d=0 every later window is redundant, so only one step is taken.
+    out = predictions(Adapter(method("eata:lr=0.1:margin=1:redundant=0"), net, x), x, 8).split(8)
     assert not torch.allclose(out[1], out[0])
     assert torch.equal(out[2], out[1])
     assert torch.equal(out[3], out[1])
 
 
-def test_eata_anchor_holds():
+def test_eata_anchor_limits_adaptation():
     net, x = network(sharp=5.0), windows(8).repeat(20, 1, 1)
 
     def moved(fisher):
-        out = answers(Adapter(method(f"eata:lr=0.01:margin=1:redundant=2:fisher={fisher}"), net, windows(64)), x, 8)
+        out = predictions(Adapter(method(f"eata:lr=0.01:margin=1:redundant=2:fisher={fisher}"), net, windows(64)), x, 8)
         return float((out[-8:] - out[:8]).abs().max())
 
     assert moved(1000) < 0.8 * moved(0)
 
 
-def test_fisher_information_is_the_mean_squared_gradient():
+def test_fisher_information_is_mean_squared_gradient():
     net = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(2), nn.Linear(2, 3)).eval()
     x = torch.randn(130, 2)
-    got = fisher_information(net, affine_parameters(net), x)
-    wanted = torch.zeros(2)
+    actual = fisher_information(net, affine_parameters(net), x)
+    expected = torch.zeros(2)
     for rows in (x[:64], x[64:128], x[128:]):
         net.zero_grad()
         out = net(rows)
         F.cross_entropy(out, out.argmax(1)).backward()
-        wanted += net[1].bias.grad ** 2 / 3
-    torch.testing.assert_close(got[1], wanted)
+        expected += net[1].bias.grad ** 2 / 3
+    torch.testing.assert_close(actual[1], expected)
 
 
-def test_cotta_moves_as_far_as_its_teacher_and_its_restores_let_it():
+def test_cotta_keep_and_restore_limit_adaptation():
     net, x = network(), windows(8).repeat(6, 1, 1)
-    still = batch_normalized(net, x[:8])
+    initial = batch_normalized(net, x[:8])
 
     def moved(options):
-        out = answers(Adapter(method(f"cotta:unsure=0:{options}"), net, x), x, 8)
-        return float((out[-8:] - still).abs().max())
+        out = predictions(Adapter(method(f"cotta:unsure=0:{options}"), net, x), x, 8)
+        return float((out[-8:] - initial).abs().max())
 
     assert moved("lr=0.01:keep=1:restore=0") < 1e-3
     assert moved("lr=0:keep=0:restore=0") < 1e-3
@@ -228,7 +228,7 @@ def test_cotta_moves_as_far_as_its_teacher_and_its_restores_let_it():
     assert 1e-3 < moved("lr=0.001:keep=0:restore=1") < 0.7 * moved("lr=0.001:keep=0:restore=0")
 
 
-def test_cotta_averages_over_views_where_the_source_is_unsure():
+def test_cotta_averages_views_if_source_confidence_is_low():
     net, x = network(), windows(8)
     plain = Adapter(method("cotta:unsure=0"), net, x)(x)
     views = Adapter(method("cotta:unsure=2"), net, x)(x)
@@ -237,7 +237,7 @@ def test_cotta_averages_over_views_where_the_source_is_unsure():
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=120), st.integers(1, 12))
-def test_pbrs_keeps_classes_as_even_as_they_came(labels, capacity):
+def test_pbrs_balances_classes(labels, capacity):
     memory = Reservoir(capacity, torch.Generator().manual_seed(0))
     for i, label in enumerate(labels):
         before = [c for _, c in memory.items]
@@ -247,24 +247,24 @@ def test_pbrs_keeps_classes_as_even_as_they_came(labels, capacity):
         if len(before) == capacity:
             most = max(map(before.count, before))
             if before.count(label) < most:
-                # The newcomer is in, and a largest class paid for it.
+                # The new window replaces one of a largest class.
                 assert float(memory.items[-1][0]) == i
-                (paid,) = [c for c in set(before) if c != label and after.count(c) < before.count(c)]
-                assert before.count(paid) == most
+                (reduced,) = [c for c in set(before) if c != label and after.count(c) < before.count(c)]
+                assert before.count(reduced) == most
             else:
                 assert sorted(before) == sorted(after)
-    assert memory.met == {c: labels.count(c) for c in set(labels)}
+    assert memory.num_seen == {c: labels.count(c) for c in set(labels)}
 
 
-def test_pbrs_of_one_class_is_a_uniform_sample():
-    share = 0
+def test_pbrs_of_one_class_samples_uniformly():
+    num_early = 0
     for seed in range(400):
         memory = Reservoir(5, torch.Generator().manual_seed(seed))
         for i in range(20):
             memory.add(torch.tensor(float(i)), 0)
-        share += sum(int(x) < 10 for x, _ in memory.items)
-    # Half of what was met should be half of what is kept.
-    assert abs(share / 2000 - 0.5) < 0.04
+        num_early += sum(int(x) < 10 for x, _ in memory.items)
+    # The first half of the windows seen should be half of those stored.
+    assert abs(num_early / 2000 - 0.5) < 0.04
 
 
 def layer(k, channels=3):
@@ -272,24 +272,23 @@ def layer(k, channels=3):
     bn.running_mean.normal_(generator=torch.Generator().manual_seed(0))
     bn.running_var.fill_(2.0)
     nn.init.normal_(bn.weight)
-    net = nn.Sequential(bn).eval()
-    kept = copy.deepcopy(bn).eval()
-    return instance_aware(net, k)[0].eval(), kept
+    original = copy.deepcopy(bn).eval()
+    return replace_bn(nn.Sequential(bn).eval(), InstanceAwareBN, k=k)[0].eval(), original
 
 
-def test_iabn_is_bn_when_wide_and_instance_norm_when_narrow():
+def test_iabn_interpolates_between_bn_and_instance_norm():
     x = windows()
     wide, bn = layer(1e9)
     torch.testing.assert_close(wide(x), bn(x))
     narrow, bn = layer(0.0)
     m, v = x.mean(2, keepdim=True), x.var(2, keepdim=True)
-    wanted = (x - m) / (v + bn.eps).sqrt() * bn.weight[:, None] + bn.bias[:, None]
-    torch.testing.assert_close(narrow(x), wanted)
+    expected = (x - m) / (v + bn.eps).sqrt() * bn.weight[:, None] + bn.bias[:, None]
+    torch.testing.assert_close(narrow(x), expected)
     flat, bn = layer(0.0)
     torch.testing.assert_close(flat(x[:, :, 0]), bn(x[:, :, 0]))
 
 
-def test_iabn_between_follows_its_formula():
+def test_iabn_matches_its_formula():
     x, k = windows(5), 1.5
     iabn, bn = layer(k)
     out = torch.empty_like(x)
@@ -309,7 +308,7 @@ def test_iabn_between_follows_its_formula():
     torch.testing.assert_close(iabn(x), out)
 
 
-def test_iabn_gathers_running_statistics_in_training_as_bn_does():
+def test_iabn_updates_running_statistics_like_bn():
     iabn, bn = layer(4.0)
     iabn.momentum = bn.momentum = 0.3
     iabn.train()(windows())
@@ -319,43 +318,42 @@ def test_iabn_gathers_running_statistics_in_training_as_bn_does():
     assert isinstance(iabn, InstanceAwareBN)
 
 
-def test_note_before_its_first_step_is_iabn():
+def test_note_equals_iabn_before_first_step():
     net, x = network(), windows(10)
     out = Adapter(method("note:k=1e9"), net, x)(x)
     torch.testing.assert_close(out, net(x).detach(), rtol=1e-4, atol=1e-4)
 
 
-def test_cstu_keeps_a_quota_of_each_class_and_drops_the_old_and_unsure():
+def test_cstu_balances_classes_and_drops_old_and_uncertain():
     memory = Memory(capacity=4, classes=2)
     for i, h in enumerate([0.1, 0.6, 0.2, 0.3]):
         memory.add(torch.tensor(float(i)), 0, h)
-    kept = {float(i.x): i.age for i in memory.items}
-    # Two places for class 0. Window 2 displaces 1, the unsure one; window 3 meets 0 (older, surer) and 2: 0.3 is worst.
-    assert set(kept) == {0.0, 2.0}
+    # Two places for class 0. Window 2 replaces the uncertain window 1; window 3 has the highest score and is dropped.
+    assert {float(i.x) for i in memory.items} == {0.0, 2.0}
     memory.add(torch.tensor(4.0), 1, 0.5)
     memory.add(torch.tensor(5.0), 1, 0.5)
     assert sorted(i.label for i in memory.items) == [0, 0, 1, 1]
     ages = {float(i.x): i.age for i in memory.items}
     assert ages[0.0] == 6
     assert ages[5.0] == 1
-    # Old age outweighs: the same uncertainty, younger, gets in.
+    # At equal uncertainty the older window is replaced.
     memory.add(torch.tensor(6.0), 1, 0.5)
     assert 6.0 in {float(i.x) for i in memory.items}
     assert 4.0 not in {float(i.x) for i in memory.items}
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.floats(0, 1.3)), min_size=1, max_size=80))
-def test_cstu_never_exceeds_capacity_or_quota(met):
+def test_cstu_never_exceeds_capacity_or_quota(windows):
     memory = Memory(capacity=8, classes=4)
-    for label, h in met:
+    for label, h in windows:
         memory.add(torch.zeros(()), label, h)
         assert len(memory.items) <= 8
         assert max(sum(i.label == c for i in memory.items) for c in range(4)) <= 2
 
 
-def test_robust_bn_normalizes_by_what_it_has_just_moved_to():
+def test_robust_bn_normalizes_by_updated_statistics():
     bn = nn.BatchNorm1d(3)
-    net = robust(nn.Sequential(bn))
+    net = replace_bn(nn.Sequential(bn), RobustBN)
     net[0].momentum = 0.05
     x = windows()
     torch.testing.assert_close(net.eval()(x), bn.eval()(x))
@@ -366,12 +364,12 @@ def test_robust_bn_normalizes_by_what_it_has_just_moved_to():
     torch.testing.assert_close(net[0].running_var, var)
 
 
-def test_rotta_before_its_first_step_is_the_source():
+def test_rotta_equals_source_before_first_step():
     net, x = network(), windows(10)
     torch.testing.assert_close(Adapter(method("rotta"), net, x)(x), net(x).detach(), rtol=1e-4, atol=1e-4)
 
 
-def test_hus_keeps_only_the_sure_and_balances():
+def test_hus_stores_confident_windows_and_balances_classes():
     memory = ConfidentMemory(4, 0.9, torch.Generator().manual_seed(0))
     memory.add(torch.zeros(()), 0, 0.89)
     assert not memory.items
@@ -382,42 +380,42 @@ def test_hus_keeps_only_the_sure_and_balances():
     assert sorted(c for _, c in memory.items) in ([0, 0, 1, 2], [0, 1, 1, 2])
 
 
-def test_sotta_that_is_never_sure_is_the_source():
+def test_sotta_equals_source_without_confident_windows():
     net, x = network(), windows()
-    out = answers(Adapter(method("sotta:confident=1.1:capacity=8"), net, x), x, 8)
+    out = predictions(Adapter(method("sotta:confident=1.1:capacity=8"), net, x), x, 8)
     torch.testing.assert_close(out, torch.cat([net(r) for r in x.split(8)]).detach())
 
 
-def test_lame_without_affinity_is_the_softmax_and_with_full_affinity_agrees():
+def test_lame_with_zero_and_full_affinity():
     logp = torch.randn(6, 3, generator=torch.Generator().manual_seed(0)).log_softmax(1)
-    torch.testing.assert_close(agree(logp, torch.zeros(6, 6)), logp)
-    together = agree(logp, torch.full((6, 6), 5.0))
-    assert len(together.argmax(1).unique()) == 1
+    torch.testing.assert_close(laplacian_smoothing(logp, torch.zeros(6, 6)), logp)
+    smoothed = laplacian_smoothing(logp, torch.full((6, 6), 5.0))
+    assert len(smoothed.argmax(1).unique()) == 1
     net, x = network(), windows(12)
     out = Adapter(method("lame:neighbors=0"), net, x)(x)
     torch.testing.assert_close(out.softmax(1), net(x).softmax(1).detach())
 
 
-def test_lame_ends_at_a_fixed_point():
+def test_lame_converges_to_a_fixed_point():
     g = torch.Generator().manual_seed(0)
     logp, features = torch.randn(20, 4, generator=g).log_softmax(1), torch.randn(20, 7, generator=g)
-    w = nearest(features, 3)
+    w = nearest_neighbors(features, 3)
     assert w.sum(1).tolist() == [3] * 20
     assert w.diagonal().sum() == 0
-    y = agree(logp, w).exp()
+    y = laplacian_smoothing(logp, w).exp()
     torch.testing.assert_close(y, (logp + w @ y).softmax(1), atol=1e-5, rtol=0)
     direct = F.cosine_similarity(features[:, None], features[None], dim=2).fill_diagonal_(-2)
     assert torch.equal(w.nonzero()[:, 1].view(20, 3), direct.topk(3).indices.sort().values)
 
 
-def test_sight_expects_the_next_window_to_be_like_the_last_and_gives_in_to_surprise():
+def test_sight_without_surprise_and_with_full_surprise():
     net, x = network(sharp=5.0), windows(6)
     p = net(x).softmax(1).detach()
-    # beta 0: no surprise, so the prior is the last answer, and answers are products of predictions.
+    # beta=0: no surprise, so the prior is the last output, and outputs are products of predictions.
     out = Adapter(method("sight:beta=0"), net, x)(x).softmax(1)
-    wanted = p.double().cumprod(0)
-    torch.testing.assert_close(out.double(), wanted / wanted.sum(1, keepdim=True), atol=1e-5, rtol=1e-3)
-    # All surprise, and directions that say nothing: the prior is the habit, which is flat at the second window.
+    expected = p.double().cumprod(0)
+    torch.testing.assert_close(out.double(), expected / expected.sum(1, keepdim=True), atol=1e-5, rtol=1e-3)
+    # Full surprise and uninformative directions: the prior is the habit, which is uniform at the second window.
     out = Adapter(method("sight:beta=1e9:tau=1e9"), net, x)(x).softmax(1)
     torch.testing.assert_close(out[:2], p[:2], atol=1e-5, rtol=1e-4)
     assert not torch.allclose(out[3:], p[3:], atol=1e-4)
@@ -430,13 +428,13 @@ def test_sight_expects_the_next_window_to_be_like_the_last_and_gives_in_to_surpr
         ("tent:block=0", "method 'tent': block must be at least 1, not 0"),
     ],
 )
-def test_what_a_user_can_get_wrong(text, message):
+def test_method_rejects_bad_input(text, message):
     with pytest.raises(UserError) as error:
         method(text)
     assert message in str(error.value)
 
 
-def test_models_that_cannot_be_adapted():
+def test_adaptation_rejects_unsuitable_models():
     with pytest.raises(UserError, match="adaptation of scale and shift needs normalization layers"):
         affine_parameters(nn.Linear(2, 2))
     with pytest.raises(UserError, match="have no scale and shift to adapt: build them with affine=True"):

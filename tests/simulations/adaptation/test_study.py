@@ -15,16 +15,15 @@ from fedbn.config import Plan
 from fedbn.errors import UserError
 from fedbn.federation.run import Run
 from fedbn.nn.inference import logits
-from fedbn.online.prequential import Trace
-from fedbn.online.prequential import source as source_trace
+from fedbn.online.prequential import Trace, source_baseline
 from fedbn.statistics.recalibration import recalibrate
 from simulations.adaptation import study as personalize
 from simulations.adaptation.cells import SOURCE, Cell, read_cell, run_cell
 from simulations.adaptation.methods import adaptation_method
-from simulations.adaptation.plots import people_figure
+from simulations.adaptation.plots import users_figure
 from simulations.adaptation.results import accuracy_curve, summary, users_frame, write
 from simulations.adaptation.source_model import train_source_model
-from simulations.adaptation.study import cells_of, check_same_windows, families, run_study, study_from, winners
+from simulations.adaptation.study import Study, cells_of, check_same_windows, families, run_study, winners
 from simulations.adaptation.tables import rows, summary_table, update_study_document
 from simulations.adaptation.warm_starts import start
 from simulations.cli.app import app
@@ -35,7 +34,7 @@ RULES = ("pseudo:n0=16", "tent", "pseudo:n0=16/adwin/decay", "ema:rate=0.05/ask:
 
 def study(**values):
     given = {"scenario": "digits8", "rules": RULES, "seeds": 1} | values
-    return study_from(given, rounds=1)
+    return Study.from_dict(given | {"rounds": 1})
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +52,7 @@ def source(place, finished_study):
     return train_source_model(finished_study[0].runs()[0], place, "grid", lambda event: None)
 
 
-def test_the_source_is_always_there_and_first_and_bounds_come_with_every_stream(finished_study):
+def test_study_includes_source_and_oracles(finished_study):
     done, results = finished_study
     assert done.rules[0] == SOURCE
     assert len(results) == 2 * (2 + 5)
@@ -64,20 +63,20 @@ def test_the_source_is_always_there_and_first_and_bounds_come_with_every_stream(
     assert len(begun) == len(set(begun)) == 2 * (2 + 2 * 5)
 
 
-def test_the_source_rule_is_the_trained_model_bit_for_bit(finished_study, source):
+def test_source_rule_equals_trained_model(finished_study, source):
     _, results = finished_study
     for cell, (traces, facts) in results.items():
         if (cell.start, cell.rule) != ("cold", SOURCE):
             continue
         for t, s in zip(traces, source.streams(cell.stream, "unseen")):
-            plain = source_trace(source.model, s)
+            plain = source_baseline(source.model, s)
             assert t.predicted.tolist() == plain.predicted.tolist()
             np.testing.assert_allclose(t.nll, plain.nll, rtol=1e-4, atol=1e-5)
         assert facts["forgotten"] == pytest.approx(0)
         assert facts["reset_exact"]
 
 
-def test_people_are_unseen_and_meet_their_later_recordings(finished_study, source):
+def test_streams_are_later_recordings_of_unseen_users(finished_study, source):
     _, results = finished_study
     people = source.ctx.population
     unseen = [people.users[i] for i in people.unseen]
@@ -87,7 +86,7 @@ def test_people_are_unseen_and_meet_their_later_recordings(finished_study, sourc
         assert t.y.tolist() == u.test.y.tolist()
 
 
-def test_a_start_is_taken_from_the_earlier_recording(source):
+def test_start_uses_earlier_recording(source):
     _, facts = run_cell(Cell(source.run, "unseen", "natural", "recording", "tent:lr=0"), source)
     traces, _ = run_cell(Cell(source.run, "unseen", "natural", "recording", SOURCE), source)
     assert facts["includes_current"]
@@ -96,10 +95,10 @@ def test_a_start_is_taken_from_the_earlier_recording(source):
         wanted = Trace.of(s, logits(model, s.x))
         # The bank shrinks by two windows' worth of prior; nearly the same is what is asked for here.
         assert np.mean(t.predicted == wanted.predicted) > 0.9
-        assert np.mean(t.predicted == source_trace(source.model, s).predicted) < 1
+        assert np.mean(t.predicted == source_baseline(source.model, s).predicted) < 1
 
 
-def test_guided_calibration_takes_as_many_windows_of_each_class(source):
+def test_classes_start_is_balanced(source):
     earlier = source.users("unseen")[0].train
     x = start("classes:k=2").windows(earlier, torch.Generator().manual_seed(0))
     rows = [int((earlier.x == window).flatten(1).all(1).nonzero()[0]) for window in x]
@@ -109,7 +108,7 @@ def test_guided_calibration_takes_as_many_windows_of_each_class(source):
     assert torch.equal(start("recording").windows(earlier, torch.Generator()), earlier.x)
 
 
-def test_what_is_finished_is_not_done_again_and_a_cell_is_read_as_it_was_written(place, finished_study, monkeypatch):
+def test_run_study_reads_finished_cells(place, finished_study, monkeypatch):
     _, results = finished_study
     monkeypatch.setattr(personalize, "run_cell", lambda *a: pytest.fail("done again"))
     _, again = run_study(study(), place)
@@ -122,7 +121,7 @@ def test_what_is_finished_is_not_done_again_and_a_cell_is_read_as_it_was_written
     assert read_cell(place, replace(next(iter(results)), rule="ema")) is None
 
 
-def test_what_was_interrupted_goes_on_with_what_is_missing(place, finished_study):
+def test_run_study_resumes_missing_cells(place, finished_study):
     _, results = finished_study
     lost = next(c for c in results if c.rule == "tent")
     (place / "cells" / f"{lost.id}.json").unlink()
@@ -141,7 +140,7 @@ def test_read_cell_refuses_other_numerics(place, finished_study, monkeypatch):
         read_cell(place, next(iter(finished_study[1])))
 
 
-def test_the_summary_is_computed_from_the_traces(finished_study):
+def test_summary_is_computed_from_traces(finished_study):
     _, results = finished_study
     users = users_frame(results)
     found = summary(results, users)
@@ -167,19 +166,19 @@ def test_the_summary_is_computed_from_the_traces(finished_study):
     assert np.isnan(lines.loc[("natural", "pseudo"), "false_alarms_per_1000"])
 
 
-def test_what_is_written_can_be_read(finished_study, tmp_path):
+def test_write_writes_readable_files(finished_study, tmp_path):
     done, results = finished_study
     found = write(tmp_path, done, results, "fedbn adapt digits8")
     assert pd.read_parquet(tmp_path / "users.parquet").equals(users_frame(results))
     stored = json.loads((tmp_path / "adapt.json").read_text())
     assert len(stored["summary"]) == len(found)
     assert stored["study"]["scenario"] == "digits8"
-    assert (tmp_path / "course.png").stat().st_size > 10_000
+    assert (tmp_path / "accuracy_curve.png").stat().st_size > 10_000
     table = summary_table(found, done)
     assert table.row_count == 5 + 2
 
 
-def test_the_course_is_the_mean_of_fading_accuracies(finished_study):
+def test_accuracy_curve_is_mean_fading_accuracy(finished_study):
     _, results = finished_study
     found = accuracy_curve(results)
     line = found[(found["stream"] == "iid") & (found["rule"] == SOURCE)]
@@ -189,7 +188,7 @@ def test_the_course_is_the_mean_of_fading_accuracies(finished_study):
     assert len(line) <= min(len(t.y) for t in traces) + 1
 
 
-def test_tuning_keeps_one_of_each_family_by_seen_people(tmp_path):
+def test_tuning_selects_on_seen_users(tmp_path):
     done, results = run_study(
         study(rules=("pseudo:n0=2", "pseudo:n0=400", "ema"), starts=("cold",), tune=True), tmp_path
     )
@@ -198,7 +197,7 @@ def test_tuning_keeps_one_of_each_family_by_seen_people(tmp_path):
     assert {c.users for c in results} == {"unseen"}
 
 
-def test_families_and_winners():
+def test_families_and_winners_select_best_variant():
     assert families(["source", "a:x=1", "a", "b"]) == [["a:x=1", "a"]]
 
     def cell(rule, right):
@@ -211,16 +210,16 @@ def test_families_and_winners():
     assert winners([["a", "a:x=1"]], scored) == ["a:x=1"]
 
 
-def test_rules_that_met_other_windows_are_never_compared(finished_study):
+def test_check_same_windows_rejects_other_windows(finished_study):
     results = dict(finished_study[1])
     cell = next(c for c in results if c.rule == "tent")
     traces, facts = results[cell]
     results[cell] = ([replace(traces[0], digest="other"), *traces[1:]], facts)
-    with pytest.raises(ValueError, match=f"tent on {cell.stream} met other windows"):
+    with pytest.raises(ValueError, match=f"tent on {cell.stream} saw other windows"):
         check_same_windows(results)
 
 
-def test_contenders_are_written_as_they_are_read():
+def test_adaptation_method_text_round_trips():
     for text in ("pseudo", "tent", "pseudo/adwin/decay:n=8", "ema/ask:budget=3", "ema/page-hinkley/branch/ask"):
         assert adaptation_method(text).text == text
 
@@ -230,50 +229,50 @@ def test_contenders_are_written_as_they_are_read():
     [
         ({"rules": ("pseuod",)}, "unknown rule or method 'pseuod'. Did you mean 'pseudo'?"),
         ({"rules": ("pseudo/adwin",)}, "write rule/detector/action, e.g. pseudo/adwin/decay, or pseudo/ask"),
-        ({"rules": ("tent/ask",)}, "only rules on statistics can be watched or ask"),
+        ({"rules": ("tent/ask",)}, "only rules on statistics support drift detection and questions"),
         ({"rules": ("ema/ask:budget=0",)}, "'ask': budget must be at least 1, not 0"),
         ({"rules": ("ema", "ema")}, "rules given twice: ema"),
         ({"streams": ()}, "no streams given: name at least one of --streams"),
         ({"starts": ("classes:k=0",)}, "start 'classes': k must be at least 1, not 0"),
         ({"starts": ("warm",)}, "unknown start 'warm'"),
-        ({"seeds": 0}, "--seeds must be at least 1, not 0"),
-        ({"streams": ("recurring:people=9",)}, "stream 'recurring' takes 9 people and there are 2"),
-        ({"scenario": "digits8:unseen=0"}, "holds out nobody, so there is nobody new to personalize for"),
+        ({"seeds": 0}, "seeds must be at least 1, not 0"),
+        ({"streams": ("recurring:people=9",)}, "stream 'recurring' needs 9 people and there are 2"),
+        ({"scenario": "digits8:unseen=0"}, "has no unseen users to adapt to"),
         ({"strategies": ()}, "no strategies given: name at least one of --strategies"),
         ({"strategies": ("fedbn", "fedbn")}, "strategies given twice: fedbn"),
-        ({"strategies": ("local",)}, "strategy 'local' shares no model that new people could start from"),
+        ({"strategies": ("local",)}, "strategy 'local' shares no model for unseen users to start from"),
     ],
 )
-def test_what_a_user_can_get_wrong(values, message, place):
+def test_study_rejects_bad_options(values, message, place):
     with pytest.raises(UserError) as error:
         run_study(study(**values), place)
     assert message in str(error.value)
 
 
-def test_the_command(place, finished_study):
+def test_adapt_command_prints_table_and_json(place, finished_study):
     arguments = ["adapt", "digits8", "--rules", "tent", "--streams", "iid", "--seeds", "1"]
     options = ["--rounds", "1", "--out", str(place), "--json"]
-    said = CliRunner().invoke(app, [*arguments, *options], catch_exceptions=False)
-    assert said.exit_code == 0
-    assert {line["rule"] for line in json.loads(said.stdout)} == {SOURCE, "tent", "bound-own", "bound-balanced"}
+    result = CliRunner().invoke(app, [*arguments, *options], catch_exceptions=False)
+    assert result.exit_code == 0
+    assert {line["rule"] for line in json.loads(result.stdout)} == {SOURCE, "tent", "bound-own", "bound-balanced"}
     shown = CliRunner().invoke(app, [*arguments, *options[:-1]], catch_exceptions=False)
-    assert "Accuracy on new people" in shown.stdout
+    assert "Accuracy on unseen users" in shown.stdout
     again = CliRunner().invoke(app, ["adapt", *arguments[1:], *options], catch_exceptions=False)
-    assert again.stdout == said.stdout
+    assert again.stdout == result.stdout
 
 
-def test_the_command_trains_on_batches_of_one_user(tmp_path, monkeypatch):
+def test_adapt_command_accepts_user_batches(tmp_path, monkeypatch):
     def stop(study, *args, **kwargs):
         raise UserError(f"{study.strategies[0]}, batches of one user: {study.plan.user_batches}")
 
     monkeypatch.setattr(personalize, "run_study", stop)
     arguments = ["adapt", "hapt", "--strategy", "centralized", "--rules", "dabn", "--out", str(tmp_path)]
-    for options, told in (([], "False"), (["--user-batches"], "True")):
-        with pytest.raises(UserError, match=f"centralized, batches of one user: {told}"):
+    for options, expected in (([], "False"), (["--user-batches"], "True")):
+        with pytest.raises(UserError, match=f"centralized, batches of one user: {expected}"):
             CliRunner().invoke(app, [*arguments, *options], catch_exceptions=False)
 
 
-def test_each_strategy_has_a_source_and_rows_of_its_own(tmp_path):
+def test_each_strategy_has_its_own_source_and_rows(tmp_path):
     several = ("global-naive", "fixbn")
     what, results = run_study(study(strategies=several, rules=("ema:rate=0.3",), streams=("natural",)), tmp_path)
     found = write(tmp_path, what, results, "")
@@ -286,30 +285,30 @@ def test_each_strategy_has_a_source_and_rows_of_its_own(tmp_path):
     names = [name for name, _ in rows(found)]
     assert names[:2] == ["global-naive: source", "global-naive: ema:rate=0.3"]
     assert names[-1] == "fixbn: bound-balanced"
-    assert (tmp_path / "people.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "users.png").read_bytes().startswith(b"\x89PNG")
     for strategy in several:
         _, alone = run_study(study(strategies=(strategy,), rules=("ema:rate=0.3",), streams=("natural",)), tmp_path)
         assert alone.keys() < results.keys()
 
 
-def test_everybody_is_drawn_as_harmed_or_not(finished_study):
+def test_users_figure_marks_harmed_users(finished_study):
     _, results = finished_study
     users = users_frame(results)
     found = summary(results, users)
-    figure = people_figure(users, found)
+    figure = users_figure(users, found)
     shown = [name for name, _ in rows(found) if name != SOURCE]
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == shown
     for axes, kind in zip(figure.axes, dict.fromkeys(found["stream"]), strict=True):
         crosses = [len(line.get_xdata()) for line in axes.lines if line.get_marker() == "x"]
         people = len(users[["user", "seed"]].drop_duplicates())
-        told = found[found["stream"] == kind].set_index("rule")["harmed"]
-        assert crosses == [round(told[name] * people) for name in shown]
+        expected = found[found["stream"] == kind].set_index("rule")["harmed"]
+        assert crosses == [round(expected[name] * people) for name in shown]
 
 
 # ---------------------------------------------------------------- rules that want more, starts, documents
 
 
-def test_what_a_rule_wants_is_what_it_is_given(tmp_path):
+def test_prior_for_matches_requirement(tmp_path):
     run = Run("digits8", "global-naive", plan=Plan(rounds=1, eval_every=1)).resolved()
     source = train_source_model(run, tmp_path, "reference", lambda event: None)
     for text, wanted in (("population", "n0"), ("class-mixture", "class_mean"), ("ttn", "alpha"), ("pseudo", "")):
@@ -318,14 +317,14 @@ def test_what_a_rule_wants_is_what_it_is_given(tmp_path):
             assert all((getattr(p, field) is not None) is (field == wanted) for p in given.values())
 
 
-def test_a_start_says_how_far_its_windows_are_believed():
+def test_start_n0_weighs_calibration():
     assert start("recording").n0 == 2
     assert start("recording:n0=100").n0 == 100
     with pytest.raises(UserError, match="start 'recording': n0 must be at least 0, not -1"):
         start("recording:n0=-1")
 
 
-def test_a_study_goes_into_a_document_between_its_markers(tmp_path):
+def test_update_study_document_replaces_block(tmp_path):
     line = {"accuracy": 0.8, "low": 0.7, "high": 0.9, "gain": 0.1, "gain_low": 0.05, "gain_high": 0.15}
     line |= {"worst": 0.5, "harmed": 0.25, "p_adjusted": 0.01, "users": 4, "seeds": 2}
     nothing = {"drift_delay": math.nan, "drift_missed": math.nan, "false_alarms_per_1000": math.nan}
@@ -337,7 +336,7 @@ def test_a_study_goes_into_a_document_between_its_markers(tmp_path):
     document.write_text("before\n<!-- begin mine -->\nold\n<!-- end mine -->\nafter\n")
     update_study_document(place, document)
     assert document.read_text() == (
-        "before\n<!-- begin mine -->\n4 people, 2 seeds.\n\n"
+        "before\n<!-- begin mine -->\n4 users, 2 seeds.\n\n"
         "| rule | natural | worst, natural | harmed, natural |\n| --- | --- | --- | --- |\n"
         "| source | .800 [.700, .900] | .500 | 25% |\n"
         "| ema | .800 [.700, .900], +.100* [+.050, +.150] | .500 | 25% |\n"

@@ -1,4 +1,4 @@
-"""The ledger: deciding, storing, resuming, writing; and every claim as it is stated."""
+"""Tests of deciding, storing, resuming and writing claims, and of all claim definitions."""
 
 from __future__ import annotations
 
@@ -17,15 +17,14 @@ from torch import nn
 
 from fedbn.errors import UserError
 from fedbn.models.mlp import MLP
-from simulations.claims import Claim, Effect, claims, verdicts
-from simulations.claims import claim as package
-from simulations.claims import page as ledger
+from simulations.claims import Claim, Effect, claims, page, verdicts
+from simulations.claims import claim as claim_module
 from simulations.claims import store as claim_store
 from simulations.claims.claim import discover_studies
 from simulations.claims.notes import TRIED
 from simulations.claims.page import write
 from simulations.claims.store import Cell, Store, cells, run_cells
-from simulations.claims.studies import common as bench
+from simulations.claims.studies import common
 from simulations.claims.verdicts import decide
 from simulations.cli import app as cli
 
@@ -34,19 +33,19 @@ CALLS = []
 
 
 def toy(arm, seed, quick):
-    """Quantities known in advance, so that effects are too."""
+    """A run function with known quantities and effects."""
     CALLS.append((arm, seed))
     return {"score": {"good": 1.0, "bad": 0.5}[arm] + 0.01 * seed * (arm == "good"), "other": float(seed)}
 
 
 @pytest.fixture
 def claim(monkeypatch):
-    """A claim of a study that is this file."""
+    """A claim of a study in this file."""
     CALLS.clear()
     monkeypatch.setattr(claim_store.importlib, "import_module", lambda _: sys.modules[__name__])
-    monkeypatch.setattr(ledger, "discover_studies", lambda: {"test_claims": ("Toys", ())})
+    monkeypatch.setattr(page, "discover_studies", lambda: {"test_claims": ("Toys", ())})
     return Claim(
-        name="toy", sentence="Good beats bad.", source="nobody", published="none", setting="none", run=toy,
+        name="toy", sentence="Good beats bad.", source="Somebody 2024", published="none", setting="none", run=toy,
         arms=("good", "bad"), measure="score", effect=lambda v: v["good"] - v["bad"], meaning="good minus bad",
         threshold=0.4,
     )  # fmt: skip
@@ -56,70 +55,70 @@ def claim(monkeypatch):
 
 
 @given(st.lists(st.floats(-100, 100), min_size=2, max_size=12))
-def test_the_interval_is_scipys_t_interval(effects):
-    got = Effect.of(effects)
+def test_effect_interval_matches_scipy(effects):
+    effect = Effect.of(effects)
     error = stats.sem(effects)
-    assert got.mean == pytest.approx(sum(effects) / len(effects), abs=1e-9)
+    assert effect.mean == pytest.approx(sum(effects) / len(effects), abs=1e-9)
     if error > 1e-9:
-        low, high = stats.t.interval(0.95, len(effects) - 1, got.mean, error)
-        assert (got.low, got.high) == pytest.approx((low, high), rel=1e-6, abs=1e-9)
+        low, high = stats.t.interval(0.95, len(effects) - 1, effect.mean, error)
+        assert (effect.low, effect.high) == pytest.approx((low, high), rel=1e-6, abs=1e-9)
 
 
 @given(st.floats(-5, 5), st.floats(0, 3), st.floats(-9, 9))
-def test_a_verdict_needs_the_whole_interval(mean, half, threshold):
+def test_verdict_requires_whole_interval(mean, half, threshold):
     verdict = Effect(mean, mean - half, mean + half).verdict(threshold)
     assert (verdict == "holds") == (mean - half >= threshold)
     assert (verdict == "does not hold") == (mean + half < threshold)
 
 
 @pytest.mark.parametrize("effects", [[1.0], [], [1.0, math.nan], [1.0, math.inf]])
-def test_no_interval_from_one_seed_or_from_what_is_not_finite(effects):
-    with pytest.raises(ValueError, match="needs two finite effects"):
+def test_effect_rejects_too_few_or_nonfinite_values(effects):
+    with pytest.raises(ValueError, match="needs at least two finite effects"):
         Effect.of(effects)
 
 
 # --- running and storing
 
 
-def test_claims_of_one_function_share_cells(claim):
+def test_cells_are_shared_by_claims_of_one_function(claim):
     other = replace(claim, name="other", arms=("bad",))
-    got = cells([claim, other], 2, quick=False)
-    assert [(c.arm, c.seed) for c in got] == [("good", 0), ("bad", 0), ("good", 1), ("bad", 1)]
+    shared = cells([claim, other], 2, quick=False)
+    assert [(c.arm, c.seed) for c in shared] == [("good", 0), ("bad", 0), ("good", 1), ("bad", 1)]
 
 
-def test_a_run_goes_on_where_it_stopped_to_the_same_numbers(claim, tmp_path):
+def test_run_cells_resumes_to_same_results(claim, tmp_path):
     todo = cells([claim], 3, quick=True)
-    whole = Store(tmp_path / "whole.jsonl")
-    run_cells(todo, whole, 1, lambda _: None)
+    full = Store(tmp_path / "full.jsonl")
+    run_cells(todo, full, 1, lambda _: None)
     CALLS.clear()
     path = tmp_path / "parts.jsonl"
     run_cells(todo[:3], Store(path), 1, lambda _: None)
     path.write_text(path.read_text() + '{"cell": {"stu')  # killed while writing
-    seen = []
-    again = Store(path)
-    run_cells(todo, again, 1, seen.append)
+    done = []
+    resumed = Store(path)
+    run_cells(todo, resumed, 1, done.append)
     assert [(c.arm, c.seed) for c in todo] == CALLS
-    assert sorted(map(str, seen)) == sorted(map(str, todo))
-    measured = [{c: line["measured"] for c, line in s.found.items()} for s in (whole, again, Store(path))]
+    assert sorted(map(str, done)) == sorted(map(str, todo))
+    measured = [{c: line["measured"] for c, line in s.results.items()} for s in (full, resumed, Store(path))]
     assert measured[0] == measured[1] == measured[2]
 
 
-def test_store_ignores_cells_of_other_numerics(claim, tmp_path, monkeypatch):
+def test_store_ignores_other_numerics(claim, tmp_path, monkeypatch):
     path = tmp_path / "cells.jsonl"
     run_cells(cells([claim], 2, quick=True), Store(path), 1, lambda _: None)
-    assert len(Store(path).found) == 4
+    assert len(Store(path).results) == 4
     monkeypatch.setattr(claim_store, "NUMERICS", claim_store.NUMERICS + 1)
-    assert not Store(path).found
+    assert not Store(path).results
 
 
-def test_quick_and_full_results_are_not_mixed(claim, tmp_path):
+def test_decide_separates_quick_and_full_results(claim, tmp_path):
     store = Store(tmp_path / "cells.jsonl")
     run_cells(cells([claim], 2, quick=True), store, 1, lambda _: None)
     assert decide(claim, store, quick=False) is None
     assert decide(claim, store, quick=True).quick
 
 
-def test_a_quantity_that_is_not_finite_is_an_error(claim, monkeypatch):
+def test_run_cell_rejects_nonfinite_quantity(claim, monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "toy", lambda *_: {"score": math.nan})
     with pytest.raises(ValueError, match="score not finite"):
         claim_store.run_cell(Cell("test_claims", "toy", "good", 0, True))
@@ -128,7 +127,7 @@ def test_a_quantity_that_is_not_finite_is_an_error(claim, monkeypatch):
 # --- deciding and writing
 
 
-def test_effects_are_paired_by_seed_and_half_a_seed_does_not_count(claim, tmp_path):
+def test_decide_pairs_by_seed_and_skips_incomplete_seeds(claim, tmp_path):
     store = Store(tmp_path / "cells.jsonl")
     run_cells(cells([claim], 4, quick=False)[:-1], store, 1, lambda _: None)
     entry = decide(claim, store, quick=False)
@@ -139,22 +138,22 @@ def test_effects_are_paired_by_seed_and_half_a_seed_does_not_count(claim, tmp_pa
     assert decide(replace(claim, measure="other", effect=lambda v: v["good"]), store, quick=False).effects == [0, 1, 2]
 
 
-def test_one_seed_is_no_entry(claim, tmp_path):
+def test_decide_needs_two_seeds(claim, tmp_path):
     store = Store(tmp_path / "cells.jsonl")
     run_cells(cells([claim], 1, quick=False), store, 1, lambda _: None)
     assert decide(claim, store, quick=False) is None
-    with pytest.raises(UserError, match="no claim has two seeds yet: run some, with --seeds 2 or more"):
+    with pytest.raises(UserError, match="no claim has results for two seeds: run claims with --seeds 2 or more"):
         write(tmp_path, [])
 
 
-def test_ledger_page_and_figure(claim, tmp_path):
+def test_write_creates_page_json_and_figure(claim, tmp_path):
     store = Store(tmp_path / "cells.jsonl")
     run_cells(cells([claim], 3, quick=True), store, 1, lambda _: None)
-    page = write(tmp_path / "out", [decide(claim, store, quick=True)])
-    text = page.read_text()
+    path = write(tmp_path / "out", [decide(claim, store, quick=True)])
+    text = path.read_text()
     for words in (
         "Good beats bad.",
-        "nobody",
+        "Somebody 2024",
         "0.51 [",
         "threshold 0.4",
         "`fedbn claims toy --quick --seeds 3`",
@@ -162,22 +161,22 @@ def test_ledger_page_and_figure(claim, tmp_path):
     ):
         assert words in text, words
     for target in re.findall(r"\]\(([^)#]+)\)", text):
-        assert (page.parent / target).stat().st_size > 1000
-    (found,) = json.loads((page.parent / "claims" / "ledger.json").read_text())["claims"]
-    assert found["effects"] == pytest.approx([0.5, 0.51, 0.52])
-    assert found["low"] < found["mean"] < found["high"]
-    assert found["threshold"] == 0.4
+        assert (path.parent / target).stat().st_size > 1000
+    (entry,) = json.loads((path.parent / "claims" / "claims.json").read_text())["claims"]
+    assert entry["effects"] == pytest.approx([0.5, 0.51, 0.52])
+    assert entry["low"] < entry["mean"] < entry["high"]
+    assert entry["threshold"] == 0.4
 
 
-def several(arm, seed, quick):
-    """One training that two arms read, and one of its own."""
+def shared_training(arm, seed, quick):
+    """A training shared by two arms, and a separate one."""
     CALLS.append((arm, seed))
     return {"score: one": 0.75 + seed, "score: two": 0.25} if arm == "both" else {"score": 0.125}
 
 
-def test_arms_that_read_one_training_share_its_cell(claim, tmp_path):
+def test_decide_with_shared_training(claim, tmp_path):
     shared = replace(
-        claim, run=several, arms=("one", "two", "three"), effect=lambda v: v["one"] - v["two"] - v["three"],
+        claim, run=shared_training, arms=("one", "two", "three"), effect=lambda v: v["one"] - v["two"] - v["three"],
         trained=lambda arm: arm if arm == "three" else "both",
     )  # fmt: skip
     todo = cells([shared], 2, quick=False)
@@ -188,16 +187,16 @@ def test_arms_that_read_one_training_share_its_cell(claim, tmp_path):
     entry = decide(shared, store, quick=False)
     assert entry.values == {"one": [0.75, 1.75], "two": [0.25] * 2, "three": [0.125] * 2}
     assert entry.effects == [0.375, 1.375]
-    assert entry.seconds == pytest.approx(sum(line["seconds"] for line in store.found.values()))
+    assert entry.seconds == pytest.approx(sum(line["seconds"] for line in store.results.values()))
 
 
 def panels(claim, values):
-    """Texts of the left panel of a claim's figure."""
+    """Axes of the figure of two claims with the same values."""
     entry = verdicts.Entry(claim, values, [0.5, 0.6], Effect.of([0.5, 0.6]), "holds", False, 1.0)
-    return ledger.figure([entry, replace(entry, claim=replace(claim, name="again"))]).axes
+    return page.figure([entry, replace(entry, claim=replace(claim, name="copy"))]).axes
 
 
-def test_curves_are_drawn_over_their_numbers_one_line_a_series(claim):
+def test_figure_curves_have_one_line_per_series(claim):
     values = {f"{n} {x}": [0.1 * float(x), 0.2] for n in ("BN", "layer norm") for x in ("8", "1", "64")}
     left = panels(replace(claim, drawing="curves", axis="rows", arms=tuple(values)), values)[0]
     assert [line.get_label() for line in left.lines] == ["BN", "layer norm"]
@@ -207,7 +206,7 @@ def test_curves_are_drawn_over_their_numbers_one_line_a_series(claim):
     assert left.get_xscale() == "log"
 
 
-def test_a_grid_shows_means_and_leaves_gaps(claim):
+def test_figure_grid_shows_means_and_gaps(claim):
     values = {"BN @ a": [0.5, 0.7], "BN @ b": [0.1, 0.1], "IN @ b": [0.9, 1.0]}
     left = panels(replace(claim, drawing="grid", arms=tuple(values)), values)[0]
     assert sorted(t.get_text() for t in left.texts) == ["10", "60", "95"]
@@ -215,46 +214,46 @@ def test_a_grid_shows_means_and_leaves_gaps(claim):
     assert [t.get_text() for t in left.get_xticklabels()] == ["a", "b"]
 
 
-def test_what_two_claims_read_is_drawn_once(claim):
+def test_figure_draws_shared_values_once(claim):
     axes = panels(claim, {"good": [1.0, 1.1], "bad": [0.5, 0.5]})
-    assert [a.get_title(loc="left") for a in axes[::2]] == ["toy", "again"]
-    assert axes[2].texts[0].get_text() == "score: drawn above, toy"
+    assert [a.get_title(loc="left") for a in axes[::2]] == ["toy", "copy"]
+    assert axes[2].texts[0].get_text() == "score: see toy above"
     assert not axes[2].axison
 
 
-def test_arms_that_never_differ_do_not_beat_each_other(claim, tmp_path):
+def test_decide_with_identical_arms_is_undecided(claim, tmp_path):
     store = Store(tmp_path / "cells.jsonl")
     run_cells(cells([claim], 3, quick=False), store, 1, lambda _: None)
     assert decide(replace(claim, effect=lambda v: 0.0, threshold=0.0), store, quick=False).verdict == "undecided"
     assert decide(replace(claim, effect=lambda v: 0.0, threshold=-0.1), store, quick=False).verdict == "holds"
 
 
-def test_what_was_tried_stands_where_a_claim_does_not_hold(claim, tmp_path, monkeypatch):
-    monkeypatch.setattr(ledger, "TRIED", {"toy": "other toys"})
+def test_render_lists_tried_unless_claim_holds(claim, tmp_path, monkeypatch):
+    monkeypatch.setattr(page, "TRIED", {"toy": "other toys"})
     store = Store(tmp_path / "cells.jsonl")
     run_cells(cells([claim], 3, quick=False), store, 1, lambda _: None)
     entry = decide(claim, store, quick=False)
-    assert "- Tried" not in ledger.markdown([entry])
-    assert "- Tried: other toys.\n" in ledger.markdown([replace(entry, verdict="does not hold")])
-    assert "Written by `fedbn claims --all --out docs`" in ledger.markdown([entry])
+    assert "- Also tried" not in page.render([entry])
+    assert "- Also tried: other toys.\n" in page.render([replace(entry, verdict="does not hold")])
+    assert "Generated by `fedbn claims --all --out docs`" in page.render([entry])
 
 
-def test_everything_tried_is_of_a_claim():
+def test_tried_names_are_claims():
     assert set(TRIED) <= {c.name for c in claims()}
 
 
-def test_a_note_is_on_the_page(claim, tmp_path):
+def test_render_shows_note(claim, tmp_path):
     store = Store(tmp_path / "cells.jsonl")
     run_cells(cells([claim], 2, quick=False), store, 1, lambda _: None)
     entry = decide(replace(claim, note="tried twice as long, too"), store, quick=False)
-    assert "- Note: tried twice as long, too.\n" in ledger.markdown([entry])
-    assert "Note" not in ledger.markdown([replace(entry, claim=claim)])
+    assert "- Note: tried twice as long, too.\n" in page.render([entry])
+    assert "Note" not in page.render([replace(entry, claim=claim)])
 
 
 # --- the claims as stated
 
 
-def test_every_claim_is_complete_and_its_effect_is_a_number():
+def test_claims_are_complete():
     names = [c.name for c in claims()]
     assert len(names) == len(set(names)) > 20
     for c in claims():
@@ -269,10 +268,10 @@ def test_every_claim_is_complete_and_its_effect_is_a_number():
         if c.drawing == "grid":
             assert all(arm.count(" @ ") == 1 for arm in c.arms)
         assert c.run.__name__ != "<lambda>"
-        assert getattr(sys.modules[c.run.__module__], c.run.__name__) is c.run, "a worker process could not find it"
+        assert getattr(sys.modules[c.run.__module__], c.run.__name__) is c.run, "not importable in a worker process"
 
 
-def test_the_command_line_lists_runs_and_refuses(tmp_path, monkeypatch, capsys):
+def test_cli_claims_lists_runs_and_rejects_bad_input(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
 
     def call(*arguments):
@@ -289,64 +288,66 @@ def test_the_command_line_lists_runs_and_refuses(tmp_path, monkeypatch, capsys):
     assert "unknown claim or study 'bn-sped'. Did you mean 'bn-speed'?" in " ".join(err.split())
     code, _, err = call("bn-speed", "--all")
     assert "give names or --all, not both" in err
-    code, out, err = call("bn-speed", "--quick", "--seeds", "2", "--out", "there", "--workers", "1", "--json")
+    code, out, err = call("bn-speed", "--quick", "--seeds", "2", "--out", "results", "--workers", "1", "--json")
     assert code == 0, err
-    (found,) = json.loads(out)
-    assert found["name"] == "bn-speed"
-    assert len(found["effects"]) == 2
-    assert (tmp_path / "there" / "claims" / "batch_norm.png").exists()
-    assert call("bn-speed", "--quick", "--seeds", "2", "--out", "there", "--json")[1] == out
+    (entry,) = json.loads(out)
+    assert entry["name"] == "bn-speed"
+    assert len(entry["effects"]) == 2
+    assert (tmp_path / "results" / "claims" / "batch_norm.png").exists()
+    assert call("bn-speed", "--quick", "--seeds", "2", "--out", "results", "--json")[1] == out
 
 
-def test_a_study_names_all_its_claims():
+def test_claims_of_study():
     assert [c.name for c in claims(["binary"])] == [c.name for c in discover_studies()["binary"][1]]
     with pytest.raises(UserError, match="unknown claim or study"):
         claims(["binari"])
-    assert package.__doc__
+    assert claim_module.__doc__
 
 
-# --- what studies share
+# --- common code of studies
 
 
-def test_batches_are_of_one_size_and_the_seeds():
-    got = list(bench.shuffled(10, 4, 2, seed=1))
-    assert [len(b) for b in got] == [4, 4, 4, 4]
-    assert len(set(torch.cat(got[:2]).tolist())) == 8
-    assert all(torch.equal(a, b) for a, b in zip(got, bench.shuffled(10, 4, 2, seed=1)))
-    assert not torch.equal(got[0], next(iter(bench.shuffled(10, 4, 2, seed=2))))
+def test_shuffled_has_full_batches_and_depends_on_seed():
+    batches = list(common.shuffled(10, 4, 2, seed=1))
+    assert [len(b) for b in batches] == [4, 4, 4, 4]
+    assert len(set(torch.cat(batches[:2]).tolist())) == 8
+    assert all(torch.equal(a, b) for a, b in zip(batches, common.shuffled(10, 4, 2, seed=1)))
+    assert not torch.equal(batches[0], next(iter(common.shuffled(10, 4, 2, seed=2))))
 
 
 @pytest.mark.parametrize("labels", [1, 3])
-def test_badly_built_batches_hold_few_labels(labels):
-    data, _ = bench.digits(0)
-    seen = set()
-    for rows in bench.single_label(data.y, 32, labels, 40, seed=0):
-        found = set(data.y[rows].tolist())
+def test_single_label_batches_have_few_labels(labels):
+    data, _ = common.digits(0)
+    all_labels = set()
+    for rows in common.single_label(data.y, 32, labels, 40, seed=0):
+        batch_labels = set(data.y[rows].tolist())
         assert len(rows) == 32
-        assert len(found) <= labels
-        seen |= found
-    assert len(seen) == 10
+        assert len(batch_labels) <= labels
+        all_labels |= batch_labels
+    assert len(all_labels) == 10
 
 
-def test_training_and_test_images_are_apart_and_the_seeds():
-    data, test = bench.digits(0)
+def test_digits_split_is_disjoint_and_depends_on_seed():
+    data, test = common.digits(0)
     assert (len(data), len(test)) == (1347, 450)
     rows = {r.numpy().tobytes() for r in data.x}
     assert not any(r.numpy().tobytes() in rows for r in test.x)
-    assert not torch.equal(bench.digits(1)[1].x, test.x)
+    assert not torch.equal(common.digits(1)[1].x, test.x)
 
 
-def test_a_diverging_run_ends_and_one_that_learns_learns():
-    data, test = bench.digits(0)
+def test_train_learns_and_stops_on_divergence():
+    data, test = common.digits(0)
     steps = []
-    with bench.seeded(0, "weights"):
+    with common.seeded(0, "weights"):
         model = MLP((64,), 10)
-    order = list(bench.shuffled(len(data), 32, 3, 0))
-    bench.train(model, data, order, torch.optim.SGD(model.parameters(), lr=0.1), on_step=lambda: steps.append(1))
+    order = list(common.shuffled(len(data), 32, 3, 0))
+    common.train(model, data, order, torch.optim.SGD(model.parameters(), lr=0.1), on_step=lambda: steps.append(1))
     assert len(steps) == len(order)
-    assert bench.accuracy(model, test) > 0.85
+    assert common.accuracy(model, test) > 0.85
     steps.clear()
-    bare = nn.Sequential(nn.Flatten(), nn.Linear(64, 99), nn.Linear(99, 10))
-    bench.train(bare, data, order, torch.optim.SGD(bare.parameters(), lr=1e30), on_step=lambda: steps.append(1))
+    diverging = nn.Sequential(nn.Flatten(), nn.Linear(64, 99), nn.Linear(99, 10))
+    common.train(
+        diverging, data, order, torch.optim.SGD(diverging.parameters(), lr=1e30), on_step=lambda: steps.append(1)
+    )
     assert len(steps) < 5
-    assert 0 <= bench.accuracy(bare, test) <= 1
+    assert 0 <= common.accuracy(diverging, test) <= 1

@@ -21,25 +21,6 @@ from simulations.results import inference
 ROOT = Path(__file__).parents[3]
 
 
-@pytest.fixture
-def here(tmp_path, monkeypatch, capsys):
-    """Run a command in this process, in a fresh directory; gives exit code, output and errors."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["fedbn", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return call
-
-
 def flat(text):
     return " ".join(text.split())
 
@@ -47,24 +28,24 @@ def flat(text):
 QUICK = ["--rounds", 2, "--seeds", 1, "--workers", 1]
 
 
-def test_compare_report_and_json(tmp_path, here, monkeypatch):
+def test_compare_and_report_print_tables_and_json(tmp_path, run_cli, monkeypatch):
     monkeypatch.setattr(inference, "RESAMPLES", 100)
-    code, out, errors = here("compare", "digits8", "--strategies", "global-naive,fedbn", *QUICK)
+    code, out, errors = run_cli("compare", "digits8", "--strategies", "global-naive,fedbn", *QUICK)
     assert code == 0, errors
     page = tmp_path / "results" / "digits8" / "report.html"
     assert page.exists()
     assert "report:" in out
     assert "fedbn" in out
-    _, said, _ = here("report", tmp_path / "results" / "digits8", "--json")
-    values = json.loads(said)
+    _, text, _ = run_cli("report", tmp_path / "results" / "digits8", "--json")
+    values = json.loads(text)
     assert values["answer"]
     assert {line["strategy"] for line in values["matrix"]} == {"global-naive", "fedbn"}
     assert Path(values["report"]).name == "report.html"
 
 
-def test_a_run_file_and_overrides(here, tmp_path):
+def test_compare_options_override_run_file(run_cli, tmp_path):
     (tmp_path / "run.toml").write_text('scenario = "digits8"\nstrategies = ["silobn"]\nseeds = 1\n[plan]\nrounds = 9\n')
-    code, _, errors = here("compare", "--run-file", "run.toml", "--rounds", 1, "--out", "o", "--workers", 1)
+    code, _, errors = run_cli("compare", "--run-file", "run.toml", "--rounds", 1, "--out", "o", "--workers", 1)
     assert code == 0, errors
     meta = json.loads((tmp_path / "o" / "comparison.json").read_text())
     assert meta["experiment"]["plan"]["rounds"] == 1
@@ -73,7 +54,7 @@ def test_a_run_file_and_overrides(here, tmp_path):
     assert pd.read_parquet(tmp_path / "o" / "evaluations.parquet").strategy.unique().tolist() == ["silobn"]
 
 
-def test_own_data_and_own_model(here, tmp_path):
+def test_compare_and_audit_accept_own_data_and_model(run_cli, tmp_path):
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(120, 5)).astype("float32"), np.arange(120) % 3
     np.savez(tmp_path / "mine.npz", x=x + y[:, None], y=y, user=np.arange(120) // 30)
@@ -83,25 +64,25 @@ def test_own_data_and_own_model(here, tmp_path):
         "    return nn.Sequential(nn.Linear(shape[0], 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, classes))\n"
     )
     options = ["--model", "mymodels:net", "--strategies", "fedbn", *QUICK]
-    code, _, errors = here("compare", "--data", "mine.npz", *options)
+    code, _, errors = run_cli("compare", "--data", "mine.npz", *options)
     assert code == 0, errors
     options = ["--shape", "5", "--classes", "3", "--strategy", "fedbn", "--json"]
-    code, out, errors = here("audit", "mymodels:net", *options)
+    code, out, errors = run_cli("audit", "mymodels:net", *options)
     assert code == 0, errors
     assert json.loads(out)["entries"]
 
 
 @pytest.mark.parametrize("kind", ["strategies", "scenarios", "models", "partitions", "shifts"])
-def test_lists(kind, here):
-    _, out, _ = here("list", kind, "--json")
+def test_list_shows_every_kind(kind, run_cli):
+    _, out, _ = run_cli("list", kind, "--json")
     rows = json.loads(out)
     assert all(row["name"] and row["what"] for row in rows)
-    assert rows[0]["name"] in here("list", kind)[1]
+    assert rows[0]["name"] in run_cli("list", kind)[1]
 
 
-def test_audit_and_data(here):
-    assert "layer2.0.downsample.1" in here("audit", "resnet20", "--strategy", "fedbn")[1]
-    assert "hapt" in here("data")[1]
+def test_audit_and_data_print_tables(run_cli):
+    assert "layer2.0.downsample.1" in run_cli("audit", "resnet20", "--strategy", "fedbn")[1]
+    assert "hapt" in run_cli("data")[1]
 
 
 @pytest.mark.parametrize(
@@ -111,52 +92,52 @@ def test_audit_and_data(here):
         (["compare", "digits8", "--strategies", "fedbm"], "unknown strategy 'fedbm'. Did you mean 'fedbn'?"),
         (["compare"], "no scenario given: see `fedbn list scenarios`"),
         (["compare", "digits8", "--data", "x.npz"], "give a scenario or --data, not both"),
-        (["compare", "--data", "a:b.npz"], "a path with a colon cannot be named here"),
+        (["compare", "--data", "a:b.npz"], "a path with a colon is not supported"),
         (["compare", "--data", "none.npz", "--seeds", "1"], "none.npz"),
-        (["compare", "digits8", "--clients-per-round", "99"], "asks for more than the"),
+        (["compare", "digits8", "--clients-per-round", "99"], "exceeds the"),
         (["compare", "digits8", "--weighting", "size"], "unknown value for plan, option 'weighting' 'size'"),
         (["compare", "digits8", "--tune", "--grid", "a,b"], "expected numbers separated by commas, not 'a,b'"),
         (["compare", "digits8", "--model", "nope"], "unknown model (or package.module:factory) 'nope'"),
         (["compare", "digits8", "--partition", "dirichlet:alpha=-1"], "alpha must be positive"),
         (["compare", "digits8", "--shift", "rotation"], "for images use contrast"),
-        (["resume", "nowhere"], "nowhere holds no comparison"),
+        (["resume", "nowhere"], "nowhere has no comparison"),
         (["report", "nowhere"], "nowhere"),
         (["audit", "resnet20", "--shape", "3,x"], "expected numbers separated by commas, not '3,x'"),
         (["audit", "resnet20", "--shape", "3.5,32,32"], "--shape takes positive whole numbers"),
     ],
 )
-def test_a_mistake_is_one_clear_line_and_exit_code_two(arguments, message, here, tmp_path, monkeypatch):
+def test_user_error_is_one_line_and_exit_code_two(arguments, message, run_cli, tmp_path, monkeypatch):
     monkeypatch.setattr(cli, "errors", Console(stderr=True, width=1000))
-    code, _, errors = here(*arguments)
+    code, _, errors = run_cli(*arguments)
     assert code == 2
     assert message in flat(errors)
     assert not list(tmp_path.rglob("result.json"))
 
 
-def test_missing_data_name_the_command_that_installs_them(here, monkeypatch):
+def test_missing_data_names_install_command(run_cli, monkeypatch):
     def gone(name):
         raise packages.PackageNotFoundError
 
     monkeypatch.setattr(packages, "distribution", gone)
     for known in (load_population, build_context):  # what an earlier test has loaded
         known.cache_clear()
-    code, _, errors = here("compare", "hapt")
+    code, _, errors = run_cli("compare", "hapt")
     assert code == 2
     assert "pip install --no-deps" in flat(errors)
 
 
-def test_the_version_is_the_packages_own(here):
+def test_version_equals_package_version(run_cli):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert here("--version") == (0, f"fedbn {project['version']}\n", "")
+    assert run_cli("--version") == (0, f"fedbn {project['version']}\n", "")
 
 
-def test_help_is_fast_enough_to_import_nothing_heavy():
+def test_cli_imports_nothing_heavy():
     script = "import sys, simulations.cli; print([m for m in ('torch', 'flwr', 'pandas', 'ray') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.strip() == "[]"
 
 
-def test_the_library_needs_neither_flower_nor_ray():
+def test_library_works_without_flower_and_ray():
     script = "import sys\nsys.modules['flwr'] = sys.modules['ray'] = None\n"
     script += "import fedbn.federation.loop, fedbn.auditing.audit\n"
     script += "from fedbn.strategies.base import strategies; print(len(strategies()))"
@@ -164,7 +145,7 @@ def test_the_library_needs_neither_flower_nor_ray():
     assert int(done.stdout) >= 14, done.stderr
 
 
-def test_pins_satisfy_the_packages_own_ranges():
+def test_pins_satisfy_package_ranges():
     from packaging.requirements import Requirement
 
     pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split() if "==" in line)

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[3]
 
 
 @pytest.mark.slow
-def test_the_package_builds_is_found_and_passes_its_tests(tmp_path):
+def test_new_package_builds_and_passes_its_tests(tmp_path):
     pytest.importorskip("hatchling")
     place = new_strategy("my-norm", tmp_path / "made")
     build = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-build-isolation"]
@@ -36,7 +36,7 @@ def test_the_package_builds_is_found_and_passes_its_tests(tmp_path):
     assert '"strategy": "my-norm"' in audited.stdout, audited.stderr
 
 
-def test_what_is_written_is_python_in_style(tmp_path):
+def test_new_package_passes_ruff(tmp_path):
     place = new_strategy("a2-norm", tmp_path / "made")
     assert {str(p.relative_to(place)) for p in place.rglob("*") if p.is_file()} == {
         "README.md",
@@ -51,18 +51,18 @@ def test_what_is_written_is_python_in_style(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["My", "2norm", "a--b", "a_b", "a-", "", "a/b", "a\n"])
-def test_names_that_cannot_be(name, tmp_path):
-    with pytest.raises(UserError, match="cannot be a strategy's name"):
+def test_new_rejects_bad_names(name, tmp_path):
+    with pytest.raises(UserError, match="is not a valid strategy name"):
         new_strategy(name, tmp_path / "made")
     assert not list(tmp_path.iterdir())
 
 
-def test_names_that_are_taken_and_places_that_are(tmp_path):
-    with pytest.raises(UserError, match="there is a strategy 'fedbn' already"):
+def test_new_rejects_taken_names_and_directories(tmp_path):
+    with pytest.raises(UserError, match="strategy 'fedbn' already exists"):
         new_strategy("fedbn", tmp_path / "made")
     (tmp_path / "file").write_text("mine")
     for place in (tmp_path, tmp_path / "file"):
-        with pytest.raises(UserError, match="exists already: choose another --out"):
+        with pytest.raises(UserError, match="already exists: choose another --out"):
             new_strategy("my-norm", place)
     with pytest.raises(UserError, match="cannot write"):
         new_strategy("my-norm", tmp_path / "file" / "below")

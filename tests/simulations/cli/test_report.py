@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -55,33 +54,16 @@ def written(pair, tmp_path_factory):
     return place
 
 
-@pytest.fixture
-def call(monkeypatch, capsys, tmp_path):
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["fedbn", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        said = capsys.readouterr()
-        return code, said.out, " ".join(said.err.split())
-
-    return call
-
-
 # ---------------------------------------------------------------- side by side
 
 
-def test_names_are_as_long_as_they_must_be(pair):
+def test_side_by_side_shortens_names_uniquely(pair):
     assert list(SideBySide.load(pair).comparisons) == ["a/found", "b/found"]
-    with pytest.raises(UserError, match="named twice"):
+    with pytest.raises(UserError, match="given twice"):
         SideBySide.load([pair[0], pair[0].parent / "found"])
 
 
-def test_differences_are_those_of_common_users_and_seeds(pair):
+def test_differences_use_common_users_and_seeds(pair):
     side = SideBySide.load(pair)
     first, second = side.comparisons.values()
     frame = side.differences().set_index(["strategy", "row", "column"])
@@ -94,7 +76,7 @@ def test_differences_are_those_of_common_users_and_seeds(pair):
     assert np.isnan(line["ci_low"])  # made so that all users differ by the same, which says nothing of other users
 
 
-def test_other_scenarios_are_not_subtracted(tmp_path):
+def test_differences_require_same_scenario(tmp_path):
     write(tmp_path / "a")
     write(tmp_path / "b", scenario="hapt:unseen=3")
     write(tmp_path / "c", scenario="synthetic:more=1")
@@ -102,31 +84,31 @@ def test_other_scenarios_are_not_subtracted(tmp_path):
     assert not SideBySide.load([tmp_path / "a", tmp_path / "c"]).differences().empty
     page = tmp_path / "page.html"
     write_side_by_side([tmp_path / "a", tmp_path / "b"], page)
-    assert "so nothing can be subtracted" in page.read_text()
+    assert "so there are no differences to show" in page.read_text()
 
 
-def test_only_settings_that_differ_are_told(pair):
+def test_settings_lists_only_differences(pair):
     table = SideBySide.load(pair).settings()
     assert table.loc["rounds"].tolist() == ["20", "30"]
     assert "batch size" not in table.index
     assert table.loc["seeds"].tolist() == ["3", "2"]
 
 
-def test_the_long_table_holds_both_matrices(pair):
+def test_long_table_holds_both_matrices(pair):
     long = SideBySide.load(pair).long()
     for name, place in zip(("a/found", "b/found"), pair, strict=True):
         mine = long[long["comparison"] == name].drop(columns="comparison").reset_index(drop=True)
         pd.testing.assert_frame_equal(mine, Comparison.load(place).matrix())
 
 
-def test_the_page_of_several(pair, tmp_path):
+def test_write_side_by_side_writes_page(pair, tmp_path):
     page = tmp_path / "new" / "page.html"
     write_side_by_side(pair, page)
     text = page.read_text()
     assert "<script>alert" not in text
     assert not re.search(r'(?:src|href)="(?!data:)', text)
     assert text.count('class="sortable cards"') == 2
-    for part in ("a/found", "b/found", "What is not the same", "rounds", "statistics"):
+    for part in ("a/found", "b/found", "Settings that differ", "rounds", "statistics"):
         assert part in text
     shown = SideBySide.load(pair).differences_wide()
     assert shown.index.names == ["statistics", "strategy", "comparison"]
@@ -138,13 +120,13 @@ def test_the_page_of_several(pair, tmp_path):
 
 
 @pytest.mark.parametrize("several", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_formats_on_the_command_line(pair, call, several):
+def test_report_writes_every_format(pair, run_cli, several):
     places = pair if several else pair[:1]
     found = SideBySide.load(pair) if several else Comparison.load(pair[0])
     for name, (suffix, made) in FORMATS.items():
-        code, out, err = call("report", *places, "--format", name)
+        code, out, err = run_cli("report", *places, "--format", name)
         assert (code, out, err) == (0, made(found), "")
-        assert call("report", *places, "--format", name, "--out", f"new/table{suffix}")[0] == 0
+        assert run_cli("report", *places, "--format", name, "--out", f"new/table{suffix}")[0] == 0
     read = pd.read_csv("new/table.csv")
     pd.testing.assert_frame_equal(read, found.long(), check_dtype=False, check_exact=False)
     with open("new/table.tex", encoding="utf-8") as file:
@@ -158,7 +140,7 @@ def test_formats_on_the_command_line(pair, call, several):
     assert len(bars) == 1  # every line has as many cells
 
 
-def test_a_page_has_its_tables_with_it(written, monkeypatch):
+def test_page_embeds_its_tables(written, monkeypatch):
     place, page = written, (written / "report.html").read_text()
     for name, (suffix, made) in FORMATS.items():
         assert (place / f"matrix{suffix}").read_text() == made(Comparison.load(place)), name
@@ -169,7 +151,7 @@ def test_a_page_has_its_tables_with_it(written, monkeypatch):
     assert (place / "figures" / "matrix.svg").read_text().startswith("<svg")
 
 
-def test_every_cell_of_a_wide_table_names_its_column(written):
+def test_wide_table_cells_name_their_column(written):
     """On a phone rows become cards, so a cell must say what it is."""
     page = (written / "report.html").read_text()
     for table in re.findall(r'<table class="[^"]*cards">.*?</table>', page, re.DOTALL):
@@ -180,7 +162,7 @@ def test_every_cell_of_a_wide_table_names_its_column(written):
 
 
 @pytest.mark.slow
-def test_pdf_is_reproducible_and_keeps_its_text(pair, monkeypatch):
+def test_pdf_is_reproducible_and_searchable(pair, monkeypatch):
     monkeypatch.undo()
     first, second = (plots.pdf(plots.matrix_figure(Comparison.load(pair[0]))) for _ in range(2))
     assert first == second
@@ -189,83 +171,83 @@ def test_pdf_is_reproducible_and_keeps_its_text(pair, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["{a}", "{b}", "--into", "x.md"], "--into takes one directory"),
         (["{a}", "--full"], "--full goes with --into"),
         (["{a}", "--format", "csv", "--json"], "not both"),
         (["{a}", "--out", "x.html"], "--out goes with --format"),
-        (["{a}", "nowhere"], "nowhere is no comparison"),
-        (["{a}", "{a}"], "named twice"),
+        (["{a}", "nowhere"], "nowhere is not a comparison"),
+        (["{a}", "{a}"], "given twice"),
         (["{a}", "--format", "pdf"], "Invalid value for '--format'"),
     ],
 )
-def test_mistakes(pair, call, arguments, said):
-    code, out, err = call("report", *(part.format(a=pair[0], b=pair[1]) for part in arguments))
+def test_report_rejects_bad_options(pair, run_cli, arguments, message):
+    code, out, err = run_cli("report", *(part.format(a=pair[0], b=pair[1]) for part in arguments))
     assert (code, out) == (2, "")
-    assert said in re.sub(r"[│\s]+", " ", err)
+    assert message in re.sub(r"[│\s]+", " ", err)
 
 
 @pytest.mark.slow
-def test_several_on_the_command_line(pair, call):
-    code, out, _ = call("report", *pair, "--out", "both.html", "--json")
+def test_report_prints_several_comparisons(pair, run_cli):
+    code, out, _ = run_cli("report", *pair, "--out", "both.html", "--json")
     found = json.loads(out)
     assert code == 0
     assert list(found["answers"]) == ["a/found", "b/found"]
     assert {line["comparison"] for line in found["matrix"]} == set(found["answers"])
     assert found["differences"]
-    code, out, _ = call("report", *pair)
+    code, out, _ = run_cli("report", *pair)
     assert code == 0
     assert "side-by-side.html" in out
-    assert "What is not the same" in out
+    assert "Settings that differ" in out
 
 
 # ---------------------------------------------------------------- quiet
 
 
-def test_every_command_can_be_quiet_and_says_so(call):
+def test_every_command_has_quiet_option(run_cli):
     names = [c.name or c.callback.__name__ for c in cli.app.registered_commands]
     assert len(names) > 8
     for name in names:
-        code, out, _ = call(name, "--help")
+        code, out, _ = run_cli(name, "--help")
         assert code == 0
         assert "--quiet" in out, name
 
 
 @pytest.mark.parametrize("flag", ["--quiet", "-q"])
-def test_quiet_leaves_errors_codes_files_and_json(pair, call, tmp_path, flag):
-    assert call("report", pair[0], flag, "--format", "csv", "--out", "x.csv") == (0, "", "")
+def test_quiet_keeps_errors_files_and_json(pair, run_cli, tmp_path, flag):
+    assert run_cli("report", pair[0], flag, "--format", "csv", "--out", "x.csv") == (0, "", "")
     assert Path("x.csv").exists()
-    assert call("list", "models", flag) == (0, "", "")
-    code, out, err = call("list", "models", flag, "--json")
+    assert run_cli("list", "models", flag) == (0, "", "")
+    code, out, err = run_cli("list", "models", flag, "--json")
     assert (code, err) == (0, "")
     assert json.loads(out)
-    code, out, err = call("report", tmp_path / "nowhere", flag)
+    code, out, err = run_cli("report", tmp_path / "nowhere", flag)
     assert (code, out) == (2, "")
-    assert "is no comparison" in err
-    code, out, err = call("list", "rules", flag, "--nonsense")
+    assert "is not a comparison" in err
+    code, out, err = run_cli("list", "rules", flag, "--nonsense")
     assert (code, out) == (2, "")
     assert "--nonsense" in err
 
 
-def test_interruption_of_a_quiet_command(pair, call, monkeypatch):
+def test_quiet_command_reports_interruption(pair, run_cli, monkeypatch):
     def interrupted(*arguments):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("simulations.report.page.write_report", interrupted)
-    code, out, err = call("report", pair[0], "-q")
+    code, out, err = run_cli("report", pair[0], "-q")
     assert (code, out) == (130, "")
-    assert err == "interrupted; what was finished is kept"
+    assert err == "interrupted; finished results are stored"
 
 
-def test_completion_is_offered(call):
-    code, out, _ = call("--help")
+def test_shell_completion_is_available(run_cli):
+    code, out, _ = run_cli("--help")
     assert code == 0
     assert "--install-completion" in out
     assert "--show-completion" in out
 
 
-def test_numbers_of_the_side_by_side_table(pair):
+def test_side_by_side_table_shows_numbers(pair):
     """A cell is the mean of its own comparison."""
     shown = SideBySide.load(pair).wide().reset_index().set_index(["statistics", "strategy", "comparison"])
     for name, place in zip(("a/found", "b/found"), pair, strict=True):

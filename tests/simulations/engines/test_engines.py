@@ -1,4 +1,4 @@
-"""The in-process Grid runs Flower's apps to the same bits as the readable loop, for every strategy."""
+"""The in-process grid runs the Flower apps with the results of the reference loop, bit by bit."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from simulations.engines.grid import InProcessGrid
 from simulations.flower.compat import task_identity
 from simulations.server.nodes import ClientError, NodePool
 from simulations.server.rounds import run_rounds
-from tests.helpers import few, same
+from tests.helpers import same, sampling_options
 
 
 def assert_same(a, b):
@@ -33,56 +33,56 @@ def assert_same(a, b):
 
 
 @pytest.mark.parametrize("name", strategies())
-def test_grid_equals_the_loop(name, small):
-    run = small(name, optimizer_state="keep", proximal=0.01, **few(name))
+def test_grid_matches_reference_loop(name, small):
+    run = small(name, optimizer_state="keep", proximal=0.01, **sampling_options(name))
     assert_same(execute(run, "reference"), execute(run, "grid"))
 
 
 @pytest.mark.parametrize("optimizer", ["fedavgm", "fedadam", "fedyogi", "fedadagrad"])
-def test_grid_equals_the_loop_with_server_optimisers(optimizer, small):
+def test_grid_matches_reference_loop_with_server_optimizers(optimizer, small):
     run = small("global-pooled", server_optimizer=optimizer, server_lr=0.1, weighting="uniform")
     a, b = execute(run, "reference"), execute(run, "grid")
     assert_same(a, b)
     assert a.server.memory
 
 
-def test_what_is_local_is_never_in_a_message(small):
+def test_local_entries_are_never_in_messages(small):
     for name in strategies():
-        run = small(name, rounds=1, **few(name))
+        run = small(name, rounds=1, **sampling_options(name))
         ctx = build_context(run)
         forbidden = set(ctx.ownership.roles) - set(ctx.ownership.travels)
-        seen = []
+        names = []
 
         def spy(message, context, call_next):
             reply = call_next(message, context)
             for content in (message.content, reply.content):
-                seen.extend(k for r in content.array_records.values() for k in r)
+                names.extend(k for r in content.array_records.values() for k in r)
             return reply
 
         app = ClientApp(mods=[spy])
         for kind in ("train", "evaluate"):
-            getattr(app, kind)()(_handler(kind))
-        app.query("sync_statistics")(_handler("sync_statistics"))
-        app.query("sync_first_batch")(_handler("sync_first_batch"))
-        app.query("partition")(_handler("partition"))
+            getattr(app, kind)()(handler(kind))
+        app.query("sync_statistics")(handler("sync_statistics"))
+        app.query("sync_first_batch")(handler("sync_first_batch"))
+        app.query("partition")(handler("partition"))
         grid = InProcessGrid(app, len(ctx.population.users), {"run": run.to_json()})
         with task_identity(1):
             run_rounds(grid, run)
-        assert not forbidden & set(seen), name
+        assert not forbidden & set(names), name
         if ctx.ownership.travels:
-            assert set(ctx.ownership.travels) <= set(seen)
+            assert set(ctx.ownership.travels) <= set(names)
 
 
-def _handler(name):
+def handler(name):
     import clients.app
 
     return getattr(clients.app, name)
 
 
-def test_a_failing_client_stops_the_run_with_its_reason_and_keeps_its_state(small):
+def test_grid_reports_client_failure_and_restores_state(small):
     run = small("fedbn")
     users = len(build_context(run).population.users)
-    grid = InProcessGrid(client_app, users, {"run": run.to_json()}, fault=_down(2))
+    grid = InProcessGrid(client_app, users, {"run": run.to_json()}, fault=unreachable(2))
     with task_identity(1), pytest.raises(ClientError, match="node .*: battery empty"):
         run_rounds(grid, run)
     app = ClientApp()
@@ -99,14 +99,14 @@ def test_a_failing_client_stops_the_run_with_its_reason_and_keeps_its_state(smal
     assert len(grid.partition_context(0).state) == 0
 
 
-def _down(partition):
+def unreachable(partition):
     def fault(message):
         return "battery empty" if message.metadata.dst_node_id == 1_000_000 + partition else None
 
     return fault
 
 
-def test_clients_do_not_see_each_others_writes():
+def test_clients_do_not_share_message_content():
     app = ClientApp()
 
     @app.train()
@@ -123,7 +123,7 @@ def test_clients_do_not_see_each_others_writes():
     assert "mark" not in shared["config"]
 
 
-def test_node_ids_do_not_matter(small):
+def test_results_do_not_depend_on_node_ids(small):
     run = small("silobn", clients_per_round=3)
     users = len(build_context(run).population.users)
     outcomes = []
@@ -134,22 +134,22 @@ def test_node_ids_do_not_matter(small):
     assert outcomes[0].scores == outcomes[1].scores
 
 
-def test_an_unknown_node_is_an_error_reply():
+def test_grid_replies_with_error_for_unknown_node():
     grid = InProcessGrid(client_app, 2, {})
     with task_identity(1):
         (reply,) = grid.send_and_receive([Message(RecordDict(), 3, "train")])
     assert reply.error.reason == "no such node"
 
 
-def test_users_are_found_by_partition_not_by_node(small):
+def test_node_pool_finds_users_by_partition_id(small):
     run = small()
     users = len(build_context(run).population.users)
     with task_identity(1):
-        clients = NodePool(InProcessGrid(client_app, users, {"run": run.to_json()}), users)
-    assert clients.node == {i: 1_000_000 + i for i in range(users)}
+        nodes = NodePool(InProcessGrid(client_app, users, {"run": run.to_json()}), users)
+    assert nodes.node == {i: 1_000_000 + i for i in range(users)}
 
 
-def test_scores_survive_a_message():
+def test_scores_round_trip_through_records():
     scores = [
         Score("own", "aggregated", 7, 1 / 3, 0.1 + 0.2, 2.5),
         Score("global", "online", 1, 0.0, 0.0, 1e-9),
@@ -157,7 +157,7 @@ def test_scores_survive_a_message():
     assert scores_from(scores_to(scores)) == scores
 
 
-def test_run_config_is_a_run(small):
+def test_run_from_config_reads_json_and_flat_keys(small):
     run = small("groupnorm:groups=2", rounds=3, momentum=0.0)
     assert run_from_config({"run": run.to_json()}) == run
     config = {
@@ -173,16 +173,16 @@ def test_run_config_is_a_run(small):
         run_from_config({"scenario": "digits8", "strategy": "fedbn", "plan": "rounds"})
 
 
-def test_crowds_change_nothing_but_how_many_calls_are_open(small, monkeypatch):
+def test_max_open_calls_does_not_change_results(small, monkeypatch):
     run, open_calls = small("fedbn"), []
-    whole = execute(run, "grid")
+    expected = execute(run, "grid")
     real = grid.run_batched
 
-    def counted(calls, do):
+    def counted(calls, run_jobs):
         open_calls.append(len(calls))
-        return real(calls, do)
+        return real(calls, run_jobs)
 
     monkeypatch.setattr(grid, "run_batched", counted)
-    monkeypatch.setattr(grid, "CROWD", 3)
-    assert_same(execute(run, "grid"), whole)
+    monkeypatch.setattr(grid, "MAX_OPEN_CALLS", 3)
+    assert_same(execute(run, "grid"), expected)
     assert max(open_calls) == 3

@@ -14,9 +14,9 @@ import torch
 from fedbn.errors import UserError
 from fedbn.federation.loop import federate
 from fedbn.federation.run import plan_for
-from simulations.experiments.compare import chosen_rates, compare, resume, tuning_tasks
+from simulations.experiments.compare import compare, resume, select_rates, tuning_tasks
 from simulations.experiments.experiment import Experiment, read_run_file
-from simulations.experiments.preflight import default_place, suited
+from simulations.experiments.preflight import default_directory, drop_unsupported
 from simulations.experiments.tasks import CHECKPOINT
 from simulations.report.documents import update_document
 from simulations.results.comparison import Comparison
@@ -38,7 +38,7 @@ def results(directory):
     return out
 
 
-def test_a_comparison_holds_every_strategy_with_every_seed(tmp_path):
+def test_compare_runs_every_strategy_with_every_seed(tmp_path):
     compare(experiment(), tmp_path, workers=1)
     loaded = Comparison.load(tmp_path)
     assert {(r["strategy"], r["seed"]) for r in results(tmp_path).values()} == {
@@ -73,13 +73,13 @@ def test_paired_seeds_share_users_weights_and_shuffles(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_workers_give_the_numbers_of_one(tmp_path):
+def test_results_do_not_depend_on_workers(tmp_path):
     compare(experiment(), tmp_path / "one", workers=1)
     compare(experiment(), tmp_path / "two", workers=2)
     assert results(tmp_path / "one") == results(tmp_path / "two")
 
 
-def test_a_scenario_may_name_rates_unless_one_is_given():
+def test_scenario_rates_unless_rate_is_given():
     named = Experiment.from_dict({"scenario": "hapt", "strategies": ["fedbn", "groupnorm"]})
     assert named.run("groupnorm", 0).plan.lr == 0.03
     assert named.run("fedbn", 0).plan.lr == named.plan.lr == 0.05
@@ -92,7 +92,7 @@ def test_a_scenario_may_name_rates_unless_one_is_given():
 
 
 @pytest.mark.slow
-def test_stacked_numbers_do_not_depend_on_how_many_processes_share_the_work(tmp_path):
+def test_stacked_results_do_not_depend_on_workers(tmp_path):
     what = experiment(seeds=1, plan={"rounds": 1})
     for workers in (1, 2):
         compare(what, tmp_path / str(workers), workers=workers, engine="grid:stacked")
@@ -100,13 +100,13 @@ def test_stacked_numbers_do_not_depend_on_how_many_processes_share_the_work(tmp_
 
 
 @pytest.mark.parametrize("engine", ["grd", "grid:stackd", "ray:stacked"])
-def test_an_engine_that_is_none_is_refused_before_anything_runs(tmp_path, engine):
+def test_compare_rejects_unknown_engine(tmp_path, engine):
     with pytest.raises(UserError, match="unknown engine 'grd'.*grid|'stackd'.*stacked|a Ray cluster is addressed as"):
         compare(experiment(seeds=1), tmp_path / "x", workers=1, engine=engine)
     assert not (tmp_path / "x").exists()
 
 
-def test_engines_give_the_same_results(tmp_path):
+def test_engines_give_same_results(tmp_path):
     compare(experiment(seeds=1), tmp_path / "grid", workers=1)
     compare(experiment(seeds=1), tmp_path / "reference", workers=1, engine="reference")
     assert results(tmp_path / "grid") == results(tmp_path / "reference")
@@ -120,7 +120,7 @@ SLOW_ENGINES = [pytest.param(name, marks=pytest.mark.slow) for name in ("referen
 
 
 @pytest.mark.parametrize("engine", ["grid:stacked", *SLOW_ENGINES])
-def test_stopped_after_any_round_and_resumed_is_bit_identical(tmp_path, engine):
+def test_resume_after_any_round_is_bit_identical(tmp_path, engine):
     what = experiment("fedbn", "global-recalibrated", seeds=1, plan={"rounds": 3, "clients_per_round": 3})
     what = replace(what, plan=replace(what.plan, optimizer_state="keep", server_optimizer="fedadam", server_lr=0.1))
     compare(what, tmp_path / "whole", workers=1, engine=engine)
@@ -132,15 +132,15 @@ def test_stopped_after_any_round_and_resumed_is_bit_identical(tmp_path, engine):
             if sum(not e.ended for e in events) == stop:
                 raise Stopped
 
-        place = tmp_path / f"stopped{stop}"
+        out = tmp_path / f"stopped{stop}"
         with pytest.raises(Stopped):
-            compare(what, place, workers=1, engine=engine, report=report)
-        resume(place, workers=1)
-        assert results(place) == results(tmp_path / "whole")
+            compare(what, out, workers=1, engine=engine, report=report)
+        resume(out, workers=1)
+        assert results(out) == results(tmp_path / "whole")
 
 
 @pytest.mark.slow
-def test_kill_minus_nine_and_resume_is_bit_identical(tmp_path):
+def test_resume_after_kill_is_bit_identical(tmp_path):
     command = [
         sys.executable,
         "-m",
@@ -152,31 +152,31 @@ def test_kill_minus_nine_and_resume_is_bit_identical(tmp_path):
     ]
     command += ["--rounds", "6", "--seeds", "2", "--workers", "2"]
     subprocess.run([*command, "--out", str(tmp_path / "whole")], check=True, capture_output=True)
-    place = tmp_path / "killed"
+    out = tmp_path / "killed"
     process = subprocess.Popen(
-        [*command, "--out", str(place)],
+        [*command, "--out", str(out)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
     deadline = time.monotonic() + 120
-    while not list(place.glob(f"runs/*/{CHECKPOINT}")) and time.monotonic() < deadline:
+    while not list(out.glob(f"runs/*/{CHECKPOINT}")) and time.monotonic() < deadline:
         time.sleep(0.05)
     time.sleep(0.4)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    finished = len(results(place))
+    finished = len(results(out))
     assert finished < 4
-    subprocess.run([sys.executable, "-m", "simulations", "resume", str(place)], check=True, capture_output=True)
-    assert results(place) == results(tmp_path / "whole")
+    subprocess.run([sys.executable, "-m", "simulations", "resume", str(out)], check=True, capture_output=True)
+    assert results(out) == results(tmp_path / "whole")
 
 
 @pytest.mark.slow
-def test_an_interruption_says_how_to_go_on_and_leaves_no_process(tmp_path):
-    place = tmp_path / "stopped"
+def test_interrupted_compare_leaves_no_process(tmp_path):
+    out = tmp_path / "stopped"
     command = [sys.executable, "-m", "simulations", "compare", "digits8", "--strategies", "fedbn,silobn"]
     process = subprocess.Popen(
-        [*command, "--rounds", "200", "--seeds", "1", "--workers", "2", "--out", str(place)],
+        [*command, "--rounds", "200", "--seeds", "1", "--workers", "2", "--out", str(out)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -184,17 +184,17 @@ def test_an_interruption_says_how_to_go_on_and_leaves_no_process(tmp_path):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     deadline = time.monotonic() + 120
-    while not list(place.glob(f"runs/*/{CHECKPOINT}")) and time.monotonic() < deadline:
+    while not list(out.glob(f"runs/*/{CHECKPOINT}")) and time.monotonic() < deadline:
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert f"interrupted; go on with fedbn resume {place}" in " ".join(errors.split()).replace("/ ", "/")
+    assert f"interrupted; resume with fedbn resume {out}" in " ".join(errors.split()).replace("/ ", "/")
     assert _gone(process.pid)
 
 
 def _gone(group, within=15.0):
-    """Whether a process group has no members left, reaped ones included."""
+    """Whether a process group has no members left."""
     end = time.monotonic() + within
     while time.monotonic() < end:
         try:
@@ -205,12 +205,12 @@ def _gone(group, within=15.0):
     return False
 
 
-def test_learning_rates_are_chosen_on_validation_data_of_seen_users(tmp_path):
+def test_learning_rates_are_tuned_on_validation_data(tmp_path):
     what = experiment("global-naive", "groupnorm", seeds=1, tune=(1e-6, 0.05), plan={"rounds": 4})
     compare(what, tmp_path, workers=1)
     tasks = tuning_tasks(what.resolved(), tmp_path)
     assert len(tasks) == 4
-    assert chosen_rates(tasks) == {"global-naive": 0.05, "groupnorm": 0.05}
+    assert select_rates(tasks) == {"global-naive": 0.05, "groupnorm": 0.05}
     assert {r["lr"] for r in results(tmp_path).values()} == {0.05}
     assert all(t.run.validation for t in tasks)
     page = tmp_path / "page.md"
@@ -219,12 +219,12 @@ def test_learning_rates_are_chosen_on_validation_data_of_seen_users(tmp_path):
     assert "Learning rates, tuned: global-naive 0.05, groupnorm 0.05." in page.read_text()
 
 
-def test_what_cannot_be_tuned_is_known_before_anything_runs(tmp_path):
-    """Dealt anew, only the unseen users have groups of their own; and tuning has none of those."""
+def test_unsupported_tuning_is_rejected_before_any_run(tmp_path):
+    """With this partition only unseen users have known groups, and tuning has no unseen users."""
     what = experiment("fednorm", "global-pooled", tune=(0.05,), partition="iid:clients=4").resolved()
-    assert suited(replace(what, tune=()))[0].strategies == ("fednorm", "global-pooled")
-    kept, notices = suited(what)
-    assert kept.strategies == ("global-pooled",)
+    assert drop_unsupported(replace(what, tune=()))[0].strategies == ("fednorm", "global-pooled")
+    supported, notices = drop_unsupported(what)
+    assert supported.strategies == ("global-pooled",)
     assert "fednorm" in notices[0]
     with pytest.raises(UserError, match="users of known groups"):
         compare(what, tmp_path / "out")
@@ -234,20 +234,20 @@ def test_what_cannot_be_tuned_is_known_before_anything_runs(tmp_path):
 def test_validation_data_come_from_training_rows_only(small):
     from fedbn.federation.setup import build_context
 
-    whole, held = build_context(small()), build_context(small(validation=True))
-    assert held.population.unseen == ()
-    for user, i in zip(held.population.users, whole.population.seen, strict=True):
-        source = {tuple(r.flatten().tolist()) for r in whole.population.users[i].train.x}
+    full, validation = build_context(small()), build_context(small(validation=True))
+    assert validation.population.unseen == ()
+    for user, i in zip(validation.population.users, full.population.seen, strict=True):
+        source = {tuple(r.flatten().tolist()) for r in full.population.users[i].train.x}
         train = {tuple(r.flatten().tolist()) for r in user.train.x}
         test = {tuple(r.flatten().tolist()) for r in user.test.x}
         assert train | test <= source
         assert not train & test
 
 
-# Mistakes ------------------------------------------------------------------------------------------------------------
+# Errors --------------------------------------------------------------------------------------------------------------
 
 
-def test_resume_refuses_other_numerics(tmp_path, monkeypatch):
+def test_resume_rejects_other_numerics(tmp_path, monkeypatch):
     compare(experiment(seeds=1), tmp_path, workers=1)
     monkeypatch.setattr(provenance, "NUMERICS", provenance.NUMERICS + 1)
     with pytest.raises(UserError, match="was computed with other numerics .* start again with another --out"):
@@ -256,13 +256,13 @@ def test_resume_refuses_other_numerics(tmp_path, monkeypatch):
         compare(experiment(seeds=1), tmp_path, workers=1)
 
 
-def test_load_outcome_refuses_other_numerics_data_versions_or_run(tmp_path, monkeypatch, small):
+def test_load_outcome_rejects_mismatch(tmp_path, monkeypatch, small):
     run = small("fedbn", rounds=1)
     outcome = federate(run)
     path = tmp_path / CHECKPOINT
     store.save_outcome(path, run, outcome, {"data": "abc"})
     assert store.load_outcome(path, run, {"data": "abc"}).curve == outcome.curve
-    with pytest.raises(UserError, match="was made on other data"):
+    with pytest.raises(UserError, match="was written for other data"):
         store.load_outcome(path, run, {"data": "abd"})
     with pytest.raises(UserError, match="belongs to another run"):
         store.load_outcome(path, replace(run, seed=9))
@@ -272,53 +272,53 @@ def test_load_outcome_refuses_other_numerics_data_versions_or_run(tmp_path, monk
             store.load_outcome(path, run)
     with monkeypatch.context() as patch:
         patch.setattr(store, "versions", lambda: {})
-        with pytest.raises(UserError, match="was made with other versions"):
+        with pytest.raises(UserError, match="was written with other versions"):
             store.load_outcome(path, run)
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(UserError, match="cannot be read .*: delete it and resume"):
         store.load_outcome(path, run)
 
 
-def test_an_outcome_survives_the_disk_to_the_last_bit(tmp_path, small):
+def test_outcome_round_trip_is_exact(tmp_path, small):
     run = small("global-recalibrated", rounds=1)
     outcome = federate(run)
     store.save_outcome(tmp_path / "x", run, outcome)
-    back = store.load_outcome(tmp_path / "x", run)
-    assert back.scores == outcome.scores
-    for a, b in ((back.server.state, outcome.server.state), (back.server.serving, outcome.server.serving)):
+    loaded = store.load_outcome(tmp_path / "x", run)
+    assert loaded.scores == outcome.scores
+    for a, b in ((loaded.server.state, outcome.server.state), (loaded.server.serving, outcome.server.serving)):
         assert a.keys() == b.keys()
         assert all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_another_comparison_is_not_overwritten(tmp_path):
+def test_compare_does_not_overwrite_other_comparison(tmp_path):
     compare(experiment("fedbn", seeds=1), tmp_path, workers=1)
-    with pytest.raises(UserError, match="holds another comparison; choose another --out"):
+    with pytest.raises(UserError, match="has another comparison; choose another --out"):
         compare(experiment("silobn", seeds=1), tmp_path, workers=1)
 
 
-def test_what_nobody_named_a_place_for_gets_one_of_its_own(tmp_path, monkeypatch):
+def test_default_directory_is_stable_and_unique(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     first, second = (experiment(name, seeds=1).resolved() for name in ("fedbn", "silobn"))
-    place = default_place(first)
-    assert str(place) == "results/digits8"
-    place.mkdir(parents=True)
-    (place / "comparison.json").write_text(json.dumps({"experiment": first.to_dict()}))
-    assert default_place(first) == place
-    assert default_place(second) != place
-    assert default_place(second) == default_place(second)
-    assert default_place(second).name.startswith("digits8-")
+    directory = default_directory(first)
+    assert str(directory) == "results/digits8"
+    directory.mkdir(parents=True)
+    (directory / "comparison.json").write_text(json.dumps({"experiment": first.to_dict()}))
+    assert default_directory(first) == directory
+    assert default_directory(second) != directory
+    assert default_directory(second) == default_directory(second)
+    assert default_directory(second).name.startswith("digits8-")
 
 
-def test_nothing_to_resume(tmp_path):
-    with pytest.raises(UserError, match="holds no comparison .* start one with `fedbn compare`"):
+def test_resume_without_comparison(tmp_path):
+    with pytest.raises(UserError, match="has no comparison .* start one with `fedbn compare`"):
         resume(tmp_path)
 
 
-def test_an_output_that_cannot_be_written(tmp_path):
+def test_unwritable_output_is_reported(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write to .*; choose another --out"):
         compare(experiment(), tmp_path / "file" / "out", workers=1)
-    with pytest.raises(UserError, match="cannot write .*; choose another --out or free the disk"):
+    with pytest.raises(UserError, match="cannot write .*; choose another --out or free disk space"):
         store.write_atomically(tmp_path / "file" / "x", b"")
 
 
@@ -327,19 +327,19 @@ def test_an_output_that_cannot_be_written(tmp_path):
     [
         ({}, "no scenario given: see `fedbn list scenarios`"),
         ({"scenario": "digits8", "strategy": "fedbn"}, "Did you mean 'strategies'"),
-        ({"scenario": "digits8", "plan": {"epochs": 3}}, r"unknown setting in \[plan\] 'epochs'"),
-        ({"scenario": "digits8", "seeds": 0}, "--seeds must be at least 1"),
+        ({"scenario": "digits8", "plan": {"epochs": 3}}, r"unknown option of plan 'epochs'"),
+        ({"scenario": "digits8", "seeds": 0}, "seeds must be at least 1"),
         ({"scenario": "digits8", "strategies": ["fedbn", "fedbn"]}, "strategies given twice: fedbn"),
         ({"scenario": "digits8", "strategies": []}, "no strategy given"),
         ({"scenario": "digits8", "tune": [0.1, -1]}, "must be positive"),
     ],
 )
-def test_a_wrong_experiment_names_the_mistake(values, message):
+def test_experiment_rejects_bad_input(values, message):
     with pytest.raises(UserError, match=message):
         Experiment.from_dict(values).resolved()
 
 
-def test_run_files_say_what_the_command_line_says(tmp_path):
+def test_read_run_file(tmp_path):
     file = tmp_path / "run.toml"
     file.write_text('scenario = "digits8"\nstrategies = ["fedbn"]\nseeds = 2\n[plan]\nrounds = 3\n')
     read = Experiment.from_dict(read_run_file(file))

@@ -1,4 +1,4 @@
-"""The contract with the parts of Flower that are not public; fails on a version that changed them."""
+"""Contract with private parts of Flower; fails for versions that change them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from flwr.serverapp import Grid
 from simulations.flower import compat as flower_compat
 
 
-def test_messages_need_an_identity_and_get_one():
+def test_task_identity_allows_message_creation():
     with flower_compat.task_identity(5):
         message = Message(RecordDict(), 3, "train")
     assert (message.metadata.run_id, message.metadata.src_node_id, message.metadata.dst_node_id) == (5, 1, 3)
@@ -18,13 +18,13 @@ def test_messages_need_an_identity_and_get_one():
         Message(RecordDict(), 3, "train")
 
 
-def test_constants_are_flowers():
+def test_constants_match_flower():
     assert flower_compat.SERVER_NODE_ID == SUPERLINK_NODE_ID
     assert flower_compat.NODE_UNAVAILABLE == ErrorCode.NODE_UNAVAILABLE
     assert flower_compat.CLIENT_APP_RAISED == ErrorCode.CLIENT_APP_RAISED_EXCEPTION
 
 
-def test_ids_contents_and_runs():
+def test_set_message_id_with_content_and_flower_run():
     with flower_compat.task_identity(5):
         message = Message(RecordDict({"a": ConfigRecord({"x": 1})}), 3, "train")
     flower_compat.set_message_id(message, "m-1")
@@ -38,7 +38,7 @@ def test_ids_contents_and_runs():
     assert flower_compat.flower_run(9).run_id == 9
 
 
-def test_copied_records_do_not_share_containers():
+def test_copy_records_copies_containers():
     records = RecordDict({"a": ConfigRecord({"x": 1})})
     copy = flower_compat.copy_records(records)
     assert copy == records
@@ -49,7 +49,7 @@ def test_copied_records_do_not_share_containers():
         copy["c"] = 3
 
 
-def test_a_delivered_message_is_like_any_other():
+def test_with_content_creates_complete_message():
     with flower_compat.task_identity(5):
         message = Message(RecordDict(), 3, "train")
     copy = flower_compat.with_content(message, RecordDict({"a": ConfigRecord()}))
@@ -58,7 +58,7 @@ def test_a_delivered_message_is_like_any_other():
     assert not copy.has_error()
 
 
-def test_the_grid_is_abstract_in_what_we_implement():
+def test_grid_has_expected_abstract_methods():
     assert {
         "create_message",
         "get_node_ids",

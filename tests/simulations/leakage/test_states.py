@@ -1,4 +1,4 @@
-"""What the states of made-up people give away, and the command that measures it on real ones."""
+"""Leakage of states of synthetic users, and the ``fedbn leakage`` command."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from simulations.leakage.messages import Leak
 from simulations.leakage.states import CONTROLS, StateLeak, measure_states, rows, state_leaks
 
 
-def people(n=12, windows=60):
-    """With an offset of their own that both recordings share."""
+def make_users(n=12, windows=60):
+    """Users with individual offsets that both recordings share."""
     draw = torch.Generator().manual_seed(0)
     offset = 0.5 * torch.randn(n, 1, 6, 1, generator=draw)
     x = torch.randn(n, 2, windows, 6, 32, generator=draw) + offset[:, None]
@@ -33,10 +33,10 @@ def people(n=12, windows=60):
 def leaks():
     torch.manual_seed(0)
     net = HarCNN((6, 32), 4).eval()
-    return {leak.control: leak for leak in measure_states(net, people(), seed=0)}
+    return {leak.control: leak for leak in measure_states(net, make_users(), seed=0)}
 
 
-def test_without_a_control_people_and_windows_are_found(leaks):
+def test_users_and_windows_leak_without_control(leaks):
     assert list(leaks) == list(CONTROLS)
     for control in ("none", "clip=3"):
         assert leaks[control].first > 0.8
@@ -45,57 +45,57 @@ def test_without_a_control_people_and_windows_are_found(leaks):
     assert leaks["none"].guess > 0.5
 
 
-def test_each_control_does_its_own(leaks):
+def test_each_control_reduces_its_leak(leaks):
     assert leaks["clip=3, noise=10"].first < 0.5
     assert leaks["clip=3, noise=1"].error > 3
-    assert leaks["minimum=50"].error is None, "the count told does not move between the two"
-    late = leaks["last layer alone"]
-    assert late.first is None
-    assert late.last == leaks["none"].last
-    assert late.error is None
+    assert leaks["minimum=50"].error is None, "both states have the same released count"
+    last_only = leaks["last layer alone"]
+    assert last_only.first is None
+    assert last_only.last == leaks["none"].last
+    assert last_only.error is None
 
 
-def test_people_with_too_few_windows_are_not_released():
-    few = measure_states(HarCNN((6, 32), 4).eval(), people(3, windows=20), seed=0)
-    by_name = {leak.control: leak for leak in few}
+def test_states_below_minimum_are_not_released():
+    leaks = measure_states(HarCNN((6, 32), 4).eval(), make_users(3, windows=20), seed=0)
+    by_name = {leak.control: leak for leak in leaks}
     assert by_name["none"].users == 3
-    kept_back = by_name["minimum=50"]
-    assert (kept_back.users, kept_back.first, kept_back.error, kept_back.chance) == (0, None, None, None)
-    assert rows([kept_back])[0]["chance"] == "not released"
+    withheld = by_name["minimum=50"]
+    assert (withheld.users, withheld.first, withheld.error, withheld.chance) == (0, None, None, None)
+    assert rows([withheld])[0]["chance"] == "not released"
 
 
-def test_the_command_prints_the_table_and_puts_it_into_a_document(monkeypatch, tmp_path):
-    said = [StateLeak("none", 0.5, None, None, 0.8, 4)]
-    monkeypatch.setattr(leakage_states, "state_leaks", lambda run: said)
+def test_command_prints_states_table_and_updates_document(monkeypatch, tmp_path):
+    leaks = [StateLeak("none", 0.5, None, None, 0.8, 4)]
+    monkeypatch.setattr(leakage_states, "state_leaks", lambda run: leaks)
     page = tmp_path / "page.md"
     page.write_text("<!-- begin leakage-states -->\nold\n<!-- end leakage-states -->\n")
-    done = CliRunner().invoke(app, ["leakage", "digits8", "--states", "--into", str(page)])
-    assert done.exit_code == 0
-    assert "50%" in done.output
-    assert "| none | 4 | 50% | not released | 25% | nothing to solve | 0.8 |" in page.read_text()
-    done = CliRunner().invoke(app, ["leakage", "digits8", "--states", "--json"])
-    assert json.loads(done.output)[0]["users"] == 4
+    result = CliRunner().invoke(app, ["leakage", "digits8", "--states", "--into", str(page)])
+    assert result.exit_code == 0
+    assert "50%" in result.output
+    assert "| none | 4 | 50% | not released | 25% | not solvable | 0.8 |" in page.read_text()
+    result = CliRunner().invoke(app, ["leakage", "digits8", "--states", "--json"])
+    assert json.loads(result.output)[0]["users"] == 4
 
 
-def test_what_messages_give_away_goes_into_a_document_too(monkeypatch, tmp_path):
+def test_command_updates_messages_table_in_document(monkeypatch, tmp_path):
     monkeypatch.setattr(
         "simulations.leakage.messages.measure", lambda run, controls: [Leak("clip=1", "last", 0.5, 0.25, 4)]
     )
     monkeypatch.setattr("simulations.leakage.messages.inversion", lambda run: {"guess": 0.8, "1": 1e-6})
     page = tmp_path / "page.md"
     page.write_text("<!-- begin leakage -->\nold\n<!-- end leakage -->\n")
-    done = CliRunner().invoke(app, ["leakage", "digits8", "--into", str(page)])
-    assert done.exit_code == 0
-    assert "found again" in done.output
+    result = CliRunner().invoke(app, ["leakage", "digits8", "--into", str(page)])
+    assert result.exit_code == 0
+    assert "found again" in result.output
     assert "| clip=1 | last | 4 | 50% | 25% |" in page.read_text()
     assert "| none: guess the mean | 0.8 |\n| 1 | 1e-06 |" in page.read_text()
 
 
-def test_what_cannot_be_measured_is_said():
-    with pytest.raises(UserError, match="two people at least"):
-        measure_states(HarCNN((6, 32), 4), people(1), seed=0)
+def test_leakage_rejects_bad_input():
+    with pytest.raises(UserError, match="at least two people"):
+        measure_states(HarCNN((6, 32), 4), make_users(1), seed=0)
     with pytest.raises(UserError, match="leakage of states works on running statistics"):
-        measure_states(nn.Linear(2, 2), people(2), seed=0)
+        measure_states(nn.Linear(2, 2), make_users(2), seed=0)
     with pytest.raises(UserError, match="shares no model"):
         state_leaks(Run("digits8", "local", plan=plan_for("digits8")))
     with pytest.raises(UserError, match="goes with --states"):

@@ -1,4 +1,4 @@
-"""Advice: the best of each cell, who is not clearly behind, and the reversal between own and pooled tests."""
+"""Tests of advice: the best strategy per cell, comparable strategies, and reversals between own and pooled tests."""
 
 from __future__ import annotations
 
@@ -27,30 +27,30 @@ def directory(tmp_path_factory):
     return compare(Experiment.from_dict(values), out, workers=1)
 
 
-def test_a_bound_is_never_advised(directory):
-    found = verdict(Comparison.load(directory), "own", "aggregated")
-    assert found.best != "centralized"
-    assert "centralized" not in found.beside
+def test_verdict_excludes_bounds(directory):
+    result = verdict(Comparison.load(directory), "own", "aggregated")
+    assert result.best != "centralized"
+    assert "centralized" not in result.comparable
 
 
-def test_the_best_has_the_highest_mean_and_the_rest_are_beside_or_behind(directory):
+def test_verdict_has_highest_mean(directory):
     comparison = Comparison.load(directory)
     matrix = comparison.matrix().query("row == 'own' and column == 'aggregated' and strategy != 'centralized'")
-    found = verdict(comparison, "own", "aggregated")
-    assert found.mean == matrix["mean"].max()
-    assert len(found.beside) + found.clearly_behind == len(matrix) - 1
-    for other in found.beside:
-        assert not comparison.contrast(found.best, other, "own", "aggregated", "accuracy").users.excludes_zero
+    result = verdict(comparison, "own", "aggregated")
+    assert result.mean == matrix["mean"].max()
+    assert len(result.comparable) + result.clearly_behind == len(matrix) - 1
+    for other in result.comparable:
+        assert not comparison.contrast(result.best, other, "own", "aggregated", "accuracy").users.excludes_zero
 
 
-def test_the_reversal_under_label_skew_is_stated(directory):
+def test_advice_reports_reversal(directory):
     text = advice([directory])
     assert "| shards | `local`" in text
     assert "Reversals:" in text
     assert "shards: `local` is best on users' own tests" in text
 
 
-def test_it_goes_between_its_markers(tmp_path):
+def test_replace_block_between_markers(tmp_path):
     page = tmp_path / "which.md"
     page.write_text("a\n<!-- begin advice -->\nold\n<!-- end advice -->\nb\n")
     replace_block(page, "advice", "new\n")

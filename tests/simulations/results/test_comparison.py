@@ -1,4 +1,4 @@
-"""Statistics over a result directory, against direct computation on made-up results with known means."""
+"""Statistics of a results directory, compared with direct computation on synthetic results with known means."""
 
 import json
 import warnings
@@ -26,7 +26,7 @@ def write(
     seeds=(0, 1, 2),
     users=12,
     unseen=4,
-    spread=0.05,
+    user_std=0.05,
     noise=0.01,
     domains=1,
     columns=("aggregated", "recalibrated", "online"),
@@ -34,17 +34,17 @@ def write(
     name=lambda i: f"user {i:02d}",
     **meta,
 ):
-    """A comparison in which a user's accuracy is strategy mean + user effect + noise of the seed.
+    """Write a comparison in which a user's accuracy is strategy mean + user effect + noise of the seed.
 
-    groupnorm has no statistics (one column); fedbn's users differ on the global test, the others' do not.
+    groupnorm has no statistics (one column). Users differ on the global test for fedbn only.
     """
     rng = np.random.default_rng(7)
-    effect = rng.normal(0, spread, users + unseen)
+    effect = rng.normal(0, user_std, users + unseen)
     labels = list(strategies)
     write_comparison(
         directory,
         {
-            "title": "Made-up comparison",
+            "title": "Synthetic comparison",
             "scenario": "synthetic",
             "strategies": labels,
             "seeds": list(seeds),
@@ -62,8 +62,8 @@ def write(
     names = [name(i) for i in range(users + unseen)]
     for label, mean in strategies.items():
         for seed in seeds:
-            # One draw per user and seed, the same for all strategies: paired, as with common seeds.
-            luck = np.random.default_rng(seed).normal(0, noise, (users + unseen, 3))
+            # The same noise per user and seed for all strategies: paired, as with common seeds.
+            seed_noise = np.random.default_rng(seed).normal(0, noise, (users + unseen, 3))
             own_noise = np.random.default_rng([seed, labels.index(label)]).normal(0, noise, (users + unseen, 3))
             lines = []
             for k, column in enumerate(columns[:1] if label == "groupnorm" else columns):
@@ -71,11 +71,11 @@ def write(
                     rows = ("own", "global") if i < users else ("unseen",)
                     for row in rows:
                         local = label == "fedbn" or row != "global"
-                        shown = mean + 0.01 * k
-                        shown += effect[i] + luck[i, k] if local else 0.001 * seed
+                        value = mean + 0.01 * k
+                        value += effect[i] + seed_noise[i, k] if local else 0.001 * seed
                         if local and label != labels[0]:
-                            shown += own_noise[i, k]
-                        accuracy = float(np.clip(shown, 0, 1))
+                            value += own_noise[i, k]
+                        accuracy = float(np.clip(value, 0, 1))
                         lines.append(
                             {
                                 "user": user,
@@ -130,7 +130,8 @@ def write(
     return directory
 
 
-def one(frame, **where):
+def single(frame, **where):
+    """The only line of a frame with the given values."""
     for key, value in where.items():
         frame = frame[frame[key] == value]
     assert len(frame) == 1
@@ -155,7 +156,7 @@ def _no_warnings():
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_means_equal_direct_computation(comparison, metric):
+def test_matrix_means_and_seed_intervals(comparison, metric):
     cells = dict(list(comparison.evaluations.groupby(["strategy", "row", "column"])))
     for line in comparison.matrix(metric).dropna(subset="mean").itertuples():
         if line.row != "worst":
@@ -170,13 +171,13 @@ def test_means_equal_direct_computation(comparison, metric):
 
 @pytest.mark.parametrize(("metric", "worst_is_low"), [("accuracy", True), ("loss", False)])
 @pytest.mark.parametrize(("users", "tenth"), [(5, 1), (19, 1), (20, 2), (35, 3)])
-def test_worst_tenth(tmp_path, users, tenth, metric, worst_is_low):
+def test_matrix_worst_tenth(tmp_path, users, tenth, metric, worst_is_low):
     comparison = Comparison.load(write(tmp_path, {"global": 0.8}, users=users, columns=("aggregated",)))
     per_seed = []
     for _, cell in comparison.evaluations.query("row == 'own'").groupby("seed"):
         ordered = np.sort(cell[metric].to_numpy())
         per_seed.append((ordered[:tenth] if worst_is_low else ordered[-tenth:]).mean())
-    line = one(comparison.matrix(metric), row="worst")
+    line = single(comparison.matrix(metric), row="worst")
     assert line["mean"] == pytest.approx(np.mean(per_seed))
     assert line["ci_low"] <= line["mean"] <= line["ci_high"]
 
@@ -185,44 +186,44 @@ def test_worst_of_users_with_different_users_per_seed():
     values = np.array([[0.9, np.nan], [0.2, np.nan], [0.4, 0.7]])
     assert worst_of_users(values) == pytest.approx((0.2 + 0.7) / 2)
     assert worst_of_users(values[:, [1]]) == pytest.approx(0.7)
-    # In a resample a seed may lose all its users; the other seeds then speak.
+    # In a resample, a seed may lose all its users; the other seeds are used then.
     assert worst_of_users(values[:2]) == pytest.approx(0.2)
     assert mean_of_users(values[:2]) == pytest.approx(0.55)
 
 
-def test_interval_grows_with_the_difference_between_users_not_with_seeds():
+def test_user_interval_depends_on_users_not_seeds():
     rng = np.random.default_rng(0)
     effect = rng.normal(0, 1, (30, 1))
-    luck = rng.normal(0, 0.01, (30, 5))
-    narrow, wide = (user_interval(mean_of_users, 0.8 + s * effect + luck) for s in (0.01, 0.1))
+    noise = rng.normal(0, 0.01, (30, 5))
+    narrow, wide = (user_interval(mean_of_users, 0.8 + s * effect + noise) for s in (0.01, 0.1))
     assert wide.high - wide.low > 5 * (narrow.high - narrow.low)
     # The same users with more seeds are not more users.
-    again = user_interval(mean_of_users, np.tile(0.8 + 0.1 * effect, (1, 20)))
-    assert again.high - again.low > 0.8 * (wide.high - wide.low)
+    repeated = user_interval(mean_of_users, np.tile(0.8 + 0.1 * effect, (1, 20)))
+    assert repeated.high - repeated.low > 0.8 * (wide.high - wide.low)
 
 
-def test_interval_agrees_with_the_normal_approximation():
+def test_user_interval_matches_normal_approximation():
     values = np.random.default_rng(3).normal(0.8, 0.1, (400, 1))
     low, high = user_interval(mean_of_users, values)
     half = 1.96 * values.std(ddof=1) / 20
     assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.1 * half)
 
 
-def test_interval_is_reproducible_and_memory_is_bounded_for_many_users(monkeypatch):
+def test_user_interval_is_deterministic_and_bounds_memory(monkeypatch):
     monkeypatch.setattr(inference, "RESAMPLES", 500)
     values = np.random.default_rng(1).random((5000, 2))
-    taken = []
+    sizes = []
 
-    def noted(resampled):
-        taken.append(resampled.size)
+    def statistic(resampled):
+        sizes.append(resampled.size)
         return mean_of_users(resampled)
 
-    assert user_interval(noted, values) == user_interval(noted, values)
-    assert max(taken) <= 4_000_000 < 500 * values.size
+    assert user_interval(statistic, values) == user_interval(statistic, values)
+    assert max(sizes) <= 4_000_000 < 500 * values.size
 
 
-def test_paired_is_the_mean_difference_by_user(comparison):
-    line = one(comparison.paired(), strategy="fedbn", row="own", column="aggregated")
+def test_paired_is_mean_difference_by_user(comparison):
+    line = single(comparison.paired(), strategy="fedbn", row="own", column="aggregated")
     users = comparison.evaluations.query("row == 'own' and column == 'aggregated'")
     table = users.pivot_table(index="user", columns="strategy", values="accuracy")
     difference = table["fedbn"] - table["global"]
@@ -230,13 +231,13 @@ def test_paired_is_the_mean_difference_by_user(comparison):
     assert line["better"] == (difference > 0.01).sum()
     assert line["worse"] == (difference < -0.01).sum()
     assert line["p"] == pytest.approx(stats.wilcoxon(difference).pvalue)
-    # Pairing removes what users have in common: much narrower than the interval of a mean.
-    mean = one(comparison.matrix(), strategy="fedbn", row="own", column="aggregated")
+    # Pairing removes variation that strategies have in common: much narrower than the interval of a mean.
+    mean = single(comparison.matrix(), strategy="fedbn", row="own", column="aggregated")
     assert line["ci_high"] - line["ci_low"] < 0.5 * (mean["ci_high"] - mean["ci_low"])
     assert line["ci_low"] < 0.05 < line["ci_high"]
 
 
-def test_identical_strategies_differ_by_exactly_nothing(directory, tmp_path):
+def test_identical_strategies_have_zero_difference(directory, tmp_path):
     for source in (directory / "runs").glob("0-*/result.json"):
         result = json.loads(source.read_text())
         write_run(tmp_path, source.parent.name, result)
@@ -253,50 +254,50 @@ def test_identical_strategies_differ_by_exactly_nothing(directory, tmp_path):
     assert comparison.clear_best() == set()
 
 
-def test_two_shared_models_on_shared_test_data_are_not_many_observations(comparison):
-    line = one(comparison.paired(), strategy="groupnorm", row="global", column="aggregated")
+def test_paired_shared_models_are_one_observation(comparison):
+    line = single(comparison.paired(), strategy="groupnorm", row="global", column="aggregated")
     assert line["difference"] == pytest.approx(0.02)
     assert np.isnan(line[["ci_low", "ci_high", "p"]].astype(float)).all()
     assert line["seed_low"] == pytest.approx(0.02)
 
 
 def test_adjusted_p_is_monotone_and_never_smaller(comparison):
-    known = comparison.paired().dropna(subset="p").sort_values("p")
-    assert (known["p_adjusted"] >= known["p"]).all()
-    assert (known["p_adjusted"].diff().dropna() >= -1e-15).all()
-    assert known["p_adjusted"].iloc[-1] == pytest.approx(known["p"].iloc[-1])
+    tested = comparison.paired().dropna(subset="p").sort_values("p")
+    assert (tested["p_adjusted"] >= tested["p"]).all()
+    assert (tested["p_adjusted"].diff().dropna() >= -1e-15).all()
+    assert tested["p_adjusted"].iloc[-1] == pytest.approx(tested["p"].iloc[-1])
     assert adjust(pd.Series([np.nan, np.nan])).isna().all()
 
 
-def test_loss_counts_a_decrease_as_better(comparison):
+def test_paired_loss_counts_decrease_as_better(comparison):
     accuracy, loss = (
-        one(comparison.paired(m), strategy="fedbn", row="own", column="online") for m in ("accuracy", "loss")
+        single(comparison.paired(m), strategy="fedbn", row="own", column="online") for m in ("accuracy", "loss")
     )
     assert loss["difference"] == pytest.approx(-accuracy["difference"])
     assert (loss["better"], loss["worse"]) == (accuracy["better"], accuracy["worse"])
 
 
-def test_clear_best_needs_every_paired_interval(comparison):
+def test_clear_best_requires_every_paired_interval(comparison):
     best = comparison.clear_best()
     assert ("fedbn", "own", "aggregated") in best
     assert ("fedbn", "unseen", "aggregated") in best
-    # Between two strategies without a spread over users there is no interval, so nothing is clear.
+    # Without variation over users there is no interval, so no difference is clear.
     assert not any(strategy == "groupnorm" for strategy, _, _ in best)
     assert {b[:2] for b in comparison.clear_best("loss")} >= {("fedbn", "own")}
 
 
-def test_missing_cells(comparison):
-    line = one(comparison.matrix(), strategy="groupnorm", row="own", column="online")
+def test_missing_cells_are_nan(comparison):
+    line = single(comparison.matrix(), strategy="groupnorm", row="own", column="online")
     assert np.isnan(line["mean"])
     assert (line["n_users"], line["n_seeds"]) == (0, 0)
-    line = one(comparison.paired(), strategy="groupnorm", row="unseen", column="recalibrated")
+    line = single(comparison.paired(), strategy="groupnorm", row="unseen", column="recalibrated")
     assert np.isnan(line["difference"])
     assert line["n_users"] == 0
     assert "groupnorm" not in comparison.wide().loc["adapted online"].index
     assert comparison.differences("groupnorm", "own", "online").empty
 
 
-def test_a_strategy_without_a_model_for_unseen_users(tmp_path):
+def test_wide_without_unseen_users(tmp_path):
     write(tmp_path)
     for path in (tmp_path / "runs").glob("1-*/result.json"):
         result = json.loads(path.read_text())
@@ -307,42 +308,42 @@ def test_a_strategy_without_a_model_for_unseen_users(tmp_path):
 
 
 @pytest.mark.parametrize(("users", "seeds"), [(1, (0, 1)), (6, (0,)), (1, (0,))])
-def test_one_user_or_one_seed(tmp_path, users, seeds):
+def test_intervals_with_one_user_or_one_seed(tmp_path, users, seeds):
     comparison = Comparison.load(write(tmp_path, users=users, unseen=0, seeds=seeds))
-    line = one(comparison.matrix(), strategy="fedbn", row="own", column="aggregated")
-    paired = one(comparison.paired(), strategy="fedbn", row="own", column="aggregated")
-    for found in (line, paired):
-        assert np.isnan(found["ci_low"]) == (users == 1)
-        assert np.isnan(found["seed_low"]) == (len(seeds) == 1)
+    line = single(comparison.matrix(), strategy="fedbn", row="own", column="aggregated")
+    paired = single(comparison.paired(), strategy="fedbn", row="own", column="aggregated")
+    for result in (line, paired):
+        assert np.isnan(result["ci_low"]) == (users == 1)
+        assert np.isnan(result["seed_low"]) == (len(seeds) == 1)
     assert np.isnan(paired["p"]) == (users == 1)
     assert "unseen" not in set(comparison.matrix()["row"])
     assert comparison.to_markdown()
     assert comparison.to_latex()
 
 
-def test_unfinished_runs_are_skipped_and_pairs_use_common_seeds(tmp_path):
+def test_unfinished_runs_are_skipped(tmp_path):
     comparison = Comparison.load(write(tmp_path, unfinished=[("global", 1), ("fedbn", 2)]))
     assert comparison.missing == 2
     assert "2 of 9 runs are not finished" in comparison.notices[0]
-    assert one(comparison.matrix(), strategy="fedbn", row="own", column="aggregated")["n_seeds"] == 2
-    paired = one(comparison.paired(), strategy="fedbn", row="own", column="aggregated")
+    assert single(comparison.matrix(), strategy="fedbn", row="own", column="aggregated")["n_seeds"] == 2
+    paired = single(comparison.paired(), strategy="fedbn", row="own", column="aggregated")
     assert paired["n_seeds"] == 1
-    both = comparison.evaluations.query("seed == 0 and row == 'own' and column == 'aggregated'")
-    means = both.groupby("strategy")["accuracy"].mean()
+    common = comparison.evaluations.query("seed == 0 and row == 'own' and column == 'aggregated'")
+    means = common.groupby("strategy")["accuracy"].mean()
     assert paired["difference"] == pytest.approx(means["fedbn"] - means["global"])
 
 
-def test_a_comparison_whose_reference_is_not_finished(tmp_path):
+def test_paired_with_unfinished_reference(tmp_path):
     comparison = Comparison.load(write(tmp_path, seeds=(0,), unfinished=[("global", 0)]))
     assert comparison.paired()["difference"].isna().all()
 
 
 def test_by_domain(tmp_path):
     comparison = Comparison.load(write(tmp_path, domains=3))
-    found = comparison.by_domain()
-    assert set(found["domain"]) == {"domain 0", "domain 1", "domain 2"}
-    assert set(found["row"]) == {"own", "unseen"}
-    line = one(found, strategy="fedbn", row="own", column="aggregated", domain="domain 1")
+    frame = comparison.by_domain()
+    assert set(frame["domain"]) == {"domain 0", "domain 1", "domain 2"}
+    assert set(frame["row"]) == {"own", "unseen"}
+    line = single(frame, strategy="fedbn", row="own", column="aggregated", domain="domain 1")
     cell = comparison.evaluations.query(
         "strategy == 'fedbn' and row == 'own' and column == 'aggregated' and domain == 'domain 1'"
     )
@@ -351,7 +352,7 @@ def test_by_domain(tmp_path):
 
 
 @pytest.mark.parametrize("domains", [1, 13])
-def test_domains_are_shown_only_when_there_are_a_few(tmp_path, domains):
+def test_by_domain_requires_a_few_domains(tmp_path, domains):
     comparison = Comparison.load(write(tmp_path, {"global": 0.8}, users=20, domains=domains, seeds=(0,)))
     assert comparison.by_domain().empty
 
@@ -366,12 +367,12 @@ def test_traffic_and_seconds(comparison):
     assert seconds["per_round"] == pytest.approx(11 / 20)
 
 
-def test_exported_csv_equals_the_frame(comparison, tmp_path):
+def test_to_csv_equals_matrix(comparison, tmp_path):
     comparison.to_csv(tmp_path / "matrix.csv")
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "matrix.csv"), comparison.matrix(), check_exact=False)
 
 
-def test_markdown_and_latex_show_every_strategy_and_escape(tmp_path):
+def test_markdown_and_latex_escape_labels(tmp_path):
     comparison = Comparison.load(write(tmp_path, {"a|b": 0.8, "50%_x": 0.7}))
     assert "| a\\|b |" in comparison.to_markdown()
     assert comparison.to_markdown().count("\n") == 2 + 2 * 3
@@ -379,13 +380,13 @@ def test_markdown_and_latex_show_every_strategy_and_escape(tmp_path):
     assert "worst 10 \\%" in comparison.to_latex()
 
 
-def test_frames_are_the_callers_to_change(comparison):
+def test_matrix_returns_copies(comparison):
     changed = comparison.matrix()
     changed["mean"] = 0.0
     assert comparison.matrix()["mean"].max() > 0
 
 
-def test_a_diverged_loss_is_written_as_null_and_read_as_missing(tmp_path):
+def test_nonfinite_values_are_stored_as_null(tmp_path):
     write(tmp_path, {"global": 0.8}, seeds=(0,))
     path = tmp_path / "runs" / "0-0" / "result.json"
     result = json.loads(path.read_text())
@@ -395,12 +396,12 @@ def test_a_diverged_loss_is_written_as_null_and_read_as_missing(tmp_path):
     assert "NaN" not in path.read_text()
     comparison = Comparison.load(tmp_path)
     assert comparison.curves["train_loss"].isna().sum() == 1
-    assert one(comparison.matrix("loss"), row="own", column="aggregated")["n_users"] == 11
-    assert one(comparison.matrix(), row="own", column="aggregated")["n_users"] == 12
+    assert single(comparison.matrix("loss"), row="own", column="aggregated")["n_users"] == 11
+    assert single(comparison.matrix(), row="own", column="aggregated")["n_users"] == 12
 
 
-def test_mistakes_are_named(tmp_path, directory):
-    with pytest.raises(UserError, match="no comparison"):
+def test_load_rejects_bad_input(tmp_path, directory):
+    with pytest.raises(UserError, match="is not a comparison"):
         Comparison.load(tmp_path)
     with pytest.raises(UserError, match="no finished run"):
         Comparison.load(write(tmp_path / "empty", {"global": 0.8}, seeds=(0,), unfinished=[("global", 0)]))
@@ -419,7 +420,7 @@ def test_mistakes_are_named(tmp_path, directory):
         Comparison.load(twice)
 
 
-def test_runs_of_another_comparison_are_left_out(tmp_path):
+def test_load_skips_runs_of_other_comparison(tmp_path):
     write(tmp_path)
     meta = json.loads((tmp_path / "comparison.json").read_text())
     write_comparison(tmp_path, meta | {"strategies": ["global", "fedbn"]})
@@ -429,47 +430,47 @@ def test_runs_of_another_comparison_are_left_out(tmp_path):
     assert set(comparison.runs["strategy"]) == {"global", "fedbn"}
 
 
-def test_a_model_that_all_hold_is_compared_for_every_user(tmp_path):
-    """A run writes the global test of a shared model once, under its first user; users differ between seeds."""
+def test_shared_model_is_compared_for_every_user(tmp_path):
+    """A run stores the global test of a shared model once, for its first user; users differ between seeds."""
     write(tmp_path)
     for path in (tmp_path / "runs").glob("*/result.json"):
         result = json.loads(path.read_text())
-        away = f"user {result['seed']:02d}"
-        kept = [e for e in result["evaluations"] if e["user"] != away]
+        absent = f"user {result['seed']:02d}"
+        evaluations = [e for e in result["evaluations"] if e["user"] != absent]
         if result["strategy"] != "fedbn":
-            first = next(e["user"] for e in kept if e["row"] == "global")
-            kept = [e for e in kept if e["row"] != "global" or e["user"] == first]
-        write_run(tmp_path, path.parent.name, result | {"evaluations": kept})
+            first = next(e["user"] for e in evaluations if e["row"] == "global")
+            evaluations = [e for e in evaluations if e["row"] != "global" or e["user"] == first]
+        write_run(tmp_path, path.parent.name, result | {"evaluations": evaluations})
     comparison = Comparison.load(tmp_path)
     paired = comparison.paired()
-    own_models = one(paired, strategy="fedbn", row="global", column="aggregated")
+    local = single(paired, strategy="fedbn", row="global", column="aggregated")
     means = {
         s: comparison.matrix().query("row == 'global' and column == 'aggregated' and strategy == @s") for s in MEANS
     }
-    assert own_models["n_users"] == 12
-    assert own_models["difference"] == pytest.approx(means["fedbn"]["mean"].item() - means["global"]["mean"].item())
-    assert own_models["ci_low"] < own_models["difference"] < own_models["ci_high"]
+    assert local["n_users"] == 12
+    assert local["difference"] == pytest.approx(means["fedbn"]["mean"].item() - means["global"]["mean"].item())
+    assert local["ci_low"] < local["difference"] < local["ci_high"]
     assert np.isnan(means["global"]["ci_low"].item())
-    # Users are in different seeds, so their means differ; still there is one observation a seed.
-    one_model = one(paired, strategy="groupnorm", row="global", column="aggregated")
-    assert np.isnan(one_model[["ci_low", "ci_high", "p"]].astype(float)).all()
-    assert one_model["seed_low"] == pytest.approx(0.02)
-    assert (one_model["better"], one_model["worse"]) == (12, 0)
+    # Users are in different seeds, so their means differ, but there is only one observation per seed.
+    shared = single(paired, strategy="groupnorm", row="global", column="aggregated")
+    assert np.isnan(shared[["ci_low", "ci_high", "p"]].astype(float)).all()
+    assert shared["seed_low"] == pytest.approx(0.02)
+    assert (shared["better"], shared["worse"]) == (12, 0)
 
 
-def test_one_unseen_user_a_seed_is_still_several_users(tmp_path):
+def test_one_unseen_user_per_seed(tmp_path):
     write(tmp_path, unseen=3)
     for path in (tmp_path / "runs").glob("*/result.json"):
         result = json.loads(path.read_text())
-        ctx = f"user {12 + result['seed']:02d}"
-        kept = [e for e in result["evaluations"] if e["row"] != "unseen" or e["user"] == ctx]
-        write_run(tmp_path, path.parent.name, result | {"evaluations": kept})
-    line = one(Comparison.load(tmp_path).matrix(), strategy="fedbn", row="unseen", column="aggregated")
+        unseen_user = f"user {12 + result['seed']:02d}"
+        evaluations = [e for e in result["evaluations"] if e["row"] != "unseen" or e["user"] == unseen_user]
+        write_run(tmp_path, path.parent.name, result | {"evaluations": evaluations})
+    line = single(Comparison.load(tmp_path).matrix(), strategy="fedbn", row="unseen", column="aggregated")
     assert line["n_users"] == 3
     assert line["ci_low"] < line["mean"] < line["ci_high"]
 
 
-def test_a_domain_that_is_not_seen_in_a_seed(tmp_path):
+def test_by_domain_with_domain_missing_in_seed(tmp_path):
     write(tmp_path, users=4, unseen=0, domains=4)
     for path in tmp_path.glob("runs/*/result.json"):
         result = json.loads(path.read_text())

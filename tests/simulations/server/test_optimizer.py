@@ -18,22 +18,24 @@ def states():
     return [{"w": torch.randn(3, generator=draw), "b": torch.randn(2, 2, generator=draw)} for _ in range(3)]
 
 
-def test_fedadam_follows_its_formula():
+def test_server_step_fedadam_matches_formula():
     old, mean, second = states()
     step = server_step(Plan(server_optimizer="fedadam", server_lr=0.1))
     with task_identity(1):
         new, memory = step(1, old, mean, {})
         newer, _ = step(2, new, second, memory)
     m = v = 0.0
-    for round_, (was, target, got) in enumerate([(old, mean, new), (new, second, newer)], start=1):
-        delta = target["w"].double() - was["w"].double()
+    for round_, (previous, target, actual) in enumerate([(old, mean, new), (new, second, newer)], start=1):
+        delta = target["w"].double() - previous["w"].double()
         m, v = 0.9 * m + 0.1 * delta, 0.99 * v + 0.01 * delta**2
         rate = 0.1 * (1 - 0.99 ** (round_ + 1)) ** 0.5 / (1 - 0.9 ** (round_ + 1))
-        torch.testing.assert_close(got["w"].double(), was["w"] + rate * m / (v.sqrt() + 1e-3), rtol=1e-5, atol=1e-6)
-        assert got["w"].dtype == torch.float32
+        torch.testing.assert_close(
+            actual["w"].double(), previous["w"] + rate * m / (v.sqrt() + 1e-3), rtol=1e-5, atol=1e-6
+        )
+        assert actual["w"].dtype == torch.float32
 
 
-def test_momentum_on_the_server_is_remembered_in_explicit_state():
+def test_server_step_returns_momentum_as_state():
     old, mean, second = states()
     step = server_step(Plan(server_optimizer="fedavgm", server_lr=0.5))
     with task_identity(1):
@@ -45,7 +47,7 @@ def test_momentum_on_the_server_is_remembered_in_explicit_state():
 
 
 @pytest.mark.parametrize("optimizer", ["fedavgm", "fedadam", "fedyogi", "fedadagrad"])
-def test_statistics_are_pooled_and_never_stepped_on(optimizer, small):
+def test_server_step_does_not_update_statistics(optimizer, small):
     plain = federate(small("global-naive", rounds=1))
     run = small("global-naive", rounds=1, server_optimizer=optimizer, server_lr=0.3)
     stepped = execute(run, "reference")
@@ -55,6 +57,6 @@ def test_statistics_are_pooled_and_never_stepped_on(optimizer, small):
         assert equal == (roles[key] is Role.STATISTICS), key
 
 
-def test_no_optimizer_is_the_mean():
+def test_server_step_is_none_without_optimizer():
     assert server_step(Plan()) is None
     assert same(states()[0], states()[0])

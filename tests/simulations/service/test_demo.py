@@ -27,10 +27,10 @@ from fedbn.models import build
 from fedbn.online import personalize
 from simulations.cli.app import app as cli
 from simulations.service.access import Access
-from simulations.service.api import create
-from simulations.service.demo.routes import FILES, PAGE, VISITORS, routes
-from simulations.service.demo.session import RULES, WHO, Playground, Session
-from simulations.service.server import address, listen, server_of
+from simulations.service.api import create_app
+from simulations.service.demo.routes import FILES, MAX_VISITORS, PAGE, routes
+from simulations.service.demo.session import RULES, USER, Playground, Session
+from simulations.service.server import address, create_server, listen
 from simulations.service.users import UserStore
 
 SHAPE, CLASSES = (6, 32), ("sitting", "walking")
@@ -52,62 +52,62 @@ def playground():
         name: User(name, "x", examples(40, level, 20 + i), examples(60, level, 30 + i))
         for i, (name, level) in enumerate({"user1": 0.5, "user2": -2.0}.items())
     }
-    return Playground(model.eval(), people, CLASSES, hop=1.28, title="two people", spread=np.ones(6))
+    return Playground(model.eval(), people, CLASSES, hop=1.28, title="two people", scale=np.ones(6))
 
 
-def test_every_rule_meets_every_window_before_it_learns_from_it(playground):
+def test_session_predicts_windows_before_learning(playground):
     session = Session(playground, "user1")
-    said = [step["said"] for part in (7, 20, 100) for step in session.step(part)["steps"]]
+    predicted = [step["predicted"] for limit in (7, 20, 100) for step in session.step(limit)["steps"]]
     data = playground.person("user1").test
-    assert len(said) == len(data)
+    assert len(predicted) == len(data)
     assert session.ended
     assert session.step(1)["steps"] == []
     for name, (text, _) in RULES.items():
         net = personalize(playground.model, text)
-        alone = [int(net(x[None], "you").argmax()) for x in data.x]
-        assert [s[name] for s in said] == alone
-        assert session.right[name] == sum(int(a == y) for a, y in zip(alone, data.y.tolist(), strict=True))
+        expected = [int(net(x[None], "you").argmax()) for x in data.x]
+        assert [p[name] for p in predicted] == expected
+        assert session.num_correct[name] == sum(int(a == y) for a, y in zip(expected, data.y.tolist(), strict=True))
 
 
-def test_statistics_begin_at_the_population_and_positions_are_shares_of_the_way(playground):
+def test_positions_start_at_population_and_move_to_person(playground):
     session = Session(playground, "user2")
-    assert all(v == 0 for at in session.positions().values() for v in at)
-    moved = session.step(60)["layers"]
-    assert all(v == 0 for v in moved["source"] + moved["calibrated"])
-    assert all(0 < v <= 1 for v in moved["DA-BN"])
-    own = playground.person("user2")
-    session.nets["calibrated"].calibrate(own.train.x, WHO, n0=0.0)
+    assert all(v == 0 for shares in session.positions().values() for v in shares)
+    positions = session.step(60)["layers"]
+    assert all(v == 0 for v in positions["source"] + positions["calibrated"])
+    assert all(0 < v <= 1 for v in positions["DA-BN"])
+    person = playground.person("user2")
+    session.nets["calibrated"].calibrate(person.train.x, USER, n0=0.0)
     assert min(session.positions()["calibrated"]) > 0.95
 
 
-def test_calibration_takes_one_window_of_each_activity_of_whoever_wears_it(playground):
+def test_calibration_needs_one_window_of_each_activity(playground):
     session = Session(playground, "user2")
     assert session.record(1) == {"recorded": 1, "missing": [0], "done": False}
     session.switch("user1")
-    assert session.record(0)["missing"] == [1], "what was recorded of somebody else must not count"
+    assert session.record(0)["missing"] == [1], "recordings of another person must not count"
     session.rotate(90)
-    assert session.record(1)["missing"] == [0], "nor what was recorded before the sensor was turned"
+    assert session.record(1)["missing"] == [0], "recordings before the rotation must not count"
     assert session.record(0)["done"]
-    assert session.nets["calibrated"].report(WHO)["frozen"]
-    assert session.nets["calibrated"].report(WHO)["calibrated"]
-    with pytest.raises(UserError, match="never recorded"):
+    assert session.nets["calibrated"].report(USER)["frozen"]
+    assert session.nets["calibrated"].report(USER)["calibrated"]
+    with pytest.raises(UserError, match="no recording of this activity"):
         session.record(7)
 
 
-def test_turning_the_sensor_changes_windows_as_it_should_and_is_noticed(playground):
+def test_rotation_rotates_sensor_axes(playground):
     session = Session(playground, "user1")
-    x = session._turned(playground.person("user1").test.x[:1])
+    x = session._rotated(playground.person("user1").test.x[:1])
     session.rotate(90)
-    turned = session._turned(x)
-    torch.testing.assert_close(turned[:, [0, 3]], -x[:, [1, 4]])
-    torch.testing.assert_close(turned[:, [1, 4]], x[:, [0, 3]])
-    torch.testing.assert_close(turned[:, [2, 5]], x[:, [2, 5]])
-    for wrong in (181, -181, math.nan):
+    rotated = session._rotated(x)
+    torch.testing.assert_close(rotated[:, [0, 3]], -x[:, [1, 4]])
+    torch.testing.assert_close(rotated[:, [1, 4]], x[:, [0, 3]])
+    torch.testing.assert_close(rotated[:, [2, 5]], x[:, [2, 5]])
+    for degrees in (181, -181, math.nan):
         with pytest.raises(UserError, match="-180 to 180"):
-            session.rotate(wrong)
+            session.rotate(degrees)
 
 
-def test_another_wearer_is_noticed(playground):
+def test_switch_of_person_raises_alarm(playground):
     people = {
         name: replace(u, test=examples(200, 0.5 if name == "user1" else -2.0, 9))
         for name, u in playground.users.items()
@@ -118,7 +118,7 @@ def test_another_wearer_is_noticed(playground):
     assert any(step["alarm"] for step in session.step(60)["steps"])
 
 
-def test_nobody_is_called_that(playground):
+def test_session_rejects_unknown_person(playground):
     with pytest.raises(UserError, match="unknown person 'user3'.*Known: user1, user2"):
         Session(playground, "user3")
 
@@ -128,8 +128,8 @@ def test_nobody_is_called_that(playground):
 
 @pytest.fixture
 def application(playground):
-    people = UserStore(playground.model, playground.shape, playground.classes)
-    return create(people, Access(), routes(playground))
+    users = UserStore(playground.model, playground.shape, playground.classes)
+    return create_app(users, Access(), routes(playground))
 
 
 @pytest.fixture
@@ -138,7 +138,7 @@ def client(application):
         yield client
 
 
-def test_the_page_needs_nothing_from_elsewhere(client):
+def test_page_has_no_external_resources(client):
     page = client.get("/")
     assert page.headers["content-security-policy"].startswith("default-src 'self'")
     names = re.findall(r'(?:src|href)="(/page/[^"]+)"', page.text)
@@ -152,55 +152,55 @@ def test_the_page_needs_nothing_from_elsewhere(client):
     assert client.get("/page/docs.html").status_code == 404
 
 
-def until(socket, kind):
+def receive_until(socket, kind):
     while (message := socket.receive_json())["kind"] != kind:
         pass
     return message
 
 
-def test_a_visit_over_the_socket(client):
+def test_socket_protocol_of_the_page(client):
     with client.websocket_connect("ws://localhost/play") as socket:
         assert set(socket.receive_json()["people"]) == {"user1", "user2"}
-        socket.send_json({"do": "play", "speed": 10})
-        assert "open somebody" in socket.receive_json()["text"]
-        socket.send_json({"do": "open", "person": "user1"})
-        until(socket, "opened")
-        socket.send_json({"do": "step"})
-        assert len(until(socket, "windows")["steps"]) == 1
-        socket.send_json({"do": "play", "speed": 1000})
-        assert until(socket, "windows")["steps"]
-        socket.send_json({"do": "switch", "person": "user2"})
-        assert until(socket, "switched")["person"] == "user2"
-        socket.send_json({"do": "rotate", "degrees": 30})
-        until(socket, "rotated")
+        socket.send_json({"action": "play", "speed": 10})
+        assert "open a person's stream" in socket.receive_json()["text"]
+        socket.send_json({"action": "open", "person": "user1"})
+        receive_until(socket, "opened")
+        socket.send_json({"action": "step"})
+        assert len(receive_until(socket, "windows")["steps"]) == 1
+        socket.send_json({"action": "play", "speed": 1000})
+        assert receive_until(socket, "windows")["steps"]
+        socket.send_json({"action": "switch", "person": "user2"})
+        assert receive_until(socket, "switched")["person"] == "user2"
+        socket.send_json({"action": "rotate", "degrees": 30})
+        receive_until(socket, "rotated")
         for label in (0, 1):
-            socket.send_json({"do": "record", "class": label})
-        assert not until(socket, "recorded")["done"]
-        calibrated = until(socket, "recorded")
+            socket.send_json({"action": "record", "class": label})
+        assert not receive_until(socket, "recorded")["done"]
+        calibrated = receive_until(socket, "recorded")
         assert calibrated["done"]
         assert min(calibrated["layers"]["calibrated"]) > 0
-        until(socket, "ended")
-        for wrong, text in (
-            ({"do": "rotate", "degrees": "x"}, "'degrees' must be a number"),
-            ({"do": "open", "person": "eve"}, "unknown person"),
-            ({"do": "dance"}, "nothing is known of 'dance'"),
+        receive_until(socket, "ended")
+        for message, text in (
+            ({"action": "rotate", "degrees": "x"}, "'degrees' must be a number"),
+            ({"action": "open", "person": "eve"}, "unknown person"),
+            ({"action": "dance"}, "unknown action 'dance'"),
         ):
-            socket.send_json(wrong)
-            assert text in until(socket, "error")["text"]
+            socket.send_json(message)
+            assert text in receive_until(socket, "error")["text"]
 
 
-def test_there_is_room_for_some_visitors(client):
-    open_ = [client.websocket_connect("ws://localhost/play") for _ in range(VISITORS)]
-    for socket in open_:
+def test_number_of_visitors_is_limited(client):
+    sockets = [client.websocket_connect("ws://localhost/play") for _ in range(MAX_VISITORS)]
+    for socket in sockets:
         socket.__enter__().receive_json()
     with client.websocket_connect("ws://localhost/play") as late:
         closed = late.receive()
         assert closed["code"] == 1013
         assert "visitors" in closed["reason"]
-    open_[0].__exit__(None, None, None)
+    sockets[0].__exit__(None, None, None)
     with client.websocket_connect("ws://localhost/play") as next_:
         assert next_.receive_json()["kind"] == "hello"
-    for socket in open_[1:]:
+    for socket in sockets[1:]:
         socket.__exit__(None, None, None)
 
 
@@ -208,14 +208,14 @@ def test_there_is_room_for_some_visitors(client):
     ("arguments", "text"),
     [
         (["demo", "digits8"], "recordings of motion"),
-        (["serve", "hapt", "--host", "0.0.0.0"], "lets other machines in"),
+        (["serve", "hapt", "--host", "0.0.0.0"], "accepts requests from other machines"),
         (["serve", "hapt", "--capacity", "0"], "--capacity must be at least 1"),
         (["serve", "nowhere"], "unknown scenario"),
         (["serve", "hapt", "--rule", "psuedo"], "unknown rule"),
         (["serve", "hapt", "--drift", "adwim"], "unknown drift detector"),
     ],
 )
-def test_mistakes_on_the_command_line(arguments, text, tmp_path, monkeypatch):
+def test_commands_reject_bad_input(arguments, text, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "simulations.adaptation.source_model.train_source_model",
         lambda *a: pytest.fail("trained before it was checked"),
@@ -226,7 +226,7 @@ def test_mistakes_on_the_command_line(arguments, text, tmp_path, monkeypatch):
     assert text in str(result.exception)
 
 
-def test_a_port_in_use_is_explained():
+def test_listen_rejects_port_in_use():
     with listen("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=f"port {port}.*choose another --port"):
@@ -239,43 +239,43 @@ def test_a_port_in_use_is_explained():
 @pytest.fixture(scope="module")
 def browser():
     api = pytest.importorskip("playwright.sync_api")
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if found is None:
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if path is None:
         pytest.skip("no Chromium is installed")
-    with api.sync_playwright() as drive:
-        opened = drive.chromium.launch(executable_path=found, args=["--no-sandbox"])
-        yield opened
-        opened.close()
+    with api.sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
 
 
 @pytest.fixture
-def where(application):
+def url(application):
     with listen("127.0.0.1", 0) as listening:
-        up = threading.Event()
-        server = server_of(application, Access(), up.set)
+        ready = threading.Event()
+        server = create_server(application, Access(), ready.set)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
-        assert up.wait(10)
+        assert ready.wait(10)
         yield address("127.0.0.1", listening)
         server.should_exit = True
         thread.join(10)
 
 
 @pytest.fixture
-def page(browser, where):
+def page(browser, url):
     context = browser.new_context(viewport={"width": 1280, "height": 900})
     page = context.new_page()
     page.set_default_timeout(15_000)
-    page.mistakes = []
-    page.on("pageerror", lambda error: page.mistakes.append(str(error)))
-    page.on("console", lambda m: page.mistakes.append(m.text) if m.type == "error" else None)
-    page.asked = []
-    page.on("request", lambda request: page.asked.append(request.url))
-    page.goto(where)
+    page.errors = []
+    page.on("pageerror", lambda error: page.errors.append(str(error)))
+    page.on("console", lambda m: page.errors.append(m.text) if m.type == "error" else None)
+    page.requests = []
+    page.on("request", lambda request: page.requests.append(request.url))
+    page.goto(url)
     page.wait_for_selector("#play:not(:disabled)")
     yield page
-    assert page.mistakes == []
-    assert all(url.startswith((where, "data:")) for url in page.asked), "the page must work offline"
+    assert page.errors == []
+    assert all(u.startswith((url, "data:")) for u in page.requests), "the page must work offline"
     context.close()
 
 
@@ -284,28 +284,28 @@ def slide(page, name, value):
 
 
 @pytest.mark.slow
-def test_the_page_plays_switches_turns_and_calibrates(page):
+def test_page_plays_switches_rotates_and_calibrates(page):
     assert page.title()
     assert page.locator("#rules tbody tr").count() == len(RULES)
     slide(page, "#speed", 1.5)
     page.click("#play")
     page.wait_for_selector("#rules tbody td.n >> text=%", state="attached")
     assert page.inner_text("#play") == "Pause"
-    assert page.inner_text("#truth") in CLASSES
+    assert page.inner_text("#true-class") in CLASSES
     page.click("#switch")
-    page.wait_for_selector("#events >> text=user2 has the device now")
+    page.wait_for_selector("#events >> text=user2 now has the device")
     slide(page, "#rotate", 90)
-    page.wait_for_selector("#events >> text=turned by 90°")
+    page.wait_for_selector("#events >> text=rotated by 90°")
     page.click("#calibrate")
-    page.click("#wanted >> text=Record sitting")
-    page.wait_for_selector("#recorded >> text=1 to go")
+    page.click("#record-list >> text=Record sitting")
+    page.wait_for_selector("#recorded >> text=1 remaining")
     page.click("#record-all")
     page.wait_for_selector("#recorded >> text=Calibrated.")
     page.click("#close")
     slide(page, "#speed", 2)
-    if page.inner_text("#play") == "Play":  # a slow machine: the recording was over before, and the status has moved on
+    if page.inner_text("#play") == "Play":  # on a slow machine the recording may have ended before
         page.click("#play")
-    page.wait_for_selector("#status >> text=The recording is over", state="attached")
+    page.wait_for_selector("#status >> text=The recording has ended", state="attached")
     assert page.get_attribute("#progress", "value") == "1"
     assert page.evaluate("document.querySelectorAll('#layers path').length") == 3 * len(RULES)
     painted = "c => c.getContext('2d').getImageData(0, 0, c.width, c.height).data.some(v => v > 0)"
@@ -313,7 +313,7 @@ def test_the_page_plays_switches_turns_and_calibrates(page):
 
 
 @pytest.mark.slow
-def test_the_page_works_by_keyboard_and_says_what_it_is(page):
+def test_page_is_accessible_by_keyboard(page):
     names = []
     for _ in range(8):
         page.keyboard.press("Tab")
@@ -340,7 +340,7 @@ def test_the_page_works_by_keyboard_and_says_what_it_is(page):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_page_fits_a_phone_and_text_can_be_read(page, scheme):
+def test_page_fits_phone_and_has_readable_contrast(page, scheme):
     page.emulate_media(color_scheme=scheme)
     page.set_viewport_size({"width": 360, "height": 740})
     page.click("#play")
@@ -361,7 +361,7 @@ def test_the_page_fits_a_phone_and_text_can_be_read(page, scheme):
 
 
 @pytest.mark.slow
-def test_the_command_prints_its_address_and_ends_cleanly(tmp_path):
+def test_demo_command_prints_address_and_exits_cleanly(tmp_path):
     command = [sys.executable, "-m", "simulations", "demo", "hapt", "--rounds", "1", "--no-browser", "--port", "0"]
     environment = {"FEDBN_CACHE": str(tmp_path), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
     process = subprocess.Popen(
@@ -374,15 +374,15 @@ def test_the_command_prints_its_address_and_ends_cleanly(tmp_path):
     )
     try:
         line = process.stdout.readline()
-        found = re.search(r"http://127\.0\.0\.1:\d+", line)
-        assert found, process.stderr.read()
-        with urlopen(found[0], timeout=10) as page:
-            assert b"Statistics that follow a person" in page.read()
+        match = re.search(r"http://127\.0\.0\.1:\d+", line)
+        assert match, process.stderr.read()
+        with urlopen(match[0], timeout=10) as page:
+            assert b"Normalization statistics that adapt to a person" in page.read()
         time.sleep(0.2)
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=20)
     finally:
         process.kill()
     assert process.returncode == 0
-    assert out.strip() == "ended"
+    assert out.strip() == "stopped"
     assert "Traceback" not in err

@@ -17,7 +17,7 @@ from starlette.websockets import WebSocketDisconnect
 from fedbn.models import build
 from fedbn.online import SQLiteStore, personalize
 from simulations.service.access import Access
-from simulations.service.api import create
+from simulations.service.api import create_app
 from simulations.service.observability import JsonLines
 from simulations.service.schema import BINARY
 from simulations.service.users import Limits, UserStore
@@ -38,7 +38,7 @@ def serve(model):
 
     def make(store=None, limits=None, address="http://localhost", **access):
         users = UserStore(model, SHAPE, CLASSES, "pseudo:n0=4", store=store, limits=limits or Limits())
-        client = TestClient(create(users, Access(**access)), base_url=address, raise_server_exceptions=False)
+        client = TestClient(create_app(users, Access(**access)), base_url=address, raise_server_exceptions=False)
         opened.append(client.__enter__())
         client.users = users
         return client
@@ -52,24 +52,24 @@ def windows(n, seed=0):
     return np.random.default_rng(seed).standard_normal((n, *SHAPE)).astype("<f4")
 
 
-def test_a_user_from_enrollment_to_oblivion(serve, model):
-    client, alone = serve(), personalize(model, "pseudo:n0=4")
+def test_user_life_cycle(serve, model):
+    client, reference = serve(), personalize(model, "pseudo:n0=4")
     assert client.put("/v1/users/ann").status_code == 201
     assert client.put("/v1/users/ann").json() == {"user": "ann", "new": False}
     x = windows(3)
-    said = client.post("/v1/users/ann/observe", json={"windows": x.tolist()}).json()
-    out = alone.predict(torch.from_numpy(x), "ann").softmax(1)
-    alone.commit(posterior=out)
-    assert [a["class"] for a in said["answers"]] == out.argmax(1).tolist()
-    np.testing.assert_allclose([a["probabilities"] for a in said["answers"]], out.numpy(), atol=1e-5)
-    assert said["answers"][0]["name"] == CLASSES[said["answers"][0]["class"]]
-    assert said["drift"] == {"distance": None, "alarm": False, "alarms": 0}
-    assert said["advice"]["action"] in ("calibrate", "none")
+    response = client.post("/v1/users/ann/observe", json={"windows": x.tolist()}).json()
+    out = reference.predict(torch.from_numpy(x), "ann").softmax(1)
+    reference.commit(posterior=out)
+    assert [a["class"] for a in response["answers"]] == out.argmax(1).tolist()
+    np.testing.assert_allclose([a["probabilities"] for a in response["answers"]], out.numpy(), atol=1e-5)
+    assert response["answers"][0]["name"] == CLASSES[response["answers"][0]["class"]]
+    assert response["drift"] == {"distance": None, "alarm": False, "alarms": 0}
+    assert response["advice"]["action"] in ("calibrate", "none")
     held = client.post("/v1/users/ann/predict?hold=true", content=x[:1].tobytes(), headers=RAW).json()["held"]
-    assert client.post("/v1/users/ann/commit", json={"labels": {held[0]: "walk"}}).json() == {"learnt": 1}
-    assert client.post("/v1/users/ann/commit", json={"labels": [0], "windows": x[:1].tolist()}).json() == {"learnt": 1}
+    assert client.post("/v1/users/ann/commit", json={"labels": {held[0]: "walk"}}).json() == {"learned": 1}
+    assert client.post("/v1/users/ann/commit", json={"labels": [0], "windows": x[:1].tolist()}).json() == {"learned": 1}
     report = client.get("/v1/users/ann").json()
-    assert report["learnt"] == 5
+    assert report["learned"] == 5
     assert set(report["classes"]) == set(CLASSES)
     assert set(report["moved"]) == set(client.users.net.bank.spans)
     state = client.get("/v1/users/ann/snapshot").content
@@ -77,30 +77,30 @@ def test_a_user_from_enrollment_to_oblivion(serve, model):
     assert client.put("/v1/users/bob/snapshot", content=state).status_code == 204
     assert client.get("/v1/users/bob/snapshot").content == state
     assert client.post("/v1/users/bob/merge", content=state).status_code == 204
-    assert client.get("/v1/users/bob").json()["learnt"] == 10
+    assert client.get("/v1/users/bob").json()["learned"] == 10
     assert client.post("/v1/users/bob/reset").status_code == 204
-    assert client.get("/v1/users/bob").json()["learnt"] == 0
+    assert client.get("/v1/users/bob").json()["learned"] == 0
     assert client.get("/v1/users/ann/export").content[:1]
     assert client.get("/v1/users").json() == {"users": ["ann", "bob"]}
-    everybody = {"windows": windows(3).tolist(), "labels": ["sit", "walk", "lie"], "then": "freeze"}
-    assert client.post("/v1/users/bob/calibrate", json=everybody).status_code == 204
+    calibration = {"windows": windows(3).tolist(), "labels": ["sit", "walk", "lie"], "then": "freeze"}
+    assert client.post("/v1/users/bob/calibrate", json=calibration).status_code == 204
     assert client.get("/v1/users/bob").json()["frozen"]
     assert client.delete("/v1/users/ann").status_code == 204
     assert client.get("/v1/users/ann").status_code == 404
 
 
-def test_the_binary_form_says_the_same_as_json(serve):
+def test_binary_and_json_predictions_agree(serve):
     client, x = serve(), windows(2)
     client.put("/v1/users/ann")
     client.put("/v1/users/bob")
-    json_ = client.post("/v1/users/ann/observe", json={"windows": x.tolist()}).json()
+    expected = client.post("/v1/users/ann/observe", json={"windows": x.tolist()}).json()
     raw = client.post("/v1/users/bob/observe", content=x.tobytes(), headers=RAW | {"accept": BINARY})
     assert raw.headers["x-drift-alarm"] == "0"
-    found = np.frombuffer(raw.content, "<f4").reshape(2, 3)
-    np.testing.assert_allclose(found, [a["probabilities"] for a in json_["answers"]], atol=1e-6)
+    actual = np.frombuffer(raw.content, "<f4").reshape(2, 3)
+    np.testing.assert_allclose(actual, [a["probabilities"] for a in expected["answers"]], atol=1e-6)
 
 
-def test_a_socket_answers_frame_by_frame_and_survives_mistakes(serve):
+def test_socket_answers_each_frame_and_survives_errors(serve):
     client = serve()
     client.put("/v1/users/ann")
     with client.websocket_connect("ws://localhost/v1/users/ann/stream") as socket:
@@ -109,15 +109,15 @@ def test_a_socket_answers_frame_by_frame_and_survives_mistakes(serve):
         socket.send_text(json.dumps({"windows": windows(2).tolist(), "learn": False}))
         assert len(socket.receive_json()["answers"]) == 2
         socket.send_bytes(b"123")
-        assert "no whole windows" in socket.receive_json()["error"]
+        assert "not a whole number of windows" in socket.receive_json()["error"]
         socket.send_text("{")
-        assert "no JSON" in socket.receive_json()["error"]
+        assert "not JSON" in socket.receive_json()["error"]
         socket.send_bytes(windows(1).tobytes())
         assert "answers" in socket.receive_json()
-    assert client.get("/v1/users/ann").json()["learnt"] == 2
+    assert client.get("/v1/users/ann").json()["learned"] == 2
 
 
-def test_what_was_learnt_is_there_after_a_restart(serve, tmp_path):
+def test_state_survives_a_restart(serve, tmp_path):
     first = serve(SQLiteStore(tmp_path / "users.db"))
     first.put("/v1/users/ann")
     first.post("/v1/users/ann/observe", content=windows(4).tobytes(), headers=RAW)
@@ -127,17 +127,21 @@ def test_what_was_learnt_is_there_after_a_restart(serve, tmp_path):
     assert second.get("/v1/users/ann/snapshot").content == state
 
 
-def test_mistakes_get_a_status_and_a_sentence(serve):
+def test_errors_have_status_and_message(serve):
     client = serve()
     client.put("/v1/users/ann")
     x = windows(1)
     cases = [
         (client.post("/v1/users/eve/observe", content=x.tobytes(), headers=RAW), 404, "enroll the user first"),
-        (client.post("/v1/users/ann/observe", content=b"1", headers=RAW), 422, "no whole windows"),
-        (client.post("/v1/users/ann/commit", json={"labels": {"99": 0}}), 404, "not held"),
-        (client.post("/v1/users/ann/commit", json={"windows": x.tolist(), "labels": [0, 1]}), 422, "one a window"),
+        (client.post("/v1/users/ann/observe", content=b"1", headers=RAW), 422, "not a whole number of windows"),
+        (client.post("/v1/users/ann/commit", json={"labels": {"99": 0}}), 404, "no longer) held"),
+        (
+            client.post("/v1/users/ann/commit", json={"windows": x.tolist(), "labels": [0, 1]}),
+            422,
+            "one label per window",
+        ),
         (client.post("/v1/users/ann/calibrate", json={"windows": x.tolist(), "then": "x"}), 409, "'freeze' or 'adapt'"),
-        (client.put("/v1/users/ann/snapshot", content=b"x"), 409, "no state of a user"),
+        (client.put("/v1/users/ann/snapshot", content=b"x"), 409, "not a user's state"),
         (client.put("/v1/users/" + "x" * 200), 422, "printable"),
         (client.get("/v1/users/eve/export"), 404, "enroll"),
     ]
@@ -145,26 +149,26 @@ def test_mistakes_get_a_status_and_a_sentence(serve):
         assert (response.status_code, text in response.json()["error"]) == (status, True), response.text
 
 
-# ---------------------------------------------------------------- guard
+# ---------------------------------------------------------------- access
 
 
-def test_without_the_token_nothing_is_told_but_health(serve):
+def test_token_is_required_except_for_health(serve):
     client = serve(token=TOKEN)
     assert client.get("/health").json() == {"status": "ok"}
     for headers in ({}, {"authorization": f"Bearer {TOKEN}x"}, {"authorization": TOKEN}):
-        refused = client.get("/v1/users", headers=headers)
-        assert refused.status_code == 401
-        assert refused.headers["www-authenticate"] == "Bearer"
-    good = {"authorization": f"Bearer {TOKEN}"}
-    assert client.get("/v1/users", headers=good).json() == {"users": []}
+        response = client.get("/v1/users", headers=headers)
+        assert response.status_code == 401
+        assert response.headers["www-authenticate"] == "Bearer"
+    valid = {"authorization": f"Bearer {TOKEN}"}
+    assert client.get("/v1/users", headers=valid).json() == {"users": []}
     with pytest.raises(WebSocketDisconnect), client.websocket_connect("ws://localhost/v1/users/ann/stream"):
         pass
-    with client.websocket_connect("ws://localhost/v1/users/ann/stream", headers=good) as socket:
+    with client.websocket_connect("ws://localhost/v1/users/ann/stream", headers=valid) as socket:
         socket.send_bytes(b"1")
         assert "error" in socket.receive_json()
 
 
-def test_pages_of_other_origins_and_other_names_of_this_machine_are_refused(serve):
+def test_other_origins_and_host_names_are_rejected(serve):
     client = serve()
     assert client.get("/v1/users", headers={"origin": "http://localhost"}).status_code == 200
     assert client.get("/v1/users", headers={"origin": "https://evil.example"}).status_code == 403
@@ -177,25 +181,25 @@ def test_pages_of_other_origins_and_other_names_of_this_machine_are_refused(serv
         pass
 
 
-def test_large_bodies_are_refused_stated_or_not(serve):
+def test_large_bodies_are_rejected(serve):
     client = serve(body=1000)
     client.put("/v1/users/ann")
-    stated = client.post("/v1/users/ann/observe", content=b"x" * 1001, headers=RAW)
+    with_length = client.post("/v1/users/ann/observe", content=b"x" * 1001, headers=RAW)
     chunks = (b"x" * 400 for _ in range(100))
-    for response in (stated, client.post("/v1/users/ann/observe", content=chunks, headers=RAW)):
+    for response in (with_length, client.post("/v1/users/ann/observe", content=chunks, headers=RAW)):
         assert response.status_code == 413
         assert "1000 bytes" in response.json()["error"]
     chunks = (b"x" * 400 for _ in range(100))
     assert client.post("/v1/users/ann/merge", content=chunks).status_code == 413
 
 
-def test_more_requests_than_allowed_are_told_when_to_come_back(serve):
+def test_rate_limit_returns_retry_after(serve):
     client = serve(rate=1.0)
     assert [client.get("/health").status_code for _ in range(3)] == [200, 200, 429]
     assert client.get("/health").headers["retry-after"] == "1"
 
 
-def test_slow_requests_end(serve):
+def test_slow_requests_time_out(serve):
     client = serve(timeout=0.2)
     client.put("/v1/users/ann")
     batcher = client.app.app.service.batcher
@@ -207,20 +211,20 @@ def test_slow_requests_end(serve):
     assert client.post("/v1/users/ann/observe", content=windows(1).tobytes(), headers=RAW).status_code == 200
 
 
-def test_mistakes_of_the_service_are_logged_and_not_shown(serve, monkeypatch, caplog):
+def test_internal_errors_are_logged_but_not_returned(serve, monkeypatch, caplog):
     client = serve()
     client.put("/v1/users/ann")
     monkeypatch.setattr(client.users.net, "predict", lambda *a: 1 / 0)
     with caplog.at_level(logging.ERROR, "fedbn.service"):
-        broken = client.post("/v1/users/ann/observe", content=windows(1).tobytes(), headers=RAW)
-    assert broken.status_code == 500
-    assert "division" not in broken.text
+        response = client.post("/v1/users/ann/observe", content=windows(1).tobytes(), headers=RAW)
+    assert response.status_code == 500
+    assert "division" not in response.text
     assert "ZeroDivisionError" in caplog.text
     monkeypatch.undo()
     assert client.post("/v1/users/ann/observe", content=windows(1).tobytes(), headers=RAW).status_code == 200
 
 
-def test_metrics_count_what_happened(serve):
+def test_metrics_count_requests_and_windows(serve):
     client = serve()
     client.put("/v1/users/ann")
     client.post("/v1/users/ann/observe", content=windows(3).tobytes(), headers=RAW)
@@ -231,42 +235,42 @@ def test_metrics_count_what_happened(serve):
         'fedbn_requests_total{method="GET",status="404"} 1.0',
         "fedbn_windows 3.0",
         "fedbn_bank_calls 1.0",
-        "fedbn_users_at_hand 1.0",
+        "fedbn_users_in_memory 1.0",
     ):
         assert line in text
 
 
-def test_the_schema_and_its_page_name_every_route_and_nothing_of_the_network(serve):
+def test_schema_and_docs_page_list_every_route(serve):
     client = serve()
     paths = client.get("/openapi.json").json()["paths"]
     assert {"/v1/users/{user}/observe", "/v1/users/{user}/predict", "/v1/users/{user}/export", "/health"} <= set(paths)
     page = client.get("/docs").text
     assert all(path in page for path in paths)
     assert "https://" not in page
-    shape = client.get("/v1/model").json()
-    assert shape["shape"] == list(SHAPE)
-    assert shape["classes"] == list(CLASSES)
+    model = client.get("/v1/model").json()
+    assert model["shape"] == list(SHAPE)
+    assert model["classes"] == list(CLASSES)
 
 
-def test_logs_are_one_object_a_line():
+def test_json_lines_formats_one_object_per_line():
     record = logging.LogRecord("fedbn.service", logging.INFO, "x", 1, "request\nfor %s", ("you",), None)
-    record.about = {"status": 200}
+    record.fields = {"status": 200}
     line = JsonLines().format(record)
     assert "\n" not in line
-    found = json.loads(line)
-    assert found["event"] == "request\nfor you"
-    assert found["status"] == 200
-    assert found["level"] == "info"
+    entry = json.loads(line)
+    assert entry["event"] == "request\nfor you"
+    assert entry["status"] == 200
+    assert entry["level"] == "info"
 
 
-def test_requests_of_many_users_at_once_are_answered_in_few_calls(serve):
+def test_concurrent_requests_are_batched(serve):
     client = serve()
     for i in range(40):
         client.put(f"/v1/users/u{i}")
     app, x = client.app, windows(40)
 
-    async def ask(i):
-        sent = []
+    async def observe(i):
+        messages = []
         scope = {
             "type": "http",
             "method": "POST",
@@ -279,24 +283,24 @@ def test_requests_of_many_users_at_once_are_answered_in_few_calls(serve):
             return {"type": "http.request", "body": x[i].tobytes()}
 
         async def send(message):
-            sent.append(message)
+            messages.append(message)
 
         await app(scope, receive, send)
-        return sent[0]["status"]
+        return messages[0]["status"]
 
-    async def everybody():
-        return await asyncio.gather(*(ask(i) for i in range(40)))
+    async def observe_all():
+        return await asyncio.gather(*(observe(i) for i in range(40)))
 
-    before = app.app.service.batcher.calls
-    assert client.portal.call(everybody) == [200] * 40
-    assert app.app.service.batcher.calls - before <= 3
+    before = app.app.service.batcher.num_calls
+    assert client.portal.call(observe_all) == [200] * 40
+    assert app.app.service.batcher.num_calls - before <= 3
 
 
 @pytest.mark.slow
-def test_the_load_generator_measures_a_real_service():
+def test_load_generator_measures_a_running_service():
     from benchmarks.service import measure
 
-    found = measure(users=20, connections=4, seconds=0.5, forms=["binary", "json", "socket"], most=300)
+    found = measure(users=20, connections=4, seconds=0.5, forms=["binary", "json", "socket"], max_requests=300)
     assert [row["form"] for row in found["rows"]] == ["binary", "json", "socket"]
     for row in found["rows"]:
         assert set(row["statuses"]) == ({"1000"} if row["form"] == "socket" else {"200"})

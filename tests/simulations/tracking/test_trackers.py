@@ -1,4 +1,4 @@
-"""Trackers write the numbers of the runs and nothing else; what is missing is said before work starts."""
+"""Trackers log the values of runs; problems are reported before work starts."""
 
 from __future__ import annotations
 
@@ -17,35 +17,35 @@ from simulations.experiments.compare import compare
 from simulations.experiments.experiment import Experiment
 from simulations.experiments.tasks import Event, Task
 from simulations.tracking import trackers
-from simulations.tracking.trackers import TRACKERS, Tracker, Tracking, tracker
+from simulations.tracking.trackers import TRACKERS, Tracker, Tracking, open_tracker
 
 
-class Notes(Tracker):
-    """Remembers what it was told."""
+class Memory(Tracker):
+    """Records all calls."""
 
-    name, package = "notes", "none"
-    made = None
+    name, package = "memory", "none"
+    instance = None
 
     def __init__(self, directory):
-        self.said = []
-        Notes.made = self
+        self.calls = []
+        Memory.instance = self
 
     def begin(self, run, settings):
-        self.said.append(("begin", run, settings))
+        self.calls.append(("begin", run, settings))
 
     def log(self, run, step, values):
-        self.said.append(("log", run, step, values))
+        self.calls.append(("log", run, step, values))
 
     def end(self, run):
-        self.said.append(("end", run))
+        self.calls.append(("end", run))
 
     def close(self):
-        self.said.append(("close",))
+        self.calls.append(("close",))
 
 
 @pytest.fixture
-def notes(monkeypatch):
-    monkeypatch.setitem(TRACKERS, "notes", Notes)
+def memory(monkeypatch):
+    monkeypatch.setitem(TRACKERS, "memory", Memory)
 
 
 @pytest.fixture(scope="module")
@@ -66,20 +66,20 @@ def tracked(experiment, out, *texts):
 
 
 def expected(out, strategy):
-    """Curve and mean of own test of a run, as its result says."""
+    """Curve and mean own test accuracy in the result of a run."""
     result = next(r for p in out.glob("runs/*/result.json") if (r := json.loads(p.read_text()))["strategy"] == strategy)
     own = [e["accuracy"] for e in result["evaluations"] if (e["row"], e["column"]) == ("own", "aggregated")]
     return result["curve"], sum(own) / len(own)
 
 
-def test_what_a_tracker_is_told(notes, experiment, tmp_path):
-    tracked(experiment, tmp_path / "out", f"notes:{tmp_path / 'notes'}")
-    said = Notes.made.said
-    runs = [line[1] for line in said if line[0] == "begin"]
+def test_tracking_logs_runs(memory, experiment, tmp_path):
+    tracked(experiment, tmp_path / "out", f"memory:{tmp_path / 'memory'}")
+    calls = Memory.instance.calls
+    runs = [line[1] for line in calls if line[0] == "begin"]
     assert len(runs) == len(set(runs)) == 2
-    assert said[-1] == ("close",)
+    assert calls[-1] == ("close",)
     for run, strategy in zip(runs, experiment.strategies, strict=True):
-        lines = [line for line in said if line[1:2] == (run,)]
+        lines = [line for line in calls if line[1:2] == (run,)]
         assert [line[0] for line in lines] == ["begin", "log", "log", "log", "end"]
         assert lines[0][2]["strategy"] == strategy
         assert lines[0][2]["plan.rounds"] == 2
@@ -90,27 +90,27 @@ def test_what_a_tracker_is_told(notes, experiment, tmp_path):
         assert math.isclose(lines[3][3]["own/aggregated"], own)
 
 
-def test_finished_runs_are_not_told_again(notes, experiment, tmp_path):
+def test_tracking_skips_finished_runs(memory, experiment, tmp_path):
     tracked(experiment, tmp_path / "out")
-    tracked(experiment, tmp_path / "out", f"notes:{tmp_path / 'notes'}")
-    assert Notes.made.said == [("close",)]
+    tracked(experiment, tmp_path / "out", f"memory:{tmp_path / 'memory'}")
+    assert Memory.instance.calls == [("close",)]
 
 
-def test_a_run_that_goes_on_is_begun(notes, experiment):
-    task = Task(experiment.run("fedbn", 0), "place")
-    with Tracking(["notes:unused"]) as tracking:
+def test_tracking_begins_resumed_run(memory, experiment):
+    task = Task(experiment.run("fedbn", 0), "run")
+    with Tracking(["memory:unused"]) as tracking:
         tracking.started("comparing", [task])
-        tracking.report(Event("place", 1))  # what its checkpoint holds, measured before
-        tracking.report(Event("place", 2, values={"own": 0.5}))
-    assert [line[0] for line in Notes.made.said] == ["begin", "log", "close"]
+        tracking.report(Event("run", 1))  # from the checkpoint, without values
+        tracking.report(Event("run", 2, values={"own": 0.5}))
+    assert [line[0] for line in Memory.instance.calls] == ["begin", "log", "close"]
     Path("unused").rmdir()
 
 
-def test_a_run_told_whole_has_plain_names_and_finite_values(notes):
-    with Tracking(["notes:unused"]) as tracking:
-        tracking.tell("bouts:length=6/a b", {"k": 1}, {3: {"a=1": 0.5, "gone": math.nan}, 4: {"n": 2}})
+def test_log_run_sanitizes_names_and_drops_nonfinite_values(memory):
+    with Tracking(["memory:unused"]) as tracking:
+        tracking.log_run("bouts:length=6/a b", {"k": 1}, {3: {"a=1": 0.5, "invalid": math.nan}, 4: {"n": 2}})
     name = "bouts-length-6-a-b"
-    assert Notes.made.said == [
+    assert Memory.instance.calls == [
         ("begin", name, {"k": 1}),
         ("log", name, 3, {"a-1": 0.5}),
         ("log", name, 4, {"n": 2.0}),
@@ -120,66 +120,66 @@ def test_a_run_told_whole_has_plain_names_and_finite_values(notes):
     Path("unused").rmdir()
 
 
-def test_personalize_tells_of_training_and_of_every_rule(notes, tmp_path):
+def test_adapt_logs_training_and_every_rule(memory, tmp_path):
     out = tmp_path / "out"
     arguments = ["adapt", "digits8", "--rules", "pseudo:n0=8", "--streams", "iid", "--seeds", "1"]
     arguments += ["--starts", "cold,recording", "--rounds", "1", "--out", str(out), "--json"]
-    result = CliRunner().invoke(app, [*arguments, "--track", f"notes:{tmp_path / 'notes'}"])
+    result = CliRunner().invoke(app, [*arguments, "--track", f"memory:{tmp_path / 'memory'}"])
     assert result.exit_code == 0, result.exception
     rows = {row["rule"]: row for row in json.loads(result.stdout)}
-    said = Notes.made.said
-    trained, *followed = [line for line in said if line[0] == "begin"]
-    assert trained[2]["strategy"] == "global-naive"
-    assert [line[0] for line in said if line[1:2] == (trained[1],)] == ["begin", "log", "log", "end"]
-    assert len(followed) == len(rows) == 6
-    for _, name, settings in followed:
-        lines = [line for line in said if line[0] == "log" and line[1] == name]
+    calls = Memory.instance.calls
+    training, *rules = [line for line in calls if line[0] == "begin"]
+    assert training[2]["strategy"] == "global-naive"
+    assert [line[0] for line in calls if line[1:2] == (training[1],)] == ["begin", "log", "log", "end"]
+    assert len(rules) == len(rows) == 6
+    for _, name, settings in rules:
+        lines = [line for line in calls if line[0] == "log" and line[1] == name]
         rule = settings["rule"] + ", from recording" * (settings["start"] == "recording")
         assert lines[-1][3]["accuracy"] == pytest.approx(rows[rule]["accuracy"])
         assert lines[-1][2] > 1
         assert len(lines) <= 101
         steps = [line[2] for line in lines]
         assert steps == sorted(set(steps))
-        curve = pd.read_parquet(out / "course.parquet").query("stream == 'iid'")
+        curve = pd.read_parquet(out / "accuracy_curve.parquet").query("stream == 'iid'")
         curve = curve[(curve["start"] == settings["start"]) & (curve["rule"] == settings["rule"])]
-        told = [line[3]["fading_accuracy"] for line in lines if "fading_accuracy" in line[3]]
-        assert told == curve.set_index("window")["accuracy"][steps].tolist()
+        logged = [line[3]["fading_accuracy"] for line in lines if "fading_accuracy" in line[3]]
+        assert logged == curve.set_index("window")["accuracy"][steps].tolist()
 
 
-def test_claims_tell_of_every_seed(notes, tmp_path, monkeypatch):
+def test_claims_logs_every_seed(memory, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    arguments = ["claims", "bn-speed", "--quick", "--seeds", "2", "--workers", "1", "--json", "--track", "notes:there"]
+    arguments = ["claims", "bn-speed", "--quick", "--seeds", "2", "--workers", "1", "--json", "--track", "memory:there"]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.exception
-    (found,) = json.loads(result.stdout)
-    begin, *logs, end, close = Notes.made.said
+    (entry,) = json.loads(result.stdout)
+    begin, *logs, end, close = Memory.instance.calls
     assert begin[:2] == ("begin", "bn-speed")
-    assert begin[2]["sentence"] == found["sentence"]
-    assert [line[3]["effect"] for line in logs] == found["effects"]
-    for arm, values in found["values"].items():
+    assert begin[2]["sentence"] == entry["sentence"]
+    assert [line[3]["effect"] for line in logs] == entry["effects"]
+    for arm, values in entry["values"].items():
         assert [line[3][arm] for line in logs] == values
-    assert logs[-1][3]["effect_low"] == found["low"]
+    assert logs[-1][3]["effect_low"] == entry["low"]
     assert (end, close) == (("end", "bn-speed"), ("close",))
 
 
 @pytest.mark.slow
-def test_tensorboard(experiment, tmp_path):
+def test_tensorboard_values(experiment, tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     tracked(experiment, tmp_path / "out", f"tensorboard:{tmp_path / 'tb'}")
-    (place,) = (tmp_path / "tb").glob("fedbn-s0*")
-    found = EventAccumulator(str(place))
-    found.Reload()
+    (path,) = (tmp_path / "tb").glob("fedbn-s0*")
+    events = EventAccumulator(str(path))
+    events.Reload()
     curve, own = expected(tmp_path / "out", "fedbn")
-    assert [(e.step, e.value) for e in found.Scalars("train_loss")] == [
+    assert [(e.step, e.value) for e in events.Scalars("train_loss")] == [
         (p["round"], pytest.approx(p["train_loss"])) for p in curve
     ]
-    assert found.Scalars("own/aggregated")[-1].value == pytest.approx(own)
+    assert events.Scalars("own/aggregated")[-1].value == pytest.approx(own)
 
 
 @pytest.mark.slow
-def test_mlflow(experiment, tmp_path):
+def test_mlflow_values(experiment, tmp_path):
     mlflow = pytest.importorskip("mlflow")
     tracked(experiment, tmp_path / "out", f"mlflow:{tmp_path / 'ml'}")
     client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{tmp_path / 'ml' / 'mlflow.db'}")
@@ -194,40 +194,40 @@ def test_mlflow(experiment, tmp_path):
 
 
 @pytest.mark.slow
-def test_wandb_offline(experiment, tmp_path):
+def test_wandb_offline_files(experiment, tmp_path):
     pytest.importorskip("wandb")
     tracked(experiment, tmp_path / "out", f"wandb:{tmp_path / 'wb'}")
-    found = list((tmp_path / "wb" / "wandb").glob("offline-run-*/run-*.wandb"))
-    assert len(found) == 2
-    assert b"own/aggregated" in found[0].read_bytes()
+    files = list((tmp_path / "wb" / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(files) == 2
+    assert b"own/aggregated" in files[0].read_bytes()
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("tensorbord:x", "Did you mean 'tensorboard'"),
-        ("tensorboard", "say where to, as tensorboard:DIR"),
-        ("mlflow:", "say where to, as mlflow:DIR"),
+        ("tensorboard", "write tensorboard:DIR"),
+        ("mlflow:", "write mlflow:DIR"),
     ],
 )
-def test_mistakes(text, said):
-    with pytest.raises(UserError, match=said):
-        tracker(text)
+def test_open_tracker_rejects_bad_input(text, message):
+    with pytest.raises(UserError, match=message):
+        open_tracker(text)
 
 
 @pytest.mark.parametrize(
     ("name", "module"), [("tensorboard", "torch.utils.tensorboard"), ("mlflow", "mlflow"), ("wandb", "wandb")]
 )
-def test_a_package_that_is_missing(name, module, tmp_path, monkeypatch):
+def test_open_tracker_reports_missing_package(name, module, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(UserError, match=r"needs the package .*pip install 'fedbn\[trackers\]'"):
-        tracker(f"{name}:{tmp_path}")
+        open_tracker(f"{name}:{tmp_path}")
 
 
-def test_a_place_that_cannot_be_written(tmp_path):
+def test_open_tracker_reports_unwritable_directory(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot write to"):
-        tracker(f"tensorboard:{tmp_path / 'file' / 'below'}")
+        open_tracker(f"tensorboard:{tmp_path / 'file' / 'below'}")
 
 
 def test_all_trackers_are_listed():

@@ -1,41 +1,41 @@
-// The page: what the visitor does goes to the server, what the server says is kept as history and drawn.
+// The page: sends the visitor's actions to the server, stores the server's messages as history and draws it.
 import * as charts from "./charts.js";
 
 const $ = (id) => document.getElementById(id);
-const KEPT = { windows: 6, steps: 200, points: 1500, events: 50 };
-let about = null, socket = null, playing = false, person = null, dirty = true, rotation = null;
+const HISTORY = { windows: 6, steps: 200, points: 1500, events: 50 };
+let info = null, socket = null, playing = false, person = null, dirty = true, rotation = null;
 let history = null;
 
 function clear() {
-  history = { windows: [], steps: [], points: [], marks: [], positions: {}, met: 0 };
+  history = { windows: [], steps: [], points: [], marks: [], positions: {}, numWindows: 0 };
   $("events").innerHTML = '<li class="none">Nothing yet.</li>';
   $("progress").value = 0;
-  $("truth").textContent = "–";
-  document.querySelectorAll("#rules tbody td:not(.what)").forEach((cell) => { cell.textContent = "–"; cell.className = cell.className.includes("n") ? "n" : ""; });
+  $("true-class").textContent = "–";
+  document.querySelectorAll("#rules tbody td:not(.description)").forEach((cell) => { cell.textContent = "–"; cell.className = cell.className.includes("n") ? "n" : ""; });
   dirty = true;
 }
 
-const send = (what, more = {}) => socket?.readyState === WebSocket.OPEN && socket.send(JSON.stringify({ do: what, ...more }));
+const send = (action, options = {}) => socket?.readyState === WebSocket.OPEN && socket.send(JSON.stringify({ action, ...options }));
 
-function say(text, bad = false) {
+function setStatus(text, error = false) {
   $("status").textContent = text;
-  $("status").classList.toggle("bad", bad);
+  $("status").classList.toggle("error", error);
 }
 
-function happened(text, kind) {
+function logEvent(text, kind) {
   $("events").querySelector(".none")?.remove();
   const item = document.createElement("li");
-  item.textContent = `Window ${history.met}: ${text}`;
+  item.textContent = `Window ${history.numWindows}: ${text}`;
   $("events").prepend(item);
-  while ($("events").children.length > KEPT.events) $("events").lastChild.remove();
-  history.marks.push({ met: history.met, kind });
-  say(`Window ${history.met}: ${text}`);
+  while ($("events").children.length > HISTORY.events) $("events").lastChild.remove();
+  history.marks.push({ window: history.numWindows, kind });
+  setStatus(`Window ${history.numWindows}: ${text}`);
   dirty = true;
 }
 
-function setPlaying(now) {
-  playing = now;
-  $("play").textContent = now ? "Pause" : "Play";
+function setPlaying(value) {
+  playing = value;
+  $("play").textContent = value ? "Pause" : "Play";
 }
 
 const speed = () => 10 ** Number($("speed").value);
@@ -47,56 +47,56 @@ function showSpeed() {
 }
 
 function build() {
-  $("title").textContent = `Data: ${about.title}.`;
-  $("person").replaceChildren(...Object.entries(about.people).map(([name, n]) => new Option(`${name} (${Math.round((n * about.hop) / 60)} min)`, name)));
-  $("rules").querySelector("tbody").replaceChildren(...Object.entries(about.rules).map(([name, what], i) => {
+  $("title").textContent = `Data: ${info.title}.`;
+  $("person").replaceChildren(...Object.entries(info.people).map(([name, n]) => new Option(`${name} (${Math.round((n * info.hop) / 60)} min)`, name)));
+  $("rules").querySelector("tbody").replaceChildren(...Object.entries(info.rules).map(([name, description], i) => {
     const row = document.createElement("tr"), head = document.createElement("th");
     head.scope = "row";
     head.append(charts.key(i), name);
-    row.append(head, ...["", "n", "n", "what"].map((kind) => {
+    row.append(head, ...["", "n", "n", "description"].map((kind) => {
       const cell = document.createElement("td");
       cell.className = kind;
-      cell.textContent = kind === "what" ? what : "–";
+      cell.textContent = kind === "description" ? description : "–";
       return cell;
     }));
     row.dataset.rule = name;
     return row;
   }));
-  $("classes").replaceChildren(...about.classes.map((name, i) => {
+  $("classes").replaceChildren(...info.classes.map((name, i) => {
     const item = document.createElement("span"), swatch = document.createElement("span");
     item.className = "class";
     swatch.className = "swatch";
     swatch.style.background = charts.CLASSES[i % charts.CLASSES.length];
     item.append(swatch, name);
     return item;
-  }), "Red underneath: wrong.");
+  }), "Red underline: wrong.");
   ["play", "calibrate", "switch", "restart"].forEach((id) => { $(id).disabled = false; });
-  $("switch").disabled = Object.keys(about.people).length < 2;
+  $("switch").disabled = Object.keys(info.people).length < 2;
 }
 
 const percent = (v) => `${(100 * v).toFixed(0)} %`;
 
 function windows(message) {
   for (const step of message.steps) {
-    history.met += 1;
+    history.numWindows += 1;
     history.windows.push(step.signal);
     history.steps.push(step);
-    if (step.alarm) happened("drift noticed: the signal is not what it was", "drift");
+    if (step.alarm) logEvent("drift detected: the signal has changed", "drift");
   }
-  history.windows = history.windows.slice(-KEPT.windows);
-  history.steps = history.steps.slice(-KEPT.steps);
-  history.met = message.met;
+  history.windows = history.windows.slice(-HISTORY.windows);
+  history.steps = history.steps.slice(-HISTORY.steps);
+  history.numWindows = message.num_windows;
   const recent = Object.fromEntries(Object.entries(message.accuracy).map(([name, a]) => [name, a.recent]));
-  history.points = [...history.points, { met: message.met, recent }].slice(-KEPT.points);
-  $("progress").value = message.at / message.of;
+  history.points = [...history.points, { window: message.num_windows, recent }].slice(-HISTORY.points);
+  $("progress").value = message.position / message.total;
   const last = message.steps[message.steps.length - 1];
   if (last) {
-    $("truth").textContent = about.classes[last.truth];
+    $("true-class").textContent = info.classes[last.label];
     for (const row of $("rules").querySelectorAll("tbody tr")) {
-      const [, now, fifty, all] = row.children, name = row.dataset.rule;
-      now.textContent = about.classes[last.said[name]];
-      now.className = last.said[name] === last.truth ? "right" : "wrong";
-      fifty.textContent = percent(message.accuracy[name].recent);
+      const [, current, recent, all] = row.children, name = row.dataset.rule;
+      current.textContent = info.classes[last.predicted[name]];
+      current.className = last.predicted[name] === last.label ? "right" : "wrong";
+      recent.textContent = percent(message.accuracy[name].recent);
       all.textContent = percent(message.accuracy[name].all);
     }
   }
@@ -104,27 +104,27 @@ function windows(message) {
 }
 
 function recorded(message) {
-  const button = $("wanted").querySelector(`[data-class="${message.recorded}"]`);
+  const button = $("record-list").querySelector(`[data-class="${message.recorded}"]`);
   if (button) {
     button.disabled = true;
-    button.textContent = `✓ ${about.classes[message.recorded]}`;
+    button.textContent = `✓ ${info.classes[message.recorded]}`;
   }
   if (message.done) {
     $("recorded").textContent = "Calibrated.";
-    happened("calibrated with one window of each activity", "told");
+    logEvent("calibrated with one window of each activity", "action");
     $("record-all").disabled = true;
     $("close").focus();
   } else {
-    $("recorded").textContent = `${message.missing.length} to go.`;
-    if ($("dialog").open && document.activeElement === document.body) $("wanted").querySelector("button:not(:disabled)")?.focus();
+    $("recorded").textContent = `${message.missing.length} remaining.`;
+    if ($("dialog").open && document.activeElement === document.body) $("record-list").querySelector("button:not(:disabled)")?.focus();
   }
 }
 
-const ON = {
+const HANDLERS = {
   hello(message) {
-    about = message;
+    info = message;
     build();
-    open(Object.keys(about.people)[0]);
+    open(Object.keys(info.people)[0]);
   },
   opened(message) {
     clear();
@@ -132,24 +132,24 @@ const ON = {
     $("person").value = person;
     $("rotate").value = 0;
     $("rotate-now").textContent = "0°";
-    if (!playing) say(`${person} is ready. Press Play.`);
+    if (!playing) setStatus(`${person} is ready. Press Play.`);
   },
   windows,
   switched(message) {
     person = message.person;
     $("person").value = person;
-    happened(`${person} has the device now; no rule was told`, "told");
+    logEvent(`${person} now has the device; the rules are not informed`, "action");
   },
-  rotated(message) { happened(`the sensor is turned by ${message.degrees}°`, "told"); },
+  rotated(message) { logEvent(`the sensor is rotated by ${message.degrees}°`, "action"); },
   recorded,
   ended() {
     setPlaying(false);
-    say("The recording is over. Play repeats it, with the statistics as they are now.");
+    setStatus("The recording has ended. Play repeats it with the current statistics.");
   },
-  error(message) { say(message.text, true); },
+  error(message) { setStatus(message.text, true); },
 };
 
-// Stops here and not when the answer comes: Play may be pressed in between.
+// Stops immediately: Play may be pressed before the reply arrives.
 function open(name) {
   person = name;
   setPlaying(false);
@@ -164,24 +164,24 @@ function connect() {
       history.positions = message.layers;
       dirty = true;
     }
-    ON[message.kind]?.(message);
+    HANDLERS[message.kind]?.(message);
   };
   socket.onclose = (event) => {
     setPlaying(false);
     ["play", "calibrate", "switch", "restart"].forEach((id) => { $(id).disabled = true; });
-    say(`${event.reason || "The service has ended"}. Reload this page when it is there again.`, true);
+    setStatus(`${event.reason || "The service has stopped"}. Reload this page when it is running again.`, true);
   };
 }
 
 $("play").onclick = () => {
   setPlaying(!playing);
-  say(playing ? `Playing ${person}.` : "Paused.");
+  setStatus(playing ? `Playing ${person}.` : "Paused.");
   send(playing ? "play" : "pause", { speed: speed() });
 };
 $("restart").onclick = () => open(person);
 $("person").onchange = () => open($("person").value);
 $("switch").onclick = () => {
-  const names = Object.keys(about.people);
+  const names = Object.keys(info.people);
   send("switch", { person: names[(names.indexOf(person) + 1) % names.length] });
 };
 $("speed").oninput = () => {
@@ -196,7 +196,7 @@ $("rotate").oninput = () => {
   rotation = setTimeout(() => send("rotate", { degrees }), 250);
 };
 $("calibrate").onclick = () => {
-  $("wanted").replaceChildren(...about.classes.map((name, i) => {
+  $("record-list").replaceChildren(...info.classes.map((name, i) => {
     const item = document.createElement("li"), button = document.createElement("button");
     button.type = "button";
     button.dataset.class = i;
@@ -209,25 +209,25 @@ $("calibrate").onclick = () => {
   $("record-all").disabled = false;
   $("dialog").showModal();
 };
-$("record-all").onclick = () => $("wanted").querySelectorAll("button:not(:disabled)").forEach((b) => b.click());
+$("record-all").onclick = () => $("record-list").querySelectorAll("button:not(:disabled)").forEach((b) => b.click());
 $("close").onclick = () => $("dialog").close();
 $("controls").onsubmit = (event) => event.preventDefault();
 
 function draw() {
-  if (dirty && about) {
+  if (dirty && info) {
     dirty = false;
-    const rules = Object.keys(about.rules);
+    const rules = Object.keys(info.rules);
     charts.signals($("signals"), history.windows);
     charts.accuracy($("accuracy"), rules, history.points, history.marks);
     charts.activity($("activity"), rules, history.steps);
-    charts.layers($("layers"), about.layers, rules, history.positions);
+    charts.layers($("layers"), info.layers, rules, history.positions);
   }
   requestAnimationFrame(draw);
 }
 
-const again = () => { dirty = true; };
-addEventListener("resize", again);
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", again);
+const redraw = () => { dirty = true; };
+addEventListener("resize", redraw);
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
 clear();
 showSpeed();
 connect();

@@ -3,6 +3,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -12,15 +13,15 @@ from fedbn.online import personalize, rule
 from fedbn.online.drift.actions import Branch, Decay, Reset, UserMonitor, action
 from fedbn.online.drift.detectors import detector
 from fedbn.online.drift.monitor import DriftMonitor
-from fedbn.online.drift.signal import ChannelMeans, Context
+from fedbn.online.drift.signal import GroupStatistics, InputMeans
 from fedbn.online.prequential import follow
 from fedbn.online.prequential_metrics import judge_alarms
 from fedbn.streams import Event, Stream
 
 
 @dataclass(frozen=True)
-class Worth:
-    """A state that is told apart by name and knows how many windows it is worth."""
+class CountingState:
+    """A state with a name and a number of windows."""
 
     name: str
     n: float
@@ -29,31 +30,31 @@ class Worth:
         return replace(self, n=self.n * factor)
 
 
-class Net:
-    """Predicts a class by the sign of the first value; its states count windows."""
+class CountingNet:
+    """Predicts a class by the sign of the first value. Its states count windows."""
 
     def __init__(self):
-        self.states, self.done, self.last = {}, [], []
+        self.states, self.calls, self.last = {}, [], []
 
     def predict(self, x, user):
         self.last = list(user)
-        right = (x[:, 0].flatten(1).mean(1) > 0).long()
-        return 20.0 * nn.functional.one_hot(right, 2).float()
+        labels = (x[:, 0].flatten(1).mean(1) > 0).long()
+        return 20.0 * nn.functional.one_hot(labels, 2).float()
 
     def commit(self, posterior=None):
         for u in self.last:
             old = self.state(u)
-            self.states[u] = Worth(old.name, old.n + 1)
+            self.states[u] = CountingState(old.name, old.n + 1)
 
     def state(self, user):
-        return self.states.get(user, Worth("source", 0))
+        return self.states.get(user, CountingState("source", 0))
 
     def load(self, user, state):
-        self.done.append(("load", user, state))
+        self.calls.append(("load", user, state))
         self.states[user] = state
 
     def reset(self, user):
-        self.done.append(("reset", user))
+        self.calls.append(("reset", user))
         self.states.pop(user, None)
 
 
@@ -64,8 +65,8 @@ def model():
     ).eval()
 
 
-def person(n, offset, seed=0):
-    """Windows ``[n, 2, 8]`` in bouts of twenty: the first channel tells the class, the second the person."""
+def recording(n, offset, seed=0):
+    """Windows ``[n, 2, 8]`` in bouts of twenty. The first channel shows the class, the second the person."""
     g = torch.Generator().manual_seed(seed)
     y = (torch.arange(n) // 20) % 2
     x = 0.3 * torch.randn(n, 2, 8, generator=g)
@@ -80,120 +81,118 @@ def stream(*parts, user="ann"):
     return Stream(user, x, y, torch.zeros(len(y), dtype=torch.int64), tuple(Event(a, "switch") for a in at))
 
 
-def watched(notice="adwin", act="decay"):
-    net = Net()
-    return net, DriftMonitor(net, model(), detector(notice), action(act))
+def monitored(detector_text="adwin", action_text="decay"):
+    net = CountingNet()
+    return net, DriftMonitor(net, model(), detector(detector_text), action(action_text))
 
 
-def test_the_look_is_the_channel_means_at_the_first_layers_under_the_source():
+def test_input_means_are_those_of_the_first_layers():
     net, x = model(), torch.randn(5, 2, 8)
     first = net[0](x)
     second = net[2](net[1](first))
-    wanted = torch.cat([first.mean(2), second.mean(2)], 1).double()
-    torch.testing.assert_close(ChannelMeans(net)(x), wanted.detach())
-    torch.testing.assert_close(ChannelMeans(net, 1)(x), wanted[:, :3].detach())
+    expected = torch.cat([first.mean(2), second.mean(2)], 1).double()
+    torch.testing.assert_close(InputMeans(net)(x), expected.detach())
+    torch.testing.assert_close(InputMeans(net, 1)(x), expected[:, :3].detach())
     flat = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)).eval()
-    torch.testing.assert_close(ChannelMeans(flat)(x[:, :, 0]), flat[0](x[:, :, 0]).double().detach())
+    torch.testing.assert_close(InputMeans(flat)(x[:, :, 0]), flat[0](x[:, :, 0]).double().detach())
 
 
-def test_the_distance_is_about_one_for_more_of_the_same_and_undefined_for_little_known_classes():
-    g = torch.Generator().manual_seed(0)
-    context = Context(torch.ones(4, dtype=torch.float64))
-    rows = torch.randn(4000, 4, generator=g, dtype=torch.float64) * torch.tensor([1.0, 2, 3, 4]) + 5
+def test_distance_is_about_one_without_drift():
+    statistics = GroupStatistics(2, np.ones(4))
+    rows = np.random.default_rng(0).normal(size=(4000, 4)) * [1.0, 2, 3, 4] + 5
     for i, row in enumerate(rows[:2000]):
-        assert (context.distance(row, 0) is None) == (i < 8)
-        context.learn(row, 0)
-    torch.testing.assert_close(context.mean[0], rows[:2000].mean(0))
-    torch.testing.assert_close(context.m2[0] / 1999, rows[:2000].var(0))
-    z = [context.distance(row, 0) for row in rows[2000:]]
+        assert (statistics.distance(row, 0) is None) == (i < 8)
+        statistics.update(row[None], [0])
+    np.testing.assert_allclose(statistics.mean[0], rows[:2000].mean(0))
+    np.testing.assert_allclose(statistics.m2[0] / 1999, rows[:2000].var(0, ddof=1))
+    z = [statistics.distance(row, 0) for row in rows[2000:]]
     assert sum(z) / len(z) == pytest.approx(1, abs=0.05)
-    assert context.distance(rows[0], 1) is None
+    assert statistics.distance(rows[0], 1) is None
 
 
-def test_what_hardly_varies_is_measured_by_the_source():
-    context = Context(torch.tensor([4.0], dtype=torch.float64))
+def test_distance_has_variance_floor_of_the_source():
+    statistics = GroupStatistics(1, np.array([4.0]))
     for _ in range(10):
-        context.learn(torch.zeros(1, dtype=torch.float64), 0)
-    assert context.distance(torch.ones(1, dtype=torch.float64), 0) == pytest.approx(1 / 4e-3)
+        statistics.update(np.zeros((1, 1)), [0])
+    assert statistics.distance(np.ones(1), 0) == pytest.approx(1 / 4e-3)
 
 
-@pytest.mark.parametrize("notice", ["adwin", "page-hinkley"])
-def test_bouts_alone_raise_no_alarm_and_a_switch_does(notice):
-    _, calm = watched(notice)
-    follow(calm, [stream(person(600, 0.0))])
-    assert not calm.watches["ann"].alarms
-    _, switched = watched(notice)
-    s = stream(person(200, 0.0), person(200, 3.0, seed=1))
+@pytest.mark.parametrize("text", ["adwin", "page-hinkley"])
+def test_monitor_detects_switches_but_not_bouts(text):
+    _, calm = monitored(text)
+    follow(calm, [stream(recording(600, 0.0))])
+    assert not calm.users["ann"].alarms
+    _, switched = monitored(text)
+    s = stream(recording(200, 0.0), recording(200, 3.0, seed=1))
     follow(switched, [s])
-    found = judge_alarms(switched.watches["ann"].alarms, [e.at for e in s.events], len(s), patience=60)
-    assert found.missed == 0
-    assert found.false_per_1000 == 0
-    assert found.delays[0] < 40
+    judged = judge_alarms(switched.users["ann"].alarms, [e.at for e in s.events], len(s), patience=60)
+    assert judged.missed == 0
+    assert judged.false_per_1000 == 0
+    assert judged.delays[0] < 40
 
 
-def test_users_are_watched_apart():
-    net, both = watched()
-    moved = stream(person(200, 0.0), person(100, 3.0, seed=1), user="bob")
-    follow(both, [stream(person(300, 0.0)), moved])
-    assert not both.watches["ann"].alarms
-    assert both.watches["bob"].alarms
-    assert {user for _, user, *_ in net.done} == {"bob"}
+def test_monitor_keeps_users_separate():
+    net, both = monitored()
+    moved = stream(recording(200, 0.0), recording(100, 3.0, seed=1), user="bob")
+    follow(both, [stream(recording(300, 0.0)), moved])
+    assert not both.users["ann"].alarms
+    assert both.users["bob"].alarms
+    assert {user for _, user, *_ in net.calls} == {"bob"}
 
 
-def test_decay_leaves_at_most_so_many_windows_and_never_adds_any():
-    net, switched = watched(act="decay:n=16")
-    follow(switched, [stream(person(200, 0.0), person(100, 3.0, seed=1))])
-    alarm = switched.watches["ann"].alarms[0]
-    assert net.done[0][2].n == pytest.approx(16)
+def test_decay_limits_weight_and_never_raises_it():
+    net, switched = monitored(action_text="decay:n=16")
+    follow(switched, [stream(recording(200, 0.0), recording(100, 3.0, seed=1))])
+    alarm = switched.users["ann"].alarms[0]
+    assert net.calls[0][2].n == pytest.approx(16)
     assert net.state("ann").n == pytest.approx(16 + 300 - alarm)
-    few = Net()
-    few.states["ann"] = Worth("ann", 5)
-    Decay().act(few, "ann", switched.watches["ann"])
+    few = CountingNet()
+    few.states["ann"] = CountingState("ann", 5)
+    Decay().apply(few, "ann", switched.users["ann"])
     assert few.state("ann").n == 5
 
 
-def test_reset_goes_back_to_the_source():
-    net, switched = watched(act="reset")
-    follow(switched, [stream(person(200, 0.0), person(100, 3.0, seed=1))])
-    assert net.done == [("reset", "ann")]
-    assert net.state("ann").n == 300 - switched.watches["ann"].alarms[0]
+def test_reset_returns_to_the_source():
+    net, switched = monitored(action_text="reset")
+    follow(switched, [stream(recording(200, 0.0), recording(100, 3.0, seed=1))])
+    assert net.calls == [("reset", "ann")]
+    assert net.state("ann").n == 300 - switched.users["ann"].alarms[0]
 
 
-def test_branch_takes_out_what_it_put_aside_when_the_same_person_comes_back():
-    net, switched = watched(act="branch")
-    parts = [person(200, 0.0), person(200, 3.0, seed=1), person(200, 0.0, seed=2)]
+def test_branch_restores_statistics_of_returning_person():
+    net, switched = monitored(action_text="branch")
+    parts = [recording(200, 0.0), recording(200, 3.0, seed=1), recording(200, 0.0, seed=2)]
     follow(switched, [stream(*parts)])
-    kinds = [kind for kind, *_ in net.done]
-    assert kinds == ["reset", "load"]
-    first, second = switched.watches["ann"].alarms
+    assert [kind for kind, *_ in net.calls] == ["reset", "load"]
+    first, second = switched.users["ann"].alarms
     assert 200 < first < 260
     assert 400 < second < 460
-    assert net.done[1][2].n == first
-    assert len(switched.watches["ann"].aside) == 1
+    assert net.calls[1][2].n == first
+    assert len(switched.users["ann"].saved) == 1
 
 
-def test_branch_begins_anew_where_nothing_fits_and_keeps_so_many():
-    net, switched = watched(act="branch:most=1")
-    parts = [person(200, 3.0 * i, seed=i) for i in range(4)]
+def test_branch_resets_if_nothing_fits_and_limits_saved():
+    net, switched = monitored(action_text="branch:most=1")
+    parts = [recording(200, 3.0 * i, seed=i) for i in range(4)]
     follow(switched, [stream(*parts)])
-    assert [kind for kind, *_ in net.done] == ["reset"] * 3
-    assert len(switched.watches["ann"].aside) == 1
+    assert [kind for kind, *_ in net.calls] == ["reset"] * 3
+    assert len(switched.users["ann"].saved) == 1
 
 
-def test_being_watched_changes_no_answer_while_nothing_happens():
-    s = stream(person(100, 0.0))
-    plain = follow(Net(), [s])[0]
-    _, same = watched()
-    assert (follow(same, [s])[0].nll == plain.nll).all()
+def test_monitor_without_drift_changes_no_prediction():
+    s = stream(recording(100, 0.0))
+    plain = follow(CountingNet(), [s])[0]
+    _, monitor = monitored()
+    assert (follow(monitor, [s])[0].nll == plain.nll).all()
 
 
-def test_commit_needs_a_predict():
-    with pytest.raises(ValueError, match="commit follows a predict"):
-        watched()[1].commit(torch.ones(1, 2))
+def test_monitor_commit_requires_predict():
+    with pytest.raises(ValueError, match="call predict.. first"):
+        monitored()[1].commit(torch.ones(1, 2))
 
 
 @pytest.mark.parametrize(
-    ("make", "text", "message"),
+    ("parse", "text", "message"),
     [
         (detector, "adwn", "unknown drift detector 'adwn'. Did you mean 'adwin'?"),
         (action, "decay:n=-1", "action 'decay': n must not be negative, it is -1"),
@@ -201,44 +200,44 @@ def test_commit_needs_a_predict():
         (action, "forget", "unknown action on drift 'forget'"),
     ],
 )
-def test_what_a_user_can_get_wrong(make, text, message):
+def test_drift_options_reject_bad_input(parse, text, message):
     with pytest.raises(UserError) as error:
-        make(text)
+        parse(text)
     assert message in str(error.value)
 
 
-def test_a_model_without_statistics_cannot_be_watched():
+def test_input_means_reject_model_without_statistics():
     with pytest.raises(UserError, match="drift detection works on running statistics"):
-        ChannelMeans(nn.Linear(2, 2))
+        InputMeans(nn.Linear(2, 2))
 
 
-def test_river_is_asked_for_when_it_is_missing(monkeypatch):
+def test_detector_reports_missing_river(monkeypatch):
     monkeypatch.setitem(sys.modules, "river", None)
     with pytest.raises(UserError, match=r"drift detection needs river: pip install 'fedbn\[online\]'"):
         detector("adwin").new()
 
 
-def test_actions_are_what_they_are_called():
+def test_action_parses_every_name():
     assert [type(action(n)) for n in ("decay", "reset", "branch")] == [Decay, Reset, Branch]
 
 
-def test_decay_and_branch_act_on_the_bank():
+def test_actions_work_on_a_personalized_model():
     net = personalize(nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 3)).eval(), rule("pseudo:n0=4"))
     for _ in range(30):
         net(torch.randn(1, 2) + 5, user=["ann"])
     before = net.state("ann")
-    watch = DriftMonitor(net, model(), detector("adwin"), action("branch"))
-    context = Context(watch.look.scale)
-    row = watch.look(torch.randn(1, 2, 8))[0]
+    input_means = InputMeans(model())
+    statistics = GroupStatistics(2, input_means.scale.numpy())
+    row = input_means(torch.randn(1, 2, 8)).numpy()
     for _ in range(10):
-        context.learn(row, 0)
-    seen = UserMonitor(detector("adwin").new(), context, recent=[(row + 100, 0)])
-    Branch().act(net, "ann", seen)
+        statistics.update(row, [0])
+    monitor = UserMonitor(detector("adwin").new(), statistics, recent=[(row[0] + 100, 0)])
+    Branch().apply(net, "ann", monitor)
     assert net.state("ann").n == 0
-    seen.recent = [(row, 0)]
-    Branch().act(net, "ann", seen)
+    monitor.recent = [(row[0], 0)]
+    Branch().apply(net, "ann", monitor)
     assert net.state("ann").n == before.n == 30
-    Decay(8).act(net, "ann", seen)
+    Decay(8).apply(net, "ann", monitor)
     assert net.state("ann").n == pytest.approx(8)
     old, new = (s.layers["0"] for s in (before, net.state("ann")))
     torch.testing.assert_close(new.mean, old.mean)

@@ -1,4 +1,4 @@
-"""Every rule against a slow version written from its paper's formula, channel by channel and window by window."""
+"""Every rule against a slow reference from the paper's formula, by channel and window."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ EPS = 1e-5
 
 
 def layer(channels=C):
-    """BN alone, so that the output shows the statistics in use."""
+    """BN only, so that the output shows the current statistics."""
     torch.manual_seed(0)
     bn = nn.BatchNorm1d(channels, affine=False).double()
     bn.running_mean.normal_()
@@ -39,7 +39,7 @@ def windows(n=12, length=L, seed=1):
 
 
 def priors(model):
-    """Class-conditional moments and weights that a server could have sent."""
+    """Prior with class-conditional moments and weights."""
     draw = torch.Generator().manual_seed(5)
     bn = model[0]
     return {
@@ -54,7 +54,7 @@ def priors(model):
 
 
 N0 = 1.5
-"""Windows that a prior is worth where it says so itself."""
+"""Weight of a prior with its own ``n0``, in windows."""
 
 
 def prior_of(name, model):
@@ -63,8 +63,8 @@ def prior_of(name, model):
     return priors(model) if name.split(":")[0] in ("ttn", "class-residual", "class-mixture") else None
 
 
-# ---------------------------------------------------------------- slow versions
-# Each yields, for every window in turn, the mean and variance that normalize it: lists over channels.
+# ---------------------------------------------------------------- references
+# Each yields the mean and variance that normalize each window, as arrays over channels.
 
 
 def moments(w):
@@ -77,7 +77,7 @@ def source(mu0, v0, xs, ps):
 
 
 def pseudo(mu0, v0, xs, ps, n0, cap):
-    """All values so far next to n0 windows of the source."""
+    """All values so far and n0 windows of the source."""
     for t in range(len(xs)):
         assert t <= cap
         yield _union(mu0, v0, n0, xs[:t])
@@ -98,10 +98,10 @@ def _union(mu0, v0, n0, windows):
     return mean, var
 
 
-def weighted(mu0, v0, xs, rate, *, peek):
-    """Explicit exponential weights a(1-a)^(T-1-i), the source with (1-a)^T."""
+def weighted(mu0, v0, xs, rate, *, includes_current):
+    """Explicit exponential weights a(1-a)^(T-1-i), and (1-a)^T for the source."""
     for t in range(len(xs)):
-        past = xs[: t + 1] if peek else xs[:t]
+        past = xs[: t + 1] if includes_current else xs[:t]
         T = len(past)
         share = [(1 - rate) ** T] + [rate * (1 - rate) ** (T - 1 - i) for i in range(T)]
         mean, var = np.zeros(C), np.zeros(C)
@@ -113,15 +113,15 @@ def weighted(mu0, v0, xs, rate, *, peek):
 
 
 def ema(mu0, v0, xs, ps, rate):
-    return weighted(mu0, v0, xs, rate, peek=False)
+    return weighted(mu0, v0, xs, rate, includes_current=False)
 
 
 def dabn(mu0, v0, xs, ps, rate):
-    return weighted(mu0, v0, xs, rate, peek=True)
+    return weighted(mu0, v0, xs, rate, includes_current=True)
 
 
 def torch_momentum(mu0, v0, xs, gains, after=lambda m, v: (m, v)):
-    """What a BatchNorm in training mode keeps when it meets one window at a time."""
+    """Running statistics of a BatchNorm in training mode with one window per call."""
     bn = nn.BatchNorm1d(C, affine=False).double()
     bn.running_mean.copy_(torch.as_tensor(mu0))
     bn.running_var.copy_(torch.as_tensor(v0))
@@ -151,26 +151,26 @@ def dua(mu0, v0, xs, ps):
 
 
 def resitta(mu0, v0, xs, ps, rate, leash):
-    def back(m, v):
+    def pull_back(m, v):
         sd = np.sqrt(v) - 2 * leash * (np.sqrt(v) - np.sqrt(v0))
         return m - 2 * leash * (m - mu0), sd**2
 
-    return torch_momentum(mu0, v0, xs, lambda t: rate, back)
+    return torch_momentum(mu0, v0, xs, lambda t: rate, pull_back)
 
 
 def blend(weight_of_batch, *, cross=False):
-    def slow(mu0, v0, xs, ps, **_):
+    def reference(mu0, v0, xs, ps, **_):
         for w in xs:
             a = weight_of_batch(np.arange(C))
             m, v = map(np.array, zip(*[moments(w[c]) for c in range(C)]))
             extra = a * (1 - a) * (m - mu0) ** 2 if cross else 0
             yield a * m + (1 - a) * mu0, a * v + (1 - a) * v0 + extra
 
-    return slow
+    return reference
 
 
 def edtn(mu0, v0, xs, ps):
-    for w in xs:  # one layer: it is the first, source weight 0.1
+    for w in xs:  # a single layer has the source weight of the first, 0.1
         m, v = map(np.array, zip(*[moments(w[c]) for c in range(C)]))
         yield 0.9 * m + 0.1 * mu0, (0.9 * np.sqrt(v) + 0.1 * np.sqrt(v0)) ** 2
 
@@ -201,7 +201,7 @@ def tema(mu0, v0, xs, ps):
             m, v = moments(w[c])
             V[c] = (1 - a) * V[c] + a * v + a * (1 - a) * (m - M[c]) ** 2
             M[c] = (1 - a) * M[c] + a * m
-        r = 0.25  # one layer differs from no other
+        r = 0.25  # a single layer has z = 0
         yield (1 - r) * M + r * mu0, (1 - r) * V + r * v0 + r * (1 - r) * (M - mu0) ** 2
 
 
@@ -239,7 +239,7 @@ def balanced(mu0, v0, xs, ps):
 
 
 def _per_class(xs, ps):
-    """Weighted count, mean and variance of all values met, for each class and channel."""
+    """Weighted count, mean and variance of all values, for each class and channel."""
     n = np.array([sum(p[k] for p in ps) for k in range(K)])
     M, V = np.zeros((K, C)), np.zeros((K, C))
     for k in range(K):
@@ -273,7 +273,7 @@ def class_mixture(mu0, v0, xs, ps, cm, cv):
         yield mu0 + mean - mean0, v0 * (var + EPS) / (var0 + EPS)
 
 
-SLOW = {
+REFERENCES = {
     "source": source,
     "adabn": source,
     "pseudo:n0=3": lambda *a: pseudo(*a, n0=3, cap=2000),
@@ -300,19 +300,19 @@ SLOW = {
 }
 
 
-def test_every_rule_has_a_slow_version():
-    assert {text.split(":")[0] for text in SLOW} == set(rules())
+def test_every_rule_has_a_reference():
+    assert {text.split(":")[0] for text in REFERENCES} == set(rules())
 
 
-@pytest.mark.parametrize("text", SLOW)
-def test_a_rule_is_its_formula(text):
+@pytest.mark.parametrize("text", REFERENCES)
+def test_rule_matches_reference(text):
     model, (x, p) = layer(), windows()
     prior = prior_of(text, model)
     net = personalize(model, rule(text), prior=prior, classes=K)
     mu0, v0 = model[0].running_mean.numpy(), model[0].running_var.numpy()
     more = (prior["0"].class_mean.numpy(), prior["0"].class_var.numpy()) if text.startswith("class") else ()
-    slow = SLOW[text](mu0, v0, x.numpy(), p.numpy(), *more)
-    for t, (mean, var) in enumerate(slow):
+    reference = REFERENCES[text](mu0, v0, x.numpy(), p.numpy(), *more)
+    for t, (mean, var) in enumerate(reference):
         out = net.predict(x[t : t + 1], user="ann")
         net.commit(posterior=p[t : t + 1])
         expected = (x[t] - torch.as_tensor(mean)[:, None]) / torch.as_tensor(np.sqrt(var + EPS))[:, None]
@@ -320,8 +320,8 @@ def test_a_rule_is_its_formula(text):
     assert t == len(x) - 1
 
 
-def test_the_published_recursion_of_dabn_is_the_exponentially_weighted_one():
-    """Mazankiewicz et al.: the variance with the old mean, both updated before they are used; features [B, C]."""
+def test_dabn_recursion_matches_exponential_weights():
+    """Mazankiewicz et al.: the variance uses the old mean, and both are updated before use; features [B, C]."""
     model = layer()
     x = torch.randn(300, C, dtype=torch.float64, generator=torch.Generator().manual_seed(3)) * 2 + 5
     net = personalize(nn.Sequential(model[0]), rule("dabn:rate=0.07"), classes=K)
@@ -337,17 +337,17 @@ def test_the_published_recursion_of_dabn_is_the_exponentially_weighted_one():
     torch.testing.assert_close(net.statistics(1)["0"], (mean, var), rtol=1e-12, atol=1e-12)
 
 
-def test_dabn_that_hardly_moves_is_the_frozen_network():
+def test_dabn_with_tiny_rate_matches_source():
     model, (x, _) = layer(), windows(20)
-    still, moving = (personalize(model, rule(f"dabn:rate={a}"), classes=K) for a in (1e-9, 0.1))
+    slow, fast = (personalize(model, rule(f"dabn:rate={a}"), classes=K) for a in (1e-9, 0.1))
     frozen = personalize(model, rule("source"), classes=K)
     for row in x:
-        torch.testing.assert_close(still(row[None], user=1), frozen(row[None], user=1), rtol=1e-6, atol=1e-6)
-        moving(row[None], user=1)
-    assert not torch.allclose(moving.statistics(1)["0"][0], frozen.statistics(1)["0"][0], atol=0.01)
+        torch.testing.assert_close(slow(row[None], user=1), frozen(row[None], user=1), rtol=1e-6, atol=1e-6)
+        fast(row[None], user=1)
+    assert not torch.allclose(fast.statistics(1)["0"][0], frozen.statistics(1)["0"][0], atol=0.01)
 
 
-def test_dabn_finds_the_mean_of_a_stationary_stream():
+def test_dabn_converges_on_stationary_stream():
     model = nn.Sequential(layer()[0])
     x = torch.randn(1500, C, dtype=torch.float64, generator=torch.Generator().manual_seed(4)) + 5
     net = personalize(model, rule("dabn:rate=0.004"), classes=K)
@@ -358,7 +358,7 @@ def test_dabn_finds_the_mean_of_a_stationary_stream():
     assert float((var - 1).abs().max()) < 0.3
 
 
-def test_several_rows_of_a_user_are_a_batch_of_that_user():
+def test_rows_of_one_user_form_a_batch():
     model, (x, _) = layer(), windows(6)
     users = ["a", "b", "a", "a", "b", "a"]
     rows = [0, 2, 3, 5]
@@ -377,7 +377,7 @@ def test_several_rows_of_a_user_are_a_batch_of_that_user():
     torch.testing.assert_close(net.statistics("a")["0"], (bn.running_mean, bn.running_var))
 
 
-def test_layers_without_positions_keep_their_variance_where_one_value_has_none():
+def test_single_values_do_not_change_the_variance():
     model = nn.Sequential(layer()[0])
     x = torch.randn(5, C, dtype=torch.float64)
     for text in ("dua", "onda", "resitta", "ema:form=within"):
@@ -388,7 +388,7 @@ def test_layers_without_positions_keep_their_variance_where_one_value_has_none()
         assert not torch.allclose(net.statistics(1)["0"][0], model[0].running_mean)
 
 
-def test_pseudo_windows_fade_beyond_the_cap_and_the_source_keeps_its_weight():
+def test_pseudo_discounts_windows_beyond_cap():
     model, (x, _) = layer(), windows(400)
     x[:100] += 1000
     net = personalize(model, rule("pseudo:n0=1:cap=9"), classes=K)
@@ -401,12 +401,12 @@ def test_pseudo_windows_fade_beyond_the_cap_and_the_source_keeps_its_weight():
     torch.testing.assert_close(mean, 0.1 * model[0].running_mean + 0.9 * data, rtol=1e-6, atol=1e-6)
 
 
-def test_tema_trusts_the_source_most_where_it_differs_most():
+def test_tema_weighs_source_by_divergence():
     torch.manual_seed(0)
     model = nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2), nn.BatchNorm1d(2), nn.Flatten()).double().eval()
     net = personalize(model, rule("tema:smooth=0"), classes=K)
     x = torch.randn(64, 2, 5, dtype=torch.float64) * 3 + 4
-    net(x, user=1)  # the first layer meets x, the later ones what is left of the shift
+    net(x, user=1)  # the input of the first layer is x, that of later ones the remaining shift
     net(x, user=1)
     bank = net.bank
     r = bank.rows["extra"][int(bank.slot["1"])][1]
@@ -419,7 +419,7 @@ def test_tema_trusts_the_source_most_where_it_differs_most():
         m.register_forward_pre_hook(lambda _m, a: inputs.append(a[0]))
     before = net.state(1).layers
     out = net.predict(x[:1] * 2, user=1)
-    for i in range(3):  # the weights of the batch before, whatever this window would make of them
+    for i in range(3):  # the weights after the previous batch, not those of this window
         h, old, share = inputs[i], before[str(i)], r[2 * i]
         M, V = mix((old.mean, old.variance()), (h.mean(2)[0], h.var(2, correction=0)[0]), h.new_tensor(0.01))
         mean, var = mix((M, V), (torch.zeros(2).double(), torch.ones(2).double()), share)
@@ -427,26 +427,26 @@ def test_tema_trusts_the_source_most_where_it_differs_most():
         torch.testing.assert_close(inputs[i + 1] if i < 2 else out.view(1, 2, 5), expected)
 
 
-def test_edtn_follows_shallow_layers_and_keeps_deep_ones():
+def test_edtn_weighs_source_by_depth():
     model = nn.Sequential(*[nn.BatchNorm1d(1, eps=0.0) for _ in range(3)]).double().eval()
-    seen = []
+    inputs = []
     net = personalize(model, rule("edtn"), classes=1)
     for m in net.model:
-        m.register_forward_pre_hook(lambda _m, a: seen.append(a[0]))
+        m.register_forward_pre_hook(lambda _m, a: inputs.append(a[0]))
     x = torch.randn(1, 1, 9, dtype=torch.float64) * 2 + 3
     out = net.predict(x, user=1)
     for i, r in enumerate((0.1, 0.1 * 9.9**0.5, 0.99)):
-        h = seen[i]
+        h = inputs[i]
         mean, sd = (1 - r) * h.mean(), (1 - r) * h.std(correction=0) + r
-        torch.testing.assert_close((h - mean) / sd, seen[i + 1] if i < 2 else out)
+        torch.testing.assert_close((h - mean) / sd, inputs[i + 1] if i < 2 else out)
 
 
-# ---------------------------------------------------------------- what works with every rule
+# ---------------------------------------------------------------- common options
 
 
 @given(share=st.floats(0, 1), between=st.booleans(), seed=st.integers(0, 99))
 @settings(max_examples=50, deadline=None)
-def test_a_mixture_is_exact_at_its_ends_and_has_the_moments_of_the_union(share, between, seed):
+def test_mix_has_moments_of_mixture_and_exact_ends(share, between, seed):
     draw = torch.Generator().manual_seed(seed)
     a, b = ((torch.randn(3, generator=draw), torch.rand(3, generator=draw)) for _ in range(2))
     for end, pair in ((0.0, a), (1.0, b)):
@@ -457,7 +457,7 @@ def test_a_mixture_is_exact_at_its_ends_and_has_the_moments_of_the_union(share, 
     torch.testing.assert_close(var, second if between else (1 - share) * a[1] + share * b[1], rtol=1e-5, atol=1e-6)
 
 
-def fed(text, n=6, posterior=None, **options):
+def fitted(text, n=6, posterior=None, **options):
     model, (x, p) = layer(), windows(n)
     net = personalize(model, rule(text), classes=K, **options)
     for i in range(n):
@@ -466,39 +466,39 @@ def fed(text, n=6, posterior=None, **options):
     return model, net, x, p
 
 
-def test_a_gate_learns_from_confident_windows_only():
+def test_gate_learns_only_from_confident_windows():
     _, p = windows(30)
-    sure = p.max(1).values >= 0.8
-    assert 5 < sure.sum() < 25
-    _, gated, x, _ = fed("pseudo:gate=0.8", 30)
+    confident = p.max(1).values >= 0.8
+    assert 5 < confident.sum() < 25
+    _, gated, x, _ = fitted("pseudo:gate=0.8", 30)
     plain = personalize(layer(), rule("pseudo"), classes=K)
-    for row in x[sure]:
+    for row in x[confident]:
         plain(row[None], user=1)
     torch.testing.assert_close(gated.statistics(1)["0"], plain.statistics(1)["0"])
     report = gated.report(1)
-    assert (report["offered"], report["learnt"]) == (30, int(sure.sum()))
+    assert (report["offered"], report["learned"]) == (30, int(confident.sum()))
 
 
-def test_a_label_opens_the_gate_and_counts_as_certainty():
+def test_gate_accepts_labeled_windows():
     model, (x, p) = layer(), windows(4)
     net = personalize(model, rule("pseudo:gate=1"), classes=K)
     net.predict(x, user=[1, 2, 3, 4])
     net.commit(posterior=p, label=torch.tensor([2, -1, 0, -1]))
-    assert [net.report(u)["learnt"] for u in (1, 2, 3, 4)] == [1, 0, 1, 0]
+    assert [net.report(u)["learned"] for u in (1, 2, 3, 4)] == [1, 0, 1, 0]
     assert net.state(1).classes.tolist() == [0, 0, 1, 0]
 
 
-def test_diversity_is_zero_for_one_class_and_one_for_all():
+def test_diversity_weighs_statistics_by_class_entropy():
     one = torch.eye(K, dtype=torch.float64)
-    model, net, _, _ = fed("pseudo:diversity=1", 4, one[[1, 1, 1, 1]])
+    model, net, _, _ = fitted("pseudo:diversity=1", 4, one[[1, 1, 1, 1]])
     assert net.report(1)["diversity"] == 0
     assert all(torch.equal(a, b) for a, b in zip(net.statistics(1)["0"], net.statistics("new")["0"]))
-    _, net, _, _ = fed("pseudo:diversity=1", 4, one)
+    _, net, _, _ = fitted("pseudo:diversity=1", 4, one)
     assert net.report(1)["diversity"] == pytest.approx(1)
-    _, plain, _, _ = fed("pseudo", 4)
+    _, plain, _, _ = fitted("pseudo", 4)
     torch.testing.assert_close(net.statistics(1)["0"], plain.statistics(1)["0"])
     for g in (1, 2):
-        model, net, _, _ = fed(f"pseudo:diversity={g}", 4, one[[0, 0, 1, 1]])
+        model, net, _, _ = fitted(f"pseudo:diversity={g}", 4, one[[0, 0, 1, 1]])
         rho = (1 / 3) ** g
         mean, var = plain.statistics(1)["0"]
         m0, v0 = model[0].running_mean, model[0].running_var
@@ -506,7 +506,7 @@ def test_diversity_is_zero_for_one_class_and_one_for_all():
         torch.testing.assert_close(net.statistics(1)["0"], expected)
 
 
-def test_floor_and_mean_only_bound_variances():
+def test_floor_and_mean_only_limit_variances():
     model, (x, _) = layer(), windows(3)
     flat = x.mean(2, keepdim=True).expand_as(x)[:1]
     net = personalize(model, rule("cumulative:floor=0.05"), classes=K)
@@ -519,7 +519,7 @@ def test_floor_and_mean_only_bound_variances():
     assert torch.equal(var, model[0].running_var)
 
 
-def test_fade_gives_each_layer_a_power_of_the_users_statistics():
+def test_fade_reduces_weight_by_layer():
     model = nn.Sequential(*[nn.BatchNorm1d(2) for _ in range(3)]).double().eval()
     x = torch.randn(20, 2, 5, dtype=torch.float64) * 2 + 1
     full, faded = (personalize(model, rule(f"cumulative{o}"), classes=1) for o in ("", ":fade=0.5"))
@@ -532,49 +532,49 @@ def test_fade_gives_each_layer_a_power_of_the_users_statistics():
         torch.testing.assert_close(faded.statistics(1)[str(i)], expected)
 
 
-def test_the_guard_answers_as_the_prior_while_adaptation_makes_the_network_less_certain():
+def test_guard_falls_back_to_prior_when_entropy_rises():
     torch.manual_seed(0)
     model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2, bias=False)).eval()
     with torch.no_grad():
         model[1].weight.copy_(torch.tensor([[4.0, 0, 0], [-4.0, 0, 0]]))
     net, plain = (personalize(model, rule(f"ema:rate=0.5:guard={g}")) for g in ("true", "false"))
-    sure = torch.full((1, 3), 3.0)  # a long stretch of one class, surely known; re-centring takes the certainty away
+    confident = torch.full((1, 3), 3.0)  # a sequence of one class, predicted with confidence until it is centered
     with torch.no_grad():
-        expected = model(sure)
+        expected = model(confident)
     for _ in range(6):
-        out, unguarded = net(sure, user=1), plain(sure, user=1)
+        out, unguarded = net(confident, user=1), plain(confident, user=1)
     assert torch.equal(out, expected)
-    assert net.report(1)["answers"] == "prior"
+    assert net.report(1)["statistics"] == "prior"
     assert unguarded.softmax(1).max() < 0.99 < out.softmax(1).max()
-    far = torch.tensor([[0.05, 0, 0], [-0.05, 0, 0]])  # the source is undecided; the user's scale decides
+    far = torch.tensor([[0.05, 0, 0], [-0.05, 0, 0]])  # uncertain under the source, but not at the user's scale
     for _ in range(80):
         out = net(far, user=[1, 1])
-    assert net.report(1)["answers"] == "adapted"
+    assert net.report(1)["statistics"] == "adapted"
     with torch.no_grad():
         assert out.softmax(1).max() > model(far).softmax(1).max()
 
 
 @pytest.mark.parametrize("option", ["gate=2", "diversity=-1", "fade=1.5", "floor=-0.1"])
-def test_impossible_values_of_common_options_are_named(option):
+def test_common_options_reject_bad_values(option):
     field = option.split("=")[0]
-    with pytest.raises(UserError, match=rf"rule 'source': {field}=.* is impossible; give"):
+    with pytest.raises(UserError, match=rf"rule 'source': {field}=.* is out of range; use"):
         rule(f"source:{option}")
 
 
-OWN = ["pseudo:n0=-1", "pseudo:cap=0", "ema:rate=2", "dabn:rate=-1", "dua:decay=2", "dua:floor_gain=1", "onda:rate=2"]
-OWN += ["schneider:N=-1", "alpha-bn:alpha=2", "edtn:first=0", "edtn:last=2", "membn:size=0", "membn:n0=-1", "iabn:k=-1"]
-OWN += ["iabn:effective=2", "tema:smooth=2", "unmix-tns:K=1", "balanced:rate=2", "resitta:rate=2", "resitta:leash=1"]
-OWN += ["class-residual:n0=-1", "class-mixture:n0=-1"]
+BAD = ["pseudo:n0=-1", "pseudo:cap=0", "ema:rate=2", "dabn:rate=-1", "dua:decay=2", "dua:floor_gain=1", "onda:rate=2"]
+BAD += ["schneider:N=-1", "alpha-bn:alpha=2", "edtn:first=0", "edtn:last=2", "membn:size=0", "membn:n0=-1", "iabn:k=-1"]
+BAD += ["iabn:effective=2", "tema:smooth=2", "unmix-tns:K=1", "balanced:rate=2", "resitta:rate=2", "resitta:leash=1"]
+BAD += ["class-residual:n0=-1", "class-mixture:n0=-1"]
 
 
-@pytest.mark.parametrize("text", OWN)
-def test_impossible_values_are_named(text):
+@pytest.mark.parametrize("text", BAD)
+def test_rule_options_reject_bad_values(text):
     name, option = text.split(":")
-    with pytest.raises(UserError, match=rf"rule '{name}': {option.split('=')[0]}=.* is impossible; give"):
+    with pytest.raises(UserError, match=rf"rule '{name}': {option.split('=')[0]}=.* is out of range; use"):
         rule(text)
 
 
-def test_unknown_rules_and_options_get_a_suggestion():
+def test_rule_suggests_similar_name():
     with pytest.raises(UserError, match="unknown rule 'pseudoo'. Did you mean 'pseudo'"):
         rule("pseudoo")
     with pytest.raises(UserError, match="unknown option of rule 'pseudo' 'no'. Did you mean 'n0'"):
@@ -582,7 +582,7 @@ def test_unknown_rules_and_options_get_a_suggestion():
 
 
 @pytest.mark.parametrize("name", list(rules()))
-def test_every_rule_is_a_value_with_a_text_and_a_source(name):
+def test_rule_round_trips_through_text(name):
     value = rule(name)
     assert render(value) == name
     assert rule(render(rule(f"{name}:floor=0.25"))).floor == 0.25
@@ -595,14 +595,14 @@ def test_every_rule_is_a_value_with_a_text_and_a_source(name):
 
 
 @pytest.mark.parametrize("name", ["ttn", "class-residual", "class-mixture", "population"])
-def test_rules_that_need_more_of_the_prior_say_so(name):
+def test_rule_reports_missing_prior(name):
     net = layer()
     with pytest.raises(UserError, match=f"rule '{name}' needs"):
         personalize(net, rule(name), classes=K).predict(windows(2)[0], user=1)
 
 
-def test_class_rules_ignore_a_long_stretch_of_one_class_and_follow_the_users_shift():
-    """Users differ by an offset, classes by their mean: a stretch of one class shows the offset only."""
+def test_class_rules_learn_shift_from_one_class():
+    """Users differ by an offset, classes by their mean: a sequence of one class reveals only the offset."""
     draw = torch.Generator().manual_seed(0)
     center = torch.randn(K, 3, 1, generator=draw) * 4
     y = torch.arange(400) % K
@@ -615,23 +615,23 @@ def test_class_rules_ignore_a_long_stretch_of_one_class_and_follow_the_users_shi
     model.eval()
     prior = source_prior(model, x, y, K)
     offset = torch.tensor([2.0, -1.0, 0.5])
-    stretch = center[[1] * 60] + torch.randn(60, 3, 16, generator=draw) + offset[:, None]
+    sequence = center[[1] * 60] + torch.randn(60, 3, 16, generator=draw) + offset[:, None]
     start = model[0].running_mean
     for name, tolerance in (("class-residual", 0.25), ("class-mixture", 0.1)):
         net = personalize(model, rule(name), prior=prior)
-        for row in stretch:
+        for row in sequence:
             net.predict(row[None], user=1)
             net.commit(label=torch.tensor([1]))
-        moved = net.statistics(1)["0"][0] - start
+        shift = net.statistics(1)["0"][0] - start
         factor = 60 / 64 / (0.5 + 60 / 64) if name == "class-residual" else 1.0
-        torch.testing.assert_close(moved, offset * factor, atol=tolerance, rtol=0.05)
+        torch.testing.assert_close(shift, offset * factor, atol=tolerance, rtol=0.05)
     net = personalize(model, rule("cumulative"))
-    net(stretch, user=1)
+    net(sequence, user=1)
     assert (net.statistics(1)["0"][0] - start - offset).abs().max() > 1
 
 
 @pytest.mark.parametrize("name", ["balanced", "class-residual", "class-mixture"])
-def test_a_new_user_of_a_class_rule_gets_the_source_model_to_the_bit(name):
+def test_new_user_of_class_rule_is_bit_equal_to_source(name):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv1d(2, 5, 3), nn.BatchNorm1d(5), nn.Flatten(), nn.Linear(30, K)).eval()
     model[1].running_mean.normal_()
@@ -646,7 +646,7 @@ def test_a_new_user_of_a_class_rule_gets_the_source_model_to_the_bit(name):
         assert not torch.allclose(net.predict(x, user=0), model(x))
 
 
-def test_classes_of_a_source_prior_are_those_of_the_data():
+def test_source_prior_has_moments_of_classes():
     model, (x, _) = layer(), windows(20)
     y = torch.arange(20) % K
     prior = source_prior(model, x, y, K)["0"]
@@ -658,26 +658,26 @@ def test_classes_of_a_source_prior_are_those_of_the_data():
         source_prior(model, x, y % 3, K)
 
 
-def test_a_population_prior_weighs_channels_by_how_little_users_differ():
+def test_population_prior_estimates_n0_by_channel():
     draw = torch.Generator().manual_seed(0)
-    spread = torch.tensor([0.0, 0.5, 4.0], dtype=torch.float64)[:, None]
-    people = []
+    scale = torch.tensor([0.0, 0.5, 4.0], dtype=torch.float64)[:, None]
+    users = []
     for _ in range(300):
-        user = torch.randn(1, 3, 1, generator=draw, dtype=torch.float64) * spread
+        user = torch.randn(1, 3, 1, generator=draw, dtype=torch.float64) * scale
         window = torch.randn(8, 3, 1, generator=draw, dtype=torch.float64)
-        people.append(user + window + torch.randn(8, 3, 6, generator=draw, dtype=torch.float64))
-    prior = population_prior(layer(), people)["0"]
+        users.append(user + window + torch.randn(8, 3, 6, generator=draw, dtype=torch.float64))
+    prior = population_prior(layer(), users)["0"]
     s2 = 1 + 1 / 6
     assert prior.n0[0] > 20
     assert prior.n0[1].item() == pytest.approx(s2 / 0.25, rel=0.35)
     assert prior.n0[2].item() == pytest.approx(s2 / 16, rel=0.25)
-    everything = torch.cat(people).transpose(0, 1).flatten(1)
-    torch.testing.assert_close(prior.mean, everything.mean(1))
-    torch.testing.assert_close(prior.var, everything.var(1, correction=0))
+    values = torch.cat(users).transpose(0, 1).flatten(1)
+    torch.testing.assert_close(prior.mean, values.mean(1))
+    torch.testing.assert_close(prior.var, values.var(1, correction=0))
     net = personalize(layer(), rule("pseudo:n0=999"), prior={"0": prior}, classes=K)
-    x = people[0][:4]
+    x = users[0][:4]
     net(x, user=1)
     r = prior.n0 / (prior.n0 + 4)
     torch.testing.assert_close(net.statistics(1)["0"][0], r * prior.mean + (1 - r) * x.mean((0, 2)))
-    with pytest.raises(UserError, match="two users and two windows each"):
-        population_prior(layer(), people[:1])
+    with pytest.raises(UserError, match="two users with two windows each"):
+        population_prior(layer(), users[:1])

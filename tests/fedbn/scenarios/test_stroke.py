@@ -1,4 +1,4 @@
-"""The synthetic stroke cohort, its network, features of recorded EEG, and the tables of scikit-learn."""
+"""The synthetic stroke cohort, its network, features of EEG recordings, and the scenario tabular."""
 
 from __future__ import annotations
 
@@ -17,43 +17,42 @@ from fedbn.models.stroke_cnn import StrokeEEG1DCNN
 from fedbn.nn.conversion import convert
 from fedbn.nn.roles import norm_layers
 from fedbn.scenarios.base import scenario
-from fedbn.scenarios.stroke import BANDS, band_powers, cohort, recorded
+from fedbn.scenarios.stroke import BANDS, band_powers, cohort, read_cohort
 from simulations.claims.studies.stroke import CLASSICAL, _examples, folds
-from simulations.cli import app as cli
 
 # --- the cohort
 
 
-def test_relative_powers_sum_to_one_in_every_channel():
-    made = cohort(62, 5, seed=3)
-    assert made.x.shape == (310, 1, 24)
-    torch.testing.assert_close(made.x.view(-1, 6, 4).sum(2), torch.ones(310, 6))
-    assert (made.x > 0).all()
-    assert made.y.float().mean() == 0.5
-    assert made.subject.bincount().tolist() == [5] * 62
+def test_relative_powers_sum_to_one():
+    data = cohort(62, 5, seed=3)
+    assert data.x.shape == (310, 1, 24)
+    torch.testing.assert_close(data.x.view(-1, 6, 4).sum(2), torch.ones(310, 6))
+    assert (data.x > 0).all()
+    assert data.y.float().mean() == 0.5
+    assert data.subject.bincount().tolist() == [5] * 62
 
 
-def test_the_seed_decides_everything():
+def test_cohort_is_determined_by_seed():
     assert torch.equal(cohort(10, 3, 1).x, cohort(10, 3, 1).x)
     assert not torch.equal(cohort(10, 3, 1).x, cohort(10, 3, 2).x)
 
 
-def test_stroke_slows_the_eeg_of_one_hemisphere():
-    made = cohort(2000, 2, seed=0)
-    log = made.x.view(-1, 6, 4).log()
-    slow = log[..., 0] - log[..., 2]  # delta against alpha
-    ill, well = slow[made.y == 1], slow[made.y == 0]
+def test_stroke_slows_one_hemisphere():
+    data = cohort(2000, 2, seed=0)
+    log = data.x.view(-1, 6, 4).log()
+    slow = log[..., 0] - log[..., 2]  # delta minus alpha
+    patients, controls = slow[data.y == 1], slow[data.y == 0]
     # The lesioned hemisphere is shifted by 1.2 times the severity, the other by 0.2 of that: the mean by 0.6 of it.
     severity = np.exp(0.3**2 / 2)
-    assert float(ill[:, :4].mean() - well[:, :4].mean()) == pytest.approx(1.2 * 0.6 * severity, rel=0.1)
-    assert float(ill[:, 4:].mean() - well[:, 4:].mean()) == pytest.approx(1.2 * 0.3 * severity, rel=0.2)
-    # Left against right: no difference on average, more spread in patients.
-    left = [s[:, 0] + s[:, 2] - s[:, 1] - s[:, 3] for s in (ill, well)]
-    assert abs(float(left[0].mean())) < 0.1
-    assert float(left[0].std()) > 1.5 * float(left[1].std())
+    assert float(patients[:, :4].mean() - controls[:, :4].mean()) == pytest.approx(1.2 * 0.6 * severity, rel=0.1)
+    assert float(patients[:, 4:].mean() - controls[:, 4:].mean()) == pytest.approx(1.2 * 0.3 * severity, rel=0.2)
+    # Left minus right: no difference on average, more variation in patients.
+    difference = [s[:, 0] + s[:, 2] - s[:, 1] - s[:, 3] for s in (patients, controls)]
+    assert abs(float(difference[0].mean())) < 0.1
+    assert float(difference[0].std()) > 1.5 * float(difference[1].std())
 
 
-def test_a_hospitals_response_moves_its_features_and_a_gain_of_all_bands_does_not():
+def test_band_response_shifts_features_but_gain_does_not():
     plain = cohort(8, 2, 0)
     gain = cohort(8, 2, 0, torch.full((8, 6, 4), 0.7))
     torch.testing.assert_close(gain.x, plain.x)
@@ -62,7 +61,7 @@ def test_a_hospitals_response_moves_its_features_and_a_gain_of_all_bands_does_no
     assert (cohort(8, 2, 0, tilted).x.view(-1, 6, 4)[..., 0] > plain.x.view(-1, 6, 4)[..., 0]).all()
 
 
-def test_hospitals_test_on_other_subjects_of_both_kinds():
+def test_hospitals_test_on_other_subjects():
     population = scenario("stroke").load(0)
     assert len(population.users) == 6
     seen = [set(u.train.recording.tolist()) | set(u.test.recording.tolist()) for u in population.users]
@@ -73,29 +72,29 @@ def test_hospitals_test_on_other_subjects_of_both_kinds():
         assert user.test.y.float().mean() == 0.5
 
 
-def test_amplifiers_make_the_hospitals_differ():
-    def spread(text):
+def test_amplifiers_shift_hospitals():
+    def std_between_users(text):
         return torch.stack([u.train.x.mean(0) for u in scenario(text).load(0).users]).std(0).mean()
 
-    assert spread("stroke") > 1.5 * spread("stroke:response=0")
+    assert std_between_users("stroke") > 1.5 * std_between_users("stroke:response=0")
 
 
-def test_folds_never_part_a_subject():
-    made = cohort(62, 4, 0)
-    tested = []
-    for train, test in folds(made, 5, seed=0):
-        assert not set(made.subject[train].tolist()) & set(made.subject[test].tolist())
-        assert len(train) + len(test) == len(made.y)
-        tested += test.tolist()
-    assert sorted(tested) == list(range(len(made.y)))
+def test_folds_keep_subjects_whole():
+    data = cohort(62, 4, 0)
+    test_rows = []
+    for train, test in folds(data, 5, seed=0):
+        assert not set(data.subject[train].tolist()) & set(data.subject[test].tolist())
+        assert len(train) + len(test) == len(data.y)
+        test_rows += test.tolist()
+    assert sorted(test_rows) == list(range(len(data.y)))
 
 
-def test_who_is_tested_does_not_enter_the_units_of_the_training_rows():
-    made = cohort(8, 4, 0)
-    train, test = folds(made, 4, seed=0)[0]
-    before = _examples(made, train, train).x
-    made.x[test] *= 100
-    assert torch.equal(_examples(made, train, train).x, before)
+def test_standardization_uses_training_rows_only():
+    data = cohort(8, 4, 0)
+    train, test = folds(data, 4, seed=0)[0]
+    before = _examples(data, train, train).x
+    data.x[test] *= 100
+    assert torch.equal(_examples(data, train, train).x, before)
 
 
 @pytest.mark.parametrize(
@@ -104,13 +103,13 @@ def test_who_is_tested_does_not_enter_the_units_of_the_training_rows():
         ("stroke:hospitals=8", "62 subjects in 8 hospitals: choose 2 hospitals or more, with 8 subjects each"),
         ("stroke:hospitals=1:unseen=0", "choose 2 hospitals or more"),
         ("stroke:epochs=0", "epochs=0: choose 1 or more"),
-        ("stroke:unseen=6", "6 unseen of 6 users leaves nobody"),
+        ("stroke:unseen=6", "6 unseen of 6 users leaves no user"),
         ("tabular:users=1", "users=1: choose 2 to 71, breast-cancer has 569 rows"),
         ("tabular:table=wine:users=50", "choose 2 to 22, wine has 178 rows"),
         ("tabular:table=iris", "unknown value for scenario 'tabular', option 'table' 'iris'"),
     ],
 )
-def test_an_impossible_cohort_or_table_names_the_fix(text, message):
+def test_cohort_rejects_bad_options(text, message):
     with pytest.raises(UserError, match=message):
         scenario(text).load(0)
 
@@ -118,7 +117,7 @@ def test_an_impossible_cohort_or_table_names_the_fix(text, message):
 # --- the network
 
 
-def test_bn_stands_after_every_convolution_and_before_its_relu():
+def test_cnn_has_bn_between_convolution_and_relu():
     layers = list(StrokeEEG1DCNN((1, 24), 2).features)
     for i, layer in enumerate(layers):
         if isinstance(layer, nn.Conv1d):
@@ -127,14 +126,14 @@ def test_bn_stands_after_every_convolution_and_before_its_relu():
     assert sum(isinstance(m, nn.Conv1d) for m in layers) == 3
 
 
-def test_features_and_raw_windows_enter():
+def test_cnn_accepts_features_and_windows():
     assert StrokeEEG1DCNN((1, 24), 2)(torch.randn(4, 1, 24)).shape == (4, 2)
     assert StrokeEEG1DCNN((6, 250), 3)(torch.randn(4, 6, 250)).shape == (4, 3)
     bare = convert(StrokeEEG1DCNN((1, 24), 2), "none")
     assert not norm_layers(bare)
 
 
-def test_a_batch_of_one_cannot_train_and_a_flat_example_is_refused():
+def test_cnn_rejects_single_rows_and_flat_examples():
     model = StrokeEEG1DCNN((1, 24), 2)
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         model.train()(torch.randn(1, 1, 24))
@@ -150,24 +149,24 @@ def test_band_powers_of_pure_tones():
     t = torch.arange(1024) / 256
     for i, (low, high) in enumerate(BANDS.values()):
         tone = torch.sin(2 * torch.pi * (low + high) / 2 * t)
-        got = band_powers(torch.stack([tone, 5 * tone + 3]).unsqueeze(0), 256)
-        assert got.shape == (1, 1, 8)
-        assert (got.view(2, 4)[:, i] > 0.95).all()
-        torch.testing.assert_close(got.sum(), torch.tensor(2.0))
+        powers = band_powers(torch.stack([tone, 5 * tone + 3]).unsqueeze(0), 256)
+        assert powers.shape == (1, 1, 8)
+        assert (powers.view(2, 4)[:, i] > 0.95).all()
+        torch.testing.assert_close(powers.sum(), torch.tensor(2.0))
     with pytest.raises(UserError, match="windows of 2 s or more at 60 Hz or more, not 1 s at 128 Hz"):
         band_powers(torch.zeros(1, 1, 128), 128)
 
 
-def test_neither_an_offset_nor_a_drift_leaks_into_the_bands():
+def test_band_powers_ignore_offset_and_drift():
     t = torch.arange(512) / 256
     tone = torch.sin(2 * torch.pi * 10 * t)
-    shares = [band_powers((tone + slow).view(1, 1, -1), 256)[0, 0] for slow in (100 * torch.ones_like(t), 20 * t)]
-    assert shares[0][2] > 0.99  # alpha
-    assert shares[1][3] < 1e-4  # beta
+    powers = [band_powers((tone + slow).view(1, 1, -1), 256)[0, 0] for slow in (100 * torch.ones_like(t), 20 * t)]
+    assert powers[0][2] > 0.99  # alpha
+    assert powers[1][3] < 1e-4  # beta
 
 
 class Raw:
-    """A recording as MNE gives it: 3 s at 100 Hz in volts."""
+    """Mock of an MNE recording: 3 s at 100 Hz in volts."""
 
     ch_names = ("C3", "C4")
 
@@ -189,7 +188,7 @@ def recording(tmp_path, monkeypatch):
     return path
 
 
-def test_a_recording_becomes_windows_in_microvolts_in_the_order_asked_for(recording):
+def test_recording_windows_are_microvolts_in_channel_order(recording):
     x, rate = read_windows(recording, ["C4", "C3"], seconds=1, overlap=0.5)
     assert rate == 100
     assert x.shape == (5, 2, 100)
@@ -197,10 +196,10 @@ def test_a_recording_becomes_windows_in_microvolts_in_the_order_asked_for(record
     torch.testing.assert_close(x[1, :, 0], torch.tensor([1050.0, 50.0]))
 
 
-def test_mistakes_with_recordings_are_named(recording, tmp_path, monkeypatch):
+def test_read_recording_rejects_bad_files(recording, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"unknown channel of night.edf 'C5'"):
         read_windows(recording, ["C5"], 1)
-    with pytest.raises(UserError, match="lasts 3.0 s: choose windows of at most that"):
+    with pytest.raises(UserError, match="lasts 3.0 s: choose shorter windows"):
         read_windows(recording, ["C3"], 4)
     with pytest.raises(UserError, match="no recording at"):
         read_windows(tmp_path / "none.edf", ["C3"], 1)
@@ -211,15 +210,15 @@ def test_mistakes_with_recordings_are_named(recording, tmp_path, monkeypatch):
         read_windows(recording, ["C3"], 1)
 
 
-def archive(path, ill, rng, rate=128.0, seconds=20):
-    """Two channels, slower in patients."""
+def write_npz(path, is_patient, rng, rate=128.0, seconds=20):
+    """Write a NumPy archive with two channels, slower in patients."""
     t = np.arange(int(seconds * rate)) / rate
-    waves = [np.sin(2 * np.pi * hertz * t + rng.uniform(0, 6)) for hertz in (2, 10)]
-    signal = [(1 + 2 * ill) * waves[0] + waves[1] + rng.normal(0, 0.5, len(t)) for _ in range(2)]
+    waves = [np.sin(2 * np.pi * frequency * t + rng.uniform(0, 6)) for frequency in (2, 10)]
+    signal = [(1 + 2 * is_patient) * waves[0] + waves[1] + rng.normal(0, 0.5, len(t)) for _ in range(2)]
     np.savez(path, signal=10 * np.array(signal), rate=rate, channels=["F3", "F4"])
 
 
-def test_a_numpy_archive_becomes_windows(tmp_path):
+def test_npz_recording_becomes_windows(tmp_path):
     signal = np.arange(600.0).reshape(2, 300)
     np.savez(tmp_path / "a.npz", signal=signal, rate=100, channels=["C3", "C4"])
     x, rate = read_windows(tmp_path / "a.npz", ["C4", "C3"], 1)
@@ -238,7 +237,7 @@ def test_a_numpy_archive_becomes_windows(tmp_path):
         ({"signal": np.zeros((1, 9)), "rate": 9.0, "channels": ["C4"]}, "unknown channel of a.npz 'C3'"),
     ],
 )
-def test_an_archive_that_does_not_fit_says_what_to_save(arrays, message, tmp_path):
+def test_npz_recording_rejects_bad_arrays(arrays, message, tmp_path):
     np.savez(tmp_path / "a.npz", **arrays)
     with pytest.raises(UserError, match=message):
         read_windows(tmp_path / "a.npz", ["C3"], 1)
@@ -247,8 +246,8 @@ def test_an_archive_that_does_not_fit_says_what_to_save(arrays, message, tmp_pat
         read_windows(tmp_path / "b.npz", ["C3"], 1)
 
 
-def edf(path, signal, rate, names):
-    """A European Data Format file: fixed-width text headers, then 16-bit numbers, one record a second."""
+def write_edf(path, signal, rate, names):
+    """Write a European Data Format file: fixed-width text headers, then 16-bit numbers, one record per second."""
     n, seconds = len(names), signal.shape[1] // rate
     scale = np.abs(signal).max()
     fields = [
@@ -264,8 +263,8 @@ def edf(path, signal, rate, names):
     path.write_bytes("".join(text.ljust(width) for width, text in fields).encode("ascii") + body.tobytes())
 
 
-def brainvision(path, signal, rate, names):
-    """A BrainVision recording: header and marker files of text, and 32-bit floats."""
+def write_brainvision(path, signal, rate, names):
+    """Write a BrainVision recording: header and marker files of text, and 32-bit floats."""
     path.with_suffix(".eeg").write_bytes(signal.T.astype("<f4").tobytes())
     path.with_suffix(".vmrk").write_text(
         "Brain Vision Data Exchange Marker File, Version 1.0\n[Common Infos]\nCodepage=UTF-8\n"
@@ -281,51 +280,50 @@ def brainvision(path, signal, rate, names):
     )
 
 
-@pytest.mark.parametrize(("write", "name"), [(edf, "a.edf"), (brainvision, "a.vhdr")])
-def test_mne_reads_the_same_windows_from_both_formats(write, name, tmp_path):
-    mne = pytest.importorskip("mne")
-    del mne
-    draw = np.random.default_rng(0)
-    signal = np.round(draw.normal(0, 20, (2, 300)), 3)
+@pytest.mark.parametrize(("write", "name"), [(write_edf, "a.edf"), (write_brainvision, "a.vhdr")])
+def test_mne_reads_same_windows_from_all_formats(write, name, tmp_path):
+    pytest.importorskip("mne")
+    rng = np.random.default_rng(0)
+    signal = np.round(rng.normal(0, 20, (2, 300)), 3)
     write(tmp_path / name, signal, 100, ["C3", "C4"])
     names = ["C4", "C3"] if name.endswith("vhdr") else ["EEG C4", "EEG C3"]
     x, rate = read_windows(tmp_path / name, names, 1)
     assert (rate, x.shape) == (100.0, (3, 2, 100))
     torch.testing.assert_close(x[2], torch.from_numpy(signal[::-1, 200:].copy()).float(), rtol=0, atol=0.01)
-    (tmp_path / f"torn{tmp_path.joinpath(name).suffix}").write_bytes(b"\x00\x01torn")
-    with pytest.raises(UserError, match=r"MNE cannot read torn"):
-        read_windows(tmp_path / f"torn{tmp_path.joinpath(name).suffix}", names, 1)
+    (tmp_path / f"damaged{tmp_path.joinpath(name).suffix}").write_bytes(b"\x00\x01damaged")
+    with pytest.raises(UserError, match=r"MNE cannot read damaged"):
+        read_windows(tmp_path / f"damaged{tmp_path.joinpath(name).suffix}", names, 1)
 
 
 @pytest.fixture
 def cohort_on_disk(tmp_path):
-    """Six subjects with a recording each, the first with two."""
+    """Table of six subjects with one recording each, and a second one of the first subject."""
     rng = np.random.default_rng(0)
     lines = ["file,subject,label"]
     for i in range(7):
-        archive(tmp_path / f"r{i}.npz", i % 2, rng)
+        write_npz(tmp_path / f"r{i}.npz", i % 2, rng)
         lines.append(f"r{i}.npz,P{i % 6},{i % 2}")
     (tmp_path / "cohort.csv").write_text("\n".join(lines).replace("P0,1", "P1,1"))
     return tmp_path / "cohort.csv"
 
 
-def test_recordings_become_a_cohort(cohort_on_disk):
-    made, names = recorded(cohort_on_disk, ["F4", "F3"], seconds=4)
+def test_read_cohort_builds_examples(cohort_on_disk):
+    data, names = read_cohort(cohort_on_disk, ["F4", "F3"], seconds=4)
     assert names == tuple(f"P{i}" for i in range(6))
-    assert made.x.shape == (35, 1, 8)
-    assert made.subject.bincount().tolist() == [10, 5, 5, 5, 5, 5]
-    assert made.y[made.subject == 3].tolist() == [1] * 5
-    delta, alpha = made.x[:, 0, 0], made.x[:, 0, 2]
-    assert (delta[made.y == 1] > alpha[made.y == 1]).all()
-    assert (delta[made.y == 1].min() > delta[made.y == 0].max()).all()
+    assert data.x.shape == (35, 1, 8)
+    assert data.subject.bincount().tolist() == [10, 5, 5, 5, 5, 5]
+    assert data.y[data.subject == 3].tolist() == [1] * 5
+    delta, alpha = data.x[:, 0, 0], data.x[:, 0, 2]
+    assert (delta[data.y == 1] > alpha[data.y == 1]).all()
+    assert (delta[data.y == 1].min() > delta[data.y == 0].max()).all()
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "has no line or lacks file, label, subject"),
+        ("", "is empty or lacks file, label, subject"),
         ("file,subject\nr0.npz,P0\n", "lacks label"),
-        ("file,subject,label\nr0.npz,P0,2\n", "line 2: label '2' of subject 'P0': give 1"),
+        ("file,subject,label\nr0.npz,P0,2\n", "line 2: label '2' of subject 'P0': use 1"),
         ("file,subject,label\nr0.npz,P0,0\nr1.npz,P0,1\n", "line 3: label '1' of subject 'P0'"),
         ("file,subject,label\nr0.npz,P0,0\nr2.npz,P1,0\n", "fewer than two patients"),
         ("file,subject,label\nr1.npz,P1,1\nr0.npz,P0,0\nr2.npz,P2,0\n", "fewer than two patients"),
@@ -333,38 +331,31 @@ def test_recordings_become_a_cohort(cohort_on_disk):
         ("file,subject,label\nnone.npz,P0,0\n", "no recording at"),
     ],
 )
-def test_a_table_of_recordings_that_is_wrong_names_the_line(text, message, cohort_on_disk):
+def test_read_cohort_rejects_bad_table(text, message, cohort_on_disk):
     cohort_on_disk.write_text(text)
     with pytest.raises(UserError, match=message):
-        recorded(cohort_on_disk, ["F3"])
+        read_cohort(cohort_on_disk, ["F3"])
     with pytest.raises(UserError, match="no table at"):
-        recorded(cohort_on_disk.with_name("none.csv"), ["F3"])
+        read_cohort(cohort_on_disk.with_name("none.csv"), ["F3"])
 
 
-def test_the_command_runs_on_recordings(cohort_on_disk, monkeypatch, capsys):
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["fedbn", "eeg", str(cohort_on_disk), *arguments])
-        try:
-            cli.main()
-        except SystemExit as stop:
-            return stop.code or 0, capsys.readouterr()
-        return 0, capsys.readouterr()
-
-    code, said = call("--channels", "F3,F4", "--epochs", "1", "--json")
-    assert code == 0, said.err
-    found = json.loads(said.out)
-    assert (found["subjects"], found["windows"], found["folds"]) == (6, 35, 6)
-    assert found["scores"]["SVM"]["accuracy"] == 1.0
-    assert set(found["scores"]) == {"1-D CNN with BN", "1-D CNN without", *CLASSICAL}
-    assert "6 subjects, 3 folds" in call("--channels", "F3", "--epochs", "1", "--folds", "3")[1].out
+def test_eeg_command_classifies_recordings(cohort_on_disk, run_cli):
+    code, out, err = run_cli("eeg", cohort_on_disk, "--channels", "F3,F4", "--epochs", "1", "--json")
+    assert code == 0, err
+    result = json.loads(out)
+    assert (result["subjects"], result["windows"], result["folds"]) == (6, 35, 6)
+    assert result["scores"]["SVM"]["accuracy"] == 1.0
+    assert set(result["scores"]) == {"1-D CNN with BN", "1-D CNN without", *CLASSICAL}
+    _, out, _ = run_cli("eeg", cohort_on_disk, "--channels", "F3", "--epochs", "1", "--folds", "3")
+    assert "6 subjects, 3 folds" in out
     for arguments, message in (
         (["--channels", " , "], "give at least one channel"),
         (["--channels", "F3", "--folds", "7"], "folds=7: choose 2 to 6"),
         (["--channels", "O1"], "unknown channel of r0.npz 'O1'"),
     ):
-        code, said = call(*arguments)
+        code, _, err = run_cli("eeg", cohort_on_disk, *arguments)
         assert code == 2
-        assert message in " ".join(said.err.split())
+        assert message in err
 
 
 # --- tables
@@ -373,16 +364,16 @@ def test_the_command_runs_on_recordings(cohort_on_disk, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("table", "rows", "width"), [("breast-cancer", 569, 30), ("wine", 178, 13), ("digits", 1797, 64)]
 )
-def test_tables_are_whole_and_standardized(table, rows, width):
+def test_tables_are_complete_and_standardized(table, rows, width):
     population = scenario(f"tabular:table={table}").load(0)
     x = torch.cat([torch.cat([u.train.x, u.test.x]) for u in population.users])
     assert x.shape == (rows, width)
     assert x.mean(0).abs().max() < 1e-5
-    spread = x.std(0, unbiased=False)
-    assert ((spread - 1).abs() < 1e-4)[spread > 0].all()
+    std = x.std(0, unbiased=False)
+    assert ((std - 1).abs() < 1e-4)[std > 0].all()
 
 
-def test_neighbors_on_the_component_make_clients_alike_inside_and_unlike_each_other():
+def test_pca_shards_are_homogeneous_within_clients():
     def between(dealt):
         users = scenario(f"tabular:dealt={dealt}").load(0).users
         return torch.stack([u.train.x.mean(0) for u in users]).var(0).mean()
