@@ -94,7 +94,7 @@ def blocks(result: dict[str, Any]) -> dict[str, str]:
     ]
     single += [{"what": f"bank, {name}", "measured": f"{value:.2f}"} for name, value in result["bank"].items()]
     single += [
-        {"what": f"startup of `{name}`", "measured": f"{seconds:.2f} s"} for name, seconds in result["starts"].items()
+        {"what": f"startup of `{name}`", "measured": f"{value:.2f} s"} for name, value in result["starts"].items()
     ]
     return {"speed": markdown_table(rows), "speed-more": markdown_table(scale) + "\n" + markdown_table(single)}
 

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -156,16 +157,8 @@ def endure(
             elapsed = time.monotonic() - start
             mismatches = differences(outcome, execute(run, "grid"))
             memory = resident_memory(link.processes.started["superlink"].pid)
-            runs.append(
-                {
-                    "seed": seed,
-                    "rounds": len(outcome.curve),
-                    "submissions": submissions,
-                    "seconds": round(elapsed, 1),
-                    "superlink bytes": memory,
-                    "differences": mismatches,
-                }
-            )
+            runs.append({"seed": seed, "rounds": len(outcome.curve), "submissions": submissions})
+            runs[-1] |= {"seconds": round(elapsed, 1), "superlink bytes": memory, "differences": mismatches}
             result = {
                 "seconds": round(time.monotonic() - killer.start, 1),
                 "every": every,
@@ -221,16 +214,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     def write(result: dict[str, Any]) -> None:
         args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
-    with tempfile.TemporaryDirectory() as folder:
-        result = endure(
-            args.minutes * 60,
-            args.every,
-            args.rounds,
-            Path(folder),
-            write,
-            max_kills=args.kills,
-            log=lambda text: print(text, flush=True),
-        )
+    log = partial(print, flush=True)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        result = endure(args.minutes * 60, args.every, args.rounds, folder, write, max_kills=args.kills, log=log)
     return int(any(run["differences"] for run in result["runs"]))
 
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -53,6 +53,22 @@ class Timing:
     cpu: list[float]
 
 
+def seconds_of(call: Callable[[], object]) -> float:
+    """Wall-clock seconds of a call."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def interleaved(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of the repeats of several calls, which alternate."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            times[name].append(seconds_of(call))
+    return times
+
+
 def grid_rounds(run: Run, executor: Executor, between: Callable[[], None] = lambda: None) -> Timing:
     """Time rounds on the grid, with messages, states, aggregation and metrics.
 
@@ -63,9 +79,8 @@ def grid_rounds(run: Run, executor: Executor, between: Callable[[], None] = lamb
         executor: how the clients' jobs are executed.
         between: called after each round, outside the measured time.
     """
-    grid = InProcessGrid(
-        client_app, len(build_context(run).population.users), {"run": run.to_json()}, executor=executor
-    )
+    users = len(build_context(run).population.users)
+    grid = InProcessGrid(client_app, users, {"run": run.to_json()}, executor=executor)
     timing = Timing([], [])
     start = [time.perf_counter(), time.process_time()]
 
@@ -112,11 +127,7 @@ def ray_rows(folder: Path, rounds: int, workloads: Sequence[Workload]) -> Iterat
     from simulations.engines.execute import execute
 
     for work in workloads:
-        seconds = {}
-        for number in (1, rounds):
-            start = time.perf_counter()
-            execute(work.run(folder, number), "ray")
-            seconds[number] = time.perf_counter() - start
+        seconds = {n: seconds_of(partial(execute, work.run(folder, n), "ray")) for n in (1, rounds)}
         with Loop(work.run(folder, rounds)) as loop:
             for _ in range(rounds):
                 loop.round()
@@ -158,15 +169,8 @@ def _scale_row(folder: Path, executor: Executor, rounds: int, steps: int, client
     before = _peak_memory()
     with Loop(run) as loop:
         seconds = min(grid_rounds(run, executor, loop.round).wall)
-    memory = _peak_memory() - before
-    return {
-        "clients": clients,
-        "steps": work.steps,
-        "seconds": seconds,
-        "loop": min(loop.wall),
-        "data": data,
-        "memory": memory,
-    }
+    row = {"clients": clients, "steps": work.steps, "seconds": seconds, "loop": min(loop.wall)}
+    return row | {"data": data, "memory": _peak_memory() - before}
 
 
 def _peak_memory() -> int:
@@ -191,14 +195,9 @@ def evaluations(folder: Path, workloads: Sequence[Workload], tests: int = 64) ->
         columns = {user: global_columns(ctx, user) for user in served_users(ctx)}
         state = ctx.initial_server_state()
         jobs = [Evaluate(ctx, user, state, None, COLUMNS, cells) for user, cells in columns.items()]
-        executors = {name: ClientExecutor(name, 1) for name in ("one", "stacked")}
-        seconds: dict[str, list[float]] = {name: [] for name in executors}
+        calls = {name: partial(ClientExecutor(name, 1).run, jobs) for name in ("one", "stacked")}
         with torch_threads(1):
-            for _ in range(4):
-                for name, executor in executors.items():
-                    start = time.perf_counter()
-                    executor.run(jobs)
-                    seconds[name].append(time.perf_counter() - start)
+            seconds = interleaved(calls, 4)
         out[work.name] = statistics.median(seconds["stacked"][1:]) / statistics.median(seconds["one"][1:])
     return out
 
@@ -223,12 +222,7 @@ def bank(users: int = 10_000, rows: int = 256, repeats: int = 30) -> dict[str, f
                 net.predict(x, user=ids)
 
         variants = {"stock": lambda: model(x), "predict": predict_only, "predict and commit": lambda: net(x, user=ids)}
-        times: dict[str, list[float]] = {name: [] for name in variants}
-        for _ in range(repeats):
-            for name, call in variants.items():
-                start = time.perf_counter()
-                call()
-                times[name].append(time.perf_counter() - start)
+        times = interleaved(variants, repeats)
     stock = statistics.median(times.pop("stock"))
     costs = {f"{name}, ratio to stock": statistics.median(seconds) / stock for name, seconds in times.items()}
     return costs | {"state, bytes per user": float(len(net.state(0).to_bytes()))}
@@ -236,15 +230,11 @@ def bank(users: int = 10_000, rows: int = 256, repeats: int = 30) -> dict[str, f
 
 def starts() -> dict[str, float]:
     """Startup time of the library and of the command line, each in new processes."""
-    out = {}
-    for name, code in COMMANDS.items():
-        times = []
-        for _ in range(3):
-            start = time.perf_counter()
-            subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
-            times.append(time.perf_counter() - start)
-        out[name] = min(times)
-    return out
+
+    def start(code: str) -> object:
+        return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+    return {name: min(seconds_of(partial(start, code)) for _ in range(3)) for name, code in COMMANDS.items()}
 
 
 def measure(

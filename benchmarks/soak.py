@@ -174,10 +174,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         def log(reading: Reading) -> None:
             write(reading)
             if reading["round"] % 10 == 1 or reading["round"] >= args.rounds - 1:
-                print(
-                    f"round {reading['round']}: {reading['seconds']:.0f} s, {reading['memory'] / 1e6:.1f} MB",
-                    flush=True,
-                )
+                megabytes = reading["memory"] / 1e6
+                print(f"round {reading['round']}: {reading['seconds']:.0f} s, {megabytes:.1f} MB", flush=True)
 
         result = soak(args.clients, args.rounds, args.share, Path(folder), log)
         write(result)

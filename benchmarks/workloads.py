@@ -88,13 +88,12 @@ def _write(work: Workload, path: Path) -> None:
     rng = np.random.default_rng(0)
     train = work.steps * work.batch
     rows = work.clients * (train + work.tests)
-    recording = np.tile(np.repeat([0, 1], [train, work.tests]), work.clients)
     np.savez(
         path,
         x=rng.standard_normal((rows, *work.shape), dtype=np.float32),
         y=np.arange(rows) % work.classes,
         user=np.repeat(np.arange(work.clients), train + work.tests),
-        recording=recording,
+        recording=np.tile(np.repeat([0, 1], [train, work.tests]), work.clients),
     )
 
 

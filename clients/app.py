@@ -53,9 +53,9 @@ def _context(context: Context) -> RunContext:
     text = context.run_config.get("run")
     ctx = _build_context(str(text)) if text else build_context(run_from_config(context.run_config))
     data = context.node_config.get("data")
-    if not ctx.population.remote and not data:
-        return ctx
     if not ctx.population.remote:
+        if not data:
+            return ctx
         raise UserError(
             f"this node has data={data}, but scenario {ctx.run.scenario} provides its own data: use scenario remote"
         )
@@ -80,12 +80,14 @@ def _user(context: Context) -> int:
     return int(context.node_config["partition-id"])
 
 
-def _trainer(ctx: RunContext, context: Context) -> int:
-    return CENTRAL_TRAINER if ctx.strategy.is_centralized else _user(context)
-
-
-def _client_state(ctx: RunContext, context: Context, user: int) -> State | None:
-    return _optional(context.state, f"client-state-{user}", ctx.run.device) or None
+def _inputs(
+    message: Message, context: Context, *, evaluate: bool = False
+) -> tuple[RunContext, int, State, State | None]:
+    """The first fields of every job: context of the run, user, received state and client state."""
+    ctx = _context(context)
+    user = CENTRAL_TRAINER if ctx.strategy.is_centralized and not evaluate else _user(context)
+    received = _decode(cast(ArrayRecord, message.content["arrays"]), ctx.run.device)
+    return ctx, user, received, _optional(context.state, f"client-state-{user}", ctx.run.device) or None
 
 
 def _optional(records: RecordDict, name: str, device: str) -> State:
@@ -108,35 +110,18 @@ def _progress(message: Message) -> Progress:
     return Progress(cast(int, config["round"]), cast(int, config["rounds"]), bool(config["known"]))
 
 
-def _received(ctx: RunContext, message: Message) -> State:
-    return _decode(cast(ArrayRecord, message.content["arrays"]), ctx.run.device)
-
-
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Train for one round; reply with the shared entries and store the others."""
-    ctx = _context(context)
-    user = _trainer(ctx, context)
-    received, progress, lost = _received(ctx, message), _progress(message), _lost_client_state(message, context, user)
-    update, client_state = execute(
-        Train(
-            ctx,
-            user,
-            received,
-            _client_state(ctx, context, user),
-            progress,
-            aggregates_from(message.content),
-            _optional(message.content, "broadcast", ctx.run.device),
-        )
-    )
+    inputs, progress = _inputs(message, context), _progress(message)
+    ctx, user, received, _ = inputs
+    lost = _lost_client_state(message, context, user)
+    broadcast = _optional(message.content, "broadcast", ctx.run.device)
+    update, client_state = execute(Train(*inputs, progress, aggregates_from(message.content), broadcast))
     update = protect_update(ctx, update, received, progress)
     context.state[f"client-state-{user}"] = to_record_by_reference(client_state)
-    content = RecordDict(
-        {
-            "arrays": to_record_by_reference(update.state),
-            "metrics": MetricRecord({"num-examples": update.examples, "loss": update.loss}),
-        }
-    )
+    metrics = MetricRecord({"num-examples": update.examples, "loss": update.loss})
+    content = RecordDict({"arrays": to_record_by_reference(update.state), "metrics": metrics})
     if update.notes:
         content["notes"] = to_record_by_reference(update.notes)
     if lost and _affects_model(ctx, client_state):
@@ -147,37 +132,19 @@ def train(message: Message, context: Context) -> Message:
 @app.query("sync_first_batch")
 def sync_first_batch(message: Message, context: Context) -> Message:
     """Return the next moments of the round's first batch; an empty record ends the exchange."""
-    ctx = _context(context)
-    user = _trainer(ctx, context)
-    moments = execute(
-        SyncFirstBatch(
-            ctx,
-            user,
-            _received(ctx, message),
-            _client_state(ctx, context, user),
-            _progress(message),
-            aggregates_from(message.content),
-        )
-    )
-    return Message(_moments_reply(moments), reply_to=message)
+    job = SyncFirstBatch(*_inputs(message, context), _progress(message), aggregates_from(message.content))
+    return _moments_reply(message, execute(job))
 
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """Score the user's model on the requested rows and columns."""
-    ctx = _context(context)
-    user = _user(context)
+    inputs = _inputs(message, context, evaluate=True)
+    ctx, user, *_ = inputs
     config = cast(ConfigRecord, message.content["config"])
-    client_statistics = cast(ArrayRecord | None, message.content.get("client_statistics"))
-    job = Evaluate(
-        ctx,
-        user,
-        _received(ctx, message),
-        _client_state(ctx, context, user),
-        _columns(config["columns"]),
-        _columns(config["globally"]),
-        None if client_statistics is None else client_statistics_from(client_statistics, ctx.run.device),
-    )
+    record = cast(ArrayRecord | None, message.content.get("client_statistics"))
+    client_statistics = None if record is None else client_statistics_from(record, ctx.run.device)
+    job = Evaluate(*inputs, _columns(config["columns"]), _columns(config["globally"]), client_statistics)
     content = RecordDict({"metrics": scores_to(execute(job))})
     if _affects_model(ctx, ctx.ownership.retained) and _lost_client_state(message, context, user):
         content["lost"] = ConfigRecord()
@@ -188,21 +155,16 @@ def _columns(value: object) -> tuple[Column, ...]:
     return cast(tuple[Column, ...], tuple(cast(list[str], value)))
 
 
-def _moments_reply(moments: dict[str, Moments] | None) -> RecordDict:
-    return RecordDict({"moments": ArrayRecord() if moments is None else arrays(flatten(moments))})
+def _moments_reply(message: Message, moments: dict[str, Moments] | None) -> Message:
+    record = ArrayRecord() if moments is None else arrays(flatten(moments))
+    return Message(RecordDict({"moments": record}), reply_to=message)
 
 
 @app.query("sync_statistics")
 def sync_statistics(message: Message, context: Context) -> Message:
     """Return the next moments for the synchronization of statistics; an empty record ends the exchange."""
-    ctx = _context(context)
-    user = _trainer(ctx, context)
-    moments = execute(
-        SyncStatistics(
-            ctx, user, _received(ctx, message), _client_state(ctx, context, user), aggregates_from(message.content)
-        )
-    )
-    return Message(_moments_reply(moments), reply_to=message)
+    job = SyncStatistics(*_inputs(message, context), aggregates_from(message.content))
+    return _moments_reply(message, execute(job))
 
 
 @app.query("partition")

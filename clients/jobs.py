@@ -14,12 +14,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 
 from greenlet import getcurrent, greenlet
 
-from fedbn.federation.client import (
-    client_evaluation,
-    client_round,
-    client_sync_first_batch,
-    client_sync_statistics,
-)
+from fedbn.federation.client import client_evaluation, client_round, client_sync_first_batch, client_sync_statistics
 from fedbn.federation.context import RunContext
 from fedbn.federation.metrics import Column, Score
 from fedbn.nn.roles import State
@@ -108,6 +103,9 @@ class _ClientJob:
     received: State
     client_state: State | None
 
+    def _inputs(self) -> tuple[RunContext, int, State, State | None]:
+        return self.ctx, self.user, self.received, self.client_state
+
 
 @dataclass(frozen=True)
 class Train(_ClientJob):
@@ -120,9 +118,7 @@ class Train(_ClientJob):
 
     def run(self) -> tuple[Update, State]:
         """Return the update for the server and the new client state."""
-        return client_round(
-            self.ctx, self.user, self.received, self.client_state, self.progress, self.aggregates, self.broadcast
-        )
+        return client_round(*self._inputs(), self.progress, self.aggregates, self.broadcast)
 
 
 @dataclass(frozen=True)
@@ -135,9 +131,7 @@ class SyncFirstBatch(_ClientJob):
 
     def run(self) -> dict[str, Moments] | None:
         """Return the client's next moments; None after the last exchange."""
-        return client_sync_first_batch(
-            self.ctx, self.user, self.received, self.client_state, self.progress, self.aggregates
-        )
+        return client_sync_first_batch(*self._inputs(), self.progress, self.aggregates)
 
 
 @dataclass(frozen=True)
@@ -149,7 +143,7 @@ class SyncStatistics(_ClientJob):
 
     def run(self) -> dict[str, Moments] | None:
         """Return the client's next moments; None after the last exchange."""
-        return client_sync_statistics(self.ctx, self.user, self.received, self.client_state, self.aggregates)
+        return client_sync_statistics(*self._inputs(), self.aggregates)
 
 
 @dataclass(frozen=True)
@@ -164,11 +158,5 @@ class Evaluate(_ClientJob):
     def run(self) -> list[Score]:
         """Return the scores."""
         return client_evaluation(
-            self.ctx,
-            self.user,
-            self.received,
-            self.client_state,
-            columns=self.columns,
-            globally=self.globally,
-            client_statistics=self.client_statistics,
+            *self._inputs(), columns=self.columns, globally=self.globally, client_statistics=self.client_statistics
         )

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import sys
+import types
 
 import hypothesis
 import pytest
@@ -29,6 +30,19 @@ def small():
         return Run(scenario, strategy, plan=plan, **run).resolved()
 
     return make
+
+
+@pytest.fixture
+def register_model(monkeypatch):
+    """A function that registers a model by the text that it returns."""
+
+    def register(make):
+        module = types.ModuleType("registered_models")
+        module.make = make
+        monkeypatch.setitem(sys.modules, "registered_models", module)
+        return "registered_models:make"
+
+    return register
 
 
 @pytest.fixture

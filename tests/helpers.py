@@ -9,6 +9,7 @@ import torch
 from fedbn.federation.loop import federate
 from fedbn.federation.setup import build_context
 from fedbn.strategies.base import strategies
+from simulations.engines.execute import execute
 
 ROOT = Path(__file__).parents[1]
 """Root of the repository."""
@@ -27,3 +28,21 @@ def sampling_options(name):
 def same(a, b):
     """Whether two states are identical, including names and dtypes."""
     return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
+
+
+def assert_statistics(state, path, mean, variance):
+    """Compare the running statistics of a layer with a mean and a variance."""
+    stored = state[f"{path}.running_mean"], state[f"{path}.running_var"]
+    torch.testing.assert_close(stored, (mean.float(), variance.float()), rtol=1e-4, atol=1e-5)
+
+
+def assert_engines_agree(run):
+    """Check that the grid and the reference loop give identical outcomes; returns the latter's."""
+    a, b = federate(run), execute(run, "grid")
+    assert same(a.server.state, b.server.state)
+    assert same(a.server.broadcast, b.server.broadcast)
+    assert a.client_states.keys() == b.client_states.keys()
+    assert all(same(a.client_states[u], b.client_states[u]) for u in a.client_states)
+    assert a.scores == b.scores
+    assert a.curve == b.curve
+    return a

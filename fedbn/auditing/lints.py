@@ -59,38 +59,27 @@ def _count(n: int, noun: str, plural: str | None = None) -> str:
 
 def _no_norm(s: Subject) -> Iterator[Finding]:
     if not s.norms:
-        yield Finding(
-            "note" if isinstance(s.strategy, StatelessNorm) else "warning",
-            "no-norm",
-            (),
-            "no normalization layer: every normalization strategy is plain FedAvg here",
-            "choose a model with normalization layers",
-        )
+        message = "no normalization layer: every normalization strategy is plain FedAvg here"
+        fix = "choose a model with normalization layers"
+        yield Finding("note" if isinstance(s.strategy, StatelessNorm) else "warning", "no-norm", (), message, fix)
 
 
 def _lazy(s: Subject) -> Iterator[Finding]:
     if s.lazy:
         count = _count(len(s.lazy), "entry", "entries")
-        yield Finding(
-            "error",
-            "lazy",
-            _layers(s.lazy),
-            f"{count} of lazy layers without a shape: they cannot be sent or counted",
-            "run one batch through the model before training",
-        )
+        message = f"{count} of lazy layers without a shape: they cannot be sent or counted"
+        yield Finding("error", "lazy", _layers(s.lazy), message, "run one batch through the model before training")
 
 
 def _name_misses(s: Subject) -> Iterator[Finding]:
     if missed := _layers([k for k in s.norm_keys if "bn" not in k]):
         noun = "BN layers" if s.batch_norms.keys() == s.norms.keys() else "normalization layers"
-        yield Finding(
-            "warning",
-            "name-misses",
-            missed,
+        message = (
             f"name matching ('bn' in key) misses {len(missed)} of {len(_layers(s.norm_keys))} {noun}: they "
-            "would be averaged by accident",
-            "select entries by module type: fedbn.nn.roles.roles(model)",
+            "would be averaged by accident"
         )
+        fix = "select entries by module type: fedbn.nn.roles.roles(model)"
+        yield Finding("warning", "name-misses", missed, message, fix)
 
 
 def _name_catches(s: Subject) -> Iterator[Finding]:
@@ -98,64 +87,51 @@ def _name_catches(s: Subject) -> Iterator[Finding]:
     if caught := [k for k in s.state if "bn" in k and k not in norm]:
         where = _layers(caught)
         entries = _count(len(caught), "entry", "entries")
-        yield Finding(
-            "warning",
-            "name-catches",
-            where,
+        message = (
             f"name matching ('bn' in key) catches {entries} of {_count(len(where), 'layer')} without "
-            "normalization: they would stay local by accident",
-            "select entries by module type: fedbn.nn.roles.roles(model)",
+            "normalization: they would stay local by accident"
         )
+        fix = "select entries by module type: fedbn.nn.roles.roles(model)"
+        yield Finding("warning", "name-catches", where, message, fix)
 
 
 def _counters(s: Subject) -> Iterator[Finding]:
     if counters := s.keys(Role.COUNTER):
         entries = _count(len(counters), "integer entry", "integer entries")
-        yield Finding(
-            "note",
-            "counters",
-            _layers(counters),
+        message = (
             f"{entries} ({s.size(counters):,} B): FedAvg over the whole state dict turns them into "
-            "fractions, or into zeros if it casts the weight to an integer",
-            "keep integers local, as all strategies here do",
+            "fractions, or into zeros if it casts the weight to an integer"
         )
+        yield Finding("note", "counters", _layers(counters), message, "keep integers local, as all strategies here do")
 
 
 def _cumulative(s: Subject) -> Iterator[Finding]:
     tracked = {p: m for p, m in s.norms.items() if keeps_statistics(m)}
     if where := tuple(p for p, m in tracked.items() if getattr(m, "momentum", 0.1) is None):
-        yield Finding(
-            "warning",
-            "momentum-none",
-            where,
+        message = (
             f"{_count(len(where), 'layer')} with momentum=None: the counter weights the running average, so "
-            "an averaged or reset counter corrupts it; after n batches the next batch has weight 1/n",
-            "use momentum=0.1, or recalibrate before evaluating",
+            "an averaged or reset counter corrupts it; after n batches the next batch has weight 1/n"
         )
+        yield Finding("warning", "momentum-none", where, message, "use momentum=0.1, or recalibrate before evaluating")
 
 
 def _parameters_only(s: Subject) -> Iterator[Finding]:
     if keys := s.keys(Role.STATISTICS):
-        yield Finding(
-            "note",
-            "parameters-only",
-            _layers(keys),
+        message = (
             f"averaging parameters() omits {_count(len(keys), 'statistic')} ({s.size(keys):,} B): FedAvg on "
-            "parameters() is SiloBN here, and a new client starts from (0, 1)",
-            "choose a strategy: silobn keeps statistics local, the global strategies share them",
+            "parameters() is SiloBN here, and a new client starts from (0, 1)"
         )
+        fix = "choose a strategy: silobn keeps statistics local, the global strategies share them"
+        yield Finding("note", "parameters-only", _layers(keys), message, fix)
 
 
 def _untracked(s: Subject) -> Iterator[Finding]:
     if where := tuple(p for p, m in s.batch_norms.items() if m.running_mean is None):
-        yield Finding(
-            "warning",
-            "untracked",
-            where,
+        message = (
             f"{_count(len(where), 'BN layer')} without running statistics: there is nothing to share, and evaluation "
-            "normalizes by the test batch, so a prediction depends on the other examples",
-            "set track_running_stats=True, or use groupnorm",
+            "normalizes by the test batch, so a prediction depends on the other examples"
         )
+        yield Finding("warning", "untracked", where, message, "set track_running_stats=True, or use groupnorm")
 
 
 def _untrained(s: Subject) -> Iterator[Finding]:
@@ -163,14 +139,12 @@ def _untrained(s: Subject) -> Iterator[Finding]:
     fresh = tuple(p for p, m in tracked.items() if not m.num_batches_tracked)
     if fresh:
         others_trained = len(fresh) < len(tracked)
-        yield Finding(
-            "warning" if others_trained else "note",
-            "untrained",
-            fresh,
+        message = (
             f"{len(fresh)} of {_count(len(tracked), 'BN layer')} with counter 0: untrained statistics, mean "
-            f"0 and variance 1, would be used in eval mode{', while others are trained' if others_trained else ''}",
-            "train or recalibrate before evaluation; if statistics were loaded, load their counter too",
+            f"0 and variance 1, would be used in eval mode{', while others are trained' if others_trained else ''}"
         )
+        fix = "train or recalibrate before evaluation; if statistics were loaded, load their counter too"
+        yield Finding("warning" if others_trained else "note", "untrained", fresh, message, fix)
 
 
 def _broken(s: Subject) -> Iterator[Finding]:
@@ -184,37 +158,24 @@ def _broken(s: Subject) -> Iterator[Finding]:
         if non_finite := sum(int((~t.isfinite()).sum()) for t in statistics.values()):
             faults.append(_count(non_finite, "NaN or infinite value"))
         if faults:
-            yield Finding(
-                "error",
-                "broken-statistics",
-                (path,),
-                f"running statistics with {' and '.join(faults)}: eval mode breaks",
-                "recalibrate; do not apply adaptive server steps or noise to statistics",
-            )
+            message = f"running statistics with {' and '.join(faults)}: eval mode breaks"
+            fix = "recalibrate; do not apply adaptive server steps or noise to statistics"
+            yield Finding("error", "broken-statistics", (path,), message, fix)
 
 
 def _half(s: Subject) -> Iterator[Finding]:
     half = (torch.float16, torch.bfloat16)
     if keys := [k for k in s.keys(Role.STATISTICS) if s.state[k].dtype in half]:
-        yield Finding(
-            "warning",
-            "half-statistics",
-            _layers(keys),
-            f"{_count(len(keys), 'statistic')} in half precision: small updates are rounded away",
-            "keep normalization layers in float32: layer.float()",
-        )
+        message = f"{_count(len(keys), 'statistic')} in half precision: small updates are rounded away"
+        fix = "keep normalization layers in float32: layer.float()"
+        yield Finding("warning", "half-statistics", _layers(keys), message, fix)
 
 
 def _unmeasured(s: Subject) -> Iterator[Finding]:
     if s.measured.failure:
         shape = [EXAMPLES, *(s.shape or ())]
-        yield Finding(
-            "warning",
-            "unmeasured",
-            (),
-            f"the model does not run on a batch of shape {shape} in training mode: {s.measured.failure}",
-            "specify the shape of one example that the model accepts",
-        )
+        message = f"the model does not run on a batch of shape {shape} in training mode: {s.measured.failure}"
+        yield Finding("warning", "unmeasured", (), message, "specify the shape of one example that the model accepts")
 
 
 def _one_value(s: Subject) -> Iterator[Finding]:
@@ -224,76 +185,50 @@ def _one_value(s: Subject) -> Iterator[Finding]:
         where = tuple(p for _, left, p, _ in s.pairs if isinstance(left, nn.Linear) and p in s.batch_norms)
     layers = _count(len(where), "BN layer sees", "BN layers see")
     if where and s.batch_size == 1:
-        yield Finding(
-            "error",
-            "one-value",
-            where,
-            f"{layers} one value per channel at batch size 1: training raises",
-            "use a batch size of at least 2, or groupnorm",
-        )
+        message = f"{layers} one value per channel at batch size 1: training raises"
+        yield Finding("error", "one-value", where, message, "use a batch size of at least 2, or groupnorm")
     elif where:
-        yield Finding(
-            "warning",
-            "one-value",
-            where,
+        message = (
             f"{layers} one value per channel and example: a last batch of one raises, and so does a client "
-            "with a single example",
-            "merge a last batch of one into the previous batch (training here does) or drop it",
+            "with a single example"
         )
+        fix = "merge a last batch of one into the previous batch (training here does) or drop it"
+        yield Finding("warning", "one-value", where, message, fix)
 
 
 def _batch_of_one(s: Subject) -> Iterator[Finding]:
     if s.batch_size == 1 and s.batch_norms:
-        yield Finding(
-            "warning",
-            "batch-of-one",
-            tuple(s.batch_norms),
-            "batches of one: BN trains with the moments of single examples but evaluates with their average",
-            "use larger batches, or groupnorm",
-        )
+        message = "batches of one: BN trains with the moments of single examples but evaluates with their average"
+        yield Finding("warning", "batch-of-one", tuple(s.batch_norms), message, "use larger batches, or groupnorm")
 
 
 def _fewest_values(s: Subject) -> Iterator[Finding]:
     values = {p: v for p, v in s.measured.values.items() if p in s.batch_norms}
     if values:
         path = min(values, key=lambda p: values[p])
-        yield Finding(
-            "note",
-            "fewest-values",
-            (path,),
+        message = (
             f"{values[path] * s.batch_size:,} values per channel at batch size {s.batch_size}, "
-            f"{values[path]:,} in a last batch of one: the fewest of all BN layers",
-            "use larger batches if that is too few to estimate a mean and a variance",
+            f"{values[path]:,} in a last batch of one: the fewest of all BN layers"
         )
+        fix = "use larger batches if that is too few to estimate a mean and a variance"
+        yield Finding("note", "fewest-values", (path,), message, fix)
 
 
 def _groups(s: Subject) -> Iterator[Finding]:
     layers = {p: m for p, m in s.norms.items() if isinstance(m, nn.GroupNorm)}
     if constant := tuple(p for p in layers if s.measured.values.get(p) == 1):
-        yield Finding(
-            "error",
-            "group-of-one",
-            constant,
+        message = (
             f"{_count(len(constant), 'GroupNorm layer')} with one value per group: the output is the shift, "
-            "for any input",
-            "use fewer groups",
+            "for any input"
         )
+        yield Finding("error", "group-of-one", constant, message, "use fewer groups")
     if instance := tuple(p for p, m in layers.items() if m.num_groups == m.num_channels):
-        yield Finding(
-            "warning",
-            "group-is-instance",
-            instance,
-            f"{_count(len(instance), 'GroupNorm layer')} with one channel per group: this is InstanceNorm",
-            "use fewer groups, with two to sixteen channels each",
-        )
+        message = f"{_count(len(instance), 'GroupNorm layer')} with one channel per group: this is InstanceNorm"
+        fix = "use fewer groups, with two to sixteen channels each"
+        yield Finding("warning", "group-is-instance", instance, message, fix)
     if single := tuple(p for p, m in layers.items() if m.num_groups == 1 < m.num_channels):
-        yield Finding(
-            "note",
-            "group-is-layer",
-            single,
-            f"{_count(len(single), 'GroupNorm layer')} with one group: this is LayerNorm",
-            "use more groups unless this is intended",
-        )
+        message = f"{_count(len(single), 'GroupNorm layer')} with one group: this is LayerNorm"
+        yield Finding("note", "group-is-layer", single, message, "use more groups unless this is intended")
 
 
 def _conversion(s: Subject) -> Iterator[Finding]:
@@ -304,13 +239,9 @@ def _conversion(s: Subject) -> Iterator[Finding]:
     ):
         if where:
             widths = ", ".join(map(str, sorted({channels[p] for p in where})))
-            yield Finding(
-                "note",
-                lint,
-                tuple(where),
-                f"GroupNorm(min(32, C), C) would {effect} for {_count(len(where), 'BN layer')} (C = {widths})",
-                "use fedbn.nn.conversion.convert(model, 'group', groups=8), which selects the nearest divisor",
-            )
+            message = f"GroupNorm(min(32, C), C) would {effect} for {_count(len(where), 'BN layer')} (C = {widths})"
+            fix = "use fedbn.nn.conversion.convert(model, 'group', groups=8), which selects the nearest divisor"
+            yield Finding("note", lint, tuple(where), message, fix)
 
 
 def _idle_bias(s: Subject) -> Iterator[Finding]:
@@ -322,25 +253,18 @@ def _idle_bias(s: Subject) -> Iterator[Finding]:
     }
     if biases:
         size = sum(b.numel() * b.element_size() for b in biases.values())
-        yield Finding(
-            "note",
-            "idle-bias",
-            tuple(biases),
-            f"{_count(len(biases), 'bias', 'biases')} canceled by the next normalization layer ({size:,} B)",
-            "set bias=False in these layers",
-        )
+        message = f"{_count(len(biases), 'bias', 'biases')} canceled by the next normalization layer ({size:,} B)"
+        yield Finding("note", "idle-bias", tuple(biases), message, "set bias=False in these layers")
 
 
 def _synchronized(s: Subject) -> Iterator[Finding]:
     if where := tuple(p for p, m in s.norms.items() if isinstance(m, nn.SyncBatchNorm)):
-        yield Finding(
-            "warning",
-            "sync",
-            where,
+        message = (
             f"{_count(len(where), 'SyncBatchNorm layer')}: synchronization works within a torch process "
-            "group, which federated clients do not form, so each would normalize by its own batch",
-            "use BatchNorm; with global-recalibrated, clients share exact statistics",
+            "group, which federated clients do not form, so each would normalize by its own batch"
         )
+        fix = "use BatchNorm; with global-recalibrated, clients share exact statistics"
+        yield Finding("warning", "sync", where, message, fix)
 
 
 def _tied(s: Subject) -> Iterator[Finding]:
@@ -352,22 +276,15 @@ def _tied(s: Subject) -> Iterator[Finding]:
     for keys in tensors.values():
         owners = dict.fromkeys(str(s.ownership.owner(k)) for k in keys)
         if len(owners) > 1:
-            yield Finding(
-                "error",
-                "tied",
-                tuple(keys),
+            message = (
                 f"one tensor under {len(keys)} keys with different owners ({', '.join(owners)}): the last one "
-                "loaded wins",
-                "untie the layers, or choose a strategy with one owner for both roles",
+                "loaded wins"
             )
+            fix = "untie the layers, or choose a strategy with one owner for both roles"
+            yield Finding("error", "tied", tuple(keys), message, fix)
         elif len(keys) > 1:
-            yield Finding(
-                "warning",
-                "tied",
-                tuple(keys),
-                f"one tensor under {len(keys)} keys: counted, sent and averaged {len(keys)} times",
-                "untie the layers, or register the tensor once",
-            )
+            message = f"one tensor under {len(keys)} keys: counted, sent and averaged {len(keys)} times"
+            yield Finding("warning", "tied", tuple(keys), message, "untie the layers, or register the tensor once")
 
 
 def _after_head(s: Subject) -> Iterator[Finding]:
@@ -375,14 +292,12 @@ def _after_head(s: Subject) -> Iterator[Finding]:
     order = s.measured.order or tuple(p for p, _ in s.model.named_modules())
     where = tuple(p for p in order[order.index(last) + 1 :] if p in s.norms) if last in order else ()
     if where:
-        yield Finding(
-            "warning",
-            "after-head",
-            where,
+        message = (
             f"{_count(len(where), 'normalization layer')} after {last!r}, the last weighted layer and so the "
-            "head: either logits are normalized, or this layer is not the classifier",
-            "register the classifier last and do not normalize its output",
+            "head: either logits are normalized, or this layer is not the classifier"
         )
+        fix = "register the classifier last and do not normalize its output"
+        yield Finding("warning", "after-head", where, message, fix)
 
 
 LINTS: tuple[Lint, ...] = (

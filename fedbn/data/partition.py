@@ -121,16 +121,8 @@ class Dirichlet(Partition):
                 f"but there are {len(rows.label)}: use fewer clients or a smaller least"
             )
         if self.clients <= 100:
-            from flwr_datasets.partitioner import DirichletPartitioner
-
-            partitioner = DirichletPartitioner(
-                self.clients,
-                "label",
-                self.alpha,
-                min_partition_size=self.least,
-                self_balancing=False,
-                seed=key(seed, "partition") % 2**32,
-            )
+            options = {"min_partition_size": self.least, "self_balancing": False}
+            partitioner = _seeded("Dirichlet", seed, self.clients, "label", self.alpha, **options)
             with contextlib.suppress(ValueError):  # raised after ten attempts to reach `least`
                 return _load_indices(partitioner, rows, self.clients)
         return self._split_all(rows, seed)
@@ -168,15 +160,8 @@ class Pathological(Partition):
                 f"pathological: {self.clients} clients with {self.classes} classes each cannot cover all {present} "
                 "classes: use more clients or classes"
             )
-        from flwr_datasets.partitioner import PathologicalPartitioner
-
-        partitioner = PathologicalPartitioner(
-            self.clients,
-            "label",
-            self.classes,
-            class_assignment_mode="first-deterministic",
-            seed=key(seed, "partition") % 2**32,
-        )
+        mode = "first-deterministic"
+        partitioner = _seeded("Pathological", seed, self.clients, "label", self.classes, class_assignment_mode=mode)
         return _load_indices(partitioner, rows, self.clients)
 
 
@@ -197,30 +182,22 @@ class Shard(Partition):
             raise UserError(
                 f"shard: {self.shards * self.clients} shards of {len(rows.label)} rows are impossible; use fewer"
             )
-        from flwr_datasets.partitioner import ShardPartitioner
-
-        partitioner = ShardPartitioner(
-            self.clients, "label", num_shards_per_partition=self.shards, seed=key(seed, "partition") % 2**32
-        )
+        partitioner = _seeded("Shard", seed, self.clients, "label", num_shards_per_partition=self.shards)
         return _load_indices(partitioner, rows, self.clients)
 
 
 class _Sized(Partition):
     """Base class of schemes with quantity skew only: random rows, different numbers of rows per client.
 
-    Attributes:
-        partitioner: class in ``flwr_datasets.partitioner``, which splits contiguously.
+    The partitioner of the same name in flwr-datasets splits contiguously, so rows are shuffled first.
     """
 
-    partitioner: ClassVar[str]
     clients: int
 
     def split(self, rows: Rows, seed: int) -> Indices:
-        from flwr_datasets import partitioner as partitioners
-
         order = numpy_generator(seed, "partition", self.name).permutation(len(rows.label))
         shuffled = Rows(rows.label[order], rows.user[order])
-        partitioner = getattr(partitioners, self.partitioner)(getattr(self, "sizes", self.clients))
+        partitioner = _partitioner(self.name.capitalize(), getattr(self, "sizes", self.clients))
         return [order[i] for i in _load_indices(partitioner, shuffled, self.clients)]
 
 
@@ -230,7 +207,6 @@ class Linear(_Sized):
 
     name = "linear"
     about = "quantity skew: sizes grow linearly"
-    partitioner = "LinearPartitioner"
     clients: int = 20
 
 
@@ -240,7 +216,6 @@ class Square(_Sized):
 
     name = "square"
     about = "quantity skew: sizes grow quadratically"
-    partitioner = "SquarePartitioner"
     clients: int = 20
 
 
@@ -250,7 +225,6 @@ class Exponential(_Sized):
 
     name = "exponential"
     about = "quantity skew: sizes grow exponentially"
-    partitioner = "ExponentialPartitioner"
     clients: int = 6
 
 
@@ -260,7 +234,6 @@ class Size(_Sized):
 
     name = "size"
     about = "quantity skew: sizes as given, e.g. size:sizes=100+200+400"
-    partitioner = "SizePartitioner"
     sizes: tuple[int, ...] = ()
 
     @property
@@ -314,6 +287,18 @@ def digest(indices: Indices) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def _partitioner(kind: str, *args: Any, **options: Any) -> Any:
+    """A partitioner of flwr-datasets; its import is slow."""
+    from flwr_datasets import partitioner
+
+    return getattr(partitioner, f"{kind}Partitioner")(*args, **options)
+
+
+def _seeded(kind: str, seed: int, *args: Any, **options: Any) -> Any:
+    """A partitioner with a seed for this purpose."""
+    return _partitioner(kind, *args, **options, seed=key(seed, "partition") % 2**32)
+
+
 def _load_indices(partitioner: Any, rows: Rows, clients: int) -> Indices:
     """Row indices of each client according to a partitioner of flwr-datasets."""
     import datasets
@@ -329,11 +314,8 @@ def _load_indices(partitioner: Any, rows: Rows, clients: int) -> Indices:
             partitioner.dataset = datasets.Dataset.from_dict(
                 {"index": np.arange(len(rows.label)), "label": rows.label.astype(np.int64)}
             )
-            indices = []
-            for i in range(clients):
-                part = partitioner.load_partition(i).with_format("numpy")
-                indices.append(np.asarray(part["index"][:], dtype=np.int64))
-            return indices
+            parts = (partitioner.load_partition(i).with_format("numpy") for i in range(clients))
+            return [np.asarray(part["index"][:], dtype=np.int64) for part in parts]
     finally:
         if not disabled:
             datasets.enable_progress_bars()
@@ -372,15 +354,11 @@ def repartition(population: Population, text: str, seed: int) -> Population:
                 "clients, or a milder skew"
             )
     test_indices = matching_test_rows(train.y.numpy(), indices, test.y.numpy(), len(population.classes), seed)
-    domains = {u.domain for u in seen}
+    domains = sorted({u.domain for u in seen})
+    domain = domains[0] if len(domains) == 1 else "mixed"
     users = [
-        User(
-            f"client{i:04d}",
-            domains.copy().pop() if len(domains) == 1 else "mixed",
-            train.take(torch.from_numpy(train_rows)),
-            test.take(torch.from_numpy(test_rows)),
-        )
-        for i, (train_rows, test_rows) in enumerate(zip(indices, test_indices, strict=True))
+        User(f"client{i:04d}", domain, train.take(torch.from_numpy(a)), test.take(torch.from_numpy(b)))
+        for i, (a, b) in enumerate(zip(indices, test_indices, strict=True))
     ]
     unseen = [population.users[i] for i in population.unseen]
     return Population(

@@ -41,11 +41,7 @@ class Examples:
     @staticmethod
     def concat(parts: Sequence[Examples]) -> Examples:
         """Concatenate examples."""
-        return Examples(
-            torch.cat([p.x for p in parts]),
-            torch.cat([p.y for p in parts]),
-            torch.cat([p.recording for p in parts]),
-        )
+        return Examples(*(torch.cat([getattr(p, name) for p in parts]) for name in ("x", "y", "recording")))
 
 
 @dataclass(frozen=True)

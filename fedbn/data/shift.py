@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from fedbn.data.population import Population
 from fedbn.errors import UserError
+from fedbn.nn.batchnorm import along
 from fedbn.plugins import parse, render
 from fedbn.seeds import generator
 
@@ -46,10 +47,6 @@ class Shift(ABC):
         """
 
 
-def _per_channel(value: Tensor, like: Tensor) -> Tensor:
-    return value.view(1, -1, *[1] * (like.dim() - 2))
-
-
 @dataclass(frozen=True)
 class Gain(Shift):
     """Scale each channel by exp(N(0, strength))."""
@@ -60,7 +57,7 @@ class Gain(Shift):
 
     def draw(self, shape: tuple[int, ...], scale: Tensor, rng: torch.Generator) -> Apply:
         factor = torch.exp(torch.randn(shape[0], generator=rng) * self.strength)
-        return lambda x: x * _per_channel(factor, x)
+        return lambda x: x * along(factor, x)
 
 
 @dataclass(frozen=True)
@@ -73,7 +70,7 @@ class Offset(Shift):
 
     def draw(self, shape: tuple[int, ...], scale: Tensor, rng: torch.Generator) -> Apply:
         offset = torch.randn(shape[0], generator=rng) * self.strength * scale
-        return lambda x: x + _per_channel(offset, x)
+        return lambda x: x + along(offset, x)
 
 
 @dataclass(frozen=True)
@@ -86,7 +83,7 @@ class Noise(Shift):
 
     def draw(self, shape: tuple[int, ...], scale: Tensor, rng: torch.Generator) -> Apply:
         level = torch.rand((), generator=rng) * self.strength
-        return lambda x: x + torch.randn(x.shape, generator=rng) * level * _per_channel(scale, x)
+        return lambda x: x + torch.randn(x.shape, generator=rng) * level * along(scale, x)
 
 
 @dataclass(frozen=True)
@@ -273,12 +270,7 @@ def shift(population: Population, text: str, seed: int) -> Population:
     users = []
     for user in population.users:
         steps = [k.draw(population.shape, scale, generator(seed, "shift", k.name, user.name)) for k in kinds]
-        users.append(
-            replace(
-                user,
-                train=replace(user.train, x=_apply_all(steps, user.train.x).contiguous()),
-                test=replace(user.test, x=_apply_all(steps, user.test.x).contiguous()),
-            )
-        )
+        train, test = (replace(part, x=_apply_all(steps, part.x).contiguous()) for part in (user.train, user.test))
+        users.append(replace(user, train=train, test=test))
     skew = f"{population.skew}; feature skew added by {parse_shift(text)}"
     return Population(tuple(users), population.unseen, population.classes, skew, population.sources)

@@ -28,23 +28,20 @@ def check_population(population: Population) -> None:
                     f"user {user.name}: {int(bad.sum())} of {len(data)} {part} examples hold NaN or Inf (first: row "
                     f"{int(bad.nonzero()[0])}); remove or impute them"
                 )
-            if int(data.y.min()) < 0 or int(data.y.max()) >= classes:
+            low, high = int(data.y.min()), int(data.y.max())
+            if low < 0 or high >= classes:
                 raise UserError(
-                    f"user {user.name}: labels run from {int(data.y.min())} to {int(data.y.max())}, but there are "
-                    f"{classes} classes, 0 to {classes - 1}"
+                    f"user {user.name}: labels run from {low} to {high}, but there are {classes} classes, 0 to "
+                    f"{classes - 1}"
                 )
-            if tuple(data.x.shape[1:]) != population.shape:
-                raise UserError(
-                    f"user {user.name}: {part} examples have shape {list(data.x.shape[1:])}, "
-                    f"others {list(population.shape)}"
-                )
+            own, others = list(data.x.shape[1:]), list(population.shape)
+            if own != others:
+                raise UserError(f"user {user.name}: {part} examples have shape {own}, others {others}")
         if i not in population.unseen:
             trained[user.train.y.cpu()] = True
     if not trained.all():
-        missing = [population.classes[i] for i in (~trained).nonzero().flatten().tolist()]
-        raise UserError(
-            f"no seen user has training data of class {', '.join(missing)}: drop the class or see other users"
-        )
+        missing = ", ".join(population.classes[i] for i in (~trained).nonzero().flatten().tolist())
+        raise UserError(f"no seen user has training data of class {missing}: drop the class or see other users")
 
 
 def check_context(ctx: RunContext) -> list[str]:
@@ -83,11 +80,9 @@ def check_context(ctx: RunContext) -> list[str]:
         if "more than 1 value per channel" not in str(error):
             raise
         smallest = min(sizes, key=sizes.__getitem__)
-        cause = (
-            f"batches of one (--batch-size {plan.batch_size})"
-            if plan.batch_size == 1
-            else f"user {population.users[smallest].name}, who has a single training example"
-        )
+        cause = f"user {population.users[smallest].name}, who has a single training example"
+        if plan.batch_size == 1:
+            cause = f"batches of one (--batch-size {plan.batch_size})"
         raise UserError(
             f"batch normalization cannot train on {cause}: use a batch size of 2 or more and users with at least 2 "
             "examples, or groupnorm, layernorm or nonorm"

@@ -39,8 +39,8 @@ def _client_trainer(
     ctx: RunContext, user: int, model: nn.Module, progress: Progress, aggregates: Aggregates, momentum: State
 ) -> ClientTrainer:
     plan, data = ctx.run.plan, ctx.training_data(user)
-    shared = set(ctx.ownership.travels)
-    received = {n: p.detach().clone() for n, p in model.named_parameters() if n in shared} if plan.proximal else {}
+    shared = set(ctx.ownership.travels if plan.proximal else ())
+    received = {n: p.detach().clone() for n, p in model.named_parameters() if n in shared}
 
     def set_training_mode() -> None:
         ctx.strategy.set_training_mode(model, progress, aggregates)
@@ -107,8 +107,7 @@ def client_round(
     loss = ctx.personal.train(trainer)
     notes |= ctx.strategy.after_local_training(model) | trainer.notes
     state = clone(model.state_dict())
-    shared = {k: state[k] for k in ctx.ownership.travels}
-    retained = {k: state[k] for k in ctx.ownership.retained}
+    shared, retained = ({k: state[k] for k in keys} for keys in (ctx.ownership.travels, ctx.ownership.retained))
     retained |= {OPTIMIZER + k: v for k, v in momentum.items()}
     retained |= {METHOD_STATE + k: v for k, v in trainer.method_state.items()}
     return Update(user, shared, len(data), loss, notes), retained
@@ -172,10 +171,8 @@ def client_evaluation(
             every cold start that they allow.
     """
     state = user_state(ctx, user, received, client_state)
-    return [
-        *user_scores(ctx, user, state, columns, globally, client_statistics),
-        *(cold_start_scores(ctx, user, state, client_statistics) if client_statistics else ()),
-    ]
+    out = user_scores(ctx, user, state, columns, globally, client_statistics)
+    return out + cold_start_scores(ctx, user, state, client_statistics) if client_statistics else out
 
 
 def user_scores(
@@ -222,6 +219,5 @@ def client_sync_statistics(
 ) -> dict[str, Moments] | None:
     """One client's next message in synchronizing statistics; None when there is no further message."""
     own, _, _ = _split(client_state, ctx)
-    state = ctx.assemble(received, own)
-    x = ctx.training_data(user).x
+    state, x = ctx.assemble(received, own), ctx.training_data(user).x
     return replay(lambda: ctx.strategy.sync_statistics(ctx.load(state), x), aggregates)

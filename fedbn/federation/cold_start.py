@@ -53,8 +53,8 @@ def cold_starts(ctx: RunContext, state: State, client_statistics: dict[int, Stat
     distances = [_distance(client, own, pairs) for client in clients]
     out["nearest"] = state | clients[min(range(len(clients)), key=distances.__getitem__)]
     weights = [1.0 / max(d, 1e-12) for d in distances]
-    mixture = {k: naive_mean([c[k] for c in clients], weights) for k in keys} | _pooled_moments(clients, pairs, weights)
-    out["mixture"] = state | mixture
+    mixture = {k: naive_mean([c[k] for c in clients], weights) for k in keys}
+    out["mixture"] = state | mixture | _pooled_moments(clients, pairs, weights)
     out["prior"] = state | _shrunk_moments(pooled, clients, own, window_var, pairs, len(x))
     return out
 
@@ -114,19 +114,14 @@ def window_moments(ctx: RunContext, state: State, x: Tensor) -> tuple[dict[str, 
 
 def _pairs(ctx: RunContext, keys: Sequence[str]) -> dict[str, tuple[str, str]]:
     """Names of each layer's running mean and variance, by layer path."""
-    out = {}
-    for path in statistics_layers(ctx.scratch):
-        prefix = f"{path}." if path else ""
-        if f"{prefix}running_mean" in keys and f"{prefix}running_var" in keys:
-            out[path] = (f"{prefix}running_mean", f"{prefix}running_var")
-    return out
+    prefixes = {path: f"{path}." if path else "" for path in statistics_layers(ctx.scratch)}
+    pairs = {path: (f"{prefix}running_mean", f"{prefix}running_var") for path, prefix in prefixes.items()}
+    return {path: pair for path, pair in pairs.items() if set(pair) <= set(keys)}
 
 
 def _distance(client: State, own: dict[str, Moments], pairs: dict[str, tuple[str, str]]) -> float:
-    return sum(
-        float(own[path].w2(Moments.from_variance(1.0, client[mu].cpu(), client[var].cpu())))
-        for path, (mu, var) in pairs.items()
-    )
+    stored = {p: Moments.from_variance(1.0, client[mu].cpu(), client[var].cpu()) for p, (mu, var) in pairs.items()}
+    return sum(float(own[path].w2(moments)) for path, moments in stored.items())
 
 
 def _shrunk_moments(
@@ -142,8 +137,6 @@ def _shrunk_moments(
         share = windows / (windows + _pseudo_count(clients, mu, window_var[path]))
         mean, variance = pooled[mu].double().cpu(), pooled[var].double().cpu()
         gap = own[path].mean - mean
-        out[mu] = (mean + share * gap).to(pooled[mu])
-        out[var] = ((1 - share) * variance + share * own[path].variance() + share * (1 - share) * gap**2).to(
-            pooled[var]
-        )
+        variance = (1 - share) * variance + share * own[path].variance() + share * (1 - share) * gap**2
+        out[mu], out[var] = (mean + share * gap).to(pooled[mu]), variance.to(pooled[var])
     return out

@@ -81,11 +81,9 @@ class RunContext:
     @cached_property
     def pooled_test(self) -> Examples:
         """Pooled test examples of all seen users, for the global row of the matrix."""
-        return pooled_test(
-            [self.population.users[i].test for i in self.population.seen],
-            self.run.plan.global_test,
-            generator(self.run.seed, "pooled test"),
-        ).to(self.run.device)
+        parts = [self.population.users[i].test for i in self.population.seen]
+        draw = generator(self.run.seed, "pooled test")
+        return pooled_test(parts, self.run.plan.global_test, draw).to(self.run.device)
 
     @cached_property
     def pooled_training_data(self) -> Examples:
@@ -117,8 +115,7 @@ class RunContext:
 
     def sample_clients(self, round: int) -> list[int]:
         """Sorted indices of the clients of a round; depends on (seed, round) only."""
-        trainers = self.trainers
-        count = self.run.plan.clients_per_round
+        trainers, count = self.trainers, self.run.plan.clients_per_round
         if count is None or count >= len(trainers):
             return list(trainers)
         draw = numpy_generator(self.run.seed, "clients", round)
@@ -141,9 +138,8 @@ class RunContext:
         if missing := [k for k in self.ownership.travels if k not in received]:
             raise KeyError(f"missing {missing}")
         own = client_state or {}
-        retained = {k: own[k] for k in self.ownership.retained if k in own}
         server = {k: received[k] for k in self.ownership.travels}
-        return self.initial | server | retained
+        return self.initial | server | {k: own[k] for k in self.ownership.retained if k in own}
 
     def load(self, state: State) -> nn.Module:
         """Load ``state`` into the scratch model and return the model."""

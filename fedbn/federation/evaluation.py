@@ -63,17 +63,16 @@ def evaluate_user(
             continue
         model.load_state_dict(saved)
         predict: Callable[[Tensor], Tensor] = partial(logits, model)
-        if column == "online":
-            if online_rule is None:
-                streamed = predict_stream(model, test.x)
-                outputs = predict_online(model, test.x, prior=online_prior) if streamed is None else streamed
-            else:
-                outputs, net = follow_rule(model, test.x, online_rule, prior)
-                predict = partial(net.predict, user=USER)
-        else:
-            if column == "recalibrated":
-                recalibrate(model, calibration)
+        if column == "recalibrated":
+            recalibrate(model, calibration)
+        if column != "online":
             outputs = logits(model, test.x)
+        elif online_rule is None:
+            streamed = predict_stream(model, test.x)
+            outputs = predict_online(model, test.x, prior=online_prior) if streamed is None else streamed
+        else:
+            outputs, net = follow_rule(model, test.x, online_rule, prior)
+            predict = partial(net.predict, user=USER)
         out.append(score(row, column, outputs, test.y))
         if pooled_test is not None and column in globally:
             out.append(score("global", column, predict(pooled_test.x), pooled_test.y))

@@ -80,14 +80,8 @@ def federate(
         scores = _evaluate(ctx, out, last=number == run.plan.rounds) if is_evaluated(ctx, number) else {}
         if number == run.plan.rounds:
             out.scores = scores
-        out.curve.append(
-            RoundMetrics(
-                number,
-                mean_loss(updates),
-                mean_accuracy(ctx, scores, unseen=False),
-                mean_accuracy(ctx, scores, unseen=True),
-            )
-        )
+        own, unseen = (mean_accuracy(ctx, scores, unseen=is_unseen) for is_unseen in (False, True))
+        out.curve.append(RoundMetrics(number, mean_loss(updates), own, unseen))
         out.seconds = previous_seconds + time.perf_counter() - start
         if on_round:
             on_round(number, out)
@@ -106,12 +100,10 @@ def _sync_statistics(ctx: RunContext, out: Outcome) -> Iterator[dict[str, Moment
 def _sync_first_batch(
     ctx: RunContext, out: Outcome, sampled: list[int], progress: Progress
 ) -> Iterator[dict[str, Moments]]:
+    received, own = {u: out.server.state_for(ctx, u) for u in sampled}, out.client_states
     return run_consensus(
         lambda aggregates: [
-            client_sync_first_batch(
-                ctx, u, out.server.state_for(ctx, u), out.client_states.get(u), progress, aggregates
-            )
-            for u in sampled
+            client_sync_first_batch(ctx, u, received[u], own.get(u), progress, aggregates) for u in sampled
         ],
         traffic_counter(ctx, out, "first-batch sync"),
     )

@@ -47,14 +47,8 @@ def score(row: Row, column: Column, outputs: Tensor, y: Tensor) -> Score:
     1.0
     """
     predicted = outputs.argmax(1)
-    return Score(
-        row,
-        column,
-        len(y),
-        float((predicted == y).double().mean()),
-        macro_f1(predicted, y, outputs.shape[1]),
-        float(F.cross_entropy(outputs.double(), y)),
-    )
+    accuracy, loss = (predicted == y).double().mean(), F.cross_entropy(outputs.double(), y)
+    return Score(row, column, len(y), float(accuracy), macro_f1(predicted, y, outputs.shape[1]), float(loss))
 
 
 def macro_f1(predicted: Tensor, y: Tensor, classes: int) -> float:

@@ -98,9 +98,8 @@ def _require_covered(ctx: RunContext, privacy: Privacy) -> None:
     name = ctx.run.strategy
     if norm.is_centralized:
         raise UserError(f"privacy: {name} pools all data in one place, so there are no messages to protect")
-    extra = [
-        m for m in ("before_local_training", "after_local_training") if getattr(norm, m) is not getattr(NormStrategy, m)
-    ]
+    hooks = ("before_local_training", "after_local_training")
+    extra = [m for m in hooks if getattr(norm, m) is not getattr(NormStrategy, m)]
     extra += [m for m in ("syncs_statistics", "syncs_first_batch") if getattr(norm, m)]
     if personal.server_broadcast is not Personalization.server_broadcast:
         extra.append("server_broadcast")
@@ -133,16 +132,14 @@ def mask_update(ctx: RunContext, update: Update, received: State, progress: Prog
     Raises:
         UserError: a value does not fit a secure sum.
     """
-    privacy = ctx.privacy
-    assert privacy is not None
-    table, peers = ctx.ownership, ctx.sample_clients(progress.round)
-    weight = ctx.weight(update.examples)
-    keys, pairs = table.shared_parameters, statistics_pairs(table)
+    assert ctx.privacy is not None
+    peers = ctx.sample_clients(progress.round)
+    keys, pairs = ctx.ownership.shared_parameters, statistics_pairs(ctx.ownership)
     moved = flatten_entries(update.state, keys) - flatten_entries(received, keys)
     center = {k: v.cpu() for k, v in received.items()}
     trained = {k: v.cpu() for k, v in update.state.items()}
-    vector = torch.cat([torch.ones(1).double(), moved, _statistics(ctx, trained, center, pairs)]) * weight
-    words = encode(vector, privacy.bits, len(peers))
+    vector = torch.cat([torch.ones(1).double(), moved, _statistics(ctx, trained, center, pairs)])
+    words = encode(vector * ctx.weight(update.examples), ctx.privacy.bits, len(peers))
     words = words + pairwise_mask(update.user, peers, len(words), ctx.run.seed, progress.round)
     return Update(update.user, {MASKED: torch.from_numpy(words.view(np.int64))}, 1, update.loss)
 
@@ -159,18 +156,15 @@ def unmask_mean(ctx: RunContext, updates: Sequence[Update], sent: State, round: 
     Raises:
         UserError: a client's message is missing, so that the masks do not cancel.
     """
-    privacy = ctx.privacy
-    assert privacy is not None
+    assert ctx.privacy is not None
     if missing := set(ctx.sample_clients(round)) - {u.user for u in updates}:
         raise UserError(
             f"secure sums need every client of a round, but {sorted(missing)} did not reply in round {round}: run "
             "again, or without secure=true"
         )
-    vector = decode(modular_sum([u.state[MASKED].numpy().view(np.uint64) for u in updates]), privacy.bits)
-    table = ctx.ownership
-    keys, pairs = table.shared_parameters, statistics_pairs(table)
-    size = sum(sent[k].numel() for k in keys)
-    mean = vector[1:] / vector[0]
+    vector = decode(modular_sum([u.state[MASKED].numpy().view(np.uint64) for u in updates]), ctx.privacy.bits)
+    keys, pairs = ctx.ownership.shared_parameters, statistics_pairs(ctx.ownership)
+    size, mean = sum(sent[k].numel() for k in keys), vector[1:] / vector[0]
     center = {k: v.cpu() for k, v in sent.items()}
     state = unflatten_entries(flatten_entries(sent, keys) + mean[:size], sent, keys)
     if pools_moments(ctx.strategy):
@@ -178,8 +172,7 @@ def unmask_mean(ctx: RunContext, updates: Sequence[Update], sent: State, round: 
     else:
         names = [k for pair in pairs for k in pair]
         state |= unflatten_entries(flatten_entries(center, names) + mean[size:], sent, names)
-    state = {k: state[k].to(sent[k].device) for k in table.travels}
-    return Update(ALL_CLIENTS, state, 1, 0.0)
+    return Update(ALL_CLIENTS, {k: state[k].to(sent[k].device) for k in ctx.ownership.travels}, 1, 0.0)
 
 
 def _statistics(ctx: RunContext, state: State, center: State, pairs: Sequence[tuple[str, str]]) -> Tensor:
@@ -197,10 +190,8 @@ def pools_moments(strategy: NormStrategy) -> bool:
 def require_summable(ctx: RunContext) -> None:
     """Raise `UserError` if the strategy's aggregation needs more than sums over the clients."""
     kind = type(ctx.strategy)
-    if (
-        kind.aggregate_statistics not in (NormStrategy.aggregate_statistics, GlobalPooled.aggregate_statistics)
-        or kind.group_states is not NormStrategy.group_states
-    ):
+    summable = (NormStrategy.aggregate_statistics, GlobalPooled.aggregate_statistics)
+    if kind.aggregate_statistics not in summable or kind.group_states is not NormStrategy.group_states:
         raise UserError(
             f"privacy: secure sums hide single clients from the server, but {ctx.run.strategy} needs each client's "
             "update: choose a strategy that averages or pools, such as global-pooled, fedbn or silobn"

@@ -45,13 +45,7 @@ class Server:
     broadcast: State = field(default_factory=dict)
     client_statistics: dict[int, State] = field(default_factory=dict)
 
-    def advance(
-        self,
-        ctx: RunContext,
-        updates: Sequence[Update],
-        round: int,
-        step: ServerStep | None = None,
-    ) -> None:
+    def advance(self, ctx: RunContext, updates: Sequence[Update], round: int, step: ServerStep | None = None) -> None:
         """Aggregate the updates of a round.
 
         Parameters take the weighted mean and the server's optimizer step; statistics are aggregated by the strategy.
@@ -71,10 +65,8 @@ class Server:
         if step is not None and new:
             new, self.memory = step(round, {k: self.state[k] for k in parameters}, new, self.memory)
         if statistics:
-            old = {k: self.state[k] for k in statistics}
-            new |= ctx.strategy.aggregate_statistics(
-                updates, weights, statistics, old, Progress(round, ctx.run.plan.rounds)
-            )
+            old, progress = {k: self.state[k] for k in statistics}, Progress(round, ctx.run.plan.rounds)
+            new |= ctx.strategy.aggregate_statistics(updates, weights, statistics, old, progress)
         self.groups |= ctx.strategy.group_states(updates, weights, table, ctx.population, self.known)
         self.broadcast = ctx.personal.server_broadcast(updates, self.broadcast, len(ctx.trainers))
         if not ctx.strategy.is_centralized and not secure:
@@ -165,26 +157,20 @@ def global_columns(ctx: RunContext, user: int) -> tuple[Column, ...]:
 
 def served_users(ctx: RunContext) -> list[int]:
     """Users that have a model: all users, without the unseen ones if no model is shared."""
-    is_local_only = ctx.treatment.is_local_only
-    return [i for i in range(len(ctx.population.users)) if not (is_local_only and i in ctx.population.unseen)]
+    without_model = ctx.population.unseen if ctx.treatment.is_local_only else ()
+    return [i for i in range(len(ctx.population.users)) if i not in without_model]
 
 
 def mean_accuracy(ctx: RunContext, scores: dict[int, list[Score]], unseen: bool) -> float | None:
     """Mean accuracy of users on their own test data in the *aggregated* column."""
-    users = ctx.population.unseen if unseen else ctx.population.seen
-    values = [
-        s.accuracy
-        for i in users
-        for s in scores.get(i, [])
-        if s.column == "aggregated" and s.row == ("unseen" if unseen else "own")
-    ]
+    users, row = (ctx.population.unseen, "unseen") if unseen else (ctx.population.seen, "own")
+    values = [s.accuracy for i in users for s in scores.get(i, []) if (s.row, s.column) == (row, "aggregated")]
     return sum(values) / len(values) if values else None
 
 
 def mean_loss(updates: Sequence[Update]) -> float:
     """Mean training loss over all examples of a round."""
-    total = sum(u.examples for u in updates)
-    return sum(u.loss * u.examples for u in updates) / total
+    return sum(u.loss * u.examples for u in updates) / sum(u.examples for u in updates)
 
 
 def traffic_counter(

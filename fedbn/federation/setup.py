@@ -29,13 +29,11 @@ def load_population(
     if loaded.remote and (partition != "natural" or shift_text or validation):
         raise UserError(f"{scenario_text}: the data stay on the nodes and cannot be partitioned, shifted or split here")
     population = shift(repartition(loaded, partition, seed), shift_text, seed)
-    users = population.users
-    unseen = population.unseen
     if validation:
-        users = tuple(carve_validation(users[i]) for i in population.seen)
-        unseen = ()
-    users = tuple(User(u.name, u.domain, u.train.to(device), u.test.to(device)) for u in users)
-    return replace(population, users=users, unseen=unseen)
+        seen = tuple(carve_validation(population.users[i]) for i in population.seen)
+        population = replace(population, users=seen, unseen=())
+    users = tuple(User(u.name, u.domain, u.train.to(device), u.test.to(device)) for u in population.users)
+    return replace(population, users=users)
 
 
 @lru_cache(maxsize=2)
@@ -45,9 +43,8 @@ def build_context(run: Run) -> RunContext:
     Raises:
         UserError: settings or data that would fail or mislead later; raised before any training.
     """
-    return build_context_for(
-        run, load_population(run.scenario, run.partition, run.shift, run.seed, run.validation, run.device)
-    )
+    users = load_population(run.scenario, run.partition, run.shift, run.seed, run.validation, run.device)
+    return build_context_for(run, users)
 
 
 def build_context_for(run: Run, population: Population) -> RunContext:

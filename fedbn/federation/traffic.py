@@ -77,18 +77,13 @@ class Traffic:
     def rows(self) -> list[dict[str, Any]]:
         """Rounded bytes per client and round, one row per purpose, in the format of `Ownership.rows`."""
         purposes = [p for p in dict.fromkeys([*self.down, *self.up]) if self.down.get(p) or self.up.get(p)]
-        return [
-            {
-                "role": purpose,
-                "owner": MESSAGE,
-                "entries": 0,
-                "elements": 0,
-                "bytes": 0,
-                "bytes_down": round(self.down.get(purpose, 0) / max(self.trained, 1)),
-                "bytes_up": round(self.up.get(purpose, 0) / max(self.trained, 1)),
-            }
-            for purpose in purposes
-        ]
+        fixed, trained = {"owner": MESSAGE, "entries": 0, "elements": 0, "bytes": 0}, max(self.trained, 1)
+
+        def row(purpose: str) -> dict[str, Any]:
+            down, up = (round(counts.get(purpose, 0) / trained) for counts in (self.down, self.up))
+            return {"role": purpose, **fixed, "bytes_down": down, "bytes_up": up}
+
+        return [row(purpose) for purpose in purposes]
 
 
 def _add(counts: dict[str, int], purpose: str, size: int) -> None:

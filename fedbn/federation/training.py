@@ -101,16 +101,11 @@ def fit(
     parameters = dict(model.named_parameters())
     frozen = [p for n, p in parameters.items() if p.requires_grad and only is not None and n not in only]
     named = {n: p for n, p in parameters.items() if p.requires_grad and (only is None or n in only)}
-    optimizer = torch.optim.SGD(
-        named.values(),
-        lr=plan.rate(round) if lr is None else lr,
-        momentum=plan.momentum,
-        weight_decay=plan.weight_decay,
-    )
+    lr = plan.rate(round) if lr is None else lr
+    optimizer = torch.optim.SGD(named.values(), lr=lr, momentum=plan.momentum, weight_decay=plan.weight_decay)
     for name, buffer in (optimizer_state or {}).items():
-        if name not in named:
-            continue
-        optimizer.state[named[name]]["momentum_buffer"] = buffer.to(named[name].device).clone()
+        if name in named:
+            optimizer.state[named[name]]["momentum_buffer"] = buffer.to(named[name].device).clone()
     weight, anchor = pull[0], {n: v.detach() for n, v in pull[1].items() if n in named}
     per_user = None if row_users is None else _PerUserStatistics(model, row_users)
     total = torch.zeros((), device=data.x.device)
@@ -138,25 +133,14 @@ def fit(
             parameter.requires_grad_(True)
     if per_user is not None:
         per_user.average()
-    buffers_out: State = {}
-    if plan.optimizer_state == "keep":
-        buffers_out = {
-            n: buffer.detach().clone()
-            for n, p in named.items()
-            if (buffer := optimizer.state[p].get("momentum_buffer")) is not None
-        }
-    return float(total) / (len(data) * max(epochs, 1)), buffers_out
+    kept = named.items() if plan.optimizer_state == "keep" else ()
+    buffers = {n: optimizer.state[p].get("momentum_buffer") for n, p in kept}
+    loss_per_example = float(total) / (len(data) * max(epochs, 1))
+    return loss_per_example, {n: b.detach().clone() for n, b in buffers.items() if b is not None}
 
 
 def epoch_batches(
-    n: int,
-    plan: Plan,
-    seed: int,
-    round: int,
-    user: int,
-    epoch: int,
-    purpose: str = "",
-    row_users: Tensor | None = None,
+    n: int, plan: Plan, seed: int, round: int, user: int, epoch: int, purpose: str = "", row_users: Tensor | None = None
 ) -> Iterator[Tensor]:
     """Row indices of the batches of one epoch of a user's local training."""
     draw = shuffle(seed, round, user, epoch, purpose)

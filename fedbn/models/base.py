@@ -30,6 +30,11 @@ class Network(nn.Module):
     def __init__(self, shape: tuple[int, ...], classes: int) -> None:
         super().__init__()
 
+    def require_shape(self, fits: bool, expected: str, shape: tuple[int, ...]) -> None:
+        """Raise unless the shape of an example fits."""
+        if not fits:
+            raise UserError(f"{self.name} takes {expected}, not examples of shape {list(shape)}")
+
 
 class Factory(Protocol):
     """A callable that builds a model for examples of a shape and a number of classes."""

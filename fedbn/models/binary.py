@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedbn.errors import UserError, unknown
+from fedbn.errors import unknown
 from fedbn.models.base import Network
 from fedbn.nn.batchnorm import AnyBatchNorm, along
 
@@ -203,17 +203,12 @@ class BinaryCNN(Network):
 
     def __init__(self, shape: tuple[int, ...], classes: int, norm: BinaryNorm = "bn") -> None:
         super().__init__(shape, classes)
-        if len(shape) != 3 or min(shape[1:]) < 8:
-            raise UserError(f"binary-cnn takes images [channels, >= 8, >= 8], not examples of shape {list(shape)}")
+        self.require_shape(len(shape) == 3 and min(shape[1:]) >= 8, "images [channels, >= 8, >= 8]", shape)
         layers: list[nn.Module] = []
         in_channels = shape[0]
         for width in (32, 64, 64):
-            layers += [
-                BinaryConv2d(in_channels, width),
-                nn.MaxPool2d(2),
-                binary_norm(norm, width, 9 * in_channels),
-                Sign(),
-            ]
+            convolution = BinaryConv2d(in_channels, width)
+            layers += [convolution, nn.MaxPool2d(2), binary_norm(norm, width, 9 * in_channels), Sign()]
             in_channels = width
         self.features = nn.Sequential(*layers)
         self.classifier = nn.Linear(64 * (shape[1] // 8) * (shape[2] // 8), classes)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fedbn.errors import UserError
 from fedbn.models.base import Network
 
 
@@ -23,8 +22,7 @@ class DigitCNN(Network):
 
     def __init__(self, shape: tuple[int, ...], classes: int) -> None:
         super().__init__(shape, classes)
-        if len(shape) != 3 or min(shape[1:]) < 4:
-            raise UserError(f"digit-cnn takes images [channels, height, width], not examples of shape {list(shape)}")
+        self.require_shape(len(shape) == 3 and min(shape[1:]) >= 4, "images [channels, height, width]", shape)
         flat = 128 * (shape[1] // 4) * (shape[2] // 4)
 
         def block(in_channels: int, width: int) -> list[nn.Module]:
@@ -34,12 +32,7 @@ class DigitCNN(Network):
             *block(shape[0], 64), nn.MaxPool2d(2), *block(64, 64), nn.MaxPool2d(2), *block(64, 128)
         )
         self.hidden = nn.Sequential(
-            nn.Linear(flat, 2048),
-            nn.BatchNorm1d(2048),
-            nn.ReLU(),
-            nn.Linear(2048, 512),
-            nn.BatchNorm1d(512),
-            nn.ReLU(),
+            nn.Linear(flat, 2048), nn.BatchNorm1d(2048), nn.ReLU(), nn.Linear(2048, 512), nn.BatchNorm1d(512), nn.ReLU()
         )
         self.classifier = nn.Linear(512, classes)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fedbn.errors import UserError
 from fedbn.models.base import Network
 
 
@@ -26,17 +25,12 @@ class HarCNN(Network):
 
     def __init__(self, shape: tuple[int, ...], classes: int) -> None:
         super().__init__(shape, classes)
-        if len(shape) != 2 or shape[1] < 8:
-            raise UserError(f"har-cnn takes windows [channels, length >= 8], not examples of shape {list(shape)}")
+        self.require_shape(len(shape) == 2 and shape[1] >= 8, "windows [channels, length >= 8]", shape)
         layers: list[nn.Module] = []
         in_channels = shape[0]
         for width in (32, 64, 64):
-            layers += [
-                nn.Conv2d(in_channels, width, (1, 5), padding=(0, 2), bias=False),
-                nn.BatchNorm2d(width),
-                nn.MaxPool2d((1, 2)),
-                nn.ReLU(),
-            ]
+            convolution = nn.Conv2d(in_channels, width, (1, 5), padding=(0, 2), bias=False)
+            layers += [convolution, nn.BatchNorm2d(width), nn.MaxPool2d((1, 2)), nn.ReLU()]
             in_channels = width
         self.features = nn.Sequential(*layers)
         self.classifier = nn.Linear(in_channels, classes)

@@ -7,7 +7,6 @@ from typing import cast
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedbn.errors import UserError
 from fedbn.models.base import Network
 
 
@@ -44,8 +43,7 @@ class ResNet20(Network):
 
     def __init__(self, shape: tuple[int, ...], classes: int) -> None:
         super().__init__(shape, classes)
-        if len(shape) != 3 or min(shape[1:]) < 8:
-            raise UserError(f"resnet20 takes images [channels, >= 8, >= 8], not examples of shape {list(shape)}")
+        self.require_shape(len(shape) == 3 and min(shape[1:]) >= 8, "images [channels, >= 8, >= 8]", shape)
         self.conv1 = nn.Conv2d(shape[0], 16, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
         in_channels = 16

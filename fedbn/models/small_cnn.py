@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from fedbn.errors import UserError
 from fedbn.models.base import Network
 
 
@@ -21,18 +20,12 @@ class SmallCNN(Network):
 
     def __init__(self, shape: tuple[int, ...], classes: int) -> None:
         super().__init__(shape, classes)
-        if len(shape) != 3:
-            raise UserError(f"small-cnn takes images [channels, height, width], not examples of shape {list(shape)}")
-        self.features = nn.Sequential(
-            nn.Conv2d(shape[0], 8, 3, padding=1, bias=False),
-            nn.BatchNorm2d(8),
-            nn.ReLU(),
-            nn.MaxPool2d(2),
-            nn.Conv2d(8, 16, 3, padding=1, bias=False),
-            nn.BatchNorm2d(16),
-            nn.ReLU(),
-            nn.AdaptiveAvgPool2d(2),
-        )
+        self.require_shape(len(shape) == 3, "images [channels, height, width]", shape)
+
+        def block(in_channels: int, width: int) -> list[nn.Module]:
+            return [nn.Conv2d(in_channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+
+        self.features = nn.Sequential(*block(shape[0], 8), nn.MaxPool2d(2), *block(8, 16), nn.AdaptiveAvgPool2d(2))
         self.classifier = nn.Linear(64, classes)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from fedbn.errors import UserError
 from fedbn.models.base import Network
 
 
@@ -28,8 +27,7 @@ class StrokeEEG1DCNN(Network):
 
     def __init__(self, shape: tuple[int, ...], classes: int) -> None:
         super().__init__(shape, classes)
-        if len(shape) != 2 or shape[1] < 4:
-            raise UserError(f"stroke-cnn takes [channels, length >= 4], not examples of shape {list(shape)}")
+        self.require_shape(len(shape) == 2 and shape[1] >= 4, "[channels, length >= 4]", shape)
 
         def block(in_channels: int, width: int) -> list[nn.Module]:
             return [nn.Conv1d(in_channels, width, 3, padding=1), nn.BatchNorm1d(width), nn.ReLU()]

@@ -101,9 +101,8 @@ def convert_norms(model: nn.Module, cls: type[nn.Module], kind: str, **options: 
             "momentum": getattr(layer, "momentum", 0.1),
             "affine": getattr(layer, "weight", None) is not None,
         }
-        return cls(
-            channels_of(layer), **{k: v for k, v in inherited.items() if accepts_any or k in parameters} | options
-        )
+        accepted = {k: v for k, v in inherited.items() if accepts_any or k in parameters}
+        return cls(channels_of(layer), **accepted | options)
 
     return replace_norms(model, make)
 

@@ -51,14 +51,8 @@ class ExampleWeighing(AnyBatchNorm):
         if self.training:
             self.num_batches_tracked += 1
             with torch.no_grad():
-                batch_mean, batch_var, _ = batch_statistics(input)
-                mean, var = blend(
-                    self.running_mean,
-                    self.running_var,
-                    batch_mean.to(self.running_mean),
-                    batch_var.to(self.running_var),
-                    self.batch_weight,
-                )
+                batch_mean, batch_var = (t.to(self.running_mean) for t in batch_statistics(input)[:2])
+                mean, var = blend(self.running_mean, self.running_var, batch_mean, batch_var, self.batch_weight)
                 self.running_mean.copy_(mean)
                 self.running_var.copy_(var)
             return F.batch_norm(input, None, None, self.weight, self.bias, True, 0.0, self.eps)

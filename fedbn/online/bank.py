@@ -90,12 +90,11 @@ class Bank:
         self.source, self.affine, self.spans, self.classes = prior, affine, spans, classes
         self.capacity, self.store, self.model = capacity, store, model
         start = rule.start(prior, classes)
-        template = {f.name: getattr(start, f.name) for f in fields(State)}
-        template |= {"base_mean": prior.mean, "base_var": prior.var}
-        template |= {"frozen": torch.zeros(1, device=prior.mean.device) > 0}
-        template |= {name: prior.mean.new_zeros(1) for name in COUNTERS}
-        template |= {"scale": torch.zeros_like(prior.mean), "shift": torch.zeros_like(prior.mean)}
-        self.rows: dict[str, Tensor] = template
+        self.rows: dict[str, Tensor] = {f.name: getattr(start, f.name) for f in fields(State)}
+        self.rows |= {"base_mean": prior.mean, "base_var": prior.var}
+        self.rows |= {"frozen": torch.zeros(1, device=prior.mean.device) > 0}
+        self.rows |= {name: prior.mean.new_zeros(1) for name in COUNTERS}
+        self.rows |= {name: torch.zeros_like(prior.mean) for name in ("scale", "shift")}
         self.slot: OrderedDict[str, int] = OrderedDict()
         self.free: list[int] = []
         self.refresh(torch.zeros(1, dtype=torch.long))
@@ -128,10 +127,9 @@ class Bank:
 
     def _load(self, user: str) -> None:
         if len(self.slot) >= self.capacity:
-            oldest, slot = next(iter(self.slot.items()))
+            oldest = next(iter(self.slot))
             self._save(oldest)
-            del self.slot[oldest]
-            self.free.append(slot)
+            self.free.append(self.slot.pop(oldest))
         if not self.free:
             used = len(self.rows["t"])
             more = min(used, self.capacity + 1 - used)
@@ -209,15 +207,12 @@ class Bank:
 
     def transform_with_current(self, group: Group, moments: Pair, positions: int, span: slice) -> Pair:
         """Scale and shift of the columns ``span`` if statistics include the current rows; the state is unchanged."""
-        weight = group.sum(moments[0].new_ones(len(group.row)))
-        slots = group.slots
+        ones, slots = moments[0].new_ones(len(group.row)), group.slots
         prior, state = slice_channels(self.prior(slots), span), slice_channels(self.states(slots), span)
         clipped = self.rule.clip_moments(slice_channels(self.prior(slots[group.row]), span), moments)
-        window = WindowStatistics(
-            *group.merge(clipped, moments[0].new_ones(len(group.row))), torch.full_like(prior.eps, positions)
-        )
-        unknown = torch.zeros_like(state.classes)
-        pair = self.rule.statistics(prior, self.rule.update(prior, state, window, weight, unknown))
+        window = WindowStatistics(*group.merge(clipped, ones), torch.full_like(prior.eps, positions))
+        after = self.rule.update(prior, state, window, group.sum(ones), torch.zeros_like(state.classes))
+        pair = self.rule.statistics(prior, after)
         scale, shift = self.transform(*self._unless_frozen(slots, prior, pair), span)
         return scale[group.row], shift[group.row]
 
@@ -240,22 +235,12 @@ class Bank:
             return
         mean, var = group.merge(self.rule.clip_moments(self.prior(group.slots[group.row]), moments), weight)
         classes = group.sum(weight[:, None] * posterior)[active]
-        mean_posterior = classes / total[:, None]
         before = self.states(slots)
         window = WindowStatistics(mean[active], var[active], positions)
-        after = self.rule.update(self.prior(slots), before, window, total, mean_posterior)
-        ran = positions > 0
+        after = self.rule.update(self.prior(slots), before, window, total, classes / total[:, None])
         self.rows["learned"][slots] += total
-        self.write(
-            slots,
-            replace(
-                after,
-                t=before.t + 1,
-                classes=before.classes + classes,
-                mean=torch.where(ran, after.mean, before.mean),
-                var=torch.where(ran, after.var, before.var),
-            ),
-        )
+        mean, var = (torch.where(positions > 0, a, b) for a, b in ((after.mean, before.mean), (after.var, before.var)))
+        self.write(slots, replace(after, t=before.t + 1, classes=before.classes + classes, mean=mean, var=var))
 
     # ---------------------------------------------------------------- one user
 
@@ -294,9 +279,7 @@ class Bank:
                 self._set("base_mean", slot, span, state.base[path].mean)
                 self._set("base_var", slot, span, state.base[path].variance())
         slots = torch.tensor([slot], device=self.source.mean.device)
-        start = self.rule.start(self.prior(slots), self.classes)
-        for f in fields(State):
-            self.rows[f.name][slots] = getattr(start, f.name)
+        self.write(slots, self.rule.start(self.prior(slots), self.classes))
         for path, span in self.spans.items():
             for p, moments in enumerate(state.parts[path]):
                 self.rows["n"][slot, p] = moments.n

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -86,7 +85,7 @@ class Pass:
         return torch.addcmul(shift.view(shape), x.to(scale.dtype), scale.view(shape)).to(x.dtype)
 
     def _record(self, layer: UserNorm, x: Tensor) -> Pair:
-        moments = row_moments(x, cast(Tensor, layer.running_mean), self._layer_mask(x))
+        moments = row_moments(x, layer.running_mean, self._layer_mask(x))
         positions = x[0, 0].numel()
         if layer.index in self.moments:  # the layer occurs twice in the network
             before = self.positions[layer.index]

@@ -103,16 +103,8 @@ def personalize(
         torch.cat([_affine(m, name, value) for m in layers.values()]).to(start.mean)
         for name, value in (("weight", 1.0), ("bias", 0.0))
     )
-    bank = Bank(
-        rule,
-        start,
-        (weight, bias),
-        spans,
-        classes or _num_classes(model),
-        capacity,
-        {} if store is None else store,
-        fingerprint(model),
-    )
+    classes, store = classes or _num_classes(model), {} if store is None else store
+    bank = Bank(rule, start, (weight, bias), spans, classes, capacity, store, fingerprint(model))
     plain = {path: copy.deepcopy(m) for path, m in statistics_layers(model).items()}
     return Personalized(inner, bank, duplicates, plain)
 
@@ -201,9 +193,8 @@ class Personalized(Users):
         moments, positions = self._pack_moments(last.recorded)
         if self._sequential or self.bank.rule.classwise:
             for rows in split_duplicates(group):
-                part = Group(
-                    [group.users[i] for i in group.row[rows].tolist()], group.slots[group.row[rows]], arange_like(rows)
-                )
+                users = group.row[rows]
+                part = Group([group.users[i] for i in users.tolist()], group.slots[users], arange_like(rows))
                 self.bank.learn(part, (moments[0][rows], moments[1][rows]), positions, counts[rows], posterior[rows])
         else:
             self.bank.learn(group, moments, positions, counts, posterior)
@@ -276,13 +267,11 @@ class Personalized(Users):
             span = self._spans[index]
             return bank.transform(mean[None, span], var[None, span], span)
 
-        order = list(self._run(windows[:1], transform)[1].moments)
-        for index in order:
+        group = Group([""], torch.zeros(1, dtype=torch.long), torch.zeros(len(windows), dtype=torch.long))
+        for index in list(self._run(windows[:1], transform)[1].moments):
             span = self._spans[index]
             rows = [self._run(part, transform)[1].moments[index] for part in windows.split(CHUNK)]
-            moments = Group([""], torch.zeros(1, dtype=torch.long), torch.zeros(len(windows), dtype=torch.long)).merge(
-                (torch.cat([m for m, _ in rows]), torch.cat([v for _, v in rows])), weight
-            )
+            moments = group.merge((torch.cat([m for m, _ in rows]), torch.cat([v for _, v in rows])), weight)
             joint = mix((start[0][:, span], start[1][:, span]), moments, share)
             mean[span], var[span] = joint[0][0], joint[1][0]
         slot = int(bank.group([str(user)], create=True).slots[0])
@@ -302,10 +291,8 @@ class Personalized(Users):
             UserError: the rule normalizes each window by itself.
         """
         statistics = self.statistics(user)
-        out = replace_norms(
-            copy.deepcopy(self.model),
-            lambda path, layer: copy.deepcopy(self._plain[path]) if isinstance(layer, UserNorm) else None,
-        )
+        plain = copy.deepcopy(self._plain)
+        out = replace_norms(copy.deepcopy(self.model), lambda path, _layer: plain.get(path))
         for path, layer in statistics_layers(out).items():
             _set_statistics(layer, *statistics[path])
         return out.eval()
@@ -343,19 +330,14 @@ class Personalized(Users):
             if self._sequential:
                 group = Group([""] * len(rows), rows, arange_like(rows))
             return lambda index, pair, n: bank.transform_with_current(group, cast(Pair, pair), n, self._spans[index])
-        return self._fixed_transform((bank.rows["scale"][rows], bank.rows["shift"][rows]))
+        return self._fixed_transform(bank.rows["scale"][rows], bank.rows["shift"][rows])
 
     def _prior_transform(self, group: Group) -> Transform:
         prior = self.bank.prior(group.slots[group.row])
-        return self._fixed_transform(self.bank.transform(prior.mean, prior.var))
+        return self._fixed_transform(*self.bank.transform(prior.mean, prior.var))
 
-    def _fixed_transform(self, pair: Pair) -> Transform:
-        scale, shift = pair
-
-        def transform(index: int, moments: Pair | None, positions: int) -> Pair:
-            return scale[:, self._spans[index]], shift[:, self._spans[index]]
-
-        return transform
+    def _fixed_transform(self, scale: Tensor, shift: Tensor) -> Transform:
+        return lambda index, _moments, _positions: (scale[:, self._spans[index]], shift[:, self._spans[index]])
 
     def _pack_moments(self, recorded: Pass) -> tuple[Pair, Tensor]:
         """Concatenated row moments of all layers, and their numbers of positions; 0 for layers that did not run."""
@@ -380,9 +362,7 @@ def _user_norm(path: str, layer: nn.Module) -> nn.Module | None:
     if not keeps_statistics(layer):
         return None
     return UserNorm(
-        channels_of(layer),
-        eps=float(getattr(layer, "eps", 1e-5)),
-        affine=getattr(layer, "weight", None) is not None,
+        channels_of(layer), eps=float(getattr(layer, "eps", 1e-5)), affine=getattr(layer, "weight", None) is not None
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from fedbn.errors import UserError, unknown
 from fedbn.nn.hooks import capture_inputs
 from fedbn.nn.roles import statistics_layers
 from fedbn.online.layer import UserNorm, row_moments
-from fedbn.online.statistics import Prior
+from fedbn.online.statistics import Pair, Prior
 from fedbn.statistics.moments import Moments
 
 OPTIONAL = ("n0", "alpha", "class_mean", "class_var")
@@ -100,11 +100,10 @@ def population_prior(model: nn.Module, users: Sequence[Tensor]) -> dict[str, Lay
         raise UserError("differences between users need at least two users with two windows each: pass more")
     start = layer_priors(model)
     layers = statistics_layers(model)
-    rows: dict[str, list[tuple[Tensor, Tensor]]] = {path: [] for path in layers}
+    rows: dict[str, list[Pair]] = {path: [] for path in layers}
 
     def record(path: str, x: Tensor) -> None:
-        mean, within = row_moments(x.double(), start[path].mean.double())
-        rows[path].append((mean, within))
+        rows[path].append(row_moments(x.double(), start[path].mean.double()))
 
     model.eval()
     with torch.no_grad(), capture_inputs(layers, record):
@@ -113,7 +112,7 @@ def population_prior(model: nn.Module, users: Sequence[Tensor]) -> dict[str, Lay
     return {path: _population(rows[path], start[path].mean) for path in layers}
 
 
-def _population(users: Sequence[tuple[Tensor, Tensor]], like: Tensor) -> LayerPrior:
+def _population(users: Sequence[Pair], like: Tensor) -> LayerPrior:
     means = torch.stack([mean.mean(0) for mean, _ in users])
     window_var = torch.stack([mean.var(0) for mean, _ in users])
     variances = torch.stack([within.mean(0) + mean.var(0, correction=0) for mean, within in users])
@@ -137,20 +136,21 @@ def pack_priors(layers: Mapping[str, UserNorm], priors: Mapping[str, LayerPrior]
     spans: dict[str, slice] = {}
     end = 0
     for path, layer in layers.items():
-        if complete[path].mean.shape != (layer.num_features,) or complete[path].var.shape != (layer.num_features,):
+        channels, mean, var = layer.num_features, complete[path].mean, complete[path].var
+        if not mean.shape == var.shape == (channels,):
             raise UserError(
-                f"the prior of layer {path!r} has shape {list(complete[path].mean.shape)} and the layer "
-                f"{layer.num_features} channels: compute it with the same model"
+                f"the prior of layer {path!r} has shape {list(mean.shape)} and the layer {channels} channels: "
+                "compute it with the same model"
             )
-        spans[path] = slice(end, end + layer.num_features)
-        end += layer.num_features
-    wide = torch.promote_types(cast(Tensor, next(iter(layers.values())).running_mean).dtype, torch.float32)
+        spans[path] = slice(end, end + channels)
+        end += channels
+    first = next(iter(layers.values())).running_mean
+    device, wide = first.device, torch.promote_types(first.dtype, torch.float32)
 
     def concatenate(field: str) -> Any:
         values = [getattr(k, field) for k in complete.values()]
         return None if all(v is None for v in values) else torch.cat([v.to(device, wide) for v in values], -1)
 
-    device = cast(Tensor, next(iter(layers.values())).running_mean).device
     for field in OPTIONAL:
         missing = [path for path, k in complete.items() if getattr(k, field) is None]
         if 0 < len(missing) < len(complete):

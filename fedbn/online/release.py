@@ -73,20 +73,12 @@ class Release:
         paths = list(state.parts)
         if self.last > len(paths):
             raise UserError(f"release: last={self.last} layers of a network that has {len(paths)}")
-        released = set(paths[-self.last :])
         count = float(int(state.n) // self.minimum * self.minimum)
-        return replace(
-            state,
-            parts={
-                path: (self._add_noise(parts[0], clip, count, prior[path], draw),)
-                if path in released
-                else (Moments.empty(len(parts[0].mean)),)
-                for path, parts in state.parts.items()
-            },
-            base={},
-            classes=torch.zeros_like(state.classes),
-            tally=dict.fromkeys(state.tally, 0.0),
-        )
+        released = {path: (Moments.empty(len(moments.mean)),) for path, (moments,) in state.parts.items()}
+        for path in paths[-self.last :]:
+            released[path] = (self._add_noise(state.parts[path][0], clip, count, prior[path], draw),)
+        tally = dict.fromkeys(state.tally, 0.0)
+        return replace(state, parts=released, base={}, classes=torch.zeros_like(state.classes), tally=tally)
 
     def _add_noise(
         self, moments: Moments, clip: float, count: float, prior: LayerPrior, draw: torch.Generator | None
@@ -95,10 +87,9 @@ class Release:
         if self.noise:
             prior_var = prior.var.double().cpu()
             one_window = 2 * clip * prior_var.sqrt()
-            mean = mean + self.noise * one_window / moments.n * torch.randn(
-                mean.shape, generator=draw, dtype=mean.dtype
-            )
-            var = var + self.noise * one_window**2 / moments.n * torch.randn(var.shape, generator=draw, dtype=var.dtype)
+            draws = [torch.randn(t.shape, generator=draw, dtype=t.dtype) for t in (mean, var)]
+            mean = mean + self.noise * one_window / moments.n * draws[0]
+            var = var + self.noise * one_window**2 / moments.n * draws[1]
             # Post-processing of noisy values is free, and a variance must be positive.
             var = torch.maximum(var, 1e-3 * prior_var)
         return Moments.from_variance(count, mean, var)
@@ -115,8 +106,8 @@ def window_between(before: BNState, after: BNState) -> dict[str, Tensor]:
     if not after.n > before.n:
         raise UserError("there is no window between these states: pass the earlier one first")
     means = {}
-    for path, parts in after.parts.items():
-        old, new = before.parts[path][0], parts[0]
+    for path, (new, *_) in after.parts.items():
+        old = before.parts[path][0]
         means[path] = (new.n * new.mean - old.n * old.mean) / (new.n - old.n).clamp_min(1e-12)
     return means
 

@@ -13,7 +13,6 @@ from fedbn.errors import UserError
 
 V = TypeVar("V")
 
-
 Pair = tuple[Tensor, Tensor]
 """Mean and variance, ``[U, C]`` each."""
 

@@ -59,10 +59,8 @@ def predict_online(model: nn.Module, x: Tensor, *, prior: float = 256.0, block: 
                 continue
             for path, layer in layers.items():
                 total[path] = total[path].merge(current[path]) if path in total else current[path]
-                mean, var = source[path]
-                values_per_row = float(total[path].n) / rows
-                weight = prior * values_per_row
-                base = Moments.from_variance(weight, mean.cpu(), var.cpu())
+                weight = prior * (float(total[path].n) / rows)  # in values
+                base = Moments.from_variance(weight, *(t.cpu() for t in source[path]))
                 set_statistics(layer, total[path].shrink(base, weight) if weight else total[path])
     return torch.cat(out)
 

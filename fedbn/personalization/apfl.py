@@ -58,10 +58,7 @@ class APFL(Personalization):
         """State of the mixture: mixed parameters, and the mixture's last statistics."""
         trained = trainer.names(Role.BODY, Role.HEAD, Role.AFFINE)
         own = trainer.method_state
-        return {
-            k: (torch.lerp(v, own[k], self.alpha) if k in trained else own[k]) if k in own else v
-            for k, v in shared.items()
-        }
+        return shared | own | {k: torch.lerp(shared[k], own[k], self.alpha) for k in own if k in trained}
 
     def _personal(self, trainer: ClientTrainer, shared: State) -> State:
         trained = trainer.names(Role.BODY, Role.HEAD, Role.AFFINE)

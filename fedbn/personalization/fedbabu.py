@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedbn.nn.roles import Role, State
-from fedbn.personalization.base import ClientTrainer, Personalization
+from fedbn.nn.roles import Role
+from fedbn.personalization.base import ClientTrainer
+from fedbn.personalization.finetune import FineTune
 
 
 @dataclass(frozen=True)
-class FedBABU(Personalization):
+class FedBABU(FineTune):
     """The body is trained and aggregated with a fixed initial head; clients then fine-tune.
 
     https://arxiv.org/abs/2106.06042
@@ -25,12 +26,6 @@ class FedBABU(Personalization):
     name = "fedbabu"
     about = "the classifier keeps its initial value in training; clients fine-tune"
     source = "Oh et al. 2022"
-    epochs: int = 1
-    lr: float = 0.01
 
     def train(self, trainer: ClientTrainer) -> float:
         return trainer.fit(trainer.model, only=trainer.names(*Role) - trainer.names(Role.HEAD))
-
-    def personalized_state(self, trainer: ClientTrainer) -> State:
-        trainer.fit(trainer.model, epochs=self.epochs, lr=self.lr, purpose="finetune")
-        return trainer.state()

@@ -57,16 +57,11 @@ class Scaffold(Personalization):
     source = "Karimireddy et al. 2020"
 
     def train(self, trainer: ClientTrainer) -> float:
-        correction = _Correction(
-            trainer.method_state,
-            with_prefix(trainer.broadcast, CONTROL),
-            trainer.names(Role.BODY, Role.HEAD),
-        )
+        corrected = trainer.names(Role.BODY, Role.HEAD)
+        correction = _Correction(trainer.method_state, with_prefix(trainer.broadcast, CONTROL), corrected)
         loss = trainer.fit(trainer.model, on_before_optimizer_step=correction)
-        new = correction.mean()
-        trainer.notes = {
-            CONTROL + k: v - trainer.method_state[k] if k in trainer.method_state else v for k, v in new.items()
-        }
+        old, new = trainer.method_state, correction.mean()
+        trainer.notes = {CONTROL + k: v - old[k] if k in old else v for k, v in new.items()}
         trainer.method_state = new
         return loss
 

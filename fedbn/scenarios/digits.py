@@ -71,13 +71,7 @@ class Digits(Scenario):
     name: ClassVar[str] = "digits"
     about: ClassVar[str] = "digits in 6 domains, one client each (FedBN's setting)"
     model: ClassVar[str] = "digit-cnn"
-    plan: ClassVar[dict[str, object]] = {
-        "rounds": 30,
-        "local_epochs": 1,
-        "batch_size": 32,
-        "lr": 0.01,
-        "momentum": 0.0,
-    }
+    plan: ClassVar[dict[str, object]] = {"rounds": 30, "local_epochs": 1, "batch_size": 32, "lr": 0.01, "momentum": 0.0}
 
     unseen: str = "1"
     train: int = 743

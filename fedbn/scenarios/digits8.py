@@ -37,13 +37,7 @@ class Digits8(Scenario):
     name: ClassVar[str] = "digits8"
     about: ClassVar[str] = "8x8 digits, 10 made-up cameras; tiny, for tests and first steps"
     model: ClassVar[str] = "small-cnn"
-    plan: ClassVar[dict[str, object]] = {
-        "rounds": 10,
-        "local_epochs": 1,
-        "batch_size": 16,
-        "lr": 0.05,
-        "momentum": 0.9,
-    }
+    plan: ClassVar[dict[str, object]] = {"rounds": 10, "local_epochs": 1, "batch_size": 16, "lr": 0.05, "momentum": 0.9}
 
     unseen: int = 2
     users: int = 10

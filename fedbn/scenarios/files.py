@@ -61,37 +61,23 @@ class Files(Scenario):
         if not self.path:
             raise UserError("scenario 'files' needs a path: files:path=FILE, with columns x, y and user")
         path = Path(self.path)
-        columns = read(path)
+        name, columns = path.name, read(path)
         has_recordings = self.recording not in ("", "recording") or self.recording in columns.names
         rows = Rows(
-            x=reshape_rows(read_values(columns, self.x, path.name), self.shape, path.name),
+            x=reshape_rows(read_values(columns, self.x, name), self.shape, name),
             y=columns.column(self.y, "y"),
             user=columns.column(self.user, "user"),
             recording=columns.column(self.recording, "recording") if has_recordings else None,
             classes=columns.classes.get(self.y, ()),
         )
+        skew, sources = f"whatever skew the users of {name} have", {name: content_digest(path)}
         return build_population(
-            rows,
-            name=path.name,
-            test=self.test,
-            gap=self.gap,
-            unseen=self.unseen,
-            seed=seed,
-            skew=f"whatever skew the users of {path.name} have",
-            sources={path.name: content_digest(path)},
+            rows, name=name, test=self.test, gap=self.gap, unseen=self.unseen, seed=seed, skew=skew, sources=sources
         )
 
 
 def build_population(
-    rows: Rows,
-    *,
-    name: str,
-    test: float,
-    gap: int,
-    unseen: int,
-    seed: int,
-    skew: str,
-    sources: dict[str, str],
+    rows: Rows, *, name: str, test: float, gap: int, unseen: int, seed: int, skew: str, sources: dict[str, str]
 ) -> Population:
     """Check the rows, split each user's rows in time, and hold out users.
 

@@ -150,16 +150,10 @@ class Hub(Scenario):
         rows = Rows.concat(parts)
         refuse_missing(rows.y, f"{self.data}: label")
         labels = rows.y.astype(np.int64 if rows.y.dtype.kind in "biuf" else np.str_)
-        digest = hashlib.sha256(rows.x.tobytes() + labels.tobytes()).hexdigest()
+        sources = {f"hub/{self.data}": hashlib.sha256(rows.x.tobytes() + labels.tobytes()).hexdigest()}
+        skew = collection.skew
         return build_population(
-            rows,
-            name=self.data,
-            test=self.test,
-            gap=0,
-            unseen=self.unseen,
-            seed=seed,
-            skew=collection.skew,
-            sources={f"hub/{self.data}": digest},
+            rows, name=self.data, test=self.test, gap=0, unseen=self.unseen, seed=seed, skew=skew, sources=sources
         )
 
     def _collection(self) -> Collection:

@@ -58,6 +58,7 @@ class Tabular(Scenario):
             raise UserError(f"users={self.users}: choose 2 to {limit}, {self.table} has {len(labels)} rows")
         std = raw.std(0)
         rows = (raw - raw.mean(0)) / np.where(std > 0, std, 1.0)
+        x, y = torch.from_numpy(rows.astype(np.float32)), torch.from_numpy(labels)
         order = numpy_generator(0, "tabular", self.table).permutation(len(labels))
         if self.dealt == "component":
             _, _, axes = np.linalg.svd(rows, full_matrices=False)
@@ -68,11 +69,7 @@ class Tabular(Scenario):
             index = numpy_generator(0, "tabular", self.table, name).permutation(index)
             cut = 3 * len(index) // 4
             train, test = (
-                Examples(
-                    torch.from_numpy(rows[part].astype(np.float32)),
-                    torch.from_numpy(labels[part]),
-                    torch.full((len(part),), k),
-                )
+                Examples(x[part], y[part], torch.full((len(part),), k))
                 for k, part in enumerate((index[:cut], index[cut:]))
             )
             users.append(User(name, self.table, train, test))

@@ -55,15 +55,11 @@ class UciHar(Scenario):
                 "scenario hapt has the same people's raw signals and needs no download"
             )
         rows = Rows.concat([_read_part(directory, part) for part in ("train", "test")])
+        skew = "natural feature skew: gait and how the phone sits differ by person; labels nearly balanced"
+        digest = hashlib.sha256(rows.x.tobytes() + rows.y.tobytes() + rows.user.tobytes()).hexdigest()
+        sources = {self.name: digest}
         return build_population(
-            rows,
-            name=self.name,
-            test=self.test,
-            gap=1,
-            unseen=self.unseen,
-            seed=seed,
-            skew="natural feature skew: gait and how the phone sits differ by person; labels nearly balanced",
-            sources={"uci-har": hashlib.sha256(rows.x.tobytes() + rows.y.tobytes() + rows.user.tobytes()).hexdigest()},
+            rows, name=self.name, test=self.test, gap=1, unseen=self.unseen, seed=seed, skew=skew, sources=sources
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 from typing import Protocol
 
 import torch
@@ -72,10 +73,7 @@ class StackedData:
         parts = [ctx.training_data(u) for u in users]
         if len(parts) == 1:
             return StackedData(parts[0].x, parts[0].y, {users[0]: 0})
-        first, offset = {}, 0
-        for user, part in zip(users, parts, strict=True):
-            first[user] = offset
-            offset += len(part)
+        first = dict(zip(users, accumulate((len(p) for p in parts), initial=0)))
         return StackedData(torch.cat([p.x for p in parts]), torch.cat([p.y for p in parts]), first)
 
 
@@ -169,18 +167,15 @@ class Cohort:
         """Take one step of each client on its first rows, for timing; the result is discarded."""
         ctx, plan = self.ctx, self.ctx.run.plan
         size = min(plan.batch_size, min(len(ctx.training_data(r.user)) for r in rounds))
-        parts = [ctx.training_data(r.user).take(torch.arange(size)) for r in rounds]
+        rows, starts = torch.arange(size), range(0, size * len(rounds), size)
+        parts = [ctx.training_data(r.user).take(rows) for r in rounds]
         x, y = torch.cat([p.x for p in parts]), torch.cat([p.y for p in parts])
-        clients = [
-            StackedClient(ctx.initial, torch.arange(size), [size], torch.Generator(), first=i * size)
-            for i in range(len(parts))
-        ]
+        clients = [StackedClient(ctx.initial, rows, [size], torch.Generator(), first=first) for first in starts]
         fit_stack(program, clients, x, y, SGDConfig(plan.lr, plan.momentum, precision=plan.precision))
 
     def _stacked_client(self, job: TrainJob, rows: StackedData, program: Program) -> StackedClient:
         ctx, plan, client_state = self.ctx, self.ctx.run.plan, job.client_state or {}
-        random_user = ctx.rng_user(job.user)
-        seed, number = ctx.run.seed, job.progress.round
+        seed, number, random_user = ctx.run.seed, job.progress.round, ctx.rng_user(job.user)
         n = len(ctx.training_data(job.user))
         orders = [torch.randperm(n, generator=shuffle(seed, number, random_user, e)) for e in range(plan.local_epochs)]
         return StackedClient(

@@ -56,10 +56,8 @@ class PaddedBatch:
         n = [len(p) for p in parts]
         if len(parts) == 1:
             return PaddedBatch(parts[0][None], n)
-        longest = max(n)
-        padded = [
-            p if len(p) == longest else torch.cat([p, p[:1].expand(longest - len(p), *p.shape[1:])]) for p in parts
-        ]
+        length = max(n)
+        padded = [torch.cat([p, p[:1].expand(length - len(p), *p.shape[1:])]) if len(p) < length else p for p in parts]
         return PaddedBatch(torch.stack(padded), n)
 
     def split(self) -> list[PaddedBatch]:
@@ -173,10 +171,8 @@ class StackedModels:
         """Logits of the first ``len(data.n)`` users; ``callback`` gets the moments of the layers' inputs."""
         k, size = data.x.shape[:2]
         if k not in self._bound:
-            entries = {n: self.program.lay_out(n, t[:k]) for n, t in self.tensors.items()}
-            self._bound[k] = self.program.bind(
-                entries, k, batch_last=self.batch_last, on_norm_input=self._on_norm_input
-            )
+            state = {n: self.program.lay_out(n, t[:k]) for n, t in self.tensors.items()}
+            self._bound[k] = self.program.bind(state, k, batch_last=self.batch_last, on_norm_input=self._on_norm_input)
         self._callback = callback and (lambda path, x: callback(path, _moments(x, data.n, self.batch_last)))
         x = data.x.flatten(2).mT if self.batch_last else data.x.transpose(0, 1).flatten(1, 2)
         with torch.no_grad():
@@ -211,9 +207,8 @@ def is_stackable(ctx: RunContext, program: Program, column: Column) -> bool:
         return True
     if program.norm_paths != [*statistics_layers(ctx.scratch)]:  # other layers, another order, or shared layers
         return False
-    return column == "recalibrated" or (
-        not ctx.run.rule and type(ctx.strategy).predict_stream is NormStrategy.predict_stream
-    )
+    follows_prior = not ctx.run.rule and type(ctx.strategy).predict_stream is NormStrategy.predict_stream
+    return column == "recalibrated" or follows_prior
 
 
 def evaluate_stack(

@@ -96,9 +96,7 @@ def cores() -> int:
     >>> cores() >= 1
     True
     """
-    if multiprocessing.parent_process() is not None:
-        return 1
-    return available_cores()
+    return available_cores() if multiprocessing.parent_process() is None else 1
 
 
 def available_cores() -> int:
@@ -233,11 +231,10 @@ class ClientExecutor:
             if column != "aggregated" and not statistics_layers(ctx.scratch):
                 continue
             valid = [i for i, result in results.items() if not isinstance(result, Failure)]
-            column_results = (
-                self._evaluate_column([jobs[i] for i in valid], [states[i] for i in valid], column) if valid else []
-            )
-            for i, cells_ in zip(valid, column_results, strict=True):
-                results[i] = cells_ if isinstance(cells_, Failure) else results[i] + cells_
+            valid_jobs, valid_states = [jobs[i] for i in valid], [states[i] for i in valid]
+            column_results = self._evaluate_column(valid_jobs, valid_states, column) if valid else []
+            for i, cells in zip(valid, column_results, strict=True):
+                results[i] = cells if isinstance(cells, Failure) else results[i] + cells
         for i, job in enumerate(jobs):
             if job.client_statistics and not isinstance(results[i], Failure):
                 results[i] += cold_start_scores(ctx, job.user, states[i], job.client_statistics)
@@ -276,13 +273,11 @@ class ClientExecutor:
         """The fastest executor for a round, measured once per run with one step of the first clients."""
         if self._fastest is None:
             clients = len(rounds)
+            lean, stacked = (partial(self._cohort.trial_step, rounds[:size], program) for size in (1, width))
             steps = {
                 "threads": (clients, _fastest_seconds(lambda: _single_step(rounds[0]))),
-                "lean": (clients, _fastest_seconds(lambda: self._cohort.trial_step(rounds[:1], program))),
-                "stacked": (
-                    -(-clients // width),
-                    _fastest_seconds(lambda: self._cohort.trial_step(rounds[:width], program)),
-                ),
+                "lean": (clients, _fastest_seconds(lean)),
+                "stacked": (-(-clients // width), _fastest_seconds(stacked)),
             }
             cost = {
                 executor: seconds * (-(-parts // self.threads) if seconds > MIN_THREADED_SECONDS else parts)
@@ -317,8 +312,7 @@ def stack_width(ctx: RunContext, clients: int, rows: int | None = None, cache_sh
 
 
 def _single_step(job: TrainJob) -> None:
-    ctx = job.ctx
-    data = ctx.training_data(job.user)
+    ctx, data = job.ctx, job.ctx.training_data(job.user)
     rows = torch.arange(min(ctx.run.plan.batch_size, len(data)), device=data.y.device)
     model = ctx.load(ctx.initial)
     ctx.strategy.set_training_mode(model, job.progress)

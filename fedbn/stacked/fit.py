@@ -148,16 +148,12 @@ class Stack:
         rows = slice(first, last + 1) if contiguous else torch.tensor(members, device=self.device)
         entries = {n: self.program.lay_out(n, t[rows]).detach() for n, t in self.tensors.items()}
         momentum = {n: self.program.lay_out(n, t[rows]).detach() for n, t in self.momentum.items()}
-        fuse = self.lr is not None and len(members) == 1
-        fused_weights = (
-            {n for n in self.program.fusable_weights if entries[n].numel() >= MIN_FUSED_SIZE} if fuse else set()
-        )
-        leaves = {n: entries[n].requires_grad_() for n in self.program.trained if n not in fused_weights}
-        noise = [self.noise[i] for i in members]
-        batch_last = self.batch_last and len(members) > 1
-        forward = self.program.bind(
-            entries, len(members), noise, batch_last=batch_last, fused_weights=fused_weights, lr=self.lr
-        )
+        k, noise = len(members), [self.noise[i] for i in members]
+        fusable = self.program.fusable_weights if self.lr is not None and k == 1 else ()
+        fused = {n for n in fusable if entries[n].numel() >= MIN_FUSED_SIZE}
+        leaves = {n: entries[n].requires_grad_() for n in self.program.trained if n not in fused}
+        batch_last = self.batch_last and k > 1
+        forward = self.program.bind(entries, k, noise, batch_last=batch_last, fused_weights=fused, lr=self.lr)
         group = StepGroup(members, rows, leaves, momentum, forward, entries, batch_last)
         if contiguous:
             self._groups[members] = group

@@ -123,17 +123,10 @@ def batch_norm(m: Any, context: StackContext, x: Tensor) -> Tensor:
     t = context.tensors
     if m.training and m.track_running_stats:
         t["num_batches_tracked"].add_(1)
-    stored = not m.training or m.track_running_stats
-    out = F.batch_norm(
-        x.reshape(1, -1, x.shape[2]) if context.batch_last else x,
-        t.get("running_mean") if stored else None,
-        t.get("running_var") if stored else None,
-        t.get("weight"),
-        t.get("bias"),
-        m.training or m.running_mean is None,
-        m.momentum,
-        m.eps,
-    )
+    stored, batch = not m.training or m.track_running_stats, m.training or m.running_mean is None
+    mean, variance = (t.get("running_mean"), t.get("running_var")) if stored else (None, None)
+    rows = x.reshape(1, -1, x.shape[2]) if context.batch_last else x
+    out = F.batch_norm(rows, mean, variance, t.get("weight"), t.get("bias"), batch, m.momentum, m.eps)
     return out.view(x.shape) if context.batch_last else out
 
 
@@ -152,12 +145,11 @@ def _group_norm(m: nn.GroupNorm, context: StackContext, x: Tensor) -> Tensor:
 def _layer_norm(m: nn.LayerNorm, context: StackContext, x: Tensor) -> Tensor:
     each = x.reshape(len(x), context.k, -1, *x.shape[2:])
     out = F.layer_norm(each, m.normalized_shape, eps=m.eps)
-    middle = [1] * (each.dim() - 2 - len(m.normalized_shape))
-    weight, bias = context.tensors.get("weight"), context.tensors.get("bias")
-    if weight is not None:
-        out = out * weight.view(context.k, *middle, *m.normalized_shape)
-    if bias is not None:
-        out = out + bias.view(context.k, *middle, *m.normalized_shape)
+    shape = (context.k, *[1] * (each.dim() - 2 - len(m.normalized_shape)), *m.normalized_shape)
+    if "weight" in context.tensors:
+        out = out * context.tensors["weight"].view(shape)
+    if "bias" in context.tensors:
+        out = out + context.tensors["bias"].view(shape)
     return out.flatten(1, 2)
 
 
@@ -194,10 +186,8 @@ def _pool(m: nn.Module, context: StackContext, x: Tensor) -> Tensor:
 
     size, stride, padding = pair(m.kernel_size, 1), pair(m.stride, 1), pair(m.padding, 0)
     if isinstance(m, nn.AvgPool1d):
-        rest: tuple[Any, ...] = (m.ceil_mode, m.count_include_pad)
-        return F.avg_pool2d(x, size, stride, padding, *rest)
-    dilation = pair(m.dilation, 1)
-    return F.max_pool2d(x, size, stride, padding, dilation, m.ceil_mode)
+        return F.avg_pool2d(x, size, stride, padding, m.ceil_mode, m.count_include_pad)
+    return F.max_pool2d(x, size, stride, padding, pair(m.dilation, 1), m.ceil_mode)
 
 
 def _flatten(x: Tensor, start_dim: int = 0, end_dim: int = -1) -> Tensor:
@@ -280,21 +270,8 @@ METHODS: dict[str, Callable[..., Any]] = {
 }
 
 
-IMAGE_LAYERS: frozenset[StackedLayer] = frozenset(
-    {_convolution, batch_norm, _group_norm, _instance_norm, _apply, _pool}
-)
+IMAGE_LAYERS: set[StackedLayer] = {_convolution, batch_norm, _group_norm, _instance_norm, _apply, _pool}
 """Layers with the same result on signals and on images of height one."""
 
 FEATURE_LAYERS = (nn.Linear, nn.BatchNorm1d, AnyBatchNorm, nn.Dropout, *_ELEMENTWISE)
-FEATURE_FUNCTIONS = {
-    F.relu,
-    torch.relu,
-    torch.sigmoid,
-    torch.tanh,
-    F.gelu,
-    F.silu,
-    operator.add,
-    torch.add,
-    "relu",
-    "add",
-}
+FEATURE_FUNCTIONS = FUNCTIONS.keys() - {torch.flatten, torch.mean} | {"relu", "add"}

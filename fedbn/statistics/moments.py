@@ -50,11 +50,8 @@ class Moments:
         """
         rows = x.detach().to(torch.float64).transpose(0, 1).flatten(1)
         mean = rows.mean(1)
-        return Moments(
-            torch.tensor(float(rows.shape[1]), dtype=torch.float64),
-            mean.cpu(),
-            ((rows - mean[:, None]) ** 2).sum(1).cpu(),
-        )
+        n = torch.tensor(float(rows.shape[1]), dtype=torch.float64)
+        return Moments(n, mean.cpu(), ((rows - mean[:, None]) ** 2).sum(1).cpu())
 
     @staticmethod
     def from_variance(n: float | Tensor, mean: Tensor, variance: Tensor, *, unbiased: bool = False) -> Moments:

@@ -45,7 +45,5 @@ def robust_moments(
     (tensor([0.], dtype=torch.float64), tensor([10.], dtype=torch.float64))
     """
     center = location(means, how, trim)
-    second_moments = [
-        v.double().cpu() + (m.double().cpu() - center) ** 2 for m, v in zip(means, variances, strict=True)
-    ]
-    return center, location(second_moments, how, trim).clamp_min(0.0)
+    second = [v.double().cpu() + (m.double().cpu() - center) ** 2 for m, v in zip(means, variances, strict=True)]
+    return center, location(second, how, trim).clamp_min(0.0)

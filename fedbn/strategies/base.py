@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import ClassVar
 
 from torch import Tensor, nn
 
 from fedbn.data.population import Examples, Population, User
 from fedbn.errors import UserError
-from fedbn.nn.conversion import require_statistics
+from fedbn.nn.conversion import convert, require_statistics
 from fedbn.nn.roles import Role, State
 from fedbn.plugins import discover, parse
 from fedbn.statistics.consensus import Aggregates, ConsensusStep
@@ -108,6 +108,9 @@ class Update:
     notes: State = field(default_factory=dict)
 
 
+Updates = Sequence[Update]
+
+
 @dataclass(frozen=True)
 class NormStrategy:
     """Base class of strategies: global BN with all entries shared and statistics averaged like weights.
@@ -143,14 +146,7 @@ class NormStrategy:
 
     def owners(self) -> dict[Role, Owner]:
         """Owner of each role."""
-        return {
-            Role.BODY: self.body,
-            Role.HEAD: self.head,
-            Role.AFFINE: self.affine,
-            Role.GATE: self.gate,
-            Role.STATISTICS: self.statistics,
-            Role.COUNTER: LOCAL,
-        }
+        return {role: LOCAL if role is Role.COUNTER else getattr(self, role.value) for role in Role}
 
     def prepare_model(self, model: nn.Module) -> nn.Module:
         """Convert a newly built model, in place or as a new one.
@@ -193,7 +189,7 @@ class NormStrategy:
         return {}
 
     def aggregate_statistics(
-        self, updates: Sequence[Update], weights: Sequence[float], keys: Sequence[str], old: State, progress: Progress
+        self, updates: Updates, weights: Sequence[float], keys: Sequence[str], old: State, progress: Progress
     ) -> State:
         """New statistics entries ``keys`` of the server, from the updates and its ``old`` entries."""
         return {k: naive_mean([u.state[k] for u in updates], weights) for k in keys}
@@ -207,12 +203,7 @@ class NormStrategy:
         return ""
 
     def group_states(
-        self,
-        updates: Sequence[Update],
-        weights: Sequence[float],
-        table: Ownership,
-        population: Population,
-        known: State,
+        self, updates: Updates, weights: Sequence[float], table: Ownership, population: Population, known: State
     ) -> dict[str, State]:
         """Entries in which a group's state differs from the server's state, by group, after aggregation.
 
@@ -250,8 +241,24 @@ class NormStrategy:
         return f"statistics {origin[owners[Role.STATISTICS]]}, scale and shift {origin[owners[Role.AFFINE]]}"
 
 
-class StatelessNorm(NormStrategy):
-    """Base class of strategies whose normalization has no running statistics."""
+class LayerStrategy(NormStrategy):
+    """Base class of strategies that replace the normalization layers.
+
+    Attributes:
+        kind: kind of the new layers in `fedbn.nn.conversion.convert`, with the strategy's fields as options.
+    """
+
+    kind: ClassVar[str]
+
+    def prepare_model(self, model: nn.Module) -> nn.Module:
+        return convert(super().prepare_model(model), self.kind, **asdict(self))
+
+
+class StatelessNorm(LayerStrategy):
+    """Base class of strategies that replace the normalization layers by a method without running statistics."""
+
+    def prepare_model(self, model: nn.Module) -> nn.Module:
+        return convert(model, self.kind, **asdict(self))
 
     @property
     def newcomer(self) -> str:

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import nn
-
-from fedbn.nn.conversion import convert
-from fedbn.strategies.base import NormStrategy
+from fedbn.strategies.base import LayerStrategy
 
 
 @dataclass(frozen=True)
-class BatchRenormStrategy(NormStrategy):
+class BatchRenormStrategy(LayerStrategy):
     """Train with batch statistics that are corrected towards the shared running statistics.
 
     https://arxiv.org/abs/1702.03275, https://arxiv.org/abs/2303.10630
@@ -34,21 +31,10 @@ class BatchRenormStrategy(NormStrategy):
     name = "batch-renorm"
     about = "BatchRenorm instead of BN; options r_max, d_max, momentum, start, r_full, d_full"
     source = "Ioffe 2017"
+    kind = "batch-renorm"
     r_max: float = 3.0
     d_max: float = 5.0
     momentum: float = 0.1
     start: int = 25
     r_full: int = 200
     d_full: int = 125
-
-    def prepare_model(self, model: nn.Module) -> nn.Module:
-        return convert(
-            super().prepare_model(model),
-            "batch-renorm",
-            r_max=self.r_max,
-            d_max=self.d_max,
-            momentum=self.momentum,
-            start=self.start,
-            r_full=self.r_full,
-            d_full=self.d_full,
-        )

@@ -8,15 +8,14 @@ from typing import Literal
 
 from torch import nn
 
-from fedbn.nn.conversion import convert
 from fedbn.nn.roles import State
 from fedbn.norms.dbn import diminished, next_epoch, schedule
-from fedbn.strategies.base import Progress, Update
+from fedbn.strategies.base import LayerStrategy, Progress, Updates
 from fedbn.strategies.global_pooled import GlobalPooled
 
 
 @dataclass(frozen=True)
-class DBN(GlobalPooled):
+class DBN(LayerStrategy, GlobalPooled):
     r"""Server statistics :math:`\lambda_r=\alpha_r\,\mathrm{pooled}_r+(1-\alpha_r)\lambda_{r-1}`; layers alike.
 
     https://arxiv.org/abs/1705.08011. The paper trains on one machine; the server applies its update rule to rounds.
@@ -38,21 +37,18 @@ class DBN(GlobalPooled):
     name = "dbn"
     about = "statistics with a diminishing step size; options alpha (0.25, 1/m, 1/m^2), mode, step, stat"
     source = "Ma & Klabjan 2017"
+    kind = "dbn"
     alpha: str = "0.25"
     mode: Literal["inference", "algorithm1"] = "inference"
     step: Literal["iter", "epoch"] = "iter"
     stat: Literal["std", "var"] = "std"
-
-    def prepare_model(self, model: nn.Module) -> nn.Module:
-        model = super().prepare_model(model)
-        return convert(model, "dbn", alpha=self.alpha, mode=self.mode, step=self.step, stat=self.stat)
 
     def set_training_mode(self, model: nn.Module, progress: Progress, aggregates: object = ()) -> None:
         model.train()
         next_epoch(model)
 
     def aggregate_statistics(
-        self, updates: Sequence[Update], weights: Sequence[float], keys: Sequence[str], old: State, progress: Progress
+        self, updates: Updates, weights: Sequence[float], keys: Sequence[str], old: State, progress: Progress
     ) -> State:
         new = super().aggregate_statistics(updates, weights, keys, old, progress)
         alpha = schedule(self.alpha)(progress.round)

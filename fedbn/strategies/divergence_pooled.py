@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from fedbn.nn.roles import State
 from fedbn.statistics.moments import Moments
-from fedbn.strategies.base import Progress, Update
+from fedbn.strategies.base import Progress, Updates
 from fedbn.strategies.global_pooled import GlobalPooled
 
 
@@ -28,7 +28,7 @@ class DivergencePooled(GlobalPooled):
     source = "after Duan et al. 2021"
 
     def aggregate_statistics(
-        self, updates: Sequence[Update], weights: Sequence[float], keys: Sequence[str], old: State, progress: Progress
+        self, updates: Updates, weights: Sequence[float], keys: Sequence[str], old: State, progress: Progress
     ) -> State:
         center = super().aggregate_statistics(updates, weights, keys, old, progress)
         distances = [_distance(u.state, center) for u in updates]

@@ -5,14 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import nn
-
-from fedbn.nn.conversion import convert
-from fedbn.strategies.base import NormStrategy
+from fedbn.strategies.base import LayerStrategy
 
 
 @dataclass(frozen=True)
-class EvalNormStrategy(NormStrategy):
+class EvalNormStrategy(LayerStrategy):
     """Train exactly like global BN; evaluate each sample as part of a batch of size M.
 
     https://arxiv.org/abs/1904.06031. The clients record the batch size M; it is averaged like statistics.
@@ -29,7 +26,5 @@ class EvalNormStrategy(NormStrategy):
     name = "evalnorm"
     about = "global BN; each sample contributes to its own statistics in evaluation; option rule"
     source = "Singh & Shrivastava 2019"
+    kind = "evalnorm"
     rule: Literal["1/M", "1/M^2", "learned"] = "1/M"
-
-    def prepare_model(self, model: nn.Module) -> nn.Module:
-        return convert(super().prepare_model(model), "evalnorm", rule=self.rule)

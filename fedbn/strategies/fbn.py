@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -11,12 +10,12 @@ from fedbn.nn.conversion import channels_of, replace_norms
 from fedbn.nn.roles import State
 from fedbn.norms.shared_statistics import SharedStatisticsNorm, shared_statistics_layers
 from fedbn.statistics.consensus import Aggregates
-from fedbn.strategies.base import Progress, Update
-from fedbn.strategies.global_pooled import GlobalPooled
+from fedbn.strategies.base import Progress
+from fedbn.strategies.global_pooled import SlowlyPooled
 
 
 @dataclass(frozen=True)
-class FBN(GlobalPooled):
+class FBN(SlowlyPooled):
     """Clients normalize with the server's statistics and send their batch statistics; the server averages slowly.
 
     https://arxiv.org/abs/2405.14670. The server's statistics move by ``rate`` towards the clients' pooled ones. They
@@ -35,10 +34,8 @@ class FBN(GlobalPooled):
     rate: float = 0.1
 
     def prepare_model(self, model: nn.Module) -> nn.Module:
-        return replace_norms(
-            super().prepare_model(model),
-            lambda _, old: SharedStatisticsNorm(channels_of(old), affine=old.weight is not None),
-        )
+        model = super().prepare_model(model)
+        return replace_norms(model, lambda _, bn: SharedStatisticsNorm(channels_of(bn), affine=bn.weight is not None))
 
     def set_training_mode(self, model: nn.Module, progress: Progress, aggregates: Aggregates = ()) -> None:
         model.train()
@@ -49,9 +46,3 @@ class FBN(GlobalPooled):
         for layer in shared_statistics_layers(model):
             layer.publish()
         return {}
-
-    def aggregate_statistics(
-        self, updates: Sequence[Update], weights: Sequence[float], keys: Sequence[str], old: State, progress: Progress
-    ) -> State:
-        new = super().aggregate_statistics(updates, weights, keys, old, progress)
-        return {k: old[k].lerp(new[k], self.rate) for k in keys}

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import nn
-
-from fedbn.nn.conversion import convert
 from fedbn.strategies.base import StatelessNorm
 
 
@@ -23,6 +20,4 @@ class FeatureNorm(StatelessNorm):
     name = "feature-norm"
     about = "features of fixed norm before the classifier instead of BN (FedFN)"
     source = "Zhang et al. 2024"
-
-    def prepare_model(self, model: nn.Module) -> nn.Module:
-        return convert(model, "feature-norm")
+    kind = "feature-norm"

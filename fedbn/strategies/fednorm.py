@@ -9,7 +9,7 @@ from fedbn.data.population import Population, User
 from fedbn.errors import UserError
 from fedbn.nn.roles import Role, State
 from fedbn.statistics.moments import naive_mean
-from fedbn.strategies.base import Progress, Update
+from fedbn.strategies.base import Progress, Updates
 from fedbn.strategies.global_pooled import GlobalPooled
 from fedbn.strategies.ownership import Ownership
 
@@ -41,12 +41,7 @@ class FedNorm(GlobalPooled):
         return user.domain
 
     def group_states(
-        self,
-        updates: Sequence[Update],
-        weights: Sequence[float],
-        table: Ownership,
-        population: Population,
-        known: State,
+        self, updates: Updates, weights: Sequence[float], table: Ownership, population: Population, known: State
     ) -> dict[str, State]:
         affine = [k for k in table.travels if table.roles[k] is Role.AFFINE]
         out: dict[str, State] = {}

@@ -20,8 +20,7 @@ class FedWon(StatelessNorm):
     Attributes:
         clip: largest gradient norm of a unit, relative to its weights (lambda); the classifier is not clipped.
 
-    >>> from torch import nn as torch_nn
-    >>> net = torch_nn.Sequential(torch_nn.Conv1d(3, 4, 2), torch_nn.BatchNorm1d(4), torch_nn.Flatten())
+    >>> net = nn.Sequential(nn.Conv1d(3, 4, 2), nn.BatchNorm1d(4), nn.Flatten())
     >>> FedWon().prepare_model(net)[1]
     Identity()
     """

@@ -22,8 +22,7 @@ class FullNormStrategy(GlobalPooled):
         a: weight of a batch in the running values.
         clip: largest norm of the gradient of all parameters.
 
-    >>> from torch import nn as torch_nn
-    >>> FullNormStrategy(a=0.05).prepare_model(torch_nn.Sequential(torch_nn.Linear(3, 4), torch_nn.BatchNorm1d(4)))[1].a
+    >>> FullNormStrategy(a=0.05).prepare_model(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)))[1].a
     0.05
     """
 

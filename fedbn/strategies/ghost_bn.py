@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import nn
-
-from fedbn.nn.conversion import convert
-from fedbn.strategies.base import NormStrategy
+from fedbn.strategies.base import LayerStrategy
 
 
 @dataclass(frozen=True)
-class GhostBNStrategy(NormStrategy):
+class GhostBNStrategy(LayerStrategy):
     """Normalize parts of each batch separately; running statistics are shared. https://arxiv.org/abs/1705.08741
 
     Attributes:
@@ -26,7 +23,5 @@ class GhostBNStrategy(NormStrategy):
     name = "ghost-bn"
     about = "BN over parts of the batch; option size (rows per part)"
     source = "Hoffer et al. 2017"
+    kind = "ghost-bn"
     size: int = 8
-
-    def prepare_model(self, model: nn.Module) -> nn.Module:
-        return convert(super().prepare_model(model), "ghost-bn", size=self.size)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from fedbn.nn.roles import State
 from fedbn.statistics.moments import naive_mean, pooled_variance
-from fedbn.strategies.base import NormStrategy, Progress, Update
+from fedbn.strategies.base import NormStrategy, Progress, Updates
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class GlobalPooled(NormStrategy):
     source = "Chan, Golub, LeVeque 1979"
 
     def aggregate_statistics(
-        self, updates: Sequence[Update], weights: Sequence[float], keys: Sequence[str], old: State, progress: Progress
+        self, updates: Updates, weights: Sequence[float], keys: Sequence[str], old: State, progress: Progress
     ) -> State:
         out: State = {}
         for key in keys:
@@ -42,3 +42,15 @@ class GlobalPooled(NormStrategy):
             else:
                 out[key] = naive_mean(values, weights)
         return out
+
+
+class SlowlyPooled(GlobalPooled):
+    """Base class of strategies whose server statistics move by ``rate`` per round towards the clients' pooled ones."""
+
+    rate: float
+
+    def aggregate_statistics(
+        self, updates: Updates, weights: Sequence[float], keys: Sequence[str], old: State, progress: Progress
+    ) -> State:
+        new = super().aggregate_statistics(updates, weights, keys, old, progress)
+        return {k: old[k].lerp(new[k], self.rate) for k in keys}

@@ -9,7 +9,7 @@ from typing import Literal
 from fedbn.errors import UserError
 from fedbn.nn.roles import State
 from fedbn.statistics.robust import location, robust_moments
-from fedbn.strategies.base import NormStrategy, Progress, Update
+from fedbn.strategies.base import NormStrategy, Progress, Updates
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class GlobalRobust(NormStrategy):
             raise UserError(f"global-robust: trim must lie in [0, 0.5), not {self.trim}")
 
     def aggregate_statistics(
-        self, updates: Sequence[Update], weights: Sequence[float], keys: Sequence[str], old: State, progress: Progress
+        self, updates: Updates, weights: Sequence[float], keys: Sequence[str], old: State, progress: Progress
     ) -> State:
         states = [u.state for u in updates]
         out = {}

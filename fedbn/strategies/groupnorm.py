@@ -20,8 +20,7 @@ class GroupNorm(StatelessNorm):
         groups: largest number of groups; each layer uses the largest divisor of its channels up to this number.
         channels: channels per group; overrides ``groups``.
 
-    >>> from torch import nn as torch_nn
-    >>> net = torch_nn.Sequential(torch_nn.Conv2d(3, 48, 1), torch_nn.BatchNorm2d(48))
+    >>> net = nn.Sequential(nn.Conv2d(3, 48, 1), nn.BatchNorm2d(48))
     >>> GroupNorm(groups=32).prepare_model(net)[1].num_groups
     24
     """

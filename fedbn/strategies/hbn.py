@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,13 +14,13 @@ from fedbn.nn.roles import State
 from fedbn.norms.hybrid import HybridNorm, hybrid_layers, measuring
 from fedbn.statistics.consensus import Aggregates, ConsensusStep
 from fedbn.statistics.recalibration import set_statistics
-from fedbn.strategies.base import Progress, Update
-from fedbn.strategies.global_pooled import GlobalPooled
+from fedbn.strategies.base import Progress
+from fedbn.strategies.global_pooled import SlowlyPooled
 from fedbn.strategies.ownership import SEEDED
 
 
 @dataclass(frozen=True)
-class HBN(GlobalPooled):
+class HBN(SlowlyPooled):
     """Mixing weights are local; statistics are measured in a separate pass over the first 64 rows.
 
     https://arxiv.org/abs/2505.21877. Like the released code, the pass uses one unshuffled batch; `HBNFull` uses all
@@ -55,12 +54,6 @@ class HBN(GlobalPooled):
             if layer.measured is not None:
                 set_statistics(layer, layer.measured)
         return {}
-
-    def aggregate_statistics(
-        self, updates: Sequence[Update], weights: Sequence[float], keys: Sequence[str], old: State, progress: Progress
-    ) -> State:
-        new = super().aggregate_statistics(updates, weights, keys, old, progress)
-        return {k: old[k].lerp(new[k], self.rate) for k in keys}
 
     def sync_statistics(self, model: nn.Module, x: Tensor) -> ConsensusStep:
         yield {path: layer.measured for path, layer in self._pass(model, x).items() if layer.measured is not None}

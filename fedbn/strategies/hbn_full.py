@@ -18,5 +18,4 @@ class HBNFull(HBN):
 
     name = "hbn-full"
     about = "HBN with a statistics pass over all rows"
-    source = "Chen et al. 2025"
     rows: ClassVar[int | None] = None

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import nn
-
-from fedbn.nn.conversion import convert
-from fedbn.strategies.base import NormStrategy
+from fedbn.strategies.base import LayerStrategy
 
 
 @dataclass(frozen=True)
-class IABNStrategy(NormStrategy):
+class IABNStrategy(LayerStrategy):
     """Train and evaluate with IABN, the normalization of NOTE; statistics are shared. https://arxiv.org/abs/2208.05117
 
     Attributes:
@@ -25,7 +22,5 @@ class IABNStrategy(NormStrategy):
     name = "iabn"
     about = "instance-aware BN: samples correct the shared statistics; option k"
     source = "Gong et al. 2022"
+    kind = "iabn"
     k: float = 4.0
-
-    def prepare_model(self, model: nn.Module) -> nn.Module:
-        return convert(super().prepare_model(model), "iabn", k=self.k)

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import nn
-
-from fedbn.nn.conversion import convert
 from fedbn.strategies.base import StatelessNorm
 
 
@@ -24,6 +21,4 @@ class LayerNorm(StatelessNorm):
     name = "layernorm"
     about = "LayerNorm instead of BN"
     source = "Ba et al. 2016"
-
-    def prepare_model(self, model: nn.Module) -> nn.Module:
-        return convert(model, "layer")
+    kind = "layer"

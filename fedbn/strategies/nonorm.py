@@ -15,8 +15,7 @@ from fedbn.strategies.base import StatelessNorm
 class NoNorm(StatelessNorm):
     """The control without normalization.
 
-    >>> from torch import nn as torch_nn
-    >>> NoNorm().prepare_model(torch_nn.Sequential(torch_nn.Linear(3, 4), torch_nn.BatchNorm1d(4)))[1]
+    >>> NoNorm().prepare_model(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)))[1]
     Identity()
     """
 

@@ -107,22 +107,11 @@ class Ownership:
         [('body', 'shared', 60), ('head', 'shared', 32), ('affine', 'shared', 24), ('statistics', 'local', 0), \
 ('counter', 'local', 0)]
         """
-        out = []
+        out: list[dict[str, Any]] = []
         for role in Role:
-            keys = [k for k in self.roles if self.roles[k] is role]
-            if not keys:
-                continue
-            size = sum(self.sizes[k] for k in keys)
-            sent = 0 if self.owners[role] is LOCAL else size
-            out.append(
-                {
-                    "role": str(role),
-                    "owner": str(self.owners[role]),
-                    "entries": len(keys),
-                    "elements": sum(math.prod(self.shapes[k]) for k in keys),
-                    "bytes": size,
-                    "bytes_down": sent,
-                    "bytes_up": sent,
-                }
-            )
+            if keys := [k for k in self.roles if self.roles[k] is role]:
+                owner, size = self.owners[role], sum(self.sizes[k] for k in keys)
+                elements = sum(math.prod(self.shapes[k]) for k in keys)
+                out.append({"role": str(role), "owner": str(owner), "entries": len(keys), "elements": elements})
+                out[-1] |= {"bytes": size, **dict.fromkeys(("bytes_down", "bytes_up"), 0 if owner is LOCAL else size)}
         return out

@@ -14,7 +14,7 @@ from fedbn.nn.roles import State, with_prefix
 from fedbn.statistics.consensus import flatten, unflatten
 from fedbn.statistics.moments import Moments, naive_mean
 from fedbn.statistics.recalibration import all_moments
-from fedbn.strategies.base import NormStrategy, Progress, Update
+from fedbn.strategies.base import NormStrategy, Progress, Updates
 from fedbn.strategies.ownership import LOCAL, SHARED, Ownership
 
 MOMENTS = "moments/"
@@ -59,12 +59,7 @@ class SimilarityWeighted(NormStrategy):
         return str(index)
 
     def group_states(
-        self,
-        updates: Sequence[Update],
-        weights: Sequence[float],
-        table: Ownership,
-        population: Population,
-        known: State,
+        self, updates: Updates, weights: Sequence[float], table: Ownership, population: Population, known: State
     ) -> dict[str, State]:
         for update in updates:
             known |= {f"{update.user}/{k}": v for k, v in with_prefix(update.notes, MOMENTS).items()}
@@ -73,9 +68,7 @@ class SimilarityWeighted(NormStrategy):
         if len(measured) < 2:
             return {}
         out: dict[str, State] = {}
-        for user, own in moments.items():
-            if not own:
-                continue
+        for user, own in ((u, m) for u, m in moments.items() if m):
             index = next((i for i, u in enumerate(measured) if u.user == user), -1)
             distances = torch.tensor([self.distance(own, moments[u.user]) for u in measured], dtype=torch.float64)
             shares = self.weights(distances, index).tolist()

@@ -12,7 +12,7 @@ from fedbn.nn.hooks import capture_inputs
 from fedbn.nn.roles import State, statistics_layers
 from fedbn.statistics.consensus import Aggregates, ConsensusStep
 from fedbn.statistics.moments import Moments
-from fedbn.strategies.base import NormStrategy, Progress, Update
+from fedbn.strategies.base import NormStrategy, Progress, Updates
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class StaticBN(NormStrategy):
     batch: int = 32
 
     def aggregate_statistics(
-        self, updates: Sequence[Update], weights: Sequence[float], keys: Sequence[str], old: State, progress: Progress
+        self, updates: Updates, weights: Sequence[float], keys: Sequence[str], old: State, progress: Progress
     ) -> State:
         return {k: old[k] for k in keys}
 

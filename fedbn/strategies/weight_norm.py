@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from torch import nn
 
 from fedbn.data.population import Examples
-from fedbn.nn.conversion import convert
 from fedbn.nn.roles import State
 from fedbn.norms.weight_norm import initialize
 from fedbn.strategies.base import Progress, StatelessNorm
@@ -20,19 +19,16 @@ class WeightNorm(StatelessNorm):
     In the first round every client initializes lengths and biases from its own data, as the paper does from the first
     batch. All clients continue from their mean.
 
-    >>> from torch import nn as torch_nn
-    >>> WeightNorm().prepare_model(torch_nn.Sequential(torch_nn.Linear(3, 4), torch_nn.BatchNorm1d(4)))[1]
+    >>> WeightNorm().prepare_model(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)))[1]
     Identity()
     """
 
     name = "weight-norm"
     about = "weight normalization instead of BN"
     source = "Salimans & Kingma 2016"
+    kind = "weight-norm"
 
     def before_local_training(self, model: nn.Module, data: Examples, progress: Progress) -> State:
         if progress.round == 1:
             initialize(model, data.x)
         return {}
-
-    def prepare_model(self, model: nn.Module) -> nn.Module:
-        return convert(model, "weight-norm")

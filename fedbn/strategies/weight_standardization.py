@@ -17,8 +17,7 @@ class WeightStandardization(StatelessNorm):
     Attributes:
         groups: groups of GroupNorm, as in `groupnorm`; 0: no normalization of activations.
 
-    >>> from torch import nn as torch_nn
-    >>> net = torch_nn.Sequential(torch_nn.Conv1d(3, 4, 2), torch_nn.BatchNorm1d(4))
+    >>> net = nn.Sequential(nn.Conv1d(3, 4, 2), nn.BatchNorm1d(4))
     >>> WeightStandardization(groups=2).prepare_model(net)[1].num_groups
     2
     """

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -22,6 +22,14 @@ from fedbn.plugins import discover, parse
 
 FOREIGN = -1
 """Label of a window that belongs to no class. It is predicted and learned from like any other, but never scored."""
+
+BOUNDS: dict[str, Callable[[float], bool]] = {
+    "above 0": lambda value: value > 0,
+    "at least 1 window": lambda value: value >= 1,
+    "at least 2": lambda value: value >= 2,
+    "a share between 0 and 1": lambda value: 0 < value < 1,
+}
+"""Bounds of options, as in error messages."""
 
 
 @dataclass(frozen=True)
@@ -77,12 +85,19 @@ class StreamSpec(ABC):
         name: name on the command line.
         about: one-line description for lists.
         source: authors, year, link; empty if there is none.
+        bounds: options and the `BOUNDS` that they must satisfy.
         num_persons: number of people whose windows are in one stream.
     """
 
     name: ClassVar[str]
     about: ClassVar[str]
     source: ClassVar[str] = ""
+    bounds: ClassVar[tuple[tuple[str, str], ...]] = ()
+
+    def __post_init__(self) -> None:
+        for option, bound in self.bounds:
+            if not BOUNDS[bound](value := getattr(self, option)):
+                raise UserError(f"stream {self.name!r}: {option} must be {bound}, not {value:g}")
 
     @property
     def num_persons(self) -> int:
@@ -131,13 +146,12 @@ def concatenate(user: str, parts: Sequence[tuple[int, Examples]], kind: str) -> 
     """Parts of several people's recordings, one after the other; each boundary is an event of this kind."""
     parts = [(person, part) for person, part in parts if len(part)]
     lengths = torch.tensor([len(part) for _, part in parts])
-    starts = lengths.cumsum(0)[:-1].tolist()
     return Stream(
         user,
         torch.cat([part.x for _, part in parts]),
         torch.cat([part.y for _, part in parts]),
         torch.tensor([person for person, _ in parts]).repeat_interleave(lengths),
-        tuple(Event(at, kind) for at in starts),
+        tuple(Event(at, kind) for at in lengths.cumsum(0)[:-1].tolist()),
     )
 
 
@@ -153,17 +167,3 @@ def stream(text: str) -> StreamSpec:
         UserError: unknown name or option, or an option out of range.
     """
     return parse(text, "stream", streams())
-
-
-def require_positive(spec: StreamSpec, **values: float) -> None:
-    """Raise unless all given options are above 0."""
-    for option, value in values.items():
-        if not value > 0:
-            raise UserError(f"stream {spec.name!r}: {option} must be above 0, not {value:g}")
-
-
-def require_share(spec: StreamSpec, **values: float) -> None:
-    """Raise unless all given options are strictly between 0 and 1."""
-    for option, value in values.items():
-        if not 0 < value < 1:
-            raise UserError(f"stream {spec.name!r}: {option} must be a share between 0 and 1, not {value:g}")

@@ -11,7 +11,7 @@ import torch
 from fedbn.data.population import Examples
 from fedbn.errors import UserError
 from fedbn.seeds import numpy_generator
-from fedbn.streams.base import Stream, StreamSpec, reorder, require_positive
+from fedbn.streams.base import Stream, StreamSpec, reorder
 
 
 @dataclass(frozen=True)
@@ -33,23 +33,23 @@ class Bouts(StreamSpec):
 
     name = "bouts"
     about = "bouts of one class, of geometric length, with a class prior"
+    bounds = (("length", "at least 1 window"),)
     length: float = 25.0
     prior: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.length >= 1:
-            raise UserError(f"stream 'bouts': length must be at least 1 window, not {self.length:g}")
-        require_positive(self, **{f"prior {i + 1}": p for i, p in enumerate(self.prior)})
+        super().__post_init__()
+        for i, share in enumerate(self.prior, 1):
+            if not share > 0:
+                raise UserError(f"stream 'bouts': prior {i} must be above 0, not {share:g}")
 
     def make(self, user: str, recordings: Sequence[Examples], seed: int) -> Stream:
         draw = numpy_generator(seed, "stream", self.name, user)
         y = recordings[0].y.cpu().numpy()
         classes = np.unique(y)
-        if self.prior and len(self.prior) <= classes.max():
-            raise UserError(
-                f"stream 'bouts': prior has {len(self.prior)} numbers but class {classes.max()} occurs; give one "
-                "per class"
-            )
+        if self.prior and len(self.prior) <= (last := classes.max()):
+            numbers = f"prior has {len(self.prior)} numbers"
+            raise UserError(f"stream 'bouts': {numbers} but class {last} occurs; give one per class")
         prior = np.array(self.prior)[classes] if self.prior else np.ones(len(classes))
         rows = [np.flatnonzero(y == c) for c in classes]
         position = [int(draw.integers(len(r))) for r in rows]

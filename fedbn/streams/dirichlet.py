@@ -15,7 +15,7 @@ import torch
 
 from fedbn.data.population import Examples
 from fedbn.seeds import numpy_generator
-from fedbn.streams.base import Stream, StreamSpec, reorder, require_positive
+from fedbn.streams.base import Stream, StreamSpec, reorder
 
 ATTEMPTS = 100
 """Maximum number of draws; the last one is used even if its smallest chunk is too small."""
@@ -36,10 +36,8 @@ class Dirichlet(StreamSpec):
     name = "dirichlet"
     about = "chunks with class shares from a Dirichlet distribution"
     source = "Gong et al. 2022 (NOTE), https://arxiv.org/abs/2208.05117"
+    bounds = (("delta", "above 0"),)
     delta: float = 0.1
-
-    def __post_init__(self) -> None:
-        require_positive(self, delta=self.delta)
 
     def make(self, user: str, recordings: Sequence[Examples], seed: int) -> Stream:
         draw = numpy_generator(seed, "stream", self.name, user)

@@ -9,7 +9,7 @@ import torch
 
 from fedbn.data.population import Examples
 from fedbn.seeds import generator
-from fedbn.streams.base import Event, Stream, StreamSpec, reorder, require_share
+from fedbn.streams.base import Event, Stream, StreamSpec, reorder
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,8 @@ class Fault(StreamSpec):
 
     name = "fault"
     about = "half of the channels are stuck for a while"
+    bounds = (("lasting", "a share between 0 and 1"),)
     lasting: float = 0.2
-
-    def __post_init__(self) -> None:
-        require_share(self, lasting=self.lasting)
 
     def make(self, user: str, recordings: Sequence[Examples], seed: int) -> Stream:
         own = recordings[0]

@@ -9,7 +9,7 @@ import torch
 
 from fedbn.data.population import Examples
 from fedbn.seeds import generator
-from fedbn.streams.base import FOREIGN, Stream, StreamSpec, require_share
+from fedbn.streams.base import FOREIGN, Stream, StreamSpec
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,8 @@ class Foreign(StreamSpec):
     name = "foreign"
     about = "with windows of no class in between"
     source = "Gong et al. 2023 (SoTTA), https://arxiv.org/abs/2310.10074"
+    bounds = (("portion", "a share between 0 and 1"),)
     portion: float = 0.2
-
-    def __post_init__(self) -> None:
-        require_share(self, portion=self.portion)
 
     def make(self, user: str, recordings: Sequence[Examples], seed: int) -> Stream:
         own = recordings[0]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from fedbn.data.population import Examples
-from fedbn.streams.base import Event, Stream, StreamSpec, reorder, require_share
+from fedbn.streams.base import Event, Stream, StreamSpec, reorder
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,8 @@ class Gap(StreamSpec):
 
     name = "gap"
     about = "the middle of the recording is missing"
+    bounds = (("missing", "a share between 0 and 1"),)
     missing: float = 0.3
-
-    def __post_init__(self) -> None:
-        require_share(self, missing=self.missing)
 
     def make(self, user: str, recordings: Sequence[Examples], seed: int) -> Stream:
         n = len(recordings[0])

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 
 from fedbn.data.population import Examples
-from fedbn.errors import UserError
 from fedbn.seeds import generator
 from fedbn.streams.base import Stream, StreamSpec
 
@@ -27,11 +26,8 @@ class Mixed(StreamSpec):
 
     name = "mixed"
     about = "several people's windows interleaved"
+    bounds = (("people", "at least 2"),)
     people: int = 2
-
-    def __post_init__(self) -> None:
-        if self.people < 2:
-            raise UserError(f"stream 'mixed': people must be at least 2, not {self.people}")
 
     @property
     def num_persons(self) -> int:

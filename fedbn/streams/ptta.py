@@ -10,7 +10,7 @@ import torch
 
 from fedbn.data.population import Examples
 from fedbn.seeds import numpy_generator
-from fedbn.streams.base import Stream, StreamSpec, reorder, require_positive
+from fedbn.streams.base import Stream, StreamSpec, reorder
 from fedbn.streams.dirichlet import split_by_weight
 
 MAX_SLOTS = 100
@@ -31,10 +31,8 @@ class Ptta(StreamSpec):
     name = "ptta"
     about = "classes split over slots of any size by a Dirichlet distribution"
     source = "Yuan, Xie, Li 2023 (RoTTA), https://arxiv.org/abs/2303.13899"
+    bounds = (("gamma", "above 0"),)
     gamma: float = 0.1
-
-    def __post_init__(self) -> None:
-        require_positive(self, gamma=self.gamma)
 
     def make(self, user: str, recordings: Sequence[Examples], seed: int) -> Stream:
         draw = numpy_generator(seed, "stream", self.name, user)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 
 from fedbn.data.population import Examples
-from fedbn.errors import UserError
 from fedbn.streams.base import Stream, StreamSpec, concatenate
 
 
@@ -28,13 +27,9 @@ class Recurring(StreamSpec):
     name = "recurring"
     about = "several people take turns"
     source = "Hoang et al. 2024 (PeTTA), https://arxiv.org/abs/2311.18193"
+    bounds = (("people", "at least 2"), ("visits", "at least 2"))
     people: int = 2
     visits: int = 3
-
-    def __post_init__(self) -> None:
-        for option, value in (("people", self.people), ("visits", self.visits)):
-            if value < 2:
-                raise UserError(f"stream 'recurring': {option} must be at least 2, not {value}")
 
     @property
     def num_persons(self) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from fedbn.data.population import Examples
-from fedbn.streams.base import Stream, StreamSpec, concatenate, require_share
+from fedbn.streams.base import Stream, StreamSpec, concatenate
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,8 @@ class Switch(StreamSpec):
 
     name = "switch"
     about = "another person takes over"
+    bounds = (("at", "a share between 0 and 1"),)
     at: float = 0.5
-
-    def __post_init__(self) -> None:
-        require_share(self, at=self.at)
 
     @property
     def num_persons(self) -> int:

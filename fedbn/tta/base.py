@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from fedbn.errors import UserError
 from fedbn.nn.batchnorm import AnyBatchNorm
@@ -114,13 +116,9 @@ def affine_parameters(model: nn.Module) -> list[nn.Parameter]:
         UserError: the model has none.
     """
     require_norms(model, "adaptation of scale and shift")
-    parameters: list[nn.Parameter] = [
-        p for layer in norm_layers(model).values() for p in layer.parameters(recurse=False)
-    ]
+    parameters = [p for layer in norm_layers(model).values() for p in layer.parameters(recurse=False)]
     if not parameters:
-        raise UserError(
-            "the model's normalization layers have no scale and shift to adapt: build them with affine=True"
-        )
+        raise UserError("the normalization layers have no scale and shift to adapt: build them with affine=True")
     for p in parameters:
         p.requires_grad_()
     return parameters
@@ -191,18 +189,12 @@ def features_of(model: nn.Module) -> tuple[nn.Module, Callable[[], Tensor]]:
     last = model.get_submodule(path) if path is not None else None
     if not isinstance(last, nn.Linear):
         raise UserError("output smoothing works on the input of a last linear layer, which this model does not have")
-    inputs: list[Tensor] = []
-
-    def save_input(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        inputs[:] = [args[0].detach()]
-
-    last.register_forward_pre_hook(save_input)
+    inputs: deque[Tensor] = deque(maxlen=1)
+    last.register_forward_pre_hook(lambda _module, args: inputs.append(args[0].detach()))
     return last, lambda: inputs[0]
 
 
-def sharpness_aware_step(
-    optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor | None], rho: float
-) -> Tensor | None:
+def sharpness_aware_step(optimizer: Optimizer, loss: Callable[[], Tensor | None], rho: float) -> Tensor | None:
     r"""One step against the gradient taken :math:`\rho` up the slope.
 
     Foret et al. 2021 (SAM), https://arxiv.org/abs/2010.01412
@@ -221,12 +213,11 @@ def sharpness_aware_step(
     if first is None:
         return None
     first.backward()
-    norm = torch.stack([cast(Tensor, p.grad).norm() for p in parameters]).norm() + 1e-12
-    ascent = [rho * cast(Tensor, p.grad) / norm for p in parameters]
+    norm = torch.stack([p.grad.norm() for p in parameters]).norm() + 1e-12
     before = [p.detach().clone() for p in parameters]
     with torch.no_grad():
-        for p, e in zip(parameters, ascent, strict=True):
-            p.add_(e)
+        for p in parameters:
+            p.add_(rho * p.grad / norm)
     optimizer.zero_grad()
     second = loss()
     if second is not None:

@@ -51,15 +51,12 @@ class CoTTA(Method):
             with torch.no_grad():
                 logits: Tensor = teacher(x)
                 if float(anchor(x).softmax(1).amax(1).mean()) < self.unsure:
-                    views = [teacher(augment(x, draw, 0.05)) for _ in range(self.views)]
-                    logits = torch.stack(views).mean(0)
+                    logits = torch.stack([teacher(augment(x, draw, 0.05)) for _ in range(self.views)]).mean(0)
             optimizer.zero_grad()
-            loss = -(logits.softmax(1) * student(x).log_softmax(1)).sum(1).mean()
-            loss.backward()
+            (-(logits.softmax(1) * student(x).log_softmax(1)).sum(1).mean()).backward()
             optimizer.step()
             with torch.no_grad():
-                triples = zip(teacher.parameters(), student.parameters(), anchor.parameters(), strict=True)
-                for slow, fast, initial in triples:
+                for slow, fast, initial in zip(*(net.parameters() for net in (teacher, student, anchor)), strict=True):
                     slow.lerp_(fast, 1 - self.keep)
                     restored = torch.rand(fast.shape, generator=draw).to(fast) < self.restore
                     fast.copy_(initial.where(restored, fast))

@@ -1,18 +1,12 @@
-r"""NOTE: instance-aware BN, and entropy minimization on a memory balanced over predicted classes.
+"""NOTE: instance-aware BN, and entropy minimization on a memory balanced over predicted classes.
 
-IABN moves the source's statistics towards a window's own only beyond what sampling error explains. With instance
-moments :math:`m,w` over :math:`L` positions and :math:`\psi(x;t)=\mathrm{sign}(x)\max(|x|-t,0)`,
-
-.. math:: \mu=\mu_s+\psi(m-\mu_s;k s_\mu),\ s_\mu^2=\sigma_s^2/L;\qquad
-          \sigma^2=[\sigma_s^2+\psi(w-\sigma_s^2;k s_\sigma)]_+,\ s_\sigma=\sigma_s^2\sqrt{2/(L-1)} .
-
-The memory is prediction-balanced reservoir sampling (PBRS).
+IABN moves the source's statistics towards a window's own only beyond what sampling error explains (formulas in
+`fedbn.online.rules.iabn.IABN`). The memory is prediction-balanced reservoir sampling (PBRS).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -125,21 +119,17 @@ class InstanceAwareBN(AnyBatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         """Normalized activations, of the input's shape."""
         x = input.flatten(2) if input.dim() > 2 else input[:, :, None]
+        mean, var = self.running_mean, self.running_var
         if self.training:
             super().forward(input)  # updates the running statistics
             mean, var = x.mean((0, 2)), x.var((0, 2), correction=0)
-        else:
-            mean, var = cast(Tensor, self.running_mean), cast(Tensor, self.running_var)
-        mean, var = mean[None], var[None]
         positions = x.shape[2]
         if positions > 1:
             own_mean, own_var, scale = x.mean(2), x.var(2), var + self.eps
             mean = mean + soft_threshold(own_mean - mean, self.k * (scale / positions).sqrt())
             var = (var + soft_threshold(own_var - var, self.k * scale * (2 / (positions - 1)) ** 0.5)).clamp_min(0)
         out = (x - mean[..., None]) / (var[..., None] + self.eps).sqrt()
-        if self.affine:
-            out = out * self.weight[:, None] + self.bias[:, None]
-        return out.view(input.shape)
+        return self.scale_and_shift(out.view(input.shape))
 
 
 def soft_threshold(x: Tensor, t: Tensor) -> Tensor:

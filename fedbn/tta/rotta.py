@@ -10,12 +10,11 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass, field
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from fedbn.nn.batchnorm import AnyBatchNorm
+from fedbn.nn.batchnorm import AnyBatchNorm, along
 from fedbn.tta.base import Method, Step, affine_parameters, augment, bn_training, entropy, replace_bn, set_momentum
 
 
@@ -132,15 +131,14 @@ class Memory:
 class RobustBN(AnyBatchNorm):
     """BN that always normalizes by its running statistics, which training mode updates first."""
 
+    momentum: float
+
     def forward(self, input: Tensor) -> Tensor:
         """Normalized activations, of the input's shape."""
-        mean, var = cast(Tensor, self.running_mean), cast(Tensor, self.running_var)
+        mean, var = self.running_mean, self.running_var
         if self.training:
             axes = [0, *range(2, input.dim())]
-            rate = cast(float, self.momentum)
-            mean = torch.lerp(mean, input.mean(axes), rate)
-            var = torch.lerp(var, input.var(axes, correction=0), rate)
+            mean = torch.lerp(mean, input.mean(axes), self.momentum)
+            var = torch.lerp(var, input.var(axes, correction=0), self.momentum)
             self.running_mean, self.running_var = mean.detach(), var.detach()
-        shape = (1, -1, *[1] * (input.dim() - 2))
-        out = (input - mean.view(shape)) / (var.view(shape) + self.eps).sqrt()
-        return out * self.weight.view(shape) + self.bias.view(shape) if self.affine else out
+        return self.scale_and_shift((input - along(mean, input)) / (along(var, input) + self.eps).sqrt())

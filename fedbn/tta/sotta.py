@@ -50,9 +50,8 @@ class Sotta(Method):
             nonlocal since_step
             with torch.no_grad():
                 logits: Tensor = model(x)
-            confidence = logits.softmax(1).max(1)
-            for row, p, label in zip(x, confidence.values.tolist(), confidence.indices.tolist(), strict=True):
-                memory.add(row, label, p)
+            for row, p, label in zip(x, *logits.softmax(1).max(1), strict=True):
+                memory.add(row, int(label), float(p))
             since_step += len(x)
             if since_step >= self.capacity and len(memory.items) > 1:
                 since_step = 0

@@ -40,6 +40,9 @@ from simulations.storage.provenance import NUMERICS, check_numerics, code_digest
 SOURCE = "source"
 """The rule that never adapts: the reference of all others."""
 
+COLUMNS = ("y", "predicted", "confidence", "nll", "seconds")
+"""Stored fields of a trace."""
+
 CHANGES = ("switch", "fault", "repair")
 """Events that a drift detector should notice. A gap in the stream need not change anything."""
 
@@ -141,30 +144,11 @@ def _adapt_each(
 def write_cell(out: Path, cell: Cell, traces: Sequence[Trace], facts: dict[str, Any]) -> None:
     """Write the predictions, then the measurements. A cell with measurements is finished."""
     folder = out / "cells"
-    frame = pd.concat(
-        [
-            pd.DataFrame(
-                {
-                    "user": t.user,
-                    "window": range(len(t.y)),
-                    "y": t.y,
-                    "predicted": t.predicted,
-                    "confidence": t.confidence,
-                    "nll": t.nll,
-                    "seconds": t.seconds,
-                }
-            )
-            for t in traces
-        ]
-    )
+    tables = [{"user": t.user, "window": range(len(t.y))} | {c: getattr(t, c) for c in COLUMNS} for t in traces]
+    frame = pd.concat(map(pd.DataFrame, tables))
     write_atomically(folder / f"{cell.id}.parquet", frame.to_parquet(index=False))
-    record = {
-        "cell": asdict(cell),
-        "numerics": NUMERICS,
-        "code": code_digest(),
-        "digests": {t.user: t.digest for t in traces},
-        **facts,
-    }
+    record = {"cell": asdict(cell), "numerics": NUMERICS, "code": code_digest()}
+    record |= {"digests": {t.user: t.digest for t in traces}, **facts}
     write_atomically(folder / f"{cell.id}.json", json.dumps(record, indent=1).encode())
 
 
@@ -180,9 +164,8 @@ def read_cell(out: Path, cell: Cell) -> tuple[list[Trace], dict[str, Any]] | Non
     facts = json.loads(path.read_text(encoding="utf-8"))
     check_numerics(path, facts.get("numerics"))
     frame = pd.read_parquet(path.with_suffix(".parquet"))
-    columns = ("y", "predicted", "confidence", "nll", "seconds")
     traces = [
-        Trace(str(user), facts["digests"][user], *(part[c].to_numpy() for c in columns))
+        Trace(str(user), facts["digests"][user], *(part[c].to_numpy() for c in COLUMNS))
         for user, part in frame.groupby("user", sort=False)
     ]
     return traces, facts

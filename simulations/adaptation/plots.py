@@ -14,6 +14,8 @@ from simulations.adaptation.cells import BOUNDS, SOURCE
 from simulations.adaptation.tables import rows
 from simulations.report.plots import INK, PALETTE
 
+STYLE: Any = {"text.parse_math": False, "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+
 
 def accuracy_curve_figure(curves: pd.DataFrame) -> Figure:
     """A row of panels per strategy and start, a column per kind of stream; source and oracles in every panel."""
@@ -25,9 +27,7 @@ def accuracy_curve_figure(curves: pd.DataFrame) -> Figure:
     styles |= {n: {"color": INK, "linestyle": line, "alpha": 0.5} for n, line in zip(BOUNDS, (":", "-."))}
     for i, name in enumerate(names):
         styles[name] = {"color": PALETTE[i % len(PALETTE)], "linestyle": ("-", "--", ":", "-.")[i // len(PALETTE) % 4]}
-    with mpl.rc_context(
-        {"text.parse_math": False, "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
-    ):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(2.2 + 3.6 * len(kinds), 0.6 + 2.7 * len(starts)), layout="constrained")
         panels = figure.subplots(len(starts), len(kinds), sharey=True, sharex="col", squeeze=False)
         for (row, (strategy, begin)), (column, kind) in product(enumerate(starts), enumerate(kinds)):
@@ -59,9 +59,7 @@ def users_figure(users: pd.DataFrame, found: pd.DataFrame) -> Figure:
     shown = [(name, by_kind) for name, by_kind in rows(found) if name.rpartition(": ")[2] != SOURCE]
     kinds = list(dict.fromkeys(found["stream"]))
     accuracy = users.pivot_table("accuracy", ["strategy", "stream", "label", "user"], "seed")
-    with mpl.rc_context(
-        {"text.parse_math": False, "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
-    ):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(2.6 + 3.4 * len(kinds), 1.2 + 0.34 * len(shown)), layout="constrained")
         panels = figure.subplots(1, len(kinds), sharey=True, sharex=True, squeeze=False)[0]
         for axes, kind in zip(panels, kinds, strict=True):
@@ -70,10 +68,7 @@ def users_figure(users: pd.DataFrame, found: pd.DataFrame) -> Figure:
                 of = accuracy.loc[line["strategy"], kind]
                 gains = (of.loc[line["rule"]] - of.loc[SOURCE]).stack()
                 is_harmed = gains < -HARM
-                for part, mark, color in (
-                    (gains[~is_harmed], "o", PALETTE[0]),
-                    (gains[is_harmed], "x", PALETTE[1]),
-                ):
+                for part, mark, color in ((gains[~is_harmed], "o", PALETTE[0]), (gains[is_harmed], "x", PALETTE[1])):
                     axes.plot(part, [place] * len(part), mark, color=color, markersize=4, alpha=0.5)
                 axes.plot([line["gain_low"], line["gain_high"]], [place - 0.3] * 2, color=INK, linewidth=1.6)
                 axes.plot(line["gain"], place - 0.3, "|", color=INK, markersize=7)

@@ -77,9 +77,7 @@ def summary(results: Results, users: pd.DataFrame) -> pd.DataFrame:
                 "accuracy": found.value,
                 "low": found.users.low,
                 "high": found.users.high,
-                "macro_f1": mean_of_users(part.pivot_table("macro_f1", "user", "seed").to_numpy()).item(),
-                "faded_accuracy": mean_of_users(part.pivot_table("faded_accuracy", "user", "seed").to_numpy()).item(),
-                "faded_f1": mean_of_users(part.pivot_table("faded_f1", "user", "seed").to_numpy()).item(),
+                **{c: _mean_of_users(part, c) for c in ("macro_f1", "faded_accuracy", "faded_f1")},
                 "worst_decile": float(np.mean([worst_decile(list(a["accuracy"])) for a, _ in pairs])),
                 "worst": float(table.min(axis=None)),
                 "harmed": harmed(*(pd.concat([pair[i]["accuracy"] for pair in pairs]).tolist() for i in (0, 1))),
@@ -87,8 +85,7 @@ def summary(results: Results, users: pd.DataFrame) -> pd.DataFrame:
                 "gain_low": gain.users.low,
                 "gain_high": gain.users.high,
                 "p": math.nan if name == SOURCE or name in BOUNDS else signed_rank(np.nanmean(gains, axis=1)),
-                "nll": mean_of_users(part.pivot_table("nll", "user", "seed").to_numpy()).item(),
-                "ece": mean_of_users(part.pivot_table("ece", "user", "seed").to_numpy()).item(),
+                **{c: _mean_of_users(part, c) for c in ("nll", "ece")},
                 **_against_bounds(results, own),
                 **_drift(facts),
                 "questions": _mean([n for f in facts for n in f.get("questions", {}).values()]),
@@ -104,6 +101,10 @@ def summary(results: Results, users: pd.DataFrame) -> pd.DataFrame:
     # Corrected over all tests of all streams.
     frame["p_adjusted"] = adjust(frame["p"])
     return frame
+
+
+def _mean_of_users(part: pd.DataFrame, column: str) -> float:
+    return mean_of_users(part.pivot_table(column, "user", "seed").to_numpy()).item()
 
 
 def _against_bounds(results: Results, own: Results) -> dict[str, float | int | None]:

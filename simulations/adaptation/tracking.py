@@ -40,13 +40,7 @@ def log_study(tracking: Tracking, study: Study, results: Results, found: pd.Data
         points = {int(w): {"fading_accuracy": float(a)} for w, a in zip(thinned["window"], thinned["accuracy"])}
         last = max(points, default=0)
         points[last] = {**points.get(last, {}), **numbers.loc[(cell.run.strategy, cell.stream, label(cell))].to_dict()}
-        settings = {
-            "scenario": study.scenario,
-            "strategy": cell.run.strategy,
-            "seeds": study.seeds,
-            "stream": cell.stream,
-            "start": cell.start,
-            "rule": cell.rule,
-        }
+        settings = {"scenario": study.scenario, "strategy": cell.run.strategy, "seeds": study.seeds}
+        settings |= {"stream": cell.stream, "start": cell.start, "rule": cell.rule}
         trained = f"{cell.run.strategy}__" if len(study.strategies) > 1 else ""
         tracking.log_run(f"{trained}{cell.stream}__{cell.start}__{cell.rule}", settings, points)

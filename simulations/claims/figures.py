@@ -43,13 +43,8 @@ def figure(entries: Sequence[Entry]) -> Figure:
 
 
 def _height(entry: Entry) -> float:
-    match entry.claim.drawing:
-        case "curves":
-            return 2.2
-        case "grid":
-            return 3.2
-        case _:
-            return 0.7 + 0.24 * max(3, len(entry.claim.arms))
+    of_dots = 0.7 + 0.24 * max(3, len(entry.claim.arms))
+    return {"curves": 2.2, "grid": 3.2, "dots": of_dots}[entry.claim.drawing]
 
 
 def _dots(axes: Axes, entry: Entry) -> None:

@@ -111,12 +111,10 @@ def run_cell(key: Cell) -> tuple[dict[str, float], float]:
 
 def run_cells(cells: Sequence[Cell], store: Store, workers: int, done: Callable[[Cell], None]) -> None:
     """Run the cells that are not in the store, and store each result as soon as it is available."""
-    missing = []
+    missing = [key for key in cells if key not in store.results]
     for key in cells:
         if key in store.results:
             done(key)
-        else:
-            missing.append(key)
     for key, (measured, seconds) in _results(missing, workers):
         store.add(key, measured, seconds)
         done(key)

@@ -65,9 +65,8 @@ def decide(claim: Claim, store: Store, quick: bool) -> Entry | None:
     seconds = sum(line["seconds"] for line in used.values())
     # Arms that never differ would otherwise "beat" each other with a threshold of zero.
     tied = effect.low == effect.high == claim.threshold
-    return Entry(
-        claim, values, effects, effect, "undecided" if tied else effect.verdict(claim.threshold), quick, seconds
-    )
+    verdict: Verdict = "undecided" if tied else effect.verdict(claim.threshold)
+    return Entry(claim, values, effects, effect, verdict, quick, seconds)
 
 
 def _value(claim: Claim, arm: str, line: dict[str, Any]) -> float:

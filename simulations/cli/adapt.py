@@ -9,19 +9,16 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fedbn.config import Plan
 from simulations.adaptation.options import StudyOptions
-from simulations.cli.options import AsJson, Into, RunFile, Track, console, errors, options_of
+from simulations.cli.options import AsJson, Into, RunFile, Scenario, Track, console, errors, options_of, progress_bars
 
 
 @options_of(StudyOptions, Plan)
 def adapt(
     options: dict[str, Any],
-    scenario: Annotated[
-        str | None, typer.Argument(help="hapt, watch, digits, ... with options, e.g. hapt:unseen=10.")
-    ] = None,
+    scenario: Scenario = None,
     run_file: RunFile = None,
     out: Annotated[
         Path | None,
@@ -35,7 +32,6 @@ def adapt(
 
     Example: [bold]fedbn adapt hapt --rules pseudo:n0=64,ema:rate=0.1 --starts cold,recording[/]
     """
-    from simulations.adaptation.cells import Cell
     from simulations.adaptation.results import write
     from simulations.adaptation.study import Study, run_study
     from simulations.adaptation.tables import summary_table, update_study_document
@@ -46,13 +42,7 @@ def adapt(
 
     study = Study.from_dict((read_run_file(run_file) if run_file else {}) | options)
     place = out or Path("results") / f"adapt-{study.scenario.split(':')[0]}"
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-    with (
-        Tracking(track or ()) as tracking,
-        Progress(
-            TextColumn("{task.description}"), *columns, console=errors, disable=not errors.is_terminal
-        ) as progress,
-    ):
+    with Tracking(track or ()) as tracking, progress_bars(disable=not errors.is_terminal) as progress:
         tracking.started("training", tasks(study, place))
         training = progress.add_task("training", total=len(study.runs()) * study.plan.rounds)
         streaming = progress.add_task("following", total=None)
@@ -63,14 +53,11 @@ def adapt(
             rounds_done[event.directory] = event.round
             progress.update(training, completed=sum(rounds_done.values()))
 
-        def began(cells: list[Cell]) -> None:
-            progress.update(streaming, total=len(cells), completed=0)
-
         study, results = run_study(
             study,
             place,
             report=trained,
-            began=lambda cells: began(list(cells)),
+            began=lambda cells: progress.update(streaming, total=len(cells), completed=0),
             done=lambda cell: progress.advance(streaming),
         )
         found = write(place, study, results, shlex.join(["fedbn", *sys.argv[1:]]))

@@ -30,24 +30,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-app.command()(claims)
-app.command()(eeg)
-app.command()(deploy)
-app.command()(adapt)
-app.command("personalize", hidden=True)(adapt)
-app.command("personalise", hidden=True)(adapt)
-app.command()(serve)
-app.command()(demo)
-app.command()(report)
-app.command()(export)
-app.command()(leakage)
-app.command()(new)
-app.command()(compare)
-app.command()(resume)
-app.command()(advise)
-app.command("list")(list_)
-app.command()(audit)
-app.command()(data)
+operations = (claims, eeg, deploy, adapt, serve, demo, report, export, leakage, new, compare, resume)
+for command in (*operations, advise, list_, audit, data):
+    app.command(command.__name__.rstrip("_"))(command)
+for alias in ("personalize", "personalise"):
+    app.command(alias, hidden=True)(adapt)
 
 
 def _version(wanted: bool) -> None:

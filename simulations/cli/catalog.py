@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 
 from fedbn.errors import UserError
-
-if TYPE_CHECKING:
-    from rich.table import Table
-from simulations.cli.options import AsJson, Into, console, numbers
+from simulations.cli.options import AsJson, Into, console, numbers, print_table
 
 
 class Kind(StrEnum):
@@ -30,8 +27,7 @@ class Kind(StrEnum):
 
 
 def advise(
-    directories: Annotated[list[Path], typer.Argument(help="Directories of comparisons.")],
-    into: Into = None,
+    directories: Annotated[list[Path], typer.Argument(help="Directories of comparisons.")], into: Into = None
 ) -> None:
     """Summarize several comparisons: the best strategies, and those not clearly worse."""
     from simulations.report.documents import replace_block
@@ -46,9 +42,7 @@ def advise(
 
 
 def list_(
-    kind: Annotated[Kind, typer.Argument(help="What to list.")],
-    into: Into = None,
-    as_json: AsJson = False,
+    kind: Annotated[Kind, typer.Argument(help="What to list.")], into: Into = None, as_json: AsJson = False
 ) -> None:
     """List strategies, scenarios, models, rules and other plug-ins, including installed ones."""
     rows = _rows(kind)
@@ -59,8 +53,8 @@ def list_(
         replace_block(into, kind.value, markdown_table(rows))
     if as_json:
         print(json.dumps(rows, indent=1))
-        return
-    console.print(_table(rows))
+    else:
+        print_table(rows)
 
 
 def audit(
@@ -90,22 +84,12 @@ def data() -> None:
     """Show which data sets are installed and intact, and how to install the others."""
     from fedbn.data.packages import status
 
-    rows = [
-        {"data": name, "scenario": source.scenario, "package": source.package, "state": state}
-        for name, source, state in status()
-    ]
-    console.print(_table(rows))
-
-
-def _table(rows: list[dict[str, str]]) -> Table:
-    from rich.table import Table
-
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for name in rows[0]:
-        table.add_column(name, overflow="fold")
-    for row in rows:
-        table.add_row(*row.values())
-    return table
+    print_table(
+        [
+            {"data": name, "scenario": source.scenario, "package": source.package, "state": state}
+            for name, source, state in status()
+        ]
+    )
 
 
 def _rows(kind: Kind) -> list[dict[str, str]]:
@@ -119,23 +103,16 @@ def _rows(kind: Kind) -> list[dict[str, str]]:
     from fedbn.streams import streams
     from fedbn.tta import methods
 
-    match kind:
-        case Kind.STRATEGIES:
-            return [{"name": n, "what": s.about, "source": s.source} for n, s in strategies().items()]
-        case Kind.PERSONALIZATIONS:
-            return [{"name": n, "what": p.about, "source": p.source} for n, p in personalizations().items()]
-        case Kind.SCENARIOS:
-            return [{"name": n, "what": s.about, "model": s.model} for n, s in scenarios().items()]
-        case Kind.MODELS:
-            return [{"name": n, "what": m.about} for n, m in models().items()]
-        case Kind.PARTITIONS:
-            return [{"name": n, "what": p.about} for n, p in partitions().items()]
-        case Kind.SHIFTS:
-            return [{"name": n, "what": s.about} for n, s in shifts().items()]
-        case Kind.RULES:
-            # Test-time methods with gradients are options of the same command.
-            found = [(n, r.about, r.source) for n, r in rules().items()]
-            found += [(n, m.about, m.source) for n, m in methods().items()]
-            return [{"name": n, "what": what, "source": source} for n, what, source in sorted(found)]
-        case Kind.STREAMS:
-            return [{"name": n, "what": s.about} for n, s in streams().items()]
+    registries: dict[Kind, tuple[dict[str, Any], tuple[str, ...]]] = {
+        Kind.STRATEGIES: (strategies(), ("source",)),
+        Kind.PERSONALIZATIONS: (personalizations(), ("source",)),
+        Kind.SCENARIOS: (scenarios(), ("model",)),
+        Kind.MODELS: (models(), ()),
+        Kind.PARTITIONS: (partitions(), ()),
+        Kind.SHIFTS: (shifts(), ()),
+        # Test-time methods with gradients are options of the same command.
+        Kind.RULES: (dict(sorted({**rules(), **methods()}.items())), ("source",)),
+        Kind.STREAMS: (streams(), ()),
+    }
+    known, more = registries[kind]
+    return [{"name": n, "what": part.about} | {key: getattr(part, key) for key in more} for n, part in known.items()]

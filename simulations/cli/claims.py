@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
 from fedbn.errors import UserError
-from simulations.cli.options import AsJson, Track, Workers, console, errors
+from simulations.cli.options import AsJson, Track, Workers, console, errors, print_table, progress_bars
 
 if TYPE_CHECKING:
     from simulations.claims.store import Cell, Store
@@ -69,13 +68,13 @@ def claims(
     if as_json:
         print(json.dumps([e.as_dict() for e in shown], indent=1))
         return
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in ("claim", "verdict", "effect [95 % interval]", "threshold"):
-        table.add_column(column)
-    for e in shown:
+    rows = [
+        {"claim": e.claim.name, "verdict": MARKS[e.verdict]}
         # Plain text: an interval's brackets are not markup.
-        table.add_row(e.claim.name, MARKS[e.verdict], format_effect(e).replace("[", r"\["), f"{e.claim.threshold:g}")
-    console.print(table)
+        | {"effect [95 % interval]": format_effect(e).replace("[", r"\["), "threshold": f"{e.claim.threshold:g}"}
+        for e in shown
+    ]
+    print_table(rows)
     console.print(f"page: {page.resolve()}", soft_wrap=True)
 
 
@@ -97,29 +96,14 @@ def _list(as_json: bool) -> None:
     rows = [{"name": c.name, "study": c.study, "claim": c.sentence, "source": c.source} for c in chosen()]
     if as_json:
         print(json.dumps(rows, indent=1))
-        return
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in rows[0]:
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(*row.values())
-    console.print(table)
+    else:
+        print_table(rows)
 
 
 def _run_cells(todo: list[Cell], store: Store, workers: int) -> None:
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
     from simulations.claims.store import run_cells
 
-    columns = (TextColumn("claims"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=errors, disable=not errors.is_terminal) as progress:
+    with progress_bars(disable=not errors.is_terminal) as progress:
         bar = progress.add_task("claims", total=len(todo))
 
         def done(key: Cell) -> None:

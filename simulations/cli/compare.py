@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from fedbn.config import Plan
-from simulations.cli.options import AsJson, Out, RunFile, Track, Workers, console, errors, numbers, options_of
+from simulations.cli.options import AsJson, Out, RunFile, Scenario, Track, Workers, console, errors, numbers, options_of
 from simulations.cli.report import show_comparison
 from simulations.experiments.options import GRID, ExperimentOptions
 
@@ -20,16 +20,12 @@ from simulations.experiments.options import GRID, ExperimentOptions
 @options_of(ExperimentOptions, Plan)
 def compare(
     options: dict[str, Any],
-    scenario: Annotated[
-        str | None, typer.Argument(help="hapt, watch, digits, ... with options, e.g. hapt:unseen=10.")
-    ] = None,
+    scenario: Scenario = None,
     run_file: RunFile = None,
     tune: Annotated[
         bool,
         typer.Option(
-            "--tune",
-            help="Choose each strategy's learning rate on validation data.",
-            rich_help_panel="Optimization",
+            "--tune", help="Choose each strategy's learning rate on validation data.", rich_help_panel="Optimization"
         ),
     ] = False,
     grid: Annotated[

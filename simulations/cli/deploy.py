@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from fedbn.config import Plan, RunOptions, nest
-from simulations.cli.options import AsJson, console, errors, options_of
+from simulations.cli.options import AsJson, console, errors, options_of, print_table
 
 DEFAULT = "digits8:users=3:unseen=1"
 """Scenario of a deployment without arguments."""
@@ -22,8 +21,7 @@ DEFAULT = "digits8:users=3:unseen=1"
 def deploy(
     options: dict[str, Any],
     scenario: Annotated[
-        str | None,
-        typer.Argument(help="Scenario with few users; each gets a process.", show_default=DEFAULT),
+        str | None, typer.Argument(help="Scenario with few users; each gets a process.", show_default=DEFAULT)
     ] = None,
     tls: Annotated[
         bool, typer.Option("--tls", help="Encrypt all connections, and admit only nodes with a registered key.")
@@ -75,20 +73,15 @@ def deploy(
         )
     ]
     if as_json:
-        found = {
-            "strategy": run.strategy,
-            "rounds": run.plan.rounds,
-            "tls": tls,
-            "start": round(result.seconds["start"], 1),
-        }
-        print(json.dumps(found | {"engines": rows, "differences": result.differences}, indent=1))
+        found = {"strategy": run.strategy, "rounds": run.plan.rounds, "tls": tls}
+        found |= {"start": round(result.seconds["start"], 1), "engines": rows, "differences": result.differences}
+        print(json.dumps(found, indent=1))
     else:
-        table = Table(box=None, header_style="bold", pad_edge=False)
-        for column in rows[0]:
-            table.add_column(column)
-        for row in rows:
-            table.add_row(*(f"{v:.4f}" if isinstance(v, float) and k != "seconds" else str(v) for k, v in row.items()))
-        console.print(table)
+        texts = [
+            {k: f"{v:.4f}" if isinstance(v, float) and k != "seconds" else str(v) for k, v in row.items()}
+            for row in rows
+        ]
+        print_table(texts)
         verdict = "equal to the last bit" if not result.differences else f"DIFFERENT: {', '.join(result.differences)}"
         console.print(f"state, scores and curve: {verdict}", highlight=False)
     if result.differences:

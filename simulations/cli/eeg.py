@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from fedbn.errors import UserError
-from simulations.cli.options import AsJson, console
+from simulations.cli.options import AsJson, console, parts, print_table
 
 
 def eeg(
@@ -33,7 +32,7 @@ def eeg(
     from fedbn.scenarios.stroke import read_cohort
     from simulations.claims.studies.stroke import MEASURES, classical, network
 
-    wanted = [name.strip() for name in channels.split(",") if name.strip()]
+    wanted = list(parts(channels))
     if not wanted:
         raise UserError("give at least one channel: --channels F3,F4")
     made, names = read_cohort(table, wanted, seconds, overlap)
@@ -45,14 +44,9 @@ def eeg(
         "1-D CNN without": network("none", [epochs], made, k, seed)[epochs],
         **classical(made, k, seed),
     }
+    scores = {name: dict(zip(MEASURES, pair, strict=True)) for name, pair in found.items()}
     if as_json:
-        rows = {name: dict(zip(MEASURES, pair, strict=True)) for name, pair in found.items()}
-        print(json.dumps({"subjects": len(names), "windows": len(made.y), "folds": k, "scores": rows}, indent=1))
+        print(json.dumps({"subjects": len(names), "windows": len(made.y), "folds": k, "scores": scores}, indent=1))
         return
-    shown = Table(box=None, header_style="bold", pad_edge=False)
-    for column in ("rule", *MEASURES):
-        shown.add_column(column)
-    for name, pair in found.items():
-        shown.add_row(name, *(f"{score:.3f}" for score in pair))
-    console.print(shown)
+    print_table([{"rule": name} | {k: f"{v:.3f}" for k, v in row.items()} for name, row in scores.items()])
     console.print(f"{len(made.y)} windows of {len(names)} subjects, {k} folds by subject", highlight=False)

@@ -55,12 +55,9 @@ def export(
     if as_json:
         print(json.dumps(found, indent=1))
     else:
-        console.print(
-            f"{out}: {found['bytes']:,} bytes, for inputs of shape {shape}; its outputs differ from the "
-            f"model's by at most {difference:.1g}",
-            highlight=False,
-            markup=False,
-        )
+        size = f"{out}: {found['bytes']:,} bytes, for inputs of shape {shape}"
+        text = f"{size}; its outputs differ from the model's by at most {difference:.1g}"
+        console.print(text, highlight=False, markup=False)
 
 
 def _model(directory: Path, strategy: str, seed: int, user: str | None) -> tuple[nn.Module, Tensor]:

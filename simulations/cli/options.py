@@ -7,12 +7,14 @@ import functools
 import inspect
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 
 from fedbn.config import Conditions, Panel
 from fedbn.errors import UserError
@@ -53,6 +55,7 @@ AsJson = Annotated[
 RunFile = Annotated[
     Path | None, typer.Option(help="TOML file with the same options.", show_default=False, rich_help_panel="Data")
 ]
+Scenario = Annotated[str | None, typer.Argument(help="hapt, watch, digits, ... with options, e.g. hapt:unseen=10.")]
 Data = Annotated[
     Path | None,
     typer.Option(
@@ -69,6 +72,22 @@ Columns = Annotated[
         rich_help_panel="Data",
     ),
 ]
+
+
+def progress_bars(*, disable: bool) -> Progress:
+    """One bar per task on stderr: its description, steps, and elapsed and remaining time."""
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    return Progress(TextColumn("{task.description}"), *columns, console=errors, disable=disable)
+
+
+def print_table(rows: Sequence[Mapping[str, str]], **style: Any) -> None:
+    """Print rows with the same keys, which head the columns; ``style`` goes to `rich.table.Table`."""
+    table = Table(**{"box": None, "header_style": "bold", "pad_edge": False} | style)
+    for name in next(iter(rows), ()):
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*row.values())
+    console.print(table)
 
 
 def options_of(*kinds: type, without: tuple[str, ...] = ()) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -88,8 +107,14 @@ def options_of(*kinds: type, without: tuple[str, ...] = ()) -> Callable[[Callabl
         signature = inspect.signature(command).parameters
         own = [p.replace(annotation=hints[n]) for n, p in signature.items() if n != "options"]
         skipped = {"plan", "scenario", *signature, *without}
-        chosen = {f.name: (f, kind) for kind in kinds for f in dataclasses.fields(kind) if f.name not in skipped}
-        flags = [_flag(f, typing.get_type_hints(kind)[name]) for name, (f, kind) in chosen.items()]
+        types_of = {kind: typing.get_type_hints(kind) for kind in kinds}
+        chosen = {
+            f.name: (f, types_of[kind][f.name])
+            for kind in kinds
+            for f in dataclasses.fields(kind)
+            if f.name not in skipped
+        }
+        flags = [_flag(f, hint) for f, hint in chosen.values()]
         keyword = inspect.Parameter.KEYWORD_ONLY
         if reads_data := any(issubclass(kind, Conditions) for kind in kinds):
             flags = [
@@ -107,7 +132,7 @@ def options_of(*kinds: type, without: tuple[str, ...] = ()) -> Callable[[Callabl
                 if "scenario" in signature:
                     arguments["scenario"] = scenario
             given = {name: arguments.pop(name) for name in chosen}
-            options |= {name: _parsed(value, name, *chosen[name]) for name, value in given.items() if value is not None}
+            options |= {name: _parsed(value, *chosen[name]) for name, value in given.items() if value is not None}
             command(**arguments, options=options)
 
         del wrapper.__wrapped__  # type: ignore[attr-defined]
@@ -189,15 +214,14 @@ def _text(value: Any) -> str:
     return "" if value is None or value is False or value is dataclasses.MISSING else str(value)
 
 
-def _parsed(value: Any, name: str, f: dataclasses.Field[Any], kind: type) -> Any:
-    """The value of a field from that of its flag: lists and tables are comma-separated."""
-    origin = typing.get_origin(typing.get_type_hints(kind)[name])
-    if origin is tuple:
+def _parsed(value: Any, f: dataclasses.Field[Any], hint: Any) -> Any:
+    """The value of a field from that of its flag. Lists and tables are comma-separated."""
+    if typing.get_origin(hint) is tuple:
         return parts(value)
-    if origin is dict:
+    if typing.get_origin(hint) is dict:
         pairs = [part.partition("=") for part in parts(value)]
         if wrong := [key for key, sep, _ in pairs if not sep]:
-            raise UserError(f"--{name.replace('_', '-')} takes NAME=VALUE, comma-separated, not {wrong[0]!r}")
+            raise UserError(f"--{f.name.replace('_', '-')} takes NAME=VALUE, comma-separated, not {wrong[0]!r}")
         return {key: text for key, _, text in pairs}
     return value
 

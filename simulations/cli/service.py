@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fedbn.config import Conditions, Plan
 from fedbn.errors import UserError
-from simulations.cli.options import console, errors, options_of
+from simulations.cli.options import console, options_of, parts, progress_bars
 
 if TYPE_CHECKING:
     from fedbn.online import Rule
@@ -154,8 +153,7 @@ def _own_model(scenario: str | None, model: str, weights: Path, shape: str, clas
     sides = shape.split(",")
     if not all(n.strip().isdecimal() and int(n) for n in sides):
         raise UserError(f"--shape takes positive whole numbers such as 6,128, not {shape!r}")
-    names = tuple(filter(None, (name.strip() for name in classes.split(","))))
-    return ServedModel.from_weights(model, weights, tuple(map(int, sides)), names, rule)
+    return ServedModel.from_weights(model, weights, tuple(map(int, sides)), parts(classes), rule)
 
 
 def _trained(strategy: str, options: dict[str, Any]) -> SourceModel:
@@ -167,8 +165,7 @@ def _trained(strategy: str, options: dict[str, Any]) -> SourceModel:
 
     study = Study.from_dict(options | {"rules": ("source",), "strategies": (strategy,), "seeds": 1})
     (run,) = study.resolved().runs()
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-    with Progress(TextColumn("{task.description}"), *columns, console=errors) as progress:
+    with progress_bars(disable=False) as progress:
         training = progress.add_task(f"training on {run.scenario}", total=run.plan.rounds)
         return train_source_model(
             run,

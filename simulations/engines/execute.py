@@ -86,8 +86,7 @@ def execute(
 
 def _in_process(run: Run, executor: Executor, resume: Outcome | None, on_round: OnRound | None) -> Outcome:
     ctx = build_context(run)
-    config = {"run": run.to_json()}
-    grid = InProcessGrid(client_app, len(ctx.population.users), config, executor=executor)
+    grid = InProcessGrid(client_app, len(ctx.population.users), {"run": run.to_json()}, executor=executor)
     for user, client_state in (resume.client_states if resume else {}).items():
         grid.partition_context(max(user, 0)).state[f"client-state-{user}"] = arrays(client_state)
     finished: list[Outcome] = []
@@ -105,9 +104,5 @@ def _in_process(run: Run, executor: Executor, resume: Outcome | None, on_round: 
         on_end=lambda outcome: finished.append(with_client_states(outcome)),
     )
     with task_identity(grid.run.run_id), attach_listener(listener):
-        server_app(grid, _server_context(grid, config))
+        server_app(grid, Context(grid.run.run_id, 1, {}, RecordDict(), dict(grid.run_config)))
     return finished[0]
-
-
-def _server_context(grid: InProcessGrid, config: dict[str, str]) -> Context:
-    return Context(run_id=grid.run.run_id, node_id=1, node_config={}, state=RecordDict(), run_config=dict(config))

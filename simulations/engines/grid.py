@@ -84,12 +84,7 @@ class InProcessGrid(Grid):
         return self._run
 
     def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
     ) -> Message:
         """Create a message to a node."""
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
@@ -129,13 +124,8 @@ class InProcessGrid(Grid):
         if node not in self.contexts:
             if not 0 <= node - self._first < self.nodes:
                 raise KeyError(node)
-            self.contexts[node] = Context(
-                run_id=self._run.run_id,
-                node_id=node,
-                node_config={"partition-id": node - self._first, "num-partitions": self.nodes},
-                state=RecordDict(),
-                run_config=dict(self.run_config),
-            )
+            node_config: dict[str, Any] = {"partition-id": node - self._first, "num-partitions": self.nodes}
+            self.contexts[node] = Context(self._run.run_id, node, node_config, RecordDict(), dict(self.run_config))
         return self.contexts[node]
 
     def partition_context(self, partition: int) -> Context:

@@ -6,15 +6,7 @@ from dataclasses import KW_ONLY, dataclass
 
 from fedbn.config import Conditions, option
 
-DEFAULT_STRATEGIES = (
-    "global-naive",
-    "global-pooled",
-    "fedbn",
-    "silobn",
-    "groupnorm",
-    "local",
-    "centralized",
-)
+DEFAULT_STRATEGIES = ("global-naive", "global-pooled", "fedbn", "silobn", "groupnorm", "local", "centralized")
 
 GRID = (0.01, 0.03, 0.1, 0.3)
 """Learning rates tried for every strategy when tuning; a factor of about three apart."""
@@ -35,9 +27,7 @@ class ExperimentOptions(Conditions):
         (), "Choose each strategy's learning rate on validation data from --grid.", panel="Optimization"
     )
     rates: dict[str, float] = option(
-        {},
-        "Learning rates by strategy where they differ from --lr, e.g. local=0.1,fedbn=0.03.",
-        panel="Optimization",
+        {}, "Learning rates by strategy where they differ from --lr, e.g. local=0.1,fedbn=0.03.", panel="Optimization"
     )
     rule: str = option(
         "",

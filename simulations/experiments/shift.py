@@ -38,8 +38,7 @@ def measure_shift(experiment: Experiment, tasks: Sequence[Task]) -> dict[str, An
                     "layer": layer,
                     "users": names,
                     "distance": statistics_distance(
-                        [m[layer].mean.numpy() for m in moments],
-                        [m[layer].variance().numpy() for m in moments],
+                        [m[layer].mean.numpy() for m in moments], [m[layer].variance().numpy() for m in moments]
                     ).tolist(),
                 }
                 for layer in moments[0]

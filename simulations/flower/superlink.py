@@ -147,9 +147,8 @@ class SuperLink:
         config = self.directory / f"{name}.toml"
         file = temporary if out is None else out.resolve()
         config.write_text(tomli_w.dumps({"run": run.to_json(), "out": str(file)}))
-        submitted = self.flwr(
-            "run", str(self.directory / "app"), SUPERLINK_NAME, "--run-config", str(config), *settings
-        )
+        app = str(self.directory / "app")
+        submitted = self.flwr("run", app, SUPERLINK_NAME, "--run-config", str(config), *settings)
         run_id = str(submitted["run-id"])
         self._stream_log(run_id, name)
         status = self.flwr("list", SUPERLINK_NAME, "--run-id", run_id)["runs"][0]
@@ -165,14 +164,8 @@ class SuperLink:
         Raises:
             FlowerRunError: the command failed.
         """
-        done = subprocess.run(
-            [script_path("flwr"), *arguments, "--format", "json"],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            env=self.environment(),
-            check=False,
-        )
+        command, environment = [script_path("flwr"), *arguments, "--format", "json"], self.environment()
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=environment)
         with suppress(json.JSONDecodeError):
             result = json.loads(done.stdout)
             if result.get("success"):
@@ -215,11 +208,7 @@ class SuperLink:
         command = [script_path("flwr"), "log", run_id, SUPERLINK_NAME, "--stream"]
         with self.log(name).open("wb") as log:
             stream = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=self.environment(),
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=self.environment()
             )
             try:
                 while stream.poll() is None:

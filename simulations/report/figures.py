@@ -37,11 +37,7 @@ def paired_pictures(comparison: Comparison) -> list[Picture]:
 
 def picture(comparison: Comparison, name: str, title: str, caption: str) -> Picture | None:
     """The figure ``matrix``, ``convergence`` or ``shift``; None if there is nothing to draw."""
-    draw = {
-        "matrix": plots.matrix_figure,
-        "convergence": plots.convergence_figure,
-        "shift": plots.shift_figure,
-    }[name]
+    draw = {"matrix": plots.matrix_figure, "convergence": plots.convergence_figure, "shift": plots.shift_figure}[name]
     figure = draw(comparison)
     return None if figure is None else _save(comparison, name, title, caption, figure)
 

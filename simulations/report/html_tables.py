@@ -229,8 +229,7 @@ def starts(comparison: Comparison) -> Table | None:
     if not lines:
         return None
     caption = "Accuracy of unseen users by the statistics they start from, before adaptation [95 % interval over users]"
-    cells = [[Cell(text, sort=text) for text in line] for line in lines]
-    return Table(caption, head, cells)
+    return Table(caption, head, [[Cell(text, sort=text) for text in line] for line in lines])
 
 
 def newcomers(comparison: Comparison) -> Table:
@@ -275,9 +274,8 @@ def layers(comparison: Comparison) -> Table | None:
             lines.append([Cell(layer["layer"], sort=i), *cells])
     if not lines:
         return None
-    return Table(
-        "Distance between two users' statistics, over all pairs", ["layer", "mean", "minimum", "maximum"], lines
-    )
+    caption = "Distance between two users' statistics, over all pairs"
+    return Table(caption, ["layer", "mean", "minimum", "maximum"], lines)
 
 
 def facts(caption: str, kind: str, values: dict[str, Any]) -> Table | None:

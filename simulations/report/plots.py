@@ -175,12 +175,7 @@ def paired_figure(comparison: Comparison, row: str, column: str, metric: str = "
         axes.axhline(0, color=INK, linewidth=0.8)
         axes.vlines(rank, 0, differences, color=color, linewidth=0.8, alpha=0.6)
         axes.plot(
-            rank,
-            differences,
-            linestyle="",
-            marker=MARKERS[(index - 1) % len(MARKERS)],
-            color=color,
-            markersize=3,
+            rank, differences, linestyle="", marker=MARKERS[(index - 1) % len(MARKERS)], color=color, markersize=3
         )
         axes.set_title(_short(strategy))
         axes.grid(axis="y")
@@ -277,11 +272,7 @@ def _stroke(index: int) -> dict[str, Any]:
 
 def _marker(column: int, color: str) -> dict[str, Any]:
     """Marker of a column of the matrix."""
-    return {
-        "marker": "osD"[column % 3],
-        "color": color,
-        "markerfacecolor": ("none", color)[column % 3 == 0],
-    }
+    return {"marker": "osD"[column % 3], "color": color, "markerfacecolor": ("none", color)[column % 3 == 0]}
 
 
 def _short(label: str, length: int = MAX_LABEL_LENGTH) -> str:

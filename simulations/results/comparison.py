@@ -27,7 +27,6 @@ from simulations.results.matrix import COLUMNS, METRICS, ROWS, Matrix
 from simulations.results.summary import answer
 
 CELL_LEGEND = "Mean over users [95 % interval over users]."
-
 CAPTION = "mean over users [95\\% cluster bootstrap interval]"
 
 
@@ -55,6 +54,8 @@ class Comparison(Matrix):
     ownership: pd.DataFrame
     missing: int
     notices: tuple[str, ...]
+
+    long = to_pandas = Matrix.matrix
 
     @classmethod
     def load(cls, directory: str | Path) -> Comparison:
@@ -92,18 +93,12 @@ class Comparison(Matrix):
                 )
             ),
             curves=lines_table(
-                runs,
-                "curve",
-                {"round": "int64", "train_loss": "float64", "own": "float64", "unseen": "float64"},
+                runs, "curve", {"round": "int64", "train_loss": "float64", "own": "float64", "unseen": "float64"}
             ),
             ownership=ownership_table(runs),
             missing=planned - len(runs),
             notices=tuple(dict.fromkeys(notices)),
         )
-
-    def to_pandas(self, metric: str = "accuracy") -> pd.DataFrame:
-        """The evaluation matrix with one line per strategy, row and column; same as `matrix`."""
-        return self.matrix(metric)
 
     def __repr__(self) -> str:
         return f"{answer(self)}\n\n{self.wide().to_string()}"
@@ -146,15 +141,10 @@ class Comparison(Matrix):
         return pd.DataFrame(
             [[text.get((*key, row), "–") for row in rows] for key in index],
             index=pd.MultiIndex.from_tuples(
-                [(COLUMNS[column][0], strategy) for column, strategy in index],
-                names=["statistics", "strategy"],
+                [(COLUMNS[column][0], strategy) for column, strategy in index], names=["statistics", "strategy"]
             ),
             columns=[ROWS[row][0] for row in rows],
         )
-
-    def long(self, metric: str = "accuracy") -> pd.DataFrame:
-        """The long matrix, unrounded; same as `matrix`."""
-        return self.matrix(metric)
 
     def to_csv(self, path: str | Path, metric: str = "accuracy") -> None:
         """Write the long matrix, unrounded."""

@@ -1,9 +1,7 @@
 """The evaluation matrix of a comparison, and the statistics over it.
 
-A comparison runs every strategy with the same seeds on the same users. The *user* is the unit of inference: users are
-resampled with all their seeds (a cluster bootstrap), and strategies are compared user by user (paired). The variation
-over seeds shows how much of a mean is due to initialization and sampling; it has its own interval. Nothing is selected
-on test data. See `simulations.results.inference` for the intervals.
+A comparison runs every strategy with the same seeds on the same users, and strategies are compared user by user
+(paired). Nothing is selected on test data. See `simulations.results.inference` for the intervals over users and seeds.
 """
 
 from __future__ import annotations
@@ -173,8 +171,7 @@ class Matrix:
                 repeated = by_user.any() and uniform(gap.to_numpy())
                 lines.append((*line, math.nan if repeated else signed_rank(by_user), better, worse))
         frame = pd.DataFrame(
-            lines,
-            columns=["strategy", "reference", "row", "column", "difference", *_INTERVALS, "p", "better", "worse"],
+            lines, columns=["strategy", "reference", "row", "column", "difference", *_INTERVALS, "p", "better", "worse"]
         ).astype({"p": "float64", "better": "Int64", "worse": "Int64"})
         frame.insert(frame.columns.get_loc("p") + 1, "p_adjusted", adjust(frame["p"]))
         return frame

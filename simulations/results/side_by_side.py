@@ -105,8 +105,7 @@ class SideBySide:
 def _across(frame: pd.DataFrame, index: list[str], drop: Sequence[str] = ()) -> pd.DataFrame:
     """Pivot the column ``text``: statistics and ``index`` down (without ``drop``), rows of the matrix across."""
     frame = frame.assign(
-        position=frame["column"].map(list(COLUMNS).index),
-        statistics=[COLUMNS[column][0] for column in frame["column"]],
+        position=frame["column"].map(list(COLUMNS).index), statistics=[COLUMNS[column][0] for column in frame["column"]]
     )
     table = frame.pivot(index=["position", "statistics", *index], columns="row", values="text").sort_index()
     table = table.droplevel(["position", *drop]).fillna("–")

@@ -82,16 +82,10 @@ def _sentence(comparison: Matrix, row: str, metric: str) -> str:
     # If the interval is over seeds, all users share one model and are not counted.
     users = [] if over else [format_count(best.n_users, "user")]
     # If the interval excludes 0 but the difference is not clear, state the corrected p-value as the reason.
-    corrected = (
-        [f"corrected {format_p_value(best.p_adjusted)}"] if interval.excludes_zero and not is_clear(best) else []
-    )
-    parts = [
-        format_estimate(best.difference, *interval, format_signed) + over,
-        *corrected,
-        *users,
-        format_count(best.n_seeds, "seed"),
-    ]
-    evidence = ", ".join(parts)
+    unclear = interval.excludes_zero and not is_clear(best)
+    corrected = [f"corrected {format_p_value(best.p_adjusted)}"] if unclear else []
+    estimate = format_estimate(best.difference, *interval, format_signed) + over
+    evidence = ", ".join([estimate, *corrected, *users, format_count(best.n_seeds, "seed")])
     if not best.difference:
         return f"{title}: {winner} and {baseline} do not differ ({evidence})."
     if not math.isfinite(interval.low):
@@ -107,6 +101,5 @@ def _interval(line: Any) -> tuple[Interval, str]:
     """The interval over users, or over seeds if there is none over users, with a suffix for the text."""
     if math.isfinite(line.ci_low):
         return Interval(line.ci_low, line.ci_high), ""
-    return Interval(line.seed_low, line.seed_high), " over seeds" if format_interval(
-        line.seed_low, line.seed_high
-    ) else ""
+    seeds = Interval(line.seed_low, line.seed_high)
+    return seeds, " over seeds" if format_interval(*seeds) else ""

@@ -109,9 +109,8 @@ class NodePool:
                 try:
                     replies[user] = read(user, reply.content)
                     if "lost" in reply.content:
-                        self.failures.append(
-                            f"{kind}, {_label(user)}: the node had lost its client state and continued as a new client"
-                        )
+                        lost = "the node had lost its client state and continued as a new client"
+                        self.failures.append(f"{kind}, {_label(user)}: {lost}")
                 except UserError as error:
                     failed[user] = error
                 except (KeyError, TypeError, ValueError) as error:
@@ -133,14 +132,10 @@ class NodePool:
                 f"{kind}: {len(failed)} of {num_clients} clients failed, more than the tolerated share of "
                 f"{self.tolerate:g}; the first: {first}"
             ) from first
-        self.failures += [_first_line(failed[user]) for user in sorted(failed)]
+        self.failures += [str(failed[user]).splitlines()[0] for user in sorted(failed)]
         for user in failed:
             self.node.pop(max(user, 0), None)
 
 
 def _label(user: int) -> str:
     return "central trainer" if user == CENTRAL_TRAINER else f"user {user}"
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]

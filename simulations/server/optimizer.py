@@ -60,15 +60,10 @@ def _errors_only() -> Iterator[None]:
 
 def _build_optimizer(plan: Plan) -> Any:
     options: dict[str, Any] = {"fraction_train": 0.0, "fraction_evaluate": 0.0}
-    match plan.server_optimizer:
-        case "fedavgm":
-            return FedAvgM(server_learning_rate=plan.server_lr, server_momentum=0.9, **options)
-        case "fedadam":
-            return FedAdam(eta=plan.server_lr, **options)
-        case "fedyogi":
-            return FedYogi(eta=plan.server_lr, **options)
-        case _:
-            return FedAdagrad(eta=plan.server_lr, **options)
+    if plan.server_optimizer == "fedavgm":
+        return FedAvgM(server_learning_rate=plan.server_lr, server_momentum=0.9, **options)
+    adaptive = {"fedadam": FedAdam, "fedyogi": FedYogi, "fedadagrad": FedAdagrad}
+    return adaptive[plan.server_optimizer](eta=plan.server_lr, **options)
 
 
 def _record(state: State) -> ArrayRecord:

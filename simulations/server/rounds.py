@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
@@ -142,13 +143,10 @@ def _sync_first_batch(
 ) -> list[dict[str, Moments]]:
     outgoing = _outgoing(ctx, nodes, out.server, sampled)
 
-    def exchange(aggregates: list[dict[str, Moments]]) -> list[dict[str, Moments] | None]:
-        records = aggregates_to(aggregates)
-        configs = {u: _config(ctx, number, nodes.trained.get(u, 0)) for u in sampled}
-        content = {u: RecordDict({"arrays": outgoing[u], "config": configs[u], **records}) for u in sampled}
-        return list(nodes.send("query.sync_first_batch", content, _read_moments).values())
+    def content(user: int) -> RecordDict:
+        return RecordDict({"arrays": outgoing[user], "config": _config(ctx, number, nodes.trained.get(user, 0))})
 
-    return list(run_consensus(exchange, traffic_counter(ctx, out, "first-batch sync")))
+    return _exchange_moments(ctx, nodes, out, "first-batch sync", "query.sync_first_batch", sampled, content)
 
 
 def _train(
@@ -173,10 +171,7 @@ def _train(
             contents[key] = RecordDict({"arrays": outgoing[user], "config": config, **common})
         return contents[key]
 
-    def read(user: int, reply: RecordDict) -> Update:
-        return validate_update(ctx, user, reply)
-
-    updates = nodes.send("train", {u: content(u) for u in sampled}, read)
+    updates = nodes.send("train", {u: content(u) for u in sampled}, partial(validate_update, ctx))
     nodes.trained |= dict.fromkeys(updates, number)
     return list(updates.values())
 
@@ -184,22 +179,31 @@ def _train(
 def _sync_statistics(ctx: RunContext, nodes: NodePool, out: Outcome) -> State:
     record = nodes.record(out.server.state)
 
+    def content(user: int) -> RecordDict:
+        return RecordDict({"arrays": record, "config": ConfigRecord({"trained": nodes.trained.get(user, 0)})})
+
+    moments = _exchange_moments(ctx, nodes, out, "statistics sync", "query.sync_statistics", ctx.trainers, content)
+    return with_synced_statistics(ctx, out.server.state, moments)
+
+
+def _exchange_moments(
+    ctx: RunContext,
+    nodes: NodePool,
+    out: Outcome,
+    purpose: str,
+    kind: str,
+    users: Sequence[int],
+    content: Callable[[int], RecordDict],
+) -> list[dict[str, Moments]]:
+    """Exchange moments with the users until their statistics agree. Returns the aggregate of each exchange."""
+
     def exchange(aggregates: list[dict[str, Moments]]) -> list[dict[str, Moments] | None]:
         records = aggregates_to(aggregates)
+        contents = {user: RecordDict({**content(user), **records}) for user in users}
+        replies = nodes.send(kind, contents, lambda user, reply: validate_moments(user, reply) or None)
+        return list(replies.values())
 
-        def content(user: int) -> RecordDict:
-            config = ConfigRecord({"trained": nodes.trained.get(user, 0)})
-            return RecordDict({"arrays": record, "config": config, **records})
-
-        return list(nodes.send("query.sync_statistics", {u: content(u) for u in ctx.trainers}, _read_moments).values())
-
-    return with_synced_statistics(
-        ctx, out.server.state, list(run_consensus(exchange, traffic_counter(ctx, out, "statistics sync")))
-    )
-
-
-def _read_moments(user: int, reply: RecordDict) -> dict[str, Moments] | None:
-    return validate_moments(user, reply) or None
+    return list(run_consensus(exchange, traffic_counter(ctx, out, purpose)))
 
 
 def _evaluate(ctx: RunContext, nodes: NodePool, server: Server, *, last: bool) -> dict[int, list[Score]]:

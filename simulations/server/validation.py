@@ -53,21 +53,16 @@ def validate_entries(ctx: RunContext, user: int, record: ArrayRecord) -> State:
     in_process = isinstance(record, LazyArrayRecord) and record.state is not None
     if not in_process:
         if record.keys() != expected.keys():
-            raise _invalid_reply(
-                user, f"sent unexpected or missing entries: {_shorten(record.keys() ^ expected.keys())}"
-            )
+            raise _unexpected_entries(user, record.keys() ^ expected.keys())
         for name, (dtype, shape) in expected.items():
             max_bytes = dtype.itemsize * torch.Size(shape).numel() + HEADER_BYTES
             if len(record[name].data) > max_bytes:
                 raise _invalid_reply(
                     user, f"sent {len(record[name].data)} bytes for {name}, at most {max_bytes} are allowed"
                 )
-    try:
-        state = tensors(record, ctx.run.device)
-    except UserError as error:
-        raise _invalid_reply(user, str(error)) from None
+    state = _decode(user, record, ctx.run.device)
     if state.keys() != expected.keys():
-        raise _invalid_reply(user, f"sent unexpected or missing entries: {_shorten(state.keys() ^ expected.keys())}")
+        raise _unexpected_entries(user, state.keys() ^ expected.keys())
     for name, (dtype, shape) in expected.items():
         value = state[name]
         if value.dtype != dtype or tuple(value.shape) != shape:
@@ -108,10 +103,7 @@ def validate_moments(user: int, reply: RecordDict) -> dict[str, Moments]:
     record = reply.get("moments")
     if not isinstance(record, ArrayRecord):
         raise _invalid_reply(user, "sent no moments")
-    try:
-        state = tensors(record)
-    except UserError as error:
-        raise _invalid_reply(user, str(error)) from None
+    state = _decode(user, record)
     if invalid := [name for name, value in state.items() if not torch.isfinite(value).all()]:
         raise _invalid_reply(user, f"sent NaN or Inf in {invalid[0]}")
     return unflatten(state)
@@ -128,15 +120,19 @@ def validate_notes(ctx: RunContext, user: int, record: ArrayRecord) -> State:
         max_bytes = MAX_NOTES_RATIO * sum(ctx.ownership.sizes.values()) + 2**20
         if num_bytes > max_bytes:
             raise _invalid_reply(user, f"sent {num_bytes} bytes of notes, at most {max_bytes} are allowed")
+    return _decode(user, record, ctx.run.device)
+
+
+def _decode(user: int, record: ArrayRecord, device: str = "cpu") -> State:
     try:
-        return tensors(record, ctx.run.device)
+        return tensors(record, device)
     except UserError as error:
         raise _invalid_reply(user, str(error)) from None
 
 
-def _shorten(names: set[str]) -> str:
-    first = sorted(names)[:3]
-    return ", ".join(first) + (", ..." if len(names) > 3 else "")
+def _unexpected_entries(user: int, names: set[str]) -> InvalidReply:
+    listed = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
+    return _invalid_reply(user, f"sent unexpected or missing entries: {listed}")
 
 
 def _invalid_reply(user: int, what: str) -> InvalidReply:

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Annotated, Any, cast
 
 import orjson
-from fastapi import APIRouter, FastAPI, Query, Request, Response, WebSocket, WebSocketDisconnect
+from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response, WebSocket, WebSocketDisconnect
 from jinja2 import Template
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fedbn.errors import UserError
@@ -181,32 +182,32 @@ class WindowMiddleware:
         await send({"type": "http.response.body", "body": out})
 
 
-def _service(request: Request | WebSocket) -> Service:
-    return cast(Service, request.app.state.service)
+async def _service(connection: HTTPConnection) -> Service:
+    return cast(Service, connection.app.state.service)
 
 
+SharedService = Annotated[Service, Depends(_service)]
 _service_router = APIRouter(tags=["service"])
 _users_router = APIRouter(prefix="/v1/users", tags=["users"])
 
 
 @_service_router.get("/health", summary="Check that the service responds.")
-async def health(request: Request) -> dict[str, str]:
+async def health(service: SharedService) -> dict[str, str]:
     """Runs on the bank's thread, so it fails if the bank hangs."""
-    await _service(request).batcher.call(lambda: None)
+    await service.batcher.call(lambda: None)
     return {"status": "ok"}
 
 
 @_service_router.get("/metrics", summary="Metrics for Prometheus.")
-async def metrics(request: Request) -> Response:
+async def metrics(service: SharedService) -> Response:
     """Metrics as text."""
-    return Response(generate_latest(_service(request).metrics.registry), media_type=CONTENT_TYPE_LATEST)
+    return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
 
 @_service_router.get("/v1/model", summary="The served model: window shape, classes, rule, limits.")
-async def model(request: Request) -> dict[str, Any]:
+async def model(service: SharedService) -> dict[str, Any]:
     """Information that a client needs to send windows."""
-    users = _service(request).users
-    bank = users.net.bank
+    users, bank = service.users, service.users.net.bank
     return {
         "model": bank.model,
         "shape": users.shape,
@@ -220,40 +221,36 @@ async def model(request: Request) -> dict[str, Any]:
 
 @_users_router.get("", summary="Names of users, in alphabetical order.")
 async def users(
-    request: Request, after: str = "", limit: Annotated[int, Query(ge=1, le=1000)] = 100
+    service: SharedService, after: str = "", limit: Annotated[int, Query(ge=1, le=1000)] = 100
 ) -> dict[str, list[str]]:
     """One page of names. Pass the last name as ``after`` to get the next page."""
-    service = _service(request)
     return {"users": await service.batcher.call(lambda: service.users.users(after, limit))}
 
 
 @_users_router.put("/{user}", summary="Enroll a user. Existing users are unchanged.")
-async def enroll(request: Request, user: str, response: Response) -> dict[str, Any]:
+async def enroll(service: SharedService, user: str, response: Response) -> dict[str, Any]:
     """Status 201 if the user is new."""
-    service, name = _service(request), validate_name(user)
+    name = validate_name(user)
     new = await service.batcher.call(lambda: service.users.enroll(name))
     response.status_code = 201 if new else 200
     return {"user": name, "new": new}
 
 
 @_users_router.get("/{user}", summary="Summary of a user: windows, classes, drift, distance of each layer.")
-async def report(request: Request, user: str) -> dict[str, Any]:
+async def report(service: SharedService, user: str) -> dict[str, Any]:
     """As `UserStore.report`."""
-    service = _service(request)
     return await service.batcher.call(lambda: service.users.report(user))
 
 
 @_users_router.delete("/{user}", summary="Delete all data of a user.", status_code=204)
-async def forget(request: Request, user: str) -> None:
+async def forget(service: SharedService, user: str) -> None:
     """Both in memory and in the store."""
-    service = _service(request)
     await service.batcher.call(lambda: service.users.forget(user))
 
 
 @_users_router.post("/{user}/reset", summary="Restore a user's initial state.", status_code=204)
-async def reset(request: Request, user: str) -> None:
+async def reset(service: SharedService, user: str) -> None:
     """The user stays enrolled."""
-    service = _service(request)
     await service.batcher.call(lambda: service.users.reset(user))
 
 
@@ -261,10 +258,10 @@ async def reset(request: Request, user: str) -> None:
     "/{user}/commit",
     summary='Learn labels of held windows, {"labels": {"17": "walking"}}, or {"windows": [...], "labels": [...]}.',
 )
-async def commit(request: Request, user: str) -> dict[str, int]:
+async def commit(request: Request, service: SharedService, user: str) -> dict[str, int]:
     """Number of learned windows."""
-    service, body = _service(request), parse_json(await request.body())
-    users, labels = service.users, body.get("labels")
+    users, body = service.users, parse_json(await request.body())
+    labels = body.get("labels")
     if isinstance(labels, dict):
         by_window = dict(zip(labels, parse_labels(list(labels.values()), users.classes), strict=True))
         return {"learned": await service.batcher.call(lambda: users.commit(user, by_window))}
@@ -279,10 +276,9 @@ async def commit(request: Request, user: str) -> dict[str, int]:
     summary='Calibrate on the user\'s windows: {"windows": [...], "labels": [...], "then": "freeze" or "adapt"}.',
     status_code=204,
 )
-async def calibrate(request: Request, user: str) -> None:
+async def calibrate(request: Request, service: SharedService, user: str) -> None:
     """Labels are optional. A few windows of each class work best."""
-    service, body = _service(request), parse_json(await request.body())
-    users = service.users
+    users, body = service.users, parse_json(await request.body())
     windows = windows_from_lists(body.get("windows"), users.shape, users.limits.windows)
     labels = None if body.get("labels") is None else parse_labels(body["labels"], users.classes)
     then = str(body.get("then", "adapt"))
@@ -290,39 +286,36 @@ async def calibrate(request: Request, user: str) -> None:
 
 
 @_users_router.get("/{user}/snapshot", summary="A user's state, as safetensors.", response_class=Response)
-async def snapshot(request: Request, user: str) -> Response:
+async def snapshot(service: SharedService, user: str) -> Response:
     """For backup, or for another service with the same model and rule."""
-    service = _service(request)
     return Response(await service.batcher.call(lambda: service.users.snapshot(user)), media_type=BINARY)
 
 
 @_users_router.put("/{user}/snapshot", summary="Replace a user's state.", status_code=204)
-async def restore(request: Request, user: str) -> None:
+async def restore(request: Request, service: SharedService, user: str) -> None:
     """The body is the response of `snapshot`."""
-    service, data = _service(request), await request.body()
+    data = await request.body()
     await service.batcher.call(lambda: service.users.restore(user, data, merge=False))
 
 
 @_users_router.post("/{user}/merge", summary="Merge another state into a user's state.", status_code=204)
-async def merge(request: Request, user: str) -> None:
+async def merge(request: Request, service: SharedService, user: str) -> None:
     """The body is the response of `snapshot`, for example from another device of the same user."""
-    service, data = _service(request), await request.body()
+    data = await request.body()
     await service.batcher.call(lambda: service.users.restore(user, data, merge=True))
 
 
 @_users_router.get(
     "/{user}/export", summary="Weights of a plain model with the user's statistics.", response_class=Response
 )
-async def export(request: Request, user: str) -> Response:
+async def export(service: SharedService, user: str) -> Response:
     """As safetensors, with the names of the model's state dict."""
-    service = _service(request)
     return Response(await service.batcher.call(lambda: service.users.export(user)), media_type=BINARY)
 
 
 @_users_router.websocket("/{user}/stream")
-async def stream(socket: WebSocket, user: str) -> None:
+async def stream(socket: WebSocket, service: SharedService, user: str) -> None:
     """Receive frames of windows (raw float32, or JSON with ``windows`` and optional ``learn``) and answer in order."""
-    service = _service(socket)
     await socket.accept()
     try:
         while True:

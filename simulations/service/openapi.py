@@ -10,46 +10,29 @@ JSON_WINDOWS = {"application/json": {"schema": {"$ref": "#/components/schemas/Wi
 RAW_WINDOWS = {
     BINARY: {"schema": {"type": "string", "format": "binary", "description": "windows as float32 little-endian"}}
 }
-SCHEMAS = {
-    "Windows": {
-        "type": "object",
-        "required": ["windows"],
-        "properties": {"windows": {"type": "array", "items": {}, "description": "windows, each of the model's shape"}},
-    },
-    "Answers": {
-        "type": "object",
-        "properties": {
-            "user": {"type": "string"},
-            "answers": {
-                "type": "array",
-                "items": {
-                    "type": "object",
-                    "properties": {
-                        "class": {"type": "integer"},
-                        "name": {"type": "string"},
-                        "probabilities": {"type": "array", "items": {"type": "number"}},
-                    },
-                },
-            },
-            "drift": {
-                "type": "object",
-                "properties": {
-                    "distance": {"type": "number", "nullable": True},
-                    "alarm": {"type": "boolean"},
-                    "alarms": {"type": "integer"},
-                },
-            },
-            "advice": {
-                "type": "object",
-                "properties": {
-                    "action": {"type": "string", "enum": ["none", "calibrate", "recalibrate"]},
-                    "classes": {"type": "array", "items": {"type": "string"}},
-                    "text": {"type": "string"},
-                },
-            },
-            "held": {"type": "array", "items": {"type": "string"}},
-        },
-    },
+
+
+def _object(**properties: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "object", "properties": properties}
+
+
+def _array(items: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "array", "items": items}
+
+
+STRING, INTEGER, BOOLEAN, NUMBER = ({"type": name} for name in ("string", "integer", "boolean", "number"))
+SCHEMAS: dict[str, Any] = {
+    "Windows": _object(windows=_array({}) | {"description": "windows, each of the model's shape"})
+    | {"required": ["windows"]},
+    "Answers": _object(
+        user=STRING,
+        answers=_array(_object(**{"class": INTEGER, "name": STRING, "probabilities": _array(NUMBER)})),
+        drift=_object(distance=NUMBER | {"nullable": True}, alarm=BOOLEAN, alarms=INTEGER),
+        advice=_object(
+            action=STRING | {"enum": ["none", "calibrate", "recalibrate"]}, classes=_array(STRING), text=STRING
+        ),
+        held=_array(STRING),
+    ),
 }
 
 

@@ -114,11 +114,8 @@ def parse_windows(body: bytes, binary: bool, shape: tuple[int, ...], limit: int)
         return windows_from_lists(parse_json(body).get("windows"), shape, limit)
     size = 4 * math.prod(shape)
     if not body or len(body) % size:
-        raise RequestError(
-            422,
-            f"{len(body)} bytes are not a whole number of windows: each has {size}, float32 little-endian, shape "
-            f"{list(shape)}",
-        )
+        window = f"{size}, float32 little-endian, shape {list(shape)}"
+        raise RequestError(422, f"{len(body)} bytes are not a whole number of windows: each has {window}")
     return _checked(np.frombuffer(body, "<f4").astype(np.float32).reshape(-1, *shape), limit)
 
 
@@ -128,15 +125,13 @@ def windows_from_lists(values: Any, shape: tuple[int, ...], limit: int) -> Tenso
     Raises:
         RequestError: as for `parse_windows`.
     """
-    windows: np.ndarray
     try:
-        windows = np.asarray(values, np.float32)
+        windows: np.ndarray = np.asarray(values, np.float32)
     except (ValueError, TypeError):
         windows = np.zeros(0)
     if windows.shape[1:] != shape or not len(windows):
-        raise RequestError(
-            422, f'"windows" must be a list of one or more windows of numbers, each of shape {list(shape)}'
-        )
+        text = f'"windows" must be a list of one or more windows of numbers, each of shape {list(shape)}'
+        raise RequestError(422, text)
     return _checked(windows, limit)
 
 
@@ -163,9 +158,8 @@ def parse_labels(values: Any, classes: Sequence[str]) -> list[int]:
     labels = [index.get(v, v) if isinstance(v, (str, int)) and not isinstance(v, bool) else None for v in values]
     for value, label in zip(values, labels, strict=True):
         if not isinstance(label, int) or not 0 <= label < len(classes):
-            raise RequestError(
-                422, f"unknown class {value!r}; classes are {', '.join(classes)}, or 0 to {len(classes) - 1}"
-            )
+            known = f"classes are {', '.join(classes)}, or 0 to {len(classes) - 1}"
+            raise RequestError(422, f"unknown class {value!r}; {known}")
     return labels  # type: ignore[return-value]
 
 
@@ -190,16 +184,12 @@ def advice(answer: Answer, classes: Sequence[str]) -> dict[str, Any]:
 
 def encode_answer(answer: Answer, classes: Sequence[str]) -> bytes:
     """An answer as JSON."""
-    best = answer.probabilities.argmax(1).tolist()
-    return orjson.dumps(
-        {
-            "user": answer.user,
-            "answers": [
-                {"class": i, "name": classes[i], "probabilities": p} for i, p in zip(best, answer.probabilities)
-            ],
-            "drift": {"distance": answer.distance, "alarm": answer.alarm, "alarms": answer.alarms},
-            "advice": advice(answer, classes),
-            "held": answer.held,
-        },
-        option=orjson.OPT_SERIALIZE_NUMPY,
-    )
+    best = zip(answer.probabilities.argmax(1).tolist(), answer.probabilities, strict=True)
+    content = {
+        "user": answer.user,
+        "answers": [{"class": i, "name": classes[i], "probabilities": p} for i, p in best],
+        "drift": {"distance": answer.distance, "alarm": answer.alarm, "alarms": answer.alarms},
+        "advice": advice(answer, classes),
+        "held": answer.held,
+    }
+    return orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)

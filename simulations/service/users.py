@@ -181,8 +181,7 @@ class UserStore:
         for name in labels:
             if self._held.get(name, ("", None))[0] != user:
                 raise RequestError(
-                    404,
-                    f"window {name!r} of {user!r} is not (or no longer) held: send it to predict?hold=true again",
+                    404, f"window {name!r} of {user!r} is not (or no longer) held: send it to predict?hold=true again"
                 )
         if labels:
             windows = torch.stack([self._held.pop(name)[1] for name in labels])

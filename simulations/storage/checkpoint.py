@@ -52,17 +52,15 @@ def save_outcome(
     path: Path, run: Run, outcome: Outcome, sources: dict[str, str] | None = None, backup: Path | None = None
 ) -> None:
     """Write a complete or partial outcome; the old file moves to ``backup``, if given."""
-    tensors = _prefixed("server", outcome.server.state) | _prefixed("memory", outcome.server.memory)
-    if outcome.server.serving is not outcome.server.state:
-        tensors |= _prefixed("serving", outcome.server.serving)
     server = outcome.server
-    tensors |= _prefixed("known", server.known) | _prefixed("broadcast", server.broadcast)
-    for view, entries in server.groups.items():
-        tensors |= _prefixed(f"group/{view}", entries)
-    for user, entries in server.client_statistics.items():
-        tensors |= _prefixed(f"client_statistics/{user}", entries)
-    for user, client_state in outcome.client_states.items():
-        tensors |= _prefixed(f"client_states/{user}", client_state)
+    states = {"server": server.state, "memory": server.memory}
+    if server.serving is not server.state:
+        states["serving"] = server.serving
+    states |= {"known": server.known, "broadcast": server.broadcast}
+    states |= {f"group/{view}": entries for view, entries in server.groups.items()}
+    states |= {f"client_statistics/{user}": entries for user, entries in server.client_statistics.items()}
+    states |= {f"client_states/{user}": entries for user, entries in outcome.client_states.items()}
+    tensors = {f"{name}/{k}": v.detach().cpu().contiguous().clone() for name, s in states.items() for k, v in s.items()}
     header = {
         "run": run.to_json(),
         "numerics": NUMERICS,
@@ -143,9 +141,8 @@ def load_latest(path: Path, run: Run, sources: dict[str, str] | None = None) -> 
         outcome.failures.append(
             ClientFailure(len(outcome.curve) + 1, f"{error.reason}; resumed from the previous checkpoint")
         )
-        save_outcome(
-            path, run, outcome, sources
-        )  # so that the next round does not replace the valid checkpoint by the damaged one
+        # The next round must not replace the valid checkpoint by the damaged one.
+        save_outcome(path, run, outcome, sources)
         previous_checkpoint(path).unlink()
         return outcome
 
@@ -168,7 +165,3 @@ def _read(path: Path) -> tuple[dict[str, Any], State]:
             return json.loads(metadata["outcome"]), tensors
     except (SafetensorError, KeyError, json.JSONDecodeError, OSError) as error:
         raise UnreadableCheckpoint(path, error) from None
-
-
-def _prefixed(prefix: str, state: State) -> State:
-    return {f"{prefix}/{k}": v.detach().cpu().contiguous().clone() for k, v in state.items()}

@@ -3,11 +3,11 @@ from __future__ import annotations
 import pytest
 
 from fedbn.config import Plan
-from fedbn.errors import UserError
 from fedbn.federation.run import Run, plan_for
 from fedbn.plugins import render
 from fedbn.scenarios.base import scenario, scenarios
 from fedbn.strategies.base import strategies, strategy
+from tests.fedbn.helpers import rejects
 
 
 @pytest.mark.parametrize("name", strategies())
@@ -34,13 +34,11 @@ def test_render_omits_default_options():
     ],
 )
 def test_strategy_rejects_bad_input(text, message):
-    with pytest.raises(UserError, match=message):
-        strategy(text)
+    rejects(message, strategy, text)
 
 
 def test_scenario_suggests_similar_name():
-    with pytest.raises(UserError, match=r"unknown scenario 'hapd'. Did you mean 'hapt'\?"):
-        scenario("hapd")
+    rejects(r"unknown scenario 'hapd'. Did you mean 'hapt'\?", scenario, "hapd")
     assert "digits8" in scenarios()
 
 
@@ -63,5 +61,4 @@ def test_run_survives_json():
     ],
 )
 def test_plan_rejects_bad_input(settings, message):
-    with pytest.raises(UserError, match=message):
-        plan_for("digits8", **settings)
+    rejects(message, plan_for, "digits8", **settings)

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-import uuid
 from pathlib import Path
 
 import pytest
@@ -38,7 +37,7 @@ from simulations.flower.processes import ProcessGroup, free_port
 from simulations.flower.superlink import FlowerRunError, SuperLink
 from simulations.storage.checkpoint import load_outcome
 from tests.fedbn.scenarios.test_remote import SCENARIO, make_run, run_on_nodes, write_node_files
-from tests.integration.test_ray import MARK, kill, marked
+from tests.integration.processes import kill_server_of, marked, wait_until
 
 COMPOSE = Path(__file__).parents[2] / "compose.yaml"
 
@@ -46,18 +45,6 @@ COMPOSE = Path(__file__).parents[2] / "compose.yaml"
 def short_run(strategy, rounds):
     plan = plan_for("digits8", rounds=rounds, eval_every=rounds, global_test=60)
     return Run("digits8:users=3:unseen=1", strategy, plan=plan).resolved()
-
-
-@pytest.fixture
-def mark(monkeypatch):
-    """A mark that all processes of a test inherit; no such process may outlive the test."""
-    mark = uuid.uuid4().hex
-    monkeypatch.setenv(MARK, mark)
-    yield mark
-    monkeypatch.delenv(MARK)
-    remaining = marked(mark)
-    kill(mark)
-    assert not remaining
 
 
 @pytest.mark.slow
@@ -86,11 +73,9 @@ def test_deployment_with_data_files_matches_grid(mark, tmp_path):
 def test_deployment_rejects_unregistered_node(mark, tmp_path):
     processes = ProcessGroup()
     try:
-        link = SuperLink(
-            tmp_path, ("--enable-supernode-auth",), make_certificates(tmp_path / "certificates"), processes
-        )
+        certificates = make_certificates(tmp_path / "certificates")
+        link = SuperLink(tmp_path, ("--enable-supernode-auth",), certificates, processes)
         link.start()
-        certificates = link.certificates
         command = [str(Path(sys.executable).parent / "flower-supernode"), "--superlink", f"127.0.0.1:{link.port}"]
         command += ["--port", str(free_port()), "--root-certificates", str(certificates.root), *certificates.options()]
         command += ["--auth-supernode-private-key", str(certificates.node_key(0))]
@@ -110,9 +95,7 @@ def test_interrupted_deployment_leaves_nothing_behind(signum, mark):
         "from simulations.cli.app import app\napp(['deploy', '--rounds', '50'])\n"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while sum("supernode" in command for command in commands(mark)) < 3 and time.monotonic() < deadline:
-        time.sleep(0.2)
+    wait_until(lambda: len(marked(mark, "supernode")) >= 3)
     homes = {Path(e["FLWR_HOME"]).parent for e in marked(mark).values() if "FLWR_HOME" in e}
     assert len(homes) == 1
     process.send_signal(signum)
@@ -157,25 +140,7 @@ def test_second_interrupt_does_not_stop_cleanup(mark, tmp_path):
 def test_deployment_resumes_after_server_kill(mark, tmp_path):
     run = short_run("fedbn", 3)
     checkpoint = tmp_path / CHECKPOINT
-    errors = []
-
-    def run_until_killed():
-        try:
-            deploy(run, out=tmp_path)
-        except FlowerRunError as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=run_until_killed)
-    thread.start()
-    deadline = time.monotonic() + 400
-    while not checkpoint.exists() and thread.is_alive() and time.monotonic() < deadline:
-        time.sleep(0.2)
-    while thread.is_alive() and not (tasks := [p for p, c in marked_commands(mark) if "flwr-serverapp" in c]):
-        time.sleep(0.2)
-    for pid in tasks:
-        os.kill(pid, signal.SIGKILL)
-    thread.join(400)
-    assert errors
+    kill_server_of(lambda: deploy(run, out=tmp_path), mark, "flwr-serverapp", checkpoint)
     assert 1 <= len(load_outcome(checkpoint, run).curve) < 3
     messages = []
     result = deploy(run, out=tmp_path, notify=messages.append)
@@ -220,18 +185,6 @@ def test_endurance_raises_failure_of_killer(tmp_path):
         endurance.execute_until_done(killer, short_run("fedbn", 1), tmp_path / "run")
 
 
-def commands(mark):
-    return (command for _, command in marked_commands(mark))
-
-
-def marked_commands(mark):
-    for pid in marked(mark):
-        try:
-            yield pid, Path(f"/proc/{pid}/cmdline").read_text()
-        except OSError:
-            continue
-
-
 def test_deployment_rejects_too_many_users():
     with pytest.raises(UserError, match=r"17 users need 17 SuperNodes, but at most 16 .* digits8:users=3"):
         deployment(17).__enter__()
@@ -250,9 +203,7 @@ def test_process_group_stops_children_in_new_sessions(mark, tmp_path):
     parent = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(600)"
     processes = ProcessGroup()
     processes.start("parent", [sys.executable, "-c", parent], tmp_path / "log", os.environ)
-    deadline = time.monotonic() + 30
-    while len({os.getsid(pid) for pid in processes.live_pids()}) < 2 and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_until(lambda: len({os.getsid(pid) for pid in processes.live_pids()}) >= 2, 30)
     assert len(marked(mark)) == 3 - 1
     processes.stop()
     assert processes.live_pids() == []
@@ -302,12 +253,11 @@ def test_differences_names_unequal_parts(change, expected):
 
 @pytest.mark.parametrize("expected", [(), ("scores",)])
 def test_deploy_command_prints_comparison(expected, monkeypatch):
-    seconds = {"start": 1.0, "run": 2.0, "grid": 0.1}
     calls = []
 
     def conduct(run, **options):
         calls.append((run, options["tls"]))
-        return Deployment(outcome(), outcome(), 3, True, seconds, expected)
+        return Deployment(outcome(), outcome(), 3, True, {"start": 1.0, "run": 2.0, "grid": 0.1}, expected)
 
     monkeypatch.setattr("simulations.engines.deployment.deploy", conduct)
     done = CliRunner().invoke(app, ["deploy", "--strategy", "silobn", "--rounds", "4", "--tls"])

@@ -7,15 +7,14 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from simulations.cli.catalog import Kind, _rows
 from simulations.results.formatting import markdown_table
 from tests.commands import commands_in, parses
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PAGES = [d for d in DOCUMENTS if d.name != "README.md"]
 METHODS = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
@@ -55,14 +54,9 @@ def test_document_examples_run(page):
 
 @pytest.mark.slow
 def test_site_builds_without_warnings(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--site-dir", str(tmp_path / "site")],
-        cwd=ROOT,
-        env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    command = [sys.executable, "-m", "mkdocs", "build", "--site-dir", str(tmp_path / "site")]
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "WARNING" not in done.stderr
     page = (tmp_path / "site" / "reference" / "index.html").read_text()

@@ -22,7 +22,7 @@ from fedbn.federation.server import ClientFailure
 from fedbn.federation.setup import build_context
 from fedbn.seeds import numpy_generator
 from simulations.app import app as server_app
-from simulations.engines.grid import InProcessGrid
+from simulations.engines.grid import FIRST_NODE, InProcessGrid
 from simulations.experiments.tasks import CHECKPOINT, Task, run_task
 from simulations.flower.compat import task_identity
 from simulations.server.nodes import ClientError
@@ -31,10 +31,10 @@ from simulations.server.validation import InvalidReply
 from simulations.storage.checkpoint import load_latest, load_outcome, previous_checkpoint, save_outcome
 from tests.helpers import same
 
-VICTIM = 3
-
-
 SCENARIO = "digits8:users=4:unseen=1"
+VICTIM = 3
+NODE = FIRST_NODE + VICTIM
+"""Node of the victim."""
 
 
 @pytest.fixture
@@ -48,77 +48,87 @@ def small():
     return make
 
 
-class Faulty(InProcessGrid):
-    """A grid that modifies the replies of its nodes."""
+def unchanged(reply):
+    return [reply]
 
-    def __init__(self, run, tamper, app=client_app):
-        super().__init__(app, len(build_context(run).population.users), {"run": run.to_json()})
+
+class Faulty(InProcessGrid):
+    """A grid that counts rounds and modifies the replies of its nodes."""
+
+    round, is_training = 0, False
+
+    def __init__(self, run, tamper=unchanged, app=client_app, run_id=1, **config):
+        users = build_context(run).population.users
+        super().__init__(app, len(users), {"run": run.to_json(), **config}, run_id=run_id)
         self.tamper = tamper
 
     def send_and_receive(self, messages, *, timeout=None):
-        return [tampered for reply in super().send_and_receive(messages) for tampered in self.tamper(reply)]
+        messages = list(messages)
+        self.is_training = any(m.metadata.message_type == "train" for m in messages)
+        self.round += self.is_training
+        replies = super().send_and_receive(self.delivered(messages))
+        return [tampered for reply in replies for tampered in self.tamper(reply)]
+
+    def delivered(self, messages):
+        """The messages that reach their nodes."""
+        return messages
 
 
-def run_with(run, tamper, app=client_app, **listener):
+def run_on(grid, run, timeout=0, **listener):
     with task_identity(1):
-        return run_rounds(Faulty(run, tamper, app), run, Listener(**listener))
+        return run_rounds(grid, run, Listener(**listener), timeout)
 
 
-def message_type(reply):
-    return reply.metadata.message_type
+def run_with(run, *faults, **listener):
+    return run_on(Faulty(run, *faults), run, **listener)
 
 
-def user(reply):
-    return reply.metadata.src_node_id - 1_000_000
+def is_victims(reply, kind="train"):
+    return reply.metadata.message_type == kind and reply.metadata.src_node_id == NODE
 
 
-def change_content(change, what="train"):
+def edit(change, kind="train"):
     """Tamper function that changes the content of the victim's replies of one type."""
 
     def tamper(reply):
-        if message_type(reply) == what and user(reply) == VICTIM:
+        if is_victims(reply, kind):
             change(reply.content)
         return [reply]
 
     return tamper
 
 
-def entries(change):
-    """Change the victim's tensors."""
+def edit_tensors(change, record="arrays", kind="train"):
+    """Tamper function that changes the victim's tensors."""
 
     def apply(content):
-        state = {k: v.clone() for k, v in tensors(content["arrays"]).items()}
+        state = {k: v.clone() for k, v in tensors(content[record]).items()}
         change(state)
-        content["arrays"] = arrays(state)
+        content[record] = arrays(state)
 
-    return change_content(apply)
+    return edit(apply, kind)
 
 
 def first_float(value):
     def change(state):
-        name = next(k for k, v in state.items() if v.is_floating_point())
-        state[name].view(-1)[0] = value
+        next(v for v in state.values() if v.is_floating_point()).view(-1)[0] = value
 
     return change
 
 
-def reshaped(state):
+def reshape(state):
     name = next(k for k, v in state.items() if v.dim() > 1)
     state[name] = state[name].flatten()
 
 
 def drop_reply(reply):
-    return [] if message_type(reply) == "train" and user(reply) == VICTIM else [reply]
+    return [] if is_victims(reply) else [reply]
 
 
 def raising(message, context):
     if context.node_config["partition-id"] == VICTIM and message.metadata.message_type == "train":
         raise ZeroDivisionError("a bug at a client")
     return client_app(message, context)
-
-
-def unchanged(reply):
-    return [reply]
 
 
 def from_superlink(reply):
@@ -129,53 +139,45 @@ def from_superlink(reply):
 
 
 FAULTS = {
-    "raises": (unchanged, raising, ClientError, "train, user 3: ZeroDivisionError: a bug at a client"),
-    "node gone": (from_superlink, raising, ClientError, "train, user 3: ZeroDivisionError"),
-    "no reply": (drop_reply, client_app, ClientError, "train, user 3: no reply"),
-    "NaN": (entries(first_float(float("nan"))), client_app, InvalidReply, "client 3 sent NaN or Inf in"),
-    "Inf": (entries(first_float(float("inf"))), client_app, InvalidReply, "client 3 sent NaN or Inf in"),
-    "shape": (entries(reshaped), client_app, InvalidReply, r"client 3 sent .* expected torch.float32 \["),
-    "entry missing": (entries(lambda s: s.popitem()), client_app, InvalidReply, "unexpected or missing entries"),
+    "raises": (ClientError, "train, user 3: ZeroDivisionError: a bug at a client", unchanged, raising),
+    "node gone": (ClientError, "train, user 3: ZeroDivisionError", from_superlink, raising),
+    "no reply": (ClientError, "train, user 3: no reply", drop_reply),
+    "NaN": (InvalidReply, "client 3 sent NaN or Inf in", edit_tensors(first_float(float("nan")))),
+    "Inf": (InvalidReply, "client 3 sent NaN or Inf in", edit_tensors(first_float(float("inf")))),
+    "shape": (InvalidReply, r"client 3 sent .* expected torch.float32 \[", edit_tensors(reshape)),
+    "entry missing": (InvalidReply, "unexpected or missing entries", edit_tensors(lambda s: s.popitem())),
     "entry too many": (
-        entries(lambda s: s.update(x=torch.ones(1))),
-        client_app,
         InvalidReply,
         "unexpected or missing entries: x",
+        edit_tensors(lambda s: s.update(x=torch.ones(1))),
     ),
-    "no arrays": (
-        change_content(lambda c: c.pop("arrays")),
-        client_app,
-        InvalidReply,
-        "client 3 sent no arrays or no metrics",
-    ),
-    "no loss": (change_content(lambda c: c["metrics"].pop("loss")), client_app, InvalidReply, "reported the loss None"),
+    "no arrays": (InvalidReply, "client 3 sent no arrays or no metrics", edit(lambda c: c.pop("arrays"))),
+    "no loss": (InvalidReply, "reported the loss None", edit(lambda c: c["metrics"].pop("loss"))),
     "no rows": (
-        change_content(lambda c: c["metrics"].update({"num-examples": 0})),
-        client_app,
         InvalidReply,
         "client 3 reported 0 training examples",
+        edit(lambda c: c["metrics"].update({"num-examples": 0})),
     ),
     "scores unreadable": (
-        change_content(lambda c: c.update(metrics=MetricRecord({"own": 1.0})), "evaluate"),
-        client_app,
         ClientError,
         "evaluate, user 3: invalid reply: ValueError",
+        edit(lambda c: c.update(metrics=MetricRecord({"own": 1.0})), "evaluate"),
     ),
 }
 
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_fault_stops_run_and_names_client(name, small):
-    tamper, app, error, message = FAULTS[name]
+    error, message, *faults = FAULTS[name]
     with pytest.raises(error, match=message):
-        run_with(small("silobn"), tamper, app)
+        run_with(small("silobn"), *faults)
 
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_tolerated_fault_excludes_client_and_is_recorded(name, small):
-    tamper, app, _, message = FAULTS[name]
+    _, message, *faults = FAULTS[name]
     seen = len(build_context(small()).population.seen)
-    outcome = run_with(small("silobn", tolerate=1 / seen, eval_every=1), tamper, app)
+    outcome = run_with(small("silobn", tolerate=1 / seen, eval_every=1), *faults)
     assert len(outcome.curve) == 2
     assert [f.round for f in outcome.failures] == [1, 2]
     assert all(re.search(message, f.text) and "\n" not in f.text for f in outcome.failures)
@@ -197,15 +199,16 @@ def test_missing_reply_equals_client_not_sampled(small, monkeypatch):
 
 def test_duplicate_reply_is_ignored(small):
     run = small("silobn")
-    clean = run_with(run, unchanged)
+    clean = run_with(run)
 
     def twice(reply):
-        if message_type(reply) != "train" or user(reply) != VICTIM:
+        if not is_victims(reply):
             return [reply]
-        other_state = {k: v * 3 for k, v in tensors(reply.content["arrays"]).items()}
-        content = RecordDict({"arrays": arrays(other_state), "metrics": reply.content["metrics"]})
-        other = Message(content, reply_to=request(reply))
-        return [reply, other]
+        request = Message(RecordDict(), NODE, "train")  # one to which the reply could respond
+        request.metadata._dst_node_id = NODE
+        state = {k: v * 3 for k, v in tensors(reply.content["arrays"]).items()}
+        content = RecordDict({"arrays": arrays(state), "metrics": reply.content["metrics"]})
+        return [reply, Message(content, reply_to=request)]
 
     outcome = run_with(run, twice)
     assert same(outcome.server.state, clean.server.state)
@@ -216,20 +219,14 @@ def test_duplicate_reply_is_ignored(small):
     ]
 
 
-def request(reply):
-    """A message to which the reply could respond."""
-    message = Message(RecordDict(), reply.metadata.src_node_id, "train")
-    message.metadata._dst_node_id = reply.metadata.src_node_id
-    return message
-
-
 @pytest.mark.parametrize("name", ["global-recalibrated", "fedtan"])
 def test_invalid_moments_are_rejected(name, small):
+    def to_nan(state):
+        state.update({k: v * float("nan") for k, v in state.items()})
+
     def send_nan(reply):
-        if message_type(reply).startswith("query") and "moments" in reply.content and user(reply) == VICTIM:
-            state = {k: v * float("nan") for k, v in tensors(reply.content["moments"]).items()}
-            reply.content["moments"] = arrays(state)
-        return [reply]
+        sent = reply.metadata.message_type.startswith("query") and "moments" in reply.content
+        return edit_tensors(to_nan, "moments", reply.metadata.message_type)(reply) if sent else [reply]
 
     run = small(name, rounds=1)
     with pytest.raises(InvalidReply, match="client 3 sent NaN or Inf in"):
@@ -245,17 +242,18 @@ def random_dropout(share, seed=0):
     num_requests = {}
 
     def tamper(reply):
-        if message_type(reply) != "train":
+        if reply.metadata.message_type != "train":
             return [reply]
-        round = num_requests[user(reply)] = num_requests.get(user(reply), 0) + 1
-        return [reply] if numpy_generator(seed, "drop", round, user(reply)).random() >= share else []
+        user = reply.metadata.src_node_id - FIRST_NODE
+        round = num_requests[user] = num_requests.get(user, 0) + 1
+        return [reply] if numpy_generator(seed, "drop", round, user).random() >= share else []
 
     return tamper
 
 
 def test_training_tolerates_dropouts(small):
     run = small("fedbn", rounds=6, scenario="digits8", batch_size=64)
-    plain = run_with(run, unchanged)
+    plain = run_with(run)
     tolerant = replace(run, plan=replace(run.plan, tolerate=0.9))
     outcome = run_with(tolerant, random_dropout(0.3))
     seen = len(build_context(run).population.seen)
@@ -269,12 +267,11 @@ def test_too_many_failures_stop_run_after_complete_rounds(small):
     rounds = []
 
     def all_but_one(reply):
-        drop = message_type(reply) == "train" and len(rounds) == 1 and user(reply) != VICTIM
+        drop = reply.metadata.message_type == "train" and len(rounds) == 1 and not is_victims(reply)
         return [] if drop else [reply]
 
-    with pytest.raises(
-        ClientError, match=r"2 of 3 clients failed, more than the tolerated share of 0.3.* user \d: no reply"
-    ):
+    message = r"2 of 3 clients failed, more than the tolerated share of 0.3.* user \d: no reply"
+    with pytest.raises(ClientError, match=message):
         run_with(run, all_but_one, on_round=lambda number, outcome: rounds.append(number))
     assert rounds == [1]
 
@@ -291,24 +288,21 @@ def test_run_rounds_rejects_secure_sums_with_tolerate():
     plan = plan_for("digits8", rounds=1, tolerate=0.3)
     run = Run("digits8", "fedbn", plan=plan, privacy="secure=true").resolved()
     with pytest.raises(UserError, match="secure sums need every client of a round"):
-        run_with(run, unchanged)
+        run_with(run)
 
 
 def test_late_reply_counts_as_failure(small):
     run = small("fedbn", rounds=1, tolerate=0.4)
 
-    class Slow(InProcessGrid):
+    class Slow(Faulty):
         """A grid on which the victim's training takes a minute."""
 
         def send_and_receive(self, messages, *, timeout=None):
-            replies = super().send_and_receive(messages)
-            late = timeout is not None and timeout < 60
-            return [r for r in replies if not (late and message_type(r) == "train" and user(r) == VICTIM)]
+            self.tamper = drop_reply if timeout is not None and timeout < 60 else unchanged
+            return super().send_and_receive(messages)
 
     def slow(timeout):
-        with task_identity(1):
-            grid = Slow(client_app, 4, {"run": run.to_json()})
-            return run_rounds(grid, run, timeout=timeout).failures
+        return run_on(Slow(run), run, timeout).failures
 
     assert slow(0) == slow(90) == []
     assert slow(30) == [ClientFailure(1, "train, user 3: no reply")]
@@ -321,38 +315,38 @@ class Restarting(Faulty):
     """A grid on which the victim's node loses its memory before the last round."""
 
     def __init__(self, run, folder=None, damage_files=lambda folder: None):
-        super().__init__(run, unchanged)
-        self.folder, self.damage_files, self.rounds = folder, damage_files, 0
+        super().__init__(run)
+        self.folder, self.damage_files = folder, damage_files
         self.set_state_dir()
 
     def set_state_dir(self):
-        context = self.partition_context(VICTIM)
         if self.folder:
-            context.node_config["state-dir"] = str(self.folder)
+            self.context(NODE).node_config["state-dir"] = str(self.folder)
 
-    def send_and_receive(self, messages, *, timeout=None):
-        messages = list(messages)
-        self.rounds += message_type(messages[0]) == "train"
-        if self.rounds == 3 and message_type(messages[0]) == "train":
-            del self.contexts[1_000_000 + VICTIM]
+    def delivered(self, messages):
+        if self.round == 3 and self.is_training:
+            del self.contexts[NODE]
             self.damage_files(self.folder)
             self.set_state_dir()
-        return super().send_and_receive(messages)
-
-
-def run_with_restart(run, *rest):
-    with task_identity(1):
-        return run_rounds(Restarting(run, *rest), run, Listener())
+        return messages
 
 
 def test_restarted_node_with_state_dir_resumes(tmp_path, small):
     run = small("fedbn", rounds=3, optimizer_state="keep", momentum=0.9)
-    clean = run_with(run, unchanged)
-    outcome = run_with_restart(run, tmp_path)
+    clean = run_with(run)
+    outcome = run_on(Restarting(run, tmp_path), run)
     assert equal(outcome, clean)
     assert outcome.failures == []
     (file,) = tmp_path.iterdir()
     assert file.name == f"run-1-user-{VICTIM}.safetensors"
+
+
+def truncate(data):
+    return data[: len(data) // 2]
+
+
+def flip_bit(data):
+    return data[:-5] + bytes([data[-5] ^ 1]) + data[-4:]
 
 
 def rewrite_file(folder, change):
@@ -363,7 +357,7 @@ def rewrite_file(folder, change):
 LOSSES = {
     "no directory": None,
     "file gone": lambda folder: [file.unlink() for file in folder.iterdir()],
-    "a bit changed": lambda folder: rewrite_file(folder, lambda data: data[:-5] + bytes([data[-5] ^ 1]) + data[-4:]),
+    "a bit changed": lambda folder: rewrite_file(folder, flip_bit),
     "truncated": lambda folder: rewrite_file(folder, lambda data: data[:200]),
     "another run's": lambda folder: rewrite_file(folder, lambda data: data.replace(b'run\\": 1', b'run\\": 2')),
     "no header": lambda folder: [save_file({"x": torch.ones(1)}, file) for file in folder.iterdir()],
@@ -373,8 +367,8 @@ LOSSES = {
 @pytest.mark.parametrize("loss", LOSSES)
 def test_lost_client_state_is_recorded(loss, tmp_path, small):
     run = small("fedbn", rounds=3)
-    clean = run_with(run, unchanged)
-    outcome = run_with_restart(run, tmp_path, LOSSES[loss]) if LOSSES[loss] else run_with_restart(run)
+    clean = run_with(run)
+    outcome = run_on(Restarting(run, tmp_path, LOSSES[loss]), run) if LOSSES[loss] else run_on(Restarting(run), run)
     assert outcome.failures == [
         ClientFailure(3, "train, user 3: the node had lost its client state and continued as a new client")
     ]
@@ -383,9 +377,9 @@ def test_lost_client_state_is_recorded(loss, tmp_path, small):
 
 def test_restart_without_client_state_is_not_recorded(small):
     run = small("global-naive", rounds=3)
-    outcome = run_with_restart(run)
+    outcome = run_on(Restarting(run), run)
     assert outcome.failures == []
-    assert equal(outcome, run_with(run, unchanged))
+    assert equal(outcome, run_with(run))
 
 
 def test_client_state_of_other_owner_is_ignored(tmp_path):
@@ -404,26 +398,22 @@ def test_client_state_of_other_owner_is_ignored(tmp_path):
 def test_node_pool_finds_node_with_new_id(small):
     run = small("fedbn", rounds=3, tolerate=0.4)
 
-    class Moving(Restarting):
+    class Moving(Faulty):
         """The victim's node is unreachable in round 2; afterwards another node serves that user."""
 
         moved = False
 
         def get_node_ids(self):
-            return [5 if n == 1_000_000 + VICTIM and self.moved else n for n in super().get_node_ids()]
+            return [5 if n == NODE and self.moved else n for n in super().get_node_ids()]
 
         def context(self, node):
-            return super().context(1_000_000 + VICTIM if node == 5 else node)
+            return super().context(NODE if node == 5 else node)
 
-        def send_and_receive(self, messages, *, timeout=None):
-            messages = list(messages)
-            self.rounds += message_type(messages[0]) == "train"
-            self.moved = self.rounds >= 2
-            delivered = [m for m in messages if not (self.moved and m.metadata.dst_node_id == 1_000_000 + VICTIM)]
-            return InProcessGrid.send_and_receive(self, delivered)
+        def delivered(self, messages):
+            self.moved = self.round >= 2
+            return [m for m in messages if not (self.moved and m.metadata.dst_node_id == NODE)]
 
-    with task_identity(1):
-        outcome = run_rounds(Moving(run), run, Listener())
+    outcome = run_on(Moving(run), run)
     assert [f.round for f in outcome.failures] == [2]
     assert VICTIM in outcome.scores
 
@@ -435,26 +425,23 @@ class Killed(Exception):
     """Simulates the end of a process."""
 
 
-class Killing(InProcessGrid):
+class Killing(Faulty):
     """The nodes of a deployment whose server is killed during a round, after some nodes have trained."""
 
-    def __init__(self, run, directory, at=None, run_id=1):
-        config = {"run": run.to_json(), "out": str(directory / "out.safetensors")}
-        super().__init__(client_app, len(build_context(run).population.users), config, run_id=run_id)
-        self.directory, self.at, self.rounds = directory, at, 0
+    def __init__(self, run, directory, at=None, run_id=1, out="out.safetensors"):
+        super().__init__(run, run_id=run_id, out=str(directory / out))
+        self.directory, self.at = directory, at
 
     def context(self, node):
         context = super().context(node)
         context.node_config["state-dir"] = str(self.directory / "states")
         return context
 
-    def send_and_receive(self, messages, *, timeout=None):
-        messages = list(messages)
-        self.rounds += message_type(messages[0]) == "train"
-        if self.rounds == self.at and message_type(messages[0]) == "train":
-            super().send_and_receive(messages[::2])
+    def delivered(self, messages):
+        if self.round == self.at and self.is_training:
+            InProcessGrid.send_and_receive(self, messages[::2])
             raise Killed
-        return super().send_and_receive(messages)
+        return messages
 
 
 def submit(run, grid):
@@ -462,18 +449,14 @@ def submit(run, grid):
     context = Context(grid.run.run_id, 1, {}, RecordDict(), grid.run_config)
     with task_identity(grid.run.run_id):
         server_app(grid, context)
-    return load_outcome(grid.directory / "out.safetensors", run)
+    return load_outcome(grid.run_config["out"], run)
 
 
 @pytest.mark.parametrize(("strategy", "clients"), [("fedbn", None), ("silobn", 2), ("global-recalibrated", 2)])
 def test_resubmitted_run_resumes_after_server_kill(strategy, clients, small, tmp_path):
     run = small(strategy, rounds=4, optimizer_state="keep", momentum=0.5, clients_per_round=clients, eval_every=2)
-    expected = run_with(run, unchanged)
-    for at, run_id in (
-        (1, 11),
-        (3, 12),
-        (2, 13),
-    ):  # killed in round 1, in round 3, and in the second round after that
+    expected = run_with(run)
+    for at, run_id in ((1, 11), (3, 12), (2, 13)):  # killed in round 1, in round 3, and in the second round after that
         with pytest.raises(Killed):
             submit(run, Killing(run, tmp_path, at, run_id))
     resumed = submit(run, Killing(run, tmp_path, run_id=14))
@@ -492,7 +475,7 @@ def test_clients_match_previous_checkpoint_after_fallback(small, tmp_path):
         submit(run, Killing(run, tmp_path, at=4))
     (tmp_path / "out.safetensors").write_bytes(b"")
     resumed = submit(run, Killing(run, tmp_path, run_id=2))
-    assert equal(resumed, run_with(run, unchanged))
+    assert equal(resumed, run_with(run))
     (failure,) = resumed.failures
     assert "resumed from the previous checkpoint" in failure.text
 
@@ -501,20 +484,12 @@ def test_training_without_reply_has_no_effect(small, tmp_path):
     """If a node is killed after writing its state but before its reply, the next round uses the state before."""
     run = small("fedbn", rounds=3, tolerate=0.4, optimizer_state="keep", momentum=0.5)
 
-    class WithoutReply(Killing):
-        def send_and_receive(self, messages, *, timeout=None):
-            replies = list(super().send_and_receive(messages))
-            return [r for r in replies if not (self.rounds == 2 and message_type(r) == "train" and user(r) == VICTIM)]
-
-    class NotSampled(Killing):
-        def send_and_receive(self, messages, *, timeout=None):
-            self.rounds += message_type(messages[0]) == "train"
-            not_sampled = self.rounds == 2 and message_type(messages[0]) == "train"
-            delivered = [m for m in messages if not (not_sampled and m.metadata.dst_node_id == 1_000_000 + VICTIM)]
-            return InProcessGrid.send_and_receive(self, delivered)
-
-    without_reply = submit(run, WithoutReply(run, tmp_path / "without_reply"))
-    not_sampled = submit(run, NotSampled(run, tmp_path / "not_sampled"))
+    grid, other = Killing(run, tmp_path / "without_reply"), Killing(run, tmp_path / "not_sampled")
+    grid.tamper = lambda reply: drop_reply(reply) if grid.round == 2 else [reply]
+    other.delivered = lambda messages: [
+        m for m in messages if not (other.round == 2 and other.is_training and m.metadata.dst_node_id == NODE)
+    ]
+    without_reply, not_sampled = submit(run, grid), submit(run, other)
     assert equal(without_reply, not_sampled)
     assert without_reply.trained[VICTIM] == 3
 
@@ -527,16 +502,13 @@ def test_new_run_ignores_old_client_states(small, tmp_path):
     assert equal(first, again)
     assert again.failures == []
     names = {p.name for p in (tmp_path / "states").iterdir()}
-    other = Killing(run, tmp_path)
-    other.run_config["out"] = str(tmp_path / "another.safetensors")
-    with task_identity(1):
-        server_app(other, Context(1, 1, {}, RecordDict(), other.run_config))
+    submit(run, Killing(run, tmp_path, out="another.safetensors"))
     assert len({p.name for p in (tmp_path / "states").iterdir()}) == 2 * len(names)
 
 
 def test_output_file_of_other_run_is_not_overwritten(small, tmp_path):
-    submit(small("fedbn", rounds=1), Killing(small("fedbn", rounds=1), tmp_path))
-    other = small("silobn", rounds=1)
+    run, other = small("fedbn", rounds=1), small("silobn", rounds=1)
+    submit(run, Killing(run, tmp_path))
     with pytest.raises(UserError, match="belongs to another run; delete it or choose another"):
         submit(other, Killing(other, tmp_path))
 
@@ -544,18 +516,16 @@ def test_output_file_of_other_run_is_not_overwritten(small, tmp_path):
 # Disks and checkpoints -----------------------------------------------------------------------------------------------
 
 
-def run_until_killed(run, directory, rounds, tamper=None):
-    """Kill a run after some rounds; its checkpoints are in ``directory``."""
-
-    class Killed(Exception):
-        pass
+def run_until_killed(run, directory):
+    """Kill a run after three rounds. Returns the path of its checkpoint."""
 
     def report(event):
-        if event.round == rounds:
+        if event.round == 3:
             raise Killed
 
     with pytest.raises(Killed):
         run_task(Task(run, str(directory)), "grid", report)
+    return directory / CHECKPOINT
 
 
 def run_to_end(run, directory):
@@ -567,19 +537,13 @@ def equal(a, b):
     return same(a.server.state, b.server.state) and (a.curve, a.scores) == (b.curve, b.scores)
 
 
-def truncate(data):
-    return data[: len(data) // 2]
-
-
-def flip_bit(data):
-    return data[:-5] + bytes([data[-5] ^ 1]) + data[-4:]
-
-
-def change_header(data):
-    return data.replace(b'round\\": 1', b'round\\": 7')
-
-
-DAMAGE = {"truncate": truncate, "bit": flip_bit, "header": change_header, "empty": lambda data: b"", "gone": None}
+DAMAGE = {
+    "truncate": truncate,
+    "bit": flip_bit,
+    "header": lambda data: data.replace(b'round\\": 1', b'round\\": 7'),
+    "empty": lambda data: b"",
+    "gone": None,
+}
 
 
 @pytest.fixture(scope="module")
@@ -593,29 +557,26 @@ def complete_run(tmp_path_factory):
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damaged_checkpoint_falls_back_to_previous(damage, tmp_path, complete_run):
     run, expected = complete_run
-    directory = tmp_path / "runs" / "x"
-    run_until_killed(run, directory, rounds=3)
-    path = directory / CHECKPOINT
+    path = run_until_killed(run, tmp_path / "runs" / "x")
     if DAMAGE[damage] is None:
         path.unlink()
     else:
         damaged = DAMAGE[damage](path.read_bytes())
         assert damaged != path.read_bytes()
         path.write_bytes(damaged)
-    resumed = run_to_end(run, directory)
+    resumed = run_to_end(run, path.parent)
     assert equal(resumed, expected)
     assert same(resumed.client_states[VICTIM], expected.client_states[VICTIM])
     (failure,) = resumed.failures
     assert failure.round == 3
     assert re.match(r"checkpoint .* cannot be read \(.*\); resumed from the previous checkpoint", failure.text)
-    assert "resumed from the previous checkpoint" in (directory / "result.json").read_text()
+    assert "resumed from the previous checkpoint" in (path.parent / "result.json").read_text()
     assert not previous_checkpoint(path).exists()
 
 
 def test_load_latest_replaces_damaged_checkpoint(tmp_path, small):
     run = small("fedbn", rounds=4)
-    run_until_killed(run, tmp_path / "runs" / "x", rounds=3)
-    path = tmp_path / "runs" / "x" / CHECKPOINT
+    path = run_until_killed(run, tmp_path / "runs" / "x")
     path.write_bytes(b"")
     load_latest(path, run)
     assert len(load_outcome(path, run).curve) == 2
@@ -624,8 +585,7 @@ def test_load_latest_replaces_damaged_checkpoint(tmp_path, small):
 
 def test_two_damaged_checkpoints_are_an_error(tmp_path, small):
     run = small("fedbn", rounds=4)
-    run_until_killed(run, tmp_path / "runs" / "x", rounds=3)
-    path = tmp_path / "runs" / "x" / CHECKPOINT
+    path = run_until_killed(run, tmp_path / "runs" / "x")
     for each in (path, previous_checkpoint(path)):
         each.write_bytes(truncate(each.read_bytes()))
     with pytest.raises(UserError, match=r"cannot be read .*: delete it and resume; its run starts again"):

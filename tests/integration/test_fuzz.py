@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import math
-from functools import cache
+from functools import cache, partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pandas as pd
@@ -44,23 +46,32 @@ DEFAULT_CASES, SLOW_CASES = 25, 600
 SUPPRESSED_CHECKS = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.filter_too_much]
 
 
-def fuzzed(*strategy_):
+CASES = pytest.mark.parametrize("cases", [DEFAULT_CASES, pytest.param(SLOW_CASES, marks=pytest.mark.slow)])
+
+
+def fuzz(cases, test, *values):
+    """Call a function with random values. It may raise a `UserError` with a message, but nothing else."""
+    messages = []
+
+    @settings(max_examples=cases, suppress_health_check=SUPPRESSED_CHECKS, deadline=None)
+    @given(st.tuples(*values))
+    def body(drawn):
+        try:
+            test(*drawn)
+        except UserError as error:
+            messages.append(str(error))
+
+    body()
+    assert all(len(text) > 10 for text in messages)
+
+
+def fuzzed(*values):
     """Turn a function into a test with few cases by default and many under the slow marker."""
 
     def decorate(test):
-        @pytest.mark.parametrize("cases", [DEFAULT_CASES, pytest.param(SLOW_CASES, marks=pytest.mark.slow)])
+        @CASES
         def run(cases, tmp_path):
-            @settings(max_examples=cases, suppress_health_check=SUPPRESSED_CHECKS, deadline=None)
-            @given(st.tuples(*strategy_))
-            def body(values):
-                try:
-                    test(tmp_path, *values)
-                except UserError as error:
-                    messages.append(str(error))
-
-            messages: list[str] = []
-            body()
-            assert all(len(text) > 10 for text in messages)
+            fuzz(cases, partial(test, tmp_path), *values)
 
         run.__name__ = test.__name__
         return run
@@ -100,49 +111,25 @@ JSON = st.recursive(
 )
 
 
-@fuzzed(texts(strategies()))
-def test_strategy_fuzz(tmp_path, text):
-    strategy(text)
+ENGINE_NAMES = st.sampled_from(["grid", "ray", "grid:", "grid:x", "ray:stacked"])
+
+PARSERS = {
+    "strategy": (strategy, texts(strategies())),
+    "treatment": (treatment, st.one_of(texts(strategies()), texts(personalizations()).map(lambda t: f"fedbn+{t}"))),
+    "partition": (parse_partition, texts(partitions())),
+    "shift": (parse_shift, texts(shifts())),
+    "rule": (client_rule, texts(rules())),
+    "stream": (lambda text: parse(text, "stream", streams()), texts(streams())),
+    "scenario": (scenario, texts(scenarios())),
+    "privacy": (parse_privacy, texts({"privacy": Privacy}).map(lambda t: t.removeprefix("privacy:"))),
+    "engine": (parse_engine, st.one_of(st.text(max_size=12), ENGINE_NAMES)),
+}
 
 
-@fuzzed(st.one_of(texts(strategies()), texts(personalizations()).map(lambda t: f"fedbn+{t}")))
-def test_treatment_fuzz(tmp_path, text):
-    treatment(text)
-
-
-@fuzzed(texts(partitions()))
-def test_parse_partition_fuzz(tmp_path, text):
-    parse_partition(text)
-
-
-@fuzzed(texts(shifts()))
-def test_parse_shift_fuzz(tmp_path, text):
-    parse_shift(text)
-
-
-@fuzzed(texts(rules()))
-def test_client_rule_fuzz(tmp_path, text):
-    client_rule(text)
-
-
-@fuzzed(texts(streams()))
-def test_stream_fuzz(tmp_path, text):
-    parse(text, "stream", streams())
-
-
-@fuzzed(texts(scenarios()))
-def test_scenario_fuzz(tmp_path, text):
-    scenario(text)
-
-
-@fuzzed(texts({"privacy": Privacy}).map(lambda t: t.removeprefix("privacy:")))
-def test_parse_privacy_fuzz(tmp_path, text):
-    parse_privacy(text)
-
-
-@fuzzed(st.one_of(st.text(max_size=12), st.sampled_from(["grid", "ray", "grid:", "grid:x", "ray:stacked"])))
-def test_parse_engine_fuzz(tmp_path, text):
-    parse_engine(text)
+@CASES
+@pytest.mark.parametrize("name", PARSERS)
+def test_parser_fuzz(name, cases):
+    fuzz(cases, *PARSERS[name])
 
 
 @fuzzed(st.dictionaries(st.one_of(st.sampled_from(PLAN_FIELDS), st.text(max_size=4)), JSON, max_size=4))
@@ -194,10 +181,7 @@ RUN = Run("digits8", "fedbn", plan=Plan(rounds=2)).resolved()
 
 @cache
 def checkpoint():
-    import tempfile
-    from pathlib import Path
-
-    with tempfile.TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder:
         path = Path(folder) / "c.safetensors"
         state = {"w": torch.arange(4.0)}
         save_outcome(path, RUN, Outcome(Server(state, state), curve=[RoundMetrics(1, 0.5)]), {})
@@ -252,25 +236,19 @@ def as_npz():
     return file.getvalue()
 
 
-def read(tmp_path, ending, data):
+FILES = {"csv": as_csv, "parquet": as_parquet, "npz": as_npz}
+
+
+@CASES
+@pytest.mark.parametrize("ending", FILES)
+def test_data_file_fuzz(ending, cases, tmp_path):
     path = tmp_path / f"data.{ending}"
-    path.write_bytes(data)
-    scenario(f"files:path={path}:unseen=1").load(0)
 
+    def read(data):
+        path.write_bytes(data)
+        scenario(f"files:path={path}:unseen=1").load(0)
 
-@fuzzed(damaged(as_csv))
-def test_csv_file_fuzz(tmp_path, data):
-    read(tmp_path, "csv", data)
-
-
-@fuzzed(damaged(as_parquet))
-def test_parquet_file_fuzz(tmp_path, data):
-    read(tmp_path, "parquet", data)
-
-
-@fuzzed(damaged(as_npz))
-def test_npz_file_fuzz(tmp_path, data):
-    read(tmp_path, "npz", data)
+    fuzz(cases, read, damaged(FILES[ending]))
 
 
 HEADERS = st.tuples(

@@ -22,6 +22,7 @@ from clients.config import run_from_config
 from fedbn.errors import UserError
 from fedbn.federation.run import Run, plan_for
 from fedbn.strategies.base import strategies
+from simulations.engines.deployment import differences
 from simulations.engines.execute import execute
 from simulations.engines.grid import InProcessGrid
 from simulations.engines.ray import ray_session
@@ -29,11 +30,9 @@ from simulations.flower.compat import task_identity
 from simulations.flower.superlink import ENVIRONMENT, MODULES, FlowerRunError
 from simulations.server.nodes import NodePool
 from simulations.storage.checkpoint import load_outcome
-from tests.helpers import same
+from tests.helpers import ROOT
+from tests.integration.processes import MARK, kill_marked, marked, wait_until
 from tests.integration.ray_server import RUNS
-
-ROOT = Path(__file__).parents[2]
-MARK = "FEDBN_TEST_MARK"
 
 MODELS = """
 import os
@@ -76,27 +75,6 @@ def all_runs():
     return {name: short_run(name) for name in strategies()} | rules
 
 
-def marked(mark):
-    """Live processes that inherited the mark, by id, with their environments; zombies have no environment."""
-    processes = {}
-    for directory in Path("/proc").iterdir():
-        try:
-            environment = (directory / "environ").read_bytes().decode(errors="replace").split("\0")
-        except OSError:
-            continue
-        if f"{MARK}={mark}" in environment:
-            processes[int(directory.name)] = dict(e.split("=", 1) for e in environment if "=" in e)
-    return processes
-
-
-def assert_same(a, b):
-    assert same(a.server.state, b.server.state)
-    assert same(a.server.serving, b.server.serving)
-    assert same(a.server.memory, b.server.memory)
-    assert a.curve == b.curve
-    assert a.scores == b.scores
-
-
 @pytest.fixture(scope="module")
 def on_ray(tmp_path_factory):
     """A function that executes runs on one SuperLink, started in a directory with the user's models."""
@@ -135,8 +113,8 @@ def all_on_ray(tmp_path_factory):
 def test_ray_matches_grid_and_reference_loop(name, all_on_ray):
     run = all_runs()[name]
     outcome = all_on_ray(name)
-    assert_same(outcome, execute(run, "grid"))
-    assert_same(outcome, execute(run, "reference"))
+    assert differences(outcome, execute(run, "grid")) == ()
+    assert differences(outcome, execute(run, "reference")) == ()
     assert not outcome.client_states
 
 
@@ -157,8 +135,7 @@ def test_ray_run_fails_with_log_on_client_error(on_ray):
 
 @pytest.mark.ray
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_ray_run_leaves_nothing_behind(signum, tmp_path):
-    mark = uuid.uuid4().hex
+def test_interrupted_ray_run_leaves_nothing_behind(signum, mark, tmp_path):
     script = tmp_path / "long.py"
     script.write_text(
         "import signal\nfrom fedbn.federation.run import Run, plan_for\n"
@@ -166,81 +143,48 @@ def test_interrupted_ray_run_leaves_nothing_behind(signum, tmp_path):
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # background jobs of a shell ignore it
         "execute(Run('digits8', 'fedbn', plan=plan_for('digits8', rounds=10_000)).resolved(), 'ray')\n"
     )
-    process = subprocess.Popen(
-        [sys.executable, str(script)],
-        env=os.environ | {MARK: mark},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    try:
-        deadline = time.monotonic() + 120
-        while not any("RAY_JOB_ID" in e or "RAY_RAYLET_PID" in e for e in marked(mark).values()):
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
-        homes = {Path(e["FLWR_HOME"]) for e in marked(mark).values() if "FLWR_HOME" in e}
-        process.send_signal(signum)
-        time.sleep(1)
-        process.send_signal(signum)  # as impatient users do
-        output, _ = process.communicate(timeout=60)
-        assert process.returncode != 0
-        assert not output
-        assert not marked(mark)
-        assert homes
-        assert not any(home.parent.exists() for home in homes)
-    finally:
-        kill(mark)
+    process = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    def is_running():
+        assert process.poll() is None
+        return any("RAY_JOB_ID" in e or "RAY_RAYLET_PID" in e for e in marked(mark).values())
+
+    assert wait_until(is_running)
+    homes = {Path(e["FLWR_HOME"]) for e in marked(mark).values() if "FLWR_HOME" in e}
+    process.send_signal(signum)
+    time.sleep(1)
+    process.send_signal(signum)  # as impatient users do
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert not output
+    assert not marked(mark)
+    assert homes
+    assert not any(home.parent.exists() for home in homes)
 
 
 @pytest.mark.ray
-def test_flwr_run_works_in_checkout(tmp_path):
-    checkout, home, out, mark = (
-        tmp_path / "checkout",
-        tmp_path / "home",
-        tmp_path / "out.st",
-        uuid.uuid4().hex,
-    )
+def test_flwr_run_works_in_checkout(mark, tmp_path):
+    checkout, out = tmp_path / "checkout", tmp_path / "out.st"
     for package in ("fedbn", "clients", "simulations"):
         shutil.copytree(ROOT / package, checkout / package, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, checkout / name)
     scripts = sysconfig.get_path("scripts")
-    environment = (
-        os.environ
-        | ENVIRONMENT
-        | {
-            MARK: mark,
-            "FLWR_HOME": str(home),
-            "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(23_000 + os.getpid() % 9_000),
-            "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}",
-        }
-    )
+    environment = os.environ | ENVIRONMENT
+    environment |= {"FLWR_HOME": str(tmp_path / "home"), "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}"}
+    environment["FLWR_LOCAL_SUPERLINK_HTTP_API_PORT"] = str(23_000 + os.getpid() % 9_000)
     settings = {"strategy": "silobn", "plan": "rounds=2:clients-per-round=4:eval-every=1:global-test=60"}
     config = " ".join(f'{k}="{v}"' for k, v in (settings | {"out": str(out)}).items())
+    command = [shutil.which("flwr", path=scripts), "run", ".", "--stream", "--run-config", config]
+    command += ["--federation-config", "num-supernodes=10 client-resources-num-cpus=1"]
     try:
-        command = [shutil.which("flwr", path=scripts), "run", ".", "--stream", "--run-config", config]
-        done = subprocess.run(
-            [*command, "--federation-config", "num-supernodes=10 client-resources-num-cpus=1"],
-            cwd=checkout,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=180,
-        )
+        done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, timeout=180)
     finally:
-        kill(mark)
+        kill_marked(mark)  # Flower leaves its SuperLink running
     assert out.exists(), done.stdout + done.stderr
     run = run_from_config({"scenario": "digits8", **settings})
-    assert_same(load_outcome(out, run), execute(run, "grid"))
+    assert differences(load_outcome(out, run), execute(run, "grid")) == ()
     assert (checkout / "pyproject.toml").read_bytes() == (ROOT / "pyproject.toml").read_bytes()
-
-
-def kill(mark):
-    """Kill all processes that a test has started and not stopped."""
-    while pids := marked(mark):
-        for pid in pids:
-            os.kill(pid, signal.SIGKILL)
-        time.sleep(0.2)
 
 
 def test_app_config_names_run_and_includes_all_code():
@@ -253,10 +197,7 @@ def test_app_config_names_run_and_includes_all_code():
 
 def test_node_pool_rejects_too_few_nodes():
     grid = InProcessGrid(client_app, 2, {})
-    with (
-        task_identity(1),
-        pytest.raises(UserError, match="add --federation-config 'num-supernodes=10' to flwr run"),
-    ):
+    with task_identity(1), pytest.raises(UserError, match="add --federation-config 'num-supernodes=10' to flwr run"):
         NodePool(grid, 10)
 
 

@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import subprocess
-import threading
-import time
-import uuid
 from pathlib import Path
 
 import pytest
 
 from fedbn.errors import UserError
 from fedbn.federation.run import Run, plan_for
+from simulations.engines.deployment import differences
 from simulations.engines.execute import execute, parse_engine
 from simulations.experiments.tasks import CHECKPOINT, Task, run_task
 from simulations.flower.processes import free_port, script_path
-from simulations.flower.superlink import FlowerRunError
 from simulations.storage.checkpoint import load_outcome
-from tests.integration.test_ray import MARK, assert_same, kill, marked
+from tests.integration.processes import kill_marked, kill_server_of, wait_until
 
 
 def short_run(rounds):
@@ -28,53 +24,18 @@ def short_run(rounds):
     return Run("digits8:users=3:unseen=1", "fedbn", plan=plan).resolved()
 
 
-@pytest.fixture
-def mark(monkeypatch):
-    """A mark that all processes of a test inherit; no such process may outlive the test."""
-    mark = uuid.uuid4().hex
-    monkeypatch.setenv(MARK, mark)
-    yield mark
-    monkeypatch.delenv(MARK)
-    remaining = marked(mark)
-    kill(mark)
-    assert not remaining
-
-
-def simulations(mark):
-    """Processes in which Flower runs the server of a simulation."""
-    for pid in marked(mark):
-        try:
-            command = Path(f"/proc/{pid}/cmdline").read_text()
-        except OSError:
-            continue
-        if "flwr-simulation" in command:
-            yield pid
-
-
 @pytest.mark.ray
 def test_ray_run_resumes_after_server_kill(mark, tmp_path):
     run, directory = short_run(40), tmp_path / "runs" / "x"
-    errors = []
 
-    def run_until_killed():
-        try:
-            run_task(Task(run, str(directory)), "ray", lambda event: None)
-        except FlowerRunError as error:
-            errors.append(error)
+    def execute_on_ray():
+        run_task(Task(run, str(directory)), "ray", lambda event: None)
 
-    thread = threading.Thread(target=run_until_killed)
-    thread.start()
-    deadline = time.monotonic() + 400
-    while not (directory / CHECKPOINT).exists() and thread.is_alive() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    for pid in list(simulations(mark)):
-        os.kill(pid, signal.SIGKILL)
-    thread.join(400)
-    assert errors
+    kill_server_of(execute_on_ray, mark, "flwr-simulation", directory / CHECKPOINT)
     assert 1 <= len(load_outcome(directory / CHECKPOINT, run).curve) < 40
     assert any((directory / "states").iterdir())
-    run_task(Task(run, str(directory)), "ray", lambda event: None)
-    assert_same(load_outcome(directory / CHECKPOINT, run), execute(run, "grid"))
+    execute_on_ray()
+    assert differences(load_outcome(directory / CHECKPOINT, run), execute(run, "grid")) == ()
     assert sorted(p.name for p in directory.iterdir()) == [CHECKPOINT, "result.json"]
 
 
@@ -85,22 +46,20 @@ def test_ray_run_uses_existing_cluster(mark, tmp_path):
     command = [script_path("ray"), "start", "--head", f"--port={port}", "--num-cpus=1", "--include-dashboard=false"]
     command += ["--node-ip-address=127.0.0.1", f"--temp-dir={directory}", "--disable-usage-stats", "--block"]
     # Only the workers of the cluster have this directory, so its files were written by them.
-    with (tmp_path / "log").open("wb") as log:
-        cluster = subprocess.Popen(command, env=os.environ | {"FEDBN_STATES": str(states)}, stdout=log, stderr=log)
+    log = tmp_path / "log"
+    with log.open("wb") as file:
+        cluster = subprocess.Popen(command, env=os.environ | {"FEDBN_STATES": str(states)}, stdout=file, stderr=file)
     try:
-        deadline = time.monotonic() + 120
-        while b"Ray runtime started" not in (tmp_path / "log").read_bytes():
-            assert cluster.poll() is None, (tmp_path / "log").read_text()
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
+        assert wait_until(lambda: b"Ray runtime started" in log.read_bytes() or cluster.poll() is not None)
+        assert cluster.poll() is None, log.read_text()
         run = short_run(2)
-        assert_same(execute(run, f"ray:127.0.0.1:{port}"), execute(run, "grid"))
+        assert differences(execute(run, f"ray:127.0.0.1:{port}"), execute(run, "grid")) == ()
         assert len(list(states.iterdir())) == 2
         assert cluster.poll() is None
     finally:
         cluster.terminate()
         cluster.wait(60)
-        kill(mark)
+        kill_marked(mark)
         shutil.rmtree(directory, ignore_errors=True)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import doctest
 import re
-from pathlib import Path
 
 import pytest
 
@@ -12,8 +11,8 @@ from fedbn.errors import UserError
 from simulations.experiments.experiment import Experiment
 from simulations.report.documents import update_document
 from tests.commands import commands_in, parses
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CLI_PAGE = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
 

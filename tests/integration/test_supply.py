@@ -7,12 +7,11 @@ import os
 import subprocess
 import sys
 import tomllib
-from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 
-ROOT = Path(__file__).parents[2]
+from tests.helpers import ROOT
 
 
 def requirements_in(name):
@@ -38,14 +37,9 @@ def test_wheel_build_is_reproducible(tmp_path):
     digests = set()
     for number in (1, 2):
         out = tmp_path / str(number)
+        command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(out)]
         environment = os.environ | {"SOURCE_DATE_EPOCH": "1700000000"}
-        subprocess.run(
-            [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(out)],
-            cwd=ROOT,
-            env=environment,
-            check=True,
-            capture_output=True,
-        )
+        subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
         (wheel,) = out.glob("*.whl")
         digests.add(hashlib.sha256(wheel.read_bytes()).hexdigest())
     assert len(digests) == 1

@@ -24,11 +24,8 @@ SMALL = {
     "claims": ["--seeds", "2", "--workers", "1"],
 }
 FEWER = {"hapt": "hapt:reserved=15", "digits": "digits:train=64:test=32"}  # half of its users; few images
-SKIPPED = [
-    "fedbn demo",
-    "fedbn leakage hapt",
-    "fedbn leakage hapt --states",
-]  # commands that keep running or take minutes; they have separate tests
+# Commands that keep running or take minutes; they have separate tests.
+SKIPPED = ["fedbn demo", "fedbn leakage hapt", "fedbn leakage hapt --states"]
 MODEL = """
 from torch import nn
 

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from importlib.metadata import entry_points
-from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -17,18 +16,29 @@ from torch import nn
 import fedbn
 from fedbn.errors import UserError
 from simulations.results import inference
+from tests.helpers import ROOT
 from tests.simulations.results.test_comparison import write
 
-ROOT = Path(__file__).parents[2]
 HEAVY = {"torch", "numpy", "pandas", "scipy", "sklearn", "matplotlib", "flwr", "ray", "pyarrow", "jinja2"}
 
 
-def imported(*arguments):
-    """The top-level packages that a fresh interpreter has imported after a command."""
-    code = "import sys\ntry:\n {}\nexcept SystemExit: pass\nprint('\\n'.join(sys.modules))"
-    code = code.format(arguments[0].replace("\n", "\n "))
+@pytest.fixture
+def quick(tmp_path, monkeypatch):
+    """Work in a temporary directory, with few resamples."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(inference, "RESAMPLES", 50)
+
+
+def python(*arguments):
     env = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True)
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=env)
+
+
+def imported(script):
+    """The top-level packages that a fresh interpreter has imported after a script."""
+    code = "import sys\ntry:\n {}\nexcept SystemExit: pass\nprint('\\n'.join(sys.modules))"
+    done = python("-c", code.format(script.replace("\n", "\n ")))
+    done.check_returncode()
     return {line.partition(".")[0] for line in done.stdout.splitlines()}
 
 
@@ -73,9 +83,7 @@ def test_missing_entry_point_names_the_fix(monkeypatch):
 
 
 def test_python_m_fedbn_is_the_cli():
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "fedbn", "list", "nonsense"]
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    done = python("-m", "fedbn", "list", "nonsense")
     assert done.returncode == 2
     assert "nonsense" in done.stderr
 
@@ -83,9 +91,7 @@ def test_python_m_fedbn_is_the_cli():
 SMALL = {"strategies": ("global-naive", "fedbn"), "seeds": 1, "rounds": 1, "eval_every": 1, "progress": False}
 
 
-def test_compare_equals_the_command(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(inference, "RESAMPLES", 50)
+def test_compare_equals_the_command(quick):
     found = fedbn.compare("digits8", **SMALL)
     assert found.strategies == ["global-naive", "fedbn"]
     assert (found.directory / "comparison.json").exists()
@@ -107,15 +113,13 @@ def test_compare_equals_the_command(tmp_path, monkeypatch):
         ({"track": ["tensorbord:x"]}, "Did you mean 'tensorboard'"),
     ],
 )
-def test_compare_rejects_bad_options_early(tmp_path, monkeypatch, wrong, message):
-    monkeypatch.chdir(tmp_path)
+def test_compare_rejects_bad_options_early(quick, tmp_path, wrong, message):
     with pytest.raises(UserError, match=message):
         fedbn.compare("digits8", **SMALL | wrong)
     assert not list(tmp_path.rglob("result.json"))
 
 
-def test_comparison_has_repr_and_html(tmp_path, monkeypatch):
-    monkeypatch.setattr(inference, "RESAMPLES", 50)
+def test_comparison_has_repr_and_html(quick, tmp_path):
     hostile = "<script>x</script>"
     found = fedbn.load(write(tmp_path, {"global": 0.8, hostile: 0.9}))
     assert repr(found).startswith("Own test: ")
@@ -150,8 +154,7 @@ def test_users_have_repr_and_html():
 
 
 @pytest.mark.slow
-def test_study_equals_the_command(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_study_equals_the_command(quick):
     found = fedbn.study("digits8", ["pseudo:n0=8"], streams=["iid"], seeds=1, rounds=1)
     assert "pseudo:n0=8" in repr(found)
     assert "<table" in found._repr_html_()

@@ -8,23 +8,18 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any, ClassVar, Protocol
 
-from torch import Tensor
-
 from fedbn.errors import UserError
 from fedbn.online.drift.detectors import Alarm
 from fedbn.online.drift.signal import Floats, GroupStatistics
+from fedbn.online.prequential import OnlineModel
 from fedbn.plugins import parse
 
 BRANCH_WINDOWS = 6
 """Windows by which `Branch` selects saved statistics: no detector here raises an alarm sooner after a change."""
 
 
-class PersonalizedModel(Protocol):
+class PersonalizedModel(OnlineModel, Protocol):
     """A model with one state per user that can be read and replaced."""
-
-    def predict(self, x: Tensor, user: Sequence[str]) -> Tensor: ...
-
-    def commit(self, posterior: Tensor | None = None) -> Any: ...
 
     def state(self, user: str) -> Any: ...
 

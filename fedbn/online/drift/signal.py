@@ -38,8 +38,7 @@ class InputMeans:
         require_statistics(model, "drift detection")
         self.model = model
         self.layers = dict(list(statistics_layers(model).items())[:layers])
-        scales = [m.running_var for m in self.layers.values()]
-        self.scale = torch.cat([torch.as_tensor(v).double() for v in scales])
+        self.scale = torch.cat([torch.as_tensor(m.running_var).double() for m in self.layers.values()])
 
     def __call__(self, x: Tensor) -> Tensor:
         """``[b, sum of channels]`` in float64 for windows ``[b, *shape]``."""

@@ -21,12 +21,8 @@ class AlphaBN(BatchRule):
     name = "alpha-bn"
     about = "fixed mixture of the source and the user's rows in the same call"
     source = "You, Li, Zhao 2021, arXiv:2110.04065"
-
+    ranges = (("alpha", 0, 1),)
     alpha: float = 0.1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_range("alpha", 0, 1)
 
     def use(self, prior: Prior, state: State) -> Pair:
         return mix(prior.moments, state.moments, state.n.new_tensor(self.alpha), between=False)

@@ -32,12 +32,8 @@ class Balanced(Rule):
     about = "running moments of each pseudo-class, mixed with equal weights (Balanced BN of TRIBE)"
     source = "Su, Xu, Jia 2024, arXiv:2309.14949"
     classwise = True
-
+    ranges = (("rate", 0, 1),)
     rate: float = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_range("rate", 0, 1)
 
     def start(self, prior: Prior, classes: int) -> State:
         return self.state_at_prior(prior, classes, classes)

@@ -18,6 +18,7 @@ Everything is vectorized over users (rows, ``U``) and over the channels of all l
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -27,6 +28,9 @@ from torch import Tensor
 from fedbn.errors import UserError
 from fedbn.online.statistics import Pair, Prior, State, WindowStatistics, mix
 from fedbn.plugins import discover, parse
+
+INF = math.inf
+Ranges = tuple[tuple[str, float, float], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +49,7 @@ class Rule:
         learns: `update` changes the state.
         classwise: `update` needs the posterior of each window, so windows of one user are processed one by one.
         requires: field of `fedbn.online.prior.LayerPrior` that the rule requires.
+        ranges: least and largest value of options; those of base classes apply, too.
         gate: only windows whose largest posterior is at least this are used for updates.
         diversity: exponent g. The user's statistics have weight :math:`D^g` (`State.diversity`), the prior the rest.
             0: weight one.
@@ -69,6 +74,13 @@ class Rule:
     learns: ClassVar[bool] = True
     classwise: ClassVar[bool] = False
     requires: ClassVar[str] = ""
+    ranges: ClassVar[Ranges] = (
+        ("gate", 0, 1),
+        ("diversity", 0, INF),
+        ("fade", 0, 1),
+        ("floor", 0, INF),
+        ("clip", 0, INF),
+    )
 
     gate: float = 0.0
     diversity: float = 0.0
@@ -79,21 +91,10 @@ class Rule:
     guard: bool = False
 
     def __post_init__(self) -> None:
-        self.check_range("gate", 0, 1)
-        self.check_range("diversity", 0)
-        self.check_range("fade", 0, 1)
-        self.check_range("floor", 0)
-        self.check_range("clip", 0)
-
-    def check_range(self, option: str, low: float, high: float = float("inf")) -> None:
-        """Check the value of an option.
-
-        Raises:
-            UserError: it is outside ``[low, high]``.
-        """
-        value = getattr(self, option)
-        if not low <= value <= high:
-            raise UserError(f"rule {self.name!r}: {option}={value:g} is out of range; use {low:g} to {high:g}")
+        for option, low, high in (row for cls in type(self).__mro__ for row in vars(cls).get("ranges", ())):
+            value = getattr(self, option)
+            if not low <= value <= high:
+                raise UserError(f"rule {self.name!r}: {option}={value:g} is out of range; use {low:g} to {high:g}")
 
     def clip_moments(self, prior: Prior, moments: Pair) -> Pair:
         """Row moments ``[B, C]``, limited by ``clip`` under the prior of each row."""
@@ -181,11 +182,8 @@ class RunningAverage(Rule):
         rate: gain of a step.
     """
 
+    ranges: ClassVar[Ranges] = (("rate", 0, 1),)
     rate: float = 0.1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_range("rate", 0, 1)
 
     def gain(self, state: State, weight: Tensor) -> Tensor:
         return self.rate * weight.clamp(max=1)
@@ -202,12 +200,10 @@ class BatchRule(Rule):
         return torch.ones_like(weight)
 
 
-def merge_by_class(state: State, window: WindowStatistics, weight: Tensor) -> State:
-    """Merge windows into the moments of each class with ``weight`` ``[U, K]``."""
-    n = state.n + weight
-    share = torch.where(weight > 0, weight / n.clamp_min(1e-12), 0.0)[:, :, None]
-    mean, var = mix((state.mean, state.var), (window.mean[:, None], window.var[:, None]), share)
-    return replace(state, n=n, mean=mean, var=var)
+def equal_mixture(mean: Tensor, var: Tensor) -> Pair:
+    """Moments of the mixture of ``[U, K, C]`` with equal weights."""
+    center = mean.mean(1)
+    return center, (var + (mean - center[:, None]) ** 2).mean(1)
 
 
 @dataclass(frozen=True)
@@ -220,19 +216,19 @@ class ClassConditional(Rule):
 
     classwise = True
     requires = "class_mean"
-
+    ranges = (("n0", 0, INF),)
     n0: float = 4.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_range("n0", 0)
 
     def start(self, prior: Prior, classes: int) -> State:
         prior.class_moments(self.name)
         return self.state_at_prior(prior, classes, classes)
 
     def update(self, prior: Prior, state: State, window: WindowStatistics, weight: Tensor, posterior: Tensor) -> State:
-        return merge_by_class(state, window, posterior * weight[:, None])
+        by_class = posterior * weight[:, None]
+        n = state.n + by_class
+        share = torch.where(by_class > 0, by_class / n.clamp_min(1e-12), 0.0)[:, :, None]
+        mean, var = mix((state.mean, state.var), (window.mean[:, None], window.var[:, None]), share)
+        return replace(state, n=n, mean=mean, var=var)
 
     def class_shifts(self, prior: Prior, state: State) -> Pair:
         """Weight ``[U, K, 1]`` and shift ``[U, K, C]`` of each class; 0 for classes without windows."""

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from fedbn.online.rules.base import ClassConditional
+from fedbn.online.rules.base import ClassConditional, equal_mixture
 from fedbn.online.statistics import Pair, Prior, State
 
 
@@ -39,12 +38,6 @@ class ClassMixture(ClassConditional):
         shift = (u * residual).sum(1, keepdim=True) / u.sum(1, keepdim=True).clamp_min(1e-12)
         mean_k = class_mean + shift + u * (residual - shift)
         var_k = torch.lerp(class_var.expand_as(state.var), state.var, u)
-        mean, var = _equal_mixture(mean_k, var_k)
-        mean0, var0 = _equal_mixture(class_mean.expand_as(mean_k), class_var.expand_as(var_k))
+        mean, var = equal_mixture(mean_k, var_k)
+        mean0, var0 = equal_mixture(class_mean.expand_as(mean_k), class_var.expand_as(var_k))
         return prior.mean + (mean - mean0), prior.var * ((var + prior.eps) / (var0 + prior.eps))
-
-
-def _equal_mixture(mean: Tensor, var: Tensor) -> Pair:
-    """Moments of the mixture of ``[U, K, C]`` with equal weights."""
-    center = mean.mean(1)
-    return center, (var + (mean - center[:, None]) ** 2).mean(1)

@@ -27,14 +27,9 @@ class DUA(Rule):
     name = "dua"
     about = "running average whose gain decays from 0.1 to 0.005"
     source = "Mirza, Micorek, Possegger, Bischof 2022, arXiv:2112.00463"
-
+    ranges = (("decay", 0, 1), ("floor_gain", 0, 0.9))
     decay: float = 0.94
     floor_gain: float = 0.005
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_range("decay", 0, 1)
-        self.check_range("floor_gain", 0, 0.9)
 
     def gain(self, state: State, weight: Tensor) -> Tensor:
         return (0.1 * self.decay ** (state.t + 1) + self.floor_gain) * weight.clamp(max=1)

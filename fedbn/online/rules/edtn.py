@@ -28,14 +28,9 @@ class EDTN(BatchRule):
     name = "edtn"
     about = "mixture with the user's rows in the same call, decreasing towards the last layer"
     source = "Wang et al. 2024, arXiv:2310.18562"
-
+    ranges = (("first", 1e-6, 1), ("last", 1e-6, 1))
     first: float = 0.1
     last: float = 0.99
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_range("first", 1e-6, 1)
-        self.check_range("last", 1e-6, 1)
 
     def use(self, prior: Prior, state: State) -> Pair:
         r = self.first * (self.last / self.first) ** prior.depth()

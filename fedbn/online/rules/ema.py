@@ -24,7 +24,6 @@ class Ema(RunningAverage):
     name = "ema"
     about = "running average with constant gain"
     source = "Ioffe, Szegedy 2015, arXiv:1502.03167"
-
     rate: float = 0.01
     form: Literal["moments", "within"] = "moments"
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fedbn.online.rules.base import BatchRule
+from fedbn.online.rules.base import INF, BatchRule
 from fedbn.online.statistics import Prior, State, WindowStatistics
+from fedbn.tta.note import soft_threshold
 
 
 @dataclass(frozen=True)
@@ -35,25 +36,16 @@ class IABN(BatchRule):
     name = "iabn"
     about = "source statistics, corrected by the window's own beyond k standard errors (part of NOTE)"
     source = "Gong et al. 2022, arXiv:2208.05117"
-
+    ranges = (("k", 0, INF), ("effective", 0, 1))
     k: float = 4.0
     effective: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_range("k", 0)
-        self.check_range("effective", 0, 1)
 
     def update(self, prior: Prior, state: State, window: WindowStatistics, weight: Tensor, posterior: Tensor) -> State:
         L = self.effective * window.positions * weight[:, None]
         v0 = prior.var + prior.eps
-        mean = prior.mean + _soft_threshold(window.mean - prior.mean, self.k * (v0 / L).sqrt())
+        mean = prior.mean + soft_threshold(window.mean - prior.mean, self.k * (v0 / L).sqrt())
         error = v0 * (2 / (L - 1).clamp_min(1e-12)).sqrt()
-        var = (prior.var + _soft_threshold(window.unbiased(weight) - prior.var, self.k * error)).clamp_min(0)
+        var = (prior.var + soft_threshold(window.unbiased(weight) - prior.var, self.k * error)).clamp_min(0)
         enough = L > 1
         mean, var = torch.where(enough, mean, prior.mean), torch.where(enough, var, prior.var)
         return replace(state, n=weight[:, None], mean=mean[:, None], var=var[:, None])
-
-
-def _soft_threshold(x: Tensor, threshold: Tensor) -> Tensor:
-    return x.sign() * (x.abs() - threshold).clamp_min(0)

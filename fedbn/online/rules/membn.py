@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fedbn.online.rules.base import Rule
+from fedbn.online.rules.base import INF, Rule
 from fedbn.online.statistics import Pair, Prior, State, WindowStatistics, mix
 
 
@@ -30,14 +30,9 @@ class MemBN(Rule):
     about = "joint moments of the last few updates"
     source = "after Kang et al. 2024 (MemBN)"
     includes_current = True
-
+    ranges = (("size", 1, INF), ("n0", 0, INF))
     size: int = 16
     n0: float = 16.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_range("size", 1)
-        self.check_range("n0", 0)
 
     def start(self, prior: Prior, classes: int) -> State:
         return self.state_at_prior(prior, classes, self.size)

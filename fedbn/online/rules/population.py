@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fedbn.errors import UserError
+from fedbn.online.rules.base import INF
 from fedbn.online.rules.pseudo import Pseudo
 from fedbn.online.statistics import Prior
 
@@ -34,13 +35,12 @@ class Population(Pseudo):
     about = "seen users' statistics, weighted by how much users agree in a channel, merged with the user's"
     source = "after Efron, Morris 1975"
     requires = "n0"
-
+    ranges = (("bout", 0, INF),)
     n0: float = 0.0
     bout: float = 4.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_range("bout", 0)
         if self.n0:
             raise UserError("rule 'population' takes n0 from the prior: scale it by bout=..., or use pseudo:n0=...")
 

@@ -3,11 +3,12 @@ r"""Source statistics as pseudo-windows, gradually outweighed by the user's own.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from fedbn.online.rules.base import Rule
+from fedbn.online.rules.base import INF, Ranges, Rule
 from fedbn.online.statistics import Prior, State, WindowStatistics
 
 
@@ -37,14 +38,9 @@ class Pseudo(Rule):
     name = "pseudo"
     about = "source with the weight of n0 windows, merged with the user's"
     source = "after Schneider et al. 2020, arXiv:2006.16971"
-
+    ranges: ClassVar[Ranges] = (("n0", 0, INF), ("cap", 1, INF))
     n0: float = 16.0
     cap: float = 2000.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_range("n0", 0)
-        self.check_range("cap", 1)
 
     def pseudo_count(self, prior: Prior) -> Tensor:
         """Weight of the source in windows, ``[C]``."""

@@ -30,13 +30,9 @@ class ResiTTA(RunningAverage):
     name = "resitta"
     about = "running average that is pulled back to the source after each step"
     source = "Zhou et al. 2025, arXiv:2401.14619"
-
+    ranges = (("leash", 0, 0.5),)
     rate: float = 0.05
     leash: float = 0.01
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_range("leash", 0, 0.5)
 
     def between(self) -> bool:
         return False

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from fedbn.online.rules.base import BatchRule
+from fedbn.online.rules.base import INF, BatchRule
 from fedbn.online.statistics import Pair, Prior, State, WindowStatistics, mix
 
 
@@ -23,16 +23,11 @@ class Schneider(BatchRule):
     name = "schneider"
     about = "mixture of the source and the user's rows in the same call, with weights N and n"
     source = "Schneider et al. 2020, arXiv:2006.16971"
-
+    ranges = (("N", 0, INF),)
     N: float = 16.0
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_range("N", 0)
-
     def update(self, prior: Prior, state: State, window: WindowStatistics, weight: Tensor, posterior: Tensor) -> State:
-        after = super().update(prior, state, window, weight, posterior)
-        return replace(after, n=weight[:, None])
+        return replace(super().update(prior, state, window, weight, posterior), n=weight[:, None])
 
     def use(self, prior: Prior, state: State) -> Pair:
         n = state.n

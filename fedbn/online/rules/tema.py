@@ -33,12 +33,8 @@ class TEMA(Rule):
     about = "running average with gain by batch size and weight of the source by divergence of the layer"
     source = "Su et al. 2024, arXiv:2312.09486"
     includes_current = True
-
+    ranges = (("smooth", 0, 1),)
     smooth: float = 0.9
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_range("smooth", 0, 1)
 
     def start(self, prior: Prior, classes: int) -> State:
         state = self.state_at_prior(prior, classes, 1, extra=2)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fedbn.online.rules.base import BatchRule
+from fedbn.online.rules.base import INF, BatchRule, equal_mixture
 from fedbn.online.statistics import Pair, Prior, State, WindowStatistics
 
 
@@ -36,13 +36,9 @@ class UnMixTNS(BatchRule):
     name = "unmix-tns"
     about = "mixture of K components, each moved by similar windows"
     source = "Tomar, Vray, Thiran, Bozorgtabar 2024, arXiv:2401.08328"
-
+    ranges = (("K", 2, INF),)
     K: int = 16
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_range("K", 2)
 
     def start(self, prior: Prior, classes: int) -> State:
         state = self.state_at_prior(prior, classes, self.K, extra=2)
@@ -57,15 +53,13 @@ class UnMixTNS(BatchRule):
         dot, a, b = (prior.per_layer(v) for v in (m * state.mean, m * m, state.mean**2))
         p = (dot / (a * b).sqrt().clamp_min(1e-12) / 0.07).softmax(1)[:, :, prior.layer]
         mean, var = torch.lerp(state.mean, m, p), torch.lerp(state.var, w, p)
-        mu = mean.mean(1)
-        v = (var + (mean - mu[:, None]) ** 2).mean(1)
         step = (1 - 0.9 ** (weight / 64))[:, None, None] * p
         return replace(
             state,
             n=state.n + weight[:, None] / self.K,
             mean=torch.lerp(state.mean, m, step),
             var=torch.lerp(state.var, w, step),
-            extra=torch.stack((mu, v), 1),
+            extra=torch.stack(equal_mixture(mean, var), 1),
         )
 
     def use(self, prior: Prior, state: State) -> Pair:

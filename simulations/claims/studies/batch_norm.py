@@ -18,23 +18,16 @@ from simulations.claims.claim import Claim
 from simulations.claims.studies.common import DIGITS, accuracy, digits, seeded, shuffled, train
 
 NUMERICS = 1
-"""Numerics version of this study; increase it if a change affects results."""
 
 
 def _cnn(norm: str, seed: int) -> nn.Module:
     with seeded(seed, "weights"):
         model: nn.Module = SmallCNN((1, 8, 8), 10)
-    match norm:
-        case "BN":
-            return model
-        case "GN":
-            return convert(model, "group", groups=4)
-        case "LN":
-            return convert(model, "layer")
-        case "EvalNorm":
-            return convert(model, "evalnorm")
-        case _:
-            return convert(model, "none")
+    if norm == "BN":
+        return model
+    if norm == "GN":
+        return convert(model, "group", groups=4)
+    return convert(model, {"LN": "layer", "EvalNorm": "evalnorm", "none": "none"}[norm])
 
 
 def _mlp(norm: str, seed: int, gain: float = 1.0, p: float = 0.0) -> nn.Sequential:
@@ -78,32 +71,29 @@ def rates(arm: str, seed: int, quick: bool) -> dict[str, float]:
     raise ValueError(f"{arm}: no learning rate reaches 90 % training accuracy")
 
 
+def _fit(model: nn.Module, size: int, epochs: int, seed: int, *, lr: float, momentum: float = 0.0) -> dict[str, float]:
+    """Test accuracy after some epochs of SGD with batches of ``size``."""
+    data, test = digits(seed)
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum)
+    train(model, data, shuffled(len(data), size, epochs, seed), optimizer)
+    return {"accuracy": accuracy(model, test)}
+
+
 def speed(arm: str, seed: int, quick: bool) -> dict[str, float]:
     """Test accuracy after a single epoch with the same learning rate."""
-    data, test = digits(seed)
-    model = _mlp(arm, seed)
-    train(model, data, shuffled(len(data), 64, 1, seed), torch.optim.SGD(model.parameters(), lr=0.1))
-    return {"accuracy": accuracy(model, test)}
+    return _fit(_mlp(arm, seed), 64, 1, seed, lr=0.1)
 
 
 def initial(arm: str, seed: int, quick: bool) -> dict[str, float]:
     """Test accuracy with initial weights multiplied by a gain; the arm is a normalizer and the gain."""
     norm, _, gain = arm.partition(" ")
-    data, test = digits(seed)
-    model = _mlp(norm, seed, gain=float(gain))
-    order = shuffled(len(data), 64, 5 if quick else 10, seed)
-    train(model, data, order, torch.optim.SGD(model.parameters(), lr=0.1))
-    return {"accuracy": accuracy(model, test)}
+    return _fit(_mlp(norm, seed, gain=float(gain)), 64, 5 if quick else 10, seed, lr=0.1)
 
 
 def small_batches(arm: str, seed: int, quick: bool) -> dict[str, float]:
     """Test accuracy with a learning rate proportional to the batch size; the arm is a normalizer and the batch size."""
     norm, _, size = arm.partition(" ")
-    data, test = digits(seed)
-    model = _cnn(norm, seed)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.001 * int(size), momentum=0.9)
-    train(model, data, shuffled(len(data), int(size), 1 if quick else 2, seed), optimizer)
-    return {"accuracy": accuracy(model, test)}
+    return _fit(_cnn(norm, seed), int(size), 1 if quick else 2, seed, lr=0.001 * int(size), momentum=0.9)
 
 
 def placement(arm: str, seed: int, quick: bool) -> dict[str, float]:
@@ -119,10 +109,7 @@ def placement(arm: str, seed: int, quick: bool) -> dict[str, float]:
             }
             layers += [*parts[arm], nn.MaxPool2d(2)]
         model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(64, 10))
-    data, test = digits(seed)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    train(model, data, shuffled(len(data), 64, 3, seed), optimizer)
-    return {"accuracy": accuracy(model, test)}
+    return _fit(model, 64, 3, seed, lr=0.05, momentum=0.9)
 
 
 def regularizing(arm: str, seed: int, quick: bool) -> dict[str, float]:
@@ -134,8 +121,7 @@ def regularizing(arm: str, seed: int, quick: bool) -> dict[str, float]:
     with seeded(seed, "dropout"):
         train(model, few, shuffled(len(few), 32, 40 if quick else 100, seed), optimizer)
     test_accuracy = accuracy(model, test)
-    gap = accuracy(model, few) - test_accuracy
-    return {"accuracy": test_accuracy, "training above test accuracy": gap}
+    return {"accuracy": test_accuracy, "training above test accuracy": accuracy(model, few) - test_accuracy}
 
 
 def shift(arm: str, seed: int, quick: bool) -> dict[str, float]:
@@ -175,13 +161,10 @@ def shift(arm: str, seed: int, quick: bool) -> dict[str, float]:
 
 def epsilon(arm: str, seed: int, quick: bool) -> dict[str, float]:
     """Test accuracy with the eps of the arm."""
-    data, test = digits(seed)
     model = _cnn("BN", seed)
     for layer in norm_layers(model).values():
         cast(nn.BatchNorm2d, layer).eps = float(arm)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    train(model, data, shuffled(len(data), 32, 4 if quick else 15, seed), optimizer)
-    return {"accuracy": accuracy(model, test)}
+    return _fit(model, 32, 4 if quick else 15, seed, lr=0.05, momentum=0.9)
 
 
 GAINS = ("0.1", "0.3", "1", "3", "10")
@@ -199,16 +182,19 @@ def accuracy_loss(values: Mapping[str, float], norm: str, size: str) -> float:
     return values[f"{norm} 32"] - values[f"{norm} {size}"]
 
 
-IOFFE = "Ioffe, Szegedy 2015, https://arxiv.org/abs/1502.03167"
 MLP = f"{DIGITS}; MLP with three hidden layers of 64, SGD"
-claim = partial(Claim, published="not verified", source=IOFFE)
+claim = partial(
+    Claim,
+    published="not verified",
+    source="Ioffe, Szegedy 2015, https://arxiv.org/abs/1502.03167",
+    measure="accuracy",
+    threshold=0.0,
+)
 in_small_batches = partial(
     claim,
     setting=f"{DIGITS}; small-cnn, learning rate 0.001 times the batch",
     run=small_batches,
     arms=tuple(f"{norm} {size}" for norm in ("BN", "GN", "LN", "EvalNorm") for size in SIZES),
-    measure="accuracy",
-    threshold=0.0,
     drawing="curves",
     axis="training batch size",
 )
@@ -242,10 +228,8 @@ CLAIMS = (
         setting=f"{MLP}, one epoch at learning rate 0.1",
         run=speed,
         arms=("BN", "none"),
-        measure="accuracy",
         effect=lambda v: v["BN"] - v["none"],
         meaning="test accuracy after one epoch, BN minus none",
-        threshold=0.0,
     ),
     claim(
         name="bn-initialization",
@@ -253,10 +237,8 @@ CLAIMS = (
         setting=f"{MLP} 0.1; He initialization times 0.1 to 10",
         run=initial,
         arms=tuple(f"{norm} {gain}" for norm in ("BN", "none") for gain in GAINS),
-        measure="accuracy",
         effect=lambda v: accuracy_range(v, "none") - accuracy_range(v, "BN"),
         meaning="range of the test accuracy over the gains, without BN minus with BN",
-        threshold=0.0,
         drawing="curves",
         axis="gain of the initial weights",
     ),
@@ -288,10 +270,8 @@ CLAIMS = (
         setting=f"{DIGITS}; two convolutions (8, 16), three epochs of SGD 0.05 with momentum",
         run=placement,
         arms=("before the ReLU", "after the ReLU", "before the convolution", "nowhere"),
-        measure="accuracy",
         effect=lambda v: v["before the ReLU"] - v["after the ReLU"],
         meaning="test accuracy, BN before the ReLU minus after it",
-        threshold=0.0,
     ),
     claim(
         name="bn-regularizes",
@@ -302,7 +282,6 @@ CLAIMS = (
         measure="training above test accuracy",
         effect=lambda v: v["none"] - v["BN"],
         meaning="training minus test accuracy, without BN minus with BN",
-        threshold=0.0,
     ),
     claim(
         name="bn-instead-of-dropout",
@@ -310,10 +289,8 @@ CLAIMS = (
         setting=f"{MLP} 0.05 with momentum, 200 images, dropout 0.5",
         run=regularizing,
         arms=("none", "BN", "dropout", "BN + dropout"),
-        measure="accuracy",
         effect=lambda v: (v["dropout"] - v["none"]) - (v["BN + dropout"] - v["BN"]),
         meaning="gain of test accuracy from dropout, without BN minus with BN",
-        threshold=0.0,
     ),
     claim(
         name="bn-shift",
@@ -324,7 +301,6 @@ CLAIMS = (
         measure="shift in ten steps",
         effect=lambda v: v["none"] - v["BN"],
         meaning="shift of the inputs of nonlinearities in ten steps, in standard deviations, none minus BN",
-        threshold=0.0,
         note="this may not be why BN works (Santurkar et al. 2018)",
     ),
     claim(
@@ -334,7 +310,6 @@ CLAIMS = (
         setting=f"{DIGITS}; small-cnn",
         run=epsilon,
         arms=("1e-5", "1e-3"),
-        measure="accuracy",
         effect=lambda v: -abs(v["1e-5"] - v["1e-3"]),
         meaning="negative absolute difference in accuracy",
         threshold=-0.01,

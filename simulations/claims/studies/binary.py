@@ -18,7 +18,6 @@ from simulations.claims.claim import Claim
 from simulations.claims.studies.common import DIGITS, accuracy, digits, seeded, shuffled, train
 
 NUMERICS = 1
-"""Numerics version of this study; increase it if a change affects results."""
 
 WIDTH = 128
 
@@ -58,85 +57,67 @@ def _fit(model: nn.Module, epochs: int, seed: int) -> dict[str, float]:
     return {"accuracy": accuracy(model, test)}
 
 
-SOURCE = "Sari, Belbahri, Partovi Nia 2019, https://arxiv.org/abs/1909.09139"
-TRAINED = f"{DIGITS}; binary MLP, 4 layers of {WIDTH}, Adam 0.003"
 LAW = (2 * WIDTH / math.pi) ** 0.25
-claim = partial(Claim, source=SOURCE, published="not verified (only the abstract was read)")
+claim = partial(
+    Claim,
+    source="Sari, Belbahri, Partovi Nia 2019, https://arxiv.org/abs/1909.09139",
+    published="not verified (only the abstract was read)",
+    arms=BINARY_NORMS,
+)
+of_gradients = partial(claim, run=growth, measure="growth per layer")
+of_training = partial(
+    claim,
+    setting=f"{DIGITS}; binary MLP, 4 layers of {WIDTH}, Adam 0.003",
+    run=learning,
+    measure="accuracy",
+    threshold=0.1,
+)
+of_convolutions = partial(of_training, setting=f"{DIGITS}; binary CNN (32-64-64), Adam 0.003", run=convolving)
 
 CLAIMS = (
-    claim(
+    of_gradients(
         name="binary-explosion",
         sentence="Without normalization the gradients of a binary network explode, by (2K/pi)^(1/4) per layer.",
         setting=f"random inputs, 8 binary layers of {WIDTH} at initialization; the growth law is derived here",
-        run=growth,
-        arms=BINARY_NORMS,
-        measure="growth per layer",
         effect=lambda v: -abs(v["none"] / LAW - 1),
         meaning=f"negative relative deviation from {LAW:.3f}",
         threshold=-0.05,
     ),
-    claim(
+    of_gradients(
         name="binary-bn-tames",
         sentence="BN prevents exploding gradients in a binary network.",
         setting=f"random inputs, 8 binary layers of {WIDTH} at initialization",
-        run=growth,
-        arms=BINARY_NORMS,
-        measure="growth per layer",
         effect=lambda v: 1 - v["bn"],
         meaning="1 minus the growth per layer",
         threshold=0.0,
     ),
-    claim(
+    of_training(
         name="binary-training",
         sentence="Binary networks fail to train well without BN.",
-        setting=TRAINED,
-        run=learning,
-        arms=BINARY_NORMS,
-        measure="accuracy",
         effect=lambda v: v["bn"] - v["none"],
         meaning="test accuracy, BN minus none",
-        threshold=0.1,
     ),
-    claim(
+    of_training(
         name="binary-scale",
         sentence="Binary networks need the scaling of BN, not the centering.",
-        setting=TRAINED,
-        run=learning,
-        arms=BINARY_NORMS,
-        measure="accuracy",
         effect=lambda v: v["scale"] - v["center"],
         meaning="test accuracy, only scaling minus only centering",
-        threshold=0.1,
     ),
-    claim(
+    of_convolutions(
         name="binary-training-cnn",
         sentence="Binary convolutional networks fail to train well without BN.",
-        setting=f"{DIGITS}; binary CNN (32-64-64), Adam 0.003",
-        run=convolving,
-        arms=BINARY_NORMS,
-        measure="accuracy",
         effect=lambda v: v["bn"] - v["none"],
         meaning="test accuracy, BN minus none",
-        threshold=0.1,
     ),
-    claim(
+    of_convolutions(
         name="binary-scale-cnn",
         sentence="Binary convolutional networks need the scaling of BN, not the centering.",
-        setting=f"{DIGITS}; binary CNN (32-64-64), Adam 0.003",
-        run=convolving,
-        arms=BINARY_NORMS,
-        measure="accuracy",
         effect=lambda v: v["scale"] - v["center"],
         meaning="test accuracy, only scaling minus only centering",
-        threshold=0.1,
     ),
-    claim(
+    of_training(
         name="binary-fixed",
         sentence="Division by the square root of the fan-in, without statistics, can replace BN in a binary network.",
-        setting=TRAINED,
-        run=learning,
-        arms=BINARY_NORMS,
-        measure="accuracy",
         effect=lambda v: v["fixed"] - v["bn"],
         meaning="test accuracy, fixed scale minus BN",
         threshold=-0.03,

@@ -18,7 +18,7 @@ from fedbn.scenarios.digits import Digits
 from fedbn.seeds import generator, key
 
 NUMERICS = 1
-"""Numerics version of all studies; increase it if a change affects results."""
+"""Numerics version of all studies; each study also has its own. Increase it if a change affects results."""
 
 DIGITS = "scikit-learn's 8x8 digits (1,797 images, a random quarter of them for testing)"
 

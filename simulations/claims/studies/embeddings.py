@@ -28,7 +28,6 @@ from simulations.claims.studies.common import DOMAINS, SIX_DOMAINS, accuracy, di
 from simulations.engines.execute import execute
 
 NUMERICS = 1
-"""Numerics version of this study; increase it if a change affects results."""
 
 
 def _network(seed: int) -> SmallCNN:
@@ -116,19 +115,14 @@ def _scores(
 
 
 TRAINED = {
-    "weighted": "branches",
-    "uniform": "branches",
-    "DSBN": "branches",
+    **dict.fromkeys(("weighted", "uniform", "DSBN"), "branches"),
     "trained as mixture": "mixture",
     "AdaBN": "one BN",
 }
 
 
 def federated(arm: str, seed: int, quick: bool) -> dict[str, float]:
-    """Accuracy on the test images of an unseen client; the seed determines its domain.
-
-    The arm is a strategy.
-    """
+    """Accuracy on the test images of an unseen client, whose domain depends on the seed; the arm is a strategy."""
     unseen_domain, rounds = DOMAINS[seed % 6], 3 if quick else 10
     scenario = f"digits:unseen={unseen_domain}:test=500"
     plan = plan_for(scenario, rounds=rounds, eval_every=rounds, lr=0.05, momentum=0.9, schedule="cosine")
@@ -146,8 +140,6 @@ def federated(arm: str, seed: int, quick: bool) -> dict[str, float]:
     }
 
 
-FEDERATED = {"weighted": "silobn", "uniform": "silobn", "one BN": "global-pooled"}
-
 claim = partial(
     Claim,
     source="Segu, Tonioni, Tombari 2020, https://arxiv.org/abs/2011.12672",
@@ -161,10 +153,11 @@ claim = partial(
 )
 in_federation = partial(
     claim,
+    source="transferred from Segu, Tonioni, Tombari 2020, https://arxiv.org/abs/2011.12672",
     setting="scenario digits at 28x28 pixels, one domain per client and one unseen domain; small-cnn",
     run=federated,
     arms=("weighted", "uniform", "one BN"),
-    trained=FEDERATED.__getitem__,
+    trained={"weighted": "silobn", "uniform": "silobn", "one BN": "global-pooled"}.__getitem__,
 )
 
 CLAIMS = (
@@ -191,14 +184,12 @@ CLAIMS = (
     in_federation(
         name="bne-federated-weights",
         sentence="In federated learning, weighting branches by similarity to the sample also beats uniform weights.",
-        source="transferred from Segu, Tonioni, Tombari 2020, https://arxiv.org/abs/2011.12672",
         effect=lambda v: v["weighted"] - v["uniform"],
         meaning="accuracy of an unseen client, weighted minus uniform",
     ),
     in_federation(
         name="bne-federated-pooled",
         sentence="For an unseen client, the clients' embeddings are more accurate than a global BN.",
-        source="transferred from Segu, Tonioni, Tombari 2020, https://arxiv.org/abs/2011.12672",
         effect=lambda v: v["weighted"] - v["one BN"],
         meaning="accuracy of an unseen client, embeddings minus global BN with pooled statistics",
     ),

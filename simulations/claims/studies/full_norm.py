@@ -20,32 +20,16 @@ from simulations.claims.claim import Claim
 from simulations.claims.studies.common import DIGITS, accuracy, digits, seeded, single_label, train
 
 NUMERICS = 1
-"""Numerics version of this study; increase it if a change affects results."""
 
 
 def _mlp(norm: str, seed: int, a: float = 0.03) -> nn.Module:
     """Two hidden layers of 64."""
 
-    def layer() -> nn.Module:
-        match norm:
-            case "FN":
-                return FullNorm(64, a=a)
-            case "BN":
-                return nn.BatchNorm1d(64)
-            case _:
-                return nn.Identity()
+    def hidden() -> list[nn.Module]:
+        return [nn.Linear(64, 64), FullNorm(64, a=a) if norm == "FN" else nn.BatchNorm1d(64), nn.ReLU()]
 
     with seeded(seed, "weights"):
-        return nn.Sequential(
-            nn.Flatten(),
-            nn.Linear(64, 64),
-            layer(),
-            nn.ReLU(),
-            nn.Linear(64, 64),
-            layer(),
-            nn.ReLU(),
-            nn.Linear(64, 10),
-        )
+        return nn.Sequential(nn.Flatten(), *hidden(), *hidden(), nn.Linear(64, 10))
 
 
 def few_labels(arm: str, seed: int, quick: bool) -> dict[str, float]:

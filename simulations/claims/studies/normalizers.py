@@ -16,7 +16,6 @@ from simulations.claims.studies.common import mean_accuracy
 from simulations.engines.execute import execute
 
 NUMERICS = 1
-"""Numerics version of this study; increase it if a change affects results."""
 
 SKEWS = {"iid": "iid:clients=8", "labels": "pathological:classes=2", "cameras": "natural"}
 NORMS = {
@@ -74,10 +73,17 @@ def mean_gain(values: Mapping[str, float], norm: str, baseline: str, *keywords: 
     return sum(values[f"{norm} @ {s}"] - values[f"{baseline} @ {s}"] for s in selected) / len(selected)
 
 
-LABELS = "digits8, 10 clients with two classes each; small-cnn"
-CAMERAS = "digits8, 10 clients with synthetic cameras; small-cnn"
-PEOPLE = "HAPT, 24 of 30 people train; har-cnn"
-claim = partial(Claim, published="not verified")
+claim = partial(Claim, published="not verified", threshold=0.0)
+with_few_labels = partial(
+    claim, setting="digits8, 10 clients with two classes each; small-cnn", run=label_skew, measure="global test"
+)
+of_local_bn = partial(
+    claim,
+    source="Li et al. 2021, https://arxiv.org/abs/2102.07623",
+    arms=("fedbn", "global-naive"),
+    measure="own test",
+    effect=lambda v: v["fedbn"] - v["global-naive"],
+)
 in_one_grid = partial(
     claim,
     setting="digits8, 8 clients; small-cnn and mlp, batches of 4 and 32, three kinds of skew",
@@ -85,70 +91,47 @@ in_one_grid = partial(
     # Instance normalization needs positions, which the MLP does not have.
     arms=tuple(f"{norm} @ {s}" for norm in NORMS for s in SETTINGS if norm != "IN" or "cnn" in s),
     measure="accuracy",
-    threshold=0.0,
     drawing="grid",
 )
 
 CLAIMS = (
-    claim(
+    with_few_labels(
         name="groupnorm-label-skew",
         sentence="With few classes per client, group normalization beats global BN.",
         source="Hsieh et al. 2020, https://arxiv.org/abs/1910.00189",
-        setting=LABELS,
-        run=label_skew,
         arms=("groupnorm", "global-naive"),
-        measure="global test",
         effect=lambda v: v["groupnorm"] - v["global-naive"],
         meaning="accuracy on the pooled test set, GN minus global BN",
-        threshold=0.0,
     ),
-    claim(
+    of_local_bn(
         name="fedbn-feature-skew",
         sentence="With different inputs per client, local BN beats global BN on the clients' own data.",
-        source="Li et al. 2021, https://arxiv.org/abs/2102.07623",
-        setting=CAMERAS,
+        setting="digits8, 10 clients with synthetic cameras; small-cnn",
         run=feature_skew,
-        arms=("fedbn", "global-naive"),
-        measure="own test",
-        effect=lambda v: v["fedbn"] - v["global-naive"],
         meaning="accuracy on the clients' own tests, FedBN minus global BN",
-        threshold=0.0,
     ),
-    claim(
+    of_local_bn(
         name="fedbn-real-users",
         sentence="Local BN beats global BN on people's own later recordings.",
-        source="Li et al. 2021, https://arxiv.org/abs/2102.07623",
-        setting=PEOPLE,
+        setting="HAPT, 24 of 30 people train; har-cnn",
         run=real_users,
-        arms=("fedbn", "global-naive"),
-        measure="own test",
-        effect=lambda v: v["fedbn"] - v["global-naive"],
         meaning="accuracy on the users' own tests, FedBN minus global BN",
-        threshold=0.0,
     ),
-    claim(
+    with_few_labels(
         name="silobn-global-label-skew",
         sentence="With few classes per client, local statistics reduce the accuracy on pooled data.",
         source="follows from Andreux et al. 2020, https://arxiv.org/abs/2008.07424",
-        setting=LABELS,
-        run=label_skew,
         arms=("global-naive", "silobn"),
-        measure="global test",
         effect=lambda v: v["global-naive"] - v["silobn"],
         meaning="accuracy on the pooled test set, global BN minus SiloBN",
-        threshold=0.0,
     ),
-    claim(
+    with_few_labels(
         name="recalibrated-label-skew",
         sentence="Recalibrating the statistics with the aggregated weights improves global BN.",
         source="after Diao, Ding, Tarokh 2021, https://arxiv.org/abs/2010.01264",
-        setting=LABELS,
-        run=label_skew,
         arms=("global-recalibrated", "global-naive"),
-        measure="global test",
         effect=lambda v: v["global-recalibrated"] - v["global-naive"],
         meaning="accuracy on the pooled test set, recalibrated minus naive",
-        threshold=0.0,
     ),
     in_one_grid(
         name="grid-labels",

@@ -27,7 +27,6 @@ from simulations.claims.claim import Claim
 from simulations.claims.studies.common import accuracy, shuffled, train
 
 NUMERICS = 1
-"""Numerics version of this study; increase it if a change affects results."""
 
 
 @cache
@@ -122,7 +121,7 @@ def watch(arm: str, seed: int, quick: bool) -> dict[str, float]:
 
 
 ABSTRACT = "44 people, median improvement 4 %, up to 14 % (abstract"
-claim = partial(
+online = partial(
     Claim,
     source="Mazankiewicz, Böhm, Bergés 2020, https://arxiv.org/abs/2005.12178",
     arms=("frozen", "shuffled stream", "natural stream", "mean of users"),
@@ -130,31 +129,26 @@ claim = partial(
     threshold=0.0,
     trained=lambda arm: "frozen" if arm == "frozen" else "by user",
 )
-NATURAL = "the order of the stream was not verified)"
-SETTINGS = (
-    ("", phone, "HAPT, 24 seen and 6 unseen people; har-cnn, weight per window 0.02"),
-    ("-watch", watch, "watch, 16 arms of 8 seen and 4 arms of 2 unseen people; har-cnn, weight per window 0.02"),
+with_phones = partial(online, setting="HAPT, 24 seen and 6 unseen people; har-cnn, weight per window 0.02", run=phone)
+with_watches = partial(
+    online, setting="watch, 16 arms of 8 seen and 4 arms of 2 unseen people; har-cnn, weight per window 0.02", run=watch
 )
 
 CLAIMS = tuple(
     study_claim
-    for suffix, run, setting in SETTINGS
+    for suffix, claim in (("", with_phones), ("-watch", with_watches))
     for study_claim in (
         claim(
             name=f"dabn-mixed-stream{suffix}",
             sentence="Online DA-BN is more accurate on unseen people than frozen BN if activities are mixed.",
             published=f"{ABSTRACT})",
-            setting=setting,
-            run=run,
             effect=lambda v: v["shuffled stream"] - v["frozen"],
             meaning="mean accuracy on unseen people, DA-BN on a shuffled stream minus frozen BN",
         ),
         claim(
             name=f"dabn-natural-stream{suffix}",
             sentence="Online DA-BN is more accurate on unseen people than frozen BN if activities are as recorded.",
-            published=f"{ABSTRACT}; {NATURAL}",
-            setting=setting,
-            run=run,
+            published=f"{ABSTRACT}; the order of the stream was not verified)",
             effect=lambda v: v["natural stream"] - v["frozen"],
             meaning="mean accuracy on unseen people, DA-BN on the recorded stream minus frozen BN",
         ),
@@ -162,8 +156,6 @@ CLAIMS = tuple(
             name=f"dabn-order-matters{suffix}",
             sentence="Online DA-BN loses accuracy if activities are in recorded order instead of mixed.",
             published="not in the parts of the paper that were read",
-            setting=setting,
-            run=run,
             effect=lambda v: v["shuffled stream"] - v["natural stream"],
             meaning="mean accuracy on unseen people, shuffled minus recorded stream",
         ),

@@ -33,7 +33,6 @@ from simulations.claims.studies.common import (
 )
 
 NUMERICS = 1
-"""Numerics version of this study; increase it if a change affects results."""
 
 
 def _alexnet(norm: str, seed: int) -> nn.Module:
@@ -115,47 +114,40 @@ def at_best_rate(errors: Mapping[str, float]) -> float:
     return errors[f"dropout {PAIRS['dropout'][best]}"] - errors[f"bn {PAIRS['bn'][best]}"]
 
 
-SOURCE = "Simon, Rodner, Denzler 2016, https://arxiv.org/abs/1612.01452"
-
 VARIANTS = ("from scratch", "as it is", "statistics", "classifier", "fine-tuned")
+claim = partial(
+    Claim, source="Simon, Rodner, Denzler 2016, https://arxiv.org/abs/1612.01452", measure="error", threshold=0.0
+)
 to_a_new_task = partial(
-    Claim,
-    source=SOURCE,
+    claim,
     published="not verified",
     setting=f"{SIX_DOMAINS}; pre-training of AlexNet at 1/8 width on five, 100 labeled images of the sixth",
     run=transfer,
     arms=VARIANTS,
     trained=lambda arm: arm if arm == "from scratch" else "elsewhere",
-    measure="error",
-    threshold=0.0,
 )
 
 CLAIMS = (
-    Claim(
+    claim(
         name="pretrained-rate",
         sentence="At five times the learning rate, BN without dropout ends at a lower error than no BN with dropout.",
-        source=SOURCE,
         published="ImageNet top-1 error of AlexNet: 39.9 % with BN, 42.6 % the original (authors' page)",
         setting=f"{DIGITS}; AlexNet at 1/8 width, poly schedule",
         run=learning,
         arms=tuple(f"{norm} {rate}" for norm in PAIRS for rate in PAIRS[norm]),
-        measure="error",
         drawing="curves",
         axis="initial learning rate",
         effect=at_best_rate,
         meaning="test error, dropout at its best rate minus BN at five times that rate",
-        threshold=0.0,
     ),
-    Claim(
+    claim(
         name="pretrained-data-bn",
         sentence="BN of the data makes mean subtraction unnecessary: a different gain and offset cost no accuracy once "
         "its statistics are estimated.",
-        source=SOURCE,
         published="'no mean subtraction is required' (authors' page), no number",
         setting=f"{DIGITS}; AlexNet at 1/8 width; test images x -> 3 x + 5, first layer's statistics estimated again",
         run=contrast,
         arms=("same camera", "measured anew", "as trained"),
-        measure="error",
         effect=lambda v: v["same camera"] - v["measured anew"],
         meaning="test error, same camera minus other camera with new statistics of the data",
         threshold=-0.01,

@@ -21,7 +21,6 @@ from simulations.claims.claim import Claim
 from simulations.claims.studies.common import by_epoch, seeded, shuffled, train
 
 NUMERICS = 1
-"""Numerics version of this study; increase it if a change affects results."""
 
 
 def folds(subjects: Cohort, k: int, seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:

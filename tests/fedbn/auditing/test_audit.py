@@ -61,11 +61,7 @@ class ResNet(nn.Module):
         for stage in range(1, 5):
             wide = width * 2 ** (stage - 1)
             stride = 1 if stage == 1 else 2
-            setattr(
-                self,
-                f"layer{stage}",
-                nn.Sequential(BasicBlock(before, wide, stride), BasicBlock(wide, wide, 1)),
-            )
+            setattr(self, f"layer{stage}", nn.Sequential(BasicBlock(before, wide, stride), BasicBlock(wide, wide, 1)))
             before = wide
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(before, classes)
@@ -89,10 +85,7 @@ def mobilenet():
 
 def small(*, norm=nn.BatchNorm2d, channels=4, **options):
     return nn.Sequential(
-        nn.Conv2d(3, channels, 3, bias=False),
-        norm(channels, **options),
-        nn.Flatten(),
-        nn.Linear(channels * 4, 2),
+        nn.Conv2d(3, channels, 3, bias=False), norm(channels, **options), nn.Flatten(), nn.Linear(channels * 4, 2)
     )
 
 
@@ -144,48 +137,128 @@ def test_roles_include_all_norm_layers():
     assert not any(k.rpartition(".")[0] in by_type for k in shared)
 
 
-def test_name_misses_in_builtin_resnet20():
-    finding = only_finding(build("resnet20", (3, 32, 32), 10, 0), "name-misses")
-    assert finding.where == ("layer2.0.downsample.1", "layer3.0.downsample.1")
-    assert "misses 2 of 21 BN layers" in finding.message
+def group_norm(groups):
+    """Layers with this number of groups, for `small`."""
+    return lambda channels: nn.GroupNorm(groups, channels)
 
 
-def test_name_misses_with_numbered_modules():
-    assert "misses 3 of 3 BN layers" in only_finding(mobilenet(), "name-misses").message
+def linear(layer):
+    """A layer after a linear one of width four."""
+    return nn.Sequential(nn.Linear(3, 4), layer)
 
 
-def test_name_lints_accept_matching_names():
-    net = Named(conv=nn.Conv2d(3, 4, 1), bn=nn.BatchNorm2d(4))
-    assert not findings(net, "name-misses")
-    assert not findings(net, "name-catches")
+def point():
+    """BN over a single value per channel of an example of shape ``[3, 3, 3]``."""
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
 
 
-def test_name_misses_is_case_sensitive():
-    assert findings(Named(conv=nn.Conv2d(3, 4, 1), BN=nn.BatchNorm2d(4)), "name-misses")
+def biased():
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.ReLU())
 
 
-def test_name_misses_counts_other_norm_layers():
-    assert (
-        "1 of 1 normalization layers" in only_finding(small(norm=lambda c: nn.GroupNorm(2, c)), "name-misses").message
-    )
+def after_head():
+    return nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3), nn.Linear(3, 2), nn.InstanceNorm1d(2))
 
 
-def test_name_catches_subnet():
-    net = Named(subnet=nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)), fc=nn.Conv2d(4, 2, 1))
-    finding = only_finding(net, "name-catches")
-    assert finding.where == ("subnet.0",)
-    assert "catches 2 entries of 1 layer without" in finding.message
-    assert not findings(net, "name-misses")
+def subnet():
+    return Named(subnet=nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)), fc=nn.Conv2d(4, 2, 1))
 
 
-# --- each lint, with and without a finding
+def sequence():
+    return nn.Sequential(nn.Flatten(2), nn.Unflatten(2, (5,)), nn.Identity(), nn.Linear(5, 5), nn.BatchNorm1d(4))
 
 
-def test_no_norm_finding():
-    net = nn.Sequential(nn.Linear(3, 2))
-    assert only_finding(net, "no-norm").level == "warning"
-    assert only_finding(net, "no-norm", NoNorm()).level == "note"
-    assert not findings(small(), "no-norm")
+class Reversed(nn.Module):
+    """Registers the normalization layer after the head, but runs it before."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.bn = nn.Linear(3, 2), nn.BatchNorm1d(3)
+
+    def forward(self, x):
+        return self.fc(self.bn(x))
+
+
+@pytest.mark.parametrize(
+    ("lint", "net", "options", "expected"),
+    [
+        (
+            "name-misses",
+            lambda: build("resnet20", (3, 32, 32), 10, 0),
+            {},
+            {"where": ("layer2.0.downsample.1", "layer3.0.downsample.1"), "message": "misses 2 of 21 BN layers"},
+        ),
+        ("name-misses", mobilenet, {}, {"message": "misses 3 of 3 BN layers"}),
+        ("name-misses", lambda: Named(conv=nn.Conv2d(3, 4, 1), BN=nn.BatchNorm2d(4)), {}, {}),
+        ("name-misses", lambda: small(norm=group_norm(2)), {}, {"message": "1 of 1 normalization layers"}),
+        ("name-catches", subnet, {}, {"where": ("subnet.0",), "message": "catches 2 entries of 1 layer without"}),
+        ("no-norm", lambda: nn.Linear(3, 2), {}, {"level": "warning"}),
+        ("no-norm", lambda: nn.Linear(3, 2), {"strategy": NoNorm()}, {"level": "note"}),
+        ("counters", small, {}, {"message": "1 integer entry (8 B)"}),
+        ("momentum-none", lambda: small(momentum=None), {}, {"where": ("1",)}),
+        ("parameters-only", small, {}, {"message": "omits 2 statistics (32 B): FedAvg on parameters() is SiloBN"}),
+        ("untracked", lambda: small(track_running_stats=False), {}, {"where": ("1",)}),
+        ("one-value", point, {"shape": (3, 3, 3)}, {"level": "warning"}),
+        ("one-value", point, {"shape": (3, 3, 3), "batch_size": 1}, {"level": "error"}),
+        ("one-value", lambda: linear(nn.BatchNorm1d(4)), {}, {"where": ("1",)}),
+        ("one-value", sequence, {}, {}),
+        ("batch-of-one", small, {"batch_size": 1}, {}),
+        (
+            "fewest-values",
+            small,
+            {"batch_size": 8, "shape": (3, 4, 4)},
+            {"message": "32 values per channel at batch size 8, 4 in a last batch of one"},
+        ),
+        ("unmeasured", small, {"shape": (5, 4, 4)}, {"message": str([EXAMPLES, 5, 4, 4])}),
+        ("group-is-instance", lambda: small(norm=group_norm(4)), {}, {"where": ("1",)}),
+        ("group-is-layer", lambda: small(norm=group_norm(1)), {}, {"level": "note"}),
+        ("group-of-one", lambda: linear(nn.GroupNorm(4, 4)), {"shape": (3,)}, {"level": "error"}),
+        ("idle-bias", biased, {}, {"where": ("0",), "message": "(16 B)"}),
+        ("idle-bias", lambda: nn.Sequential(biased()), {}, {"where": ("0.0",)}),
+        ("sync", lambda: nn.SyncBatchNorm.convert_sync_batchnorm(small()), {}, {"where": ("1",)}),
+        ("after-head", after_head, {}, {"where": ("3",)}),
+        ("after-head", Reversed, {}, {}),
+    ],
+)
+def test_lint_finds_mistake(lint, net, options, expected):
+    finding = only_finding(net(), lint, **options)
+    assert expected.pop("message", "") in finding.message
+    assert {name: getattr(finding, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("lint", "net", "options"),
+    [
+        ("name-misses", lambda: Named(conv=nn.Conv2d(3, 4, 1), bn=nn.BatchNorm2d(4)), {}),
+        ("name-catches", lambda: Named(conv=nn.Conv2d(3, 4, 1), bn=nn.BatchNorm2d(4)), {}),
+        ("name-misses", subnet, {}),
+        ("no-norm", small, {}),
+        ("counters", lambda: small(norm=group_norm(2)), {}),
+        ("momentum-none", small, {}),
+        ("parameters-only", lambda: small(track_running_stats=False), {}),
+        ("untracked", small, {}),
+        ("untracked", lambda: small(norm=nn.InstanceNorm2d), {}),
+        ("one-value", small, {"shape": (3, 4, 4)}),
+        ("one-value", small, {}),
+        ("one-value", sequence, {"shape": (4, 5)}),
+        ("batch-of-one", small, {"batch_size": 2}),
+        ("batch-of-one", lambda: small(norm=group_norm(2)), {"batch_size": 1}),
+        ("fewest-values", small, {}),
+        ("unmeasured", small, {"shape": (3, 4, 4)}),
+        ("group-is-instance", lambda: small(norm=group_norm(2)), {}),
+        ("group-is-layer", lambda: small(norm=group_norm(2)), {}),
+        ("group-of-one", lambda: linear(nn.GroupNorm(2, 4)), {"shape": (3,)}),
+        ("conversion-raises", lambda: small(channels=64), {}),
+        ("conversion-degenerates", lambda: small(channels=64), {}),
+        ("idle-bias", small, {}),
+        ("idle-bias", lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4)), {}),
+        ("sync", small, {}),
+        ("after-head", lambda: after_head()[:3], {}),
+        ("after-head", Reversed, {"shape": (3,)}),
+    ],
+)
+def test_lint_accepts_correct_model(lint, net, options):
+    assert not findings(net(), lint, **options)
 
 
 def test_lazy_finding():
@@ -198,33 +271,10 @@ def test_lazy_finding():
     assert not findings(net, "lazy")
 
 
-def test_counters_finding():
-    assert "1 integer entry (8 B)" in only_finding(small(), "counters").message
-    assert not findings(small(norm=lambda c: nn.GroupNorm(2, c)), "counters")
-
-
-def test_momentum_none_finding():
-    assert only_finding(small(momentum=None), "momentum-none").where == ("1",)
-    assert not findings(small(), "momentum-none")
-
-
-def test_parameters_only_finding():
-    finding = only_finding(small(), "parameters-only")
-    assert "omits 2 statistics (32 B)" in finding.message
-    assert "SiloBN" in finding.message
-    assert not findings(small(track_running_stats=False), "parameters-only")
-
-
 def test_parameters_only_matches_silobn():
     net = ResNet(width=4)
     omitted = {k for k in net.state_dict() if k not in dict(net.named_parameters())}
     assert omitted == {e.key for e in audit(net, SiloBN()).entries if not e.bytes_up}
-
-
-def test_untracked_finding():
-    assert only_finding(small(track_running_stats=False), "untracked").where == ("1",)
-    assert not findings(small(), "untracked")
-    assert not findings(small(norm=nn.InstanceNorm2d), "untracked")
 
 
 def test_untrained_finding():
@@ -248,16 +298,12 @@ def test_untrained_finding():
 def test_broken_statistics_finding(entry, value, message):
     net = small()
     assert not findings(net, "broken-statistics")
+    net[1].running_var.zero_()
+    assert not findings(net, "broken-statistics")
     getattr(net[1], entry)[2] = value
     finding = only_finding(net, "broken-statistics")
     assert (finding.level, finding.where) == ("error", ("1",))
     assert message in finding.message
-
-
-def test_broken_statistics_accepts_zero_variance():
-    net = small()
-    net[1].running_var.zero_()
-    assert not findings(net, "broken-statistics")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -266,40 +312,6 @@ def test_half_statistics_finding(dtype):
     assert only_finding(net, "half-statistics").where == ("1",)
     net[1].float()
     assert not findings(net, "half-statistics")
-
-
-def test_one_value_uses_measurement():
-    image = small()
-    assert not findings(image, "one-value", shape=(3, 4, 4))
-    point = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
-    assert only_finding(point, "one-value", shape=(3, 3, 3)).level == "warning"
-    assert only_finding(point, "one-value", shape=(3, 3, 3), batch_size=1).level == "error"
-    with pytest.raises(ValueError, match="more than 1 value per channel"):
-        point(torch.zeros(1, 3, 3, 3))
-
-
-def test_one_value_without_shape_uses_linear_layers():
-    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
-    assert only_finding(net, "one-value").where == ("1",)
-    assert not findings(small(), "one-value")
-
-
-def test_one_value_accepts_measured_sequence():
-    net = nn.Sequential(nn.Flatten(2), nn.Unflatten(2, (5,)), nn.Identity(), nn.Linear(5, 5), nn.BatchNorm1d(4))
-    assert findings(net, "one-value")
-    assert not findings(net, "one-value", shape=(4, 5))
-
-
-def test_batch_of_one_finding():
-    assert findings(small(), "batch-of-one", batch_size=1)
-    assert not findings(small(), "batch-of-one", batch_size=2)
-    assert not findings(small(norm=lambda c: nn.GroupNorm(2, c)), "batch-of-one", batch_size=1)
-
-
-def test_fewest_values_finding():
-    finding = only_finding(small(), "fewest-values", batch_size=8, shape=(3, 4, 4))
-    assert "32 values per channel at batch size 8, 4 in a last batch of one" in finding.message
-    assert not findings(small(), "fewest-values")
 
 
 def test_measure_uses_minimum_for_reused_layer():
@@ -314,29 +326,6 @@ def test_measure_uses_minimum_for_reused_layer():
     assert measure(Twice(), (3, 4, 4)).values == {"bn": 1}
 
 
-def test_unmeasured_finding():
-    finding = only_finding(small(), "unmeasured", shape=(5, 4, 4))
-    assert str([EXAMPLES, 5, 4, 4]) in finding.message
-    assert not findings(small(), "unmeasured", shape=(3, 4, 4))
-
-
-def test_group_lint_findings():
-    def net(groups):
-        return small(norm=lambda c: nn.GroupNorm(groups, c))
-
-    assert only_finding(net(4), "group-is-instance").where == ("1",)
-    assert only_finding(net(1), "group-is-layer").level == "note"
-    assert not findings(net(2), "group-is-instance")
-    assert not findings(net(2), "group-is-layer")
-
-
-def test_group_of_one_finding():
-    net = nn.Sequential(nn.Linear(3, 4), nn.GroupNorm(4, 4))
-    assert only_finding(net, "group-of-one", shape=(3,)).level == "error"
-    assert net(torch.randn(5, 3)).abs().max() < 1e-3
-    assert not findings(nn.Sequential(nn.Linear(3, 4), nn.GroupNorm(2, 4)), "group-of-one", shape=(3,))
-
-
 def test_conversion_findings():
     net = nn.Sequential(*(nn.BatchNorm2d(c) for c in (16, 32, 48, 64, 80)))
     assert only_finding(net, "conversion-raises").where == ("2", "4")
@@ -349,23 +338,6 @@ def test_conversion_findings():
                 nn.GroupNorm(groups, layer.num_features)
         else:
             nn.GroupNorm(groups, layer.num_features)
-    assert not findings(small(channels=64), "conversion-raises")
-    assert not findings(small(channels=64), "conversion-degenerates")
-
-
-def test_idle_bias_finding():
-    biased = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.ReLU())
-    finding = only_finding(biased, "idle-bias")
-    assert finding.where == ("0",)
-    assert "(16 B)" in finding.message
-    assert only_finding(nn.Sequential(biased), "idle-bias").where == ("0.0",)
-    assert not findings(small(), "idle-bias")
-    assert not findings(nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4)), "idle-bias")
-
-
-def test_sync_finding():
-    assert only_finding(nn.SyncBatchNorm.convert_sync_batchnorm(small()), "sync").where == ("1",)
-    assert not findings(small(), "sync")
 
 
 def test_tied_finding():
@@ -392,23 +364,10 @@ def test_tied_findings_for_shared_module():
     assert net[1] is net[3]
 
 
-def test_after_head_finding():
-    net = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3), nn.Linear(3, 2), nn.InstanceNorm1d(2))
-    assert only_finding(net, "after-head").where == ("3",)
-    assert not findings(net[:3], "after-head")
-
-
-def test_after_head_uses_measured_order():
-    class Reversed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.fc, self.bn = nn.Linear(3, 2), nn.BatchNorm1d(3)
-
-        def forward(self, x):
-            return self.fc(self.bn(x))
-
-    assert findings(Reversed(), "after-head")
-    assert not findings(Reversed(), "after-head", shape=(3,))
+def test_one_value_and_group_of_one_match_torch():
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        point()(torch.zeros(1, 3, 3, 3))
+    assert linear(nn.GroupNorm(4, 4))(torch.randn(5, 3)).abs().max() < 1e-3
 
 
 # --- all lints
@@ -492,10 +451,7 @@ def test_lints_are_complete():
 def test_audit_bytes_sum_to_state_size(widths, affine, tracked, dtype, name):
     layers = []
     for before, after in zip([3, *widths], widths):
-        layers += [
-            nn.Linear(before, after),
-            nn.BatchNorm1d(after, affine=affine, track_running_stats=tracked),
-        ]
+        layers += [nn.Linear(before, after), nn.BatchNorm1d(after, affine=affine, track_running_stats=tracked)]
     net = nn.Sequential(*layers, nn.Linear(widths[-1], 2)).to(dtype)
     result = audit(net, strategy(name))
     state = net.state_dict()
@@ -508,8 +464,7 @@ def test_audit_bytes_sum_to_state_size(widths, affine, tracked, dtype, name):
 
 @pytest.mark.parametrize("strategy_text", [None, *strategies()])
 @pytest.mark.parametrize(
-    "name",
-    [m if m in ("mlp", "small-cnn") else pytest.param(m, marks=pytest.mark.slow) for m in models()],
+    "name", [m if m in ("mlp", "small-cnn") else pytest.param(m, marks=pytest.mark.slow) for m in models()]
 )
 def test_audit_model_for_every_model_and_strategy(name, strategy_text):
     shape = SHAPES.get(name, (3, 28, 28))
@@ -550,8 +505,7 @@ def user_module(monkeypatch):
     module.plain = lambda: small()
     module.shaped = lambda shape, classes: nn.Sequential(nn.Linear(shape[0], classes), nn.BatchNorm1d(classes))
     module.keywords = lambda **options: small()
-    module.needs_depth, module.fails = needs_depth, fails
-    module.number = 3
+    module.needs_depth, module.fails, module.number = needs_depth, fails, 3
     module.a_model = small()
     module.no_model = lambda: "net"
     module.normless = lambda: nn.Linear(3, 2)
@@ -600,13 +554,13 @@ def test_audit_model_rejects_module_with_syntax_error(tmp_path, monkeypatch):
         audit_model("half_written:net")
 
 
-def test_audit_rejects_bad_input():
-    with pytest.raises(UserError, match="batch size 0"):
-        audit(small(), batch_size=0)
-    with pytest.raises(UserError, match="is empty"):
-        audit(small(), shape=(3, 0))
-    with pytest.raises(UserError, match="is empty"):
-        audit(small(), shape=())
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"batch_size": 0}, "batch size 0"), ({"shape": (3, 0)}, "is empty"), ({"shape": ()}, "is empty")],
+)
+def test_audit_rejects_bad_input(options, message):
+    with pytest.raises(UserError, match=message):
+        audit(small(), **options)
 
 
 def test_audit_rejects_extra_state():
@@ -666,9 +620,6 @@ def test_show_sums_bytes_of_collapsed_blocks():
     assert f"{3 * 8 * 8 * 4} B" in text
 
 
-def test_show_without_findings():
+def test_show_without_findings_or_names():
     assert "No findings." in render_text(audit(Named(bn_a=nn.GroupNorm(2, 4))))
-
-
-def test_show_single_layer_model():
     assert "the model itself" in render_text(audit(nn.BatchNorm2d(4)))

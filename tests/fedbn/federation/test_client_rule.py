@@ -15,7 +15,6 @@ from fedbn.config import Plan
 from fedbn.errors import UserError
 from fedbn.federation.client import user_state
 from fedbn.federation.cold_start import population_prior_for
-from fedbn.federation.loop import federate
 from fedbn.federation.run import Run
 from fedbn.federation.setup import build_context
 from fedbn.online import follow_rule, personalize, rule
@@ -23,6 +22,7 @@ from fedbn.online.prequential import follow
 from fedbn.streams import Stream
 from simulations.cli.app import app
 from simulations.engines.execute import execute
+from tests.helpers import assert_engines_agree, federated
 
 POPULATION_RULE = "population:diversity=1"
 
@@ -42,10 +42,6 @@ def small(tmp_path):
     return make
 
 
-def online(scores):
-    return {(user, s.row): s.accuracy for user, cells in scores.items() for s in cells if s.column == "online"}
-
-
 @pytest.mark.parametrize("strategy", ["global-naive", "fedbn-seeded", "fedbn"])
 @pytest.mark.parametrize("text", ["ema:rate=0.3", POPULATION_RULE])
 def test_online_rule_engines_agree(strategy, text, small):
@@ -54,39 +50,34 @@ def test_online_rule_engines_agree(strategy, text, small):
         with pytest.raises(UserError, match=f"with strategy '{strategy}' no client sends any"):
             build_context(run)
         return
-    a, b = execute(run, "reference"), execute(run, "grid")
-    assert a.scores == b.scores
+    scores = assert_engines_agree(run).scores
     plain = execute(replace(run, rule=""), "reference").scores
-    assert [s.loss for c in a.scores.values() for s in c] != [s.loss for c in plain.values() for s in c]
+    assert [s.loss for c in scores.values() for s in c] != [s.loss for c in plain.values() for s in c]
 
 
 @pytest.mark.parametrize("text", ["ema:rate=0.3", POPULATION_RULE])
 def test_online_column_equals_prequential_evaluation(text, small):
-    run = replace(small("global-naive"), rule=text)
-    out, ctx = federate(run), build_context(run)
+    ctx, out = federated(replace(small("global-naive"), rule=text))
     for user in (ctx.population.unseen[0], ctx.population.seen[1]):
         data = ctx.population.users[user]
         state = user_state(ctx, user, out.server.serving, out.client_states.get(user))
-        prior = (
-            population_prior_for(ctx, state, out.server.client_statistics, data.train.x)
-            if text == POPULATION_RULE
-            else None
-        )
+        prior = None
+        if text == POPULATION_RULE:
+            prior = population_prior_for(ctx, state, out.server.client_statistics, data.train.x)
         net = personalize(copy.deepcopy(ctx.load(state)), rule(text), prior)
         (trace,) = follow(net, [Stream(data.name, data.test.x, data.test.y, data.test.recording)])
-        accuracies = [a for (u, row), a in online(out.scores).items() if u == user and row != "global"]
+        accuracies = [s.accuracy for s in out.scores[user] if s.column == "online" and s.row != "global"]
         assert accuracies == [pytest.approx(trace.correct.mean(), abs=1e-12)]
 
 
 def test_population_prior_for_weights_by_client_variance(small):
-    run = replace(small("global-naive"), rule=POPULATION_RULE)
-    out, ctx = federate(run), build_context(run)
+    ctx, out = federated(replace(small("global-naive"), rule=POPULATION_RULE))
     x = ctx.population.users[ctx.population.unseen[0]].train.x
-    prior = population_prior_for(ctx, out.server.serving, out.server.client_statistics, x)
-    equal = dict.fromkeys(out.server.client_statistics, next(iter(out.server.client_statistics.values())))
-    strongest = population_prior_for(ctx, out.server.serving, equal, x)
+    clients = out.server.client_statistics
+    equal = dict.fromkeys(clients, next(iter(clients.values())))
+    prior, strongest = (population_prior_for(ctx, out.server.serving, s, x) for s in (clients, equal))
     for path, layer in prior.items():
-        means = torch.stack([c[f"{path}.running_mean"] for c in out.server.client_statistics.values()])
+        means = torch.stack([c[f"{path}.running_mean"] for c in clients.values()])
         torch.testing.assert_close(layer.mean, means.mean(0))
         assert (layer.n0 <= strongest[path].n0).all()
         assert layer.n0.median() < strongest[path].n0[0] / 10
@@ -94,8 +85,7 @@ def test_population_prior_for_weights_by_client_variance(small):
 
 
 def test_follow_rule_returns_state_and_keeps_model(small):
-    run = small("global-naive")
-    ctx = build_context(run)
+    ctx = build_context(small("global-naive"))
     model, data = ctx.load(ctx.initial).eval(), ctx.population.users[0]
     before = {k: v.clone() for k, v in model.state_dict().items()}
     logits, net = follow_rule(model, data.test.x, rule("cumulative"))

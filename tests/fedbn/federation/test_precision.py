@@ -14,7 +14,7 @@ from fedbn.federation.run import Run
 from fedbn.federation.training import autocast_forward
 from fedbn.strategies.base import strategies
 from simulations.engines.execute import execute
-from tests.helpers import same, sampling_options
+from tests.helpers import assert_engines_agree, same, sampling_options
 
 
 @pytest.mark.parametrize("name", strategies())
@@ -26,10 +26,8 @@ def test_bfloat16_training_keeps_float32_state(name, small):
 
 
 def test_bfloat16_engines_agree_and_differ_from_float32(small):
-    run, plain = small("fedbn", precision="bfloat16"), small("fedbn")
-    reference, grid = execute(run, "reference"), execute(run, "grid")
-    assert same(reference.server.state, grid.server.state)
-    assert not same(reference.server.state, execute(plain, "reference").server.state)
+    reference = assert_engines_agree(small("fedbn", precision="bfloat16"))
+    assert not same(reference.server.state, execute(small("fedbn"), "reference").server.state)
 
 
 @pytest.mark.parametrize("model", ["mlp", "small-cnn"])

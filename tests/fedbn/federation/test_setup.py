@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import types
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import nn
@@ -13,10 +9,10 @@ from torch import nn
 from fedbn.data.population import Examples, Population, User, hold_out
 from fedbn.data.splits import carve_validation
 from fedbn.errors import UserError
-from fedbn.federation import setup as module
 from fedbn.federation.checks import check_population
-from fedbn.federation.setup import build_context
+from fedbn.federation.setup import build_context, load_population
 from fedbn.scenarios.base import Scenario
+from fedbn.scenarios.digits8 import Digits8
 
 
 def examples(n=12, classes=3, shape=(4,)):
@@ -25,12 +21,9 @@ def examples(n=12, classes=3, shape=(4,)):
 
 
 def make_population(train=None, test=None, classes=("a", "b", "c")):
-    users = tuple(User(f"u{i}", "d", examples(), examples()) for i in range(3))
-    users = (
-        replace(users[0], train=examples() if train is None else train, test=examples() if test is None else test),
-        *users[1:],
-    )
-    return Population(users, (2,), classes, "none")
+    first = User("u0", "d", examples() if train is None else train, examples() if test is None else test)
+    others = (User(f"u{i}", "d", examples(), examples()) for i in (1, 2))
+    return Population((first, *others), (2,), classes, "none")
 
 
 @pytest.mark.parametrize(
@@ -52,9 +45,8 @@ def test_check_population_rejects_bad_data(population, message):
 def test_check_population_rejects_nonfinite_values(bad):
     data = examples()
     data.x[7, 2] = bad
-    with pytest.raises(
-        UserError, match=r"1 of 12 training examples hold NaN or Inf \(first: row 7\); remove or impute"
-    ):
+    message = r"1 of 12 training examples hold NaN or Inf \(first: row 7\); remove or impute"
+    with pytest.raises(UserError, match=message):
         check_population(make_population(train=data))
 
 
@@ -82,22 +74,15 @@ def test_build_context_notices_users_with_less_than_a_batch(small):
     assert build_context(small("fedbn", batch_size=8)).notices == ()
 
 
-def register_model(monkeypatch, make):
-    fake = types.ModuleType("registered_models")
-    fake.make = make
-    monkeypatch.setitem(sys.modules, "registered_models", fake)
-    return "registered_models:make"
-
-
-def test_build_context_rejects_model_of_wrong_shape(small, monkeypatch):
-    text = register_model(monkeypatch, lambda shape, classes: nn.Sequential(nn.Flatten(), nn.Linear(9, classes)))
+def test_build_context_rejects_model_of_wrong_shape(small, register_model):
+    text = register_model(lambda shape, classes: nn.Sequential(nn.Flatten(), nn.Linear(9, classes)))
     with pytest.raises(UserError, match=r"does not take examples of shape \[1, 8, 8\]"):
         build_context(small("nonorm", model=text))
-    text = register_model(monkeypatch, lambda shape, classes: nn.Sequential(nn.Flatten(), nn.Linear(64, 7)))
+    text = register_model(lambda shape, classes: nn.Sequential(nn.Flatten(), nn.Linear(64, 7)))
     with pytest.raises(UserError, match=r"outputs of shape \[7\] for 10 classes"):
         build_context(small("nonorm", model=text, rounds=3))
     with pytest.raises(UserError, match="returned a int, not a torch.nn.Module"):
-        build_context(small("nonorm", model=register_model(monkeypatch, lambda: 3), rounds=4))
+        build_context(small("nonorm", model=register_model(lambda: 3), rounds=4))
 
 
 def test_instancenorm_rejects_layers_without_positions(small):
@@ -105,8 +90,8 @@ def test_instancenorm_rejects_layers_without_positions(small):
         build_context(small("instancenorm", model="mlp"))
 
 
-def test_strategies_reject_model_without_norm_layers(small, monkeypatch):
-    text = register_model(monkeypatch, lambda shape, classes: nn.Sequential(nn.Flatten(), nn.Linear(64, classes)))
+def test_strategies_reject_model_without_norm_layers(small, register_model):
+    text = register_model(lambda shape, classes: nn.Sequential(nn.Flatten(), nn.Linear(64, classes)))
     with pytest.raises(UserError, match="conversion to group needs normalization layers and Sequential has none"):
         build_context(small("groupnorm", model=text))
     with pytest.raises(UserError, match="strategy 'silobn' works on running statistics"):
@@ -134,12 +119,9 @@ def test_hold_out_rejects_all_users():
 
 
 def test_population_is_loaded_once_for_all_strategies(small, monkeypatch):
-    calls = []
-    from fedbn.scenarios.digits8 import Digits8
-
-    load = Digits8.load
+    calls, load = [], Digits8.load
     monkeypatch.setattr(Digits8, "load", lambda self, seed: calls.append(seed) or load(self, seed))
-    module.load_population.cache_clear()
+    load_population.cache_clear()
     for name in ("fedbn", "silobn", "groupnorm"):
         build_context(small(name, seed=11))
     assert calls == [11]

@@ -40,9 +40,8 @@ def message_bytes(run):
         kind = message.metadata.message_type
         for direction, content in (("down", message.content), ("up", reply.content)):
             for name, record in content.array_records.items():
-                sizes[direction, kind, name] += sum(
-                    math.prod(a.shape) * getattr(torch, a.dtype).itemsize for a in record.values()
-                )
+                size = sum(math.prod(a.shape) * getattr(torch, a.dtype).itemsize for a in record.values())
+                sizes[direction, kind, name] += size
         return reply
 
     config, app = {"run": run.to_json()}, ClientApp(mods=[count])
@@ -81,11 +80,8 @@ def test_fedtan_sends_three_messages_per_layer(small):
     ctx = build_context(run)
     channels = [layer.num_features for layer in statistics_layers(ctx.scratch).values()]
     rows = {row["role"]: row for row in execute(run).traffic.rows()}
-    assert (
-        rows["first-batch sync"]["bytes_up"]
-        == rows["first-batch sync"]["bytes_down"]
-        == sum(4 * (8 + 16 * c) for c in channels)
-    )
+    sync = rows["first-batch sync"]
+    assert sync["bytes_up"] == sync["bytes_down"] == sum(4 * (8 + 16 * c) for c in channels)
     model = sum(row["bytes_down"] for row in ctx.ownership.rows())
     messages = [8 + 16 * c for c in channels for _ in range(2)] + [2 * (8 + 16 * c) for c in reversed(channels)]
     repeated = [sum(messages[: max(i - 1, 0)]) for i in range(len(messages) + 1)]  # earlier aggregates per request

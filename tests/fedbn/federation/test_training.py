@@ -62,10 +62,10 @@ def test_fit_full_batch_step_is_gradient_descent():
 
 
 def test_fit_pull_keeps_named_parameters_near_target():
-    start = {k: v.clone() for k, v in network().state_dict().items()}
+    start = network().state_dict()
     free, pulled = network(), network()
     train(free, Plan(batch_size=4, local_epochs=5))
-    train(pulled, Plan(batch_size=4, local_epochs=5), pull=(5.0, {"0.weight": start["0.weight"].clone()}))
+    train(pulled, Plan(batch_size=4, local_epochs=5), pull=(5.0, {"0.weight": start["0.weight"]}))
 
     def distance(net, key):
         return float((net.state_dict()[key] - start[key]).norm())
@@ -87,7 +87,6 @@ def test_optimizer_state_is_kept_and_never_sent(small):
 
 
 def test_momentum_is_reset_between_rounds_by_default(small):
-    reset = federate(small("fedbn"))
-    keep = federate(small("fedbn", optimizer_state="keep"))
+    reset, keep = federate(small("fedbn")), federate(small("fedbn", optimizer_state="keep"))
     assert reset.curve[0] == keep.curve[0]
     assert reset.curve[1] != keep.curve[1]

@@ -108,15 +108,9 @@ def test_export_removes_file_with_different_outputs(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
     directory = tmp_path_factory.mktemp("export") / "results"
-    experiment = Experiment.from_dict(
-        {
-            "scenario": "digits8",
-            "strategies": ("global-naive", "fedbn+ditto"),
-            "seeds": 1,
-            "plan": {"rounds": 1, "eval_every": 1, "global_test": 20},
-        }
-    )
-    return compare(experiment.resolved(), directory, workers=1)
+    values = {"scenario": "digits8", "strategies": ("global-naive", "fedbn+ditto"), "seeds": 1}
+    values["plan"] = {"rounds": 1, "eval_every": 1, "global_test": 20}
+    return compare(Experiment.from_dict(values).resolved(), directory, workers=1)
 
 
 def result_of(directory, strategy):

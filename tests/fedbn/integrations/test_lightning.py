@@ -18,6 +18,8 @@ from fedbn.statistics.recalibration import recalibrate, statistics_of
 if find_spec("lightning") is None:
     pytest.skip("Lightning is not installed", allow_module_level=True)
 
+pytestmark = pytest.mark.filterwarnings("ignore")
+
 
 def module():
     from lightning.pytorch import LightningModule
@@ -55,7 +57,6 @@ def fit(net, *callbacks, data=None):
     Trainer(callbacks=list(callbacks), **options).fit(net, data or DataLoader(DATA, batch_size=16))
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_normalization_recalibrates_with_final_weights():
     net = module()
     fit(net, normalization())
@@ -73,7 +74,6 @@ def test_normalization_recalibrates_with_final_weights():
     assert not torch.allclose(plain.layers[1].running_mean, net.layers[1].running_mean, atol=1e-3)
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_normalization_uses_whole_batches_up_to_rows():
     net = module()
     fit(net, normalization(rows=20))
@@ -82,7 +82,6 @@ def test_normalization_uses_whole_batches_up_to_rows():
     assert int(net.layers[1].num_batches_tracked) == 10
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_normalization_converts_once_and_trains_layers():
     net, callback = module(), normalization("group", groups=4, rows=0)
     fit(net, callback)
@@ -94,7 +93,6 @@ def test_normalization_converts_once_and_trains_layers():
     assert net.layers[1] is layer
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_normalization_accepts_inputs_function():
     class Named(torch.utils.data.Dataset):
         def __len__(self):
@@ -110,7 +108,6 @@ def test_normalization_accepts_inputs_function():
         fit(module(), normalization(), data=DataLoader(Named(), batch_size=16))
 
 
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("callback", "message"),
     [

@@ -9,18 +9,10 @@ import torch
 from torch import nn
 
 from fedbn.errors import UserError
-from fedbn.models.binary import (
-    BINARY_NORMS,
-    BinaryCNN,
-    BinaryConv2d,
-    BinaryLinear,
-    BinaryMLP,
-    HalfBatchNorm,
-    Sign,
-    binary_norm,
-    sign,
-)
+from fedbn.models import binary
+from fedbn.models.binary import BinaryCNN, BinaryConv2d, BinaryLinear, BinaryMLP, HalfBatchNorm, Sign, sign
 from fedbn.nn.probes import GradientGrowthProbe
+from tests.fedbn.helpers import rejects
 
 
 def test_sign_passes_gradient_only_in_unit_interval():
@@ -144,7 +136,7 @@ def test_probe_removes_hooks_and_rejects_bad_input():
         pass
 
 
-@pytest.mark.parametrize("norm", BINARY_NORMS)
+@pytest.mark.parametrize("norm", binary.BINARY_NORMS)
 def test_binary_networks_support_every_norm(norm):
     for model in (BinaryMLP((1, 8, 8), 3, norm=norm), BinaryCNN((1, 8, 8), 3, norm=norm)):
         signs = [m for m in model.modules() if isinstance(m, Sign)]
@@ -155,11 +147,9 @@ def test_binary_networks_support_every_norm(norm):
 
 
 def test_fixed_scale_divides_by_root_of_fan_in():
-    assert binary_norm("fixed", 4, 16)(torch.ones(1, 4)).tolist() == [[0.25] * 4]
+    assert binary.binary_norm("fixed", 4, 16)(torch.ones(1, 4)).tolist() == [[0.25] * 4]
 
 
 def test_binary_networks_reject_bad_input():
-    with pytest.raises(UserError, match="unknown norm of a binary network 'centre'. Did you mean 'center'"):
-        BinaryMLP((4,), 2, norm="centre")
-    with pytest.raises(UserError, match=r"binary-cnn takes images \[channels, >= 8, >= 8\], not examples of shape \[4"):
-        BinaryCNN((4,), 2)
+    rejects("unknown norm of a binary network 'centre'. Did you mean 'center'", BinaryMLP, (4,), 2, norm="centre")
+    rejects(r"binary-cnn takes images \[channels, >= 8, >= 8\], not examples of shape \[4", BinaryCNN, (4,), 2)

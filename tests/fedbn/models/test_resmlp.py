@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from torch import nn
 
-from fedbn.errors import UserError
 from fedbn.models.resmlp import Residual, ResMLP, mc_dropout
 from fedbn.nn.roles import norm_layers
+from tests.fedbn.helpers import rejects
 
 
 def parameters(model):
@@ -33,11 +32,9 @@ def test_resmlp_parameter_count_matches_paper():
 def test_resmlp_module_order_matches_paper():
     kinds = (nn.Linear, nn.BatchNorm1d, nn.Dropout)
     order = [type(m).__name__ for m in ResMLP((16,), 2, blocks=2, residuals=2).modules() if isinstance(m, kinds)]
-    ic = ["BatchNorm1d", "Dropout"]
-    residual = [*ic, "Linear", *ic, "Linear"]
-    down = [*ic, "Linear"]
-    first = ["Linear", *ic, "Linear"]
-    assert order == [*first, *residual, *down, *residual, *residual, *down, "Linear"]
+    down = ["BatchNorm1d", "Dropout", "Linear"]
+    residual = down * 2
+    assert order == ["Linear", *down, *residual, *down, *residual, *residual, *down, "Linear"]
 
 
 def test_resmlp_without_ic_and_skip_is_plain_mlp():
@@ -81,14 +78,11 @@ def test_mc_dropout_keeps_bn_in_evaluation_mode():
     assert not torch.allclose(p, net(x).softmax(1))
     # With p=0 a row does not depend on the rest of the batch.
     deterministic = ResMLP((16,), 3, p=0.0)
-    torch.testing.assert_close(
-        mc_dropout(deterministic, x, samples=2)[0][:1], mc_dropout(deterministic, x[:1], samples=2)[0]
-    )
-    repeated = mc_dropout(net, x, samples=8, seed=1)[0]
-    assert torch.equal(p, repeated)
+    whole, single = (mc_dropout(deterministic, rows, samples=2)[0] for rows in (x, x[:1]))
+    torch.testing.assert_close(whole[:1], single)
+    assert torch.equal(p, mc_dropout(net, x, samples=8, seed=1)[0])
     assert not torch.equal(p, mc_dropout(net, x, samples=8, seed=2)[0])
 
 
 def test_resmlp_rejects_too_few_features():
-    with pytest.raises(UserError, match="halves its width 4 times: 15 features are too few, 16 needed"):
-        ResMLP((15,), 2)
+    rejects("halves its width 4 times: 15 features are too few, 16 needed", ResMLP, (15,), 2)

@@ -6,11 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from fedbn.errors import UserError
 from fedbn.models import build, models
 from fedbn.models.resnet20 import ResNet20
 from fedbn.nn.conversion import convert, groups_for
 from fedbn.nn.roles import norm_layers, statistics_layers
+from tests.fedbn.helpers import rejects
 from tests.helpers import same
 
 SHAPES = {"stroke-cnn": (1, 24), "har-cnn": (6, 32), "mlp": (12,)}
@@ -53,18 +53,13 @@ def test_convert_back_to_batch_matches_torch(shape):
 
 
 def test_convert_rejects_bad_input():
-    with pytest.raises(
-        UserError, match="needs normalization layers and Linear has none: choose a model with BatchNorm"
-    ):
-        convert(nn.Linear(2, 2), "group")
-    with pytest.raises(UserError, match="groups=0 is impossible; give at least 1"):
-        convert(nn.Sequential(nn.BatchNorm1d(4)), "group", groups=0)
-    with pytest.raises(UserError, match="channels=0 per group is impossible"):
-        convert(nn.Sequential(nn.BatchNorm1d(4)), "group", per_group=0)
-    with pytest.raises(UserError, match="after a linear layer; choose groupnorm or layernorm"):
-        convert(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), "instance")(torch.zeros(2, 3))
-    with pytest.raises(UserError, match="the model itself is a normalization layer: wrap it"):
-        convert(nn.BatchNorm1d(4), "group")
+    message = "needs normalization layers and Linear has none: choose a model with BatchNorm"
+    rejects(message, convert, nn.Linear(2, 2), "group")
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    rejects("groups=0 is impossible; give at least 1", convert, net, "group", groups=0)
+    rejects("channels=0 per group is impossible", convert, net, "group", per_group=0)
+    rejects("after a linear layer; choose groupnorm or layernorm", convert(net, "instance"), torch.zeros(2, 3))
+    rejects("the model itself is a normalization layer: wrap it", convert, nn.BatchNorm1d(4), "group")
 
 
 @pytest.mark.parametrize("name", models())
@@ -93,5 +88,4 @@ def test_build_is_deterministic_for_every_model(name):
     ],
 )
 def test_build_rejects_bad_input(name, message):
-    with pytest.raises(UserError, match=message):
-        build(name, (2,), 3, 0)
+    rejects(message, build, name, (2,), 3, 0)

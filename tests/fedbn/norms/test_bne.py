@@ -11,18 +11,13 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from fedbn.errors import UserError
-from fedbn.models.small_cnn import SmallCNN
 from fedbn.nn.conversion import convert
+from fedbn.nn.hooks import capture_inputs
 from fedbn.nn.roles import Role, roles, statistics_layers
 from fedbn.norms.bne import BNE, DomainNorm, distance, domain_layers, register, set_domain
 from fedbn.statistics.moments import Moments
 from fedbn.statistics.recalibration import recalibrate, statistics_of
-
-
-def network(seed=0):
-    torch.manual_seed(seed)
-    return SmallCNN((1, 8, 8), 5).double()
+from tests.fedbn.helpers import network, rejects
 
 
 def data(n=6, seed=1, shift=0.0):
@@ -71,15 +66,13 @@ def slow_weights(net, x, k):
             set_domain(net, d)
             total = []
 
-            def add_distance(layer, args, d=d, total=total):
-                flat = args[0][0].flatten(1)
+            def add_distance(path, value, d=d, total=total):
+                flat, layer = value[0].flatten(1), net.get_submodule(path)
                 total.append(((flat.mean(1) - layer.domain_mean[d]) ** 2).sum())
                 total.append(((flat.std(1, correction=0) - layer.domain_var[d].sqrt()) ** 2).sum())
 
-            handles = [m.register_forward_pre_hook(add_distance) for m in domain_layers(net).values()]
-            net(sample)
-            for handle in handles:
-                handle.remove()
+            with capture_inputs(domain_layers(net), add_distance):
+                net(sample)
             closeness.append(1 / (sum(total) + 1e-8))
         out.append(torch.stack(closeness) / sum(closeness))
     return torch.stack(out)
@@ -111,15 +104,12 @@ def test_bne_assigns_sample_with_equal_statistics_to_domain():
     net, x = embedded(), data(1, 30, shift=6.0)
     set_domain(net, 2)
 
-    def copy_statistics(layer, args):
-        flat = args[0][0].flatten(1)
+    def copy_statistics(path, value):
+        flat, layer = value[0].flatten(1), net.get_submodule(path)
         layer.domain_mean[2], layer.domain_var[2] = flat.mean(1), flat.var(1, correction=0)
 
-    handles = [layer.register_forward_pre_hook(copy_statistics) for layer in domain_layers(net).values()]
-    with torch.no_grad():
-        net.eval()(x)
-    for handle in handles:
-        handle.remove()
+    with torch.no_grad(), capture_inputs(domain_layers(net), copy_statistics):
+        net(x)
     _, weights = BNE(net).eval()(x)
     assert float(weights[0, 2]) > 1 - 1e-3
 
@@ -167,9 +157,8 @@ def test_distance_is_squared_w2_of_moments():
 def test_domain_norm_shares_parameters_and_has_k_statistics():
     net, plain = convert(network(), "bne", domains=4), network()
     assert {n: p.shape for n, p in net.named_parameters()} == {n: p.shape for n, p in plain.named_parameters()}
-    table = roles(net)
     layer = net.features[1]
-    statistics = [k for k, r in table.items() if r is Role.STATISTICS and k.startswith("features.1.")]
+    statistics = [k for k, r in roles(net).items() if r is Role.STATISTICS and k.startswith("features.1.")]
     assert sum(net.state_dict()[k].numel() for k in statistics) == 2 * 4 * layer.num_features
     assert list(statistics_layers(net)) == list(statistics_layers(plain))
     assert set(statistics_of(net)) == {f"features.{i}.domain_{s}" for i in (1, 5) for s in ("mean", "var")}
@@ -223,16 +212,11 @@ def test_recalibrate_changes_only_the_current_domain():
 
 
 def test_bne_rejects_bad_input():
-    with pytest.raises(UserError, match="at least one domain, not domains=0"):
-        DomainNorm(2, domains=0)
-    with pytest.raises(UserError, match="give the model's BN layers a momentum, e.g. 0.1"):
-        convert(nn.Sequential(nn.BatchNorm1d(2, momentum=None)), "bne", domains=2)
-    with pytest.raises(UserError, match=r"convert\(model, 'bne', domains=K\)"):
-        BNE(network())
-    with pytest.raises(UserError, match="unknown domain 3: the model has 3 domains, counted from 0"):
-        set_domain(embedded(), 3)
-    with pytest.raises(UserError, match="batches of one domain: pass it as"):
-        BNE(embedded()).train()(data())
+    rejects("at least one domain, not domains=0", DomainNorm, 2, domains=0)
+    net = nn.Sequential(nn.BatchNorm1d(2, momentum=None))
+    rejects("give the model's BN layers a momentum, e.g. 0.1", convert, net, "bne", domains=2)
+    rejects(r"convert\(model, 'bne', domains=K\)", BNE, network())
+    rejects("unknown domain 3: the model has 3 domains, counted from 0", set_domain, embedded(), 3)
+    rejects("batches of one domain: pass it as", lambda: BNE(embedded()).train()(data()))
     flat = convert(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)), "bne", domains=2)
-    with pytest.raises(UserError, match="no domain-specific layer has any: use a convolutional model"):
-        BNE(flat).eval()(torch.zeros(2, 2))
+    rejects("no domain-specific layer has any: use a convolutional model", lambda: BNE(flat).eval()(torch.zeros(2, 2)))

@@ -9,41 +9,22 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fedbn.errors import UserError
-from fedbn.models.small_cnn import SmallCNN
 from fedbn.nn.conversion import convert, kinds
 from fedbn.nn.roles import Role, norm_layers, roles, statistics_layers
 from fedbn.statistics.moments import Moments
 from fedbn.statistics.recalibration import all_moments, recalibrate, set_statistics, statistics_of
+from tests.fedbn.helpers import network as small_network
+from tests.fedbn.helpers import rejects
 
 OPTIONS = {"bne": {"domains": 2}}
 BN_OPTIONS = {"evalnorm": {"size": 1e12}, "iabn": {"k": float("inf")}}  # evaluates as BN
-KINDS = [
-    "batch",
-    "batch-renorm",
-    "bne",
-    "dbn",
-    "dual-bn",
-    "evalnorm",
-    "feature-norm",
-    "fedwon",
-    "full-norm",
-    "ghost-bn",
-    "group",
-    "iabn",
-    "iew",
-    "instance",
-    "layer",
-    "none",
-    "weight-norm",
-    "weight-standardization",
-]
 STATISTICS_KINDS = ("batch", "batch-renorm", "dbn", "evalnorm", "full-norm", "ghost-bn", "iabn", "iew")
+OTHER_KINDS = ("bne", "dual-bn", "feature-norm", "fedwon", "group", "instance", "layer", "none", "weight-norm")
+KINDS = (*STATISTICS_KINDS, *OTHER_KINDS, "weight-standardization")
 
 
 def network(seed=0):
-    torch.manual_seed(seed)
-    net = SmallCNN((1, 8, 8), 10).double()
+    net = small_network(seed)
     with torch.no_grad():
         for layer in norm_layers(net).values():
             layer.weight.uniform_(0.5, 2)
@@ -120,8 +101,7 @@ def test_layers_accept_any_number_of_position_axes(kind, shape):
         net = convert(nn.Sequential(nn.BatchNorm1d(3, affine=affine)), kind, **OPTIONS.get(kind, {}))
         for mode in (True, False):
             out = net.train(mode)(x)
-            assert out.shape == x.shape
-            assert out.dtype == x.dtype
+            assert (out.shape, out.dtype) == (x.shape, x.dtype)
 
 
 def test_convert_replaces_shared_layer_once():
@@ -132,11 +112,8 @@ def test_convert_replaces_shared_layer_once():
 
 def test_convert_rejects_bad_input():
     net = nn.Sequential(nn.BatchNorm1d(3))
-    with pytest.raises(UserError, match="unknown kind of normalization 'goup'. Did you mean 'group'?"):
-        convert(net, "goup")
-    with pytest.raises(UserError, match="unknown option of 'group' 'group'. Did you mean 'groups'?"):
-        convert(net, "group", group=2)
-    with pytest.raises(UserError, match="'none' has no options, so 'groups' cannot be set"):
-        convert(net, "none", groups=2)
-    with pytest.raises(UserError, match="conversion to ghost-bn needs normalization layers and Linear has none"):
-        convert(nn.Linear(2, 2), "ghost-bn")
+    rejects("unknown kind of normalization 'goup'. Did you mean 'group'?", convert, net, "goup")
+    rejects("unknown option of 'group' 'group'. Did you mean 'groups'?", convert, net, "group", group=2)
+    rejects("'none' has no options, so 'groups' cannot be set", convert, net, "none", groups=2)
+    message = "conversion to ghost-bn needs normalization layers and Linear has none"
+    rejects(message, convert, nn.Linear(2, 2), "ghost-bn")

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fedbn.errors import UserError
 from fedbn.norms.dbn import DiminishingBN, convert, next_epoch, schedule
 from fedbn.strategies.base import Progress, Update
 from fedbn.strategies.dbn import DBN
+from tests.fedbn.helpers import rejects
 
 
 def batches(n, rows=6, channels=3, seed=0, dtype=torch.float64):
@@ -152,5 +152,4 @@ def test_dbn_server_follows_schedule_on_scale_of_statistic():
 
 @pytest.mark.parametrize("text", ["", "2", "-0.1", "1/n", "1/m^x", "1/m^-1", "1/m^0", "1/mm", "nan"])
 def test_schedule_rejects_bad_input(text):
-    with pytest.raises(UserError, match=r"unknown schedule '.*': write a number from 0 to 1, 1/m, or 1/m\^h"):
-        schedule(text)
+    rejects(r"unknown schedule '.*': write a number from 0 to 1, 1/m, or 1/m\^h", schedule, text)

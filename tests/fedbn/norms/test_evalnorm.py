@@ -11,46 +11,26 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from fedbn.errors import UserError
 from fedbn.models.small_cnn import SmallCNN
 from fedbn.nn.conversion import convert
 from fedbn.norms.evalnorm import EvalNorm, instance_statistics
 from fedbn.norms.iew import ExampleWeighing
-
-
-def draw(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 2 + 1
-
-
-def trained(layer, seed=0):
-    """A layer with statistics, scale and shift that are not the initial ones."""
-    g = torch.Generator().manual_seed(seed)
-    layer = layer.double()
-    with torch.no_grad():
-        for t in (layer.running_mean, layer.running_var, layer.weight, layer.bias):
-            t.copy_(torch.rand(t.shape, generator=g, dtype=torch.float64) + 0.5)
-    return layer.eval()
-
-
-def bn_eval(layer, x):
-    return F.batch_norm(x, layer.running_mean, layer.running_var, layer.weight, layer.bias, eps=layer.eps)
+from tests.fedbn.helpers import bn_eval, draw, rejects, trained
 
 
 @pytest.mark.parametrize("shape", [(5, 3), (5, 3, 4), (5, 3, 2, 3)])
 def test_evalnorm_converges_to_bn_for_large_batches(shape):
     x = draw(*shape)
     for rule in ("1/M", "1/M^2"):
-        errors = []
-        for size in (1e3, 1e6, 1e15):
-            layer = trained(EvalNorm(3, size=size, rule=rule))
-            errors.append(float((layer(x) - bn_eval(layer, x)).detach().abs().max()))
+        layers = [trained(EvalNorm(3, size=size, rule=rule)).eval() for size in (1e3, 1e6, 1e15)]
+        errors = [float((layer(x) - bn_eval(layer, x)).detach().abs().max()) for layer in layers]
         assert errors[0] > errors[1] > errors[2]
         assert errors[2] < 1e-12
 
 
 @pytest.mark.parametrize("shape", [(5, 3, 4), (5, 3, 2, 3)])
 def test_evalnorm_with_size_one_is_instance_norm(shape):
-    layer, x = trained(EvalNorm(3, size=1)), draw(*shape)
+    layer, x = trained(EvalNorm(3, size=1)).eval(), draw(*shape)
     expected = F.instance_norm(x, weight=layer.weight, bias=layer.bias, eps=layer.eps)
     torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
 
@@ -67,8 +47,7 @@ def test_evalnorm_uses_conditional_expectations(size):
         rows = population[torch.randint(4000, (n, size), generator=g)]
         if fixed is not None:
             rows[:, 0] = fixed
-        values = rows.flatten(1)
-        return values.mean(1).mean(), values.var(1, correction=0).mean()
+        return rows.flatten(1).mean(1).mean(), rows.flatten(1).var(1, correction=0).mean()
 
     mu, v = batch_moments(None)
     layer = EvalNorm(1, size=size, affine=False).double().eval()
@@ -88,15 +67,13 @@ def test_evalnorm_bounds_pairs_without_positions():
     layer, x = EvalNorm(1, size=2, affine=False).double().eval(), draw(50, 1) * 100
     layer.running_mean.fill_(-3.0)
     layer.running_var.fill_(0.5)
-    y = layer(x)
-    assert float(y.abs().max()) < 1
-    assert float(y.abs().max()) > 0.99
+    assert 0.99 < float(layer(x).abs().max()) < 1
 
 
 @given(st.just(0.0) | st.floats(0.001, 1), st.integers(0, 10**6))
 def test_example_weighing_matches_evalnorm(w, seed):
     x = draw(4, 3, 5, seed=seed)
-    weighing = trained(ExampleWeighing(3, w=w), seed)
+    weighing = trained(ExampleWeighing(3, w=w), seed).eval()
     mean, var = weighing.running_mean, weighing.running_var
     m, s2 = instance_statistics(x)
     first = (1 - w) * mean + w * m
@@ -106,7 +83,7 @@ def test_example_weighing_matches_evalnorm(w, seed):
     torch.testing.assert_close(weighing(x), expected, rtol=1e-9, atol=1e-9)
     if w > 0:
         # Example weighing uses the total variance, EvalNorm the expected biased one: undo its factor n - 1.
-        norm = trained(EvalNorm(3, size=1 / w), seed)
+        norm = trained(EvalNorm(3, size=1 / w), seed).eval()
         n = 5 / w
         norm.running_var.mul_(n / (n - 1))
         torch.testing.assert_close(weighing(x), norm(x), rtol=1e-9, atol=1e-9)
@@ -151,7 +128,7 @@ def test_evalnorm_training_is_exactly_batch_norm(rule):
 @pytest.mark.parametrize("layer", [EvalNorm(3, size=4), ExampleWeighing(3, w=0.3)])
 @pytest.mark.parametrize("shape", [(6, 3), (6, 3, 4)])
 def test_evaluation_is_independent_per_sample(layer, shape):
-    layer, x = trained(layer), draw(*shape)
+    layer, x = trained(layer).eval(), draw(*shape)
     batched = layer(x)
     for i in range(6):
         torch.testing.assert_close(layer(x[i : i + 1]), batched[i : i + 1], rtol=1e-14, atol=1e-14)
@@ -162,8 +139,7 @@ def test_evalnorm_halves_gap_between_training_and_evaluation():
     samples, size = draw(80, 1, 8) + draw(80, 1, 1, seed=1) * 2, 2
     g = torch.Generator().manual_seed(2)
     layer = EvalNorm(1, momentum=None, affine=False).double()
-    expected = torch.zeros(80, 8, dtype=torch.float64)
-    rounds = 150
+    expected, rounds = torch.zeros(80, 8, dtype=torch.float64), 150
     for _ in range(rounds):
         for rows in torch.randperm(80, generator=g).split(size):
             expected[rows] += layer(samples[rows]).squeeze(1) / rounds
@@ -197,19 +173,15 @@ def test_evalnorm_records_batch_size():
 
 
 def test_evalnorm_needs_size_only_after_training():
-    x = draw(4, 3, 5).float()
-    net = nn.Sequential(nn.BatchNorm1d(3))
+    x, net = draw(4, 3, 5).float(), nn.Sequential(nn.BatchNorm1d(3))
     fresh = convert(copy.deepcopy(net), "evalnorm").eval()
     torch.testing.assert_close(fresh(x), net.eval()(x))
     net.train()(x)
     trained_elsewhere = convert(copy.deepcopy(net), "evalnorm").eval()
-    with pytest.raises(UserError, match="trained without recording the rows M of a batch; give size=M, or train on"):
-        trained_elsewhere(x)
+    rejects("trained without recording the rows M of a batch; give size=M, or train on", trained_elsewhere, x)
     assert convert(copy.deepcopy(net), "evalnorm", size=4).eval()(x).isfinite().all()
 
 
 def test_evalnorm_rejects_bad_input():
-    with pytest.raises(UserError, match="at least one row, not size=0"):
-        EvalNorm(2, size=0)
-    with pytest.raises(UserError, match="a weight from 0 to 1, not w=1.5"):
-        ExampleWeighing(2, w=1.5)
+    rejects("at least one row, not size=0", EvalNorm, 2, size=0)
+    rejects("a weight from 0 to 1, not w=1.5", ExampleWeighing, 2, w=1.5)

@@ -7,14 +7,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fedbn.errors import UserError
 from fedbn.norms.full_norm import FullNorm
 from fedbn.strategies.base import Progress, Update
 from fedbn.strategies.full_norm import FullNormStrategy
-
-
-def draw(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 2 + 1
+from tests.fedbn.helpers import draw, rejects
 
 
 @pytest.mark.parametrize("shape", [(9, 3), (4, 3, 5)])
@@ -35,9 +31,7 @@ def slow(batches, gys, a, eps=1e-5):
     for x, gy in zip(batches, gys, strict=True):
         rows, g = x.transpose(0, 1).flatten(1), gy.transpose(0, 1).flatten(1)
         batch = (rows.mean(1), (rows**2).mean(1))
-        mu, nu = (
-            batch if state is None else ((1 - a) * old + a * new for old, new in zip(state[:2], batch, strict=True))
-        )
+        mu, nu = batch if state is None else [(1 - a) * o + a * n for o, n in zip(state[:2], batch, strict=True)]
         inv = (nu - mu**2 + eps) ** -0.5
         g_var = -0.5 * inv**3 * (g * (rows - mu[:, None])).sum(1)
         grads = (-inv * g.sum(1) - 2 * mu * g_var, g_var)
@@ -56,19 +50,17 @@ def test_full_norm_matches_formulas_over_several_batches():
         y = layer(leaf)
         y.backward(gy)
     expected, gx, (mu, nu, G_mu, G_nu) = slow(batches, gys, 0.3)
-    pairs = [
+    for actual, reference in (
         (y.transpose(0, 1).flatten(1), expected),
         (leaf.grad.transpose(0, 1).flatten(1), gx),
         (layer.running_mean, mu),
         (layer.running_var, nu - mu**2),
         (layer.running_grad_mean, G_mu),
         (layer.running_grad_second, G_nu),
-    ]
-    for actual, reference in pairs:
+    ):
         torch.testing.assert_close(actual, reference, rtol=1e-10, atol=1e-11)
-    torch.testing.assert_close(
-        layer.eval()(batches[0]), F.batch_norm(batches[0], mu, nu - mu**2), rtol=1e-10, atol=1e-10
-    )
+    evaluated = F.batch_norm(batches[0], mu, nu - mu**2)
+    torch.testing.assert_close(layer.eval()(batches[0]), evaluated, rtol=1e-10, atol=1e-10)
 
 
 class Net(nn.Module):
@@ -84,11 +76,6 @@ class Net(nn.Module):
         return self.last(torch.tanh(self.norm(self.first(x))))
 
 
-def single_class_batches():
-    y = torch.arange(3).repeat_interleave(20)
-    return draw(60, 4) + y[:, None].double() * 2, y
-
-
 def mean_gradient(net, x, y, cycles, skip):
     """Mean gradient of the first layer over cycles of single-class batches."""
     total, count = 0, 0
@@ -102,7 +89,8 @@ def mean_gradient(net, x, y, cycles, skip):
 
 
 def test_full_norm_gradient_error_shrinks_with_a():
-    x, y = single_class_batches()
+    y = torch.arange(3).repeat_interleave(20)
+    x = draw(60, 4) + y[:, None].double() * 2
     whole = Net(nn.BatchNorm1d(5))
     F.cross_entropy(whole(x), y).backward()
     target = whole.first.weight.grad
@@ -118,7 +106,6 @@ def test_full_norm_gradient_error_shrinks_with_a():
 
 def test_full_norm_mean_of_states_is_state_of_union():
     """All four averages are linear in the data, so the mean of the clients' states is the state of the union."""
-    x = draw(6, 3)
     start = FullNorm(3, a=0.4).double()
     start(draw(8, 3, seed=5)).sum().backward()
 
@@ -128,7 +115,7 @@ def test_full_norm_mean_of_states_is_state_of_union():
         layer(rows)
         return layer
 
-    parts = [x, draw(6, 3, seed=1) * 3 - 2]
+    parts = [draw(6, 3), draw(6, 3, seed=1) * 3 - 2]
     union = client(torch.cat(parts)).state_dict()
     updates = [Update(i, client(p).state_dict(), 6, 0.0) for i, p in enumerate(parts)]
     keys = [k for k in union if "running" in k or k == "steps"]
@@ -162,8 +149,7 @@ def test_full_norm_trains_on_batch_of_one():
 
 @pytest.mark.parametrize("a", [0.0, 1.5, -0.1])
 def test_full_norm_rejects_bad_weight(a):
-    with pytest.raises(UserError, match="needs a weight above 0 and at most 1, not a="):
-        FullNorm(2, a=a)
+    rejects("needs a weight above 0 and at most 1, not a=", FullNorm, 2, a=a)
 
 
 def test_full_norm_strategy_clips_total_gradient():

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from fedbn.errors import UserError
 from fedbn.nn.conversion import convert
 from fedbn.nn.roles import statistics_layers
 from fedbn.norms.adain import adain
@@ -21,35 +20,15 @@ from fedbn.norms.dual_bn import adversarial
 from fedbn.norms.ghost_bn import GhostBN
 from fedbn.norms.iabn import IABN
 from fedbn.statistics.recalibration import recalibrate
+from tests.fedbn.helpers import bn_eval, draw, rejects, trained
 
 SHAPES = [(9, 3), (9, 3, 4), (6, 3, 2, 5)]
-
-
-def draw(shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 2 + 1
-
-
-def trained(layer):
-    layer = layer.double()
-    g = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for t in (layer.running_mean, layer.running_var, layer.weight, layer.bias):
-            t.copy_(torch.rand(t.shape, generator=g, dtype=torch.float64) + 0.5)
-    return layer
-
-
-def bn_eval(layer, x):
-    return F.batch_norm(x, layer.running_mean, layer.running_var, layer.weight, layer.bias, eps=layer.eps)
-
-
-def bn_train(layer, x):
-    return F.batch_norm(x, None, None, layer.weight, layer.bias, training=True, eps=layer.eps)
 
 
 def assert_equal_with_gradient(y, expected, x, tolerance=1e-11):
     """Assert equal outputs and equal gradients of the input."""
     torch.testing.assert_close(y, expected, rtol=tolerance, atol=tolerance)
-    gy = draw(y.shape, 3)
+    gy = draw(*y.shape, seed=3)
     actual, reference = (torch.autograd.grad(out, x, gy, retain_graph=True)[0] for out in (y, expected))
     torch.testing.assert_close(actual, reference, rtol=tolerance, atol=tolerance)
 
@@ -59,28 +38,28 @@ def assert_equal_with_gradient(y, expected, x, tolerance=1e-11):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_batch_renorm_with_closed_limits_is_batch_norm(shape):
-    layer, x = trained(BatchRenorm(3, r_max=1.0, d_max=0.0, start=0, r_full=0, d_full=0)), draw(shape).requires_grad_()
-    assert_equal_with_gradient(layer(x), bn_train(layer, x), x)
-    unopened = trained(BatchRenorm(3))
-    assert_equal_with_gradient(unopened(x), bn_train(unopened, x), x)
+    x = draw(*shape).requires_grad_()
+    for layer in (BatchRenorm(3, r_max=1.0, d_max=0.0, start=0, r_full=0, d_full=0), BatchRenorm(3)):
+        bn = F.batch_norm(x, None, None, trained(layer).weight, layer.bias, training=True, eps=layer.eps)
+        assert_equal_with_gradient(layer(x), bn, x)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_batch_renorm_with_open_limits_matches_evaluation(shape):
-    x = draw(shape).requires_grad_()
+    x = draw(*shape).requires_grad_()
     layer = trained(BatchRenorm(3, r_max=math.inf, d_max=math.inf, start=0, r_full=0, d_full=0))
     before = copy.deepcopy(layer).eval()
     y = layer(x)
     torch.testing.assert_close(y, before(x), rtol=1e-11, atol=1e-11)
     # The gradient goes through the batch statistics: shifting the whole batch changes nothing.
-    (gradient,) = torch.autograd.grad(y, x, draw(shape, 3))
+    (gradient,) = torch.autograd.grad(y, x, draw(*shape, seed=3))
     assert float(gradient.transpose(0, 1).flatten(1).sum(1).abs().max()) < 1e-10
     torch.testing.assert_close(layer.eval()(x), bn_eval(layer, x), rtol=0, atol=0)
 
 
 def test_batch_renorm_clips_scale_and_shift():
     layer = trained(BatchRenorm(3, momentum=0.2, r_max=1.2, d_max=0.1, start=0, r_full=0, d_full=0))
-    x = draw((9, 3)) * torch.tensor([1.0, 0.1, 0.5]) - torch.tensor([-3.0, 3.0, 0.0])
+    x = draw(9, 3) * torch.tensor([1.0, 0.1, 0.5]) - torch.tensor([-3.0, 3.0, 0.0])
     mean, sigma = x.mean(0), (x.var(0, correction=0) + 1e-5).sqrt()
     old_mean, old_sigma = layer.running_mean.clone(), (layer.running_var + 1e-5).sqrt()
     r = torch.clamp(sigma / old_sigma, 1 / 1.2, 1.2)
@@ -95,14 +74,8 @@ def test_batch_renorm_clips_scale_and_shift():
 
 def test_batch_renorm_limits_grow_linearly():
     layer = BatchRenorm(1)
-    assert [layer.limits(s) for s in (0, 5_000, 22_500, 25_000, 40_000, 10**6)] == [
-        (1.0, 0.0),
-        (1.0, 0.0),
-        (2.0, 4.375),
-        (1 + 2 * 20 / 35, 5.0),
-        (3.0, 5.0),
-        (3.0, 5.0),
-    ]
+    limits = [(1.0, 0.0), (1.0, 0.0), (2.0, 4.375), (1 + 2 * 20 / 35, 5.0), (3.0, 5.0), (3.0, 5.0)]
+    assert [layer.limits(s) for s in (0, 5_000, 22_500, 25_000, 40_000, 10**6)] == limits
     counted = BatchRenorm(1, r_max=2.0, d_max=1.0, start=1, r_full=3, d_full=2)
     for _ in range(2):
         counted(torch.randn(4, 1))
@@ -124,7 +97,7 @@ def test_ghost_bn_with_one_part_is_batch_norm(shape, momentum):
     plain._check_input_dim = lambda x: None
     layer = trained(GhostBN(3, momentum=momentum, size=shape[0]))
     for seed in range(3):
-        x = draw(shape, seed).requires_grad_()
+        x = draw(*shape, seed=seed).requires_grad_()
         assert_equal_with_gradient(layer(x), plain(x), x)
     torch.testing.assert_close(layer.running_mean, plain.running_mean, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(layer.running_var, plain.running_var, rtol=1e-12, atol=1e-12)
@@ -133,7 +106,7 @@ def test_ghost_bn_with_one_part_is_batch_norm(shape, momentum):
 
 @given(st.integers(2, 20), st.integers(2, 8))
 def test_ghost_bn_normalizes_parts_and_averages_statistics(rows, size):
-    layer, x = GhostBN(2, momentum=1.0, size=size).double(), draw((rows, 2))
+    layer, x = GhostBN(2, momentum=1.0, size=size).double(), draw(rows, 2)
     cuts = list(range(0, rows, size))
     if len(cuts) > 1 and rows - cuts[-1] == 1:
         cuts.pop()  # a single row has no variance
@@ -150,7 +123,7 @@ def test_ghost_bn_normalizes_parts_and_averages_statistics(rows, size):
 
 @pytest.mark.parametrize("shape", SHAPES[1:])
 def test_iabn_with_k_zero_is_instance_norm(shape):
-    layer, x = trained(IABN(3, k=0.0)), draw(shape).requires_grad_()
+    layer, x = trained(IABN(3, k=0.0)), draw(*shape).requires_grad_()
     length = x[0, 0].numel()
     mean = x.flatten(2).mean(2).view(*shape[:2], *[1] * (len(shape) - 2))
     var = x.flatten(2).var(2).view_as(mean)
@@ -164,7 +137,7 @@ def test_iabn_with_k_zero_is_instance_norm(shape):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_iabn_with_infinite_k_is_batch_norm(shape):
-    x = draw(shape).requires_grad_()
+    x = draw(*shape).requires_grad_()
     plain = trained(nn.BatchNorm1d(3))
     plain._check_input_dim = lambda x: None
     for k in (math.inf, 1e9):
@@ -197,31 +170,29 @@ def slow_iabn(x, mean, var, k, eps=1e-5):
 
 @pytest.mark.parametrize("k", [0.5, 2.0, 4.0])
 def test_iabn_corrects_beyond_standard_errors(k):
-    x = draw((6, 3, 7)) * torch.linspace(0.1, 5, 6).double().view(6, 1, 1) + torch.linspace(-3, 3, 6).view(6, 1, 1)
+    x = draw(6, 3, 7) * torch.linspace(0.1, 5, 6).double().view(6, 1, 1) + torch.linspace(-3, 3, 6).view(6, 1, 1)
     layer = IABN(3, k=k, affine=False).double()
     rows = x.transpose(0, 1).flatten(1)
     torch.testing.assert_close(layer(x), slow_iabn(x, rows.mean(1), rows.var(1), k), rtol=1e-9, atol=1e-10)
-    layer.eval()
     expected = slow_iabn(x, layer.running_mean, layer.running_var, k)
-    torch.testing.assert_close(layer(x), expected, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(layer.eval()(x), expected, rtol=1e-9, atol=1e-10)
     assert not torch.allclose(expected, F.batch_norm(x, layer.running_mean, layer.running_var))
 
 
 def test_iabn_with_few_positions_is_batch_norm():
-    layer, x = trained(IABN(3, k=0.0, skip=4)).eval(), draw((5, 3, 4))
+    layer, x = trained(IABN(3, k=0.0, skip=4)).eval(), draw(5, 3, 4)
     assert torch.equal(layer(x), bn_eval(layer, x))
-    assert not torch.allclose(layer(draw((5, 3, 5))), bn_eval(layer, draw((5, 3, 5))))
+    assert not torch.allclose(layer(draw(5, 3, 5)), bn_eval(layer, draw(5, 3, 5)))
 
 
 # Dual BN --------------------------------------------------------------------------------------------------------------
 
 
 def test_dual_bn_branches_are_independent():
-    torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2)).double()
     clean, adversarial_bn = copy.deepcopy(net), copy.deepcopy(net)
     dual = convert(net, "dual-bn")
-    x, z = draw((8, 4)), draw((8, 4), 1) * 3
+    x, z = draw(8, 4), draw(8, 4, seed=1) * 3
     assert torch.equal(dual(x), clean(x))
     with adversarial(dual):
         assert torch.equal(dual(z), adversarial_bn(z))
@@ -234,7 +205,7 @@ def test_dual_bn_branches_are_independent():
 
 def test_recalibrate_changes_only_active_branch_of_dual_bn():
     net = convert(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)), "dual-bn").double()
-    recalibrate(net, draw((20, 4)))
+    recalibrate(net, draw(20, 4))
     active, inactive = statistics_layers(net).values()
     assert float(active.running_mean.abs().sum()) > 0
     assert float(inactive.running_mean.abs().sum()) == 0
@@ -245,7 +216,7 @@ def test_recalibrate_changes_only_active_branch_of_dual_bn():
 
 @pytest.mark.parametrize(("shape", "style_shape"), [((4, 3, 9), (4, 3, 5)), ((4, 3, 2, 5), (1, 3, 4, 4))])
 def test_adain_output_has_style_statistics(shape, style_shape):
-    x, style = draw(shape), draw(style_shape, 1) * 3 - 2
+    x, style = draw(*shape), draw(*style_shape, seed=1) * 3 - 2
     y = adain(x, style)
     actual, expected = y.flatten(2), style.flatten(2)
     torch.testing.assert_close(actual.mean(2), expected.mean(2).expand(4, 3), rtol=1e-12, atol=1e-12)
@@ -269,8 +240,7 @@ def test_adain_output_has_style_statistics(shape, style_shape):
     ],
 )
 def test_layers_reject_bad_input(make, message):
-    with pytest.raises(UserError, match=message):
-        make()
+    rejects(message, make)
 
 
 # Normalization within a sample ----------------------------------------------------------------------------------------
@@ -278,9 +248,8 @@ def test_layers_reject_bad_input(make, message):
 
 @pytest.mark.parametrize("kind", ["layer", "group", "instance"])
 def test_sample_norms_ignore_mode_batch_and_scale(kind):
-    net = convert(
-        nn.Sequential(nn.BatchNorm1d(4, eps=1e-12)), kind, **({"groups": 2} if kind == "group" else {})
-    ).double()
+    options = {"groups": 2} if kind == "group" else {}
+    net = convert(nn.Sequential(nn.BatchNorm1d(4, eps=1e-12)), kind, **options).double()
     x = torch.randn(5, 4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     batched = net.train()(x)
     assert torch.equal(net.eval()(x), batched)

@@ -10,13 +10,9 @@ from torch.nn import functional as F
 
 from fedbn.nn.batchnorm import along
 from fedbn.norms.statnorm import batch_statistics, blend, normalize
+from tests.fedbn.helpers import draw
 
 SHAPES = [(7, 3), (5, 3, 4), (4, 3, 2, 5), (3, 2, 2, 3, 2)]
-
-
-def draw(shape, seed=0, dtype=torch.float64):
-    g = torch.Generator().manual_seed(seed)
-    return (torch.randn(shape, generator=g, dtype=torch.float64) * 2 + 1).to(dtype)
 
 
 def gradient(y, x, upstream):
@@ -25,7 +21,7 @@ def gradient(y, x, upstream):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_normalize_by_batch_statistics_is_batch_norm(shape):
-    x, gy = draw(shape).requires_grad_(), draw(shape, 1)
+    x, gy = draw(*shape).requires_grad_(), draw(*shape, seed=1)
     mean, var, n = batch_statistics(x.detach())
     assert int(n) == x.numel() // shape[1]
     y, expected = normalize(x, mean, var), F.batch_norm(x, None, None, training=True)
@@ -35,8 +31,8 @@ def test_normalize_by_batch_statistics_is_batch_norm(shape):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_normalize_by_constants_is_evaluation_batch_norm(shape):
-    x, gy = draw(shape).requires_grad_(), draw(shape, 1)
-    mean, var = draw(shape[1:2], 2), draw(shape[1:2], 3).abs()
+    x, gy = draw(*shape).requires_grad_(), draw(*shape, seed=1)
+    mean, var = draw(*shape[1:2], seed=2), draw(*shape[1:2], seed=3).abs()
     y, expected = normalize(x, mean, var, gradient_map=None), F.batch_norm(x, mean, var)
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(gradient(y, x, gy), gradient(expected, x, gy), rtol=1e-12, atol=1e-12)
@@ -45,7 +41,7 @@ def test_normalize_by_constants_is_evaluation_batch_norm(shape):
 @given(st.lists(st.integers(1, 6), min_size=2, max_size=4), st.integers(0, 10**6))
 def test_normalize_with_averaged_gradients_is_one_batch(sizes, seed):
     """The protocol of section 12 for one layer: weighted means forward, weighted means of gradients backward."""
-    x, gy = draw((sum(sizes), 2, 3), seed), draw((sum(sizes), 2, 3), seed + 1)
+    x, gy = draw(sum(sizes), 2, 3, seed=seed), draw(sum(sizes), 2, 3, seed=seed + 1)
     whole = x.clone().requires_grad_()
     expected = gradient(F.batch_norm(whole, None, None, training=True), whole, gy)
     mean, var, _ = batch_statistics(x)
@@ -65,12 +61,11 @@ def test_normalize_with_averaged_gradients_is_one_batch(sizes, seed):
 
 
 def test_normalize_computes_statistic_gradients_of_autograd():
-    x, gy = draw((4, 3, 5)), draw((4, 3, 5), 1)
-    mean, var = draw((3,), 2).requires_grad_(), (draw((3,), 3).abs() + 0.5).requires_grad_()
+    x, gy = draw(4, 3, 5), draw(4, 3, 5, seed=1)
+    mean, var = draw(3, seed=2).requires_grad_(), (draw(3, seed=3).abs() + 0.5).requires_grad_()
     slow = (x - along(mean, x)) / torch.sqrt(along(var, x) + 1e-5)
     expected = torch.autograd.grad(slow, (mean, var), gy)
-    gradients = []
-    leaf = x.clone().requires_grad_()
+    gradients, leaf = [], x.clone().requires_grad_()
     gradient(normalize(leaf, mean, var, gradient_map=lambda *own: gradients.append(own) or own), leaf, gy)
     for actual, reference in zip(gradients[0], expected, strict=True):
         torch.testing.assert_close(actual, reference, rtol=1e-12, atol=1e-12)
@@ -79,9 +74,8 @@ def test_normalize_computes_statistic_gradients_of_autograd():
 @pytest.mark.parametrize("shape", SHAPES)
 @given(st.integers(0, 10**6))
 def test_normalize_ignores_masked_values(shape, seed):
-    x, gy = draw(shape, seed), draw(shape, seed + 1)
-    mask_shape = (shape[0], *shape[2:])
-    mask = torch.rand(mask_shape, generator=torch.Generator().manual_seed(seed)) < 0.6
+    x, gy = draw(*shape, seed=seed), draw(*shape, seed=seed + 1)
+    mask = torch.rand((shape[0], *shape[2:]), generator=torch.Generator().manual_seed(seed)) < 0.6
     mask.view(-1)[:2] = True
     leaf = x.clone().requires_grad_()
     mean, var, n = batch_statistics(x, mask)
@@ -100,8 +94,8 @@ def test_normalize_ignores_masked_values(shape, seed):
 @pytest.mark.parametrize("shape", [(40, 3), (8, 3, 40), (4, 3, 6, 5), (4, 3, 2, 3, 4)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_normalize_computes_half_precision_in_float32(dtype, shape, masked):
-    x, gy = (draw(shape) + 100).to(dtype), draw(shape, 1).to(dtype)
-    mask = draw((shape[0], *shape[2:]), 2) > 0 if masked else None
+    x, gy = (draw(*shape) + 100).to(dtype), draw(*shape, seed=1).to(dtype)
+    mask = draw(shape[0], *shape[2:], seed=2) > 0 if masked else None
     mean, var, _ = batch_statistics(x, mask)
     assert mean.dtype == var.dtype == torch.float32
     leaf, wide = x.clone().requires_grad_(), x.float().requires_grad_()
@@ -114,7 +108,7 @@ def test_normalize_computes_half_precision_in_float32(dtype, shape, masked):
 
 @given(st.floats(0, 1), st.integers(0, 10**6))
 def test_blend_averages_first_and_second_moments(a, seed):
-    mean, var, m, w = draw((4, 5), seed).unbind()[:4]
+    mean, var, m, w = draw(4, 5, seed=seed).unbind()[:4]
     var, w = var.abs(), w.abs()
     blended_mean, blended_var = blend(mean, var, m, w, a)
     first, second = (1 - a) * mean + a * m, (1 - a) * (var + mean**2) + a * (w + m**2)
@@ -124,7 +118,7 @@ def test_blend_averages_first_and_second_moments(a, seed):
 
 
 def test_normalize_rejects_double_backward():
-    x = draw((4, 2)).requires_grad_()
+    x = draw(4, 2).requires_grad_()
     mean, var, _ = batch_statistics(x.detach())
     (g,) = torch.autograd.grad((normalize(x, mean, var) ** 3).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):

@@ -11,8 +11,6 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fedbn.data.population import Examples
-from fedbn.errors import UserError
-from fedbn.models.small_cnn import SmallCNN
 from fedbn.nn.conversion import convert, weighted_layers
 from fedbn.nn.roles import Role, norm_layers, roles
 from fedbn.norms.feature_norm import FeatureNormLinear, normalize_features
@@ -22,23 +20,12 @@ from fedbn.norms.weight_standardization import WeightStandardization
 from fedbn.strategies.base import Progress
 from fedbn.strategies.fedwon import FedWon
 from fedbn.strategies.weight_norm import WeightNorm
-
-
-def draw(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 2 + 1
-
-
-def network():
-    torch.manual_seed(0)
-    return SmallCNN((1, 8, 8), 10).double()
-
-
-def plain():
-    return nn.Sequential(nn.Conv2d(1, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(27, 2)).double()
+from tests.fedbn.helpers import draw, network, rejects
 
 
 def test_weight_norm_keeps_function_and_ignores_length_of_v():
-    net, x = plain(), draw(5, 1, 4, 4)
+    net = nn.Sequential(nn.Conv2d(1, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(27, 2)).double()
+    x = draw(5, 1, 4, 4)
     before = net(x)
     convert(net, "weight-norm")
     torch.testing.assert_close(net(x), before, rtol=1e-12, atol=1e-12)
@@ -54,8 +41,7 @@ def test_weight_norm_keeps_function_and_ignores_length_of_v():
 
 
 def test_initialize_gives_unit_pre_activations():
-    net = convert(network(), "weight-norm")
-    x = 3 + 5 * draw(40, 1, 8, 8)
+    net, x = convert(network(), "weight-norm"), 3 + 5 * draw(40, 1, 8, 8)
     direction = [m.parametrizations.weight.original1.clone() for m in weighted_layers(net).values()]
     initialize(net, x)
     outputs = []
@@ -94,8 +80,7 @@ def test_weight_standardization_ignores_scale_and_shift(seed, c, d):
 
 def test_weight_standardization_adds_epsilon_to_unbiased_std():
     w = torch.tensor([[[0.0, 2e-5]]], dtype=torch.float64)
-    std = 2e-5 / 2**0.5
-    expected = torch.tensor([[[-1e-5, 1e-5]]], dtype=torch.float64) / (std + 1e-5)
+    expected = torch.tensor([[[-1e-5, 1e-5]]], dtype=torch.float64) / (2e-5 / 2**0.5 + 1e-5)
     torch.testing.assert_close(WeightStandardization()(w), expected, rtol=1e-9, atol=0)
 
 
@@ -170,8 +155,7 @@ def test_feature_norm_keeps_classifier_name_and_weights():
     state = {k: v.clone() for k, v in net.state_dict().items() if "classifier" in k}
     convert(net, "feature-norm", keep_norms=True).eval()
     x = draw(3, 1, 8, 8)
-    features = net.features(x).flatten(1)
-    expected = normalize_features(features) @ state["classifier.weight"].T + state["classifier.bias"]
+    expected = normalize_features(net.features(x).flatten(1)) @ state["classifier.weight"].T + state["classifier.bias"]
     torch.testing.assert_close(net(x), expected, rtol=1e-12, atol=1e-12)
     assert isinstance(net.classifier, FeatureNormLinear)
     assert roles(net)["classifier.weight"] is Role.HEAD
@@ -182,19 +166,16 @@ def test_feature_norm_keeps_classifier_name_and_weights():
 def test_weight_kinds_remove_norms_and_add_biases(kind):
     net = convert(network(), kind)
     assert not norm_layers(net)
-    assert net.features[0].bias.shape == (8,)
-    assert float(net.features[0].bias.abs().sum()) == 0
+    assert torch.equal(net.features[0].bias, torch.zeros(8, dtype=torch.float64))
     assert net.features[0].bias.dtype == torch.float64
     table = roles(net)
     heads = [k for k, r in table.items() if r is Role.HEAD]
     assert heads
     assert all(k.startswith("classifier") for k in heads)
     assert {r for k, r in table.items() if k not in heads} == {Role.BODY}
-    loss = net(draw(4, 1, 8, 8)).square().mean()
-    loss.backward()
+    net(draw(4, 1, 8, 8)).square().mean().backward()
     assert all(float(p.grad.abs().sum()) > 0 for p in net.parameters())
-    twin = copy.deepcopy(net)
-    twin.load_state_dict(net.state_dict())
+    copy.deepcopy(net).load_state_dict(net.state_dict())
 
 
 def test_weight_norm_adds_no_bias_to_classifier():
@@ -216,11 +197,9 @@ def test_weight_standardization_works_with_group_norm():
 def test_weight_kinds_reject_bad_input():
     flat = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
     for kind, what in (("weight-standardization", "weight standardization"), ("fedwon", "fedwon")):
-        with pytest.raises(UserError, match=f"{what} works on convolutions and Sequential has none .* or weight-norm"):
-            convert(copy.deepcopy(flat), kind)
-    with pytest.raises(UserError, match="needs a linear classifier inside the model, and Sequential ends in Conv1d"):
-        convert(nn.Sequential(nn.Conv1d(2, 3, 1)), "feature-norm")
-    with pytest.raises(UserError, match="clip=0.0 would stop all learning; use a positive number"):
-        FedWon(clip=0.0).prepare_model(network())
-    with pytest.raises(UserError, match="and Linear ends in none"):
-        convert(nn.Linear(2, 3), "feature-norm")
+        message = f"{what} works on convolutions and Sequential has none .* or weight-norm"
+        rejects(message, convert, copy.deepcopy(flat), kind)
+    message = "needs a linear classifier inside the model, and Sequential ends in Conv1d"
+    rejects(message, convert, nn.Sequential(nn.Conv1d(2, 3, 1)), "feature-norm")
+    rejects("clip=0.0 would stop all learning; use a positive number", FedWon(clip=0.0).prepare_model, network())
+    rejects("and Linear ends in none", convert, nn.Linear(2, 3), "feature-norm")

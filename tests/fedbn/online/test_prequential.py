@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from torch import nn
 from fedbn.data.population import Examples
 from fedbn.nn.inference import logits
 from fedbn.nn.roles import clone
-from fedbn.online import personalize, rule, source_prior
+from fedbn.online import personalize, source_prior
 from fedbn.online.prequential import (
     ActiveLabeling,
     Trace,
@@ -39,29 +40,25 @@ from fedbn.online.prequential_metrics import (
 )
 from fedbn.statistics.recalibration import recalibrate
 from fedbn.streams import FOREIGN, Stream
+from tests.helpers import same
 
 
 class Counting:
     """Predicts the number of commits of the user so far, modulo the number of classes."""
 
     def __init__(self, classes=3):
-        self.counts, self.last, self.calls, self.classes = {}, [], [], classes
+        self.counts, self.last, self.calls, self.classes = Counter(), [], [], classes
 
     def predict(self, x, user):
         self.last = list(user)
         self.calls.append(("predict", tuple(user)))
-        return torch.stack(
-            [
-                10.0 * nn.functional.one_hot(torch.tensor(self.counts.get(u, 0) % self.classes), self.classes)
-                for u in user
-            ]
-        )
+        labels = torch.tensor([self.counts[u] % self.classes for u in user])
+        return 10.0 * nn.functional.one_hot(labels, self.classes)
 
     def commit(self, posterior=None):
         assert torch.allclose(posterior.sum(1), torch.ones(len(self.last)))
         self.calls.append(("commit", tuple(self.last)))
-        for u in self.last:
-            self.counts[u] = self.counts.get(u, 0) + 1
+        self.counts.update(self.last)
 
 
 def make_stream(user, y, x=None):
@@ -85,20 +82,17 @@ def network():
 def test_follow_predicts_before_commit_for_any_lengths():
     net = Counting()
     a, b = follow(net, [make_stream("a", [0, 1, 2, 0]), make_stream("b", [0, 1])])
-    assert net.calls[0] == ("predict", ("a", "b"))
-    assert net.calls[1] == ("commit", ("a", "b"))
+    assert net.calls[:2] == [("predict", ("a", "b")), ("commit", ("a", "b"))]
     assert net.calls[-1] == ("commit", ("a",))
-    assert a.predicted.tolist() == [0, 1, 2, 0]
-    assert b.predicted.tolist() == [0, 1]
+    assert (a.predicted.tolist(), b.predicted.tolist()) == ([0, 1, 2, 0], [0, 1])
     assert score(a).accuracy == 1
     assert (a.seconds > 0).all()
 
 
 def test_follow_many_streams_matches_single_streams():
     streams = [make_stream("a", [0, 0, 1]), make_stream("b", [2, 1, 0, 1, 0])]
-    batched = follow(Counting(), streams)
-    single = [follow(Counting(), [s])[0] for s in streams]
-    for a, b in zip(batched, single):
+    for a, s in zip(follow(Counting(), streams), streams):
+        (b,) = follow(Counting(), [s])
         assert a.predicted.tolist() == b.predicted.tolist()
         np.testing.assert_array_equal(a.nll, b.nll)
 
@@ -149,24 +143,19 @@ def test_follow_blocks_merges_single_last_window():
         lengths.append(len(rows))
         return torch.eye(3)[rows[:, 0].long()]
 
-    x = torch.tensor([[0.0, 0], [1, 0], [2, 0], [0, 0], [1, 0]])
-    out = follow_blocks(step, make_stream("a", [0, 1, 2, 0, 1], x), block=2)
-    assert lengths == [2, 3]
-    assert out.correct.tolist() == [1] * 5
-    lengths.clear()
-    follow_blocks(step, make_stream("a", [0, 1, 2, 0, 1], x), block=3)
-    assert lengths == [3, 2]
-    lengths.clear()
-    follow_blocks(step, make_stream("a", [0, 1, 2], x[:3]), block=1)
-    assert lengths == [1, 1, 1]
+    y = torch.tensor([0, 1, 2, 0, 1])
+    for n, block, expected in ((5, 2, [2, 3]), (5, 3, [3, 2]), (3, 1, [1, 1, 1])):
+        lengths.clear()
+        out = follow_blocks(step, make_stream("a", y[:n].tolist(), y[:n, None].float()), block)
+        assert lengths == expected
+        assert out.correct.tolist() == [1] * n
 
 
 def test_foreign_windows_are_predicted_but_not_scored():
     out = follow(Counting(), [make_stream("a", [0, FOREIGN, 2, 1])])[0]
     got = score(out)
     assert (got.n, got.accuracy) == (3, pytest.approx(2 / 3))
-    assert math.isnan(out.nll[1])
-    assert math.isnan(out.correct[1])
+    assert np.isnan([out.nll[1], out.correct[1]]).all()
 
 
 @given(st.lists(st.integers(0, 3), min_size=2, max_size=60), st.integers(0, 99))
@@ -199,10 +188,9 @@ def test_calibration_error_matches_torchmetrics():
     expected = classification.multiclass_calibration_error(outputs.softmax(1), y, num_classes=4, n_bins=15)
     assert got == pytest.approx(float(expected), abs=1e-6)
     assert calibration_error(np.full(4, 1.0), np.ones(4)) == 0
-    # .30 and .36 are in different bins (edge at 5/15), so their errors of opposite sign do not cancel.
-    assert calibration_error(np.array([0.30, 0.36]), np.array([1.0, 0.0])) == pytest.approx((0.70 + 0.36) / 2)
-    # .34 and .39 are in the same bin, so they do.
-    assert calibration_error(np.array([0.34, 0.39]), np.array([1.0, 0.0])) == pytest.approx((0.66 - 0.39) / 2)
+    # .30 and .36 are in different bins (edge at 5/15), so their errors of opposite sign do not cancel; .34 and .39 do.
+    for confidence, expected in (([0.30, 0.36], (0.70 + 0.36) / 2), ([0.34, 0.39], (0.66 - 0.39) / 2)):
+        assert calibration_error(np.array(confidence), np.array([1.0, 0.0])) == pytest.approx(expected)
 
 
 @given(st.lists(st.sampled_from([0.0, 1.0, math.nan]), min_size=1, max_size=30), st.floats(0.5, 1.0))
@@ -233,9 +221,7 @@ def test_regret_is_zero_for_oracle_and_one_for_source():
 
 
 def test_windows_to_close_counts_windows_or_is_censored():
-    n = 400
-    base, best = [trace([0] * n)], [trace([1] * n)]
-    rule = [trace([0] * 100 + [1] * 300)]
+    base, best, rule = ([trace([0] * n + [1] * (400 - n))] for n in (400, 0, 100))
     # The mean of the last 50 windows reaches one half when 25 of them are correct.
     assert windows_to_close(0.5, rule, base, best) == 125
     assert windows_to_close(1.0, rule, base, best) == 150
@@ -248,18 +234,14 @@ def test_windows_to_close_counts_windows_or_is_censored():
 
 
 def test_windows_to_close_measures_gap_from_source():
-    n = 400
-    base, best = [trace([1, 0] * 200)], [trace([1] * n)]
-    rule = [trace([1, 0] * 50 + [1, 1, 0, 1] * 75)]
+    base, best, rule = ([trace(c)] for c in ([1, 0] * 200, [1] * 400, [1, 0] * 50 + [1, 1, 0, 1] * 75))
     # Source one half, rule three quarters: half of the gap is closed; 0.4 of the oracle is reached immediately.
     assert windows_to_close(0.4, rule, base, best) > 100
     assert windows_to_close(0.6, rule, base, best) is None
 
 
 def test_windows_to_close_averages_users_on_same_windows():
-    base = [trace([0] * 300), trace([0] * 120, digest="e")]
-    best = [trace([1] * 300), trace([1] * 120, digest="e")]
-    rule = [trace([1] * 300), trace([0] * 120, digest="e")]
+    base, best, rule = ([trace([a] * 300), trace([b] * 120, digest="e")] for a, b in ((0, 0), (1, 1), (1, 0)))
     assert windows_to_close(0.5, rule, base, best) == 50
     # After 120 the errors of the second user leave the mean; 50 of 55 windows are correct when five of them are left.
     assert windows_to_close(0.9, rule, base, best) == 120 - 5 + 50
@@ -269,13 +251,12 @@ def test_oracles_use_whole_stream_or_balanced_part():
     net, g = network(), torch.Generator().manual_seed(0)
     x, y = torch.randn(40, 2, generator=g) * 3 + 2, torch.tensor([0] * 30 + [1] * 10)
     s, before = make_stream("a", y.tolist(), x), clone(net.state_dict())
-    recalibrated = recalibrate(copy.deepcopy(net), x)
-    expected = Trace.of(s, logits(recalibrated, x))
+    expected = Trace.of(s, logits(recalibrate(copy.deepcopy(net), x), x))
     np.testing.assert_array_equal(own_stream_oracle(net, s).nll, expected.nll)
     np.testing.assert_array_equal(source_baseline(net, s).nll, Trace.of(s, net(x)).nll)
     got = balanced_oracle(net, s, seed=0)
     assert not np.array_equal(got.nll, expected.nll)
-    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    assert same(before, net.state_dict())
     even = make_stream("a", [0, 1] * 20, x)
     np.testing.assert_allclose(balanced_oracle(net, even, 0).nll, own_stream_oracle(net, even).nll, rtol=1e-5)
 
@@ -308,9 +289,7 @@ def test_accuracy_with_state_does_not_commit():
 
 def test_judge_alarms_matches_alarms_to_changes():
     got = judge_alarms([10, 103, 104, 250, 460], [100, 200, 300, 450], n=500, patience=40)
-    assert got.delays == (3, 10)
-    assert got.missed == 2
-    assert got.false_per_1000 == pytest.approx(1000 * 2 / 500)
+    assert (got.delays, got.missed, got.false_per_1000) == ((3, 10), 2, pytest.approx(1000 * 2 / 500))
     assert judge_alarms([7], [], n=100).false_per_1000 == 10
 
 
@@ -320,11 +299,9 @@ def test_follow_personalized_matches_single_users(text):
     net = network()
     x, y = torch.randn(60, 2, generator=g), torch.arange(60) % 3
     prior = source_prior(net, x, y, 3)
-    streams = [
-        make_stream(u, y[:n].tolist(), torch.randn(n, 2, generator=g) * 2 + 1) for u, n in (("a", 20), ("b", 13))
-    ]
-    batched = follow(personalize(net, rule(text), prior=prior), streams)
-    single = [follow(personalize(net, rule(text), prior=prior), [s])[0] for s in streams]
-    for a, b, s in zip(batched, single, streams):
+    users = (("a", 20), ("b", 13))
+    streams = [make_stream(u, y[:n].tolist(), torch.randn(n, 2, generator=g) * 2 + 1) for u, n in users]
+    for a, s in zip(follow(personalize(net, text, prior=prior), streams), streams):
+        (b,) = follow(personalize(net, text, prior=prior), [s])
         np.testing.assert_allclose(a.nll, b.nll, rtol=1e-4, atol=1e-5)
         assert not np.allclose(a.nll, source_baseline(net, s).nll, rtol=1e-2)

@@ -6,11 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
 
 from fedbn.errors import UserError
 from fedbn.models.har_cnn import HarCNN
-from fedbn.online import personalize, rule
+from fedbn.online import personalize
 from fedbn.online.prior import layer_priors
 from fedbn.online.release import Release, reidentified, window_between
 
@@ -30,16 +29,14 @@ def model():
 def recordings(n=24, windows=60, session=0):
     """Windows ``[n, windows, 6, 32]`` of n users, each with a fixed offset and gain."""
     fixed = torch.Generator().manual_seed(1)
-    offset, gain = (
-        torch.randn(n, 1, 6, 1, generator=fixed) * 0.3,
-        (torch.randn(n, 1, 6, 1, generator=fixed) * 0.2).exp(),
-    )
+    offset = torch.randn(n, 1, 6, 1, generator=fixed) * 0.3
+    gain = (torch.randn(n, 1, 6, 1, generator=fixed) * 0.2).exp()
     noise = torch.Generator().manual_seed(10 + session)
     return torch.randn(n, windows, 6, 32, generator=noise) * gain + offset
 
 
 def states(model, windows, text="pseudo"):
-    net = personalize(model, rule(text))
+    net = personalize(model, text)
     for i, rows in enumerate(windows):
         net(rows, user=i)
     return [net.state(i) for i in range(len(windows))]
@@ -48,7 +45,7 @@ def states(model, windows, text="pseudo"):
 def step(model, text="pseudo", n=50):
     """States before and after one window, and the window's channel means in the first layer."""
     x = recordings(1, n + 1)[0]
-    net = personalize(model, rule(text))
+    net = personalize(model, text)
     net(x[:n], user="ann")
     before = net.state("ann")
     net(x[n:], user="ann")
@@ -100,20 +97,17 @@ def test_noise_reduces_reidentification(model):
     hidden = [[Release(minimum=60, noise=3.0).apply(s, prior, draw) for s in session] for session in sessions]
     assert reidentified(*hidden, FIRST) < 0.35
     only_late = Release(minimum=60, last=1).apply(sessions[0][0], prior)
-    assert only_late.parts[FIRST][0].n == 0
-    assert (only_late.parts[FIRST][0].mean == 0).all()
-    assert only_late.parts[LAST][0].n == 60
-    assert only_late.n == 60
+    (first,), (last,) = only_late.parts[FIRST], only_late.parts[LAST]
+    assert (first.n, last.n, only_late.n) == (0, 60, 60)
+    assert not first.mean.any()
 
 
 def test_release_removes_classes_tallies_and_calibration(model):
-    net = personalize(model, rule("pseudo"))
+    net = personalize(model, "pseudo")
     net.calibrate(recordings(1)[0], user="ann", then="adapt")
     net(recordings(1)[0], user="ann")
     released = Release(minimum=60).apply(net.state("ann"), layer_priors(model))
-    assert not released.classes.any()
-    assert not released.base
-    assert set(released.tally.values()) == {0.0}
+    assert (bool(released.classes.any()), released.base, set(released.tally.values())) == (False, {}, {0.0})
     assert released.parts[FIRST][0].mean.equal(net.state("ann").parts[FIRST][0].mean), "means are exact without noise"
 
 
@@ -121,9 +115,8 @@ def test_released_states_merge_and_load(model):
     a, b = states(model, recordings(2))
     prior = layer_priors(model)
     whole = Release(minimum=60).apply(a, prior).merge(Release(minimum=60, last=1).apply(b, prior))
-    assert whole.parts[FIRST][0].n == 60
-    assert whole.parts[LAST][0].n == 120
-    net = personalize(model, rule("pseudo"))
+    assert (whole.parts[FIRST][0].n, whole.parts[LAST][0].n) == (60, 120)
+    net = personalize(model, "pseudo")
     net.load("ann", Release(minimum=60, last=1).apply(b, prior))
     torch.testing.assert_close(net.statistics("ann")[FIRST][0], prior[FIRST].mean)
 
@@ -131,7 +124,7 @@ def test_released_states_merge_and_load(model):
 def test_clip_bounds_influence_of_one_window(model):
     prior = layer_priors(model)
     for text, bounded in ((CLIPPED, True), ("pseudo", False)):
-        net = personalize(model, rule(text))
+        net = personalize(model, text)
         net(recordings(1)[0], user="ann")
         before = net.state("ann").parts
         net(torch.full((1, 6, 32), 1e4), user="ann")
@@ -143,27 +136,23 @@ def test_clip_bounds_influence_of_one_window(model):
 def test_clip_affects_only_extreme_windows(model):
     x = recordings(1)[0]
     for text in ("pseudo", "dabn"):
-        plain, clipped = (personalize(model, rule(t)) for t in (text, f"{text}:clip=1e6"))
+        plain, clipped = (personalize(model, t) for t in (text, f"{text}:clip=1e6"))
         assert torch.equal(plain(x, user=1), clipped(x, user=1))
     extreme = torch.full((1, 6, 32), 1e4)
-    outs = [personalize(model, rule(t)).predict(extreme, user=1) for t in ("dabn", "dabn:clip=0.5")]
+    outs = [personalize(model, t).predict(extreme, user=1) for t in ("dabn", "dabn:clip=0.5")]
     assert not torch.allclose(*outs)
 
 
 def test_release_rejects_bad_input(model):
     prior, (state,) = layer_priors(model), states(model, recordings(1))
-    for options, message in (
-        ({"minimum": 0}, "minimum=0 is out of range"),
-        ({"noise": -1.0}, "noise=-1 is out of range"),
-        ({"last": -1}, "last=-1 is out of range"),
+    for option, value in (("minimum", 0), ("noise", -1.0), ("last", -1)):
+        with pytest.raises(UserError, match=f"{option}={value:g} is out of range"):
+            Release(**{option: value})
+    two_parts = replace(state, parts={p: parts * 2 for p, parts in state.parts.items()})
+    for options, released, message in (
+        ({"noise": 1.0}, state, "does not clip windows.*pseudo:clip=3"),
+        ({"last": 4}, state, "last=4 layers of a network that has 3"),
+        ({}, two_parts, "by class or component"),
     ):
         with pytest.raises(UserError, match=message):
-            Release(**options)
-    with pytest.raises(UserError, match="does not clip windows.*pseudo:clip=3"):
-        Release(minimum=1, noise=1.0).apply(state, prior)
-    with pytest.raises(UserError, match="last=4 layers of a network that has 3"):
-        Release(minimum=1, last=4).apply(state, prior)
-    two_parts = replace(state, parts={p: parts * 2 for p, parts in state.parts.items()})
-    with pytest.raises(UserError, match="by class or component"):
-        Release(minimum=1).apply(two_parts, prior)
-    assert isinstance(model, nn.Module)
+            Release(minimum=1, **options).apply(released, prior)

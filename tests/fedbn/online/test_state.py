@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from functools import reduce
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch import nn
 
 from fedbn.errors import UserError
 from fedbn.models.har_cnn import HarCNN
-from fedbn.online import BNState, DirectoryStore, SQLiteStore, personalize, population_prior, rule, source_prior
+from fedbn.online import BNState, DirectoryStore, SQLiteStore, personalize, population_prior, source_prior
 from fedbn.online.personalized import personalized_copy
 from fedbn.online.rules.base import rules
 from fedbn.online.state import fingerprint
@@ -35,11 +37,14 @@ def data(n, seed=1, shift=1.0):
     return torch.randn(n, 3, 16, generator=torch.Generator().manual_seed(seed)) * 2 + shift
 
 
-def fitted(text="pseudo", n=8, model=None, user="ann", **kwargs):
-    net = personalize(model or network(), rule(text), **kwargs)
-    for row in data(n):
+def feed(net, x, user="ann"):
+    for row in x:
         net(row[None], user=user)
     return net
+
+
+def fitted(text="pseudo", n=8):
+    return feed(personalize(network(), text), data(n))
 
 
 def assert_states_close(a: BNState, b: BNState, tolerance=1e-5):
@@ -66,12 +71,10 @@ def prior_for(name, model):
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_state_round_trip_continues_identically(name, calibrated):
     model = network()
-    net = personalize(model, rule(name), prior=prior_for(name, model))
-    other = personalize(model, rule(name), prior=prior_for(name, model))
+    net, other = (personalize(model, name, prior=prior_for(name, model)) for _ in range(2))
     if calibrated:
         net.calibrate(data(6, seed=3), user="ann", then="adapt")
-    for row in data(5):
-        net(row[None], user="ann")
+    feed(net, data(5))
     state = BNState.from_bytes(net.state("ann").to_bytes())
     assert state.to_bytes() == net.state("ann").to_bytes(), "equal states must have equal bytes"
     other.load("eve", state)
@@ -81,7 +84,7 @@ def test_state_round_trip_continues_identically(name, calibrated):
 
 
 def test_state_of_har_cnn_is_below_two_kilobytes():
-    net = personalize(HarCNN((6, 128), 6), rule("pseudo:n0=64:diversity=1"))
+    net = personalize(HarCNN((6, 128), 6), "pseudo:n0=64:diversity=1")
     windows = torch.randn(9, 6, 128, generator=torch.Generator().manual_seed(0))
     net(windows, user="ann")
     assert len(net.state("ann").to_bytes()) <= 2048
@@ -95,7 +98,7 @@ def test_state_of_har_cnn_is_below_two_kilobytes():
 def test_float16_state_has_half_size_and_three_digits():
     torch.manual_seed(0)
     wide = nn.Sequential(nn.Linear(4, 2000), nn.BatchNorm1d(2000), nn.Linear(2000, 2)).eval()
-    net = personalize(wide, rule("pseudo"))
+    net = personalize(wide, "pseudo")
     net(torch.randn(9, 4) * 300, user=1)
     state = net.state(1)
     small = state.to_bytes(torch.float16)
@@ -110,16 +113,15 @@ def test_float16_state_has_half_size_and_three_digits():
 
 
 def test_state_rejects_other_model_rule_or_format():
-    net = fitted()
-    state = net.state("ann")
+    state = fitted().state("ann")
     data_ = state.to_bytes()
     assert BNState.from_bytes(data_, model=fingerprint(network()), rule="pseudo").n == 8
     with pytest.raises(UserError, match="belongs to model .* not elsewhere"):
         BNState.from_bytes(data_, model="elsewhere")
     with pytest.raises(UserError, match="belongs to model"):
-        personalize(network(seed=1), rule("pseudo")).load("ann", state)
+        personalize(network(seed=1), "pseudo").load("ann", state)
     with pytest.raises(UserError, match="belongs to rule 'pseudo', not 'pseudo:n0=3.0'"):
-        personalize(network(), rule("pseudo:n0=3")).load("ann", state)
+        personalize(network(), "pseudo:n0=3").load("ann", state)
     with pytest.raises(UserError, match="belongs to rule"):
         state.merge(replace(state, rule="ema"))
     with pytest.raises(UserError, match="format 1, this program reads 3"):
@@ -144,43 +146,38 @@ def state_of(x):
     """State of a user of a network whose first layer is its only BN layer."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.BatchNorm1d(2), nn.Flatten(), nn.Linear(6, K)).double().eval()
-    net = personalize(model, rule("pseudo:n0=2"))
-    for row in x:
-        net(row[None], user=1)
+    net = feed(personalize(model, "pseudo:n0=2"), x, user=1)
     return net.state(1), net, model
 
 
+def draw(n, seed=0, mean=3):
+    return torch.randn(n, 2, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + mean
+
+
 @given(parts=st.lists(st.integers(1, 5), min_size=2, max_size=4), seed=st.integers(0, 99))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_merge_and_unmerge_states(parts, seed):
-    x = torch.randn(sum(parts), 2, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 3
+    x = draw(sum(parts), seed)
     whole, _, model = state_of(x)
     exact = all_moments(model, x)["0"]
-    mean, var = exact.mean, exact.variance()
     # the moments of layer 0 do not depend on the statistics that normalize it
     split = [state_of(part)[0] for part in x.split(parts)]
-    merged = split[0]
-    for part in split[1:]:
-        merged = merged.merge(part)
+    merged = reduce(BNState.merge, split)
     for state in (whole, merged):
         assert state.n == len(x)
-        torch.testing.assert_close(state.layers["0"].mean, mean)
-        torch.testing.assert_close(state.layers["0"].variance(), var)
+        torch.testing.assert_close(state.layers["0"].mean, exact.mean)
+        torch.testing.assert_close(state.layers["0"].variance(), exact.variance())
     assert merged.tally["learned"] == len(x)
-    for part in split[1:]:
-        merged = merged.unmerge(part)
-    assert_states_close(merged, split[0], 1e-7)
+    assert_states_close(reduce(BNState.unmerge, split[1:], merged), split[0], 1e-7)
     with pytest.raises(UserError, match="never merged into the state"):
         split[0].unmerge(whole)
 
 
 def test_merged_state_takes_effect_immediately():
-    x = torch.randn(9, 2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 3
+    x = draw(9)
     whole, net, _ = state_of(x)
-    first, _, _ = state_of(x[:4])
-    second, _, _ = state_of(x[4:])
-    net.load("merged", first)
-    net.merge("merged", second)
+    net.load("merged", state_of(x[:4])[0])
+    net.merge("merged", state_of(x[4:])[0])
     assert net.users == ["1", "merged"]
     torch.testing.assert_close(net.predict(x, user="merged"), net.predict(x, user=1))
     net.merge("new", whole)
@@ -188,11 +185,10 @@ def test_merged_state_takes_effect_immediately():
 
 
 def test_decay_raises_weight_of_prior_and_new_windows():
-    x = torch.randn(8, 2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 3
+    x = draw(8)
     state, net, _ = state_of(x)
     net.load("old", state.decay(0.25))
-    r = 2 / (2 + 2)
-    torch.testing.assert_close(net.statistics("old")["0"][0], (1 - r) * state.layers["0"].mean)
+    torch.testing.assert_close(net.statistics("old")["0"][0], (1 - 2 / (2 + 2)) * state.layers["0"].mean)
     assert net.state("old").n == 2
     torch.testing.assert_close(net.state("old").classes, state.classes / 4)
     net.load("gone", state.decay(0))
@@ -209,9 +205,8 @@ def test_merge_averages_extra_values_by_windows():
 
 
 def test_shrink_merges_n0_windows_of_prior():
-    x = torch.randn(8, 2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    a, _, _ = state_of(x[:3])
-    b, _, _ = state_of(x[3:] * 4 + 7)
+    x = draw(8, mean=0)
+    a, b = (state_of(part)[0] for part in (x[:3], x[3:] * 4 + 7))
     shrunk = a.shrink(b, 5.0).layers["0"]
     both = a.layers["0"].merge(b.layers["0"])
     torch.testing.assert_close((shrunk.n, shrunk.mean, shrunk.m2), (both.n, both.mean, both.m2))
@@ -231,7 +226,7 @@ def test_distance_is_wasserstein_of_gaussians():
 
 def test_personalized_copy_matches_export():
     model = network()
-    net = fitted(model=model)
+    net = feed(personalize(model), data(8))
     x = data(4, seed=5)
     plain = personalized_copy(model, net.state("ann"))
     with torch.no_grad():
@@ -259,27 +254,21 @@ def test_export_supports_folding_and_torch_export():
 
 @pytest.fixture(params=["dict", "directory", "sqlite"])
 def store(request, tmp_path):
-    makers = {
-        "dict": dict,
-        "directory": lambda: DirectoryStore(tmp_path / "users"),
-        "sqlite": lambda: SQLiteStore(tmp_path / "users.db"),
-    }
-    return makers[request.param]()
+    if request.param == "dict":
+        return {}
+    return (DirectoryStore if request.param == "directory" else SQLiteStore)(tmp_path / "users")
 
 
 NAMES = ["ann", "../ann", "a/b\\c", "ünï ©", "..", "x.bnstate", "50%", "", "A'; DROP TABLE states; --"]
 
 
 def test_store_is_mapping_with_any_name(store):
-    for i, name in enumerate(NAMES):
-        store[name] = bytes([i]) * (i + 1)
-    assert sorted(store) == sorted(NAMES)
+    states = {name: bytes([i]) * (i + 1) for i, name in enumerate(NAMES)}
+    store.update(states)
+    assert dict(store) == states
     assert len(store) == len(NAMES)
-    for i, name in enumerate(NAMES):
-        assert store[name] == bytes([i]) * (i + 1)
     store["ann"] = b"new"
-    assert store["ann"] == b"new"
-    assert store.pop("ann") == b"new"
+    assert [store["ann"], store.pop("ann")] == [b"new"] * 2
     assert "ann" not in store
     for call in (lambda: store["ann"], lambda: store.__delitem__("ann")):
         with pytest.raises(KeyError):
@@ -288,11 +277,11 @@ def test_store_is_mapping_with_any_name(store):
 
 def test_users_are_reloaded_from_store(store):
     model = network()
-    net = personalize(model, rule("pseudo"), capacity=2, store=store)
+    net = personalize(model, "pseudo", capacity=2, store=store)
     for i, row in enumerate(data(9)):
         net(row[None], user=i % 3)
     net.flush()
-    reopened = personalize(model, rule("pseudo"), capacity=2, store=store)
+    reopened = personalize(model, "pseudo", capacity=2, store=store)
     assert reopened.users == ["0", "1", "2"]
     x = data(2, seed=7)
     for user in range(3):
@@ -300,17 +289,13 @@ def test_users_are_reloaded_from_store(store):
     reopened.forget(1)
     assert list(store) == ["0", "2"]
     with pytest.raises(UserError, match="belongs to model"):
-        personalize(network(seed=1), rule("pseudo"), store=store).predict(x, user=0)
+        personalize(network(seed=1), "pseudo", store=store).predict(x, user=0)
 
 
 def test_store_keeps_old_state_after_crash(tmp_path, monkeypatch):
     store = DirectoryStore(tmp_path)
     store["ann"] = b"old"
-
-    def killed(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, "replace", killed)
+    monkeypatch.setattr(os, "replace", Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         store["ann"] = b"new"
     (tmp_path / "tmpx1").write_bytes(b"left by a crash")
@@ -320,11 +305,7 @@ def test_store_keeps_old_state_after_crash(tmp_path, monkeypatch):
 
 def test_store_removes_file_after_failed_write(tmp_path, monkeypatch):
     store = DirectoryStore(tmp_path)
-
-    def fail(*_):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(os, "replace", fail)
+    monkeypatch.setattr(os, "replace", Mock(side_effect=OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         store["ann"] = b"x"
     assert not list(tmp_path.iterdir())

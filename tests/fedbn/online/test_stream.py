@@ -5,6 +5,7 @@ import copy
 import torch
 from torch import nn
 
+from fedbn.nn.hooks import capture_inputs
 from fedbn.nn.roles import statistics_layers
 from fedbn.online import predict_online
 from fedbn.statistics.moments import Moments
@@ -25,12 +26,9 @@ def slow(model, x, prior, block):
     layers = statistics_layers(model)
     source = {p: (m.running_mean.double().clone(), m.running_var.double().clone()) for p, m in layers.items()}
     inputs = {p: [] for p in layers}
-    handles = [
-        m.register_forward_pre_hook(lambda _m, a, p=p: inputs[p].append(a[0].double())) for p, m in layers.items()
-    ]
     out = []
     for start in range(0, len(x), block):
-        with torch.no_grad():
+        with torch.no_grad(), capture_inputs(layers, lambda p, value: inputs[p].append(value.double())):
             out.append(model(x[start : start + block]))
         for p, m in layers.items():
             values = torch.cat(inputs[p]).transpose(0, 1).flatten(1)
@@ -40,20 +38,14 @@ def slow(model, x, prior, block):
             second = n0 * (var0 + (mean0 - mean) ** 2) + ((values - mean[:, None]) ** 2).sum(1)
             m.running_mean.copy_(mean)
             m.running_var.copy_(second / (n0 + n - 1))
-    for handle in handles:
-        handle.remove()
     return torch.cat(out)
 
 
 def test_predict_online_matches_reference():
     x = stream()
     for prior, block in ((5.0, 8), (0.0, 8), (50.0, 1)):
-        torch.testing.assert_close(
-            predict_online(network(), x, prior=prior, block=block),
-            slow(network(), x, prior, block),
-            rtol=1e-5,
-            atol=1e-5,
-        )
+        out = predict_online(network(), x, prior=prior, block=block)
+        torch.testing.assert_close(out, slow(network(), x, prior, block), rtol=1e-5, atol=1e-5)
 
 
 def test_predict_online_is_causal():
@@ -68,9 +60,9 @@ def test_predict_online_is_causal():
 
 def test_predict_online_without_prior_ends_at_stream_moments():
     net, x = network(), stream()
-    first = next(iter(statistics_layers(net)))
+    first = next(iter(statistics_layers(net).values()))
     inputs = []
-    net.get_submodule(first).register_forward_pre_hook(lambda _m, a: inputs.append(a[0]))
+    first.register_forward_pre_hook(lambda _m, a: inputs.append(a[0]))
     predict_online(net, x, prior=0.0)
-    moments = Moments.of(torch.cat(inputs))
-    torch.testing.assert_close(net.get_submodule(first).running_mean.double(), moments.mean, rtol=1e-5, atol=1e-5)
+    mean = Moments.of(torch.cat(inputs)).mean
+    torch.testing.assert_close(first.running_mean.double(), mean, rtol=1e-5, atol=1e-5)

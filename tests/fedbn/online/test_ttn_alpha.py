@@ -7,8 +7,10 @@ import torch
 from torch import nn
 
 from fedbn.errors import UserError
+from fedbn.nn.roles import clone
 from fedbn.online import personalize, rule
 from fedbn.online.ttn_alpha import gain_and_noise, learn_alpha
+from tests.helpers import same
 
 SHIFTED = 1
 """Index of the channel that the augmentation shifts."""
@@ -43,17 +45,16 @@ def learn(model, **options):
 
 
 def test_shifted_channel_follows_the_batch(model):
-    before = {k: v.clone() for k, v in model.state_dict().items()}
+    before = clone(model.state_dict())
     alpha = learn(model, augment=shift_channel, epochs=20)["0"].alpha
     assert alpha.argmax() == SHIFTED
     assert alpha[SHIFTED] > 0.8
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()), "the model must not change"
+    assert same(before, model.state_dict()), "the model must not change"
 
 
 def test_alpha_starts_from_prior_and_is_held_by_penalty(model):
     start = learn(model, augment=shift_channel, epochs=0)["0"].alpha
-    assert start.min() == 0
-    assert start.max() == 1
+    assert (start.min(), start.max()) == (0, 1)
     held = learn(model, augment=shift_channel, lam=1e6)["0"].alpha
     torch.testing.assert_close(held, start, atol=0.05, rtol=0)
 

@@ -8,35 +8,32 @@ import torch
 from fedbn.errors import UserError
 from fedbn.federation.client import METHOD_STATE, client_round
 from fedbn.federation.loop import federate
+from fedbn.federation.server import mean_accuracy
 from fedbn.federation.setup import build_context
 from fedbn.nn.roles import Role, with_prefix
 from fedbn.personalization.base import Personalization, personalizations
 from fedbn.personalization.treatment import treatment
 from fedbn.strategies.base import Progress
-from simulations.engines.execute import execute
-from tests.helpers import federated, same
+from tests.helpers import assert_engines_agree, federated, same
 
 METHODS = list(personalizations())
 NORMS = ["fedbn", *(pytest.param(n, marks=pytest.mark.slow) for n in ("global-naive", "silobn", "groupnorm"))]
 
 
+def one_round(ctx, user=0):
+    return client_round(ctx, user, ctx.initial_server_state(), None, Progress(1, 2))
+
+
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("name", METHODS)
 def test_engines_agree_for_every_norm_and_method(name, norm, small):
-    run = small(f"{norm}+{name}", clients_per_round=3)
-    a, b = federate(run), execute(run, "grid")
-    assert same(a.server.state, b.server.state)
-    assert same(a.server.broadcast, b.server.broadcast)
-    assert a.client_states.keys() == b.client_states.keys()
-    assert all(same(a.client_states[u], b.client_states[u]) for u in a.client_states)
-    assert a.scores == b.scores
-    assert a.curve == b.curve
+    assert_engines_agree(small(f"{norm}+{name}", clients_per_round=3))
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_method_state_is_never_sent(name, small):
     ctx = build_context(small(f"fedbn+{name}"))
-    update, client_state = client_round(ctx, ctx.trainers[0], ctx.initial_server_state(), None, Progress(1, 2))
+    update, client_state = one_round(ctx, ctx.trainers[0])
     assert list(update.state) == ctx.ownership.travels
     assert not any(k.startswith(METHOD_STATE) for k in update.state)
     for key in client_state:
@@ -74,22 +71,22 @@ def test_personalization_rejects_misspelled_and_former_hooks(name, hook):
 
 @pytest.mark.parametrize("method", ["ditto", "apfl", "finetune", "fedprox:mu=0"])
 def test_method_does_not_change_shared_model(method, small):
-    plain, with_method = federate(small("silobn")), federate(small(f"silobn+{method}"))
-    assert same(plain.server.state, with_method.server.state)
+    assert same(federate(small("silobn")).server.state, federate(small(f"silobn+{method}")).server.state)
 
 
 def test_fedprox_regularizes_body_and_head_not_norm_layers(small):
-    ctx = build_context(small("global-naive+fedprox:mu=20", lr=0.05, momentum=0.0, local_epochs=3))
-    free = build_context(small("global-naive", lr=0.05, momentum=0.0, local_epochs=3))
+    def distances(name):
+        ctx = build_context(small(name, lr=0.05, momentum=0.0, local_epochs=3))
+        state, roles = one_round(ctx)[0].state, ctx.ownership.roles
+        return [
+            sum(float((state[k] - ctx.initial[k]).norm()) for k, r in roles.items() if r is role)
+            for role in (Role.BODY, Role.HEAD, Role.AFFINE)
+        ]
 
-    def distance(ctx, role):
-        update, _ = client_round(ctx, 0, ctx.initial_server_state(), None, Progress(1, 2))
-        keys = [k for k, r in ctx.ownership.roles.items() if r is role]
-        return sum(float((update.state[k] - ctx.initial[k]).norm()) for k in keys)
-
-    assert distance(ctx, Role.BODY) < 0.5 * distance(free, Role.BODY)
-    assert distance(ctx, Role.HEAD) < 0.5 * distance(free, Role.HEAD)
-    assert distance(ctx, Role.AFFINE) > 0.5 * distance(free, Role.AFFINE)
+    body, head, affine = (p / f for p, f in zip(distances("global-naive+fedprox:mu=20"), distances("global-naive")))
+    assert body < 0.5
+    assert head < 0.5
+    assert affine > 0.5
 
 
 @pytest.mark.parametrize(("method", "role"), [("fedper", Role.HEAD), ("fedrep", Role.HEAD), ("lg-fedavg", Role.BODY)])
@@ -109,7 +106,7 @@ def test_fedrep_trains_head_before_body(small, monkeypatch):
         return 0.0, {}
 
     monkeypatch.setattr("fedbn.federation.client.fit", record_fit)
-    client_round(ctx, 0, ctx.initial_server_state(), None, Progress(1, 2))
+    one_round(ctx)
     head = {k for k, r in ctx.ownership.roles.items() if r is Role.HEAD}
     assert phases == [(head, 2), (set(ctx.ownership.roles) - head, None)]
 
@@ -122,14 +119,7 @@ def test_fedbabu_trains_head_only_for_evaluation(small):
         elif role is Role.BODY:
             assert not torch.equal(out.server.state[key], ctx.initial[key])
     tuned = federate(small("global-naive+fedbabu:epochs=3:lr=0.05"))
-    assert mean_own_accuracy(ctx, tuned) > mean_own_accuracy(ctx, out)
-
-
-def mean_own_accuracy(ctx, out):
-    values = [
-        s.accuracy for u in ctx.population.seen for s in out.scores[u] if (s.row, s.column) == ("own", "aggregated")
-    ]
-    return sum(values) / len(values)
+    assert mean_accuracy(ctx, tuned.scores, unseen=False) > mean_accuracy(ctx, out.scores, unseen=False)
 
 
 def test_finetune_with_zero_epochs_changes_nothing(small):
@@ -137,17 +127,15 @@ def test_finetune_with_zero_epochs_changes_nothing(small):
 
 
 def test_finetune_affects_seen_users_only(small):
-    run = small("global-naive+finetune:epochs=2:lr=0.05")
-    plain, tuned = federate(small("global-naive")), federate(run)
-    population = build_context(run).population
-    assert all(plain.scores[u] == tuned.scores[u] for u in population.unseen)
-    assert any(plain.scores[u] != tuned.scores[u] for u in population.seen)
+    ctx, tuned = federated(small("global-naive+finetune:epochs=2:lr=0.05"))
+    plain = federate(small("global-naive"))
+    assert all(plain.scores[u] == tuned.scores[u] for u in ctx.population.unseen)
+    assert any(plain.scores[u] != tuned.scores[u] for u in ctx.population.seen)
 
 
 def test_ditto_penalty_controls_distance_to_received_model(small):
-    options = {"rounds": 1, "momentum": 0.0}
     for lam, near in ((50.0, True), (0.0, False)):
-        ctx, out = federated(small(f"groupnorm+ditto:lam={lam}", lr=0.01, local_epochs=10, **options))
+        ctx, out = federated(small(f"groupnorm+ditto:lam={lam}", lr=0.01, local_epochs=10, rounds=1, momentum=0.0))
         personal = with_prefix(out.client_states[0], METHOD_STATE)
         distance = sum(float((personal[k] - ctx.initial[k]).norm()) for k in personal)
         shared = sum(float((out.server.state[k] - ctx.initial[k]).norm()) for k in out.server.state)
@@ -155,10 +143,8 @@ def test_ditto_penalty_controls_distance_to_received_model(small):
 
 
 def test_ditto_without_penalty_is_independent_of_others(small):
-    a, b = (
-        federate(small("groupnorm+ditto:lam=0", partition="linear:clients=4", weighting=weighting))
-        for weighting in ("samples", "uniform")
-    )
+    name, partition = "groupnorm+ditto:lam=0", "linear:clients=4"
+    a, b = (federate(small(name, partition=partition, weighting=weighting)) for weighting in ("samples", "uniform"))
     assert not same(a.server.state, b.server.state)
     for user, client_state in a.client_states.items():
         personal = with_prefix(client_state, METHOD_STATE)
@@ -170,22 +156,20 @@ def test_apfl_alpha_0_is_shared_and_1_is_personal_model(small):
     mixed, plain = federate(small("groupnorm+apfl:alpha=0")), federate(small("groupnorm"))
     for user, scores in plain.scores.items():
         assert mixed.scores[user][0] == scores[0]
-    run = small("groupnorm+apfl:alpha=1")
-    out = federate(run)
-    ctx = build_context(run)
+    ctx, out = federated(small("groupnorm+apfl:alpha=1"))
     personal = with_prefix(out.client_states[0], METHOD_STATE)
     # With alpha = 1 the mixture equals v, which is trained independently from the client's first shared model on.
     assert any(not torch.allclose(personal[k], out.server.state[k]) for k in personal)
     scores = [s for s in out.scores[0] if (s.row, s.column) == ("own", "aggregated")]
-    model = ctx.load(personal).eval()
+    test = ctx.population.users[0].test
     with torch.no_grad():
-        predicted = model(ctx.population.users[0].test.x).argmax(1)
-    assert scores[0].accuracy == pytest.approx(float((predicted == ctx.population.users[0].test.y).double().mean()))
+        predicted = ctx.load(personal).eval()(test.x).argmax(1)
+    assert scores[0].accuracy == pytest.approx(float((predicted == test.y).double().mean()))
 
 
 def test_apfl_step_is_alpha_times_mixture_gradient(small):
     ctx = build_context(small("nonorm+apfl:alpha=0.5", batch_size=10_000, momentum=0.0, lr=0.1))
-    update, client_state = client_round(ctx, 0, ctx.initial_server_state(), None, Progress(1, 2))
+    update, client_state = one_round(ctx)
     model, data = ctx.load(update.state).train(), ctx.training_data(0)
     model.zero_grad()
     torch.nn.functional.cross_entropy(model(data.x), data.y).backward()
@@ -205,17 +189,15 @@ def test_scaffold_server_variate_is_mean_over_all_clients(small):
 
 
 def test_scaffold_equals_fedavg_in_first_round_only(small):
-    one, other = federate(small("groupnorm+scaffold", rounds=1)), federate(small("groupnorm", rounds=1))
-    assert same(one.server.state, other.server.state)
-    two, plain = federate(small("groupnorm+scaffold")), federate(small("groupnorm"))
-    assert not same(two.server.state, plain.server.state)
+    for rounds, equal in ((1, True), (2, False)):
+        a, b = (federate(small(name, rounds=rounds)).server.state for name in ("groupnorm+scaffold", "groupnorm"))
+        assert same(a, b) is equal
 
 
 def test_scaffold_with_one_client_equals_fedavg(small):
     options = {"partition": "iid:clients=1", "rounds": 3, "momentum": 0.0}
-    a, b = federate(small("groupnorm+scaffold", **options)), federate(small("groupnorm", **options))
-    for key, value in b.server.state.items():
-        torch.testing.assert_close(a.server.state[key], value, rtol=1e-4, atol=1e-6)
+    a, b = (federate(small(name, **options)).server.state for name in ("groupnorm+scaffold", "groupnorm"))
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
 def test_scaffold_full_batch_clients_take_equal_steps(small):
@@ -227,5 +209,4 @@ def test_scaffold_full_batch_clients_take_equal_steps(small):
     second = [client_round(ctx, u, start, s, Progress(2, 2), (), broadcast)[0].state for u, (_, s) in first.items()]
     body = [k for k, r in ctx.ownership.roles.items() if r in (Role.BODY, Role.HEAD)]
     for state in second[1:]:
-        for key in body:
-            torch.testing.assert_close(state[key], second[0][key], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(*({k: s[k] for k in body} for s in (state, second[0])), rtol=1e-4, atol=1e-6)

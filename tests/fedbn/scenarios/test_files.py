@@ -2,36 +2,38 @@ from __future__ import annotations
 
 import re
 
+import datasets
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from fedbn.data.readers import Rows
 from fedbn.errors import UserError
 from fedbn.scenarios.base import scenario
 from fedbn.scenarios.files import build_population
+from tests.fedbn.helpers import rejects
 
 
-def columns(n=60, users=3, classes=3):
-    """Rows in the order of recording; the first value of each row is its index."""
-    return {
-        "x": np.stack([np.arange(n), np.ones(n)], axis=1),
-        "y": np.arange(n) % classes,
-        "user": np.arange(n) * users // n,
-    }
+def columns():
+    """Sixty rows in the order of recording; the first value of each row is its index."""
+    n = np.arange(60)
+    return {"x": np.stack([n, np.ones(60)], axis=1), "y": n % 3, "user": n * 3 // 60}
+
+
+def with_lists(x):
+    """Columns as lists, with other values ``x``."""
+    return {k: v.tolist() for k, v in columns().items()} | {"x": x}
 
 
 @pytest.fixture
 def save(tmp_path):
-    def saved(name="own.npz", **changed):
-        data = {**columns(), **changed}
-        data = {k: v for k, v in data.items() if v is not None}
-        path = tmp_path / name
-        np.savez(path, **data)
-        return path
+    def saved(**changed):
+        np.savez(tmp_path / "own.npz", **{k: v for k, v in (columns() | changed).items() if v is not None})
+        return tmp_path / "own.npz"
 
     return saved
 
@@ -55,14 +57,13 @@ def test_files_splits_in_time_without_recordings(save):
 
 
 def test_files_uses_later_recordings_for_testing(save):
-    recording = np.array(["b"] * 5 + ["a"] * 9 + ["c"] * 6)
-    population = load(save(recording=np.tile(recording, 3)))
+    path = save(recording=np.tile(["b"] * 5 + ["a"] * 9 + ["c"] * 6, 3))
+    population = load(path)
     assert numbers(population.users[0].train) == list(range(14))
     assert population.users[0].train.recording.tolist() == [0] * 5 + [1] * 9
     assert set(population.users[0].test.recording.tolist()) == {2}
-    half = load(save(recording=np.tile(recording, 3)), "test=0.9").users[0]
-    assert numbers(half.train) == list(range(5))
-    assert len(load(save(recording=np.tile(recording, 3)), "recording=").users[0].train) == 14
+    assert numbers(load(path, "test=0.9").users[0].train) == list(range(5))
+    assert len(load(path, "recording=").users[0].train) == 14
 
 
 def test_files_accepts_interleaved_users(save):
@@ -79,22 +80,17 @@ def test_files_accepts_names_of_classes_and_users(save):
 
 
 def test_files_sorts_users_as_numbers(save):
-    population = load(save(user=np.repeat([10, 9, 2], 20)))
-    assert [u.name for u in population.users] == ["2", "9", "10"]
-    as_floats = load(save(user=np.repeat([10.0, 9.0, 2.0], 20)))
-    assert [u.name for u in as_floats.users] == ["2", "9", "10"]
+    for users in ([10, 9, 2], [10.0, 9.0, 2.0]):
+        assert [u.name for u in load(save(user=np.repeat(users, 20))).users] == ["2", "9", "10"]
 
 
-def frame(prefix="x"):
-    data = columns()
-    return pd.DataFrame({f"{prefix}{i}": data["x"][:, 0] + 100 * i for i in range(12)}).assign(
-        y=data["y"], user=data["user"]
-    )
+def frame():
+    """Columns with twelve numbered columns of values, not in the order of their numbers."""
+    wide = {f"x{i}": np.arange(60.0) + 100 * i for i in (10, *range(10), 11)}
+    return pd.DataFrame(wide | {k: v for k, v in columns().items() if k != "x"})
 
 
 def test_files_gives_same_users_for_all_formats(save, tmp_path):
-    import datasets
-
     data = columns() | {"recording": np.arange(60) // 5 % 4, "y": np.array(["walk", "lie", "sit"] * 20)}
     rest = {k: v.tolist() for k, v in data.items() if k != "x"}
     wide = pd.DataFrame({"x0": data["x"][:, 0], "x1": data["x"][:, 1], **rest})
@@ -109,17 +105,13 @@ def test_files_gives_same_users_for_all_formats(save, tmp_path):
         assert [u.name for u in other.users] == [u.name for u in first.users]
         for a, b in zip(first.users, other.users, strict=True):
             for one, two in ((a.train, b.train), (a.test, b.test)):
-                assert torch.equal(one.x, two.x)
-                assert torch.equal(one.y, two.y)
-                assert torch.equal(one.recording, two.recording)
+                assert all(torch.equal(getattr(one, name), getattr(two, name)) for name in ("x", "y", "recording"))
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
 def test_files_selects_columns_and_shape(tmp_path, kind):
     path = tmp_path / f"own.{kind}"
-    frame()[["x10", *[f"x{i}" for i in range(12) if i != 10], "y", "user"]].pipe(
-        lambda f: f.to_csv(path, index=False) if kind == "csv" else f.to_parquet(path)
-    )
+    frame().to_csv(path, index=False) if kind == "csv" else frame().to_parquet(path)
     population = load(path)
     assert population.shape == (12,)
     assert population.users[0].train.x[3].tolist() == [3 + 100 * i for i in range(12)]
@@ -130,21 +122,16 @@ def test_files_selects_columns_and_shape(tmp_path, kind):
 
 
 def test_files_reads_parquet_lists_as_rows(tmp_path):
-    data = columns()
-    table = pd.DataFrame({"x": data["x"].tolist(), "y": data["y"], "user": data["user"]})
+    table = pd.DataFrame(with_lists(columns()["x"].tolist()))
     table.to_parquet(tmp_path / "own.parquet")
     assert numbers(load(tmp_path / "own.parquet").users[0].train) == list(range(14))
     table.at[7, "x"] = [1.0]
     table.to_parquet(tmp_path / "own.parquet")
-    with pytest.raises(
-        UserError, match=r"rows of 'x' differ in shape \(row 0 has \[2\], row 7 has \[1\]\); bring them"
-    ):
-        load(tmp_path / "own.parquet")
+    message = r"rows of 'x' differ in shape \(row 0 has \[2\], row 7 has \[1\]\); bring them"
+    rejects(message, load, tmp_path / "own.parquet")
 
 
 def write_rows(rows, path):
-    import datasets
-
     if path.suffix == ".parquet":
         pd.DataFrame(rows).to_parquet(path)
     else:
@@ -153,10 +140,8 @@ def write_rows(rows, path):
 
 @pytest.mark.parametrize("kind", ["parquet", "directory"])
 def test_files_reads_nested_lists_as_channels_and_samples(tmp_path, kind):
-    data = columns()
-    rows = {"x": [[[i, 1, 2], [3, 4, 5]] for i in range(60)], "y": data["y"].tolist(), "user": data["user"].tolist()}
     path = tmp_path / f"own.{kind}"
-    write_rows(rows, path)
+    write_rows(with_lists([[[i, 1, 2], [3, 4, 5]] for i in range(60)]), path)
     user = load(path).users[0]
     assert user.train.x.shape == (14, 2, 3)
     assert user.train.x[7].tolist() == [[7, 1, 2], [3, 4, 5]]
@@ -172,61 +157,40 @@ def test_files_reads_nested_lists_as_channels_and_samples(tmp_path, kind):
     ],
 )
 def test_files_rejects_bad_lists(tmp_path, kind, row, message):
-    data = columns()
-    rows = {"x": [[[1.0, 2.0]] * 2] * 60, "y": data["y"].tolist(), "user": data["user"].tolist()}
-    rows["x"][3] = row
     path = tmp_path / f"own.{kind}"
-    write_rows(rows, path)
-    with pytest.raises(UserError, match=re.escape(message)):
-        load(path)
+    write_rows(with_lists([row if i == 3 else [[1.0, 2.0]] * 2 for i in range(60)]), path)
+    rejects(re.escape(message), load, path)
 
 
 def test_files_reads_saved_dataset(tmp_path):
-    import datasets
-
-    data = columns()
     features = datasets.Features(
         x=datasets.List(datasets.Value("float32")),
         y=datasets.ClassLabel(names=["walk", "sit", "lie"]),
         user=datasets.Value("int64"),
     )
-    table = datasets.Dataset.from_dict({k: v.tolist() for k, v in data.items()}, features=features)
+    table = datasets.Dataset.from_dict(with_lists(columns()["x"].tolist()), features=features)
     table.save_to_disk(str(tmp_path / "one"))
     population = load(tmp_path / "one")
     assert population.classes == ("walk", "sit", "lie")
     assert numbers(population.users[0].train) == list(range(14))
     datasets.DatasetDict({"train": table, "test": table}).save_to_disk(str(tmp_path / "two"))
-    with pytest.raises(UserError, match=r"two holds 2 splits; name one: path=.*two/train"):
-        load(tmp_path / "two")
+    rejects(r"two holds 2 splits; name one: path=.*two/train", load, tmp_path / "two")
     assert population.sources["one"] == load(tmp_path / "two" / "train").sources["train"]
 
 
 def test_files_reads_images_channels_first(tmp_path):
-    import datasets
-    from PIL import Image
-
-    images = [Image.new("RGB", (5, 4), (255, 0, 51)) for _ in range(60)]
-    data = {k: v.tolist() for k, v in columns().items() if k != "x"}
-    datasets.Dataset.from_dict({"x": images, **data}).save_to_disk(str(tmp_path / "rgb"))
+    write_rows(with_lists([Image.new("RGB", (5, 4), (255, 0, 51)) for _ in range(60)]), tmp_path / "rgb")
     population = load(tmp_path / "rgb")
     assert population.shape == (3, 4, 5)
     torch.testing.assert_close(population.users[0].train.x[0, :, 0, 0], torch.tensor([1.0, 0.0, 0.2]))
 
 
 def test_files_rejects_bad_images(tmp_path):
-    import datasets
-    from PIL import Image
-
-    images = [Image.new("RGB", (5, 4)) for _ in range(60)]
-    images[9] = Image.new("RGB", (5, 5))
-    data = {k: v.tolist() for k, v in columns().items() if k != "x"}
-    datasets.Dataset.from_dict({"x": images, **data}).save_to_disk(str(tmp_path / "sizes"))
-    with pytest.raises(UserError, match=r"differ in shape \(row 0 has \[4, 5, 3\], row 9 has \[5, 5, 3\]\)"):
-        load(tmp_path / "sizes")
-    broken = datasets.Dataset.from_dict({"x": [{"bytes": b"no image", "path": None}] * 60, **data})
+    write_rows(with_lists([Image.new("RGB", (5, 5 if i == 9 else 4)) for i in range(60)]), tmp_path / "sizes")
+    rejects(r"differ in shape \(row 0 has \[4, 5, 3\], row 9 has \[5, 5, 3\]\)", load, tmp_path / "sizes")
+    broken = datasets.Dataset.from_dict(with_lists([{"bytes": b"no image", "path": None}] * 60))
     broken.cast_column("x", datasets.Image()).save_to_disk(str(tmp_path / "broken"))
-    with pytest.raises(UserError, match="'x' holds an image that cannot be decoded; save it again"):
-        load(tmp_path / "broken")
+    rejects("'x' holds an image that cannot be decoded; save it again", load, tmp_path / "broken")
 
 
 def test_files_sources_depend_on_content(save):
@@ -235,11 +199,7 @@ def test_files_sources_depend_on_content(save):
     assert before != load(save(x=columns()["x"] + 1)).sources
 
 
-@given(
-    st.lists(st.integers(6, 40), min_size=2, max_size=6),
-    st.floats(0.05, 0.6),
-    st.integers(0, 2),
-)
+@given(st.lists(st.integers(6, 40), min_size=2, max_size=6), st.floats(0.05, 0.6), st.integers(0, 2))
 def test_build_population_uses_each_row_once_or_drops_gap(sizes, test, gap):
     n = sum(sizes)
     users = np.repeat(np.arange(len(sizes)), sizes)
@@ -297,8 +257,7 @@ ERRORS = [
 
 @pytest.mark.parametrize(("changed", "options", "message"), ERRORS)
 def test_files_rejects_bad_input(save, changed, options, message):
-    with pytest.raises(UserError, match=re.escape(message)):
-        load(save(**changed), options)
+    rejects(re.escape(message), lambda: load(save(**changed), options))
 
 
 def test_files_rejects_class_of_unseen_users_only(save):
@@ -306,48 +265,49 @@ def test_files_rejects_class_of_unseen_users_only(save):
     path = save(y=np.where(np.arange(60) < 40, np.arange(60) % 2, 2))
     for seed, unseen in unseen_by_seed.items():
         if unseen == (2,):
-            with pytest.raises(
-                UserError, match=r"class 2 is in no training row of the seen users \(unseen: 2\); hold out fewer"
-            ):
-                load(path, seed=seed)
+            message = r"class 2 is in no training row of the seen users \(unseen: 2\); hold out fewer"
+            rejects(message, load, path, seed=seed)
         else:
             assert load(path, seed=seed).unseen == unseen
     assert set(unseen_by_seed.values()) == {(0,), (1,), (2,)}
 
 
 def test_files_rejects_unreadable_files(tmp_path):
-    with pytest.raises(UserError, match="scenario 'files' needs a path: files:path=FILE"):
-        scenario("files").load(0)
-    with pytest.raises(UserError, match=r"there is no file '.*none\.npz'; check path="):
-        load(tmp_path / "none.npz")
+    rejects("scenario 'files' needs a path: files:path=FILE", lambda: scenario("files").load(0))
+    rejects(r"there is no file '.*none\.npz'; check path=", load, tmp_path / "none.npz")
     (tmp_path / "own.xlsx").write_text("")
-    with pytest.raises(UserError, match=r"own\.xlsx: data are read from .npz, .csv, .parquet .* not from '.xlsx'"):
-        load(tmp_path / "own.xlsx")
+    rejects(r"own\.xlsx: data are read from .npz, .csv, .parquet .* not from '.xlsx'", load, tmp_path / "own.xlsx")
     for name in ("own.npz", "own.csv", "own.parquet"):
         (tmp_path / name).write_bytes(b"")
-        with pytest.raises(UserError, match=rf"{name} cannot be read \(.*\); write it again or check its suffix"):
-            load(tmp_path / name)
+        rejects(rf"{name} cannot be read \(.*\); write it again or check its suffix", load, tmp_path / name)
     (tmp_path / "folder").mkdir()
-    with pytest.raises(UserError, match=r"folder cannot be read"):
-        load(tmp_path / "folder")
+    rejects(r"folder cannot be read", load, tmp_path / "folder")
 
 
 def test_files_rejects_python_objects(tmp_path):
     ragged = np.array([np.zeros(2), np.zeros(3)], dtype=object)
     np.savez(tmp_path / "own.npz", x=ragged, y=[0, 1], user=[0, 0])
-    with pytest.raises(UserError, match="array 'x' holds Python objects, for instance rows of different lengths"):
-        load(tmp_path / "own.npz")
+    rejects("array 'x' holds Python objects, for instance rows of different lengths", load, tmp_path / "own.npz")
 
 
 def test_files_rejects_text_in_number_columns(tmp_path):
     table = frame().astype({"x3": object})
     table.loc[5, "x3"] = "n/k"
     table.to_csv(tmp_path / "own.csv", index=False)
-    with pytest.raises(UserError, match=r"own\.csv: 'x3' is not numeric: 'n/k' in row 5"):
-        load(tmp_path / "own.csv")
+    rejects(r"own\.csv: 'x3' is not numeric: 'n/k' in row 5", load, tmp_path / "own.csv")
 
 
 def test_build_population_rejects_class_beyond_names():
     rows = Rows(np.zeros((4, 1)), np.array([0, 1, 2, 5]), np.zeros(4), None, ("a", "b", "c"))
-    with pytest.raises(UserError, match="labels run from 0 to 5, but classes must be numbered 0 to 2"):
-        build_population(rows, name="t", test=0.5, gap=0, unseen=0, seed=0, skew="", sources={})
+    rejects(
+        "labels run from 0 to 5, but classes must be numbered 0 to 2",
+        build_population,
+        rows,
+        name="t",
+        test=0.5,
+        gap=0,
+        unseen=0,
+        seed=0,
+        skew="",
+        sources={},
+    )

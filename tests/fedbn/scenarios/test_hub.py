@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from fedbn.errors import UserError
 from fedbn.scenarios.base import scenario
 from fedbn.scenarios.hub import COLLECTIONS
+from tests.fedbn.helpers import rejects
 
 datasets.disable_progress_bars()
 
@@ -24,14 +24,41 @@ def table(n=80, image="image", label="label", **more):
     return datasets.Dataset.from_dict(columns).cast_column(label, datasets.ClassLabel(names=names))
 
 
+def domains():
+    """Images of four domains in turn."""
+    return table(domain=[f"d{i % 4}" for i in range(80)])
+
+
 def numbers(data):
     return ((data.x[:, 0, 0, 0] + 1) * 127.5).round().int().tolist()
 
 
 @pytest.fixture
 def pacs(tmp_path):
-    table(domain=[f"d{i % 4}" for i in range(80)]).save_to_disk(str(tmp_path / "pacs"))
+    domains().save_to_disk(str(tmp_path / "pacs"))
     return tmp_path / "pacs"
+
+
+@pytest.fixture
+def online(monkeypatch):
+    """A mocked hub with one table for all data sets; returns the list of requested settings."""
+    requested = []
+
+    class Hub:
+        def __init__(self, **settings):
+            requested.append(settings)
+
+        def load_split(self, split):
+            requested[-1]["split"] = split
+            return domains()
+
+    monkeypatch.setattr(flwr_datasets, "FederatedDataset", Hub)
+    return requested
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 def load(path, options="", seed=0):
@@ -63,8 +90,7 @@ def test_hub_assigns_rows_at_random_without_users(tmp_path):
     population = load(tmp_path / "cifar", "data=cifar10:users=4")
     assert population.shape == (3, 32, 32)
     assert len(population.users) == 4
-    used = torch.cat([torch.tensor(numbers(u.train) + numbers(u.test)) for u in population.users])
-    assert used.sort().values.tolist() == list(range(80))
+    assert sorted(i for u in population.users for i in numbers(u.train) + numbers(u.test)) == list(range(80))
 
 
 def test_hub_uses_parts_as_users(tmp_path):
@@ -83,8 +109,7 @@ def write_folders(directory, domains, classes=("a", "b", "c", "d"), each=10):
                 Image.new("RGB", (8, 6), (i, i, i)).save(directory / domain / name / f"{k}.png")
 
 
-def test_hub_reads_domains_from_directories(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+def test_hub_reads_domains_from_directories(tmp_path):
     write_folders(tmp_path, ["amazon", "caltech", "dslr", "webcam"])
     population = load(tmp_path, "data=office-caltech10:size=8")
     assert [u.name for u in population.users] == ["amazon", "caltech", "dslr", "webcam"]
@@ -93,38 +118,25 @@ def test_hub_reads_domains_from_directories(tmp_path, monkeypatch):
         assert user.train.y.tolist() == numbers(user.train)
 
 
-def test_hub_loads_missing_domains_online(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+def test_hub_loads_missing_domains_online(tmp_path, online):
     write_folders(tmp_path, ["synth"], classes=("cat", "dog", "elk", "fox"))
-    requested = []
-
-    class Hub:
-        def __init__(self, dataset, **_):
-            requested.append(dataset)
-
-        def load_split(self, split):
-            return table(40)
-
-    monkeypatch.setattr(flwr_datasets, "FederatedDataset", Hub)
     population = load(tmp_path, "data=digits-five")
     assert [u.name for u in population.users] == ["mnist", "mnistm", "svhn", "synth", "usps"]
-    assert requested == ["ylecun/mnist", "flwrlabs/usps", "ufldl-stanford/svhn", "Mike0307/MNIST-M"]
+    names = ["ylecun/mnist", "flwrlabs/usps", "ufldl-stanford/svhn", "Mike0307/MNIST-M"]
+    assert [settings["dataset"] for settings in online] == names
 
 
 def test_hub_rejects_domain_without_copy(tmp_path):
     message = "'amazon' has no reliable copy on the hub; unpack .* set path=DIR, where DIR/amazon has one"
-    with pytest.raises(UserError, match=message):
-        scenario("hub:data=office-caltech10").load(0)
-    with pytest.raises(UserError, match=message):
-        load(tmp_path, "data=office-caltech10")
+    rejects(message, lambda: scenario("hub:data=office-caltech10").load(0))
+    rejects(message, load, tmp_path, "data=office-caltech10")
 
 
-def test_hub_rejects_different_class_names(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+def test_hub_rejects_different_class_names(tmp_path):
     write_folders(tmp_path, ["amazon", "caltech", "dslr"])
     write_folders(tmp_path, ["webcam"], classes=("a", "b", "c", "mug"))
-    with pytest.raises(UserError, match=r"class names differ between domains \(a, b, c, d / a, b, c, mug\)"):
-        load(tmp_path, "data=office-caltech10")
+    message = r"class names differ between domains \(a, b, c, d / a, b, c, mug\)"
+    rejects(message, load, tmp_path, "data=office-caltech10")
 
 
 def test_hub_reads_other_data_set_by_columns(tmp_path):
@@ -135,34 +147,16 @@ def test_hub_reads_other_data_set_by_columns(tmp_path):
     assert list(population.sources) == ["hub/own/one"]
 
 
-def test_hub_reads_folder_with_load_dataset(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+def test_hub_reads_folder_with_load_dataset(tmp_path):
     (tmp_path / "d").mkdir()
-    table(domain=[f"d{i % 4}" for i in range(80)]).to_parquet(str(tmp_path / "d" / "train.parquet"))
+    domains().to_parquet(str(tmp_path / "d" / "train.parquet"))
     assert len(load(tmp_path / "d").users) == 4
 
 
-def test_hub_reads_train_split_unshuffled(monkeypatch):
-    requested = {}
-
-    class Hub:
-        def __init__(self, **settings):
-            requested.update(settings)
-
-        def load_split(self, split):
-            requested["split"] = split
-            return table(domain=[f"d{i % 4}" for i in range(80)])
-
-    monkeypatch.setattr(flwr_datasets, "FederatedDataset", Hub)
-    population = scenario("hub").load(0)
-    assert len(population.users) == 4
-    assert requested == {
-        "dataset": "flwrlabs/pacs",
-        "subset": None,
-        "partitioners": {"train": 1},
-        "shuffle": False,
-        "split": "train",
-    }
+def test_hub_reads_train_split_unshuffled(online):
+    assert len(scenario("hub").load(0).users) == 4
+    settings = {"dataset": "flwrlabs/pacs", "subset": None, "partitioners": {"train": 1}, "shuffle": False}
+    assert online == [settings | {"split": "train"}]
 
 
 def test_hub_suggests_alternatives_offline(monkeypatch):
@@ -174,8 +168,7 @@ def test_hub_suggests_alternatives_offline(monkeypatch):
         r"cannot load 'flwrlabs/femnist' from the hub \(ConnectionError: Couldn't reach the Hub\)\. Check name and "
         r"connection\. To work offline, .*save_to_disk\(DIR\) .* copy DIR here and add path=DIR; or use .*: digits8"
     )
-    with pytest.raises(UserError, match=message):
-        scenario("hub:data=femnist").load(0)
+    rejects(message, lambda: scenario("hub:data=femnist").load(0))
 
 
 @pytest.mark.parametrize(
@@ -188,8 +181,7 @@ def test_hub_suggests_alternatives_offline(monkeypatch):
     ],
 )
 def test_hub_rejects_bad_options(options, message):
-    with pytest.raises(UserError, match=message):
-        scenario(f"hub:{options}").load(0)
+    rejects(message, lambda: scenario(f"hub:{options}").load(0))
 
 
 @pytest.mark.parametrize(
@@ -202,8 +194,7 @@ def test_hub_rejects_bad_options(options, message):
     ],
 )
 def test_hub_rejects_bad_columns(pacs, options, message):
-    with pytest.raises(UserError, match=message):
-        load(pacs, options)
+    rejects(message, load, pacs, options)
 
 
 @pytest.mark.parametrize(
@@ -212,25 +203,16 @@ def test_hub_rejects_bad_columns(pacs, options, message):
         ("label", [None] + [0] * 79, r"pacs: label is missing in 1 rows .*; fill or drop them"),
         ("domain", [None] * 2 + ["d"] * 78, r"pacs: user is missing in 2 rows \(first: row 0\); fill or drop them"),
         ("label", [0.5] * 80, "labels are class numbers 0 to k-1 or names, but row 0 holds 0.5"),
-        (
-            "image",
-            [{"bytes": b"no image", "path": None}] * 80,
-            "'image' holds an image that cannot be decoded; save it",
-        ),
+        ("image", [{"bytes": b"no image", "path": None}] * 80, "'image' holds an image that cannot be decoded; save"),
     ],
 )
 def test_hub_rejects_bad_rows(tmp_path, column, rows, message):
     columns = {"image": [Image.new("L", (8, 6))] * 80, "label": [0] * 80, "domain": ["a", "b"] * 40, column: rows}
+    dataset = datasets.Dataset.from_dict(columns)
     if column == "image":
-        features = datasets.Features(
-            image=datasets.Image(), label=datasets.Value("int64"), domain=datasets.Value("string")
-        )
-        dataset = datasets.Dataset.from_dict(columns, features=features)
-    else:
-        dataset = datasets.Dataset.from_dict(columns)
+        dataset = dataset.cast_column("image", datasets.Image())
     dataset.save_to_disk(str(tmp_path / "own"))
-    with pytest.raises(UserError, match=message):
-        load(tmp_path / "own")
+    rejects(message, load, tmp_path / "own")
 
 
 def test_hub_accepts_class_names(tmp_path):
@@ -244,21 +226,17 @@ def test_hub_accepts_class_names(tmp_path):
 
 
 def test_hub_rejects_bad_directories(tmp_path):
-    with pytest.raises(UserError, match=r"there is no directory '.*none'"):
-        load(tmp_path / "none")
+    rejects(r"there is no directory '.*none'", load, tmp_path / "none")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"empty cannot be read as a data set \(.*\); write it with save_to_disk"):
-        load(tmp_path / "empty")
+    rejects(r"empty cannot be read as a data set \(.*\); write it with save_to_disk", load, tmp_path / "empty")
     datasets.DatasetDict({"valid": table(8)}).save_to_disk(str(tmp_path / "other"))
-    with pytest.raises(UserError, match=r"has no split 'train' but valid; name the split: .*other/SPLIT"):
-        load(tmp_path / "other")
+    rejects(r"has no split 'train' but valid; name the split: .*other/SPLIT", load, tmp_path / "other")
 
 
 def test_hub_sources_depend_on_content(pacs, tmp_path):
     before = load(pacs, "size=4").sources
-    table(domain=[f"d{i % 4}" for i in range(80)]).save_to_disk(str(tmp_path / "copy"))
+    domains().save_to_disk(str(tmp_path / "copy"))
     assert load(tmp_path / "copy", "size=4").sources == before
-    inverted = table(domain=[f"d{i % 4}" for i in range(80)][::-1])
-    inverted.save_to_disk(str(tmp_path / "inverted"))
+    table(domain=[f"d{i % 4}" for i in range(80)][::-1]).save_to_disk(str(tmp_path / "inverted"))
     assert load(tmp_path / "inverted", "size=4").sources != before
     assert torch.equal(load(pacs).users[0].train.x, load(pacs).users[0].train.x)

@@ -8,7 +8,6 @@ import torch
 
 from clients.app import app as client_app
 from fedbn.config import Plan
-from fedbn.errors import UserError
 from fedbn.federation.loop import federate
 from fedbn.federation.run import Run
 from fedbn.federation.setup import build_context
@@ -18,6 +17,7 @@ from simulations.engines.grid import InProcessGrid
 from simulations.flower.compat import task_identity
 from simulations.server.nodes import ClientError
 from simulations.server.rounds import run_rounds
+from tests.fedbn.helpers import rejects
 from tests.helpers import same
 
 USERS, CLASSES, ROWS = 3, 3, 40
@@ -70,9 +70,8 @@ def test_nodes_match_centrally_stored_files(strategy, directory):
     expected = federate(make_run(f"files:path={directory / 'all.npz'}:unseen=0", strategy))
     assert same(result.server.state, expected.server.state)
     assert result.curve == expected.curve
-    assert {u: [s for s in scores if s.row == "own"] for u, scores in result.scores.items()} == {
-        u: [s for s in scores if s.row == "own"] for u, scores in expected.scores.items()
-    }
+    own = [{u: [s for s in v if s.row == "own"] for u, v in r.scores.items()} for r in (result, expected)]
+    assert own[0] == own[1]
     assert {s.row for scores in result.scores.values() for s in scores} == {"own"}
 
 
@@ -92,12 +91,6 @@ def test_server_reads_no_file(directory, monkeypatch):
         load_node_user(SCENARIO, str(directory / "0.npz"))
 
 
-def write_bad_file(directory, **arrays):
-    base = {"x": np.zeros((ROWS, 6), np.float32), "y": np.arange(ROWS) % CLASSES}
-    np.savez(directory / "bad.npz", **(base | arrays))
-    return directory / "bad.npz"
-
-
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
@@ -108,9 +101,10 @@ def write_bad_file(directory, **arrays):
     ],
 )
 def test_node_rejects_bad_file(arrays, message, tmp_path):
-    file = write_bad_file(tmp_path, **arrays)
+    good = {"x": np.zeros((ROWS, 6), np.float32), "y": np.arange(ROWS) % CLASSES}
+    np.savez(tmp_path / "bad.npz", **(good | arrays))
     with pytest.raises(ClientError, match=message):
-        run_on_nodes(make_run(SCENARIO), lambda user: file)
+        run_on_nodes(make_run(SCENARIO), lambda user: tmp_path / "bad.npz")
 
 
 def test_node_rejects_missing_file(directory):
@@ -134,14 +128,12 @@ def test_node_rejects_data_for_other_scenario(directory):
 )
 def test_build_context_rejects_options_that_need_all_data(change, message):
     values = {"scenario": SCENARIO, "strategy": "fedbn", "model": "mlp"} | change
-    with pytest.raises(UserError, match=message):
-        build_context(Run(**values).resolved())
+    rejects(message, lambda: build_context(Run(**values).resolved()))
 
 
 @pytest.mark.parametrize("text", ["remote:users=0", "remote:classes=1", "remote:shape=0"])
 def test_remote_rejects_bad_input(text):
-    with pytest.raises(UserError, match="at least 1 user, 2 classes and a shape"):
-        build_context(Run(text, "fedbn").resolved())
+    rejects("at least 1 user, 2 classes and a shape", lambda: build_context(Run(text, "fedbn").resolved()))
 
 
 def test_load_node_user_reshapes_flat_rows(directory):

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 
+from fedbn.data.unpickle import Inert
 from fedbn.errors import UserError
 from fedbn.scenarios import digits, hapt, watch, wearable
 from fedbn.scenarios.base import scenario, scenarios
 from fedbn.scenarios.uci_har import SIGNALS
 from fedbn.seeds import numpy_generator
+from tests.fedbn.helpers import rejects
 
 
 @pytest.fixture(scope="session")
@@ -24,16 +26,11 @@ def texts(tmp_path_factory):
 
     directory = tmp_path_factory.mktemp("local")
     rng = numpy_generator(0, "test data")
-    n = 120
-    np.savez(
-        directory / "own.npz",
-        x=rng.normal(size=(n, 3)),
-        y=np.arange(n) % 3,
-        user=np.arange(n) // 20,
-        recording=np.arange(n) // 10 % 2,
-    )
-    images = [Image.fromarray(rng.integers(0, 256, (9, 9, 3), np.uint8).astype(np.uint8)) for _ in range(n)]
-    columns = {"image": images, "label": (np.arange(n) % 3).tolist(), "domain": [f"d{i % 4}" for i in range(n)]}
+    n = np.arange(120)
+    x = rng.normal(size=(len(n), 3))
+    np.savez(directory / "own.npz", x=x, y=n % 3, user=n // 20, recording=n // 10 % 2)
+    images = [Image.fromarray(rng.integers(0, 256, (9, 9, 3), np.uint8)) for _ in n]
+    columns = {"image": images, "label": (n % 3).tolist(), "domain": [f"d{i % 4}" for i in n]}
     datasets.Dataset.from_dict(columns).save_to_disk(str(directory / "hub"))
     write_uci_har(directory / "har")
     return {
@@ -111,8 +108,7 @@ def test_scenario_examples_are_valid(name, load):
     train_classes = set()
     for i, user in enumerate(population.users):
         for data in (user.train, user.test):
-            assert data.x.dtype == torch.float32
-            assert data.y.dtype == data.recording.dtype == torch.int64
+            assert (data.x.dtype, data.y.dtype, data.recording.dtype) == (torch.float32, torch.int64, torch.int64)
             assert len(data.x) == len(data.y) == len(data.recording) > 0
             assert data.x.shape[1:] == population.shape
             assert data.x.is_contiguous()
@@ -145,9 +141,7 @@ def test_hapt_has_known_counts(load):
     population = load("hapt")
     labels = [torch.cat([u.train.y, u.test.y]) for u in population.users]
     sizes = sorted(map(len, labels))
-    assert len(population.users) == 30
-    assert sum(sizes) == 10_411
-    assert (sizes[0], sizes[-1]) == (284, 413)
+    assert (len(sizes), sum(sizes), sizes[0], sizes[-1]) == (30, 10_411, 284, 413)
     assert torch.cat(labels).bincount().tolist() == [1722, 1544, 1407, 1801, 1979, 1958]
     assert min(int(y.bincount().min()) for y in labels) == 36
     assert len(population.unseen) == 6
@@ -172,18 +166,18 @@ def numbered_signal(rows):
     return np.repeat(np.arange(rows, dtype=np.float32)[:, None], 6, axis=1)
 
 
-def test_hapt_windows_stay_within_stretch_and_in_order(monkeypatch):
-    lengths, labels, recordings = [40, 30, 7, 40, 50, 40], [0, 0, 1, 2, 0, 3], [0, 0, 0, 0, 1, 1]
-    stretch = np.repeat(np.arange(6), lengths)
-    rows = {
-        "signal": numbered_signal(sum(lengths)),
-        "label": np.repeat(labels, lengths),
-        "user": np.ones(sum(lengths), int),
-        "recording": np.repeat(recordings, lengths),
-        "stretch": stretch,
-    }
+def serve(monkeypatch, rows):
+    """Let wearable scenarios load ``rows``."""
     monkeypatch.setattr(wearable, "cached", lambda *_: rows)
     monkeypatch.setattr(wearable, "fetch", lambda _: None)
+
+
+def test_hapt_windows_stay_within_stretch_and_in_order(monkeypatch):
+    lengths, labels = [40, 30, 7, 40, 50, 40], [0, 0, 1, 2, 0, 3]
+    columns = {"label": labels, "user": [1] * 6, "recording": [0, 0, 0, 0, 1, 1], "stretch": range(6)}
+    rows = {name: np.repeat(values, lengths) for name, values in columns.items()}
+    stretch = rows["stretch"]
+    serve(monkeypatch, rows | {"signal": numbered_signal(sum(lengths))})
     (user,) = hapt.Hapt(unseen=0, window=16).load(0).users
     assert [len(user.train), len(user.test)] == [4 + 2 + 0 + 4, 5 + 4]
     for data in (user.train, user.test):
@@ -195,29 +189,24 @@ def test_hapt_windows_stay_within_stretch_and_in_order(monkeypatch):
 
 
 def test_hapt_recordings_are_sorted_by_user():
-    signal = numbered_signal(12)
-    label = np.array([-1, 1, 1, 7, 7, 1, 1, 2, 2, -1, 2, 2])
-    frames = {3: [_frame(signal, label)], 1: [_frame(signal, label), _frame(signal, label)]}
+    frames = {3: [_frame()], 1: [_frame(), _frame()]}
     assert [(u, r) for u, r, _, _ in hapt._recordings(frames)] == [(1, 0), (1, 1), (3, 0)]
 
 
-def _frame(signal, label):
-    from fedbn.data.unpickle import Inert
-
+def _frame():
+    label = [-1, 1, 1, 7, 7, 1, 1, 2, 2, -1, 2, 2]
     manager, frame = Inert(), Inert()
-    manager.state = (None, [signal.T, np.stack([np.arange(len(label)), label])], None, None)
+    manager.state = (None, [numbered_signal(12).T, np.stack([np.arange(12), label])], None, None)
     frame.state = {"_data": manager}
     return frame
 
 
 def test_hapt_separates_stretches_at_dropped_rows(monkeypatch):
-    label = np.array([-1, 1, 1, 7, 7, 1, 1, 2, 2, -1, 2, 2])
-    monkeypatch.setattr(hapt, "unpickle", lambda *_: {1: [_frame(numbered_signal(12), label)] * 2})
+    monkeypatch.setattr(hapt, "unpickle", lambda *_: {1: [_frame()] * 2})
     monkeypatch.setattr(hapt.gzip, "open", lambda _: io.BytesIO())
     rows = hapt.Hapt.parse(None)
     assert rows["label"].tolist() == [0, 0, 0, 0, 1, 1, 1, 1] * 2
-    lengths = np.unique(rows["stretch"], return_counts=True)[1]
-    assert lengths.tolist() == [2, 2, 2, 2] * 2
+    assert np.unique(rows["stretch"], return_counts=True)[1].tolist() == [2, 2, 2, 2] * 2
     assert rows["signal"][:, 0].tolist() == [1, 2, 5, 6, 7, 8, 10, 11] * 2
 
 
@@ -227,23 +216,16 @@ def test_watch_has_known_counts(load):
     assert [u.domain for u in population.users[:4]] == ["left", "right", "left", "right"]
     assert sum(len(u.train) + len(u.test) for u in population.users) == 3_107
     unseen = [population.users[i].name.split("-")[0] for i in population.unseen]
-    assert len(unseen) == 4
-    assert len(set(unseen)) == 2
+    assert (len(unseen), len(set(unseen))) == (4, 2)
     for user in population.users:
         assert set(user.train.y.tolist()) == set(user.test.y.tolist()) == set(range(7))
 
 
 def test_watch_leaves_gap_between_training_and_test(monkeypatch):
     lengths = np.array([200, 171, 230, 190])
-    rows = {
-        "signal": numbered_signal(int(lengths.sum())),
-        "length": lengths,
-        "subject": np.array([1, 1, 2, 2]),
-        "side": np.array([0, 1, 1, 0]),
-        "label": np.array([3, 3, 3, 3]),
-    }
-    monkeypatch.setattr(wearable, "cached", lambda *_: rows)
-    monkeypatch.setattr(wearable, "fetch", lambda _: None)
+    columns = {"length": lengths, "subject": [1, 1, 2, 2], "side": [0, 1, 1, 0], "label": [3, 3, 3, 3]}
+    rows = {name: np.array(values) for name, values in columns.items()}
+    serve(monkeypatch, rows | {"signal": numbered_signal(int(lengths.sum()))})
     starts = np.cumsum(lengths) - lengths
     users = watch.Watch(unseen=0, window=32).load(0).users
     for user, recording in zip(users, (0, 1, 3, 2), strict=True):
@@ -259,10 +241,8 @@ def test_digits_matches_setting_of_fedbn(load):
     assert {len(u.train) for u in population.users} == {743}
     assert [len(u.test) for u in population.users] == [500, 1119, 400, 2195, 600, 500]
     for user in population.users:
-        assert user.train.x.min() >= -1
-        assert user.train.x.max() <= 1
-        gray = torch.equal(user.train.x[:, 0], user.train.x[:, 1])
-        assert gray == (user.name != "mnistm")
+        assert -1 <= user.train.x.min() <= user.train.x.max() <= 1
+        assert torch.equal(user.train.x[:, 0], user.train.x[:, 1]) == (user.name != "mnistm")
         assert int(user.test.y.bincount(minlength=10).min()) >= 0.8 * len(user.test) / 10
 
 
@@ -284,8 +264,7 @@ def test_digits_selects_unseen_by_name_and_limits_test(load):
 def test_digits8_has_different_cameras(load):
     population = load("digits8")
     assert sum(len(u.train) + len(u.test) for u in population.users) == 1_797
-    means = torch.stack([u.train.x.mean() for u in population.users])
-    assert float(means.std()) > 0.1
+    assert float(torch.stack([u.train.x.mean() for u in population.users]).std()) > 0.1
 
 
 @pytest.mark.parametrize(
@@ -309,8 +288,7 @@ def test_digits8_has_different_cameras(load):
 )
 def test_scenario_rejects_bad_input(text, message, load):
     load(text.split(":")[0])
-    with pytest.raises(UserError, match=message):
-        scenario(text).load(0)
+    rejects(message, lambda: scenario(text).load(0))
 
 
 def test_uci_har_merges_parts_of_archive(tmp_path):
@@ -328,21 +306,14 @@ def test_uci_har_merges_parts_of_archive(tmp_path):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda directory: None, "reads the directory 'UCI HAR Dataset'.*scenario hapt has the same people's"),
-        (
-            lambda directory: (directory / "test" / "y_test.txt").unlink(),
-            "y_test.txt is missing or is not a table .*unpack",
-        ),
-        (lambda directory: (directory / "test" / "y_test.txt").write_text("1 2\n3 4\n"), "has 2 columns, not 1"),
-        (
-            lambda directory: (directory / "train" / "y_train.txt").write_text("1\n2\n"),
-            "files of train differ in length",
-        ),
+        (lambda har: None, "reads the directory 'UCI HAR Dataset'.*scenario hapt has the same people's"),
+        (lambda har: (har / "test/y_test.txt").unlink(), "y_test.txt is missing or is not a table .*unpack"),
+        (lambda har: (har / "test/y_test.txt").write_text("1 2\n3 4\n"), "has 2 columns, not 1"),
+        (lambda har: (har / "train/y_train.txt").write_text("1\n2\n"), "files of train differ in length"),
     ],
 )
 def test_uci_har_rejects_incomplete_archive(tmp_path, damage, message):
     write_uci_har(tmp_path / "har", windows=12)
     damage(tmp_path / "har")
     path = tmp_path if "reads" in message else tmp_path / "har"
-    with pytest.raises(UserError, match=message):
-        scenario(f"uci-har:path={path}").load(0)
+    rejects(message, lambda: scenario(f"uci-har:path={path}").load(0))

@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 from fedbn.data.eeg import read_windows
-from fedbn.errors import UserError
 from fedbn.models.stroke_cnn import StrokeEEG1DCNN
 from fedbn.nn.conversion import convert
 from fedbn.nn.roles import norm_layers
 from fedbn.scenarios.base import scenario
 from fedbn.scenarios.stroke import BANDS, band_powers, cohort, read_cohort
 from simulations.claims.studies.stroke import CLASSICAL, _examples, folds
+from tests.fedbn.helpers import rejects
 
 # --- the cohort
 
@@ -72,11 +72,13 @@ def test_hospitals_test_on_other_subjects():
         assert user.test.y.float().mean() == 0.5
 
 
-def test_amplifiers_shift_hospitals():
-    def std_between_users(text):
-        return torch.stack([u.train.x.mean(0) for u in scenario(text).load(0).users]).std(0).mean()
+def spread(text, measure):
+    """Mean over features of a measure of the spread between the users' means."""
+    return measure(torch.stack([u.train.x.mean(0) for u in scenario(text).load(0).users]), 0).mean()
 
-    assert std_between_users("stroke") > 1.5 * std_between_users("stroke:response=0")
+
+def test_amplifiers_shift_hospitals():
+    assert spread("stroke", torch.std) > 1.5 * spread("stroke:response=0", torch.std)
 
 
 def test_folds_keep_subjects_whole():
@@ -110,8 +112,7 @@ def test_standardization_uses_training_rows_only():
     ],
 )
 def test_cohort_rejects_bad_options(text, message):
-    with pytest.raises(UserError, match=message):
-        scenario(text).load(0)
+    rejects(message, lambda: scenario(text).load(0))
 
 
 # --- the network
@@ -129,8 +130,7 @@ def test_cnn_has_bn_between_convolution_and_relu():
 def test_cnn_accepts_features_and_windows():
     assert StrokeEEG1DCNN((1, 24), 2)(torch.randn(4, 1, 24)).shape == (4, 2)
     assert StrokeEEG1DCNN((6, 250), 3)(torch.randn(4, 6, 250)).shape == (4, 3)
-    bare = convert(StrokeEEG1DCNN((1, 24), 2), "none")
-    assert not norm_layers(bare)
+    assert not norm_layers(convert(StrokeEEG1DCNN((1, 24), 2), "none"))
 
 
 def test_cnn_rejects_single_rows_and_flat_examples():
@@ -138,8 +138,7 @@ def test_cnn_rejects_single_rows_and_flat_examples():
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         model.train()(torch.randn(1, 1, 24))
     assert model.eval()(torch.randn(1, 1, 24)).shape == (1, 2)
-    with pytest.raises(UserError, match=r"stroke-cnn takes \[channels, length >= 4\]"):
-        StrokeEEG1DCNN((24,), 2)
+    rejects(r"stroke-cnn takes \[channels, length >= 4\]", StrokeEEG1DCNN, (24,), 2)
 
 
 # --- recordings
@@ -153,8 +152,7 @@ def test_band_powers_of_pure_tones():
         assert powers.shape == (1, 1, 8)
         assert (powers.view(2, 4)[:, i] > 0.95).all()
         torch.testing.assert_close(powers.sum(), torch.tensor(2.0))
-    with pytest.raises(UserError, match="windows of 2 s or more at 60 Hz or more, not 1 s at 128 Hz"):
-        band_powers(torch.zeros(1, 1, 128), 128)
+    rejects("windows of 2 s or more at 60 Hz or more, not 1 s at 128 Hz", band_powers, torch.zeros(1, 1, 128), 128)
 
 
 def test_band_powers_ignore_offset_and_drift():
@@ -190,24 +188,18 @@ def recording(tmp_path, monkeypatch):
 
 def test_recording_windows_are_microvolts_in_channel_order(recording):
     x, rate = read_windows(recording, ["C4", "C3"], seconds=1, overlap=0.5)
-    assert rate == 100
-    assert x.shape == (5, 2, 100)
-    assert x.dtype == torch.float32
+    assert (rate, x.shape, x.dtype) == (100, (5, 2, 100), torch.float32)
     torch.testing.assert_close(x[1, :, 0], torch.tensor([1050.0, 50.0]))
 
 
 def test_read_recording_rejects_bad_files(recording, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match=r"unknown channel of night.edf 'C5'"):
-        read_windows(recording, ["C5"], 1)
-    with pytest.raises(UserError, match="lasts 3.0 s: choose shorter windows"):
-        read_windows(recording, ["C3"], 4)
-    with pytest.raises(UserError, match="no recording at"):
-        read_windows(tmp_path / "none.edf", ["C3"], 1)
-    with pytest.raises(UserError, match="night.mat: not one of .edf, .bdf, .vhdr, .npz; export the recording as EDF"):
-        read_windows(tmp_path / "night.mat", ["C3"], 1)
+    rejects(r"unknown channel of night.edf 'C5'", read_windows, recording, ["C5"], 1)
+    rejects("lasts 3.0 s: choose shorter windows", read_windows, recording, ["C3"], 4)
+    rejects("no recording at", read_windows, tmp_path / "none.edf", ["C3"], 1)
+    message = "night.mat: not one of .edf, .bdf, .vhdr, .npz; export the recording as EDF"
+    rejects(message, read_windows, tmp_path / "night.mat", ["C3"], 1)
     monkeypatch.setitem(sys.modules, "mne.io", None)
-    with pytest.raises(UserError, match=r"pip install 'fedbn\[eeg\]'"):
-        read_windows(recording, ["C3"], 1)
+    rejects(r"pip install 'fedbn\[eeg\]'", read_windows, recording, ["C3"], 1)
 
 
 def write_npz(path, is_patient, rng, rate=128.0, seconds=20):
@@ -239,11 +231,9 @@ def test_npz_recording_becomes_windows(tmp_path):
 )
 def test_npz_recording_rejects_bad_arrays(arrays, message, tmp_path):
     np.savez(tmp_path / "a.npz", **arrays)
-    with pytest.raises(UserError, match=message):
-        read_windows(tmp_path / "a.npz", ["C3"], 1)
+    rejects(message, read_windows, tmp_path / "a.npz", ["C3"], 1)
     (tmp_path / "b.npz").write_bytes(b"no archive")
-    with pytest.raises(UserError, match="b.npz must hold"):
-        read_windows(tmp_path / "b.npz", ["C3"], 1)
+    rejects("b.npz must hold", read_windows, tmp_path / "b.npz", ["C3"], 1)
 
 
 def write_edf(path, signal, rate, names):
@@ -283,16 +273,15 @@ def write_brainvision(path, signal, rate, names):
 @pytest.mark.parametrize(("write", "name"), [(write_edf, "a.edf"), (write_brainvision, "a.vhdr")])
 def test_mne_reads_same_windows_from_all_formats(write, name, tmp_path):
     pytest.importorskip("mne")
-    rng = np.random.default_rng(0)
-    signal = np.round(rng.normal(0, 20, (2, 300)), 3)
-    write(tmp_path / name, signal, 100, ["C3", "C4"])
-    names = ["C4", "C3"] if name.endswith("vhdr") else ["EEG C4", "EEG C3"]
-    x, rate = read_windows(tmp_path / name, names, 1)
+    signal = np.round(np.random.default_rng(0).normal(0, 20, (2, 300)), 3)
+    path = tmp_path / name
+    write(path, signal, 100, ["C3", "C4"])
+    names = ["C4", "C3"] if path.suffix == ".vhdr" else ["EEG C4", "EEG C3"]
+    x, rate = read_windows(path, names, 1)
     assert (rate, x.shape) == (100.0, (3, 2, 100))
     torch.testing.assert_close(x[2], torch.from_numpy(signal[::-1, 200:].copy()).float(), rtol=0, atol=0.01)
-    (tmp_path / f"damaged{tmp_path.joinpath(name).suffix}").write_bytes(b"\x00\x01damaged")
-    with pytest.raises(UserError, match=r"MNE cannot read damaged"):
-        read_windows(tmp_path / f"damaged{tmp_path.joinpath(name).suffix}", names, 1)
+    path.with_stem("damaged").write_bytes(b"\x00\x01damaged")
+    rejects("MNE cannot read damaged", read_windows, path.with_stem("damaged"), names, 1)
 
 
 @pytest.fixture
@@ -333,10 +322,8 @@ def test_read_cohort_builds_examples(cohort_on_disk):
 )
 def test_read_cohort_rejects_bad_table(text, message, cohort_on_disk):
     cohort_on_disk.write_text(text)
-    with pytest.raises(UserError, match=message):
-        read_cohort(cohort_on_disk, ["F3"])
-    with pytest.raises(UserError, match="no table at"):
-        read_cohort(cohort_on_disk.with_name("none.csv"), ["F3"])
+    rejects(message, read_cohort, cohort_on_disk, ["F3"])
+    rejects("no table at", lambda: read_cohort(cohort_on_disk.with_name("none.csv"), ["F3"]))
 
 
 def test_eeg_command_classifies_recordings(cohort_on_disk, run_cli):
@@ -366,7 +353,7 @@ def test_eeg_command_classifies_recordings(cohort_on_disk, run_cli):
 )
 def test_tables_are_complete_and_standardized(table, rows, width):
     population = scenario(f"tabular:table={table}").load(0)
-    x = torch.cat([torch.cat([u.train.x, u.test.x]) for u in population.users])
+    x = torch.cat([part.x for u in population.users for part in (u.train, u.test)])
     assert x.shape == (rows, width)
     assert x.mean(0).abs().max() < 1e-5
     std = x.std(0, unbiased=False)
@@ -374,8 +361,5 @@ def test_tables_are_complete_and_standardized(table, rows, width):
 
 
 def test_pca_shards_are_homogeneous_within_clients():
-    def between(dealt):
-        users = scenario(f"tabular:dealt={dealt}").load(0).users
-        return torch.stack([u.train.x.mean(0) for u in users]).var(0).mean()
-
-    assert between("component") > 5 * between("random")
+    between = {d: spread(f"tabular:dealt={d}", torch.var) for d in ("component", "random")}
+    assert between["component"] > 5 * between["random"]

@@ -18,20 +18,18 @@ from fedbn.federation.client import client_evaluation, client_round, user_scores
 from fedbn.federation.metrics import COLUMNS, score, scores
 from fedbn.federation.server import Server, global_columns, served_users
 from fedbn.federation.setup import build_context
-from fedbn.models import models
 from fedbn.stacked.cohort import Failure
 from fedbn.stacked.executors import ClientExecutor
 from fedbn.strategies.base import Progress, strategies
 from fedbn.strategies.silobn import SiloBN
 from tests.fedbn.stacked.test_executors import (
+    ALL_MODELS,
     STACKED,
     context_or_skip,
     in_double_precision,
     unequal_users_run,
     with_model,
 )
-
-LARGE = {name for name in models() if name.endswith("-cvgj")}
 
 
 def with_test_sizes(ctx, sizes=(1, 30, 9, 17, 16, 8)):
@@ -57,35 +55,33 @@ def train_one_round(ctx):
     return server, client_states
 
 
-def jobs_of(ctx, server, client_states, columns=COLUMNS):
-    client_statistics = server.client_statistics or None
-    return [
-        Evaluate(
-            ctx,
-            u,
-            server.state_for(ctx, u, serving=True),
-            client_states.get(u),
-            columns,
-            global_columns(ctx, u),
-            client_statistics,
-        )
-        for u in served_users(ctx)
-    ]
+def jobs_of(ctx, columns=COLUMNS):
+    """Evaluations of all users after one round."""
+    server, client_states = train_one_round(ctx)
+
+    def job(user):
+        state, own = server.state_for(ctx, user, serving=True), client_states.get(user)
+        return Evaluate(ctx, user, state, own, columns, global_columns(ctx, user), server.client_statistics or None)
+
+    return [job(user) for user in served_users(ctx)]
+
+
+def double_jobs(ctx, columns=COLUMNS, **sizes):
+    """Evaluations in double precision."""
+    return jobs_of(with_test_sizes(in_double_precision(ctx), **sizes), columns)
+
+
+def model_jobs(name):
+    """Evaluations with another model."""
+    return jobs_of(with_test_sizes(with_model(build_context(unequal_users_run(batch_size=8)), name)))
 
 
 def sequential_results(jobs):
-    return [
-        client_evaluation(
-            j.ctx,
-            j.user,
-            j.received,
-            j.client_state,
-            columns=j.columns,
-            globally=j.globally,
-            client_statistics=j.client_statistics,
-        )
-        for j in jobs
-    ]
+    def evaluate(job):
+        options = {"columns": job.columns, "globally": job.globally, "client_statistics": job.client_statistics}
+        return client_evaluation(job.ctx, job.user, job.received, job.client_state, **options)
+
+    return [evaluate(job) for job in jobs]
 
 
 def assert_close(actual, expected):
@@ -99,8 +95,9 @@ def assert_close(actual, expected):
             assert a.loss == pytest.approx(b.loss, rel=1e-9)
 
 
-def messages_of(caplog):
-    return [r.message for r in caplog.records]
+def assert_stacked_matches(jobs, expected=None):
+    results = ClientExecutor("stacked", 1).run(jobs)
+    assert_close(results, sequential_results(jobs) if expected is None else expected)
 
 
 @pytest.mark.parametrize("model", ["mlp", "small-cnn"])
@@ -108,63 +105,51 @@ def messages_of(caplog):
 def test_stacked_evaluation_matches_every_strategy(name, model, caplog):
     if strategies()[name].syncs_first_batch:
         pytest.skip("synchronizes statistics before training")
-    ctx = with_test_sizes(in_double_precision(context_or_skip(unequal_users_run(name, model))))
-    jobs = jobs_of(ctx, *train_one_round(ctx))
     with caplog.at_level(logging.INFO, logger="fedbn.stacked.executors"):
-        results = ClientExecutor("stacked", 1).run(jobs)
-    assert not messages_of(caplog) or name not in STACKED
-    assert_close(results, sequential_results(jobs))
+        assert_stacked_matches(double_jobs(context_or_skip(unequal_users_run(name, model))))
+    assert not caplog.messages or name not in STACKED
 
 
-@pytest.mark.parametrize("name", [*sorted(models().keys() - LARGE), "tests.fedbn.stacked.test_executors:network"])
+@pytest.mark.parametrize("name", ALL_MODELS)
 def test_stacked_evaluation_matches_every_model(name):
-    ctx = with_test_sizes(with_model(build_context(unequal_users_run(batch_size=8)), name))
-    jobs = jobs_of(ctx, *train_one_round(ctx))
+    jobs = model_jobs(name)
     for executor in (ClientExecutor("stacked", 2), ClientExecutor("lean", 1)):
         assert_close(executor.run(jobs), sequential_results(jobs))
 
 
 def test_stacked_streams_of_different_lengths_in_any_width(monkeypatch):
-    ctx = with_test_sizes(in_double_precision(build_context(unequal_users_run("silobn"))), sizes=(3, 24, 25, 1, 40))
-    jobs = jobs_of(ctx, *train_one_round(ctx))
+    jobs = double_jobs(build_context(unequal_users_run("silobn")), sizes=(3, 24, 25, 1, 40))
     expected = sequential_results(jobs)
     for width in (1, 2, 3, 7):
         monkeypatch.setattr("fedbn.stacked.executors.stack_width", lambda *_, width=width, **__: width)
-        assert_close(ClientExecutor("stacked", 1).run(jobs), expected)
+        assert_stacked_matches(jobs, expected)
 
 
 def test_stacked_evaluation_with_zero_and_infinite_prior():
     for prior in (0.0, float("inf")):
-        ctx = with_test_sizes(
-            in_double_precision(build_context(unequal_users_run("fedbn", online_prior=prior))), sizes=(16, 8)
-        )
-        jobs = jobs_of(ctx, *train_one_round(ctx), ("online",))
-        assert_close(ClientExecutor("stacked", 1).run(jobs), sequential_results(jobs))
+        ctx = build_context(unequal_users_run(online_prior=prior))
+        assert_stacked_matches(double_jobs(ctx, ("online",), sizes=(16, 8)))
 
 
 def test_stacked_evaluation_on_threads_is_bit_identical(monkeypatch):
     monkeypatch.setattr("fedbn.stacked.executors.MIN_THREADED_SECONDS", 0.0)
     monkeypatch.setattr("fedbn.stacked.executors.stack_width", lambda *_, **__: 2)
-    ctx = with_test_sizes(build_context(unequal_users_run("fedbn", "small-cnn")))
-    jobs = jobs_of(ctx, *train_one_round(ctx))
+    jobs = jobs_of(with_test_sizes(build_context(unequal_users_run("fedbn", "small-cnn"))))
     assert ClientExecutor("stacked", 2).run(jobs) == ClientExecutor("stacked", 1).run(jobs)
 
 
 @pytest.mark.parametrize("rows", [1, 10, 40])
 def test_stacked_evaluation_splits_large_inputs(rows, monkeypatch):
-    ctx = with_test_sizes(in_double_precision(build_context(unequal_users_run("fedbn", "small-cnn"))))
-    jobs = jobs_of(ctx, *train_one_round(ctx))
-    expected = sequential_results(jobs)
+    jobs = double_jobs(build_context(unequal_users_run("fedbn", "small-cnn")))
     monkeypatch.setattr("fedbn.stacked.evaluate.MAX_INPUT_BYTES", len(jobs) * rows * 64 * 8)
-    assert_close(ClientExecutor("stacked", 1).run(jobs), expected)
+    assert_stacked_matches(jobs)
 
 
 def test_stacked_evaluation_falls_back_for_online_rules():
     run = replace(unequal_users_run("fedbn-seeded"), partition="", rule="dabn").resolved()
-    ctx = in_double_precision(build_context(run))
-    jobs = jobs_of(ctx, *train_one_round(ctx))
+    jobs = jobs_of(in_double_precision(build_context(run)))
     expected = sequential_results(jobs)
-    assert_close(ClientExecutor("stacked", 1).run(jobs), expected)
+    assert_stacked_matches(jobs, expected)
     assert {s.column for scores in expected for s in scores} > set(COLUMNS)  # the cold starts of unseen users
 
 
@@ -191,29 +176,24 @@ class TwoKinds(nn.Sequential):
 
 @pytest.mark.parametrize("model", ["OtherOrder", "TwoKinds"])
 def test_stacked_evaluation_falls_back_for_other_layer_orders(model, monkeypatch):
-    ctx = with_test_sizes(
-        with_model(build_context(unequal_users_run(batch_size=8)), f"tests.fedbn.stacked.test_evaluate:{model}")
-    )
-    jobs = jobs_of(ctx, *train_one_round(ctx))
-    expected = sequential_results(jobs)
     columns = []
-    monkeypatch.setattr(
-        "fedbn.stacked.executors.user_scores", lambda *args: columns.append(args[3]) or user_scores(*args)
-    )
-    assert_close(ClientExecutor("stacked", 1).run(jobs), expected)
+
+    def recorded(*args):
+        columns.append(args[3])
+        return user_scores(*args)
+
+    monkeypatch.setattr("fedbn.stacked.executors.user_scores", recorded)
+    assert_stacked_matches(model_jobs(f"tests.fedbn.stacked.test_evaluate:{model}"))
     assert set(columns) == {("recalibrated",), ("online",)}
 
 
 def test_stacked_evaluation_uses_custom_predict_stream(monkeypatch):
     monkeypatch.setattr(SiloBN, "predict_stream", lambda self, model, x: -model.eval()(x).detach())
-    ctx = with_test_sizes(in_double_precision(build_context(unequal_users_run("silobn"))))
-    jobs = jobs_of(ctx, *train_one_round(ctx))
-    assert_close(ClientExecutor("stacked", 1).run(jobs), sequential_results(jobs))
+    assert_stacked_matches(double_jobs(build_context(unequal_users_run("silobn"))))
 
 
 def test_stacked_evaluation_isolates_user_with_missing_entries():
-    ctx = with_test_sizes(in_double_precision(build_context(unequal_users_run())))
-    jobs = jobs_of(ctx, *train_one_round(ctx))
+    jobs = double_jobs(build_context(unequal_users_run()))
     jobs[1] = replace(jobs[1], received={})
     results = ClientExecutor("stacked", 1).run(jobs)
     assert isinstance(results[1], Failure)
@@ -222,9 +202,7 @@ def test_stacked_evaluation_isolates_user_with_missing_entries():
 
 
 def test_stacked_evaluation_isolates_failing_rule(monkeypatch):
-    run = replace(unequal_users_run("silobn"), rule="pseudo").resolved()
-    ctx = with_test_sizes(in_double_precision(build_context(run)))
-    jobs = jobs_of(ctx, *train_one_round(ctx))
+    jobs = double_jobs(build_context(replace(unequal_users_run("silobn"), rule="pseudo").resolved()))
 
     def failing(ctx, user, *args):
         if user == jobs[2].user:
@@ -234,9 +212,8 @@ def test_stacked_evaluation_isolates_failing_rule(monkeypatch):
     monkeypatch.setattr("fedbn.stacked.executors.user_scores", failing)
     results = ClientExecutor("stacked", 1).run(jobs)
     assert str(results[2].error) == "too short"
-    assert [len(s) for i, s in enumerate(results) if i != 2] == [
-        len(s) for i, s in enumerate(sequential_results(jobs)) if i != 2
-    ]
+    lengths, expected = ([len(s) for i, s in enumerate(r) if i != 2] for r in (results, sequential_results(jobs)))
+    assert lengths == expected
 
 
 @pytest.mark.parametrize(
@@ -250,12 +227,12 @@ def test_stacked_evaluation_logs_fallback_once(change, reason, caplog):
     ctx = with_test_sizes(in_double_precision(build_context(unequal_users_run())), sizes=(9, 30))
     if "batch" in reason:
         ctx = with_model(ctx, "tests.fedbn.stacked.test_evaluate:batchwise")
-    jobs = change(jobs_of(ctx, *train_one_round(ctx), COLUMNS if "columns" in reason else ("aggregated",)))
+    jobs = change(jobs_of(ctx, COLUMNS if "columns" in reason else ("aggregated",)))
     executor = ClientExecutor("stacked", 1)
     with caplog.at_level(logging.INFO, logger="fedbn.stacked.executors"):
         for _ in range(2):
             assert_close(executor.run(jobs), sequential_results(jobs))
-    assert messages_of(caplog) == [f"evaluating user by user: {reason}"]
+    assert caplog.messages == [f"evaluating user by user: {reason}"]
 
 
 def batchwise(shape, classes):
@@ -265,11 +242,9 @@ def batchwise(shape, classes):
 
 
 def test_stacked_evaluation_falls_back_for_personalized_models(caplog):
-    ctx = with_test_sizes(in_double_precision(build_context(unequal_users_run("fedbn+finetune", proximal=0.0))))
-    jobs = jobs_of(ctx, *train_one_round(ctx))
     with caplog.at_level(logging.INFO, logger="fedbn.stacked.executors"):
-        assert_close(ClientExecutor("stacked", 1).run(jobs), sequential_results(jobs))
-    assert messages_of(caplog) == ["evaluating user by user: finetune serves personalized models"]
+        assert_stacked_matches(double_jobs(build_context(unequal_users_run("fedbn+finetune", proximal=0.0))))
+    assert caplog.messages == ["evaluating user by user: finetune serves personalized models"]
 
 
 @given(st.integers(1, 4), st.integers(1, 6), st.integers(2, 5), st.integers(0, 99))

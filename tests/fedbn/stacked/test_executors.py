@@ -25,6 +25,7 @@ from fedbn.federation.server import Server
 from fedbn.federation.setup import build_context
 from fedbn.models import build, models
 from fedbn.nn.batchnorm import AnyBatchNorm, AnyInstanceNorm
+from fedbn.nn.roles import clone
 from fedbn.personalization.base import personalizations
 from fedbn.stacked.cohort import Cohort, Failure
 from fedbn.stacked.executors import ClientExecutor, Kind, cores, parse_executor, stack_width
@@ -42,8 +43,9 @@ STACKED = {  # must be stackable; strategies with custom steps or layers train c
     *("centralized", "fedbn", "fedbn-seeded", "fixbn", "global-naive", "global-pooled", "global-recalibrated"),
     *("groupnorm", "instancenorm", "layernorm", "local", "mtfl", "nonorm", "params-only", "silobn"),
 }
-MODELS = {"digit-cnn", "har-cnn", "mlp", "resnet20", "small-cnn", "tests.fedbn.stacked.test_executors:network"}
-LARGE = {name for name in models() if name.endswith("-cvgj")}
+NETWORK = "tests.fedbn.stacked.test_executors:network"
+MODELS = {"digit-cnn", "har-cnn", "mlp", "resnet20", "small-cnn", NETWORK}
+ALL_MODELS = [*sorted(name for name in models() if not name.endswith("-cvgj")), NETWORK]  # without the large ones
 
 
 def network(shape, classes):
@@ -72,13 +74,11 @@ def in_double_precision(ctx: RunContext) -> RunContext:
     def wide(data: Examples, rows: int) -> Examples:
         return Examples(data.x[:rows].double(), data.y[:rows], data.recording[:rows])
 
-    users = tuple(
-        User(u.name, u.domain, wide(u.train, 25 + 6 * i), wide(u.test, 4)) for i, u in enumerate(ctx.population.users)
-    )
+    numbered = enumerate(ctx.population.users)
+    users = tuple(User(u.name, u.domain, wide(u.train, 25 + 6 * i), wide(u.test, 4)) for i, u in numbered)
     population = Population(users, ctx.population.unseen, ctx.population.classes, ctx.population.skew)
     model = copy.deepcopy(ctx.scratch).double()
-    initial = {k: v.detach().clone() for k, v in model.state_dict().items()}
-    return replace(ctx, population=population, scratch=model, initial=initial)
+    return replace(ctx, population=population, scratch=model, initial=clone(model.state_dict()))
 
 
 def run_n_rounds(ctx, executor, num_clients, rounds=2):
@@ -131,20 +131,20 @@ def test_stacked_training_matches_every_strategy(name, model, caplog):
     ctx = in_double_precision(context_or_skip(unequal_users_run(name, model, proximal=0.1)))
     with caplog.at_level(logging.INFO, logger="fedbn.stacked.executors"):
         stacked = run_n_rounds(ctx, ClientExecutor("stacked", 1), 4)
-    assert not caplog.records or name not in STACKED, [r.message for r in caplog.records]
+    assert not caplog.messages or name not in STACKED, caplog.messages
     states, losses = max_differences(run_n_rounds(ctx, ClientExecutor("one"), 4), stacked)
     assert states < 1e-10
     assert losses < 1e-6  # the reference sums in single precision
 
 
-@pytest.mark.parametrize("name", [*sorted(models().keys() - LARGE), "tests.fedbn.stacked.test_executors:network"])
+@pytest.mark.parametrize("name", ALL_MODELS)
 def test_stacked_training_matches_every_model(name, caplog):
     ctx = with_model(build_context(unequal_users_run(batch_size=8)), name)
     expected = run_n_rounds(ctx, ClientExecutor("one"), 3, rounds=1)
     for executor in ("lean", "stacked"):
         with caplog.at_level(logging.INFO, logger="fedbn.stacked.executors"):
             stacked = run_n_rounds(ctx, ClientExecutor(executor, 1), 3, rounds=1)
-        assert not caplog.records or name not in MODELS, [r.message for r in caplog.records]
+        assert not caplog.messages or name not in MODELS, caplog.messages
         states, losses = max_differences(expected, stacked)
         assert states < 1e-10
         assert losses < 1e-5
@@ -165,24 +165,15 @@ def with_model(ctx, name):
         x = torch.randn(n, *shape, generator=draw, dtype=torch.float64)
         y = torch.randint(0, 10, (n,), generator=draw)
         users.append(User(user.name, user.domain, Examples(x, y, y * 0), user.test))
-    return replace(
-        ctx,
-        population=replace(ctx.population, users=tuple(users)),
-        scratch=model,
-        initial={k: v.detach().clone() for k, v in model.state_dict().items()},
-        ownership=Ownership.of(model, ctx.treatment),
-    )
+    population, ownership = replace(ctx.population, users=tuple(users)), Ownership.of(model, ctx.treatment)
+    return replace(ctx, population=population, scratch=model, initial=clone(model.state_dict()), ownership=ownership)
 
 
 @pytest.mark.parametrize("name", personalizations())
 def test_stacked_training_matches_every_personalization(name):
     ctx = in_double_precision(context_or_skip(unequal_users_run(f"fedbn+{name}", proximal=0.0)))
-    assert (
-        max_differences(
-            run_n_rounds(ctx, ClientExecutor("one"), 3), run_n_rounds(ctx, ClientExecutor("stacked", 1), 3)
-        )[0]
-        < 1e-10
-    )
+    one, stacked = (run_n_rounds(ctx, ClientExecutor(executor, 1), 3) for executor in ("one", "stacked"))
+    assert max_differences(one, stacked)[0] < 1e-10
 
 
 def test_program_rejects_sync_before_training(small):
@@ -238,8 +229,8 @@ def test_stacked_layer_matches_separate_layers(name, k, rows, training, seed):
         expected = net(x[:, i])
         actual = out.view(rows, k, -1, *out.shape[2:])[:, i]
         torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
-        for key, value in net.state_dict().items():
-            torch.testing.assert_close(stacked[key][i], value, rtol=1e-10, atol=1e-10)
+        own = {key: value[i] for key, value in stacked.items()}
+        torch.testing.assert_close(own, dict(net.state_dict()), rtol=1e-10, atol=1e-10)
 
 
 class Doubled(nn.ReLU):
@@ -336,27 +327,23 @@ def test_fit_stack_groups_non_adjacent_clients():
     net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).double()
     x, y = torch.randn(30, 3, dtype=torch.float64), torch.randint(0, 2, (30,))
     sgd = SGDConfig(0.1, momentum=0.9, weight_decay=0.1, mu=0.5, proximal=frozenset({"0.weight"}))
-    parts = [
-        torch.arange(10 * i, 10 * i + 10).split(sizes) for i, sizes in enumerate([[4, 4, 2], [2, 4, 4], [4, 4, 2]])
-    ]
-    state = net.state_dict()
-    clients = [StackedClient(state, torch.cat(p), [len(b) for b in p], torch.Generator()) for p in parts]
-    assert next(step_schedule([[len(b) for b in p] for p in parts])) == [(0, 0), (2, 0)]
+    sizes = [[4, 4, 2], [2, 4, 4], [4, 4, 2]]
+    parts, state = [torch.arange(10 * i, 10 * i + 10).split(s) for i, s in enumerate(sizes)], net.state_dict()
+    clients = [StackedClient(state, torch.cat(p), s, torch.Generator()) for p, s in zip(parts, sizes)]
+    assert next(step_schedule(sizes)) == [(0, 0), (2, 0)]
     for client, stacked in zip(clients, fit_stack(build_program(net), clients, x, y, sgd), strict=True):
         (expected,) = fit_stack(build_program(net), [client], x, y, sgd)
         assert stacked.loss == pytest.approx(expected.loss, rel=1e-6)
-        for expected_state, state_ in ((expected.state, stacked.state), (expected.momentum, stacked.momentum)):
-            for key, value in expected_state.items():
-                torch.testing.assert_close(state_[key], value, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(stacked.state, expected.state, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(stacked.momentum, expected.momentum, rtol=1e-10, atol=1e-12)
 
 
 def test_training_preserves_method_state(small):
-    ctx = build_context(small("fedbn", model="mlp"))
-    client_states = {"method_state/note": torch.tensor([3.0])}
-    jobs = [Train(ctx, u, ctx.initial_server_state(), client_states, Progress(1, 1)) for u in ctx.trainers[:2]]
+    note = {"method_state/note": torch.tensor([3.0])}
+    jobs = [replace(job, client_state=note) for job in train_jobs(small("fedbn", model="mlp"), 2)]
     for executor in ("one", "stacked"):
         for _, client_state in ClientExecutor(executor, 1).run(jobs):
-            assert torch.equal(client_state["method_state/note"], client_states["method_state/note"])
+            assert torch.equal(client_state["method_state/note"], note["method_state/note"])
 
 
 def test_fit_stack_skips_parameters_without_gradient():
@@ -370,7 +357,7 @@ def test_fit_stack_skips_parameters_without_gradient():
             return self.used(x)
 
     net = Half()
-    state = {k: v.clone() for k, v in net.state_dict().items()}
+    state = clone(net.state_dict())
     x, y, rows = torch.randn(4, 3), torch.zeros(4, dtype=torch.long), torch.arange(4)
     sgd = SGDConfig(0.1, momentum=0.9, weight_decay=0.5)
     (done,) = fit_stack(build_program(net), [StackedClient(state, rows, [len(rows)], torch.Generator())], x, y, sgd)
@@ -382,18 +369,14 @@ def test_fit_stack_skips_parameters_without_gradient():
 
 
 def run_grid(run, executor, threads=2):
-    grid = InProcessGrid(
-        client_app, len(build_context(run).population.users), {"run": run.to_json()}, executor=executor
-    )
+    users = len(build_context(run).population.users)
+    grid = InProcessGrid(client_app, users, {"run": run.to_json()}, executor=executor)
     grid._executor.threads = threads
     outcomes = []
     with task_identity(1):
         run_rounds(grid, run, Listener(on_end=outcomes.append))
-    client_states = {
-        node: {k: r.to_torch_state_dict() for k, r in c.state.array_records.items()}
-        for node, c in grid.contexts.items()
-    }
-    return outcomes[0], client_states
+    records = {node: context.state.array_records for node, context in grid.contexts.items()}
+    return outcomes[0], {(n, k): r.to_torch_state_dict() for n, rs in records.items() for k, r in rs.items()}
 
 
 def test_threads_executor_is_bit_identical(small):
@@ -405,84 +388,80 @@ def test_threads_executor_is_bit_identical(small):
     assert same(a.server.state, b.server.state)
     assert a.curve == b.curve
     assert a.scores == b.scores
-    assert all(same(states_a[n][k], states_b[n][k]) for n in states_a for k in states_a[n])
+    assert all(same(state, states_b[key]) for key, state in states_a.items())
 
 
 @pytest.mark.parametrize("executor", ["lean", "stacked", "auto"])
 def test_grid_runs_stacked_executors(executor, small):
     run = small("silobn", model="mlp", clients_per_round=4)
     (a, _), (b, _) = run_grid(run, "one"), run_grid(run, executor)
-    for key, value in a.server.state.items():
-        torch.testing.assert_close(b.server.state[key], value, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(b.server.state, a.server.state, rtol=1e-3, atol=1e-5)
     assert [p.train_loss for p in b.curve] == pytest.approx([p.train_loss for p in a.curve], rel=1e-4)
     if executor == "stacked":
         assert not same(a.server.state, b.server.state)  # otherwise the stack was not used
 
 
+def train_jobs(run, users=None):
+    """Training rounds of the first clients of a run; of all clients by default."""
+    ctx = build_context(run)
+    return [Train(ctx, u, ctx.initial_server_state(), None, Progress(1, 1)) for u in ctx.trainers[:users]]
+
+
 def test_threads_require_clients_without_global_generator(small):
     executor = ClientExecutor("threads", 2)
-    for model, thread_safe in (("tests.fedbn.stacked.test_executors:network", False), ("mlp", True)):
+    for model, thread_safe in ((NETWORK, False), ("mlp", True)):
         ctx = build_context(small(model=model, batch_size=16))
         executor._start_run(ctx)
         assert executor._is_thread_safe() is thread_safe
 
 
 def test_threads_are_used_only_for_long_steps(small, monkeypatch):
-    ctx = build_context(small(model="mlp"))
-    jobs = [Train(ctx, u, ctx.initial_server_state(), None, Progress(1, 1)) for u in ctx.trainers]
-    used = []
-    monkeypatch.setattr(
-        ClientExecutor, "_on_threads", lambda self, parts, do: used.append(len(parts)) or [None] * len(parts)
-    )
-    monkeypatch.setattr("fedbn.stacked.executors.MIN_THREADED_SECONDS", 1e9)
-    ClientExecutor("exact", 2).run(jobs)
-    assert used == []
-    monkeypatch.setattr("fedbn.stacked.executors.MIN_THREADED_SECONDS", 0.0)
-    ClientExecutor("exact", 2).run(jobs)
-    assert used == [len(jobs) - 3]
+    jobs, used = train_jobs(small(model="mlp")), []
+
+    def record_parts(self, parts, do):
+        used.append(len(parts))
+        return [None] * len(parts)
+
+    monkeypatch.setattr(ClientExecutor, "_on_threads", record_parts)
+    for seconds, expected in ((1e9, []), (0.0, [len(jobs) - 3])):
+        monkeypatch.setattr("fedbn.stacked.executors.MIN_THREADED_SECONDS", seconds)
+        ClientExecutor("exact", 2).run(jobs)
+        assert used == expected
 
 
 @pytest.mark.parametrize("executor", ["one", "threads", "stacked"])
 def test_failing_client_does_not_affect_others(executor, small):
-    ctx = build_context(small("fedbn", model="mlp"))
-    jobs = [Train(ctx, u, ctx.initial_server_state(), None, Progress(1, 1)) for u in ctx.trainers]
+    jobs = train_jobs(small("fedbn", model="mlp"))
     jobs[1] = replace(jobs[1], received={})
     results = ClientExecutor(executor, 2).run(jobs)
     assert [isinstance(r, Failure) for r in results] == [i == 1 for i in range(len(jobs))]
     assert isinstance(results[1].error, KeyError)
-    expected, _ = client_round(ctx, ctx.trainers[0], ctx.initial_server_state(), None, Progress(1, 1))
-    for key, value in expected.state.items():
-        torch.testing.assert_close(
-            results[0][0].state[key], value, rtol=0 if executor != "stacked" else 1e-3, atol=1e-6
-        )
+    ctx, user = jobs[0].ctx, jobs[0].user
+    expected, _ = client_round(ctx, user, ctx.initial_server_state(), None, Progress(1, 1))
+    rtol = 1e-3 if executor == "stacked" else 0
+    torch.testing.assert_close(results[0][0].state, expected.state, rtol=rtol, atol=1e-6)
 
 
 def test_stack_without_valid_clients_returns_all_failures(small):
-    ctx = build_context(small("fedbn", model="mlp"))
-    jobs = [Train(ctx, u, {}, None, Progress(1, 1)) for u in ctx.trainers[:2]]
+    jobs = [replace(job, received={}) for job in train_jobs(small("fedbn", model="mlp"), 2)]
     assert [type(r.error) for r in ClientExecutor("stacked", 1).run(jobs)] == [KeyError, KeyError]
 
 
 def test_errors_in_stacked_code_are_raised(small, monkeypatch):
-    ctx = build_context(small("fedbn", model="mlp"))
-    jobs = [Train(ctx, u, ctx.initial_server_state(), None, Progress(1, 1)) for u in ctx.trainers[:2]]
-
     def broken(*args):
         raise RuntimeError("wrong shape")
 
     monkeypatch.setattr("fedbn.stacked.cohort.fit_stack", broken)
     with pytest.raises(RuntimeError, match="wrong shape"):
-        ClientExecutor("stacked", 1).run(jobs)
+        ClientExecutor("stacked", 1).run(train_jobs(small("fedbn", model="mlp"), 2))
 
 
 def test_fallback_reason_is_logged_once(small, caplog):
-    ctx = build_context(small("fedbn+fedrep", model="mlp"))
-    executor = ClientExecutor("stacked", 1)
-    jobs = [Train(ctx, u, ctx.initial_server_state(), None, Progress(1, 1)) for u in ctx.trainers[:2]]
+    executor, jobs = ClientExecutor("stacked", 1), train_jobs(small("fedbn+fedrep", model="mlp"), 2)
     with caplog.at_level(logging.INFO, logger="fedbn.stacked.executors"):
         executor.run(jobs)
         executor.run(jobs)
-    assert [r.message for r in caplog.records] == ["training client by client: fedrep has its own training procedure"]
+    assert caplog.messages == ["training client by client: fedrep has its own training procedure"]
 
 
 def test_parse_executor_suggests_nearest_name():
@@ -535,9 +514,5 @@ def test_run_batched_groups_jobs_by_kind():
 
     calls = [lambda: twice(1), lambda: execute(OtherJob(2)), careful, lambda: "none", lambda: twice(3)]
     assert run_batched(calls, run) == [100, 20, "bad", "none", 300]
-    assert batches == [
-        [("Job", 1), ("Job", 9), ("Job", 3)],
-        [("OtherJob", 2)],
-        [("Job", 10), ("Job", 30)],
-    ]
+    assert batches == [[("Job", 1), ("Job", 9), ("Job", 3)], [("OtherJob", 2)], [("Job", 10), ("Job", 30)]]
     assert execute(Job(4)) == -4

@@ -22,10 +22,8 @@ def test_pack_writes_flower_bytes_and_unpack_restores_them(shape, dtype, seed):
     torch.manual_seed(seed)
     x = (100 * torch.randn(shape)).to(dtype)
     array = pack(x)
-    expected = Array(x.clone())
-    assert (array.data, array.dtype, array.shape, array.stype) == tuple(
-        getattr(expected, n) for n in ("data", "dtype", "shape", "stype")
-    )
+    actual, expected = ((a.data, a.dtype, a.shape, a.stype) for a in (array, Array(x.clone())))
+    assert actual == expected
     restored = unpack(array)
     assert restored.dtype == dtype
     assert torch.equal(restored, x)
@@ -83,9 +81,8 @@ def test_lazy_record_behaves_like_array_record(name):
     state = {"a": torch.ones(2)}
     lazy, plain = LazyArrayRecord(state), arrays(state)
     assert isinstance(lazy, ArrayRecord)
-    assert (
-        as_list(ACCESSES[name](lazy)) == as_list(ACCESSES[name](plain)) or name == "serialize"
-    )  # the output contains the class name
+    actual, expected = (as_list(ACCESSES[name](record)) for record in (lazy, plain))
+    assert actual == expected or name == "serialize"  # the output contains the class name
     assert lazy.state is None
     assert lazy == plain
     assert state.keys() == {"a"}

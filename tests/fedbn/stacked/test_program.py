@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from clients.jobs import Train
 from fedbn.federation.setup import build_context
+from fedbn.nn.roles import clone
 from fedbn.stacked import fit
 from fedbn.stacked.executors import ClientExecutor
 from fedbn.stacked.fit import SGDConfig, StackedClient, fit_stack
@@ -29,7 +30,7 @@ def features(dropout=0.0):
 def train_stacked_and_separately(net, x, y, sgd, clients=3, noise=False):
     """Results of clients trained in one stack, and of each in its own stack."""
     rows = len(y) // clients
-    state = {k: v.clone() for k, v in net.state_dict().items()}
+    state = clone(net.state_dict())
 
     def client(i):
         draw = torch.Generator().manual_seed(i) if noise else None
@@ -41,9 +42,7 @@ def train_stacked_and_separately(net, x, y, sgd, clients=3, noise=False):
 
 
 def assert_close(a, b, **tolerance):
-    for actual, expected in zip(a, b, strict=True):
-        for key, value in expected.state.items():
-            torch.testing.assert_close(actual.state[key], value, **tolerance)
+    torch.testing.assert_close([r.state for r in a], [r.state for r in b], **tolerance)
 
 
 class Flat(nn.Module):
@@ -78,9 +77,8 @@ def test_batch_last_requires_a_model_without_positions(net, axes, expected):
 def test_batch_first_and_batch_last_layouts_match(noise):
     net = features(dropout=0.4 if noise else 0.0)
     x, y = torch.randn(30, 5, dtype=torch.float64), torch.randint(0, 3, (30,))
-    stacked, separate = train_stacked_and_separately(
-        net, x, y, SGDConfig(0.1), noise=noise
-    )  # a stack of one client is batch first
+    # A stack of one client is batch first.
+    stacked, separate = train_stacked_and_separately(net, x, y, SGDConfig(0.1), noise=noise)
     assert_close(stacked, separate, rtol=1e-10, atol=1e-12)
     assert not torch.equal(separate[0].state["0.weight"], separate[1].state["0.weight"])  # clients have different rows
 
@@ -94,9 +92,8 @@ def test_fused_linear_step_matches_sgd(first, monkeypatch):
     stacked, expected = train_stacked_and_separately(net, x, y, SGDConfig(0.1))
     monkeypatch.setattr(fit, "MIN_FUSED_SIZE", 1)
     used = []
-    monkeypatch.setattr(
-        torch.Tensor, "addmm_", lambda *a, real=torch.Tensor.addmm_, **k: used.append(1) or real(*a, **k)
-    )
+    real = torch.Tensor.addmm_
+    monkeypatch.setattr(torch.Tensor, "addmm_", lambda *a, **k: used.append(1) or real(*a, **k))
     _, stepped = train_stacked_and_separately(net, x, y, SGDConfig(0.1))
     assert len(used) == 3 * 2 * (1 + first)  # clients, steps, and layers with a bias
     assert_close(stepped, expected, rtol=1e-12, atol=1e-14)
@@ -197,6 +194,5 @@ def test_mkldnn_linear_matches_linear(transposed):
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
 def test_torch_provides_mkldnn_linear_operator():
-    assert torch.ops.mkldnn._linear_pointwise(torch.ones(1, 2), torch.ones(3, 2), None, "none", [], "").tolist() == [
-        [2.0, 2.0, 2.0]
-    ]
+    out = torch.ops.mkldnn._linear_pointwise(torch.ones(1, 2), torch.ones(3, 2), None, "none", [], "")
+    assert out.tolist() == [[2.0, 2.0, 2.0]]

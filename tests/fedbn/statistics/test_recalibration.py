@@ -8,17 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from fedbn.models.small_cnn import SmallCNN
 from fedbn.nn.roles import clone, statistics_layers
 from fedbn.statistics import recalibration
 from fedbn.statistics.consensus import flatten, replay, unflatten, union
 from fedbn.statistics.moments import Moments
 from fedbn.statistics.recalibration import agree_layerwise, layer_moments, recalibrate, set_statistics, statistics_of
-
-
-def network(seed=0):
-    torch.manual_seed(seed)
-    return SmallCNN((1, 8, 8), 10).double()
+from tests.fedbn.helpers import network
 
 
 def data(n=60, seed=1):
@@ -34,10 +29,8 @@ def reference_statistics(model, x):
         )
     with torch.no_grad():
         model.eval()(x)
-    out = {}
-    for path, rows in inputs.items():
-        out[f"{path}.running_mean"], out[f"{path}.running_var"] = rows.mean(1), rows.var(1, correction=1)
-    return out
+    means = {f"{path}.running_mean": rows.mean(1) for path, rows in inputs.items()}
+    return means | {f"{path}.running_var": rows.var(1, correction=1) for path, rows in inputs.items()}
 
 
 def assert_equal(actual, expected):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import struct
 
 import pytest
@@ -20,6 +21,7 @@ from fedbn.statistics.moments import pooled_variance
 from fedbn.statistics.robust import location, robust_moments
 from fedbn.strategies.base import Progress, Update, strategy
 from simulations.server.validation import InvalidReply, validate_entries, validate_notes
+from tests.fedbn.helpers import rejects
 from tests.helpers import same
 
 values = st.lists(st.floats(-100, 100, width=32), min_size=5, max_size=11)
@@ -36,8 +38,7 @@ def test_robust_moments_without_trim_is_pooled_variance(xs):
 
 @pytest.mark.parametrize(("how", "trim"), [("median", 0.0), ("trimmed", 0.34)])
 def test_location_treats_nan_as_infinity(how, trim):
-    estimate = location([torch.tensor([x]) for x in (1.0, float("nan"), 2.0)], how, trim)
-    assert estimate.item() == 2.0
+    assert location([torch.tensor([x]) for x in (1.0, float("nan"), 2.0)], how, trim).item() == 2.0
 
 
 @given(values, st.sampled_from(["median", "trimmed"]), st.sampled_from([float("nan"), float("inf"), 1e30, -1e30]))
@@ -78,22 +79,20 @@ def distance(state, other):
 @pytest.mark.parametrize("text", ["global-robust", "global-robust:how=median"])
 def test_global_robust_limits_poisoned_statistics(name, text, small):
     ctx = build_context(small(text))
-    bad = set(ctx.trainers[:1])
-    honest = poisoned(ctx, ATTACKS[name], set())
-    assert distance(poisoned(ctx, ATTACKS[name], bad), honest) < 0.5
+    bad, honest = (poisoned(ctx, ATTACKS[name], users) for users in (set(ctx.trainers[:1]), set()))
+    assert distance(bad, honest) < 0.5
 
 
 @pytest.mark.parametrize("name", ["huge variance", "far mean", "nan"])
 def test_global_pooled_is_changed_by_poisoned_statistics(name, small):
     ctx = build_context(small("global-pooled"))
-    bad = set(ctx.trainers[:1])
-    assert distance(poisoned(ctx, ATTACKS[name], bad), poisoned(ctx, ATTACKS[name], set())) > 100
+    bad, honest = (poisoned(ctx, ATTACKS[name], users) for users in (set(ctx.trainers[:1]), set()))
+    assert distance(bad, honest) > 100
 
 
 @pytest.mark.parametrize("text", ["global-robust:trim=0.5", "global-robust:trim=-0.1"])
 def test_global_robust_rejects_bad_trim(text):
-    with pytest.raises(UserError, match=r"\[0, 0.5\)"):
-        strategy(text)
+    rejects(r"\[0, 0.5\)", strategy, text)
 
 
 # Validation of replies
@@ -110,18 +109,11 @@ class CodePayload:
         return (pytest.fail, ("code of a client was run",))
 
 
-def pickled():
-    import pickle
-
-    return pickle.dumps(CodePayload())
-
-
+PICKLE = pickle.dumps(CodePayload())
 HOSTILE = {
-    "a header that claims terabytes": npy(
-        "{'descr': '<f8', 'fortran_order': False, 'shape': (10**13,)}".replace("10**13", str(10**13))
-    ),
-    "a pickle in place of values": npy("{'descr': '|O', 'fortran_order': False, 'shape': (1,)}", pickled()),
-    "a bare pickle": pickled(),
+    "a header that claims terabytes": npy("{'descr': '<f8', 'fortran_order': False, 'shape': (10000000000000,)}"),
+    "a pickle in place of values": npy("{'descr': '|O', 'fortran_order': False, 'shape': (1,)}", PICKLE),
+    "a bare pickle": PICKLE,
     "code in the header": npy("__import__('os').abort()"),
     "nothing": b"",
     "negative sizes": npy("{'descr': '<f8', 'fortran_order': False, 'shape': (-1,)}", b"12345678"),
@@ -133,8 +125,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_unpack_rejects_hostile_bytes(name):
-    with pytest.raises(UserError, match="cannot be read"):
-        unpack(Array("float32", (3,), "numpy.ndarray", HOSTILE[name]))
+    rejects("cannot be read", unpack, Array("float32", (3,), "numpy.ndarray", HOSTILE[name]))
 
 
 @pytest.mark.parametrize(

@@ -24,10 +24,8 @@ BLOCK = 8
 
 def network():
     torch.manual_seed(0)
-    net = nn.Sequential(
-        nn.Conv1d(2, 3, 3), nn.BatchNorm1d(3), nn.ReLU(), nn.Flatten(), nn.Linear(18, 4), nn.BatchNorm1d(4)
-    )
-    net.append(nn.Linear(4, 3))
+    first, second = (nn.Conv1d(2, 3, 3), nn.BatchNorm1d(3), nn.ReLU()), (nn.Linear(18, 4), nn.BatchNorm1d(4))
+    net = nn.Sequential(*first, nn.Flatten(), *second, nn.Linear(4, 3))
     for layer in (net[1], net[5]):
         layer.running_mean.normal_()
         layer.running_var.uniform_(0.5, 2)
@@ -62,9 +60,8 @@ def explicit_forward(net, x, state):
 
 def explicit_step(net, x, rates):
     """The paper's step, by autograd through every entry."""
-    leaves = {
-        k: v.clone().requires_grad_() for k, v in net.state_dict().items() if v.is_floating_point() and k != RATES
-    }
+    floating = {k: v for k, v in net.state_dict().items() if v.is_floating_point() and k != RATES}
+    leaves = {k: v.clone().requires_grad_() for k, v in floating.items()}
     out, inputs = explicit_forward(net, x, leaves)
     p = out.softmax(1)
     g = dict(zip(leaves, torch.autograd.grad(-(p * p.log()).sum(1).mean(), leaves.values()), strict=True))
@@ -88,8 +85,7 @@ def test_adapt_state_matches_explicit_step():
     expected, directions = explicit_step(net, x, by_name)
     assert list(directions) == rated_names(net)
     for name in rated_names(net):
-        torch.testing.assert_close(g[name], directions[name])
-        torch.testing.assert_close(moved[name], expected[name])
+        torch.testing.assert_close((g[name], moved[name]), (directions[name], expected[name]))
 
 
 def test_adapt_state_keeps_variances_nonnegative():
@@ -140,7 +136,6 @@ def test_learn_rates_lowers_training_loss():
 def test_adaptation_step_averages_adapted_states():
     net = network()
     values, by_name = example_rates(net)
-    net.get_buffer(RATES).copy_(values)
     parts = windows(3 * BLOCK).split(BLOCK)
     states = [explicit_step(network(), x, by_name)[0] for x in parts]
     for online in (True, False):
@@ -178,10 +173,10 @@ def test_online_column_uses_learned_rates_in_every_engine(small):
     ctx = build_context(run)
     user = ctx.population.unseen[0]
     model = ctx.load(ctx.assemble(out.server.state, None)).eval()
-    outputs = ctx.strategy.predict_stream(model, ctx.population.users[user].test.x)
-    y = ctx.population.users[user].test.y
+    test = ctx.population.users[user].test
+    outputs = ctx.strategy.predict_stream(model, test.x)
     (cell,) = (s for s in out.scores[user] if (s.row, s.column) == ("unseen", "online"))
-    assert cell.loss == float(nn.functional.cross_entropy(outputs.double(), y))
+    assert cell.loss == float(nn.functional.cross_entropy(outputs.double(), test.y))
     assert cell.loss != next(s.loss for s in out.scores[user] if s.column == "aggregated")
     other = execute(replace(run, rule="ema"), "reference")
     assert [s.loss for s in other.scores[user]] != [s.loss for s in out.scores[user]], "an explicit rule has priority"

@@ -16,7 +16,8 @@ from fedbn.federation.client import client_round
 from fedbn.federation.cold_start import cold_starts, window_moments
 from fedbn.federation.loop import federate
 from fedbn.federation.setup import build_context
-from fedbn.nn.roles import Role
+from fedbn.nn.hooks import capture_inputs
+from fedbn.nn.roles import Role, statistics_layers
 from fedbn.norms.exchanged import Exchange, ExchangedNorm, exchanged_layers, next_message
 from fedbn.norms.hybrid import HybridNorm, hybrid_layers
 from fedbn.norms.shared_statistics import SharedStatisticsNorm
@@ -30,7 +31,7 @@ from fedbn.strategies.fednorm import FedNorm
 from fedbn.strategies.fedtan import FedTAN, _exchanges
 from fedbn.strategies.static_bn import StaticBN
 from simulations.engines.execute import execute
-from tests.helpers import federated, same
+from tests.helpers import assert_engines_agree, assert_statistics, federated, same
 
 # FedTAN --------------------------------------------------------------------------------------------------------------
 
@@ -84,24 +85,26 @@ def synchronize(model, data, weights=None):
         if messages[0] is None:
             return aggregates
         if weights is not None:
-            messages = [
-                {k: Moments.from_variance(w, m.mean, m.m2) for k, m in s.items()}
-                for s, w in zip(messages, weights, strict=True)
-            ]
+            pairs = zip(messages, weights, strict=True)
+            messages = [{k: Moments.from_variance(w, m.mean, m.m2) for k, m in s.items()} for s, w in pairs]
         aggregates.append(union(messages))
 
 
-def fedtan_gradient(model, data, aggregates):
+def mean_gradient(model, data, set_exchanges):
     """Mean over clients, weighted by their sizes, of the gradients of their local losses."""
     total = sum(len(y) for _, y in data)
     mean = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
     for x, y in data:
         client = copy.deepcopy(model)
-        FedTAN().set_training_mode(client, Progress(1, 1), aggregates)
+        set_exchanges(client, x, y)
         F.cross_entropy(client(x), y).backward()
         for name, parameter in client.named_parameters():
             mean[name] += parameter.grad * len(y) / total
     return mean
+
+
+def fedtan_gradient(model, data, aggregates):
+    return mean_gradient(model, data, lambda client, *_: FedTAN().set_training_mode(client, Progress(1, 1), aggregates))
 
 
 def error(gradient, reference):
@@ -122,18 +125,14 @@ def test_fedtan_updates_statistics_like_pooled_batch():
     x, _ = clients()[0]
     FedTAN().set_training_mode(model, Progress(1, 1), aggregates)
     model(x)
-    for key, value in centralized().state_dict().items():
-        torch.testing.assert_close(model.state_dict()[key], value, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(model.state_dict(), centralized().state_dict(), rtol=1e-12, atol=1e-12)
 
 
 def test_fedtan_without_backward_exchange_is_inexact():
     model, data = FedTAN().prepare_model(network()), clients()
-    aggregates = synchronize(model, data)
-    exchanges = _exchanges(model, aggregates)
-    total, mean = sum(len(y) for _, y in data), {n: torch.zeros_like(p) for n, p in model.named_parameters()}
-    for x, y in data:
-        # Each client uses its own statistic gradients instead of the synchronized ones.
-        client = copy.deepcopy(model)
+    exchanges = _exchanges(model, synchronize(model, data))
+
+    def use_own_gradients(client, x, y):
         own = {p: replace(e, g_mu=None, g_v=None) for p, e in exchanges.items()}
         while (message := next_message(client, x, y, own)) is not None:
             for key, value in message.items():
@@ -142,10 +141,8 @@ def test_fedtan_without_backward_exchange_is_inexact():
                     setattr(own[path], name, value)
         for path, layer in exchanged_layers(client).items():
             layer.exchange = own[path]
-        F.cross_entropy(client(x), y).backward()
-        for name, parameter in client.named_parameters():
-            mean[name] += parameter.grad * len(y) / total
-    assert error(mean, centralized()) > 1e-2
+
+    assert error(mean_gradient(model, data, use_own_gradients), centralized()) > 1e-2
 
 
 def test_fedtan_with_uniform_weights_is_inexact():
@@ -165,22 +162,18 @@ def test_fedtan_with_equal_clients_is_bn():
 
 def test_fedtan_full_batch_round_is_centralized_training(small):
     options = {"batch_size": 10_000, "momentum": 0.0, "lr": 0.1, "rounds": 2}
-    fedtan, centralized = federate(small("fedtan", **options)), federate(small("centralized", **options))
-    naive = federate(small("global-naive", **options))
-    expected = centralized.server.state
+    names = ("fedtan", "global-naive", "centralized")
+    fedtan, naive, expected = (federate(small(name, **options)).server.state for name in names)
 
-    def gap(out):
-        return max(float((out.server.state[k] - expected[k]).abs().max()) for k in expected if k.endswith("weight"))
+    def gap(state):
+        return max(float((state[k] - expected[k]).abs().max()) for k in expected if k.endswith("weight"))
 
     assert gap(fedtan) < 1e-5
     assert gap(naive) > 1e-3
 
 
 def test_fedtan_engines_agree(small):
-    run = small("fedtan", clients_per_round=3)
-    a, b = federate(run), execute(run, "grid")
-    assert same(a.server.state, b.server.state)
-    assert a.scores == b.scores
+    assert_engines_agree(small("fedtan", clients_per_round=3))
 
 
 def test_exchanged_norm_uses_exchange_for_one_step():
@@ -193,6 +186,15 @@ def test_exchanged_norm_uses_exchange_for_one_step():
 
 
 # FixBN, FBN, HBN, static BN ------------------------------------------------------------------------------------------
+
+
+def inputs_of(layer, model, batches):
+    """Inputs of a layer in the forward passes of batches."""
+    inputs = []
+    with torch.no_grad(), capture_inputs({"": layer}, lambda _, value: inputs.append(value)):
+        for batch in batches:
+            model(batch)
+    return inputs
 
 
 def test_fixbn_is_global_bn_until_frozen(small):
@@ -209,11 +211,9 @@ def test_fbn_sends_mean_batch_statistics(small):
     ctx = build_context(small("fbn", batch_size=10_000))
     update, _ = client_round(ctx, 0, ctx.initial_server_state(), None, Progress(1, 2))
     model = ctx.load(ctx.initial)
-    layer = next(p for p, m in model.named_modules() if isinstance(m, SharedStatisticsNorm))
-    data = ctx.training_data(0).x
-    moments = all_moments(ctx.load(ctx.initial), data)[layer]
-    torch.testing.assert_close(update.state[f"{layer}.running_mean"], moments.mean.float(), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(update.state[f"{layer}.running_var"], moments.variance().float(), rtol=1e-4, atol=1e-5)
+    path = next(p for p, m in model.named_modules() if isinstance(m, SharedStatisticsNorm))
+    moments = all_moments(model, ctx.training_data(0).x)[path]
+    assert_statistics(update.state, path, moments.mean, moments.variance())
 
 
 def test_fbn_gradient_treats_statistics_as_constants():
@@ -279,14 +279,8 @@ def test_hbn_serves_mixture_statistics_of_final_weights(name, rows, small):
     for user in ctx.population.seen:
         model = ctx.load(ctx.assemble(out.server.state, out.client_states[user])).eval()
         path, layer = next(iter(hybrid_layers(model).items()))
-        x = ctx.training_data(user).x[:rows]
-        inputs = []
-        handle = layer.register_forward_pre_hook(lambda _, args, inputs=inputs: inputs.append(args[0]))
-        for part in x.split(64):
-            model(part)
-        handle.remove()
         a = torch.sigmoid(layer.gate).double()
-        for value in inputs:
+        for value in inputs_of(layer, model, ctx.training_data(user).x[:rows].split(64)):
             batch = Moments.of(value)
             mean = (1 - a) * layer.running_mean + a * batch.mean
             var = (1 - a) * layer.running_var + a * batch.variance()
@@ -294,11 +288,7 @@ def test_hbn_serves_mixture_statistics_of_final_weights(name, rows, small):
     total = parts[0]
     for part in parts[1:]:
         total = total.merge(part)
-    served = out.server.serving
-    torch.testing.assert_close(served[f"{path}.running_mean"], total.mean.float(), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(
-        served[f"{path}.running_var"], total.variance(unbiased=True).float(), rtol=1e-4, atol=1e-5
-    )
+    assert_statistics(out.server.serving, path, total.mean, total.variance(unbiased=True))
 
 
 def test_static_bn_sends_no_statistics_and_disables_dropout(small):
@@ -318,17 +308,11 @@ def test_static_bn_serves_mean_of_all_batches(small):
     means, variances = [], []
     for user in ctx.population.seen:
         model = ctx.load(ctx.assemble(out.server.state, out.client_states[user])).train()
-        layer = next(m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
-        for rows in ctx.training_data(user).x.split(StaticBN().batch):
-            inputs = []
-            handle = layer.register_forward_pre_hook(lambda _, args, inputs=inputs: inputs.append(args[0]))
-            with torch.no_grad():
-                model(rows)
-            handle.remove()
-            flat = inputs[0].transpose(0, 1).flatten(1)
+        path, layer = next(iter(statistics_layers(model).items()))
+        for value in inputs_of(layer, model, ctx.training_data(user).x.split(StaticBN().batch)):
+            flat = value.transpose(0, 1).flatten(1)
             means.append(flat.mean(1))
             variances.append(flat.var(1))
-    path = next(p for p, m in ctx.scratch.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
     torch.testing.assert_close(out.server.serving[f"{path}.running_mean"], torch.stack(means).mean(0))
     torch.testing.assert_close(out.server.serving[f"{path}.running_var"], torch.stack(variances).mean(0))
 
@@ -365,8 +349,7 @@ def test_similarity_strategies_warm_up_as_fedbn(name, small):
 def test_bn_similarity_high_temperature_is_uniform(small):
     ctx, out = federated(small("bn-similarity:warm_up=0:tau=1e9", weighting="uniform", rounds=1))
     for user in ctx.population.seen:
-        for key, value in out.server.state_for(ctx, user).items():
-            torch.testing.assert_close(value, out.server.state[key], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(out.server.state_for(ctx, user), out.server.state, rtol=1e-5, atol=1e-6)
 
 
 def test_bn_similarity_weights_decay_with_distance():
@@ -382,8 +365,7 @@ def test_fedap_with_lam_1_equals_local(small):
     local = federate(small("local"))
     for user in ctx.population.seen:
         state = ctx.assemble(out.server.state_for(ctx, user), out.client_states[user])
-        for key, value in local.client_states[user].items():
-            torch.testing.assert_close(state[key], value, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(state, local.client_states[user], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("engine", ["reference", "grid"])
@@ -422,19 +404,16 @@ def test_strategy_rejects_bad_options(text, message):
 
 def test_divergence_pooled_downweights_outliers():
     def client(user, mean):
-        state = {"bn.running_mean": torch.tensor([mean]), "bn.running_var": torch.ones(1)}
-        return Update(user, state, 1, 0.0)
+        return Update(user, {"bn.running_mean": torch.tensor([mean]), "bn.running_var": torch.ones(1)}, 1, 0.0)
 
-    keys, progress = ["bn.running_mean", "bn.running_var"], Progress(1, 1)
+    def mean_of(name, updates, weights):
+        keys = ["bn.running_mean", "bn.running_var"]
+        return strategy(name).aggregate_statistics(updates, weights, keys, {}, Progress(1, 1))["bn.running_mean"]
+
     updates = [client(0, 0.0), client(1, 0.1), client(2, 10.0)]
-    robust = strategy("divergence-pooled").aggregate_statistics(updates, [1, 1, 1], keys, {}, progress)
-    plain = strategy("global-pooled").aggregate_statistics(updates, [1, 1, 1], keys, {}, progress)
-    assert robust["bn.running_mean"] < 0.8 * plain["bn.running_mean"]
-    equal = [client(i, 1.0) for i in range(3)]
-    assert (
-        strategy("divergence-pooled").aggregate_statistics(equal, [1, 2, 3], keys, {}, progress)["bn.running_mean"]
-        == 1.0
-    )
+    plain = mean_of("global-pooled", updates, [1, 1, 1])
+    assert mean_of("divergence-pooled", updates, [1, 1, 1]) < 0.8 * plain
+    assert mean_of("divergence-pooled", [client(i, 1.0) for i in range(3)], [1, 2, 3]) == 1.0
 
 
 # Cold starts ---------------------------------------------------------------------------------------------------------
@@ -442,22 +421,29 @@ def test_divergence_pooled_downweights_outliers():
 
 @pytest.fixture
 def federation(small):
-    ctx, out = federated(small("fedbn-seeded"))
-    return ctx, out, ctx.population.unseen[0]
+    return federated(small("fedbn-seeded"))
+
+
+@pytest.fixture
+def newcomer(federation):
+    """Context, statistics of the clients, and state and rows of an unseen user."""
+    ctx, out = federation
+    return ctx, out.server.client_statistics, *state_and_rows(ctx, out, ctx.population.unseen[0])
+
+
+def state_and_rows(ctx, out, user):
+    return ctx.assemble(out.server.state_for(ctx, user), None), ctx.population.users[user].train.x
 
 
 def test_cold_starts_are_scored_for_unseen_users_only(federation):
-    ctx, out, newcomer = federation
-    columns = {s.column for s in out.scores[newcomer]}
+    ctx, out = federation
+    columns = {s.column for s in out.scores[ctx.population.unseen[0]]}
     assert columns >= {"initial", "mean", "pooled", "nearest", "mixture", "prior"}
     assert not {s.column for s in out.scores[ctx.population.seen[0]]} & {"initial", "pooled", "prior"}
 
 
-def test_cold_starts_match_definitions(federation):
-    ctx, out, newcomer = federation
-    state = ctx.assemble(out.server.state_for(ctx, newcomer), None)
-    client_statistics = out.server.client_statistics
-    x = ctx.population.users[newcomer].train.x
+def test_cold_starts_match_definitions(newcomer):
+    ctx, client_statistics, state, x = newcomer
     states = cold_starts(ctx, state, client_statistics, x)
     mean_key = next(k for k in state if k.endswith("running_mean"))
     var_key = mean_key.replace("mean", "var")
@@ -472,17 +458,14 @@ def test_cold_starts_match_definitions(federation):
 
 
 def test_cold_start_nearest_finds_equal_client(federation):
-    ctx, out, _ = federation
+    ctx, out = federation
     user = ctx.population.seen[3]
     client_statistics = {u: dict(s) for u, s in out.server.client_statistics.items()}
-    state = ctx.assemble(out.server.state_for(ctx, user), None)
-    x = ctx.population.users[user].train.x
+    state, x = state_and_rows(ctx, out, user)
     own, _ = window_moments(ctx, cold_starts(ctx, state, client_statistics, x)["pooled"], x)
     for path, moments in own.items():
-        client_statistics[user] |= {
-            f"{path}.running_mean": moments.mean.float(),
-            f"{path}.running_var": moments.variance().float(),
-        }
+        client_statistics[user][f"{path}.running_mean"] = moments.mean.float()
+        client_statistics[user][f"{path}.running_var"] = moments.variance().float()
     # The user's moments were measured under the pooled statistics before this change.
     states = cold_starts(ctx, state, client_statistics, x)
     assert all(torch.equal(states["nearest"][k], v) for k, v in client_statistics[user].items())
@@ -491,13 +474,11 @@ def test_cold_start_nearest_finds_equal_client(federation):
     assert distances["mixture"] < 0.9 * distances["mean"]
 
 
-def test_cold_start_prior_mixes_pooled_and_own_moments(federation):
-    ctx, out, newcomer = federation
-    state = ctx.assemble(out.server.state_for(ctx, newcomer), None)
-    x = ctx.population.users[newcomer].train.x
-    first = next(iter(out.server.client_statistics.values()))
+def test_cold_start_prior_mixes_pooled_and_own_moments(newcomer):
+    ctx, client_statistics, state, x = newcomer
+    first = next(iter(client_statistics.values()))
     # Clients nearly agree, so that the pooled and the newcomer's own moments have similar weights.
-    similar = {u: {k: first[k].lerp(v, 0.05) for k, v in s.items()} for u, s in out.server.client_statistics.items()}
+    similar = {u: {k: first[k].lerp(v, 0.05) for k, v in s.items()} for u, s in client_statistics.items()}
     states = cold_starts(ctx, state, similar, x)
     own, _ = window_moments(ctx, states["pooled"], x)
     path = next(iter(own))
@@ -512,18 +493,14 @@ def test_cold_start_prior_mixes_pooled_and_own_moments(federation):
     assert float((share * (1 - share) * gap**2).max()) > 1e-4
 
 
-def test_cold_start_prior_depends_on_client_variance(federation):
-    ctx, out, newcomer = federation
-    state = ctx.assemble(out.server.state_for(ctx, newcomer), None)
-    x = ctx.population.users[newcomer].train.x
-    first = next(iter(out.server.client_statistics.values()))
+def test_cold_start_prior_depends_on_client_variance(newcomer):
+    ctx, client_statistics, state, x = newcomer
+    first = next(iter(client_statistics.values()))
     key = next(k for k in first if k.endswith("running_mean"))
-    equal = {u: dict(first) for u in out.server.client_statistics}
-    states = cold_starts(ctx, state, equal, x)
+    states = cold_starts(ctx, state, dict.fromkeys(client_statistics, first), x)
     torch.testing.assert_close(states["prior"][key], states["pooled"][key], rtol=1e-4, atol=1e-5)
-    differ = {u: first | {key: first[key] + 1000.0 * (-1) ** i} for i, u in enumerate(out.server.client_statistics)}
+    differ = {u: first | {key: first[key] + 1000.0 * (-1) ** i} for i, u in enumerate(client_statistics)}
     states = cold_starts(ctx, state, differ, x)
     own, _ = window_moments(ctx, states["pooled"], x)
-    torch.testing.assert_close(
-        states["prior"][key], own[key.removesuffix(".running_mean")].mean.float(), rtol=1e-2, atol=1e-2
-    )
+    mean = own[key.removesuffix(".running_mean")].mean.float()
+    torch.testing.assert_close(states["prior"][key], mean, rtol=1e-2, atol=1e-2)

@@ -8,6 +8,7 @@ from functools import lru_cache
 
 import pytest
 import torch
+from torch import nn
 
 from fedbn.errors import UserError
 from fedbn.federation.client import client_round
@@ -20,18 +21,15 @@ from fedbn.strategies.base import FORMER_HOOKS, NormStrategy, Progress, Update, 
 from fedbn.strategies.ownership import LOCAL, SEEDED, SHARED
 from fedbn.tta.adaptation_rates import RATES
 from simulations.engines.execute import execute
-from tests.helpers import federated, same, sampling_options
+from tests.helpers import assert_statistics, federated, same, sampling_options
 
 ALL = list(strategies())
 FIRST = Progress(1, 2)
-
-
 trained = lru_cache(maxsize=1)(federate)
 
 
-def one_round(ctx, user=None):
-    user = ctx.trainers[0] if user is None else user
-    return client_round(ctx, user, ctx.initial_server_state(), None, FIRST)
+def one_round(ctx):
+    return client_round(ctx, ctx.trainers[0], ctx.initial_server_state(), None, FIRST)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -77,9 +75,8 @@ def test_advance_with_equal_updates_is_identity(name, small):
     server = Server(update.state, update.state)
     server.advance(ctx, [replace(update, user=u, examples=10 + u) for u in ctx.population.seen[:3]], 1)
     assert list(server.state) == ctx.ownership.travels
-    for key, value in server.state.items():
-        assert value.dtype == ctx.initial[key].dtype
-        torch.testing.assert_close(value, update.state[key], rtol=1e-6, atol=1e-6)
+    assert all(value.dtype == ctx.initial[key].dtype for key, value in server.state.items())
+    torch.testing.assert_close(server.state, update.state, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -137,15 +134,13 @@ def test_strategy_with_one_user_equals_local(name, small):
         pytest.skip(OWN_STATISTICS[name])
     out = federate(small(name, **options))
     state = out.server.state | next(iter(out.client_states.values()))
-    for key, value in next(iter(local.client_states.values())).items():
-        torch.testing.assert_close(state[key], value, rtol=1e-4, atol=3e-6)
+    torch.testing.assert_close(state, next(iter(local.client_states.values())), rtol=1e-4, atol=3e-6)
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_strategy_file_is_short_and_documented(name):
     cls = strategies()[name]
-    lines = inspect.getsource(inspect.getmodule(cls)).splitlines()
-    assert len(lines) < 80
+    assert len(inspect.getsource(inspect.getmodule(cls)).splitlines()) < 80
     assert cls.about
     assert ">>>" in (cls.__doc__ or "")
 
@@ -211,24 +206,21 @@ def test_fedbn_seeded_is_fedbn_plus_mean_for_newcomers(small):
     for user in ctx.population.seen:
         assert same(seeded.client_states[user], plain.client_states[user])
         assert seeded.scores[user] == plain.scores[user]
-    key = "features.1.weight"
-    mean = sum(seeded.client_states[u][key].double() * len(ctx.training_data(u)) for u in ctx.population.seen)
-    mean /= sum(len(ctx.training_data(u)) for u in ctx.population.seen)
+    key, sizes = "features.1.weight", {u: len(ctx.training_data(u)) for u in ctx.population.seen}
+    mean = sum(seeded.client_states[u][key].double() * n for u, n in sizes.items()) / sum(sizes.values())
     newcomer = ctx.assemble(seeded.server.state, None)
     torch.testing.assert_close(newcomer[key].double(), mean, rtol=1e-6, atol=1e-6)
 
 
 def test_silobn_equals_params_only_for_persistent_users(small):
-    silo = federate(small("silobn", clients_per_round=3, rounds=3))
-    params = federate(small("params-only", clients_per_round=3, rounds=3))
+    silo, params = (federate(small(name, clients_per_round=3, rounds=3)) for name in ("silobn", "params-only"))
     assert same(silo.server.state, params.server.state)
     assert silo.scores == params.scores
 
 
 def test_mtfl_choices_equal_named_strategies(small):
     for private, name in (("us", "silobn"), ("usyb", "fedbn"), ("none", "global-naive")):
-        a = federate(small(f"mtfl:private={private}"))
-        b = federate(small(name))
+        a, b = federate(small(f"mtfl:private={private}")), federate(small(name))
         assert same(a.server.state, b.server.state), name
         assert a.scores == b.scores, name
     ctx = build_context(small("mtfl"))
@@ -254,10 +246,7 @@ def test_global_recalibrated_serves_moments_of_all_data(small):
     model = ctx.load(ctx.assemble(out.server.serving, None))
     stored = {k: v.clone() for k, v in statistics_of(model).items()}
     for path, moments in all_moments(model, x).items():
-        torch.testing.assert_close(stored[f"{path}.running_mean"].double(), moments.mean, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(
-            stored[f"{path}.running_var"].double(), moments.variance(unbiased=True), rtol=1e-4, atol=1e-5
-        )
+        assert_statistics(stored, path, moments.mean, moments.variance(unbiased=True))
     assert not torch.equal(out.server.state["features.1.running_var"], out.server.serving["features.1.running_var"])
 
 
@@ -276,27 +265,18 @@ def test_local_shares_nothing_and_skips_unseen_users(small):
 
 
 def test_weighting_by_samples_or_uniform(small):
-    run = small("global-naive", weighting="uniform")
-    ctx = build_context(run)
-    update, _ = one_round(ctx)
+    update, _ = one_round(build_context(small("global-naive", weighting="uniform")))
     other = Update(1, {k: v + 1 for k, v in update.state.items()}, 3 * update.examples, 0.0)
-    server = Server(ctx.initial_server_state(), ctx.initial_server_state())
-    server.advance(ctx, [update, other], 1)
-    key = ctx.ownership.travels[0]
-    torch.testing.assert_close(server.state[key], update.state[key] + 0.5)
-    ctx = build_context(small("global-naive"))
-    server = Server(ctx.initial_server_state(), ctx.initial_server_state())
-    server.advance(ctx, [update, other], 1)
-    torch.testing.assert_close(server.state[key], update.state[key] + 0.75)
+    for options, mean in (({"weighting": "uniform"}, 0.5), ({}, 0.75)):
+        ctx = build_context(small("global-naive", **options))
+        server = Server(ctx.initial_server_state(), ctx.initial_server_state())
+        server.advance(ctx, [update, other], 1)
+        key = ctx.ownership.travels[0]
+        torch.testing.assert_close(server.state[key], update.state[key] + mean)
 
 
-def test_fedbn_rejects_model_without_statistics(small, monkeypatch):
-    import sys
-    import types
-
-    module = types.ModuleType("plain_models")
-    module.make = lambda shape, classes: torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, classes))
-    monkeypatch.setitem(sys.modules, "plain_models", module)
+def test_fedbn_rejects_model_without_statistics(small, register_model):
+    text = register_model(lambda shape, classes: nn.Sequential(nn.Flatten(), nn.Linear(64, classes)))
     with pytest.raises(UserError, match="strategy 'fedbn' works on running statistics and Sequential has no layer"):
-        build_context(small("fedbn", model="plain_models:make"))
-    assert execute(small("nonorm", model="plain_models:make", rounds=1)).curve
+        build_context(small("fedbn", model=text))
+    assert execute(small("nonorm", model=text, rounds=1)).curve

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
+import re
 
 import pytest
 import torch
@@ -34,6 +36,7 @@ from fedbn.tta.lame import laplacian_smoothing, nearest_neighbors
 from fedbn.tta.note import InstanceAwareBN, Reservoir
 from fedbn.tta.rotta import Memory, RobustBN
 from fedbn.tta.sotta import ConfidentMemory
+from tests.helpers import same
 
 ALL = sorted(methods())
 FROZEN = ("lame", "sight")
@@ -53,8 +56,13 @@ def windows(n=40, seed=1, loc=0.5):
     return torch.randn(n, 3, 16, generator=torch.Generator().manual_seed(seed)) * 1.5 + loc
 
 
-def predictions(adapter, x, block):
+def predictions(adapter, x, block=8):
     return torch.cat([adapter(rows) for rows in x.split(block)])
+
+
+def adapted(text, net, x):
+    """Predictions for windows in blocks of eight, with a method that gets the same windows as source."""
+    return predictions(Adapter(method(text), net, x), x)
 
 
 def with_large_steps(name):
@@ -74,11 +82,11 @@ def test_reset_is_bit_exact_and_leaves_the_model_unchanged(name):
     net, spec = network(), with_large_steps(name)
     before = clone(net.state_dict())
     adapter = Adapter(spec, net, windows(seed=2))
-    first = predictions(adapter, windows(), 8)
+    first = predictions(adapter, windows())
     adapter.reset()
-    assert torch.equal(predictions(adapter, windows(), 8), first)
-    assert torch.equal(predictions(Adapter(spec, net, windows(seed=2)), windows(), 8), first)
-    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    assert torch.equal(predictions(adapter, windows()), first)
+    assert torch.equal(predictions(Adapter(spec, net, windows(seed=2)), windows()), first)
+    assert same(before, net.state_dict())
     assert all(p.requires_grad for p in net.parameters())
 
 
@@ -87,11 +95,11 @@ def test_predictions_depend_on_past_windows_only(name):
     net, x = network(), windows()
     changed = x.clone()
     changed[24:] += 3
-    one, other = (predictions(Adapter(with_large_steps(name), net, x), inputs, 8) for inputs in (x, changed))
+    one, other = (predictions(Adapter(with_large_steps(name), net, x), inputs) for inputs in (x, changed))
     assert torch.equal(one[:24], other[:24])
     changed = x.clone()
     changed[:8] = changed[:8].flip(2) * 3
-    assert not torch.equal(predictions(Adapter(with_large_steps(name), net, x), changed, 8)[-8:], one[-8:])
+    assert not torch.equal(predictions(Adapter(with_large_steps(name), net, x), changed)[-8:], one[-8:])
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -107,16 +115,23 @@ def test_method_runs_on_a_stream_and_round_trips_as_text(name):
 
 
 def batch_normalized(net, x):
-    """Reference for prediction-time BN: a forward pass of a copy in training mode."""
-    return copy.deepcopy(net).train()(x).detach()
+    """Reference for prediction-time BN: forward passes of copies in training mode, in blocks of eight."""
+    return predictions(lambda rows: copy.deepcopy(net).train()(rows).detach(), x)
 
 
-@pytest.mark.parametrize("name", ["tent", "sar", "eata"])
-def test_zero_learning_rate_equals_prediction_time_bn(name):
+@pytest.mark.parametrize(
+    ("text", "rtol", "atol"),
+    [
+        *((f"{name}:lr=0", 1e-5, 1e-4) for name in ("tent", "sar", "eata")),
+        # No window is reliable.
+        *((f"{name}:lr=0.5:margin=0", 1e-4, 1e-3) for name in ("sar", "eata")),
+        # Every loss is below the threshold, so scale and shift are reset after each step.
+        ("sar:lr=0.5:margin=1:collapse=100", 1e-4, 1e-3),
+    ],
+)
+def test_method_without_adaptation_equals_prediction_time_bn(text, rtol, atol):
     net, x = network(), windows()
-    out = predictions(Adapter(method(f"{name}:lr=0"), net, x), x, 8)
-    expected = torch.cat([batch_normalized(net, rows) for rows in x.split(8)])
-    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(adapted(text, net, x), batch_normalized(net, x), rtol=rtol, atol=atol)
 
 
 def test_tent_lowers_entropy_of_a_repeated_block():
@@ -127,38 +142,21 @@ def test_tent_lowers_entropy_of_a_repeated_block():
 
 
 def test_sharpness_aware_step_uses_gradient_up_the_slope():
-    w = nn.Parameter(torch.tensor([3.0, 4.0]))
+    start = torch.tensor([3.0, 4.0])
+    w = nn.Parameter(start.clone())
     optimizer = torch.optim.SGD([w], lr=0.1)
+    for losses in ([lambda: None], [lambda: (w**2).sum(), lambda: None]):  # nothing to learn from, or only up the slope
+        calls = iter(losses)
+        assert sharpness_aware_step(optimizer, lambda: next(calls)(), rho=0.5) is None
+        assert torch.equal(w, start)
     # Loss |w|^2 / 2: the gradient is w, up the slope it is w (1 + rho / |w|).
     sharpness_aware_step(optimizer, lambda: (w**2).sum() / 2, rho=0.5)
-    torch.testing.assert_close(w.detach(), torch.tensor([3.0, 4.0]) * (1 - 0.1 * 1.1))
-    before = w.detach().clone()
-    assert sharpness_aware_step(optimizer, lambda: None, rho=0.5) is None
-    assert torch.equal(w, before)
-
-
-def test_sharpness_aware_step_restores_if_second_loss_is_none():
-    w = nn.Parameter(torch.tensor([3.0, 4.0]))
-    losses = iter([lambda: (w**2).sum(), lambda: None])
-    assert sharpness_aware_step(torch.optim.SGD([w], lr=0.1), lambda: next(losses)(), rho=0.5) is None
-    assert torch.equal(w, torch.tensor([3.0, 4.0]))
+    torch.testing.assert_close(w.detach(), start * (1 - 0.1 * 1.1))
 
 
 def test_sar_resets_on_collapse():
-    net, x = network(), windows()
-    # Every loss is below the threshold, so scale and shift are reset after each step.
-    always = predictions(Adapter(method("sar:lr=0.5:margin=1:collapse=100"), net, x), x, 8)
-    torch.testing.assert_close(always, torch.cat([batch_normalized(net, r) for r in x.split(8)]), rtol=1e-4, atol=1e-3)
-    never = predictions(Adapter(method("sar:lr=0.5:margin=1:collapse=0"), net, x), x, 8)
+    always, never = (adapted(f"sar:lr=0.5:margin=1:collapse={c}", network(), windows()) for c in (100, 0))
     assert not torch.allclose(never, always, rtol=1e-2, atol=1e-2)
-
-
-def test_unreliable_windows_are_not_learned_from():
-    net, x = network(), windows()
-    for name in ("sar", "eata"):
-        out = predictions(Adapter(method(f"{name}:lr=0.5:margin=0"), net, x), x, 8)
-        expected = torch.cat([batch_normalized(net, rows) for rows in x.split(8)])
-        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-3)
 
 
 def test_sar_learns_from_reliable_windows_only():
@@ -185,7 +183,7 @@ def test_sar_learns_from_reliable_windows_only():
 def test_eata_skips_redundant_windows():
     net, x = network(), windows(8).repeat(4, 1, 1)
     # The first block sets the average. With d=0 every later window is redundant, so only one step is taken.
-    out = predictions(Adapter(method("eata:lr=0.1:margin=1:redundant=0"), net, x), x, 8).split(8)
+    out = adapted("eata:lr=0.1:margin=1:redundant=0", net, x).split(8)
     assert not torch.allclose(out[1], out[0])
     assert torch.equal(out[2], out[1])
     assert torch.equal(out[3], out[1])
@@ -195,7 +193,7 @@ def test_eata_anchor_limits_adaptation():
     net, x = network(sharp=5.0), windows(8).repeat(20, 1, 1)
 
     def moved(fisher):
-        out = predictions(Adapter(method(f"eata:lr=0.01:margin=1:redundant=2:fisher={fisher}"), net, windows(64)), x, 8)
+        out = predictions(Adapter(method(f"eata:lr=0.01:margin=1:redundant=2:fisher={fisher}"), net, windows(64)), x)
         return float((out[-8:] - out[:8]).abs().max())
 
     assert moved(1000) < 0.8 * moved(0)
@@ -219,8 +217,7 @@ def test_cotta_keep_and_restore_limit_adaptation():
     initial = batch_normalized(net, x[:8])
 
     def moved(options):
-        out = predictions(Adapter(method(f"cotta:unsure=0:{options}"), net, x), x, 8)
-        return float((out[-8:] - initial).abs().max())
+        return float((adapted(f"cotta:unsure=0:{options}", net, x)[-8:] - initial).abs().max())
 
     assert moved("lr=0.01:keep=1:restore=0") < 1e-3
     assert moved("lr=0:keep=0:restore=0") < 1e-3
@@ -230,8 +227,7 @@ def test_cotta_keep_and_restore_limit_adaptation():
 
 def test_cotta_averages_views_if_source_confidence_is_low():
     net, x = network(), windows(8)
-    plain = Adapter(method("cotta:unsure=0"), net, x)(x)
-    views = Adapter(method("cotta:unsure=2"), net, x)(x)
+    plain, views = (adapted(f"cotta:unsure={unsure}", net, x) for unsure in (0, 2))
     assert not torch.equal(plain, views)
     assert F.cosine_similarity(plain.flatten(), views.flatten(), dim=0) > 0.9
 
@@ -289,39 +285,28 @@ def test_iabn_interpolates_between_bn_and_instance_norm():
 
 
 def test_iabn_matches_its_formula():
+    def psi(d, t):
+        return math.copysign(max(abs(d) - t, 0), d)
+
     x, k = windows(5), 1.5
     iabn, bn = layer(k)
-    out = torch.empty_like(x)
-    for n in range(5):
-        for c in range(3):
-            row, mu, v = x[n, c].tolist(), float(bn.running_mean[c]), float(bn.running_var[c])
-            size = len(row)
-            m = sum(row) / size
-            w = sum((a - m) ** 2 for a in row) / (size - 1)
-
-            def psi(d, t):
-                return math.copysign(max(abs(d) - t, 0), d)
-
-            mean = mu + psi(m - mu, k * math.sqrt((v + bn.eps) / size))
-            var = max(0.0, v + psi(w - v, k * (v + bn.eps) * math.sqrt(2 / (size - 1))))
-            out[n, c] = (x[n, c] - mean) / math.sqrt(var + bn.eps) * bn.weight[c] + bn.bias[c]
+    out, size = torch.empty_like(x), x.shape[2]
+    for n, c in itertools.product(range(5), range(3)):
+        mu, v = float(bn.running_mean[c]), float(bn.running_var[c])
+        m, w = float(x[n, c].mean()), float(x[n, c].var())
+        mean = mu + psi(m - mu, k * math.sqrt((v + bn.eps) / size))
+        var = max(0.0, v + psi(w - v, k * (v + bn.eps) * math.sqrt(2 / (size - 1))))
+        out[n, c] = (x[n, c] - mean) / math.sqrt(var + bn.eps) * bn.weight[c] + bn.bias[c]
     torch.testing.assert_close(iabn(x), out)
 
 
 def test_iabn_updates_running_statistics_like_bn():
     iabn, bn = layer(4.0)
-    iabn.momentum = bn.momentum = 0.3
-    iabn.train()(windows())
-    bn.train()(windows())
-    torch.testing.assert_close(iabn.running_mean, bn.running_mean)
-    torch.testing.assert_close(iabn.running_var, bn.running_var)
     assert isinstance(iabn, InstanceAwareBN)
-
-
-def test_note_equals_iabn_before_first_step():
-    net, x = network(), windows(10)
-    out = Adapter(method("note:k=1e9"), net, x)(x)
-    torch.testing.assert_close(out, net(x).detach(), rtol=1e-4, atol=1e-4)
+    for norm in (iabn, bn):
+        norm.momentum = 0.3
+        norm.train()(windows())
+    torch.testing.assert_close((iabn.running_mean, iabn.running_var), (bn.running_mean, bn.running_var))
 
 
 def test_cstu_balances_classes_and_drops_old_and_uncertain():
@@ -334,12 +319,10 @@ def test_cstu_balances_classes_and_drops_old_and_uncertain():
     memory.add(torch.tensor(5.0), 1, 0.5)
     assert sorted(i.label for i in memory.items) == [0, 0, 1, 1]
     ages = {float(i.x): i.age for i in memory.items}
-    assert ages[0.0] == 6
-    assert ages[5.0] == 1
+    assert (ages[0.0], ages[5.0]) == (6, 1)
     # At equal uncertainty the older window is replaced.
     memory.add(torch.tensor(6.0), 1, 0.5)
-    assert 6.0 in {float(i.x) for i in memory.items}
-    assert 4.0 not in {float(i.x) for i in memory.items}
+    assert {float(i.x) for i in memory.items} & {4.0, 6.0} == {6.0}
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.floats(0, 1.3)), min_size=1, max_size=80))
@@ -364,9 +347,10 @@ def test_robust_bn_normalizes_by_updated_statistics():
     torch.testing.assert_close(net[0].running_var, var)
 
 
-def test_rotta_equals_source_before_first_step():
+@pytest.mark.parametrize("text", ["note:k=1e9", "rotta"])
+def test_method_equals_source_before_first_step(text):
     net, x = network(), windows(10)
-    torch.testing.assert_close(Adapter(method("rotta"), net, x)(x), net(x).detach(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(Adapter(method(text), net, x)(x), net(x).detach(), rtol=1e-4, atol=1e-4)
 
 
 def test_hus_stores_confident_windows_and_balances_classes():
@@ -382,15 +366,13 @@ def test_hus_stores_confident_windows_and_balances_classes():
 
 def test_sotta_equals_source_without_confident_windows():
     net, x = network(), windows()
-    out = predictions(Adapter(method("sotta:confident=1.1:capacity=8"), net, x), x, 8)
-    torch.testing.assert_close(out, torch.cat([net(r) for r in x.split(8)]).detach())
+    torch.testing.assert_close(adapted("sotta:confident=1.1:capacity=8", net, x), predictions(net, x).detach())
 
 
 def test_lame_with_zero_and_full_affinity():
     logp = torch.randn(6, 3, generator=torch.Generator().manual_seed(0)).log_softmax(1)
     torch.testing.assert_close(laplacian_smoothing(logp, torch.zeros(6, 6)), logp)
-    smoothed = laplacian_smoothing(logp, torch.full((6, 6), 5.0))
-    assert len(smoothed.argmax(1).unique()) == 1
+    assert len(laplacian_smoothing(logp, torch.full((6, 6), 5.0)).argmax(1).unique()) == 1
     net, x = network(), windows(12)
     out = Adapter(method("lame:neighbors=0"), net, x)(x)
     torch.testing.assert_close(out.softmax(1), net(x).softmax(1).detach())
@@ -422,22 +404,19 @@ def test_sight_without_surprise_and_with_full_surprise():
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("call", "value", "message"),
     [
-        ("tnet", "unknown method 'tnet'. Did you mean 'tent'?"),
-        ("tent:block=0", "method 'tent': block must be at least 1, not 0"),
+        (method, "tnet", "unknown method 'tnet'. Did you mean 'tent'?"),
+        (method, "tent:block=0", "method 'tent': block must be at least 1, not 0"),
+        (affine_parameters, nn.Linear(2, 2), "adaptation of scale and shift needs normalization layers"),
+        (
+            affine_parameters,
+            nn.Sequential(nn.BatchNorm1d(2, affine=False)),
+            "have no scale and shift to adapt: build them with affine=True",
+        ),
+        (features_of, nn.Sequential(nn.Conv1d(2, 2, 1)), "works on the input of a last linear layer"),
     ],
 )
-def test_method_rejects_bad_input(text, message):
-    with pytest.raises(UserError) as error:
-        method(text)
-    assert message in str(error.value)
-
-
-def test_adaptation_rejects_unsuitable_models():
-    with pytest.raises(UserError, match="adaptation of scale and shift needs normalization layers"):
-        affine_parameters(nn.Linear(2, 2))
-    with pytest.raises(UserError, match="have no scale and shift to adapt: build them with affine=True"):
-        affine_parameters(nn.Sequential(nn.BatchNorm1d(2, affine=False)))
-    with pytest.raises(UserError, match="needs? the input of a last linear layer|works on the input of a last linear"):
-        features_of(nn.Sequential(nn.Conv1d(2, 2, 1)))
+def test_bad_input_is_rejected(call, value, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        call(value)

@@ -48,6 +48,11 @@ def finished_study(place):
 
 
 @pytest.fixture(scope="module")
+def results(finished_study):
+    return finished_study[1]
+
+
+@pytest.fixture(scope="module")
 def source(place, finished_study):
     return train_source_model(finished_study[0].runs()[0], place, "grid", lambda event: None)
 
@@ -63,8 +68,7 @@ def test_study_includes_source_and_oracles(finished_study):
     assert len(begun) == len(set(begun)) == 2 * (2 + 2 * 5)
 
 
-def test_source_rule_equals_trained_model(finished_study, source):
-    _, results = finished_study
+def test_source_rule_equals_trained_model(results, source):
     for cell, (traces, facts) in results.items():
         if (cell.start, cell.rule) != ("cold", SOURCE):
             continue
@@ -76,8 +80,7 @@ def test_source_rule_equals_trained_model(finished_study, source):
         assert facts["reset_exact"]
 
 
-def test_streams_are_later_recordings_of_unseen_users(finished_study, source):
-    _, results = finished_study
+def test_streams_are_later_recordings_of_unseen_users(results, source):
     people = source.ctx.population
     unseen = [people.users[i] for i in people.unseen]
     (natural,) = [t for c, t in results.items() if (c.stream, c.start, c.rule) == ("natural", "cold", SOURCE)]
@@ -108,8 +111,7 @@ def test_classes_start_is_balanced(source):
     assert torch.equal(start("recording").windows(earlier, torch.Generator()), earlier.x)
 
 
-def test_run_study_reads_finished_cells(place, finished_study, monkeypatch):
-    _, results = finished_study
+def test_run_study_reads_finished_cells(place, results, monkeypatch):
     monkeypatch.setattr(personalize, "run_cell", lambda *a: pytest.fail("done again"))
     _, again = run_study(study(), place)
     assert again.keys() == results.keys()
@@ -121,8 +123,7 @@ def test_run_study_reads_finished_cells(place, finished_study, monkeypatch):
     assert read_cell(place, replace(next(iter(results)), rule="ema")) is None
 
 
-def test_run_study_resumes_missing_cells(place, finished_study):
-    _, results = finished_study
+def test_run_study_resumes_missing_cells(place, results):
     lost = next(c for c in results if c.rule == "tent")
     (place / "cells" / f"{lost.id}.json").unlink()
     calls = []
@@ -140,8 +141,7 @@ def test_read_cell_refuses_other_numerics(place, finished_study, monkeypatch):
         read_cell(place, next(iter(finished_study[1])))
 
 
-def test_summary_is_computed_from_traces(finished_study):
-    _, results = finished_study
+def test_summary_is_computed_from_traces(results):
     users = users_frame(results)
     found = summary(results, users)
     for line in found.itertuples():
@@ -178,8 +178,7 @@ def test_write_writes_readable_files(finished_study, tmp_path):
     assert table.row_count == 5 + 2
 
 
-def test_accuracy_curve_is_mean_fading_accuracy(finished_study):
-    _, results = finished_study
+def test_accuracy_curve_is_mean_fading_accuracy(results):
     found = accuracy_curve(results)
     line = found[(found["stream"] == "iid") & (found["rule"] == SOURCE)]
     traces = next(t for c, (t, _) in results.items() if (c.stream, c.start, c.rule) == ("iid", "cold", SOURCE))
@@ -291,8 +290,7 @@ def test_each_strategy_has_its_own_source_and_rows(tmp_path):
         assert alone.keys() < results.keys()
 
 
-def test_users_figure_marks_harmed_users(finished_study):
-    _, results = finished_study
+def test_users_figure_marks_harmed_users(results):
     users = users_frame(results)
     found = summary(results, users)
     figure = users_figure(users, found)

@@ -26,7 +26,6 @@ from simulations.claims.page import write
 from simulations.claims.store import Cell, Store, cells, run_cells
 from simulations.claims.studies import common
 from simulations.claims.verdicts import decide
-from simulations.cli import app as cli
 
 NUMERICS = 1
 CALLS = []
@@ -49,6 +48,18 @@ def claim(monkeypatch):
         arms=("good", "bad"), measure="score", effect=lambda v: v["good"] - v["bad"], meaning="good minus bad",
         threshold=0.4,
     )  # fmt: skip
+
+
+@pytest.fixture
+def run(claim, tmp_path):
+    """A function that runs the cells of the claim, except the last ``skip`` ones, and returns the store."""
+
+    def run(seeds, quick=False, skip=0):
+        store, todo = Store(tmp_path / "cells.jsonl"), cells([claim], seeds, quick)
+        run_cells(todo[: len(todo) - skip], store, 1, lambda _: None)
+        return store
+
+    return run
 
 
 # --- statistics
@@ -103,17 +114,15 @@ def test_run_cells_resumes_to_same_results(claim, tmp_path):
     assert measured[0] == measured[1] == measured[2]
 
 
-def test_store_ignores_other_numerics(claim, tmp_path, monkeypatch):
-    path = tmp_path / "cells.jsonl"
-    run_cells(cells([claim], 2, quick=True), Store(path), 1, lambda _: None)
+def test_store_ignores_other_numerics(run, monkeypatch):
+    path = run(2, quick=True).path
     assert len(Store(path).results) == 4
     monkeypatch.setattr(claim_store, "NUMERICS", claim_store.NUMERICS + 1)
     assert not Store(path).results
 
 
-def test_decide_separates_quick_and_full_results(claim, tmp_path):
-    store = Store(tmp_path / "cells.jsonl")
-    run_cells(cells([claim], 2, quick=True), store, 1, lambda _: None)
+def test_decide_separates_quick_and_full_results(claim, run):
+    store = run(2, quick=True)
     assert decide(claim, store, quick=False) is None
     assert decide(claim, store, quick=True).quick
 
@@ -127,9 +136,8 @@ def test_run_cell_rejects_nonfinite_quantity(claim, monkeypatch):
 # --- deciding and writing
 
 
-def test_decide_pairs_by_seed_and_skips_incomplete_seeds(claim, tmp_path):
-    store = Store(tmp_path / "cells.jsonl")
-    run_cells(cells([claim], 4, quick=False)[:-1], store, 1, lambda _: None)
+def test_decide_pairs_by_seed_and_skips_incomplete_seeds(claim, run):
+    store = run(4, skip=1)
     entry = decide(claim, store, quick=False)
     assert entry.effects == pytest.approx([0.5, 0.51, 0.52])
     assert entry.verdict == "holds"
@@ -138,28 +146,18 @@ def test_decide_pairs_by_seed_and_skips_incomplete_seeds(claim, tmp_path):
     assert decide(replace(claim, measure="other", effect=lambda v: v["good"]), store, quick=False).effects == [0, 1, 2]
 
 
-def test_decide_needs_two_seeds(claim, tmp_path):
-    store = Store(tmp_path / "cells.jsonl")
-    run_cells(cells([claim], 1, quick=False), store, 1, lambda _: None)
-    assert decide(claim, store, quick=False) is None
+def test_decide_needs_two_seeds(claim, run, tmp_path):
+    assert decide(claim, run(1), quick=False) is None
     with pytest.raises(UserError, match="no claim has results for two seeds: run claims with --seeds 2 or more"):
         write(tmp_path, [])
 
 
-def test_write_creates_page_json_and_figure(claim, tmp_path):
-    store = Store(tmp_path / "cells.jsonl")
-    run_cells(cells([claim], 3, quick=True), store, 1, lambda _: None)
-    path = write(tmp_path / "out", [decide(claim, store, quick=True)])
+def test_write_creates_page_json_and_figure(claim, run, tmp_path):
+    path = write(tmp_path / "out", [decide(claim, run(3, quick=True), quick=True)])
     text = path.read_text()
-    for words in (
-        "Good beats bad.",
-        "Somebody 2024",
-        "0.51 [",
-        "threshold 0.4",
-        "`fedbn claims toy --quick --seeds 3`",
-        "**holds**",
-    ):
+    for words in ("Good beats bad.", "Somebody 2024", "0.51 [", "threshold 0.4", "**holds**"):
         assert words in text, words
+    assert "`fedbn claims toy --quick --seeds 3`" in text
     for target in re.findall(r"\]\(([^)#]+)\)", text):
         assert (path.parent / target).stat().st_size > 1000
     (entry,) = json.loads((path.parent / "claims" / "claims.json").read_text())["claims"]
@@ -221,18 +219,15 @@ def test_figure_draws_shared_values_once(claim):
     assert not axes[2].axison
 
 
-def test_decide_with_identical_arms_is_undecided(claim, tmp_path):
-    store = Store(tmp_path / "cells.jsonl")
-    run_cells(cells([claim], 3, quick=False), store, 1, lambda _: None)
+def test_decide_with_identical_arms_is_undecided(claim, run):
+    store = run(3)
     assert decide(replace(claim, effect=lambda v: 0.0, threshold=0.0), store, quick=False).verdict == "undecided"
     assert decide(replace(claim, effect=lambda v: 0.0, threshold=-0.1), store, quick=False).verdict == "holds"
 
 
-def test_render_lists_tried_unless_claim_holds(claim, tmp_path, monkeypatch):
+def test_render_lists_tried_unless_claim_holds(claim, run, monkeypatch):
     monkeypatch.setattr(page, "TRIED", {"toy": "other toys"})
-    store = Store(tmp_path / "cells.jsonl")
-    run_cells(cells([claim], 3, quick=False), store, 1, lambda _: None)
-    entry = decide(claim, store, quick=False)
+    entry = decide(claim, run(3), quick=False)
     assert "- Also tried" not in page.render([entry])
     assert "- Also tried: other toys.\n" in page.render([replace(entry, verdict="does not hold")])
     assert "Generated by `fedbn claims --all --out docs`" in page.render([entry])
@@ -242,10 +237,8 @@ def test_tried_names_are_claims():
     assert set(TRIED) <= {c.name for c in claims()}
 
 
-def test_render_shows_note(claim, tmp_path):
-    store = Store(tmp_path / "cells.jsonl")
-    run_cells(cells([claim], 2, quick=False), store, 1, lambda _: None)
-    entry = decide(replace(claim, note="tried twice as long, too"), store, quick=False)
+def test_render_shows_note(claim, run):
+    entry = decide(replace(claim, note="tried twice as long, too"), run(2), quick=False)
     assert "- Note: tried twice as long, too.\n" in page.render([entry])
     assert "Note" not in page.render([replace(entry, claim=claim)])
 
@@ -271,30 +264,20 @@ def test_claims_are_complete():
         assert getattr(sys.modules[c.run.__module__], c.run.__name__) is c.run, "not importable in a worker process"
 
 
-def test_cli_claims_lists_runs_and_rejects_bad_input(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["fedbn", "claims", *arguments])
-        try:
-            cli.main()
-        except SystemExit as stop:
-            return stop.code or 0, *capsys.readouterr()
-        return 0, *capsys.readouterr()
-
-    assert {r["name"] for r in json.loads(call("--json")[1])} == {c.name for c in claims()}
-    code, _, err = call("bn-sped")
+def test_cli_claims_lists_runs_and_rejects_bad_input(tmp_path, run_cli):
+    assert {r["name"] for r in json.loads(run_cli("claims", "--json")[1])} == {c.name for c in claims()}
+    code, _, err = run_cli("claims", "bn-sped")
     assert code == 2
-    assert "unknown claim or study 'bn-sped'. Did you mean 'bn-speed'?" in " ".join(err.split())
-    code, _, err = call("bn-speed", "--all")
-    assert "give names or --all, not both" in err
-    code, out, err = call("bn-speed", "--quick", "--seeds", "2", "--out", "results", "--workers", "1", "--json")
+    assert "unknown claim or study 'bn-sped'. Did you mean 'bn-speed'?" in err
+    assert "give names or --all, not both" in run_cli("claims", "bn-speed", "--all")[2]
+    command = ("claims", "bn-speed", "--quick", "--seeds", 2, "--out", "results", "--json")
+    code, out, err = run_cli(*command, "--workers", 1)
     assert code == 0, err
     (entry,) = json.loads(out)
     assert entry["name"] == "bn-speed"
     assert len(entry["effects"]) == 2
     assert (tmp_path / "results" / "claims" / "batch_norm.png").exists()
-    assert call("bn-speed", "--quick", "--seeds", "2", "--out", "results", "--json")[1] == out
+    assert run_cli(*command)[1] == out
 
 
 def test_claims_of_study():
@@ -345,9 +328,7 @@ def test_train_learns_and_stops_on_divergence():
     assert len(steps) == len(order)
     assert common.accuracy(model, test) > 0.85
     steps.clear()
-    diverging = nn.Sequential(nn.Flatten(), nn.Linear(64, 99), nn.Linear(99, 10))
-    common.train(
-        diverging, data, order, torch.optim.SGD(diverging.parameters(), lr=1e30), on_step=lambda: steps.append(1)
-    )
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 99), nn.Linear(99, 10))
+    common.train(model, data, order, torch.optim.SGD(model.parameters(), lr=1e30), on_step=lambda: steps.append(1))
     assert len(steps) < 5
-    assert 0 <= common.accuracy(diverging, test) <= 1
+    assert 0 <= common.accuracy(model, test) <= 1

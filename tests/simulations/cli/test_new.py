@@ -5,14 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from fedbn.errors import UserError
 from simulations.cli.new import new_strategy
-
-ROOT = Path(__file__).parents[3]
+from tests.helpers import ROOT
 
 
 @pytest.mark.slow

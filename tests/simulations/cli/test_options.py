@@ -83,12 +83,12 @@ def captured(monkeypatch):
         raise Stop
 
     for target in (
+        "simulations.api.run_comparison",  # first, so that this module is not imported with stops in it
+        "simulations.api.run_study",
         "simulations.experiments.compare.compare",
         "simulations.adaptation.study.run_study",
         "simulations.engines.deployment.deploy",
         "simulations.leakage.states.state_leaks",
-        "simulations.api.run_comparison",
-        "simulations.api.run_study",
     ):
         monkeypatch.setattr(target, stop)
     monkeypatch.chdir(ROOT)
@@ -134,18 +134,15 @@ def test_command_sets_every_field(command, name, captured):
     assert read(invoke(captured, arguments), name) == VALUES[name][1]
 
 
-@pytest.mark.parametrize("name", [*names(ExperimentOptions), *PLAN_FIELDS])
-def test_compare_accepts_every_field(name, captured, tmp_path):
-    given = {"scenario": "digits8", "strategies": ("fedbn",), name: VALUES[name][1]}
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [("compare", name) for name in (*names(ExperimentOptions), *PLAN_FIELDS)]
+    + [("study", name) for name in (*names(StudyOptions), *PLAN_FIELDS)],
+)
+def test_function_accepts_every_field(function, name, captured, tmp_path):
+    given = {"compare": {"strategies": ("fedbn",), "progress": False}, "study": {}}[function]
     with pytest.raises(Stop):
-        fedbn.compare(**given, out=tmp_path, progress=False)
-    assert read(captured.pop(), name) == VALUES[name][1]
-
-
-@pytest.mark.parametrize("name", [*names(StudyOptions), *PLAN_FIELDS])
-def test_study_accepts_every_field(name, captured, tmp_path):
-    with pytest.raises(Stop):
-        fedbn.study(**{"scenario": "digits8", name: VALUES[name][1]}, out=tmp_path)
+        getattr(fedbn, function)(**{"scenario": "digits8", **given, name: VALUES[name][1]}, out=tmp_path)
     assert read(captured.pop(), name) == VALUES[name][1]
 
 
@@ -155,9 +152,8 @@ def test_run_file_sets_every_field(command, kind, captured, tmp_path):
     values["plan"] = {name: VALUES[name][1] for name in PLAN_FIELDS}
     (tmp_path / "run.toml").write_text(tomli_w.dumps(values))
     found = invoke(captured, [command, "--run-file", str(tmp_path / "run.toml")])
-    assert {name: read(found, name) for name in [*names(kind), *PLAN_FIELDS] if name != "strategies"} == {
-        name: VALUES[name][1] for name in [*names(kind), *PLAN_FIELDS] if name != "strategies"
-    }
+    for name in {*names(kind), *PLAN_FIELDS} - {"strategies"}:
+        assert read(found, name) == VALUES[name][1], name
 
 
 def test_flower_run_config_sets_every_field():
@@ -172,17 +168,12 @@ def test_flower_run_config_sets_every_field():
         assert read(run, name) == VALUES[name][1], name
 
 
-def test_values_differ_from_defaults():
+def test_every_option_has_help_and_a_default_other_than_the_test_value():
+    set_by_scenarios = {name for s in scenarios().values() for name in s.plan}
     for kind in (ExperimentOptions, StudyOptions, RunOptions, Plan):
         for f in dataclasses.fields(kind):
             if f.name in VALUES:
                 assert f.default != VALUES[f.name][1]
-
-
-def test_every_option_has_help_and_no_default_is_hidden():
-    set_by_scenarios = {name for s in scenarios().values() for name in s.plan}
-    for kind in (ExperimentOptions, StudyOptions, RunOptions, Plan):
-        for f in dataclasses.fields(kind):
             if f.name == "plan":
                 continue
             assert f.metadata["help"].endswith("."), f.name
@@ -216,17 +207,19 @@ def test_from_dict_rejects_bad_options(kind):
         kind.from_dict({"rounds": 3})
 
 
-def test_checked_rejects_values_out_of_bounds():
-    for name, value, message in (
-        ("lr", 0.0, "lr must be positive, not 0"),
-        ("lr", float("nan"), "lr must be positive"),
-        ("momentum", 1.0, "momentum must be below 1, not 1"),
-        ("rounds", 0, "rounds must be at least 1, not 0"),
-    ):
-        with pytest.raises(UserError, match=message):
-            Plan(**{name: value})
-    with pytest.raises(UserError, match="seeds must be at least 1, not 0"):
-        ExperimentOptions("digits8", seeds=0)
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Plan(lr=0.0), "lr must be positive, not 0"),
+        (lambda: Plan(lr=float("nan")), "lr must be positive"),
+        (lambda: Plan(momentum=1.0), "momentum must be below 1, not 1"),
+        (lambda: Plan(rounds=0), "rounds must be at least 1, not 0"),
+        (lambda: ExperimentOptions("digits8", seeds=0), "seeds must be at least 1, not 0"),
+    ],
+)
+def test_checked_rejects_values_out_of_bounds(make, message):
+    with pytest.raises(UserError, match=message):
+        make()
 
 
 def test_data_and_columns_name_a_scenario(captured, tmp_path):
@@ -255,16 +248,8 @@ def test_options_of_leaves_own_parameters_to_the_command():
         seen.append((model, options))
 
     seen: list[object] = []
-    command(
-        scenario=None,
-        data=None,
-        columns=None,
-        model="resnet20",
-        partition=None,
-        shift="gain",
-        device=None,
-        privacy=None,
-    )
+    absent = dict.fromkeys(("scenario", "data", "columns", "partition", "device", "privacy"))
+    command(**absent, model="resnet20", shift="gain")
     assert seen == [("resnet20", {"shift": "gain"})]
 
 

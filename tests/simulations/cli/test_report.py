@@ -24,22 +24,25 @@ from tests.simulations.results.test_comparison import write
 HOSTILE = '<script>alert("x")</script>&$_{|'
 
 
+def make_quick(patch):
+    patch.setattr(inference, "RESAMPLES", 50)
+    for name in ("png", "pdf"):
+        patch.setattr(plots, name, lambda figure: b"")
+
+
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
-    monkeypatch.setattr(inference, "RESAMPLES", 50)
-    for name in ("png", "pdf"):
-        monkeypatch.setattr(plots, name, lambda figure: b"")
+    make_quick(monkeypatch)
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     """Two comparisons of the same people; the second is 5 points better, and lacks one strategy."""
     place = tmp_path_factory.mktemp("pair")
-    write(place / "a" / "found", {"global": 0.80, HOSTILE: 0.85, "groupnorm": 0.82})
-    write(
-        place / "b" / "found", {"global": 0.85, HOSTILE: 0.90}, seeds=(0, 1), settings={"rounds": 30, "batch_size": 32}
-    )
-    return place / "a" / "found", place / "b" / "found"
+    first, second = place / "a" / "found", place / "b" / "found"
+    write(first, {"global": 0.80, HOSTILE: 0.85, "groupnorm": 0.82})
+    write(second, {"global": 0.85, HOSTILE: 0.90}, seeds=(0, 1), settings={"rounds": 30, "batch_size": 32})
+    return first, second
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +50,7 @@ def written(pair, tmp_path_factory):
     """The first of them with its page."""
     place = shutil.copytree(pair[0], tmp_path_factory.mktemp("written") / "copy")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(inference, "RESAMPLES", 50)
-        for name in ("png", "pdf"):
-            patch.setattr(plots, name, lambda figure: b"")
+        make_quick(patch)
         write_report(place)
     return place
 
@@ -129,12 +130,10 @@ def test_report_writes_every_format(pair, run_cli, several):
         assert run_cli("report", *places, "--format", name, "--out", f"new/table{suffix}")[0] == 0
     read = pd.read_csv("new/table.csv")
     pd.testing.assert_frame_equal(read, found.long(), check_dtype=False, check_exact=False)
-    with open("new/table.tex", encoding="utf-8") as file:
-        latex = file.read()
+    latex = Path("new/table.tex").read_text(encoding="utf-8")
     assert r"\toprule" in latex
     assert r"\$\_\{|" in latex  # a label is no formula
-    with open("new/table.md", encoding="utf-8") as file:
-        lines = file.read().splitlines()
+    lines = Path("new/table.md").read_text(encoding="utf-8").splitlines()
     assert r"\|" in lines[3 if not several else 4]
     bars = {len(re.findall(r"(?<!\\)\|", line)) for line in lines}
     assert len(bars) == 1  # every line has as many cells

@@ -40,9 +40,8 @@ def run_of(strategy, rounds=3, **plan):
 def test_run_with_states_on_disk_is_bit_identical(strategy, engine, low_memory, caplog, monkeypatch):
     with caplog.at_level(logging.WARNING, logger="simulations.engines.client_states"):
         on_files = execute(run_of(strategy), engine)
-    assert re.search(
-        r"the states of \d clients need .* GB, more than 50% of the available memory: using files in", caplog.text
-    )
+    warning = r"the states of \d clients need .* GB, more than 50% of the available memory: using files in"
+    assert re.search(warning, caplog.text)
     monkeypatch.setattr(client_states, "available_memory", lambda: 10**12)
     in_memory = execute(run_of(strategy), engine)
     assert same(on_files.server.state, in_memory.server.state)
@@ -136,9 +135,8 @@ def test_client_states_ignore_decoded_records(low_memory):
 
 def test_client_states_check_disk_space_first(low_memory, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: os.statvfs_result((0,) * 10) and type("U", (), {"free": 9})())
-    with pytest.raises(
-        ClientError, match="the states of . clients need .* GB, but .* has only .* GB: set TMPDIR to a larger disk"
-    ):
+    message = "the states of . clients need .* GB, but .* has only .* GB: set TMPDIR to a larger disk"
+    with pytest.raises(ClientError, match=message):
         execute(run_of("fedbn"), "grid")
 
 

@@ -6,6 +6,7 @@ import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+import clients.app
 from clients.app import app as client_app
 from clients.config import run_from_config
 from clients.records import scores_from, scores_to
@@ -14,8 +15,9 @@ from fedbn.federation.metrics import Score
 from fedbn.federation.setup import build_context
 from fedbn.strategies.base import strategies
 from simulations.engines import grid
+from simulations.engines.deployment import differences
 from simulations.engines.execute import execute
-from simulations.engines.grid import InProcessGrid
+from simulations.engines.grid import FIRST_NODE, InProcessGrid
 from simulations.flower.compat import task_identity
 from simulations.server.nodes import ClientError, NodePool
 from simulations.server.rounds import run_rounds
@@ -23,13 +25,14 @@ from tests.helpers import same, sampling_options
 
 
 def assert_same(a, b):
-    assert same(a.server.state, b.server.state)
-    assert same(a.server.serving, b.server.serving)
-    assert same(a.server.memory, b.server.memory)
+    assert differences(a, b) == ()
     assert a.client_states.keys() == b.client_states.keys()
     assert all(same(a.client_states[u], b.client_states[u]) for u in a.client_states)
-    assert a.curve == b.curve
-    assert a.scores == b.scores
+
+
+def grid_of(run, app=client_app, **options):
+    users = build_context(run).population.users
+    return InProcessGrid(app, len(users), {"run": run.to_json()}, **options)
 
 
 @pytest.mark.parametrize("name", strategies())
@@ -61,30 +64,24 @@ def test_local_entries_are_never_in_messages(small):
 
         app = ClientApp(mods=[spy])
         for kind in ("train", "evaluate"):
-            getattr(app, kind)()(handler(kind))
-        app.query("sync_statistics")(handler("sync_statistics"))
-        app.query("sync_first_batch")(handler("sync_first_batch"))
-        app.query("partition")(handler("partition"))
-        grid = InProcessGrid(app, len(ctx.population.users), {"run": run.to_json()})
+            getattr(app, kind)()(getattr(clients.app, kind))
+        for action in ("sync_statistics", "sync_first_batch", "partition"):
+            app.query(action)(getattr(clients.app, action))
         with task_identity(1):
-            run_rounds(grid, run)
+            run_rounds(grid_of(run, app), run)
         assert not forbidden & set(names), name
         if ctx.ownership.travels:
             assert set(ctx.ownership.travels) <= set(names)
 
 
-def handler(name):
-    import clients.app
-
-    return getattr(clients.app, name)
-
-
 def test_grid_reports_client_failure_and_restores_state(small):
     run = small("fedbn")
-    users = len(build_context(run).population.users)
-    grid = InProcessGrid(client_app, users, {"run": run.to_json()}, fault=unreachable(2))
+
+    def fault(message):
+        return "battery empty" if message.metadata.dst_node_id == FIRST_NODE + 2 else None
+
     with task_identity(1), pytest.raises(ClientError, match="node .*: battery empty"):
-        run_rounds(grid, run)
+        run_rounds(grid_of(run, fault=fault), run)
     app = ClientApp()
 
     @app.train()
@@ -97,13 +94,6 @@ def test_grid_reports_client_failure_and_restores_state(small):
         (reply,) = grid.send_and_receive([Message(RecordDict(), n, "train") for n in grid.get_node_ids()])
     assert "RuntimeError: boom" in reply.error.reason
     assert len(grid.partition_context(0).state) == 0
-
-
-def unreachable(partition):
-    def fault(message):
-        return "battery empty" if message.metadata.dst_node_id == 1_000_000 + partition else None
-
-    return fault
 
 
 def test_clients_do_not_share_message_content():
@@ -125,11 +115,10 @@ def test_clients_do_not_share_message_content():
 
 def test_results_do_not_depend_on_node_ids(small):
     run = small("silobn", clients_per_round=3)
-    users = len(build_context(run).population.users)
     outcomes = []
     for first in (7, 500):
         with task_identity(1):
-            outcomes.append(run_rounds(InProcessGrid(client_app, users, {"run": run.to_json()}, first_node=first), run))
+            outcomes.append(run_rounds(grid_of(run, first_node=first), run))
     assert same(outcomes[0].server.state, outcomes[1].server.state)
     assert outcomes[0].scores == outcomes[1].scores
 
@@ -145,28 +134,19 @@ def test_node_pool_finds_users_by_partition_id(small):
     run = small()
     users = len(build_context(run).population.users)
     with task_identity(1):
-        nodes = NodePool(InProcessGrid(client_app, users, {"run": run.to_json()}), users)
-    assert nodes.node == {i: 1_000_000 + i for i in range(users)}
+        nodes = NodePool(grid_of(run), users)
+    assert nodes.node == {i: FIRST_NODE + i for i in range(users)}
 
 
 def test_scores_round_trip_through_records():
-    scores = [
-        Score("own", "aggregated", 7, 1 / 3, 0.1 + 0.2, 2.5),
-        Score("global", "online", 1, 0.0, 0.0, 1e-9),
-    ]
+    scores = [Score("own", "aggregated", 7, 1 / 3, 0.1 + 0.2, 2.5), Score("global", "online", 1, 0.0, 0.0, 1e-9)]
     assert scores_from(scores_to(scores)) == scores
 
 
 def test_run_from_config_reads_json_and_flat_keys(small):
     run = small("groupnorm:groups=2", rounds=3, momentum=0.0)
     assert run_from_config({"run": run.to_json()}) == run
-    config = {
-        "scenario": "digits8",
-        "strategy": "silobn",
-        "seed": 2,
-        "plan": "rounds=3:momentum=0",
-        "out": "",
-    }
+    config = {"scenario": "digits8", "strategy": "silobn", "seed": 2, "plan": "rounds=3:momentum=0", "out": ""}
     assert run_from_config(config).plan.momentum == 0
     assert run_from_config(config).seed == 2
     with pytest.raises(UserError, match=r"write settings as rounds=5:lr=0.1, not 'rounds'"):

@@ -9,11 +9,11 @@ import time
 from dataclasses import replace
 
 import pytest
-import torch
 
 from fedbn.errors import UserError
 from fedbn.federation.loop import federate
 from fedbn.federation.run import plan_for
+from fedbn.federation.setup import build_context
 from simulations.experiments.compare import compare, resume, select_rates, tuning_tasks
 from simulations.experiments.experiment import Experiment, read_run_file
 from simulations.experiments.preflight import default_directory, drop_unsupported
@@ -22,6 +22,9 @@ from simulations.report.documents import update_document
 from simulations.results.comparison import Comparison
 from simulations.storage import checkpoint as store
 from simulations.storage import provenance
+from tests.helpers import same
+
+COMMAND = (sys.executable, "-m", "simulations", "compare", "digits8", "--strategies", "fedbn,silobn", "--workers", "2")
 
 
 def experiment(*strategies, **settings):
@@ -30,35 +33,32 @@ def experiment(*strategies, **settings):
 
 
 def results(directory):
-    out = {}
-    for path in sorted((directory / "runs").glob("*/result.json")):
-        result = json.loads(path.read_text())
-        del result["seconds"]
-        out[path.parent.name] = result
-    return out
+    paths = sorted((directory / "runs").glob("*/result.json"))
+    return {p.parent.name: json.loads(p.read_text()) | {"seconds": None} for p in paths}
+
+
+def start(out, *options, **settings):
+    """Start a comparison in its own process group, and return the process when it has a checkpoint."""
+    process = subprocess.Popen([*COMMAND, *options, "--out", str(out)], start_new_session=True, **settings)
+    deadline = time.monotonic() + 120
+    while not list(out.glob(f"runs/*/{CHECKPOINT}")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return process
 
 
 def test_compare_runs_every_strategy_with_every_seed(tmp_path):
     compare(experiment(), tmp_path, workers=1)
-    loaded = Comparison.load(tmp_path)
     assert {(r["strategy"], r["seed"]) for r in results(tmp_path).values()} == {
         (s, k) for s in ("global-naive", "fedbn") for k in (0, 1)
     }
-    matrix = loaded.matrix()
-    own = matrix[(matrix.strategy == "fedbn") & (matrix.row == "own") & (matrix.column == "aggregated")]
-    users = [
-        e["accuracy"]
-        for r in results(tmp_path).values()
-        if r["strategy"] == "fedbn"
-        for e in r["evaluations"]
-        if (e["row"], e["column"]) == ("own", "aggregated")
-    ]
+    matrix = Comparison.load(tmp_path).matrix()
+    own = matrix.query("strategy == 'fedbn' and row == 'own' and column == 'aggregated'")
     by_user = {}
     for r in results(tmp_path).values():
         for e in r["evaluations"]:
             if r["strategy"] == "fedbn" and (e["row"], e["column"]) == ("own", "aggregated"):
                 by_user.setdefault(e["user"], []).append(e["accuracy"])
-    assert len(users) == 16
+    assert sum(map(len, by_user.values())) == 16
     expected = sum(sum(v) / len(v) for v in by_user.values()) / len(by_user)
     assert float(own["mean"].iloc[0]) == pytest.approx(expected)
     meta = json.loads((tmp_path / "comparison.json").read_text())
@@ -141,32 +141,14 @@ def test_resume_after_any_round_is_bit_identical(tmp_path, engine):
 
 @pytest.mark.slow
 def test_resume_after_kill_is_bit_identical(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "simulations",
-        "compare",
-        "digits8",
-        "--strategies",
-        "fedbn,silobn",
-    ]
-    command += ["--rounds", "6", "--seeds", "2", "--workers", "2"]
-    subprocess.run([*command, "--out", str(tmp_path / "whole")], check=True, capture_output=True)
+    options = ("--rounds", "6", "--seeds", "2")
+    subprocess.run([*COMMAND, *options, "--out", str(tmp_path / "whole")], check=True, capture_output=True)
     out = tmp_path / "killed"
-    process = subprocess.Popen(
-        [*command, "--out", str(out)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    deadline = time.monotonic() + 120
-    while not list(out.glob(f"runs/*/{CHECKPOINT}")) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    process = start(out, *options, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     time.sleep(0.4)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    finished = len(results(out))
-    assert finished < 4
+    assert len(results(out)) < 4
     subprocess.run([sys.executable, "-m", "simulations", "resume", str(out)], check=True, capture_output=True)
     assert results(out) == results(tmp_path / "whole")
 
@@ -174,18 +156,9 @@ def test_resume_after_kill_is_bit_identical(tmp_path):
 @pytest.mark.slow
 def test_interrupted_compare_leaves_no_process(tmp_path):
     out = tmp_path / "stopped"
-    command = [sys.executable, "-m", "simulations", "compare", "digits8", "--strategies", "fedbn,silobn"]
-    process = subprocess.Popen(
-        [*command, "--rounds", "200", "--seeds", "1", "--workers", "2", "--out", str(out)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-    deadline = time.monotonic() + 120
-    while not list(out.glob(f"runs/*/{CHECKPOINT}")) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    settings = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    settings["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)
+    process = start(out, "--rounds", "200", "--seeds", "1", **settings)
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
@@ -193,9 +166,9 @@ def test_interrupted_compare_leaves_no_process(tmp_path):
     assert _gone(process.pid)
 
 
-def _gone(group, within=15.0):
-    """Whether a process group has no members left."""
-    end = time.monotonic() + within
+def _gone(group):
+    """Whether a process group has no members left within 15 seconds."""
+    end = time.monotonic() + 15
     while time.monotonic() < end:
         try:
             os.killpg(group, 0)
@@ -232,8 +205,6 @@ def test_unsupported_tuning_is_rejected_before_any_run(tmp_path):
 
 
 def test_validation_data_come_from_training_rows_only(small):
-    from fedbn.federation.setup import build_context
-
     full, validation = build_context(small()), build_context(small(validation=True))
     assert validation.population.unseen == ()
     for user, i in zip(validation.population.users, full.population.seen, strict=True):
@@ -266,14 +237,14 @@ def test_load_outcome_rejects_mismatch(tmp_path, monkeypatch, small):
         store.load_outcome(path, run, {"data": "abd"})
     with pytest.raises(UserError, match="belongs to another run"):
         store.load_outcome(path, replace(run, seed=9))
-    with monkeypatch.context() as patch:
-        patch.setattr(provenance, "NUMERICS", provenance.NUMERICS + 1)
-        with pytest.raises(UserError, match="was computed with other numerics"):
-            store.load_outcome(path, run)
-    with monkeypatch.context() as patch:
-        patch.setattr(store, "versions", lambda: {})
-        with pytest.raises(UserError, match="was written with other versions"):
-            store.load_outcome(path, run)
+    for module, name, value, message in (
+        (provenance, "NUMERICS", provenance.NUMERICS + 1, "was computed with other numerics"),
+        (store, "versions", lambda: {}, "was written with other versions"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, value)
+            with pytest.raises(UserError, match=message):
+                store.load_outcome(path, run)
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(UserError, match="cannot be read .*: delete it and resume"):
         store.load_outcome(path, run)
@@ -285,9 +256,8 @@ def test_outcome_round_trip_is_exact(tmp_path, small):
     store.save_outcome(tmp_path / "x", run, outcome)
     loaded = store.load_outcome(tmp_path / "x", run)
     assert loaded.scores == outcome.scores
-    for a, b in ((loaded.server.state, outcome.server.state), (loaded.server.serving, outcome.server.serving)):
-        assert a.keys() == b.keys()
-        assert all(torch.equal(a[k], b[k]) for k in a)
+    assert same(loaded.server.state, outcome.server.state)
+    assert same(loaded.server.serving, outcome.server.serving)
 
 
 def test_compare_does_not_overwrite_other_comparison(tmp_path):

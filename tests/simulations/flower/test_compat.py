@@ -10,9 +10,13 @@ from flwr.serverapp import Grid
 from simulations.flower import compat as flower_compat
 
 
-def test_task_identity_allows_message_creation():
+def message_of(content):
     with flower_compat.task_identity(5):
-        message = Message(RecordDict(), 3, "train")
+        return Message(content, 3, "train")
+
+
+def test_task_identity_allows_message_creation():
+    message = message_of(RecordDict())
     assert (message.metadata.run_id, message.metadata.src_node_id, message.metadata.dst_node_id) == (5, 1, 3)
     with pytest.raises(RuntimeError, match="not set"):
         Message(RecordDict(), 3, "train")
@@ -25,8 +29,7 @@ def test_constants_match_flower():
 
 
 def test_set_message_id_with_content_and_flower_run():
-    with flower_compat.task_identity(5):
-        message = Message(RecordDict({"a": ConfigRecord({"x": 1})}), 3, "train")
+    message = message_of(RecordDict({"a": ConfigRecord({"x": 1})}))
     flower_compat.set_message_id(message, "m-1")
     copy = flower_compat.with_content(message, RecordDict())
     assert copy.metadata.message_id == "m-1"
@@ -50,8 +53,7 @@ def test_copy_records_copies_containers():
 
 
 def test_with_content_creates_complete_message():
-    with flower_compat.task_identity(5):
-        message = Message(RecordDict(), 3, "train")
+    message = message_of(RecordDict())
     copy = flower_compat.with_content(message, RecordDict({"a": ConfigRecord()}))
     assert vars(copy).keys() == vars(message).keys()
     assert copy.has_content()
@@ -59,12 +61,5 @@ def test_with_content_creates_complete_message():
 
 
 def test_grid_has_expected_abstract_methods():
-    assert {
-        "create_message",
-        "get_node_ids",
-        "pull_messages",
-        "push_messages",
-        "run",
-        "send_and_receive",
-        "set_run",
-    } == set(Grid.__abstractmethods__)
+    methods = {"create_message", "get_node_ids", "pull_messages", "push_messages", "run", "send_and_receive", "set_run"}
+    assert methods == set(Grid.__abstractmethods__)

@@ -19,7 +19,7 @@ from simulations.results.comparison import Comparison
 from simulations.results.files import write_run, write_shift
 from simulations.results.formatting import format_estimate
 from simulations.results.matrix import COLUMNS, ROWS
-from tests.simulations.results.test_comparison import write
+from tests.simulations.results.test_comparison import edit_runs, keep_evaluations, write
 
 HOSTILE = '<script>alert("x")</script>&$^{_{'
 FULL = inference.RESAMPLES
@@ -41,17 +41,14 @@ class Page(HTMLParser):
         self.ids += [attributes["id"]] if "id" in attributes else []
         if tag == "table":
             self.tables.append([])
-        elif tag == "tr":
+        elif tag in ("tr", "caption"):
             self.tables[-1].append([])
-        elif tag in ("td", "th", "caption"):
+        if tag in ("td", "th", "caption"):
             self._cell = ""
 
     def handle_endtag(self, tag):
-        if tag in ("td", "th"):
+        if tag in ("td", "th", "caption"):
             self.tables[-1][-1].append(self._cell)
-            self._cell = None
-        elif tag == "caption":
-            self.tables[-1].append([self._cell])
             self._cell = None
 
     def handle_data(self, data):
@@ -167,20 +164,10 @@ def test_write_report_is_deterministic(directory, text, monkeypatch):
 
 
 def test_page_escapes_hostile_names(tmp_path):
-    write(
-        tmp_path,
-        {HOSTILE: 0.8, f"_{HOSTILE}": 0.7},
-        seeds=(0,),
-        name=lambda i: f"{HOSTILE}{i}",
-        title=HOSTILE,
-        notices=[HOSTILE],
-        command=HOSTILE,
-        skew=HOSTILE,
-        settings={HOSTILE: HOSTILE},
-        sources={HOSTILE: HOSTILE},
-    )
-    distance = [[0.0, 1.0], [1.0, 0.0]]
-    layers = [{"layer": HOSTILE, "users": [HOSTILE, "b"], "distance": distance}]
+    meta = dict.fromkeys(("title", "command", "skew"), HOSTILE) | {"notices": [HOSTILE]}
+    meta |= {"settings": {HOSTILE: HOSTILE}, "sources": {HOSTILE: HOSTILE}}
+    write(tmp_path, {HOSTILE: 0.8, f"_{HOSTILE}": 0.7}, seeds=(0,), name=lambda i: f"{HOSTILE}{i}", **meta)
+    layers = [{"layer": HOSTILE, "users": [HOSTILE, "b"], "distance": [[0.0, 1.0], [1.0, 0.0]]}]
     write_shift(tmp_path, {HOSTILE: HOSTILE, "layers": layers})
     page = page_of(tmp_path)
     assert len([tag for tag, _ in page.tags if tag == "script"]) == 1
@@ -189,11 +176,7 @@ def test_page_escapes_hostile_names(tmp_path):
 
 
 def test_page_shows_missing_cells_as_dashes(tmp_path):
-    write(tmp_path, seeds=(0,))
-    for path in (tmp_path / "runs").glob("1-*/result.json"):
-        result = json.loads(path.read_text())
-        result["evaluations"] = [e for e in result["evaluations"] if e["row"] != "unseen"]
-        write_run(tmp_path, path.parent.name, result)
+    keep_evaluations(write(tmp_path, seeds=(0,)), lambda _, e: e["row"] != "unseen", "1-*")
     page = page_of(tmp_path)
     for caption in ("Accuracy: mean", "Accuracy minus"):
         table = page.table(caption).set_index(["strategy", "statistics"])
@@ -230,10 +213,7 @@ def test_page_with_identical_strategies(tmp_path):
 
 
 def test_convergence_figure_needs_two_rounds(tmp_path):
-    write(tmp_path, {"global": 0.8}, seeds=(0,))
-    path = tmp_path / "runs" / "0-0" / "result.json"
-    result = json.loads(path.read_text())
-    write_run(tmp_path, "0-0", result | {"curve": result["curve"][1:2]})
+    edit_runs(write(tmp_path, {"global": 0.8}, seeds=(0,)), lambda result: result | {"curve": result["curve"][1:2]})
     assert plots.convergence_figure(Comparison.load(tmp_path)) is None
 
 

@@ -16,13 +16,8 @@ pytestmark = pytest.mark.xdist_group("advice")
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    values = {
-        "scenario": "digits8",
-        "strategies": ["global-naive", "local", "nonorm", "centralized"],
-        "seeds": 1,
-        "partition": "shard:shards=2:clients=8",
-        "plan": {"rounds": 3, "eval_every": 3},
-    }
+    values = {"scenario": "digits8", "strategies": ["global-naive", "local", "nonorm", "centralized"], "seeds": 1}
+    values |= {"partition": "shard:shards=2:clients=8", "plan": {"rounds": 3, "eval_every": 3}}
     out = tmp_path_factory.mktemp("advice") / "shards"
     return compare(Experiment.from_dict(values), out, workers=1)
 

@@ -16,6 +16,7 @@ from simulations.results.inference import adjust, mean_of_users, user_interval, 
 from simulations.results.matrix import METRICS
 
 MEANS = {"global": 0.80, "fedbn": 0.85, "groupnorm": 0.82}
+OWN = "row == 'own' and column == 'aggregated'"
 ROLES = {"body": 4000, "head": 200, "affine": 64, "statistics": 64, "counter": 2}
 
 
@@ -68,30 +69,21 @@ def write(
             lines = []
             for k, column in enumerate(columns[:1] if label == "groupnorm" else columns):
                 for i, user in enumerate(names):
-                    rows = ("own", "global") if i < users else ("unseen",)
-                    for row in rows:
+                    for row in ("own", "global") if i < users else ("unseen",):
                         local = label == "fedbn" or row != "global"
                         value = mean + 0.01 * k
                         value += effect[i] + seed_noise[i, k] if local else 0.001 * seed
                         if local and label != labels[0]:
                             value += own_noise[i, k]
                         accuracy = float(np.clip(value, 0, 1))
-                        lines.append(
-                            {
-                                "user": user,
-                                "domain": f"domain {i % domains}",
-                                "row": row,
-                                "column": column,
-                                "n": 100,
-                                "accuracy": accuracy,
-                                "macro_f1": accuracy - 0.05,
-                                "loss": 1 - accuracy,
-                            }
-                        )
+                        metrics = {"accuracy": accuracy, "macro_f1": accuracy - 0.05, "loss": 1 - accuracy}
+                        cell = {"user": user, "domain": f"domain {i % domains}", "row": row, "column": column, "n": 100}
+                        lines.append(cell | metrics)
             if (label, seed) in unfinished:
                 (directory / "runs" / f"{labels.index(label)}-{seed}").mkdir(parents=True)
                 continue
-            local = {"fedbn": ("affine", "statistics", "counter")}.get(label, ())
+            local = ("affine", "statistics", "counter") if label == "fedbn" else ()
+            owners = dict.fromkeys(ROLES, "shared") | dict.fromkeys(local, "local")
             write_run(
                 directory,
                 f"{labels.index(label)}-{seed}",
@@ -103,15 +95,8 @@ def write(
                     "rounds": 20,
                     "notices": [],
                     "ownership": [
-                        {
-                            "role": role,
-                            "owner": "local" if role in local else "shared",
-                            "entries": 2,
-                            "elements": n,
-                            "bytes": 4 * n,
-                            "bytes_down": 0 if role in local else 4 * n,
-                            "bytes_up": 0 if role in local else 4 * n,
-                        }
+                        {"role": role, "owner": owners[role], "entries": 2, "elements": n, "bytes": 4 * n}
+                        | dict.fromkeys(("bytes_down", "bytes_up"), 0 if role in local else 4 * n)
                         for role, n in ROLES.items()
                     ],
                     "newcomer": "the mean of the seen users' statistics" if label == "fedbn" else "the shared model",
@@ -128,6 +113,17 @@ def write(
                 },
             )
     return directory
+
+
+def edit_runs(directory, edit, pattern="*"):
+    """Replace the results of runs."""
+    for path in (directory / "runs").glob(f"{pattern}/result.json"):
+        write_run(directory, path.parent.name, edit(json.loads(path.read_text())))
+
+
+def keep_evaluations(directory, keep, pattern="*"):
+    """Drop all evaluations but those for which ``keep(seed, evaluation)`` holds."""
+    edit_runs(directory, lambda r: r | {"evaluations": [e for e in r["evaluations"] if keep(r["seed"], e)]}, pattern)
 
 
 def single(frame, **where):
@@ -224,7 +220,7 @@ def test_user_interval_is_deterministic_and_bounds_memory(monkeypatch):
 
 def test_paired_is_mean_difference_by_user(comparison):
     line = single(comparison.paired(), strategy="fedbn", row="own", column="aggregated")
-    users = comparison.evaluations.query("row == 'own' and column == 'aggregated'")
+    users = comparison.evaluations.query(OWN)
     table = users.pivot_table(index="user", columns="strategy", values="accuracy")
     difference = table["fedbn"] - table["global"]
     assert line["difference"] == pytest.approx(difference.mean())
@@ -298,11 +294,7 @@ def test_missing_cells_are_nan(comparison):
 
 
 def test_wide_without_unseen_users(tmp_path):
-    write(tmp_path)
-    for path in (tmp_path / "runs").glob("1-*/result.json"):
-        result = json.loads(path.read_text())
-        result["evaluations"] = [e for e in result["evaluations"] if e["row"] == "own"]
-        write_run(tmp_path, path.parent.name, result)
+    keep_evaluations(write(tmp_path), lambda _, e: e["row"] == "own", "1-*")
     comparison = Comparison.load(tmp_path)
     assert comparison.wide().loc[("as aggregated", "fedbn"), "unseen users"] == "–"
 
@@ -328,7 +320,7 @@ def test_unfinished_runs_are_skipped(tmp_path):
     assert single(comparison.matrix(), strategy="fedbn", row="own", column="aggregated")["n_seeds"] == 2
     paired = single(comparison.paired(), strategy="fedbn", row="own", column="aggregated")
     assert paired["n_seeds"] == 1
-    common = comparison.evaluations.query("seed == 0 and row == 'own' and column == 'aggregated'")
+    common = comparison.evaluations.query(f"seed == 0 and {OWN}")
     means = common.groupby("strategy")["accuracy"].mean()
     assert paired["difference"] == pytest.approx(means["fedbn"] - means["global"])
 
@@ -344,9 +336,7 @@ def test_by_domain(tmp_path):
     assert set(frame["domain"]) == {"domain 0", "domain 1", "domain 2"}
     assert set(frame["row"]) == {"own", "unseen"}
     line = single(frame, strategy="fedbn", row="own", column="aggregated", domain="domain 1")
-    cell = comparison.evaluations.query(
-        "strategy == 'fedbn' and row == 'own' and column == 'aggregated' and domain == 'domain 1'"
-    )
+    cell = comparison.evaluations.query(f"{OWN} and strategy == 'fedbn' and domain == 'domain 1'")
     assert line["mean"] == pytest.approx(cell["accuracy"].mean())
     assert line["n_users"] == 4
 
@@ -387,8 +377,7 @@ def test_matrix_returns_copies(comparison):
 
 
 def test_nonfinite_values_are_stored_as_null(tmp_path):
-    write(tmp_path, {"global": 0.8}, seeds=(0,))
-    path = tmp_path / "runs" / "0-0" / "result.json"
+    path = write(tmp_path, {"global": 0.8}, seeds=(0,)) / "runs" / "0-0" / "result.json"
     result = json.loads(path.read_text())
     result["evaluations"][0]["loss"] = float("nan")
     result["curve"][0]["train_loss"] = float("inf")
@@ -408,12 +397,10 @@ def test_load_rejects_bad_input(tmp_path, directory):
     with pytest.raises(UserError, match=r"unknown metric 'acuracy'\. Did you mean 'accuracy'"):
         Comparison.load(directory).matrix("acuracy")
     damaged = write(tmp_path / "damaged", {"global": 0.8})
-    (damaged / "runs" / "0-1" / "result.json").write_text('{"strategy": "gl')
-    with pytest.raises(UserError, match="is damaged"):
-        Comparison.load(damaged)
-    (damaged / "runs" / "0-1" / "result.json").write_text("[]")
-    with pytest.raises(UserError, match="is damaged"):
-        Comparison.load(damaged)
+    for content in ('{"strategy": "gl', "[]"):
+        (damaged / "runs" / "0-1" / "result.json").write_text(content)
+        with pytest.raises(UserError, match="is damaged"):
+            Comparison.load(damaged)
     twice = write(tmp_path / "twice", {"global": 0.8})
     write_run(twice, "copy", json.loads((twice / "runs" / "0-1" / "result.json").read_text()))
     with pytest.raises(UserError, match="two results of strategy 'global' with seed 1"):
@@ -421,8 +408,7 @@ def test_load_rejects_bad_input(tmp_path, directory):
 
 
 def test_load_skips_runs_of_other_comparison(tmp_path):
-    write(tmp_path)
-    meta = json.loads((tmp_path / "comparison.json").read_text())
+    meta = json.loads((write(tmp_path) / "comparison.json").read_text())
     write_comparison(tmp_path, meta | {"strategies": ["global", "fedbn"]})
     comparison = Comparison.load(tmp_path)
     assert comparison.missing == 0
@@ -433,26 +419,21 @@ def test_load_skips_runs_of_other_comparison(tmp_path):
 def test_shared_model_is_compared_for_every_user(tmp_path):
     """A run stores the global test of a shared model once, for its first user; users differ between seeds."""
     write(tmp_path)
-    for path in (tmp_path / "runs").glob("*/result.json"):
-        result = json.loads(path.read_text())
-        absent = f"user {result['seed']:02d}"
-        evaluations = [e for e in result["evaluations"] if e["user"] != absent]
-        if result["strategy"] != "fedbn":
-            first = next(e["user"] for e in evaluations if e["row"] == "global")
-            evaluations = [e for e in evaluations if e["row"] != "global" or e["user"] == first]
-        write_run(tmp_path, path.parent.name, result | {"evaluations": evaluations})
+    keep_evaluations(tmp_path, lambda seed, e: e["user"] != f"user {seed:02d}")
+    for i in (0, 2):  # all but fedbn
+        keep_evaluations(
+            tmp_path, lambda s, e: e["row"] != "global" or e["user"] == f"user {int(s == 0):02d}", f"{i}-*"
+        )
     comparison = Comparison.load(tmp_path)
-    paired = comparison.paired()
-    local = single(paired, strategy="fedbn", row="global", column="aggregated")
-    means = {
-        s: comparison.matrix().query("row == 'global' and column == 'aggregated' and strategy == @s") for s in MEANS
-    }
+    pooled = {"row": "global", "column": "aggregated"}
+    local = single(comparison.paired(), strategy="fedbn", **pooled)
+    means = {s: single(comparison.matrix(), strategy=s, **pooled) for s in MEANS}
     assert local["n_users"] == 12
-    assert local["difference"] == pytest.approx(means["fedbn"]["mean"].item() - means["global"]["mean"].item())
+    assert local["difference"] == pytest.approx(means["fedbn"]["mean"] - means["global"]["mean"])
     assert local["ci_low"] < local["difference"] < local["ci_high"]
-    assert np.isnan(means["global"]["ci_low"].item())
+    assert np.isnan(means["global"]["ci_low"])
     # Users are in different seeds, so their means differ, but there is only one observation per seed.
-    shared = single(paired, strategy="groupnorm", row="global", column="aggregated")
+    shared = single(comparison.paired(), strategy="groupnorm", **pooled)
     assert np.isnan(shared[["ci_low", "ci_high", "p"]].astype(float)).all()
     assert shared["seed_low"] == pytest.approx(0.02)
     assert (shared["better"], shared["worse"]) == (12, 0)
@@ -460,11 +441,7 @@ def test_shared_model_is_compared_for_every_user(tmp_path):
 
 def test_one_unseen_user_per_seed(tmp_path):
     write(tmp_path, unseen=3)
-    for path in (tmp_path / "runs").glob("*/result.json"):
-        result = json.loads(path.read_text())
-        unseen_user = f"user {12 + result['seed']:02d}"
-        evaluations = [e for e in result["evaluations"] if e["row"] != "unseen" or e["user"] == unseen_user]
-        write_run(tmp_path, path.parent.name, result | {"evaluations": evaluations})
+    keep_evaluations(tmp_path, lambda seed, e: e["row"] != "unseen" or e["user"] == f"user {12 + seed:02d}")
     line = single(Comparison.load(tmp_path).matrix(), strategy="fedbn", row="unseen", column="aggregated")
     assert line["n_users"] == 3
     assert line["ci_low"] < line["mean"] < line["ci_high"]
@@ -472,11 +449,7 @@ def test_one_unseen_user_per_seed(tmp_path):
 
 def test_by_domain_with_domain_missing_in_seed(tmp_path):
     write(tmp_path, users=4, unseen=0, domains=4)
-    for path in tmp_path.glob("runs/*/result.json"):
-        result = json.loads(path.read_text())
-        if result["seed"] == 0:
-            result["evaluations"] = [e for e in result["evaluations"] if e["domain"] != "domain 0"]
-            path.write_text(json.dumps(result))
+    keep_evaluations(tmp_path, lambda seed, e: seed or e["domain"] != "domain 0")
     table = Comparison.load(tmp_path).by_domain()
     assert table["mean"].notna().all()
     assert set(table.domain) == {f"domain {i}" for i in range(4)}

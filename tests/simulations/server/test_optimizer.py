@@ -18,29 +18,30 @@ def states():
     return [{"w": torch.randn(3, generator=draw), "b": torch.randn(2, 2, generator=draw)} for _ in range(3)]
 
 
-def test_server_step_fedadam_matches_formula():
+def two_steps(**options):
+    """A state and the means of two rounds, and the states after the optimizer's steps."""
     old, mean, second = states()
-    step = server_step(Plan(server_optimizer="fedadam", server_lr=0.1))
+    step = server_step(Plan(**options))
     with task_identity(1):
         new, memory = step(1, old, mean, {})
         newer, _ = step(2, new, second, memory)
+    return old, mean, second, new, newer
+
+
+def test_server_step_fedadam_matches_formula():
+    old, mean, second, new, newer = two_steps(server_optimizer="fedadam", server_lr=0.1)
     m = v = 0.0
     for round_, (previous, target, actual) in enumerate([(old, mean, new), (new, second, newer)], start=1):
         delta = target["w"].double() - previous["w"].double()
         m, v = 0.9 * m + 0.1 * delta, 0.99 * v + 0.01 * delta**2
         rate = 0.1 * (1 - 0.99 ** (round_ + 1)) ** 0.5 / (1 - 0.9 ** (round_ + 1))
-        torch.testing.assert_close(
-            actual["w"].double(), previous["w"] + rate * m / (v.sqrt() + 1e-3), rtol=1e-5, atol=1e-6
-        )
+        expected = previous["w"] + rate * m / (v.sqrt() + 1e-3)
+        torch.testing.assert_close(actual["w"].double(), expected, rtol=1e-5, atol=1e-6)
         assert actual["w"].dtype == torch.float32
 
 
 def test_server_step_returns_momentum_as_state():
-    old, mean, second = states()
-    step = server_step(Plan(server_optimizer="fedavgm", server_lr=0.5))
-    with task_identity(1):
-        new, memory = step(1, old, mean, {})
-        newer, _ = step(2, new, second, memory)
+    old, mean, second, new, newer = two_steps(server_optimizer="fedavgm", server_lr=0.5)
     first = old["w"] - mean["w"]
     torch.testing.assert_close(new["w"], old["w"] - 0.5 * first)
     torch.testing.assert_close(newer["w"], new["w"] - 0.5 * (0.9 * first + new["w"] - second["w"]))

@@ -9,13 +9,11 @@ import sys
 import threading
 import time
 from dataclasses import replace
-from pathlib import Path
 from urllib.request import urlopen
 
 import numpy as np
 import pytest
 import torch
-from typer.testing import CliRunner
 
 pytest.importorskip("fastapi")
 
@@ -25,13 +23,13 @@ from fedbn.data.population import Examples, User
 from fedbn.errors import UserError
 from fedbn.models import build
 from fedbn.online import personalize
-from simulations.cli.app import app as cli
 from simulations.service.access import Access
 from simulations.service.api import create_app
 from simulations.service.demo.routes import FILES, MAX_VISITORS, PAGE, routes
 from simulations.service.demo.session import RULES, USER, Playground, Session
 from simulations.service.server import address, create_server, listen
 from simulations.service.users import UserStore
+from tests.helpers import ROOT
 
 SHAPE, CLASSES = (6, 32), ("sitting", "walking")
 
@@ -152,7 +150,9 @@ def test_page_has_no_external_resources(client):
     assert client.get("/page/docs.html").status_code == 404
 
 
-def receive_until(socket, kind):
+def ask(socket, kind, action, **content):
+    """Send an action, and receive messages until one of this kind."""
+    socket.send_json({"action": action} | content)
     while (message := socket.receive_json())["kind"] != kind:
         pass
     return message
@@ -161,32 +161,21 @@ def receive_until(socket, kind):
 def test_socket_protocol_of_the_page(client):
     with client.websocket_connect("ws://localhost/play") as socket:
         assert set(socket.receive_json()["people"]) == {"user1", "user2"}
-        socket.send_json({"action": "play", "speed": 10})
-        assert "open a person's stream" in socket.receive_json()["text"]
-        socket.send_json({"action": "open", "person": "user1"})
-        receive_until(socket, "opened")
-        socket.send_json({"action": "step"})
-        assert len(receive_until(socket, "windows")["steps"]) == 1
-        socket.send_json({"action": "play", "speed": 1000})
-        assert receive_until(socket, "windows")["steps"]
-        socket.send_json({"action": "switch", "person": "user2"})
-        assert receive_until(socket, "switched")["person"] == "user2"
-        socket.send_json({"action": "rotate", "degrees": 30})
-        receive_until(socket, "rotated")
-        for label in (0, 1):
-            socket.send_json({"action": "record", "class": label})
-        assert not receive_until(socket, "recorded")["done"]
-        calibrated = receive_until(socket, "recorded")
+        assert "open a person's stream" in ask(socket, "error", "play", speed=10)["text"]
+        ask(socket, "opened", "open", person="user1")
+        assert len(ask(socket, "windows", "step")["steps"]) == 1
+        assert ask(socket, "windows", "play", speed=1000)["steps"]
+        assert ask(socket, "switched", "switch", person="user2")["person"] == "user2"
+        ask(socket, "rotated", "rotate", degrees=30)
+        assert not ask(socket, "recorded", "record", **{"class": 0})["done"]
+        calibrated = ask(socket, "recorded", "record", **{"class": 1})
         assert calibrated["done"]
         assert min(calibrated["layers"]["calibrated"]) > 0
-        receive_until(socket, "ended")
-        for message, text in (
-            ({"action": "rotate", "degrees": "x"}, "'degrees' must be a number"),
-            ({"action": "open", "person": "eve"}, "unknown person"),
-            ({"action": "dance"}, "unknown action 'dance'"),
-        ):
-            socket.send_json(message)
-            assert text in receive_until(socket, "error")["text"]
+        while socket.receive_json()["kind"] != "ended":
+            pass
+        assert "'degrees' must be a number" in ask(socket, "error", "rotate", degrees="x")["text"]
+        assert "unknown person" in ask(socket, "error", "open", person="eve")["text"]
+        assert "unknown action 'dance'" in ask(socket, "error", "dance")["text"]
 
 
 def test_number_of_visitors_is_limited(client):
@@ -202,28 +191,6 @@ def test_number_of_visitors_is_limited(client):
         assert next_.receive_json()["kind"] == "hello"
     for socket in sockets[1:]:
         socket.__exit__(None, None, None)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "text"),
-    [
-        (["demo", "digits8"], "recordings of motion"),
-        (["serve", "hapt", "--host", "0.0.0.0"], "accepts requests from other machines"),
-        (["serve", "hapt", "--capacity", "0"], "--capacity must be at least 1"),
-        (["serve", "nowhere"], "unknown scenario"),
-        (["serve", "hapt", "--rule", "psuedo"], "unknown rule"),
-        (["serve", "hapt", "--drift", "adwim"], "unknown drift detector"),
-    ],
-)
-def test_commands_reject_bad_input(arguments, text, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "simulations.adaptation.source_model.train_source_model",
-        lambda *a: pytest.fail("trained before it was checked"),
-    )
-    monkeypatch.chdir(tmp_path)
-    result = CliRunner().invoke(cli, [*arguments, "--port", "0", "--rounds", "1"])
-    assert result.exit_code != 0
-    assert text in str(result.exception)
 
 
 def test_listen_rejects_port_in_use():
@@ -364,14 +331,8 @@ def test_page_fits_phone_and_has_readable_contrast(page, scheme):
 def test_demo_command_prints_address_and_exits_cleanly(tmp_path):
     command = [sys.executable, "-m", "simulations", "demo", "hapt", "--rounds", "1", "--no-browser", "--port", "0"]
     environment = {"FEDBN_CACHE": str(tmp_path), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-        cwd=Path(__file__).parents[3],
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, **pipes, env=environment, cwd=ROOT)
     try:
         line = process.stdout.readline()
         match = re.search(r"http://127\.0\.0\.1:\d+", line)

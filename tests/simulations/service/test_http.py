@@ -20,7 +20,7 @@ from simulations.service.access import Access
 from simulations.service.api import create_app
 from simulations.service.observability import JsonLines
 from simulations.service.schema import BINARY
-from simulations.service.users import Limits, UserStore
+from simulations.service.users import UserStore
 
 SHAPE, CLASSES = (6, 16), ("sit", "walk", "lie")
 TOKEN = "a-token-of-twenty-four-c"
@@ -36,16 +36,23 @@ def model():
 def serve(model):
     opened = []
 
-    def make(store=None, limits=None, address="http://localhost", **access):
-        users = UserStore(model, SHAPE, CLASSES, "pseudo:n0=4", store=store, limits=limits or Limits())
-        client = TestClient(create_app(users, Access(**access)), base_url=address, raise_server_exceptions=False)
+    def make(*enrolled, store=None, **access):
+        users = UserStore(model, SHAPE, CLASSES, "pseudo:n0=4", store=store)
+        app = create_app(users, Access(**access))
+        client = TestClient(app, base_url="http://localhost", raise_server_exceptions=False)
         opened.append(client.__enter__())
         client.users = users
+        for name in enrolled:
+            client.put(f"/v1/users/{name}")
         return client
 
     yield make
     for client in opened:
         client.__exit__(None, None, None)
+
+
+def observe(client, content, user="ann"):
+    return client.post(f"/v1/users/{user}/observe", content=content, headers=RAW)
 
 
 def windows(n, seed=0):
@@ -90,9 +97,7 @@ def test_user_life_cycle(serve, model):
 
 
 def test_binary_and_json_predictions_agree(serve):
-    client, x = serve(), windows(2)
-    client.put("/v1/users/ann")
-    client.put("/v1/users/bob")
+    client, x = serve("ann", "bob"), windows(2)
     expected = client.post("/v1/users/ann/observe", json={"windows": x.tolist()}).json()
     raw = client.post("/v1/users/bob/observe", content=x.tobytes(), headers=RAW | {"accept": BINARY})
     assert raw.headers["x-drift-alarm"] == "0"
@@ -101,8 +106,7 @@ def test_binary_and_json_predictions_agree(serve):
 
 
 def test_socket_answers_each_frame_and_survives_errors(serve):
-    client = serve()
-    client.put("/v1/users/ann")
+    client = serve("ann")
     with client.websocket_connect("ws://localhost/v1/users/ann/stream") as socket:
         socket.send_bytes(windows(1).tobytes())
         assert len(socket.receive_json()["answers"]) == 1
@@ -118,28 +122,23 @@ def test_socket_answers_each_frame_and_survives_errors(serve):
 
 
 def test_state_survives_a_restart(serve, tmp_path):
-    first = serve(SQLiteStore(tmp_path / "users.db"))
-    first.put("/v1/users/ann")
-    first.post("/v1/users/ann/observe", content=windows(4).tobytes(), headers=RAW)
+    first = serve("ann", store=SQLiteStore(tmp_path / "users.db"))
+    observe(first, windows(4).tobytes())
     state = first.get("/v1/users/ann/snapshot").content
     first.__exit__(None, None, None)
-    second = serve(SQLiteStore(tmp_path / "users.db"))
+    second = serve(store=SQLiteStore(tmp_path / "users.db"))
     assert second.get("/v1/users/ann/snapshot").content == state
 
 
 def test_errors_have_status_and_message(serve):
-    client = serve()
-    client.put("/v1/users/ann")
+    client = serve("ann")
     x = windows(1)
+    two_labels = {"windows": x.tolist(), "labels": [0, 1]}
     cases = [
-        (client.post("/v1/users/eve/observe", content=x.tobytes(), headers=RAW), 404, "enroll the user first"),
-        (client.post("/v1/users/ann/observe", content=b"1", headers=RAW), 422, "not a whole number of windows"),
+        (observe(client, x.tobytes(), "eve"), 404, "enroll the user first"),
+        (observe(client, b"1"), 422, "not a whole number of windows"),
         (client.post("/v1/users/ann/commit", json={"labels": {"99": 0}}), 404, "no longer) held"),
-        (
-            client.post("/v1/users/ann/commit", json={"windows": x.tolist(), "labels": [0, 1]}),
-            422,
-            "one label per window",
-        ),
+        (client.post("/v1/users/ann/commit", json=two_labels), 422, "one label per window"),
         (client.post("/v1/users/ann/calibrate", json={"windows": x.tolist(), "then": "x"}), 409, "'freeze' or 'adapt'"),
         (client.put("/v1/users/ann/snapshot", content=b"x"), 409, "not a user's state"),
         (client.put("/v1/users/" + "x" * 200), 422, "printable"),
@@ -182,11 +181,10 @@ def test_other_origins_and_host_names_are_rejected(serve):
 
 
 def test_large_bodies_are_rejected(serve):
-    client = serve(body=1000)
-    client.put("/v1/users/ann")
-    with_length = client.post("/v1/users/ann/observe", content=b"x" * 1001, headers=RAW)
+    client = serve("ann", body=1000)
+    with_length = observe(client, b"x" * 1001)
     chunks = (b"x" * 400 for _ in range(100))
-    for response in (with_length, client.post("/v1/users/ann/observe", content=chunks, headers=RAW)):
+    for response in (with_length, observe(client, chunks)):
         assert response.status_code == 413
         assert "1000 bytes" in response.json()["error"]
     chunks = (b"x" * 400 for _ in range(100))
@@ -200,34 +198,31 @@ def test_rate_limit_returns_retry_after(serve):
 
 
 def test_slow_requests_time_out(serve):
-    client = serve(timeout=0.2)
-    client.put("/v1/users/ann")
+    client = serve("ann", timeout=0.2)
     batcher = client.app.app.service.batcher
     client.portal.start_task_soon(batcher.call, lambda: time.sleep(0.6))
-    late = client.post("/v1/users/ann/observe", content=windows(1).tobytes(), headers=RAW)
+    late = observe(client, windows(1).tobytes())
     assert late.status_code == 504
     assert "no answer within 0.2 s" in late.json()["error"]
     time.sleep(0.6)
-    assert client.post("/v1/users/ann/observe", content=windows(1).tobytes(), headers=RAW).status_code == 200
+    assert observe(client, windows(1).tobytes()).status_code == 200
 
 
 def test_internal_errors_are_logged_but_not_returned(serve, monkeypatch, caplog):
-    client = serve()
-    client.put("/v1/users/ann")
+    client = serve("ann")
     monkeypatch.setattr(client.users.net, "predict", lambda *a: 1 / 0)
     with caplog.at_level(logging.ERROR, "fedbn.service"):
-        response = client.post("/v1/users/ann/observe", content=windows(1).tobytes(), headers=RAW)
+        response = observe(client, windows(1).tobytes())
     assert response.status_code == 500
     assert "division" not in response.text
     assert "ZeroDivisionError" in caplog.text
     monkeypatch.undo()
-    assert client.post("/v1/users/ann/observe", content=windows(1).tobytes(), headers=RAW).status_code == 200
+    assert observe(client, windows(1).tobytes()).status_code == 200
 
 
 def test_metrics_count_requests_and_windows(serve):
-    client = serve()
-    client.put("/v1/users/ann")
-    client.post("/v1/users/ann/observe", content=windows(3).tobytes(), headers=RAW)
+    client = serve("ann")
+    observe(client, windows(3).tobytes())
     client.get("/v1/users/eve")
     text = client.get("/metrics").text
     for line in (
@@ -264,9 +259,7 @@ def test_json_lines_formats_one_object_per_line():
 
 
 def test_concurrent_requests_are_batched(serve):
-    client = serve()
-    for i in range(40):
-        client.put(f"/v1/users/u{i}")
+    client = serve(*(f"u{i}" for i in range(40)))
     app, x = client.app, windows(40)
 
     async def observe(i):

@@ -26,6 +26,7 @@ from simulations.cli.app import app as cli
 from simulations.cli.service import serve
 from simulations.service.access import Access
 from simulations.service.model import ServedModel
+from tests.helpers import ROOT
 
 MODULE = """
 from torch import nn
@@ -43,6 +44,7 @@ def short(classes):
     return nn.Sequential(nn.Conv1d(2, 4, 3), nn.BatchNorm1d(4), nn.Flatten())
 """
 CLASSES = ("sit", "walk", "lie")
+SERVE_OWN = ("serve", "--model", "own_nets:net", "--weights", "net.safetensors")
 
 
 @pytest.fixture
@@ -63,13 +65,8 @@ def own_model(tmp_path, monkeypatch):
 
 
 def served_model(**options):
-    defaults = {
-        "model": "own_nets:net",
-        "weights": Path("net.safetensors"),
-        "shape": (2, 16),
-        "classes": CLASSES,
-        "rule": rule("pseudo"),
-    }
+    defaults = {"model": "own_nets:net", "weights": Path("net.safetensors"), "shape": (2, 16)}
+    defaults |= {"classes": CLASSES, "rule": rule("pseudo")}
     return ServedModel.from_weights(**(defaults | options))
 
 
@@ -120,22 +117,25 @@ def test_served_model_supports_rules_without_training_users(own_model):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "name a scenario, or your own --model"),
-        (["hapt", "--shape", "6,128"], "name a scenario, or your own --model"),
-        (["hapt", "--weights", "net.safetensors"], "and no scenario"),
-        (["--weights", "net.safetensors", "--model", "own_nets:net"], "needs --model, --shape and --classes"),
-        (
-            ["--weights", "net.safetensors", "--model", "own_nets:net", "--shape", "2,x", "--classes", "a,b"],
-            "--shape takes positive whole numbers",
-        ),
+        (["serve"], "name a scenario, or your own --model"),
+        (["serve", "hapt", "--shape", "6,128"], "name a scenario, or your own --model"),
+        (["serve", "hapt", "--weights", "net.safetensors"], "and no scenario"),
+        ([*SERVE_OWN], "needs --model, --shape and --classes"),
+        ([*SERVE_OWN, "--shape", "2,x", "--classes", "a,b"], "--shape takes positive whole numbers"),
+        (["serve", "hapt", "--host", "0.0.0.0"], "accepts requests from other machines"),
+        (["serve", "hapt", "--capacity", "0"], "--capacity must be at least 1"),
+        (["serve", "nowhere"], "unknown scenario"),
+        (["serve", "hapt", "--rule", "psuedo"], "unknown rule"),
+        (["serve", "hapt", "--drift", "adwim"], "unknown drift detector"),
+        (["demo", "digits8"], "recordings of motion"),
     ],
 )
-def test_serve_command_rejects_bad_input(own_model, arguments, message, monkeypatch):
+def test_commands_reject_bad_input(own_model, arguments, message, monkeypatch):
     monkeypatch.setattr(
         "simulations.adaptation.source_model.train_source_model",
         lambda *a: pytest.fail("trained before it was checked"),
     )
-    result = CliRunner().invoke(cli, ["serve", *arguments, "--port", "0"])
+    result = CliRunner().invoke(cli, [*arguments, "--port", "0", "--rounds", "1"])
     assert result.exit_code != 0
     assert message in str(result.exception)
 
@@ -146,10 +146,9 @@ def test_rate_limit_is_on_by_default():
 
 @pytest.mark.slow
 def test_serve_command_keeps_users_after_restart(own_model, tmp_path):
-    names = ",".join(CLASSES)
-    command = [sys.executable, "-c", "from simulations.cli import main; main()", "serve", "--model", "own_nets:net"]
-    command += ["--weights", "net.safetensors", "--shape", "2,16", "--classes", names, "--port", "0"]
-    environment = {"PYTHONPATH": str(Path(__file__).parents[3]), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
+    command = [sys.executable, "-c", "from simulations.cli import main; main()", *SERVE_OWN]
+    command += ["--shape", "2,16", "--classes", ",".join(CLASSES), "--port", "0"]
+    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
     learned = []
     for _ in range(2):
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, cwd=tmp_path)

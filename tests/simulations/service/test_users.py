@@ -27,8 +27,11 @@ def model():
     return net.eval()
 
 
-def make_users(model, **options):
-    return UserStore(model, SHAPE, CLASSES, **{"rule": "pseudo:n0=4", **options})
+def make_users(model, *enrolled, **options):
+    users = UserStore(model, SHAPE, CLASSES, **{"rule": "pseudo:n0=4", **options})
+    for name in enrolled:
+        assert users.enroll(name)
+    return users
 
 
 def windows(n, seed=0):
@@ -46,10 +49,8 @@ def observe(users, user, x, learn=True, hold=False):
 
 
 def test_batched_answers_equal_single_predictions(model):
-    users, reference = make_users(model), personalize(model, "pseudo:n0=4")
     names = ["ann", "bob", "cem"]
-    for name in names:
-        assert users.enroll(name)
+    users, reference = make_users(model, *names), personalize(model, "pseudo:n0=4")
     for t in range(5):
         jobs = [Job(name, windows(1 + i, 10 * t + i), True) for i, name in enumerate(names)]
         answers = users.answer(jobs)
@@ -61,8 +62,7 @@ def test_batched_answers_equal_single_predictions(model):
 
 
 def test_held_windows_are_learned_once_with_their_labels(model):
-    users, reference = make_users(model), personalize(model, "pseudo:n0=4")
-    users.enroll("ann")
+    users, reference = make_users(model, "ann"), personalize(model, "pseudo:n0=4")
     x = windows(2)
     before = users.snapshot("ann")
     answer = observe(users, "ann", x, learn=False, hold=True)
@@ -76,9 +76,7 @@ def test_held_windows_are_learned_once_with_their_labels(model):
 
 
 def test_held_windows_are_per_user_and_oldest_are_dropped(model):
-    users = make_users(model, limits=Limits(held=2))
-    users.enroll("ann")
-    users.enroll("bob")
+    users = make_users(model, "ann", "bob", limits=Limits(held=2))
     first, second, third = observe(users, "ann", windows(3), learn=False, hold=True).held
     with pytest.raises(RequestError, match="no longer\\) held"):
         users.commit("ann", {second: 0, first: 0})
@@ -106,9 +104,7 @@ def test_states_survive_eviction_and_restart(model, tmp_path):
 
 
 def test_snapshot_merge_export_and_forget(model, tmp_path):
-    users = make_users(model, store=SQLiteStore(tmp_path / "users.db"))
-    users.enroll("ann")
-    users.enroll("ann2")
+    users = make_users(model, "ann", "ann2", store=SQLiteStore(tmp_path / "users.db"))
     observe(users, "ann", windows(4, 1))
     observe(users, "ann2", windows(4, 2))
     merged = users.net.state("ann").merge(users.net.state("ann2"))
@@ -132,8 +128,7 @@ def test_snapshot_merge_export_and_forget(model, tmp_path):
 
 
 def test_enroll_is_limited_by_capacity_without_store(model):
-    users = make_users(model, limits=Limits(capacity=1))
-    users.enroll("ann")
+    users = make_users(model, "ann", limits=Limits(capacity=1))
     with pytest.raises(RequestError, match="fill the memory") as error:
         users.enroll("bob")
     assert error.value.status == 507
@@ -142,8 +137,7 @@ def test_enroll_is_limited_by_capacity_without_store(model):
 
 
 def test_calibration_changes_the_advice(model):
-    users = make_users(model)
-    users.enroll("ann")
+    users = make_users(model, "ann")
     answer = observe(users, "ann", windows(1))
     assert advice(answer, CLASSES)["action"] == "calibrate"
     users.calibrate("ann", windows(3), [0, 1, 2], "adapt")
@@ -167,6 +161,18 @@ def job(user, n=1, learn=True):
     return Job(user, torch.zeros(n, 1), learn)
 
 
+def submit(handler, *batches, **options):
+    """Results or errors of jobs; those of a batch are submitted at once."""
+
+    async def run():
+        batcher = Batcher(handler, **options)
+        results = [await asyncio.gather(*(batcher.submit(j) for j in jobs), return_exceptions=True) for jobs in batches]
+        await batcher.close()
+        return results
+
+    return asyncio.run(run())
+
+
 def test_batch_has_one_job_per_user_and_one_type():
     calls = []
 
@@ -174,14 +180,8 @@ def test_batch_has_one_job_per_user_and_one_type():
         calls.append([(j.user, j.learn, len(j.windows)) for j in jobs])
         return [RequestError(404, "unknown") if j.user == "x" else j.user for j in jobs]
 
-    async def run():
-        batcher = Batcher(handler, max_batch=3, max_queue=100)
-        jobs = [job("a"), job("b"), job("a"), job("c", learn=False), job("d", 5, learn=False), job("x"), job("e")]
-        results = await asyncio.gather(*(batcher.submit(j) for j in jobs), return_exceptions=True)
-        await batcher.close()
-        return results
-
-    results = asyncio.run(run())
+    jobs = [job("a"), job("b"), job("a"), job("c", learn=False), job("d", 5, learn=False), job("x"), job("e")]
+    (results,) = submit(handler, jobs, max_batch=3, max_queue=100)
     assert [str(result) for result in results] == ["a", "b", "a", "c", "d", "unknown", "e"]
     assert calls == [
         [("a", True, 1), ("b", True, 1), ("x", True, 1)],
@@ -192,15 +192,9 @@ def test_batch_has_one_job_per_user_and_one_type():
 
 
 def test_windows_of_a_user_stay_in_order():
-    calls = []
-
-    async def run():
-        batcher = Batcher(lambda jobs: calls.append([(j.user, j.learn) for j in jobs]) or list(jobs), max_batch=2)
-        jobs = [job("b"), job("a", learn=False), job("a"), job("c")]
-        await asyncio.gather(*(batcher.submit(j) for j in jobs))
-        await batcher.close()
-
-    asyncio.run(run())
+    calls, jobs = [], [job("b"), job("a", learn=False), job("a"), job("c")]
+    (results,) = submit(lambda jobs: calls.append([(j.user, j.learn) for j in jobs]) or list(jobs), jobs, max_batch=2)
+    assert results == jobs
     assert calls == [[("b", True), ("c", True)], [("a", False)], [("a", True)]]
 
 
@@ -249,14 +243,7 @@ def test_handler_error_is_returned_to_its_batch_only():
             raise RuntimeError("broken")
         return list(jobs)
 
-    async def run():
-        batcher = Batcher(handler)
-        first = await asyncio.gather(batcher.submit(job("a")), batcher.submit(job("b")), return_exceptions=True)
-        second = await batcher.submit(job("b"))
-        await batcher.close()
-        return first, second
-
-    first, second = asyncio.run(run())
+    first, (second,) = submit(handler, [job("a"), job("b")], [job("b")])
     assert [str(e) for e in first] == ["broken", "broken"]
     assert second.user == "b"
 

@@ -9,14 +9,11 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from typer.testing import CliRunner
 
 from fedbn.errors import UserError
-from simulations.cli.app import app
 from simulations.experiments.compare import compare
 from simulations.experiments.experiment import Experiment
 from simulations.experiments.tasks import Event, Task
-from simulations.tracking import trackers
 from simulations.tracking.trackers import TRACKERS, Tracker, Tracking, open_tracker
 
 
@@ -30,34 +27,24 @@ class Memory(Tracker):
         self.calls = []
         Memory.instance = self
 
-    def begin(self, run, settings):
-        self.calls.append(("begin", run, settings))
-
-    def log(self, run, step, values):
-        self.calls.append(("log", run, step, values))
-
-    def end(self, run):
-        self.calls.append(("end", run))
-
-    def close(self):
-        self.calls.append(("close",))
+    begin, log, end, close = (
+        lambda self, *arguments, name=name: self.calls.append((name, *arguments))
+        for name in ("begin", "log", "end", "close")
+    )
 
 
 @pytest.fixture
-def memory(monkeypatch):
+def memory(monkeypatch, tmp_path):
+    """The option of a tracker that records all calls."""
     monkeypatch.setitem(TRACKERS, "memory", Memory)
+    return f"memory:{tmp_path / 'memory'}"
 
 
 @pytest.fixture(scope="module")
 def experiment():
-    return Experiment.from_dict(
-        {
-            "scenario": "digits8",
-            "strategies": ("global-naive", "fedbn"),
-            "seeds": 1,
-            "plan": {"rounds": 2, "eval_every": 1, "global_test": 20},
-        }
-    ).resolved()
+    plan = {"rounds": 2, "eval_every": 1, "global_test": 20}
+    values = {"scenario": "digits8", "strategies": ("global-naive", "fedbn"), "seeds": 1, "plan": plan}
+    return Experiment.from_dict(values).resolved()
 
 
 def tracked(experiment, out, *texts):
@@ -73,7 +60,7 @@ def expected(out, strategy):
 
 
 def test_tracking_logs_runs(memory, experiment, tmp_path):
-    tracked(experiment, tmp_path / "out", f"memory:{tmp_path / 'memory'}")
+    tracked(experiment, tmp_path / "out", memory)
     calls = Memory.instance.calls
     runs = [line[1] for line in calls if line[0] == "begin"]
     assert len(runs) == len(set(runs)) == 2
@@ -92,22 +79,21 @@ def test_tracking_logs_runs(memory, experiment, tmp_path):
 
 def test_tracking_skips_finished_runs(memory, experiment, tmp_path):
     tracked(experiment, tmp_path / "out")
-    tracked(experiment, tmp_path / "out", f"memory:{tmp_path / 'memory'}")
+    tracked(experiment, tmp_path / "out", memory)
     assert Memory.instance.calls == [("close",)]
 
 
 def test_tracking_begins_resumed_run(memory, experiment):
     task = Task(experiment.run("fedbn", 0), "run")
-    with Tracking(["memory:unused"]) as tracking:
+    with Tracking([memory]) as tracking:
         tracking.started("comparing", [task])
         tracking.report(Event("run", 1))  # from the checkpoint, without values
         tracking.report(Event("run", 2, values={"own": 0.5}))
     assert [line[0] for line in Memory.instance.calls] == ["begin", "log", "close"]
-    Path("unused").rmdir()
 
 
 def test_log_run_sanitizes_names_and_drops_nonfinite_values(memory):
-    with Tracking(["memory:unused"]) as tracking:
+    with Tracking([memory]) as tracking:
         tracking.log_run("bouts:length=6/a b", {"k": 1}, {3: {"a=1": 0.5, "invalid": math.nan}, 4: {"n": 2}})
     name = "bouts-length-6-a-b"
     assert Memory.instance.calls == [
@@ -117,16 +103,13 @@ def test_log_run_sanitizes_names_and_drops_nonfinite_values(memory):
         ("end", name),
         ("close",),
     ]
-    Path("unused").rmdir()
 
 
-def test_adapt_logs_training_and_every_rule(memory, tmp_path):
-    out = tmp_path / "out"
-    arguments = ["adapt", "digits8", "--rules", "pseudo:n0=8", "--streams", "iid", "--seeds", "1"]
-    arguments += ["--starts", "cold,recording", "--rounds", "1", "--out", str(out), "--json"]
-    result = CliRunner().invoke(app, [*arguments, "--track", f"memory:{tmp_path / 'memory'}"])
-    assert result.exit_code == 0, result.exception
-    rows = {row["rule"]: row for row in json.loads(result.stdout)}
+def test_adapt_logs_training_and_every_rule(memory, tmp_path, run_cli):
+    arguments = ["adapt", "digits8", "--rules", "pseudo:n0=8", "--streams", "iid", "--seeds", 1, "--rounds", 1]
+    code, out, err = run_cli(*arguments, "--starts", "cold,recording", "--out", "out", "--json", "--track", memory)
+    assert code == 0, err
+    rows = {row["rule"]: row for row in json.loads(out)}
     calls = Memory.instance.calls
     training, *rules = [line for line in calls if line[0] == "begin"]
     assert training[2]["strategy"] == "global-naive"
@@ -140,18 +123,17 @@ def test_adapt_logs_training_and_every_rule(memory, tmp_path):
         assert len(lines) <= 101
         steps = [line[2] for line in lines]
         assert steps == sorted(set(steps))
-        curve = pd.read_parquet(out / "accuracy_curve.parquet").query("stream == 'iid'")
+        curve = pd.read_parquet(tmp_path / "out" / "accuracy_curve.parquet").query("stream == 'iid'")
         curve = curve[(curve["start"] == settings["start"]) & (curve["rule"] == settings["rule"])]
         logged = [line[3]["fading_accuracy"] for line in lines if "fading_accuracy" in line[3]]
         assert logged == curve.set_index("window")["accuracy"][steps].tolist()
 
 
-def test_claims_logs_every_seed(memory, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    arguments = ["claims", "bn-speed", "--quick", "--seeds", "2", "--workers", "1", "--json", "--track", "memory:there"]
-    result = CliRunner().invoke(app, arguments)
-    assert result.exit_code == 0, result.exception
-    (entry,) = json.loads(result.stdout)
+def test_claims_logs_every_seed(memory, run_cli):
+    arguments = ["claims", "bn-speed", "--quick", "--seeds", 2, "--workers", 1, "--json", "--track", memory]
+    code, out, err = run_cli(*arguments)
+    assert code == 0, err
+    (entry,) = json.loads(out)
     begin, *logs, end, close = Memory.instance.calls
     assert begin[:2] == ("begin", "bn-speed")
     assert begin[2]["sentence"] == entry["sentence"]
@@ -231,4 +213,4 @@ def test_open_tracker_reports_unwritable_directory(tmp_path):
 
 
 def test_all_trackers_are_listed():
-    assert set(trackers.TRACKERS) >= {"tensorboard", "mlflow", "wandb"}
+    assert set(TRACKERS) >= {"tensorboard", "mlflow", "wandb"}

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fedbn.errors import UserError
-from fedbn.online import personalize, rule
+from fedbn.online import personalize
 from fedbn.online.drift.actions import Branch, Decay, Reset, UserMonitor, action
 from fedbn.online.drift.detectors import detector
 from fedbn.online.drift.monitor import DriftMonitor
@@ -60,9 +60,8 @@ class CountingNet:
 
 def model():
     torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv1d(2, 3, 1), nn.BatchNorm1d(3), nn.Conv1d(3, 4, 1), nn.BatchNorm1d(4), nn.Flatten()
-    ).eval()
+    layers = nn.Conv1d(2, 3, 1), nn.BatchNorm1d(3), nn.Conv1d(3, 4, 1), nn.BatchNorm1d(4), nn.Flatten()
+    return nn.Sequential(*layers).eval().requires_grad_(False)
 
 
 def recording(n, offset, seed=0):
@@ -86,13 +85,18 @@ def monitored(detector_text="adwin", action_text="decay"):
     return net, DriftMonitor(net, model(), detector(detector_text), action(action_text))
 
 
+def followed(text, *parts):
+    """The network and the monitor of ann, with action ``text``, after a stream of these recordings."""
+    net, monitor = monitored(action_text=text)
+    follow(monitor, [stream(*parts)])
+    return net, monitor.users["ann"]
+
+
 def test_input_means_are_those_of_the_first_layers():
     net, x = model(), torch.randn(5, 2, 8)
-    first = net[0](x)
-    second = net[2](net[1](first))
-    expected = torch.cat([first.mean(2), second.mean(2)], 1).double()
-    torch.testing.assert_close(InputMeans(net)(x), expected.detach())
-    torch.testing.assert_close(InputMeans(net, 1)(x), expected[:, :3].detach())
+    expected = torch.cat([net[0](x).mean(2), net[:3](x).mean(2)], 1).double()
+    torch.testing.assert_close(InputMeans(net)(x), expected)
+    torch.testing.assert_close(InputMeans(net, 1)(x), expected[:, :3])
     flat = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)).eval()
     torch.testing.assert_close(InputMeans(flat)(x[:, :, 0]), flat[0](x[:, :, 0]).double().detach())
 
@@ -126,8 +130,7 @@ def test_monitor_detects_switches_but_not_bouts(text):
     s = stream(recording(200, 0.0), recording(200, 3.0, seed=1))
     follow(switched, [s])
     judged = judge_alarms(switched.users["ann"].alarms, [e.at for e in s.events], len(s), patience=60)
-    assert judged.missed == 0
-    assert judged.false_per_1000 == 0
+    assert (judged.missed, judged.false_per_1000) == (0, 0)
     assert judged.delays[0] < 40
 
 
@@ -141,42 +144,34 @@ def test_monitor_keeps_users_separate():
 
 
 def test_decay_limits_weight_and_never_raises_it():
-    net, switched = monitored(action_text="decay:n=16")
-    follow(switched, [stream(recording(200, 0.0), recording(100, 3.0, seed=1))])
-    alarm = switched.users["ann"].alarms[0]
+    net, ann = followed("decay:n=16", recording(200, 0.0), recording(100, 3.0, seed=1))
     assert net.calls[0][2].n == pytest.approx(16)
-    assert net.state("ann").n == pytest.approx(16 + 300 - alarm)
+    assert net.state("ann").n == pytest.approx(16 + 300 - ann.alarms[0])
     few = CountingNet()
     few.states["ann"] = CountingState("ann", 5)
-    Decay().apply(few, "ann", switched.users["ann"])
+    Decay().apply(few, "ann", ann)
     assert few.state("ann").n == 5
 
 
 def test_reset_returns_to_the_source():
-    net, switched = monitored(action_text="reset")
-    follow(switched, [stream(recording(200, 0.0), recording(100, 3.0, seed=1))])
+    net, ann = followed("reset", recording(200, 0.0), recording(100, 3.0, seed=1))
     assert net.calls == [("reset", "ann")]
-    assert net.state("ann").n == 300 - switched.users["ann"].alarms[0]
+    assert net.state("ann").n == 300 - ann.alarms[0]
 
 
 def test_branch_restores_statistics_of_returning_person():
-    net, switched = monitored(action_text="branch")
-    parts = [recording(200, 0.0), recording(200, 3.0, seed=1), recording(200, 0.0, seed=2)]
-    follow(switched, [stream(*parts)])
+    net, ann = followed("branch", *(recording(200, offset, seed) for seed, offset in enumerate((0.0, 3.0, 0.0))))
     assert [kind for kind, *_ in net.calls] == ["reset", "load"]
-    first, second = switched.users["ann"].alarms
-    assert 200 < first < 260
-    assert 400 < second < 460
+    first, second = ann.alarms
+    assert 200 < first < 260 < 400 < second < 460
     assert net.calls[1][2].n == first
-    assert len(switched.users["ann"].saved) == 1
+    assert len(ann.saved) == 1
 
 
 def test_branch_resets_if_nothing_fits_and_limits_saved():
-    net, switched = monitored(action_text="branch:most=1")
-    parts = [recording(200, 3.0 * i, seed=i) for i in range(4)]
-    follow(switched, [stream(*parts)])
+    net, ann = followed("branch:most=1", *(recording(200, 3.0 * i, seed=i) for i in range(4)))
     assert [kind for kind, *_ in net.calls] == ["reset"] * 3
-    assert len(switched.users["ann"].saved) == 1
+    assert len(ann.saved) == 1
 
 
 def test_monitor_without_drift_changes_no_prediction():
@@ -222,7 +217,7 @@ def test_action_parses_every_name():
 
 
 def test_actions_work_on_a_personalized_model():
-    net = personalize(nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 3)).eval(), rule("pseudo:n0=4"))
+    net = personalize(nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 3)).eval(), "pseudo:n0=4")
     for _ in range(30):
         net(torch.randn(1, 2) + 5, user=["ann"])
     before = net.state("ann")
