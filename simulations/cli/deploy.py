@@ -55,8 +55,8 @@ def deploy(
             run, tls=tls, notify=lambda text: errors.print(text, highlight=False, markup=False), out=out
         )
     except KeyboardInterrupt:
-        kept = "the same command resumes" if out else "nothing was saved, because --out was not given"
-        errors.print(f"interrupted; every process was stopped, and {kept}")
+        state = "the same command resumes" if out else "nothing was saved, because --out was not given"
+        errors.print(f"interrupted; every process was stopped, and {state}")
         sys.exit(130)
     rows = [
         {

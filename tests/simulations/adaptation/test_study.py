@@ -81,8 +81,8 @@ def test_source_rule_equals_trained_model(results, source):
 
 
 def test_streams_are_later_recordings_of_unseen_users(results, source):
-    people = source.ctx.population
-    unseen = [people.users[i] for i in people.unseen]
+    population = source.ctx.population
+    unseen = [population.users[i] for i in population.unseen]
     (natural,) = [t for c, t in results.items() if (c.stream, c.start, c.rule) == ("natural", "cold", SOURCE)]
     assert [t.user for t in natural[0]] == [u.name for u in unseen]
     for t, u in zip(natural[0], unseen):

@@ -168,7 +168,7 @@ def test_flower_run_config_sets_every_field():
         assert read(run, name) == VALUES[name][1], name
 
 
-def test_every_option_has_help_and_a_default_other_than_the_test_value():
+def test_options_have_help_and_differ_from_test_values():
     set_by_scenarios = {name for s in scenarios().values() for name in s.plan}
     for kind in (ExperimentOptions, StudyOptions, RunOptions, Plan):
         for f in dataclasses.fields(kind):
