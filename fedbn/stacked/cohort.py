@@ -20,7 +20,7 @@ from fedbn.personalization.base import Personalization
 from fedbn.seeds import generator
 from fedbn.stacked.fit import SGDConfig, StackedClient, TrainResult, fit_stack
 from fedbn.stacked.layers import Unstackable
-from fedbn.stacked.program import Program, build_program, check_no_hooks
+from fedbn.stacked.program import Program, build_program, check_no_hooks, check_program
 from fedbn.statistics.consensus import Aggregates
 from fedbn.strategies.base import NormStrategy, Progress, Update
 
@@ -138,7 +138,10 @@ class Cohort:
         check_no_hooks(model)
         mode = tuple((id(m), m.training) for m in model.modules())
         if mode not in self.programs:
-            self.programs[mode] = build_program(model)
+            program = build_program(model)
+            largest = max((self.ctx.training_data(user).x for user in self.ctx.trainers), key=len)
+            check_program(program, model, largest[:8])
+            self.programs[mode] = program
         return self.programs[mode]
 
     def train(self, rounds: Sequence[TrainJob], program: Program) -> list[tuple[Update, State] | Failure]:

@@ -12,6 +12,7 @@ else. A model with an unsupported part is `Unstackable`, and its clients train o
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -268,6 +269,51 @@ def build_program(model: nn.Module) -> Program:
         raise Unstackable(f"{unused[0]} is not used in forward")
     trained = tuple(n for n, p in model.named_parameters() if p.requires_grad)
     return Program(graph, layers, trained, owner)
+
+
+def check_program(program: Program, model: nn.Module, x: Tensor) -> None:
+    """Check that a stacked program computes what its model computes, for two clients in float64.
+
+    Tracing loses in-place operations, so a tensor that is overwritten and read again would have another value.
+
+    Args:
+        program: the program of ``model`` in its current mode.
+        model: the model.
+        x: ``[n, *shape]`` example inputs, at least two.
+
+    Raises:
+        Unstackable: outputs or running statistics differ, or one of the two cannot be computed.
+
+    >>> net = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.ReLU())
+    >>> check_program(build_program(net), net, torch.randn(5, 4))
+    """
+    inputs, outputs, states = [x.double(), x.double().flip(0)], [], []
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            for own in inputs:
+                exact = copy.deepcopy(model).double()
+                torch.manual_seed(0)
+                outputs.append(exact(own.clone()))
+                states.append(exact.state_dict())
+            start = copy.deepcopy(model).double().state_dict()
+            for batch_last in (False, True) if program.supports_batch_last(x.dim()) else (False,):
+                entries = {n: program.lay_out(n, torch.stack([v, v])) for n, v in start.items()}
+                noise = [torch.Generator(x.device).manual_seed(0) for _ in inputs]
+                forward = program.bind(entries, 2, noise, batch_last=batch_last)
+                stacked = (
+                    forward(torch.stack([own.flatten(1).T for own in inputs])).mT
+                    if batch_last
+                    else torch.stack(forward(torch.cat(inputs, 1)).chunk(2, 1))
+                )
+                pairs = [(stacked, torch.stack(outputs))]
+                pairs += [(entries[n], program.lay_out(n, torch.stack([s[n] for s in states]))) for n in entries]
+                for actual, expected in pairs:
+                    torch.testing.assert_close(actual, expected, rtol=1e-7, atol=1e-9, equal_nan=True)
+    except Unstackable:
+        raise
+    except Exception as error:  # the user's forward may raise anything; the exact executor then reports it
+        reason = str(error).strip().partition("\n")[0]
+        raise Unstackable(f"the stacked program of {type(model).__name__} differs from the model: {reason}") from None
 
 
 def check_no_hooks(model: nn.Module) -> None:

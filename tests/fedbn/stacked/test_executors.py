@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -31,7 +32,7 @@ from fedbn.stacked.cohort import Cohort, Failure
 from fedbn.stacked.executors import ClientExecutor, Kind, cores, parse_executor, stack_width
 from fedbn.stacked.fit import SGDConfig, StackedClient, fit_stack, step_schedule
 from fedbn.stacked.layers import Unstackable
-from fedbn.stacked.program import build_program
+from fedbn.stacked.program import build_program, check_program
 from fedbn.strategies.base import Progress, strategies
 from fedbn.strategies.ownership import Ownership
 from simulations.engines.grid import InProcessGrid
@@ -257,6 +258,73 @@ def tied():
     net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     net[1].weight = net[0].weight
     return net
+
+
+class Overwriting(nn.Module):
+    """A network with an in-place operation on its hidden activations, which may be read again."""
+
+    def __init__(self, overwrite, read_again):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.overwrite, self.read_again = overwrite, read_again
+
+    def forward(self, x):
+        hidden = self.first(x)
+        out = self.last(self.overwrite(hidden))
+        return out + hidden if self.read_again else out
+
+
+def add_in_place(x):
+    x += 1
+    return x
+
+
+@pytest.mark.parametrize("read_again", [True, False])
+@pytest.mark.parametrize(
+    ("overwrite", "is_traced"),  # whether the trace keeps that the operation is in place
+    [
+        (nn.ReLU(inplace=True), True),
+        (nn.SiLU(inplace=True), True),
+        (nn.Sequential(nn.Flatten(), nn.ReLU(inplace=True)), True),
+        (lambda x: nn.functional.silu(x, True), True),
+        (nn.Dropout(0.5, inplace=True), False),
+        (lambda x: nn.functional.relu(x, inplace=True), False),
+        (add_in_place, False),
+    ],
+)
+def test_check_program_rejects_overwritten_tensors_read_again(overwrite, is_traced, read_again):
+    net, x = Overwriting(overwrite, read_again), torch.randn(6, 4)
+    differs = read_again and not is_traced
+    with pytest.raises(Unstackable, match="differs from the model") if differs else nullcontext():
+        check_program(build_program(net), net, x)
+
+
+def test_check_program_rejects_relu_delayed_past_pooling():
+    net = Own(
+        lambda self, x: self.inner(h := x + 1) + F.max_pool1d(h, 2),
+        nn.Sequential(nn.ReLU(inplace=True), nn.MaxPool1d(2)),
+    )
+    net.scale = None
+    with pytest.raises(Unstackable):
+        check_program(build_program(net), net, torch.randn(4, 2, 6))
+
+
+def test_check_program_rejects_additions_that_mix_clients():
+    net = Own(lambda self, x: self.inner(x) + x.mean((2, 3), keepdim=True), nn.Conv2d(2, 1, 1))
+    net.scale = None
+    with pytest.raises(Unstackable, match="differs from the model"):
+        check_program(build_program(net), net, torch.randn(4, 2, 3, 3))
+
+
+@pytest.mark.parametrize("overwrite", [nn.ReLU(inplace=True), lambda x: F.relu(x, inplace=True), add_in_place])
+def test_stacked_training_matches_models_that_overwrite(overwrite, register_model, small):
+    def make(shape, classes):
+        hidden = Overwriting(overwrite, read_again=True)
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, 4), nn.BatchNorm1d(4), hidden, nn.Linear(4, classes))
+
+    ctx = in_double_precision(build_context.__wrapped__(small(model=register_model(make), rounds=1)))
+    one, stacked = (run_n_rounds(ctx, ClientExecutor(executor, 1), 3) for executor in ("one", "stacked"))
+    assert max_differences(one, stacked)[0] < 1e-10
 
 
 @pytest.mark.parametrize(
