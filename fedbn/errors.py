@@ -13,6 +13,15 @@ class UserError(ValueError):
     """An error in the user's input; the message names the mistake and the fix."""
 
 
+def install_extra(extra: str) -> str:
+    """The command that installs an optional extra, for error messages.
+
+    >>> install_extra("privacy")
+    "pip install 'fedbn[privacy]', or pip install -e '.[privacy]' in a clone"
+    """
+    return f"pip install 'fedbn[{extra}]', or pip install -e '.[{extra}]' in a clone"
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
     """Error for an unknown name, with the most similar known name.
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fedbn.data.windows import hop, windows
-from fedbn.errors import UserError, unknown
+from fedbn.errors import UserError, install_extra, unknown
 
 NUMPY = ".npz"
 READERS = {".edf": "read_raw_edf", ".bdf": "read_raw_bdf", ".vhdr": "read_raw_brainvision"}
@@ -58,7 +58,7 @@ def _read_mne(path: Path, channels: Sequence[str]) -> tuple[np.ndarray, float]:
     try:
         io = importlib.import_module("mne.io")
     except ImportError:
-        raise UserError("EEG files are read with MNE-Python: pip install 'fedbn[eeg]' (or pip install mne)") from None
+        raise UserError("reading EEG files needs MNE-Python: " + install_extra("eeg")) from None
     try:
         raw = getattr(io, READERS[path.suffix.lower()])(path, verbose="error")
     except Exception as error:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
-from fedbn.errors import UserError, unknown
+from fedbn.errors import UserError, install_extra, unknown
 
 TOLERANCE = 1e-4
 """Maximum difference between an output of the file and of the model, relative to the largest output."""
@@ -64,7 +64,7 @@ def export(model: nn.Module, example: Tensor, path: Path) -> float:
         try:
             exported = WRITERS[path.suffix](model, example, path)
         except ImportError as error:
-            raise UserError(f"{path.suffix} needs packages ({error}): pip install 'fedbn[onnx]'") from None
+            raise UserError(f"{path.suffix} needs packages ({error}): {install_extra('onnx')}") from None
         except (OSError, UserError):
             raise
         except Exception as error:  # exporters may raise any exception

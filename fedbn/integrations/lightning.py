@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fedbn.errors import UserError
+from fedbn.errors import UserError, install_extra
 from fedbn.nn.conversion import convert, require_statistics
 from fedbn.statistics.recalibration import recalibrate
 
@@ -60,7 +60,7 @@ def normalization(
     try:
         callback = _callback_class()
     except ImportError as error:
-        raise UserError(f"this needs Lightning ({error}): pip install 'fedbn[lightning]'") from None
+        raise UserError(f"this needs Lightning ({error}): {install_extra('lightning')}") from None
     return callback(kind, rows, inputs, options)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 
-from fedbn.errors import UserError
+from fedbn.errors import UserError, install_extra
 
 ORDERS = (1.001, 1.005, 1.01, 1.02, *(1 + x / 20 for x in range(1, 100)), *range(6, 64), 128, 256, 512)
 """Renyi orders over which the accountant minimizes epsilon."""
@@ -24,7 +24,7 @@ def epsilon(multiplier: float, releases: int, delta: float) -> float:
     try:
         from opacus.accountants.analysis import rdp
     except ImportError:
-        raise UserError("privacy accounting needs Opacus: pip install 'fedbn[privacy]'") from None
+        raise UserError("privacy accounting needs Opacus: " + install_extra("privacy")) from None
     rdp_values = rdp.compute_rdp(q=1.0, noise_multiplier=multiplier, steps=releases, orders=list(ORDERS))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # an optimum at the largest or smallest order is a looser but valid bound

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fedbn.config import Conditions, Plan
-from fedbn.errors import UserError
+from fedbn.errors import UserError, install_extra
 from simulations.cli.options import console, options_of, parts, progress_bars
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ def demo(
 def _need() -> None:
     needed = ("fastapi", "uvicorn", "websockets", "prometheus_client", "orjson", "river")
     if missing := [name for name in needed if find_spec(name) is None]:
-        raise UserError(f"this needs {', '.join(missing)}: pip install 'fedbn[demo]'")
+        raise UserError(f"this needs {', '.join(missing)}: {install_extra('demo')}")
 
 
 def _own_model(scenario: str | None, model: str, weights: Path, shape: str, classes: str, rule: Rule) -> ServedModel:

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from clients.persistence import STATE_DIR_VARIABLE
-from fedbn.errors import UserError
+from fedbn.errors import UserError, install_extra
 from fedbn.federation.run import Run
 from fedbn.federation.server import Outcome
 from fedbn.federation.setup import build_context
@@ -63,7 +63,7 @@ def ray_session(
         FlowerRunError: the SuperLink does not start.
     """
     if importlib.util.find_spec("ray") is None:
-        raise UserError("engine ray needs Ray: pip install 'fedbn[ray]', or use --engine grid (same numbers)")
+        raise UserError(f"engine ray needs Ray: {install_extra('ray')}; or use --engine grid (same numbers)")
     processes = ProcessGroup()
     with temporary_workspace(processes.stop) as directory:
         environment = {"RAY_ADDRESS": address} if address else {}

@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
 
-from fedbn.errors import UserError, unknown
+from fedbn.errors import UserError, install_extra, unknown
 from simulations.experiments.tasks import Event, Task
 
 
@@ -173,7 +173,7 @@ def open_tracker(text: str) -> Tracker:
         raise UserError(f"--track {text}: cannot write to {path}: {error.strerror or error}") from None
     except ImportError as error:
         raise UserError(
-            f"--track {name} needs the package {tracker_class.package} ({error}): pip install 'fedbn[trackers]'"
+            f"--track {name} needs the package {tracker_class.package} ({error}): {install_extra('trackers')}"
         ) from None
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
-from fedbn.errors import UserError
+from fedbn.errors import UserError, install_extra
 from fedbn.plugins import parse
 
 
@@ -82,7 +82,7 @@ def _river(name: str) -> Callable[..., Alarm]:
     try:
         from river import drift
     except ImportError:
-        raise UserError("drift detection needs river: pip install 'fedbn[online]'") from None
+        raise UserError("drift detection needs river: " + install_extra("online")) from None
     factory: Callable[..., Alarm] = getattr(drift, name)
     return factory
 
