@@ -12,6 +12,7 @@ import sysconfig
 import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -26,6 +27,9 @@ STOP_SECONDS = 10.0
 POLL_SECONDS = 0.2
 TERMINATION_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
+GROUP_VARIABLE = "FEDBN_PROCESS_GROUP"
+"""Environment variable with the id of the group, which all descendants inherit."""
+
 Handler = Callable[[int, FrameType | None], Any] | signal.Handlers
 Process = subprocess.Popen[bytes]
 
@@ -34,13 +38,18 @@ Process = subprocess.Popen[bytes]
 class ProcessGroup:
     """Processes started here, with all their descendants.
 
+    Descendants are found by their session or by their environment. Sessions alone miss a process that opens its own
+    session just before its parent dies; environments alone miss a process that clears its environment.
+
     Attributes:
         sessions: operating system sessions of the processes; unlike parent ids, they survive the death of a parent.
         started: the processes started here, by name, in order.
+        id: value of ``GROUP_VARIABLE`` in the environment of the processes.
     """
 
     sessions: set[int] = field(default_factory=set)
     started: dict[str, Process] = field(default_factory=dict)
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def start(self, name: str, command: list[str], log: Path, environment: Mapping[str, str]) -> Process:
         """Start a process in a new session, with its output redirected to a file."""
@@ -53,7 +62,7 @@ class ProcessGroup:
                     stdin=subprocess.DEVNULL,
                     stdout=file,
                     stderr=subprocess.STDOUT,
-                    env=environment,
+                    env={**environment, GROUP_VARIABLE: self.id},
                     start_new_session=True,
                 )
             self.sessions.add(process.pid)
@@ -81,8 +90,8 @@ class ProcessGroup:
         """Ids of the live processes; also records the sessions that descendants have opened."""
         table = _process_table()
         while True:
-            pids = {pid for pid, _, session in table if session in self.sessions}
-            opened = {session for _, parent, session in table if parent in pids} - self.sessions
+            pids = {pid for pid, _, session, group in table if session in self.sessions or group == self.id}
+            opened = {session for pid, parent, session, _ in table if parent in pids or pid in pids} - self.sessions
             if not opened:
                 return sorted(pids)
             self.sessions |= opened
@@ -135,13 +144,14 @@ def _short_temporary_directory() -> str | None:
     return None if len(tempfile.gettempdir()) <= 24 or not os.access("/tmp", os.W_OK) else "/tmp"
 
 
-def _process_table() -> list[tuple[int, int, int]]:
-    """Process id, parent id and session of all live processes, without zombies."""
+def _process_table() -> list[tuple[int, int, int, str]]:
+    """Process id, parent id, session and group of all live processes, without zombies."""
     table = []
-    for process in psutil.process_iter(["ppid", "status"]):
+    for process in psutil.process_iter(["ppid", "status", "environ"]):
         if process.info["status"] != psutil.STATUS_ZOMBIE:
             with suppress(ProcessLookupError, PermissionError):
-                table.append((process.pid, process.info["ppid"], os.getsid(process.pid)))
+                group = (process.info["environ"] or {}).get(GROUP_VARIABLE, "")
+                table.append((process.pid, process.info["ppid"], os.getsid(process.pid), group))
     return table
 
 

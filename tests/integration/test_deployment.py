@@ -198,6 +198,15 @@ def test_superlink_check_reports_exited_process_and_log(mark, tmp_path):
         link.check()
 
 
+def test_process_group_stops_orphans_in_new_sessions(mark, tmp_path):
+    processes = ProcessGroup()
+    code = "import subprocess; subprocess.Popen(['sleep', '60'], start_new_session=True)"
+    processes.start("parent", [sys.executable, "-c", code], tmp_path / "log", os.environ).wait(30)
+    assert len(processes.live_pids()) == 1
+    processes.stop()
+    assert processes.live_pids() == []
+
+
 def test_process_group_stops_children_in_new_sessions(mark, tmp_path):
     child = "import os, time; os.setsid(); time.sleep(600)"
     parent = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(600)"

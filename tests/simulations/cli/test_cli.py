@@ -52,16 +52,16 @@ def test_compare_and_audit_accept_own_data_and_model(run_cli, tmp_path):
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(120, 5)).astype("float32"), np.arange(120) % 3
     np.savez(tmp_path / "mine.npz", x=x + y[:, None], y=y, user=np.arange(120) // 30)
-    (tmp_path / "mymodels.py").write_text(
+    (tmp_path / "linear_models.py").write_text(
         "from torch import nn\n"
         "def net(shape, classes):\n"
         "    return nn.Sequential(nn.Linear(shape[0], 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, classes))\n"
     )
-    options = ["--model", "mymodels:net", "--strategies", "fedbn", *QUICK]
+    options = ["--model", "linear_models:net", "--strategies", "fedbn", *QUICK]
     code, _, errors = run_cli("compare", "--data", "mine.npz", *options)
     assert code == 0, errors
     options = ["--shape", "5", "--classes", "3", "--strategy", "fedbn", "--json"]
-    code, out, errors = run_cli("audit", "mymodels:net", *options)
+    code, out, errors = run_cli("audit", "linear_models:net", *options)
     assert code == 0, errors
     assert json.loads(out)["entries"]
 
