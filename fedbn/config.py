@@ -189,7 +189,20 @@ class Conditions(Checked):
 
 
 @dataclass(frozen=True)
-class RunOptions(Conditions):
+class EvaluatedConditions(Conditions):
+    """Options shared by `Run` and `Experiment`, which have an online column."""
+
+    _: KW_ONLY
+    rule: str = option(
+        "",
+        "Rule of the online column, window by window, e.g. population:diversity=1; empty for the pseudo-count of "
+        "--online-prior, in blocks.",
+        panel="Evaluation",
+    )
+
+
+@dataclass(frozen=True)
+class RunOptions(EvaluatedConditions):
     """Options of a `fedbn.federation.run.Run`."""
 
     strategy: str = option(help="Strategy, e.g. groupnorm:groups=4, or STRATEGY+METHOD, e.g. fedbn+ditto.")
@@ -197,12 +210,6 @@ class RunOptions(Conditions):
     _: KW_ONLY
     validation: bool = option(
         False, "Test on a held-out part of the training recordings (for tuning).", panel="Evaluation"
-    )
-    rule: str = option(
-        "",
-        "Rule of the online column, window by window, e.g. population:diversity=1; empty for the pseudo-count of "
-        "online-prior, in blocks.",
-        panel="Evaluation",
     )
 
 

@@ -133,8 +133,8 @@ def fit(
             parameter.requires_grad_(True)
     if per_user is not None:
         per_user.average()
-    kept = named.items() if plan.optimizer_state == "keep" else ()
-    buffers = {n: optimizer.state[p].get("momentum_buffer") for n, p in kept}
+    tracked = named.items() if plan.optimizer_state == "keep" else ()
+    buffers = {n: optimizer.state[p].get("momentum_buffer") for n, p in tracked}
     loss_per_example = float(total) / (len(data) * max(epochs, 1))
     return loss_per_example, {n: b.detach().clone() for n, b in buffers.items() if b is not None}
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from fedbn.config import Conditions, nest
+from fedbn.config import EvaluatedConditions, nest
 from fedbn.errors import UserError
 from fedbn.federation.run import Run, plan_for
 from fedbn.plugins import build, table
@@ -29,8 +29,8 @@ class Experiment(ExperimentOptions):
         plan = replace(self.plan, lr=lr or self.rates.get(strategy, self.plan.lr))
         if validation:
             plan = replace(plan, eval_every=plan.rounds)
-        shared = {f.name: getattr(self, f.name) for f in fields(Conditions)} | {"plan": plan}
-        return Run(strategy=strategy, seed=seed, validation=validation, rule=self.rule, **shared)
+        shared = {f.name: getattr(self, f.name) for f in fields(EvaluatedConditions)} | {"plan": plan}
+        return Run(strategy=strategy, seed=seed, validation=validation, **shared)
 
     def resolved(self) -> Experiment:
         """The experiment with all texts checked and in their shortest form.

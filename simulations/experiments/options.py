@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
 
-from fedbn.config import Conditions, option
+from fedbn.config import EvaluatedConditions, option
 
 DEFAULT_STRATEGIES = ("global-naive", "global-pooled", "fedbn", "silobn", "groupnorm", "local", "centralized")
 
@@ -13,7 +13,7 @@ GRID = (0.01, 0.03, 0.1, 0.3)
 
 
 @dataclass(frozen=True)
-class ExperimentOptions(Conditions):
+class ExperimentOptions(EvaluatedConditions):
     """Options of a `simulations.experiments.experiment.Experiment`."""
 
     strategies: tuple[str, ...] = option(
@@ -28,10 +28,4 @@ class ExperimentOptions(Conditions):
     )
     rates: dict[str, float] = option(
         {}, "Learning rates by strategy where they differ from --lr, e.g. local=0.1,fedbn=0.03.", panel="Optimization"
-    )
-    rule: str = option(
-        "",
-        "Rule of the online column, window by window, e.g. population:diversity=1; empty for the pseudo-count of "
-        "--online-prior, in blocks.",
-        panel="Evaluation",
     )
