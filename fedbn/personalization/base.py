@@ -91,6 +91,7 @@ class Personalization:
         about: one-line description.
         source: authors and year.
         body, head: owner that overrides the strategy's, or None.
+        depends_on_rounds: whether training depends on the total number of rounds.
     """
 
     name: ClassVar[str]
@@ -98,6 +99,7 @@ class Personalization:
     source: ClassVar[str] = ""
     body: ClassVar[Owner | None] = None
     head: ClassVar[Owner | None] = None
+    depends_on_rounds: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()

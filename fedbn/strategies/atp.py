@@ -37,6 +37,7 @@ class ATP(NormStrategy):
     name = "atp"
     about = "learns an adaptation rate for each entry of the model; options learn, lr, block, online"
     source = "Bao et al. 2023"
+    depends_on_rounds = True
     learn: float = 0.5
     lr: float = 0.001
     block: int = 20

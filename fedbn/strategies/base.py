@@ -125,6 +125,8 @@ class NormStrategy:
         is_centralized: whether one client trains on all seen users' data (the centralized bound).
         syncs_statistics: whether clients run `sync_statistics` before each evaluation.
         syncs_first_batch: whether clients run `sync_first_batch` before each round of training.
+        depends_on_rounds: whether training depends on the total number of rounds, so that a finished run cannot be
+            extended.
         newcomer: description of the initial state of an unseen user.
     """
 
@@ -139,6 +141,7 @@ class NormStrategy:
     is_centralized: ClassVar[bool] = False
     syncs_statistics: ClassVar[bool] = False
     syncs_first_batch: ClassVar[bool] = False
+    depends_on_rounds: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()

@@ -31,6 +31,7 @@ class FixBN(NormStrategy):
     name = "fixbn"
     about = "global BN with statistics frozen after a share of the rounds; option stage1 (0.5)"
     source = "Zhong et al. 2023"
+    depends_on_rounds = True
     stage1: float = 0.5
 
     def __post_init__(self) -> None:

@@ -31,6 +31,7 @@ class SimilarityWeighted(NormStrategy):
 
     affine = LOCAL
     statistics = LOCAL
+    depends_on_rounds = True
     warm_up: float = 0.3
 
     @abstractmethod

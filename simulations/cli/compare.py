@@ -78,16 +78,22 @@ def compare(
 
 
 def resume(
-    directory: Annotated[Path, typer.Argument(help="Directory of an interrupted comparison.")],
+    directory: Annotated[Path, typer.Argument(help="Results directory of a comparison.")],
+    rounds: Annotated[
+        int | None, typer.Option(help="New number of rounds, to extend the comparison.", min=1, show_default=False)
+    ] = None,
     workers: Workers = None,
     track: Track = None,
     as_json: AsJson = False,
 ) -> None:
-    """Resume an interrupted comparison. The numbers are the same as without the interruption."""
+    """Resume an interrupted comparison, or extend it by more rounds.
+
+    The numbers are the same as those of one comparison without the interruption.
+    """
     from simulations.experiments.compare import resume as resume_comparison
 
     def run(**listeners: Any) -> Path:
-        return resume_comparison(directory, workers=workers, **listeners)
+        return resume_comparison(directory, rounds, workers=workers, **listeners)
 
     _show(run, directory, track, as_json)
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -23,18 +24,20 @@ from simulations.experiments.preflight import LEFT_OUT, preflight
 from simulations.experiments.shift import measure_shift
 from simulations.experiments.tasks import Report, Task, run_tasks
 from simulations.results.comparison import Comparison
-from simulations.results.files import write_comparison, write_shift
+from simulations.results.files import read_json, write_comparison, write_shift
 from simulations.storage.provenance import NUMERICS, check_numerics, code_digest, versions
 
 
-def comparison_tasks(experiment: Experiment, out: Path, rates: dict[str, float]) -> list[Task]:
+def comparison_tasks(
+    experiment: Experiment, out: Path, rates: dict[str, float], extends: Sequence[int] = ()
+) -> list[Task]:
     """Every strategy with every seed; seeds are outermost, so that an interrupted experiment has complete seeds."""
     runs = [
         experiment.run(strategy, seed, lr=rates.get(strategy))
         for seed in range(experiment.seeds)
         for strategy in experiment.strategies
     ]
-    return [Task(run, str(out / "runs" / run.id)) for run in runs]
+    return [Task(run, str(out / "runs" / run.id), tuple(extends)) for run in runs]
 
 
 def tuning_tasks(experiment: Experiment, out: Path) -> list[Task]:
@@ -69,6 +72,7 @@ def compare(
     started: Callable[[str, Sequence[Task]], None] = lambda title, tasks: None,
     command: str = "",
     notices: Sequence[str] = (),
+    extends: Sequence[int] = (),
 ) -> Path:
     """Run an experiment, or the rest of it, and write the results to ``out``.
 
@@ -81,6 +85,7 @@ def compare(
         started: called before each batch of tasks.
         command: command that reproduces the experiment, for the record.
         notices: additional notices for the report.
+        extends: numbers of rounds of former versions of the experiment, which this one extends.
 
     Returns:
         The results directory.
@@ -90,7 +95,7 @@ def compare(
     """
     parse_engine(engine)
     experiment = experiment.resolved()
-    notices = [*notices, *preflight(experiment, out)]
+    notices = [*notices, *preflight(experiment, out, extends)]
     workers = workers or os.cpu_count() or 1
     if engine.startswith("ray") or experiment.device != "cpu":
         workers = 1
@@ -112,6 +117,7 @@ def compare(
         "notices": notices,
         "experiment": experiment.to_dict(),
         "engine": engine,
+        "extends": list(extends),
     }
     write_comparison(out, meta)
     rates: dict[str, float] = {}
@@ -122,9 +128,11 @@ def compare(
         rates = select_rates(tuning)
         meta["settings"]["lr"] = "tuned: " + ", ".join(f"{s} {lr:g}" for s, lr in rates.items())
         write_comparison(out, meta)
-    tasks = comparison_tasks(experiment, out, rates)
+    tasks = comparison_tasks(experiment, out, rates, extends)
     started("comparing", tasks)
     run_tasks(tasks, engine, workers, report)
+    if extends:
+        _remove_shorter_runs(out, extends)
     write_shift(out, measure_shift(experiment, tasks))
     Comparison.load(out).evaluations.to_parquet(out / "evaluations.parquet", index=False)
     return out
@@ -145,17 +153,45 @@ def _settings(experiment: Experiment) -> dict[str, Any]:
     }
 
 
-def resume(out: Path, **options: Any) -> Path:
-    """Resume an interrupted comparison.
+def _remove_shorter_runs(out: Path, extends: Sequence[int]) -> None:
+    for path in (out / "runs").glob("*/result.json"):
+        if read_json(path)["rounds"] in extends:
+            shutil.rmtree(path.parent)
+
+
+def resume(out: Path, rounds: int | None = None, **options: Any) -> Path:
+    """Resume an interrupted comparison, or extend it by more rounds.
+
+    The numbers equal those of a comparison that had this number of rounds from the start. A run whose training depends
+    on the total number of rounds (a schedule, FixBN) starts again.
+
+    Args:
+        out: results directory of the comparison.
+        rounds: new number of rounds; None: unchanged.
+        options: options of `compare`.
 
     Raises:
-        UserError: there is no comparison, or numerics or data have changed.
+        UserError: there is no comparison, numerics or data have changed, or it already has more rounds.
     """
     stored = out / "comparison.json"
     if not stored.exists():
         raise UserError(f"{out} has no comparison (no comparison.json): start one with `fedbn compare`")
-    meta = json.loads(stored.read_text(encoding="utf-8"))
+    meta = read_json(stored)
     check_numerics(out, meta.get("numerics"))
     experiment = Experiment.from_dict(meta["experiment"])
+    extends = list(meta.get("extends", ()))
+    if rounds is not None and rounds != experiment.plan.rounds:
+        if rounds < experiment.plan.rounds:
+            raise UserError(f"{out} already has {experiment.plan.rounds} rounds: give --rounds a larger number")
+        extends.append(experiment.plan.rounds)
+        experiment = replace(experiment, plan=replace(experiment.plan, rounds=rounds))
     notices = [n for n in meta["notices"] if n.startswith(LEFT_OUT)]
-    return compare(experiment, out, engine=meta["engine"], command=meta["command"], notices=notices, **options)
+    return compare(
+        experiment,
+        out,
+        engine=meta["engine"],
+        command=meta["command"],
+        notices=notices,
+        extends=extends,
+        **options,
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from fedbn.errors import UserError
 from fedbn.federation.run import Run
 from fedbn.federation.setup import build_context
 from simulations.experiments.experiment import Experiment
+from simulations.results.files import read_json
 
 LEFT_OUT = "Left out:"
 """Prefix of the notice about a strategy that does not support an experiment's users or model."""
@@ -31,7 +33,7 @@ def default_directory(experiment: Experiment) -> Path:
 
 
 def _stored_experiment(directory: Path) -> Any:
-    return json.loads((directory / "comparison.json").read_text(encoding="utf-8")).get("experiment")
+    return read_json(directory / "comparison.json").get("experiment")
 
 
 def _first_runs(experiment: Experiment, strategy: str) -> list[Run]:
@@ -40,8 +42,13 @@ def _first_runs(experiment: Experiment, strategy: str) -> list[Run]:
     return [experiment.run(strategy, 0), *tuning]
 
 
-def preflight(experiment: Experiment, out: Path) -> list[str]:
+def preflight(experiment: Experiment, out: Path, extends: Sequence[int] = ()) -> list[str]:
     """Check the experiment before any run and return notices.
+
+    Args:
+        experiment: what to compare.
+        out: results directory.
+        extends: numbers of rounds of former versions of the experiment, which may be stored in ``out``.
 
     Raises:
         UserError: a run would fail, or ``out`` cannot be used.
@@ -57,9 +64,23 @@ def preflight(experiment: Experiment, out: Path) -> list[str]:
         probe.unlink()
     except OSError as error:
         raise UserError(f"cannot write to {out}: {error.strerror}; choose another --out") from None
-    if (out / "comparison.json").exists() and _stored_experiment(out) != experiment.to_dict():
-        raise UserError(f"{out} has another comparison; choose another --out, or delete it")
+    if (out / "comparison.json").exists():
+        _check_stored(_stored_experiment(out), experiment, out, extends)
     return notices
+
+
+def _check_stored(stored: Any, experiment: Experiment, out: Path, extends: Sequence[int]) -> None:
+    """Raise an error unless ``out`` has this experiment, with its number of rounds or one that it extends."""
+    new = experiment.to_dict()
+    if stored == new:
+        return
+    advice, rounds = "choose another --out, or delete it", experiment.plan.rounds
+    if stored and {**stored, "plan": {**stored["plan"], "rounds": rounds}} == new:
+        if stored["plan"]["rounds"] in extends:
+            return
+        if stored["plan"]["rounds"] < rounds:
+            advice = f"extend it with `fedbn resume {out} --rounds {rounds}`"
+    raise UserError(f"{out} has another comparison; {advice}")
 
 
 def drop_unsupported(experiment: Experiment) -> tuple[Experiment, list[str]]:

@@ -8,7 +8,7 @@ import queue
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from fedbn.federation.setup import build_context
 from fedbn.stacked.memory import collect_garbage_rarely, keep_freed_memory
 from simulations.engines.execute import Engine, execute
 from simulations.results.files import write_run
-from simulations.storage.checkpoint import load_latest, previous_checkpoint, save_outcome
+from simulations.storage.checkpoint import load_latest, load_outcome, previous_checkpoint, save_outcome
 from simulations.storage.provenance import NUMERICS, check_numerics, code_digest
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -30,10 +30,17 @@ CHECKPOINT = "checkpoint.safetensors"
 
 @dataclass(frozen=True)
 class Task:
-    """A run and its results directory."""
+    """A run and its results directory.
+
+    Attributes:
+        run: the run.
+        directory: its results directory.
+        extends: numbers of rounds of former versions of the experiment; their last checkpoints are used if possible.
+    """
 
     run: Run
     directory: str
+    extends: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -90,7 +97,7 @@ def run_task(task: Task, engine: Engine, report: Report) -> None:
     ctx = build_context(task.run)
     sources = ctx.population.sources
     checkpoint = directory / CHECKPOINT
-    resume = load_latest(checkpoint, task.run, sources)
+    resume = load_latest(checkpoint, task.run, sources) or load_shorter(task, ctx)
     if resume is not None:
         report(Event(task.directory, len(resume.curve)))
 
@@ -107,6 +114,26 @@ def run_task(task: Task, engine: Engine, report: Report) -> None:
     write_run(directory.parent.parent, directory.name, run_result(task.run, ctx, outcome))
     previous_checkpoint(checkpoint).unlink(missing_ok=True)
     report(Event(task.directory, rounds, ended=True, values=_means(outcome)))
+
+
+def load_shorter(task: Task, ctx: RunContext) -> Outcome | None:
+    """The last round of the longest finished run that differs from this run only by a smaller number of rounds.
+
+    None if there is no such run, or if training depends on the total number of rounds.
+    """
+    plan = task.run.plan
+    if plan.schedule != "constant" or ctx.strategy.depends_on_rounds or ctx.personal.depends_on_rounds:
+        return None
+    for rounds in sorted((r for r in task.extends if r < plan.rounds), reverse=True):
+        run = replace(task.run, plan=replace(plan, rounds=rounds))
+        path = Path(task.directory).with_name(run.id) / CHECKPOINT
+        # The last round is always evaluated. A longer run evaluates it only if it is a multiple of eval_every.
+        if path.exists() and rounds % plan.eval_every == 0:
+            outcome = load_outcome(path, run, ctx.population.sources)
+            if len(outcome.curve) == rounds:
+                outcome.scores = {}
+                return outcome
+    return None
 
 
 def _means(outcome: Outcome) -> dict[str, float]:

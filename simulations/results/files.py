@@ -100,6 +100,8 @@ def finished_runs(directory: Path, meta: dict[str, Any]) -> tuple[list[tuple[str
     for path in sorted((directory / "runs").glob("*/result.json")):
         run, result = path.parent.name, read_json(path)
         pair = (result["strategy"], result["seed"])
+        if result["rounds"] in meta.get("extends", ()):
+            continue  # a run of fewer rounds, which is being extended
         if pair[0] not in meta["strategies"] or pair[1] not in meta["seeds"]:
             foreign.append(run)
         elif pair in found:

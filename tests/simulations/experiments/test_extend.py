@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from fedbn.errors import UserError
+from fedbn.federation.loop import federate
+from fedbn.federation.run import plan_for
+from fedbn.federation.setup import build_context
+from fedbn.strategies.base import strategies
+from simulations.experiments import tasks
+from simulations.experiments.compare import compare, resume
+from simulations.experiments.experiment import Experiment
+from simulations.results.comparison import Comparison
+from tests.helpers import same
+
+
+def experiment(*strategies, seeds=1, **plan):
+    plan = plan_for("digits8:images=600", **{"rounds": 2, "global_test": 60, "eval_every": 2} | plan)
+    return Experiment("digits8:images=600", strategies or ("fedbn",), plan=plan, seeds=seeds)
+
+
+def results(directory):
+    paths = sorted((directory / "runs").glob("*/result.json"))
+    return {p.parent.name: json.loads(p.read_text()) | {"seconds": None} for p in paths}
+
+
+@pytest.fixture
+def executed(monkeypatch):
+    """The first round of every run that is executed, by strategy."""
+    first, execute = {}, tasks.execute
+
+    def record(run, engine, resume, *rest):
+        first[run.strategy] = len(resume.curve) + 1 if resume else 1
+        return execute(run, engine, resume, *rest)
+
+    monkeypatch.setattr(tasks, "execute", record)
+    return first
+
+
+def test_resume_with_more_rounds_extends_every_run_to_the_same_numbers(tmp_path, executed):
+    compare(experiment("fedbn", "fedtan", "fixbn", "fedbn+scaffold"), tmp_path / "extended", workers=1)
+    executed.clear()
+    resume(tmp_path / "extended", 4, workers=1)
+    assert executed == {"fedbn": 3, "fedtan": 3, "fixbn": 1, "fedbn+scaffold": 3}
+    compare(experiment("fedbn", "fedtan", "fixbn", "fedbn+scaffold", rounds=4), tmp_path / "whole", workers=1)
+    assert results(tmp_path / "extended") == results(tmp_path / "whole")
+    assert Comparison.load(tmp_path / "extended").missing == 0
+
+
+def test_interrupted_extension_is_resumed_and_extended_again(tmp_path, monkeypatch, executed):
+    compare(experiment(seeds=2), tmp_path / "extended", workers=1)
+    save, saved = tasks.save_outcome, []
+
+    def interrupt(path, run, outcome, *rest):
+        save(path, run, outcome, *rest)
+        saved.append(len(outcome.curve))
+        if saved[-1] == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(tasks, "save_outcome", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        resume(tmp_path / "extended", 4, workers=1)
+    with pytest.raises(UserError, match="no finished run yet"):
+        Comparison.load(tmp_path / "extended")  # shorter runs are not mixed with longer ones
+    monkeypatch.setattr(tasks, "save_outcome", save)
+    resume(tmp_path / "extended", 6, workers=1)
+    assert executed["fedbn"] == 3  # of the second seed, which the interrupted extension had not reached
+    compare(experiment(rounds=6, seeds=2), tmp_path / "whole", workers=1)
+    assert results(tmp_path / "extended") == results(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("plan", "first"), [({"schedule": "cosine"}, 1), ({"rounds": 3}, 1), ({}, 3)])
+def test_runs_start_again_if_their_first_rounds_would_differ(tmp_path, executed, plan, first):
+    compare(experiment(**plan), tmp_path, workers=1)
+    resume(tmp_path, 4, workers=1)
+    assert executed["fedbn"] == first
+
+
+def test_more_rounds_in_the_same_directory_suggest_to_extend(tmp_path, run_cli):
+    command = ("compare", "digits8:images=600", "--strategies", "fedbn", "--seeds", 1, "--out", "out")
+    assert run_cli(*command, "--rounds", 1)[0] == 0
+    before = results(tmp_path / "out")
+    code, _, error = run_cli(*command, "--rounds", 2)
+    assert code == 2
+    assert "fedbn resume out --rounds 2" in error
+    code, _, error = run_cli(*command, "--rounds", 2, "--lr", 0.5)
+    assert "resume" not in error
+    assert "choose another --out" in error
+    assert results(tmp_path / "out") == before
+    assert run_cli("resume", "out", "--rounds", 2, "--workers", 1)[0] == 0
+    assert {r["rounds"] for r in results(tmp_path / "out").values()} == {2}
+    code, _, error = run_cli("resume", "out", "--rounds", 1)
+    assert code == 2
+    assert "already has 2 rounds" in error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [n for n, kind in strategies().items() if not kind.depends_on_rounds])
+def test_first_rounds_do_not_depend_on_the_number_of_rounds(small, name):
+    try:
+        run = small(name, model="mlp", rounds=2, eval_every=8).resolved()
+        ctx = build_context(run)
+    except UserError as error:
+        pytest.skip(str(error))
+
+    class Stopped(Exception):
+        pass
+
+    long, short = small(name, model="mlp", rounds=8, eval_every=8), federate(run, ctx=ctx)
+    found = []
+
+    def stop(number, outcome):
+        if number == 2:
+            found.append(outcome)
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        federate(long, on_round=stop)
+    assert same(found[0].server.state, short.server.state)
+    assert found[0].client_states.keys() == short.client_states.keys()
+    assert all(same(found[0].client_states[u], short.client_states[u]) for u in short.client_states)
