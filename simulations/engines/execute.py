@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 from flwr.app import Context, RecordDict
 
 from clients.app import app as client_app
 from clients.records import arrays, set_threads, tensors
-from fedbn.errors import UserError, unknown
+from fedbn.errors import UserError, install_extra, unknown
 from fedbn.federation.loop import federate
 from fedbn.federation.run import Run
 from fedbn.federation.server import Outcome
@@ -39,7 +40,7 @@ def parse_engine(text: str) -> tuple[str, Executor]:
     """Parse the name of an engine and its executor.
 
     Raises:
-        UserError: unknown name.
+        UserError: unknown name, or Ray is not installed.
 
     >>> parse_engine("grid:stacked")
     ('grid', 'stacked')
@@ -47,6 +48,8 @@ def parse_engine(text: str) -> tuple[str, Executor]:
     name, colon, executor = text.partition(":")
     if name not in ENGINES:
         raise unknown("engine", name, ENGINES)
+    if name == "ray" and find_spec("ray") is None:
+        raise UserError(f"engine ray needs Ray: {install_extra('ray')}; or use --engine grid (same numbers)")
     if colon and name == "ray" and not re.fullmatch(r"auto|[\w.-]+:\d+", executor):
         raise UserError(f"engine {text!r}: a Ray cluster is addressed as ray:HOST:PORT, for example ray:10.0.0.1:6379")
     if colon and name == "reference":

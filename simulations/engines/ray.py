@@ -7,7 +7,6 @@ with the same file resumes after an interruption.
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import shutil
 from collections.abc import Callable, Iterator
@@ -17,7 +16,6 @@ from pathlib import Path
 import torch
 
 from clients.persistence import STATE_DIR_VARIABLE
-from fedbn.errors import UserError, install_extra
 from fedbn.federation.run import Run
 from fedbn.federation.server import Outcome
 from fedbn.federation.setup import build_context
@@ -36,7 +34,6 @@ def run_on_ray(run: Run, *, actors: int | None = None, address: str = "", out: P
         out: checkpoint file of the server; None: no checkpoints.
 
     Raises:
-        UserError: Ray is not installed, or the run has invalid settings.
         FlowerRunError: the simulation failed.
     """
     state_dir = None if out is None else out.resolve().with_name("states")
@@ -59,11 +56,8 @@ def ray_session(
         state_dir: directory for client states; None: in memory.
 
     Raises:
-        UserError: Ray is not installed.
         FlowerRunError: the SuperLink does not start.
     """
-    if importlib.util.find_spec("ray") is None:
-        raise UserError(f"engine ray needs Ray: {install_extra('ray')}; or use --engine grid (same numbers)")
     processes = ProcessGroup()
     with temporary_workspace(processes.stop) as directory:
         environment = {"RAY_ADDRESS": address} if address else {}

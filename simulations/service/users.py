@@ -85,7 +85,6 @@ class UserStore:
         if (first := next(iter(bank.store), None)) is not None:
             BNState.from_bytes(bank.store[first], bank.model, bank.rule_text)
         drift_detector = detector(self.drift)
-        drift_detector.new()  # fail early if its package is missing
         path, layer = next(iter(statistics_layers(self.net.model).items()))
         self._first_layer = {path: layer}
         scale = torch.as_tensor(layer.running_var).double().numpy()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -25,10 +26,12 @@ class Tracker(ABC):
     Attributes:
         name: name for ``--track``.
         package: required package.
+        created: topmost directory that was created for the tracker; None if its directory existed.
     """
 
     name: ClassVar[str]
     package: ClassVar[str]
+    created: Path | None = None
 
     @abstractmethod
     def __init__(self, directory: Path) -> None:
@@ -166,21 +169,32 @@ def open_tracker(text: str) -> Tracker:
         raise UserError(f"--track {text} has no directory: write {name}:DIR")
     directory = Path(path)
     tracker_class = TRACKERS[name]
+    created = _first_missing(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        return tracker_class(directory)
-    except OSError as error:
-        raise UserError(f"--track {text}: cannot write to {path}: {error.strerror or error}") from None
-    except ImportError as error:
+        tracker = tracker_class(directory)
+    except (OSError, ImportError) as error:
+        if created:
+            shutil.rmtree(created, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise UserError(f"--track {text}: cannot write to {path}: {error.strerror or error}") from None
         raise UserError(
             f"--track {name} needs the package {tracker_class.package} ({error}): {install_extra('trackers')}"
         ) from None
+    tracker.created = created
+    return tracker
+
+
+def _first_missing(directory: Path) -> Path | None:
+    """The topmost directory that has to be created for ``directory``; None if it exists."""
+    missing = [path for path in (directory, *directory.parents) if not path.exists()]
+    return missing[-1] if missing else None
 
 
 class Tracking:
     """Forwards the events of a comparison, and complete runs of other commands, to trackers.
 
-    A context manager that closes the trackers.
+    A context manager that closes the trackers. Directories that it created are removed if nothing was logged.
     """
 
     def __init__(self, texts: Iterable[str] = ()) -> None:
@@ -195,6 +209,8 @@ class Tracking:
     def __exit__(self, *exception: object) -> None:
         for tracker in self.trackers:
             tracker.close()
+            if tracker.created and not self.logged_runs:
+                shutil.rmtree(tracker.created, ignore_errors=True)
 
     def started(self, title: str, tasks: Sequence[Task]) -> None:
         """Remember the runs of a batch of tasks."""
@@ -227,6 +243,7 @@ class Tracking:
             for step, values in points.items():
                 tracker.log(name, step, {_plain(k): float(v) for k, v in values.items() if math.isfinite(v)})
             tracker.end(name)
+        self.logged_runs.add(run)
 
 
 def _plain(name: str) -> str:

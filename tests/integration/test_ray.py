@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -199,12 +198,3 @@ def test_node_pool_rejects_too_few_nodes():
     grid = InProcessGrid(client_app, 2, {})
     with task_identity(1), pytest.raises(UserError, match="add --federation-config 'num-supernodes=10' to flwr run"):
         NodePool(grid, 10)
-
-
-def test_ray_engine_requires_ray(monkeypatch):
-    find_spec = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *rest: None if name == "ray" else find_spec(name, *rest)
-    )
-    with pytest.raises(UserError, match=r"pip install 'fedbn\[ray\]'"):
-        execute(short_run("fedbn"), "ray")

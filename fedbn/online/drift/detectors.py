@@ -91,7 +91,9 @@ def detector(text: str) -> Detector:
     """Detector from a text such as ``adwin:delta=0.01``.
 
     Raises:
-        UserError: unknown name or option.
+        UserError: unknown name or option, or river is not installed.
     """
     kinds: tuple[type[Detector], ...] = (Adwin, PageHinkley)
-    return parse(text, "drift detector", {k.name: k for k in kinds})
+    parsed = parse(text, "drift detector", {k.name: k for k in kinds})
+    parsed.new()  # raises the error before any work starts
+    return parsed

@@ -209,7 +209,7 @@ def test_input_means_reject_model_without_statistics():
 def test_detector_reports_missing_river(monkeypatch):
     monkeypatch.setitem(sys.modules, "river", None)
     with pytest.raises(UserError, match=r"drift detection needs river: pip install 'fedbn\[online\]'"):
-        detector("adwin").new()
+        detector("adwin")
 
 
 def test_action_parses_every_name():
@@ -226,7 +226,7 @@ def test_actions_work_on_a_personalized_model():
     row = input_means(torch.randn(1, 2, 8)).numpy()
     for _ in range(10):
         statistics.update(row, [0])
-    monitor = UserMonitor(detector("adwin").new(), statistics, recent=[(row[0] + 100, 0)])
+    monitor = UserMonitor(detector("adwin"), statistics, recent=[(row[0] + 100, 0)])
     Branch().apply(net, "ann", monitor)
     assert net.state("ann").n == 0
     monitor.recent = [(row[0], 0)]
