@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import re
 import sys
 from importlib import metadata
 from typing import Annotated
@@ -22,6 +25,7 @@ from simulations.cli.options import errors
 from simulations.cli.quiet import add_quiet_option
 from simulations.cli.report import report
 from simulations.cli.service import demo, serve
+from simulations.cli.terminal import write_any_terminal
 
 app = typer.Typer(
     name="fedbn",
@@ -29,6 +33,9 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
+)
+ALLOCATION_FAILED = re.compile(
+    "can't allocate memory|cannot allocate memory|out of memory|failed to map segment", re.IGNORECASE
 )
 operations = (claims, eeg, deploy, adapt, serve, demo, report, export, leakage, new, compare, resume)
 for command in (*operations, advise, list_, audit, data):
@@ -54,11 +61,41 @@ def _before(
 def main() -> None:
     """Entry point. User errors print one line and exit with code 2; an interruption exits with code 130."""
     sys.path.insert(0, "")  # so that models and scenarios in the working directory can be imported
+    write_any_terminal()
     try:
         add_quiet_option(app)()
-    except UserError as error:
-        errors.print(f"[bold red]error:[/] {_plain(str(error))}", highlight=False)
+    except (UserError, MemoryError, OSError, RuntimeError, ImportError) as error:
+        if (message := user_message(error)) is None:
+            raise
+        errors.print(f"[bold red]error:[/] {_plain(message)}", highlight=False)
         sys.exit(2)
+
+
+def user_message(error: Exception) -> str | None:
+    """The message of an error that the user can fix; None for any other error.
+
+    >>> user_message(OSError(28, "No space left on device", "out/a"))
+    'No space left on device (out/a): free disk space and run the same command again; finished results are stored'
+    """
+    if isinstance(error, UserError):
+        return str(error)
+    number = error.errno if isinstance(error, OSError) else None
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        place = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""
+        return (
+            f"{os.strerror(number)}{place}: free disk space and run the same command again; finished results are stored"
+        )
+    # A failed allocation is a RuntimeError in PyTorch, and an ImportError where a library is loaded.
+    if isinstance(error, MemoryError) or number == errno.ENOMEM or ALLOCATION_FAILED.search(str(error)):
+        return (
+            "not enough memory: use fewer --workers, a smaller --batch-size or a smaller model; "
+            "finished results are stored"
+        )
+    if type(error).__name__ == "BrokenProcessPool":
+        return (
+            "a worker process was killed, probably for lack of memory: use fewer --workers; finished results are stored"
+        )
+    return None
 
 
 def _plain(text: str) -> str:
