@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import zlib
-from contextlib import suppress
 from pathlib import Path
 from typing import cast
 
@@ -25,6 +24,7 @@ from safetensors.torch import save
 
 from clients.config import run_from_config
 from clients.records import arrays, tensors
+from fedbn.files import replace_file
 from fedbn.nn.roles import State, with_prefix
 
 FORMAT_VERSION = 3
@@ -110,30 +110,3 @@ def checksum(text: str, tensors: State) -> int:
         values = tensors[name].reshape(-1).view(torch.uint8).numpy().data
         crc = zlib.crc32(values, zlib.crc32(name.encode(), crc))
     return crc
-
-
-def replace_file(path: Path, data: bytes, backup: Path | None = None) -> None:
-    """Replace a file atomically: an interruption at any time leaves the old or the new file.
-
-    Args:
-        path: file to write.
-        data: its new content.
-        backup: new path of the old file; None: the old file is discarded.
-
-    Raises:
-        OSError: the file cannot be written; the old file is unchanged.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        if backup is not None and path.exists():
-            path.replace(backup)
-        temporary.replace(path)
-    except OSError:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)  # a partial file would only take up disk space
-        raise

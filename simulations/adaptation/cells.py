@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fedbn.federation.run import Run
+from fedbn.files import DamagedFile, read_json, write_atomically, write_json
 from fedbn.nn.inference import logits
 from fedbn.online import personalize
 from fedbn.online.drift.monitor import DriftMonitor
@@ -34,7 +37,6 @@ from fedbn.tta import Adapter, Method
 from simulations.adaptation.methods import adaptation_method
 from simulations.adaptation.source_model import SourceModel, UserGroup
 from simulations.adaptation.warm_starts import start
-from simulations.storage.checkpoint import write_atomically
 from simulations.storage.provenance import NUMERICS, check_numerics, code_digest
 
 SOURCE = "source"
@@ -146,14 +148,15 @@ def write_cell(out: Path, cell: Cell, traces: Sequence[Trace], facts: dict[str, 
     folder = out / "cells"
     tables = [{"user": t.user, "window": range(len(t.y))} | {c: getattr(t, c) for c in COLUMNS} for t in traces]
     frame = pd.concat(map(pd.DataFrame, tables))
-    write_atomically(folder / f"{cell.id}.parquet", frame.to_parquet(index=False))
+    predictions = frame.to_parquet(index=False)
+    write_atomically(folder / f"{cell.id}.parquet", predictions)
     record = {"cell": asdict(cell), "numerics": NUMERICS, "code": code_digest()}
-    record |= {"digests": {t.user: t.digest for t in traces}, **facts}
-    write_atomically(folder / f"{cell.id}.json", json.dumps(record, indent=1).encode())
+    record |= {"predictions": zlib.crc32(predictions), "digests": {t.user: t.digest for t in traces}, **facts}
+    write_json(folder / f"{cell.id}.json", record)
 
 
 def read_cell(out: Path, cell: Cell) -> tuple[list[Trace], dict[str, Any]] | None:
-    """Read a finished cell, or None.
+    """Read a finished cell; None if it is not finished or damaged.
 
     Raises:
         UserError: the cell was computed with other numerics.
@@ -161,9 +164,14 @@ def read_cell(out: Path, cell: Cell) -> tuple[list[Trace], dict[str, Any]] | Non
     path = out / "cells" / f"{cell.id}.json"
     if not path.exists():
         return None
-    facts = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        facts, predictions = read_json(path), path.with_suffix(".parquet").read_bytes()
+    except (DamagedFile, FileNotFoundError):
+        return None
     check_numerics(path, facts.get("numerics"))
-    frame = pd.read_parquet(path.with_suffix(".parquet"))
+    if zlib.crc32(predictions) != facts["predictions"]:
+        return None
+    frame = pd.read_parquet(io.BytesIO(predictions))
     traces = [
         Trace(str(user), facts["digests"][user], *(part[c].to_numpy() for c in COLUMNS))
         for user, part in frame.groupby("user", sort=False)

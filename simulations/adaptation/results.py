@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import io
+import json
 import math
+import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from fedbn.files import write_atomically, write_json
 from fedbn.online.prequential import Trace
 from fedbn.online.prequential_metrics import cost, fading_mean, harmed, regret, score, windows_to_close, worst_decile
 from simulations.adaptation.cells import BOUNDS, SOURCE, Cell
@@ -20,7 +22,6 @@ from simulations.adaptation.plots import accuracy_curve_figure, users_figure
 from simulations.adaptation.study import Results, Study
 from simulations.report.plots import png
 from simulations.results.inference import adjust, estimate, mean_of_users, signed_rank
-from simulations.storage.checkpoint import write_atomically
 from simulations.storage.provenance import NUMERICS, code_digest, versions
 
 PARTS = (0.5, 0.8, 0.9)
@@ -182,21 +183,22 @@ def write(out: Path, study: Study, results: Results, command: str) -> pd.DataFra
     """
     users, curves = users_frame(results), accuracy_curve(results)
     found = summary(results, users)
-    for name, frame in (("users", users), ("summary", found), ("accuracy_curve", curves)):
-        buffer = io.BytesIO()
-        frame.to_parquet(buffer, index=False)
-        write_atomically(out / f"{name}.parquet", buffer.getvalue())
+    tables = {"users": users, "summary": found, "accuracy_curve": curves}
+    files = {f"{name}.parquet": frame.to_parquet(index=False) for name, frame in tables.items()}
+    for name, content in files.items():
+        write_atomically(out / name, content)
     record = {
         "study": asdict(study),
         "command": command,
         "numerics": NUMERICS,
         "code": code_digest(),
         "versions": versions(),
+        "files": {name: zlib.crc32(content) for name, content in files.items()},
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "streams": {f"{c.stream}, seed {c.run.seed}": {t.user: t.digest for t in r[0]} for c, r in results.items()},
     }
     text = pd.Series(record | {"summary": found.to_dict(orient="records")}).to_json(indent=1)
-    write_atomically(out / "adapt.json", text.encode())
+    write_json(out / "adapt.json", json.loads(text))
     for name, figure in (("accuracy_curve", accuracy_curve_figure(curves)), ("users", users_figure(users, found))):
         write_atomically(out / f"{name}.png", png(figure))
     return found

@@ -16,6 +16,7 @@ from fedbn.config import Conditions, nest
 from fedbn.errors import UserError
 from fedbn.federation.run import Run, plan_for
 from fedbn.federation.setup import build_context
+from fedbn.files import locked
 from fedbn.online.prequential import Trace
 from fedbn.plugins import build, render, table
 from fedbn.streams import stream
@@ -131,6 +132,18 @@ def run_study(
     study = study.resolved()
     for run in study.runs():
         build_context(run)
+    with locked(out):
+        return _run_study(study, out, engine, report, began, done)
+
+
+def _run_study(
+    study: Study,
+    out: Path,
+    engine: Engine,
+    report: Report,
+    began: Callable[[Sequence[Cell]], None],
+    done: Done,
+) -> tuple[Study, Results]:
     sources = {run: train_source_model(run, out, engine, report) for run in study.runs()}
     for text in study.streams:
         for source in sources.values():

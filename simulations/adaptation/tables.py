@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import math
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
+from fedbn.files import DamagedFile, read_json
 from simulations.adaptation.cells import BOUNDS
 from simulations.adaptation.study import Study
 from simulations.report.documents import replace_block
@@ -75,9 +78,14 @@ def update_study_document(directory: Path, document: Path) -> None:
         document: a Markdown file.
 
     Raises:
-        UserError: the document or its markers are missing.
+        UserError: the document or its markers are missing, or the study is damaged.
     """
-    found = pd.read_parquet(directory / "summary.parquet")
+    remedy = "run the same study again; finished cells are used"
+    path = directory / "summary.parquet"
+    content, files = path.read_bytes(), read_json(directory / "adapt.json", remedy)["files"]
+    if zlib.crc32(content) != files[path.name]:
+        raise DamagedFile(path, ValueError("wrong checksum"), remedy)
+    found = pd.read_parquet(io.BytesIO(content))
     replace_block(document, directory.resolve().name, table(found))
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from fedbn.errors import UserError
+from fedbn.files import write_atomically
 from simulations.claims.claim import Verdict, discover_studies
 from simulations.claims.figures import figure
 from simulations.claims.notes import TRIED
@@ -14,7 +15,6 @@ from simulations.claims.store import FULL_SEEDS, QUICK_SEEDS
 from simulations.claims.verdicts import Entry, rerun_command
 from simulations.report.plots import png
 from simulations.results.formatting import markdown_table
-from simulations.storage.checkpoint import write_atomically
 from simulations.storage.provenance import versions
 
 MARKS: dict[Verdict, str] = {"holds": "✔ holds", "does not hold": "✘ does not hold", "undecided": "? undecided"}

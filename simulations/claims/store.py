@@ -6,6 +6,7 @@ import importlib
 import json
 import math
 import multiprocessing
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 
+from fedbn.files import with_checksum, without_checksum
 from simulations.claims.claim import Claim
 from simulations.claims.studies import common
 from simulations.storage.provenance import NUMERICS, code_digest
@@ -54,7 +56,7 @@ def cells(claims: Sequence[Claim], seeds: int, quick: bool) -> list[Cell]:
 
 
 class Store:
-    """Results of cells in a JSON Lines file; lines of other numerics and a truncated last line are ignored.
+    """Results of cells in a JSON Lines file. Lines of other numerics and damaged lines are ignored.
 
     Args:
         path: path of the file.
@@ -63,10 +65,10 @@ class Store:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.results: dict[Cell, dict[str, Any]] = {}
-        for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
             try:
-                line = json.loads(text)
-            except json.JSONDecodeError:
+                line = without_checksum(json.loads(text))
+            except ValueError:
                 continue
             if line.get("numerics") == numerics(line["cell"]["study"]):
                 self.results[Cell(**line["cell"])] = line
@@ -85,7 +87,9 @@ class Store:
         # A truncated line must not be joined with the next one.
         truncated = self.path.exists() and not self.path.read_bytes().endswith(b"\n")
         with self.path.open("a", encoding="utf-8") as file:
-            file.write("\n" * (truncated and self.path.stat().st_size > 0) + json.dumps(line) + "\n")
+            file.write("\n" * (truncated and self.path.stat().st_size > 0) + json.dumps(with_checksum(line)) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def numerics(study: str) -> list[int]:

@@ -43,6 +43,7 @@ def claims(
         return
     if names and all_:
         raise UserError("give names or --all, not both")
+    from fedbn.files import locked
     from simulations.claims.page import MARKS, format_effect, write
     from simulations.claims.store import FULL_SEEDS, QUICK_SEEDS, Store, cells
     from simulations.claims.verdicts import decide
@@ -50,9 +51,9 @@ def claims(
 
     wanted = chosen(names or ())
     count = seeds or (QUICK_SEEDS if quick else FULL_SEEDS)
-    store = Store(out / "claims" / "cells.jsonl")
     todo = cells(wanted, count, quick)
-    with Tracking(track or ()) as tracking:
+    with Tracking(track or ()) as tracking, locked(out / "claims"):
+        store = Store(out / "claims" / "cells.jsonl")
         try:
             _run_cells(todo, store, workers or os.cpu_count() or 1)
         except KeyboardInterrupt:

@@ -65,8 +65,10 @@ def _model(directory: Path, strategy: str, seed: int, user: str | None) -> tuple
     from fedbn.federation.client import user_state
     from fedbn.federation.run import Run
     from fedbn.federation.setup import build_context
+    from fedbn.files import read_json
     from simulations.experiments.tasks import CHECKPOINT
     from simulations.results.comparison import Comparison
+    from simulations.results.files import recompute
     from simulations.storage.checkpoint import load_outcome
 
     runs = Comparison.load(directory).runs
@@ -76,7 +78,7 @@ def _model(directory: Path, strategy: str, seed: int, user: str | None) -> tuple
     if found.empty:
         raise unknown("seed of this comparison", str(seed), map(str, runs["seed"].unique()))
     place = directory / "runs" / found["run"].iloc[0]
-    run = Run.from_dict(json.loads((place / "result.json").read_text(encoding="utf-8"))["run"])
+    run = Run.from_dict(read_json(place / "result.json", recompute(directory))["run"])
     ctx = build_context(run)
     outcome = load_outcome(place / CHECKPOINT, run, ctx.population.sources)
     names = [u.name for u in ctx.population.users]

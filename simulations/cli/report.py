@@ -90,10 +90,10 @@ def show_comparison(directory: Path, as_json: bool) -> None:
 
 
 def _write(directories: list[Path], format_: Format, out: Path | None) -> None:
+    from fedbn.files import write_atomically
     from simulations.report.page import FORMATS
     from simulations.results.comparison import Comparison
     from simulations.results.side_by_side import SideBySide
-    from simulations.storage.checkpoint import write_atomically
 
     found = SideBySide.load(directories) if len(directories) > 1 else Comparison.load(directories[0])
     text = FORMATS[format_.value][1](found)

@@ -10,7 +10,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from fedbn.errors import UserError
 from fedbn.federation.run import Run
 from fedbn.federation.server import Outcome, Server
 from fedbn.federation.setup import build_context
+from fedbn.files import locked
 from fedbn.nn.roles import State
 from simulations.engines.execute import execute
 from simulations.flower.certificates import make_certificates
@@ -72,16 +73,19 @@ def deploy(run: Run, *, tls: bool = False, notify: Notify = lambda text: None, o
         FlowerRunError: a process exited, or the run failed.
     """
     users = len(build_context(run).population.users)
-    start = time.perf_counter()
-    checkpoint = None if out is None else out / CHECKPOINT
-    if checkpoint is not None and (partial := load_latest(checkpoint, run)):
-        notify(f"{out} holds {len(partial.curve)} of {run.plan.rounds} rounds; resuming")
-    with deployment(users, tls=tls, notify=notify, state_dir=None if out is None else out.resolve() / "states") as link:
-        ready = time.perf_counter()
-        notify(f"{users} SuperNodes are online after {ready - start:.1f} s")
-        deployed = link.execute(run, out=checkpoint)
-        done = time.perf_counter()
-        notify(f"the run took {done - ready:.1f} s; stopping")
+    with ExitStack() as stack:
+        if out is not None:
+            stack.enter_context(locked(out))
+            if partial := load_latest(out / CHECKPOINT, run):
+                notify(f"{out} holds {len(partial.curve)} of {run.plan.rounds} rounds; resuming")
+        start = time.perf_counter()
+        states = None if out is None else out.resolve() / "states"
+        with deployment(users, tls=tls, notify=notify, state_dir=states) as link:
+            ready = time.perf_counter()
+            notify(f"{users} SuperNodes are online after {ready - start:.1f} s")
+            deployed = link.execute(run, out=None if out is None else out / CHECKPOINT)
+            done = time.perf_counter()
+            notify(f"the run took {done - ready:.1f} s; stopping")
     stopped = time.perf_counter()
     in_process = execute(run, "grid")
     seconds = {"start": ready - start, "run": done - ready, "grid": time.perf_counter() - stopped}

@@ -6,7 +6,6 @@ in its own directory. Finished runs are not repeated, and a resumed experiment g
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -18,13 +17,14 @@ from typing import Any
 from fedbn.errors import UserError
 from fedbn.federation.metrics import COLUMNS
 from fedbn.federation.setup import build_context
+from fedbn.files import locked, read_json, write_atomically
 from simulations.engines.execute import Engine, parse_engine
 from simulations.experiments.experiment import Experiment
 from simulations.experiments.preflight import LEFT_OUT, preflight
 from simulations.experiments.shift import measure_shift
 from simulations.experiments.tasks import Report, Task, run_tasks
 from simulations.results.comparison import Comparison
-from simulations.results.files import read_json, write_comparison, write_shift
+from simulations.results.files import write_comparison, write_shift
 from simulations.storage.provenance import NUMERICS, check_numerics, code_digest, versions
 
 
@@ -54,7 +54,7 @@ def select_rates(tasks: Sequence[Task]) -> dict[str, float]:
     """The learning rate with the best mean accuracy on validation data by strategy (ties: the smaller)."""
     best: dict[str, tuple[float, float]] = {}
     for task in tasks:
-        result = json.loads((Path(task.directory) / "result.json").read_text(encoding="utf-8"))
+        result = read_json(Path(task.directory) / "result.json")
         own = [e["accuracy"] for e in result["evaluations"] if (e["row"], e["column"]) == ("own", "aggregated")]
         candidate = (sum(own) / len(own), -task.run.plan.lr)
         if task.run.strategy not in best or candidate > best[task.run.strategy]:
@@ -119,6 +119,22 @@ def compare(
         "engine": engine,
         "extends": list(extends),
     }
+    with locked(out):
+        _run(experiment, out, meta, engine, workers, report, started, extends)
+    return out
+
+
+def _run(
+    experiment: Experiment,
+    out: Path,
+    meta: dict[str, Any],
+    engine: Engine,
+    workers: int,
+    report: Report,
+    started: Callable[[str, Sequence[Task]], None],
+    extends: Sequence[int],
+) -> None:
+    """Tune if requested, execute all runs, and write the results."""
     write_comparison(out, meta)
     rates: dict[str, float] = {}
     if experiment.tune:
@@ -134,8 +150,8 @@ def compare(
     if extends:
         _remove_shorter_runs(out, extends)
     write_shift(out, measure_shift(experiment, tasks))
-    Comparison.load(out).evaluations.to_parquet(out / "evaluations.parquet", index=False)
-    return out
+    evaluations = Comparison.load(out).evaluations.to_parquet(index=False)
+    write_atomically(out / "evaluations.parquet", evaluations)
 
 
 def _settings(experiment: Experiment) -> dict[str, Any]:

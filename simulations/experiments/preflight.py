@@ -13,8 +13,8 @@ from typing import Any
 from fedbn.errors import UserError
 from fedbn.federation.run import Run
 from fedbn.federation.setup import build_context
+from fedbn.files import read_json
 from simulations.experiments.experiment import Experiment
-from simulations.results.files import read_json
 
 LEFT_OUT = "Left out:"
 """Prefix of the notice about a strategy that does not support an experiment's users or model."""
@@ -33,7 +33,8 @@ def default_directory(experiment: Experiment) -> Path:
 
 
 def _stored_experiment(directory: Path) -> Any:
-    return read_json(directory / "comparison.json").get("experiment")
+    remedy = "delete it and run the same comparison; finished runs are used"
+    return read_json(directory / "comparison.json", remedy).get("experiment")
 
 
 def _first_runs(experiment: Experiment, strategy: str) -> list[Run]:

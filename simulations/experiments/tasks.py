@@ -19,10 +19,17 @@ from fedbn.federation.context import RunContext
 from fedbn.federation.run import Run
 from fedbn.federation.server import Outcome
 from fedbn.federation.setup import build_context
+from fedbn.files import DamagedFile, read_json
 from fedbn.stacked.memory import collect_garbage_rarely, keep_freed_memory
 from simulations.engines.execute import Engine, execute
 from simulations.results.files import write_run
-from simulations.storage.checkpoint import load_latest, load_outcome, previous_checkpoint, save_outcome
+from simulations.storage.checkpoint import (
+    UnreadableCheckpoint,
+    load_latest,
+    load_outcome,
+    previous_checkpoint,
+    save_outcome,
+)
 from simulations.storage.provenance import NUMERICS, check_numerics, code_digest
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -88,10 +95,8 @@ def run_task(task: Task, engine: Engine, report: Report) -> None:
         UserError: the checkpoint or result has other numerics or other data.
     """
     directory = Path(task.directory)
-    finished = directory / "result.json"
     rounds = task.run.plan.rounds
-    if finished.exists():
-        check_result(finished, task.run)
+    if is_finished(directory, task.run):
         report(Event(task.directory, rounds, ended=True))
         return
     ctx = build_context(task.run)
@@ -145,12 +150,28 @@ def _means(outcome: Outcome) -> dict[str, float]:
     return {name: sum(values) / len(values) for name, values in accuracies.items()}
 
 
-def check_result(path: Path, run: Run) -> None:
-    """Raise an error unless a finished result belongs to this run and the current numerics."""
-    result = json.loads(path.read_text(encoding="utf-8"))
+def is_finished(directory: Path, run: Run) -> bool:
+    """Whether a directory has the result and the final checkpoint of a run. Damaged ones are computed again.
+
+    Raises:
+        UserError: the result belongs to another run or to other numerics.
+    """
+    path = directory / "result.json"
+    if not path.exists():
+        return False
+    try:
+        result = read_json(path)
+    except DamagedFile:
+        return False
     check_numerics(path, result.get("numerics"))
     if result["run"] != json.loads(run.to_json()):
         raise UserError(f"{path} belongs to another run; choose another --out")
+    try:
+        load_outcome(directory / CHECKPOINT, run)
+    except UnreadableCheckpoint:
+        (directory / CHECKPOINT).unlink(missing_ok=True)
+        return False
+    return True
 
 
 _events: Any = None

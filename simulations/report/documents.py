@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fedbn.errors import UserError
 from fedbn.federation.traffic import REPEATED
+from fedbn.files import write_atomically
 from simulations.results.comparison import Comparison
 from simulations.results.formatting import format_number, format_size, markdown_table
 from simulations.results.summary import answer, starts_rows
@@ -86,4 +87,4 @@ def replace_block(document: Path, name: str, content: str | None = None) -> None
     if not block.search(text):
         raise UserError(f"{document} has no block for {name}: add <!-- begin {name} --> and <!-- end {name} -->")
     if content is not None:
-        document.write_text(block.sub(lambda m: m[1] + content + m[2], text), encoding="utf-8")
+        write_atomically(document, block.sub(lambda m: m[1] + content + m[2], text).encode())

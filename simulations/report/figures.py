@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
+from fedbn.files import write_atomically
 from simulations.report import plots
 from simulations.results.comparison import Comparison
 from simulations.results.matrix import COLUMNS, ROWS
@@ -46,7 +47,7 @@ def _save(comparison: Comparison, name: str, title: str, caption: str, figure: F
     """Save a figure in the results directory and return it for the page."""
     text = plots.svg(figure, name, f"{title}. {caption} The numbers are in the tables of this page.")
     for suffix, draw in ((".png", plots.png), (".pdf", plots.pdf)):
-        (comparison.directory / "figures" / f"{name}{suffix}").write_bytes(draw(figure))
-    (comparison.directory / "figures" / f"{name}.svg").write_text(text, encoding="utf-8")
+        write_atomically(comparison.directory / "figures" / f"{name}{suffix}", draw(figure))
+    write_atomically(comparison.directory / "figures" / f"{name}.svg", text.encode())
     # Matplotlib's XML writer escapes the labels.
     return Picture(name, title, caption, Markup(text))

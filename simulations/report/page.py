@@ -16,13 +16,13 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from fedbn.data.packages import SOURCES
+from fedbn.files import write_atomically
 from simulations.report import html_tables
 from simulations.report.figures import paired_pictures, picture
 from simulations.results.comparison import Comparison
 from simulations.results.matrix import COLUMNS, ROWS
 from simulations.results.side_by_side import SideBySide
 from simulations.results.summary import is_bound, sentences
-from simulations.storage.checkpoint import write_atomically
 
 
 def write_report(directory: str | Path) -> Path:
@@ -35,16 +35,15 @@ def write_report(directory: str | Path) -> Path:
         Path of the page.
 
     Raises:
-        UserError: the directory is not a comparison, is damaged, or has no finished run.
+        UserError: the directory is not a comparison, is damaged, has no finished run, or cannot be written.
     """
     comparison = Comparison.load(directory)
     directory = comparison.directory
     for suffix, write in FORMATS.values():
-        (directory / f"matrix{suffix}").write_text(write(comparison), encoding="utf-8")
-    comparison.paired().to_csv(directory / "paired.csv", index=False)
-    (directory / "figures").mkdir(exist_ok=True)
+        write_atomically(directory / f"matrix{suffix}", write(comparison).encode())
+    write_atomically(directory / "paired.csv", comparison.paired().to_csv(index=False).encode())
     page = directory / "report.html"
-    page.write_text(_template().render(_context(comparison)), encoding="utf-8")
+    write_atomically(page, _template().render(_context(comparison)).encode())
     return page
 
 

@@ -13,12 +13,13 @@ from typing import Any
 import pandas as pd
 
 from fedbn.errors import UserError
+from fedbn.files import read_json
 from simulations.results.files import (
     expand_shared_models,
     finished_runs,
     lines_table,
     ownership_table,
-    read_json,
+    recompute,
     runs_table,
     summarize_notices,
 )
@@ -67,7 +68,7 @@ class Comparison(Matrix):
         directory = Path(directory)
         if not (directory / "comparison.json").is_file():
             raise UserError(f"{directory} is not a comparison: it has no comparison.json. Give a results directory")
-        meta = read_json(directory / "comparison.json")
+        meta = read_json(directory / "comparison.json", "delete it and run the same comparison; finished runs are used")
         runs, foreign = finished_runs(directory, meta)
         if not runs:
             raise UserError(f"{directory} has no finished run yet: finish the comparison first")
@@ -82,7 +83,7 @@ class Comparison(Matrix):
         return cls(
             directory=directory,
             meta=meta,
-            shift=read_json(shift) if shift.is_file() else {},
+            shift=read_json(shift, recompute(directory)) if shift.is_file() else {},
             runs=runs_table(runs),
             evaluations=expand_shared_models(
                 lines_table(

@@ -1,4 +1,4 @@
-"""Files of a comparison's results directory; writes are atomic, reads are checked.
+"""Files of a comparison's results directory. Writes are atomic, and every file has a checksum.
 
 ::
 
@@ -9,9 +9,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from typing import Any
 import pandas as pd
 
 from fedbn.errors import UserError
+from fedbn.files import read_json, write_json
 
 MAX_NAMES = 3
 """Number of strategies that a notice lists by name."""
@@ -26,24 +25,17 @@ MAX_NAMES = 3
 
 def write_comparison(directory: Path, meta: dict[str, Any]) -> None:
     """Write ``comparison.json``; call this first, so that an interrupted comparison can be read."""
-    _write(Path(directory) / "comparison.json", meta)
+    write_json(Path(directory) / "comparison.json", _finite(meta))
 
 
 def write_run(directory: Path, run: str, result: dict[str, Any]) -> None:
     """Write ``runs/<run>/result.json`` atomically: a run with this file is finished."""
-    _write(Path(directory) / "runs" / run / "result.json", result)
+    write_json(Path(directory) / "runs" / run / "result.json", _finite(result))
 
 
 def write_shift(directory: Path, shift: dict[str, Any]) -> None:
     """Write ``shift.json``: the measured differences between users."""
-    _write(Path(directory) / "shift.json", shift)
-
-
-def _write(path: Path, value: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(_finite(value), indent=1, allow_nan=False), encoding="utf-8")
-    os.replace(partial, path)
+    write_json(Path(directory) / "shift.json", _finite(shift))
 
 
 def _finite(value: Any) -> Any:
@@ -78,19 +70,9 @@ def summarize_notices(runs: Sequence[dict[str, Any]], known: Sequence[str] = ())
     return lines
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        UserError: the file is damaged.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}). Delete it and run the comparison again") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} is damaged (no JSON object). Delete it and run the comparison again")
-    return value
+def recompute(directory: Path) -> str:
+    """The remedy for a damaged result."""
+    return f"`fedbn resume {directory}` computes it again"
 
 
 def finished_runs(directory: Path, meta: dict[str, Any]) -> tuple[list[tuple[str, dict[str, Any]]], list[str]]:
@@ -98,7 +80,7 @@ def finished_runs(directory: Path, meta: dict[str, Any]) -> tuple[list[tuple[str
     found: dict[tuple[str, int], tuple[str, dict[str, Any]]] = {}
     foreign = []
     for path in sorted((directory / "runs").glob("*/result.json")):
-        run, result = path.parent.name, read_json(path)
+        run, result = path.parent.name, read_json(path, recompute(directory))
         pair = (result["strategy"], result["seed"])
         if result["rounds"] in meta.get("extends", ()):
             continue  # a run of fewer rounds, which is being extended

@@ -14,33 +14,15 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from clients.persistence import checksum, replace_file
+from clients.persistence import checksum
 from fedbn.errors import UserError
 from fedbn.federation.metrics import Score
 from fedbn.federation.run import Run
 from fedbn.federation.server import ClientFailure, Outcome, RoundMetrics, Server
 from fedbn.federation.traffic import Traffic
+from fedbn.files import write_atomically
 from fedbn.nn.roles import State, with_prefix
 from simulations.storage.provenance import NUMERICS, check_numerics, code_digest, versions
-
-
-def write_atomically(path: Path, data: bytes, backup: Path | None = None) -> None:
-    """Replace a file atomically.
-
-    Args:
-        path: file to write.
-        data: its new content.
-        backup: new path of the old file; None: the old file is discarded.
-
-    Raises:
-        UserError: the file cannot be written; the old file is unchanged.
-    """
-    try:
-        replace_file(path, data, backup)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error.strerror or error}; choose another --out or free disk space"
-        ) from None
 
 
 def previous_checkpoint(path: Path) -> Path:

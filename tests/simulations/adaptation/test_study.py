@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import zlib
 from dataclasses import replace
 
 import numpy as np
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 from fedbn.config import Plan
 from fedbn.errors import UserError
 from fedbn.federation.run import Run
+from fedbn.files import write_json
 from fedbn.nn.inference import logits
 from fedbn.online.prequential import Trace, source_baseline
 from fedbn.statistics.recalibration import recalibrate
@@ -133,6 +135,21 @@ def test_run_study_resumes_missing_cells(place, results):
         _, again = run_study(study(), place)
     assert calls == [lost]
     np.testing.assert_array_equal(again[lost][0][0].nll, results[lost][0][0].nll)
+
+
+@pytest.mark.parametrize("suffix", [".json", ".parquet"])
+def test_run_study_computes_damaged_cells_again(place, results, suffix):
+    damaged = next(c for c in results if c.rule == "tent")
+    path = place / "cells" / f"{damaged.id}{suffix}"
+    content = path.read_bytes()
+    for position in range(7, len(content), max(1, len(content) // 40)):
+        path.write_bytes(content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :])
+        found = read_cell(place, damaged)
+        assert found is None or found[1] == results[damaged][1]  # spaces of the JSON file can change
+    path.write_bytes(content[:100])
+    _, again = run_study(study(), place)
+    np.testing.assert_array_equal(again[damaged][0][0].nll, results[damaged][0][0].nll)
+    assert read_cell(place, damaged) is not None
 
 
 def test_read_cell_refuses_other_numerics(place, finished_study, monkeypatch):
@@ -322,6 +339,12 @@ def test_start_n0_weighs_calibration():
         start("recording:n0=-1")
 
 
+def write_summary(directory, lines):
+    path = directory / "summary.parquet"
+    pd.DataFrame(lines).to_parquet(path)
+    write_json(directory / "adapt.json", {"files": {path.name: zlib.crc32(path.read_bytes())}})
+
+
 def test_update_study_document_replaces_block(tmp_path):
     line = {"accuracy": 0.8, "low": 0.7, "high": 0.9, "gain": 0.1, "gain_low": 0.05, "gain_high": 0.15}
     line |= {"worst": 0.5, "harmed": 0.25, "p_adjusted": 0.01, "users": 4, "seeds": 2}
@@ -330,7 +353,7 @@ def test_update_study_document_replaces_block(tmp_path):
     lines = [line | {"rule": name} for name in ("bound-own", "source", "ema")]
     place, document = tmp_path / "mine", tmp_path / "page.md"
     place.mkdir()
-    pd.DataFrame(lines).to_parquet(place / "summary.parquet")
+    write_summary(place, lines)
     document.write_text("before\n<!-- begin mine -->\nold\n<!-- end mine -->\nafter\n")
     update_study_document(place, document)
     assert document.read_text() == (
@@ -341,10 +364,15 @@ def test_update_study_document_replaces_block(tmp_path):
         "| bound-own | .800 [.700, .900], +.100* [+.050, +.150] | .500 | 25% |\n<!-- end mine -->\nafter\n"
     )
     lines[-1] |= {"drift_delay": 12.0, "drift_missed": 0.5, "false_alarms_per_1000": 1.25}
-    pd.DataFrame(lines).to_parquet(place / "summary.parquet")
+    write_summary(place, lines)
     update_study_document(place, document)
     assert "| harmed, natural | delay, missed, false, natural |\n" in document.read_text()
     assert "[+.050, +.150] | .500 | 25% | 12, 0.5, 1.2 |\n| bound-own" in document.read_text()
     assert "| source | .800 [.700, .900] | .500 | 25% |  |" in document.read_text()
     with pytest.raises(UserError, match="has no block for"):
         update_study_document(place.rename(tmp_path / "other"), document)
+    pd.DataFrame(lines[:2]).to_parquet(tmp_path / "other" / "summary.parquet")
+    before = document.read_text()
+    with pytest.raises(UserError, match=r"summary.parquet is damaged \(wrong checksum\): run the same study again"):
+        update_study_document(tmp_path / "other", document)
+    assert document.read_text() == before

@@ -14,6 +14,7 @@ from fedbn.errors import UserError
 from fedbn.federation.loop import federate
 from fedbn.federation.run import plan_for
 from fedbn.federation.setup import build_context
+from fedbn.files import read_json, write_json
 from simulations.experiments.compare import compare, resume, select_rates, tuning_tasks
 from simulations.experiments.experiment import Experiment, read_run_file
 from simulations.experiments.preflight import default_directory, drop_unsupported
@@ -34,7 +35,7 @@ def experiment(*strategies, **settings):
 
 def results(directory):
     paths = sorted((directory / "runs").glob("*/result.json"))
-    return {p.parent.name: json.loads(p.read_text()) | {"seconds": None} for p in paths}
+    return {p.parent.name: read_json(p) | {"seconds": None} for p in paths}
 
 
 def start(out, *options, **settings):
@@ -272,7 +273,7 @@ def test_default_directory_is_stable_and_unique(tmp_path, monkeypatch):
     directory = default_directory(first)
     assert str(directory) == "results/digits8"
     directory.mkdir(parents=True)
-    (directory / "comparison.json").write_text(json.dumps({"experiment": first.to_dict()}))
+    write_json(directory / "comparison.json", {"experiment": first.to_dict()})
     assert default_directory(first) == directory
     assert default_directory(second) != directory
     assert default_directory(second) == default_directory(second)

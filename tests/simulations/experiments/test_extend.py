@@ -1,13 +1,12 @@
 from __future__ import annotations
 
-import json
-
 import pytest
 
 from fedbn.errors import UserError
 from fedbn.federation.loop import federate
 from fedbn.federation.run import plan_for
 from fedbn.federation.setup import build_context
+from fedbn.files import read_json
 from fedbn.strategies.base import strategies
 from simulations.experiments import tasks
 from simulations.experiments.compare import compare, resume
@@ -23,7 +22,7 @@ def experiment(*strategies, seeds=1, **plan):
 
 def results(directory):
     paths = sorted((directory / "runs").glob("*/result.json"))
-    return {p.parent.name: json.loads(p.read_text()) | {"seconds": None} for p in paths}
+    return {p.parent.name: read_json(p) | {"seconds": None} for p in paths}
 
 
 @pytest.fixture
