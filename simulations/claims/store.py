@@ -19,6 +19,7 @@ import torch
 from fedbn.files import with_checksum, without_checksum
 from simulations.claims.claim import Claim
 from simulations.claims.studies import common
+from simulations.flower.processes import end_with_parent
 from simulations.storage.provenance import NUMERICS, code_digest
 
 FULL_SEEDS, QUICK_SEEDS = 10, 3
@@ -129,7 +130,8 @@ def _results(missing: Sequence[Cell], workers: int) -> Iterator[tuple[Cell, tupl
         for key in missing:
             yield key, run_cell(key)
         return
-    pool = ProcessPoolExecutor(min(workers, len(missing)), mp_context=multiprocessing.get_context("spawn"))
+    spawn = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(min(workers, len(missing)), mp_context=spawn, initializer=end_with_parent)
     try:
         futures = {pool.submit(run_cell, key): key for key in missing}
         for future in as_completed(futures):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import re
+import signal
 import sys
 from importlib import metadata
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -59,9 +61,10 @@ def _before(
 
 
 def main() -> None:
-    """Entry point. User errors print one line and exit with code 2; an interruption exits with code 130."""
+    """Entry point. User errors print one line and exit with code 2; SIGINT and SIGTERM exit with code 130."""
     sys.path.insert(0, "")  # so that models and scenarios in the working directory can be imported
     write_any_terminal()
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         add_quiet_option(app)()
     except (UserError, MemoryError, OSError, RuntimeError, ImportError) as error:
@@ -69,6 +72,10 @@ def main() -> None:
             raise
         errors.print(f"[bold red]error:[/] {_plain(message)}", highlight=False)
         sys.exit(2)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
 
 
 def user_message(error: Exception) -> str | None:

@@ -25,7 +25,7 @@ from fedbn.files import locked
 from fedbn.nn.roles import State
 from simulations.engines.execute import execute
 from simulations.flower.certificates import make_certificates
-from simulations.flower.processes import HOST, POLL_SECONDS, ProcessGroup, free_port, script_path, temporary_workspace
+from simulations.flower.processes import HOST, POLL_SECONDS, ProcessGroup, free_port, script_path
 from simulations.flower.superlink import SUPERLINK_NAME, FlowerRunError, SuperLink
 from simulations.storage.checkpoint import load_latest
 
@@ -120,7 +120,7 @@ def deployment(
             "for example digits8:users=3:unseen=1, or simulate with fedbn compare --engine ray"
         )
     processes = ProcessGroup()
-    with temporary_workspace(processes.stop) as directory:
+    with processes.workspace() as directory:
         certificates = make_certificates(directory / "certificates") if tls else None
         options = ("--enable-supernode-auth",) if tls else ()
         link = SuperLink(directory, options, certificates, processes)

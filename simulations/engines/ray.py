@@ -20,7 +20,7 @@ from fedbn.federation.run import Run
 from fedbn.federation.server import Outcome
 from fedbn.federation.setup import build_context
 from fedbn.stacked.executors import available_cores
-from simulations.flower.processes import ProcessGroup, temporary_workspace
+from simulations.flower.processes import ProcessGroup
 from simulations.flower.superlink import SuperLink
 
 
@@ -59,7 +59,7 @@ def ray_session(
         FlowerRunError: the SuperLink does not start.
     """
     processes = ProcessGroup()
-    with temporary_workspace(processes.stop) as directory:
+    with processes.workspace() as directory:
         environment = {"RAY_ADDRESS": address} if address else {}
         environment |= {STATE_DIR_VARIABLE: str(state_dir)} if state_dir else {}
         link = SuperLink(directory, ("--simulation",), processes=processes, extra_environment=environment)

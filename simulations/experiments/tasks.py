@@ -22,6 +22,7 @@ from fedbn.federation.setup import build_context
 from fedbn.files import DamagedFile, read_json
 from fedbn.stacked.memory import collect_garbage_rarely, keep_freed_memory
 from simulations.engines.execute import Engine, execute
+from simulations.flower.processes import end_with_parent
 from simulations.results.files import write_run
 from simulations.storage.checkpoint import (
     UnreadableCheckpoint,
@@ -181,6 +182,7 @@ def _start_worker(events: Any) -> None:
     global _events
     _events = events
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles interrupts
+    end_with_parent()
     torch.set_num_threads(1)
     keep_freed_memory()
     collect_garbage_rarely()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import multiprocessing.connection
 import os
 import shutil
 import signal
@@ -18,7 +20,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import IO, Any
 
 import psutil
 
@@ -29,6 +31,9 @@ TERMINATION_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 GROUP_VARIABLE = "FEDBN_PROCESS_GROUP"
 """Environment variable with the id of the group, which all descendants inherit."""
+
+ENDED = b"ended"
+"""Message to the guardian that the processes are stopped by their owner."""
 
 Handler = Callable[[int, FrameType | None], Any] | signal.Handlers
 Process = subprocess.Popen[bytes]
@@ -71,6 +76,21 @@ class ProcessGroup:
             signal.raise_signal(number)
         return process
 
+    @contextmanager
+    def workspace(self) -> Iterator[Path]:
+        """A temporary directory for the processes; at the end, they are stopped and it is deleted.
+
+        This also happens on SIGINT and SIGTERM, and by a guardian process if this process is killed.
+        """
+        with temporary_workspace(self.stop) as directory:
+            command = [sys.executable, "-m", __name__, self.id, str(directory)]
+            # Only this process has the other end of the pipe, so that it is closed when this process ends.
+            guardian = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+            try:
+                yield directory
+            finally:
+                guardian.communicate(ENDED)
+
     def stop(self) -> None:
         """Terminate all processes: first those started here, last one first, then the remaining descendants."""
         self.live_pids()
@@ -92,9 +112,36 @@ class ProcessGroup:
         while True:
             pids = {pid for pid, _, session, group in table if session in self.sessions or group == self.id}
             opened = {session for pid, parent, session, _ in table if parent in pids or pid in pids} - self.sessions
+            opened.discard(os.getsid(0))  # the session of this process also has processes of others
             if not opened:
                 return sorted(pids)
             self.sessions |= opened
+
+
+def guard(group: str, directory: Path, owner: IO[bytes]) -> None:
+    """Wait until the owner of a process group ends. If it was killed, stop the group and delete its directory.
+
+    Args:
+        group: id of the group.
+        directory: temporary directory of the group.
+        owner: pipe from the owner.
+    """
+    if owner.read() != ENDED:
+        ProcessGroup(id=group).stop()
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def end_with_parent() -> None:
+    """Let this worker of `multiprocessing` end as soon as its parent ends, even if the parent was killed."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def watch(sentinel: int) -> None:
+        multiprocessing.connection.wait([sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, args=(parent.sentinel,), daemon=True).start()
 
 
 def terminate(process: Process) -> None:
@@ -182,3 +229,7 @@ def _signal_handler(handler: Handler, *numbers: signal.Signals) -> Iterator[None
     finally:
         for number, previous_handler in previous.items():
             signal.signal(number, previous_handler)
+
+
+if __name__ == "__main__":
+    guard(sys.argv[1], Path(sys.argv[2]), sys.stdin.buffer)

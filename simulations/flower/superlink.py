@@ -27,7 +27,15 @@ from fedbn.errors import UserError
 from fedbn.federation.run import Run
 from fedbn.federation.server import Outcome
 from simulations.flower.certificates import Certificates
-from simulations.flower.processes import HOST, POLL_SECONDS, ProcessGroup, free_port, script_path, scripts_path
+from simulations.flower.processes import (
+    GROUP_VARIABLE,
+    HOST,
+    POLL_SECONDS,
+    ProcessGroup,
+    free_port,
+    script_path,
+    scripts_path,
+)
 from simulations.storage.checkpoint import load_outcome
 
 SUPERLINK_NAME = "fedbn"
@@ -164,8 +172,14 @@ class SuperLink:
         Raises:
             FlowerRunError: the command failed.
         """
-        command, environment = [script_path("flwr"), *arguments, "--format", "json"], self.environment()
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=environment)
+        done = subprocess.run(
+            [script_path("flwr"), *arguments, "--format", "json"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            env=self.environment(),
+            start_new_session=True,
+        )
         with suppress(json.JSONDecodeError):
             result = json.loads(done.stdout)
             if result.get("success"):
@@ -191,6 +205,7 @@ class SuperLink:
             "FLWR_HOME": str(self.directory / "home"),
             "TMPDIR": str(self.directory / "tmp"),
             "RAY_TMPDIR": str(self.directory / "tmp"),
+            GROUP_VARIABLE: self.processes.id,  # `flwr` commands also belong to the group
             "PATH": os.pathsep.join([scripts_path(), os.environ.get("PATH", os.defpath)]),
         }
         return inherited | ENVIRONMENT | own | self.extra_environment
@@ -208,7 +223,12 @@ class SuperLink:
         command = [script_path("flwr"), "log", run_id, SUPERLINK_NAME, "--stream"]
         with self.log(name).open("wb") as log:
             stream = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=self.environment()
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=self.environment(),
+                start_new_session=True,
             )
             try:
                 while stream.poll() is None:

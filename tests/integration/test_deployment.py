@@ -33,7 +33,7 @@ from fedbn.federation.setup import build_context
 from simulations.cli.app import app
 from simulations.engines.deployment import CHECKPOINT, Deployment, deploy, deployment, differences
 from simulations.flower.certificates import make_certificates
-from simulations.flower.processes import ProcessGroup, free_port
+from simulations.flower.processes import GROUP_VARIABLE, ProcessGroup, free_port
 from simulations.flower.superlink import FlowerRunError, SuperLink
 from simulations.storage.checkpoint import load_outcome
 from tests.fedbn.scenarios.test_remote import SCENARIO, make_run, run_on_nodes, write_node_files
@@ -106,6 +106,49 @@ def test_interrupted_deployment_leaves_nothing_behind(signum, mark):
     assert process.returncode in {signal.SIGINT: (130, -signum), signal.SIGTERM: (143, -signum)}[signum]
     assert "SuperLink on" in output
     assert not any(home.exists() for home in homes)
+
+
+@pytest.mark.slow
+def test_killed_deployment_leaves_nothing_behind(mark):
+    command = [sys.executable, "-m", "fedbn", "deploy", "digits8:users=3:unseen=1", "--rounds", "50"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_until(lambda: len(marked(mark, "supernode")) >= 3)
+    (home,) = {Path(e["FLWR_HOME"]).parent for e in marked(mark).values() if "FLWR_HOME" in e}
+    process.kill()
+    process.wait()
+    assert wait_until(lambda: not marked(mark))
+    assert not home.exists()
+
+
+def test_group_does_not_include_the_session_of_its_owner():
+    group = ProcessGroup()
+    with subprocess.Popen(["sleep", "90"], env={**os.environ, GROUP_VARIABLE: group.id}) as process:
+        assert group.live_pids() == [process.pid]
+        group.stop()
+        assert process.wait() == -signal.SIGTERM
+
+
+def test_processes_of_a_killed_owner_are_stopped(tmp_path):
+    """The group has a process that ignores SIGTERM and one in another session."""
+    code = (
+        "import os, sys, time\n"
+        "from pathlib import Path\n"
+        "from simulations.flower.processes import ProcessGroup\n"
+        "group = ProcessGroup()\n"
+        "child = 'import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(90)'\n"
+        "with group.workspace() as directory:\n"
+        "    for name, command in (('deaf', [sys.executable, '-c', child]), ('other', ['setsid', 'sleep', '90'])):\n"
+        "        group.start(name, command, directory / name, os.environ)\n"
+        "    time.sleep(0.5)\n"
+        "    print(directory, group.id, flush=True)\n"
+        "    time.sleep(90)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as owner:
+        directory, group = owner.stdout.readline().split()
+        assert len(ProcessGroup(id=group).live_pids()) == 2
+        owner.kill()
+    assert wait_until(lambda: not ProcessGroup(id=group).live_pids())
+    assert wait_until(lambda: not Path(directory).exists())
 
 
 def test_second_interrupt_does_not_stop_cleanup(mark, tmp_path):

@@ -155,15 +155,25 @@ def test_resume_after_kill_is_bit_identical(tmp_path):
 
 
 @pytest.mark.slow
-def test_interrupted_compare_leaves_no_process(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_compare_leaves_no_process(tmp_path, number):
     out = tmp_path / "stopped"
     settings = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     settings["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)
     process = start(out, "--rounds", "200", "--seeds", "1", **settings)
-    os.killpg(process.pid, signal.SIGINT)
+    os.kill(process.pid, number) if number == signal.SIGTERM else os.killpg(process.pid, number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert f"interrupted; resume with fedbn resume {out}" in " ".join(errors.split()).replace("/ ", "/")
+    assert _gone(process.pid)
+
+
+@pytest.mark.slow
+def test_killed_compare_leaves_no_worker(tmp_path):
+    tracker = ("--track", f"tensorboard:{tmp_path / 'logs'}")
+    process = start(tmp_path / "killed", "--rounds", "200", "--seeds", "1", *tracker, stderr=subprocess.DEVNULL)
+    process.kill()
+    process.wait()
     assert _gone(process.pid)
 
 
