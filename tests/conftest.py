@@ -2,13 +2,16 @@ from __future__ import annotations
 
 import sys
 import types
+from functools import partial
 
 import hypothesis
 import pytest
 import torch
 
 from fedbn.federation.run import Run, plan_for
+from fedbn.scenarios.base import scenarios
 from simulations.cli import main
+from tests.unequal import Unequal
 
 hypothesis.settings.register_profile("fedbn", deadline=None, max_examples=60, derandomize=True)
 hypothesis.settings.load_profile("fedbn")
@@ -20,16 +23,22 @@ def _one_thread():
 
 
 @pytest.fixture
-def small():
-    """A function that returns a short run on scikit-learn's digits."""
+def small(monkeypatch):
+    """A function that returns a short run on users with different numbers of rows, class mixes and cameras."""
+    return partial(_short_run, monkeypatch, "unequal")
 
-    def make(strategy="global-naive", **settings):
-        run = {k: settings.pop(k) for k in ("seed", "model", "partition", "shift", "validation") if k in settings}
-        scenario = "digits8:images=600"
-        plan = plan_for(scenario, **{"rounds": 2, "batch_size": 32, "eval_every": 1, "global_test": 60, **settings})
-        return Run(scenario, strategy, plan=plan, **run).resolved()
 
-    return make
+@pytest.fixture
+def small_with_recordings(monkeypatch):
+    """Like `small`, but training and test data consist of one to four recordings of different lengths."""
+    return partial(_short_run, monkeypatch, "unequal:recordings=4")
+
+
+def _short_run(monkeypatch, scenario, strategy="global-naive", **settings):
+    monkeypatch.setitem(scenarios(), Unequal.name, Unequal)
+    run = {k: settings.pop(k) for k in ("seed", "model", "partition", "shift", "validation") if k in settings}
+    plan = plan_for(scenario, **{"rounds": 2, "batch_size": 32, "eval_every": 1, "global_test": 60, **settings})
+    return Run(scenario, strategy, plan=plan, **run).resolved()
 
 
 @pytest.fixture

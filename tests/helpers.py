@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from fedbn.federation.loop import federate
-from fedbn.federation.setup import build_context
+from fedbn.federation.setup import build_context, build_context_for, load_population
 from fedbn.strategies.base import strategies
 from simulations.engines.execute import execute
 
@@ -18,6 +20,23 @@ ROOT = Path(__file__).parents[1]
 def federated(run):
     """Context and outcome of a run in the reference loop."""
     return build_context(run), federate(run)
+
+
+def in_float64(data):
+    """Examples with values in float64."""
+    return replace(data, x=data.x.double())
+
+
+@contextmanager
+def double_precision(run):
+    """Context of a run in float64; new tensors are float64 too. Processors differ by rounding of float64 only."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        population = load_population(run.scenario, run.partition, run.shift, run.seed, run.validation, run.device)
+        users = [replace(u, train=in_float64(u.train), test=in_float64(u.test)) for u in population.users]
+        yield build_context_for(run, replace(population, users=tuple(users)))
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def sampling_options(name):

@@ -76,13 +76,13 @@ def test_fit_pull_keeps_named_parameters_near_target():
 
 def test_optimizer_state_is_kept_and_never_sent(small):
     ctx = build_context(small("fedbn", optimizer_state="keep"))
-    update, client_state = client_round(ctx, 0, ctx.initial_server_state(), None, Progress(1, 2))
+    update, client_state = client_round(ctx, 1, ctx.initial_server_state(), None, Progress(1, 2))
     buffers = {k.removeprefix(OPTIMIZER) for k in client_state if k.startswith(OPTIMIZER)}
     assert buffers == {n for n, _ in ctx.scratch.named_parameters()}
     assert not any(k.startswith(OPTIMIZER) for k in update.state)
-    with_momentum, _ = client_round(ctx, 0, ctx.initial_server_state(), client_state, Progress(2, 2))
+    with_momentum, _ = client_round(ctx, 1, ctx.initial_server_state(), client_state, Progress(2, 2))
     retained = {k: client_state[k] for k in ctx.ownership.retained}
-    without, _ = client_round(ctx, 0, ctx.initial_server_state(), retained, Progress(2, 2))
+    without, _ = client_round(ctx, 1, ctx.initial_server_state(), retained, Progress(2, 2))
     assert with_momentum.loss != without.loss
 
 

@@ -136,7 +136,7 @@ def test_finetune_affects_seen_users_only(small):
 def test_ditto_penalty_controls_distance_to_received_model(small):
     for lam, near in ((50.0, True), (0.0, False)):
         ctx, out = federated(small(f"groupnorm+ditto:lam={lam}", lr=0.01, local_epochs=10, rounds=1, momentum=0.0))
-        personal = with_prefix(out.client_states[0], METHOD_STATE)
+        personal = with_prefix(out.client_states[1], METHOD_STATE)
         distance = sum(float((personal[k] - ctx.initial[k]).norm()) for k in personal)
         shared = sum(float((out.server.state[k] - ctx.initial[k]).norm()) for k in out.server.state)
         assert (distance < 0.3 * shared) is near

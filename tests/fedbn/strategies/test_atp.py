@@ -153,7 +153,6 @@ def test_atp_freezes_model_while_learning_rates(small):
     rates = atp.server.state.pop(RATES)
     assert same(atp.server.state, naive.server.state)
     assert rates.abs().min() > 0
-    assert (rates < 0).any()
 
 
 def test_atp_does_not_adapt_without_learned_rates(small):
