@@ -38,10 +38,10 @@ def rate(plan, round):
 
 
 def epoch(n, size, *path):
-    """Shuffled batches of row indices; no batch has a single row, unless there is only one row."""
+    """Shuffled batches of row indices; a last batch of one row joins the previous batch."""
     order = torch.randperm(n, generator=torch.Generator().manual_seed(key(*path)))
     starts = list(range(0, n, size))
-    if n - starts[-1] == 1 and n > 1:
+    if n - starts[-1] == 1 and min(n, size) > 1:
         starts.pop()
     return [order[a:b] for a, b in zip(starts, [*starts[1:], n], strict=True)]
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,8 +13,9 @@ from fedbn.data.population import Examples
 from fedbn.federation.client import OPTIMIZER, client_round
 from fedbn.federation.loop import federate
 from fedbn.federation.setup import build_context
-from fedbn.federation.training import fit
+from fedbn.federation.training import epoch_batches, fit
 from fedbn.strategies.base import Progress
+from tests import oracles
 
 
 def examples(n=21):
@@ -32,6 +34,18 @@ def test_batches_cover_rows_once_without_single_row_batch(n, size):
     assert torch.equal(torch.cat(parts).sort().values, torch.arange(n))
     if size > 1 and n > 1:
         assert min(map(len, parts)) > 1
+
+
+def test_batches_join_single_row_to_previous_batch():
+    for n, size in ((17, 8), (16, 8), (15, 8), (1, 8), (9, 1)):
+        expected = [rows.tolist() for rows in oracles.epoch(n, size, 3, "shuffle", 2, 1, 0)]
+        assert [rows.tolist() for rows in epoch_batches(n, Plan(batch_size=size), 3, 2, 1, 0)] == expected
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_rate_matches_definition(schedule):
+    plan = Plan(rounds=7, lr=0.3, schedule=schedule)
+    assert [plan.rate(r) for r in range(1, 8)] == pytest.approx([oracles.rate(plan, r) for r in range(1, 8)], rel=1e-12)
 
 
 def train(model, plan, **options):

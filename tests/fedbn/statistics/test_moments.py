@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedbn.statistics.moments import Moments, naive_mean, pooled, pooled_variance
+from tests import oracles
 
 values = st.lists(st.lists(st.floats(-100, 100), min_size=2, max_size=2), min_size=1, max_size=12)
 parts = st.lists(values, min_size=1, max_size=5)
@@ -104,3 +105,13 @@ def test_moments_reject_bad_input():
         one.decay(1.5)
     with pytest.raises(ValueError, match="n0 >= 0"):
         one.shrink(one, -1)
+
+
+@given(st.lists(st.tuples(*3 * [st.floats(-9, 9)], st.floats(0.1, 50)), min_size=1, max_size=6))
+def test_weighted_mean_and_pooled_variance_match_definitions(clients):
+    first, second, variance, weights = zip(*clients, strict=True)
+    means = torch.tensor([first, second], dtype=torch.float64).T
+    variances = torch.tensor([variance, variance], dtype=torch.float64).T.abs()
+    expected = oracles.mean(means, weights), oracles.variance_of_union(means, variances, weights)
+    actual = naive_mean(list(means), weights), pooled_variance(list(means), list(variances), weights)
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11)

@@ -1,16 +1,26 @@
-"""The signed-rank test agrees with SciPy."""
+"""Intervals and tests, compared with SciPy and with their definitions."""
 
 from __future__ import annotations
 
 import math
+from itertools import product
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from simulations.results.inference import EXACT_LIMIT, signed_rank
+from simulations.results.inference import (
+    EXACT_LIMIT,
+    adjust,
+    mean_of_users,
+    seed_interval,
+    signed_rank,
+    user_interval,
+    worst_of_users,
+)
 
 
 @settings(max_examples=30)
@@ -26,6 +36,57 @@ def test_signed_rank_matches_scipy_around_exact_limit(n):
     assert signed_rank(differences) == pytest.approx(stats.wilcoxon(differences).pvalue, abs=1e-12)
 
 
+@settings(max_examples=30)
+@given(st.lists(st.integers(-4, 4), min_size=2, max_size=8).filter(lambda d: len(set(d)) > 1))
+def test_signed_rank_matches_enumeration_of_signs(steps):
+    size = [abs(s) for s in steps]
+    ranks = [(1 + sum(0 < o < s for o in size) + sum(0 < o <= s for o in size)) / 2 if s else 0 for s in size]
+    sums = [sum(s * r for s, r in zip(signs, ranks, strict=True)) for signs in product((-1, 1), repeat=len(ranks))]
+    observed = sum(math.copysign(r, s) for s, r in zip(steps, ranks, strict=True))
+    expected = sum(abs(s) >= abs(observed) for s in sums) / len(sums)
+    assert signed_rank(np.array(steps) / 7) == pytest.approx(expected, abs=1e-12)
+
+
 def test_signed_rank_of_repeated_observation_is_nan():
     assert math.isnan(signed_rank(np.full(5, 0.1)))
     assert signed_rank(np.zeros(3)) == 1.0
+
+
+@given(st.lists(st.one_of(st.floats(0, 1), st.just(math.nan)), min_size=1, max_size=8))
+def test_adjust_matches_definition(p):
+    known = sorted(x for x in p if not math.isnan(x))
+    for x, adjusted in zip(p, adjust(pd.Series(p)), strict=True):
+        bounds = [y * len(known) / (i + 1) for i, y in enumerate(known) if y >= x]
+        assert adjusted == pytest.approx(min([1.0, *bounds]) if bounds else math.nan, nan_ok=True)
+
+
+def test_seed_interval_matches_definition():
+    values = np.array([0.3, 0.9, 0.5, 0.4])
+    center = sum(values) / 4
+    sd = math.sqrt(sum((v - center) ** 2 for v in values) / 3)
+    actual, (low, high) = seed_interval(values)
+    half = 3.182446305 * sd / 2  # 97.5 % quantile of Student's t with three degrees of freedom
+    assert (actual, low, high) == pytest.approx((sd, center - half, center + half), rel=1e-8)
+    assert math.isnan(seed_interval(values[:1])[0])
+
+
+def test_user_interval_matches_all_resamples_of_users():
+    values = np.array([[0.1, 0.3], [0.45, np.nan], [0.5, 0.6], [0.9, 0.7], [0.2, 0.95]])
+    users = np.nanmean(values, axis=1)
+    means = [users[list(index)].mean() for index in product(range(5), repeat=5)]
+    expected = np.quantile(means, [0.025, 0.975])
+    assert user_interval(mean_of_users, values) == pytest.approx(expected, abs=0.02)
+
+
+@pytest.mark.parametrize("users", [3, 19, 20, 31])
+def test_worst_and_mean_of_users_match_definitions(users):
+    values = np.random.default_rng(users).random((users, 3))
+    values[1, 0] = values[2, 1] = np.nan
+    by_user = [[v for v in row if not math.isnan(v)] for row in values.tolist()]
+    assert mean_of_users(values) == pytest.approx(sum(sum(v) / len(v) for v in by_user) / users)
+    worst = []
+    for column in values.T.tolist():
+        low = sorted(v for v in column if not math.isnan(v))
+        count = max(1, len(low) // 10)
+        worst.append(sum(low[:count]) / count)
+    assert worst_of_users(values) == pytest.approx(sum(worst) / 3)
