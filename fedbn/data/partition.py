@@ -336,8 +336,9 @@ def repartition(population: Population, text: str, seed: int) -> Population:
     if isinstance(scheme, Natural):
         return population
     seen = [population.users[i] for i in population.seen]
-    train, source = _pool([u.train for u in seen])
-    test, _ = _pool([u.test for u in seen])
+    recordings = 1 + max((int(p.recording.max()) for u in seen for p in (u.train, u.test) if len(p)), default=0)
+    train, source = _pool([u.train for u in seen], recordings)
+    test, _ = _pool([u.test for u in seen], recordings)
     clients = getattr(scheme, "clients", 1)
     if not isinstance(scheme, Size) and not 1 <= clients <= len(train):
         raise UserError(f"{scheme.name}: {clients} clients of {len(train)} training rows; choose 1 to {len(train)}")
@@ -370,9 +371,9 @@ def repartition(population: Population, text: str, seed: int) -> Population:
     )
 
 
-def _pool(parts: list[Examples]) -> tuple[Examples, np.ndarray]:
-    """All rows with distinct recording numbers per user, and the source user of each row."""
-    numbered = [Examples(p.x, p.y, p.recording + 1000 * i) for i, p in enumerate(parts)]
+def _pool(parts: list[Examples], recordings: int) -> tuple[Examples, np.ndarray]:
+    """All rows, with recording numbers that no two users share (each has at most ``recordings``), and their users."""
+    numbered = [Examples(p.x, p.y, p.recording + recordings * i) for i, p in enumerate(parts)]
     return Examples.concat(numbered), np.concatenate([np.full(len(p), i) for i, p in enumerate(parts)])
 
 
