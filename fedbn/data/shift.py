@@ -226,7 +226,14 @@ def shifts() -> dict[str, type[Shift]]:
 
 
 def _parse_all(text: str) -> list[Shift]:
-    return [parse(part, "shift", shifts()) for part in text.split(",") if part.strip()]
+    kinds = [parse(part, "shift", shifts()) for part in text.split(",") if part.strip()]
+    for i, kind in enumerate(kinds):
+        if (strength := getattr(kind, "strength", 0.0)) < 0:
+            raise UserError(f"shift {kind.name!r}: strength must not be negative, but is {strength}")
+        # Draws are keyed by name, so both would draw the same numbers.
+        if kind.name in (k.name for k in kinds[:i]):
+            raise UserError(f"shift {kind.name!r} is given twice: use one with a larger strength")
+    return kinds
 
 
 def parse_shift(text: str) -> str:
@@ -236,13 +243,9 @@ def parse_shift(text: str) -> str:
     'rotation,gain:strength=0.1'
 
     Raises:
-        UserError: if a shift or an option is unknown, or a strength is negative.
+        UserError: if a shift or an option is unknown, a shift is repeated, or a strength is negative.
     """
-    kinds = _parse_all(text)
-    for kind in kinds:
-        if (strength := getattr(kind, "strength", 0.0)) < 0:
-            raise UserError(f"shift {kind.name!r}: strength must not be negative, but is {strength}")
-    return ",".join(render(k) for k in kinds)
+    return ",".join(render(kind) for kind in _parse_all(text))
 
 
 def _apply_all(steps: list[Apply], x: Tensor) -> Tensor:
@@ -260,7 +263,7 @@ def shift(population: Population, text: str, seed: int) -> Population:
         seed: seed of the run.
 
     Raises:
-        UserError: if a shift does not apply to the data.
+        UserError: if a shift does not apply to the data; as `parse_shift`.
     """
     kinds = _parse_all(text)
     if not kinds:
