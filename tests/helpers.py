@@ -17,6 +17,13 @@ ROOT = Path(__file__).parents[1]
 """Root of the repository."""
 
 
+def nonempty(values):
+    """List of values. Assertions about none could not fail, for example in a loop over matches of a pattern."""
+    values = list(values)
+    assert values
+    return values
+
+
 def federated(run):
     """Context and outcome of a run in the reference loop."""
     return build_context(run), federate(run)

@@ -11,7 +11,7 @@ from fedbn.errors import UserError
 from simulations.experiments.experiment import Experiment
 from simulations.report.documents import update_document
 from tests.commands import commands_in, parses
-from tests.helpers import ROOT
+from tests.helpers import ROOT, nonempty
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CLI_PAGE = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
@@ -37,13 +37,13 @@ def test_readme_run_file_is_valid(tmp_path):
 
 
 def test_readme_files_exist():
-    for path in [*re.findall(r"!\[.*?\]\((.*?)\)", README), "requirements-data.txt", "LICENSE", "Makefile"]:
+    for path in [*nonempty(re.findall(r"!\[.*?\]\((.*?)\)", README)), "requirements-data.txt", "LICENSE", "Makefile"]:
         assert (ROOT / path).exists(), path
 
 
 def test_readme_make_targets_exist():
     makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"^make ([a-z-]+)", README, re.MULTILINE):
+    for target in nonempty(re.findall(r"^make ([a-z-]+)", README, re.MULTILINE)):
         assert re.search(f"^{target}:", makefile, re.MULTILINE)
 
 

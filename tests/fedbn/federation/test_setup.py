@@ -112,6 +112,32 @@ def test_carve_validation_leaves_gap_between_parts():
     assert test == {16.0, 17.0, 18.0, 19.0, 36.0, 37.0, 38.0, 39.0}
 
 
+def test_validation_split_matches_definition(small_with_recordings):
+    full, split = (build_context(small_with_recordings(validation=v)).population for v in (False, True))
+    assert not split.unseen
+    for i, user in zip(full.seen, split.users, strict=True):
+        data, train, test = full.users[i].train, [], []
+        groups = list(zip(data.recording.tolist(), data.y.tolist(), strict=True))
+        for group in set(groups):
+            rows = [row for row, g in enumerate(groups) if g == group]
+            held_out = len(rows) // 5
+            is_split = held_out >= 1 and len(rows) >= held_out + 2
+            train += rows[: -held_out - 1] if is_split else rows
+            test += rows[-held_out:] if is_split else []
+        assert torch.equal(user.train.x, data.x[sorted(train)])
+        assert torch.equal(user.test.x, data.x[sorted(test)])
+
+
+def test_pooled_test_draws_equally_many_rows_of_every_user(small):
+    for rows, expected in ((60, 7), (90, 11), (200, 25), (4, 1)):
+        ctx = build_context(small(global_test=rows))
+        own = [ctx.population.users[i].test.x for i in ctx.population.seen]
+        counts = [sum(bool((x == row).all()) for row in ctx.pooled_test.x for x in rows_of) for rows_of in own]
+        assert len(ctx.pooled_test) == sum(counts)
+        sizes = [min(len(x), expected) for x in own]
+        assert counts == sizes if rows >= len(own) else sorted(counts) == [0] * 4 + [1] * 4
+
+
 def test_hold_out_rejects_all_users():
     with pytest.raises(UserError, match="5 unseen of 5 users leaves no user for training; choose 0 to 4"):
         hold_out(5, 5, 0)

@@ -10,7 +10,7 @@ import pytest
 
 from fedbn.errors import UserError
 from simulations.cli.new import new_strategy
-from tests.helpers import ROOT
+from tests.helpers import ROOT, nonempty
 
 
 @pytest.mark.slow
@@ -42,7 +42,7 @@ def test_new_package_passes_ruff(tmp_path):
         "fedbn_a2_norm/__init__.py",
         "tests/test_fedbn_a2_norm.py",
     }
-    for path in place.rglob("*.py"):
+    for path in nonempty(place.rglob("*.py")):
         compile(path.read_text(), path, "exec")
         assert "{{" not in path.read_text()
     assert "class A2Norm(NormStrategy)" in (place / "fedbn_a2_norm" / "__init__.py").read_text()

@@ -19,6 +19,7 @@ from simulations.results import inference
 from simulations.results.comparison import Comparison
 from simulations.results.inference import mean_of_users
 from simulations.results.side_by_side import SideBySide
+from tests.helpers import nonempty
 from tests.simulations.results.test_comparison import write
 
 HOSTILE = '<script>alert("x")</script>&$_{|'
@@ -153,10 +154,10 @@ def test_page_embeds_its_tables(written, monkeypatch):
 def test_wide_table_cells_name_their_column(written):
     """On a phone rows become cards, so a cell must say what it is."""
     page = (written / "report.html").read_text()
-    for table in re.findall(r'<table class="[^"]*cards">.*?</table>', page, re.DOTALL):
+    for table in nonempty(re.findall(r'<table class="[^"]*cards">.*?</table>', page, re.DOTALL)):
         head = re.findall(r"<th scope=\"col\"[^>]*>(.*?)</th>", table)
         assert len(head) > 4
-        for row in re.findall(r"<tr>(.*?)</tr>", table.partition("<tbody>")[2], re.DOTALL):
+        for row in nonempty(re.findall(r"<tr>(.*?)</tr>", table.partition("<tbody>")[2], re.DOTALL)):
             assert re.findall(r'data-label="(.*?)"', row) == head
 
 

@@ -19,6 +19,7 @@ from simulations.results.comparison import Comparison
 from simulations.results.files import write_run, write_shift
 from simulations.results.formatting import format_estimate
 from simulations.results.matrix import COLUMNS, ROWS
+from tests.helpers import nonempty
 from tests.simulations.results.test_comparison import edit_runs, keep_evaluations, write
 
 HOSTILE = '<script>alert("x")</script>&$^{_{'
@@ -203,7 +204,7 @@ def test_page_counts_unfinished_runs(tmp_path):
 
 def test_page_with_identical_strategies(tmp_path):
     write(tmp_path, {"global": 0.8, "twin": 0.8})
-    for path in (tmp_path / "runs").glob("0-*/result.json"):
+    for path in nonempty((tmp_path / "runs").glob("0-*/result.json")):
         twin = json.loads(path.read_text()) | {"strategy": "twin"}
         write_run(tmp_path, path.parent.name.replace("0-", "1-", 1), twin)
     paired = page_of(tmp_path).table("Accuracy minus").set_index("statistics")

@@ -14,6 +14,7 @@ from simulations.results.comparison import Comparison
 from simulations.results.files import write_comparison, write_run
 from simulations.results.inference import adjust, mean_of_users, user_interval, worst_of_users
 from simulations.results.matrix import METRICS
+from tests.helpers import nonempty
 
 MEANS = {"global": 0.80, "fedbn": 0.85, "groupnorm": 0.82}
 OWN = "row == 'own' and column == 'aggregated'"
@@ -117,7 +118,7 @@ def write(
 
 def edit_runs(directory, edit, pattern="*"):
     """Replace the results of runs."""
-    for path in (directory / "runs").glob(f"{pattern}/result.json"):
+    for path in nonempty((directory / "runs").glob(f"{pattern}/result.json")):
         write_run(directory, path.parent.name, edit(json.loads(path.read_text())))
 
 
@@ -170,7 +171,7 @@ def test_matrix_means_and_seed_intervals(comparison, metric):
 def test_matrix_worst_tenth(tmp_path, users, tenth, metric, worst_is_low):
     comparison = Comparison.load(write(tmp_path, {"global": 0.8}, users=users, columns=("aggregated",)))
     per_seed = []
-    for _, cell in comparison.evaluations.query("row == 'own'").groupby("seed"):
+    for _, cell in nonempty(comparison.evaluations.query("row == 'own'").groupby("seed")):
         ordered = np.sort(cell[metric].to_numpy())
         per_seed.append((ordered[:tenth] if worst_is_low else ordered[-tenth:]).mean())
     line = single(comparison.matrix(metric), row="worst")
@@ -234,7 +235,7 @@ def test_paired_is_mean_difference_by_user(comparison):
 
 
 def test_identical_strategies_have_zero_difference(directory, tmp_path):
-    for source in (directory / "runs").glob("0-*/result.json"):
+    for source in nonempty((directory / "runs").glob("0-*/result.json")):
         result = json.loads(source.read_text())
         write_run(tmp_path, source.parent.name, result)
         write_run(tmp_path, f"twin-{source.parent.name}", result | {"strategy": "twin"})
