@@ -156,7 +156,7 @@ def _as_float32(values: np.ndarray, column: str, name: str) -> np.ndarray:
     except (ValueError, TypeError):
         for row, value in enumerate(values):
             try:
-                np.asarray(value).astype(np.float32)
+                np.array([value], object).astype(np.float32)  # a text array would lose NUL at the end
             except (ValueError, TypeError):
                 raise UserError(f"{name}: {column!r} is not numeric: {value!r} in row {row}; save numbers") from None
         raise

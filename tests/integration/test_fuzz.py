@@ -50,19 +50,21 @@ CASES = pytest.mark.parametrize("cases", [DEFAULT_CASES, pytest.param(SLOW_CASES
 
 
 def fuzz(cases, test, *values):
-    """Call a function with random values. It may raise a `UserError` with a message, but nothing else."""
-    messages = []
+    """Call a function with random values. It may raise a `UserError` with a message, but nothing else; not always."""
+    messages, accepted = [], []
 
     @settings(max_examples=cases, suppress_health_check=SUPPRESSED_CHECKS, deadline=None)
     @given(st.tuples(*values))
     def body(drawn):
         try:
             test(*drawn)
+            accepted.append(drawn)
         except UserError as error:
             messages.append(str(error))
 
     body()
     assert all(len(text) > 10 for text in messages)
+    assert accepted, "no case was valid"
 
 
 def fuzzed(*values):
@@ -153,6 +155,7 @@ def test_run_and_experiment_from_dict_fuzz(tmp_path, values, whole):
 
 @fuzzed(
     st.one_of(
+        st.just(b'scenario = "digits8"\nstrategies = ["fedbn"]\n'),
         st.binary(max_size=60),
         st.builds("{} = {}\n[plan]\n{} = {}\n".format, RUN_KEYS, VALUES, RUN_KEYS, VALUES).map(
             lambda t: t.encode("utf-8", "replace")
@@ -190,9 +193,9 @@ def checkpoint():
 
 @st.composite
 def damaged(draw, whole):
-    """Bytes with random deletions, changes and insertions."""
+    """Bytes with random deletions, changes and insertions, sometimes none."""
     data = bytearray(whole())
-    for _ in range(draw(st.integers(1, 4))):
+    for _ in range(draw(st.integers(0, 4))):
         at = draw(st.integers(0, max(0, len(data) - 1)))
         kind = draw(st.sampled_from(["flip", "cut", "add", "head"]))
         if kind == "flip" and data:
@@ -210,7 +213,7 @@ def damaged(draw, whole):
 def test_load_outcome_fuzz(tmp_path, data):
     path = tmp_path / "checkpoint.safetensors"
     path.write_bytes(data)
-    load_outcome(path, RUN)
+    assert torch.equal(load_outcome(path, RUN).server.state["w"], torch.arange(4.0)), "damage is detected"
 
 
 @cache
@@ -237,6 +240,7 @@ def as_npz():
 
 
 FILES = {"csv": as_csv, "parquet": as_parquet, "npz": as_npz}
+COLUMNS = {"csv": ":x=a+b+c", "parquet": ":x=a+b+c", "npz": ""}
 
 
 @CASES
@@ -246,7 +250,14 @@ def test_data_file_fuzz(ending, cases, tmp_path):
 
     def read(data):
         path.write_bytes(data)
-        scenario(f"files:path={path}:unseen=1").load(0)
+        population = scenario(f"files:path={path}:unseen=1{COLUMNS[ending]}").load(0)
+        if data == FILES[ending]():
+            x = [[*part.x.tolist()] for u in population.users for part in (u.train, u.test)]
+            rows = table().groupby("user")[["a", "b", "c"]]
+            expected = [
+                f.iloc[rows_].to_numpy("float32").tolist() for _, f in rows for rows_ in (slice(7), slice(8, 10))
+            ]
+            assert x == expected
 
     fuzz(cases, read, damaged(FILES[ending]))
 
@@ -270,17 +281,27 @@ def ctx():
     return build_context(Run("digits8", "fedbn", plan=Plan(rounds=1)).resolved())
 
 
-@fuzzed(
-    st.dictionaries(st.integers(0, 5), damaged(lambda: pack(torch.zeros(8)).data), min_size=1, max_size=3),
-    st.booleans(),
-)
+def entry(index):
+    return list(arrays(ctx().initial_server_state()).values())[index].data
+
+
+CHANGES = st.integers(0, 3).flatmap(lambda i: st.tuples(st.just(i), damaged(lambda: entry(i))))
+
+
+@fuzzed(st.lists(CHANGES, max_size=3), st.booleans())
 def test_validate_reply_fuzz(tmp_path, changes, notes):
     record = arrays(ctx().initial_server_state())
     names = list(record)
-    for i, data in changes.items():
-        old = record[names[i % len(names)]]
-        record[names[i % len(names)]] = Array(old.dtype, old.shape, old.stype, data)
-    (validate_notes if notes else validate_entries)(ctx(), 0, ArrayRecord(dict(record.items())))
+    for i, data in changes:
+        old = record[names[i]]
+        record[names[i]] = Array(old.dtype, old.shape, old.stype, data)
+    state = (validate_notes if notes else validate_entries)(ctx(), 0, ArrayRecord(dict(record.items())))
+    assert list(state) == names
+    for name, value in state.items():
+        expected = ctx().initial[name]
+        assert notes or (value.dtype, value.shape) == (expected.dtype, expected.shape)
+        assert notes or value.isfinite().all()
+        assert torch.equal(value, expected) or name in {names[i] for i, _ in changes}
 
 
 def test_run_to_json_is_valid_json():
