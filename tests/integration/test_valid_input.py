@@ -47,6 +47,9 @@ REFUSED = {("population", "n0")}
 """Options that a plug-in inherits but refuses."""
 
 
+BOOLEANS = {True: ("true", "True", "1", "yes"), False: ("false", "False", "0", "no")}
+
+
 def value_of(hint, default):
     """Valid values near the default."""
     if default is None or NoneType in typing.get_args(hint):
@@ -77,14 +80,15 @@ def written(value):
     return "+".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def plugin_texts(known):
+def text_of(cls):
     """Texts such as ``name:field=value``, with the class and the values."""
+    options = valid(cls).flatmap(lambda values: st.permutations(list(values.items())))
+    return options.map(lambda o: (":".join([cls.name, *(f"{k}={written(v)}" for k, v in o)]), cls, dict(o)))
 
-    def text(cls):
-        options = valid(cls).flatmap(lambda values: st.permutations(list(values.items())))
-        return options.map(lambda o: (":".join([cls.name, *(f"{k}={written(v)}" for k, v in o)]), cls, dict(o)))
 
-    return st.sampled_from([known[name] for name in sorted(known)]).flatmap(text)
+def plugin_texts(known):
+    """`text_of` one of several classes."""
+    return st.sampled_from([known[name] for name in sorted(known)]).flatmap(text_of)
 
 
 def parse_stream(text):
@@ -106,18 +110,25 @@ PARSERS = {
 def test_parser_accepts_valid_options(kind):
     parser, known = PARSERS[kind]
 
-    @CASES
-    @given(plugin_texts(known))
+    @settings(max_examples=8, deadline=None)
+    @given(st.tuples(*map(text_of, known.values())))
     def body(drawn):
-        text, cls, values = drawn
-        plugin = parser(text)
-        assert type(plugin) is cls
-        for f in fields(cls):
-            if f.init:
-                assert getattr(plugin, f.name) == values.get(f.name, f.default), text
-        assert parser(render(plugin)) == plugin
+        for text, cls, values in drawn:
+            plugin = parser(text)
+            assert type(plugin) is cls
+            for f in fields(cls):
+                if f.init:
+                    assert getattr(plugin, f.name) == values.get(f.name, f.default), text
+            assert parser(render(plugin)) == plugin
 
     body()
+
+
+@pytest.mark.parametrize(("text", "value"), [(t, v) for v, ts in BOOLEANS.items() for t in ts])
+def test_parser_accepts_every_form_of_boolean(text, value):
+    parsed = strategy(f"atp:online={text}")
+    assert parsed.online is value
+    assert strategy(render(parsed)) == parsed
 
 
 @CASES
@@ -199,6 +210,10 @@ def test_run_keeps_its_values_in_every_form(values, plan):
     assert resolved.resolved() == resolved
     assert (resolved.plan, resolved.seed, resolved.validation) == (run.plan, run.seed, run.validation)
     assert treatment(resolved.strategy) == treatment(run.strategy)
+    assert parse(resolved.partition, "", partitions()) == parse(run.partition, "", partitions())
+    assert parse(resolved.shift, "", shifts()) == parse(run.shift, "", shifts())
+    assert (rule(resolved.rule), scenario(resolved.scenario)) == (rule(run.rule), scenario(run.scenario))
+    assert parse_privacy(resolved.privacy) == parse_privacy(run.privacy)
     assert resolved.model == (run.model or "small-cnn")
     config = {k: v for k, v in values.items() if v != ""}
     assert run_from_config(config) == replace(resolved, plan=plan_for("digits8"))

@@ -53,6 +53,15 @@ def test_dirichlet_draws_classes_independently():
     assert abs(np.corrcoef(share[:-1].ravel(), share[1:].ravel())[0, 1]) < 0.1
 
 
+def test_dirichlet_does_not_balance_sizes():
+    data, alpha, k = rows(3, 100), 0.3, 5
+    squares = [
+        sum(len(i) ** 2 for i in Dirichlet(alpha=alpha, clients=k, least=1).split(data, seed)) for seed in range(30)
+    ]
+    within, between = 3 * 100**2 * (alpha + 1) / (k * alpha + 1), 6 * 100**2 / k  # one class, two classes
+    assert np.mean(squares) == pytest.approx(within + between, rel=0.1)
+
+
 def test_dirichlet_gives_every_client_the_least_number_of_rows():
     data = rows(3, 100)
     sizes = [len(i) for i in Dirichlet(alpha=0.05, clients=10, least=12).split(data, 0)]
