@@ -54,12 +54,11 @@ def test_dirichlet_draws_classes_independently():
 
 
 def test_dirichlet_does_not_balance_sizes():
-    data, alpha, k = rows(3, 100), 0.3, 5
-    squares = [
-        sum(len(i) ** 2 for i in Dirichlet(alpha=alpha, clients=k, least=1).split(data, seed)) for seed in range(30)
-    ]
-    within, between = 3 * 100**2 * (alpha + 1) / (k * alpha + 1), 6 * 100**2 / k  # one class, two classes
-    assert np.mean(squares) == pytest.approx(within + between, rel=0.1)
+    data, alpha, k = rows(10, 30), 0.1, 5
+    parts = [Dirichlet(alpha=alpha, clients=k, least=1).split(data, seed) for seed in range(30)]
+    squares = [sum(len(rows) ** 2 for rows in clients) for clients in parts]
+    within, between = 10 * 30**2 * (alpha + 1) / (k * alpha + 1), 90 * 30**2 / k  # pairs of rows of one or two classes
+    assert np.mean(squares) == pytest.approx(within + between, rel=0.05)
 
 
 def test_dirichlet_gives_every_client_the_least_number_of_rows():
