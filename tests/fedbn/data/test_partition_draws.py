@@ -17,6 +17,7 @@ from fedbn.data.partition import (
     Shard,
     Size,
     Square,
+    matching_test_rows,
     repartition,
 )
 from fedbn.data.population import Examples, Population, User
@@ -144,3 +145,17 @@ def test_repartition_keeps_recordings_of_different_users_apart():
             for user, recording in zip(data.x[:, 0].tolist(), data.recording.tolist(), strict=True):
                 assert owners.setdefault(recording, (user, part)) == (user, part)
     assert len(owners) == 3 * 2400
+
+
+def test_matching_test_rows_are_proportional_in_every_class():
+    draw = np.random.default_rng(0)
+    train, test = draw.integers(0, 3, 900), draw.integers(0, 3, 200)
+    parts = np.split(draw.permutation(900), [300, 420, 880])
+    matched = matching_test_rows(train, parts, test, 3, 0)
+    assert sorted(np.concatenate(matched).tolist()) == list(range(200)), "every test row has one client"
+    for k in range(3):
+        own = np.array([(train[part] == k).sum() for part in parts])
+        expected = own / own.sum() * (test == k).sum()
+        assert np.abs([(test[part] == k).sum() for part in matched] - expected).max() < 1
+    positions = [np.flatnonzero(test == 0).searchsorted(part[test[part] == 0]).mean() for part in matched[:3]]
+    assert np.abs(np.array(positions) / (test == 0).sum() - 0.5).max() < 0.25, "rows are drawn at random"
