@@ -21,6 +21,7 @@ NORM = {SCALE, SHIFT, MEAN, VARIANCE, COUNTER}
 LOCAL = {
     "global-naive": {COUNTER},
     "global-pooled": {COUNTER},
+    "global-recalibrated": {COUNTER},
     "fedbn": NORM,
     "silobn": {MEAN, VARIANCE, COUNTER},
     "params-only": {MEAN, VARIANCE, COUNTER},
@@ -73,6 +74,8 @@ def test_run_matches_plain_pytorch(name, plan, population):
         close({k: v for k, v in state.items() if not k.startswith(OPTIMIZER)}, own[i])
         close(with_prefix(state, OPTIMIZER), momentum[i] if plan.optimizer_state == "keep" else {})
 
+    if name == "global-recalibrated":
+        server |= zip((MEAN, VARIANCE), oracles.recalibrated(server, torch.cat([x for x, _ in clients])), strict=True)
     tests = [(u.test.x, u.test.y) for u in population.users]
     pooled = tuple(torch.cat(parts) for parts in zip(*tests[:3], strict=True))
     for i, (x, y) in enumerate(tests):
