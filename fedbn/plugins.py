@@ -12,6 +12,7 @@ import importlib
 import inspect
 import pkgutil
 import typing
+from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import entry_points
 from types import NoneType, UnionType
@@ -44,22 +45,28 @@ def discover(package: str, base: type[T]) -> dict[str, type[T]]:
 def parse(text: str, kind: str, known: dict[str, type[T]]) -> T:
     """Build a plug-in from ``name:field=value:field=value``.
 
+    A value may have colons: a part without ``=`` continues the value before it.
+
     Raises:
         UserError: unknown name or field (the most similar one is suggested), or a value of the wrong type.
     """
     name, *parts = text.strip().split(":")
     if name not in known:
         raise unknown(kind, name, known)
-    values: dict[str, object] = {}
+    values: dict[str, str] = {}
+    field = ""
     for part in parts:
-        field, sep, value = part.partition("=")
-        if not sep:
+        if "=" in part:
+            field, _, value = part.partition("=")
+            values[field] = value
+        elif field:
+            values[field] += f":{part}"
+        else:
             raise UserError(f"{kind} {text!r}: write options as {name}:field=value, not {part!r}")
-        values[field] = value
     return build(known[name], values, f"{kind} {name!r}")
 
 
-def build(cls: type[T], values: dict[str, Any], what: str) -> T:
+def build(cls: type[T], values: Mapping[str, Any], what: str) -> T:
     """Build ``cls(**values)`` with each value converted to its field's type; errors name the field."""
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]

@@ -59,7 +59,7 @@ Scenario = Annotated[str | None, typer.Argument(help="hapt, watch, digits, ... w
 Data = Annotated[
     Path | None,
     typer.Option(
-        help="Your own .npz, .csv, .parquet or datasets directory, instead of a scenario.",
+        help="Your own .npz, .csv or .parquet file, or a directory of these, instead of a scenario.",
         show_default=False,
         rich_help_panel="Data",
     ),
@@ -67,7 +67,7 @@ Data = Annotated[
 Columns = Annotated[
     str | None,
     typer.Option(
-        help="With --data: its columns, e.g. x=acc:y=activity:user=subject:recording=session.",
+        help="With --data: its columns and other options, e.g. x=acc:y=activity:user=subject:window=128.",
         show_default="x, y, user, recording",
         rich_help_panel="Data",
     ),
@@ -148,7 +148,7 @@ def scenario_text(scenario: str | None, data: Path | None, columns: str | None) 
     """The scenario that is named, or that reads a file of the user.
 
     Raises:
-        UserError: both are given, columns without a file, or a path with a colon.
+        UserError: both are given, columns without a file, or a path that reads like options.
     """
     if data is None:
         if columns:
@@ -156,8 +156,8 @@ def scenario_text(scenario: str | None, data: Path | None, columns: str | None) 
         return scenario
     if scenario:
         raise UserError("give a scenario or --data, not both")
-    if ":" in str(data):
-        raise UserError(f"a path with a colon is not supported: rename {data}")
+    if "=" in str(data.resolve()).partition(":")[2]:
+        raise UserError(f"a path with a colon before an equals sign is not supported: rename {data}")
     return f"files:path={data.resolve()}" + (f":{columns}" if columns else "")
 
 

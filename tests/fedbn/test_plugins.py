@@ -16,6 +16,13 @@ def test_render_and_parse_are_inverses(name):
     assert strategy(render(strategy(name))) == strategy(name)
 
 
+def test_parse_allows_colons_in_values():
+    parsed = scenario("files:path=/a:b.csv:x=imu:acc_x+imu:acc_y:y=y")
+    assert (parsed.path, parsed.x, parsed.y) == ("/a:b.csv", "imu:acc_x+imu:acc_y", "y")
+    assert scenario(render(parsed)) == parsed
+    rejects("write options as files:field=value, not 'a.csv'", scenario, "files:a.csv:x=b")
+
+
 def test_render_omits_default_options():
     assert render(strategy("groupnorm:groups=4:channels=2")) == "groupnorm:groups=4:channels=2"
     assert render(strategy("groupnorm:groups=8:channels=none")) == "groupnorm"

@@ -86,7 +86,7 @@ def test_audit_and_data_print_tables(run_cli):
         (["compare", "digits8", "--strategies", "fedbm"], "unknown strategy 'fedbm'. Did you mean 'fedbn'?"),
         (["compare"], "no scenario given: see `fedbn list scenarios`"),
         (["compare", "digits8", "--data", "x.npz"], "give a scenario or --data, not both"),
-        (["compare", "--data", "a:b.npz"], "a path with a colon is not supported"),
+        (["compare", "--data", "a:b=c.npz"], "a path with a colon before an equals sign is not supported"),
         (["compare", "--data", "none.npz", "--seeds", "1"], "none.npz"),
         (["compare", "digits8", "--clients-per-round", "99"], "exceeds the"),
         (["compare", "digits8", "--weighting", "size"], "unknown value for plan, option 'weighting' 'size'"),
