@@ -334,6 +334,11 @@ def repartition(population: Population, text: str, seed: int) -> Population:
     """
     scheme = parse(text or "natural", "partition", partitions())
     if isinstance(scheme, Natural):
+        if population.pooled:
+            raise UserError(
+                f"{', '.join(population.sources)}: there is no column of users; name it with user=NAME, or make "
+                "clients of the rows with --partition, for instance iid:clients=10 or dirichlet:alpha=0.5:clients=10"
+            )
         return population
     seen = [population.users[i] for i in population.seen]
     recordings = 1 + max((int(p.recording.max()) for u in seen for p in (u.train, u.test) if len(p)), default=0)
@@ -362,12 +367,14 @@ def repartition(population: Population, text: str, seed: int) -> Population:
         for i, (a, b) in enumerate(zip(indices, test_indices, strict=True))
     ]
     unseen = [population.users[i] for i in population.unseen]
+    origin = f"{len(seen)} users ({population.skew})" if not population.pooled else "a file without users"
     return Population(
         (*users, *unseen),
         tuple(range(len(users), len(users) + len(unseen))),
         population.classes,
-        f"{scheme.about}; created by {render(scheme)} from the pooled data of {len(seen)} users ({population.skew})",
+        f"{scheme.about}; created by {render(scheme)} from the pooled data of {origin}",
         population.sources | {"partition": digest(indices)},
+        notices=population.notices,
     )
 
 

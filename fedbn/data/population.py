@@ -46,12 +46,21 @@ class Examples:
 
 @dataclass(frozen=True)
 class User:
-    """A user (a person, device or institution) with training data and a test set of later recordings."""
+    """A user (a person, device or institution) with training data and a test set of later recordings.
+
+    Attributes:
+        name: name of the user.
+        domain: group of users with similar data.
+        train: training examples.
+        test: test examples.
+        validation: examples that the data set reserves for tuning; None if training examples are held out instead.
+    """
 
     name: str
     domain: str
     train: Examples
     test: Examples
+    validation: Examples | None = None
 
 
 @dataclass(frozen=True)
@@ -65,6 +74,8 @@ class Population:
         skew: one sentence that describes the skew between users (label, feature, quantity; natural or synthetic).
         sources: file or package name -> SHA-256 of the data; part of a run's identity.
         remote: whether the data are stored on the nodes only, and these examples are placeholders of the same shape.
+        pooled: whether the data have no users, so that a partition has to make them from the rows of the only user.
+        notices: what had to be decided when the data were read.
     """
 
     users: tuple[User, ...]
@@ -73,6 +84,8 @@ class Population:
     skew: str
     sources: dict[str, str] = field(default_factory=dict)
     remote: bool = False
+    pooled: bool = False
+    notices: tuple[str, ...] = ()
 
     @cached_property
     def seen(self) -> tuple[int, ...]:

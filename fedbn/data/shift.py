@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedbn.data.population import Population
+from fedbn.data.population import Examples, Population
 from fedbn.errors import UserError
 from fedbn.nn.batchnorm import along
 from fedbn.plugins import parse, render
@@ -254,6 +254,10 @@ def _apply_all(steps: list[Apply], x: Tensor) -> Tensor:
     return x
 
 
+def _shifted(data: Examples, steps: list[Apply]) -> Examples:
+    return replace(data, x=_apply_all(steps, data.x).contiguous())
+
+
 def shift(population: Population, text: str, seed: int) -> Population:
     """Shift the training and test data of every user.
 
@@ -273,7 +277,8 @@ def shift(population: Population, text: str, seed: int) -> Population:
     users = []
     for user in population.users:
         steps = [k.draw(population.shape, scale, generator(seed, "shift", k.name, user.name)) for k in kinds]
-        train, test = (replace(part, x=_apply_all(steps, part.x).contiguous()) for part in (user.train, user.test))
-        users.append(replace(user, train=train, test=test))
+        train, test = (_shifted(part, steps) for part in (user.train, user.test))
+        validation = None if user.validation is None else _shifted(user.validation, steps)
+        users.append(replace(user, train=train, test=test, validation=validation))
     skew = f"{population.skew}; feature skew added by {parse_shift(text)}"
-    return Population(tuple(users), population.unseen, population.classes, skew, population.sources)
+    return replace(population, users=tuple(users), skew=skew)

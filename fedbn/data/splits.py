@@ -26,11 +26,14 @@ def pooled_test(parts: list[Examples], rows: int, rng: torch.Generator) -> Examp
 def carve_validation(user: User, share: float = 0.2) -> User:
     """Split a user's training data in time: the last ``share`` of each recording and class becomes the test set.
 
-    The row at the boundary is dropped, because neighboring windows overlap.
+    The row at the boundary is dropped, because neighboring windows overlap. If the data set reserves examples for
+    validation, these are used instead.
 
     Raises:
         UserError: if the user has too few examples.
     """
+    if user.validation is not None:
+        return User(user.name, user.domain, user.train, user.validation)
     data = user.train
     train_rows, test_rows = [], []
     for recording in data.recording.unique().tolist():

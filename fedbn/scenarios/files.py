@@ -1,30 +1,39 @@
-"""Files: your own recordings, from a file.
+"""Files: your own recordings, from a file or a directory.
 
 One row is one example: values ``x``, a class ``y``, the ``user`` and, if the column exists, the ``recording``. The rows
-of a user must be in the order of recording.
+of a user must be in the order of recording. With ``window``, one row is one sample of a stream, and examples are
+windows of consecutive samples.
 
-With recordings, a user's later recordings are the test data. Without recordings, the last rows are the test data, and
-``gap`` rows before them are dropped, because neighboring windows usually overlap. Two windows that share half of their
-samples on both sides of a split are a leak and make results look better than they are. Windows that overlap by more
-than half need a larger gap.
+Test data are, in this order of precedence: the parts train, validation and test that the data set has itself (a column
+``split``, arrays ``x_train`` and ``x_test``, directories ``train`` and ``test``), later recordings, or the last rows,
+with ``gap`` rows before them dropped, because neighboring windows usually overlap. Two windows that share half of
+their samples on both sides of a split are a leak and make results look better than they are. Where the last rows lack
+classes, because rows come class by class, the last rows of each class are the test data.
 
-Formats: ``.npz`` (arrays, no Python objects), ``.csv``, ``.parquet``, and a directory written by ``save_to_disk`` of
-Hugging Face ``datasets``.
+Formats: ``.npz`` (arrays, no Python objects), ``.csv`` and other text tables, ``.parquet``, directories of these files
+(one per user), and a directory written by ``save_to_disk`` of Hugging Face ``datasets``.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
-import torch
 
-from fedbn.data.population import Examples, Population, User, hold_out
-from fedbn.data.readers import Rows, check_rows, content_digest, read, read_values, refuse_missing, reshape_rows
+from fedbn.data.columns import Columns, Rows, check_rows, split_of
+from fedbn.data.labels import refuse_missing
+from fedbn.data.population import Population
+from fedbn.data.readers import content_digest
+from fedbn.data.values import channels_first, fit_length, read_values, rescale, reshape_rows
 from fedbn.errors import UserError
 from fedbn.scenarios.base import Scenario
+from fedbn.scenarios.users import build_population
+
+OTHER_SPLITS = ("subset", "set", "partition", "phase")
+"""Columns that are read like ``split`` if all their values are names of parts."""
 
 
 @dataclass(frozen=True)
@@ -33,13 +42,25 @@ class Files(Scenario):
 
     Attributes:
         path: file or directory.
-        x: array or column of values, columns joined by ``+``, or prefix of numbered columns (``x`` for x0, x1, ...).
-        y: column of classes: numbers 0 to k-1, or names.
-        user: column of users.
+        x: array or column of values, columns joined by ``+``, a range ``first..last``, or prefix of numbered columns
+            (``x`` for x0, x1, ...).
+        y: column of classes: numbers or names, or one-hot.
+        user: column of users. If it is empty or does not exist, a partition has to make clients of all rows.
         recording: column of the user's recordings. If it is empty or does not exist, recordings are unknown.
+        split: column that says train, validation or test. If it is empty or does not exist, rows are split.
+        time: column of times, by which rows are sorted and gaps in streams are found. If it is empty or does not
+            exist, times are unknown.
         shape: shape of one example if ``x`` is flat, e.g. ``6+128`` for 6 channels of 128 samples.
+        layout: whether channels are the first or last axis of an example.
+        scale: number by which values are divided; 0 for the largest value of 8-bit arrays and 16-bit images.
+        length: samples per series: longer ones are cut at the end, shorter ones are padded with zeros.
+        window: samples per window if each row is one sample of a stream; 0 if rows are examples.
+        overlap: fraction of a window that overlaps with the next one, in [0, 1).
+        labels: a window has its most frequent label (``majority``), or windows do not cross labels (``constant``).
+        least: smallest number of examples of a user. Users with fewer, or too few to split, are left out.
         test: fraction of a user's recordings (or rows) for testing, in (0, 1).
-        gap: number of rows dropped before the test rows if recordings are unknown.
+        gap: number of rows dropped before the test rows if recordings are unknown; with ``window``, those that overlap
+            test windows are dropped.
         unseen: number of users that never train.
     """
 
@@ -52,167 +73,102 @@ class Files(Scenario):
     y: str = "y"
     user: str = "user"
     recording: str = "recording"
+    split: str = "split"
+    time: str = "time"
     shape: tuple[int, ...] = ()
+    layout: Literal["auto", "first", "last"] = "auto"
+    scale: float = 0.0
+    length: int = 0
+    window: int = 0
+    overlap: float = 0.5
+    labels: Literal["majority", "constant"] = "majority"
+    least: int = 0
     test: float = 0.25
     gap: int = 1
     unseen: int = 1
 
     def load(self, seed: int) -> Population:
+        # Imported here because listing the scenarios does not need pandas.
+        from fedbn.data.folders import read
+
         if not self.path:
             raise UserError("scenario 'files' needs a path: files:path=FILE, with columns x, y and user")
+        if self.scale < 0 or self.length < 0 or self.window < 0 or self.least < 0:
+            raise UserError("scale=, length=, window= and least= must not be negative")
         path = Path(self.path)
-        name, columns = path.name, read(path)
-        has_recordings = self.recording not in ("", "recording") or self.recording in columns.names
-        rows = Rows(
-            x=reshape_rows(read_values(columns, self.x, name), self.shape, name),
-            y=columns.column(self.y, "y"),
-            user=columns.column(self.user, "user"),
-            recording=columns.column(self.recording, "recording") if has_recordings else None,
-            classes=columns.classes.get(self.y, ()),
-        )
-        skew, sources = f"whatever skew the users of {name} have", {name: content_digest(path)}
+        rows, gap, notices = self._rows(read(path), path.name)
         return build_population(
-            rows, name=name, test=self.test, gap=self.gap, unseen=self.unseen, seed=seed, skew=skew, sources=sources
+            rows,
+            name=path.name,
+            test=self.test,
+            gap=gap,
+            unseen=self.unseen,
+            seed=seed,
+            skew=f"whatever skew the users of {path.name} have",
+            sources={path.name: content_digest(path)},
+            least=self.least,
+            notices=notices,
         )
 
+    def _rows(self, columns: Columns, name: str) -> tuple[Rows, int, list[str]]:
+        """Examples, the rows to drop between training and test data, and notices."""
+        from fedbn.data.cutting import cut_rows
+        from fedbn.data.times import read_times, sort_in_time
 
-def build_population(
-    rows: Rows, *, name: str, test: float, gap: int, unseen: int, seed: int, skew: str, sources: dict[str, str]
-) -> Population:
-    """Check the rows, split each user's rows in time, and hold out users.
+        notices = list(columns.notices)
+        x, found = self._values(columns, name)
+        notices += found
+        split = self._split(columns, name)
+        label = self.y if columns.find(self.y) else "+".join(columns.numbered(self.y)) or self.y
+        y = [columns.column(part, "y") for part in ([label] if columns.find(label) else label.split("+"))]
+        recording = self._optional(columns, self.recording, "recording")
+        user = self._optional(columns, self.user, "user")
+        classes = columns.classes.get(self.y, ())
+        rows = Rows(x, y[0] if len(y) == 1 else np.stack(y, axis=1), user, recording, classes, split)
+        check_rows(rows, name)
+        times = read_times(columns, self.time, name)
+        if times is not None:
+            if len(times) != len(rows.x):
+                raise UserError(f"{name}: times have {len(times)} rows, x has {len(rows.x)}; leave them out with time=")
+            rows, times, found = sort_in_time(rows, times, name)
+            notices += found
+        if not self.window:
+            return rows, self.gap, notices
+        rows, found = cut_rows(rows, times, self.window, self.overlap, self.labels, name)
+        # The windows before a window that share samples with it.
+        step = max(1, round(self.window * (1 - self.overlap)))
+        return rows, math.ceil(self.window / step) - 1, notices + found
 
-    Raises:
-        UserError: if the data cannot be used for training. The message starts with ``name``.
-    """
-    users, classes = build_users(rows, name, test, gap)
-    held_out = hold_out(len(users), unseen, seed)
-    present = set(torch.cat([u.train.y for i, u in enumerate(users) if i not in held_out]).tolist())
-    if missing := [c for i, c in enumerate(classes) if i not in present]:
-        raise UserError(
-            f"{name}: class {', '.join(missing)} is in no training row of the seen users (unseen: "
-            f"{', '.join(users[i].name for i in held_out) or 'none'}); hold out fewer users, use another "
-            "seed, or drop the class"
-        )
-    return Population(tuple(users), held_out, classes, skew, sources)
+    def _values(self, columns: Columns, name: str) -> tuple[np.ndarray, list[str]]:
+        x = reshape_rows(read_values(columns, self.x, name, self.length), self.shape, name)
+        if self.window:
+            return x.astype(np.float32) / np.float32(self.scale or 1), []
+        x, moved = channels_first(x, self.layout, name)
+        if self.length and x.ndim > 1:
+            x = fit_length(x, self.length)
+        x, scaled = rescale(x, self.scale, name)
+        return x, moved + scaled
 
-
-def build_users(rows: Rows, name: str, test: float, gap: int) -> tuple[list[User], tuple[str, ...]]:
-    """Users with their rows split in time, and the class names.
-
-    Raises:
-        UserError: as for `build_population`.
-    """
-    if not 0 < test < 1:
-        raise UserError(f"test={test} must be a share between 0 and 1, for instance 0.25")
-    if gap < 0:
-        raise UserError(f"gap={gap} must not be negative; use 0 to drop no row")
-    check_rows(rows, name)
-    y, classes = _encode_labels(rows.y, name, rows.classes)
-    x = torch.from_numpy(np.ascontiguousarray(rows.x, dtype=np.float32))
-    names, owners = _encode(rows.user, f"{name}: user")
-    recordings = None if rows.recording is None else _encode(rows.recording, f"{name}: recording")[1]
-    numbers = np.zeros(len(y), np.int64)
-    users = []
-    for i, user in enumerate(names):
-        index = np.flatnonzero(owners == i)
-        if recordings is None:
-            parts = _split_by_time(index, test, gap)
-            numbers[parts[1]] = 1
-        else:
-            numbers[index] = _renumber(recordings[index])
-            parts = _split_by_recording(index, numbers[index], test, f"{name}: user {user!r}")
-        if len(parts[0]) < 2 or not len(parts[1]):
+    def _split(self, columns: Columns, name: str) -> np.ndarray | None:
+        """Part of the data set of each row, from ``split`` or a column with another usual name and such values."""
+        values, column = self._optional(columns, self.split, "split"), self.split
+        for other in OTHER_SPLITS if values is None and column else ():
+            if columns.find(other) and all(split_of(str(v)) for v in set(columns.column(other, "split").tolist())):
+                values, column = columns.column(other, "split"), other
+        if values is None:
+            return None
+        refuse_missing(values.reshape(len(values), -1)[:, 0], f"{name}: {column}")
+        texts = [v.decode("latin-1") if isinstance(v, bytes) else str(v) for v in values.ravel().tolist()]
+        parts = {text: split_of(text) for text in set(texts)}
+        if unknown := sorted(text for text, part in parts.items() if part is None):
             raise UserError(
-                f"{name}: user {user!r} has {len(index)} rows, which leaves {len(parts[0])} to train and "
-                f"{len(parts[1])} to test; 2 and 1 are needed. Remove the user, or change test= or gap="
+                f"{name}: column {column!r} holds {unknown[0]!r}, which is not train, validation or test; rename it, "
+                "or leave the column out with split="
             )
-        train, test_part = (Examples(x[p], torch.from_numpy(y[p]), torch.from_numpy(numbers[p])) for p in parts)
-        users.append(User(user, name, train, test_part))
-    return users, classes
+        return np.array([parts[text] for text in texts])
 
-
-def read_single_user(path: Path, classes: int, *, x: str = "x", y: str = "y", test: float = 0.25, gap: int = 1) -> User:
-    """Read a file with the data of one user.
-
-    Classes must be numbers, because one user may not have all of them.
-
-    Args:
-        path: the file.
-        classes: number of classes.
-        x: column of values, as in `Files`.
-        y: column of class numbers.
-        test: fraction of the rows for testing.
-        gap: number of rows dropped before the test rows.
-
-    Raises:
-        UserError: as for `read` and `build_population`, or if classes are names.
-    """
-    columns = read(path)
-    labels = columns.column(y, "y")
-    if labels.dtype.kind not in "iuf":
-        raise UserError(f"{path.name}: classes must be numbers 0 to {classes - 1} here, the same for every user")
-    owners = np.zeros(len(labels), np.int64)
-    rows = Rows(read_values(columns, x, path.name), labels, owners, None, tuple(map(str, range(classes))))
-    return build_users(rows, path.name, test, gap)[0][0]
-
-
-def _encode_labels(values: np.ndarray, name: str, classes: tuple[str, ...]) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Class indices ``[n]`` int64 and class names; names are sorted if the labels are names."""
-    refuse_missing(values, f"{name}: label")
-    if values.dtype.kind in "OUS" and not all(isinstance(v, int | float) for v in values.tolist()):
-        names, codes = np.unique(values.astype(str), return_inverse=True)
-        return codes.astype(np.int64), tuple(names.tolist())
-    numbers = values.astype(np.float64)
-    if (numbers != np.floor(numbers)).any():
-        row = int(np.flatnonzero(numbers != np.floor(numbers))[0])
-        raise UserError(f"{name}: labels are class numbers 0 to k-1 or names, but row {row} holds {numbers[row]:g}")
-    low, high = int(numbers.min()), int(numbers.max())
-    if low < 0 or (classes and high >= len(classes)):
-        allowed = f"0 to {len(classes) - 1}" if classes else "0 to k-1"
-        raise UserError(f"{name}: labels run from {low} to {high}, but classes must be numbered {allowed}")
-    y = numbers.astype(np.int64)
-    present = np.unique(y)
-    if not classes and len(present) <= high:
-        gap = next(i for i in range(high + 1) if i not in present)
-        raise UserError(
-            f"{name}: labels run from {low} to {high}, but no row has class {gap}; number classes 0 to k-1 without "
-            "gaps, or use names"
-        )
-    return y, classes or tuple(map(str, range(high + 1)))
-
-
-def _encode(values: np.ndarray, what: str) -> tuple[list[str], np.ndarray]:
-    """Sorted unique names (numbers are sorted as numbers), and the index of each row's name."""
-    refuse_missing(values, what)
-    if values.dtype.kind == "O":
-        values = values.astype(str)
-    names, codes = np.unique(values, return_inverse=True)
-    return [str(int(v)) if isinstance(v, float) and v.is_integer() else str(v) for v in names.tolist()], codes
-
-
-def _renumber(values: np.ndarray) -> np.ndarray:
-    """Number recordings by their first occurrence.
-
-    >>> _renumber(np.array([7, 7, 3, 7])).tolist()
-    [0, 0, 1, 0]
-    """
-    _, first, codes = np.unique(values, return_index=True, return_inverse=True)
-    return np.argsort(np.argsort(first))[codes].astype(np.int64)
-
-
-def _split_by_time(index: np.ndarray, test: float, gap: int) -> tuple[np.ndarray, np.ndarray]:
-    cut = len(index) - max(1, round(test * len(index)))
-    return index[: max(0, cut - gap)], index[cut:]
-
-
-def _split_by_recording(
-    index: np.ndarray, numbers: np.ndarray, test: float, user: str
-) -> tuple[np.ndarray, np.ndarray]:
-    count = int(numbers.max()) + 1
-    if count < 2:
-        raise UserError(
-            f"{user} has a single recording, so none is left for testing; add a recording, remove the user, or "
-            "split all users in time with an empty recording="
-        )
-    later = numbers >= count - min(count - 1, max(1, round(test * count)))
-    return index[~later], index[later]
+    def _optional(self, columns: Columns, column: str, option: str) -> np.ndarray | None:
+        """A column; None if it is empty, or does not exist under its default name."""
+        if not column or (column == option and not columns.find(column)):
+            return None
+        return columns.column(column, option)

@@ -5,10 +5,10 @@ whole data sets (digits-four and digits-five, the domains of FedBN, Li et al., 2
 If the data set has no users (cifar10), rows are assigned at random; choose a partition in addition. Any other data set
 of images is given by its identifier: ``hub:data=owner/name:x=image:y=label:user=domain:size=32``.
 
-Only the ``train`` split is used. It is split again per user, so that every user has test data. Files on the hub are
-often sorted by class and images are independent of each other, so each user's rows are first put into a fixed random
-order. MNIST-M is derived from MNIST, so a digit can occur in both domains of digits-four; scenario ``digits`` separates
-them.
+The splits ``train`` and ``test`` of a data set are used as they are. A data set without a test split is split per user,
+so that every user has test data. Files on the hub are often sorted by class and images are independent of each other,
+so each user's rows are first put into a fixed random order. MNIST-M is derived from MNIST, so a digit can occur in both
+domains of digits-four; scenario ``digits`` separates them.
 
 Some domains have no copy on the hub from their authors or from Flower. Office-Caltech10 and the synthetic digits of
 Digits-Five are archives from their authors: unpack them into ``path``, one directory per domain with one subdirectory
@@ -20,6 +20,7 @@ Without a connection, ``path`` is a directory with the same columns, in a format
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,11 +28,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from fedbn.data.columns import Rows
+from fedbn.data.labels import refuse_missing
 from fedbn.data.population import Population
-from fedbn.data.readers import Rows, refuse_missing
 from fedbn.errors import UserError, unknown
 from fedbn.scenarios.base import Scenario
-from fedbn.scenarios.files import build_population
+from fedbn.scenarios.users import build_population
 from fedbn.seeds import numpy_generator
 
 
@@ -119,7 +121,7 @@ class Hub(Scenario):
         size: image size in pixels; 0 for the default of the collection.
         users: maximum number of users, the same random selection in every run.
         limit: maximum number of rows per user; none for all.
-        test: fraction of a user's rows for testing.
+        test: fraction of a user's rows for testing, if the data set has no test split.
         unseen: number of users that never train.
     """
 
@@ -153,7 +155,15 @@ class Hub(Scenario):
         sources = {f"hub/{self.data}": hashlib.sha256(rows.x.tobytes() + labels.tobytes()).hexdigest()}
         skew = collection.skew
         return build_population(
-            rows, name=self.data, test=self.test, gap=0, unseen=self.unseen, seed=seed, skew=skew, sources=sources
+            rows,
+            name=self.data,
+            test=self.test,
+            gap=0,
+            unseen=self.unseen,
+            seed=seed,
+            skew=skew,
+            sources=sources,
+            by_class=False,
         )
 
     def _collection(self) -> Collection:
@@ -182,7 +192,7 @@ class Hub(Scenario):
             )
         # Missing domains of a collection are loaded from the hub.
         local = self.path and (directory.is_dir() or not several)
-        table = _load_local(directory) if local else _load_online(part)
+        table, split = _join(_load_local(directory) if local else _load_online(part))
         for option in ("x", "y", "user"):
             column = getattr(part, option)
             if column and column not in table.column_names:
@@ -199,6 +209,7 @@ class Hub(Scenario):
             user=owners[index],
             recording=None,
             classes=tuple(getattr(feature, "names", None) or ()),
+            split=None if split is None else split[index],
         )
 
     def _owners(self, part: Part, table: Any) -> np.ndarray:
@@ -213,13 +224,26 @@ class Hub(Scenario):
         return np.array([f"user{i:03d}" for i in users])
 
 
-def _load_online(part: Part) -> Any:
-    """The train split, in the order of the hub."""
+def _join(tables: dict[str, Any]) -> tuple[Any, np.ndarray | None]:
+    """One table of all splits, and the split of each row; None if there is only one."""
+    import datasets
+
+    if len(tables) == 1:
+        return next(iter(tables.values())), None
+    split = np.repeat(list(tables), [len(table) for table in tables.values()])
+    return datasets.concatenate_datasets(list(tables.values())), split
+
+
+def _load_online(part: Part) -> dict[str, Any]:
+    """The splits train and test (if there is one), in the order of the hub."""
     from flwr_datasets import FederatedDataset
 
     try:
         hub = FederatedDataset(dataset=part.dataset, subset=part.subset, partitioners={"train": 1}, shuffle=False)
-        return hub.load_split("train")
+        tables = {"train": hub.load_split("train")}
+        with contextlib.suppress(ValueError):  # there is no such split
+            tables["test"] = hub.load_split("test")
+        return tables
     except Exception as error:  # connection, authentication, unknown name: each library has its own exceptions
         reason = (str(error).splitlines() or [""])[0][:200]
         raise UserError(
@@ -230,7 +254,7 @@ def _load_online(part: Part) -> Any:
         ) from error
 
 
-def _load_local(path: Path) -> Any:
+def _load_local(path: Path) -> dict[str, Any]:
     import datasets
 
     if not path.is_dir():
@@ -244,8 +268,8 @@ def _load_local(path: Path) -> Any:
     if isinstance(data, datasets.DatasetDict):
         if "train" not in data:
             raise UserError(f"{path} has no split 'train' but {', '.join(data)}; name the split: {path}/SPLIT")
-        data = data["train"]
-    return data
+        return {name: data[name] for name in ("train", "test") if name in data}
+    return {"train": data}
 
 
 def _pixels(table: Any, column: str, shape: tuple[int, int, int], name: str) -> np.ndarray:

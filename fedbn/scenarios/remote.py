@@ -17,7 +17,7 @@ import torch
 from fedbn.data.population import Examples, Population, User, hold_out
 from fedbn.errors import UserError
 from fedbn.scenarios.base import Scenario, scenario
-from fedbn.scenarios.files import read_single_user
+from fedbn.scenarios.users import read_single_user
 from fedbn.seeds import generator
 
 

@@ -18,11 +18,11 @@ from typing import ClassVar
 
 import numpy as np
 
+from fedbn.data.columns import Rows
 from fedbn.data.population import Population
-from fedbn.data.readers import Rows
 from fedbn.errors import UserError
 from fedbn.scenarios.base import Scenario
-from fedbn.scenarios.files import build_population
+from fedbn.scenarios.users import build_population
 
 CLASSES = ("walking", "upstairs", "downstairs", "sitting", "standing", "lying")
 SIGNALS = tuple(f"{kind}_{axis}" for kind in ("total_acc", "body_acc", "body_gyro") for axis in "xyz")
@@ -56,7 +56,7 @@ class UciHar(Scenario):
             )
         rows = Rows.concat([_read_part(directory, part) for part in ("train", "test")])
         skew = "natural feature skew: gait and how the phone sits differ by person; labels nearly balanced"
-        digest = hashlib.sha256(rows.x.tobytes() + rows.y.tobytes() + rows.user.tobytes()).hexdigest()
+        digest = hashlib.sha256(rows.x.tobytes() + rows.y.tobytes() + np.asarray(rows.user).tobytes()).hexdigest()
         sources = {self.name: digest}
         return build_population(
             rows, name=self.name, test=self.test, gap=1, unseen=self.unseen, seed=seed, skew=skew, sources=sources

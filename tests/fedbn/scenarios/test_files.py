@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from fedbn.data.readers import Rows
+from fedbn.data.columns import Rows
 from fedbn.errors import UserError
 from fedbn.scenarios.base import scenario
-from fedbn.scenarios.files import build_population
+from fedbn.scenarios.users import build_population
 from tests.fedbn.helpers import rejects
 
 
@@ -173,9 +173,10 @@ def test_files_reads_saved_dataset(tmp_path):
     population = load(tmp_path / "one")
     assert population.classes == ("walk", "sit", "lie")
     assert numbers(population.users[0].train) == list(range(14))
-    datasets.DatasetDict({"train": table, "test": table}).save_to_disk(str(tmp_path / "two"))
-    rejects(r"two holds 2 splits; name one: path=.*two/train", load, tmp_path / "two")
-    assert population.sources["one"] == load(tmp_path / "two" / "train").sources["train"]
+    datasets.DatasetDict({"first": table, "second": table}).save_to_disk(str(tmp_path / "two"))
+    message = r"two holds 2 splits \(first, second\), which are not train, .*; name one: path=.*two/first"
+    rejects(message, load, tmp_path / "two")
+    assert population.sources["one"] == load(tmp_path / "two" / "first").sources["first"]
 
 
 def test_files_reads_images_channels_first(tmp_path):
@@ -203,14 +204,17 @@ def test_files_sources_depend_on_content(save):
 def test_build_population_uses_each_row_once_or_drops_gap(sizes, test, gap):
     n = sum(sizes)
     users = np.repeat(np.arange(len(sizes)), sizes)
-    rows = Rows(np.arange(n, dtype=np.float32)[:, None], np.zeros(n, int), users, None)
+    rows = Rows(np.arange(n, dtype=np.float32)[:, None], np.arange(n) % 2, users, None)
+    options = {"name": "t", "test": test, "gap": gap, "skew": "", "sources": {}, "by_class": False}
     try:
-        split = build_population(rows, name="t", test=test, gap=gap, unseen=1, seed=0, skew="", sources={})
+        split = build_population(rows, unseen=1, seed=0, **options)
     except UserError as error:
-        assert "has" in str(error)  # noqa: PT017
+        assert "has" in str(error) or "class" in str(error) or "leaves no user" in str(error)  # noqa: PT017
         return
-    for size, user in zip(sizes, split.users, strict=True):
-        train, test = numbers(user.train), numbers(user.test)
+    kept = [i for i, size in enumerate(sizes) if size - max(1, round(test * size)) - gap >= 2]
+    assert [int(user.name) for user in split.users] == kept
+    for user in split.users:
+        size, train, test = sizes[int(user.name)], numbers(user.train), numbers(user.test)
         assert len(train) + gap + len(test) == size
         assert test[0] - train[-1] == gap + 1
         assert train == sorted(train)
@@ -222,7 +226,7 @@ ERRORS = [
     ({}, "unseen=3", "3 unseen of 3 users leaves no user for training; choose 0 to 2"),
     ({}, "y=lable", "unknown column for y (set it with y=NAME) 'lable'. Known: user, x, y"),
     ({"label": np.arange(60), "y": None}, "y=lable", "'lable'. Did you mean 'label'?"),
-    ({"user": None}, "", "unknown column for user (set it with user=NAME) 'user'"),
+    ({"user": None}, "user=person", "unknown column for user (set it with user=NAME) 'person'"),
     ({}, "recording=session", "unknown column for recording (set it with recording=NAME) 'session'"),
     ({}, "x=acc", "unknown column for x (set it with x=NAME) 'acc'"),
     ({}, "shape=2+2", "own.npz: shape=2+2 needs 4 values per example, but rows have 2"),
@@ -238,20 +242,13 @@ ERRORS = [
     ({"x": np.ones((60, 0))}, "", "own.npz: an example of x has no values (shape [0]); save some"),
     ({"x": 5.0}, "", "'x' is a single value, but x needs one value per row; set x=NAME"),
     ({"user": 3}, "", "'user' is a single value, but user needs one value per row; set user=NAME"),
-    ({"y": np.arange(60) % 3 + 1}, "", "labels run from 1 to 3, but no row has class 0; number classes 0 to k-1"),
-    ({"y": np.arange(60) % 3 - 1}, "", "labels run from -1 to 1, but classes must be numbered 0 to k-1"),
-    ({"y": np.arange(60) / 2}, "", "labels are class numbers 0 to k-1 or names, but row 1 holds 0.5"),
+    ({"y": np.arange(60) / 2}, "", "labels are real numbers (0.5 in row 1), as for regression, but classes are needed"),
     ({"y": np.where(np.arange(60) < 58, 1.0, np.nan)}, "", "label is missing in 2 rows (first: row 58)"),
-    ({"y": np.zeros((60, 2))}, "", "label must be one value per row, not an array of shape [60, 2]"),
+    ({"y": np.zeros((60, 2))}, "", "labels have shape [60, 2] and row 0 has 0 classes (multi-label)"),
     ({"user": np.where(np.arange(60) < 58, 1.0, np.nan)}, "", "user is missing in 2 rows (first: row 58)"),
     ({"y": np.arange(59) % 3}, "", "x has 60 rows, y has 59 rows, user has 60 rows; they need the same number"),
     ({k: v[:0] for k, v in columns().items()}, "", "own.npz has no rows"),
-    (
-        {"user": np.where(np.arange(60) < 57, np.arange(60) % 2, 2)},
-        "",
-        "user '2' has 3 rows, which leaves 1 to train and 1 to test; 2 and 1 are needed",
-    ),
-    ({"recording": np.arange(60) // 20}, "", "user '0' has a single recording, so none is left for testing"),
+    ({"user": np.arange(60) // 2}, "", "user '0' has 2 rows, which leaves 0 to train and 1 to test"),
 ]
 
 
@@ -276,12 +273,12 @@ def test_files_rejects_unreadable_files(tmp_path):
     rejects("scenario 'files' needs a path: files:path=FILE", lambda: scenario("files").load(0))
     rejects(r"there is no file '.*none\.npz'; check path=", load, tmp_path / "none.npz")
     (tmp_path / "own.xlsx").write_text("")
-    rejects(r"own\.xlsx: data are read from .npz, .csv, .parquet .* not from '.xlsx'", load, tmp_path / "own.xlsx")
-    for name in ("own.npz", "own.csv", "own.parquet"):
+    rejects(r"own\.xlsx: data are read from .npz, .csv, .parquet, .* not from '.xlsx'", load, tmp_path / "own.xlsx")
+    for name in ("own.npz", "own.parquet"):
         (tmp_path / name).write_bytes(b"")
         rejects(rf"{name} cannot be read \(.*\); write it again or check its suffix", load, tmp_path / name)
     (tmp_path / "folder").mkdir()
-    rejects(r"folder cannot be read", load, tmp_path / "folder")
+    rejects(r"folder holds no data files; save .npz, .csv or .parquet files there", load, tmp_path / "folder")
 
 
 def test_files_rejects_python_objects(tmp_path):

@@ -49,6 +49,8 @@ def online(monkeypatch):
             requested.append(settings)
 
         def load_split(self, split):
+            if split != "train":
+                raise ValueError(split)
             requested[-1]["split"] = split
             return domains()
 
@@ -77,6 +79,17 @@ def test_hub_uses_domains_as_users(pacs):
         assert sorted(used) == list(range(i, 80, 4))
         assert used != sorted(used)
         assert user.train.y.tolist() == [number * 4 // 80 for number in numbers(user.train)]
+
+
+def test_hub_uses_splits_of_the_data_set(tmp_path):
+    rows = domains()
+    test = list(range(0, 80, 3))
+    parts = {"train": rows.select([i for i in range(80) if i not in test]), "test": rows.select(test)}
+    datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "pacs"))
+    population = load(tmp_path / "pacs")
+    for i, user in enumerate(population.users):
+        assert sorted(numbers(user.train)) == [n for n in range(i, 80, 4) if n not in test]
+        assert sorted(numbers(user.test)) == [n for n in range(i, 80, 4) if n in test]
 
 
 def test_hub_applies_size_and_limits(pacs):
@@ -202,7 +215,7 @@ def test_hub_rejects_bad_columns(pacs, options, message):
     [
         ("label", [None] + [0] * 79, r"pacs: label is missing in 1 rows .*; fill or drop them"),
         ("domain", [None] * 2 + ["d"] * 78, r"pacs: user is missing in 2 rows \(first: row 0\); fill or drop them"),
-        ("label", [0.5] * 80, "labels are class numbers 0 to k-1 or names, but row 0 holds 0.5"),
+        ("label", [0.5] * 80, r"labels are real numbers \(0.5 in row 0\), as for regression, but classes are needed"),
         ("image", [{"bytes": b"no image", "path": None}] * 80, "'image' holds an image that cannot be decoded; save"),
     ],
 )

@@ -84,7 +84,7 @@ def test_server_reads_no_file(directory, monkeypatch):
     def read(path):
         raise AssertionError(path)
 
-    monkeypatch.setattr("fedbn.scenarios.files.read", read)
+    monkeypatch.setattr("fedbn.data.folders.read", read)
     build_context.cache_clear()
     assert build_context(make_run(SCENARIO)).population.sources == {}
     with pytest.raises(AssertionError):
