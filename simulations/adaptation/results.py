@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from fedbn.federation.setup import build_context
 from fedbn.files import write_atomically, write_json
 from fedbn.online.prequential import Trace
 from fedbn.online.prequential_metrics import cost, fading_mean, harmed, regret, score, windows_to_close, worst_decile
@@ -175,6 +176,11 @@ def group_cells(results: Results) -> dict[tuple[str, str, str, str], list[Cell]]
     return out
 
 
+def notices(study: Study) -> list[str]:
+    """What was decided when the data of a study were read."""
+    return list(build_context(study.runs()[0]).population.notices)
+
+
 def write(out: Path, study: Study, results: Results, command: str) -> pd.DataFrame:
     """Write ``users``, ``summary`` and ``accuracy_curve`` as parquet, ``adapt.json``, and two figures.
 
@@ -195,6 +201,7 @@ def write(out: Path, study: Study, results: Results, command: str) -> pd.DataFra
         "versions": versions(),
         "files": {name: zlib.crc32(content) for name, content in files.items()},
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "notices": notices(study),
         "streams": {f"{c.stream}, seed {c.run.seed}": {t.user: t.digest for t in r[0]} for c, r in results.items()},
     }
     text = pd.Series(record | {"summary": found.to_dict(orient="records")}).to_json(indent=1)

@@ -10,7 +10,17 @@ from typing import Annotated, Any
 import typer
 
 from fedbn.errors import UserError
-from simulations.cli.options import AsJson, Into, console, numbers, print_table
+from simulations.cli.options import (
+    AsJson,
+    Columns,
+    Data,
+    Into,
+    Scenario,
+    console,
+    numbers,
+    print_table,
+    scenario_text,
+)
 
 
 class Kind(StrEnum):
@@ -80,16 +90,37 @@ def audit(
         show(found, console, full=full)
 
 
-def data() -> None:
-    """Show which data sets are installed and intact, and how to install the others."""
-    from fedbn.data.packages import status
+def data(
+    scenario: Scenario = None, data: Data = None, columns: Columns = None, seed: int = 0, as_json: AsJson = False
+) -> None:
+    """Show users, classes and splits of a data set; without one, which data sets are installed and intact.
 
-    print_table(
-        [
-            {"data": name, "scenario": source.scenario, "package": source.package, "state": state}
-            for name, source, state in status()
-        ]
-    )
+    Example: [bold]fedbn data --data mine.csv --columns y=activity[/]
+    """
+    from fedbn.data.packages import status
+    from fedbn.scenarios.base import scenario as parse
+    from simulations.report.population import describe
+
+    text = scenario_text(scenario, data, columns)
+    if text is None:
+        print_table(
+            [
+                {"data": name, "scenario": source.scenario, "package": source.package, "state": state}
+                for name, source, state in status()
+            ]
+        )
+        return
+    population = parse(text).load(seed)
+    found = describe(population)
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return
+    console.print(f"examples of shape {list(population.shape)}; {population.skew}", highlight=False, markup=False)
+    for kind in ("classes", "users"):
+        console.print()
+        print_table([{k: str(v) for k, v in row.items()} for row in found[kind]])
+    for notice in population.notices:
+        console.print(f"Note: {notice}", style="yellow", highlight=False, markup=False)
 
 
 def _rows(kind: Kind) -> list[dict[str, str]]:

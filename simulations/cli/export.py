@@ -46,22 +46,29 @@ def export(
 
     if rule is not None and user is None:
         raise UserError("--rule adapts to one user's windows: name the user with --user")
-    model, rows = _model(directory, strategy, seed, user)
+    model, rows, classes = _model(directory, strategy, seed, user)
     if rule is not None:
         model = _adapted(model, rule, rows)
     difference = write(fold_batch_norm(model) if fold else model, rows[:8], out)
     shape = [int(n) for n in rows.shape[1:]]
-    found = {"file": str(out), "bytes": out.stat().st_size, "input": shape, "difference": difference}
+    found = {
+        "file": str(out),
+        "bytes": out.stat().st_size,
+        "input": shape,
+        "classes": classes,
+        "difference": difference,
+    }
     if as_json:
         print(json.dumps(found, indent=1))
     else:
         size = f"{out}: {found['bytes']:,} bytes, for inputs of shape {shape}"
         text = f"{size}; its outputs differ from the model's by at most {difference:.1g}"
         console.print(text, highlight=False, markup=False)
+        console.print(f"outputs by class: {', '.join(classes)}", highlight=False, markup=False)
 
 
-def _model(directory: Path, strategy: str, seed: int, user: str | None) -> tuple[nn.Module, Tensor]:
-    """The model of a user (None for an unseen user), and training rows of the user (None for the first seen user)."""
+def _model(directory: Path, strategy: str, seed: int, user: str | None) -> tuple[nn.Module, Tensor, list[str]]:
+    """The model of a user (None: an unseen user), training rows of the user (None: the first seen user), classes."""
     from fedbn.federation.client import user_state
     from fedbn.federation.run import Run
     from fedbn.federation.setup import build_context
@@ -90,7 +97,7 @@ def _model(directory: Path, strategy: str, seed: int, user: str | None) -> tuple
         index = names.index(user)
         received = outcome.server.state_for(ctx, index, serving=True)
         state = user_state(ctx, index, received, outcome.client_states.get(index))
-    return ctx.load(state), ctx.population.users[index].train.x
+    return ctx.load(state), ctx.population.users[index].train.x, list(ctx.population.classes)
 
 
 def _adapted(model: nn.Module, rule: str, rows: Tensor) -> nn.Module:

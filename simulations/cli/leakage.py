@@ -11,6 +11,7 @@ import typer
 from fedbn.config import Plan, RunOptions, nest
 from fedbn.errors import UserError
 from simulations.cli.options import AsJson, Into, options_of, parts, print_table
+from simulations.cli.options import errors as stderr
 
 
 @options_of(RunOptions, Plan, without=("privacy", "rule", "validation"))
@@ -34,6 +35,7 @@ def leakage(
     Example: [bold]fedbn leakage hapt[/]
     """
     from fedbn.federation.run import Run, plan_for
+    from fedbn.federation.setup import build_context
     from simulations.leakage.messages import inversion, measure
     from simulations.leakage.states import rows, state_leaks
     from simulations.report.documents import replace_block
@@ -71,6 +73,8 @@ def leakage(
             "users found again by their statistics, one round later": who,
             "error of a window's mean per channel, solved for from two states in a row": what,
         }
+    for notice in build_context(run.resolved()).population.notices:
+        stderr.print(f"Note: {notice}", highlight=False, markup=False)
     if into is not None:
         replace_block(into, block, "\n".join(map(markdown_table, tables.values())))
     if as_json:

@@ -72,7 +72,10 @@ def deploy(run: Run, *, tls: bool = False, notify: Notify = lambda text: None, o
         UserError: the run has invalid settings or too many users.
         FlowerRunError: a process exited, or the run failed.
     """
-    users = len(build_context(run).population.users)
+    ctx = build_context(run)
+    users = len(ctx.population.users)
+    for notice in ctx.notices:
+        notify(f"Note: {notice}")
     with ExitStack() as stack:
         if out is not None:
             stack.enter_context(locked(out))

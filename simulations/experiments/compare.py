@@ -112,6 +112,7 @@ def compare(
         "code": code_digest(),
         "sources": ctx.population.sources,
         "command": command,
+        "classes": list(ctx.population.classes),
         "skew": ctx.population.skew,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "notices": notices,
