@@ -10,8 +10,11 @@ from fedbn.federation.context import CENTRAL_TRAINER, RunContext
 from fedbn.federation.protection import privacy_notices
 
 
-def check_population(population: Population) -> None:
+def check_population(population: Population) -> list[str]:
     """Check that every user has valid training and test data.
+
+    Returns:
+        Notices about data that work but may surprise.
 
     Raises:
         UserError: data that cannot be trained or tested on.
@@ -39,9 +42,16 @@ def check_population(population: Population) -> None:
                 raise UserError(f"user {user.name}: {part} examples have shape {own}, others {others}")
         if i not in population.unseen:
             trained[user.train.y.cpu()] = True
-    if not trained.all():
-        missing = ", ".join(population.classes[i] for i in (~trained).nonzero().flatten().tolist())
-        raise UserError(f"no seen user has training data of class {missing}: drop the class or see other users")
+    if trained.all():
+        return []
+    missing = ", ".join(population.classes[i] for i in (~trained).nonzero().flatten().tolist())
+    message = (
+        f"no seen user has training data of class {missing}, so it is never predicted: hold out fewer users, use "
+        "another seed or partition, bring more rows of the class (shorter windows), or drop it"
+    )
+    if int(trained.sum()) < 2:
+        raise UserError(message)
+    return [message]
 
 
 def check_context(ctx: RunContext) -> list[str]:

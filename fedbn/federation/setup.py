@@ -55,7 +55,7 @@ def build_context_for(run: Run, population: Population) -> RunContext:
     Raises:
         UserError: as `build_context`.
     """
-    check_population(population)
+    notices = check_population(population)
     chosen = treatment(run.strategy)
     chosen.norm.validate_population(population)
     if population.remote and chosen.norm.is_centralized:
@@ -66,4 +66,4 @@ def build_context_for(run: Run, population: Population) -> RunContext:
     model = chosen.norm.prepare_model(model).to(run.device)
     ownership = Ownership.of(model, chosen)
     ctx = RunContext(run, population, chosen, ownership, clone(model.state_dict()), model, ())
-    return replace(ctx, notices=(*population.notices, *check_context(ctx)))
+    return replace(ctx, notices=(*population.notices, *notices, *check_context(ctx)))

@@ -83,16 +83,6 @@ def build_population(
         )
     else:
         held_out = () if pooled else hold_out(len(users), unseen, seed)
-    present = set(torch.cat([u.train.y for i, u in enumerate(users) if i not in held_out]).tolist())
-    if missing := [c for i, c in enumerate(classes) if i not in present]:
-        message = (
-            f"{name}: class {', '.join(missing)} is in no training row of the seen users (unseen: "
-            f"{', '.join(users[i].name for i in held_out) or 'none'}), so it is never predicted; hold out fewer users, "
-            "use another seed, bring more rows of the class (with window=: shorter windows), or drop it"
-        )
-        if len(present) < 2:
-            raise UserError(message)
-        more.append(message)
     everything = (*notices, *found.notices, *more)
     return Population(tuple(users), held_out, classes, skew, sources, pooled=pooled, notices=everything)
 

@@ -257,20 +257,6 @@ def test_files_rejects_bad_input(save, changed, options, message):
     rejects(re.escape(message), lambda: load(save(**changed), options))
 
 
-def test_files_reports_class_of_unseen_users_only(save):
-    unseen_by_seed = {seed: load(save(), seed=seed).unseen for seed in range(3)}
-    path = save(y=np.where(np.arange(60) < 40, np.arange(60) % 2, 2))
-    notice = "class 2 is in no training row of the seen users (unseen: 2), so it is never predicted; hold out fewer"
-    for seed, unseen in unseen_by_seed.items():
-        found = load(path, seed=seed)
-        assert found.unseen == unseen
-        assert any(notice in text for text in found.notices) == (unseen == (2,))
-    assert set(unseen_by_seed.values()) == {(0,), (1,), (2,)}
-    path = save(y=np.where(np.arange(60) < 40, 0, 1))
-    (seed,) = (seed for seed, unseen in unseen_by_seed.items() if unseen == (2,))
-    rejects("class 1 is in no training row of the seen users", load, path, seed=seed)
-
-
 def test_files_rejects_unreadable_files(tmp_path):
     rejects("scenario 'files' needs a path: files:path=FILE", lambda: scenario("files").load(0))
     rejects(r"there is no file '.*none\.npz'; check path=", load, tmp_path / "none.npz")
