@@ -50,12 +50,13 @@ def cold_starts(ctx: RunContext, state: State, client_statistics: dict[int, Stat
     pooled = mean | _pooled_moments(clients, pairs, uniform)
     out["pooled"] = state | pooled
     own, window_var = window_moments(ctx, out["pooled"], x)
-    distances = [_distance(client, own, pairs) for client in clients]
+    measured = {path: pair for path, pair in pairs.items() if path in own}  # without layers that do not run
+    distances = [_distance(client, own, measured) for client in clients]
     out["nearest"] = state | clients[min(range(len(clients)), key=distances.__getitem__)]
     weights = [1.0 / max(d, 1e-12) for d in distances]
     mixture = {k: naive_mean([c[k] for c in clients], weights) for k in keys}
     out["mixture"] = state | mixture | _pooled_moments(clients, pairs, weights)
-    out["prior"] = state | _shrunk_moments(pooled, clients, own, window_var, pairs, len(x))
+    out["prior"] = state | _shrunk_moments(pooled, clients, own, window_var, measured, len(x))
     return out
 
 
@@ -78,7 +79,9 @@ def population_prior_for(
     _, window_var = window_moments(ctx, state | pooled, x)
     out: dict[str, LayerPrior] = {}
     for path, (mu, var) in pairs.items():
-        n0 = _pseudo_count(clients, mu, window_var[path]).clamp_max(MAX_N0).to(pooled[mu])
+        n0 = torch.full_like(pooled[mu], MAX_N0)  # of layers that do not run
+        if path in window_var:
+            n0 = _pseudo_count(clients, mu, window_var[path]).clamp_max(MAX_N0).to(n0)
         out[path] = LayerPrior(pooled[mu], pooled[var], n0)
     return out
 

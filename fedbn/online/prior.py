@@ -19,7 +19,7 @@ from fedbn.errors import UserError, unknown
 from fedbn.nn.hooks import capture_inputs
 from fedbn.nn.roles import statistics_layers
 from fedbn.online.layer import UserNorm, row_moments
-from fedbn.online.statistics import Pair, Prior
+from fedbn.online.statistics import Pair, Prior, mix
 from fedbn.statistics.moments import Moments
 
 OPTIONAL = ("n0", "alpha", "class_mean", "class_var")
@@ -67,20 +67,30 @@ def source_prior(model: nn.Module, x: Tensor, y: Tensor, classes: int) -> dict[s
     Raises:
         UserError: a class has no example.
     """
-    moments: dict[str, list[Moments]] = {path: [] for path in statistics_layers(model)}
+    start = layer_priors(model)
+    # Layers that do not run have the same moments for each class.
+    moments = [{path: Moments.from_variance(1.0, p.mean, p.var) for path, p in start.items()} for _ in range(classes)]
+    measured: dict[str, Moments] = {}
+
+    def record(path: str, value: Tensor) -> None:
+        new = Moments.of(value)
+        measured[path] = measured[path].merge(new) if path in measured else new
+
     model.eval()
-    with torch.no_grad(), capture_inputs(statistics_layers(model), lambda path, v: moments[path].append(Moments.of(v))):
+    with torch.no_grad(), capture_inputs(statistics_layers(model), record):
         for k in range(classes):
             if not (y == k).any():
                 raise UserError(f"class {k} of {classes} has no example: pass source data of every class")
             model(x[y == k])
+            moments[k] |= measured
+            measured.clear()
     return {
         path: replace(
-            start,
-            class_mean=torch.stack([m.mean for m in moments[path]]).to(start.mean),
-            class_var=torch.stack([m.variance() for m in moments[path]]).to(start.mean),
+            prior,
+            class_mean=torch.stack([m[path].mean for m in moments]).to(prior.mean),
+            class_var=torch.stack([m[path].variance() for m in moments]).to(prior.mean),
         )
-        for path, start in layer_priors(model).items()
+        for path, prior in start.items()
     }
 
 
@@ -100,16 +110,31 @@ def population_prior(model: nn.Module, users: Sequence[Tensor]) -> dict[str, Lay
         raise UserError("differences between users need at least two users with two windows each: pass more")
     start = layer_priors(model)
     layers = statistics_layers(model)
-    rows: dict[str, list[Pair]] = {path: [] for path in layers}
+    rows: dict[str, list[Pair]] = {}
+    calls: dict[str, list[tuple[Pair, int]]] = {}
 
     def record(path: str, x: Tensor) -> None:
-        rows[path].append(row_moments(x.double(), start[path].mean.double()))
+        pair = row_moments(x.double(), start[path].mean.double())
+        calls.setdefault(path, []).append((pair, x[0, 0].numel()))
 
     model.eval()
     with torch.no_grad(), capture_inputs(layers, record):
         for windows in users:
             model(windows)
-    return {path: _population(rows[path], start[path].mean) for path in layers}
+            for path, inputs in calls.items():
+                rows.setdefault(path, []).append(_joint(inputs))
+            calls.clear()
+    unmeasured = {path: replace(p, n0=torch.full_like(p.mean, MAX_N0)) for path, p in start.items()}
+    return unmeasured | {path: _population(found, start[path].mean) for path, found in rows.items()}
+
+
+def _joint(inputs: list[tuple[Pair, int]]) -> Pair:
+    """Row moments over all inputs of a layer in a pass, which are given with their numbers of positions."""
+    joint, total = inputs[0]
+    for pair, positions in inputs[1:]:
+        total += positions
+        joint = mix(joint, pair, torch.as_tensor(positions / total).to(pair[0]))
+    return joint
 
 
 def _population(users: Sequence[Pair], like: Tensor) -> LayerPrior:

@@ -50,15 +50,22 @@ def predict_online(model: nn.Module, x: Tensor, *, prior: float = 256.0, block: 
     current: dict[str, Moments] = {}
     rows = 0
     out = []
+
+    def record(path: str, value: Tensor) -> None:
+        moments = Moments.of(value)
+        current[path] = current[path].merge(moments) if path in current else moments
+
     model.eval()
-    with torch.no_grad(), capture_inputs(layers, lambda path, value: current.__setitem__(path, Moments.of(value))):
+    with torch.no_grad(), capture_inputs(layers, record):
         for part in x.split(block):
+            current.clear()
             out.append(model(part))
             rows += len(part)
             if prior == float("inf"):
                 continue
-            for path, layer in layers.items():
-                total[path] = total[path].merge(current[path]) if path in total else current[path]
+            for path, moments in current.items():  # without layers that do not run
+                layer = layers[path]
+                total[path] = total[path].merge(moments) if path in total else moments
                 weight = prior * (float(total[path].n) / rows)  # in values
                 base = Moments.from_variance(weight, *(t.cpu() for t in source[path]))
                 set_statistics(layer, total[path].shrink(base, weight) if weight else total[path])

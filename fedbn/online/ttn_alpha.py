@@ -78,6 +78,7 @@ def learn_alpha(
     bank = net.bank
     weight, bias = (t.clone().requires_grad_() for t in bank.affine)
     alpha = torch.zeros_like(weight)
+    runs = torch.zeros_like(weight, dtype=torch.bool)  # whether a channel's layer runs
 
     def loss(x: Tensor, y: Tensor) -> Tensor:
         def transform(index: int, moments: Pair | None, positions: int) -> Pair:
@@ -88,8 +89,11 @@ def learn_alpha(
             scale, shift = scale_and_shift(mean, var, bank.source.eps[span], weight[span], bias[span])
             return scale[None], shift[None]
 
-        with Pass(len(x), transform):
-            return F.cross_entropy(net.model(x), y)
+        with Pass(len(x), transform) as recorded:
+            out = F.cross_entropy(net.model(x), y)
+        for index in recorded.moments:
+            runs[list(bank.spans.values())[index]] = True
+        return out
 
     def gradient(x: Tensor, y: Tensor) -> Tensor:
         return torch.stack(torch.autograd.grad(loss(x, y), (weight, bias)))
@@ -97,8 +101,8 @@ def learn_alpha(
     net.requires_grad_(False)
     similarity = [F.cosine_similarity(gradient(x, y), gradient(augment(x, draw), y), dim=0) for x, y in batches]
     sensitivity = 1 - torch.stack(similarity).mean(0)
-    width = sensitivity.max() - sensitivity.min()
-    prior = ((sensitivity - sensitivity.min()) / width.clamp_min(1e-12)) ** 2
+    low, high = sensitivity[runs].min(), sensitivity[runs].max()
+    prior = (((sensitivity - low) / (high - low).clamp_min(1e-12)) ** 2).where(runs, 0.0)
     alpha = prior.clone().requires_grad_()
     optimizer = torch.optim.Adam([alpha], lr)
     for _ in range(epochs):

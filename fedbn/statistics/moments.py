@@ -150,20 +150,21 @@ STACK_SIZE = 1024
 
 
 def naive_mean(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """Weighted mean, accumulated in float64 and returned in the values' dtype.
+    """Weighted mean, accumulated in float64 (complex128 for complex values) and returned in the values' dtype.
 
     It is correct for weights and means. For variances it ignores the variance between the parts' means, as FedAvg on a
     whole state dict does; it is the baseline for `pooled_variance`.
     """
     total, first = float(sum(weights)), values[0]
+    wide = torch.promote_types(first.dtype, torch.float64)
     if first.numel() <= MAX_STACKED_ELEMENTS:
         shares = torch.tensor(weights, dtype=torch.float64, device=first.device) / total
-        mean = torch.zeros(first.numel(), dtype=torch.float64, device=first.device)
+        mean = torch.zeros(first.numel(), dtype=wide, device=first.device)
         for i in range(0, len(values), STACK_SIZE):
-            flat = torch.stack(list(values[i : i + STACK_SIZE])).double().reshape(-1, first.numel())
+            flat = torch.stack(list(values[i : i + STACK_SIZE])).to(wide).reshape(-1, first.numel())
             mean += (flat * shares[i : i + STACK_SIZE, None]).sum(0)
         return mean.view(first.shape).to(first.dtype)
-    acc = torch.zeros_like(first, dtype=torch.float64)
+    acc = torch.zeros_like(first, dtype=wide)
     for value, weight in zip(values, weights, strict=True):
         acc.add_(value, alpha=weight / total)
     return acc.to(first.dtype)

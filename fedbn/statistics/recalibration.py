@@ -1,13 +1,15 @@
 r"""Recompute the statistics of a model under its current weights.
 
-The input of layer :math:`\ell` depends on the statistics of all layers before it. So the layers are processed in order:
-exact moments of layer 1, then of layer 2 given those of layer 1, and so on. In the end the stored statistics of every
-layer are the moments of its input in evaluation mode. (A single training-mode pass over all data as one batch gives the
-same result up to :math:`n/(n-1)`: batches are normalized by the biased variance, PyTorch stores the unbiased one.)
+The input of layer :math:`\ell` depends on the statistics of all layers before it. So the layers are processed in the
+order in which they run: exact moments of layer 1, then of layer 2 given those of layer 1, and so on. In the end the
+stored statistics of every layer are the moments of its input in evaluation mode. (A single training-mode pass over all
+data as one batch gives the same result up to :math:`n/(n-1)`: batches are normalized by the biased variance, PyTorch
+stores the unbiased one.) A layer that runs several times in a pass gets the joint moments of its inputs.
 """
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any, cast
 
 import torch
@@ -44,26 +46,44 @@ def statistics_of(model: nn.Module) -> State:
     return statistics
 
 
-def layer_moments(model: nn.Module, path: str, x: Tensor) -> Moments | None:
+def execution_order(model: nn.Module, x: Tensor) -> dict[str, int]:
+    """The layers with statistics in the order in which an evaluation-mode pass runs them, and how often it does.
+
+    Layers that do not run, such as those of an auxiliary head or the inactive branch of a dual layer, are left out.
+    """
+    calls: dict[str, int] = {}
+    model.eval()
+    with (
+        torch.no_grad(),
+        capture_inputs(statistics_layers(model), lambda path, _: calls.__setitem__(path, calls.get(path, 0) + 1)),
+    ):
+        model(x[:2])
+    return calls
+
+
+def layer_moments(model: nn.Module, path: str, x: Tensor, calls: int = 1) -> Moments:
     """Exact moments of the input of the layer at ``path`` over all rows of ``x``, in evaluation mode.
 
-    Returns None if the layer does not run, for example the inactive branch of a dual layer.
+    Args:
+        model: the network.
+        path: path of a layer that runs.
+        x: examples ``[n, *shape]``.
+        calls: how often the layer runs in a pass; the moments cover all its inputs.
     """
     layer = model.get_submodule(path)
     parts: list[Moments] = []
 
     def measure(_path: str, value: Tensor) -> None:
         parts.append(Moments.of(value))
-        raise Reached
+        if len(parts) % calls == 0:
+            raise Reached
 
     model.eval()
     with torch.no_grad(), capture_inputs({path: layer}, measure):
         for rows in x.split(CHUNK):
-            try:
+            with suppress(Reached):
                 model(rows)
-            except Reached:
-                continue
-    return pooled(parts) if parts else None
+    return pooled(parts)
 
 
 def all_moments(model: nn.Module, x: Tensor) -> dict[str, Moments]:
@@ -87,11 +107,9 @@ def agree_layerwise(model: nn.Module, x: Tensor) -> ConsensusStep:
 
     For each layer it yields this client's moments, receives the merged moments of all clients and sets them.
     """
-    for path, layer in statistics_layers(model).items():
-        if (moments := layer_moments(model, path, x)) is None:
-            continue
-        aggregate = yield {path: moments}
-        set_statistics(layer, aggregate[path])
+    for path, calls in execution_order(model, x).items():
+        aggregate = yield {path: layer_moments(model, path, x, calls)}
+        set_statistics(model.get_submodule(path), aggregate[path])
 
 
 def recalibrate(model: nn.Module, x: Tensor) -> nn.Module:

@@ -48,15 +48,21 @@ def add_rates(model: nn.Module) -> nn.Module:
     """Register a rate of 0 for each entry of a model, in place.
 
     Raises:
-        UserError: a BN layer has no scale and shift, or no layer has running statistics.
+        UserError: a BN layer has no scale and shift of its own, no layer has running statistics, or a parameter is
+            complex.
 
     >>> net = add_rates(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 2)))
     >>> net.adaptation_rates.shape, rated_names(net)[4:6]
     (torch.Size([8]), ['1.running_mean', '1.running_var'])
     """
     require_statistics(model, "ATP")
-    if any(layer.weight is None for layer in statistics_layers(model).values()):
+    layers = statistics_layers(model)
+    if any(layer.weight is None for layer in layers.values()):
         raise UserError("ATP adapts scale and shift too: build the BN layers with affine=True")
+    if len({id(p) for layer in layers.values() for p in (layer.weight, layer.bias)}) < 2 * len(layers):
+        raise UserError("ATP needs a scale and a shift of its own for each BN layer: untie those that share them")
+    if any(p.is_complex() for p in model.parameters()):
+        raise UserError("ATP does not support complex parameters: choose another strategy")
     model.register_buffer(RATES, torch.zeros(len(rated_names(model))))
     return model
 
@@ -103,11 +109,14 @@ def adapt_state(model: nn.Module, state: State, rates: Tensor, x: Tensor) -> tup
         rates: ``[D]``, in the order of `rated_names`.
         x: at least two examples; a variance stays unchanged if its channel has a single value.
     """
-    inputs: dict[str, Tensor] = {}
-    with capture_inputs(statistics_layers(model), lambda path, value: inputs.__setitem__(path, value.detach())):
+    inputs: dict[str, list[Tensor]] = {path: [] for path in statistics_layers(model)}
+    with capture_inputs(statistics_layers(model), lambda path, value: inputs[path].append(value.detach())):
         g = _gradient(model, state, x, lambda out: entropy(out).mean())
     for path, (mean, var) in zip(statistics_layers(model), _statistics_names(model), strict=True):
-        values = inputs[path].transpose(0, 1).flatten(1)
+        if not inputs[path]:  # the layer does not run
+            g[mean], g[var] = torch.zeros_like(state[mean]), torch.zeros_like(state[var])
+            continue
+        values = torch.cat([value.transpose(0, 1).flatten(1) for value in inputs[path]], 1)
         g[mean] = state[mean] - values.mean(1)
         g[var] = state[var] - values.var(1) if values.shape[1] > 1 else torch.zeros_like(state[var])
     adapted = state | {name: state[name] - rates[d] * g[name] for d, name in enumerate(rated_names(model))}
@@ -148,8 +157,10 @@ def _statistics_names(model: nn.Module) -> list[tuple[str, str]]:
 def _gradient(model: nn.Module, state: State, x: Tensor, loss: Loss) -> State:
     """Gradient of a loss with respect to every entry that has a rate, at ``state``."""
     leaves = {name: state[name].detach().requires_grad_() for name, _ in model.named_parameters()}
+    # Tied entries are passed once: `functional_call` uses the value for all their names.
+    buffers = {name: state[name] for name, _ in model.named_buffers() if name in state}
     with torch.enable_grad():
-        value = loss(functional_call(model, {**state, **leaves}, (x,)))
+        value = loss(functional_call(model, buffers | leaves, (x,)))
         gradients = torch.autograd.grad(value, list(leaves.values()), materialize_grads=True)
     out = dict(zip(leaves, gradients, strict=True))
     for (path, layer), (mean, var) in zip(statistics_layers(model).items(), _statistics_names(model), strict=True):

@@ -82,6 +82,6 @@ def fisher_information(model: nn.Module, parameters: list[nn.Parameter], source:
     for rows in batches:
         out = model(rows)
         loss = F.cross_entropy(out, out.argmax(1))
-        for acc, g in zip(total, torch.autograd.grad(loss, parameters), strict=True):
+        for acc, g in zip(total, torch.autograd.grad(loss, parameters, materialize_grads=True), strict=True):
             acc += g**2 / len(batches)
     return total

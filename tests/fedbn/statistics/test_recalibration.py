@@ -108,3 +108,37 @@ def test_recalibrate_on_source_restores_its_statistics():
     changed = clone(statistics_of(recalibrate(model, target)))
     assert not torch.allclose(changed["features.1.running_mean"], before["features.1.running_mean"], atol=0.1)
     assert_equal(statistics_of(recalibrate(model, source)), before)
+
+
+class Reversed(nn.Module):
+    """Two normalization layers, registered in reverse order; the first runs ``calls`` times."""
+
+    def __init__(self, calls=1):
+        super().__init__()
+        self.second, self.first, self.calls = nn.BatchNorm1d(3), nn.BatchNorm1d(3), calls
+
+    def forward(self, x):
+        for _ in range(self.calls):
+            x = torch.relu(self.first(x) + 1) * x.new_tensor([1.0, 2.0, 3.0])
+        return self.second(x)
+
+
+def test_recalibrate_follows_the_order_of_execution():
+    torch.manual_seed(0)
+    x = torch.randn(40, 3) * 2 + 5
+    net = recalibrate(Reversed(), x).eval()
+    exact = x - x.mean(0)
+    middle = torch.relu(exact / (x.var(0) + 1e-5).sqrt() + 1) * torch.tensor([1.0, 2.0, 3.0])
+    torch.testing.assert_close(net.second.running_mean, middle.mean(0))
+    torch.testing.assert_close(net.second.running_var, middle.var(0))
+
+
+def test_recalibrate_uses_all_inputs_of_a_layer_that_runs_twice():
+    torch.manual_seed(0)
+    x = torch.randn(40, 3) * 2 + 5
+    untrained = Reversed(calls=2).eval()
+    again = torch.relu(untrained.first(x) + 1) * torch.tensor([1.0, 2.0, 3.0])
+    inputs = torch.cat([x, again]).detach()
+    net = recalibrate(untrained, x)
+    torch.testing.assert_close(net.first.running_mean, inputs.mean(0))
+    torch.testing.assert_close(net.first.running_var, inputs.var(0))

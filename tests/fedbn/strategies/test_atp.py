@@ -195,3 +195,57 @@ def test_atp_rejects_bad_input():
         add_rates(nn.Linear(2, 2))
     with pytest.raises(UserError, match="train with --strategy atp"):
         method("atp").begin(nn.Linear(2, 2), windows(), torch.Generator())
+
+
+class Twice(nn.Module):
+    """A network whose normalization layer and linear layer run twice, with a layer that does not run."""
+
+    def __init__(self):
+        super().__init__()
+        self.norms = nn.ModuleList([nn.BatchNorm1d(4)] * 2)
+        self.lines = nn.ModuleList([nn.Linear(4, 4)] * 2)
+        self.unused, self.fc = nn.BatchNorm1d(4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        for norm, line in zip(self.norms, self.lines, strict=True):
+            x = torch.tanh(norm(line(x)))
+        return self.fc(x)
+
+
+def test_adapt_state_supports_shared_tied_and_unused_layers():
+    torch.manual_seed(0)
+    net = add_rates(Twice()).double().eval()
+    x = torch.randn(8, 4, dtype=torch.float64)
+    state = clone(net.state_dict())
+    rates = state.pop(RATES).uniform_(0.01, 0.1)
+    names = rated_names(net)
+    assert not [n for n in names if n.startswith(("norms.1", "lines.1"))]
+    inputs = []
+    handle = net.norms[0].register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach()))
+    out = net(x)
+    handle.remove()
+    loss = -(out.softmax(1) * out.log_softmax(1)).sum(1).mean()
+    parameters = dict(net.named_parameters())
+    gradients = torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True)
+    adapted, g = adapt_state(net, state, rates, x)
+    for name, gradient in zip(parameters, gradients, strict=True):
+        torch.testing.assert_close(g[name], gradient)
+    seen = torch.cat(inputs)  # of both runs
+    torch.testing.assert_close(g["norms.0.running_mean"], state["norms.0.running_mean"] - seen.mean(0))
+    torch.testing.assert_close(g["norms.0.running_var"], state["norms.0.running_var"] - seen.var(0))
+    assert torch.equal(adapted["unused.running_mean"], state["unused.running_mean"])
+    net.get_buffer(RATES).copy_(rates)
+    adaptation_step(net, online=False)(x)
+    assert torch.equal(net.norms[1].weight, adapted["norms.0.weight"])
+    learn_rates(net, Examples(x, torch.arange(8) % 3, torch.zeros(8)), block=4, lr=0.1)
+
+
+def test_add_rates_rejects_shared_scales_and_complex_parameters():
+    net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.BatchNorm1d(2))
+    net[2].weight = net[1].weight
+    with pytest.raises(UserError, match="a scale and a shift of its own for each BN layer"):
+        add_rates(net)
+    net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    net.phase = nn.Parameter(torch.ones(1, dtype=torch.complex64))
+    with pytest.raises(UserError, match="complex parameters"):
+        add_rates(net)
