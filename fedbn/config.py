@@ -169,7 +169,23 @@ class Plan(Checked):
 
 
 @dataclass(frozen=True)
-class Conditions(Checked):
+class ModelSplit(Checked):
+    """Options that assign layers of a model to its head, or to the clients."""
+
+    _: KW_ONLY
+    head: str = option(
+        "",
+        "Layers that form the head, by path and comma-separated, e.g. fc or layer4,fc; empty for the last layer that "
+        "computes the logits.",
+    )
+    private: str = option(
+        "",
+        "Layers whose entries stay local to each client, whatever the strategy, by path and comma-separated.",
+    )
+
+
+@dataclass(frozen=True)
+class Conditions(ModelSplit):
     """Options shared by `Run`, `Experiment` and `Study`."""
 
     scenario: str = option(help="Data set with users, e.g. hapt:unseen=10.", panel="Data")
@@ -211,6 +227,15 @@ class RunOptions(EvaluatedConditions):
     validation: bool = option(
         False, "Test on a held-out part of the training recordings (for tuning).", panel="Evaluation"
     )
+
+
+def parts(text: str) -> tuple[str, ...]:
+    """The parts of a comma-separated list.
+
+    >>> parts("fedbn, silobn,")
+    ('fedbn', 'silobn')
+    """
+    return tuple(filter(None, (part.strip() for part in text.split(","))))
 
 
 def nest(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,12 +16,14 @@ from torch.nn.parameter import is_lazy
 
 from fedbn.auditing.lints import LEVELS, LINTS, Finding
 from fedbn.auditing.subject import Subject
+from fedbn.config import parts
 from fedbn.errors import UserError
 from fedbn.models import build
-from fedbn.nn.roles import Role, roles
-from fedbn.plugins import render
+from fedbn.models.inspection import inspect_model
+from fedbn.nn.plain import copy_model
+from fedbn.nn.roles import has_head, set_head
+from fedbn.personalization.treatment import Treatment, treatment
 from fedbn.strategies.base import NormStrategy
-from fedbn.strategies.base import strategy as parse_strategy
 from fedbn.strategies.global_naive import GlobalNaive
 from fedbn.strategies.ownership import Ownership
 
@@ -117,24 +119,29 @@ class Audit:
 
 def audit(
     model: nn.Module,
-    strategy: NormStrategy | str | None = None,
+    strategy: NormStrategy | Treatment | str | None = None,
     *,
     batch_size: int = 32,
     shape: tuple[int, ...] | None = None,
+    head: str = "",
+    private: str = "",
 ) -> Audit:
     """List owners and bytes of a model's entries and run the lints; the model is not changed.
 
     Args:
         model: the model, already prepared by the strategy (`audit_model` prepares it).
-        strategy: strategy that defines the owners, as an object or by name; None for FedAvg over the whole state
-            (``global-naive``).
+        strategy: strategy that defines the owners, optionally with a personalization method, as an object or by name
+            such as ``fedbn+fedper``; None for FedAvg over the whole state (``global-naive``).
         batch_size: training batch size.
-        shape: shape of one example. If given, a copy of the model runs one small batch to measure how many values each
-            normalization layer receives.
+        shape: shape of one example. If given, a copy of the model runs small batches, which find its head and measure
+            how many values each normalization layer receives.
+        head: paths of the layers that form the head, comma-separated; empty: the last layer before the logits, or
+            without ``shape`` the last registered one.
+        private: paths of layers that stay local to each client, comma-separated.
 
     Raises:
-        UserError: if ``batch_size`` or ``shape`` is below one, the strategy is unknown, or a state entry does not
-            belong to a module.
+        UserError: if ``batch_size`` or ``shape`` is below one, the strategy is unknown, a path matches nothing, or a
+            state entry does not belong to a module.
 
     >>> net = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
     >>> report = audit(net, shape=(4,))
@@ -147,16 +154,16 @@ def audit(
         raise UserError(f"batch size {batch_size} is impossible; use at least 1")
     if shape is not None and (not shape or min(shape) < 1):
         raise UserError(f"an example of shape {list(shape)} is empty; specify the shape as, e.g., 3,32,32")
-    if isinstance(strategy, str):
-        strategy = parse_strategy(strategy)
-    strategy = strategy or GlobalNaive()
+    chosen = _treatment(strategy)
+    is_complete = not any(is_lazy(v) for v in model.state_dict(keep_vars=True).values())
+    if is_complete and (head or (shape is not None and not has_head(model))):
+        model = copy_model(model)
+        if shape is not None:
+            model = inspect_model(model, shape, None, parts(head))
+        else:
+            set_head(model, parts(head))
     state = model.state_dict(keep_vars=True)
-    ownership = Ownership(
-        _roles(model),
-        strategy.owners(),
-        {k: () if is_lazy(v) else tuple(v.shape) for k, v in state.items()},
-        {k: 0 if is_lazy(v) else v.numel() * v.element_size() for k, v in state.items()},
-    )
+    ownership = Ownership.of(model, chosen, parts(private))
     sent = set(ownership.travels)
     entries = tuple(
         Entry(
@@ -171,11 +178,11 @@ def audit(
         )
         for key, value in state.items()
     )
-    subject = Subject(model, state, ownership, strategy, batch_size, shape)
+    subject = Subject(model, state, ownership, chosen.norm, batch_size, shape)
     findings = [finding for lint in LINTS for finding in lint(subject)]
     return Audit(
         type(model).__name__,
-        render(strategy),
+        str(chosen),
         batch_size,
         shape,
         entries,
@@ -191,37 +198,37 @@ def audit_model(
     classes: int = 10,
     *,
     batch_size: int = 32,
+    head: str = "",
+    private: str = "",
 ) -> Audit:
     """Build a model by name, prepare it with the strategy, and audit the result.
 
     Args:
         text: built-in name or ``package.module:factory``.
-        strategy_text: strategy such as ``groupnorm:groups=4``; None for FedAvg over the whole state of the unprepared
-            model.
+        strategy_text: strategy such as ``groupnorm:groups=4`` or ``fedbn+fedper``; None for FedAvg over the whole state
+            of the unprepared model.
         shape: shape of one example; optional for a factory that does not take it.
         classes: number of classes.
         batch_size: training batch size.
+        head: as in `audit`.
+        private: as in `audit`.
 
     Raises:
         UserError: if the model or the strategy is unknown, the module cannot be imported, the object is not a factory,
-            the factory needs other arguments or raises, or the strategy does not apply to the model.
+            the factory needs other arguments or raises, the strategy does not apply to the model, or a path matches
+            nothing.
 
     >>> audit_model("mlp", "fedbn", (1, 8, 8)).bytes_up
     9640
     """
-    strategy = None if strategy_text is None else parse_strategy(strategy_text)
-    model = build(text, shape or (), classes, seed=0)
-    if strategy is not None:
-        model = strategy.prepare_model(model)
-    return replace(audit(model, strategy, batch_size=batch_size, shape=shape), model=text)
+    chosen = None if strategy_text is None else treatment(strategy_text)
+    model = build(text, shape or (), classes, seed=0, head=head)
+    if chosen is not None:
+        model = chosen.norm.prepare_model(model)
+    return replace(audit(model, chosen, batch_size=batch_size, shape=shape, private=private), model=text)
 
 
-def _roles(model: nn.Module) -> dict[str, Role]:
-    """Role of every state key."""
-    try:
-        return roles(model)
-    except KeyError as error:
-        raise UserError(
-            f"state entry {error} of {type(model).__name__} is not a parameter or buffer of a module (extra state, or "
-            "a hook that renames entries), so it cannot be averaged; remove it from state_dict()"
-        ) from None
+def _treatment(strategy: NormStrategy | Treatment | str | None) -> Treatment:
+    if isinstance(strategy, str):
+        return treatment(strategy)
+    return strategy if isinstance(strategy, Treatment) else Treatment(strategy or GlobalNaive())

@@ -17,7 +17,8 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
 
-from fedbn.auditing.subject import EXAMPLES, Subject
+from fedbn.auditing.subject import Subject
+from fedbn.models.inspection import EXAMPLES, head_notice
 from fedbn.nn.conversion import channels_of
 from fedbn.nn.roles import Role, head, keeps_statistics
 from fedbn.strategies.base import StatelessNorm
@@ -287,16 +288,22 @@ def _tied(s: Subject) -> Iterator[Finding]:
             yield Finding("warning", "tied", tuple(keys), message, "untie the layers, or register the tensor once")
 
 
+def _ambiguous_head(s: Subject) -> Iterator[Finding]:
+    if notice := head_notice(s.model):
+        fix = "name the layers of the head with --head (head= in Python)"
+        yield Finding("warning", "ambiguous-head", head(s.model), notice, fix)
+
+
 def _after_head(s: Subject) -> Iterator[Finding]:
-    last = head(s.model)
     order = s.measured.order or tuple(p for p, _ in s.model.named_modules())
-    where = tuple(p for p in order[order.index(last) + 1 :] if p in s.norms) if last in order else ()
+    last = max((order.index(p) for p in head(s.model) if p in order), default=len(order))
+    where = tuple(p for p in order[last + 1 :] if p in s.norms)
     if where:
         message = (
-            f"{_count(len(where), 'normalization layer')} after {last!r}, the last weighted layer and so the "
+            f"{_count(len(where), 'normalization layer')} after {order[last]!r}, the last weighted layer and so the "
             "head: either logits are normalized, or this layer is not the classifier"
         )
-        fix = "register the classifier last and do not normalize its output"
+        fix = "do not normalize the output of the classifier, or name the classifier with --head"
         yield Finding("warning", "after-head", where, message, fix)
 
 
@@ -315,6 +322,7 @@ LINTS: tuple[Lint, ...] = (
     _cumulative,
     _name_misses,
     _name_catches,
+    _ambiguous_head,
     _after_head,
     _untrained,
     _counters,

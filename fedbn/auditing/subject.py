@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, field
 
 import torch
@@ -10,13 +9,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
+from fedbn.models.inspection import EXAMPLES, example_batch
 from fedbn.nn.hooks import capture_inputs
+from fedbn.nn.plain import copy_model
 from fedbn.nn.roles import Role, State, head, is_norm, keeps_statistics, norm_layers
 from fedbn.strategies.base import NormStrategy
 from fedbn.strategies.ownership import Ownership
-
-EXAMPLES = 2
-"""Batch size of the measurement: the smallest for which BatchNorm does not raise."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +51,10 @@ def measure(model: nn.Module, shape: tuple[int, ...]) -> Measurement:
             values[path] = min(num_values, values.get(path, num_values))
 
     try:
-        model = copy.deepcopy(model).train()
-        layers = norm_layers(model)
-        if last := head(model):
-            layers[last] = model.get_submodule(last)
-        weight = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
-        batch = torch.zeros(EXAMPLES, *shape, dtype=weight.dtype, device=weight.device)
+        model = copy_model(model).train()
+        modules = dict(model.named_modules())
+        layers = norm_layers(model) | {path: modules[path] for path in head(model) if path in modules}
+        batch = example_batch(model, shape)
         with torch.random.fork_rng(devices=[]), torch.no_grad(), capture_inputs(layers, record):
             model(batch)
     except Exception as error:  # a user's model may raise any exception

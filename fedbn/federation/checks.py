@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-import torch
+from contextlib import suppress
+from typing import Any
 
-from fedbn.data.population import Population
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fedbn.data.population import Examples, Population
 from fedbn.errors import UserError
 from fedbn.federation.context import CENTRAL_TRAINER, RunContext
 from fedbn.federation.protection import privacy_notices
+from fedbn.models.inspection import head_notice
+from fedbn.nn.roles import State
 
 
 def check_population(population: Population) -> list[str]:
@@ -81,34 +88,32 @@ def check_context(ctx: RunContext) -> list[str]:
     sizes = {i: len(ctx.training_data(i)) for i in (trainers if mixed_batches else population.seen)}
     batch_size = min(plan.batch_size, min(sizes.values()))
     ctx.load(ctx.initial).train()
-    rows = ctx.training_data(trainers[0]).x[: max(2, min(batch_size, 4))]
+    rows = ctx.training_data(trainers[0]).take(torch.arange(min(batch_size, 4)))
     try:
-        outputs = ctx.scratch(rows[:batch_size] if batch_size < 2 else rows)
+        _check_model(ctx, rows)
     except UserError:
         raise
-    except ValueError as error:
-        if "more than 1 value per channel" not in str(error):
-            raise
-        smallest = min(sizes, key=sizes.__getitem__)
-        cause = f"user {population.users[smallest].name}, who has a single training example"
-        if plan.batch_size == 1:
-            cause = f"batches of one (--batch-size {plan.batch_size})"
-        raise UserError(
-            f"batch normalization cannot train on {cause}: use a batch size of 2 or more and users with at least 2 "
-            "examples, or groupnorm, layernorm or nonorm"
-        ) from None
-    except RuntimeError as error:
+    except Exception as error:  # a user's forward may raise anything
+        if "more than 1 value per channel" in str(error):
+            smallest = min(sizes, key=sizes.__getitem__)
+            cause = f"user {population.users[smallest].name}, who has a single training example"
+            if plan.batch_size == 1:
+                cause = f"batches of one (--batch-size {plan.batch_size})"
+            raise UserError(
+                f"batch normalization cannot train on {cause}: use a batch size of 2 or more and users with at least 2 "
+                "examples, or groupnorm, layernorm or nonorm"
+            ) from None
         raise UserError(
             f"model {ctx.run.model or 'of the scenario'} does not take examples of shape "
-            f"{list(population.shape)}: {error}"
-        ) from None
+            f"{list(population.shape)} ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]}): choose a "
+            "model whose first layer fits, or give its factory the arguments shape and classes"
+        ) from error
     finally:
-        ctx.load(ctx.initial)
-    if outputs.dim() != 2 or outputs.shape[1] != len(population.classes):
-        raise UserError(
-            f"the model returns outputs of shape {list(outputs.shape[1:])} for {len(population.classes)} classes: it "
-            "must return logits [N, classes]"
-        )
+        ctx.scratch.zero_grad()
+        with suppress(RuntimeError):  # entries of another shape, which `_check_model` has reported
+            ctx.load(ctx.initial)
+    if notice := head_notice(ctx.scratch):
+        notices.append(notice)
     small = [population.users[i].name for i in trainers if i != CENTRAL_TRAINER and sizes[i] < plan.batch_size]
     if small:
         notices.append(
@@ -119,3 +124,65 @@ def check_context(ctx: RunContext) -> list[str]:
     if plan.batch_size == 1 and any(role == "statistics" for role in ctx.ownership.roles.values()):
         notices.append("batches of one: each window is normalized on its own (instance statistics)")
     return notices + privacy_notices(ctx)
+
+
+def _check_model(ctx: RunContext, rows: Examples) -> None:
+    """Run a step's forward and backward pass and an evaluation on a few rows; the model ends in an undefined state."""
+    model = ctx.scratch
+    classes = len(ctx.population.classes)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise UserError(
+            f"{type(model).__name__} has no trainable parameters: set requires_grad=True where it should learn"
+        )
+    _check_tied(ctx)
+    with torch.random.fork_rng(devices=[]):
+        outputs = model(rows.x)
+        _check_outputs(outputs, len(rows), classes)
+        F.cross_entropy(outputs, rows.y).backward()
+        _check_state(ctx.initial, model.state_dict())
+        model.eval()
+        with torch.no_grad():
+            _check_outputs(model(rows.x), len(rows), classes)
+        _check_state(ctx.initial, model.state_dict())
+
+
+def _check_outputs(outputs: Any, rows: int, classes: int) -> None:
+    if isinstance(outputs, Tensor) and outputs.shape == (rows, classes) and outputs.is_floating_point():
+        return
+    what = f"a {type(outputs).__name__}"
+    if isinstance(outputs, Tensor):
+        of_batch = outputs.dim() == 0 or len(outputs) != rows
+        what = f"outputs of shape {list(outputs.shape if of_batch else outputs.shape[1:])}"
+        what += f" for a batch of {rows} and" if of_batch else " for"
+    raise UserError(f"the model returns {what} {classes} classes: it must return logits [N, classes]")
+
+
+def _check_state(before: State, after: State) -> None:
+    """Raise if a forward pass has added, removed or resized entries, which cannot be averaged."""
+    shapes = [{k: tuple(v.shape) for k, v in state.items()} for state in (before, after)]
+    if changed := [k for k in {**shapes[0], **shapes[1]} if shapes[0].get(k) != shapes[1].get(k)]:
+        old, new = (list(s[changed[0]]) if changed[0] in s else "absent" for s in shapes)
+        raise UserError(
+            f"entry {changed[0]!r} of the model changes in a forward pass from {old} to {new}: give it a fixed shape, "
+            "or register it with persistent=False, so that clients can be averaged"
+        )
+
+
+def _check_tied(ctx: RunContext) -> None:
+    """Raise if one tensor has names with different owners."""
+    tensors: dict[int, list[str]] = {}
+    for name, tensor in (*_named(ctx.scratch.named_parameters), *_named(ctx.scratch.named_buffers)):
+        if name in ctx.ownership.roles:
+            tensors.setdefault(id(tensor), []).append(name)
+    for names in tensors.values():
+        owners = {name: str(ctx.ownership.owner(name)) for name in names}
+        if len(set(owners.values())) > 1:
+            listed = ", ".join(f"{name} ({owner})" for name, owner in owners.items())
+            raise UserError(
+                f"one tensor has names with different owners under {ctx.run.strategy}: {listed}. Name all or none of "
+                "them in --head and --private, or untie the layers"
+            )
+
+
+def _named(list_names: Any) -> list[tuple[str, Tensor]]:
+    return list(list_names(remove_duplicate=False))

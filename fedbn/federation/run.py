@@ -7,7 +7,7 @@ import json
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from fedbn.config import Plan, RunOptions
+from fedbn.config import Plan, RunOptions, parts
 from fedbn.data.partition import parse_partition
 from fedbn.data.shift import parse_shift
 from fedbn.models import factory
@@ -68,6 +68,8 @@ class Run(RunOptions):
             shift=parse_shift(self.shift),
             rule=render(client_rule(self.rule)) if self.rule else "",
             privacy=render_privacy(self.privacy),
+            head=",".join(parts(self.head)),
+            private=",".join(parts(self.private)),
         )
 
 

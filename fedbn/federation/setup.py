@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import lru_cache
 
+import torch
+
+from fedbn.config import parts
 from fedbn.data.partition import repartition
 from fedbn.data.population import Population, User
 from fedbn.data.shift import shift
@@ -20,11 +23,29 @@ from fedbn.scenarios.base import scenario
 from fedbn.strategies.ownership import Ownership
 
 
+def check_device(text: str) -> None:
+    """Check that tensors can be created on a device.
+
+    Raises:
+        UserError: an unknown device, or one that this machine does not have; the message lists those that it has.
+
+    >>> check_device("cpu")
+    """
+    try:
+        torch.empty(1, device=text).add(1).cpu()
+    except Exception as error:  # backends raise different errors
+        found = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        found += ["mps"] if torch.backends.mps.is_available() else []
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"device {text!r} cannot be used here ({reason}): choose one of {', '.join(found)}") from None
+
+
 @lru_cache(maxsize=4)
 def load_population(
     scenario_text: str, partition: str, shift_text: str, seed: int, validation: bool, device: str
 ) -> Population:
     """Load, partition and shift the users of a run; cached for all strategies that share them."""
+    check_device(device)
     loaded = scenario(scenario_text).load(seed)
     if loaded.remote and (partition != "natural" or shift_text or validation):
         raise UserError(f"{scenario_text}: the data stay on the nodes and cannot be partitioned, shifted or split here")
@@ -62,8 +83,9 @@ def build_context_for(run: Run, population: Population) -> RunContext:
         raise UserError(
             f"{run.strategy} pools all data in one place, but here the data stay on the nodes: choose another strategy"
         )
-    model = build(run.model or scenario(run.scenario).model, population.shape, len(population.classes), run.seed)
+    text = run.model or scenario(run.scenario).model
+    model = build(text, population.shape, len(population.classes), run.seed, run.head)
     model = chosen.norm.prepare_model(model).to(run.device)
-    ownership = Ownership.of(model, chosen)
+    ownership = Ownership.of(model, chosen, parts(run.private))
     ctx = RunContext(run, population, chosen, ownership, clone(model.state_dict()), model, ())
     return replace(ctx, notices=(*population.notices, *notices, *check_context(ctx)))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
 from fedbn.errors import UserError, install_extra, unknown
+from fedbn.nn.plain import copy_model, fixed_weight, with_hook_names, without_hook_names
 
 TOLERANCE = 1e-4
 """Maximum difference between an output of the file and of the model, relative to the largest output."""
@@ -32,7 +33,10 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
     ['Conv1d', 'ReLU']
     """
     try:
-        return fuse(model.eval())
+        fixed = copy_model(model).eval()
+        for layer in list(fixed.modules()):
+            fixed_weight(layer)
+        return fuse(fixed)
     except Exception as error:  # tracing a user's forward may raise any exception
         raise UserError(
             f"{type(model).__name__} cannot be traced, so BN cannot be folded ({error}): export without folding"
@@ -116,8 +120,10 @@ def _pt2(model: nn.Module, example: Tensor, path: Path) -> Callable[[Tensor], Te
 
 
 def _safetensors(model: nn.Module, example: Tensor, path: Path) -> Callable[[Tensor], Tensor]:
-    save_file({k: v.contiguous().clone() for k, v in model.state_dict().items()}, path)
-    model.load_state_dict(load_file(path))
+    # The names are those of the user's network, which may compute weights by hooks.
+    state = with_hook_names(model, model.state_dict())
+    save_file({k: v.contiguous().clone() for k, v in state.items()}, path)
+    model.load_state_dict(without_hook_names(model, load_file(path)))
     return model
 
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fedbn.errors import UserError
+from fedbn.nn.plain import without_hook_names
 from fedbn.nn.roles import Role, State, roles
 
 WRAPPER_KEYS = ("state_dict", "model", "model_state", "model_state_dict")
@@ -21,7 +22,8 @@ WRAPPER_KEYS = ("state_dict", "model", "model_state", "model_state_dict")
 def read_state(path: str | Path) -> State:
     """Read a state dict from ``.safetensors``, or from a torch file with ``weights_only`` (no code is run).
 
-    A wrapper such as ``{"state_dict": ..., "epoch": ...}`` and the prefix ``module.`` of `nn.DataParallel` are removed.
+    A wrapper such as ``{"state_dict": ..., "epoch": ...}``, the prefix ``module.`` of `nn.DataParallel` and the part
+    ``_orig_mod.`` of compiled modules are removed.
 
     Raises:
         UserError: if the file does not exist, would have to run code, or contains no state dict.
@@ -47,6 +49,7 @@ def read_state(path: str | Path) -> State:
             f"{path} holds a {type(state).__name__} that is not a state dict (names -> tensors): save "
             "model.state_dict()"
         )
+    state = {k.replace("_orig_mod.", ""): v for k, v in state.items()}
     prefix = "module."
     if all(k.startswith(prefix) for k in state):
         state = {k.removeprefix(prefix): v for k, v in state.items()}
@@ -75,7 +78,7 @@ def load_pretrained(model: nn.Module, path: str | Path) -> list[str]:
     >>> bool((old[0].weight == new[0].weight).all())
     True
     """
-    loaded, initial, role_of = read_state(path), model.state_dict(), roles(model)
+    loaded, initial, role_of = without_hook_names(model, read_state(path)), model.state_dict(), roles(model)
     # Files from before PyTorch 0.4.1 have no batch counters, which are not needed.
     optional = {k for k, role in role_of.items() if role is Role.COUNTER}
     mismatched = {k for k, v in initial.items() if k in loaded and loaded[k].shape != v.shape}

@@ -11,7 +11,11 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from fedbn.config import parts
 from fedbn.errors import UserError, unknown
+from fedbn.models.inspection import example_batch, inspect_model
+from fedbn.nn.plain import plain
+from fedbn.nn.roles import set_head
 from fedbn.plugins import discover
 from fedbn.seeds import key
 
@@ -105,11 +109,25 @@ def _import_factory(text: str) -> Callable[..., nn.Module]:
     return user_factory
 
 
-def build(text: str, shape: tuple[int, ...], classes: int, seed: int) -> nn.Module:
+def build(text: str, shape: tuple[int, ...], classes: int, seed: int, head: str = "") -> nn.Module:
     """Build a model whose weights depend only on ``seed``; torch's global generator does not change.
 
+    Wrappers are removed, lazy layers are initialized, and a model with several outputs returns its logits.
+
+    Args:
+        text: as in `factory`.
+        shape: shape of an example; may be empty for a factory that does not take it.
+        classes: number of classes.
+        seed: seed of the initial weights.
+        head: paths of the layers that form the head, comma-separated; empty: the last layer before the logits.
+
     Raises:
-        UserError: as in `factory`, or the factory fails, or the model has uninitialized lazy layers.
+        UserError: as in `factory`; the factory fails; lazy layers cannot be initialized; the model is scripted, cannot
+            be copied, or returns no logits; or ``head`` matches nothing.
+
+    >>> from fedbn.nn.roles import head
+    >>> head(build("mlp", (4,), 3, 0)), head(build("mlp", (4,), 3, 0, head="hidden"))
+    (('classifier',), ('hidden',))
     """
     make = factory(text)
     if not shape and ":" not in text:
@@ -125,9 +143,34 @@ def build(text: str, shape: tuple[int, ...], classes: int, seed: int) -> nn.Modu
                 f"model {text!r} could not be built for shape {list(shape)} and {classes} classes: "
                 f"{type(error).__name__}: {error}. Check the shape, or call the factory in Python to see where"
             ) from error
-    if lazy := [k for k, v in model.state_dict(keep_vars=True).items() if is_lazy(v)]:
-        raise UserError(
-            f"model {text!r} has uninitialized lazy layers ({lazy[0]}, ...): let the factory run one "
-            "batch through the model before returning it"
-        )
+        try:
+            model = plain(model)
+            _initialize_lazy_layers(model, shape)
+            if shape:
+                return inspect_model(model, shape, classes, parts(head))
+            if head:
+                set_head(model, parts(head))
+        except UserError as error:
+            raise UserError(f"model {text!r}: {error}") from error
     return model
+
+
+def _initialize_lazy_layers(model: nn.Module, shape: tuple[int, ...]) -> None:
+    """Initialize the lazy layers of a model with one evaluation-mode pass, if it has any."""
+    if not (lazy := [k for k, v in model.state_dict(keep_vars=True).items() if is_lazy(v)]):
+        return
+    reason = "give the shape of an example, e.g. --shape 3,32,32"
+    modes = {module: module.training for module in model.modules()}
+    if shape:
+        try:
+            with torch.no_grad():
+                model.eval()(example_batch(model, shape))
+        except Exception as error:  # a user's forward may raise anything
+            reason = f"a batch of shape {[2, *shape]} raises {type(error).__name__}: {error}"
+    for module, mode in modes.items():
+        module.training = mode
+    if any(is_lazy(v) for v in model.state_dict(keep_vars=True).values()):
+        raise UserError(
+            f"it has uninitialized lazy layers ({lazy[0]}, ...): {reason}, or let the factory "
+            "run one batch through the model before returning it"
+        )

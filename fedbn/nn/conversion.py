@@ -167,7 +167,7 @@ def drop_norms(model: nn.Module) -> nn.Module:
         replace_norms(model, lambda _path, _layer: nn.Identity())
         last = head(model)
         for path, layer in weighted_layers(model).items():
-            if layer.bias is None and path != last:
+            if layer.bias is None and path not in last:
                 layer.bias = nn.Parameter(layer.weight.new_zeros(len(layer.weight)))
     return model
 

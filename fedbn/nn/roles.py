@@ -6,10 +6,13 @@ MobileNet, DenseNet and VGG-BN.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from enum import StrEnum
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+
+from fedbn.errors import UserError, unknown
 
 State = dict[str, Tensor]
 """A model's state or a part of it: entry name -> tensor."""
@@ -20,7 +23,7 @@ class Role(StrEnum):
 
     Attributes:
         BODY: weights of feature-extracting layers.
-        HEAD: weights of the last linear (or convolutional) layer, the classifier.
+        HEAD: weights of the last parameterized layer before the logits, the classifier (`head`).
         AFFINE: scale and shift (gamma, beta) of a normalization layer.
         GATE: weights by which a normalization layer mixes statistics; the layer lists their names in ``gates``.
         STATISTICS: running moments of a normalization layer.
@@ -64,20 +67,83 @@ def statistics_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {path: m for path, m in model.named_modules() if keeps_statistics(m)}
 
 
-def head(model: nn.Module) -> str | None:
-    """Path of the classifier: the last registered linear or convolutional layer."""
+HEAD_PATHS = "fedbn_head"
+"""Attribute of a model with the paths of its head, set by `set_head`."""
+
+
+CLASSES = "fedbn_classes"
+"""Attribute of a built model with its number of classes."""
+
+
+def set_head(model: nn.Module, paths: Iterable[str]) -> None:
+    """Set the layers (or single parameters) that form the head of a model.
+
+    Raises:
+        UserError: a path that matches no entry of the model.
+
+    >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    >>> set_head(net, ["0", "2"]); head(net)
+    ('0', '2')
+    """
+    chosen = tuple(paths)
+    require_paths(model, chosen, "head")
+    setattr(model, HEAD_PATHS, chosen)
+
+
+def has_head(model: nn.Module) -> bool:
+    """Whether `set_head` has been called."""
+    return hasattr(model, HEAD_PATHS)
+
+
+def head(model: nn.Module) -> tuple[str, ...]:
+    """Paths of the layers that form the classifier.
+
+    `fedbn.models.build` sets them: by default the last layer in the order of computation. For other models it is the
+    last registered linear or convolutional layer.
+    """
+    chosen: tuple[str, ...] | None = getattr(model, HEAD_PATHS, None)
+    if chosen is not None:
+        return chosen
     weighted = [p for p, m in model.named_modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))]
-    return weighted[-1] if weighted else None
+    return tuple(weighted[-1:])
+
+
+def head_layer(model: nn.Module) -> tuple[str, nn.Module | None]:
+    """Path and module of the classifier if it is a single layer; an empty path and None otherwise."""
+    paths = head(model)
+    layer = dict(model.named_modules()).get(paths[0]) if len(paths) == 1 else None
+    return (paths[0], layer) if layer is not None else ("", None)
+
+
+def is_below(name: str, paths: Iterable[str]) -> bool:
+    """Whether an entry is one of ``paths`` or belongs to a module at or below one of them.
+
+    >>> is_below("head.0.weight", ["head"]), is_below("head2.weight", ["head"])
+    (True, False)
+    """
+    return any(not path or name == path or name.startswith(f"{path}.") for path in paths)
+
+
+def require_paths(model: nn.Module, paths: Iterable[str], what: str) -> None:
+    """Raise unless every path matches an entry of the model's state."""
+    names = list(model.state_dict(keep_vars=True))
+    for path in paths:
+        if not any(is_below(name, [path]) for name in names):
+            layers = dict.fromkeys(name.rpartition(".")[0] or name for name in names)
+            raise unknown(f"layer for {what}", path, layers)
 
 
 def roles(model: nn.Module) -> dict[str, Role]:
     """Role of every entry of ``model.state_dict()``, in the same order.
 
+    Raises:
+        UserError: an entry is neither a parameter nor a buffer of a module.
+
     >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
     >>> {str(r) for r in roles(net).values()} == {"body", "affine", "statistics", "counter", "head"}
     True
     """
-    last = head(model)
+    classifier = head(model)
     table: dict[str, Role] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         norm = is_norm(module)
@@ -93,8 +159,13 @@ def roles(model: nn.Module) -> dict[str, Role]:
             elif norm:
                 role = Role.GATE if name in getattr(module, "gates", ()) else Role.AFFINE
             else:
-                role = Role.HEAD if last is not None and f"{path}.".startswith(f"{last}.") else Role.BODY
+                role = Role.HEAD if is_below(f"{path}.{name}".lstrip("."), classifier) else Role.BODY
             table[f"{path}.{name}" if path else name] = role
+    if foreign := [k for k in model.state_dict() if k not in table]:
+        raise UserError(
+            f"state entry {foreign[0]!r} of {type(model).__name__} is not a parameter or buffer of a module (extra "
+            "state, or a hook that renames entries), so it cannot be averaged; remove it from state_dict()"
+        )
     return {k: table[k] for k in model.state_dict()}
 
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrize import is_parametrized
 
 from fedbn.errors import UserError
 from fedbn.nn.conversion import drop_norms
-from fedbn.nn.roles import head
+from fedbn.nn.roles import head_layer
 
 
 def normalize_features(x: Tensor) -> Tensor:
@@ -50,9 +51,8 @@ def convert(model: nn.Module, *, keep_norms: bool = False) -> nn.Module:
       (2): FeatureNormLinear(in_features=4, out_features=2, bias=True)
     )
     """
-    path = head(model)
-    old = model.get_submodule(path) if path else None
-    if not path or not isinstance(old, nn.Linear):
+    path, old = head_layer(model)
+    if not path or not isinstance(old, nn.Linear) or is_parametrized(old):
         raise UserError(
             f"feature normalization needs a linear classifier inside the model, and {type(model).__name__} ends in "
             f"{type(old).__name__ if path else 'none'}: choose a model with one, or layernorm"

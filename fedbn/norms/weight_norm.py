@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from fedbn.nn.conversion import drop_norms, weighted_layers
+from fedbn.nn.plain import fixed_weight
 
 
 def convert(model: nn.Module) -> nn.Module:
@@ -20,13 +21,13 @@ def convert(model: nn.Module) -> nn.Module:
 
     Length and direction start at those of the weights, so the function of each layer does not change. This is PyTorch's
     parametrization: ``weight`` becomes ``parametrizations.weight.original0`` (g) and ``original1`` (v). Transposed
-    convolutions are not changed.
+    convolutions are not changed. Other parametrizations of the weights are replaced by their values.
 
     >>> sorted(dict(convert(nn.Sequential(nn.Linear(3, 4, bias=False))).named_parameters()))
     ['0.parametrizations.weight.original0', '0.parametrizations.weight.original1']
     """
     for layer in weighted_layers(drop_norms(model)).values():
-        weight_norm(layer)
+        weight_norm(fixed_weight(layer))
     return model
 
 

@@ -12,6 +12,7 @@ from torch.nn.utils.parametrize import register_parametrization
 
 from fedbn.errors import UserError
 from fedbn.nn.conversion import drop_norms, weighted_layers
+from fedbn.nn.plain import fixed_weight
 
 
 class WeightStandardization(nn.Module):
@@ -29,7 +30,7 @@ class WeightStandardization(nn.Module):
 
 
 def convolutions(model: nn.Module, what: str) -> list[nn.Conv1d | nn.Conv2d | nn.Conv3d]:
-    """The convolutions of ``model`` whose filters have more than one weight.
+    """The convolutions of ``model`` whose filters have more than one weight, without other parametrizations.
 
     Raises:
         UserError: the model has none.
@@ -41,6 +42,8 @@ def convolutions(model: nn.Module, what: str) -> list[nn.Conv1d | nn.Conv2d | nn
             f"{what} works on convolutions and {type(model).__name__} has none with more than one weight per filter: "
             "choose a convolutional model, or weight-norm"
         )
+    for layer in found:
+        fixed_weight(layer)
     return found
 
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from fedbn.errors import UserError
 from fedbn.nn.conversion import channels_of, replace_norms, require_statistics
-from fedbn.nn.roles import head, keeps_statistics, statistics_layers
+from fedbn.nn.plain import copy_model, plain
+from fedbn.nn.roles import CLASSES, head_layer, keeps_statistics, statistics_layers
 from fedbn.online.bank import Bank, Group
 from fedbn.online.layer import Pass, Transform, UserNorm
 from fedbn.online.prior import LayerPrior, pack_priors
@@ -76,7 +77,7 @@ def personalize(
         duplicates: whether several rows of one user in a batch are one update with their joint moments (``merge``) or
             successive updates (``sequential``).
         store: store for users that are not in memory; None: a dict.
-        classes: number of classes; None: the width of the last linear or convolutional layer.
+        classes: number of classes; None: that of a built model, or the width of its last layer.
 
     Raises:
         UserError: an unknown rule, a model without statistics, or a prior that does not match the model.
@@ -88,12 +89,13 @@ def personalize(
     {'ann': 2.0, 'bob': 1.0}
     """
     rule = parse_rule(rule) if isinstance(rule, str) else rule
+    model = plain(copy_model(model))
     require_statistics(model, f"rule {rule.name!r}")
     if duplicates not in ("merge", "sequential"):
         raise UserError(f"duplicates={duplicates!r} is unknown: use 'merge' or 'sequential'")
     if capacity < 1:
         raise UserError(f"capacity={capacity} is too small: use at least 1")
-    inner = replace_norms(copy.deepcopy(model), _user_norm).eval()
+    inner = replace_norms(copy_model(model), _user_norm).eval()
     layers = cast("dict[str, UserNorm]", statistics_layers(inner))
     start, spans = pack_priors(layers, prior or {})
     for index, (path, layer) in enumerate(layers.items()):
@@ -105,8 +107,7 @@ def personalize(
     )
     classes, store = classes or _num_classes(model), {} if store is None else store
     bank = Bank(rule, start, (weight, bias), spans, classes, capacity, store, fingerprint(model))
-    plain = {path: copy.deepcopy(m) for path, m in statistics_layers(model).items()}
-    return Personalized(inner, bank, duplicates, plain)
+    return Personalized(inner, bank, duplicates, statistics_layers(model))
 
 
 class Personalized(Users):
@@ -292,7 +293,7 @@ class Personalized(Users):
         """
         statistics = self.statistics(user)
         plain = copy.deepcopy(self._plain)
-        out = replace_norms(copy.deepcopy(self.model), lambda path, _layer: plain.get(path))
+        out = replace_norms(copy_model(self.model), lambda path, _layer: plain.get(path))
         for path, layer in statistics_layers(out).items():
             _set_statistics(layer, *statistics[path])
         return out.eval()
@@ -378,10 +379,12 @@ def _set_statistics(layer: nn.Module, mean: Tensor, var: Tensor) -> None:
 
 
 def _num_classes(model: nn.Module) -> int:
-    path = head(model)
-    if path is None:
-        raise UserError("the model has no linear or convolutional layer: use personalize(..., classes=K)")
-    return len(cast(Tensor, model.get_submodule(path).weight))
+    if (classes := getattr(model, CLASSES, None)) is not None:
+        return int(classes)
+    _, last = head_layer(model)
+    if not isinstance(weight := getattr(last, "weight", None), Tensor):
+        raise UserError("the model has no single layer that computes its output: use personalize(..., classes=K)")
+    return len(weight)
 
 
 def personalized_copy(model: nn.Module, state: BNState) -> nn.Module:

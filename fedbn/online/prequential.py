@@ -11,7 +11,6 @@ the source.
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 
 from fedbn.data.population import Examples
 from fedbn.nn.inference import logits
+from fedbn.nn.plain import copy_model
 from fedbn.seeds import generator
 from fedbn.statistics.recalibration import recalibrate
 from fedbn.streams import FOREIGN, Stream
@@ -193,13 +193,13 @@ def source_baseline(model: nn.Module, stream: Stream) -> Trace:
 
 def own_stream_oracle(model: nn.Module, stream: Stream) -> Trace:
     """Oracle with the statistics of the user's whole stream (AdaBN, Li et al. 2016); no labels."""
-    return Trace.of(stream, logits(recalibrate(copy.deepcopy(model), stream.x), stream.x))
+    return Trace.of(stream, logits(recalibrate(copy_model(model), stream.x), stream.x))
 
 
 def balanced_oracle(model: nn.Module, stream: Stream, seed: int) -> Trace:
     """Oracle with the statistics of equally many windows of each class of the stream; uses labels."""
     rows = balanced_rows(stream.y, generator(seed, "balanced oracle", stream.user))
-    return Trace.of(stream, logits(recalibrate(copy.deepcopy(model), stream.x[rows]), stream.x))
+    return Trace.of(stream, logits(recalibrate(copy_model(model), stream.x[rows]), stream.x))
 
 
 def balanced_rows(y: Tensor, draw: torch.Generator, limit: int | None = None) -> Tensor:

@@ -16,7 +16,6 @@ Jobs that cannot be stacked use the ``exact`` executor; the reason is logged onc
 
 from __future__ import annotations
 
-import copy
 import logging
 import multiprocessing
 import os
@@ -34,6 +33,7 @@ from fedbn.federation.client import cold_start_scores, user_scores, user_state
 from fedbn.federation.context import RunContext
 from fedbn.federation.metrics import Column, Score
 from fedbn.federation.training import fit
+from fedbn.nn.plain import copy_model
 from fedbn.nn.roles import State, statistics_layers
 from fedbn.nn.threads import torch_threads
 from fedbn.online.stream import BLOCK
@@ -183,7 +183,7 @@ class ClientExecutor:
         """Call ``function(part, replica)`` for all parts; each thread has its own copy of the scratch model."""
         ctx = cast(RunContext, self._ctx)
         while len(self._replicas) < self.threads:
-            self._replicas.append(replace(ctx, scratch=copy.deepcopy(ctx.scratch)))
+            self._replicas.append(replace(ctx, scratch=copy_model(ctx.scratch)))
         free = list(self._replicas)
 
         def with_replica(part: Any) -> Any:

@@ -7,7 +7,6 @@ windows and add noise; their docstrings say so.
 
 from __future__ import annotations
 
-import copy
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -22,7 +21,8 @@ from torch.optim import Optimizer
 from fedbn.errors import UserError
 from fedbn.nn.batchnorm import AnyBatchNorm
 from fedbn.nn.conversion import channels_of, replace_norms, require_norms
-from fedbn.nn.roles import head, keeps_statistics, norm_layers, statistics_layers
+from fedbn.nn.plain import copy_model
+from fedbn.nn.roles import head_layer, keeps_statistics, norm_layers, statistics_layers
 from fedbn.plugins import discover, parse, render
 from fedbn.seeds import generator
 
@@ -69,7 +69,7 @@ class Adapter:
 
     def __init__(self, method: Method, model: nn.Module, source: Tensor, seed: int = 0) -> None:
         self._begin = lambda: method.begin(
-            copy.deepcopy(model).eval().requires_grad_(False), source, generator(seed, "adapt", render(method))
+            copy_model(model).eval().requires_grad_(False), source, generator(seed, "adapt", render(method))
         )
         self._step = self._begin()
 
@@ -185,12 +185,13 @@ def features_of(model: nn.Module) -> tuple[nn.Module, Callable[[], Tensor]]:
     Raises:
         UserError: the model has no linear classifier.
     """
-    path = head(model)
-    last = model.get_submodule(path) if path is not None else None
+    _, last = head_layer(model)
     if not isinstance(last, nn.Linear):
         raise UserError("output smoothing works on the input of a last linear layer, which this model does not have")
     inputs: deque[Tensor] = deque(maxlen=1)
-    last.register_forward_pre_hook(lambda _module, args: inputs.append(args[0].detach()))
+    last.register_forward_pre_hook(
+        lambda _module, args, kwargs: inputs.append(next(iter((*args, *kwargs.values()))).detach()), with_kwargs=True
+    )
     return last, lambda: inputs[0]
 
 
@@ -213,6 +214,7 @@ def sharpness_aware_step(optimizer: Optimizer, loss: Callable[[], Tensor | None]
     if first is None:
         return None
     first.backward()
+    parameters = [p for p in parameters if p.grad is not None]  # without layers that do not run
     norm = torch.stack([p.grad.norm() for p in parameters]).norm() + 1e-12
     before = [p.detach().clone() for p in parameters]
     with torch.no_grad():

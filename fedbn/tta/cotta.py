@@ -7,12 +7,12 @@ probability :math:`p`.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from fedbn.nn.plain import copy_model
 from fedbn.tta.base import Method, Step, augment, use_batch_statistics
 
 
@@ -43,7 +43,7 @@ class CoTTA(Method):
 
     def begin(self, model: nn.Module, source: Tensor, draw: torch.Generator) -> Step:
         use_batch_statistics(model)
-        anchor, teacher = copy.deepcopy(model), copy.deepcopy(model)
+        anchor, teacher = copy_model(model), copy_model(model)
         student = model.requires_grad_()
         optimizer = torch.optim.Adam(student.parameters(), self.lr)
 

@@ -7,7 +7,6 @@ has :math:`N/K` places. A new window of a class replaces the one with the highes
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import dataclass, field
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fedbn.nn.batchnorm import AnyBatchNorm, along
+from fedbn.nn.plain import copy_model
 from fedbn.tta.base import Method, Step, affine_parameters, augment, bn_training, entropy, replace_bn, set_momentum
 
 
@@ -45,7 +45,7 @@ class Rotta(Method):
     def begin(self, model: nn.Module, source: Tensor, draw: torch.Generator) -> Step:
         student = replace_bn(model, RobustBN)
         set_momentum(student, self.momentum)
-        teacher = copy.deepcopy(student)
+        teacher = copy_model(student)
         optimizer = torch.optim.Adam(affine_parameters(student), self.lr)
         memory: Memory | None = None
         since_step = 0

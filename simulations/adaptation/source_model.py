@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +16,8 @@ from fedbn.federation.context import RunContext
 from fedbn.federation.run import Run
 from fedbn.federation.setup import build_context
 from fedbn.nn.conversion import require_statistics
+from fedbn.nn.plain import copy_model
+from fedbn.nn.roles import Role
 from fedbn.online import LayerPrior, Rule, population_prior, source_prior
 from fedbn.online.prior import layer_priors
 from fedbn.online.ttn_alpha import learn_alpha
@@ -114,18 +115,28 @@ class SourceModel:
         return self.ctx.pooled_test
 
 
-def train_source_model(run: Run, out: Path, engine: Engine, report: Report) -> SourceModel:
-    """Train the model of a run, or read it if it is there.
+def untrained_source_model(run: Run) -> SourceModel:
+    """The model of a run before training, for checks.
 
     Raises:
         UserError: the strategy shares no model, or the model has no statistics to follow.
     """
-    task = Task(run, str(out / "runs" / run.id))
-    run_task(task, engine, report)
     ctx = build_context(run)
-    outcome = load_outcome(Path(task.directory) / CHECKPOINT, run, ctx.population.sources)
-    if str(ctx.ownership.owners["body"]) != "shared":  # type: ignore[index]
+    if not ctx.ownership.shares(Role.BODY):
         raise UserError(f"strategy {run.strategy!r} shares no model for unseen users to start from: choose another")
-    model = copy.deepcopy(ctx.load(ctx.assemble(outcome.server.serving, None))).eval()
-    require_statistics(model, "online adaptation")
+    require_statistics(ctx.scratch, "online adaptation")
+    return SourceModel(run, ctx.load(ctx.initial).eval(), ctx)
+
+
+def train_source_model(run: Run, out: Path, engine: Engine, report: Report) -> SourceModel:
+    """Train the model of a run, or read it if it is there.
+
+    Raises:
+        UserError: as in `untrained_source_model`.
+    """
+    task = Task(run, str(out / "runs" / run.id))
+    ctx = untrained_source_model(run).ctx
+    run_task(task, engine, report)
+    outcome = load_outcome(Path(task.directory) / CHECKPOINT, run, ctx.population.sources)
+    model = copy_model(ctx.load(ctx.assemble(outcome.server.serving, None))).eval()
     return SourceModel(run, model, ctx)

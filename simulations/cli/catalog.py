@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fedbn.config import ModelSplit
 from fedbn.errors import UserError
 from simulations.cli.options import (
     AsJson,
@@ -18,6 +19,7 @@ from simulations.cli.options import (
     Scenario,
     console,
     numbers,
+    options_of,
     print_table,
     scenario_text,
 )
@@ -67,10 +69,13 @@ def list_(
         print_table(rows)
 
 
+@options_of(ModelSplit)
 def audit(
+    options: dict[str, Any],
     model: Annotated[str, typer.Argument(help="Built-in name or package.module:factory.")],
     strategy: Annotated[
-        str | None, typer.Option(help="Show owners and bytes under this strategy.", show_default=False)
+        str | None,
+        typer.Option(help="Show owners and bytes under this strategy, e.g. fedbn or fedbn+fedper.", show_default=False),
     ] = None,
     shape: Annotated[str, typer.Option(help="Shape of an example, comma-separated.")] = "3,32,32",
     classes: Annotated[int, typer.Option(min=2, help="Number of classes.")] = 10,
@@ -83,7 +88,7 @@ def audit(
 
     if any(not n.is_integer() or n < 1 for n in numbers(shape)):
         raise UserError(f"--shape takes positive whole numbers such as 3,32,32, not {shape!r}")
-    found = audit_model(model, strategy, tuple(int(n) for n in numbers(shape)), classes)
+    found = audit_model(model, strategy, tuple(int(n) for n in numbers(shape)), classes, **options)
     if as_json:
         print(json.dumps(found.as_dict(), indent=1))
     else:

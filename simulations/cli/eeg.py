@@ -8,8 +8,9 @@ from typing import Annotated
 
 import typer
 
+from fedbn.config import parts
 from fedbn.errors import UserError
-from simulations.cli.options import AsJson, console, parts, print_table
+from simulations.cli.options import AsJson, console, print_table
 
 
 def eeg(

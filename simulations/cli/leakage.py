@@ -8,9 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from fedbn.config import Plan, RunOptions, nest
+from fedbn.config import Plan, RunOptions, nest, parts
 from fedbn.errors import UserError
-from simulations.cli.options import AsJson, Into, options_of, parts, print_table
+from simulations.cli.options import AsJson, Into, options_of, print_table
 from simulations.cli.options import errors as stderr
 
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from fedbn.config import Conditions, Panel
+from fedbn.config import Conditions, Panel, parts
 from fedbn.errors import UserError
 
 console = Console()
@@ -159,15 +159,6 @@ def scenario_text(scenario: str | None, data: Path | None, columns: str | None) 
     if "=" in str(data.resolve()).partition(":")[2]:
         raise UserError(f"a path with a colon before an equals sign is not supported: rename {data}")
     return f"files:path={data.resolve()}" + (f":{columns}" if columns else "")
-
-
-def parts(text: str) -> tuple[str, ...]:
-    """The parts of a comma-separated list.
-
-    >>> parts("fedbn, silobn,")
-    ('fedbn', 'silobn')
-    """
-    return tuple(filter(None, (part.strip() for part in text.split(","))))
 
 
 def numbers(text: str) -> tuple[float, ...]:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedbn.config import Conditions, Plan
+from fedbn.config import Conditions, Plan, parts
 from fedbn.errors import UserError, install_extra
-from simulations.cli.options import console, options_of, parts, progress_bars
+from simulations.cli.options import console, options_of, progress_bars
 
 if TYPE_CHECKING:
     from fedbn.online import Rule

@@ -162,6 +162,8 @@ def _settings(experiment: Experiment) -> dict[str, Any]:
         "shift": experiment.shift or "none",
         "privacy": experiment.privacy or "none",
         "device": experiment.device,
+        "head": experiment.head or "found from the computation",
+        "private layers": experiment.private or "none",
         "learning rates by strategy": ", ".join(
             f"{s} {experiment.rates[s]:g}" for s in experiment.strategies if s in experiment.rates
         )

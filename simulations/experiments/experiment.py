@@ -48,7 +48,10 @@ class Experiment(ExperimentOptions):
         names = tuple(r.strategy for r in runs)
         if twice := {n for n in names if names.count(n) > 1}:
             raise UserError(f"strategies given twice: {', '.join(sorted(twice))}")
-        texts = {k: getattr(runs[0], k) for k in ("scenario", "model", "partition", "shift", "privacy", "rule")}
+        texts = {
+            k: getattr(runs[0], k)
+            for k in ("scenario", "model", "partition", "shift", "privacy", "rule", "head", "private")
+        }
         return replace(self, strategies=names, **texts)
 
     def to_dict(self) -> dict[str, Any]:

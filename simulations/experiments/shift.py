@@ -8,7 +8,7 @@ from typing import Any
 
 from fedbn.data.skew import measure, statistics_distance
 from fedbn.federation.setup import build_context
-from fedbn.nn.roles import statistics_layers
+from fedbn.nn.roles import Role, statistics_layers
 from fedbn.statistics.recalibration import all_moments
 from simulations.experiments.experiment import Experiment
 from simulations.experiments.tasks import CHECKPOINT, Task
@@ -25,7 +25,7 @@ def measure_shift(experiment: Experiment, tasks: Sequence[Task]) -> dict[str, An
     skew = measure(first.population).as_dict()
     for task in tasks:
         ctx = build_context(task.run)
-        if not statistics_layers(ctx.scratch) or str(ctx.ownership.owners["body"]) != "shared":  # type: ignore[index]
+        if not statistics_layers(ctx.scratch) or not ctx.ownership.shares(Role.BODY):
             continue
         outcome = load_outcome(Path(task.directory) / CHECKPOINT, task.run)
         seen = ctx.population.seen

@@ -17,6 +17,7 @@ from fedbn import personalize
 from fedbn.errors import UserError
 from fedbn.integrations import export as module
 from fedbn.integrations.export import export, fold_batch_norm
+from fedbn.integrations.pretrained import load_pretrained
 from fedbn.models import build
 from simulations.experiments.compare import compare
 from simulations.experiments.experiment import Experiment
@@ -168,3 +169,29 @@ def test_cli_export_rejects_bad_input(directory, run_cli, tmp_path, arguments, m
     assert code == 2
     assert message in err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")
+@pytest.mark.parametrize("normalize", [nn.utils.weight_norm, nn.utils.spectral_norm])
+def test_export_of_weight_hooks_loads_into_the_users_network(normalize, tmp_path, register_model):
+    def make(classes=3):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv1d(2, 4, 3), nn.BatchNorm1d(4), nn.Flatten(), nn.Linear(24, classes))
+        normalize(net[0])
+        normalize(net[3])
+        return net
+
+    net = build(register_model(make), (2, 8), 3, seed=0)
+    x = torch.randn(6, 2, 8)
+    optimizer = torch.optim.SGD(net.train().parameters(), 0.1)
+    net(x).square().mean().backward()
+    optimizer.step()
+    expected = net.eval()(x).detach()
+    assert export(net, x, tmp_path / "net.safetensors") < 1e-6
+    torch.testing.assert_close(fold_batch_norm(net)(x), expected, atol=1e-5, rtol=1e-4)
+    plain = make()
+    plain.load_state_dict(load_file(tmp_path / "net.safetensors"))
+    torch.testing.assert_close(plain.eval()(x), expected)
+    again = build(register_model(make), (2, 8), 3, seed=1)
+    assert load_pretrained(again, tmp_path / "net.safetensors") == []
+    torch.testing.assert_close(again.eval()(x), expected)

@@ -420,3 +420,34 @@ def test_sight_without_surprise_and_with_full_surprise():
 def test_bad_input_is_rejected(call, value, message):
     with pytest.raises(UserError, match=re.escape(message)):
         call(value)
+
+
+class WithUnusedLayer(nn.Module):
+    """A network, optionally with a normalization layer that does not run."""
+
+    def __init__(self, unused):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(
+            nn.Conv1d(2, 4, 3), nn.BatchNorm1d(4), nn.ReLU(), nn.AdaptiveAvgPool1d(1), nn.Flatten()
+        )
+        self.fc = nn.Linear(4, 3)
+        if unused:
+            self.unused = nn.BatchNorm1d(4)
+
+    def forward(self, x):
+        return self.fc(self.body(x))
+
+
+@pytest.mark.parametrize("name", [n for n in methods() if n != "atp"])
+def test_layers_that_do_not_run_do_not_change_predictions(name):
+    x = torch.randn(32, 2, 8, generator=torch.Generator().manual_seed(0))
+    chosen = method(name)
+    found = []
+    for unused in (True, False):
+        adapter = Adapter(chosen, WithUnusedLayer(unused).eval(), x[:16])
+        found.append(torch.cat([adapter(part) for part in x.split(max(2, chosen.block))]))
+    if name == "cotta":  # restores random weights of all layers
+        torch.testing.assert_close(*found, atol=0.1, rtol=0.1)
+    else:
+        assert torch.equal(*found)

@@ -31,7 +31,9 @@ VALUES = {
     "model": ("mlp", "mlp"),
     "partition": ("dirichlet:alpha=0.25:clients=4", "dirichlet:alpha=0.25:clients=4"),
     "shift": ("gain", "gain"),
-    "device": ("meta", "meta"),
+    "device": ("cpu:0", "cpu:0"),
+    "head": ("layer4,fc", "layer4,fc"),
+    "private": ("fc", "fc"),
     "privacy": ("clip=1.0", "clip=1.0"),
     "strategy": ("silobn", "silobn"),
     "seed": ("3", 3),
@@ -248,7 +250,7 @@ def test_options_of_leaves_own_parameters_to_the_command():
         seen.append((model, options))
 
     seen: list[object] = []
-    absent = dict.fromkeys(("scenario", "data", "columns", "partition", "device", "privacy"))
+    absent = dict.fromkeys(("scenario", "data", "columns", "partition", "device", "privacy", "head", "private"))
     command(**absent, model="resnet20", shift="gain")
     assert seen == [("resnet20", {"shift": "gain"})]
 
