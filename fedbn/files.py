@@ -126,13 +126,14 @@ class DamagedFile(UserError):
 
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Hold a results directory while files are written to it.
+    """Hold a results directory while files are written to it; directories that stay empty are removed.
 
     Raises:
         UserError: another process holds it, or it cannot be written.
     """
     path = directory / LOCK
     lock = FileLock(path)
+    missing = [place for place in (directory, *directory.parents) if not place.exists()]
     try:
         directory.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
@@ -147,3 +148,6 @@ def locked(directory: Path) -> Iterator[None]:
         with suppress(OSError):
             path.unlink()
         lock.release()
+        with suppress(OSError):
+            for place in missing:
+                place.rmdir()

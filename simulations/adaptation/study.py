@@ -15,15 +15,15 @@ from typing import Any
 from fedbn.config import Conditions, nest
 from fedbn.errors import UserError
 from fedbn.federation.run import Run, plan_for
-from fedbn.federation.setup import build_context
 from fedbn.files import locked
 from fedbn.online.prequential import Trace
 from fedbn.plugins import build, render, table
 from fedbn.streams import stream
+from fedbn.tta import Adapter, Method
 from simulations.adaptation.cells import BOUNDS, SOURCE, Cell, read_cell, run_cell, write_cell
 from simulations.adaptation.methods import adaptation_method
 from simulations.adaptation.options import StudyOptions
-from simulations.adaptation.source_model import UserGroup, train_source_model
+from simulations.adaptation.source_model import UserGroup, train_source_model, untrained_source_model
 from simulations.adaptation.warm_starts import start
 from simulations.engines.execute import Engine
 from simulations.experiments.tasks import Report
@@ -70,7 +70,9 @@ class Study(StudyOptions):
                 raise UserError(f"no {kind} given: name at least one of --{kind}")
             if twice := {n for n in names if names.count(n) > 1}:
                 raise UserError(f"{kind} given twice: {', '.join(sorted(twice))}")
-        texts = {k: getattr(runs[0], k) for k in ("scenario", "model", "partition", "shift", "privacy")}
+        texts = {
+            k: getattr(runs[0], k) for k in ("scenario", "model", "partition", "shift", "privacy", "head", "private")
+        }
         return replace(self, **texts, **found)
 
     def run(self, seed: int, strategy: str) -> Run:
@@ -101,6 +103,9 @@ def cells_of(study: Study, users: UserGroup, rules_: Sequence[str]) -> list[Cell
 
 
 Done = Callable[[Cell], None]
+CHECKED_WINDOWS = 8
+"""Source windows with which methods are started once before training, to find models that they do not support."""
+
 Results = dict[Cell, tuple[list[Trace], dict[str, Any]]]
 
 
@@ -130,8 +135,13 @@ def run_study(
         UserError: before anything runs, for whatever can be checked then.
     """
     study = study.resolved()
+    methods = [m for m in (adaptation_method(text).rule for text in study.rules) if isinstance(m, Method)]
     for run in study.runs():
-        build_context(run)
+        untrained = untrained_source_model(run)
+        for text in study.streams:
+            untrained.streams(text, "unseen")
+        for method in methods:
+            Adapter(method, untrained.model, untrained.source_windows[:CHECKED_WINDOWS])
     with locked(out):
         return _run_study(study, out, engine, report, began, done)
 
@@ -145,9 +155,6 @@ def _run_study(
     done: Done,
 ) -> tuple[Study, Results]:
     sources = {run: train_source_model(run, out, engine, report) for run in study.runs()}
-    for text in study.streams:
-        for source in sources.values():
-            source.streams(text, "unseen")
 
     def run_cells(cells: list[Cell]) -> Results:
         began(cells)
