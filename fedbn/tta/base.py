@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from fedbn.errors import UserError
 from fedbn.nn.batchnorm import AnyBatchNorm
 from fedbn.nn.conversion import channels_of, replace_norms, require_norms
+from fedbn.nn.hooks import capture_inputs
 from fedbn.nn.plain import copy_model
 from fedbn.nn.roles import head_layer, keeps_statistics, norm_layers, statistics_layers
 from fedbn.plugins import discover, parse, render
@@ -50,8 +51,9 @@ class Method(ABC):
     block: int = 16
 
     def __post_init__(self) -> None:
-        if self.block < 1:
-            raise UserError(f"method {self.name!r}: block must be at least 1, not {self.block}")
+        for option in ("block", "capacity"):
+            if (value := getattr(self, option, 1)) < 1:
+                raise UserError(f"method {self.name!r}: {option} must be at least 1, not {value}")
 
     @abstractmethod
     def begin(self, model: nn.Module, source: Tensor, draw: torch.Generator) -> Step:
@@ -161,6 +163,31 @@ def bn_training(model: nn.Module) -> Iterator[None]:
             layer.eval()
 
 
+def has_variance(model: nn.Module, x: Tensor) -> bool:
+    """Whether each BN layer gets more than one value per channel from ``x``, as its training mode requires."""
+    if len(x) > 1:
+        return True
+    sizes: list[int] = []
+    with torch.no_grad(), capture_inputs(statistics_layers(model), lambda _, v: sizes.append(v[:, 0].numel())):
+        model(x)
+    return min(sizes, default=0) > 1
+
+
+def parts_until_steps(x: Tensor, seen: int, every: int) -> list[Tensor]:
+    """Split a block so that each part but the last ends with a step, which follows each ``every`` windows of a stream.
+
+    Args:
+        x: ``[b, *shape]``.
+        seen: windows before the block.
+        every: windows between two steps.
+
+    >>> [len(part) for part in parts_until_steps(torch.zeros(8, 1), seen=4, every=3)]
+    [2, 3, 3]
+    """
+    first = every - seen % every
+    return [x[:first], *x[first:].split(every)] if len(x) > first else [x]
+
+
 def set_momentum(model: nn.Module, momentum: float) -> None:
     """Set the weight of a new batch in the running statistics of every BN layer."""
     for layer in statistics_layers(model).values():
@@ -195,26 +222,22 @@ def features_of(model: nn.Module) -> tuple[nn.Module, Callable[[], Tensor]]:
     return last, lambda: inputs[0]
 
 
-def sharpness_aware_step(optimizer: Optimizer, loss: Callable[[], Tensor | None], rho: float) -> Tensor | None:
+def sharpness_aware_step(optimizer: Optimizer, loss: Callable[[], Tensor], rho: float) -> Tensor:
     r"""One step against the gradient taken :math:`\rho` up the slope.
 
     Foret et al. 2021 (SAM), https://arxiv.org/abs/2010.01412
 
     Args:
         optimizer: of the parameters to update.
-        loss: is evaluated at the parameters and again up the slope; returns None if there is nothing to learn from.
+        loss: is evaluated at the parameters and again up the slope.
         rho: distance.
 
     Returns:
-        The second loss; None if there was nothing to learn from, in which case the parameters are unchanged.
+        The second loss.
     """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     optimizer.zero_grad()
-    first = loss()
-    if first is None:
-        return None
-    first.backward()
-    parameters = [p for p in parameters if p.grad is not None]  # without layers that do not run
+    loss().backward()
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = torch.stack([p.grad.norm() for p in parameters]).norm() + 1e-12
     before = [p.detach().clone() for p in parameters]
     with torch.no_grad():
@@ -222,12 +245,9 @@ def sharpness_aware_step(optimizer: Optimizer, loss: Callable[[], Tensor | None]
             p.add_(rho * p.grad / norm)
     optimizer.zero_grad()
     second = loss()
-    if second is not None:
-        second.backward()
+    second.backward()
     with torch.no_grad():
         for p, old in zip(parameters, before, strict=True):
             p.copy_(old)
-    if second is None:
-        return None
     optimizer.step()
     return second.detach()

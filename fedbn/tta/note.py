@@ -12,12 +12,22 @@ import torch
 from torch import Tensor, nn
 
 from fedbn.nn.batchnorm import AnyBatchNorm
-from fedbn.tta.base import Method, Step, affine_parameters, bn_training, entropy, replace_bn, set_momentum
+from fedbn.tta.base import (
+    Method,
+    Step,
+    affine_parameters,
+    bn_training,
+    entropy,
+    has_variance,
+    parts_until_steps,
+    replace_bn,
+    set_momentum,
+)
 
 
 @dataclass(frozen=True)
 class Note(Method):
-    """Predicts window by window; trains on the whole memory after every ``capacity`` windows.
+    """Predicts window by window; trains on the whole memory after every ``capacity`` windows. Blocks have no effect.
 
     Published numbers are of source models *trained* with IABN. A model trained with BN differs.
 
@@ -46,22 +56,23 @@ class Note(Method):
         set_momentum(model, self.momentum)
         optimizer = torch.optim.Adam(affine_parameters(model), self.lr)
         memory = Reservoir(self.capacity, draw)
-        since_step = 0
+        seen = 0
 
         def step(x: Tensor) -> Tensor:
-            nonlocal since_step
-            with torch.no_grad():
-                logits: Tensor = model(x)
-            for row, label in zip(x, logits.argmax(1).tolist(), strict=True):
-                memory.add(row, label)
-            since_step += len(x)
-            if since_step >= self.capacity:
-                since_step = 0
-                with bn_training(model):
-                    optimizer.zero_grad()
-                    entropy(model(memory.windows())).mean().backward()
-                    optimizer.step()
-            return logits
+            nonlocal seen
+            outputs: list[Tensor] = []
+            for part in parts_until_steps(x, seen, self.capacity):
+                with torch.no_grad():
+                    outputs.append(model(part))
+                for row, label in zip(part, outputs[-1].argmax(1).tolist(), strict=True):
+                    memory.add(row, label)
+                seen += len(part)
+                if seen % self.capacity == 0 and has_variance(model, windows := memory.windows()):
+                    with bn_training(model):
+                        optimizer.zero_grad()
+                        entropy(model(windows)).mean().backward()
+                        optimizer.step()
+            return torch.cat(outputs)
 
         return step
 
@@ -110,7 +121,11 @@ class Reservoir:
 
 
 class InstanceAwareBN(AnyBatchNorm):
-    """IABN on ``[N, C, *positions]``. Training mode uses the batch's statistics and updates the running statistics."""
+    """IABN on ``[N, C, *positions]``.
+
+    Training mode uses the batch's mean and unbiased variance, as in https://github.com/TaesikGong/NOTE, and updates the
+    running statistics.
+    """
 
     def __init__(self, channels: int, k: float, eps: float, *, affine: bool) -> None:
         super().__init__(channels, eps=eps, affine=affine)
@@ -122,7 +137,7 @@ class InstanceAwareBN(AnyBatchNorm):
         mean, var = self.running_mean, self.running_var
         if self.training:
             super().forward(input)  # updates the running statistics
-            mean, var = x.mean((0, 2)), x.var((0, 2), correction=0)
+            mean, var = x.mean((0, 2)), x.var((0, 2))
         positions = x.shape[2]
         if positions > 1:
             own_mean, own_var, scale = x.mean(2), x.var(2), var + self.eps

@@ -22,6 +22,9 @@ from fedbn.tta.base import Method, Step, affine_parameters, augment, bn_training
 class Rotta(Method):
     """The student trains on scaled and noisy windows instead of image changes. Both networks update their statistics.
 
+    A block is predicted as a whole; its windows are then stored one by one, with a step after every ``capacity``
+    windows of the stream.
+
     Attributes:
         lr: learning rate of Adam.
         nu: the teacher's rate.
@@ -48,31 +51,32 @@ class Rotta(Method):
         teacher = copy_model(student)
         optimizer = torch.optim.Adam(affine_parameters(student), self.lr)
         memory: Memory | None = None
-        since_step = 0
+        seen = 0
 
         def step(x: Tensor) -> Tensor:
-            nonlocal memory, since_step
+            nonlocal memory, seen
             with torch.no_grad():
                 logits: Tensor = teacher(x)
             memory = memory or Memory(self.capacity, logits.shape[1])
             for row, label, h in zip(x, logits.argmax(1).tolist(), entropy(logits).tolist(), strict=True):
                 memory.add(row, label, h)
-            since_step += len(x)
-            if since_step >= self.capacity:
-                since_step = 0
-                windows, age = memory.windows()
-                with bn_training(student), bn_training(teacher):
-                    with torch.no_grad():
-                        target = teacher(windows).softmax(1)
-                    logp = student(augment(windows, draw, 0.05)).log_softmax(1)
-                timeliness = torch.exp(-age) / (1 + torch.exp(-age))
-                optimizer.zero_grad()
-                (timeliness.to(logp) * -(target * logp).sum(1)).mean().backward()
-                optimizer.step()
-                with torch.no_grad():
-                    for slow, fast in zip(teacher.parameters(), student.parameters(), strict=True):
-                        slow.lerp_(fast, self.nu)
+                seen += 1
+                if seen % self.capacity == 0:
+                    learn(*memory.windows())
             return logits
+
+        def learn(windows: Tensor, age: Tensor) -> None:
+            with bn_training(student), bn_training(teacher):
+                with torch.no_grad():
+                    target = teacher(windows).softmax(1)
+                logp = student(augment(windows, draw, 0.05)).log_softmax(1)
+            timeliness = torch.exp(-age) / (1 + torch.exp(-age))
+            optimizer.zero_grad()
+            (timeliness.to(logp) * -(target * logp).sum(1)).mean().backward()
+            optimizer.step()
+            with torch.no_grad():
+                for slow, fast in zip(teacher.parameters(), student.parameters(), strict=True):
+                    slow.lerp_(fast, self.nu)
 
         return step
 

@@ -11,12 +11,22 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from fedbn.tta.base import Method, Step, affine_parameters, bn_training, entropy, set_momentum, sharpness_aware_step
+from fedbn.tta.base import (
+    Method,
+    Step,
+    affine_parameters,
+    bn_training,
+    entropy,
+    has_variance,
+    parts_until_steps,
+    set_momentum,
+    sharpness_aware_step,
+)
 
 
 @dataclass(frozen=True)
 class Sotta(Method):
-    """Predicts with running statistics, which each step on the memory updates.
+    """Predicts with running statistics, which each step on the memory updates. Blocks have no effect.
 
     Attributes:
         lr: learning rate of Adam.
@@ -44,21 +54,25 @@ class Sotta(Method):
         set_momentum(model, self.momentum)
         optimizer = torch.optim.Adam(affine_parameters(model), self.lr)
         memory = ConfidentMemory(self.capacity, self.confident, draw)
-        since_step = 0
+        seen = 0
 
         def step(x: Tensor) -> Tensor:
-            nonlocal since_step
-            with torch.no_grad():
-                logits: Tensor = model(x)
-            for row, p, label in zip(x, *logits.softmax(1).max(1), strict=True):
-                memory.add(row, int(label), float(p))
-            since_step += len(x)
-            if since_step >= self.capacity and len(memory.items) > 1:
-                since_step = 0
-                windows = torch.stack([w for w, _ in memory.items])
+            nonlocal seen
+            outputs: list[Tensor] = []
+            for part in parts_until_steps(x, seen, self.capacity):
+                with torch.no_grad():
+                    outputs.append(model(part))
+                for row, p, label in zip(part, *outputs[-1].softmax(1).max(1), strict=True):
+                    memory.add(row, int(label), float(p))
+                seen += len(part)
+                if seen % self.capacity == 0 and memory.items:
+                    learn(torch.stack([w for w, _ in memory.items]))
+            return torch.cat(outputs)
+
+        def learn(windows: Tensor) -> None:
+            if has_variance(model, windows):
                 with bn_training(model):
                     sharpness_aware_step(optimizer, lambda: entropy(model(windows)).mean(), self.rho)
-            return logits
 
         return step
 

@@ -145,10 +145,6 @@ def test_sharpness_aware_step_uses_gradient_up_the_slope():
     start = torch.tensor([3.0, 4.0])
     w = nn.Parameter(start.clone())
     optimizer = torch.optim.SGD([w], lr=0.1)
-    for losses in ([lambda: None], [lambda: (w**2).sum(), lambda: None]):  # nothing to learn from, or only up the slope
-        calls = iter(losses)
-        assert sharpness_aware_step(optimizer, lambda: next(calls)(), rho=0.5) is None
-        assert torch.equal(w, start)
     # Loss |w|^2 / 2: the gradient is w, up the slope it is w (1 + rho / |w|).
     sharpness_aware_step(optimizer, lambda: (w**2).sum() / 2, rho=0.5)
     torch.testing.assert_close(w.detach(), start * (1 - 0.1 * 1.1))
@@ -157,27 +153,6 @@ def test_sharpness_aware_step_uses_gradient_up_the_slope():
 def test_sar_resets_on_collapse():
     always, never = (adapted(f"sar:lr=0.5:margin=1:collapse={c}", network(), windows()) for c in (100, 0))
     assert not torch.allclose(never, always, rtol=1e-2, atol=1e-2)
-
-
-def test_sar_learns_from_reliable_windows_only():
-    net, x = network(sharp=4.0), windows(8)
-    adapter, fresh = (Adapter(method("sar:lr=0.05:collapse=0:margin=0.4"), net, x) for _ in range(2))
-    out = batch_normalized(net, x)
-    reliable = entropy(out) < 0.4 * math.log(4)
-    assert 1 < int(reliable.sum()) < 8
-    adapter(x)
-    # The training batch has the reliable windows only, normalized by their own statistics.
-    student = copy.deepcopy(net).train()
-    parameters = [p for m in student.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters()]
-    optimizer = torch.optim.SGD(parameters, 0.05, momentum=0.9)
-
-    def loss():
-        h = entropy(student(x[reliable]))
-        return h[h < 0.4 * math.log(4)].mean()
-
-    assert sharpness_aware_step(optimizer, loss, 0.05) is not None
-    torch.testing.assert_close(adapter(x), student(x).detach(), rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(fresh(x), adapter(x))
 
 
 def test_eata_skips_redundant_windows():
@@ -408,6 +383,10 @@ def test_sight_without_surprise_and_with_full_surprise():
     [
         (method, "tnet", "unknown method 'tnet'. Did you mean 'tent'?"),
         (method, "tent:block=0", "method 'tent': block must be at least 1, not 0"),
+        *(
+            (method, f"{m}:capacity=0", f"method '{m}': capacity must be at least 1")
+            for m in ("note", "rotta", "sotta")
+        ),
         (affine_parameters, nn.Linear(2, 2), "adaptation of scale and shift needs normalization layers"),
         (
             affine_parameters,
