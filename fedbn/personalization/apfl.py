@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from fedbn.errors import UserError
-from fedbn.nn.roles import Role, State
+from fedbn.nn.roles import State
 from fedbn.personalization.base import ClientTrainer, Personalization
 
 
@@ -17,8 +20,10 @@ class APFL(Personalization):
     r"""Clients use the mixture :math:`\bar v=\alpha v+(1-\alpha)w`; :math:`v` follows the gradient at :math:`\bar v`.
 
     https://arxiv.org/abs/2003.13461. The shared model is trained as usual; then :math:`v` takes equally many steps
-    :math:`v \leftarrow v-\eta\alpha\nabla f(\bar v)`, where :math:`w` is the shared model that the client has just
-    trained. The mixture has its own BN statistics.
+    :math:`v \leftarrow v-\eta\,(\alpha\nabla f(\bar v)+\lambda v)`, where :math:`w` is the shared model that the
+    client has just trained and :math:`\lambda` the weight decay. In the paper, steps of :math:`w` and :math:`v`
+    alternate. In a client's first round, :math:`v` starts from the received model. The mixture has its own BN
+    statistics.
 
     Attributes:
         alpha: weight of the personal model.
@@ -37,38 +42,35 @@ class APFL(Personalization):
             raise UserError(f"apfl: alpha must be between 0 and 1, not {self.alpha:g}")
 
     def train(self, trainer: ClientTrainer) -> float:
+        received = trainer.state()
         loss = trainer.fit(trainer.model)
         shared = trainer.state()
-        trainer.load(self._mixed(trainer, shared))
-        # A step on the mixture moves v by alpha times the gradient, hence the mixture itself by alpha squared.
-        trainer.fit(trainer.model, on_before_optimizer_step=self._scale, purpose="apfl")
-        trainer.method_state = self._personal(trainer, shared)
+        trainer.load(trainer.method_state or received)
+        trainer.fit(_Mixture(trainer.model, shared, self.alpha), pull=(0.0, {}), purpose="apfl")
+        trainer.method_state = trainer.state()
         trainer.load(shared)
         return loss
 
     def personalized_state(self, trainer: ClientTrainer) -> State:
-        return self._mixed(trainer, trainer.state())
+        shared, personal = trainer.state(), trainer.method_state
+        if not personal:
+            return shared
+        return personal | _mix(
+            shared, {name: personal[name] for name, _ in trainer.model.named_parameters()}, self.alpha
+        )
 
-    def _scale(self, model: nn.Module) -> None:
-        for parameter in model.parameters():
-            if parameter.grad is not None:
-                parameter.grad.mul_(self.alpha**2)
 
-    def _mixed(self, trainer: ClientTrainer, shared: State) -> State:
-        """State of the mixture: mixed parameters, and the mixture's last statistics."""
-        trained = trainer.names(Role.BODY, Role.HEAD, Role.AFFINE)
-        own = trainer.method_state
-        return shared | own | {k: torch.lerp(shared[k], own[k], self.alpha) for k in own if k in trained}
+class _Mixture(nn.Module):
+    """A personal model whose forward passes use the mixture of its parameters with those of a shared state."""
 
-    def _personal(self, trainer: ClientTrainer, shared: State) -> State:
-        trained = trainer.names(Role.BODY, Role.HEAD, Role.AFFINE)
-        mixed = trainer.state()
+    def __init__(self, personal: nn.Module, shared: State, alpha: float) -> None:
+        super().__init__()
+        self.personal, self.shared, self.alpha = personal, shared, alpha
 
-        def unmix(key: str, value: Tensor) -> Tensor:
-            if key not in trained:
-                return value
-            if self.alpha == 0:
-                return trainer.method_state.get(key, shared[key])
-            return shared[key] + (value - shared[key]) / self.alpha
+    def forward(self, x: Tensor) -> Tensor:
+        mixture = _mix(self.shared, dict(self.personal.named_parameters()), self.alpha)
+        return cast(Tensor, functional_call(self.personal, mixture, (x,)))
 
-        return {k: unmix(k, v) for k, v in mixed.items()}
+
+def _mix(shared: State, personal: Mapping[str, Tensor], alpha: float) -> State:
+    return {name: torch.lerp(shared[name], value, alpha) for name, value in personal.items()}

@@ -170,11 +170,12 @@ def test_apfl_alpha_0_is_shared_and_1_is_personal_model(small):
 def test_apfl_step_is_alpha_times_mixture_gradient(small):
     ctx = build_context(small("nonorm+apfl:alpha=0.5", batch_size=10_000, momentum=0.0, lr=0.1))
     update, client_state = one_round(ctx)
-    model, data = ctx.load(update.state).train(), ctx.training_data(0)
+    mixture = {k: torch.lerp(trained, ctx.initial[k], 0.5) for k, trained in update.state.items()}
+    model, data = ctx.load(mixture).train(), ctx.training_data(0)
     model.zero_grad()
     torch.nn.functional.cross_entropy(model(data.x), data.y).backward()
     for name, parameter in model.named_parameters():
-        expected = update.state[name] - 0.1 * 0.5 * parameter.grad
+        expected = ctx.initial[name] - 0.1 * 0.5 * parameter.grad
         torch.testing.assert_close(client_state[METHOD_STATE + name], expected, rtol=1e-4, atol=1e-6)
         parameter.grad = None
 
