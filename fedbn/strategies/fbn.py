@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -10,12 +11,12 @@ from fedbn.nn.conversion import channels_of, replace_norms
 from fedbn.nn.roles import State
 from fedbn.norms.shared_statistics import SharedStatisticsNorm, shared_statistics_layers
 from fedbn.statistics.consensus import Aggregates
-from fedbn.strategies.base import Progress
-from fedbn.strategies.global_pooled import SlowlyPooled
+from fedbn.strategies.base import Progress, Updates
+from fedbn.strategies.global_pooled import GlobalPooled
 
 
 @dataclass(frozen=True)
-class FBN(SlowlyPooled):
+class FBN(GlobalPooled):
     """Clients normalize with the server's statistics and send their batch statistics; the server averages slowly.
 
     https://arxiv.org/abs/2405.14670. The server's statistics move by ``rate`` towards the clients' pooled ones. They
@@ -46,3 +47,9 @@ class FBN(SlowlyPooled):
         for layer in shared_statistics_layers(model):
             layer.publish()
         return {}
+
+    def aggregate_statistics(
+        self, updates: Updates, weights: Sequence[float], keys: Sequence[str], old: State, progress: Progress
+    ) -> State:
+        new = super().aggregate_statistics(updates, weights, keys, old, progress)
+        return {k: old[k].lerp(new[k], self.rate) for k in keys}

@@ -42,15 +42,3 @@ class GlobalPooled(NormStrategy):
             else:
                 out[key] = naive_mean(values, weights)
         return out
-
-
-class SlowlyPooled(GlobalPooled):
-    """Base class of strategies whose server statistics move by ``rate`` per round towards the clients' pooled ones."""
-
-    rate: float
-
-    def aggregate_statistics(
-        self, updates: Updates, weights: Sequence[float], keys: Sequence[str], old: State, progress: Progress
-    ) -> State:
-        new = super().aggregate_statistics(updates, weights, keys, old, progress)
-        return {k: old[k].lerp(new[k], self.rate) for k in keys}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import replace
 
 import pytest
@@ -29,6 +30,8 @@ from fedbn.strategies.bn_similarity import BNSimilarity
 from fedbn.strategies.fedap import FedAP
 from fedbn.strategies.fednorm import FedNorm
 from fedbn.strategies.fedtan import FedTAN, _exchanges
+from fedbn.strategies.hbn import HBN
+from fedbn.strategies.hbn_full import HBNFull
 from fedbn.strategies.static_bn import StaticBN
 from simulations.engines.execute import execute
 from tests.helpers import assert_engines_agree, assert_statistics, federated, same
@@ -289,6 +292,35 @@ def test_hbn_serves_mixture_statistics_of_final_weights(name, rows, small):
     for part in parts[1:]:
         total = total.merge(part)
     assert_statistics(out.server.serving, path, total.mean, total.variance(unbiased=True))
+
+
+@pytest.mark.parametrize("strategy", [HBN(rate=0.3), HBNFull(rate=0.3)], ids=str)
+def test_hbn_pools_biased_variances_by_measured_rows(strategy):
+    torch.manual_seed(0)
+    net = strategy.prepare_model(nn.Sequential(nn.BatchNorm1d(2), nn.Flatten(), nn.Linear(8, 3))).double()
+    net[0].running_mean.copy_(torch.tensor([0.5, -1.0]))
+    net[0].running_var.copy_(torch.tensor([2.0, 0.7]))
+    old = {k: v.clone() for k, v in net.state_dict().items()}
+    a, keys = 1 / (1 + math.exp(-0.4)), ["0.running_mean", "0.running_var"]
+    updates, parts = [], []
+    for user, n in enumerate((3, 70, 9)):
+        x = torch.randn(n, 2, 4, dtype=torch.float64) * (1 + user) + user
+        client = copy.deepcopy(net)
+        nn.init.constant_(client[0].gate, 0.4)
+        zeros = torch.zeros(n, dtype=torch.long)
+        strategy.before_local_training(client, Examples(x, zeros, zeros), Progress(1, 2))
+        strategy.after_local_training(client)
+        updates.append(Update(user, {k: v.clone() for k, v in client.state_dict().items()}, n, 0.0))
+        for rows in x.split(64)[:1] if strategy.rows else x.split(64):
+            values = rows.transpose(0, 1).flatten(1)
+            mean = (1 - a) * old[keys[0]] + a * values.mean(1)
+            parts.append((len(rows), mean, (1 - a) * old[keys[1]] + a * values.var(1, correction=0)))
+    total = sum(n for n, _, _ in parts)
+    mean = sum(n * m for n, m, _ in parts) / total
+    var = sum(n * (v + (m - mean) ** 2) for n, m, v in parts) / (total - 1)
+    new = strategy.aggregate_statistics(updates, [1.0, 1.0, 1.0], keys, old, Progress(1, 2))
+    expected = [0.7 * old[k] + 0.3 * t for k, t in zip(keys, (mean, var))]
+    torch.testing.assert_close([new[k] for k in keys], expected, rtol=1e-9, atol=1e-9)
 
 
 def test_static_bn_sends_no_statistics_and_disables_dropout(small):
