@@ -1,7 +1,8 @@
 """Plug-ins and their text form: ``groupnorm:groups=4`` is ``GroupNorm(groups=4)``.
 
-A *plug-in* is a frozen dataclass with a class variable ``name``; its fields are its hyperparameters. Plug-ins are
-discovered automatically in the modules of their package and in the entry points of other distributions (group
+A *plug-in* is a frozen dataclass with a class variable ``name``; its fields are its hyperparameters. A trailing
+underscore of a field is not part of its option's name: field ``pass_`` is option ``pass``. Plug-ins are discovered
+automatically in the modules of their package and in the entry points of other distributions (group
 ``fedbn.strategies``, ``fedbn.scenarios``, ...).
 """
 
@@ -69,16 +70,17 @@ def parse(text: str, kind: str, known: dict[str, type[T]]) -> T:
 def build(cls: type[T], values: Mapping[str, Any], what: str) -> T:
     """Build ``cls(**values)`` with each value converted to its field's type; errors name the field."""
     hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
+    fields = {f.name.rstrip("_"): f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
     converted: dict[str, Any] = {}
     for field, value in values.items():
         if field not in fields:
             if not fields:
                 raise UserError(f"{what} has no options, so {field!r} cannot be set")
             raise unknown(f"option of {what}", field, fields)
-        converted[field] = convert(value, hints[field], f"{what}, option {field!r}")
+        name = fields[field].name
+        converted[name] = convert(value, hints[name], f"{what}, option {field!r}")
     required = [f for f, d in fields.items() if d.default is d.default_factory is dataclasses.MISSING]
-    if missing := [f for f in required if f not in converted]:
+    if missing := [f for f in required if fields[f].name not in converted]:
         raise UserError(f"{what} needs a value for {', '.join(missing)}")
     return cls(**converted)
 
@@ -129,5 +131,5 @@ def render(plugin: Any) -> str:
     for f in dataclasses.fields(plugin):
         value = getattr(plugin, f.name)
         if f.init and value != f.default:
-            text += f":{f.name}=" + ("+".join(map(str, value)) if isinstance(value, tuple) else str(value))
+            text += f":{f.name.rstrip('_')}=" + ("+".join(map(str, value)) if isinstance(value, tuple) else str(value))
     return text

@@ -216,6 +216,18 @@ class Bank:
         scale, shift = self.transform(*self._unless_frozen(slots, prior, pair), span)
         return scale[group.row], shift[group.row]
 
+    def transform_in_training(self, group: Group, moments: Pair, positions: int, span: slice) -> Pair:
+        """Scale and shift of the columns ``span`` as in BN's training mode: by the statistics of a user's current rows.
+
+        A user with a single value per channel keeps its own statistics, because a single value has no variance.
+        """
+        ones = moments[0].new_ones(len(group.row))
+        batch = self.transform(*group.merge(moments, ones), span)
+        own = (self.rows[name][group.slots][:, span] for name in ("scale", "shift"))
+        several = (positions * group.sum(ones) > 1)[:, None]
+        scale, shift = (torch.where(several, b, o)[group.row] for b, o in zip(batch, own, strict=True))
+        return scale, shift
+
     def learn(self, group: Group, moments: Pair, positions: Tensor, weight: Tensor, posterior: Tensor) -> None:
         """Update the states of all users of a batch.
 

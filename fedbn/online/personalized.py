@@ -154,6 +154,8 @@ class Personalized(Users):
         rule = self.bank.rule
         record = rule.includes_current or (rule.learns and not self._frozen)
         adapted, recorded = self._run(x, self._adapted_transform(group), record=record, mask=mask)
+        if record and rule.learns_from_train_pass:
+            _, recorded = self._run(x, self._train_transform(group), mask=mask)
         out, fallback = adapted, None
         if rule.guard:
             fallback, _ = self._run(x, self._prior_transform(group), record=False)
@@ -328,10 +330,20 @@ class Personalized(Users):
         bank = self.bank
         rows = group.slots[group.row]
         if bank.rule.includes_current:
-            if self._sequential:
-                group = Group([""] * len(rows), rows, arange_like(rows))
-            return lambda index, pair, n: bank.transform_with_current(group, cast(Pair, pair), n, self._spans[index])
+            together = self._batches(group)
+            return lambda index, pair, n: bank.transform_with_current(together, cast(Pair, pair), n, self._spans[index])
         return self._fixed_transform(bank.rows["scale"][rows], bank.rows["shift"][rows])
+
+    def _train_transform(self, group: Group) -> Transform:
+        bank, together = self.bank, self._batches(group)
+        return lambda index, pair, n: bank.transform_in_training(together, cast(Pair, pair), n, self._spans[index])
+
+    def _batches(self, group: Group) -> Group:
+        """Rows that are one batch: those of a user, or each by itself if updates are sequential."""
+        if not self._sequential:
+            return group
+        rows = group.slots[group.row]
+        return Group([""] * len(rows), rows, arange_like(rows))
 
     def _prior_transform(self, group: Group) -> Transform:
         prior = self.bank.prior(group.slots[group.row])

@@ -10,7 +10,7 @@ from fedbn.online.statistics import Pair, Prior, State, mix
 
 @dataclass(frozen=True)
 class AlphaBN(BatchRule):
-    r""":math:`\mu = (1-\alpha)\mu_0 + \alpha\mu_B`, the same for the variance.
+    r""":math:`\mu = (1-\alpha)\mu_0 + \alpha\mu_B`, the same for the variance, which is the batch's unbiased one.
 
     You, Li, Zhao, 2021, *Test-time batch statistics calibration for covariate shift*, https://arxiv.org/abs/2110.04065
 
@@ -23,6 +23,9 @@ class AlphaBN(BatchRule):
     source = "You, Li, Zhao 2021, arXiv:2110.04065"
     ranges = (("alpha", 0, 1),)
     alpha: float = 0.1
+
+    def between(self) -> bool:
+        return False
 
     def use(self, prior: Prior, state: State) -> Pair:
         return mix(prior.moments, state.moments, state.n.new_tensor(self.alpha), between=False)

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -95,6 +95,11 @@ class Rule:
             value = getattr(self, option)
             if not low <= value <= high:
                 raise UserError(f"rule {self.name!r}: {option}={value:g} is out of range; use {low:g} to {high:g}")
+
+    @property
+    def learns_from_train_pass(self) -> bool:
+        """Whether `update` gets the statistics of a second forward pass, in BN's training mode."""
+        return False
 
     def clip_moments(self, prior: Prior, moments: Pair) -> Pair:
         """Row moments ``[B, C]``, limited by ``clip`` under the prior of each row."""
@@ -190,6 +195,23 @@ class RunningAverage(Rule):
 
 
 @dataclass(frozen=True)
+class TrainPass(Rule):
+    """Base of running averages that offer the training-mode pass of their authors' code.
+
+    Attributes:
+        pass_: option ``pass``, the forward pass that is measured. ``eval``: the one that makes the prediction.
+            ``train``: a second one, in which each layer normalizes by the statistics of the user's current rows, as BN
+            does in training mode. This changes the inputs, and so the statistics, of all layers but the first.
+    """
+
+    pass_: Literal["eval", "train"] = "eval"
+
+    @property
+    def learns_from_train_pass(self) -> bool:
+        return self.pass_ == "train"
+
+
+@dataclass(frozen=True)
 class BatchRule(Rule):
     """Base of rules that use the user's rows in the current call and keep no state."""
 
@@ -198,6 +220,11 @@ class BatchRule(Rule):
 
     def gain(self, state: State, weight: Tensor) -> Tensor:
         return torch.ones_like(weight)
+
+    def update(self, prior: Prior, state: State, window: WindowStatistics, weight: Tensor, posterior: Tensor) -> State:
+        # A single value has no variance. The prior's is used then, not that of an earlier call.
+        start = replace(state, mean=prior.mean[:, None], var=prior.var[:, None])
+        return super().update(prior, start, window, weight, posterior)
 
 
 def equal_mixture(mean: Tensor, var: Tensor) -> Pair:

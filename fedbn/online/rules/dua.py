@@ -6,18 +6,19 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fedbn.online.rules.base import Rule
+from fedbn.online.rules.base import TrainPass
 from fedbn.online.statistics import State
 
 
 @dataclass(frozen=True)
-class DUA(Rule):
+class DUA(TrainPass):
     r"""Running averages of mean and within-window variance with :math:`a_t = 0.1\,\omega^t + \xi,\ t=1,2,\dots`
 
     Mirza, Micorek, Possegger, Bischof, 2022, *The norm must go on: dynamic unsupervised domain adaptation by
     normalization*, CVPR, https://arxiv.org/abs/2112.00463
 
-    Only the schedule is implemented; the paper also uses 64 augmented copies of every image.
+    Only the schedule is implemented; the paper also uses 64 augmented copies of every image. The authors' code
+    (https://github.com/jmiemirza/DUA) measures with ``pass=train``.
 
     Attributes:
         decay: omega.

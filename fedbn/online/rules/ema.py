@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from fedbn.online.rules.base import RunningAverage
+from fedbn.online.rules.base import RunningAverage, TrainPass
 
 
 @dataclass(frozen=True)
-class Ema(RunningAverage):
+class Ema(RunningAverage, TrainPass):
     """Exponentially weighted statistics that start from the source: :math:`a=` ``rate``, :math:`r=0`.
 
     ``form="moments"`` weights all values exactly. ``form="within"`` averages the (unbiased) variances of windows and

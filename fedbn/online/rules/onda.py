@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedbn.online.rules.base import RunningAverage
+from fedbn.online.rules.base import RunningAverage, TrainPass
 
 
 @dataclass(frozen=True)
-class ONDA(RunningAverage):
+class ONDA(RunningAverage, TrainPass):
     """Constant gain 0.1 on the mean and the unbiased variance of each batch, updated after use.
 
     Mancini, Karaoguz, Ricci, Jensfelt, Caputo, 2018, *Kitting in the wild through online domain adaptation*,
     https://arxiv.org/abs/1807.01028
 
-    The paper's batches have ten images: pass ten rows of a user per call.
+    The paper's batches have ten images: pass ten rows of a user per call. Public code of the method measures with
+    ``pass=train``.
 
     Attributes:
         rate: gain of a batch.

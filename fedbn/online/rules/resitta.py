@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fedbn.online.rules.base import RunningAverage
+from fedbn.online.rules.base import RunningAverage, TrainPass
 from fedbn.online.statistics import Prior, State, WindowStatistics
 
 
 @dataclass(frozen=True)
-class ResiTTA(RunningAverage):
+class ResiTTA(RunningAverage, TrainPass):
     r"""After every step of a running average, the statistics are pulled back to the source.
 
     Mean and standard deviation move by a fraction :math:`2\lambda` of their distance.

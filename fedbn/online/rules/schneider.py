@@ -14,6 +14,8 @@ from fedbn.online.statistics import Pair, Prior, State, WindowStatistics, mix
 class Schneider(BatchRule):
     r""":math:`\mu = \frac{N}{N+n}\mu_0 + \frac{n}{N+n}\mu_B`, the same for the variance, without memory.
 
+    The batch's variance is the unbiased one, as in the authors' code (https://github.com/bethgelab/robustness).
+
     Schneider, Rusak, Eck, Bringmann, Brendel, Bethge, 2020, https://arxiv.org/abs/2006.16971
 
     Attributes:
@@ -28,6 +30,9 @@ class Schneider(BatchRule):
 
     def update(self, prior: Prior, state: State, window: WindowStatistics, weight: Tensor, posterior: Tensor) -> State:
         return replace(super().update(prior, state, window, weight, posterior), n=weight[:, None])
+
+    def between(self) -> bool:
+        return False
 
     def use(self, prior: Prior, state: State) -> Pair:
         n = state.n

@@ -137,9 +137,9 @@ def resitta(mu0, v0, xs, ps, rate, leash):
     return torch_momentum(mu0, v0, xs, ps, lambda t: rate, pull_back)
 
 
-def blend(a, *, cross=False):
+def blend(a, *, cross=False, correction=0):
     def reference(mu0, v0, xs, ps, **_):
-        for m, v in map(moments, xs):
+        for m, v in ((w.mean(1), w.var(1, ddof=correction)) for w in xs):
             extra = a * (1 - a) * (m - mu0) ** 2 if cross else 0
             yield a * m + (1 - a) * mu0, a * v + (1 - a) * v0 + extra
 
@@ -251,8 +251,8 @@ REFERENCES = {
     "onda": partial(torch_momentum, gain=lambda t: 0.1),
     "resitta:leash=0.03": partial(resitta, rate=0.05, leash=0.03),
     "tbn": blend(1.0),
-    "schneider:N=3": blend(1 / 4),
-    "alpha-bn:alpha=0.3": blend(0.3),
+    "schneider:N=3": blend(1 / 4, correction=1),
+    "alpha-bn:alpha=0.3": blend(0.3, correction=1),
     "ttn": blend(np.array([0.1, 0.5, 0.9]), cross=True),
     "edtn": edtn,
     "membn:size=3:n0=2": partial(membn, size=3, n0=2),
@@ -325,11 +325,17 @@ def test_rows_of_one_user_form_a_batch():
     users = ["a", "b", "a", "a", "b", "a"]
     rows = [0, 2, 3, 5]
     batch = x[rows].transpose(0, 1).flatten(1)
-    for text, r in (("tbn", 0.0), ("schneider:N=3", 3 / 7), ("membn:n0=0", 0.0)):
+    rules_of_batches = (
+        ("tbn", 0.0, 0),
+        ("schneider:N=3", 3 / 7, 1),
+        ("alpha-bn:alpha=0.3", 0.7, 1),
+        ("membn:n0=0", 0.0, 0),
+    )
+    for text, r, correction in rules_of_batches:
         net = personalize(model, text, classes=K)
         out = net.predict(x, user=users)[rows].view(4, C, L)
         mean = r * model[0].running_mean + (1 - r) * batch.mean(1)
-        var = r * model[0].running_var + (1 - r) * batch.var(1, correction=0)
+        var = r * model[0].running_var + (1 - r) * batch.var(1, correction=correction)
         torch.testing.assert_close(out, (x[rows] - mean[:, None]) / (var[:, None] + EPS).sqrt())
     net = personalize(model, "onda", classes=K)
     net(x, user=users)
@@ -342,6 +348,13 @@ def test_rows_of_one_user_form_a_batch():
 def test_single_values_do_not_change_the_variance():
     model = nn.Sequential(layer()[0])
     x = torch.randn(5, C, dtype=torch.float64)
+    for text in ("alpha-bn", "schneider"):
+        net = personalize(model, text, classes=K)
+        net(x[1:], user=[1] * 4)
+        out = net.predict(x[:1], user=1)
+        share = 0.1 if text == "alpha-bn" else 1 / 17
+        expected = (1 - share) * (x[:1] - model[0].running_mean) / (model[0].running_var + EPS).sqrt()
+        torch.testing.assert_close(out, expected)
     for text in ("dua", "onda", "resitta", "ema:form=within"):
         net = feed(personalize(model, text, classes=K), x)
         torch.testing.assert_close(net.statistics(1)["0"][1], model[0].running_var)
