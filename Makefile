@@ -78,12 +78,14 @@ CHOOSE := --streams natural --seeds 5 --starts cold,recording,recording:n0=100 \
 	--rules population:diversity=1,population:diversity=1:bout=1,population:diversity=1:bout=16,pseudo:diversity=1,pseudo:n0=64
 ALL := --seeds 3 --rules dabn,dua,ema:rate=0.1,ema:rate=0.01,pseudo:n0=64,pseudo:diversity=1,class-residual,class-mixture,population:diversity=1,tent,note,rotta
 WATCHED := pseudo:n0=64,pseudo:n0=64/page-hinkley/decay,pseudo:n0=64/page-hinkley/reset,pseudo:n0=64/page-hinkley/branch,pseudo:n0=64/adwin/reset,pseudo:n0=64/adwin/branch
+PASSES := dua,dua:pass=train,onda,onda:pass=train,ema,ema:pass=train,resitta,resitta:pass=train
 STARTED := --seeds 3 --starts recording,recording:n0=100,classes:k=3 --rules
 
 adapt-tables: $(STAMP)-run  ## studies for docs/adaptation.md (about an hour)
 	$(FOLLOW) hapt:unseen=3:reserved=15 $(CHOOSE) --out results/adapt-choice --into $(PAGE)
 	$(FOLLOW) hapt:unseen=3:reserved=15 $(CHOOSE) --shift $(SENSORS) --out results/adapt-choice-shift --into $(PAGE)
 	$(FOLLOW) hapt:unseen=5 $(ALL) --out results/adapt-hapt --into $(PAGE)
+	$(FOLLOW) hapt:unseen=5 --seeds 1 --rules $(PASSES) --out results/adapt-pass --into $(PAGE)
 	$(FOLLOW) hapt:unseen=5 $(STARTED) pseudo:n0=64,population:diversity=1,class-mixture --out results/adapt-hapt-started --into $(PAGE)
 	$(FOLLOW) hapt:unseen=5 $(ALL) --shift $(SENSORS) --out results/adapt-hapt-shift --into $(PAGE)
 	$(FOLLOW) hapt:unseen=5 $(STARTED) pseudo:n0=64,population:diversity=1,class-mixture --shift $(SENSORS) \

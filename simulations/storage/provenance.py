@@ -11,7 +11,7 @@ import clients
 import fedbn
 from fedbn.errors import UserError
 
-NUMERICS = 1
+NUMERICS = 2
 """Version of the numerical results of `fedbn` and `clients`.
 
 Increment it whenever results change, that is, whenever a golden curve or a test of bit equality has to be updated.
