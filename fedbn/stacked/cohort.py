@@ -18,9 +18,11 @@ from fedbn.federation.training import shuffle
 from fedbn.nn.roles import State, with_prefix
 from fedbn.personalization.base import Personalization
 from fedbn.seeds import generator
+from fedbn.stacked.check import checked_program
 from fedbn.stacked.fit import SGDConfig, StackedClient, TrainResult, fit_stack
 from fedbn.stacked.layers import Unstackable
-from fedbn.stacked.program import Program, build_program, check_no_hooks, check_program
+from fedbn.stacked.program import Program
+from fedbn.stacked.tracing import check_structure
 from fedbn.statistics.consensus import Aggregates
 from fedbn.strategies.base import NormStrategy, Progress, Update
 
@@ -79,7 +81,7 @@ class StackedData:
 
 @dataclass
 class Cohort:
-    """What the rounds of a run share: the stacked programs and the training data.
+    """What the rounds of a run share: the training data, and the stacked programs or why there is none, by mode.
 
     >>> from fedbn.config import Plan
     >>> from fedbn.federation.run import Run
@@ -89,7 +91,7 @@ class Cohort:
     """
 
     ctx: RunContext
-    programs: dict[tuple[tuple[int, bool], ...], Program] = field(default_factory=dict)
+    programs: dict[tuple[object, ...], Program | Unstackable] = field(default_factory=dict)
 
     @cached_property
     def rows(self) -> StackedData:
@@ -104,20 +106,20 @@ class Cohort:
         """
         ctx, kind = self.ctx, type(self.ctx.strategy)
         if aggregates:
-            raise Unstackable(f"{ctx.strategy.name} synchronizes statistics before training")
+            raise Unstackable("the strategy synchronizes statistics before training")
         for hook in ("on_before_optimizer_step", "before_local_training", "after_local_training"):
             if getattr(kind, hook) is not getattr(NormStrategy, hook):
-                raise Unstackable(f"{ctx.strategy.name} has its own {hook}")
+                raise Unstackable("the strategy has its own training steps")
         if ctx.row_users(ctx.trainers[0]) is not None:
             raise Unstackable("each batch holds the examples of one user")
         if type(ctx.personal).train is not Personalization.train:
-            raise Unstackable(f"{ctx.personal.name} has its own training procedure")
+            raise Unstackable("the personalization method has its own training procedure")
         model = ctx.load(ctx.initial)
         ctx.strategy.set_training_mode(model, progress, aggregates)
         state = model.state_dict()
         if any(not torch.equal(state[n], v) for n, v in ctx.initial.items()):
-            raise Unstackable(f"{ctx.strategy.name} changes the model before training")
-        return self._build(model)
+            raise Unstackable("the strategy changes the model before training")
+        return self._build(model, trains=True)
 
     def evaluation_program(self) -> Program:
         """The stacked model in evaluation mode; use it before the mode changes.
@@ -127,22 +129,22 @@ class Cohort:
         """
         ctx = self.ctx
         if ctx.treatment.personalizes:
-            raise Unstackable(f"{ctx.personal.name} serves personalized models")
+            raise Unstackable("users have personalized models")
         model = ctx.scratch.eval()
-        program = self._build(model)
-        if any(model.get_submodule(path).running_mean is None for path in program.norm_paths):
-            raise Unstackable("evaluation normalizes by batch statistics")
-        return program
+        return self._build(model, trains=False)
 
-    def _build(self, model: nn.Module) -> Program:
-        check_no_hooks(model)
-        mode = tuple((id(m), m.training) for m in model.modules())
+    def _build(self, model: nn.Module, *, trains: bool) -> Program:
+        check_structure(model)
+        mode = (trains, *((id(m), m.training) for m in model.modules()))
         if mode not in self.programs:
-            program = build_program(model)
             largest = max((self.ctx.training_data(user).x for user in self.ctx.trainers), key=len)
-            check_program(program, model, largest[:8])
-            self.programs[mode] = program
-        return self.programs[mode]
+            try:
+                self.programs[mode] = checked_program(model, largest, trains=trains)
+            except Unstackable as reason:
+                self.programs[mode] = reason
+        if isinstance(program := self.programs[mode], Unstackable):
+            raise program
+        return program
 
     def train(self, rounds: Sequence[TrainJob], program: Program) -> list[tuple[Update, State] | Failure]:
         """Train several clients in one stack; results are in the order of ``rounds``.

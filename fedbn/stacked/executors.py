@@ -11,7 +11,7 @@ exact    ``one`` or ``threads``, whichever is faster          bit-identical
 auto     the fastest of the first four, measured              equal up to rounding
 ======== ==================================================== ============================
 
-Jobs that cannot be stacked use the ``exact`` executor; the reason is logged once.
+Jobs that cannot be stacked use the ``exact`` executor. `ClientExecutor.execution` tells what was used and why.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import Any, ClassVar, Literal, Protocol, cast, get_args
 
 import torch
 
-from fedbn.errors import unknown
+from fedbn.errors import UserError, unknown
 from fedbn.federation.client import cold_start_scores, user_scores, user_state
 from fedbn.federation.context import RunContext
 from fedbn.federation.metrics import Column, Score
@@ -49,6 +49,11 @@ log = logging.getLogger(__name__)
 Kind = Literal["train", "evaluate", "consensus"]
 
 Executor = Literal["exact", "auto", "one", "threads", "lean", "stacked"]
+
+Execution = dict[str, list[str]]
+"""How the jobs of a run were executed, by kind of job: `STACKED`, and reasons why they ran one by one."""
+
+STACKED = "stacked"
 
 MIN_THREADED_SECONDS = 0.002
 """Minimum seconds of a step for threads to pay off; shorter steps mostly wait for the interpreter lock."""
@@ -105,18 +110,26 @@ def available_cores() -> int:
 
 
 class ClientExecutor:
-    """Runs the jobs of a run, round after round, with the selected executor."""
+    """Runs the jobs of a run, round after round, with the selected executor.
+
+    Attributes:
+        executor: the selected executor.
+        threads: number of cores.
+        execution: how the jobs of the last run were executed, by kind of job.
+    """
 
     def __init__(self, executor: Executor = "exact", threads: int | None = None) -> None:
         """Create an executor that uses ``threads`` cores; all cores by default."""
         self.executor = executor
         self.threads = threads or cores()
-        self._logged: set[str] = set()
+        self.execution: Execution = {}
         self._ctx: RunContext | None = None
 
     def _start_run(self, ctx: RunContext) -> None:
         """Reset the measurements when a new run starts."""
         if ctx is not self._ctx:
+            self.execution = {}
+            self._failed: dict[Kind, str] = {}
             self._ctx, self._cohort = ctx, Cohort(ctx)
             self._replicas: list[RunContext] = []
             self._fastest: Executor | None = None
@@ -126,23 +139,36 @@ class ClientExecutor:
             self._thread_safe: bool | None = None
 
     def run(self, jobs: Sequence[Job]) -> list[Any]:
-        """Results of jobs of one kind and run, in order; the result of a job that raised is a `Failure`."""
+        """Results of jobs of one kind and run, in order; the result of a job that raised is a `Failure`.
+
+        If stacked execution fails in any way, the jobs run again with the ``exact`` executor. They have the same
+        results as in the first place, because they do not change their inputs and draw keyed random numbers.
+        """
         self._start_run(jobs[0].ctx)
-        if self.executor in ("auto", "lean", "stacked"):
+        kind = jobs[0].kind
+        if self.executor in ("auto", "lean", "stacked") and kind in ("train", "evaluate"):
             try:
-                if jobs[0].kind == "train":
+                if kind in self._failed:
+                    raise Unstackable(self._failed[kind])
+                if kind == "train":
                     return self._train_stacked(cast(Sequence[TrainJob], jobs))
-                if jobs[0].kind == "evaluate":
-                    return self._evaluate_stacked(cast(Sequence[EvaluateJob], jobs))
+                return self._evaluate_stacked(cast(Sequence[EvaluateJob], jobs))
+            except UserError:
+                pass  # raised again by the exact executor, for the job that causes it
             except Unstackable as reason:
-                prefix = {"train": "training client by client", "evaluate": "evaluating user by user"}
-                self._log_once(f"{prefix[jobs[0].kind]}: {reason}")
+                self._record(kind, str(reason))
+            except Exception as error:
+                self._failed[kind] = f"the stacked engine failed with {type(error).__name__}: {error}".partition("\n")[
+                    0
+                ]
+                log.info(self._failed[kind], exc_info=True)
+                self._record(kind, self._failed[kind])
         return self._run_exact(jobs)
 
-    def _log_once(self, message: str) -> None:
-        if message not in self._logged:
-            self._logged.add(message)
-            log.info(message)
+    def _record(self, kind: Kind, how: str) -> None:
+        """Record how jobs were executed: `STACKED`, or the reason why they were not."""
+        if how not in (known := self.execution.setdefault(kind, [])):
+            known.append(how)
 
     def _run_exact(self, jobs: Sequence[Job]) -> list[Any]:
         if self.executor == "one" or self.threads == 1 or len(jobs) == 1 or not self._is_thread_safe():
@@ -205,7 +231,7 @@ class ClientExecutor:
         width = stack_width(rounds[0].ctx, len(rounds))
         executor = self._select_executor(rounds, program, width) if self.executor == "auto" else self.executor
         if executor == "threads":
-            return self._run_exact(cast(Sequence[Job], rounds))
+            raise Unstackable("one by one is faster on this machine")
         size = 1 if executor == "lean" else width
         parts = [rounds[i : i + size] for i in range(0, len(rounds), size)]
         # A small number of parts may not divide evenly by the threads; the remainder runs one by one with all threads.
@@ -215,6 +241,7 @@ class ClientExecutor:
         results = self._on_threads(parallel, lambda part, _: self._cohort.train(part, program)) if parallel else []
         with torch_threads(self.threads if few else 1):
             results += [self._cohort.train(part, program) for part in parts[len(parallel) :]]
+        self._record("train", STACKED)
         return [result for part in results for result in part]
 
     def _evaluate_stacked(self, jobs: Sequence[EvaluateJob]) -> list[Any]:
@@ -238,6 +265,7 @@ class ClientExecutor:
         for i, job in enumerate(jobs):
             if job.client_statistics and not isinstance(results[i], Failure):
                 results[i] += cold_start_scores(ctx, job.user, states[i], job.client_statistics)
+        self._record("evaluate", STACKED)
         return [results[i] for i in range(len(jobs))]
 
     def _evaluate_column(self, jobs: Sequence[EvaluateJob], states: Sequence[State], column: Column) -> list[Any]:

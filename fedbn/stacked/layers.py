@@ -1,12 +1,10 @@
-"""Stacked layers and functions: K clients at once, with their activations concatenated on the channel axis.
+"""Stacked layers: K clients at once, with their activations concatenated on the channel axis.
 
-These are the building blocks of `fedbn.stacked.program`: `STACKED_LAYERS` holds the supported layer types, `FUNCTIONS`
-the supported functions and `METHODS` the supported tensor methods.
+`STACKED_LAYERS` holds the layer types of `fedbn.stacked.program`; `fedbn.stacked.functions` holds its functions.
 """
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -25,11 +23,11 @@ class Unstackable(Exception):
 
 @dataclass(frozen=True)
 class StackContext:
-    """Inputs of a stacked layer besides the activations.
+    """Inputs of a stacked layer or function besides the activations.
 
     Attributes:
         k: number of clients.
-        tensors: parameters and buffers of the layer by local name, in the layout of `Program.lay_out`.
+        tensors: parameters and buffers of the layer by local name, in the layout of `GraphProgram.lay_out`.
         noise: one generator per client, for dropout.
         batch_last: whether activations are ``[K, C, B]``.
         lr: if given, the backward pass updates the layer's weight with this learning rate (`_FusedLinearStep`).
@@ -155,17 +153,21 @@ def _layer_norm(m: nn.LayerNorm, context: StackContext, x: Tensor) -> Tensor:
 
 def dropout(m: Any, context: StackContext, x: Tensor) -> Tensor:
     """Dropout with the masks that each client would draw when trained alone."""
-    if not m.training or m.p == 0:
+    return apply_dropout(context, x, m.p, m.training, whole_channels=type(m) is not nn.Dropout)
+
+
+def apply_dropout(context: StackContext, x: Tensor, p: float, training: bool, whole_channels: bool = False) -> Tensor:
+    """Zero elements, or whole channels, with probability ``p``; each client has its own generator."""
+    if not training or p == 0:
         return x
-    if m.p == 1:
+    if p == 1:
         return x * 0
     if context.batch_last:
-        masks = [x.new_empty(x.shape[2], x.shape[1]).bernoulli_(1 - m.p, generator=draw) for draw in context.noise]
-        return x * torch.stack(masks).mT.div(1 - m.p)
-    positions = x.shape[2:] if type(m) is nn.Dropout else [1] * (x.dim() - 2)
-    shape = (len(x), x.shape[1] // context.k, *positions)
-    masks = [x.new_empty(shape).bernoulli_(1 - m.p, generator=draw) for draw in context.noise]
-    return x * torch.stack(masks, 1).div_(1 - m.p).flatten(1, 2)
+        masks = [x.new_empty(x.shape[2], x.shape[1]).bernoulli_(1 - p, generator=draw) for draw in context.noise]
+        return x * torch.stack(masks).mT.div(1 - p)
+    shape = (len(x), x.shape[1] // context.k, *([1] * (x.dim() - 2) if whole_channels else x.shape[2:]))
+    masks = [x.new_empty(shape).bernoulli_(1 - p, generator=draw) for draw in context.noise]
+    return x * torch.stack(masks, 1).div_(1 - p).flatten(1, 2)
 
 
 def _apply(m: nn.Module, context: StackContext, x: Tensor) -> Tensor:
@@ -190,15 +192,31 @@ def _pool(m: nn.Module, context: StackContext, x: Tensor) -> Tensor:
     return F.max_pool2d(x, size, stride, padding, pair(m.dilation, 1), m.ceil_mode)
 
 
-def _flatten(x: Tensor, start_dim: int = 0, end_dim: int = -1) -> Tensor:
-    if start_dim != 1 or end_dim not in (-1, x.dim() - 1):
-        raise Unstackable(f"flatten from axis {start_dim} to {end_dim}")
-    return x.flatten(1)
+def flatten(context: StackContext, x: Tensor, start_dim: int = 0, end_dim: int = -1) -> Tensor:
+    """Flatten axes other than the batch."""
+    first, last = start_dim % x.dim(), end_dim % x.dim()
+    if first == 0:
+        raise Unstackable("flatten merges the rows of a batch")
+    if (first, last) == (1, x.dim() - 1):
+        return x.flatten(1)
+    return restack(unstack(context, x).flatten(first + 1, last + 1))
+
+
+def unstack(context: StackContext, x: Tensor) -> Tensor:
+    """View activations as ``[B, K, C, *positions]``."""
+    return x.unflatten(1, (context.k, -1))
+
+
+def restack(x: Tensor) -> Tensor:
+    """The inverse of `unstack`."""
+    if x.dim() < 3:
+        raise Unstackable("activations have one value per row")
+    return x.flatten(1, 2)
 
 
 _ELEMENTWISE = (
     *(nn.Identity, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish),
-    *(nn.Sigmoid, nn.Tanh, nn.Softplus, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid),
+    *(nn.Sigmoid, nn.LogSigmoid, nn.Tanh, nn.Softplus, nn.Softsign, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid),
 )
 _POOLING = (
     *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
@@ -207,7 +225,7 @@ _POOLING = (
 )
 
 STACKED_LAYERS: dict[type[nn.Module], StackedLayer] = {
-    nn.Flatten: lambda m, context, x: _flatten(x, m.start_dim, m.end_dim),
+    nn.Flatten: lambda m, context, x: flatten(context, x, m.start_dim, m.end_dim),
     nn.Linear: _linear,
     nn.LayerNorm: _layer_norm,
     nn.GroupNorm: _group_norm,
@@ -219,59 +237,11 @@ STACKED_LAYERS: dict[type[nn.Module], StackedLayer] = {
     **dict.fromkeys(_POOLING, _pool),
 }
 
-
-def _mean(x: Tensor, dim: Any = None, keepdim: bool = False) -> Tensor:
-    axes = [d % x.dim() for d in (dim if isinstance(dim, tuple | list) else (0 if dim is None else dim,))]
-    if min(axes) < 2:
-        raise Unstackable(f"mean over axes {axes}, which are not positions")
-    return x.mean(axes, keepdim)
-
-
-def _unsqueeze(x: Tensor, dim: int) -> Tensor:
-    if dim < 2:
-        raise Unstackable(f"unsqueeze at axis {dim}")
-    return x.unsqueeze(dim)
-
-
-def _reshape(x: Tensor, *shape: Any) -> Tensor:
-    target = shape[0] if len(shape) == 1 else shape
-    if tuple(target) != (len(x), -1):
-        raise Unstackable(f"a reshape to {list(target)} other than [N, -1]")
-    return x.flatten(1)
-
-
-def _relu(x: Tensor, inplace: bool = False) -> Tensor:
-    return F.relu(x)
-
-
-def _size(x: Tensor, dim: int | None = None) -> int:
-    if dim != 0:
-        raise Unstackable("the size of an axis that is not the batch")
-    return len(x)
-
-
-FUNCTIONS: dict[Any, Callable[..., Any]] = {
-    **{f: f for f in (F.gelu, F.silu, torch.sigmoid, torch.tanh)},
-    **dict.fromkeys((F.relu, torch.relu), _relu),
-    **dict.fromkeys((operator.add, torch.add), torch.add),
-    torch.flatten: _flatten,
-    torch.mean: _mean,
-}
-METHODS: dict[str, Callable[..., Any]] = {
-    "flatten": _flatten,
-    "mean": _mean,
-    "relu": _relu,
-    "unsqueeze": _unsqueeze,
-    "view": _reshape,
-    "reshape": _reshape,
-    "size": _size,
-    "contiguous": Tensor.contiguous,
-    "add": torch.add,
-}
-
-
 IMAGE_LAYERS: set[StackedLayer] = {_convolution, batch_norm, _group_norm, _instance_norm, _apply, _pool}
 """Layers with the same result on signals and on images of height one."""
 
 FEATURE_LAYERS = (nn.Linear, nn.BatchNorm1d, AnyBatchNorm, nn.Dropout, *_ELEMENTWISE)
-FEATURE_FUNCTIONS = FUNCTIONS.keys() - {torch.flatten, torch.mean} | {"relu", "add"}
+"""Layers that also work on activations ``[K, C, B]``."""
+
+VIEW_LAYERS = (nn.Flatten, nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+"""Layers whose output can share the memory of their input."""

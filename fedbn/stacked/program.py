@@ -7,28 +7,25 @@ contains each client's own gradient. Horizontally fused training: Wang, Yang, Zh
 2021 (HFTA), https://arxiv.org/abs/2102.02344
 
 Models are traced with ``torch.fx``. Layers are matched by their exact type, because a subclass may compute something
-else. A model with an unsupported part is `Unstackable`, and its clients train one by one.
+else. A model with an unsupported part is `Unstackable`; `fedbn.stacked.vectorized` is slower but supports more.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from fedbn.nn.roles import State
+from fedbn.stacked.functions import DROPOUT_FUNCTIONS, FEATURE_FUNCTIONS, FUNCTIONS, METHODS
 from fedbn.stacked.layers import (
-    FEATURE_FUNCTIONS,
     FEATURE_LAYERS,
-    FUNCTIONS,
     IMAGE_LAYERS,
-    METHODS,
     STACKED_LAYERS,
     StackContext,
     StackedLayer,
@@ -37,11 +34,7 @@ from fedbn.stacked.layers import (
     batch_norm,
     dropout,
 )
-
-
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return type(m) in STACKED_LAYERS or super().is_leaf_module(m, module_qualified_name)
+from fedbn.stacked.tracing import trace
 
 
 @dataclass(frozen=True)
@@ -54,21 +47,28 @@ class _Layer:
     names: tuple[tuple[str, str], ...]
 
 
-@dataclass(frozen=True)
-class Program:
-    """The stacked program of a model, in the mode in which the model was traced.
+class Program(Protocol):
+    """The networks of K clients as one function, for the mode in which the model was when it was built."""
 
-    Attributes:
-        graph: the traced graph.
-        layers: node name -> layer.
-        trained: names of the trainable parameters.
-        owner: entry name -> the module that owns it.
-    """
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """Names of the trainable parameters."""
+        ...
 
-    graph: fx.Graph
-    layers: dict[str, _Layer]
-    trained: tuple[str, ...]
-    owner: dict[str, nn.Module]
+    @property
+    def fusable_weights(self) -> tuple[str, ...]:
+        """Trainable weights of linear layers with a trainable bias, which `_FusedLinearStep` can update."""
+        ...
+
+    @property
+    def norm_paths(self) -> list[str]:
+        """Paths of the batch normalization layers, in the order of computation."""
+        ...
+
+    @property
+    def draws_noise(self) -> bool:
+        """Whether a training step draws random numbers."""
+        ...
 
     def supports_batch_last(self, axes: int) -> bool:
         """Whether the model has only features, without positions, so that activations can be ``[K, C, B]``.
@@ -78,48 +78,11 @@ class Program:
         Args:
             axes: number of axes of a batch of examples.
         """
-        nodes = [n for n in self.graph.nodes if n.op.startswith("call")]
-        first = [n for n in nodes if any(a.op == "placeholder" for a in n.all_input_nodes)]
-        flattened = all(self._flattens(n) for n in first)
-        return (axes == 2 or flattened) and all(
-            type(self.layers[n.name].module) in FEATURE_LAYERS
-            if n.op == "call_module"
-            else n.target in FEATURE_FUNCTIONS
-            for n in nodes
-            if not (flattened and n in first)
-        )
-
-    def _flattens(self, node: fx.Node) -> bool:
-        if node.op == "call_module":
-            module = self.layers[node.name].module
-            return type(module) is nn.Flatten and (module.start_dim, module.end_dim) == (1, -1)
-        return node.target in (torch.flatten, "flatten") and node.args[1:] == (1,) and not node.kwargs
-
-    @cached_property
-    def fusable_weights(self) -> tuple[str, ...]:
-        """Trainable weights of linear layers with a trainable bias, which `_FusedLinearStep` can update."""
-        linear = [layer for layer in self.layers.values() if type(layer.module) is nn.Linear]
-        keys = [dict(layer.names) for layer in linear]
-        return tuple(k["weight"] for k in keys if {k["weight"], k.get("bias")} <= set(self.trained))
-
-    @cached_property
-    def norm_paths(self) -> list[str]:
-        """Paths of the batch normalization layers, in the order of computation."""
-        calls = [self.layers[n.name] for n in self.graph.nodes if n.op == "call_module"]
-        return [layer.path for layer in calls if layer.compute is batch_norm]
-
-    @cached_property
-    def draws_noise(self) -> bool:
-        """Whether a training step draws random numbers."""
-        return any(layer.compute is dropout for layer in self.layers.values())
+        ...
 
     def lay_out(self, name: str, stacked: Tensor) -> Tensor:
-        """View an entry ``[K, *shape]`` in the layout of the kernels, with the clients on the channel axis."""
-        if type(self.owner[name]) is nn.Linear:
-            return stacked.unsqueeze(1) if stacked.dim() == 2 else stacked
-        if stacked.dim() == 1 or isinstance(self.owner[name], nn.LayerNorm):
-            return stacked
-        return stacked.flatten(0, 1)
+        """View an entry ``[K, *shape]`` in the layout of the kernels."""
+        ...
 
     def bind(
         self,
@@ -145,6 +108,86 @@ class Program:
             lr: learning rate of ``fused_weights``.
             on_norm_input: called with the path and the input of each layer of `norm_paths` before it is computed.
         """
+        ...
+
+
+@dataclass(frozen=True)
+class GraphProgram:
+    """A `Program` from the traced graph of a model.
+
+    Attributes:
+        graph: the traced graph.
+        layers: node name -> layer.
+        trained: names of the trainable parameters.
+        owner: entry name -> the module that owns it.
+    """
+
+    graph: fx.Graph
+    layers: dict[str, _Layer]
+    trained: tuple[str, ...]
+    owner: dict[str, nn.Module]
+
+    def supports_batch_last(self, axes: int) -> bool:
+        """As in `Program`."""
+        nodes = [n for n in self.graph.nodes if n.op.startswith("call")]
+        first = [n for n in nodes if any(a.op == "placeholder" for a in n.all_input_nodes)]
+        flattened = all(self._flattens(n) for n in first)
+        return (axes == 2 or flattened) and all(
+            type(self.layers[n.name].module) in FEATURE_LAYERS
+            if n.op == "call_module"
+            else n.target in FEATURE_FUNCTIONS
+            for n in nodes
+            if not (flattened and n in first)
+        )
+
+    def _flattens(self, node: fx.Node) -> bool:
+        if node.op == "call_module":
+            module = self.layers[node.name].module
+            return type(module) is nn.Flatten and (module.start_dim, module.end_dim) == (1, -1)
+        return node.target in (torch.flatten, "flatten") and node.args[1:] == (1,) and not node.kwargs
+
+    @cached_property
+    def fusable_weights(self) -> tuple[str, ...]:
+        """As in `Program`."""
+        linear = [layer for layer in self.layers.values() if type(layer.module) is nn.Linear]
+        keys = [dict(layer.names) for layer in linear]
+        return tuple(k["weight"] for k in keys if {k["weight"], k.get("bias")} <= set(self.trained))
+
+    @cached_property
+    def norm_paths(self) -> list[str]:
+        """As in `Program`."""
+        calls = [self.layers[n.name] for n in self.graph.nodes if n.op == "call_module"]
+        return [layer.path for layer in calls if layer.compute is batch_norm]
+
+    @cached_property
+    def draws_noise(self) -> bool:
+        """As in `Program`."""
+        return any(layer.compute is dropout for layer in self.layers.values()) or any(
+            node.target in DROPOUT_FUNCTIONS for node in self.graph.nodes
+        )
+
+    def lay_out(self, name: str, stacked: Tensor) -> Tensor:
+        """View an entry ``[K, *shape]`` in the layout of the kernels, with the clients on the channel axis."""
+        owner = self.owner.get(name)  # None if the entry is not used
+        if type(owner) is nn.Linear:
+            return stacked.unsqueeze(1) if stacked.dim() == 2 else stacked
+        if stacked.dim() == 1 or owner is None or isinstance(owner, nn.LayerNorm):
+            return stacked
+        return stacked.flatten(0, 1)
+
+    def bind(
+        self,
+        tensors: State,
+        k: int,
+        noise: Sequence[torch.Generator | None] = (),
+        *,
+        batch_last: bool = False,
+        fused_weights: Container[str] = (),
+        lr: float | None = None,
+        on_norm_input: Callable[[str, Tensor], None] | None = None,
+    ) -> Callable[[Tensor], Tensor]:
+        """As in `Program`."""
+        context = StackContext(k, {}, noise, batch_last)
         steps: list[tuple[fx.Node, Callable[..., Any], bool, Any, dict[str, Any]]] = []
         input_node = output_node = next(iter(self.graph.nodes))
         delayed = {node: pool for node, pool in self._delayed_relus.items() if not batch_last}
@@ -167,6 +210,7 @@ class Program:
                 steps.append((node, compute, layer.compute in IMAGE_LAYERS and not batch_last, node.args, {}))
             else:
                 compute = METHODS[node.target] if node.op == "call_method" else FUNCTIONS[node.target]
+                compute = partial(compute, context)
                 steps.append((node, compute, False, node.args, node.kwargs))
 
         def forward(x: Tensor) -> Tensor:
@@ -182,7 +226,7 @@ class Program:
                 for other in images.intersection(node.all_input_nodes):
                     values[other] = values[other].squeeze(2)
                     images.remove(other)
-                values[node] = compute(*[_resolve(a, values) for a in args], **kwargs)
+                values[node] = compute(*[_resolve(a, values) for a in args], **_resolve(kwargs, values))
             output = values[output_node]
             return cast(Tensor, output.squeeze(2) if output_node in images else output)
 
@@ -223,11 +267,17 @@ def _with_callback(compute: Callable[..., Tensor], callback: Callable[[Tensor], 
 def _resolve(argument: Any, values: dict[fx.Node, Any]) -> Any:
     if isinstance(argument, fx.Node):
         return values[argument]
-    return tuple(_resolve(a, values) for a in argument) if isinstance(argument, tuple | list) else argument
+    if isinstance(argument, tuple | list):
+        return tuple(_resolve(a, values) for a in argument)
+    if isinstance(argument, slice):
+        return slice(*[_resolve(a, values) for a in (argument.start, argument.stop, argument.step)])
+    return {k: _resolve(v, values) for k, v in argument.items()} if isinstance(argument, dict) else argument
 
 
-def build_program(model: nn.Module) -> Program:
+def build_program(model: nn.Module) -> GraphProgram:
     """Trace a model, in its current training mode, and build its stacked program.
+
+    Use `fedbn.stacked.check.checked_program` for models of users: a trace can miss operations.
 
     Raises:
         Unstackable: the model has unsupported parts.
@@ -239,13 +289,7 @@ def build_program(model: nn.Module) -> Program:
     >>> torch.allclose(program.bind(state, 2)(x.repeat(1, 2)), net(x).repeat(1, 2), atol=1e-6)
     True
     """
-    check_no_hooks(model)
-    if len([*model.named_parameters(remove_duplicate=False)]) != len([*model.parameters()]):
-        raise Unstackable("layers share parameters")
-    try:
-        graph = _Tracer().trace(model)
-    except Exception as error:  # tracing runs the user's forward, which may raise anything
-        raise Unstackable(f"forward of {type(model).__name__} cannot be traced: {error}") from None
+    graph = trace(model)
     layers: dict[str, _Layer] = {}
     owner: dict[str, nn.Module] = {}
     inputs = [n for n in graph.nodes if n.op == "placeholder"]
@@ -255,79 +299,24 @@ def build_program(model: nn.Module) -> Program:
             layers[node.name] = _layer(module, str(node.target), node)
             owner |= dict.fromkeys((key for _, key in layers[node.name].names), module)
         elif node.op == "call_method" and node.target not in METHODS:
-            raise Unstackable(f"method {node.target}")
+            raise Unstackable(f"method {node.target} is not supported")
         elif node.op == "call_function" and node.target not in FUNCTIONS:
-            raise Unstackable(f"function {getattr(node.target, '__name__', node.target)}")
-        elif any(isinstance(v, fx.Node) for v in node.kwargs.values()):
-            raise Unstackable(f"{node.target} with computed keyword arguments")
+            raise Unstackable(f"function {getattr(node.target, '__name__', node.target)} is not supported")
+        elif "out" in node.kwargs:
+            raise Unstackable(f"{node.target} writes to a given tensor")
         elif node.op == "get_attr":
             raise Unstackable(f"{node.target}, a tensor that no supported layer owns")
     output = next(n for n in graph.nodes if n.op == "output")
     if len(inputs) != 1 or not isinstance(output.args[0], fx.Node):
         raise Unstackable(f"forward of {type(model).__name__} does not map one tensor to one tensor")
-    if unused := [n for n in model.state_dict() if n not in owner]:
-        raise Unstackable(f"{unused[0]} is not used in forward")
     trained = tuple(n for n, p in model.named_parameters() if p.requires_grad)
-    return Program(graph, layers, trained, owner)
-
-
-def check_program(program: Program, model: nn.Module, x: Tensor) -> None:
-    """Check that a stacked program computes what its model computes, for two clients in float64.
-
-    Tracing loses in-place operations, so a tensor that is overwritten and read again would have another value.
-
-    Args:
-        program: the program of ``model`` in its current mode.
-        model: the model.
-        x: ``[n, *shape]`` example inputs, at least two.
-
-    Raises:
-        Unstackable: outputs or running statistics differ, or one of the two cannot be computed.
-
-    >>> net = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.ReLU())
-    >>> check_program(build_program(net), net, torch.randn(5, 4))
-    """
-    inputs, outputs, states = [x.double(), x.double().flip(0)], [], []
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            for own in inputs:
-                exact = copy.deepcopy(model).double()
-                torch.manual_seed(0)
-                outputs.append(exact(own.clone()))
-                states.append(exact.state_dict())
-            start = copy.deepcopy(model).double().state_dict()
-            for batch_last in (False, True) if program.supports_batch_last(x.dim()) else (False,):
-                entries = {n: program.lay_out(n, torch.stack([v, v])) for n, v in start.items()}
-                noise = [torch.Generator(x.device).manual_seed(0) for _ in inputs]
-                forward = program.bind(entries, 2, noise, batch_last=batch_last)
-                stacked = (
-                    forward(torch.stack([own.flatten(1).T for own in inputs])).mT
-                    if batch_last
-                    else torch.stack(forward(torch.cat(inputs, 1)).chunk(2, 1))
-                )
-                pairs = [(stacked, torch.stack(outputs))]
-                pairs += [(entries[n], program.lay_out(n, torch.stack([s[n] for s in states]))) for n in entries]
-                for actual, expected in pairs:
-                    torch.testing.assert_close(actual, expected, rtol=1e-7, atol=1e-9, equal_nan=True)
-    except Unstackable:
-        raise
-    except Exception as error:  # the user's forward may raise anything; the exact executor then reports it
-        reason = str(error).strip().partition("\n")[0]
-        raise Unstackable(f"the stacked program of {type(model).__name__} differs from the model: {reason}") from None
-
-
-def check_no_hooks(model: nn.Module) -> None:
-    """Raise `Unstackable` for a model with hooks or patched ``forward`` methods."""
-    for path, module in model.named_modules():
-        hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-        if any(hooks) or "forward" in vars(module):
-            raise Unstackable(f"{path or 'the model'} has hooks")
+    return GraphProgram(graph, layers, trained, owner)
 
 
 def _layer(module: nn.Module, path: str, node: fx.Node) -> _Layer:
     kind = type(module)
     if kind not in STACKED_LAYERS:
-        raise Unstackable(f"layer {kind.__name__}")
+        raise Unstackable(f"layer {kind.__name__} is not supported")
     if len(node.args) != 1 or node.kwargs:
         raise Unstackable(f"{path} is called with more than one argument")
     if getattr(module, "padding_mode", "zeros") != "zeros":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import replace
 
 import pytest
@@ -96,18 +95,19 @@ def assert_close(actual, expected):
 
 
 def assert_stacked_matches(jobs, expected=None):
-    results = ClientExecutor("stacked", 1).run(jobs)
-    assert_close(results, sequential_results(jobs) if expected is None else expected)
+    """Compare stacked evaluation with the sequential one; returns how the jobs were executed."""
+    executor = ClientExecutor("stacked", 1)
+    assert_close(executor.run(jobs), sequential_results(jobs) if expected is None else expected)
+    return executor.execution["evaluate"]
 
 
 @pytest.mark.parametrize("model", ["mlp", "small-cnn"])
 @pytest.mark.parametrize("name", strategies())
-def test_stacked_evaluation_matches_every_strategy(name, model, caplog):
+def test_stacked_evaluation_matches_every_strategy(name, model):
     if strategies()[name].syncs_first_batch:
         pytest.skip("synchronizes statistics before training")
-    with caplog.at_level(logging.INFO, logger="fedbn.stacked.executors"):
-        assert_stacked_matches(double_jobs(context_or_skip(unequal_users_run(name, model))))
-    assert not caplog.messages or name not in STACKED
+    how = assert_stacked_matches(double_jobs(context_or_skip(unequal_users_run(name, model))))
+    assert how == ["stacked"] or name not in STACKED
 
 
 @pytest.mark.parametrize("name", ALL_MODELS)
@@ -220,19 +220,18 @@ def test_stacked_evaluation_isolates_failing_rule(monkeypatch):
     ("change", "reason"),
     [
         (lambda jobs: [replace(jobs[0], columns=("aggregated",)), *jobs[1:]], "users have different columns"),
-        (lambda jobs: jobs, "evaluation normalizes by batch statistics"),
+        (lambda jobs: jobs, "rows of a batch depend on each other in evaluation"),
     ],
 )
-def test_stacked_evaluation_logs_fallback_once(change, reason, caplog):
+def test_stacked_evaluation_records_fallback_once(change, reason):
     ctx = with_test_sizes(in_double_precision(build_context(unequal_users_run())), sizes=(9, 30))
     if "batch" in reason:
         ctx = with_model(ctx, "tests.fedbn.stacked.test_evaluate:batchwise")
     jobs = change(jobs_of(ctx, COLUMNS if "columns" in reason else ("aggregated",)))
     executor = ClientExecutor("stacked", 1)
-    with caplog.at_level(logging.INFO, logger="fedbn.stacked.executors"):
-        for _ in range(2):
-            assert_close(executor.run(jobs), sequential_results(jobs))
-    assert caplog.messages == [f"evaluating user by user: {reason}"]
+    for _ in range(2):
+        assert_close(executor.run(jobs), sequential_results(jobs))
+    assert executor.execution == {"evaluate": [reason]}
 
 
 def batchwise(shape, classes):
@@ -241,10 +240,9 @@ def batchwise(shape, classes):
     return nn.Sequential(nn.Flatten(), nn.Linear(shape[0] * shape[1] * shape[2], 8), norm, nn.Linear(8, classes))
 
 
-def test_stacked_evaluation_falls_back_for_personalized_models(caplog):
-    with caplog.at_level(logging.INFO, logger="fedbn.stacked.executors"):
-        assert_stacked_matches(double_jobs(build_context(unequal_users_run("fedbn+finetune", proximal=0.0))))
-    assert caplog.messages == ["evaluating user by user: finetune serves personalized models"]
+def test_stacked_evaluation_falls_back_for_personalized_models():
+    how = assert_stacked_matches(double_jobs(build_context(unequal_users_run("fedbn+finetune", proximal=0.0))))
+    assert how == ["users have personalized models"]
 
 
 @given(st.integers(1, 4), st.integers(1, 6), st.integers(2, 5), st.integers(0, 99))

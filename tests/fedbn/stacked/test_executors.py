@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-import logging
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
@@ -25,14 +23,14 @@ from fedbn.federation.run import Run, plan_for
 from fedbn.federation.server import Server
 from fedbn.federation.setup import build_context
 from fedbn.models import build, models
-from fedbn.nn.batchnorm import AnyBatchNorm, AnyInstanceNorm
+from fedbn.nn.batchnorm import AnyBatchNorm
 from fedbn.nn.roles import clone
 from fedbn.personalization.base import personalizations
 from fedbn.stacked.cohort import Cohort, Failure
 from fedbn.stacked.executors import ClientExecutor, Kind, cores, parse_executor, stack_width
 from fedbn.stacked.fit import SGDConfig, StackedClient, fit_stack, step_schedule
 from fedbn.stacked.layers import Unstackable
-from fedbn.stacked.program import build_program, check_program
+from fedbn.stacked.program import build_program
 from fedbn.strategies.base import Progress, strategies
 from fedbn.strategies.ownership import Ownership
 from simulations.engines.grid import InProcessGrid
@@ -67,6 +65,22 @@ class Everything(nn.Module):
         h = self.first(x)
         h = F.relu(self.norm(self.second(h))) + h
         return self.head(self.drop(h.view(h.size(0), -1)))
+
+
+class Overwriting(nn.Module):
+    """Reads hidden activations again after a function has overwritten them."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        h = self.norm(self.first(x.flatten(1)))
+        return self.last(F.relu(h, inplace=True)) + h
+
+
+def overwriting(shape, classes):
+    return nn.Sequential(Overwriting(), nn.Linear(8, classes))
 
 
 def in_double_precision(ctx: RunContext) -> RunContext:
@@ -126,26 +140,26 @@ def context_or_skip(run):
 @pytest.mark.parametrize(
     ("name", "model"), [*((n, "mlp") for n in strategies()), *((n, "small-cnn") for n in sorted(STACKED))]
 )
-def test_stacked_training_matches_every_strategy(name, model, caplog):
+def test_stacked_training_matches_every_strategy(name, model):
     if strategies()[name].syncs_first_batch:
         pytest.skip("synchronizes statistics before training: see test_program_rejects_sync_before_training")
     ctx = in_double_precision(context_or_skip(unequal_users_run(name, model, proximal=0.1)))
-    with caplog.at_level(logging.INFO, logger="fedbn.stacked.executors"):
-        stacked = run_n_rounds(ctx, ClientExecutor("stacked", 1), 4)
-    assert not caplog.messages or name not in STACKED, caplog.messages
+    executor = ClientExecutor("stacked", 1)
+    stacked = run_n_rounds(ctx, executor, 4)
+    assert executor.execution == {"train": ["stacked"]} or name not in STACKED
+    assert "failed" not in str(executor.execution)
     states, losses = max_differences(run_n_rounds(ctx, ClientExecutor("one"), 4), stacked)
     assert states < 1e-10
     assert losses < 1e-6  # the reference sums in single precision
 
 
 @pytest.mark.parametrize("name", ALL_MODELS)
-def test_stacked_training_matches_every_model(name, caplog):
+def test_stacked_training_matches_every_model(name):
     ctx = with_model(build_context(unequal_users_run(batch_size=8)), name)
     expected = run_n_rounds(ctx, ClientExecutor("one"), 3, rounds=1)
-    for executor in ("lean", "stacked"):
-        with caplog.at_level(logging.INFO, logger="fedbn.stacked.executors"):
-            stacked = run_n_rounds(ctx, ClientExecutor(executor, 1), 3, rounds=1)
-        assert not caplog.messages or name not in MODELS, caplog.messages
+    for executor in (ClientExecutor("lean", 1), ClientExecutor("stacked", 1)):
+        stacked = run_n_rounds(ctx, executor, 3, rounds=1)
+        assert executor.execution == {"train": ["stacked"]} or name not in MODELS
         states, losses = max_differences(expected, stacked)
         assert states < 1e-10
         assert losses < 1e-5
@@ -181,194 +195,6 @@ def test_program_rejects_sync_before_training(small):
     ctx = build_context(small())
     with pytest.raises(Unstackable, match="synchronizes statistics before training"):
         Cohort(ctx).program(Progress(1, 2), [{}])
-
-
-# Kernels.
-
-LAYERS = {
-    "conv1d": (lambda: nn.Conv1d(4, 6, 3, 2, 1, groups=2), (4, 9)),
-    "conv1d same": (lambda: nn.Conv1d(4, 6, 3, padding="same", dilation=2, bias=False), (4, 9)),
-    "conv2d": (lambda: nn.Conv2d(4, 6, (3, 2), (2, 1), 1, (1, 2)), (4, 7, 6)),
-    "conv3d": (lambda: nn.Conv3d(2, 3, 2), (2, 4, 4, 4)),
-    "linear": (lambda: nn.Linear(5, 3), (5,)),
-    "linear without bias": (lambda: nn.Linear(5, 3, bias=False), (5,)),
-    "bn of features": (lambda: nn.BatchNorm1d(5), (5,)),
-    "bn of signals": (lambda: nn.BatchNorm1d(5, momentum=0.3), (5, 4)),
-    "bn of images": (lambda: AnyBatchNorm(3, affine=False), (3, 4, 5)),
-    "bn without statistics": (lambda: nn.BatchNorm2d(3, track_running_stats=False), (3, 4, 5)),
-    "instance": (lambda: AnyInstanceNorm(3, affine=True), (3, 4, 5)),
-    "instance with statistics": (lambda: nn.InstanceNorm1d(3, track_running_stats=True), (3, 6)),
-    "group": (lambda: nn.GroupNorm(2, 4), (4, 5)),
-    "layer": (lambda: nn.LayerNorm((3, 5)), (3, 5)),
-    "layer of the last axis": (lambda: nn.LayerNorm(5), (3, 5)),
-    "max pool": (lambda: nn.MaxPool1d(3, 2, 1), (3, 9)),
-    "average pool": (lambda: nn.AvgPool1d(2, ceil_mode=True), (3, 9)),
-    "adaptive pool": (lambda: nn.AdaptiveAvgPool2d((2, 1)), (3, 5, 4)),
-    "flatten": (lambda: nn.Flatten(), (3, 5)),
-    "activation": (lambda: nn.GELU(), (3, 5)),
-}
-
-
-@pytest.mark.parametrize("name", LAYERS)
-@given(k=st.integers(1, 4), rows=st.integers(2, 5), training=st.booleans(), seed=st.integers(0, 99))
-@settings(max_examples=12)
-def test_stacked_layer_matches_separate_layers(name, k, rows, training, seed):
-    make, shape = LAYERS[name]
-    torch.manual_seed(seed)
-    separate = []
-    for _ in range(k):
-        net = nn.Sequential(make()).double().train(training)
-        for value in net.state_dict().values():  # including running statistics, so that all clients differ
-            if value.is_floating_point():
-                value.copy_(torch.rand_like(value) + 0.5)
-        separate.append(net)
-    program = build_program(separate[0])
-    stacked = {n: torch.stack([net.state_dict()[n] for net in separate]) for n in separate[0].state_dict()}
-    x = torch.randn(rows, k, *shape, dtype=torch.float64)
-    out = program.bind({n: program.lay_out(n, v) for n, v in stacked.items()}, k)(x.flatten(1, 2))
-    for i, net in enumerate(separate):
-        expected = net(x[:, i])
-        actual = out.view(rows, k, -1, *out.shape[2:])[:, i]
-        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
-        own = {key: value[i] for key, value in stacked.items()}
-        torch.testing.assert_close(own, dict(net.state_dict()), rtol=1e-10, atol=1e-10)
-
-
-class Doubled(nn.ReLU):
-    def forward(self, input):
-        return 2 * input
-
-
-class Own(nn.Module):
-    def __init__(self, function, module=None):
-        super().__init__()
-        self.function, self.inner, self.scale = function, module, nn.Parameter(torch.ones(1))
-
-    def forward(self, x):
-        return self.function(self, x)
-
-
-def hooked():
-    net = nn.Sequential(nn.Linear(4, 4))
-    net[0].register_forward_pre_hook(lambda module, args: None)
-    return net
-
-
-def tied():
-    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    net[1].weight = net[0].weight
-    return net
-
-
-class Overwriting(nn.Module):
-    """A network with an in-place operation on its hidden activations, which may be read again."""
-
-    def __init__(self, overwrite, read_again):
-        super().__init__()
-        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 4)
-        self.overwrite, self.read_again = overwrite, read_again
-
-    def forward(self, x):
-        hidden = self.first(x)
-        out = self.last(self.overwrite(hidden))
-        return out + hidden if self.read_again else out
-
-
-def add_in_place(x):
-    x += 1
-    return x
-
-
-@pytest.mark.parametrize("read_again", [True, False])
-@pytest.mark.parametrize(
-    ("overwrite", "is_traced"),  # whether the trace keeps that the operation is in place
-    [
-        (nn.ReLU(inplace=True), True),
-        (nn.SiLU(inplace=True), True),
-        (nn.Sequential(nn.Flatten(), nn.ReLU(inplace=True)), True),
-        (lambda x: nn.functional.silu(x, True), True),
-        (nn.Dropout(0.5, inplace=True), False),
-        (lambda x: nn.functional.relu(x, inplace=True), False),
-        (add_in_place, False),
-    ],
-)
-def test_check_program_rejects_overwritten_tensors_read_again(overwrite, is_traced, read_again):
-    net, x = Overwriting(overwrite, read_again), torch.randn(6, 4)
-    differs = read_again and not is_traced
-    with pytest.raises(Unstackable, match="differs from the model") if differs else nullcontext():
-        check_program(build_program(net), net, x)
-
-
-def test_check_program_rejects_relu_delayed_past_pooling():
-    net = Own(
-        lambda self, x: self.inner(h := x + 1) + F.max_pool1d(h, 2),
-        nn.Sequential(nn.ReLU(inplace=True), nn.MaxPool1d(2)),
-    )
-    net.scale = None
-    with pytest.raises(Unstackable):
-        check_program(build_program(net), net, torch.randn(4, 2, 6))
-
-
-def test_check_program_rejects_additions_that_mix_clients():
-    net = Own(lambda self, x: self.inner(x) + x.mean((2, 3), keepdim=True), nn.Conv2d(2, 1, 1))
-    net.scale = None
-    with pytest.raises(Unstackable, match="differs from the model"):
-        check_program(build_program(net), net, torch.randn(4, 2, 3, 3))
-
-
-@pytest.mark.parametrize("overwrite", [nn.ReLU(inplace=True), lambda x: F.relu(x, inplace=True), add_in_place])
-def test_stacked_training_matches_models_that_overwrite(overwrite, register_model, small):
-    def make(shape, classes):
-        hidden = Overwriting(overwrite, read_again=True)
-        return nn.Sequential(nn.Flatten(), nn.Linear(64, 4), nn.BatchNorm1d(4), hidden, nn.Linear(4, classes))
-
-    ctx = in_double_precision(build_context.__wrapped__(small(model=register_model(make), rounds=1)))
-    one, stacked = (run_n_rounds(ctx, ClientExecutor(executor, 1), 3) for executor in ("one", "stacked"))
-    assert max_differences(one, stacked)[0] < 1e-10
-
-
-@pytest.mark.parametrize(
-    ("model", "reason"),
-    [
-        (nn.Sequential(nn.Linear(4, 4), Doubled()), "function mul"),
-        (nn.Sequential(nn.PReLU()), "layer PReLU"),
-        (nn.Sequential(nn.BatchNorm1d(4, momentum=None)), "averages cumulatively"),
-        (nn.Sequential(nn.Conv1d(4, 4, 3, padding=1, padding_mode="circular")), "pads with circular"),
-        (nn.Sequential(nn.MaxPool1d(2, return_indices=True)), "returns indices"),
-        (hooked(), "has hooks"),
-        (tied(), "share parameters"),
-        (Own(lambda self, x: x + self.scale), "scale, a tensor that no supported layer owns"),
-        (Own(lambda self, x: torch.relu(x)), "scale is not used"),
-        (Own(lambda self, x: x if x.sum() > 0 else -x), "cannot be traced"),
-        (Own(lambda self, x: (x, x)), "one tensor to one tensor"),
-        (Own(lambda self, x: x.sort()), "method sort"),
-    ],
-)
-def test_build_program_rejects_unsupported_models(model, reason):
-    with pytest.raises(Unstackable, match=reason):
-        build_program(model)
-
-
-@pytest.mark.parametrize(
-    ("function", "reason"),
-    [
-        (lambda x: x.flatten(0), "flatten from axis 0"),
-        (lambda x: x.mean(1), "not positions"),
-        (lambda x: x.mean(), "not positions"),
-        (lambda x: x.view(-1, 2), "reshape to"),
-        (lambda x: x.unsqueeze(1), "unsqueeze at axis 1"),
-        (lambda x: x.view(x.size(1), -1), "size of an axis"),
-    ],
-)
-def test_program_rejects_operations_that_mix_clients(function, reason):
-    class Net(nn.Module):
-        def forward(self, x):
-            return function(x)
-
-    with pytest.raises(Unstackable, match=reason):
-        build_program(Net()).bind({}, 2)(torch.zeros(3, 4, 2))
-    with pytest.raises(Unstackable, match="with 3 axes"):
-        build_program(net := nn.Sequential(nn.Linear(2, 2))).bind(net.state_dict(), 1)(torch.zeros(3, 4, 2))
 
 
 # Steps.
@@ -515,21 +341,94 @@ def test_stack_without_valid_clients_returns_all_failures(small):
     assert [type(r.error) for r in ClientExecutor("stacked", 1).run(jobs)] == [KeyError, KeyError]
 
 
-def test_errors_in_stacked_code_are_raised(small, monkeypatch):
-    def broken(*args):
-        raise RuntimeError("wrong shape")
-
-    monkeypatch.setattr("fedbn.stacked.cohort.fit_stack", broken)
-    with pytest.raises(RuntimeError, match="wrong shape"):
-        ClientExecutor("stacked", 1).run(train_jobs(small("fedbn", model="mlp"), 2))
-
-
-def test_fallback_reason_is_logged_once(small, caplog):
+def test_fallback_reason_is_recorded_once(small):
     executor, jobs = ClientExecutor("stacked", 1), train_jobs(small("fedbn+fedrep", model="mlp"), 2)
-    with caplog.at_level(logging.INFO, logger="fedbn.stacked.executors"):
+    for _ in range(2):
         executor.run(jobs)
-        executor.run(jobs)
-    assert caplog.messages == ["training client by client: fedrep has its own training procedure"]
+    assert executor.execution == {"train": ["the personalization method has its own training procedure"]}
+    executor.run(train_jobs(small("fedbn", model="mlp"), 2))
+    assert executor.execution == {"train": ["stacked"]}  # of the last run
+
+
+def stop(*args, **kwargs):
+    raise RuntimeError("wrong shape\nin a long message")
+
+
+@pytest.mark.parametrize("failing", ["cohort.fit_stack", "executors.stack_width", "cohort.checked_program"])
+@pytest.mark.parametrize("executor", ["stacked", "auto"])
+def test_training_falls_back_if_the_stacked_engine_fails(executor, failing, small, monkeypatch):
+    jobs = train_jobs(small("fedbn", model="mlp"))
+    expected = ClientExecutor("one", 1).run(jobs)
+    monkeypatch.setattr(f"fedbn.stacked.{failing}", stop)
+    chosen = ClientExecutor(executor, 1)
+    for _ in range(2):
+        for (update, state), (expected_update, expected_state) in zip(chosen.run(jobs), expected, strict=True):
+            assert same(update.state, expected_update.state)
+            assert same(state, expected_state)
+            assert update.loss == expected_update.loss
+    assert chosen.execution == {"train": ["the stacked engine failed with RuntimeError: wrong shape"]}
+
+
+def test_training_that_fails_in_a_later_stack_has_no_effect(small, monkeypatch):
+    jobs, calls = train_jobs(small("fedbn", model="mlp")), []
+
+    def fails_later(*args):
+        calls.append(args)
+        return real(*args) if len(calls) == 1 else stop()
+
+    real = Cohort.train
+    monkeypatch.setattr(Cohort, "train", lambda self, *args: fails_later(self, *args))
+    monkeypatch.setattr("fedbn.stacked.executors.stack_width", lambda *_: 2)
+    expected, actual = ClientExecutor("one", 1).run(jobs), ClientExecutor("stacked", 1).run(jobs)
+    assert len(calls) == 2
+    assert all(same(a[0].state, e[0].state) and same(a[1], e[1]) for a, e in zip(actual, expected, strict=True))
+
+
+def test_user_errors_are_raised_by_the_exact_executor(small, monkeypatch):
+    def rejects(*args):
+        raise UserError("stacked")
+
+    jobs = train_jobs(small("fedbn", model="mlp"), 2)
+    monkeypatch.setattr("fedbn.stacked.cohort.fit_stack", rejects)
+    executor = ClientExecutor("stacked", 1)
+    assert all(not isinstance(result, Failure) for result in executor.run(jobs))
+    monkeypatch.setattr("clients.jobs.client_round", rejects)
+    assert [str(result.error) for result in executor.run(jobs)] == ["stacked"] * 2
+    assert executor.execution == {}
+
+
+def test_auto_records_that_one_by_one_is_faster(small, monkeypatch):
+    monkeypatch.setattr(ClientExecutor, "_select_executor", lambda *_: "threads")
+    executor = ClientExecutor("auto", 1)
+    executor.run(train_jobs(small("fedbn", model="mlp"), 2))
+    assert executor.execution == {"train": ["one by one is faster on this machine"]}
+
+
+def mixed(shape, classes):
+    """A network that needs ``torch.vmap``, with dropout and an operation in place on a view that is read again."""
+    return nn.Sequential(nn.Conv2d(1, 4, 3, (2, 1)), AnyBatchNorm(4), Mixed(), nn.Dropout(0.3), nn.Linear(72, classes))
+
+
+class Mixed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor([0.5, 1.5, -1.0, 2.0]).view(4, 1, 1))
+
+    def forward(self, x):
+        rows = x[:, :2]
+        rows += 1
+        h = F.dropout2d(x * self.scale, 0.2, self.training)
+        return h.reshape(len(x), -1)
+
+
+@pytest.mark.parametrize("model", ["mixed", "overwriting"])
+def test_stacked_training_matches_models_that_overwrite(model):
+    ctx = with_model(build_context(unequal_users_run(batch_size=8)), f"tests.fedbn.stacked.test_executors:{model}")
+    one, executor = run_n_rounds(ctx, ClientExecutor("one"), 4), ClientExecutor("stacked", 1)
+    states, losses = max_differences(one, run_n_rounds(ctx, executor, 4))
+    assert executor.execution == {"train": ["stacked"]}
+    assert states < 1e-10
+    assert losses < 1e-5
 
 
 def test_parse_executor_suggests_nearest_name():

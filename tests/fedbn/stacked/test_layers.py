@@ -1,0 +1,80 @@
+"""Stacked layers equal separate layers: outputs, gradients and statistics."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from fedbn.nn.batchnorm import AnyBatchNorm, AnyInstanceNorm
+from fedbn.stacked.layers import FEATURE_LAYERS, STACKED_LAYERS, VIEW_LAYERS
+from fedbn.stacked.program import build_program
+from tests.fedbn.stacked.programs import assert_program_matches
+
+LAYERS = {
+    "conv1d": (lambda: nn.Conv1d(4, 6, 3, 2, 1, groups=2), (4, 9)),
+    "conv1d same": (lambda: nn.Conv1d(4, 6, 3, padding="same", dilation=2, bias=False), (4, 9)),
+    "conv2d": (lambda: nn.Conv2d(4, 6, (3, 2), (2, 1), 1, (1, 2)), (4, 7, 6)),
+    "conv3d": (lambda: nn.Conv3d(2, 3, 2), (2, 4, 4, 4)),
+    "linear": (lambda: nn.Linear(5, 3), (5,)),
+    "linear without bias": (lambda: nn.Linear(5, 3, bias=False), (5,)),
+    "bn of features": (lambda: nn.BatchNorm1d(5), (5,)),
+    "bn of signals": (lambda: nn.BatchNorm1d(5, momentum=0.3), (5, 4)),
+    "bn of images": (lambda: AnyBatchNorm(3, affine=False), (3, 4, 5)),
+    "bn without statistics": (lambda: nn.BatchNorm2d(3, track_running_stats=False), (3, 4, 5)),
+    "instance": (lambda: AnyInstanceNorm(3, affine=True), (3, 4, 5)),
+    "instance with statistics": (lambda: nn.InstanceNorm1d(3, track_running_stats=True), (3, 6)),
+    "group": (lambda: nn.GroupNorm(2, 4), (4, 5)),
+    "layer": (lambda: nn.LayerNorm((3, 5)), (3, 5)),
+    "layer of the last axis": (lambda: nn.LayerNorm(5), (3, 5)),
+    "max pool": (lambda: nn.MaxPool1d(3, 2, 1), (3, 9)),
+    "average pool": (lambda: nn.AvgPool1d(2, ceil_mode=True), (3, 9)),
+    "adaptive pool": (lambda: nn.AdaptiveAvgPool2d((2, 1)), (3, 5, 4)),
+    "flatten": (lambda: nn.Flatten(), (3, 5)),
+    "activation": (lambda: nn.GELU(), (3, 5)),
+    "conv2d depthwise": (lambda: nn.Conv2d(3, 6, (3, 2), (1, 2), (2, 0), groups=3), (3, 5, 6)),
+    "conv1d depthwise": (lambda: nn.Conv1d(3, 3, 4, 3, 2, 2, 3, False), (3, 11)),
+    "group of images": (lambda: nn.GroupNorm(2, 4), (4, 5, 3)),
+    "layer of channels and positions": (lambda: nn.LayerNorm((3, 5, 2)), (3, 5, 2)),
+    "bn of volumes": (lambda: nn.BatchNorm3d(2), (2, 2, 3, 2)),
+    "instance of volumes": (lambda: nn.InstanceNorm3d(2), (2, 2, 3, 2)),
+    "instance of images": (lambda: nn.InstanceNorm2d(2, affine=True), (2, 3, 2)),
+    "max pool dilated": (lambda: nn.MaxPool2d((2, 3), 1, 1, (1, 2), ceil_mode=True), (3, 6, 9)),
+    "max pool of volumes": (lambda: nn.MaxPool3d(2, 1), (3, 3, 4, 2)),
+    "average pool without padding": (lambda: nn.AvgPool2d((3, 2), 2, 1, True, False), (3, 6, 5)),
+    "average pool with divisor": (lambda: nn.AvgPool2d(3, 1, 1, divisor_override=4), (3, 6, 5)),
+    "average pool of volumes": (lambda: nn.AvgPool3d((2, 1, 3), 1), (3, 3, 4, 3)),
+    "adaptive pool of signals": (lambda: nn.AdaptiveAvgPool1d(4), (3, 7)),
+    "adaptive max pool": (lambda: nn.AdaptiveMaxPool2d((2, None)), (3, 5, 4)),
+    "adaptive max pool of signals": (lambda: nn.AdaptiveMaxPool1d(3), (3, 7)),
+    "adaptive pool of volumes": (lambda: nn.AdaptiveAvgPool3d(2), (2, 3, 2, 4)),
+    "adaptive max pool of volumes": (lambda: nn.AdaptiveMaxPool3d(2), (2, 3, 2, 4)),
+    "flatten some axes": (lambda: nn.Flatten(1, 2), (3, 5, 2)),
+    "dropout": (lambda: nn.Dropout(0.3), (3, 5, 2)),
+    "dropout1d": (lambda: nn.Dropout1d(0.3), (3, 5)),
+    "dropout2d": (lambda: nn.Dropout2d(0.3), (3, 5, 2)),
+    "dropout3d": (lambda: nn.Dropout3d(1.0), (3, 5, 2, 2)),
+    **{kind.__name__: (lambda kind=kind: kind(), (3, 5)) for kind in STACKED_LAYERS if kind in FEATURE_LAYERS[4:]},
+    "relu6 in place": (lambda: nn.ReLU6(inplace=True), (5,)),
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("name", LAYERS)
+def test_stacked_layer_matches_separate_layers(name, k, training):
+    make, shape = LAYERS[name]
+    torch.manual_seed(k)
+    # The first layer makes the gradient of the layer's input part of the comparison.
+    first = (
+        nn.Linear(shape[0], shape[0])
+        if len(shape) == 1
+        else [nn.Conv1d, nn.Conv2d, nn.Conv3d][len(shape) - 2](shape[0], shape[0], 1)
+    )
+    net = nn.Sequential(first, make()).double().train(training)
+    assert_program_matches(build_program(net), net, shape, k=k)
+
+
+def test_tests_cover_every_layer():
+    assert {type(make()) for make, _ in LAYERS.values()} == set(STACKED_LAYERS)
+    assert {*FEATURE_LAYERS, *VIEW_LAYERS} <= set(STACKED_LAYERS)
