@@ -112,6 +112,7 @@ class Outcome:
         failures: tolerated client failures.
         traffic: bytes sent besides the model's entries.
         trained: last round in which each user's training was aggregated.
+        execution: how an executor ran the jobs, by kind (`fedbn.stacked.executors.Execution`); empty without one.
     """
 
     server: Server
@@ -122,6 +123,7 @@ class Outcome:
     failures: list[ClientFailure] = field(default_factory=list)
     traffic: Traffic = field(default_factory=Traffic)
     trained: dict[int, int] = field(default_factory=dict)
+    execution: dict[str, list[str]] = field(default_factory=dict)
 
     def notices(self) -> list[str]:
         """Notices about tolerated failures."""

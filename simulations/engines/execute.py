@@ -94,17 +94,19 @@ def _in_process(run: Run, executor: Executor, resume: Outcome | None, on_round: 
         grid.partition_context(max(user, 0)).state[f"client-state-{user}"] = arrays(client_state)
     finished: list[Outcome] = []
 
-    def with_client_states(outcome: Outcome) -> Outcome:
+    def completed(outcome: Outcome) -> Outcome:
         for context in grid.contexts.values():
             for name, record in context.state.array_records.items():
                 outcome.client_states[int(name.removeprefix("client-state-"))] = tensors(record, run.device)
         outcome.client_states = dict(sorted(outcome.client_states.items()))
+        for kind, how in grid.execution.items():
+            outcome.execution[kind] = list(dict.fromkeys([*outcome.execution.get(kind, []), *how]))
         return outcome
 
     listener = Listener(
         resume=resume,
-        on_round=None if on_round is None else (lambda number, outcome: on_round(number, with_client_states(outcome))),
-        on_end=lambda outcome: finished.append(with_client_states(outcome)),
+        on_round=None if on_round is None else (lambda number, outcome: on_round(number, completed(outcome))),
+        on_end=lambda outcome: finished.append(completed(outcome)),
     )
     with task_identity(grid.run.run_id), attach_listener(listener):
         server_app(grid, Context(grid.run.run_id, 1, {}, RecordDict(), dict(grid.run_config)))

@@ -16,7 +16,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
 from clients.jobs import run_batched
-from fedbn.stacked.executors import MAX_STACK_WIDTH, ClientExecutor, Executor
+from fedbn.stacked.executors import MAX_STACK_WIDTH, ClientExecutor, Execution, Executor
 from simulations.engines.client_states import ClientStates
 from simulations.flower.compat import (
     CLIENT_APP_RAISED,
@@ -77,6 +77,11 @@ class InProcessGrid(Grid):
     def set_run(self, run: FlowerRun) -> None:
         """Replace the run description."""
         self._run = run
+
+    @property
+    def execution(self) -> Execution:
+        """How the clients' jobs were executed; empty for exact executors."""
+        return self._executor.execution
 
     @property
     def run(self) -> FlowerRun:

@@ -79,6 +79,7 @@ def run_result(run: Run, ctx: RunContext, outcome: Outcome) -> dict[str, Any]:
         "seconds": outcome.seconds,
         "newcomer": ctx.strategy.newcomer,
         "notices": [*ctx.notices, *outcome.notices()],
+        "execution": outcome.execution,
         "ownership": [*ctx.ownership.rows(), *outcome.traffic.rows()],
         "curve": [asdict(p) for p in outcome.curve],
         "evaluations": [

@@ -116,6 +116,7 @@ def _context(comparison: Comparison) -> dict[str, Any]:
             "seeds": comparison.runs["seed"].nunique(),
             "runs": len(comparison.runs),
             "reference": comparison.reference,
+            "engine": comparison.engine,
         },
         "rows": [ROWS[row] for row in dict.fromkeys(row for row, _ in comparison.cells)],
         "columns": [COLUMNS[column] for column in dict.fromkeys(column for _, column in comparison.cells)],

@@ -49,6 +49,8 @@ def show(comparison: Comparison, console: Console | None = None, metric: str = "
     if len(starts := starts_rows(comparison, metric)) > 1:
         console.print(starts_table(starts, metric), "")
     console.print(cost_table(comparison))
+    if comparison.engine and f"engine {comparison.engine}" not in comparison.notices:
+        console.print(Text(f"Engine {comparison.engine}"))
     for notice in comparison.notices:
         console.print(Text(f"Note: {notice}", style="yellow"))
 

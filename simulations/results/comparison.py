@@ -14,6 +14,7 @@ import pandas as pd
 
 from fedbn.errors import UserError
 from fedbn.files import read_json
+from simulations.results.execution import ran_one_by_one, summarize_execution
 from simulations.results.files import (
     expand_shared_models,
     finished_runs,
@@ -46,6 +47,8 @@ class Comparison(Matrix):
             per client and round.
         missing: number of (strategy, seed) pairs without a finished run.
         notices: notices of the comparison and its runs.
+        engine: the engine, and how clients ran in it; also one of the notices if clients ran one by one in an engine
+            that usually runs them side by side.
     """
 
     directory: Path
@@ -55,6 +58,7 @@ class Comparison(Matrix):
     ownership: pd.DataFrame
     missing: int
     notices: tuple[str, ...]
+    engine: str
 
     long = to_pandas = Matrix.matrix
 
@@ -79,6 +83,9 @@ class Comparison(Matrix):
         if foreign:
             notices.append(f"Runs that do not belong to this comparison are left out: {', '.join(foreign)}.")
         notices += summarize_notices([r for _, r in runs], notices)
+        engine = summarize_execution(meta.get("engine", ""), [r for _, r in runs])
+        if ran_one_by_one([r for _, r in runs]):
+            notices.append(f"engine {engine}")
         shift = directory / "shift.json"
         return cls(
             directory=directory,
@@ -99,6 +106,7 @@ class Comparison(Matrix):
             ownership=ownership_table(runs),
             missing=planned - len(runs),
             notices=tuple(dict.fromkeys(notices)),
+            engine=engine,
         )
 
     def __repr__(self) -> str:

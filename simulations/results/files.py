@@ -62,17 +62,20 @@ def summarize_notices(runs: Sequence[dict[str, Any]], known: Sequence[str] = ())
     lines = []
     for notice, affected in by_notice.items():
         names = list(dict.fromkeys(run["strategy"] for run in affected))
-        more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
         seeds = sorted({run["seed"] for run in affected})
-        lines.append(
-            f"{', '.join(names[:MAX_NAMES])}{more}, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}: {notice}"
-        )
+        lines.append(f"{format_names(names)}, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}: {notice}")
     return lines
 
 
 def recompute(directory: Path) -> str:
     """The remedy for a damaged result."""
     return f"`fedbn resume {directory}` computes it again"
+
+
+def format_names(names: Sequence[str]) -> str:
+    """The first names, and the number of the others."""
+    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+    return ", ".join(names[:MAX_NAMES]) + more
 
 
 def finished_runs(directory: Path, meta: dict[str, Any]) -> tuple[list[tuple[str, dict[str, Any]]], list[str]]:

@@ -58,6 +58,7 @@ def save_outcome(
         "failures": [asdict(f) for f in outcome.failures],
         "traffic": asdict(outcome.traffic),
         "trained": {str(u): round for u, round in outcome.trained.items()},
+        "execution": outcome.execution,
     }
     text = json.dumps(header)
     metadata = {"outcome": text, "crc32": str(checksum(text, tensors))}
@@ -101,6 +102,7 @@ def load_outcome(path: Path, run: Run, sources: dict[str, str] | None = None) ->
         failures=[ClientFailure(**f) for f in header["failures"]],
         traffic=Traffic(**header["traffic"]),
         trained={int(u): round for u, round in header["trained"].items()},
+        execution=header.get("execution", {}),
     )
 
 

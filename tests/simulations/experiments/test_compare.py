@@ -264,9 +264,11 @@ def test_load_outcome_rejects_mismatch(tmp_path, monkeypatch, small):
 def test_outcome_round_trip_is_exact(tmp_path, small):
     run = small("global-recalibrated", rounds=1)
     outcome = federate(run)
+    outcome.execution = {"train": ["stacked", "a reason"]}
     store.save_outcome(tmp_path / "x", run, outcome)
     loaded = store.load_outcome(tmp_path / "x", run)
     assert loaded.scores == outcome.scores
+    assert loaded.execution == outcome.execution
     assert same(loaded.server.state, outcome.server.state)
     assert same(loaded.server.serving, outcome.server.serving)
 
