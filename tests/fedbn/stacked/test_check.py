@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from fedbn.stacked.check import check_program, checked_program
 from fedbn.stacked.layers import Unstackable
 from fedbn.stacked.program import build_program
-from fedbn.stacked.vectorized import vectorize
+from fedbn.stacked.vectorized import VectorizedProgram, vectorize
 
 
 class Net(nn.Module):
@@ -163,11 +163,12 @@ def test_check_program_rejects_hidden_state(build, function, reason):
         check_program(program, net, torch.randn(9, 4))
 
 
-def test_check_program_compares_gradients():
-    net = Net(without_gradient)
-    program = build_program(net)
-    with pytest.raises(Unstackable, match="gradient"):
-        check_program(program, net, torch.randn(9, 4))
+@pytest.mark.parametrize("function", [without_gradient, lambda net, h: h + without_gradient(net, h)])
+def test_check_program_compares_gradients(function):
+    net = Net(function)
+    with pytest.raises(Unstackable, match="differs? from"):
+        check_program(build_program(net), net, torch.randn(9, 4))
+    assert isinstance(checked_program(net, torch.randn(9, 4), trains=True), VectorizedProgram)
 
 
 def test_check_program_rejects_weights_changed_in_forward():

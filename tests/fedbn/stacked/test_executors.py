@@ -43,8 +43,10 @@ STACKED = {  # must be stackable; strategies with custom steps or layers train c
     *("groupnorm", "instancenorm", "layernorm", "local", "mtfl", "nonorm", "params-only", "silobn"),
 }
 NETWORK = "tests.fedbn.stacked.test_executors:network"
-MODELS = {"digit-cnn", "har-cnn", "mlp", "resnet20", "small-cnn", NETWORK}
-ALL_MODELS = [*sorted(name for name in models() if not name.endswith("-cvgj")), NETWORK]  # without the large ones
+VECTORIZED = "tests.fedbn.stacked.test_executors:mixed"
+MODELS = {"digit-cnn", "har-cnn", "mlp", "resnet20", "small-cnn", NETWORK, VECTORIZED}
+LARGE = {name for name in models() if name.endswith("-cvgj")}
+ALL_MODELS = [*sorted(set(models()) - LARGE), NETWORK, VECTORIZED]
 
 
 def network(shape, classes):
@@ -421,9 +423,8 @@ class Mixed(nn.Module):
         return h.reshape(len(x), -1)
 
 
-@pytest.mark.parametrize("model", ["mixed", "overwriting"])
-def test_stacked_training_matches_models_that_overwrite(model):
-    ctx = with_model(build_context(unequal_users_run(batch_size=8)), f"tests.fedbn.stacked.test_executors:{model}")
+def test_stacked_training_matches_models_that_overwrite():
+    ctx = with_model(build_context(unequal_users_run(batch_size=8)), "tests.fedbn.stacked.test_executors:overwriting")
     one, executor = run_n_rounds(ctx, ClientExecutor("one"), 4), ClientExecutor("stacked", 1)
     states, losses = max_differences(one, run_n_rounds(ctx, executor, 4))
     assert executor.execution == {"train": ["stacked"]}
