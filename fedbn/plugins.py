@@ -4,6 +4,9 @@ A *plug-in* is a frozen dataclass with a class variable ``name``; its fields are
 underscore of a field is not part of its option's name: field ``pass_`` is option ``pass``. Plug-ins are discovered
 automatically in the modules of their package and in the entry points of other distributions (group
 ``fedbn.strategies``, ``fedbn.scenarios``, ...).
+
+A class variable ``aliases`` lists other names. Case, ``-`` and ``_`` do not matter in names and aliases: ``GroupNorm``
+is ``groupnorm``. A plug-in is always rendered by its name, so an alias never changes the identity of a result.
 """
 
 from __future__ import annotations
@@ -40,11 +43,54 @@ def discover(package: str, base: type[T]) -> dict[str, type[T]]:
             if name in found and found[name] is not cls:
                 raise UserError(f"two plug-ins of {package} are called {name!r}: rename one of {found[name]}, {cls}")
             found[name] = cls
-    return dict(sorted(found.items()))
+    found = dict(sorted(found.items()))
+    spellings(found)
+    return found
+
+
+def aliases(cls: type) -> tuple[str, ...]:
+    """Other names of a plug-in. A subclass does not inherit them."""
+    return tuple(vars(cls).get("aliases", ()))
+
+
+def spellings(known: Mapping[str, type]) -> dict[str, str]:
+    """The name of each plug-in by its names and aliases, in lower case without hyphens. A name takes precedence.
+
+    Raises:
+        UserError: two plug-ins share an alias.
+    """
+    found: dict[str, str] = {}
+    for name, cls in known.items():
+        for alias in map(_spelled, aliases(cls)):
+            if found.setdefault(alias, name) != name:
+                raise UserError(f"{found[alias]!r} and {name!r} share the alias {alias!r}: remove it from one of them")
+    return found | {_spelled(name): name for name in known}
+
+
+def _spelled(text: str) -> str:
+    return text.lower().replace("_", "").replace("-", "")
+
+
+def is_known(name: str, known: Mapping[str, type]) -> bool:
+    """Whether a plug-in has this name or alias."""
+    return _spelled(name) in spellings(known)
+
+
+def find(name: str, kind: str, known: Mapping[str, type[T]]) -> type[T]:
+    """The plug-in with this name or alias.
+
+    Raises:
+        UserError: there is none; the most similar name is suggested.
+    """
+    if name in known:
+        return known[name]
+    if not is_known(name, known):
+        raise unknown(kind, name, {*known, *(alias for cls in known.values() for alias in aliases(cls))})
+    return known[spellings(known)[_spelled(name)]]
 
 
 def parse(text: str, kind: str, known: dict[str, type[T]]) -> T:
-    """Build a plug-in from ``name:field=value:field=value``.
+    """Build a plug-in from ``name:field=value:field=value``; the name may be an alias.
 
     A value may have colons: a part without ``=`` continues the value before it.
 
@@ -52,8 +98,7 @@ def parse(text: str, kind: str, known: dict[str, type[T]]) -> T:
         UserError: unknown name or field (the most similar one is suggested), or a value of the wrong type.
     """
     name, *parts = text.strip().split(":")
-    if name not in known:
-        raise unknown(kind, name, known)
+    cls = find(name, kind, known)
     values: dict[str, str] = {}
     field = ""
     for part in parts:
@@ -64,7 +109,7 @@ def parse(text: str, kind: str, known: dict[str, type[T]]) -> T:
             values[field] += f":{part}"
         else:
             raise UserError(f"{kind} {text!r}: write options as {name}:field=value, not {part!r}")
-    return build(known[name], values, f"{kind} {name!r}")
+    return build(cls, values, f"{kind} {name!r}")
 
 
 def build(cls: type[T], values: Mapping[str, Any], what: str) -> T:

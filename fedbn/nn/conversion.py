@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
 import pkgutil
 from collections.abc import Callable
 from functools import cache, partial
@@ -13,7 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from fedbn.errors import UserError, unknown
-from fedbn.nn.roles import head, is_norm, keeps_statistics, norm_layers, statistics_layers
+from fedbn.nn.roles import (
+    batch_norm_layers,
+    head,
+    is_norm,
+    keeps_statistics,
+    norm_layers,
+    statistics_layers,
+    uses_batch_statistics,
+)
 
 
 def channels_of(layer: nn.Module) -> int:
@@ -46,14 +55,18 @@ def groups_for(channels: int, *, groups: int | None = None, per_group: int | Non
     return max(g for g in range(1, channels + 1) if channels % g == 0 and g <= limit)
 
 
-def replace_norms(model: nn.Module, make: Callable[[str, nn.Module], nn.Module | None]) -> nn.Module:
-    """Replace every normalization layer by ``make(path, layer)`` (None: keep the layer), in place.
+def replace_norms(
+    model: nn.Module,
+    make: Callable[[str, nn.Module], nn.Module | None],
+    which: Callable[[nn.Module], bool] = is_norm,
+) -> nn.Module:
+    """Replace every normalization layer, or those of ``which``, by ``make(path, layer)`` (None: keep), in place.
 
     Affine parameters, running statistics and the batch counter are copied where both layers have them in the same
     shape. State names do not change.
     """
     replacements: dict[int, nn.Module | None] = {}
-    layers = [(path, m) for path, m in model.named_modules(remove_duplicate=False) if is_norm(m)]
+    layers = [(path, m) for path, m in model.named_modules(remove_duplicate=False) if which(m)]
     for path, layer in layers:
         new = replacements[id(layer)] if id(layer) in replacements else make(path, layer)
         replacements[id(layer)] = new
@@ -82,8 +95,18 @@ def _copy_state(new: nn.Module, old: nn.Module) -> None:
     new.train(old.training)
 
 
+def converted(model: nn.Module, kind: str) -> Callable[[nn.Module], bool]:
+    """Which layers `convert` replaces: those with batch statistics; in a model without any, every normalization layer.
+
+    Raises:
+        UserError: the model has no normalization layer.
+    """
+    require_norms(model, f"conversion to {kind}")
+    return uses_batch_statistics if batch_norm_layers(model) else is_norm
+
+
 def convert_norms(model: nn.Module, cls: type[nn.Module], kind: str, **options: object) -> nn.Module:
-    """Replace every normalization layer by ``cls(channels, eps=, momentum=, affine=, **options)``, in place.
+    """Replace the layers of `converted` by ``cls(channels, eps=, momentum=, affine=, **options)``, in place.
 
     Values of ``eps``, ``momentum`` and ``affine`` that ``options`` does not set are inherited from the replaced layer,
     if ``cls`` accepts them.
@@ -91,7 +114,7 @@ def convert_norms(model: nn.Module, cls: type[nn.Module], kind: str, **options: 
     Raises:
         UserError: the model has no normalization layer.
     """
-    require_norms(model, f"conversion to {kind}")
+    which = converted(model, kind)
     parameters = inspect.signature(cls).parameters
     accepts_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
@@ -104,7 +127,7 @@ def convert_norms(model: nn.Module, cls: type[nn.Module], kind: str, **options: 
         accepted = {k: v for k, v in inherited.items() if accepts_any or k in parameters}
         return cls(channels_of(layer), **accepted | options)
 
-    return replace_norms(model, make)
+    return replace_norms(model, make, which)
 
 
 def _options(function: Callable[..., object]) -> list[str]:
@@ -126,12 +149,13 @@ def kinds() -> dict[str, Callable[..., nn.Module]]:
 
 
 def convert(model: nn.Module, kind: str, **options: object) -> nn.Module:
-    """Convert every normalization layer of ``model`` to ``kind``, in place, and return the model.
+    """Convert the layers of ``model`` with batch statistics to ``kind``, in place, and return the model.
 
+    Other normalization layers, such as LayerNorm, stay; in a model without BN they are converted if they have channels.
     Names in the state dict do not change, and entries that both layers have are copied. So the weights of a BN network
     load into its GroupNorm version and back, and BN becomes BatchRenorm with its statistics. Kinds that normalize
-    weights or features instead (``weight-norm``, ``weight-standardization``, ``fedwon``, ``feature-norm``) remove the
-    normalization layers.
+    weights or features instead (``weight-norm``, ``weight-standardization``, ``fedwon``, ``feature-norm``), and
+    ``none``, remove all normalization layers.
 
     Args:
         model: any module, including nested layers.
@@ -157,6 +181,19 @@ def convert(model: nn.Module, kind: str, **options: object) -> nn.Module:
     return known[kind](model, **options)
 
 
+def remove_norms(model: nn.Module) -> nn.Module:
+    """Replace every normalization layer by the identity, in place."""
+
+    def identity(_path: str, _layer: nn.Module) -> nn.Module:
+        layer = nn.Identity()
+        # PyTorch's transformer layers use a fused kernel, with layer normalization, if both of their normalization
+        # layers have the same eps. NaN equals nothing, so that they call the layers.
+        layer.eps = math.nan  # type: ignore[assignment]
+        return layer
+
+    return replace_norms(model, identity)
+
+
 def drop_norms(model: nn.Module) -> nn.Module:
     """Remove every normalization layer, in place, and add the missing biases.
 
@@ -164,7 +201,7 @@ def drop_norms(model: nn.Module) -> nn.Module:
     classifier, gets one that starts at zero.
     """
     if norm_layers(model):
-        replace_norms(model, lambda _path, _layer: nn.Identity())
+        remove_norms(model)
         last = head(model)
         for path, layer in weighted_layers(model).items():
             if layer.bias is None and path not in last:
@@ -178,19 +215,32 @@ def weighted_layers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv1d | nn.Co
     return {p: cast(nn.Linear, m) for p, m in model.named_modules() if isinstance(m, types)}
 
 
+FEDAVG = "compare global-naive (FedAvg), which trains any network as it is"
+"""Advice for a model that a strategy does not support."""
+
+
 def require_norms(model: nn.Module, what: str) -> None:
     """Raise unless the model has a normalization layer."""
     if not norm_layers(model):
         raise UserError(
-            f"{what} needs normalization layers and {type(model).__name__} has none: choose a model with BatchNorm, "
-            "or compare strategies that need none (nonorm, local, centralized)"
+            f"{what} needs normalization layers and {type(model).__name__} has none: choose a model with BatchNorm, or "
+            f"{FEDAVG}"
         )
 
 
-def require_statistics(model: nn.Module, what: str) -> None:
+def require_batch_norm(model: nn.Module, what: str) -> None:
+    """Raise unless the model has a layer with batch statistics."""
+    if not batch_norm_layers(model):
+        raise UserError(
+            f"{what} replaces layers with batch statistics and {type(model).__name__} has none: choose a model with "
+            f"BatchNorm, or {FEDAVG}"
+        )
+
+
+def require_statistics(model: nn.Module, what: str, advice: str = "") -> None:
     """Raise unless the model has a layer with running statistics."""
     if not statistics_layers(model):
         raise UserError(
             f"{what} works on running statistics and {type(model).__name__} has no layer that keeps any: choose a "
-            "model with BatchNorm (track_running_stats=True)"
+            f"model with BatchNorm (track_running_stats=True){advice}"
         )

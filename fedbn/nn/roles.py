@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from enum import StrEnum
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from fedbn.errors import UserError, unknown
 
@@ -24,7 +24,8 @@ class Role(StrEnum):
     Attributes:
         BODY: weights of feature-extracting layers.
         HEAD: weights of the last parameterized layer before the logits, the classifier (`head`).
-        AFFINE: scale and shift (gamma, beta) of a normalization layer.
+        AFFINE: scale and shift (gamma, beta) of a layer with batch statistics (`uses_batch_statistics`).
+        SAMPLE_AFFINE: scale and shift of a layer that normalizes each sample by itself, such as LayerNorm.
         GATE: weights by which a normalization layer mixes statistics; the layer lists their names in ``gates``.
         STATISTICS: running moments of a normalization layer.
         COUNTER: an integer that counts batches; it is neither averaged nor sent.
@@ -33,6 +34,7 @@ class Role(StrEnum):
     BODY = "body"
     HEAD = "head"
     AFFINE = "affine"
+    SAMPLE_AFFINE = "sample_affine"
     GATE = "gate"
     STATISTICS = "statistics"
     COUNTER = "counter"
@@ -55,6 +57,17 @@ def is_norm(module: nn.Module) -> bool:
 def keeps_statistics(module: nn.Module) -> bool:
     """Whether a module has a running mean and variance."""
     return is_norm(module) and isinstance(getattr(module, "running_mean", None), Tensor)
+
+
+def uses_batch_statistics(module: nn.Module) -> bool:
+    """Whether a module normalizes by statistics of batches, running or not: BN of any kind, unlike LayerNorm."""
+    buffers = module.buffers(recurse=False)
+    return isinstance(module, _BatchNorm) or (is_norm(module) and any(b.is_floating_point() for b in buffers))
+
+
+def batch_norm_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers with batch statistics by path, in registration order."""
+    return {path: m for path, m in model.named_modules() if uses_batch_statistics(m)}
 
 
 def norm_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -156,8 +169,10 @@ def roles(model: nn.Module) -> dict[str, Role]:
                 role = Role.COUNTER
             elif buffer and norm:
                 role = Role.STATISTICS
+            elif norm and name in getattr(module, "gates", ()):
+                role = Role.GATE
             elif norm:
-                role = Role.GATE if name in getattr(module, "gates", ()) else Role.AFFINE
+                role = Role.AFFINE if uses_batch_statistics(module) else Role.SAMPLE_AFFINE
             else:
                 role = Role.HEAD if is_below(f"{path}.{name}".lstrip("."), classifier) else Role.BODY
             table[f"{path}.{name}" if path else name] = role

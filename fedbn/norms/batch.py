@@ -8,4 +8,4 @@ from fedbn.nn.batchnorm import AnyBatchNorm
 from fedbn.nn.conversion import convert_norms
 
 convert = partial(convert_norms, cls=AnyBatchNorm, kind="batch")
-"""Replace every normalization layer by BN. Statistics are copied from layers that have them."""
+"""Replace BN, or GroupNorm in a model without BN, by BN for any number of axes. Statistics are copied from BN."""

@@ -98,7 +98,7 @@ def _ramp(step: int, start: int, full: int) -> float:
 
 
 convert = partial(convert_norms, cls=BatchRenorm, kind="batch-renorm", momentum=0.01)
-"""Replace every normalization layer by Batch Renormalization.
+"""Replace BN by Batch Renormalization.
 
 Options: ``momentum``, ``r_max``, ``d_max``, ``start``, ``r_full``, ``d_full``.
 """

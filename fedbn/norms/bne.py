@@ -213,7 +213,7 @@ class BNE(nn.Module):
 
 
 def convert(model: nn.Module, *, domains: int) -> nn.Module:
-    """Replace every normalization layer by domain-specific BN; each domain starts from the old statistics.
+    """Replace BN by domain-specific BN; each domain starts from the old statistics.
 
     >>> convert(nn.Sequential(nn.BatchNorm1d(4)), domains=3)[0].domain_mean.shape
     torch.Size([3, 4])

@@ -134,7 +134,7 @@ def next_epoch(model: nn.Module) -> None:
 
 
 convert = partial(convert_norms, cls=DiminishingBN, kind="dbn")
-"""Replace every normalization layer by diminishing BN, in the same place.
+"""Replace BN by diminishing BN, in the same place.
 
 The paper puts it after the activation. Options: ``alpha``, ``mode``, ``step``, ``stat``, ``unbiased``.
 """

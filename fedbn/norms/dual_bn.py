@@ -13,7 +13,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from fedbn.nn.conversion import replace_norms, require_norms
+from fedbn.nn.conversion import converted, replace_norms
 
 Branch = Literal["clean", "adversarial"]
 
@@ -61,10 +61,9 @@ def adversarial(model: nn.Module) -> Iterator[None]:
 
 
 def convert(model: nn.Module) -> nn.Module:
-    """Replace every normalization layer by two copies; state names gain ``clean`` or ``adversarial``.
+    """Replace every layer with batch statistics by two copies; state names gain ``clean`` or ``adversarial``.
 
     >>> sorted({k.split(".")[1] for k in convert(nn.Sequential(nn.BatchNorm1d(4))).state_dict()})
     ['adversarial', 'clean']
     """
-    require_norms(model, "conversion to dual-bn")
-    return replace_norms(model, lambda _path, layer: DualBN(layer))
+    return replace_norms(model, lambda _path, layer: DualBN(layer), converted(model, "dual-bn"))

@@ -124,7 +124,7 @@ class EvalNorm(AnyBatchNorm):
 
 
 convert = partial(convert_norms, cls=EvalNorm, kind="evalnorm")
-"""Replace every normalization layer by EvalNorm. Options: ``rule``, ``size``, ``lr``.
+"""Replace BN by EvalNorm. Options: ``rule``, ``size``, ``lr``.
 
 Given M as ``size``, any trained BN network can be converted for evaluation only.
 """

@@ -84,4 +84,4 @@ class FullNorm(AnyBatchNorm):
 
 
 convert = partial(convert_norms, cls=FullNorm, kind="full-norm")
-"""Replace every normalization layer by full normalization. Option: ``a``."""
+"""Replace BN by full normalization. Option: ``a``."""

@@ -69,4 +69,4 @@ def _mean(values: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
 
 
 convert = partial(convert_norms, cls=GhostBN, kind="ghost-bn")
-"""Replace every normalization layer by ghost BN. Option: ``size``."""
+"""Replace BN by ghost BN. Option: ``size``."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from fedbn.nn.conversion import channels_of, groups_for, replace_norms, require_norms
+from fedbn.nn.conversion import channels_of, converted, groups_for, replace_norms
 
 
 def convert(model: nn.Module, *, groups: int | None = None, per_group: int | None = None) -> nn.Module:
@@ -18,7 +18,7 @@ def convert(model: nn.Module, *, groups: int | None = None, per_group: int | Non
     >>> convert(nn.Sequential(nn.BatchNorm2d(48)), groups=32)[0].num_groups
     24
     """
-    require_norms(model, "conversion to group")
+    which = converted(model, "group")
 
     def make(path: str, layer: nn.Module) -> nn.Module:
         channels = channels_of(layer)
@@ -26,4 +26,4 @@ def convert(model: nn.Module, *, groups: int | None = None, per_group: int | Non
         affine = getattr(layer, "weight", None) is not None
         return nn.GroupNorm(count, channels, getattr(layer, "eps", None) or 1e-5, affine)
 
-    return replace_norms(model, make)
+    return replace_norms(model, make, which)

@@ -74,7 +74,7 @@ def _soft_threshold(x: Tensor, threshold: Tensor) -> Tensor:
 
 
 convert = partial(convert_norms, cls=IABN, kind="iabn")
-"""Replace every normalization layer by instance-aware BN. Options: ``k``, ``skip``.
+"""Replace BN by instance-aware BN. Options: ``k``, ``skip``.
 
 The published numbers need a network trained with it.
 """

@@ -61,4 +61,4 @@ class ExampleWeighing(AnyBatchNorm):
 
 
 convert = partial(convert_norms, cls=ExampleWeighing, kind="iew", momentum=0.01)
-"""Replace every normalization layer by example weighing. Options: ``w``, ``momentum``."""
+"""Replace BN by example weighing. Options: ``w``, ``momentum``."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from fedbn.nn.conversion import replace_norms, require_norms
+from fedbn.nn.conversion import remove_norms, require_norms
 
 
 def convert(model: nn.Module) -> nn.Module:
@@ -14,4 +14,4 @@ def convert(model: nn.Module) -> nn.Module:
     Identity()
     """
     require_norms(model, "conversion to none")
-    return replace_norms(model, lambda _path, _layer: nn.Identity())
+    return remove_norms(model)

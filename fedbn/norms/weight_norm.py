@@ -41,7 +41,7 @@ def initialize(model: nn.Module, x: Tensor) -> None:
 
     Args:
         model: converted to weight normalization.
-        x: rows ``[N, ...]``.
+        x: rows ``[N, ...]``. Units are the last axis of a linear layer's output, and axis 1 of a convolution's.
 
     >>> net = convert(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)))
     >>> x = torch.randn(50, 3)
@@ -55,15 +55,17 @@ def initialize(model: nn.Module, x: Tensor) -> None:
         if layer in done:
             return None
         done.add(layer)
-        var, mean = torch.var_mean(out, [0, *range(2, out.dim())], correction=0)
+        units = out.dim() - 1 if isinstance(layer, nn.Linear) else 1
+        var, mean = torch.var_mean(out, [axis for axis in range(out.dim()) if axis != units], correction=0)
+        shape = [-1 if axis == units else 1 for axis in range(out.dim())]
         length = layer.parametrizations.weight.original0
         # A unit that is constant on x cannot be scaled to variance one.
         scale = torch.where(var > 1e-12, var, 1.0).rsqrt()
         length.mul_(scale.view(-1, *[1] * (length.dim() - 1)))
         if layer.bias is None:
-            return out * scale.view(-1, *[1] * (out.dim() - 2))
+            return out * scale.view(shape)
         layer.bias.sub_(mean).mul_(scale)
-        return (out - mean.view(-1, *[1] * (out.dim() - 2))) * scale.view(-1, *[1] * (out.dim() - 2))
+        return (out - mean.view(shape)) * scale.view(shape)
 
     handles = [layer.register_forward_hook(hook) for layer in weighted_layers(model).values()]
     try:

@@ -1,7 +1,8 @@
 """Base class of personalization methods: which parameters are local to a client and how it trains them.
 
 A *treatment* is a normalization strategy with an optional personalization method after a plus sign: ``fedbn``,
-``groupnorm+ditto``, ``silobn+fedrep:head_epochs=2``. All combinations are supported.
+``groupnorm+ditto``, ``silobn+fedrep:head_epochs=2``. All combinations are supported. A method alone is combined with
+FedAvg, as in its paper: ``fedprox:mu=0.1`` is ``global-naive+fedprox:mu=0.1``.
 """
 
 from __future__ import annotations
@@ -88,6 +89,7 @@ class Personalization:
 
     Attributes:
         name: name on the command line.
+        aliases: other names.
         about: one-line description.
         source: authors and year.
         body, head: owner that overrides the strategy's, or None.
@@ -95,6 +97,7 @@ class Personalization:
     """
 
     name: ClassVar[str]
+    aliases: ClassVar[tuple[str, ...]] = ()
     about: ClassVar[str]
     source: ClassVar[str] = ""
     body: ClassVar[Owner | None] = None

@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 
 from fedbn.nn.roles import Role
 from fedbn.personalization.base import Personalization, personalizations
-from fedbn.plugins import parse, render
+from fedbn.plugins import is_known, parse, render
 from fedbn.strategies.base import NormStrategy
 from fedbn.strategies.base import strategy as parse_strategy
+from fedbn.strategies.global_naive import GlobalNaive
 from fedbn.strategies.ownership import LOCAL, Owner
 
 
@@ -43,11 +44,16 @@ class Treatment:
 
 
 def treatment(text: str) -> Treatment:
-    """Parse a treatment such as ``fedbn`` or ``groupnorm+ditto:lam=0.5``.
+    """Parse a treatment such as ``fedbn`` or ``groupnorm+ditto:lam=0.5``; a method alone is combined with FedAvg.
 
     Raises:
         UserError: unknown strategy, method or option; the message suggests the nearest one.
+
+    >>> str(treatment("fedavg")), str(treatment("FedProx:mu=0.1"))
+    ('global-naive', 'global-naive+fedprox:mu=0.1')
     """
     norm, plus, personal = text.partition("+")
+    if not plus and is_known(text.split(":")[0], personalizations()):
+        norm, plus, personal = GlobalNaive.name, "+", text
     strategy = parse_strategy(norm)
     return Treatment(strategy, parse(personal, "personalization", personalizations())) if plus else Treatment(strategy)

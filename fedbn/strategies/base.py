@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fedbn.data.population import Examples, Population, User
 from fedbn.errors import UserError
-from fedbn.nn.conversion import convert, require_statistics
+from fedbn.nn.conversion import FEDAVG, convert, require_batch_norm, require_statistics
 from fedbn.nn.roles import Role, State
 from fedbn.plugins import discover, parse
 from fedbn.statistics.consensus import Aggregates, ConsensusStep
@@ -119,9 +119,10 @@ class NormStrategy:
 
     Attributes:
         name: name on the command line.
+        aliases: other names.
         about: one-line description.
         source: authors and year.
-        body, head, affine, gate, statistics: owner of each role. Counters are always local.
+        body, head, affine, sample_affine, gate, statistics: owner of each role. Counters are always local.
         is_centralized: whether one client trains on all seen users' data (the centralized bound).
         syncs_statistics: whether clients run `sync_statistics` before each evaluation.
         syncs_first_batch: whether clients run `sync_first_batch` before each round of training.
@@ -131,11 +132,13 @@ class NormStrategy:
     """
 
     name: ClassVar[str]
+    aliases: ClassVar[tuple[str, ...]] = ()
     about: ClassVar[str]
     source: ClassVar[str] = ""
     body: ClassVar[Owner] = SHARED
     head: ClassVar[Owner] = SHARED
     affine: ClassVar[Owner] = SHARED
+    sample_affine: ClassVar[Owner] = SHARED
     gate: ClassVar[Owner] = SHARED
     statistics: ClassVar[Owner] = SHARED
     is_centralized: ClassVar[bool] = False
@@ -157,7 +160,7 @@ class NormStrategy:
         Raises:
             UserError: the strategy does not apply to this model.
         """
-        require_statistics(model, f"strategy {self.name!r}")
+        require_statistics(model, f"strategy {self.name!r}", f", or {FEDAVG}")
         return model
 
     def validate_population(self, population: Population) -> None:
@@ -245,7 +248,7 @@ class NormStrategy:
 
 
 class LayerStrategy(NormStrategy):
-    """Base class of strategies that replace the normalization layers.
+    """Base class of strategies that replace the layers with batch statistics; others, such as LayerNorm, stay.
 
     Attributes:
         kind: kind of the new layers in `fedbn.nn.conversion.convert`, with the strategy's fields as options.
@@ -258,7 +261,7 @@ class LayerStrategy(NormStrategy):
 
 
 class StatelessNorm(LayerStrategy):
-    """Base class of strategies that replace the normalization layers by a method without running statistics."""
+    """Base class of strategies that use a method without running statistics instead."""
 
     def prepare_model(self, model: nn.Module) -> nn.Module:
         return convert(model, self.kind, **asdict(self))
@@ -266,6 +269,14 @@ class StatelessNorm(LayerStrategy):
     @property
     def newcomer(self) -> str:
         return "the server's model; there are no statistics"
+
+
+class StatelessLayer(StatelessNorm):
+    """Base class of strategies that replace the layers with batch statistics by layers without statistics."""
+
+    def prepare_model(self, model: nn.Module) -> nn.Module:
+        require_batch_norm(model, f"strategy {self.name!r}")
+        return super().prepare_model(model)
 
 
 def strategies() -> dict[str, type[NormStrategy]]:

@@ -1,4 +1,4 @@
-"""Batch Renormalization in place of every normalization layer (Ioffe, NeurIPS 2017; in FL: Casella et al., 2024)."""
+"""Batch Renormalization in place of BN (Ioffe, NeurIPS 2017; in FL: Casella et al., 2024)."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from fedbn.nn.conversion import channels_of, replace_norms
+from fedbn.nn.conversion import convert_norms
 from fedbn.nn.roles import State
 from fedbn.norms.shared_statistics import SharedStatisticsNorm, shared_statistics_layers
 from fedbn.statistics.consensus import Aggregates
@@ -35,8 +35,7 @@ class FBN(GlobalPooled):
     rate: float = 0.1
 
     def prepare_model(self, model: nn.Module) -> nn.Module:
-        model = super().prepare_model(model)
-        return replace_norms(model, lambda _, bn: SharedStatisticsNorm(channels_of(bn), affine=bn.weight is not None))
+        return convert_norms(super().prepare_model(model), SharedStatisticsNorm, self.name)
 
     def set_training_mode(self, model: nn.Module, progress: Progress, aggregates: Aggregates = ()) -> None:
         model.train()

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fedbn.strategies.fedbn import FedBN
 from fedbn.strategies.global_pooled import GlobalPooled
 from fedbn.strategies.ownership import SEEDED
 
 
 @dataclass(frozen=True)
-class FedBNSeeded(GlobalPooled):
+class FedBNSeeded(FedBN, GlobalPooled):
     """FedBN for seen users; unseen users start from the clients' mean BN, as the authors advise.
 
     Pooled variances include the variance of the means. Seen users get exactly the same models as with FedBN.
@@ -19,7 +20,7 @@ class FedBNSeeded(GlobalPooled):
     """
 
     name = "fedbn-seeded"
-    about = "FedBN; an unseen user starts from the mean of the clients' BN"
+    about = "FedBN; an unseen user starts from the mean of the clients' BN; option norms"
     source = "Li et al. 2021"
     affine = SEEDED
     statistics = SEEDED

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
 
 from torch import nn
 
 from fedbn.data.population import Examples
-from fedbn.nn.conversion import replace_norms
+from fedbn.nn.conversion import convert_norms
 from fedbn.norms.exchanged import Exchange, ExchangedNorm, exchanged_layers, next_message
 from fedbn.statistics.consensus import Aggregates
 from fedbn.statistics.moments import Moments
@@ -34,11 +33,7 @@ class FedTAN(NormStrategy):
     syncs_first_batch = True
 
     def prepare_model(self, model: nn.Module) -> nn.Module:
-        def make(_: str, old: nn.Module) -> nn.Module:
-            bn = cast(nn.BatchNorm2d, old)
-            return ExchangedNorm(bn.num_features, bn.eps, bn.momentum, bn.affine)
-
-        return replace_norms(super().prepare_model(model), make)
+        return convert_norms(super().prepare_model(model), ExchangedNorm, self.name)
 
     def sync_first_batch(self, model: nn.Module, batch: Examples, aggregates: Aggregates) -> dict[str, Moments] | None:
         model.train()

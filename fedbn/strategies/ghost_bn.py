@@ -1,4 +1,4 @@
-"""Ghost BN in place of every normalization layer (Hoffer, Hubara, Soudry, NeurIPS 2017)."""
+"""Ghost BN in place of BN (Hoffer, Hubara, Soudry, NeurIPS 2017)."""
 
 from __future__ import annotations
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import nn
+
 from fedbn.strategies.base import NormStrategy
 
 
@@ -11,6 +13,7 @@ from fedbn.strategies.base import NormStrategy
 class GlobalNaive(NormStrategy):
     r"""Share all entries; :math:`\sigma^2 \leftarrow \sum_k w_k \sigma_k^2`, without the variance of the means.
 
+    For a network without running statistics this is plain FedAvg.
     McMahan, Moore, Ramage, Hampson, Agüera y Arcas, 2017, https://arxiv.org/abs/1602.05629
 
     >>> import torch; from fedbn.strategies.base import Progress, Update
@@ -20,5 +23,9 @@ class GlobalNaive(NormStrategy):
     """
 
     name = "global-naive"
+    aliases = ("fedavg", "bn")
     about = "one BN for all; means and variances averaged like weights (FedAvg)"
     source = "McMahan et al. 2017"
+
+    def prepare_model(self, model: nn.Module) -> nn.Module:
+        return model

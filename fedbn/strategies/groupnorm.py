@@ -1,4 +1,4 @@
-"""GroupNorm in place of every normalization layer (Wu, He, 2018; in FL: Hsieh et al., ICML 2020)."""
+"""GroupNorm in place of BN (Wu, He, 2018; in FL: Hsieh et al., ICML 2020)."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from fedbn.nn.conversion import convert
+from fedbn.nn.conversion import convert, require_batch_norm
 from fedbn.strategies.base import StatelessNorm
 
 
 @dataclass(frozen=True)
 class GroupNorm(StatelessNorm):
-    """Normalize each sample over groups of channels; only scale and shift are shared.
+    """Normalize each sample over groups of channels. GroupNorm layers that the model already has do not change.
 
     https://arxiv.org/abs/1803.08494, https://arxiv.org/abs/1910.00189
 
@@ -26,12 +26,14 @@ class GroupNorm(StatelessNorm):
     """
 
     name = "groupnorm"
+    aliases = ("gn", "group")
     about = "GroupNorm instead of BN; options groups or channels (per group)"
     source = "Wu & He 2018; Hsieh et al. 2020"
     groups: int = 8
     channels: int | None = None
 
     def prepare_model(self, model: nn.Module) -> nn.Module:
+        require_batch_norm(model, f"strategy {self.name!r}")
         if self.channels is not None:
             return convert(model, "group", per_group=self.channels)
         return convert(model, "group", groups=self.groups)

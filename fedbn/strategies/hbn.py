@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fedbn.data.population import Examples
-from fedbn.nn.conversion import channels_of, replace_norms
+from fedbn.nn.conversion import convert_norms
 from fedbn.nn.roles import State
 from fedbn.norms.hybrid import HybridNorm, hybrid_layers, measuring
 from fedbn.statistics.consensus import Aggregates, ConsensusStep
@@ -43,8 +43,7 @@ class HBN(GlobalPooled):
     rate: float = 0.002
 
     def prepare_model(self, model: nn.Module) -> nn.Module:
-        model = super().prepare_model(model)
-        return replace_norms(model, lambda _, old: HybridNorm(channels_of(old), affine=old.weight is not None))
+        return convert_norms(super().prepare_model(model), HybridNorm, self.name)
 
     def before_local_training(self, model: nn.Module, data: Examples, progress: Progress) -> State:
         self._pass(model, data.x)

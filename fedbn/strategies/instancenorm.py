@@ -1,14 +1,14 @@
-"""InstanceNorm in place of every normalization layer (Ulyanov, Vedaldi, Lempitsky, 2016)."""
+"""InstanceNorm in place of BN (Ulyanov, Vedaldi, Lempitsky, 2016)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedbn.strategies.base import StatelessNorm
+from fedbn.strategies.base import StatelessLayer
 
 
 @dataclass(frozen=True)
-class InstanceNorm(StatelessNorm):
+class InstanceNorm(StatelessLayer):
     """Normalize each channel of each sample over its positions. https://arxiv.org/abs/1607.08022
 
     Models with normalization after a linear layer are refused, because its output has no positions.
@@ -20,6 +20,7 @@ class InstanceNorm(StatelessNorm):
     """
 
     name = "instancenorm"
+    aliases = ("in", "instance")
     about = "InstanceNorm instead of BN (layers with positions only)"
     source = "Ulyanov et al. 2016"
     kind = "instance"

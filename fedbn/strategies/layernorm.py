@@ -1,14 +1,14 @@
-"""LayerNorm in place of every normalization layer (Ba, Kiros, Hinton, 2016; in FL: Du et al., 2022)."""
+"""LayerNorm in place of BN (Ba, Kiros, Hinton, 2016; in FL: Du et al., 2022)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedbn.strategies.base import StatelessNorm
+from fedbn.strategies.base import StatelessLayer
 
 
 @dataclass(frozen=True)
-class LayerNorm(StatelessNorm):
+class LayerNorm(StatelessLayer):
     """Normalize each sample over all channels and positions (GroupNorm with one group).
 
     https://arxiv.org/abs/1607.06450, https://arxiv.org/abs/2210.03277
@@ -19,6 +19,7 @@ class LayerNorm(StatelessNorm):
     """
 
     name = "layernorm"
+    aliases = ("ln", "layer")
     about = "LayerNorm instead of BN"
     source = "Ba et al. 2016"
     kind = "layer"

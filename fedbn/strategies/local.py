@@ -23,6 +23,7 @@ class Local(NormStrategy):
     body = LOCAL
     head = LOCAL
     affine = LOCAL
+    sample_affine = LOCAL
     gate = LOCAL
     statistics = LOCAL
 

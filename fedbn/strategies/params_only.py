@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import nn
+
 from fedbn.strategies.base import NormStrategy
 from fedbn.strategies.ownership import LOCAL
 
@@ -12,7 +14,8 @@ from fedbn.strategies.ownership import LOCAL
 class ParamsOnly(NormStrategy):
     """Average ``parameters()`` only; buffers stay local and new users keep initial statistics (0, 1).
 
-    Training is identical to SiloBN as long as clients keep their state, but usually unintended.
+    Training is identical to SiloBN as long as clients keep their state, but usually unintended. Without buffers it is
+    plain FedAvg.
 
     >>> {str(role): str(owner) for role, owner in ParamsOnly().owners().items()}["statistics"]
     'local'
@@ -22,3 +25,6 @@ class ParamsOnly(NormStrategy):
     about = "FedAvg on parameters() only: statistics silently stay local"
     source = "common in FL frameworks"
     statistics = LOCAL
+
+    def prepare_model(self, model: nn.Module) -> nn.Module:
+        return model

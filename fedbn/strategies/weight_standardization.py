@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from fedbn.nn.conversion import convert
+from fedbn.nn.roles import batch_norm_layers
 from fedbn.strategies.base import StatelessNorm
 
 
@@ -14,8 +15,10 @@ from fedbn.strategies.base import StatelessNorm
 class WeightStandardization(StatelessNorm):
     """Standardized convolutions with GroupNorm, as in the paper. https://arxiv.org/abs/1903.10520
 
+    GroupNorm replaces BN; other normalization layers of the model stay.
+
     Attributes:
-        groups: groups of GroupNorm, as in `groupnorm`; 0: no normalization of activations.
+        groups: groups of GroupNorm, as in `groupnorm`; 0: no normalization of activations at all.
 
     >>> net = nn.Sequential(nn.Conv1d(3, 4, 2), nn.BatchNorm1d(4))
     >>> WeightStandardization(groups=2).prepare_model(net)[1].num_groups
@@ -28,6 +31,6 @@ class WeightStandardization(StatelessNorm):
     groups: int = 8
 
     def prepare_model(self, model: nn.Module) -> nn.Module:
-        if self.groups:
+        if self.groups and batch_norm_layers(model):
             model = convert(model, "group", groups=self.groups)
         return convert(model, "weight-standardization", keep_norms=bool(self.groups))

@@ -134,6 +134,7 @@ def _rows(kind: Kind) -> list[dict[str, str]]:
     from fedbn.models import models
     from fedbn.online.rules.base import rules
     from fedbn.personalization.base import personalizations
+    from fedbn.plugins import aliases
     from fedbn.scenarios.base import scenarios
     from fedbn.strategies.base import strategies
     from fedbn.streams import streams
@@ -151,4 +152,8 @@ def _rows(kind: Kind) -> list[dict[str, str]]:
         Kind.STREAMS: (streams(), ()),
     }
     known, more = registries[kind]
-    return [{"name": n, "what": part.about} | {key: getattr(part, key) for key in more} for n, part in known.items()]
+    rows = []
+    for name, part in known.items():
+        about = "; also called ".join(filter(None, (part.about, ", ".join(aliases(part)))))
+        rows.append({"name": name, "what": about} | {key: getattr(part, key) for key in more})
+    return rows

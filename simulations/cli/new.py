@@ -40,13 +40,14 @@ def new_strategy(name: str, place: Path) -> Path:
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
+    from fedbn.plugins import is_known
     from fedbn.strategies.base import strategies
 
     if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", name):
         raise UserError(
             f"{name!r} is not a valid strategy name: use lowercase letters, digits and single hyphens, e.g. my-norm"
         )
-    if name in strategies():
+    if is_known(name, strategies()):
         raise UserError(f"strategy {name!r} already exists: choose another name (see `fedbn list strategies`)")
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
         raise UserError(f"{place} already exists: choose another --out")

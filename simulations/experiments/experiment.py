@@ -11,6 +11,7 @@ from typing import Any
 from fedbn.config import EvaluatedConditions, nest
 from fedbn.errors import UserError
 from fedbn.federation.run import Run, plan_for
+from fedbn.personalization.treatment import treatment
 from fedbn.plugins import build, table
 from fedbn.scenarios.base import scenario
 from simulations.experiments.options import ExperimentOptions
@@ -44,6 +45,7 @@ class Experiment(ExperimentOptions):
             raise UserError(f"learning rates to tune over must be positive: {', '.join(map(str, self.tune))}")
         if wrong := [s for s, lr in self.rates.items() if not lr > 0]:
             raise UserError(f"rates must be positive learning rates; look at {', '.join(wrong)}")
+        rates = {str(treatment(s)): lr for s, lr in self.rates.items()}
         runs = [self.run(s, 0).resolved() for s in self.strategies]
         names = tuple(r.strategy for r in runs)
         if twice := {n for n in names if names.count(n) > 1}:
@@ -52,7 +54,7 @@ class Experiment(ExperimentOptions):
             k: getattr(runs[0], k)
             for k in ("scenario", "model", "partition", "shift", "privacy", "rule", "head", "private")
         }
-        return replace(self, strategies=names, **texts)
+        return replace(self, strategies=names, rates=rates, **texts)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as in a run file."""

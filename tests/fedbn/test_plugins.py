@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 
 from fedbn.config import Plan
 from fedbn.federation.run import Run, plan_for
-from fedbn.plugins import render
+from fedbn.plugins import parse, render, spellings
 from fedbn.scenarios.base import scenario, scenarios
 from fedbn.strategies.base import strategies, strategy
 from tests.fedbn.helpers import rejects
@@ -37,11 +39,40 @@ def test_render_omits_default_options():
         ("groupnorm:groups", r"write options as groupnorm:field=value, not 'groups'"),
         ("groupnorm:groups=none", r"option 'groups' cannot be none"),
         ("mtfl:private=bn", r"unknown value for strategy 'mtfl', option 'private' 'bn'"),
-        ("fedbn:x=1", r"strategy 'fedbn' has no options, so 'x' cannot be set"),
+        ("silobn:x=1", r"strategy 'silobn' has no options, so 'x' cannot be set"),
     ],
 )
 def test_strategy_rejects_bad_input(text, message):
     rejects(message, strategy, text)
+
+
+@dataclass(frozen=True)
+class One:
+    name = "one-way"
+    aliases = ("uno",)
+
+
+@dataclass(frozen=True)
+class Two(One):
+    name = "two"
+
+
+@pytest.mark.parametrize(("text", "cls"), [("uno", One), ("UNO", One), ("OneWay", One), ("one_way", One), ("Two", Two)])
+def test_parse_finds_aliases_and_spellings(text, cls):
+    assert type(parse(text, "plug-in", {"one-way": One, "two": Two})) is cls
+
+
+def test_names_take_precedence_over_aliases():
+    assert type(parse("uno", "plug-in", {"one-way": One, "uno": Two})) is Two
+
+
+def test_unknown_name_suggests_alias():
+    rejects("unknown plug-in 'unoo'. Did you mean 'uno'", parse, "unoo", "plug-in", {"one-way": One})
+
+
+def test_discovery_rejects_shared_alias():
+    other = type("Other", (), {"name": "other", "aliases": ("Uno",)})
+    rejects("'one-way' and 'other' share the alias 'uno'", spellings, {"one-way": One, "other": other})
 
 
 def test_scenario_suggests_similar_name():

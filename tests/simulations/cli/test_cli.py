@@ -74,6 +74,11 @@ def test_list_shows_every_kind(kind, run_cli):
     assert rows[0]["name"] in run_cli("list", kind)[1]
 
 
+def test_list_shows_aliases(run_cli):
+    rows = {row["name"]: row["what"] for row in json.loads(run_cli("list", "strategies", "--json")[1])}
+    assert rows["global-naive"].endswith("; also called fedavg, bn")
+
+
 def test_audit_and_data_print_tables(run_cli):
     assert "layer2.0.downsample.1" in run_cli("audit", "resnet20", "--strategy", "fedbn")[1]
     assert "hapt" in run_cli("data")[1]

@@ -88,6 +88,8 @@ def test_scenario_rates_unless_rate_is_given():
     given = Experiment.from_dict({"scenario": "hapt", "plan": {"lr": 0.05}})
     assert given.run("groupnorm", 0).plan.lr == 0.05
     assert Experiment.from_dict(named.to_dict()) == named
+    alias = Experiment.from_dict({"scenario": "hapt", "strategies": ["fedavg"], "rates": {"FedAvg": 0.2}}).resolved()
+    assert alias.run(*alias.strategies, 0).plan.lr == 0.2
     with pytest.raises(UserError, match="rates must be positive learning rates; look at fedbn"):
         Experiment.from_dict({"scenario": "hapt", "rates": {"fedbn": 0.0}}).resolved()
 
