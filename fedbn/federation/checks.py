@@ -15,6 +15,8 @@ from fedbn.federation.context import CENTRAL_TRAINER, RunContext
 from fedbn.federation.protection import privacy_notices
 from fedbn.models.inspection import head_notice
 from fedbn.nn.roles import State
+from fedbn.nn.rows import mixing_layer
+from fedbn.online.validation import require_batch_norm_formula, require_independent_rows
 
 
 def check_population(population: Population) -> list[str]:
@@ -123,7 +125,7 @@ def check_context(ctx: RunContext) -> list[str]:
         )
     if plan.batch_size == 1 and any(role == "statistics" for role in ctx.ownership.roles.values()):
         notices.append("batches of one: each window is normalized on its own (instance statistics)")
-    return notices + privacy_notices(ctx)
+    return notices + check_rows(ctx, rows.x) + privacy_notices(ctx)
 
 
 def _check_model(ctx: RunContext, rows: Examples) -> None:
@@ -186,3 +188,32 @@ def _check_tied(ctx: RunContext) -> None:
 
 def _named(list_names: Any) -> list[tuple[str, Tensor]]:
     return list(list_names(remove_duplicate=False))
+
+
+def check_rows(ctx: RunContext, x: Tensor) -> list[str]:
+    """Check whether the model's answer for a row depends on the other rows of a batch.
+
+    Args:
+        ctx: the run's context.
+        x: some rows.
+
+    Returns:
+        A notice if it does.
+
+    Raises:
+        UserError: it does, or a layer does not evaluate as BN, and the run has an online rule.
+    """
+    model = ctx.load(ctx.initial).eval()
+    try:
+        if ctx.run.rule:
+            require_batch_norm_formula(model, f"rule {ctx.run.rule!r}")
+            require_independent_rows(model, x, f"rule {ctx.run.rule!r}")
+        where = mixing_layer(model, x)
+    finally:
+        ctx.load(ctx.initial)
+    if where is None:
+        return []
+    return [
+        f"{where} of the model mixes the windows of a batch in evaluation too, so a prediction depends on the other "
+        "windows of the same user: set track_running_stats=True in BN layers for independent predictions"
+    ]

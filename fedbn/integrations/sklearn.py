@@ -24,6 +24,7 @@ from fedbn.federation.setup import build_context_for
 from fedbn.nn.conversion import require_statistics
 from fedbn.nn.roles import Role
 from fedbn.online import Personalized, personalize
+from fedbn.online.validation import require_batch_norm_formula, require_independent_rows
 from fedbn.strategies.ownership import LOCAL
 
 Users = str | int | Sequence[str | int] | NDArray[Any]
@@ -87,8 +88,8 @@ class PersonalizedClassifier(ClassifierMixin, BaseEstimator):
 
         Raises:
             ValueError: if the data are invalid, as in other estimators of scikit-learn.
-            UserError: if a name is unknown, a setting is out of range, a group has one row, or the strategy has no
-                statistics.
+            UserError: if a name is unknown, a setting is out of range, a group has one row, the strategy has no
+                statistics of BN, or the model mixes rows.
         """
         rows, labels = validate_data(self, X, y, allow_nd=True, dtype=np.float32)
         check_classification_targets(labels)
@@ -110,6 +111,7 @@ class PersonalizedClassifier(ClassifierMixin, BaseEstimator):
         plan = Plan(rounds=self.rounds, batch_size=self.batch_size, lr=self.lr, eval_every=self.rounds)
         ctx = build_context_for(Run("arrays", self.strategy, seed, model=self.model, plan=plan), population)
         require_statistics(ctx.scratch, f"{type(self).__name__} with strategy {self.strategy!r}")
+        require_batch_norm_formula(ctx.scratch, f"{type(self).__name__} with strategy {self.strategy!r}")
         local = [str(role) for role in set(ctx.ownership.roles.values()) if _is_local(ctx, role)]
         if local:
             raise UserError(
@@ -117,6 +119,7 @@ class PersonalizedClassifier(ClassifierMixin, BaseEstimator):
                 "has one network for all: choose a strategy that shares or averages them, such as global-pooled or "
                 "fedbn-seeded"
             )
+        require_independent_rows(ctx.scratch.eval(), data.x[:4], type(self).__name__)
         serving = federate(ctx.run, ctx=ctx).server.serving
         self.network_: Personalized = personalize(ctx.load(ctx.assemble(serving, None)), self.rule)
         return self

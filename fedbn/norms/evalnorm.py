@@ -71,8 +71,10 @@ class EvalNorm(AnyBatchNorm):
             self.register_buffer("running_logits", torch.zeros(2))
 
     @property
-    def rows(self) -> float:
+    def rows(self) -> float | Tensor:
         """M, the number of rows of a training batch."""
+        if self.size is None and torch.compiler.is_compiling():
+            return self.running_size  # a graph cannot branch on values
         rows = float(self.running_size) if self.size is None else self.size
         if not rows:
             raise UserError(
@@ -98,7 +100,8 @@ class EvalNorm(AnyBatchNorm):
             if self.rule == "learned":
                 self._learn(input.detach())
             return out
-        if self.size is None and self.running_size == 0 and self.num_batches_tracked == 0:
+        known = self.size is not None or torch.compiler.is_compiling()
+        if not known and self.running_size == 0 and self.num_batches_tracked == 0:
             return super().forward(input)  # not trained yet
         self._check_input_dim(input)
         m, s2 = instance_statistics(input)

@@ -10,13 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedbn.errors import UserError
 from fedbn.nn.batchnorm import AnyBatchNorm
+from fedbn.nn.conversion import channels_of
+from fedbn.nn.roles import keeps_statistics
 from fedbn.online.statistics import Pair, mix
 
 
@@ -33,6 +36,27 @@ class UserNorm(AnyBatchNorm):
         """Normalized activations, of the input's shape."""
         current = _PASS.get()
         return super().forward(input) if current is None else current.normalize(self, input)
+
+
+def user_norm(path: str, layer: nn.Module) -> UserNorm | None:
+    """New layer in place of a layer with statistics; None for other layers."""
+    if not keeps_statistics(layer):
+        return None
+    affine = getattr(layer, "weight", None) is not None
+    return UserNorm(channels_of(layer), eps=float(getattr(layer, "eps", 1e-5)), affine=affine)
+
+
+def affine_entry(layer: nn.Module, name: str, default: float) -> Tensor:
+    """The scale or shift of a layer, ``[C]``; ``default`` for a layer without."""
+    value = getattr(layer, name, None)
+    return torch.full_like(cast(Tensor, layer.running_mean), default) if value is None else value.detach()
+
+
+def write_statistics(layer: nn.Module, mean: Tensor, var: Tensor) -> None:
+    """Write running statistics into a layer."""
+    with torch.no_grad():
+        cast(Tensor, layer.running_mean).copy_(mean)
+        cast(Tensor, layer.running_var).copy_(var)
 
 
 Transform = Callable[[int, "Pair | None", int], Pair]

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from fedbn.errors import UserError
-from fedbn.nn.conversion import channels_of, replace_norms, require_statistics
+from fedbn.nn.conversion import replace_norms, require_statistics
 from fedbn.nn.plain import copy_model, plain
-from fedbn.nn.roles import CLASSES, head_layer, keeps_statistics, statistics_layers
+from fedbn.nn.roles import CLASSES, head_layer, statistics_layers
 from fedbn.online.bank import Bank, Group
-from fedbn.online.layer import Pass, Transform, UserNorm
+from fedbn.online.layer import Pass, Transform, UserNorm, affine_entry, user_norm, write_statistics
 from fedbn.online.prior import LayerPrior, pack_priors
 from fedbn.online.rules.base import Rule
 from fedbn.online.rules.base import rule as parse_rule
@@ -32,7 +32,9 @@ from fedbn.online.validation import (
     Ids,
     arange_like,
     class_weights,
+    require_batch_norm_formula,
     require_finite,
+    require_independent_rows,
     resolve_posterior,
     split_duplicates,
     user_names,
@@ -80,7 +82,8 @@ def personalize(
         classes: number of classes; None: that of a built model, or the width of its last layer.
 
     Raises:
-        UserError: an unknown rule, a model without statistics, or a prior that does not match the model.
+        UserError: an unknown rule, a model without statistics, with layers that do not evaluate as BN (such as IABN),
+            or a prior that does not match the model.
 
     >>> net = personalize(nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 3)), "pseudo:n0=8")
     >>> net(torch.ones(3, 2), user=["ann", "bob", "ann"]).shape, net.users
@@ -91,18 +94,19 @@ def personalize(
     rule = parse_rule(rule) if isinstance(rule, str) else rule
     model = plain(copy_model(model))
     require_statistics(model, f"rule {rule.name!r}")
+    require_batch_norm_formula(model, f"rule {rule.name!r}")
     if duplicates not in ("merge", "sequential"):
         raise UserError(f"duplicates={duplicates!r} is unknown: use 'merge' or 'sequential'")
     if capacity < 1:
         raise UserError(f"capacity={capacity} is too small: use at least 1")
-    inner = replace_norms(copy_model(model), _user_norm).eval()
+    inner = replace_norms(copy_model(model), user_norm).eval()
     layers = cast("dict[str, UserNorm]", statistics_layers(inner))
     start, spans = pack_priors(layers, prior or {})
     for index, (path, layer) in enumerate(layers.items()):
         layer.index = index
-        _set_statistics(layer, start.mean[0, spans[path]], start.var[0, spans[path]])
+        write_statistics(layer, start.mean[0, spans[path]], start.var[0, spans[path]])
     weight, bias = (
-        torch.cat([_affine(m, name, value) for m in layers.values()]).to(start.mean)
+        torch.cat([affine_entry(m, name, value) for m in layers.values()]).to(start.mean)
         for name, value in (("weight", 1.0), ("bias", 0.0))
     )
     classes, store = classes or _num_classes(model), {} if store is None else store
@@ -124,6 +128,7 @@ class Personalized(Users):
         self._plain = plain
         self._spans = list(bank.spans.values())
         self._last: _Prediction | None = None
+        self._checked = False
         self._frozen = False
 
     # ---------------------------------------------------------------- predict and commit
@@ -144,12 +149,14 @@ class Personalized(Users):
 
         Raises:
             UserError: not one name per row, a mask with wrong shape or an empty row, values that are not finite,
-                windows of wrong shape, more users than the capacity, or a model that mixes rows.
+                windows of wrong shape, more users than the capacity, or, found with the first windows, a model in which
+                the answer for a row depends on the other rows.
         """
         self._last = None
         ids = user_names(user, len(x))
         mask = validate_mask(mask, x)
         require_finite(x)
+        self._check_once(x)
         group = self.bank.group(ids, create=False)
         rule = self.bank.rule
         record = rule.includes_current or (rule.learns and not self._frozen)
@@ -260,6 +267,7 @@ class Personalized(Users):
         if n0 < 0:
             raise UserError(f"n0={n0:g} is out of range; use 0 or more")
         require_finite(windows)
+        self._check_once(windows)
         weight = class_weights(self.bank, labels, len(windows))
         bank = self.bank
         start = bank.source.moments
@@ -297,10 +305,14 @@ class Personalized(Users):
         plain = copy.deepcopy(self._plain)
         out = replace_norms(copy_model(self.model), lambda path, _layer: plain.get(path))
         for path, layer in statistics_layers(out).items():
-            _set_statistics(layer, *statistics[path])
+            write_statistics(layer, *statistics[path])
         return out.eval()
 
     # ---------------------------------------------------------------- internals
+
+    def _check_once(self, x: Tensor) -> None:
+        if not self._checked and len(x):
+            require_independent_rows(self.model, x, f"rule {self.bank.rule.name!r}")
 
     def train(self, mode: bool = True) -> Personalized:
         """No effect: only `commit` updates statistics, and dropout remains off."""
@@ -322,7 +334,9 @@ class Personalized(Users):
         recorded = Pass(len(x), transform, record, mask)
         with torch.no_grad(), recorded:
             try:
-                return self.model(x), recorded
+                out = self.model(x)
+                self._checked = True
+                return out, recorded
             except RuntimeError as error:
                 raise UserError(f"the model does not accept windows of shape {list(x.shape[1:])}: {error}") from None
 
@@ -369,25 +383,6 @@ class Personalized(Users):
             self.bank.rows[name][group.slots] = torch.lerp(
                 (group.sum(entropy) / rows).to(before), before, torch.as_tensor(FADING).to(before)
             )
-
-
-def _user_norm(path: str, layer: nn.Module) -> nn.Module | None:
-    if not keeps_statistics(layer):
-        return None
-    return UserNorm(
-        channels_of(layer), eps=float(getattr(layer, "eps", 1e-5)), affine=getattr(layer, "weight", None) is not None
-    )
-
-
-def _affine(layer: nn.Module, name: str, default: float) -> Tensor:
-    value = getattr(layer, name, None)
-    return torch.full_like(cast(Tensor, layer.running_mean), default) if value is None else value.detach()
-
-
-def _set_statistics(layer: nn.Module, mean: Tensor, var: Tensor) -> None:
-    with torch.no_grad():
-        cast(Tensor, layer.running_mean).copy_(mean)
-        cast(Tensor, layer.running_var).copy_(var)
 
 
 def _num_classes(model: nn.Module) -> int:

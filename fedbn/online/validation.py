@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from fedbn.errors import UserError
+from fedbn.nn.roles import statistics_layers
+from fedbn.nn.rows import mixing_layer
 from fedbn.online.bank import Bank, Group
 
 Ids = str | int | Sequence[str | int] | Tensor
@@ -40,6 +44,65 @@ def require_finite(x: Tensor) -> None:
         f"{int((~finite).sum())} of {len(x)} windows hold NaN or Inf (first: row {int((~finite).nonzero()[0])}): "
         "remove or impute them; no state was changed"
     )
+
+
+def require_independent_rows(model: nn.Module, x: Tensor, what: str) -> None:
+    """Raise if the answer for a window depends on the other windows of a batch, which may be other users'.
+
+    Args:
+        model: in evaluation mode.
+        x: windows ``[n, *shape]``.
+        what: what cannot be done with such a model, for the message.
+
+    Raises:
+        UserError: naming the layer that mixes windows.
+    """
+    if (where := mixing_layer(model, x)) is not None:
+        raise UserError(
+            f"{what} needs a model whose answer for a window does not depend on the other windows, but {where} of "
+            f"{type(model).__name__} mixes the windows of a batch, also in evaluation: give BN layers running "
+            "statistics (track_running_stats=True), or use layers that treat each window by itself"
+        )
+
+
+@torch.no_grad()
+def require_batch_norm_formula(model: nn.Module, what: str) -> None:
+    r"""Raise if a layer with statistics does not evaluate as BN, :math:`y=\gamma(x-\mu)/\sqrt{v+\epsilon}+\beta`.
+
+    Each layer is evaluated with random statistics on random rows of different location and scale.
+
+    Raises:
+        UserError: naming the layer, such as IABN, which also uses the statistics of each window.
+    """
+    draw = torch.Generator().manual_seed(0)
+    for path, layer in statistics_layers(model).items():
+        probe = copy.deepcopy(layer).cpu().double().eval()
+        for name, value in probe.named_buffers(recurse=False):
+            if value.is_floating_point():
+                random = torch.rand(value.shape, generator=draw, dtype=value.dtype)
+                value.copy_(2 * random - 1 if name == "running_mean" else 10 ** (6 * random - 4))
+        if not _evaluates_as_batch_norm(probe, draw):
+            raise UserError(
+                f"{what} replaces the statistics of BN, but layer {path!r} ({type(layer).__name__}) also uses other "
+                "values in evaluation: choose a strategy or a model with BN, e.g. global-pooled"
+            )
+
+
+def _evaluates_as_batch_norm(layer: nn.Module, draw: torch.Generator) -> bool:
+    mean, var = cast(Tensor, layer.running_mean), cast(Tensor, layer.running_var)
+    weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
+    for positions in ((), (5,), (3, 4), (2, 3, 2)):
+        shape = (4, len(mean), *positions)
+        scales = 10 ** torch.linspace(-1, 1, 4, dtype=mean.dtype).view(-1, *[1] * (len(shape) - 1))
+        x = scales * (1 + torch.randn(shape, generator=draw, dtype=mean.dtype))
+        try:
+            actual = layer(x)
+        except Exception:  # another number of axes
+            continue
+        expected = nn.functional.batch_norm(x, mean, var, weight, bias, False, 0.0, float(getattr(layer, "eps", 1e-5)))
+        if actual.shape != x.shape or not torch.allclose(actual, expected, rtol=1e-6, atol=1e-9):
+            return False
+    return True
 
 
 def validate_mask(mask: Tensor | None, x: Tensor) -> Tensor | None:

@@ -21,6 +21,7 @@ from fedbn.nn.roles import Role
 from fedbn.online import LayerPrior, Rule, population_prior, source_prior
 from fedbn.online.prior import layer_priors
 from fedbn.online.ttn_alpha import learn_alpha
+from fedbn.online.validation import require_batch_norm_formula, require_independent_rows
 from fedbn.seeds import generator
 from fedbn.streams import Stream, stream
 from simulations.engines.execute import Engine
@@ -119,12 +120,16 @@ def untrained_source_model(run: Run) -> SourceModel:
     """The model of a run before training, for checks.
 
     Raises:
-        UserError: the strategy shares no model, or the model has no statistics to follow.
+        UserError: the strategy shares no model, the model has no statistics to follow, has layers that do not evaluate
+            as BN, or mixes the windows of a batch.
     """
     ctx = build_context(run)
     if not ctx.ownership.shares(Role.BODY):
         raise UserError(f"strategy {run.strategy!r} shares no model for unseen users to start from: choose another")
-    require_statistics(ctx.scratch, "online adaptation")
+    what, model = "online adaptation", ctx.load(ctx.initial).eval()
+    require_statistics(model, what)
+    require_batch_norm_formula(model, what)
+    require_independent_rows(model, ctx.population.users[ctx.population.seen[0]].train.x[:4], what)
     return SourceModel(run, ctx.load(ctx.initial).eval(), ctx)
 
 

@@ -14,6 +14,12 @@ from simulations.cli.options import AsJson, console
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from fedbn.federation.context import RunContext
+    from fedbn.nn.roles import State
+
+ROWS = 64
+"""Number of test windows on which the outputs of the file and of the model are compared."""
+
 
 def export(
     directory: Annotated[Path, typer.Argument(help="Directory of a finished comparison.")],
@@ -37,20 +43,30 @@ def export(
 ) -> None:
     """Save one user's model to a standalone file.
 
-    The file is read back, and its outputs are checked against the model's.
+    The file is read back, and its outputs are checked against the model's. The state dict is for the network of the
+    comparison's --model; strategies that compute with other layers, such as groupnorm or iabn, need .pt2 or .onnx.
 
     Example: [bold]fedbn export results/hapt --strategy fedbn --user "user 01" --out model.onnx[/]
     """
-    from fedbn.integrations.export import export as write
-    from fedbn.integrations.export import fold_batch_norm
+    import torch
 
+    from fedbn.integrations.export import export as write
+    from fedbn.models import build
+
+    if fold and out.suffix == ".safetensors":
+        raise UserError("--fold changes the layers, so the weights alone fit no network: use --out with .pt2 or .onnx")
     if rule is not None and user is None:
         raise UserError("--rule adapts to one user's windows: name the user with --user")
-    model, rows, classes = _model(directory, strategy, seed, user)
+    ctx, state, index = _state(directory, strategy, seed, user)
+    users = ctx.population.users
+    model = ctx.load(state)
     if rule is not None:
-        model = _adapted(model, rule, rows)
-    difference = write(fold_batch_norm(model) if fold else model, rows[:8], out)
-    shape = [int(n) for n in rows.shape[1:]]
+        model = _adapted(model, rule, users[index].train.x)
+    plain = build(ctx.run.model, ctx.population.shape, len(ctx.population.classes), ctx.run.seed).to(ctx.run.device)
+    example = torch.cat([u.test.x[:ROWS] for u in (users[index], *users)][:ROWS])
+    difference = write(model, example, out, fold=fold, plain=plain)
+    shape = list(ctx.population.shape)
+    classes = list(ctx.population.classes)
     found = {
         "file": str(out),
         "bytes": out.stat().st_size,
@@ -67,8 +83,11 @@ def export(
         console.print(f"outputs by class: {', '.join(classes)}", highlight=False, markup=False)
 
 
-def _model(directory: Path, strategy: str, seed: int, user: str | None) -> tuple[nn.Module, Tensor, list[str]]:
-    """The model of a user (None: an unseen user), training rows of the user (None: the first seen user), classes."""
+def _state(directory: Path, strategy: str, seed: int, user: str | None) -> tuple[RunContext, State, int]:
+    """Context of a run, the state that it evaluates a user with (None: an unseen user), and the user's index.
+
+    Without an unseen user's name, the index is that of the first seen user.
+    """
     from fedbn.federation.client import user_state
     from fedbn.federation.run import Run
     from fedbn.federation.setup import build_context
@@ -79,8 +98,9 @@ def _model(directory: Path, strategy: str, seed: int, user: str | None) -> tuple
     from simulations.storage.checkpoint import load_outcome
 
     runs = Comparison.load(directory).runs
-    if strategy not in set(runs["strategy"]):
-        raise unknown("strategy of this comparison", strategy, runs["strategy"])
+    known = set(runs["strategy"])
+    if strategy not in known and (strategy := _resolved(strategy)) not in known:
+        raise unknown("strategy of this comparison", strategy, known)
     found = runs[(runs["strategy"] == strategy) & (runs["seed"] == seed)]
     if found.empty:
         raise unknown("seed of this comparison", str(seed), map(str, runs["seed"].unique()))
@@ -89,15 +109,30 @@ def _model(directory: Path, strategy: str, seed: int, user: str | None) -> tuple
     ctx = build_context(run)
     outcome = load_outcome(place / CHECKPOINT, run, ctx.population.sources)
     names = [u.name for u in ctx.population.users]
-    if user is None:
-        state, index = ctx.assemble(outcome.server.serving, None), ctx.population.seen[0]
-    elif user not in names:
+    if user is not None and user not in names:
         raise unknown("user", user, names)
-    else:
-        index = names.index(user)
-        received = outcome.server.state_for(ctx, index, serving=True)
-        state = user_state(ctx, index, received, outcome.client_states.get(index))
-    return ctx.load(state), ctx.population.users[index].train.x, list(ctx.population.classes)
+    index = ctx.population.seen[0] if user is None else names.index(user)
+    if ctx.treatment.is_local_only and (user is None or index in ctx.population.unseen):
+        raise UserError(
+            f"strategy {strategy!r} shares no model, so an unseen user has none: name a seen user with --user, e.g. "
+            f"{names[ctx.population.seen[0]]!r}"
+        )
+    if user is None and outcome.server.groups:
+        raise UserError(f"strategy {strategy!r} has a model for each group of users: name a user with --user")
+    if user is None:
+        return ctx, ctx.assemble(outcome.server.serving, None), index
+    received = outcome.server.state_for(ctx, index, serving=True)
+    return ctx, user_state(ctx, index, received, outcome.client_states.get(index)), index
+
+
+def _resolved(strategy: str) -> str:
+    """Name of a strategy that may be given by an alias; the text itself if it is unknown."""
+    from fedbn.personalization.treatment import treatment
+
+    try:
+        return str(treatment(strategy))
+    except UserError:
+        return strategy
 
 
 def _adapted(model: nn.Module, rule: str, rows: Tensor) -> nn.Module:

@@ -25,6 +25,7 @@ from fedbn.online.drift.signal import InputMeans
 from fedbn.online.prior import layer_priors
 from fedbn.online.release import Release, reidentified, window_between
 from fedbn.online.state import BNState
+from fedbn.online.validation import require_batch_norm_formula
 from fedbn.seeds import generator
 from simulations.engines.execute import execute
 
@@ -145,6 +146,7 @@ def state_leaks(run: Run) -> list[StateLeak]:
     ctx = build_context(run)
     if ctx.treatment.is_local_only:
         raise UserError(f"strategy {run.strategy!r} shares no model, which states depend on: choose another")
+    require_batch_norm_formula(ctx.scratch, "leakage of states")
     outcome = execute(run, "grid:stacked")
     model = ctx.load(ctx.assemble(outcome.server.serving, None)).eval()
     return measure_states(model, ctx.population.users, run.seed)

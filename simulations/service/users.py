@@ -65,7 +65,8 @@ class UserStore:
         limits: memory limits.
 
     Raises:
-        UserError: unknown rule or detector, or the store has users of another model or rule.
+        UserError: unknown rule or detector, the model mixes the windows of a batch, or the store has users of another
+            model or rule.
     """
 
     model: nn.Module
@@ -81,6 +82,8 @@ class UserStore:
         self.net = personalize(
             self.model, rule(self.rule), self.prior, self.limits.capacity, store=self.store, classes=len(self.classes)
         )
+        windows = torch.randn(2, *self.shape, generator=torch.Generator().manual_seed(0))
+        self.net.predict(windows, ["", ""])  # fails early if the model mixes the windows of a batch
         bank = self.net.bank
         if (first := next(iter(bank.store), None)) is not None:
             BNState.from_bytes(bank.store[first], bank.model, bank.rule_text)

@@ -100,7 +100,7 @@ def test_instancenorm_rejects_layers_without_positions(small):
 
 def test_strategies_reject_model_without_norm_layers(small, register_model):
     text = register_model(lambda shape, classes: nn.Sequential(nn.Flatten(), nn.Linear(64, classes)))
-    with pytest.raises(UserError, match="conversion to group needs normalization layers and Sequential has none"):
+    with pytest.raises(UserError, match="'groupnorm' replaces layers with batch statistics and Sequential has none"):
         build_context(small("groupnorm", model=text))
     with pytest.raises(UserError, match="strategy 'silobn' works on running statistics"):
         build_context(small("silobn", model=text))
