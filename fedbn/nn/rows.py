@@ -13,11 +13,14 @@ from fedbn.nn.plain import copy_model
 ROWS = 4
 """Number of rows beside which a row is computed."""
 
+PLACE = 2
+"""Rows before it; recurrent layers that take the batch for time mix a row only with those before."""
+
 
 def mixing_layer(model: nn.Module, x: Tensor) -> str | None:
     """Where a model mixes the rows of a batch, in words; None if each row's answer is independent of the others.
 
-    The first row is computed alone and beside other rows, in the model's current mode. A difference is confirmed in
+    The first row is computed alone and between other rows, in the model's current mode. A difference is confirmed in
     float64, because rounding depends on the batch size. A model whose answers are random is not judged.
 
     Args:
@@ -52,7 +55,7 @@ def _mixes(model: nn.Module, x: Tensor) -> bool:
             beside = model(batch)
         except Exception:  # values that the model does not accept, such as unknown indices
             continue
-        return beside.shape[1:] != alone.shape[1:] or _differ(alone[0], beside[0])
+        return beside.shape != (ROWS + 1, *alone.shape[1:]) or _differ(alone[0], beside[PLACE])
     return False
 
 
@@ -65,11 +68,11 @@ def _runs(model: nn.Module, x: Tensor) -> bool:
 
 
 def _companies(x: Tensor) -> Iterator[Tensor]:
-    """Batches that start with the first row: rows far from it, and, for a model that rejects them, real rows."""
+    """Batches with the first row at `PLACE`, between rows far from it, or real rows if the model rejects those."""
     rows = x[torch.arange(ROWS, device=x.device) % len(x)]
     factors = torch.tensor([2.0, -3.0, 5.0, 10.0], device=x.device, dtype=x.dtype).view(-1, *[1] * (x.dim() - 1))
-    yield torch.cat([x[:1], factors * rows + factors])
-    yield torch.cat([x[:1], rows.flip(0)])
+    for others in (factors * rows + factors, rows.flip(0)):
+        yield torch.cat([others[:PLACE], x[:1], others[PLACE:]])
 
 
 def _differ(a: Tensor, b: Tensor) -> bool:
@@ -80,16 +83,16 @@ def _differ(a: Tensor, b: Tensor) -> bool:
 
 
 def _culprit(model: nn.Module, x: Tensor) -> str:
-    """The first layer that gets the same first row in both batches and answers differently."""
+    """The first layer that gets the same row in both batches and answers differently."""
     paths = {module: path for path, module in model.named_modules()}
     try:
-        with _recorded(model) as alone:
+        with _recorded(model, 0) as alone:
             model(x[:1])
     except Exception:  # a layer that needs several rows ends the recording
         reached = [m for m in paths if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is None]
         return _named(paths, reached[0]) if reached else "its forward pass"
     for batch in _companies(x):
-        with _recorded(model) as beside:
+        with _recorded(model, PLACE) as beside:
             if not _runs(model, batch):
                 continue
         for (module, a_in, a_out), (other, b_in, b_out) in zip(alone, beside, strict=False):
@@ -106,13 +109,16 @@ def _named(paths: dict[nn.Module, str], module: nn.Module) -> str:
 
 
 @contextmanager
-def _recorded(model: nn.Module) -> Iterator[list[tuple[nn.Module, Tensor, Tensor]]]:
-    """Modules in the order in which they finish, with the first rows of their input and output."""
+def _recorded(model: nn.Module, row: int) -> Iterator[list[tuple[nn.Module, Tensor, Tensor]]]:
+    """Modules in the order in which they finish, with one row of their input and output, or empty tensors."""
     calls: list[tuple[nn.Module, Tensor, Tensor]] = []
 
+    def at(value: object) -> Tensor:
+        found = isinstance(value, Tensor) and value.dim() and len(value) > row
+        return value[row].clone() if found else torch.empty(0)  # type: ignore[index]
+
     def hook(module: nn.Module, args: tuple[object, ...], out: object) -> None:
-        if args and isinstance(args[0], Tensor) and isinstance(out, Tensor) and args[0].dim() and out.dim():
-            calls.append((module, args[0][0].clone(), out[0].clone()))
+        calls.append((module, at(args[0] if args else None), at(out)))
 
     handles = [module.register_forward_hook(hook) for module in model.modules()]
     try:
