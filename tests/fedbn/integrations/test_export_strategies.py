@@ -172,7 +172,7 @@ def test_cli_export_has_the_accuracy_of_the_run(directory, run_cli, tmp_path, na
         plain.load_state_dict(load_file(path))
     row = "unseen" if unseen else "own"
     line = next(e for e in found["evaluations"] if (e["user"], e["row"], e["column"]) == (user.name, row, "aggregated"))
-    assert score(row, "aggregated", plain(user.test.x), user.test.y).accuracy == line["accuracy"]
+    assert score(row, "aggregated", plain(user.test.x).detach(), user.test.y).accuracy == line["accuracy"]
 
 
 @pytest.mark.slow
