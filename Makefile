@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 STAMP := $(VENV)/.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help demo deploy-demo test test-all test-oldest test-newest test-avx2 audit-packages lint bench bench-peers tables adapt-tables format clean
+.PHONY: help demo deploy-demo test test-all mutants test-oldest test-newest test-avx2 audit-packages lint bench bench-peers tables adapt-tables format clean
 
 help:  ## show this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -23,6 +23,9 @@ test: $(STAMP)-dev  ## set up and run the tests
 test-all: $(STAMP)-dev  ## all tests, including slow ones and those on Ray
 	$(BIN)/pytest -m ray -n 2
 	$(BIN)/pytest -m "not ray"
+
+mutants: $(STAMP)-dev  ## mutation score of a sample of each package; continues after an interruption (about an hour)
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.mutation
 
 test-oldest:  ## tests with the oldest supported versions, in a separate environment
 	$(PYTHON) -m venv .venv-oldest
