@@ -86,7 +86,7 @@ def load(directory: str | Path) -> Comparison:
     return Comparison.load(directory)
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class StudyResult:
     """Result of `study`.
 

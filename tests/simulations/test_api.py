@@ -15,6 +15,7 @@ from torch import nn
 
 import fedbn
 from fedbn.errors import UserError
+from simulations.api import StudyResult
 from simulations.results import inference
 from tests.helpers import ROOT, nonempty
 from tests.simulations.results.test_comparison import write
@@ -50,6 +51,13 @@ def test_help_imports_nothing_heavy():
     found = imported("sys.argv = ['fedbn', '--help']\nfrom simulations.cli import main\nmain()")
     assert "typer" in found
     assert not found & HEAVY
+
+
+def test_study_results_are_compared_by_identity(tmp_path):
+    a, b = (StudyResult(pd.DataFrame({"users": [1, 2]}), pd.DataFrame(), tmp_path) for _ in range(2))
+    assert a == a
+    assert a != b
+    assert len({a, b}) == 2
 
 
 @pytest.mark.slow  # the import contract says the same of what is written; this of what happens
