@@ -1,15 +1,50 @@
 from __future__ import annotations
 
+import dataclasses
+import json
 from dataclasses import dataclass
 
 import pytest
 
 from fedbn.config import Plan
+from fedbn.data.partition import partitions
 from fedbn.federation.run import Run, plan_for
+from fedbn.online.rules.base import rules
+from fedbn.personalization.base import personalizations
 from fedbn.plugins import parse, render, spellings
+from fedbn.privacy.mechanism import Privacy
 from fedbn.scenarios.base import scenario, scenarios
 from fedbn.strategies.base import strategies, strategy
+from fedbn.streams.base import streams
+from fedbn.tta.base import methods
 from tests.fedbn.helpers import rejects
+from tests.helpers import ROOT
+
+PLUGINS = {
+    "strategies": strategies,
+    "personalizations": personalizations,
+    "rules": rules,
+    "methods": methods,
+    "streams": streams,
+    "partitions": partitions,
+    "scenarios": scenarios,
+    "settings": lambda: {"plan": Plan, "privacy": Privacy, "run": Run},
+}
+
+
+@pytest.mark.parametrize("kind", PLUGINS)
+def test_defaults_are_those_of_stored_results(kind):
+    """A text such as ``groupnorm`` identifies stored results, so its defaults must not change silently.
+
+    Add new options to the file. If a default has to change, raise `NUMERICS` too.
+    """
+    stored = json.loads((ROOT / "tests/golden/defaults.json").read_text(encoding="utf-8"))[kind]
+    current = {
+        name: {f.name: repr(f.default) for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING}
+        for name, cls in PLUGINS[kind]().items()
+    }
+    for name, options in stored.items():
+        assert {option: current[name].get(option) for option in options} == options, name
 
 
 @pytest.mark.parametrize("name", strategies())
