@@ -48,6 +48,18 @@ def test_repartition_uses_rows_once_and_separates_test_rows(name):
     assert text.split(":")[0] in after.skew
 
 
+@pytest.mark.parametrize(
+    ("users", "size", "sizes"), [(7, 3, [3, 2, 2]), (6, 3, [3, 3]), (7, 1, [1] * 7), (7, 7, [7]), (5, 4, [3, 2])]
+)
+def test_grouped_merges_whole_users_if_size_does_not_divide(users, size, sizes):
+    owner = np.repeat(np.arange(users), np.arange(2, users + 2))
+    groups = partitions()["grouped"](size=size).split(Rows(np.zeros(len(owner)), owner), 0)
+    members = [np.unique(owner[rows]).tolist() for rows in groups]
+    assert [len(m) for m in members] == sizes
+    assert sorted(user for group in members for user in group) == list(range(users))
+    assert sorted(np.concatenate(groups).tolist()) == list(range(len(owner))), "users stay whole"
+
+
 def test_natural_partition_changes_nothing():
     before = population()
     assert repartition(before, "natural", 0) is before

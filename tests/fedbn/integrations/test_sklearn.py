@@ -41,6 +41,11 @@ def copy(model):
     return pickle.loads(pickle.dumps(model))  # noqa: S301
 
 
+def test_classifier_has_the_documented_defaults():
+    options = {"model": "mlp", "rule": "pseudo:n0=64", "strategy": "global-pooled", "random_state": None}
+    assert PersonalizedClassifier().get_params() == options | {"rounds": 20, "batch_size": 32, "lr": 0.05}
+
+
 def test_fit_stores_no_user_statistics(fitted, data):
     assert fitted.network_.users == []
     assert fitted.score(*data[:2]) > 0.9

@@ -284,6 +284,42 @@ def test_snapshot_and_restore_are_exact():
     assert [net.state(u).to_bytes() for u in "abc"] == before
 
 
+def test_restore_discards_the_last_prediction():
+    _, x, net = personalized("har")
+    net(x[:2], user=["a", "b"])
+    snap, state = net.snapshot(), net.state("a").to_bytes()
+    net.predict(x[:1] * 3, user="a")
+    net.restore(snap)
+    with pytest.raises(UserError, match="nothing to commit"):
+        net.commit()
+    assert net.state("a").to_bytes() == state
+
+
+def test_layer_that_did_not_run_keeps_statistics():
+    class Skipping(Branched):
+        skips = False
+
+        def forward(self, x):
+            x = self.inner["conv2"](self.conv3(x).mean(2)).flatten(2)
+            return self.head((x if self.skips else self.any(x)).mean(2))
+
+    model, x = randomized(Skipping(), 5, 1, 4, 6, 5)
+    net = personalize(model, "ema:rate=0.5")
+    before = net.statistics("ann")
+    net(x, user="ann")
+    ran = net.statistics("ann")
+    net.model.skips = True
+    net(x * 3, user="ann")
+    after = net.statistics("ann")
+    for path in ("any", "shared", "unused"):
+        assert all(torch.equal(a, b) for a, b in zip(after[path], ran[path], strict=True)), path
+    assert all(torch.equal(a, b) for a, b in zip(after["unused"], before["unused"], strict=True))
+    for a, b in zip(ran["any"], before["any"], strict=True):
+        assert not torch.isclose(a, b).any()
+    for a, b in zip(after["conv3.1"], ran["conv3.1"], strict=True):
+        assert not torch.isclose(a, b).any()
+
+
 def test_predict_is_thread_safe():
     model, x = NETS["har"]()
     nets = [personalize(model) for _ in range(2)]

@@ -293,6 +293,18 @@ def test_judge_alarms_matches_alarms_to_changes():
     assert judge_alarms([7], [], n=100).false_per_1000 == 10
 
 
+def test_judge_alarms_at_the_limits():
+    at_change = judge_alarms([100], [100], n=500, patience=40)
+    assert (at_change.delays, at_change.missed, at_change.false_per_1000) == ((0,), 0, 0)
+    before, last, late = (judge_alarms([100 + d], [100], n=500, patience=40) for d in (-1, 39, 40))
+    assert (before.delays, last.delays, late.delays) == ((), (39,), ())
+    assert [j.false_per_1000 for j in (before, last, late)] == [2, 0, 2]
+    # An alarm at the next change belongs to that change.
+    assert judge_alarms([120], [100, 120], n=500, patience=40).delays == (0,)
+    assert judge_alarms([120], [100, 120], n=500, patience=40).missed == 1
+    assert judge_alarms([499], [490], n=495).delays == ()
+
+
 @pytest.mark.parametrize("text", ["pseudo:n0=4", "ema:rate=0.1", "dabn", "class-mixture"])
 def test_follow_personalized_matches_single_users(text):
     g = torch.Generator().manual_seed(0)

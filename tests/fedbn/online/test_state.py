@@ -204,6 +204,24 @@ def test_merge_averages_extra_values_by_windows():
     assert not torch.equal(one.extra["features.1"], two.extra["features.1"])
 
 
+def test_unmerge_inverts_merge_for_extra_values_and_counts():
+    a, b = fitted("tema", 3), fitted("tema", 5)
+    b(data(4, seed=9), user="ann")
+    one, two = a.state("ann"), b.state("ann")
+    merged = one.merge(two)
+    assert merged.n == 12
+    assert merged.tally == one.tally | {"t": 3 + 6, "offered": 12, "learned": 12}
+    for whole, part, rest in ((merged, one, two), (merged, two, one)):
+        left = whole.unmerge(part)
+        assert_states_close(left, rest)
+        for path, e in left.extra.items():
+            torch.testing.assert_close(e, rest.extra[path])
+    assert not torch.allclose(merged.extra["features.1"], one.extra["features.1"])
+    empty = merged.unmerge(merged)
+    assert empty.n == 0
+    assert all(torch.equal(e, merged.extra[path]) for path, e in empty.extra.items())
+
+
 def test_shrink_merges_n0_windows_of_prior():
     x = draw(8, mean=0)
     a, b = (state_of(part)[0] for part in (x[:3], x[3:] * 4 + 7))

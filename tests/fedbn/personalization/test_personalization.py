@@ -24,6 +24,12 @@ def one_round(ctx, user=0):
     return client_round(ctx, user, ctx.initial_server_state(), None, Progress(1, 2))
 
 
+def test_methods_with_equal_options_are_equal():
+    for method in (Personalization, *personalizations().values()):
+        assert method() == method()
+        assert len({method(), method()}) == 1
+
+
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("name", METHODS)
 def test_engines_agree_for_every_norm_and_method(name, norm, small):

@@ -56,6 +56,12 @@ def test_files_splits_in_time_without_recordings(save):
     assert numbers(load(save(), "gap=0").users[0].train) == list(range(15))
 
 
+def test_files_rejects_gap_that_leaves_no_training_rows(save):
+    for gap, rows in ((14, 1), (15, 0), (16, 0), (20, 0), (99, 0)):
+        rejects(f"user '0' has 20 rows, which leaves {rows} to train and 5 to test", load, save(), f"gap={gap}")
+    assert numbers(load(save(), "gap=13").users[0].train) == [0, 1]
+
+
 def test_files_uses_later_recordings_for_testing(save):
     path = save(recording=np.tile(["b"] * 5 + ["a"] * 9 + ["c"] * 6, 3))
     population = load(path)

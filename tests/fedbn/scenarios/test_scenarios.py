@@ -230,7 +230,10 @@ def test_watch_leaves_gap_between_training_and_test(monkeypatch):
     users = watch.Watch(unseen=0, window=32).load(0).users
     for user, recording in zip(users, (0, 1, 3, 2), strict=True):
         used = [data.x[:, 0].long() for data in (user.train, user.test)]
+        half = (lengths[recording] - 32) // 2
         assert int(used[0].min()) == starts[recording]
+        assert int(used[1].min()) == starts[recording] + half + 32
+        assert starts[recording] + half - 16 <= int(used[0].max()) < starts[recording] + half
         assert int(used[1].min()) - int(used[0].max()) > 32
         assert int(used[1].max()) < starts[recording] + lengths[recording]
 
@@ -252,6 +255,18 @@ def test_digits_shares_no_mnist_image_between_domains(monkeypatch):
     mnist, mnistm = (set(digits.DOMAINS[name]({})[1].tolist()) for name in ("mnist", "mnistm"))
     assert not mnist & mnistm
     assert mnist | mnistm == set(range(200))
+
+
+def test_digits_fonts_are_centered_and_of_the_size_of_mnist(monkeypatch):
+    monkeypatch.setattr(digits, "FONT_IMAGES", 60)
+    images, labels = digits._fonts({})
+    assert labels.tolist() == [*range(10)] * 6
+    for image in images:
+        rows, columns = (np.flatnonzero((image > 64).any(axis)) for axis in (1, 0))
+        for used in (rows, columns):
+            assert abs((used[0] + used[-1]) / 2 - 13.5) < 3.5, "at most 2 px from the center, and rotated"
+        assert 10 < rows[-1] - rows[0] < 24
+        assert image.max() > 200
 
 
 def test_digits_selects_unseen_by_name_and_limits_test(load):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,6 +19,7 @@ from fedbn.federation.metrics import COLUMNS, score, scores
 from fedbn.federation.server import Server, global_columns, served_users
 from fedbn.federation.setup import build_context
 from fedbn.stacked.cohort import Failure
+from fedbn.stacked.evaluate import PaddedBatch
 from fedbn.stacked.executors import ClientExecutor
 from fedbn.strategies.base import Progress, strategies
 from fedbn.strategies.silobn import SiloBN
@@ -136,6 +138,19 @@ def test_stacked_evaluation_on_threads_is_bit_identical(monkeypatch):
     monkeypatch.setattr("fedbn.stacked.executors.stack_width", lambda *_, **__: 2)
     jobs = jobs_of(with_test_sizes(build_context(unequal_users_run("fedbn", "small-cnn"))))
     assert ClientExecutor("stacked", 2).run(jobs) == ClientExecutor("stacked", 1).run(jobs)
+
+
+@pytest.mark.parametrize(
+    ("limit", "lengths"), [(1, [1] * 5), (2 * 3 * 4, [1] * 5), (2 * 3 * 4 * 2, [2, 2, 1]), (999, [5])]
+)
+def test_padded_batch_splits_by_bytes_of_all_users(limit, lengths, monkeypatch):
+    monkeypatch.setattr("fedbn.stacked.evaluate.MAX_INPUT_BYTES", limit)
+    batch = PaddedBatch.of([torch.arange(6.0).view(2, 3), torch.arange(15.0).view(5, 3)])
+    parts = batch.split()
+    assert [p.x.shape[1] for p in parts] == lengths
+    assert torch.equal(torch.cat([p.x for p in parts], 1), batch.x)
+    assert np.sum([p.n for p in parts], 0).tolist() == [2, 5]
+    assert all(0 <= n <= p.x.shape[1] for p in parts for n in p.n)
 
 
 @pytest.mark.parametrize("rows", [1, 10, 40])

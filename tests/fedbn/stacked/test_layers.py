@@ -42,6 +42,7 @@ LAYERS = {
     "max pool dilated": (lambda: nn.MaxPool2d((2, 3), 1, 1, (1, 2), ceil_mode=True), (3, 6, 9)),
     "max pool of volumes": (lambda: nn.MaxPool3d(2, 1), (3, 3, 4, 2)),
     "average pool without padding": (lambda: nn.AvgPool2d((3, 2), 2, 1, True, False), (3, 6, 5)),
+    "average pool of padding": (lambda: nn.AvgPool1d(3, 2, 1, ceil_mode=False, count_include_pad=True), (3, 8)),
     "average pool with divisor": (lambda: nn.AvgPool2d(3, 1, 1, divisor_override=4), (3, 6, 5)),
     "average pool of volumes": (lambda: nn.AvgPool3d((2, 1, 3), 1), (3, 3, 4, 3)),
     "adaptive pool of signals": (lambda: nn.AdaptiveAvgPool1d(4), (3, 7)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -164,6 +165,24 @@ def test_fit_stack_needs_no_host_synchronization():
     with pytest.raises(NotImplementedError, match="meta") as caught:
         fit_stack(build_program(net), clients, x, y, SGDConfig(0.1, momentum=0.9, weight_decay=0.1))
     assert "total.tolist()" in str(next(e.statement for e in reversed(caught.traceback) if "fit.py" in str(e.path)))
+
+
+@pytest.mark.parametrize("failing", [None, -1])
+def test_keep_freed_memory_sets_options_of_glibc(failing, monkeypatch):
+    calls = []
+
+    def mallopt(option, value):
+        calls.append((option, value))
+        return int(option != failing)
+
+    libc = SimpleNamespace(mallopt=mallopt, gnu_get_libc_version=None)
+    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.setattr("ctypes.CDLL", lambda name: libc)
+    assert keep_freed_memory() is (failing is None)
+    # The numbers in malloc.h of M_MMAP_MAX, M_TRIM_THRESHOLD and M_TOP_PAD.
+    assert calls == [(-4, 0), (-1, 2**31 - 1), (-2, 2**26)][: 3 if failing is None else 2]
+    del libc.gnu_get_libc_version
+    assert keep_freed_memory() is False
 
 
 def test_collect_garbage_rarely_freezes_loaded_objects():

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedbn.statistics.moments import Moments, naive_mean, pooled, pooled_variance
+from fedbn.statistics.moments import MAX_STACKED_ELEMENTS, Moments, naive_mean, pooled, pooled_variance
 from tests import oracles
 
 values = st.lists(st.lists(st.floats(-100, 100), min_size=2, max_size=2), min_size=1, max_size=12)
@@ -78,6 +78,28 @@ def test_naive_mean_is_independent_of_stack_size(count, size):
         mean = naive_mean(values, [i + 1 for i in range(count)])
     expected = sum(i * (i + 1) for i in range(count)) / sum(range(1, count + 1))
     assert mean.tolist() == [[pytest.approx(expected), -1.0]]
+
+
+@pytest.mark.parametrize("count", [MAX_STACKED_ELEMENTS, MAX_STACKED_ELEMENTS + 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_naive_mean_weights_tensors_of_any_size(count, dtype):
+    values = [torch.full((count,), value, dtype=dtype) for value in (1.0, -2.0, 10.0)]
+    mean = naive_mean(values, [5, 3, 0.5])
+    assert mean.dtype == dtype
+    assert mean.shape == (count,)
+    torch.testing.assert_close(mean, torch.full_like(mean, (5 * 1 + 3 * -2 + 0.5 * 10) / 8.5))
+    large = [torch.full((count,), value, dtype=dtype) for value in (1e8, 1.0, -1e8)]
+    torch.testing.assert_close(naive_mean(large, [1, 1, 1]), torch.full_like(mean, 1 / 3), rtol=1e-6, atol=0)
+
+
+def test_pooled_variance_equals_variance_of_union_of_unequal_parts():
+    parts = [
+        torch.randn(n, 3, 2, generator=torch.Generator().manual_seed(n), dtype=torch.float64) + n for n in (2, 5, 9)
+    ]
+    means, variances = ([f(part) for part in parts] for f in (lambda p: p.mean(0), lambda p: p.var(0, correction=0)))
+    union = torch.cat(parts)
+    torch.testing.assert_close(pooled_variance(means, variances, [2, 5, 9]), union.var(0, correction=0))
+    torch.testing.assert_close(naive_mean(means, [2, 5, 9]), union.mean(0))
 
 
 def test_pooled_variance_includes_variance_of_means():

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from fedbn.federation.setup import build_context
 from fedbn.nn.roles import Role, norm_layers
-from fedbn.strategies.base import Progress
+from fedbn.strategies.base import Progress, strategy
 from tests.helpers import federated
 
 
@@ -28,6 +29,11 @@ def test_training_equals_global_bn_exactly(name, small, naive_state):
             assert torch.equal(out.server.state[key], value), key
         elif name.startswith("ghost"):
             torch.testing.assert_close(out.server.state[key], value, rtol=1e-5, atol=1e-6)
+
+
+def test_groupnorm_has_eight_groups_by_default():
+    layers = norm_layers(strategy("groupnorm").prepare_model(nn.Sequential(nn.BatchNorm2d(72), nn.BatchNorm1d(20))))
+    assert [layer.num_groups for layer in layers.values()] == [8, 5]
 
 
 def test_batch_renorm_with_closed_limits_is_global_bn(small, naive_state):

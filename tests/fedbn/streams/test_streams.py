@@ -198,6 +198,22 @@ def test_stream_rejects_bad_input(text, message):
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize("name", [n for n in ALL if stream(n).num_persons == 1])
+def test_stream_of_one_person_is_that_of_the_first_recording(name):
+    first, *others = make_recordings(3)
+    assert stream(name).make("a", [first, *others], 0).digest == stream(name).make("a", [first], 0).digest
+
+
+def test_make_all_takes_people_in_cyclic_order():
+    recordings = make_recordings(3, n=4)
+    made = stream("recurring:people=3:visits=2").make_all(["a", "b", "c"], recordings, 0)
+    thousands = [(s.x[:, 0, 0] // 1000).int().tolist() for s in made]
+    for own, (first, second, third) in enumerate([(0, 1, 2), (1, 2, 0), (2, 0, 1)]):
+        assert thousands[own] == [first] * 2 + [second] * 2 + [third] * 2 + [first] * 2 + [second] * 2 + [third] * 2
+    two = stream("switch").make_all(["a", "b", "c"], recordings, 0)
+    assert [(s.x[[0, -1], 0, 0] // 1000).int().tolist() for s in two] == [[0, 1], [1, 2], [2, 0]]
+
+
 def test_make_all_rejects_too_few_people():
     with pytest.raises(UserError, match="stream 'recurring' needs 3 people and there are 2"):
         stream("recurring:people=3").make_all(["a", "b"], make_recordings(2), 0)

@@ -24,6 +24,7 @@ from fedbn.tta.adaptation_rates import RATES, add_rates
 from fedbn.tta.base import (
     Adapter,
     affine_parameters,
+    augment,
     entropy,
     features_of,
     method,
@@ -320,6 +321,27 @@ def test_robust_bn_normalizes_by_updated_statistics():
     var = 0.95 + 0.05 * x.var((0, 2), correction=0)
     torch.testing.assert_close(out, (x - mean[:, None]) / (var[:, None] + bn.eps).sqrt())
     torch.testing.assert_close(net[0].running_var, var)
+
+
+@pytest.mark.parametrize("nu", [0.5, 1])
+def test_rotta_teacher_moves_towards_student(nu):
+    net, x = network(), windows(32)
+    options = "rotta:capacity=8:lr=0.05"
+    fixed, moved = (adapted(f"{options}:nu={value}", net, x) for value in (0, nu))
+    torch.testing.assert_close(fixed[:8], moved[:8])
+    assert (fixed[8:] - moved[8:]).abs().amax(1).min() > 1e-4
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (5, 3, 8), (5, 3, 4, 6)])
+def test_augment_scales_channels_and_adds_relative_noise(shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1)) * 3 + 1
+    draw = torch.Generator().manual_seed(0)
+    scale = 1 + 0.2 * torch.randn(5, 3, generator=draw)
+    noise = torch.randn(shape, generator=draw)
+    level = x.flatten(2).std(2) if len(shape) > 2 else x.abs()
+    broad = (slice(None), slice(None), *[None] * (len(shape) - 2))
+    expected = x * scale[broad] + 0.2 * level[broad] * noise
+    torch.testing.assert_close(augment(x, torch.Generator().manual_seed(0), 0.2), expected)
 
 
 @pytest.mark.parametrize("text", ["note:k=1e9", "rotta"])

@@ -283,6 +283,24 @@ def test_clear_best_requires_every_paired_interval(comparison):
     assert {b[:2] for b in comparison.clear_best("loss")} >= {("fedbn", "own")}
 
 
+def test_clear_best_requires_gain_on_users_in_common(tmp_path):
+    write(tmp_path, {"global": 0.6, "fedbn": 0.57}, user_std=0.1, noise=0.001)
+    # The worse strategy was tested on the easy users only, and has the higher mean.
+    keep_evaluations(tmp_path, lambda _, e: e["row"] == "own" and e["accuracy"] > 0.55, "1-*")
+    comparison = Comparison.load(tmp_path)
+    mean = comparison.matrix().query(OWN).set_index("strategy")["mean"]
+    line = single(comparison.paired(), strategy="fedbn", row="own", column="aggregated")
+    assert mean["fedbn"] > mean["global"]
+    assert line["ci_high"] < 0
+    assert not any(row == "own" and column == "aggregated" for _, row, column in comparison.clear_best())
+
+
+def test_comparisons_are_compared_by_identity(comparison, directory):
+    assert comparison == comparison
+    assert comparison != Comparison.load(directory)
+    assert len({comparison, Comparison.load(directory)}) == 2
+
+
 def test_missing_cells_are_nan(comparison):
     line = single(comparison.matrix(), strategy="groupnorm", row="own", column="online")
     assert np.isnan(line["mean"])
@@ -417,6 +435,17 @@ def test_load_skips_runs_of_other_comparison(tmp_path):
     assert set(comparison.runs["strategy"]) == {"global", "fedbn"}
 
 
+def test_load_skips_run_of_other_seed_or_strategy(tmp_path):
+    meta = json.loads((write(tmp_path) / "comparison.json").read_text())
+    write_comparison(tmp_path, meta | {"seeds": [0, 2]})
+    comparison = Comparison.load(tmp_path)
+    assert "0-1, 1-1, 2-1" in comparison.notices[0]
+    assert set(comparison.runs["seed"]) == {0, 2}
+    assert len(comparison.runs) == 6
+    write_comparison(tmp_path, meta | {"seeds": [0, 2], "strategies": ["global", "fedbn"]})
+    assert "0-1, 1-1, 2-0, 2-1, 2-2" in Comparison.load(tmp_path).notices[0]
+
+
 def test_shared_model_is_compared_for_every_user(tmp_path):
     """A run stores the global test of a shared model once, for its first user; users differ between seeds."""
     write(tmp_path)
@@ -438,6 +467,7 @@ def test_shared_model_is_compared_for_every_user(tmp_path):
     assert np.isnan(shared[["ci_low", "ci_high", "p"]].astype(float)).all()
     assert shared["seed_low"] == pytest.approx(0.02)
     assert (shared["better"], shared["worse"]) == (12, 0)
+    assert comparison.evaluations.index.tolist() == list(range(len(comparison.evaluations)))
 
 
 def test_one_unseen_user_per_seed(tmp_path):

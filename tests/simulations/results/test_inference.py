@@ -47,6 +47,18 @@ def test_signed_rank_matches_enumeration_of_signs(steps):
     assert signed_rank(np.array(steps) / 7) == pytest.approx(expected, abs=1e-12)
 
 
+@pytest.mark.parametrize("n", [6, 20])
+def test_signed_rank_treats_rounding_errors_as_ties(n):
+    steps = np.array([1, 1, -1, 2, -2, 3, 3, 3, -1, 1] * 2)[:n]
+    exact = steps / 10
+    noisy = exact + 1e-15 * np.random.default_rng(0).standard_normal(n)
+    assert len(np.unique(np.abs(noisy))) == n
+    assert signed_rank(noisy) == signed_rank(exact)
+    assert signed_rank(noisy) == pytest.approx(stats.wilcoxon(steps).pvalue, abs=1e-12)
+    assert math.isnan(signed_rank(np.array([0.1 + 0.2, 0.3, 0.3]))), "the same difference for every user"
+    assert signed_rank(np.array([1e-15, -2e-15, 0])) == 1
+
+
 def test_signed_rank_of_repeated_observation_is_nan():
     assert math.isnan(signed_rank(np.full(5, 0.1)))
     assert signed_rank(np.zeros(3)) == 1.0

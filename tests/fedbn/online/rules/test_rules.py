@@ -18,7 +18,7 @@ from fedbn.nn.hooks import capture_inputs
 from fedbn.nn.roles import statistics_layers
 from fedbn.online import LayerPrior, personalize, population_prior, rule, source_prior
 from fedbn.online.rules.base import rules
-from fedbn.online.statistics import mix
+from fedbn.online.statistics import Prior, mix
 from fedbn.plugins import render
 
 C, L, K = 3, 7, 4
@@ -399,6 +399,30 @@ def test_tema_weighs_source_by_divergence():
         torch.testing.assert_close(inputs[i + 1] if i < 2 else out.view(1, 2, 5), expected)
 
 
+def test_tema_divergence_is_symmetric_kl_of_gaussians():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2), nn.BatchNorm1d(2), nn.Flatten()).double().eval()
+    for i, layer in enumerate(list(model)[:3]):
+        layer.running_mean += torch.tensor([0.3 * i, -0.7])
+        layer.running_var += torch.tensor([0.2, 1.5 * i])
+    net = personalize(model, "tema:smooth=0", classes=K)
+    net(torch.randn(64, 2, 5, dtype=torch.float64) * 1.3 - 0.8, user=1)
+    divergences = []
+    for i, layer in enumerate(list(model)[:3]):
+        learned = net.state(1).layers[str(i)]
+        p, q = (
+            torch.distributions.Normal(mean, (var + EPS).sqrt())
+            for mean, var in ((learned.mean, learned.variance()), (layer.running_mean, layer.running_var))
+        )
+        kl = torch.distributions.kl_divergence
+        divergences.append(float((kl(p, q) + kl(q, p)).sum()))
+    z = (np.array(divergences) - np.mean(divergences)) / np.std(divergences)
+    expected = (np.clip(z, -1, 1) + 1) / 4
+    r = net.bank.rows["extra"][net.bank.slot["1"]][1]
+    np.testing.assert_allclose(r[::2].numpy(), expected, rtol=1e-9)
+    assert len(set(expected.tolist())) == 3
+
+
 def test_edtn_weighs_source_by_depth():
     model = nn.Sequential(*[nn.BatchNorm1d(1, eps=0.0) for _ in range(3)]).double().eval()
     net = personalize(model, "edtn", classes=1)
@@ -495,6 +519,30 @@ def test_fade_reduces_weight_by_layer():
         share = 0.5**i
         expected = share * mean, (1 - share) + share * var + share * (1 - share) * mean**2
         torch.testing.assert_close(faded.statistics(1)[str(i)], expected)
+
+
+def test_guard_uses_adapted_statistics_at_a_tie():
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2)).eval()
+    net, plain = (personalize(model, f"ema:rate=0.5:guard={g}") for g in ("true", "false"))
+    x = torch.randn(8, 3, generator=torch.Generator().manual_seed(0)) * 3 + 1
+    for either in (net, plain):
+        either(x, user="ann")
+    for entropy, prior_entropy, is_adapted in ((0.25, 0.25, True), (0.25, 0.5, True), (0.5, 0.25, False)):
+        net.bank.rows["entropy"][:] = entropy
+        net.bank.rows["prior_entropy"][:] = prior_entropy
+        expected = plain.predict(x, user="ann") if is_adapted else model(x)
+        assert torch.equal(net.predict(x, user="ann"), expected)
+        assert net.report("ann")["statistics"] == ("adapted" if is_adapted else "prior")
+    assert not torch.allclose(plain.predict(x, user="ann"), model(x))
+
+
+def test_clip_moments_limits_mean_and_variance_by_prior():
+    prior = Prior(torch.tensor([[1.0, -2.0, 0.5]]), torch.tensor([[4.0, 0.25, 9.0]]), torch.zeros(3), 1, torch.zeros(3))
+    moments = torch.tensor([[9.0, -9.0, 1.0]]), torch.tensor([[100.0, 100.0, 30.0]])
+    mean, var = rule("pseudo:clip=2").clip_moments(prior, moments)
+    assert mean.tolist() == [[1 + 2 * 2, -2 - 2 * 0.5, 1.0]]
+    assert var.tolist() == [[(2 * 2) ** 2, (2 * 0.5) ** 2, 30.0]]
+    assert rule("pseudo").clip_moments(prior, moments) is moments
 
 
 def test_guard_falls_back_to_prior_when_entropy_rises():
