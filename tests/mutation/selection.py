@@ -1,8 +1,9 @@
-"""Likely tests of a module: its doctests, the mirrored directory of tests, and tests that import it."""
+"""Likely tests of a module: its doctests, the mirrored directory of tests, and tests with its name or that import it."""
 
 from __future__ import annotations
 
 import ast
+import re
 from functools import cache
 from pathlib import Path
 
@@ -42,10 +43,11 @@ def likely_tests(module, root):
     importing = [t for t in tests if module in imported_by_test(t, root)]
     mirrored = [t for t in tests if Path(t).parent == Path("tests", module).parent]
     mirrored.sort(key=lambda t: t not in importing)
-    if not mirrored + importing:
+    named = [t for t in tests if Path(module).stem in re.split(r"[/_.]", t)]
+    if not mirrored + named + importing:
         users = {s for s in sources(root) if module in imported(s, root)}
         importing = [t for t in tests if users & imported_by_test(t, root)]
-    return list(dict.fromkeys([module, *mirrored, *importing]))
+    return list(dict.fromkeys([module, *mirrored, *named, *importing]))
 
 
 def sources(root):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -46,6 +47,26 @@ def observe(users, user, x, learn=True, hold=False):
 
 
 # ---------------------------------------------------------------- users
+
+
+def test_detectors_observe_the_windows_of_their_user_in_order():
+    observed = []
+
+    class Monitor:
+        def observe(self, users, means, predicted):
+            observed.append((users, means.tolist(), predicted.tolist()))
+            return [(float(m), m in (11, 14)) for m in means]
+
+    jobs = [SimpleNamespace(user=user, n=n) for user, n in (("ann", 2), ("bob", 1), ("cem", 3))]
+    means, predicted = np.arange(10, 16), np.arange(20, 26)
+    store = SimpleNamespace(monitor=Monitor())
+    drift = UserStore._detect_drift(store, jobs, np.array([0, 2, 3, 6]), means, predicted)
+    assert observed == [
+        (["ann", "bob", "cem"], [10, 12, 13], [20, 22, 23]),
+        (["ann", "cem"], [11, 14], [21, 24]),
+        (["cem"], [15], [25]),
+    ]
+    assert drift == {"ann": (11.0, True), "bob": (12.0, False), "cem": (15.0, True)}
 
 
 def test_batched_answers_equal_single_predictions(model):

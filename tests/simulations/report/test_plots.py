@@ -1,0 +1,10 @@
+from __future__ import annotations
+
+from simulations.report.plots import PALETTE, _color, _stroke
+
+
+def test_reference_is_dashed_and_others_differ():
+    strokes = [(_color(i), *_stroke(i).values()) for i in range(2 * len(PALETTE) + 1)]
+    assert strokes[0][1:] == ("--", "")
+    assert all(line != "--" and marker for _, line, marker in strokes[1:])
+    assert len(set(strokes)) == len(strokes)
