@@ -1,4 +1,4 @@
-"""Likely tests of a module: its doctests, the mirrored directory of tests, and tests with its name or that import it."""
+"""Likely tests of a module: its doctests, the mirrored directory, and tests with its name or that import it."""
 
 from __future__ import annotations
 
