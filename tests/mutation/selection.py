@@ -1,4 +1,4 @@
-"""Likely tests of a module: its doctests, the mirrored directory, and tests with its name or that import it."""
+"""Likely tests of a module: doctests, mirrored directories, and tests that have its name or import it."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def likely_tests(module, root):
     tests = sorted(p.relative_to(root).as_posix() for p in (root / "tests").rglob("test_*.py"))
     tests = [t for t in tests if not t.startswith("tests/mutation/")]
     importing = [t for t in tests if module in imported_by_test(t, root)]
-    mirrored = [t for t in tests if Path(t).parent == Path("tests", module).parent]
-    mirrored.sort(key=lambda t: t not in importing)
+    mirrored = [t for t in tests if Path(t).parent in Path("tests", module).parents]
+    mirrored.sort(key=lambda t: (-t.count("/"), t not in importing))
     named = [t for t in tests if Path(module).stem in re.split(r"[/_.]", t)]
     if not mirrored + named + importing:
         users = {s for s in sources(root) if module in imported(s, root)}
