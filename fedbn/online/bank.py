@@ -14,15 +14,19 @@ from torch import Tensor
 
 from fedbn.errors import UserError
 from fedbn.online.layer import scale_and_shift
+from fedbn.online.records import BASE, Records
 from fedbn.online.rules.base import Rule
-from fedbn.online.state import BNState
+from fedbn.online.state import TALLY, BNState
 from fedbn.online.statistics import Pair, Prior, State, WindowStatistics, map_tensors, slice_channels
 from fedbn.online.stores import Store
 from fedbn.plugins import render
 from fedbn.statistics.moments import Moments
 
-COUNTERS = ("offered", "learned", "entropy", "prior_entropy")
+COUNTERS = tuple(name for name in TALLY if name != "t")
 """Values per user in addition to the state of the rule."""
+
+DERIVED = ("scale", "shift")
+"""Values per user that are computed from the others."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,9 @@ class Bank:
         capacity: maximum number of users in memory.
         store: store for evicted users.
         model: fingerprint of the network.
+
+    Attributes:
+        changed: users whose state is not in the store yet.
     """
 
     def __init__(
@@ -97,16 +104,23 @@ class Bank:
         self.rows |= {name: torch.zeros_like(prior.mean) for name in ("scale", "shift")}
         self.slot: OrderedDict[str, int] = OrderedDict()
         self.free: list[int] = []
+        self.changed: set[str] = set()
         self.refresh(torch.zeros(1, dtype=torch.long))
         self.template = {name: t.clone() for name, t in self.rows.items()}
+        self.records = self._records()
 
     # ---------------------------------------------------------------- users
 
     def group(self, ids: Sequence[str], *, create: bool) -> Group:
-        """Find the rows of a batch's users. Loads them from the store; adds unknown users if ``create``.
+        """Find the rows of a batch's users. Loads them from the store.
+
+        Args:
+            ids: user of each row.
+            create: whether the caller changes the users' states. Adds unknown users.
 
         Raises:
             UserError: more different users than the capacity.
+            DamagedRecordError: the stored state of a user is damaged.
         """
         index: dict[str, int] = {}
         row = [index.setdefault(user, len(index)) for user in ids]
@@ -121,14 +135,19 @@ class Bank:
         for user in needed:
             if user not in self.slot:
                 self._load(user)
+        if create:
+            self.changed.update(index)
         device = self.source.mean.device
         slots = torch.tensor([self.slot.get(u, 0) for u in index], dtype=torch.long, device=device)
         return Group(list(index), slots, torch.tensor(row, dtype=torch.long, device=device))
 
     def _load(self, user: str) -> None:
+        record = self.store.get(user)
+        row = None if record is None else self.records.unpack(record)
         if len(self.slot) >= self.capacity:
             oldest = next(iter(self.slot))
-            self._save(oldest)
+            if oldest in self.changed:
+                self._save([oldest])
             self.free.append(self.slot.pop(oldest))
         if not self.free:
             used = len(self.rows["t"])
@@ -137,19 +156,37 @@ class Bank:
                 self.rows[name] = torch.cat([rows, self.template[name].expand(more, *rows.shape[1:])])
             self.free = list(range(used + more - 1, used - 1, -1))
         slot = self.free.pop()
-        if user in self.store:
-            self.put(slot, BNState.from_bytes(self.store[user], self.model, self.rule_text))
-        else:
-            self.clear(slot)
+        self.clear(slot)
+        if row is not None:
+            self._fill(slot, row)
         self.slot[user] = slot
 
-    def _save(self, user: str) -> None:
-        self.store[user] = self.get(self.slot[user]).to_bytes(self.source.mean.dtype)
+    def _fill(self, slot: int, row: dict[str, Tensor]) -> None:
+        """Write the row of a record to a cleared row. Parts without windows get the rule's initial values."""
+        slots = torch.tensor([slot], device=self.source.mean.device)
+        for name in BASE:
+            if name in row:
+                self.rows[name][slot] = row[name].to(self.rows[name])
+        start = self.rule.start(self.prior(slots), self.classes)
+        used = (row["n"] > 0)[:, None]
+        row |= {name: torch.where(used, row[name], getattr(start, name)[0].cpu()) for name in ("mean", "var")}
+        for name, value in row.items():
+            self.rows[name][slot] = value.to(self.rows[name])
+        self.refresh(slots)
+
+    def _save(self, users: Sequence[str]) -> None:
+        slots = torch.tensor([self.slot[u] for u in users], dtype=torch.long, device=self.source.mean.device)
+        self.store.update(zip(users, self.records.pack(self.rows, slots), strict=True))
+        self.changed.difference_update(users)
 
     def flush(self) -> None:
-        """Write all users in memory to the store."""
-        for user in self.slot:
-            self._save(user)
+        """Write the users that have changed to the store."""
+        if self.changed:
+            self._save([user for user in self.changed if user in self.slot])
+
+    def _records(self) -> Records:
+        stored = {name: t for name, t in self.template.items() if name not in DERIVED}
+        return Records(stored, self.model, self.rule_text)
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> None:
         """Apply a function to every tensor, e.g. to move it to another device."""
@@ -157,11 +194,13 @@ class Bank:
         self.affine = function(self.affine[0]), function(self.affine[1])
         self.rows = {name: function(t) for name, t in self.rows.items()}
         self.template = {name: function(t) for name, t in self.template.items()}
+        self.records = self._records()
 
     def drop(self, user: str) -> None:
         """Delete a user from memory and store."""
         if user in self.slot:
             self.free.append(self.slot.pop(user))
+        self.changed.discard(user)
         self.store.pop(user, None)
 
     def clear(self, slot: int) -> None:
@@ -272,19 +311,29 @@ class Bank:
             },
             extra={path: row["extra"][:, span] for path, span in self.spans.items()},
             classes=row["classes"].double(),
-            tally={name: float(row[name]) for name in ("t", *COUNTERS)},
+            tally={name: float(row[name]) for name in TALLY},
             frozen=bool(row["frozen"]),
             rule=self.rule_text,
             model=self.model,
         )
 
+    def check(self, state: BNState) -> None:
+        """Check that a state can be written to a row.
+
+        Raises:
+            UserError: the state belongs to another model or rule, or is not valid.
+        """
+        state.require(self.model, self.rule_text)
+        widths = {path: span.stop - span.start for path, span in self.spans.items()}
+        state.validate(widths, self.rows["n"].shape[1], self.rows["extra"].shape[1], self.classes)
+
     def put(self, slot: int, state: BNState) -> None:
         """Write a state to one row. Parts without windows get the rule's initial values.
 
         Raises:
-            UserError: the state belongs to another model or rule.
+            UserError: as for `check`; the row does not change.
         """
-        state.require(self.model, self.rule_text)
+        self.check(state)
         self.clear(slot)
         for path, span in self.spans.items():
             if path in state.base:
@@ -292,17 +341,19 @@ class Bank:
                 self._set("base_var", slot, span, state.base[path].variance())
         slots = torch.tensor([slot], device=self.source.mean.device)
         self.write(slots, self.rule.start(self.prior(slots), self.classes))
+        # A released state has windows in some layers only.
+        counts = torch.stack([torch.stack([m.n for m in parts]) for parts in state.parts.values()])
+        self._set("n", slot, slice(None), counts.amax(0))
         for path, span in self.spans.items():
             for p, moments in enumerate(state.parts[path]):
-                self.rows["n"][slot, p] = moments.n
                 if moments.n > 0:
                     self.rows["mean"][slot, p, span] = moments.mean.to(self.rows["mean"])
                     self.rows["var"][slot, p, span] = moments.variance().to(self.rows["var"])
             if state.extra[path].numel():
                 self._set("extra", slot, (slice(None), span), state.extra[path])
         self._set("classes", slot, slice(None), state.classes)
-        for name, value in state.tally.items():
-            self.rows[name][slot] = value
+        for name in TALLY:
+            self.rows[name][slot] = state.tally[name]
         self.rows["frozen"][slot] = state.frozen
         self.refresh(slots)
 

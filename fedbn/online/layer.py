@@ -7,7 +7,7 @@ are those of PyTorch's kernel, so that a row with the source's statistics gets t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import cast
@@ -107,6 +107,18 @@ class Pass:
         scale, shift = self.transform(layer.index, moments, x[0, 0].numel())
         shape = (*scale.shape, *[1] * (x.dim() - 2))
         return torch.addcmul(shift.view(shape), x.to(scale.dtype), scale.view(shape)).to(x.dtype)
+
+    def concatenated(self, widths: Sequence[int], like: Tensor) -> tuple[Pair, Tensor]:
+        """Row moments of all layers, and numbers of positions ``[C]``; zeros for layers that did not run.
+
+        Args:
+            widths: channels of each layer, by index.
+            like: tensor with the type and device of the result.
+        """
+        zeros = [like.new_zeros(self.rows, width) for width in widths]
+        pairs = [self.moments.get(i, (empty, empty)) for i, empty in enumerate(zeros)]
+        positions = [like.new_full((width,), self.positions.get(i, 0)) for i, width in enumerate(widths)]
+        return (torch.cat([m for m, _ in pairs], 1), torch.cat([v for _, v in pairs], 1)), torch.cat(positions)
 
     def _record(self, layer: UserNorm, x: Tensor) -> Pair:
         moments = row_moments(x, layer.running_mean, self._layer_mask(x))

@@ -25,12 +25,13 @@ from fedbn.online.prior import LayerPrior, pack_priors
 from fedbn.online.rules.base import Rule
 from fedbn.online.rules.base import rule as parse_rule
 from fedbn.online.state import BNState, fingerprint
-from fedbn.online.statistics import Pair, mix
+from fedbn.online.statistics import Pair, mix, within_limits
 from fedbn.online.stores import Store
 from fedbn.online.users import Snapshot, Users
 from fedbn.online.validation import (
     Ids,
     arange_like,
+    canonical_name,
     class_weights,
     require_batch_norm_formula,
     require_finite,
@@ -172,6 +173,17 @@ class Personalized(Users):
         self._last = _Prediction(ids, out, adapted, fallback, recorded)
         return out
 
+    def usable(self) -> Tensor:
+        """Whether each row ``[B]`` of the last prediction can be committed: its output and its moments are valid.
+
+        Huge windows can exceed the range of the network's numbers.
+
+        Raises:
+            UserError: no prediction since the last commit.
+        """
+        last = self._require_last()
+        return last.logits.flatten(1).isfinite().all(1) & within_limits(*self._moments(last)[0])
+
     def commit(
         self, posterior: Tensor | None = None, label: Tensor | None = None, weight: Tensor | None = None
     ) -> None:
@@ -183,13 +195,18 @@ class Personalized(Users):
             weight: ``[B]`` weight of each row in windows; rows with weight 0 are ignored.
 
         Raises:
-            UserError: no prediction since the last commit, a wrong shape, or the rule needs a posterior.
+            UserError: no prediction since the last commit, a wrong shape, values that are not finite, windows that are
+                not `usable`, or the rule needs a posterior. No state changes.
         """
         if self._frozen:
             return
-        last, self._last = self._last, None
-        if last is None:
-            raise UserError("nothing to commit: call predict() first, and commit() once after each")
+        last, usable = self._require_last(), self.usable()
+        self._last = None
+        if not usable.all():
+            raise UserError(
+                f"{int((~usable).sum())} of {len(usable)} windows are too large (first: row "
+                f"{int((~usable).nonzero()[0])}): the network's numbers overflow; remove or rescale them"
+            )
         posterior = resolve_posterior(self.bank, last.logits, posterior, label)
         group = self.bank.group(last.ids, create=True)
         if not self.bank.rule.learns:
@@ -200,7 +217,7 @@ class Personalized(Users):
             raise UserError(f"weight must have one number of at least 0 per row, {len(last.ids)} in total")
         if self.bank.rule.gate:
             counts = counts * (posterior.max(1).values >= self.bank.rule.gate)
-        moments, positions = self._pack_moments(last.recorded)
+        moments, positions = self._moments(last)
         if self._sequential or self.bank.rule.classwise:
             for rows in split_duplicates(group):
                 users = group.row[rows]
@@ -285,7 +302,9 @@ class Personalized(Users):
             moments = group.merge((torch.cat([m for m, _ in rows]), torch.cat([v for _, v in rows])), weight)
             joint = mix((start[0][:, span], start[1][:, span]), moments, share)
             mean[span], var[span] = joint[0][0], joint[1][0]
-        slot = int(bank.group([str(user)], create=True).slots[0])
+        if not within_limits(mean, var):
+            raise UserError("these windows are too large: the network's numbers overflow; remove or rescale them")
+        slot = int(bank.group([canonical_name(user)], create=True).slots[0])
         bank.calibrate(slot, mean, var, frozen=then == "freeze")
 
     # ---------------------------------------------------------------- restore and export
@@ -322,6 +341,14 @@ class Personalized(Users):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.bank.apply(fn)
         return self
+
+    def _require_last(self) -> _Prediction:
+        if self._last is None:
+            raise UserError("nothing to commit: call predict() first, and commit() once after each")
+        return self._last
+
+    def _moments(self, last: _Prediction) -> tuple[Pair, Tensor]:
+        return last.recorded.concatenated([span.stop - span.start for span in self._spans], self.bank.source.mean)
 
     def _predict_and_commit(self, x: Tensor, ids: list[str], mask: Tensor | None = None) -> Tensor:
         out = self.predict(x, ids, mask)
@@ -365,15 +392,6 @@ class Personalized(Users):
 
     def _fixed_transform(self, scale: Tensor, shift: Tensor) -> Transform:
         return lambda index, _moments, _positions: (scale[:, self._spans[index]], shift[:, self._spans[index]])
-
-    def _pack_moments(self, recorded: Pass) -> tuple[Pair, Tensor]:
-        """Concatenated row moments of all layers, and their numbers of positions; 0 for layers that did not run."""
-        like = self.bank.source.mean
-        widths = [span.stop - span.start for span in self._spans]
-        zeros = [like.new_zeros(recorded.rows, width) for width in widths]
-        pairs = [recorded.moments.get(i, (empty, empty)) for i, empty in enumerate(zeros)]
-        positions = [like.new_full((width,), recorded.positions.get(i, 0)) for i, width in enumerate(widths)]
-        return (torch.cat([m for m, _ in pairs], 1), torch.cat([v for _, v in pairs], 1)), torch.cat(positions)
 
     def _update_entropy(self, group: Group, adapted: Tensor, fallback: Tensor) -> None:
         rows = group.sum(adapted.new_ones(len(adapted)))

@@ -4,18 +4,37 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from fedbn.errors import UserError
+from fedbn.online.statistics import within_limits
 from fedbn.statistics.moments import Moments, pooled
 
-VERSION = 3
+VERSION = 4
 """Version of the format of `BNState.to_bytes`. Other versions are rejected."""
+
+COUNTS = ("t", "offered", "learned")
+"""Entries of a tally that are added when states are merged."""
+
+TALLY = (*COUNTS, "entropy", "prior_entropy")
+"""Entries of a tally."""
+
+MAX_COUNT = 1e12
+"""Largest count of windows or entry of a tally in a valid state."""
+
+NAMES = {"n", "classes", "extra", *(f"{part}{name}" for part in ("", "base ") for name in ("mean", "var", "std"))}
+"""Names of tensors that a state in bytes can have."""
+
+MAX_VALUES = 2**24
+"""Largest number of values of a state that is read from bytes."""
 
 
 @dataclass(frozen=True)
@@ -111,13 +130,40 @@ class BNState:
         Raises:
             UserError: the state has another model or rule.
         """
-        if self.model != model:
-            raise UserError(
-                f"this state belongs to model {self.model}, not {model}: statistics are valid only for the weights "
-                "they were measured with; load it into that model, or start with a new state"
-            )
-        if rule is not None and self.rule != rule:
-            raise UserError(f"this state belongs to rule {self.rule!r}, not {rule!r}: personalize with that rule")
+        require_origin(self.model, self.rule, model, self.rule if rule is None else rule)
+
+    def validate(self, widths: Mapping[str, int], parts: int, extra: int, classes: int) -> None:
+        """Check the names, shapes and values of the whole state.
+
+        Args:
+            widths: channels of each layer, by path.
+            parts: number of parts of each layer.
+            extra: number of values per channel other than moments.
+            classes: number of classes.
+
+        Raises:
+            UserError: unknown or missing layers, another shape, or values that are not finite or out of range.
+        """
+        if self.parts.keys() != widths.keys() or self.base.keys() not in (set(), widths.keys()):
+            raise _invalid(f"it has the layers {', '.join(self.parts)}, not {', '.join(widths)}")
+        if self.extra.keys() != widths.keys() or set(self.tally) != set(TALLY):
+            raise _invalid("it lacks entries, or has unknown ones")
+        for path, width in widths.items():
+            moments = [*self.parts[path], *([self.base[path]] if self.base else [])]
+            shapes = {tuple(t.shape) for m in moments for t in (m.mean, m.m2)}
+            if len(self.parts[path]) != parts or shapes != {(width,)} or self.extra[path].shape != (extra, width):
+                raise _invalid(f"layer {path!r} has another shape than in this model")
+        if self.classes.shape != (classes,):
+            raise _invalid(f"it has {self.classes.numel()} classes, not {classes}")
+        counts = torch.stack([torch.stack([m.n for m in ms]) for ms in self.parts.values()])
+        tally = torch.tensor([self.tally[name] for name in TALLY], dtype=torch.float64)
+        for values in (counts, self.classes, tally):
+            if not bool(((values >= 0) & (values <= MAX_COUNT)).all()):
+                raise _invalid(f"its counts must be finite, not negative, and at most {MAX_COUNT:g}")
+        used = [m for ms in (*self.parts.values(), tuple(self.base.values())) for m in ms if m.n > 0]
+        limited = all(bool(within_limits(m.mean, m.variance())) for m in used)
+        if not limited or not bool(torch.cat([e.flatten() for e in self.extra.values()]).isfinite().all()):
+            raise _invalid("its statistics are not finite, negative, or too large")
 
     def to_bytes(self, dtype: torch.dtype = torch.float32) -> bytes:
         """Serialize as safetensors. ``torch.float16`` halves the size at 3 digits, storing standard deviations.
@@ -135,15 +181,14 @@ class BNState:
         if any(e.numel() for e in self.extra.values()):
             tensors["extra"] = torch.cat([self.extra[path] for path in paths], 1).to(dtype)
         about = {
-            "version": VERSION,
             "rule": self.rule,
             "model": self.model,
             "frozen": self.frozen,
             "layers": {path: len(self.parts[path][0].mean) for path in paths},
-            "tally": dict(self.tally),
+            "tally": [self.tally[name] for name in TALLY],
         }
         # One entry, because safetensors writes several in random order, and equal states must have equal bytes.
-        text = json.dumps(about, separators=(",", ":"))
+        text = json.dumps(about | {"version": VERSION, "crc32": _checksum(tensors, about)}, separators=(",", ":"))
         return safetensors.torch.save({k: v.contiguous() for k, v in tensors.items()}, {"bnstate": text})
 
     @staticmethod
@@ -158,31 +203,52 @@ class BNState:
         Raises:
             UserError: the data is damaged or has another format version, model or rule.
         """
+        damaged = UserError("these bytes are not a user's state, or are damaged: write them with to_bytes()")
         try:
             tensors = safetensors.torch.load(data)
             header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
             about = json.loads(header["__metadata__"]["bnstate"])
-            version = about["version"]
+            version = about.pop("version")
+            checksum = about.pop("crc32")
         except Exception:
-            raise UserError("these bytes are not a user's state, or are damaged: write them with to_bytes()") from None
-        if version != VERSION:
+            raise damaged from None
+        if type(version) is int and version != VERSION:
             raise UserError(f"this state has format {version}, this program reads {VERSION}: start with a new state")
-        widths = about["layers"]
+        try:
+            if version != VERSION or checksum != _checksum(tensors, about):
+                raise damaged
+            state = BNState._from_parts(tensors, **about)
+        except Exception:  # bytes of strangers can have any content
+            raise damaged from None
+        if model is not None:
+            state.require(model, rule)
+        return state
+
+    @staticmethod
+    def _from_parts(
+        tensors: Mapping[str, Tensor], rule: Any, model: Any, frozen: Any, layers: Any, tally: Any
+    ) -> BNState:
+        """State of the tensors and metadata of `to_bytes`. Raises any exception if they are not valid."""
+        widths, tally = layers, dict(zip(TALLY, tally, strict=True))
+        real = [t.dtype in (torch.float16, torch.float32, torch.float64) for t in tensors.values()]
+        numbers = [type(v) in (int, float) and math.isfinite(v) for v in tally.values()]
+        texts = [isinstance(text, str) for text in (rule, model)]
+        if not (tensors.keys() <= NAMES and all((*real, *numbers, *texts, isinstance(frozen, bool)))):
+            raise ValueError
+        if min(widths.values()) < 1 or sum(widths.values()) * max(1, tensors["n"].shape[1]) > MAX_VALUES:
+            raise ValueError
         extra = tensors.get("extra", torch.zeros(0, sum(widths.values())))
         base = _unpack("base ", tensors, torch.ones(len(widths), 1), widths) if "base mean" in tensors else {}
-        state = BNState(
+        return BNState(
             parts=_unpack("", tensors, tensors["n"], widths),
             base={path: parts[0] for path, parts in base.items()},
             extra=dict(zip(widths, extra.split(list(widths.values()), 1), strict=True)),
             classes=tensors["classes"],
-            tally=about["tally"],
-            frozen=about["frozen"],
-            rule=about["rule"],
-            model=about["model"],
+            tally=tally,
+            frozen=frozen,
+            rule=rule,
+            model=model,
         )
-        if model is not None:
-            state.require(model, rule)
-        return state
 
     def _combine(self, other: BNState, combine: Callable[[Moments, Moments], Moments], sign: float) -> BNState:
         self.require(other.model, other.rule)
@@ -201,8 +267,19 @@ class BNState:
         )
 
 
-COUNTS = ("t", "offered", "learned")
-"""Entries of a tally that are added when states are merged."""
+def require_origin(found_model: str, found_rule: str, model: str, rule: str) -> None:
+    """Check the model and the rule of a state.
+
+    Raises:
+        UserError: the state has another model or rule.
+    """
+    if found_model != model:
+        raise UserError(
+            f"this state belongs to model {found_model[:64]}, not {model}: statistics are valid only for the weights "
+            "they were measured with; load it into that model, or start with a new state"
+        )
+    if found_rule != rule:
+        raise UserError(f"this state belongs to rule {found_rule[:64]!r}, not {rule!r}: personalize with that rule")
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -217,6 +294,17 @@ def fingerprint(model: nn.Module) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _invalid(reason: str) -> UserError:
+    return UserError(f"this state is not valid: {reason}; use a state that to_bytes() wrote for this model and rule")
+
+
+def _checksum(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> int:
+    crc = zlib.crc32(json.dumps(about, sort_keys=True).encode())
+    for _, tensor in sorted(tensors.items()):
+        crc = zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes(), crc)
+    return crc
 
 
 def _pack(name: str, layers: Sequence[tuple[Moments, ...]], dtype: torch.dtype) -> dict[str, Tensor]:

@@ -17,6 +17,19 @@ Pair = tuple[Tensor, Tensor]
 """Mean and variance, ``[U, C]`` each."""
 
 
+MAX_SECOND_MOMENT = 1e30
+"""Largest mean square of a channel. A mixture of moments within this limit is within it, and far from overflow."""
+
+
+def within_limits(mean: Tensor, var: Tensor) -> Tensor:
+    """Whether moments ``[..., C]`` are finite, not negative, and at most `MAX_SECOND_MOMENT`, over the channels.
+
+    >>> within_limits(torch.tensor([[0.0], [1e20], [torch.nan]]), torch.ones(3, 1))
+    tensor([ True, False, False])
+    """
+    return ((var >= 0) & (mean.square() + var <= MAX_SECOND_MOMENT)).all(-1)
+
+
 def mix(a: Pair, b: Pair, share: Tensor, *, between: bool = True) -> Pair:
     """Mean and variance of a mixture with ``share`` of ``b``; exactly ``a`` at 0 and ``b`` at 1.
 

@@ -13,6 +13,7 @@ from fedbn.errors import UserError, unknown
 from fedbn.online.bank import COUNTERS, Bank
 from fedbn.online.state import BNState
 from fedbn.online.statistics import Pair
+from fedbn.online.validation import canonical_name
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -57,18 +58,23 @@ class Users(nn.Module):
         """Set the state of a user.
 
         Raises:
-            UserError: the state has another model or rule.
+            UserError: the state has another model or rule, or is not valid; no state changes.
         """
-        state.require(self.bank.model, self.bank.rule_text)
-        self.bank.put(int(self.bank.group([str(user)], create=True).slots[0]), state)
+        self.bank.check(state)
+        self.bank.put(int(self.bank.group([canonical_name(user)], create=True).slots[0]), state)
 
     def merge(self, user: str | int, state: BNState) -> None:
-        """Merge another state into the state of a user."""
+        """Merge another state into the state of a user.
+
+        Raises:
+            UserError: as for `load`; also if the merged state is not valid.
+        """
+        self.bank.check(state)
         self.load(user, self.state(user).merge(state))
 
     def reset(self, user: str | int) -> None:
         """Reset a user to the initial state, including calibration. The user remains known."""
-        self.bank.clear(int(self.bank.group([str(user)], create=True).slots[0]))
+        self.bank.clear(int(self.bank.group([canonical_name(user)], create=True).slots[0]))
 
     def forget(self, user: str | int) -> None:
         """Delete a user, also from the store.
@@ -76,12 +82,13 @@ class Users(nn.Module):
         Raises:
             UserError: unknown user.
         """
-        if str(user) not in self.users:
-            raise unknown("user", str(user), self.users)
-        self.bank.drop(str(user))
+        name = canonical_name(user)
+        if name not in self.bank.slot and name not in self.bank.store:
+            raise unknown("user", name, self.users)
+        self.bank.drop(name)
 
     def flush(self) -> None:
-        """Write all users in memory to the store."""
+        """Write the users that have changed to the store."""
         self.bank.flush()
 
     def snapshot(self) -> Snapshot:
@@ -97,6 +104,7 @@ class Users(nn.Module):
         bank.slot, bank.free = OrderedDict(snapshot.slot), list(snapshot.free)
         bank.store.clear()
         bank.store.update(snapshot.stored)
+        bank.changed = set(bank.slot)
 
     def statistics(self, user: str | int) -> dict[str, Pair]:
         """Current mean and variance ``[C]`` of a user, by layer.
@@ -155,7 +163,7 @@ class Users(nn.Module):
         return f"{type(self.model).__name__} personalized with {self.bank.rule_text}: {users}"
 
     def _slot(self, user: str | int) -> Tensor:
-        return self.bank.group([str(user)], create=False).slots
+        return self.bank.group([canonical_name(user)], create=False).slots
 
     def _divergence(self, user: str | int) -> dict[str, float]:
         start = self.bank.source.moments

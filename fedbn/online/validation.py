@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import unicodedata
 from collections.abc import Sequence
 from typing import cast
 
@@ -14,23 +15,46 @@ from fedbn.nn.roles import statistics_layers
 from fedbn.nn.rows import mixing_layer
 from fedbn.online.bank import Bank, Group
 
+MAX_NAME_LENGTH = 128
+"""Maximum number of characters in a user's name."""
+
 Ids = str | int | Sequence[str | int] | Tensor
 """Users of a batch: one name per row, or one name for all. 7 and "7" are the same user."""
+
+
+def canonical_name(user: object) -> str:
+    """The canonical form of a user's name or number: text in Unicode's normal form C.
+
+    Raises:
+        UserError: empty, too long, or with characters that are not printable. In a Python string, bytes that are not
+            UTF-8 are such characters.
+
+    >>> canonical_name(7), canonical_name("e\u0301") == "\u00e9"
+    ('7', True)
+    """
+    name = str(user)
+    if not name.isascii():
+        name = unicodedata.normalize("NFC", name)
+    if not 0 < len(name) <= MAX_NAME_LENGTH or not name.isprintable():
+        raise UserError(
+            f"{name[:MAX_NAME_LENGTH]!r} is not a user's name: use 1 to {MAX_NAME_LENGTH} printable characters"
+        )
+    return name
 
 
 def user_names(user: Ids, rows: int) -> list[str]:
     """One name per row.
 
     Raises:
-        UserError: not one name per row.
+        UserError: not one name per row, or a name that is not valid.
     """
     if isinstance(user, (str, int)):
-        return [str(user)] * rows
+        return [canonical_name(user)] * rows
     if isinstance(user, Tensor):
         user = user.tolist()
-    names = [str(u) for u in user or ()]
     if user is None or any(u is None for u in user):
         raise UserError("None is not a user: give every row the name or number of its user")
+    names = [canonical_name(u) for u in user]
     if len(names) != rows:
         raise UserError(f"{rows} rows and {len(names)} users: give one name per row, or one name for all")
     return names
@@ -159,6 +183,8 @@ def resolve_posterior(bank: Bank, logits: Tensor, posterior: Tensor | None, labe
             "as in the last layer; use personalize(..., classes=K) if the model has another output"
         )
     result = result.to(bank.source.mean)
+    if not result.isfinite().all():
+        raise UserError("posteriors hold NaN or Inf: pass finite probabilities")
     if label is None:
         return result
     if label.shape != shape[:1] or bool((label < -1).any()) or bool((label >= classes).any()):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -55,6 +55,20 @@ def serve(
     ] = 500.0,
     body: Annotated[int, typer.Option(help="Maximum size of a request body, in bytes.")] = 4_000_000,
     timeout: Annotated[float, typer.Option(help="Maximum duration of a request, in seconds.")] = 10.0,
+    user_rate: Annotated[
+        float, typer.Option(help="Windows per second and user, with bursts of twice as many; 0 for no limit.")
+    ] = 100.0,
+    tls_cert: Annotated[Path | None, typer.Option(help="Certificate chain for TLS (PEM).", show_default=False)] = None,
+    tls_key: Annotated[
+        Path | None, typer.Option(help="Private key of the certificate (PEM).", show_default="in --tls-cert")
+    ] = None,
+    durability: Annotated[
+        Literal["full", "relaxed"],
+        typer.Option(
+            help="full: changes are on disk before they are acknowledged. relaxed: windows without labels within a "
+            "second after it."
+        ),
+    ] = "full",
     capacity: Annotated[int, typer.Option(help="Users held in memory; the others are in the store.")] = 4096,
     held: Annotated[int, typer.Option(help="Windows of all users that may wait for labels.")] = 1024,
     strategy: Annotated[str, typer.Option(help="Strategy of training.", rich_help_panel="Federation")] = "global-naive",
@@ -80,21 +94,24 @@ def serve(
     from simulations.service.observability import log_to_stderr
     from simulations.service.users import Limits, UserStore
 
-    access = Access(host, token, rate, body, timeout)
+    access = Access(host, token, rate, body, timeout, user_rate, tls_cert, tls_key)
     limits = Limits(capacity, held)
     chosen = parse_rule(rule)
     detector(drift)
     own = None if weights is None else _own_model(scenario, model, weights, shape, classes, chosen)
     if own is None and (scenario is None or shape or classes):
         raise UserError("name a scenario, or your own --model with --weights, --shape and --classes")
+    # Before training: it takes minutes, and another service may use the store.
+    users_file = SQLiteStore(store) if store.exists() else None
     with server.listen(host, port) as listening:
         served = own or ServedModel.from_source(_trained(strategy, options | {"model": model}), chosen)
-        users = UserStore(
-            served.model, served.shape, served.classes, rule, served.prior, SQLiteStore(store), drift, limits
-        )
+        if users_file is None:
+            users_file = SQLiteStore(store)
+        users = UserStore(served.model, served.shape, served.classes, rule, served.prior, users_file, drift, limits)
         log_to_stderr(verbose)
-        url = server.address(host, listening)
-        server.run(create_app(users, access), access, listening, lambda: log_start(url, users))
+        url = server.address(host, listening, tls=tls_cert is not None)
+        app = create_app(users, access, durability=durability)
+        server.run(app, access, listening, lambda: log_start(url, users))
 
 
 @options_of(Plan)

@@ -7,7 +7,6 @@ import contextlib
 import logging
 import re
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -20,28 +19,23 @@ from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fedbn.errors import UserError
-from simulations.service.access import Access
-from simulations.service.batching import Batcher, Job
+from simulations.service.access import USER_BURST, Access, RateLimiter
+from simulations.service.batching import Batcher
+from simulations.service.durability import RELAXED_SECONDS, Durability, GroupCommit
 from simulations.service.middleware import LOG, AccessMiddleware, as_request_error, error_headers
 from simulations.service.observability import Metrics
 from simulations.service.openapi import add_window_routes
 from simulations.service.schema import (
     BINARY,
-    Answer,
+    RequestError,
     encode_answer,
     parse_json,
     parse_labels,
-    parse_windows,
     validate_name,
     windows_from_lists,
 )
+from simulations.service.service import Service, audit
 from simulations.service.users import UserStore
-
-SAVE_INTERVAL = 10.0
-"""Seconds between two saves of changed users. A crash loses at most this much."""
-
-SAVE_BATCH = 16
-"""Users saved between two calls of the bank. Keeps the delay of requests at about 10 ms."""
 
 DOCS_PAGE = Path(__file__).parent / "demo" / "page" / "docs.html"
 """Template of the page of routes, without scripts or fonts from the network."""
@@ -49,48 +43,38 @@ DOCS_PAGE = Path(__file__).parent / "demo" / "page" / "docs.html"
 WINDOW_ROUTES = re.compile(r"/v1/users/(?P<user>[^/]+)/(?P<action>observe|predict)")
 
 
-@dataclass(frozen=True)
-class Service:
-    """Shared objects of the routes.
-
-    Attributes:
-        users: the users; only used on the batcher's thread.
-        batcher: queue in front of the users.
-        metrics: counters.
-    """
-
-    users: UserStore
-    batcher: Batcher
-    metrics: Metrics
-
-    async def windows(self, user: str, body: bytes, binary: bool, *, learn: bool, hold: bool = False) -> Answer:
-        """Predict the windows of one request body."""
-        windows = parse_windows(body, binary, self.users.shape, self.users.limits.windows)
-        return await self.batcher.submit(Job(user, windows, learn, hold))
-
-
-def create_app(users: UserStore, access: Access, *routers: APIRouter) -> AccessMiddleware:
+def create_app(
+    users: UserStore, access: Access, *routers: APIRouter, durability: Durability = "full"
+) -> AccessMiddleware:
     """Create the ASGI application.
 
     Args:
         users: the users.
         access: authentication and limits.
         routers: additional routes.
+        durability: whether windows are on disk before they are acknowledged.
     """
-    batcher = Batcher(users.answer, max_batch=min(64, users.limits.capacity))
-    service = Service(users, batcher, Metrics(users, batcher))
+    saving = None if users.journal is None else GroupCommit(users.journal.commit)
+    saved = None if saving is None or durability == "relaxed" else saving.saved
+    batcher = Batcher(users.answer, max_batch=min(64, users.limits.capacity), saved=saved)
+    quota = RateLimiter(access.user_rate, max(USER_BURST, 2 * access.user_rate))
+    service = Service(users, batcher, Metrics(users, batcher), quota, saving)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        saving = asyncio.create_task(_save_periodically(service))
+        task = asyncio.create_task(_save_periodically(service))
         try:
             yield
         finally:
-            saving.cancel()
+            task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
-                await saving
-            await batcher.call(users.save)
+                await task
             await batcher.close()
+            if saving is not None:
+                with contextlib.suppress(UserError):  # logged
+                    await saving.saved()
+                await saving.close()
+            service.parser.shutdown()
 
     app = FastAPI(
         title="fedbn",
@@ -120,13 +104,13 @@ def create_app(users: UserStore, access: Access, *routers: APIRouter) -> AccessM
 
 
 async def _save_periodically(service: Service) -> None:
-    while True:
-        await asyncio.sleep(SAVE_INTERVAL)
-        try:
-            while await service.batcher.call(lambda: service.users.save(SAVE_BATCH)):
-                pass
-        except Exception:
-            LOG.exception("saving users failed; will retry")
+    """Write what nobody waits for: windows with relaxed durability, and changes that could not be written before."""
+    journal = service.users.journal
+    while service.saving is not None and journal is not None:
+        await asyncio.sleep(RELAXED_SECONDS)
+        if journal.pending:
+            with contextlib.suppress(Exception):  # logged, and tried again
+                await service.saving.saved()
 
 
 async def _error_response(request: Request, error: Exception) -> Response:
@@ -156,16 +140,16 @@ class WindowMiddleware:
             await self.app(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        body, more = b"", True
+        parts, more = [], True
         while more:
             message = await receive()
             if message["type"] == "http.disconnect":
                 return
-            body += message.get("body", b"")
+            parts.append(message.get("body", b""))
             more = message.get("more_body", False)
         answer = await self.service.windows(
             match["user"],
-            body,
+            b"".join(parts),
             headers.get(b"content-type", b"").startswith(BINARY.encode()),
             learn=match["action"] == "observe",
             hold=match["action"] == "predict" and b"hold=true" in scope["query_string"].split(b"&"),
@@ -193,8 +177,9 @@ _users_router = APIRouter(prefix="/v1/users", tags=["users"])
 
 @_service_router.get("/health", summary="Check that the service responds.")
 async def health(service: SharedService) -> dict[str, str]:
-    """Runs on the bank's thread, so it fails if the bank hangs."""
+    """Fails if the bank hangs, and if changes cannot be saved: 507 if the disk is full, 503 otherwise."""
     await service.batcher.call(lambda: None)
+    service.users.require_writable()
     return {"status": "ok"}
 
 
@@ -228,10 +213,12 @@ async def users(
 
 
 @_users_router.put("/{user}", summary="Enroll a user. Existing users are unchanged.")
-async def enroll(service: SharedService, user: str, response: Response) -> dict[str, Any]:
+async def enroll(request: Request, service: SharedService, user: str, response: Response) -> dict[str, Any]:
     """Status 201 if the user is new."""
     name = validate_name(user)
-    new = await service.batcher.call(lambda: service.users.enroll(name))
+    new = await service.change(lambda: service.users.enroll(name), request)
+    if new:
+        audit(request, "enroll")
     response.status_code = 201 if new else 200
     return {"user": name, "new": new}
 
@@ -243,15 +230,15 @@ async def report(service: SharedService, user: str) -> dict[str, Any]:
 
 
 @_users_router.delete("/{user}", summary="Delete all data of a user.", status_code=204)
-async def forget(service: SharedService, user: str) -> None:
+async def forget(request: Request, service: SharedService, user: str) -> None:
     """Both in memory and in the store."""
-    await service.batcher.call(lambda: service.users.forget(user))
+    await service.change(lambda: service.users.forget(user), request, "delete")
 
 
 @_users_router.post("/{user}/reset", summary="Restore a user's initial state.", status_code=204)
-async def reset(service: SharedService, user: str) -> None:
+async def reset(request: Request, service: SharedService, user: str) -> None:
     """The user stays enrolled."""
-    await service.batcher.call(lambda: service.users.reset(user))
+    await service.change(lambda: service.users.reset(user), request, "reset")
 
 
 @_users_router.post(
@@ -260,14 +247,15 @@ async def reset(service: SharedService, user: str) -> None:
 )
 async def commit(request: Request, service: SharedService, user: str) -> dict[str, int]:
     """Number of learned windows."""
-    users, body = service.users, parse_json(await request.body())
+    users, body = service.users, await service.parse_json(request)
     labels = body.get("labels")
     if isinstance(labels, dict):
         by_window = dict(zip(labels, parse_labels(list(labels.values()), users.classes), strict=True))
-        return {"learned": await service.batcher.call(lambda: users.commit(user, by_window))}
+        return {"learned": await service.change(lambda: users.commit(user, by_window), request)}
     windows = windows_from_lists(body.get("windows"), users.shape, users.limits.windows)
     indices = parse_labels(labels, users.classes)
-    await service.batcher.call(lambda: users.learn(user, windows, indices))
+    service.count_windows(user, len(windows))
+    await service.change(lambda: users.learn(user, windows, indices), request)
     return {"learned": len(indices)}
 
 
@@ -278,39 +266,44 @@ async def commit(request: Request, service: SharedService, user: str) -> dict[st
 )
 async def calibrate(request: Request, service: SharedService, user: str) -> None:
     """Labels are optional. A few windows of each class work best."""
-    users, body = service.users, parse_json(await request.body())
+    users, body = service.users, await service.parse_json(request)
     windows = windows_from_lists(body.get("windows"), users.shape, users.limits.windows)
     labels = None if body.get("labels") is None else parse_labels(body["labels"], users.classes)
     then = str(body.get("then", "adapt"))
-    await service.batcher.call(lambda: users.calibrate(user, windows, labels, then))
+    service.count_windows(user, len(windows))
+    await service.change(lambda: users.calibrate(user, windows, labels, then), request, "calibrate")
 
 
 @_users_router.get("/{user}/snapshot", summary="A user's state, as safetensors.", response_class=Response)
-async def snapshot(service: SharedService, user: str) -> Response:
+async def snapshot(request: Request, service: SharedService, user: str) -> Response:
     """For backup, or for another service with the same model and rule."""
-    return Response(await service.batcher.call(lambda: service.users.snapshot(user)), media_type=BINARY)
+    state = await service.batcher.call(lambda: service.users.snapshot(user))
+    audit(request, "read snapshot")
+    return Response(state, media_type=BINARY)
 
 
 @_users_router.put("/{user}/snapshot", summary="Replace a user's state.", status_code=204)
 async def restore(request: Request, service: SharedService, user: str) -> None:
     """The body is the response of `snapshot`."""
     data = await request.body()
-    await service.batcher.call(lambda: service.users.restore(user, data, merge=False))
+    await service.change(lambda: service.users.restore(user, data, merge=False), request, "replace snapshot")
 
 
 @_users_router.post("/{user}/merge", summary="Merge another state into a user's state.", status_code=204)
 async def merge(request: Request, service: SharedService, user: str) -> None:
     """The body is the response of `snapshot`, for example from another device of the same user."""
     data = await request.body()
-    await service.batcher.call(lambda: service.users.restore(user, data, merge=True))
+    await service.change(lambda: service.users.restore(user, data, merge=True), request, "merge")
 
 
 @_users_router.get(
     "/{user}/export", summary="Weights of a plain model with the user's statistics.", response_class=Response
 )
-async def export(service: SharedService, user: str) -> Response:
+async def export(request: Request, service: SharedService, user: str) -> Response:
     """As safetensors, with the names of the model's state dict."""
-    return Response(await service.batcher.call(lambda: service.users.export(user)), media_type=BINARY)
+    weights = await service.batcher.call(lambda: service.users.export(user))
+    audit(request, "export")
+    return Response(weights, media_type=BINARY)
 
 
 @_users_router.websocket("/{user}/stream")
@@ -325,7 +318,7 @@ async def stream(socket: WebSocket, service: SharedService, user: str) -> None:
             try:
                 answer = await _answer_frame(service, user, frame)
             except UserError as error:
-                answer = orjson.dumps({"error": str(error)})
+                answer = orjson.dumps({"error": str(as_request_error(error))})
             await socket.send_text(answer.decode())
     except WebSocketDisconnect:
         return
@@ -335,7 +328,10 @@ async def _answer_frame(service: Service, user: str, frame: Any) -> bytes:
     learn, body = True, frame.get("bytes")
     if not (binary := body is not None):
         body = frame["text"].encode()
-        learn = parse_json(body).get("learn", True) is not False
+        elements = service.users.limits.elements(service.users.shape)
+        learn = (await service.parse(body, lambda b: parse_json(b, elements))).get("learn", True)
+        if not isinstance(learn, bool):
+            raise RequestError(422, '"learn" must be true or false')
     return encode_answer(await service.windows(user, body, binary, learn=learn), service.users.classes)
 
 

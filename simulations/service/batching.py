@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -45,6 +45,8 @@ class Job:
         return len(self.windows)
 
 
+Batch = list[tuple[Job, "asyncio.Future[Answer]"]]
+
 Handler = Callable[[Sequence[Job]], Sequence["Answer | Exception"]]
 
 
@@ -59,6 +61,8 @@ class Batcher:
         handler: answers jobs, with one answer or exception per job; runs on the thread.
         max_batch: maximum number of windows per batch, unless a single job has more.
         max_queue: maximum number of windows in the queue; further jobs are rejected.
+        saved: waits until the changes so far are on disk. Jobs that learn are answered after it; the next batch does
+            not wait. None: they are answered immediately.
 
     Attributes:
         num_calls: number of batches so far.
@@ -66,12 +70,19 @@ class Batcher:
         queued: number of windows in the queue.
     """
 
-    def __init__(self, handler: Handler, max_batch: int = 64, max_queue: int = 4096) -> None:
-        self.handler, self.max_batch, self.max_queue = handler, max_batch, max_queue
+    def __init__(
+        self,
+        handler: Handler,
+        max_batch: int = 64,
+        max_queue: int = 4096,
+        saved: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
+        self.handler, self.max_batch, self.max_queue, self.saved = handler, max_batch, max_queue, saved
         self.num_calls = self.num_windows = self.queued = 0
         self._queue: deque[tuple[Job, asyncio.Future[Answer]]] = deque()
         self._thread = ThreadPoolExecutor(1, "bank")
         self._task: asyncio.Task[None] | None = None
+        self._saving: set[asyncio.Task[None]] = set()
 
     async def submit(self, job: Job) -> Answer:
         """The answer to a job.
@@ -97,6 +108,8 @@ class Batcher:
         """Process the queue, then stop the thread."""
         if self._task is not None:
             await self._task
+        if self._saving:
+            await asyncio.wait(self._saving)
         self._thread.shutdown()
 
     async def _run(self) -> None:
@@ -119,12 +132,30 @@ class Batcher:
         if not batch:
             return
         jobs = [job for job, _ in batch]
+        answers: Sequence[Answer | Exception]
         try:
             answers = await self.call(lambda: self.handler(jobs))
         except Exception as error:
             answers = [error] * len(jobs)
         self.num_calls += 1
         self.num_windows += sum(job.n for job in jobs)
+        if self.saved is None or not jobs[0].learn:
+            self._resolve(batch, answers)
+            return
+        task = asyncio.create_task(self._save(batch, answers, self.saved))
+        self._saving.add(task)
+        task.add_done_callback(self._saving.discard)
+
+    async def _save(
+        self, batch: Batch, answers: Sequence[Answer | Exception], saved: Callable[[], Awaitable[None]]
+    ) -> None:
+        try:
+            await saved()
+        except Exception as error:
+            answers = [answer if isinstance(answer, Exception) else error for answer in answers]
+        self._resolve(batch, answers)
+
+    def _resolve(self, batch: Batch, answers: Sequence[Answer | Exception]) -> None:
         for (_, future), answer in zip(batch, answers, strict=True):
             if future.done():
                 continue
@@ -133,10 +164,10 @@ class Batcher:
             else:
                 future.set_result(answer)
 
-    def _next_batch(self) -> list[tuple[Job, asyncio.Future[Answer]]]:
+    def _next_batch(self) -> Batch:
         """Remove the jobs of the next batch from the queue; canceled ones are dropped."""
-        batch: list[tuple[Job, asyncio.Future[Answer]]] = []
-        skipped: list[tuple[Job, asyncio.Future[Answer]]] = []
+        batch: Batch = []
+        skipped: Batch = []
         users: set[str] = set()
         rows = 0
         while self._queue and rows < self.max_batch and len(skipped) < MAX_SKIPPED:

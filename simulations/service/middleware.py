@@ -7,13 +7,22 @@ import hmac
 import json
 import logging
 import time
+import unicodedata
 from functools import lru_cache
-from urllib.parse import urlsplit
+from urllib.parse import unquote_to_bytes, urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fedbn.errors import UserError
-from simulations.service.access import LOOPBACK, PUBLIC_PATHS, Access, RateLimiter
+from fedbn.online.stores import StoreError
+from simulations.service.access import (
+    LOOPBACK,
+    PUBLIC_PATHS,
+    TOKEN_BURST,
+    WRONG_TOKENS,
+    Access,
+    RateLimiter,
+)
 from simulations.service.observability import Metrics
 from simulations.service.schema import RequestError
 
@@ -32,6 +41,7 @@ class AccessMiddleware:
     def __init__(self, app: ASGIApp, access: Access, metrics: Metrics) -> None:
         self.app, self.access, self.metrics = app, access, metrics
         self.limiter = RateLimiter(access.rate)
+        self.wrong_tokens = RateLimiter(WRONG_TOKENS if access.rate else 0.0, TOKEN_BURST)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle or reject a request."""
@@ -75,7 +85,7 @@ class AccessMiddleware:
             level = logging.DEBUG if status < 400 else logging.WARNING if status < 500 else logging.ERROR
             if LOG.isEnabledFor(level):
                 fields = {"method": scope["method"], "path": scope["path"], "status": status}
-                fields |= {"ms": round(1e3 * seconds, 2), "caller": _caller(scope)}
+                fields |= {"ms": round(1e3 * seconds, 2), "caller": caller(scope)}
                 LOG.log(level, "request", extra={"fields": fields})
 
     async def _socket(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -91,11 +101,15 @@ class AccessMiddleware:
             message = await receive()
             if message["type"] == "websocket.receive":
                 self.metrics.frames.inc()
-                while wait := self.limiter.acquire(_caller(scope)):
+                while wait := self.limiter.acquire(caller(scope)):
                     await asyncio.sleep(wait)
             return message
 
-        await self.app(scope, rate_limited, send)
+        try:
+            await self.app(scope, rate_limited, send)
+        except Exception:
+            LOG.exception("socket failed")
+            await send({"type": "websocket.close", "code": 1011, "reason": "internal error"})
 
     def _check(self, scope: Scope) -> None:
         headers = dict(scope["headers"])
@@ -105,14 +119,20 @@ class AccessMiddleware:
         if self.access.host in LOOPBACK and name not in LOOPBACK:
             raise RequestError(421, f"this service accepts requests for localhost only, not for {name!r}")
         origin = headers.get(b"origin")
-        if origin is not None and urlsplit(origin.decode("latin-1")).netloc != host:
+        if origin is not None and _netloc(origin.decode("latin-1")) != host:
             raise RequestError(403, "requests from pages of another origin are rejected")
+        address = caller(scope)
+        if wait := self.limiter.acquire(address):
+            raise RequestError(429, f"more than {self.access.rate:g} requests per second: try again later", wait)
         if self.access.token and scope["path"] not in PUBLIC_PATHS:
+            # Before the token is compared, so that guesses above the limit are useless even if one is right.
+            if wait := self.wrong_tokens.blocked(address):
+                raise RequestError(429, "too many requests with a wrong token: try again later", wait)
             expected = f"Bearer {self.access.token}".encode()
             if not hmac.compare_digest(headers.get(b"authorization", b""), expected):
+                self.wrong_tokens.acquire(address)
                 raise RequestError(401, "send the header 'Authorization: Bearer TOKEN'")
-        if wait := self.limiter.acquire(_caller(scope)):
-            raise RequestError(429, f"more than {self.access.rate:g} requests per second: try again later", wait)
+        _decode_path(scope)
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > self.access.body:
             raise self._too_large()
@@ -145,7 +165,15 @@ class AccessMiddleware:
 
 
 def as_request_error(error: UserError) -> RequestError:
-    """Convert errors of the library to status 409: they are conflicts with the user's state."""
+    """Convert errors of the library to errors with a status.
+
+    Errors of the store get 507 if the disk is full, else 503, without details, which the log has. All others get 409:
+    they are conflicts with the user's state.
+    """
+    if isinstance(error, StoreError):
+        if error.full:
+            return RequestError(507, "the disk of the service is full: changes cannot be saved", retry_after=10)
+        return RequestError(503, "the store of the service is not available: try again later", retry_after=1)
     return error if isinstance(error, RequestError) else RequestError(409, str(error))
 
 
@@ -160,11 +188,39 @@ def error_headers(error: RequestError) -> dict[str, str]:
     return {} if error.retry_after is None else {"retry-after": str(max(1, round(error.retry_after)))}
 
 
+def _netloc(origin: str) -> str:
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:
+        return ""
+
+
 @lru_cache(256)
 def _hostname(host: str) -> str:
-    """Host name of the header ``host``, which is the same for most requests."""
-    return urlsplit(f"//{host}").hostname or ""
+    """Host name of the header ``host``, which is the same for most requests; empty if it is not valid."""
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""
 
 
-def _caller(scope: Scope) -> str:
+def _decode_path(scope: Scope) -> None:
+    """Set the path to its canonical form: UTF-8 in Unicode's normal form C, as names of users are compared.
+
+    Raises:
+        RequestError: the path is not UTF-8, or the query has other characters than ASCII.
+    """
+    if not scope["query_string"].isascii():
+        raise RequestError(400, "the query has characters that are not ASCII: encode them as UTF-8, then as %XX")
+    if scope["path"].isascii():
+        return
+    try:
+        path = unquote_to_bytes(scope["raw_path"]).decode() if scope.get("raw_path") else scope["path"]
+    except UnicodeDecodeError:
+        raise RequestError(400, "the path is not UTF-8: encode it as UTF-8, then as %XX") from None
+    scope["path"] = unicodedata.normalize("NFC", path)
+
+
+def caller(scope: Scope) -> str:
+    """Address that a request comes from."""
     return str((scope.get("client") or ("local",))[0])

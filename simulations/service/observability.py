@@ -32,6 +32,8 @@ class Metrics:
             ("fedbn_bank_calls", "Calls of the bank"): lambda: batcher.num_calls,
             ("fedbn_windows", "Windows processed"): lambda: batcher.num_windows,
             ("fedbn_drift_alarms", "Alarms of drift detectors"): lambda: users.monitor.num_alarms,
+            ("fedbn_damaged_states", "Stored states found damaged"): lambda: users.num_damaged,
+            ("fedbn_store_failed", "1 while changes cannot be saved"): lambda: users.store_failed,
         }
         for (name, description), value in gauges.items():
             Gauge(name, description, **options).set_function(value)

@@ -17,11 +17,9 @@ import torch
 from torch import Tensor
 
 from fedbn.errors import UserError
+from fedbn.online.validation import canonical_name
 
 BINARY = "application/octet-stream"
-
-MAX_NAME_LENGTH = 128
-"""Maximum number of characters in a user's name."""
 
 
 class RequestError(UserError):
@@ -65,25 +63,35 @@ class Answer:
 
 
 def validate_name(user: str) -> str:
-    """The name of a user, if valid.
+    """The name of a user in canonical form (`fedbn.online.validation.canonical_name`).
 
     Raises:
-        RequestError: empty, too long, or with control characters.
+        RequestError: not a valid name, or one that a path cannot have.
 
     >>> validate_name("ann")
     'ann'
     """
-    if not 0 < len(user) <= MAX_NAME_LENGTH or not user.isprintable():
-        raise RequestError(422, f"a user's name must have 1 to {MAX_NAME_LENGTH} printable characters")
-    return user
+    try:
+        name = canonical_name(user)
+    except UserError as error:
+        raise RequestError(422, str(error)) from None
+    if "/" in name or name in (".", ".."):
+        raise RequestError(422, f"{name!r} is not a user's name here: use one without '/', other than '.' and '..'")
+    return name
 
 
-def parse_json(body: bytes) -> dict[str, Any]:
+def parse_json(body: bytes, elements: int) -> dict[str, Any]:
     """Parse a JSON object.
 
+    Args:
+        body: of the request.
+        elements: maximum number of elements, which is checked before they are expanded into objects.
+
     Raises:
-        RequestError: not a JSON object.
+        RequestError: not a JSON object, or too many elements.
     """
+    if len(body) > elements and sum(map(body.count, (b",", b"[", b"{", b":"))) > elements:
+        raise RequestError(413, "the body has more elements than the largest valid request: send fewer windows")
     try:
         value = orjson.loads(body)
     except orjson.JSONDecodeError as error:
@@ -93,7 +101,7 @@ def parse_json(body: bytes) -> dict[str, Any]:
     return value
 
 
-def parse_windows(body: bytes, binary: bool, shape: tuple[int, ...], limit: int) -> Tensor:
+def parse_windows(body: bytes, binary: bool, shape: tuple[int, ...], limit: int, elements: int) -> Tensor:
     """The windows ``[n, *shape]`` of a request, finite float32.
 
     Args:
@@ -101,22 +109,24 @@ def parse_windows(body: bytes, binary: bool, shape: tuple[int, ...], limit: int)
         binary: whether the body is raw little-endian float32 rather than JSON.
         shape: shape of a window.
         limit: maximum number of windows per request.
+        elements: maximum number of elements of JSON.
 
     Raises:
         RequestError: no windows, too many, another shape, or values that are not finite.
 
-    >>> parse_windows(np.ones(6, "<f4").tobytes(), True, (2, 3), limit=4).shape
+    >>> parse_windows(np.ones(6, "<f4").tobytes(), True, (2, 3), limit=4, elements=20).shape
     torch.Size([1, 2, 3])
-    >>> parse_windows(b'{"windows": [[1, 2], [3, 4]]}', False, (2,), limit=4).tolist()
+    >>> parse_windows(b'{"windows": [[1, 2], [3, 4]]}', False, (2,), limit=4, elements=20).tolist()
     [[1.0, 2.0], [3.0, 4.0]]
     """
     if not binary:
-        return windows_from_lists(parse_json(body).get("windows"), shape, limit)
+        return windows_from_lists(parse_json(body, elements).get("windows"), shape, limit)
     size = 4 * math.prod(shape)
     if not body or len(body) % size:
         window = f"{size}, float32 little-endian, shape {list(shape)}"
         raise RequestError(422, f"{len(body)} bytes are not a whole number of windows: each has {window}")
-    return _checked(np.frombuffer(body, "<f4").astype(np.float32).reshape(-1, *shape), limit)
+    _check_number(len(body) // size, limit)
+    return _checked(np.frombuffer(body, "<f4").astype(np.float32).reshape(-1, *shape))
 
 
 def windows_from_lists(values: Any, shape: tuple[int, ...], limit: int) -> Tensor:
@@ -125,19 +135,25 @@ def windows_from_lists(values: Any, shape: tuple[int, ...], limit: int) -> Tenso
     Raises:
         RequestError: as for `parse_windows`.
     """
+    if isinstance(values, list):
+        _check_number(len(values), limit)
     try:
-        windows: np.ndarray = np.asarray(values, np.float32)
-    except (ValueError, TypeError):
+        windows: np.ndarray = np.array(values)
+    except ValueError:  # lists of different lengths
         windows = np.zeros(0)
-    if windows.shape[1:] != shape or not len(windows):
+    if windows.shape[1:] != shape or not len(windows) or windows.dtype.kind not in "iuf":
         text = f'"windows" must be a list of one or more windows of numbers, each of shape {list(shape)}'
         raise RequestError(422, text)
-    return _checked(windows, limit)
+    with np.errstate(over="ignore"):
+        return _checked(windows.astype(np.float32))
 
 
-def _checked(windows: np.ndarray, limit: int) -> Tensor:
-    if len(windows) > limit:
-        raise RequestError(413, f"{len(windows)} windows in one request; send at most {limit} at once")
+def _check_number(n: int, limit: int) -> None:
+    if n > limit:
+        raise RequestError(413, f"{n} windows in one request; send at most {limit} at once")
+
+
+def _checked(windows: np.ndarray) -> Tensor:
     if not np.isfinite(windows).all():
         raise RequestError(422, "windows contain NaN or Inf: leave those windows out or impute them")
     return torch.from_numpy(windows)

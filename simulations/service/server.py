@@ -12,9 +12,7 @@ from starlette.types import ASGIApp
 
 from fedbn.errors import UserError
 from simulations.service.access import Access
-
-MAX_CONNECTIONS = 8192
-"""Maximum number of open connections; further ones get status 503."""
+from simulations.service.connections import limited_protocol
 
 KEEP_ALIVE = 75
 """Seconds after which an idle connection is closed."""
@@ -35,25 +33,27 @@ def listen(host: str, port: int) -> socket.socket:
         ) from None
 
 
-def address(host: str, listening: socket.socket) -> str:
+def address(host: str, listening: socket.socket, *, tls: bool = False) -> str:
     """The URL of the service.
 
     >>> with listen("127.0.0.1", 0) as free: address("127.0.0.1", free).startswith("http://127.0.0.1:")
     True
     """
     name = f"[{host}]" if ":" in host else host
-    return f"http://{name}:{listening.getsockname()[1]}"
+    return f"{'https' if tls else 'http'}://{name}:{listening.getsockname()[1]}"
 
 
 def create_server(app: ASGIApp, access: Access, on_ready: Callable[[], None] = lambda: None) -> uvicorn.Server:
     """Create a server without starting it; arguments as for `run`."""
     config = uvicorn.Config(
         app,
+        http=limited_protocol(),
+        ssl_certfile=access.cert,
+        ssl_keyfile=access.key,
         log_config=None,
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        limit_concurrency=MAX_CONNECTIONS,
         timeout_keep_alive=KEEP_ALIVE,
         timeout_graceful_shutdown=5,
         ws="websockets-sansio",

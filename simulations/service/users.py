@@ -5,10 +5,10 @@ Independent of HTTP. All calls must come from a single thread (`simulations.serv
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import safetensors.torch
@@ -22,12 +22,20 @@ from fedbn.online import BNState, LayerPrior, SQLiteStore, personalize
 from fedbn.online.drift.batched import BatchedMonitor
 from fedbn.online.drift.detectors import detector
 from fedbn.online.drift.signal import channel_means
+from fedbn.online.records import DamagedRecordError
 from fedbn.online.rules.base import rule
 from simulations.service.batching import Job
+from simulations.service.durability import Journal
+from simulations.service.held import HeldWindows
 from simulations.service.schema import Answer, RequestError
+
+T = TypeVar("T")
 
 DETECTOR = "page-hinkley:threshold=18:delta=0.02"
 """For activations of the first layer; chosen by ``python -m benchmarks.drift`` on later recordings of seen users."""
+
+START_CHECKED = 100
+"""Records that are read when a store is opened, to find out whether it belongs to the model and the rule."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +44,7 @@ class Limits:
 
     Attributes:
         capacity: users in memory; the others are in the store.
-        held: windows held for labels, over all users; the oldest are dropped.
+        held: windows held for labels, over all users; the oldest of the user with the most are dropped.
         windows: windows per request.
     """
 
@@ -48,6 +56,10 @@ class Limits:
         for name in ("capacity", "held", "windows"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} must be at least 1, not {getattr(self, name)}")
+
+    def elements(self, shape: tuple[int, ...]) -> int:
+        """Largest number of elements of a valid JSON body with windows of a shape or with labels."""
+        return 2 * self.windows * math.prod(shape) + 2 * max(self.windows, self.held) + 64
 
 
 @dataclass
@@ -64,6 +76,9 @@ class UserStore:
         drift: text of the drift detector.
         limits: memory limits.
 
+    Attributes:
+        journal: changes on their way to the store; None without one.
+
     Raises:
         UserError: unknown rule or detector, the model mixes the windows of a batch, or the store has users of another
             model or rule.
@@ -79,42 +94,63 @@ class UserStore:
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
+        self.journal = None if self.store is None else Journal(self.store)
         self.net = personalize(
-            self.model, rule(self.rule), self.prior, self.limits.capacity, store=self.store, classes=len(self.classes)
+            self.model, rule(self.rule), self.prior, self.limits.capacity, store=self.journal, classes=len(self.classes)
         )
         windows = torch.randn(2, *self.shape, generator=torch.Generator().manual_seed(0))
-        self.net.predict(windows, ["", ""])  # fails early if the model mixes the windows of a batch
-        bank = self.net.bank
-        if (first := next(iter(bank.store), None)) is not None:
-            BNState.from_bytes(bank.store[first], bank.model, bank.rule_text)
+        require_independent_rows(self.net.model, windows, f"rule {self.rule!r}")
+        self._damaged: set[str] = set()
+        self._check_store()
         drift_detector = detector(self.drift)
         path, layer = next(iter(statistics_layers(self.net.model).items()))
         self._first_layer = {path: layer}
         scale = torch.as_tensor(layer.running_var).double().numpy()
         self.monitor = BatchedMonitor(drift_detector, scale, len(self.classes), self.limits.capacity)
-        self._held: OrderedDict[str, tuple[str, Tensor]] = OrderedDict()
-        self._num_held = 0
-        self._changed: set[str] = set()
+        self.held = HeldWindows(self.limits.held)
         self._calibrated_cache: dict[str, bool] = {}
 
     # ---------------------------------------------------------------- windows
 
     def answer(self, jobs: Sequence[Job]) -> list[Answer | Exception]:
-        """Answer jobs of different users and one type in one call of the bank; the handler of a `Batcher`."""
-        valid = [job for job in jobs if self._exists(job.user)]
-        answers = {answer.user: answer for answer in self._answer(valid)} if valid else {}
-        return [answers.get(job.user) or _unknown_user(job.user) for job in jobs]
+        """Answer jobs of different users and one type in one call of the bank; the handler of a `Batcher`.
 
-    def _answer(self, jobs: Sequence[Job]) -> list[Answer]:
+        A job that cannot be answered gets an error and changes nothing; the others are answered as without it.
+        """
+        answers: dict[str, Answer | Exception] = {}
+        for job in jobs:
+            try:
+                self._require(job.user)
+            except UserError as error:
+                answers[job.user] = error
+        if valid := [job for job in jobs if job.user not in answers]:
+            answers |= self._answer(valid)
+        self.flush()
+        return [answers[job.user] for job in jobs]
+
+    def _answer(self, jobs: Sequence[Job]) -> dict[str, Answer | Exception]:
         users = [job.user for job in jobs for _ in range(job.n)]
         activations: list[Tensor] = []
-        with capture_inputs(self._first_layer, lambda _path, value: activations.append(value)):
-            out = self.net.predict(torch.cat([job.windows for job in jobs]), users)
+        try:
+            with capture_inputs(self._first_layer, lambda _path, value: activations.append(value)):
+                out = self.net.predict(torch.cat([job.windows for job in jobs]), users)
+        except Exception as error:  # a model may raise anything
+            if len(jobs) == 1:
+                return {jobs[0].user: error}
+            middle = len(jobs) // 2
+            return self._answer(jobs[:middle]) | self._answer(jobs[middle:])
+        usable = [bool(rows.all()) for rows in self.net.usable().split([job.n for job in jobs])]
+        if not all(usable):
+            text = "these windows are too large: the numbers of the network overflow; check the unit of the signals"
+            rejected: dict[str, Answer | Exception] = {
+                job.user: RequestError(422, text) for job, ok in zip(jobs, usable, strict=True) if not ok
+            }
+            rest = [job for job in jobs if job.user not in rejected]
+            return rejected | (self._answer(rest) if rest else {})
         posterior = out.softmax(1)
         learn = jobs[0].learn
         if learn:
             self.net.commit(posterior=posterior)
-            self._changed.update(job.user for job in jobs)
         predicted = posterior.argmax(1).numpy()
         starts = np.cumsum([0, *(job.n for job in jobs)])
         drift = self._detect_drift(jobs, starts, channel_means(activations[0]), predicted) if learn else {}
@@ -122,8 +158,8 @@ class UserStore:
         slots = [bank.slot[job.user] for job in jobs]
         class_counts = bank.rows["classes"][slots].tolist()
         probabilities = posterior.float().numpy()
-        return [
-            Answer(
+        return {
+            job.user: Answer(
                 user=job.user,
                 probabilities=probabilities[start:end],
                 distance=drift.get(job.user, (None, False))[0],
@@ -131,10 +167,10 @@ class UserStore:
                 alarms=self.monitor.user(job.user).num_alarms,
                 class_counts=counts,
                 calibrated=self._is_calibrated(job.user, slot),
-                held=[self._hold(job.user, window) for window in job.windows] if job.hold else (),
+                held=[self.held.add(job.user, window) for window in job.windows] if job.hold else (),
             )
             for job, start, end, slot, counts in zip(jobs, starts, starts[1:], slots, class_counts, strict=False)
-        ]
+        }
 
     def _detect_drift(
         self, jobs: Sequence[Job], starts: np.ndarray, means: np.ndarray, predicted: np.ndarray
@@ -163,15 +199,6 @@ class UserStore:
         """Discard what was derived from a user's old state."""
         self._calibrated_cache.pop(user, None)
         self.monitor.forget(user)
-        self._changed.add(user)
-
-    def _hold(self, user: str, window: Tensor) -> str:
-        self._num_held += 1
-        name = str(self._num_held)
-        self._held[name] = (user, window.clone())
-        while len(self._held) > self.limits.held:
-            self._held.popitem(last=False)
-        return name
 
     def commit(self, user: str, labels: Mapping[str, int]) -> int:
         """Learn held windows with their labels, each once, and return their number.
@@ -180,14 +207,9 @@ class UserStore:
             RequestError: unknown user, or a window that is not or no longer held. Nothing is learned in that case.
         """
         self._require(user)
-        for name in labels:
-            if self._held.get(name, ("", None))[0] != user:
-                raise RequestError(
-                    404, f"window {name!r} of {user!r} is not (or no longer) held: send it to predict?hold=true again"
-                )
         if labels:
-            windows = torch.stack([self._held.pop(name)[1] for name in labels])
-            self.learn(user, windows, list(labels.values()))
+            self.learn(user, self.held.stack(user, list(labels)), list(labels.values()))
+            self.held.remove(user, list(labels))
         return len(labels)
 
     def learn(self, user: str, windows: Tensor, labels: Sequence[int]) -> None:
@@ -201,7 +223,6 @@ class UserStore:
             raise RequestError(422, f"{len(windows)} windows and {len(labels)} labels: give one label per window")
         self.net.predict(windows, user)
         self.net.commit(label=torch.tensor(labels))
-        self._changed.add(user)
 
     def calibrate(self, user: str, windows: Tensor, labels: Sequence[int] | None, then: str) -> None:
         """Initialize a user's statistics from own windows (`fedbn.online.Personalized.calibrate`).
@@ -228,12 +249,14 @@ class UserStore:
                 507, f"{self.num_in_memory} users fill the memory and there is no --store: delete some, or give one"
             )
         self.net.bank.group([user], create=True)
-        self._changed.add(user)
         return True
 
     def users(self, after: str, limit: int) -> list[str]:
         """Up to ``limit`` names in alphabetical order, starting after ``after``."""
-        return [u for u in self.net.users if u > after][:limit]
+        names = {u for u in self.net.bank.slot if u > after}
+        if self.journal is not None:
+            names.update(self.journal.page(after, limit))
+        return sorted(names)[:limit]
 
     def report(self, user: str) -> dict[str, Any]:
         """Summary of a user (`fedbn.online.Personalized.report`) with learned windows per class and alarms.
@@ -263,11 +286,13 @@ class UserStore:
         """Replace a user's state, or merge another state into it.
 
         Raises:
-            UserError: the state is damaged, or of another model or rule.
+            UserError: the state is damaged, not valid, or of another model or rule. Nothing changes.
             RequestError: unknown user.
         """
-        self._require(user)
+        self._require(user, replace=not merge)
         state = BNState.from_bytes(data, self.net.bank.model, self.net.bank.rule_text)
+        self.net.bank.check(state)
+        self._discard_damaged(user)
         (self.net.merge if merge else self.net.load)(user, state)
         self._state_replaced(user)
 
@@ -277,7 +302,8 @@ class UserStore:
         Raises:
             RequestError: unknown user.
         """
-        self._require(user)
+        self._require(user, replace=True)
+        self._discard_damaged(user)
         self.net.reset(user)
         self._state_replaced(user)
 
@@ -287,12 +313,11 @@ class UserStore:
         Raises:
             RequestError: unknown user.
         """
-        self._require(user)
-        self.net.forget(user)
+        self._require(user, replace=True)
+        self._damaged.discard(user)
+        self.net.bank.drop(user)
         self._state_replaced(user)
-        self._changed.discard(user)
-        for name in [n for n, (owner, _) in self._held.items() if owner == user]:
-            del self._held[name]
+        self.held.remove(user)
 
     def export(self, user: str) -> bytes:
         """Weights of a plain copy of the model with a user's statistics, as safetensors.
@@ -305,34 +330,82 @@ class UserStore:
         state = self.net.export(user).state_dict()
         return safetensors.torch.save({name: t.contiguous() for name, t in state.items()})
 
-    def save(self, limit: int | None = None) -> int:
-        """Write changed users to the store in one transaction, and return how many are left.
+    # ---------------------------------------------------------------- store
 
-        Args:
-            limit: maximum number of users; None means all.
+    def change(self, function: Callable[[], T]) -> T:
+        """Call a function that changes users, and put the changes into the journal."""
+        try:
+            return function()
+        finally:
+            self.flush()
+
+    def flush(self) -> None:
+        """Put the users that have changed into the journal."""
+        if self.journal is not None:
+            self.net.flush()
+
+    def require_writable(self) -> None:
+        """Check that changes can be written to the store at present.
+
+        Raises:
+            StoreError: they cannot.
         """
-        if self.store is None:
-            return 0
-        bank = self.net.bank
-        # Evicted users were written on eviction.
-        changed = [u for u in self._changed if u in bank.slot]
-        selected = changed if limit is None else changed[:limit]
-        self.store.write_all({u: bank.get(bank.slot[u]).to_bytes() for u in selected})
-        self._changed = set(changed[len(selected) :])
-        return len(self._changed)
+        if self.journal is not None:
+            self.journal.require_writable()
+
+    @property
+    def store_failed(self) -> bool:
+        """Whether the last changes could not be written."""
+        return self.journal is not None and self.journal.failure is not None
+
+    @property
+    def num_damaged(self) -> int:
+        """Number of users whose stored state was found damaged, and was not replaced since."""
+        return len(self._damaged)
 
     @property
     def num_in_memory(self) -> int:
         """Number of users in memory."""
         return len(self.net.bank.slot)
 
+    def _check_store(self) -> None:
+        """Raise an error if the store has states of another model or rule, or none that can be read."""
+        if self.store is None:
+            return
+        damaged: DamagedRecordError | None = None
+        for user in self.store.page("", START_CHECKED):
+            try:
+                self.net.bank.records.unpack(self.store[user])
+                return
+            except DamagedRecordError as error:
+                damaged = error
+        if damaged:
+            raise UserError(f"no state in store {self.store.file} can be read ({damaged}): use another store")
+
     def _exists(self, user: str) -> bool:
         return user in self.net.bank.slot or user in self.net.bank.store
 
-    def _require(self, user: str) -> None:
-        if not self._exists(user):
-            raise _unknown_user(user)
+    def _require(self, user: str, *, replace: bool = False) -> None:
+        """Load a user; if its state will be replaced, it need not be readable.
 
+        Raises:
+            RequestError: unknown user, or its stored state is damaged.
+        """
+        if user in self.net.bank.slot:
+            return
+        if user not in self.net.bank.store:
+            raise RequestError(404, f"unknown user {user[:128]!r}: enroll the user first, PUT /v1/users/NAME")
+        try:
+            self.net.bank.group([user], create=False)
+        except DamagedRecordError as error:
+            self._damaged.add(user)
+            if not replace:
+                raise RequestError(
+                    409, f"{error}: restore a snapshot of {user!r}, reset the user to start again, or delete the user"
+                ) from None
 
-def _unknown_user(user: str) -> RequestError:
-    return RequestError(404, f"unknown user {user!r}: enroll the user first, PUT /v1/users/{user}")
+    def _discard_damaged(self, user: str) -> None:
+        if user in self._damaged:
+            self._damaged.discard(user)
+            if user not in self.net.bank.slot:
+                del self.net.bank.store[user]

@@ -32,6 +32,9 @@ FRAME_INTERVAL = 0.1
 MAX_FRAME_WINDOWS = 24
 """Maximum number of windows per frame. If the computation is too slow, so is the stream."""
 
+MAX_ELEMENTS = 100
+"""Maximum number of elements of a visitor's message."""
+
 SPEEDS = (1.0, 100.0)
 """Minimum and maximum speed, relative to real time."""
 
@@ -90,7 +93,7 @@ class Player:
             while True:
                 text = await self.socket.receive_text()
                 try:
-                    await self._handle(parse_json(text.encode()))
+                    await self._handle(parse_json(text.encode(), MAX_ELEMENTS))
                 except UserError as error:
                     await self._send("error", {"text": str(error)})
         finally:

@@ -479,7 +479,9 @@ def test_bad_windows_and_names_change_no_state():
         expect_error("nothing to commit", net.commit)
     assert net.state("ann").to_bytes() == before
     assert net.users == ["ann"]
-    net(x * 1e37, user="bob")  # large, but finite: only the sum is not
+    expect_error("8 of 8 windows are too large", lambda: net(x * 1e37, user="ann"))  # only their sum is not finite
+    expect_error("these windows are too large", lambda: net.calibrate(x * 1e37, user="ann"))
+    assert net.state("ann").to_bytes() == before
 
 
 def test_personalize_rejects_model_that_folds_time():

@@ -117,6 +117,8 @@ def test_released_states_merge_and_load(model):
     whole = Release(minimum=60).apply(a, prior).merge(Release(minimum=60, last=1).apply(b, prior))
     assert (whole.parts[FIRST][0].n, whole.parts[LAST][0].n) == (60, 120)
     net = personalize(model, "pseudo")
+    net.load("bob", whole)
+    assert net.state("bob").n == 120
     net.load("ann", Release(minimum=60, last=1).apply(b, prior))
     torch.testing.assert_close(net.statistics("ann")[FIRST][0], prior[FIRST].mean)
 

@@ -36,9 +36,9 @@ def model():
 def serve(model):
     opened = []
 
-    def make(*enrolled, store=None, **access):
+    def make(*enrolled, store=None, durability="full", **access):
         users = UserStore(model, SHAPE, CLASSES, "pseudo:n0=4", store=store)
-        app = create_app(users, Access(**access))
+        app = create_app(users, Access(**access), durability=durability)
         client = TestClient(app, base_url="http://localhost", raise_server_exceptions=False)
         opened.append(client.__enter__())
         client.users = users
@@ -122,10 +122,12 @@ def test_socket_answers_each_frame_and_survives_errors(serve):
 
 
 def test_state_survives_a_restart(serve, tmp_path):
-    first = serve("ann", store=SQLiteStore(tmp_path / "users.db"))
+    store = SQLiteStore(tmp_path / "users.db")
+    first = serve("ann", store=store)
     observe(first, windows(4).tobytes())
     state = first.get("/v1/users/ann/snapshot").content
     first.__exit__(None, None, None)
+    store.close()
     second = serve(store=SQLiteStore(tmp_path / "users.db"))
     assert second.get("/v1/users/ann/snapshot").content == state
 

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 pytest.importorskip("fastapi")
 
 from fedbn.errors import UserError
-from fedbn.online import rule
+from fedbn.online import SQLiteStore, rule
 from fedbn.online.rules.base import rules
 from simulations.cli.app import app as cli
 from simulations.cli.service import serve
@@ -124,6 +124,8 @@ def test_served_model_supports_rules_without_training_users(own_model):
         ([*SERVE_OWN, "--shape", "2,x", "--classes", "a,b"], "--shape takes positive whole numbers"),
         (["serve", "hapt", "--host", "0.0.0.0"], "accepts requests from other machines"),
         (["serve", "hapt", "--capacity", "0"], "--capacity must be at least 1"),
+        (["serve", "hapt", "--tls-key", "key.pem"], "--tls-key needs the certificate"),
+        (["serve", "hapt", "--user-rate", "-1"], "--user-rate must be 0 or more"),
         (["serve", "nowhere"], "unknown scenario"),
         (["serve", "hapt", "--rule", "psuedo"], "unknown rule"),
         (["serve", "hapt", "--drift", "adwim"], "unknown drift detector"),
@@ -140,8 +142,24 @@ def test_commands_reject_bad_input(own_model, arguments, message, monkeypatch):
     assert message in str(result.exception)
 
 
-def test_rate_limit_is_on_by_default():
-    assert Access().rate == inspect.signature(serve).parameters["rate"].default == 500
+def test_command_has_the_defaults_of_access():
+    parameters = inspect.signature(serve).parameters
+    assert Access().rate == parameters["rate"].default == 500
+    for name in ("host", "token", "body", "timeout", "user_rate"):
+        assert getattr(Access(), name) == parameters[name].default
+    assert parameters["durability"].default == "full"
+
+
+def test_second_service_on_a_store_is_refused_before_training(own_model, monkeypatch):
+    monkeypatch.setattr(
+        "simulations.adaptation.source_model.train_source_model",
+        lambda *a: pytest.fail("trained before it was checked"),
+    )
+    SQLiteStore("taken.db").close()
+    taken = SQLiteStore("taken.db")
+    result = CliRunner().invoke(cli, ["serve", "hapt", "--port", "0", "--store", "taken.db"])
+    assert "store taken.db is in use by another process" in str(result.exception)
+    taken.close()
 
 
 @pytest.mark.slow

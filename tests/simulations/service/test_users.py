@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -107,25 +108,25 @@ def test_held_windows_are_per_user_and_oldest_are_dropped(model):
 
 
 def test_states_survive_eviction_and_restart(model, tmp_path):
-    store = tmp_path / "users.db"
-    users = make_users(model, store=SQLiteStore(store), limits=Limits(capacity=2))
+    store = SQLiteStore(tmp_path / "users.db")
+    users = make_users(model, store=store, limits=Limits(capacity=2))
     for i, name in enumerate(("ann", "bob", "cem")):
         users.enroll(name)
         observe(users, name, windows(3, i))
     assert users.num_in_memory == 2
-    while users.save(1):
-        pass
     before = {name: users.snapshot(name) for name in ("ann", "bob", "cem")}
-    restarted = make_users(model, store=SQLiteStore(store))
+    users.journal.commit()
+    restarted = make_users(model, store=store)
     assert restarted.users("", 10) == ["ann", "bob", "cem"]
     assert restarted.users("ann", 1) == ["bob"]
     assert {name: restarted.snapshot(name) for name in before} == before
     with pytest.raises(UserError, match="belongs to rule"):
-        make_users(model, store=SQLiteStore(store), rule="ema")
+        make_users(model, store=store, rule="ema")
 
 
 def test_snapshot_merge_export_and_forget(model, tmp_path):
-    users = make_users(model, "ann", "ann2", store=SQLiteStore(tmp_path / "users.db"))
+    store = SQLiteStore(tmp_path / "users.db")
+    users = make_users(model, "ann", "ann2", store=store)
     observe(users, "ann", windows(4, 1))
     observe(users, "ann2", windows(4, 2))
     merged = users.net.state("ann").merge(users.net.state("ann2"))
@@ -136,11 +137,14 @@ def test_snapshot_merge_export_and_forget(model, tmp_path):
     x = windows(3, 3)
     expected = observe(users, "ann", x, learn=False, hold=True)
     np.testing.assert_allclose(plain.eval()(x).softmax(1).detach().numpy(), expected.probabilities, atol=1e-5)
-    users.save()
+    users.flush()
+    users.journal.commit()
+    assert list(store) == ["ann", "ann2"]
     users.forget("ann")
+    users.journal.commit()
     assert users.users("", 10) == ["ann2"]
-    assert "ann" not in SQLiteStore(tmp_path / "users.db")
-    assert not users._held
+    assert list(store) == ["ann2"]
+    assert not users.held.of("ann")
     for method in (users.snapshot, users.forget, users.report, users.reset, users.export):
         with pytest.raises(RequestError, match="enroll the user first"):
             method("ann")
@@ -286,11 +290,16 @@ def test_handler_error_is_returned_to_its_batch_only():
         (b'{"windows": [[1, 2]]}', False, r"each of shape \[6, 16\]"),
         (b'{"windows": [[[1], [1, 2]]]}', False, '"windows" must be a list'),
         (b'{"windows": ["x"]}', False, '"windows" must be a list'),
+        (b'{"windows": [["1", "2"]]}', False, '"windows" must be a list'),
+        (b'{"windows": [' + b"[]," * 400 + b"[]]}", False, "more elements than the largest valid request"),
+        (b'{"windows": [' + b"1," * 4 + b"1]}", False, "5 windows in one request; send at most 4"),
+        (json.dumps({"windows": np.full((1, *SHAPE), 1e39).tolist()}).encode(), False, "NaN or Inf"),
     ],
+    ids=range(15),
 )
 def test_parse_windows_rejects_bad_input(body, binary, match):
     with pytest.raises(RequestError, match=match):
-        parse_windows(body, binary, SHAPE, limit=4)
+        parse_windows(body, binary, SHAPE, limit=4, elements=700)
 
 
 @pytest.mark.parametrize("values", [["run"], [3], [-1], [True], [None], "sit", None, [1.5]])
