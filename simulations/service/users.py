@@ -24,6 +24,7 @@ from fedbn.online.drift.detectors import detector
 from fedbn.online.drift.signal import channel_means
 from fedbn.online.records import DamagedRecordError
 from fedbn.online.rules.base import rule
+from fedbn.online.validation import require_independent_rows
 from simulations.service.batching import Job
 from simulations.service.durability import Journal
 from simulations.service.held import HeldWindows
