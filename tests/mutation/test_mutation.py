@@ -108,7 +108,9 @@ def test_report_does_not_count_equivalent_mutants(sample):
 def test_accepted_mutants_exist():
     for (module, before, _), entry in accepted().items():
         code = (ROOT / module).read_text(encoding="utf-8")
-        assert before in [line.strip() for line in code.splitlines()], before
+        assert before in [line.strip() for line in code.splitlines()], (
+            f"{module} has changed: remove or edit {before!r}"
+        )
         assert entry["reason"]
 
 
