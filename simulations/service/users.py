@@ -24,7 +24,6 @@ from fedbn.online.drift.detectors import detector
 from fedbn.online.drift.signal import channel_means
 from fedbn.online.records import DamagedRecordError
 from fedbn.online.rules.base import rule
-from fedbn.online.validation import require_independent_rows
 from simulations.service.batching import Job
 from simulations.service.durability import Journal
 from simulations.service.held import HeldWindows
@@ -99,10 +98,11 @@ class UserStore:
         self.net = personalize(
             self.model, rule(self.rule), self.prior, self.limits.capacity, store=self.journal, classes=len(self.classes)
         )
-        windows = torch.randn(2, *self.shape, generator=torch.Generator().manual_seed(0))
-        require_independent_rows(self.net.model, windows, f"rule {self.rule!r}")
         self._damaged: set[str] = set()
         self._check_store()
+        # The first prediction checks that the model does not mix windows. It must not see windows of requests.
+        windows = torch.randn(2, *self.shape, generator=torch.Generator().manual_seed(0))
+        self.net.predict(windows, "initial check")
         drift_detector = detector(self.drift)
         path, layer = next(iter(statistics_layers(self.net.model).items()))
         self._first_layer = {path: layer}
@@ -154,7 +154,7 @@ class UserStore:
             self.net.commit(posterior=posterior)
         predicted = posterior.argmax(1).numpy()
         starts = np.cumsum([0, *(job.n for job in jobs)])
-        drift = self._detect_drift(jobs, starts, channel_means(activations[0]), predicted) if learn else {}
+        drift = self._detect_drift(jobs, starts, channel_means(activations[-1]), predicted) if learn else {}
         bank = self.net.bank
         slots = [bank.slot[job.user] for job in jobs]
         class_counts = bank.rows["classes"][slots].tolist()
