@@ -42,7 +42,8 @@ def split_user(
     """Split a user's rows.
 
     Parts of the data set are used as they are. Otherwise, later recordings are the test rows, or the last rows if
-    there is one recording. If this leaves a class out of either side, the last rows of each class are the test rows.
+    there is one recording. If classes come in long runs and this leaves a class out of either side, the last rows of
+    each class are the test rows.
 
     Args:
         index: the user's rows, in the order of recording.
@@ -77,12 +78,26 @@ def split_user(
     else:
         cut = len(index) - _share(len(index), test)
         found = Split(index[: max(0, cut - gap)], index[cut:], "time")
-    if not by_class:
+    if not by_class or not has_long_runs(y):
         return found
     splittable = [c for c in np.unique(y) if (n := int((y == c).sum())) - _share(n, test) - gap >= 1]
     if all(c in labels[side] for c in splittable for side in (found.train, found.test)):
         return found
     return _split_by_class(index, y, recorded, stretch[index], splittable, test, gap)
+
+
+def has_long_runs(y: np.ndarray) -> bool:
+    """Whether the class changes less than half as often as in random order.
+
+    In random order, a small test set lacks classes by chance. A split by class would scatter its rows, and the gaps
+    around them would take many training rows.
+
+    >>> has_long_runs(np.repeat([0, 1, 2], 4)), has_long_runs(np.tile([0, 1, 2], 4))
+    (True, False)
+    """
+    n, counts = len(y), np.bincount(y)
+    changes = int((y[1:] != y[:-1]).sum())
+    return changes < (n - float((counts * counts).sum()) / n) / 2
 
 
 def _share(n: int, test: float) -> int:

@@ -83,7 +83,7 @@ def written(value):
 def text_of(cls):
     """Texts such as ``name:field=value``, with the class and the values."""
     options = valid(cls).flatmap(lambda values: st.permutations(list(values.items())))
-    return options.map(lambda o: (":".join([cls.name, *(f"{k}={written(v)}" for k, v in o)]), cls, dict(o)))
+    return options.map(lambda o: (":".join([cls.name, *(f"{k.rstrip('_')}={written(v)}" for k, v in o)]), cls, dict(o)))
 
 
 def plugin_texts(known):
@@ -297,9 +297,10 @@ def test_data_files_keep_their_values(tmp_path_factory, seed, sizes, has_recordi
     folder, draw = tmp_path_factory.mktemp("data"), np.random.default_rng(seed)
     n = sum(sizes)
     x = draw.normal(size=(n, 2)).astype(np.float32)
-    y, user = draw.permutation(np.arange(n) % 2), draw.permutation(np.repeat(np.arange(len(sizes)), sizes))
-    recording = np.zeros(n, int)
+    user = draw.permutation(np.repeat(np.arange(len(sizes)), sizes))
+    y, recording = np.zeros((2, n), int)
     for i, size in enumerate(sizes):
+        y[user == i] = np.arange(size) % 2
         recording[user == i] = np.arange(size) * 4 // size
     columns = {"y": y, "user": user} | ({"recording": recording} if has_recordings else {})
     np.savez(folder / "d.npz", x=x, **columns)

@@ -33,7 +33,7 @@ def test_roles_use_types_instead_of_names():
 
 def test_head_is_not_a_module_whose_path_begins_with_its_path():
     net = nn.ModuleDict({"fc2": nn.Linear(2, 2), "fc": nn.ModuleDict({"1": nn.Linear(2, 3), "0": nn.Linear(3, 2)})})
-    assert head(net) == "fc.0"
+    assert head(net) == ("fc.0",)
     table = roles(net)
     assert {k for k, r in table.items() if r is Role.HEAD} == {"fc.0.weight", "fc.0.bias"}
     longer = nn.ModuleDict({"head_of_old_task": nn.Linear(2, 2), "head": nn.Linear(2, 2)})

@@ -130,7 +130,8 @@ def nets():
     yield from ((name, Block(lambda h, f=f: f(h.flatten(2))), (2, 7, 6)) for name, f in SIGNAL.items())
     yield from ((name, Block(f), (2, 7, 6)) for name, f in IMAGE.items())
     unary = {f: make for f, make in ELEMENTWISE.items() if is_unary(f)}
-    yield from ((f"features {f.__name__}", Features(make), (5,)) for f, make in unary.items())
+    for i, (f, make) in enumerate(unary.items()):  # torch.relu, functional.relu and the method share a name
+        yield f"features {i} " + getattr(f, "__name__", f), Features(make), (5,)
     clamps = {"clamp": lambda h: torch.clamp(h, -1, max=0.5) * h.clamp(min=0.1), "clamp_": lambda h: h.clamp_(0, 1)}
     yield from ((name, Features(f), (5,)) for name, f in clamps.items())
     yield "features dropout", Features(lambda h: F.dropout(h, 0.4) * h + h.tanh() / 3), (5,)

@@ -66,10 +66,13 @@ def test_divergence_pooled_multiplies_weights_by_divergence():
     assert_equal(aggregated("divergence-pooled"), pooled(STATES, shares))
 
 
-@pytest.mark.parametrize(("name", "rate"), [("fbn", 0.3), ("hbn", 0.01), ("hbn-full", 0.2)])
-def test_server_statistics_move_by_rate_towards_pooled(name, rate):
+@pytest.mark.parametrize(
+    ("name", "rate", "correction"), [("fbn", 0.3, 1), ("hbn", 0.01, 40 / 39), ("hbn-full", 0.2, 40 / 39)]
+)
+def test_server_statistics_move_by_rate_towards_pooled(name, rate, correction):
     old = {key: torch.full((4,), 2.0, dtype=torch.float64) for key in KEYS}
-    expected = {key: 2 + rate * (value - 2) for key, value in pooled(STATES, SIZES).items()}
+    target = {key: value * (correction if "var" in key else 1) for key, value in pooled(STATES, SIZES).items()}
+    expected = {key: 2 + rate * (value - 2) for key, value in target.items()}
     assert_equal(aggregated(f"{name}:rate={rate}", old=old), expected)
 
 

@@ -101,7 +101,7 @@ def test_fedbn_users_share_layer_norm(small, register_model):
     ctx, out = build_context(run), federate(run)
     first, second = (ctx.assemble(out.server.state, state) for state in out.client_states.values())
     differing = {ctx.ownership.roles[k] for k in first if not torch.equal(first[k], second[k])}
-    assert differing == {Role.AFFINE, Role.STATISTICS}
+    assert differing == {Role.AFFINE, Role.STATISTICS, Role.COUNTER}  # users have different numbers of batches
     assert not torch.equal(first["rms.weight"], ctx.initial["rms.weight"])
 
 

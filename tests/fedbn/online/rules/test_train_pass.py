@@ -110,6 +110,7 @@ def test_train_pass_of_a_single_value_keeps_the_user_statistics():
 def test_frozen_rule_runs_one_pass(monkeypatch):
     net = personalize(network(), "dua:pass=train")
     (x, users), *_ = calls()
+    net.predict(x, user=users)  # the first windows also test whether rows are independent
     passes = []
     monkeypatch.setattr(net.model, "forward", lambda rows, run=net.model.forward: (passes.append(1), run(rows))[1])
     net(x, user=users)
