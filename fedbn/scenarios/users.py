@@ -133,8 +133,8 @@ def build_users(rows: Rows, name: str, test: float, gap: int, *, least: int = 0,
         left = np.flatnonzero(~np.isin(owners, [names.index(u) for u in tiny]))
         rest = build_users(rows.take(left), name, test, gap, least=least, by_class=by_class)
         listed = _listed([f"{u} ({sizes[u]} row{'s' * (sizes[u] != 1)})" for u in tiny])
-        told = f"{name}: {len(tiny)} of {len(names)} users have too few rows and are left out: {listed}"
-        return replace(rest, notices=[*rest.notices, told])
+        notice = f"{name}: {len(tiny)} of {len(names)} users have too few rows and are left out: {listed}"
+        return replace(rest, notices=[*rest.notices, notice])
     x = torch.from_numpy(np.ascontiguousarray(rows.x, dtype=np.float32))
 
     def examples(index: np.ndarray, part: int) -> Examples:
