@@ -187,7 +187,7 @@ def _split_notices(splits: dict[str, Split], name: str, test: float, gap: int, r
     if by_class := of["class"]:
         who = f"{len(by_class)} of {len(splits)} users ({_listed(by_class)})" if rows.user is not None else "the file"
         notices.append(
-            f"{name}: rows of {who} are sorted by class, if only in part; test data are the last {test:.0%} of each "
+            f"{name}: rows of {who} come in long runs of one class; test data are the last {test:.0%} of each "
             f"class, with a gap of {gap} row{'s' * (gap != 1)}"
         )
     return notices

@@ -7,6 +7,7 @@ depends on values. Such a model would train differently without any error.
 from __future__ import annotations
 
 import copy
+import logging
 import random
 from typing import Any
 
@@ -17,7 +18,9 @@ from torch import Tensor, nn
 from fedbn.nn.roles import State
 from fedbn.stacked.layers import Unstackable
 from fedbn.stacked.program import Program, build_program
-from fedbn.stacked.vectorized import vectorize
+from fedbn.stacked.vectorized import VMAP, vectorize
+
+log = logging.getLogger(__name__)
 
 ROWS = 8
 """Number of examples of each of the two clients of a check."""
@@ -46,9 +49,11 @@ def checked_program(model: nn.Module, x: Tensor, *, trains: bool) -> Program:
             check_program(program, model, x, trains=trains)
             return program
         except Unstackable as reason:
-            if str(reason) not in reasons:
-                reasons.append(str(reason))
-    raise Unstackable("; ".join(reasons))
+            reasons.append(str(reason))
+    log.info("%s runs one by one: %s", type(model).__name__, "; ".join(reasons))
+    # What torch.vmap does not support is usually an internal operation, which says nothing to a user.
+    shown = [reason for reason in dict.fromkeys(reasons) if not reason.startswith(VMAP)]
+    raise Unstackable("; ".join(shown or reasons))
 
 
 def check_program(program: Program, model: nn.Module, x: Tensor, *, trains: bool = True) -> None:
@@ -79,8 +84,8 @@ def check_program(program: Program, model: nn.Module, x: Tensor, *, trains: bool
     except Unstackable:
         raise
     except Exception as error:  # the user's forward may raise anything; the exact executor then reports it
-        reason = str(error).strip().partition("\n")[0]
-        raise Unstackable(f"the stacked program of {type(model).__name__} differs from the model: {reason}") from None
+        log.info("stacked program of %s: %s", type(model).__name__, error)
+        raise Unstackable(f"the stacked program of {type(model).__name__} differs from the model") from None
 
 
 class _Exact:

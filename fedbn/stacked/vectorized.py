@@ -24,6 +24,9 @@ from fedbn.nn.roles import State, statistics_layers
 from fedbn.stacked.layers import Unstackable
 from fedbn.stacked.tracing import check_structure
 
+VMAP = "torch.vmap:"
+"""Beginning of the reasons that PyTorch gives."""
+
 
 @dataclass(frozen=True)
 class VectorizedProgram:
@@ -112,7 +115,7 @@ def vectorize(model: nn.Module, x: Tensor) -> VectorizedProgram:
         raise
     except Exception as error:  # the user's forward may raise anything
         reason = str(error).strip().partition("\n")[0].partition(". ")[0] or type(error).__name__
-        raise Unstackable(f"torch.vmap: {reason.removeprefix('vmap: ')}"[:200]) from None
+        raise Unstackable(f"{VMAP} {reason.removeprefix('vmap: ')}"[:200]) from None
 
 
 def _first_pass(program: VectorizedProgram, x: Tensor) -> list[str]:

@@ -104,7 +104,7 @@ def test_names_are_sorted_texts(names, wanted):
     assert [found[c] for c in codes] == ([wanted[1], wanted[0]] if wanted != ["Z\xeb", "a"] else wanted)
 
 
-def test_names_that_are_unclear_are_rejected_or_told():
+def test_names_that_are_unclear_are_rejected_or_reported():
     rejects("user is a number that is too large to be exact", encode_names, np.array([1e18, 2e18]), "user")
     rejects("user is missing in 1 rows", encode_names, np.array(["ana", None], object), "user")
     assert name_notices(["Ana", "ana", "bob"], "own") == [

@@ -39,34 +39,34 @@ def numbers(data):
     return data.x[:, 0].int().tolist()
 
 
-def told(population, *messages):
+def assert_notice(population, *messages):
     assert len(population.notices) == len(messages)
     for notice, message in zip(population.notices, messages, strict=True):
         assert message in notice
 
 
 def test_plain_data_need_no_notice(load):
-    told(load())
+    assert_notice(load())
 
 
 @pytest.mark.parametrize(
     "labels", [np.arange(N) % 3 + 1, np.arange(N) % 3 * 2, np.array(["b", "a", "c"])[np.arange(N) % 3]]
 )
-def test_labels_are_mapped_and_told(load, labels):
+def test_labels_are_mapped_with_a_notice(load, labels):
     population = load(y=labels)
     names = sorted(set(labels.tolist()))
     assert population.classes == tuple(map(str, names))
     for user in population.users:
         assert [names[i] for i in user.train.y.tolist()] == [labels[i] for i in numbers(user.train)]
-    told(population, f"own.csv: labels {', '.join(map(str, names))} are classes 0, 1, 2")
+    assert_notice(population, f"own.csv: labels {', '.join(map(str, names))} are classes 0, 1, 2")
 
 
-def test_sorted_rows_are_split_by_class_and_told(load):
+def test_sorted_rows_are_split_by_class_with_a_notice(load):
     population = load(y=np.tile(np.repeat([0, 1, 2], 8), 4))
     for user in population.users:
         assert set(user.test.y.tolist()) == set(user.train.y.tolist()) == {0, 1, 2}
         assert min(abs(a - b) for a in numbers(user.train) for b in numbers(user.test)) == 2
-    told(population, "rows of 4 of 4 users (a, b, c, d) are sorted by class")
+    assert_notice(population, "rows of 4 of 4 users (a, b, c, d) come in long runs of one class")
 
 
 def test_own_split_is_used_without_leak(load):
@@ -78,7 +78,7 @@ def test_own_split_is_used_without_leak(load):
         assert (
             sorted(n for u in population.users for n in numbers(u.validation)) == np.flatnonzero(part == "dev").tolist()
         )
-        told(population, "own parts are used (48 to train, 32 to test, 16 for tuning only)")
+        assert_notice(population, "own parts are used (48 to train, 32 to test, 16 for tuning only)")
     assert load(":split=", split=part).notices == ()
     rejects("column 'split' holds '0', which is not train, validation or test", load, split=np.arange(N) % 2)
 
@@ -102,17 +102,17 @@ def test_shift_applies_to_validation_rows(load):
 def test_users_of_the_test_part_are_unseen(load):
     population = load(":unseen=2", split=np.repeat(["train", "train", "train", "test"], 24))
     assert [population.users[i].name for i in population.unseen] == ["d"]
-    told(population, "4 users are in one part only and are split further", "test part only are unseen (d)")
+    assert_notice(population, "4 users are in one part only and are split further", "test part only are unseen (d)")
 
 
-def test_tiny_users_are_left_out_and_told(load):
+def test_tiny_users_are_left_out_with_a_notice(load):
     users = np.where(np.arange(N) == N - 1, "eve", USERS)
     population = load(user=users)
     assert [u.name for u in population.users] == ["a", "b", "c", "d"]
-    told(population, "1 of 5 users have too few rows and are left out: eve (1 row)")
+    assert_notice(population, "1 of 5 users have too few rows and are left out: eve (1 row)")
     population = load(":least=24", user=users)
     assert [u.name for u in population.users] == ["a", "b", "c"]
-    told(population, "2 of 5 users have too few rows and are left out: d (23 rows), eve (1 row)")
+    assert_notice(population, "2 of 5 users have too few rows and are left out: d (23 rows), eve (1 row)")
     rejects(r"and 25 in total \(least=25\). Check user=, or change test= or gap=", load, ":least=25")
 
 
@@ -120,20 +120,20 @@ def test_class_of_tiny_users_only_does_not_exist(load):
     last = np.arange(N) == N - 1
     population = load(user=np.where(last, "eve", USERS), y=np.where(last, 7, np.arange(N) % 3))
     assert population.classes == ("0", "1", "2")
-    told(population, "eve (1 row)")
+    assert_notice(population, "eve (1 row)")
 
 
-def test_single_recording_is_split_in_time_and_told(load):
+def test_single_recording_is_split_in_time_with_a_notice(load):
     recording = np.where(USERS == "a", 0, np.arange(N) % 24 // 6)
     population = load(recording=recording)
     assert numbers(population.users[0].test) == list(range(18, 24))
-    told(population, "1 users have one recording and are split in time (a)")
+    assert_notice(population, "1 users have one recording and are split in time (a)")
 
 
 def test_rows_without_users_need_a_partition(load):
     population = load(user=None)
     assert (population.pooled, population.unseen) == (True, ())
-    told(population, "there is no column of users, so clients are made by --partition, and nobody is unseen")
+    assert_notice(population, "there is no column of users, so clients are made by --partition, and nobody is unseen")
     rejects("own.csv: there is no column of users; name it with user=NAME, or make", repartition, population, "", 0)
     dealt = repartition(population, "iid:clients=4", 0)
     assert not dealt.pooled
@@ -160,7 +160,7 @@ def test_windows_are_cut_from_streams(load):
         )
         assert not train & test
         assert train | test <= set(range(24 * k, 24 * k + 24))
-    told(population, "96 rows are cut into 36 windows of 8 samples, 2 apart; a window has its most frequent label; no")
+    assert_notice(population, "96 rows are cut into 36 windows of 8 samples, 2 apart; a window has its most frequent label; no")
 
 
 def test_shuffled_times_are_sorted(load):
@@ -168,7 +168,7 @@ def test_shuffled_times_are_sorted(load):
     stamp = pd.date_range("2020", periods=N, freq="s")[order].astype(str)
     population = load(x0=order, y=order % 3, user=USERS[order], timestamp=stamp)
     assert numbers(population.users[0].train) == list(range(17))
-    told(population, "rows are not in order of time and are sorted")
+    assert_notice(population, "rows are not in order of time and are sorted")
 
 
 def test_8_bit_images_are_scaled_like_those_of_a_dataset(tmp_path):
@@ -177,7 +177,7 @@ def test_8_bit_images_are_scaled_like_those_of_a_dataset(tmp_path):
     population = scenario(f"files:path={tmp_path / 'own.npz'}").load(0)
     wanted = torch.from_numpy(pixels[:17].transpose(0, 3, 1, 2).astype(np.float32) / 255)
     assert torch.equal(population.users[0].train.x, wanted)
-    told(population, "has channels last and becomes [3, 6, 5]", "has 8 bits and is divided by 255")
+    assert_notice(population, "has channels last and becomes [3, 6, 5]", "has 8 bits and is divided by 255")
     kept = scenario(f"files:path={tmp_path / 'own.npz'}:scale=1:layout=first").load(0)
     assert (kept.shape, kept.notices, float(kept.users[0].train.x.max())) == ((6, 5, 3), (), 255.0)
 
