@@ -74,6 +74,8 @@ def check_context(ctx: RunContext) -> list[str]:
     """
     plan, population = ctx.run.plan, ctx.population
     notices: list[str] = []
+    trainable = (name for name, p in ctx.scratch.named_parameters() if p.requires_grad)
+    ctx.personal.validate_model({name: ctx.ownership.roles[name] for name in trainable})
     if ctx.uses_population_prior and (ctx.strategy.is_centralized or not ctx.ownership.shared_statistics):
         raise UserError(
             f"rule {ctx.run.rule!r} needs a prior over the clients' statistics, but with strategy "

@@ -15,6 +15,7 @@ from torch import nn
 
 from fedbn.config import Plan
 from fedbn.data.population import Examples
+from fedbn.errors import UserError
 from fedbn.nn.roles import Role, State, clone
 from fedbn.plugins import discover
 from fedbn.strategies.base import Progress, Update, refuse_misspelled_hooks
@@ -113,6 +114,16 @@ class Personalization:
         overrides = {Role.BODY: self.body, Role.HEAD: self.head}
         return table | {role: owner for role, owner in overrides.items() if owner is not None}
 
+    def validate_model(self, trainable: dict[str, Role]) -> None:
+        """Check that the method applies to a model.
+
+        Args:
+            trainable: roles of the trainable parameters, by name.
+
+        Raises:
+            UserError: it does not.
+        """
+
     def train(self, trainer: ClientTrainer) -> float:
         """Train a client's model for one round, in place; the shared entries are sent. Returns the mean loss."""
         return trainer.fit(trainer.model)
@@ -130,6 +141,16 @@ class Personalization:
             clients: number of all clients, including those that were not sampled.
         """
         return broadcast
+
+
+def require_trained(method: str, trainable: dict[str, Role], *, head: bool) -> None:
+    """Raise a `UserError` unless the head (or the rest of the model) has trainable parameters."""
+    if not any((role is Role.HEAD) == head for role in trainable.values()):
+        part = "in its head" if head else "outside its head"
+        raise UserError(
+            f"{method} trains the head and the other layers separately, but the model has no trainable parameters "
+            f"{part}: choose another method, or set the head with --head"
+        )
 
 
 def personalizations() -> dict[str, type[Personalization]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fedbn.nn.roles import Role
-from fedbn.personalization.base import ClientTrainer
+from fedbn.personalization.base import ClientTrainer, require_trained
 from fedbn.personalization.finetune import FineTune
 
 
@@ -26,6 +26,9 @@ class FedBABU(FineTune):
     name = "fedbabu"
     about = "the classifier keeps its initial value in training; clients fine-tune"
     source = "Oh et al. 2022"
+
+    def validate_model(self, trainable: dict[str, Role]) -> None:
+        require_trained(self.name, trainable, head=False)
 
     def train(self, trainer: ClientTrainer) -> float:
         return trainer.fit(trainer.model, only=trainer.names(*Role) - trainer.names(Role.HEAD))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fedbn.nn.roles import Role
-from fedbn.personalization.base import ClientTrainer, Personalization
+from fedbn.personalization.base import ClientTrainer, Personalization, require_trained
 from fedbn.strategies.ownership import LOCAL
 
 
@@ -25,6 +25,10 @@ class FedRep(Personalization):
     source = "Collins et al. 2021"
     head = LOCAL
     head_epochs: int = 1
+
+    def validate_model(self, trainable: dict[str, Role]) -> None:
+        for head in (True, False):
+            require_trained(self.name, trainable, head=head)
 
     def train(self, trainer: ClientTrainer) -> float:
         head = trainer.names(Role.HEAD)

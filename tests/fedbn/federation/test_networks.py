@@ -197,3 +197,24 @@ def test_unavailable_devices_are_refused(device, small):
     rejects("device .* cannot be used here .*: choose one of cpu", check_device, device)
     if device:
         rejects("cannot be used here", build_context, replace(small(), device=device))
+
+
+def only_head(shape, classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, classes))
+
+
+def frozen_head(shape, classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.Linear(8, classes).requires_grad_(False))
+
+
+@pytest.mark.parametrize(
+    ("method", "make", "part"),
+    [("fedbabu", only_head, "outside"), ("fedrep", only_head, "outside"), ("fedrep", frozen_head, "in")],
+)
+def test_methods_that_train_parts_need_trainable_parts(small, register_model, method, make, part):
+    message = (
+        f"{method} trains the head and the other layers .*, but the model has no trainable parameters {part} its head"
+    )
+    rejects(message, build_context, small(f"global-naive+{method}", model=register_model(make)))
+    build_context.cache_clear()
+    build_context(small("global-naive+fedper", model=register_model(make)))
