@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 #: Minimum width of a label that must fit on one line with the numbers; longer labels are folded.
-MIN_LABEL_WIDTH = 12
+MIN_LABEL_WIDTH = 14
 
 Cells = dict[tuple[str, str, str], tuple[str, ...]]
 """The parts of a cell by column, strategy and row."""
@@ -172,11 +172,13 @@ def _sections(
     The parts of a cell share a line if the console is wide enough, otherwise they are stacked.
     """
     rows = [r for r in ROWS if any(row == r and column in columns for column, _, row in text)]
-    widths = [max(len(" ".join(filter(None, parts))) for key, parts in text.items() if key[2] == r) for r in rows]
-    longest = max(map(len, strategies))
-    wide = sum(w + 2 for w in widths) + min(longest, MIN_LABEL_WIDTH) <= width
+    cells = {r: [" ".join(filter(None, parts)) for key, parts in text.items() if key[2] == r] for r in rows}
+    widths = [max(map(len, [ROWS[r][0], *cells[r]])) for r in rows]
+    labels = [*strategies, *(COLUMNS[column][0] for column in columns)]
+    label = min(max(map(len, labels)), MIN_LABEL_WIDTH)
+    wide = sum(w + 2 for w in widths) + label <= width
     table = _table(title, caption)
-    table.add_column("strategy", overflow="fold")
+    table.add_column("strategy", overflow="fold", min_width=label)
     for row in rows:
         table.add_column(ROWS[row][0], no_wrap=wide)
     for column in columns:
@@ -184,8 +186,8 @@ def _sections(
         if present:
             table.add_row(Text(COLUMNS[column][0], style="italic"))
         for strategy in present:
-            cells = (text.get((column, strategy, row), ("–",)) for row in rows)
-            joined = [(" " if wide else "\n").join(filter(None, parts)) for parts in cells]
+            line = (text.get((column, strategy, row), ("–",)) for row in rows)
+            joined = [(" " if wide else "\n").join(filter(None, parts)) for parts in line]
             style = ["bold" if "*" in cell else "" for cell in joined]
             table.add_row(Text(strategy), *map(Text, joined, style))
     return table
