@@ -37,7 +37,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 ALLOCATION_FAILED = re.compile(
-    "can't allocate memory|cannot allocate memory|out of memory|failed to map segment", re.IGNORECASE
+    "can't allocate memory|cannot allocate memory|out of memory|failed to map segment|can't start new thread",
+    re.IGNORECASE,
 )
 operations = (claims, eeg, deploy, adapt, serve, demo, report, export, leakage, new, compare, resume)
 for command in (*operations, advise, list_, audit, data):

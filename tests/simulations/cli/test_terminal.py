@@ -70,6 +70,7 @@ def test_a_memory_limit_is_reported_in_one_sentence(tmp_path):
         (OSError(errno.ENOMEM, "x"), "not enough memory"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "not enough memory"),
         (ImportError("libx.so: failed to map segment from shared object"), "not enough memory"),
+        (RuntimeError("can't start new thread"), "not enough memory"),
         (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "not enough memory"),
         (BrokenProcessPool("terminated abruptly"), "a worker process was killed, probably for lack of memory"),
         (OSError(errno.ENOSPC, "x", "out/a"), "No space left on device (out/a): free disk space"),

@@ -187,7 +187,7 @@ def test_serve_command_keeps_users_after_restart(own_model, tmp_path):
             assert answer["name"] == CLASSES[answer["class"]]
             learned.append(send("GET", "/v1/users/ann")["learned"])
             process.send_signal(signal.SIGTERM)
-            assert process.wait(20) == -signal.SIGTERM  # saves all users, then exits with the signal
+            assert process.wait(20) == 0  # saves all users, as after Ctrl-C
         finally:
             process.kill()
             process.stderr.close()
