@@ -57,6 +57,7 @@ def test_residual_adds_input_before_last_relu():
 
 
 def test_resmlp_without_dropout_is_deterministic():
+    torch.manual_seed(0)  # some initializations have a constant output
     x = torch.randn(32, 16)
     deterministic, noisy = ResMLP((16,), 2, p=0.0), ResMLP((16,), 2, p=0.5)
     assert torch.equal(deterministic(x), deterministic(x))
