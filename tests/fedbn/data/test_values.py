@@ -73,7 +73,7 @@ def test_channels_first_obeys_layout():
 
 
 @pytest.mark.parametrize(
-    ("x", "top", "told"),
+    ("x", "top", "reported"),
     [
         (np.full((1, 1, 2, 2), 255, np.uint8), 1.0, "has 8 bits and is divided by 255"),
         (np.full((1, 4), 51, np.uint8), 0.2, "has 8 bits and is divided by 255"),
@@ -85,12 +85,12 @@ def test_channels_first_obeys_layout():
         (np.ones((1, 2), bool), 1.0, ""),
     ],
 )
-def test_rescale_depends_on_type(x, top, told):
+def test_rescale_depends_on_type(x, top, reported):
     values, notices = rescale(x, 0, "own")
     assert values.dtype == np.float32
     assert values.max() == np.float32(top)
-    assert told in " ".join(notices)
-    assert bool(notices) == bool(told)
+    assert reported in " ".join(notices)
+    assert bool(notices) == bool(reported)
     assert rescale(x, 2, "own")[0].max() == x.max() / np.float32(2)
 
 

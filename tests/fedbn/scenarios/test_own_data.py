@@ -180,8 +180,8 @@ def test_8_bit_images_are_scaled_like_those_of_a_dataset(tmp_path):
     wanted = torch.from_numpy(pixels[:17].transpose(0, 3, 1, 2).astype(np.float32) / 255)
     assert torch.equal(population.users[0].train.x, wanted)
     assert_notice(population, "has channels last and becomes [3, 6, 5]", "has 8 bits and is divided by 255")
-    kept = scenario(f"files:path={tmp_path / 'own.npz'}:scale=1:layout=first").load(0)
-    assert (kept.shape, kept.notices, float(kept.users[0].train.x.max())) == ((6, 5, 3), (), 255.0)
+    unchanged = scenario(f"files:path={tmp_path / 'own.npz'}:scale=1:layout=first").load(0)
+    assert (unchanged.shape, unchanged.notices, float(unchanged.users[0].train.x.max())) == ((6, 5, 3), (), 255.0)
 
 
 def test_ragged_series_are_padded_on_request(tmp_path):
