@@ -46,6 +46,10 @@ def run_line(tmp_path, monkeypatch):
     np.savez("mine.npz", x=x, y=y, user=user)
     flat = {f"acc{i}": column for i, column in enumerate(x.reshape(160, -1).T)}
     pd.DataFrame({**flat, "activity": y, "subject": user}).to_csv("walks.csv", index=False)
+    pd.DataFrame({"a": x[:, 0, 0], "b": x[:, 1, 0], "label": y}).to_csv("table.csv", index=False)
+    rows = np.arange(4 * 2_560)  # one sample per row: four users, activities in turn for 320 samples
+    samples = pd.DataFrame(rng.normal(size=(len(rows), 3)), columns=["ax", "ay", "az"])
+    samples.assign(activity=rows // 320 % 2, subject=rows // 2_560).to_csv("stream.csv", index=False)
     Path("mymodels.py").write_text(MODEL)
     monkeypatch.delitem(sys.modules, "mymodels", raising=False)
 
