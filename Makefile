@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 STAMP := $(VENV)/.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help demo deploy-demo test test-all mutants test-oldest test-newest test-avx2 audit-packages lint bench bench-peers tables adapt-tables format clean
+.PHONY: help demo deploy-demo test test-all mutants test-oldest test-newest test-avx2 audit-packages sbom lint bench bench-peers tables adapt-tables format clean
 
 help:  ## show this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -45,6 +45,12 @@ test-avx2: $(STAMP)-dev  ## tests with the kernels of processors without AVX-512
 audit-packages: $(STAMP)-dev  ## known vulnerabilities of the pinned packages (queries the package index)
 	$(PIP) --constraint constraints.txt pip-audit
 	$(BIN)/pip-audit --strict --requirement constraints.txt --no-deps --disable-pip
+
+sbom: $(STAMP)-run  ## list of the installed packages with versions, hashes and licenses (CycloneDX) in build/sbom.json
+	$(PYTHON) -m venv .venv-sbom
+	.venv-sbom/bin/python -m pip --disable-pip-version-check install --quiet cyclonedx-bom==7.3.1
+	mkdir -p build
+	.venv-sbom/bin/cyclonedx-py environment $(BIN)/python --pyproject pyproject.toml --output-reproducible --output-file build/sbom.json
 
 lint: $(STAMP)-dev  ## style, types, import contracts and spelling
 	$(BIN)/ruff check .
@@ -116,7 +122,7 @@ format: $(STAMP)-dev  ## format the code
 	$(BIN)/ruff check --fix .
 
 clean:  ## remove the environment and caches
-	rm -rf $(VENV) .venv-oldest .venv-newest .venv-peers .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist
+	rm -rf $(VENV) .venv-oldest .venv-newest .venv-peers .venv-sbom .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is required, this is " + sys.version) if sys.version_info < (3, 11) else None'

@@ -1,8 +1,11 @@
-"""``python -m benchmarks.faults``: kill the service under writes, and compare what it has stored with what it promised.
+"""``python -m benchmarks.faults``: kill the service under writes and long commands at work, and count what is lost.
 
 The service runs in a separate process on one store, which all tries share. Several connections send changes without
 pause: windows, resets, new users and deletions. After a random time the process gets SIGKILL, the service starts again,
 and every user is compared with the last change that was acknowledged. The change in flight may or may not be stored.
+
+A long command gets SIGKILL at a random time and runs again with the same arguments until it finishes. Its results must
+have the same bits as those of a run without kills.
 """
 
 from __future__ import annotations
@@ -12,8 +15,12 @@ import http.client
 import json
 import logging
 import multiprocessing
+import os
 import random
+import signal
 import socket
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -23,8 +30,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from benchmarks.service import CLASSES, SHAPE, free_socket, wait_until_ready
+from simulations.claims.store import Store
 from simulations.results.formatting import markdown_table
 
 CONNECTIONS = 4
@@ -172,14 +181,96 @@ def service_kills(tries: int, folder: Path, seed: int = 0, log: Log = lambda tex
     }
 
 
+def compared_runs(folder: Path) -> dict[str, Any]:
+    """Results of ``fedbn compare``: per run, the learning curve, the evaluations and the notices."""
+    results = {path.parent.name: json.loads(path.read_text()) for path in folder.glob("runs/*/result.json")}
+    return {run: [result[k] for k in ("curve", "evaluations", "notices")] for run, result in results.items()}
+
+
+def adapted_users(folder: Path) -> dict[str, Any]:
+    """Results of ``fedbn adapt``: the metrics of each user with each rule."""
+    return json.loads(pd.read_parquet(folder / "users.parquet").to_json())
+
+
+def measured_claims(folder: Path) -> dict[str, Any]:
+    """Results of ``fedbn claims``: the measured values of each cell."""
+    return {str(cell): line["measured"] for cell, line in Store(folder / "claims" / "cells.jsonl").results.items()}
+
+
+COMMANDS: dict[str, tuple[str, Callable[[Path], dict[str, Any]]]] = {
+    "compare": (
+        "digits8:users=4:unseen=1 --strategies fedavg,fedbn,groupnorm --rounds 20 --seeds 2 --eval-every 5",
+        compared_runs,
+    ),
+    "adapt": ("hapt:reserved=20:unseen=2 --rounds 2 --seeds 2 --rules dabn,ema", adapted_users),
+    "claims": ("binary --quick --seeds 2", measured_claims),
+}
+"""Arguments of each long command, and a function that reads the results."""
+
+
+def command_kills(
+    name: str, arguments: str, results: Callable[[Path], dict[str, Any]], tries: int, folder: Path, log: Log
+) -> dict[str, Any]:
+    """Kill a command at random times, and run it again with the same arguments until it finishes.
+
+    Args:
+        name: name of the command.
+        arguments: its arguments without ``--out``.
+        results: reads the results from a directory.
+        tries: number of kills.
+        folder: directory for the results.
+        log: called with a message after each kill.
+
+    Returns:
+        Row of the table of faults: ``kind``, ``tries``, and ``lost or wrong``: the number of finished commands with
+        other results than without kills, and of commands that failed.
+    """
+    draw, killed, wrong, directory = random.Random(f"{name} kills"), 0, 0, 0
+    command = [sys.executable, "-m", "fedbn", name, *arguments.split(), "--quiet", "--out"]
+
+    def start(out: Path) -> subprocess.Popen[bytes]:
+        # A new session, so that the kill reaches the workers of the command at the same time.
+        return subprocess.Popen([*command, str(out)], stdout=subprocess.DEVNULL, start_new_session=True)
+
+    begin = time.perf_counter()
+    if start(folder / "whole").wait():
+        raise RuntimeError(f"fedbn {name} fails without a kill")
+    seconds, expected = time.perf_counter() - begin, results(folder / "whole")
+    while killed < tries:
+        process = start(folder / f"killed{directory}")
+        try:
+            code = process.wait(draw.uniform(0, seconds))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            killed += 1
+            log(f"{name}: kill {killed} of {tries}, {wrong} lost or wrong")
+            continue
+        wrong += code != 0 or results(folder / f"killed{directory}") != expected
+        directory += 1
+    process = start(folder / f"killed{directory}")
+    wrong += process.wait() != 0 or results(folder / f"killed{directory}") != expected
+    return {"kind": f"kill -9 of fedbn {name}", "tries": tries, "lost or wrong": wrong}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table of faults. Returns 1 if anything was lost or wrong."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.faults", description=__doc__)
     parser.add_argument("--kills", type=int, default=50, help="kills of the service")
+    parser.add_argument("--command-kills", type=int, default=25, help="kills of each long command")
     args = parser.parse_args(argv)
+
+    def log(text: str) -> None:
+        print(text, flush=True)
+
+    rows = []
     with tempfile.TemporaryDirectory() as name:
-        rows = [service_kills(args.kills, Path(name), log=lambda text: print(text, flush=True))]
-    print(markdown_table([{name: str(value) for name, value in row.items()} for row in rows]))
+        if args.kills:
+            rows.append(service_kills(args.kills, Path(name), log=log))
+        for command, (arguments, results) in COMMANDS.items() if args.command_kills else ():
+            rows.append(command_kills(command, arguments, results, args.command_kills, Path(name) / command, log))
+    columns = ("kind", "tries", "lost or wrong", "acknowledged")
+    print(markdown_table([{column: str(row.get(column, "")) for column in columns} for row in rows]))
     return int(any(row["lost or wrong"] for row in rows))
 
 

@@ -13,6 +13,7 @@ import torch
 
 from benchmarks import __main__ as command
 from benchmarks import measure, peers, workloads
+from benchmarks.faults import COMMANDS, command_kills
 from benchmarks.loop import Loop
 from benchmarks.measure import grid_rounds, ratios, scale
 from benchmarks.soak import growth
@@ -152,3 +153,20 @@ def test_soak_memory_does_not_grow(tmp_path):
 def test_growth_is_slope_of_second_half():
     assert growth([9, 9, 9, 9, 1, 3, 5, 7]) == pytest.approx(2)
     assert growth([1, 2, 3]) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrong", [False, True])
+def test_command_kills_compares_results_bit_by_bit(tmp_path, wrong):
+    """A command that is killed has the results of an undisturbed one; other results are counted."""
+    _, results = COMMANDS["compare"]
+    arguments = "digits8:users=3:unseen=1 --strategies fedbn --rounds 2 --seeds 1"
+
+    def read(folder):
+        found = results(folder)
+        assert len(found) == 1
+        return {run: [folder.name if wrong else None, *values] for run, values in found.items()}
+
+    row = command_kills("compare", arguments, read, 2, tmp_path, log=print)
+    assert row["tries"] == 2
+    assert (row["lost or wrong"] > 0) is wrong
