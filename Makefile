@@ -66,7 +66,7 @@ SKEWS := feature-skew label-dirichlet tuned label-two-classes label-one-class bo
 tables: $(STAMP)-run  ## comparisons for docs/comparisons.md (about three hours)
 	$(COMPARE)/feature-skew
 	$(COMPARE)/label-dirichlet --partition dirichlet:alpha=0.1:clients=20
-	$(COMPARE)/tuned --partition dirichlet:alpha=0.1:clients=20 --tune --grid 0.01,0.03,0.1,0.3,1
+	$(COMPARE)/tuned --partition dirichlet:alpha=0.1:clients=20 --tune lr=0.01,0.03,0.1,0.3,1
 	$(COMPARE)/label-two-classes --partition shard:shards=2:clients=20
 	$(COMPARE)/label-one-class --partition shard:shards=1:clients=20
 	$(COMPARE)/both --partition dirichlet:alpha=0.1:clients=20 --shift contrast,inversion

@@ -7,7 +7,6 @@ import torch, so that the command line starts fast.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field, fields
 from typing import Any, Literal
@@ -98,21 +97,43 @@ class Plan(Checked):
         panel="Optimization",
         by_scenario=True,
     )
-    lr: float = option(0.05, "Learning rate of the clients' SGD.", above=0, panel="Optimization", by_scenario=True)
-    schedule: Literal["constant", "cosine"] = option(
-        "constant",
-        "Learning rate over the rounds. With cosine, clients drift little at the end, so statistics measured before "
-        "aggregation still fit after it.",
+    optimizer: str = option(
+        "sgd",
+        "Optimizer of the clients: sgd, adam, adamw:weight_decay=0.01, rmsprop, or package.module:factory, e.g. "
+        "torch.optim:Adagrad.",
         panel="Optimization",
         by_scenario=True,
     )
-    momentum: float = option(
-        0.9, "Momentum of the clients' SGD.", low=0, below=1, panel="Optimization", by_scenario=True
+    lr: float = option(
+        0.05,
+        "Learning rate of the clients. If only an optimizer is given, the optimizer's default.",
+        above=0,
+        panel="Optimization",
+        by_scenario=True,
     )
-    weight_decay: float = option(0.0, "Weight decay of the clients' SGD.", low=0, panel="Optimization")
+    schedule: str = option(
+        "constant",
+        "Learning rate over the rounds: constant, cosine, or step:every=10:factor=0.1. With cosine, clients drift "
+        "little at the end, so statistics measured before aggregation still fit after it.",
+        panel="Optimization",
+        by_scenario=True,
+    )
+    warmup: int = option(
+        0, "Rounds in which the learning rate rises linearly, before the schedule.", low=0, panel="Optimization"
+    )
+    momentum: float = option(0.9, "Momentum of sgd.", low=0, below=1, panel="Optimization", by_scenario=True)
+    weight_decay: float = option(0.0, "Weight decay of sgd.", low=0, panel="Optimization")
+    max_grad_norm: float | None = option(
+        None, "Largest norm of a client's gradient in a step; none for no clipping.", above=0, panel="Optimization"
+    )
     optimizer_state: Literal["reset", "keep"] = option(
         "reset",
-        "Momentum buffers: reset each round, or kept at the client (never sent).",
+        "State of the optimizer, e.g. momentum: reset each round, or kept at the client (never sent).",
+        panel="Optimization",
+    )
+    augment: str = option(
+        "",
+        "Augmentation of training batches, e.g. flip+jitter:scale=0.05, or package.module:callable; empty for none.",
         panel="Optimization",
     )
     weighting: Weighting = option("samples", "Weights of clients in the mean.")
@@ -155,17 +176,6 @@ class Plan(Checked):
         "messages and evaluation stay float32.",
         panel="Optimization",
     )
-
-    def rate(self, round: int) -> float:
-        """Learning rate of a round, counted from 1.
-
-        >>> plan = Plan(rounds=4, lr=0.1, schedule="cosine")
-        >>> [round(plan.rate(r), 3) for r in (1, 3, 4)]
-        [0.1, 0.05, 0.015]
-        """
-        if self.schedule == "constant":
-            return self.lr
-        return self.lr * (1 + math.cos(math.pi * (round - 1) / self.rounds)) / 2
 
 
 @dataclass(frozen=True)

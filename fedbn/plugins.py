@@ -11,13 +11,16 @@ is ``groupnorm``. A plug-in is always rendered by its name, so an alias never ch
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import dataclasses
 import importlib
 import inspect
+import operator
 import pkgutil
 import typing
-from collections.abc import Mapping
-from functools import cache
+from collections.abc import Callable, Mapping
+from functools import cache, partial
 from importlib.metadata import entry_points
 from types import NoneType, UnionType
 from typing import Any, TypeVar
@@ -178,3 +181,72 @@ def render(plugin: Any) -> str:
         if f.init and value != f.default:
             text += f":{f.name.rstrip('_')}=" + ("+".join(map(str, value)) if isinstance(value, tuple) else str(value))
     return text
+
+
+def is_factory(text: str) -> bool:
+    """Whether a text names an object of a module instead of a plug-in: ``package.module:name``.
+
+    >>> is_factory("torch.optim:Adagrad"), is_factory("adamw:weight_decay=0.01"), is_factory("sgd")
+    (True, False, False)
+    """
+    _, colon, rest = text.partition(":")
+    return bool(colon) and "=" not in rest.partition(":")[0]
+
+
+def import_callable(text: str, kind: str) -> Callable[..., Any]:
+    """The callable ``package.module:name``, with options as ``package.module:name:option=value``.
+
+    Values of options are Python literals; anything else is text.
+
+    Args:
+        text: name of the callable.
+        kind: what it is, for messages, e.g. ``optimizer``.
+
+    Raises:
+        UserError: the module cannot be imported, has no such name, or the object is not callable.
+
+    >>> import_callable("math:isclose:rel_tol=0.5", "function")(1.0, 1.4)
+    True
+    """
+    module_name, attribute, *options = text.split(":")
+    where = f"{kind} {text!r}"
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise UserError(f"{where}: cannot import {module_name!r} ({error}); run where it can be imported") from None
+    except Exception as error:
+        raise UserError(f"{where}: importing {module_name!r} raises {type(error).__name__}: {error}") from error
+    try:
+        found = operator.attrgetter(attribute)(module)
+    except AttributeError:
+        names = [n for n, v in vars(module).items() if callable(v)]
+        raise unknown(f"{kind} in {module_name}", attribute, names) from None
+    if not callable(found):
+        raise UserError(f"{where} is {type(found).__name__}, which cannot be called: name a function or class")
+    if wrong := [option for option in options if "=" not in option]:
+        raise UserError(f"{where}: write options as package.module:name:option=value, not {wrong[0]!r}")
+    values = {name: _literal(value) for name, _, value in (option.partition("=") for option in options)}
+    return partial(found, **values) if values else found
+
+
+def callable_text(value: Callable[..., Any], kind: str) -> str:
+    """The text from which `import_callable` imports a function or class.
+
+    Raises:
+        UserError: it is not defined at the top of a module, for example a lambda.
+
+    >>> callable_text(Mapping.get, "function")
+    'collections.abc:Mapping.get'
+    """
+    module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
+    with contextlib.suppress(ImportError, AttributeError):
+        if module and name and operator.attrgetter(name)(importlib.import_module(module)) is value:
+            return f"{module}:{name}"
+    raise UserError(f"{kind} {value!r} cannot be imported by its name: define a function or class in a module")
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -16,12 +16,13 @@ from typing import Any
 import pandas as pd
 from rich.console import Console
 
+from fedbn.federation.run import option_text
 from simulations.adaptation.results import users_frame, write
 from simulations.adaptation.study import Study, run_study
 from simulations.adaptation.tracking import log_study, tasks
 from simulations.experiments.compare import compare as run_comparison
 from simulations.experiments.experiment import Experiment
-from simulations.experiments.options import DEFAULT_STRATEGIES, GRID
+from simulations.experiments.options import DEFAULT_STRATEGIES
 from simulations.results.comparison import Comparison
 from simulations.storage.provenance import NUMERICS
 from simulations.tracking.progress import Observers, ProgressBar
@@ -32,7 +33,7 @@ def compare(
     scenario: str,
     strategies: Iterable[str] = DEFAULT_STRATEGIES,
     *,
-    tune: bool | Sequence[float] = False,
+    tune: Mapping[str, Iterable[Any]] | None = None,
     engine: str = "grid:stacked",
     workers: int | None = 1,
     out: str | Path | None = None,
@@ -47,7 +48,8 @@ def compare(
     Args:
         scenario: such as ``hapt`` or ``hapt:unseen=10``; ``files:path=...`` for your own data.
         strategies: such as ``fedbn`` or ``groupnorm:groups=4``; the first is the reference.
-        tune: choose each strategy's learning rate on validation data, from the default grid or from these rates.
+        tune: values of options of the plan to choose from for each strategy, on validation data of training users, such
+            as ``{"lr": [0.01, 0.1], "optimizer": ["sgd", "adamw"]}``. Every combination is tried.
         engine: as ``--engine``.
         workers: processes; None for one per core. A script that asks for more than one needs
             ``if __name__ == "__main__":`` around its code.
@@ -61,7 +63,9 @@ def compare(
         UserError: before anything runs, for whatever can be checked then.
     """
     options |= {"scenario": scenario, "strategies": tuple(strategies)}
-    options["tune"] = (GRID if tune else ()) if isinstance(tune, bool) else tuple(tune)
+    options["tune"] = {
+        name: tuple(str(option_text(name, value)) for value in values) for name, values in (tune or {}).items()
+    }
     experiment = Experiment.from_dict(options).resolved()
     place = Path(out) if out is not None else _place(experiment.scenario, [experiment.to_dict(), engine])
     with ProgressBar(_console(progress)) as bar, Tracking(track) as tracking:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fedbn.augment.base import check_augmentation
 from fedbn.data.population import Examples, Population
 from fedbn.errors import UserError
 from fedbn.federation.context import CENTRAL_TRAINER, RunContext
@@ -17,6 +18,7 @@ from fedbn.models.inspection import head_notice
 from fedbn.nn.roles import State
 from fedbn.nn.rows import mixing_layer
 from fedbn.online.validation import require_batch_norm_formula, require_independent_rows
+from fedbn.optim.base import check_optimizer
 
 
 def check_population(population: Population) -> list[str]:
@@ -93,7 +95,10 @@ def check_context(ctx: RunContext) -> list[str]:
     batch_size = min(plan.batch_size, min(sizes.values()))
     ctx.load(ctx.initial).train()
     rows = ctx.training_data(trainers[0]).take(torch.arange(min(batch_size, 4)))
+    check_augmentation(plan.augment, rows.x, rows.y)
     try:
+        check_optimizer(plan, {n: p for n, p in ctx.scratch.named_parameters() if p.requires_grad})
+        ctx.load(ctx.initial)
         _check_model(ctx, rows)
     except UserError:
         raise

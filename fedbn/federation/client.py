@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from fedbn.augment.base import augmentation
 from fedbn.federation.cold_start import cold_starts, population_prior_for
 from fedbn.federation.context import RunContext
 from fedbn.federation.evaluation import evaluate_user
 from fedbn.federation.metrics import Column, Score, score
-from fedbn.federation.training import epoch_batches, fit
+from fedbn.federation.training import augmentation_draws, epoch_batches, fit
 from fedbn.nn.inference import logits
 from fedbn.nn.roles import State, clone, with_prefix
 from fedbn.online.rules.base import client_rule
@@ -22,21 +24,21 @@ from fedbn.statistics.moments import Moments
 from fedbn.strategies.base import Progress, Update
 
 OPTIMIZER = "optimizer/"
-"""Prefix of the momentum buffers in the client state; these entries are never sent."""
+"""Prefix of the optimizer's state in the client state; these entries are never sent."""
 
 METHOD_STATE = "method_state/"
 """Prefix of the personalization method's entries in the client state; these entries are never sent."""
 
 
 def _split(client_state: State | None, ctx: RunContext) -> tuple[State, State, State]:
-    """Split a client state into (model entries, momentum buffers, state of the personalization method)."""
+    """Split a client state into (model entries, state of the optimizer, state of the personalization method)."""
     client_state = client_state or {}
     entries = {k: v for k, v in client_state.items() if k in ctx.ownership.roles}
     return entries, with_prefix(client_state, OPTIMIZER), with_prefix(client_state, METHOD_STATE)
 
 
 def _client_trainer(
-    ctx: RunContext, user: int, model: nn.Module, progress: Progress, aggregates: Aggregates, momentum: State
+    ctx: RunContext, user: int, model: nn.Module, progress: Progress, aggregates: Aggregates, optimizer: State
 ) -> ClientTrainer:
     plan, data = ctx.run.plan, ctx.training_data(user)
     shared = set(ctx.ownership.travels if plan.proximal else ())
@@ -54,7 +56,7 @@ def _client_trainer(
                 method_hook(trained)
             ctx.strategy.on_before_optimizer_step(trained)
 
-        loss, buffers = fit(
+        loss, new = fit(
             model,
             data,
             plan,
@@ -63,12 +65,12 @@ def _client_trainer(
             user=ctx.rng_user(user),
             pull=options.pop("pull", None) or (plan.proximal, received),
             on_before_optimizer_step=on_before_optimizer_step,
-            optimizer_state=momentum if main else None,
+            optimizer_state=optimizer if main else None,
             row_users=ctx.row_users(user),
             **options,
         )
         if main:
-            momentum.update(buffers)
+            optimizer.update(new)
         return loss
 
     return ClientTrainer(model, data, plan, progress, ctx.ownership.roles, run_fit, set_training_mode)
@@ -97,18 +99,18 @@ def client_round(
     Returns:
         The update for the server, and the new client state.
     """
-    own, momentum, method_state = _split(client_state, ctx)
+    own, optimizer, method_state = _split(client_state, ctx)
     model = ctx.load(ctx.assemble(received, own))
     data = ctx.training_data(user)
     notes = ctx.strategy.before_local_training(model, data, progress)
     ctx.strategy.set_training_mode(model, progress, aggregates)
-    trainer = _client_trainer(ctx, user, model, progress, aggregates, momentum)
+    trainer = _client_trainer(ctx, user, model, progress, aggregates, optimizer)
     trainer.broadcast, trainer.method_state = broadcast or {}, method_state
     loss = ctx.personal.train(trainer)
     notes |= ctx.strategy.after_local_training(model) | trainer.notes
     state = clone(model.state_dict())
     shared, retained = ({k: state[k] for k in keys} for keys in (ctx.ownership.travels, ctx.ownership.retained))
-    retained |= {OPTIMIZER + k: v for k, v in momentum.items()}
+    retained |= {OPTIMIZER + k: v for k, v in optimizer.items()}
     retained |= {METHOD_STATE + k: v for k, v in trainer.method_state.items()}
     return Update(user, shared, len(data), loss, notes), retained
 
@@ -122,6 +124,9 @@ def client_sync_first_batch(
     rng_user, row_users = ctx.rng_user(user), ctx.row_users(user)
     first = next(epoch_batches(len(data), ctx.run.plan, ctx.run.seed, progress.round, rng_user, 0, row_users=row_users))
     model, batch = ctx.load(ctx.assemble(received, own)), data.take(first.to(data.y.device))
+    if (augment := augmentation(ctx.run.plan.augment)) is not None:
+        x, y = augment(batch.x, batch.y, next(augmentation_draws(ctx.run.seed, progress.round, rng_user)))
+        batch = replace(batch, x=x, y=y)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key(ctx.run.seed, "noise", progress.round, rng_user))  # same dropout as in the first step
         return ctx.strategy.sync_first_batch(model, batch, aggregates)

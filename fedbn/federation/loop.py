@@ -20,6 +20,7 @@ from fedbn.federation.server import (
     RoundMetrics,
     Server,
     ServerStep,
+    diverged_client,
     global_columns,
     is_evaluated,
     mean_accuracy,
@@ -81,7 +82,7 @@ def federate(
         if number == run.plan.rounds:
             out.scores = scores
         own, unseen = (mean_accuracy(ctx, scores, unseen=is_unseen) for is_unseen in (False, True))
-        out.curve.append(RoundMetrics(number, mean_loss(updates), own, unseen))
+        out.curve.append(RoundMetrics(number, mean_loss(updates), own, unseen, diverged_client(ctx, updates)))
         out.seconds = previous_seconds + time.perf_counter() - start
         if on_round:
             on_round(number, out)

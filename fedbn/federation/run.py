@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from fedbn.augment.base import augmentation_text
 from fedbn.config import Plan, RunOptions, parts
 from fedbn.data.partition import parse_partition
 from fedbn.data.shift import parse_shift
 from fedbn.models import factory
 from fedbn.online.rules.base import client_rule
+from fedbn.optim.base import optimizer, optimizer_text
+from fedbn.optim.schedules import schedule
 from fedbn.personalization.treatment import treatment
 from fedbn.plugins import build, render, table
 from fedbn.privacy.mechanism import render_privacy
@@ -70,10 +74,48 @@ class Run(RunOptions):
             privacy=render_privacy(self.privacy),
             head=",".join(parts(self.head)),
             private=",".join(parts(self.private)),
+            plan=resolved_plan(self.plan),
         )
 
 
 def plan_for(scenario_text: str, **overrides: Any) -> Plan:
-    """The scenario's plan with overrides that are not None."""
-    values = dict(scenario(scenario_text).plan) | {k: v for k, v in overrides.items() if v is not None}
-    return build(Plan, values, "plan")
+    """The scenario's plan with overrides that are not None, with all texts checked.
+
+    An optimizer that is given without a learning rate has its own default.
+
+    Raises:
+        UserError: as `resolved_plan`, or a value of the wrong type.
+
+    >>> plan_for("digits8", optimizer="adam").lr
+    0.001
+    """
+    given = {k: option_text(k, v) for k, v in overrides.items() if v is not None}
+    if "optimizer" in given and "lr" not in given and (lr := optimizer(given["optimizer"]).default_lr):
+        given["lr"] = lr
+    return resolved_plan(build(Plan, dict(scenario(scenario_text).plan) | given, "plan"))
+
+
+def option_text(name: str, value: Any) -> Any:
+    """The text of a plan's option that is given as an object; other values are returned unchanged.
+
+    >>> from fedbn.optim.adamw import AdamW
+    >>> option_text("optimizer", AdamW(weight_decay=0.1))
+    'adamw:weight_decay=0.1'
+    """
+    texts: dict[str, Callable[[Any], str]] = {"optimizer": optimizer_text, "augment": augmentation_text}
+    return texts[name](value) if name in texts else value
+
+
+def resolved_plan(plan: Plan) -> Plan:
+    """The plan with all texts checked and in their shortest form.
+
+    Raises:
+        UserError: an unknown name or option, or a setting that the optimizer does not use.
+    """
+    optimizer(plan.optimizer).validate(plan)
+    return replace(
+        plan,
+        optimizer=optimizer_text(plan.optimizer),
+        schedule=render(schedule(plan.schedule)),
+        augment=augmentation_text(plan.augment),
+    )

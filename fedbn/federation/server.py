@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
 from torch import nn
 
-from fedbn.federation.context import RunContext
+from fedbn.federation.context import CENTRAL_TRAINER, RunContext
 from fedbn.federation.metrics import COLUMNS, Column, Score
 from fedbn.federation.protection import unmask_mean
 from fedbn.federation.traffic import Traffic
@@ -83,12 +84,16 @@ class Server:
 
 @dataclass(frozen=True)
 class RoundMetrics:
-    """Training loss of a round and, if it was evaluated, mean accuracies of seen (``own``) and unseen users."""
+    """Training loss of a round and, if it was evaluated, mean accuracies of seen (``own``) and unseen users.
+
+    ``diverged`` is the name of the first client whose training loss is not finite.
+    """
 
     round: int
     train_loss: float
     own: float | None = None
     unseen: float | None = None
+    diverged: str | None = None
 
 
 @dataclass(frozen=True)
@@ -126,11 +131,19 @@ class Outcome:
     execution: dict[str, list[str]] = field(default_factory=dict)
 
     def notices(self) -> list[str]:
-        """Notices about tolerated failures."""
-        if not self.failures:
-            return []
-        first = self.failures[0]
-        return [f"{len(self.failures)} client failures were tolerated; the first, in round {first.round}: {first.text}"]
+        """Notices about diverged training and tolerated failures."""
+        notices: list[str] = []
+        if diverged := next((point for point in self.curve if point.diverged is not None), None):
+            notices.append(
+                f"training diverged: the loss of {diverged.diverged} became NaN or infinite in round {diverged.round}; "
+                "use a smaller --lr, --warmup or --max-grad-norm"
+            )
+        if self.failures:
+            first = self.failures[0]
+            notices.append(
+                f"{len(self.failures)} client failures were tolerated; the first, in round {first.round}: {first.text}"
+            )
+        return notices
 
 
 def with_synced_statistics(ctx: RunContext, state: State, aggregates: Aggregates) -> State:
@@ -173,6 +186,14 @@ def mean_accuracy(ctx: RunContext, scores: dict[int, list[Score]], unseen: bool)
 def mean_loss(updates: Sequence[Update]) -> float:
     """Mean training loss over all examples of a round."""
     return sum(u.loss * u.examples for u in updates) / sum(u.examples for u in updates)
+
+
+def diverged_client(ctx: RunContext, updates: Sequence[Update]) -> str | None:
+    """Name of the first client whose training loss is not finite; None if there is none."""
+    user = next((u.user for u in updates if not math.isfinite(u.loss)), None)
+    if user is None:
+        return None
+    return "the central trainer" if user == CENTRAL_TRAINER else f"user {ctx.population.users[user].name}"
 
 
 def traffic_counter(

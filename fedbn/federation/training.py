@@ -1,7 +1,8 @@
-"""Local training: SGD over shuffled batches, with all random draws keyed by (seed, round, user)."""
+"""Local training over shuffled batches, with all random draws keyed by (seed, round, user)."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager, nullcontext
 
@@ -9,10 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fedbn.augment.base import augmentation
 from fedbn.config import Plan, Precision
 from fedbn.data.batching import batches, user_batches
 from fedbn.data.population import Examples
 from fedbn.nn.roles import State, statistics_layers
+from fedbn.optim.base import load_state, optimizer, read_state
+from fedbn.optim.schedules import rate
 from fedbn.seeds import generator, key
 
 
@@ -89,23 +93,22 @@ def fit(
         epochs: passes over the data; the plan's by default.
         lr: learning rate; the plan's for this round by default.
         on_before_optimizer_step: called between backward pass and optimizer step.
-        optimizer_state: momentum buffers from the user's last round, by parameter name.
+        optimizer_state: state of the optimizer after the user's last round (`fedbn.optim.base.read_state`).
         purpose: separates the random draws of several trainings within a round.
         row_users: user ``[n]`` of each row. If given, each batch holds rows of one user and updates separate running
             statistics of that user; the model ends with their mean over users.
 
     Returns:
-        Mean loss over the round's examples, and the momentum buffers (empty unless the plan keeps them).
+        Mean loss over the round's examples, and the state of the optimizer (empty unless the plan keeps it).
     """
     epochs = plan.local_epochs if epochs is None else epochs
     parameters = dict(model.named_parameters())
     frozen = [p for n, p in parameters.items() if p.requires_grad and only is not None and n not in only]
     named = {n: p for n, p in parameters.items() if p.requires_grad and (only is None or n in only)}
-    lr = plan.rate(round) if lr is None else lr
-    optimizer = torch.optim.SGD(named.values(), lr=lr, momentum=plan.momentum, weight_decay=plan.weight_decay)
-    for name, buffer in (optimizer_state or {}).items():
-        if name in named:
-            optimizer.state[named[name]]["momentum_buffer"] = buffer.to(named[name].device).clone()
+    lr = rate(plan, round) if lr is None else lr
+    stepper = optimizer(plan.optimizer).build(list(named.values()), plan, lr)
+    load_state(stepper, named, optimizer_state or {})
+    augment, draws = augmentation(plan.augment), augmentation_draws(seed, round, user, purpose)
     weight, anchor = pull[0], {n: v.detach() for n, v in pull[1].items() if n in named}
     per_user = None if row_users is None else _PerUserStatistics(model, row_users)
     total = torch.zeros((), device=data.x.device)
@@ -118,25 +121,28 @@ def fit(
                 for index in epoch_batches(len(data), plan, seed, round, user, epoch, purpose, row_users):
                     statistics = nullcontext() if per_user is None else per_user.of_row(int(index[0]))
                     index = index.to(data.x.device)
-                    optimizer.zero_grad()
+                    x, y = data.x[index], data.y[index]
+                    if augment is not None:
+                        x, y = augment(x, y, next(draws))
+                    stepper.zero_grad()
                     with statistics:
-                        loss = F.cross_entropy(autocast_forward(model, data.x[index], plan.precision), data.y[index])
+                        loss = F.cross_entropy(autocast_forward(model, x, plan.precision), y)
                     total += loss.detach() * len(index)
                     if weight and anchor:
                         loss = loss + weight / 2 * sum(((named[n] - to) ** 2).sum() for n, to in anchor.items())
                     loss.backward()
                     if on_before_optimizer_step is not None:
                         on_before_optimizer_step(model)
-                    optimizer.step()
+                    if plan.max_grad_norm is not None:
+                        nn.utils.clip_grad_norm_(named.values(), plan.max_grad_norm)
+                    stepper.step()
     finally:
         for parameter in frozen:
             parameter.requires_grad_(True)
     if per_user is not None:
         per_user.average()
-    tracked = named.items() if plan.optimizer_state == "keep" else ()
-    buffers = {n: optimizer.state[p].get("momentum_buffer") for n, p in tracked}
     loss_per_example = float(total) / (len(data) * max(epochs, 1))
-    return loss_per_example, {n: b.detach().clone() for n, b in buffers.items() if b is not None}
+    return loss_per_example, read_state(stepper, named) if plan.optimizer_state == "keep" else {}
 
 
 def epoch_batches(
@@ -150,3 +156,8 @@ def epoch_batches(
 def shuffle(seed: int, round: int, user: int, epoch: int, purpose: str = "") -> torch.Generator:
     """Generator that shuffles one epoch of a user's local training."""
     return generator(seed, "shuffle" + purpose, round, user, epoch)
+
+
+def augmentation_draws(seed: int, round: int, user: int, purpose: str = "") -> Iterator[torch.Generator]:
+    """Generators that augment the batches of a user's local training, step by step."""
+    return (generator(seed, "augment" + purpose, round, user, step) for step in itertools.count())

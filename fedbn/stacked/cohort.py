@@ -11,17 +11,20 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from fedbn.augment.base import augmentation
 from fedbn.data.batching import batch_sizes
 from fedbn.federation.client import METHOD_STATE, OPTIMIZER
 from fedbn.federation.context import RunContext
-from fedbn.federation.training import shuffle
+from fedbn.federation.training import augmentation_draws, shuffle
 from fedbn.nn.roles import State, with_prefix
+from fedbn.optim.schedules import rate
 from fedbn.personalization.base import Personalization
 from fedbn.seeds import generator
 from fedbn.stacked.check import checked_program
-from fedbn.stacked.fit import SGDConfig, StackedClient, TrainResult, fit_stack
+from fedbn.stacked.fit import FitConfig, StackedClient, TrainResult, fit_stack
 from fedbn.stacked.layers import Unstackable
 from fedbn.stacked.program import Program
+from fedbn.stacked.steps import stacked_step
 from fedbn.stacked.tracing import check_structure
 from fedbn.statistics.consensus import Aggregates
 from fedbn.strategies.base import NormStrategy, Progress, Update
@@ -102,9 +105,10 @@ class Cohort:
         """The stacked model in the training mode of a round; use it before the mode changes.
 
         Raises:
-            Unstackable: clients do more than plain SGD steps, or the model has unsupported parts.
+            Unstackable: clients do more than steps of a built-in optimizer, or the model has unsupported parts.
         """
         ctx, kind = self.ctx, type(self.ctx.strategy)
+        stacked_step(ctx.run.plan, ctx.run.plan.lr)
         if aggregates:
             raise Unstackable("the strategy synchronizes statistics before training")
         for hook in ("on_before_optimizer_step", "before_local_training", "after_local_training"):
@@ -162,9 +166,15 @@ class Cohort:
                 results[i] = Failure(error)
         order = sorted(clients, key=lambda i: -len(clients[i].order))
         if order:
-            rate, shared = plan.rate(rounds[0].progress.round), frozenset(ctx.ownership.travels)
-            sgd = SGDConfig(rate, plan.momentum, plan.weight_decay, plan.proximal, shared, plan.precision)
-            trained = fit_stack(program, [clients[i] for i in order], rows.x, rows.y, sgd)
+            config = FitConfig(
+                stacked_step(plan, rate(plan, rounds[0].progress.round)),
+                plan.proximal,
+                frozenset(ctx.ownership.travels),
+                plan.precision,
+                plan.max_grad_norm,
+                augmentation(plan.augment),
+            )
+            trained = fit_stack(program, [clients[i] for i in order], rows.x, rows.y, config)
             results |= {i: self._result(rounds[i], result) for i, result in zip(order, trained, strict=True)}
         return [results[i] for i in range(len(rounds))]
 
@@ -176,7 +186,7 @@ class Cohort:
         parts = [ctx.training_data(r.user).take(rows) for r in rounds]
         x, y = torch.cat([p.x for p in parts]), torch.cat([p.y for p in parts])
         clients = [StackedClient(ctx.initial, rows, [size], torch.Generator(), first=first) for first in starts]
-        fit_stack(program, clients, x, y, SGDConfig(plan.lr, plan.momentum, precision=plan.precision))
+        fit_stack(program, clients, x, y, FitConfig(stacked_step(plan, plan.lr), precision=plan.precision))
 
     def _stacked_client(self, job: TrainJob, rows: StackedData, program: Program) -> StackedClient:
         ctx, plan, client_state = self.ctx, self.ctx.run.plan, job.client_state or {}
@@ -190,6 +200,7 @@ class Cohort:
             generator(seed, "noise", number, random_user) if program.draws_noise else None,
             with_prefix(client_state, OPTIMIZER),
             rows.first[job.user],
+            augmentation_draws(seed, number, random_user),
         )
 
     def _result(self, job: TrainJob, result: TrainResult) -> tuple[Update, State]:
@@ -197,7 +208,7 @@ class Cohort:
         examples = len(ctx.training_data(job.user))
         loss = result.loss / (examples * max(plan.local_epochs, 1))
         client_state = {k: result.state[k] for k in ctx.ownership.retained}
-        if plan.optimizer_state == "keep" and plan.momentum:
-            client_state |= {OPTIMIZER + k: v for k, v in result.momentum.items()}
+        if plan.optimizer_state == "keep":
+            client_state |= {OPTIMIZER + k: v for k, v in result.optimizer_state.items()}
         client_state |= {k: v for k, v in (job.client_state or {}).items() if k.startswith(METHOD_STATE)}
         return Update(job.user, {k: result.state[k] for k in ctx.ownership.travels}, examples, loss), client_state

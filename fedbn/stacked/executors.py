@@ -28,6 +28,7 @@ from typing import Any, ClassVar, Literal, Protocol, cast, get_args
 
 import torch
 
+from fedbn.augment.base import augmentation
 from fedbn.errors import UserError, unknown
 from fedbn.federation.client import cold_start_scores, user_scores, user_state
 from fedbn.federation.context import RunContext
@@ -201,6 +202,8 @@ class ClientExecutor:
                 ctx.strategy.set_training_mode(model, Progress(1, ctx.run.plan.rounds))
                 model(ctx.training_data(ctx.trainers[0]).x[:2])
                 self._thread_safe = torch.equal(before, torch.get_rng_state())
+            augment = augmentation(ctx.run.plan.augment)
+            self._thread_safe &= augment is None or not augment.draws_globally
             self._thread_safe &= type(ctx.strategy).on_before_optimizer_step is NormStrategy.on_before_optimizer_step
             ctx.load(ctx.initial)
         return self._thread_safe

@@ -1,4 +1,4 @@
-"""Train a stack of clients by SGD, with the same steps as `fedbn.federation.training.fit`."""
+"""Train a stack of clients, with the same steps as `fedbn.federation.training.fit`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from fedbn.augment.base import Augmentation
 from fedbn.config import Precision
 from fedbn.federation.training import autocast_forward
 from fedbn.nn.roles import State
 from fedbn.stacked.program import Program
+from fedbn.stacked.steps import STEP, SGDStep, StackedStep, clip_gradients
 
 
 @dataclass
@@ -26,44 +28,56 @@ class StackedClient:
         order: row indices of all steps in order, relative to the client's first row.
         sizes: batch size of each step.
         noise: generator of the dropout masks; None without dropout.
-        momentum: momentum buffers of its last round, by parameter name.
+        optimizer_state: state of its optimizer after its last round (`fedbn.optim.base.read_state`).
         first: index of its first row in the data of the stack.
+        draws: generators for the augmentation of its batches, step by step.
     """
 
     state: State
     order: Tensor
     sizes: Sequence[int]
     noise: torch.Generator | None
-    momentum: State = field(default_factory=dict)
+    optimizer_state: State = field(default_factory=dict)
     first: int = 0
+    draws: Iterator[torch.Generator] = field(default_factory=lambda: iter(()))
 
 
 @dataclass(frozen=True)
-class SGDConfig:
-    """SGD options shared by all clients of a stack.
+class FitConfig:
+    """Options shared by all clients of a stack.
 
     Attributes:
-        lr, momentum, weight_decay: as in ``torch.optim.SGD``.
+        step: step of the optimizer.
         mu: weight of the proximal term, half the squared distance to the initial values (FedProx).
         proximal: names of the parameters with a proximal term.
         precision: precision of matrix products and convolutions.
+        max_grad_norm: largest norm of a client's gradient; None for no clipping.
+        augment: augmentation of each client's batches.
     """
 
-    lr: float
-    momentum: float = 0.0
-    weight_decay: float = 0.0
+    step: StackedStep
     mu: float = 0.0
     proximal: frozenset[str] = frozenset()
     precision: Precision = "float32"
+    max_grad_norm: float | None = None
+    augment: Augmentation | None = None
+
+    @property
+    def fused_lr(self) -> float | None:
+        """Learning rate if the step is plain gradient descent, which `_FusedLinearStep` can take; else None."""
+        if not isinstance(self.step, SGDStep) or self.step.momentum or self.step.weight_decay:
+            return None
+        changed = self.mu or self.precision != "float32" or self.max_grad_norm is not None
+        return None if changed else self.step.lr
 
 
 @dataclass
 class TrainResult:
-    """One client after training: its state, the sum of the losses of its examples, its momentum buffers."""
+    """One client after training: its state, the sum of the losses of its examples, the state of its optimizer."""
 
     state: State
     loss: float
-    momentum: State
+    optimizer_state: State
 
 
 MIN_FUSED_SIZE = 2**18
@@ -105,7 +119,7 @@ class StepGroup:
         members: indices into the stack.
         rows: the same indices as a slice if they are contiguous, else as a tensor.
         leaves: trainable parameters by name, in the layout of the program.
-        momentum: momentum buffers in the same layout; empty without momentum.
+        optimizer_state: state of the optimizer in the same layout, by ``ENTRY/PARAMETER``.
         forward: forward pass of the members.
         entries: all entries of the members, in the layout of the program.
         batch_last: whether examples are on the last axis (`fedbn.stacked.program.Program.supports_batch_last`).
@@ -114,7 +128,7 @@ class StepGroup:
     members: tuple[int, ...]
     rows: slice | Tensor
     leaves: State
-    momentum: State
+    optimizer_state: State
     forward: Callable[[Tensor], Tensor]
     entries: State
     batch_last: bool
@@ -123,20 +137,22 @@ class StepGroup:
 class Stack:
     """States of K clients as tensors ``[K, *shape]``."""
 
-    def __init__(self, program: Program, clients: Sequence[StackedClient], sgd: SGDConfig, axes: int) -> None:
+    def __init__(self, program: Program, clients: Sequence[StackedClient], config: FitConfig, axes: int) -> None:
         self.program = program
         self.device = next(iter(clients[0].state.values())).device
         self.batch_last = program.supports_batch_last(axes)
-        plain = not (sgd.momentum or sgd.weight_decay or sgd.mu) and sgd.precision == "float32"
-        self.lr = sgd.lr if plain else None
+        self.lr = config.fused_lr
         self.noise = [t.noise for t in clients]
         self.tensors = {n: _stack([t.state[n] for t in clients]) for n in clients[0].state}
-        self.momentum: State = {}
-        if sgd.momentum:
-            self.momentum = {n: torch.zeros_like(self.tensors[n]) for n in program.trained}
-            for i, client in enumerate(clients):
-                for name, buffer in client.momentum.items():
-                    self.momentum[name][i] = buffer
+        steps = torch.zeros(len(clients), device=self.device)
+        self.optimizer_state = {
+            f"{entry}/{n}": steps.clone() if entry == STEP else torch.zeros_like(self.tensors[n])
+            for entry in config.step.entries
+            for n in program.trained
+        }
+        for i, client in enumerate(clients):
+            for name, value in client.optimizer_state.items():
+                self.optimizer_state[name][i] = value
         self._groups: dict[tuple[int, ...], StepGroup] = {}
 
     def group(self, members: tuple[int, ...]) -> StepGroup:
@@ -147,14 +163,16 @@ class Stack:
         contiguous = last - first + 1 == len(members)
         rows = slice(first, last + 1) if contiguous else torch.tensor(members, device=self.device)
         entries = {n: self.program.lay_out(n, t[rows]).detach() for n, t in self.tensors.items()}
-        momentum = {n: self.program.lay_out(n, t[rows]).detach() for n, t in self.momentum.items()}
+        optimizer_state = {
+            key: self.program.lay_out(key.partition("/")[2], t[rows]) for key, t in self.optimizer_state.items()
+        }
         k, noise = len(members), [self.noise[i] for i in members]
         fusable = self.program.fusable_weights if self.lr is not None and k == 1 else ()
         fused = {n for n in fusable if entries[n].numel() >= MIN_FUSED_SIZE}
         leaves = {n: entries[n].requires_grad_() for n in self.program.trained if n not in fused}
         batch_last = self.batch_last and k > 1
         forward = self.program.bind(entries, k, noise, batch_last=batch_last, fused_weights=fused, lr=self.lr)
-        group = StepGroup(members, rows, leaves, momentum, forward, entries, batch_last)
+        group = StepGroup(members, rows, leaves, optimizer_state, forward, entries, batch_last)
         if contiguous:
             self._groups[members] = group
         return group
@@ -163,7 +181,7 @@ class Stack:
         """Copy the tensors of a group into the stack, unless they share its memory."""
         if isinstance(group.rows, slice):
             return
-        for stacked, parts in ((self.tensors, group.entries), (self.momentum, group.momentum)):
+        for stacked, parts in ((self.tensors, group.entries), (self.optimizer_state, group.optimizer_state)):
             for name, tensor in stacked.items():
                 tensor[group.rows] = parts[name].detach().reshape(len(group.members), *tensor.shape[1:])
 
@@ -176,7 +194,7 @@ def _stack(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def fit_stack(
-    program: Program, clients: Sequence[StackedClient], x: Tensor, y: Tensor, sgd: SGDConfig
+    program: Program, clients: Sequence[StackedClient], x: Tensor, y: Tensor, config: FitConfig
 ) -> list[TrainResult]:
     """Train all clients.
 
@@ -185,10 +203,10 @@ def fit_stack(
         clients: clients; groups are cheapest if clients with more batches come first.
         x: rows ``[n, C, *positions]`` of all clients.
         y: labels ``[n]``.
-        sgd: options of the optimizer.
+        config: options of training.
     """
-    stack = Stack(program, clients, sgd, x.dim())
-    initial = {n: stack.tensors[n].clone() for n in program.trained if sgd.mu and n in sgd.proximal}
+    stack = Stack(program, clients, config, x.dim())
+    initial = {n: stack.tensors[n].clone() for n in program.trained if config.mu and n in config.proximal}
     total = torch.zeros(len(clients), device=x.device)
     orders = pad_sequence([t.order for t in clients], batch_first=True)
     orders = (orders + torch.tensor([[t.first] for t in clients])).to(x.device)
@@ -202,19 +220,22 @@ def fit_stack(
         else:
             columns = torch.tensor(starts)[:, None] + torch.arange(size)
             rows = orders[group.rows].gather(1, columns.to(x.device))
-        losses = _losses(group, x, y, rows, sgd.precision)
+        inputs, targets = x, y
+        if config.augment is not None:
+            inputs, targets, rows = _augmented(config.augment, [clients[i].draws for i in group.members], x, y, rows)
+        losses = _losses(group, inputs, targets, rows, config.precision)
         gradients = torch.autograd.grad(losses.sum(), list(group.leaves.values()), allow_unused=True)
         with torch.no_grad():
             total[group.rows] += losses.detach() * size
             proximal = {n: program.lay_out(n, v[group.rows]) for n, v in initial.items()}
-            _sgd_step(sgd, group, gradients, proximal)
+            _step(config, group, gradients, proximal)
         stack.write_back(group)
         for i in group.members:
             offset[i] += size
     states = {n: t.unbind() for n, t in stack.tensors.items()}
-    momentum = {n: m.unbind() for n, m in stack.momentum.items()}
+    optimizer_states = {n: t.unbind() for n, t in stack.optimizer_state.items()}
     return [
-        TrainResult({n: t[i] for n, t in states.items()}, loss, {n: m[i] for n, m in momentum.items()})
+        TrainResult({n: t[i] for n, t in states.items()}, loss, {n: t[i] for n, t in optimizer_states.items()})
         for i, loss in enumerate(total.tolist())
     ]
 
@@ -231,16 +252,20 @@ def _losses(group: StepGroup, x: Tensor, y: Tensor, rows: Tensor, precision: Pre
     return F.cross_entropy(outputs, y[rows], reduction="none").mean(1)
 
 
-def _sgd_step(sgd: SGDConfig, group: StepGroup, gradients: Sequence[Tensor | None], proximal: State) -> None:
-    """One in-place step of ``torch.optim.SGD`` on all parameters that have a gradient."""
+def _augmented(
+    augment: Augmentation, draws: Sequence[Iterator[torch.Generator]], x: Tensor, y: Tensor, rows: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Augmented examples of a step, client by client, and their row indices ``[K, B]``."""
+    parts = [augment(x[own], y[own], next(draw)) for own, draw in zip(rows, draws, strict=True)]
+    inputs, targets = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    return inputs, targets, torch.arange(rows.numel(), device=x.device).view(rows.shape)
+
+
+def _step(config: FitConfig, group: StepGroup, gradients: Sequence[Tensor | None], proximal: State) -> None:
+    """One in-place step of the optimizer on all parameters that have a gradient."""
     used = [(n, p, g) for (n, p), g in zip(group.leaves.items(), gradients, strict=True) if g is not None]
-    parameters = [p for _, p, _ in used]
-    directions = [g.add(p - proximal[n], alpha=sgd.mu) if n in proximal else g for n, p, g in used]
-    if sgd.weight_decay:
-        directions = list(torch._foreach_add(directions, parameters, alpha=sgd.weight_decay))
-    if sgd.momentum:
-        buffers = [group.momentum[n] for n, _, _ in used]
-        torch._foreach_mul_(buffers, sgd.momentum)
-        torch._foreach_add_(buffers, directions)
-        directions = buffers
-    torch._foreach_add_(parameters, directions, alpha=-sgd.lr)
+    directions = [g.add(p - proximal[n], alpha=config.mu) if n in proximal else g for n, p, g in used]
+    if config.max_grad_norm is not None:
+        directions = clip_gradients(directions, len(group.members), config.max_grad_norm)
+    state = {entry: [group.optimizer_state[f"{entry}/{n}"] for n, _, _ in used] for entry in config.step.entries}
+    config.step([p for _, p, _ in used], directions, state, len(group.members))

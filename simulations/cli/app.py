@@ -17,7 +17,7 @@ from fedbn.errors import UserError
 from simulations.cli.adapt import adapt
 from simulations.cli.catalog import advise, audit, data, list_
 from simulations.cli.claims import claims
-from simulations.cli.compare import compare, resume
+from simulations.cli.compare import CompareCommand, compare, resume
 from simulations.cli.deploy import deploy
 from simulations.cli.eeg import eeg
 from simulations.cli.export import export
@@ -42,7 +42,7 @@ ALLOCATION_FAILED = re.compile(
 )
 operations = (claims, eeg, deploy, adapt, serve, demo, report, export, leakage, new, compare, resume)
 for command in (*operations, advise, list_, audit, data):
-    app.command(command.__name__.rstrip("_"))(command)
+    app.command(command.__name__.rstrip("_"), cls=CompareCommand if command is compare else None)(command)
 for alias in ("personalize", "personalise"):
     app.command(alias, hidden=True)(adapt)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 import time
@@ -10,11 +11,24 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
-from fedbn.config import Plan
-from simulations.cli.options import AsJson, Out, RunFile, Scenario, Track, Workers, console, errors, numbers, options_of
+from fedbn.config import Plan, parts
+from fedbn.errors import UserError
+from simulations.cli.options import (
+    AsJson,
+    Out,
+    RunFile,
+    Scenario,
+    Track,
+    Workers,
+    console,
+    errors,
+    field_help,
+    options_of,
+)
 from simulations.cli.report import show_comparison
-from simulations.experiments.options import GRID, ExperimentOptions
+from simulations.experiments.options import ExperimentOptions
 
 
 @options_of(ExperimentOptions, Plan)
@@ -23,16 +37,11 @@ def compare(
     scenario: Scenario = None,
     run_file: RunFile = None,
     tune: Annotated[
-        bool,
+        list[str] | None,
         typer.Option(
-            "--tune", help="Choose each strategy's learning rate on validation data.", rich_help_panel="Optimization"
-        ),
-    ] = False,
-    grid: Annotated[
-        str | None,
-        typer.Option(
-            help="Learning rates for --tune, comma-separated.",
-            show_default=",".join(map(str, GRID)),
+            metavar="OPTION=VALUE,... ...",
+            help=field_help(ExperimentOptions, "tune"),
+            show_default=False,
             rich_help_panel="Optimization",
         ),
     ] = None,
@@ -55,8 +64,8 @@ def compare(
     from simulations.experiments.experiment import Experiment, read_run_file
     from simulations.experiments.preflight import default_directory, drop_unsupported
 
-    if tune or grid:
-        options["tune"] = numbers(grid) if grid else GRID
+    if tune:
+        options["tune"] = candidates_from(tune)
     everything = options.get("strategies") == ("all",)
     if everything:
         from fedbn.strategies.base import strategies
@@ -75,6 +84,40 @@ def compare(
         )
 
     _show(run, directory, track, as_json)
+
+
+class CompareCommand(TyperCommand):
+    """A command whose option ``--tune`` takes any number of values: ``--tune lr=0.01,0.1 optimizer=sgd,adamw``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Repeat ``--tune`` before each of its values."""
+        repeated: list[str] = []
+        for i, argument in enumerate(args):
+            if "--tune" in repeated[-2:-1] and re.match(r"\w+=", argument):
+                repeated.append("--tune")
+            repeated.append(args[i])
+        return super().parse_args(ctx, repeated)
+
+
+def candidates_from(texts: list[str]) -> dict[str, tuple[str, ...]]:
+    """Values to tune over by option, from ``OPTION=VALUE,VALUE``.
+
+    Raises:
+        UserError: a text is written differently, or an option is given twice.
+
+    >>> candidates_from(["lr=0.01,0.1", "weight-decay=0"])
+    {'lr': ('0.01', '0.1'), 'weight_decay': ('0',)}
+    """
+    found: dict[str, tuple[str, ...]] = {}
+    for text in (part for given in texts for part in given.split()):
+        option, sep, values = text.partition("=")
+        if not sep:
+            raise UserError(f"--tune takes OPTION=VALUE,VALUE such as lr=0.01,0.1, not {text!r}")
+        name = option.removeprefix("--").replace("-", "_")
+        if name in found:
+            raise UserError(f"--tune has {name} twice: write all its values after one {name}=")
+        found[name] = parts(values)
+    return found
 
 
 def resume(

@@ -144,6 +144,11 @@ def options_of(*kinds: type, without: tuple[str, ...] = ()) -> Callable[[Callabl
     return decorate
 
 
+def field_help(kind: type, name: str) -> str:
+    """Help text of a dataclass field."""
+    return next(str(f.metadata["help"]) for f in dataclasses.fields(kind) if f.name == name)
+
+
 def scenario_text(scenario: str | None, data: Path | None, columns: str | None) -> str | None:
     """The scenario that is named, or that reads a file of the user.
 

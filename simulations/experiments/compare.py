@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,7 +19,7 @@ from fedbn.federation.metrics import COLUMNS
 from fedbn.federation.setup import build_context
 from fedbn.files import locked, read_json, write_atomically
 from simulations.engines.execute import Engine, parse_engine
-from simulations.experiments.experiment import Experiment
+from simulations.experiments.experiment import Experiment, render_options
 from simulations.experiments.preflight import LEFT_OUT, preflight
 from simulations.experiments.shift import measure_shift
 from simulations.experiments.tasks import Report, Task, run_tasks
@@ -29,11 +29,11 @@ from simulations.storage.provenance import NUMERICS, check_numerics, code_digest
 
 
 def comparison_tasks(
-    experiment: Experiment, out: Path, rates: dict[str, float], extends: Sequence[int] = ()
+    experiment: Experiment, out: Path, tuned: Mapping[str, Mapping[str, Any]], extends: Sequence[int] = ()
 ) -> list[Task]:
     """Every strategy with every seed; seeds are outermost, so that an interrupted experiment has complete seeds."""
     runs = [
-        experiment.run(strategy, seed, lr=rates.get(strategy))
+        experiment.run(strategy, seed, tuned=tuned.get(strategy))
         for seed in range(experiment.seeds)
         for strategy in experiment.strategies
     ]
@@ -41,25 +41,25 @@ def comparison_tasks(
 
 
 def tuning_tasks(experiment: Experiment, out: Path) -> list[Task]:
-    """Every strategy with every learning rate, on seed 0, tested on held-out training data of seen users."""
+    """Every strategy with every candidate, on seed 0, tested on held-out training data of seen users."""
     runs = [
-        experiment.run(strategy, 0, lr=lr, validation=True)
+        experiment.run(strategy, 0, tuned=candidate, validation=True)
         for strategy in experiment.strategies
-        for lr in experiment.tune
+        for candidate in experiment.candidates()
     ]
     return [Task(run, str(out / "tuning" / "runs" / run.id)) for run in runs]
 
 
-def select_rates(tasks: Sequence[Task]) -> dict[str, float]:
-    """The learning rate with the best mean accuracy on validation data by strategy (ties: the smaller)."""
-    best: dict[str, tuple[float, float]] = {}
+def select_candidates(experiment: Experiment, tasks: Sequence[Task]) -> dict[str, dict[str, Any]]:
+    """The candidate with the best mean accuracy on validation data by strategy (ties: the first)."""
+    best: dict[str, tuple[float, dict[str, Any]]] = {}
     for task in tasks:
         result = read_json(Path(task.directory) / "result.json")
         own = [e["accuracy"] for e in result["evaluations"] if (e["row"], e["column"]) == ("own", "aggregated")]
-        candidate = (sum(own) / len(own), -task.run.plan.lr)
-        if task.run.strategy not in best or candidate > best[task.run.strategy]:
-            best[task.run.strategy] = candidate
-    return {strategy: -negative for strategy, (_, negative) in best.items()}
+        accuracy, strategy = sum(own) / len(own), task.run.strategy
+        if strategy not in best or accuracy > best[strategy][0]:
+            best[strategy] = accuracy, {name: getattr(task.run.plan, name) for name in experiment.tune}
+    return {strategy: candidate for strategy, (_, candidate) in best.items()}
 
 
 def compare(
@@ -137,15 +137,16 @@ def _run(
 ) -> None:
     """Tune if requested, execute all runs, and write the results."""
     write_comparison(out, meta)
-    rates: dict[str, float] = {}
+    tuned: dict[str, dict[str, Any]] = {}
     if experiment.tune:
         tuning = tuning_tasks(experiment, out)
         started("tuning", tuning)
         run_tasks(tuning, engine, workers, report)
-        rates = select_rates(tuning)
-        meta["settings"]["lr"] = "tuned: " + ", ".join(f"{s} {lr:g}" for s, lr in rates.items())
+        tuned = select_candidates(experiment, tuning)
+        chosen = ", ".join(f"{s} {render_options(c)}" for s, c in tuned.items())
+        meta["settings"] |= dict.fromkeys(experiment.tune, "tuned") | {"tuned": chosen}
         write_comparison(out, meta)
-    tasks = comparison_tasks(experiment, out, rates, extends)
+    tasks = comparison_tasks(experiment, out, tuned, extends)
     started("comparing", tasks)
     run_tasks(tasks, engine, workers, report)
     if extends:
@@ -168,7 +169,7 @@ def _settings(experiment: Experiment) -> dict[str, Any]:
             f"{s} {experiment.rates[s]:g}" for s in experiment.strategies if s in experiment.rates
         )
         or "none",
-        "tuned over": ", ".join(map(str, experiment.tune)) or "not tuned",
+        "tuned over": " ".join(f"{n}={','.join(values)}" for n, values in experiment.tune.items()) or "not tuned",
     }
 
 

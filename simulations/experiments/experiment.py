@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import tomllib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from fedbn.config import EvaluatedConditions, nest
-from fedbn.errors import UserError
-from fedbn.federation.run import Run, plan_for
+from fedbn.config import EvaluatedConditions, Plan, nest
+from fedbn.errors import UserError, unknown
+from fedbn.federation.run import Run, plan_for, resolved_plan
 from fedbn.personalization.treatment import treatment
 from fedbn.plugins import build, table
 from fedbn.scenarios.base import scenario
 from simulations.experiments.options import ExperimentOptions
+
+TUNABLE = tuple(
+    f.name for f in fields(Plan) if f.metadata["panel"] != "Evaluation" and f.name not in ("rounds", "tolerate")
+)
+"""Options of the plan that can be tuned: those of training, except the number of rounds, which is the budget."""
 
 
 @dataclass(frozen=True)
@@ -25,13 +32,38 @@ class Experiment(ExperimentOptions):
         UserError: a value is out of bounds.
     """
 
-    def run(self, strategy: str, seed: int, *, lr: float | None = None, validation: bool = False) -> Run:
-        """The run of one strategy and seed."""
-        plan = replace(self.plan, lr=lr or self.rates.get(strategy, self.plan.lr))
+    def run(self, strategy: str, seed: int, *, tuned: Mapping[str, Any] | None = None, validation: bool = False) -> Run:
+        """The run of one strategy and seed, with tuned options of the plan."""
+        plan = replace(self.plan, **({"lr": self.rates.get(strategy, self.plan.lr)} | dict(tuned or {})))
         if validation:
             plan = replace(plan, eval_every=plan.rounds)
         shared = {f.name: getattr(self, f.name) for f in fields(EvaluatedConditions)} | {"plan": plan}
         return Run(strategy=strategy, seed=seed, validation=validation, **shared)
+
+    def candidates(self) -> list[dict[str, Any]]:
+        """Combinations of the values to tune over, the first option outermost; empty without tuning.
+
+        Raises:
+            UserError: an option that cannot be tuned, or a value of the wrong type or out of bounds.
+        """
+        if not self.tune:
+            return []
+        for name, values in self.tune.items():
+            if name not in TUNABLE:
+                raise unknown("option to tune", name, TUNABLE)
+            if not values:
+                raise UserError(f"no values to tune {name} over: write {name}=VALUE,VALUE")
+        if "optimizer" in self.tune and "lr" not in self.tune:
+            raise UserError("optimizers need different learning rates: tune lr too, e.g. lr=0.001,0.01,0.1")
+        found: list[dict[str, Any]] = []
+        for values in itertools.product(*self.tune.values()):
+            texts = dict(zip(self.tune, values, strict=True))
+            plan = resolved_plan(build(Plan, asdict(self.plan) | texts, "plan"))
+            candidate = {name: getattr(plan, name) for name in texts}
+            if candidate in found:
+                raise UserError(f"tuned twice: {render_options(candidate)}")
+            found.append(candidate)
+        return found
 
     def resolved(self) -> Experiment:
         """The experiment with all texts checked and in their shortest form.
@@ -41,8 +73,8 @@ class Experiment(ExperimentOptions):
         """
         if not self.strategies:
             raise UserError("no strategy given: see `fedbn list strategies`")
-        if any(lr <= 0 for lr in self.tune):
-            raise UserError(f"learning rates to tune over must be positive: {', '.join(map(str, self.tune))}")
+        candidates = self.candidates()
+        tune = {n: tuple(dict.fromkeys(str(c[n]) for c in candidates)) for n in self.tune}
         if wrong := [s for s, lr in self.rates.items() if not lr > 0]:
             raise UserError(f"rates must be positive learning rates; look at {', '.join(wrong)}")
         rates = {str(treatment(s)): lr for s, lr in self.rates.items()}
@@ -54,7 +86,7 @@ class Experiment(ExperimentOptions):
             k: getattr(runs[0], k)
             for k in ("scenario", "model", "partition", "shift", "privacy", "rule", "head", "private")
         }
-        return replace(self, strategies=names, rates=rates, **texts)
+        return replace(self, strategies=names, rates=rates, tune=tune, plan=resolved_plan(self.plan), **texts)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as in a run file."""
@@ -77,10 +109,26 @@ class Experiment(ExperimentOptions):
             raise UserError("no scenario given: see `fedbn list scenarios`")
         settings = table(values.get("plan", {}), "plan")
         plan = plan_for(str(values["scenario"]), **settings)
-        rest = {k: v for k, v in values.items() if k != "plan"}
-        if "lr" not in settings:
+        rest = {k: v for k, v in values.items() if k not in ("plan", "tune")}
+        if not {"lr", "optimizer"} & settings.keys():
             rest.setdefault("rates", scenario(str(values["scenario"])).rates)
-        return replace(build(Experiment, rest, "experiment"), plan=plan)
+        tune = {name: _texts(tried, name) for name, tried in table(values.get("tune", {}), "tune").items()}
+        return replace(build(Experiment, rest, "experiment"), plan=plan, tune=tune)
+
+
+def _texts(values: Any, name: str) -> tuple[str, ...]:
+    if not isinstance(values, list | tuple):
+        raise UserError(f"tune, option {name!r} must be a list of values, not {values!r}")
+    return tuple(map(str, values))
+
+
+def render_options(values: Mapping[str, Any]) -> str:
+    """Options as they are written on the command line.
+
+    >>> render_options({"lr": 0.1, "optimizer": "adamw"})
+    'lr=0.1 optimizer=adamw'
+    """
+    return " ".join(f"{n}={v:g}" if isinstance(v, float) else f"{n}={v}" for n, v in values.items())
 
 
 def read_run_file(path: Path) -> dict[str, Any]:

@@ -8,9 +8,6 @@ from fedbn.config import EvaluatedConditions, option
 
 DEFAULT_STRATEGIES = ("global-naive", "global-pooled", "fedbn", "silobn", "groupnorm", "local", "centralized")
 
-GRID = (0.01, 0.03, 0.1, 0.3)
-"""Learning rates tried for every strategy when tuning; a factor of about three apart."""
-
 
 @dataclass(frozen=True)
 class ExperimentOptions(EvaluatedConditions):
@@ -23,8 +20,11 @@ class ExperimentOptions(EvaluatedConditions):
     )
     _: KW_ONLY
     seeds: int = option(3, "Number of paired seeds: 0 to seeds - 1.", low=1)
-    tune: tuple[float, ...] = option(
-        (), "Choose each strategy's learning rate on validation data from --grid.", panel="Optimization"
+    tune: dict[str, tuple[str, ...]] = option(
+        {},
+        "Values of options to choose from for each strategy, on validation data of training users. All combinations "
+        "are tried, e.g. lr=0.01,0.1 optimizer=sgd,adamw.",
+        panel="Optimization",
     )
     rates: dict[str, float] = option(
         {}, "Learning rates by strategy where they differ from --lr, e.g. local=0.1,fedbn=0.03.", panel="Optimization"

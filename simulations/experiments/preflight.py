@@ -38,8 +38,13 @@ def _stored_experiment(directory: Path) -> Any:
 
 
 def _first_runs(experiment: Experiment, strategy: str) -> list[Run]:
-    """A strategy's first run, and its first tuning run, which has fewer users and fewer rows per user."""
-    tuning = [experiment.run(strategy, 0, lr=experiment.tune[0], validation=True)] if experiment.tune else []
+    """A strategy's first run, and its first tuning run, which has fewer users and fewer rows per user.
+
+    The first strategy also tries the other candidates, because they do not depend on the strategy.
+    """
+    candidates = experiment.candidates()
+    tried = candidates if strategy == experiment.strategies[0] else candidates[:1]
+    tuning = [experiment.run(strategy, 0, tuned=candidate, validation=True) for candidate in tried]
     return [experiment.run(strategy, 0), *tuning]
 
 

@@ -20,6 +20,7 @@ from fedbn.federation.run import Run
 from fedbn.federation.server import Outcome
 from fedbn.federation.setup import build_context
 from fedbn.files import DamagedFile, read_json
+from fedbn.optim.schedules import schedule
 from fedbn.stacked.memory import collect_garbage_rarely, keep_freed_memory
 from simulations.engines.execute import Engine, execute
 from simulations.flower.processes import end_with_parent
@@ -110,7 +111,7 @@ def run_task(task: Task, engine: Engine, report: Report) -> None:
 
     def on_round(number: int, outcome: Outcome) -> None:
         save_outcome(checkpoint, task.run, outcome, sources, previous_checkpoint(checkpoint))
-        measured = {k: v for k, v in asdict(outcome.curve[-1]).items() if k != "round" and v is not None}
+        measured = {k: v for k, v in asdict(outcome.curve[-1]).items() if isinstance(v, float)}
         report(Event(task.directory, number, values=measured))
 
     if resume is not None and resume.scores:  # killed between its last checkpoint and its result
@@ -129,7 +130,7 @@ def load_shorter(task: Task, ctx: RunContext) -> Outcome | None:
     None if there is no such run, or if training depends on the total number of rounds.
     """
     plan = task.run.plan
-    if plan.schedule != "constant" or ctx.strategy.depends_on_rounds or ctx.personal.depends_on_rounds:
+    if schedule(plan.schedule).depends_on_rounds or ctx.strategy.depends_on_rounds or ctx.personal.depends_on_rounds:
         return None
     for rounds in sorted((r for r in task.extends if r < plan.rounds), reverse=True):
         run = replace(task.run, plan=replace(plan, rounds=rounds))

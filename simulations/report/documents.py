@@ -49,8 +49,8 @@ def update_document(directory: Path, document: Path, *, full: bool = False) -> N
 def _more(comparison: Comparison) -> list[str]:
     """Results by initial statistics and costs as Markdown, each with a caption."""
     parts = list(comparison.notices)
-    if (rates := str(comparison.meta["settings"]["lr"])).startswith("tuned"):
-        parts.insert(0, f"Learning rates, {rates}.")
+    if tuned := comparison.meta["settings"].get("tuned"):
+        parts.insert(0, f"Tuned: {tuned}.")
     head, *lines = starts_rows(comparison)
     if lines:
         rows = [dict(zip(head, line, strict=True)) for line in lines]

@@ -23,6 +23,7 @@ from fedbn.federation.server import (
     Outcome,
     RoundMetrics,
     Server,
+    diverged_client,
     global_columns,
     is_evaluated,
     mean_accuracy,
@@ -111,6 +112,7 @@ def run_rounds(grid: Grid, run: Run, listener: Listener | None = None, timeout: 
             mean_loss(updates),
             mean_accuracy(ctx, scores, unseen=False),
             mean_accuracy(ctx, scores, unseen=True),
+            diverged_client(ctx, updates),
         )
         out.curve.append(point)
         out.failures += [ClientFailure(number, text) for text in nodes.failures]

@@ -59,19 +59,22 @@ def broken_at_clients(shape, classes):
 """
 
 
-def short_run(strategy, **fields):
+def short_run(strategy, training=None, **fields):
     clients = None if strategies()[strategy].is_centralized else 4
-    plan = plan_for("digits8", rounds=2, clients_per_round=clients, eval_every=1, global_test=60)
+    plan = plan_for("digits8", rounds=2, clients_per_round=clients, eval_every=1, global_test=60, **(training or {}))
     return Run("digits8", strategy, plan=plan, **fields).resolved()
 
 
 def all_runs():
-    """Runs by name: of every strategy, and with personalization by online rules."""
+    """Runs by name: of every strategy, with personalization by online rules, and with other optimizers."""
     rules = {
         "population": short_run("global-naive", rule="population:diversity=1"),
         "ema": short_run("fedbn", rule="ema:rate=0.3"),
     }
-    return {name: short_run(name) for name in strategies()} | rules
+    trained = {"optimizer": "adam", "optimizer_state": "keep", "max_grad_norm": 0.5, "augment": "translate+jitter"}
+    other = {"optimizer": "torch.optim:Adagrad", "optimizer_state": "keep", "schedule": "cosine", "warmup": 1}
+    optimizers = {"adam": short_run("fedbn", trained), "factory": short_run("fedbn", other)}
+    return {name: short_run(name) for name in strategies()} | rules | optimizers
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +177,7 @@ def test_flwr_run_works_in_checkout(mark, tmp_path):
     environment = os.environ | ENVIRONMENT
     environment |= {"FLWR_HOME": str(tmp_path / "home"), "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}"}
     environment["FLWR_LOCAL_SUPERLINK_HTTP_API_PORT"] = str(23_000 + os.getpid() % 9_000)
-    settings = {"strategy": "silobn", "plan": "rounds=2:clients-per-round=4:eval-every=1:global-test=60"}
+    settings = {"strategy": "silobn", "plan": "rounds=2,clients-per-round=4,eval-every=1,global-test=60"}
     config = " ".join(f'{k}="{v}"' for k, v in (settings | {"out": str(out)}).items())
     command = [shutil.which("flwr", path=scripts), "run", ".", "--stream", "--run-config", config]
     command += ["--federation-config", "num-supernodes=10 client-resources-num-cpus=1"]

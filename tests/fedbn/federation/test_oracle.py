@@ -72,7 +72,7 @@ def test_run_matches_plain_pytorch(name, plan, population):
     assert out.client_states.keys() == own.keys()
     for i, state in out.client_states.items():
         close({k: v for k, v in state.items() if not k.startswith(OPTIMIZER)}, own[i])
-        close(with_prefix(state, OPTIMIZER), momentum[i] if plan.optimizer_state == "keep" else {})
+        close(with_prefix(state, f"{OPTIMIZER}momentum_buffer/"), momentum[i] if plan.optimizer_state == "keep" else {})
 
     if name == "global-recalibrated":
         server |= zip((MEAN, VARIANCE), oracles.recalibrated(server, torch.cat([x for x, _ in clients])), strict=True)

@@ -28,9 +28,10 @@ from fedbn.nn.roles import clone
 from fedbn.personalization.base import personalizations
 from fedbn.stacked.cohort import Cohort, Failure
 from fedbn.stacked.executors import ClientExecutor, Kind, cores, parse_executor, stack_width
-from fedbn.stacked.fit import SGDConfig, StackedClient, fit_stack, step_schedule
+from fedbn.stacked.fit import FitConfig, StackedClient, fit_stack, step_schedule
 from fedbn.stacked.layers import Unstackable
 from fedbn.stacked.program import build_program
+from fedbn.stacked.steps import SGDStep
 from fedbn.strategies.base import Progress, strategies
 from fedbn.strategies.ownership import Ownership
 from simulations.engines.grid import InProcessGrid
@@ -222,7 +223,7 @@ def test_fit_stack_groups_non_adjacent_clients():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).double()
     x, y = torch.randn(30, 3, dtype=torch.float64), torch.randint(0, 2, (30,))
-    sgd = SGDConfig(0.1, momentum=0.9, weight_decay=0.1, mu=0.5, proximal=frozenset({"0.weight"}))
+    sgd = FitConfig(SGDStep(0.1, 0.9, 0.1), mu=0.5, proximal=frozenset({"0.weight"}))
     sizes = [[4, 4, 2], [2, 4, 4], [4, 4, 2]]
     parts, state = [torch.arange(10 * i, 10 * i + 10).split(s) for i, s in enumerate(sizes)], net.state_dict()
     clients = [StackedClient(state, torch.cat(p), s, torch.Generator()) for p, s in zip(parts, sizes)]
@@ -231,7 +232,7 @@ def test_fit_stack_groups_non_adjacent_clients():
         (expected,) = fit_stack(build_program(net), [client], x, y, sgd)
         assert stacked.loss == pytest.approx(expected.loss, rel=1e-6)
         torch.testing.assert_close(stacked.state, expected.state, rtol=1e-10, atol=1e-12)
-        torch.testing.assert_close(stacked.momentum, expected.momentum, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(stacked.optimizer_state, expected.optimizer_state, rtol=1e-10, atol=1e-12)
 
 
 def test_training_preserves_method_state(small):
@@ -255,7 +256,7 @@ def test_fit_stack_skips_parameters_without_gradient():
     net = Half()
     state = clone(net.state_dict())
     x, y, rows = torch.randn(4, 3), torch.zeros(4, dtype=torch.long), torch.arange(4)
-    sgd = SGDConfig(0.1, momentum=0.9, weight_decay=0.5)
+    sgd = FitConfig(SGDStep(0.1, 0.9, 0.5))
     (done,) = fit_stack(build_program(net), [StackedClient(state, rows, [len(rows)], torch.Generator())], x, y, sgd)
     assert torch.equal(done.state["unused.weight"], state["unused.weight"])
     assert not torch.equal(done.state["used.weight"], state["used.weight"])

@@ -15,10 +15,11 @@ from fedbn.federation.setup import build_context
 from fedbn.nn.roles import clone
 from fedbn.stacked import fit
 from fedbn.stacked.executors import ClientExecutor
-from fedbn.stacked.fit import SGDConfig, StackedClient, fit_stack
+from fedbn.stacked.fit import FitConfig, StackedClient, fit_stack
 from fedbn.stacked.layers import mkldnn_linear
 from fedbn.stacked.memory import collect_garbage_rarely, keep_freed_memory
 from fedbn.stacked.program import build_program
+from fedbn.stacked.steps import SGDStep
 from fedbn.strategies.base import Progress
 
 
@@ -79,7 +80,7 @@ def test_batch_first_and_batch_last_layouts_match(noise):
     net = features(dropout=0.4 if noise else 0.0)
     x, y = torch.randn(30, 5, dtype=torch.float64), torch.randint(0, 3, (30,))
     # A stack of one client is batch first.
-    stacked, separate = train_stacked_and_separately(net, x, y, SGDConfig(0.1), noise=noise)
+    stacked, separate = train_stacked_and_separately(net, x, y, FitConfig(SGDStep(0.1)), noise=noise)
     assert_close(stacked, separate, rtol=1e-10, atol=1e-12)
     assert not torch.equal(separate[0].state["0.weight"], separate[1].state["0.weight"])  # clients have different rows
 
@@ -90,17 +91,17 @@ def test_fused_linear_step_matches_sgd(first, monkeypatch):
     layers = [nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6, bias=False), nn.Linear(6, 3)]
     net = nn.Sequential(*layers if first else layers[1:]).double()
     x, y = torch.randn(12, 6, dtype=torch.float64), torch.randint(0, 3, (12,))
-    stacked, expected = train_stacked_and_separately(net, x, y, SGDConfig(0.1))
+    stacked, expected = train_stacked_and_separately(net, x, y, FitConfig(SGDStep(0.1)))
     monkeypatch.setattr(fit, "MIN_FUSED_SIZE", 1)
     used = []
     real = torch.Tensor.addmm_
     monkeypatch.setattr(torch.Tensor, "addmm_", lambda *a, **k: used.append(1) or real(*a, **k))
-    _, stepped = train_stacked_and_separately(net, x, y, SGDConfig(0.1))
+    _, stepped = train_stacked_and_separately(net, x, y, FitConfig(SGDStep(0.1)))
     assert len(used) == 3 * 2 * (1 + first)  # clients, steps, and layers with a bias
     assert_close(stepped, expected, rtol=1e-12, atol=1e-14)
     assert_close(stacked, expected, rtol=1e-12, atol=1e-14)
     used.clear()
-    train_stacked_and_separately(net, x, y, SGDConfig(0.1, momentum=0.9))  # the buffer needs the gradient
+    train_stacked_and_separately(net, x, y, FitConfig(SGDStep(0.1, 0.9)))  # the buffer needs the gradient
     assert not used
 
 
@@ -163,7 +164,7 @@ def test_fit_stack_needs_no_host_synchronization():
     x, y = torch.empty(20, 5, device="meta"), torch.empty(20, dtype=torch.long, device="meta")
     clients = [StackedClient(state, torch.arange(10), [6, 4], None, first=10 * i) for i in range(2)]
     with pytest.raises(NotImplementedError, match="meta") as caught:
-        fit_stack(build_program(net), clients, x, y, SGDConfig(0.1, momentum=0.9, weight_decay=0.1))
+        fit_stack(build_program(net), clients, x, y, FitConfig(SGDStep(0.1, 0.9, 0.1)))
     assert "total.tolist()" in str(next(e.statement for e in reversed(caught.traceback) if "fit.py" in str(e.path)))
 
 

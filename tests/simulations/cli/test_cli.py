@@ -95,7 +95,7 @@ def test_audit_and_data_print_tables(run_cli):
         (["compare", "--data", "none.npz", "--seeds", "1"], "none.npz"),
         (["compare", "digits8", "--clients-per-round", "99"], "exceeds the"),
         (["compare", "digits8", "--weighting", "size"], "unknown value for plan, option 'weighting' 'size'"),
-        (["compare", "digits8", "--tune", "--grid", "a,b"], "expected numbers separated by commas, not 'a,b'"),
+        (["compare", "digits8", "--tune", "lr=a,b"], "option 'lr' must be float, not 'a'"),
         (["compare", "digits8", "--model", "nope"], "unknown model (or package.module:factory) 'nope'"),
         (["compare", "digits8", "--partition", "dirichlet:alpha=-1"], "alpha must be positive"),
         (["compare", "digits8", "--shift", "rotation"], "for images use contrast"),

@@ -50,7 +50,11 @@ VALUES = {
     "local_epochs": ("4", 4),
     "batch_size": ("17", 17),
     "lr": ("0.25", 0.25),
-    "schedule": ("cosine", "cosine"),
+    "schedule": ("step:every=5", "step:every=5"),
+    "optimizer": ("adamw:weight_decay=0.1", "adamw:weight_decay=0.1"),
+    "warmup": ("2", 2),
+    "max_grad_norm": ("1.5", 1.5),
+    "augment": ("flip+jitter:scale=0.1", "flip+jitter:scale=0.1"),
     "momentum": ("0.5", 0.5),
     "weight_decay": ("0.125", 0.125),
     "optimizer_state": ("keep", "keep"),
@@ -65,6 +69,9 @@ VALUES = {
     "user_batches": ("", True),
     "precision": ("bfloat16", "bfloat16"),
 }
+
+TOGETHER = [name for name in PLAN_FIELDS if name != "weight_decay"]
+"""Options of the plan that can be set together. Only sgd uses this one."""
 
 
 def names(kind):
@@ -151,10 +158,10 @@ def test_function_accepts_every_field(function, name, captured, tmp_path):
 @pytest.mark.parametrize(("command", "kind"), [("compare", ExperimentOptions), ("adapt", StudyOptions)])
 def test_run_file_sets_every_field(command, kind, captured, tmp_path):
     values = {name: VALUES[name][1] for name in names(kind)} | {"strategies": ["fedbn"]}
-    values["plan"] = {name: VALUES[name][1] for name in PLAN_FIELDS}
+    values["plan"] = {name: VALUES[name][1] for name in TOGETHER}
     (tmp_path / "run.toml").write_text(tomli_w.dumps(values))
     found = invoke(captured, [command, "--run-file", str(tmp_path / "run.toml")])
-    for name in {*names(kind), *PLAN_FIELDS} - {"strategies"}:
+    for name in {*names(kind), *TOGETHER} - {"strategies"}:
         assert read(found, name) == VALUES[name][1], name
 
 
@@ -164,9 +171,9 @@ def test_flower_run_config_sets_every_field():
     for name in names(RunOptions):
         assert type(declared[name]) is type(VALUES[name][1]), name
         config[name] = VALUES[name][1]
-    config["plan"] = ":".join(f"{name}={VALUES[name][1]}" for name in PLAN_FIELDS)
+    config["plan"] = ",".join(f"{name}={VALUES[name][1]}" for name in TOGETHER)
     run = run_from_config(config)
-    for name in [*names(RunOptions), *PLAN_FIELDS]:
+    for name in [*names(RunOptions), *TOGETHER]:
         assert read(run, name) == VALUES[name][1], name
 
 

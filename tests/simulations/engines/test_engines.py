@@ -49,6 +49,24 @@ def test_grid_matches_reference_loop_with_server_optimizers(optimizer, small):
     assert a.server.memory
 
 
+TRAINING = {
+    "adam": {"optimizer": "adam", "max_grad_norm": 0.5, "augment": "translate+jitter", "schedule": "cosine"},
+    "adamw": {"optimizer": "adamw", "warmup": 1},
+    "rmsprop": {"optimizer": "rmsprop:momentum=0.9", "augment": "flip"},
+    "factory": {"optimizer": "torch.optim:Adagrad", "schedule": "step:every=1"},
+}
+
+
+@pytest.mark.parametrize("name", TRAINING)
+@pytest.mark.parametrize("strategy", ["fedbn", pytest.param("fedtan", marks=pytest.mark.slow)])
+def test_grid_matches_reference_loop_with_client_optimizers(strategy, name, small):
+    run = small(strategy, optimizer_state="keep", clients_per_round=3, global_test=20, **TRAINING[name])
+    a, b = execute(run, "reference"), execute(run, "grid")
+    assert_same(a, b)
+    plain = execute(small(strategy, clients_per_round=3, global_test=20), "reference")
+    assert a.curve[0].train_loss != plain.curve[0].train_loss
+
+
 def test_local_entries_are_never_in_messages(small):
     for name in strategies():
         run = small(name, rounds=1, **sampling_options(name))
@@ -146,10 +164,10 @@ def test_scores_round_trip_through_records():
 def test_run_from_config_reads_json_and_flat_keys(small):
     run = small("groupnorm:groups=2", rounds=3, momentum=0.0)
     assert run_from_config({"run": run.to_json()}) == run
-    config = {"scenario": "digits8", "strategy": "silobn", "seed": 2, "plan": "rounds=3:momentum=0", "out": ""}
+    config = {"scenario": "digits8", "strategy": "silobn", "seed": 2, "plan": "rounds=3,momentum=0", "out": ""}
     assert run_from_config(config).plan.momentum == 0
     assert run_from_config(config).seed == 2
-    with pytest.raises(UserError, match=r"write settings as rounds=5:lr=0.1, not 'rounds'"):
+    with pytest.raises(UserError, match=r"write settings as rounds=5,lr=0.1, not 'rounds'"):
         run_from_config({"scenario": "digits8", "strategy": "fedbn", "plan": "rounds"})
 
 

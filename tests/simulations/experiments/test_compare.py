@@ -15,7 +15,7 @@ from fedbn.federation.loop import federate
 from fedbn.federation.run import plan_for
 from fedbn.federation.setup import build_context
 from fedbn.files import read_json, write_json
-from simulations.experiments.compare import compare, resume, select_rates, tuning_tasks
+from simulations.experiments.compare import compare, resume, select_candidates, tuning_tasks
 from simulations.experiments.experiment import Experiment, read_run_file
 from simulations.experiments.preflight import default_directory, drop_unsupported
 from simulations.experiments.tasks import CHECKPOINT
@@ -84,7 +84,7 @@ def test_scenario_rates_unless_rate_is_given():
     named = Experiment.from_dict({"scenario": "hapt", "strategies": ["fedbn", "groupnorm"]})
     assert named.run("groupnorm", 0).plan.lr == 0.03
     assert named.run("fedbn", 0).plan.lr == named.plan.lr == 0.05
-    assert named.run("groupnorm", 0, lr=0.2).plan.lr == 0.2
+    assert named.run("groupnorm", 0, tuned={"lr": 0.2}).plan.lr == 0.2
     given = Experiment.from_dict({"scenario": "hapt", "plan": {"lr": 0.05}})
     assert given.run("groupnorm", 0).plan.lr == 0.05
     assert Experiment.from_dict(named.to_dict()) == named
@@ -192,23 +192,23 @@ def _gone(group):
 
 
 def test_learning_rates_are_tuned_on_validation_data(tmp_path):
-    what = experiment("global-naive", "groupnorm", seeds=1, tune=(1e-6, 0.05), plan={"rounds": 4})
+    what = experiment("global-naive", "groupnorm", seeds=1, tune={"lr": ("1e-6", "0.05")}, plan={"rounds": 4})
     compare(what, tmp_path, workers=1)
     tasks = tuning_tasks(what.resolved(), tmp_path)
     assert len(tasks) == 4
-    assert select_rates(tasks) == {"global-naive": 0.05, "groupnorm": 0.05}
+    assert select_candidates(what, tasks) == {"global-naive": {"lr": 0.05}, "groupnorm": {"lr": 0.05}}
     assert {r["lr"] for r in results(tmp_path).values()} == {0.05}
     assert all(t.run.validation for t in tasks)
     page = tmp_path / "page.md"
     page.write_text(f"<!-- begin {tmp_path.name} -->\n<!-- end {tmp_path.name} -->\n")
     update_document(tmp_path, page, full=True)
-    assert "Learning rates, tuned: global-naive 0.05, groupnorm 0.05." in page.read_text()
+    assert "Tuned: global-naive lr=0.05, groupnorm lr=0.05." in page.read_text()
 
 
 def test_unsupported_tuning_is_rejected_before_any_run(tmp_path):
     """With this partition only unseen users have known groups, and tuning has no unseen users."""
-    what = experiment("fednorm", "global-pooled", tune=(0.05,), partition="iid:clients=4").resolved()
-    assert drop_unsupported(replace(what, tune=()))[0].strategies == ("fednorm", "global-pooled")
+    what = experiment("fednorm", "global-pooled", tune={"lr": ("0.05",)}, partition="iid:clients=4").resolved()
+    assert drop_unsupported(replace(what, tune={}))[0].strategies == ("fednorm", "global-pooled")
     supported, notices = drop_unsupported(what)
     assert supported.strategies == ("global-pooled",)
     assert "fednorm" in notices[0]
@@ -316,7 +316,7 @@ def test_unwritable_output_is_reported(tmp_path):
         ({"scenario": "digits8", "seeds": 0}, "seeds must be at least 1"),
         ({"scenario": "digits8", "strategies": ["fedbn", "fedbn"]}, "strategies given twice: fedbn"),
         ({"scenario": "digits8", "strategies": []}, "no strategy given"),
-        ({"scenario": "digits8", "tune": [0.1, -1]}, "must be positive"),
+        ({"scenario": "digits8", "tune": {"lr": [0.1, -1]}}, "lr must be positive"),
     ],
 )
 def test_experiment_rejects_bad_input(values, message):

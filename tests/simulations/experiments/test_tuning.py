@@ -1,0 +1,113 @@
+"""Tuning of any option of the plan with equal budgets, and its errors."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+
+import fedbn
+from fedbn.errors import UserError
+from fedbn.optim.adamw import AdamW
+from simulations.experiments.compare import compare, resume, tuning_tasks
+from simulations.experiments.experiment import Experiment
+from simulations.results.comparison import Comparison
+
+
+def experiment(tune, strategies=("global-naive", "groupnorm:groups=2"), **options):
+    plan = {"rounds": 1, "global_test": 20, "clients_per_round": 3}
+    values = {"scenario": "digits8", "strategies": strategies, "seeds": 1, "tune": tune, "plan": plan, **options}
+    return Experiment.from_dict(values).resolved()
+
+
+def test_every_strategy_has_the_same_candidates(tmp_path):
+    optimizers, norms = ("sgd", "adamw:weight_decay=0.01"), ("none", 1)
+    what = experiment({"lr": (0.001, 0.01), "optimizer": optimizers, "max_grad_norm": norms})
+    assert what.tune == {"lr": ("0.001", "0.01"), "optimizer": ("sgd", "adamw"), "max_grad_norm": ("None", "1.0")}
+    tasks = tuning_tasks(what, tmp_path)
+    assert Counter(t.run.strategy for t in tasks) == {"global-naive": 8, "groupnorm:groups=2": 8}
+    plans = [
+        [(t.run.plan.lr, t.run.plan.optimizer, t.run.plan.max_grad_norm) for t in tasks if t.run.strategy == s]
+        for s in what.strategies
+    ]
+    assert plans[0] == plans[1]
+    assert len({*plans[0]}) == 8
+    assert {t.run.plan.rounds for t in tasks} == {1}
+    assert all(t.run.validation for t in tasks)
+    assert Experiment.from_dict(what.to_dict()).resolved() == what
+
+
+def test_selected_options_are_used_and_shown(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = fedbn.compare(
+        "digits8",
+        ["global-naive", "fedbn"],
+        tune={"optimizer": [AdamW(weight_decay=0.1)], "lr": [1e-6, 0.01]},
+        seeds=1,
+        rounds=2,
+        global_test=20,
+        progress=False,
+        out=tmp_path / "out",
+    )
+    assert result.meta["settings"]["tuned"] == ", ".join(
+        f"{s} optimizer=adamw:weight_decay=0.1 lr=0.01" for s in ("global-naive", "fedbn")
+    )
+    assert result.meta["settings"]["lr"] == "tuned"
+    assert result.meta["settings"]["tuned over"] == "optimizer=adamw:weight_decay=0.1 lr=1e-06,0.01"
+    assert set(result.runs["lr"]) == {0.01}
+
+
+def test_tuned_rate_wins_over_the_rate_of_a_strategy():
+    what = experiment({"lr": (0.2,)}, rates={"global-naive": 0.3})
+    (candidate,) = what.candidates()
+    assert what.run("global-naive", 0, tuned=candidate).plan.lr == 0.2
+    what = experiment({"momentum": (0.5,)}, rates={"global-naive": 0.3})
+    run = what.run("global-naive", 0, tuned=what.candidates()[0])
+    assert (run.plan.lr, run.plan.momentum) == (0.3, 0.5)
+
+
+class Stopped(Exception):
+    pass
+
+
+def test_adam_state_survives_resume(tmp_path):
+    plan = {"rounds": 3, "optimizer": "adam", "optimizer_state": "keep", "clients_per_round": 3, "global_test": 20}
+    what = replace(experiment({}, strategies=("fedbn",)), plan=experiment({}, plan=plan).plan)
+    compare(what, tmp_path / "whole", workers=1)
+
+    def stop(event):
+        if event.round == 2:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        compare(what, tmp_path / "stopped", workers=1, report=stop)
+    resume(tmp_path / "stopped", workers=1)
+    whole, resumed = (Comparison.load(tmp_path / name).evaluations for name in ("whole", "stopped"))
+    assert whole.equals(resumed)
+
+
+@pytest.mark.parametrize(
+    ("tune", "message"),
+    [
+        ({"lt": ("0.1",)}, "unknown option to tune 'lt'. Did you mean 'lr'"),
+        ({"rounds": ("1", "2")}, "unknown option to tune 'rounds'"),
+        ({"lr": ("a",)}, "option 'lr' must be float, not 'a'"),
+        ({"lr": ("-1",)}, "lr must be positive"),
+        ({"lr": ()}, "write lr=VALUE,VALUE"),
+        ({"lr": 0.1}, "option 'lr' must be a list of values, not 0.1"),
+        ({"lr": ("0.1", "0.10")}, "tuned twice: lr=0.1"),
+        ({"optimizer": ("sgd", "adam")}, "tune lr too"),
+        ({"optimizer": ("adam",), "lr": (1,), "weight_decay": ("0.1",)}, "option of sgd only"),
+        ({"augment": ("flop",)}, "unknown augmentation"),
+    ],
+)
+def test_bad_candidates_are_refused(tune, message):
+    with pytest.raises(UserError, match=message):
+        experiment(tune)
+
+
+def test_candidates_that_do_not_fit_the_data_are_refused_before_any_run(tmp_path):
+    with pytest.raises(UserError, match="augmentation 'rotate' works on 3-axis sensors"):
+        compare(experiment({"augment": ("flip", "rotate")}), tmp_path / "out", workers=1)
+    assert not (tmp_path / "out").exists()
