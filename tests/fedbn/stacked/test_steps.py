@@ -43,7 +43,7 @@ def test_every_optimizer_is_tested():
     assert {text.partition(":")[0] for text in OPTIMIZERS} == optimizers().keys()
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", [pytest.param(o, marks=[] if ":" in o else pytest.mark.slow) for o in OPTIMIZERS])
 def test_stacked_optimizer_matches_each_client(optimizer):
     """Users have different numbers of steps, and keep their state over three rounds.
 
@@ -52,7 +52,7 @@ def test_stacked_optimizer_matches_each_client(optimizer):
     assert compare(optimizer=optimizer, max_grad_norm=0.1) < 1e-6
 
 
-@pytest.mark.parametrize("model", [NETWORK, VECTORIZED])
+@pytest.mark.parametrize("model", [NETWORK, pytest.param(VECTORIZED, marks=pytest.mark.slow)])
 def test_stacked_adam_matches_in_every_layout(model):
     assert compare(model, optimizer="adamw", max_grad_norm=0.2) < 1e-6
 

@@ -57,8 +57,15 @@ TRAINING = {
 }
 
 
-@pytest.mark.parametrize("name", TRAINING)
-@pytest.mark.parametrize("strategy", ["fedbn", pytest.param("fedtan", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("strategy", "name"),
+    [
+        ("fedbn", "adam"),
+        ("fedbn", "factory"),
+        *(pytest.param("fedbn", name, marks=pytest.mark.slow) for name in ("adamw", "rmsprop")),
+        *(pytest.param("fedtan", name, marks=pytest.mark.slow) for name in TRAINING),
+    ],
+)
 def test_grid_matches_reference_loop_with_client_optimizers(strategy, name, small):
     run = small(strategy, optimizer_state="keep", clients_per_round=3, global_test=20, **TRAINING[name])
     a, b = execute(run, "reference"), execute(run, "grid")

@@ -38,6 +38,7 @@ def test_every_strategy_has_the_same_candidates(tmp_path):
     assert Experiment.from_dict(what.to_dict()).resolved() == what
 
 
+@pytest.mark.slow
 def test_selected_options_are_used_and_shown(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = fedbn.compare(
