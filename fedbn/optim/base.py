@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
@@ -118,6 +119,11 @@ def optimizer(text: str) -> Optimizer:
     """
     if is_factory(text):
         return FactoryOptimizer(text, import_callable(text, "optimizer"))
+    return _builtin(text)
+
+
+@lru_cache(maxsize=64)
+def _builtin(text: str) -> Optimizer:
     return parse(text, "optimizer (or package.module:factory)", optimizers())
 
 

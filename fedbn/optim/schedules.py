@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar
 
 from fedbn.config import Plan
@@ -101,6 +102,7 @@ def schedules() -> dict[str, type[Schedule]]:
     return discover("fedbn.optim", Schedule)
 
 
+@lru_cache(maxsize=64)
 def schedule(text: str) -> Schedule:
     """Parse a schedule such as ``cosine`` or ``step:every=5:factor=0.5``.
 

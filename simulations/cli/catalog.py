@@ -36,6 +36,9 @@ class Kind(StrEnum):
     SHIFTS = "shifts"
     RULES = "rules"
     STREAMS = "streams"
+    OPTIMIZERS = "optimizers"
+    SCHEDULES = "schedules"
+    AUGMENTATIONS = "augmentations"
 
 
 def advise(
@@ -129,10 +132,13 @@ def data(
 
 
 def _rows(kind: Kind) -> list[dict[str, str]]:
+    from fedbn.augment.base import augmentations
     from fedbn.data.partition import partitions
     from fedbn.data.shift import shifts
     from fedbn.models import models
     from fedbn.online.rules.base import rules
+    from fedbn.optim.base import optimizers
+    from fedbn.optim.schedules import schedules
     from fedbn.personalization.base import personalizations
     from fedbn.plugins import aliases
     from fedbn.scenarios.base import scenarios
@@ -150,6 +156,9 @@ def _rows(kind: Kind) -> list[dict[str, str]]:
         # Test-time methods with gradients are options of the same command.
         Kind.RULES: (dict(sorted({**rules(), **methods()}.items())), ("source",)),
         Kind.STREAMS: (streams(), ()),
+        Kind.OPTIMIZERS: (optimizers(), ()),
+        Kind.SCHEDULES: (schedules(), ()),
+        Kind.AUGMENTATIONS: (augmentations(), ()),
     }
     known, more = registries[kind]
     rows = []
