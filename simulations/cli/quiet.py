@@ -40,5 +40,6 @@ class Quiet(TyperCommand):
 def add_quiet_option(app: typer.Typer) -> Callable[[], Any]:
     """Add ``--quiet`` to every registered command of ``app``, and return ``app``."""
     for command in app.registered_commands:
-        command.cls = Quiet
+        if not issubclass(kind := command.cls or TyperCommand, Quiet):
+            command.cls = type("Quiet", (Quiet, kind), {})
     return app

@@ -6,10 +6,13 @@ from dataclasses import dataclass
 
 import pytest
 
+from fedbn.augment.base import augmentations
 from fedbn.config import Plan
 from fedbn.data.partition import partitions
 from fedbn.federation.run import Run, plan_for
 from fedbn.online.rules.base import rules
+from fedbn.optim.base import optimizers
+from fedbn.optim.schedules import schedules
 from fedbn.personalization.base import personalizations
 from fedbn.plugins import parse, render, spellings
 from fedbn.privacy.mechanism import Privacy
@@ -28,6 +31,9 @@ PLUGINS = {
     "streams": streams,
     "partitions": partitions,
     "scenarios": scenarios,
+    "optimizers": optimizers,
+    "schedules": schedules,
+    "augmentations": augmentations,
     "settings": lambda: {"plan": Plan, "privacy": Privacy, "run": Run},
 }
 

@@ -196,7 +196,7 @@ def test_plan_for_accepts_values_within_bounds(values):
     base = plan_for("digits8")
     given_values = {k: v for k, v in values.items() if v is not None}
     assert plan_for("digits8", **values) == replace(base, **given_values)
-    texts = ":".join(f"{k.replace('_', '-')}={v}" for k, v in values.items())
+    texts = ",".join(f"{k.replace('_', '-')}={v}" for k, v in values.items())
     assert run_from_config({"scenario": "digits8", "strategy": "fedbn", "plan": texts}).plan == replace(base, **values)
 
 

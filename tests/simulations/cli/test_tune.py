@@ -8,6 +8,7 @@ import typer
 from fedbn.errors import UserError
 from simulations.cli.app import app
 from simulations.cli.compare import candidates_from
+from simulations.cli.quiet import add_quiet_option
 
 
 @pytest.mark.parametrize(
@@ -20,7 +21,7 @@ from simulations.cli.compare import candidates_from
     ],
 )
 def test_tune_takes_several_options(arguments):
-    given = typer.main.get_command(app).commands["compare"].make_context("compare", arguments).params
+    given = typer.main.get_command(add_quiet_option(app)).commands["compare"].make_context("compare", arguments).params
     assert (given["scenario"], given["rounds"]) == ("hapt", 3)
     assert candidates_from(given["tune"]) == {"lr": ("0.01", "0.1"), "optimizer": ("sgd", "adamw")}
 
