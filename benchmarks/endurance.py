@@ -155,7 +155,7 @@ def endure(
             start = time.monotonic()
             outcome, submissions = execute_until_done(killer, run, folder / f"run-{seed}.safetensors")
             elapsed = time.monotonic() - start
-            mismatches = differences(outcome, execute(run, "grid"))
+            mismatches = differences(outcome, execute(run, "grid", deployed=True))
             memory = resident_memory(link.processes.started["superlink"].pid)
             runs.append({"seed": seed, "rounds": len(outcome.curve), "submissions": submissions})
             runs[-1] |= {"seconds": round(elapsed, 1), "superlink bytes": memory, "differences": mismatches}

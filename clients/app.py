@@ -19,7 +19,6 @@ from clients.persistence import client_state_on_disk
 from clients.records import (
     Decoder,
     aggregates_from,
-    arrays,
     client_statistics_from,
     scores_to,
     set_threads,
@@ -156,7 +155,7 @@ def _columns(value: object) -> tuple[Column, ...]:
 
 
 def _moments_reply(message: Message, moments: dict[str, Moments] | None) -> Message:
-    record = ArrayRecord() if moments is None else arrays(flatten(moments))
+    record = ArrayRecord() if moments is None else to_record_by_reference(flatten(moments))
     return Message(RecordDict({"moments": record}), reply_to=message)
 
 

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 from greenlet import getcurrent, greenlet
 
 from fedbn.federation.client import client_evaluation, client_round, client_sync_first_batch, client_sync_statistics
+from fedbn.federation.cold_start import ClientStatistics
 from fedbn.federation.context import RunContext
 from fedbn.federation.metrics import Column, Score
 from fedbn.nn.roles import State
@@ -153,7 +154,7 @@ class Evaluate(_ClientJob):
     kind: ClassVar[Kind] = "evaluate"
     columns: tuple[Column, ...]
     globally: tuple[Column, ...]
-    client_statistics: dict[int, State] | None = None
+    client_statistics: ClientStatistics | None = None
 
     def run(self) -> list[Score]:
         """Return the scores."""

@@ -10,6 +10,7 @@ from flwr.app import ArrayRecord, MetricRecord, RecordDict
 
 from clients.jobs import is_batched
 from clients.serialization import LazyArrayRecord, pack, unpack
+from fedbn.federation.cold_start import ClientStatistics
 from fedbn.federation.metrics import Column, Row, Score
 from fedbn.nn.roles import State
 from fedbn.statistics.consensus import flatten, unflatten
@@ -84,18 +85,20 @@ def aggregates_from(content: RecordDict) -> list[dict[str, Moments]]:
     return [unflatten(tensors(content.array_records[k])) for k in names]
 
 
-def client_statistics_to(client_statistics: dict[int, State]) -> ArrayRecord:
-    """Convert client statistics to one record."""
-    return arrays({f"{user}|{k}": v for user, state in client_statistics.items() for k, v in state.items()})
+def client_statistics_to(statistics: ClientStatistics) -> ArrayRecord:
+    """Convert statistics of the clients to one record."""
+    parts = {"mean": statistics.mean, "variance": statistics.variance, "between": statistics.between}
+    parts |= {str(i): state for i, state in enumerate(statistics.clients)}
+    return arrays({f"{part}|{k}": v for part, state in parts.items() for k, v in state.items()})
 
 
-def client_statistics_from(record: ArrayRecord, device: str) -> dict[int, State]:
-    """Convert a record to client statistics."""
-    out: dict[int, State] = {}
+def client_statistics_from(record: ArrayRecord, device: str) -> ClientStatistics:
+    """Convert a record to statistics of the clients."""
+    parts: dict[str, State] = {"mean": {}, "variance": {}, "between": {}}
     for key, value in tensors(record, device).items():
-        user, _, name = key.partition("|")
-        out.setdefault(int(user), {})[name] = value
-    return out
+        part, _, name = key.partition("|")
+        parts.setdefault(part, {})[name] = value
+    return ClientStatistics(parts.pop("mean"), parts.pop("variance"), parts.pop("between"), tuple(parts.values()))
 
 
 def set_threads() -> None:

@@ -15,6 +15,7 @@ from clients.records import set_threads
 from fedbn.federation.run import Run
 from fedbn.federation.setup import build_context
 from simulations.server.rounds import Listener, _listener, run_rounds
+from simulations.server.safeguards import Safeguards
 from simulations.storage.checkpoint import load_latest, previous_checkpoint, save_outcome
 
 app = ServerApp()
@@ -31,8 +32,9 @@ def main(grid: Grid, context: Context) -> None:
     run = run_from_config(context.run_config)
     out = str(context.run_config.get("out", ""))
     listener = _checkpoints(Path(out), run) if out else _listener.get()
+    safeguards = Safeguards.from_config(context.run_config)
     if not (out and listener and listener.resume and listener.resume.scores):
-        run_rounds(grid, run, listener, float(context.run_config.get("timeout", 0)))
+        run_rounds(grid, run, listener, float(context.run_config.get("timeout", 0)), safeguards)
 
 
 def _checkpoints(path: Path, run: Run) -> Listener:

@@ -90,6 +90,8 @@ def check_context(ctx: RunContext) -> list[str]:
         raise UserError(
             f"--clients-per-round {requested} exceeds the {len(trainers)} seen users; choose at most {len(trainers)}"
         )
+    clients = min(requested or len(trainers), len(trainers))
+    notices += ctx.strategy.notices(clients - int(plan.tolerate * clients))
     mixed_batches = ctx.row_users(trainers[0]) is None
     sizes = {i: len(ctx.training_data(i)) for i in (trainers if mixed_batches else population.seen)}
     batch_size = min(plan.batch_size, min(sizes.values()))

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fedbn.augment.base import augmentation
-from fedbn.federation.cold_start import cold_starts, population_prior_for
+from fedbn.federation.cold_start import ClientStatistics, cold_starts, population_prior_for
 from fedbn.federation.context import RunContext
 from fedbn.federation.evaluation import evaluate_user
 from fedbn.federation.metrics import Column, Score, score
@@ -161,7 +161,7 @@ def client_evaluation(
     *,
     columns: tuple[Column, ...],
     globally: tuple[Column, ...] = (),
-    client_statistics: dict[int, State] | None = None,
+    client_statistics: ClientStatistics | None = None,
 ) -> list[Score]:
     """Score one user's cells of the evaluation matrix, with its model after aggregation.
 
@@ -172,8 +172,8 @@ def client_evaluation(
         client_state: the user's client state.
         columns: columns to score.
         globally: columns that are also scored on the pooled test rows.
-        client_statistics: statistics by client, for rules with a population prior; an unseen user is also scored with
-            every cold start that they allow.
+        client_statistics: statistics of the clients, for rules with a population prior; an unseen user is also scored
+            with every cold start that they allow.
     """
     state = user_state(ctx, user, received, client_state)
     out = user_scores(ctx, user, state, columns, globally, client_statistics)
@@ -186,7 +186,7 @@ def user_scores(
     state: State,
     columns: tuple[Column, ...],
     globally: tuple[Column, ...],
-    client_statistics: dict[int, State] | None,
+    client_statistics: ClientStatistics | None,
 ) -> list[Score]:
     """Score some columns for a user whose complete state is given (`user_state`); see `client_evaluation`."""
     data = ctx.population.users[user]
@@ -208,7 +208,7 @@ def user_scores(
     )
 
 
-def cold_start_scores(ctx: RunContext, user: int, state: State, client_statistics: dict[int, State]) -> list[Score]:
+def cold_start_scores(ctx: RunContext, user: int, state: State, client_statistics: ClientStatistics) -> list[Score]:
     """Score an unseen user with every cold start that the clients' statistics allow; nothing for a seen user."""
     if user not in ctx.population.unseen:
         return []

@@ -8,11 +8,16 @@ the variance of the user's window means and :math:`\tau^2` the variance of the c
 differ move quickly to the user's own moments, channels in which they agree stay near the pooled ones.
 
 The user's own moments are measured on its unlabeled earlier recordings under the pooled statistics.
+
+Users receive a summary of the clients' statistics. Only *nearest* and *mixture* need the statistics of single clients.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -26,42 +31,106 @@ from fedbn.statistics.moments import Moments, naive_mean, pooled_variance
 from fedbn.statistics.recalibration import CHUNK
 
 
-def cold_starts(ctx: RunContext, state: State, client_statistics: dict[int, State], x: Tensor) -> dict[Column, State]:
+@dataclass(frozen=True)
+class ClientStatistics:
+    """Statistics of the clients as users receive them, without the indices of the clients.
+
+    Attributes:
+        mean: mean over the clients of each entry.
+        variance: variance of the union of the clients, by name of the running variance.
+        between: variance ``[C]`` of the clients' means in float64, by name of the running mean.
+        clients: entries of each client, in an order that depends only on their values; may be empty.
+    """
+
+    mean: State
+    variance: State
+    between: State
+    clients: tuple[State, ...] = ()
+
+    @property
+    def pooled(self) -> State:
+        """Mean of the entries, with the variances of the union."""
+        return self.mean | self.variance
+
+    @cached_property
+    def without_clients(self) -> ClientStatistics:
+        """The same without the statistics of single clients."""
+        return replace(self, clients=())
+
+
+def summarize(ctx: RunContext, client_statistics: dict[int, State]) -> ClientStatistics | None:
+    """Summarize the statistics of the clients by user index; None if there are none."""
+    if not client_statistics:
+        return None
+    clients = [client_statistics[u] for u in sorted(client_statistics)]
+    uniform = [1.0] * len(clients)
+    pairs = _pairs(ctx, list(clients[0]))
+    return ClientStatistics(
+        {k: naive_mean([c[k] for c in clients], uniform) for k in clients[0]},
+        _pooled_variances(clients, pairs, uniform),
+        {mu: torch.stack([c[mu].double().cpu() for c in clients]).var(0, unbiased=False) for mu, _ in pairs.values()},
+        tuple(sorted(clients, key=_digest)),
+    )
+
+
+def _digest(state: State) -> bytes:
+    values = (v.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() for v in state.values())
+    return hashlib.sha256(b"".join(values)).digest()
+
+
+def statistics_for(
+    ctx: RunContext, user: int, summary: ClientStatistics | None, *, cold_starts: bool = True
+) -> ClientStatistics | None:
+    """Statistics that a user receives for the final evaluation.
+
+    Unseen users receive all for their cold starts. A rule that starts from a prior over the clients needs only means
+    and variances over the clients. Other users receive nothing.
+
+    Args:
+        ctx: the run's context.
+        user: index of the user.
+        summary: statistics of the clients.
+        cold_starts: whether unseen users are scored with cold starts.
+    """
+    if summary is not None and user in ctx.population.unseen and cold_starts:
+        return summary
+    return summary.without_clients if summary is not None and ctx.uses_population_prior else None
+
+
+def cold_starts(ctx: RunContext, state: State, statistics: ClientStatistics, x: Tensor) -> dict[Column, State]:
     """All possible initial states of an unseen user, by name.
 
     Args:
         ctx: the run's context.
         state: complete state of the user's assembled model.
-        client_statistics: statistics entries of each client.
+        statistics: statistics of the clients.
         x: the user's unlabeled rows ``[n, *shape]``.
 
     Returns:
-        Complete states. Only *initial* and *mean* if some statistics are not running means and variances.
+        Complete states. Only *initial* and *mean* if some statistics are not running means and variances; without
+        *nearest* and *mixture* if the statistics of single clients are not given.
     """
-    clients = [client_statistics[u] for u in sorted(client_statistics)]
-    uniform = [1.0] * len(clients)
-    keys = list(clients[0])
+    keys = list(statistics.mean)
     out: dict[Column, State] = {"initial": state | {k: ctx.initial[k] for k in keys}}
-    mean = {k: naive_mean([c[k] for c in clients], uniform) for k in keys}
-    out["mean"] = state | mean
+    out["mean"] = state | statistics.mean
     pairs = _pairs(ctx, keys)
     if not pairs or len(pairs) * 2 != sum(ctx.ownership.roles[k] == "statistics" for k in keys):
         return out
-    pooled = mean | _pooled_moments(clients, pairs, uniform)
-    out["pooled"] = state | pooled
+    out["pooled"] = state | statistics.pooled
     own, window_var = window_moments(ctx, out["pooled"], x)
     measured = {path: pair for path, pair in pairs.items() if path in own}  # without layers that do not run
-    distances = [_distance(client, own, measured) for client in clients]
-    out["nearest"] = state | clients[min(range(len(clients)), key=distances.__getitem__)]
-    weights = [1.0 / max(d, 1e-12) for d in distances]
-    mixture = {k: naive_mean([c[k] for c in clients], weights) for k in keys}
-    out["mixture"] = state | mixture | _pooled_moments(clients, pairs, weights)
-    out["prior"] = state | _shrunk_moments(pooled, clients, own, window_var, measured, len(x))
+    if clients := statistics.clients:
+        distances = [_distance(client, own, measured) for client in clients]
+        out["nearest"] = state | clients[min(range(len(clients)), key=distances.__getitem__)]
+        weights = [1.0 / max(d, 1e-12) for d in distances]
+        mixture = {k: naive_mean([c[k] for c in clients], weights) for k in keys}
+        out["mixture"] = state | mixture | _pooled_variances(clients, pairs, weights)
+    out["prior"] = state | _shrunk_moments(statistics, own, window_var, measured, len(x))
     return out
 
 
 def population_prior_for(
-    ctx: RunContext, state: State, client_statistics: dict[int, State], x: Tensor
+    ctx: RunContext, state: State, statistics: ClientStatistics, x: Tensor
 ) -> dict[str, LayerPrior]:
     """Prior over a user's statistics per layer: pooled moments of the clients and their pseudo-counts ``n0``.
 
@@ -70,32 +139,30 @@ def population_prior_for(
     Args:
         ctx: the run's context.
         state: complete state of the user's assembled model.
-        client_statistics: statistics entries of each client.
+        statistics: statistics of the clients.
         x: the user's unlabeled rows ``[n, *shape]``.
     """
-    clients = [client_statistics[u] for u in sorted(client_statistics)]
-    pairs = _pairs(ctx, list(clients[0]))
-    pooled = _pooled_moments(clients, pairs, [1.0] * len(clients))
+    pairs = _pairs(ctx, list(statistics.mean))
+    pooled = {k: statistics.pooled[k] for pair in pairs.values() for k in pair}
     _, window_var = window_moments(ctx, state | pooled, x)
     out: dict[str, LayerPrior] = {}
     for path, (mu, var) in pairs.items():
         n0 = torch.full_like(pooled[mu], MAX_N0)  # of layers that do not run
         if path in window_var:
-            n0 = _pseudo_count(clients, mu, window_var[path]).clamp_max(MAX_N0).to(n0)
+            n0 = _pseudo_count(statistics, mu, window_var[path]).clamp_max(MAX_N0).to(n0)
         out[path] = LayerPrior(pooled[mu], pooled[var], n0)
     return out
 
 
-def _pooled_moments(clients: Sequence[State], pairs: dict[str, tuple[str, str]], weights: Sequence[float]) -> State:
-    return {mu: naive_mean([c[mu] for c in clients], weights) for mu, _ in pairs.values()} | {
+def _pooled_variances(clients: Sequence[State], pairs: dict[str, tuple[str, str]], weights: Sequence[float]) -> State:
+    return {
         var: pooled_variance([c[mu] for c in clients], [c[var] for c in clients], weights) for mu, var in pairs.values()
     }
 
 
-def _pseudo_count(clients: Sequence[State], mu: str, window_var: Tensor) -> Tensor:
+def _pseudo_count(statistics: ClientStatistics, mu: str, window_var: Tensor) -> Tensor:
     """Number of windows that the pooled mean of each channel counts as, ``[C]`` float64."""
-    between = torch.stack([c[mu].double().cpu() for c in clients]).var(0, unbiased=False)
-    return window_var / between.clamp_min(1e-12)
+    return window_var / statistics.between[mu].cpu().clamp_min(1e-12)
 
 
 def window_moments(ctx: RunContext, state: State, x: Tensor) -> tuple[dict[str, Moments], dict[str, Tensor]]:
@@ -128,16 +195,16 @@ def _distance(client: State, own: dict[str, Moments], pairs: dict[str, tuple[str
 
 
 def _shrunk_moments(
-    pooled: State,
-    clients: Sequence[State],
+    statistics: ClientStatistics,
     own: dict[str, Moments],
     window_var: dict[str, Tensor],
     pairs: dict[str, tuple[str, str]],
     windows: int,
 ) -> State:
+    pooled = statistics.pooled
     out: State = dict(pooled)
     for path, (mu, var) in pairs.items():
-        share = windows / (windows + _pseudo_count(clients, mu, window_var[path]))
+        share = windows / (windows + _pseudo_count(statistics, mu, window_var[path]))
         mean, variance = pooled[mu].double().cpu(), pooled[var].double().cpu()
         gap = own[path].mean - mean
         variance = (1 - share) * variance + share * own[path].variance() + share * (1 - share) * gap**2

@@ -70,10 +70,6 @@ class RunContext:
         """Whether the online rule starts users from a prior over the clients' statistics."""
         return bool(self.run.rule) and client_rule(self.run.rule).requires == "n0"
 
-    def receives_client_statistics(self, user: int) -> bool:
-        """Whether a user receives the statistics of all clients for the final evaluation."""
-        return user in self.population.unseen or self.uses_population_prior
-
     def group_of(self, user: int) -> str:
         """Name of the user's group; users of one group receive the same state."""
         return "" if user == CENTRAL_TRAINER else self.strategy.group_of(user, self.population.users[user])

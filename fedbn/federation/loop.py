@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from fedbn.federation.client import client_evaluation, client_round, client_sync_first_batch, client_sync_statistics
+from fedbn.federation.cold_start import statistics_for, summarize
 from fedbn.federation.context import RunContext
 from fedbn.federation.metrics import COLUMNS, Score
 from fedbn.federation.protection import protect_update
@@ -111,6 +112,7 @@ def _sync_first_batch(
 
 
 def _evaluate(ctx: RunContext, out: Outcome, *, last: bool) -> dict[int, list[Score]]:
+    summary = summarize(ctx, out.server.client_statistics) if last else None
     return {
         user: client_evaluation(
             ctx,
@@ -119,7 +121,7 @@ def _evaluate(ctx: RunContext, out: Outcome, *, last: bool) -> dict[int, list[Sc
             out.client_states.get(user),
             columns=COLUMNS if last else COLUMNS[:1],
             globally=global_columns(ctx, user) if last else (),
-            client_statistics=out.server.client_statistics if last and ctx.receives_client_statistics(user) else None,
+            client_statistics=statistics_for(ctx, user, summary),
         )
         for user in served_users(ctx)
     }

@@ -17,6 +17,7 @@ from fedbn.config import Plan
 from fedbn.data.population import Examples
 from fedbn.errors import UserError
 from fedbn.nn.roles import Role, State, clone
+from fedbn.nn.schema import Schema
 from fedbn.plugins import discover
 from fedbn.strategies.base import Progress, Update, refuse_misspelled_hooks
 from fedbn.strategies.ownership import Owner
@@ -123,6 +124,17 @@ class Personalization:
         Raises:
             UserError: it does not.
         """
+
+    def notes_schema(self, model: nn.Module, roles: dict[str, Role]) -> Schema:
+        """Declaration of the tensors that clients send in `ClientTrainer.notes`.
+
+        The server rejects replies with notes that are not declared.
+
+        Args:
+            model: the prepared model.
+            roles: role of each entry.
+        """
+        return {}
 
     def train(self, trainer: ClientTrainer) -> float:
         """Train a client's model for one round, in place; the shared entries are sent. Returns the mean loss."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fedbn.nn.roles import Role, State, with_prefix
+from fedbn.nn.schema import TensorSpec
 from fedbn.personalization.base import ClientTrainer, Personalization
 from fedbn.strategies.base import Update
 
@@ -55,6 +56,14 @@ class Scaffold(Personalization):
     name = "scaffold"
     about = "control variates on body and head correct client drift"
     source = "Karimireddy et al. 2020"
+
+    def notes_schema(self, model: nn.Module, roles: dict[str, Role]) -> dict[str, TensorSpec]:
+        # Parameters without a gradient are absent.
+        return {
+            CONTROL + name: TensorSpec(p.dtype, tuple(p.shape), required=False)
+            for name, p in model.named_parameters()
+            if roles[name] in (Role.BODY, Role.HEAD)
+        }
 
     def train(self, trainer: ClientTrainer) -> float:
         corrected = trainer.names(Role.BODY, Role.HEAD)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fedbn.federation.cold_start import ClientStatistics
 from fedbn.federation.context import RunContext
 from fedbn.federation.metrics import Column, Row, Score, scores
 from fedbn.nn.roles import State, statistics_layers
@@ -35,7 +36,7 @@ class EvaluateJob(ClientJob, Protocol):
     @property
     def globally(self) -> tuple[Column, ...]: ...
     @property
-    def client_statistics(self) -> dict[int, State] | None: ...
+    def client_statistics(self) -> ClientStatistics | None: ...
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from fedbn.data.population import Examples, Population, User
 from fedbn.errors import UserError
 from fedbn.nn.conversion import FEDAVG, convert, require_batch_norm, require_statistics
 from fedbn.nn.roles import Role, State
+from fedbn.nn.schema import Schema
 from fedbn.plugins import discover, parse
 from fedbn.statistics.consensus import Aggregates, ConsensusStep
 from fedbn.statistics.moments import Moments, naive_mean
@@ -165,6 +166,21 @@ class NormStrategy:
 
     def validate_population(self, population: Population) -> None:
         """Raise `UserError` if the strategy does not apply to these users (for example without known groups)."""
+
+    def notices(self, clients: int) -> list[str]:
+        """Notices about rounds in which as few as ``clients`` clients take part."""
+        return []
+
+    def notes_schema(self, model: nn.Module, x: Tensor) -> Schema:
+        """Declaration of the tensors that `before_local_training` and `after_local_training` return.
+
+        The server rejects replies with notes that are not declared.
+
+        Args:
+            model: the prepared model.
+            x: a few rows of the data's shape, with any values.
+        """
+        return {}
 
     def before_local_training(self, model: nn.Module, data: Examples, progress: Progress) -> State:
         """Statistics the client computes on its data before local training. May modify the model in place."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -14,15 +15,21 @@ from fedbn.strategies.base import NormStrategy, Progress, Updates
 
 @dataclass(frozen=True)
 class GlobalRobust(NormStrategy):
-    """Share all entries; pool statistics by a trimmed mean or median of moments, with equal client weights.
+    r"""Share all entries; pool statistics by a trimmed mean or median of moments, with equal client weights.
 
     Parameters are averaged as usual. Only the statistics are protected, through which a single client can disable a
     network.
+
+    Of :math:`n` clients in a round, the trimmed mean withstands :math:`\lfloor n\cdot\mathrm{trim}\rfloor` arbitrary
+    ones, the median :math:`\lfloor (n-1)/2\rfloor` (breakdown points of ``trim`` and nearly one half). With fewer than
+    1/``trim`` clients, nothing is trimmed and the trimmed mean is a plain mean; a notice says so.
 
     Attributes:
         how: ``trimmed`` or ``median``.
         trim: share of the clients that is removed at either end, per channel.
 
+    >>> GlobalRobust().withstands(4), GlobalRobust().withstands(5), GlobalRobust(how="median").withstands(5)
+    (0, 1, 2)
     >>> import torch; from fedbn.strategies.base import Update
     >>> def client(i, var): return Update(
     ...     i, {"bn.running_mean": torch.zeros(1), "bn.running_var": torch.tensor([var])}, 1, 0.0)
@@ -41,6 +48,19 @@ class GlobalRobust(NormStrategy):
     def __post_init__(self) -> None:
         if not 0 <= self.trim < 0.5:
             raise UserError(f"global-robust: trim must lie in [0, 0.5), not {self.trim}")
+
+    def withstands(self, clients: int) -> int:
+        """Number of arbitrary clients among ``clients`` that cannot change the statistics at will."""
+        return int(self.trim * clients) if self.how == "trimmed" else (clients - 1) // 2
+
+    def notices(self, clients: int) -> list[str]:
+        if self.withstands(clients):
+            return []
+        least = math.ceil(1 / self.trim) if self.how == "trimmed" and self.trim else 3
+        return [
+            f"global-robust protects nothing with {clients} clients in a round, of which it cuts off none: use "
+            f"{'how=median, or ' if least > 3 else 'how=median and '}at least {least} clients"
+        ]
 
     def aggregate_statistics(
         self, updates: Updates, weights: Sequence[float], keys: Sequence[str], old: State, progress: Progress

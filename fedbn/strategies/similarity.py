@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fedbn.data.population import Examples, Population, User
 from fedbn.nn.roles import State, with_prefix
+from fedbn.nn.schema import TensorSpec, moments_schema
 from fedbn.statistics.consensus import flatten, unflatten
 from fedbn.statistics.moments import Moments, naive_mean
 from fedbn.statistics.recalibration import all_moments
@@ -46,6 +47,10 @@ class SimilarityWeighted(NormStrategy):
     @abstractmethod
     def distance(self, a: dict[str, Moments], b: dict[str, Moments]) -> float:
         """Distance of two clients, from their moments by layer."""
+
+    def notes_schema(self, model: nn.Module, x: Tensor) -> dict[str, TensorSpec]:
+        channels = {path: len(moments.mean) for path, moments in all_moments(model, x).items()}
+        return {MOMENTS + k: spec for k, spec in moments_schema(channels).items()}
 
     def before_local_training(self, model: nn.Module, data: Examples, progress: Progress) -> State:
         # Clients are compared under the first model after the warm-up.

@@ -90,7 +90,7 @@ def deploy(run: Run, *, tls: bool = False, notify: Notify = lambda text: None, o
             done = time.perf_counter()
             notify(f"the run took {done - ready:.1f} s; stopping")
     stopped = time.perf_counter()
-    in_process = execute(run, "grid")
+    in_process = execute(run, "grid", deployed=True)
     seconds = {"start": ready - start, "run": done - ready, "grid": time.perf_counter() - stopped}
     return Deployment(deployed, in_process, users, tls, seconds, differences(deployed, in_process))
 

@@ -28,6 +28,7 @@ from simulations.engines.grid import InProcessGrid
 from simulations.flower.compat import task_identity
 from simulations.server.optimizer import server_step
 from simulations.server.rounds import Listener, attach_listener
+from simulations.server.safeguards import SIMULATION_CONFIG
 
 Engine = str
 """``reference``, ``grid``, ``grid:EXECUTOR``, ``ray`` or ``ray:ADDRESS``."""
@@ -63,6 +64,8 @@ def execute(
     resume: Outcome | None = None,
     on_round: OnRound | None = None,
     checkpoint: Path | None = None,
+    *,
+    deployed: bool = False,
 ) -> Outcome:
     """Execute a run, or the rest of one.
 
@@ -72,6 +75,7 @@ def execute(
         resume: partial outcome from which the run continues (reference and grid engines).
         on_round: called after each round with an outcome from which the run can resume (reference and grid engines).
         checkpoint: file for checkpoints, from which the run resumes (Ray engine).
+        deployed: apply the safeguards of deployments (`simulations.server.safeguards`) on the grid.
     """
     set_threads()
     name, executor = parse_engine(engine)
@@ -80,16 +84,19 @@ def execute(
             with task_identity(1):
                 return federate(run, step=server_step(run.plan), resume=resume, on_round=on_round)
         case "grid":
-            return _in_process(run, executor, resume, on_round)
+            return _in_process(run, executor, resume, on_round, deployed=deployed)
         case _:
             from simulations.engines.ray import run_on_ray
 
             return run_on_ray(run, address=engine.partition(":")[2], out=checkpoint)
 
 
-def _in_process(run: Run, executor: Executor, resume: Outcome | None, on_round: OnRound | None) -> Outcome:
+def _in_process(
+    run: Run, executor: Executor, resume: Outcome | None, on_round: OnRound | None, *, deployed: bool
+) -> Outcome:
     ctx = build_context(run)
-    grid = InProcessGrid(client_app, len(ctx.population.users), {"run": run.to_json()}, executor=executor)
+    config = {"run": run.to_json()} | ({} if deployed else SIMULATION_CONFIG)
+    grid = InProcessGrid(client_app, len(ctx.population.users), config, executor=executor)
     for user, client_state in (resume.client_states if resume else {}).items():
         grid.partition_context(max(user, 0)).state[f"client-state-{user}"] = arrays(client_state)
     finished: list[Outcome] = []

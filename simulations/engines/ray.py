@@ -22,6 +22,7 @@ from fedbn.federation.setup import build_context
 from fedbn.stacked.executors import available_cores
 from simulations.flower.processes import ProcessGroup
 from simulations.flower.superlink import SuperLink
+from simulations.server.safeguards import SIMULATION_CONFIG
 
 
 def run_on_ray(run: Run, *, actors: int | None = None, address: str = "", out: Path | None = None) -> Outcome:
@@ -68,7 +69,8 @@ def ray_session(
         def execute(run: Run, out: Path | None = None) -> Outcome:
             users = len(build_context(run).population.users)
             num_actors = None if address else min(actors or available_cores(), users)
-            return link.execute(run, "--federation-config", _federation_config(users, num_actors, run.device), out=out)
+            federation = _federation_config(users, num_actors, run.device)
+            return link.execute(run, "--federation-config", federation, out=out, config=SIMULATION_CONFIG)
 
         yield execute
 

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +37,7 @@ from simulations.flower.processes import (
     script_path,
     scripts_path,
 )
+from simulations.server.safeguards import DEPLOYMENT_CONFIG, Scalar
 from simulations.storage.checkpoint import load_outcome
 
 SUPERLINK_NAME = "fedbn"
@@ -52,7 +54,7 @@ APP_CONFIG: dict[str, Any] = {
                 "publisher": "fedbn",
                 "fab-include": ["fedbn_run_server.py", "fedbn_run_client.py"],
                 "components": {"serverapp": "fedbn_run_server:app", "clientapp": "fedbn_run_client:app"},
-                "config": {"run": "", "out": ""},
+                "config": {"run": "", "out": "", **DEPLOYMENT_CONFIG},
             }
         }
     },
@@ -138,13 +140,16 @@ class SuperLink:
         """Start an additional process, with a log file of the same name."""
         self.processes.start(name, command, self.log(name), self.environment())
 
-    def execute(self, run: Run, *settings: str, out: Path | None = None) -> Outcome:
+    def execute(
+        self, run: Run, *settings: str, out: Path | None = None, config: Mapping[str, Scalar] = DEPLOYMENT_CONFIG
+    ) -> Outcome:
         """Submit a run, wait for its end and read its outcome.
 
         Args:
             run: run to execute.
             settings: options of ``flwr run``.
             out: checkpoint file of the server, from which the run resumes; None: a temporary file.
+            config: further run config of the ServerApp.
 
         Raises:
             UserError: raised by the ServerApp.
@@ -152,11 +157,11 @@ class SuperLink:
         """
         self.num_runs += 1
         name, temporary = f"run-{self.num_runs}", self.directory / f"outcome-{self.num_runs}.safetensors"
-        config = self.directory / f"{name}.toml"
+        run_config = self.directory / f"{name}.toml"
         file = temporary if out is None else out.resolve()
-        config.write_text(tomli_w.dumps({"run": run.to_json(), "out": str(file)}))
+        run_config.write_text(tomli_w.dumps({"run": run.to_json(), "out": str(file), **config}))
         app = str(self.directory / "app")
-        submitted = self.flwr("run", app, SUPERLINK_NAME, "--run-config", str(config), *settings)
+        submitted = self.flwr("run", app, SUPERLINK_NAME, "--run-config", str(run_config), *settings)
         run_id = str(submitted["run-id"])
         self._stream_log(run_id, name)
         status = self.flwr("list", SUPERLINK_NAME, "--run-id", run_id)["runs"][0]

@@ -7,14 +7,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import partial
-from typing import cast
 
-from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from flwr.serverapp import Grid
 
-from clients.records import aggregates_to, client_statistics_to, scores_from
+from clients.records import aggregates_to, client_statistics_to
 from fedbn.errors import UserError
+from fedbn.federation.cold_start import statistics_for, summarize
 from fedbn.federation.context import RunContext
 from fedbn.federation.metrics import COLUMNS, Score
 from fedbn.federation.run import Run
@@ -34,12 +33,14 @@ from fedbn.federation.server import (
 )
 from fedbn.federation.setup import build_context
 from fedbn.nn.roles import State
+from fedbn.nn.schema import Schema
 from fedbn.statistics.consensus import run_consensus
 from fedbn.statistics.moments import Moments
 from fedbn.strategies.base import Update
 from simulations.server.nodes import NodePool
 from simulations.server.optimizer import server_step
-from simulations.server.validation import validate_moments, validate_update
+from simulations.server.safeguards import SIMULATION, Safeguards
+from simulations.server.validation import ReplyValidator
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,13 @@ def attach_listener(listener: Listener) -> Iterator[None]:
         _listener.reset(token)
 
 
-def run_rounds(grid: Grid, run: Run, listener: Listener | None = None, timeout: float = 0.0) -> Outcome:
+def run_rounds(
+    grid: Grid,
+    run: Run,
+    listener: Listener | None = None,
+    timeout: float = 0.0,
+    safeguards: Safeguards = SIMULATION,
+) -> Outcome:
     """Run a federation over the nodes of a grid.
 
     The operations and their order are those of `fedbn.federation.loop.federate`, so the results are bit-identical.
@@ -80,6 +87,7 @@ def run_rounds(grid: Grid, run: Run, listener: Listener | None = None, timeout: 
         run: run to execute.
         listener: callbacks and resume state.
         timeout: seconds to wait for replies; 0: no limit.
+        safeguards: limits of what clients send, and what they receive about each other.
 
     Raises:
         UserError: the run has invalid settings.
@@ -91,20 +99,24 @@ def run_rounds(grid: Grid, run: Run, listener: Listener | None = None, timeout: 
     if run.plan.tolerate and ctx.privacy is not None and ctx.privacy.secure:
         raise UserError("secure sums need every client of a round: remove secure=true or tolerate")
     nodes = NodePool(grid, len(ctx.population.users), run.plan.tolerate, timeout)
+    validator = ReplyValidator(ctx, safeguards.limits, simulated=getattr(grid, "shares_memory", False))
     start = time.perf_counter()
     out = listener.resume or Outcome(Server(ctx.initial_server_state(), ctx.initial_server_state()))
     nodes.trained = out.trained
     previous_seconds = out.seconds
     for number in range(len(out.curve) + 1, run.plan.rounds + 1):
         sampled = ctx.sample_clients(number)
-        aggregates = _sync_first_batch(ctx, nodes, out, number, sampled) if ctx.strategy.syncs_first_batch else []
-        updates = _train(ctx, nodes, out.server, number, sampled, aggregates)
+        aggregates = _sync_first_batch(validator, nodes, out, number, sampled) if ctx.strategy.syncs_first_batch else []
+        updates = _train(validator, nodes, out.server, number, sampled, aggregates)
         out.traffic.count_round(updates, out.server.broadcast, aggregates)
         out.server.advance(ctx, updates, number, step)
         if is_evaluated(ctx, number) and ctx.strategy.syncs_statistics:
-            out.server.serving = _sync_statistics(ctx, nodes, out)
+            out.server.serving = _sync_statistics(validator, nodes, out)
         last = number == run.plan.rounds
-        scores = _evaluate(ctx, nodes, out.server, last=last) if is_evaluated(ctx, number) else {}
+        cold_starts = safeguards.client_statistics
+        scores = {}
+        if is_evaluated(ctx, number):
+            scores = _evaluate(validator, nodes, out.server, last=last, cold_starts=cold_starts)
         if last:
             out.scores = scores
         point = RoundMetrics(
@@ -141,24 +153,28 @@ def _config(ctx: RunContext, number: int, trained: int, known: bool = False) -> 
 
 
 def _sync_first_batch(
-    ctx: RunContext, nodes: NodePool, out: Outcome, number: int, sampled: Sequence[int]
+    validator: ReplyValidator, nodes: NodePool, out: Outcome, number: int, sampled: Sequence[int]
 ) -> list[dict[str, Moments]]:
+    ctx = validator.ctx
     outgoing = _outgoing(ctx, nodes, out.server, sampled)
 
     def content(user: int) -> RecordDict:
         return RecordDict({"arrays": outgoing[user], "config": _config(ctx, number, nodes.trained.get(user, 0))})
 
-    return _exchange_moments(ctx, nodes, out, "first-batch sync", "query.sync_first_batch", sampled, content)
+    exchanges = validator.schemas.first_batch_exchanges
+    kind = "query.sync_first_batch"
+    return _exchange_moments(validator, nodes, out, "first-batch sync", kind, exchanges, sampled, content)
 
 
 def _train(
-    ctx: RunContext,
+    validator: ReplyValidator,
     nodes: NodePool,
     server: Server,
     number: int,
     sampled: Sequence[int],
     aggregates: list[dict[str, Moments]],
 ) -> list[Update]:
+    ctx = validator.ctx
     outgoing = _outgoing(ctx, nodes, server, sampled)
     common = aggregates_to(aggregates)
     if server.broadcast:
@@ -173,27 +189,33 @@ def _train(
             contents[key] = RecordDict({"arrays": outgoing[user], "config": config, **common})
         return contents[key]
 
-    updates = nodes.send("train", {u: content(u) for u in sampled}, partial(validate_update, ctx))
+    def read(user: int, reply: RecordDict) -> Update:
+        return validator.update(user, reply, server.state_for(ctx, user))
+
+    updates = nodes.send("train", {u: content(u) for u in sampled}, read)
     nodes.trained |= dict.fromkeys(updates, number)
     return list(updates.values())
 
 
-def _sync_statistics(ctx: RunContext, nodes: NodePool, out: Outcome) -> State:
+def _sync_statistics(validator: ReplyValidator, nodes: NodePool, out: Outcome) -> State:
+    ctx = validator.ctx
     record = nodes.record(out.server.state)
 
     def content(user: int) -> RecordDict:
         return RecordDict({"arrays": record, "config": ConfigRecord({"trained": nodes.trained.get(user, 0)})})
 
-    moments = _exchange_moments(ctx, nodes, out, "statistics sync", "query.sync_statistics", ctx.trainers, content)
+    exchanges, kind = validator.schemas.statistics_exchanges, "query.sync_statistics"
+    moments = _exchange_moments(validator, nodes, out, "statistics sync", kind, exchanges, ctx.trainers, content)
     return with_synced_statistics(ctx, out.server.state, moments)
 
 
 def _exchange_moments(
-    ctx: RunContext,
+    validator: ReplyValidator,
     nodes: NodePool,
     out: Outcome,
     purpose: str,
     kind: str,
+    exchanges: Sequence[Schema],
     users: Sequence[int],
     content: Callable[[int], RecordDict],
 ) -> list[dict[str, Moments]]:
@@ -202,28 +224,36 @@ def _exchange_moments(
     def exchange(aggregates: list[dict[str, Moments]]) -> list[dict[str, Moments] | None]:
         records = aggregates_to(aggregates)
         contents = {user: RecordDict({**content(user), **records}) for user in users}
-        replies = nodes.send(kind, contents, lambda user, reply: validate_moments(user, reply) or None)
-        return list(replies.values())
 
-    return list(run_consensus(exchange, traffic_counter(ctx, out, purpose)))
+        def read(user: int, reply: RecordDict) -> dict[str, Moments] | None:
+            return validator.moments(user, reply, exchanges, len(aggregates))
+
+        return list(nodes.send(kind, contents, read).values())
+
+    return list(run_consensus(exchange, traffic_counter(validator.ctx, out, purpose)))
 
 
-def _evaluate(ctx: RunContext, nodes: NodePool, server: Server, *, last: bool) -> dict[int, list[Score]]:
+def _evaluate(
+    validator: ReplyValidator, nodes: NodePool, server: Server, *, last: bool, cold_starts: bool
+) -> dict[int, list[Score]]:
+    ctx = validator.ctx
     users = served_users(ctx)
     outgoing = _outgoing(ctx, nodes, server, users, serving=True)
-    client_statistics = client_statistics_to(server.client_statistics) if last and server.client_statistics else None
+    columns = COLUMNS if last else COLUMNS[:1]
+    globally = {user: global_columns(ctx, user) if last else () for user in users}
+    summary = summarize(ctx, server.client_statistics) if last else None
+    statistics = {user: statistics_for(ctx, user, summary, cold_starts=cold_starts) for user in users}
+    records = {id(s): client_statistics_to(s) for s in statistics.values() if s is not None}
 
     def content(user: int) -> RecordDict:
-        globally = global_columns(ctx, user) if last else ()
-        columns = COLUMNS if last else COLUMNS[:1]
-        config = ConfigRecord({"columns": [str(c) for c in columns], "globally": [str(c) for c in globally]})
+        config = ConfigRecord({"columns": [str(c) for c in columns], "globally": [str(c) for c in globally[user]]})
         config["trained"] = nodes.trained.get(user, 0)
-        records = RecordDict({"arrays": outgoing[user], "config": config})
-        if client_statistics is not None and ctx.receives_client_statistics(user):
-            records["client_statistics"] = client_statistics
-        return records
+        content = RecordDict({"arrays": outgoing[user], "config": config})
+        if (sent := statistics[user]) is not None:
+            content["client_statistics"] = records[id(sent)]
+        return content
 
     def read(user: int, reply: RecordDict) -> list[Score]:
-        return scores_from(cast(MetricRecord, reply["metrics"]))
+        return validator.scores(user, reply, columns, globally[user], cold_starts=statistics[user] is not None)
 
     return nodes.send("evaluate", {user: content(user) for user in users}, read)

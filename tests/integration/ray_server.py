@@ -9,6 +9,7 @@ from flwr.app import ConfigRecord, Context, RecordDict
 from flwr.serverapp import ServerApp
 
 from simulations.app import app as run_app
+from simulations.server.safeguards import SIMULATION_CONFIG
 from tests.integration.ray_client import RUN_RECORD
 
 RUNS = "runs.json"
@@ -36,6 +37,6 @@ app = ServerApp()
 def main(grid, context):
     directory = Path(context.run_config["out"]).parent
     for name, run in json.loads((directory / RUNS).read_text()).items():
-        config = {"run": run, "out": str(directory / f"{name}.safetensors")}
+        config = {"run": run, "out": str(directory / f"{name}.safetensors"), **SIMULATION_CONFIG}
         run_context = Context(context.run_id, context.node_id, context.node_config, RecordDict(), config)
         run_app(RunGrid(grid, run), run_context)

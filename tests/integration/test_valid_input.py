@@ -36,7 +36,7 @@ from fedbn.strategies.base import strategies, strategy
 from fedbn.streams import streams
 from simulations.engines.execute import parse_engine
 from simulations.experiments.experiment import Experiment, read_run_file
-from simulations.server.validation import validate_entries, validate_notes
+from simulations.server.validation import ReplyValidator
 from simulations.storage.checkpoint import load_outcome, save_outcome
 from tests.helpers import same
 
@@ -254,11 +254,10 @@ def test_unpack_inverts_pack(dtype):
             assert torch.equal(copy, tensor)
 
 
-def test_validate_entries_accepts_valid_reply(small):
+def test_validator_accepts_valid_entries(small):
     ctx = build_context(small("global-naive"))
     state = {k: v + 1 if v.is_floating_point() else v for k, v in ctx.initial_server_state().items()}
-    assert same(validate_entries(ctx, 0, arrays(state)), state)
-    assert same(validate_notes(ctx, 0, arrays({"n": torch.ones(2)})), {"n": torch.ones(2)})
+    assert same(ReplyValidator(ctx).entries(0, arrays(state), state), state)
 
 
 def test_load_outcome_returns_what_was_saved(tmp_path):

@@ -14,7 +14,7 @@ from clients.config import run_from_config
 from fedbn.config import Plan
 from fedbn.errors import UserError
 from fedbn.federation.client import user_state
-from fedbn.federation.cold_start import population_prior_for
+from fedbn.federation.cold_start import population_prior_for, summarize
 from fedbn.federation.run import Run
 from fedbn.federation.setup import build_context
 from fedbn.online import follow_rule, personalize, rule
@@ -63,7 +63,7 @@ def test_online_column_equals_prequential_evaluation(text, small):
         state = user_state(ctx, user, out.server.serving, out.client_states.get(user))
         prior = None
         if text == POPULATION_RULE:
-            prior = population_prior_for(ctx, state, out.server.client_statistics, data.train.x)
+            prior = population_prior_for(ctx, state, summarize(ctx, out.server.client_statistics), data.train.x)
         net = personalize(copy.deepcopy(ctx.load(state)), rule(text), prior)
         (trace,) = follow(net, [Stream(data.name, data.test.x, data.test.y, data.test.recording)])
         accuracies = [s.accuracy for s in out.scores[user] if s.column == "online" and s.row != "global"]
@@ -75,7 +75,7 @@ def test_population_prior_for_weights_by_client_variance(small):
     x = ctx.population.users[ctx.population.unseen[0]].train.x
     clients = out.server.client_statistics
     equal = dict.fromkeys(clients, next(iter(clients.values())))
-    prior, strongest = (population_prior_for(ctx, out.server.serving, s, x) for s in (clients, equal))
+    prior, strongest = (population_prior_for(ctx, out.server.serving, summarize(ctx, s), x) for s in (clients, equal))
     for path, layer in prior.items():
         means = torch.stack([c[f"{path}.running_mean"] for c in clients.values()])
         torch.testing.assert_close(layer.mean, means.mean(0))

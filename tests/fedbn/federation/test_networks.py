@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fedbn.federation.client import client_round
-from fedbn.federation.cold_start import cold_starts
+from fedbn.federation.cold_start import cold_starts, summarize
 from fedbn.federation.loop import federate
 from fedbn.federation.setup import build_context, check_device
 from fedbn.nn.roles import Role
@@ -88,7 +88,9 @@ def test_layers_that_run_in_training_only_have_scores(small, register_model):
     assert {"aggregated", "recalibrated", "online", "nearest", "prior"} <= columns
     ctx = build_context(run)
     statistics = {k: v for k, v in ctx.initial.items() if ctx.ownership.roles[k] is Role.STATISTICS}
-    starts = cold_starts(ctx, ctx.initial, {0: statistics, 1: statistics}, ctx.population.users[0].train.x)
+    starts = cold_starts(
+        ctx, ctx.initial, summarize(ctx, {0: statistics, 1: statistics}), ctx.population.users[0].train.x
+    )
     assert all(torch.equal(starts["prior"][k], v) for k, v in statistics.items() if k.startswith("auxiliary"))
     assert [n for n in ctx.notices if "ambiguous head" in n]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fedbn.federation.client import client_round
-from fedbn.federation.cold_start import cold_starts
+from fedbn.federation.cold_start import cold_starts, summarize
 from fedbn.federation.loop import federate
 from fedbn.federation.server import Outcome, Server, global_columns, mean_loss
 from fedbn.federation.setup import build_context
@@ -56,7 +56,7 @@ def test_newcomer_starts_from_mean_of_seeded_affine_entries(small):
     server, updates = advanced(ctx)
     state = ctx.assemble(server.state, None)
     x = ctx.population.users[ctx.population.unseen[0]].train.x[:8]
-    starts = cold_starts(ctx, state, server.client_statistics, x)
+    starts = cold_starts(ctx, state, summarize(ctx, server.client_statistics), x)
     key = "features.1.weight"
     mean = (updates[0].state[key].double() + updates[1].state[key].double()) / 2
     for name in ("mean", "pooled", "prior"):

@@ -15,6 +15,7 @@ from clients.jobs import Evaluate
 from fedbn.data.population import Examples, User
 from fedbn.errors import UserError
 from fedbn.federation.client import client_evaluation, client_round, user_scores
+from fedbn.federation.cold_start import summarize
 from fedbn.federation.metrics import COLUMNS, score, scores
 from fedbn.federation.server import Server, global_columns, served_users
 from fedbn.federation.setup import build_context
@@ -59,10 +60,11 @@ def train_one_round(ctx):
 def jobs_of(ctx, columns=COLUMNS):
     """Evaluations of all users after one round."""
     server, client_states = train_one_round(ctx)
+    summary = summarize(ctx, server.client_statistics)
 
     def job(user):
         state, own = server.state_for(ctx, user, serving=True), client_states.get(user)
-        return Evaluate(ctx, user, state, own, columns, global_columns(ctx, user), server.client_statistics or None)
+        return Evaluate(ctx, user, state, own, columns, global_columns(ctx, user), summary)
 
     return [job(user) for user in served_users(ctx)]
 

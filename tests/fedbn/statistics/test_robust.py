@@ -7,7 +7,7 @@ import struct
 
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord
+from flwr.app import Array
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,7 +20,7 @@ from fedbn.federation.setup import build_context
 from fedbn.statistics.moments import pooled_variance
 from fedbn.statistics.robust import location, robust_moments
 from fedbn.strategies.base import Progress, Update, strategy
-from simulations.server.validation import InvalidReply, validate_entries, validate_notes
+from simulations.server.validation import InvalidReply, ReplyValidator
 from tests.fedbn.helpers import rejects
 from tests.helpers import same
 
@@ -140,11 +140,11 @@ def test_unpack_rejects_wrong_dtype_or_shape(dtype, shape):
     assert tensor.shape == (3,)
 
 
-def test_validate_entries_rejects_bad_replies(small):
+def test_validator_rejects_bad_entries(small):
     ctx = build_context(small("fedbn"))
-    good = ctx.initial_server_state()
+    validator, good = ReplyValidator(ctx), ctx.initial_server_state()
     first = next(iter(good))
-    assert same(validate_entries(ctx, 3, arrays(good)), good)
+    assert same(validator.entries(3, arrays(good), good), good)
     wrong = {
         "unexpected or missing entries": {k: v for k, v in good.items() if k != first},
         "extra": good | {"extra": torch.zeros(1)},
@@ -155,17 +155,38 @@ def test_validate_entries_rejects_bad_replies(small):
     }
     for match, state in wrong.items():
         with pytest.raises(InvalidReply, match=rf"client 3 .*({match}).*its reply was discarded"):
-            validate_entries(ctx, 3, arrays(state))
+            validator.entries(3, arrays(state), good)
     hostile = arrays(good)
     hostile[first] = Array("float32", (3,), "numpy.ndarray", HOSTILE["a bare pickle"])
     with pytest.raises(InvalidReply, match="cannot be read"):
-        validate_entries(ctx, 3, hostile)
+        validator.entries(3, hostile, good)
 
 
-def test_validate_notes_rejects_large_or_broken_notes(small):
-    ctx = build_context(small("fedbn"))
-    assert same(validate_notes(ctx, 3, arrays({"n": torch.zeros(3)})), {"n": torch.zeros(3)})
-    with pytest.raises(InvalidReply, match="bytes of notes"):
-        validate_notes(ctx, 3, arrays({"n": torch.zeros(10_000_000)}))
+def test_validator_rejects_bad_notes(small):
+    """The server rejects notes that are undeclared, incomplete, too large, not finite, negative or unreadable."""
+    validator = ReplyValidator(build_context(small("fedap+scaffold")))
+    moments, control = validator.schemas.notes
+    good = {k: torch.ones(spec.shape, dtype=spec.dtype) for k, spec in (moments | control).items()}
+    notes = next(k for k in moments if k.endswith("|m2"))
+    count, gradient = notes.replace("|m2", "|n"), next(iter(control))
+    assert same(validator.notes(3, arrays(good)), good)
+    assert same(validator.notes(3, arrays({gradient: good[gradient]})), {gradient: good[gradient]})
+    wrong = {
+        r"notes that fedap\+scaffold does not declare: x": good | {"x": torch.ones(1)},
+        "unexpected or missing entries: moments/": {k: v for k, v in good.items() if k != notes},
+        "bytes for": good | {notes: torch.zeros(10_000_000)},
+        "as torch.float32": good | {notes: good[notes].float()},
+        "NaN or Inf in moments/": good | {notes: good[notes] * float("nan")},
+        "NaN or Inf in control/": good | {gradient: good[gradient] * float("inf")},
+        "-1 in moments/": good | {notes: -good[notes]},
+        "0 in moments/": good | {count: good[count] * 0},
+        r"1e\+30 in moments/": good | {count: good[count] * 1e30},
+        r"3e\+38 in control/": good | {gradient: good[gradient] * 3e38},
+    }
+    for match, state in wrong.items():
+        with pytest.raises(InvalidReply, match=rf"client 3 .*({match}).*its reply was discarded"):
+            validator.notes(3, arrays(state))
+    broken = arrays(good)
+    broken[gradient] = Array("float32", (3,), "numpy.ndarray", b"junk")
     with pytest.raises(InvalidReply, match="cannot be read"):
-        validate_notes(ctx, 3, ArrayRecord({"n": Array("float32", (3,), "numpy.ndarray", b"junk")}))
+        validator.notes(3, broken)

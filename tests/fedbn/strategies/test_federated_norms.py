@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from fedbn.data.population import Examples, Population, User
 from fedbn.errors import UserError
 from fedbn.federation.client import client_round
-from fedbn.federation.cold_start import cold_starts, window_moments
+from fedbn.federation.cold_start import cold_starts, summarize, window_moments
 from fedbn.federation.loop import federate
 from fedbn.federation.setup import build_context
 from fedbn.nn.hooks import capture_inputs
@@ -476,7 +476,7 @@ def test_cold_starts_are_scored_for_unseen_users_only(federation):
 
 def test_cold_starts_match_definitions(newcomer):
     ctx, client_statistics, state, x = newcomer
-    states = cold_starts(ctx, state, client_statistics, x)
+    states = cold_starts(ctx, state, summarize(ctx, client_statistics), x)
     mean_key = next(k for k in state if k.endswith("running_mean"))
     var_key = mean_key.replace("mean", "var")
     means = torch.stack([c[mean_key] for c in client_statistics.values()]).double()
@@ -494,12 +494,12 @@ def test_cold_start_nearest_finds_equal_client(federation):
     user = ctx.population.seen[3]
     client_statistics = {u: dict(s) for u, s in out.server.client_statistics.items()}
     state, x = state_and_rows(ctx, out, user)
-    own, _ = window_moments(ctx, cold_starts(ctx, state, client_statistics, x)["pooled"], x)
+    own, _ = window_moments(ctx, cold_starts(ctx, state, summarize(ctx, client_statistics), x)["pooled"], x)
     for path, moments in own.items():
         client_statistics[user][f"{path}.running_mean"] = moments.mean.float()
         client_statistics[user][f"{path}.running_var"] = moments.variance().float()
     # The user's moments were measured under the pooled statistics before this change.
-    states = cold_starts(ctx, state, client_statistics, x)
+    states = cold_starts(ctx, state, summarize(ctx, client_statistics), x)
     assert all(torch.equal(states["nearest"][k], v) for k, v in client_statistics[user].items())
     key = next(k for k in client_statistics[user] if k.endswith("running_mean"))
     distances = {name: float((states[name][key] - client_statistics[user][key]).norm()) for name in ("mean", "mixture")}
@@ -511,7 +511,7 @@ def test_cold_start_prior_mixes_pooled_and_own_moments(newcomer):
     first = next(iter(client_statistics.values()))
     # Clients nearly agree, so that the pooled and the newcomer's own moments have similar weights.
     similar = {u: {k: first[k].lerp(v, 0.05) for k, v in s.items()} for u, s in client_statistics.items()}
-    states = cold_starts(ctx, state, similar, x)
+    states = cold_starts(ctx, state, summarize(ctx, similar), x)
     own, _ = window_moments(ctx, states["pooled"], x)
     path = next(iter(own))
     mean, var = (f"{path}.running_{name}" for name in ("mean", "var"))
@@ -529,10 +529,10 @@ def test_cold_start_prior_depends_on_client_variance(newcomer):
     ctx, client_statistics, state, x = newcomer
     first = next(iter(client_statistics.values()))
     key = next(k for k in first if k.endswith("running_mean"))
-    states = cold_starts(ctx, state, dict.fromkeys(client_statistics, first), x)
+    states = cold_starts(ctx, state, summarize(ctx, dict.fromkeys(client_statistics, first)), x)
     torch.testing.assert_close(states["prior"][key], states["pooled"][key], rtol=1e-4, atol=1e-5)
     differ = {u: first | {key: first[key] + 1000.0 * (-1) ** i} for i, u in enumerate(client_statistics)}
-    states = cold_starts(ctx, state, differ, x)
+    states = cold_starts(ctx, state, summarize(ctx, differ), x)
     own, _ = window_moments(ctx, states["pooled"], x)
     mean = own[key.removesuffix(".running_mean")].mean.float()
     torch.testing.assert_close(states["prior"][key], mean, rtol=1e-2, atol=1e-2)
