@@ -92,9 +92,13 @@ class ReplySchemas:
         """
         unseen = user in self.ctx.population.unseen
         row: Row = "unseen" if unseen else "own"
-        computed = [c for c in columns if c == "aggregated" or statistics_layers(self.ctx.scratch)]
+        computed = [c for c in columns if c == "aggregated" or self._has_statistics]
         required: set[Cell] = {(row, c) for c in computed} | {("global", c) for c in computed if c in globally}
         return required, required | {(row, c) for c in STARTS if unseen and cold_starts}
+
+    @cached_property
+    def _has_statistics(self) -> bool:
+        return bool(statistics_layers(self.ctx.scratch))
 
     def _probe(self) -> Examples:
         data = self.ctx.training_data(self.ctx.trainers[0])

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedbn.nn.roles import Role, State
 
@@ -234,13 +234,6 @@ def parameter_norm(state: State, schema: Schema, received: State | None = None) 
     >>> parameter_norm({"w": torch.tensor([3.0, 4.0])}, {"w": spec}, {"w": torch.zeros(2)})
     5.0
     """
-    total = 0.0
-    for name, value in state.items():
-        if schema[name].kind is Kind.PARAMETER:
-            change = value if received is None else value - received[name].to(value.device)
-            total += float(torch.linalg.vector_norm(change, dtype=_wide(value))) ** 2
-    return math.sqrt(total)
-
-
-def _wide(value: Tensor) -> torch.dtype:
-    return torch.promote_types(value.dtype, torch.float64)
+    names = [k for k in state if schema[k].kind is Kind.PARAMETER]
+    changes = [state[k] if received is None else state[k] - received[k].to(state[k].device) for k in names]
+    return float(nn.utils.get_total_norm(changes))

@@ -14,6 +14,7 @@ from clients.records import (
     to_record_by_reference,
 )
 from clients.serialization import LazyArrayRecord
+from fedbn.federation.cold_start import ClientStatistics
 from fedbn.statistics.moments import Moments
 from tests.helpers import same
 
@@ -26,10 +27,14 @@ def test_aggregates_keep_their_order_beyond_ten():
 
 
 def test_client_statistics_round_trip():
-    statistics = {3: {"a|b.mean": torch.ones(2)}, 12: {"a|b.mean": torch.zeros(2), "var": torch.ones(1)}}
+    clients = tuple({"a|b.mean": torch.full((2,), float(i)), "var": torch.ones(1)} for i in range(12))
+    between = {"a|b.mean": torch.ones(2, dtype=torch.float64)}
+    statistics = ClientStatistics({"a|b.mean": torch.ones(2)}, {"var": torch.zeros(1)}, between, clients)
     received = client_statistics_from(client_statistics_to(statistics), "cpu")
-    assert list(received) == [3, 12]
-    assert all(same(received[user], state) for user, state in statistics.items())
+    for name in ("mean", "variance", "between"):
+        assert same(getattr(received, name), getattr(statistics, name))
+    assert all(same(a, b) for a, b in zip(received.clients, clients, strict=True))
+    assert client_statistics_from(client_statistics_to(statistics.without_clients), "cpu").clients == ()
 
 
 def test_records_are_passed_by_reference_only_in_a_batch():

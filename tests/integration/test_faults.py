@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -27,6 +28,7 @@ from simulations.experiments.tasks import CHECKPOINT, Task, run_task
 from simulations.flower.compat import task_identity
 from simulations.server.nodes import ClientError
 from simulations.server.rounds import Listener, run_rounds
+from simulations.server.safeguards import SIMULATION_CONFIG, Safeguards
 from simulations.server.validation import InvalidReply
 from simulations.storage.checkpoint import load_latest, load_outcome, previous_checkpoint, save_outcome
 from tests.helpers import same
@@ -159,9 +161,20 @@ FAULTS = {
         edit(lambda c: c["metrics"].update({"num-examples": 0})),
     ),
     "scores unreadable": (
-        ClientError,
-        "evaluate, user 3: invalid reply: ValueError",
+        InvalidReply,
+        "client 3 sent unexpected or missing scores: global",
         edit(lambda c: c.update(metrics=MetricRecord({"own": 1.0})), "evaluate"),
+    ),
+    "scores impossible": (
+        InvalidReply,
+        r"client 3 reported 1\.5 as own aggregated accuracy",
+        edit(lambda c: c["metrics"].update({"own|aggregated|accuracy": 1.5}), "evaluate"),
+    ),
+    "implausible": (InvalidReply, r"client 3 sent 3e\+38 in .*, expected -1e\+15 to", edit_tensors(first_float(3e38))),
+    "too many rows": (
+        InvalidReply,
+        "client 3 reported 10{18} training examples",
+        edit(lambda c: c["metrics"].update({"num-examples": 10**18})),
     ),
 }
 
@@ -182,7 +195,7 @@ def test_tolerated_fault_excludes_client_and_is_recorded(name, small):
     assert [f.round for f in outcome.failures] == [1, 2]
     assert all(re.search(message, f.text) and "\n" not in f.text for f in outcome.failures)
     assert outcome.notices()[0].startswith("2 client failures were tolerated; the first, in round 1: ")
-    assert (VICTIM in outcome.scores) is (name != "scores unreadable")
+    assert (VICTIM in outcome.scores) is not name.startswith("scores")
     assert all(torch.isfinite(v).all() for v in outcome.server.state.values())
 
 
@@ -235,6 +248,48 @@ def test_invalid_moments_are_rejected(name, small):
     outcome = run_with(tolerant, send_nan)
     assert outcome.failures
     assert all(torch.isfinite(v).all() for v in outcome.server.serving.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("global-recalibrated", lambda m: m.clear(), "sent unexpected or missing entries"),
+        ("global-recalibrated", lambda m: m.update({k: -v for k, v in m.items() if k.endswith("m2")}), "expected 0 to"),
+        ("static-bn", lambda m: m.update({k: -v for k, v in m.items() if k.endswith("var|mean")}), "expected 0 to 1e"),
+        ("fedtan", lambda m: m.update({k: v * 0 + 1e30 for k, v in m.items() if k.endswith("|n")}), r"sent 1e\+30 in"),
+    ],
+)
+def test_implausible_moments_are_rejected(name, change, message, small):
+    def tamper(reply):
+        return (
+            edit_tensors(change, "moments", reply.metadata.message_type)(reply)
+            if "moments" in reply.content
+            else [reply]
+        )
+
+    with pytest.raises(InvalidReply, match=f"client 3 .*{message}"):
+        run_with(small(name, rounds=1), tamper)
+
+
+@pytest.mark.parametrize(
+    ("limits", "change", "message"),
+    [
+        ({"max_norm": 1e-3}, unchanged, r"sent a change of the parameters of norm .*, at most 0\.001"),
+        ({"max_examples": 5}, unchanged, r"reported \d+ training examples"),
+        (
+            {"max_statistic": 10.0},
+            edit_tensors(lambda s: s["hidden.1.running_mean"].fill_(11)),
+            "sent 11 in hidden.1.running_mean",
+        ),
+    ],
+)
+def test_limits_of_deployments_reject_replies(limits, change, message, small):
+    run = replace(small("global-naive", rounds=1), model="mlp")
+    no_limits = Safeguards.from_config(SIMULATION_CONFIG)
+    for safeguards in (no_limits, Safeguards.from_config(limits)):
+        grid = Faulty(run, change)
+        with task_identity(1), nullcontext() if safeguards is no_limits else pytest.raises(InvalidReply, match=message):
+            run_rounds(grid, run, safeguards=safeguards)
 
 
 def random_dropout(share, seed=0):
@@ -429,7 +484,7 @@ class Killing(Faulty):
     """The nodes of a deployment whose server is killed during a round, after some nodes have trained."""
 
     def __init__(self, run, directory, at=None, run_id=1, out="out.safetensors"):
-        super().__init__(run, run_id=run_id, out=str(directory / out))
+        super().__init__(run, run_id=run_id, out=str(directory / out), **SIMULATION_CONFIG)
         self.directory, self.at = directory, at
 
     def context(self, node):

@@ -90,6 +90,34 @@ def test_global_pooled_is_changed_by_poisoned_statistics(name, small):
     assert distance(bad, honest) > 100
 
 
+@pytest.mark.parametrize(
+    ("text", "clients", "withstands"),
+    [
+        *[("global-robust", n, w) for n, w in ((1, 0), (4, 0), (5, 1), (9, 1), (10, 2))],
+        *[("global-robust:how=median", n, w) for n, w in ((1, 0), (2, 0), (3, 1), (4, 1), (5, 2))],
+        *[("global-robust:trim=0.35", n, w) for n, w in ((2, 0), (3, 1))],
+    ],
+)
+def test_global_robust_withstands_so_many_clients(text, clients, withstands):
+    """One more poisoning client changes the statistics at will, and a notice says when a single one does."""
+    robust = strategy(text)
+    assert robust.withstands(clients) == withstands
+    assert bool(robust.notices(clients)) is (withstands == 0)
+    for poisoned in {withstands, withstands + 1}:
+        values = [torch.tensor([1e9])] * poisoned + [torch.zeros(1)] * (clients - poisoned)
+        assert (float(location(values, robust.how, robust.trim)) == 0) is (poisoned <= withstands)
+
+
+@pytest.mark.parametrize(
+    ("options", "protected"),
+    [({}, True), ({"clients_per_round": 4}, False), ({"clients_per_round": 5}, True), ({"tolerate": 0.5}, False)],
+)
+def test_run_with_too_few_clients_to_trim_has_a_notice(options, protected, small):
+    ctx = build_context(small("global-robust", **options))
+    (notice,) = [n for n in ctx.notices if "global-robust" in n] or [""]
+    assert not notice if protected else "protects nothing with 4 clients in a round" in notice
+
+
 @pytest.mark.parametrize("text", ["global-robust:trim=0.5", "global-robust:trim=-0.1"])
 def test_global_robust_rejects_bad_trim(text):
     rejects(r"\[0, 0.5\)", strategy, text)

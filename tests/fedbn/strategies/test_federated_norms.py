@@ -14,8 +14,9 @@ from torch.nn import functional as F
 from fedbn.data.population import Examples, Population, User
 from fedbn.errors import UserError
 from fedbn.federation.client import client_round
-from fedbn.federation.cold_start import cold_starts, summarize, window_moments
+from fedbn.federation.cold_start import cold_starts, statistics_for, summarize, window_moments
 from fedbn.federation.loop import federate
+from fedbn.federation.schema import PROBE_ROWS
 from fedbn.federation.setup import build_context
 from fedbn.nn.hooks import capture_inputs
 from fedbn.nn.roles import Role, statistics_layers
@@ -405,7 +406,8 @@ def test_similarity_clients_measure_moments_once(engine, small, monkeypatch):
     measured = []
 
     def counted(model, x):
-        measured.append(len(x))
+        if len(x) > PROBE_ROWS:  # of users, and not of the server's schema
+            measured.append(len(x))
         return all_moments(model, x)
 
     monkeypatch.setattr("fedbn.strategies.similarity.all_moments", counted)
@@ -487,6 +489,30 @@ def test_cold_starts_match_definitions(newcomer):
     assert any(torch.equal(states["nearest"][mean_key], c[mean_key]) for c in client_statistics.values())
     body = next(k for k, r in ctx.ownership.roles.items() if r is Role.BODY)
     assert all(torch.equal(s[body], state[body]) for s in states.values())
+
+
+def test_client_statistics_do_not_reveal_indices(newcomer):
+    """Users receive the same message whatever the indices of the clients."""
+    ctx, client_statistics, *_ = newcomer
+    reversed_indices = dict(zip(client_statistics, reversed(client_statistics.values()), strict=True))
+    a, b = summarize(ctx, client_statistics), summarize(ctx, reversed_indices)
+    assert len(a.clients) == len(client_statistics)
+    assert all(same(x, y) for x, y in zip(a.clients, b.clients, strict=True))
+    torch.testing.assert_close(a.pooled, b.pooled)
+
+
+def test_users_receive_only_the_client_statistics_that_they_need(newcomer, small):
+    ctx, client_statistics, state, x = newcomer
+    summary = summarize(ctx, client_statistics)
+    seen, unseen = ctx.population.seen[0], ctx.population.unseen[0]
+    assert statistics_for(ctx, unseen, summary) is summary
+    assert statistics_for(ctx, unseen, summary, cold_starts=False) is None
+    assert statistics_for(ctx, seen, summary) is statistics_for(ctx, unseen, None) is summarize(ctx, {}) is None
+    with_prior = build_context(replace(ctx.run, rule="population"))
+    for user, asked in ((seen, True), (unseen, False)):
+        received = statistics_for(with_prior, user, summary, cold_starts=asked)
+        assert (received.clients, received.pooled) == ((), summary.pooled)
+        assert set(cold_starts(ctx, state, received, x)) == {"initial", "mean", "pooled", "prior"}
 
 
 def test_cold_start_nearest_finds_equal_client(federation):
