@@ -162,7 +162,7 @@ FAULTS = {
     ),
     "scores unreadable": (
         InvalidReply,
-        "client 3 sent unexpected or missing scores: global",
+        "client 3 sent unexpected or missing scores: ",
         edit(lambda c: c.update(metrics=MetricRecord({"own": 1.0})), "evaluate"),
     ),
     "scores impossible": (
