@@ -144,3 +144,20 @@ def test_largest_statistics_leave_the_server_finite(small):
             server.advance(ctx, updates, number, server_step(ctx.run.plan))
     assert math.isfinite(mean_loss(updates))
     assert all(torch.isfinite(v).all() for v in (*server.state.values(), *server.memory.values()))
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, 1e16, None, 3, "x"])
+def test_losses_of_other_processes_are_finite_numbers(loss, small):
+    ctx = build_context(small("global-naive", model="mlp"))
+    validator, state, user = ReplyValidator(ctx), ctx.initial_server_state(), ctx.population.seen[0]
+
+    def numbers(values):
+        return MetricRecord({k: v for k, v in values.items() if isinstance(v, int | float)})
+
+    update = RecordDict({"arrays": arrays(state), "metrics": numbers({"num-examples": 3, "loss": loss})})
+    cell = {"n": 3, "accuracy": 0.5, "macro_f1": 0.5, "loss": loss}
+    scores = RecordDict({"metrics": numbers({f"own|aggregated|{k}": v for k, v in cell.items()})})
+    with pytest.raises(InvalidReply, match=f"client {user} reported the loss"):
+        validator.update(user, update, state)
+    with pytest.raises(InvalidReply, match=f"client {user} .*own.aggregated.loss"):
+        validator.scores(user, scores, ["aggregated"], [], cold_starts=False)
