@@ -33,7 +33,7 @@ from simulations.server.rounds import Listener, run_rounds
 from simulations.server.validation import InvalidReply, ReplyValidator
 from tests.unequal import Unequal
 
-DEFAULT_REPLIES, SLOW_REPLIES = 60, 250
+DEFAULT_REPLIES, SLOW_REPLIES = 60, 300
 """Damaged replies of each treatment by default and under the slow marker."""
 
 QUICK = ["global-robust", "hbn", "fedtan", "fedbn-seeded+scaffold", "fedap"]
