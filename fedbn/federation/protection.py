@@ -155,7 +155,7 @@ def unmask_mean(ctx: RunContext, updates: Sequence[Update], sent: State, round: 
 
     Raises:
         UserError: a client's message is missing, so that the masks do not cancel, or the sum of the weights is not
-            positive.
+            positive, or the mean is not finite.
     """
     assert ctx.privacy is not None
     if missing := set(ctx.sample_clients(round)) - {u.user for u in updates}:
@@ -164,11 +164,6 @@ def unmask_mean(ctx: RunContext, updates: Sequence[Update], sent: State, round: 
             "again, or without secure=true"
         )
     vector = decode(modular_sum([u.state[MASKED].numpy().view(np.uint64) for u in updates]), ctx.privacy.bits)
-    if not vector[0] > 0:
-        raise UserError(
-            f"the secure sum of round {round} has no positive weight, so a client sent an invalid message, which its "
-            "mask hides: run again, or without secure=true to find the client"
-        )
     keys, pairs = ctx.ownership.shared_parameters, statistics_pairs(ctx.ownership)
     size, mean = sum(sent[k].numel() for k in keys), vector[1:] / vector[0]
     center = {k: v.cpu() for k, v in sent.items()}
@@ -178,6 +173,11 @@ def unmask_mean(ctx: RunContext, updates: Sequence[Update], sent: State, round: 
     else:
         names = [k for pair in pairs for k in pair]
         state |= unflatten_entries(flatten_entries(center, names) + mean[size:], sent, names)
+    if not vector[0] > 0 or not all(torch.isfinite(v).all() for v in state.values()):
+        raise UserError(
+            f"the secure sum of round {round} is invalid, so a client sent an invalid message, which its mask hides: "
+            "run again, or without secure=true to find the client"
+        )
     return Update(ALL_CLIENTS, {k: state[k].to(sent[k].device) for k in ctx.ownership.travels}, 1, 0.0)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -19,7 +20,7 @@ from clients.app import app as client_app
 from fedbn.errors import UserError
 from fedbn.federation.client import client_round
 from fedbn.federation.loop import federate
-from fedbn.federation.protection import MASKED, mask_update, privacy_notices, protect_update, unmask_mean
+from fedbn.federation.protection import MASKED, mask_update, message_size, privacy_notices, protect_update, unmask_mean
 from fedbn.federation.server import Server
 from fedbn.federation.setup import build_context
 from fedbn.nn.roles import Role
@@ -333,6 +334,19 @@ def test_unmask_mean_keeps_variances_nonnegative(small):
     state = unmask_mean(ctx, messages, start, 1).state
     assert (state[var] >= 0).all()
     assert torch.allclose(state[mean], constant[mean], atol=2**-8)
+
+
+@pytest.mark.parametrize(("weight", "last", "valid"), [(1, 1, True), (0, 1, False), (-1, 1, False), (1, 2**62, False)])
+def test_unmask_mean_rejects_invalid_sum(weight, last, valid, small):
+    """The weight of the sum is not positive, or a new variance is infinite."""
+    ctx = build_context(with_privacy(small("global-pooled"), "secure=true"))
+    sent = {k: v * 0 + 1e30 if k.endswith("var") else v for k, v in ctx.initial_server_state().items()}
+    words = torch.zeros(message_size(ctx), dtype=torch.int64)
+    first = words.clone()
+    first[0], first[-1] = weight, last
+    messages = [Update(u, {MASKED: first if u == ctx.trainers[0] else words}, 1, 0.0) for u in ctx.trainers]
+    with nullcontext() if valid else pytest.raises(UserError, match="secure sum of round 1 is invalid"):
+        unmask_mean(ctx, messages, sent, 1)
 
 
 def test_unmask_mean_rejects_missing_client(small):
