@@ -24,6 +24,7 @@ from typing import Any
 import tomli_w
 
 from fedbn.errors import UserError
+from fedbn.federation.failures import ClientError
 from fedbn.federation.run import Run
 from fedbn.federation.server import Outcome
 from simulations.flower.certificates import Certificates
@@ -36,6 +37,8 @@ from simulations.flower.processes import (
     script_path,
     scripts_path,
 )
+from simulations.server.nodes import REPLY_SECONDS
+from simulations.server.validation import InvalidReply
 from simulations.storage.checkpoint import load_outcome
 
 SUPERLINK_NAME = "fedbn"
@@ -52,7 +55,7 @@ APP_CONFIG: dict[str, Any] = {
                 "publisher": "fedbn",
                 "fab-include": ["fedbn_run_server.py", "fedbn_run_client.py"],
                 "components": {"serverapp": "fedbn_run_server:app", "clientapp": "fedbn_run_client:app"},
-                "config": {"run": "", "out": ""},
+                "config": {"run": "", "out": "", "timeout": 0.0, "users": ""},
             }
         }
     },
@@ -85,6 +88,10 @@ ENVIRONMENT = {
 }
 
 
+USER_ERRORS = (UserError, ClientError, InvalidReply)
+"""Errors of the ServerApp with a message for the user."""
+
+
 class FlowerRunError(RuntimeError):
     """A run in one of Flower's engines failed; the message ends with its log."""
 
@@ -99,6 +106,8 @@ class SuperLink:
         certificates: certificates for TLS; None: no TLS.
         processes: its processes.
         extra_environment: additional environment variables of its processes.
+        timeout: seconds for which the server of a run waits for the replies in an exchange.
+        users: TOML file with the public key of each user's node (`simulations.server.keys`); None: no binding.
         port: port of all its APIs.
         num_runs: number of executed runs.
     """
@@ -108,6 +117,8 @@ class SuperLink:
     certificates: Certificates | None = None
     processes: ProcessGroup = field(default_factory=ProcessGroup)
     extra_environment: dict[str, str] = field(default_factory=dict)
+    timeout: float = REPLY_SECONDS
+    users: Path | None = None
     port: int = 0
     num_runs: int = 0
 
@@ -154,7 +165,9 @@ class SuperLink:
         name, temporary = f"run-{self.num_runs}", self.directory / f"outcome-{self.num_runs}.safetensors"
         config = self.directory / f"{name}.toml"
         file = temporary if out is None else out.resolve()
-        config.write_text(tomli_w.dumps({"run": run.to_json(), "out": str(file)}))
+        settings_of_run = {"run": run.to_json(), "out": str(file), "timeout": self.timeout}
+        settings_of_run |= {"users": str(self.users.resolve())} if self.users else {}
+        config.write_text(tomli_w.dumps(settings_of_run))
         app = str(self.directory / "app")
         submitted = self.flwr("run", app, SUPERLINK_NAME, "--run-config", str(config), *settings)
         run_id = str(submitted["run-id"])
@@ -242,7 +255,7 @@ class SuperLink:
     def _failure(self, name: str, status: str, details: str) -> Exception:
         cause = _plain(details).removeprefix("Simulation failed with exception: ").strip()
         first, *_ = cause.splitlines() or [""]
-        if f"{UserError.__module__}.{UserError.__qualname__}: {first}" in self._read_log(name):
+        if any(f"{kind.__module__}.{kind.__qualname__}: {first}" in self._read_log(name) for kind in USER_ERRORS):
             return UserError(cause)
         return FlowerRunError(f"Flower's run: {status}: {cause}\n{self.tail(name)}")
 

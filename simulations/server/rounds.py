@@ -36,7 +36,8 @@ from fedbn.nn.roles import State
 from fedbn.statistics.consensus import run_consensus
 from fedbn.statistics.moments import Moments
 from fedbn.strategies.base import Update
-from simulations.server.nodes import NodePool
+from simulations.server.keys import UserKeys
+from simulations.server.nodes import REPLY_SECONDS, WAIT_SECONDS, NodePool
 from simulations.server.optimizer import server_step
 from simulations.server.validation import validate_moments, validate_update
 
@@ -69,7 +70,14 @@ def attach_listener(listener: Listener) -> Iterator[None]:
         _listener.reset(token)
 
 
-def run_rounds(grid: Grid, run: Run, listener: Listener | None = None, timeout: float = 0.0) -> Outcome:
+def run_rounds(
+    grid: Grid,
+    run: Run,
+    listener: Listener | None = None,
+    timeout: float = REPLY_SECONDS,
+    wait: float = WAIT_SECONDS,
+    keys: UserKeys | None = None,
+) -> Outcome:
     """Run a federation over the nodes of a grid.
 
     The operations and their order are those of `fedbn.federation.loop.federate`, so the results are bit-identical.
@@ -78,7 +86,9 @@ def run_rounds(grid: Grid, run: Run, listener: Listener | None = None, timeout: 
         grid: grid of the nodes.
         run: run to execute.
         listener: callbacks and resume state.
-        timeout: seconds to wait for replies; 0: no limit.
+        timeout: seconds to wait for the replies to an exchange.
+        wait: seconds to wait until every user has a node.
+        keys: public keys of the users' nodes; None: nodes are trusted to name their user.
 
     Raises:
         UserError: the run has invalid settings.
@@ -89,7 +99,7 @@ def run_rounds(grid: Grid, run: Run, listener: Listener | None = None, timeout: 
     step = server_step(run.plan)
     if run.plan.tolerate and ctx.privacy is not None and ctx.privacy.secure:
         raise UserError("secure sums need every client of a round: remove secure=true or tolerate")
-    nodes = NodePool(grid, len(ctx.population.users), run.plan.tolerate, timeout)
+    nodes = NodePool(grid, len(ctx.population.users), run.plan.tolerate, timeout, wait, keys)
     start = time.perf_counter()
     out = listener.resume or Outcome(Server(ctx.initial_server_state(), ctx.initial_server_state()))
     nodes.trained = out.trained
