@@ -43,7 +43,7 @@ def _describe(message: Message, context: Context) -> str:
     """Kind and round of a message and the node that handles it."""
     config = message.content.get("config") if message.has_content() else None
     number = cast(ConfigRecord, config).get("round") if isinstance(config, ConfigRecord) else None
-    round_text = "" if number is None else f", round {number}"
+    round_text = "" if number is None else f", round {number!r}"
     return (
         f"{message.metadata.message_type}{round_text}, partition {context.node_config.get('partition-id')!r}, "
         f"node {context.node_id}, run {context.run_id}"

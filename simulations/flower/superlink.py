@@ -37,7 +37,7 @@ from simulations.flower.processes import (
     script_path,
     scripts_path,
 )
-from simulations.server.nodes import REPLY_SECONDS
+from simulations.server.nodes import REPLY_SECONDS, WAIT_SECONDS
 from simulations.server.validation import InvalidReply
 from simulations.storage.checkpoint import load_outcome
 
@@ -55,7 +55,7 @@ APP_CONFIG: dict[str, Any] = {
                 "publisher": "fedbn",
                 "fab-include": ["fedbn_run_server.py", "fedbn_run_client.py"],
                 "components": {"serverapp": "fedbn_run_server:app", "clientapp": "fedbn_run_client:app"},
-                "config": {"run": "", "out": "", "timeout": 0.0, "users": ""},
+                "config": {"run": "", "out": "", "timeout": 0.0, "wait": 0.0, "users": ""},
             }
         }
     },
@@ -107,7 +107,7 @@ class SuperLink:
         processes: its processes.
         extra_environment: additional environment variables of its processes.
         timeout: seconds for which the server of a run waits for the replies in an exchange.
-        users: TOML file with the public key of each user's node (`simulations.server.keys`); None: no binding.
+        wait: seconds for which the server of a run waits until every user has a node.
         port: port of all its APIs.
         num_runs: number of executed runs.
     """
@@ -118,7 +118,7 @@ class SuperLink:
     processes: ProcessGroup = field(default_factory=ProcessGroup)
     extra_environment: dict[str, str] = field(default_factory=dict)
     timeout: float = REPLY_SECONDS
-    users: Path | None = None
+    wait: float = WAIT_SECONDS
     port: int = 0
     num_runs: int = 0
 
@@ -165,9 +165,9 @@ class SuperLink:
         name, temporary = f"run-{self.num_runs}", self.directory / f"outcome-{self.num_runs}.safetensors"
         config = self.directory / f"{name}.toml"
         file = temporary if out is None else out.resolve()
-        settings_of_run = {"run": run.to_json(), "out": str(file), "timeout": self.timeout}
-        settings_of_run |= {"users": str(self.users.resolve())} if self.users else {}
-        config.write_text(tomli_w.dumps(settings_of_run))
+        run_config = {"run": run.to_json(), "out": str(file), "timeout": self.timeout, "wait": self.wait}
+        run_config |= {"users": str(self.certificates.users.resolve())} if self.certificates else {}
+        config.write_text(tomli_w.dumps(run_config))
         app = str(self.directory / "app")
         submitted = self.flwr("run", app, SUPERLINK_NAME, "--run-config", str(config), *settings)
         run_id = str(submitted["run-id"])

@@ -32,7 +32,8 @@ class UserKeys:
     """Public keys of the users' nodes, and the nodes that hold them.
 
     Attributes:
-        user: public key as raw bytes of its OpenSSH form -> user.
+        user: public key in OpenSSH form, without comment -> user.
+        ignored: ids of nodes that hold no user's key.
     """
 
     def __init__(self, keys: Mapping[int, str]) -> None:
@@ -42,6 +43,7 @@ class UserKeys:
             UserError: a key is invalid, or two users have the same key.
         """
         self.user: dict[bytes, int] = {}
+        self.ignored: set[int] = set()
         self._user_of: dict[int, int] = {}
         for user, text in keys.items():
             try:
@@ -64,10 +66,12 @@ class UserKeys:
             try:
                 key = load_pem_public_key(node.public_key).public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
             except (ValueError, UnsupportedAlgorithm):
-                continue
+                key = b""
             if key in self.user:
                 self._user_of[node.node_id] = self.user[key]
                 yield node.node_id
+            else:
+                self.ignored.add(node.node_id)
 
     def user_of(self, node: int) -> int | None:
         """The user to whose key a node is bound."""

@@ -91,6 +91,8 @@ class NodePool:
         self._is_complete = True
         if missing := self._missing():
             reasons = "; ".join(self.refused.values()) or "start a SuperNode with partition-id set to this number"
+            if self.keys is not None and self.keys.ignored:
+                reasons += f"; nodes without a user's key are ignored: {', '.join(map(str, sorted(self.keys.ignored)))}"
             if len(missing) > int(tolerate * users):
                 raise ClientError(f"no node for {_users(missing)} after {wait:g} s: {reasons}")
             self.failures.append(f"no node for {_users(missing)} after {wait:g} s")
@@ -180,10 +182,10 @@ class NodePool:
         named = " and ".join(f"node {node}" for node in claimants)
         if not (self._is_complete and previous):
             self.node.pop(user, None)
-            self._refuse(f"{named} both claim user {user}: stop all but one, or bind keys to users", *claimants)
+            self._refuse(f"{named} claim the same user, {user}: stop all but one, or bind keys to users", *claimants)
         else:
             self._claims |= dict.fromkeys(nodes, user)
-            self._refuse(f"{named} both claim user {user}; node {previous[0]} keeps it", *nodes)
+            self._refuse(f"{named} claim the same user, {user}; node {previous[0]} keeps it", *nodes)
 
     def _refuse(self, reason: str, *nodes: int) -> None:
         if not self.tolerate:

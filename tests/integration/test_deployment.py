@@ -55,7 +55,7 @@ def test_deployment_with_tls_matches_grid(mark):
     assert result.differences == ()
     assert len(result.deployed.curve) == 1
     assert result.deployed.scores.keys() == {0, 1, 2}
-    assert "with TLS and node authentication" in messages[0]
+    assert "with TLS, node authentication and users bound to keys" in messages[0]
     assert messages[1].startswith("3 SuperNodes are online")
 
 
