@@ -60,13 +60,11 @@ class UserKeys:
         Raises:
             UserError: the grid does not authenticate nodes.
         """
-        if not hasattr(grid, "get_nodes"):
-            raise UserError("users are bound to keys, but this engine does not authenticate nodes: leave out users")
-        for node in grid.get_nodes():
+        for node in grid.get_nodes() if hasattr(grid, "get_nodes") else ():
             try:
                 key = load_pem_public_key(node.public_key).public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
-            except (ValueError, UnsupportedAlgorithm):
-                key = b""
+            except (ValueError, UnsupportedAlgorithm):  # simulated nodes have no keys
+                raise UserError("users are bound to keys, but this engine has none: remove users=...") from None
             if key in self.user:
                 self._user_of[node.node_id] = self.user[key]
                 yield node.node_id

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
+from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
+from flwr.superlink.grid.http_grid import HttpGrid
 
 from clients.errors import FLOWER_CODES
 from simulations.flower import compat as flower_compat
@@ -64,3 +66,8 @@ def test_with_content_creates_complete_message():
 def test_grid_has_expected_abstract_methods():
     methods = {"create_message", "get_node_ids", "pull_messages", "push_messages", "run", "send_and_receive", "set_run"}
     assert methods == set(Grid.__abstractmethods__)
+
+
+def test_grid_shows_public_keys_of_nodes():
+    assert "public_key" in NodeInfo.DESCRIPTOR.fields_by_name
+    assert all(callable(grid.get_nodes) for grid in (Grid, HttpGrid))
