@@ -128,6 +128,25 @@ def test_group_does_not_include_the_session_of_its_owner():
         assert process.wait() == -signal.SIGTERM
 
 
+def test_group_by_environment_does_not_follow_sessions():
+    """A process of the group shares the session of a process that is not in it, such as a shell."""
+    group = ProcessGroup(by_session=False)
+    code = (
+        "import os, subprocess, sys\n"
+        f"child = subprocess.Popen(['sleep', '90'], env={{**os.environ, {GROUP_VARIABLE!r}: {group.id!r}}})\n"
+        "print(child.pid, flush=True)\n"
+        "print(child.wait(), flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", code], start_new_session=True, **pipes) as shell:
+        assert group.live_pids() == [int(shell.stdout.readline())]
+        group.stop()
+        assert int(shell.stdout.readline()) == -signal.SIGTERM
+        shell.communicate("")
+    assert shell.returncode == 0
+
+
 def test_processes_of_a_killed_owner_are_stopped(tmp_path):
     """The group has a process that ignores SIGTERM and one in another session."""
     code = (
