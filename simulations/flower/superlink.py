@@ -253,7 +253,7 @@ class SuperLink:
                 stream.wait()
 
     def _failure(self, name: str, status: str, details: str) -> Exception:
-        cause = _plain(details).removeprefix("Simulation failed with exception: ").strip()
+        cause = re.sub(r"^(Simulation|ServerApp) failed with exception: ", "", _plain(details)).strip()
         first, *_ = cause.splitlines() or [""]
         if any(f"{kind.__module__}.{kind.__qualname__}: {first}" in self._read_log(name) for kind in USER_ERRORS):
             return UserError(cause)

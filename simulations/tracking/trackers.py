@@ -208,9 +208,9 @@ class Tracking:
         texts = list(texts)
         if any(TRACKERS[name].starts_processes for text in texts if (name := text.partition(":")[0]) in TRACKERS):
             group = ProcessGroup(by_session=False)
+            self._guard.enter_context(group.guarded())  # first, because the guardian is not in the group
             os.environ[GROUP_VARIABLE] = group.id  # inherited by all processes that are started from now on
             self._guard.callback(os.environ.pop, GROUP_VARIABLE, None)
-            self._guard.enter_context(group.guarded())
         with self._guard:
             self.trackers = [open_tracker(text) for text in texts]
             self._guard = self._guard.pop_all()
