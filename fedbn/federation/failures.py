@@ -28,6 +28,9 @@ log = logging.getLogger(__name__)
 LOG_VARIABLE = "FEDBN_CLIENT_LOG"
 """Environment variable with the path of the clients' log; without it, the log is standard error."""
 
+CLIENT_LOG = "clients.log"
+"""Name of the clients' log in a directory of results."""
+
 CODES = {
     100: "an error in the program",
     101: "an error in the settings or data of this client",

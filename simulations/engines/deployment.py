@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
@@ -18,6 +20,7 @@ from typing import Any
 import torch
 
 from fedbn.errors import UserError
+from fedbn.federation.failures import CLIENT_LOG, client_log
 from fedbn.federation.run import Run
 from fedbn.federation.server import Outcome, Server
 from fedbn.federation.setup import build_context
@@ -80,6 +83,7 @@ def deploy(
 
     Raises:
         UserError: the run has invalid settings or too many users.
+        ClientError: a client failed; the message names the clients' log, in ``out`` or a temporary directory.
         FlowerRunError: a process exited, or the run failed.
     """
     if keys is not None and not tls:
@@ -95,6 +99,8 @@ def deploy(
                 notify(f"{out} holds {len(partial.curve)} of {run.plan.rounds} rounds; resuming")
         start = time.perf_counter()
         states = None if out is None else out.resolve() / "states"
+        temporary_log = Path(tempfile.gettempdir(), f"fedbn-{uuid.uuid4().hex}-{CLIENT_LOG}")
+        stack.enter_context(client_log(temporary_log if out is None else out / CLIENT_LOG))
         with deployment(users, tls=tls, notify=notify, state_dir=states, keys=keys) as link:
             ready = time.perf_counter()
             notify(f"{users} SuperNodes are online after {ready - start:.1f} s")

@@ -16,7 +16,7 @@ import torch
 
 from fedbn.errors import UserError
 from fedbn.federation.context import RunContext
-from fedbn.federation.failures import client_log
+from fedbn.federation.failures import CLIENT_LOG, client_log
 from fedbn.federation.run import Run
 from fedbn.federation.server import Outcome
 from fedbn.federation.setup import build_context
@@ -35,7 +35,6 @@ from simulations.storage.checkpoint import (
 from simulations.storage.provenance import NUMERICS, check_numerics, code_digest
 
 CHECKPOINT = "checkpoint.safetensors"
-CLIENT_LOG = "clients.log"
 
 
 @dataclass(frozen=True)

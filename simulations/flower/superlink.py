@@ -88,10 +88,6 @@ ENVIRONMENT = {
 }
 
 
-USER_ERRORS = (UserError, ClientError, InvalidReply)
-"""Errors of the ServerApp with a message for the user."""
-
-
 class FlowerRunError(RuntimeError):
     """A run in one of Flower's engines failed; the message ends with its log."""
 
@@ -255,8 +251,10 @@ class SuperLink:
     def _failure(self, name: str, status: str, details: str) -> Exception:
         cause = re.sub(r"^(Simulation|ServerApp) failed with exception: ", "", _plain(details)).strip()
         first, *_ = cause.splitlines() or [""]
-        if any(f"{kind.__module__}.{kind.__qualname__}: {first}" in self._read_log(name) for kind in USER_ERRORS):
-            return UserError(cause)
+        log = self._read_log(name)
+        for kind in (ClientError, InvalidReply, UserError):
+            if f"{kind.__module__}.{kind.__qualname__}: {first}" in log:
+                return kind(cause)
         return FlowerRunError(f"Flower's run: {status}: {cause}\n{self.tail(name)}")
 
     def _read_log(self, name: str) -> str:

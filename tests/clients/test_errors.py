@@ -18,13 +18,13 @@ from clients.errors import describe_error
 from fedbn.config import Plan
 from fedbn.errors import UserError
 from fedbn.federation import loop
-from fedbn.federation.failures import CODES, LOG_VARIABLE, ClientError, classify, client_log, report
+from fedbn.federation.failures import CLIENT_LOG, CODES, LOG_VARIABLE, ClientError, classify, client_log, report
 from fedbn.federation.run import Run, plan_for
 from fedbn.federation.setup import build_context
 from fedbn.strategies.base import strategies
 from simulations.engines.execute import execute
 from simulations.engines.grid import InProcessGrid
-from simulations.experiments.tasks import CLIENT_LOG, Task, run_task
+from simulations.experiments.tasks import Task, run_task
 from simulations.flower.compat import task_identity
 from simulations.server.rounds import run_rounds
 from simulations.storage.checkpoint import save_outcome
