@@ -45,6 +45,7 @@ SUPERLINK_NAME = "fedbn"
 """Name of the SuperLink in the private Flower home."""
 
 START_SECONDS = 60.0
+COMMAND_SECONDS = 300.0
 TAIL_LINES = 25
 
 APP_CONFIG: dict[str, Any] = {
@@ -179,16 +180,21 @@ class SuperLink:
         """JSON output of a ``flwr`` command.
 
         Raises:
-            FlowerRunError: the command failed.
+            FlowerRunError: the command failed, or did not end in time.
         """
-        done = subprocess.run(
-            [script_path("flwr"), *arguments, "--format", "json"],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            env=self.environment(),
-            start_new_session=True,
-        )
+        try:
+            done = subprocess.run(
+                [script_path("flwr"), *arguments, "--format", "json"],
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                env=self.environment(),
+                start_new_session=True,
+                timeout=COMMAND_SECONDS,
+            )
+        except subprocess.TimeoutExpired:
+            text = f"flwr {arguments[0]} did not end within {COMMAND_SECONDS:g} s"
+            raise FlowerRunError(f"{text}\n{self.tail('superlink')}") from None
         with suppress(json.JSONDecodeError):
             result = json.loads(done.stdout)
             if result.get("success"):

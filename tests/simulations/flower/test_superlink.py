@@ -7,6 +7,7 @@ import pytest
 
 from fedbn.errors import UserError
 from fedbn.federation.failures import ClientError
+from simulations.flower import superlink
 from simulations.flower.superlink import FlowerRunError, SuperLink
 from simulations.server.validation import InvalidReply
 
@@ -31,3 +32,13 @@ def test_failure_recognizes_user_errors(part, kind, tmp_path):
     failure = link._failure("run-1", "finished:failed", f"{part} failed with exception: {cause}")
     assert type(failure) is (FlowerRunError if kind is ValueError else kind)
     assert str(failure).startswith(cause) == (kind is not ValueError)
+
+
+def test_flwr_command_has_a_time_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(superlink, "COMMAND_SECONDS", 0.1)
+    monkeypatch.setattr(superlink, "script_path", lambda name: str(tmp_path / name))
+    (tmp_path / "flwr").write_text("#!/bin/sh\nexec sleep 60\n")
+    (tmp_path / "flwr").chmod(0o700)
+    (tmp_path / "superlink.log").write_text("busy")
+    with pytest.raises(FlowerRunError, match="flwr list did not end within 0.1 s\nbusy"):
+        SuperLink(tmp_path).flwr("list")
