@@ -143,7 +143,8 @@ def test_group_by_environment_does_not_follow_sessions():
     )
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, "-c", code], start_new_session=True, **pipes) as shell:
-        assert group.live_pids() == [int(shell.stdout.readline())]
+        child = int(shell.stdout.readline())
+        assert group.live_pids() == [child]
         group.stop()
         assert int(shell.stdout.readline()) == -signal.SIGTERM
         shell.communicate("")
@@ -396,7 +397,7 @@ def test_document_commands_match_flower():
         given = get_command(flwr_app).commands[name].make_context(name, options).params
         config = parse_config_args(given["run_config_overrides"])
         assert config.keys() <= known.keys()
-        build_context(run_from_config(config))
+        build_context(run_from_config(known | config))
     (register,) = [line for line in document_commands("flwr") if line[:2] == ["supernode", "register"]]
     assert register[2:] == ["node0.pub", "production"]
 
