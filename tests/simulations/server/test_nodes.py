@@ -158,10 +158,22 @@ def test_duplicate_claim_names_both_nodes():
         pool(grid, tolerate=0.1)
 
 
-def test_late_duplicate_claim_is_refused_before_the_run():
+def test_unavailable_node_is_asked_again():
+    grid, unavailable = Nodes(*map(good, range(USERS))), iter([True, True])
+    grid._fault = lambda message: (
+        "gone" if message.metadata.dst_node_id == FIRST_NODE and next(unavailable, 0) else None
+    )
+    found = pool(grid, wait=60)
+    assert found.node.keys() == {0, 1, 2}
+    assert found.failures == []
+    assert not any(unavailable)
+
+
+def test_late_duplicate_claim_is_refused_before_the_run(monkeypatch):
+    monkeypatch.setattr(nodes, "REMAINING_SECONDS", 60)
     grid = Nodes(*map(good, range(USERS)), good(2), silent=[FIRST_NODE + 3], silent_pulls=2)
     with pytest.raises(ClientError, match=f"node {FIRST_NODE + 2} and node {FIRST_NODE + 3} claim the same user, 2"):
-        pool(grid, wait=5)
+        pool(grid, wait=60)
 
 
 def test_silent_node_without_user_delays_run_by_limit_only():
