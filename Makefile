@@ -14,8 +14,8 @@ help:  ## show this list
 demo: $(STAMP)-run  ## set up, install the data, and run the main comparison on real users
 	$(BIN)/fedbn compare hapt
 
-deploy-demo: $(STAMP)-run  ## one run as real processes (SuperLink, three SuperNodes, TLS), compared with the grid
-	$(BIN)/fedbn deploy digits8:users=3:unseen=1 --strategy fedbn --rounds 2 --tls
+deploy-demo: $(STAMP)-run  ## one run as real processes (SuperLink, three SuperNodes, TLS, keys of users), compared with the grid
+	$(BIN)/fedbn deploy digits8:users=3:unseen=1 --strategy fedbn --rounds 2 --tls --users results/deploy-demo/keys.toml
 
 test: $(STAMP)-dev  ## set up and run the tests
 	$(BIN)/pytest

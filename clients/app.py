@@ -14,6 +14,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, 
 from flwr.clientapp import ClientApp
 
 from clients.config import run_from_config
+from clients.errors import report_errors
 from clients.jobs import Evaluate, SyncFirstBatch, SyncStatistics, Train, execute
 from clients.persistence import client_state_on_disk
 from clients.records import (
@@ -37,7 +38,10 @@ from fedbn.statistics.consensus import flatten
 from fedbn.statistics.moments import Moments
 from fedbn.strategies.base import Progress
 
-app = ClientApp(mods=[client_state_on_disk])
+MAX_USERS = 2**31
+"""Maximum number of users; larger numbers do not fit into Flower's records."""
+
+app = ClientApp(mods=[report_errors, client_state_on_disk])
 _decode = Decoder()
 
 
@@ -76,7 +80,10 @@ def _build_context_with_data(run: Run, user: int, path: str) -> RunContext:
 
 
 def _user(context: Context) -> int:
-    return int(context.node_config["partition-id"])
+    user = context.node_config.get("partition-id")
+    if not isinstance(user, int) or isinstance(user, bool) or not 0 <= user < MAX_USERS:
+        raise UserError(f"partition-id={user!r} in this node's config: give the number of its user, as partition-id=0")
+    return user
 
 
 def _inputs(
@@ -169,6 +176,8 @@ def sync_statistics(message: Message, context: Context) -> Message:
 @app.query("partition")
 def partition(message: Message, context: Context) -> Message:
     """Return the partition id of this node and the number of partitions; unlike node ids, they are not random."""
-    nodes = int(context.node_config.get("num-partitions", 0))
-    info = ConfigRecord({"partition-id": _user(context), "num-partitions": nodes})
+    nodes = context.node_config.get("num-partitions", 0)
+    if not isinstance(nodes, int) or not 0 <= nodes <= MAX_USERS:
+        raise UserError(f"num-partitions={nodes!r} in this node's config: give the number of users, or leave it out")
+    info = ConfigRecord({"partition-id": _user(context), "num-partitions": int(nodes)})
     return Message(RecordDict({"info": info}), reply_to=message)

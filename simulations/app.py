@@ -12,8 +12,11 @@ from flwr.serverapp import Grid, ServerApp
 
 from clients.config import run_from_config
 from clients.records import set_threads
+from fedbn.errors import UserError
 from fedbn.federation.run import Run
 from fedbn.federation.setup import build_context
+from simulations.server.keys import UserKeys, read_keys
+from simulations.server.nodes import REPLY_SECONDS, WAIT_SECONDS
 from simulations.server.rounds import Listener, _listener, run_rounds
 from simulations.server.safeguards import Safeguards
 from simulations.storage.checkpoint import load_latest, previous_checkpoint, save_outcome
@@ -26,7 +29,8 @@ def main(grid: Grid, context: Context) -> None:
     """Execute the run that the run-config describes, or the rest of it.
 
     With ``out`` in the run-config, the server writes a checkpoint to that file after every round, and the same run with
-    the same file resumes from it.
+    the same file resumes from it. ``wait`` and ``timeout`` limit the seconds for which it waits for nodes and replies.
+    ``users`` names a file that binds each user to the public key of a node (`simulations.server.keys`).
     """
     set_threads()
     run = run_from_config(context.run_config)
@@ -34,7 +38,26 @@ def main(grid: Grid, context: Context) -> None:
     listener = _checkpoints(Path(out), run) if out else _listener.get()
     safeguards = Safeguards.from_config(context.run_config)
     if not (out and listener and listener.resume and listener.resume.scores):
-        run_rounds(grid, run, listener, float(context.run_config.get("timeout", 0)), safeguards)
+        timeout = _seconds(context, "timeout", REPLY_SECONDS)
+        wait = _seconds(context, "wait", WAIT_SECONDS)
+        run_rounds(grid, run, listener, timeout, wait, _keys(context, run), safeguards)
+
+
+def _seconds(context: Context, name: str, default: float) -> float:
+    """A duration in the run-config.
+
+    Raises:
+        UserError: not a positive number.
+    """
+    value = context.run_config.get(name, default)
+    if isinstance(value, bool | str) or not 0 < value < float("inf"):
+        raise UserError(f"{name}={value!r} in the run config: give a positive number of seconds")
+    return float(value)
+
+
+def _keys(context: Context, run: Run) -> UserKeys | None:
+    path = str(context.run_config.get("users", ""))
+    return read_keys(Path(path), len(build_context(run).population.users)) if path else None
 
 
 def _checkpoints(path: Path, run: Run) -> Listener:

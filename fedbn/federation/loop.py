@@ -13,6 +13,7 @@ from dataclasses import replace
 from fedbn.federation.client import client_evaluation, client_round, client_sync_first_batch, client_sync_statistics
 from fedbn.federation.cold_start import statistics_for, summarize
 from fedbn.federation.context import RunContext
+from fedbn.federation.failures import client_name, reported
 from fedbn.federation.metrics import COLUMNS, Score
 from fedbn.federation.protection import protect_update
 from fedbn.federation.run import Run
@@ -53,6 +54,9 @@ def federate(
         resume: an unfinished outcome to resume.
         on_round: callback after each round, with its number and the outcome.
 
+    Raises:
+        ClientError: a client raised an exception; its content is in the clients' log only.
+
     >>> from fedbn.config import Plan
     >>> run = Run("digits8", "fedbn", plan=Plan(rounds=1, eval_every=1))
     >>> len(federate(run).curve)
@@ -70,10 +74,12 @@ def federate(
         for user in sampled:
             received = out.server.state_for(ctx, user)
             client_progress = replace(progress, known=ctx.strategy.is_known_client(user, out.server.known))
-            update, out.client_states[user] = client_round(
-                ctx, user, received, out.client_states.get(user), client_progress, aggregates, out.server.broadcast
-            )
-            updates.append(protect_update(ctx, update, received, client_progress))
+            with reported(f"train, {client_name(user)}, round {number}"):
+                update, client_state = client_round(
+                    ctx, user, received, out.client_states.get(user), client_progress, aggregates, out.server.broadcast
+                )
+                updates.append(protect_update(ctx, update, received, client_progress))
+            out.client_states[user] = client_state
         out.trained |= dict.fromkeys(sampled, number)
         out.traffic.count_round(updates, out.server.broadcast, aggregates)
         out.server.advance(ctx, updates, number, step)
@@ -91,37 +97,46 @@ def federate(
 
 
 def _sync_statistics(ctx: RunContext, out: Outcome) -> Iterator[dict[str, Moments]]:
-    return run_consensus(
-        lambda aggregates: [
-            client_sync_statistics(ctx, u, out.server.state, out.client_states.get(u), aggregates) for u in ctx.trainers
-        ],
-        traffic_counter(ctx, out, "statistics sync"),
-    )
+    def exchange(aggregates: list[dict[str, Moments]]) -> list[dict[str, Moments] | None]:
+        messages = []
+        for user in ctx.trainers:
+            with reported(f"statistics sync, {client_name(user)}"):
+                own = out.client_states.get(user)
+                messages.append(client_sync_statistics(ctx, user, out.server.state, own, aggregates))
+        return messages
+
+    return run_consensus(exchange, traffic_counter(ctx, out, "statistics sync"))
 
 
 def _sync_first_batch(
     ctx: RunContext, out: Outcome, sampled: list[int], progress: Progress
 ) -> Iterator[dict[str, Moments]]:
-    received, own = {u: out.server.state_for(ctx, u) for u in sampled}, out.client_states
-    return run_consensus(
-        lambda aggregates: [
-            client_sync_first_batch(ctx, u, received[u], own.get(u), progress, aggregates) for u in sampled
-        ],
-        traffic_counter(ctx, out, "first-batch sync"),
-    )
+    received = {u: out.server.state_for(ctx, u) for u in sampled}
+
+    def exchange(aggregates: list[dict[str, Moments]]) -> list[dict[str, Moments] | None]:
+        messages = []
+        for user in sampled:
+            with reported(f"first-batch sync, {client_name(user)}, round {progress.round}"):
+                own = out.client_states.get(user)
+                messages.append(client_sync_first_batch(ctx, user, received[user], own, progress, aggregates))
+        return messages
+
+    return run_consensus(exchange, traffic_counter(ctx, out, "first-batch sync"))
 
 
 def _evaluate(ctx: RunContext, out: Outcome, *, last: bool) -> dict[int, list[Score]]:
     summary = summarize(ctx, out.server.client_statistics) if last else None
-    return {
-        user: client_evaluation(
-            ctx,
-            user,
-            out.server.state_for(ctx, user, serving=True),
-            out.client_states.get(user),
-            columns=COLUMNS if last else COLUMNS[:1],
-            globally=global_columns(ctx, user) if last else (),
-            client_statistics=statistics_for(ctx, user, summary),
-        )
-        for user in served_users(ctx)
-    }
+    scores = {}
+    for user in served_users(ctx):
+        received = out.server.state_for(ctx, user, serving=True)
+        with reported(f"evaluate, {client_name(user)}"):
+            scores[user] = client_evaluation(
+                ctx,
+                user,
+                received,
+                out.client_states.get(user),
+                columns=COLUMNS if last else COLUMNS[:1],
+                globally=global_columns(ctx, user) if last else (),
+                client_statistics=statistics_for(ctx, user, summary),
+            )
+    return scores

@@ -32,6 +32,7 @@ from fedbn.augment.base import augmentation
 from fedbn.errors import UserError, unknown
 from fedbn.federation.client import cold_start_scores, user_scores, user_state
 from fedbn.federation.context import RunContext
+from fedbn.federation.failures import classify
 from fedbn.federation.metrics import Column, Score
 from fedbn.federation.training import fit
 from fedbn.nn.plain import copy_model
@@ -159,9 +160,7 @@ class ClientExecutor:
             except Unstackable as reason:
                 self._record(kind, str(reason))
             except Exception as error:
-                self._failed[kind] = f"the stacked engine failed with {type(error).__name__}: {error}".partition("\n")[
-                    0
-                ]
+                self._failed[kind] = f"the stacked engine failed with {classify(error).name}"
                 log.info(self._failed[kind], exc_info=True)
                 self._record(kind, self._failed[kind])
         return self._run_exact(jobs)

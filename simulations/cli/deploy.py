@@ -24,8 +24,16 @@ def deploy(
         str | None, typer.Argument(help="Scenario with few users; each gets a process.", show_default=DEFAULT)
     ] = None,
     tls: Annotated[
-        bool, typer.Option("--tls", help="Encrypt all connections, and admit only nodes with a registered key.")
+        bool,
+        typer.Option("--tls", help="Encrypt connections, admit only registered keys, and bind users to keys."),
     ] = False,
+    users: Annotated[
+        Path | None,
+        typer.Option(
+            help="TOML file with the public key of each user's node, with the keys beside it; created if missing.",
+            show_default="temporary keys",
+        ),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -52,7 +60,7 @@ def deploy(
     run = replace(Run.from_dict(values | {"plan": {}}), plan=plan_for(values["scenario"], **plan)).resolved()
     try:
         result = run_deployed(
-            run, tls=tls, notify=lambda text: errors.print(text, highlight=False, markup=False), out=out
+            run, tls=tls, notify=lambda text: errors.print(text, highlight=False, markup=False), out=out, keys=users
         )
     except KeyboardInterrupt:
         state = "the same command resumes" if out else "nothing was saved, because --out was not given"

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
@@ -18,6 +20,7 @@ from typing import Any
 import torch
 
 from fedbn.errors import UserError
+from fedbn.federation.failures import CLIENT_LOG, client_log
 from fedbn.federation.run import Run
 from fedbn.federation.server import Outcome, Server
 from fedbn.federation.setup import build_context
@@ -27,6 +30,7 @@ from simulations.engines.execute import execute
 from simulations.flower.certificates import make_certificates
 from simulations.flower.processes import HOST, POLL_SECONDS, ProcessGroup, free_port, script_path
 from simulations.flower.superlink import SUPERLINK_NAME, FlowerRunError, SuperLink
+from simulations.server.keys import read_keys
 from simulations.storage.checkpoint import load_latest
 
 MAX_NODES = 16
@@ -59,19 +63,31 @@ class Deployment:
     differences: tuple[str, ...]
 
 
-def deploy(run: Run, *, tls: bool = False, notify: Notify = lambda text: None, out: Path | None = None) -> Deployment:
+def deploy(
+    run: Run,
+    *,
+    tls: bool = False,
+    notify: Notify = lambda text: None,
+    out: Path | None = None,
+    keys: Path | None = None,
+) -> Deployment:
     """Execute a run on a SuperLink with one SuperNode per user and in this process, and compare the outcomes.
 
     Args:
         run: run to execute.
-        tls: use TLS and admit only registered nodes.
+        tls: use TLS, admit only registered nodes, and bind each user to the key of its node.
         notify: called with a message at each step.
         out: directory for checkpoints and client states, from which an interrupted run resumes; None: not stored.
+        keys: TOML file with the public key of each user's node, with the keys beside it as ``node0``, ``node1`` and so
+            on; both are created if they do not exist. None: temporary keys. Requires ``tls``.
 
     Raises:
         UserError: the run has invalid settings or too many users.
+        ClientError: a client failed; the message names the clients' log, in ``out`` or a temporary directory.
         FlowerRunError: a process exited, or the run failed.
     """
+    if keys is not None and not tls:
+        raise UserError("--users binds users to keys of nodes, which only --tls checks: add --tls")
     ctx = build_context(run)
     users = len(ctx.population.users)
     for notice in ctx.notices:
@@ -83,7 +99,9 @@ def deploy(run: Run, *, tls: bool = False, notify: Notify = lambda text: None, o
                 notify(f"{out} holds {len(partial.curve)} of {run.plan.rounds} rounds; resuming")
         start = time.perf_counter()
         states = None if out is None else out.resolve() / "states"
-        with deployment(users, tls=tls, notify=notify, state_dir=states) as link:
+        temporary_log = Path(tempfile.gettempdir(), f"fedbn-{uuid.uuid4().hex}-{CLIENT_LOG}")
+        stack.enter_context(client_log(temporary_log if out is None else out / CLIENT_LOG))
+        with deployment(users, tls=tls, notify=notify, state_dir=states, keys=keys) as link:
             ready = time.perf_counter()
             notify(f"{users} SuperNodes are online after {ready - start:.1f} s")
             deployed = link.execute(run, out=None if out is None else out / CHECKPOINT)
@@ -103,15 +121,17 @@ def deployment(
     notify: Notify = lambda text: None,
     state_dir: Path | None = None,
     data: Sequence[Path] | None = None,
+    keys: Path | None = None,
 ) -> Iterator[SuperLink]:
     """Start a SuperLink and SuperNodes, and stop them at the end of the context.
 
     Args:
         users: number of nodes; node ``i`` has partition id ``i``.
-        tls: use TLS and admit only registered nodes.
+        tls: use TLS, admit only registered nodes, and bind each user to the key of its node.
         notify: called with a message at each step.
         state_dir: directory for client states; None: a temporary directory.
         data: data file of each node, for the scenario ``remote``; None: nodes load their scenario.
+        keys: TOML file with the public key of each user's node, as in `deploy`.
 
     Raises:
         UserError: too many nodes for one machine.
@@ -124,11 +144,15 @@ def deployment(
         )
     processes = ProcessGroup()
     with processes.workspace() as directory:
-        certificates = make_certificates(directory / "certificates") if tls else None
+        certificates = make_certificates(directory / "certificates", keys) if tls else None
+        if certificates:
+            certificates.bind_users(users)
+            read_keys(certificates.users, users)
         options = ("--enable-supernode-auth",) if tls else ()
         link = SuperLink(directory, options, certificates, processes)
         link.start()
-        notify(f"SuperLink on {HOST}:{link.port}" + (" with TLS and node authentication" if tls else ", without TLS"))
+        how = " with TLS, node authentication and users bound to keys" if tls else ", without TLS"
+        notify(f"SuperLink on {HOST}:{link.port}{how}")
         for user in range(users):
             start_node(link, user, users, state_dir, data[user] if data else None)
         await_nodes(link, users)

@@ -6,7 +6,6 @@ records as over the network; containers are copied, so that clients do not see e
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -15,11 +14,11 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
+from clients.errors import report_errors
 from clients.jobs import run_batched
 from fedbn.stacked.executors import MAX_STACK_WIDTH, ClientExecutor, Execution, Executor
 from simulations.engines.client_states import ClientStates
 from simulations.flower.compat import (
-    CLIENT_APP_RAISED,
     NODE_UNAVAILABLE,
     FlowerRun,
     copy_records,
@@ -148,12 +147,7 @@ class InProcessGrid(Grid):
             return Message(Error(NODE_UNAVAILABLE, "no such node"), reply_to=message)
         if self._fault and (reason := self._fault(message)):
             return Message(Error(NODE_UNAVAILABLE, reason), reply_to=message)
-        before = copy_records(context.state)
-        try:
-            reply = self.client_app(with_content(message, copy_records(message.content)), context)
-            self._states.store(context.node_id, context.state)
-            return reply
-        except Exception as error:  # as in Flower's runtimes: return an error reply
-            context.state = before
-            trace = traceback.format_exc(limit=-4)
-            return Message(Error(CLIENT_APP_RAISED, f"{type(error).__name__}: {error}\n{trace}"), reply_to=message)
+        received = with_content(message, copy_records(message.content))
+        reply = report_errors(received, context, self.client_app)  # for apps without this mod
+        self._states.store(context.node_id, context.state)
+        return reply

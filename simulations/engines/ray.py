@@ -24,6 +24,9 @@ from simulations.flower.processes import ProcessGroup
 from simulations.flower.superlink import SuperLink
 from simulations.server.safeguards import SIMULATION_CONFIG
 
+REPLY_SECONDS_ON_RAY = 12 * 3600.0
+"""Seconds to wait for the replies in an exchange, in which few workers may run many clients."""
+
 
 def run_on_ray(run: Run, *, actors: int | None = None, address: str = "", out: Path | None = None) -> Outcome:
     """Execute one run, or the rest of it, in its own session.
@@ -64,6 +67,7 @@ def ray_session(
         environment = {"RAY_ADDRESS": address} if address else {}
         environment |= {STATE_DIR_VARIABLE: str(state_dir)} if state_dir else {}
         link = SuperLink(directory, ("--simulation",), processes=processes, extra_environment=environment)
+        link.timeout = REPLY_SECONDS_ON_RAY
         link.start()
 
         def execute(run: Run, out: Path | None = None) -> Outcome:

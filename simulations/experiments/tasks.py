@@ -16,6 +16,7 @@ import torch
 
 from fedbn.errors import UserError
 from fedbn.federation.context import RunContext
+from fedbn.federation.failures import CLIENT_LOG, client_log
 from fedbn.federation.run import Run
 from fedbn.federation.server import Outcome
 from fedbn.federation.setup import build_context
@@ -94,8 +95,11 @@ def run_result(run: Run, ctx: RunContext, outcome: Outcome) -> dict[str, Any]:
 def run_task(task: Task, engine: Engine, report: Report) -> None:
     """Execute a task from its last checkpoint; does nothing if it is finished.
 
+    The details of clients' errors are in `CLIENT_LOG` in the directory of the results.
+
     Raises:
         UserError: the checkpoint or result has other numerics or other data.
+        ClientError: a client failed; the message names the log.
     """
     directory = Path(task.directory)
     rounds = task.run.plan.rounds
@@ -117,7 +121,8 @@ def run_task(task: Task, engine: Engine, report: Report) -> None:
     if resume is not None and resume.scores:  # killed between its last checkpoint and its result
         outcome = resume
     else:
-        outcome = execute(task.run, engine, resume, on_round, checkpoint)
+        with client_log(directory / CLIENT_LOG):
+            outcome = execute(task.run, engine, resume, on_round, checkpoint)
         save_outcome(checkpoint, task.run, outcome, sources)
     write_run(directory.parent.parent, directory.name, run_result(task.run, ctx, outcome))
     previous_checkpoint(checkpoint).unlink(missing_ok=True)

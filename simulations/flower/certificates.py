@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import tomli_w
 import trustme
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
@@ -27,9 +28,11 @@ class Certificates:
 
     Attributes:
         directory: their directory, which only its owner can read.
+        users: TOML file with the public key of each user's node; the keys are beside it.
     """
 
     directory: Path
+    users: Path
 
     @property
     def root(self) -> Path:
@@ -41,9 +44,16 @@ class Certificates:
         files = {"ca-certfile": "root.pem", "certfile": "server.pem", "keyfile": "server.key"}
         return [part for name, file in files.items() for part in (f"--ssl-{name}", str(self.directory / file))]
 
+    def bind_users(self, users: int) -> None:
+        """Write the file of the users' keys, unless it exists."""
+        self.users.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not self.users.exists():
+            keys = {str(i): self.node_key(i).with_suffix(".pub").read_text() for i in range(users)}
+            _write(self.users, tomli_w.dumps(keys).encode())
+
     def node_key(self, node: int) -> Path:
         """The private key of a node, created on first use; the public key is beside it, with the suffix ``.pub``."""
-        path = self.directory / f"node{node}"
+        path = self.users.with_name(f"node{node}")
         if not path.exists():
             key = ec.generate_private_key(ec.SECP384R1())
             _write(path, key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
@@ -51,15 +61,20 @@ class Certificates:
         return path
 
 
-def make_certificates(directory: Path) -> Certificates:
-    """Create an authority and a certificate for loopback in a new directory."""
+def make_certificates(directory: Path, users: Path | None = None) -> Certificates:
+    """Create an authority and a certificate for loopback in a new directory.
+
+    Args:
+        directory: the new directory.
+        users: TOML file with the public keys of the users' nodes; None for one in the new directory.
+    """
     directory.mkdir(mode=0o700)
     now = datetime.now(UTC)
     authority = trustme.CA(path_length=0)  # its key is never written, so it signs no other certificates
     server = authority.issue_cert(
         "localhost", HOST, not_before=now - timedelta(hours=1), not_after=now + timedelta(days=DAYS)
     )
-    certificates = Certificates(directory)
+    certificates = Certificates(directory, users or directory / "users.toml")
     _write(certificates.root, authority.cert_pem.bytes())
     _write(directory / "server.pem", server.cert_chain_pems[0].bytes())
     _write(directory / "server.key", server.private_key_pem.bytes())

@@ -21,9 +21,8 @@ from flwr.supercore.task_identity import TaskIdentity
 
 SERVER_NODE_ID = 1
 
-CLIENT_APP_RAISED = 2
 NODE_UNAVAILABLE = 5
-"""Flower's error codes; the enumeration is private, its values are stable."""
+"""Flower's error code; the enumeration is private, its values are stable."""
 
 
 def flower_run(run_id: int) -> FlowerRun:

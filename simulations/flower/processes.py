@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,11 +50,13 @@ class ProcessGroup:
         sessions: operating system sessions of the processes; unlike parent ids, they survive the death of a parent.
         started: the processes started here, by name, in order.
         id: value of ``GROUP_VARIABLE`` in the environment of the processes.
+        by_session: whether sessions are followed. False if processes may share the session of the user's terminal.
     """
 
     sessions: set[int] = field(default_factory=set)
     started: dict[str, Process] = field(default_factory=dict)
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    by_session: bool = True
 
     def start(self, name: str, command: list[str], log: Path, environment: Mapping[str, str]) -> Process:
         """Start a process in a new session, with its output redirected to a file."""
@@ -82,14 +84,19 @@ class ProcessGroup:
 
         This also happens on SIGINT and SIGTERM, and by a guardian process if this process is killed.
         """
-        with temporary_workspace(self.stop) as directory:
-            command = [sys.executable, "-m", __name__, self.id, str(directory)]
-            # Only this process has the other end of the pipe, so that it is closed when this process ends.
-            guardian = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
-            try:
-                yield directory
-            finally:
-                guardian.communicate(ENDED)
+        with temporary_workspace(self.stop) as directory, self.guarded(directory):
+            yield directory
+
+    @contextmanager
+    def guarded(self, *directories: Path) -> Iterator[None]:
+        """Have a guardian process stop the processes and delete the directories if this process is killed."""
+        command = [sys.executable, "-m", __name__, self.id, str(int(self.by_session)), *map(str, directories)]
+        # Only this process has the other end of the pipe, so that it is closed when this process ends.
+        guardian = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+        try:
+            yield
+        finally:
+            guardian.communicate(ENDED)
 
     def stop(self) -> None:
         """Terminate all processes: first those started here, last one first, then the remaining descendants."""
@@ -111,6 +118,8 @@ class ProcessGroup:
         table = _process_table()
         while True:
             pids = {pid for pid, _, session, group in table if session in self.sessions or group == self.id}
+            if not self.by_session:
+                return sorted(pids)
             opened = {session for pid, parent, session, _ in table if parent in pids or pid in pids} - self.sessions
             opened.discard(os.getsid(0))  # the session of this process also has processes of others
             if not opened:
@@ -118,17 +127,18 @@ class ProcessGroup:
             self.sessions |= opened
 
 
-def guard(group: str, directory: Path, owner: IO[bytes]) -> None:
-    """Wait until the owner of a process group ends. If it was killed, stop the group and delete its directory.
+def guard(group: ProcessGroup, directories: Sequence[str], owner: IO[bytes]) -> None:
+    """Wait until the owner of a process group ends. If it was killed, stop the group and delete its directories.
 
     Args:
-        group: id of the group.
-        directory: temporary directory of the group.
+        group: the group.
+        directories: temporary directories of the group.
         owner: pipe from the owner.
     """
     if owner.read() != ENDED:
-        ProcessGroup(id=group).stop()
-        shutil.rmtree(directory, ignore_errors=True)
+        group.stop()
+        for directory in directories:
+            shutil.rmtree(directory, ignore_errors=True)
 
 
 def end_with_parent() -> None:
@@ -232,4 +242,4 @@ def _signal_handler(handler: Handler, *numbers: signal.Signals) -> Iterator[None
 
 
 if __name__ == "__main__":
-    guard(sys.argv[1], Path(sys.argv[2]), sys.stdin.buffer)
+    guard(ProcessGroup(id=sys.argv[1], by_session=sys.argv[2] == "1"), sys.argv[3:], sys.stdin.buffer)

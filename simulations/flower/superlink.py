@@ -25,6 +25,7 @@ from typing import Any
 import tomli_w
 
 from fedbn.errors import UserError
+from fedbn.federation.failures import ClientError
 from fedbn.federation.run import Run
 from fedbn.federation.server import Outcome
 from simulations.flower.certificates import Certificates
@@ -37,13 +38,16 @@ from simulations.flower.processes import (
     script_path,
     scripts_path,
 )
+from simulations.server.nodes import REPLY_SECONDS, WAIT_SECONDS
 from simulations.server.safeguards import DEPLOYMENT_CONFIG, Scalar
+from simulations.server.validation import InvalidReply
 from simulations.storage.checkpoint import load_outcome
 
 SUPERLINK_NAME = "fedbn"
 """Name of the SuperLink in the private Flower home."""
 
 START_SECONDS = 60.0
+COMMAND_SECONDS = 300.0
 TAIL_LINES = 25
 
 APP_CONFIG: dict[str, Any] = {
@@ -54,7 +58,7 @@ APP_CONFIG: dict[str, Any] = {
                 "publisher": "fedbn",
                 "fab-include": ["fedbn_run_server.py", "fedbn_run_client.py"],
                 "components": {"serverapp": "fedbn_run_server:app", "clientapp": "fedbn_run_client:app"},
-                "config": {"run": "", "out": "", **DEPLOYMENT_CONFIG},
+                "config": {"run": "", "out": "", "timeout": 0.0, "wait": 0.0, "users": "", **DEPLOYMENT_CONFIG},
             }
         }
     },
@@ -101,6 +105,8 @@ class SuperLink:
         certificates: certificates for TLS; None: no TLS.
         processes: its processes.
         extra_environment: additional environment variables of its processes.
+        timeout: seconds for which the server of a run waits for the replies in an exchange.
+        wait: seconds for which the server of a run waits until every user has a node.
         port: port of all its APIs.
         num_runs: number of executed runs.
     """
@@ -110,6 +116,8 @@ class SuperLink:
     certificates: Certificates | None = None
     processes: ProcessGroup = field(default_factory=ProcessGroup)
     extra_environment: dict[str, str] = field(default_factory=dict)
+    timeout: float = REPLY_SECONDS
+    wait: float = WAIT_SECONDS
     port: int = 0
     num_runs: int = 0
 
@@ -159,7 +167,9 @@ class SuperLink:
         name, temporary = f"run-{self.num_runs}", self.directory / f"outcome-{self.num_runs}.safetensors"
         run_config = self.directory / f"{name}.toml"
         file = temporary if out is None else out.resolve()
-        run_config.write_text(tomli_w.dumps({"run": run.to_json(), "out": str(file), **config}))
+        values = {"run": run.to_json(), "out": str(file), "timeout": self.timeout, "wait": self.wait, **config}
+        values |= {"users": str(self.certificates.users.resolve())} if self.certificates else {}
+        run_config.write_text(tomli_w.dumps(values))
         app = str(self.directory / "app")
         submitted = self.flwr("run", app, SUPERLINK_NAME, "--run-config", str(run_config), *settings)
         run_id = str(submitted["run-id"])
@@ -175,16 +185,21 @@ class SuperLink:
         """JSON output of a ``flwr`` command.
 
         Raises:
-            FlowerRunError: the command failed.
+            FlowerRunError: the command failed, or did not end in time.
         """
-        done = subprocess.run(
-            [script_path("flwr"), *arguments, "--format", "json"],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            env=self.environment(),
-            start_new_session=True,
-        )
+        try:
+            done = subprocess.run(
+                [script_path("flwr"), *arguments, "--format", "json"],
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                env=self.environment(),
+                start_new_session=True,
+                timeout=COMMAND_SECONDS,
+            )
+        except subprocess.TimeoutExpired:
+            text = f"flwr {arguments[0]} did not end within {COMMAND_SECONDS:g} s"
+            raise FlowerRunError(f"{text}\n{self.tail('superlink')}") from None
         with suppress(json.JSONDecodeError):
             result = json.loads(done.stdout)
             if result.get("success"):
@@ -245,10 +260,12 @@ class SuperLink:
                 stream.wait()
 
     def _failure(self, name: str, status: str, details: str) -> Exception:
-        cause = _plain(details).removeprefix("Simulation failed with exception: ").strip()
+        cause = re.sub(r"^(Simulation|ServerApp) failed with exception: ", "", _plain(details)).strip()
         first, *_ = cause.splitlines() or [""]
-        if f"{UserError.__module__}.{UserError.__qualname__}: {first}" in self._read_log(name):
-            return UserError(cause)
+        log = self._read_log(name)
+        for kind in (ClientError, InvalidReply, UserError):
+            if f"{kind.__module__}.{kind.__qualname__}: {first}" in log:
+                return kind(cause)
         return FlowerRunError(f"Flower's run: {status}: {cause}\n{self.tail(name)}")
 
     def _read_log(self, name: str) -> str:

@@ -37,7 +37,8 @@ from fedbn.nn.schema import Schema
 from fedbn.statistics.consensus import run_consensus
 from fedbn.statistics.moments import Moments
 from fedbn.strategies.base import Update
-from simulations.server.nodes import NodePool
+from simulations.server.keys import UserKeys
+from simulations.server.nodes import REPLY_SECONDS, WAIT_SECONDS, NodePool
 from simulations.server.optimizer import server_step
 from simulations.server.safeguards import SIMULATION, Safeguards
 from simulations.server.validation import ReplyValidator
@@ -75,7 +76,9 @@ def run_rounds(
     grid: Grid,
     run: Run,
     listener: Listener | None = None,
-    timeout: float = 0.0,
+    timeout: float = REPLY_SECONDS,
+    wait: float = WAIT_SECONDS,
+    keys: UserKeys | None = None,
     safeguards: Safeguards = SIMULATION,
 ) -> Outcome:
     """Run a federation over the nodes of a grid.
@@ -86,7 +89,9 @@ def run_rounds(
         grid: grid of the nodes.
         run: run to execute.
         listener: callbacks and resume state.
-        timeout: seconds to wait for replies; 0: no limit.
+        timeout: seconds to wait for the replies to an exchange.
+        wait: seconds to wait until every user has a node.
+        keys: public keys of the users' nodes; None: nodes are trusted to name their user.
         safeguards: limits of what clients send, and what they receive about each other.
 
     Raises:
@@ -98,7 +103,7 @@ def run_rounds(
     step = server_step(run.plan)
     if run.plan.tolerate and ctx.privacy is not None and ctx.privacy.secure:
         raise UserError("secure sums need every client of a round: remove secure=true or tolerate")
-    nodes = NodePool(grid, len(ctx.population.users), run.plan.tolerate, timeout)
+    nodes = NodePool(grid, len(ctx.population.users), run.plan.tolerate, timeout, wait, keys)
     validator = ReplyValidator(ctx, safeguards.limits, simulated=getattr(grid, "shares_memory", False))
     start = time.perf_counter()
     out = listener.resume or Outcome(Server(ctx.initial_server_state(), ctx.initial_server_state()))

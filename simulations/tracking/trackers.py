@@ -12,12 +12,14 @@ import re
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
 
 from fedbn.errors import UserError, install_extra, unknown
 from simulations.experiments.tasks import Event, Task
+from simulations.flower.processes import GROUP_VARIABLE, ProcessGroup
 
 
 class Tracker(ABC):
@@ -26,11 +28,13 @@ class Tracker(ABC):
     Attributes:
         name: name for ``--track``.
         package: required package.
+        starts_processes: whether the tracker starts processes; they end when this process ends, even if it is killed.
         created: topmost directory that was created for the tracker; None if its directory existed.
     """
 
     name: ClassVar[str]
     package: ClassVar[str]
+    starts_processes: ClassVar[bool] = False
     created: Path | None = None
 
     @abstractmethod
@@ -124,6 +128,7 @@ class WeightsAndBiases(Tracker):
 
     name = "wandb"
     package = "wandb"
+    starts_processes = True
 
     def __init__(self, directory: Path) -> None:
         import wandb
@@ -199,7 +204,16 @@ class Tracking:
 
     def __init__(self, texts: Iterable[str] = ()) -> None:
         """Open all trackers, each given as ``NAME:DIR``."""
-        self.trackers = [open_tracker(text) for text in texts]
+        self._guard = ExitStack()
+        texts = list(texts)
+        if any(TRACKERS[name].starts_processes for text in texts if (name := text.partition(":")[0]) in TRACKERS):
+            group = ProcessGroup(by_session=False)
+            self._guard.enter_context(group.guarded())  # first, because the guardian is not in the group
+            os.environ[GROUP_VARIABLE] = group.id  # inherited by all processes that are started from now on
+            self._guard.callback(os.environ.pop, GROUP_VARIABLE, None)
+        with self._guard:
+            self.trackers = [open_tracker(text) for text in texts]
+            self._guard = self._guard.pop_all()
         self.tasks: dict[str, Task] = {}
         self.logged_runs: set[str] = set()
 
@@ -207,10 +221,11 @@ class Tracking:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for tracker in self.trackers:
-            tracker.close()
-            if tracker.created and not self.logged_runs:
-                shutil.rmtree(tracker.created, ignore_errors=True)
+        with self._guard:
+            for tracker in self.trackers:
+                tracker.close()
+                if tracker.created and not self.logged_runs:
+                    shutil.rmtree(tracker.created, ignore_errors=True)
 
     def started(self, title: str, tasks: Sequence[Task]) -> None:
         """Remember the runs of a batch of tasks."""

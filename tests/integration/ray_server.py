@@ -24,6 +24,14 @@ class RunGrid:
     def get_node_ids(self):
         return self.grid.get_node_ids()
 
+    def pull_messages(self, message_ids):
+        return self.grid.pull_messages(message_ids)
+
+    def push_messages(self, messages):
+        for message in messages:
+            message.content[RUN_RECORD] = ConfigRecord({"run": self.run})
+        return self.grid.push_messages(messages)
+
     def send_and_receive(self, messages, timeout=None):
         for message in messages:
             message.content[RUN_RECORD] = ConfigRecord({"run": self.run})

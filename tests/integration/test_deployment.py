@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
 import sys
 import threading
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -35,6 +37,7 @@ from simulations.engines.deployment import CHECKPOINT, Deployment, deploy, deplo
 from simulations.flower.certificates import make_certificates
 from simulations.flower.processes import GROUP_VARIABLE, ProcessGroup, free_port
 from simulations.flower.superlink import FlowerRunError, SuperLink
+from simulations.server.keys import read_keys
 from simulations.storage.checkpoint import load_outcome
 from tests.fedbn.scenarios.test_remote import SCENARIO, make_run, run_on_nodes, write_node_files
 from tests.integration.processes import kill_server_of, marked, wait_until
@@ -55,7 +58,7 @@ def test_deployment_with_tls_matches_grid(mark):
     assert result.differences == ()
     assert len(result.deployed.curve) == 1
     assert result.deployed.scores.keys() == {0, 1, 2}
-    assert "with TLS and node authentication" in messages[0]
+    assert "with TLS, node authentication and users bound to keys" in messages[0]
     assert messages[1].startswith("3 SuperNodes are online")
 
 
@@ -126,6 +129,26 @@ def test_group_does_not_include_the_session_of_its_owner():
         assert group.live_pids() == [process.pid]
         group.stop()
         assert process.wait() == -signal.SIGTERM
+
+
+def test_group_by_environment_does_not_follow_sessions():
+    """A process of the group shares the session of a process that is not in it, such as a shell."""
+    group = ProcessGroup(by_session=False)
+    code = (
+        "import os, subprocess, sys\n"
+        f"child = subprocess.Popen(['sleep', '90'], env={{**os.environ, {GROUP_VARIABLE!r}: {group.id!r}}})\n"
+        "print(child.pid, flush=True)\n"
+        "print(child.wait(), flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", code], start_new_session=True, **pipes) as shell:
+        child = int(shell.stdout.readline())
+        assert group.live_pids() == [child]
+        group.stop()
+        assert int(shell.stdout.readline()) == -signal.SIGTERM
+        shell.communicate("")
+    assert shell.returncode == 0
 
 
 def test_processes_of_a_killed_owner_are_stopped(tmp_path):
@@ -349,3 +372,47 @@ def test_compose_file_example_run_fits_its_nodes():
     image = yaml.safe_load(text)["services"]["superlink"]["build"]["dockerfile_inline"]
     assert f"[superlink.{arguments['superlink']}]" in image
     assert f"WORKDIR {arguments['app']}" in image
+
+
+def document_commands(name):
+    """Commands in the deployment document, as lists of arguments."""
+    text = (COMPOSE.parent / "docs" / "deployment.md").read_text()
+    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL)).replace("\\\n", " ")
+    lines = [shlex.split(line, comments=True) for line in blocks.splitlines() if line.startswith(f"{name} ")]
+    return [[word for word in line[1:] if word != "..."] for line in lines]
+
+
+def test_document_commands_match_flower():
+    (link,) = document_commands("flower-superlink")
+    assert _parse_args_run_superlink().parse_args(link).enable_supernode_auth
+    complete, short = document_commands("flower-supernode")
+    arguments = _parse_args_run_supernode().parse_args(complete)
+    assert arguments.auth_supernode_private_key == "node0"
+    assert parse_config_args([arguments.node_config]).keys() == {"partition-id", "num-partitions", "state-dir", "log"}
+    assert parse_config_args([_parse_args_run_supernode().parse_args(short).node_config])["data"] == "/data/mine.npz"
+    known = tomllib.loads((COMPOSE.parent / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
+    runs = [line for line in document_commands("flwr") if line[0] == "run"]
+    assert len(runs) == 3
+    for name, *options in runs:
+        given = get_command(flwr_app).commands[name].make_context(name, options).params
+        config = parse_config_args(given["run_config_overrides"])
+        assert config.keys() <= known.keys()
+        build_context(run_from_config(known | config))
+    (register,) = [line for line in document_commands("flwr") if line[:2] == ["supernode", "register"]]
+    assert register[2:] == ["node0.pub", "production"]
+
+
+def test_deploy_rejects_keys_without_tls(tmp_path):
+    with pytest.raises(UserError, match="--users binds users to keys of nodes, which only --tls checks: add --tls"):
+        deploy(short_run("fedbn", 1), keys=tmp_path / "keys.toml")
+
+
+def test_users_are_bound_to_keys_once(tmp_path):
+    users = tmp_path / "keys" / "keys.toml"
+    for name in ("first", "second"):
+        certificates = make_certificates(tmp_path / name, users)
+        certificates.bind_users(2)
+        text = certificates.node_key(1).with_suffix(".pub").read_text()
+        assert tomllib.loads(users.read_text())["1"] == text
+        assert read_keys(users, 2).user.keys() == {tomllib.loads(users.read_text())[k].encode() for k in "01"}
+    assert {path.stat().st_mode & 0o777 for path in users.parent.iterdir()} == {0o600}

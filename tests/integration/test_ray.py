@@ -19,6 +19,7 @@ import pytest
 from clients.app import app as client_app
 from clients.config import run_from_config
 from fedbn.errors import UserError
+from fedbn.federation.failures import LOG_VARIABLE, ClientError
 from fedbn.federation.run import Run, plan_for
 from fedbn.strategies.base import strategies
 from simulations.engines.deployment import differences
@@ -26,7 +27,7 @@ from simulations.engines.execute import execute
 from simulations.engines.grid import InProcessGrid
 from simulations.engines.ray import ray_session
 from simulations.flower.compat import task_identity
-from simulations.flower.superlink import ENVIRONMENT, MODULES, FlowerRunError
+from simulations.flower.superlink import ENVIRONMENT, MODULES
 from simulations.server.nodes import NodePool
 from simulations.storage.checkpoint import load_outcome
 from tests.helpers import ROOT
@@ -87,6 +88,7 @@ def on_ray(tmp_path_factory):
         patch.syspath_prepend(directory)
         patch.setenv(MARK, mark)
         patch.setenv("FEDBN_CACHE", str(directory / "cache"))
+        patch.setenv(LOG_VARIABLE, str(directory / "clients.log"))
         with ray_session(actors=1) as execute_on_ray:  # a second actor would cost more at startup than it saves
             started = marked(mark)
             yield execute_on_ray
@@ -132,9 +134,10 @@ def test_ray_raises_user_errors_of_server(on_ray):
 
 @pytest.mark.ray
 @pytest.mark.xdist_group("on-ray")
-def test_ray_run_fails_with_log_on_client_error(on_ray):
-    with pytest.raises(FlowerRunError, match=r"(?s)finished:failed: train, user \d.*a bug in the model"):
+def test_ray_run_reports_client_error(on_ray):
+    with pytest.raises(ClientError, match=r"^train, user \d: UserError \(code 101: .*\)"):
         on_ray(short_run("fedbn", model="ray_models:broken_at_clients"))
+    assert "ZeroDivisionError: a bug in the model" in Path("clients.log").read_text()
 
 
 @pytest.mark.ray

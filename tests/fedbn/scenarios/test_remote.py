@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 import torch
 
 from clients.app import app as client_app
 from fedbn.config import Plan
+from fedbn.federation.failures import ClientError
 from fedbn.federation.loop import federate
 from fedbn.federation.run import Run
 from fedbn.federation.setup import build_context
@@ -15,7 +19,6 @@ from fedbn.scenarios.remote import load_node_user
 from fedbn.seeds import numpy_generator
 from simulations.engines.grid import InProcessGrid
 from simulations.flower.compat import task_identity
-from simulations.server.nodes import ClientError
 from simulations.server.rounds import run_rounds
 from tests.fedbn.helpers import rejects
 from tests.helpers import same
@@ -75,9 +78,17 @@ def test_nodes_match_centrally_stored_files(strategy, directory):
     assert {s.row for scores in result.scores.values() for s in scores} == {"own"}
 
 
-def test_node_without_data_is_rejected(directory):
-    with pytest.raises(ClientError, match=r'set this node.s data in its node config, as data="PATH"'):
+def test_node_without_data_is_rejected(directory, caplog):
+    with fails_on_node(r'set this node.s data in its node config, as data="PATH"', caplog):
         run_on_nodes(make_run(SCENARIO), lambda user: directory / "0.npz" if user == 0 else None)
+
+
+@contextmanager
+def fails_on_node(message, caplog):
+    """Expect a user error that only the log of the node explains."""
+    with pytest.raises(ClientError, match=r"^train, user \d: UserError \(code 101: .*\); the log of this client"):
+        yield
+    assert re.search(message, caplog.text)
 
 
 def test_server_reads_no_file(directory, monkeypatch):
@@ -100,21 +111,21 @@ def test_server_reads_no_file(directory, monkeypatch):
         ({"x": np.full((ROWS, 6), np.nan)}, "x holds 240 NaN or infinite values"),
     ],
 )
-def test_node_rejects_bad_file(arrays, message, tmp_path):
+def test_node_rejects_bad_file(arrays, message, tmp_path, caplog):
     good = {"x": np.zeros((ROWS, 6), np.float32), "y": np.arange(ROWS) % CLASSES}
     np.savez(tmp_path / "bad.npz", **(good | arrays))
-    with pytest.raises(ClientError, match=message):
+    with fails_on_node(message, caplog):
         run_on_nodes(make_run(SCENARIO), lambda user: tmp_path / "bad.npz")
 
 
-def test_node_rejects_missing_file(directory):
-    with pytest.raises(ClientError, match="there is no file"):
+def test_node_rejects_missing_file(directory, caplog):
+    with fails_on_node("there is no file", caplog):
         run_on_nodes(make_run(SCENARIO), lambda user: directory / "nowhere.npz")
 
 
-def test_node_rejects_data_for_other_scenario(directory):
+def test_node_rejects_data_for_other_scenario(directory, caplog):
     run = make_run(f"files:path={directory / 'all.npz'}:unseen=0")
-    with pytest.raises(ClientError, match=r"this node has data=.*0\.npz, but scenario files:.* use scenario remote"):
+    with fails_on_node(r"this node has data=.*0\.npz, but scenario files:.* use scenario remote", caplog):
         run_on_nodes(run, lambda user: directory / "0.npz")
 
 

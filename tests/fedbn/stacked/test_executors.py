@@ -369,7 +369,7 @@ def test_training_falls_back_if_the_stacked_engine_fails(executor, failing, smal
             assert same(update.state, expected_update.state)
             assert same(state, expected_state)
             assert update.loss == expected_update.loss
-    assert chosen.execution == {"train": ["the stacked engine failed with RuntimeError: wrong shape"]}
+    assert chosen.execution == {"train": ["the stacked engine failed with RuntimeError"]}
 
 
 def test_training_that_fails_in_a_later_stack_has_no_effect(small, monkeypatch):

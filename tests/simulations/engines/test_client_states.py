@@ -20,7 +20,6 @@ from simulations.engines import client_states
 from simulations.engines.client_states import ClientStates, available_memory, state_bytes
 from simulations.engines.execute import execute
 from simulations.engines.grid import InProcessGrid
-from simulations.server.nodes import ClientError
 from tests.helpers import same
 
 
@@ -136,7 +135,7 @@ def test_client_states_ignore_decoded_records(low_memory):
 def test_client_states_check_disk_space_first(low_memory, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: os.statvfs_result((0,) * 10) and type("U", (), {"free": 9})())
     message = "the states of . clients need .* GB, but .* has only .* GB: set TMPDIR to a larger disk"
-    with pytest.raises(ClientError, match=message):
+    with pytest.raises(UserError, match=message):
         execute(run_of("fedbn"), "grid")
 
 

@@ -32,4 +32,4 @@ def test_resumed_outcome_unites_how_clients_ran(small, monkeypatch):
 
     monkeypatch.setattr("fedbn.stacked.cohort.fit_stack", broken)
     outcome = execute(run, "grid:stacked", resume=partial[0])
-    assert outcome.execution["train"] == ["stacked", "the stacked engine failed with RuntimeError: broken"]
+    assert outcome.execution["train"] == ["stacked", "the stacked engine failed with RuntimeError"]

@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
+from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
+from flwr.superlink.grid.http_grid import HttpGrid
 
+from clients.errors import FLOWER_CODES
 from simulations.flower import compat as flower_compat
 
 
@@ -25,7 +28,7 @@ def test_task_identity_allows_message_creation():
 def test_constants_match_flower():
     assert flower_compat.SERVER_NODE_ID == SUPERLINK_NODE_ID
     assert flower_compat.NODE_UNAVAILABLE == ErrorCode.NODE_UNAVAILABLE
-    assert flower_compat.CLIENT_APP_RAISED == ErrorCode.CLIENT_APP_RAISED_EXCEPTION
+    assert FLOWER_CODES.keys() == {v for v in vars(ErrorCode).values() if isinstance(v, int)} - {0, 6}
 
 
 def test_set_message_id_with_content_and_flower_run():
@@ -63,3 +66,8 @@ def test_with_content_creates_complete_message():
 def test_grid_has_expected_abstract_methods():
     methods = {"create_message", "get_node_ids", "pull_messages", "push_messages", "run", "send_and_receive", "set_run"}
     assert methods == set(Grid.__abstractmethods__)
+
+
+def test_grid_shows_public_keys_of_nodes():
+    assert "public_key" in NodeInfo.DESCRIPTOR.fields_by_name
+    assert all(callable(grid.get_nodes) for grid in (Grid, HttpGrid))

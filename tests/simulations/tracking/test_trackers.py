@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
+import subprocess
 import sys
+import uuid
+from importlib.util import find_spec
 from pathlib import Path
 
 import pandas as pd
@@ -14,7 +19,10 @@ from fedbn.errors import UserError
 from simulations.experiments.compare import compare
 from simulations.experiments.experiment import Experiment
 from simulations.experiments.tasks import Event, Task
+from simulations.flower.processes import GROUP_VARIABLE
 from simulations.tracking.trackers import TRACKERS, Tracker, Tracking, open_tracker
+from tests.helpers import ROOT
+from tests.integration.processes import MARK, kill_marked, marked, wait_until
 
 
 class Memory(Tracker):
@@ -214,3 +222,64 @@ def test_open_tracker_reports_unwritable_directory(tmp_path):
 
 def test_all_trackers_are_listed():
     assert set(TRACKERS) >= {"tensorboard", "mlflow", "wandb"}
+
+
+# A tracker with a process, a thread that is no daemon, and events that it writes until it is closed.
+TRACKED = """
+import subprocess, sys, time
+from simulations.cli.app import main
+from simulations.tracking import trackers
+
+
+class Starting(trackers.Tracker):
+    name, package, starts_processes = "starting", "none", True
+
+    def __init__(self, directory):
+        child = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+        self.child = subprocess.Popen([sys.executable, "-c", child], start_new_session=True)
+
+    def begin(self, run, settings):
+        print("tracking", flush=True)
+
+    def log(self, run, step, values): ...
+    def end(self, run): ...
+    def close(self): self.child.kill()
+
+
+trackers.TRACKERS["starting"] = Starting
+if __name__ == "__main__":
+    sys.argv = ["fedbn", "compare", "digits8", "--rounds", "2000", "--strategies", "fedbn", "--workers", "1",
+                *(part for text in sys.argv[1:] for part in ("--track", text))]
+    main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("texts", [("starting:own",), ("starting:own", "tensorboard:tb", "mlflow:ml", "wandb:wb")])
+def test_trackers_end_with_their_parent(texts, signum, tmp_path, monkeypatch):
+    packages = {"tensorboard": "tensorboard", "mlflow": "mlflow", "wandb": "wandb"}
+    installed = [t for t in texts if find_spec(packages.get(t.partition(":")[0], "json"))]
+    (tmp_path / "tracked.py").write_text(TRACKED)
+    mark = uuid.uuid4().hex
+    monkeypatch.setenv(MARK, mark)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    command = [sys.executable, "tracked.py", *installed]
+    with subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as process:
+        assert process.stdout.readline() == "tracking\n"
+        assert len(marked(mark)) >= 3  # the command, the process of the tracker, the guardian
+        process.send_signal(signum)
+        assert process.wait(60) == (-signum if signum == signal.SIGKILL else 130)
+    try:
+        assert wait_until(lambda: not marked(mark), 60)
+    finally:
+        kill_marked(mark)
+
+
+def test_tracking_restores_environment_if_a_tracker_cannot_be_opened(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="needs the package wandb"):
+        Tracking([f"wandb:{tmp_path}"])
+    assert GROUP_VARIABLE not in os.environ
