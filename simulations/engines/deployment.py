@@ -23,6 +23,7 @@ from fedbn.federation.server import Outcome, Server
 from fedbn.federation.setup import build_context
 from fedbn.files import locked
 from fedbn.nn.roles import State
+from fedbn.objects import require_importable
 from simulations.engines.execute import execute
 from simulations.flower.certificates import make_certificates
 from simulations.flower.processes import HOST, POLL_SECONDS, ProcessGroup, free_port, script_path
@@ -72,6 +73,7 @@ def deploy(run: Run, *, tls: bool = False, notify: Notify = lambda text: None, o
         UserError: the run has invalid settings or too many users.
         FlowerRunError: a process exited, or the run failed.
     """
+    require_importable("a deployment", run.to_json())
     ctx = build_context(run)
     users = len(ctx.population.users)
     for notice in ctx.notices:
