@@ -148,9 +148,9 @@ def resolve_reference(text: str, kind: str, known: Mapping[str, type]) -> Any:
 
 def _referenced(text: str, kind: str, known: Mapping[str, type[T]], base: Base) -> type[T] | T:
     found: Any = resolve_reference(text, kind, known)
-    if isinstance(found, base) or (inspect.isclass(found) and issubclass(found, base)):
-        return found
-    raise UserError(f"{kind} {text!r} must be a subclass of {_names(base)}, not {found!r}")
+    if not issubclass(found if inspect.isclass(found) else type(found), base):
+        raise UserError(f"{kind} {text!r} must be a subclass of {_names(base)}, not {found!r}")
+    return found
 
 
 def _names(base: Base) -> str:

@@ -131,17 +131,16 @@ def _frame(frame: Any, name: str, notices: tuple[str, ...] = (), hint: str = "")
 def _saved_dataset(path: Path) -> Columns:
     import datasets
 
-    data = datasets.load_from_disk(str(path))
-    return dataset_columns(data, path.name, f"name one: path={path / next(iter(data))}")
+    return dataset_columns(datasets.load_from_disk(str(path)), path.name, path)
 
 
-def dataset_columns(data: Any, name: str, fix: str = "pass one of them") -> Columns:
+def dataset_columns(data: Any, name: str, path: Path | None = None) -> Columns:
     """The columns of a `datasets.Dataset`, or of all splits of a `datasets.DatasetDict`.
 
     Args:
         data: the data set.
         name: its name, for messages.
-        fix: what to do if the splits are not parts of one data set.
+        path: directory of the data set, for messages; None if it is an object.
 
     Raises:
         UserError: the splits are not train, validation and test.
@@ -154,6 +153,7 @@ def dataset_columns(data: Any, name: str, fix: str = "pass one of them") -> Colu
         return _dataset(next(iter(data.values())), name)
     splits = {split: split_of(split) for split in data}
     if None in splits.values():
+        fix = f"name one: path={path / next(iter(data))}" if path else "pass one of them"
         raise UserError(
             f"{name} holds {len(data)} splits ({', '.join(data)}), which are not train, validation and test; {fix}"
         )
