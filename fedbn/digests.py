@@ -139,6 +139,8 @@ class _Digest:
 
     def _add_class(self, value: type) -> None:
         self.text("class", value.__qualname__)
+        if value.__module__ == "builtins":
+            return
         for base in value.__bases__:
             self.add(base)
         for name, item in sorted(vars(value).items()):
