@@ -12,6 +12,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from torch import nn
 
+from fedbn.data.population import Population
 from fedbn.errors import UserError, unknown
 from fedbn.federation.run import Run
 from fedbn.federation.server import Outcome
@@ -146,9 +147,14 @@ class FederationResult:
     run: Run
     outcome: Outcome
 
+    @property
+    def population(self) -> Population:
+        """Users with their data, partitioned and shifted."""
+        return build_context(self.run).population
+
     def to_pandas(self) -> pd.DataFrame:
         """Scores, one line per user and cell of the evaluation matrix."""
-        users = build_context(self.run).population.users
+        users = self.population.users
         return pd.DataFrame(
             {"user": users[i].name, "domain": users[i].domain, **asdict(score)}
             for i, scores in sorted(self.outcome.scores.items())

@@ -108,7 +108,7 @@ class Noisy(Items):
 def by_user(make=TensorDataset):
     """Training and test Dataset of each user, and the same rows as arrays."""
     x, y, split = torch.from_numpy(X), torch.from_numpy(Y), np.arange(ROWS) % 24 < 16
-    rows = {user: USER == user for user in ("ana", "bob", "cem")}
+    rows = {user: user == USER for user in ("ana", "bob", "cem")}
     pairs = {u: tuple(make(x[r & part], y[r & part]) for part in (split, ~split)) for u, r in rows.items()}
     return pairs, Population.from_arrays(X, Y, user=USER, split=np.where(split, "train", "test"))
 

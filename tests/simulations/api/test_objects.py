@@ -226,7 +226,8 @@ def net(shape, classes):
 rng = np.random.default_rng(0)
 y = np.arange(96) % 3
 people = fedbn.Population.from_arrays(rng.normal(size=(96, 4)), y, user=np.arange(96) // 32)
-found = fedbn.compare(people, ["fedavg", Mine()], model=net, seeds=1, rounds=1, progress=False, out="out", workers=WORKERS)
+options = {"seeds": 1, "rounds": 1, "progress": False, "out": "out", "workers": WORKERS}
+found = fedbn.compare(people, ["fedavg", Mine()], model=net, **options)
 print(*sorted((p.parent.name, p.stat().st_mtime_ns) for p in found.directory.rglob("result.json")))
 """
 
