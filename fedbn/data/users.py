@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -121,7 +122,9 @@ def build_users(rows: Rows, name: str, test: float, gap: int, *, least: int = 0,
 def _rows(x: np.ndarray, index: np.ndarray) -> Tensor:
     """Rows of an array; successive rows of a memory-mapped file stay there."""
     if isinstance(x, np.memmap) and len(index) and np.array_equal(index, np.arange(index[0], index[0] + len(index))):
-        return torch.from_numpy(x[index[0] : index[0] + len(index)])
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # data are never modified
+            return torch.from_numpy(x[index[0] : index[0] + len(index)])
     return torch.from_numpy(x[index])
 
 

@@ -130,6 +130,16 @@ def test_from_datasets_keeps_values_on_disk(tmp_path):
     assert (population.users[0].train.x[0] == 7).all()  # a view of the file, no copy
 
 
+def test_from_arrays_keeps_read_only_files_on_disk(tmp_path, recwarn):
+    np.save(tmp_path / "x.npy", X)
+    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
+    population = Population.from_arrays(mapped, Y, user=USER)
+    assert same_data(population, Population.from_arrays(X, Y, user=USER))
+    first, last = population.users[0].train.x, population.users[2].test.x
+    assert 0 < last.data_ptr() - first.data_ptr() < mapped.nbytes  # in one mapping
+    assert not recwarn
+
+
 @pytest.mark.slow
 def test_from_datasets_with_workers_equals_arrays():
     pairs, expected = by_user()

@@ -16,10 +16,14 @@ from torch import nn
 
 import fedbn
 from fedbn.errors import UserError
+from fedbn.online.rules.base import Rule
 from fedbn.online.rules.pseudo import Pseudo
 from fedbn.strategies.base import NormStrategy
 from fedbn.strategies.fedbn import FedBN
 from fedbn.strategies.ownership import LOCAL
+from fedbn.tta.tent import Tent
+from simulations.adaptation.methods import adaptation_method, adaptation_text
+from simulations.adaptation.study import families
 from simulations.engines.deployment import deploy, differences
 from simulations.results import inference
 from tests.helpers import ROOT, nonempty, same
@@ -122,7 +126,8 @@ def test_compare_accepts_one_strategy_and_a_list_of_seeds():
     pd.testing.assert_series_equal(own, scores)
 
 
-def test_result_offers_plots_best_and_models(tmp_path):
+@pytest.mark.slow
+def test_result_offers_plots(tmp_path):
     found = fedbn.compare(population(), ["fedavg", Mine(alpha=0.5)], model=Net, **SMALL)
     for plot, name in (
         (found.plot_matrix(), "m.png"),
@@ -134,6 +139,15 @@ def test_result_offers_plots_best_and_models(tmp_path):
         assert plot._repr_png_().startswith(b"\x89PNG")
     with pytest.raises(UserError, match=r"plots are saved as .png, .pdf, .svg, not as 'm.gif'"):
         found.plot_matrix().save("m.gif")
+    single = fedbn.compare(population(), "fedavg", model=Net, **SMALL | {"rounds": 1})
+    with pytest.raises(UserError, match="no strategy has differences to global-naive"):
+        single.plot_paired()
+    with pytest.raises(UserError, match="one evaluated round makes no curve"):
+        single.plot_convergence()
+
+
+def test_result_offers_best_and_models():
+    found = fedbn.compare(population(), ["fedavg", Mine(alpha=0.5)], model=Net, **SMALL)
     means = found.matrix().query("row == 'unseen' and column == 'recalibrated'").set_index("strategy")["mean"]
     assert means[found.best("unseen", "recalibrated")] == means.max()
     losses = found.matrix("loss").query("row == 'own' and column == 'aggregated'").set_index("strategy")["mean"]
@@ -149,11 +163,6 @@ def test_result_offers_plots_best_and_models(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             found.model(**wrong)
-    single = fedbn.compare(population(), "fedavg", model=Net, **SMALL | {"rounds": 1})
-    with pytest.raises(UserError, match="no strategy has differences to global-naive"):
-        single.plot_paired()
-    with pytest.raises(UserError, match="one evaluated round makes no curve"):
-        single.plot_convergence()
 
 
 @pytest.mark.parametrize(
@@ -187,6 +196,38 @@ def test_deploy_rejects_objects_in_memory():
     run = fedbn.federate(population(), "fedavg", model=Net, **PLAN).run
     with pytest.raises(UserError, match="a deployment starts processes"):
         deploy(run)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MyRule(Rule):
+    name: ClassVar[str] = "my-rule"
+    speed: float = 0.5
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        (Tent(lr=0.25), "tent:lr=0.25"),
+        (Tent, "tent"),
+        (MyRule(speed=0.25), f"{__name__}:MyRule:speed=0.25"),
+        (adaptation_method("pseudo:n0=8.0/adwin/decay:n=8"), "pseudo:n0=8.0/adwin/decay:n=8"),
+    ],
+)
+def test_adaptation_text_names_objects(given, text):
+    assert adaptation_text(given) == text
+    assert adaptation_method(text).text == text
+
+
+def test_adaptation_text_rejects_other_objects():
+    with pytest.raises(UserError, match="rule or method must be a text or a Rule or Method, not 3"):
+        adaptation_text(3)
+    with pytest.raises(UserError, match="must be a subclass of Rule or Method"):
+        adaptation_method(f"{__name__}:Mine")
+
+
+def test_families_of_rules_with_references():
+    texts = [f"{__name__}:MyRule", "pseudo", f"{__name__}:MyRule:speed=0.25", f"{__name__}:Mine"]
+    assert families(texts) == [[texts[0], texts[2]]]
 
 
 @pytest.mark.slow
