@@ -16,6 +16,8 @@ from torch import nn
 
 import fedbn
 from fedbn.errors import UserError
+from fedbn.models import build
+from fedbn.models.base import model_text
 from fedbn.online.rules.base import Rule
 from fedbn.online.rules.pseudo import Pseudo
 from fedbn.strategies.base import NormStrategy
@@ -111,7 +113,9 @@ def test_a_module_starts_every_run_with_its_weights():
     for run in runs:
         assert torch.allclose(run.model().head.weight, before["head.weight"])
     assert same(net.state_dict(), before)
+    text = model_text(net)
     nn.init.zeros_(net.head.weight)
+    assert torch.equal(build(text, (4,), 3, 0).head.weight, before["head.weight"])
     assert fedbn.federate(population(), "fedavg", model=net, **PLAN).run.id != runs[0].run.id
 
 

@@ -150,8 +150,8 @@ def test_command_sets_every_field(command, name, captured):
 )
 def test_function_accepts_every_field(function, name, captured, tmp_path):
     given = {"compare": {"strategies": ("fedbn",), "progress": False}, "adapt": {}}[function]
+    options = {"scenario": "digits8", **given, name: VALUES[name][1]}
     with pytest.raises(Stop):
-        options = {"scenario": "digits8", **given, name: VALUES[name][1]}
         getattr(fedbn, function)(options.pop("scenario"), **options, out=tmp_path)
     assert read(captured.pop(), name) == VALUES[name][1]
 
