@@ -96,7 +96,7 @@ class ComparisonResult(Comparison):
 
         It describes the table: nothing is selected on test data, neither rounds nor seeds nor options.
         Whether the difference to the others is more than chance is answered by `clear_best`. Options such as the
-        learning rate are chosen on validation data (``tune=True``).
+        learning rate are chosen on validation data (``tune={"lr": [0.01, 0.1]}``).
 
         Raises:
             UserError: an unknown metric, or no strategy has this cell.
