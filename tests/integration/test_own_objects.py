@@ -24,6 +24,7 @@ def run(example, engine, data=None):
     )
 
 
+@pytest.mark.slow
 def test_own_objects_are_equal_in_loop_and_grid(example):
     reference = run(example, "reference")
     assert differences(reference.outcome, run(example, "grid").outcome) == ()

@@ -222,6 +222,7 @@ class Federated:
         return self.partitioners[split].load_partition(partition_id)
 
 
+@pytest.mark.slow
 def test_from_federated_has_a_user_per_partition():
     population = Population.from_federated(Federated(table()), x="values", y="label", gap=1)
     expected = Population.from_huggingface(table(), x="values", y="label", user="who")
