@@ -1,7 +1,8 @@
 """Federated and domain-adaptive batch normalization: what one needs by name, loaded when it is first used.
 
-The library imports neither Flower nor Ray. `compare`, `study` and `load` belong to the package of experiments, which
-is built on this one; they are found by their entry point (group ``fedbn.api``), so nothing here imports upwards.
+The library imports neither Flower nor Ray. `compare`, `adapt`, `federate` and `load` belong to the package of
+experiments, which is built on this one; they are found by their entry point (group ``fedbn.api``), so nothing here
+imports upwards.
 """
 
 from __future__ import annotations
@@ -19,17 +20,17 @@ _HOME = {
     "Personalized": "fedbn.online",
     "PersonalizedClassifier": "fedbn.integrations.sklearn",
     "Plan": "fedbn.config",
+    "Population": "fedbn.data.population",
     "Role": "fedbn.nn.roles",
     "Rule": "fedbn.online",
     "Run": "fedbn.federation.run",
     "UserError": "fedbn.errors",
     "audit": "fedbn.auditing.audit",
     "convert": "fedbn.nn.conversion",
-    "federate": "fedbn.federation",
     "personalize": "fedbn.online",
     "rule": "fedbn.online",
 }
-_ABOVE = ("compare", "load", "study")
+_ABOVE = ("adapt", "compare", "federate", "load")
 
 __all__ = sorted([*_HOME, *_ABOVE])
 

@@ -1,9 +1,9 @@
 from fedbn.auditing.audit import Audit as Audit
 from fedbn.auditing.audit import audit as audit
 from fedbn.config import Plan as Plan
+from fedbn.data.population import Population as Population
 from fedbn.errors import UserError as UserError
 from fedbn.federation import Outcome as Outcome
-from fedbn.federation import federate as federate
 from fedbn.federation.run import Run as Run
 from fedbn.integrations.sklearn import PersonalizedClassifier as PersonalizedClassifier
 from fedbn.nn.conversion import convert as convert
@@ -15,8 +15,9 @@ from fedbn.online import rule as rule
 from fedbn.statistics.moments import Moments as Moments
 from fedbn.strategies.base import NormStrategy as NormStrategy
 from fedbn.strategies.ownership import Owner as Owner
+from simulations.api import adapt as adapt
 from simulations.api import compare as compare
+from simulations.api import federate as federate
 from simulations.api import load as load
-from simulations.api import study as study
 
 __all__: list[str]

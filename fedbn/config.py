@@ -65,7 +65,7 @@ class Checked:
         for f in fields(self):  # type: ignore[arg-type]
             value = getattr(self, f.name)
             low, above, below = (f.metadata.get(bound) for bound in ("low", "above", "below"))
-            if value is None:
+            if value is None or isinstance(value, tuple):
                 continue
             if low is not None and not value >= low:
                 raise UserError(f"{f.name} must be at least {low:g}, not {value}")
@@ -269,6 +269,21 @@ def nest(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
     if plan and not isinstance(nested.get("plan", {}), dict):
         raise UserError("plan must be a table of settings such as {rounds = 5} where its options are also given")
     return nested | ({"plan": {**nested.get("plan", {}), **plan}} if plan else {})
+
+
+def seed_numbers(seeds: int | tuple[int, ...]) -> tuple[int, ...]:
+    """Seeds 0 to ``seeds`` - 1, or the given ones.
+
+    Raises:
+        UserError: no seed, a negative one, or one that is given twice.
+
+    >>> seed_numbers(3), seed_numbers((4, 7))
+    ((0, 1, 2), (4, 7))
+    """
+    found = tuple(range(seeds)) if isinstance(seeds, int) else seeds
+    if not found or min(found) < 0 or len(set(found)) < len(found):
+        raise UserError(f"seeds must be different whole numbers from 0, at least one, not {list(found)}")
+    return found
 
 
 PLAN_FIELDS = tuple(f.name for f in fields(Plan))

@@ -7,6 +7,9 @@ automatically in the modules of their package and in the entry points of other d
 
 A class variable ``aliases`` lists other names. Case, ``-`` and ``_`` do not matter in names and aliases: ``GroupNorm``
 is ``groupnorm``. A plug-in is always rendered by its name, so an alias never changes the identity of a result.
+
+A class that is not discovered is named by its reference (`fedbn.objects`): ``mine.strategies:Mine:alpha=0.3`` is
+``Mine(alpha=0.3)`` of the module ``mine.strategies``.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import dataclasses
+import difflib
 import importlib
 import inspect
 import operator
@@ -26,8 +30,10 @@ from types import NoneType, UnionType
 from typing import Any, TypeVar
 
 from fedbn.errors import UserError, unknown
+from fedbn.objects import MEMORY, is_reference, reference, reference_of, resolve, split_options
 
 T = TypeVar("T")
+Base = type | tuple[type, ...]
 
 
 @cache
@@ -92,16 +98,29 @@ def find(name: str, kind: str, known: Mapping[str, type[T]]) -> type[T]:
     return known[spellings(known)[_spelled(name)]]
 
 
-def parse(text: str, kind: str, known: dict[str, type[T]]) -> T:
-    """Build a plug-in from ``name:field=value:field=value``; the name may be an alias.
+def parse(text: str, kind: str, known: dict[str, type[T]], base: Base | None = None) -> T:
+    """Build a plug-in from ``name:field=value:field=value``; the name may be an alias, or a reference.
 
     A value may have colons: a part without ``=`` continues the value before it.
+
+    Args:
+        text: the text.
+        kind: kind of plug-in, for messages.
+        known: discovered plug-ins.
+        base: base class (or classes) of plug-ins that are named by a reference; None to refuse references.
 
     Raises:
         UserError: unknown name or field (the most similar one is suggested), or a value of the wrong type.
     """
-    name, *parts = text.strip().split(":")
-    cls = find(name, kind, known)
+    text = text.strip()
+    name, *parts = text.split(":")
+    if base is not None and is_reference(text) and not is_known(name, known):
+        name, parts = split_options(text)
+        cls = _referenced(name, kind, known, base)
+        if not isinstance(cls, type):
+            return cls
+    else:
+        cls = find(name, kind, known)
     values: dict[str, str] = {}
     field = ""
     for part in parts:
@@ -113,6 +132,59 @@ def parse(text: str, kind: str, known: dict[str, type[T]]) -> T:
         else:
             raise UserError(f"{kind} {text!r}: write options as {name}:field=value, not {part!r}")
     return build(cls, values, f"{kind} {name!r}")
+
+
+def resolve_reference(text: str, kind: str, known: Mapping[str, type]) -> Any:
+    """The object with a reference; a misspelled name of a plug-in is reported as such.
+
+    Raises:
+        UserError: unknown name, or the object cannot be imported.
+    """
+    module = text.partition(":")[0]
+    if module != MEMORY and "." not in module and difflib.get_close_matches(module, known, n=1):
+        raise unknown(kind, module, known)
+    return resolve(text, kind)
+
+
+def _referenced(text: str, kind: str, known: Mapping[str, type[T]], base: Base) -> type[T] | T:
+    found: Any = resolve_reference(text, kind, known)
+    if not issubclass(found if inspect.isclass(found) else type(found), base):
+        raise UserError(f"{kind} {text!r} must be a subclass of {_names(base)}, not {found!r}")
+    return found
+
+
+def _names(base: Base) -> str:
+    return " or ".join(cls.__name__ for cls in (base if isinstance(base, tuple) else (base,)))
+
+
+def text_of(value: Any, kind: str, known: dict[str, type[T]], base: Base) -> str:
+    """The text that `parse` converts to ``value``.
+
+    Args:
+        value: a text, a plug-in, or the class of one whose options have defaults.
+        kind: kind of plug-in, for messages.
+        known: discovered plug-ins.
+        base: base class (or classes) of the plug-ins.
+
+    Raises:
+        UserError: a value of another type, or a class without a name.
+    """
+    if isinstance(value, str):
+        return value
+    cls = value if inspect.isclass(value) else type(value)
+    if not issubclass(cls, base):
+        raise UserError(f"{kind} must be a text or a {_names(base)}, not {value!r}")
+    if not getattr(cls, "name", ""):
+        raise UserError(f"class {cls.__name__} has no name: add name = {cls.__name__.lower()!r} to it")
+    if known.get(cls.name) is not cls:  # type: ignore[attr-defined]
+        reference(cls)
+    if value is cls:
+        value = build(cls, {}, f"{kind} {cls.__name__}")
+    text = render(value)
+    with contextlib.suppress(UserError, ValueError, TypeError, RuntimeError):
+        if parse(text, kind, known, base) == value:
+            return text
+    return reference(value)
 
 
 def build(cls: type[T], values: Mapping[str, Any], what: str) -> T:
@@ -154,6 +226,8 @@ def convert(value: Any, hint: Any, what: str) -> Any:
             return None
         raise UserError(f"{what} cannot be none")
     kind = next(o for o in options if o is not NoneType)
+    if isinstance(value, (list, tuple)):
+        kind = next((o for o in options if typing.get_origin(o) is tuple), kind)
     if typing.get_origin(kind) is typing.Literal:
         raise unknown(f"value for {what}", str(value), map(str, typing.get_args(kind)))
     if typing.get_origin(kind) is tuple:
@@ -175,7 +249,9 @@ def convert(value: Any, hint: Any, what: str) -> Any:
 
 def render(plugin: Any) -> str:
     """The shortest text that `parse` converts back to ``plugin``, without options at their defaults."""
-    text = str(type(plugin).name)
+    if text := reference_of(plugin):
+        return text
+    text = reference_of(type(plugin)) or str(type(plugin).name)
     for f in dataclasses.fields(plugin):
         value = getattr(plugin, f.name)
         if f.init and value != f.default:

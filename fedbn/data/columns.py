@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from fedbn.data.labels import refuse_missing
 from fedbn.errors import UserError, unknown
 
 SPLITS: dict[str, tuple[str, ...]] = {
@@ -16,6 +17,10 @@ SPLITS: dict[str, tuple[str, ...]] = {
     "test": ("test", "testing", "tst", "eval", "evaluation"),
 }
 """Spellings of the parts of a data set."""
+
+
+CHECKED_VALUES = 2**24
+"""Number of values that are checked at once."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +113,26 @@ def split_of(name: str) -> str | None:
     return next((split for split, spellings in SPLITS.items() if text in spellings), None)
 
 
+def split_names(values: np.ndarray, name: str, column: str) -> np.ndarray:
+    """The part of the data set (a key of `SPLITS`) of each row, from its name in any usual spelling.
+
+    Raises:
+        UserError: a name is missing or stands for no part.
+
+    >>> split_names(np.array(["Training", "dev"]), "mine.csv", "split").tolist()
+    ['train', 'validation']
+    """
+    refuse_missing(values.reshape(len(values), -1)[:, 0], f"{name}: {column}")
+    texts = [v.decode("latin-1") if isinstance(v, bytes) else str(v) for v in values.ravel().tolist()]
+    parts = {text: split_of(text) for text in set(texts)}
+    if unknown_names := sorted(text for text, part in parts.items() if part is None):
+        raise UserError(
+            f"{name}: column {column!r} holds {unknown_names[0]!r}, which is not train, validation or test; rename it, "
+            "or leave the column out with split="
+        )
+    return np.array([parts[text] for text in texts])
+
+
 def join(parts: Mapping[str, Columns], column: str, name: str) -> Columns:
     """Columns with the rows of several parts, and the part of each row in ``column``.
 
@@ -155,10 +180,15 @@ def check_rows(rows: Rows, name: str) -> None:
         raise UserError(f"{name} has no rows; save some")
     if not rows.x[0].size:
         raise UserError(f"{name}: an example of x has no values (shape {list(rows.x.shape[1:])}); save some")
-    bad = ~np.isfinite(rows.x)
-    if bad.any():
-        index = [int(i) for i in np.argwhere(bad)[0]]
+    step = max(1, CHECKED_VALUES // rows.x[0].size)  # a mask of all values could need more memory than there is
+    count, first = 0, []
+    for start in range(0, len(rows.x), step):
+        bad = ~np.isfinite(rows.x[start : start + step])
+        if not count and bad.any():
+            first = (np.argwhere(bad)[0] + [start, *[0] * (bad.ndim - 1)]).tolist()
+        count += int(bad.sum())
+    if count:
         raise UserError(
-            f"{name}: x holds {int(bad.sum())} NaN or infinite values (first: row {index[0]}, position "
-            f"{', '.join(map(str, index[1:]))}); remove or impute them"
+            f"{name}: x holds {count} NaN or infinite values (first: row {first[0]}, position "
+            f"{', '.join(map(str, first[1:]))}); remove or impute them"
         )

@@ -131,18 +131,33 @@ def _frame(frame: Any, name: str, notices: tuple[str, ...] = (), hint: str = "")
 def _saved_dataset(path: Path) -> Columns:
     import datasets
 
-    data = datasets.load_from_disk(str(path))
+    return dataset_columns(datasets.load_from_disk(str(path)), path.name, path)
+
+
+def dataset_columns(data: Any, name: str, path: Path | None = None) -> Columns:
+    """The columns of a `datasets.Dataset`, or of all splits of a `datasets.DatasetDict`.
+
+    Args:
+        data: the data set.
+        name: its name, for messages.
+        path: directory of the data set, for messages; None if it is an object.
+
+    Raises:
+        UserError: the splits are not train, validation and test.
+    """
+    import datasets
+
     if not isinstance(data, datasets.DatasetDict):
-        return _dataset(data, path.name)
+        return _dataset(data, name)
     if len(data) == 1:
-        return _dataset(next(iter(data.values())), path.name)
-    splits = {name: split_of(name) for name in data}
+        return _dataset(next(iter(data.values())), name)
+    splits = {split: split_of(split) for split in data}
     if None in splits.values():
+        fix = f"name one: path={path / next(iter(data))}" if path else "pass one of them"
         raise UserError(
-            f"{path.name} holds {len(data)} splits ({', '.join(data)}), which are not train, validation and test; name "
-            f"one: path={path / next(iter(data))}"
+            f"{name} holds {len(data)} splits ({', '.join(data)}), which are not train, validation and test; {fix}"
         )
-    return join({str(splits[name]): _dataset(part, path.name) for name, part in data.items()}, "split", path.name)
+    return join({str(splits[split]): _dataset(part, name) for split, part in data.items()}, "split", name)
 
 
 def _dataset(table: Any, name: str) -> Columns:

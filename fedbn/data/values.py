@@ -65,7 +65,7 @@ def _numeric(values: np.ndarray, column: str, name: str, length: int) -> np.ndar
     try:
         # Values beyond the range of float32 become infinite; `check_rows` reports their position.
         with np.errstate(over="ignore"):
-            return values.astype(np.float32)
+            return values.astype(np.float32, copy=False)
     except (ValueError, TypeError):
         for row, value in enumerate(values):
             try:
@@ -216,7 +216,7 @@ def rescale(x: np.ndarray, scale: float, name: str) -> tuple[np.ndarray, list[st
     >>> rescale(np.array([[51]], np.uint8), 0, "mine.npz")
     (array([[0.2]], dtype=float32), ['mine.npz: x has 8 bits and is divided by 255 (scale=1 leaves it)'])
     """
-    values = x.astype(np.float32)
+    values = x.astype(np.float32, copy=False)
     if scale or not x.size:
         return values / np.float32(scale or 1), []
     top = SCALES.get(x.dtype, 0.0)

@@ -20,6 +20,9 @@ from fedbn.nn.rows import mixing_layer
 from fedbn.online.validation import require_batch_norm_formula, require_independent_rows
 from fedbn.optim.base import check_optimizer
 
+CHECKED_ROWS = 4096
+"""Rows that are checked at once."""
+
 
 def check_population(population: Population) -> list[str]:
     """Check that every user has valid training and test data.
@@ -36,7 +39,8 @@ def check_population(population: Population) -> list[str]:
         for part, data in (("training", user.train), ("test", user.test)):
             if len(data) == 0:
                 raise UserError(f"user {user.name} has no {part} data: leave the user out, or use another partition")
-            bad = ~torch.isfinite(data.x).flatten(1).all(1)
+            # In parts, because data that are memory-mapped may not fit in memory.
+            bad = torch.cat([~torch.isfinite(rows).flatten(1).all(1) for rows in data.x.split(CHECKED_ROWS)])
             if bad.any():
                 raise UserError(
                     f"user {user.name}: {int(bad.sum())} of {len(data)} {part} examples hold NaN or Inf (first: row "

@@ -65,7 +65,7 @@ class Run(RunOptions):
         factory(model)
         return replace(
             self,
-            scenario=render(chosen),
+            scenario=chosen.text,
             strategy=str(treatment(self.strategy)),
             model=model,
             partition=parse_partition(self.partition or "natural"),

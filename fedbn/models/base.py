@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
+import operator
 from collections.abc import Callable
 from typing import ClassVar, Protocol
 
@@ -16,6 +18,7 @@ from fedbn.errors import UserError, unknown
 from fedbn.models.inspection import example_batch, inspect_model
 from fedbn.nn.plain import plain
 from fedbn.nn.roles import set_head
+from fedbn.objects import in_memory, reference, resolve
 from fedbn.plugins import discover
 from fedbn.seeds import key
 
@@ -54,7 +57,8 @@ def models() -> dict[str, type[Network]]:
 def factory(text: str) -> Factory:
     """Factory of the built-in model named ``text``, or of a user's model ``package.module:factory``.
 
-    A user's factory may accept the arguments ``shape`` and ``classes``, by these names.
+    A user's factory may accept the arguments ``shape`` and ``classes``, by these names. A model in memory
+    (`model_text`) is copied.
 
     Raises:
         UserError: unknown name, the module cannot be imported, or the object is not a factory or needs other arguments.
@@ -64,7 +68,7 @@ def factory(text: str) -> Factory:
         if text not in known:
             raise unknown("model (or package.module:factory)", text, known)
         return known[text]
-    user_factory = _import_factory(text)
+    user_factory = _in_memory(text) if in_memory(text) else _import_factory(text)
     try:
         accepted = inspect.signature(user_factory).parameters
     except (TypeError, ValueError) as error:
@@ -88,6 +92,42 @@ def factory(text: str) -> Factory:
     return build
 
 
+def model_text(model: str | nn.Module | Callable[..., nn.Module]) -> str:
+    """The text that `factory` converts to a model that is given as an object.
+
+    Args:
+        model: a text, a factory or class, or a network, which starts every run with its current weights.
+
+    Raises:
+        UserError: another object, or a network that cannot be copied.
+
+    >>> model_text(models()["mlp"])
+    'mlp'
+    """
+    if isinstance(model, str):
+        return model
+    if isinstance(model, nn.Module):
+        try:
+            return reference(copy.deepcopy(model))
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(
+                f"model {type(model).__name__} cannot be copied ({error}): pass a function that returns a new one"
+            ) from error
+    if not callable(model):
+        raise UserError(f"model must be a text, a factory or a torch.nn.Module, not {model!r}")
+    if inspect.isclass(model) and not issubclass(model, nn.Module):
+        raise UserError(f"model {model.__name__} is not a subclass of torch.nn.Module")
+    name = getattr(model, "name", None)
+    return str(name) if models().get(str(name)) is model else reference(model)
+
+
+def _in_memory(text: str) -> Callable[..., nn.Module]:
+    found = resolve(text, "model")
+    return (lambda: copy.deepcopy(found)) if isinstance(found, nn.Module) else found
+
+
 def _import_factory(text: str) -> Callable[..., nn.Module]:
     module_name, _, attribute = text.partition(":")
     fix = "name a function or class that returns a model, as package.module:factory"
@@ -99,9 +139,11 @@ def _import_factory(text: str) -> Callable[..., nn.Module]:
         ) from None
     except Exception as error:
         raise UserError(f"model {text!r}: {type(error).__name__}: {error}; {fix}") from error
-    if not hasattr(module, attribute):
-        raise unknown(f"factory in {module_name}", attribute, [n for n, v in vars(module).items() if callable(v)])
-    user_factory = getattr(module, attribute)
+    try:
+        user_factory = operator.attrgetter(attribute)(module)
+    except AttributeError:
+        names = [n for n, v in vars(module).items() if callable(v)]
+        raise unknown(f"factory in {module_name}", attribute, names) from None
     if isinstance(user_factory, nn.Module):
         raise UserError(f"model {text!r} is a model, not a factory: name a function that returns a new one")
     if not callable(user_factory):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, field
+from typing import Any
 
 from fedbn.nn.roles import Role
 from fedbn.personalization.base import Personalization, personalizations
-from fedbn.plugins import is_known, parse, render
-from fedbn.strategies.base import NormStrategy
+from fedbn.plugins import is_known, parse, render, text_of
+from fedbn.strategies.base import NormStrategy, strategies
 from fedbn.strategies.base import strategy as parse_strategy
 from fedbn.strategies.global_naive import GlobalNaive
 from fedbn.strategies.ownership import LOCAL, Owner
@@ -56,4 +58,30 @@ def treatment(text: str) -> Treatment:
     if not plus and is_known(text.split(":")[0], personalizations()):
         norm, plus, personal = GlobalNaive.name, "+", text
     strategy = parse_strategy(norm)
-    return Treatment(strategy, parse(personal, "personalization", personalizations())) if plus else Treatment(strategy)
+    if not plus:
+        return Treatment(strategy)
+    return Treatment(strategy, parse(personal, "personalization", personalizations(), Personalization))
+
+
+def treatment_text(chosen: Any) -> str:
+    """The text that `treatment` converts to a treatment that is given as an object.
+
+    Args:
+        chosen: a text, a strategy, a personalization method or the class of one, or a `Treatment`.
+
+    Raises:
+        UserError: another object.
+
+    >>> treatment_text(GlobalNaive), treatment_text(Treatment(GlobalNaive(), Personalization()))
+    ('global-naive', 'global-naive')
+    """
+    if isinstance(chosen, Treatment):
+        text = treatment_text(chosen.norm)
+        return f"{text}+{_method_text(chosen.personal)}" if chosen.personalizes else text
+    if isinstance(chosen, Personalization) or (inspect.isclass(chosen) and issubclass(chosen, Personalization)):
+        return f"{GlobalNaive.name}+{_method_text(chosen)}"
+    return text_of(chosen, "strategy", strategies(), NormStrategy)
+
+
+def _method_text(chosen: Any) -> str:
+    return text_of(chosen, "personalization", personalizations(), Personalization)

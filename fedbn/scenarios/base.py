@@ -6,12 +6,16 @@ windows never overlap across a split. Rows stay in the order of recording, so th
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 from fedbn.data.population import Population
-from fedbn.plugins import discover, parse
+from fedbn.errors import UserError
+from fedbn.objects import MEMORY, is_reference, reference, remember, split_options
+from fedbn.plugins import discover, is_known, parse, render, resolve_reference, text_of
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,11 @@ class Scenario(ABC):
     plan: ClassVar[dict[str, object]] = {}
     rates: ClassVar[dict[str, float]] = {}
 
+    @property
+    def text(self) -> str:
+        """The text that `scenario` converts to this scenario."""
+        return render(self)
+
     @abstractmethod
     def load(self, seed: int) -> Population:
         """Load, check and split the data. ``seed`` determines which users are unseen."""
@@ -42,6 +51,71 @@ def scenarios() -> dict[str, type[Scenario]]:
     return discover("fedbn.scenarios", Scenario)
 
 
+@dataclass(frozen=True)
+class Given(Scenario):
+    """A population that is given as an object, or by a function ``module:function``.
+
+    Attributes:
+        source: the population, or a function that returns it; the function may accept the argument ``seed``.
+        reference: its text (`fedbn.objects`).
+    """
+
+    model: ClassVar[str] = "mlp"
+
+    source: Population | Callable[..., Population]
+    reference: str
+
+    @property
+    def text(self) -> str:
+        return self.reference
+
+    def load(self, seed: int) -> Population:
+        population = self.source if isinstance(self.source, Population) else self._call(self.source, seed)
+        if not isinstance(population, Population):
+            raise UserError(f"data {self.reference} is a {type(population).__name__}, not a fedbn.Population")
+        sources = population.sources or {self.reference: population.digest}
+        return replace(population.for_seed(seed), sources=sources)
+
+    def _call(self, function: Callable[..., Population], seed: int) -> Population:
+        try:
+            return function(**({"seed": seed} if "seed" in inspect.signature(function).parameters else {}))
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(f"data {self.reference} raises {type(error).__name__}: {error}") from error
+
+
 def scenario(text: str) -> Scenario:
-    """Parse a scenario such as ``hapt`` or ``hapt:unseen=10``."""
-    return parse(text, "scenario", scenarios())
+    """Parse a scenario such as ``hapt`` or ``hapt:unseen=10``, or the reference of a population (`scenario_text`)."""
+    name, options = split_options(text)
+    if is_reference(text) and not is_known(name.partition(":")[0], scenarios()):
+        found = resolve_reference(name, "scenario", scenarios())
+        if isinstance(found, Population) or (callable(found) and not _is_scenario(found)):
+            if options:
+                raise UserError(f"scenario {text!r} takes no options, because {name} is no class of scenarios")
+            return Given(found, name)
+    return parse(text, "scenario", scenarios(), Scenario)
+
+
+def scenario_text(data: Any) -> str:
+    """The text that `scenario` converts to data that are given as an object.
+
+    Args:
+        data: a text, a `Population`, a `Scenario`, or a function that returns a population.
+
+    Raises:
+        UserError: another object.
+    """
+    if isinstance(data, Population):
+        return remember(data, f"{MEMORY}:population-{data.digest[:12]}")
+    if isinstance(data, str) or _is_scenario(data):
+        return text_of(data, "scenario", scenarios(), Scenario)
+    if callable(data):
+        return reference(data)
+    raise UserError(
+        f"data must be a scenario, a fedbn.Population or a function that returns one, not a {type(data).__name__}"
+    )
+
+
+def _is_scenario(value: Any) -> bool:
+    return isinstance(value, Scenario) or (inspect.isclass(value) and issubclass(value, Scenario))

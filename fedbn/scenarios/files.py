@@ -23,14 +23,12 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from fedbn.data.columns import Columns, Rows, check_rows, split_of
-from fedbn.data.labels import refuse_missing
-from fedbn.data.population import Population
+from fedbn.data.columns import Columns, Rows, check_rows, split_names, split_of
+from fedbn.data.population import Population, build_population
 from fedbn.data.readers import content_digest
 from fedbn.data.values import channels_first, fit_length, read_values, rescale, reshape_rows
 from fedbn.errors import UserError
 from fedbn.scenarios.base import Scenario
-from fedbn.scenarios.users import build_population
 
 OTHER_SPLITS = ("subset", "set", "partition", "phase")
 """Columns that are read like ``split`` if all their values are names of parts."""
@@ -157,15 +155,7 @@ class Files(Scenario):
                 values, column = columns.column(other, "split"), other
         if values is None:
             return None
-        refuse_missing(values.reshape(len(values), -1)[:, 0], f"{name}: {column}")
-        texts = [v.decode("latin-1") if isinstance(v, bytes) else str(v) for v in values.ravel().tolist()]
-        parts = {text: split_of(text) for text in set(texts)}
-        if unknown := sorted(text for text, part in parts.items() if part is None):
-            raise UserError(
-                f"{name}: column {column!r} holds {unknown[0]!r}, which is not train, validation or test; rename it, "
-                "or leave the column out with split="
-            )
-        return np.array([parts[text] for text in texts])
+        return split_names(values, name, column)
 
     def _optional(self, columns: Columns, column: str, option: str) -> np.ndarray | None:
         """A column; None if it is empty, or does not exist under its default name."""

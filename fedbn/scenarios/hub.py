@@ -30,10 +30,9 @@ import numpy as np
 
 from fedbn.data.columns import Rows
 from fedbn.data.labels import refuse_missing
-from fedbn.data.population import Population
+from fedbn.data.population import Population, build_population
 from fedbn.errors import UserError, unknown
 from fedbn.scenarios.base import Scenario
-from fedbn.scenarios.users import build_population
 from fedbn.seeds import numpy_generator
 
 

@@ -15,9 +15,9 @@ from typing import ClassVar, cast
 import torch
 
 from fedbn.data.population import Examples, Population, User, hold_out
+from fedbn.data.users import read_single_user
 from fedbn.errors import UserError
 from fedbn.scenarios.base import Scenario, scenario
-from fedbn.scenarios.users import read_single_user
 from fedbn.seeds import generator
 
 

@@ -19,10 +19,9 @@ from typing import ClassVar
 import numpy as np
 
 from fedbn.data.columns import Rows
-from fedbn.data.population import Population
+from fedbn.data.population import Population, build_population
 from fedbn.errors import UserError
 from fedbn.scenarios.base import Scenario
-from fedbn.scenarios.users import build_population
 
 CLASSES = ("walking", "upstairs", "downstairs", "sitting", "standing", "lying")
 SIGNALS = tuple(f"{kind}_{axis}" for kind in ("total_acc", "body_acc", "body_gyro") for axis in "xyz")

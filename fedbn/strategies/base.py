@@ -306,4 +306,4 @@ def strategy(text: str) -> NormStrategy:
     Raises:
         UserError: unknown strategy or option; the message suggests the nearest one.
     """
-    return parse(text, "strategy", strategies())
+    return parse(text, "strategy", strategies(), NormStrategy)

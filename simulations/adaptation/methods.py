@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from fedbn.errors import UserError
 from fedbn.online import Rule
 from fedbn.online.drift.actions import Action, action
 from fedbn.online.drift.detectors import Detector, detector
 from fedbn.online.rules.base import rules
-from fedbn.plugins import parse, render
+from fedbn.plugins import parse, render, text_of
 from fedbn.tta import Method, methods
 
 
@@ -61,8 +61,7 @@ def adaptation_method(text: str) -> AdaptationMethod:
     'pseudo/adwin/decay:n=8/ask'
     """
     first, *more = text.split("/")
-    known: dict[str, type[Rule | Method]] = {**rules(), **methods()}
-    chosen = parse(first, "rule or method", known)
+    chosen = parse(first, "rule or method", _known(), (Rule, Method))
     ask = parse(more.pop(), "question", {Questions.name: Questions}) if more and more[-1].startswith("ask") else None
     if len(more) not in (0, 2):
         raise UserError(f"{text!r}: write rule/detector/action, e.g. {first}/adwin/decay, or {first}/ask")
@@ -73,3 +72,18 @@ def adaptation_method(text: str) -> AdaptationMethod:
             f"{chosen.name} is a test-time method"
         )
     return AdaptationMethod(chosen, watch, ask)
+
+
+def adaptation_text(chosen: Any) -> str:
+    """The text that `adaptation_method` converts to a rule or method that is given as an object.
+
+    Raises:
+        UserError: another object.
+    """
+    if isinstance(chosen, AdaptationMethod):
+        return chosen.text
+    return text_of(chosen, "rule or method", _known(), (Rule, Method))
+
+
+def _known() -> dict[str, type[Rule | Method]]:
+    return {**rules(), **methods()}

@@ -28,7 +28,7 @@ class StudyOptions(Conditions):
     strategies: tuple[str, ...] = option(
         ("global-naive",), "Comma-separated strategies of training.", flags=("--strategies", "--strategy")
     )
-    seeds: int = option(2, "Number of seeds. Each trains a model and holds out other users.", low=1)
+    seeds: int | tuple[int, ...] = option(2, "Number of seeds. Each trains a model and holds out other users.", low=1)
     tune: bool = option(
         False, "Of rules that differ only in options, keep the best on seen users' later data.", panel="Evaluation"
     )

@@ -12,10 +12,11 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from fedbn.config import Conditions, nest
+from fedbn.config import Conditions, nest, seed_numbers
 from fedbn.errors import UserError
 from fedbn.federation.run import Run, plan_for
 from fedbn.files import locked
+from fedbn.objects import split_options
 from fedbn.online.prequential import Trace
 from fedbn.plugins import build, render, table
 from fedbn.streams import stream
@@ -81,7 +82,7 @@ class Study(StudyOptions):
 
     def runs(self) -> list[Run]:
         """All training runs, seeds outermost."""
-        return [self.run(seed, strategy) for seed in range(self.seeds) for strategy in self.strategies]
+        return [self.run(seed, strategy) for seed in seed_numbers(self.seeds) for strategy in self.strategies]
 
 
 def cells_of(study: Study, users: UserGroup, rules_: Sequence[str]) -> list[Cell]:
@@ -186,7 +187,7 @@ def families(texts: Sequence[str]) -> list[list[str]]:
     """
     by_name: dict[str, list[str]] = {}
     for text in texts:
-        by_name.setdefault(text.split(":")[0], []).append(text)
+        by_name.setdefault(split_options(text)[0], []).append(text)
     return [variants for variants in by_name.values() if len(variants) > 1]
 
 

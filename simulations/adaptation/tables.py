@@ -13,6 +13,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
+from fedbn.config import seed_numbers
 from fedbn.files import DamagedFile, read_json
 from simulations.adaptation.cells import BOUNDS
 from simulations.adaptation.study import Study
@@ -22,7 +23,8 @@ from simulations.results.formatting import format_interval, format_number, forma
 
 def summary_table(found: pd.DataFrame, study: Study) -> Table:
     """Rules by kinds of stream: mean accuracy [interval], worst tenth, share of users harmed."""
-    users = f"{found['users'].max()} users, {study.seeds} seed{'s' if study.seeds > 1 else ''}"
+    seeds = len(seed_numbers(study.seeds))
+    users = f"{found['users'].max()} users, {seeds} seed{'s' if seeds > 1 else ''}"
     table = Table(
         title=Text(f"Accuracy on unseen users' streams [95 % over users], worst tenth, harmed; {users}", style="bold"),
         title_justify="left",

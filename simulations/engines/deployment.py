@@ -26,6 +26,7 @@ from fedbn.federation.server import Outcome, Server
 from fedbn.federation.setup import build_context
 from fedbn.files import locked
 from fedbn.nn.roles import State
+from fedbn.objects import require_importable
 from simulations.engines.execute import execute
 from simulations.flower.certificates import make_certificates
 from simulations.flower.processes import HOST, POLL_SECONDS, ProcessGroup, free_port, script_path
@@ -88,6 +89,7 @@ def deploy(
     """
     if keys is not None and not tls:
         raise UserError("--users binds users to keys of nodes, which only --tls checks: add --tls")
+    require_importable("a deployment", run.to_json())
     ctx = build_context(run)
     users = len(ctx.population.users)
     for notice in ctx.notices:

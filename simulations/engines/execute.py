@@ -9,7 +9,7 @@ rounding; the rounding of ``auto`` depends on timing.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from fedbn.federation.loop import federate
 from fedbn.federation.run import Run
 from fedbn.federation.server import Outcome
 from fedbn.federation.setup import build_context
+from fedbn.objects import require_importable
 from fedbn.stacked.executors import Executor, parse_executor
 from simulations.app import app as server_app
 from simulations.engines.grid import InProcessGrid
@@ -58,6 +59,16 @@ def parse_engine(text: str) -> tuple[str, Executor]:
     return name, parse_executor(executor) if colon and name == "grid" else "exact"
 
 
+def check_engine(text: str, runs: Iterable[Run]) -> None:
+    """Check the name of an engine, and that it can execute runs with these objects.
+
+    Raises:
+        UserError: as `parse_engine`, or Ray would have to import an object that only this process has.
+    """
+    if parse_engine(text)[0] == "ray":
+        require_importable("engine ray", *(run.to_json() for run in runs))
+
+
 def execute(
     run: Run,
     engine: Engine = "grid",
@@ -78,6 +89,7 @@ def execute(
         deployed: apply the safeguards of deployments (`simulations.server.safeguards`) on the grid.
     """
     set_threads()
+    check_engine(engine, [run])
     name, executor = parse_engine(engine)
     match name:
         case "reference":

@@ -18,7 +18,7 @@ from fedbn.errors import UserError
 from fedbn.federation.metrics import COLUMNS
 from fedbn.federation.setup import build_context
 from fedbn.files import locked, read_json, write_atomically
-from simulations.engines.execute import Engine, parse_engine
+from simulations.engines.execute import Engine, check_engine, parse_engine
 from simulations.experiments.experiment import Experiment, render_options
 from simulations.experiments.preflight import LEFT_OUT, preflight
 from simulations.experiments.shift import measure_shift
@@ -34,16 +34,16 @@ def comparison_tasks(
     """Every strategy with every seed; seeds are outermost, so that an interrupted experiment has complete seeds."""
     runs = [
         experiment.run(strategy, seed, tuned=tuned.get(strategy))
-        for seed in range(experiment.seeds)
+        for seed in experiment.seed_numbers
         for strategy in experiment.strategies
     ]
     return [Task(run, str(out / "runs" / run.id), tuple(extends)) for run in runs]
 
 
 def tuning_tasks(experiment: Experiment, out: Path) -> list[Task]:
-    """Every strategy with every candidate, on seed 0, tested on held-out training data of seen users."""
+    """Every strategy with every candidate, on the first seed, tested on held-out training data of seen users."""
     runs = [
-        experiment.run(strategy, 0, tuned=candidate, validation=True)
+        experiment.run(strategy, experiment.seed_numbers[0], tuned=candidate, validation=True)
         for strategy in experiment.strategies
         for candidate in experiment.candidates()
     ]
@@ -95,16 +95,17 @@ def compare(
     """
     parse_engine(engine)
     experiment = experiment.resolved()
+    check_engine(engine, [experiment.run(strategy, 0) for strategy in experiment.strategies])
     notices = [*notices, *preflight(experiment, out, extends)]
     workers = workers or os.cpu_count() or 1
     if engine.startswith("ray") or experiment.device != "cpu":
         workers = 1
-    ctx = build_context(experiment.run(experiment.strategies[0], 0))
+    ctx = build_context(experiment.run(experiment.strategies[0], experiment.seed_numbers[0]))
     meta: dict[str, Any] = {
         "title": f"{experiment.scenario}: {len(experiment.strategies)} normalization strategies",
         "scenario": experiment.scenario,
         "strategies": list(experiment.strategies),
-        "seeds": list(range(experiment.seeds)),
+        "seeds": list(experiment.seed_numbers),
         "columns": list(COLUMNS),
         "settings": {**asdict(experiment.plan), **_settings(experiment), "engine": engine},
         "versions": versions(),

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from fedbn.config import EvaluatedConditions, Plan, nest
+from fedbn.config import EvaluatedConditions, Plan, nest, seed_numbers
 from fedbn.errors import UserError, unknown
 from fedbn.federation.run import Run, plan_for, resolved_plan
 from fedbn.personalization.treatment import treatment
@@ -31,6 +31,11 @@ class Experiment(ExperimentOptions):
     Raises:
         UserError: a value is out of bounds.
     """
+
+    @property
+    def seed_numbers(self) -> tuple[int, ...]:
+        """The seeds."""
+        return seed_numbers(self.seeds)
 
     def run(self, strategy: str, seed: int, *, tuned: Mapping[str, Any] | None = None, validation: bool = False) -> Run:
         """The run of one strategy and seed, with tuned options of the plan."""
@@ -77,6 +82,7 @@ class Experiment(ExperimentOptions):
         tune = {n: tuple(dict.fromkeys(str(c[n]) for c in candidates)) for n in self.tune}
         if wrong := [s for s, lr in self.rates.items() if not lr > 0]:
             raise UserError(f"rates must be positive learning rates; look at {', '.join(wrong)}")
+        seed_numbers(self.seeds)
         rates = {str(treatment(s)): lr for s, lr in self.rates.items()}
         runs = [self.run(s, 0).resolved() for s in self.strategies]
         names = tuple(r.strategy for r in runs)

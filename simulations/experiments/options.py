@@ -19,7 +19,7 @@ class ExperimentOptions(EvaluatedConditions):
         flags=("--strategies", "--strategy"),
     )
     _: KW_ONLY
-    seeds: int = option(3, "Number of paired seeds: 0 to seeds - 1.", low=1)
+    seeds: int | tuple[int, ...] = option(3, "Number of paired seeds: 0 to seeds - 1.", low=1)
     tune: dict[str, tuple[str, ...]] = option(
         {},
         "Values of options to choose from for each strategy, on validation data of training users. All combinations "

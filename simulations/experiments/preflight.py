@@ -42,10 +42,11 @@ def _first_runs(experiment: Experiment, strategy: str) -> list[Run]:
 
     The first strategy also tries the other candidates, because they do not depend on the strategy.
     """
+    seed = experiment.seed_numbers[0]
     candidates = experiment.candidates()
     tried = candidates if strategy == experiment.strategies[0] else candidates[:1]
-    tuning = [experiment.run(strategy, 0, tuned=candidate, validation=True) for candidate in tried]
-    return [experiment.run(strategy, 0), *tuning]
+    tuning = [experiment.run(strategy, seed, tuned=candidate, validation=True) for candidate in tried]
+    return [experiment.run(strategy, seed), *tuning]
 
 
 def preflight(experiment: Experiment, out: Path, extends: Sequence[int] = ()) -> list[str]:

@@ -18,10 +18,10 @@ from simulations.storage.checkpoint import load_outcome
 def measure_shift(experiment: Experiment, tasks: Sequence[Task]) -> dict[str, Any]:
     """Measure differences between seen users in labels, quantity, inputs and the statistics of each BN layer.
 
-    The statistics are those of all users' training data in one network: the final network with seed 0 of the first
-    strategy that has normalization statistics and a shared body.
+    The statistics are those of all users' training data in one network: the final network with the first seed of
+    the first strategy that has normalization statistics and a shared body.
     """
-    first = build_context(experiment.run(experiment.strategies[0], 0))
+    first = build_context(experiment.run(experiment.strategies[0], experiment.seed_numbers[0]))
     skew = measure(first.population).as_dict()
     for task in tasks:
         ctx = build_context(task.run)

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import queue
 import signal
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -21,6 +22,7 @@ from fedbn.federation.run import Run
 from fedbn.federation.server import Outcome
 from fedbn.federation.setup import build_context
 from fedbn.files import DamagedFile, read_json
+from fedbn.objects import load_objects, save_objects
 from fedbn.optim.schedules import schedule
 from fedbn.stacked.memory import collect_garbage_rarely, keep_freed_memory
 from simulations.engines.execute import Engine, execute
@@ -185,9 +187,10 @@ def is_finished(directory: Path, run: Run) -> bool:
 _events: Any = None
 
 
-def _start_worker(events: Any) -> None:
+def _start_worker(events: Any, objects: Path) -> None:
     global _events
     _events = events
+    load_objects(objects)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles interrupts
     end_with_parent()
     torch.set_num_threads(1)
@@ -200,15 +203,26 @@ def _work(task: Task, engine: Engine) -> None:
 
 
 def run_tasks(tasks: Sequence[Task], engine: Engine, workers: int, report: Report) -> None:
-    """Execute tasks on worker processes, or in this process if ``workers`` is 1; the first error stops all tasks."""
+    """Execute tasks on worker processes, or in this process if ``workers`` is 1; the first error stops all tasks.
+
+    Raises:
+        UserError: worker processes cannot import an object that a run names.
+    """
     if workers <= 1 or len(tasks) <= 1:
         for task in tasks:
             run_task(task, engine, report)
         return
+    with tempfile.TemporaryDirectory(prefix="fedbn-objects-") as directory:
+        objects = Path(directory) / "objects.pt"
+        save_objects(objects, [task.run.to_json() for task in tasks])
+        _run_on_workers(tasks, engine, workers, report, objects)
+
+
+def _run_on_workers(tasks: Sequence[Task], engine: Engine, workers: int, report: Report, objects: Path) -> None:
     context = multiprocessing.get_context("spawn")
     events: Any = context.Queue()
     pool = ProcessPoolExecutor(
-        min(workers, len(tasks)), mp_context=context, initializer=_start_worker, initargs=(events,)
+        min(workers, len(tasks)), mp_context=context, initializer=_start_worker, initargs=(events, objects)
     )
     futures: list[Future[None]] = []
     try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pandas as pd
 
@@ -63,7 +63,7 @@ class Comparison(Matrix):
     long = to_pandas = Matrix.matrix
 
     @classmethod
-    def load(cls, directory: str | Path) -> Comparison:
+    def load(cls, directory: str | Path) -> Self:
         """Load a results directory; unfinished runs are skipped and counted.
 
         Raises:

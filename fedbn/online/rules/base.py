@@ -27,7 +27,7 @@ from torch import Tensor
 
 from fedbn.errors import UserError
 from fedbn.online.statistics import Pair, Prior, State, WindowStatistics, mix
-from fedbn.plugins import discover, parse
+from fedbn.plugins import discover, parse, text_of
 
 INF = math.inf
 Ranges = tuple[tuple[str, float, float], ...]
@@ -277,7 +277,16 @@ def rule(text: str) -> Rule:
     >>> rule("pseudo:n0=64:floor=0.05").n0
     64.0
     """
-    return parse(text, "rule", rules())
+    return parse(text, "rule", rules(), Rule)
+
+
+def rule_text(chosen: str | Rule | type[Rule]) -> str:
+    """The text that `rule` converts to a rule that is given as an object.
+
+    Raises:
+        UserError: another object.
+    """
+    return text_of(chosen, "rule", rules(), Rule)
 
 
 def client_rule(text: str) -> Rule:

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fedbn.data.columns import Rows
+from fedbn.data.population import build_population
 from fedbn.errors import UserError
 from fedbn.scenarios.base import scenario
-from fedbn.scenarios.users import build_population
 from tests.fedbn.helpers import rejects
 
 

@@ -92,8 +92,8 @@ def captured(monkeypatch):
         raise Stop
 
     for target in (
-        "simulations.api.run_comparison",  # first, so that this module is not imported with stops in it
-        "simulations.api.run_study",
+        "simulations.api.experiments.run_comparison",  # first, so that this module is not imported with stops in it
+        "simulations.api.experiments.run_study",
         "simulations.experiments.compare.compare",
         "simulations.adaptation.study.run_study",
         "simulations.engines.deployment.deploy",
@@ -146,12 +146,13 @@ def test_command_sets_every_field(command, name, captured):
 @pytest.mark.parametrize(
     ("function", "name"),
     [("compare", name) for name in (*names(ExperimentOptions), *PLAN_FIELDS)]
-    + [("study", name) for name in (*names(StudyOptions), *PLAN_FIELDS)],
+    + [("adapt", name) for name in (*names(StudyOptions), *PLAN_FIELDS)],
 )
 def test_function_accepts_every_field(function, name, captured, tmp_path):
-    given = {"compare": {"strategies": ("fedbn",), "progress": False}, "study": {}}[function]
+    given = {"compare": {"strategies": ("fedbn",), "progress": False}, "adapt": {}}[function]
+    options = {"scenario": "digits8", **given, name: VALUES[name][1]}
     with pytest.raises(Stop):
-        getattr(fedbn, function)(**{"scenario": "digits8", **given, name: VALUES[name][1]}, out=tmp_path)
+        getattr(fedbn, function)(options.pop("scenario"), **options, out=tmp_path)
     assert read(captured.pop(), name) == VALUES[name][1]
 
 

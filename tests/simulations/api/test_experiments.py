@@ -15,7 +15,7 @@ from torch import nn
 
 import fedbn
 from fedbn.errors import UserError
-from simulations.api import StudyResult
+from simulations.api import AdaptationResult
 from simulations.results import inference
 from tests.helpers import ROOT, nonempty
 from tests.simulations.results.test_comparison import write
@@ -53,8 +53,8 @@ def test_help_imports_nothing_heavy():
     assert not found & HEAVY
 
 
-def test_study_results_are_compared_by_identity(tmp_path):
-    a, b = (StudyResult(pd.DataFrame({"users": [1, 2]}), pd.DataFrame(), tmp_path) for _ in range(2))
+def test_adaptation_results_are_compared_by_identity(tmp_path):
+    a, b = (AdaptationResult(pd.DataFrame({"users": [1, 2]}), pd.DataFrame(), tmp_path) for _ in range(2))
     assert a == a
     assert a != b
     assert len({a, b}) == 2
@@ -62,7 +62,7 @@ def test_study_results_are_compared_by_identity(tmp_path):
 
 @pytest.mark.slow  # the import contract says the same of what is written; this of what happens
 def test_library_does_not_import_flower():
-    names = [name for name in fedbn.__all__ if name not in ("compare", "load", "study")]
+    names = [name for name in fedbn.__all__ if name not in ("adapt", "compare", "federate", "load")]
     found = imported(f"import fedbn\nfor name in {names}: getattr(fedbn, name)")
     assert "torch" in found
     assert not found & {"flwr", "ray", "simulations", "clients"}
@@ -85,9 +85,9 @@ def test_unknown_name_raises_attribute_error():
 
 def test_missing_entry_point_names_the_fix(monkeypatch):
     monkeypatch.setattr(fedbn, "entry_points", lambda group: entry_points(group="nothing.of.this.name"))
-    monkeypatch.delitem(vars(fedbn), "study", raising=False)
-    with pytest.raises(ImportError, match=r"fedbn\.study needs the installed package: pip install"):
-        fedbn.study  # noqa: B018
+    monkeypatch.delitem(vars(fedbn), "adapt", raising=False)
+    with pytest.raises(ImportError, match=r"fedbn\.adapt needs the installed package: pip install"):
+        fedbn.adapt  # noqa: B018
 
 
 def test_python_m_fedbn_is_the_cli():
@@ -162,8 +162,8 @@ def test_users_have_repr_and_html():
 
 
 @pytest.mark.slow
-def test_study_equals_the_command(quick):
-    found = fedbn.study("digits8", ["pseudo:n0=8"], streams=["iid"], seeds=1, rounds=1)
+def test_adapt_equals_the_command(quick):
+    found = fedbn.adapt("digits8", ["pseudo:n0=8"], streams=["iid"], seeds=1, rounds=1)
     assert "pseudo:n0=8" in repr(found)
     assert "<table" in found._repr_html_()
     assert set(found.to_pandas()["rule"]) >= {"source", "pseudo:n0=8.0"}

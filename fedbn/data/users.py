@@ -1,17 +1,19 @@
-"""Make users from rows: encode classes and users, split each user's rows, leave out tiny users, hold out users."""
+"""Make users from rows: encode classes and users, split each user's rows, leave out tiny users."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fedbn.data.columns import Rows, check_rows
+from fedbn.data.examples import Examples, User
 from fedbn.data.labels import encode_labels, encode_names, label_notices, name_notices
-from fedbn.data.population import Examples, Population, User, hold_out
 from fedbn.data.timesplit import Split, split_user
 from fedbn.data.values import read_values, rescale
 from fedbn.errors import UserError
@@ -40,58 +42,11 @@ class Users:
     notices: list[str]
 
 
-def build_population(
-    rows: Rows,
-    *,
-    name: str,
-    test: float,
-    gap: int,
-    unseen: int,
-    seed: int,
-    skew: str,
-    sources: dict[str, str],
-    least: int = 0,
-    by_class: bool = True,
-    notices: Sequence[str] = (),
-) -> Population:
-    """Check the rows, split each user's rows, and hold out users.
-
-    Args:
-        rows: examples of all users.
-        name: file name, for messages.
-        test: fraction of a user's recordings (or rows) for testing.
-        gap: number of rows dropped between training and test rows of one recording.
-        unseen: number of users that never train. Users in the data set's test part only are the unseen ones instead.
-        seed: determines who is unseen.
-        skew: one sentence about the skew between users.
-        sources: SHA-256 of the data by name.
-        least: smallest number of rows of a user.
-        by_class: whether to split by class where the last rows lack classes.
-        notices: what was decided in reading.
-
-    Raises:
-        UserError: if the data cannot be used for training. The message starts with ``name``.
-    """
-    found = build_users(rows, name, test, gap, least=least, by_class=by_class)
-    users, classes = found.users, found.classes
-    pooled = rows.user is None
-    more = []
-    if found.test_only and len(found.test_only) < len(users):
-        held_out = found.test_only
-        more.append(
-            f"{name}: the users of the test part only are unseen ({_listed([users[i].name for i in held_out])})"
-        )
-    else:
-        held_out = () if pooled else hold_out(len(users), unseen, seed)
-    everything = (*notices, *found.notices, *more)
-    return Population(tuple(users), held_out, classes, skew, sources, pooled=pooled, notices=everything)
-
-
 def build_users(rows: Rows, name: str, test: float, gap: int, *, least: int = 0, by_class: bool = True) -> Users:
     """Users with their rows split, and the class names.
 
     Raises:
-        UserError: as for `build_population`.
+        UserError: if the data cannot be used for training. The message starts with ``name``.
     """
     if not 0 < test < 1:
         raise UserError(f"test={test} must be a share between 0 and 1, for instance 0.25")
@@ -132,15 +87,15 @@ def build_users(rows: Rows, name: str, test: float, gap: int, *, least: int = 0,
         # Again without them, because they may be the only ones with a class.
         left = np.flatnonzero(~np.isin(owners, [names.index(u) for u in tiny]))
         rest = build_users(rows.take(left), name, test, gap, least=least, by_class=by_class)
-        listed = _listed([f"{u} ({sizes[u]} row{'s' * (sizes[u] != 1)})" for u in tiny])
+        listed = list_names([f"{u} ({sizes[u]} row{'s' * (sizes[u] != 1)})" for u in tiny])
         notice = f"{name}: {len(tiny)} of {len(names)} users have too few rows and are left out: {listed}"
         return replace(rest, notices=[*rest.notices, notice])
-    x = torch.from_numpy(np.ascontiguousarray(rows.x, dtype=np.float32))
+    x = np.ascontiguousarray(rows.x, dtype=np.float32) if not isinstance(rows.x, np.memmap) else rows.x
 
     def examples(index: np.ndarray, part: int) -> Examples:
         # Without recordings, training and test rows are numbered like two recordings.
         numbers = recordings[index] if rows.recording is not None else np.full(len(index), part)
-        return Examples(x[index], torch.from_numpy(y[index]), torch.from_numpy(numbers))
+        return Examples(_rows(x, index), torch.from_numpy(y[index]), torch.from_numpy(numbers))
 
     users = [
         User(
@@ -159,9 +114,18 @@ def build_users(rows: Rows, name: str, test: float, gap: int, *, least: int = 0,
     notices += _split_notices(splits, name, test, gap, rows)
     scarce = {int(c) for s in splits.values() if s.kind == "class" for c in set(y[s.train]) - set(y[s.test])}
     if scarce:
-        listed = _listed([classes[c] for c in sorted(scarce)])
+        listed = list_names([classes[c] for c in sorted(scarce)])
         notices.append(f"{name}: class {listed} has too few rows for test data of some users")
     return Users(users, classes, test_only, notices)
+
+
+def _rows(x: np.ndarray, index: np.ndarray) -> Tensor:
+    """Rows of an array; successive rows of a memory-mapped file stay there."""
+    if isinstance(x, np.memmap) and len(index) and np.array_equal(index, np.arange(index[0], index[0] + len(index))):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # data are never modified
+            return torch.from_numpy(x[index[0] : index[0] + len(index)])
+    return torch.from_numpy(x[index])
 
 
 def _split_notices(splits: dict[str, Split], name: str, test: float, gap: int, rows: Rows) -> list[str]:
@@ -179,13 +143,15 @@ def _split_notices(splits: dict[str, Split], name: str, test: float, gap: int, r
             listed = ", ".join(f"{n} {what}" for what, n in counts.items() if n)
             notices.append(f"{name}: the data set's own parts are used ({listed})")
         if rest := [u for u in splits if u not in of["own"]]:
-            notices.append(f"{name}: {len(rest)} users are in one part only and are split further ({_listed(rest)})")
+            notices.append(f"{name}: {len(rest)} users are in one part only and are split further ({list_names(rest)})")
     elif rows.recording is not None and of["recording"] and of["time"]:
         notices.append(
-            f"{name}: {len(of['time'])} users have one recording and are split in time ({_listed(of['time'])})"
+            f"{name}: {len(of['time'])} users have one recording and are split in time ({list_names(of['time'])})"
         )
     if by_class := of["class"]:
-        who = f"{len(by_class)} of {len(splits)} users ({_listed(by_class)})" if rows.user is not None else "the file"
+        who = (
+            f"{len(by_class)} of {len(splits)} users ({list_names(by_class)})" if rows.user is not None else "the file"
+        )
         notices.append(
             f"{name}: rows of {who} come in long runs of one class; test data are the last {test:.0%} of each "
             f"class, with a gap of {gap} row{'s' * (gap != 1)}"
@@ -193,7 +159,8 @@ def _split_notices(splits: dict[str, Split], name: str, test: float, gap: int, r
     return notices
 
 
-def _listed(names: Sequence[str]) -> str:
+def list_names(names: Sequence[str]) -> str:
+    """The first names, for a notice."""
     return ", ".join(names[:MAX_NAMES]) + (", ..." if len(names) > MAX_NAMES else "")
 
 
@@ -221,7 +188,7 @@ def read_single_user(path: Path, classes: int, *, x: str = "x", y: str = "y", te
         gap: number of rows dropped before the test rows.
 
     Raises:
-        UserError: as for `fedbn.data.folders.read` and `build_population`, or if classes are names.
+        UserError: as for `fedbn.data.folders.read` and `build_users`, or if classes are names.
     """
     from fedbn.data.folders import read
 

@@ -1,0 +1,59 @@
+"""Examples and users."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Labeled examples in the order of recording.
+
+    Attributes:
+        x: ``[n, *shape]`` float32.
+        y: class indices, ``[n]`` int64.
+        recording: index of the user's recording (or source row group) of each row, ``[n]`` int64.
+    """
+
+    x: Tensor
+    y: Tensor
+    recording: Tensor
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def take(self, index: Tensor) -> Examples:
+        """Select the rows ``index``, in that order."""
+        return Examples(self.x[index], self.y[index], self.recording[index])
+
+    def to(self, device: str | torch.device) -> Examples:
+        """Copy the examples to a device."""
+        return Examples(self.x.to(device), self.y.to(device), self.recording.to(device))
+
+    @staticmethod
+    def concat(parts: Sequence[Examples]) -> Examples:
+        """Concatenate examples."""
+        return Examples(*(torch.cat([getattr(p, name) for p in parts]) for name in ("x", "y", "recording")))
+
+
+@dataclass(frozen=True)
+class User:
+    """A user (a person, device or institution) with training data and a test set of later recordings.
+
+    Attributes:
+        name: name of the user.
+        domain: group of users with similar data.
+        train: training examples.
+        test: test examples.
+        validation: examples that the data set reserves for tuning; None if training examples are held out instead.
+    """
+
+    name: str
+    domain: str
+    train: Examples
+    test: Examples
+    validation: Examples | None = None
