@@ -57,7 +57,8 @@ def compare(
         track: such as ``tensorboard:DIR`` (`simulations.tracking.trackers`).
         progress: show a progress bar on standard error.
         **options: any other field of `simulations.experiments.experiment.Experiment` or `fedbn.config.Plan`, such as
-            ``seeds=5``, ``partition="dirichlet:alpha=0.1"``, ``privacy="clip=1"`` or ``rounds=30``.
+            ``seeds=5``, ``task="regression"``, ``metric="mae"``, ``partition="dirichlet:alpha=0.1"``,
+            ``privacy="clip=1"`` or ``rounds=30``.
 
     Raises:
         UserError: before anything runs, for whatever can be checked then.
@@ -81,13 +82,17 @@ def compare(
     return Comparison.load(place)
 
 
-def load(directory: str | Path) -> Comparison:
+def load(directory: str | Path, metric: str = "") -> Comparison:
     """Read the directory of a comparison. Unfinished runs are skipped and counted.
+
+    Args:
+        directory: results directory.
+        metric: the metric to display, such as ``macro_f1``; the comparison's by default.
 
     Raises:
         UserError: the directory holds no comparison, is damaged, or has no finished run.
     """
-    return Comparison.load(directory)
+    return Comparison.load(directory, metric)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -12,6 +12,7 @@ from typing import ClassVar
 
 from fedbn.data.population import Population
 from fedbn.plugins import discover, parse
+from fedbn.tasks import Task
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Scenario(ABC):
         name: name on the command line.
         about: one-line description.
         model: default model.
+        task: default task.
         plan: settings (fields of `fedbn.config.Plan`) that differ from the general defaults.
         rates: learning rates of the strategies for which validation data favored another rate than the plan's.
     """
@@ -29,12 +31,17 @@ class Scenario(ABC):
     name: ClassVar[str]
     about: ClassVar[str]
     model: ClassVar[str]
+    task: ClassVar[str] = "classification"
     plan: ClassVar[dict[str, object]] = {}
     rates: ClassVar[dict[str, float]] = {}
 
     @abstractmethod
     def load(self, seed: int) -> Population:
         """Load, check and split the data. ``seed`` determines which users are unseen."""
+
+    def load_for(self, task: Task, seed: int) -> Population:
+        """Like `load`, with targets read as a task needs them. By default, the targets are fixed."""
+        return self.load(seed)
 
 
 def scenarios() -> dict[str, type[Scenario]]:
