@@ -71,7 +71,7 @@ def test_metric_is_no_part_of_the_identity_without_tuning(tmp_path):
 def test_tuning_follows_the_direction_of_the_metric(tmp_path, higher, best):
     setup, tasks = experiment(tmp_path, tune={"lr": ("0.1", "0.2", "0.3")}), []
     for lr, value in ((0.1, 1.0), (0.2, None), (0.3, 2.0)):
-        run = setup.run("fedbn", 0, lr=lr)
+        run = setup.run("fedbn", 0, tuned={"lr": lr})
         directory = tmp_path / str(lr)
         directory.mkdir()
         cell = {"row": "own", "column": "aggregated", "mae": value}
