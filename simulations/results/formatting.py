@@ -108,7 +108,7 @@ def metric_title(metric: str) -> str:
     >>> metric_title("macro_f1"), metric_title("auroc"), metric_title("accuracy")
     ('macro F1', 'AUROC', 'accuracy')
     """
-    special = {"f1": "F1", "auroc": "AUROC", "ece": "ECE", "mae": "MAE", "rmse": "RMSE", "r2": "R²", "iou": "IoU"}
+    special = {"f1": "F1", "auroc": "AUROC", "ece": "ECE", "mae": "MAE", "rmse": "RMSE", "r2": "R2", "iou": "IoU"}
     return " ".join(special.get(word, word) for word in metric.split("_"))
 
 

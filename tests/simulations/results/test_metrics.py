@@ -47,7 +47,7 @@ def test_metric_of_a_report_can_differ_from_that_of_the_comparison(regression):
     shown = load(regression, metric="r2")
     assert shown.matrix().equals(Comparison.load(regression).matrix("r2"))
     assert answer(shown) != answer(Comparison.load(regression))
-    assert "R²" in shown.to_latex()
+    assert "R2" in shown.to_latex()
     with pytest.raises(UserError, match="unknown metric 'acuracy'.*Known: loss, mae, r2, rmse"):
         load(regression, metric="acuracy")
 
@@ -62,7 +62,10 @@ def test_advice_prefers_the_lower_value_of_an_error(regression):
 def test_metric_is_no_part_of_the_identity_without_tuning(tmp_path):
     plain, chosen = experiment(tmp_path), experiment(tmp_path, metric="r2")
     assert plain.to_dict() == chosen.to_dict()
-    assert experiment(tmp_path, tune={"lr": ("0.1",)}).to_dict() != experiment(tmp_path, tune={"lr": ("0.1",)}, metric="r2").to_dict()
+    assert (
+        experiment(tmp_path, tune={"lr": ("0.1",)}).to_dict()
+        != experiment(tmp_path, tune={"lr": ("0.1",)}, metric="r2").to_dict()
+    )
     with pytest.raises(UserError, match="unknown metric 'accuracy'"):
         experiment(tmp_path, metric="accuracy").resolved()
 
