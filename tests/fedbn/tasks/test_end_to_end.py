@@ -203,10 +203,3 @@ def test_task_that_cannot_be_imported_is_refused():
 
     with pytest.raises(UserError, match="cannot be imported by its name: define its class in a module"):
         render_task(Local())
-
-
-@pytest.mark.parametrize("engine", ["reference", "grid", "grid:stacked"])
-def test_loss_that_is_not_finite_names_client_and_round(tmp_path, engine):
-    out = execute(run_of(tmp_path, "number", "regression", rounds=2, lr=1e30), engine)
-    (notice,) = out.notices()
-    assert "the loss of 0 became NaN or infinite in round 1" in notice
