@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import cast
 
 import torch
@@ -11,7 +10,7 @@ from flwr.app import ArrayRecord, MetricRecord, RecordDict
 from clients.jobs import is_batched
 from clients.serialization import LazyArrayRecord, pack, unpack
 from fedbn.federation.cold_start import ClientStatistics
-from fedbn.federation.metrics import Column, Row, Score
+from fedbn.federation.metrics import Score
 from fedbn.nn.roles import State
 from fedbn.statistics.consensus import flatten, unflatten
 from fedbn.statistics.moments import Moments
@@ -56,7 +55,7 @@ def scores_to(scores: list[Score]) -> MetricRecord:
     """Convert scores to a record."""
     out: dict[str, int | float] = {}
     for score in scores:
-        values = asdict(score)
+        values = score.as_dict()
         prefix = f"{values.pop('row')}|{values.pop('column')}"
         out |= {f"{prefix}|{name}": value for name, value in values.items()}
     return MetricRecord(cast(dict, out))
@@ -68,10 +67,7 @@ def scores_from(record: MetricRecord) -> list[Score]:
     for key, value in record.items():
         row, column, name = key.split("|")
         cells.setdefault((row, column), {})[name] = cast(float, value)
-    return [
-        Score(cast(Row, row), cast(Column, column), int(v["n"]), v["accuracy"], v["macro_f1"], v["loss"])
-        for (row, column), v in cells.items()
-    ]
+    return [Score.from_dict({"row": row, "column": column, **values}) for (row, column), values in cells.items()]
 
 
 def aggregates_to(aggregates: list[dict[str, Moments]]) -> RecordDict:

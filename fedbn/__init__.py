@@ -24,6 +24,7 @@ _HOME = {
     "Role": "fedbn.nn.roles",
     "Rule": "fedbn.online",
     "Run": "fedbn.federation.run",
+    "Task": "fedbn.tasks",
     "UserError": "fedbn.errors",
     "audit": "fedbn.auditing.audit",
     "convert": "fedbn.nn.conversion",

@@ -15,6 +15,7 @@ from fedbn.online import rule as rule
 from fedbn.statistics.moments import Moments as Moments
 from fedbn.strategies.base import NormStrategy as NormStrategy
 from fedbn.strategies.ownership import Owner as Owner
+from fedbn.tasks import Task as Task
 from simulations.api import adapt as adapt
 from simulations.api import compare as compare
 from simulations.api import federate as federate

@@ -203,6 +203,13 @@ class Conditions(ModelSplit):
     model: str = option(
         "", "Built-in name or package.module:factory; empty for the scenario's model.", panel="Data", by_scenario=True
     )
+    task: str = option(
+        "",
+        "Task, e.g. classification:balanced=true, regression:loss=huber, multilabel, or package.module:Class; empty "
+        "for the scenario's task.",
+        panel="Data",
+        by_scenario=True,
+    )
     partition: str = option(
         "natural",
         "How seen users' data are dealt to clients, e.g. dirichlet:alpha=0.1:clients=20; natural keeps the users.",

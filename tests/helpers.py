@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from fedbn.federation.loop import federate
-from fedbn.federation.setup import build_context, build_context_for, load_population
+from fedbn.federation.setup import build_context, build_context_for, population_of
 from fedbn.strategies.base import strategies
 from simulations.engines.execute import execute
 
@@ -39,7 +39,7 @@ def double_precision(run):
     """Context of a run in float64; new tensors are float64 too. Processors differ by rounding of float64 only."""
     torch.set_default_dtype(torch.float64)
     try:
-        population = load_population(run.scenario, run.partition, run.shift, run.seed, run.validation, run.device)
+        population = population_of(run)
         users = [replace(u, train=in_float64(u.train), test=in_float64(u.test)) for u in population.users]
         yield build_context_for(run, replace(population, users=tuple(users)))
     finally:

@@ -15,7 +15,7 @@ class Examples:
 
     Attributes:
         x: ``[n, *shape]`` float32.
-        y: class indices, ``[n]`` int64.
+        y: targets ``[n, ...]``, such as class indices ``[n]`` int64 or real numbers ``[n]`` float32.
         recording: index of the user's recording (or source row group) of each row, ``[n]`` int64.
     """
 
@@ -25,6 +25,16 @@ class Examples:
 
     def __len__(self) -> int:
         return len(self.y)
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether each row has one class, its target."""
+        return self.y.dim() == 1 and not self.y.is_floating_point()
+
+    @property
+    def groups(self) -> Tensor:
+        """Group ``[n]`` of each row for splits: its class, or 0 if rows have no class."""
+        return self.y if self.has_classes else torch.zeros(len(self), dtype=torch.int64, device=self.y.device)
 
     def take(self, index: Tensor) -> Examples:
         """Select the rows ``index``, in that order."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -11,6 +11,9 @@ from fedbn.errors import UserError
 
 MAX_NAMES = 8
 """Number of names that a notice lists."""
+
+Encode = Callable[[np.ndarray, str, tuple[str, ...]], tuple[np.ndarray, tuple[str, ...]]]
+"""Converts the column of targets, the file's name and its class names to targets ``[n, ...]`` and class names."""
 
 NULLS = {"null", "none", "nil", "-", "?"}
 """Texts that are no class where all other labels are numbers."""
@@ -62,9 +65,58 @@ def encode_labels(values: np.ndarray, name: str, classes: tuple[str, ...] = ()) 
     if 2 * len(found) > len(values):
         raise UserError(
             f"{name}: labels have {len(found)} different values in {len(values)} rows, as for regression or an "
-            "identifier, but classes are needed; set y=NAME, or bin the values"
+            "identifier, but classes are needed; choose --task regression, set y=NAME, or bin the values"
         )
     return codes.astype(np.int64), found
+
+
+def encode_numbers(values: np.ndarray, name: str) -> np.ndarray:
+    """Targets as float32 numbers ``[n, ...]``; a single column ``[n, 1]`` becomes ``[n]``.
+
+    Args:
+        values: numbers, or texts of numbers.
+        name: file name, for messages.
+
+    Raises:
+        UserError: a value is missing, infinite or no number.
+
+    >>> encode_numbers(np.array([["1.5"], ["2"]]), "mine.csv").tolist()
+    [1.5, 2.0]
+    """
+    values = plain(values)
+    try:
+        numbers = np.array(values.tolist(), np.float64)
+    except (ValueError, TypeError):
+        raise UserError(f"{name}: targets must be numbers, the same number of them in every row; set y=NAME") from None
+    bad = np.flatnonzero(~np.isfinite(numbers).reshape(len(numbers), -1).all(1))
+    if len(bad):
+        raise UserError(f"{name}: targets are missing or infinite in {len(bad)} rows (first: row {bad[0]}); drop them")
+    numbers = numbers.astype(np.float32)
+    return numbers.reshape(len(numbers)) if numbers[0].size == 1 else numbers
+
+
+def encode_indices(
+    values: np.ndarray, name: str, classes: tuple[str, ...] = (), ignored: int = -100
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Class indices ``[n, ...]`` int64 of several positions per row, and the name of each class.
+
+    Args:
+        values: indices from 0, and ``ignored`` for positions that do not count.
+        name: file name, for messages.
+        classes: names of all classes; by default, the indices up to the highest one.
+        ignored: index of positions that do not count.
+
+    Raises:
+        UserError: a value is no whole number, or negative.
+
+    >>> encode_indices(np.array([[0, 2], [1, -100]]), "mine.npz")[1]
+    ('0', '1', '2')
+    """
+    numbers = encode_numbers(values, name)
+    indices = numbers.astype(np.int64)
+    if (indices != numbers).any() or ((indices < 0) & (indices != ignored)).any():
+        raise UserError(f"{name}: targets must be class indices 0, 1, ... or {ignored} for positions that do not count")
+    return indices, classes or tuple(map(str, range(int(indices.max()) + 1)))
 
 
 def label_notices(classes: Sequence[str], name: str) -> list[str]:
@@ -88,7 +140,10 @@ def _one_per_row(values: np.ndarray, name: str) -> np.ndarray:
     if values.dtype == object and values.ndim == 1 and any(isinstance(v, list | tuple | np.ndarray) for v in values):
         lengths = {len(v) if isinstance(v, list | tuple | np.ndarray) else 0 for v in values}
         if len(lengths) > 1:
-            raise UserError(f"{name}: labels are lists of different lengths (multi-label); give one class per row")
+            raise UserError(
+                f"{name}: labels are lists of different lengths (multi-label); give one class per row, "
+                "or 0/1 columns and --task multilabel"
+            )
         values = np.stack([np.asarray(v) for v in values])
     if values.ndim == 1:
         return values
@@ -96,16 +151,20 @@ def _one_per_row(values: np.ndarray, name: str) -> np.ndarray:
         return values[:, 0]
     shape = list(values.shape)
     if values.ndim > 2:
-        raise UserError(f"{name}: labels have shape {shape}, as for segmentation; give one class per row")
+        raise UserError(
+            f"{name}: labels have shape {shape}, as for segmentation; choose --task segmentation, or give one class "
+            "per row"
+        )
     if values.dtype.kind not in "biuf" or not np.isin(values, (0, 1)).all():
         raise UserError(
-            f"{name}: labels have shape {shape}, as for regression with several outputs; give one class per row"
+            f"{name}: labels have shape {shape}, as for regression with several outputs; choose --task regression, or "
+            "give one class per row"
         )
     wrong = np.flatnonzero(values.sum(1) != 1)
     if len(wrong):
         raise UserError(
             f"{name}: labels have shape {shape} and row {wrong[0]} has {int(values[wrong[0]].sum())} classes "
-            "(multi-label), but classification needs one class per row"
+            "(multi-label), but classification needs one class per row; choose --task multilabel"
         )
     return values.argmax(1)
 
@@ -137,7 +196,7 @@ def _numbers(values: np.ndarray, name: str) -> np.ndarray | None:
     if (real := np.flatnonzero(numbers != np.floor(numbers))).size:
         raise UserError(
             f"{name}: labels are real numbers ({numbers[real[0]]:g} in row {real[0]}), as for regression, but classes "
-            "are needed; set y=NAME, or bin the values"
+            "are needed; choose --task regression, set y=NAME, or bin the values"
         )
     return numbers.astype(np.int64)
 

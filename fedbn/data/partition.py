@@ -43,10 +43,12 @@ class Partition(ABC):
     Attributes:
         name: name on the command line.
         about: one-line description.
+        by_class: whether rows are dealt by their class.
     """
 
     name: ClassVar[str]
     about: ClassVar[str]
+    by_class: ClassVar[bool] = False
 
     @abstractmethod
     def split(self, rows: Rows, seed: int) -> Indices | None:
@@ -108,6 +110,7 @@ class Dirichlet(Partition):
 
     name = "dirichlet"
     about = "label skew: class proportions drawn from Dirichlet(alpha)"
+    by_class = True
     alpha: float = 0.5
     clients: int = 20
     least: int = 10
@@ -148,6 +151,7 @@ class Pathological(Partition):
 
     name = "pathological"
     about = "label skew: each client holds only a few classes"
+    by_class = True
     classes: int = 2
     clients: int = 20
 
@@ -174,6 +178,7 @@ class Shard(Partition):
 
     name = "shard"
     about = "label skew: label-sorted shards, some to each client"
+    by_class = True
     shards: int = 2
     clients: int = 20
 
@@ -344,11 +349,13 @@ def repartition(population: Population, text: str, seed: int) -> Population:
     recordings = 1 + max((int(p.recording.max()) for u in seen for p in (u.train, u.test) if len(p)), default=0)
     train, source = _pool([u.train for u in seen], recordings)
     test, _ = _pool([u.test for u in seen], recordings)
+    if scheme.by_class and not train.has_classes:
+        raise UserError(f"{render(scheme)} deals rows by class, but these rows have none: use iid, size or grouped")
     clients = getattr(scheme, "clients", 1)
     if not isinstance(scheme, Size) and not 1 <= clients <= len(train):
         raise UserError(f"{scheme.name}: {clients} clients of {len(train)} training rows; choose 1 to {len(train)}")
     try:
-        indices = [np.sort(i) for i in scheme.split(Rows(train.y.numpy(), source), seed) or ()]
+        indices = [np.sort(i) for i in scheme.split(Rows(train.groups.numpy(), source), seed) or ()]
     except UserError:
         raise
     except ValueError as error:
@@ -359,7 +366,9 @@ def repartition(population: Population, text: str, seed: int) -> Population:
                 f"{render(scheme)} leaves client {i} with {len(rows)} training rows of {len(train)}: use fewer "
                 "clients, or a milder skew"
             )
-    test_indices = matching_test_rows(train.y.numpy(), indices, test.y.numpy(), len(population.classes), seed)
+    test_indices = matching_test_rows(
+        train.groups.numpy(), indices, test.groups.numpy(), max(1, len(population.classes)), seed
+    )
     domains = sorted({u.domain for u in seen})
     domain = domains[0] if len(domains) == 1 else "mixed"
     users = [

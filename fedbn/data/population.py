@@ -10,6 +10,7 @@ from typing import Any
 
 from fedbn.data.columns import Rows
 from fedbn.data.examples import Examples, User
+from fedbn.data.labels import Encode, encode_labels
 from fedbn.data.readers import dataset_columns
 from fedbn.data.sources import array_columns, dataset_rows, federated_columns, make_rows
 from fedbn.data.users import build_users, list_names
@@ -31,7 +32,7 @@ class Population:
     Attributes:
         users: seen and unseen users, in an order that does not depend on the seed.
         unseen: indices of the users that never train. They only evaluate the final model.
-        classes: class names, by index.
+        classes: class names, by index; empty if the task has none.
         skew: one sentence that describes the skew between users (label, feature, quantity; natural or synthetic).
         sources: file or package name -> SHA-256 of the data; part of a run's identity.
         remote: whether the data are stored on the nodes only, and these examples are placeholders of the same shape.
@@ -281,6 +282,7 @@ def build_population(
     sources: dict[str, str],
     least: int = 0,
     by_class: bool = True,
+    encode: Encode = encode_labels,
     notices: Sequence[str] = (),
 ) -> Population:
     """Check the rows, split each user's rows, and hold out users.
@@ -296,12 +298,13 @@ def build_population(
         sources: SHA-256 of the data by name.
         least: smallest number of rows of a user.
         by_class: whether to split by class where the last rows lack classes.
+        encode: returns targets and class names from the column of targets.
         notices: what was decided in reading.
 
     Raises:
         UserError: if the data cannot be used for training. The message starts with ``name``.
     """
-    found = build_users(rows, name, test, gap, least=least, by_class=by_class)
+    found = build_users(rows, name, test, gap, least=least, by_class=by_class, encode=encode)
     users, classes = found.users, found.classes
     pooled = rows.user is None
     more = []

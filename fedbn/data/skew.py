@@ -17,7 +17,7 @@ class Skew:
 
     Attributes:
         label_divergence: mean Jensen-Shannon divergence, in bits, between a user's label distribution and the pooled
-            one; 0 for equal distributions, at most 1.
+            one; 0 for equal distributions, at most 1; NaN if examples have no class.
         quantity_cv: coefficient of variation of the users' example counts (standard deviation over mean).
         quantity_ratio: largest over smallest example count.
         feature_w2: mean over pairs of users of the 2-Wasserstein distance between diagonal Gaussians fitted to the raw
@@ -37,7 +37,8 @@ class Skew:
 def measure(population: Population) -> Skew:
     """Measure the skew between the seen users of a population."""
     users = [population.users[i] for i in population.seen]
-    counts = np.stack([np.bincount(u.train.y.cpu().numpy(), minlength=len(population.classes)) for u in users])
+    classes = max(1, len(population.classes))
+    counts = np.stack([np.bincount(u.train.groups.cpu().numpy(), minlength=classes) for u in users])
     sizes = counts.sum(1)
     pooled = counts.sum(0) / counts.sum()
     divergence = [jensenshannon(c / c.sum(), pooled, base=2) ** 2 for c in counts]
@@ -51,7 +52,7 @@ def measure(population: Population) -> Skew:
     distance = statistics_distance(means / unit, variances / unit**2)
     pairs = distance[np.triu_indices(len(users), 1)]
     return Skew(
-        float(np.mean(divergence)),
+        float(np.mean(divergence)) if users[0].train.has_classes else float("nan"),
         float(sizes.std() / sizes.mean()),
         float(sizes.max() / max(sizes.min(), 1)),
         float(pairs.mean()) if len(pairs) else 0.0,

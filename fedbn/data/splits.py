@@ -37,8 +37,8 @@ def carve_validation(user: User, share: float = 0.2) -> User:
     data = user.train
     train_rows, test_rows = [], []
     for recording in data.recording.unique().tolist():
-        for label in data.y.unique().tolist():
-            rows = ((data.recording == recording) & (data.y == label)).nonzero().flatten()
+        for group in data.groups.unique().tolist():
+            rows = ((data.recording == recording) & (data.groups == group)).nonzero().flatten()
             n = int(len(rows) * share)
             if n < 1 or len(rows) - n - 1 < 1:
                 train_rows.append(rows)

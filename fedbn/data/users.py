@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedbn.data.columns import Rows, check_rows
 from fedbn.data.examples import Examples, User
-from fedbn.data.labels import encode_labels, encode_names, label_notices, name_notices
+from fedbn.data.labels import Encode, encode_labels, encode_names, label_notices, name_notices
 from fedbn.data.timesplit import Split, split_user
 from fedbn.data.values import read_values, rescale
 from fedbn.errors import UserError
@@ -42,7 +42,16 @@ class Users:
     notices: list[str]
 
 
-def build_users(rows: Rows, name: str, test: float, gap: int, *, least: int = 0, by_class: bool = True) -> Users:
+def build_users(
+    rows: Rows,
+    name: str,
+    test: float,
+    gap: int,
+    *,
+    least: int = 0,
+    by_class: bool = True,
+    encode: Encode = encode_labels,
+) -> Users:
     """Users with their rows split, and the class names.
 
     Raises:
@@ -53,8 +62,9 @@ def build_users(rows: Rows, name: str, test: float, gap: int, *, least: int = 0,
     if gap < 0:
         raise UserError(f"gap={gap} must not be negative; use 0 to drop no row")
     check_rows(rows, name)
-    y, classes = encode_labels(rows.y, name, rows.classes)
+    y, classes = encode(rows.y, name, rows.classes)
     notices = [] if rows.classes else label_notices(classes, name)
+    groups = y if y.ndim == 1 and y.dtype.kind == "i" else np.zeros(len(y), np.int64)
     names, owners = [POOLED], np.zeros(len(y), np.int64)
     if rows.user is None:
         notices.append(f"{name}: there is no column of users, so clients are made by --partition, and nobody is unseen")
@@ -69,7 +79,7 @@ def build_users(rows: Rows, name: str, test: float, gap: int, *, least: int = 0,
     stretch = recordings if rows.stretch is None else rows.stretch
     splits = {
         user: split_user(
-            np.flatnonzero(owners == i), y, recordings, stretch, rows.split, test=test, gap=gap, by_class=by_class
+            np.flatnonzero(owners == i), groups, recordings, stretch, rows.split, test=test, gap=gap, by_class=by_class
         )
         for i, user in enumerate(names)
     }
@@ -86,7 +96,7 @@ def build_users(rows: Rows, name: str, test: float, gap: int, *, least: int = 0,
     if tiny:
         # Again without them, because they may be the only ones with a class.
         left = np.flatnonzero(~np.isin(owners, [names.index(u) for u in tiny]))
-        rest = build_users(rows.take(left), name, test, gap, least=least, by_class=by_class)
+        rest = build_users(rows.take(left), name, test, gap, least=least, by_class=by_class, encode=encode)
         listed = list_names([f"{u} ({sizes[u]} row{'s' * (sizes[u] != 1)})" for u in tiny])
         notice = f"{name}: {len(tiny)} of {len(names)} users have too few rows and are left out: {listed}"
         return replace(rest, notices=[*rest.notices, notice])
@@ -112,7 +122,7 @@ def build_users(rows: Rows, name: str, test: float, gap: int, *, least: int = 0,
         parts = [set(rows.split[owners == i].tolist()) for i in range(len(names))]
         test_only = tuple(i for i, p in enumerate(parts) if "test" in p and "train" not in p)
     notices += _split_notices(splits, name, test, gap, rows)
-    scarce = {int(c) for s in splits.values() if s.kind == "class" for c in set(y[s.train]) - set(y[s.test])}
+    scarce = {int(c) for s in splits.values() if s.kind == "class" for c in set(groups[s.train]) - set(groups[s.test])}
     if scarce:
         listed = list_names([classes[c] for c in sorted(scarce)])
         notices.append(f"{name}: class {listed} has too few rows for test data of some users")

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fedbn.augment.base import check_augmentation
 from fedbn.data.population import Examples, Population
@@ -17,15 +16,17 @@ from fedbn.federation.protection import privacy_notices
 from fedbn.models.inspection import head_notice
 from fedbn.nn.roles import State
 from fedbn.nn.rows import mixing_layer
-from fedbn.online.validation import require_batch_norm_formula, require_independent_rows
+from fedbn.online.rules.base import client_rule
+from fedbn.online.validation import require_batch_norm_formula, require_independent_rows, require_no_classes
 from fedbn.optim.base import check_optimizer
+from fedbn.tasks.base import Task, check_targets
 
 CHECKED_ROWS = 4096
 """Rows that are checked at once."""
 
 
-def check_population(population: Population) -> list[str]:
-    """Check that every user has valid training and test data.
+def check_population(population: Population, task: Task) -> list[str]:
+    """Check that every user has valid training and test data, with targets that fit the task.
 
     Returns:
         Notices about data that work but may surprise.
@@ -33,9 +34,8 @@ def check_population(population: Population) -> list[str]:
     Raises:
         UserError: data that cannot be trained or tested on.
     """
-    classes = len(population.classes)
-    trained = torch.zeros(classes, dtype=torch.bool)
-    for i, user in enumerate(population.users):
+    targets = population.users[0].train.y.shape[1:]
+    for user in population.users:
         for part, data in (("training", user.train), ("test", user.test)):
             if len(data) == 0:
                 raise UserError(f"user {user.name} has no {part} data: leave the user out, or use another partition")
@@ -46,27 +46,15 @@ def check_population(population: Population) -> list[str]:
                     f"user {user.name}: {int(bad.sum())} of {len(data)} {part} examples hold NaN or Inf (first: row "
                     f"{int(bad.nonzero()[0])}); remove or impute them"
                 )
-            low, high = int(data.y.min()), int(data.y.max())
-            if low < 0 or high >= classes:
+            check_targets(task, data.y, population.classes, f"user {user.name}")
+            if data.y.shape[1:] != targets:
                 raise UserError(
-                    f"user {user.name}: labels run from {low} to {high}, but there are {classes} classes, 0 to "
-                    f"{classes - 1}"
+                    f"user {user.name}: {part} targets have shape {list(data.y.shape[1:])}, others {list(targets)}"
                 )
             own, others = list(data.x.shape[1:]), list(population.shape)
             if own != others:
                 raise UserError(f"user {user.name}: {part} examples have shape {own}, others {others}")
-        if i not in population.unseen:
-            trained[user.train.y.cpu()] = True
-    if trained.all():
-        return []
-    missing = ", ".join(population.classes[i] for i in (~trained).nonzero().flatten().tolist())
-    message = (
-        f"no seen user has training data of class {missing}, so it is never predicted: hold out fewer users, use "
-        "another seed or partition, bring more rows of the class (shorter windows), or drop it"
-    )
-    if int(trained.sum()) < 2:
-        raise UserError(message)
-    return [message]
+    return task.notices(population)
 
 
 def check_context(ctx: RunContext) -> list[str]:
@@ -88,6 +76,7 @@ def check_context(ctx: RunContext) -> list[str]:
             f"{ctx.run.strategy!r} no client sends any: choose a rule that starts from the model's statistics "
             "(pseudo, ema, ...)"
         )
+    _check_task(ctx)
     trainers = ctx.trainers
     requested = plan.clients_per_round
     if requested is not None and not ctx.strategy.is_centralized and requested > len(trainers):
@@ -141,10 +130,21 @@ def check_context(ctx: RunContext) -> list[str]:
     return notices + check_rows(ctx, rows.x) + privacy_notices(ctx)
 
 
+def _check_task(ctx: RunContext) -> None:
+    """Raise if the strategy or the online rule does not support the task."""
+    if ctx.strategy.needs_cross_entropy and not ctx.task.is_cross_entropy:
+        raise UserError(
+            f"strategy {ctx.run.strategy!r} computes the plain cross-entropy itself, which is not the loss of task "
+            f"{ctx.task.name!r} with these options: choose another strategy, or classification without options"
+        )
+    if ctx.run.rule and not ctx.task.has_posterior:
+        require_no_classes(client_rule(ctx.run.rule), ctx.task.name)
+
+
 def _check_model(ctx: RunContext, rows: Examples) -> None:
     """Run a step's forward and backward pass and an evaluation on a few rows; the model ends in an undefined state."""
     model = ctx.scratch
-    classes = len(ctx.population.classes)
+    expected = ctx.task.output_shape(rows.y, ctx.population.classes)
     if not any(p.requires_grad for p in model.parameters()):
         raise UserError(
             f"{type(model).__name__} has no trainable parameters: set requires_grad=True where it should learn"
@@ -152,24 +152,36 @@ def _check_model(ctx: RunContext, rows: Examples) -> None:
     _check_tied(ctx)
     with torch.random.fork_rng(devices=[]):
         outputs = model(rows.x)
-        _check_outputs(outputs, len(rows), classes)
-        F.cross_entropy(outputs, rows.y).backward()
+        _check_outputs(outputs, len(rows), expected)
+        loss = ctx.task.loss(outputs, rows.y)
+        _check_loss(loss)
+        loss.backward()
         _check_state(ctx.initial, model.state_dict())
         model.eval()
         with torch.no_grad():
-            _check_outputs(model(rows.x), len(rows), classes)
+            _check_outputs(model(rows.x), len(rows), expected)
         _check_state(ctx.initial, model.state_dict())
 
 
-def _check_outputs(outputs: Any, rows: int, classes: int) -> None:
-    if isinstance(outputs, Tensor) and outputs.shape == (rows, classes) and outputs.is_floating_point():
+def _check_loss(loss: Tensor) -> None:
+    if loss.dim() or not loss.is_floating_point():
+        raise UserError(
+            f"the task's loss of a batch has shape {list(loss.shape)}: losses must return one value per row"
+        )
+    if not loss.isfinite():
+        raise UserError(f"the loss of the first batch is {float(loss)}: check the scale of the targets and the model")
+
+
+def _check_outputs(outputs: Any, rows: int, expected: tuple[int, ...]) -> None:
+    if isinstance(outputs, Tensor) and outputs.shape == (rows, *expected) and outputs.is_floating_point():
         return
     what = f"a {type(outputs).__name__}"
     if isinstance(outputs, Tensor):
         of_batch = outputs.dim() == 0 or len(outputs) != rows
         what = f"outputs of shape {list(outputs.shape if of_batch else outputs.shape[1:])}"
         what += f" for a batch of {rows} and" if of_batch else " for"
-    raise UserError(f"the model returns {what} {classes} classes: it must return logits [N, classes]")
+    size = ", ".join(map(str, expected))
+    raise UserError(f"the model returns {what} {expected[0]} classes: it must return outputs [N, {size}]")
 
 
 def _check_state(before: State, after: State) -> None:

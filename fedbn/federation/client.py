@@ -60,6 +60,7 @@ def _client_trainer(
             model,
             data,
             plan,
+            task=ctx.task,
             seed=ctx.run.seed,
             round=progress.round,
             user=ctx.rng_user(user),
@@ -193,6 +194,7 @@ def user_scores(
     return evaluate_user(
         ctx.scratch,
         state,
+        task=ctx.task,
         calibration=data.train.x,
         test=data.test,
         unseen=user in ctx.population.unseen,
@@ -214,7 +216,7 @@ def cold_start_scores(ctx: RunContext, user: int, state: State, client_statistic
         return []
     data = ctx.population.users[user]
     return [
-        score("unseen", name, logits(ctx.load(start), data.test.x), data.test.y)
+        score(ctx.task, "unseen", name, logits(ctx.load(start), data.test.x), data.test.y)
         for name, start in cold_starts(ctx, state, client_statistics, data.train.x).items()
     ]
 

@@ -23,6 +23,7 @@ from fedbn.privacy.mechanism import Privacy, parse_privacy
 from fedbn.seeds import generator, numpy_generator
 from fedbn.strategies.base import NormStrategy
 from fedbn.strategies.ownership import Ownership
+from fedbn.tasks import Task
 
 CENTRAL_TRAINER = -1
 """Index of the only client of a centralized strategy, which holds all seen users' training data."""
@@ -35,6 +36,7 @@ class RunContext:
     Attributes:
         run: the run.
         population: users with their data, partitioned and shifted.
+        task: loss, metrics and shape of the outputs.
         treatment: strategy and personalization method.
         ownership: owner of each entry of the model.
         initial: the model's state before training, the same for every client.
@@ -44,6 +46,7 @@ class RunContext:
 
     run: Run
     population: Population
+    task: Task
     treatment: Treatment
     ownership: Ownership
     initial: State
@@ -64,6 +67,11 @@ class RunContext:
     def privacy(self) -> Privacy | None:
         """Protection of the clients' messages, or None."""
         return parse_privacy(self.run.privacy)
+
+    @cached_property
+    def outputs(self) -> int:
+        """Number of outputs of the model: classes, labels or numbers."""
+        return self.task.output_shape(self.training_data(self.trainers[0]).y, self.population.classes)[0]
 
     @property
     def uses_population_prior(self) -> bool:

@@ -20,12 +20,14 @@ from fedbn.nn.roles import State, clone, statistics_layers
 from fedbn.online import LayerPrior, Rule, follow_rule, predict_online
 from fedbn.online.stream import USER
 from fedbn.statistics.recalibration import recalibrate
+from fedbn.tasks import Task
 
 
 def evaluate_user(
     model: nn.Module,
     state: State,
     *,
+    task: Task,
     calibration: Tensor,
     test: Examples,
     unseen: bool,
@@ -42,6 +44,7 @@ def evaluate_user(
     Args:
         model: scratch model; left in an undefined state.
         state: the user's model as assembled after aggregation.
+        task: the task, which defines the metrics.
         calibration: the user's unlabeled training rows ``[n, *shape]``.
         test: the user's test rows in recorded order.
         unseen: whether the user took no part in training.
@@ -73,7 +76,7 @@ def evaluate_user(
         else:
             outputs, net = follow_rule(model, test.x, online_rule, prior)
             predict = partial(net.predict, user=USER)
-        out.append(score(row, column, outputs, test.y))
+        out.append(score(task, row, column, outputs, test.y))
         if pooled_test is not None and column in globally:
-            out.append(score("global", column, predict(pooled_test.x), pooled_test.y))
+            out.append(score(task, "global", column, predict(pooled_test.x), pooled_test.y))
     return out

@@ -25,8 +25,8 @@ from fedbn.federation.server import (
     diverged_client,
     global_columns,
     is_evaluated,
-    mean_accuracy,
     mean_loss,
+    mean_metric,
     served_users,
     traffic_counter,
     with_synced_statistics,
@@ -88,7 +88,7 @@ def federate(
         scores = _evaluate(ctx, out, last=number == run.plan.rounds) if is_evaluated(ctx, number) else {}
         if number == run.plan.rounds:
             out.scores = scores
-        own, unseen = (mean_accuracy(ctx, scores, unseen=is_unseen) for is_unseen in (False, True))
+        own, unseen = (mean_metric(ctx, scores, unseen=is_unseen) for is_unseen in (False, True))
         out.curve.append(RoundMetrics(number, mean_loss(updates), own, unseen, diverged_client(ctx, updates)))
         out.seconds = previous_seconds + time.perf_counter() - start
         if on_round:

@@ -1,14 +1,14 @@
-"""Cells of the evaluation matrix: accuracy, macro-F1 and loss of a model on a set of examples."""
+"""Cells of the evaluation matrix: the metrics of a task for a model on a set of examples."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, cast
 
-import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from fedbn.tasks import Task
 
 Row = Literal["own", "global", "unseen"]
 
@@ -27,81 +27,49 @@ class Score:
     Attributes:
         row, column: position in the matrix.
         n: number of test examples.
-        accuracy: share of correct predictions.
-        macro_f1: unweighted mean of F1 over the classes that occur or are predicted.
-        loss: mean cross-entropy, in nats.
+        metrics: value of each metric of the task, with the loss. Undefined metrics are left out.
     """
 
     row: Row
     column: Column
     n: int
-    accuracy: float
-    macro_f1: float
-    loss: float
+    metrics: dict[str, float]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The cell as one flat table of values."""
+        return {"row": self.row, "column": self.column, "n": self.n, **self.metrics}
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> Score:
+        """The inverse of `as_dict`."""
+        metrics = {k: v for k, v in values.items() if k not in ("row", "column", "n")}
+        return Score(cast(Row, values["row"]), cast(Column, values["column"]), int(values["n"]), metrics)
 
 
-def score(row: Row, column: Column, outputs: Tensor, y: Tensor) -> Score:
-    """Score logits ``[n, classes]`` against labels ``[n]``.
+def score(task: Task, row: Row, column: Column, outputs: Tensor, y: Tensor) -> Score:
+    """Score outputs ``[n, *output_shape]`` against targets ``[n, ...]``.
 
-    >>> score("own", "aggregated", torch.tensor([[2.0, 0.0], [0.0, 2.0]]), torch.tensor([0, 1])).accuracy
+    >>> import torch
+    >>> from fedbn.tasks import parse_task
+    >>> outputs, y = torch.tensor([[2.0, 0.0], [0.0, 2.0]]), torch.tensor([0, 1])
+    >>> score(parse_task("classification"), "own", "aggregated", outputs, y).metrics["accuracy"]
     1.0
     """
-    predicted = outputs.argmax(1)
-    accuracy, loss = (predicted == y).double().mean(), F.cross_entropy(outputs.double(), y)
-    return Score(row, column, len(y), float(accuracy), macro_f1(predicted, y, outputs.shape[1]), float(loss))
+    return Score(row, column, len(y), task.evaluate(outputs, y))
 
 
-def macro_f1(predicted: Tensor, y: Tensor, classes: int) -> float:
-    """Unweighted mean of F1 over the classes that occur or are predicted.
-
-    Equal to scikit-learn's ``f1_score``, whose input checks take milliseconds and would dominate the evaluation of
-    thousands of clients.
+def scores(
+    task: Task, rows: Sequence[Row], column: Column, outputs: Tensor, y: Tensor, n: Sequence[int]
+) -> list[Score]:
+    """`score` for K users, padded to the same number of examples.
 
     Args:
-        predicted: predicted classes ``[n]``.
-        y: labels ``[n]``.
-        classes: number of classes.
-
-    >>> macro_f1(torch.tensor([0, 0, 1]), torch.tensor([0, 1, 1]), classes=3)
-    0.6666666666666666
-    """
-    correct = torch.bincount(y[predicted == y], minlength=classes)
-    occurring = torch.bincount(y, minlength=classes) + torch.bincount(predicted, minlength=classes)
-    return float(_mean_f1(correct, occurring))
-
-
-def _mean_f1(correct: Tensor, occurring: Tensor) -> Tensor:
-    """Mean F1 over the classes (last axis), from counts of correct predictions and of labels plus predictions."""
-    return (2 * correct.double() / occurring.clamp_min(1)).sum(-1) / (occurring > 0).sum(-1)
-
-
-def scores(rows: Sequence[Row], column: Column, outputs: Tensor, y: Tensor, n: Sequence[int]) -> list[Score]:
-    """Vectorized `score` for K users, padded to the same number of examples.
-
-    Args:
+        task: the task.
         rows: row of the matrix for each user.
         column: column of all users.
-        outputs: logits ``[K, B, classes]``.
-        y: labels ``[K, B]``.
+        outputs: ``[K, B, *output_shape]``.
+        y: targets ``[K, B, ...]``.
         n: number of examples of each user; the remaining ones are padding.
-
-    >>> outputs = torch.tensor([[[2.0, 0.0], [0.0, 2.0]], [[2.0, 0.0], [7.0, 7.0]]])
-    >>> [s.accuracy for s in scores(["own", "own"], "aggregated", outputs, torch.tensor([[0, 0], [0, 0]]), [2, 1])]
-    [0.5, 1.0]
     """
-    k, width, classes = outputs.shape
-    sizes = torch.tensor(n, device=y.device)
-    valid = torch.arange(width, device=y.device) < sizes[:, None]
-    predicted = outputs.argmax(2)
-    correct = (predicted == y) & valid
-    offset = torch.arange(k, device=y.device)[:, None] * classes
-
-    def count(labels: Tensor, mask: Tensor) -> Tensor:
-        return torch.bincount((labels + offset)[mask], minlength=k * classes).view(k, classes)
-
-    f1 = _mean_f1(count(y, correct), count(y, valid) + count(predicted, valid))
-    losses = F.cross_entropy(outputs.double().flatten(0, 1), y.flatten(), reduction="none").view(k, width)
-    loss = torch.where(valid, losses, 0).sum(1) / sizes
-    accuracy = correct.sum(1).double() / sizes
-    values = zip(rows, n, accuracy.tolist(), f1.tolist(), loss.tolist(), strict=True)
-    return [Score(row, column, *numbers) for row, *numbers in values]
+    found = task.evaluate_users(outputs, y, n)
+    return [Score(row, column, size, metrics) for row, size, metrics in zip(rows, n, found, strict=True)]

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from fedbn.augment.base import augmentation_text
-from fedbn.config import Plan, RunOptions, parts
+from fedbn.config import Conditions, Plan, RunOptions, parts
 from fedbn.data.partition import parse_partition
 from fedbn.data.shift import parse_shift
 from fedbn.models import factory
@@ -20,6 +20,7 @@ from fedbn.personalization.treatment import treatment
 from fedbn.plugins import build, render, table
 from fedbn.privacy.mechanism import render_privacy
 from fedbn.scenarios.base import scenario
+from fedbn.tasks import Task, parse_task, render_task
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,11 @@ class Run(RunOptions):
     True
     """
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.task, Task):  # an object is rendered, so that texts are the identity
+            object.__setattr__(self, "task", render_task(self.task))
+
     @property
     def id(self) -> str:
         """Unique name: strategy, seed and a digest of ten hexadecimal digits."""
@@ -40,8 +46,9 @@ class Run(RunOptions):
         return f"{self.strategy.replace(':', '_').replace('=', '').replace('+', '-')}-s{self.seed}-{digest}"
 
     def to_json(self) -> str:
-        """Canonical JSON."""
-        return json.dumps(asdict(self), sort_keys=True)
+        """Canonical JSON. The scenario's task is left out."""
+        values = asdict(self)
+        return json.dumps(values if self.task else {k: v for k, v in values.items() if k != "task"}, sort_keys=True)
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> Run:
@@ -63,11 +70,13 @@ class Run(RunOptions):
         chosen = scenario(self.scenario)
         model = self.model or chosen.model
         factory(model)
+        chosen_task = render_task(task_of(self))
         return replace(
             self,
             scenario=chosen.text,
             strategy=str(treatment(self.strategy)),
             model=model,
+            task="" if chosen_task == render_task(parse_task(chosen.task)) else chosen_task,
             partition=parse_partition(self.partition or "natural"),
             shift=parse_shift(self.shift),
             rule=render(client_rule(self.rule)) if self.rule else "",
@@ -76,6 +85,15 @@ class Run(RunOptions):
             private=",".join(parts(self.private)),
             plan=resolved_plan(self.plan),
         )
+
+
+def task_of(run: Conditions) -> Task:
+    """The task of a run, before it has seen any targets.
+
+    Raises:
+        UserError: unknown name or option.
+    """
+    return parse_task(run.task or scenario(run.scenario).task)
 
 
 def plan_for(scenario_text: str, **overrides: Any) -> Plan:

@@ -22,9 +22,6 @@ from fedbn.nn.schema import Kind, Schema, TensorSpec, entries_schema, moments_sc
 from fedbn.statistics.consensus import Aggregates, replay, run_consensus
 from fedbn.statistics.moments import Moments
 
-SCORE = {"n": Kind.COUNT, "accuracy": Kind.SHARE, "macro_f1": Kind.SHARE, "loss": Kind.VALUE}
-"""Numbers of one cell of the evaluation matrix (`fedbn.federation.metrics.Score`)."""
-
 TRAINING = {"num-examples": Kind.COUNT, "loss": Kind.VALUE}
 """Numbers of an update."""
 
@@ -78,6 +75,12 @@ class ReplySchemas:
         return _exchanges(
             lambda done: replay(lambda: ctx.strategy.sync_statistics(ctx.load(ctx.initial), rows.x), done)
         )
+
+    @cached_property
+    def score(self) -> dict[str, Kind]:
+        """Numbers of one cell of the evaluation matrix; all but ``n`` and ``loss`` are left out where undefined."""
+        kind = Kind.SHARE if self.ctx.task.metrics_are_shares else Kind.VALUE
+        return {"n": Kind.COUNT, **dict.fromkeys(self.ctx.task.metrics, kind), "loss": Kind.VALUE}
 
     def cells(
         self, user: int, columns: Sequence[Column], globally: Sequence[Column], *, cold_starts: bool

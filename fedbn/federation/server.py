@@ -84,7 +84,7 @@ class Server:
 
 @dataclass(frozen=True)
 class RoundMetrics:
-    """Training loss of a round and, if it was evaluated, mean accuracies of seen (``own``) and unseen users.
+    """Training loss of a round and, if it was evaluated, the task's main metric for seen and unseen users.
 
     ``diverged`` is the name of the first client whose training loss is not finite.
     """
@@ -176,10 +176,11 @@ def served_users(ctx: RunContext) -> list[int]:
     return [i for i in range(len(ctx.population.users)) if i not in without_model]
 
 
-def mean_accuracy(ctx: RunContext, scores: dict[int, list[Score]], unseen: bool) -> float | None:
-    """Mean accuracy of users on their own test data in the *aggregated* column."""
+def mean_metric(ctx: RunContext, scores: dict[int, list[Score]], unseen: bool) -> float | None:
+    """Mean over users of the task's main metric on their own test data in the *aggregated* column."""
     users, row = (ctx.population.unseen, "unseen") if unseen else (ctx.population.seen, "own")
-    values = [s.accuracy for i in users for s in scores.get(i, []) if (s.row, s.column) == (row, "aggregated")]
+    cells = [s for i in users for s in scores.get(i, []) if (s.row, s.column) == (row, "aggregated")]
+    values = [s.metrics[ctx.task.main_metric] for s in cells if ctx.task.main_metric in s.metrics]
     return sum(values) / len(values) if values else None
 
 

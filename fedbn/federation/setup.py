@@ -15,12 +15,13 @@ from fedbn.data.splits import carve_validation
 from fedbn.errors import UserError
 from fedbn.federation.checks import check_context, check_population
 from fedbn.federation.context import RunContext
-from fedbn.federation.run import Run
+from fedbn.federation.run import Run, task_of
 from fedbn.models import build
-from fedbn.nn.roles import clone
+from fedbn.nn.roles import CLASSES, clone
 from fedbn.personalization.treatment import treatment
 from fedbn.scenarios.base import scenario
 from fedbn.strategies.ownership import Ownership
+from fedbn.tasks import Task
 
 
 def check_device(text: str) -> None:
@@ -42,11 +43,11 @@ def check_device(text: str) -> None:
 
 @lru_cache(maxsize=4)
 def load_population(
-    scenario_text: str, partition: str, shift_text: str, seed: int, validation: bool, device: str
+    scenario_text: str, partition: str, shift_text: str, seed: int, validation: bool, device: str, task: Task
 ) -> Population:
     """Load, partition and shift the users of a run; cached for all strategies that share them."""
     check_device(device)
-    loaded = scenario(scenario_text).load(seed)
+    loaded = scenario(scenario_text).load_for(task, seed)
     if loaded.remote and (partition != "natural" or shift_text or validation):
         raise UserError(f"{scenario_text}: the data stay on the nodes and cannot be partitioned, shifted or split here")
     population = shift(repartition(loaded, partition, seed), shift_text, seed)
@@ -64,8 +65,13 @@ def build_context(run: Run) -> RunContext:
     Raises:
         UserError: settings or data that would fail or mislead later; raised before any training.
     """
-    users = load_population(run.scenario, run.partition, run.shift, run.seed, run.validation, run.device)
-    return build_context_for(run, users)
+    return build_context_for(run, population_of(run))
+
+
+def population_of(run: Run) -> Population:
+    """The users of a run, partitioned and shifted."""
+    task = task_of(run)
+    return load_population(run.scenario, run.partition, run.shift, run.seed, run.validation, run.device, task)
 
 
 def build_context_for(run: Run, population: Population) -> RunContext:
@@ -76,7 +82,16 @@ def build_context_for(run: Run, population: Population) -> RunContext:
     Raises:
         UserError: as `build_context`.
     """
-    notices = check_population(population)
+    task = task_of(run)
+    notices = check_population(population, task)
+    y = torch.cat([population.users[i].train.y for i in population.seen])
+    fitted = task.fit(y, population.classes)
+    if population.remote and fitted != task:
+        raise UserError(
+            f"task {task.name!r} needs values of all users' training targets, but here the data stay on the nodes: set "
+            "them as options, such as weights= or center= and scale="
+        )
+    task = fitted
     chosen = treatment(run.strategy)
     chosen.norm.validate_population(population)
     if population.remote and chosen.norm.is_centralized:
@@ -84,8 +99,10 @@ def build_context_for(run: Run, population: Population) -> RunContext:
             f"{run.strategy} pools all data in one place, but here the data stay on the nodes: choose another strategy"
         )
     text = run.model or scenario(run.scenario).model
-    model = build(text, population.shape, len(population.classes), run.seed, run.head)
+    model = build(text, population.shape, task.output_shape(y, population.classes)[0], run.seed, run.head)
+    if not task.has_posterior:
+        setattr(model, CLASSES, 0)
     model = chosen.norm.prepare_model(model).to(run.device)
     ownership = Ownership.of(model, chosen, parts(run.private))
-    ctx = RunContext(run, population, chosen, ownership, clone(model.state_dict()), model, ())
+    ctx = RunContext(run, population, task, chosen, ownership, clone(model.state_dict()), model, ())
     return replace(ctx, notices=(*population.notices, *notices, *check_context(ctx)))

@@ -8,7 +8,6 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fedbn.augment.base import augmentation
 from fedbn.config import Plan, Precision
@@ -18,6 +17,7 @@ from fedbn.nn.roles import State, statistics_layers
 from fedbn.optim.base import load_state, optimizer, read_state
 from fedbn.optim.schedules import rate
 from fedbn.seeds import generator, key
+from fedbn.tasks import Task
 
 
 def autocast_forward(model: Callable[[Tensor], Tensor], x: Tensor, precision: Precision) -> Tensor:
@@ -67,6 +67,7 @@ def fit(
     data: Examples,
     plan: Plan,
     *,
+    task: Task,
     seed: int,
     round: int,
     user: int,
@@ -85,6 +86,7 @@ def fit(
         model: the model, in the training mode set by the strategy.
         data: the user's training examples, on the model's device.
         plan: settings.
+        task: the task, which defines the loss.
         seed: the run's seed.
         round: the round, from 1.
         user: index of the user.
@@ -126,7 +128,7 @@ def fit(
                         x, y = augment(x, y, next(draws))
                     stepper.zero_grad()
                     with statistics:
-                        loss = F.cross_entropy(autocast_forward(model, x, plan.precision), y)
+                        loss = task.loss(autocast_forward(model, x, plan.precision), y)
                     total += loss.detach() * len(index)
                     if weight and anchor:
                         loss = loss + weight / 2 * sum(((named[n] - to) ** 2).sum() for n, to in anchor.items())

@@ -109,7 +109,9 @@ class PersonalizedClassifier(ClassifierMixin, BaseEstimator):
         population = Population(users, (), tuple(map(str, self.classes_)), "")
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         plan = Plan(rounds=self.rounds, batch_size=self.batch_size, lr=self.lr, eval_every=self.rounds)
-        ctx = build_context_for(Run("arrays", self.strategy, seed, model=self.model, plan=plan), population)
+        ctx = build_context_for(
+            Run("arrays", self.strategy, seed, model=self.model, task="classification", plan=plan), population
+        )
         require_statistics(ctx.scratch, f"{type(self).__name__} with strategy {self.strategy!r}")
         require_batch_norm_formula(ctx.scratch, f"{type(self).__name__} with strategy {self.strategy!r}")
         local = [str(role) for role in set(ctx.ownership.roles.values()) if _is_local(ctx, role)]

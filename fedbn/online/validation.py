@@ -14,6 +14,7 @@ from fedbn.errors import UserError
 from fedbn.nn.roles import statistics_layers
 from fedbn.nn.rows import mixing_layer
 from fedbn.online.bank import Bank, Group
+from fedbn.online.rules.base import Rule
 
 MAX_NAME_LENGTH = 128
 """Maximum number of characters in a user's name."""
@@ -162,6 +163,19 @@ def split_duplicates(group: Group) -> list[Tensor]:
 def arange_like(rows: Tensor) -> Tensor:
     """Indices 0, 1, ... of the rows."""
     return torch.arange(len(rows), device=rows.device)
+
+
+def require_no_classes(rule: Rule, task: str) -> None:
+    """Raise if a rule learns by class; for tasks without class probabilities.
+
+    Raises:
+        UserError: the rule needs a posterior.
+    """
+    if rule.classwise or rule.gate or rule.diversity:
+        raise UserError(
+            f"rule {rule.name!r} learns by class, and task {task!r} has no class probabilities: choose a rule without "
+            "classes, gate= and diversity=, such as pseudo or ema"
+        )
 
 
 def resolve_posterior(bank: Bank, logits: Tensor, posterior: Tensor | None, label: Tensor | None) -> Tensor:

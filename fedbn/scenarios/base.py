@@ -16,6 +16,7 @@ from fedbn.data.population import Population
 from fedbn.errors import UserError
 from fedbn.objects import MEMORY, is_reference, reference, remember, split_options
 from fedbn.plugins import discover, is_known, parse, render, resolve_reference, text_of
+from fedbn.tasks import Task
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Scenario(ABC):
         name: name on the command line.
         about: one-line description.
         model: default model.
+        task: default task.
         plan: settings (fields of `fedbn.config.Plan`) that differ from the general defaults.
         rates: learning rates of the strategies for which validation data favored another rate than the plan's.
     """
@@ -33,6 +35,7 @@ class Scenario(ABC):
     name: ClassVar[str]
     about: ClassVar[str]
     model: ClassVar[str]
+    task: ClassVar[str] = "classification"
     plan: ClassVar[dict[str, object]] = {}
     rates: ClassVar[dict[str, float]] = {}
 
@@ -44,6 +47,10 @@ class Scenario(ABC):
     @abstractmethod
     def load(self, seed: int) -> Population:
         """Load, check and split the data. ``seed`` determines which users are unseen."""
+
+    def load_for(self, task: Task, seed: int) -> Population:
+        """Like `load`, with targets read as a task needs them. By default, the targets are fixed."""
+        return self.load(seed)
 
 
 def scenarios() -> dict[str, type[Scenario]]:

@@ -29,6 +29,7 @@ from fedbn.data.readers import content_digest
 from fedbn.data.values import channels_first, fit_length, read_values, rescale, reshape_rows
 from fedbn.errors import UserError
 from fedbn.scenarios.base import Scenario
+from fedbn.tasks import Task, parse_task
 
 OTHER_SPLITS = ("subset", "set", "partition", "phase")
 """Columns that are read like ``split`` if all their values are names of parts."""
@@ -42,7 +43,7 @@ class Files(Scenario):
         path: file or directory.
         x: array or column of values, columns joined by ``+``, a range ``first..last``, or prefix of numbered columns
             (``x`` for x0, x1, ...).
-        y: column of classes: numbers or names, or one-hot.
+        y: column of targets: classes as numbers, names or one-hot, or what the task needs, such as real numbers.
         user: column of users. If it is empty or does not exist, a partition has to make clients of all rows.
         recording: column of the user's recordings. If it is empty or does not exist, recordings are unknown.
         split: column that says train, validation or test. If it is empty or does not exist, rows are split.
@@ -86,6 +87,9 @@ class Files(Scenario):
     unseen: int = 1
 
     def load(self, seed: int) -> Population:
+        return self.load_for(parse_task(self.task), seed)
+
+    def load_for(self, task: Task, seed: int) -> Population:
         # Imported here because listing the scenarios does not need pandas.
         from fedbn.data.folders import read
 
@@ -93,6 +97,11 @@ class Files(Scenario):
             raise UserError("scenario 'files' needs a path: files:path=FILE, with columns x, y and user")
         if self.scale < 0 or self.length < 0 or self.window < 0 or self.least < 0:
             raise UserError("scale=, length=, window= and least= must not be negative")
+        if self.window and not task.has_posterior:
+            raise UserError(
+                f"window= gives a window its most frequent label, which task {task.name!r} does not have: cut the "
+                "windows yourself, and give one row per window"
+            )
         path = Path(self.path)
         rows, gap, notices = self._rows(read(path), path.name)
         return build_population(
@@ -105,6 +114,7 @@ class Files(Scenario):
             skew=f"whatever skew the users of {path.name} have",
             sources={path.name: content_digest(path)},
             least=self.least,
+            encode=task.encode,
             notices=notices,
         )
 

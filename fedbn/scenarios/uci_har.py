@@ -58,7 +58,14 @@ class UciHar(Scenario):
         digest = hashlib.sha256(rows.x.tobytes() + rows.y.tobytes() + np.asarray(rows.user).tobytes()).hexdigest()
         sources = {self.name: digest}
         return build_population(
-            rows, name=self.name, test=self.test, gap=1, unseen=self.unseen, seed=seed, skew=skew, sources=sources
+            rows,
+            name=self.name,
+            test=self.test,
+            gap=1,
+            unseen=self.unseen,
+            seed=seed,
+            skew=skew,
+            sources=sources,
         )
 
 

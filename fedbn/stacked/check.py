@@ -106,8 +106,8 @@ class _Exact:
         output: Any = self.model(x.clone())
         if _hidden_state(self.model) != before:
             raise Unstackable("forward changes attributes of the model or draws from a global generator")
-        if not isinstance(output, Tensor) or output.dim() != 2:
-            raise Unstackable("forward does not return one tensor of class scores")
+        if not isinstance(output, Tensor) or output.dim() < 2:
+            raise Unstackable("forward does not return one tensor with an axis of outputs")
         after = {n: v.clone() for n, v in self.model.named_buffers() if n in state}
         return output.detach(), _gradients(output, list(self.trained.values())), after
 
@@ -160,7 +160,7 @@ def _compare(program: Program, exact: _Exact, inputs: list[Tensor], expected: li
 
 
 def _bind(program: Program, exact: _Exact, rows: int, *, batch_last: bool, on_norm_input: Any = None) -> Any:
-    """Entries of both clients in the program's layout, and a function from inputs to outputs ``[2, n, classes]``."""
+    """Entries of both clients in the program's layout, and a function from inputs to outputs ``[2, n, ...]``."""
     states = exact.states
     entries = {n: program.lay_out(n, torch.stack([s[n] for s in states])).detach() for n in states[0]}
     noise = [torch.Generator(v.device).manual_seed(0) for v in (next(iter(states[0].values())),) * 2]

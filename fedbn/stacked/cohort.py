@@ -174,7 +174,7 @@ class Cohort:
                 plan.max_grad_norm,
                 augmentation(plan.augment),
             )
-            trained = fit_stack(program, [clients[i] for i in order], rows.x, rows.y, config)
+            trained = fit_stack(program, [clients[i] for i in order], rows.x, rows.y, config, ctx.task)
             results |= {i: self._result(rounds[i], result) for i, result in zip(order, trained, strict=True)}
         return [results[i] for i in range(len(rounds))]
 
@@ -186,7 +186,8 @@ class Cohort:
         parts = [ctx.training_data(r.user).take(rows) for r in rounds]
         x, y = torch.cat([p.x for p in parts]), torch.cat([p.y for p in parts])
         clients = [StackedClient(ctx.initial, rows, [size], torch.Generator(), first=first) for first in starts]
-        fit_stack(program, clients, x, y, FitConfig(stacked_step(plan, plan.lr), precision=plan.precision))
+        config = FitConfig(stacked_step(plan, plan.lr), precision=plan.precision)
+        fit_stack(program, clients, x, y, config, ctx.task)
 
     def _stacked_client(self, job: TrainJob, rows: StackedData, program: Program) -> StackedClient:
         ctx, plan, client_state = self.ctx, self.ctx.run.plan, job.client_state or {}

@@ -114,7 +114,7 @@ class StackedModels:
         return StackedModels(self.program, {n: t[users] for n, t in self.tensors.items()}, self.axes)
 
     def outputs(self, data: PaddedBatch) -> Tensor:
-        """Logits ``[K, B, classes]``."""
+        """Outputs ``[K, B, *output_shape]``."""
         return torch.cat([self._forward(part) for part in data.split()], 1)
 
     def recalibrate(self, data: PaddedBatch) -> None:
@@ -137,7 +137,7 @@ class StackedModels:
             self._set(layer, pooled(total))
 
     def predict_online(self, streams: PaddedBatch, prior: float) -> Tensor:
-        """Logits ``[K, B, classes]`` of streams, equal to those of `fedbn.online.predict_online`.
+        """Outputs ``[K, B, *output_shape]`` of streams, equal to those of `fedbn.online.predict_online`.
 
         Args:
             streams: one stream per user, sorted by decreasing length.
@@ -150,7 +150,7 @@ class StackedModels:
             block = streams.block(first, BLOCK)
             block_moments: dict[str, Moments] = {}
             outputs = self._forward(block, block_moments.__setitem__)
-            out.append(F.pad(outputs, (0, 0, 0, 0, 0, self.k - len(block.n))))
+            out.append(F.pad(outputs, (*[0, 0] * (outputs.dim() - 1), 0, self.k - len(block.n))))
             for path, moments in block_moments.items() if prior < float("inf") else ():
                 k = len(block.n)
                 if path in stream_moments:
@@ -169,7 +169,7 @@ class StackedModels:
         variance[: len(moments.mean)] = moments.stored_variance().to(variance.dtype)
 
     def _forward(self, data: PaddedBatch, callback: MomentsCallback | None = None) -> Tensor:
-        """Logits of the first ``len(data.n)`` users; ``callback`` gets the moments of the layers' inputs."""
+        """Outputs of the first ``len(data.n)`` users; ``callback`` gets the moments of the layers' inputs."""
         k, size = data.x.shape[:2]
         if k not in self._bound:
             state = {n: self.program.lay_out(n, t[:k]) for n, t in self.tensors.items()}
@@ -178,7 +178,7 @@ class StackedModels:
         x = data.x.flatten(2).mT if self.batch_last else data.x.transpose(0, 1).flatten(1, 2)
         with torch.no_grad():
             out = self._bound[k](x)
-        return out.mT if self.batch_last else out.view(size, k, -1).transpose(0, 1)
+        return out.mT if self.batch_last else out.view(size, k, -1, *out.shape[2:]).transpose(0, 1)
 
     def _on_norm_input(self, path: str, x: Tensor) -> None:
         if self._callback is not None:
@@ -242,11 +242,11 @@ def _evaluate_sorted(
     if column == "recalibrated":
         models.recalibrate(PaddedBatch.of([p.train.x for p in users]))
     outputs = models.predict_online(test, ctx.run.plan.online_prior) if column == "online" else models.outputs(test)
-    out = [[cell] for cell in scores(rows, column, outputs, labels, test.n)]
+    out = [[cell] for cell in scores(ctx.task, rows, column, outputs, labels, test.n)]
     if selected := [i for i, job in enumerate(jobs) if column in job.globally]:
         k, x, y = len(selected), ctx.pooled_test.x, ctx.pooled_test.y
         outputs = models.select(selected).outputs(PaddedBatch(x.expand(k, *x.shape), [len(x)] * k))
-        global_scores = scores(["global"] * k, column, outputs, y.expand(k, -1), [len(y)] * k)
+        global_scores = scores(ctx.task, ["global"] * k, column, outputs, y.expand(k, *y.shape), [len(y)] * k)
         for i, cell in zip(selected, global_scores, strict=True):
             out[i].append(cell)
     return out

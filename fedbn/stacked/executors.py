@@ -346,7 +346,7 @@ def _single_step(job: TrainJob) -> None:
     rows = torch.arange(min(ctx.run.plan.batch_size, len(data)), device=data.y.device)
     model = ctx.load(ctx.initial)
     ctx.strategy.set_training_mode(model, job.progress)
-    fit(model, data.take(rows), ctx.run.plan, seed=0, round=1, user=0, epochs=1)
+    fit(model, data.take(rows), ctx.run.plan, task=ctx.task, seed=0, round=1, user=0, epochs=1)
 
 
 def _fastest_seconds(function: Callable[[], None]) -> float:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from fedbn.augment.base import Augmentation
@@ -17,6 +16,7 @@ from fedbn.federation.training import autocast_forward
 from fedbn.nn.roles import State
 from fedbn.stacked.program import Program
 from fedbn.stacked.steps import STEP, SGDStep, StackedStep, clip_gradients
+from fedbn.tasks import Task
 
 
 @dataclass
@@ -194,7 +194,7 @@ def _stack(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def fit_stack(
-    program: Program, clients: Sequence[StackedClient], x: Tensor, y: Tensor, config: FitConfig
+    program: Program, clients: Sequence[StackedClient], x: Tensor, y: Tensor, config: FitConfig, task: Task
 ) -> list[TrainResult]:
     """Train all clients.
 
@@ -202,8 +202,9 @@ def fit_stack(
         program: the stacked program of their model.
         clients: clients; groups are cheapest if clients with more batches come first.
         x: rows ``[n, C, *positions]`` of all clients.
-        y: labels ``[n]``.
+        y: targets ``[n, ...]``.
         config: options of training.
+        task: the task, which defines the loss.
     """
     stack = Stack(program, clients, config, x.dim())
     initial = {n: stack.tensors[n].clone() for n in program.trained if config.mu and n in config.proximal}
@@ -223,7 +224,7 @@ def fit_stack(
         inputs, targets = x, y
         if config.augment is not None:
             inputs, targets, rows = _augmented(config.augment, [clients[i].draws for i in group.members], x, y, rows)
-        losses = _losses(group, inputs, targets, rows, config.precision)
+        losses = _losses(task, group, inputs, targets, rows, config.precision)
         gradients = torch.autograd.grad(losses.sum(), list(group.leaves.values()), allow_unused=True)
         with torch.no_grad():
             total[group.rows] += losses.detach() * size
@@ -240,16 +241,17 @@ def fit_stack(
     ]
 
 
-def _losses(group: StepGroup, x: Tensor, y: Tensor, rows: Tensor, precision: Precision) -> Tensor:
+def _losses(task: Task, group: StepGroup, x: Tensor, y: Tensor, rows: Tensor, precision: Precision) -> Tensor:
     """Mean loss ``[K]`` of each client's batch, for row indices ``[K, B]``."""
     k, batch = rows.shape
     if group.batch_last:
         inputs = x.index_select(0, rows.flatten()).view(k, batch, -1).mT
-        return F.cross_entropy(autocast_forward(group.forward, inputs, precision), y[rows], reduction="none").mean(1)
-    inputs = x.index_select(0, rows.T.flatten()).view(batch, k * x.shape[1], *x.shape[2:])
-    # A softmax over the short innermost axis would be several times slower, so classes are on an outer axis.
-    outputs = autocast_forward(group.forward, inputs, precision).view(batch, k, -1).permute(1, 2, 0).contiguous()
-    return F.cross_entropy(outputs, y[rows], reduction="none").mean(1)
+        outputs = autocast_forward(group.forward, inputs, precision)
+    else:
+        inputs = x.index_select(0, rows.T.flatten()).view(batch, k * x.shape[1], *x.shape[2:])
+        outputs = autocast_forward(group.forward, inputs, precision)
+        outputs = outputs.view(batch, k, -1, *outputs.shape[2:]).movedim(0, 2).contiguous()
+    return task.stacked_losses(outputs, y[rows]).mean(1)
 
 
 def _augmented(

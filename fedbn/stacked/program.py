@@ -95,7 +95,7 @@ class Program(Protocol):
         lr: float | None = None,
         on_norm_input: Callable[[str, Tensor], None] | None = None,
     ) -> Callable[[Tensor], Tensor]:
-        """Build the forward pass ``[B, K*C, *positions]`` -> ``[B, K*classes]`` of K clients.
+        """Build the forward pass ``[B, K*C, *positions]`` -> ``[B, K*outputs, *positions]`` of K clients.
 
         Each call updates the running statistics and counters in ``tensors`` in place.
 

@@ -36,6 +36,7 @@ class ATP(NormStrategy):
 
     name = "atp"
     about = "learns an adaptation rate for each entry of the model; options learn, lr, block, online"
+    needs_cross_entropy = True
     source = "Bao et al. 2023"
     depends_on_rounds = True
     learn: float = 0.5

@@ -129,6 +129,7 @@ class NormStrategy:
         syncs_first_batch: whether clients run `sync_first_batch` before each round of training.
         depends_on_rounds: whether training depends on the total number of rounds, so that a finished run cannot be
             extended.
+        needs_cross_entropy: whether the strategy computes the cross-entropy of class indices itself.
         newcomer: description of the initial state of an unseen user.
     """
 
@@ -146,6 +147,7 @@ class NormStrategy:
     syncs_statistics: ClassVar[bool] = False
     syncs_first_batch: ClassVar[bool] = False
     depends_on_rounds: ClassVar[bool] = False
+    needs_cross_entropy: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()

@@ -120,12 +120,17 @@ def untrained_source_model(run: Run) -> SourceModel:
     """The model of a run before training, for checks.
 
     Raises:
-        UserError: the strategy shares no model, the model has no statistics to follow, has layers that do not evaluate
-            as BN, or mixes the windows of a batch.
+        UserError: the task has no classes, the strategy shares no model, the model has no statistics to follow, has
+            layers that do not evaluate as BN, or mixes the windows of a batch.
     """
     ctx = build_context(run)
     if not ctx.ownership.shares(Role.BODY):
         raise UserError(f"strategy {run.strategy!r} shares no model for unseen users to start from: choose another")
+    if not ctx.task.has_posterior:
+        raise UserError(
+            f"adaptation studies and the service predict classes, and task {ctx.task.name!r} has none: use the online "
+            "column of `fedbn compare`, with --rule"
+        )
     what, model = "online adaptation", ctx.load(ctx.initial).eval()
     require_statistics(model, what)
     require_batch_norm_formula(model, what)

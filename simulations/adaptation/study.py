@@ -72,7 +72,8 @@ class Study(StudyOptions):
             if twice := {n for n in names if names.count(n) > 1}:
                 raise UserError(f"{kind} given twice: {', '.join(sorted(twice))}")
         texts = {
-            k: getattr(runs[0], k) for k in ("scenario", "model", "partition", "shift", "privacy", "head", "private")
+            k: getattr(runs[0], k)
+            for k in ("scenario", "model", "task", "partition", "shift", "privacy", "head", "private")
         }
         return replace(self, **texts, **found)
 

@@ -63,9 +63,10 @@ def compare(
         track: such as ``tensorboard:DIR`` (`simulations.tracking.trackers`).
         progress: show a progress bar on standard error.
         **options: any other field of `simulations.experiments.experiment.Experiment` or `fedbn.config.Plan`, such as
-            ``seeds=5`` or ``seeds=[3, 7]``, ``partition="dirichlet:alpha=0.1"``, ``privacy="clip=1"`` or ``rounds=30``.
-            ``model`` can also be a factory, a class or a `torch.nn.Module`, which starts every run with its current
-            weights; ``rule`` can also be an object.
+            ``seeds=5`` or ``seeds=[3, 7]``, ``task="regression"``, ``metric="mae"``,
+            ``partition="dirichlet:alpha=0.1"``, ``privacy="clip=1"`` or ``rounds=30``. ``model`` can also be
+            a factory, a class or a `torch.nn.Module`, which starts every run with its current weights; ``rule`` can
+            also be an object.
 
     Raises:
         UserError: before anything runs, for whatever can be checked then.
@@ -88,13 +89,17 @@ def compare(
     return ComparisonResult.load(place)
 
 
-def load(directory: str | Path) -> ComparisonResult:
+def load(directory: str | Path, metric: str = "") -> ComparisonResult:
     """Read the directory of a comparison. Unfinished runs are skipped and counted.
+
+    Args:
+        directory: results directory.
+        metric: the metric to display, such as ``macro_f1``; the comparison's by default.
 
     Raises:
         UserError: the directory holds no comparison, is damaged, or has no finished run.
     """
-    return ComparisonResult.load(directory)
+    return ComparisonResult.load(directory, metric)
 
 
 def federate(

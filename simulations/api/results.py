@@ -23,7 +23,6 @@ from fedbn.personalization.treatment import treatment, treatment_text
 from simulations.experiments.tasks import CHECKPOINT
 from simulations.report.plots import convergence_figure, matrix_figure, paired_figure, pdf, png, svg
 from simulations.results.comparison import Comparison
-from simulations.results.matrix import METRICS
 from simulations.storage.checkpoint import load_outcome
 
 
@@ -62,11 +61,11 @@ class Plot:
 class ComparisonResult(Comparison):
     """Result of `compare`."""
 
-    def plot_matrix(self, metric: str = "accuracy") -> Plot:
+    def plot_matrix(self, metric: str = "") -> Plot:
         """The evaluation matrix: one panel per row, a dot with its 95 % interval over users per cell."""
-        return Plot(matrix_figure(self, metric), f"matrix of {metric}")
+        return Plot(matrix_figure(self, metric), f"matrix of {metric or self.metric}")
 
-    def plot_paired(self, row: str = "own", column: str = "aggregated", metric: str = "accuracy") -> Plot:
+    def plot_paired(self, row: str = "own", column: str = "aggregated", metric: str = "") -> Plot:
         """Each user's difference to the reference, one panel per strategy.
 
         Raises:
@@ -81,7 +80,7 @@ class ComparisonResult(Comparison):
         return Plot(figure, f"differences to {self.reference}")
 
     def plot_convergence(self) -> Plot:
-        """Accuracy and training loss by round.
+        """The task's main metric and the training loss by round.
 
         Raises:
             UserError: a single round was evaluated.
@@ -91,7 +90,7 @@ class ComparisonResult(Comparison):
             raise UserError("one evaluated round makes no curve: train for more rounds, or set a smaller eval_every")
         return Plot(figure, "convergence")
 
-    def best(self, row: str = "own", column: str = "aggregated", metric: str = "accuracy") -> str:
+    def best(self, row: str = "own", column: str = "aggregated", metric: str = "") -> str:
         """The strategy with the best mean over all users and seeds in a cell, after the last round.
 
         It describes the table: nothing is selected on test data, neither rounds nor seeds nor options.
@@ -101,13 +100,11 @@ class ComparisonResult(Comparison):
         Raises:
             UserError: an unknown metric, or no strategy has this cell.
         """
-        if metric not in METRICS:
-            raise unknown("metric", metric, METRICS)
         matrix = self.matrix(metric).dropna(subset="mean")
         cell = matrix[(matrix["row"] == row) & (matrix["column"] == column)].set_index("strategy")["mean"]
         if cell.empty:
             raise UserError(f"no strategy has row {row!r}, column {column!r}; cells: {self.cells}")
-        return str(cell.idxmax() if METRICS[metric] else cell.idxmin())
+        return str(cell.idxmax() if self.higher_is_better(metric) else cell.idxmin())
 
     def model(self, strategy: Any, user: str | None = None, seed: int | None = None) -> nn.Module:
         """Copy of a trained network, in evaluation mode.
@@ -156,13 +153,13 @@ class FederationResult:
         """Scores, one line per user and cell of the evaluation matrix."""
         users = self.population.users
         return pd.DataFrame(
-            {"user": users[i].name, "domain": users[i].domain, **asdict(score)}
+            {"user": users[i].name, "domain": users[i].domain, **score.as_dict()}
             for i, scores in sorted(self.outcome.scores.items())
             for score in scores
         )
 
     def curve(self) -> pd.DataFrame:
-        """Training loss by round, and mean accuracies in evaluated rounds."""
+        """Training loss by round, and means of the task's main metric in evaluated rounds."""
         return pd.DataFrame([asdict(point) for point in self.outcome.curve])
 
     def model(self, user: str | None = None) -> nn.Module:
@@ -179,8 +176,9 @@ class FederationResult:
         return f"{self.run.strategy} on {self.run.scenario}, seed {self.run.seed}: {self.run.plan.rounds} rounds"
 
     def _table(self) -> pd.DataFrame:
-        """Mean accuracy over users: rows and columns of the matrix."""
-        return self.to_pandas().pivot_table("accuracy", "row", "column", sort=False).round(3)
+        """Mean of the task's main metric over users: rows and columns of the matrix."""
+        metric = build_context(self.run).task.main_metric
+        return self.to_pandas().pivot_table(metric, "row", "column", sort=False).round(3)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

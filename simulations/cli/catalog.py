@@ -16,6 +16,7 @@ from simulations.cli.options import (
     Columns,
     Data,
     Into,
+    Metric,
     Scenario,
     console,
     numbers,
@@ -33,6 +34,7 @@ class Kind(StrEnum):
     SCENARIOS = "scenarios"
     MODELS = "models"
     PARTITIONS = "partitions"
+    TASKS = "tasks"
     SHIFTS = "shifts"
     RULES = "rules"
     STREAMS = "streams"
@@ -42,7 +44,9 @@ class Kind(StrEnum):
 
 
 def advise(
-    directories: Annotated[list[Path], typer.Argument(help="Directories of comparisons.")], into: Into = None
+    directories: Annotated[list[Path], typer.Argument(help="Directories of comparisons.")],
+    metric: Metric = "",
+    into: Into = None,
 ) -> None:
     """Summarize several comparisons: the best strategies, and those not clearly worse."""
     from simulations.report.documents import replace_block
@@ -50,7 +54,7 @@ def advise(
 
     if into is not None:
         replace_block(into, "advice")
-    text = advice(directories)
+    text = advice(directories, metric)
     if into is not None:
         replace_block(into, "advice", text)
     print(text)
@@ -99,7 +103,14 @@ def audit(
 
 
 def data(
-    scenario: Scenario = None, data: Data = None, columns: Columns = None, seed: int = 0, as_json: AsJson = False
+    scenario: Scenario = None,
+    data: Data = None,
+    columns: Columns = None,
+    task: Annotated[
+        str, typer.Option(help="Task, e.g. regression; empty for the scenario's.", show_default=False)
+    ] = "",
+    seed: int = 0,
+    as_json: AsJson = False,
 ) -> None:
     """Show users, classes and splits of a data set; without one, which data sets are installed and intact.
 
@@ -107,6 +118,7 @@ def data(
     """
     from fedbn.data.packages import status
     from fedbn.scenarios.base import scenario as parse
+    from fedbn.tasks import parse_task
     from simulations.report.population import describe
 
     text = scenario_text(scenario, data, columns)
@@ -118,7 +130,8 @@ def data(
             ]
         )
         return
-    population = parse(text).load(seed)
+    chosen = parse(text)
+    population = chosen.load_for(parse_task(task or chosen.task), seed)
     found = describe(population)
     if as_json:
         print(json.dumps(found, indent=1))
@@ -144,6 +157,7 @@ def _rows(kind: Kind) -> list[dict[str, str]]:
     from fedbn.scenarios.base import scenarios
     from fedbn.strategies.base import strategies
     from fedbn.streams import streams
+    from fedbn.tasks import tasks
     from fedbn.tta import methods
 
     registries: dict[Kind, tuple[dict[str, Any], tuple[str, ...]]] = {
@@ -152,6 +166,7 @@ def _rows(kind: Kind) -> list[dict[str, str]]:
         Kind.SCENARIOS: (scenarios(), ("model",)),
         Kind.MODELS: (models(), ()),
         Kind.PARTITIONS: (partitions(), ()),
+        Kind.TASKS: (tasks(), ()),
         Kind.SHIFTS: (shifts(), ()),
         # Test-time methods with gradients are options of the same command.
         Kind.RULES: (dict(sorted({**rules(), **methods()}.items())), ("source",)),

@@ -62,7 +62,7 @@ def export(
     model = ctx.load(state)
     if rule is not None:
         model = _adapted(model, rule, users[index].train.x)
-    plain = build(ctx.run.model, ctx.population.shape, len(ctx.population.classes), ctx.run.seed).to(ctx.run.device)
+    plain = build(ctx.run.model, ctx.population.shape, ctx.outputs, ctx.run.seed).to(ctx.run.device)
     example = torch.cat([u.test.x[:ROWS] for u in (users[index], *users)][:ROWS])
     difference = write(model, example, out, fold=fold, plain=plain)
     shape = list(ctx.population.shape)
@@ -80,7 +80,8 @@ def export(
         size = f"{out}: {found['bytes']:,} bytes, for inputs of shape {shape}"
         text = f"{size}; its outputs differ from the model's by at most {difference:.1g}"
         console.print(text, highlight=False, markup=False)
-        console.print(f"outputs by class: {', '.join(classes)}", highlight=False, markup=False)
+        if classes:
+            console.print(f"outputs by class: {', '.join(classes)}", highlight=False, markup=False)
 
 
 def _state(directory: Path, strategy: str, seed: int, user: str | None) -> tuple[RunContext, State, int]:

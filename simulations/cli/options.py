@@ -49,6 +49,14 @@ Into = Annotated[
         help="Also put the table into this document, between its markers.", show_default=False, rich_help_panel=OUTPUT
     ),
 ]
+Metric = Annotated[
+    str,
+    typer.Option(
+        help="Metric of tables and intervals, e.g. macro_f1.",
+        show_default="the comparison's",
+        rich_help_panel=OUTPUT,
+    ),
+]
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print the result as JSON instead of tables.", rich_help_panel=OUTPUT)
 ]

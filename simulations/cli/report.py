@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from fedbn.errors import UserError
-from simulations.cli.options import AsJson, Into, console
+from simulations.cli.options import AsJson, Into, Metric, console
 
 
 class Format(StrEnum):
@@ -43,6 +43,7 @@ def report(
     full: Annotated[
         bool, typer.Option("--full", help="With --into: also the starts of unseen users, and costs.")
     ] = False,
+    metric: Metric = "",
     as_json: AsJson = False,
 ) -> None:
     """Print the tables of a comparison and write its HTML report, or show several side by side.
@@ -59,26 +60,26 @@ def report(
     if out is not None and not several and format_ is None:
         raise UserError("a comparison's page is written into its directory: --out goes with --format")
     if format_ is not None:
-        _write(directories, format_, out)
+        _write(directories, format_, out, metric)
     elif several:
-        _show_side_by_side(directories, out or Path("side-by-side.html"), as_json)
+        _show_side_by_side(directories, out or Path("side-by-side.html"), as_json, metric)
     else:
-        show_comparison(directories[0], as_json)
+        show_comparison(directories[0], as_json, metric)
     if into is not None:
         from simulations.report.documents import update_document
 
-        update_document(directories[0], into, full=full)
+        update_document(directories[0], into, full=full, metric=metric)
 
 
-def show_comparison(directory: Path, as_json: bool) -> None:
+def show_comparison(directory: Path, as_json: bool, metric: str = "") -> None:
     """Write the page of a comparison, and print its tables, or all results as JSON."""
     from simulations.report.page import write_report
     from simulations.report.terminal import show
     from simulations.results.comparison import Comparison
     from simulations.results.summary import answer
 
-    comparison = Comparison.load(directory)
-    page = write_report(directory)
+    comparison = Comparison.load(directory, metric)
+    page = write_report(directory, metric)
     if as_json:
         matrix = json.loads(comparison.matrix().to_json(orient="records"))
         paired = json.loads(comparison.paired().to_json(orient="records"))
@@ -89,13 +90,13 @@ def show_comparison(directory: Path, as_json: bool) -> None:
         console.print(f"report: {page.resolve()}", soft_wrap=True)
 
 
-def _write(directories: list[Path], format_: Format, out: Path | None) -> None:
+def _write(directories: list[Path], format_: Format, out: Path | None, metric: str) -> None:
     from fedbn.files import write_atomically
     from simulations.report.page import FORMATS
     from simulations.results.comparison import Comparison
     from simulations.results.side_by_side import SideBySide
 
-    found = SideBySide.load(directories) if len(directories) > 1 else Comparison.load(directories[0])
+    found = SideBySide.load(directories, metric) if len(directories) > 1 else Comparison.load(directories[0], metric)
     text = FORMATS[format_.value][1](found)
     if out is None:
         print(text, end="")
@@ -103,14 +104,15 @@ def _write(directories: list[Path], format_: Format, out: Path | None) -> None:
         write_atomically(out, text.encode())
 
 
-def _show_side_by_side(directories: list[Path], page: Path, as_json: bool) -> None:
+def _show_side_by_side(directories: list[Path], page: Path, as_json: bool, metric: str) -> None:
     from rich.text import Text
 
     from simulations.report.page import write_side_by_side
     from simulations.report.terminal import frame_table
+    from simulations.results.formatting import capitalize, metric_title
     from simulations.results.summary import answer
 
-    found = write_side_by_side(directories, page)
+    found = write_side_by_side(directories, page, metric)
     if as_json:
         frames = {"matrix": found.long(), "differences": found.differences()}
         tables = {name: json.loads(frame.to_json(orient="records")) for name, frame in frames.items()}
@@ -119,10 +121,10 @@ def _show_side_by_side(directories: list[Path], page: Path, as_json: bool) -> No
         return
     for name, comparison in found.comparisons.items():
         console.print(Text(f"{name}: {answer(comparison)}"), "")
-    first = next(iter(found.comparisons))
+    first, name = next(iter(found.comparisons)), capitalize(metric_title(found.metric))
     for title, frame in (
-        ("Accuracy, mean over users [95 % interval]", found.wide()),
-        (f"Accuracy minus that of {first}, user by user [95 % interval]", found.differences_wide()),
+        (f"{name}, mean over users [95 % interval]", found.wide()),
+        (f"{name} minus that of {first}, user by user [95 % interval]", found.differences_wide()),
         ("Settings that differ", found.settings()),
     ):
         if not frame.empty:

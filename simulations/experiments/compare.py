@@ -6,6 +6,7 @@ in its own directory. Finished runs are not repeated, and a resumed experiment g
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,7 @@ from fedbn.errors import UserError
 from fedbn.federation.metrics import COLUMNS
 from fedbn.federation.setup import build_context
 from fedbn.files import locked, read_json, write_atomically
+from fedbn.scenarios.base import scenario
 from simulations.engines.execute import Engine, check_engine, parse_engine
 from simulations.experiments.experiment import Experiment, render_options
 from simulations.experiments.preflight import LEFT_OUT, preflight
@@ -50,15 +52,18 @@ def tuning_tasks(experiment: Experiment, out: Path) -> list[Task]:
     return [Task(run, str(out / "tuning" / "runs" / run.id)) for run in runs]
 
 
-def select_candidates(experiment: Experiment, tasks: Sequence[Task]) -> dict[str, dict[str, Any]]:
-    """The candidate with the best mean accuracy on validation data by strategy (ties: the first)."""
+def select_candidates(
+    experiment: Experiment, tasks: Sequence[Task], metric: str, higher_is_better: bool
+) -> dict[str, dict[str, Any]]:
+    """The candidate with the best mean of a metric on validation data by strategy (ties: the first)."""
     best: dict[str, tuple[float, dict[str, Any]]] = {}
     for task in tasks:
         result = read_json(Path(task.directory) / "result.json")
-        own = [e["accuracy"] for e in result["evaluations"] if (e["row"], e["column"]) == ("own", "aggregated")]
-        accuracy, strategy = sum(own) / len(own), task.run.strategy
-        if strategy not in best or accuracy > best[strategy][0]:
-            best[strategy] = accuracy, {name: getattr(task.run.plan, name) for name in experiment.tune}
+        cells = [e for e in result["evaluations"] if (e["row"], e["column"]) == ("own", "aggregated")]
+        own = [e[metric] if higher_is_better else -e[metric] for e in cells if e.get(metric) is not None]
+        value, strategy = sum(own) / len(own) if own else -math.inf, task.run.strategy
+        if strategy not in best or value > best[strategy][0]:
+            best[strategy] = value, {name: getattr(task.run.plan, name) for name in experiment.tune}
     return {strategy: candidate for strategy, (_, candidate) in best.items()}
 
 
@@ -107,6 +112,8 @@ def compare(
         "strategies": list(experiment.strategies),
         "seeds": list(experiment.seed_numbers),
         "columns": list(COLUMNS),
+        "metrics": ctx.task.directions,
+        "metric": experiment.metric or ctx.task.main_metric,
         "settings": {**asdict(experiment.plan), **_settings(experiment), "engine": engine},
         "versions": versions(),
         "numerics": NUMERICS,
@@ -143,7 +150,7 @@ def _run(
         tuning = tuning_tasks(experiment, out)
         started("tuning", tuning)
         run_tasks(tuning, engine, workers, report)
-        tuned = select_candidates(experiment, tuning)
+        tuned = select_candidates(experiment, tuning, meta["metric"], meta["metrics"][meta["metric"]])
         chosen = ", ".join(f"{s} {render_options(c)}" for s, c in tuned.items())
         meta["settings"] |= dict.fromkeys(experiment.tune, "tuned") | {"tuned": chosen}
         write_comparison(out, meta)
@@ -160,6 +167,7 @@ def _run(
 def _settings(experiment: Experiment) -> dict[str, Any]:
     return {
         "model": experiment.model,
+        "task": experiment.task or scenario(experiment.scenario).task,
         "partition": experiment.partition,
         "shift": experiment.shift or "none",
         "privacy": experiment.privacy or "none",
@@ -199,7 +207,7 @@ def resume(out: Path, rounds: int | None = None, **options: Any) -> Path:
         raise UserError(f"{out} has no comparison (no comparison.json): start one with `fedbn compare`")
     meta = read_json(stored)
     check_numerics(out, meta.get("numerics"))
-    experiment = Experiment.from_dict(meta["experiment"])
+    experiment = Experiment.from_dict(meta["experiment"] | {"metric": meta.get("metric", "")})
     extends = list(meta.get("extends", ()))
     if rounds is not None and rounds != experiment.plan.rounds:
         if rounds < experiment.plan.rounds:

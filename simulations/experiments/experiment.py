@@ -12,10 +12,11 @@ from typing import Any
 
 from fedbn.config import EvaluatedConditions, Plan, nest, seed_numbers
 from fedbn.errors import UserError, unknown
-from fedbn.federation.run import Run, plan_for, resolved_plan
+from fedbn.federation.run import Run, plan_for, resolved_plan, task_of
 from fedbn.personalization.treatment import treatment
 from fedbn.plugins import build, table
 from fedbn.scenarios.base import scenario
+from fedbn.tasks import Task, render_task
 from simulations.experiments.options import ExperimentOptions
 
 TUNABLE = tuple(
@@ -84,19 +85,27 @@ class Experiment(ExperimentOptions):
             raise UserError(f"rates must be positive learning rates; look at {', '.join(wrong)}")
         seed_numbers(self.seeds)
         rates = {str(treatment(s)): lr for s, lr in self.rates.items()}
+        known = task_of(self).directions
+        if self.metric and self.metric not in known:
+            raise unknown("metric", self.metric, known)
         runs = [self.run(s, 0).resolved() for s in self.strategies]
         names = tuple(r.strategy for r in runs)
         if twice := {n for n in names if names.count(n) > 1}:
             raise UserError(f"strategies given twice: {', '.join(sorted(twice))}")
         texts = {
             k: getattr(runs[0], k)
-            for k in ("scenario", "model", "partition", "shift", "privacy", "rule", "head", "private")
+            for k in ("scenario", "model", "task", "partition", "shift", "privacy", "rule", "head", "private")
         }
         return replace(self, strategies=names, rates=rates, tune=tune, plan=resolved_plan(self.plan), **texts)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as in a run file."""
-        return json.loads(json.dumps(asdict(self)))
+        """Plain values, as in a run file, without what does not change any number.
+
+        That is the scenario's task, and the displayed metric unless it selects learning rates.
+        """
+        values = json.loads(json.dumps(asdict(self)))
+        unchanged = {"task": not self.task, "metric": not self.tune or not self.metric}
+        return {k: v for k, v in values.items() if not unchanged.get(k)}
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> Experiment:
@@ -105,7 +114,8 @@ class Experiment(ExperimentOptions):
         The plan starts from the scenario's plan.
 
         Args:
-            values: fields of `Experiment`. Options of the plan are given in a table ``plan``, or flat among the others.
+            values: fields of `Experiment`; the task is a text or an object. Options of the plan are given in a table
+                ``plan``, or flat among the others.
 
         Raises:
             UserError: no scenario, an unknown option, or a value of the wrong type.
@@ -115,7 +125,8 @@ class Experiment(ExperimentOptions):
             raise UserError("no scenario given: see `fedbn list scenarios`")
         settings = table(values.get("plan", {}), "plan")
         plan = plan_for(str(values["scenario"]), **settings)
-        rest = {k: v for k, v in values.items() if k not in ("plan", "tune")}
+        kept = {k: v for k, v in values.items() if k not in ("plan", "tune")}
+        rest = {k: render_task(v) if isinstance(v, Task) else v for k, v in kept.items()}
         if not {"lr", "optimizer"} & settings.keys():
             rest.setdefault("rates", scenario(str(values["scenario"])).rates)
         tune = {name: _texts(tried, name) for name, tried in table(values.get("tune", {}), "tune").items()}

@@ -26,6 +26,12 @@ class ExperimentOptions(EvaluatedConditions):
         "are tried, e.g. lr=0.01,0.1 optimizer=sgd,adamw.",
         panel="Optimization",
     )
+    metric: str = option(
+        "",
+        "Metric of tables, intervals, tuning and the worst 10 %, e.g. macro_f1; empty for the task's first. All are "
+        "stored.",
+        panel="Evaluation",
+    )
     rates: dict[str, float] = option(
         {}, "Learning rates by strategy where they differ from --lr, e.g. local=0.1,fedbn=0.03.", panel="Optimization"
     )

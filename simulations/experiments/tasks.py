@@ -72,7 +72,7 @@ def run_result(run: Run, ctx: RunContext, outcome: Outcome) -> dict[str, Any]:
     """A finished run as plain values, the input of tables, plots and reports."""
     users = ctx.population.users
     return {
-        "run": asdict(run),
+        "run": json.loads(run.to_json()),
         "numerics": NUMERICS,
         "code": code_digest(),
         "sources": ctx.population.sources,
@@ -87,7 +87,7 @@ def run_result(run: Run, ctx: RunContext, outcome: Outcome) -> dict[str, Any]:
         "ownership": [*ctx.ownership.rows(), *outcome.traffic.rows()],
         "curve": [asdict(p) for p in outcome.curve],
         "evaluations": [
-            {"user": users[i].name, "domain": users[i].domain, **asdict(score)}
+            {"user": users[i].name, "domain": users[i].domain, **score.as_dict()}
             for i, scores in sorted(outcome.scores.items())
             for score in scores
         ],
@@ -128,7 +128,7 @@ def run_task(task: Task, engine: Engine, report: Report) -> None:
         save_outcome(checkpoint, task.run, outcome, sources)
     write_run(directory.parent.parent, directory.name, run_result(task.run, ctx, outcome))
     previous_checkpoint(checkpoint).unlink(missing_ok=True)
-    report(Event(task.directory, rounds, ended=True, values=_means(outcome)))
+    report(Event(task.directory, rounds, ended=True, values=_means(outcome, ctx.task.main_metric)))
 
 
 def load_shorter(task: Task, ctx: RunContext) -> Outcome | None:
@@ -151,13 +151,14 @@ def load_shorter(task: Task, ctx: RunContext) -> Outcome | None:
     return None
 
 
-def _means(outcome: Outcome) -> dict[str, float]:
-    """Mean accuracy over users by row and column of the matrix."""
-    accuracies: dict[str, list[float]] = {}
+def _means(outcome: Outcome, metric: str) -> dict[str, float]:
+    """Mean of a metric over users by row and column of the matrix."""
+    values: dict[str, list[float]] = {}
     for scores in outcome.scores.values():
         for score in scores:
-            accuracies.setdefault(f"{score.row}/{score.column}", []).append(score.accuracy)
-    return {name: sum(values) / len(values) for name, values in accuracies.items()}
+            if metric in score.metrics:
+                values.setdefault(f"{score.row}/{score.column}", []).append(score.metrics[metric])
+    return {name: sum(found) / len(found) for name, found in values.items()}
 
 
 def is_finished(directory: Path, run: Run) -> bool:

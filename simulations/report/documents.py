@@ -10,11 +10,11 @@ from fedbn.errors import UserError
 from fedbn.federation.traffic import REPEATED
 from fedbn.files import write_atomically
 from simulations.results.comparison import Comparison
-from simulations.results.formatting import format_number, format_size, markdown_table
+from simulations.results.formatting import capitalize, format_number, format_size, markdown_table, metric_title
 from simulations.results.summary import answer, starts_rows
 
 
-def update_document(directory: Path, document: Path, *, full: bool = False) -> None:
+def update_document(directory: Path, document: Path, *, full: bool = False, metric: str = "") -> None:
     """Replace the text between ``<!-- begin NAME -->`` and ``<!-- end NAME -->``; NAME is the directory's name.
 
     If the document shows ``NAME.png``, the plot of paired differences is copied to that path.
@@ -22,6 +22,7 @@ def update_document(directory: Path, document: Path, *, full: bool = False) -> N
     Args:
         directory: results directory of a comparison.
         document: a Markdown file.
+        metric: the metric to show; the comparison's by default.
         full: also insert the results of unseen users by initial statistics, and the costs.
 
     Raises:
@@ -29,13 +30,14 @@ def update_document(directory: Path, document: Path, *, full: bool = False) -> N
     """
     name = directory.resolve().name
     replace_block(document, name)  # fail before any computation
-    comparison = Comparison.load(directory)
+    comparison = Comparison.load(directory, metric)
     seeds = len(comparison.meta["seeds"])
     seeds_text = "one seed" if seeds == 1 else f"{seeds} paired seeds"
     parts = [
         answer(comparison),
         comparison.to_markdown().rstrip(),
-        f"Mean accuracy over users [95 % interval over users], {seeds_text}; made by `{comparison.meta['command']}`.",
+        f"Mean {metric_title(comparison.metric)} over users [95 % interval over users], {seeds_text}; made by "
+        f"`{comparison.meta['command']}`.",
     ]
     if full:
         parts += _more(comparison)
@@ -54,7 +56,10 @@ def _more(comparison: Comparison) -> list[str]:
     head, *lines = starts_rows(comparison)
     if lines:
         rows = [dict(zip(head, line, strict=True)) for line in lines]
-        parts += ["Accuracy of unseen users by the statistics they start from:", markdown_table(rows).rstrip()]
+        parts += [
+            f"{capitalize(metric_title(comparison.metric))} of unseen users by the statistics they start from:",
+            markdown_table(rows).rstrip(),
+        ]
     seconds, traffic = comparison.seconds().set_index("strategy"), comparison.traffic()
     sent = traffic.groupby("strategy")[["bytes_down", "bytes_up"]].sum()
     repeated = traffic[traffic["role"] == REPEATED].set_index("strategy")["bytes_down"]

@@ -11,7 +11,15 @@ import numpy as np
 import pandas as pd
 
 from simulations.results.comparison import Comparison
-from simulations.results.formatting import format_interval, format_number, format_p_value, format_signed, format_size
+from simulations.results.formatting import (
+    capitalize,
+    format_interval,
+    format_number,
+    format_p_value,
+    format_signed,
+    format_size,
+    metric_title,
+)
 from simulations.results.matrix import COLUMNS, ROWS
 from simulations.results.summary import is_clear, starts_rows
 
@@ -94,7 +102,11 @@ def _sort_key(text: str) -> float | str:
         return "" if text == "–" else text
 
 
-def matrix(comparison: Comparison, metric: str = "accuracy") -> Table:
+def _title(comparison: Comparison, metric: str = "") -> str:
+    return capitalize(metric_title(metric or comparison.metric))
+
+
+def matrix(comparison: Comparison, metric: str = "") -> Table:
     """Evaluation matrix: strategies and statistics down, rows of the matrix across."""
     best = comparison.clear_best(metric)
     cells = {
@@ -106,7 +118,7 @@ def matrix(comparison: Comparison, metric: str = "accuracy") -> Table:
         )
         for line in comparison.matrix(metric).dropna(subset="mean").itertuples()
     }
-    caption = f"{metric.replace('_', '-').capitalize()}: mean over users [95 % interval over users]"
+    caption = f"{_title(comparison, metric)}: mean over users [95 % interval over users]"
     return _across(comparison, comparison.strategies, cells, caption)
 
 
@@ -123,7 +135,7 @@ def paired(comparison: Comparison) -> Table:
         cells[line.strategy, line.column, line.row] = Cell(
             format_signed(line.difference), (users or seeds) + below, line.difference, is_clear(line)
         )
-    caption = f"Accuracy minus that of {comparison.reference}, user by user [95 % interval over users]"
+    caption = f"{_title(comparison)} minus that of {comparison.reference}, user by user [95 % interval over users]"
     return _across(comparison, comparison.strategies[1:], cells, caption)
 
 
@@ -192,7 +204,7 @@ def domains(comparison: Comparison) -> Table | None:
         for strategy in comparison.strategies
         if any((strategy, column, row, domain) in cells for domain in domains)
     ]
-    caption = "Accuracy by domain: mean over the domain's users [95 % interval over users]"
+    caption = f"{_title(comparison)} by domain: mean over the domain's users [95 % interval over users]"
     return Table(caption, ["strategy", "test", "statistics", *domains], lines, names=3)
 
 
@@ -228,7 +240,8 @@ def starts(comparison: Comparison) -> Table | None:
     head, *lines = starts_rows(comparison)
     if not lines:
         return None
-    caption = "Accuracy of unseen users by the statistics they start from, before adaptation [95 % interval over users]"
+    start = "by the statistics they start from, before adaptation"
+    caption = f"{_title(comparison)} of unseen users {start} [95 % interval over users]"
     return Table(caption, head, [[Cell(text, sort=text) for text in line] for line in lines])
 
 

@@ -20,16 +20,18 @@ from fedbn.files import write_atomically
 from simulations.report import html_tables
 from simulations.report.figures import paired_pictures, picture
 from simulations.results.comparison import Comparison
+from simulations.results.formatting import capitalize, metric_title
 from simulations.results.matrix import COLUMNS, ROWS
 from simulations.results.side_by_side import SideBySide
 from simulations.results.summary import is_bound, sentences
 
 
-def write_report(directory: str | Path) -> Path:
+def write_report(directory: str | Path, metric: str = "") -> Path:
     """Write ``report.html``, the matrix as ``matrix`` with ``.csv``, ``.tex`` and ``.md``, ``paired.csv`` and figures.
 
     Args:
         directory: results directory of a comparison, finished or not.
+        metric: the metric to show; the comparison's by default.
 
     Returns:
         Path of the page.
@@ -37,7 +39,7 @@ def write_report(directory: str | Path) -> Path:
     Raises:
         UserError: the directory is not a comparison, is damaged, has no finished run, or cannot be written.
     """
-    comparison = Comparison.load(directory)
+    comparison = Comparison.load(directory, metric)
     directory = comparison.directory
     for suffix, write in FORMATS.values():
         write_atomically(directory / f"matrix{suffix}", write(comparison).encode())
@@ -47,21 +49,26 @@ def write_report(directory: str | Path) -> Path:
     return page
 
 
-def write_side_by_side(directories: Sequence[Path], page: Path) -> SideBySide:
+def write_side_by_side(directories: Sequence[Path], page: Path, metric: str = "") -> SideBySide:
     """Write a page with several comparisons side by side.
 
     Raises:
         UserError: one of them cannot be read, or the page cannot be written.
     """
-    loaded = SideBySide.load(directories)
+    loaded = SideBySide.load(directories, metric)
+    title = capitalize(metric_title(loaded.metric))
     titles = ("strategy", "statistics", "comparison")
     context = {
         "title": f"{len(loaded.comparisons)} comparisons side by side",
         "answers": {name: sentences(comparison) for name, comparison in loaded.comparisons.items()},
-        "matrix": html_tables.plain(loaded.wide(), "Accuracy: mean over users [95 % interval over users]", titles),
+        "matrix": html_tables.plain(
+            loaded.wide(),
+            f"{title}: mean over users [95 % interval over users]",
+            titles,
+        ),
         "differences": html_tables.plain(
             loaded.differences_wide(),
-            f"Accuracy minus that of {next(iter(loaded.comparisons))}, user by user [95 % interval over users]",
+            f"{title} minus that of {next(iter(loaded.comparisons))}, user by user [95 % interval over users]",
             titles,
         ),
         "settings": html_tables.plain(loaded.settings(), "Settings that differ", ("setting",)),
@@ -122,7 +129,7 @@ def _context(comparison: Comparison) -> dict[str, Any]:
         "columns": [COLUMNS[column] for column in dict.fromkeys(column for _, column in comparison.cells)],
         "bounds": [strategy for strategy in comparison.strategies if is_bound(strategy)],
         "matrix": html_tables.matrix(comparison),
-        "matrix_f1": html_tables.matrix(comparison, "macro_f1"),
+        "matrix_second": html_tables.matrix(comparison, _second_metric(comparison)),
         "matrix_long": html_tables.matrix_long(comparison),
         "matrix_picture": picture(
             comparison, "matrix", "Evaluation matrix", "Dots: mean over users. Bars: 95 % interval over users."
@@ -156,6 +163,11 @@ def _context(comparison: Comparison) -> dict[str, Any]:
         "citation": cite(meta),
         "page_command": f"fedbn report {shlex.quote(str(comparison.directory))}",
     }
+
+
+def _second_metric(comparison: Comparison) -> str:
+    """The first metric besides the displayed one."""
+    return next(metric for metric in (*comparison.metrics, comparison.metric) if metric != comparison.metric)
 
 
 def cite(meta: dict[str, Any]) -> str:

@@ -25,6 +25,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from simulations.results.comparison import Comparison
+from simulations.results.formatting import metric_title
 from simulations.results.matrix import COLUMNS, ROWS
 
 P = ParamSpec("P")
@@ -114,7 +115,7 @@ def png(figure: Figure) -> bytes:
 
 
 @_styled
-def matrix_figure(comparison: Comparison, metric: str = "accuracy") -> Figure:
+def matrix_figure(comparison: Comparison, metric: str = "") -> Figure:
     """The evaluation matrix: one panel per row, a dot with its 95 % interval over users per cell."""
     matrix = comparison.matrix(metric).dropna(subset="mean")
     rows = list(dict.fromkeys(row for row, _ in comparison.cells))
@@ -137,7 +138,7 @@ def matrix_figure(comparison: Comparison, metric: str = "accuracy") -> Figure:
         axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(4))
     panels[0].set_yticks(range(len(strategies)), [_short(s) for s in strategies])
     panels[0].set_ylim(len(strategies) - 0.5, -0.5)
-    figure.supxlabel(f"{metric.replace('_', '-')}, mean over users with 95 % interval", fontsize=9)
+    figure.supxlabel(f"{metric_title(metric or comparison.metric)}, mean over users with 95 % interval", fontsize=9)
     figure.legend(
         [Line2D([], [], linestyle="", **_marker(i, INK)) for i in range(len(columns))],
         [COLUMNS[c][0] for c in columns],
@@ -148,7 +149,7 @@ def matrix_figure(comparison: Comparison, metric: str = "accuracy") -> Figure:
 
 
 @_styled
-def paired_figure(comparison: Comparison, row: str, column: str, metric: str = "accuracy") -> Figure | None:
+def paired_figure(comparison: Comparison, row: str, column: str, metric: str = "") -> Figure | None:
     """Every user's difference to the reference, sorted, one panel per strategy; None if there is none.
 
     A mean hides differences between users: points below the line are users harmed by the strategy.
@@ -183,14 +184,15 @@ def paired_figure(comparison: Comparison, row: str, column: str, metric: str = "
     for axes in panels.flat[len(by_strategy) :]:
         axes.set_visible(False)
     figure.supxlabel("users, sorted by their difference", fontsize=9)
-    figure.supylabel(f"{metric.replace('_', '-')} − {_short(comparison.reference)}", fontsize=9)
+    figure.supylabel(f"{metric_title(metric or comparison.metric)} − {_short(comparison.reference)}", fontsize=9)
     return figure
 
 
 @_styled
 def convergence_figure(comparison: Comparison) -> Figure | None:
-    """Accuracy and training loss by round: mean over seeds, band lowest to highest; None if not recorded."""
-    titles = {"own": "own test accuracy", "unseen": "unseen users' accuracy", "train_loss": "training loss"}
+    """Main metric and training loss by round: mean over seeds, band lowest to highest; None if not recorded."""
+    name = metric_title(next(iter(comparison.metrics)))
+    titles = {"own": f"own test {name}", "unseen": f"unseen users' {name}", "train_loss": "training loss"}
     # One evaluated round makes no curve; its value is in the matrix.
     shown = [name for name in titles if comparison.curves.dropna(subset=name)["round"].nunique() > 1]
     if not shown:

@@ -16,19 +16,19 @@ def describe(population: Population) -> dict[str, Any]:
         population: users as loaded.
 
     Returns:
-        ``shape``; ``classes`` with index, name and numbers of rows; ``users`` with name, whether they are seen, and
-        numbers of rows; and ``notices``.
+        ``shape``; ``classes`` (none if rows have no class) with index, name and numbers of rows; ``users`` with name,
+        whether they are seen, and numbers of rows; and ``notices``.
     """
-    count = len(population.classes)
+    count = len(population.classes) if population.users[0].train.has_classes else 0
     train, test = (
-        sum((_counts(part, count) for part in parts), torch.zeros(count, dtype=torch.long)).tolist()
+        sum((_counts(part, count) for part in parts if count), torch.zeros(count, dtype=torch.long)).tolist()
         for parts in ([u.train for u in population.users], [u.test for u in population.users])
     )
     return {
         "shape": list(population.shape),
         "classes": [
             {"class": i, "label": name, "training rows": train[i], "test rows": test[i]}
-            for i, name in enumerate(population.classes)
+            for i, name in enumerate(population.classes[:count])
         ],
         "users": [
             {

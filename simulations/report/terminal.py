@@ -19,12 +19,14 @@ from fedbn.federation.traffic import MESSAGE
 from fedbn.nn.roles import Role
 from simulations.results.comparison import Comparison
 from simulations.results.formatting import (
+    capitalize,
     format_count,
     format_estimate,
     format_interval,
     format_number,
     format_signed,
     format_size,
+    metric_title,
 )
 from simulations.results.matrix import COLUMNS, ROWS
 from simulations.results.summary import answer, is_clear, starts_rows
@@ -39,7 +41,7 @@ Cells = dict[tuple[str, str, str], tuple[str, ...]]
 """The parts of a cell by column, strategy and row."""
 
 
-def show(comparison: Comparison, console: Console | None = None, metric: str = "accuracy") -> None:
+def show(comparison: Comparison, console: Console | None = None, metric: str = "") -> None:
     """Print answer, matrix, paired differences and cost, at most as wide as the console."""
     console = console or Console()
     console.print(Text(answer(comparison, metric), style="bold"), "")
@@ -47,7 +49,7 @@ def show(comparison: Comparison, console: Console | None = None, metric: str = "
     if len(comparison.strategies) > 1:
         console.print(paired_table(comparison, metric, console.width), "")
     if len(starts := starts_rows(comparison, metric)) > 1:
-        console.print(starts_table(starts, metric), "")
+        console.print(starts_table(starts, metric or comparison.metric), "")
     console.print(cost_table(comparison))
     if comparison.engine and f"engine {comparison.engine}" not in comparison.notices:
         console.print(Text(f"Engine {comparison.engine}"))
@@ -55,7 +57,11 @@ def show(comparison: Comparison, console: Console | None = None, metric: str = "
         console.print(Text(f"Note: {notice}", style="yellow"))
 
 
-def matrix_table(comparison: Comparison, metric: str = "accuracy", width: int = 100) -> Table:
+def _title(comparison: Comparison, metric: str) -> str:
+    return capitalize(metric_title(metric or comparison.metric))
+
+
+def matrix_table(comparison: Comparison, metric: str = "", width: int = 100) -> Table:
     """Mean over users with its 95 % interval, in one section per column of the matrix."""
     best = comparison.clear_best(metric)
     text: Cells = {}
@@ -69,12 +75,12 @@ def matrix_table(comparison: Comparison, metric: str = "accuracy", width: int = 
         list(comparison.meta["columns"]),
         text,
         width,
-        title=f"{_metric(metric)}, mean over users [95 % interval], {_counts(comparison)}",
+        title=f"{_title(comparison, metric)}, mean over users [95 % interval], {_counts(comparison)}",
         caption="*: better than every other strategy; every paired interval excludes 0." if best else None,
     )
 
 
-def paired_table(comparison: Comparison, metric: str = "accuracy", width: int = 100) -> Table:
+def paired_table(comparison: Comparison, metric: str = "", width: int = 100) -> Table:
     """Each strategy minus the reference, user by user, in the first column of the matrix.
 
     The other columns and the worst users are only in the HTML report.
@@ -94,16 +100,16 @@ def paired_table(comparison: Comparison, metric: str = "accuracy", width: int = 
         [first],
         text,
         width,
-        title=f"{_metric(metric)} minus that of {comparison.reference}, user by user [95 % interval]",
+        title=f"{_title(comparison, metric)} minus that of {comparison.reference}, user by user [95 % interval]",
         caption="*: interval excludes 0 and corrected p < .05. ↑ ↓: users gaining, losing over one point. "
         "More in the report.",
     )
 
 
-def starts_table(rows: list[list[str]], metric: str = "accuracy") -> Table:
+def starts_table(rows: list[list[str]], metric: str) -> Table:
     """Table of the rows from `starts_rows`."""
     table = _table(
-        title=f"{_metric(metric)} of unseen users by the statistics they start from [95 % interval]",
+        title=f"{capitalize(metric_title(metric))} of unseen users by the statistics they start from [95 % interval]",
         caption="Before any adaptation; nearest, mixture and prior-mixed use the user's earlier unlabeled data.",
     )
     for name in rows[0]:
@@ -191,10 +197,6 @@ def _sections(
             style = ["bold" if "*" in cell else "" for cell in joined]
             table.add_row(Text(strategy), *map(Text, joined, style))
     return table
-
-
-def _metric(metric: str) -> str:
-    return metric.replace("_", "-").capitalize()
 
 
 def _counts(comparison: Comparison) -> str:

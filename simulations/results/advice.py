@@ -13,7 +13,7 @@ from pathlib import Path
 
 from simulations.results.comparison import Comparison
 from simulations.results.formatting import format_number, markdown_table
-from simulations.results.matrix import METRICS, ROWS
+from simulations.results.matrix import ROWS
 from simulations.results.summary import is_bound
 
 CELLS = (("own", "aggregated"), ("global", "aggregated"), ("unseen", "aggregated"), ("unseen", "recalibrated"))
@@ -37,10 +37,14 @@ class Verdict:
     clearly_behind: int
 
 
-def verdict(comparison: Comparison, row: str, column: str, metric: str = "accuracy") -> Verdict | None:
+def verdict(comparison: Comparison, row: str, column: str, metric: str = "") -> Verdict | None:
     """The best strategy of a cell, without bounds; None if no strategy has the cell."""
     lines = comparison.matrix(metric).query("row == @row and column == @column").dropna(subset="mean")
-    lines = lines[~lines["strategy"].map(is_bound)].sort_values("mean", ascending=not METRICS[metric], kind="stable")
+    if lines.empty:
+        return None
+    lines = lines[~lines["strategy"].map(is_bound)].sort_values(
+        "mean", ascending=not comparison.higher_is_better(metric), kind="stable"
+    )
     if lines.empty:
         return None
     best, *others = lines["strategy"]
@@ -48,12 +52,12 @@ def verdict(comparison: Comparison, row: str, column: str, metric: str = "accura
     return Verdict(best, float(lines["mean"].iloc[0]), tuple(s for s in others if s not in behind), len(behind))
 
 
-def advice(directories: Sequence[Path], metric: str = "accuracy", max_names: int = 4) -> str:
+def advice(directories: Sequence[Path], metric: str = "", max_names: int = 4) -> str:
     """Make a Markdown table of the best strategies, followed by the reversals.
 
     Args:
         directories: result directories.
-        metric: the metric to compare by.
+        metric: the metric to compare by; the displayed one of each comparison by default.
         max_names: how many comparable strategies to list by name.
     """
     lines, reversals = [], []

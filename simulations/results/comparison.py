@@ -12,7 +12,7 @@ from typing import Any, Self
 
 import pandas as pd
 
-from fedbn.errors import UserError
+from fedbn.errors import UserError, unknown
 from fedbn.files import read_json
 from simulations.results.execution import ran_one_by_one, summarize_execution
 from simulations.results.files import (
@@ -24,7 +24,7 @@ from simulations.results.files import (
     runs_table,
     summarize_notices,
 )
-from simulations.results.formatting import format_estimate, latex_table, markdown_table
+from simulations.results.formatting import format_estimate, latex_table, markdown_table, metric_title
 from simulations.results.matrix import COLUMNS, METRICS, ROWS, Matrix
 from simulations.results.summary import answer
 
@@ -38,7 +38,7 @@ class Comparison(Matrix):
 
     Attributes:
         meta: ``comparison.json``.
-        evaluations: one line per run x user x row x column: n, accuracy, macro_f1, loss.
+        evaluations: one line per run x user x row x column: n, and the metrics.
         directory: the results directory.
         shift: ``shift.json``, or empty.
         runs: one line per finished run: run, strategy, seed, lr, seconds, rounds, newcomer.
@@ -63,16 +63,25 @@ class Comparison(Matrix):
     long = to_pandas = Matrix.matrix
 
     @classmethod
-    def load(cls, directory: str | Path) -> Self:
+    def load(cls, directory: str | Path, metric: str = "") -> Self:
         """Load a results directory; unfinished runs are skipped and counted.
 
+        Args:
+            directory: results directory.
+            metric: the metric to display; the one of the comparison by default.
+
         Raises:
-            UserError: the directory is not a comparison, a file is damaged, or no run is finished.
+            UserError: the directory is not a comparison, a file is damaged, no run is finished, or the metric is
+                unknown.
         """
         directory = Path(directory)
         if not (directory / "comparison.json").is_file():
             raise UserError(f"{directory} is not a comparison: it has no comparison.json. Give a results directory")
         meta = read_json(directory / "comparison.json", "delete it and run the same comparison; finished runs are used")
+        metrics = meta.get("metrics", METRICS)
+        if metric and metric not in metrics:
+            raise unknown("metric", metric, metrics)
+        meta["metric"] = metric or meta.get("metric", "")
         runs, foreign = finished_runs(directory, meta)
         if not runs:
             raise UserError(f"{directory} has no finished run yet: finish the comparison first")
@@ -97,7 +106,7 @@ class Comparison(Matrix):
                     runs,
                     "evaluations",
                     {"user": "str", "domain": "str", "row": "str", "column": "str", "n": "int64"}
-                    | dict.fromkeys(METRICS, "float64"),
+                    | dict.fromkeys(metrics, "float64"),
                 )
             ),
             curves=lines_table(
@@ -134,7 +143,7 @@ class Comparison(Matrix):
             }
         ).reset_index()
 
-    def wide(self, metric: str = "accuracy") -> pd.DataFrame:
+    def wide(self, metric: str = "") -> pd.DataFrame:
         """The matrix as text: statistics and strategy down, rows of the matrix across."""
         text = {
             (line.column, line.strategy, line.row): format_estimate(line.mean, line.ci_low, line.ci_high)
@@ -155,14 +164,14 @@ class Comparison(Matrix):
             columns=[ROWS[row][0] for row in rows],
         )
 
-    def to_csv(self, path: str | Path, metric: str = "accuracy") -> None:
+    def to_csv(self, path: str | Path, metric: str = "") -> None:
         """Write the long matrix, unrounded."""
         self.matrix(metric).to_csv(path, index=False)
 
-    def to_markdown(self, metric: str = "accuracy") -> str:
+    def to_markdown(self, metric: str = "") -> str:
         """The wide matrix as a Markdown table: mean and 95 % interval over users."""
         return markdown_table(self.wide(metric).reset_index().to_dict("records"))
 
-    def to_latex(self, metric: str = "accuracy") -> str:
+    def to_latex(self, metric: str = "") -> str:
         """The wide matrix as a LaTeX table (packages booktabs and multirow)."""
-        return latex_table(self.wide(metric), f"{metric.replace('_', ' ')}: {CAPTION}")
+        return latex_table(self.wide(metric), f"{metric_title(metric or self.metric)}: {CAPTION}")

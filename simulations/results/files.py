@@ -103,7 +103,7 @@ def finished_runs(directory: Path, meta: dict[str, Any]) -> tuple[list[tuple[str
 def lines_table(runs: list[tuple[str, dict[str, Any]]], key: str, types: dict[str, str]) -> pd.DataFrame:
     """Concatenate the lists ``result[key]`` of all runs, with the strategy and seed of each run in front."""
     records = [
-        {"strategy": result["strategy"], "seed": result["seed"], **{name: line[name] for name in types}}
+        {"strategy": result["strategy"], "seed": result["seed"], **{name: line.get(name) for name in types}}
         for _, result in runs
         for line in result[key]
     ]

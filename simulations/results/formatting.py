@@ -102,6 +102,25 @@ def format_size(count: float) -> str:
     return f"{count:.0f} B"
 
 
+def metric_title(metric: str) -> str:
+    """The name of a metric as text.
+
+    >>> metric_title("macro_f1"), metric_title("auroc"), metric_title("accuracy")
+    ('macro F1', 'AUROC', 'accuracy')
+    """
+    special = {"f1": "F1", "auroc": "AUROC", "ece": "ECE", "mae": "MAE", "rmse": "RMSE", "r2": "R2", "iou": "IoU"}
+    return " ".join(special.get(word, word) for word in metric.split("_"))
+
+
+def capitalize(text: str) -> str:
+    """The text with its first letter in upper case.
+
+    >>> capitalize("macro F1")
+    'Macro F1'
+    """
+    return text[:1].upper() + text[1:]
+
+
 def format_count(count: int, noun: str) -> str:
     """Format a count with its noun.
 

@@ -64,10 +64,10 @@ STARTS = {
     "prior": ("prior-mixed", "pooled, mixed with the user's own by an empirical-Bayes weight per channel"),
 }
 
-#: Metrics of an evaluation, and whether higher is better.
+#: Metrics of results that do not list theirs, and whether higher is better.
 METRICS = {"accuracy": True, "macro_f1": True, "loss": False}
 
-#: A user counts as better or worse off when the difference exceeds one point.
+#: A user counts as better or worse off when the difference exceeds one point, or 1 % of a reference above 1.
 POINT = 0.01
 #: Numbers of domains for which results by domain are shown.
 DOMAINS = range(2, 13)
@@ -76,10 +76,14 @@ T = TypeVar("T")
 
 
 def _cached(method: Callable[[Matrix, str], T]) -> Callable[..., T]:
-    """Compute once per metric and return copies: the answer, tables and figures share results."""
+    """Compute once per metric and return copies: the answer, tables and figures share results.
+
+    The default metric is the one that is displayed.
+    """
 
     @wraps(method)
-    def cached(self: Matrix, metric: str = "accuracy") -> T:
+    def cached(self: Matrix, metric: str = "") -> T:
+        metric = metric or self.metric
         key = (method.__name__, metric)
         if key not in self._cache:
             self._cache[key] = method(self, metric)
@@ -93,8 +97,8 @@ class Matrix:
     """Results of every strategy on every user, in every row and column.
 
     Attributes:
-        meta: metadata of the comparison: its ``strategies``, in display order, and ``columns``.
-        evaluations: one line per run x user x row x column: n, accuracy, macro_f1, loss.
+        meta: metadata of the comparison: its ``strategies``, in display order, ``columns``, ``metrics`` and ``metric``.
+        evaluations: one line per run x user x row x column: n, and the metrics.
     """
 
     meta: dict[str, Any]
@@ -112,18 +116,38 @@ class Matrix:
         return self.strategies[0]
 
     @property
+    def metrics(self) -> dict[str, bool]:
+        """All metrics, and whether higher is better. Learning curves show the first."""
+        return dict(self.meta.get("metrics", METRICS))
+
+    @property
+    def metric(self) -> str:
+        """The metric that is displayed by default."""
+        return str(self.meta.get("metric") or next(iter(self.metrics)))
+
+    def higher_is_better(self, metric: str = "") -> bool:
+        """The direction of a metric.
+
+        Raises:
+            UserError: unknown metric.
+        """
+        if (metric or self.metric) not in self.metrics:
+            raise unknown("metric", metric or self.metric, self.metrics)
+        return self.metrics[metric or self.metric]
+
+    @property
     def cells(self) -> list[tuple[str, str]]:
         """The (row, column) pairs that at least one strategy has, in display order."""
         present = set(zip(self.evaluations["row"], self.evaluations["column"]))
         present |= {("worst", column) for row, column in present if row == "own"}
         return [(row, column) for row in ROWS for column in self.meta["columns"] if (row, column) in present]
 
-    def values(self, strategy: str, row: str, column: str, metric: str = "accuracy") -> pd.DataFrame:
+    def values(self, strategy: str, row: str, column: str, metric: str = "") -> pd.DataFrame:
         """Users x seeds of one cell; empty if the strategy does not have it. ``worst`` uses ``own``."""
         return self._cube(metric).get((strategy, "own" if row == "worst" else row, column), pd.DataFrame())
 
     @_cached
-    def matrix(self, metric: str = "accuracy") -> pd.DataFrame:
+    def matrix(self, metric: str = "") -> pd.DataFrame:
         """The evaluation matrix: one line per strategy, row and column.
 
         Returns:
@@ -137,12 +161,12 @@ class Matrix:
         for strategy in self.strategies:
             for row, column in self.cells:
                 values = self.values(strategy, row, column, metric).to_numpy()
-                result = estimate(_statistic(row, metric), values) if values.size else Estimate()
+                result = estimate(_statistic(row, self.higher_is_better(metric)), values) if values.size else Estimate()
                 lines.append((strategy, row, column, *_flat(result)))
         return pd.DataFrame(lines, columns=["strategy", "row", "column", "mean", *_INTERVALS])
 
     @_cached
-    def paired(self, metric: str = "accuracy") -> pd.DataFrame:
+    def paired(self, metric: str = "") -> pd.DataFrame:
         """Each strategy against the reference, user by user, on the users and seeds they have in common.
 
         Returns:
@@ -165,8 +189,10 @@ class Matrix:
                 if row == "worst" or not by_user.size:
                     lines.append((*line, math.nan, pd.NA, pd.NA))
                     continue
-                gain = by_user if METRICS[metric] else -by_user
-                better, worse = int((gain > POINT).sum()), int((gain < -POINT).sum())
+                gain = by_user if self.higher_is_better(metric) else -by_user
+                level = self.values(self.reference, row, column, metric).abs().mean(axis=None)
+                point = POINT * max(1.0, float(level))
+                better, worse = int((gain > point).sum()), int((gain < -point).sum())
                 # Repeats of one observation are no sample of users; a difference of exactly 0 is still valid.
                 repeated = by_user.any() and uniform(gap.to_numpy())
                 lines.append((*line, math.nan if repeated else signed_rank(by_user), better, worse))
@@ -176,14 +202,14 @@ class Matrix:
         frame.insert(frame.columns.get_loc("p") + 1, "p_adjusted", adjust(frame["p"]))
         return frame
 
-    def differences(self, strategy: str, row: str, column: str, metric: str = "accuracy") -> pd.Series:
+    def differences(self, strategy: str, row: str, column: str, metric: str = "") -> pd.Series:
         """Strategy minus reference by user, mean over common seeds, ascending; empty if there is no such cell."""
         return self._gap(strategy, row, column, metric).mean(axis=1).sort_values()
 
     @_cached
-    def clear_best(self, metric: str = "accuracy") -> set[tuple[str, str, str]]:
+    def clear_best(self, metric: str = "") -> set[tuple[str, str, str]]:
         """The (strategy, row, column) that beat every other strategy, each paired interval excluding 0."""
-        sign = 1 if METRICS[metric] else -1
+        sign = 1 if self.higher_is_better(metric) else -1
         clear = set()
         for (row, column), lines in self.matrix(metric).dropna(subset="mean").groupby(["row", "column"]):
             best, *others = lines.sort_values("mean", ascending=sign < 0)["strategy"]
@@ -193,7 +219,7 @@ class Matrix:
                 clear.add((best, row, column))
         return clear
 
-    def by_domain(self, metric: str = "accuracy") -> pd.DataFrame:
+    def by_domain(self, metric: str = "") -> pd.DataFrame:
         """The matrix by domain if there are 2 to 12 domains; otherwise empty.
 
         Returns:
@@ -215,7 +241,7 @@ class Matrix:
         )
 
     @_cached
-    def starts(self, metric: str = "accuracy") -> pd.DataFrame:
+    def starts(self, metric: str = "") -> pd.DataFrame:
         """Results of unseen users by their initial statistics, before any adaptation.
 
         Returns:
@@ -233,8 +259,7 @@ class Matrix:
     @_cached
     def _cube(self, metric: str) -> dict[tuple[str, str, str], pd.DataFrame]:
         """Users x seeds by (strategy, row, column)."""
-        if metric not in METRICS:
-            raise unknown("metric", metric, METRICS)
+        self.higher_is_better(metric)
         known = self.evaluations.dropna(subset=metric)
         return {
             key: lines.pivot(index="user", columns="seed", values=metric)
@@ -248,13 +273,13 @@ class Matrix:
             return pd.DataFrame(dtype=float)
         return (a - b).dropna(how="all").dropna(how="all", axis=1)
 
-    def contrast(self, strategy: str, other: str, row: str, column: str, metric: str) -> Estimate:
+    def contrast(self, strategy: str, other: str, row: str, column: str, metric: str = "") -> Estimate:
         """One strategy minus another on the users and seeds they have in common."""
         a, b = (self.values(s, row, column, metric) for s in (strategy, other))
-        return contrast(a, b, row, metric)
+        return contrast(a, b, row, self.higher_is_better(metric))
 
 
-def contrast(a: pd.DataFrame, b: pd.DataFrame, row: str, metric: str = "accuracy") -> Estimate:
+def contrast(a: pd.DataFrame, b: pd.DataFrame, row: str, higher_is_better: bool = True) -> Estimate:
     """One cell minus another (each users x seeds, see `Matrix.values`), on the users and seeds in common."""
     a, b = a.align(b, join="inner")
     both = a.notna() & b.notna()
@@ -263,7 +288,7 @@ def contrast(a: pd.DataFrame, b: pd.DataFrame, row: str, metric: str = "accuracy
         return Estimate()
     x, y = (frame.where(both).loc[selected].to_numpy() for frame in (a, b))
     if row == "worst":
-        statistic = _statistic(row, metric)
+        statistic = _statistic(row, higher_is_better)
         return estimate(lambda left, right: statistic(left) - statistic(right), x, y)
     result = estimate(mean_of_users, x - y)
     # If no user differs, the interval is known exactly.
@@ -278,8 +303,8 @@ def _flat(result: Estimate) -> tuple[float, ...]:
     return (result.value, *result.users, result.seed_sd, *result.seeds, result.n_users, result.n_seeds)
 
 
-def _statistic(row: str, metric: str) -> Statistic:
-    """The statistic of a row; for a loss, the worst users are those with the highest values."""
+def _statistic(row: str, higher_is_better: bool) -> Statistic:
+    """The statistic of a row; where lower is better, the worst users are those with the highest values."""
     if row != "worst":
         return mean_of_users
-    return worst_of_users if METRICS[metric] else lambda values: -worst_of_users(-values)
+    return worst_of_users if higher_is_better else lambda values: -worst_of_users(-values)

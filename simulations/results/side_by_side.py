@@ -15,7 +15,7 @@ import pandas as pd
 
 from fedbn.errors import UserError
 from simulations.results.comparison import CAPTION, Comparison
-from simulations.results.formatting import format_estimate, format_signed, latex_table, markdown_table
+from simulations.results.formatting import format_estimate, format_signed, latex_table, markdown_table, metric_title
 from simulations.results.matrix import COLUMNS, ROWS, contrast
 
 
@@ -26,11 +26,11 @@ class SideBySide:
     comparisons: dict[str, Comparison]
 
     @staticmethod
-    def load(directories: Sequence[Path]) -> SideBySide:
+    def load(directories: Sequence[Path], metric: str = "") -> SideBySide:
         """Load comparisons; the short names are the shortest distinct ends of the paths.
 
         Raises:
-            UserError: a directory is not a comparison, or is given twice.
+            UserError: a directory is not a comparison, is given twice, or has no such metric.
         """
         paths = [Path(d).resolve() for d in directories]
         if len(set(paths)) < len(paths):
@@ -38,15 +38,20 @@ class SideBySide:
         depth = 1
         while len({path.parts[-depth:] for path in paths}) < len(paths):
             depth += 1
-        return SideBySide({"/".join(path.parts[-depth:]): Comparison.load(path) for path in paths})
+        return SideBySide({"/".join(path.parts[-depth:]): Comparison.load(path, metric) for path in paths})
 
-    def long(self, metric: str = "accuracy") -> pd.DataFrame:
+    @property
+    def metric(self) -> str:
+        """The metric of the first comparison that is displayed."""
+        return next(iter(self.comparisons.values())).metric
+
+    def long(self, metric: str = "") -> pd.DataFrame:
         """The concatenated `Comparison.matrix` tables, with the name of the comparison in the first column."""
-        parts = [c.matrix(metric).assign(comparison=name) for name, c in self.comparisons.items()]
+        parts = [c.matrix(metric or self.metric).assign(comparison=name) for name, c in self.comparisons.items()]
         frame = pd.concat(parts, ignore_index=True)
         return frame[["comparison", *frame.columns.drop("comparison")]]
 
-    def wide(self, metric: str = "accuracy") -> pd.DataFrame:
+    def wide(self, metric: str = "") -> pd.DataFrame:
         """The matrices as text: statistics, strategy and comparison down, rows of the matrix across."""
         frame = self.long(metric).dropna(subset="mean")
         order = {s: i for i, s in enumerate(dict.fromkeys(frame["strategy"]))}
@@ -57,7 +62,7 @@ class SideBySide:
         )
         return _across(frame, ["rank", "strategy", "run", "comparison"], drop=["rank", "run"])
 
-    def differences(self, metric: str = "accuracy") -> pd.DataFrame:
+    def differences(self, metric: str = "") -> pd.DataFrame:
         """Every later comparison minus the first, on the strategies, users and seeds they have in common.
 
         Returns:
@@ -71,15 +76,15 @@ class SideBySide:
                 continue
             for strategy in (s for s in base.strategies if s in other.strategies):
                 for row, column in base.cells:
-                    a, b = (c.values(strategy, row, column, metric) for c in (other, base))
-                    result = contrast(a, b, row, metric)
+                    a, b = (c.values(strategy, row, column, metric or self.metric) for c in (other, base))
+                    result = contrast(a, b, row, base.higher_is_better(metric or self.metric))
                     if result.n_users:
                         counts = result.n_users, result.n_seeds
                         lines.append((strategy, name, first, row, column, result.value, *result.users, *counts))
         columns = ["strategy", "comparison", "minus", "row", "column", "difference", "ci_low", "ci_high"]
         return pd.DataFrame(lines, columns=[*columns, "n_users", "n_seeds"])
 
-    def differences_wide(self, metric: str = "accuracy") -> pd.DataFrame:
+    def differences_wide(self, metric: str = "") -> pd.DataFrame:
         """`differences` as text: strategy, statistics and comparison down, rows of the matrix across."""
         frame = self.differences(metric)
         if frame.empty:
@@ -93,13 +98,13 @@ class SideBySide:
         table = pd.DataFrame({name: _settings(c) for name, c in self.comparisons.items()}).fillna("–")
         return table[table.nunique(axis=1) > 1].rename_axis("setting")
 
-    def to_markdown(self, metric: str = "accuracy") -> str:
+    def to_markdown(self, metric: str = "") -> str:
         """The wide table as Markdown."""
         return markdown_table(self.wide(metric).reset_index().to_dict("records"))
 
-    def to_latex(self, metric: str = "accuracy") -> str:
+    def to_latex(self, metric: str = "") -> str:
         """The wide table as LaTeX (packages booktabs and multirow)."""
-        return latex_table(self.wide(metric), f"{metric.replace('_', ' ')}: {CAPTION}")
+        return latex_table(self.wide(metric), f"{metric_title(metric or self.metric)}: {CAPTION}")
 
 
 def _across(frame: pd.DataFrame, index: list[str], drop: Sequence[str] = ()) -> pd.DataFrame:

@@ -16,13 +16,13 @@ from simulations.results.formatting import (
     format_signed,
 )
 from simulations.results.inference import Interval
-from simulations.results.matrix import COLUMNS, METRICS, ROWS, STARTS, Matrix
+from simulations.results.matrix import COLUMNS, ROWS, STARTS, Matrix
 
 #: A difference is clear if its interval excludes 0 and its corrected p-value is below this.
 ALPHA = 0.05
 
 
-def answer(comparison: Matrix, metric: str = "accuracy") -> str:
+def answer(comparison: Matrix, metric: str = "") -> str:
     """The result in words, one sentence per kind of test: best strategy against the reference.
 
     Strategies that pool all data in one place are bounds, not options for a federation, and are skipped. The difference
@@ -32,7 +32,7 @@ def answer(comparison: Matrix, metric: str = "accuracy") -> str:
     return " ".join(sentences(comparison, metric))
 
 
-def sentences(comparison: Matrix, metric: str = "accuracy") -> list[str]:
+def sentences(comparison: Matrix, metric: str = "") -> list[str]:
     """The sentences of `answer`, one per kind of test that the comparison has."""
     rows = dict.fromkeys(row for row, _ in comparison.cells if row != "worst")
     return [_sentence(comparison, row, metric) for row in rows]
@@ -53,7 +53,7 @@ def is_bound(label: str) -> bool:
     return known is not None and known.is_centralized
 
 
-def starts_rows(comparison: Matrix, metric: str = "accuracy") -> list[list[str]]:
+def starts_rows(comparison: Matrix, metric: str = "") -> list[list[str]]:
     """Results of unseen users by initial statistics as text: a header, then one line per strategy."""
     frame = comparison.starts(metric)
     starts = [s for s in STARTS if (frame["start"] == s).any()]
@@ -75,9 +75,13 @@ def _sentence(comparison: Matrix, row: str, metric: str) -> str:
         return f"{title}: " + ", ".join(f"{name} {format_number(mean)}" for name, mean in means.dropna().items()) + "."
     choices = lines[~lines["strategy"].map(is_bound)]
     lines = choices if len(choices) else lines
-    best = next(lines.sort_values("difference", ascending=not METRICS[metric], kind="stable").head(1).itertuples())
+    best = next(
+        lines.sort_values("difference", ascending=not comparison.higher_is_better(metric), kind="stable")
+        .head(1)
+        .itertuples()
+    )
     winner, baseline = (f"{name} {format_number(means[name])}" for name in (best.strategy, reference))
-    gain = best.difference if METRICS[metric] else -best.difference
+    gain = best.difference if comparison.higher_is_better(metric) else -best.difference
     interval, over = _interval(best)
     # If the interval is over seeds, all users share one model and are not counted.
     users = [] if over else [format_count(best.n_users, "user")]

@@ -25,8 +25,8 @@ from fedbn.federation.server import (
     diverged_client,
     global_columns,
     is_evaluated,
-    mean_accuracy,
     mean_loss,
+    mean_metric,
     served_users,
     traffic_counter,
     with_synced_statistics,
@@ -127,8 +127,8 @@ def run_rounds(
         point = RoundMetrics(
             number,
             mean_loss(updates),
-            mean_accuracy(ctx, scores, unseen=False),
-            mean_accuracy(ctx, scores, unseen=True),
+            mean_metric(ctx, scores, unseen=False),
+            mean_metric(ctx, scores, unseen=True),
             diverged_client(ctx, updates),
         )
         out.curve.append(point)

@@ -17,7 +17,7 @@ from clients.serialization import LazyArrayRecord
 from fedbn.errors import UserError
 from fedbn.federation.context import CENTRAL_TRAINER, RunContext
 from fedbn.federation.metrics import Column, Score
-from fedbn.federation.schema import SCORE, TRAINING, ReplySchemas
+from fedbn.federation.schema import TRAINING, ReplySchemas
 from fedbn.nn.roles import State
 from fedbn.nn.schema import NO_LIMITS, Kind, Limits, Schema, check_names, check_tensors, check_values, parameter_norm
 from fedbn.statistics.consensus import unflatten
@@ -117,19 +117,21 @@ class ReplyValidator:
         required, possible = self.schemas.cells(user, columns, globally, cold_starts=cold_starts)
         names = record.keys()
         cells = {cell for cell in possible if f"{cell[0]}|{cell[1]}|n" in names}
-        expected = {f"{row}|{column}|{number}" for row, column in required | cells for number in SCORE}
-        if wrong := names ^ expected:
+        score, present = self.schemas.score, required | cells
+        allowed_names = {f"{row}|{column}|{number}" for row, column in present for number in score}
+        needed = {f"{row}|{column}|{number}" for row, column in present for number in ("n", "loss")}
+        if wrong := (names - allowed_names) | (needed - names):
             raise _invalid_reply(user, f"sent unexpected or missing scores: {_listed(wrong)}")
         for name, value in record.items():
             number = name.rpartition("|")[2]
             kind = int if number == "n" else float
-            allowed = type(value) is kind and (self._is_valid(SCORE[number], value) or self._is_diverged(number))
+            allowed = type(value) is kind and (self._is_valid(score[number], value) or self._is_diverged(number))
             if not allowed:
                 raise _invalid_reply(user, f"reported {_short(value)} as {name.replace('|', ' ')}")
         return scores_from(record)
 
     def _is_diverged(self, number: str) -> bool:
-        return self.simulated and number == "loss"
+        return self.simulated and (number == "loss" or not self.ctx.task.metrics_are_shares)
 
     def _is_valid(self, kind: Kind, value: float, limit: float = math.inf) -> bool:
         low, high = self.limits.range(kind)

@@ -31,7 +31,7 @@ def test_learning_curve_matches_golden(name, small):
     curve = [[p.train_loss, p.own, p.unseen] for p in outcome.curve]
     losses = {f"{s.row}/{s.column}": [] for s in cells}
     for s in cells:
-        losses[f"{s.row}/{s.column}"].append(s.loss)
+        losses[f"{s.row}/{s.column}"].append(s.metrics["loss"])
     actual = {"curve": curve, "loss": {cell: mean(values) for cell, values in losses.items()}}
     stored = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
     if os.environ.get("FEDBN_WRITE_GOLDEN"):

@@ -264,7 +264,7 @@ def test_load_outcome_returns_what_was_saved(tmp_path):
     run = Run("digits8", "fedbn", plan=Plan(rounds=3)).resolved()
     states = [{"w": torch.arange(4.0) * i, "n": torch.tensor(i)} for i in range(9)]
     server = Server(*states[:3], {"left": states[3]}, states[4], states[5], {4: states[6]})
-    score = Score("own", "aggregated", 7, 0.1, 0.2, math.inf)
+    score = Score("own", "aggregated", 7, {"accuracy": 0.1, "loss": math.inf})
     outcome = Outcome(
         server,
         {2: states[7], 5: states[8]},

@@ -137,5 +137,5 @@ def accuracy(model: nn.Module, data: Examples) -> float:
 def mean_accuracy(outcome: Outcome, row: Row) -> float:
     """Mean accuracy over users in one row of the evaluation matrix, with statistics as aggregated."""
     scores = [score for user in outcome.scores.values() for score in user]
-    accuracies = [score.accuracy for score in scores if (score.row, score.column) == (row, "aggregated")]
+    accuracies = [score.metrics["accuracy"] for score in scores if (score.row, score.column) == (row, "aggregated")]
     return sum(accuracies) / len(accuracies)

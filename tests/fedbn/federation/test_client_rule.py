@@ -52,7 +52,9 @@ def test_online_rule_engines_agree(strategy, text, small):
         return
     scores = assert_engines_agree(run).scores
     plain = execute(replace(run, rule=""), "reference").scores
-    assert [s.loss for c in scores.values() for s in c] != [s.loss for c in plain.values() for s in c]
+    assert [s.metrics["loss"] for c in scores.values() for s in c] != [
+        s.metrics["loss"] for c in plain.values() for s in c
+    ]
 
 
 @pytest.mark.parametrize("text", ["ema:rate=0.3", POPULATION_RULE])
@@ -66,7 +68,7 @@ def test_online_column_equals_prequential_evaluation(text, small):
             prior = population_prior_for(ctx, state, summarize(ctx, out.server.client_statistics), data.train.x)
         net = personalize(copy.deepcopy(ctx.load(state)), rule(text), prior)
         (trace,) = follow(net, [Stream(data.name, data.test.x, data.test.y, data.test.recording)])
-        accuracies = [s.accuracy for s in out.scores[user] if s.column == "online" and s.row != "global"]
+        accuracies = [s.metrics["accuracy"] for s in out.scores[user] if s.column == "online" and s.row != "global"]
         assert accuracies == [pytest.approx(trace.correct.mean(), abs=1e-12)]
 
 

@@ -13,6 +13,7 @@ from fedbn.data.splits import carve_validation
 from fedbn.errors import UserError
 from fedbn.federation.checks import check_population
 from fedbn.federation.setup import build_context, load_population
+from fedbn.tasks.classification import Classification
 from tests.unequal import Unequal
 
 
@@ -38,7 +39,7 @@ def make_population(train=None, test=None, classes=("a", "b", "c")):
 )
 def test_check_population_rejects_bad_data(population, message):
     with pytest.raises(UserError, match=message):
-        check_population(population)
+        check_population(population, Classification())
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -47,19 +48,19 @@ def test_check_population_rejects_nonfinite_values(bad):
     data.x[7, 2] = bad
     message = r"1 of 12 training examples hold NaN or Inf \(first: row 7\); remove or impute"
     with pytest.raises(UserError, match=message):
-        check_population(make_population(train=data))
+        check_population(make_population(train=data), Classification())
 
 
 def test_check_population_accepts_good_data():
-    assert check_population(make_population()) == []
+    assert check_population(make_population(), Classification()) == []
 
 
 def test_check_population_reports_classes_that_nobody_trains():
-    (notice,) = check_population(make_population(classes=("a", "b", "c", "d")))
+    (notice,) = check_population(make_population(classes=("a", "b", "c", "d")), Classification())
     assert notice.startswith("no seen user has training data of class d, so it is never predicted")
     single = replace(make_population(train=examples(classes=1)), unseen=(1, 2))
     with pytest.raises(UserError, match="no seen user has training data of class b, c"):
-        check_population(single)
+        check_population(single, Classification())
 
 
 def test_build_context_rejects_too_many_clients_per_round(small):

@@ -16,6 +16,7 @@ from fedbn.federation.setup import build_context
 from fedbn.federation.training import epoch_batches, fit
 from fedbn.optim.schedules import rate
 from fedbn.strategies.base import Progress
+from fedbn.tasks.classification import Classification
 from tests import oracles
 
 
@@ -51,7 +52,7 @@ def test_rate_matches_definition(schedule):
 
 
 def train(model, plan, **options):
-    return fit(model, examples(), plan, seed=1, round=1, user=0, **options)
+    return fit(model, examples(), plan, task=Classification(), seed=1, round=1, user=0, **options)
 
 
 def test_fit_is_reproducible_and_keeps_global_generator():

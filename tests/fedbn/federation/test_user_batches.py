@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,6 +17,7 @@ from fedbn.federation.loop import federate
 from fedbn.federation.run import Run
 from fedbn.federation.setup import build_context, build_context_for
 from fedbn.federation.training import fit, shuffle
+from fedbn.tasks.classification import Classification
 from simulations.engines.execute import execute
 from simulations.experiments.experiment import Experiment
 from tests.helpers import same
@@ -60,7 +61,7 @@ def test_fit_with_user_batches_averages_user_statistics(momentum):
     net = nn.Sequential(nn.BatchNorm1d(3, momentum=momentum), nn.Linear(3, 2)).train()
     x = torch.cat(parts)
     plan = replace(PLAN, batch_size=4, lr=1e-9)
-    fit(net, Examples(x, owners % 2, owners), plan, seed=0, round=1, user=0, row_users=owners)
+    fit(net, Examples(x, owners % 2, owners), plan, task=Classification(), seed=0, round=1, user=0, row_users=owners)
     separate = [nn.BatchNorm1d(3, momentum=momentum).train() for _ in parts]
     for rows in user_batches(owners, 4, shuffle(0, 1, 0, 0)):
         separate[int(owners[rows[0]])](x[rows])
@@ -80,7 +81,7 @@ def test_user_batches_affect_centralized_only(make_run):
 def test_user_batches_engines_agree(make_run, engine):
     a, b = execute(make_run(), "reference"), execute(make_run(), engine)
     assert same(a.server.state, b.server.state)
-    actual, expected = ([asdict(s) for user in out.scores.values() for s in user] for out in (b, a))
+    actual, expected = ([s.as_dict() for user in out.scores.values() for s in user] for out in (b, a))
     tolerance = {"abs": 0, "rel": 1e-5 if engine == "grid:stacked" else 0}
     assert all(a == pytest.approx(e, **tolerance) for a, e in zip(actual, expected, strict=True))
 

@@ -19,6 +19,7 @@ from fedbn.models import build
 from fedbn.nn.conversion import convert
 from fedbn.personalization.treatment import treatment
 from fedbn.strategies.base import strategies, strategy
+from fedbn.tasks.classification import Classification
 from simulations.experiments.compare import compare
 from simulations.experiments.experiment import Experiment
 
@@ -172,7 +173,10 @@ def test_cli_export_has_the_accuracy_of_the_run(directory, run_cli, tmp_path, na
         plain.load_state_dict(load_file(path))
     row = "unseen" if unseen else "own"
     line = next(e for e in found["evaluations"] if (e["user"], e["row"], e["column"]) == (user.name, row, "aggregated"))
-    assert score(row, "aggregated", plain(user.test.x).detach(), user.test.y).accuracy == line["accuracy"]
+    assert (
+        score(Classification(), row, "aggregated", plain(user.test.x).detach(), user.test.y).metrics["accuracy"]
+        == line["accuracy"]
+    )
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from fedbn.nn.roles import roles
 from fedbn.personalization.apfl import APFL
 from fedbn.personalization.base import ClientTrainer
 from fedbn.strategies.base import Progress
+from fedbn.tasks.classification import Classification
 
 PLAN = Plan(rounds=2, local_epochs=3, batch_size=100, lr=0.1, momentum=0.8, weight_decay=0.05)
 """Full batches, so that shuffling has no effect."""
@@ -35,7 +36,9 @@ def examples(n, seed):
 
 def trainer_of(model, data, round):
     def run(model, **options):
-        return fit(model, data, PLAN, seed=0, round=round, user=0, **({"pull": (0.0, {})} | options))[0]
+        return fit(
+            model, data, PLAN, task=Classification(), seed=0, round=round, user=0, **({"pull": (0.0, {})} | options)
+        )[0]
 
     return ClientTrainer(model, data, PLAN, Progress(round, 2), roles(model), run, model.train)
 

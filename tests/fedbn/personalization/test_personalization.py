@@ -8,7 +8,7 @@ import torch
 from fedbn.errors import UserError
 from fedbn.federation.client import METHOD_STATE, client_round
 from fedbn.federation.loop import federate
-from fedbn.federation.server import mean_accuracy
+from fedbn.federation.server import mean_metric
 from fedbn.federation.setup import build_context
 from fedbn.nn.roles import Role, with_prefix
 from fedbn.personalization.base import Personalization, personalizations
@@ -125,7 +125,7 @@ def test_fedbabu_trains_head_only_for_evaluation(small):
         elif role is Role.BODY:
             assert not torch.equal(out.server.state[key], ctx.initial[key])
     tuned = federate(small("global-naive+fedbabu:epochs=3:lr=0.05"))
-    assert mean_accuracy(ctx, tuned.scores, unseen=False) > mean_accuracy(ctx, out.scores, unseen=False)
+    assert mean_metric(ctx, tuned.scores, unseen=False) > mean_metric(ctx, out.scores, unseen=False)
 
 
 def test_finetune_with_zero_epochs_changes_nothing(small):
@@ -170,7 +170,7 @@ def test_apfl_alpha_0_is_shared_and_1_is_personal_model(small):
     test = ctx.population.users[0].test
     with torch.no_grad():
         predicted = ctx.load(personal).eval()(test.x).argmax(1)
-    assert scores[0].accuracy == pytest.approx(float((predicted == test.y).double().mean()))
+    assert scores[0].metrics["accuracy"] == pytest.approx(float((predicted == test.y).double().mean()))
 
 
 def test_apfl_step_is_alpha_times_mixture_gradient(small):

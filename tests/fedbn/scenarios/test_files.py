@@ -211,7 +211,14 @@ def test_build_population_uses_each_row_once_or_drops_gap(sizes, test, gap):
     n = sum(sizes)
     users = np.repeat(np.arange(len(sizes)), sizes)
     rows = Rows(np.arange(n, dtype=np.float32)[:, None], np.arange(n) % 2, users, None)
-    options = {"name": "t", "test": test, "gap": gap, "skew": "", "sources": {}, "by_class": False}
+    options = {
+        "name": "t",
+        "test": test,
+        "gap": gap,
+        "skew": "",
+        "sources": {},
+        "by_class": False,
+    }
     try:
         split = build_population(rows, unseen=1, seed=0, **options)
     except UserError as error:

@@ -24,6 +24,7 @@ from fedbn.stacked.evaluate import PaddedBatch
 from fedbn.stacked.executors import ClientExecutor
 from fedbn.strategies.base import Progress, strategies
 from fedbn.strategies.silobn import SiloBN
+from fedbn.tasks.classification import Classification
 from tests.fedbn.stacked.test_executors import (
     ALL_MODELS,
     STACKED,
@@ -93,9 +94,7 @@ def assert_close(actual, expected):
     for actual_scores, expected_scores in zip(actual, expected, strict=True):
         assert [(s.row, s.column, s.n) for s in actual_scores] == [(s.row, s.column, s.n) for s in expected_scores]
         for a, b in zip(actual_scores, expected_scores, strict=True):
-            assert a.accuracy == pytest.approx(b.accuracy, abs=1e-12)
-            assert a.macro_f1 == pytest.approx(b.macro_f1, abs=1e-12)
-            assert a.loss == pytest.approx(b.loss, rel=1e-9)
+            assert a.metrics == pytest.approx(b.metrics, rel=1e-9, abs=1e-12)
 
 
 def assert_stacked_matches(jobs, expected=None):
@@ -269,5 +268,5 @@ def test_scores_of_stack_match_single_scores(k, width, classes, seed):
     outputs = torch.randn(k, width, classes, generator=draw)
     y = torch.randint(0, classes, (k, width), generator=draw)
     n = torch.randint(1, width + 1, (k,), generator=draw).tolist()
-    expected = [score("own", "online", outputs[i, : n[i]], y[i, : n[i]]) for i in range(k)]
-    assert_close([scores(["own"] * k, "online", outputs, y, n)], [expected])
+    expected = [score(Classification(), "own", "online", outputs[i, : n[i]], y[i, : n[i]]) for i in range(k)]
+    assert_close([scores(Classification(), ["own"] * k, "online", outputs, y, n)], [expected])

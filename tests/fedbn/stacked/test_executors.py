@@ -34,6 +34,7 @@ from fedbn.stacked.program import build_program
 from fedbn.stacked.steps import SGDStep
 from fedbn.strategies.base import Progress, strategies
 from fedbn.strategies.ownership import Ownership
+from fedbn.tasks.classification import Classification
 from simulations.engines.grid import InProcessGrid
 from simulations.flower.compat import task_identity
 from simulations.server.rounds import Listener, run_rounds
@@ -228,8 +229,10 @@ def test_fit_stack_groups_non_adjacent_clients():
     parts, state = [torch.arange(10 * i, 10 * i + 10).split(s) for i, s in enumerate(sizes)], net.state_dict()
     clients = [StackedClient(state, torch.cat(p), s, torch.Generator()) for p, s in zip(parts, sizes)]
     assert next(step_schedule(sizes)) == [(0, 0), (2, 0)]
-    for client, stacked in zip(clients, fit_stack(build_program(net), clients, x, y, sgd), strict=True):
-        (expected,) = fit_stack(build_program(net), [client], x, y, sgd)
+    for client, stacked in zip(
+        clients, fit_stack(build_program(net), clients, x, y, sgd, Classification()), strict=True
+    ):
+        (expected,) = fit_stack(build_program(net), [client], x, y, sgd, Classification())
         assert stacked.loss == pytest.approx(expected.loss, rel=1e-6)
         torch.testing.assert_close(stacked.state, expected.state, rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(stacked.optimizer_state, expected.optimizer_state, rtol=1e-10, atol=1e-12)
@@ -257,7 +260,9 @@ def test_fit_stack_skips_parameters_without_gradient():
     state = clone(net.state_dict())
     x, y, rows = torch.randn(4, 3), torch.zeros(4, dtype=torch.long), torch.arange(4)
     sgd = FitConfig(SGDStep(0.1, 0.9, 0.5))
-    (done,) = fit_stack(build_program(net), [StackedClient(state, rows, [len(rows)], torch.Generator())], x, y, sgd)
+    (done,) = fit_stack(
+        build_program(net), [StackedClient(state, rows, [len(rows)], torch.Generator())], x, y, sgd, Classification()
+    )
     assert torch.equal(done.state["unused.weight"], state["unused.weight"])
     assert not torch.equal(done.state["used.weight"], state["used.weight"])
 

@@ -21,6 +21,7 @@ from fedbn.stacked.memory import collect_garbage_rarely, keep_freed_memory
 from fedbn.stacked.program import build_program
 from fedbn.stacked.steps import SGDStep
 from fedbn.strategies.base import Progress
+from fedbn.tasks.classification import Classification
 
 
 def features(dropout=0.0):
@@ -39,8 +40,8 @@ def train_stacked_and_separately(net, x, y, sgd, clients=3, noise=False):
         return StackedClient(state, torch.arange(rows), [rows // 2, rows - rows // 2], draw, first=i * rows)
 
     program = build_program(net)
-    separate = [fit_stack(program, [client(i)], x, y, sgd)[0] for i in range(clients)]
-    return fit_stack(program, [client(i) for i in range(clients)], x, y, sgd), separate
+    separate = [fit_stack(program, [client(i)], x, y, sgd, Classification())[0] for i in range(clients)]
+    return fit_stack(program, [client(i) for i in range(clients)], x, y, sgd, Classification()), separate
 
 
 def assert_close(a, b, **tolerance):
@@ -164,7 +165,7 @@ def test_fit_stack_needs_no_host_synchronization():
     x, y = torch.empty(20, 5, device="meta"), torch.empty(20, dtype=torch.long, device="meta")
     clients = [StackedClient(state, torch.arange(10), [6, 4], None, first=10 * i) for i in range(2)]
     with pytest.raises(NotImplementedError, match="meta") as caught:
-        fit_stack(build_program(net), clients, x, y, FitConfig(SGDStep(0.1, 0.9, 0.1)))
+        fit_stack(build_program(net), clients, x, y, FitConfig(SGDStep(0.1, 0.9, 0.1)), Classification())
     assert "total.tolist()" in str(next(e.statement for e in reversed(caught.traceback) if "fit.py" in str(e.path)))
 
 

@@ -29,6 +29,8 @@ from tests.helpers import ROOT
 VALUES = {
     "scenario": ("digits8:images=600", "digits8:images=600"),
     "model": ("mlp", "mlp"),
+    "task": ("classification:smoothing=0.1", "classification:smoothing=0.1"),
+    "metric": ("macro_f1", "macro_f1"),
     "partition": ("dirichlet:alpha=0.25:clients=4", "dirichlet:alpha=0.25:clients=4"),
     "shift": ("gain", "gain"),
     "device": ("cpu:0", "cpu:0"),
@@ -258,7 +260,7 @@ def test_options_of_leaves_own_parameters_to_the_command():
         seen.append((model, options))
 
     seen: list[object] = []
-    absent = dict.fromkeys(("scenario", "data", "columns", "partition", "device", "privacy", "head", "private"))
+    absent = dict.fromkeys(("scenario", "data", "columns", "task", "partition", "device", "privacy", "head", "private"))
     command(**absent, model="resnet20", shift="gain")
     assert seen == [("resnet20", {"shift": "gain"})]
 

@@ -167,7 +167,7 @@ def test_node_pool_finds_users_by_partition_id(small):
 
 
 def test_scores_round_trip_through_records():
-    scores = [Score("own", "aggregated", 7, 1 / 3, 0.1 + 0.2, 2.5), Score("global", "online", 1, 0.0, 0.0, 1e-9)]
+    scores = [Score("own", "aggregated", 7, {"a": 1 / 3, "b": 0.1 + 0.2}), Score("global", "online", 1, {"a": 0.0})]
     assert scores_from(scores_to(scores)) == scores
 
 

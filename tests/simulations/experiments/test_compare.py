@@ -196,7 +196,7 @@ def test_learning_rates_are_tuned_on_validation_data(tmp_path):
     compare(what, tmp_path, workers=1)
     tasks = tuning_tasks(what.resolved(), tmp_path)
     assert len(tasks) == 4
-    assert select_candidates(what, tasks) == {"global-naive": {"lr": 0.05}, "groupnorm": {"lr": 0.05}}
+    assert select_candidates(what, tasks, "accuracy", True) == {"global-naive": {"lr": 0.05}, "groupnorm": {"lr": 0.05}}
     assert {r["lr"] for r in results(tmp_path).values()} == {0.05}
     assert all(t.run.validation for t in tasks)
     page = tmp_path / "page.md"

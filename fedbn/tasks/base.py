@@ -1,0 +1,210 @@
+"""Base class of tasks. A task is a value: everything below it is independent of classes and accuracy."""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from torch import Tensor
+
+from fedbn.data.labels import encode_numbers
+from fedbn.data.population import Population
+from fedbn.errors import UserError
+from fedbn.plugins import build, discover, is_known, parse, render
+
+
+@dataclass(frozen=True)
+class Task(ABC):
+    """Base class of tasks; fields are options. Subclasses are in ``fedbn.tasks``, one per module.
+
+    Targets ``y`` are ``[n, ...]``, outputs ``[n, *output_shape]``. The first axis of the output shape has the outputs
+    (classes, labels, ...), and further axes are positions, such as pixels.
+
+    Attributes:
+        name: name on the command line.
+        about: one-line description.
+        metrics: names of the metrics, and whether higher is better. The first is the default of tables.
+        metrics_are_shares: whether all metrics are numbers from 0 to 1; other values in a client's reply are refused.
+    """
+
+    name: ClassVar[str]
+    about: ClassVar[str]
+    metrics: ClassVar[dict[str, bool]]
+    metrics_are_shares: ClassVar[bool] = False
+
+    @property
+    def directions(self) -> dict[str, bool]:
+        """All metrics, with the loss, and whether higher is better."""
+        return {**self.metrics, "loss": False}
+
+    @property
+    def main_metric(self) -> str:
+        """The metric of learning curves, and of tables if no other is chosen."""
+        return next(iter(self.directions))
+
+    @abstractmethod
+    def output_shape(self, y: Tensor, classes: Sequence[str]) -> tuple[int, ...]:
+        """Shape of the outputs of one example.
+
+        Args:
+            y: some targets ``[n, ...]``.
+            classes: class names of the population; empty without classes.
+        """
+
+    @abstractmethod
+    def losses(self, outputs: Tensor, y: Tensor) -> Tensor:
+        """Loss ``[n]`` of each example, which does not depend on the other examples."""
+
+    @abstractmethod
+    def scores(self, outputs: Tensor, y: Tensor) -> dict[str, float]:
+        """Value of each metric over all examples. An undefined metric is left out."""
+
+    def loss(self, outputs: Tensor, y: Tensor) -> Tensor:
+        """Mean loss of a batch."""
+        return self.losses(outputs, y).mean()
+
+    def stacked_losses(self, outputs: Tensor, y: Tensor) -> Tensor:
+        """Losses ``[K, B]`` of K clients, from outputs ``[K, outputs, B, *positions]`` and targets ``[K, B, ...]``."""
+        k, _, batch = outputs.shape[:3]
+        return self.losses(outputs.transpose(1, 2).flatten(0, 1), y.flatten(0, 1)).view(k, batch)
+
+    def evaluate(self, outputs: Tensor, y: Tensor) -> dict[str, float]:
+        """All metrics, with the loss in double precision."""
+        return {**self.scores(outputs, y), "loss": float(self.loss(outputs.double(), y))}
+
+    def evaluate_users(self, outputs: Tensor, y: Tensor, n: Sequence[int]) -> list[dict[str, float]]:
+        """`evaluate` for K users, padded to the same number of examples.
+
+        Args:
+            outputs: ``[K, B, *output_shape]``.
+            y: targets ``[K, B, ...]``.
+            n: number of examples of each user; the remaining ones are padding.
+        """
+        return [self.evaluate(outputs[i, :rows], y[i, :rows]) for i, rows in enumerate(n)]
+
+    def posterior(self, outputs: Tensor) -> Tensor | None:
+        """Class probabilities ``[n, classes]`` of each example; None if an example does not have one class."""
+        return None
+
+    @property
+    def is_cross_entropy(self) -> bool:
+        """Whether the loss is the plain cross-entropy of one class per example."""
+        return False
+
+    @property
+    def has_posterior(self) -> bool:
+        """Whether an example has one class, so that rules can learn by class."""
+        return type(self).posterior is not Task.posterior
+
+    def check(self, y: Tensor, classes: Sequence[str]) -> str | None:
+        """What is wrong with targets; None if they fit. Training with targets that fit must not fail."""
+        return None
+
+    def notices(self, population: Population) -> list[str]:
+        """Notices about targets that fit but may surprise.
+
+        Raises:
+            UserError: nothing can be learned from them.
+        """
+        return []
+
+    def fit(self, y: Tensor, classes: Sequence[str]) -> Task:
+        """The task with the values that depend on the training targets of all seen users, such as class weights."""
+        return self
+
+    def encode(self, values: np.ndarray, name: str, classes: tuple[str, ...]) -> tuple[np.ndarray, tuple[str, ...]]:
+        """Targets and class names from the values of a file.
+
+        Args:
+            values: ``[n, ...]``.
+            name: file name, for messages.
+            classes: class names that the file has.
+        """
+        return encode_numbers(values, name), ()
+
+
+def tasks() -> dict[str, type[Task]]:
+    """All discovered tasks, by name."""
+    return discover("fedbn.tasks", Task)
+
+
+def parse_task(text: str) -> Task:
+    """Parse a task such as ``regression:loss=huber``, or ``package.module:Class`` with options.
+
+    Raises:
+        UserError: unknown name or option, or a class that cannot be imported.
+
+    >>> parse_task("classification:smoothing=0.1").smoothing
+    0.1
+    >>> parse_task("fedbn.tasks.regression:Regression:loss=mae")
+    Regression(loss_='mae', delta=1.0, center=(), scale=())
+    """
+    name, _, rest = text.strip().partition(":")
+    attribute, _, options = rest.partition(":")
+    if is_known(name, tasks()) or not attribute or "=" in attribute:
+        return parse(text, "task", tasks())
+    try:
+        cls = getattr(importlib.import_module(name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"task {text!r} cannot be imported ({error}): run where it can be imported") from None
+    if not (isinstance(cls, type) and issubclass(cls, Task)):
+        raise UserError(f"task {name}:{attribute} is not a subclass of fedbn.Task: derive it from that class")
+    return parse(":".join(filter(None, (cls.name, options))), "task", {cls.name: cls})
+
+
+def render_task(task: Task) -> str:
+    """The shortest text that `parse_task` converts back to ``task``.
+
+    Raises:
+        UserError: its class is neither discovered nor importable.
+
+    >>> render_task(parse_task("regression:loss=mse"))
+    'regression'
+    """
+    cls, text = type(task), render(task)
+    if tasks().get(cls.name) is cls:
+        return text
+    if cls.__module__ == "__main__" or "." in cls.__qualname__:
+        raise UserError(f"task {cls.__qualname__} cannot be imported by its name: define its class in a module")
+    return f"{cls.__module__}:{cls.__qualname__}{text[len(cls.name) :]}"
+
+
+def check_targets(task: Task, y: Tensor, classes: Sequence[str], what: str) -> None:
+    """Raise unless targets fit a task.
+
+    Args:
+        task: the task.
+        y: targets ``[n, ...]``.
+        classes: class names of the population.
+        what: whose targets they are, for the message.
+
+    Raises:
+        UserError: they do not fit; a task that fits is suggested.
+    """
+    if (reason := task.check(y, classes)) is None:
+        return
+    fitting = [name for name, cls in tasks().items() if _fits(cls, y, classes)]
+    advice = f"choose --task {' or '.join(fitting)}, or correct the targets" if fitting else "correct the targets"
+    raise UserError(f"{what}: {reason}; {advice}")
+
+
+def _fits(cls: type[Task], y: Tensor, classes: Sequence[str]) -> bool:
+    try:
+        return build(cls, {}, cls.name).check(y, classes) is None
+    except Exception:  # a task of another package that needs options
+        return False
+
+
+def describe_targets(y: Tensor) -> str:
+    """Shape of an example's targets and their type, for messages.
+
+    >>> import torch
+    >>> describe_targets(torch.zeros(5, 3))
+    'float32 targets of shape [3]'
+    """
+    kind = str(y.dtype).removeprefix("torch.")
+    return f"{kind} targets of shape {list(y.shape[1:])}" if y.dim() > 1 else f"one {kind} target per row"

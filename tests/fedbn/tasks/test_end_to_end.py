@@ -1,0 +1,205 @@
+"""Runs of every task on every engine, and targets that do not fit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+
+from fedbn.config import Plan
+from fedbn.errors import UserError
+from fedbn.federation.loop import federate
+from fedbn.federation.run import Run
+from fedbn.federation.setup import build_context
+from fedbn.tasks import Task, parse_task, render_task
+from fedbn.tasks.regression import Regression
+from simulations.engines.execute import execute
+from tests.helpers import assert_engines_agree
+
+USERS, ROWS = 3, 24
+
+
+@dataclass(frozen=True)
+class Custom(Task):
+    """A task of a user, with the loss of a power of the absolute error."""
+
+    name = "custom"
+    about = "power of the absolute error"
+    metrics = {"within_one": True}  # noqa: RUF012
+    power: float = 1.0
+
+    def output_shape(self, y, classes):
+        return (1,)
+
+    def losses(self, outputs, y):
+        return ((outputs[:, 0] - y / 10).abs() + 0.1) ** self.power
+
+    def scores(self, outputs, y):
+        return {"within_one": float(((outputs[:, 0] - y / 10).abs() <= 1).double().mean())}
+
+
+def save(folder, kind):
+    """A file with targets of a kind; each user has another offset, and targets follow the inputs."""
+    draw = np.random.default_rng(0)
+    user = np.repeat(np.arange(USERS), ROWS)
+    x = draw.normal(size=(USERS * ROWS, 4)).astype(np.float32) + user[:, None]
+    signal = x[:, :2] - user[:, None]
+    if kind in ("map", "sequence"):
+        positions = (6, 5) if kind == "map" else (8,)
+        x = draw.normal(size=(USERS * ROWS, 2, *positions)).astype(np.float32)
+        y = (x[:, 0] > x[:, 1]).astype(int) + (x[:, 0] > 1)
+        y[:, :1] = -100
+        x += user.reshape(-1, *[1] * (x.ndim - 1))
+        path = folder / f"{kind}.npz"
+        np.savez(path, x=x, y=y, user=user)
+        return path
+    y = {
+        "class": (signal[:, 0] > 0).astype(int),
+        "number": 40 + 10 * signal[:, 0],
+        "labels": (signal > 0).astype(int),
+    }[kind]
+    path = folder / f"{kind}.npz"
+    np.savez(path, x=x, y=y, user=user)
+    return path
+
+
+def run_of(folder, kind, task, **options):
+    plan = Plan(rounds=4, batch_size=8, lr=0.1, eval_every=2, global_test=12)
+    return Run(
+        f"files:path={save(folder, kind)}",
+        "fedbn",
+        model=MODELS.get(kind, "mlp"),
+        task=task,
+        plan=replace(plan, **options),
+    ).resolved()
+
+
+MODELS = {kind: f"tests.fedbn.tasks.networks:{kind}s" for kind in ("map", "sequence")}
+
+CASES = {
+    "classification:smoothing=0.1": ("class", "accuracy"),
+    "classification:balanced=true": ("class", "accuracy"),
+    "regression": ("number", "r2"),
+    "regression:loss=huber": ("number", "r2"),
+    "multilabel": ("labels", "accuracy"),
+    "multilabel:balanced=true": ("labels", "accuracy"),
+    "segmentation": ("map", "dice"),
+    "segmentation:loss=both:background=false": ("map", "dice"),
+    "sequence:weights=1+1+2": ("sequence", "accuracy"),
+}
+
+
+@pytest.mark.parametrize("task", CASES)
+def test_task_engines_agree_and_learn(tmp_path, task):
+    kind, metric = CASES[task]
+    run = run_of(tmp_path, kind, task, local_epochs=4 if kind in MODELS else 1)
+    exact = assert_engines_agree(run)
+    stacked = execute(run, "grid:stacked")
+    assert stacked.execution["train"] != ["one by one"]
+    for point, other in zip(exact.curve, stacked.curve, strict=True):
+        assert other.train_loss == pytest.approx(point.train_loss, rel=1e-4)
+    for user, scores in exact.scores.items():
+        for a, b in zip(scores, stacked.scores[user], strict=True):
+            assert b.metrics == pytest.approx(a.metrics, rel=1e-3, abs=1e-3)
+    cells = [s.metrics[metric] for scores in exact.scores.values() for s in scores if s.row == "own"]
+    assert np.mean(cells) > 0.6
+    assert build_context(run).task.directions.keys() == exact.scores[0][0].metrics.keys()
+
+
+@pytest.mark.parametrize(
+    ("kind", "task", "message"),
+    [
+        ("number", "classification", r"labels are real numbers .* choose --task regression"),
+        ("labels", "classification", r"multi-label.*choose --task multilabel"),
+        ("map", "classification", r"as for segmentation; choose --task segmentation"),
+        ("map", "sequence", r"sequence needs a row of class indices.*choose --task segmentation"),
+        ("class", "segmentation", r"segmentation needs a map .*choose --task classification"),
+        ("number", "multilabel", r"multilabel needs a column of 0 or 1 per label.*choose --task regression"),
+    ],
+)
+def test_targets_that_do_not_fit_name_the_task_that_fits(tmp_path, kind, task, message):
+    with pytest.raises(UserError, match=message):
+        build_context(run_of(tmp_path, kind, task))
+
+
+def test_task_of_the_scenario_keeps_the_identity_of_a_run(tmp_path):
+    run = run_of(tmp_path, "class", "classification")
+    assert run.task == ""
+    assert run.id == replace(run, task="").id
+    assert '"task"' not in run.to_json()
+    assert replace(run, task="classification:smoothing=0.1").id != run.id
+
+
+def test_partition_by_class_is_refused_without_classes(tmp_path):
+    run = replace(run_of(tmp_path, "number", "regression"), partition="dirichlet:clients=2")
+    with pytest.raises(UserError, match="deals rows by class, but these rows have none: use iid"):
+        build_context(run)
+    assert len(federate(replace(run, partition="iid:clients=2")).curve) == 4
+
+
+@pytest.mark.parametrize("task", ["regression", "multilabel"])
+def test_online_rules_that_learn_by_class_are_refused_without_classes(tmp_path, task):
+    run = run_of(tmp_path, {"regression": "number", "multilabel": "labels"}[task], task, rounds=2)
+    for rule in ("balanced", "pseudo:diversity=1", "pseudo:gate=0.5"):
+        with pytest.raises(UserError, match=f"rule '.*' learns by class, and task '{task}' has no class prob"):
+            build_context(replace(run, rule=rule))
+    assert_engines_agree(replace(run, rule="pseudo"))
+
+
+@pytest.mark.parametrize(("kind", "task"), [("number", "regression"), ("class", "classification:smoothing=0.1")])
+@pytest.mark.parametrize("strategy", ["fedtan", "atp"])
+def test_strategies_with_a_loss_of_their_own_are_refused_for_others(tmp_path, strategy, kind, task):
+    run = replace(run_of(tmp_path, kind, task), strategy=strategy)
+    with pytest.raises(UserError, match="computes the plain cross-entropy itself, which is not the loss of task"):
+        build_context(run)
+    build_context(replace(run_of(tmp_path, "class", "classification"), strategy=strategy))
+
+
+def test_values_of_all_users_are_refused_where_data_stay_on_the_nodes():
+    run = Run("remote:users=2:classes=2:shape=4", "fedbn", model="mlp", task="classification:balanced=true")
+    with pytest.raises(UserError, match="needs values of all users' training targets.*set them as options"):
+        build_context(run)
+
+
+def test_windows_of_labels_are_refused_without_classes(tmp_path):
+    path = save(tmp_path, "number")
+    with pytest.raises(UserError, match="window= gives a window its most frequent label, which task 'regression'"):
+        build_context(Run(f"files:path={path}:window=4", "fedbn", task="regression"))
+
+
+def test_task_object_is_the_same_run_as_its_text(tmp_path):
+    run = run_of(tmp_path, "number", Regression(loss_="mae"))
+    assert run.task == "regression:loss=mae"
+    assert run == run_of(tmp_path, "number", "regression:loss=mae")
+    assert run_of(tmp_path, "number", f"{Custom.__module__}:Custom:power=2.0").task.endswith(":Custom:power=2.0")
+
+
+def test_task_class_of_a_module_trains_on_every_engine(tmp_path):
+    run = run_of(tmp_path, "number", Custom(power=2.0), lr=0.01)
+    exact = assert_engines_agree(run)
+    assert exact.scores[0][0].metrics.keys() == {"within_one", "loss"}
+    assert execute(run, "grid:stacked").execution["train"] != ["one by one"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("regressor", "unknown task 'regressor'. Did you mean 'regression'"),
+        ("nowhere.tasks:Mine", "cannot be imported"),
+        ("fedbn.errors:UserError", "is not a subclass of fedbn.Task"),
+        ("regression:los=mae", "Did you mean 'loss'"),
+    ],
+)
+def test_unknown_tasks_are_refused(text, message):
+    with pytest.raises(UserError, match=message):
+        parse_task(text)
+
+
+def test_task_that_cannot_be_imported_is_refused():
+    @dataclass(frozen=True)
+    class Local(Custom):
+        name = "local"
+
+    with pytest.raises(UserError, match="cannot be imported by its name: define its class in a module"):
+        render_task(Local())
