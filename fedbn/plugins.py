@@ -63,7 +63,7 @@ def aliases(cls: type) -> tuple[str, ...]:
 
 
 def title(cls: type) -> str:
-    """Readable name of a plug-in, such as ``FedAvg (naive BN)``; its name if it has none. A subclass does not inherit it.
+    """Readable name of a plug-in, such as ``FedAvg (naive BN)``; its name by default. A subclass does not inherit it.
 
     >>> from fedbn.strategies.fedbn import FedBN
     >>> title(FedBN), title(type("Own", (FedBN,), {"name": "own"}))

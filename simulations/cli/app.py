@@ -40,9 +40,15 @@ ALLOCATION_FAILED = re.compile(
     "can't allocate memory|cannot allocate memory|out of memory|failed to map segment|can't start new thread",
     re.IGNORECASE,
 )
-operations = (claims, eeg, deploy, adapt, serve, demo, report, export, leakage, new, compare, resume)
-for command in (*operations, advise, list_, audit, data):
-    app.command(command.__name__.rstrip("_"), cls=CompareCommand if command is compare else None)(command)
+PANELS = {
+    "Compare strategies": (compare, resume, report, advise, claims),
+    "Adapt and deploy": (adapt, demo, serve, deploy, export),
+    "Inspect and extend": (list_, data, audit, leakage, eeg, new),
+}
+for panel, commands in PANELS.items():
+    for command in commands:
+        cls = CompareCommand if command is compare else None
+        app.command(command.__name__.rstrip("_"), cls=cls, rich_help_panel=panel)(command)
 for alias in ("personalize", "personalise"):
     app.command(alias, hidden=True)(adapt)
 

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import inspect
 import os
+import shlex
 import sys
 import types
 import typing
@@ -16,6 +17,7 @@ from typing import Annotated, Any, Literal, TextIO
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 from fedbn.config import Conditions, Panel, parts
 from fedbn.errors import UserError
@@ -95,6 +97,12 @@ def progress_bars(*, disable: bool) -> Progress:
 def print_table(rows: Sequence[Mapping[str, str]], **layout: Any) -> None:
     """Print rows with the same keys, which head the columns; ``layout`` goes to `fitted_table`."""
     console.print(fitted_table(rows, console.width, **layout))
+
+
+def suggest(*commands: Sequence[str | Path]) -> None:
+    """Print commands that continue from a result, each given by its arguments."""
+    for i, command in enumerate(commands):
+        console.print(Text(("next: " if not i else "      ") + shlex.join(map(str, command))), soft_wrap=True)
 
 
 def options_of(*kinds: type, without: tuple[str, ...] = ()) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -43,12 +43,12 @@ def fitted_table(
 
     >>> from rich.console import Console
     >>> rows = [{"name": "fedbn", "source": "Li et al.", "what": "BN stays local"}]
-    >>> Console(width=31).print(fitted_table(rows, 31, text="what", optional=["source"]))  # doctest: +NORMALIZE_WHITESPACE
+    >>> table = fitted_table(rows, 31, text="what", optional=["source"])
+    >>> Console(width=31).print(table)  # doctest: +NORMALIZE_WHITESPACE
     name   what
     ─────────────────────
     fedbn  BN stays local
-    without source, which needs a
-    wider terminal
+    Left out in this width: source.
     """
     widths = {name: _width([name, *(row[name] for row in rows)]) for name in next(iter(rows), ())}
     least = {name: min(n, MIN_TEXT_WIDTH) if name == text else n for name, n in widths.items()}
@@ -73,8 +73,7 @@ def fitted_table(
     for row in rows:
         table.add_row(*(Text(row[name]) for name in least))
     if left_out:
-        need = "needs" if len(left_out) == 1 else "need"
-        caption = f"{caption} without {', '.join(left_out)}, which {need} a wider terminal".strip()
+        caption = f"{caption} Left out in this width: {', '.join(left_out)}.".strip()
     return titled(table, title, caption)
 
 

@@ -35,6 +35,7 @@ def test_compare_and_report_print_tables_and_json(tmp_path, run_cli, monkeypatch
     page = tmp_path / "results" / "digits8" / "report.html"
     assert page.exists()
     assert "report:" in out
+    assert "next: fedbn resume results/digits8 --rounds 4\n" in out
     assert "fedbn" in out
     _, text, _ = run_cli("report", tmp_path / "results" / "digits8", "--json")
     values = json.loads(text)
@@ -83,6 +84,15 @@ def test_list_shows_every_kind(kind, run_cli):
 def test_list_shows_aliases(run_cli):
     rows = {row["name"]: row["what"] for row in json.loads(run_cli("list", "strategies", "--json")[1])}
     assert rows["global-naive"].endswith("; also called fedavg, bn")
+
+
+def test_help_groups_every_command(run_cli):
+    _, out, _ = run_cli("--help")
+    for panel, commands in cli.PANELS.items():
+        assert f"─ {panel} ─" in out
+        for command in commands:
+            assert f"│ {command.__name__.rstrip('_')} " in out
+    assert "─ Commands ─" not in out
 
 
 def test_list_prints_one_line_each(run_cli, monkeypatch):
