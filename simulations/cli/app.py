@@ -19,6 +19,7 @@ from simulations.cli.catalog import advise, audit, data, list_
 from simulations.cli.claims import claims
 from simulations.cli.compare import CompareCommand, compare, resume
 from simulations.cli.deploy import deploy
+from simulations.cli.doctor import doctor
 from simulations.cli.eeg import eeg
 from simulations.cli.export import export
 from simulations.cli.leakage import leakage
@@ -43,7 +44,7 @@ ALLOCATION_FAILED = re.compile(
 PANELS = {
     "Compare strategies": (compare, resume, report, advise, claims),
     "Adapt and deploy": (adapt, demo, serve, deploy, export),
-    "Inspect and extend": (list_, data, audit, leakage, eeg, new),
+    "Inspect and extend": (list_, data, audit, doctor, leakage, eeg, new),
 }
 for panel, commands in PANELS.items():
     for command in commands:
