@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 from pathlib import Path
@@ -11,10 +12,14 @@ from fedbn.federation.traffic import REPEATED
 from fedbn.files import write_atomically
 from simulations.results.comparison import Comparison
 from simulations.results.formatting import format_number, format_size, markdown_table
-from simulations.results.summary import answer, starts_rows
+from simulations.results.labels import readable
+from simulations.results.summary import answer, is_bound, starts_rows
+
+MAX_BRIEF = 5
+"""Strategies of a brief table."""
 
 
-def update_document(directory: Path, document: Path, *, full: bool = False) -> None:
+def update_document(directory: Path, document: Path, *, full: bool = False, brief: bool = False) -> None:
     """Replace the text between ``<!-- begin NAME -->`` and ``<!-- end NAME -->``; NAME is the directory's name.
 
     If the document shows ``NAME.png``, the plot of paired differences is copied to that path.
@@ -23,6 +28,7 @@ def update_document(directory: Path, document: Path, *, full: bool = False) -> N
         directory: results directory of a comparison.
         document: a Markdown file.
         full: also insert the results of unseen users by initial statistics, and the costs.
+        brief: insert only means of the first strategies, with readable names.
 
     Raises:
         UserError: the document or its markers are missing.
@@ -32,11 +38,16 @@ def update_document(directory: Path, document: Path, *, full: bool = False) -> N
     comparison = Comparison.load(directory)
     seeds = len(comparison.meta["seeds"])
     seeds_text = "one seed" if seeds == 1 else f"{seeds} paired seeds"
-    parts = [
-        answer(comparison),
-        comparison.to_markdown().rstrip(),
-        f"Mean accuracy over users [95 % interval over users], {seeds_text}; made by `{comparison.meta['command']}`.",
-    ]
+    made = f"{seeds_text}; made by `{comparison.meta['command']}`."
+    parts = (
+        [brief_table(comparison).rstrip(), f"Mean accuracy over users, {made}"]
+        if brief
+        else [
+            answer(comparison),
+            comparison.to_markdown().rstrip(),
+            f"Mean accuracy over users [95 % interval over users], {made}",
+        ]
+    )
     if full:
         parts += _more(comparison)
     for target in re.findall(rf"!\[.*?\]\((.*?{re.escape(name)}\.png)\)", document.read_text(encoding="utf-8")):
@@ -44,6 +55,25 @@ def update_document(directory: Path, document: Path, *, full: bool = False) -> N
         picture.parent.mkdir(exist_ok=True)
         shutil.copy(directory / "figures" / "paired-own-aggregated.png", picture)
     replace_block(document, name, "\n\n".join(parts) + "\n")
+
+
+def brief_table(comparison: Comparison) -> str:
+    """Means of the first strategies that are no bounds, as a Markdown table with readable names."""
+    means = comparison.matrix().set_index(["strategy", "row", "column"])["mean"]
+    cells = {
+        "own test": ("own", "aggregated"),
+        "worst 10 %": ("worst", "aggregated"),
+        "unseen users": ("unseen", "aggregated"),
+        "unseen users, recalibrated": ("unseen", "recalibrated"),
+    }
+    shown = [strategy for strategy in comparison.strategies if not is_bound(strategy)][:MAX_BRIEF]
+    return markdown_table(
+        [
+            {"strategy": readable(strategy)}
+            | {title: format_number(means.get((strategy, *cell), math.nan)) for title, cell in cells.items()}
+            for strategy in shown
+        ]
+    )
 
 
 def _more(comparison: Comparison) -> list[str]:
