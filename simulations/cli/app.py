@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+from collections.abc import Callable
 from importlib import metadata
 from types import FrameType
 from typing import Annotated
@@ -41,7 +42,7 @@ ALLOCATION_FAILED = re.compile(
     "can't allocate memory|cannot allocate memory|out of memory|failed to map segment|can't start new thread",
     re.IGNORECASE,
 )
-PANELS = {
+PANELS: dict[str, tuple[Callable[..., None], ...]] = {
     "Compare strategies": (compare, resume, report, advise, claims),
     "Adapt and deploy": (adapt, demo, serve, deploy, export),
     "Inspect and extend": (list_, data, audit, doctor, leakage, eeg, new),

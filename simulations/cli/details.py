@@ -33,7 +33,7 @@ def describe(known: Mapping[str, type], kind: str, name: str) -> dict[str, Any]:
     """
     from fedbn.plugins import aliases, find, title
 
-    part = find(name, kind.removesuffix("s"), known)
+    part: type = find(name, kind.removesuffix("s"), known)
     source = getattr(part, "source", "")
     return {
         "name": vars(part)["name"],
