@@ -87,7 +87,7 @@ class Plan(Checked):
     """
 
     _: KW_ONLY
-    rounds: int = option(20, "Communication rounds.", low=1, by_scenario=True)
+    rounds: int = option(20, "Communication rounds.", low=1, flags=("--rounds", "--num-rounds"), by_scenario=True)
     clients_per_round: int | None = option(None, "Seen users sampled per round, seeded by round; none for all.", low=1)
     local_epochs: int = option(1, "Passes over a client's data per round.", low=1, by_scenario=True)
     batch_size: int = option(

@@ -62,6 +62,16 @@ def aliases(cls: type) -> tuple[str, ...]:
     return tuple(vars(cls).get("aliases", ()))
 
 
+def title(cls: type) -> str:
+    """Readable name of a plug-in, such as ``FedAvg (naive BN)``; its name by default. A subclass does not inherit it.
+
+    >>> from fedbn.strategies.fedbn import FedBN
+    >>> title(FedBN), title(type("Own", (FedBN,), {"name": "own"}))
+    ('FedBN', 'own')
+    """
+    return str(vars(cls).get("title", vars(cls)["name"]))
+
+
 def spellings(known: Mapping[str, type]) -> dict[str, str]:
     """The name of each plug-in by its names and aliases, in lower case without hyphens. A name takes precedence.
 

@@ -33,6 +33,7 @@ class APFL(Personalization):
     """
 
     name = "apfl"
+    title = "APFL"
     about = "a personal model mixed with the shared one; option alpha"
     source = "Deng et al. 2020"
     alpha: float = 0.5

@@ -91,6 +91,7 @@ class Personalization:
 
     Attributes:
         name: name on the command line.
+        title: readable name in tables; the name by default.
         aliases: other names.
         about: one-line description.
         source: authors and year.
@@ -99,6 +100,7 @@ class Personalization:
     """
 
     name: ClassVar[str]
+    title: ClassVar[str]
     aliases: ClassVar[tuple[str, ...]] = ()
     about: ClassVar[str]
     source: ClassVar[str] = ""

@@ -24,6 +24,7 @@ class Ditto(Personalization):
     """
 
     name = "ditto"
+    title = "Ditto"
     about = "a second, personal model, regularized towards the shared one; option lam"
     source = "Li et al. 2021"
     lam: float = 0.1

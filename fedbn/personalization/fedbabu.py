@@ -24,6 +24,7 @@ class FedBABU(FineTune):
     """
 
     name = "fedbabu"
+    title = "FedBABU"
     about = "the classifier keeps its initial value in training; clients fine-tune"
     source = "Oh et al. 2022"
 

@@ -19,6 +19,7 @@ class FedPer(Personalization):
     """
 
     name = "fedper"
+    title = "FedPer"
     about = "the classifier stays local"
     source = "Arivazhagan et al. 2019"
     head = LOCAL

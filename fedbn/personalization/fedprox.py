@@ -23,6 +23,7 @@ class FedProx(Personalization):
     """
 
     name = "fedprox"
+    title = "FedProx"
     about = "a proximal term towards the received parameters; option mu"
     source = "Li et al. 2020"
     mu: float = 0.01

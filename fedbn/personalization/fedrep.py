@@ -21,6 +21,7 @@ class FedRep(Personalization):
     """
 
     name = "fedrep"
+    title = "FedRep"
     about = "local head, trained before the body in every round"
     source = "Collins et al. 2021"
     head = LOCAL

@@ -23,6 +23,7 @@ class FineTune(Personalization):
     """
 
     name = "finetune"
+    title = "fine-tuning"
     about = "clients fine-tune the model on their own data before evaluation"
     source = "Yu et al. 2020"
     epochs: int = 1

@@ -20,6 +20,7 @@ class LGFedAvg(Personalization):
     """
 
     name = "lg-fedavg"
+    title = "LG-FedAvg"
     about = "the body stays local, the classifier is shared"
     source = "Liang et al. 2020"
     body = LOCAL

@@ -54,6 +54,7 @@ class Scaffold(Personalization):
     """
 
     name = "scaffold"
+    title = "SCAFFOLD"
     about = "control variates on body and head correct client drift"
     source = "Karimireddy et al. 2020"
 

@@ -35,6 +35,7 @@ class ATP(NormStrategy):
     """
 
     name = "atp"
+    title = "ATP"
     about = "learns an adaptation rate for each entry of the model; options learn, lr, block, online"
     needs_cross_entropy = True
     source = "Bao et al. 2023"

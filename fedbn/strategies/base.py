@@ -120,6 +120,7 @@ class NormStrategy:
 
     Attributes:
         name: name on the command line.
+        title: readable name in tables; the name by default.
         aliases: other names.
         about: one-line description.
         source: authors and year.
@@ -134,6 +135,7 @@ class NormStrategy:
     """
 
     name: ClassVar[str]
+    title: ClassVar[str]
     aliases: ClassVar[tuple[str, ...]] = ()
     about: ClassVar[str]
     source: ClassVar[str] = ""

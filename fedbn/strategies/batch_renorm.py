@@ -29,6 +29,7 @@ class BatchRenormStrategy(LayerStrategy):
     """
 
     name = "batch-renorm"
+    title = "Batch Renorm"
     about = "BatchRenorm instead of BN; options r_max, d_max, momentum, start, r_full, d_full"
     source = "Ioffe 2017"
     kind = "batch-renorm"

@@ -27,6 +27,7 @@ class BNSimilarity(SimilarityWeighted):
     """
 
     name = "bn-similarity"
+    title = "BN similarity"
     about = "FedBN with parameters weighted by exp(-distance of statistics / tau)"
     source = "after pFedBBN, 2025"
     tau: float = 1.0

@@ -20,6 +20,7 @@ class Centralized(NormStrategy):
     """
 
     name = "centralized"
+    title = "centralized training"
     about = "bound: one model trained on all seen users' pooled data"
     is_centralized = True
 

@@ -35,6 +35,7 @@ class DBN(LayerStrategy, GlobalPooled):
     """
 
     name = "dbn"
+    title = "Diminishing BN"
     about = "statistics with a diminishing step size; options alpha (0.25, 1/m, 1/m^2), mode, step, stat"
     source = "Ma & Klabjan 2017"
     kind = "dbn"

@@ -24,6 +24,7 @@ class DivergencePooled(GlobalPooled):
     """
 
     name = "divergence-pooled"
+    title = "FedAvg (divergence-weighted BN)"
     about = "global BN; outlying clients count less in the pooled statistics (stand-in for FedDNA)"
     source = "after Duan et al. 2021"
 

@@ -24,6 +24,7 @@ class EvalNormStrategy(LayerStrategy):
     """
 
     name = "evalnorm"
+    title = "EvalNorm"
     about = "global BN; each sample contributes to its own statistics in evaluation; option rule"
     source = "Singh & Shrivastava 2019"
     kind = "evalnorm"

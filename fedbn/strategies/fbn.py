@@ -30,6 +30,7 @@ class FBN(GlobalPooled):
     """
 
     name = "fbn"
+    title = "FBN"
     about = "trains with the server's running statistics as constants; option rate"
     source = "Guerraoui et al. 2024"
     rate: float = 0.1

@@ -18,6 +18,7 @@ class FeatureNorm(StatelessNorm):
     """
 
     name = "feature-norm"
+    title = "FedFN (feature norm)"
     about = "features of fixed norm before the classifier instead of BN (FedFN)"
     source = "Zhang et al. 2024"
     kind = "feature-norm"

@@ -25,6 +25,7 @@ class FedBN(NormStrategy):
     """
 
     name = "fedbn"
+    title = "FedBN"
     about = "BN scale, shift and statistics stay local; option norms (all: LayerNorm and others too)"
     source = "Li et al. 2021"
     affine = LOCAL

@@ -13,6 +13,8 @@ from fedbn.strategies.ownership import SEEDED
 class FedBNSeeded(FedBN, GlobalPooled):
     """FedBN for seen users; unseen users start from the clients' mean BN, as the authors advise.
 
+    Li, Jiang, Zhang, Kamp, Dou, ICLR 2021, https://arxiv.org/abs/2102.07623
+
     Pooled variances include the variance of the means. Seen users get exactly the same models as with FedBN.
 
     >>> str(FedBNSeeded.statistics)
@@ -20,6 +22,7 @@ class FedBNSeeded(FedBN, GlobalPooled):
     """
 
     name = "fedbn-seeded"
+    title = "FedBN (seeded)"
     about = "FedBN; an unseen user starts from the mean of the clients' BN; option norms"
     source = "Li et al. 2021"
     affine = SEEDED

@@ -26,6 +26,7 @@ class FedNorm(GlobalPooled):
     """
 
     name = "fednorm"
+    title = "FedNorm"
     about = "one BN for each known group of users (their domain)"
     source = "Bernecker et al. 2022"
 

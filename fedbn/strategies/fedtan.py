@@ -28,6 +28,7 @@ class FedTAN(NormStrategy):
     """
 
     name = "fedtan"
+    title = "FedTAN"
     about = "first step of a round with exact global statistics and statistic gradients; 3L+1 exchanges"
     needs_cross_entropy = True
     source = "Wang et al. 2023"

@@ -26,6 +26,7 @@ class FedWon(StatelessNorm):
     """
 
     name = "fedwon"
+    title = "FedWon"
     about = "no normalization: scaled weight standardization and adaptive gradient clipping; option clip"
     source = "after Zhuang & Lyu 2024"
     clip: float = 0.16

@@ -21,6 +21,7 @@ class GhostBNStrategy(LayerStrategy):
     """
 
     name = "ghost-bn"
+    title = "Ghost BN"
     about = "BN over parts of the batch; option size (rows per part)"
     source = "Hoffer et al. 2017"
     kind = "ghost-bn"

@@ -23,6 +23,7 @@ class GlobalNaive(NormStrategy):
     """
 
     name = "global-naive"
+    title = "FedAvg (naive BN)"
     aliases = ("fedavg", "bn")
     about = "one BN for all; means and variances averaged like weights (FedAvg)"
     source = "McMahan et al. 2017"

@@ -15,7 +15,9 @@ class GlobalPooled(NormStrategy):
     r"""Share all entries; :math:`\sigma^2 \leftarrow \sum_k w_k \sigma_k^2 + \sum_k w_k (\mu_k-\mu)^2`.
 
     Law of total variance. It is exact for moments measured under the same weights. Running averages of clients with
-    different local weights are not, which `global-recalibrated` corrects.
+    different local weights are not, which `global-recalibrated` corrects. Chan, Golub, LeVeque, 1979, Updating formulae
+    and a pairwise algorithm for computing sample variances,
+    http://i.stanford.edu/pub/cstr/reports/cs/tr/79/773/CS-TR-79-773.pdf
 
     >>> import torch; from fedbn.strategies.base import Update
     >>> def client(i, mean): return Update(
@@ -26,6 +28,7 @@ class GlobalPooled(NormStrategy):
     """
 
     name = "global-pooled"
+    title = "FedAvg (pooled BN)"
     about = "one BN for all; variance of the union (law of total variance)"
     source = "Chan, Golub, LeVeque 1979"
 

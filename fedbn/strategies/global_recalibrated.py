@@ -26,6 +26,7 @@ class GlobalRecalibrated(NormStrategy):
     """
 
     name = "global-recalibrated"
+    title = "FedAvg (recalibrated BN)"
     about = "one BN for all; exact moments re-measured under the aggregated weights"
     source = "after Diao et al. 2021 (sBN)"
     syncs_statistics = True

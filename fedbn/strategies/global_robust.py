@@ -18,7 +18,7 @@ class GlobalRobust(NormStrategy):
     r"""Share all entries; pool statistics by a trimmed mean or median of moments, with equal client weights.
 
     Parameters are averaged as usual. Only the statistics are protected, through which a single client can disable a
-    network.
+    network. After Yin, Chen, Ramchandran, Bartlett, 2018, https://arxiv.org/abs/1803.01498
 
     Of :math:`n` clients in a round, the trimmed mean withstands :math:`\lfloor n\cdot\mathrm{trim}\rfloor` arbitrary
     ones, the median :math:`\lfloor (n-1)/2\rfloor` (breakdown points of ``trim`` and nearly one half). With fewer than
@@ -40,6 +40,7 @@ class GlobalRobust(NormStrategy):
     """
 
     name = "global-robust"
+    title = "FedAvg (robust BN)"
     about = "one BN for all; statistics pooled by a trimmed mean or median of moments"
     source = "after Yin et al. 2018"
     how: Literal["trimmed", "median"] = "trimmed"

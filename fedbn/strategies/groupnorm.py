@@ -26,6 +26,7 @@ class GroupNorm(StatelessNorm):
     """
 
     name = "groupnorm"
+    title = "GroupNorm"
     aliases = ("gn", "group")
     about = "GroupNorm instead of BN; options groups or channels (per group)"
     source = "Wu & He 2018; Hsieh et al. 2020"

@@ -35,6 +35,7 @@ class HBN(GlobalPooled):
     """
 
     name = "hbn"
+    title = "Hybrid BN"
     about = "learned mixture of global and batch statistics, measured on the first 64 rows"
     source = "Chen et al. 2025"
     gate = SEEDED

@@ -17,5 +17,6 @@ class HBNFull(HBN):
     """
 
     name = "hbn-full"
+    title = "Hybrid BN (full pass)"
     about = "HBN with a statistics pass over all rows"
     rows: ClassVar[int | None] = None

@@ -20,6 +20,7 @@ class IABNStrategy(LayerStrategy):
     """
 
     name = "iabn"
+    title = "IABN"
     about = "instance-aware BN: samples correct the shared statistics; option k"
     source = "Gong et al. 2022"
     kind = "iabn"

@@ -20,6 +20,7 @@ class InstanceNorm(StatelessLayer):
     """
 
     name = "instancenorm"
+    title = "InstanceNorm"
     aliases = ("in", "instance")
     about = "InstanceNorm instead of BN (layers with positions only)"
     source = "Ulyanov et al. 2016"

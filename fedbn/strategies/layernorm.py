@@ -19,6 +19,7 @@ class LayerNorm(StatelessLayer):
     """
 
     name = "layernorm"
+    title = "LayerNorm"
     aliases = ("ln", "layer")
     about = "LayerNorm instead of BN"
     source = "Ba et al. 2016"

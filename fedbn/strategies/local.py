@@ -19,6 +19,7 @@ class Local(NormStrategy):
     """
 
     name = "local"
+    title = "local training"
     about = "bound: every user trains its own model, nothing is shared"
     body = LOCAL
     head = LOCAL

@@ -20,6 +20,7 @@ class NoNorm(StatelessNorm):
     """
 
     name = "nonorm"
+    title = "no normalization"
     about = "normalization layers removed"
 
     def prepare_model(self, model: nn.Module) -> nn.Module:

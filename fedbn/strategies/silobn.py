@@ -19,6 +19,7 @@ class SiloBN(NormStrategy):
     """
 
     name = "silobn"
+    title = "SiloBN"
     about = "BN statistics stay local, scale and shift are shared"
     source = "Andreux et al. 2020"
     statistics = LOCAL

@@ -30,6 +30,7 @@ class StaticBN(NormStrategy):
     """
 
     name = "static-bn"
+    title = "Static BN"
     about = "no running statistics in training; means over all clients' batches before evaluation"
     source = "Diao et al. 2021"
     syncs_statistics = True

@@ -24,6 +24,7 @@ class WeightNorm(StatelessNorm):
     """
 
     name = "weight-norm"
+    title = "WeightNorm"
     about = "weight normalization instead of BN"
     source = "Salimans & Kingma 2016"
     kind = "weight-norm"

@@ -26,6 +26,7 @@ class WeightStandardization(StatelessNorm):
     """
 
     name = "weight-standardization"
+    title = "weight standardization + GroupNorm"
     about = "weight standardization and GroupNorm instead of BN; option groups (0: no GroupNorm)"
     source = "Qiao et al. 2019"
     groups: int = 8

@@ -9,45 +9,40 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
-from rich.text import Text
+from rich.console import Group
 
 from fedbn.config import seed_numbers
 from fedbn.files import DamagedFile, read_json
 from simulations.adaptation.cells import BOUNDS
 from simulations.adaptation.study import Study
 from simulations.report.documents import replace_block
+from simulations.report.layout import fitted_table, fold_label
 from simulations.results.formatting import format_interval, format_number, format_signed, markdown_table
 
+MAX_RULE_WIDTH = 26
+"""Longer names of rules are folded between their options, in characters."""
 
-def summary_table(found: pd.DataFrame, study: Study) -> Table:
+
+def summary_table(found: pd.DataFrame, study: Study, width: int = 100) -> Group:
     """Rules by kinds of stream: mean accuracy [interval], worst tenth, share of users harmed."""
     seeds = len(seed_numbers(study.seeds))
     users = f"{found['users'].max()} users, {seeds} seed{'s' if seeds > 1 else ''}"
-    table = Table(
-        title=Text(f"Accuracy on unseen users' streams [95 % over users], worst tenth, harmed; {users}", style="bold"),
-        title_justify="left",
-        caption=Text(
-            "harmed: share of users more than a point below source. bound-…: oracles with statistics of the whole "
-            "stream, or of equally many windows per class. °: statistics include the current window. "
-            "*: differs from source, corrected p < .05.",
-            style="dim",
-        ),
-        caption_justify="left",
-        box=SIMPLE_HEAD,
-        show_edge=False,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
-    )
     kinds = list(dict.fromkeys(found["stream"]))
-    table.add_column("rule", overflow="fold")
-    for kind in kinds:
-        table.add_column(kind, overflow="fold")
+    lines = []
     for name, by_kind in rows(found):
         mark = "°" if by_kind[kinds[0]]["includes_current"] else ""
-        table.add_row(Text(name + mark), *(Text(_format_line(by_kind[kind])) for kind in kinds))
-    return table
+        lines.append(
+            {"rule": fold_label(name + mark, MAX_RULE_WIDTH)} | {kind: _format_line(by_kind[kind]) for kind in kinds}
+        )
+    return fitted_table(
+        lines,
+        width,
+        optional=kinds[:0:-1],
+        title=f"Accuracy on unseen users' streams [95 % over users], worst tenth, harmed; {users}",
+        caption="harmed: share of users more than a point below source. bound-…: oracles with statistics of the whole "
+        "stream, or of equally many windows per class. °: statistics include the current window. "
+        "*: differs from source, corrected p < .05.",
+    )
 
 
 def rows(found: pd.DataFrame) -> list[tuple[str, dict[str, Any]]]:

@@ -12,7 +12,18 @@ import typer
 
 from fedbn.config import Plan
 from simulations.adaptation.options import StudyOptions
-from simulations.cli.options import AsJson, Into, RunFile, Scenario, Track, console, errors, options_of, progress_bars
+from simulations.cli.options import (
+    AsJson,
+    Into,
+    RunFile,
+    Scenario,
+    Track,
+    console,
+    errors,
+    options_of,
+    progress_bars,
+    suggest,
+)
 
 
 @options_of(StudyOptions, Plan)
@@ -67,7 +78,8 @@ def adapt(
     if as_json:
         print(json.dumps(json.loads(found.to_json(orient="records")), indent=1))
         return
-    console.print(summary_table(found, study))
+    console.print(summary_table(found, study, console.width))
     for notice in notices(study):
         console.print(f"Note: {notice}", style="yellow", highlight=False, markup=False)
     console.print(f"more: {place.resolve()}", soft_wrap=True)
+    suggest(("fedbn", "serve", study.scenario, "--store", "users.db"), ("fedbn", "compare", study.scenario))

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+from collections.abc import Callable
 from importlib import metadata
 from types import FrameType
 from typing import Annotated
@@ -19,6 +20,7 @@ from simulations.cli.catalog import advise, audit, data, list_
 from simulations.cli.claims import claims
 from simulations.cli.compare import CompareCommand, compare, resume
 from simulations.cli.deploy import deploy
+from simulations.cli.doctor import doctor
 from simulations.cli.eeg import eeg
 from simulations.cli.export import export
 from simulations.cli.leakage import leakage
@@ -40,9 +42,15 @@ ALLOCATION_FAILED = re.compile(
     "can't allocate memory|cannot allocate memory|out of memory|failed to map segment|can't start new thread",
     re.IGNORECASE,
 )
-operations = (claims, eeg, deploy, adapt, serve, demo, report, export, leakage, new, compare, resume)
-for command in (*operations, advise, list_, audit, data):
-    app.command(command.__name__.rstrip("_"), cls=CompareCommand if command is compare else None)(command)
+PANELS: dict[str, tuple[Callable[..., None], ...]] = {
+    "Compare strategies": (compare, resume, report, advise, claims),
+    "Adapt and deploy": (adapt, demo, serve, deploy, export),
+    "Inspect and extend": (list_, data, audit, doctor, leakage, eeg, new),
+}
+for panel, commands in PANELS.items():
+    for command in commands:
+        cls = CompareCommand if command is compare else None
+        app.command(command.__name__.rstrip("_"), cls=cls, rich_help_panel=panel)(command)
 for alias in ("personalize", "personalise"):
     app.command(alias, hidden=True)(adapt)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,6 +12,7 @@ import typer
 
 from fedbn.config import ModelSplit
 from fedbn.errors import UserError
+from simulations.cli.details import describe, print_description, without_options
 from simulations.cli.options import (
     AsJson,
     Columns,
@@ -61,9 +63,24 @@ def advise(
 
 
 def list_(
-    kind: Annotated[Kind, typer.Argument(help="What to list.")], into: Into = None, as_json: AsJson = False
+    kind: Annotated[Kind, typer.Argument(help="What to list.")],
+    name: Annotated[str | None, typer.Argument(help="One of them, for its options, paper and link.")] = None,
+    into: Into = None,
+    as_json: AsJson = False,
 ) -> None:
-    """List strategies, scenarios, models, rules and other plug-ins, including installed ones."""
+    """List strategies, scenarios, models, rules and other plug-ins, including installed ones.
+
+    Example: [bold]fedbn list strategies fedbn[/]
+    """
+    if name is not None:
+        if into is not None:
+            raise UserError("--into takes a whole list: leave out the name, or leave out --into")
+        found = describe(_known(kind), kind.value, name)
+        if as_json:
+            print(json.dumps(found, indent=1))
+        else:
+            print_description(found, console)
+        return
     rows = _rows(kind)
     if into is not None:
         from simulations.report.documents import replace_block
@@ -72,8 +89,16 @@ def list_(
         replace_block(into, kind.value, markdown_table(rows))
     if as_json:
         print(json.dumps(rows, indent=1))
-    else:
-        print_table(rows)
+        return
+    lines = [
+        {"name": row["name"]}
+        | ({"called": _title(part)} if hasattr(part, "title") else {})
+        | {"what": without_options(part.about)}
+        | {key: value for key, value in row.items() if key not in ("name", "what")}
+        for row, part in zip(rows, _known(kind).values(), strict=True)
+    ]
+    print_table(lines, text="what", optional=("source", "called"), one_line=True)
+    console.print(f"more: fedbn list {kind.value} NAME", highlight=False, markup=False)
 
 
 @options_of(ModelSplit)
@@ -119,7 +144,7 @@ def data(
     from fedbn.data.packages import status
     from fedbn.scenarios.base import scenario as parse
     from fedbn.tasks import parse_task
-    from simulations.report.population import describe
+    from simulations.report.population import describe as describe_population
 
     text = scenario_text(scenario, data, columns)
     if text is None:
@@ -132,7 +157,7 @@ def data(
         return
     chosen = parse(text)
     population = chosen.load_for(parse_task(task or chosen.task), seed)
-    found = describe(population)
+    found = describe_population(population)
     if as_json:
         print(json.dumps(found, indent=1))
         return
@@ -145,6 +170,24 @@ def data(
 
 
 def _rows(kind: Kind) -> list[dict[str, str]]:
+    from fedbn.plugins import aliases
+
+    more = {Kind.SCENARIOS: "model"} | dict.fromkeys((Kind.STRATEGIES, Kind.PERSONALIZATIONS, Kind.RULES), "source")
+    rows = []
+    for name, part in _known(kind).items():
+        about = "; also called ".join(filter(None, (part.about, ", ".join(aliases(part)))))
+        rows.append({"name": name, "what": about} | ({more[kind]: getattr(part, more[kind])} if kind in more else {}))
+    return rows
+
+
+def _title(part: type) -> str:
+    from fedbn.plugins import title
+
+    return title(part)
+
+
+def _known(kind: Kind) -> dict[str, Any]:
+    """The plug-ins of a kind, by name."""
     from fedbn.augment.base import augmentations
     from fedbn.data.partition import partitions
     from fedbn.data.shift import shifts
@@ -153,31 +196,25 @@ def _rows(kind: Kind) -> list[dict[str, str]]:
     from fedbn.optim.base import optimizers
     from fedbn.optim.schedules import schedules
     from fedbn.personalization.base import personalizations
-    from fedbn.plugins import aliases
     from fedbn.scenarios.base import scenarios
     from fedbn.strategies.base import strategies
     from fedbn.streams import streams
     from fedbn.tasks import tasks
     from fedbn.tta import methods
 
-    registries: dict[Kind, tuple[dict[str, Any], tuple[str, ...]]] = {
-        Kind.STRATEGIES: (strategies(), ("source",)),
-        Kind.PERSONALIZATIONS: (personalizations(), ("source",)),
-        Kind.SCENARIOS: (scenarios(), ("model",)),
-        Kind.MODELS: (models(), ()),
-        Kind.PARTITIONS: (partitions(), ()),
-        Kind.TASKS: (tasks(), ()),
-        Kind.SHIFTS: (shifts(), ()),
-        # Test-time methods with gradients are options of the same command.
-        Kind.RULES: (dict(sorted({**rules(), **methods()}.items())), ("source",)),
-        Kind.STREAMS: (streams(), ()),
-        Kind.OPTIMIZERS: (optimizers(), ()),
-        Kind.SCHEDULES: (schedules(), ()),
-        Kind.AUGMENTATIONS: (augmentations(), ()),
+    # Test-time methods with gradients are options of the same command.
+    registries: dict[Kind, Callable[[], Mapping[str, Any]]] = {
+        Kind.STRATEGIES: strategies,
+        Kind.PERSONALIZATIONS: personalizations,
+        Kind.SCENARIOS: scenarios,
+        Kind.MODELS: models,
+        Kind.PARTITIONS: partitions,
+        Kind.TASKS: tasks,
+        Kind.SHIFTS: shifts,
+        Kind.RULES: lambda: dict(sorted({**rules(), **methods()}.items())),
+        Kind.STREAMS: streams,
+        Kind.OPTIMIZERS: optimizers,
+        Kind.SCHEDULES: schedules,
+        Kind.AUGMENTATIONS: augmentations,
     }
-    known, more = registries[kind]
-    rows = []
-    for name, part in known.items():
-        about = "; also called ".join(filter(None, (part.about, ", ".join(aliases(part)))))
-        rows.append({"name": name, "what": about} | {key: getattr(part, key) for key in more})
-    return rows
+    return dict(registries[kind]())

@@ -71,8 +71,7 @@ def claims(
         return
     rows = [
         {"claim": e.claim.name, "verdict": MARKS[e.verdict]}
-        # Plain text: an interval's brackets are not markup.
-        | {"effect [95 % interval]": format_effect(e).replace("[", r"\["), "threshold": f"{e.claim.threshold:g}"}
+        | {"effect [95 % interval]": format_effect(e), "threshold": f"{e.claim.threshold:g}"}
         for e in shown
     ]
     print_table(rows)
@@ -98,7 +97,8 @@ def _list(as_json: bool) -> None:
     if as_json:
         print(json.dumps(rows, indent=1))
     else:
-        print_table(rows)
+        print_table(rows, text="claim", optional=("source", "study"))
+        console.print(f"run one: fedbn claims {rows[0]['name']} --quick", highlight=False, markup=False)
 
 
 def _run_cells(todo: list[Cell], store: Store, workers: int) -> None:

@@ -26,6 +26,7 @@ from simulations.cli.options import (
     errors,
     field_help,
     options_of,
+    suggest,
 )
 from simulations.cli.report import show_comparison
 from simulations.experiments.options import ExperimentOptions
@@ -157,3 +158,17 @@ def _show(run: Callable[..., Path], directory: Path, track: list[str] | None, as
     if not as_json:
         console.print(f"done in {format_elapsed(start)}")
     show_comparison(directory, as_json)
+    if not as_json:
+        _suggest(directory)
+
+
+def _suggest(directory: Path) -> None:
+    """Commands that continue from a comparison: more rounds, a table for a paper, online adaptation."""
+    from simulations.results.comparison import Comparison
+
+    experiment = Comparison.load(directory).meta["experiment"]
+    suggest(
+        ("fedbn", "resume", directory, "--rounds", str(2 * experiment["plan"]["rounds"])),
+        ("fedbn", "report", directory, "--format", "latex"),
+        ("fedbn", "adapt", experiment["scenario"]),
+    )

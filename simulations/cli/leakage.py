@@ -81,4 +81,4 @@ def leakage(
         print(json.dumps(found, indent=1))
         return
     for title, lines in tables.items():
-        print_table(lines, title=title, pad_edge=True)
+        print_table(lines, title=title)

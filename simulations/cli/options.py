@@ -5,22 +5,36 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import os
+import shlex
+import sys
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TextIO
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.text import Text
 
 from fedbn.config import Conditions, Panel, parts
 from fedbn.errors import UserError
+from simulations.report.layout import fitted_table
 
-console = Console()
-errors = Console(stderr=True)
+
+def _console(stream: TextIO, **options: Any) -> Console:
+    """A console that wraps nothing where its stream is no terminal and ``COLUMNS`` is not set."""
+    is_narrow = stream.isatty() or "COLUMNS" in os.environ
+    return Console(width=None if is_narrow else UNLIMITED, **options)
+
+
+UNLIMITED = 10_000
+"""Width of output that goes to a file or a pipe, in characters."""
+
+console = _console(sys.stdout)
+errors = _console(sys.stderr, stderr=True)
 
 OUTPUT = "Output"
 
@@ -88,14 +102,15 @@ def progress_bars(*, disable: bool) -> Progress:
     return Progress(TextColumn("{task.description}"), *columns, console=errors, disable=disable)
 
 
-def print_table(rows: Sequence[Mapping[str, str]], **style: Any) -> None:
-    """Print rows with the same keys, which head the columns; ``style`` goes to `rich.table.Table`."""
-    table = Table(**{"box": None, "header_style": "bold", "pad_edge": False} | style)
-    for name in next(iter(rows), ()):
-        table.add_column(name, overflow="fold")
-    for row in rows:
-        table.add_row(*row.values())
-    console.print(table)
+def print_table(rows: Sequence[Mapping[str, str]], **layout: Any) -> None:
+    """Print rows with the same keys, which head the columns; ``layout`` goes to `fitted_table`."""
+    console.print(fitted_table(rows, console.width, **layout))
+
+
+def suggest(*commands: Sequence[str | Path]) -> None:
+    """Print commands that continue from a result, each given by its arguments."""
+    for i, command in enumerate(commands):
+        console.print(Text(("next: " if not i else "      ") + shlex.join(map(str, command))), soft_wrap=True)
 
 
 def options_of(*kinds: type, without: tuple[str, ...] = ()) -> Callable[[Callable[..., None]], Callable[..., None]]:

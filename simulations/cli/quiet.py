@@ -12,6 +12,21 @@ import click
 import typer
 from typer.core import TyperCommand
 
+from fedbn.errors import UserError
+
+COUNT = "give the number of clients of a round with --clients-per-round, e.g. 5"
+CLIENTS = (
+    "the number of clients follows from the users of the scenario or from --partition, e.g. digits8:users=4 or "
+    "dirichlet:alpha=0.1:clients=20"
+)
+FLOWER_OPTIONS = {
+    "--fraction-fit": COUNT,
+    "--fraction-train": COUNT,
+    "--num-clients": CLIENTS,
+    "--num-supernodes": CLIENTS,
+}
+"""Options of Flower that have no equal, and what replaces them."""
+
 
 class Quiet(TyperCommand):
     """A command with the option ``--quiet`` and a message on interruption."""
@@ -20,6 +35,15 @@ class Quiet(TyperCommand):
         super().__init__(*arguments, **options)
         text = "Print only errors and the output of --json."
         self.params.append(typer.core.TyperOption(param_decls=["--quiet", "-q"], is_flag=True, help=text))
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the arguments; options of Flower that have no equal are answered with those that replace them."""
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            if error.option_name in FLOWER_OPTIONS:
+                raise UserError(f"{error.option_name} is not an option: {FLOWER_OPTIONS[error.option_name]}") from None
+            raise
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command, discarding its output if ``--quiet`` is given."""

@@ -43,6 +43,9 @@ def report(
     full: Annotated[
         bool, typer.Option("--full", help="With --into: also the starts of unseen users, and costs.")
     ] = False,
+    brief: Annotated[
+        bool, typer.Option("--brief", help="With --into: only means of the first five strategies.")
+    ] = False,
     metric: Metric = "",
     as_json: AsJson = False,
 ) -> None:
@@ -53,8 +56,10 @@ def report(
     several = len(directories) > 1
     if into is not None and (several or format_ is not None):
         raise UserError("--into takes one directory and no --format")
-    if full and into is None:
-        raise UserError("--full goes with --into: name the document")
+    if (full or brief) and into is None:
+        raise UserError(f"{'--full' if full else '--brief'} goes with --into: name the document")
+    if full and brief:
+        raise UserError("give --full or --brief, not both")
     if format_ is not None and as_json:
         raise UserError("give --format or --json, not both")
     if out is not None and not several and format_ is None:
@@ -68,7 +73,7 @@ def report(
     if into is not None:
         from simulations.report.documents import update_document
 
-        update_document(directories[0], into, full=full, metric=metric)
+        update_document(directories[0], into, full=full, brief=brief, metric=metric)
 
 
 def show_comparison(directory: Path, as_json: bool, metric: str = "") -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 from pathlib import Path
@@ -11,10 +12,16 @@ from fedbn.federation.traffic import REPEATED
 from fedbn.files import write_atomically
 from simulations.results.comparison import Comparison
 from simulations.results.formatting import capitalize, format_number, format_size, markdown_table, metric_title
-from simulations.results.summary import answer, starts_rows
+from simulations.results.labels import readable
+from simulations.results.summary import answer, is_bound, starts_rows
+
+MAX_BRIEF = 5
+"""Strategies of a brief table."""
 
 
-def update_document(directory: Path, document: Path, *, full: bool = False, metric: str = "") -> None:
+def update_document(
+    directory: Path, document: Path, *, full: bool = False, brief: bool = False, metric: str = ""
+) -> None:
     """Replace the text between ``<!-- begin NAME -->`` and ``<!-- end NAME -->``; NAME is the directory's name.
 
     If the document shows ``NAME.png``, the plot of paired differences is copied to that path.
@@ -24,6 +31,7 @@ def update_document(directory: Path, document: Path, *, full: bool = False, metr
         document: a Markdown file.
         metric: the metric to show; the comparison's by default.
         full: also insert the results of unseen users by initial statistics, and the costs.
+        brief: insert only means of the first strategies, with readable names.
 
     Raises:
         UserError: the document or its markers are missing.
@@ -33,12 +41,17 @@ def update_document(directory: Path, document: Path, *, full: bool = False, metr
     comparison = Comparison.load(directory, metric)
     seeds = len(comparison.meta["seeds"])
     seeds_text = "one seed" if seeds == 1 else f"{seeds} paired seeds"
-    parts = [
-        answer(comparison),
-        comparison.to_markdown().rstrip(),
-        f"Mean {metric_title(comparison.metric)} over users [95 % interval over users], {seeds_text}; made by "
-        f"`{comparison.meta['command']}`.",
-    ]
+    made = f"{seeds_text}; made by `{comparison.meta['command']}`."
+    name_of_metric = metric_title(comparison.metric)
+    parts = (
+        [brief_table(comparison).rstrip(), f"Mean {name_of_metric} over users, {made}"]
+        if brief
+        else [
+            answer(comparison),
+            comparison.to_markdown().rstrip(),
+            f"Mean {name_of_metric} over users [95 % interval over users], {made}",
+        ]
+    )
     if full:
         parts += _more(comparison)
     for target in re.findall(rf"!\[.*?\]\((.*?{re.escape(name)}\.png)\)", document.read_text(encoding="utf-8")):
@@ -46,6 +59,25 @@ def update_document(directory: Path, document: Path, *, full: bool = False, metr
         picture.parent.mkdir(exist_ok=True)
         shutil.copy(directory / "figures" / "paired-own-aggregated.png", picture)
     replace_block(document, name, "\n\n".join(parts) + "\n")
+
+
+def brief_table(comparison: Comparison) -> str:
+    """Means of the first strategies that are no bounds, as a Markdown table with readable names."""
+    means = comparison.matrix().set_index(["strategy", "row", "column"])["mean"]
+    cells = {
+        "own test": ("own", "aggregated"),
+        "worst 10 %": ("worst", "aggregated"),
+        "unseen users": ("unseen", "aggregated"),
+        "unseen users, recalibrated": ("unseen", "recalibrated"),
+    }
+    shown = [strategy for strategy in comparison.strategies if not is_bound(strategy)][:MAX_BRIEF]
+    return markdown_table(
+        [
+            {"strategy": readable(strategy)}
+            | {title: format_number(means.get((strategy, *cell), math.nan)) for title, cell in cells.items()}
+            for strategy in shown
+        ]
+    )
 
 
 def _more(comparison: Comparison) -> list[str]:

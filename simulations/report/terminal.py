@@ -10,13 +10,12 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
+from rich.console import Console, Group
 from rich.text import Text
 
 from fedbn.federation.traffic import MESSAGE
 from fedbn.nn.roles import Role
+from simulations.report.layout import GAP, empty_table, fitted_table, fold_label, titled
 from simulations.results.comparison import Comparison
 from simulations.results.formatting import (
     capitalize,
@@ -28,14 +27,15 @@ from simulations.results.formatting import (
     format_size,
     metric_title,
 )
-from simulations.results.matrix import COLUMNS, ROWS
+from simulations.results.labels import readable
+from simulations.results.matrix import COLUMNS, ROWS, STARTS
 from simulations.results.summary import answer, is_clear, starts_rows
 
 if TYPE_CHECKING:
     import pandas as pd
 
-#: Minimum width of a label that must fit on one line with the numbers; longer labels are folded.
-MIN_LABEL_WIDTH = 14
+#: Longer labels of strategies are folded between their options, in characters.
+MAX_LABEL_WIDTH = 22
 
 Cells = dict[tuple[str, str, str], tuple[str, ...]]
 """The parts of a cell by column, strategy and row."""
@@ -49,8 +49,8 @@ def show(comparison: Comparison, console: Console | None = None, metric: str = "
     if len(comparison.strategies) > 1:
         console.print(paired_table(comparison, metric, console.width), "")
     if len(starts := starts_rows(comparison, metric)) > 1:
-        console.print(starts_table(starts, metric or comparison.metric), "")
-    console.print(cost_table(comparison))
+        console.print(starts_table(starts, metric or comparison.metric, console.width), "")
+    console.print(cost_table(comparison, console.width))
     if comparison.engine and f"engine {comparison.engine}" not in comparison.notices:
         console.print(Text(f"Engine {comparison.engine}"))
     for notice in comparison.notices:
@@ -61,7 +61,7 @@ def _title(comparison: Comparison, metric: str) -> str:
     return capitalize(metric_title(metric or comparison.metric))
 
 
-def matrix_table(comparison: Comparison, metric: str = "", width: int = 100) -> Table:
+def matrix_table(comparison: Comparison, metric: str = "", width: int = 100) -> Group:
     """Mean over users with its 95 % interval, in one section per column of the matrix."""
     best = comparison.clear_best(metric)
     text: Cells = {}
@@ -80,7 +80,7 @@ def matrix_table(comparison: Comparison, metric: str = "", width: int = 100) -> 
     )
 
 
-def paired_table(comparison: Comparison, metric: str = "", width: int = 100) -> Table:
+def paired_table(comparison: Comparison, metric: str = "", width: int = 100) -> Group:
     """Each strategy minus the reference, user by user, in the first column of the matrix.
 
     The other columns and the worst users are only in the HTML report.
@@ -106,60 +106,45 @@ def paired_table(comparison: Comparison, metric: str = "", width: int = 100) -> 
     )
 
 
-def starts_table(rows: list[list[str]], metric: str) -> Table:
-    """Table of the rows from `starts_rows`."""
-    table = _table(
+def starts_table(rows: list[list[str]], metric: str, width: int = 100) -> Group:
+    """Table of the rows from `starts_rows`. A narrow table has intervals below their values, and fewer columns."""
+    head, *lines = rows
+    is_narrow = sum(max(len(line[i]) for line in rows) + GAP for i in range(len(head))) - GAP > width
+    cells = [[cell.replace(" [", "\n[") if is_narrow else cell for cell in line] for line in lines]
+    return fitted_table(
+        [dict(zip(head, line, strict=True)) for line in cells],
+        width,
+        optional=(STARTS["initial"][0], STARTS["mixture"][0], STARTS["nearest"][0]),
         title=f"{capitalize(metric_title(metric))} of unseen users by the statistics they start from [95 % interval]",
         caption="Before any adaptation; nearest, mixture and prior-mixed use the user's earlier unlabeled data.",
     )
-    for name in rows[0]:
-        table.add_column(name, overflow="fold")
-    for row in rows[1:]:
-        table.add_row(*map(Text, row))
-    return table
 
 
-def cost_table(comparison: Comparison) -> Table:
+def cost_table(comparison: Comparison, width: int = 100) -> Group:
     """Owner of each role, bytes per client and round, seconds per run."""
     owners = comparison.traffic()
     # Step counters are always local and never sent; additional messages have no owner.
     owned = owners.loc[owners["owner"] != MESSAGE, "role"]
     roles = [role for role in dict.fromkeys(owned) if role != Role.COUNTER]
     seconds = comparison.seconds().set_index("strategy")
-    table = _table(
-        title="Owner of each role, bytes per client and round, seconds per run",
-        caption="shared: on the server. seeded: per client, averaged for newcomers. local: per client, never sent.",
-    )
-    table.add_column("strategy", overflow="fold")
-    for name in roles:
-        table.add_column(name, no_wrap=True)
-    for name in ("down", "up", "seconds", "lr"):
-        table.add_column(name, justify="right")
+    rows = []
     for strategy in seconds.index:
         lines = owners[owners["strategy"] == strategy].set_index("role")
         run = seconds.loc[strategy]
         sd = f" ±{run['sd']:.1f}" if math.isfinite(run["sd"]) else ""
-        table.add_row(
-            Text(strategy),
-            *(Text(lines["owner"].get(role, "–")) for role in roles),
-            format_size(lines["bytes_down"].sum()),
-            format_size(lines["bytes_up"].sum()),
-            f"{run['mean']:.1f}{sd}",
-            run["lr"],
+        rows.append(
+            {"strategy": fold_label(strategy, MAX_LABEL_WIDTH)}
+            | {role: lines["owner"].get(role, "–") for role in roles}
+            | {"down": format_size(lines["bytes_down"].sum()), "up": format_size(lines["bytes_up"].sum())}
+            | {"seconds": f"{run['mean']:.1f}{sd}", "lr": run["lr"]}
         )
-    return table
-
-
-def _table(title: str, caption: str | None) -> Table:
-    return Table(
-        title=Text(title, style="bold"),
-        title_justify="left",
-        caption=Text(caption, style="dim") if caption else None,
-        caption_justify="left",
-        box=SIMPLE_HEAD,
-        show_edge=False,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
+    return fitted_table(
+        rows,
+        width,
+        optional=(Role.GATE, Role.SAMPLE_AFFINE, "lr", Role.AFFINE, "seconds"),
+        title="Owner of each role, bytes per client and round, seconds per run",
+        caption="shared: on the server. seeded: per client, averaged for newcomers. local: per client, never sent.",
+        right=("down", "up", "seconds", "lr"),
     )
 
 
@@ -172,31 +157,41 @@ def _sections(
     *,
     title: str,
     caption: str | None,
-) -> Table:
+) -> Group:
     """Strategies down, rows of the matrix across, one section per column of the matrix.
 
-    The parts of a cell share a line if the console is wide enough, otherwise they are stacked.
+    The parts of a cell share a line if the console is wide enough, otherwise they are stacked. Readable names of the
+    strategies are added if there is room for them.
     """
     rows = [r for r in ROWS if any(row == r and column in columns for column, _, row in text)]
     cells = {r: [" ".join(filter(None, parts)) for key, parts in text.items() if key[2] == r] for r in rows}
     widths = [max(map(len, [ROWS[r][0], *cells[r]])) for r in rows]
-    labels = [*strategies, *(COLUMNS[column][0] for column in columns)]
-    label = min(max(map(len, labels)), MIN_LABEL_WIDTH)
-    wide = sum(w + 2 for w in widths) + label <= width
-    table = _table(title, caption)
-    table.add_column("strategy", overflow="fold", min_width=label)
+    labels = [fold_label(strategy, MAX_LABEL_WIDTH) for strategy in strategies]
+    sections = [COLUMNS[column][0] for column in columns]
+    label = max(len(line) for text in (*labels, *sections) for line in text.split("\n"))
+    names = [readable(strategy) for strategy in strategies]
+    called = max(map(len, names)) + GAP
+    needed = sum(w + GAP for w in widths) + label
+    wide = needed <= width
+    named = needed + called <= width
+    table = empty_table()
+    table.add_column("strategy", no_wrap=True)
+    if named:
+        table.add_column("called", no_wrap=True)
     for row in rows:
         table.add_column(ROWS[row][0], no_wrap=wide)
-    for column in columns:
+    for column, section in zip(columns, sections, strict=True):
         present = [s for s in strategies if any((column, s, row) in text for row in rows)]
         if present:
-            table.add_row(Text(COLUMNS[column][0], style="italic"))
+            table.add_row(Text(section, style="italic"))
         for strategy in present:
             line = (text.get((column, strategy, row), ("–",)) for row in rows)
             joined = [(" " if wide else "\n").join(filter(None, parts)) for parts in line]
             style = ["bold" if "*" in cell else "" for cell in joined]
-            table.add_row(Text(strategy), *map(Text, joined, style))
-    return table
+            i = strategies.index(strategy)
+            heads = [labels[i], *([names[i]] if named else [])]
+            table.add_row(*map(Text, heads), *map(Text, joined, style))
+    return titled(table, title, caption or "")
 
 
 def _counts(comparison: Comparison) -> str:
@@ -206,12 +201,12 @@ def _counts(comparison: Comparison) -> str:
     return users + format_count(comparison.runs["seed"].nunique(), "seed")
 
 
-def frame_table(frame: pd.DataFrame, title: str) -> Table:
+def frame_table(frame: pd.DataFrame, title: str) -> Group:
     """Table of a frame of text, with its index in the first columns."""
     flat = frame.reset_index()
-    table = _table(title, None)
+    table = empty_table()
     for name in flat.columns:
-        table.add_column(str(name), overflow="fold")
+        table.add_column(str(name))
     for line in flat.to_numpy().tolist():
         table.add_row(*(Text(str(value)) for value in line))
-    return table
+    return titled(table, title)

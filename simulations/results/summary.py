@@ -20,6 +20,8 @@ from simulations.results.matrix import COLUMNS, ROWS, STARTS, Matrix
 
 #: A difference is clear if its interval excludes 0 and its corrected p-value is below this.
 ALPHA = 0.05
+#: With fewer users, no outcome of the signed-rank test has a p-value below `ALPHA`: the smallest is 2 / 2^users.
+MIN_USERS = 6
 
 
 def answer(comparison: Matrix, metric: str = "") -> str:
@@ -27,7 +29,8 @@ def answer(comparison: Matrix, metric: str = "") -> str:
 
     Strategies that pool all data in one place are bounds, not options for a federation, and are skipped. The difference
     of the best of several strategies is slightly optimistic, so a "clear" difference also requires a small p-value
-    after correction for all comparisons. If the interval includes 0, there is no clear difference.
+    after correction for all comparisons. If the interval includes 0, there is no clear difference. Too few users for a
+    small p-value are named.
     """
     return " ".join(sentences(comparison, metric))
 
@@ -87,13 +90,16 @@ def _sentence(comparison: Matrix, row: str, metric: str) -> str:
     users = [] if over else [format_count(best.n_users, "user")]
     # If the interval excludes 0 but the difference is not clear, state the corrected p-value as the reason.
     unclear = interval.excludes_zero and not is_clear(best)
-    corrected = [f"corrected {format_p_value(best.p_adjusted)}"] if unclear else []
+    few = best.n_users < MIN_USERS
+    corrected = [f"corrected {format_p_value(best.p_adjusted)}"] if unclear and not few else []
     estimate = format_estimate(best.difference, *interval, format_signed) + over
     evidence = ", ".join([estimate, *corrected, *users, format_count(best.n_seeds, "seed")])
     if not best.difference:
         return f"{title}: {winner} and {baseline} do not differ ({evidence})."
     if not math.isfinite(interval.low):
         return f"{title}: {winner} and {baseline}, too few data for an interval ({evidence})."
+    if not over and few:
+        return f"{title}: {winner} and {baseline}, too few users ({best.n_users}) to test ({evidence})."
     if not is_clear(best):
         return f"{title}: no clear difference between {winner} and {baseline} ({evidence})."
     if gain > 0:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import math
 import zlib
@@ -10,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 from fedbn.config import Plan
@@ -191,8 +193,11 @@ def test_write_writes_readable_files(finished_study, tmp_path):
     assert len(stored["summary"]) == len(found)
     assert stored["study"]["scenario"] == "digits8"
     assert (tmp_path / "accuracy_curve.png").stat().st_size > 10_000
-    table = summary_table(found, done)
-    assert table.row_count == 5 + 2
+    console = Console(width=80, file=io.StringIO())
+    console.print(summary_table(found, done, 80))
+    lines = console.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert sum("harmed" in line and "worst" in line for line in lines[3:-4]) == 5 + 2
 
 
 def test_accuracy_curve_is_mean_fading_accuracy(results):

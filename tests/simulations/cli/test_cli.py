@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -15,7 +16,12 @@ from rich.console import Console
 
 from fedbn.data import packages
 from fedbn.federation.setup import build_context, load_population
+from fedbn.personalization.base import personalizations
+from fedbn.plugins import title
+from fedbn.strategies.base import strategies
 from simulations.cli import app as cli
+from simulations.cli import catalog, options
+from simulations.cli.details import link_of
 from simulations.results import inference
 from tests.helpers import ROOT
 
@@ -29,6 +35,7 @@ def test_compare_and_report_print_tables_and_json(tmp_path, run_cli, monkeypatch
     page = tmp_path / "results" / "digits8" / "report.html"
     assert page.exists()
     assert "report:" in out
+    assert "next: fedbn resume results/digits8 --rounds 4\n" in out
     assert "fedbn" in out
     _, text, _ = run_cli("report", tmp_path / "results" / "digits8", "--json")
     values = json.loads(text)
@@ -79,6 +86,58 @@ def test_list_shows_aliases(run_cli):
     assert rows["global-naive"].endswith("; also called fedavg, bn")
 
 
+def test_help_groups_every_command(run_cli):
+    _, out, _ = run_cli("--help")
+    for panel, commands in cli.PANELS.items():
+        assert f"─ {panel} ─" in out
+        for command in commands:
+            assert f"│ {command.__name__.rstrip('_')} " in out
+    assert "─ Commands ─" not in out
+
+
+def test_list_prints_one_line_each(run_cli, monkeypatch):
+    monkeypatch.setattr(options, "console", Console(width=80))
+    monkeypatch.setattr(catalog, "console", Console(width=80))
+    _, out, _ = run_cli("list", "strategies")
+    lines = out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert [line.split()[0] for line in lines[2 : 2 + len(strategies())]] == list(strategies())
+
+
+def test_list_shows_details_of_a_name(run_cli):
+    code, out, _ = run_cli("list", "strategies", "gn")
+    assert code == 0
+    assert "https://arxiv.org/abs/1803.08494" in out
+    assert "groups (default: 8)" in out
+    assert "largest number of groups" in out
+    found = json.loads(run_cli("list", "rules", "ema", "--json")[1])
+    assert found["link"] == "https://arxiv.org/abs/1502.03167"
+    assert {option["name"] for option in found["options"]} >= {"rate", "pass"}
+    assert "Did you mean 'fedbn'" in run_cli("list", "strategies", "fedbm")[2]
+
+
+@pytest.mark.parametrize("kind", ["strategies", "personalizations", "rules"])
+def test_methods_with_a_source_have_a_link(kind):
+    # Without a freely available text of the authors, or without a paper.
+    unlinked = {"cumulative", "divergence-pooled", "membn", "params-only", "population"}
+    known = catalog._known(catalog.Kind(kind))
+    assert {name for name, part in known.items() if part.source and not link_of(part)} <= unlinked
+
+
+def test_strategies_have_titles():
+    for known in (strategies(), personalizations()):
+        titles = [title(part) for part in known.values()]
+        assert len(set(titles)) == len(titles)
+    assert title(strategies()["global-naive"]) == "FedAvg (naive BN)"
+
+
+def test_pipes_get_lines_that_are_not_wrapped(monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    assert options._console(io.StringIO()).width == options.UNLIMITED
+    monkeypatch.setenv("COLUMNS", "70")
+    assert options._console(io.StringIO()).width == 70
+
+
 def test_audit_and_data_print_tables(run_cli):
     assert "layer2.0.downsample.1" in run_cli("audit", "resnet20", "--strategy", "fedbn")[1]
     assert "hapt" in run_cli("data")[1]
@@ -89,6 +148,8 @@ def test_audit_and_data_print_tables(run_cli):
     [
         (["compare", "hapd"], "unknown scenario 'hapd'. Did you mean 'hapt'?"),
         (["compare", "digits8", "--strategies", "fedbm"], "unknown strategy 'fedbm'. Did you mean 'fedbn'?"),
+        (["compare", "digits8", "--fraction-fit", "0.5"], "number of clients of a round with --clients-per-round"),
+        (["adapt", "digits8", "--num-supernodes", "5"], "from the users of the scenario or from --partition"),
         (["compare"], "no scenario given: see `fedbn list scenarios`"),
         (["compare", "digits8", "--data", "x.npz"], "give a scenario or --data, not both"),
         (["compare", "--data", "a:b=c.npz"], "a path with a colon before an equals sign is not supported"),

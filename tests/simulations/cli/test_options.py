@@ -202,6 +202,11 @@ def test_help_shows_panels_and_defaults():
     assert "none)]" not in text.replace("(none)] ", "")  # the server optimizer's name is none
 
 
+def test_options_have_the_names_of_flower(captured):
+    found = invoke(captured, ["compare", "digits8", "--strategy", "fedbn", "--num-rounds", "7"])
+    assert (found.strategies, found.plan.rounds) == (("fedbn",), 7)
+
+
 def test_flat_options_override_a_plan_table():
     values = nest(ExperimentOptions, {"scenario": "hapt", "plan": {"rounds": 2, "lr": 0.1}, "rounds": 5})
     assert values == {"scenario": "hapt", "plan": {"rounds": 5, "lr": 0.1}}

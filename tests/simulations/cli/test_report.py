@@ -175,6 +175,8 @@ def test_pdf_is_reproducible_and_searchable(pair, monkeypatch):
     [
         (["{a}", "{b}", "--into", "x.md"], "--into takes one directory"),
         (["{a}", "--full"], "--full goes with --into"),
+        (["{a}", "--brief"], "--brief goes with --into"),
+        (["{a}", "--brief", "--full", "--into", "d.md"], "give --full or --brief, not both"),
         (["{a}", "--format", "csv", "--json"], "not both"),
         (["{a}", "--out", "x.html"], "--out goes with --format"),
         (["{a}", "nowhere"], "nowhere is not a comparison"),

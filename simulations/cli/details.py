@@ -1,0 +1,105 @@
+"""Details of one plug-in: its options with defaults, its paper and the link."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.padding import Padding
+from rich.text import Text
+
+ARXIV = "arXiv:"
+
+
+def describe(known: Mapping[str, type], kind: str, name: str) -> dict[str, Any]:
+    """What is known about a plug-in, as values for JSON.
+
+    Args:
+        known: plug-ins of one kind, by name.
+        kind: their kind, in the plural.
+        name: a name or alias.
+
+    Returns:
+        ``name``, ``title``, ``about``, ``source``, ``link``, ``aliases``, and ``options`` with ``name``, ``default``
+        and ``about``; empty texts where nothing is known.
+
+    Raises:
+        UserError: there is no such plug-in; the most similar name is suggested.
+    """
+    from fedbn.plugins import aliases, find, title
+
+    part: type = find(name, kind.removesuffix("s"), known)
+    source = getattr(part, "source", "")
+    return {
+        "name": vars(part)["name"],
+        "title": title(part),
+        "about": getattr(part, "about", ""),
+        "source": source.partition(ARXIV)[0].partition("https://")[0].rstrip(", "),
+        "link": link_of(part),
+        "aliases": list(aliases(part)),
+        "options": _options(part),
+    }
+
+
+def link_of(part: type) -> str:
+    """The first link in the class's source or docstring, or in the docstring of its module; empty if there is none."""
+    texts = (getattr(part, "source", ""), part.__doc__, sys.modules[part.__module__].__doc__)
+    for text in filter(None, texts):
+        if found := re.search(r"https?://[^\s)`>]+", text):
+            return found[0].rstrip(".,;")
+        if found := re.search(rf"{ARXIV}([\d.]+\d)", text):
+            return f"https://arxiv.org/abs/{found[1]}"
+    return ""
+
+
+def without_options(about: str) -> str:
+    """A one-line description without its list of options.
+
+    >>> without_options("GroupNorm instead of BN; options groups or channels (per group)")
+    'GroupNorm instead of BN'
+    """
+    return re.sub(r"; options? .*", "", about)
+
+
+def print_description(found: Mapping[str, Any], console: Console) -> None:
+    """Print what `describe` returns."""
+    titled = "" if found["title"] == found["name"] else f": {found['title']}"
+    console.print(Text(found["name"] + titled, style="bold"))
+    console.print(Text(found["about"]))
+    source = ", ".join(filter(None, (found["source"], found["link"])))
+    for label, text in (("paper", source), ("also called", ", ".join(found["aliases"]))):
+        if text:
+            console.print(Text(f"{label}: {text}"), soft_wrap=True)
+    if not found["options"]:
+        console.print("no options")
+        return
+    console.print(f"options, written {found['name']}:OPTION=VALUE", highlight=False)
+    for option in found["options"]:
+        console.print(Text(f"  {option['name']} (default: {option['default']})"))
+        if option["about"]:
+            console.print(Padding(Text(option["about"]), (0, 0, 0, 6)))
+
+
+def _options(part: type) -> list[dict[str, str]]:
+    """Options with default and description, from the fields of a dataclass and its docstring."""
+    if not dataclasses.is_dataclass(part):
+        return []
+    docs = "\n".join(inspect.cleandoc(cls.__doc__) for cls in reversed(part.__mro__) if cls.__doc__)
+    about = {
+        name: re.sub(r":math:`|`", "", " ".join(text.split()))
+        for name, text in re.findall(r"^    (\w+): (.*(?:\n {5,}.*)*)", docs, flags=re.MULTILINE)
+    }
+    return [
+        {
+            "name": f.name.rstrip("_"),
+            "default": "required" if f.default is dataclasses.MISSING else str(f.default),
+            "about": about.get(f.name, ""),
+        }
+        for f in dataclasses.fields(part)
+        if f.init
+    ]
