@@ -29,7 +29,7 @@ from clients.entries import Entries, ModelFn, build, entries, model_record, reso
 from clients.persistence import FORMAT_VERSION, read_states, state_folder, write_states
 from clients.records import aggregates_from, arrays
 from fedbn.errors import UserError
-from fedbn.nn.roles import Role, State, keeps_statistics
+from fedbn.nn.roles import Role, keeps_statistics
 from fedbn.online.personalized import Personalized, personalize
 from fedbn.online.prior import LayerPrior
 from fedbn.online.rules.base import Rule
@@ -206,10 +206,12 @@ def _is_foreign(message: Message, record: ArrayRecord, known: Entries) -> bool:
 
 
 def _require_no_inner_secure_aggregation(content: RecordDict) -> None:
-    """Raise `UserError` if a mod inside this one will mask the arrays, since this mod then sees no arrays in replies."""
+    """Raise `UserError` if a mod inside this one masks the arrays of replies, so that this mod cannot separate them."""
     config = content.config_records.get("secaggplus_configs")
     if config is not None and "stage" in config:  # the mod of SecAgg+ removes the stage
-        raise UserError("SecAgg+ masks the reply before normalization sees it: use mods=[secaggplus_mod, normalization]")
+        raise UserError(
+            "SecAgg+ masks the reply before normalization sees it: use mods=[secaggplus_mod, normalization]"
+        )
 
 
 @contextmanager
@@ -286,12 +288,14 @@ class AdaptationMod:
         record = cast(ConfigRecord | None, context.state.pop(ADAPTATION_STATE, None))
         follower = _Follower(self, record)
         try:
-            with register_module_forward_hook(follower):
+            with register_module_forward_hook(cast(Any, follower)):
                 reply = call_next(message, context)
             if reply.has_content():
                 record = follower.record()
             if record is None:
-                _warn_once("adaptation saw no prediction of a network like that of model_fn: call it as model(x), after model.eval()")
+                _warn_once(
+                    "adaptation saw no prediction by a network of model_fn: call it as model(x), after model.eval()"
+                )
             return reply
         finally:
             if record is not None:

@@ -213,7 +213,9 @@ def sklearn_app(mods=()):
     def evaluate(message: Message, context: Context):
         model, x, y = load(message, context)
         error = float(np.mean((model.predict(x) - y) ** 2))
-        return Message(RecordDict({"metrics": MetricRecord({"error": error, "num-examples": len(x)})}), reply_to=message)
+        return Message(
+            RecordDict({"metrics": MetricRecord({"error": error, "num-examples": len(x)})}), reply_to=message
+        )
 
     return app
 

@@ -11,6 +11,7 @@ import copy
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, TypeVar, cast
 
 import torch
@@ -88,7 +89,7 @@ def normalization(strategy: S, model_fn: ModelFn, norms: NormStrategy | str) -> 
             "protect: choose one whose statistics stay local, such as silobn or fedbn"
         )
     copies = [copy.copy(s) for s in chain]
-    for outer, inner in zip(copies, copies[1:]):
+    for outer, inner in pairwise(copies):
         cast(Any, outer).strategy = inner
     wrapped, core = cast(Any, copies[0]), cast(Any, copies[-1])
     selection = _Selection(getattr(core, "train_metrics_aggr_fn", None))
@@ -186,10 +187,10 @@ class _NormalizedStrategy(Strategy):
             _require_unchanged(norms.table, names, norms.returned, arrays)
         norms.received, norms.grid = arrays, grid
         parameters = ArrayRecord({k: a for k, a in arrays.items() if _passes(norms.table, names[k])})
-        messages = list(super().configure_train(server_round, parameters, config, grid))
+        messages = list(super().configure_train(server_round, parameters, config, grid))  # type: ignore[safe-super]
         for message in messages:
             key, sent = model_record(message.content)
-            complete = ArrayRecord({k: (sent or {}).get(k, a) for k, a in arrays.items()})
+            complete = ArrayRecord({k: sent[k] if sent and k in sent else a for k, a in arrays.items()})
             message.content = RecordDict({**message.content, key: complete})
         return messages
 
@@ -202,7 +203,7 @@ class _NormalizedStrategy(Strategy):
         replies = list(replies)
         separated = [_separate(norms, names, reply) for reply in replies if reply.has_content()]
         norms.selection.selected = None
-        new, metrics = super().aggregate_train(server_round, replies)
+        new, metrics = super().aggregate_train(server_round, replies)  # type: ignore[safe-super]
         if new is None:
             return new, metrics
         chosen = _selected([r for r in separated if r is not None], norms.selection.selected)
@@ -330,7 +331,7 @@ def _moments(reply: Message | None) -> dict[str, Moments]:
     if record is None:
         reason = "no reply" if reply is None else reply.error.reason if reply.has_error() else "no moments"
         raise UserError(
-            "a client does not synchronize its statistics: give its ClientApp mods=[normalization(..., calibration=...)] "
-            f"and a function for evaluation ({reason})"
+            f"a client does not synchronize its statistics ({reason}): give its ClientApp a function for evaluation "
+            "and mods=[normalization(..., calibration=...)]"
         )
     return unflatten(tensors(record))

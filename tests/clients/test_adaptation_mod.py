@@ -62,11 +62,16 @@ def test_adaptation_equals_the_rule_on_the_stream_across_messages(text):
 def test_adaptation_moves_predictions_away_from_the_source_model():
     app, x = message_app([adaptation(Classifier, "pseudo:n0=8")], net=Classifier), stream()
     assert not torch.allclose(predict(app, x, node_context()), source()(x))
-    assert torch.equal(predict(message_app(net=Classifier), x, node_context()), torch.cat([source()(w) for w in x.split(1)]))
+    assert torch.equal(
+        predict(message_app(net=Classifier), x, node_context()), torch.cat([source()(w) for w in x.split(1)])
+    )
 
 
 def test_clients_follow_their_own_streams():
-    app, first, second = message_app([adaptation(Classifier, "ema:rate=0.3")], net=Classifier), *map(node_context, (0, 1))
+    app, first, second = (
+        message_app([adaptation(Classifier, "ema:rate=0.3")], net=Classifier),
+        *map(node_context, (0, 1)),
+    )
     predict(app, stream(2), first)
     assert torch.equal(predict(app, stream(1), second), follow_rule(source(), stream(1), rule("ema:rate=0.3"))[0])
 
@@ -140,7 +145,9 @@ def test_other_messages_and_networks_are_not_adapted():
 
     @app.query("other")
     def other(message, context):
-        return Message(RecordDict({"predictions": ArrayRecord([source()(stream()).detach().numpy()])}), reply_to=message)
+        return Message(
+            RecordDict({"predictions": ArrayRecord([source()(stream()).detach().numpy()])}), reply_to=message
+        )
 
     reply = send(app, "query.other", windows(stream()), node_context())
     assert torch.equal(torch.from_numpy(reply.content["predictions"]["0"].numpy()), source()(stream()).detach())
@@ -181,7 +188,9 @@ def test_calls_in_training_mode_are_not_adapted(caplog):
     def answer(message, context):
         net = source()
         outputs = [net.eval()(x), net.train()(x), net.eval()(x)]
-        return Message(RecordDict({"predictions": ArrayRecord([o.detach().numpy() for o in outputs])}), reply_to=message)
+        return Message(
+            RecordDict({"predictions": ArrayRecord([o.detach().numpy() for o in outputs])}), reply_to=message
+        )
 
     _warn_once.cache_clear()
     outputs = send(app, "query.predict", windows(x), node_context()).content["predictions"].to_numpy_ndarrays()

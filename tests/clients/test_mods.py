@@ -413,7 +413,9 @@ def test_strategies_that_need_more_than_arrays_are_refused_by_name(name):
     if name in FROM_OUTSIDE:
         assert start().has_content()
     else:
-        with pytest.raises(UserError, match=f"strategy '{name}' .*cannot be (applied|done) from outside|a convolutional"):
+        with pytest.raises(
+            UserError, match=f"strategy '{name}' .*cannot be (applied|done) from outside|a convolutional"
+        ):
             start()
 
 
@@ -430,9 +432,9 @@ def test_errors_name_mistake_and_fix():
         send(app, "train", train_content(ArrayRecord([np.ones(2)] * 4)), context)
     with pytest.raises(UserError, match=r"position of scaler.weight has shape \[2\], not \[6\]"):
         send(app, "train", train_content(ArrayRecord([np.ones(2)] * 8)), context)
+    two_records = RecordDict({name: ArrayRecord(initial_state()) for name in "ab"})
     with pytest.raises(UserError, match=r"2 records of arrays \(a, b\): call the one with the model 'arrays'"):
-        records = RecordDict({name: ArrayRecord(initial_state()) for name in "ab"})
-        send(app, "train", records, context)
+        send(app, "train", two_records, context)
     with pytest.raises(UserError, match="must return a torch.nn.Module, not dict"):
         send(message_app([normalization(dict, "fedbn")]), "train", train_content(), context)
     with pytest.raises(UserError, match="no layer"):
