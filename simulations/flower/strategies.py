@@ -79,7 +79,7 @@ def normalization(strategy: S, model_fn: ModelFn, norms: NormStrategy | str) -> 
             "silobn or mtfl with clients.mods.normalization alone"
         )
     table = entries(model_fn, resolve_strategy(norms))
-    chain = _chain(strategy)
+    chain = strategy_chain(strategy)
     if any(isinstance(s, _NormalizedStrategy) for s in chain):
         raise UserError("the strategy is wrapped by normalization already: wrap it once, outside all other wrappers")
     noisy = next((s for s in chain if isinstance(s, NOISY)), None)
@@ -102,10 +102,10 @@ def normalization(strategy: S, model_fn: ModelFn, norms: NormStrategy | str) -> 
     return cast(S, wrapped)
 
 
-def _chain(strategy: Strategy) -> list[Strategy]:
+def strategy_chain(strategy: Strategy) -> list[Strategy]:
     """A strategy and the strategies that it wraps, from outside to inside."""
     inner = getattr(strategy, "strategy", None)
-    return [strategy, *(_chain(inner) if isinstance(inner, Strategy) else [])]
+    return [strategy, *(strategy_chain(inner) if isinstance(inner, Strategy) else [])]
 
 
 @dataclass
@@ -208,8 +208,11 @@ class _NormalizedStrategy(Strategy):
             return new, metrics
         chosen = _selected([r for r in separated if r is not None], norms.selection.selected)
         aggregated = _aggregate_statistics(norms, names, chosen, server_round)
-        parameters = {names[k]: a for k, a in new.items() if k in names}
-        complete = {k: aggregated.get(n, parameters.get(n, norms.received[k])) for k, n in names.items()}
+        if missing := [k for k, n in names.items() if _passes(norms.table, n) and k not in new]:
+            raise _incomplete(missing[0])
+        complete = {
+            k: new[k] if _passes(norms.table, n) else aggregated.get(n, norms.received[k]) for k, n in names.items()
+        }
         norms.returned = ArrayRecord({k: _with_dtype(a, norms.received[k]) for k, a in complete.items()})
         if norms.table.strategy.syncs_statistics:
             norms.returned = _synchronize(norms, names, [r.node for r in chosen])
@@ -265,6 +268,10 @@ def _warn_without_mod(norms: _Norms, names: Mapping[str, str], arrays: Mapping[s
             return
 
 
+def _incomplete(name: str) -> UserError:
+    return UserError(f"a client's reply lacks {name}: let the app return all arrays that it received")
+
+
 def _selected(replies: Sequence[_Reply], selected: list[RecordDict] | None) -> list[_Reply]:
     if selected is None:
         return list(replies)
@@ -286,8 +293,9 @@ def _aggregate_statistics(
     if not statistics or not replies:
         return {}
     if missing := [name for r in replies for name in statistics if name not in r.arrays]:
-        raise UserError(f"a client's reply lacks {missing[0]}: let the app return all arrays that it received")
-    weights = [float(next(iter(r.content.metric_records.values()))[norms.weighted_by]) for r in replies]  # type: ignore[arg-type]
+        raise _incomplete(missing[0])
+    metrics = [next(iter(r.content.metric_records.values())) for r in replies]
+    weights = [float(cast(float, m.get(norms.weighted_by, 1.0))) for m in metrics]
     updates = [
         Update(i, {name: _tensor(r.arrays[name]) for name in statistics}, int(weight), 0.0)
         for i, (r, weight) in enumerate(zip(replies, weights, strict=True))

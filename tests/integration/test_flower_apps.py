@@ -11,12 +11,12 @@ from tests.flower_apps import Net, message_app, server_app, simulate
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("norms", ["fedbn", "global-pooled"])
-def test_mod_and_wrapper_give_the_same_results_on_ray(norms, monkeypatch):
+def test_mod_and_wrapper_give_the_same_results_on_ray(monkeypatch):
     from flwr.serverapp.strategy import FedAvg
     from flwr.simulation import run_simulation
 
     monkeypatch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    norms = "fedbn-seeded"  # entries are stored, sent, and pooled
 
     def app():
         return server_app(strategies.normalization(FedAvg(min_available_nodes=3), Net, norms), rounds=2)

@@ -307,6 +307,21 @@ def test_errors_name_mistake_and_fix():
         normalization(FedAvg(), Net, "groupnorm")
 
 
+@pytest.mark.parametrize("lacking", ["first.weight", VAR])
+def test_incomplete_replies_are_refused(lacking):
+    client = ClientApp()
+
+    @client.train()
+    def train_partly(message, context):
+        state = {k: v for k, v in message.content["arrays"].to_torch_state_dict().items() if k != lacking}
+        content = {"arrays": ArrayRecord(state), "metrics": MetricRecord({"num-examples": 1})}
+        return Message(RecordDict(content), reply_to=message)
+
+    app = server_app(normalization(FedAvg(fraction_evaluate=0.0), Net, "global-pooled"), 1)
+    with pytest.raises(UserError, match=f"a client's reply lacks {lacking}: let the app return all arrays"):
+        simulate(app, client, 2)
+
+
 def test_arrays_without_names_are_matched_by_position():
     client = ClientApp(mods=[client_normalization(Net, "fedbn")])
 
