@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+import threading
 
 import pytest
 import torch
@@ -104,6 +105,22 @@ def test_adaptation_starts_from_own_entries_of_normalization():
     net.train()(stream(1))
     assert torch.equal(predict(app, stream(), context), follow_rule(net.eval(), stream(), rule("ema:rate=0.1"))[0])
     assert set(context.state) == {NORMALIZATION_STATE, ADAPTATION_STATE}
+
+
+def test_networks_in_other_threads_are_not_adapted():
+    app, net, x = ClientApp(mods=[adaptation(Classifier, "tbn")]), source(), stream()
+    outputs = []
+
+    @app.query("predict")
+    def answer(message, context):
+        net(x)
+        thread = threading.Thread(target=lambda: outputs.append(net(x)))
+        thread.start()
+        thread.join()
+        return Message(RecordDict(), reply_to=message)
+
+    send(app, "query.predict", RecordDict(), node_context())
+    assert torch.equal(outputs[0], source()(x))
 
 
 def test_prior_of_a_population_and_pickling():

@@ -161,14 +161,19 @@ def test_train_reply_has_received_keys_order_types_and_local_values():
     assert int(tracked) == 3 + 6  # two epochs of three batches
 
 
-def test_message_of_caller_is_not_changed():
-    app, context = message_app([normalization(Net, "fedbn")]), node_context(1)
-    send(app, "train", train_content(), context)
-    content = train_content()
-    before = content["arrays"]
-    send(app, "train", content, context)
-    assert content["arrays"] is before
-    assert same(state_of(before), initial_state())
+def test_outer_mods_see_the_received_message():
+    seen = []
+
+    def outer(message, context, call_next):
+        reply = call_next(message, context)
+        seen.append(state_of(message.content["arrays"]))
+        return reply
+
+    app, context = message_app(train_mods=[outer, normalization(Net, "fedbn")]), node_context(1)
+    for _ in range(2):
+        send(app, "train", train_content(), context)
+    assert all(same(state, initial_state()) for state in seen)
+    assert len(seen) == 2
 
 
 def test_evaluation_and_queries_use_own_entries_and_store_nothing():

@@ -1,4 +1,4 @@
-"""The example app in examples/flower-app runs, and its one line makes the difference."""
+"""The example app in examples/flower-app runs, and its two lines make the difference."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import tomllib
 
 import pytest
 
-from clients.mods import NormalizationMod
 from tests.flower_apps import simulate
 from tests.helpers import ROOT
 
@@ -18,7 +17,7 @@ EXAMPLE = ROOT / "examples" / "flower-app"
 
 @pytest.fixture
 def accuracy(capsys, monkeypatch):
-    """A function that runs the example and returns the accuracy that it prints."""
+    """A function that loads and runs the example, and returns the accuracy that it prints."""
     monkeypatch.syspath_prepend(EXAMPLE)
     config = tomllib.loads((EXAMPLE / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
 
@@ -26,19 +25,19 @@ def accuracy(capsys, monkeypatch):
         modules = (config["components"][name].partition(":")[0] for name in ("serverapp", "clientapp"))
         server, client = (importlib.import_module(module).app for module in modules)
         simulate(server, client, 4, config["config"])
-        return float(re.search(r"accuracy (0\.\d+|1\.0+)", capsys.readouterr().out)[1])
+        for name in [name for name in sys.modules if name.partition(".")[0] == "cameras"]:
+            del sys.modules[name]
+        return float(re.search(r"accuracy (\d\.\d+)", capsys.readouterr().out)[1])
 
-    yield run
-    for name in [name for name in sys.modules if name.partition(".")[0] == "cameras"]:
-        del sys.modules[name]
+    return run
 
 
 @pytest.mark.slow
-def test_example_app_is_better_with_its_mod(accuracy, monkeypatch):
-    with_mod = accuracy()
-    monkeypatch.setattr(
-        NormalizationMod, "__call__", lambda self, message, context, call_next: call_next(message, context)
-    )
-    without = accuracy()
-    assert with_mod > 0.8
-    assert without < with_mod - 0.2
+def test_example_app_is_better_with_its_two_lines(accuracy, monkeypatch):
+    personal = accuracy()
+    monkeypatch.setattr("clients.mods.normalization", lambda *_: lambda message, context, app: app(message, context))
+    monkeypatch.setattr("simulations.flower.strategies.normalization", lambda strategy, *_: strategy)
+    plain = accuracy()
+    print(f"with {personal}, without {plain}")
+    assert personal > 0.9
+    assert plain < personal - 0.1

@@ -26,8 +26,7 @@ def load_data(partition_id, num_partitions, batch_size):
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32)[partition_id::num_partitions, None] / 16
     labels = torch.tensor(digits.target)[partition_id::num_partitions]
-    contrast = -1.0 if partition_id % 2 else 1.0 + partition_id
-    images = images * contrast + partition_id
+    images = images * (1 + 2 * partition_id) + partition_id
     train, test = (TensorDataset(images[part], labels[part]) for part in (slice(0, 300), slice(300, None)))
     generator = torch.Generator().manual_seed(partition_id)
     return DataLoader(train, batch_size, shuffle=True, generator=generator), DataLoader(test, batch_size)
