@@ -24,8 +24,8 @@ from fedbn.strategies.ownership import LOCAL, Ownership
 ModelFn = Callable[[], nn.Module]
 """Builds the app's network: a function without arguments, or its class."""
 
-AVAILABLE = ("owners", "prepare_model", "aggregate_statistics", "sync_statistics", "load_statistics", "newcomer")
-"""Hooks of `NormStrategy` that can be called from outside an app."""
+AVAILABLE = ("owners", "prepare_model", "aggregate_statistics", "sync_statistics", "load_statistics", "notices")
+"""Hooks of `NormStrategy` that do not need control over an app's training."""
 
 ARRAYS = "arrays"
 """Flower's default name of the record with the model."""
