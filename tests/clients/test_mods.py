@@ -95,6 +95,7 @@ def test_normalization_equals_fedbn_by_hand():
     assert errors == pytest.approx(fedbn_by_hand(3), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_normalization_improves_app_under_feature_shift():
     app = server_app(FedAvg(), rounds=10)
     plain = last_errors(app, message_app())
