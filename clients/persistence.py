@@ -44,13 +44,13 @@ def client_state_on_disk(message: Message, context: Context, call_next: ClientAp
     Raises:
         OSError: the directory cannot be written; the reply is an error.
     """
-    folder = context.node_config.get("state-dir") or os.environ.get(STATE_DIR_VARIABLE)
+    folder = state_folder(context)
     config = message.content.get("config")
-    if not folder or not isinstance(config, ConfigRecord) or "trained" not in config:
+    if folder is None or not isinstance(config, ConfigRecord) or "trained" not in config:
         return call_next(message, context)
     owner, last_round = _owner(context), cast(int, config["trained"])
-    path = Path(str(folder)) / f"run-{owner['run']}-user-{owner['user']}.safetensors"
-    rounds = _read(path, owner)
+    path = folder / f"run-{owner['run']}-user-{owner['user']}.safetensors"
+    rounds = read_states(path, owner)
     for name in list(context.state):
         del context.state[name]
     for name, state in rounds.get(last_round, {}).items():
@@ -59,8 +59,14 @@ def client_state_on_disk(message: Message, context: Context, call_next: ClientAp
     if message.metadata.message_type == "train":
         past = {number: records for number, records in rounds.items() if number <= last_round}
         past[cast(int, config["round"])] = {n: tensors(r) for n, r in context.state.array_records.items()}
-        _write(path, owner, dict(sorted(past.items())[-MAX_ROUNDS:]))
+        write_states(path, owner, dict(sorted(past.items())[-MAX_ROUNDS:]))
     return reply
+
+
+def state_folder(context: Context) -> Path | None:
+    """The directory of client states of this node; None if it stores none."""
+    folder = context.node_config.get("state-dir") or os.environ.get(STATE_DIR_VARIABLE)
+    return Path(str(folder)) if folder else None
 
 
 def _owner(context: Context) -> dict[str, int | str]:
@@ -71,7 +77,8 @@ def _owner(context: Context) -> dict[str, int | str]:
     return {"version": FORMAT_VERSION, "run": run, "user": int(context.node_config["partition-id"])}
 
 
-def _write(path: Path, owner: dict[str, int | str], rounds: dict[int, Records]) -> None:
+def write_states(path: Path, owner: dict[str, int | str], rounds: dict[int, Records]) -> None:
+    """Write the states of an owner, by round, in place of those in the file."""
     flat = {
         f"{number}/{name}/{key}": value.cpu().contiguous().clone()
         for number, records in rounds.items()
@@ -82,7 +89,7 @@ def _write(path: Path, owner: dict[str, int | str], rounds: dict[int, Records]) 
     replace_file(path, save(flat, metadata={"client_state": names, "crc32": str(checksum(names, flat))}))
 
 
-def _read(path: Path, owner: dict[str, int | str]) -> dict[int, Records]:
+def read_states(path: Path, owner: dict[str, int | str]) -> dict[int, Records]:
     """Read the states of this owner; empty if the file is missing, damaged or belongs to another owner."""
     try:
         with safe_open(path, framework="pt") as file:

@@ -182,7 +182,7 @@ class Personalized(Users):
             UserError: no prediction since the last commit.
         """
         last = self._require_last()
-        return last.logits.flatten(1).isfinite().all(1) & within_limits(*self._moments(last)[0])
+        return last.logits.reshape(len(last.ids), -1).isfinite().all(1) & within_limits(*self._moments(last)[0])
 
     def commit(
         self, posterior: Tensor | None = None, label: Tensor | None = None, weight: Tensor | None = None

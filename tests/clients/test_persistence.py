@@ -34,7 +34,7 @@ def call(folder, kind, trained, round, value=None):
 def rounds_on_disk(folder):
     (file,) = folder.iterdir()
     owner = {"version": persistence.FORMAT_VERSION, "run": 1, "user": 3}
-    return {number: float(r["client-state-3"]["w"][0]) for number, r in persistence._read(file, owner).items()}
+    return {number: float(r["client-state-3"]["w"][0]) for number, r in persistence.read_states(file, owner).items()}
 
 
 def test_client_state_on_disk_keeps_the_last_rounds(tmp_path):

@@ -445,15 +445,15 @@ def test_restart_without_client_state_is_not_recorded(small):
 
 def test_client_state_of_other_owner_is_ignored(tmp_path):
     owner = {"version": persistence.FORMAT_VERSION, "run": 7, "user": 3}
-    persistence._write(
+    persistence.write_states(
         tmp_path / "f",
         owner,
         {2: {"client-state-3": {"w": torch.ones(2)}}, 5: {"client-state-3": {"w": torch.zeros(2)}}},
     )
-    rounds = persistence._read(tmp_path / "f", owner)
+    rounds = persistence.read_states(tmp_path / "f", owner)
     assert {n: records["client-state-3"]["w"].tolist() for n, records in rounds.items()} == {2: [1, 1], 5: [0, 0]}
     for other in ({"run": 8}, {"user": 4}, {"version": 1}):
-        assert persistence._read(tmp_path / "f", owner | other) == {}
+        assert persistence.read_states(tmp_path / "f", owner | other) == {}
 
 
 def test_node_pool_finds_node_with_new_id(small):

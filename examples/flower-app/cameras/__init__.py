@@ -1,0 +1,1 @@
+"""Handwritten digits, photographed by a different camera at each client."""
