@@ -243,8 +243,15 @@ def test_answer_excludes_bounds(tmp_path):
 
 
 def test_answer_shows_corrected_p_if_not_significant(tmp_path):
-    # With six users, p is .031 at least, and .062 after the correction for two rows.
-    write(tmp_path, {"global": 0.7, "fedbn": 0.8}, users=6, unseen=0, user_std=0.001, columns=("aggregated",))
+    # With six users, p is .031 at least, and .062 after the correction for two strategies.
+    write(
+        tmp_path,
+        {"global": 0.7, "fedbn": 0.8, "silobn": 0.7},
+        users=6,
+        unseen=0,
+        user_std=0.001,
+        columns=("aggregated",),
+    )
     assert re.search(r"no clear difference .* \[\+.*, corrected p = \.", terminal.answer(Comparison.load(tmp_path)))
 
 
