@@ -13,6 +13,8 @@ from fedbn.scenarios.base import scenarios
 from simulations.cli import main
 from tests.unequal import Unequal
 
+collect_ignore = ["apps"]  # Flower apps, which are imported only while they run
+
 hypothesis.settings.register_profile("fedbn", deadline=None, max_examples=60, derandomize=True)
 hypothesis.settings.load_profile("fedbn")
 

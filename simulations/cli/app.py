@@ -28,6 +28,7 @@ from simulations.cli.new import new
 from simulations.cli.options import errors
 from simulations.cli.quiet import add_quiet_option
 from simulations.cli.report import report
+from simulations.cli.run import run
 from simulations.cli.service import demo, serve
 from simulations.cli.terminal import write_any_terminal
 
@@ -44,7 +45,7 @@ ALLOCATION_FAILED = re.compile(
 )
 PANELS: dict[str, tuple[Callable[..., None], ...]] = {
     "Compare strategies": (compare, resume, report, advise, claims),
-    "Adapt and deploy": (adapt, demo, serve, deploy, export),
+    "Adapt and deploy": (adapt, demo, serve, run, deploy, export),
     "Inspect and extend": (list_, data, audit, doctor, leakage, eeg, new),
 }
 for panel, commands in PANELS.items():

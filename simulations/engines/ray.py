@@ -73,18 +73,18 @@ def ray_session(
         def execute(run: Run, out: Path | None = None) -> Outcome:
             users = len(build_context(run).population.users)
             num_actors = None if address else min(actors or available_cores(), users)
-            federation = _federation_config(users, num_actors, run.device)
+            federation = federation_config(users, num_actors, run.device)
             return link.execute(run, "--federation-config", federation, out=out, config=SIMULATION_CONFIG)
 
         yield execute
 
 
-def _federation_config(users: int, actors: int | None, device: str) -> str:
+def federation_config(users: int, actors: int | None, device: str) -> str:
     """Flower's federation config with one SuperNode per user and one core per actor.
 
     Without a number of actors, the cluster decides: a program that joins a cluster cannot set its size.
 
-    >>> _federation_config(10, 2, "cpu").split()[:3]
+    >>> federation_config(10, 2, "cpu").split()[:3]
     ['num-supernodes=10', 'client-resources-num-cpus=1', 'init-args-num-cpus=2']
     """
     settings = [

@@ -163,23 +163,40 @@ class SuperLink:
             UserError: raised by the ServerApp.
             FlowerRunError: any other failure.
         """
-        self.num_runs += 1
-        name, temporary = f"run-{self.num_runs}", self.directory / f"outcome-{self.num_runs}.safetensors"
-        run_config = self.directory / f"{name}.toml"
+        number = self.num_runs + 1
+        temporary = self.directory / f"outcome-{number}.safetensors"
+        run_config = self.directory / f"run-{number}.toml"
         file = temporary if out is None else out.resolve()
         values = {"run": run.to_json(), "out": str(file), "timeout": self.timeout, "wait": self.wait, **config}
         values |= {"users": str(self.certificates.users.resolve())} if self.certificates else {}
         run_config.write_text(tomli_w.dumps(values))
-        app = str(self.directory / "app")
-        submitted = self.flwr("run", app, SUPERLINK_NAME, "--run-config", str(run_config), *settings)
-        run_id = str(submitted["run-id"])
+        self.run_app(self.directory / "app", "--run-config", str(run_config), *settings)
+        outcome = load_outcome(file, run)
+        temporary.unlink(missing_ok=True)
+        return outcome
+
+    def run_app(self, app: Path, *settings: str) -> Path:
+        """Submit any app and wait for its end.
+
+        Args:
+            app: directory of the app.
+            settings: options of ``flwr run``.
+
+        Returns:
+            The log file of the run.
+
+        Raises:
+            UserError: raised by the ServerApp.
+            FlowerRunError: any other failure.
+        """
+        self.num_runs += 1
+        name = f"run-{self.num_runs}"
+        run_id = str(self.flwr("run", str(app), SUPERLINK_NAME, *settings)["run-id"])
         self._stream_log(run_id, name)
         status = self.flwr("list", SUPERLINK_NAME, "--run-id", run_id)["runs"][0]
         if status["status"] != "finished:completed":
             raise self._failure(name, status["status"], status["status-details"])
-        outcome = load_outcome(file, run)
-        temporary.unlink(missing_ok=True)
-        return outcome
+        return self.log(name)
 
     def flwr(self, *arguments: str) -> dict[str, Any]:
         """JSON output of a ``flwr`` command.

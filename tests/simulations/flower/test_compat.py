@@ -27,6 +27,7 @@ def test_task_identity_allows_message_creation():
 
 def test_constants_match_flower():
     assert flower_compat.SERVER_NODE_ID == SUPERLINK_NODE_ID
+    assert flower_compat.CLIENT_APP_RAISED == ErrorCode.CLIENT_APP_RAISED_EXCEPTION
     assert flower_compat.NODE_UNAVAILABLE == ErrorCode.NODE_UNAVAILABLE
     assert FLOWER_CODES.keys() == {v for v in vars(ErrorCode).values() if isinstance(v, int)} - {0, 6}
 
