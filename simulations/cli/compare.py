@@ -15,6 +15,7 @@ from typer.core import TyperCommand
 
 from fedbn.config import Plan, parts
 from fedbn.errors import UserError
+from simulations.cli.compare_app import App, AppRunConfig, AppSupernodes, ModelFn, compare_app
 from simulations.cli.options import (
     AsJson,
     Out,
@@ -56,11 +57,23 @@ def compare(
     out: Out = None,
     track: Track = None,
     as_json: AsJson = False,
+    app: App = None,
+    model_fn: ModelFn = None,
+    num_supernodes: AppSupernodes = None,
+    run_config: AppRunConfig = None,
 ) -> None:
     """Compare normalization strategies on the same users, seeds and budget.
 
     Example: [bold]fedbn compare hapt --strategies global-naive,fedbn,groupnorm[/]
     """
+    own = {"--tune": tune, "--run-file": run_file, "--track": track, "SCENARIO": scenario}
+    if app is not None:
+        if given := [name for name, value in own.items() if value]:
+            raise UserError(f"{given[0]} does not go with --app, whose data and training are its own")
+        compare_app(app, model_fn, num_supernodes, run_config, options, out, workers, as_json)
+        return
+    if model_fn or num_supernodes or run_config:
+        raise UserError("--model-fn, --num-supernodes and --run-config go with --app: name the directory of the app")
     from simulations.experiments.compare import compare as run_comparison
     from simulations.experiments.experiment import Experiment, read_run_file
     from simulations.experiments.preflight import default_directory, drop_unsupported

@@ -206,6 +206,8 @@ def resume(out: Path, rounds: int | None = None, **options: Any) -> Path:
     if not stored.exists():
         raise UserError(f"{out} has no comparison (no comparison.json): start one with `fedbn compare`")
     meta = read_json(stored)
+    if "app" in meta:
+        raise UserError(f"{out} compares strategies in an app: run its command again, finished runs are used")
     check_numerics(out, meta.get("numerics"))
     experiment = Experiment.from_dict(meta["experiment"] | {"metric": meta.get("metric", "")})
     extends = list(meta.get("extends", ()))

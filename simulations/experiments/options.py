@@ -8,6 +8,9 @@ from fedbn.config import EvaluatedConditions, option
 
 DEFAULT_STRATEGIES = ("global-naive", "global-pooled", "fedbn", "silobn", "groupnorm", "local", "centralized")
 
+DEFAULT_APP_STRATEGIES = ("global-naive", "fedbn", "silobn", "groupnorm")
+"""Default strategies of a comparison in a Flower app."""
+
 
 @dataclass(frozen=True)
 class ExperimentOptions(EvaluatedConditions):

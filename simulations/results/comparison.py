@@ -138,7 +138,7 @@ class Comparison(Matrix):
                 "sd": grouped["seconds"].std(),
                 "per_round": grouped["seconds"].sum() / grouped["rounds"].sum(),
                 "rounds": grouped["rounds"].max(),
-                "lr": grouped["lr"].agg(lambda rates: ", ".join(f"{r:g}" for r in sorted(set(rates)))),
+                "lr": grouped["lr"].agg(lambda rates: ", ".join(f"{r:g}" for r in sorted(set(rates.dropna())))),
                 "n_seeds": grouped.size(),
             }
         ).reset_index()

@@ -128,7 +128,8 @@ def expand_shared_models(evaluations: pd.DataFrame) -> pd.DataFrame:
 def runs_table(runs: list[tuple[str, dict[str, Any]]]) -> pd.DataFrame:
     """One line per run: its identity and cost."""
     keys = ["strategy", "seed", "lr", "seconds", "rounds", "newcomer"]
-    return pd.DataFrame([{"run": run, **{key: result[key] for key in keys}} for run, result in runs])
+    frame = pd.DataFrame([{"run": run, **{key: result[key] for key in keys}} for run, result in runs])
+    return frame.astype({"lr": "float64"})  # an app has no lr
 
 
 def ownership_table(runs: list[tuple[str, dict[str, Any]]]) -> pd.DataFrame:
