@@ -13,6 +13,7 @@ import typer
 from fedbn.config import ModelSplit
 from fedbn.errors import UserError
 from simulations.cli.details import describe, print_description, without_options
+from simulations.cli.compare_app import App, AppRunConfig, AppSupernodes, ModelFn
 from simulations.cli.options import (
     AsJson,
     Columns,
@@ -104,7 +105,9 @@ def list_(
 @options_of(ModelSplit)
 def audit(
     options: dict[str, Any],
-    model: Annotated[str, typer.Argument(help="Built-in name or package.module:factory.")],
+    model: Annotated[
+        str | None, typer.Argument(help="Built-in name or package.module:factory.", show_default=False)
+    ] = None,
     strategy: Annotated[
         str | None,
         typer.Option(help="Show owners and bytes under this strategy, e.g. fedbn or fedbn+fedper.", show_default=False),
@@ -113,8 +116,22 @@ def audit(
     classes: Annotated[int, typer.Option(min=2, help="Number of classes.")] = 10,
     full: Annotated[bool, typer.Option("--full", help="One line per entry.")] = False,
     as_json: AsJson = False,
+    app: App = None,
+    model_fn: ModelFn = None,
+    num_supernodes: AppSupernodes = None,
+    run_config: AppRunConfig = None,
 ) -> None:
-    """Show role, owner and bytes of every state entry, and check for pitfalls of averaging normalized networks."""
+    """Show role, owner and bytes of every state entry, and check for pitfalls of averaging normalized networks.
+
+    With --app, run a Flower app for two rounds and show what its messages contain and what its server does with it.
+    """
+    if app is not None:
+        if model or strategy:
+            raise UserError("--app audits an app as it is: give neither a model nor a strategy")
+        _audit_app(app, model_fn, num_supernodes, run_config, as_json)
+        return
+    if model is None:
+        raise UserError("name a model, or the directory of a Flower app with --app")
     from fedbn.auditing.audit import audit_model
     from simulations.report.audit import show
 
@@ -125,6 +142,26 @@ def audit(
         print(json.dumps(found.as_dict(), indent=1))
     else:
         show(found, console, full=full)
+
+
+def _audit_app(
+    app: Path, model: str | None, num_supernodes: int | None, run_config: list[str] | None, as_json: bool
+) -> None:
+    from simulations.experiments.app_audit import audit_app
+    from simulations.flower.apps import FlowerApp
+    from simulations.report.audit import show_findings
+    from simulations.results.formatting import format_size
+
+    found = audit_app(FlowerApp.read(app), model, num_supernodes, tuple(run_config or ()))
+    if as_json:
+        print(json.dumps(found.as_dict(), indent=1))
+        return
+    server = ", ".join(found.strategies) or "no strategy of flwr.serverapp"
+    console.print(f"{found.app}: {found.model}, server with {server}", highlight=False, markup=False)
+    print_table(
+        [{k: format_size(v) if k.startswith("bytes") else str(v) for k, v in row.items()} for row in found.traffic]
+    )
+    show_findings(found.findings, console)
 
 
 def data(

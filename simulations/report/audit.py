@@ -6,7 +6,7 @@ A ResNet-50 has 320 entries, so each layer takes a single line, and equal consec
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from rich.console import Console
@@ -35,13 +35,18 @@ def show(audit: Audit, console: Console | None = None, *, full: bool = False) ->
     console = console or Console()
     console.print(entry_table(audit) if full else layer_table(audit), "")
     console.print(role_table(audit), "")
-    if not audit.findings:
+    show_findings(audit.findings, console, full=full)
+
+
+def show_findings(findings: Sequence[Finding], console: Console, *, full: bool = False) -> None:
+    """Print findings, most severe first; ``full`` names every layer."""
+    if not findings:
         console.print(Text("No findings.", style="bold green"))
     for level in LEVELS:
-        findings = [f for f in audit.findings if f.level == level]
-        if findings:
-            console.print(Text(format_count(len(findings), level), style=STYLES[level]))
-        for finding in findings:
+        selected = [f for f in findings if f.level == level]
+        if selected:
+            console.print(Text(format_count(len(selected), level), style=STYLES[level]))
+        for finding in selected:
             _print(finding, console, full)
 
 
