@@ -1,0 +1,1 @@
+"""An app in the shape of Flower's quickstart."""
