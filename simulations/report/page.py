@@ -166,8 +166,8 @@ def _context(comparison: Comparison) -> dict[str, Any]:
 
 
 def _second_metric(comparison: Comparison) -> str:
-    """The first metric besides the displayed one."""
-    return next(metric for metric in (*comparison.metrics, comparison.metric) if metric != comparison.metric)
+    """The first metric besides the displayed one, which an app may have alone."""
+    return next((metric for metric in comparison.metrics if metric != comparison.metric), comparison.metric)
 
 
 def cite(meta: dict[str, Any]) -> str:
