@@ -12,8 +12,8 @@ import typer
 
 from fedbn.config import ModelSplit
 from fedbn.errors import UserError
-from simulations.cli.details import describe, print_description, without_options
 from simulations.cli.compare_app import App, AppRunConfig, AppSupernodes, ModelFn
+from simulations.cli.details import describe, print_description, without_options
 from simulations.cli.options import (
     AsJson,
     Columns,
