@@ -2,11 +2,11 @@ r"""Prequential evaluation: each window of a stream is predicted before the mode
 
 A stream is test and training data at the same time (Dawid, 1984, *Statistical theory: the prequential approach*).
 Because means hide individual users, `fedbn.online.prequential_metrics` also reports the worst tenth and the share of
-*harmed* users, whose accuracy is more than a percentage point below that of the source model without adaptation.
+*harmed* users, for whom the task's metric is worse than that of the source model without adaptation.
 
-Two oracles use the same windows: statistics of the user's whole stream (AdaBN, without labels), and of equally many
-windows of each class (with labels). On label-correlated streams they differ widely, and the first may be worse than
-the source.
+Two oracles use the same windows: statistics of the user's whole stream (AdaBN, without labels), and, for tasks with
+classes, of equally many windows of each class (with labels). On label-correlated streams they differ widely, and the
+first may be worse than the source.
 """
 
 from __future__ import annotations
@@ -18,18 +18,19 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedbn.data.population import Examples
 from fedbn.nn.inference import logits
 from fedbn.nn.plain import copy_model
+from fedbn.online.traces import Trace, trace_of
 from fedbn.seeds import generator
 from fedbn.statistics.recalibration import recalibrate
 from fedbn.streams import FOREIGN, Stream
+from fedbn.tasks import Task
+from fedbn.tasks.classification import Classification
 
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
+CLASSIFICATION = Classification()
 
 
 class OnlineModel(Protocol):
@@ -38,56 +39,6 @@ class OnlineModel(Protocol):
     def predict(self, x: Tensor, user: Sequence[str]) -> Tensor: ...
 
     def commit(self, posterior: Tensor | None = None) -> Any: ...
-
-
-@dataclass(frozen=True, eq=False)
-class Trace:
-    """Predictions on one stream, by window.
-
-    Attributes:
-        user: user of the stream.
-        digest: digest of the stream; only traces with the same digest can be compared.
-        y: ``[n]`` labels; `fedbn.streams.FOREIGN` for windows that are not scored.
-        predicted: ``[n]`` classes.
-        confidence: ``[n]`` probability of the predicted class.
-        nll: ``[n]`` negative log-likelihood of the label, in nats; NaN if not scored.
-        seconds: ``[n]`` time to predict and learn; the time of a call is divided equally among its windows.
-    """
-
-    user: str
-    digest: str
-    y: Ints
-    predicted: Ints
-    confidence: Floats
-    nll: Floats
-    seconds: Floats
-
-    @staticmethod
-    def of(stream: Stream, outputs: Tensor, seconds: Floats | None = None) -> Trace:
-        """Trace from logits ``[n, classes]``."""
-        logp = outputs.detach().double().cpu().log_softmax(1)
-        y = stream.y.cpu()
-        top = logp.max(1)
-        nll = -logp.gather(1, y.clamp_min(0)[:, None])[:, 0]
-        return Trace(
-            stream.user,
-            stream.digest,
-            y.numpy(),
-            top.indices.numpy(),
-            top.values.exp().numpy(),
-            nll.where(y != FOREIGN, torch.nan).numpy(),
-            np.full(len(y), np.nan) if seconds is None else seconds,
-        )
-
-    @property
-    def scored(self) -> NDArray[np.bool_]:
-        """``[n]`` whether each window is scored."""
-        return np.asarray(self.y != FOREIGN)
-
-    @property
-    def correct(self) -> Floats:
-        """``[n]`` 1 for correct, 0 for wrong predictions, NaN if not scored."""
-        return np.where(self.scored, (self.y == self.predicted).astype(float), np.nan)
 
 
 # ---------------------------------------------------------------- evaluation
@@ -123,13 +74,20 @@ class ActiveLabeling:
         return torch.zeros_like(posterior).index_fill(0, torch.tensor(label, device=posterior.device), 1.0)
 
 
-def follow(net: OnlineModel, streams: Sequence[Stream], labeling: ActiveLabeling | None = None) -> list[Trace]:
+def follow(
+    net: OnlineModel,
+    streams: Sequence[Stream],
+    labeling: ActiveLabeling | None = None,
+    task: Task = CLASSIFICATION,
+) -> list[Trace]:
     """Evaluate the streams of many users in parallel, with window t of all streams in one call.
 
     Args:
-        net: model with one state per user. It learns from its own softmax.
+        net: model with one state per user. It learns from its own class probabilities, if the task has any.
         streams: streams of different users, of any lengths.
-        labeling: provides labels of single windows after their prediction; None: labels are not used.
+        labeling: provides labels of single windows after their prediction, for tasks with classes; None: labels are not
+            used.
+        task: the task, which defines the metrics.
 
     Returns:
         One trace per stream, in the same order.
@@ -147,8 +105,8 @@ def follow(net: OnlineModel, streams: Sequence[Stream], labeling: ActiveLabeling
         rows = torch.stack([streams[i].x[t] for i in active])
         start = time.perf_counter()
         out = net.predict(rows, user=[names[i] for i in active])
-        posterior = out.softmax(1)
-        if labeling is not None:
+        posterior = task.posterior(out)
+        if labeling is not None and posterior is not None:
             rows_of = zip(active, posterior, strict=True)
             posterior = torch.stack([labeling.query(names[i], p, int(streams[i].y[t])) for i, p in rows_of])
         net.commit(posterior=posterior)
@@ -156,20 +114,23 @@ def follow(net: OnlineModel, streams: Sequence[Stream], labeling: ActiveLabeling
         for i, row in zip(active, out, strict=True):
             outputs[i].append(row)
             seconds[i].append(duration)
-    return [Trace.of(s, torch.stack(o), np.array(sec)) for s, o, sec in zip(streams, outputs, seconds, strict=True)]
+    return [
+        trace_of(s, torch.stack(o), task, np.array(sec)) for s, o, sec in zip(streams, outputs, seconds, strict=True)
+    ]
 
 
-def follow_blocks(step: Callable[[Tensor], Tensor], stream: Stream, block: int) -> Trace:
+def follow_blocks(step: Callable[[Tensor], Tensor], stream: Stream, block: int, task: Task = CLASSIFICATION) -> Trace:
     """Evaluate one stream in blocks, with a function that predicts and learns in one call.
 
     For methods that cannot process single windows. Whether a window is part of the statistics that normalize it depends
     on the method (`fedbn.tta.Method.includes_current`).
 
     Args:
-        step: maps windows ``[b, *shape]`` to logits ``[b, classes]``.
+        step: maps windows ``[b, *shape]`` to outputs ``[b, *output_shape]``.
         stream: stream of one user.
         block: windows per call. The last block may be smaller. A single last window is added to the block before,
             because it has no batch statistics.
+        task: the task, which defines the metrics.
     """
     outputs: list[Tensor] = []
     seconds: list[float] = []
@@ -180,26 +141,26 @@ def follow_blocks(step: Callable[[Tensor], Tensor], stream: Stream, block: int) 
         start = time.perf_counter()
         outputs.append(step(rows).detach())
         seconds += [(time.perf_counter() - start) / len(rows)] * len(rows)
-    return Trace.of(stream, torch.cat(outputs), np.array(seconds))
+    return trace_of(stream, torch.cat(outputs), task, np.array(seconds))
 
 
 # ---------------------------------------------------------------- baseline and oracles
 
 
-def source_baseline(model: nn.Module, stream: Stream) -> Trace:
+def source_baseline(model: nn.Module, stream: Stream, task: Task = CLASSIFICATION) -> Trace:
     """The source model without adaptation."""
-    return Trace.of(stream, logits(model, stream.x))
+    return trace_of(stream, logits(model, stream.x), task)
 
 
-def own_stream_oracle(model: nn.Module, stream: Stream) -> Trace:
+def own_stream_oracle(model: nn.Module, stream: Stream, task: Task = CLASSIFICATION) -> Trace:
     """Oracle with the statistics of the user's whole stream (AdaBN, Li et al. 2016); no labels."""
-    return Trace.of(stream, logits(recalibrate(copy_model(model), stream.x), stream.x))
+    return trace_of(stream, logits(recalibrate(copy_model(model), stream.x), stream.x), task)
 
 
-def balanced_oracle(model: nn.Module, stream: Stream, seed: int) -> Trace:
+def balanced_oracle(model: nn.Module, stream: Stream, seed: int, task: Task = CLASSIFICATION) -> Trace:
     """Oracle with the statistics of equally many windows of each class of the stream; uses labels."""
     rows = balanced_rows(stream.y, generator(seed, "balanced oracle", stream.user))
-    return Trace.of(stream, logits(recalibrate(copy_model(model), stream.x[rows]), stream.x))
+    return trace_of(stream, logits(recalibrate(copy_model(model), stream.x[rows]), stream.x), task)
 
 
 def balanced_rows(y: Tensor, draw: torch.Generator, limit: int | None = None) -> Tensor:
@@ -215,8 +176,13 @@ def balanced_rows(y: Tensor, draw: torch.Generator, limit: int | None = None) ->
     return torch.cat([r[torch.randperm(len(r), generator=draw)[:n]].sort().values for r in rows])
 
 
-def accuracy_with_state(net: OnlineModel, user: str, data: Examples, chunk: int = 256) -> float:
-    """Accuracy on ``data`` with one user's statistics, without updates. On source data it measures forgetting."""
+def metric_with_state(
+    net: OnlineModel, user: str, data: Examples, task: Task = CLASSIFICATION, chunk: int = 256
+) -> float:
+    """Mean of the task's `fedbn.tasks.Task.example_metric` with one user's statistics, without updates.
+
+    On source data it measures forgetting.
+    """
     parts = zip(data.x.split(chunk), data.y.split(chunk), strict=True)
-    correct = sum(int((net.predict(x, user=[user] * len(x)).argmax(1) == y).sum()) for x, y in parts)
-    return correct / len(data)
+    values = [task.example_values(net.predict(x, user=[user] * len(x)), y) for x, y in parts]
+    return float(torch.cat(values).nanmean())

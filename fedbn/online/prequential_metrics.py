@@ -1,30 +1,52 @@
-"""Metrics of prequential evaluation: accuracy, harm, regret, cost and alarms."""
+"""Metrics of prequential evaluation: scores of users, harm, regret, cost and alarms."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy.signal import lfilter
 from sklearn.metrics import f1_score
 
-from fedbn.online.prequential import Floats, Trace
+from fedbn.online.traces import ClassTrace, Floats, Trace
+from fedbn.tasks import Task
 
 FADING = 0.99
 """Weight of a window relative to the next one in the fading metrics."""
 
 HARM = 0.01
-"""A user is harmed if its accuracy is lower than that of the source model by more than this."""
+"""A user is harmed if its accuracy is lower than that of the source model by more than this.
+
+For a metric that is not a share, such as an error with a unit, this is relative to the source model's value.
+"""
 
 SMOOTH = 50
 """Windows of the moving average in `windows_to_close`, and windows for which the gap must remain closed."""
 
 
+def scores(trace: Trace, task: Task) -> dict[str, float]:
+    """All measures of a trace, by name: those of `score` for predicted classes, else the metrics of the task.
+
+    The latter come with the number of scored windows ``n``, and with the fading mean of the task's
+    `fedbn.tasks.Task.example_metric`.
+    """
+    if isinstance(trace, ClassTrace):
+        return asdict(score(trace))
+    values = trace.values[trace.scored]
+    faded = {f"faded_{task.example_metric}": float(np.average(values, weights=_fading_weights(len(values))))}
+    return {"n": len(values), **trace.metrics, **faded}
+
+
+def _fading_weights(n: int) -> Floats:
+    return np.asarray(FADING ** np.arange(n - 1, -1, -1), float)
+
+
 @dataclass(frozen=True)
 class UserScore:
-    """Metrics of one trace.
+    """Metrics of one trace of classes.
 
     Attributes:
         n: number of scored windows.
@@ -43,18 +65,18 @@ class UserScore:
     ece: float
 
 
-def score(trace: Trace) -> UserScore:
+def score(trace: ClassTrace) -> UserScore:
     """Metrics of a trace, without foreign windows.
 
     >>> import torch
     >>> from fedbn.streams import Stream
     >>> s = Stream("ann", torch.zeros(2, 1), torch.tensor([0, 1]), torch.zeros(2))
-    >>> score(Trace.of(s, torch.tensor([[9.0, 0.0], [9.0, 0.0]]))).accuracy
+    >>> score(ClassTrace.of_logits(s, torch.tensor([[9.0, 0.0], [9.0, 0.0]]))).accuracy
     0.5
     """
     scored = trace.scored
     y, predicted = trace.y[scored], trace.predicted[scored]
-    weights = FADING ** np.arange(len(y) - 1, -1, -1)
+    weights = _fading_weights(len(y))
     correct = (y == predicted).astype(float)
     return UserScore(
         len(y),
@@ -85,54 +107,74 @@ def calibration_error(confidence: Floats, correct: Floats, bins: int = 15) -> fl
     return float(np.abs(gap).sum() / len(confidence))
 
 
-def fading_mean(correct: Floats, factor: float = FADING) -> Floats:
+def fading_mean(values: Floats, factor: float = FADING) -> Floats:
     r"""Fading mean at each window t: :math:`\sum_i f^{t-i}c_i/\sum_i f^{t-i}` over the scored windows.
 
     Gama, Sebastião, Rodrigues, 2013, *On evaluating stream learning algorithms*, Machine Learning 90.
 
     Args:
-        correct: ``[n]``, NaN for windows that are not scored; the first window must be scored.
+        values: c, ``[n]``, NaN for windows that are not scored; the first window must be scored.
         factor: f.
 
     >>> fading_mean(np.array([1.0, 0.0]), 0.5).round(3).tolist()
     [1.0, 0.333]
     """
-    scored = ~np.isnan(correct)
+    scored = ~np.isnan(values)
     filters = [1.0], [1.0, -factor]
-    total = lfilter(*filters, np.where(scored, correct, 0.0))
+    total = lfilter(*filters, np.where(scored, values, 0.0))
     weight = lfilter(*filters, scored.astype(float))
     return np.asarray(total / np.where(weight > 0, weight, np.nan))
 
 
-def worst_decile(values: Sequence[float]) -> float:
+def worst_decile(values: Sequence[float], higher_is_better: bool = True) -> float:
     """Mean over the worst tenth of the users, at least one user.
 
-    >>> worst_decile([0.9, 0.2, 0.7])
-    0.2
+    >>> worst_decile([0.9, 0.2, 0.7]), worst_decile([0.9, 0.2, 0.7], higher_is_better=False)
+    (0.2, 0.9)
     """
-    ordered = sorted(values)
+    ordered = sorted(values, reverse=not higher_is_better)
     return float(np.mean(ordered[: max(1, len(ordered) // 10)]))
 
 
-def harmed(values: Sequence[float], unadapted: Sequence[float]) -> float:
-    """Share of users more than a percentage point below the source; both in the same order.
+def harm_limits(unadapted: ArrayLike, is_share: bool = True) -> Floats:
+    """Loss of each user above which it is harmed (`HARM`).
+
+    Args:
+        unadapted: values of the metric for the source model.
+        is_share: whether the metric is a number from 0 to 1.
+
+    >>> harm_limits([2.0], is_share=False).tolist()
+    [0.02]
+    """
+    values = np.asarray(unadapted, float)
+    return (np.full_like(values, HARM) if is_share else HARM * np.abs(values)) + 1e-12
+
+
+def harmed(
+    values: Sequence[float], unadapted: Sequence[float], higher_is_better: bool = True, is_share: bool = True
+) -> float:
+    """Share of users whose metric is worse than the source's by more than `harm_limits`; both in the same order.
 
     >>> harmed([0.90, 0.70], [0.905, 0.80])
     0.5
+    >>> harmed([3.0, 2.0, 1.99], [2.0, 2.0, 2.0], higher_is_better=False, is_share=False)
+    0.3333333333333333
     """
-    return float(np.mean(np.asarray(unadapted) - np.asarray(values) > HARM + 1e-12))
+    adapted, source = np.asarray(values), np.asarray(unadapted)
+    loss = source - adapted if higher_is_better else adapted - source
+    return float(np.mean(loss > harm_limits(source, is_share)))
 
 
 def regret(traces: Sequence[Trace], unadapted: Sequence[Trace], oracle: Sequence[Trace]) -> float:
     r"""Excess errors over the oracle, relative to the source: 0 oracle, 1 source, above 1 harmful.
 
-    :math:`\sum(\ell-\ell_{oracle})/\sum(\ell_{source}-\ell_{oracle})` with zero-one loss over all users' windows; NaN
-    if the oracle is no better than the source.
+    :math:`\sum(\ell-\ell_{oracle})/\sum(\ell_{source}-\ell_{oracle})` over all users' windows, with the zero-one loss
+    for predicted classes, else with the traces' values; NaN if the oracle is no better than the source.
 
     Raises:
         ValueError: the traces belong to different streams.
     """
-    rule, base, best = (np.nanmean(_correct_table(t, traces)) for t in (traces, unadapted, oracle))
+    rule, base, best = (np.nanmean(_table(t, traces)) for t in (traces, unadapted, oracle))
     return float((best - rule) / (best - base)) if best > base else math.nan
 
 
@@ -141,7 +183,7 @@ def windows_to_close(
 ) -> int | None:
     """Windows until ``share`` of the gap between source and oracle is closed for `SMOOTH` windows.
 
-    Accuracies are means over the users and the last `SMOOTH` windows, all three on the same windows.
+    Values are means over the users and the last `SMOOTH` windows, all three on the same windows.
 
     Returns:
         Number of windows (at least `SMOOTH`); None if the gap is not closed within the streams (censored), or if there
@@ -150,7 +192,7 @@ def windows_to_close(
     Raises:
         ValueError: the traces belong to different streams.
     """
-    rule, base, best = (_moving(_correct_table(t, traces)) for t in (traces, unadapted, oracle))
+    rule, base, best = (_moving(_table(t, traces)) for t in (traces, unadapted, oracle))
     if len(rule) < SMOOTH or not np.nanmean(best) > np.nanmean(base):
         return None
     closed = (rule >= base + share * (best - base) - 1e-12).astype(int)
@@ -159,21 +201,21 @@ def windows_to_close(
     return int(first[0]) + SMOOTH if len(first) else None
 
 
-def _moving(correct: Floats) -> Floats:
+def _moving(values: Floats) -> Floats:
     """Moving average over users and the last `SMOOTH` windows, ``[windows - SMOOTH + 1]``."""
     ones = np.ones(SMOOTH)
-    total = np.convolve(np.nansum(correct, 0), ones, "valid")
-    count = np.convolve((~np.isnan(correct)).sum(0), ones, "valid")
+    total = np.convolve(np.nansum(values, 0), ones, "valid")
+    count = np.convolve((~np.isnan(values)).sum(0), ones, "valid")
     return np.asarray(total / np.maximum(count, 1))
 
 
-def _correct_table(traces: Sequence[Trace], reference: Sequence[Trace]) -> Floats:
-    """``[users, windows]`` with 1 for correct predictions; NaN where nothing is scored."""
+def _table(traces: Sequence[Trace], reference: Sequence[Trace]) -> Floats:
+    """``[users, windows]`` values of windows, negative where lower is better; NaN where nothing is scored."""
     if [t.digest for t in traces] != [t.digest for t in reference]:
         raise ValueError("traces of different streams cannot be compared")
-    out = np.full((len(traces), max(len(t.y) for t in traces)), np.nan)
+    out = np.full((len(traces), max(map(len, traces))), np.nan)
     for row, trace in zip(out, traces, strict=True):
-        row[: len(trace.y)] = trace.correct
+        row[: len(trace)] = trace.values if trace.higher_is_better else -trace.values
     return out
 
 

@@ -7,7 +7,7 @@ and :math:`g'_c` that on the augmented batch, the sensitivity of a channel to sh
 .. math:: d_c = 1 - \operatorname{mean}\frac{g_c\cdot g'_c}{\|g_c\|\|g'_c\|},\qquad
     A_c = \Big(\frac{d_c-\min d}{\max d-\min d}\Big)^2 .
 
-Starting from A, only the weights are trained, on the cross-entropy of clean and augmented batches plus
+Starting from A, only the weights are trained, on the loss of clean and augmented batches plus
 :math:`\lambda\,\operatorname{mean}(\alpha-A)^2`, and clipped to [0, 1]. This needs labeled source data but no target
 data. The paper's image augmentations are replaced by changes of gain and noise. A batch consists of one user's windows,
 as at test time.
@@ -36,7 +36,7 @@ from fedbn.online.rules.source import Source
 from fedbn.online.statistics import Pair, mix
 
 Batch = tuple[Tensor, Tensor]
-"""Windows ``[n, *shape]`` of one user and their classes ``[n]``."""
+"""Windows ``[n, *shape]`` of one user and their targets ``[n, ...]``."""
 
 
 def gain_and_noise(x: Tensor, draw: torch.Generator) -> Tensor:
@@ -53,6 +53,7 @@ def learn_alpha(
     batches: Sequence[Batch],
     draw: torch.Generator,
     *,
+    loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
     epochs: int = 5,
     lr: float = 0.01,
     lam: float = 1.0,
@@ -64,6 +65,7 @@ def learn_alpha(
         model: the source model in evaluation mode; it is not changed.
         batches: labeled batches of at least two windows, each of one seen user.
         draw: generator of the augmentation.
+        loss: mean loss of outputs and targets.
         epochs: number of passes over the batches.
         lr: learning rate of Adam.
         lam: weight of the penalty on the distance from the prior.
@@ -80,7 +82,7 @@ def learn_alpha(
     alpha = torch.zeros_like(weight)
     runs = torch.zeros_like(weight, dtype=torch.bool)  # whether a channel's layer runs
 
-    def loss(x: Tensor, y: Tensor) -> Tensor:
+    def objective(x: Tensor, y: Tensor) -> Tensor:
         def transform(index: int, moments: Pair | None, positions: int) -> Pair:
             span = list(bank.spans.values())[index]
             assert moments is not None  # the pass records them
@@ -90,13 +92,13 @@ def learn_alpha(
             return scale[None], shift[None]
 
         with Pass(len(x), transform) as recorded:
-            out = F.cross_entropy(net.model(x), y)
+            out = loss(net.model(x), y)
         for index in recorded.moments:
             runs[list(bank.spans.values())[index]] = True
         return out
 
     def gradient(x: Tensor, y: Tensor) -> Tensor:
-        return torch.stack(torch.autograd.grad(loss(x, y), (weight, bias)))
+        return torch.stack(torch.autograd.grad(objective(x, y), (weight, bias)))
 
     net.requires_grad_(False)
     similarity = [F.cosine_similarity(gradient(x, y), gradient(augment(x, draw), y), dim=0) for x, y in batches]
@@ -109,7 +111,7 @@ def learn_alpha(
         for x, y in batches:
             for windows in (x, augment(x, draw)):
                 optimizer.zero_grad()
-                (loss(windows, y) + lam * (alpha - prior).square().mean()).backward()
+                (objective(windows, y) + lam * (alpha - prior).square().mean()).backward()
                 optimizer.step()
                 alpha.data.clamp_(0, 1)
     learned = alpha.detach()

@@ -166,15 +166,15 @@ def arange_like(rows: Tensor) -> Tensor:
 
 
 def require_no_classes(rule: Rule, task: str) -> None:
-    """Raise if a rule learns by class; for tasks without class probabilities.
+    """Raise if a rule uses class probabilities; for tasks without them.
 
     Raises:
-        UserError: the rule needs a posterior.
+        UserError: the rule learns by class, or has an option that needs class probabilities or their entropy.
     """
-    if rule.classwise or rule.gate or rule.diversity:
+    if rule.classwise or rule.gate or rule.diversity or rule.guard:
         raise UserError(
             f"rule {rule.name!r} learns by class, and task {task!r} has no class probabilities: choose a rule without "
-            "classes, gate= and diversity=, such as pseudo or ema"
+            "classes, gate=, diversity= and guard=, such as pseudo or ema"
         )
 
 

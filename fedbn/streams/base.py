@@ -47,7 +47,7 @@ class Stream:
     Attributes:
         user: owner of the device; the key of the statistics that follow the stream.
         x: ``[n, *shape]`` windows.
-        y: ``[n]`` int64 labels, for scoring; `FOREIGN` if there is none.
+        y: ``[n, ...]`` targets, for scoring; `FOREIGN` for windows without a class.
         person_index: ``[n]`` int64, true person of each window (index into the recordings behind the stream).
         events: in order.
 
@@ -86,6 +86,7 @@ class StreamSpec(ABC):
         about: one-line description for lists.
         source: authors, year, link; empty if there is none.
         bounds: options and the `BOUNDS` that they must satisfy.
+        needs_classes: whether windows are ordered or added by class, so that each window must have one.
         num_persons: number of people whose windows are in one stream.
     """
 
@@ -93,6 +94,7 @@ class StreamSpec(ABC):
     about: ClassVar[str]
     source: ClassVar[str] = ""
     bounds: ClassVar[tuple[tuple[str, str], ...]] = ()
+    needs_classes: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for option, bound in self.bounds:

@@ -33,6 +33,7 @@ class Bouts(StreamSpec):
 
     name = "bouts"
     about = "bouts of one class, of geometric length, with a class prior"
+    needs_classes = True
     bounds = (("length", "at least 1 window"),)
     length: float = 25.0
     prior: tuple[float, ...] = ()

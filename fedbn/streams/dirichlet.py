@@ -36,6 +36,7 @@ class Dirichlet(StreamSpec):
     name = "dirichlet"
     about = "chunks with class shares from a Dirichlet distribution"
     source = "Gong et al. 2022 (NOTE), https://arxiv.org/abs/2208.05117"
+    needs_classes = True
     bounds = (("delta", "above 0"),)
     delta: float = 0.1
 

@@ -29,6 +29,7 @@ class Foreign(StreamSpec):
     name = "foreign"
     about = "with windows of no class in between"
     source = "Gong et al. 2023 (SoTTA), https://arxiv.org/abs/2310.10074"
+    needs_classes = True
     bounds = (("portion", "a share between 0 and 1"),)
     portion: float = 0.2
 

@@ -31,6 +31,7 @@ class Ptta(StreamSpec):
     name = "ptta"
     about = "classes split over slots of any size by a Dirichlet distribution"
     source = "Yuan, Xie, Li 2023 (RoTTA), https://arxiv.org/abs/2303.13899"
+    needs_classes = True
     bounds = (("gamma", "above 0"),)
     gamma: float = 0.1
 

@@ -23,6 +23,7 @@ class Sorted(StreamSpec):
 
     name = "sorted"
     about = "one class after the other"
+    needs_classes = True
 
     def make(self, user: str, recordings: Sequence[Examples], seed: int) -> Stream:
         y = recordings[0].y.cpu()

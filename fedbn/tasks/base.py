@@ -29,12 +29,14 @@ class Task(ABC):
         about: one-line description.
         metrics: names of the metrics, and whether higher is better. The first is the default of tables.
         metrics_are_shares: whether all metrics are numbers from 0 to 1; other values in a client's reply are refused.
+        example_metric: the metric that `example_values` computes, for learning curves over the windows of a stream.
     """
 
     name: ClassVar[str]
     about: ClassVar[str]
     metrics: ClassVar[dict[str, bool]]
     metrics_are_shares: ClassVar[bool] = False
+    example_metric: ClassVar[str] = "loss"
 
     @property
     def directions(self) -> dict[str, bool]:
@@ -62,6 +64,13 @@ class Task(ABC):
     @abstractmethod
     def scores(self, outputs: Tensor, y: Tensor) -> dict[str, float]:
         """Value of each metric over all examples. An undefined metric is left out."""
+
+    def example_values(self, outputs: Tensor, y: Tensor) -> Tensor:
+        """Value ``[n]`` of `example_metric` for each example, in double precision; its mean is the metric.
+
+        NaN if it is undefined for an example.
+        """
+        return self.losses(outputs.double(), y)
 
     def loss(self, outputs: Tensor, y: Tensor) -> Tensor:
         """Mean loss of a batch."""

@@ -41,6 +41,7 @@ class Classification(Task):
     name: ClassVar[str] = "classification"
     about: ClassVar[str] = "one class per example, cross-entropy"
     metrics_are_shares: ClassVar[bool] = True
+    example_metric: ClassVar[str] = "accuracy"
     metrics: ClassVar[dict[str, bool]] = {
         "accuracy": True,
         "macro_f1": True,
@@ -82,6 +83,9 @@ class Classification(Task):
 
     def scores(self, outputs: Tensor, y: Tensor) -> dict[str, float]:
         return self._scores(outputs[None], y[None], [len(y)])[0]
+
+    def example_values(self, outputs: Tensor, y: Tensor) -> Tensor:
+        return (outputs.argmax(1) == y).double()
 
     def evaluate_users(self, outputs: Tensor, y: Tensor, n: Sequence[int]) -> list[dict[str, float]]:
         k, width = y.shape

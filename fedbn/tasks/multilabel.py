@@ -37,6 +37,7 @@ class MultiLabel(Task):
     name: ClassVar[str] = "multilabel"
     about: ClassVar[str] = "several labels per example, binary cross-entropy"
     metrics_are_shares: ClassVar[bool] = True
+    example_metric: ClassVar[str] = "accuracy"
     metrics: ClassVar[dict[str, bool]] = {
         "macro_f1": True,
         "accuracy": True,
@@ -72,6 +73,9 @@ class MultiLabel(Task):
             auroc=mean_over(area, ~area.isnan()),
             average_precision=mean_over(precision, ~precision.isnan()),
         )
+
+    def example_values(self, outputs: Tensor, y: Tensor) -> Tensor:
+        return ((outputs >= 0) == (y > 0.5)).double().mean(1)
 
     def check(self, y: Tensor, classes: Sequence[str]) -> str | None:
         if y.dim() != 2 or y.shape[1] < 2:

@@ -39,6 +39,7 @@ class Regression(Task):
 
     name: ClassVar[str] = "regression"
     about: ClassVar[str] = "real numbers, squared, absolute or Huber error"
+    example_metric: ClassVar[str] = "mae"
     metrics: ClassVar[dict[str, bool]] = {"rmse": False, "mae": False, "r2": True}
 
     loss_: Literal["mse", "mae", "huber"] = "mse"
@@ -73,6 +74,9 @@ class Regression(Task):
             mae=error.abs().mean(),
             r2=torch.where(total > 0, 1 - residual / total, torch.nan).mean(),
         )
+
+    def example_values(self, outputs: Tensor, y: Tensor) -> Tensor:
+        return (self.predict(outputs) - y.view(outputs.shape).double()).abs().mean(1)
 
     def predict(self, outputs: Tensor) -> Tensor:
         """Predictions ``[n, d]`` in the units of the targets, in double precision."""

@@ -43,6 +43,8 @@ class PositionTask(Task):
         weights: weight of each class in the cross-entropy; empty for equal weights.
     """
 
+    example_metric: ClassVar[str] = "accuracy"
+
     weights: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
@@ -57,6 +59,11 @@ class PositionTask(Task):
         weights = outputs.new_tensor(self.weights) if self.weights else None
         losses = F.cross_entropy(outputs, y, weights, reduction="none", ignore_index=IGNORED).flatten(1)
         return losses.sum(1) / (y != IGNORED).flatten(1).sum(1).clamp_min(1)
+
+    def example_values(self, outputs: Tensor, y: Tensor) -> Tensor:
+        """Share of correct positions among those that count; NaN if an example has none."""
+        valid = (y != IGNORED).flatten(1)
+        return ((outputs.argmax(1) == y).flatten(1) & valid).sum(1).double() / valid.sum(1)
 
     def check_indices(self, y: Tensor, classes: Sequence[str]) -> str | None:
         """What is wrong with class indices."""

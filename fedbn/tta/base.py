@@ -40,6 +40,7 @@ class Method(ABC):
         about: one-line description for lists.
         source: authors, year, link.
         includes_current: whether a window is part of the statistics or the neighborhood that its own prediction uses.
+        needs: what it needs of the outputs, for messages; empty if it works for every task.
         block: windows per step.
     """
 
@@ -47,6 +48,7 @@ class Method(ABC):
     about: ClassVar[str]
     source: ClassVar[str]
     includes_current: ClassVar[bool]
+    needs: ClassVar[str] = "the entropy of class probabilities"
 
     block: int = 16
 

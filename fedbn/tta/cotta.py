@@ -35,6 +35,7 @@ class CoTTA(Method):
     about = "mean teacher over augmented views, all weights, random restore"
     source = "Wang et al. 2022, https://arxiv.org/abs/2203.13591"
     includes_current = True
+    needs = "class probabilities, which its teacher gives to a student"
     lr: float = 1e-3
     keep: float = 0.999
     restore: float = 0.01

@@ -37,6 +37,7 @@ class Lame(Method):
     about = "Laplacian smoothing of a block's predictions, network unchanged"
     source = "Boudiaf et al. 2022, https://arxiv.org/abs/2201.05718"
     includes_current = True
+    needs = "class probabilities, which it smooths"
     block: int = 64
     neighbors: int = 5
 

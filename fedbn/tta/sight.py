@@ -40,6 +40,7 @@ class Sight(Method):
     about = "temporal smoothing by surprise and habit, network unchanged"
     source = "SIGHT 2026, https://github.com/zszhou21/SIGHT"
     includes_current = False
+    needs = "class probabilities, which it smooths"
     block: int = 1
     eta_mu: float = 0.01
     beta: float = 1.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -10,8 +11,12 @@ from fedbn.online import Rule
 from fedbn.online.drift.actions import Action, action
 from fedbn.online.drift.detectors import Detector, detector
 from fedbn.online.rules.base import rules
+from fedbn.online.validation import require_no_classes
 from fedbn.plugins import parse, render, text_of
+from fedbn.streams import StreamSpec
+from fedbn.tasks import Task
 from fedbn.tta import Method, methods
+from simulations.adaptation.warm_starts import Start
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,35 @@ def adaptation_text(chosen: Any) -> str:
     if isinstance(chosen, AdaptationMethod):
         return chosen.text
     return text_of(chosen, "rule or method", _known(), (Rule, Method))
+
+
+def check_classes(
+    task: Task, chosen: Iterable[AdaptationMethod], starts: Iterable[Start], streams: Iterable[StreamSpec]
+) -> None:
+    """Raise if something needs classes, and the task has no class probabilities.
+
+    Raises:
+        UserError: naming it, and what to choose instead.
+    """
+    if task.has_posterior:
+        return
+    for method in chosen:
+        if isinstance(method.rule, Rule):
+            require_no_classes(method.rule, task.name)
+        elif method.rule.needs:
+            raise UserError(
+                f"method {method.rule.name!r} needs {method.rule.needs}, and task {task.name!r} has no class "
+                "probabilities: choose a rule on statistics, such as pseudo or ema"
+            )
+        if method.ask:
+            raise UserError(f"'ask' asks for classes, and task {task.name!r} has none: leave it out")
+    for kind, parts in (("start", starts), ("stream", streams)):
+        for part in parts:
+            if part.needs_classes:
+                raise UserError(
+                    f"{kind} {part.name!r} selects windows by class, and task {task.name!r} has no class per window: "
+                    f"choose {'cold or recording' if kind == 'start' else 'natural or iid'}"
+                )
 
 
 def _known() -> dict[str, type[Rule | Method]]:

@@ -29,6 +29,12 @@ class StudyOptions(Conditions):
         ("global-naive",), "Comma-separated strategies of training.", flags=("--strategies", "--strategy")
     )
     seeds: int | tuple[int, ...] = option(2, "Number of seeds. Each trains a model and holds out other users.", low=1)
+    metric: str = option(
+        "",
+        "Metric of tables, intervals and harm, e.g. macro_f1; empty for the one of single windows, such as accuracy or "
+        "mae. All are stored.",
+        panel="Evaluation",
+    )
     tune: bool = option(
         False, "Of rules that differ only in options, keep the best on seen users' later data.", panel="Evaluation"
     )

@@ -96,7 +96,7 @@ class SourceModel:
         draw = generator(self.run.seed, "ttn")
         rows = self.run.plan.batch_size
         chosen = [u.take(torch.randperm(len(u), generator=draw)[:rows]) for u in seen]
-        return learn_alpha(self.model, [(c.x, c.y) for c in chosen], draw)
+        return learn_alpha(self.model, [(c.x, c.y) for c in chosen], draw, loss=self.ctx.task.loss)
 
     def prior_for(self, chosen: Rule) -> dict[str, LayerPrior]:
         """The prior that a rule requires."""
@@ -120,17 +120,12 @@ def untrained_source_model(run: Run) -> SourceModel:
     """The model of a run before training, for checks.
 
     Raises:
-        UserError: the task has no classes, the strategy shares no model, the model has no statistics to follow, has
-            layers that do not evaluate as BN, or mixes the windows of a batch.
+        UserError: the strategy shares no model, the model has no statistics to follow, has layers that do not evaluate
+            as BN, or mixes the windows of a batch.
     """
     ctx = build_context(run)
     if not ctx.ownership.shares(Role.BODY):
         raise UserError(f"strategy {run.strategy!r} shares no model for unseen users to start from: choose another")
-    if not ctx.task.has_posterior:
-        raise UserError(
-            f"adaptation studies and the service predict classes, and task {ctx.task.name!r} has none: use the online "
-            "column of `fedbn compare`, with --rule"
-        )
     what, model = "online adaptation", ctx.load(ctx.initial).eval()
     require_statistics(model, what)
     require_batch_norm_formula(model, what)

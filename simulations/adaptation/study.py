@@ -14,15 +14,16 @@ from typing import Any
 
 from fedbn.config import Conditions, nest, seed_numbers
 from fedbn.errors import UserError
-from fedbn.federation.run import Run, plan_for
+from fedbn.federation.run import Run, plan_for, task_of
 from fedbn.files import locked
 from fedbn.objects import split_options
-from fedbn.online.prequential import Trace
+from fedbn.online.traces import Trace
 from fedbn.plugins import build, render, table
 from fedbn.streams import stream
 from fedbn.tta import Adapter, Method
-from simulations.adaptation.cells import BOUNDS, SOURCE, Cell, read_cell, run_cell, write_cell
-from simulations.adaptation.methods import adaptation_method
+from simulations.adaptation.cells import SOURCE, Cell, bounds_of, read_cell, run_cell, write_cell
+from simulations.adaptation.methods import adaptation_method, check_classes
+from simulations.adaptation.metric import StudyMetric
 from simulations.adaptation.options import StudyOptions
 from simulations.adaptation.source_model import UserGroup, train_source_model, untrained_source_model
 from simulations.adaptation.warm_starts import start
@@ -55,11 +56,15 @@ class Study(StudyOptions):
         """The study with all texts checked and in their shortest form, and the source as first rule.
 
         Raises:
-            UserError: an unknown name or option, a duplicate, or an empty list.
+            UserError: an unknown name or option, a duplicate, an empty list, or something that needs classes for a task
+                without them.
         """
         if not self.strategies:
             raise UserError("no strategies given: name at least one of --strategies")
         runs = [self.run(0, strategy).resolved() for strategy in self.strategies]
+        task = task_of(self)
+        StudyMetric.of(task, self.metric)
+        check_classes(task, map(adaptation_method, self.rules), map(start, self.starts), map(stream, self.streams))
         found: dict[str, Any] = {
             "strategies": tuple(run.strategy for run in runs),
             "rules": (SOURCE, *(t for r in self.rules if (t := adaptation_method(r).text) != SOURCE)),
@@ -93,7 +98,7 @@ def cells_of(study: Study, users: UserGroup, rules_: Sequence[str]) -> list[Cell
         for run in study.runs()
         for kind in study.streams
         for cell in (
-            *(Cell(run, users, kind, "cold", bound) for bound in (*BOUNDS, SOURCE)),
+            *(Cell(run, users, kind, "cold", bound) for bound in (*bounds_of(task_of(study)), SOURCE)),
             *(
                 Cell(run, users, kind, begin, text)
                 for begin in study.starts
@@ -193,13 +198,19 @@ def families(texts: Sequence[str]) -> list[list[str]]:
 
 
 def winners(rival_families: Sequence[Sequence[str]], scored: Results) -> list[str]:
-    """The best rule of each family, by mean accuracy over users, streams, starts and seeds; the first of ties."""
+    """The best rule of each family, by the mean over users, streams, starts and seeds of a stream's mean value.
+
+    Values are those of `fedbn.online.traces.Trace`. The first of ties.
+    """
 
     def mean(text: str) -> float:
-        right = [
-            t.correct[t.scored].mean() for cell, (traces, _) in scored.items() if cell.rule == text for t in traces
+        found = [
+            t.values[t.scored].mean() * (1 if t.higher_is_better else -1)
+            for cell, (traces, _) in scored.items()
+            if cell.rule == text
+            for t in traces
         ]
-        return float(sum(right) / len(right))
+        return float(sum(found) / len(found))
 
     return [max(variants, key=mean) for variants in rival_families]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from simulations.adaptation.results import accuracy_curve, group_cells, label
+from simulations.adaptation.results import group_cells, label, metric_curve, metric_of
 from simulations.adaptation.study import Results, Study
 from simulations.experiments.tasks import Task
 from simulations.tracking.trackers import Tracking
@@ -22,7 +22,7 @@ def tasks(study: Study, out: Path) -> Sequence[Task]:
 
 
 def log_study(tracking: Tracking, study: Study, results: Results, found: pd.DataFrame) -> None:
-    """Log each rule's fading accuracy over windows, and its summary with the last window.
+    """Log each rule's fading metric over windows, and its summary with the last window.
 
     Args:
         tracking: the trackers.
@@ -33,11 +33,12 @@ def log_study(tracking: Tracking, study: Study, results: Results, found: pd.Data
     if not tracking.trackers:
         return
     numbers = found.set_index(["strategy", "stream", "rule"]).select_dtypes("number")
-    curves = accuracy_curve(results)
+    metric = metric_of(study).of_windows
+    curves = metric_curve(results, metric)
     for kind, (cell, *_) in group_cells(results).items():
         curve = curves[(curves[["strategy", "stream", "start", "rule"]] == list(kind)).all(axis=1)]
         thinned = curve.iloc[:: max(1, len(curve) // POINTS)]
-        points = {int(w): {"fading_accuracy": float(a)} for w, a in zip(thinned["window"], thinned["accuracy"])}
+        points = {int(w): {f"fading_{metric}": float(a)} for w, a in zip(thinned["window"], thinned[metric])}
         last = max(points, default=0)
         points[last] = {**points.get(last, {}), **numbers.loc[(cell.run.strategy, cell.stream, label(cell))].to_dict()}
         settings = {"scenario": study.scenario, "strategy": cell.run.strategy, "seeds": study.seeds}

@@ -22,12 +22,14 @@ class Start(ABC):
     Attributes:
         name: what the command line calls it.
         about: one line for lists.
+        needs_classes: whether the windows are selected by class.
         n0: weight of the source statistics in the calibration, in windows. The sensor placement changes between
             recordings, so a large weight helps where there are many windows.
     """
 
     name: ClassVar[str]
     about: ClassVar[str]
+    needs_classes: ClassVar[bool] = False
     n0: float = 2.0
 
     def __post_init__(self) -> None:
@@ -71,6 +73,7 @@ class Classes(Start):
 
     name = "classes"
     about = "k windows of each class from the earlier recording"
+    needs_classes = True
     k: int = 3
 
     def __post_init__(self) -> None:

@@ -17,7 +17,7 @@ from fedbn.online.rules.base import rule_text
 from fedbn.personalization.treatment import treatment_text
 from fedbn.scenarios.base import scenario_text
 from simulations.adaptation.methods import adaptation_text
-from simulations.adaptation.results import users_frame, write
+from simulations.adaptation.results import metric_of, users_frame, write
 from simulations.adaptation.study import Study, run_study
 from simulations.adaptation.tracking import log_study, tasks
 from simulations.api.results import AdaptationResult, ComparisonResult, FederationResult
@@ -167,7 +167,7 @@ def adapt(
         done, results = run_study(wanted, place, report=tracking.report)
         found = write(place, done, results, "")
         log_study(tracking, done, results, found)
-    return AdaptationResult(found, users_frame(results), place)
+    return AdaptationResult(found, users_frame(results), place, metric_of(done).name)
 
 
 def _experiment(data: Any, strategies: tuple[str, ...], options: dict[str, Any]) -> Experiment:

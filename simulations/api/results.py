@@ -186,14 +186,16 @@ class AdaptationResult:
     """Result of `adapt`.
 
     Attributes:
-        frame: one row per stream and rule: accuracy with its interval over users, harm, regret, cost.
+        frame: one row per stream and rule: the metric with its interval over users, harm, regret, cost.
         users: one row per user, seed, stream and rule.
         directory: directory of all results.
+        metric: name of the study's metric.
     """
 
     frame: pd.DataFrame
     users: pd.DataFrame
     directory: Path
+    metric: str
 
     def to_pandas(self) -> pd.DataFrame:
         """The summary, one row per stream and rule."""
@@ -209,5 +211,5 @@ class AdaptationResult:
         return f"Online rules on the streams of {self.frame['users'].max()} users not seen in training"
 
     def _shown(self) -> pd.DataFrame:
-        columns = ["stream", "rule", "accuracy", "low", "high", "worst_decile", "harmed", "gain", "p_adjusted"]
+        columns = ["stream", "rule", self.metric, "low", "high", "worst_decile", "harmed", "gain", "p_adjusted"]
         return self.frame[columns].round(3)

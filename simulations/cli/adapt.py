@@ -43,7 +43,7 @@ def adapt(
 
     Example: [bold]fedbn adapt hapt --rules pseudo:n0=64,ema:rate=0.1 --starts cold,recording[/]
     """
-    from simulations.adaptation.results import notices, write
+    from simulations.adaptation.results import metric_of, notices, write
     from simulations.adaptation.study import Study, run_study
     from simulations.adaptation.tables import summary_table, update_study_document
     from simulations.adaptation.tracking import log_study, tasks
@@ -78,7 +78,7 @@ def adapt(
     if as_json:
         print(json.dumps(json.loads(found.to_json(orient="records")), indent=1))
         return
-    console.print(summary_table(found, study, console.width))
+    console.print(summary_table(found, study, metric_of(study), console.width))
     for notice in notices(study):
         console.print(f"Note: {notice}", style="yellow", highlight=False, markup=False)
     console.print(f"more: {place.resolve()}", soft_wrap=True)

@@ -176,12 +176,15 @@ def _own_model(scenario: str | None, model: str, weights: Path, shape: str, clas
 def _trained(strategy: str, options: dict[str, Any]) -> SourceModel:
     """The source model; read from the cache if it was trained before with the current numerics."""
     from fedbn.data.packages import cache_dir
+    from fedbn.federation.run import task_of
     from simulations.adaptation.source_model import train_source_model
     from simulations.adaptation.study import Study
     from simulations.storage.provenance import NUMERICS
 
     study = Study.from_dict(options | {"rules": ("source",), "strategies": (strategy,), "seeds": 1})
     (run,) = study.resolved().runs()
+    if not task_of(run).has_posterior:
+        raise UserError(f"the service returns classes, and task {task_of(run).name!r} has none: choose classification")
     with progress_bars(disable=False) as progress:
         training = progress.add_task(f"training on {run.scenario}", total=run.plan.rounds)
         return train_source_model(

@@ -1,9 +1,10 @@
 r"""Detect without labels that the person or the sensor has changed, and adjust the user's statistics.
 
 *Signal.* The channel means :math:`m` of a window at the inputs of the first BN layers are compared with those of
-earlier windows *that were predicted as the same class*, so that a new activity is no drift. With their mean :math:`M`
-and variance :math:`V`, :math:`z=\overline{(m-M)^2/V}` over channels is about 1 as long as nothing changes. The layers
-are those of the source model: changes of the user's statistics do not move the signal.
+earlier windows *that were predicted as the same class*, so that a new activity is no drift (for tasks without classes,
+with all earlier windows). With their mean :math:`M` and variance :math:`V`, :math:`z=\overline{(m-M)^2/V}` over
+channels is about 1 as long as nothing changes. The layers are those of the source model: changes of the user's
+statistics do not move the signal.
 
 *Detector.* ADWIN or Page-Hinkley from river, one per user, on :math:`z/(1+z)\in[0,1)`.
 
@@ -50,16 +51,18 @@ class DriftMonitor:
         return self.net.predict(x, user=user)
 
     def commit(self, posterior: Tensor | None = None) -> None:
-        """Update the wrapped model, then the detectors.
+        """Update the wrapped model, then the detectors. Without a posterior, all windows count as one class.
 
         Raises:
-            ValueError: `predict` was not called before, or there is no posterior.
+            ValueError: `predict` was not called before.
         """
-        if self._last is None or posterior is None:
-            raise ValueError("nothing to commit: call predict() first, and pass its posterior")
+        if self._last is None:
+            raise ValueError("nothing to commit: call predict() first")
         self.net.commit(posterior=posterior)
         x, users = self._last
-        labels, classes = posterior.argmax(1).tolist(), posterior.shape[1]
+        labels, classes = [0] * len(x), 1
+        if posterior is not None:
+            labels, classes = posterior.argmax(1).tolist(), posterior.shape[1]
         for means, label, user in zip(self.input_means(x).cpu().numpy(), labels, users, strict=True):
             if user not in self.users:
                 statistics = GroupStatistics(classes, self.input_means.scale.cpu().numpy())

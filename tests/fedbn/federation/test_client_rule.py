@@ -69,7 +69,7 @@ def test_online_column_equals_prequential_evaluation(text, small):
         net = personalize(copy.deepcopy(ctx.load(state)), rule(text), prior)
         (trace,) = follow(net, [Stream(data.name, data.test.x, data.test.y, data.test.recording)])
         accuracies = [s.metrics["accuracy"] for s in out.scores[user] if s.column == "online" and s.row != "global"]
-        assert accuracies == [pytest.approx(trace.correct.mean(), abs=1e-12)]
+        assert accuracies == [pytest.approx(trace.values.mean(), abs=1e-12)]
 
 
 def test_population_prior_for_weights_by_client_variance(small):

@@ -18,12 +18,11 @@ from fedbn.nn.roles import clone
 from fedbn.online import personalize, source_prior
 from fedbn.online.prequential import (
     ActiveLabeling,
-    Trace,
-    accuracy_with_state,
     balanced_oracle,
     balanced_rows,
     follow,
     follow_blocks,
+    metric_with_state,
     own_stream_oracle,
     source_baseline,
 )
@@ -38,6 +37,7 @@ from fedbn.online.prequential_metrics import (
     windows_to_close,
     worst_decile,
 )
+from fedbn.online.traces import ClassTrace
 from fedbn.statistics.recalibration import recalibrate
 from fedbn.streams import FOREIGN, Stream
 from tests.helpers import same
@@ -71,7 +71,9 @@ def trace(correct, user="a", digest="d"):
     y = np.array([FOREIGN if c is None else 1 for c in correct])
     predicted = np.array([1 if c else 0 for c in correct])
     n = len(correct)
-    return Trace(user, digest, y, predicted, np.full(n, 0.5), np.where(y == FOREIGN, np.nan, 0.7), np.full(n, 1e-6))
+    return ClassTrace(
+        user, digest, y, predicted, np.full(n, 0.5), np.where(y == FOREIGN, np.nan, 0.7), np.full(n, 1e-6)
+    )
 
 
 def network():
@@ -148,21 +150,21 @@ def test_follow_blocks_merges_single_last_window():
         lengths.clear()
         out = follow_blocks(step, make_stream("a", y[:n].tolist(), y[:n, None].float()), block)
         assert lengths == expected
-        assert out.correct.tolist() == [1] * n
+        assert out.values.tolist() == [1] * n
 
 
 def test_foreign_windows_are_predicted_but_not_scored():
     out = follow(Counting(), [make_stream("a", [0, FOREIGN, 2, 1])])[0]
     got = score(out)
     assert (got.n, got.accuracy) == (3, pytest.approx(2 / 3))
-    assert np.isnan([out.nll[1], out.correct[1]]).all()
+    assert np.isnan([out.nll[1], out.values[1]]).all()
 
 
 @given(st.lists(st.integers(0, 3), min_size=2, max_size=60), st.integers(0, 99))
 def test_score_matches_definitions(y, seed):
     g = torch.Generator().manual_seed(seed)
     outputs = torch.randn(len(y), 4, generator=g)
-    got = score(Trace.of(make_stream("a", y), outputs))
+    got = score(ClassTrace.of_logits(make_stream("a", y), outputs))
     predicted = outputs.argmax(1).tolist()
     weights = [0.99 ** (len(y) - 1 - i) for i in range(len(y))]
     correct = [a == b for a, b in zip(y, predicted)]
@@ -184,7 +186,7 @@ def test_calibration_error_matches_torchmetrics():
     classification = pytest.importorskip("torchmetrics.functional.classification")
     g = torch.Generator().manual_seed(0)
     outputs, y = 2 * torch.randn(500, 4, generator=g), torch.randint(4, (500,), generator=g)
-    got = score(Trace.of(make_stream("a", y.tolist()), outputs)).ece
+    got = score(ClassTrace.of_logits(make_stream("a", y.tolist()), outputs)).ece
     expected = classification.multiclass_calibration_error(outputs.softmax(1), y, num_classes=4, n_bins=15)
     assert got == pytest.approx(float(expected), abs=1e-6)
     assert calibration_error(np.full(4, 1.0), np.ones(4)) == 0
@@ -251,9 +253,9 @@ def test_oracles_use_whole_stream_or_balanced_part():
     net, g = network(), torch.Generator().manual_seed(0)
     x, y = torch.randn(40, 2, generator=g) * 3 + 2, torch.tensor([0] * 30 + [1] * 10)
     s, before = make_stream("a", y.tolist(), x), clone(net.state_dict())
-    expected = Trace.of(s, logits(recalibrate(copy.deepcopy(net), x), x))
+    expected = ClassTrace.of_logits(s, logits(recalibrate(copy.deepcopy(net), x), x))
     np.testing.assert_array_equal(own_stream_oracle(net, s).nll, expected.nll)
-    np.testing.assert_array_equal(source_baseline(net, s).nll, Trace.of(s, net(x)).nll)
+    np.testing.assert_array_equal(source_baseline(net, s).nll, ClassTrace.of_logits(s, net(x)).nll)
     got = balanced_oracle(net, s, seed=0)
     assert not np.array_equal(got.nll, expected.nll)
     assert same(before, net.state_dict())
@@ -274,16 +276,16 @@ def test_balanced_rows_are_balanced(y, limit):
 
 def test_cost_excludes_warm_up():
     t = trace([1] * 20)
-    slow = Trace(t.user, t.digest, t.y, t.predicted, t.confidence, t.nll, np.array([1.0] * 10 + [2e-6] * 10))
+    slow = ClassTrace(t.user, t.digest, t.y, t.predicted, t.confidence, t.nll, np.array([1.0] * 10 + [2e-6] * 10))
     got = cost([slow], 12.0)
     assert (got.us_p50, got.us_p99, got.bytes_per_user) == (pytest.approx(2), pytest.approx(2), 12)
 
 
-def test_accuracy_with_state_does_not_commit():
+def test_metric_with_state_does_not_commit():
     net = Counting()
     net.counts["a"] = 1
     data = Examples(torch.zeros(5, 2), torch.tensor([1, 1, 0, 1, 2]), torch.zeros(5))
-    assert accuracy_with_state(net, "a", data, chunk=2) == pytest.approx(3 / 5)
+    assert metric_with_state(net, "a", data, chunk=2) == pytest.approx(3 / 5)
     assert {kind for kind, _ in net.calls} == {"predict"}
 
 

@@ -43,7 +43,7 @@ def followed():
         method = adaptation_method(f"pseudo:n0=16/page-hinkley/{act}")
         net = DriftMonitor(personalize(source(), method.rule), source(), *method.watch)
         (trace,) = follow(net, [recurring])
-        results[act] = trace.correct.reshape(-1, TURN).mean(1), net.users["ann"].alarms
+        results[act] = trace.values.reshape(-1, TURN).mean(1), net.users["ann"].alarms
     return recurring, results
 
 

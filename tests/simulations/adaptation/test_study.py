@@ -19,13 +19,16 @@ from fedbn.errors import UserError
 from fedbn.federation.run import Run
 from fedbn.files import write_json
 from fedbn.nn.inference import logits
-from fedbn.online.prequential import Trace, source_baseline
+from fedbn.online.prequential import source_baseline
+from fedbn.online.traces import ClassTrace
 from fedbn.statistics.recalibration import recalibrate
+from fedbn.tasks import parse_task
 from simulations.adaptation import study as personalize
 from simulations.adaptation.cells import SOURCE, Cell, read_cell, run_cell
 from simulations.adaptation.methods import adaptation_method
+from simulations.adaptation.metric import StudyMetric
 from simulations.adaptation.plots import users_figure
-from simulations.adaptation.results import accuracy_curve, summary, users_frame, write
+from simulations.adaptation.results import metric_curve, metric_of, summary, users_frame, write
 from simulations.adaptation.source_model import train_source_model
 from simulations.adaptation.study import Study, cells_of, check_same_windows, families, run_study, winners
 from simulations.adaptation.tables import rows, summary_table, update_study_document
@@ -33,6 +36,7 @@ from simulations.adaptation.warm_starts import start
 from simulations.cli.app import app
 from simulations.storage import provenance
 
+METRIC = StudyMetric.of(parse_task("classification"))
 RULES = ("pseudo:n0=16", "tent", "pseudo:n0=16/adwin/decay", "ema:rate=0.05/ask:budget=2")
 
 
@@ -99,7 +103,7 @@ def test_start_uses_earlier_recording(source):
     assert facts["includes_current"]
     for t, u, s in zip(traces, source.users("unseen"), source.streams("natural", "unseen")):
         model = recalibrate(copy.deepcopy(source.model), u.train.x)
-        wanted = Trace.of(s, logits(model, s.x))
+        wanted = ClassTrace.of_logits(s, logits(model, s.x))
         # The bank shrinks by two windows' worth of prior; nearly the same is what is asked for here.
         assert np.mean(t.predicted == wanted.predicted) > 0.9
         assert np.mean(t.predicted == source_baseline(source.model, s).predicted) < 1
@@ -162,7 +166,7 @@ def test_read_cell_refuses_other_numerics(place, finished_study, monkeypatch):
 
 def test_summary_is_computed_from_traces(results):
     users = users_frame(results)
-    found = summary(results, users)
+    found = summary(results, users, METRIC)
     for line in found.itertuples():
         part = users[(users["stream"] == line.stream) & (users["label"] == line.rule)]
         base = users[(users["stream"] == line.stream) & (users["label"] == SOURCE)]
@@ -194,17 +198,17 @@ def test_write_writes_readable_files(finished_study, tmp_path):
     assert stored["study"]["scenario"] == "digits8"
     assert (tmp_path / "accuracy_curve.png").stat().st_size > 10_000
     console = Console(width=80, file=io.StringIO())
-    console.print(summary_table(found, done, 80))
+    console.print(summary_table(found, done, metric_of(done), 80))
     lines = console.file.getvalue().splitlines()
     assert max(map(len, lines)) <= 80
     assert sum("harmed" in line and "worst" in line for line in lines[3:-4]) == 5 + 2
 
 
-def test_accuracy_curve_is_mean_fading_accuracy(results):
-    found = accuracy_curve(results)
+def test_metric_curve_is_mean_fading_accuracy(results):
+    found = metric_curve(results, "accuracy")
     line = found[(found["stream"] == "iid") & (found["rule"] == SOURCE)]
     traces = next(t for c, (t, _) in results.items() if (c.stream, c.start, c.rule) == ("iid", "cold", SOURCE))
-    assert line["accuracy"].iloc[0] == pytest.approx(np.mean([t.correct[0] for t in traces]))
+    assert line["accuracy"].iloc[0] == pytest.approx(np.mean([t.values[0] for t in traces]))
     assert (line["low"] <= line["accuracy"]).all()
     assert len(line) <= min(len(t.y) for t in traces) + 1
 
@@ -223,7 +227,7 @@ def test_families_and_winners_select_best_variant():
 
     def cell(rule, right):
         y = np.ones(4, int)
-        t = Trace("u", "d", y, np.array(right), y * 0.5, y * 1.0, y * 1.0)
+        t = ClassTrace("u", "d", y, np.array(right), y * 0.5, y * 1.0, y * 1.0)
         return Cell(study().runs()[0], "seen", "iid", "cold", rule), ([t], {})
 
     scored = dict([cell("a:x=1", [1, 1, 1, 0]), cell("a", [1, 1, 0, 0])])
@@ -259,6 +263,7 @@ def test_adaptation_method_text_round_trips():
         ({"seeds": 0}, "seeds must be at least 1, not 0"),
         ({"streams": ("recurring:people=9",)}, "stream 'recurring' needs 9 people and there are 2"),
         ({"scenario": "digits8:unseen=0"}, "has no unseen users to adapt to"),
+        ({"metric": "mae"}, "unknown metric 'mae'"),
         ({"strategies": ()}, "no strategies given: name at least one of --strategies"),
         ({"strategies": ("fedbn", "fedbn")}, "strategies given twice: fedbn"),
         ({"strategies": ("local",)}, "strategy 'local' shares no model for unseen users to start from"),
@@ -314,8 +319,8 @@ def test_each_strategy_has_its_own_source_and_rows(tmp_path):
 
 def test_users_figure_marks_harmed_users(results):
     users = users_frame(results)
-    found = summary(results, users)
-    figure = users_figure(users, found)
+    found = summary(results, users, METRIC)
+    figure = users_figure(users, found, METRIC)
     shown = [name for name, _ in rows(found) if name != SOURCE]
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == shown
     for axes, kind in zip(figure.axes, dict.fromkeys(found["stream"]), strict=True):
