@@ -28,7 +28,8 @@ from fedbn.federation.server import Outcome, global_columns, served_users
 from fedbn.federation.setup import build_context
 from fedbn.models import build
 from fedbn.nn.threads import torch_threads
-from fedbn.online import personalize, rule
+from fedbn.online import personalize
+from fedbn.online.rules.base import rule
 from fedbn.stacked.executors import ClientExecutor, Executor
 from fedbn.stacked.memory import collect_garbage_rarely, keep_freed_memory
 from simulations.engines.grid import InProcessGrid

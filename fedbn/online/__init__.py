@@ -1,8 +1,9 @@
 """Statistics that follow users: a bank of thousands of users in one network, rules, states as values."""
 
+from fedbn.online.methods import rule
 from fedbn.online.personalized import Personalized, personalize
 from fedbn.online.prior import LayerPrior, population_prior, source_prior
-from fedbn.online.rules.base import Rule, rule
+from fedbn.online.rules.base import Rule
 from fedbn.online.state import BNState
 from fedbn.online.statistics import State
 from fedbn.online.stores import DirectoryStore, SQLiteStore, Store

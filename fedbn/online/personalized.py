@@ -22,7 +22,7 @@ from fedbn.nn.roles import CLASSES, head_layer, statistics_layers
 from fedbn.online.bank import Bank, Group
 from fedbn.online.layer import Pass, Transform, UserNorm, affine_entry, user_norm, write_statistics
 from fedbn.online.prior import LayerPrior, pack_priors
-from fedbn.online.rules.base import Rule
+from fedbn.online.rules.base import Rule, not_a_rule
 from fedbn.online.rules.base import rule as parse_rule
 from fedbn.online.state import BNState, fingerprint
 from fedbn.online.statistics import Pair, mix, within_limits
@@ -83,8 +83,8 @@ def personalize(
         classes: number of classes; None: that of a built model, or the width of its last layer.
 
     Raises:
-        UserError: an unknown rule, a model without statistics, with layers that do not evaluate as BN (such as IABN),
-            or a prior that does not match the model.
+        UserError: an unknown rule or a test-time method, a model without statistics or with layers that do not evaluate
+            as BN (such as IABN), or a prior that does not match the model.
 
     >>> net = personalize(nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 3)), "pseudo:n0=8")
     >>> net(torch.ones(3, 2), user=["ann", "bob", "ann"]).shape, net.users
@@ -93,6 +93,8 @@ def personalize(
     {'ann': 2.0, 'bob': 1.0}
     """
     rule = parse_rule(rule) if isinstance(rule, str) else rule
+    if not isinstance(rule, Rule):
+        raise not_a_rule(getattr(rule, "name", repr(rule)))
     model = plain(copy_model(model))
     require_statistics(model, f"rule {rule.name!r}")
     require_batch_norm_formula(model, f"rule {rule.name!r}")

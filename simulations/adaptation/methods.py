@@ -10,12 +10,12 @@ from fedbn.errors import UserError
 from fedbn.online import Rule
 from fedbn.online.drift.actions import Action, action
 from fedbn.online.drift.detectors import Detector, detector
-from fedbn.online.rules.base import rules
+from fedbn.online.methods import rule, rules_and_methods
 from fedbn.online.validation import require_no_classes
 from fedbn.plugins import parse, render, text_of
 from fedbn.streams import StreamSpec
 from fedbn.tasks import Task
-from fedbn.tta import Method, methods
+from fedbn.tta import Method
 from simulations.adaptation.warm_starts import Start
 
 
@@ -66,7 +66,7 @@ def adaptation_method(text: str) -> AdaptationMethod:
     'pseudo/adwin/decay:n=8/ask'
     """
     first, *more = text.split("/")
-    chosen = parse(first, "rule or method", _known(), (Rule, Method))
+    chosen = rule(first)
     ask = parse(more.pop(), "question", {Questions.name: Questions}) if more and more[-1].startswith("ask") else None
     if len(more) not in (0, 2):
         raise UserError(f"{text!r}: write rule/detector/action, e.g. {first}/adwin/decay, or {first}/ask")
@@ -87,7 +87,7 @@ def adaptation_text(chosen: Any) -> str:
     """
     if isinstance(chosen, AdaptationMethod):
         return chosen.text
-    return text_of(chosen, "rule or method", _known(), (Rule, Method))
+    return text_of(chosen, "rule or method", rules_and_methods(), (Rule, Method))
 
 
 def check_classes(
@@ -117,7 +117,3 @@ def check_classes(
                     f"{kind} {part.name!r} selects windows by class, and task {task.name!r} has no class per window: "
                     f"choose {'cold or recording' if kind == 'start' else 'natural or iid'}"
                 )
-
-
-def _known() -> dict[str, type[Rule | Method]]:
-    return {**rules(), **methods()}

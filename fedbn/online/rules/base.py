@@ -26,8 +26,10 @@ import torch
 from torch import Tensor
 
 from fedbn.errors import UserError
+from fedbn.objects import split_options
 from fedbn.online.statistics import Pair, Prior, State, WindowStatistics, mix
 from fedbn.plugins import discover, parse, text_of
+from fedbn.tta import methods
 
 INF = math.inf
 Ranges = tuple[tuple[str, float, float], ...]
@@ -61,7 +63,6 @@ class Rule:
         guard: use the prior while adapted predictions are less certain
             (`fedbn.online.personalized.Personalized.predict`).
 
-    >>> from fedbn.online import rule
     >>> rule("ema:rate=0.05:diversity=1").diversity
     1.0
     """
@@ -272,12 +273,22 @@ def rule(text: str) -> Rule:
     """Rule from a text such as ``name:option=value:option=value``.
 
     Raises:
-        UserError: unknown name or option (the closest one is suggested), or a value out of range.
+        UserError: unknown name or option (the closest one is suggested), a value out of range, or a test-time method.
 
     >>> rule("pseudo:n0=64:floor=0.05").n0
     64.0
     """
+    if (name := split_options(text)[0]) in methods():
+        raise not_a_rule(name)
     return parse(text, "rule", rules(), Rule)
+
+
+def not_a_rule(name: str) -> UserError:
+    """The error if a test-time method is given where a rule is needed."""
+    return UserError(
+        f"{name!r} is a test-time method, which changes weights or outputs, not a rule on statistics: compare it by "
+        f"`fedbn adapt --rules {name}`, or use fedbn.tta.Adapter for one user's stream"
+    )
 
 
 def rule_text(chosen: str | Rule | type[Rule]) -> str:
