@@ -95,6 +95,13 @@ class Task(ABC):
         """
         return [self.evaluate(outputs[i, :rows], y[i, :rows]) for i, rows in enumerate(n)]
 
+    def predict(self, outputs: Tensor) -> Tensor:
+        """What a service returns for outputs ``[n, *output_shape]``, of the same shape; the outputs by default.
+
+        Probabilities for tasks with logits, values in the units of the targets for regression.
+        """
+        return outputs
+
     def posterior(self, outputs: Tensor) -> Tensor | None:
         """Class probabilities ``[n, classes]`` of each example; None if an example does not have one class."""
         return None

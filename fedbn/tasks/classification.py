@@ -124,6 +124,9 @@ class Classification(Task):
         lines = zip(*(values.tolist() for values in columns.values()), strict=True)
         return [{name: v for name, v in zip(columns, line, strict=True) if v == v} for line in lines]
 
+    def predict(self, outputs: Tensor) -> Tensor:
+        return outputs.softmax(1)
+
     def posterior(self, outputs: Tensor) -> Tensor | None:
         return outputs.softmax(1)
 

@@ -74,6 +74,9 @@ class MultiLabel(Task):
             average_precision=mean_over(precision, ~precision.isnan()),
         )
 
+    def predict(self, outputs: Tensor) -> Tensor:
+        return outputs.sigmoid()
+
     def example_values(self, outputs: Tensor, y: Tensor) -> Tensor:
         return ((outputs >= 0) == (y > 0.5)).double().mean(1)
 

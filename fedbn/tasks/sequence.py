@@ -60,6 +60,9 @@ class PositionTask(Task):
         losses = F.cross_entropy(outputs, y, weights, reduction="none", ignore_index=IGNORED).flatten(1)
         return losses.sum(1) / (y != IGNORED).flatten(1).sum(1).clamp_min(1)
 
+    def predict(self, outputs: Tensor) -> Tensor:
+        return outputs.softmax(1)
+
     def example_values(self, outputs: Tensor, y: Tensor) -> Tensor:
         """Share of correct positions among those that count; NaN if an example has none."""
         valid = (y != IGNORED).flatten(1)

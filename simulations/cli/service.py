@@ -104,10 +104,21 @@ def serve(
     # Before training: it takes minutes, and another service may use the store.
     users_file = SQLiteStore(store) if store.exists() else None
     with server.listen(host, port) as listening:
-        served = own or ServedModel.from_source(_trained(strategy, options | {"model": model}), chosen)
+        served = own or ServedModel.from_source(_trained(strategy, options | {"model": model}, chosen), chosen)
         if users_file is None:
             users_file = SQLiteStore(store)
-        users = UserStore(served.model, served.shape, served.classes, rule, served.prior, users_file, drift, limits)
+        users = UserStore(
+            served.model,
+            served.shape,
+            served.classes,
+            rule,
+            served.prior,
+            users_file,
+            drift,
+            limits,
+            served.task,
+            served.outputs,
+        )
         log_to_stderr(verbose)
         url = server.address(host, listening, tls=tls_cert is not None)
         app = create_app(users, access, durability=durability)
@@ -173,18 +184,23 @@ def _own_model(scenario: str | None, model: str, weights: Path, shape: str, clas
     return ServedModel.from_weights(model, weights, tuple(map(int, sides)), parts(classes), rule)
 
 
-def _trained(strategy: str, options: dict[str, Any]) -> SourceModel:
-    """The source model; read from the cache if it was trained before with the current numerics."""
+def _trained(strategy: str, options: dict[str, Any], rule: Rule | None = None) -> SourceModel:
+    """The source model; read from the cache if it was trained before with the current numerics.
+
+    Raises:
+        UserError: before training, also if the rule needs classes and the task has none.
+    """
     from fedbn.data.packages import cache_dir
     from fedbn.federation.run import task_of
+    from fedbn.online.validation import require_no_classes
     from simulations.adaptation.source_model import train_source_model
     from simulations.adaptation.study import Study
     from simulations.storage.provenance import NUMERICS
 
     study = Study.from_dict(options | {"rules": ("source",), "strategies": (strategy,), "seeds": 1})
     (run,) = study.resolved().runs()
-    if not task_of(run).has_posterior:
-        raise UserError(f"the service returns classes, and task {task_of(run).name!r} has none: choose classification")
+    if rule is not None and not (task := task_of(run)).has_posterior:
+        require_no_classes(rule, task.name)
     with progress_bars(disable=False) as progress:
         training = progress.add_task(f"training on {run.scenario}", total=run.plan.rounds)
         return train_source_model(

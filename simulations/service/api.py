@@ -79,7 +79,7 @@ def create_app(
     app = FastAPI(
         title="fedbn",
         version=version("fedbn"),
-        summary="Classification of sensor windows, with normalization statistics adapted to each user.",
+        summary="Predictions for sensor windows, with normalization statistics adapted to each user.",
         lifespan=lifespan,
         docs_url=None,  # FastAPI's page loads scripts from the network
         redoc_url=None,
@@ -157,7 +157,7 @@ class WindowMiddleware:
         if headers.get(b"accept") == BINARY.encode():
             alarm, alarms = str(int(answer.alarm)).encode(), str(answer.alarms).encode()
             out_headers = [(b"content-type", BINARY.encode()), (b"x-drift-alarm", alarm), (b"x-drift-alarms", alarms)]
-            out = answer.probabilities.astype("<f4").tobytes()
+            out = answer.predictions.astype("<f4").tobytes()
         else:
             out_headers = [(b"content-type", b"application/json")]
             out = encode_answer(answer, self.service.users.classes)
@@ -189,14 +189,16 @@ async def metrics(service: SharedService) -> Response:
     return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
 
-@_service_router.get("/v1/model", summary="The served model: window shape, classes, rule, limits.")
+@_service_router.get("/v1/model", summary="The served model: window shape, task, classes, rule, limits.")
 async def model(service: SharedService) -> dict[str, Any]:
     """Information that a client needs to send windows."""
     users, bank = service.users, service.users.net.bank
     return {
         "model": bank.model,
         "shape": users.shape,
+        "task": users.task.name,
         "classes": list(users.classes),
+        "outputs": list(users.outputs),
         "rule": bank.rule_text,
         "drift": users.drift,
         "max_windows_per_request": users.limits.windows,

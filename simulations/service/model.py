@@ -15,7 +15,9 @@ from fedbn.models import build
 from fedbn.nn.conversion import require_statistics
 from fedbn.nn.roles import Role, roles
 from fedbn.online import LayerPrior, Rule
+from fedbn.online.prequential import CLASSIFICATION
 from fedbn.online.prior import layer_priors
+from fedbn.tasks import Task
 from simulations.adaptation.source_model import SourceModel
 
 
@@ -26,20 +28,26 @@ class ServedModel:
     Attributes:
         model: in evaluation mode.
         shape: shape of a window.
-        classes: class names.
+        classes: class names; empty for tasks without classes.
         prior: initial statistics of users.
+        task: the task of the model.
+        outputs: names of the outputs.
     """
 
     model: nn.Module
     shape: tuple[int, ...]
     classes: tuple[str, ...]
     prior: Mapping[str, LayerPrior]
+    task: Task = CLASSIFICATION
+    outputs: tuple[str, ...] = ()
 
     @staticmethod
     def from_source(source: SourceModel, rule: Rule) -> ServedModel:
         """A model trained on a scenario."""
-        population = source.ctx.population
-        return ServedModel(source.model, population.shape, tuple(population.classes), source.prior_for(rule))
+        population, task = source.ctx.population, source.ctx.task
+        names = tuple(population.classes)
+        classes = names if task.has_posterior else ()
+        return ServedModel(source.model, population.shape, classes, source.prior_for(rule), task, names)
 
     @staticmethod
     def from_weights(

@@ -26,7 +26,12 @@ SCHEMAS: dict[str, Any] = {
     | {"required": ["windows"]},
     "Answers": _object(
         user=STRING,
-        answers=_array(_object(**{"class": INTEGER, "name": STRING, "probabilities": _array(NUMBER)})),
+        answers=_array(
+            _object(
+                **{"class": INTEGER, "name": STRING, "probabilities": _array(NUMBER)},
+                outputs=_array({}) | {"description": "instead, if the task has no classes: values, or probabilities"},
+            )
+        ),
         drift=_object(distance=NUMBER | {"nullable": True}, alarm=BOOLEAN, alarms=INTEGER),
         advice=_object(
             action=STRING | {"enum": ["none", "calibrate", "recalibrate"]}, classes=_array(STRING), text=STRING
@@ -58,5 +63,5 @@ def _operation(name: str) -> dict[str, Any]:
         "tags": ["windows"],
         "parameters": parameters,
         "requestBody": {"required": True, "content": JSON_WINDOWS | RAW_WINDOWS},
-        "responses": {"200": {"description": "JSON, or with Accept: " + BINARY + " probabilities", "content": answers}},
+        "responses": {"200": {"description": "JSON, or with Accept: " + BINARY + " predictions", "content": answers}},
     }

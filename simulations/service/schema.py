@@ -42,18 +42,19 @@ class Answer:
 
     Attributes:
         user: name of the user.
-        probabilities: ``[n, classes]`` float32.
+        predictions: ``[n, *output_shape]`` float32 (`fedbn.tasks.Task.predict`); probabilities ``[n, classes]`` for
+            classification.
         distance: distance of the last window from earlier ones of its class (`fedbn.online.drift.monitor`); None while
             there are too few.
         alarm: whether the user's drift detector raised an alarm at one of these windows.
         alarms: number of alarms since the last calibration.
-        class_counts: learned windows per predicted class.
+        class_counts: learned windows per predicted class; empty for tasks without classes.
         calibrated: whether the user's statistics were calibrated on own windows.
         held: identifiers of the windows stored until labels arrive.
     """
 
     user: str
-    probabilities: np.ndarray
+    predictions: np.ndarray
     distance: float | None
     alarm: bool
     alarms: int
@@ -163,11 +164,13 @@ def parse_labels(values: Any, classes: Sequence[str]) -> list[int]:
     """Convert class names or indices to indices.
 
     Raises:
-        RequestError: unknown classes.
+        RequestError: unknown classes, or the model has none.
 
     >>> parse_labels(["walking", 1], ["sitting", "walking"])
     [1, 1]
     """
+    if not classes:
+        raise RequestError(422, "the served model has no classes, so it cannot learn from labels: leave them out")
     index: Mapping[Any, int] = {name: i for i, name in enumerate(classes)}
     if not isinstance(values, list):
         raise RequestError(422, f'"labels" must be a list of classes, by name or 0 to {len(classes) - 1}')
@@ -189,7 +192,8 @@ def advice(answer: Answer, classes: Sequence[str]) -> dict[str, Any]:
     ('calibrate', ['walking'])
     """
     if answer.alarms:
-        text = "the signal has changed since the last calibration: record a window of each class again"
+        record = "a window of each class" if classes else "some windows"
+        text = f"the signal has changed since the last calibration: record {record} again"
         return {"action": "recalibrate", "classes": list(classes), "text": text}
     missing = [name for name, n in zip(classes, answer.class_counts, strict=True) if n < 1]
     if answer.calibrated or not missing:
@@ -199,11 +203,14 @@ def advice(answer: Answer, classes: Sequence[str]) -> dict[str, Any]:
 
 
 def encode_answer(answer: Answer, classes: Sequence[str]) -> bytes:
-    """An answer as JSON."""
-    best = zip(answer.probabilities.argmax(1).tolist(), answer.probabilities, strict=True)
+    """An answer as JSON; for tasks without classes, with the predictions of each window as ``outputs``."""
+    answers: list[dict[str, Any]] = [{"outputs": p} for p in answer.predictions]
+    if classes:
+        best = zip(answer.predictions.argmax(1).tolist(), answer.predictions, strict=True)
+        answers = [{"class": i, "name": classes[i], "probabilities": p} for i, p in best]
     content = {
         "user": answer.user,
-        "answers": [{"class": i, "name": classes[i], "probabilities": p} for i, p in best],
+        "answers": answers,
         "drift": {"distance": answer.distance, "alarm": answer.alarm, "alarms": answer.alarms},
         "advice": advice(answer, classes),
         "held": answer.held,

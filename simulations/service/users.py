@@ -22,8 +22,11 @@ from fedbn.online import BNState, LayerPrior, SQLiteStore, personalize
 from fedbn.online.drift.batched import BatchedMonitor
 from fedbn.online.drift.detectors import detector
 from fedbn.online.drift.signal import channel_means
+from fedbn.online.prequential import CLASSIFICATION
 from fedbn.online.records import DamagedRecordError
 from fedbn.online.rules.base import rule
+from fedbn.online.validation import require_no_classes
+from fedbn.tasks import Task
 from simulations.service.batching import Job
 from simulations.service.durability import Journal
 from simulations.service.held import HeldWindows
@@ -69,19 +72,21 @@ class UserStore:
     Args:
         model: in evaluation mode.
         shape: shape of a window.
-        classes: class names.
+        classes: class names; empty for tasks without classes.
         rule: text of the rule that updates users' statistics.
         prior: initial statistics of users.
         store: database of states; if None, states are lost when the service ends.
         drift: text of the drift detector.
         limits: memory limits.
+        task: the task of the model.
+        outputs: names of the outputs, for clients; those of the classes by default.
 
     Attributes:
         journal: changes on their way to the store; None without one.
 
     Raises:
-        UserError: unknown rule or detector, the model mixes the windows of a batch, or the store has users of another
-            model or rule.
+        UserError: unknown rule or detector, a rule that needs classes for a task without them, the model mixes the
+            windows of a batch, or the store has users of another model or rule.
     """
 
     model: nn.Module
@@ -92,11 +97,17 @@ class UserStore:
     store: SQLiteStore | None = None
     drift: str = DETECTOR
     limits: Limits = field(default_factory=Limits)
+    task: Task = CLASSIFICATION
+    outputs: Sequence[str] = ()
 
     def __post_init__(self) -> None:
+        self.outputs = self.outputs or self.classes
+        if not self.task.has_posterior:
+            require_no_classes(rule(self.rule), self.task.name)
         self.journal = None if self.store is None else Journal(self.store)
+        classes = len(self.classes) or None
         self.net = personalize(
-            self.model, rule(self.rule), self.prior, self.limits.capacity, store=self.journal, classes=len(self.classes)
+            self.model, rule(self.rule), self.prior, self.limits.capacity, store=self.journal, classes=classes
         )
         self._damaged: set[str] = set()
         self._check_store()
@@ -107,7 +118,7 @@ class UserStore:
         path, layer = next(iter(statistics_layers(self.net.model).items()))
         self._first_layer = {path: layer}
         scale = torch.as_tensor(layer.running_var).double().numpy()
-        self.monitor = BatchedMonitor(drift_detector, scale, len(self.classes), self.limits.capacity)
+        self.monitor = BatchedMonitor(drift_detector, scale, classes or 1, self.limits.capacity)
         self.held = HeldWindows(self.limits.held)
         self._calibrated_cache: dict[str, bool] = {}
 
@@ -148,21 +159,21 @@ class UserStore:
             }
             rest = [job for job in jobs if job.user not in rejected]
             return rejected | (self._answer(rest) if rest else {})
-        posterior = out.softmax(1)
+        posterior = self.task.posterior(out)
         learn = jobs[0].learn
         if learn:
             self.net.commit(posterior=posterior)
-        predicted = posterior.argmax(1).numpy()
+        predicted = np.zeros(len(out), int) if posterior is None else posterior.argmax(1).numpy()
         starts = np.cumsum([0, *(job.n for job in jobs)])
         drift = self._detect_drift(jobs, starts, channel_means(activations[-1]), predicted) if learn else {}
         bank = self.net.bank
         slots = [bank.slot[job.user] for job in jobs]
         class_counts = bank.rows["classes"][slots].tolist()
-        probabilities = posterior.float().numpy()
+        predictions = self.task.predict(out).float().numpy()
         return {
             job.user: Answer(
                 user=job.user,
-                probabilities=probabilities[start:end],
+                predictions=predictions[start:end],
                 distance=drift.get(job.user, (None, False))[0],
                 alarm=drift.get(job.user, (None, False))[1],
                 alarms=self.monitor.user(job.user).num_alarms,

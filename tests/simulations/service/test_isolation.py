@@ -73,7 +73,7 @@ def test_huge_windows_fail_only_their_own_request(model, name, learn):
     assert isinstance(answers[1], RequestError)
     assert (answers[1].status, "too large" in str(answers[1])) == (422, True)
     for answer, other in zip((answers[0], answers[2]), expected, strict=True):
-        np.testing.assert_allclose(answer.probabilities, other.probabilities, atol=1e-6)
+        np.testing.assert_allclose(answer.predictions, other.predictions, atol=1e-6)
     assert users.snapshot("eve") == before
     if learn:
         assert users.report("ann")["learned"] == 1

@@ -79,7 +79,7 @@ def test_batched_answers_equal_single_predictions(model):
         for job, answer in zip(jobs, answers, strict=True):
             out = reference.predict(job.windows, job.user)
             reference.commit(posterior=out.softmax(1))
-            np.testing.assert_allclose(answer.probabilities, out.softmax(1).numpy(), atol=1e-5)
+            np.testing.assert_allclose(answer.predictions, out.softmax(1).numpy(), atol=1e-5)
             assert answer.user == job.user
 
 
@@ -136,7 +136,7 @@ def test_snapshot_merge_export_and_forget(model, tmp_path):
     plain.load_state_dict(load(users.export("ann")))
     x = windows(3, 3)
     expected = observe(users, "ann", x, learn=False, hold=True)
-    np.testing.assert_allclose(plain.eval()(x).softmax(1).detach().numpy(), expected.probabilities, atol=1e-5)
+    np.testing.assert_allclose(plain.eval()(x).softmax(1).detach().numpy(), expected.predictions, atol=1e-5)
     users.flush()
     users.journal.commit()
     assert list(store) == ["ann", "ann2"]
@@ -169,7 +169,7 @@ def test_calibration_changes_the_advice(model):
     answer = observe(users, "ann", windows(1))
     assert answer.calibrated
     assert advice(answer, CLASSES)["action"] == "none"
-    drifted = Answer("ann", answer.probabilities, 1.0, True, 1, answer.class_counts, True)
+    drifted = Answer("ann", answer.predictions, 1.0, True, 1, answer.class_counts, True)
     assert advice(drifted, CLASSES) == advice(drifted, CLASSES) | {"action": "recalibrate", "classes": list(CLASSES)}
 
 
