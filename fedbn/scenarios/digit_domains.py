@@ -81,8 +81,9 @@ class DigitScenario(Scenario):
             raise UserError(f"train={self.train}: choose 10 to {len(train)}, the size of domain {domain.name!r}")
         if self.test is not None and self.test < 1:
             raise UserError(f"test={self.test}: choose 1 or more, or none for all test images")
+        selected: list[tuple[Part, np.ndarray]] = [("train", train[: self.train]), ("test", test[: self.test])]
         parts: list[Examples] = []
-        for part, rows in (("train", train[: self.train]), ("test", test[: self.test])):
+        for part, rows in selected:
             x, y = self.examples(domain, rows, part)
             parts.append(Examples(x, y, torch.full((len(y),), len(parts))))
         return User(domain.name, domain.name, *parts)
