@@ -40,6 +40,7 @@ class Hapt(WearableScenario):
 
     name: ClassVar[str] = "hapt"
     about: ClassVar[str] = "30 people, phone at the waist, 6 activities; later recordings test"
+    source: ClassVar[str] = "hapt"
     plan: ClassVar[dict[str, object]] = WearableScenario.plan | {"rounds": 16, "global_test": 240}
     # The best of 0.03, 0.05 and 0.1 (ties: the smaller) after 16 rounds on validation data of seed 0, as 0.05 is for
     # the other strategies of the main comparison.

@@ -18,6 +18,7 @@ class WearableScenario(Scenario):
     """Windows ``[6, window]`` of acceleration (g) and rotation (rad/s) from a packaged file; people are held out.
 
     Attributes:
+        source: short name of the packaged file (`fedbn.data.packages.SOURCES`).
         classes: names of the activities.
         skew: one sentence that describes the skew between users.
         unseen: number of people that never train.
@@ -36,6 +37,7 @@ class WearableScenario(Scenario):
         "lr": 0.05,
         "momentum": 0.9,
     }
+    source: ClassVar[str]
     classes: ClassVar[tuple[str, ...]]
     skew: ClassVar[str]
 
@@ -55,9 +57,9 @@ class WearableScenario(Scenario):
 
     def load(self, seed: int) -> Population:
         step = hop(self.window, self.overlap)
-        source = SOURCES[self.name]
+        source = SOURCES[self.source]
         path = fetch(source)
-        users = self.split(cached(self.name, 1, source.sha256, lambda: self.parse(path)), step)
+        users = self.split(cached(self.source, 1, source.sha256, lambda: self.parse(path)), step)
         people = sorted({person for person, _ in users})
         unseen = {people[i] for i in hold_out(len(people), self.unseen, seed, self.reserved)}
         reserved = {people[i] for i in hold_out_order(len(people))[: self.reserved]}

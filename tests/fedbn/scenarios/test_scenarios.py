@@ -11,10 +11,11 @@ import torch
 
 from fedbn.data.unpickle import Inert
 from fedbn.errors import UserError
-from fedbn.scenarios import digits, hapt, watch, wearable
+from fedbn.scenarios import glyphs, hapt, watch, wearable
 from fedbn.scenarios.base import scenario, scenarios
 from fedbn.scenarios.uci_har import SIGNALS
 from fedbn.seeds import numpy_generator
+from fedbn.tasks import parse_task
 from tests.fedbn.helpers import rejects
 
 
@@ -105,19 +106,23 @@ def test_scenario_seed_changes_unseen_users_only(name, load):
 @every
 def test_scenario_examples_are_valid(name, load):
     population = load(name)
+    task = parse_task(scenarios()[name].task)
+    classified = task.name == "classification"
     train_classes = set()
     for i, user in enumerate(population.users):
         for data in (user.train, user.test):
-            assert (data.x.dtype, data.y.dtype, data.recording.dtype) == (torch.float32, torch.int64, torch.int64)
+            assert (data.x.dtype, data.recording.dtype) == (torch.float32, torch.int64)
+            assert data.y.dtype in (torch.float32, torch.int64)
             assert len(data.x) == len(data.y) == len(data.recording) > 0
             assert data.x.shape[1:] == population.shape
             assert data.x.is_contiguous()
             assert torch.isfinite(data.x).all()
-            assert 0 <= int(data.y.min()) <= int(data.y.max()) < len(population.classes)
+            assert task.check(data.y, population.classes) is None
         assert len(user.train) >= 2
-        if i in population.seen:
+        if classified and i in population.seen:
             train_classes |= set(user.train.y.tolist())
-    assert train_classes == set(range(len(population.classes)))
+    assert not classified or train_classes == set(range(len(population.classes)))
+    assert not task.notices(population)
     assert len({u.name for u in population.users}) == len(population.users)
     assert population.skew
     assert all(len(v) == 64 for v in population.sources.values())
@@ -125,9 +130,10 @@ def test_scenario_examples_are_valid(name, load):
 
 @every
 def test_scenario_has_no_example_on_both_sides(name, load):
-    for user in load(name).users:
-        train, test = ({row.numpy().tobytes() for row in data.x} for data in (user.train, user.test))
-        assert not train & test
+    users = load(name).users
+    train = {row.numpy().tobytes() for user in users for row in user.train.x}
+    test = {row.numpy().tobytes() for user in users for row in user.test.x}
+    assert not train & test
 
 
 @pytest.mark.parametrize("name", ["hapt", "watch", "digits8", "files"])
@@ -251,15 +257,15 @@ def test_digits_matches_setting_of_fedbn(load):
 
 def test_digits_shares_no_mnist_image_between_domains(monkeypatch):
     numbered = np.zeros((200, 28, 28), np.uint8), np.arange(200, dtype=np.uint8)
-    monkeypatch.setattr(digits, "_mnist_all", lambda _: numbered)
-    mnist, mnistm = (set(digits.DOMAINS[name]({})[1].tolist()) for name in ("mnist", "mnistm"))
+    monkeypatch.setattr(glyphs, "_mnist_all", lambda _: numbered)
+    mnist, mnistm = (set(glyphs.DOMAINS[name]({})[1].tolist()) for name in ("mnist", "mnistm"))
     assert not mnist & mnistm
     assert mnist | mnistm == set(range(200))
 
 
 def test_digits_fonts_are_centered_and_of_the_size_of_mnist(monkeypatch):
-    monkeypatch.setattr(digits, "FONT_IMAGES", 60)
-    images, labels = digits._fonts({})
+    monkeypatch.setattr(glyphs, "FONT_IMAGES", 60)
+    images, labels = glyphs._fonts({})
     assert labels.tolist() == [*range(10)] * 6
     for image in images:
         rows, columns = (np.flatnonzero((image > 64).any(axis)) for axis in (1, 0))
@@ -295,6 +301,10 @@ def test_digits8_has_different_cameras(load):
         ("digits:unseen=mnist+optdigits+mfeat+pendigits+fonts+mnistm", "leaves no user for training; leave one out"),
         ("digits:train=5000", "train=5000: choose 10 to 2000, the size of domain 'mnist'"),
         ("digits:test=0", "test=0: choose 1 or more, or none"),
+        ("digit-masks:unseen=mnits", "unknown domain of scenario 'digit-masks' 'mnits'. Did you mean 'mnist'?"),
+        ("digit-sets:train=9", "train=9: choose 10 to 2000"),
+        ("digit-angles:limit=181", "limit=181: choose an angle above 0 and at most 180 degrees"),
+        ("hapt-intensity:unseen=30", "30 unseen of 30 users leaves no user for training"),
         ("digits8:users=99", "users=99: choose 2 to 60"),
         ("digits8:images=240", "images=240: choose 250 .25 per user. to 1797"),
         ("digits8:images=1798", "images=1798: choose 250"),
