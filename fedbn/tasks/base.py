@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from torch import Tensor
 from fedbn.data.labels import encode_numbers
 from fedbn.data.population import Population
 from fedbn.errors import UserError
-from fedbn.plugins import build, discover, is_known, parse, render
+from fedbn.plugins import build, discover, parse, render, text_of
 
 
 @dataclass(frozen=True)
@@ -143,34 +142,20 @@ def parse_task(text: str) -> Task:
     >>> parse_task("fedbn.tasks.regression:Regression:loss=mae")
     Regression(loss_='mae', delta=1.0, center=(), scale=())
     """
-    name, _, rest = text.strip().partition(":")
-    attribute, _, options = rest.partition(":")
-    if is_known(name, tasks()) or not attribute or "=" in attribute:
-        return parse(text, "task", tasks())
-    try:
-        cls = getattr(importlib.import_module(name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"task {text!r} cannot be imported ({error}): run where it can be imported") from None
-    if not (isinstance(cls, type) and issubclass(cls, Task)):
-        raise UserError(f"task {name}:{attribute} is not a subclass of fedbn.Task: derive it from that class")
-    return parse(":".join(filter(None, (cls.name, options))), "task", {cls.name: cls})
+    return parse(text, "task", tasks(), Task)
 
 
-def render_task(task: Task) -> str:
-    """The shortest text that `parse_task` converts back to ``task``.
+def render_task(task: str | Task | type[Task]) -> str:
+    """The shortest text that `parse_task` converts to a task.
 
     Raises:
-        UserError: its class is neither discovered nor importable.
+        UserError: as `parse_task`, or another object.
 
-    >>> render_task(parse_task("regression:loss=mse"))
-    'regression'
+    >>> render_task("regression:loss=mse"), render_task(parse_task("regression"))
+    ('regression', 'regression')
     """
-    cls, text = type(task), render(task)
-    if tasks().get(cls.name) is cls:
-        return text
-    if cls.__module__ == "__main__" or "." in cls.__qualname__:
-        raise UserError(f"task {cls.__qualname__} cannot be imported by its name: define its class in a module")
-    return f"{cls.__module__}:{cls.__qualname__}{text[len(cls.name) :]}"
+    text = text_of(task, "task", tasks(), Task)
+    return render(parse_task(text)) if isinstance(task, str) else text
 
 
 def check_targets(task: Task, y: Tensor, classes: Sequence[str], what: str) -> None:
