@@ -17,6 +17,7 @@ from fedbn.online.rules.base import rule_text
 from fedbn.personalization.treatment import treatment_text
 from fedbn.scenarios.base import scenario_text
 from fedbn.tasks import render_task
+from fedbn.tasks.extra import metric_text
 from simulations.adaptation.methods import adaptation_text
 from simulations.adaptation.results import users_frame, write
 from simulations.adaptation.study import Study, run_study
@@ -179,7 +180,8 @@ def _experiment(data: Any, strategies: tuple[str, ...], options: dict[str, Any])
 def _texts(options: dict[str, Any]) -> dict[str, Any]:
     """The options, with texts in the place of objects."""
     found = dict(options)
-    for name, to_text in (("model", model_text), ("rule", rule_text), ("task", render_task)):
+    texts = {"model": model_text, "rule": rule_text, "task": render_task, "metric": metric_text}
+    for name, to_text in texts.items():
         if found.get(name) is not None:
             found[name] = to_text(found[name])
     if not isinstance(found.get("seeds", 1), (int, str)):

@@ -13,9 +13,12 @@ from typing import Any
 from fedbn.config import EvaluatedConditions, Plan, nest, seed_numbers
 from fedbn.errors import UserError, unknown
 from fedbn.federation.run import Run, plan_for, resolved_plan, task_of
+from fedbn.objects import is_reference
 from fedbn.personalization.treatment import treatment
 from fedbn.plugins import build, table
 from fedbn.scenarios.base import scenario
+from fedbn.tasks import render_task
+from fedbn.tasks.extra import metric_name
 from simulations.experiments.options import ExperimentOptions
 
 TUNABLE = tuple(
@@ -78,6 +81,9 @@ class Experiment(ExperimentOptions):
         """
         if not self.strategies:
             raise UserError("no strategy given: see `fedbn list strategies`")
+        if is_reference(self.metric):
+            task = render_task(task_of(self).with_metric(self.metric))
+            return replace(self, task=task, metric=metric_name(self.metric)).resolved()
         candidates = self.candidates()
         tune = {n: tuple(dict.fromkeys(str(c[n]) for c in candidates)) for n in self.tune}
         if wrong := [s for s, lr in self.rates.items() if not lr > 0]:
