@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
+import torch
+from torch.utils.data import TensorDataset
 
 import fedbn
 from fedbn.config import Plan
@@ -15,6 +17,7 @@ from fedbn.federation.run import Run
 from fedbn.federation.setup import build_context
 from fedbn.tasks import Task, parse_task, render_task
 from fedbn.tasks.regression import Regression
+from simulations.engines.deployment import differences
 from simulations.engines.execute import execute
 from tests.helpers import assert_engines_agree
 
@@ -213,3 +216,30 @@ def test_task_of_a_notebook_is_named_by_its_content():
     assert parse_task(text).share == 0.25
     with pytest.raises(UserError, match="task must be a text or a Task, not 3"):
         render_task(3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "task"), [("number", "regression"), ("labels", "multilabel"), ("map", "segmentation")]
+)
+def test_arrays_give_the_same_run_as_a_file(tmp_path, kind, task):
+    path = save(tmp_path, kind)
+    with np.load(path) as file:
+        arrays = dict(file)
+    population = fedbn.Population.from_arrays(**arrays, task=parse_task(task))
+    options = {"model": MODELS.get(kind, "mlp"), "task": task, "rounds": 2, "batch_size": 8}
+    first, second = (fedbn.federate(data, "fedbn", **options) for data in (f"files:path={path}", population))
+    assert differences(first.outcome, second.outcome) == ()
+    assert first.population.classes == second.population.classes
+
+
+def test_datasets_with_targets_of_a_task():
+    x, y = torch.randn(20, 4), torch.rand(20)
+    data = {name: (TensorDataset(x, y), TensorDataset(x[:8], y[:8])) for name in ("ana", "bob")}
+    with pytest.raises(UserError, match="labels are real numbers .* choose --task regression"):
+        fedbn.Population.from_datasets(data)
+    population = fedbn.Population.from_datasets(data, task=Regression())
+    assert torch.equal(population.users[0].train.y, y)
+    with pytest.raises(UserError, match="task must be an object such as"):
+        fedbn.Population.from_datasets(data, task="regression")
+    with pytest.raises(UserError, match="classification needs one class index.*choose --task regression"):
+        fedbn.federate(population, "fedavg")
