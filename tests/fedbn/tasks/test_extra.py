@@ -111,7 +111,7 @@ def test_comparison_displays_the_metric(tmp_path, monkeypatch):
         (failing, "metric '.*:failing' fails on outputs of shape .*: IndexError: too far"),
         (text, "metric '.*:text' must return a number, not a str"),
         (accuracy, "already has a metric 'accuracy'; rename the function"),
-        (HERE + "surpise", "unknown metric in .* 'surpise'. Did you mean 'surprise'"),
+        (HERE + "surprises", "unknown metric in .* 'surprises'. Did you mean 'surprise'"),
         (HERE + "NOTHING", "is a int, which cannot be called: name a function"),
         ("nowhere.at.all:mine", "cannot import 'nowhere.at.all'"),
     ],
