@@ -18,15 +18,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from fedbn.digests import digest, importable_name
-from fedbn.errors import UserError
+from fedbn.digests import Definition, digest, importable_name
+from fedbn.errors import UserError, unknown
 
 MEMORY = "memory"
 _IN_MEMORY = re.compile(MEMORY + r":\w+-[0-9a-f]{12}\b")
 
 _objects: dict[str, Any] = {}
-_references: dict[int, str] = {}
-"""Reference by ``id``. The objects stay in `_objects`, so no other object gets their ``id``."""
+_references: dict[int, tuple[str, Any]] = {}
+"""Reference by ``id``, and the object if it is a class or function, of which a notebook makes equal ones when a cell
+runs again. Other objects stay in `_objects`, so no other object gets their ``id``."""
 
 
 def is_reference(text: str) -> bool:
@@ -72,15 +73,17 @@ def reference(value: Any, name: str = "") -> str:
 
 def remember(value: Any, text: str) -> str:
     """Make an object known by a text."""
-    _references[id(value)] = text
-    _objects.setdefault(text, value)
+    is_definition = isinstance(value, Definition)
+    _references[id(value)] = text, value if is_definition else None
+    if is_definition or text not in _objects:
+        _objects[text] = value
     return text
 
 
 def reference_of(value: Any) -> str | None:
     """The text of an object that was made known; None for others."""
-    text = _references.get(id(value))
-    return text if text is not None and _objects[text] is value else None
+    text, definition = _references.get(id(value), (None, None))
+    return text if text is not None and (definition is value or _objects[text] is value) else None
 
 
 def resolve(text: str, what: str) -> Any:
@@ -99,6 +102,8 @@ def resolve(text: str, what: str) -> Any:
     if text in _objects:
         return _objects[text]
     module, _, name = text.partition(":")
+    if not (module and name):
+        raise UserError(f"{what} {text!r}: name a function or class as package.module:name")
     if module == MEMORY:
         raise UserError(
             f"{what} {text!r} is an object that this process does not have: create the same object and pass it to "
@@ -109,7 +114,9 @@ def resolve(text: str, what: str) -> Any:
     except ImportError as error:
         raise UserError(f"{what} {text!r}: cannot import {module!r} ({error}); run where it can be imported") from None
     except AttributeError:
-        raise UserError(f"{what} {text!r}: module {module!r} defines no {name!r}; check its name") from None
+        raise unknown(
+            f"{what} in {module}", name, [n for n, v in vars(sys.modules[module]).items() if callable(v)]
+        ) from None
     except Exception as error:
         raise UserError(f"{what} {text!r}: importing it raises {type(error).__name__}: {error}") from error
     remember(value, text)

@@ -20,20 +20,22 @@ import dataclasses
 import difflib
 import importlib
 import inspect
-import operator
 import pkgutil
 import typing
 from collections.abc import Callable, Mapping
 from functools import cache, partial
 from importlib.metadata import entry_points
 from types import NoneType, UnionType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from fedbn.errors import UserError, unknown
 from fedbn.objects import MEMORY, is_reference, reference, reference_of, resolve, split_options
 
 T = TypeVar("T")
 Base = type | tuple[type, ...]
+
+_discovered: set[type] = set()
+"""Classes that `discover` has found. They are rendered by their name, also where a reference names them."""
 
 
 @cache
@@ -54,6 +56,7 @@ def discover(package: str, base: type[T]) -> dict[str, type[T]]:
             found[name] = cls
     found = dict(sorted(found.items()))
     spellings(found)
+    _discovered.update(found.values())
     return found
 
 
@@ -261,7 +264,8 @@ def render(plugin: Any) -> str:
     """The shortest text that `parse` converts back to ``plugin``, without options at their defaults."""
     if text := reference_of(plugin):
         return text
-    text = reference_of(type(plugin)) or str(type(plugin).name)
+    cls = type(plugin)
+    text = (None if cls in _discovered else reference_of(cls)) or str(cls.name)
     for f in dataclasses.fields(plugin):
         value = getattr(plugin, f.name)
         if f.init and value != f.default:
@@ -269,66 +273,46 @@ def render(plugin: Any) -> str:
     return text
 
 
-def is_factory(text: str) -> bool:
-    """Whether a text names an object of a module instead of a plug-in: ``package.module:name``.
+def callable_of(text: str, kind: str, known: Mapping[str, type], base: Base) -> Callable[..., Any] | None:
+    """The callable that a reference names; None for a text that `parse` takes.
 
-    >>> is_factory("torch.optim:Adagrad"), is_factory("adamw:weight_decay=0.01"), is_factory("sgd")
-    (True, False, False)
-    """
-    _, colon, rest = text.partition(":")
-    return bool(colon) and "=" not in rest.partition(":")[0]
-
-
-def import_callable(text: str, kind: str) -> Callable[..., Any]:
-    """The callable ``package.module:name``, with options as ``package.module:name:option=value``.
-
-    Values of options are Python literals; anything else is text.
+    ``module:name:option=value`` sets arguments of the callable. Values are Python literals; anything else is text.
 
     Args:
-        text: name of the callable.
-        kind: what it is, for messages, e.g. ``optimizer``.
+        text: the text.
+        kind: kind of plug-in that the callable stands for, for messages.
+        known: discovered plug-ins.
+        base: base class (or classes) of the plug-ins.
 
     Raises:
-        UserError: the module cannot be imported, has no such name, or the object is not callable.
+        UserError: the object cannot be imported, or cannot be called.
 
-    >>> import_callable("math:isclose:rel_tol=0.5", "function")(1.0, 1.4)
+    >>> callable_of("math:isclose:rel_tol=0.5", "function", {}, ())(1.0, 1.4)
     True
     """
-    module_name, attribute, *options = text.split(":")
+    name, options = split_options(text)
+    if not is_reference(text) or is_known(name.partition(":")[0], known):
+        return None
+    found = resolve_reference(name, kind, known)
+    if issubclass(found if inspect.isclass(found) else type(found), base):
+        return None
     where = f"{kind} {text!r}"
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise UserError(f"{where}: cannot import {module_name!r} ({error}); run where it can be imported") from None
-    except Exception as error:
-        raise UserError(f"{where}: importing {module_name!r} raises {type(error).__name__}: {error}") from error
-    try:
-        found = operator.attrgetter(attribute)(module)
-    except AttributeError:
-        names = [n for n, v in vars(module).items() if callable(v)]
-        raise unknown(f"{kind} in {module_name}", attribute, names) from None
     if not callable(found):
         raise UserError(f"{where} is {type(found).__name__}, which cannot be called: name a function or class")
     if wrong := [option for option in options if "=" not in option]:
         raise UserError(f"{where}: write options as package.module:name:option=value, not {wrong[0]!r}")
     values = {name: _literal(value) for name, _, value in (option.partition("=") for option in options)}
-    return partial(found, **values) if values else found
+    return partial(found, **values) if values else cast(Callable[..., Any], found)
 
 
-def callable_text(value: Callable[..., Any], kind: str) -> str:
-    """The text from which `import_callable` imports a function or class.
+def callable_text(value: Any, kind: str, known: dict[str, type[T]], base: Base) -> str:
+    """Like `text_of`, for plug-ins in whose place a callable can stand.
 
-    Raises:
-        UserError: it is not defined at the top of a module, for example a lambda.
-
-    >>> callable_text(Mapping.get, "function")
+    >>> callable_text(Mapping.get, "function", {}, ())
     'collections.abc:Mapping.get'
     """
-    module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
-    with contextlib.suppress(ImportError, AttributeError):
-        if module and name and operator.attrgetter(name)(importlib.import_module(module)) is value:
-            return f"{module}:{name}"
-    raise UserError(f"{kind} {value!r} cannot be imported by its name: define a function or class in a module")
+    is_plugin = isinstance(value, (str, base)) or (inspect.isclass(value) and issubclass(value, base))
+    return reference(value) if callable(value) and not is_plugin else text_of(value, kind, known, base)
 
 
 def _literal(text: str) -> Any:

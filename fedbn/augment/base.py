@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fedbn.errors import UserError
-from fedbn.plugins import callable_text, discover, import_callable, is_factory, parse, render
+from fedbn.plugins import callable_of, callable_text, discover, parse, render
 
 Batch = tuple[Tensor, Tensor]
 """Inputs ``[B, *shape]`` and targets ``[B, ...]``."""
@@ -174,10 +174,10 @@ def augmentation_text(value: str | Augmentation | Callable[..., Any]) -> str:
     """The shortest text of augmentations, after a check of their names and options.
 
     Args:
-        value: a text, a plug-in, or a callable as in `CallableAugmentation`.
+        value: a text, a plug-in or its class, or a callable as in `CallableAugmentation`.
 
     Raises:
-        UserError: as `augmentation`, or a callable that cannot be imported by its name.
+        UserError: as `augmentation`, or another object.
 
     >>> augmentation_text("flip + jitter:scale=0.1")
     'flip+jitter:scale=0.1'
@@ -186,11 +186,8 @@ def augmentation_text(value: str | Augmentation | Callable[..., Any]) -> str:
         return "+".join(map(augmentation_text, value.steps))
     if isinstance(value, CallableAugmentation):
         return value.text
-    if isinstance(value, Augmentation):
-        return render(value)
-    if not isinstance(value, str):
-        value = callable_text(value, "augmentation")
-    return "+".join(map(augmentation_text, _steps(value)))
+    text = callable_text(value, "augmentation", augmentations(), Augmentation)
+    return "+".join(s.text if isinstance(s, CallableAugmentation) else render(s) for s in _steps(text))
 
 
 def _steps(text: str) -> Sequence[Augmentation]:
@@ -198,9 +195,9 @@ def _steps(text: str) -> Sequence[Augmentation]:
 
 
 def _step(text: str) -> Augmentation:
-    if is_factory(text):
-        return CallableAugmentation(text, import_callable(text, "augmentation"))
-    return parse(text, "augmentation (or package.module:callable)", augmentations())
+    if (function := callable_of(text, "augmentation", augmentations(), Augmentation)) is not None:
+        return CallableAugmentation(text, function)
+    return parse(text, "augmentation (or package.module:callable)", augmentations(), Augmentation)
 
 
 def check_augmentation(text: str, x: Tensor, y: Tensor) -> None:

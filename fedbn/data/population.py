@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+import numpy as np
 
 from fedbn.data.columns import Rows
 from fedbn.data.examples import Examples, User
@@ -23,6 +25,12 @@ __all__ = ["Examples", "Population", "User", "build_population", "hold_out", "ho
 
 Unseen = int | Sequence[Any]
 """Number of users that never train, other ones for each seed, or their names."""
+
+
+class Encoder(Protocol):
+    """A task, which converts a column of targets."""
+
+    def encode(self, values: np.ndarray, name: str, classes: tuple[str, ...]) -> tuple[np.ndarray, tuple[str, ...]]: ...
 
 
 @dataclass(frozen=True)
@@ -87,6 +95,7 @@ class Population:
         classes: Sequence[str] = (),
         layout: Layout = "auto",
         scale: float = 0.0,
+        task: Encoder | None = None,
         name: str = "arrays",
     ) -> Population:
         """A population of arrays, read as scenario ``files`` reads the columns of a file.
@@ -96,7 +105,7 @@ class Population:
 
         Args:
             x: values ``[n, *shape]``, in the order of recording.
-            y: classes ``[n]``: numbers or names, or one-hot ``[n, classes]``.
+            y: classes ``[n]`` (numbers or names), one-hot ``[n, classes]``, or the targets of ``task`` ``[n, ...]``.
             user: user of each row ``[n]``; None if a partition makes the users.
             recording: recording of each row ``[n]``; None if unknown.
             split: train, validation or test, for each row ``[n]``; None to split each user's rows.
@@ -106,6 +115,7 @@ class Population:
             classes: names of the classes if ``y`` holds their indices.
             layout: whether channels are the first or last axis of an example.
             scale: number by which values are divided; 0 for the largest value of 8-bit arrays and 16-bit images.
+            task: the task whose targets ``y`` are, such as ``fedbn.tasks.regression.Regression()``; None for classes.
             name: name of the data, for messages.
 
         Raises:
@@ -121,7 +131,7 @@ class Population:
         columns = array_columns(name, x=x, y=y, **given)
         named = {key: key for key, value in given.items() if value is not None}
         rows, notices = make_rows(columns, name, classes=classes, layout=layout, scale=scale, **named)
-        return _population(rows, name, unseen, notices, test, gap)
+        return _population(rows, name, unseen, notices, task, test, gap)
 
     @staticmethod
     def from_datasets(
@@ -133,6 +143,7 @@ class Population:
         cache: str | Path | None = None,
         layout: Layout = "auto",
         scale: float = 0.0,
+        task: Encoder | None = None,
         name: str = "datasets",
     ) -> Population:
         """A population of map-style Datasets of PyTorch, whose items are pairs ``(x, y)``; each item is read once.
@@ -147,6 +158,7 @@ class Population:
                 keep them in memory.
             layout: whether channels are the first or last axis of an example.
             scale: number by which values are divided; 0 for the largest value of 8-bit arrays and 16-bit images.
+            task: the task whose targets ``y`` are, such as ``fedbn.tasks.regression.Regression()``; None for classes.
             name: name of the data, for messages.
 
         Raises:
@@ -162,7 +174,7 @@ class Population:
         rows, notices = make_rows(
             columns, name, user="user", split="split", classes=classes, layout=layout, scale=scale
         )
-        return _population(rows, name, unseen, notices)
+        return _population(rows, name, unseen, notices, task)
 
     @staticmethod
     def from_huggingface(
@@ -178,6 +190,7 @@ class Population:
         gap: int = 1,
         layout: Layout = "auto",
         scale: float = 0.0,
+        task: Encoder | None = None,
         name: str = "dataset",
     ) -> Population:
         """A population of a `datasets.Dataset`, or of the splits of a `datasets.DatasetDict`.
@@ -195,6 +208,7 @@ class Population:
             gap: number of rows dropped before the test rows if recordings are unknown.
             layout: whether channels are the first or last axis of an example.
             scale: number by which values are divided; 0 for the largest value of 8-bit arrays and 16-bit images.
+            task: the task whose targets ``y`` are, such as ``fedbn.tasks.regression.Regression()``; None for classes.
             name: name of the data, for messages.
 
         Raises:
@@ -205,7 +219,7 @@ class Population:
         rows, notices = make_rows(
             columns, name, x=x, y=y, user=user, recording=recording, split=split, layout=layout, scale=scale
         )
-        return _population(rows, name, unseen, notices, test, gap)
+        return _population(rows, name, unseen, notices, task, test, gap)
 
     @staticmethod
     def from_federated(
@@ -219,6 +233,7 @@ class Population:
         gap: int = 0,
         layout: Layout = "auto",
         scale: float = 0.0,
+        task: Encoder | None = None,
         name: str = "federated data set",
     ) -> Population:
         """A population of a `flwr_datasets.FederatedDataset`: each partition of a split is a user.
@@ -233,6 +248,7 @@ class Population:
             gap: number of rows dropped before the test rows.
             layout: whether channels are the first or last axis of an example.
             scale: number by which values are divided; 0 for the largest value of 8-bit arrays and 16-bit images.
+            task: the task whose targets ``y`` are, such as ``fedbn.tasks.regression.Regression()``; None for classes.
             name: name of the data, for messages.
 
         Raises:
@@ -240,13 +256,21 @@ class Population:
         """
         columns, users = federated_columns(dataset, split, name)
         rows, notices = make_rows(columns, name, x=x, y=y, layout=layout, scale=scale)
-        return _population(replace(rows, user=users), name, unseen, notices, test, gap)
+        return _population(replace(rows, user=users), name, unseen, notices, task, test, gap)
 
 
 def _population(
-    rows: Rows, name: str, unseen: Unseen, notices: Sequence[str], test: float = 0.25, gap: int = 1
+    rows: Rows,
+    name: str,
+    unseen: Unseen,
+    notices: Sequence[str],
+    task: Encoder | None,
+    test: float = 0.25,
+    gap: int = 1,
 ) -> Population:
     """Build a population whose unseen users are named, or drawn for each seed."""
+    if task is not None and (isinstance(task, (str, type)) or not hasattr(task, "encode")):
+        raise UserError(f"{name}: task must be an object such as fedbn.tasks.regression.Regression(), not {task!r}")
     population = build_population(
         rows,
         name=name,
@@ -256,6 +280,7 @@ def _population(
         seed=0,
         skew=f"whatever skew the users of {name} have",
         sources={},
+        encode=encode_labels if task is None else task.encode,
         notices=notices,
     )
     if isinstance(unseen, int):

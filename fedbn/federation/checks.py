@@ -159,8 +159,28 @@ def _check_model(ctx: RunContext, rows: Examples) -> None:
         _check_state(ctx.initial, model.state_dict())
         model.eval()
         with torch.no_grad():
-            _check_outputs(model(rows.x), len(rows), expected)
+            outputs = model(rows.x)
+            _check_outputs(outputs, len(rows), expected)
+            _check_scores(ctx.task, outputs, rows.y)
         _check_state(ctx.initial, model.state_dict())
+
+
+def _check_scores(task: Task, outputs: Tensor, y: Tensor) -> None:
+    try:
+        found = task.evaluate(outputs, y)
+    except UserError:
+        raise
+    except Exception as error:  # a user's task may raise anything
+        raise UserError(
+            f"task {task.name!r} cannot score outputs of shape {list(outputs.shape)}: {type(error).__name__}: {error}"
+        ) from error
+    if wrong := found.keys() - task.directions.keys():
+        raise UserError(f"task {task.name!r} returns {', '.join(sorted(wrong))}, which its metrics do not list")
+    for name, value in found.items():
+        if type(value) is not float:
+            raise UserError(
+                f"task {task.name!r} returns a {type(value).__name__} as {name}: convert it with float(...)"
+            )
 
 
 def _check_loss(loss: Tensor) -> None:

@@ -34,11 +34,6 @@ class Run(RunOptions):
     True
     """
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if isinstance(self.task, Task):  # an object is rendered, so that texts are the identity
-            object.__setattr__(self, "task", render_task(self.task))
-
     @property
     def id(self) -> str:
         """Unique name: strategy, seed and a digest of ten hexadecimal digits."""
@@ -70,13 +65,13 @@ class Run(RunOptions):
         chosen = scenario(self.scenario)
         model = self.model or chosen.model
         factory(model)
-        chosen_task = render_task(task_of(self))
+        chosen_task = render_task(self.task or chosen.task)
         return replace(
             self,
             scenario=chosen.text,
             strategy=str(treatment(self.strategy)),
             model=model,
-            task="" if chosen_task == render_task(parse_task(chosen.task)) else chosen_task,
+            task="" if chosen_task == render_task(chosen.task) else chosen_task,
             partition=parse_partition(self.partition or "natural"),
             shift=parse_shift(self.shift),
             rule=render(client_rule(self.rule)) if self.rule else "",

@@ -79,8 +79,9 @@ class ReplySchemas:
     @cached_property
     def score(self) -> dict[str, Kind]:
         """Numbers of one cell of the evaluation matrix; all but ``n`` and ``loss`` are left out where undefined."""
-        kind = Kind.SHARE if self.ctx.task.metrics_are_shares else Kind.VALUE
-        return {"n": Kind.COUNT, **dict.fromkeys(self.ctx.task.metrics, kind), "loss": Kind.VALUE}
+        task = self.ctx.task
+        shares = task.metrics if task.metrics_are_shares else ()
+        return {"n": Kind.COUNT, **{name: Kind.SHARE if name in shares else Kind.VALUE for name in task.directions}}
 
     def cells(
         self, user: int, columns: Sequence[Column], globally: Sequence[Column], *, cold_starts: bool

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import inspect
-import operator
 from collections.abc import Callable
 from typing import ClassVar, Protocol
 
@@ -68,7 +66,7 @@ def factory(text: str) -> Factory:
         if text not in known:
             raise unknown("model (or package.module:factory)", text, known)
         return known[text]
-    user_factory = _in_memory(text) if in_memory(text) else _import_factory(text)
+    user_factory = _factory(text)
     try:
         accepted = inspect.signature(user_factory).parameters
     except (TypeError, ValueError) as error:
@@ -123,32 +121,19 @@ def model_text(model: str | nn.Module | Callable[..., nn.Module]) -> str:
     return str(name) if models().get(str(name)) is model else reference(model)
 
 
-def _in_memory(text: str) -> Callable[..., nn.Module]:
+def _factory(text: str) -> Callable[..., nn.Module]:
+    """The factory with a reference. A network in memory is copied."""
     found = resolve(text, "model")
-    return (lambda: copy.deepcopy(found)) if isinstance(found, nn.Module) else found
-
-
-def _import_factory(text: str) -> Callable[..., nn.Module]:
-    module_name, _, attribute = text.partition(":")
-    fix = "name a function or class that returns a model, as package.module:factory"
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
+    if isinstance(found, nn.Module):
+        if not in_memory(text):
+            raise UserError(f"model {text!r} is a model, not a factory: name a function that returns a new one")
+        return lambda: copy.deepcopy(found)
+    if not callable(found):
         raise UserError(
-            f"model {text!r}: cannot import {module_name!r} ({error}); run where it can be imported"
-        ) from None
-    except Exception as error:
-        raise UserError(f"model {text!r}: {type(error).__name__}: {error}; {fix}") from error
-    try:
-        user_factory = operator.attrgetter(attribute)(module)
-    except AttributeError:
-        names = [n for n, v in vars(module).items() if callable(v)]
-        raise unknown(f"factory in {module_name}", attribute, names) from None
-    if isinstance(user_factory, nn.Module):
-        raise UserError(f"model {text!r} is a model, not a factory: name a function that returns a new one")
-    if not callable(user_factory):
-        raise UserError(f"model {text!r}: {type(user_factory).__name__} is not callable; {fix}")
-    return user_factory
+            f"model {text!r}: {type(found).__name__} is not callable; name a function or class that returns a model, "
+            "as package.module:factory"
+        )
+    return found  # type: ignore[no-any-return]
 
 
 def build(text: str, shape: tuple[int, ...], classes: int, seed: int, head: str = "") -> nn.Module:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fedbn.config import Plan
 from fedbn.errors import UserError
 from fedbn.nn.roles import State
-from fedbn.plugins import callable_text, discover, import_callable, is_factory, parse, render
+from fedbn.plugins import callable_of, callable_text, discover, parse, render
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,7 @@ def optimizers() -> dict[str, type[Optimizer]]:
     return discover("fedbn.optim", Optimizer)
 
 
+@lru_cache(maxsize=64)
 def optimizer(text: str) -> Optimizer:
     """Parse an optimizer such as ``sgd``, ``adamw:weight_decay=0.01`` or ``torch.optim:Adagrad:lr_decay=0.1``.
 
@@ -117,31 +118,26 @@ def optimizer(text: str) -> Optimizer:
     >>> optimizer("adamw:weight_decay=0.1")
     AdamW(betas=(0.9, 0.999), eps=1e-08, weight_decay=0.1)
     """
-    if is_factory(text):
-        return FactoryOptimizer(text, import_callable(text, "optimizer"))
-    return _builtin(text)
-
-
-@lru_cache(maxsize=64)
-def _builtin(text: str) -> Optimizer:
-    return parse(text, "optimizer (or package.module:factory)", optimizers())
+    if (factory := callable_of(text, "optimizer", optimizers(), Optimizer)) is not None:
+        return FactoryOptimizer(text, factory)
+    return parse(text, "optimizer (or package.module:factory)", optimizers(), Optimizer)
 
 
 def optimizer_text(value: str | Optimizer | Callable[..., torch.optim.Optimizer]) -> str:
     """The shortest text of an optimizer, after a check of its name and options.
 
     Args:
-        value: a text, a plug-in, or a factory as in `FactoryOptimizer`.
+        value: a text, a plug-in or its class, or a factory as in `FactoryOptimizer`.
 
     Raises:
-        UserError: as `optimizer`, or a factory that cannot be imported by its name.
+        UserError: as `optimizer`, or another object.
 
     >>> optimizer_text("adamw:weight_decay=0.01:eps=1e-6"), optimizer_text(torch.optim.Adagrad)
     ('adamw:eps=1e-06', 'torch.optim.adagrad:Adagrad')
     """
-    if not isinstance(value, str | Optimizer):
-        value = callable_text(value, "optimizer")
-    found = optimizer(value) if isinstance(value, str) else value
+    if isinstance(value, FactoryOptimizer):
+        return value.text
+    found = optimizer(callable_text(value, "optimizer", optimizers(), Optimizer))
     return found.text if isinstance(found, FactoryOptimizer) else render(found)
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import KW_ONLY, dataclass, replace
+from typing import ClassVar, Self
 
 import numpy as np
 from torch import Tensor
@@ -14,7 +14,8 @@ from torch import Tensor
 from fedbn.data.labels import encode_numbers
 from fedbn.data.population import Population
 from fedbn.errors import UserError
-from fedbn.plugins import build, discover, is_known, parse, render
+from fedbn.plugins import build, discover, parse, render, text_of
+from fedbn.tasks.extra import is_higher_better, metric_name, metric_value
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,10 @@ class Task(ABC):
         name: name on the command line.
         about: one-line description.
         metrics: names of the metrics, and whether higher is better. The first is the default of tables.
-        metrics_are_shares: whether all metrics are numbers from 0 to 1; other values in a client's reply are refused.
+        metrics_are_shares: whether all its metrics are numbers from 0 to 1; other values in a client's reply are
+            refused.
         example_metric: the metric that `example_values` computes, for learning curves over the windows of a stream.
+        extra_metrics: further metrics, as ``package.module:function`` (`fedbn.tasks.extra`).
     """
 
     name: ClassVar[str]
@@ -38,10 +41,14 @@ class Task(ABC):
     metrics_are_shares: ClassVar[bool] = False
     example_metric: ClassVar[str] = "loss"
 
+    _: KW_ONLY
+    extra_metrics: tuple[str, ...] = ()
+
     @property
     def directions(self) -> dict[str, bool]:
         """All metrics, with the loss, and whether higher is better."""
-        return {**self.metrics, "loss": False}
+        extra = {metric_name(text): is_higher_better(text) for text in self.extra_metrics}
+        return {**self.metrics, **extra, "loss": False}
 
     @property
     def main_metric(self) -> str:
@@ -83,7 +90,30 @@ class Task(ABC):
 
     def evaluate(self, outputs: Tensor, y: Tensor) -> dict[str, float]:
         """All metrics, with the loss in double precision."""
-        return {**self.scores(outputs, y), "loss": float(self.loss(outputs.double(), y))}
+        loss = float(self.loss(outputs.double(), y))
+        return {**self.scores(outputs, y), **self.extra_scores(outputs, y), "loss": loss}
+
+    def extra_scores(self, outputs: Tensor, y: Tensor) -> dict[str, float]:
+        """Value of each extra metric. An undefined metric is left out.
+
+        Raises:
+            UserError: a metric fails, or returns something else than a number.
+        """
+        values = {metric_name(text): metric_value(text, outputs, y) for text in self.extra_metrics}
+        return {name: value for name, value in values.items() if not math.isnan(value)}
+
+    def with_metric(self, text: str) -> Self:
+        """The task with one more metric.
+
+        Raises:
+            UserError: it cannot be imported or called, or the task has another metric with its name.
+        """
+        if text in self.extra_metrics:
+            return self
+        if (name := metric_name(text)) in self.directions:
+            raise UserError(f"metric {text!r}: task {self.name!r} already has a metric {name!r}; rename the function")
+        is_higher_better(text)
+        return replace(self, extra_metrics=(*self.extra_metrics, text))
 
     def evaluate_users(self, outputs: Tensor, y: Tensor, n: Sequence[int]) -> list[dict[str, float]]:
         """`evaluate` for K users, padded to the same number of examples.
@@ -156,37 +186,23 @@ def parse_task(text: str) -> Task:
 
     >>> parse_task("classification:smoothing=0.1").smoothing
     0.1
-    >>> parse_task("fedbn.tasks.regression:Regression:loss=mae")
-    Regression(loss_='mae', delta=1.0, center=(), scale=())
+    >>> parse_task("fedbn.tasks.regression:Regression:loss=mae") == parse_task("regression:loss=mae")
+    True
     """
-    name, _, rest = text.strip().partition(":")
-    attribute, _, options = rest.partition(":")
-    if is_known(name, tasks()) or not attribute or "=" in attribute:
-        return parse(text, "task", tasks())
-    try:
-        cls = getattr(importlib.import_module(name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"task {text!r} cannot be imported ({error}): run where it can be imported") from None
-    if not (isinstance(cls, type) and issubclass(cls, Task)):
-        raise UserError(f"task {name}:{attribute} is not a subclass of fedbn.Task: derive it from that class")
-    return parse(":".join(filter(None, (cls.name, options))), "task", {cls.name: cls})
+    return parse(text, "task", tasks(), Task)
 
 
-def render_task(task: Task) -> str:
-    """The shortest text that `parse_task` converts back to ``task``.
+def render_task(task: str | Task | type[Task]) -> str:
+    """The shortest text that `parse_task` converts to a task.
 
     Raises:
-        UserError: its class is neither discovered nor importable.
+        UserError: as `parse_task`, or another object.
 
-    >>> render_task(parse_task("regression:loss=mse"))
-    'regression'
+    >>> render_task("regression:loss=mse"), render_task(parse_task("regression"))
+    ('regression', 'regression')
     """
-    cls, text = type(task), render(task)
-    if tasks().get(cls.name) is cls:
-        return text
-    if cls.__module__ == "__main__" or "." in cls.__qualname__:
-        raise UserError(f"task {cls.__qualname__} cannot be imported by its name: define its class in a module")
-    return f"{cls.__module__}:{cls.__qualname__}{text[len(cls.name) :]}"
+    text = text_of(task, "task", tasks(), Task)
+    return render(parse_task(text)) if isinstance(task, str) else text
 
 
 def check_targets(task: Task, y: Tensor, classes: Sequence[str], what: str) -> None:

@@ -92,7 +92,9 @@ class Classification(Task):
         sizes = torch.tensor(n, device=y.device)
         losses = self.losses(outputs.double().flatten(0, 1), y.flatten()).view(k, width)
         mean = torch.where(torch.arange(width, device=y.device) < sizes[:, None], losses, 0).sum(1) / sizes
-        return [s | {"loss": loss} for s, loss in zip(self._scores(outputs, y, n), mean.tolist(), strict=True)]
+        extra = [self.extra_scores(outputs[i, :rows], y[i, :rows]) for i, rows in enumerate(n)]
+        found = zip(self._scores(outputs, y, n), extra, mean.tolist(), strict=True)
+        return [scores | more | {"loss": loss} for scores, more, loss in found]
 
     def _scores(self, outputs: Tensor, y: Tensor, n: Sequence[int]) -> list[dict[str, float]]:
         """Metrics of K users, padded to the same number of examples."""

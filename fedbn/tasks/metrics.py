@@ -6,11 +6,16 @@ than a second and their input checks milliseconds, which would dominate the eval
 
 from __future__ import annotations
 
+from typing import Literal
+
+import numpy as np
 import torch
 from torch import Tensor
 
 BINS = 15
 """Bins of the expected calibration error."""
+
+_SIDES: tuple[Literal["left", "right"], ...] = ("left", "right")
 
 
 def mean_f1(correct: Tensor, occurring: Tensor) -> Tensor:
@@ -70,19 +75,25 @@ def ranking(scores: Tensor, positive: Tensor, valid: Tensor) -> tuple[Tensor, Te
     >>> float(area), float(precision)
     (1.0, 1.0)
     """
-    ordered, index = scores.double().masked_fill(~valid, torch.inf).sort(1)
-    hits = (positive & valid).gather(1, index).double()
-    below = torch.searchsorted(ordered, ordered)
-    up_to = torch.searchsorted(ordered, ordered, right=True)
-    n, positives = valid.sum(1, keepdim=True), hits.sum(1, keepdim=True)
-    negatives = n - positives
-    ranks = (hits * (below + up_to + 1) / 2).sum(1, keepdim=True)
-    area = (ranks - positives * (positives + 1) / 2) / (positives * negatives)
-    hits_below = torch.cat([torch.zeros_like(positives), hits.cumsum(1)], 1).gather(1, below)
-    precision = (hits * (positives - hits_below) / (n - below).clamp_min(1)).sum(1, keepdim=True) / positives
-    usable = torch.where(valid, scores, 0).isfinite().all(1)
-    area, precision = (torch.where(usable, value[:, 0], torch.nan) for value in (area, precision))
-    return torch.where(negatives[:, 0] > 0, area, torch.nan), precision
+    values, mask, positives = scores.float().cpu().numpy(), valid.cpu().numpy(), (positive & valid).cpu().numpy()
+    rows, width = values.shape
+    # Whole numbers in the order of the scores, positives last among equal ones, and by row: they sort several times
+    # faster, and one search finds the places of all positives.
+    bits = (np.where(mask, values, np.inf) + np.float32(0)).astype(np.float32).view(np.int32)
+    bits = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).astype(np.int64)
+    ordered = (np.sort(2 * bits + positives, axis=1) + (np.arange(rows)[:, None] << 34)).ravel()
+    place, groups = np.flatnonzero(ordered & 1), ordered >> 1
+    row, own = place // width, groups[place]
+    below, up_to = (np.searchsorted(groups, own, side) - row * width for side in _SIDES)
+    n, p = mask.sum(1), np.bincount(row, minlength=rows)
+    hits_below = np.searchsorted(own, own) - (p.cumsum() - p)[row]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ranks = np.bincount(row, (below + up_to + 1) / 2, rows)
+        area = (ranks - p * (p + 1) / 2) / (p * (n - p))
+        precision = np.bincount(row, (p[row] - hits_below) / (n[row] - below), rows) / p
+    unusable = ~(np.isfinite(values) | ~mask).all(1)
+    area[unusable | (p == n)] = precision[unusable] = np.nan
+    return torch.from_numpy(area).to(scores.device), torch.from_numpy(precision).to(scores.device)
 
 
 def defined(**values: Tensor) -> dict[str, float]:

@@ -16,6 +16,8 @@ from fedbn.models.base import model_text
 from fedbn.online.rules.base import rule_text
 from fedbn.personalization.treatment import treatment_text
 from fedbn.scenarios.base import scenario_text
+from fedbn.tasks import render_task
+from fedbn.tasks.extra import metric_text
 from simulations.adaptation.methods import adaptation_text
 from simulations.adaptation.results import metric_of, users_frame, write
 from simulations.adaptation.study import Study, run_study
@@ -65,8 +67,8 @@ def compare(
         **options: any other field of `simulations.experiments.experiment.Experiment` or `fedbn.config.Plan`, such as
             ``seeds=5`` or ``seeds=[3, 7]``, ``task="regression"``, ``metric="mae"``,
             ``partition="dirichlet:alpha=0.1"``, ``privacy="clip=1"`` or ``rounds=30``. ``model`` can also be
-            a factory, a class or a `torch.nn.Module`, which starts every run with its current weights; ``rule`` can
-            also be an object.
+            a factory, a class or a `torch.nn.Module`, which starts every run with its current weights; ``task``,
+            ``metric``, ``rule``, ``optimizer`` and ``augment`` can also be objects.
 
     Raises:
         UserError: before anything runs, for whatever can be checked then.
@@ -178,7 +180,8 @@ def _experiment(data: Any, strategies: tuple[str, ...], options: dict[str, Any])
 def _texts(options: dict[str, Any]) -> dict[str, Any]:
     """The options, with texts in the place of objects."""
     found = dict(options)
-    for name, to_text in (("model", model_text), ("rule", rule_text)):
+    texts = {"model": model_text, "rule": rule_text, "task": render_task, "metric": metric_text}
+    for name, to_text in texts.items():
         if found.get(name) is not None:
             found[name] = to_text(found[name])
     if not isinstance(found.get("seeds", 1), (int, str)):

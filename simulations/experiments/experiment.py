@@ -13,10 +13,12 @@ from typing import Any
 from fedbn.config import EvaluatedConditions, Plan, nest, seed_numbers
 from fedbn.errors import UserError, unknown
 from fedbn.federation.run import Run, plan_for, resolved_plan, task_of
+from fedbn.objects import is_reference
 from fedbn.personalization.treatment import treatment
 from fedbn.plugins import build, table
 from fedbn.scenarios.base import scenario
-from fedbn.tasks import Task, render_task
+from fedbn.tasks import render_task
+from fedbn.tasks.extra import metric_name
 from simulations.experiments.options import ExperimentOptions
 
 TUNABLE = tuple(
@@ -79,6 +81,9 @@ class Experiment(ExperimentOptions):
         """
         if not self.strategies:
             raise UserError("no strategy given: see `fedbn list strategies`")
+        if is_reference(self.metric):
+            task = render_task(task_of(self).with_metric(self.metric))
+            return replace(self, task=task, metric=metric_name(self.metric)).resolved()
         candidates = self.candidates()
         tune = {n: tuple(dict.fromkeys(str(c[n]) for c in candidates)) for n in self.tune}
         if wrong := [s for s, lr in self.rates.items() if not lr > 0]:
@@ -114,8 +119,7 @@ class Experiment(ExperimentOptions):
         The plan starts from the scenario's plan.
 
         Args:
-            values: fields of `Experiment`; the task is a text or an object. Options of the plan are given in a table
-                ``plan``, or flat among the others.
+            values: fields of `Experiment`. Options of the plan are given in a table ``plan``, or flat among the others.
 
         Raises:
             UserError: no scenario, an unknown option, or a value of the wrong type.
@@ -125,8 +129,7 @@ class Experiment(ExperimentOptions):
             raise UserError("no scenario given: see `fedbn list scenarios`")
         settings = table(values.get("plan", {}), "plan")
         plan = plan_for(str(values["scenario"]), **settings)
-        kept = {k: v for k, v in values.items() if k not in ("plan", "tune")}
-        rest = {k: render_task(v) if isinstance(v, Task) else v for k, v in kept.items()}
+        rest = {k: v for k, v in values.items() if k not in ("plan", "tune")}
         if not {"lr", "optimizer"} & settings.keys():
             rest.setdefault("rates", scenario(str(values["scenario"])).rates)
         tune = {name: _texts(tried, name) for name, tried in table(values.get("tune", {}), "tune").items()}

@@ -31,8 +31,8 @@ class ExperimentOptions(EvaluatedConditions):
     )
     metric: str = option(
         "",
-        "Metric of tables, intervals, tuning and the worst 10 %, e.g. macro_f1; empty for the task's first. All are "
-        "stored.",
+        "Metric of tables, intervals, tuning and the worst 10 %, e.g. macro_f1, or package.module:function; empty for "
+        "the task's first. All are stored.",
         panel="Evaluation",
     )
     rates: dict[str, float] = option(

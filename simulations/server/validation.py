@@ -125,13 +125,13 @@ class ReplyValidator:
         for name, value in record.items():
             number = name.rpartition("|")[2]
             kind = int if number == "n" else float
-            allowed = type(value) is kind and (self._is_valid(score[number], value) or self._is_diverged(number))
+            allowed = type(value) is kind and (self._is_valid(score[number], value) or self._is_diverged(score[number]))
             if not allowed:
                 raise _invalid_reply(user, f"reported {_short(value)} as {name.replace('|', ' ')}")
         return scores_from(record)
 
-    def _is_diverged(self, number: str) -> bool:
-        return self.simulated and (number == "loss" or not self.ctx.task.metrics_are_shares)
+    def _is_diverged(self, kind: Kind) -> bool:
+        return self.simulated and kind is Kind.VALUE
 
     def _is_valid(self, kind: Kind, value: float, limit: float = math.inf) -> bool:
         low, high = self.limits.range(kind)

@@ -75,6 +75,28 @@ def test_treatment_text_names_objects(given, text):
     assert treatment_text(given) == text
 
 
+def test_names_of_plugins_do_not_depend_on_earlier_references():
+    assert str(treatment("fedbn.strategies.groupnorm:GroupNorm:groups=4")) == "groupnorm:groups=4"
+    assert str(treatment("groupnorm:groups=4")) == "groupnorm:groups=4"
+
+
+def test_a_class_that_is_defined_again_has_the_same_text():
+    def cell():
+        @dataclass(frozen=True)
+        class Local(NormStrategy):
+            name: ClassVar[str] = "local-class"
+            share: float = 0.5
+
+        return Local
+
+    first = cell()(share=0.25)
+    text = treatment_text(first)
+    second = cell()(share=0.25)
+    assert treatment_text(second) == text == treatment_text(first) == render(first)
+    assert text.endswith(":share=0.25")
+    assert treatment_text(cell()) != text
+
+
 def test_texts_of_objects_are_parsed_in_a_new_process(registry):
     text, method, online = treatment_text(Mine(alpha=0.5)), treatment_text(MyMethod), rule_text(MyRule(rate=0.25))
     registry()
@@ -111,7 +133,7 @@ def test_treatment_text_rejects_other_objects(given, message):
     [
         ("fedbm:mine", "Did you mean 'fedbn'"),
         ("no.such.module:Mine", "strategy 'no.such.module:Mine': cannot import 'no.such.module'"),
-        (f"{HOME}:Nine", f"module '{HOME}' defines no 'Nine'"),
+        (f"{HOME}:Nine", f"in {HOME} 'Nine'. Did you mean 'Mine'"),
         (f"{HOME}:Mine:alfa=1", "Did you mean 'alpha'"),
         (f"{HOME}:MyRule", "must be a subclass of NormStrategy"),
         ("memory:Mine-0123456789ab", "is an object that this process does not have: create the same object"),

@@ -1,4 +1,4 @@
-"""The example of own objects: the same numbers on every engine."""
+"""The examples of own objects: the same numbers on every engine."""
 
 from __future__ import annotations
 
@@ -9,6 +9,17 @@ import pytest
 import fedbn
 from simulations.engines.deployment import differences
 from tests.helpers import ROOT
+
+
+@pytest.fixture
+def everything(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    return importlib.import_module("own_everything")
+
+
+def run_everything(everything, engine):
+    options = everything.OPTIONS | {"rounds": 2, "eval_every": 1}
+    return fedbn.federate(everything.scans, everything.LocalStatistics, engine=engine, **options)
 
 
 @pytest.fixture
@@ -36,3 +47,20 @@ def test_own_objects_are_equal_in_loop_and_grid(example):
 @pytest.mark.ray
 def test_own_objects_are_equal_on_ray(example):
     assert differences(run(example, "grid").outcome, run(example, "ray").outcome) == ()
+
+
+@pytest.mark.slow
+def test_own_everything_is_equal_in_loop_and_grid(everything):
+    reference = run_everything(everything, "reference")
+    assert differences(reference.outcome, run_everything(everything, "grid").outcome) == ()
+    auto, scores = run_everything(everything, "grid:auto"), reference.to_pandas()
+    for metric in ("dice", "sensitivity", "loss"):
+        assert auto.to_pandas()[metric].to_numpy() == pytest.approx(scores[metric].to_numpy(), abs=5e-3)
+    plan = reference.run.plan
+    assert (plan.optimizer, plan.augment) == ("torch.optim.adamw:AdamW", "own_everything:noisy")
+    assert reference.run.task == "own_everything:Focal:extra_metrics=own_everything:sensitivity:gamma=1.5"
+
+
+@pytest.mark.ray
+def test_own_everything_is_equal_on_ray(everything):
+    assert differences(run_everything(everything, "grid").outcome, run_everything(everything, "ray").outcome) == ()

@@ -529,7 +529,7 @@ def test_audit_model_accepts_user_factories(user_module):
         ("resnet20", None, (6, 128), r"resnet20 takes images"),
         ("resnet20", None, (3, 0, 32), "at least|images"),
         ("no_such_package:net", None, None, "cannot import 'no_such_package'"),
-        (":net", None, None, "package.module:factory"),
+        (":net", None, None, "package.module:name"),
         ("user_models:plane", None, None, "Did you mean 'plain'"),
         ("user_models:number", None, None, "package.module:factory"),
         ("user_models:a_model", None, None, "is a model, not a factory"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 
 import numpy as np
 import pytest
@@ -127,6 +128,15 @@ def test_objects_become_texts():
     assert plan_for("digits8", augment=doubled).augment == HERE + "doubled"
     assert plan_for("digits8", augment=Flip(p=0.1)).augment == "flip:p=0.1"
     assert augmentation_text(augmentation(f"flip + {HERE}both")) == f"flip+{HERE}both"
+    assert augmentation_text(Flip) == "flip"
+
+
+def test_callables_of_a_notebook_are_named_by_their_content():
+    for value in (lambda x, generator: x + 1, Transform(), partial(one_example)):
+        text = augmentation_text(value)
+        assert text.startswith("memory:")
+        assert augmentation_text(f"flip + {text}") == f"flip+{text}"
+        assert augmentation(text)(*batch(), draw())[0].shape == batch()[0].shape
 
 
 def test_augmentation_changes_training_only(small):

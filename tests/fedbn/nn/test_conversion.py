@@ -84,7 +84,7 @@ def test_build_is_deterministic_for_every_model(name):
         ("resnet20", r"resnet20 takes images"),
         ("no-such", r"unknown model \(or package.module:factory\) 'no-such'"),
         ("nowhere.at.all:make", r"cannot import 'nowhere.at.all'"),
-        ("fedbn.models.mlp:MPL", r"unknown factory in fedbn.models.mlp 'MPL'. Did you mean 'MLP'\?"),
+        ("fedbn.models.mlp:MPL", r"unknown model in fedbn.models.mlp 'MPL'. Did you mean 'MLP'\?"),
     ],
 )
 def test_build_rejects_bad_input(name, message):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from fedbn.federation.training import fit
 from fedbn.optim.adamw import AdamW
 from fedbn.optim.base import check_optimizer, optimizer, optimizer_text, optimizers
 from fedbn.optim.schedules import rate, schedules
+from fedbn.tasks.classification import Classification
 from tests import oracles
 
 PLAIN = {
@@ -78,13 +80,13 @@ def test_fit_matches_plain_loop_over_rounds(text):
     plan = replace(PLAN, optimizer=text, weight_decay=0.01 if text == "sgd" else 0.0)
     net, state = network(), {}
     for round in (1, 2):
-        _, state = fit(net, examples(), plan, seed=3, round=round, user=1, optimizer_state=state)
+        _, state = fit(net, examples(), plan, task=Classification(), seed=3, round=round, user=1, optimizer_state=state)
     for actual, expected in zip(net.state_dict().values(), plain_loop(text, 2).state_dict().values(), strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-10)
     assert state
     reset = network()
     for round in (1, 2):
-        fit(reset, examples(), plan, seed=3, round=round, user=1)
+        fit(reset, examples(), plan, task=Classification(), seed=3, round=round, user=1)
     assert not torch.allclose(reset[0].weight, net[0].weight, rtol=1e-6)
 
 
@@ -126,6 +128,19 @@ def test_objects_become_texts():
     assert optimizer_text(torch.optim.Adagrad) == "torch.optim.adagrad:Adagrad"
 
 
+def test_factories_of_a_notebook_are_named_by_their_content():
+    for make in (
+        lambda: partial(torch.optim.NAdam, momentum_decay=0.1),
+        lambda: lambda p, lr: torch.optim.NAdam(p, lr),
+    ):
+        text = optimizer_text(make())
+        assert text.startswith("memory:")
+        assert optimizer_text(make()) == text == optimizer_text(text)
+        assert isinstance(optimizer(text).build(network().parameters(), PLAN, 0.1), torch.optim.NAdam)
+    first, second = (optimizer_text(partial(torch.optim.NAdam, momentum_decay=d)) for d in (0.1, 0.2))
+    assert first != second
+
+
 @pytest.mark.parametrize("kept", ["reset", "keep"])
 def test_adam_state_stays_at_the_client(kept, small):
     outcome = federate(small("fedbn", optimizer="adam", optimizer_state=kept, rounds=1, clients_per_round=None))
@@ -146,7 +161,7 @@ def test_adam_state_stays_at_the_client(kept, small):
         ({"optimizer": "torch.optim:Adagrat"}, "Did you mean 'Adagrad'"),
         ({"optimizer": "torch.optim:Adagrad:x"}, "write options as"),
         ({"optimizer": "torch:float32"}, "cannot be called"),
-        ({"optimizer": lambda p: p}, "define a function or class in a module"),
+        ({"optimizer": 3}, "optimizer must be a text or a Optimizer, not 3"),
         ({"optimizer": "adam", "weight_decay": 0.1}, "option of sgd only: write optimizer adam:weight_decay=0.1"),
         ({"optimizer": "torch.optim:Adagrad", "weight_decay": 0.1}, "option of sgd only: set it in the factory"),
         ({"schedule": "cosin"}, "unknown schedule 'cosin'. Did you mean 'cosine'"),

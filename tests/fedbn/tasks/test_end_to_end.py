@@ -6,7 +6,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
+import torch
+from torch.utils.data import TensorDataset
 
+import fedbn
 from fedbn.config import Plan
 from fedbn.errors import UserError
 from fedbn.federation.loop import federate
@@ -14,6 +17,7 @@ from fedbn.federation.run import Run
 from fedbn.federation.setup import build_context
 from fedbn.tasks import Task, parse_task, render_task
 from fedbn.tasks.regression import Regression
+from simulations.engines.deployment import differences
 from simulations.engines.execute import execute
 from tests.helpers import assert_engines_agree
 
@@ -169,14 +173,14 @@ def test_windows_of_labels_are_refused_without_classes(tmp_path):
 
 
 def test_task_object_is_the_same_run_as_its_text(tmp_path):
-    run = run_of(tmp_path, "number", Regression(loss_="mae"))
-    assert run.task == "regression:loss=mae"
-    assert run == run_of(tmp_path, "number", "regression:loss=mae")
+    data = f"files:path={save(tmp_path, 'number')}"
+    runs = [fedbn.federate(data, "fedavg", task=task, rounds=1).run for task in (Regression(loss_="mae"), Regression)]
+    assert [run.task for run in runs] == ["regression:loss=mae", "regression"]
     assert run_of(tmp_path, "number", f"{Custom.__module__}:Custom:power=2.0").task.endswith(":Custom:power=2.0")
 
 
 def test_task_class_of_a_module_trains_on_every_engine(tmp_path):
-    run = run_of(tmp_path, "number", Custom(power=2.0), lr=0.01)
+    run = run_of(tmp_path, "number", render_task(Custom(power=2.0)), lr=0.01)
     exact = assert_engines_agree(run)
     assert exact.scores[0][0].metrics.keys() == {"within_one", "loss"}
     assert execute(run, "grid:stacked").execution["train"] != ["one by one"]
@@ -186,8 +190,8 @@ def test_task_class_of_a_module_trains_on_every_engine(tmp_path):
     ("text", "message"),
     [
         ("regressor", "unknown task 'regressor'. Did you mean 'regression'"),
-        ("nowhere.tasks:Mine", "cannot be imported"),
-        ("fedbn.errors:UserError", "is not a subclass of fedbn.Task"),
+        ("nowhere.tasks:Mine", "cannot import 'nowhere.tasks'"),
+        ("fedbn.errors:UserError", "must be a subclass of Task"),
         ("regression:los=mae", "Did you mean 'loss'"),
     ],
 )
@@ -196,10 +200,46 @@ def test_unknown_tasks_are_refused(text, message):
         parse_task(text)
 
 
-def test_task_that_cannot_be_imported_is_refused():
-    @dataclass(frozen=True)
-    class Local(Custom):
-        name = "local"
+def test_task_of_a_notebook_is_named_by_its_content():
+    def local():
+        @dataclass(frozen=True)
+        class Local(Custom):
+            name = "local"
+            share: float = 0.5
 
-    with pytest.raises(UserError, match="cannot be imported by its name: define its class in a module"):
-        render_task(Local())
+        return Local
+
+    text = render_task(local()(share=0.25))
+    assert text.startswith("memory:Local-")
+    assert text.endswith(":share=0.25")
+    assert render_task(local()(share=0.25)) == text
+    assert parse_task(text).share == 0.25
+    with pytest.raises(UserError, match="task must be a text or a Task, not 3"):
+        render_task(3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "task"), [("number", "regression"), ("labels", "multilabel"), ("map", "segmentation")]
+)
+def test_arrays_give_the_same_run_as_a_file(tmp_path, kind, task):
+    path = save(tmp_path, kind)
+    with np.load(path) as file:
+        arrays = dict(file)
+    population = fedbn.Population.from_arrays(**arrays, task=parse_task(task))
+    options = {"model": MODELS.get(kind, "mlp"), "task": task, "rounds": 2, "batch_size": 8}
+    first, second = (fedbn.federate(data, "fedbn", **options) for data in (f"files:path={path}", population))
+    assert differences(first.outcome, second.outcome) == ()
+    assert first.population.classes == second.population.classes
+
+
+def test_datasets_with_targets_of_a_task():
+    x, y = torch.randn(20, 4), torch.rand(20)
+    data = {name: (TensorDataset(x, y), TensorDataset(x[:8], y[:8])) for name in ("ana", "bob")}
+    with pytest.raises(UserError, match="labels are real numbers .* choose --task regression"):
+        fedbn.Population.from_datasets(data)
+    population = fedbn.Population.from_datasets(data, task=Regression())
+    assert torch.equal(population.users[0].train.y, y)
+    with pytest.raises(UserError, match="task must be an object such as"):
+        fedbn.Population.from_datasets(data, task="regression")
+    with pytest.raises(UserError, match="classification needs one class index.*choose --task regression"):
+        fedbn.federate(population, "fedavg")

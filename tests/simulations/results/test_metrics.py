@@ -6,7 +6,6 @@ import pytest
 
 from fedbn.errors import UserError
 from fedbn.files import write_json
-from fedbn.tasks.regression import Regression
 from simulations.adaptation.source_model import untrained_source_model
 from simulations.api import load
 from simulations.experiments.compare import Task, compare, select_candidates
@@ -81,10 +80,6 @@ def test_tuning_follows_the_direction_of_the_metric(tmp_path, higher, best):
         write_json(directory / "result.json", {"evaluations": [cell]})
         tasks.append(Task(run, str(directory)))
     assert select_candidates(setup, tasks, "mae", higher) == {"fedbn": {"lr": best}}
-
-
-def test_experiment_accepts_a_task_object(tmp_path):
-    assert experiment(tmp_path, task=Regression(loss_="mae")).task == "regression:loss=mae"
 
 
 def test_adaptation_study_is_refused_without_classes(tmp_path):
