@@ -54,7 +54,7 @@ def test_help_imports_nothing_heavy():
 
 
 def test_adaptation_results_are_compared_by_identity(tmp_path):
-    a, b = (AdaptationResult(pd.DataFrame({"users": [1, 2]}), pd.DataFrame(), tmp_path) for _ in range(2))
+    a, b = (AdaptationResult(pd.DataFrame({"users": [1, 2]}), pd.DataFrame(), tmp_path, "accuracy") for _ in range(2))
     assert a == a
     assert a != b
     assert len({a, b}) == 2
