@@ -42,6 +42,12 @@ def test_audit_app_measures_traffic_by_role_and_finds_averaged_counters():
     assert not {"statistics-under-dp", "evaluates-in-training-mode", "client-errors"} & set(found)
 
 
+def test_audit_app_leaves_no_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    audit_app(FlowerApp.read(APPS / "messages"), run_config=("out='final_model.pt'",))
+    assert not list(tmp_path.iterdir())
+
+
 def test_audit_app_finds_statistics_under_dp(tmp_path):
     app = copy_app(
         tmp_path,
