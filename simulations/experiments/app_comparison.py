@@ -6,10 +6,12 @@ import hashlib
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,7 +23,7 @@ from fedbn.errors import UserError, unknown
 from fedbn.files import DamagedFile, locked, read_json
 from fedbn.plugins import render
 from fedbn.strategies.base import strategy as parse_strategy
-from simulations.experiments.app_runs import LOG, AppRun, directions, execute_app
+from simulations.experiments.app_runs import FILES, LOG, AppRun, directions, execute_app
 from simulations.flower.apps import FlowerApp
 from simulations.flower.normalized import normalized
 from simulations.flower.processes import end_with_parent
@@ -159,14 +161,18 @@ def execute_run(run: AppRun, out: Path) -> dict[str, Any]:
         UserError: the run failed; the message names the log.
     """
     path = _path(out, run).with_name(LOG)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    files = path.with_name(FILES)
+    shutil.rmtree(files, ignore_errors=True)  # of an interrupted run
+    files.mkdir(parents=True)
     with path.open("w", encoding="utf-8") as log:
         try:
-            result = execute_app(run, log)
+            result = execute_app(run, log, files)
         except Exception as error:
             reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             traceback.print_exc(file=log)
             raise UserError(f"{run.strategy}, seed {run.seed}: {reason} (log: {path})") from None
+    with suppress(OSError):  # the app has written files
+        files.rmdir()
     write_run(out, run_id(run), result)
     return result
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import chdir, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -22,6 +22,9 @@ from simulations.storage.provenance import NUMERICS, code_digest
 
 LOG = "run.log"
 """Log of a run, in its directory: the messages of Flower, and what the app prints."""
+
+FILES = "files"
+"""Working directory of the app of a run, in the directory of the run."""
 
 COUNTS = ("num-examples", "num_examples")
 """Names of the number of examples in Flower's message API and in its former API."""
@@ -127,12 +130,13 @@ def _round(message: Message) -> int | None:
     return int(message.metadata.group_id) if message.metadata.group_id.isdigit() else None
 
 
-def execute_app(run: AppRun, log: TextIO) -> dict[str, Any]:
+def execute_app(run: AppRun, log: TextIO, directory: Path) -> dict[str, Any]:
     """Execute a run.
 
     Args:
         run: the run.
         log: receives the messages of Flower, and what the app prints.
+        directory: working directory of the app, so that runs at the same time do not write the same files.
 
     Returns:
         The result, with the metrics of every client in the last evaluation, and their means in each round.
@@ -147,7 +151,7 @@ def execute_app(run: AppRun, log: TextIO) -> dict[str, Any]:
     nodes = run.num_supernodes or app.num_supernodes or DEFAULT_SUPERNODES
     evaluations = Evaluations()
     start = time.perf_counter()
-    with _logged(log), normalized(app, run.model, run.strategy) as components:
+    with _logged(log), chdir(directory), normalized(app, run.model, run.strategy) as components:
 
         def serve(grid: Grid, context: Context) -> None:
             components.server(grid=grid, context=context)

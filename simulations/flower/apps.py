@@ -20,6 +20,10 @@ from simulations.flower.compat import flatten_config, load_component
 
 CONFIG_FILE = "pyproject.toml"
 
+PROJECT = Path(__file__).parents[2]
+OWN_PACKAGES = ("fedbn", "clients", "simulations")
+"""Directory of this project's packages, and their names; an app may have packages with these names."""
+
 PAIR = re.compile(r"""[^\s=]+=(?:'[^']*'|"[^"]*"|\S+)""")
 """A pair ``key=value`` in a text, as Flower finds it."""
 
@@ -131,9 +135,22 @@ class FlowerApp:
         except ModuleNotFoundError as error:
             if error.name is not None and f"{module}.".startswith(f"{error.name}."):
                 raise UserError(f"{self.directory} has no module {module}, which {reference} names") from None
+            if (package := self._hidden_package(error.name)) is not None:
+                raise UserError(
+                    f"the app's package {package} hides this project's package of the same name, so the app cannot "
+                    "import its mods: rename the app's package, or leave the app as it is and use fedbn compare --app"
+                ) from None
             raise
         except LookupError:
             raise UserError(f"module {module} of {self.directory} has no {attribute!r}") from None
+
+    def _hidden_package(self, module: str | None) -> str | None:
+        """The package of this project that a package of the app hides, if it would have the module."""
+        parts = (module or "").split(".")
+        if parts[0] not in OWN_PACKAGES or not (self.directory / parts[0]).is_dir():
+            return None
+        path = PROJECT.joinpath(*parts)
+        return parts[0] if path.is_dir() or path.with_suffix(".py").is_file() else None
 
     def _table(self, *path: str) -> dict[str, Any]:
         """A table of the pyproject.toml; empty if it is missing."""

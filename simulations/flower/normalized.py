@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -193,47 +193,39 @@ def _replaces_layers(norms: NormStrategy, model: nn.Module) -> bool:
 
 @contextmanager
 def _converted(app: FlowerApp, reference: str, norms: NormStrategy) -> Iterator[ModelFn]:
-    """Replace the app's model by one with other layers, in every module of the app that has imported it."""
+    """Let the app's class or function build a model with other layers, in every module of the app that has imported it.
+
+    A class is changed in place: with another class under its name, its own ``super(Net, self)`` would not end.
+    """
     original = app.load(reference)
-    converted = _convert(original, norms)
-    places = [
-        (module, name)
-        for module in list(sys.modules.values())
-        if is_below(module, app.directory)
-        for name, value in list(vars(module).items())
-        if value is original
-    ]
-    for module, name in places:
-        setattr(module, name, converted)
-    try:
-        yield converted
-    finally:
-        for module, name in places:
-            setattr(module, name, original)
-
-
-def _convert(original: Any, norms: NormStrategy) -> Any:
-    """A class or function that builds the same model with other layers."""
 
     def prepare(model: nn.Module) -> nn.Module:
         with torch.random.fork_rng(devices=[]):  # the app's own random numbers do not change
             return norms.prepare_model(model)
 
-    if not isinstance(original, type):
+    with ExitStack() as stack:
+        if isinstance(original, type):
+            init = original.__init__  # type: ignore[misc]
+
+            @wraps(init)
+            def converted_init(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+                init(self, *args, **kwargs)
+                if type(self) is original:
+                    prepare(self)
+
+            original.__init__ = converted_init  # type: ignore[misc]
+            stack.callback(setattr, original, "__init__", init)
+            yield original
+            return
 
         def make(*args: Any, **kwargs: Any) -> nn.Module:
             return prepare(original(*args, **kwargs))
 
-        return make
-
-    def init(self: nn.Module, *args: Any, **kwargs: Any) -> None:
-        original.__init__(self, *args, **kwargs)  # type: ignore[misc]
-        if type(self) is converted:
-            prepare(self)
-
-    names = {"__init__": init, "__module__": original.__module__, "__qualname__": original.__qualname__}
-    converted = type(original.__name__, (original,), names)
-    return converted
+        for module in [m for m in sys.modules.values() if is_below(m, app.directory)]:
+            for name in [name for name, value in vars(module).items() if value is original]:
+                setattr(module, name, make)
+                stack.callback(setattr, module, name, original)
+        yield make
 
 
 @dataclass(frozen=True)

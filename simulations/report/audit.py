@@ -52,12 +52,12 @@ def show_findings(findings: Sequence[Finding], console: Console, *, full: bool =
 
 def _print(finding: Finding, console: Console, full: bool) -> None:
     where = finding.where if full else finding.where[:MAX_NAMES]
-    console.print(Padding(Text(f"{finding.lint}: {finding.message}"), (0, 0, 0, 2)))
+    console.print(Padding(Text(f"{finding.lint}: {finding.message}"), (0, 0, 0, 2), expand=False))
     if where:
         more = len(finding.where) - len(where)
         names = ", ".join(name or "the model itself" for name in where) + (f" and {more} more" if more else "")
-        console.print(Padding(Text(f"in {names}", style="dim"), (0, 0, 0, 6)))
-    console.print(Padding(Text(f"fix: {finding.fix}", style="green"), (0, 0, 0, 6)))
+        console.print(Padding(Text(f"in {names}", style="dim"), (0, 0, 0, 6), expand=False))
+    console.print(Padding(Text(f"fix: {finding.fix}", style="green"), (0, 0, 0, 6), expand=False))
 
 
 def entry_table(audit: Audit) -> Table:

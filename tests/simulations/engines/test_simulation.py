@@ -321,6 +321,16 @@ def test_apps_with_the_same_package_name_run_their_own_code(package, run_cli, tm
     assert sys.modules["fedbn"].__file__ == str(ROOT / "fedbn" / "__init__.py")
 
 
+def test_app_whose_package_hides_this_project_cannot_import_its_mods(run_cli, tmp_path, caplog):
+    app = make_app(tmp_path / "app", "fedbn", client="from fedbn.errors import UserError\napp = ClientApp()")
+    code, _, err = run_cli("run", app)
+    assert code == 2
+    assert "the app's package fedbn hides this project's package of the same name" in err
+    app = make_app(tmp_path / "other", "fedbn", client="from fedbn.missing import x")
+    assert run_cli("run", app)[0] == 1
+    assert "No module named 'fedbn.missing'" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("change", "arguments", "text"),
     [

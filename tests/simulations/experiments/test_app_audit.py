@@ -39,7 +39,13 @@ def test_audit_app_measures_traffic_by_role_and_finds_averaged_counters():
     assert found["averaged-counters"].where == ("norm.num_batches_tracked",)
     assert "int64 and float64" in found["averaged-counters"].message
     assert "name-misses" in found
-    assert not {"statistics-under-dp", "evaluates-in-training-mode", "client-errors"} & set(found)
+    assert not {"statistics-under-dp", "evaluates-in-training-mode", "client-errors", "untrained"} & set(found)
+
+
+def test_audit_app_leaves_no_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    audit_app(FlowerApp.read(APPS / "messages"), run_config=("out='final_model.pt'",))
+    assert not list(tmp_path.iterdir())
 
 
 def test_audit_app_finds_statistics_under_dp(tmp_path):
@@ -70,6 +76,8 @@ def test_audit_command_prints_traffic_and_findings_of_an_app(run_cli):
     assert code == 0, err
     assert "server with no strategy of flwr.serverapp" in " ".join(out.split())
     assert "statistics" in out
+    findings = out[out.index("warning") :].splitlines()
+    assert findings == [line.rstrip() for line in findings]  # a redirected console is very wide
 
 
 @pytest.mark.parametrize(

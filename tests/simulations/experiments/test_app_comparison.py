@@ -75,13 +75,22 @@ def test_compare_app_names_the_run_that_failed_and_its_log(in_this_process, tmp_
     assert "[ROUND 1/1]" in Path(log).read_text()
 
 
+def test_compare_app_separates_the_files_that_runs_write(in_this_process, tmp_path, monkeypatch):
+    """Flower's examples write final_model.pt, or a directory that must not exist, into the working directory."""
+    monkeypatch.chdir(tmp_path)
+    config = ("out='final_model.pt' num-server-rounds=1",)
+    compare_app(experiment(strategies=("fedavg", "fedbn"), seeds=1, run_config=config), Path("results"))
+    assert [path.name for path in tmp_path.iterdir()] == ["results"]
+    assert len(list(Path("results").glob("runs/*/files/final_model.pt"))) == 2
+
+
 def test_compare_app_reports_an_app_without_metrics(tmp_path):
     (run, *_) = experiment(strategies=("groupnorm",), run_config=("num-server-rounds=0",)).runs()
     with (
         (tmp_path / "log").open("w") as log,
         pytest.raises(UserError, match="the clients of the app report no metrics"),
     ):
-        execute_app(run, log)
+        execute_app(run, log, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +160,7 @@ def test_seed_of_the_run_config_is_the_seed_of_the_run(monkeypatch, tmp_path):
     monkeypatch.setattr(app_runs, "SEED_KEYS", ("num-server-rounds",))
     run = experiment(strategies=("fedbn",), run_config=()).runs()[1]
     with (tmp_path / "log").open("w") as log, pytest.raises(UserError, match="no metrics"):
-        execute_app(run, log)
+        execute_app(run, log, tmp_path)
     assert configs[0]["num-server-rounds"] == 1
 
 

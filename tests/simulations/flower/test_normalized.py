@@ -76,6 +76,21 @@ def test_groupnorm_replaces_layers_where_the_app_builds_its_model(model, tmp_pat
     assert mean_error(replies) > 0
 
 
+def test_groupnorm_replaces_layers_of_a_class_that_names_itself(tmp_path):
+    """Flower's quickstart calls super(Net, self), and other classes of the app may inherit from it."""
+    app = copy_app(tmp_path, task=("super().__init__()", "super(Net, self).__init__()"))
+    path = app.directory / "messages" / "task.py"
+    path.write_text(path.read_text() + "\n\nclass Deep(Net):\n    pass\n")
+    with app.loaded():
+        with normalized(app, "messages.task:Deep", "groupnorm"):
+            assert "GroupNorm" in repr(app.load("messages.task:Deep")())
+            assert "BatchNorm1d" in repr(app.load("messages.task:Net")())
+        with normalized(app, None, "groupnorm"):
+            assert "GroupNorm" in repr(app.load("messages.task:Net")())
+            assert "BatchNorm1d" in repr(app.load("messages.task:Deep")())
+        assert "BatchNorm1d" in repr(app.load("messages.task:Net")())
+
+
 def test_groupnorm_replaces_layers_of_a_model_function(tmp_path):
     _, replies = run("numpy_client", "groupnorm", tmp_path, "numpyclient.task:make_net")
     assert {len(reply.content.array_records) for _, reply in replies["train"]} == {1}
