@@ -384,6 +384,7 @@ def repartition(population: Population, text: str, seed: int) -> Population:
         f"{scheme.about}; created by {render(scheme)} from the pooled data of {origin}",
         population.sources | {"partition": digest(indices)},
         notices=population.notices,
+        triples=population.triples,
     )
 
 

@@ -47,6 +47,8 @@ class Population:
         pooled: whether the data have no users, so that a partition has to make them from the rows of the only user.
         notices: what had to be decided when the data were read.
         held_out: number of unseen users that each seed draws anew; None if ``unseen`` holds for all seeds.
+        triples: channels of the axes x, y, z of each sensor of a worn device; the first measures acceleration with
+            gravity. Empty: none, or not known.
     """
 
     users: tuple[User, ...]
@@ -58,6 +60,7 @@ class Population:
     pooled: bool = False
     notices: tuple[str, ...] = ()
     held_out: int | None = None
+    triples: tuple[tuple[int, int, int], ...] = ()
 
     @cached_property
     def seen(self) -> tuple[int, ...]:

@@ -12,6 +12,9 @@ from fedbn.data.population import Population, User, hold_out, hold_out_order
 from fedbn.data.windows import hop
 from fedbn.scenarios.base import Scenario
 
+TRIPLES = ((0, 1, 2), (3, 4, 5))
+"""Channels of the axes of accelerometer and gyroscope."""
+
 
 @dataclass(frozen=True)
 class WearableScenario(Scenario):
@@ -70,4 +73,5 @@ class WearableScenario(Scenario):
             classes=self.classes,
             skew=self.skew,
             sources={source.label: source.sha256},
+            triples=TRIPLES,
         )
