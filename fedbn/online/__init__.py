@@ -1,5 +1,6 @@
 """Statistics that follow users: a bank of thousands of users in one network, rules, states as values."""
 
+from fedbn.online.alignments.base import Aligner, Alignment, fit_alignment
 from fedbn.online.methods import rule
 from fedbn.online.personalized import Personalized, personalize
 from fedbn.online.prior import LayerPrior, population_prior, source_prior
@@ -10,6 +11,8 @@ from fedbn.online.stores import DirectoryStore, SQLiteStore, Store
 from fedbn.online.stream import follow_rule, predict_online
 
 __all__ = [
+    "Aligner",
+    "Alignment",
     "BNState",
     "DirectoryStore",
     "LayerPrior",
@@ -18,6 +21,7 @@ __all__ = [
     "SQLiteStore",
     "State",
     "Store",
+    "fit_alignment",
     "follow_rule",
     "personalize",
     "population_prior",

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from fedbn.errors import UserError
+from fedbn.online.alignments.base import Aligner
 from fedbn.online.layer import scale_and_shift
 from fedbn.online.records import BASE, Records
 from fedbn.online.rules.base import Rule
-from fedbn.online.state import TALLY, BNState
+from fedbn.online.state import TALLY, BNState, invalid_state
 from fedbn.online.statistics import Pair, Prior, State, WindowStatistics, map_tensors, slice_channels
 from fedbn.online.stores import Store
 from fedbn.plugins import render
@@ -77,6 +78,7 @@ class Bank:
         capacity: maximum number of users in memory.
         store: store for evicted users.
         model: fingerprint of the network.
+        aligner: aligns the input of users; None: the input is not changed.
 
     Attributes:
         changed: users whose state is not in the store yet.
@@ -92,8 +94,11 @@ class Bank:
         capacity: int,
         store: Store,
         model: str,
+        aligner: Aligner | None = None,
     ) -> None:
-        self.rule, self.rule_text = rule, render(rule)
+        self.rule = rule
+        self.rule_text = render(rule) if aligner is None else f"{render(aligner.alignment)}+{render(rule)}"
+        self.aligner = None if aligner is None else aligner.to(lambda t: t.to(prior.mean.device))
         self.source, self.affine, self.spans, self.classes = prior, affine, spans, classes
         self.capacity, self.store, self.model = capacity, store, model
         start = rule.start(prior, classes)
@@ -102,6 +107,7 @@ class Bank:
         self.rows |= {"frozen": torch.zeros(1, device=prior.mean.device) > 0}
         self.rows |= {name: prior.mean.new_zeros(1) for name in COUNTERS}
         self.rows |= {name: torch.zeros_like(prior.mean) for name in ("scale", "shift")}
+        self.rows |= self.aligner.start(prior.mean) if self.aligner is not None else {}
         self.slot: OrderedDict[str, int] = OrderedDict()
         self.free: list[int] = []
         self.changed: set[str] = set()
@@ -192,6 +198,7 @@ class Bank:
         """Apply a function to every tensor, e.g. to move it to another device."""
         self.source = map_tensors(self.source, lambda _, t: function(t))
         self.affine = function(self.affine[0]), function(self.affine[1])
+        self.aligner = None if self.aligner is None else self.aligner.to(function)
         self.rows = {name: function(t) for name, t in self.rows.items()}
         self.template = {name: function(t) for name, t in self.template.items()}
         self.records = self._records()
@@ -293,6 +300,18 @@ class Bank:
         mean, var = (torch.where(positions > 0, a, b) for a, b in ((after.mean, before.mean), (after.var, before.var)))
         self.write(slots, replace(after, t=before.t + 1, classes=before.classes + classes, mean=mean, var=var))
 
+    # ---------------------------------------------------------------- alignment
+
+    def align(self, group: Group, x: Tensor) -> Tensor:
+        """Windows ``[B, *shape]``, each aligned for its user."""
+        return x if self.aligner is None else self.aligner.apply(self.rows, group.slots[group.row], x)
+
+    def learn_alignment(self, group: Group, z: Tensor, usable: Tensor, weight: Tensor) -> None:
+        """Update the alignments of different users with the summaries of one window each (`Aligner.measure`)."""
+        if self.aligner is not None:
+            adaptive = ~self.rows["frozen"][group.slots]
+            self.aligner.learn(self.rows, group.slots, z, usable, weight * adaptive)
+
     # ---------------------------------------------------------------- one user
 
     def get(self, slot: int) -> BNState:
@@ -315,6 +334,7 @@ class Bank:
             frozen=bool(row["frozen"]),
             rule=self.rule_text,
             model=self.model,
+            alignment={} if self.aligner is None else self.aligner.get(self.rows, slot),
         )
 
     def check(self, state: BNState) -> None:
@@ -326,6 +346,8 @@ class Bank:
         state.require(self.model, self.rule_text)
         widths = {path: span.stop - span.start for path, span in self.spans.items()}
         state.validate(widths, self.rows["n"].shape[1], self.rows["extra"].shape[1], self.classes)
+        if not (self.aligner.check(state.alignment) if self.aligner is not None else not state.alignment):
+            raise invalid_state("its alignment has other entries than this one, or values that are out of range")
 
     def put(self, slot: int, state: BNState) -> None:
         """Write a state to one row. Parts without windows get the rule's initial values.
@@ -355,6 +377,8 @@ class Bank:
         for name in TALLY:
             self.rows[name][slot] = state.tally[name]
         self.rows["frozen"][slot] = state.frozen
+        if self.aligner is not None:
+            self.aligner.put(self.rows, slot, state.alignment)
         self.refresh(slots)
 
     def _set(self, name: str, slot: int, index: slice | tuple[slice, slice], value: Tensor) -> None:

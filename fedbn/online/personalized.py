@@ -19,6 +19,7 @@ from fedbn.errors import UserError
 from fedbn.nn.conversion import replace_norms, require_statistics
 from fedbn.nn.plain import copy_model, plain
 from fedbn.nn.roles import CLASSES, head_layer, statistics_layers
+from fedbn.online.alignments.base import Aligner, split_alignment
 from fedbn.online.bank import Bank, Group
 from fedbn.online.layer import Pass, Transform, UserNorm, affine_entry, user_norm, write_statistics
 from fedbn.online.prior import LayerPrior, pack_priors
@@ -58,6 +59,7 @@ class _Prediction:
     adapted: Tensor
     fallback: Tensor | None
     recorded: Pass
+    summaries: Pair | None
 
 
 def personalize(
@@ -68,6 +70,7 @@ def personalize(
     duplicates: Literal["merge", "sequential"] = "merge",
     store: Store | None = None,
     classes: int | None = None,
+    align: Aligner | None = None,
 ) -> Personalized:
     """Copy of ``model`` with separate statistics for every user.
 
@@ -81,6 +84,7 @@ def personalize(
             successive updates (``sequential``).
         store: store for users that are not in memory; None: a dict.
         classes: number of classes; None: that of a built model, or the width of its last layer.
+        align: aligns the input of every user before the network (`fedbn.online.fit_alignment`).
 
     Raises:
         UserError: an unknown rule or a test-time method, a model without statistics or with layers that do not evaluate
@@ -113,7 +117,7 @@ def personalize(
         for name, value in (("weight", 1.0), ("bias", 0.0))
     )
     classes, store = classes or _num_classes(model), {} if store is None else store
-    bank = Bank(rule, start, (weight, bias), spans, classes, capacity, store, fingerprint(model))
+    bank = Bank(rule, start, (weight, bias), spans, classes, capacity, store, fingerprint(model), align)
     return Personalized(inner, bank, duplicates, statistics_layers(model))
 
 
@@ -161,7 +165,9 @@ class Personalized(Users):
         require_finite(x)
         self._check_once(x)
         group = self.bank.group(ids, create=False)
-        rule = self.bank.rule
+        rule, aligner = self.bank.rule, self.bank.aligner
+        summaries = None if aligner is None else aligner.measure(x)
+        x = self.bank.align(group, x)
         record = rule.includes_current or (rule.learns and not self._frozen)
         adapted, recorded = self._run(x, self._adapted_transform(group), record=record, mask=mask)
         if record and rule.learns_from_train_pass:
@@ -172,7 +178,7 @@ class Personalized(Users):
             rows = group.slots[group.row]
             uncertain = self.bank.rows["entropy"][rows] > self.bank.rows["prior_entropy"][rows]
             out = torch.where(uncertain.view(-1, *[1] * (adapted.dim() - 1)), fallback, adapted)
-        self._last = _Prediction(ids, out, adapted, fallback, recorded)
+        self._last = _Prediction(ids, out, adapted, fallback, recorded, summaries)
         return out
 
     def usable(self) -> Tensor:
@@ -211,20 +217,24 @@ class Personalized(Users):
             )
         posterior = resolve_posterior(self.bank, last.logits, posterior, label)
         group = self.bank.group(last.ids, create=True)
-        if not self.bank.rule.learns:
-            return
         like = self.bank.source.mean
         counts = like.new_ones(len(last.ids)) if weight is None else weight.to(like)
         if counts.shape != (len(last.ids),) or bool((counts < 0).any()):
             raise UserError(f"weight must have one number of at least 0 per row, {len(last.ids)} in total")
+        if last.summaries is not None:
+            z, trusted = last.summaries
+            for rows in split_duplicates(group):
+                self.bank.learn_alignment(_part(group, rows), z[rows], trusted[rows], counts[rows])
+        if not self.bank.rule.learns:
+            return
         if self.bank.rule.gate:
             counts = counts * (posterior.max(1).values >= self.bank.rule.gate)
         moments, positions = self._moments(last)
         if self._sequential or self.bank.rule.classwise:
             for rows in split_duplicates(group):
-                users = group.row[rows]
-                part = Group([group.users[i] for i in users.tolist()], group.slots[users], arange_like(rows))
-                self.bank.learn(part, (moments[0][rows], moments[1][rows]), positions, counts[rows], posterior[rows])
+                self.bank.learn(
+                    _part(group, rows), (moments[0][rows], moments[1][rows]), positions, counts[rows], posterior[rows]
+                )
         else:
             self.bank.learn(group, moments, positions, counts, posterior)
         if last.fallback is not None:
@@ -289,6 +299,9 @@ class Personalized(Users):
         self._check_once(windows)
         weight = class_weights(self.bank, labels, len(windows))
         bank = self.bank
+        aligned = None if bank.aligner is None else bank.aligner.follow(windows, bank.source.mean)
+        if bank.aligner is not None and aligned is not None:
+            windows = bank.aligner.apply(aligned, torch.zeros(len(windows), dtype=torch.long), windows)
         start = bank.source.moments
         mean, var = (t[0].clone() for t in start)
         share = torch.as_tensor(len(windows) / (n0 + len(windows))).to(mean)
@@ -308,6 +321,8 @@ class Personalized(Users):
             raise UserError("these windows are too large: the network's numbers overflow; remove or rescale them")
         slot = int(bank.group([canonical_name(user)], create=True).slots[0])
         bank.calibrate(slot, mean, var, frozen=then == "freeze")
+        for name, value in (aligned or {}).items():
+            bank.rows[name][slot] = value[0]
 
     # ---------------------------------------------------------------- restore and export
 
@@ -320,8 +335,12 @@ class Personalized(Users):
         """Plain copy of the network with the original layer types and a user's statistics, to fold or export.
 
         Raises:
-            UserError: the rule normalizes each window by itself.
+            UserError: the rule normalizes each window by itself, or the input is aligned.
         """
+        if self.bank.aligner is not None:
+            raise UserError(
+                "a plain network cannot align its input: personalize without align, or use the personalized model"
+            )
         statistics = self.statistics(user)
         plain = copy.deepcopy(self._plain)
         out = replace_norms(copy_model(self.model), lambda path, _layer: plain.get(path))
@@ -405,6 +424,12 @@ class Personalized(Users):
             )
 
 
+def _part(group: Group, rows: Tensor) -> Group:
+    """Some rows of a batch, all of different users."""
+    users = group.row[rows]
+    return Group([group.users[i] for i in users.tolist()], group.slots[users], arange_like(rows))
+
+
 def _num_classes(model: nn.Module) -> int:
     if (classes := getattr(model, CLASSES, None)) is not None:
         return int(classes)
@@ -422,8 +447,11 @@ def personalized_copy(model: nn.Module, state: BNState) -> nn.Module:
         state: state of the user.
 
     Raises:
-        UserError: the state has another model, or its rule needs priors per class (use `Personalized.export`).
+        UserError: the state has another model, its input is aligned, or its rule needs priors per class (use
+            `Personalized.export`).
     """
+    if split_alignment(state.rule)[0]:
+        raise UserError("a plain network cannot align its input: use a state without alignment")
     net = personalize(model, parse_rule(state.rule), capacity=1)
     net.load("user", state)
     return net.export("user")

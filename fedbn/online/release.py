@@ -2,8 +2,8 @@ r"""Releasing a user's state from the device, and attacks that measure what it r
 
 Two states one window apart reveal that window's channel means exactly (`window_between`), and first-layer statistics
 identify users (`reidentified`). `Release` limits this by a minimum number of windows, Gaussian noise on the sums of
-clipped windows (`fedbn.online.rules.base.Rule.clip`), and a restriction to late layers. Class counts are never
-released.
+clipped windows (`fedbn.online.rules.base.Rule.clip`), and a restriction to late layers. Class counts and alignments
+are never released.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fedbn.errors import UserError
+from fedbn.online.alignments.base import split_alignment
 from fedbn.online.prior import LayerPrior
 from fedbn.online.rules.base import rule
 from fedbn.online.state import BNState
@@ -56,7 +57,7 @@ class Release:
         Raises:
             UserError: too few windows, several parts, noise without clipping, or more layers than the network has.
         """
-        clip = rule(state.rule).clip
+        clip = rule(split_alignment(state.rule)[1]).clip
         if self.noise and not clip:
             raise UserError(
                 f"rule {state.rule!r} does not clip windows, so no noise can hide one: use {state.rule}:clip=3, "
@@ -78,7 +79,9 @@ class Release:
         for path in paths[-self.last :]:
             released[path] = (self._add_noise(state.parts[path][0], clip, count, prior[path], draw),)
         tally = dict.fromkeys(state.tally, 0.0)
-        return replace(state, parts=released, base={}, classes=torch.zeros_like(state.classes), tally=tally)
+        return replace(
+            state, parts=released, base={}, classes=torch.zeros_like(state.classes), tally=tally, alignment={}
+        )
 
     def _add_noise(
         self, moments: Moments, clip: float, count: float, prior: LayerPrior, draw: torch.Generator | None

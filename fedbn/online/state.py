@@ -7,7 +7,7 @@ import json
 import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import safetensors.torch
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fedbn.errors import UserError
+from fedbn.online.alignments.base import STATE, merge_states
 from fedbn.online.statistics import within_limits
 from fedbn.statistics.moments import Moments, pooled
 
@@ -30,7 +31,11 @@ TALLY = (*COUNTS, "entropy", "prior_entropy")
 MAX_COUNT = 1e12
 """Largest count of windows or entry of a tally in a valid state."""
 
+ALIGNMENT = "alignment "
+"""Prefix of the names of tensors of the alignment."""
+
 NAMES = {"n", "classes", "extra", *(f"{part}{name}" for part in ("", "base ") for name in ("mean", "var", "std"))}
+NAMES |= {f"{ALIGNMENT}{name}" for name in STATE}
 """Names of tensors that a state in bytes can have."""
 
 MAX_VALUES = 2**24
@@ -54,6 +59,8 @@ class BNState:
         frozen: whether the statistics are frozen.
         rule: text of the rule.
         model: `fingerprint` of the network.
+        alignment: cells, parameters and counts of the alignment (`fedbn.online.alignments.base.Aligner.start`); empty
+            without one. Merging adds the cells of both states, which a bank reduces to its number of cells.
     """
 
     parts: Mapping[str, tuple[Moments, ...]]
@@ -64,6 +71,7 @@ class BNState:
     frozen: bool
     rule: str
     model: str
+    alignment: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def layers(self) -> dict[str, Moments]:
@@ -87,8 +95,11 @@ class BNState:
         """Remove a part that was merged before, e.g. to erase one session.
 
         Raises:
-            UserError: the states have different models or rules, or the part has more windows than this state.
+            UserError: the states have different models or rules or an alignment, or the part has more windows than this
+                state.
         """
+        if self.alignment:
+            raise UserError("a part cannot be removed from an aligned state: forget the user, and start again")
         try:
             return self._combine(part, Moments.unmerge, -1.0)
         except ValueError as error:
@@ -97,7 +108,8 @@ class BNState:
     def decay(self, factor: float) -> BNState:
         """Multiply the weight of every window by ``factor``; mean and variance do not change."""
         parts = {path: tuple(m.decay(factor) for m in ms) for path, ms in self.parts.items()}
-        return replace(self, parts=parts, classes=self.classes * factor)
+        alignment = {k: v * factor if k == "n" else v for k, v in self.alignment.items()}
+        return replace(self, parts=parts, classes=self.classes * factor, alignment=alignment)
 
     def shrink(self, prior: BNState, n0: float) -> BNState:
         """Merge a prior with the weight of ``n0`` windows into every part, e.g. the state of a population.
@@ -145,25 +157,25 @@ class BNState:
             UserError: unknown or missing layers, another shape, or values that are not finite or out of range.
         """
         if self.parts.keys() != widths.keys() or self.base.keys() not in (set(), widths.keys()):
-            raise _invalid(f"it has the layers {', '.join(self.parts)}, not {', '.join(widths)}")
+            raise invalid_state(f"it has the layers {', '.join(self.parts)}, not {', '.join(widths)}")
         if self.extra.keys() != widths.keys() or set(self.tally) != set(TALLY):
-            raise _invalid("it lacks entries, or has unknown ones")
+            raise invalid_state("it lacks entries, or has unknown ones")
         for path, width in widths.items():
             moments = [*self.parts[path], *([self.base[path]] if self.base else [])]
             shapes = {tuple(t.shape) for m in moments for t in (m.mean, m.m2)}
             if len(self.parts[path]) != parts or shapes != {(width,)} or self.extra[path].shape != (extra, width):
-                raise _invalid(f"layer {path!r} has another shape than in this model")
+                raise invalid_state(f"layer {path!r} has another shape than in this model")
         if self.classes.shape != (classes,):
-            raise _invalid(f"it has {self.classes.numel()} classes, not {classes}")
+            raise invalid_state(f"it has {self.classes.numel()} classes, not {classes}")
         counts = torch.stack([torch.stack([m.n for m in ms]) for ms in self.parts.values()])
         tally = torch.tensor([self.tally[name] for name in TALLY], dtype=torch.float64)
         for values in (counts, self.classes, tally):
             if not bool(((values >= 0) & (values <= MAX_COUNT)).all()):
-                raise _invalid(f"its counts must be finite, not negative, and at most {MAX_COUNT:g}")
+                raise invalid_state(f"its counts must be finite, not negative, and at most {MAX_COUNT:g}")
         used = [m for ms in (*self.parts.values(), tuple(self.base.values())) for m in ms if m.n > 0]
         limited = all(bool(within_limits(m.mean, m.variance())) for m in used)
         if not limited or not bool(torch.cat([e.flatten() for e in self.extra.values()]).isfinite().all()):
-            raise _invalid("its statistics are not finite, negative, or too large")
+            raise invalid_state("its statistics are not finite, negative, or too large")
 
     def to_bytes(self, dtype: torch.dtype = torch.float32) -> bytes:
         """Serialize as safetensors. ``torch.float16`` halves the size at 3 digits, storing standard deviations.
@@ -180,6 +192,7 @@ class BNState:
             tensors |= _pack("base ", [(self.base[path],) for path in paths], dtype)
         if any(e.numel() for e in self.extra.values()):
             tensors["extra"] = torch.cat([self.extra[path] for path in paths], 1).to(dtype)
+        tensors |= {f"{ALIGNMENT}{name}": value.float() for name, value in self.alignment.items()}
         about = {
             "rule": self.rule,
             "model": self.model,
@@ -248,6 +261,7 @@ class BNState:
             frozen=frozen,
             rule=rule,
             model=model,
+            alignment={name.removeprefix(ALIGNMENT): t for name, t in tensors.items() if name.startswith(ALIGNMENT)},
         )
 
     def _combine(self, other: BNState, combine: Callable[[Moments, Moments], Moments], sign: float) -> BNState:
@@ -264,6 +278,7 @@ class BNState:
             extra={path: e + share * (other.extra[path] - e) for path, e in self.extra.items()},
             classes=(self.classes + sign * other.classes).clamp_min(0),
             tally={k: v + sign * other.tally[k] if k in COUNTS else v for k, v in self.tally.items()},
+            alignment=merge_states(self.alignment, other.alignment),
         )
 
 
@@ -296,7 +311,8 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def _invalid(reason: str) -> UserError:
+def invalid_state(reason: str) -> UserError:
+    """The error for a state that does not fit."""
     return UserError(f"this state is not valid: {reason}; use a state that to_bytes() wrote for this model and rule")
 
 

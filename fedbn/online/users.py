@@ -142,7 +142,7 @@ class Users(nn.Module):
             "calibrated": bank.calibrated(int(slot)),
             "statistics": "prior" if row["entropy"] > row["prior_entropy"] else "adapted",
             "moved": self._divergence(user) if has_statistics else {},
-        }
+        } | ({} if bank.aligner is None else {"alignment": bank.aligner.report(bank.rows, int(slot))})
 
     def to_pandas(self) -> pd.DataFrame:
         """Table of the users in memory, with the main entries of `report`. The store is not read."""

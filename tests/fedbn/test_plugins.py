@@ -10,6 +10,7 @@ from fedbn.augment.base import augmentations
 from fedbn.config import Plan
 from fedbn.data.partition import partitions
 from fedbn.federation.run import Run, plan_for
+from fedbn.online.alignments.base import alignments
 from fedbn.online.rules.base import rules
 from fedbn.optim.base import optimizers
 from fedbn.optim.schedules import schedules
@@ -28,6 +29,7 @@ PLUGINS = {
     "personalizations": personalizations,
     "rules": rules,
     "methods": methods,
+    "alignments": alignments,
     "streams": streams,
     "partitions": partitions,
     "scenarios": scenarios,

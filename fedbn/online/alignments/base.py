@@ -1,0 +1,478 @@
+r"""Base class of alignments: a label-free transformation of a user's input, before the network.
+
+Where a rule on statistics follows how a user's features are distributed, an alignment undoes the cause, such as a
+sensor that is worn in another orientation. Each window has a few *summaries* :math:`z`, some that the transformation
+changes and some that it does not. Seen clients send sums of these summaries per class, with which the federation
+describes each class k by a Gaussian :math:`N(\mu_k,\Sigma_k)`, after it has aligned the clients with each other.
+For a new user, without labels, the transformation :math:`\theta` maximizes the penalized likelihood
+
+.. math:: J(\theta)=\frac1b\sum_t n_t\log\sum_k N(\theta z_t;\mu_k,\Sigma_k)
+          -\tfrac12\textstyle\sum_i\theta_i^2/s_i^2
+
+over the cells t of a stream (`fedbn.online.alignments.cells`). :math:`s_i` is the spread between seen clients, and b
+the number of successive windows that count as one independent window. The identity is always a candidate.
+
+The sums are additive over clients, so secure aggregation can compute them. They take a few rounds, since clients turn
+their sums by the means of the round before.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fedbn.errors import UserError
+from fedbn.online.alignments.cells import Cells, insert, reduce
+from fedbn.plugins import discover, parse, render
+
+ROUNDS = 6
+"""Rounds of sums with which clients are aligned with each other."""
+
+MARGIN = 1e-6
+"""Smallest gain in J, in nats, for which a candidate replaces the identity."""
+
+STATE = ("n", "mean", "value", "count")
+"""Names of the tensors in the state of a user."""
+
+Triples = tuple[tuple[int, int, int], ...]
+"""Channels of the axes x, y, z of each sensor of one device. The first is an accelerometer that measures gravity."""
+
+
+@dataclass(frozen=True)
+class LabeledSums:
+    """Sums over the labeled windows of one or more clients, float64. ``a + b`` are the sums of both.
+
+    Attributes:
+        n: ``[K]`` windows of each class.
+        first: ``[K, D]`` sums of the aligned summaries.
+        second: ``[K, D, D]`` sums of their outer products.
+        clients: ``[K]`` clients that have the class.
+        means: ``[K, D]`` sums of these clients' class means, so that each counts equally.
+        square: ``[P]`` sums of the squared coordinates of the clients' transformations.
+        total: number of clients, 0-d.
+    """
+
+    n: Tensor
+    first: Tensor
+    second: Tensor
+    clients: Tensor
+    means: Tensor
+    square: Tensor
+    total: Tensor
+
+    def __add__(self, other: LabeledSums) -> LabeledSums:
+        return LabeledSums(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    @property
+    def bytes(self) -> int:
+        """Size of a message with these sums."""
+        return sum(getattr(self, f.name).numel() * 8 for f in fields(self))
+
+
+@dataclass(frozen=True)
+class AlignmentPrior:
+    """What the federation knows about the summaries.
+
+    Attributes:
+        mean: ``[K, D]`` mean of each class.
+        cov: ``[K, D, D]`` covariance of each class.
+        spread: ``[P]`` variance of the clients' transformations, in coordinates whose identity is 0.
+        seen: ``[K]`` whether any client has the class; others are ignored.
+    """
+
+    mean: Tensor
+    cov: Tensor
+    spread: Tensor
+    seen: Tensor
+
+    @cached_property
+    def precision(self) -> Tensor:
+        """``[K, D, D]`` inverse covariances."""
+        return torch.linalg.inv(self.cov)
+
+    @cached_property
+    def log_scale(self) -> Tensor:
+        """``[K]`` logarithm of a class density at its mean, without constants; -inf for classes that nobody has."""
+        return torch.where(self.seen, -0.5 * torch.linalg.slogdet(self.cov)[1], -torch.inf)
+
+    @cached_property
+    def scale(self) -> Tensor:
+        """``[D]`` root mean variance within the classes."""
+        return self.cov[self.seen].diagonal(dim1=1, dim2=2).mean(0).sqrt()
+
+
+Estimator = Callable[[Cells, Tensor], Tensor]
+"""Parameters ``[U, P]`` with the largest J among those found, the identity included, from the cells ``[U, M]`` and
+``[U, M, D]`` of each user and the last parameters ``[U, P]``, all float64."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alignment(ABC):
+    """Base class of alignments; fields are options.
+
+    Attributes:
+        name: name on the command line.
+        about: one-line description.
+        source: authors, year, link.
+        cells: number M of cells that store a stream.
+        every: windows between two estimates; later, a stream grows by about a tenth between two.
+        b: successive windows that count as one independent window.
+        memory: windows after which the weight of a window has fallen to 1/e; 0: all windows count equally.
+    """
+
+    name: ClassVar[str]
+    about: ClassVar[str]
+    source: ClassVar[str] = ""
+
+    cells: int = 32
+    every: int = 5
+    b: float = 8.0
+    memory: float = 0.0
+
+    def __post_init__(self) -> None:
+        for option, low in (("cells", 2), ("every", 1), ("b", 1e-3), ("memory", 0)):
+            if not low <= (value := getattr(self, option)) < torch.inf:
+                raise UserError(f"alignment {self.name!r}: {option}={value:g} is out of range; use {low:g} or more")
+
+    @abstractmethod
+    def identity(self) -> Tensor:
+        """Parameters ``[P]`` of the identity."""
+
+    @abstractmethod
+    def summaries(self, x: Tensor, triples: Triples) -> Tensor:
+        """Summaries ``[B, D]`` of windows ``[B, *shape]``, float64.
+
+        Raises:
+            UserError: the windows have another shape than the alignment needs.
+        """
+
+    @abstractmethod
+    def usable(self, x: Tensor, prior: AlignmentPrior, triples: Triples) -> Tensor:
+        """Whether each window ``[B]`` may be used for estimates. Saturated windows, for example, may not.
+
+        Raises:
+            UserError: the windows have another unit than those of the seen clients.
+        """
+
+    def informative(self, prior: AlignmentPrior) -> bool:
+        """Whether the summaries of the classes determine a transformation at all; otherwise it is the identity."""
+        return True
+
+    def check(self, z: Tensor, prior: AlignmentPrior) -> None:  # noqa: B027 (most alignments have no unit)
+        """Check the summaries ``[n, D]`` of a seen client.
+
+        Raises:
+            UserError: they have another unit than those of the other clients.
+        """
+
+    @abstractmethod
+    def transform(self, value: Tensor, z: Tensor) -> Tensor:
+        """Summaries ``[n, D]`` of transformed windows, from those of the windows and parameters ``[P]``."""
+
+    @abstractmethod
+    def coordinates(self, value: Tensor) -> Tensor:
+        """Coordinates of parameters ``[..., P]``, which are 0 for the identity."""
+
+    @abstractmethod
+    def register(self, prior: AlignmentPrior, means: Tensor, classes: Tensor) -> Tensor:
+        """Parameters ``[P]`` that move a client's class means ``[C, D]`` of classes ``[C]`` to the prior's."""
+
+    @abstractmethod
+    def covariance(self, cov: Tensor, mean: Tensor) -> Tensor:
+        """Regularized covariances of the classes ``[K, D, D]``."""
+
+    @abstractmethod
+    def floor(self) -> float:
+        """Least spread between clients, as a standard deviation of a coordinate."""
+
+    @abstractmethod
+    def estimator(self, prior: AlignmentPrior) -> Estimator:
+        """Search for the parameters with the largest J."""
+
+    @abstractmethod
+    def apply(self, value: Tensor, x: Tensor, triples: Triples) -> Tensor:
+        """Windows ``[B, *shape]``, each transformed by its row of parameters ``[B, P]``."""
+
+    def report(self, value: Tensor) -> dict[str, Any]:
+        """Parameters ``[P]`` for people."""
+        return {"coordinates": self.coordinates(value).tolist()}
+
+    # ---------------------------------------------------------------- what clients send
+
+    def sums(
+        self, x: Tensor, y: Tensor, classes: int, triples: Triples, prior: AlignmentPrior | None = None
+    ) -> LabeledSums:
+        """What a client sends in a round.
+
+        Args:
+            x: windows ``[n, *shape]``.
+            y: labels ``[n]``.
+            classes: number of classes K.
+            triples: channels of the sensors' axes.
+            prior: that of the round before; None in the first round.
+
+        Raises:
+            UserError: the windows have another shape or unit.
+        """
+        z = self.summaries(x, triples)
+        if prior is not None:
+            self.check(z, prior)
+            usable = self.usable(x, prior, triples)
+            z, y = z[usable], y[usable]
+        one_hot = torch.nn.functional.one_hot(y, classes).to(z)
+        n = one_hot.sum(0)
+        present = n > 0
+        value = self.identity().to(z)
+        if prior is not None and present.any():
+            means = (one_hot.T @ z)[present] / n[present, None]
+            known = prior.seen[present]
+            value = self.register(prior, means[known], present.nonzero()[:, 0][known])
+        z = self.transform(value, z)
+        first = one_hot.T @ z
+        return LabeledSums(
+            n,
+            first,
+            torch.einsum("nk,ni,nj->kij", one_hot, z, z),
+            present.to(z),
+            torch.where(present[:, None], first / n.clamp_min(1)[:, None], 0.0),
+            self.coordinates(value).square(),
+            torch.ones((), dtype=z.dtype),
+        )
+
+    def combine(self, sums: LabeledSums) -> AlignmentPrior:
+        """The prior of a round, from the sums over clients.
+
+        Raises:
+            UserError: no client has a labeled window.
+        """
+        seen = sums.n > 0
+        if not seen.any():
+            raise UserError(f"alignment {self.name!r} needs labeled windows of seen clients: none has any")
+        mean = sums.means / sums.clients.clamp_min(1)[:, None]
+        n = sums.n.clamp_min(1)[:, None, None]
+        cross = sums.first[:, :, None] * mean[:, None] / n
+        cov = sums.second / n - cross - cross.mT + mean[:, :, None] * mean[:, None]
+        spread = (sums.square / sums.total).mean().clamp_min(self.floor() ** 2).expand(len(sums.square))
+        return AlignmentPrior(mean, self.covariance(cov, mean), spread, seen)
+
+
+@dataclass(frozen=True)
+class Aligner:
+    """An alignment with the prior of a federation. It keeps one row of each of its tables per user.
+
+    Attributes:
+        alignment: the alignment.
+        prior: of the federation.
+        triples: channels of the sensors' axes.
+        bytes: bytes that a client sent for the prior.
+    """
+
+    alignment: Alignment
+    prior: AlignmentPrior
+    triples: Triples = ()
+    bytes: int = 0
+
+    @cached_property
+    def estimator(self) -> Estimator:
+        """Search for parameters with this prior."""
+        return self.alignment.estimator(self.prior)
+
+    @cached_property
+    def informative(self) -> bool:
+        """Whether the summaries of the classes determine a transformation."""
+        return self.alignment.informative(self.prior)
+
+    def to(self, function: Callable[[Tensor], Tensor]) -> Aligner:
+        """Copy with every tensor of the prior replaced by ``function(tensor)``, in float64."""
+        tensors = {f.name: function(getattr(self.prior, f.name)) for f in fields(self.prior)}
+        wide = {name: t if t.dtype is torch.bool else t.double() for name, t in tensors.items()}
+        return replace(self, prior=AlignmentPrior(**wide))
+
+    def start(self, like: Tensor) -> dict[str, Tensor]:
+        """Tables of one new user, with the type and device of ``like``.
+
+        ``align_n`` ``[1, M]`` and ``align_mean`` ``[1, M, D]`` are cells, ``align_value`` ``[1, P]`` the parameters,
+        and ``align_count`` ``[1, 2]`` the windows learned from and those that were not usable.
+        """
+        size = self.alignment.cells
+        return {
+            "align_n": like.new_zeros(1, size),
+            "align_mean": like.new_zeros(1, size, self.prior.mean.shape[1]),
+            "align_value": self.alignment.identity()[None].to(like),
+            "align_count": like.new_zeros(1, 2),
+        }
+
+    def apply(self, rows: Mapping[str, Tensor], slots: Tensor, x: Tensor) -> Tensor:
+        """Windows ``[B, *shape]``, each aligned for the user in its row ``[B]`` of the tables."""
+        return self.alignment.apply(rows["align_value"][slots], x, self.triples)
+
+    def measure(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Summaries ``[B, D]`` of windows, and whether each may be used ``[B]``.
+
+        Raises:
+            UserError: the windows have another shape or unit.
+        """
+        usable = self.alignment.usable(x, self.prior, self.triples)
+        return self.alignment.summaries(x, self.triples), usable & self.informative
+
+    def learn(self, rows: dict[str, Tensor], slots: Tensor, z: Tensor, usable: Tensor, weight: Tensor) -> None:
+        """Update the tables of different users ``slots`` ``[U]`` with one window each, in place.
+
+        Args:
+            rows: tables of all users.
+            slots: the users.
+            z: ``[U, D]`` summaries.
+            usable: ``[U]`` whether each window may be used, as `measure` returns it.
+            weight: ``[U]`` weights of the windows; those with weight 0 are left out.
+        """
+        offered = weight > 0
+        rows["align_count"][slots] += torch.stack([offered & usable, offered & ~usable], 1).to(rows["align_count"])
+        slots, z, weight = (t[offered & usable] for t in (slots, z, weight))
+        if not len(slots):
+            return
+        n, mean = rows["align_n"], rows["align_mean"]
+        fade = math.exp(-1 / self.alignment.memory) if self.alignment.memory else 1.0
+        cells = insert((n[slots] * fade, mean[slots]), z.to(mean), weight.to(n), self.prior.scale)
+        n[slots], mean[slots] = cells
+        self.estimate(rows, slots[self._due(rows["align_count"][slots, 0])])
+
+    def _due(self, learned: Tensor) -> Tensor:
+        """Whether users get an estimate after so many windows ``[U]``."""
+        size = learned.clamp_max(self.alignment.memory or math.inf)
+        interval = torch.exp2((size / 10).log2().floor()).clamp_min(self.alignment.every)
+        return learned % interval == 0
+
+    def estimate(self, rows: dict[str, Tensor], slots: Tensor) -> None:
+        """Estimate the parameters of the users ``slots`` from their cells, in place."""
+        if len(slots):
+            cells = rows["align_n"][slots].double(), rows["align_mean"][slots].double()
+            last = rows["align_value"][slots].double()
+            value = self.estimator(cells, last)
+            rows["align_value"][slots] = value.to(rows["align_value"])
+
+    def follow(self, x: Tensor, like: Tensor) -> dict[str, Tensor]:
+        """Tables of one user after the windows ``[n, *shape]`` in this order, with an estimate at the end.
+
+        Raises:
+            UserError: the windows have another shape or unit.
+        """
+        rows, slot = self.start(like), torch.zeros(1, dtype=torch.long, device=like.device)
+        z, usable = self.measure(x)
+        for row in range(len(x)):
+            self.learn(rows, slot, z[row : row + 1], usable[row : row + 1], like.new_ones(1))
+        self.estimate(rows, slot)
+        return rows
+
+    # ---------------------------------------------------------------- states of users
+
+    def get(self, rows: Mapping[str, Tensor], slot: int) -> dict[str, Tensor]:
+        """The state of a user as a value: used cells, parameters and counts."""
+        used = rows["align_n"][slot] > 0
+        state = {name: rows[f"align_{name}"][slot].detach().cpu() for name in STATE}
+        return state | {name: state[name][used.cpu()] for name in ("n", "mean")}
+
+    def put(self, rows: dict[str, Tensor], slot: int, state: Mapping[str, Tensor]) -> None:
+        """Write the state of a user. Cells beyond the number of this alignment are merged."""
+        for name, value in self.start(rows["align_n"]).items():
+            rows[name][slot] = value[0]
+        if not state:
+            return
+        n, mean = (state[name][None].to(rows["align_n"]) for name in ("n", "mean"))
+        n, mean = reduce((n, mean), self.alignment.cells, self.prior.scale)
+        for name, value in (("n", n[0]), ("mean", mean[0]), ("value", state["value"]), ("count", state["count"])):
+            rows[f"align_{name}"][slot] = value.to(rows["align_n"])
+
+    def check(self, state: Mapping[str, Tensor]) -> bool:
+        """Whether a state has the right names, shapes and values; an empty one is a new user's."""
+        if not state:
+            return True
+        cells, shape = len(state.get("n", ())), self.prior.mean.shape[1:]
+        shapes = {"n": (cells,), "mean": (cells, *shape), "value": self.alignment.identity().shape, "count": (2,)}
+        if {name: tuple(t.shape) for name, t in state.items()} != {name: tuple(s) for name, s in shapes.items()}:
+            return False
+        counts = torch.cat([state["n"].double(), state["count"].double()])
+        return all(bool(t.isfinite().all()) for t in state.values()) and bool(((counts >= 0) & (counts < 1e12)).all())
+
+    def report(self, rows: Mapping[str, Tensor], slot: int) -> dict[str, Any]:
+        """Parameters of a user for people, and the numbers of windows learned from and not usable."""
+        learned, unusable = rows["align_count"][slot].tolist()
+        value = rows["align_value"][slot].detach().cpu()
+        return {"alignment": render(self.alignment), "learned": learned, "unusable": unusable} | (
+            self.alignment.report(value)
+        )
+
+
+def merge_states(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """State with the cells of both; the parameters are those of the state with more windows until the next estimate."""
+    if not a or not b:
+        return dict(a or b)
+    larger = a if a["count"][0] >= b["count"][0] else b
+    joint = {name: torch.cat([a[name], b[name].to(a[name])]) for name in ("n", "mean")}
+    return joint | {"value": larger["value"], "count": a["count"] + b["count"].to(a["count"])}
+
+
+def fit_alignment(
+    alignment: Alignment | str, users: Sequence[tuple[Tensor, Tensor]], classes: int, triples: Triples = ()
+) -> Aligner:
+    """Estimate the prior of an alignment from seen users.
+
+    Args:
+        alignment: the alignment, as an object or a text such as ``rotation:b=16``.
+        users: windows ``[n, *shape]`` and labels ``[n]`` of each seen user.
+        classes: number of classes K.
+        triples: channels of the sensors' axes, as of a scenario; not needed by every alignment.
+
+    Raises:
+        UserError: no users or labels, or windows of another shape or unit.
+
+    >>> x = torch.tensor([1.0, 0.0, 0.0]).view(1, 3, 1) + 0.1 * torch.randn(20, 3, 8)
+    >>> aligner = fit_alignment("rotation", [(x, torch.zeros(20, dtype=torch.long))], 2, ((0, 1, 2),))
+    >>> aligner.prior.seen.tolist()
+    [True, False]
+    """
+    chosen = parse_alignment(alignment) if isinstance(alignment, str) else alignment
+    if not users:
+        raise UserError(f"alignment {chosen.name!r} needs labeled windows of seen users: pass at least one user")
+    prior, size = None, 0
+    for _ in range(ROUNDS):
+        messages = [chosen.sums(x, y, classes, triples, prior) for x, y in users]
+        total = messages[0]
+        for message in messages[1:]:
+            total = total + message
+        prior, size = chosen.combine(total), size + total.bytes
+    assert prior is not None
+    return Aligner(chosen, prior, triples, size)
+
+
+def alignments() -> dict[str, type[Alignment]]:
+    """All alignments, by name."""
+    return discover("fedbn.online.alignments", Alignment)
+
+
+def parse_alignment(text: str) -> Alignment:
+    """Alignment from a text such as ``rotation:b=16``.
+
+    Raises:
+        UserError: unknown name or option (the closest one is suggested), or a value out of range.
+
+    >>> parse_alignment("rotation:every=10").every
+    10
+    """
+    return parse(text, "alignment", alignments())
+
+
+def split_alignment(text: str) -> tuple[str, str]:
+    """Alignment and rule of a text such as ``rotation+pseudo:n0=64``; each is empty if the text has none.
+
+    >>> split_alignment("rotation:b=4+pseudo"), split_alignment("rotation"), split_alignment("pseudo")
+    (('rotation:b=4', 'pseudo'), ('rotation', ''), ('', 'pseudo'))
+    """
+    first, _, rest = text.partition("+")
+    return (first, rest) if first.split(":")[0] in alignments() else ("", text)

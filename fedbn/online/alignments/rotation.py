@@ -1,0 +1,153 @@
+r"""Rotation of a worn device, estimated from gravity.
+
+The summaries of a window are its mean acceleration :math:`g`, which turns with the device, and the logarithms of the
+variances of each sensor, :math:`e`, summed over its axes, which do not. Each class has
+:math:`g\sim N(\mu_k,S_k)` and :math:`e\sim N(m_k,V_k)`, independent of each other. Seen clients turn onto the mean of
+all by the rotation between class means (Kabsch, 1976, https://doi.org/10.1107/S0567739476001873), and
+`fedbn.online.alignments.rotation_search` finds the rotation of a new user.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fedbn.errors import UserError
+from fedbn.online.alignments import quaternions as so3
+from fedbn.online.alignments.base import Alignment, AlignmentPrior, Triples
+from fedbn.online.alignments.rotation_search import RotationSearch
+
+KABSCH_PRIOR = 0.3
+"""Weight of the identity in the alignment of seen clients, relative to a class with gravity of 1."""
+
+TILT_NOISE = 0.03
+"""Standard deviation added to the mean acceleration of a class, relative to gravity."""
+
+LOG_VARIANCE_NOISE = 0.05
+"""Variance added to the log variances of a class."""
+
+IMPOSSIBLE = 5.0
+"""Ratio of a window's mean acceleration to gravity that only another unit explains."""
+
+UNUSUAL = 3.0
+"""Ratio, or its inverse, from which a window is not usable, and from which a client must have another unit."""
+
+STEADY = 0.25
+"""Relative standard deviation of the length of mean accelerations below which they are gravity; it is .42 for noise."""
+
+SATURATED = 0.1
+"""Share of a channel's samples at one extreme value beyond 1.5 times gravity from which a window is saturated."""
+
+
+@dataclass(frozen=True)
+class Rotation(Alignment):
+    """One rotation of all three-axis sensors of a device.
+
+    >>> rotation = Rotation()
+    >>> x = torch.arange(6.0).view(1, 3, 2)
+    >>> torch.equal(rotation.apply(rotation.identity()[None], x, ((0, 1, 2),)), x)
+    True
+    """
+
+    name = "rotation"
+    about = "the orientation of a worn device, from gravity in each class"
+    source = "proposed by this project, after Kabsch 1976 and Dempster, Laird, Rubin 1977"
+
+    def identity(self) -> Tensor:
+        return torch.tensor([1.0, 0.0, 0.0, 0.0])
+
+    def summaries(self, x: Tensor, triples: Triples) -> Tensor:
+        self._require(x, triples)
+        x = x.double()
+        variances = [x[:, list(channels)].var(2, correction=0).sum(1) for channels in triples]
+        return torch.cat([x[:, list(triples[0])].mean(2), torch.stack(variances, 1).add(1e-6).log()], 1)
+
+    def usable(self, x: Tensor, prior: AlignmentPrior, triples: Triples) -> Tensor:
+        acceleration, gravity = x[:, list(triples[0])].double(), self.gravity(prior)
+        ratio = acceleration.mean(2).norm(dim=1) / gravity
+        if self.informative(prior) and bool((ratio > IMPOSSIBLE).any()):
+            raise self._unit_error(float(ratio.max()))
+        size = acceleration.abs()
+        top = size.amax(2, keepdim=True)
+        clipped = ((size == top).double().mean(2) >= SATURATED) & (top[:, :, 0] > 1.5 * gravity)
+        plausible = (ratio > 1 / UNUSUAL) & (ratio < UNUSUAL)
+        return ~clipped.any(1) & (plausible | (not self.informative(prior)))
+
+    def informative(self, prior: AlignmentPrior) -> bool:
+        return bool(self.gravity(prior) > prior.scale[:3].norm())
+
+    def check(self, z: Tensor, prior: AlignmentPrior) -> None:
+        length = z[:, :3].norm(dim=1)
+        ratio = float(length.median() / self.gravity(prior))
+        measures_gravity = bool(length.std() < STEADY * length.median())
+        if measures_gravity and not 1 / UNUSUAL < ratio < UNUSUAL:
+            raise self._unit_error(ratio)
+
+    @staticmethod
+    def gravity(prior: AlignmentPrior) -> Tensor:
+        """Mean length of the classes' mean accelerations, 0-d."""
+        return prior.mean[prior.seen, :3].norm(dim=1).mean()
+
+    def transform(self, value: Tensor, z: Tensor) -> Tensor:
+        return torch.cat([z[:, :3] @ so3.to_matrix(value).T, z[:, 3:]], 1)
+
+    def coordinates(self, value: Tensor) -> Tensor:
+        return so3.to_vector(value)
+
+    def register(self, prior: AlignmentPrior, means: Tensor, classes: Tensor) -> Tensor:
+        weight = KABSCH_PRIOR * self.gravity(prior) ** 2
+        u, _, v = torch.linalg.svd(prior.mean[classes, :3].T @ means[:, :3] + weight * torch.eye(3).to(means))
+        sign = torch.ones(3).to(means)
+        sign[2] = torch.linalg.det(u @ v)
+        return so3.from_matrix(u @ sign.diag() @ v)
+
+    def covariance(self, cov: Tensor, mean: Tensor) -> Tensor:
+        noise = torch.full_like(mean[0], LOG_VARIANCE_NOISE)
+        noise[:3] = (TILT_NOISE * mean[:, :3].norm(dim=1).max()) ** 2 + 1e-12
+        out = cov + noise.diag()
+        out[:, :3, 3:] = out[:, 3:, :3] = 0
+        return out
+
+    def floor(self) -> float:
+        return 0.05
+
+    def estimator(self, prior: AlignmentPrior) -> RotationSearch:
+        return RotationSearch(prior, self.b)
+
+    def apply(self, value: Tensor, x: Tensor, triples: Triples) -> Tensor:
+        self._require(x, triples)
+        matrix, out = so3.to_matrix(value).to(x), x.clone()
+        for channels in triples:
+            out[:, list(channels)] = matrix @ x[:, list(channels)]
+        return out
+
+    def report(self, value: Tensor) -> dict[str, Any]:
+        """Axis, and angle in degrees."""
+        vector = so3.to_vector(value.double())
+        return {
+            "degrees": float(vector.norm().rad2deg()),
+            "axis": [round(v, 4) for v in F.normalize(vector, dim=0).tolist()],
+        }
+
+    @staticmethod
+    def _unit_error(ratio: float) -> UserError:
+        return UserError(
+            f"a mean acceleration is {ratio:.3g} times the seen clients' gravity: use one unit for all of them (1 g is "
+            "9.81 m/s2)"
+        )
+
+    def _require(self, x: Tensor, triples: Triples) -> None:
+        if not triples:
+            raise UserError(
+                "alignment 'rotation' needs to know the channels of each sensor's axes, which this scenario does not "
+                "name: set triples of its Population, or use another alignment"
+            )
+        if x.dim() != 3 or x.shape[1] <= max(max(t) for t in triples):
+            raise UserError(
+                f"alignment 'rotation' works on windows [channels, length] with the channels {triples}, not on "
+                f"examples of shape {list(x.shape[1:])}"
+            )
