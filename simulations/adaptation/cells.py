@@ -113,7 +113,8 @@ def run_cell(cell: Cell, source: SourceModel) -> tuple[list[Trace], dict[str, An
             "includes_current": chosen.rule.includes_current
         }
     prior = source.prior_for(chosen.rule)
-    net = personalize(source.model, chosen.rule, prior=prior)
+    aligner = None if chosen.align is None else source.aligner_for(chosen.align)
+    net = personalize(source.model, chosen.rule, prior=prior, align=aligner)
     for name, windows in calibration.items():
         if windows is not None:
             net.calibrate(windows, user=name, then="freeze" if cell.rule == SOURCE else "adapt", n0=begin.n0)
@@ -133,7 +134,7 @@ def run_cell(cell: Cell, source: SourceModel) -> tuple[list[Trace], dict[str, An
     facts["bytes_per_user"] = len(net.state(first.user).to_bytes())
     facts["forgotten"] = lost if task.directions[task.example_metric] else -lost
     net.reset(first.user)
-    fresh = personalize(source.model, chosen.rule, prior=prior).predict(first.x[:1], user=[first.user])
+    fresh = personalize(source.model, chosen.rule, prior=prior, align=aligner).predict(first.x[:1], user=[first.user])
     facts["reset_exact"] = bool(torch.equal(net.predict(first.x[:1], user=[first.user]), fresh))
     return traces, facts
 

@@ -17,6 +17,11 @@ class StudyOptions(Conditions):
         panel="Evaluation",
     )
     _: KW_ONLY
+    align: tuple[str, ...] = option(
+        (),
+        "Comma-separated alignments of the input, e.g. rotation. Each is run alone and before each rule on statistics.",
+        panel="Evaluation",
+    )
     streams: tuple[str, ...] = option(
         ("natural", "iid"), "Comma-separated kinds of stream, e.g. natural,bouts:length=60.", panel="Evaluation"
     )

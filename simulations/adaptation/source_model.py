@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +19,7 @@ from fedbn.federation.setup import build_context
 from fedbn.nn.conversion import require_statistics
 from fedbn.nn.plain import copy_model
 from fedbn.nn.roles import Role
-from fedbn.online import LayerPrior, Rule, population_prior, source_prior
+from fedbn.online import Aligner, Alignment, LayerPrior, Rule, fit_alignment, population_prior, source_prior
 from fedbn.online.prior import layer_priors
 from fedbn.online.ttn_alpha import learn_alpha
 from fedbn.online.validation import require_batch_norm_formula, require_independent_rows
@@ -109,6 +110,21 @@ class SourceModel:
                 return self.ttn_prior
             case _:
                 return layer_priors(self.model)
+
+    def aligner_for(self, alignment: Alignment) -> Aligner:
+        """An alignment with the sums of seen users' labeled training data.
+
+        Raises:
+            UserError: the data have another shape or unit than it needs.
+        """
+        return self._aligners(alignment)
+
+    @cached_property
+    def _aligners(self) -> Callable[[Alignment], Aligner]:
+        population = self.ctx.population
+        seen = [population.users[i].train for i in population.seen]
+        users = [(part.x, part.y) for part in seen]
+        return cache(lambda chosen: fit_alignment(chosen, users, len(population.classes), population.triples))
 
     @cached_property
     def source_test(self) -> Examples:

@@ -17,12 +17,13 @@ from fedbn.errors import UserError
 from fedbn.federation.run import Run, plan_for, task_of
 from fedbn.files import locked
 from fedbn.objects import split_options
+from fedbn.online.alignments.base import parse_alignment, split_alignment
 from fedbn.online.traces import Trace
 from fedbn.plugins import build, render, table
 from fedbn.streams import stream
 from fedbn.tta import Adapter, Method
 from simulations.adaptation.cells import SOURCE, Cell, bounds_of, read_cell, run_cell, write_cell
-from simulations.adaptation.methods import adaptation_method, check_classes
+from simulations.adaptation.methods import adaptation_method, can_align, check_classes
 from simulations.adaptation.metric import StudyMetric
 from simulations.adaptation.options import StudyOptions
 from simulations.adaptation.source_model import UserGroup, train_source_model, untrained_source_model
@@ -62,12 +63,18 @@ class Study(StudyOptions):
         if not self.strategies:
             raise UserError("no strategies given: name at least one of --strategies")
         runs = [self.run(0, strategy).resolved() for strategy in self.strategies]
+        rules = [method.text for r in self.rules if (method := adaptation_method(r)).text != SOURCE]
+        aligned = [
+            adaptation_method(text).text
+            for align in (render(parse_alignment(a)) for a in self.align)
+            for text in (align, *(f"{align}+{r}" for r in rules if can_align(r)))
+        ]
         task = task_of(self)
         StudyMetric.of(task, self.metric)
-        check_classes(task, map(adaptation_method, self.rules), map(start, self.starts), map(stream, self.streams))
+        check_classes(task, map(adaptation_method, (*rules, *aligned)), map(start, self.starts), map(stream, self.streams))
         found: dict[str, Any] = {
             "strategies": tuple(run.strategy for run in runs),
-            "rules": (SOURCE, *(t for r in self.rules if (t := adaptation_method(r).text) != SOURCE)),
+            "rules": (SOURCE, *rules, *aligned),
             "streams": tuple(render(stream(s)) for s in self.streams),
             "starts": tuple(render(start(s)) for s in self.starts),
         }
@@ -80,7 +87,7 @@ class Study(StudyOptions):
             k: getattr(runs[0], k)
             for k in ("scenario", "model", "task", "partition", "shift", "privacy", "head", "private")
         }
-        return replace(self, **texts, **found)
+        return replace(self, align=(), **texts, **found)
 
     def run(self, seed: int, strategy: str) -> Run:
         """The training run of a seed and strategy."""
@@ -147,6 +154,9 @@ def run_study(
         untrained = untrained_source_model(run)
         for text in study.streams:
             untrained.streams(text, "unseen")
+        for text in study.rules:
+            if (align := adaptation_method(text).align) is not None:
+                untrained.aligner_for(align)
         for method in methods:
             Adapter(method, untrained.model, untrained.source_windows[:CHECKED_WINDOWS])
     with locked(out):
@@ -190,10 +200,13 @@ def families(texts: Sequence[str]) -> list[list[str]]:
 
     >>> families(["source", "pseudo:n0=4", "ema", "pseudo"])
     [['pseudo:n0=4', 'pseudo']]
+    >>> families(["rotation:b=4", "rotation:b=4+ema", "rotation"])
+    [['rotation:b=4', 'rotation']]
     """
     by_name: dict[str, list[str]] = {}
     for text in texts:
-        by_name.setdefault(split_options(text)[0], []).append(text)
+        parts = split_alignment(text)
+        by_name.setdefault("+".join(split_options(part)[0] for part in parts), []).append(text)
     return [variants for variants in by_name.values() if len(variants) > 1]
 
 

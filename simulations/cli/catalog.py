@@ -40,6 +40,7 @@ class Kind(StrEnum):
     TASKS = "tasks"
     SHIFTS = "shifts"
     RULES = "rules"
+    ALIGNMENTS = "alignments"
     STREAMS = "streams"
     OPTIMIZERS = "optimizers"
     SCHEDULES = "schedules"
@@ -209,7 +210,9 @@ def data(
 def _rows(kind: Kind) -> list[dict[str, str]]:
     from fedbn.plugins import aliases
 
-    more = {Kind.SCENARIOS: "model"} | dict.fromkeys((Kind.STRATEGIES, Kind.PERSONALIZATIONS, Kind.RULES), "source")
+    more = {Kind.SCENARIOS: "model"} | dict.fromkeys(
+        (Kind.STRATEGIES, Kind.PERSONALIZATIONS, Kind.RULES, Kind.ALIGNMENTS), "source"
+    )
     rows = []
     for name, part in _known(kind).items():
         about = "; also called ".join(filter(None, (part.about, ", ".join(aliases(part)))))
@@ -229,6 +232,7 @@ def _known(kind: Kind) -> dict[str, Any]:
     from fedbn.data.partition import partitions
     from fedbn.data.shift import shifts
     from fedbn.models import models
+    from fedbn.online.alignments.base import alignments
     from fedbn.online.rules.base import rules
     from fedbn.optim.base import optimizers
     from fedbn.optim.schedules import schedules
@@ -249,6 +253,7 @@ def _known(kind: Kind) -> dict[str, Any]:
         Kind.TASKS: tasks,
         Kind.SHIFTS: shifts,
         Kind.RULES: lambda: dict(sorted({**rules(), **methods()}.items())),
+        Kind.ALIGNMENTS: alignments,
         Kind.STREAMS: streams,
         Kind.OPTIMIZERS: optimizers,
         Kind.SCHEDULES: schedules,

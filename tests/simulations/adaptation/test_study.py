@@ -29,7 +29,7 @@ from simulations.adaptation.methods import adaptation_method
 from simulations.adaptation.metric import StudyMetric
 from simulations.adaptation.plots import users_figure
 from simulations.adaptation.results import metric_curve, metric_of, summary, users_frame, write
-from simulations.adaptation.source_model import train_source_model
+from simulations.adaptation.source_model import train_source_model, untrained_source_model
 from simulations.adaptation.study import Study, cells_of, check_same_windows, families, run_study, winners
 from simulations.adaptation.tables import rows, summary_table, update_study_document
 from simulations.adaptation.warm_starts import start
@@ -386,3 +386,39 @@ def test_update_study_document_replaces_block(tmp_path):
     with pytest.raises(UserError, match=r"summary.parquet is damaged \(wrong checksum\): run the same study again"):
         update_study_document(tmp_path / "other", document)
     assert document.read_text() == before
+
+
+def test_align_adds_rows_alone_and_before_rules():
+    given = {"scenario": "hapt", "rules": ("pseudo/adwin/decay", "tent", "rotation:b=4+ema"), "align": ("rotation",)}
+    study = Study.from_dict(given).resolved()
+    assert study.rules == (
+        SOURCE, "pseudo/adwin/decay", "tent", "rotation:b=4.0+ema", "rotation", "rotation+pseudo/adwin/decay"
+    )  # fmt: skip
+    assert study.resolved() == study
+
+
+@pytest.mark.parametrize(
+    ("scenario", "align", "message"),
+    [
+        ("digits8", "rotation", "set triples of its Population"),
+        ("digits8", "rotaton", "unknown alignment 'rotaton'. Did you mean 'rotation'"),
+        ("digits8", "rotation:cells=1", "cells=1 is out of range; use 2 or more"),
+        ("digits8", "rotation+tent", "alignments work with rules on statistics"),
+    ],
+)
+def test_alignments_that_cannot_run_are_refused_before_training(scenario, align, message, tmp_path):
+    study = Study.from_dict({"scenario": scenario, "align": (align,), "seeds": 1})
+    with pytest.raises(UserError, match=message):
+        run_study(study, tmp_path)
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+@pytest.mark.slow
+def test_rotation_of_people_of_hapt_follows_their_streams():
+    run = Study.from_dict({"scenario": "hapt:unseen=1", "seeds": 1}).resolved().runs()[0]
+    source = untrained_source_model(run)
+    _, source_facts = run_cell(Cell(run, "unseen", "natural", "cold", SOURCE), source)
+    traces, facts = run_cell(Cell(run, "unseen", "natural", "cold", "rotation"), source)
+    assert facts["reset_exact"]
+    assert facts["bytes_per_user"] > source_facts["bytes_per_user"]
+    assert len(traces[0].y) == len(source.streams("natural", "unseen")[0])

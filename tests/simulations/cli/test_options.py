@@ -45,6 +45,7 @@ VALUES = {
     "seeds": ("5", 5),
     "rates": ("fedbn=0.5", {"fedbn": 0.5}),
     "rules": ("source,ema", ("source", "ema")),
+    "align": ("rotation", ("rotation",)),
     "streams": ("iid", ("iid",)),
     "starts": ("recording", ("recording",)),
     "rounds": ("7", 7),
