@@ -142,6 +142,13 @@ def test_calibration_aligns_first(net, model, aligner):
     assert torch.allclose(net.predict(x, user="ann"), plain.predict(turn(x, q), user="ann"), atol=1e-4)
 
 
+def test_frozen_user_keeps_its_alignment(net):
+    net.calibrate(windows(24, 1, q=Q)[0], user="ann", then="freeze")
+    before = net.state("ann").alignment
+    follow(net, windows(24, 2)[0])
+    assert all(torch.equal(value, before[name]) for name, value in net.state("ann").alignment.items())
+
+
 def test_state_with_another_alignment_is_refused(net, model):
     follow(net, windows(10, 1)[0])
     state = net.state("ann")
