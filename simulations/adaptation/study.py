@@ -71,7 +71,8 @@ class Study(StudyOptions):
         ]
         task = task_of(self)
         StudyMetric.of(task, self.metric)
-        check_classes(task, map(adaptation_method, (*rules, *aligned)), map(start, self.starts), map(stream, self.streams))
+        methods = map(adaptation_method, (*rules, *aligned))
+        check_classes(task, methods, map(start, self.starts), map(stream, self.streams))
         found: dict[str, Any] = {
             "strategies": tuple(run.strategy for run in runs),
             "rules": (SOURCE, *rules, *aligned),

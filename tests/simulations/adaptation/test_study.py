@@ -401,9 +401,8 @@ def test_align_adds_rows_alone_and_before_rules():
     ("scenario", "align", "message"),
     [
         ("digits8", "rotation", "set triples of its Population"),
-        ("digits8", "rotaton", "unknown alignment 'rotaton'. Did you mean 'rotation'"),
+        ("digits8", "rotatoin", "unknown alignment 'rotatoin'. Did you mean 'rotation'"),
         ("digits8", "rotation:cells=1", "cells=1 is out of range; use 2 or more"),
-        ("digits8", "rotation+tent", "alignments work with rules on statistics"),
     ],
 )
 def test_alignments_that_cannot_run_are_refused_before_training(scenario, align, message, tmp_path):
@@ -411,6 +410,18 @@ def test_alignments_that_cannot_run_are_refused_before_training(scenario, align,
     with pytest.raises(UserError, match=message):
         run_study(study, tmp_path)
     assert not list(tmp_path.rglob("*.pt"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("rotation+tent", "alignments work with rules on statistics, and tent is a test-time method"),
+        ("rotatoin+ema", "unknown rule or method 'rotatoin'. Did you mean 'rotation'"),
+    ],
+)
+def test_rules_with_alignments_that_cannot_run_are_refused(text, message):
+    with pytest.raises(UserError, match=message):
+        adaptation_method(text)
 
 
 @pytest.mark.slow
