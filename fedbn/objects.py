@@ -99,9 +99,9 @@ def resolve(text: str, what: str) -> Any:
     >>> resolve("pathlib:Path", "path")
     <class 'pathlib.Path'>
     """
-    if text in _objects:
-        return _objects[text]
     module, _, name = text.partition(":")
+    if module == MEMORY and text in _objects:
+        return _objects[text]
     if not (module and name):
         raise UserError(f"{what} {text!r}: name a function or class as package.module:name")
     if module == MEMORY:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import types
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -175,3 +177,11 @@ def test_require_importable_names_the_object(make, message):
     with pytest.raises(UserError, match=f"engine ray starts processes .*{message}.*'module:name'"):
         require_importable("engine ray", text)
     require_importable("engine ray", "fedbn", f"{HOME}:Mine")
+
+
+def test_resolve_returns_the_definition_of_a_reloaded_module(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "edited_module.py").write_text("def make():\n    return 1\n")
+    first = resolve("edited_module:make", "model")
+    monkeypatch.setitem(sys.modules, "edited_module", types.SimpleNamespace(make=lambda: 2))
+    assert [first(), resolve("edited_module:make", "model")()] == [1, 2]

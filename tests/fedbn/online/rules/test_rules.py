@@ -578,9 +578,9 @@ def test_rule_options_reject_bad_values(text):
 
 
 def test_rule_suggests_similar_name():
-    with pytest.raises(UserError, match="unknown rule 'pseudoo'. Did you mean 'pseudo'"):
+    with pytest.raises(UserError, match="unknown rule or method 'pseudoo'. Did you mean 'pseudo'"):
         rule("pseudoo")
-    with pytest.raises(UserError, match="unknown option of rule 'pseudo' 'no'. Did you mean 'n0'"):
+    with pytest.raises(UserError, match="unknown option of rule or method 'pseudo' 'no'. Did you mean 'n0'"):
         rule("pseudo:no=3")
 
 
