@@ -12,6 +12,7 @@ class ImageCNN(Network):
 
     The maximum keeps a pattern that occurs once, which a mean over positions would dilute.
 
+    >>> import torch
     >>> ImageCNN((1, 28, 28), 10)(torch.zeros(2, 1, 28, 28)).shape
     torch.Size([2, 10])
     """

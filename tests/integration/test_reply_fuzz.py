@@ -209,8 +209,8 @@ def use(recorded, kind, number, content):
         return [v for state in [*states, *server.client_statistics.values()] for v in state.values()]
     if kind == "evaluate":
         scores = validator.scores(user, content, COLUMNS, global_columns(ctx, user), cold_starts=False)
-        numbers = [x for s in scores for x in (s.n, s.accuracy, s.macro_f1, s.loss)]
-        assert all(0 <= x <= 1 for s in scores for x in (s.accuracy, s.macro_f1))
+        numbers = [x for s in scores for x in (s.n, *s.metrics.values())]
+        assert all(0 <= x <= 1 for s in scores for name, x in s.metrics.items() if name != "loss")
         return [torch.tensor(numbers, dtype=torch.float64)]
     statistics, schemas = kind == "query.sync_statistics", validator.schemas
     exchanges = schemas.statistics_exchanges if statistics else schemas.first_batch_exchanges

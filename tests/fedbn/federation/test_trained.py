@@ -23,7 +23,7 @@ def test_trained_model_of_a_user_has_the_evaluated_scores(small, strategy):
         assert not model.training
         with torch.no_grad():
             predicted = model(user.test.x).argmax(1)
-        assert (predicted == user.test.y).double().mean().item() == pytest.approx(expected.accuracy)
+        assert (predicted == user.test.y).double().mean().item() == pytest.approx(expected.metrics["accuracy"])
 
 
 def test_trained_model_is_a_copy(small):

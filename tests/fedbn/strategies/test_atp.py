@@ -161,8 +161,9 @@ def test_atp_does_not_adapt_without_learned_rates(small):
     for cells in out.scores.values():
         by_column = {s.column: s for s in cells if s.row in ("own", "unseen")}
         aggregated, online = by_column["aggregated"], by_column["online"]
-        assert online.loss == pytest.approx(aggregated.loss, rel=1e-5)
-        assert replace(online, column="aggregated", loss=aggregated.loss) == aggregated
+        assert online.metrics["loss"] == pytest.approx(aggregated.metrics["loss"], rel=1e-5)
+        exact = {name: online.metrics[name] for name in ("accuracy", "macro_f1")}
+        assert exact == {name: aggregated.metrics[name] for name in exact}
 
 
 def test_online_column_uses_learned_rates_in_every_engine(small):
@@ -175,10 +176,12 @@ def test_online_column_uses_learned_rates_in_every_engine(small):
     test = ctx.population.users[user].test
     outputs = ctx.strategy.predict_stream(model, test.x)
     (cell,) = (s for s in out.scores[user] if (s.row, s.column) == ("unseen", "online"))
-    assert cell.loss == float(nn.functional.cross_entropy(outputs.double(), test.y))
-    assert cell.loss != next(s.loss for s in out.scores[user] if s.column == "aggregated")
+    assert cell.metrics["loss"] == float(nn.functional.cross_entropy(outputs.double(), test.y))
+    assert cell.metrics["loss"] != next(s.metrics["loss"] for s in out.scores[user] if s.column == "aggregated")
     other = execute(replace(run, rule="ema"), "reference")
-    assert [s.loss for s in other.scores[user]] != [s.loss for s in out.scores[user]], "an explicit rule has priority"
+    assert [s.metrics["loss"] for s in other.scores[user]] != [s.metrics["loss"] for s in out.scores[user]], (
+        "an explicit rule has priority"
+    )
 
 
 def test_atp_rejects_bad_input():

@@ -132,9 +132,12 @@ def test_embeddings_have_unit_norm_and_balanced_classes():
 
 
 def test_mean_accuracy_reads_one_cell_of_matrix():
+    def score(row, column, accuracy):
+        return Score(row, column, 9, {"accuracy": accuracy})
+
     outcome = Outcome.__new__(Outcome)
-    outcome.scores = {0: [Score("own", "aggregated", 9, 0.5, 0, 0), Score("own", "recalibrated", 9, 0.9, 0, 0)]}
-    outcome.scores[1] = [Score("own", "aggregated", 9, 0.7, 0, 0), Score("global", "aggregated", 9, 0.1, 0, 0)]
+    outcome.scores = {0: [score("own", "aggregated", 0.5), score("own", "recalibrated", 0.9)]}
+    outcome.scores[1] = [score("own", "aggregated", 0.7), score("global", "aggregated", 0.1)]
     assert common.mean_accuracy(outcome, "own") == pytest.approx(0.6)
     assert common.mean_accuracy(outcome, "global") == pytest.approx(0.1)
 

@@ -70,7 +70,8 @@ def test_audit_app_finds_errors_of_clients(tmp_path):
     assert "ZeroDivisionError: division by zero" in found_by(audit_app(app))["client-errors"].message
 
 
-def test_audit_command_prints_traffic_and_findings_of_an_app(run_cli):
+def test_audit_command_prints_traffic_and_findings_of_an_app(run_cli, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
     model = ("--model-fn", "numpyclient.task:make_net")
     code, out, err = run_cli("audit", "--app", APPS / "numpy_client", *model)
     assert code == 0, err

@@ -6,7 +6,6 @@ import pytest
 
 from fedbn.errors import UserError
 from fedbn.files import write_json
-from simulations.adaptation.source_model import untrained_source_model
 from simulations.api import load
 from simulations.experiments.compare import Task, compare, select_candidates
 from simulations.experiments.experiment import Experiment
@@ -80,9 +79,3 @@ def test_tuning_follows_the_direction_of_the_metric(tmp_path, higher, best):
         write_json(directory / "result.json", {"evaluations": [cell]})
         tasks.append(Task(run, str(directory)))
     assert select_candidates(setup, tasks, "mae", higher) == {"fedbn": {"lr": best}}
-
-
-def test_adaptation_study_is_refused_without_classes(tmp_path):
-    run = experiment(tmp_path).run("fedbn", 0).resolved()
-    with pytest.raises(UserError, match="predict classes, and task 'regression' has none: use the online column"):
-        untrained_source_model(run)
