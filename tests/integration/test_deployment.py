@@ -151,6 +151,7 @@ def test_group_by_environment_does_not_follow_sessions():
     assert shell.returncode == 0
 
 
+@pytest.mark.slow
 def test_processes_of_a_killed_owner_are_stopped(tmp_path):
     """The group has a process that ignores SIGTERM and one in another session."""
     code = (

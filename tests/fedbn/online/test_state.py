@@ -346,7 +346,7 @@ def test_merge_that_exceeds_the_limits_changes_nothing():
 
 
 @given(st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_damaged_bytes_of_a_state_are_rejected(drawn):
     net = fitted()
     good = net.state("ann").to_bytes()

@@ -50,7 +50,15 @@ MODELS = {"digit-cnn", "har-cnn", "mlp", "resnet20", "small-cnn", NETWORK, VECTO
 LARGE = {name for name in models() if name.endswith("-cvgj")}
 MAPS = {"unet"}
 """Models with an output per pixel, which targets of one class per example do not fit."""
-ALL_MODELS = [*sorted(set(models()) - LARGE - MAPS), NETWORK, VECTORIZED]
+DEEP = ("resnet20", "digit-cnn", "binary-cnn")
+ALL_MODELS = [
+    *(
+        pytest.param(name, marks=pytest.mark.slow) if name in DEEP else name
+        for name in sorted(set(models()) - LARGE - MAPS)
+    ),
+    NETWORK,
+    VECTORIZED,
+]
 
 
 def network(shape, classes):

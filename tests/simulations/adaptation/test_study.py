@@ -298,6 +298,7 @@ def test_adapt_command_accepts_user_batches(tmp_path, monkeypatch):
             CliRunner().invoke(app, [*arguments, *options], catch_exceptions=False)
 
 
+@pytest.mark.slow
 def test_each_strategy_has_its_own_source_and_rows(tmp_path):
     several = ("global-naive", "fixbn")
     what, results = run_study(study(strategies=several, rules=("ema:rate=0.3",), streams=("natural",)), tmp_path)

@@ -75,6 +75,7 @@ def test_grid_matches_reference_loop_with_client_optimizers(strategy, name, smal
     assert a.curve[0].train_loss != plain.curve[0].train_loss
 
 
+@pytest.mark.slow
 def test_local_entries_are_never_in_messages(small):
     for name in strategies():
         run = small(name, rounds=1, **sampling_options(name))

@@ -191,6 +191,7 @@ def _gone(group):
     return False
 
 
+@pytest.mark.slow
 def test_learning_rates_are_tuned_on_validation_data(tmp_path):
     what = experiment("global-naive", "groupnorm", seeds=1, tune={"lr": ("1e-6", "0.05")}, plan={"rounds": 4})
     compare(what, tmp_path, workers=1)

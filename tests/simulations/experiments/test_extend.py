@@ -38,6 +38,7 @@ def executed(monkeypatch):
     return first
 
 
+@pytest.mark.slow
 def test_resume_with_more_rounds_extends_every_run_to_the_same_numbers(tmp_path, executed):
     compare(experiment("fedbn", "fedtan", "fixbn", "fedbn+scaffold"), tmp_path / "extended", workers=1)
     executed.clear()
@@ -77,6 +78,7 @@ def test_runs_start_again_if_their_first_rounds_would_differ(tmp_path, executed,
     assert executed["fedbn"] == first
 
 
+@pytest.mark.slow
 def test_more_rounds_in_the_same_directory_suggest_to_extend(tmp_path, run_cli):
     command = ("compare", "digits8:images=600", "--strategies", "fedbn", "--seeds", 1, "--out", "out")
     assert run_cli(*command, "--rounds", 1)[0] == 0
