@@ -25,6 +25,7 @@ from typing import Any
 from benchmarks.soak import resident_memory
 from clients.records import set_threads
 from fedbn.config import Plan
+from fedbn.federation.failures import ClientError
 from fedbn.federation.run import Run
 from fedbn.federation.server import Outcome
 from simulations.engines.deployment import await_nodes, deployment, differences, start_node
@@ -185,7 +186,7 @@ def execute_until_done(killer: Killer, run: Run, checkpoint: Path) -> tuple[Outc
         submissions += 1
         try:
             return killer.link.execute(run, out=checkpoint), submissions
-        except FlowerRunError:
+        except (FlowerRunError, ClientError):
             if killer.failure:
                 raise killer.failure from None
             if time.monotonic() - killer.last > RECOVERY_SECONDS:

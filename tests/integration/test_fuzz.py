@@ -272,6 +272,7 @@ HEADERS = st.tuples(
 )
 
 
+@pytest.mark.filterwarnings("ignore:Reading `.npy`")  # NumPy also reads headers of Python 2
 @fuzzed(st.one_of(damaged(lambda: pack(torch.arange(6.0)).data), st.binary(max_size=100)), HEADERS, st.booleans())
 def test_unpack_fuzz(tmp_path, data, header, valid_header):
     unpack(Array("float32", (6,), "numpy.ndarray", data) if valid_header else Array(*header[:2], header[2], data))
