@@ -25,14 +25,14 @@ def test_mod_and_wrapper_give_the_same_results_on_ray(monkeypatch):
         # Ray pickles the app; a lambda has no name by which it could be imported.
         return message_app([normalization(lambda: Net(), norms)])
 
-    here, on_ray = app(), app()
-    simulate(here, client())
+    in_process, on_ray = app(), app()
+    simulate(in_process, client())
     resources = {"client_resources": {"num_cpus": 1}, "init_args": {"num_cpus": 1, "include_dashboard": False}}
     run_simulation(on_ray, client(), num_supernodes=3, backend_config=resources)
     # Flower aggregates in the order of the replies, which is random on Ray, and Adam amplifies rounding errors.
-    errors = [x.result.evaluate_metrics_clientapp[2]["error"] for x in (here, on_ray)]
+    errors = [x.result.evaluate_metrics_clientapp[2]["error"] for x in (in_process, on_ray)]
     assert errors[0] == pytest.approx(errors[1], rel=1e-2)
-    a, b = (dict(x.result.arrays.to_torch_state_dict()) for x in (here, on_ray))
+    a, b = (dict(x.result.arrays.to_torch_state_dict()) for x in (in_process, on_ray))
     assert list(a) == list(b)
     for name, value in a.items():
         torch.testing.assert_close(b[name], value, rtol=1e-2, atol=1e-2)

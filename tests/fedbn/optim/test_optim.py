@@ -141,11 +141,11 @@ def test_factories_of_a_notebook_are_named_by_their_content():
     assert first != second
 
 
-@pytest.mark.parametrize("kept", ["reset", "keep"])
-def test_adam_state_stays_at_the_client(kept, small):
-    outcome = federate(small("fedbn", optimizer="adam", optimizer_state=kept, rounds=1, clients_per_round=None))
+@pytest.mark.parametrize("state", ["reset", "keep"])
+def test_adam_state_stays_at_the_client(state, small):
+    outcome = federate(small("fedbn", optimizer="adam", optimizer_state=state, rounds=1, clients_per_round=None))
     entries = {k.split("/")[1] for k in outcome.client_states[1] if k.startswith(OPTIMIZER)}
-    assert entries == ({"step", "exp_avg", "exp_avg_sq"} if kept == "keep" else set())
+    assert entries == ({"step", "exp_avg", "exp_avg_sq"} if state == "keep" else set())
     assert not any("exp_avg" in k for k in outcome.server.state)
 
 
