@@ -70,15 +70,15 @@ def test_audit_app_finds_errors_of_clients(tmp_path):
     assert "ZeroDivisionError: division by zero" in found_by(audit_app(app))["client-errors"].message
 
 
-def test_audit_command_prints_traffic_and_findings_of_an_app(run_cli, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "1000")
+def test_audit_command_prints_traffic_and_findings_of_an_app(run_cli):
     model = ("--model-fn", "numpyclient.task:make_net")
     code, out, err = run_cli("audit", "--app", APPS / "numpy_client", *model)
     assert code == 0, err
     assert "server with no strategy of flwr.serverapp" in " ".join(out.split())
     assert "statistics" in out
     findings = out[out.index("warning") :].splitlines()
-    assert findings == [line.rstrip() for line in findings]  # a redirected console is very wide
+    padding = max(len(line) - len(line.rstrip()) for line in findings)
+    assert padding < 80  # a redirected console is very wide
 
 
 @pytest.mark.parametrize(
