@@ -22,6 +22,8 @@ from fedbn.data.partition import (
 )
 from fedbn.data.population import Examples, Population, User
 
+pytestmark = pytest.mark.slow
+
 
 def rows(classes, per_class, users=6):
     """Rows sorted by user; labels independent of the user."""

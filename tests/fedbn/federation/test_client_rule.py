@@ -24,6 +24,8 @@ from simulations.cli.app import app
 from simulations.engines.execute import execute
 from tests.helpers import assert_engines_agree, federated
 
+pytestmark = pytest.mark.slow
+
 POPULATION_RULE = "population:diversity=1"
 
 

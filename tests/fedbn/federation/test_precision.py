@@ -16,6 +16,8 @@ from fedbn.strategies.base import strategies
 from simulations.engines.execute import execute
 from tests.helpers import assert_engines_agree, same, sampling_options
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("name", strategies())
 def test_bfloat16_training_keeps_float32_state(name, small):

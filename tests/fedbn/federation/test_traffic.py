@@ -27,6 +27,8 @@ from simulations.results.formatting import format_size
 from simulations.server.rounds import run_rounds
 from simulations.storage.checkpoint import load_outcome, save_outcome
 
+pytestmark = pytest.mark.slow
+
 ROUNDS = {"fedtan": 1, "hbn": 1, "static-bn": 1, "global-recalibrated": 1, "fedap": 1, "global-naive+scaffold": 2}
 """Rounds by treatment; SCAFFOLD broadcasts from the second round on."""
 

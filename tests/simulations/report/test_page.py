@@ -24,7 +24,7 @@ from tests.simulations.results.test_comparison import edit_runs, keep_evaluation
 
 HOSTILE = '<script>alert("x")</script>&$^{_{'
 FULL = inference.RESAMPLES
-pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.xdist_group("report")]
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("error"), pytest.mark.xdist_group("report")]
 
 
 class Page(HTMLParser):

@@ -11,7 +11,7 @@ from simulations.report.documents import replace_block
 from simulations.results.advice import advice, verdict
 from simulations.results.comparison import Comparison
 
-pytestmark = pytest.mark.xdist_group("advice")
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("advice")]
 
 
 @pytest.fixture(scope="module")
