@@ -30,8 +30,10 @@ def test_run_app_matches_ray(tmp_path, mark):
         settings = ("--federation-config", federation_config(4, 2, "cpu"), "--run-config")
         for in_order in (True, False):
             on_ray = final_state(lambda c: link.run_app(MESSAGES, *settings, c), in_order, tmp_path / "ray.pt")
-            here = final_state(lambda c: run_app(FlowerApp.read(MESSAGES), 4, [c]), in_order, tmp_path / "here.pt")
+            in_process = final_state(
+                lambda c: run_app(FlowerApp.read(MESSAGES), 4, [c]), in_order, tmp_path / "in_process.pt"
+            )
             if in_order:
-                assert same(on_ray, here)
-            for name in here:
-                torch.testing.assert_close(on_ray[name], here[name], rtol=1e-4, atol=1e-5)
+                assert same(on_ray, in_process)
+            for name in in_process:
+                torch.testing.assert_close(on_ray[name], in_process[name], rtol=1e-4, atol=1e-5)

@@ -218,13 +218,13 @@ def use(recorded, kind, number, content):
     moments = validator.moments(user, content, exchanges, position)
     if moments is None:
         return []
-    kept = [v for m in moments.values() for v in (m.n, m.mean, m.m2)]
+    accepted = [v for m in moments.values() for v in (m.n, m.mean, m.m2)]
     if statistics:
         replies = recorded.replies[kind][: len(exchanges)]
         aggregates = [validator.moments(user, reply, exchanges, i) for i, reply in enumerate(replies)]
         aggregates[position] = union([aggregates[position], moments])
-        kept += with_synced_statistics(ctx, server.state, aggregates).values()
-    return kept
+        accepted += with_synced_statistics(ctx, server.state, aggregates).values()
+    return accepted
 
 
 def assert_refused(error, recorded):
@@ -248,13 +248,13 @@ def test_damaged_replies_are_refused_or_valid(name, replies, recorded):
     @given(damaged({k: v for k, v in run.replies.items() if k != "query.partition"}))
     def body(drawn):
         try:
-            kept = use(run, *drawn)
+            accepted = use(run, *drawn)
         except UserError as error:
             assert_refused(error, run)
             counts["refused"] += 1
             return
         counts["used"] += 1
-        assert all(torch.isfinite(v).all() for v in kept if v.is_floating_point())
+        assert all(torch.isfinite(v).all() for v in accepted if v.is_floating_point())
 
     body()
     assert counts["used"] + counts["refused"] >= replies
