@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 from fedbn.stacked.memory import collect_garbage_rarely, keep_freed_memory
-from simulations.report.documents import replace_block
-from simulations.results.formatting import markdown_table
+from fedbn_simulations.report.documents import replace_block
+from fedbn_simulations.results.formatting import markdown_table
 
 STORED = Path(__file__).parent / "stored.json"
 TOLERANCE = 1.5

@@ -18,11 +18,11 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from simulations.engines.ray import federation_config
-from simulations.flower.processes import ProcessGroup
-from simulations.flower.superlink import SuperLink
-from simulations.report.documents import replace_block
-from simulations.results.formatting import markdown_table
+from fedbn_simulations.engines.ray import federation_config
+from fedbn_simulations.flower.processes import ProcessGroup
+from fedbn_simulations.flower.superlink import SuperLink
+from fedbn_simulations.report.documents import replace_block
+from fedbn_simulations.results.formatting import markdown_table
 
 APP = Path(__file__).parent / "lenet"
 

@@ -24,13 +24,13 @@ from fedbn.nn.roles import statistics_layers
 from fedbn.online.drift.batched import BatchedMonitor
 from fedbn.online.drift.detectors import Detector, detector
 from fedbn.online.drift.signal import Floats, channel_means
-from simulations.adaptation.source_model import SourceModel, train_source_model
-from simulations.adaptation.study import Study
-from simulations.report.documents import replace_block
-from simulations.results.formatting import markdown_table
-from simulations.service import users
-from simulations.service.demo import session as playground
-from simulations.storage.provenance import NUMERICS
+from fedbn_simulations.adaptation.source_model import SourceModel, train_source_model
+from fedbn_simulations.adaptation.study import Study
+from fedbn_simulations.report.documents import replace_block
+from fedbn_simulations.results.formatting import markdown_table
+from fedbn_simulations.service import users
+from fedbn_simulations.service.demo import session as playground
+from fedbn_simulations.storage.provenance import NUMERICS
 
 DEGREES = (30, 60, 90)
 

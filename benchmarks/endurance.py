@@ -23,15 +23,15 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.soak import resident_memory
-from clients.records import set_threads
 from fedbn.config import Plan
 from fedbn.federation.failures import ClientError
 from fedbn.federation.run import Run
 from fedbn.federation.server import Outcome
-from simulations.engines.deployment import await_nodes, deployment, differences, start_node
-from simulations.engines.execute import execute
-from simulations.flower.processes import POLL_SECONDS
-from simulations.flower.superlink import FlowerRunError, SuperLink
+from fedbn_clients.records import set_threads
+from fedbn_simulations.engines.deployment import await_nodes, deployment, differences, start_node
+from fedbn_simulations.engines.execute import execute
+from fedbn_simulations.flower.processes import POLL_SECONDS
+from fedbn_simulations.flower.superlink import FlowerRunError, SuperLink
 
 USERS = 3
 STATES = "states"

@@ -33,8 +33,8 @@ import numpy as np
 import pandas as pd
 
 from benchmarks.service import CLASSES, SHAPE, free_socket, wait_until_ready
-from simulations.claims.store import Store
-from simulations.results.formatting import markdown_table
+from fedbn_simulations.claims.store import Store
+from fedbn_simulations.results.formatting import markdown_table
 
 CONNECTIONS = 4
 USERS_PER_CONNECTION = 8
@@ -49,10 +49,10 @@ def serve(listening: socket.socket, file: Path) -> None:
     logging.disable(logging.WARNING)
     from fedbn.models import build
     from fedbn.online import SQLiteStore
-    from simulations.service.access import Access
-    from simulations.service.api import create_app
-    from simulations.service.server import run
-    from simulations.service.users import Limits, UserStore
+    from fedbn_simulations.service.access import Access
+    from fedbn_simulations.service.api import create_app
+    from fedbn_simulations.service.server import run
+    from fedbn_simulations.service.users import Limits, UserStore
 
     model = build("har-cnn", SHAPE, CLASSES, seed=0).eval()
     names = [f"class {i}" for i in range(CLASSES)]
@@ -128,7 +128,9 @@ class Writer:
 def running(file: Path) -> Any:
     """A service in a separate process: the process and its port. It is killed at the end."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["simulations.service.api", "simulations.service.server", "fedbn.models"])
+    context.set_forkserver_preload(
+        ["fedbn_simulations.service.api", "fedbn_simulations.service.server", "fedbn.models"]
+    )
     with free_socket() as listening:
         port = listening.getsockname()[1]
         process = context.Process(target=serve, args=(listening, file))

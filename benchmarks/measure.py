@@ -20,8 +20,6 @@ import torch
 
 from benchmarks.loop import Loop
 from benchmarks.workloads import WORKLOADS, Workload
-from clients.app import app as client_app
-from clients.jobs import Evaluate
 from fedbn.federation.metrics import COLUMNS
 from fedbn.federation.run import Run
 from fedbn.federation.server import Outcome, global_columns, served_users
@@ -32,9 +30,11 @@ from fedbn.online import personalize
 from fedbn.online.rules.base import rule
 from fedbn.stacked.executors import ClientExecutor, Executor
 from fedbn.stacked.memory import collect_garbage_rarely, keep_freed_memory
-from simulations.engines.grid import InProcessGrid
-from simulations.flower.compat import task_identity
-from simulations.server.rounds import Listener, run_rounds
+from fedbn_clients.app import app as client_app
+from fedbn_clients.jobs import Evaluate
+from fedbn_simulations.engines.grid import InProcessGrid
+from fedbn_simulations.flower.compat import task_identity
+from fedbn_simulations.server.rounds import Listener, run_rounds
 
 TARGETS = {"W1": 0.60, "W2": 0.40, "W3": 0.05}
 """Target ratio of a round's time to the plain loop's, by workload."""
@@ -42,7 +42,7 @@ TARGETS = {"W1": 0.60, "W2": 0.40, "W3": 0.05}
 COMMANDS = {
     "import fedbn": "import fedbn",
     "import fedbn.federation.loop": "import fedbn.federation.loop",
-    "fedbn --help": "import sys; sys.argv = ['fedbn', '--help']; from simulations.cli import main; main()",
+    "fedbn --help": "import sys; sys.argv = ['fedbn', '--help']; from fedbn_simulations.cli import main; main()",
 }
 
 
@@ -125,7 +125,7 @@ def ratios(
 
 def ray_rows(folder: Path, rounds: int, workloads: Sequence[Workload]) -> Iterator[dict[str, object]]:
     """The same for Flower's Ray simulation. A run of one round is subtracted to exclude the start of Ray."""
-    from simulations.engines.execute import execute
+    from fedbn_simulations.engines.execute import execute
 
     for work in workloads:
         seconds = {n: seconds_of(partial(execute, work.run(folder, n), "ray")) for n in (1, rounds)}

@@ -27,8 +27,8 @@ from urllib.request import urlopen
 
 import numpy as np
 
-from simulations.report.documents import replace_block
-from simulations.results.formatting import markdown_table
+from fedbn_simulations.report.documents import replace_block
+from fedbn_simulations.results.formatting import markdown_table
 
 SHAPE = (6, 128)
 CLASSES = 6
@@ -38,10 +38,10 @@ def serve(listening: socket.socket) -> None:
     """Run the service until the process is terminated."""
     from fedbn.models import build
     from fedbn.online import SQLiteStore
-    from simulations.service.access import Access
-    from simulations.service.api import create_app
-    from simulations.service.server import run
-    from simulations.service.users import Limits, UserStore
+    from fedbn_simulations.service.access import Access
+    from fedbn_simulations.service.api import create_app
+    from fedbn_simulations.service.server import run
+    from fedbn_simulations.service.users import Limits, UserStore
 
     model = build("har-cnn", SHAPE, CLASSES, seed=0).eval()
     with tempfile.TemporaryDirectory() as folder:

@@ -21,16 +21,16 @@ import numpy as np
 from flwr.app import Context, Message
 from safetensors.torch import load_file, save_file
 
-from clients.app import app as client_app
-from clients.records import arrays, set_threads, tensors
 from fedbn.config import Plan
 from fedbn.federation.run import Run
 from fedbn.federation.server import Outcome
 from fedbn.nn.roles import State
 from fedbn.stacked.memory import keep_freed_memory
-from simulations.engines.grid import MAX_OPEN_CALLS, InProcessGrid
-from simulations.flower.compat import task_identity
-from simulations.server.rounds import Listener, run_rounds
+from fedbn_clients.app import app as client_app
+from fedbn_clients.records import arrays, set_threads, tensors
+from fedbn_simulations.engines.grid import MAX_OPEN_CALLS, InProcessGrid
+from fedbn_simulations.flower.compat import task_identity
+from fedbn_simulations.server.rounds import Listener, run_rounds
 
 FEATURES, ROWS, CLASSES = 16, 12, 4
 

@@ -16,9 +16,9 @@ from fedbn.statistics.moments import Moments as Moments
 from fedbn.strategies.base import NormStrategy as NormStrategy
 from fedbn.strategies.ownership import Owner as Owner
 from fedbn.tasks import Task as Task
-from simulations.api import adapt as adapt
-from simulations.api import compare as compare
-from simulations.api import federate as federate
-from simulations.api import load as load
+from fedbn_simulations.api import adapt as adapt
+from fedbn_simulations.api import compare as compare
+from fedbn_simulations.api import federate as federate
+from fedbn_simulations.api import load as load
 
 __all__: list[str]

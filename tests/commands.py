@@ -10,10 +10,10 @@ from pathlib import Path
 import typer
 
 from fedbn.strategies.base import strategies
-from simulations.adaptation.study import Study
-from simulations.cli.app import app
-from simulations.cli.options import parts
-from simulations.experiments.experiment import Experiment
+from fedbn_simulations.adaptation.study import Study
+from fedbn_simulations.cli.app import app
+from fedbn_simulations.cli.options import parts
+from fedbn_simulations.experiments.experiment import Experiment
 
 KINDS = {"compare": Experiment, "adapt": Study}
 

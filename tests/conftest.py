@@ -10,7 +10,7 @@ import torch
 
 from fedbn.federation.run import Run, plan_for
 from fedbn.scenarios.base import scenarios
-from simulations.cli import main
+from fedbn_simulations.cli import main
 from tests.unequal import Unequal
 
 collect_ignore = ["apps"]  # Flower apps, which are imported only while they run

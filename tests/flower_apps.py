@@ -13,8 +13,8 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 from torch import nn
 
-from simulations.engines.grid import InProcessGrid
-from simulations.flower.compat import task_identity
+from fedbn_simulations.engines.grid import InProcessGrid
+from fedbn_simulations.flower.compat import task_identity
 
 SERVER_NODE = 1
 FEATURES = 4

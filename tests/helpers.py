@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -11,10 +12,12 @@ import torch
 from fedbn.federation.loop import federate
 from fedbn.federation.setup import build_context, build_context_for, population_of
 from fedbn.strategies.base import strategies
-from simulations.engines.execute import execute
+from fedbn_simulations.engines.execute import execute
 
 ROOT = Path(__file__).parents[1]
 """Root of the repository."""
+PYTHONPATH = os.pathsep.join(str(ROOT / name) for name in (".", "clients", "simulations"))
+"""Directories of the packages, for processes that a test starts."""
 
 
 def nonempty(values):

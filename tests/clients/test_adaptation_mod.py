@@ -10,12 +10,12 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.clientapp import ClientApp
 from torch import nn
 
-from clients.mods import ADAPTATION_STATE, NORMALIZATION_STATE, _warn_once, adaptation, normalization
 from fedbn.errors import UserError
 from fedbn.online.personalized import personalize
 from fedbn.online.prior import population_prior
 from fedbn.online.rules.base import rule
 from fedbn.online.stream import follow_rule
+from fedbn_clients.mods import ADAPTATION_STATE, NORMALIZATION_STATE, _warn_once, adaptation, normalization
 from tests.flower_apps import data, initial_state, message_app, node_context, send, train_content
 
 

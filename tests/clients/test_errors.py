@@ -11,10 +11,6 @@ import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 
-from clients import app as client_module
-from clients import jobs
-from clients.app import app as client_app
-from clients.errors import describe_error
 from fedbn.config import Plan
 from fedbn.errors import UserError
 from fedbn.federation import loop
@@ -22,12 +18,16 @@ from fedbn.federation.failures import CLIENT_LOG, CODES, LOG_VARIABLE, ClientErr
 from fedbn.federation.run import Run, plan_for
 from fedbn.federation.setup import build_context
 from fedbn.strategies.base import strategies
-from simulations.engines.execute import execute
-from simulations.engines.grid import InProcessGrid
-from simulations.experiments.tasks import Task, run_task
-from simulations.flower.compat import task_identity
-from simulations.server.rounds import run_rounds
-from simulations.storage.checkpoint import save_outcome
+from fedbn_clients import app as client_module
+from fedbn_clients import jobs
+from fedbn_clients.app import app as client_app
+from fedbn_clients.errors import describe_error
+from fedbn_simulations.engines.execute import execute
+from fedbn_simulations.engines.grid import InProcessGrid
+from fedbn_simulations.experiments.tasks import Task, run_task
+from fedbn_simulations.flower.compat import task_identity
+from fedbn_simulations.server.rounds import run_rounds
+from fedbn_simulations.storage.checkpoint import save_outcome
 from tests.exceptions import ERRORS, EXPECTED, SECRET, is_private
 
 WITHOUT_TEXT = ("tensor", "unreadable", "UnicodeDecodeError", "JSONDecodeError")
@@ -123,9 +123,9 @@ def test_engines_show_no_content_of_exception(stage, engine, small, log, monkeyp
 
 def test_strategy_and_protection_show_no_content_of_exception(small, log, monkeypatch):
     run = small()
-    for place in (f"{strategies()['fedbn'].__module__}", "clients.app.protect_update"):
+    for place in (f"{strategies()['fedbn'].__module__}", "fedbn_clients.app.protect_update"):
         with monkeypatch.context() as patch:
-            if place == "clients.app.protect_update":
+            if place == "fedbn_clients.app.protect_update":
                 patch.setattr(place, failing(TypeError(SECRET)))
             else:
                 patch.setattr(strategies()["fedbn"], "after_local_training", failing(TypeError(SECRET)), raising=False)

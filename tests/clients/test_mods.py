@@ -16,12 +16,12 @@ from flwr.serverapp import ServerApp
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, FedMedian, FedTrimmedAvg, FedYogi, Krum
 from torch import nn
 
-from clients import entries as entries_module
-from clients.mods import NORMALIZATION_STATE, _warn_once, normalization
-from clients.persistence import STATE_DIR_VARIABLE
 from fedbn.errors import UserError
 from fedbn.nn.roles import clone
 from fedbn.strategies.base import strategies
+from fedbn_clients import entries as entries_module
+from fedbn_clients.mods import NORMALIZATION_STATE, _warn_once, normalization
+from fedbn_clients.persistence import STATE_DIR_VARIABLE
 from tests.flower_apps import (
     Module,
     Net,

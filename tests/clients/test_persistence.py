@@ -4,10 +4,10 @@ import pytest
 import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
-from clients import persistence
-from clients.persistence import MAX_ROUNDS, checksum, client_state_on_disk, replace_file
-from clients.records import arrays, tensors
-from simulations.flower.compat import task_identity
+from fedbn_clients import persistence
+from fedbn_clients.persistence import MAX_ROUNDS, checksum, client_state_on_disk, replace_file
+from fedbn_clients.records import arrays, tensors
+from fedbn_simulations.flower.compat import task_identity
 
 
 def call(folder, kind, trained, round, value=None):

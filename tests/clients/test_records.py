@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import torch
 
-from clients.jobs import run_batched
-from clients.records import (
+from fedbn.federation.cold_start import ClientStatistics
+from fedbn.statistics.moments import Moments
+from fedbn_clients.jobs import run_batched
+from fedbn_clients.records import (
     Decoder,
     aggregates_from,
     aggregates_to,
@@ -13,9 +15,7 @@ from clients.records import (
     tensors,
     to_record_by_reference,
 )
-from clients.serialization import LazyArrayRecord
-from fedbn.federation.cold_start import ClientStatistics
-from fedbn.statistics.moments import Moments
+from fedbn_clients.serialization import LazyArrayRecord
 from tests.helpers import same
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from fedbn.digests import digest, importable_name
 from fedbn.errors import UserError
-from tests.helpers import ROOT
+from tests.helpers import PYTHONPATH
 
 
 def scaled(factor):
@@ -113,7 +113,7 @@ def test_digest_is_equal_in_other_processes(tmp_path):
     found = {
         subprocess.run(
             [sys.executable, script],
-            env={"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": seed},
+            env={"PYTHONPATH": PYTHONPATH, "PYTHONHASHSEED": seed},
             capture_output=True,
             text=True,
             check=True,

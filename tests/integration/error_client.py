@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from clients.app import app
+from fedbn_clients.app import app
 from tests.exceptions import ERRORS
 
 ACTION = "raise_error"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from simulations.flower.superlink import FlowerRunError
+from fedbn_simulations.flower.superlink import FlowerRunError
 
 MARK = "FEDBN_TEST_MARK"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from flwr.app import Context, RecordDict
 from flwr.clientapp import ClientApp
 
-from clients.app import app as run_app
+from fedbn_clients.app import app as run_app
 
 RUN_RECORD = "which"
 

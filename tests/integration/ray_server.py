@@ -8,8 +8,8 @@ from pathlib import Path
 from flwr.app import ConfigRecord, Context, RecordDict
 from flwr.serverapp import ServerApp
 
-from simulations.app import app as run_app
-from simulations.server.safeguards import SIMULATION_CONFIG
+from fedbn_simulations.app import app as run_app
+from fedbn_simulations.server.safeguards import SIMULATION_CONFIG
 from tests.integration.ray_client import RUN_RECORD
 
 RUNS = "runs.json"

@@ -27,18 +27,18 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from benchmarks import endurance
-from clients.config import run_from_config
 from fedbn.errors import UserError
 from fedbn.federation.run import Run, plan_for
 from fedbn.federation.server import Outcome, RoundMetrics, Server
 from fedbn.federation.setup import build_context
-from simulations.cli.app import app
-from simulations.engines.deployment import CHECKPOINT, Deployment, deploy, deployment, differences
-from simulations.flower.certificates import make_certificates
-from simulations.flower.processes import GROUP_VARIABLE, ProcessGroup, free_port
-from simulations.flower.superlink import FlowerRunError, SuperLink
-from simulations.server.keys import read_keys
-from simulations.storage.checkpoint import load_outcome
+from fedbn_clients.config import run_from_config
+from fedbn_simulations.cli.app import app
+from fedbn_simulations.engines.deployment import CHECKPOINT, Deployment, deploy, deployment, differences
+from fedbn_simulations.flower.certificates import make_certificates
+from fedbn_simulations.flower.processes import GROUP_VARIABLE, ProcessGroup, free_port
+from fedbn_simulations.flower.superlink import FlowerRunError, SuperLink
+from fedbn_simulations.server.keys import read_keys
+from fedbn_simulations.storage.checkpoint import load_outcome
 from tests.fedbn.scenarios.test_remote import SCENARIO, make_run, run_on_nodes, write_node_files
 from tests.integration.processes import kill_server_of, marked, wait_until
 
@@ -95,7 +95,7 @@ def test_deployment_rejects_unregistered_node(mark, tmp_path):
 def test_interrupted_deployment_leaves_nothing_behind(signum, mark):
     code = (
         "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from simulations.cli.app import app\napp(['deploy', '--rounds', '50'])\n"
+        "from fedbn_simulations.cli.app import app\napp(['deploy', '--rounds', '50'])\n"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
     wait_until(lambda: len(marked(mark, "supernode")) >= 3)
@@ -157,7 +157,7 @@ def test_processes_of_a_killed_owner_are_stopped(tmp_path):
     code = (
         "import os, sys, time\n"
         "from pathlib import Path\n"
-        "from simulations.flower.processes import ProcessGroup\n"
+        "from fedbn_simulations.flower.processes import ProcessGroup\n"
         "group = ProcessGroup()\n"
         "child = 'import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(90)'\n"
         "with group.workspace() as directory:\n"
@@ -180,7 +180,7 @@ def test_second_interrupt_does_not_stop_cleanup(mark, tmp_path):
     code = (
         "import os, signal, sys, time\n"
         "from pathlib import Path\n"
-        "from simulations.flower.processes import temporary_workspace\n"
+        "from fedbn_simulations.flower.processes import temporary_workspace\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "def stop():\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
@@ -335,7 +335,7 @@ def test_deploy_command_prints_comparison(expected, monkeypatch):
         calls.append((run, options["tls"]))
         return Deployment(outcome(), outcome(), 3, True, {"start": 1.0, "run": 2.0, "grid": 0.1}, expected)
 
-    monkeypatch.setattr("simulations.engines.deployment.deploy", conduct)
+    monkeypatch.setattr("fedbn_simulations.engines.deployment.deploy", conduct)
     done = CliRunner().invoke(app, ["deploy", "--strategy", "silobn", "--rounds", "4", "--tls"])
     assert done.exit_code == bool(expected)
     run, tls = calls[0]

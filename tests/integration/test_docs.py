@@ -10,8 +10,8 @@ import sys
 
 import pytest
 
-from simulations.cli.catalog import Kind, _rows
-from simulations.results.formatting import markdown_table
+from fedbn_simulations.cli.catalog import Kind, _rows
+from fedbn_simulations.results.formatting import markdown_table
 from tests.commands import commands_in, parses
 from tests.helpers import ROOT, nonempty
 

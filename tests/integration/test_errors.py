@@ -13,10 +13,10 @@ import tomli_w
 from fedbn.errors import UserError
 from fedbn.federation.failures import LOG_VARIABLE
 from fedbn.federation.run import Run, plan_for
-from simulations.engines.deployment import await_nodes, deployment
-from simulations.engines.ray import ray_session
-from simulations.flower.processes import HOST, free_port, script_path
-from simulations.flower.superlink import MODULES
+from fedbn_simulations.engines.deployment import await_nodes, deployment
+from fedbn_simulations.engines.ray import ray_session
+from fedbn_simulations.flower.processes import HOST, free_port, script_path
+from fedbn_simulations.flower.superlink import MODULES
 from tests.exceptions import ERRORS, EXPECTED, SECRET, is_private
 from tests.fedbn.scenarios.test_remote import SCENARIO, make_run, write_node_files
 from tests.integration.error_server import NAMES, REPLIES

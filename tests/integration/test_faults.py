@@ -13,9 +13,6 @@ import torch
 from flwr.app import Context, Message, MetricRecord, RecordDict
 from safetensors.torch import save_file
 
-from clients import persistence
-from clients.app import app as client_app
-from clients.records import arrays, tensors
 from fedbn.errors import UserError
 from fedbn.federation.failures import ClientError
 from fedbn.federation.loop import federate
@@ -23,15 +20,18 @@ from fedbn.federation.run import Run, plan_for
 from fedbn.federation.server import ClientFailure
 from fedbn.federation.setup import build_context
 from fedbn.seeds import numpy_generator
-from simulations.app import app as server_app
-from simulations.engines.grid import FIRST_NODE, InProcessGrid
-from simulations.experiments.tasks import CHECKPOINT, Task, run_task
-from simulations.flower.compat import task_identity
-from simulations.server.nodes import REPLY_SECONDS
-from simulations.server.rounds import Listener, run_rounds
-from simulations.server.safeguards import SIMULATION_CONFIG, Safeguards
-from simulations.server.validation import InvalidReply
-from simulations.storage.checkpoint import load_latest, load_outcome, previous_checkpoint, save_outcome
+from fedbn_clients import persistence
+from fedbn_clients.app import app as client_app
+from fedbn_clients.records import arrays, tensors
+from fedbn_simulations.app import app as server_app
+from fedbn_simulations.engines.grid import FIRST_NODE, InProcessGrid
+from fedbn_simulations.experiments.tasks import CHECKPOINT, Task, run_task
+from fedbn_simulations.flower.compat import task_identity
+from fedbn_simulations.server.nodes import REPLY_SECONDS
+from fedbn_simulations.server.rounds import Listener, run_rounds
+from fedbn_simulations.server.safeguards import SIMULATION_CONFIG, Safeguards
+from fedbn_simulations.server.validation import InvalidReply
+from fedbn_simulations.storage.checkpoint import load_latest, load_outcome, previous_checkpoint, save_outcome
 from tests.helpers import same
 
 SCENARIO = "digits8:users=4:unseen=1"

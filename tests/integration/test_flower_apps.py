@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from clients.mods import normalization
-from simulations.flower import strategies
+from fedbn_clients.mods import normalization
+from fedbn_simulations.flower import strategies
 from tests.flower_apps import Net, message_app, server_app, simulate
 
 

@@ -35,8 +35,10 @@ def accuracy(capsys, monkeypatch):
 @pytest.mark.slow
 def test_example_app_is_better_with_its_two_lines(accuracy, monkeypatch):
     personal = accuracy()
-    monkeypatch.setattr("clients.mods.normalization", lambda *_: lambda message, context, app: app(message, context))
-    monkeypatch.setattr("simulations.flower.strategies.normalization", lambda strategy, *_: strategy)
+    monkeypatch.setattr(
+        "fedbn_clients.mods.normalization", lambda *_: lambda message, context, app: app(message, context)
+    )
+    monkeypatch.setattr("fedbn_simulations.flower.strategies.normalization", lambda strategy, *_: strategy)
     plain = accuracy()
     print(f"with {personal}, without {plain}")
     assert personal > 0.9

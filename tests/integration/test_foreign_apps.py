@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from simulations.engines.ray import federation_config
-from simulations.engines.simulation import run_app
-from simulations.flower.apps import FlowerApp
-from simulations.flower.processes import ProcessGroup
-from simulations.flower.superlink import SuperLink
+from fedbn_simulations.engines.ray import federation_config
+from fedbn_simulations.engines.simulation import run_app
+from fedbn_simulations.flower.apps import FlowerApp
+from fedbn_simulations.flower.processes import ProcessGroup
+from fedbn_simulations.flower.superlink import SuperLink
 from tests.helpers import ROOT, same
 
 MESSAGES = ROOT / "tests" / "apps" / "messages"

@@ -16,7 +16,7 @@ import pytest
 
 from fedbn.federation.loop import federate
 from fedbn.strategies.base import strategies
-from simulations.storage.provenance import NUMERICS
+from fedbn_simulations.storage.provenance import NUMERICS
 from tests.helpers import double_precision
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "curves.json"

@@ -7,7 +7,7 @@ import importlib
 import pytest
 
 import fedbn
-from simulations.engines.deployment import differences
+from fedbn_simulations.engines.deployment import differences
 from tests.helpers import ROOT
 
 

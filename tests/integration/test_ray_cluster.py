@@ -11,11 +11,11 @@ import pytest
 
 from fedbn.errors import UserError
 from fedbn.federation.run import Run, plan_for
-from simulations.engines.deployment import differences
-from simulations.engines.execute import execute, parse_engine
-from simulations.experiments.tasks import CHECKPOINT, Task, run_task
-from simulations.flower.processes import free_port, script_path
-from simulations.storage.checkpoint import load_outcome
+from fedbn_simulations.engines.deployment import differences
+from fedbn_simulations.engines.execute import execute, parse_engine
+from fedbn_simulations.experiments.tasks import CHECKPOINT, Task, run_task
+from fedbn_simulations.flower.processes import free_port, script_path
+from fedbn_simulations.storage.checkpoint import load_outcome
 from tests.integration.processes import kill_marked, kill_server_of, wait_until
 
 

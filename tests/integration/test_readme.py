@@ -8,11 +8,11 @@ import re
 import pytest
 
 from fedbn.errors import UserError
-from simulations.experiments.experiment import Experiment
-from simulations.report.documents import MAX_BRIEF, update_document
-from simulations.results.comparison import Comparison
-from simulations.results.formatting import format_number
-from simulations.results.labels import readable
+from fedbn_simulations.experiments.experiment import Experiment
+from fedbn_simulations.report.documents import MAX_BRIEF, update_document
+from fedbn_simulations.results.comparison import Comparison
+from fedbn_simulations.results.formatting import format_number
+from fedbn_simulations.results.labels import readable
 from tests.commands import commands_in, parses
 from tests.helpers import ROOT, nonempty
 from tests.simulations.results.test_comparison import write

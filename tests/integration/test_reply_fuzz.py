@@ -14,9 +14,6 @@ from flwr.clientapp import ClientApp
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from clients.app import app as client_app
-from clients.records import arrays, tensors
-from clients.serialization import unpack
 from fedbn.config import Plan
 from fedbn.errors import UserError
 from fedbn.federation.metrics import COLUMNS
@@ -27,10 +24,13 @@ from fedbn.personalization.base import personalizations
 from fedbn.scenarios.base import scenarios
 from fedbn.statistics.consensus import union
 from fedbn.strategies.base import strategies
-from simulations.engines.grid import InProcessGrid
-from simulations.flower.compat import task_identity
-from simulations.server.rounds import Listener, run_rounds
-from simulations.server.validation import InvalidReply, ReplyValidator
+from fedbn_clients.app import app as client_app
+from fedbn_clients.records import arrays, tensors
+from fedbn_clients.serialization import unpack
+from fedbn_simulations.engines.grid import InProcessGrid
+from fedbn_simulations.flower.compat import task_identity
+from fedbn_simulations.server.rounds import Listener, run_rounds
+from fedbn_simulations.server.validation import InvalidReply, ReplyValidator
 from tests.unequal import Unequal
 
 DEFAULT_REPLIES, SLOW_REPLIES = 60, 300

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from simulations.cli import app as cli
+from fedbn_simulations.cli import app as cli
 from tests.commands import commands_in
 
 DOCS = Path(__file__).parents[2] / "docs"

@@ -15,9 +15,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clients.config import run_from_config
-from clients.records import arrays
-from clients.serialization import pack, unpack
 from fedbn.config import Plan
 from fedbn.data.partition import parse_partition, partitions
 from fedbn.data.shift import parse_shift, shifts
@@ -34,10 +31,13 @@ from fedbn.privacy.mechanism import Privacy, parse_privacy, render_privacy
 from fedbn.scenarios.base import scenario, scenarios
 from fedbn.strategies.base import strategies, strategy
 from fedbn.streams import streams
-from simulations.engines.execute import parse_engine
-from simulations.experiments.experiment import Experiment, read_run_file
-from simulations.server.validation import ReplyValidator
-from simulations.storage.checkpoint import load_outcome, save_outcome
+from fedbn_clients.config import run_from_config
+from fedbn_clients.records import arrays
+from fedbn_clients.serialization import pack, unpack
+from fedbn_simulations.engines.execute import parse_engine
+from fedbn_simulations.experiments.experiment import Experiment, read_run_file
+from fedbn_simulations.server.validation import ReplyValidator
+from fedbn_simulations.storage.checkpoint import load_outcome, save_outcome
 from tests.helpers import same
 
 CASES = settings(max_examples=40, deadline=None)

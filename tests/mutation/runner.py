@@ -17,7 +17,9 @@ from pathlib import Path
 
 import pytest
 
-OURS = ("fedbn", "clients", "simulations", "tests", "benchmarks")
+from tests.mutation.selection import SOURCES
+
+OURS = ("fedbn", "fedbn_clients", "fedbn_simulations", "tests", "benchmarks")
 """Packages of the source tree."""
 
 PYTEST = ["-n0", "-q", "--tb=short", "-p", "no:cacheprovider"]
@@ -83,8 +85,10 @@ class Runner:
         """Let a forked process import the copy."""
         for name in [n for n in sys.modules if n.partition(".")[0] in OURS]:
             del sys.modules[name]
-        sys.path[:] = [str(self.tree), *(p for p in sys.path if Path(p or ".").resolve() != Path.cwd())]
-        os.environ["PYTHONPATH"] = str(self.tree)
+        ours = [str(self.tree / directory) for directory in SOURCES]
+        originals = [Path.cwd() / directory for directory in SOURCES]
+        sys.path[:] = [*ours, *(p for p in sys.path if Path(p or ".").resolve() not in originals)]
+        os.environ["PYTHONPATH"] = os.pathsep.join(ours)
         # A mutant must neither read nor write the cache of the user.
         os.environ["FEDBN_CACHE"] = str(self.work / "cache")
         os.chdir(self.tree)

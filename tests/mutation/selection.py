@@ -8,6 +8,8 @@ from functools import cache
 from pathlib import Path
 
 PACKAGES = ("fedbn", "clients", "simulations")
+SOURCES = (".", "clients", "simulations")
+"""Directories that contain packages."""
 
 
 @cache
@@ -19,8 +21,10 @@ def imported(path, root):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    paths = {name.replace(".", "/") + suffix for name in names for suffix in (".py", "/__init__.py")}
-    return frozenset(p for p in paths if (root / p).is_file())
+    paths = {
+        Path(s, name.replace(".", "/") + end) for s in SOURCES for name in names for end in (".py", "/__init__.py")
+    }
+    return frozenset(p.as_posix() for p in paths if (root / p).is_file())
 
 
 @cache
@@ -41,7 +45,8 @@ def likely_tests(module, root):
     tests = sorted(p.relative_to(root).as_posix() for p in (root / "tests").rglob("test_*.py"))
     tests = [t for t in tests if not t.startswith("tests/mutation/")]
     importing = [t for t in tests if module in imported_by_test(t, root)]
-    mirrored = [t for t in tests if Path(t).parent in Path("tests", module).parents]
+    mirror = Path("tests", re.sub("/fedbn_(clients|simulations)/", "/", module))
+    mirrored = [t for t in tests if Path(t).parent in mirror.parents]
     mirrored.sort(key=lambda t: (-t.count("/"), t not in importing))
     named = [t for t in tests if Path(module).stem in re.split(r"[/_.]", t)]
     if not mirrored + named + importing:

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.helpers import ROOT
+from tests.helpers import PYTHONPATH, ROOT
 from tests.mutation.__main__ import accepted, packages, report
 from tests.mutation.sampling import draw
 from tests.mutation.selection import likely_tests
@@ -33,7 +33,7 @@ MODULES = (
     "fedbn/statistics/moments.py",
     "fedbn/strategies/divergence_pooled.py",
     "fedbn/streams/switch.py",
-    "clients/persistence.py",
+    "clients/fedbn_clients/persistence.py",
 )
 
 
@@ -124,7 +124,7 @@ def test_sampled_mutants_are_killed(tmp_path):
     """A small fixed sample; `make mutants` draws from all packages."""
     session = tmp_path / "mutants.jsonl"
     command = [sys.executable, "-m", "tests.mutation", *MODULES, "--count", "3", "--session", str(session)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in session.read_text(encoding="utf-8").splitlines()]

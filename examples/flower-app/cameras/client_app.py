@@ -6,7 +6,7 @@ from flwr.clientapp import ClientApp
 from cameras.task import Net, load_data
 from cameras.task import test as test_fn
 from cameras.task import train as train_fn
-from clients.mods import normalization
+from fedbn_clients.mods import normalization
 
 app = ClientApp(mods=[normalization(Net, "fedbn")])
 

@@ -6,7 +6,7 @@ from flwr.serverapp import ServerApp
 from flwr.serverapp.strategy import FedAvg
 
 from cameras.task import Net
-from simulations.flower.strategies import normalization
+from fedbn_simulations.flower.strategies import normalization
 
 app = ServerApp()
 

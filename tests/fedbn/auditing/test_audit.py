@@ -23,7 +23,7 @@ from fedbn.strategies.fedbn import FedBN
 from fedbn.strategies.nonorm import NoNorm
 from fedbn.strategies.ownership import LOCAL
 from fedbn.strategies.silobn import SiloBN
-from simulations.report.audit import show
+from fedbn_simulations.report.audit import show
 
 SHAPES = {"har-cnn": (6, 128), "stroke-cnn": (1, 24)}
 

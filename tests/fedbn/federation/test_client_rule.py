@@ -10,7 +10,6 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from clients.config import run_from_config
 from fedbn.config import Plan
 from fedbn.errors import UserError
 from fedbn.federation.client import user_state
@@ -20,8 +19,9 @@ from fedbn.federation.setup import build_context
 from fedbn.online import follow_rule, personalize, rule
 from fedbn.online.prequential import follow
 from fedbn.streams import Stream
-from simulations.cli.app import app
-from simulations.engines.execute import execute
+from fedbn_clients.config import run_from_config
+from fedbn_simulations.cli.app import app
+from fedbn_simulations.engines.execute import execute
 from tests.helpers import assert_engines_agree, federated
 
 pytestmark = pytest.mark.slow

@@ -13,7 +13,7 @@ from fedbn.errors import UserError
 from fedbn.federation.run import Run
 from fedbn.federation.training import autocast_forward
 from fedbn.strategies.base import strategies
-from simulations.engines.execute import execute
+from fedbn_simulations.engines.execute import execute
 from tests.helpers import assert_engines_agree, same, sampling_options
 
 pytestmark = pytest.mark.slow

@@ -11,7 +11,7 @@ from fedbn.federation.loop import federate
 from fedbn.federation.server import Outcome, Server, global_columns, mean_loss
 from fedbn.federation.setup import build_context
 from fedbn.strategies.base import Progress, Update, strategies
-from simulations.engines.execute import execute
+from fedbn_simulations.engines.execute import execute
 
 
 def update(user, examples, loss):

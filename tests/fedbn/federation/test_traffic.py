@@ -9,23 +9,23 @@ import pytest
 import torch
 from flwr.clientapp import ClientApp
 
-import clients.app as client
+import fedbn_clients.app as client
 from fedbn.federation.run import plan_for
 from fedbn.federation.setup import build_context
 from fedbn.federation.traffic import MESSAGE, REPEATED, Traffic
 from fedbn.nn.roles import statistics_layers
 from fedbn.strategies.base import Update
-from simulations.engines.execute import execute
-from simulations.engines.grid import InProcessGrid
-from simulations.experiments.compare import compare
-from simulations.experiments.experiment import Experiment
-from simulations.flower.compat import task_identity
-from simulations.report.documents import update_document
-from simulations.results import inference
-from simulations.results.comparison import Comparison
-from simulations.results.formatting import format_size
-from simulations.server.rounds import run_rounds
-from simulations.storage.checkpoint import load_outcome, save_outcome
+from fedbn_simulations.engines.execute import execute
+from fedbn_simulations.engines.grid import InProcessGrid
+from fedbn_simulations.experiments.compare import compare
+from fedbn_simulations.experiments.experiment import Experiment
+from fedbn_simulations.flower.compat import task_identity
+from fedbn_simulations.report.documents import update_document
+from fedbn_simulations.results import inference
+from fedbn_simulations.results.comparison import Comparison
+from fedbn_simulations.results.formatting import format_size
+from fedbn_simulations.server.rounds import run_rounds
+from fedbn_simulations.storage.checkpoint import load_outcome, save_outcome
 
 pytestmark = pytest.mark.slow
 

@@ -18,8 +18,8 @@ from fedbn.federation.run import Run
 from fedbn.federation.setup import build_context, build_context_for
 from fedbn.federation.training import fit, shuffle
 from fedbn.tasks.classification import Classification
-from simulations.engines.execute import execute
-from simulations.experiments.experiment import Experiment
+from fedbn_simulations.engines.execute import execute
+from fedbn_simulations.experiments.experiment import Experiment
 from tests.helpers import same
 
 PLAN = Plan(rounds=2, eval_every=1, batch_size=8, global_test=12, user_batches=True)

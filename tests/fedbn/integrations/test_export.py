@@ -19,8 +19,8 @@ from fedbn.integrations import export as module
 from fedbn.integrations.export import export, fold_batch_norm
 from fedbn.integrations.pretrained import load_pretrained
 from fedbn.models import build
-from simulations.experiments.compare import compare
-from simulations.experiments.experiment import Experiment
+from fedbn_simulations.experiments.compare import compare
+from fedbn_simulations.experiments.experiment import Experiment
 
 
 @pytest.fixture(scope="module")

@@ -20,8 +20,8 @@ from fedbn.nn.conversion import convert
 from fedbn.personalization.treatment import treatment
 from fedbn.strategies.base import strategies, strategy
 from fedbn.tasks.classification import Classification
-from simulations.experiments.compare import compare
-from simulations.experiments.experiment import Experiment
+from fedbn_simulations.experiments.compare import compare
+from fedbn_simulations.experiments.experiment import Experiment
 
 OTHER_LAYERS = {
     "evalnorm", "feature-norm", "fedwon", "groupnorm", "iabn", "instancenorm", "layernorm", "nonorm", "weight-norm",

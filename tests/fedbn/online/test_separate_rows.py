@@ -16,8 +16,8 @@ from fedbn.models import build
 from fedbn.nn.roles import statistics_layers
 from fedbn.online import personalize
 from fedbn.strategies.base import strategies, strategy
-from simulations.adaptation.study import Study, run_study
-from simulations.service.users import UserStore
+from fedbn_simulations.adaptation.study import Study, run_study
+from fedbn_simulations.service.users import UserStore
 
 MIXES = r"layer '\d' \(BatchNorm\dd\) of Sequential mixes the windows of a batch"
 

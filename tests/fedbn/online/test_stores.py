@@ -16,7 +16,7 @@ from fedbn.errors import UserError
 from fedbn.models.har_cnn import HarCNN
 from fedbn.online import DirectoryStore, SQLiteStore, personalize
 from fedbn.online.stores import StoreError
-from tests.helpers import ROOT
+from tests.helpers import PYTHONPATH
 
 
 def network(seed=0):
@@ -154,7 +154,7 @@ def test_owner_disappears_with_its_process_and_acknowledged_writes_survive(tmp_p
         "import sys; from fedbn.online.stores import SQLiteStore; store = SQLiteStore(sys.argv[1])\n"
         "for i in range(10**9):\n    store.update({f'u{i % 50}': b'%d' % i}); print(i, flush=True)"
     )
-    options = {"stdout": subprocess.PIPE, "text": True, "env": {"PYTHONPATH": str(ROOT), "PATH": os.environ["PATH"]}}
+    options = {"stdout": subprocess.PIPE, "text": True, "env": {"PYTHONPATH": PYTHONPATH, "PATH": os.environ["PATH"]}}
     process = subprocess.Popen([sys.executable, "-c", code, str(path)], **options)
     try:
         lines = [process.stdout.readline() for _ in range(120)]

@@ -16,7 +16,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from clients.app import app as client_app
 from fedbn.errors import UserError
 from fedbn.federation.client import client_round
 from fedbn.federation.loop import federate
@@ -41,10 +40,11 @@ from fedbn.seeds import generator
 from fedbn.statistics.moments import Moments, pooled
 from fedbn.strategies.base import Progress, Update, strategies
 from fedbn.strategies.ownership import LOCAL
-from simulations.engines.execute import execute
-from simulations.engines.grid import InProcessGrid
-from simulations.flower.compat import task_identity
-from simulations.server.rounds import Listener, run_rounds
+from fedbn_clients.app import app as client_app
+from fedbn_simulations.engines.execute import execute
+from fedbn_simulations.engines.grid import InProcessGrid
+from fedbn_simulations.flower.compat import task_identity
+from fedbn_simulations.server.rounds import Listener, run_rounds
 from tests.helpers import assert_engines_agree, same
 
 PAIRS = [("bn.running_mean", "bn.running_var")]

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from clients.app import app as client_app
 from fedbn.config import Plan
 from fedbn.federation.failures import ClientError
 from fedbn.federation.loop import federate
@@ -17,9 +16,10 @@ from fedbn.federation.run import Run
 from fedbn.federation.setup import build_context
 from fedbn.scenarios.remote import load_node_user
 from fedbn.seeds import numpy_generator
-from simulations.engines.grid import InProcessGrid
-from simulations.flower.compat import task_identity
-from simulations.server.rounds import run_rounds
+from fedbn_clients.app import app as client_app
+from fedbn_simulations.engines.grid import InProcessGrid
+from fedbn_simulations.flower.compat import task_identity
+from fedbn_simulations.server.rounds import run_rounds
 from tests.fedbn.helpers import rejects
 from tests.helpers import same
 

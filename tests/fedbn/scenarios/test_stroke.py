@@ -17,7 +17,7 @@ from fedbn.nn.conversion import convert
 from fedbn.nn.roles import norm_layers
 from fedbn.scenarios.base import scenario
 from fedbn.scenarios.stroke import BANDS, band_powers, cohort, read_cohort
-from simulations.claims.studies.stroke import CLASSICAL, _examples, folds
+from fedbn_simulations.claims.studies.stroke import CLASSICAL, _examples, folds
 from tests.fedbn.helpers import rejects
 
 # --- the cohort

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from clients.jobs import Evaluate
 from fedbn.data.population import Examples, User
 from fedbn.errors import UserError
 from fedbn.federation.client import client_evaluation, client_round, user_scores
@@ -25,6 +24,7 @@ from fedbn.stacked.executors import ClientExecutor
 from fedbn.strategies.base import Progress, strategies
 from fedbn.strategies.silobn import SiloBN
 from fedbn.tasks.classification import Classification
+from fedbn_clients.jobs import Evaluate
 from tests.fedbn.stacked.test_executors import (
     ALL_MODELS,
     STACKED,

@@ -13,8 +13,6 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from clients.app import app as client_app
-from clients.jobs import Train, execute, run_batched
 from fedbn.data.population import Examples, Population, User
 from fedbn.errors import UserError
 from fedbn.federation.client import client_round
@@ -35,9 +33,11 @@ from fedbn.stacked.steps import SGDStep
 from fedbn.strategies.base import Progress, strategies
 from fedbn.strategies.ownership import Ownership
 from fedbn.tasks.classification import Classification
-from simulations.engines.grid import InProcessGrid
-from simulations.flower.compat import task_identity
-from simulations.server.rounds import Listener, run_rounds
+from fedbn_clients.app import app as client_app
+from fedbn_clients.jobs import Train, execute, run_batched
+from fedbn_simulations.engines.grid import InProcessGrid
+from fedbn_simulations.flower.compat import task_identity
+from fedbn_simulations.server.rounds import Listener, run_rounds
 from tests.helpers import same
 
 STACKED = {  # must be stackable; strategies with custom steps or layers train client by client
@@ -410,7 +410,7 @@ def test_user_errors_are_raised_by_the_exact_executor(small, monkeypatch):
     monkeypatch.setattr("fedbn.stacked.cohort.fit_stack", rejects)
     executor = ClientExecutor("stacked", 1)
     assert all(not isinstance(result, Failure) for result in executor.run(jobs))
-    monkeypatch.setattr("clients.jobs.client_round", rejects)
+    monkeypatch.setattr("fedbn_clients.jobs.client_round", rejects)
     assert [str(result.error) for result in executor.run(jobs)] == ["stacked"] * 2
     assert executor.execution == {}
 

@@ -9,10 +9,10 @@ from flwr.app import Array, ArrayRecord
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clients.jobs import is_batched, run_batched
-from clients.records import Decoder, arrays, tensors, to_record_by_reference
-from clients.serialization import LazyArrayRecord, pack, unpack
 from fedbn.errors import UserError
+from fedbn_clients.jobs import is_batched, run_batched
+from fedbn_clients.records import Decoder, arrays, tensors, to_record_by_reference
+from fedbn_clients.serialization import LazyArrayRecord, pack, unpack
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.int64, torch.int32, torch.uint8, torch.bool)
 

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from clients.jobs import Train
 from fedbn.federation.setup import build_context
 from fedbn.nn.roles import clone
 from fedbn.stacked import fit
@@ -22,6 +21,7 @@ from fedbn.stacked.program import build_program
 from fedbn.stacked.steps import SGDStep
 from fedbn.strategies.base import Progress
 from fedbn.tasks.classification import Classification
+from fedbn_clients.jobs import Train
 
 
 def features(dropout=0.0):

@@ -11,8 +11,6 @@ from flwr.app import Array
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clients.records import arrays
-from clients.serialization import pack, unpack
 from fedbn.errors import UserError
 from fedbn.federation.client import client_round
 from fedbn.federation.server import Server
@@ -20,7 +18,9 @@ from fedbn.federation.setup import build_context
 from fedbn.statistics.moments import pooled_variance
 from fedbn.statistics.robust import location, robust_moments
 from fedbn.strategies.base import Progress, Update, strategy
-from simulations.server.validation import InvalidReply, ReplyValidator
+from fedbn_clients.records import arrays
+from fedbn_clients.serialization import pack, unpack
+from fedbn_simulations.server.validation import InvalidReply, ReplyValidator
 from tests.fedbn.helpers import rejects
 from tests.helpers import same
 

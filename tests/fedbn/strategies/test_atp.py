@@ -16,7 +16,7 @@ from fedbn.nn.roles import clone
 from fedbn.strategies.base import strategy
 from fedbn.tta import method
 from fedbn.tta.adaptation_rates import RATES, adapt_state, adaptation_step, add_rates, learn_rates, rated_names
-from simulations.engines.execute import execute
+from fedbn_simulations.engines.execute import execute
 from tests.helpers import same
 
 BLOCK = 8

@@ -34,7 +34,7 @@ from fedbn.strategies.fedtan import FedTAN, _exchanges
 from fedbn.strategies.hbn import HBN
 from fedbn.strategies.hbn_full import HBNFull
 from fedbn.strategies.static_bn import StaticBN
-from simulations.engines.execute import execute
+from fedbn_simulations.engines.execute import execute
 from tests.helpers import assert_engines_agree, assert_statistics, federated, same
 
 # FedTAN --------------------------------------------------------------------------------------------------------------

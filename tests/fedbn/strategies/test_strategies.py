@@ -21,7 +21,7 @@ from fedbn.strategies.base import FORMER_HOOKS, NormStrategy, Progress, Update, 
 from fedbn.strategies.hbn import HBN
 from fedbn.strategies.ownership import LOCAL, SEEDED, SHARED
 from fedbn.tta.adaptation_rates import RATES
-from simulations.engines.execute import execute
+from fedbn_simulations.engines.execute import execute
 from tests.helpers import assert_statistics, federated, same, sampling_options
 
 ALL = list(strategies())

@@ -12,7 +12,7 @@ from fedbn.online.drift.monitor import DriftMonitor
 from fedbn.online.prequential import follow
 from fedbn.online.prequential_metrics import judge_alarms
 from fedbn.streams import stream
-from simulations.adaptation.methods import adaptation_method
+from fedbn_simulations.adaptation.methods import adaptation_method
 
 TURN = 80
 

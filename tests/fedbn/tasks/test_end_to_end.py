@@ -17,8 +17,8 @@ from fedbn.federation.run import Run
 from fedbn.federation.setup import build_context
 from fedbn.tasks import Task, parse_task, render_task
 from fedbn.tasks.regression import Regression
-from simulations.engines.deployment import differences
-from simulations.engines.execute import execute
+from fedbn_simulations.engines.deployment import differences
+from fedbn_simulations.engines.execute import execute
 from tests.helpers import assert_engines_agree
 
 USERS, ROWS = 3, 24

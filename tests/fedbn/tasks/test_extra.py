@@ -16,7 +16,7 @@ from fedbn.tasks import parse_task
 from fedbn.tasks.classification import Classification
 from fedbn.tasks.extra import metric_name, metric_text
 from fedbn.tasks.regression import Regression
-from simulations.engines.deployment import differences
+from fedbn_simulations.engines.deployment import differences
 
 HERE = f"{__name__}:"
 
@@ -94,7 +94,7 @@ def test_metric_is_an_option_of_the_task():
 
 
 def test_comparison_displays_the_metric(tmp_path, monkeypatch):
-    monkeypatch.setattr("simulations.results.inference.RESAMPLES", 20)
+    monkeypatch.setattr("fedbn_simulations.results.inference.RESAMPLES", 20)
     options = {"rounds": 1, "seeds": 1, "engine": "grid", "progress": False, "out": tmp_path}
     found = fedbn.compare(population(), ["fedavg", "fedbn"], metric=surprise, **options)
     assert (found.metric, found.higher_is_better()) == ("surprise", False)

@@ -23,18 +23,18 @@ from fedbn.online.prequential import source_baseline
 from fedbn.online.traces import ClassTrace
 from fedbn.statistics.recalibration import recalibrate
 from fedbn.tasks import parse_task
-from simulations.adaptation import study as personalize
-from simulations.adaptation.cells import SOURCE, Cell, read_cell, run_cell
-from simulations.adaptation.methods import adaptation_method
-from simulations.adaptation.metric import StudyMetric
-from simulations.adaptation.plots import users_figure
-from simulations.adaptation.results import metric_curve, metric_of, summary, users_frame, write
-from simulations.adaptation.source_model import train_source_model, untrained_source_model
-from simulations.adaptation.study import Study, cells_of, check_same_windows, families, run_study, winners
-from simulations.adaptation.tables import rows, summary_table, update_study_document
-from simulations.adaptation.warm_starts import start
-from simulations.cli.app import app
-from simulations.storage import provenance
+from fedbn_simulations.adaptation import study as personalize
+from fedbn_simulations.adaptation.cells import SOURCE, Cell, read_cell, run_cell
+from fedbn_simulations.adaptation.methods import adaptation_method
+from fedbn_simulations.adaptation.metric import StudyMetric
+from fedbn_simulations.adaptation.plots import users_figure
+from fedbn_simulations.adaptation.results import metric_curve, metric_of, summary, users_frame, write
+from fedbn_simulations.adaptation.source_model import train_source_model, untrained_source_model
+from fedbn_simulations.adaptation.study import Study, cells_of, check_same_windows, families, run_study, winners
+from fedbn_simulations.adaptation.tables import rows, summary_table, update_study_document
+from fedbn_simulations.adaptation.warm_starts import start
+from fedbn_simulations.cli.app import app
+from fedbn_simulations.storage import provenance
 
 METRIC = StudyMetric.of(parse_task("classification"))
 RULES = ("pseudo:n0=16", "tent", "pseudo:n0=16/adwin/decay", "ema:rate=0.05/ask:budget=2")

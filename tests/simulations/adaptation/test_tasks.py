@@ -16,14 +16,14 @@ from fedbn.plugins import build
 from fedbn.streams import streams
 from fedbn.tasks import parse_task
 from fedbn.tta import methods
-from simulations.adaptation.cells import SOURCE
-from simulations.adaptation.methods import AdaptationMethod, check_classes
-from simulations.adaptation.metric import StudyMetric
-from simulations.adaptation.plots import users_figure
-from simulations.adaptation.results import metric_of, summary, users_frame, write
-from simulations.adaptation.study import Study, run_study
-from simulations.adaptation.tables import summary_table, table
-from simulations.results.formatting import capitalize, metric_title
+from fedbn_simulations.adaptation.cells import SOURCE
+from fedbn_simulations.adaptation.methods import AdaptationMethod, check_classes
+from fedbn_simulations.adaptation.metric import StudyMetric
+from fedbn_simulations.adaptation.plots import users_figure
+from fedbn_simulations.adaptation.results import metric_of, summary, users_frame, write
+from fedbn_simulations.adaptation.study import Study, run_study
+from fedbn_simulations.adaptation.tables import summary_table, table
+from fedbn_simulations.results.formatting import capitalize, metric_title
 from tests.fedbn.tasks import test_end_to_end as targets
 
 MODELS = {"map": "tests.fedbn.tasks.networks:maps", "sequence": "tests.fedbn.tasks.networks:sequences"}
@@ -98,7 +98,7 @@ def test_study_of_every_task_uses_its_metric(finished):
 
 def test_study_of_every_task_resumes_from_its_cells(finished, monkeypatch):
     place, study, results, *_ = finished
-    monkeypatch.setattr("simulations.adaptation.study.run_cell", lambda *a: pytest.fail("computed again"))
+    monkeypatch.setattr("fedbn_simulations.adaptation.study.run_cell", lambda *a: pytest.fail("computed again"))
     _, again = run_study(study, place / "out")
     pd.testing.assert_frame_equal(users_frame(again), users_frame(results), check_exact=True)
     for cell, (traces, _) in results.items():

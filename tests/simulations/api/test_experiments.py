@@ -15,9 +15,9 @@ from torch import nn
 
 import fedbn
 from fedbn.errors import UserError
-from simulations.api import AdaptationResult
-from simulations.results import inference
-from tests.helpers import ROOT, nonempty
+from fedbn_simulations.api import AdaptationResult
+from fedbn_simulations.results import inference
+from tests.helpers import PYTHONPATH, ROOT, nonempty
 from tests.simulations.results.test_comparison import write
 
 HEAVY = {"torch", "numpy", "pandas", "scipy", "sklearn", "matplotlib", "flwr", "ray", "pyarrow", "jinja2"}
@@ -31,7 +31,7 @@ def quick(tmp_path, monkeypatch):
 
 
 def python(*arguments):
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    env = os.environ | {"PYTHONPATH": PYTHONPATH}
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=env)
 
 
@@ -48,7 +48,7 @@ def test_import_fedbn_imports_nothing_heavy():
 
 
 def test_help_imports_nothing_heavy():
-    found = imported("sys.argv = ['fedbn', '--help']\nfrom simulations.cli import main\nmain()")
+    found = imported("sys.argv = ['fedbn', '--help']\nfrom fedbn_simulations.cli import main\nmain()")
     assert "typer" in found
     assert not found & HEAVY
 
@@ -65,7 +65,7 @@ def test_library_does_not_import_flower():
     names = [name for name in fedbn.__all__ if name not in ("adapt", "compare", "federate", "load")]
     found = imported(f"import fedbn\nfor name in {names}: getattr(fedbn, name)")
     assert "torch" in found
-    assert not found & {"flwr", "ray", "simulations", "clients"}
+    assert not found & {"flwr", "ray", "fedbn_simulations", "fedbn_clients"}
 
 
 def test_public_names_exist_and_are_typed():

@@ -24,11 +24,11 @@ from fedbn.strategies.base import NormStrategy
 from fedbn.strategies.fedbn import FedBN
 from fedbn.strategies.ownership import LOCAL
 from fedbn.tta.tent import Tent
-from simulations.adaptation.methods import adaptation_method, adaptation_text
-from simulations.adaptation.study import families
-from simulations.engines.deployment import deploy, differences
-from simulations.results import inference
-from tests.helpers import ROOT, nonempty, same
+from fedbn_simulations.adaptation.methods import adaptation_method, adaptation_text
+from fedbn_simulations.adaptation.study import families
+from fedbn_simulations.engines.deployment import deploy, differences
+from fedbn_simulations.results import inference
+from tests.helpers import PYTHONPATH, nonempty, same
 
 
 @pytest.fixture(autouse=True)
@@ -281,7 +281,7 @@ def interactive(workers=1):
     """Run `SCRIPT` as in an interactive session, where ``__main__`` has no file."""
     return subprocess.run(
         [sys.executable, "-c", SCRIPT.replace("WORKERS", str(workers))],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": PYTHONPATH},
         capture_output=True,
         text=True,
     )

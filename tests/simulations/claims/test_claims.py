@@ -17,15 +17,15 @@ from torch import nn
 
 from fedbn.errors import UserError
 from fedbn.models.mlp import MLP
-from simulations.claims import Claim, Effect, claims, page, verdicts
-from simulations.claims import claim as claim_module
-from simulations.claims import store as claim_store
-from simulations.claims.claim import discover_studies
-from simulations.claims.notes import TRIED
-from simulations.claims.page import write
-from simulations.claims.store import Cell, Store, cells, run_cells
-from simulations.claims.studies import common
-from simulations.claims.verdicts import decide
+from fedbn_simulations.claims import Claim, Effect, claims, page, verdicts
+from fedbn_simulations.claims import claim as claim_module
+from fedbn_simulations.claims import store as claim_store
+from fedbn_simulations.claims.claim import discover_studies
+from fedbn_simulations.claims.notes import TRIED
+from fedbn_simulations.claims.page import write
+from fedbn_simulations.claims.store import Cell, Store, cells, run_cells
+from fedbn_simulations.claims.studies import common
+from fedbn_simulations.claims.verdicts import decide
 from tests.helpers import nonempty
 
 NUMERICS = 1

@@ -16,8 +16,8 @@ from fedbn.models.small_cnn import SmallCNN
 from fedbn.nn.conversion import convert
 from fedbn.norms import bne
 from fedbn.scenarios.base import scenario
-from simulations.claims import claims
-from simulations.claims.studies import (
+from fedbn_simulations.claims import claims
+from fedbn_simulations.claims.studies import (
     batch_norm,
     binary,
     common,

@@ -19,10 +19,10 @@ from fedbn.federation.setup import build_context, load_population
 from fedbn.personalization.base import personalizations
 from fedbn.plugins import title
 from fedbn.strategies.base import strategies
-from simulations.cli import app as cli
-from simulations.cli import catalog, options
-from simulations.cli.details import link_of
-from simulations.results import inference
+from fedbn_simulations.cli import app as cli
+from fedbn_simulations.cli import catalog, options
+from fedbn_simulations.cli.details import link_of
+from fedbn_simulations.results import inference
 from tests.helpers import ROOT
 
 QUICK = ["--rounds", 2, "--seeds", 1, "--workers", 1]
@@ -196,7 +196,9 @@ def python(script):
 
 
 def test_cli_imports_nothing_heavy():
-    script = "import sys, simulations.cli; print([m for m in ('torch', 'flwr', 'pandas', 'ray') if m in sys.modules])"
+    script = (
+        "import sys, fedbn_simulations.cli; print([m for m in ('torch', 'flwr', 'pandas', 'ray') if m in sys.modules])"
+    )
     assert python(script).stdout.strip() == "[]"
 
 

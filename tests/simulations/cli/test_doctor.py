@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from fedbn.data import packages
-from simulations.cli import doctor
+from fedbn_simulations.cli import doctor
 
 SOURCES = {name: packages.SOURCES[name] for name in ("hapt", "watch")}
 

@@ -4,7 +4,7 @@ import torch
 
 from fedbn.models.har_cnn import HarCNN
 from fedbn.online import personalize
-from simulations.cli.export import _adapted
+from fedbn_simulations.cli.export import _adapted
 from tests.helpers import same
 
 

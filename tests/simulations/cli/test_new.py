@@ -9,8 +9,8 @@ import sys
 import pytest
 
 from fedbn.errors import UserError
-from simulations.cli.new import new_strategy
-from tests.helpers import ROOT, nonempty
+from fedbn_simulations.cli.new import new_strategy
+from tests.helpers import PYTHONPATH, nonempty
 
 
 @pytest.mark.slow
@@ -20,7 +20,7 @@ def test_new_package_builds_and_passes_its_tests(tmp_path):
     build = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-build-isolation"]
     done = subprocess.run([*build, "--target", tmp_path / "site", place], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    env = os.environ | {"PYTHONPATH": f"{tmp_path / 'site'}{os.pathsep}{ROOT}"}
+    env = os.environ | {"PYTHONPATH": f"{tmp_path / 'site'}{os.pathsep}{PYTHONPATH}"}
 
     def run(*command):
         return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=env, cwd=tmp_path)

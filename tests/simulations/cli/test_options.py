@@ -12,17 +12,17 @@ import typer
 from typer.testing import CliRunner
 
 import fedbn
-from clients.config import run_from_config
 from fedbn.config import PLAN_FIELDS, Conditions, Plan, RunOptions, nest, option
 from fedbn.errors import UserError
 from fedbn.federation.run import plan_for
 from fedbn.scenarios.base import scenarios
-from simulations.adaptation.options import StudyOptions
-from simulations.adaptation.study import Study
-from simulations.cli.app import app
-from simulations.cli.options import options_of
-from simulations.experiments.experiment import Experiment
-from simulations.experiments.options import ExperimentOptions
+from fedbn_clients.config import run_from_config
+from fedbn_simulations.adaptation.options import StudyOptions
+from fedbn_simulations.adaptation.study import Study
+from fedbn_simulations.cli.app import app
+from fedbn_simulations.cli.options import options_of
+from fedbn_simulations.experiments.experiment import Experiment
+from fedbn_simulations.experiments.options import ExperimentOptions
 from tests.helpers import ROOT
 
 # A value other than the default for every option, as text of the command line and as a value.
@@ -95,12 +95,12 @@ def captured(monkeypatch):
         raise Stop
 
     for target in (
-        "simulations.api.experiments.run_comparison",  # first, so that this module is not imported with stops in it
-        "simulations.api.experiments.run_study",
-        "simulations.experiments.compare.compare",
-        "simulations.adaptation.study.run_study",
-        "simulations.engines.deployment.deploy",
-        "simulations.leakage.states.state_leaks",
+        "fedbn_simulations.api.experiments.run_comparison",  # first: its import needs the others
+        "fedbn_simulations.api.experiments.run_study",
+        "fedbn_simulations.experiments.compare.compare",
+        "fedbn_simulations.adaptation.study.run_study",
+        "fedbn_simulations.engines.deployment.deploy",
+        "fedbn_simulations.leakage.states.state_leaks",
     ):
         monkeypatch.setattr(target, stop)
     monkeypatch.chdir(ROOT)

@@ -12,13 +12,13 @@ import pandas as pd
 import pytest
 
 from fedbn.errors import UserError
-from simulations.cli import app as cli
-from simulations.report import plots
-from simulations.report.page import FORMATS, write_report, write_side_by_side
-from simulations.results import inference
-from simulations.results.comparison import Comparison
-from simulations.results.inference import mean_of_users
-from simulations.results.side_by_side import SideBySide
+from fedbn_simulations.cli import app as cli
+from fedbn_simulations.report import plots
+from fedbn_simulations.report.page import FORMATS, write_report, write_side_by_side
+from fedbn_simulations.results import inference
+from fedbn_simulations.results.comparison import Comparison
+from fedbn_simulations.results.inference import mean_of_users
+from fedbn_simulations.results.side_by_side import SideBySide
 from tests.helpers import nonempty
 from tests.simulations.results.test_comparison import write
 
@@ -236,7 +236,7 @@ def test_quiet_command_reports_interruption(pair, run_cli, monkeypatch):
     def interrupted(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("simulations.report.page.write_report", interrupted)
+    monkeypatch.setattr("fedbn_simulations.report.page.write_report", interrupted)
     code, out, err = run_cli("report", pair[0], "-q")
     assert (code, out) == (130, "")
     assert err == "interrupted; finished results are stored"

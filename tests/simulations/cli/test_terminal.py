@@ -10,9 +10,9 @@ from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 
-from simulations.cli.app import user_message
-from simulations.cli.terminal import SUBSTITUTES
-from tests.helpers import ROOT
+from fedbn_simulations.cli.app import user_message
+from fedbn_simulations.cli.terminal import SUBSTITUTES
+from tests.helpers import PYTHONPATH, ROOT
 
 COMPARE = (
     "-m",
@@ -29,7 +29,7 @@ COMPARE = (
 
 
 def run(*command, **options):
-    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "LC_ALL": "C", "COLUMNS": "80"}
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": PYTHONPATH, "LC_ALL": "C", "COLUMNS": "80"}
     environment |= {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "OMP_NUM_THREADS": "1"}
     return subprocess.run((sys.executable, *command), env=environment, capture_output=True, timeout=300, **options)
 

@@ -6,9 +6,9 @@ import pytest
 import typer
 
 from fedbn.errors import UserError
-from simulations.cli.app import app
-from simulations.cli.compare import candidates_from
-from simulations.cli.quiet import add_quiet_option
+from fedbn_simulations.cli.app import app
+from fedbn_simulations.cli.compare import candidates_from
+from fedbn_simulations.cli.quiet import add_quiet_option
 
 
 @pytest.mark.parametrize(

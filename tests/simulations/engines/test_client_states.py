@@ -11,15 +11,15 @@ import pytest
 import torch
 from flwr.app import RecordDict
 
-from clients.app import app as client_app
-from clients.records import arrays
-from clients.serialization import LazyArrayRecord
 from fedbn.errors import UserError
 from fedbn.federation.run import Run, plan_for
-from simulations.engines import client_states
-from simulations.engines.client_states import ClientStates, available_memory, state_bytes
-from simulations.engines.execute import execute
-from simulations.engines.grid import InProcessGrid
+from fedbn_clients.app import app as client_app
+from fedbn_clients.records import arrays
+from fedbn_clients.serialization import LazyArrayRecord
+from fedbn_simulations.engines import client_states
+from fedbn_simulations.engines.client_states import ClientStates, available_memory, state_bytes
+from fedbn_simulations.engines.execute import execute
+from fedbn_simulations.engines.grid import InProcessGrid
 from tests.helpers import same
 
 
@@ -37,7 +37,7 @@ def run_of(strategy, rounds=3, **plan):
 @pytest.mark.parametrize("strategy", ["fedbn", "local", "fedbn+scaffold", "silobn+ditto"])
 @pytest.mark.parametrize("engine", ["grid", "grid:stacked"])
 def test_run_with_states_on_disk_is_bit_identical(strategy, engine, low_memory, caplog, monkeypatch):
-    with caplog.at_level(logging.WARNING, logger="simulations.engines.client_states"):
+    with caplog.at_level(logging.WARNING, logger="fedbn_simulations.engines.client_states"):
         on_files = execute(run_of(strategy), engine)
     warning = r"the states of \d clients need .* GB, more than 50% of the available memory: using files in"
     assert re.search(warning, caplog.text)

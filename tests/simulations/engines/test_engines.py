@@ -6,22 +6,22 @@ import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-import clients.app
-from clients.app import app as client_app
-from clients.config import run_from_config
-from clients.records import scores_from, scores_to
+import fedbn_clients.app
 from fedbn.errors import UserError
 from fedbn.federation.failures import ClientError
 from fedbn.federation.metrics import Score
 from fedbn.federation.setup import build_context
 from fedbn.strategies.base import strategies
-from simulations.engines import grid
-from simulations.engines.deployment import differences
-from simulations.engines.execute import execute
-from simulations.engines.grid import FIRST_NODE, InProcessGrid
-from simulations.flower.compat import task_identity
-from simulations.server.nodes import NodePool
-from simulations.server.rounds import run_rounds
+from fedbn_clients.app import app as client_app
+from fedbn_clients.config import run_from_config
+from fedbn_clients.records import scores_from, scores_to
+from fedbn_simulations.engines import grid
+from fedbn_simulations.engines.deployment import differences
+from fedbn_simulations.engines.execute import execute
+from fedbn_simulations.engines.grid import FIRST_NODE, InProcessGrid
+from fedbn_simulations.flower.compat import task_identity
+from fedbn_simulations.server.nodes import NodePool
+from fedbn_simulations.server.rounds import run_rounds
 from tests.helpers import same, sampling_options
 
 
@@ -91,9 +91,9 @@ def test_local_entries_are_never_in_messages(small):
 
         app = ClientApp(mods=[spy])
         for kind in ("train", "evaluate"):
-            getattr(app, kind)()(getattr(clients.app, kind))
+            getattr(app, kind)()(getattr(fedbn_clients.app, kind))
         for action in ("sync_statistics", "sync_first_batch", "partition"):
-            app.query(action)(getattr(clients.app, action))
+            app.query(action)(getattr(fedbn_clients.app, action))
         with task_identity(1):
             run_rounds(grid_of(run, app), run)
         assert not forbidden & set(names), name

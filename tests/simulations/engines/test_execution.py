@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 
-from simulations.engines.execute import execute
+from fedbn_simulations.engines.execute import execute
 
 STACKED = {"train": ["stacked"], "evaluate": ["stacked"]}
 

@@ -17,8 +17,8 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 
 from fedbn.errors import UserError
-from simulations.engines.grid import FIRST_NODE
-from simulations.engines.simulation import Workers, run_simulation
+from fedbn_simulations.engines.grid import FIRST_NODE
+from fedbn_simulations.engines.simulation import Workers, run_simulation
 from tests.helpers import ROOT
 
 APPS = ROOT / "tests" / "apps"
@@ -312,7 +312,7 @@ def main(grid, context):
 """
 
 
-@pytest.mark.parametrize("package", ["same_name", "fedbn", "clients"])
+@pytest.mark.parametrize("package", ["same_name", "fedbn", "fedbn_clients"])
 def test_apps_with_the_same_package_name_run_their_own_code(package, run_cli, tmp_path):
     for name in ("a", "b"):
         app = make_app(tmp_path / name, package, server=WRITE.format(package=package))

@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 
-from simulations.experiments.app_audit import audit_app
-from simulations.flower.apps import FlowerApp
+from fedbn_simulations.experiments.app_audit import audit_app
+from fedbn_simulations.flower.apps import FlowerApp
 from tests.helpers import ROOT
 
 APPS = ROOT / "tests" / "apps"

@@ -10,12 +10,12 @@ import pytest
 from flwr.app import ConfigRecord, Error, Message, MetricRecord, RecordDict
 
 from fedbn.errors import UserError
-from simulations.experiments import app_comparison, app_runs
-from simulations.experiments.app_comparison import AppExperiment, compare_app
-from simulations.experiments.app_runs import Evaluations, directions, execute_app
-from simulations.experiments.compare import resume
-from simulations.flower.compat import task_identity
-from simulations.results.comparison import Comparison
+from fedbn_simulations.experiments import app_comparison, app_runs
+from fedbn_simulations.experiments.app_comparison import AppExperiment, compare_app
+from fedbn_simulations.experiments.app_runs import Evaluations, directions, execute_app
+from fedbn_simulations.experiments.compare import resume
+from fedbn_simulations.flower.compat import task_identity
+from fedbn_simulations.results.comparison import Comparison
 from tests.helpers import ROOT
 
 MESSAGES = ROOT / "tests" / "apps" / "messages"

@@ -15,17 +15,27 @@ from fedbn.federation.loop import federate
 from fedbn.federation.run import plan_for
 from fedbn.federation.setup import build_context
 from fedbn.files import read_json, write_json
-from simulations.experiments.compare import compare, resume, select_candidates, tuning_tasks
-from simulations.experiments.experiment import Experiment, read_run_file
-from simulations.experiments.preflight import default_directory, drop_unsupported
-from simulations.experiments.tasks import CHECKPOINT
-from simulations.report.documents import update_document
-from simulations.results.comparison import Comparison
-from simulations.storage import checkpoint as store
-from simulations.storage import provenance
+from fedbn_simulations.experiments.compare import compare, resume, select_candidates, tuning_tasks
+from fedbn_simulations.experiments.experiment import Experiment, read_run_file
+from fedbn_simulations.experiments.preflight import default_directory, drop_unsupported
+from fedbn_simulations.experiments.tasks import CHECKPOINT
+from fedbn_simulations.report.documents import update_document
+from fedbn_simulations.results.comparison import Comparison
+from fedbn_simulations.storage import checkpoint as store
+from fedbn_simulations.storage import provenance
 from tests.helpers import same
 
-COMMAND = (sys.executable, "-m", "simulations", "compare", "digits8", "--strategies", "fedbn,silobn", "--workers", "2")
+COMMAND = (
+    sys.executable,
+    "-m",
+    "fedbn_simulations",
+    "compare",
+    "digits8",
+    "--strategies",
+    "fedbn,silobn",
+    "--workers",
+    "2",
+)
 
 
 def experiment(*strategies, **settings):
@@ -152,7 +162,7 @@ def test_resume_after_kill_is_bit_identical(tmp_path):
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert len(results(out)) < 4
-    subprocess.run([sys.executable, "-m", "simulations", "resume", str(out)], check=True, capture_output=True)
+    subprocess.run([sys.executable, "-m", "fedbn", "resume", str(out)], check=True, capture_output=True)
     assert results(out) == results(tmp_path / "whole")
 
 

@@ -9,11 +9,11 @@ import pytest
 from fedbn.errors import UserError
 from fedbn.federation.run import plan_for
 from fedbn.files import read_json
-from simulations.experiments.compare import compare, resume
-from simulations.experiments.experiment import Experiment
-from simulations.experiments.tasks import CHECKPOINT
-from simulations.report.page import write_report
-from simulations.results.comparison import Comparison
+from fedbn_simulations.experiments.compare import compare, resume
+from fedbn_simulations.experiments.experiment import Experiment
+from fedbn_simulations.experiments.tasks import CHECKPOINT
+from fedbn_simulations.report.page import write_report
+from fedbn_simulations.results.comparison import Comparison
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,10 @@ from fedbn.federation.run import plan_for
 from fedbn.federation.setup import build_context
 from fedbn.files import read_json
 from fedbn.strategies.base import strategies
-from simulations.experiments import tasks
-from simulations.experiments.compare import compare, resume
-from simulations.experiments.experiment import Experiment
-from simulations.results.comparison import Comparison
+from fedbn_simulations.experiments import tasks
+from fedbn_simulations.experiments.compare import compare, resume
+from fedbn_simulations.experiments.experiment import Experiment
+from fedbn_simulations.results.comparison import Comparison
 from tests.helpers import same
 
 

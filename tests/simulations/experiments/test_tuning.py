@@ -10,9 +10,9 @@ import pytest
 import fedbn
 from fedbn.errors import UserError
 from fedbn.optim.adamw import AdamW
-from simulations.experiments.compare import compare, resume, tuning_tasks
-from simulations.experiments.experiment import Experiment
-from simulations.results.comparison import Comparison
+from fedbn_simulations.experiments.compare import compare, resume, tuning_tasks
+from fedbn_simulations.experiments.experiment import Experiment
+from fedbn_simulations.results.comparison import Comparison
 
 
 def experiment(tune, strategies=("global-naive", "groupnorm:groups=2"), **options):

@@ -9,8 +9,8 @@ from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.superlink.grid.http_grid import HttpGrid
 
-from clients.errors import FLOWER_CODES
-from simulations.flower import compat as flower_compat
+from fedbn_clients.errors import FLOWER_CODES
+from fedbn_simulations.flower import compat as flower_compat
 
 
 def message_of(content):

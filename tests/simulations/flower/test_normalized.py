@@ -9,10 +9,10 @@ import torch
 from flwr.serverapp.strategy import Strategy
 
 from fedbn.errors import UserError
-from simulations.engines.simulation import run_simulation
-from simulations.flower.apps import FlowerApp
-from simulations.flower.compat import copy_records, with_content
-from simulations.flower.normalized import normalized
+from fedbn_simulations.engines.simulation import run_simulation
+from fedbn_simulations.flower.apps import FlowerApp
+from fedbn_simulations.flower.compat import copy_records, with_content
+from fedbn_simulations.flower.normalized import normalized
 from tests.helpers import ROOT
 
 APPS = ROOT / "tests" / "apps"

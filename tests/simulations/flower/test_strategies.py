@@ -27,12 +27,12 @@ from flwr.serverapp.strategy import (
     QFedAvg,
 )
 
-from clients.mods import normalization as client_normalization
 from fedbn.errors import UserError
 from fedbn.nn.roles import statistics_layers
 from fedbn.statistics.moments import pooled_variance
 from fedbn.statistics.recalibration import recalibrate
-from simulations.flower.strategies import normalization
+from fedbn_clients.mods import normalization as client_normalization
+from fedbn_simulations.flower.strategies import normalization
 from tests.flower_apps import Net, data, initial_state, message_app, server_app, simulate
 
 MEAN, VAR, COUNTER = "scaler.running_mean", "scaler.running_var", "scaler.num_batches_tracked"
@@ -297,7 +297,7 @@ def test_local_noise_outside_the_mod_does_not_reach_local_entries_of_the_server(
 
 
 def test_errors_name_mistake_and_fix():
-    with pytest.raises(UserError, match=r"not a strategy of flwr.serverapp.strategy: .* clients.mods.normalization"):
+    with pytest.raises(UserError, match=r"not a strategy of flwr.serverapp.strategy: .* fedbn_clients.mods"):
         normalization(LegacyFedAvg(), Net, "fedbn")
     once = normalization(FedAvg(), Net, "fedbn")
     for again in (once, DifferentialPrivacyServerSideFixedClipping(once, 0.5, 1.0, 3)):

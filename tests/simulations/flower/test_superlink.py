@@ -7,9 +7,9 @@ import pytest
 
 from fedbn.errors import UserError
 from fedbn.federation.failures import ClientError
-from simulations.flower import superlink
-from simulations.flower.superlink import FlowerRunError, SuperLink
-from simulations.server.validation import InvalidReply
+from fedbn_simulations.flower import superlink
+from fedbn_simulations.flower.superlink import FlowerRunError, SuperLink
+from fedbn_simulations.server.validation import InvalidReply
 
 
 @pytest.mark.parametrize(

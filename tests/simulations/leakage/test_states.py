@@ -13,10 +13,10 @@ from fedbn.data.population import Examples, User
 from fedbn.errors import UserError
 from fedbn.federation.run import Run, plan_for
 from fedbn.models.har_cnn import HarCNN
-from simulations.cli.app import app
-from simulations.leakage import states as leakage_states
-from simulations.leakage.messages import Leak
-from simulations.leakage.states import CONTROLS, StateLeak, measure_states, rows, state_leaks
+from fedbn_simulations.cli.app import app
+from fedbn_simulations.leakage import states as leakage_states
+from fedbn_simulations.leakage.messages import Leak
+from fedbn_simulations.leakage.states import CONTROLS, StateLeak, measure_states, rows, state_leaks
 
 
 def make_users(n=12, windows=60):
@@ -79,9 +79,9 @@ def test_command_prints_states_table_and_updates_document(monkeypatch, tmp_path)
 
 def test_command_updates_messages_table_in_document(monkeypatch, tmp_path):
     monkeypatch.setattr(
-        "simulations.leakage.messages.measure", lambda run, controls: [Leak("clip=1", "last", 0.5, 0.25, 4)]
+        "fedbn_simulations.leakage.messages.measure", lambda run, controls: [Leak("clip=1", "last", 0.5, 0.25, 4)]
     )
-    monkeypatch.setattr("simulations.leakage.messages.inversion", lambda run: {"guess": 0.8, "1": 1e-6})
+    monkeypatch.setattr("fedbn_simulations.leakage.messages.inversion", lambda run: {"guess": 0.8, "1": 1e-6})
     page = tmp_path / "page.md"
     page.write_text("<!-- begin leakage -->\nold\n<!-- end leakage -->\n")
     result = CliRunner().invoke(app, ["leakage", "digits8", "--into", str(page)])

@@ -12,13 +12,13 @@ from rich.console import Console
 
 from fedbn.data.packages import SOURCES
 from fedbn.errors import UserError
-from simulations.report import plots, terminal
-from simulations.report.page import write_report
-from simulations.results import inference, summary
-from simulations.results.comparison import Comparison
-from simulations.results.files import write_run, write_shift
-from simulations.results.formatting import format_estimate
-from simulations.results.matrix import COLUMNS, ROWS
+from fedbn_simulations.report import plots, terminal
+from fedbn_simulations.report.page import write_report
+from fedbn_simulations.results import inference, summary
+from fedbn_simulations.results.comparison import Comparison
+from fedbn_simulations.results.files import write_run, write_shift
+from fedbn_simulations.results.formatting import format_estimate
+from fedbn_simulations.results.matrix import COLUMNS, ROWS
 from tests.helpers import nonempty
 from tests.simulations.results.test_comparison import edit_runs, keep_evaluations, write
 

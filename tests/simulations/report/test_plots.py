@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from simulations.report.plots import PALETTE, _color, _stroke
+from fedbn_simulations.report.plots import PALETTE, _color, _stroke
 
 
 def test_reference_is_dashed_and_others_differ():

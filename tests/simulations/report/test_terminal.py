@@ -7,9 +7,9 @@ import io
 import pytest
 from rich.console import Console
 
-from simulations.report.terminal import show
-from simulations.results.comparison import Comparison
-from simulations.results.summary import MIN_USERS, sentences
+from fedbn_simulations.report.terminal import show
+from fedbn_simulations.results.comparison import Comparison
+from fedbn_simulations.results.summary import MIN_USERS, sentences
 from tests.simulations.results.test_comparison import write
 
 MEANS = {"global-naive": 0.80, "global-recalibrated": 0.85, "weight-standardization:groups=4+fedrep": 0.82}

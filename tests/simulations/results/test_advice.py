@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from fedbn.errors import UserError
-from simulations.experiments.compare import compare
-from simulations.experiments.experiment import Experiment
-from simulations.report.documents import replace_block
-from simulations.results.advice import advice, verdict
-from simulations.results.comparison import Comparison
+from fedbn_simulations.experiments.compare import compare
+from fedbn_simulations.experiments.experiment import Experiment
+from fedbn_simulations.report.documents import replace_block
+from fedbn_simulations.results.advice import advice, verdict
+from fedbn_simulations.results.comparison import Comparison
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("advice")]
 

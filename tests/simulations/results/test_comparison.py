@@ -9,11 +9,11 @@ import pytest
 from scipy import stats
 
 from fedbn.errors import UserError
-from simulations.results import inference
-from simulations.results.comparison import Comparison
-from simulations.results.files import write_comparison, write_run
-from simulations.results.inference import adjust, mean_of_users, user_interval, worst_of_users
-from simulations.results.matrix import METRICS
+from fedbn_simulations.results import inference
+from fedbn_simulations.results.comparison import Comparison
+from fedbn_simulations.results.files import write_comparison, write_run
+from fedbn_simulations.results.inference import adjust, mean_of_users, user_interval, worst_of_users
+from fedbn_simulations.results.matrix import METRICS
 from tests.helpers import nonempty
 
 MEANS = {"global": 0.80, "fedbn": 0.85, "groupnorm": 0.82}

@@ -7,9 +7,9 @@ import io
 import pytest
 from rich.console import Console
 
-from simulations.report.terminal import show
-from simulations.results.comparison import Comparison
-from simulations.results.execution import summarize_execution
+from fedbn_simulations.report.terminal import show
+from fedbn_simulations.results.comparison import Comparison
+from fedbn_simulations.results.execution import summarize_execution
 from tests.simulations.results.test_comparison import edit_runs, write
 
 STACKED = {"train": ["stacked"], "evaluate": ["stacked"]}

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from simulations.results.inference import (
+from fedbn_simulations.results.inference import (
     EXACT_LIMIT,
     adjust,
     mean_of_users,

@@ -6,12 +6,12 @@ import pytest
 
 from fedbn.errors import UserError
 from fedbn.files import write_json
-from simulations.api import load
-from simulations.experiments.compare import Task, compare, select_candidates
-from simulations.experiments.experiment import Experiment
-from simulations.results.advice import advice
-from simulations.results.comparison import Comparison
-from simulations.results.summary import answer
+from fedbn_simulations.api import load
+from fedbn_simulations.experiments.compare import Task, compare, select_candidates
+from fedbn_simulations.experiments.experiment import Experiment
+from fedbn_simulations.results.advice import advice
+from fedbn_simulations.results.comparison import Comparison
+from fedbn_simulations.results.summary import answer
 from tests.fedbn.tasks.test_end_to_end import save
 
 

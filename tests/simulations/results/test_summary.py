@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from simulations.results.summary import ALPHA, is_clear
+from fedbn_simulations.results.summary import ALPHA, is_clear
 
 
 def line(low, high, p, seed_low=math.nan, seed_high=math.nan):

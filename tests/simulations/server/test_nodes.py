@@ -10,17 +10,17 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from flwr.app import ArrayRecord, ConfigRecord, Context, RecordDict
 
-from clients.app import app as client_app
 from fedbn.errors import UserError
 from fedbn.federation.failures import ClientError
 from fedbn.federation.run import Run, plan_for
-from simulations.app import app as server_app
-from simulations.engines.grid import FIRST_NODE, InProcessGrid
-from simulations.flower.compat import task_identity
-from simulations.server import nodes
-from simulations.server.keys import UserKeys, read_keys
-from simulations.server.nodes import NodePool
-from simulations.server.rounds import run_rounds
+from fedbn_clients.app import app as client_app
+from fedbn_simulations.app import app as server_app
+from fedbn_simulations.engines.grid import FIRST_NODE, InProcessGrid
+from fedbn_simulations.flower.compat import task_identity
+from fedbn_simulations.server import nodes
+from fedbn_simulations.server.keys import UserKeys, read_keys
+from fedbn_simulations.server.nodes import NodePool
+from fedbn_simulations.server.rounds import run_rounds
 from tests.exceptions import SECRET, is_private
 
 USERS = 3

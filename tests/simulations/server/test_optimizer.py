@@ -7,9 +7,9 @@ from fedbn.config import Plan
 from fedbn.federation.loop import federate
 from fedbn.federation.setup import build_context
 from fedbn.nn.roles import Role
-from simulations.engines.execute import execute
-from simulations.flower.compat import task_identity
-from simulations.server.optimizer import server_step
+from fedbn_simulations.engines.execute import execute
+from fedbn_simulations.flower.compat import task_identity
+from fedbn_simulations.server.optimizer import server_step
 from tests.helpers import same
 
 

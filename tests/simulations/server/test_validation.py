@@ -11,7 +11,6 @@ import pytest
 import torch
 from flwr.app import ArrayRecord, MetricRecord, RecordDict
 
-from clients.records import arrays
 from fedbn.errors import UserError
 from fedbn.federation.metrics import STARTS
 from fedbn.federation.server import Server, mean_loss
@@ -20,11 +19,12 @@ from fedbn.nn.schema import NO_LIMITS, TensorSpec
 from fedbn.personalization.base import Personalization, personalizations
 from fedbn.strategies.base import strategies
 from fedbn.strategies.global_naive import GlobalNaive
-from simulations.engines.execute import execute
-from simulations.flower.compat import task_identity
-from simulations.server.optimizer import server_step
-from simulations.server.safeguards import DEPLOYMENT_CONFIG, Safeguards
-from simulations.server.validation import InvalidReply, ReplyValidator
+from fedbn_clients.records import arrays
+from fedbn_simulations.engines.execute import execute
+from fedbn_simulations.flower.compat import task_identity
+from fedbn_simulations.server.optimizer import server_step
+from fedbn_simulations.server.safeguards import DEPLOYMENT_CONFIG, Safeguards
+from fedbn_simulations.server.validation import InvalidReply, ReplyValidator
 from tests.helpers import ROOT, same
 
 

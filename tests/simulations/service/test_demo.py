@@ -23,12 +23,12 @@ from fedbn.data.population import Examples, User
 from fedbn.errors import UserError
 from fedbn.models import build
 from fedbn.online import personalize
-from simulations.service.access import Access
-from simulations.service.api import create_app
-from simulations.service.demo.routes import FILES, MAX_VISITORS, PAGE, routes
-from simulations.service.demo.session import RULES, USER, Playground, Session
-from simulations.service.server import address, create_server, listen
-from simulations.service.users import UserStore
+from fedbn_simulations.service.access import Access
+from fedbn_simulations.service.api import create_app
+from fedbn_simulations.service.demo.routes import FILES, MAX_VISITORS, PAGE, routes
+from fedbn_simulations.service.demo.session import RULES, USER, Playground, Session
+from fedbn_simulations.service.server import address, create_server, listen
+from fedbn_simulations.service.users import UserStore
 from tests.helpers import ROOT
 
 SHAPE, CLASSES = (6, 32), ("sitting", "walking")
@@ -329,7 +329,18 @@ def test_page_fits_phone_and_has_readable_contrast(page, scheme):
 
 @pytest.mark.slow
 def test_demo_command_prints_address_and_exits_cleanly(tmp_path):
-    command = [sys.executable, "-m", "simulations", "demo", "hapt", "--rounds", "1", "--no-browser", "--port", "0"]
+    command = [
+        sys.executable,
+        "-m",
+        "fedbn_simulations",
+        "demo",
+        "hapt",
+        "--rounds",
+        "1",
+        "--no-browser",
+        "--port",
+        "0",
+    ]
     environment = {"FEDBN_CACHE": str(tmp_path), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(command, **pipes, env=environment, cwd=ROOT)

@@ -17,11 +17,11 @@ from benchmarks.faults import service_kills
 from fedbn.models import build
 from fedbn.online import SQLiteStore
 from fedbn.online.stores import StoreError
-from simulations.service.access import Access
-from simulations.service.api import create_app
-from simulations.service.durability import GroupCommit, Journal
-from simulations.service.schema import BINARY
-from simulations.service.users import Limits, UserStore
+from fedbn_simulations.service.access import Access
+from fedbn_simulations.service.api import create_app
+from fedbn_simulations.service.durability import GroupCommit, Journal
+from fedbn_simulations.service.schema import BINARY
+from fedbn_simulations.service.users import Limits, UserStore
 
 SHAPE, CLASSES = (6, 16), ("sit", "walk", "lie")
 
@@ -29,7 +29,7 @@ SHAPE, CLASSES = (6, 16), ("sit", "walk", "lie")
 @pytest.fixture
 def store(tmp_path, monkeypatch):
     monkeypatch.setattr("fedbn.online.stores.WAIT", 0.05)
-    monkeypatch.setattr("simulations.service.api.RELAXED_SECONDS", 0.1)
+    monkeypatch.setattr("fedbn_simulations.service.api.RELAXED_SECONDS", 0.1)
     store = SQLiteStore(tmp_path / "users.db")
     yield store
     store.close()
@@ -249,7 +249,7 @@ def test_locked_store_does_not_block_the_bank(serve, store):
 
 
 def test_store_that_hangs_is_reported(serve, store, monkeypatch):
-    monkeypatch.setattr("simulations.service.durability.STALLED_SECONDS", 0.05)
+    monkeypatch.setattr("fedbn_simulations.service.durability.STALLED_SECONDS", 0.05)
     client, release = serve("ann"), threading.Event()
     apply = store.apply
     monkeypatch.setattr(store, "apply", lambda changes: release.wait(10) and apply(changes))

@@ -18,10 +18,10 @@ from starlette.testclient import TestClient
 from fedbn.models import build
 from fedbn.online import SQLiteStore
 from fedbn.online.state import _checksum
-from simulations.service.access import Access
-from simulations.service.api import create_app
-from simulations.service.schema import BINARY
-from simulations.service.users import Limits, UserStore
+from fedbn_simulations.service.access import Access
+from fedbn_simulations.service.api import create_app
+from fedbn_simulations.service.schema import BINARY
+from fedbn_simulations.service.users import Limits, UserStore
 
 SHAPE, CLASSES = (6, 16), ("sit", "walk", "lie")
 USERS = ("ann", "bob", "cem")

@@ -16,11 +16,11 @@ from starlette.websockets import WebSocketDisconnect
 
 from fedbn.models import build
 from fedbn.online import SQLiteStore, personalize
-from simulations.service.access import Access
-from simulations.service.api import create_app
-from simulations.service.observability import JsonLines
-from simulations.service.schema import BINARY
-from simulations.service.users import UserStore
+from fedbn_simulations.service.access import Access
+from fedbn_simulations.service.api import create_app
+from fedbn_simulations.service.observability import JsonLines
+from fedbn_simulations.service.schema import BINARY
+from fedbn_simulations.service.users import UserStore
 
 SHAPE, CLASSES = (6, 16), ("sit", "walk", "lie")
 TOKEN = "a-token-of-twenty-four-c"

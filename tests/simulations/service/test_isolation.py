@@ -17,12 +17,12 @@ from starlette.testclient import TestClient
 from fedbn.errors import UserError
 from fedbn.models import build
 from fedbn.online import SQLiteStore, personalize
-from simulations.service.access import Access
-from simulations.service.api import create_app
-from simulations.service.batching import Job
-from simulations.service.held import HeldWindows
-from simulations.service.schema import BINARY, RequestError
-from simulations.service.users import Limits, UserStore
+from fedbn_simulations.service.access import Access
+from fedbn_simulations.service.api import create_app
+from fedbn_simulations.service.batching import Job
+from fedbn_simulations.service.held import HeldWindows
+from fedbn_simulations.service.schema import BINARY, RequestError
+from fedbn_simulations.service.users import Limits, UserStore
 
 SHAPE, CLASSES = (6, 16), ("sit", "walk", "lie")
 RULE = "pseudo:n0=4"

@@ -22,13 +22,13 @@ from starlette.testclient import TestClient
 
 from fedbn.errors import UserError
 from fedbn.models import build
-from simulations.service import connections
-from simulations.service.access import TOKEN_BURST, Access, RateLimiter
-from simulations.service.api import create_app
-from simulations.service.connections import RESERVED_FILES, connection_limit
-from simulations.service.schema import BINARY
-from simulations.service.server import address, create_server, listen
-from simulations.service.users import UserStore
+from fedbn_simulations.service import connections
+from fedbn_simulations.service.access import TOKEN_BURST, Access, RateLimiter
+from fedbn_simulations.service.api import create_app
+from fedbn_simulations.service.connections import RESERVED_FILES, connection_limit
+from fedbn_simulations.service.schema import BINARY
+from fedbn_simulations.service.server import address, create_server, listen
+from fedbn_simulations.service.users import UserStore
 
 SHAPE, CLASSES = (6, 16), ("sit", "walk", "lie")
 TOKEN = "a-token-of-twenty-four-c"
@@ -103,7 +103,7 @@ def test_long_headers_are_refused():
 
 
 def test_connections_beyond_the_limit_are_refused(monkeypatch):
-    monkeypatch.setattr("simulations.service.server.limited_protocol", lambda: connections.limited_protocol(3))
+    monkeypatch.setattr("fedbn_simulations.service.server.limited_protocol", lambda: connections.limited_protocol(3))
     with serving() as port:
         opened = [socket.create_connection(("127.0.0.1", port), timeout=10) for _ in range(3)]
         time.sleep(0.1)
@@ -172,7 +172,7 @@ def test_large_bodies_are_not_parsed_on_the_event_loop(monkeypatch):
     users.enroll("ann")
     threads = []
     with TestClient(create_app(users, Access()), base_url="http://localhost") as client:
-        from simulations.service import service
+        from fedbn_simulations.service import service
 
         parse = service.parse_windows
         monkeypatch.setattr(

@@ -22,11 +22,11 @@ pytest.importorskip("fastapi")
 from fedbn.errors import UserError
 from fedbn.online import SQLiteStore, rule
 from fedbn.online.rules.base import rules
-from simulations.cli.app import app as cli
-from simulations.cli.service import serve
-from simulations.service.access import Access
-from simulations.service.model import ServedModel
-from tests.helpers import ROOT
+from fedbn_simulations.cli.app import app as cli
+from fedbn_simulations.cli.service import serve
+from fedbn_simulations.service.access import Access
+from fedbn_simulations.service.model import ServedModel
+from tests.helpers import PYTHONPATH
 
 MODULE = """
 from torch import nn
@@ -134,7 +134,7 @@ def test_served_model_supports_rules_without_training_users(own_model):
 )
 def test_commands_reject_bad_input(own_model, arguments, message, monkeypatch):
     monkeypatch.setattr(
-        "simulations.adaptation.source_model.train_source_model",
+        "fedbn_simulations.adaptation.source_model.train_source_model",
         lambda *a: pytest.fail("trained before it was checked"),
     )
     result = CliRunner().invoke(cli, [*arguments, "--port", "0", "--rounds", "1"])
@@ -152,7 +152,7 @@ def test_command_has_the_defaults_of_access():
 
 def test_second_service_on_a_store_is_refused_before_training(own_model, monkeypatch):
     monkeypatch.setattr(
-        "simulations.adaptation.source_model.train_source_model",
+        "fedbn_simulations.adaptation.source_model.train_source_model",
         lambda *a: pytest.fail("trained before it was checked"),
     )
     SQLiteStore("taken.db").close()
@@ -164,9 +164,9 @@ def test_second_service_on_a_store_is_refused_before_training(own_model, monkeyp
 
 @pytest.mark.slow
 def test_serve_command_keeps_users_after_restart(own_model, tmp_path):
-    command = [sys.executable, "-c", "from simulations.cli import main; main()", *SERVE_OWN]
+    command = [sys.executable, "-c", "from fedbn_simulations.cli import main; main()", *SERVE_OWN]
     command += ["--shape", "2,16", "--classes", ",".join(CLASSES), "--port", "0"]
-    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
+    environment = {"PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
     learned = []
     for _ in range(2):
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, cwd=tmp_path)

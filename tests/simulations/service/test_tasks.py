@@ -11,9 +11,9 @@ from fedbn.errors import UserError
 from fedbn.nn.roles import CLASSES
 from fedbn.online import SQLiteStore, personalize
 from fedbn.tasks import parse_task
-from simulations.service.batching import Job
-from simulations.service.schema import advice, encode_answer, parse_labels
-from simulations.service.users import Limits, UserStore
+from fedbn_simulations.service.batching import Job
+from fedbn_simulations.service.schema import advice, encode_answer, parse_labels
+from fedbn_simulations.service.users import Limits, UserStore
 
 SHAPE = (2, 8)
 TASKS = {

@@ -14,10 +14,10 @@ pytest.importorskip("fastapi")
 from fedbn.errors import UserError
 from fedbn.models import build
 from fedbn.online import SQLiteStore, personalize
-from simulations.service.access import Access, RateLimiter
-from simulations.service.batching import Batcher, Job
-from simulations.service.schema import Answer, RequestError, advice, parse_labels, parse_windows, validate_name
-from simulations.service.users import Limits, UserStore
+from fedbn_simulations.service.access import Access, RateLimiter
+from fedbn_simulations.service.batching import Batcher, Job
+from fedbn_simulations.service.schema import Answer, RequestError, advice, parse_labels, parse_windows, validate_name
+from fedbn_simulations.service.users import Limits, UserStore
 
 SHAPE, CLASSES = (6, 16), ("sit", "walk", "lie")
 

@@ -16,12 +16,12 @@ import pandas as pd
 import pytest
 
 from fedbn.errors import UserError
-from simulations.experiments.compare import compare
-from simulations.experiments.experiment import Experiment
-from simulations.experiments.tasks import Event, Task
-from simulations.flower.processes import GROUP_VARIABLE
-from simulations.tracking.trackers import TRACKERS, Tracker, Tracking, open_tracker
-from tests.helpers import ROOT
+from fedbn_simulations.experiments.compare import compare
+from fedbn_simulations.experiments.experiment import Experiment
+from fedbn_simulations.experiments.tasks import Event, Task
+from fedbn_simulations.flower.processes import GROUP_VARIABLE
+from fedbn_simulations.tracking.trackers import TRACKERS, Tracker, Tracking, open_tracker
+from tests.helpers import PYTHONPATH
 from tests.integration.processes import MARK, kill_marked, marked, wait_until
 
 
@@ -227,8 +227,8 @@ def test_all_trackers_are_listed():
 # A tracker with a process, a thread that is no daemon, and events that it writes until it is closed.
 TRACKED = """
 import subprocess, sys, time
-from simulations.cli.app import main
-from simulations.tracking import trackers
+from fedbn_simulations.cli.app import main
+from fedbn_simulations.tracking import trackers
 
 
 class Starting(trackers.Tracker):
@@ -263,7 +263,7 @@ def test_trackers_end_with_their_parent(texts, signum, tmp_path, monkeypatch):
     (tmp_path / "tracked.py").write_text(TRACKED)
     mark = uuid.uuid4().hex
     monkeypatch.setenv(MARK, mark)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PYTHONPATH", PYTHONPATH)
     command = [sys.executable, "tracked.py", *installed]
     with subprocess.Popen(
         command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True

@@ -1,5 +1,0 @@
-"""Claims of papers, tested again on small data."""
-
-from simulations.claims.claim import Claim, Effect, claims
-
-__all__ = ["Claim", "Effect", "claims"]

@@ -1,0 +1,150 @@
+"""Adaptation methods as the command line names them: a rule or test-time method, drift detection, questions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from fedbn.errors import UserError
+from fedbn.objects import is_reference
+from fedbn.online import Alignment, Rule
+from fedbn.online.alignments.base import alignments, parse_alignment, split_alignment
+from fedbn.online.drift.actions import Action, action
+from fedbn.online.drift.detectors import Detector, detector
+from fedbn.online.methods import rules_and_methods
+from fedbn.online.rules.source import Source
+from fedbn.online.validation import require_no_classes
+from fedbn.plugins import find, parse, render, text_of
+from fedbn.streams import StreamSpec
+from fedbn.tasks import Task
+from fedbn.tta import Method
+from fedbn_simulations.adaptation.warm_starts import Start
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Ask each user for labels of single windows (`fedbn.online.prequential.ActiveLabeling`).
+
+    Attributes:
+        budget: number of questions per user.
+    """
+
+    name: ClassVar[str] = "ask"
+    about: ClassVar[str] = "ask for the label of a class that was confirmed least"
+    budget: int = 6
+
+    def __post_init__(self) -> None:
+        if self.budget < 1:
+            raise UserError(f"'ask': budget must be at least 1, not {self.budget}")
+
+
+@dataclass(frozen=True)
+class AdaptationMethod:
+    """A rule or test-time method and, with a rule, an alignment of the input, drift detection and questions.
+
+    Attributes:
+        rule: a rule on statistics, or a method with gradients or output smoothing.
+        watch: drift detector, and the action after an alarm.
+        ask: questions to users.
+        align: alignment of the input.
+    """
+
+    rule: Rule | Method
+    watch: tuple[Detector, Action] | None = None
+    ask: Questions | None = None
+    align: Alignment | None = None
+
+    @property
+    def text(self) -> str:
+        """The shortest text that `adaptation_method` parses to this value."""
+        first = [render(part) for part in (self.align, self.rule) if part is not None]
+        if self.align is not None and self.rule == Source():
+            del first[1]
+        more = [render(part) for part in (*(self.watch or ()), self.ask) if part is not None]
+        return "/".join(["+".join(first), *more])
+
+
+def adaptation_method(text: str) -> AdaptationMethod:
+    """Parse ``rule``, ``rule/detector/action``, ``rule/ask`` or ``rule/detector/action/ask``.
+
+    The rule can be an alignment, ``rotation``, or follow one, ``rotation+rule``.
+
+    Raises:
+        UserError: an unknown name, a wrong option, or parts that cannot be combined.
+
+    >>> adaptation_method("pseudo:n0=16/adwin/decay:n=8/ask").text
+    'pseudo/adwin/decay:n=8/ask'
+    """
+    first, *more = text.split("/")
+    if not is_reference(first):
+        find(first.split("+")[0].split(":")[0], "rule or method", {**rules_and_methods(), **alignments()})
+    align_text, rule_text = split_alignment(first)
+    align = parse_alignment(align_text) if align_text else None
+    chosen = parse(rule_text or Source.name, "rule or method", rules_and_methods(), (Rule, Method))
+    ask = parse(more.pop(), "question", {Questions.name: Questions}) if more and more[-1].startswith("ask") else None
+    if len(more) not in (0, 2):
+        raise UserError(f"{text!r}: write rule/detector/action, e.g. {first}/adwin/decay, or {first}/ask")
+    watch = (detector(more[0]), action(more[1])) if more else None
+    if isinstance(chosen, Method) and (watch or ask):
+        raise UserError(
+            f"{text!r}: only rules on statistics support drift detection and questions, and "
+            f"{chosen.name} is a test-time method"
+        )
+    if isinstance(chosen, Method) and align:
+        raise UserError(f"{text!r}: alignments work with rules on statistics, and {chosen.name} is a test-time method")
+    return AdaptationMethod(chosen, watch, ask, align)
+
+
+def adaptation_text(chosen: Any) -> str:
+    """The text that `adaptation_method` converts to a rule or method that is given as an object.
+
+    Raises:
+        UserError: another object.
+    """
+    if isinstance(chosen, AdaptationMethod):
+        return chosen.text
+    return text_of(chosen, "rule or method", rules_and_methods(), (Rule, Method))
+
+
+def check_classes(
+    task: Task, chosen: Iterable[AdaptationMethod], starts: Iterable[Start], streams: Iterable[StreamSpec]
+) -> None:
+    """Raise if something needs classes, and the task has no class probabilities.
+
+    Raises:
+        UserError: naming it, and what to choose instead.
+    """
+    if task.has_posterior:
+        return
+    for method in chosen:
+        if isinstance(method.rule, Rule):
+            require_no_classes(method.rule, task.name)
+        elif method.rule.needs:
+            raise UserError(
+                f"method {method.rule.name!r} needs {method.rule.needs}, and task {task.name!r} has no class "
+                "probabilities: choose a rule on statistics, such as pseudo or ema"
+            )
+        if method.align:
+            raise UserError(
+                f"alignment {method.align.name!r} needs classes, and task {task.name!r} has none: leave it out"
+            )
+        if method.ask:
+            raise UserError(f"'ask' asks for classes, and task {task.name!r} has none: leave it out")
+    for kind, parts in (("start", starts), ("stream", streams)):
+        for part in parts:
+            if part.needs_classes:
+                raise UserError(
+                    f"{kind} {part.name!r} selects windows by class, and task {task.name!r} has no class per window: "
+                    f"choose {'cold or recording' if kind == 'start' else 'natural or iid'}"
+                )
+
+
+def can_align(text: str) -> bool:
+    """Whether an alignment can precede a rule.
+
+    >>> can_align("pseudo/adwin/decay"), can_align("tent"), can_align("rotation+pseudo")
+    (True, False, False)
+    """
+    method = adaptation_method(text)
+    return isinstance(method.rule, Rule) and method.align is None

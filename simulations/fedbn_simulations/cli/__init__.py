@@ -1,0 +1,5 @@
+"""The command line."""
+
+from fedbn_simulations.cli.app import main
+
+__all__ = ["main"]

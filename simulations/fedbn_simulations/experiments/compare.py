@@ -1,0 +1,228 @@
+"""Run an experiment: tune if requested, run every strategy with every seed, measure the shift, write the results.
+
+Runs are independent and are distributed over worker processes, with one torch thread each. Every run has a checkpoint
+in its own directory. Finished runs are not repeated, and a resumed experiment gives the same numbers.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from fedbn.errors import UserError
+from fedbn.federation.metrics import COLUMNS
+from fedbn.federation.setup import build_context
+from fedbn.files import locked, read_json, write_atomically
+from fedbn.scenarios.base import scenario
+from fedbn_simulations.engines.execute import Engine, check_engine, parse_engine
+from fedbn_simulations.experiments.experiment import Experiment, render_options
+from fedbn_simulations.experiments.preflight import LEFT_OUT, preflight
+from fedbn_simulations.experiments.shift import measure_shift
+from fedbn_simulations.experiments.tasks import Report, Task, run_tasks
+from fedbn_simulations.results.comparison import Comparison
+from fedbn_simulations.results.files import write_comparison, write_shift
+from fedbn_simulations.storage.provenance import NUMERICS, check_numerics, code_digest, versions
+
+
+def comparison_tasks(
+    experiment: Experiment, out: Path, tuned: Mapping[str, Mapping[str, Any]], extends: Sequence[int] = ()
+) -> list[Task]:
+    """Every strategy with every seed; seeds are outermost, so that an interrupted experiment has complete seeds."""
+    runs = [
+        experiment.run(strategy, seed, tuned=tuned.get(strategy))
+        for seed in experiment.seed_numbers
+        for strategy in experiment.strategies
+    ]
+    return [Task(run, str(out / "runs" / run.id), tuple(extends)) for run in runs]
+
+
+def tuning_tasks(experiment: Experiment, out: Path) -> list[Task]:
+    """Every strategy with every candidate, on the first seed, tested on held-out training data of seen users."""
+    runs = [
+        experiment.run(strategy, experiment.seed_numbers[0], tuned=candidate, validation=True)
+        for strategy in experiment.strategies
+        for candidate in experiment.candidates()
+    ]
+    return [Task(run, str(out / "tuning" / "runs" / run.id)) for run in runs]
+
+
+def select_candidates(
+    experiment: Experiment, tasks: Sequence[Task], metric: str, higher_is_better: bool
+) -> dict[str, dict[str, Any]]:
+    """The candidate with the best mean of a metric on validation data by strategy (ties: the first)."""
+    best: dict[str, tuple[float, dict[str, Any]]] = {}
+    for task in tasks:
+        result = read_json(Path(task.directory) / "result.json")
+        cells = [e for e in result["evaluations"] if (e["row"], e["column"]) == ("own", "aggregated")]
+        own = [e[metric] if higher_is_better else -e[metric] for e in cells if e.get(metric) is not None]
+        value, strategy = sum(own) / len(own) if own else -math.inf, task.run.strategy
+        if strategy not in best or value > best[strategy][0]:
+            best[strategy] = value, {name: getattr(task.run.plan, name) for name in experiment.tune}
+    return {strategy: candidate for strategy, (_, candidate) in best.items()}
+
+
+def compare(
+    experiment: Experiment,
+    out: Path,
+    *,
+    engine: Engine = "grid",
+    workers: int | None = None,
+    report: Report = lambda event: None,
+    started: Callable[[str, Sequence[Task]], None] = lambda title, tasks: None,
+    command: str = "",
+    notices: Sequence[str] = (),
+    extends: Sequence[int] = (),
+) -> Path:
+    """Run an experiment, or the rest of it, and write the results to ``out``.
+
+    Args:
+        experiment: what to compare.
+        out: results directory; finished runs in it are kept.
+        engine: how runs are executed.
+        workers: number of processes; None for one per core.
+        report: called after each round.
+        started: called before each batch of tasks.
+        command: command that reproduces the experiment, for the record.
+        notices: additional notices for the report.
+        extends: numbers of rounds of former versions of the experiment, which this one extends.
+
+    Returns:
+        The results directory.
+
+    Raises:
+        UserError: invalid settings; checked before anything runs.
+    """
+    parse_engine(engine)
+    experiment = experiment.resolved()
+    check_engine(engine, [experiment.run(strategy, 0) for strategy in experiment.strategies])
+    notices = [*notices, *preflight(experiment, out, extends)]
+    workers = workers or os.cpu_count() or 1
+    if engine.startswith("ray") or experiment.device != "cpu":
+        workers = 1
+    ctx = build_context(experiment.run(experiment.strategies[0], experiment.seed_numbers[0]))
+    meta: dict[str, Any] = {
+        "title": f"{experiment.scenario}: {len(experiment.strategies)} normalization strategies",
+        "scenario": experiment.scenario,
+        "strategies": list(experiment.strategies),
+        "seeds": list(experiment.seed_numbers),
+        "columns": list(COLUMNS),
+        "metrics": ctx.task.directions,
+        "metric": experiment.metric or ctx.task.main_metric,
+        "settings": {**asdict(experiment.plan), **_settings(experiment), "engine": engine},
+        "versions": versions(),
+        "numerics": NUMERICS,
+        "code": code_digest(),
+        "sources": ctx.population.sources,
+        "command": command,
+        "classes": list(ctx.population.classes),
+        "skew": ctx.population.skew,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "notices": notices,
+        "experiment": experiment.to_dict(),
+        "engine": engine,
+        "extends": list(extends),
+    }
+    with locked(out):
+        _run(experiment, out, meta, engine, workers, report, started, extends)
+    return out
+
+
+def _run(
+    experiment: Experiment,
+    out: Path,
+    meta: dict[str, Any],
+    engine: Engine,
+    workers: int,
+    report: Report,
+    started: Callable[[str, Sequence[Task]], None],
+    extends: Sequence[int],
+) -> None:
+    """Tune if requested, execute all runs, and write the results."""
+    write_comparison(out, meta)
+    tuned: dict[str, dict[str, Any]] = {}
+    if experiment.tune:
+        tuning = tuning_tasks(experiment, out)
+        started("tuning", tuning)
+        run_tasks(tuning, engine, workers, report)
+        tuned = select_candidates(experiment, tuning, meta["metric"], meta["metrics"][meta["metric"]])
+        chosen = ", ".join(f"{s} {render_options(c)}" for s, c in tuned.items())
+        meta["settings"] |= dict.fromkeys(experiment.tune, "tuned") | {"tuned": chosen}
+        write_comparison(out, meta)
+    tasks = comparison_tasks(experiment, out, tuned, extends)
+    started("comparing", tasks)
+    run_tasks(tasks, engine, workers, report)
+    if extends:
+        _remove_shorter_runs(out, extends)
+    write_shift(out, measure_shift(experiment, tasks))
+    evaluations = Comparison.load(out).evaluations.to_parquet(index=False)
+    write_atomically(out / "evaluations.parquet", evaluations)
+
+
+def _settings(experiment: Experiment) -> dict[str, Any]:
+    return {
+        "model": experiment.model,
+        "task": experiment.task or scenario(experiment.scenario).task,
+        "partition": experiment.partition,
+        "shift": experiment.shift or "none",
+        "privacy": experiment.privacy or "none",
+        "device": experiment.device,
+        "head": experiment.head or "found from the computation",
+        "private layers": experiment.private or "none",
+        "learning rates by strategy": ", ".join(
+            f"{s} {experiment.rates[s]:g}" for s in experiment.strategies if s in experiment.rates
+        )
+        or "none",
+        "tuned over": " ".join(f"{n}={','.join(values)}" for n, values in experiment.tune.items()) or "not tuned",
+    }
+
+
+def _remove_shorter_runs(out: Path, extends: Sequence[int]) -> None:
+    for path in (out / "runs").glob("*/result.json"):
+        if read_json(path)["rounds"] in extends:
+            shutil.rmtree(path.parent)
+
+
+def resume(out: Path, rounds: int | None = None, **options: Any) -> Path:
+    """Resume an interrupted comparison, or extend it by more rounds.
+
+    The numbers equal those of a comparison that had this number of rounds from the start. A run whose training depends
+    on the total number of rounds (a schedule, FixBN) starts again.
+
+    Args:
+        out: results directory of the comparison.
+        rounds: new number of rounds; None: unchanged.
+        options: options of `compare`.
+
+    Raises:
+        UserError: there is no comparison, numerics or data have changed, or it already has more rounds.
+    """
+    stored = out / "comparison.json"
+    if not stored.exists():
+        raise UserError(f"{out} has no comparison (no comparison.json): start one with `fedbn compare`")
+    meta = read_json(stored)
+    if "app" in meta:
+        raise UserError(f"{out} compares strategies in an app: run its command again, finished runs are used")
+    check_numerics(out, meta.get("numerics"))
+    experiment = Experiment.from_dict(meta["experiment"] | {"metric": meta.get("metric", "")})
+    extends = list(meta.get("extends", ()))
+    if rounds is not None and rounds != experiment.plan.rounds:
+        if rounds < experiment.plan.rounds:
+            raise UserError(f"{out} already has {experiment.plan.rounds} rounds: give --rounds a larger number")
+        extends.append(experiment.plan.rounds)
+        experiment = replace(experiment, plan=replace(experiment.plan, rounds=rounds))
+    notices = [n for n in meta["notices"] if n.startswith(LEFT_OUT)]
+    return compare(
+        experiment,
+        out,
+        engine=meta["engine"],
+        command=meta["command"],
+        notices=notices,
+        extends=extends,
+        **options,
+    )

@@ -1,0 +1,178 @@
+"""An audit in the terminal: state entries, totals per role, findings with their fixes.
+
+A ResNet-50 has 320 entries, so each layer takes a single line, and equal consecutive blocks such as ``layer1.1`` and
+``layer1.2`` are merged into ``layer1.[1-2]`` with their total bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from fedbn.auditing.audit import LEVELS, Audit, Entry, Finding
+from fedbn.nn.roles import Role
+from fedbn_simulations.results.formatting import format_count, format_size
+
+STYLES = {"error": "bold red", "warning": "bold yellow", "note": "bold cyan"}
+
+MAX_NAMES = 4
+"""Number of layers that a finding lists by name."""
+
+
+def show(audit: Audit, console: Console | None = None, *, full: bool = False) -> None:
+    """Print state, totals and findings.
+
+    Args:
+        audit: the audit to show.
+        console: output console; the terminal if None.
+        full: print one line per entry, and name every layer of a finding.
+    """
+    console = console or Console()
+    console.print(entry_table(audit) if full else layer_table(audit), "")
+    console.print(role_table(audit), "")
+    show_findings(audit.findings, console, full=full)
+
+
+def show_findings(findings: Sequence[Finding], console: Console, *, full: bool = False) -> None:
+    """Print findings, most severe first; ``full`` names every layer."""
+    if not findings:
+        console.print(Text("No findings.", style="bold green"))
+    for level in LEVELS:
+        selected = [f for f in findings if f.level == level]
+        if selected:
+            console.print(Text(format_count(len(selected), level), style=STYLES[level]))
+        for finding in selected:
+            _print(finding, console, full)
+
+
+def _print(finding: Finding, console: Console, full: bool) -> None:
+    where = finding.where if full else finding.where[:MAX_NAMES]
+    console.print(Padding(Text(f"{finding.lint}: {finding.message}"), (0, 0, 0, 2), expand=False))
+    if where:
+        more = len(finding.where) - len(where)
+        names = ", ".join(name or "the model itself" for name in where) + (f" and {more} more" if more else "")
+        console.print(Padding(Text(f"in {names}", style="dim"), (0, 0, 0, 6), expand=False))
+    console.print(Padding(Text(f"fix: {finding.fix}", style="green"), (0, 0, 0, 6), expand=False))
+
+
+def entry_table(audit: Audit) -> Table:
+    """One line per state entry, without rules, so that keys of torchvision's networks fit into 100 columns."""
+    table = _table(audit, "entry", "role", "owner", "shape", "type")
+    table.box, table.pad_edge, table.collapse_padding = None, False, True
+    for e in audit.entries:
+        table.add_row(Text(e.key), e.role, e.owner, _shape(e), e.dtype, format_size(e.bytes), format_size(e.bytes_up))
+    return table
+
+
+def layer_table(audit: Audit) -> Table:
+    """One line per layer; equal consecutive blocks are merged."""
+    table = _table(audit, "layer", "×", "roles and owners", "shape")
+    for path, copies in _collapsed(_tree(audit.entries), ()):
+        layer = copies[0]
+        table.add_row(
+            Text(path or "(the model itself)"),
+            str(len(copies)) if len(copies) > 1 else "",
+            _owners(layer),
+            _shape(max(layer, key=lambda e: len(e.shape or ()))),
+            format_size(sum(e.bytes for entries in copies for e in entries)),
+            format_size(sum(e.bytes_up for entries in copies for e in entries)),
+        )
+    return table
+
+
+def role_table(audit: Audit) -> Table:
+    """Owner, entries and bytes of each role."""
+    table = Table(title="Per role; bytes down and up are per client and round", title_justify="left", show_footer=True)
+    table.add_column("role", "total")
+    table.add_column("owner")
+    down, up = format_size(audit.bytes_down), format_size(audit.bytes_up)
+    entries, elements = (f"{sum(row[name] for row in audit.totals):,}" for name in ("entries", "elements"))
+    footers = {"entries": entries, "elements": elements, "bytes": format_size(audit.bytes), "down": down, "up": up}
+    for name, footer in footers.items():
+        table.add_column(name, footer, justify="right")
+    for row in audit.totals:
+        table.add_row(
+            row["role"],
+            row["owner"],
+            f"{row['entries']:,}",
+            f"{row['elements']:,}",
+            *(format_size(row[name]) for name in ("bytes", "bytes_down", "bytes_up")),
+        )
+    return table
+
+
+def _table(audit: Audit, *columns: str) -> Table:
+    table = Table(
+        title=f"{audit.model} with {audit.strategy}",
+        title_justify="left",
+        caption="travels: bytes in each direction, per client and round.",
+        caption_justify="left",
+    )
+    for name in columns:
+        table.add_column(name, overflow="fold", justify="right" if name == "×" else "left")
+    for name in ("bytes", "travels"):
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def _shape(entry: Entry) -> Text:
+    return Text("lazy" if entry.shape is None else "×".join(map(str, entry.shape)) or "scalar")
+
+
+def _owners(layer: Iterable[Entry]) -> Text:
+    """Roles by owner; the counter, which is always local, only if there are no other entries."""
+    entries = list(layer)
+    shown = [e for e in entries if e.role != Role.COUNTER] or entries
+    owners = dict.fromkeys(e.owner for e in shown)
+    return Text("; ".join(f"{', '.join(dict.fromkeys(e.role for e in shown if e.owner == o))} {o}" for o in owners))
+
+
+@dataclass
+class _Node:
+    """A module: its own entries and its children."""
+
+    entries: list[Entry] = field(default_factory=list)
+    children: dict[str, _Node] = field(default_factory=dict)
+
+    def structure(self) -> tuple[object, ...]:
+        """Equal for modules of equal structure, roles, owners and shapes."""
+        own = tuple((e.key.rpartition(".")[2], e.role, e.owner, e.shape, e.dtype) for e in self.entries)
+        return own, tuple((name, child.structure()) for name, child in self.children.items())
+
+
+def _tree(entries: Iterable[Entry]) -> _Node:
+    root = _Node()
+    for entry in entries:
+        node = root
+        for part in entry.layer.split(".") if entry.layer else ():
+            node = node.children.setdefault(part, _Node())
+        node.entries.append(entry)
+    return root
+
+
+def _collapsed(node: _Node, path: tuple[str, ...], *equals: _Node) -> list[tuple[str, list[list[Entry]]]]:
+    """Lines (path, entries of each copy) of a module and its equal modules ``equals``."""
+    lines = [(".".join(path), [n.entries for n in (node, *equals)])] if node.entries else []
+    names = list(node.children)
+    while names:
+        first = names[0]
+        structure = node.children[first].structure()
+        run = [first]
+        while first.isdigit() and len(run) < len(names) and _follows(run[-1], names[len(run)]):
+            if node.children[names[len(run)]].structure() != structure:
+                break
+            run.append(names[len(run)])
+        copies = [n.children[name] for n in (node, *equals) for name in run]
+        label = first if len(run) == 1 else f"[{first}-{run[-1]}]"
+        lines += _collapsed(copies[0], (*path, label), *copies[1:])
+        names = names[len(run) :]
+    return lines
+
+
+def _follows(name: str, after: str) -> bool:
+    return after.isdigit() and int(after) == int(name) + 1

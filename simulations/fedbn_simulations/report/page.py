@@ -1,0 +1,192 @@
+"""The report of a comparison: a self-contained HTML page, with its figures and tables as separate files.
+
+The page shows the result first, then the evidence, then how to reproduce it. The template escapes all text; all numbers
+come from the results directory.
+"""
+
+from __future__ import annotations
+
+import shlex
+from base64 import b64encode
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+
+from fedbn.data.packages import SOURCES
+from fedbn.files import write_atomically
+from fedbn_simulations.report import html_tables
+from fedbn_simulations.report.figures import paired_pictures, picture
+from fedbn_simulations.results.comparison import Comparison
+from fedbn_simulations.results.formatting import capitalize, metric_title
+from fedbn_simulations.results.matrix import COLUMNS, ROWS
+from fedbn_simulations.results.side_by_side import SideBySide
+from fedbn_simulations.results.summary import is_bound, sentences
+
+
+def write_report(directory: str | Path, metric: str = "") -> Path:
+    """Write ``report.html``, the matrix as ``matrix`` with ``.csv``, ``.tex`` and ``.md``, ``paired.csv`` and figures.
+
+    Args:
+        directory: results directory of a comparison, finished or not.
+        metric: the metric to show; the comparison's by default.
+
+    Returns:
+        Path of the page.
+
+    Raises:
+        UserError: the directory is not a comparison, is damaged, has no finished run, or cannot be written.
+    """
+    comparison = Comparison.load(directory, metric)
+    directory = comparison.directory
+    for suffix, write in FORMATS.values():
+        write_atomically(directory / f"matrix{suffix}", write(comparison).encode())
+    write_atomically(directory / "paired.csv", comparison.paired().to_csv(index=False).encode())
+    page = directory / "report.html"
+    write_atomically(page, _template().render(_context(comparison)).encode())
+    return page
+
+
+def write_side_by_side(directories: Sequence[Path], page: Path, metric: str = "") -> SideBySide:
+    """Write a page with several comparisons side by side.
+
+    Raises:
+        UserError: one of them cannot be read, or the page cannot be written.
+    """
+    loaded = SideBySide.load(directories, metric)
+    title = capitalize(metric_title(loaded.metric))
+    titles = ("strategy", "statistics", "comparison")
+    context = {
+        "title": f"{len(loaded.comparisons)} comparisons side by side",
+        "answers": {name: sentences(comparison) for name, comparison in loaded.comparisons.items()},
+        "matrix": html_tables.plain(
+            loaded.wide(),
+            f"{title}: mean over users [95 % interval over users]",
+            titles,
+        ),
+        "differences": html_tables.plain(
+            loaded.differences_wide(),
+            f"{title} minus that of {next(iter(loaded.comparisons))}, user by user [95 % interval over users]",
+            titles,
+        ),
+        "settings": html_tables.plain(loaded.settings(), "Settings that differ", ("setting",)),
+        "exports": _exports(loaded),
+        "page_command": shlex.join(["fedbn", "report", *map(str, directories)]),
+    }
+    write_atomically(page, _template("side_by_side.html.j2").render(context).encode())
+    return loaded
+
+
+def _exports(comparison: Comparison | SideBySide) -> list[tuple[str, str, str]]:
+    """File name, format and content as a data URI, so that the page contains its tables when it is mailed."""
+    return [
+        (f"matrix{suffix}", name, "data:text/plain;base64," + b64encode(write(comparison).encode()).decode())
+        for name, (suffix, write) in FORMATS.items()
+    ]
+
+
+#: Formats of the evaluation matrix: name -> (suffix, function that makes it).
+FORMATS: dict[str, tuple[str, Callable[[Comparison | SideBySide], str]]] = {
+    "csv": (".csv", lambda comparison: comparison.long().to_csv(index=False)),
+    "latex": (".tex", lambda comparison: comparison.to_latex()),
+    "markdown": (".md", lambda comparison: comparison.to_markdown()),
+}
+
+
+@cache
+def _template(name: str = "report.html.j2") -> Template:
+    environment = Environment(
+        loader=PackageLoader("fedbn_simulations.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(name)
+
+
+def _context(comparison: Comparison) -> dict[str, Any]:
+    meta = comparison.meta
+    unseen = comparison.evaluations.query("row == 'unseen'")["user"].nunique()
+    digest = {"code digest": meta["code"]} if "code" in meta else {}
+    return {
+        "meta": meta,
+        "title": meta["title"],
+        "exports": _exports(comparison),
+        "sentences": sentences(comparison),
+        "notices": comparison.notices,
+        "facts": {
+            "seen users": comparison.evaluations.query("row == 'own'")["user"].nunique(),
+            **({"unseen users": unseen} if unseen else {}),
+            "seeds": comparison.runs["seed"].nunique(),
+            "runs": len(comparison.runs),
+            "reference": comparison.reference,
+            "engine": comparison.engine,
+        },
+        "rows": [ROWS[row] for row in dict.fromkeys(row for row, _ in comparison.cells)],
+        "columns": [COLUMNS[column] for column in dict.fromkeys(column for _, column in comparison.cells)],
+        "bounds": [strategy for strategy in comparison.strategies if is_bound(strategy)],
+        "matrix": html_tables.matrix(comparison),
+        "matrix_second": html_tables.matrix(comparison, _second_metric(comparison)),
+        "matrix_long": html_tables.matrix_long(comparison),
+        "matrix_picture": picture(
+            comparison, "matrix", "Evaluation matrix", "Dots: mean over users. Bars: 95 % interval over users."
+        ),
+        "paired": html_tables.paired(comparison),
+        "paired_long": html_tables.paired_long(comparison),
+        "paired_pictures": paired_pictures(comparison),
+        "convergence": picture(
+            comparison,
+            "convergence",
+            "Convergence",
+            "Lines: mean over seeds, each the mean over users. Bands: from the lowest to the highest seed.",
+        ),
+        "domains": html_tables.domains(comparison),
+        "ownership": html_tables.ownership(comparison),
+        "newcomers": html_tables.newcomers(comparison),
+        "starts": html_tables.starts(comparison),
+        "skew": html_tables.skew(comparison),
+        "shift": picture(
+            comparison,
+            "shift",
+            "Distance between users' statistics",
+            "Every user's training data are passed through the same network. Each square compares two users; brighter "
+            "squares are larger distances.",
+        ),
+        "layers": html_tables.layers(comparison),
+        "settings": html_tables.facts("Settings of every run", "setting", meta["settings"]),
+        "versions": html_tables.facts("Versions", "package", meta["versions"] | digest),
+        "sources": html_tables.facts("SHA-256 of the data", "file", meta["sources"]),
+        "citations": _citations(meta),
+        "citation": cite(meta),
+        "page_command": f"fedbn report {shlex.quote(str(comparison.directory))}",
+    }
+
+
+def _second_metric(comparison: Comparison) -> str:
+    """The first metric besides the displayed one, which an app may have alone."""
+    return next((metric for metric in comparison.metrics if metric != comparison.metric), comparison.metric)
+
+
+def cite(meta: dict[str, Any]) -> str:
+    """BibTeX entry for the software that produced a comparison."""
+    version = meta["versions"].get("fedbn", "")
+    digest = f", code digest {meta['code']}" if "code" in meta else ""
+    return (
+        "@software{fedbn,\n"
+        "  author = {{The fedbn developers}},\n"
+        "  title = {fedbn: federated and domain-adaptive batch normalization},\n"
+        f"  version = {{{version}}},\n"
+        f"  year = {{{str(meta['created'])[:4]}}},\n"
+        f"  note = {{{meta['scenario']}, seeds {', '.join(map(str, meta['seeds']))}{digest}}},\n"
+        "}"
+    )
+
+
+def _citations(meta: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Package, citation and license of the data, if known."""
+    scenario = str(meta["scenario"]).partition(":")[0]
+    sources: Iterable[Any] = (s for s in SOURCES.values() if s.label in meta["sources"] or s.scenario == scenario)
+    return [(source.package, source.citation, source.license) for source in sources]
