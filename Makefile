@@ -63,7 +63,7 @@ TABLES := results/tables
 COMPARE := $(BIN)/fedbn compare digits8 --strategies all --seeds 3 --out $(TABLES)
 SKEWS := feature-skew label-dirichlet tuned label-two-classes label-one-class both quantity participation domains hapt watch
 
-tables: $(STAMP)-run  ## comparisons for docs/comparisons.md (about three hours)
+tables: $(STAMP)-run  ## comparisons for docs/comparisons (about three hours)
 	$(COMPARE)/feature-skew
 	$(COMPARE)/label-dirichlet --partition dirichlet:alpha=0.1:clients=20
 	$(COMPARE)/tuned --partition dirichlet:alpha=0.1:clients=20 --tune lr=0.01,0.03,0.1,0.3,1
@@ -77,7 +77,7 @@ tables: $(STAMP)-run  ## comparisons for docs/comparisons.md (about three hours)
 	$(BIN)/fedbn compare digits --model small-cnn --strategies all --seeds 1 --lr 0.1 --out $(TABLES)/domains
 	$(BIN)/fedbn compare hapt --strategies all --seeds 2 --out $(TABLES)/hapt
 	$(BIN)/fedbn compare watch --strategies all --seeds 2 --out $(TABLES)/watch
-	for name in $(SKEWS); do $(BIN)/fedbn report $(TABLES)/$$name --into docs/comparisons.md --full; done
+	for name in $(SKEWS); do $(BIN)/fedbn report $(TABLES)/$$name --into docs/comparisons/$$name.md --full; done
 	$(BIN)/fedbn advise $(addprefix $(TABLES)/,$(SKEWS)) --into docs/comparisons.md
 
 FOLLOW := $(BIN)/fedbn adapt
