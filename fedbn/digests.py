@@ -24,6 +24,9 @@ from fedbn.errors import UserError
 IGNORED = ("__module__", "__doc__", "__dict__", "__weakref__", "__firstlineno__", "__static_attributes__", "_abc_impl")
 """Attributes of classes without influence on what they compute."""
 
+HASHED_ROWS = 4096
+"""Rows of a tensor that are read at once; data that are memory-mapped may not fit in memory."""
+
 Definition = (type, types.FunctionType, types.BuiltinFunctionType)
 
 
@@ -155,9 +158,14 @@ class _Digest:
         from torch import nn
 
         if isinstance(value, torch.Tensor):
-            return self._add_array(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy(), value)
+            self.text("array", value.dtype, list(value.shape))
+            for part in value.detach().split(HASHED_ROWS) if value.dim() else (value.detach(),):
+                self.hash.update(part.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+            return None
         if isinstance(value, (np.ndarray, np.generic)) and value.dtype.kind != "O":
-            return self._add_array(np.ascontiguousarray(value).reshape(-1).view(np.uint8), value)
+            self.text("array", value.dtype, list(value.shape))
+            self.hash.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
+            return None
         if isinstance(value, nn.Module):
             return self._add_module(value)
         self.text("instance")
@@ -175,10 +183,6 @@ class _Digest:
                 "class that a module defines"
             ) from None
         return None
-
-    def _add_array(self, data: Any, value: Any) -> None:
-        self.text("array", value.dtype, list(value.shape))
-        self.hash.update(data.data)
 
     def _add_module(self, model: Any) -> None:
         for name, module in model.named_modules():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -78,6 +78,7 @@ class Rows:
         split: part of the data set (a key of `SPLITS`) of each row; None if the data set has no parts.
         stretch: stretch of a recording that each row was cut from; rows of different stretches do not overlap. None if
             rows are not cut.
+        scale: number by which the values of a memory-mapped ``x`` are divided when they are read.
     """
 
     x: np.ndarray
@@ -87,6 +88,7 @@ class Rows:
     classes: tuple[str, ...] = ()
     split: np.ndarray | None = None
     stretch: np.ndarray | None = None
+    scale: float = 1.0
 
     @staticmethod
     def concat(parts: Sequence[Rows]) -> Rows:
@@ -168,6 +170,16 @@ def concatenate(parts: Sequence[np.ndarray], column: str, name: str) -> np.ndarr
     return np.concatenate(parts)
 
 
+def parts_of(x: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Successive rows of an array and the index of their first, because a file may not fit in memory.
+
+    >>> [(start, part.tolist()) for start, part in parts_of(np.arange(2)[:, None])]
+    [(0, [[0], [1]])]
+    """
+    step = max(1, CHECKED_VALUES // max(1, x[:1].size))
+    return ((start, x[start : start + step]) for start in range(0, len(x), step))
+
+
 def check_rows(rows: Rows, name: str) -> None:
     """Raise unless all arrays have the same length, and ``x`` is finite and not empty."""
     arrays = {key: getattr(rows, key) for key in ("x", "y", "user", "recording", "split")}
@@ -180,10 +192,10 @@ def check_rows(rows: Rows, name: str) -> None:
         raise UserError(f"{name} has no rows; save some")
     if not rows.x[0].size:
         raise UserError(f"{name}: an example of x has no values (shape {list(rows.x.shape[1:])}); save some")
-    step = max(1, CHECKED_VALUES // rows.x[0].size)  # a mask of all values could need more memory than there is
     count, first = 0, []
-    for start in range(0, len(rows.x), step):
-        bad = ~np.isfinite(rows.x[start : start + step])
+    for start, part in parts_of(rows.x):
+        with np.errstate(over="ignore"):
+            bad = ~np.isfinite(part.astype(np.float32, copy=False))
         if not count and bad.any():
             first = (np.argwhere(bad)[0] + [start, *[0] * (bad.ndim - 1)]).tolist()
         count += int(bad.sum())

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fedbn.data.lazy import LazyRows
+
 
 @dataclass(frozen=True)
 class Examples:
@@ -39,6 +41,12 @@ class Examples:
     def take(self, index: Tensor) -> Examples:
         """Select the rows ``index``, in that order."""
         return Examples(self.x[index], self.y[index], self.recording[index])
+
+    def subset(self, index: Tensor) -> Examples:
+        """Like `take`, but values of memory-mapped data are not read yet."""
+        if not isinstance(self.x, LazyRows):
+            return self.take(index)
+        return Examples(self.x.subset(index), self.y[index], self.recording[index])
 
     def to(self, device: str | torch.device) -> Examples:
         """Copy the examples to a device."""

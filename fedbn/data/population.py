@@ -98,16 +98,18 @@ class Population:
         classes: Sequence[str] = (),
         layout: Layout = "auto",
         scale: float = 0.0,
+        length: int = 0,
         task: Encoder | None = None,
         name: str = "arrays",
     ) -> Population:
         """A population of arrays, read as scenario ``files`` reads the columns of a file.
 
         Test data are the part ``test`` of ``split``, later recordings, or the last rows of each user. A memory-mapped
-        array of float32 (``numpy.load(path, mmap_mode="r")``) whose users' rows are successive stays on disk.
+        array (``numpy.load(path, mmap_mode="r")``) of any numeric type stays on disk; the rows of a batch are read and
+        converted to float32 when they are needed.
 
         Args:
-            x: values ``[n, *shape]``, in the order of recording.
+            x: values ``[n, *shape]``, in the order of recording; or n series of different lengths, with ``length``.
             y: classes ``[n]`` (numbers or names), one-hot ``[n, classes]``, or the targets of ``task`` ``[n, ...]``.
             user: user of each row ``[n]``; None if a partition makes the users.
             recording: recording of each row ``[n]``; None if unknown.
@@ -118,7 +120,8 @@ class Population:
             classes: names of the classes if ``y`` holds their indices.
             layout: whether channels are the first or last axis of an example.
             scale: number by which values are divided; 0 for the largest value of 8-bit arrays and 16-bit images.
-            task: the task whose targets ``y`` are, such as ``fedbn.tasks.regression.Regression()``; None for classes.
+            length: number of steps to which series are cut or padded with zeros at the end; 0 for series of one length.
+            task: the task whose targets ``y`` are, such as ``fedbn.tasks.Regression()``; None for classes.
             name: name of the data, for messages.
 
         Raises:
@@ -133,7 +136,7 @@ class Population:
         given = {"user": user, "recording": recording, "split": split}
         columns = array_columns(name, x=x, y=y, **given)
         named = {key: key for key, value in given.items() if value is not None}
-        rows, notices = make_rows(columns, name, classes=classes, layout=layout, scale=scale, **named)
+        rows, notices = make_rows(columns, name, classes=classes, layout=layout, scale=scale, length=length, **named)
         return _population(rows, name, unseen, notices, task, test, gap)
 
     @staticmethod
@@ -161,7 +164,7 @@ class Population:
                 keep them in memory.
             layout: whether channels are the first or last axis of an example.
             scale: number by which values are divided; 0 for the largest value of 8-bit arrays and 16-bit images.
-            task: the task whose targets ``y`` are, such as ``fedbn.tasks.regression.Regression()``; None for classes.
+            task: the task whose targets ``y`` are, such as ``fedbn.tasks.Regression()``; None for classes.
             name: name of the data, for messages.
 
         Raises:
@@ -193,6 +196,7 @@ class Population:
         gap: int = 1,
         layout: Layout = "auto",
         scale: float = 0.0,
+        length: int = 0,
         task: Encoder | None = None,
         name: str = "dataset",
     ) -> Population:
@@ -211,7 +215,8 @@ class Population:
             gap: number of rows dropped before the test rows if recordings are unknown.
             layout: whether channels are the first or last axis of an example.
             scale: number by which values are divided; 0 for the largest value of 8-bit arrays and 16-bit images.
-            task: the task whose targets ``y`` are, such as ``fedbn.tasks.regression.Regression()``; None for classes.
+            length: number of steps to which series are cut or padded with zeros at the end; 0 for series of one length.
+            task: the task whose targets ``y`` are, such as ``fedbn.tasks.Regression()``; None for classes.
             name: name of the data, for messages.
 
         Raises:
@@ -220,7 +225,16 @@ class Population:
         columns = dataset_columns(dataset, name)
         split = split or ("split" if columns.find("split") else "")
         rows, notices = make_rows(
-            columns, name, x=x, y=y, user=user, recording=recording, split=split, layout=layout, scale=scale
+            columns,
+            name,
+            x=x,
+            y=y,
+            user=user,
+            recording=recording,
+            split=split,
+            layout=layout,
+            scale=scale,
+            length=length,
         )
         return _population(rows, name, unseen, notices, task, test, gap)
 
@@ -236,6 +250,7 @@ class Population:
         gap: int = 0,
         layout: Layout = "auto",
         scale: float = 0.0,
+        length: int = 0,
         task: Encoder | None = None,
         name: str = "federated data set",
     ) -> Population:
@@ -251,14 +266,15 @@ class Population:
             gap: number of rows dropped before the test rows.
             layout: whether channels are the first or last axis of an example.
             scale: number by which values are divided; 0 for the largest value of 8-bit arrays and 16-bit images.
-            task: the task whose targets ``y`` are, such as ``fedbn.tasks.regression.Regression()``; None for classes.
+            length: number of steps to which series are cut or padded with zeros at the end; 0 for series of one length.
+            task: the task whose targets ``y`` are, such as ``fedbn.tasks.Regression()``; None for classes.
             name: name of the data, for messages.
 
         Raises:
             UserError: data that cannot be used or loaded, an unknown column, or a split without a partitioner.
         """
         columns, users = federated_columns(dataset, split, name)
-        rows, notices = make_rows(columns, name, x=x, y=y, layout=layout, scale=scale)
+        rows, notices = make_rows(columns, name, x=x, y=y, layout=layout, scale=scale, length=length)
         return _population(replace(rows, user=users), name, unseen, notices, task, test, gap)
 
 
@@ -273,7 +289,7 @@ def _population(
 ) -> Population:
     """Build a population whose unseen users are named, or drawn for each seed."""
     if task is not None and (isinstance(task, (str, type)) or not hasattr(task, "encode")):
-        raise UserError(f"{name}: task must be an object such as fedbn.tasks.regression.Regression(), not {task!r}")
+        raise UserError(f"{name}: task must be an object such as fedbn.tasks.Regression(), not {task!r}")
     population = build_population(
         rows,
         name=name,

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
+import torch
 from scipy.spatial.distance import jensenshannon
+from torch import Tensor
 
 from fedbn.data.population import Population
+
+READ_ROWS = 4096
+"""Rows that are read at once."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +47,8 @@ def measure(population: Population) -> Skew:
     sizes = counts.sum(1)
     pooled = counts.sum(0) / counts.sum()
     divergence = [jensenshannon(c / c.sum(), pooled, base=2) ** 2 for c in counts]
-    rows = [u.train.x.cpu().numpy() for u in users]
-    axes = tuple(a for a in range(rows[0].ndim) if a != 1)
-    means = np.stack([r.mean(axes, dtype=np.float64) for r in rows])
-    variances = np.stack([r.var(axes, dtype=np.float64) for r in rows])
+    moments = [_channel_moments(u.train.x) for u in users]
+    means, variances = (np.stack(values) for values in zip(*moments, strict=True))
     share = (sizes / sizes.sum())[:, None]
     total = (share * (variances + (means - (share * means).sum(0)) ** 2)).sum(0)
     unit = np.sqrt(np.where(total > 0, total, 1.0))
@@ -57,6 +60,20 @@ def measure(population: Population) -> Skew:
         float(sizes.max() / max(sizes.min(), 1)),
         float(pairs.mean()) if len(pairs) else 0.0,
     )
+
+
+def _channel_moments(x: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and variance of each channel of ``[n, channels, ...]``, in parts, because data may not fit in memory."""
+    others = [a for a in range(x.dim()) if a != 1]
+    count = x.numel() / max(1, x.shape[1])
+
+    def mean(of: Callable[[Tensor], Tensor]) -> Tensor:
+        return torch.stack([of(part.double()).sum(others) for part in x.split(READ_ROWS)]).sum(0) / count
+
+    center = mean(lambda part: part)
+    shape = [-1 if a == 1 else 1 for a in range(x.dim())]
+    variance = mean(lambda part: (part - center.view(shape)) ** 2)
+    return center.cpu().numpy(), variance.cpu().numpy()
 
 
 def statistics_distance(

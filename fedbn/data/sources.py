@@ -11,8 +11,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from fedbn.data.columns import Columns, Rows, concatenate, split_names
+from fedbn.data.lazy import is_mapped
 from fedbn.data.readers import dataset_columns
-from fedbn.data.values import Layout, channels_first, read_values, rescale
+from fedbn.data.values import Layout, channels_first, divisor_of, fit_length, read_values, rescale
 from fedbn.errors import UserError
 
 PARTS = ("train", "test")
@@ -30,8 +31,11 @@ def make_rows(
     classes: Sequence[str] = (),
     layout: Layout = "auto",
     scale: float = 0.0,
+    length: int = 0,
 ) -> tuple[Rows, list[str]]:
     """Rows with their values brought to float32, channels first, as scenario ``files`` does; and notices.
+
+    Values of memory-mapped arrays keep their type and their place on disk.
 
     Args:
         columns: the columns.
@@ -44,12 +48,19 @@ def make_rows(
         classes: names of the classes if ``y`` holds their indices.
         layout: whether channels are the first or last axis of an example.
         scale: number by which values are divided; 0 for the largest value of 8-bit arrays and 16-bit images.
+        length: number of steps to which series are cut or padded with zeros at the end; 0 for series of one length.
 
     Raises:
         UserError: an unknown column, or values that are no numbers.
     """
-    values, moved = channels_first(read_values(columns, x, name), layout, name)
-    values, scaled = rescale(values, scale, name)
+    values, moved = channels_first(read_values(columns, x, name, length), layout, name)
+    if length and values.shape[-1] != length:
+        values = fit_length(values, length)
+    divisor = 1.0
+    if is_mapped(values):  # converted when rows are read
+        divisor, scaled = divisor_of(values, scale, name)
+    else:
+        values, scaled = rescale(values, scale, name)
     parts = split_names(columns.column(split, "split"), name, split) if split else None
     rows = Rows(
         values,
@@ -58,6 +69,7 @@ def make_rows(
         columns.column(recording, "recording") if recording else None,
         tuple(classes) or columns.classes.get(y, ()),
         parts,
+        scale=divisor,
     )
     return rows, [*columns.notices, *moved, *scaled]
 
@@ -68,16 +80,23 @@ def array_columns(name: str, **values: Any) -> Columns:
     Raises:
         UserError: a value is no array, or one value instead of one per row.
     """
-    arrays = {key: _array(value, f"{name}: {key}") for key, value in values.items() if value is not None}
+    given = {key: value for key, value in values.items() if value is not None}
+    arrays = {key: _array(value, f"{name}: {key}", may_differ=key == "x") for key, value in given.items()}
     return Columns(list(arrays), arrays.__getitem__)
 
 
-def _array(value: Any, what: str) -> np.ndarray:
+def _array(value: Any, what: str, *, may_differ: bool = False) -> np.ndarray:
+    """An array; of objects if its rows have different shapes, which `read_values` brings to one shape or refuses."""
     if isinstance(value, torch.Tensor):
         value = value.detach().cpu().numpy()
     try:
         return np.asanyarray(value)
     except ValueError:
+        if may_differ:
+            rows = np.empty(len(value), object)
+            for i, row in enumerate(value):
+                rows[i] = np.asarray(row)
+            return rows
         raise UserError(f"{what} has rows of different shapes; bring them to one shape") from None
 
 

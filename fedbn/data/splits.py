@@ -50,5 +50,5 @@ def carve_validation(user: User, share: float = 0.2) -> User:
             f"user {user.name} has too few examples ({len(data)}) to hold any out for validation: tune with fewer "
             "clients in --partition, or set --lr yourself"
         )
-    train, test = (data.take(torch.cat(rows).sort().values) for rows in (train_rows, test_rows))
+    train, test = (data.subset(torch.cat(rows).sort().values) for rows in (train_rows, test_rows))
     return User(user.name, user.domain, train, test)

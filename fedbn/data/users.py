@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from fedbn.data.columns import Rows, check_rows
 from fedbn.data.examples import Examples, User
 from fedbn.data.labels import Encode, encode_labels, encode_names, label_notices, name_notices
+from fedbn.data.lazy import LazyRows, is_mapped, tensor_of
 from fedbn.data.timesplit import Split, split_user
 from fedbn.data.values import read_values, rescale
 from fedbn.errors import UserError
@@ -62,6 +61,15 @@ def build_users(
     if gap < 0:
         raise UserError(f"gap={gap} must not be negative; use 0 to drop no row")
     check_rows(rows, name)
+    if not is_mapped(rows.x):
+        rows = replace(rows, x=np.ascontiguousarray(rows.x, dtype=np.float32))
+    return _build(rows, np.arange(len(rows.x)), name, test, gap, least, by_class, encode)
+
+
+def _build(
+    rows: Rows, at: np.ndarray, name: str, test: float, gap: int, least: int, by_class: bool, encode: Encode
+) -> Users:
+    """`build_users` for checked rows; ``at`` has the index in ``rows.x`` of each row of the other arrays."""
     y, classes = encode(rows.y, name, rows.classes)
     notices = [] if rows.classes else label_notices(classes, name)
     groups = y if y.ndim == 1 and y.dtype.kind == "i" else np.zeros(len(y), np.int64)
@@ -96,16 +104,20 @@ def build_users(
     if tiny:
         # Again without them, because they may be the only ones with a class.
         left = np.flatnonzero(~np.isin(owners, [names.index(u) for u in tiny]))
-        rest = build_users(rows.take(left), name, test, gap, least=least, by_class=by_class, encode=encode)
+        chosen = replace(rows, x=at).take(left)
+        rest = _build(replace(chosen, x=rows.x), chosen.x, name, test, gap, least, by_class, encode)
         listed = list_names([f"{u} ({sizes[u]} row{'s' * (sizes[u] != 1)})" for u in tiny])
         notice = f"{name}: {len(tiny)} of {len(names)} users have too few rows and are left out: {listed}"
         return replace(rest, notices=[*rest.notices, notice])
-    x = np.ascontiguousarray(rows.x, dtype=np.float32) if not isinstance(rows.x, np.memmap) else rows.x
+    mapped = is_mapped(rows.x)
+    x = tensor_of(rows.x)
 
     def examples(index: np.ndarray, part: int) -> Examples:
         # Without recordings, training and test rows are numbered like two recordings.
         numbers = recordings[index] if rows.recording is not None else np.full(len(index), part)
-        return Examples(_rows(x, index), torch.from_numpy(y[index]), torch.from_numpy(numbers))
+        chosen = torch.from_numpy(at[index])
+        values = LazyRows(x, chosen, rows.scale) if mapped else x[chosen]
+        return Examples(values, torch.from_numpy(y[index]), torch.from_numpy(numbers))
 
     users = [
         User(
@@ -127,15 +139,6 @@ def build_users(
         listed = list_names([classes[c] for c in sorted(scarce)])
         notices.append(f"{name}: class {listed} has too few rows for test data of some users")
     return Users(users, classes, test_only, notices)
-
-
-def _rows(x: np.ndarray, index: np.ndarray) -> Tensor:
-    """Rows of an array; successive rows of a memory-mapped file stay there."""
-    if isinstance(x, np.memmap) and len(index) and np.array_equal(index, np.arange(index[0], index[0] + len(index))):
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # data are never modified
-            return torch.from_numpy(x[index[0] : index[0] + len(index)])
-    return torch.from_numpy(x[index])
 
 
 def _split_notices(splits: dict[str, Split], name: str, test: float, gap: int, rows: Rows) -> list[str]:

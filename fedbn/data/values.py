@@ -7,8 +7,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from fedbn.data.columns import Columns
+from fedbn.data.columns import Columns, parts_of
 from fedbn.data.labels import refuse_missing
+from fedbn.data.lazy import is_mapped
 from fedbn.errors import UserError
 
 Layout = Literal["auto", "first", "last"]
@@ -27,7 +28,7 @@ def read_values(columns: Columns, column: str, name: str, length: int = 0) -> np
         length: number of samples to which series of different lengths are cut or padded; 0 to refuse them.
 
     Returns:
-        float32, or pixels of 8 or 16 bits.
+        float32, pixels of 8 or 16 bits, or a memory-mapped array as it is.
 
     Raises:
         UserError: if a column is unknown or not numeric, or rows differ in shape.
@@ -60,7 +61,7 @@ def _numeric(values: np.ndarray, column: str, name: str, length: int) -> np.ndar
     # NumPy would silently convert dates to numbers and drop imaginary parts.
     if values.dtype.kind in "cmMV":
         raise UserError(f"{name}: {column!r} is not numeric but has type {values.dtype}; save real numbers")
-    if values.dtype in SCALES:
+    if values.dtype in SCALES or is_mapped(values):
         return values
     try:
         # Values beyond the range of float32 become infinite; `check_rows` reports their position.
@@ -216,14 +217,20 @@ def rescale(x: np.ndarray, scale: float, name: str) -> tuple[np.ndarray, list[st
     >>> rescale(np.array([[51]], np.uint8), 0, "mine.npz")
     (array([[0.2]], dtype=float32), ['mine.npz: x has 8 bits and is divided by 255 (scale=1 leaves it)'])
     """
+    divisor, notices = divisor_of(x, scale, name)
     values = x.astype(np.float32, copy=False)
+    return values if divisor == 1 else values / np.float32(divisor), notices
+
+
+def divisor_of(x: np.ndarray, scale: float, name: str) -> tuple[float, list[str]]:
+    """The number by which `rescale` divides values, and notices about it; reads parts of the array only."""
     if scale or not x.size:
-        return values / np.float32(scale or 1), []
+        return scale or 1.0, []
     top = SCALES.get(x.dtype, 0.0)
     if top and x.max() > 1 and (x.dtype == np.uint8 or x.ndim == 4):
         bits = 8 * x.dtype.itemsize
-        return values / np.float32(top), [f"{name}: x has {bits} bits and is divided by {top:g} (scale=1 leaves it)"]
-    if x.ndim == 4 and values.min() >= 0 and 16 < values.max() <= 255 and (values == np.floor(values)).all():
-        top = float(values.max())
-        return values, [f"{name}: x holds whole numbers to {top:g} and is not scaled (scale=255 divides pixels)"]
-    return values, []
+        return top, [f"{name}: x has {bits} bits and is divided by {top:g} (scale=1 leaves it)"]
+    whole = x.ndim == 4 and all(part.min() >= 0 and (part == np.floor(part)).all() for _, part in parts_of(x))
+    if whole and 16 < (top := float(x.max())) <= 255:
+        return 1.0, [f"{name}: x holds whole numbers to {top:g} and is not scaled (scale=255 divides pixels)"]
+    return 1.0, []

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -16,7 +16,7 @@ from fedbn.data.population import Population
 from fedbn.errors import UserError
 from fedbn.objects import MEMORY, is_reference, reference, remember, split_options
 from fedbn.plugins import discover, is_known, parse, render, resolve_reference, text_of
-from fedbn.tasks import Task
+from fedbn.tasks import Task, parse_task
 
 
 @dataclass(frozen=True)
@@ -63,13 +63,14 @@ class Given(Scenario):
     """A population that is given as an object, or by a function ``module:function``.
 
     Attributes:
-        source: the population, or a function that returns it; the function may accept the argument ``seed``.
+        source: the population, or a function that returns it, or that returns the Datasets of each user
+            (`Population.from_datasets`); the function may accept the argument ``seed``.
         reference: its text (`fedbn.objects`).
     """
 
     model: ClassVar[str] = "mlp"
 
-    source: Population | Callable[..., Population]
+    source: Population | Callable[..., Any]
     reference: str
 
     @property
@@ -77,13 +78,18 @@ class Given(Scenario):
         return self.reference
 
     def load(self, seed: int) -> Population:
+        return self.load_for(parse_task(self.task), seed)
+
+    def load_for(self, task: Task, seed: int) -> Population:
         population = self.source if isinstance(self.source, Population) else self._call(self.source, seed)
+        if isinstance(population, Mapping):
+            population = Population.from_datasets(population, task=task)
         if not isinstance(population, Population):
             raise UserError(f"data {self.reference} is a {type(population).__name__}, not a fedbn.Population")
         sources = population.sources or {self.reference: population.digest}
         return replace(population.for_seed(seed), sources=sources)
 
-    def _call(self, function: Callable[..., Population], seed: int) -> Population:
+    def _call(self, function: Callable[..., Any], seed: int) -> Any:
         try:
             return function(**({"seed": seed} if "seed" in inspect.signature(function).parameters else {}))
         except UserError:
@@ -104,15 +110,19 @@ def scenario(text: str) -> Scenario:
     return parse(text, "scenario", scenarios(), Scenario)
 
 
-def scenario_text(data: Any) -> str:
+def scenario_text(data: Any, task: Task | None = None) -> str:
     """The text that `scenario` converts to data that are given as an object.
 
     Args:
-        data: a text, a `Population`, a `Scenario`, or a function that returns a population.
+        data: a text, a `Population`, a `Scenario`, training and test Dataset of each user
+            (`Population.from_datasets`), or a function that returns a population or Datasets.
+        task: the task whose targets Datasets hold; None for classes.
 
     Raises:
         UserError: another object.
     """
+    if isinstance(data, Mapping):
+        data = Population.from_datasets(data, task=task)
     if isinstance(data, Population):
         return remember(data, f"{MEMORY}:population-{data.digest[:12]}")
     if isinstance(data, str) or _is_scenario(data):
@@ -120,7 +130,8 @@ def scenario_text(data: Any) -> str:
     if callable(data):
         return reference(data)
     raise UserError(
-        f"data must be a scenario, a fedbn.Population or a function that returns one, not a {type(data).__name__}"
+        "data must be a scenario, a fedbn.Population, a dictionary with a pair of Datasets for each user, or a "
+        f"function that returns one, not a {type(data).__name__}"
     )
 
 

@@ -18,8 +18,8 @@ def everything(monkeypatch):
 
 
 def run_everything(everything, engine):
-    options = everything.OPTIONS | {"rounds": 2, "eval_every": 1}
-    return fedbn.federate(everything.scans, everything.LocalStatistics, engine=engine, **options)
+    options = everything.OPTIONS | {"lr": 0.01, "batch_size": 8, "rounds": 2, "eval_every": 1}
+    return fedbn.federate(everything.users, everything.LocalStatistics, engine=engine, **options)
 
 
 @pytest.fixture
@@ -49,6 +49,12 @@ def test_own_objects_are_equal_on_ray(example):
     assert differences(run(example, "grid").outcome, run(example, "ray").outcome) == ()
 
 
+def test_own_everything_is_short_and_documented():
+    source = (ROOT / "examples" / "own_everything.py").read_text()
+    assert len([line for line in source.splitlines() if line.strip()]) <= 25
+    assert f"```python\n{source}```" in (ROOT / "docs" / "own.md").read_text()
+
+
 @pytest.mark.slow
 def test_own_everything_is_equal_in_loop_and_grid(everything):
     reference = run_everything(everything, "reference")
@@ -58,7 +64,7 @@ def test_own_everything_is_equal_in_loop_and_grid(everything):
         assert auto.to_pandas()[metric].to_numpy() == pytest.approx(scores[metric].to_numpy(), abs=5e-3)
     plan = reference.run.plan
     assert (plan.optimizer, plan.augment) == ("torch.optim.adamw:AdamW", "own_everything:noisy")
-    assert reference.run.task == "own_everything:Focal:extra_metrics=own_everything:sensitivity:gamma=1.5"
+    assert reference.run.task == "own_everything:Focal:extra_metrics=own_everything:sensitivity"
 
 
 @pytest.mark.ray

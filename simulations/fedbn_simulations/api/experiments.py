@@ -16,7 +16,7 @@ from fedbn.models.base import model_text
 from fedbn.online.rules.base import rule_text
 from fedbn.personalization.treatment import treatment_text
 from fedbn.scenarios.base import scenario_text
-from fedbn.tasks import render_task
+from fedbn.tasks import parse_task, render_task
 from fedbn.tasks.extra import metric_text
 from fedbn_simulations.adaptation.methods import adaptation_text
 from fedbn_simulations.adaptation.results import metric_of, users_frame, write
@@ -52,8 +52,8 @@ def compare(
     process. Objects are identified by their content; those that modules define, by their qualified name and options.
 
     Args:
-        data: a `fedbn.Population`, a scenario such as ``"hapt:unseen=10"`` or ``"files:path=walks.csv"``, or a function
-            that returns a population.
+        data: a `fedbn.Population`, a dictionary with a training and a test Dataset for each user, a function that
+            returns one of these, or a scenario such as ``"hapt:unseen=10"`` or ``"files:path=walks.csv"``.
         strategies: one or several strategies and personalization methods: texts such as ``"groupnorm:groups=4"``,
             objects or classes. The first is the reference.
         tune: values of options of the plan to choose from for each strategy, on validation data of training users, such
@@ -161,7 +161,7 @@ def adapt(
     """
     if "strategies" in options:
         options["strategies"] = _listed(options["strategies"], treatment_text)
-    texts = _texts(options) | {"scenario": scenario_text(data), "rules": _listed(rules, adaptation_text)}
+    texts = _texts(data, options) | {"rules": _listed(rules, adaptation_text)}
     wanted = Study.from_dict(texts)
     place = Path(out) if out is not None else _place(f"adapt-{wanted.scenario}", repr(wanted))
     with Tracking(track) as tracking:
@@ -173,12 +173,12 @@ def adapt(
 
 
 def _experiment(data: Any, strategies: tuple[str, ...], options: dict[str, Any]) -> Experiment:
-    values = _texts(options) | {"scenario": scenario_text(data), "strategies": strategies}
+    values = _texts(data, options) | {"strategies": strategies}
     return Experiment.from_dict(values).resolved()
 
 
-def _texts(options: dict[str, Any]) -> dict[str, Any]:
-    """The options, with texts in the place of objects."""
+def _texts(data: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """The data and the options, with texts in the place of objects."""
     found = dict(options)
     texts = {"model": model_text, "rule": rule_text, "task": render_task, "metric": metric_text}
     for name, to_text in texts.items():
@@ -186,7 +186,8 @@ def _texts(options: dict[str, Any]) -> dict[str, Any]:
             found[name] = to_text(found[name])
     if not isinstance(found.get("seeds", 1), (int, str)):
         found["seeds"] = tuple(found["seeds"])
-    return found
+    task = found.get("task")
+    return found | {"scenario": scenario_text(data, parse_task(task) if task else None)}
 
 
 def _listed(values: Any, to_text: Callable[[Any], str]) -> tuple[str, ...]:

@@ -10,9 +10,15 @@ import pytest
 import torch
 from torch.utils.data import Dataset, TensorDataset
 
+import fedbn
+from fedbn.data.lazy import LazyRows
 from fedbn.data.population import Population
+from fedbn.data.skew import measure
+from fedbn.data.splits import carve_validation
 from fedbn.errors import UserError
 from fedbn.scenarios.base import scenario, scenario_text
+from fedbn.tasks import MultiLabel, Regression, Segmentation, SequenceLabels
+from fedbn_simulations.engines.deployment import differences
 
 ROWS = 72
 RNG = np.random.default_rng(0)
@@ -68,7 +74,11 @@ def test_from_arrays_without_users_is_pooled():
     ("change", "message"),
     [
         ({"y": Y[:-1]}, "arrays: x has 72 rows, y has 71 rows, user has 72 rows; they need the same number"),
-        ({"x": [[1.0], [2.0, 3.0]]}, "arrays: x has rows of different shapes; bring them to one shape"),
+        (
+            {"x": [[1.0]] + [[2.0, 3.0]] * (ROWS - 1)},
+            "rows of 'x' differ in shape (row 0 has [1], row 1 has [2]); bring",
+        ),
+        ({"y": [[1.0], [2.0, 3.0]]}, "arrays: y has rows of different shapes; bring them to one shape"),
         ({"x": np.where(X > 2, np.nan, X)}, "NaN or infinite values"),
         ({"x": "walks.csv"}, "x"),
         ({"y": 3}, "'y' is a single value, but y needs one value per row"),
@@ -134,10 +144,50 @@ def test_from_arrays_keeps_read_only_files_on_disk(tmp_path, recwarn):
     np.save(tmp_path / "x.npy", X)
     mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
     population = Population.from_arrays(mapped, Y, user=USER)
-    assert same_data(population, Population.from_arrays(X, Y, user=USER))
-    first, last = population.users[0].train.x, population.users[2].test.x
-    assert 0 < last.data_ptr() - first.data_ptr() < mapped.nbytes  # in one mapping
+    from_memory = Population.from_arrays(X, Y, user=USER)
+    assert same_data(population, from_memory)
+    assert {type(u.train.x) for u in population.users} == {LazyRows}
+    user = carve_validation(population.users[0])
+    assert {type(user.train.x), type(user.test.x)} == {LazyRows}
+    assert torch.equal(user.test.x[:], carve_validation(from_memory.users[0]).test.x)
     assert not recwarn
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.float16, np.float64])
+def test_from_arrays_reads_mapped_rows_one_by_one(tmp_path, dtype, monkeypatch):
+    images = RNG.integers(0, 256, (ROWS + 1, 8, 9, 3)).astype(dtype)
+    user = np.append(np.tile(["ana", "bob", "cem"], ROWS // 3), "dan")  # rows are not successive; dan has too few
+    labels = np.arange(ROWS + 1) // 3 % 3
+    np.save(tmp_path / "x.npy", images)
+    reads = []
+    read = LazyRows._read
+    monkeypatch.setattr(LazyRows, "_read", lambda self, rows: reads.append(rows.numel()) or read(self, rows))
+    mapped = Population.from_arrays(np.load(tmp_path / "x.npy", mmap_mode="r"), labels, user=user)
+    expected = Population.from_arrays(images, labels, user=user)
+    assert not reads
+    assert mapped.notices == expected.notices
+    assert same_data(mapped, expected)
+    assert max(reads) <= len(mapped.users[0].train)
+    torch.save(mapped.users[0].train, tmp_path / "train.pt")  # for worker processes
+    copied = torch.load(tmp_path / "train.pt", mmap=True, weights_only=False)
+    assert torch.equal(copied.x[torch.tensor([3, 1])], expected.users[0].train.x[[3, 1]])
+    del reads[:]
+    results = [
+        fedbn.federate(p, model="small-cnn", engine="reference", rounds=2, batch_size=8) for p in (mapped, expected)
+    ]
+    assert differences(*(result.outcome for result in results)) == ()
+    assert max(reads) <= len(mapped.users[0].train)
+    assert measure(mapped) == measure(expected)
+
+
+def test_from_arrays_pads_series_to_a_length():
+    series = [x[:, : 3 + i % 3] for i, x in enumerate(X)]
+    padded = np.where(np.arange(5) < 3 + np.arange(ROWS)[:, None, None] % 3, X, 0)
+    assert same_data(
+        Population.from_arrays(series, Y, user=USER, length=5), Population.from_arrays(padded, Y, user=USER)
+    )
+    cut = Population.from_arrays(X, Y, user=USER, length=3)
+    assert same_data(cut, Population.from_arrays(X[..., :3].copy(), Y, user=USER))
 
 
 @pytest.mark.slow
@@ -193,6 +243,30 @@ def test_from_huggingface_equals_arrays():
     assert population.classes == ("sit", "walk", "run")
     expected = Population.from_arrays(X.reshape(ROWS, -1), Y, user=USER, classes=population.classes)
     assert same_data(population, expected)
+
+
+@pytest.mark.parametrize(
+    ("task", "targets"),
+    [
+        (Regression(), np.linspace(0, 1, ROWS)),
+        (Regression(), np.stack([np.linspace(0, 1, ROWS), np.ones(ROWS)], 1)),
+        (MultiLabel(), np.stack([Y == 0, Y > 0], 1).astype(int)),
+        (SequenceLabels(), np.stack([Y, np.full(ROWS, -100)], 1)),
+    ],
+)
+def test_from_huggingface_reads_targets_of_a_task(task, targets):
+    rows = table(target=targets.tolist())
+    expected = Population.from_arrays(X.reshape(ROWS, -1), targets, user=USER, task=task)
+    assert same_data(Population.from_huggingface(rows, x="values", y="target", user="who", task=task), expected)
+    federated = Population.from_federated(Federated(rows), x="values", y="target", gap=1, task=task)
+    assert same_data(federated, expected)
+
+
+def test_from_huggingface_reads_masks():
+    images, masks = RNG.normal(size=(ROWS, 1, 8, 8)).astype(np.float32), RNG.integers(0, 2, (ROWS, 8, 8))
+    rows = datasets.Dataset.from_dict({"image": images, "mask": masks, "who": USER})
+    found = Population.from_huggingface(rows, x="image", y="mask", user="who", task=Segmentation())
+    assert same_data(found, Population.from_arrays(images, masks, user=USER, task=Segmentation()))
 
 
 def test_from_huggingface_uses_the_splits():

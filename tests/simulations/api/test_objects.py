@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import TensorDataset
 
 import fedbn
 from fedbn.errors import UserError
@@ -23,6 +24,7 @@ from fedbn.online.rules.pseudo import Pseudo
 from fedbn.strategies.base import NormStrategy
 from fedbn.strategies.fedbn import FedBN
 from fedbn.strategies.ownership import LOCAL
+from fedbn.tasks import Regression
 from fedbn.tta.tent import Tent
 from fedbn_simulations.adaptation.methods import adaptation_method, adaptation_text
 from fedbn_simulations.adaptation.study import families
@@ -106,6 +108,25 @@ def test_a_function_in_the_place_of_a_population():
     assert differences(found.outcome, fedbn.federate(population(), Mine, model=Net, **PLAN).outcome) == ()
 
 
+def pairs():
+    """Training and test Dataset of each user, with real numbers as targets."""
+    found = {}
+    for name, x in zip(
+        ("ana", "bob", "cem"), torch.randn(3, 24, 4, generator=torch.Generator().manual_seed(0)), strict=True
+    ):
+        found[name] = TensorDataset(x[:16], x[:16, 0]), TensorDataset(x[16:], x[16:, 0])
+    return found
+
+
+def test_datasets_in_the_place_of_a_population():
+    expected = fedbn.Population.from_datasets(pairs(), task=Regression())
+    results = [fedbn.federate(d, model=Net, task=Regression, **PLAN) for d in (expected, pairs(), pairs)]
+    for result in results[1:]:
+        assert differences(results[0].outcome, result.outcome) == ()
+    assert results[0].run.id == results[1].run.id
+    assert results[2].run.scenario == f"{__name__}:pairs"
+
+
 def test_a_module_starts_every_run_with_its_weights():
     net = Net((4,), 3)
     before = {k: v.clone() for k, v in net.state_dict().items()}
@@ -172,7 +193,7 @@ def test_result_offers_best_and_models():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        ({"data": 3}, "data must be a scenario, a fedbn.Population or a function that returns one, not a int"),
+        ({"data": 3}, "function that returns one, not a int"),
         ({"data": lambda: 3}, "is a int, not a fedbn.Population"),
         ({"data": lambda: 1 / 0}, "raises ZeroDivisionError: division by zero"),
         ({"strategies": [3]}, "strategy must be a text or a NormStrategy, not 3"),
