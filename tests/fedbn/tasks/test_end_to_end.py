@@ -209,9 +209,9 @@ def test_task_of_a_notebook_is_named_by_its_content():
 def test_arrays_give_the_same_run_as_a_file(tmp_path, kind, task):
     path = save(tmp_path, kind)
     with np.load(path) as file:
-        arrays = dict(file)
-    population = fedbn.Population.from_arrays(**arrays, task=parse_task(task))
-    options = {"model": MODELS.get(kind, "mlp"), "task": task, "rounds": 2, "batch_size": 8}
+        columns = dict(file)
+    population = fedbn.Population.from_arrays(**columns, task=parse_task(task))
+    options = {"model": MODELS[task], "task": task, "rounds": 2, "batch_size": 8}
     first, second = (fedbn.federate(data, "fedbn", **options) for data in (f"files:path={path}", population))
     assert differences(first.outcome, second.outcome) == ()
     assert first.population.classes == second.population.classes

