@@ -93,6 +93,7 @@ class SequenceLabels(PositionTask):
     Attributes:
         weights: weight of each class in the cross-entropy, e.g. ``1+5``; empty for equal weights.
 
+    >>> import torch
     >>> outputs, y = torch.tensor([[[9.0, -9.0, 9.0], [-9.0, 9.0, -9.0]]]), torch.tensor([[0, 0, -100]])
     >>> SequenceLabels().scores(outputs, y)["accuracy"]
     0.5
