@@ -150,7 +150,8 @@ def evaluate(message: Message, context: Context) -> Message:
     config = cast(ConfigRecord, message.content["config"])
     record = cast(ArrayRecord | None, message.content.get("client_statistics"))
     client_statistics = None if record is None else client_statistics_from(record, ctx.run.device)
-    job = Evaluate(*inputs, _columns(config["columns"]), _columns(config["globally"]), client_statistics)
+    columns, globally = (_columns(config[name]) for name in ("columns", "globally"))
+    job = Evaluate(*inputs, columns, globally, client_statistics, final=bool(config["final"]))
     content = RecordDict({"metrics": scores_to(execute(job))})
     if _affects_model(ctx, ctx.ownership.retained) and _lost_client_state(message, context, user):
         content["lost"] = ConfigRecord()

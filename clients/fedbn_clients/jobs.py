@@ -155,9 +155,14 @@ class Evaluate(_ClientJob):
     columns: tuple[Column, ...]
     globally: tuple[Column, ...]
     client_statistics: ClientStatistics | None = None
+    final: bool = True
 
     def run(self) -> list[Score]:
         """Return the scores."""
         return client_evaluation(
-            *self._inputs(), columns=self.columns, globally=self.globally, client_statistics=self.client_statistics
+            *self._inputs(),
+            columns=self.columns,
+            globally=self.globally,
+            client_statistics=self.client_statistics,
+            final=self.final,
         )

@@ -163,6 +163,7 @@ def client_evaluation(
     columns: tuple[Column, ...],
     globally: tuple[Column, ...] = (),
     client_statistics: ClientStatistics | None = None,
+    final: bool = True,
 ) -> list[Score]:
     """Score one user's cells of the evaluation matrix, with its model after aggregation.
 
@@ -175,9 +176,11 @@ def client_evaluation(
         globally: columns that are also scored on the pooled test rows.
         client_statistics: statistics of the clients, for rules with a population prior; an unseen user is also scored
             with every cold start that they allow.
+        final: whether to compute all metrics, as in the evaluation after the last round; otherwise, only those of
+            learning curves.
     """
     state = user_state(ctx, user, received, client_state)
-    out = user_scores(ctx, user, state, columns, globally, client_statistics)
+    out = user_scores(ctx, user, state, columns, globally, client_statistics, final=final)
     return out + cold_start_scores(ctx, user, state, client_statistics) if client_statistics else out
 
 
@@ -188,6 +191,8 @@ def user_scores(
     columns: tuple[Column, ...],
     globally: tuple[Column, ...],
     client_statistics: ClientStatistics | None,
+    *,
+    final: bool,
 ) -> list[Score]:
     """Score some columns for a user whose complete state is given (`user_state`); see `client_evaluation`."""
     data = ctx.population.users[user]
@@ -201,6 +206,7 @@ def user_scores(
         pooled_test=ctx.pooled_test if globally else None,
         columns=columns,
         globally=globally,
+        final=final,
         online_prior=ctx.run.plan.online_prior,
         online_rule=client_rule(ctx.run.rule) if ctx.run.rule else None,
         prior=population_prior_for(ctx, state, client_statistics, data.train.x)

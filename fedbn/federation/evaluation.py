@@ -34,6 +34,7 @@ def evaluate_user(
     pooled_test: Examples | None,
     columns: tuple[Column, ...] = COLUMNS,
     globally: tuple[Column, ...] = COLUMNS,
+    final: bool = True,
     online_prior: float = 256.0,
     online_rule: Rule | None = None,
     prior: Mapping[str, LayerPrior] | None = None,
@@ -51,6 +52,7 @@ def evaluate_user(
         pooled_test: test examples of the global row, or None to omit that row.
         columns: columns to score; columns that need statistics are skipped for a model without any.
         globally: columns of the global row.
+        final: whether to compute all metrics (`Task.evaluate`).
         online_prior: weight of the source statistics in the online column, in windows.
         online_rule: rule of the online column, applied window by window; None: blocks with ``online_prior``.
         prior: starting point of ``online_rule``; None: the statistics of ``state``.
@@ -76,7 +78,8 @@ def evaluate_user(
         else:
             outputs, net = follow_rule(model, test.x, online_rule, prior)
             predict = partial(net.predict, user=USER)
-        out.append(score(task, row, column, outputs, test.y))
+        out.append(score(task, row, column, outputs, test.y, final=final))
         if pooled_test is not None and column in globally:
-            out.append(score(task, "global", column, predict(pooled_test.x), pooled_test.y))
+            outputs = predict(pooled_test.x)
+            out.append(score(task, "global", column, outputs, pooled_test.y, final=final))
     return out

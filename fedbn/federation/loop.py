@@ -138,5 +138,6 @@ def _evaluate(ctx: RunContext, out: Outcome, *, last: bool) -> dict[int, list[Sc
                 columns=COLUMNS if last else COLUMNS[:1],
                 globally=global_columns(ctx, user) if last else (),
                 client_statistics=statistics_for(ctx, user, summary),
+                final=last,
             )
     return scores

@@ -46,8 +46,8 @@ class Score:
         return Score(cast(Row, values["row"]), cast(Column, values["column"]), int(values["n"]), metrics)
 
 
-def score(task: Task, row: Row, column: Column, outputs: Tensor, y: Tensor) -> Score:
-    """Score outputs ``[n, *output_shape]`` against targets ``[n, ...]``.
+def score(task: Task, row: Row, column: Column, outputs: Tensor, y: Tensor, *, final: bool = True) -> Score:
+    """Score outputs ``[n, *output_shape]`` against targets ``[n, ...]``; ``final`` as in `Task.evaluate`.
 
     >>> import torch
     >>> from fedbn.tasks import parse_task
@@ -55,11 +55,11 @@ def score(task: Task, row: Row, column: Column, outputs: Tensor, y: Tensor) -> S
     >>> score(parse_task("classification"), "own", "aggregated", outputs, y).metrics["accuracy"]
     1.0
     """
-    return Score(row, column, len(y), task.evaluate(outputs, y))
+    return Score(row, column, len(y), task.evaluate(outputs, y, final=final))
 
 
 def scores(
-    task: Task, rows: Sequence[Row], column: Column, outputs: Tensor, y: Tensor, n: Sequence[int]
+    task: Task, rows: Sequence[Row], column: Column, outputs: Tensor, y: Tensor, n: Sequence[int], *, final: bool = True
 ) -> list[Score]:
     """`score` for K users, padded to the same number of examples.
 
@@ -70,6 +70,7 @@ def scores(
         outputs: ``[K, B, *output_shape]``.
         y: targets ``[K, B, ...]``.
         n: number of examples of each user; the remaining ones are padding.
+        final: as in `Task.evaluate`.
     """
-    found = task.evaluate_users(outputs, y, n)
+    found = task.evaluate_users(outputs, y, n, final=final)
     return [Score(row, column, size, metrics) for row, size, metrics in zip(rows, n, found, strict=True)]

@@ -37,6 +37,8 @@ class EvaluateJob(ClientJob, Protocol):
     def globally(self) -> tuple[Column, ...]: ...
     @property
     def client_statistics(self) -> ClientStatistics | None: ...
+    @property
+    def final(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -234,7 +236,7 @@ def _evaluate_sorted(
     ctx: RunContext, program: Program, jobs: Sequence[EvaluateJob], states: Sequence[State], column: Column
 ) -> list[list[Score]]:
     """`evaluate_stack` for users sorted by decreasing number of test examples."""
-    users = [ctx.population.users[job.user] for job in jobs]
+    users, final = [ctx.population.users[job.user] for job in jobs], jobs[0].final
     rows: list[Row] = ["unseen" if job.user in ctx.population.unseen else "own" for job in jobs]
     test, labels = PaddedBatch.of([p.test.x for p in users]), PaddedBatch.of([p.test.y for p in users]).x
     tensors = {n: torch.stack([s[n] for s in states]) if len(states) > 1 else v[None] for n, v in states[0].items()}
@@ -242,11 +244,12 @@ def _evaluate_sorted(
     if column == "recalibrated":
         models.recalibrate(PaddedBatch.of([p.train.x for p in users]))
     outputs = models.predict_online(test, ctx.run.plan.online_prior) if column == "online" else models.outputs(test)
-    out = [[cell] for cell in scores(ctx.task, rows, column, outputs, labels, test.n)]
+    out = [[cell] for cell in scores(ctx.task, rows, column, outputs, labels, test.n, final=final)]
     if selected := [i for i, job in enumerate(jobs) if column in job.globally]:
         k, x, y = len(selected), ctx.pooled_test.x, ctx.pooled_test.y
         outputs = models.select(selected).outputs(PaddedBatch(x.expand(k, *x.shape), [len(x)] * k))
-        global_scores = scores(ctx.task, ["global"] * k, column, outputs, y.expand(k, *y.shape), [len(y)] * k)
+        y = y.expand(k, *y.shape)
+        global_scores = scores(ctx.task, ["global"] * k, column, outputs, y, [len(ctx.pooled_test)] * k, final=final)
         for i, cell in zip(selected, global_scores, strict=True):
             out[i].append(cell)
     return out

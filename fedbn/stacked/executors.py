@@ -249,7 +249,7 @@ class ClientExecutor:
     def _evaluate_stacked(self, jobs: Sequence[EvaluateJob]) -> list[Any]:
         ctx = jobs[0].ctx
         self._cohort.evaluation_program()  # raises if there is none
-        if any(job.columns != jobs[0].columns for job in jobs):
+        if any((job.columns, job.final) != (jobs[0].columns, jobs[0].final) for job in jobs):
             raise Unstackable("users have different columns")
         results: dict[int, Any] = {}
         states: dict[int, State] = {}
@@ -275,8 +275,9 @@ class ClientExecutor:
         ctx, program = jobs[0].ctx, self._cohort.evaluation_program()
         if not is_stackable(ctx, program, column):
             global_columns = [(column,) if column in job.globally else () for job in jobs]
+            score = partial(user_scores, ctx, final=jobs[0].final)
             return [
-                _attempt(partial(user_scores, ctx, job.user, state, (column,), globally, job.client_statistics))
+                _attempt(partial(score, job.user, state, (column,), globally, job.client_statistics))
                 for job, state, globally in zip(jobs, states, global_columns, strict=True)
             ]
         users = [ctx.population.users[job.user] for job in jobs]

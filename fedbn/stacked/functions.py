@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -46,6 +46,16 @@ def _pooling(function: Callable[..., Tensor], positions: int) -> StackedFunction
         return function(x, *args, **kwargs)
 
     return compute
+
+
+def _interpolate(context: StackContext, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return F.interpolate(x, *args, **kwargs)
+
+
+def _pad(context: StackContext, x: Tensor, pad: Sequence[int], *args: Any, **kwargs: Any) -> Tensor:
+    if len(pad) > 2 * (x.dim() - 2):
+        raise Unstackable("padding of channels")
+    return F.pad(x, pad, *args, **kwargs)
 
 
 def _reduction(function: Callable[..., Tensor]) -> StackedFunction:
@@ -160,7 +170,7 @@ _OPERATORS: dict[Any, Callable[..., Any]] = {
 _BINARY = ("add", "sub", "mul", "div", "pow", "maximum", "minimum")
 _ELEMENTWISE = (
     *(F.relu, F.relu6, F.leaky_relu, F.elu, F.selu, F.celu, F.gelu, F.silu, F.mish, F.softplus, F.softsign),
-    *(F.hardtanh, F.hardswish, F.hardsigmoid, F.logsigmoid),
+    *(F.hardtanh, F.hardswish, F.hardsigmoid, F.logsigmoid, F.hardshrink, F.softshrink, F.tanhshrink),
 )
 _ELEMENTWISE_METHODS = ("relu", "sigmoid", "tanh", "exp", "log", "sqrt", "rsqrt", "square", "abs", "neg", "clamp")
 _REDUCTIONS = ("mean", "sum", "amax", "amin")
@@ -197,6 +207,7 @@ FUNCTIONS: dict[Any, StackedFunction] = {
         for kind in ("max", "avg", "adaptive_max", "adaptive_avg")
         for n in (1, 2, 3)
     },
+    **{F.interpolate: _interpolate, F.pad: _pad},
     F.dropout: _dropout,
     **dict.fromkeys((F.dropout1d, F.dropout2d, F.dropout3d), _channel_dropout),
 }

@@ -116,6 +116,12 @@ def _convolution(m: Any, context: StackContext, x: Tensor) -> Tensor:
     return F.conv2d(_channels_last(x), weight, bias, stride, padding, dilation, m.groups * context.k)
 
 
+def _transposed_convolution(m: Any, context: StackContext, x: Tensor) -> Tensor:
+    transposed = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[x.dim() - 3]
+    weight, bias, groups = context.tensors["weight"], context.tensors.get("bias"), m.groups * context.k
+    return transposed(x, weight, bias, m.stride, m.padding, m.output_padding, groups, m.dilation)
+
+
 def batch_norm(m: Any, context: StackContext, x: Tensor) -> Tensor:
     """K batch normalizations as one, because statistics are per channel."""
     t = context.tensors
@@ -174,6 +180,20 @@ def _apply(m: nn.Module, context: StackContext, x: Tensor) -> Tensor:
     return cast(Tensor, m(x))
 
 
+def _apply_to_positions(m: nn.Module, context: StackContext, x: Tensor) -> Tensor:
+    """A layer that computes each channel, or each group of successive channels, by itself."""
+    if x.dim() < 3:
+        raise Unstackable(f"{type(m).__name__} on activations without positions")
+    return cast(Tensor, m(x))
+
+
+def _softmax(m: Any, context: StackContext, x: Tensor) -> Tensor:
+    if m.dim is None or m.dim % x.dim() == 0:
+        raise Unstackable(f"{type(m).__name__} without a dim, or along the batch")
+    function = torch.softmax if isinstance(m, nn.Softmax) else torch.log_softmax
+    return restack(function(unstack(context, x), m.dim % x.dim() + 1))
+
+
 def _pool(m: nn.Module, context: StackContext, x: Tensor) -> Tensor:
     """Pooling of images, or of signals as images of height one."""
     if isinstance(m, nn.AdaptiveAvgPool1d | nn.AdaptiveMaxPool1d):
@@ -217,6 +237,13 @@ def restack(x: Tensor) -> Tensor:
 _ELEMENTWISE = (
     *(nn.Identity, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish),
     *(nn.Sigmoid, nn.LogSigmoid, nn.Tanh, nn.Softplus, nn.Softsign, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid),
+    *(nn.Hardshrink, nn.Softshrink, nn.Tanhshrink),
+)
+_POSITIONS = (
+    *(nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d, nn.PixelShuffle, nn.PixelUnshuffle),
+    *(nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d),
+    *(nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d),
+    *(nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d),
 )
 _POOLING = (
     *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
@@ -230,11 +257,14 @@ STACKED_LAYERS: dict[type[nn.Module], StackedLayer] = {
     nn.LayerNorm: _layer_norm,
     nn.GroupNorm: _group_norm,
     **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), _convolution),
+    **dict.fromkeys((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), _transposed_convolution),
     **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, AnyBatchNorm), batch_norm),
     **dict.fromkeys((nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, AnyInstanceNorm), _instance_norm),
     **dict.fromkeys((nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d), dropout),
     **dict.fromkeys(_ELEMENTWISE, _apply),
     **dict.fromkeys(_POOLING, _pool),
+    **dict.fromkeys(_POSITIONS, _apply_to_positions),
+    **dict.fromkeys((nn.Softmax, nn.LogSoftmax), _softmax),
 }
 
 IMAGE_LAYERS: set[StackedLayer] = {_convolution, batch_norm, _group_norm, _instance_norm, _apply, _pool}

@@ -72,6 +72,10 @@ class Task(ABC):
     def scores(self, outputs: Tensor, y: Tensor) -> dict[str, float]:
         """Value of each metric over all examples. An undefined metric is left out."""
 
+    def curve_scores(self, outputs: Tensor, y: Tensor) -> dict[str, float]:
+        """The values of `scores` that are needed before the last round: the main metric, and what costs little more."""
+        return self.scores(outputs, y)
+
     def example_values(self, outputs: Tensor, y: Tensor) -> Tensor:
         """Value ``[n]`` of `example_metric` for each example, in double precision; its mean is the metric.
 
@@ -88,10 +92,18 @@ class Task(ABC):
         k, _, batch = outputs.shape[:3]
         return self.losses(outputs.transpose(1, 2).flatten(0, 1), y.flatten(0, 1)).view(k, batch)
 
-    def evaluate(self, outputs: Tensor, y: Tensor) -> dict[str, float]:
-        """All metrics, with the loss in double precision."""
-        loss = float(self.loss(outputs.double(), y))
-        return {**self.scores(outputs, y), **self.extra_scores(outputs, y), "loss": loss}
+    def evaluate(self, outputs: Tensor, y: Tensor, *, final: bool = True) -> dict[str, float]:
+        """Metrics, with the loss in double precision.
+
+        Args:
+            outputs: ``[n, *output_shape]``.
+            y: targets ``[n, ...]``.
+            final: whether to compute all metrics; otherwise, only those of `curve_scores`.
+        """
+        values = self.scores(outputs, y) if final else self.curve_scores(outputs, y)
+        if final or not self.metrics:
+            values = values | self.extra_scores(outputs, y)
+        return {**values, "loss": float(self.loss(outputs.double(), y))}
 
     def extra_scores(self, outputs: Tensor, y: Tensor) -> dict[str, float]:
         """Value of each extra metric. An undefined metric is left out.
@@ -115,15 +127,18 @@ class Task(ABC):
         is_higher_better(text)
         return replace(self, extra_metrics=(*self.extra_metrics, text))
 
-    def evaluate_users(self, outputs: Tensor, y: Tensor, n: Sequence[int]) -> list[dict[str, float]]:
+    def evaluate_users(
+        self, outputs: Tensor, y: Tensor, n: Sequence[int], *, final: bool = True
+    ) -> list[dict[str, float]]:
         """`evaluate` for K users, padded to the same number of examples.
 
         Args:
             outputs: ``[K, B, *output_shape]``.
             y: targets ``[K, B, ...]``.
             n: number of examples of each user; the remaining ones are padding.
+            final: as in `evaluate`.
         """
-        return [self.evaluate(outputs[i, :rows], y[i, :rows]) for i, rows in enumerate(n)]
+        return [self.evaluate(outputs[i, :rows], y[i, :rows], final=final) for i, rows in enumerate(n)]
 
     def predict(self, outputs: Tensor) -> Tensor:
         """What a service returns for outputs ``[n, *output_shape]``, of the same shape; the outputs by default.

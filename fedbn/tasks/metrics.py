@@ -6,16 +6,12 @@ than a second and their input checks milliseconds, which would dominate the eval
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
 import torch
 from torch import Tensor
 
 BINS = 15
 """Bins of the expected calibration error."""
-
-_SIDES: tuple[Literal["left", "right"], ...] = ("left", "right")
 
 
 def mean_f1(correct: Tensor, occurring: Tensor) -> Tensor:
@@ -29,6 +25,23 @@ def mean_f1(correct: Tensor, occurring: Tensor) -> Tensor:
     0.6666666666666666
     """
     return (2 * correct.double() / occurring.clamp_min(1)).sum(-1) / (occurring > 0).sum(-1)
+
+
+def count_classes(classes: Tensor, where: Tensor, number: int) -> Tensor:
+    """How often each class occurs, ``[K, number]``.
+
+    Args:
+        classes: class indices ``[K, ...]``.
+        where: which of them count, ``[K, ...]``.
+        number: number of classes.
+
+    >>> count_classes(torch.tensor([[0, 1, 1], [1, 0, 0]]), torch.tensor([[True, True, False], [True, True, True]]), 2)
+    tensor([[1, 1],
+            [2, 1]])
+    """
+    if len(classes) > 1:
+        classes = classes + number * torch.arange(len(classes)).to(classes).view(-1, *[1] * (classes.dim() - 1))
+    return torch.bincount(classes[where], minlength=len(where) * number).view(-1, number)
 
 
 def mean_over(values: Tensor, where: Tensor) -> Tensor:
@@ -53,53 +66,58 @@ def calibration_error(confidence: Tensor, correct: Tensor, valid: Tensor) -> Ten
     >>> calibration_error(torch.tensor([[0.9, 0.9]]), torch.tensor([[True, False]]), torch.tensor([[True, True]]))
     tensor([0.4000])
     """
-    index = (confidence * BINS).long().clamp(0, BINS - 1)
+    index = (confidence * BINS).long().clamp_(0, BINS - 1)
     gap = torch.where(valid, correct.to(confidence) - confidence, 0)
-    sums = torch.zeros(len(gap), BINS, dtype=gap.dtype, device=gap.device).scatter_add(1, index, gap)
+    cells = index + BINS * torch.arange(len(index), device=index.device)[:, None]
+    sums = torch.bincount(cells.flatten(), gap.flatten(), BINS * len(index)).view(-1, BINS)
     return sums.abs().sum(1) / valid.sum(1)
 
 
 def ranking(scores: Tensor, positive: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Area under the ROC curve and average precision, ``[R]`` each; NaN where undefined.
+    """Area under the ROC curve and average precision, ``[...]`` each; NaN where undefined.
 
     Equal scores share their mean rank (Hanley and McNeil, 1982) and their precision. Average precision needs a
     positive, the area also a negative.
 
     Args:
-        scores: ``[R, B]``, higher for positives.
-        positive: ``[R, B]``.
-        valid: which entries are not padding, ``[R, B]``.
+        scores: ``[..., B]``, higher for positives.
+        positive: ``[..., B]``.
+        valid: which entries are not padding; its shape is expanded to that of ``scores``.
 
     >>> area, precision = ranking(torch.tensor([[0.1, 0.4, 0.8]]), torch.tensor([[False, True, True]]),
     ...     torch.tensor([[True, True, True]]))
     >>> float(area), float(precision)
     (1.0, 1.0)
     """
-    values, mask, positives = scores.float().cpu().numpy(), valid.cpu().numpy(), (positive & valid).cpu().numpy()
-    rows, width = values.shape
-    # Whole numbers in the order of the scores, positives last among equal ones, and by row: they sort several times
-    # faster, and one search finds the places of all positives.
-    bits = (np.where(mask, values, np.inf) + np.float32(0)).astype(np.float32).view(np.int32)
-    bits = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).astype(np.int64)
-    ordered = (np.sort(2 * bits + positives, axis=1) + (np.arange(rows)[:, None] << 34)).ravel()
-    place, groups = np.flatnonzero(ordered & 1), ordered >> 1
-    row, own = place // width, groups[place]
-    below, up_to = (np.searchsorted(groups, own, side) - row * width for side in _SIDES)
-    n, p = mask.sum(1), np.bincount(row, minlength=rows)
-    hits_below = np.searchsorted(own, own) - (p.cumsum() - p)[row]
+    values, mask = scores.float().cpu().numpy(), valid.expand(scores.shape).cpu().numpy()
+    positives, shape, width = (positive & valid).cpu().numpy(), scores.shape[:-1], scores.shape[-1]
+    rows = shape.numel()
+    # Whole numbers in the order of the scores, positives last among equal ones: they sort many times faster.
+    bits = (np.where(mask, values, np.float32(np.inf)) + np.float32(0)).view(np.uint32)
+    if (values >= 0).all():
+        keys = bits << 1 | positives
+    else:
+        signed = bits.view(np.int32)
+        keys = 2 * (signed ^ ((signed >> 31) & 0x7FFFFFFF)).astype(np.int64) + positives
+    keys = np.sort(keys.reshape(rows, width), axis=1)
+    n, p = mask.reshape(rows, width).sum(1), positives.reshape(rows, width).sum(1)
+    row, place = np.nonzero(keys & 1)
+    own = keys[row, place]
+    # Positives with equal scores are neighbors; `first` is the index of the first of them among all positives.
+    differs = (own[1:] != own[:-1]) | (row[1:] != row[:-1])
+    first = np.concatenate([np.arange(min(1, len(own))), np.flatnonzero(differs) + 1])
+    size = np.concatenate([first[1:], [len(own)]]) - first if len(own) else first
+    row, below, own = row[first], place[first], own[first]
+    up_to, hits_below = below + size, first - (p.cumsum() - p)[row]
+    tied = (below > 0) & (keys[row, below - 1] == own - 1)  # with negatives
+    if tied.any():
+        ordered, offset = keys + (np.arange(rows)[:, None] << 34), row[tied] << 34
+        below[tied] = np.searchsorted(ordered.ravel(), own[tied] - 1 + offset) - width * row[tied]
     with np.errstate(divide="ignore", invalid="ignore"):
-        ranks = np.bincount(row, (below + up_to + 1) / 2, rows)
+        ranks = np.bincount(row, size * (below + up_to + 1) / 2, rows)
         area = (ranks - p * (p + 1) / 2) / (p * (n - p))
-        precision = np.bincount(row, (p[row] - hits_below) / (n[row] - below), rows) / p
-    unusable = ~(np.isfinite(values) | ~mask).all(1)
+        precision = np.bincount(row, size * (p[row] - hits_below) / (n[row] - below), rows) / p
+    unusable = ~(np.isfinite(values) | ~mask).all(-1).ravel()
     area[unusable | (p == n)] = precision[unusable] = np.nan
+    area, precision = area.reshape(shape), precision.reshape(shape)
     return torch.from_numpy(area).to(scores.device), torch.from_numpy(precision).to(scores.device)
-
-
-def defined(**values: Tensor) -> dict[str, float]:
-    """The values that are not NaN, as numbers.
-
-    >>> defined(auroc=torch.tensor(torch.nan), accuracy=torch.tensor(0.5))
-    {'accuracy': 0.5}
-    """
-    return {name: float(value) for name, value in values.items() if not value.isnan()}

@@ -14,12 +14,13 @@ from torch.nn import functional as F
 from fedbn.data.labels import encode_numbers
 from fedbn.data.population import Population
 from fedbn.errors import UserError
-from fedbn.tasks.base import Task, describe_targets
-from fedbn.tasks.metrics import defined, mean_f1, mean_over, ranking
+from fedbn.tasks.base import describe_targets
+from fedbn.tasks.metrics import mean_f1, mean_over, ranking
+from fedbn.tasks.vectorized import VectorizedTask
 
 
 @dataclass(frozen=True)
-class MultiLabel(Task):
+class MultiLabel(VectorizedTask):
     r"""Several labels per example: outputs are logits ``[n, labels]``, targets 0 or 1, ``[n, labels]`` float32.
 
     The loss of an example is the mean over labels of the binary cross-entropy. A label counts as predicted if its
@@ -61,18 +62,21 @@ class MultiLabel(Task):
         target = y.to(outputs.dtype)
         return F.binary_cross_entropy_with_logits(outputs, target, pos_weight=weights, reduction="none").mean(1)
 
-    def scores(self, outputs: Tensor, y: Tensor) -> dict[str, float]:
-        predicted, positive = outputs >= 0, y > 0.5
-        correct = predicted == positive
-        hits = (predicted & positive).sum(0)
-        area, precision = ranking(outputs.T, positive.T, torch.ones_like(positive.T))
-        return defined(
-            macro_f1=mean_f1(hits, predicted.sum(0) + positive.sum(0)),
-            accuracy=correct.double().mean(),
-            exact_match=correct.all(1).double().mean(),
-            auroc=mean_over(area, ~area.isnan()),
-            average_precision=mean_over(precision, ~precision.isnan()),
-        )
+    def user_scores(self, outputs: Tensor, y: Tensor, valid: Tensor, *, final: bool) -> dict[str, Tensor]:
+        rows, n = valid[..., None], valid.sum(1)
+        predicted, positive = (outputs >= 0) & rows, (y > 0.5) & rows
+        correct = (predicted == positive) & rows
+        hits = (predicted & positive).sum(1)
+        values = {
+            "macro_f1": mean_f1(hits, predicted.sum(1) + positive.sum(1)),
+            "accuracy": correct.sum((1, 2)).double() / (n * y.shape[2]),
+            "exact_match": correct.all(2).sum(1).double() / n,
+        }
+        if final:
+            area, precision = ranking(outputs.mT, positive.mT, valid[:, None])
+            values["auroc"] = mean_over(area, ~area.isnan())
+            values["average_precision"] = mean_over(precision, ~precision.isnan())
+        return values
 
     def predict(self, outputs: Tensor) -> Tensor:
         return outputs.sigmoid()

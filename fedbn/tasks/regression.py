@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedbn.errors import UserError
-from fedbn.tasks.base import Task, describe_targets
-from fedbn.tasks.metrics import defined
+from fedbn.tasks.base import describe_targets
+from fedbn.tasks.vectorized import VectorizedTask
 
 
 @dataclass(frozen=True)
-class Regression(Task):
+class Regression(VectorizedTask):
     r"""Real numbers per example: outputs ``[n, d]``, targets ``[n]`` or ``[n, d]`` float32.
 
     The model predicts standardized targets, :math:`(y-\mathrm{center})/\mathrm{scale}`, so that learning rates do not
@@ -65,15 +65,17 @@ class Regression(Task):
             return F.huber_loss(outputs, target, reduction="none", delta=self.delta).mean(1)
         return F.mse_loss(outputs, target, reduction="none").mean(1)
 
-    def scores(self, outputs: Tensor, y: Tensor) -> dict[str, float]:
+    def user_scores(self, outputs: Tensor, y: Tensor, valid: Tensor, *, final: bool) -> dict[str, Tensor]:
+        rows, n = valid[..., None], valid.sum(1, keepdim=True)
         y = y.view(outputs.shape).double()
-        error = self.predict(outputs) - y
-        residual, total = (error**2).sum(0), ((y - y.mean(0)) ** 2).sum(0)
-        return defined(
-            rmse=(error**2).mean().sqrt(),
-            mae=error.abs().mean(),
-            r2=torch.where(total > 0, 1 - residual / total, torch.nan).mean(),
-        )
+        error = torch.where(rows, self.predict(outputs) - y, 0)
+        mean = torch.where(rows, y, 0).sum(1) / n
+        residual, total = (error**2).sum(1), torch.where(rows, (y - mean[:, None]) ** 2, 0).sum(1)
+        return {
+            "rmse": (residual.sum(1) / (n[:, 0] * y.shape[2])).sqrt(),
+            "mae": error.abs().sum((1, 2)) / (n[:, 0] * y.shape[2]),
+            "r2": torch.where(total > 0, 1 - residual / total, torch.nan).mean(1),
+        }
 
     def example_values(self, outputs: Tensor, y: Tensor) -> Tensor:
         return (self.predict(outputs) - y.view(outputs.shape).double()).abs().mean(1)

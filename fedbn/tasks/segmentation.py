@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedbn.errors import UserError
 from fedbn.tasks.base import describe_targets
-from fedbn.tasks.metrics import defined, mean_over
+from fedbn.tasks.metrics import mean_over
 from fedbn.tasks.sequence import IGNORED, PositionTask, class_counts
 
 
@@ -59,15 +59,15 @@ class Segmentation(PositionTask):
         dice = (2 * (p * g).sum(2) + 1) / (p.sum(2) + g.sum(2) + 1)
         return 1 - dice[:, 0 if self.background else 1 :].mean(1)
 
-    def scores(self, outputs: Tensor, y: Tensor) -> dict[str, float]:
-        hits, labels, predicted, total = class_counts(outputs, y)
+    def user_scores(self, outputs: Tensor, y: Tensor, valid: Tensor, *, final: bool) -> dict[str, Tensor]:
+        hits, labels, predicted, total = class_counts(outputs, y, valid)
         first = 0 if self.background else 1
-        a, b = hits[first:].double(), (labels + predicted)[first:]
-        return defined(
-            dice=mean_over(2 * a / b.clamp_min(1), b > 0),
-            iou=mean_over(a / (b - a).clamp_min(1), b > 0),
-            accuracy=hits.sum().double() / total,
-        )
+        a, b = hits[:, first:].double(), (labels + predicted)[:, first:]
+        return {
+            "dice": mean_over(2 * a / b.clamp_min(1), b > 0),
+            "iou": mean_over(a / (b - a).clamp_min(1), b > 0),
+            "accuracy": hits.sum(1).double() / total,
+        }
 
     def check(self, y: Tensor, classes: Sequence[str]) -> str | None:
         if y.dim() < 3 or y.is_floating_point():

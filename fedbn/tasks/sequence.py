@@ -7,36 +7,38 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from fedbn.data.labels import encode_indices
 from fedbn.errors import UserError
-from fedbn.tasks.base import Task, describe_targets
-from fedbn.tasks.metrics import defined, mean_f1
+from fedbn.tasks.base import describe_targets
+from fedbn.tasks.metrics import count_classes, mean_f1
+from fedbn.tasks.vectorized import VectorizedTask
 
 IGNORED = -100
 """Target of positions that do not count, such as padding; the default of ``torch.nn.functional.cross_entropy``."""
 
 
-def class_counts(outputs: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Numbers of hits, labels and predictions of each class over all positions that count, and of these positions.
+def class_counts(outputs: Tensor, y: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Numbers of hits, labels and predictions of each class over a user's positions that count, and of these positions.
 
     Args:
-        outputs: logits ``[n, classes, *positions]``.
-        y: targets ``[n, *positions]``.
+        outputs: logits ``[K, B, classes, *positions]``.
+        y: targets ``[K, B, *positions]``.
+        valid: which examples are not padding, ``[K, B]``.
     """
-    classes, valid = outputs.shape[1], y != IGNORED
-    predicted, labels = outputs.argmax(1)[valid], y[valid]
-    hits, occurring, guessed = (
-        torch.bincount(values, minlength=classes) for values in (labels[predicted == labels], labels, predicted)
+    classes, counts = outputs.shape[2], (y != IGNORED) & valid.view(*valid.shape, *[1] * (y.dim() - 2))
+    predicted = outputs.argmax(2)
+    hits, labels, guessed = (
+        count_classes(values, where, classes)
+        for values, where in ((y, counts & (predicted == y)), (y, counts), (predicted, counts))
     )
-    return hits, occurring, guessed, valid.sum()
+    return hits, labels, guessed, labels.sum(1)
 
 
 @dataclass(frozen=True)
-class PositionTask(Task):
+class PositionTask(VectorizedTask):
     """Base class of tasks with one class per position.
 
     Attributes:
@@ -91,6 +93,7 @@ class SequenceLabels(PositionTask):
     Attributes:
         weights: weight of each class in the cross-entropy, e.g. ``1+5``; empty for equal weights.
 
+    >>> import torch
     >>> outputs, y = torch.tensor([[[9.0, -9.0, 9.0], [-9.0, 9.0, -9.0]]]), torch.tensor([[0, 0, -100]])
     >>> SequenceLabels().scores(outputs, y)["accuracy"]
     0.5
@@ -101,9 +104,9 @@ class SequenceLabels(PositionTask):
     metrics_are_shares: ClassVar[bool] = True
     metrics: ClassVar[dict[str, bool]] = {"accuracy": True, "macro_f1": True}
 
-    def scores(self, outputs: Tensor, y: Tensor) -> dict[str, float]:
-        hits, labels, predicted, total = class_counts(outputs, y)
-        return defined(accuracy=hits.sum().double() / total, macro_f1=mean_f1(hits, labels + predicted))
+    def user_scores(self, outputs: Tensor, y: Tensor, valid: Tensor, *, final: bool) -> dict[str, Tensor]:
+        hits, labels, predicted, total = class_counts(outputs, y, valid)
+        return {"accuracy": hits.sum(1).double() / total, "macro_f1": mean_f1(hits, labels + predicted)}
 
     def check(self, y: Tensor, classes: Sequence[str]) -> str | None:
         if y.dim() != 2 or y.is_floating_point():

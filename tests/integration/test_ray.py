@@ -30,6 +30,8 @@ from fedbn_simulations.flower.compat import task_identity
 from fedbn_simulations.flower.superlink import ENVIRONMENT, MODULES
 from fedbn_simulations.server.nodes import NodePool
 from fedbn_simulations.storage.checkpoint import load_outcome
+from tests.fedbn.tasks.populations import MODELS as MODELS_OF_TASKS
+from tests.fedbn.tasks.stacked_table import task_run
 from tests.helpers import ROOT
 from tests.integration.processes import MARK, kill_marked, marked, wait_until
 from tests.integration.ray_server import RUNS
@@ -67,7 +69,7 @@ def short_run(strategy, training=None, **fields):
 
 
 def all_runs():
-    """Runs by name: of every strategy, with personalization by online rules, and with other optimizers."""
+    """Runs by name: of every strategy, with personalization by online rules, other optimizers, and every task."""
     rules = {
         "population": short_run("global-naive", rule="population:diversity=1"),
         "ema": short_run("fedbn", rule="ema:rate=0.3"),
@@ -75,7 +77,8 @@ def all_runs():
     trained = {"optimizer": "adam", "optimizer_state": "keep", "max_grad_norm": 0.5, "augment": "translate+jitter"}
     other = {"optimizer": "torch.optim:Adagrad", "optimizer_state": "keep", "schedule": "cosine", "warmup": 1}
     optimizers = {"adam": short_run("fedbn", trained), "factory": short_run("fedbn", other)}
-    return {name: short_run(name) for name in strategies()} | rules | optimizers
+    tasks = {task: task_run(task, "adamw", optimizer_state="keep") for task in MODELS_OF_TASKS}
+    return {name: short_run(name) for name in strategies()} | rules | optimizers | tasks
 
 
 @pytest.fixture(scope="module")

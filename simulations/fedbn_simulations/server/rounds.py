@@ -252,7 +252,7 @@ def _evaluate(
 
     def content(user: int) -> RecordDict:
         config = ConfigRecord({"columns": [str(c) for c in columns], "globally": [str(c) for c in globally[user]]})
-        config["trained"] = nodes.trained.get(user, 0)
+        config["trained"], config["final"] = nodes.trained.get(user, 0), last
         content = RecordDict({"arrays": outgoing[user], "config": config})
         if (sent := statistics[user]) is not None:
             content["client_statistics"] = records[id(sent)]

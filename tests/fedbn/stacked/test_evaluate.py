@@ -82,7 +82,8 @@ def model_jobs(name):
 
 def sequential_results(jobs):
     def evaluate(job):
-        options = {"columns": job.columns, "globally": job.globally, "client_statistics": job.client_statistics}
+        names = "columns", "globally", "client_statistics", "final"
+        options = {name: getattr(job, name) for name in names}
         return client_evaluation(job.ctx, job.user, job.received, job.client_state, **options)
 
     return [evaluate(job) for job in jobs]
@@ -194,13 +195,20 @@ class TwoKinds(nn.Sequential):
 def test_stacked_evaluation_falls_back_for_other_layer_orders(model, monkeypatch):
     columns = []
 
-    def recorded(*args):
+    def recorded(*args, **options):
         columns.append(args[3])
-        return user_scores(*args)
+        return user_scores(*args, **options)
 
     monkeypatch.setattr("fedbn.stacked.executors.user_scores", recorded)
     assert_stacked_matches(model_jobs(f"tests.fedbn.stacked.test_evaluate:{model}"))
     assert set(columns) == {("recalibrated",), ("online",)}
+
+
+def test_stacked_evaluation_before_the_last_round_has_metrics_of_curves_only():
+    jobs = [replace(job, final=False) for job in double_jobs(build_context(unequal_users_run()))]
+    assert_stacked_matches(jobs)
+    ((first, *_), *_) = ClientExecutor("stacked", 1).run(jobs)
+    assert set(first.metrics) == {"accuracy", "macro_f1", "loss"}
 
 
 def test_stacked_evaluation_uses_custom_predict_stream(monkeypatch):
@@ -220,10 +228,10 @@ def test_stacked_evaluation_isolates_user_with_missing_entries():
 def test_stacked_evaluation_isolates_failing_rule(monkeypatch):
     jobs = double_jobs(build_context(replace(unequal_users_run("silobn"), rule="pseudo").resolved()))
 
-    def failing(ctx, user, *args):
+    def failing(ctx, user, *args, **options):
         if user == jobs[2].user:
             raise UserError("too short")
-        return user_scores(ctx, user, *args)
+        return user_scores(ctx, user, *args, **options)
 
     monkeypatch.setattr("fedbn.stacked.executors.user_scores", failing)
     results = ClientExecutor("stacked", 1).run(jobs)

@@ -62,6 +62,9 @@ IMAGE = {
     "avg_pool2d with divisor": lambda h: F.avg_pool2d(h, 3, ceil_mode=True, divisor_override=2),
     "adaptive_avg_pool2d": lambda h: F.adaptive_avg_pool2d(h, (4, None)),
     "adaptive_max_pool2d": lambda h: F.adaptive_max_pool2d(h, (2, 3)),
+    "interpolate": lambda h: F.interpolate(h, scale_factor=2.0, mode="bilinear"),
+    "pad": lambda h: F.pad(h, (1, 2, 0, 1), value=0.5) + F.pad(h, (1, 2, 1, 0), "replicate"),
+    "shrink": lambda h: F.hardshrink(h) + F.softshrink(h) + F.tanhshrink(h),
     "cat of channels": lambda h: torch.cat([h, 2 * h, h[:, :1]], 1),
     "cat of positions": lambda h: torch.concat((h, h), dim=-1),
     "concatenate": lambda h: torch.concatenate([h, h], -3),
@@ -183,6 +186,7 @@ def test_tests_cover_every_function():
         (lambda x: x.mT, "attribute mT"),
         (lambda x: x + x.unsqueeze(1), "different numbers of axes"),
         (lambda x: F.max_pool2d(x, 2), "without a batch axis"),
+        (lambda x: F.pad(x, (0, 0, 1, 1)), "padding of channels"),
     ],
 )
 def test_program_rejects_operations_that_mix_rows_or_clients(function, reason):

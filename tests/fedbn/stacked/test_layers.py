@@ -11,11 +11,19 @@ from fedbn.stacked.layers import FEATURE_LAYERS, STACKED_LAYERS, VIEW_LAYERS
 from fedbn.stacked.program import build_program
 from tests.fedbn.stacked.programs import assert_program_matches
 
+CONSTANT = (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)
+OTHER_PADS = (
+    *(nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d),
+    *(nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d),
+)
 LAYERS = {
     "conv1d": (lambda: nn.Conv1d(4, 6, 3, 2, 1, groups=2), (4, 9)),
     "conv1d same": (lambda: nn.Conv1d(4, 6, 3, padding="same", dilation=2, bias=False), (4, 9)),
     "conv2d": (lambda: nn.Conv2d(4, 6, (3, 2), (2, 1), 1, (1, 2)), (4, 7, 6)),
     "conv3d": (lambda: nn.Conv3d(2, 3, 2), (2, 4, 4, 4)),
+    "transposed conv1d": (lambda: nn.ConvTranspose1d(4, 6, 3, 2, 1, 1, groups=2, bias=False), (4, 5)),
+    "transposed conv2d": (lambda: nn.ConvTranspose2d(4, 2, (3, 2), (2, 1), 1, (1, 0), 2, dilation=(1, 2)), (4, 4, 5)),
+    "transposed conv3d": (lambda: nn.ConvTranspose3d(2, 3, 2), (2, 3, 2, 2)),
     "linear": (lambda: nn.Linear(5, 3), (5,)),
     "linear without bias": (lambda: nn.Linear(5, 3, bias=False), (5,)),
     "bn of features": (lambda: nn.BatchNorm1d(5), (5,)),
@@ -51,6 +59,17 @@ LAYERS = {
     "adaptive pool of volumes": (lambda: nn.AdaptiveAvgPool3d(2), (2, 3, 2, 4)),
     "adaptive max pool of volumes": (lambda: nn.AdaptiveMaxPool3d(2), (2, 3, 2, 4)),
     "flatten some axes": (lambda: nn.Flatten(1, 2), (3, 5, 2)),
+    "upsample": (lambda: nn.Upsample(scale_factor=2, mode="bilinear"), (3, 4, 5)),
+    "upsample signals": (lambda: nn.Upsample(7, mode="linear", align_corners=True), (3, 4)),
+    "upsample nearest": (lambda: nn.UpsamplingNearest2d(scale_factor=3), (3, 2, 3)),
+    "upsample bilinear": (lambda: nn.UpsamplingBilinear2d((3, 5)), (3, 2, 3)),
+    "pixel shuffle": (lambda: nn.PixelShuffle(2), (8, 2, 3)),
+    "pixel unshuffle": (lambda: nn.PixelUnshuffle(2), (2, 4, 6)),
+    "softmax": (lambda: nn.Softmax(1), (3, 4)),
+    "softmax of positions": (lambda: nn.Softmax(-1), (3, 4, 5)),
+    "log softmax": (lambda: nn.LogSoftmax(1), (3, 4)),
+    **{kind.__name__: (lambda kind=kind: kind(1, 2.0), (2, *[4] * n)) for n, kind in enumerate(CONSTANT, 1)},
+    **{kind.__name__: (lambda kind=kind: kind(1), (2, *[4] * (i % 3 + 1))) for i, kind in enumerate(OTHER_PADS)},
     "dropout": (lambda: nn.Dropout(0.3), (3, 5, 2)),
     "dropout1d": (lambda: nn.Dropout1d(0.3), (3, 5)),
     "dropout2d": (lambda: nn.Dropout2d(0.3), (3, 5, 2)),

@@ -71,12 +71,9 @@ def attention(h):
 NETS = {
     "PReLU": Block(nn.PReLU(4)),
     "GLU": Block(nn.GLU(1)),
-    "Softmax": Block(nn.Softmax(1)),
-    "ConvTranspose2d": Block(nn.ConvTranspose2d(4, 2, (3, 2), (2, 1), 1, groups=2)),
-    "Upsample": Block(nn.Upsample(scale_factor=2, mode="bilinear")),
-    "ZeroPad2d": Block(nn.ZeroPad2d((1, 2, 0, 1))),
+    "Softmax2d": Block(nn.Softmax2d()),
     "ReflectionPad2d": Block(nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular")),
-    "PixelShuffle": Block(nn.PixelShuffle(2)),
+    "ChannelShuffle": Block(nn.ChannelShuffle(2)),
     "RMSNorm": Block(nn.Sequential(nn.Flatten(), nn.RMSNorm(120))),
     "linear layer on the last axis": Block(nn.Sequential(nn.Flatten(2), nn.Linear(30, 3), nn.LayerNorm(3))),
     "parameter per channel": Scaled(),
@@ -150,4 +147,4 @@ def test_vectorize_rejects(net, reason):
 
 
 def test_networks_need_vmap():
-    assert not {nn.PReLU, nn.Embedding, nn.LSTM, nn.ConvTranspose2d}.intersection(STACKED_LAYERS)
+    assert not {nn.PReLU, nn.Embedding, nn.LSTM}.intersection(STACKED_LAYERS)

@@ -19,9 +19,14 @@ from fedbn.tasks import Task, parse_task, render_task
 from fedbn.tasks.regression import Regression
 from fedbn_simulations.engines.deployment import differences
 from fedbn_simulations.engines.execute import execute
+from tests.fedbn.tasks.populations import MODELS, arrays
 from tests.helpers import assert_engines_agree
 
-USERS, ROWS = 3, 24
+TASKS = {
+    **{"class": "classification", "number": "regression", "labels": "multilabel"},
+    **{"map": "segmentation", "sequence": "sequence"},
+}
+"""Kinds of targets, and the task that they are for."""
 
 
 @dataclass(frozen=True)
@@ -44,27 +49,9 @@ class Custom(Task):
 
 
 def save(folder, kind):
-    """A file with targets of a kind; each user has another offset, and targets follow the inputs."""
-    draw = np.random.default_rng(0)
-    user = np.repeat(np.arange(USERS), ROWS)
-    x = draw.normal(size=(USERS * ROWS, 4)).astype(np.float32) + user[:, None]
-    signal = x[:, :2] - user[:, None]
-    if kind in ("map", "sequence"):
-        positions = (6, 5) if kind == "map" else (8,)
-        x = draw.normal(size=(USERS * ROWS, 2, *positions)).astype(np.float32)
-        y = (x[:, 0] > x[:, 1]).astype(int) + (x[:, 0] > 1)
-        y[:, :1] = -100
-        x += user.reshape(-1, *[1] * (x.ndim - 1))
-        path = folder / f"{kind}.npz"
-        np.savez(path, x=x, y=y, user=user)
-        return path
-    y = {
-        "class": (signal[:, 0] > 0).astype(int),
-        "number": 40 + 10 * signal[:, 0],
-        "labels": (signal > 0).astype(int),
-    }[kind]
+    """A file with targets of a kind."""
     path = folder / f"{kind}.npz"
-    np.savez(path, x=x, y=y, user=user)
+    np.savez(path, **arrays(TASKS[kind]))
     return path
 
 
@@ -73,13 +60,11 @@ def run_of(folder, kind, task, **options):
     return Run(
         f"files:path={save(folder, kind)}",
         "fedbn",
-        model=MODELS.get(kind, "mlp"),
+        model=MODELS[TASKS[kind]],
         task=task,
         plan=replace(plan, **options),
     ).resolved()
 
-
-MODELS = {kind: f"tests.fedbn.tasks.networks:{kind}s" for kind in ("map", "sequence")}
 
 CASES = {
     "classification:smoothing=0.1": ("class", "accuracy"),
@@ -97,7 +82,7 @@ CASES = {
 @pytest.mark.parametrize("task", CASES)
 def test_task_engines_agree_and_learn(tmp_path, task):
     kind, metric = CASES[task]
-    run = run_of(tmp_path, kind, task, local_epochs=4 if kind in MODELS else 1)
+    run = run_of(tmp_path, kind, task, local_epochs=4 if kind in ("map", "sequence") else 1)
     exact = assert_engines_agree(run)
     stacked = execute(run, "grid:stacked")
     assert stacked.execution["train"] != ["one by one"]
@@ -224,9 +209,9 @@ def test_task_of_a_notebook_is_named_by_its_content():
 def test_arrays_give_the_same_run_as_a_file(tmp_path, kind, task):
     path = save(tmp_path, kind)
     with np.load(path) as file:
-        arrays = dict(file)
-    population = fedbn.Population.from_arrays(**arrays, task=parse_task(task))
-    options = {"model": MODELS.get(kind, "mlp"), "task": task, "rounds": 2, "batch_size": 8}
+        columns = dict(file)
+    population = fedbn.Population.from_arrays(**columns, task=parse_task(task))
+    options = {"model": MODELS[task], "task": task, "rounds": 2, "batch_size": 8}
     first, second = (fedbn.federate(data, "fedbn", **options) for data in (f"files:path={path}", population))
     assert differences(first.outcome, second.outcome) == ()
     assert first.population.classes == second.population.classes

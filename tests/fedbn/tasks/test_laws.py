@@ -58,6 +58,16 @@ def test_task_metrics_ignore_order_and_padding(name):
 
 
 @every_task
+def test_task_metrics_of_curves_are_some_of_all_metrics(name):
+    task, outputs, y = example(name)
+    curve = task.evaluate(outputs, y, final=False)
+    assert task.main_metric in curve
+    assert curve.items() <= task.evaluate(outputs, y).items()
+    (row,) = task.evaluate_users(outputs[None], y[None], [N], final=False)
+    assert row == pytest.approx(curve, rel=1e-12)
+
+
+@every_task
 def test_task_posterior_is_a_distribution_or_absent(name):
     task, outputs, _ = example(name)
     p = task.posterior(outputs)
