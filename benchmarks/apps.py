@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from fedbn_simulations.engines.ray import federation_config
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--clients", default="10,100", help="comma-separated numbers of clients")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--examples", type=int, default=80, help="examples of a client; 80 %% are for training")
-    parser.add_argument("--backend", default="serial", help="backend of fedbn run")
+    parser.add_argument("--backends", default="serial,processes", help="comma-separated backends of fedbn run")
     parser.add_argument("--no-ray", action="store_true", help="do not measure Flower's Ray simulation")
     parser.add_argument("--into", type=Path, help="also update the block `apps` of this document")
     args = parser.parse_args(argv)
@@ -50,16 +51,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             settings = federation_config(nodes, len(os.sched_getaffinity(0)), "cpu")
             link.run_app(APP, "--federation-config", settings, "--run-config", config)
 
-        def in_process(nodes: int, config: str) -> None:
+        def with_backend(backend: str, nodes: int, config: str) -> None:
             command = [sys.executable, "-m", "fedbn", "run", str(APP), "--num-supernodes", str(nodes), "-c", config]
-            subprocess.run([*command, "--backend", args.backend], check=True, capture_output=True)
+            subprocess.run([*command, "--backend", backend], check=True, capture_output=True)
 
         for nodes in map(int, args.clients.split(",")):
             config = f"num-server-rounds={args.rounds} examples={args.examples}"
-            rows.append(measure(f"fedbn run, {args.backend}", in_process, nodes, config))
+            for backend in args.backends.split(","):
+                rows.append(measure(f"fedbn run, {backend}", partial(with_backend, backend), nodes, config))
             if not args.no_ray:
                 rows.append(measure("flwr run, Ray", on_ray, nodes, config))
-            print(rows[-1], file=sys.stderr)
+            print(markdown_table(rows), file=sys.stderr)
     table = markdown_table(rows)
     print(table)
     if args.into:

@@ -1,8 +1,8 @@
 """Federated and domain-adaptive batch normalization: what one needs by name, loaded when it is first used.
 
-The library imports neither Flower nor Ray. `compare`, `adapt`, `federate` and `load` belong to the package of
-experiments, which is built on this one; they are found by their entry point (group ``fedbn.api``), so nothing here
-imports upwards.
+The library imports neither Flower nor Ray. `compare`, `adapt`, `federate`, `load` and `run_simulation` belong to the
+package of experiments, which is built on this one; they are found by their entry point (group ``fedbn.api``), so
+nothing here imports upwards.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _HOME = {
     "personalize": "fedbn.online",
     "rule": "fedbn.online",
 }
-_ABOVE = ("adapt", "compare", "federate", "load")
+_ABOVE = ("adapt", "compare", "federate", "load", "run_simulation")
 
 __all__ = sorted([*_HOME, *_ABOVE])
 

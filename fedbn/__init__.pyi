@@ -20,5 +20,6 @@ from fedbn_simulations.api import adapt as adapt
 from fedbn_simulations.api import compare as compare
 from fedbn_simulations.api import federate as federate
 from fedbn_simulations.api import load as load
+from fedbn_simulations.engines.simulation import run_simulation as run_simulation
 
 __all__: list[str]

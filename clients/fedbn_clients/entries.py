@@ -30,6 +30,9 @@ AVAILABLE = ("owners", "prepare_model", "aggregate_statistics", "sync_statistics
 ARRAYS = "arrays"
 """Flower's default name of the record with the model."""
 
+NORMALIZATION = (Role.AFFINE, Role.STATISTICS, Role.COUNTER)
+"""Roles of the entries of batch normalization layers."""
+
 _lock = threading.Lock()
 
 
@@ -52,7 +55,8 @@ class Entries:
     def names(self, record: ArrayRecord) -> dict[str, str]:
         """The entry of the model for each key of a record.
 
-        Arrays without names, as of a ``NumPyClient``, are the model's state or its parameters, in their order.
+        Arrays without names, as of a ``NumPyClient``, are the model's state or its parameters, in their order, or those
+        outside of normalization layers, as of an app that applies FedBN by itself.
 
         Raises:
             UserError: arrays that the model does not have, or whose positions do not identify them.
@@ -63,19 +67,20 @@ class Entries:
         if not all(k.isdigit() for k in keys):
             odd = ", ".join([k for k in keys if k not in known][:3])
             raise UserError(f"the message has arrays that the model does not have ({odd}): pass the app's own model_fn")
-        for names in (list(known), list(self.parameters)):
+        outside = [name for name, role in known.items() if role not in NORMALIZATION]
+        for names in (list(known), list(self.parameters), outside):
             if len(names) == len(keys):
-                self._check_shapes(dict(zip(names, record.values(), strict=True)))
+                self._check_shapes(dict(zip(names, record.values(), strict=True)), everything=names is outside)
                 return dict(zip(keys, names, strict=True))
         raise UserError(
             f"the message has {len(keys)} arrays without names, but the model has {len(known)} entries and "
             f"{len(self.parameters)} parameters: send the arrays of the whole state_dict(), or all parameters()"
         )
 
-    def _check_shapes(self, arrays: Mapping[str, Array]) -> None:
+    def _check_shapes(self, arrays: Mapping[str, Array], *, everything: bool) -> None:
         for name, array in arrays.items():
             # Decoding is cheap for the small entries of normalization layers; they are what a strategy changes.
-            if self.ownership.owner(name) is LOCAL or self.ownership.roles[name] is Role.STATISTICS:
+            if everything or self.ownership.owner(name) is LOCAL or self.ownership.roles[name] is Role.STATISTICS:
                 shape, expected = tuple(array.numpy().shape), self.ownership.shapes[name]
                 if shape != expected:
                     raise UserError(

@@ -19,6 +19,7 @@ from torch import nn
 from fedbn.errors import UserError
 from fedbn.nn.roles import clone
 from fedbn.strategies.base import strategies
+from fedbn.strategies.fedbn import FedBN
 from fedbn_clients import entries as entries_module
 from fedbn_clients.mods import NORMALIZATION_STATE, _warn_once, normalization
 from fedbn_clients.persistence import STATE_DIR_VARIABLE
@@ -423,6 +424,16 @@ def test_strategies_that_need_more_than_arrays_are_refused_by_name(name):
             UserError, match=f"strategy '{name}' .*cannot be (applied|done) from outside|a convolutional"
         ):
             start()
+
+
+def test_arrays_outside_of_normalization_layers_are_matched_by_position():
+    """As those of an app that applies FedBN by itself, such as Flower's baseline."""
+    table = entries_module.entries(Net, FedBN())
+    names = [name for name in initial_state() if not name.startswith("scaler")]
+    values = [Array(initial_state()[name].numpy()) for name in names]
+    assert list(table.names(ArrayRecord(dict(zip("012", values, strict=True)))).values()) == names
+    with pytest.raises(UserError, match=r"position of first.weight has shape \[1, 6\], not \[6, 4\]"):
+        table.names(ArrayRecord({"0": values[1], "1": values[0], "2": values[2]}))
 
 
 def test_errors_name_mistake_and_fix():

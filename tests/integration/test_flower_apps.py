@@ -8,14 +8,18 @@ import torch
 from fedbn_clients.mods import normalization
 from fedbn_simulations.flower import strategies
 from tests.flower_apps import Net, message_app, server_app, simulate
+from tests.helpers import PYTHONPATH
 
 
 @pytest.mark.ray
 def test_mod_and_wrapper_give_the_same_results_on_ray(monkeypatch):
+    import ray
     from flwr.serverapp.strategy import FedAvg
     from flwr.simulation import run_simulation
 
+    ray.shutdown()  # Flower would use a session that an earlier simulation in this process has left
     monkeypatch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    monkeypatch.setenv("PYTHONPATH", PYTHONPATH)  # Flower extends it for the rest of the process
     norms = "fedbn-seeded"  # entries are stored, sent, and pooled
 
     def app():

@@ -41,7 +41,7 @@ def train(net, loader, epochs, lr):
             loss = nn.functional.cross_entropy(net(images), labels)
             loss.backward()
             optimizer.step()
-    return float(loss)
+    return loss.item()
 
 
 @torch.no_grad()

@@ -47,6 +47,10 @@ def run(
 
     Example: [bold]fedbn run examples/quickstart --num-supernodes 10 -c "num-server-rounds=5"[/]
     """
+    from fedbn_simulations.flower.processes import preload_workers
+
+    if backend == "processes":
+        preload_workers()
     from fedbn_simulations.engines.simulation import run_app
     from fedbn_simulations.flower.apps import FlowerApp
 

@@ -154,6 +154,7 @@ class SimulationGrid(InProcessGrid):
         super().__init__(cast(Any, client_app), nodes, run_config, run_id=run_id)
         self._seed, self._on_reply = seed, on_reply
         self._changed, self._closed = threading.Condition(), False
+        self._failure: Exception | None = None
         self._ready: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._waiting: dict[int, deque[Message]] = defaultdict(deque)
         self._calls: dict[int, int] = defaultdict(int)
@@ -180,24 +181,41 @@ class SimulationGrid(InProcessGrid):
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Return and remove the replies that have arrived, in the order of the ids."""
         with self._changed:
+            self.raise_failure()
             return super().pull_messages(message_ids)
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """Send messages and wait for the replies, at most ``timeout`` seconds; replies are in the order of messages."""
         ids = list(self.push_messages(messages))
         with self._changed:
-            self._changed.wait_for(lambda: all(i in self._replies for i in ids), timeout)
+            self._changed.wait_for(lambda: self._failure or all(i in self._replies for i in ids), timeout)
         return self.pull_messages(ids)
 
+    def raise_failure(self) -> None:
+        """Raise the exception that ended a worker, such as one of ``on_reply``."""
+        if self._failure is not None:
+            raise self._failure
+
     def close(self) -> None:
-        """Stop the workers; messages without a reply are dropped."""
-        self._closed = True
+        """Stop the workers; messages without a reply are dropped, and threads of the server that wait for one end."""
+        with self._changed:
+            self._closed = True
+            self._failure = self._failure or RuntimeError("the simulation has ended")
+            self._changed.notify_all()
         for _ in self._callers:
             self._ready.put(None)
         for caller in self._callers:
             caller.close()
 
     def _work(self, caller: Caller) -> None:
+        try:
+            self._answer(caller)
+        except Exception as error:  # without this worker, the server would wait forever
+            with self._changed:
+                self._failure = error
+                self._changed.notify_all()
+
+    def _answer(self, caller: Caller) -> None:
         """Answer the messages of one node after the other."""
         while (node := self._ready.get()) is not None and not self._closed:
             message = self._waiting[node][0]
@@ -299,6 +317,7 @@ def run_simulation(
     try:
         with task_identity(RUN_ID), seeded(None if seed is None else key(seed, "server")):
             server_app(grid=grid, context=context)
+            grid.raise_failure()  # servers of the former interface ignore it
     finally:
         grid.close()
     return context

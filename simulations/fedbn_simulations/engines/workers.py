@@ -6,7 +6,7 @@ caller unchanged.
 
 from __future__ import annotations
 
-import multiprocessing
+import os
 import queue
 import random
 import signal
@@ -23,7 +23,7 @@ import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from fedbn_simulations.flower.processes import STOP_SECONDS, end_with_parent
+from fedbn_simulations.flower.processes import STOP_SECONDS, end_with_parent, worker_context
 
 ClientCallable = Callable[[Message, Context], Message]
 Result = tuple[Message, Context]
@@ -151,15 +151,20 @@ class ProcessCaller:
 
     def __call__(self, message: Message, context: Context, seed: int | None) -> Result:
         """See `Caller`."""
-        connection = self._connection or self._start()
-        process = self._process
         try:
-            connection.send_bytes(cloudpickle.dumps((message, context, seed)))
+            call = cloudpickle.dumps((message, context, seed))
+        except Exception as error:
+            raise ClientCallError(f"the message or the state of the client cannot be pickled: {error}") from error
+        try:
+            connection = self._connection or self._start()
+            connection.send_bytes(call)
             if not connection.poll(self.seconds):
                 self.close()
                 raise _too_slow(self.seconds)
             result = cloudpickle.loads(connection.recv_bytes())
         except (EOFError, OSError):
+            process = self._process
+            process.join(1.0)  # its connection ends before its exit code is known
             self.close()
             raise ClientCallError(f"the worker process ended with exit code {process.exitcode}") from None
         if isinstance(result, tuple):
@@ -176,9 +181,10 @@ class ProcessCaller:
 
     def _start(self) -> Connection:
         """Start the process and wait until it has loaded the app, which does not count as time of a call."""
-        spawn = multiprocessing.get_context("spawn")
-        self._connection, remote = spawn.Pipe()
-        self._process = spawn.Process(target=_serve, args=(remote, self.app, self.threads), daemon=True)
+        context = worker_context()
+        self._connection, remote = context.Pipe()
+        arguments = (remote, self.app, self.threads, dict(os.environ))
+        self._process = context.Process(target=_serve, args=arguments, daemon=True)
         self._process.start()
         remote.close()
         self._connection.recv_bytes()
@@ -189,8 +195,9 @@ def _too_slow(seconds: float | None) -> ClientCallError:
     return ClientCallError(f"no reply after {seconds:g} seconds, the limit for each client")
 
 
-def _serve(connection: Connection, pickled_app: bytes, threads: int) -> None:
+def _serve(connection: Connection, pickled_app: bytes, threads: int, environment: dict[str, str]) -> None:
     """Answer calls until the parent ends."""
+    os.environ.update(environment)  # the server of processes has that of its own start
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles interrupts
     end_with_parent()
     torch.set_num_threads(threads)

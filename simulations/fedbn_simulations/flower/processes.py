@@ -20,9 +20,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import psutil
+
+if TYPE_CHECKING:  # not on Windows
+    from multiprocessing.context import ForkServerContext, SpawnContext
 
 HOST = "127.0.0.1"
 STOP_SECONDS = 10.0
@@ -139,6 +142,30 @@ def guard(group: ProcessGroup, directories: Sequence[str], owner: IO[bytes]) -> 
         group.stop()
         for directory in directories:
             shutil.rmtree(directory, ignore_errors=True)
+
+
+PRELOADED = ("fedbn_simulations.engines.workers", "torch._dynamo")
+"""Modules of every worker process. The first optimizer of a process imports the second one, which takes seconds."""
+
+
+def worker_context() -> SpawnContext | ForkServerContext:
+    """Context of `multiprocessing` for worker processes, which start in milliseconds where the system can fork.
+
+    They are forks of a process that has only imported modules, so they inherit neither threads nor devices.
+    """
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(PRELOADED))
+    return context
+
+
+def preload_workers() -> None:
+    """Begin to import the modules of worker processes, in parallel to the imports of this process."""
+    if worker_context().get_start_method() == "forkserver":
+        from multiprocessing import forkserver
+
+        forkserver.ensure_running()
 
 
 def end_with_parent() -> None:

@@ -8,6 +8,7 @@ import shutil
 import sys
 import threading
 import time
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -208,6 +209,78 @@ def test_on_reply_receives_messages_and_replies():
     pairs = []
     simulate(draw, 2, on_reply=lambda message, reply: pairs.append((message, reply)))
     assert [m.metadata.message_id for m, _ in pairs] == [r.metadata.reply_to_message_id for _, r in pairs]
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_exception_of_on_reply_ends_the_simulation(legacy):
+    """Also of a server that catches exceptions in its threads, as those of Flower's former interface."""
+
+    def fail(message, reply):
+        raise UserError("unknown arrays")
+
+    def server(grid, context):
+        messages = [Message(RecordDict(), node, "query") for node in grid.get_node_ids()]
+        with suppress(UserError if legacy else ()):
+            grid.send_and_receive(messages)
+
+    client = ClientApp()
+    client.query()(draw)
+    with pytest.raises(UserError, match="unknown arrays"):
+        run_simulation(server, client, 2, on_reply=fail)
+
+
+def test_threads_of_the_server_end_with_the_simulation():
+    started, ended = threading.Event(), threading.Event()
+
+    def wait(grid, node):
+        started.set()
+        with pytest.raises(RuntimeError, match="has ended"):
+            grid.send_and_receive([Message(RecordDict(), node, "query")])
+        ended.set()
+
+    def server(grid, context):
+        threading.Thread(target=wait, args=(grid, FIRST_NODE), daemon=True).start()
+        started.wait()
+        raise ZeroDivisionError
+
+    released = threading.Event()
+    client = ClientApp()
+
+    @client.query()
+    def block(message, context):
+        released.wait(10)
+        return reply(message, 1)
+
+    with pytest.raises(ZeroDivisionError):
+        run_simulation(server, client, 1)
+    assert ended.wait(5)
+    released.set()
+
+
+@pytest.mark.slow
+def test_app_that_cannot_be_loaded_in_a_worker_process_fails_at_each_client():
+    class App(ClientApp):
+        def __reduce__(self):
+            return int, ("not a number",)
+
+    found = []
+
+    def server(grid, context):
+        messages = [Message(RecordDict(), node, "query") for node in grid.get_node_ids()]
+        found.extend(r.error.reason for r in grid.send_and_receive(messages))
+
+    run_simulation(server, App(), 2, "processes", {"num_workers": 1})
+    assert found == ["the worker process ended with exit code 1"] * 2
+
+
+@pytest.mark.slow
+def test_worker_processes_see_the_current_environment(monkeypatch):
+    def environment(message, context):
+        return reply(message, os.environ["FEDBN_TEST_VALUE"])
+
+    for value in ("1", "2"):
+        monkeypatch.setenv("FEDBN_TEST_VALUE", value)
+        assert simulate(environment, 1, "processes") == [[value]]
 
 
 @pytest.mark.parametrize(

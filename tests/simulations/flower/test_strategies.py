@@ -33,7 +33,17 @@ from fedbn.statistics.moments import pooled_variance
 from fedbn.statistics.recalibration import recalibrate
 from fedbn_clients.mods import normalization as client_normalization
 from fedbn_simulations.flower.strategies import normalization
-from tests.flower_apps import Net, data, initial_state, message_app, server_app, simulate
+from tests.flower_apps import (
+    Net,
+    data,
+    initial_state,
+    local_error,
+    message_app,
+    node_context,
+    send,
+    server_app,
+    simulate,
+)
 
 MEAN, VAR, COUNTER = "scaler.running_mean", "scaler.running_var", "scaler.num_batches_tracked"
 STRATEGIES = {
@@ -170,12 +180,17 @@ def test_local_entries_stay_initial_at_the_server(norms):
         assert torch.equal(state[name], value) == local, name
 
 
-def test_seeded_statistics_at_the_server_are_the_pooled_ones_of_the_clients():
+def test_new_clients_start_from_the_pooled_statistics_of_the_seeded_ones():
+    """Mean and variance of the population: mean of the clients' variances plus variance of their means."""
     state, _, grid = train(normalization(FedAvg(min_available_nodes=3), Net, "fedbn-seeded"), "fedbn-seeded", rounds=2)
     own = [dict(grid.partition_context(i).state["fedbn.normalization"].to_torch_state_dict()) for i in range(3)]
     torch.testing.assert_close(state[MEAN], torch.stack([o[MEAN] for o in own]).mean(0))
     torch.testing.assert_close(state[VAR], pooled_variance([o[MEAN] for o in own], [o[VAR] for o in own], [1] * 3))
     torch.testing.assert_close(state["scaler.bias"], torch.stack([o["scaler.bias"] for o in own]).mean(0))
+    client, net = message_app([client_normalization(Net, "fedbn-seeded")]), Net()
+    reply = send(client, "evaluate", RecordDict({"arrays": ArrayRecord(state)}), node_context(7))
+    net.load_state_dict(state)
+    assert reply.content["metrics"]["error"] == local_error(net, *data(7))
 
 
 def test_recalibrated_statistics_are_the_moments_of_all_clients_data():
