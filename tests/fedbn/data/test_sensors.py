@@ -1,3 +1,4 @@
+import re
 from dataclasses import replace
 
 import pytest
@@ -16,9 +17,7 @@ def population(change=lambda x: x):
         y = torch.arange(20) % 2
         part = Examples(change(x) if i == 2 else x, y)
         users.append(User(name=f"u{i}", train=part, test=part))
-    return Population(
-        name="worn", users=tuple(users), classes=("a", "b"), seen=(0, 1, 2), unseen=(3,), skew="", triples=((0, 1, 2),)
-    )
+    return Population(tuple(users), (3,), ("a", "b"), "", triples=((0, 1, 2),))
 
 
 def clip(x):
@@ -37,7 +36,7 @@ def clip(x):
 )
 def test_another_unit_and_saturation_are_reported(change, message):
     [notice] = sensor_notices(population(change))
-    assert __import__("re").search(message, notice)
+    assert re.search(message, notice)
 
 
 def test_correct_recordings_have_no_notice():
