@@ -94,7 +94,7 @@ SATURATED = 0.1
 """Share of a channel's samples at one extreme value from which a window is saturated."""
 
 
-def clipped(x: Tensor, limit: Tensor) -> Tensor:
+def clipped(x: Tensor, limit: Tensor | float) -> Tensor:
     """Whether each channel ``[B, C]`` of windows ``[B, C, length]`` is saturated.
 
     Args:
@@ -151,7 +151,11 @@ class Alignment(SumsMethod):
         """
 
     @abstractmethod
-    def usable(self, x: Tensor, z: Tensor, prior: AlignmentPrior, triples: Triples) -> Tensor:
+    def limits(self, prior: AlignmentPrior) -> Any:
+        """What `usable` needs of the prior, computed once."""
+
+    @abstractmethod
+    def usable(self, x: Tensor, z: Tensor, limits: Any, triples: Triples) -> Tensor:
         """Whether each window ``[B]`` with summaries ``z`` may be used for estimates. Saturated windows may not.
 
         Raises:
@@ -222,7 +226,7 @@ class Alignment(SumsMethod):
         z, one_hot = self.summaries(data.x, data.triples), data.one_hot
         if prior is not None:
             self.check(z, prior)
-            usable = self.usable(data.x, z, prior, data.triples)
+            usable = self.usable(data.x, z, self.limits(prior), data.triples)
             z, one_hot = z[usable], one_hot[usable]
         n = one_hot.sum(0)
         present = n > 0
@@ -283,6 +287,11 @@ class Aligner:
         return self.alignment.estimator(self.prior)
 
     @cached_property
+    def limits(self) -> Any:
+        """Limits of usable windows."""
+        return self.alignment.limits(self.prior)
+
+    @cached_property
     def identity(self) -> Tensor:
         """Parameters ``[P]`` of the identity."""
         return self.alignment.identity(self.prior.mean.shape[1])
@@ -291,6 +300,11 @@ class Aligner:
     def informative(self) -> bool:
         """Whether the summaries of the classes determine a transformation."""
         return self.alignment.informative(self.prior)
+
+    @property
+    def values_per_user(self) -> int:
+        """Numbers in the state of a user, with M (D + 1) for the cells. In float32, each has four bytes."""
+        return sum(table.numel() for table in self.start(torch.zeros(1)).values())
 
     def to(self, function: Callable[[Tensor], Tensor]) -> Aligner:
         """Copy with every tensor of the prior replaced by ``function(tensor)``, in float64."""
@@ -325,7 +339,7 @@ class Aligner:
             UserError: the windows have another shape or unit.
         """
         z = self.alignment.summaries(x, self.triples)
-        return z, self.alignment.usable(x, z, self.prior, self.triples) & self.informative
+        return z, self.alignment.usable(x, z, self.limits, self.triples) & self.informative
 
     def learn(self, rows: dict[str, Tensor], slots: Tensor, z: Tensor, usable: Tensor, weight: Tensor) -> None:
         """Update the tables of different users ``slots`` ``[U]`` with one window each, in place.

@@ -62,29 +62,23 @@ class Gain(Alignment):
         x = x.double()
         return torch.cat([x.mean(2), log_deviation(x)], 1)
 
-    def usable(self, x: Tensor, z: Tensor, prior: AlignmentPrior, triples: Triples) -> Tensor:
-        layout = _layout(prior.mean)
-        mean, classes = layout.parts(prior.mean[prior.seen])[:2]
-        spread = layout.parts(z)[1]
-        self._require_unit(spread, prior)
-        top = mean.abs().amax(0) + SATURATION * classes.amax(0).exp()
-        return ~clipped(x, top).any(1) & (spread > classes.amin(0) + DEAD).all(1)
+    def limits(self, prior: AlignmentPrior) -> tuple[Tensor, Tensor, Tensor]:
+        """Log deviations of the most and of the least active class, and the largest normal values, ``[C]`` each."""
+        mean, classes = _layout(prior.mean).parts(prior.mean[prior.seen])[:2]
+        loudest = classes.amax(0)
+        return loudest, classes.amin(0) + DEAD, mean.abs().amax(0) + SATURATION * loudest.exp()
+
+    def usable(self, x: Tensor, z: Tensor, limits: tuple[Tensor, Tensor, Tensor], triples: Triples) -> Tensor:
+        loudest, dead, top = limits
+        spread = z[:, z.shape[1] // 2 :]
+        _require_unit(spread, loudest)
+        return ~clipped(x, top).any(1) & (spread > dead).all(1)
 
     def informative(self, prior: AlignmentPrior) -> bool:
         return bool((_layout(prior.mean).parts(prior.scale)[1] < UNDETERMINED).any())
 
     def check(self, z: Tensor, prior: AlignmentPrior) -> None:
-        self._require_unit(_layout(z).parts(z)[1].median(0).values[None], prior)
-
-    @staticmethod
-    def _require_unit(spread: Tensor, prior: AlignmentPrior) -> None:
-        loudest = _layout(prior.mean).parts(prior.mean[prior.seen])[1].amax(0)
-        excess = (spread - loudest).amin(1)
-        if bool((excess > ANOTHER_UNIT).any()):
-            raise UserError(
-                f"every channel varies at least {float(excess.max().exp()):.3g} times as much as in the seen clients' "
-                "most active class: use one unit for all of them (1 g is 9.81 m/s2)"
-            )
+        _require_unit(z[:, z.shape[1] // 2 :].median(0).values[None], self.limits(prior)[0])
 
     def transform(self, value: Tensor, z: Tensor) -> Tensor:
         return _layout(z).transform(value, z)
@@ -119,6 +113,15 @@ class Gain(Alignment):
 
 def _layout(z: Tensor) -> AffineLayout:
     return AffineLayout(z.shape[-1] // 2)
+
+
+def _require_unit(spread: Tensor, loudest: Tensor) -> None:
+    excess = (spread - loudest).amin(1)
+    if len(excess) and float(excess.max()) > ANOTHER_UNIT:
+        raise UserError(
+            f"every channel varies at least {float(excess.max().exp()):.3g} times as much as in the seen clients' most "
+            "active class: use one unit for all of them (1 g is 9.81 m/s2)"
+        )
 
 
 def _require(x: Tensor) -> None:

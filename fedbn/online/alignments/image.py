@@ -62,7 +62,10 @@ class Image(Alignment):
         kurtosis = (scaled.pow(4).mean(1) + 1e-3).log()
         return torch.stack([flat.mean(1), spread, scaled.pow(3).mean(1), edges, kurtosis], 1)
 
-    def usable(self, x: Tensor, z: Tensor, prior: AlignmentPrior, triples: Triples) -> Tensor:
+    def limits(self, prior: AlignmentPrior) -> None:
+        return None
+
+    def usable(self, x: Tensor, z: Tensor, limits: None, triples: Triples) -> Tensor:
         return z[:, 1] > BLANK
 
     def informative(self, prior: AlignmentPrior) -> bool:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
+from fedbn.errors import UserError
 from fedbn.online import fit_alignment
 from fedbn.online.alignments import quaternions as so3
 from fedbn.online.alignments.base import AlignmentPrior, alignments, merge_states
@@ -247,3 +248,42 @@ def test_noise_on_the_sums_leaves_a_valid_prior(name, aligner, case):
     prior = AlignmentPrior(**aligner.alignment.from_sums(noised))
     assert torch.linalg.eigvalsh(prior.cov).min() > 0
     assert (prior.spread > 0).all()
+
+
+@pytest.mark.slow
+def test_two_thousand_users_are_aligned_like_one(aligner, case):
+    users = 2000
+    x = case.distort(case.make(6, 18)[0], case.strong)
+    z, usable = aligner.measure(x)
+    tables = []
+    for count in (1, users):
+        rows = {k: v.repeat(count, *[1] * (v.dim() - 1)) for k, v in aligner.start(LIKE).items()}
+        for t in range(6):
+            every = torch.arange(count)
+            aligner.learn(
+                rows, every, z[t].expand(count, -1), usable[t].expand(count), torch.ones(count, dtype=torch.float64)
+            )
+        tables.append(rows)
+    for name, value in tables[0].items():
+        assert torch.allclose(tables[1][name], value.expand_as(tables[1][name]), atol=1e-6)
+    assert sum(v.numel() for v in tables[1].values()) == users * aligner.values_per_user
+    assert aligner.values_per_user < 500  # 100,000 users need less than 200 MB in float32
+
+
+@pytest.mark.parametrize("kind", ["gain", "rotation"])
+def test_windows_of_another_unit_are_refused(kind, fitted):
+    with pytest.raises(UserError, match="use one unit"):
+        fitted[kind].measure(9.81 * CASES[kind].make(4, 19)[0])
+
+
+@pytest.mark.parametrize("kind", ["gain", "image"])
+def test_windows_of_another_shape_are_refused(kind, fitted):
+    with pytest.raises(UserError, match=f"alignment '{kind}' works on"):
+        fitted[kind].measure(torch.zeros(2, 5))
+
+
+def test_saturated_and_dead_channels_are_not_used(fitted):
+    x, _ = CASES["gain"].make(4, 20)
+    x[1, 0] = torch.linspace(-20, 20, 24).clamp(-5.0, 5.0)
+    x[2, 4] = 0.0
+    assert fitted["gain"].measure(x)[1].tolist() == [True, False, False, True]
