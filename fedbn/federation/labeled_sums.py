@@ -15,7 +15,6 @@ from torch import nn
 
 from fedbn.errors import UserError
 from fedbn.federation.context import RunContext
-from fedbn.federation.failures import client_name, reported
 from fedbn.nn.roles import State
 from fedbn.nn.schema import Kind, Schema, TensorSpec
 from fedbn.online.alignments.base import alignments
@@ -115,10 +114,7 @@ def sums_of_clients(ctx: RunContext, model: nn.Module, method: SumsMethod) -> St
     """
 
     def exchange(number: int, received: State) -> State:
-        messages = []
-        for user in ctx.population.seen:
-            with reported(f"labeled sums, {client_name(user)}"):
-                messages.append(client_sums(ctx, user, model, method, number, received))
+        messages = [client_sums(ctx, user, model, method, number, received) for user in ctx.population.seen]
         return total_of(ctx, method, messages)
 
     return exchange_sums(method, exchange)
@@ -180,6 +176,5 @@ def _windows(ctx: RunContext, user: int, rows: int | None = None) -> LabeledWind
 
 
 def _example(ctx: RunContext, method: SumsMethod) -> State:
-    """Sums of a few rows, for their names and shapes."""
-    model = ctx.load(ctx.initial).eval()
-    return method.client_sums(model, _windows(ctx, ctx.population.seen[0], PROBE_ROWS), {})
+    """Sums of a few rows, for their names and shapes, which do not depend on the model's weights."""
+    return method.client_sums(ctx.scratch.eval(), _windows(ctx, ctx.population.seen[0], PROBE_ROWS), {})
