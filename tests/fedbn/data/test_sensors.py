@@ -16,7 +16,7 @@ def population(change=lambda x: x):
         x[:, 0] += 1.0
         y = torch.arange(20) % 2
         part = Examples(change(x) if i == 2 else x, y, torch.zeros_like(y))
-        users.append(User(name=f"u{i}", train=part, test=part))
+        users.append(User(f"u{i}", "", part, part))
     return Population(tuple(users), (3,), ("a", "b"), "", triples=((0, 1, 2),))
 
 
