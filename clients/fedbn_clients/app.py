@@ -15,6 +15,7 @@ from flwr.clientapp import ClientApp
 
 from fedbn.errors import UserError
 from fedbn.federation.context import CENTRAL_TRAINER, RunContext
+from fedbn.federation.labeled_sums import client_sums, parse_sums_method
 from fedbn.federation.metrics import Column
 from fedbn.federation.protection import protect_update
 from fedbn.federation.run import Run
@@ -172,6 +173,18 @@ def sync_statistics(message: Message, context: Context) -> Message:
     """Return the next moments for the synchronization of statistics; an empty record ends the exchange."""
     job = SyncStatistics(*_inputs(message, context), aggregates_from(message.content))
     return _moments_reply(message, execute(job))
+
+
+@app.query("labeled_sums")
+def labeled_sums(message: Message, context: Context) -> Message:
+    """Return the labeled sums of an alignment or a matched head under the served model."""
+    ctx, user, served, _ = _inputs(message, context, evaluate=True)
+    config = cast(ConfigRecord, message.content["config"])
+    method, number = parse_sums_method(str(config["method"])), cast(int, config["number"])
+    broadcast = _optional(message.content, "broadcast", ctx.run.device)
+    model = ctx.load(ctx.assemble(served, None))
+    sums = client_sums(ctx, user, model, method, number, broadcast)
+    return Message(RecordDict({"sums": to_record_by_reference(sums)}), reply_to=message)
 
 
 @app.query("partition")

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from fedbn.auditing.lints import LEVELS, LINTS, Finding
@@ -125,6 +125,7 @@ def audit(
     shape: tuple[int, ...] | None = None,
     head: str = "",
     private: str = "",
+    data: tuple[Tensor, Tensor] | None = None,
 ) -> Audit:
     """List owners and bytes of a model's entries and run the lints; the model is not changed.
 
@@ -138,6 +139,8 @@ def audit(
         head: paths of the layers that form the head, comma-separated; empty: the last layer before the logits, or
             without ``shape`` the last registered one.
         private: paths of layers that stay local to each client, comma-separated.
+        data: examples ``[n, *shape]`` of one client's training data and their classes ``[n]``, to compare the accuracy
+            of a trained model under batch statistics with that under its running statistics.
 
     Raises:
         UserError: if ``batch_size`` or ``shape`` is below one, the strategy is unknown, a path matches nothing, or a
@@ -178,7 +181,7 @@ def audit(
         )
         for key, value in state.items()
     )
-    subject = Subject(model, state, ownership, chosen.norm, batch_size, shape)
+    subject = Subject(model, state, ownership, chosen.norm, batch_size, shape, data)
     findings = [finding for lint in LINTS for finding in lint(subject)]
     return Audit(
         type(model).__name__,

@@ -20,7 +20,9 @@ from torch.nn.parameter import is_lazy
 from fedbn.auditing.subject import Subject
 from fedbn.models.inspection import EXAMPLES, head_notice
 from fedbn.nn.conversion import channels_of
-from fedbn.nn.roles import Role, head, keeps_statistics
+from fedbn.nn.plain import copy_model
+from fedbn.nn.roles import Role, head, keeps_statistics, statistics_layers
+from fedbn.statistics.mismatch import LARGE_GAP, REMEDY, outputs_in_both_modes
 from fedbn.strategies.base import StatelessNorm
 
 Level = Literal["error", "warning", "note"]
@@ -307,6 +309,19 @@ def _after_head(s: Subject) -> Iterator[Finding]:
         yield Finding("warning", "after-head", where, message, fix)
 
 
+def _mismatch(s: Subject) -> Iterator[Finding]:
+    if s.data is None or s.lazy or not statistics_layers(s.model):
+        return
+    x, y = s.data
+    model = copy_model(s.model)
+    batch, served = (
+        float((out.argmax(1) == y).double().mean()) for out in outputs_in_both_modes(model, x, s.batch_size)
+    )
+    if batch - served > LARGE_GAP:
+        message = f"accuracy on training data is {batch:.3f} with batch statistics and {served:.3f} with running ones"
+        yield Finding("warning", "mismatch", (), message, REMEDY)
+
+
 LINTS: tuple[Lint, ...] = (
     _no_norm,
     _lazy,
@@ -330,4 +345,5 @@ LINTS: tuple[Lint, ...] = (
     _fewest_values,
     _conversion,
     _idle_bias,
+    _mismatch,
 )

@@ -73,9 +73,10 @@ class Subject:
         strategy: NormStrategy,
         batch_size: int,
         shape: tuple[int, ...] | None,
+        data: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         self.model, self.state, self.ownership, self.strategy = model, state, ownership, strategy
-        self.batch_size, self.shape = batch_size, shape
+        self.batch_size, self.shape, self.data = batch_size, shape, data
         modules = dict(model.named_modules(remove_duplicate=False))
         self.lazy = [k for k, v in state.items() if is_lazy(v)]
         self.norms = norm_layers(model)

@@ -7,13 +7,15 @@ Clients run `client_round`, `client_evaluation` and `client_sync_statistics`; th
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 from fedbn.federation.client import client_evaluation, client_round, client_sync_first_batch, client_sync_statistics
 from fedbn.federation.cold_start import statistics_for, summarize
 from fedbn.federation.context import RunContext
 from fedbn.federation.failures import client_name, reported
+from fedbn.federation.labeled_sums import client_sums, collect_sums
 from fedbn.federation.metrics import COLUMNS, Score
 from fedbn.federation.protection import protect_update
 from fedbn.federation.run import Run
@@ -32,6 +34,8 @@ from fedbn.federation.server import (
     with_synced_statistics,
 )
 from fedbn.federation.setup import build_context
+from fedbn.nn.roles import State
+from fedbn.online.sums import SumsMethod
 from fedbn.statistics.consensus import run_consensus
 from fedbn.statistics.moments import Moments
 from fedbn.strategies.base import Progress
@@ -44,6 +48,7 @@ def federate(
     step: ServerStep | None = None,
     resume: Outcome | None = None,
     on_round: Callable[[int, Outcome], None] | None = None,
+    sums: Sequence[str] = (),
 ) -> Outcome:
     """Run federated training in one process, as the reference for every engine.
 
@@ -53,6 +58,7 @@ def federate(
         step: the server's optimizer step on parameters; by default the server takes the mean.
         resume: an unfinished outcome to resume.
         on_round: callback after each round, with its number and the outcome.
+        sums: alignments and heads for which the clients send sums after training, such as ``matched``.
 
     Raises:
         ClientError: a client raised an exception; its content is in the clients' log only.
@@ -93,7 +99,18 @@ def federate(
         out.seconds = previous_seconds + time.perf_counter() - start
         if on_round:
             on_round(number, out)
+    out.sums |= collect_sums(ctx, [text for text in sums if text not in out.sums], partial(_send_sums, ctx, out))
     return out
+
+
+def _send_sums(ctx: RunContext, out: Outcome, method: SumsMethod, number: int, received: State) -> list[State]:
+    messages = []
+    for user in ctx.population.seen:
+        with reported(f"labeled sums, {client_name(user)}"):
+            model = ctx.load(ctx.assemble(out.server.serving, None))
+            messages.append(client_sums(ctx, user, model, method, number, received))
+    out.traffic.count_sums(received, messages)
+    return messages
 
 
 def _sync_statistics(ctx: RunContext, out: Outcome) -> Iterator[dict[str, Moments]]:

@@ -117,6 +117,7 @@ class Outcome:
         failures: tolerated client failures.
         traffic: bytes sent besides the model's entries.
         trained: last round in which each user's training was aggregated.
+        sums: results of the labeled sums of seen clients (`fedbn.federation.labeled_sums`), by alignment or head.
         execution: how an executor ran the jobs, by kind (`fedbn.stacked.executors.Execution`); empty without one.
     """
 
@@ -128,6 +129,7 @@ class Outcome:
     failures: list[ClientFailure] = field(default_factory=list)
     traffic: Traffic = field(default_factory=Traffic)
     trained: dict[int, int] = field(default_factory=dict)
+    sums: dict[str, State] = field(default_factory=dict)
     execution: dict[str, list[str]] = field(default_factory=dict)
 
     def notices(self) -> list[str]:

@@ -10,6 +10,7 @@ import torch
 from fedbn.config import parts
 from fedbn.data.partition import repartition
 from fedbn.data.population import Population, User
+from fedbn.data.sensors import sensor_notices
 from fedbn.data.shift import shift
 from fedbn.data.splits import carve_validation
 from fedbn.errors import UserError
@@ -105,4 +106,4 @@ def build_context_for(run: Run, population: Population) -> RunContext:
     model = chosen.norm.prepare_model(model).to(run.device)
     ownership = Ownership.of(model, chosen, parts(run.private))
     ctx = RunContext(run, population, task, chosen, ownership, clone(model.state_dict()), model, ())
-    return replace(ctx, notices=(*population.notices, *notices, *check_context(ctx)))
+    return replace(ctx, notices=(*population.notices, *sensor_notices(population), *notices, *check_context(ctx)))

@@ -74,6 +74,11 @@ class Traffic:
         _add(self.down, REPEATED, len(updates) * sum(_sizes(aggregates)))
         _add(self.up, "notes", sum(_size(update.notes) for update in updates))
 
+    def count_sums(self, received: State, messages: Sequence[State]) -> None:
+        """Count a round of labeled sums: the result of the round before, and the messages of all clients."""
+        _add(self.down, "labeled sums", len(messages) * _size(received))
+        _add(self.up, "labeled sums", sum(map(_size, messages)))
+
     def rows(self) -> list[dict[str, Any]]:
         """Rounded bytes per client and round, one row per purpose, in the format of `Ownership.rows`."""
         purposes = [p for p in dict.fromkeys([*self.down, *self.up]) if self.down.get(p) or self.up.get(p)]

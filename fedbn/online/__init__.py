@@ -1,6 +1,7 @@
 """Statistics that follow users: a bank of thousands of users in one network, rules, states as values."""
 
 from fedbn.online.alignments.base import Aligner, Alignment, fit_alignment
+from fedbn.online.matched import Matched, MatchedHead, fit_matched_head
 from fedbn.online.methods import rule
 from fedbn.online.personalized import Personalized, personalize
 from fedbn.online.prior import LayerPrior, population_prior, source_prior
@@ -16,12 +17,15 @@ __all__ = [
     "BNState",
     "DirectoryStore",
     "LayerPrior",
+    "Matched",
+    "MatchedHead",
     "Personalized",
     "Rule",
     "SQLiteStore",
     "State",
     "Store",
     "fit_alignment",
+    "fit_matched_head",
     "follow_rule",
     "personalize",
     "population_prior",

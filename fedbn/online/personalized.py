@@ -22,6 +22,7 @@ from fedbn.nn.roles import CLASSES, head_layer, statistics_layers
 from fedbn.online.alignments.base import Aligner, split_alignment
 from fedbn.online.bank import Bank, Group
 from fedbn.online.layer import Pass, Transform, UserNorm, affine_entry, user_norm, write_statistics
+from fedbn.online.matched import MatchedHead, record_features
 from fedbn.online.prior import LayerPrior, pack_priors
 from fedbn.online.rules.base import Rule, not_a_rule
 from fedbn.online.rules.base import rule as parse_rule
@@ -71,6 +72,7 @@ def personalize(
     store: Store | None = None,
     classes: int | None = None,
     align: Aligner | None = None,
+    head: MatchedHead | None = None,
 ) -> Personalized:
     """Copy of ``model`` with separate statistics for every user.
 
@@ -85,10 +87,11 @@ def personalize(
         store: store for users that are not in memory; None: a dict.
         classes: number of classes; None: that of a built model, or the width of its last layer.
         align: aligns the input of every user before the network (`fedbn.online.fit_alignment`).
+        head: mixes its probabilities with the network's (`fedbn.online.fit_matched_head`).
 
     Raises:
         UserError: an unknown rule or a test-time method, a model without statistics or with layers that do not evaluate
-            as BN (such as IABN), or a prior that does not match the model.
+            as BN (such as IABN), or a prior or head that does not match the model.
 
     >>> net = personalize(nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 3)), "pseudo:n0=8")
     >>> net(torch.ones(3, 2), user=["ann", "bob", "ann"]).shape, net.users
@@ -118,7 +121,10 @@ def personalize(
     )
     classes, store = classes or _num_classes(model), {} if store is None else store
     bank = Bank(rule, start, (weight, bias), spans, classes, capacity, store, fingerprint(model), align)
-    return Personalized(inner, bank, duplicates, statistics_layers(model))
+    if head is not None:
+        with record_features(inner):  # checks the last layer
+            pass
+    return Personalized(inner, bank, duplicates, statistics_layers(model), head)
 
 
 class Personalized(Users):
@@ -127,10 +133,19 @@ class Personalized(Users):
     Attributes:
         model: the network, with unchanged state names; without users it computes the source model.
         bank: statistics of the users.
+        head: matched head, or None.
     """
 
-    def __init__(self, model: nn.Module, bank: Bank, duplicates: str, plain: dict[str, nn.Module]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        bank: Bank,
+        duplicates: str,
+        plain: dict[str, nn.Module],
+        head: MatchedHead | None = None,
+    ) -> None:
         super().__init__(model, bank)
+        self.head = head
         self._sequential = duplicates == "sequential"
         self._plain = plain
         self._spans = list(bank.spans.values())
@@ -173,11 +188,19 @@ class Personalized(Users):
         if record and rule.learns_from_train_pass:
             _, recorded = self._run(x, self._train_transform(group), mask=mask)
         out, fallback = adapted, None
+        if self.head is not None:
+            with record_features(self.model) as found:
+                source, _ = self._run(x, self._prior_transform(group), record=False)
+            features = found[0]
+        elif rule.guard:
+            source, _ = self._run(x, self._prior_transform(group), record=False)
         if rule.guard:
-            fallback, _ = self._run(x, self._prior_transform(group), record=False)
+            fallback = source
             rows = group.slots[group.row]
             uncertain = self.bank.rows["entropy"][rows] > self.bank.rows["prior_entropy"][rows]
             out = torch.where(uncertain.view(-1, *[1] * (adapted.dim() - 1)), fallback, adapted)
+        if self.head is not None:
+            out = self.head.mix(features, out)
         self._last = _Prediction(ids, out, adapted, fallback, recorded, summaries)
         return out
 
@@ -335,11 +358,12 @@ class Personalized(Users):
         """Plain copy of the network with the original layer types and a user's statistics, to fold or export.
 
         Raises:
-            UserError: the rule normalizes each window by itself, or the input is aligned.
+            UserError: the rule normalizes each window by itself, the input is aligned, or there is a matched head.
         """
-        if self.bank.aligner is not None:
+        if self.bank.aligner is not None or self.head is not None:
             raise UserError(
-                "a plain network cannot align its input: personalize without align, or use the personalized model"
+                "a plain network cannot align its input or mix two heads: personalize without align and head, or use "
+                "the personalized model"
             )
         statistics = self.statistics(user)
         plain = copy.deepcopy(self._plain)
@@ -361,6 +385,7 @@ class Personalized(Users):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Personalized:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.bank.apply(fn)
+        self.head = None if self.head is None else self.head.to(fn)
         return self
 
     def _require_last(self) -> _Prediction:

@@ -108,7 +108,7 @@ class BNState:
     def decay(self, factor: float) -> BNState:
         """Multiply the weight of every window by ``factor``; mean and variance do not change."""
         parts = {path: tuple(m.decay(factor) for m in ms) for path, ms in self.parts.items()}
-        alignment = {k: v * factor if k == "n" else v for k, v in self.alignment.items()}
+        alignment = {k: v * factor if k in ("n", "evidence") else v for k, v in self.alignment.items()}
         return replace(self, parts=parts, classes=self.classes * factor, alignment=alignment)
 
     def shrink(self, prior: BNState, n0: float) -> BNState:

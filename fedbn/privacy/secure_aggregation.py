@@ -58,8 +58,11 @@ def modular_sum(messages: Sequence[Words]) -> Words:
     return np.sum(np.stack(messages), axis=0, dtype=np.uint64)
 
 
-def pairwise_mask(user: int, others: Sequence[int], size: int, seed: int, round: int) -> Words:
-    """Mask that a client adds to its message; the masks of all clients of a round sum to 0 modulo 2^64."""
+def pairwise_mask(user: int, others: Sequence[int], size: int, seed: int, round: int | str) -> Words:
+    """Mask that a client adds to its message; the masks of all clients of a round sum to 0 modulo 2^64.
+
+    ``round`` is the number or name of the round; no two sums may share it.
+    """
     out = np.zeros(size, dtype=np.uint64)
     for other in others:
         if other != user:

@@ -10,7 +10,9 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from fedbn.config import parts
 from fedbn.errors import UserError
+from fedbn.federation.labeled_sums import require_sums
 from fedbn.federation.run import Run
 from fedbn.federation.setup import build_context
 from fedbn_clients.config import run_from_config
@@ -30,6 +32,7 @@ def main(grid: Grid, context: Context) -> None:
 
     With ``out`` in the run-config, the server writes a checkpoint to that file after every round, and the same run with
     the same file resumes from it. ``wait`` and ``timeout`` limit the seconds for which it waits for nodes and replies.
+    ``sums`` names alignments and heads, such as ``"rotation,matched"``, for which the clients send sums after training.
     ``users`` names a file that binds each user to the public key of a node (`fedbn_simulations.server.keys`).
     """
     set_threads()
@@ -37,10 +40,14 @@ def main(grid: Grid, context: Context) -> None:
     out = str(context.run_config.get("out", ""))
     listener = _checkpoints(Path(out), run) if out else _listener.get()
     safeguards = Safeguards.from_config(context.run_config)
-    if not (out and listener and listener.resume and listener.resume.scores):
+    sums = parts(str(context.run_config.get("sums", "")))
+    if sums:
+        require_sums(build_context(run), sums)
+    resume = listener.resume if out and listener else None
+    if not (resume and resume.scores and set(sums) <= resume.sums.keys()):
         timeout = _seconds(context, "timeout", REPLY_SECONDS)
         wait = _seconds(context, "wait", WAIT_SECONDS)
-        run_rounds(grid, run, listener, timeout, wait, _keys(context, run), safeguards)
+        run_rounds(grid, run, listener, timeout, wait, _keys(context, run), safeguards, sums)
 
 
 def _seconds(context: Context, name: str, default: float) -> float:

@@ -54,9 +54,10 @@ def short_run(strategy, rounds):
 def test_deployment_with_tls_matches_grid(mark):
     """The resumed run below tests a deployment without TLS."""
     messages = []
-    result = deploy(short_run("silobn", 1), tls=True, notify=messages.append)
+    result = deploy(short_run("silobn", 1), tls=True, notify=messages.append, sums=("image", "matched"))
     assert result.differences == ()
     assert len(result.deployed.curve) == 1
+    assert list(result.deployed.sums) == ["image", "matched"]
     assert result.deployed.scores.keys() == {0, 1, 2}
     assert "with TLS, node authentication and users bound to keys" in messages[0]
     assert messages[1].startswith("3 SuperNodes are online")

@@ -19,61 +19,26 @@ their sums by the means of the round before.
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedbn.errors import UserError
+from fedbn.nn.roles import State
 from fedbn.online.alignments.cells import Cells, insert, reduce
+from fedbn.online.sums import LabeledWindows, SumsMethod, Triples, positive, sums_of_users
 from fedbn.plugins import discover, parse, render
-
-ROUNDS = 6
-"""Rounds of sums with which clients are aligned with each other."""
 
 MARGIN = 1e-6
 """Smallest gain in J, in nats, for which a candidate replaces the identity."""
 
-STATE = ("n", "mean", "value", "count")
+STATE = ("n", "mean", "value", "count", "evidence")
 """Names of the tensors in the state of a user."""
-
-Triples = tuple[tuple[int, int, int], ...]
-"""Channels of the axes x, y, z of each sensor of one device. The first is an accelerometer that measures gravity."""
-
-
-@dataclass(frozen=True)
-class LabeledSums:
-    """Sums over the labeled windows of one or more clients, float64. ``a + b`` are the sums of both.
-
-    Attributes:
-        n: ``[K]`` windows of each class.
-        first: ``[K, D]`` sums of the aligned summaries.
-        second: ``[K, D, D]`` sums of their outer products.
-        clients: ``[K]`` clients that have the class.
-        means: ``[K, D]`` sums of these clients' class means, so that each counts equally.
-        square: ``[P]`` sums of the squared coordinates of the clients' transformations.
-        total: number of clients, 0-d.
-    """
-
-    n: Tensor
-    first: Tensor
-    second: Tensor
-    clients: Tensor
-    means: Tensor
-    square: Tensor
-    total: Tensor
-
-    def __add__(self, other: LabeledSums) -> LabeledSums:
-        return LabeledSums(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
-
-    @property
-    def bytes(self) -> int:
-        """Size of a message with these sums."""
-        return sum(getattr(self, f.name).numel() * 8 for f in fields(self))
 
 
 @dataclass(frozen=True)
@@ -108,13 +73,45 @@ class AlignmentPrior:
         return self.cov[self.seen].diagonal(dim1=1, dim2=2).mean(0).sqrt()
 
 
-Estimator = Callable[[Cells, Tensor], Tensor]
-"""Parameters ``[U, P]`` with the largest J among those found, the identity included, from the cells ``[U, M]`` and
-``[U, M, D]`` of each user and the last parameters ``[U, P]``, all float64."""
+class Search(Protocol):
+    """Search for the parameters of users; all tensors are float64."""
+
+    def __call__(self, cells: Cells, last: Tensor) -> Tensor:
+        """Parameters ``[U, P]`` with the largest J among those found, the identity included.
+
+        Args:
+            cells: ``[U, M]`` and ``[U, M, D]``.
+            last: last parameters ``[U, P]``.
+        """
+        ...
+
+    def likelihood(self, n: Tensor, z: Tensor, value: Tensor) -> Tensor:
+        """The first term of J ``[U, S]`` for cells ``[U, M]``, ``[U, M, D]`` and parameters ``[U, S, P]``."""
+        ...
+
+
+SATURATED = 0.1
+"""Share of a channel's samples at one extreme value from which a window is saturated."""
+
+
+def clipped(x: Tensor, limit: Tensor | float) -> Tensor:
+    """Whether each channel ``[B, C]`` of windows ``[B, C, length]`` is saturated.
+
+    Args:
+        x: the windows.
+        limit: absolute value up to which a repeated extreme value is normal, 0-d or ``[C]``.
+
+    >>> clipped(torch.tensor([[[0.0, 2, 2, 2], [0.0, 1, 2, 3]]]), torch.tensor(1.0))
+    tensor([[ True, False]])
+    """
+    size = x.abs()
+    top = size.amax(2, keepdim=True)
+    repeats = (size == top).double().mean(2)
+    return (repeats >= SATURATED) & (repeats * x.shape[2] > 1) & (top[:, :, 0] > limit)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Alignment(ABC):
+class Alignment(SumsMethod):
     """Base class of alignments; fields are options.
 
     Attributes:
@@ -127,9 +124,9 @@ class Alignment(ABC):
         memory: windows after which the weight of a window has fallen to 1/e; 0: all windows count equally.
     """
 
-    name: ClassVar[str]
     about: ClassVar[str]
     source: ClassVar[str] = ""
+    sum_rounds = 6
 
     cells: int = 32
     every: int = 5
@@ -142,8 +139,8 @@ class Alignment(ABC):
                 raise UserError(f"alignment {self.name!r}: {option}={value:g} is out of range; use {low:g} or more")
 
     @abstractmethod
-    def identity(self) -> Tensor:
-        """Parameters ``[P]`` of the identity."""
+    def identity(self, dims: int) -> Tensor:
+        """Parameters ``[P]`` of the identity, for ``dims`` summaries."""
 
     @abstractmethod
     def summaries(self, x: Tensor, triples: Triples) -> Tensor:
@@ -154,8 +151,12 @@ class Alignment(ABC):
         """
 
     @abstractmethod
-    def usable(self, x: Tensor, prior: AlignmentPrior, triples: Triples) -> Tensor:
-        """Whether each window ``[B]`` may be used for estimates. Saturated windows, for example, may not.
+    def limits(self, prior: AlignmentPrior) -> Any:
+        """What `usable` needs of the prior, computed once."""
+
+    @abstractmethod
+    def usable(self, x: Tensor, z: Tensor, limits: Any, triples: Triples) -> Tensor:
+        """Whether each window ``[B]`` with summaries ``z`` may be used for estimates. Saturated windows may not.
 
         Raises:
             UserError: the windows have another unit than those of the seen clients.
@@ -165,7 +166,7 @@ class Alignment(ABC):
         """Whether the summaries of the classes determine a transformation at all; otherwise it is the identity."""
         return True
 
-    def check(self, z: Tensor, prior: AlignmentPrior) -> None:  # noqa: B027 (most alignments have no unit)
+    def check(self, z: Tensor, prior: AlignmentPrior) -> None:
         """Check the summaries ``[n, D]`` of a seen client.
 
         Raises:
@@ -189,11 +190,16 @@ class Alignment(ABC):
         """Regularized covariances of the classes ``[K, D, D]``."""
 
     @abstractmethod
-    def floor(self) -> float:
-        """Least spread between clients, as a standard deviation of a coordinate."""
+    def spread(self, square: Tensor, cov: Tensor) -> Tensor:
+        """Variance of the coordinates between clients ``[P]``, with a least one.
+
+        Args:
+            square: mean squared coordinates of the clients ``[P]``.
+            cov: covariances of the classes.
+        """
 
     @abstractmethod
-    def estimator(self, prior: AlignmentPrior) -> Estimator:
+    def estimator(self, prior: AlignmentPrior) -> Search:
         """Search for the parameters with the largest J."""
 
     @abstractmethod
@@ -206,61 +212,59 @@ class Alignment(ABC):
 
     # ---------------------------------------------------------------- what clients send
 
-    def sums(
-        self, x: Tensor, y: Tensor, classes: int, triples: Triples, prior: AlignmentPrior | None = None
-    ) -> LabeledSums:
-        """What a client sends in a round.
+    def client_sums(self, model: nn.Module | None, data: LabeledWindows, received: State) -> State:
+        """What a client sends in a round; the windows are aligned by the prior of the round before.
 
-        Args:
-            x: windows ``[n, *shape]``.
-            y: labels ``[n]``.
-            classes: number of classes K.
-            triples: channels of the sensors' axes.
-            prior: that of the round before; None in the first round.
+        The sums are: ``n`` ``[K]`` windows of each class, ``first`` ``[K, D]`` and ``second`` ``[K, D, D]`` sums of the
+        summaries and of their outer products, ``clients`` ``[K]`` 1 for classes of this client, ``means`` ``[K, D]``
+        its class means, ``square`` ``[P]`` squared coordinates of its transformation, and ``total``, which is 1.
 
         Raises:
             UserError: the windows have another shape or unit.
         """
-        z = self.summaries(x, triples)
+        prior = AlignmentPrior(**received) if received else None
+        z, one_hot = self.summaries(data.x, data.triples), data.one_hot
         if prior is not None:
             self.check(z, prior)
-            usable = self.usable(x, prior, triples)
-            z, y = z[usable], y[usable]
-        one_hot = torch.nn.functional.one_hot(y, classes).to(z)
+            usable = self.usable(data.x, z, self.limits(prior), data.triples)
+            z, one_hot = z[usable], one_hot[usable]
         n = one_hot.sum(0)
         present = n > 0
-        value = self.identity().to(z)
+        value = self.identity(z.shape[1]).to(z)
         if prior is not None and present.any():
             means = (one_hot.T @ z)[present] / n[present, None]
             known = prior.seen[present]
             value = self.register(prior, means[known], present.nonzero()[:, 0][known])
         z = self.transform(value, z)
         first = one_hot.T @ z
-        return LabeledSums(
-            n,
-            first,
-            torch.einsum("nk,ni,nj->kij", one_hot, z, z),
-            present.to(z),
-            torch.where(present[:, None], first / n.clamp_min(1)[:, None], 0.0),
-            self.coordinates(value).square(),
-            torch.ones((), dtype=z.dtype),
-        )
+        return {
+            "n": n,
+            "first": first,
+            "second": torch.einsum("nk,ni,nj->kij", one_hot, z, z),
+            "clients": present.to(z),
+            "means": torch.where(present[:, None], first / n.clamp_min(1)[:, None], 0.0),
+            "square": self.coordinates(value).square(),
+            "total": torch.ones((), dtype=z.dtype),
+        }
 
-    def combine(self, sums: LabeledSums) -> AlignmentPrior:
-        """The prior of a round, from the sums over clients.
+    def from_sums(self, total: State) -> State:
+        """The fields of the `AlignmentPrior` of a round.
 
         Raises:
             UserError: no client has a labeled window.
         """
-        seen = sums.n > 0
+        n, clients = total["n"], total["clients"]
+        # Noise can make a count of 0 slightly positive; a class needs half a client.
+        seen = (n > 0) & (clients > 0.5)
         if not seen.any():
             raise UserError(f"alignment {self.name!r} needs labeled windows of seen clients: none has any")
-        mean = sums.means / sums.clients.clamp_min(1)[:, None]
-        n = sums.n.clamp_min(1)[:, None, None]
-        cross = sums.first[:, :, None] * mean[:, None] / n
-        cov = sums.second / n - cross - cross.mT + mean[:, :, None] * mean[:, None]
-        spread = (sums.square / sums.total).mean().clamp_min(self.floor() ** 2).expand(len(sums.square))
-        return AlignmentPrior(mean, self.covariance(cov, mean), spread, seen)
+        mean = torch.where(seen[:, None], total["means"] / clients.clamp_min(0.5)[:, None], 0.0)
+        size = torch.where(seen, n, 1.0)[:, None, None]
+        cross = total["first"][:, :, None] * mean[:, None] / size
+        cov = torch.where(seen[:, None, None], total["second"] / size - cross - cross.mT, 0.0)
+        cov = self.covariance(positive(cov + mean[:, :, None] * mean[:, None]), mean)
+        square = (total["square"] / total["total"].clamp_min(0.5)).clamp_min(0)
+        return {"mean": mean, "cov": cov, "spread": self.spread(square, cov[seen]), "seen": seen}
 
 
 @dataclass(frozen=True)
@@ -271,23 +275,36 @@ class Aligner:
         alignment: the alignment.
         prior: of the federation.
         triples: channels of the sensors' axes.
-        bytes: bytes that a client sent for the prior.
     """
 
     alignment: Alignment
     prior: AlignmentPrior
     triples: Triples = ()
-    bytes: int = 0
 
     @cached_property
-    def estimator(self) -> Estimator:
+    def estimator(self) -> Search:
         """Search for parameters with this prior."""
         return self.alignment.estimator(self.prior)
+
+    @cached_property
+    def limits(self) -> Any:
+        """Limits of usable windows."""
+        return self.alignment.limits(self.prior)
+
+    @cached_property
+    def identity(self) -> Tensor:
+        """Parameters ``[P]`` of the identity."""
+        return self.alignment.identity(self.prior.mean.shape[1])
 
     @cached_property
     def informative(self) -> bool:
         """Whether the summaries of the classes determine a transformation."""
         return self.alignment.informative(self.prior)
+
+    @property
+    def values_per_user(self) -> int:
+        """Numbers in the state of a user, with M (D + 1) for the cells. In float32, each has four bytes."""
+        return sum(table.numel() for table in self.start(torch.zeros(1)).values())
 
     def to(self, function: Callable[[Tensor], Tensor]) -> Aligner:
         """Copy with every tensor of the prior replaced by ``function(tensor)``, in float64."""
@@ -299,14 +316,16 @@ class Aligner:
         """Tables of one new user, with the type and device of ``like``.
 
         ``align_n`` ``[1, M]`` and ``align_mean`` ``[1, M, D]`` are cells, ``align_value`` ``[1, P]`` the parameters,
-        and ``align_count`` ``[1, 2]`` the windows learned from and those that were not usable.
+        ``align_count`` ``[1, 2]`` the windows learned from and those that were not usable, and ``align_evidence``
+        ``[1]`` the sum of `evidence`.
         """
         size = self.alignment.cells
         return {
             "align_n": like.new_zeros(1, size),
             "align_mean": like.new_zeros(1, size, self.prior.mean.shape[1]),
-            "align_value": self.alignment.identity()[None].to(like),
+            "align_value": self.identity[None].to(like),
             "align_count": like.new_zeros(1, 2),
+            "align_evidence": like.new_zeros(1),
         }
 
     def apply(self, rows: Mapping[str, Tensor], slots: Tensor, x: Tensor) -> Tensor:
@@ -319,8 +338,8 @@ class Aligner:
         Raises:
             UserError: the windows have another shape or unit.
         """
-        usable = self.alignment.usable(x, self.prior, self.triples)
-        return self.alignment.summaries(x, self.triples), usable & self.informative
+        z = self.alignment.summaries(x, self.triples)
+        return z, self.alignment.usable(x, z, self.limits, self.triples) & self.informative
 
     def learn(self, rows: dict[str, Tensor], slots: Tensor, z: Tensor, usable: Tensor, weight: Tensor) -> None:
         """Update the tables of different users ``slots`` ``[U]`` with one window each, in place.
@@ -337,11 +356,32 @@ class Aligner:
         slots, z, weight = (t[offered & usable] for t in (slots, z, weight))
         if not len(slots):
             return
+        self._add_evidence(rows, slots, z)
         n, mean = rows["align_n"], rows["align_mean"]
         fade = math.exp(-1 / self.alignment.memory) if self.alignment.memory else 1.0
         cells = insert((n[slots] * fade, mean[slots]), z.to(mean), weight.to(n), self.prior.scale)
         n[slots], mean[slots] = cells
         self.estimate(rows, slots[self._due(rows["align_count"][slots, 0])])
+
+    def evidence(self, rows: Mapping[str, Tensor], slots: Tensor) -> Tensor:
+        r"""Log likelihood ratio of the alignment against the identity ``[U]``, in nats, for the users ``slots``.
+
+        It is prequential: each window is judged by the parameters before it,
+        :math:`\frac1b\sum_t[\log p(\theta_{t-1}z_t)-\log p(z_t)]`, so that it is not optimistic. A negative value says
+        that the user's windows fit the seen clients better without the alignment. It needs no labels. It cannot show
+        that an alignment changes the meaning of windows that fit well in both ways.
+        """
+        return rows["align_evidence"][slots]
+
+    def _add_evidence(self, rows: dict[str, Tensor], slots: Tensor, z: Tensor) -> None:
+        value, identity = rows["align_value"][slots].double(), self.identity.to(z)
+        moved = (value != identity).any(1)
+        if not moved.any():
+            return
+        slots, values = slots[moved], torch.stack([value[moved], identity.expand_as(value[moved])], 1)
+        n = z.new_ones(len(slots), 1)
+        gain = self.estimator.likelihood(n, z[moved, None], values)
+        rows["align_evidence"][slots] += (gain[:, 0] - gain[:, 1]).to(rows["align_evidence"])
 
     def _due(self, learned: Tensor) -> Tensor:
         """Whether users get an estimate after so many windows ``[U]``."""
@@ -386,7 +426,7 @@ class Aligner:
             return
         n, mean = (state[name][None].to(rows["align_n"]) for name in ("n", "mean"))
         n, mean = reduce((n, mean), self.alignment.cells, self.prior.scale)
-        for name, value in (("n", n[0]), ("mean", mean[0]), ("value", state["value"]), ("count", state["count"])):
+        for name, value in {**state, "n": n[0], "mean": mean[0]}.items():
             rows[f"align_{name}"][slot] = value.to(rows["align_n"])
 
     def check(self, state: Mapping[str, Tensor]) -> bool:
@@ -394,7 +434,7 @@ class Aligner:
         if not state:
             return True
         cells, shape = len(state.get("n", ())), self.prior.mean.shape[1:]
-        shapes = {"n": (cells,), "mean": (cells, *shape), "value": self.alignment.identity().shape, "count": (2,)}
+        shapes = {"n": (cells,), "mean": (cells, *shape), "value": self.identity.shape, "count": (2,), "evidence": ()}
         if {name: tuple(t.shape) for name, t in state.items()} != {name: tuple(s) for name, s in shapes.items()}:
             return False
         counts = torch.cat([state["n"].double(), state["count"].double()])
@@ -404,9 +444,8 @@ class Aligner:
         """Parameters of a user for people, and the numbers of windows learned from and not usable."""
         learned, unusable = rows["align_count"][slot].tolist()
         value = rows["align_value"][slot].detach().cpu()
-        return {"alignment": render(self.alignment), "learned": learned, "unusable": unusable} | (
-            self.alignment.report(value)
-        )
+        counts = {"learned": learned, "unusable": unusable, "evidence": float(rows["align_evidence"][slot])}
+        return {"alignment": render(self.alignment), **counts, **self.alignment.report(value)}
 
 
 def merge_states(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -415,7 +454,8 @@ def merge_states(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> dict[str, 
         return dict(a or b)
     larger = a if a["count"][0] >= b["count"][0] else b
     joint = {name: torch.cat([a[name], b[name].to(a[name])]) for name in ("n", "mean")}
-    return joint | {"value": larger["value"], "count": a["count"] + b["count"].to(a["count"])}
+    total = {name: a[name] + b[name].to(a[name]) for name in ("count", "evidence")}
+    return joint | total | {"value": larger["value"]}
 
 
 def fit_alignment(
@@ -440,15 +480,8 @@ def fit_alignment(
     chosen = parse_alignment(alignment) if isinstance(alignment, str) else alignment
     if not users:
         raise UserError(f"alignment {chosen.name!r} needs labeled windows of seen users: pass at least one user")
-    prior, size = None, 0
-    for _ in range(ROUNDS):
-        messages = [chosen.sums(x, y, classes, triples, prior) for x, y in users]
-        total = messages[0]
-        for message in messages[1:]:
-            total = total + message
-        prior, size = chosen.combine(total), size + total.bytes
-    assert prior is not None
-    return Aligner(chosen, prior, triples, size)
+    data = [LabeledWindows(x, y, classes, triples) for x, y in users]
+    return Aligner(chosen, AlignmentPrior(**sums_of_users(chosen, None, data)), triples)
 
 
 def alignments() -> dict[str, type[Alignment]]:

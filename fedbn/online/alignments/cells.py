@@ -9,6 +9,8 @@ users.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -45,6 +47,12 @@ def reduce(cells: Cells, size: int, scale: Tensor) -> Cells:
     return n, mean
 
 
+@lru_cache(maxsize=8)
+def _below(size: int, device: torch.device) -> Tensor:
+    """Infinity on and below the diagonal, so that each pair counts once."""
+    return torch.full((size, size), torch.inf, dtype=torch.float64, device=device).tril()
+
+
 def _merge_closest(cells: Cells, scale: Tensor) -> Cells:
     """Merge the two closest cells; the last cell takes the free place. A free cell is at distance 0 of any other."""
     n, mean = cells
@@ -53,9 +61,8 @@ def _merge_closest(cells: Cells, scale: Tensor) -> Cells:
     distance = square[:, :, None] + square[:, None] - 2 * scaled @ scaled.mT
     cost = n[:, :, None] * n[:, None] / (n[:, :, None] + n[:, None]).clamp_min(1e-30) * distance.clamp_min(0)
     users, size = n.shape
-    first, second = torch.triu_indices(size, size, 1, device=n.device)
-    best = cost[:, first, second].argmin(1)
-    i, j, row = first[best], second[best], torch.arange(users, device=n.device)
+    best = (cost + _below(size, n.device)).flatten(1).argmin(1)
+    i, j, row = best // size, best % size, torch.arange(users, device=n.device)
     total = n[row, i] + n[row, j]
     share = (n[row, j] / total.clamp_min(1e-30))[:, None]
     n, mean = n.clone(), mean.clone()

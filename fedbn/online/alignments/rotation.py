@@ -18,11 +18,15 @@ from torch.nn import functional as F
 
 from fedbn.errors import UserError
 from fedbn.online.alignments import quaternions as so3
-from fedbn.online.alignments.base import Alignment, AlignmentPrior, Triples
+from fedbn.online.alignments.base import Alignment, AlignmentPrior, clipped
 from fedbn.online.alignments.rotation_search import RotationSearch
+from fedbn.online.sums import Triples
 
 KABSCH_PRIOR = 0.3
 """Weight of the identity in the alignment of seen clients, relative to a class with gravity of 1."""
+
+LEAST_SPREAD = 0.05
+"""Least spread between clients in radians."""
 
 TILT_NOISE = 0.03
 """Standard deviation added to the mean acceleration of a class, relative to gravity."""
@@ -39,8 +43,8 @@ UNUSUAL = 3.0
 STEADY = 0.25
 """Relative standard deviation of the length of mean accelerations below which they are gravity; it is .42 for noise."""
 
-SATURATED = 0.1
-"""Share of a channel's samples at one extreme value beyond 1.5 times gravity from which a window is saturated."""
+SATURATION = 1.5
+"""Absolute acceleration, relative to gravity, up to which a repeated extreme value is normal."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ class Rotation(Alignment):
 
     >>> rotation = Rotation()
     >>> x = torch.arange(6.0).view(1, 3, 2)
-    >>> torch.equal(rotation.apply(rotation.identity()[None], x, ((0, 1, 2),)), x)
+    >>> torch.equal(rotation.apply(rotation.identity(4)[None], x, ((0, 1, 2),)), x)
     True
     """
 
@@ -57,25 +61,28 @@ class Rotation(Alignment):
     about = "the orientation of a worn device, from gravity in each class"
     source = "proposed by this project, after Kabsch 1976 and Dempster, Laird, Rubin 1977"
 
-    def identity(self) -> Tensor:
+    def identity(self, dims: int) -> Tensor:
         return torch.tensor([1.0, 0.0, 0.0, 0.0])
 
     def summaries(self, x: Tensor, triples: Triples) -> Tensor:
         self._require(x, triples)
         x = x.double()
-        variances = [x[:, list(channels)].var(2, correction=0).sum(1) for channels in triples]
-        return torch.cat([x[:, list(triples[0])].mean(2), torch.stack(variances, 1).add(1e-6).log()], 1)
+        variances = [_axes(x, channels).var(2, correction=0).sum(1) for channels in triples]
+        return torch.cat([_axes(x, triples[0]).mean(2), torch.stack(variances, 1).add(1e-6).log()], 1)
 
-    def usable(self, x: Tensor, prior: AlignmentPrior, triples: Triples) -> Tensor:
-        acceleration, gravity = x[:, list(triples[0])].double(), self.gravity(prior)
-        ratio = acceleration.mean(2).norm(dim=1) / gravity
-        if self.informative(prior) and bool((ratio > IMPOSSIBLE).any()):
+    def limits(self, prior: AlignmentPrior) -> tuple[float, bool]:
+        """Gravity, and whether the classes have any."""
+        return float(self.gravity(prior)), self.informative(prior)
+
+    def usable(self, x: Tensor, z: Tensor, limits: tuple[float, bool], triples: Triples) -> Tensor:
+        gravity, informative = limits
+        usable = ~clipped(_axes(x, triples[0]), SATURATION * gravity).any(1)
+        if not informative:
+            return usable
+        ratio = z[:, :3].norm(dim=1) / gravity
+        if len(ratio) and float(ratio.max()) > IMPOSSIBLE:
             raise self._unit_error(float(ratio.max()))
-        size = acceleration.abs()
-        top = size.amax(2, keepdim=True)
-        clipped = ((size == top).double().mean(2) >= SATURATED) & (top[:, :, 0] > 1.5 * gravity)
-        plausible = (ratio > 1 / UNUSUAL) & (ratio < UNUSUAL)
-        return ~clipped.any(1) & (plausible | (not self.informative(prior)))
+        return usable & (ratio > 1 / UNUSUAL) & (ratio < UNUSUAL)
 
     def informative(self, prior: AlignmentPrior) -> bool:
         return bool(self.gravity(prior) > prior.scale[:3].norm())
@@ -112,8 +119,8 @@ class Rotation(Alignment):
         out[:, :3, 3:] = out[:, 3:, :3] = 0
         return out
 
-    def floor(self) -> float:
-        return 0.05
+    def spread(self, square: Tensor, cov: Tensor) -> Tensor:
+        return square.mean().clamp_min(LEAST_SPREAD**2).expand(3).clone()
 
     def estimator(self, prior: AlignmentPrior) -> RotationSearch:
         return RotationSearch(prior, self.b)
@@ -122,7 +129,7 @@ class Rotation(Alignment):
         self._require(x, triples)
         matrix, out = so3.to_matrix(value).to(x), x.clone()
         for channels in triples:
-            out[:, list(channels)] = matrix @ x[:, list(channels)]
+            out[:, list(channels)] = matrix @ _axes(x, channels)
         return out
 
     def report(self, value: Tensor) -> dict[str, Any]:
@@ -151,3 +158,9 @@ class Rotation(Alignment):
                 f"alignment 'rotation' works on windows [channels, length] with the channels {triples}, not on "
                 f"examples of shape {list(x.shape[1:])}"
             )
+
+
+def _axes(x: Tensor, channels: tuple[int, int, int]) -> Tensor:
+    """Three channels of windows; a view if they are neighbors, which is much faster."""
+    first = channels[0]
+    return x[:, first : first + 3] if channels == (first, first + 1, first + 2) else x[:, list(channels)]

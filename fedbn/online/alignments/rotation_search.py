@@ -109,9 +109,12 @@ class RotationSearch:
 
     def objective(self, n: Tensor, z: Tensor, q: Tensor) -> Tensor:
         """Penalized log-likelihood J ``[U, S]`` of rotations ``[U, S, 4]``; cells as in `__call__`."""
+        return self.likelihood(n, z, q) - 0.5 * (so3.to_vector(q).square() * self.precision).sum(-1)
+
+    def likelihood(self, n: Tensor, z: Tensor, q: Tensor) -> Tensor:
+        """The objective without its penalty."""
         joint, _ = self._densities(z, self._log_rest(z), q)
-        likelihood = (joint.logsumexp(-1) * n[:, None]).sum(-1) / self.b
-        return likelihood - 0.5 * (so3.to_vector(q).square() * self.precision).sum(-1)
+        return (joint.logsumexp(-1) * n[:, None]).sum(-1) / self.b
 
     def _log_rest(self, z: Tensor) -> Tensor:
         """Log density ``[U, 1, M, K]`` of the values that a rotation does not change, without constants."""

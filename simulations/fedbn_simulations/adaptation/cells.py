@@ -113,8 +113,8 @@ def run_cell(cell: Cell, source: SourceModel) -> tuple[list[Trace], dict[str, An
             "includes_current": chosen.rule.includes_current
         }
     prior = source.prior_for(chosen.rule)
-    aligner = None if chosen.align is None else source.aligner_for(chosen.align)
-    net = personalize(source.model, chosen.rule, prior=prior, align=aligner)
+    aligner, head = source.sums_for(chosen)
+    net = personalize(source.model, chosen.rule, prior=prior, align=aligner, head=head)
     for name, windows in calibration.items():
         if windows is not None:
             net.calibrate(windows, user=name, then="freeze" if cell.rule == SOURCE else "adapt", n0=begin.n0)
@@ -134,8 +134,9 @@ def run_cell(cell: Cell, source: SourceModel) -> tuple[list[Trace], dict[str, An
     facts["bytes_per_user"] = len(net.state(first.user).to_bytes())
     facts["forgotten"] = lost if task.directions[task.example_metric] else -lost
     net.reset(first.user)
-    fresh = personalize(source.model, chosen.rule, prior=prior, align=aligner).predict(first.x[:1], user=[first.user])
-    facts["reset_exact"] = bool(torch.equal(net.predict(first.x[:1], user=[first.user]), fresh))
+    fresh = personalize(source.model, chosen.rule, prior=prior, align=aligner, head=head)
+    outputs = [each.predict(first.x[:1], user=[first.user]) for each in (net, fresh)]
+    facts["reset_exact"] = bool(torch.equal(*outputs))
     return traces, facts
 
 

@@ -12,6 +12,7 @@ from fedbn.online import Alignment, Rule
 from fedbn.online.alignments.base import alignments, parse_alignment, split_alignment
 from fedbn.online.drift.actions import Action, action
 from fedbn.online.drift.detectors import Detector, detector
+from fedbn.online.matched import Matched, parse_matched, split_head
 from fedbn.online.methods import rules_and_methods
 from fedbn.online.rules.source import Source
 from fedbn.online.validation import require_no_classes
@@ -41,26 +42,27 @@ class Questions:
 
 @dataclass(frozen=True)
 class AdaptationMethod:
-    """A rule or test-time method and, with a rule, an alignment of the input, drift detection and questions.
+    """A rule or test-time method and, with a rule, alignment of the input, matched head, drift detection and questions.
 
     Attributes:
         rule: a rule on statistics, or a method with gradients or output smoothing.
         watch: drift detector, and the action after an alarm.
         ask: questions to users.
         align: alignment of the input.
+        head: matched head.
     """
 
     rule: Rule | Method
     watch: tuple[Detector, Action] | None = None
     ask: Questions | None = None
     align: Alignment | None = None
+    head: Matched | None = None
 
     @property
     def text(self) -> str:
         """The shortest text that `adaptation_method` parses to this value."""
-        first = [render(part) for part in (self.align, self.rule) if part is not None]
-        if self.align is not None and self.rule == Source():
-            del first[1]
+        rule = None if self.rule == Source() and (self.align or self.head) else self.rule
+        first = [render(part) for part in (self.align, rule, self.head) if part is not None]
         more = [render(part) for part in (*(self.watch or ()), self.ask) if part is not None]
         return "/".join(["+".join(first), *more])
 
@@ -68,16 +70,21 @@ class AdaptationMethod:
 def adaptation_method(text: str) -> AdaptationMethod:
     """Parse ``rule``, ``rule/detector/action``, ``rule/ask`` or ``rule/detector/action/ask``.
 
-    The rule can be an alignment, ``rotation``, or follow one, ``rotation+rule``.
+    The rule can be an alignment, ``rotation``, or follow one, ``rotation+rule``. A matched head can follow all of them,
+    ``rotation+rule+matched``, or stand alone.
 
     Raises:
         UserError: an unknown name, a wrong option, or parts that cannot be combined.
 
     >>> adaptation_method("pseudo:n0=16/adwin/decay:n=8/ask").text
     'pseudo/adwin/decay:n=8/ask'
+    >>> adaptation_method("rotation+source+matched:weight=0.1").text
+    'rotation+matched'
     """
     first, *more = text.split("/")
-    if not is_reference(first):
+    first, head_text = split_head(first)
+    head = parse_matched(head_text) if head_text else None
+    if first and not is_reference(first):
         find(first.split("+")[0].split(":")[0], "rule or method", {**rules_and_methods(), **alignments()})
     align_text, rule_text = split_alignment(first)
     align = parse_alignment(align_text) if align_text else None
@@ -91,9 +98,10 @@ def adaptation_method(text: str) -> AdaptationMethod:
             f"{text!r}: only rules on statistics support drift detection and questions, and "
             f"{chosen.name} is a test-time method"
         )
-    if isinstance(chosen, Method) and align:
-        raise UserError(f"{text!r}: alignments work with rules on statistics, and {chosen.name} is a test-time method")
-    return AdaptationMethod(chosen, watch, ask, align)
+    if isinstance(chosen, Method) and (align or head):
+        what = "alignments" if align else "matched heads"
+        raise UserError(f"{text!r}: {what} work with rules on statistics, and {chosen.name} is a test-time method")
+    return AdaptationMethod(chosen, watch, ask, align, head)
 
 
 def adaptation_text(chosen: Any) -> str:
@@ -125,10 +133,9 @@ def check_classes(
                 f"method {method.rule.name!r} needs {method.rule.needs}, and task {task.name!r} has no class "
                 "probabilities: choose a rule on statistics, such as pseudo or ema"
             )
-        if method.align:
-            raise UserError(
-                f"alignment {method.align.name!r} needs classes, and task {task.name!r} has none: leave it out"
-            )
+        for what, plugin in (("alignment", method.align), ("head", method.head)):
+            if plugin is not None:
+                raise UserError(f"{what} {plugin.name!r} needs classes, and task {task.name!r} has none: leave it out")
         if method.ask:
             raise UserError(f"'ask' asks for classes, and task {task.name!r} has none: leave it out")
     for kind, parts in (("start", starts), ("stream", streams)):

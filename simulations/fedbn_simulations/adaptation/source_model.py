@@ -14,17 +14,21 @@ from torch import Tensor, nn
 from fedbn.data.population import Examples, User
 from fedbn.errors import UserError
 from fedbn.federation.context import RunContext
+from fedbn.federation.labeled_sums import sums_of_clients
 from fedbn.federation.run import Run
 from fedbn.federation.setup import build_context
 from fedbn.nn.conversion import require_statistics
 from fedbn.nn.plain import copy_model
-from fedbn.nn.roles import Role
-from fedbn.online import Aligner, Alignment, LayerPrior, Rule, fit_alignment, population_prior, source_prior
+from fedbn.nn.roles import Role, State
+from fedbn.online import Aligner, LayerPrior, MatchedHead, Rule, population_prior, source_prior
+from fedbn.online.alignments.base import AlignmentPrior
 from fedbn.online.prior import layer_priors
+from fedbn.online.sums import SumsMethod
 from fedbn.online.ttn_alpha import learn_alpha
 from fedbn.online.validation import require_batch_norm_formula, require_independent_rows
 from fedbn.seeds import generator
 from fedbn.streams import Stream, stream
+from fedbn_simulations.adaptation.methods import AdaptationMethod
 from fedbn_simulations.engines.execute import Engine
 from fedbn_simulations.experiments.tasks import CHECKPOINT, Report, Task, run_task
 from fedbn_simulations.storage.checkpoint import load_outcome
@@ -111,20 +115,23 @@ class SourceModel:
             case _:
                 return layer_priors(self.model)
 
-    def aligner_for(self, alignment: Alignment) -> Aligner:
-        """An alignment with the sums of seen users' labeled training data.
+    def sums_for(self, method: AdaptationMethod) -> tuple[Aligner | None, MatchedHead | None]:
+        """The alignment and the matched head of a method, from sums over seen users' labeled training data.
+
+        The run's privacy protection applies to the sums.
 
         Raises:
-            UserError: the data have another shape or unit than it needs.
+            UserError: the model or the data do not fit the method.
         """
-        return self._aligners(alignment)
+        align, head = method.align, method.head
+        return (
+            None if align is None else Aligner(align, AlignmentPrior(**self._sums(align)), self.ctx.population.triples),
+            None if head is None else MatchedHead(head, **self._sums(head)),
+        )
 
     @cached_property
-    def _aligners(self) -> Callable[[Alignment], Aligner]:
-        population = self.ctx.population
-        seen = [population.users[i].train for i in population.seen]
-        users = [(part.x, part.y) for part in seen]
-        return cache(lambda chosen: fit_alignment(chosen, users, len(population.classes), population.triples))
+    def _sums(self) -> Callable[[SumsMethod], State]:
+        return cache(lambda method: sums_of_clients(self.ctx, self.model, method))
 
     @cached_property
     def source_test(self) -> Examples:

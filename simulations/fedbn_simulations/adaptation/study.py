@@ -17,7 +17,7 @@ from fedbn.errors import UserError
 from fedbn.federation.run import Run, plan_for, task_of
 from fedbn.files import locked
 from fedbn.objects import split_options
-from fedbn.online.alignments.base import parse_alignment, split_alignment
+from fedbn.online.alignments.base import parse_alignment
 from fedbn.online.traces import Trace
 from fedbn.plugins import build, render, table
 from fedbn.streams import stream
@@ -156,8 +156,7 @@ def run_study(
         for text in study.streams:
             untrained.streams(text, "unseen")
         for text in study.rules:
-            if (align := adaptation_method(text).align) is not None:
-                untrained.aligner_for(align)
+            untrained.sums_for(adaptation_method(text))
         for method in methods:
             Adapter(method, untrained.model, untrained.source_windows[:CHECKED_WINDOWS])
     with locked(out):
@@ -201,13 +200,12 @@ def families(texts: Sequence[str]) -> list[list[str]]:
 
     >>> families(["source", "pseudo:n0=4", "ema", "pseudo"])
     [['pseudo:n0=4', 'pseudo']]
-    >>> families(["rotation:b=4", "rotation:b=4+ema", "rotation"])
+    >>> families(["rotation:b=4", "rotation:b=4+ema", "rotation", "ema+matched"])
     [['rotation:b=4', 'rotation']]
     """
     by_name: dict[str, list[str]] = {}
     for text in texts:
-        parts = split_alignment(text)
-        by_name.setdefault("+".join(split_options(part)[0] for part in parts), []).append(text)
+        by_name.setdefault("+".join(split_options(part)[0] for part in text.split("+")), []).append(text)
     return [variants for variants in by_name.values() if len(variants) > 1]
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fedbn.config import Plan, RunOptions, nest
+from fedbn.config import Plan, RunOptions, nest, parts
 from fedbn_simulations.cli.options import AsJson, console, errors, options_of, print_table
 
 DEFAULT = "digits8:users=3:unseen=1"
@@ -34,6 +34,9 @@ def deploy(
             show_default="temporary keys",
         ),
     ] = None,
+    sums: Annotated[
+        str, typer.Option(help="Alignments and heads for which clients send sums after training: rotation,matched.")
+    ] = "",
     out: Annotated[
         Path | None,
         typer.Option(
@@ -60,7 +63,12 @@ def deploy(
     run = replace(Run.from_dict(values | {"plan": {}}), plan=plan_for(values["scenario"], **plan)).resolved()
     try:
         result = run_deployed(
-            run, tls=tls, notify=lambda text: errors.print(text, highlight=False, markup=False), out=out, keys=users
+            run,
+            tls=tls,
+            notify=lambda text: errors.print(text, highlight=False, markup=False),
+            out=out,
+            keys=users,
+            sums=parts(sums),
         )
     except KeyboardInterrupt:
         state = "the same command resumes" if out else "nothing was saved, because --out was not given"

@@ -27,6 +27,9 @@ def leakage(
     states: Annotated[
         bool, typer.Option("--states", help="Measure users' states after each of two recordings, instead of messages.")
     ] = False,
+    sums: Annotated[
+        str, typer.Option(help="Measure the labeled sums of alignments and heads, e.g. rotation,matched, instead.")
+    ] = "",
     into: Into = None,
     as_json: AsJson = False,
 ) -> None:
@@ -38,6 +41,7 @@ def leakage(
     from fedbn.federation.setup import build_context
     from fedbn_simulations.leakage.messages import inversion, measure
     from fedbn_simulations.leakage.states import rows, state_leaks
+    from fedbn_simulations.leakage.sums import measure_sums
     from fedbn_simulations.report.documents import replace_block
     from fedbn_simulations.results.formatting import markdown_table
 
@@ -45,10 +49,12 @@ def leakage(
     if "scenario" not in values:
         raise UserError("no scenario given: see `fedbn list scenarios`")
     plan = values.pop("plan", {})
-    if "rounds" in plan and not states:
-        raise UserError("--rounds goes with --states: messages are inspected in the first two rounds")
+    if states and sums:
+        raise UserError("give --states or --sums, not both")
+    if "rounds" in plan and not (states or sums):
+        raise UserError("--rounds goes with --states or --sums: messages are inspected in the first two rounds")
     run = replace(Run.from_dict(values), plan=plan_for(values["scenario"], **plan))
-    block = "leakage-states" if states else "leakage"
+    block = "leakage-states" if states else "leakage-sums" if sums else "leakage"
     if into is not None:
         replace_block(into, block)  # before anything is computed
     found: Any
@@ -56,6 +62,16 @@ def leakage(
         leaks = state_leaks(run)
         found = [asdict(leak) for leak in leaks]
         tables = {"people found again by the state of a later recording; error of a window solved for": rows(leaks)}
+    elif sums:
+        labeled = measure_sums(run, parts(sums), ("", *parts(controls)))
+        found = [asdict(leak) for leak in labeled]
+        lines = [
+            {"sums": leak.method, "protection": leak.privacy or "none", "bytes": f"{leak.bytes:,}"}
+            | {"users": str(leak.users), "found": f"{leak.found:.0%}", "chance": f"{leak.chance:.0%}"}
+            | {"error of class shares": f"{leak.share_error:.2g}", "of a guess": f"{leak.guess_error:.2g}"}
+            for leak in labeled
+        ]
+        tables = {"users found again by the labeled sums of a later recording; shares of their classes": lines}
     else:
         sent, errors = measure(run, ("", *parts(controls))), inversion(run)
         found = {"found": [asdict(leak) for leak in sent], "inversion": errors}

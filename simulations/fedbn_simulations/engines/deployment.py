@@ -32,6 +32,7 @@ from fedbn_simulations.flower.certificates import make_certificates
 from fedbn_simulations.flower.processes import HOST, POLL_SECONDS, ProcessGroup, free_port, script_path
 from fedbn_simulations.flower.superlink import SUPERLINK_NAME, FlowerRunError, SuperLink
 from fedbn_simulations.server.keys import read_keys
+from fedbn_simulations.server.safeguards import DEPLOYMENT_CONFIG
 from fedbn_simulations.storage.checkpoint import load_latest
 
 MAX_NODES = 16
@@ -71,6 +72,7 @@ def deploy(
     notify: Notify = lambda text: None,
     out: Path | None = None,
     keys: Path | None = None,
+    sums: Sequence[str] = (),
 ) -> Deployment:
     """Execute a run on a SuperLink with one SuperNode per user and in this process, and compare the outcomes.
 
@@ -81,6 +83,7 @@ def deploy(
         out: directory for checkpoints and client states, from which an interrupted run resumes; None: not stored.
         keys: TOML file with the public key of each user's node, with the keys beside it as ``node0``, ``node1`` and so
             on; both are created if they do not exist. None: temporary keys. Requires ``tls``.
+        sums: alignments and heads for which the seen clients send sums after training.
 
     Raises:
         UserError: the run has invalid settings or too many users.
@@ -106,11 +109,13 @@ def deploy(
         with deployment(users, tls=tls, notify=notify, state_dir=states, keys=keys) as link:
             ready = time.perf_counter()
             notify(f"{users} SuperNodes are online after {ready - start:.1f} s")
-            deployed = link.execute(run, out=None if out is None else out / CHECKPOINT)
+            checkpoint = None if out is None else out / CHECKPOINT
+            config = {"sums": ",".join(sums), **DEPLOYMENT_CONFIG}
+            deployed = link.execute(run, out=checkpoint, config=config)
             done = time.perf_counter()
             notify(f"the run took {done - ready:.1f} s; stopping")
     stopped = time.perf_counter()
-    in_process = execute(run, "grid", deployed=True)
+    in_process = execute(run, "grid", deployed=True, sums=sums)
     seconds = {"start": ready - start, "run": done - ready, "grid": time.perf_counter() - stopped}
     return Deployment(deployed, in_process, users, tls, seconds, differences(deployed, in_process))
 
@@ -201,7 +206,7 @@ def _online(link: SuperLink) -> int:
 def differences(a: Outcome, b: Outcome) -> tuple[str, ...]:
     """Parts in which two outcomes of a run are not bit-identical, except durations and client states."""
     parts = [(f"server's {f.name}", getattr(a.server, f.name), getattr(b.server, f.name)) for f in fields(Server)]
-    parts += [("training curve", a.curve, b.curve), ("scores", a.scores, b.scores)]
+    parts += [("training curve", a.curve, b.curve), ("scores", a.scores, b.scores), ("labeled sums", a.sums, b.sums)]
     return tuple(name for name, first, second in parts if not _same(first, second))
 
 

@@ -9,7 +9,7 @@ rounding; the rounding of ``auto`` depends on timing.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -77,6 +77,7 @@ def execute(
     checkpoint: Path | None = None,
     *,
     deployed: bool = False,
+    sums: Sequence[str] = (),
 ) -> Outcome:
     """Execute a run, or the rest of one.
 
@@ -87,6 +88,7 @@ def execute(
         on_round: called after each round with an outcome from which the run can resume (reference and grid engines).
         checkpoint: file for checkpoints, from which the run resumes (Ray engine).
         deployed: apply the safeguards of deployments (`fedbn_simulations.server.safeguards`) on the grid.
+        sums: alignments and heads for which the seen clients send sums after training (`fedbn.online.sums`).
     """
     set_threads()
     check_engine(engine, [run])
@@ -94,20 +96,26 @@ def execute(
     match name:
         case "reference":
             with task_identity(1):
-                return federate(run, step=server_step(run.plan), resume=resume, on_round=on_round)
+                return federate(run, step=server_step(run.plan), resume=resume, on_round=on_round, sums=sums)
         case "grid":
-            return _in_process(run, executor, resume, on_round, deployed=deployed)
+            return _in_process(run, executor, resume, on_round, deployed=deployed, sums=sums)
         case _:
             from fedbn_simulations.engines.ray import run_on_ray
 
-            return run_on_ray(run, address=engine.partition(":")[2], out=checkpoint)
+            return run_on_ray(run, address=engine.partition(":")[2], out=checkpoint, sums=sums)
 
 
 def _in_process(
-    run: Run, executor: Executor, resume: Outcome | None, on_round: OnRound | None, *, deployed: bool
+    run: Run,
+    executor: Executor,
+    resume: Outcome | None,
+    on_round: OnRound | None,
+    *,
+    deployed: bool,
+    sums: Sequence[str],
 ) -> Outcome:
     ctx = build_context(run)
-    config = {"run": run.to_json()} | ({} if deployed else SIMULATION_CONFIG)
+    config = {"run": run.to_json(), "sums": ",".join(sums)} | ({} if deployed else SIMULATION_CONFIG)
     grid = InProcessGrid(client_app, len(ctx.population.users), config, executor=executor)
     for user, client_state in (resume.client_states if resume else {}).items():
         grid.partition_context(max(user, 0)).state[f"client-state-{user}"] = arrays(client_state)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,7 +28,14 @@ REPLY_SECONDS_ON_RAY = 12 * 3600.0
 """Seconds to wait for the replies in an exchange, in which few workers may run many clients."""
 
 
-def run_on_ray(run: Run, *, actors: int | None = None, address: str = "", out: Path | None = None) -> Outcome:
+def run_on_ray(
+    run: Run,
+    *,
+    actors: int | None = None,
+    address: str = "",
+    out: Path | None = None,
+    sums: Sequence[str] = (),
+) -> Outcome:
     """Execute one run, or the rest of it, in its own session.
 
     Args:
@@ -36,13 +43,14 @@ def run_on_ray(run: Run, *, actors: int | None = None, address: str = "", out: P
         actors: number of Ray workers that run the clients; None: one per core.
         address: address of a Ray cluster that includes this machine; empty: Ray is started for this run.
         out: checkpoint file of the server; None: no checkpoints.
+        sums: alignments and heads for which the seen clients send sums after training.
 
     Raises:
         FlowerRunError: the simulation failed.
     """
     state_dir = None if out is None else out.resolve().with_name("states")
     with ray_session(actors, address, state_dir) as execute:
-        outcome = execute(run, out)
+        outcome = execute(run, out, sums)
     if state_dir is not None:
         shutil.rmtree(state_dir, ignore_errors=True)
     return outcome
@@ -70,11 +78,13 @@ def ray_session(
         link.timeout = REPLY_SECONDS_ON_RAY
         link.start()
 
-        def execute(run: Run, out: Path | None = None) -> Outcome:
+        def execute(run: Run, out: Path | None = None, sums: Sequence[str] = ()) -> Outcome:
             users = len(build_context(run).population.users)
             num_actors = None if address else min(actors or available_cores(), users)
             federation = federation_config(users, num_actors, run.device)
-            return link.execute(run, "--federation-config", federation, out=out, config=SIMULATION_CONFIG)
+            return link.execute(
+                run, "--federation-config", federation, out=out, config={"sums": ",".join(sums), **SIMULATION_CONFIG}
+            )
 
         yield execute
 

@@ -18,6 +18,7 @@ import torch
 from fedbn.errors import UserError
 from fedbn.federation.context import RunContext
 from fedbn.federation.failures import CLIENT_LOG, client_log
+from fedbn.federation.mismatch import measure_mismatch, mismatch_notices
 from fedbn.federation.run import Run
 from fedbn.federation.server import Outcome
 from fedbn.federation.setup import build_context
@@ -71,6 +72,7 @@ Report = Callable[[Event], None]
 def run_result(run: Run, ctx: RunContext, outcome: Outcome) -> dict[str, Any]:
     """A finished run as plain values, the input of tables, plots and reports."""
     users = ctx.population.users
+    mismatch = measure_mismatch(ctx, outcome)
     return {
         "run": json.loads(run.to_json()),
         "numerics": NUMERICS,
@@ -82,7 +84,8 @@ def run_result(run: Run, ctx: RunContext, outcome: Outcome) -> dict[str, Any]:
         "rounds": len(outcome.curve),
         "seconds": outcome.seconds,
         "newcomer": ctx.strategy.newcomer,
-        "notices": [*ctx.notices, *outcome.notices()],
+        "notices": [*ctx.notices, *outcome.notices(), *mismatch_notices(ctx, mismatch)],
+        "mismatch": mismatch,
         "execution": outcome.execution,
         "ownership": [*ctx.ownership.rows(), *outcome.traffic.rows()],
         "curve": [asdict(p) for p in outcome.curve],

@@ -58,7 +58,11 @@ APP_CONFIG: dict[str, Any] = {
                 "publisher": "fedbn",
                 "fab-include": ["fedbn_run_server.py", "fedbn_run_client.py"],
                 "components": {"serverapp": "fedbn_run_server:app", "clientapp": "fedbn_run_client:app"},
-                "config": {"run": "", "out": "", "timeout": 0.0, "wait": 0.0, "users": "", **DEPLOYMENT_CONFIG},
+                "config": {
+                    **dict.fromkeys(("run", "out", "users", "sums"), ""),
+                    **dict.fromkeys(("timeout", "wait"), 0.0),
+                    **DEPLOYMENT_CONFIG,
+                },
             }
         }
     },

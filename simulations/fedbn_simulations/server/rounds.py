@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from flwr.serverapp import Grid
@@ -14,6 +15,7 @@ from flwr.serverapp import Grid
 from fedbn.errors import UserError
 from fedbn.federation.cold_start import statistics_for, summarize
 from fedbn.federation.context import RunContext
+from fedbn.federation.labeled_sums import collect_sums, sums_schema
 from fedbn.federation.metrics import COLUMNS, Score
 from fedbn.federation.run import Run
 from fedbn.federation.server import (
@@ -33,6 +35,8 @@ from fedbn.federation.server import (
 from fedbn.federation.setup import build_context
 from fedbn.nn.roles import State
 from fedbn.nn.schema import Schema
+from fedbn.online.sums import SumsMethod
+from fedbn.plugins import render
 from fedbn.statistics.consensus import run_consensus
 from fedbn.statistics.moments import Moments
 from fedbn.strategies.base import Update
@@ -80,6 +84,7 @@ def run_rounds(
     wait: float = WAIT_SECONDS,
     keys: UserKeys | None = None,
     safeguards: Safeguards = SIMULATION,
+    sums: Sequence[str] = (),
 ) -> Outcome:
     """Run a federation over the nodes of a grid.
 
@@ -93,6 +98,7 @@ def run_rounds(
         wait: seconds to wait until every user has a node.
         keys: public keys of the users' nodes; None: nodes are trusted to name their user.
         safeguards: limits of what clients send, and what they receive about each other.
+        sums: alignments and heads for which the seen clients send sums after training.
 
     Raises:
         UserError: the run has invalid settings.
@@ -137,9 +143,33 @@ def run_rounds(
         out.seconds = previous_seconds + time.perf_counter() - start
         if listener.on_round:
             listener.on_round(number, out)
+    if missing := [text for text in sums if text not in out.sums]:
+        out.sums |= collect_sums(ctx, missing, partial(_send_sums, validator, nodes, out))
+        out.failures += [ClientFailure(run.plan.rounds, text) for text in nodes.failures]
+        if listener.on_round:
+            listener.on_round(run.plan.rounds, out)
     if listener.on_end:
         listener.on_end(out)
     return out
+
+
+def _send_sums(
+    validator: ReplyValidator, nodes: NodePool, out: Outcome, method: SumsMethod, number: int, received: State
+) -> list[State]:
+    """Ask the seen clients for the sums of one round."""
+    record, schema = nodes.record(out.server.serving), sums_schema(validator.ctx, method)
+    content = RecordDict({"arrays": record, "config": ConfigRecord({"method": render(method), "number": number})})
+    if received:
+        content["broadcast"] = nodes.record(received)
+
+    def read(user: int, reply: RecordDict) -> State:
+        return validator.sums(user, reply, schema)
+
+    messages = list(
+        nodes.send("query.labeled_sums", dict.fromkeys(validator.ctx.population.seen, content), read).values()
+    )
+    out.traffic.count_sums(received, messages)
+    return messages
 
 
 def _outgoing(

@@ -99,6 +99,13 @@ class ReplyValidator:
         state = self._state(user, record, {} if is_last else exchanges[number])
         return None if is_last else unflatten(state)
 
+    def sums(self, user: int, reply: RecordDict, schema: Schema) -> State:
+        """Reply to a round of labeled sums."""
+        record = reply.get("sums")
+        if not isinstance(record, ArrayRecord):
+            raise _invalid_reply(user, "sent no sums")
+        return self._state(user, record, schema)
+
     def scores(
         self, user: int, reply: RecordDict, columns: Sequence[Column], globally: Sequence[Column], *, cold_starts: bool
     ) -> list[Score]:

@@ -42,6 +42,7 @@ def save_outcome(
     states |= {f"group/{view}": entries for view, entries in server.groups.items()}
     states |= {f"client_statistics/{user}": entries for user, entries in server.client_statistics.items()}
     states |= {f"client_states/{user}": entries for user, entries in outcome.client_states.items()}
+    states |= {f"sums/{text}": entries for text, entries in outcome.sums.items()}
     tensors = {f"{name}/{k}": v.detach().cpu().contiguous().clone() for name, s in states.items() for k, v in s.items()}
     header = {
         "run": run.to_json(),
@@ -58,6 +59,7 @@ def save_outcome(
         "failures": [asdict(f) for f in outcome.failures],
         "traffic": asdict(outcome.traffic),
         "trained": {str(u): round for u, round in outcome.trained.items()},
+        "sums": list(outcome.sums),
         "execution": outcome.execution,
     }
     text = json.dumps(header)
@@ -102,6 +104,7 @@ def load_outcome(path: Path, run: Run, sources: dict[str, str] | None = None) ->
         failures=[ClientFailure(**f) for f in header["failures"]],
         traffic=Traffic(**header["traffic"]),
         trained={int(u): round for u, round in header["trained"].items()},
+        sums={text: with_prefix(tensors, f"sums/{text}/") for text in header.get("sums", ())},
         execution=header.get("execution", {}),
     )
 
