@@ -79,6 +79,7 @@ tables: $(STAMP)-run  ## comparisons for docs/comparisons (about three hours)
 	$(BIN)/fedbn compare watch --strategies all --seeds 2 --out $(TABLES)/watch
 	for name in $(SKEWS); do $(BIN)/fedbn report $(TABLES)/$$name --into docs/comparisons/$$name.md --full; done
 	$(BIN)/fedbn advise $(addprefix $(TABLES)/,$(SKEWS)) --into docs/comparisons.md
+	$(BIN)/python docs/overview.py
 
 FOLLOW := $(BIN)/fedbn adapt
 PAGE := docs/adaptation.md
