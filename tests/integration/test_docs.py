@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from fedbn_simulations.cli.catalog import Kind, _rows
+from fedbn_simulations.cli.catalog import Kind, linked_rows
 from fedbn_simulations.results.formatting import markdown_table
 from tests.commands import commands_in, parses
 from tests.helpers import ROOT, nonempty
@@ -24,7 +24,7 @@ LINKS = {document: re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", document.read_text(
 @pytest.mark.parametrize("kind", re.findall(r"<!-- begin (\w+) -->", METHODS))
 def test_method_lists_match_command(kind):
     block = re.search(f"<!-- begin {kind} -->\n(.*?)<!-- end {kind} -->", METHODS, re.DOTALL)[1]
-    assert block == markdown_table(_rows(Kind(kind))), f"run: fedbn list {kind} --into docs/methods.md"
+    assert block == markdown_table(linked_rows(Kind(kind))), f"run: fedbn list {kind} --into docs/methods.md"
 
 
 @pytest.mark.parametrize("document", [d for d, targets in LINKS.items() if targets], ids=lambda path: path.name)

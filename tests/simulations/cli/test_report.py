@@ -13,7 +13,7 @@ import pytest
 
 from fedbn.errors import UserError
 from fedbn_simulations.cli import app as cli
-from fedbn_simulations.report import plots
+from fedbn_simulations.report import plots, style
 from fedbn_simulations.report.page import FORMATS, write_report, write_side_by_side
 from fedbn_simulations.results import inference
 from fedbn_simulations.results.comparison import Comparison
@@ -164,7 +164,7 @@ def test_wide_table_cells_name_their_column(written):
 @pytest.mark.slow
 def test_pdf_is_reproducible_and_searchable(pair, monkeypatch):
     monkeypatch.undo()
-    first, second = (plots.pdf(plots.matrix_figure(Comparison.load(pair[0]))) for _ in range(2))
+    first, second = (style.pdf(plots.matrix_figure(Comparison.load(pair[0]))) for _ in range(2))
     assert first == second
     assert first.startswith(b"%PDF")
     assert b"/Type3" not in first
