@@ -39,6 +39,14 @@ def test_document_commands_parse(line):
     parses(line)
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT / "docs")))
+def test_pages_are_short(page):
+    """About 2,500 words, without generated tables and collapsed parts."""
+    text = re.sub(r"<!-- begin ([\w-]+) -->.*?<!-- end \1 -->", "", page.read_text("utf-8"), flags=re.DOTALL)
+    words = len(re.sub(r"<details.*?</details>", "", text, flags=re.DOTALL).split())
+    assert words <= 2_600
+
+
 def test_table_commands_use_relative_paths():
     lines = (line for document in DOCUMENTS for line in document.read_text(encoding="utf-8").splitlines())
     for caption in nonempty(line for line in lines if "made by `fedbn" in line):

@@ -13,7 +13,7 @@ import pytest
 
 from fedbn.errors import UserError
 from fedbn_simulations.cli import app as cli
-from fedbn_simulations.report import plots, style
+from fedbn_simulations.report import figures, plots, style
 from fedbn_simulations.report.page import FORMATS, write_report, write_side_by_side
 from fedbn_simulations.results import inference
 from fedbn_simulations.results.comparison import Comparison
