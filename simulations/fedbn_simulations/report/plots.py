@@ -93,7 +93,7 @@ def paired_figure(
         axes.plot(
             rank, differences, linestyle="", marker=MARKERS[(index - 1) % len(MARKERS)], color=color, markersize=3
         )
-        axes.set_title(_name(strategy))
+        axes.set_title(_short(_name(strategy), 20), fontsize=7.5 if across * 1.8 > width - 0.5 else None)
         axes.grid(axis="y")
         axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(4, integer=True))
         axes.yaxis.set_major_formatter(lambda value, _: format_signed(round(value, 6), 2))

@@ -13,7 +13,8 @@ import pytest
 
 from fedbn.errors import UserError
 from fedbn_simulations.cli import app as cli
-from fedbn_simulations.report import figures, plots, style
+from fedbn_simulations.report import figures as report_figures
+from fedbn_simulations.report import plots, style
 from fedbn_simulations.report.page import FORMATS, write_report, write_side_by_side
 from fedbn_simulations.results import inference
 from fedbn_simulations.results.comparison import Comparison
@@ -28,7 +29,7 @@ HOSTILE = '<script>alert("x")</script>&$_{|'
 def make_quick(patch):
     patch.setattr(inference, "RESAMPLES", 50)
     for name in ("png", "pdf"):
-        patch.setattr(plots, name, lambda figure: b"")
+        patch.setattr(report_figures, name, lambda figure: b"")
 
 
 @pytest.fixture(autouse=True)
