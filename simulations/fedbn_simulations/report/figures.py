@@ -55,8 +55,12 @@ def paired_pictures(comparison: Comparison) -> list[Picture]:
 
 def picture(comparison: Comparison, name: str, title: str, caption: str) -> Picture | None:
     """The figure ``matrix``, ``convergence`` or ``shift``; None if there is nothing to draw."""
-    draw = {"matrix": plots.matrix_figure, "convergence": plots.convergence_figure, "shift": plots.shift_figure}[name]
-    figure, narrow = _both(partial(draw, comparison))
+    known: dict[str, Callable[..., Figure | None]] = {
+        "matrix": plots.matrix_figure,
+        "convergence": plots.convergence_figure,
+        "shift": plots.shift_figure,
+    }
+    figure, narrow = _both(partial(known[name], comparison))
     if figure is None or narrow is None:
         return None
     return _save(comparison, name, title, caption, figure, narrow)
