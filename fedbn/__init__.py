@@ -13,6 +13,7 @@ from typing import Any
 
 _HOME = {
     "Audit": "fedbn.auditing.audit",
+    "Client": "fedbn.integrations.service_client",
     "Moments": "fedbn.statistics.moments",
     "NormStrategy": "fedbn.strategies.base",
     "Outcome": "fedbn.federation",

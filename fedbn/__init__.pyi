@@ -5,6 +5,7 @@ from fedbn.data.population import Population as Population
 from fedbn.errors import UserError as UserError
 from fedbn.federation import Outcome as Outcome
 from fedbn.federation.run import Run as Run
+from fedbn.integrations.service_client import Client as Client
 from fedbn.integrations.sklearn import PersonalizedClassifier as PersonalizedClassifier
 from fedbn.nn.conversion import convert as convert
 from fedbn.nn.roles import Role as Role

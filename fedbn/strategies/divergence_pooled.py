@@ -16,8 +16,9 @@ from fedbn.strategies.global_pooled import GlobalPooled
 class DivergencePooled(GlobalPooled):
     r"""Pool statistics with weights :math:`w_k \exp(-d_k/\bar d)`, :math:`d_k` the W2 distance to the plain pool.
 
-    FedDNA (Duan, Li, Lu, 2021) computes importance weights with an adversarial autoencoder at the server; its code is
-    not public. This strategy only keeps the idea that outlying statistics should count less.
+    FedDNA (Duan, Li, Lu, 2021, https://doi.org/10.1007/978-3-030-86486-6_44) computes importance weights with an
+    adversarial autoencoder at the server; its code is not public. This strategy only keeps the idea that outlying
+    statistics should count less.
 
     >>> DivergencePooled.name
     'divergence-pooled'

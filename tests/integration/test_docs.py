@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from fedbn_simulations.cli.catalog import Kind, _rows
+from fedbn_simulations.cli.catalog import Kind, linked_rows
 from fedbn_simulations.results.formatting import markdown_table
 from tests.commands import commands_in, parses
 from tests.helpers import ROOT, nonempty
@@ -24,7 +24,7 @@ LINKS = {document: re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", document.read_text(
 @pytest.mark.parametrize("kind", re.findall(r"<!-- begin (\w+) -->", METHODS))
 def test_method_lists_match_command(kind):
     block = re.search(f"<!-- begin {kind} -->\n(.*?)<!-- end {kind} -->", METHODS, re.DOTALL)[1]
-    assert block == markdown_table(_rows(Kind(kind))), f"run: fedbn list {kind} --into docs/methods.md"
+    assert block == markdown_table(linked_rows(Kind(kind))), f"run: fedbn list {kind} --into docs/methods.md"
 
 
 @pytest.mark.parametrize("document", [d for d, targets in LINKS.items() if targets], ids=lambda path: path.name)
@@ -37,6 +37,14 @@ def test_links_to_files_exist(document):
 @pytest.mark.parametrize("line", dict.fromkeys(line for page in PAGES for line in commands_in(page)))
 def test_document_commands_parse(line):
     parses(line)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT / "docs")))
+def test_pages_are_short(page):
+    """About 2,500 words, without generated tables and collapsed parts."""
+    text = re.sub(r"<!-- begin ([\w-]+) -->.*?<!-- end \1 -->", "", page.read_text("utf-8"), flags=re.DOTALL)
+    words = len(re.sub(r"<details.*?</details>", "", text, flags=re.DOTALL).split())
+    assert words <= 2_700
 
 
 def test_table_commands_use_relative_paths():

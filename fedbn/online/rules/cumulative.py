@@ -20,7 +20,7 @@ class Cumulative(Rule):
 
     name = "cumulative"
     about = "moments of all windows so far, without the source"
-    source = "Chan, Golub, LeVeque 1979"
+    source = "Chan, Golub, LeVeque 1979, http://i.stanford.edu/pub/cstr/reports/cs/tr/79/773/CS-TR-79-773.pdf"
 
     def gain(self, state: State, weight: Tensor) -> Tensor:
         return weight / (state.n[:, 0] + weight)

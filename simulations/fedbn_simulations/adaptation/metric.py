@@ -17,16 +17,18 @@ class StudyMetric:
         higher_is_better: its direction.
         is_share: whether it is a number from 0 to 1.
         of_windows: the metric of single windows, for curves over the stream (`fedbn.tasks.Task.example_metric`).
+        higher_in_windows: the direction of that metric.
 
     >>> from fedbn.tasks import parse_task
     >>> StudyMetric.of(parse_task("regression"), "rmse")
-    StudyMetric(name='rmse', higher_is_better=False, is_share=False, of_windows='mae')
+    StudyMetric(name='rmse', higher_is_better=False, is_share=False, of_windows='mae', higher_in_windows=False)
     """
 
     name: str
     higher_is_better: bool
     is_share: bool
     of_windows: str
+    higher_in_windows: bool
 
     @staticmethod
     def of(task: Task, name: str = "") -> StudyMetric:
@@ -39,4 +41,5 @@ class StudyMetric:
         if name not in task.directions:
             raise unknown("metric", name, task.directions)
         is_share = task.metrics_are_shares and name != "loss"
-        return StudyMetric(name, task.directions[name], is_share, task.example_metric)
+        of_windows = task.example_metric
+        return StudyMetric(name, task.directions[name], is_share, of_windows, task.directions[of_windows])

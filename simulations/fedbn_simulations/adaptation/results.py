@@ -23,7 +23,7 @@ from fedbn_simulations.adaptation.cells import BOUNDS, SOURCE, Cell
 from fedbn_simulations.adaptation.metric import StudyMetric
 from fedbn_simulations.adaptation.plots import curve_figure, users_figure
 from fedbn_simulations.adaptation.study import Results, Study
-from fedbn_simulations.report.plots import png
+from fedbn_simulations.report.style import png
 from fedbn_simulations.results.inference import adjust, estimate, mean_of_users, signed_rank
 from fedbn_simulations.storage.provenance import NUMERICS, code_digest, versions
 

@@ -21,7 +21,8 @@ from fedbn.federation.trained import trained_model
 from fedbn.files import read_json, write_atomically
 from fedbn.personalization.treatment import treatment, treatment_text
 from fedbn_simulations.experiments.tasks import CHECKPOINT
-from fedbn_simulations.report.plots import convergence_figure, matrix_figure, paired_figure, pdf, png, svg
+from fedbn_simulations.report.plots import convergence_figure, matrix_figure, paired_figure
+from fedbn_simulations.report.style import pdf, png, svg
 from fedbn_simulations.results.comparison import Comparison
 from fedbn_simulations.storage.checkpoint import load_outcome
 

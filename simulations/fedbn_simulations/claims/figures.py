@@ -1,45 +1,103 @@
-"""The figure of a study: values of every arm, and effects with their intervals."""
+"""Figures of claims: all verdicts; values of every arm of a study, and effects with their intervals."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
+from fedbn_simulations.claims.claim import Verdict
 from fedbn_simulations.claims.verdicts import Entry
-from fedbn_simulations.report.plots import INK, MARKERS, PALETTE
+from fedbn_simulations.report.style import INK, MARKERS, PAGE_WIDTH, PALETTE, styled
+
+#: Color and marker of each verdict.
+VERDICT_STYLE: dict[Verdict, tuple[str, str]] = {
+    "holds": (PALETTE[2], "o"),
+    "undecided": (PALETTE[4], "D"),
+    "does not hold": (PALETTE[1], "s"),
+}
 
 
+@dataclass(frozen=True)
+class Verdicted:
+    """A claim's effect with its 95 % interval, threshold and verdict."""
+
+    name: str
+    mean: float
+    low: float
+    high: float
+    threshold: float
+    verdict: Verdict
+
+
+@styled
 def figure(entries: Sequence[Entry]) -> Figure:
     """One row per claim: values of every arm in the claim's drawing, and the effect with its interval.
 
-    The same values are drawn only once for several claims.
+    Several claims may have the same values. These are drawn once; the effects of the other claims take the whole row.
     """
-    with mpl.rc_context(
-        {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "text.parse_math": False}
-    ):
-        drawn: dict[Any, str] = {}
-        firsts = [drawn.setdefault((e.claim.run, e.claim.arms, e.claim.measure), e.claim.name) for e in entries]
-        heights = [_height(e) if first == e.claim.name else 0.9 for e, first in zip(entries, firsts, strict=True)]
-        fig = Figure(figsize=(8.6, sum(heights)), layout="constrained")
-        panels = fig.subplots(
-            len(entries), 2, squeeze=False, gridspec_kw={"height_ratios": heights, "width_ratios": [3, 2]}
-        )
-        for (left, right), entry, first in zip(panels, entries, firsts, strict=True):
-            _effect(right, entry)
-            c = entry.claim
-            left.set_title(c.name, loc="left", fontweight="bold")
-            if first != c.name:
-                left.set_axis_off()
-                left.text(0, 0.5, f"{c.measure}: see {first} above", transform=left.transAxes)
-                continue
+    drawn: set[Any] = set()
+    rows = []
+    for entry in entries:
+        key = entry.claim.run, entry.claim.arms, entry.claim.measure
+        rows.append((entry, key not in drawn))
+        drawn.add(key)
+    heights = [_height(entry) if is_first else 0.9 for entry, is_first in rows]
+    fig = Figure(figsize=(PAGE_WIDTH, sum(heights)), layout="constrained")
+    grid = fig.add_gridspec(len(rows), 2, height_ratios=heights, width_ratios=[3, 2])
+    for i, (entry, is_first) in enumerate(rows):
+        c = entry.claim
+        if is_first:
+            left = fig.add_subplot(grid[i, 0])
+            left.set_title(c.name)
             left.set_xlabel(c.measure)
             {"dots": _dots, "curves": _curves, "grid": _grid}[c.drawing](left, entry)
-        return fig
+        _effect(fig.add_subplot(grid[i, 1] if is_first else grid[i, :]), entry, title=not is_first)
+    return fig
+
+
+@styled
+def verdicts_figure(entries: Sequence[Verdicted]) -> Figure:
+    """Every claim's effect and interval, in units in which its threshold is at 0 and its interval 2 wide.
+
+    Claims have different units. In the units of its own interval, a claim holds if its bar is to the right of 0.
+    """
+    order = list(VERDICT_STYLE)
+    shown = sorted(entries, key=lambda e: (order.index(e.verdict), -_scaled(e)))
+    fig = Figure(figsize=(PAGE_WIDTH, 0.7 + 0.125 * len(shown)), layout="constrained")
+    axes = fig.subplots()
+    limit = 6.0
+    for y, entry in enumerate(shown):
+        color, marker = VERDICT_STYLE[entry.verdict]
+        center = _scaled(entry)
+        inside = min(max(center, -limit), limit)
+        if abs(center) < limit:
+            axes.plot([max(center - 1, -limit), min(center + 1, limit)], [y, y], color=color, linewidth=1.6)
+        axes.plot(inside, y, marker=marker if abs(center) < limit else (">" if center > 0 else "<"), color=color)
+    axes.axvline(0, color=INK, linestyle="--", linewidth=0.8)
+    axes.set_yticks(range(len(shown)), [e.name for e in shown], fontsize=6.5)
+    axes.set_ylim(len(shown) - 0.3, -0.7)
+    axes.set_xlim(-limit - 0.3, limit + 0.3)
+    axes.grid(axis="x")
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    axes.set_xlabel("effect minus threshold, in half-widths of its 95 % interval (right of 0: the claim holds)")
+    counts = {verdict: sum(e.verdict == verdict for e in shown) for verdict in order}
+    handles = [Line2D([], [], color=color, marker=marker) for color, marker in VERDICT_STYLE.values()]
+    fig.legend(handles, [f"{verdict} ({n})" for verdict, n in counts.items()], loc="outside upper left", ncols=3)
+    return fig
+
+
+def _scaled(entry: Verdicted) -> float:
+    half, above = (entry.high - entry.low) / 2, entry.mean - entry.threshold
+    return above / half if half else math.copysign(math.inf, above) if above else 0.0
 
 
 def _height(entry: Entry) -> float:
@@ -102,7 +160,7 @@ def _grid(axes: Axes, entry: Entry) -> None:
     axes.set_xlabel(f"mean {entry.claim.measure}, %")
 
 
-def _effect(axes: Axes, entry: Entry) -> None:
+def _effect(axes: Axes, entry: Entry, title: bool) -> None:
     e = entry.effect
     axes.axvline(entry.claim.threshold, color=INK, linestyle="--", linewidth=0.8)
     axes.plot([e.low, e.high], [0, 0], color=INK, linewidth=1.6)
@@ -111,7 +169,7 @@ def _effect(axes: Axes, entry: Entry) -> None:
     axes.set_ylim(-1, 1)
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
-    axes.set_title(f"{entry.verdict} (dashed: threshold)", loc="left")
-    axes.set_xlabel("effect")
+    axes.set_title(f"{entry.claim.name}: {entry.verdict}" if title else entry.verdict)
+    axes.set_xlabel("effect (at or right of the dashed threshold: holds)")
     axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(4))
     axes.xaxis.set_major_formatter("{x:g}")

@@ -1,4 +1,4 @@
-"""Write the results of claims: a JSON file, a Markdown page and one figure per study."""
+"""Write the results of claims: a JSON file, an overview, and a page with a figure for each study."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 from fedbn.errors import UserError
 from fedbn.files import write_atomically
 from fedbn_simulations.claims.claim import Verdict, discover_studies
-from fedbn_simulations.claims.figures import figure
+from fedbn_simulations.claims.figures import Verdicted, figure, verdicts_figure
 from fedbn_simulations.claims.notes import TRIED
 from fedbn_simulations.claims.store import FULL_SEEDS, QUICK_SEEDS
 from fedbn_simulations.claims.verdicts import Entry, rerun_command
-from fedbn_simulations.report.plots import png
+from fedbn_simulations.report.style import png
 from fedbn_simulations.results.formatting import markdown_table
 from fedbn_simulations.storage.provenance import versions
 
@@ -21,7 +21,10 @@ MARKS: dict[Verdict, str] = {"holds": "✔ holds", "does not hold": "✘ does no
 
 
 def write(out: Path, entries: Sequence[Entry]) -> Path:
-    """Write ``claims.md``, ``claims/claims.json`` and one figure per study to ``claims/``; returns the page's path.
+    """Write ``claims.md``, and to ``claims/`` a page and a figure per study, ``verdicts.png`` and ``claims.json``.
+
+    Returns:
+        Path of ``claims.md``.
 
     Raises:
         UserError: there are no entries.
@@ -32,6 +35,8 @@ def write(out: Path, entries: Sequence[Entry]) -> Path:
     write_atomically(out / "claims" / "claims.json", json.dumps(content, indent=1).encode())
     for study, group in by_study(entries).items():
         write_atomically(out / "claims" / f"{study}.png", png(figure(group)))
+        write_atomically(out / "claims" / f"{study}.md", render_study(study, group).encode())
+    write_atomically(out / "claims" / "verdicts.png", png(verdicts_figure([summarized(e) for e in entries])))
     page = out / "claims.md"
     write_atomically(page, render(entries).encode())
     return page
@@ -49,6 +54,12 @@ def format_effect(entry: Entry) -> str:
     """Format an effect and its interval, e.g. ``0.031 [0.012, 0.050]``."""
     e = entry.effect
     return f"{e.mean:.3g} [{e.low:.3g}, {e.high:.3g}]"
+
+
+def summarized(entry: Entry) -> Verdicted:
+    """An entry as the overview shows it."""
+    e = entry.effect
+    return Verdicted(entry.claim.name, e.mean, e.low, e.high, entry.claim.threshold, entry.verdict)
 
 
 OWN_DATA = """## Using your own recordings or weights
@@ -83,28 +94,52 @@ fedbn compare digits --model mymodels:resnet50 --strategies fedbn,fixbn,global-p
 
 
 def render(entries: Sequence[Entry]) -> str:
-    """Render the page as Markdown."""
+    """Render the overview as Markdown."""
     counts = [sum(e.verdict == v for e in entries) for v in MARKS]
     size = "quick runs of reduced size, for a first impression" if entries[0].quick else "full runs"
     seeds = [len(e.effects) for e in entries]
     num_seeds = f"{min(seeds)} to {max(seeds)}" if max(seeds) > min(seeds) else f"{min(seeds)}"
     table = [
         {
-            "claim": f"[{e.claim.name}](#{e.claim.name})",
+            "claim": f"[{e.claim.name}](claims/{e.claim.study}.md#{e.claim.name})",
             "verdict": MARKS[e.verdict],
             "effect, 95 % interval": format_effect(e),
             "threshold": f"{e.claim.threshold:g}",
         }
         for e in entries
     ]
+    studies = discover_studies()
     lines = [
         "# Claims",
         "",
-        "Claims of papers on normalization, tested again on small data. A claim *holds* if the whole 95 % interval of "
+        f"{len(entries)} claims of papers on normalization, tested again on small data ({size}): {counts[0]} hold, "
+        f"{counts[1]} do not, {counts[2]} are undecided. Seeds done: {num_seeds} of "
+        f"{QUICK_SEEDS if entries[0].quick else FULL_SEEDS}.",
+        "",
+        "![Effect of each claim minus its threshold, in half-widths of its interval](claims/verdicts.png)",
+        "",
+        "A claim *holds* if the whole 95 % interval of "
         "its effect (Student's t over paired seeds) is at or above a threshold that was fixed before the runs. It "
         "*does not hold* if the whole interval is below the threshold, and is *undecided* otherwise. Verdicts apply to "
         "our small data and models, not to those of the papers: they show whether the effect occurs here. Intervals "
-        "are not corrected for multiple comparisons. All runs were designed to take about an hour on two cores. After "
+        "are not corrected for multiple comparisons.",
+        "",
+        "| study | claims | hold | do not hold | undecided |",
+        "| --- | --- | --- | --- | --- |",
+        *(
+            f"| [{studies[study][0]}](claims/{study}.md) | {len(group)} | "
+            + " | ".join(str(sum(e.verdict == v for e in group)) for v in MARKS)
+            + " |"
+            for study, group in by_study(entries).items()
+        ),
+        "",
+        '<details markdown="1">',
+        "<summary>All claims</summary>",
+        "",
+        markdown_table(table),
+        "</details>",
+        "",
+        "All runs were designed to take about an hour on two cores. After "
         "the first two seeds, three settings were changed, but not because of a verdict: rounds of the grid of "
         "normalizers with batches of 32 (4 to 16, because nothing had been learned), epochs of the stroke networks (6 "
         "to 4, to save time), and the threshold of `fedtan-messages`, a count (0 to -0.5, so that equality counts as "
@@ -113,28 +148,28 @@ def render(entries: Sequence[Entry]) -> str:
         f"Generated by `fedbn claims --all{' --quick' * entries[0].quick} --out docs`, which resumes after an "
         "interruption.",
         "",
-        f"{len(entries)} claims ({size}): {counts[0]} hold, {counts[1]} do not, {counts[2]} are undecided. Seeds done: "
-        f"{num_seeds} of {QUICK_SEEDS if entries[0].quick else FULL_SEEDS}.",
-        "",
-        markdown_table(table),
     ]
-    studies = discover_studies()
-    for study, group in by_study(entries).items():
-        lines += [f"## {studies[study][0]}", "", f"![{studies[study][0]}](claims/{study}.png)", ""]
-        for e in group:
-            c = e.claim
-            arms = ", ".join(f"{arm} {sum(v) / len(v):.4g}" for arm, v in e.values.items())
-            lines += [
-                f"### {c.name}",
-                "",
-                f"**{c.sentence}** {c.source}",
-                "",
-                f"- Published: {c.published}",
-                f"- Setting: {c.setting}; {len(e.effects)} paired seeds.",
-                f"- Measured: {c.meaning}: {format_effect(e)}, threshold {c.threshold:g}. Mean {c.measure}: {arms}.",
-                *([f"- Note: {c.note}."] if c.note else []),
-                *([f"- Also tried: {TRIED[c.name]}."] if c.name in TRIED and e.verdict != "holds" else []),
-                f"- Verdict: **{e.verdict}**. Reproduce with `{rerun_command(e)}` ({e.seconds:.0f} s of compute).",
-                "",
-            ]
     return "\n".join([*lines, OWN_DATA])
+
+
+def render_study(study: str, entries: Sequence[Entry]) -> str:
+    """Render the page of a study as Markdown."""
+    title = discover_studies()[study][0]
+    lines = [f"# {title}", "", f"![{title}]({study}.png)", ""]
+    for e in entries:
+        c = e.claim
+        arms = ", ".join(f"{arm} {sum(v) / len(v):.4g}" for arm, v in e.values.items())
+        lines += [
+            f"## {c.name}",
+            "",
+            f"**{c.sentence}** {c.source}",
+            "",
+            f"- Published: {c.published}",
+            f"- Setting: {c.setting}; {len(e.effects)} paired seeds.",
+            f"- Measured: {c.meaning}: {format_effect(e)}, threshold {c.threshold:g}. Mean {c.measure}: {arms}.",
+            *([f"- Note: {c.note}."] if c.note else []),
+            *([f"- Also tried: {TRIED[c.name]}."] if c.name in TRIED and e.verdict != "holds" else []),
+            f"- Verdict: **{e.verdict}**. Reproduce with `{rerun_command(e)}` ({e.seconds:.0f} s of compute).",
+            "",
+        ]
+    return "\n".join(lines)

@@ -13,7 +13,7 @@ import typer
 from fedbn.config import ModelSplit
 from fedbn.errors import UserError
 from fedbn_simulations.cli.compare_app import App, AppRunConfig, AppSupernodes, ModelFn
-from fedbn_simulations.cli.details import describe, print_description, without_options
+from fedbn_simulations.cli.details import describe, print_description
 from fedbn_simulations.cli.options import (
     AsJson,
     Columns,
@@ -27,6 +27,7 @@ from fedbn_simulations.cli.options import (
     print_table,
     scenario_text,
 )
+from fedbn_simulations.results.papers import paper, without_options
 
 
 class Kind(StrEnum):
@@ -88,7 +89,7 @@ def list_(
         from fedbn_simulations.report.documents import replace_block
         from fedbn_simulations.results.formatting import markdown_table
 
-        replace_block(into, kind.value, markdown_table(rows))
+        replace_block(into, kind.value, markdown_table(linked_rows(kind)))
     if as_json:
         print(json.dumps(rows, indent=1))
         return
@@ -218,6 +219,14 @@ def _rows(kind: Kind) -> list[dict[str, str]]:
         about = "; also called ".join(filter(None, (part.about, ", ".join(aliases(part)))))
         rows.append({"name": name, "what": about} | ({more[kind]: getattr(part, more[kind])} if kind in more else {}))
     return rows
+
+
+def linked_rows(kind: Kind) -> list[dict[str, str]]:
+    """The rows of a list for documents: the source of each method is a link to its paper."""
+    return [
+        row | ({"source": paper(part)} if "source" in row else {})
+        for row, part in zip(_rows(kind), _known(kind).values(), strict=True)
+    ]
 
 
 def _title(part: type) -> str:

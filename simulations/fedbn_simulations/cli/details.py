@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +12,7 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
-ARXIV = "arXiv:"
+from fedbn_simulations.results.papers import link_of, without_link
 
 
 def describe(known: Mapping[str, type], kind: str, name: str) -> dict[str, Any]:
@@ -39,31 +38,11 @@ def describe(known: Mapping[str, type], kind: str, name: str) -> dict[str, Any]:
         "name": vars(part)["name"],
         "title": title(part),
         "about": getattr(part, "about", ""),
-        "source": source.partition(ARXIV)[0].partition("https://")[0].rstrip(", "),
+        "source": without_link(source),
         "link": link_of(part),
         "aliases": list(aliases(part)),
         "options": _options(part),
     }
-
-
-def link_of(part: type) -> str:
-    """The first link in the class's source or docstring, or in the docstring of its module; empty if there is none."""
-    texts = (getattr(part, "source", ""), part.__doc__, sys.modules[part.__module__].__doc__)
-    for text in filter(None, texts):
-        if found := re.search(r"https?://[^\s)`>]+", text):
-            return found[0].rstrip(".,;")
-        if found := re.search(rf"{ARXIV}([\d.]+\d)", text):
-            return f"https://arxiv.org/abs/{found[1]}"
-    return ""
-
-
-def without_options(about: str) -> str:
-    """A one-line description without its list of options.
-
-    >>> without_options("GroupNorm instead of BN; options groups or channels (per group)")
-    'GroupNorm instead of BN'
-    """
-    return re.sub(r"; options? .*", "", about)
 
 
 def print_description(found: Mapping[str, Any], console: Console) -> None:
@@ -82,7 +61,7 @@ def print_description(found: Mapping[str, Any], console: Console) -> None:
     for option in found["options"]:
         console.print(Text(f"  {option['name']} (default: {option['default']})"))
         if option["about"]:
-            console.print(Padding(Text(option["about"]), (0, 0, 0, 6)))
+            console.print(Padding(Text(option["about"]), (0, 0, 0, 6), expand=False))
 
 
 def _options(part: type) -> list[dict[str, str]]:

@@ -122,7 +122,12 @@ def serve(
         log_to_stderr(verbose)
         url = server.address(host, listening, tls=tls_cert is not None)
         app = create_app(users, access, durability=durability)
-        server.run(app, access, listening, lambda: log_start(url, users))
+
+        def on_ready() -> None:
+            log_start(url, users)
+            console.print(f"serving on {url}, documented at {url}/docs (press Ctrl-C to stop)", soft_wrap=True)
+
+        server.run(app, access, listening, on_ready)
 
 
 @options_of(Plan)

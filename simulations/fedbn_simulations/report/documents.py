@@ -13,6 +13,7 @@ from fedbn.files import write_atomically
 from fedbn_simulations.results.comparison import Comparison
 from fedbn_simulations.results.formatting import capitalize, format_number, format_size, markdown_table, metric_title
 from fedbn_simulations.results.labels import readable
+from fedbn_simulations.results.matrix import BRIEF_CELLS
 from fedbn_simulations.results.summary import answer, is_bound, starts_rows
 
 MAX_BRIEF = 5
@@ -64,17 +65,11 @@ def update_document(
 def brief_table(comparison: Comparison) -> str:
     """Means of the first strategies that are no bounds, as a Markdown table with readable names."""
     means = comparison.matrix().set_index(["strategy", "row", "column"])["mean"]
-    cells = {
-        "own test": ("own", "aggregated"),
-        "worst 10 %": ("worst", "aggregated"),
-        "unseen users": ("unseen", "aggregated"),
-        "unseen users, recalibrated": ("unseen", "recalibrated"),
-    }
     shown = [strategy for strategy in comparison.strategies if not is_bound(strategy)][:MAX_BRIEF]
     return markdown_table(
         [
             {"strategy": readable(strategy)}
-            | {title: format_number(means.get((strategy, *cell), math.nan)) for title, cell in cells.items()}
+            | {title: format_number(means.get((strategy, *cell), math.nan)) for title, cell in BRIEF_CELLS.items()}
             for strategy in shown
         ]
     )

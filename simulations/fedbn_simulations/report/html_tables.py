@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from fedbn.strategies.base import strategies
+from fedbn_simulations.report.style import direction
 from fedbn_simulations.results.comparison import Comparison
 from fedbn_simulations.results.formatting import (
     capitalize,
@@ -20,8 +23,10 @@ from fedbn_simulations.results.formatting import (
     format_size,
     metric_title,
 )
-from fedbn_simulations.results.matrix import COLUMNS, ROWS
-from fedbn_simulations.results.summary import is_clear, starts_rows
+from fedbn_simulations.results.labels import readable
+from fedbn_simulations.results.matrix import BRIEF_CELLS, COLUMNS, ROWS
+from fedbn_simulations.results.papers import link_of, without_link, without_options
+from fedbn_simulations.results.summary import is_bound, is_clear, starts_rows
 
 #: Measures of ``shift.json``: name -> (title, description).
 SKEW = {
@@ -68,6 +73,8 @@ class Table:
 
 
 MISSING = Cell("–")
+MAX_BRIEF = 8
+"""Rows of the first table of the page."""
 INTERVALS = ["over users", "over seeds", "sd of seeds", "users", "seeds"]
 
 
@@ -104,6 +111,35 @@ def _sort_key(text: str) -> float | str:
 
 def _title(comparison: Comparison, metric: str = "") -> str:
     return capitalize(metric_title(metric or comparison.metric))
+
+
+def brief(comparison: Comparison) -> Table:
+    """Means of the reference and the strategies with the best own tests, without bounds; at most `MAX_BRIEF` rows."""
+    means = comparison.matrix().dropna(subset="mean").set_index(["strategy", "row", "column"])["mean"]
+    cells = {title: cell for title, cell in BRIEF_CELLS.items() if cell in {key[1:] for key in means.index}}
+    first = next(iter(cells.values()), None)
+    sign = -1 if comparison.higher_is_better() else 1
+    others = [s for s in comparison.strategies[1:] if not is_bound(s)]
+    if len(others) >= MAX_BRIEF:
+        others.sort(key=lambda s: sign * means.get((s, *first), -sign * math.inf) if first else 0)
+        others = others[: MAX_BRIEF - 1]
+    rows = [
+        [Cell(readable(s), sort=s), *(_number(means.get((s, *cell), math.nan)) for cell in cells.values())]
+        for s in (comparison.reference, *others)
+    ]
+    better = direction(comparison.higher_is_better())
+    return Table(f"{_title(comparison)}, mean over users ({better})", ["strategy", *cells], rows)
+
+
+def strategies_table(comparison: Comparison) -> list[tuple[str, str, str, str, str]]:
+    """Label, readable name, description, paper and its link of each strategy."""
+    known = strategies()
+    lines = []
+    for label in comparison.strategies:
+        part = known.get(re.split("[:+]", label)[0])
+        about = (without_options(part.about), without_link(part.source), link_of(part)) if part else ("", "", "")
+        lines.append((label, readable(label), *about))
+    return lines
 
 
 def matrix(comparison: Comparison, metric: str = "") -> Table:

@@ -128,6 +128,8 @@ def _context(comparison: Comparison) -> dict[str, Any]:
         "rows": [ROWS[row] for row in dict.fromkeys(row for row, _ in comparison.cells)],
         "columns": [COLUMNS[column] for column in dict.fromkeys(column for _, column in comparison.cells)],
         "bounds": [strategy for strategy in comparison.strategies if is_bound(strategy)],
+        "brief": html_tables.brief(comparison),
+        "strategies": html_tables.strategies_table(comparison),
         "matrix": html_tables.matrix(comparison),
         "matrix_second": html_tables.matrix(comparison, _second_metric(comparison)),
         "matrix_long": html_tables.matrix_long(comparison),

@@ -1,130 +1,40 @@
-"""Figures of a comparison: SVG that follows the page's colors, PNG and PDF for slides and papers.
-
-The Okabe-Ito colors can be distinguished with common color deficiencies, and each has its own marker, so that no figure
-depends on color alone. Text and axes have one color, which the SVG replaces by ``currentColor``, so that figures are
-readable on light and dark pages. Pyplot is not used, so there is no global state.
-"""
+"""Figures of a comparison. On a page's width, panels are next to each other; in a column or on a phone, they stack."""
 
 from __future__ import annotations
 
-import io
 import math
-import re
-from collections.abc import Callable
-from functools import wraps
-from html import escape
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.backends.backend_pdf import FigureCanvasPdf
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from fedbn_simulations.report.style import INK, MARKERS, PAGE_WIDTH, PALETTE, direction, styled
 from fedbn_simulations.results.comparison import Comparison
-from fedbn_simulations.results.formatting import metric_title
+from fedbn_simulations.results.formatting import format_signed, metric_title
+from fedbn_simulations.results.labels import readable
 from fedbn_simulations.results.matrix import COLUMNS, ROWS
 
-P = ParamSpec("P")
-T = TypeVar("T")
-
-#: Okabe and Ito (2008) without yellow, which is invisible on white; black is the color of the reference.
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-MARKERS = "osD^vP"
-INK = "#1b1c1d"
 #: Maximum number of layers to draw, evenly spaced from the first to the last.
 MAX_LAYERS = 8
 MAX_LABEL_LENGTH = 26
 
-_STYLE: Any = {
-    # Labels are user input and never formulas: "$x" must be shown as it is.
-    "text.parse_math": False,
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.6,
-    "grid.linewidth": 0.5,
-    "grid.alpha": 0.18,
-    "xtick.major.width": 0.6,
-    "ytick.major.width": 0.6,
-    "legend.frameon": False,
-    "lines.linewidth": 1.4,
-    "lines.markersize": 4.5,
-    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
-    "grid.color": INK,
-    # Keep text as text, so that it can be searched, read aloud and styled by the page.
-    "svg.fonttype": "none",
-    "svg.hashsalt": "fedbn",
-}
 
-
-def _styled(draw: Callable[P, T]) -> Callable[P, T]:
-    @wraps(draw)
-    def styled(*args: P.args, **kwargs: P.kwargs) -> T:
-        with mpl.rc_context(_STYLE):
-            return draw(*args, **kwargs)
-
-    return styled
-
-
-def svg(figure: Figure, name: str, description: str) -> str:
-    """The figure as inline SVG with unique ids and a description for screen readers.
-
-    Args:
-        figure: a figure of this module.
-        name: prefix of all ids; unique on the page.
-        description: text alternative of the figure.
-    """
-    buffer = io.StringIO()
-    with mpl.rc_context(_STYLE):
-        FigureCanvasSVG(figure).print_svg(buffer, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r'(\bid="|url\(#|xlink:href="#)', rf"\g<1>{name}-", text)
-    text = text.replace(INK, "currentColor").replace("'DejaVu Sans', ", "")
-    width = round(96 * figure.get_size_inches()[0])
-    # On a phone, figures scroll sideways, because their text would become too small to read.
-    opening = f'<svg role="img" aria-label="{escape(description)}" style="min-width:{4 * width // 5}px"'
-    text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
-    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', rf'\1 width="{width}"', text, count=1)
-    return text.replace("<svg", opening, 1)
-
-
-def pdf(figure: Figure) -> bytes:
-    """The figure as PDF for LaTeX, with text as text."""
-    buffer = io.BytesIO()
-    with mpl.rc_context({**_STYLE, "pdf.fonttype": 42}):
-        FigureCanvasPdf(figure).print_pdf(buffer, metadata=dict.fromkeys(("CreationDate", "Creator", "Producer")))
-    return buffer.getvalue()
-
-
-def png(figure: Figure) -> bytes:
-    """The figure as PNG, dark on white, 200 dots per inch."""
-    buffer = io.BytesIO()
-    with mpl.rc_context(_STYLE):
-        FigureCanvasAgg(figure)
-        figure.savefig(buffer, format="png", dpi=200, facecolor="white", metadata={"Software": None})
-    return buffer.getvalue()
-
-
-@_styled
-def matrix_figure(comparison: Comparison, metric: str = "") -> Figure:
+@styled
+def matrix_figure(comparison: Comparison, metric: str = "", width: float = PAGE_WIDTH) -> Figure:
     """The evaluation matrix: one panel per row, a dot with its 95 % interval over users per cell."""
     matrix = comparison.matrix(metric).dropna(subset="mean")
     rows = list(dict.fromkeys(row for row, _ in comparison.cells))
     columns = [c for c in comparison.meta["columns"] if c in set(matrix["column"])]
     strategies = comparison.strategies
-    figure = Figure(figsize=(8.6, 0.9 + 0.42 * len(strategies)), layout="constrained")
-    panels = figure.subplots(1, len(rows), sharey=True, squeeze=False)[0]
+    down, across = _grid(len(rows), width, 1.75)
+    height = down * (0.45 + 0.06 * max(6, len(columns) * len(strategies) + 2)) + 0.55
+    figure = Figure(figsize=(width, height), layout="constrained")
+    panels = figure.subplots(down, across, sharey=True, squeeze=False)
     shifts = dict(zip(columns, np.linspace(-0.24, 0.24, len(columns)) if len(columns) > 1 else [0.0]))
-    for axes, row in zip(panels, rows):
+    for axes, row in zip(panels.flat, rows):
         for line in matrix[matrix["row"] == row].itertuples():
             position = strategies.index(line.strategy)
             y = position + shifts[line.column]
@@ -136,20 +46,26 @@ def matrix_figure(comparison: Comparison, metric: str = "") -> Figure:
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
         axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(4))
-    panels[0].set_yticks(range(len(strategies)), [_short(s) for s in strategies])
-    panels[0].set_ylim(len(strategies) - 0.5, -0.5)
-    figure.supxlabel(f"{metric_title(metric or comparison.metric)}, mean over users with 95 % interval", fontsize=9)
+    _hide_rest(panels, len(rows))
+    panels[0, 0].set_yticks(range(len(strategies)), [_name(s) for s in strategies])
+    panels[0, 0].set_ylim(len(strategies) - 0.5, -0.5)
+    better = direction(comparison.higher_is_better(metric))
+    figure.supxlabel(f"{metric_title(metric or comparison.metric)}, mean and 95 % interval over users ({better})")
     figure.legend(
         [Line2D([], [], linestyle="", **_marker(i, INK)) for i in range(len(columns))],
         [COLUMNS[c][0] for c in columns],
         loc="outside upper right",
         ncols=3,
+        columnspacing=1.0,
+        handletextpad=0.2,
     )
     return figure
 
 
-@_styled
-def paired_figure(comparison: Comparison, row: str, column: str, metric: str = "") -> Figure | None:
+@styled
+def paired_figure(
+    comparison: Comparison, row: str, column: str, metric: str = "", width: float = PAGE_WIDTH
+) -> Figure | None:
     """Every user's difference to the reference, sorted, one panel per strategy; None if there is none.
 
     A mean hides differences between users: points below the line are users harmed by the strategy.
@@ -161,9 +77,8 @@ def paired_figure(comparison: Comparison, row: str, column: str, metric: str = "
     }
     if not by_strategy:
         return None
-    down = math.ceil(len(by_strategy) / 5)
-    across = math.ceil(len(by_strategy) / down)
-    figure = Figure(figsize=(min(8.6, 1.0 + 2.4 * across), 0.5 + 1.9 * down), layout="constrained")
+    down, across = _grid(len(by_strategy), width, 1.7)
+    figure = Figure(figsize=(min(width, 1.0 + 2.4 * across), 0.6 + 1.4 * down), layout="constrained")
     panels = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
     lines = comparison.paired(metric).query("row == @row and column == @column").set_index("strategy")
     for axes, (strategy, differences) in zip(panels.flat, by_strategy.items()):
@@ -178,30 +93,39 @@ def paired_figure(comparison: Comparison, row: str, column: str, metric: str = "
         axes.plot(
             rank, differences, linestyle="", marker=MARKERS[(index - 1) % len(MARKERS)], color=color, markersize=3
         )
-        axes.set_title(_short(strategy))
+        axes.set_title(_short(_name(strategy), 20), fontsize=7.5 if across * 1.8 > width - 0.5 else None)
         axes.grid(axis="y")
         axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(4, integer=True))
-    for axes in panels.flat[len(by_strategy) :]:
-        axes.set_visible(False)
-    figure.supxlabel("users, sorted by their difference", fontsize=9)
-    figure.supylabel(f"{metric_title(metric or comparison.metric)} − {_short(comparison.reference)}", fontsize=9)
+        axes.yaxis.set_major_formatter(lambda value, _: format_signed(round(value, 6), 2))
+    _hide_rest(panels, len(by_strategy))
+    figure.supxlabel("users, sorted by their difference")
+    better = "above" if comparison.higher_is_better(metric) else "below"
+    name = metric_title(metric or comparison.metric)
+    figure.supylabel(f"{name} minus {_name(comparison.reference)}\n({better} 0 is better)", multialignment="center")
     return figure
 
 
-@_styled
-def convergence_figure(comparison: Comparison) -> Figure | None:
+@styled
+def convergence_figure(comparison: Comparison, width: float = PAGE_WIDTH) -> Figure | None:
     """Main metric and training loss by round: mean over seeds, band lowest to highest; None if not recorded."""
-    name = metric_title(next(iter(comparison.metrics)))
-    titles = {"own": f"own test {name}", "unseen": f"unseen users' {name}", "train_loss": "training loss"}
+    main = next(iter(comparison.metrics))
+    name, better = metric_title(main), direction(comparison.higher_is_better(main))
+    titles = {
+        "own": ("Own test", f"{name} ({better})"),
+        "unseen": ("Unseen users", f"{name} ({better})"),
+        "train_loss": ("Training", f"loss ({direction(False)})"),
+    }
     # One evaluated round makes no curve; its value is in the matrix.
     shown = [name for name in titles if comparison.curves.dropna(subset=name)["round"].nunique() > 1]
     if not shown:
         return None
-    legend_rows = math.ceil(len(comparison.strategies) / (len(shown) + 1))
-    figure = Figure(figsize=(max(4.4, 2.87 * len(shown)), 2.7 + 0.2 * legend_rows), layout="constrained")
-    panels = figure.subplots(1, len(shown), squeeze=False)[0]
+    down, across = _grid(len(shown), width, 2.3)
+    legend_columns = max(1, int(width // 2.3))
+    legend_rows = math.ceil(len(comparison.strategies) / legend_columns)
+    figure = Figure(figsize=(width, 2.0 * down + 0.18 * legend_rows), layout="constrained")
+    panels = figure.subplots(down, across, squeeze=False)
     handles: dict[str, Line2D] = {}
-    for axes, name in zip(panels, shown):
+    for axes, name in zip(panels.flat, shown):
         for strategy, lines in comparison.curves.dropna(subset=name).groupby("strategy", sort=False):
             index = comparison.strategies.index(strategy)
             color = _color(index)
@@ -210,30 +134,32 @@ def convergence_figure(comparison: Comparison) -> Figure | None:
             (handles[strategy],) = axes.plot(
                 by_round.index, by_round["mean"], color=color, **_stroke(index), markersize=3, markevery=0.2
             )
-        axes.set_title(titles[name])
+        title, label = titles[name]
+        axes.set_title(title)
         axes.set_xlabel("round")
+        axes.set_ylabel(label)
         axes.grid(axis="y")
         axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(5, integer=True))
+    _hide_rest(panels, len(shown))
     figure.legend(
         list(handles.values()),
-        [_short(s) for s in handles],
+        [_name(s) for s in handles],
         loc="outside lower center",
-        ncols=min(len(shown) + 1, len(handles)),
+        ncols=min(legend_columns, len(handles)),
     )
     return figure
 
 
-@_styled
-def shift_figure(comparison: Comparison) -> Figure | None:
+@styled
+def shift_figure(comparison: Comparison, width: float = PAGE_WIDTH) -> Figure | None:
     """Distance between users' normalization statistics, one map per layer; None if not measured."""
     layers = comparison.shift.get("layers") or []
     if not layers:
         return None
     if len(layers) > MAX_LAYERS:
         layers = [layers[i] for i in np.linspace(0, len(layers) - 1, MAX_LAYERS).round().astype(int)]
-    across = min(4, len(layers))
-    down = math.ceil(len(layers) / across)
-    figure = Figure(figsize=(0.9 + 1.95 * across, 0.3 + 2.0 * down), layout="constrained")
+    down, across = _grid(len(layers), width, 1.6)
+    figure = Figure(figsize=(min(width, 0.9 + 1.95 * across), 0.3 + 1.7 * down), layout="constrained")
     panels = figure.subplots(down, across, squeeze=False)
     maps = [np.array(layer["distance"], dtype=float) for layer in layers]
     highest = max((float(np.nanmax(m)) for m in maps if np.isfinite(m).any()), default=0.0)
@@ -241,10 +167,25 @@ def shift_figure(comparison: Comparison) -> Figure | None:
         axes.imshow(distance, cmap="cividis", vmin=0, vmax=highest or 1, interpolation="nearest")
         axes.set_title(_short(layer["layer"]))
         _name_users(axes, layer["users"])
-    for axes in panels.flat[len(layers) :]:
-        axes.set_visible(False)
-    figure.colorbar(panels.flat[0].images[0], ax=panels, label="distance", shrink=0.8).outline.set_visible(False)
+    _hide_rest(panels, len(layers))
+    label = "distance of two users (2-Wasserstein)"
+    figure.colorbar(panels.flat[0].images[0], ax=panels, label=label, shrink=0.8).outline.set_visible(False)
     return figure
+
+
+def _grid(count: int, width: float, panel: float) -> tuple[int, int]:
+    """Rows and columns for panels of at least ``panel`` inches, with as few empty places as possible.
+
+    >>> _grid(6, 7.2, 1.7), _grid(6, 3.5, 1.7), _grid(4, 3.5, 1.8)
+    ((2, 3), (3, 2), (4, 1))
+    """
+    down = math.ceil(count / max(1, int(width // panel)))
+    return down, math.ceil(count / down)
+
+
+def _hide_rest(panels: Any, used: int) -> None:
+    for axes in panels.flat[used:]:
+        axes.set_visible(False)
 
 
 def _name_users(axes: Axes, users: list[str]) -> None:
@@ -275,6 +216,11 @@ def _stroke(index: int) -> dict[str, Any]:
 def _marker(column: int, color: str) -> dict[str, Any]:
     """Marker of a column of the matrix."""
     return {"marker": "osD"[column % 3], "color": color, "markerfacecolor": ("none", color)[column % 3 == 0]}
+
+
+def _name(label: str) -> str:
+    """Readable name of a strategy, as long as a figure has room for."""
+    return _short(readable(label))
 
 
 def _short(label: str, length: int = MAX_LABEL_LENGTH) -> str:

@@ -55,6 +55,14 @@ COLUMNS = {
     "online": ("adapted online", "statistics follow the user's unlabeled stream during the test"),
 }
 
+#: Cells of a brief table: title -> (row, column).
+BRIEF_CELLS = {
+    "own test": ("own", "aggregated"),
+    "worst 10 %": ("worst", "aggregated"),
+    "unseen users": ("unseen", "aggregated"),
+    "unseen users, recalibrated": ("unseen", "recalibrated"),
+}
+
 #: Initial statistics for an unseen user: name -> (title, description).
 STARTS = {
     "initial": ("initial", "statistics of the model as built"),

@@ -13,6 +13,7 @@ from typing import Annotated, Any, cast
 
 import orjson
 from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response, WebSocket, WebSocketDisconnect
+from fastapi.responses import RedirectResponse
 from jinja2 import Template
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.requests import HTTPConnection
@@ -99,6 +100,10 @@ def create_app(
     async def docs() -> Response:
         template = Template(DOCS_PAGE.read_text(encoding="utf-8"), autoescape=True)
         return Response(template.render(schema=app.openapi()), media_type="text/html")
+
+    @app.get("/", include_in_schema=False)
+    async def root() -> Response:
+        return RedirectResponse("docs")  # the demo page has a route of its own, which comes first
 
     return AccessMiddleware(WindowMiddleware(app, service), access, service.metrics)
 

@@ -21,8 +21,8 @@ from fedbn.plugins import title
 from fedbn.strategies.base import strategies
 from fedbn_simulations.cli import app as cli
 from fedbn_simulations.cli import catalog, options
-from fedbn_simulations.cli.details import link_of
 from fedbn_simulations.results import inference
+from fedbn_simulations.results.papers import link_of
 from tests.helpers import ROOT
 
 QUICK = ["--rounds", 2, "--seeds", 1, "--workers", 1]
@@ -119,7 +119,7 @@ def test_list_shows_details_of_a_name(run_cli):
 @pytest.mark.parametrize("kind", ["strategies", "personalizations", "rules"])
 def test_methods_with_a_source_have_a_link(kind):
     # Without a freely available text of the authors, or without a paper.
-    unlinked = {"cumulative", "divergence-pooled", "membn", "params-only", "population"}
+    unlinked = {"membn", "params-only"}
     known = catalog._known(catalog.Kind(kind))
     assert {name for name, part in known.items() if part.source and not link_of(part)} <= unlinked
 

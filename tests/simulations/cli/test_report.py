@@ -13,7 +13,8 @@ import pytest
 
 from fedbn.errors import UserError
 from fedbn_simulations.cli import app as cli
-from fedbn_simulations.report import plots
+from fedbn_simulations.report import figures as report_figures
+from fedbn_simulations.report import plots, style
 from fedbn_simulations.report.page import FORMATS, write_report, write_side_by_side
 from fedbn_simulations.results import inference
 from fedbn_simulations.results.comparison import Comparison
@@ -28,7 +29,7 @@ HOSTILE = '<script>alert("x")</script>&$_{|'
 def make_quick(patch):
     patch.setattr(inference, "RESAMPLES", 50)
     for name in ("png", "pdf"):
-        patch.setattr(plots, name, lambda figure: b"")
+        patch.setattr(report_figures, name, lambda figure: b"")
 
 
 @pytest.fixture(autouse=True)
@@ -164,7 +165,7 @@ def test_wide_table_cells_name_their_column(written):
 @pytest.mark.slow
 def test_pdf_is_reproducible_and_searchable(pair, monkeypatch):
     monkeypatch.undo()
-    first, second = (plots.pdf(plots.matrix_figure(Comparison.load(pair[0]))) for _ in range(2))
+    first, second = (style.pdf(plots.matrix_figure(Comparison.load(pair[0]))) for _ in range(2))
     assert first == second
     assert first.startswith(b"%PDF")
     assert b"/Type3" not in first

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from fedbn.data.packages import SOURCES
 from fedbn.errors import UserError
-from fedbn_simulations.report import plots, terminal
+from fedbn_simulations.report import figures, html_tables, plots, terminal
 from fedbn_simulations.report.page import write_report
 from fedbn_simulations.results import inference, summary
 from fedbn_simulations.results.comparison import Comparison
@@ -76,7 +76,7 @@ def _quick(monkeypatch):
     """Use fewer resamples and no image files, except for the module's directory."""
     monkeypatch.setattr(inference, "RESAMPLES", 100)
     for name in ("png", "pdf"):
-        monkeypatch.setattr(plots, name, lambda figure: b"")
+        monkeypatch.setattr(figures, name, lambda figure: b"")
 
 
 @pytest.fixture(scope="module")
@@ -105,9 +105,29 @@ def test_page_is_self_contained(text, page):
         assert tag not in ("link", "iframe", "object", "embed", "base")
         for name in ("src", "href", "xlink:href"):
             target = attributes.get(name) or "#"
-            assert target.startswith(("#", "data:")), (tag, target)
+            assert target.startswith(("#", "data:")) or tag == "a", (tag, target)
     assert not re.search(r"@import|url\((?![\"']?#)", text)
     assert "default-src 'none'" in text
+
+
+def test_page_starts_with_answer_plot_and_table(text, page):
+    first, _, rest = text.partition('<section id="matrix">')
+    assert "paired-own-aggregated" in first
+    brief = page.table("Accuracy, mean over users (higher is better)")
+    assert list(brief.columns) == ["strategy", "own test", "worst 10 %", "unseen users", "unseen users, recalibrated"]
+    assert "FedAvg" not in brief["strategy"][0]  # the strategies of this comparison have no readable names
+    assert "https://arxiv.org/abs/2102.07623" in rest
+    targets = [a["href"][1:] for tag, a in page.tags if tag == "a" and a["href"].startswith("#")]
+    assert len(targets) >= 7
+    assert set(targets) <= set(page.ids)
+
+
+def test_brief_table_keeps_reference_and_best(tmp_path):
+    names = {"global": 0.5} | {f"s{i}": 0.3 + 0.04 * i for i in range(10)}
+    write(tmp_path, names, seeds=(0,), columns=("aggregated",))
+    assert [row[0].text for row in html_tables.brief(Comparison.load(tmp_path)).rows] == [
+        "global", *(f"s{i}" for i in range(9, 2, -1))
+    ]  # fmt: skip
 
 
 def test_page_is_accessible(page):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from fedbn_simulations.report.plots import PALETTE, _color, _stroke
+from fedbn_simulations.report.plots import _color, _stroke
+from fedbn_simulations.report.style import PALETTE
 
 
 def test_reference_is_dashed_and_others_differ():

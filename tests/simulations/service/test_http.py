@@ -242,6 +242,7 @@ def test_schema_and_docs_page_list_every_route(serve):
     paths = client.get("/openapi.json").json()["paths"]
     assert {"/v1/users/{user}/observe", "/v1/users/{user}/predict", "/v1/users/{user}/export", "/health"} <= set(paths)
     page = client.get("/docs").text
+    assert client.get("/", follow_redirects=True).text == page
     assert all(path in page for path in paths)
     assert "https://" not in page
     model = client.get("/v1/model").json()
