@@ -190,12 +190,14 @@ class AdaptationResult:
         users: one row per user, seed, stream and rule.
         directory: directory of all results.
         metric: name of the study's metric.
+        reasons: what ``auto`` chose and why, one sentence per training run.
     """
 
     frame: pd.DataFrame
     users: pd.DataFrame
     directory: Path
     metric: str
+    reasons: tuple[str, ...] = ()
 
     def to_pandas(self) -> pd.DataFrame:
         """The summary, one row per stream and rule."""
