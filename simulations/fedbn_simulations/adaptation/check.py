@@ -267,8 +267,8 @@ def _choose(gains: Sequence[Gain], users: int) -> tuple[str, str]:
     best = max(gains, key=lambda g: g.low)
     figures = f"{format_signed(best.value)} (lower bound {format_signed(best.low)}) {where}"
     if best.low > 0:
-        return best.rule, f"auto uses {best.rule}: of {len(gains)} candidates it surely gains most, {figures}."
-    return SOURCE, f"auto uses the source: none of {len(gains)} candidates surely gains; {best.rule} gains {figures}."
+        return best.rule, f"auto uses {best.rule}, with the largest lower bound of {len(gains)} candidates: {figures}."
+    return SOURCE, f"auto uses the source: no gain of {len(gains)} candidates is certain; best {best.rule}, {figures}."
 
 
 def _prior_bytes(model: SourceModel, texts: Sequence[str]) -> int:

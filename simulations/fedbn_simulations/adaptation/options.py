@@ -33,7 +33,7 @@ class StudyOptions(Conditions):
         panel="Evaluation",
     )
     check_rules: bool = option(
-        False, "Check the named rules in the same way, and warn of those that surely gain nothing.", panel="Evaluation"
+        False, "Check the named rules in the same way, and warn of those without a certain gain.", panel="Evaluation"
     )
     augments: tuple[str, ...] = option(
         (),

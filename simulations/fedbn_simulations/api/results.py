@@ -210,7 +210,8 @@ class AdaptationResult:
         return f"<p>{escape(self._headline())}</p>{self._shown().to_html(index=False)}"
 
     def _headline(self) -> str:
-        return f"Online rules on the streams of {self.frame['users'].max()} users not seen in training"
+        text = f"Online rules on the streams of {self.frame['users'].max()} users not seen in training"
+        return "\n".join([text, *self.reasons])
 
     def _shown(self) -> pd.DataFrame:
         columns = ["stream", "rule", self.metric, "low", "high", "worst_decile", "harmed", "gain", "p_adjusted"]

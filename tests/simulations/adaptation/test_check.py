@@ -124,7 +124,7 @@ def test_decide_chooses_the_largest_lower_bound(source):
     found = decide(source, "seen", METRIC, follow_with(accuracy), refuse)
     assert found.chosen == "rotation/fallback"
     assert found.reason == (
-        "auto uses rotation/fallback: of 3 candidates it surely gains most, +.050 (lower bound +.050) on later "
+        "auto uses rotation/fallback, with the largest lower bound of 3 candidates: +.050 (lower bound +.050) on later "
         "recordings of 7 seen users."
     )
     assert {g.rule: g.value for g in found.gains} == pytest.approx(
@@ -139,12 +139,16 @@ def test_decide_chooses_the_largest_lower_bound(source):
 def test_decide_stays_with_the_source_without_a_sure_gain(source):
     names = [source.ctx.population.users[i].name for i in source.ctx.population.seen]
     uneven = dict(zip(names, [50, 50, 50, 50, 50, 45, 99]))
-    accuracy = {SOURCE: 50, POPULATION: uneven, "rotation/fallback": 50, f"rotation+{POPULATION}/fallback": 40}
+    accuracy = {SOURCE: 50, POPULATION: uneven, "rotation/fallback": 45, f"rotation+{POPULATION}/fallback": 40}
     found = decide(source, "seen", METRIC, follow_with(accuracy | {"ema": 99}), refuse, named=("ema",))
     assert found.chosen == SOURCE
-    assert found.reason.startswith("auto uses the source: none of 3 candidates surely gains; rotation/fallback gains")
+    best, _ = next((g.value, g.low) for g in found.gains if g.rule == POPULATION)
+    assert best == pytest.approx(0.44 / 7)
+    assert found.reason.startswith(
+        f"auto uses the source: no gain of 3 candidates is certain; best {POPULATION}, +.063 "
+    )
     assert warnings(found, ("ema", "rotation", "source", "tent")) == [
-        "rotation is not supported by the federation's own check: .000 (lower bound .000, 0% harmed) on later "
+        "rotation is not supported by the federation's own check: −.050 (lower bound −.050, 100% harmed) on later "
         "recordings of 7 seen users"
     ]
     few = decide(source_of(worn(users=4)), "seen", METRIC, refuse, refuse)

@@ -245,7 +245,10 @@ def test_check_same_windows_rejects_other_windows(finished_study):
 
 
 def test_adaptation_method_text_round_trips():
-    for text in ("pseudo", "tent", "pseudo/adwin/decay:n=8", "ema/ask:budget=3", "ema/page-hinkley/branch/ask"):
+    for text in (
+        "pseudo", "tent", "pseudo/adwin/decay:n=8", "ema/ask:budget=3", "ema/page-hinkley/branch/ask",
+        "rotation/fallback", "rotation+ema/ask/fallback:memory=20.0",
+    ):  # fmt: skip
         assert adaptation_method(text).text == text
 
 
@@ -417,6 +420,8 @@ def test_alignments_that_cannot_run_are_refused_before_training(scenario, align,
     ("text", "message"),
     [
         ("rotation+tent", "alignments work with rules on statistics, and tent is a test-time method"),
+        ("ema/fallback", "fallback needs an alignment and no drift detection, e.g. rotation/fallback"),
+        ("rotation/adwin/decay/fallback", "fallback needs an alignment and no drift detection"),
         ("rotatoin+ema", "unknown rule or method 'rotatoin'. Did you mean 'rotation'"),
     ],
 )
@@ -430,7 +435,8 @@ def test_rotation_of_people_of_hapt_follows_their_streams():
     run = Study.from_dict({"scenario": "hapt:unseen=1", "seeds": 1}).resolved().runs()[0]
     source = untrained_source_model(run)
     _, source_facts = run_cell(Cell(run, "unseen", "natural", "cold", SOURCE), source)
-    traces, facts = run_cell(Cell(run, "unseen", "natural", "cold", "rotation"), source)
+    traces, facts = run_cell(Cell(run, "unseen", "natural", "cold", "rotation/fallback"), source)
+    assert len(facts["fallback_windows"]) == 1
     assert facts["reset_exact"]
     assert facts["bytes_per_user"] > source_facts["bytes_per_user"]
     assert len(traces[0].y) == len(source.streams("natural", "unseen")[0])
