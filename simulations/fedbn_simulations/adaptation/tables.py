@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +101,8 @@ def update_study_document(directory: Path, document: Path) -> None:
     if zlib.crc32(content) != study["files"][path.name]:
         raise DamagedFile(path, ValueError("wrong checksum"), remedy)
     found = pd.read_parquet(io.BytesIO(content))
-    text = "\n\n".join(filter(None, [table(found, study.get("metric", "accuracy")), choices(study.get("auto", []))]))
+    sentences = choices(study.get("auto", []), study.get("augmented", {}))
+    text = table(found, study.get("metric", "accuracy")) + "".join(f"\n{sentence}\n" for sentence in sentences)
     replace_block(document, directory.resolve().name, text)
 
 
@@ -112,12 +113,16 @@ def describe(run: Run, study: Study) -> str:
     return "".join(f"{part}: " for part in (*strategy, *seed))
 
 
-def choices(decisions: Sequence[dict[str, Any]]) -> str:
-    """A sentence about what ``auto`` chose in each run, with the gains on seen users; empty without decisions.
+def choices(decisions: Sequence[dict[str, Any]], augmented: Mapping[str, str]) -> list[str]:
+    """Sentences about what ``auto`` and ``augmented`` are in each run, one each; none without them.
+
+    Args:
+        decisions: what ``auto`` chose, with the gains on seen users.
+        augmented: augmentation of each run.
 
     >>> gain = {"rule": "ema", "value": 0.05, "low": 0.01}
-    >>> choices([{"seed": 0, "strategy": "fedbn", "chosen": "ema", "gains": [gain]}])
-    '`auto` chose `ema` with seed 0 (+.050, lower bound +.010).'
+    >>> choices([{"seed": 0, "strategy": "fedbn", "chosen": "ema", "gains": [gain]}], {"fedbn, seed 0": "flip"})
+    ['`auto` chose `ema` with seed 0 (+.050, lower bound +.010).', '`augmented`: `flip` with fedbn, seed 0.']
     """
     by_rule: dict[str, list[str]] = {}
     for decision in decisions:
@@ -125,7 +130,9 @@ def choices(decisions: Sequence[dict[str, Any]]) -> str:
         figures = f" ({format_signed(gain['value'])}, lower bound {format_signed(gain['low'])})" if gain else ""
         by_rule.setdefault(decision["chosen"], []).append(f"{decision['seed']}{figures}")
     parts = [f"`{rule}` with seed{'s' * (len(on) > 1)} {', '.join(on)}" for rule, on in by_rule.items()]
-    return f"`auto` chose {'; '.join(parts)}." if parts else ""
+    trained = [f"`{text}` with {run}" for run, text in augmented.items()]
+    sentences = {"`auto` chose": parts, "`augmented`:": trained}
+    return [f"{begin} {'; '.join(found)}." for begin, found in sentences.items() if found]
 
 
 def table(found: pd.DataFrame, metric: str) -> str:
