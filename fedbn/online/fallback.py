@@ -52,18 +52,11 @@ class Fallback:
 
 
 def log_ratio(aligner: Aligner, value: Tensor, z: Tensor) -> Tensor:
-    """Log likelihood ratio ``[B]`` of windows with summaries ``[B, D]`` under parameters ``[B, P]`` against identity.
-
-    Transformations must preserve volume, as rotations do.
-    """
-    moved = torch.stack([aligner.alignment.transform(v, row[None])[0] for v, row in zip(value.to(z), z, strict=True)])
-    return _log_density(aligner, moved) - _log_density(aligner, z)
-
-
-def _log_density(aligner: Aligner, z: Tensor) -> Tensor:
-    prior = aligner.prior
-    d = z[:, None] - prior.mean
-    return torch.logsumexp(prior.log_scale - 0.5 * torch.einsum("nki,kij,nkj->nk", d, prior.precision, d), 1)
+    """Log likelihood ratio ``[B]`` of summaries ``[B, D]`` under parameters ``[B, P]`` against the identity."""
+    value = value.to(z)
+    values = torch.stack([value, aligner.identity.to(z).expand_as(value)], 1)
+    found = aligner.estimator.likelihood(z.new_ones(len(z), 1), z[:, None], values)
+    return aligner.alignment.b * (found[:, 0] - found[:, 1])
 
 
 @dataclass

@@ -18,14 +18,17 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from fedbn.data.population import Population
 from fedbn.errors import UserError
 from fedbn.federation.run import Run, task_of
 from fedbn.online.alignments.base import alignments
+from fedbn.online.matched import Matched
 from fedbn.online.prequential_metrics import harmed, scores
 from fedbn.online.rules.base import Rule
 from fedbn.online.traces import Trace
+from fedbn.plugins import render
 from fedbn.scenarios.base import scenario_text
 from fedbn.tasks import Task, render_task
 from fedbn_simulations.adaptation.cells import SOURCE, Cell
@@ -44,7 +47,7 @@ AUGMENTED = "augmented"
 RULES = ("population:diversity=1", "population")
 """Rules that are candidates, the first that the task allows."""
 
-HEADS: tuple[str, ...] = ()
+HEADS = (Matched.name,)
 """Heads that can follow a rule."""
 
 FALLBACK = "fallback"
@@ -135,8 +138,7 @@ def _fits(source: SourceModel, task: Task, text: str) -> bool:
     try:
         method = adaptation_method(text)
         check_classes(task, [method], [], [])
-        if method.align is not None:
-            source.aligner_for(method.align)
+        source.sums_for(method)
         if isinstance(method.rule, Rule):
             source.prior_for(method.rule)
     except UserError:
@@ -275,11 +277,15 @@ def _prior_bytes(model: SourceModel, texts: Sequence[str]) -> int:
     """Bytes of the priors of rules and alignments that a client needs to follow all candidates, each once."""
     methods = [adaptation_method(text) for text in texts]
     rules = {method.rule for method in methods if isinstance(method.rule, Rule) and method.rule.requires}
-    aligned = {method.align for method in methods if method.align is not None}
+    aligned: dict[str, Any] = {}
+    for method in methods:
+        aligner, head = model.sums_for(method)
+        aligned |= {} if aligner is None else {render(aligner.alignment): aligner.prior}
+        aligned |= {} if head is None else {render(head.options): head}
     parts: list[Any] = [prior for rule in rules for prior in model.prior_for(rule).values()]
-    parts += [model.aligner_for(align).prior for align in aligned]
+    parts += aligned.values()
     tensors = [getattr(part, f.name) for part in parts for f in fields(part)]
-    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+    return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
 
 
 def warnings(decision: Decision, named: Sequence[str]) -> list[str]:

@@ -43,7 +43,7 @@ def test_log_ratio_is_that_of_the_mixture_of_classes(aligner):
     weights = torch.distributions.Categorical(torch.ones(3).double())
     density = torch.distributions.MixtureSameFamily(weights, classes).log_prob
     torch.testing.assert_close(log_ratio(aligner, value, z), density(moved) - density(z))
-    identity = aligner.alignment.identity().expand(4, -1)
+    identity = aligner.identity.expand(4, -1)
     torch.testing.assert_close(log_ratio(aligner, identity, z), torch.zeros(4).double())
 
 
