@@ -91,6 +91,8 @@ WATCHED := pseudo:n0=64,pseudo:n0=64/page-hinkley/decay,pseudo:n0=64/page-hinkle
 PASSES := dua,dua:pass=train,onda,onda:pass=train,ema,ema:pass=train,resitta,resitta:pass=train
 STARTED := --seeds 3 --starts recording,recording:n0=100,classes:k=3 --rules
 ALIGNED := --seeds 3 --streams natural --rules population:diversity=1 --align rotation
+BRIEF := auto,population:diversity=1,rotation,rotation+population:diversity=1
+NESTED := --streams natural --rules $(BRIEF),pseudo:n0=64,dabn,tent,rotta
 
 adapt-tables: $(STAMP)-run  ## studies for docs/adaptation.md (about an hour)
 	$(FOLLOW) hapt:unseen=3:reserved=15 $(CHOOSE) --out results/adapt-choice --into $(PAGE)
@@ -103,6 +105,11 @@ adapt-tables: $(STAMP)-run  ## studies for docs/adaptation.md (about an hour)
 		--out results/adapt-hapt-shift-started --into $(PAGE)
 	$(FOLLOW) hapt:unseen=5 $(ALIGNED) --out results/adapt-hapt-aligned --into $(PAGE)
 	$(FOLLOW) hapt:unseen=5 $(ALIGNED) --shift $(SENSORS) --out results/adapt-hapt-shift-aligned --into $(PAGE)
+	$(FOLLOW) hapt:unseen=5 --seeds 6 $(NESTED) --out results/nested-hapt --into $(PAGE)
+	$(FOLLOW) hapt:unseen=5 --seeds 3 --streams natural --rules auto,rotation --augments rotate:strength=0.4,rotate:strength=0.8 --out results/nested-hapt-augmented --into $(PAGE)
+	$(FOLLOW) hapt:unseen=5 --seeds 6 $(NESTED) --shift $(SENSORS) --out results/nested-hapt-shift --into $(PAGE)
+	$(FOLLOW) hapt:unseen=5 --seeds 6 --streams bouts,iid,turned,switch --rules $(BRIEF) --out results/nested-hapt-orders --into $(PAGE)
+	$(FOLLOW) watch --seeds 5 $(NESTED) --out results/nested-watch --into $(PAGE)
 	$(FOLLOW) hapt:unseen=5 --seeds 3 --streams switch,recurring,natural --rules $(WATCHED) --out results/adapt-drift --into $(PAGE)
 	$(FOLLOW) watch $(ALL) --out results/adapt-watch --into $(PAGE)
 	$(FOLLOW) watch $(ALIGNED) --out results/adapt-watch-aligned --into $(PAGE)

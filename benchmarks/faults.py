@@ -58,7 +58,7 @@ def serve(listening: socket.socket, file: Path) -> None:
     names = [f"class {i}" for i in range(CLASSES)]
     # Fewer users in memory than there are, so that users are also reloaded from the store.
     limits = Limits(capacity=CONNECTIONS * USERS_PER_CONNECTION // 2)
-    users = UserStore(model, SHAPE, names, store=SQLiteStore(file), limits=limits)
+    users = UserStore(model, SHAPE, names, "pseudo:n0=64", store=SQLiteStore(file), limits=limits)
     access = Access(rate=0, user_rate=0)
     run(create_app(users, access), access, listening)
 

@@ -46,7 +46,8 @@ def serve(listening: socket.socket) -> None:
     model = build("har-cnn", SHAPE, CLASSES, seed=0).eval()
     with tempfile.TemporaryDirectory() as folder:
         store = SQLiteStore(Path(folder) / "users.db")
-        users = UserStore(model, SHAPE, [f"class {i}" for i in range(CLASSES)], store=store, limits=Limits(20_000))
+        names = [f"class {i}" for i in range(CLASSES)]
+        users = UserStore(model, SHAPE, names, "pseudo:n0=64", store=store, limits=Limits(20_000))
         access = Access(rate=0)  # all users share one address
         run(create_app(users, access), access, listening)
 

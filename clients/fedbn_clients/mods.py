@@ -237,7 +237,7 @@ def _warn_once(text: str) -> None:
 
 def adaptation(
     model_fn: ModelFn,
-    rule: Rule | str = "pseudo",
+    rule: Rule | str,
     prior: Mapping[str, LayerPrior] | None = None,
     *,
     message_types: tuple[str, ...] = ("query.predict",),

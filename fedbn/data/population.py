@@ -75,8 +75,9 @@ class Population:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of the data, their users and classes."""
-        return digest((self.users, self.unseen, self.held_out, self.classes, self.remote, self.pooled))
+        """SHA-256 of the data, their users, classes and sensors."""
+        sensors = (self.triples,) if self.triples else ()
+        return digest((self.users, self.unseen, self.held_out, self.classes, self.remote, self.pooled, *sensors))
 
     def for_seed(self, seed: int) -> Population:
         """The population with the unseen users of a seed."""

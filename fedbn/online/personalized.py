@@ -65,7 +65,7 @@ class _Prediction:
 
 def personalize(
     model: nn.Module,
-    rule: Rule | str = "pseudo",
+    rule: Rule | str = "source",
     prior: Mapping[str, LayerPrior] | None = None,
     capacity: int = 4096,
     duplicates: Literal["merge", "sequential"] = "merge",
@@ -78,7 +78,8 @@ def personalize(
 
     Args:
         model: a network with BN layers of any kind and nesting; it is not changed.
-        rule: rule that updates the statistics, as an object or a text such as ``pseudo:n0=64``.
+        rule: rule that updates the statistics, as an object or a text such as ``pseudo:n0=64``; by default, only
+            `Personalized.calibrate` changes them.
         prior: initial statistics of users by path; default: the model's running statistics. See
             `fedbn.online.prior.source_prior` and `fedbn.online.prior.population_prior`.
         capacity: maximum number of users in memory; the least recently used ones are moved to ``store``.

@@ -21,8 +21,10 @@ from fedbn.files import DamagedFile, read_json, write_atomically, write_json
 from fedbn.nn.inference import logits
 from fedbn.online import personalize
 from fedbn.online.drift.monitor import DriftMonitor
+from fedbn.online.fallback import FallbackModel
 from fedbn.online.prequential import (
     ActiveLabeling,
+    OnlineModel,
     balanced_oracle,
     follow,
     follow_blocks,
@@ -65,6 +67,7 @@ class Cell:
         run: the training run.
         users: ``unseen`` users, or ``seen`` users with their later recordings (for tuning).
         stream, start, rule: texts of plug-ins. The rules ``bound-own`` and ``bound-balanced`` are oracles.
+        fold: with the check on seen users, the fold of them that is left out; empty otherwise.
     """
 
     run: Run
@@ -72,6 +75,7 @@ class Cell:
     stream: str
     start: str
     rule: str
+    fold: str = ""
 
     @property
     def id(self) -> str:
@@ -118,12 +122,18 @@ def run_cell(cell: Cell, source: SourceModel) -> tuple[list[Trace], dict[str, An
     for name, windows in calibration.items():
         if windows is not None:
             net.calibrate(windows, user=name, then="freeze" if cell.rule == SOURCE else "adapt", n0=begin.n0)
-    follower = DriftMonitor(net, source.model, *chosen.watch) if chosen.watch else net
+    follower: OnlineModel = net
+    if chosen.watch:
+        follower = DriftMonitor(net, source.model, *chosen.watch)
+    elif chosen.fallback:
+        follower = FallbackModel(net, source.model, chosen.fallback)
     ask = ActiveLabeling(chosen.ask.budget) if chosen.ask else None
     traces = follow(follower, streams, ask, task)
     facts["includes_current"] = chosen.rule.includes_current
     if isinstance(follower, DriftMonitor):
         facts["alarms"] = [_alarms(follower.users[s.user].alarms, s) for s in streams]
+    if isinstance(follower, FallbackModel):
+        facts["fallback_windows"] = [follower.windows.get(s.user, 0) for s in streams]
     if ask is not None:
         facts["questions"] = {user: sum(counts) for user, counts in ask.labeled.items()}
     first = streams[0]

@@ -12,6 +12,7 @@ from fedbn.online import Alignment, Rule
 from fedbn.online.alignments.base import alignments, parse_alignment, split_alignment
 from fedbn.online.drift.actions import Action, action
 from fedbn.online.drift.detectors import Detector, detector
+from fedbn.online.fallback import Fallback
 from fedbn.online.matched import Matched, parse_matched, split_head
 from fedbn.online.methods import rules_and_methods
 from fedbn.online.rules.source import Source
@@ -50,6 +51,7 @@ class AdaptationMethod:
         ask: questions to users.
         align: alignment of the input.
         head: matched head.
+        fallback: return to the source while evidence is against the alignment.
     """
 
     rule: Rule | Method
@@ -57,19 +59,21 @@ class AdaptationMethod:
     ask: Questions | None = None
     align: Alignment | None = None
     head: Matched | None = None
+    fallback: Fallback | None = None
 
     @property
     def text(self) -> str:
         """The shortest text that `adaptation_method` parses to this value."""
         rule = None if self.rule == Source() and (self.align or self.head) else self.rule
         first = [render(part) for part in (self.align, rule, self.head) if part is not None]
-        more = [render(part) for part in (*(self.watch or ()), self.ask) if part is not None]
+        more = [render(part) for part in (*(self.watch or ()), self.ask, self.fallback) if part is not None]
         return "/".join(["+".join(first), *more])
 
 
 def adaptation_method(text: str) -> AdaptationMethod:
     """Parse ``rule``, ``rule/detector/action``, ``rule/ask`` or ``rule/detector/action/ask``.
 
+    ``/fallback`` can follow an alignment without drift detection.
     The rule can be an alignment, ``rotation``, or follow one, ``rotation+rule``. A matched head can follow all of them,
     ``rotation+rule+matched``, or stand alone.
 
@@ -89,6 +93,7 @@ def adaptation_method(text: str) -> AdaptationMethod:
     align_text, rule_text = split_alignment(first)
     align = parse_alignment(align_text) if align_text else None
     chosen = parse(rule_text or Source.name, "rule or method", rules_and_methods(), (Rule, Method))
+    fallback = parse(more.pop(), "monitor", {Fallback.name: Fallback}) if more and more[-1].startswith("fall") else None
     ask = parse(more.pop(), "question", {Questions.name: Questions}) if more and more[-1].startswith("ask") else None
     if len(more) not in (0, 2):
         raise UserError(f"{text!r}: write rule/detector/action, e.g. {first}/adwin/decay, or {first}/ask")
@@ -98,10 +103,12 @@ def adaptation_method(text: str) -> AdaptationMethod:
             f"{text!r}: only rules on statistics support drift detection and questions, and "
             f"{chosen.name} is a test-time method"
         )
+    if fallback and (align is None or watch):
+        raise UserError(f"{text!r}: fallback needs an alignment and no drift detection, e.g. rotation/fallback")
     if isinstance(chosen, Method) and (align or head):
         what = "alignments" if align else "matched heads"
         raise UserError(f"{text!r}: {what} work with rules on statistics, and {chosen.name} is a test-time method")
-    return AdaptationMethod(chosen, watch, ask, align, head)
+    return AdaptationMethod(chosen, watch, ask, align, head, fallback)
 
 
 def adaptation_text(chosen: Any) -> str:

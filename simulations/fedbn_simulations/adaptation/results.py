@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from fedbn.federation.run import task_of
+from fedbn.federation.run import Run, task_of
 from fedbn.federation.setup import build_context
 from fedbn.files import write_atomically, write_json
 from fedbn.online.prequential_metrics import cost, fading_mean, harmed, regret, scores, windows_to_close, worst_decile
 from fedbn.online.traces import Trace
 from fedbn_simulations.adaptation.cells import BOUNDS, SOURCE, Cell
+from fedbn_simulations.adaptation.check import AUGMENTED, Decision
 from fedbn_simulations.adaptation.metric import StudyMetric
 from fedbn_simulations.adaptation.plots import curve_figure, users_figure
 from fedbn_simulations.adaptation.study import Results, Study
@@ -205,7 +206,9 @@ def notices(study: Study) -> list[str]:
     return list(build_context(study.runs()[0]).population.notices)
 
 
-def write(out: Path, study: Study, results: Results, command: str) -> pd.DataFrame:
+def write(
+    out: Path, study: Study, results: Results, command: str, decisions: Mapping[Run, Decision] | None = None
+) -> pd.DataFrame:
     """Write ``users``, ``summary`` and ``METRIC_curve`` as parquet, ``adapt.json``, and two figures.
 
     The curve is that of the metric of single windows, e.g. ``accuracy_curve`` or ``mae_curve``.
@@ -230,6 +233,15 @@ def write(out: Path, study: Study, results: Results, command: str) -> pd.DataFra
         "files": {name: zlib.crc32(content) for name, content in files.items()},
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "notices": notices(study),
+        "auto": [
+            {"strategy": run.strategy, "seed": run.seed} | decision.as_dict()
+            for run, decision in (decisions or {}).items()
+        ],
+        "augmented": {
+            f"{c.run.strategy}, seed {c.run.seed}": facts["augment"]
+            for c, (_, facts) in results.items()
+            if c.rule == AUGMENTED
+        },
         "streams": {f"{c.stream}, seed {c.run.seed}": {t.user: t.digest for t in r[0]} for c, r in results.items()},
     }
     text = pd.Series(record | {"summary": found.to_dict(orient="records")}).to_json(indent=1)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from fedbn.augment.base import augmentation_text
 from fedbn.config import Conditions, nest, seed_numbers
 from fedbn.errors import UserError
 from fedbn.federation.run import Run, plan_for, task_of
@@ -23,10 +24,11 @@ from fedbn.plugins import build, render, table
 from fedbn.streams import stream
 from fedbn.tta import Adapter, Method
 from fedbn_simulations.adaptation.cells import SOURCE, Cell, bounds_of, read_cell, run_cell, write_cell
+from fedbn_simulations.adaptation.check import AUGMENTED, AUTO, Decision, choose_augmented, decide
 from fedbn_simulations.adaptation.methods import adaptation_method, can_align, check_classes
 from fedbn_simulations.adaptation.metric import StudyMetric
 from fedbn_simulations.adaptation.options import StudyOptions
-from fedbn_simulations.adaptation.source_model import UserGroup, train_source_model, untrained_source_model
+from fedbn_simulations.adaptation.source_model import SourceModel, UserGroup, train_source_model, untrained_source_model
 from fedbn_simulations.adaptation.warm_starts import start
 from fedbn_simulations.engines.execute import Engine
 from fedbn_simulations.experiments.tasks import Report
@@ -63,19 +65,19 @@ class Study(StudyOptions):
         if not self.strategies:
             raise UserError("no strategies given: name at least one of --strategies")
         runs = [self.run(0, strategy).resolved() for strategy in self.strategies]
-        rules = [method.text for r in self.rules if (method := adaptation_method(r)).text != SOURCE]
+        rules = [text for r in self.rules if (text := rule_text(r)) not in (SOURCE, AUGMENTED)]
         aligned = [
             adaptation_method(text).text
             for align in (render(parse_alignment(a)) for a in self.align)
-            for text in (align, *(f"{align}+{r}" for r in rules if can_align(r)))
+            for text in (align, *(f"{align}+{r}" for r in named_rules(rules) if can_align(r)))
         ]
         task = task_of(self)
         StudyMetric.of(task, self.metric)
-        methods = map(adaptation_method, (*rules, *aligned))
+        methods = map(adaptation_method, named_rules((*rules, *aligned)))
         check_classes(task, methods, map(start, self.starts), map(stream, self.streams))
         found: dict[str, Any] = {
             "strategies": tuple(run.strategy for run in runs),
-            "rules": (SOURCE, *rules, *aligned),
+            "rules": (SOURCE, *rules, *aligned, *([AUGMENTED] if self.augments else [])),
             "streams": tuple(render(stream(s)) for s in self.streams),
             "starts": tuple(render(start(s)) for s in self.starts),
         }
@@ -88,7 +90,7 @@ class Study(StudyOptions):
             k: getattr(runs[0], k)
             for k in ("scenario", "model", "task", "partition", "shift", "privacy", "head", "private")
         }
-        return replace(self, align=(), **texts, **found)
+        return replace(self, align=(), augments=tuple(map(augmentation_text, self.augments)), **texts, **found)
 
     def run(self, seed: int, strategy: str) -> Run:
         """The training run of a seed and strategy."""
@@ -97,6 +99,20 @@ class Study(StudyOptions):
     def runs(self) -> list[Run]:
         """All training runs, seeds outermost."""
         return [self.run(seed, strategy) for seed in seed_numbers(self.seeds) for strategy in self.strategies]
+
+
+CHOSEN = (AUTO, AUGMENTED)
+"""Rows that a study itself chooses, on seen users."""
+
+
+def rule_text(text: str) -> str:
+    """The shortest text of a rule or method; rows that a study itself chooses stay as they are."""
+    return text if text in CHOSEN else adaptation_method(text).text
+
+
+def named_rules(texts: Sequence[str]) -> list[str]:
+    """The rules other than those that a study itself chooses."""
+    return [text for text in texts if text not in CHOSEN]
 
 
 def cells_of(study: Study, users: UserGroup, rules_: Sequence[str]) -> list[Cell]:
@@ -121,7 +137,12 @@ Done = Callable[[Cell], None]
 CHECKED_WINDOWS = 8
 """Source windows with which methods are started once before training, to find models that they do not support."""
 
-Results = dict[Cell, tuple[list[Trace], dict[str, Any]]]
+CellResult = tuple[list[Trace], dict[str, Any]]
+
+Results = dict[Cell, CellResult]
+
+Decisions = dict[Run, Decision]
+"""What ``auto`` chose for each training run."""
 
 
 def run_study(
@@ -132,7 +153,8 @@ def run_study(
     report: Report = lambda event: None,
     began: Callable[[Sequence[Cell]], None] = lambda cells: None,
     done: Done = lambda cell: None,
-) -> tuple[Study, Results]:
+    checked: Callable[[Run], None] = lambda run: None,
+) -> tuple[Study, Results, Decisions]:
     """Run a study, or resume it.
 
     Args:
@@ -142,25 +164,27 @@ def run_study(
         report: called after each round of training.
         began: called with all cells before they run.
         done: called after each cell.
+        checked: called after the check of each run for ``auto``.
 
     Returns:
-        The study with the selected rules, and its cells.
+        The study with the selected rules, its cells, and what ``auto`` chose for each run.
 
     Raises:
         UserError: before anything runs, for whatever can be checked then.
     """
     study = study.resolved()
-    methods = [m for m in (adaptation_method(text).rule for text in study.rules) if isinstance(m, Method)]
+    named = [adaptation_method(text) for text in named_rules(study.rules)]
+    methods = [method.rule for method in named if isinstance(method.rule, Method)]
     for run in study.runs():
         untrained = untrained_source_model(run)
         for text in study.streams:
             untrained.streams(text, "unseen")
-        for text in study.rules:
-            untrained.sums_for(adaptation_method(text))
-        for method in methods:
-            Adapter(method, untrained.model, untrained.source_windows[:CHECKED_WINDOWS])
+        for method in named:
+            untrained.sums_for(method)
+        for adapting in methods:
+            Adapter(adapting, untrained.model, untrained.source_windows[:CHECKED_WINDOWS])
     with locked(out):
-        return _run_study(study, out, engine, report, began, done)
+        return _run_study(study, out, engine, report, began, done, checked)
 
 
 def _run_study(
@@ -170,29 +194,65 @@ def _run_study(
     report: Report,
     began: Callable[[Sequence[Cell]], None],
     done: Done,
-) -> tuple[Study, Results]:
+    checked: Callable[[Run], None],
+) -> tuple[Study, Results, Decisions]:
+    def train(run: Run) -> SourceModel:
+        """Train a network that only a choice needs; trackers do not know its run."""
+        return train_source_model(run, out, engine, lambda event: None)
+
+    def follow(cell: Cell, source: SourceModel) -> CellResult:
+        found = read_cell(out, cell)
+        if found is None:
+            found = run_cell(cell, source)
+            write_cell(out, cell, *found)
+        return found
+
     sources = {run: train_source_model(run, out, engine, report) for run in study.runs()}
 
     def run_cells(cells: list[Cell]) -> Results:
         began(cells)
         results: Results = {}
         for cell in cells:
-            found = read_cell(out, cell)
-            if found is None:
-                found = run_cell(cell, sources[cell.run])
-                write_cell(out, cell, *found)
-            results[cell] = found
+            source = sources[cell.run]
+            actual = cell
+            if cell.rule == AUTO:
+                actual = replace(cell, rule=decisions[cell.run].chosen)
+            elif cell.rule == AUGMENTED:
+                source = augmented[cell.run]
+                actual = replace(cell, run=source.run, rule=SOURCE)
+            traces, facts = follow(actual, source)
+            results[cell] = traces, facts | {"augment": actual.run.plan.augment}
             done(cell)
         return results
 
+    decisions: Decisions = {}
+    augmented: dict[Run, SourceModel] = {}
+    metric = StudyMetric.of(task_of(study), study.metric)
     if study.tune and (rival_families := families(study.rules)):
         rivals = [text for variants in rival_families for text in variants]
         scored = run_cells([c for c in cells_of(study, "seen", rivals) if c.rule in rivals])
         losers = set(rivals) - set(winners(rival_families, scored))
         study = replace(study, rules=tuple(r for r in study.rules if r not in losers))
+    if AUTO in study.rules or study.check_rules:
+        extra = checkable(study.rules) if study.check_rules else ()
+        for run, source in sources.items():
+            decisions[run] = decide(source, study.check, metric, follow, train, extra)
+            checked(run)
+    if AUGMENTED in study.rules:
+        for run, source in sources.items():
+            augmented[run] = train(choose_augmented(source, study.augments, metric, train, follow))
     results = run_cells(cells_of(study, "unseen", study.rules))
     check_same_windows(results)
-    return study, results
+    return study, results, decisions
+
+
+def checkable(texts: Sequence[str]) -> list[str]:
+    """The named rules that a check on seen users can evaluate: all that ask no questions.
+
+    >>> checkable(["source", "auto", "ema", "ema/ask"])
+    ['ema']
+    """
+    return [text for text in named_rules(texts) if text != SOURCE and adaptation_method(text).ask is None]
 
 
 def families(texts: Sequence[str]) -> list[list[str]]:

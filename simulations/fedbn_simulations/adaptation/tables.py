@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import zlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pandas as pd
 from rich.console import Group
 
 from fedbn.config import seed_numbers
+from fedbn.federation.run import Run
 from fedbn.files import DamagedFile, read_json
 from fedbn_simulations.adaptation.cells import BOUNDS
 from fedbn_simulations.adaptation.metric import StudyMetric
@@ -99,7 +101,38 @@ def update_study_document(directory: Path, document: Path) -> None:
     if zlib.crc32(content) != study["files"][path.name]:
         raise DamagedFile(path, ValueError("wrong checksum"), remedy)
     found = pd.read_parquet(io.BytesIO(content))
-    replace_block(document, directory.resolve().name, table(found, study.get("metric", "accuracy")))
+    sentences = choices(study.get("auto", []), study.get("augmented", {}))
+    text = table(found, study.get("metric", "accuracy")) + "".join(f"\n{sentence}\n" for sentence in sentences)
+    replace_block(document, directory.resolve().name, text)
+
+
+def describe(run: Run, study: Study) -> str:
+    """Strategy and seed of a run as a prefix, where a study has several."""
+    strategy = [run.strategy] if len(study.strategies) > 1 else []
+    seed = [f"seed {run.seed}"] if len(seed_numbers(study.seeds)) > 1 else []
+    return "".join(f"{part}: " for part in (*strategy, *seed))
+
+
+def choices(decisions: Sequence[dict[str, Any]], augmented: Mapping[str, str]) -> list[str]:
+    """Sentences about what ``auto`` and ``augmented`` are in each run, one each; none without them.
+
+    Args:
+        decisions: what ``auto`` chose, with the gains on seen users.
+        augmented: augmentation of each run.
+
+    >>> gain = {"rule": "ema", "value": 0.05, "low": 0.01}
+    >>> choices([{"seed": 0, "strategy": "fedbn", "chosen": "ema", "gains": [gain]}], {"fedbn, seed 0": "flip"})
+    ['`auto` chose `ema` with seed 0 (+.050, lower bound +.010).', '`augmented`: `flip` with fedbn, seed 0.']
+    """
+    by_rule: dict[str, list[str]] = {}
+    for decision in decisions:
+        gain = next((g for g in decision["gains"] if g["rule"] == decision["chosen"]), None)
+        figures = f" ({format_signed(gain['value'])}, lower bound {format_signed(gain['low'])})" if gain else ""
+        by_rule.setdefault(decision["chosen"], []).append(f"{decision['seed']}{figures}")
+    parts = [f"`{rule}` with seed{'s' * (len(on) > 1)} {', '.join(on)}" for rule, on in by_rule.items()]
+    trained = [f"`{text}` with {run}" for run, text in augmented.items()]
+    sentences = {"`auto` chose": parts, "`augmented`:": trained}
+    return [f"{begin} {'; '.join(found)}." for begin, found in sentences.items() if found]
 
 
 def table(found: pd.DataFrame, metric: str) -> str:

@@ -138,7 +138,7 @@ def federate(
 
 def adapt(
     data: Any,
-    rules: Any = ("pseudo",),
+    rules: Any = ("auto",),
     *,
     out: str | Path | None = None,
     track: Iterable[str] = (),
@@ -149,7 +149,8 @@ def adapt(
     Args:
         data: as in `compare`.
         rules: one or several rules and test-time methods: texts such as ``"pseudo:n0=64"`` or ``"tent"``, objects or
-            classes; the source model, which never adapts, is always included.
+            classes. The federation chooses ``"auto"`` (`fedbn_simulations.adaptation.check`). The source model, which
+            never adapts, is always included.
         out: directory; None for one below ``results`` that is named after the options.
         track: as in `compare`.
         **options: any other field of `fedbn_simulations.adaptation.study.Study` or `fedbn.config.Plan`, such as
@@ -166,10 +167,11 @@ def adapt(
     place = Path(out) if out is not None else _place(f"adapt-{wanted.scenario}", repr(wanted))
     with Tracking(track) as tracking:
         tracking.started("training", tasks(wanted, place))
-        done, results = run_study(wanted, place, report=tracking.report)
-        found = write(place, done, results, "")
+        done, results, decisions = run_study(wanted, place, report=tracking.report)
+        found = write(place, done, results, "", decisions)
         log_study(tracking, done, results, found)
-    return AdaptationResult(found, users_frame(results), place, metric_of(done).name)
+    reasons = tuple(decision.reason for decision in decisions.values())
+    return AdaptationResult(found, users_frame(results), place, metric_of(done).name, reasons)
 
 
 def _experiment(data: Any, strategies: tuple[str, ...], options: dict[str, Any]) -> Experiment:

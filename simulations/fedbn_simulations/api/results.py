@@ -191,12 +191,14 @@ class AdaptationResult:
         users: one row per user, seed, stream and rule.
         directory: directory of all results.
         metric: name of the study's metric.
+        reasons: what ``auto`` chose and why, one sentence per training run.
     """
 
     frame: pd.DataFrame
     users: pd.DataFrame
     directory: Path
     metric: str
+    reasons: tuple[str, ...] = ()
 
     def to_pandas(self) -> pd.DataFrame:
         """The summary, one row per stream and rule."""
@@ -209,7 +211,8 @@ class AdaptationResult:
         return f"<p>{escape(self._headline())}</p>{self._shown().to_html(index=False)}"
 
     def _headline(self) -> str:
-        return f"Online rules on the streams of {self.frame['users'].max()} users not seen in training"
+        text = f"Online rules on the streams of {self.frame['users'].max()} users not seen in training"
+        return "\n".join([text, *self.reasons])
 
     def _shown(self) -> pd.DataFrame:
         columns = ["stream", "rule", self.metric, "low", "high", "worst_decile", "harmed", "gain", "p_adjusted"]

@@ -41,11 +41,14 @@ def adapt(
 ) -> None:
     """Adapt a trained model online to users it has never seen, by several rules on the same streams.
 
-    Example: [bold]fedbn adapt hapt --rules pseudo:n0=64,ema:rate=0.1 --starts cold,recording[/]
+    The default rule, auto, is what the seen users' later recordings support, or the source model.
+
+    Example: [bold]fedbn adapt hapt --rules auto,pseudo:n0=64,ema:rate=0.1 --starts cold,recording[/]
     """
+    from fedbn_simulations.adaptation.check import AUTO, warnings
     from fedbn_simulations.adaptation.results import metric_of, notices, write
     from fedbn_simulations.adaptation.study import Study, run_study
-    from fedbn_simulations.adaptation.tables import summary_table, update_study_document
+    from fedbn_simulations.adaptation.tables import describe, summary_table, update_study_document
     from fedbn_simulations.adaptation.tracking import log_study, tasks
     from fedbn_simulations.experiments.experiment import read_run_file
     from fedbn_simulations.experiments.tasks import Event
@@ -56,6 +59,7 @@ def adapt(
     with Tracking(track or ()) as tracking, progress_bars(disable=not errors.is_terminal) as progress:
         tracking.started("training", tasks(study, place))
         training = progress.add_task("training", total=len(study.runs()) * study.plan.rounds)
+        checking = progress.add_task("checking on seen users", total=len(study.runs()))
         streaming = progress.add_task("following", total=None)
         rounds_done: dict[str, int] = {}
 
@@ -64,14 +68,15 @@ def adapt(
             rounds_done[event.directory] = event.round
             progress.update(training, completed=sum(rounds_done.values()))
 
-        study, results = run_study(
+        study, results, decisions = run_study(
             study,
             place,
             report=trained,
             began=lambda cells: progress.update(streaming, total=len(cells), completed=0),
             done=lambda cell: progress.advance(streaming),
+            checked=lambda run: progress.advance(checking),
         )
-        found = write(place, study, results, shlex.join(["fedbn", *sys.argv[1:]]))
+        found = write(place, study, results, shlex.join(["fedbn", *sys.argv[1:]]), decisions)
         log_study(tracking, study, results, found)
     if into:
         update_study_document(place, into)
@@ -79,6 +84,11 @@ def adapt(
         print(json.dumps(json.loads(found.to_json(orient="records")), indent=1))
         return
     console.print(summary_table(found, study, metric_of(study), console.width))
+    for run, decision in decisions.items():
+        if AUTO in study.rules:
+            console.print(f"{describe(run, study)}{decision.reason}", highlight=False, markup=False)
+        for warning in warnings(decision, study.rules):
+            console.print(f"Warning: {describe(run, study)}{warning}", style="yellow", highlight=False, markup=False)
     for notice in notices(study):
         console.print(f"Note: {notice}", style="yellow", highlight=False, markup=False)
     console.print(f"more: {place.resolve()}", soft_wrap=True)

@@ -39,7 +39,9 @@ def serve(
     classes: Annotated[
         str, typer.Option(help="With --weights: names of the outputs, comma-separated.", show_default=False)
     ] = "",
-    rule: Annotated[str, typer.Option(help="Rule by which statistics follow users.")] = "pseudo:n0=64",
+    rule: Annotated[
+        str, typer.Option(help="Rule by which statistics follow users, e.g. population:diversity=1; source: none does.")
+    ] = "source",
     drift: Annotated[str, typer.Option(help="Drift detector: adwin or page-hinkley, with options.")] = (
         "page-hinkley:threshold=18:delta=0.02"
     ),

@@ -92,7 +92,7 @@ class UserStore:
     model: nn.Module
     shape: tuple[int, ...]
     classes: Sequence[str]
-    rule: str = "pseudo:n0=64"
+    rule: str = "source"
     prior: Mapping[str, LayerPrior] | None = None
     store: SQLiteStore | None = None
     drift: str = DETECTOR

@@ -73,7 +73,7 @@ NETS = {
 def personalized(name, *args, **options):
     """A network, inputs, and the personalized network."""
     model, x = NETS[name]()
-    return model, x, personalize(model, *args, **options)
+    return model, x, personalize(model, *(args or ("pseudo",)), **options)
 
 
 def predict_and_commit(net, x, user, **options):
@@ -229,7 +229,7 @@ def test_predict_never_updates_and_frozen_blocks_commit():
 
 def test_commit_uses_records_of_last_predict():
     model, x = NETS["har"]()
-    one, two = personalize(model), personalize(model)
+    one, two = personalize(model, "pseudo"), personalize(model, "pseudo")
     one(x, user="ann")
     two.predict(x, user="ann")
     two.train()
@@ -322,7 +322,7 @@ def test_layer_that_did_not_run_keeps_statistics():
 
 def test_predict_is_thread_safe():
     model, x = NETS["har"]()
-    nets = [personalize(model) for _ in range(2)]
+    nets = [personalize(model, "pseudo") for _ in range(2)]
     nets[1](x * 4, user="ann")
     expected = [n.predict(x, user="ann") for n in nets]
 

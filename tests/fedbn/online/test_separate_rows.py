@@ -31,7 +31,7 @@ def half_untracked(shape=(1, 8, 8), classes=10):
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("call", ["predict", "calibrate"])
 def test_bank_refuses_model_that_mixes_rows(rows, call):
-    bank, x = personalize(half_untracked()), torch.randn(rows, 1, 8, 8)
+    bank, x = personalize(half_untracked(), "pseudo"), torch.randn(rows, 1, 8, 8)
     with pytest.raises(UserError, match=f"rule 'pseudo' needs a model.*{MIXES}"):
         bank.predict(x, user="ann") if call == "predict" else bank.calibrate(x, user="ann")
     assert bank.users == []

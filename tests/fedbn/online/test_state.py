@@ -242,7 +242,7 @@ def test_distance_is_wasserstein_of_gaussians():
 
 def test_personalized_copy_matches_export():
     model = network()
-    net = feed(personalize(model), data(8))
+    net = feed(personalize(model, "pseudo"), data(8))
     x = data(4, seed=5)
     plain = personalized_copy(model, net.state("ann"))
     with torch.no_grad():

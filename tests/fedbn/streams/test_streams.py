@@ -53,7 +53,7 @@ def test_stream_keeps_windows_with_their_labels(name):
     assert [s.user for s in result] == ["a", "b", "c"]
     for i, s in enumerate(result):
         for x, y, person_index in zip(s.x, s.y, s.person_index):
-            if name == "fault" or y == FOREIGN:
+            if name in ("fault", "turned") or y == FOREIGN:
                 continue
             owner = recordings[(i + int(person_index)) % 3]
             row = int(x[0, 0]) % 1000
@@ -231,3 +231,17 @@ def test_digest_covers_every_field():
         variants.append(replace(base, **{field: getattr(base, field).clone()}))
         getattr(variants[-1], field).view(-1)[3] += 1
     assert len({s.digest for s in variants}) == 6
+
+
+def test_turned_rotates_windows_after_the_event():
+    own = Examples(torch.randn(20, 6, 8), torch.arange(20) % 4, torch.zeros(20))
+    found = stream("turned:at=0.25:degrees=60").make("ann", [own], seed=0)
+    assert found.events == (Event(5, "switch"),)
+    assert torch.equal(found.x[:5], own.x[:5])
+    before, after = (x[5:].unflatten(1, (2, 3)).movedim(2, 0).flatten(1) for x in (own.x, found.x))
+    rotation = torch.linalg.lstsq(before.T, after.T).solution.T
+    torch.testing.assert_close(rotation @ before, after, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(rotation @ rotation.T, torch.eye(3), rtol=1e-4, atol=1e-5)
+    assert float(rotation.trace()) == pytest.approx(1 + 2 * np.cos(np.pi / 3), abs=1e-4)
+    with pytest.raises(UserError, match="stream 'turned' works on 3-axis sensors"):
+        stream("turned").make("ann", [windows(4, 2, 3)], seed=0)

@@ -52,7 +52,7 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished_study(place):
-    return run_study(study(), place)
+    return run_study(study(), place)[:2]
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,7 @@ def test_classes_start_is_balanced(source):
 
 def test_run_study_reads_finished_cells(place, results, monkeypatch):
     monkeypatch.setattr(personalize, "run_cell", lambda *a: pytest.fail("done again"))
-    _, again = run_study(study(), place)
+    _, again, _ = run_study(study(), place)
     assert again.keys() == results.keys()
     for cell in results:
         for one, other in zip(results[cell][0], again[cell][0]):
@@ -138,7 +138,7 @@ def test_run_study_resumes_missing_cells(place, results):
     real = personalize.run_cell
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(personalize, "run_cell", lambda cell, m: calls.append(cell) or real(cell, m))
-        _, again = run_study(study(), place)
+        _, again, _ = run_study(study(), place)
     assert calls == [lost]
     np.testing.assert_array_equal(again[lost][0][0].nll, results[lost][0][0].nll)
 
@@ -153,7 +153,7 @@ def test_run_study_computes_damaged_cells_again(place, results, suffix):
         found = read_cell(place, damaged)
         assert found is None or found[1] == results[damaged][1]  # spaces of the JSON file can change
     path.write_bytes(content[:100])
-    _, again = run_study(study(), place)
+    _, again, _ = run_study(study(), place)
     np.testing.assert_array_equal(again[damaged][0][0].nll, results[damaged][0][0].nll)
     assert read_cell(place, damaged) is not None
 
@@ -214,7 +214,7 @@ def test_metric_curve_is_mean_fading_accuracy(results):
 
 
 def test_tuning_selects_on_seen_users(tmp_path):
-    done, results = run_study(
+    done, results, _ = run_study(
         study(rules=("pseudo:n0=2", "pseudo:n0=400", "ema"), starts=("cold",), tune=True), tmp_path
     )
     assert len([r for r in done.rules if r.startswith("pseudo")]) == 1
@@ -245,7 +245,10 @@ def test_check_same_windows_rejects_other_windows(finished_study):
 
 
 def test_adaptation_method_text_round_trips():
-    for text in ("pseudo", "tent", "pseudo/adwin/decay:n=8", "ema/ask:budget=3", "ema/page-hinkley/branch/ask"):
+    for text in (
+        "pseudo", "tent", "pseudo/adwin/decay:n=8", "ema/ask:budget=3", "ema/page-hinkley/branch/ask",
+        "rotation/fallback", "rotation+ema/ask/fallback:memory=20.0",
+    ):  # fmt: skip
         assert adaptation_method(text).text == text
 
 
@@ -301,7 +304,7 @@ def test_adapt_command_accepts_user_batches(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_each_strategy_has_its_own_source_and_rows(tmp_path):
     several = ("global-naive", "fixbn")
-    what, results = run_study(study(strategies=several, rules=("ema:rate=0.3",), streams=("natural",)), tmp_path)
+    what, results, _ = run_study(study(strategies=several, rules=("ema:rate=0.3",), streams=("natural",)), tmp_path)
     found = write(tmp_path, what, results, "")
     assert set(found["strategy"]) == set(several)
     sources = found[found["rule"] == SOURCE].set_index("strategy")
@@ -314,7 +317,7 @@ def test_each_strategy_has_its_own_source_and_rows(tmp_path):
     assert names[-1] == "fixbn: bound-balanced"
     assert (tmp_path / "users.png").read_bytes().startswith(b"\x89PNG")
     for strategy in several:
-        _, alone = run_study(study(strategies=(strategy,), rules=("ema:rate=0.3",), streams=("natural",)), tmp_path)
+        _, alone, _ = run_study(study(strategies=(strategy,), rules=("ema:rate=0.3",), streams=("natural",)), tmp_path)
         assert alone.keys() < results.keys()
 
 
@@ -417,6 +420,8 @@ def test_alignments_that_cannot_run_are_refused_before_training(scenario, align,
     ("text", "message"),
     [
         ("rotation+tent", "alignments work with rules on statistics, and tent is a test-time method"),
+        ("ema/fallback", "fallback needs an alignment and no drift detection, e.g. rotation/fallback"),
+        ("rotation/adwin/decay/fallback", "fallback needs an alignment and no drift detection"),
         ("rotatoin+ema", "unknown rule or method 'rotatoin'. Did you mean 'rotation'"),
     ],
 )
@@ -430,7 +435,8 @@ def test_rotation_of_people_of_hapt_follows_their_streams():
     run = Study.from_dict({"scenario": "hapt:unseen=1", "seeds": 1}).resolved().runs()[0]
     source = untrained_source_model(run)
     _, source_facts = run_cell(Cell(run, "unseen", "natural", "cold", SOURCE), source)
-    traces, facts = run_cell(Cell(run, "unseen", "natural", "cold", "rotation"), source)
+    traces, facts = run_cell(Cell(run, "unseen", "natural", "cold", "rotation/fallback"), source)
+    assert len(facts["fallback_windows"]) == 1
     assert facts["reset_exact"]
     assert facts["bytes_per_user"] > source_facts["bytes_per_user"]
     assert len(traces[0].y) == len(source.streams("natural", "unseen")[0])

@@ -58,7 +58,7 @@ def study_of(folder, kind, task, **values):
 def finished(request, tmp_path_factory):
     place = tmp_path_factory.mktemp("tasks")
     kind, metric, others = CASES[request.param]
-    study, results = run_study(study_of(place, kind, request.param), place / "out")
+    study, results, _ = run_study(study_of(place, kind, request.param), place / "out")
     return place, study, results, metric, others
 
 
@@ -99,7 +99,7 @@ def test_study_of_every_task_uses_its_metric(finished):
 def test_study_of_every_task_resumes_from_its_cells(finished, monkeypatch):
     place, study, results, *_ = finished
     monkeypatch.setattr("fedbn_simulations.adaptation.study.run_cell", lambda *a: pytest.fail("computed again"))
-    _, again = run_study(study, place / "out")
+    _, again, _ = run_study(study, place / "out")
     pd.testing.assert_frame_equal(users_frame(again), users_frame(results), check_exact=True)
     for cell, (traces, _) in results.items():
         for one, other in zip(traces, again[cell][0], strict=True):

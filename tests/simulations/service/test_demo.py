@@ -126,7 +126,7 @@ def test_session_rejects_unknown_person(playground):
 
 @pytest.fixture
 def application(playground):
-    users = UserStore(playground.model, playground.shape, playground.classes)
+    users = UserStore(playground.model, playground.shape, playground.classes, "pseudo:n0=64")
     return create_app(users, Access(), routes(playground))
 
 

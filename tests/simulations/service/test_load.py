@@ -38,7 +38,7 @@ BODY = np.zeros((1, *SHAPE), "<f4").tobytes()
 @contextmanager
 def serving(**access):
     """A service on a socket: its port and its users, of whom ann is enrolled."""
-    users = UserStore(build("har-cnn", SHAPE, len(CLASSES), seed=0).eval(), SHAPE, CLASSES)
+    users = UserStore(build("har-cnn", SHAPE, len(CLASSES), seed=0).eval(), SHAPE, CLASSES, "pseudo:n0=64")
     users.enroll("ann")
     limits = Access(**access)
     with listen("127.0.0.1", 0) as listening:
@@ -168,7 +168,7 @@ def test_hostile_json_does_not_delay_other_users():
 
 
 def test_large_bodies_are_not_parsed_on_the_event_loop(monkeypatch):
-    users = UserStore(build("har-cnn", SHAPE, len(CLASSES), seed=0).eval(), SHAPE, CLASSES)
+    users = UserStore(build("har-cnn", SHAPE, len(CLASSES), seed=0).eval(), SHAPE, CLASSES, "pseudo:n0=64")
     users.enroll("ann")
     threads = []
     with TestClient(create_app(users, Access()), base_url="http://localhost") as client:
@@ -189,7 +189,7 @@ def test_large_bodies_are_not_parsed_on_the_event_loop(monkeypatch):
 
 
 def client_of(**access):
-    users = UserStore(build("har-cnn", SHAPE, len(CLASSES), seed=0).eval(), SHAPE, CLASSES)
+    users = UserStore(build("har-cnn", SHAPE, len(CLASSES), seed=0).eval(), SHAPE, CLASSES, "pseudo:n0=64")
     return TestClient(create_app(users, Access(**access)), base_url="http://localhost")
 
 
