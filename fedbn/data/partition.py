@@ -3,9 +3,10 @@
 Training and test rows are partitioned separately, so test rows never become training rows. The test rows of each client
 follow the label distribution of its training rows. Unseen users do not change.
 
-The schemes use the partitioners of flwr-datasets on row indices, so no data are copied. These partitioners hand out rows
-in stored order, where neighbors often have the same user, so rows are shuffled first. Two schemes have an implementation
-of their own: IID, and Dirichlet where the one of flwr-datasets fails (hundreds of clients, or a small alpha).
+The schemes use the partitioners of flwr-datasets on row indices, so no data are copied. These partitioners hand out
+rows in stored order, where neighbors often have the same user, so rows are shuffled first. Two schemes have an
+implementation of their own: IID, and Dirichlet where the one of flwr-datasets fails (hundreds of clients, or a small
+alpha).
 """
 
 from __future__ import annotations

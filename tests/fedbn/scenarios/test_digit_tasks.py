@@ -46,7 +46,7 @@ def orientation(images):
 
 
 def test_first_rows_of_both_parts_are_random_samples():
-    labels = np.arange(10_000, dtype=np.uint8) % 10
+    labels = (np.arange(10_000) % 10).astype(np.uint8)
     blank = np.zeros((len(labels), 1, 1), np.uint8)
     for part, total in zip(split(Domain("mnist", blank, labels, blank, blank)), (8000, 2000), strict=True):
         counts = np.bincount(labels[part[:200]], minlength=10)
