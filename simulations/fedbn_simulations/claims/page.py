@@ -51,6 +51,14 @@ def format_effect(entry: Entry) -> str:
     return f"{e.mean:.3g} [{e.low:.3g}, {e.high:.3g}]"
 
 
+def _missed(entry: Entry) -> str:
+    """How far from the threshold the true effect has to be to be decided."""
+    return (
+        f"Detectable: with {len(entry.effects)} seeds, a true effect at least {entry.detectable:.3g} above or below "
+        "the threshold is decided with a probability of 80 %."
+    )
+
+
 OWN_DATA = """## Using your own recordings or weights
 
 List recordings (EDF, BDF, BrainVision with the extra `fedbn[eeg]`, or `.npz` with `signal`, `rate` and `channels`) in a
@@ -133,6 +141,7 @@ def render(entries: Sequence[Entry]) -> str:
                 f"- Setting: {c.setting}; {len(e.effects)} paired seeds.",
                 f"- Measured: {c.meaning}: {format_effect(e)}, threshold {c.threshold:g}. Mean {c.measure}: {arms}.",
                 *([f"- Note: {c.note}."] if c.note else []),
+                *([f"- {_missed(e)}"] if e.verdict == "undecided" else []),
                 *([f"- Also tried: {TRIED[c.name]}."] if c.name in TRIED and e.verdict != "holds" else []),
                 f"- Verdict: **{e.verdict}**. Reproduce with `{rerun_command(e)}` ({e.seconds:.0f} s of compute).",
                 "",
