@@ -28,7 +28,7 @@ class Cifar(ImageScenario):
     model: ClassVar[str] = "resnet20"
 
     @property
-    def title(self) -> str:
+    def data_name(self) -> str:
         return "cifar"
 
     def read(self) -> ImageSet:

@@ -45,7 +45,7 @@ class Idx(ImageScenario):
     data: str = "fashion-mnist"
 
     @property
-    def title(self) -> str:
+    def data_name(self) -> str:
         return self.data
 
     def read(self) -> ImageSet:

@@ -47,7 +47,7 @@ class ImageScenario(Scenario):
 
     @property
     @abstractmethod
-    def title(self) -> str:
+    def data_name(self) -> str:
         """Name of the data set, under which a run records its hash."""
 
     @abstractmethod
@@ -73,13 +73,13 @@ class ImageScenario(Scenario):
         )
         population = build_population(
             rows,
-            name=self.title,
+            name=self.data_name,
             test=self.share,
             gap=0,
             unseen=self.unseen,
             seed=seed,
             skew="none: images dealt at random",
-            sources={self.title: hashlib.sha256(pixels.tobytes() + data.labels[chosen].tobytes()).hexdigest()},
+            sources={self.data_name: hashlib.sha256(pixels.tobytes() + data.labels[chosen].tobytes()).hexdigest()},
             by_class=False,
         )
         return replace(population, notices=data.notices)

@@ -85,6 +85,7 @@ def test_halving_drops_the_worse_half_of_every_strategy(tmp_path, monkeypatch):
     assert Experiment.from_dict(what.to_dict()).resolved() == what
 
 
+@pytest.mark.slow
 def test_halving_continues_runs_of_the_stage_before(tmp_path):
     what = experiment({"lr": (0.01, 0.05)}, ("fedbn",), halvings=1, plan={"rounds": 2, "global_test": 20})
     rounds = []
