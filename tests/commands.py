@@ -12,6 +12,7 @@ import typer
 from fedbn.strategies.base import strategies
 from fedbn_simulations.adaptation.study import Study
 from fedbn_simulations.cli.app import app
+from fedbn_simulations.cli.compare import candidates_from
 from fedbn_simulations.cli.options import parts
 from fedbn_simulations.experiments.experiment import Experiment
 
@@ -33,6 +34,8 @@ def parses(line: str) -> None:
     if name in KINDS and given["scenario"]:
         kind = KINDS[name]
         values = {f.name: given[f.name] for f in fields(kind) if given.get(f.name) is not None and f.name != "tune"}
+        if given.get("tune"):
+            values["tune"] = candidates_from(given["tune"])
         values |= {k: parts(v) for k, v in values.items() if k in ("strategies", "rules", "streams", "starts")}
         if values.get("strategies") == ("all",):
             values["strategies"] = tuple(strategies())

@@ -3,9 +3,10 @@
 Training and test rows are partitioned separately, so test rows never become training rows. The test rows of each client
 follow the label distribution of its training rows. Unseen users do not change.
 
-The schemes use the partitioners of flwr-datasets on row indices, so no data are copied. Two schemes have an
-implementation of their own: IID (the one of flwr-datasets does not shuffle, so on sorted data each client gets one
-class), and Dirichlet where the one of flwr-datasets fails (hundreds of clients, or a small alpha).
+The schemes use the partitioners of flwr-datasets on row indices, so no data are copied. These partitioners hand out
+rows in stored order, where neighbors often have the same user, so rows are shuffled first. Two schemes have an
+implementation of their own: IID, and Dirichlet where the one of flwr-datasets fails (hundreds of clients, or a small
+alpha).
 """
 
 from __future__ import annotations
@@ -53,6 +54,11 @@ class Partition(ABC):
     @abstractmethod
     def split(self, rows: Rows, seed: int) -> Indices | None:
         """Row indices of each client; None leaves the users unchanged."""
+
+    def _assign(self, partitioner: Any, rows: Rows, seed: int) -> Indices:
+        """Row indices of each client by a partitioner of flwr-datasets, which gets the rows in random order."""
+        order = numpy_generator(seed, "partition", self.name).permutation(len(rows.label))
+        return [order[i] for i in _load_indices(partitioner, rows.label[order])]
 
 
 @dataclass(frozen=True)
@@ -127,7 +133,7 @@ class Dirichlet(Partition):
             options = {"min_partition_size": self.least, "self_balancing": False}
             partitioner = _seeded("Dirichlet", seed, self.clients, "label", self.alpha, **options)
             with contextlib.suppress(ValueError):  # raised after ten attempts to reach `least`
-                return _load_indices(partitioner, rows, self.clients)
+                return self._assign(partitioner, rows, seed)
         return self._split_all(rows, seed)
 
     def _split_all(self, rows: Rows, seed: int) -> Indices:
@@ -166,7 +172,7 @@ class Pathological(Partition):
             )
         mode = "first-deterministic"
         partitioner = _seeded("Pathological", seed, self.clients, "label", self.classes, class_assignment_mode=mode)
-        return _load_indices(partitioner, rows, self.clients)
+        return self._assign(partitioner, rows, seed)
 
 
 @dataclass(frozen=True)
@@ -188,22 +194,17 @@ class Shard(Partition):
                 f"shard: {self.shards * self.clients} shards of {len(rows.label)} rows are impossible; use fewer"
             )
         partitioner = _seeded("Shard", seed, self.clients, "label", num_shards_per_partition=self.shards)
-        return _load_indices(partitioner, rows, self.clients)
+        return self._assign(partitioner, rows, seed)
 
 
 class _Sized(Partition):
-    """Base class of schemes with quantity skew only: random rows, different numbers of rows per client.
-
-    The partitioner of the same name in flwr-datasets splits contiguously, so rows are shuffled first.
-    """
+    """Base class of schemes with quantity skew only: random rows, different numbers of rows per client."""
 
     clients: int
 
     def split(self, rows: Rows, seed: int) -> Indices:
-        order = numpy_generator(seed, "partition", self.name).permutation(len(rows.label))
-        shuffled = Rows(rows.label[order], rows.user[order])
         partitioner = _partitioner(self.name.capitalize(), getattr(self, "sizes", self.clients))
-        return [order[i] for i in _load_indices(partitioner, shuffled, self.clients)]
+        return self._assign(partitioner, rows, seed)
 
 
 @dataclass(frozen=True)
@@ -304,7 +305,7 @@ def _seeded(kind: str, seed: int, *args: Any, **options: Any) -> Any:
     return _partitioner(kind, *args, **options, seed=key(seed, "partition") % 2**32)
 
 
-def _load_indices(partitioner: Any, rows: Rows, clients: int) -> Indices:
+def _load_indices(partitioner: Any, labels: np.ndarray) -> Indices:
     """Row indices of each client according to a partitioner of flwr-datasets."""
     import datasets
 
@@ -317,9 +318,9 @@ def _load_indices(partitioner: Any, rows: Rows, clients: int) -> Indices:
             warnings.catch_warnings(action="ignore"),
         ):
             partitioner.dataset = datasets.Dataset.from_dict(
-                {"index": np.arange(len(rows.label)), "label": rows.label.astype(np.int64)}
+                {"index": np.arange(len(labels)), "label": labels.astype(np.int64)}
             )
-            parts = (partitioner.load_partition(i).with_format("numpy") for i in range(clients))
+            parts = (partitioner.load_partition(i).with_format("numpy") for i in range(partitioner.num_partitions))
             return [np.asarray(part["index"][:], dtype=np.int64) for part in parts]
     finally:
         if not disabled:

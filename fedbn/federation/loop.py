@@ -69,9 +69,9 @@ def federate(
     1
     """
     ctx = ctx or build_context(run)
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     out = resume or Outcome(Server(ctx.initial_server_state(), ctx.initial_server_state()))
-    previous_seconds = out.seconds
+    previous_seconds, previous_cpu = out.seconds, out.cpu_seconds
     for number in range(len(out.curve) + 1, run.plan.rounds + 1):
         progress = Progress(number, run.plan.rounds)
         sampled = ctx.sample_clients(number)
@@ -97,6 +97,7 @@ def federate(
         own, unseen = (mean_metric(ctx, scores, unseen=is_unseen) for is_unseen in (False, True))
         out.curve.append(RoundMetrics(number, mean_loss(updates), own, unseen, diverged_client(ctx, updates)))
         out.seconds = previous_seconds + time.perf_counter() - start
+        out.cpu_seconds = previous_cpu + time.process_time() - cpu_start
         if on_round:
             on_round(number, out)
     out.sums |= collect_sums(ctx, [text for text in sums if text not in out.sums], partial(_send_sums, ctx, out))

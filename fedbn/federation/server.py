@@ -114,6 +114,7 @@ class Outcome:
         curve: metrics of each round.
         scores: cells of the evaluation matrix, by user index.
         seconds: time spent on training and evaluation in this process.
+        cpu_seconds: CPU time of this process in it, of all its threads.
         failures: tolerated client failures.
         traffic: bytes sent besides the model's entries.
         trained: last round in which each user's training was aggregated.
@@ -126,6 +127,7 @@ class Outcome:
     curve: list[RoundMetrics] = field(default_factory=list)
     scores: dict[int, list[Score]] = field(default_factory=dict)
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
     failures: list[ClientFailure] = field(default_factory=list)
     traffic: Traffic = field(default_factory=Traffic)
     trained: dict[int, int] = field(default_factory=dict)

@@ -90,13 +90,19 @@ class DigitScenario(Scenario):
 
 
 def split(domain: Domain) -> tuple[np.ndarray, np.ndarray]:
-    """Training and test rows of a domain, in a fixed random order."""
-    order = numpy_generator(0, "digits", "split", domain.name).permutation(len(domain.labels))
+    """Training and test rows of a domain, in a fixed random order.
+
+    The test rows are the first fifth of each class, so the rows left over start with the classes that filled up first.
+    They are shuffled again: their first rows are a random sample of the training rows, like the first test rows are one
+    of the test rows.
+    """
+    rng = numpy_generator(0, "digits", "split", domain.name)
+    order = rng.permutation(len(domain.labels))
     is_test = np.zeros(len(order), bool)
     for digit in range(10):
         members = order[domain.labels[order] == digit]
         is_test[members[: len(members) // 5]] = True
-    return order[~is_test[order]], order[is_test[order]]
+    return rng.permutation(order[~is_test[order]]), order[is_test[order]]
 
 
 def backgrounds(domain: Domain, count: int, part: Part, rng: np.random.Generator) -> np.ndarray:

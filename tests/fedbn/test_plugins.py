@@ -17,6 +17,7 @@ from fedbn.optim.schedules import schedules
 from fedbn.personalization.base import personalizations
 from fedbn.plugins import parse, render, spellings
 from fedbn.privacy.mechanism import Privacy
+from fedbn.protocols.base import protocols
 from fedbn.scenarios.base import scenario, scenarios
 from fedbn.strategies.base import strategies, strategy
 from fedbn.streams.base import streams
@@ -32,6 +33,7 @@ PLUGINS = {
     "alignments": alignments,
     "streams": streams,
     "partitions": partitions,
+    "protocols": protocols,
     "scenarios": scenarios,
     "optimizers": optimizers,
     "schedules": schedules,

@@ -62,6 +62,14 @@ def summarized(entry: Entry) -> Verdicted:
     return Verdicted(entry.claim.name, e.mean, e.low, e.high, entry.claim.threshold, entry.verdict)
 
 
+def _missed(entry: Entry) -> str:
+    """How far from the threshold the true effect has to be to be decided."""
+    return (
+        f"Detectable: with {len(entry.effects)} seeds, a true effect at least {entry.detectable:.3g} above or below "
+        "the threshold is decided with a probability of 80 %."
+    )
+
+
 OWN_DATA = """## Using your own recordings or weights
 
 List recordings (EDF, BDF, BrainVision with the extra `fedbn[eeg]`, or `.npz` with `signal`, `rate` and `channels`) in a
@@ -168,6 +176,7 @@ def render_study(study: str, entries: Sequence[Entry]) -> str:
             f"- Setting: {c.setting}; {len(e.effects)} paired seeds.",
             f"- Measured: {c.meaning}: {format_effect(e)}, threshold {c.threshold:g}. Mean {c.measure}: {arms}.",
             *([f"- Note: {c.note}."] if c.note else []),
+            *([f"- {_missed(e)}"] if e.verdict == "undecided" else []),
             *([f"- Also tried: {TRIED[c.name]}."] if c.name in TRIED and e.verdict != "holds" else []),
             f"- Verdict: **{e.verdict}**. Reproduce with `{rerun_command(e)}` ({e.seconds:.0f} s of compute).",
             "",

@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
 from fedbn_simulations.claims.claim import Claim, Effect, Verdict
 from fedbn_simulations.claims.store import Store, cell
+from fedbn_simulations.results.inference import detectable
 
 
 @dataclass(frozen=True)
@@ -19,6 +22,8 @@ class Entry:
         effects: one effect per seed.
         effect: their mean with its interval.
         verdict: result of comparing the interval with the threshold.
+        detectable: smallest distance of the true effect from the threshold that is decided with a probability of 80 %
+            with so many seeds.
         quick: whether the runs had reduced size.
         seconds: compute time of all cells.
     """
@@ -28,6 +33,7 @@ class Entry:
     effects: list[float]
     effect: Effect
     verdict: Verdict
+    detectable: float
     quick: bool
     seconds: float
 
@@ -41,6 +47,7 @@ class Entry:
             "effects": self.effects,
             **asdict(self.effect),
             "verdict": self.verdict,
+            "detectable": self.detectable,
             "quick": self.quick,
             "seconds": round(self.seconds, 1),
             "rerun": rerun_command(self),
@@ -66,7 +73,7 @@ def decide(claim: Claim, store: Store, quick: bool) -> Entry | None:
     # Arms that never differ would otherwise "beat" each other with a threshold of zero.
     tied = effect.low == effect.high == claim.threshold
     verdict: Verdict = "undecided" if tied else effect.verdict(claim.threshold)
-    return Entry(claim, values, effects, effect, verdict, quick, seconds)
+    return Entry(claim, values, effects, effect, verdict, detectable(np.array(effects)), quick, seconds)
 
 
 def _value(claim: Claim, arm: str, line: dict[str, Any]) -> float:

@@ -38,6 +38,7 @@ class Kind(StrEnum):
     SCENARIOS = "scenarios"
     MODELS = "models"
     PARTITIONS = "partitions"
+    PROTOCOLS = "protocols"
     TASKS = "tasks"
     SHIFTS = "shifts"
     RULES = "rules"
@@ -212,7 +213,7 @@ def _rows(kind: Kind) -> list[dict[str, str]]:
     from fedbn.plugins import aliases
 
     more = {Kind.SCENARIOS: "model"} | dict.fromkeys(
-        (Kind.STRATEGIES, Kind.PERSONALIZATIONS, Kind.RULES, Kind.ALIGNMENTS), "source"
+        (Kind.STRATEGIES, Kind.PERSONALIZATIONS, Kind.PROTOCOLS, Kind.RULES, Kind.ALIGNMENTS), "source"
     )
     rows = []
     for name, part in _known(kind).items():
@@ -246,6 +247,7 @@ def _known(kind: Kind) -> dict[str, Any]:
     from fedbn.optim.base import optimizers
     from fedbn.optim.schedules import schedules
     from fedbn.personalization.base import personalizations
+    from fedbn.protocols.base import protocols
     from fedbn.scenarios.base import scenarios
     from fedbn.strategies.base import strategies
     from fedbn.streams import streams
@@ -259,6 +261,7 @@ def _known(kind: Kind) -> dict[str, Any]:
         Kind.SCENARIOS: scenarios,
         Kind.MODELS: models,
         Kind.PARTITIONS: partitions,
+        Kind.PROTOCOLS: protocols,
         Kind.TASKS: tasks,
         Kind.SHIFTS: shifts,
         Kind.RULES: lambda: dict(sorted({**rules(), **methods()}.items())),

@@ -25,7 +25,8 @@ def describe(known: Mapping[str, type], kind: str, name: str) -> dict[str, Any]:
 
     Returns:
         ``name``, ``title``, ``about``, ``source``, ``link``, ``aliases``, and ``options`` with ``name``, ``default``
-        and ``about``; empty texts where nothing is known.
+        and ``about``; empty texts where nothing is known. A protocol also has ``settings``, ``differs`` and
+        ``published``.
 
     Raises:
         UserError: there is no such plug-in; the most similar name is suggested.
@@ -42,6 +43,18 @@ def describe(known: Mapping[str, type], kind: str, name: str) -> dict[str, Any]:
         "link": link_of(part),
         "aliases": list(aliases(part)),
         "options": _options(part),
+        **_protocol(part),
+    }
+
+
+def _protocol(part: type) -> dict[str, Any]:
+    """What a protocol sets, how that differs from its source, and the numbers of the source."""
+    if not hasattr(part, "published"):
+        return {}
+    return {
+        "settings": part().settings,
+        "differs": list(part.differs),  # type: ignore[attr-defined]
+        "published": [dataclasses.asdict(number) for number in part.published],
     }
 
 
@@ -54,6 +67,8 @@ def print_description(found: Mapping[str, Any], console: Console) -> None:
     for label, text in (("paper", source), ("also called", ", ".join(found["aliases"]))):
         if text:
             console.print(Text(f"{label}: {text}"), soft_wrap=True)
+    if "published" in found:
+        _print_protocol(found, console)
     if not found["options"]:
         console.print("no options")
         return
@@ -62,6 +77,17 @@ def print_description(found: Mapping[str, Any], console: Console) -> None:
         console.print(Text(f"  {option['name']} (default: {option['default']})"))
         if option["about"]:
             console.print(Padding(Text(option["about"]), (0, 0, 0, 6), expand=False))
+
+
+def _print_protocol(found: Mapping[str, Any], console: Console) -> None:
+    for name, value in found["settings"].items():
+        console.print(Text(f"sets {name}: {value}"), soft_wrap=True)
+    for sentence in found["differs"]:
+        console.print(Text(f"differs in {sentence}"), soft_wrap=True)
+    for number in found["published"]:
+        console.print(Text(f"published: {number['strategy']} {number['value']} ({number['where']})"), soft_wrap=True)
+    if not found["published"]:
+        console.print("published: no number was verified in the source")
 
 
 def _options(part: type) -> list[dict[str, str]]:

@@ -15,7 +15,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fedbn.errors import UserError
+from fedbn.federation.context import RunContext
 from fedbn.federation.metrics import COLUMNS
 from fedbn.federation.setup import build_context
 from fedbn.files import locked, read_json, write_atomically
@@ -42,29 +45,70 @@ def comparison_tasks(
     return [Task(run, str(out / "runs" / run.id), tuple(extends)) for run in runs]
 
 
-def tuning_tasks(experiment: Experiment, out: Path) -> list[Task]:
-    """Every strategy with every candidate, on the first seed, tested on held-out training data of seen users."""
-    runs = [
-        experiment.run(strategy, experiment.seed_numbers[0], tuned=candidate, validation=True)
-        for strategy in experiment.strategies
-        for candidate in experiment.candidates()
-    ]
-    return [Task(run, str(out / "tuning" / "runs" / run.id)) for run in runs]
+def tuning_rounds(experiment: Experiment) -> list[int]:
+    """Rounds of each stage of tuning: with two halvings, a quarter of the rounds, then half of them, then all.
+
+    A later stage has twice the rounds and half the candidates, so all stages cost about the same. The budget of all
+    strategies is the same.
+    """
+    rounds = experiment.plan.rounds
+    first = -(-rounds // 2**experiment.halvings)
+    return sorted({min(rounds, first * 2**i) for i in range(experiment.halvings)} | {rounds})
 
 
-def select_candidates(
+def tuning_tasks(
+    experiment: Experiment,
+    out: Path,
+    candidates: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
+    rounds: int | None = None,
+) -> list[Task]:
+    """Every strategy with its candidates, on the first seed, tested on held-out training data of seen users.
+
+    Args:
+        experiment: what to compare.
+        out: results directory.
+        candidates: candidates by strategy; None for all.
+        rounds: rounds of this stage (`tuning_rounds`); None for the plan's.
+    """
+    stages = tuning_rounds(experiment)
+    rounds = rounds or stages[-1]
+    tasks = []
+    for strategy in experiment.strategies:
+        for candidate in experiment.candidates() if candidates is None else candidates[strategy]:
+            run = experiment.run(strategy, experiment.seed_numbers[0], tuned=candidate, validation=True)
+            # Stages have the same interval between evaluations, so that a stage continues from the one before.
+            run = replace(run, plan=replace(run.plan, rounds=rounds, eval_every=stages[0]))
+            shorter = tuple(r for r in stages if r < rounds)
+            tasks.append(Task(run, str(out / "tuning" / "runs" / run.id), shorter))
+    return tasks
+
+
+def rank_candidates(
     experiment: Experiment, tasks: Sequence[Task], metric: str, higher_is_better: bool
-) -> dict[str, dict[str, Any]]:
-    """The candidate with the best mean of a metric on validation data by strategy (ties: the first)."""
-    best: dict[str, tuple[float, dict[str, Any]]] = {}
+) -> dict[str, list[dict[str, Any]]]:
+    """Candidates by strategy, the one with the best mean of a metric on validation data first (ties: in order)."""
+    values: dict[str, list[tuple[float, dict[str, Any]]]] = {}
     for task in tasks:
         result = read_json(Path(task.directory) / "result.json")
         cells = [e for e in result["evaluations"] if (e["row"], e["column"]) == ("own", "aggregated")]
         own = [e[metric] if higher_is_better else -e[metric] for e in cells if e.get(metric) is not None]
-        value, strategy = sum(own) / len(own) if own else -math.inf, task.run.strategy
-        if strategy not in best or value > best[strategy][0]:
-            best[strategy] = value, {name: getattr(task.run.plan, name) for name in experiment.tune}
-    return {strategy: candidate for strategy, (_, candidate) in best.items()}
+        value = sum(own) / len(own) if own else -math.inf
+        candidate = {name: getattr(task.run.plan, name) for name in experiment.tune}
+        values.setdefault(task.run.strategy, []).append((value if math.isfinite(value) else -math.inf, candidate))
+    return {s: [c for _, c in sorted(found, key=lambda pair: -pair[0])] for s, found in values.items()}
+
+
+def accuracy_floor(ctx: RunContext) -> float | None:
+    """Accuracy below which a network did not learn: the share of the most frequent class, plus a third of the rest.
+
+    The shares are those of the test rows of all seen users. None for tasks without accuracy.
+    """
+    users = [ctx.population.users[i].test for i in ctx.population.seen]
+    if ctx.task.main_metric != "accuracy" or ctx.population.remote or not users[0].has_classes:
+        return None
+    counts = torch.cat([test.groups for test in users]).bincount()
+    share = float(counts.max() / counts.sum())
+    return share + (1 - share) / 3
 
 
 def compare(
@@ -128,6 +172,8 @@ def compare(
         "engine": engine,
         "extends": list(extends),
     }
+    if (floor := accuracy_floor(ctx)) is not None:
+        meta["floor"] = floor
     with locked(out):
         _run(experiment, out, meta, engine, workers, report, started, extends)
     return out
@@ -147,10 +193,14 @@ def _run(
     write_comparison(out, meta)
     tuned: dict[str, dict[str, Any]] = {}
     if experiment.tune:
-        tuning = tuning_tasks(experiment, out)
-        started("tuning", tuning)
-        run_tasks(tuning, engine, workers, report)
-        tuned = select_candidates(experiment, tuning, meta["metric"], meta["metrics"][meta["metric"]])
+        ranked: dict[str, list[dict[str, Any]]] = {s: experiment.candidates() for s in experiment.strategies}
+        for stage, rounds in enumerate(tuning_rounds(experiment)):
+            left = {s: found[: -(-len(found) // 2)] if stage else found for s, found in ranked.items()}
+            tuning = tuning_tasks(experiment, out, left, rounds)
+            started("tuning", tuning)
+            run_tasks(tuning, engine, workers, report)
+            ranked = rank_candidates(experiment, tuning, meta["metric"], meta["metrics"][meta["metric"]])
+        tuned = {strategy: found[0] for strategy, found in ranked.items()}
         chosen = ", ".join(f"{s} {render_options(c)}" for s, c in tuned.items())
         meta["settings"] |= dict.fromkeys(experiment.tune, "tuned") | {"tuned": chosen}
         write_comparison(out, meta)
@@ -179,6 +229,7 @@ def _settings(experiment: Experiment) -> dict[str, Any]:
         )
         or "none",
         "tuned over": " ".join(f"{n}={','.join(values)}" for n, values in experiment.tune.items()) or "not tuned",
+        **({"halvings": experiment.halvings} if experiment.halvings else {}),
     }
 
 

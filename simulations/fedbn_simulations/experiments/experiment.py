@@ -16,6 +16,7 @@ from fedbn.federation.run import Run, plan_for, resolved_plan, task_of
 from fedbn.objects import is_reference
 from fedbn.personalization.treatment import treatment
 from fedbn.plugins import build, table
+from fedbn.protocols.base import protocol, protocol_text
 from fedbn.scenarios.base import scenario
 from fedbn.tasks import render_task
 from fedbn.tasks.extra import metric_name
@@ -85,6 +86,10 @@ class Experiment(ExperimentOptions):
             task = render_task(task_of(self).with_metric(self.metric))
             return replace(self, task=task, metric=metric_name(self.metric)).resolved()
         candidates = self.candidates()
+        if self.halvings and 2**self.halvings > max(len(candidates), 1):
+            raise UserError(f"halvings={self.halvings} need at least {2**self.halvings} candidates of --tune")
+        if self.halvings and 2**self.halvings > self.plan.rounds:
+            raise UserError(f"halvings={self.halvings} need at least {2**self.halvings} rounds")
         tune = {n: tuple(dict.fromkeys(str(c[n]) for c in candidates)) for n in self.tune}
         if wrong := [s for s, lr in self.rates.items() if not lr > 0]:
             raise UserError(f"rates must be positive learning rates; look at {', '.join(wrong)}")
@@ -109,8 +114,25 @@ class Experiment(ExperimentOptions):
         That is the scenario's task, and the displayed metric unless it selects learning rates.
         """
         values = json.loads(json.dumps(asdict(self)))
-        unchanged = {"task": not self.task, "metric": not self.tune or not self.metric}
+        unchanged = {
+            "task": not self.task,
+            "metric": not self.tune or not self.metric,
+            "protocol": not self.protocol,
+            "halvings": not self.halvings,
+        }
         return {k: v for k, v in values.items() if not unchanged.get(k)}
+
+    def deviations(self) -> list[str]:
+        """How the experiment differs from its protocol, one sentence; empty without one or without a difference."""
+        if not self.protocol:
+            return []
+        planned = Experiment.from_dict({"strategies": self.strategies, "protocol": self.protocol}).resolved()
+        own = {**asdict(self), **asdict(self.plan)}
+        expected = {**asdict(planned), **asdict(planned.plan)}
+        skipped = ("plan", "seeds", "tune", "halvings", "metric", "device", "rule")
+        found = [f"{k} ({own[k]!r}, not {v!r})" for k, v in expected.items() if k not in skipped and own[k] != v]
+        found += [f"tuned {', '.join(self.tune)}"] if self.tune else []
+        return [f"Deviates from protocol {self.protocol}: {', '.join(found)}."] if found else []
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> Experiment:
@@ -125,6 +147,11 @@ class Experiment(ExperimentOptions):
             UserError: no scenario, an unknown option, or a value of the wrong type.
         """
         values = nest(Experiment, values)
+        values |= {"protocol": protocol_text(str(values.get("protocol", "")))}
+        if values["protocol"]:
+            prescribed = nest(Experiment, protocol(values["protocol"]).settings)
+            settings = {**prescribed.get("plan", {}), **table(values.get("plan", {}), "plan")}
+            values = prescribed | values | {"plan": settings}
         if "scenario" not in values:
             raise UserError("no scenario given: see `fedbn list scenarios`")
         settings = table(values.get("plan", {}), "plan")

@@ -35,6 +35,19 @@ class ExperimentOptions(EvaluatedConditions):
         "the task's first. All are stored.",
         panel="Evaluation",
     )
+    halvings: int = option(
+        0,
+        "Stages of tuning after which the worse half of the candidates is dropped; each stage has twice the rounds of "
+        "the one before. 0 trains all candidates for all rounds.",
+        low=0,
+        panel="Optimization",
+    )
+    protocol: str = option(
+        "",
+        "Published benchmark that sets scenario, partition, model and plan, e.g. pfllib-dir:join=0.1; other options "
+        "override it, and the report says so.",
+        panel="Data",
+    )
     rates: dict[str, float] = option(
         {}, "Learning rates by strategy where they differ from --lr, e.g. local=0.1,fedbn=0.03.", panel="Optimization"
     )

@@ -60,7 +60,7 @@ def preflight(experiment: Experiment, out: Path, extends: Sequence[int] = ()) ->
     Raises:
         UserError: a run would fail, or ``out`` cannot be used.
     """
-    notices: list[str] = []
+    notices = experiment.deviations()
     for strategy in experiment.strategies:
         for run in _first_runs(experiment, strategy):
             notices += [n for n in build_context(run).notices if n not in notices]

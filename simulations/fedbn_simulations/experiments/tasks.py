@@ -83,6 +83,7 @@ def run_result(run: Run, ctx: RunContext, outcome: Outcome) -> dict[str, Any]:
         "lr": run.plan.lr,
         "rounds": len(outcome.curve),
         "seconds": outcome.seconds,
+        "cpu_seconds": outcome.cpu_seconds,
         "newcomer": ctx.strategy.newcomer,
         "notices": [*ctx.notices, *outcome.notices(), *mismatch_notices(ctx, mismatch)],
         "mismatch": mismatch,

@@ -94,13 +94,14 @@ def _more(comparison: Comparison) -> list[str]:
         {
             "strategy": strategy,
             "time": format_number(seconds["mean"][strategy] / seconds["mean"][comparison.reference], 2),
+            "CPU s": "–" if math.isnan(seconds["cpu"][strategy]) else f"{seconds['cpu'][strategy]:.1f}",
             "down": format_size(sent["bytes_down"][strategy]),
             "up": format_size(sent["bytes_up"][strategy]),
         }
         | ({"repeated": format_size(repeated.get(strategy, 0))} if len(repeated) else {})
         for strategy in seconds.index
     ]
-    caption = f"Time of a run relative to {comparison.reference}, and bytes per client and round"
+    caption = f"Time of a run relative to {comparison.reference}, its CPU seconds, and bytes per client and round"
     if len(repeated):
         caption += "; repeated is the part of down that clients would not need if they kept state between messages"
     return [*parts, f"{caption}:", markdown_table(costs).rstrip()]

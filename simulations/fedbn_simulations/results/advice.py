@@ -1,8 +1,8 @@
 """Recommend strategies from the results of comparisons.
 
-For each comparison and each kind of test: the best strategy that is not a bound, and those that are not clearly behind
-it (their paired 95 % interval over users includes 0). Reversals between the users' own tests and the pooled test are
-listed.
+For each comparison and each kind of test: the best strategy that learned and is not a bound, and those that are not
+clearly behind it (their paired 95 % interval over users includes 0). Reversals between the users' own tests and the
+pooled test are listed.
 """
 
 from __future__ import annotations
@@ -38,13 +38,12 @@ class Verdict:
 
 
 def verdict(comparison: Comparison, row: str, column: str, metric: str = "") -> Verdict | None:
-    """The best strategy of a cell, without bounds; None if no strategy has the cell."""
+    """The best strategy of a cell, without bounds and networks that did not learn; None if no strategy has the cell."""
     lines = comparison.matrix(metric).query("row == @row and column == @column").dropna(subset="mean")
     if lines.empty:
         return None
-    lines = lines[~lines["strategy"].map(is_bound)].sort_values(
-        "mean", ascending=not comparison.higher_is_better(metric), kind="stable"
-    )
+    choices = ~lines["strategy"].map(is_bound) & ~lines["strategy"].isin(comparison.unlearned)
+    lines = lines[choices].sort_values("mean", ascending=not comparison.higher_is_better(metric), kind="stable")
     if lines.empty:
         return None
     best, *others = lines["strategy"]

@@ -5,7 +5,7 @@ Files: `fedbn_simulations.results.files`; rows, columns and statistics: `fedbn_s
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from typing import Any, Self
@@ -24,7 +24,13 @@ from fedbn_simulations.results.files import (
     runs_table,
     summarize_notices,
 )
-from fedbn_simulations.results.formatting import format_estimate, latex_table, markdown_table, metric_title
+from fedbn_simulations.results.formatting import (
+    format_estimate,
+    format_number,
+    latex_table,
+    markdown_table,
+    metric_title,
+)
 from fedbn_simulations.results.matrix import COLUMNS, METRICS, ROWS, Matrix
 from fedbn_simulations.results.summary import answer
 
@@ -41,7 +47,7 @@ class Comparison(Matrix):
         evaluations: one line per run x user x row x column: n, and the metrics.
         directory: the results directory.
         shift: ``shift.json``, or empty.
-        runs: one line per finished run: run, strategy, seed, lr, seconds, rounds, newcomer.
+        runs: one line per finished run: run, strategy, seed, lr, seconds, rounds, newcomer, cpu_seconds.
         curves: one line per run and evaluated round: train_loss, own, unseen.
         ownership: one line per strategy and role (or kind of additional message): owner, entries, elements, and bytes
             per client and round.
@@ -96,7 +102,7 @@ class Comparison(Matrix):
         if ran_one_by_one([r for _, r in runs]):
             notices.append(f"engine {engine}")
         shift = directory / "shift.json"
-        return cls(
+        loaded = cls(
             directory=directory,
             meta=meta,
             shift=read_json(shift, recompute(directory)) if shift.is_file() else {},
@@ -117,6 +123,13 @@ class Comparison(Matrix):
             notices=tuple(dict.fromkeys(notices)),
             engine=engine,
         )
+        if unlearned := loaded.unlearned:
+            notice = (
+                f"Did not learn (†), and are left out of advice: {', '.join(unlearned)}. No mean accuracy of theirs "
+                f"reaches {format_number(meta['floor'])} (share of the most frequent class plus a third of the rest)."
+            )
+            return replace(loaded, notices=(*loaded.notices, notice))
+        return loaded
 
     def __repr__(self) -> str:
         return f"{answer(self)}\n\n{self.wide().to_string()}"
@@ -130,12 +143,13 @@ class Comparison(Matrix):
         return self.ownership.copy()
 
     def seconds(self) -> pd.DataFrame:
-        """Cost by strategy: mean and sd (over seeds) of a run's seconds, seconds per round, lr, rounds."""
+        """Cost by strategy: mean and sd (over seeds) of a run's seconds, CPU seconds, seconds per round, lr, rounds."""
         grouped = self.runs.groupby("strategy", sort=False)
         return pd.DataFrame(
             {
                 "mean": grouped["seconds"].mean(),
                 "sd": grouped["seconds"].std(),
+                "cpu": grouped["cpu_seconds"].mean(),
                 "per_round": grouped["seconds"].sum() / grouped["rounds"].sum(),
                 "rounds": grouped["rounds"].max(),
                 "lr": grouped["lr"].agg(lambda rates: ", ".join(f"{r:g}" for r in sorted(set(rates.dropna())))),
@@ -144,7 +158,8 @@ class Comparison(Matrix):
         ).reset_index()
 
     def wide(self, metric: str = "") -> pd.DataFrame:
-        """The matrix as text: statistics and strategy down, rows of the matrix across."""
+        """The matrix as text: statistics and strategy down, rows of the matrix across; † marks `unlearned` ones."""
+        marks = dict.fromkeys(self.unlearned, " †")
         text = {
             (line.column, line.strategy, line.row): format_estimate(line.mean, line.ci_low, line.ci_high)
             for line in self.matrix(metric).itertuples()
@@ -159,7 +174,8 @@ class Comparison(Matrix):
         return pd.DataFrame(
             [[text.get((*key, row), "–") for row in rows] for key in index],
             index=pd.MultiIndex.from_tuples(
-                [(COLUMNS[column][0], strategy) for column, strategy in index], names=["statistics", "strategy"]
+                [(COLUMNS[column][0], strategy + marks.get(strategy, "")) for column, strategy in index],
+                names=["statistics", "strategy"],
             ),
             columns=[ROWS[row][0] for row in rows],
         )

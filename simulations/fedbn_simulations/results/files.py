@@ -128,8 +128,14 @@ def expand_shared_models(evaluations: pd.DataFrame) -> pd.DataFrame:
 def runs_table(runs: list[tuple[str, dict[str, Any]]]) -> pd.DataFrame:
     """One line per run: its identity and cost."""
     keys = ["strategy", "seed", "lr", "seconds", "rounds", "newcomer"]
-    frame = pd.DataFrame([{"run": run, **{key: result[key] for key in keys}} for run, result in runs])
-    return frame.astype({"lr": "float64"})  # an app has no lr
+    # An app has neither an lr nor CPU seconds.
+    frame = pd.DataFrame(
+        [
+            {"run": run, **{key: result[key] for key in keys}, "cpu_seconds": result.get("cpu_seconds")}
+            for run, result in runs
+        ]
+    )
+    return frame.astype({"lr": "float64", "cpu_seconds": "float64"})
 
 
 def ownership_table(runs: list[tuple[str, dict[str, Any]]]) -> pd.DataFrame:

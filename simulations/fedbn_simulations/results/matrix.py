@@ -23,6 +23,8 @@ from fedbn_simulations.results.inference import (
     Interval,
     Statistic,
     adjust,
+    crossed_interval,
+    detectable,
     estimate,
     mean_of_users,
     signed_rank,
@@ -182,8 +184,10 @@ class Matrix:
             strategy, reference, row, column, difference (strategy minus reference); ci_low, ci_high
             (95 %, users resampled); seed_sd, seed_low, seed_high (95 %, over seeds); n_users, n_seeds;
             p (Wilcoxon signed-rank over users), p_adjusted (Benjamini-Hochberg over this table);
-            better, worse (users that gain or lose more than one point). ``worst`` has no per-user
-            differences, hence neither p nor counts.
+            better, worse (users that gain or lose more than one point); both_low, both_high (95 %, users and seeds
+            resampled); detectable (smallest true difference that is found with a probability of 80 % with so many
+            users, or seeds if all users share one observation per seed). ``worst`` has no per-user differences,
+            hence only intervals.
 
         Raises:
             UserError: unknown metric.
@@ -196,7 +200,7 @@ class Matrix:
                 by_user = gap.mean(axis=1).to_numpy()
                 line = (strategy, self.reference, row, column, *_flat(result))
                 if row == "worst" or not by_user.size:
-                    lines.append((*line, math.nan, pd.NA, pd.NA))
+                    lines.append((*line, math.nan, pd.NA, pd.NA, math.nan, math.nan, math.nan))
                     continue
                 gain = by_user if self.higher_is_better(metric) else -by_user
                 level = self.values(self.reference, row, column, metric).abs().mean(axis=None)
@@ -204,12 +208,30 @@ class Matrix:
                 better, worse = int((gain > point).sum()), int((gain < -point).sum())
                 # Repeats of one observation are no sample of users; a difference of exactly 0 is still valid.
                 repeated = by_user.any() and uniform(gap.to_numpy())
-                lines.append((*line, math.nan if repeated else signed_rank(by_user), better, worse))
-        frame = pd.DataFrame(
-            lines, columns=["strategy", "reference", "row", "column", "difference", *_INTERVALS, "p", "better", "worse"]
-        ).astype({"p": "float64", "better": "Int64", "worse": "Int64"})
+                p = math.nan if repeated else signed_rank(by_user)
+                both = crossed_interval(gap.to_numpy())
+                found = detectable(gap.mean(axis=0).to_numpy() if repeated else by_user)
+                lines.append((*line, p, better, worse, *both, found))
+        columns = ["strategy", "reference", "row", "column", "difference", *_INTERVALS, "p", "better", "worse"]
+        frame = pd.DataFrame(lines, columns=[*columns, "both_low", "both_high", "detectable"]).astype(
+            {"p": "float64", "better": "Int64", "worse": "Int64"}
+        )
         frame.insert(frame.columns.get_loc("p") + 1, "p_adjusted", adjust(frame["p"]))
         return frame
+
+    @property
+    def unlearned(self) -> list[str]:
+        """Strategies whose network did not learn: no mean accuracy of theirs reaches ``floor`` of the metadata.
+
+        The floor is the share of the most frequent class, plus a third of the rest. It exists for classification only.
+        """
+        floor = self.meta.get("floor")
+        if floor is None or "accuracy" not in self.metrics:
+            return []
+        lines = self.evaluations[self.evaluations["column"].isin(self.meta["columns"])]
+        users = lines.groupby(["strategy", "row", "column", "user"])["accuracy"].mean()
+        best = users.groupby(["strategy", "row", "column"]).mean().groupby("strategy").max()
+        return [s for s in self.strategies if best.get(s, math.nan) < floor]
 
     def differences(self, strategy: str, row: str, column: str, metric: str = "") -> pd.Series:
         """Strategy minus reference by user, mean over common seeds, ascending; empty if there is no such cell."""

@@ -30,7 +30,7 @@ def answer(comparison: Matrix, metric: str = "") -> str:
     Strategies that pool all data in one place are bounds, not options for a federation, and are skipped. The difference
     of the best of several strategies is slightly optimistic, so a "clear" difference also requires a small p-value
     after correction for all comparisons. If the interval includes 0, there is no clear difference. Too few users for a
-    small p-value are named.
+    small p-value are named. Without a clear difference, the sentence says how large a difference would have been found.
     """
     return " ".join(sentences(comparison, metric))
 
@@ -101,7 +101,8 @@ def _sentence(comparison: Matrix, row: str, metric: str) -> str:
     if not over and few:
         return f"{title}: {winner} and {baseline}, too few users ({best.n_users}) to test ({evidence})."
     if not is_clear(best):
-        return f"{title}: no clear difference between {winner} and {baseline} ({evidence})."
+        missed = f"; {format_number(best.detectable)} would be found with 80 % power" if best.detectable > 0 else ""
+        return f"{title}: no clear difference between {winner} and {baseline} ({evidence}{missed})."
     if gain > 0:
         return f"{title}: {winner} against {baseline} ({evidence})."
     return f"{title}: no strategy reaches {baseline}; the nearest is {winner} ({evidence})."

@@ -111,10 +111,10 @@ def run_rounds(
         raise UserError("secure sums need every client of a round: remove secure=true or tolerate")
     nodes = NodePool(grid, len(ctx.population.users), run.plan.tolerate, timeout, wait, keys)
     validator = ReplyValidator(ctx, safeguards.limits, simulated=getattr(grid, "shares_memory", False))
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     out = listener.resume or Outcome(Server(ctx.initial_server_state(), ctx.initial_server_state()))
     nodes.trained = out.trained
-    previous_seconds = out.seconds
+    previous_seconds, previous_cpu = out.seconds, out.cpu_seconds
     for number in range(len(out.curve) + 1, run.plan.rounds + 1):
         sampled = ctx.sample_clients(number)
         aggregates = _sync_first_batch(validator, nodes, out, number, sampled) if ctx.strategy.syncs_first_batch else []
@@ -141,6 +141,7 @@ def run_rounds(
         out.failures += [ClientFailure(number, text) for text in nodes.failures]
         nodes.failures.clear()
         out.seconds = previous_seconds + time.perf_counter() - start
+        out.cpu_seconds = previous_cpu + time.process_time() - cpu_start
         if listener.on_round:
             listener.on_round(number, out)
     if missing := [text for text in sums if text not in out.sums]:

@@ -11,8 +11,11 @@ import fedbn
 import fedbn_clients
 from fedbn.errors import UserError
 
-NUMERICS = 2
+NUMERICS = 3
 """Version of the numerical results of `fedbn` and `fedbn_clients`.
+
+Version 3: `dirichlet`, `pathological` and `shard` shuffle the rows before they assign them, and `digits` shuffles the
+training rows of a domain, so that a part of them is a random sample.
 
 Increment it whenever results change, that is, whenever a golden curve or a test of bit equality has to be updated.
 Stored results of another version are rejected.

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from fedbn.data import partition
 from fedbn.data.partition import Dirichlet, Rows, digest, matching_test_rows, partitions, repartition
 from fedbn.data.population import Examples, Population, User
+from fedbn.plugins import parse
 from fedbn.scenarios.base import scenario
 from tests.fedbn.helpers import rejects
 
@@ -58,6 +59,15 @@ def test_grouped_merges_whole_users_if_size_does_not_divide(users, size, sizes):
     assert [len(m) for m in members] == sizes
     assert sorted(user for group in members for user in group) == list(range(users))
     assert sorted(np.concatenate(groups).tolist()) == list(range(len(owner))), "users stay whole"
+
+
+@pytest.mark.parametrize("text", ["dirichlet:alpha=1:clients=5", "pathological:classes=2:clients=5", "shard:clients=5"])
+def test_clients_get_rows_from_all_over_the_file(text):
+    """Rows that are neighbors in the file, which often have the same user, have different clients."""
+    users = np.repeat(np.arange(10), 60)
+    data = Rows(np.arange(600) % 5, users)
+    for part in parse(text, "partition", partitions()).split(data, 0):
+        assert np.bincount(users[part], minlength=10).max() < len(part) / 4
 
 
 def test_natural_partition_changes_nothing():

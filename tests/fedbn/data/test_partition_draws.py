@@ -21,6 +21,7 @@ from fedbn.data.partition import (
     repartition,
 )
 from fedbn.data.population import Examples, Population, User
+from fedbn.seeds import numpy_generator
 
 pytestmark = pytest.mark.slow
 
@@ -74,8 +75,9 @@ def test_dirichlet_gives_every_client_the_least_number_of_rows():
 def test_shard_gives_each_client_random_blocks_of_sorted_rows():
     data = rows(5, 60)
     parts = Shard(shards=3, clients=20).split(data, 0)
+    order = numpy_generator(0, "partition", "shard").permutation(300)
     position = np.empty(300, int)
-    position[np.lexsort((np.arange(300), data.label))] = np.arange(300)
+    position[order[np.argsort(data.label[order], kind="stable")]] = np.arange(300)
     blocks = [sorted(set(position[i] // 5)) for i in parts]
     assert [len(i) for i in parts] == [15] * 20
     assert sorted(b for client in blocks for b in client) == list(range(60)), "every block has one client"

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fedbn.scenarios.digit_angles import DigitAngles, turn
-from fedbn.scenarios.digit_domains import backgrounds
+from fedbn.scenarios.digit_domains import backgrounds, split
 from fedbn.scenarios.digit_masks import SCANNERS, DigitMasks, Scanner
 from fedbn.scenarios.digit_sets import DigitSets, compose
 from fedbn.scenarios.glyphs import DOMAINS, Domain
@@ -43,6 +43,15 @@ def orientation(images):
     y, x = np.mgrid[:28, :28] - 13.5
     xx, yy, xy = ((weight * value).sum((1, 2)) for value in (x * x, y * y, x * y))
     return np.degrees(np.arctan2(2 * xy, yy - xx) / 2)
+
+
+def test_first_rows_of_both_parts_are_random_samples():
+    labels = (np.arange(10_000) % 10).astype(np.uint8)
+    blank = np.zeros((len(labels), 1, 1), np.uint8)
+    for part, total in zip(split(Domain("mnist", blank, labels, blank, blank)), (8000, 2000), strict=True):
+        counts = np.bincount(labels[part[:200]], minlength=10)
+        assert len(part) == total
+        assert ((counts - 20) ** 2 / 20).sum() < 21.7, "the chi-squared statistic, with 9 degrees of freedom, p = .01"
 
 
 # --- digit-masks

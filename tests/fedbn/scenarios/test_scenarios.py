@@ -17,6 +17,7 @@ from fedbn.scenarios.uci_har import SIGNALS
 from fedbn.seeds import numpy_generator
 from fedbn.tasks import parse_task
 from tests.fedbn.helpers import rejects
+from tests.fedbn.scenarios.test_image_sets import write_cifar, write_idx
 
 
 @pytest.fixture(scope="session")
@@ -34,7 +35,11 @@ def texts(tmp_path_factory):
     columns = {"image": images, "label": (n % 3).tolist(), "domain": [f"d{i % 4}" for i in n]}
     datasets.Dataset.from_dict(columns).save_to_disk(str(directory / "hub"))
     write_uci_har(directory / "har")
+    write_idx(directory / "idx")
+    write_cifar(directory / "cifar")
     return {
+        "idx": f"idx:path={directory / 'idx'}:users=4",
+        "cifar": f"cifar:path={directory / 'cifar'}:users=4",
         "files": f"files:path={directory / 'own.npz'}",
         "hub": f"hub:path={directory / 'hub'}:size=8",
         "uci-har": f"uci-har:path={directory / 'har'}:unseen=2",

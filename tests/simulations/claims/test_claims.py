@@ -194,7 +194,7 @@ def test_decide_with_shared_training(claim, tmp_path):
 
 def panels(claim, values):
     """Axes of the figure of two claims with the same values."""
-    entry = verdicts.Entry(claim, values, [0.5, 0.6], Effect.of([0.5, 0.6]), "holds", False, 1.0)
+    entry = verdicts.Entry(claim, values, [0.5, 0.6], Effect.of([0.5, 0.6]), "holds", 0.1, False, 1.0)
     return page.figure([entry, replace(entry, claim=replace(claim, name="copy"))]).axes
 
 

@@ -43,6 +43,8 @@ VALUES = {
     "rule": ("ema", "ema"),
     "strategies": ("fedbn,silobn", ("fedbn", "silobn")),
     "seeds": ("5", 5),
+    "halvings": ("2", 2),
+    "protocol": ("fedbn-digits", "fedbn-digits"),
     "rates": ("fedbn=0.5", {"fedbn": 0.5}),
     "rules": ("source,ema", ("source", "ema")),
     "align": ("rotation", ("rotation",)),
@@ -146,6 +148,8 @@ def test_command_sets_every_field(command, name, captured):
     arguments = [command, scenario, *more, *(flags(name) if name != "scenario" else [])]
     if name == "rates":
         arguments += ["--strategies", "fedbn"]
+    if name == "halvings":
+        arguments += ["--tune", "lr=0.1,0.2,0.3,0.4"]
     assert read(invoke(captured, arguments), name) == VALUES[name][1]
 
 
@@ -157,6 +161,8 @@ def test_command_sets_every_field(command, name, captured):
 def test_function_accepts_every_field(function, name, captured, tmp_path):
     given = {"compare": {"strategies": ("fedbn",), "progress": False}, "adapt": {}}[function]
     options = {"scenario": "digits8", **given, name: VALUES[name][1]}
+    if name == "halvings":
+        options["tune"] = {"lr": (0.1, 0.2, 0.3, 0.4)}
     with pytest.raises(Stop):
         getattr(fedbn, function)(options.pop("scenario"), **options, out=tmp_path)
     assert read(captured.pop(), name) == VALUES[name][1]
@@ -166,6 +172,8 @@ def test_function_accepts_every_field(function, name, captured, tmp_path):
 def test_run_file_sets_every_field(command, kind, captured, tmp_path):
     values = {name: VALUES[name][1] for name in names(kind)} | {"strategies": ["fedbn"]}
     values["plan"] = {name: VALUES[name][1] for name in TOGETHER}
+    if "halvings" in values:
+        values["tune"] = {"lr": [0.1, 0.2, 0.3, 0.4]}
     (tmp_path / "run.toml").write_text(tomli_w.dumps(values))
     found = invoke(captured, [command, "--run-file", str(tmp_path / "run.toml")])
     for name in {*names(kind), *TOGETHER} - {"strategies"}:

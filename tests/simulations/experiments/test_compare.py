@@ -15,7 +15,7 @@ from fedbn.federation.loop import federate
 from fedbn.federation.run import plan_for
 from fedbn.federation.setup import build_context
 from fedbn.files import read_json, write_json
-from fedbn_simulations.experiments.compare import compare, resume, select_candidates, tuning_tasks
+from fedbn_simulations.experiments.compare import compare, rank_candidates, resume, tuning_tasks
 from fedbn_simulations.experiments.experiment import Experiment, read_run_file
 from fedbn_simulations.experiments.preflight import default_directory, drop_unsupported
 from fedbn_simulations.experiments.tasks import CHECKPOINT
@@ -45,7 +45,7 @@ def experiment(*strategies, **settings):
 
 def results(directory):
     paths = sorted((directory / "runs").glob("*/result.json"))
-    return {p.parent.name: read_json(p) | {"seconds": None} for p in paths}
+    return {p.parent.name: read_json(p) | {"seconds": None, "cpu_seconds": None} for p in paths}
 
 
 def start(out, *options, **settings):
@@ -207,7 +207,8 @@ def test_learning_rates_are_tuned_on_validation_data(tmp_path):
     compare(what, tmp_path, workers=1)
     tasks = tuning_tasks(what.resolved(), tmp_path)
     assert len(tasks) == 4
-    assert select_candidates(what, tasks, "accuracy", True) == {"global-naive": {"lr": 0.05}, "groupnorm": {"lr": 0.05}}
+    ranked = rank_candidates(what, tasks, "accuracy", True)
+    assert {s: found[0] for s, found in ranked.items()} == {"global-naive": {"lr": 0.05}, "groupnorm": {"lr": 0.05}}
     assert {r["lr"] for r in results(tmp_path).values()} == {0.05}
     assert all(t.run.validation for t in tasks)
     page = tmp_path / "page.md"

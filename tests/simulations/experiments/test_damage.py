@@ -70,7 +70,9 @@ def test_resume_computes_a_damaged_file_of_a_finished_run_again(finished, copy, 
     untouched = (p for p in copy.glob("runs/silobn-*/result.json"))
     before = {p: p.stat().st_mtime_ns for p in untouched}
     resume(copy, workers=1)
-    again, expected = (read_json(run_file(d, "result.json")) | {"seconds": 0} for d in (copy, finished))
+    again, expected = (
+        read_json(run_file(d, "result.json")) | {"seconds": 0, "cpu_seconds": 0} for d in (copy, finished)
+    )
     assert again == expected
     assert before == {p: p.stat().st_mtime_ns for p in before}
     assert path.exists()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 import fedbn
 from fedbn.errors import UserError
+from fedbn.files import write_json
 from fedbn.optim.adamw import AdamW
 from fedbn_simulations.experiments.compare import compare, resume, tuning_tasks
 from fedbn_simulations.experiments.experiment import Experiment
@@ -57,6 +59,47 @@ def test_selected_options_are_used_and_shown(tmp_path, monkeypatch):
     assert result.meta["settings"]["lr"] == "tuned"
     assert result.meta["settings"]["tuned over"] == "optimizer=adamw:weight_decay=0.1 lr=1e-06,0.01"
     assert set(result.runs["lr"]) == {0.01}
+
+
+def test_halving_drops_the_worse_half_of_every_strategy(tmp_path, monkeypatch):
+    """The rate .3 is best and is found, with three candidates of five after a quarter of the rounds."""
+    what = experiment({"lr": (0.1, 0.2, 0.3, 0.4, 0.5)}, halvings=2, plan={"rounds": 8, "global_test": 20})
+    stages = []
+
+    def run_tasks(tasks, *args):
+        stages.append(Counter((t.run.strategy, t.run.plan.rounds) for t in tasks))
+        for task in tasks:
+            cell = {"row": "own", "column": "aggregated", "accuracy": 1 - abs(task.run.plan.lr - 0.3)}
+            assert (task.run.plan.eval_every, task.extends) == (2, tuple(r for r in (2, 4) if r < task.run.plan.rounds))
+            write_json(Path(task.directory) / "result.json", {"evaluations": [cell]})
+
+    def started(title, tasks):
+        if title == "comparing":
+            assert {t.run.plan.lr for t in tasks} == {0.3}
+            raise Stopped
+
+    monkeypatch.setattr("fedbn_simulations.experiments.compare.run_tasks", run_tasks)
+    with pytest.raises(Stopped):
+        compare(what, tmp_path / "out", workers=1, started=started)
+    assert stages == [{(s, r): n for s in what.strategies} for r, n in ((2, 5), (4, 3), (8, 2))]
+    assert Experiment.from_dict(what.to_dict()).resolved() == what
+
+
+@pytest.mark.slow
+def test_halving_continues_runs_of_the_stage_before(tmp_path):
+    what = experiment({"lr": (0.01, 0.05)}, ("fedbn",), halvings=1, plan={"rounds": 2, "global_test": 20})
+    rounds = []
+    compare(what, tmp_path / "out", workers=1, report=lambda event: rounds.append((event.directory, event.round)))
+    tuning = [(directory, number) for directory, number in rounds if "tuning" in directory]
+    assert len({directory for directory, _ in tuning}) == 3, "two candidates for one round, one of them for two"
+    assert [number for directory, number in tuning if directory == tuning[-1][0]] == [1, 2, 2]
+
+
+def test_halving_needs_candidates_and_rounds():
+    with pytest.raises(UserError, match="halvings=2 need at least 4 candidates"):
+        experiment({"lr": (0.1, 0.2, 0.3)}, halvings=2, plan={"rounds": 8})
+    with pytest.raises(UserError, match="halvings=1 need at least 2 rounds"):
+        experiment({"lr": (0.1, 0.2)}, halvings=1)
 
 
 def test_tuned_rate_wins_over_the_rate_of_a_strategy():

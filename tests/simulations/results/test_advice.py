@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fedbn.errors import UserError
+from fedbn.files import read_json, write_json
 from fedbn_simulations.experiments.compare import compare
 from fedbn_simulations.experiments.experiment import Experiment
 from fedbn_simulations.report.documents import replace_block
@@ -19,13 +20,27 @@ def directory(tmp_path_factory):
     values = {"scenario": "digits8", "strategies": ["global-naive", "local", "nonorm", "centralized"], "seeds": 1}
     values |= {"partition": "shard:shards=2:clients=8", "plan": {"rounds": 3, "eval_every": 3}}
     out = tmp_path_factory.mktemp("advice") / "shards"
-    return compare(Experiment.from_dict(values), out, workers=1)
+    compare(Experiment.from_dict(values), out, workers=1)
+    # Three rounds are too few for most strategies to reach the floor.
+    write_json(out / "comparison.json", read_json(out / "comparison.json") | {"floor": None})
+    return out
 
 
 def test_verdict_excludes_bounds(directory):
     result = verdict(Comparison.load(directory), "own", "aggregated")
     assert result.best != "centralized"
     assert "centralized" not in result.comparable
+
+
+def test_verdict_excludes_networks_that_did_not_learn(directory):
+    comparison = Comparison.load(directory)
+    best = comparison.matrix().query("row != 'worst'").groupby("strategy")["mean"].max()
+    comparison.meta["floor"] = best["nonorm"] + 1e-6
+    assert comparison.unlearned == [s for s in comparison.strategies if best[s] <= best["nonorm"]]
+    result = verdict(comparison, "global", "aggregated")
+    assert "nonorm" not in (result.best, *result.comparable)
+    assert ("as aggregated", "nonorm †") in comparison.wide().index
+    assert ("as aggregated", "local") in comparison.wide().index
 
 
 def test_verdict_has_highest_mean(directory):

@@ -15,6 +15,8 @@ from scipy import stats
 from fedbn_simulations.results.inference import (
     EXACT_LIMIT,
     adjust,
+    crossed_interval,
+    detectable,
     mean_of_users,
     seed_interval,
     signed_rank,
@@ -102,3 +104,33 @@ def test_worst_and_mean_of_users_match_definitions(users):
         count = max(1, len(low) // 10)
         worst.append(sum(low[:count]) / count)
     assert worst_of_users(values) == pytest.approx(sum(worst) / 3)
+
+
+def test_crossed_interval_covers_users_and_seeds():
+    draw = np.random.default_rng(0)
+    for of_user, of_seed in ((1.0, 0.0), (0.0, 1.0), (1.0, 1.0)):
+        values = of_user * draw.standard_normal((40, 1)) + of_seed * draw.standard_normal((1, 30))
+        low, high = crossed_interval(values)
+        width = 2 * 1.96 * math.sqrt(of_user**2 * values.mean(1).var() / 40 + of_seed**2 * values.mean(0).var() / 30)
+        assert high - low == pytest.approx(width, rel=0.15)
+        assert low < values.mean() < high
+
+
+def test_crossed_interval_skips_missing_values():
+    values = np.random.default_rng(1).standard_normal((30, 6))
+    values[:15, :3] = values[15:, 3:] = np.nan
+    low, high = crossed_interval(values)
+    assert -1 < low < np.nanmean(values) < high < 1
+    assert np.isnan(crossed_interval(values[:1])).all()
+    assert np.isnan(crossed_interval(values[:, :1])).all()
+
+
+def test_detectable_effect_is_found_with_stated_power():
+    draw = np.random.default_rng(0)
+    sample = draw.standard_normal(12)
+    sample = (sample - sample.mean()) / sample.std(ddof=1)
+    effect = detectable(sample)
+    assert detectable(3 * sample + 7) == pytest.approx(3 * effect)
+    p = stats.ttest_1samp(draw.standard_normal((4000, 12)) + effect, 0, axis=1).pvalue
+    assert (p < 0.05).mean() == pytest.approx(0.8, abs=0.02)
+    assert math.isnan(detectable(sample[:1]))

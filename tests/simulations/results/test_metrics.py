@@ -7,7 +7,7 @@ import pytest
 from fedbn.errors import UserError
 from fedbn.files import write_json
 from fedbn_simulations.api import load
-from fedbn_simulations.experiments.compare import Task, compare, select_candidates
+from fedbn_simulations.experiments.compare import Task, compare, rank_candidates
 from fedbn_simulations.experiments.experiment import Experiment
 from fedbn_simulations.results.advice import advice
 from fedbn_simulations.results.comparison import Comparison
@@ -78,4 +78,4 @@ def test_tuning_follows_the_direction_of_the_metric(tmp_path, higher, best):
         cell = {"row": "own", "column": "aggregated", "mae": value}
         write_json(directory / "result.json", {"evaluations": [cell]})
         tasks.append(Task(run, str(directory)))
-    assert select_candidates(setup, tasks, "mae", higher) == {"fedbn": {"lr": best}}
+    assert rank_candidates(setup, tasks, "mae", higher)["fedbn"][0] == {"lr": best}

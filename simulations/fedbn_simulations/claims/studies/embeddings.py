@@ -35,7 +35,7 @@ from fedbn_simulations.claims.studies.common import (
 )
 from fedbn_simulations.engines.execute import execute
 
-NUMERICS = 1
+NUMERICS = 2
 
 
 def _network(seed: int) -> SmallCNN:

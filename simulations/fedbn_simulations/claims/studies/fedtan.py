@@ -23,7 +23,7 @@ from fedbn_simulations.claims.claim import Claim
 from fedbn_simulations.claims.studies.common import mean_accuracy
 from fedbn_simulations.engines.execute import execute
 
-NUMERICS = 1
+NUMERICS = 2
 
 SCENARIO = "tabular:table=digits:dealt=random:users=7"
 IMAGES = "digits8:users=7"

@@ -15,7 +15,7 @@ from fedbn_simulations.claims.claim import Claim
 from fedbn_simulations.claims.studies.common import mean_accuracy
 from fedbn_simulations.engines.execute import execute
 
-NUMERICS = 1
+NUMERICS = 2
 
 SKEWS = {"iid": "iid:clients=8", "labels": "pathological:classes=2", "cameras": "natural"}
 NORMS = {

@@ -32,7 +32,7 @@ from fedbn_simulations.claims.studies.common import (
     train,
 )
 
-NUMERICS = 1
+NUMERICS = 2
 
 
 def _alexnet(norm: str, seed: int) -> nn.Module:

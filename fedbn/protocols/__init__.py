@@ -1,0 +1,1 @@
+"""Protocols: settings of published benchmarks."""
