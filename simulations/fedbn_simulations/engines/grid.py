@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 from flwr.app import Context, Error, Message, RecordDict
@@ -26,7 +26,7 @@ from fedbn_clients.jobs import run_batched
 from fedbn_clients.persistence import STATE_DIR_VARIABLE
 from fedbn_clients.records import arrays, tensors
 from fedbn_clients.serialization import LazyArrayRecord
-from fedbn_simulations.engines.client_states import MAX_MEMORY_SHARE, ClientStates, available_memory
+from fedbn_simulations.engines.client_states import ClientStates
 from fedbn_simulations.flower.compat import (
     NODE_UNAVAILABLE,
     FlowerRun,
@@ -151,14 +151,10 @@ class InProcessGrid(Grid):
         if any(user not in self._table for user in trained):
             return None
         cohort = CohortRound(users, received, self._table, progress)
-        if (result := train_cohort(self.run_config, cohort, self._executor, self._max_state_bytes)) is None:
+        if (result := train_cohort(self.run_config, cohort, self._executor, self._states.max_bytes)) is None:
             return None
         self._table.write(users, result.client_states)
         return result.updates
-
-    @cached_property
-    def _max_state_bytes(self) -> float:
-        return MAX_MEMORY_SHARE * available_memory() / self.nodes
 
     def _move_states(self, users: Sequence[int]) -> bool:
         """Move the states of clients from their contexts to the table; False if they do not fit into it."""
