@@ -18,9 +18,12 @@ def key(seed: int, *path: object) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
-def generator(seed: int, *path: object) -> torch.Generator:
-    """A PyTorch generator for one purpose, e.g. ``generator(seed, "shuffle", round, user)``."""
-    return torch.Generator().manual_seed(key(seed, *path))
+def generator(seed: int, *path: object, reuse: torch.Generator | None = None) -> torch.Generator:
+    """A PyTorch generator for one purpose, e.g. ``generator(seed, "shuffle", round, user)``.
+
+    A generator to ``reuse`` starts again with this seed, which is faster than a new one.
+    """
+    return (reuse or torch.Generator()).manual_seed(key(seed, *path))
 
 
 def numpy_generator(seed: int, *path: object) -> np.random.Generator:

@@ -5,7 +5,7 @@ The client state is stored only in ``Context.state``. Entries that a strategy de
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import lru_cache
 from typing import cast
@@ -22,10 +22,12 @@ from fedbn.federation.run import Run
 from fedbn.federation.setup import build_context, build_context_for
 from fedbn.nn.roles import Role, State
 from fedbn.scenarios.remote import load_node_user
+from fedbn.stacked.cohort import CohortResult, CohortRound
+from fedbn.stacked.executors import ClientExecutor
 from fedbn.statistics.consensus import flatten
 from fedbn.statistics.moments import Moments
 from fedbn.strategies.base import Progress
-from fedbn_clients.config import run_from_config
+from fedbn_clients.config import Scalar, run_from_config
 from fedbn_clients.errors import report_errors
 from fedbn_clients.jobs import Evaluate, SyncFirstBatch, SyncStatistics, Train, execute
 from fedbn_clients.persistence import client_state_on_disk
@@ -51,11 +53,15 @@ def _build_context(text: str) -> RunContext:
     return build_context(run_from_config({"run": text}))
 
 
-def _context(context: Context) -> RunContext:
+def _run_context(run_config: Mapping[str, Scalar]) -> RunContext:
     set_threads()
     # All clients of a process share one text of the run; comparing `Run` objects takes longer than a small step.
-    text = context.run_config.get("run")
-    ctx = _build_context(str(text)) if text else build_context(run_from_config(context.run_config))
+    text = run_config.get("run")
+    return _build_context(str(text)) if text else build_context(run_from_config(run_config))
+
+
+def _context(context: Context) -> RunContext:
+    ctx = _run_context(context.run_config)
     data = context.node_config.get("data")
     if not ctx.population.remote:
         if not data:
@@ -134,6 +140,26 @@ def train(message: Message, context: Context) -> Message:
     if lost and _affects_model(ctx, client_state):
         content["lost"] = ConfigRecord()
     return Message(content, reply_to=message)
+
+
+def train_cohort(
+    run_config: Mapping[str, Scalar], cohort: CohortRound, executor: ClientExecutor, max_state_bytes: float
+) -> CohortResult | None:
+    """What the handler `train` does, for many clients of this process at once and without messages.
+
+    Args:
+        run_config: the run-config of the clients' contexts.
+        cohort: the round and its clients.
+        executor: executor of the clients' jobs.
+        max_state_bytes: largest client state that may be kept in memory.
+
+    Returns:
+        The result; None if each client must handle a message.
+    """
+    ctx = _run_context(run_config)
+    if ctx.privacy is not None or ctx.population.remote or ctx.strategy.is_centralized:
+        return None
+    return executor.train_cohort(ctx, cohort, max_state_bytes)
 
 
 @app.query("sync_first_batch")

@@ -15,7 +15,7 @@ Users receive a summary of the clients' statistics. Only *nearest* and *mixture*
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -58,7 +58,7 @@ class ClientStatistics:
         return replace(self, clients=())
 
 
-def summarize(ctx: RunContext, client_statistics: dict[int, State]) -> ClientStatistics | None:
+def summarize(ctx: RunContext, client_statistics: Mapping[int, State]) -> ClientStatistics | None:
     """Summarize the statistics of the clients by user index; None if there are none."""
     if not client_statistics:
         return None

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
 from torch import nn
 
+from fedbn.federation.client_table import ClientTable
 from fedbn.federation.context import CENTRAL_TRAINER, RunContext
 from fedbn.federation.metrics import COLUMNS, Column, Score
 from fedbn.federation.protection import unmask_mean
@@ -17,7 +18,7 @@ from fedbn.nn.roles import Role, State, clone
 from fedbn.statistics.consensus import Aggregates
 from fedbn.statistics.moments import Moments, naive_mean
 from fedbn.statistics.recalibration import statistics_of
-from fedbn.strategies.base import Progress, Update
+from fedbn.strategies.base import Progress, StackedUpdates, Update, entry_values, reported_results
 from fedbn.strategies.ownership import SEEDED
 
 ServerStep = Callable[[int, State, State, State], tuple[State, State]]
@@ -44,7 +45,7 @@ class Server:
     groups: dict[str, State] = field(default_factory=dict)
     known: State = field(default_factory=dict)
     broadcast: State = field(default_factory=dict)
-    client_statistics: dict[int, State] = field(default_factory=dict)
+    client_statistics: MutableMapping[int, State] = field(default_factory=dict)
 
     def advance(self, ctx: RunContext, updates: Sequence[Update], round: int, step: ServerStep | None = None) -> None:
         """Aggregate the updates of a round.
@@ -59,10 +60,10 @@ class Server:
         secure = ctx.privacy is not None and ctx.privacy.secure
         if secure:
             updates = [unmask_mean(ctx, updates, self.state, round)]
-        weights = [ctx.weight(u.examples) for u in updates]
+        weights = [ctx.weight(examples) for _, examples, _ in reported_results(updates)]
         table = ctx.ownership
         statistics, parameters = table.shared_statistics, table.shared_parameters
-        new = {k: naive_mean([u.state[k] for u in updates], weights) for k in parameters}
+        new = {k: naive_mean(entry_values(updates, k), weights) for k in parameters}
         if step is not None and new:
             new, self.memory = step(round, {k: self.state[k] for k in parameters}, new, self.memory)
         if statistics:
@@ -72,9 +73,17 @@ class Server:
         self.broadcast = ctx.personal.server_broadcast(updates, self.broadcast, len(ctx.trainers))
         if not ctx.strategy.is_centralized and not secure:
             owned = [k for k in table.travels if table.roles[k] is Role.STATISTICS or table.owner(k) is SEEDED]
-            self.client_statistics |= {u.user: {k: u.state[k] for k in owned} for u in updates if owned}
+            if owned:
+                self._record_statistics(ctx, updates, owned)
         self.state = {k: new[k] for k in table.travels}
         self.serving = self.state
+
+    def _record_statistics(self, ctx: RunContext, updates: Sequence[Update], names: Sequence[str]) -> None:
+        if isinstance(updates, StackedUpdates):
+            self.client_statistics = ClientTable.of(self.client_statistics, ctx.trainers)
+            self.client_statistics.write(updates.users, {k: updates.tensors[k] for k in names})
+        else:
+            self.client_statistics.update({u.user: {k: u.state[k] for k in names} for u in updates})
 
     def state_for(self, ctx: RunContext, user: int, *, serving: bool = False) -> State:
         """Shared entries for one user, for training or (``serving``) for evaluation."""
@@ -123,7 +132,7 @@ class Outcome:
     """
 
     server: Server
-    client_states: dict[int, State] = field(default_factory=dict)
+    client_states: MutableMapping[int, State] = field(default_factory=dict)
     curve: list[RoundMetrics] = field(default_factory=list)
     scores: dict[int, list[Score]] = field(default_factory=dict)
     seconds: float = 0.0
@@ -190,12 +199,13 @@ def mean_metric(ctx: RunContext, scores: dict[int, list[Score]], unseen: bool) -
 
 def mean_loss(updates: Sequence[Update]) -> float:
     """Mean training loss over all examples of a round."""
-    return sum(u.loss * u.examples for u in updates) / sum(u.examples for u in updates)
+    results = reported_results(updates)
+    return sum(loss * examples for _, examples, loss in results) / sum(examples for _, examples, _ in results)
 
 
 def diverged_client(ctx: RunContext, updates: Sequence[Update]) -> str | None:
     """Name of the first client whose training loss is not finite; None if there is none."""
-    user = next((u.user for u in updates if not math.isfinite(u.loss)), None)
+    user = next((user for user, _, loss in reported_results(updates) if not math.isfinite(loss)), None)
     if user is None:
         return None
     return "the central trainer" if user == CENTRAL_TRAINER else f"user {ctx.population.users[user].name}"

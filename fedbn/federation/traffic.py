@@ -14,7 +14,7 @@ from typing import Any
 from fedbn.nn.roles import State
 from fedbn.statistics.consensus import Aggregates, flatten
 from fedbn.statistics.moments import Moments
-from fedbn.strategies.base import Update
+from fedbn.strategies.base import StackedUpdates, Update
 
 MESSAGE = "message"
 """Owner in the rows of `Traffic.rows`, which describe messages and not entries of the model."""
@@ -72,7 +72,8 @@ class Traffic:
         self.trained += len(updates)
         _add(self.down, "notes", len(updates) * _size(broadcast))
         _add(self.down, REPEATED, len(updates) * sum(_sizes(aggregates)))
-        _add(self.up, "notes", sum(_size(update.notes) for update in updates))
+        noted = [] if isinstance(updates, StackedUpdates) else updates
+        _add(self.up, "notes", sum(_size(update.notes) for update in noted))
 
     def count_sums(self, received: State, messages: Sequence[State]) -> None:
         """Count a round of labeled sums: the result of the round before, and the messages of all clients."""

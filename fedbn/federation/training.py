@@ -155,9 +155,11 @@ def epoch_batches(
     return batches(n, plan.batch_size, draw) if row_users is None else user_batches(row_users, plan.batch_size, draw)
 
 
-def shuffle(seed: int, round: int, user: int, epoch: int, purpose: str = "") -> torch.Generator:
-    """Generator that shuffles one epoch of a user's local training."""
-    return generator(seed, "shuffle" + purpose, round, user, epoch)
+def shuffle(
+    seed: int, round: int, user: int, epoch: int, purpose: str = "", reuse: torch.Generator | None = None
+) -> torch.Generator:
+    """Generator that shuffles one epoch of a user's local training (`fedbn.seeds.generator`)."""
+    return generator(seed, "shuffle" + purpose, round, user, epoch, reuse=reuse)
 
 
 def augmentation_draws(seed: int, round: int, user: int, purpose: str = "") -> Iterator[torch.Generator]:

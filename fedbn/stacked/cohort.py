@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fedbn.augment.base import augmentation
 from fedbn.data.batching import batch_sizes
 from fedbn.federation.client import METHOD_STATE, OPTIMIZER
+from fedbn.federation.client_table import ClientTable
 from fedbn.federation.context import RunContext
 from fedbn.federation.training import augmentation_draws, shuffle
 from fedbn.nn.roles import State, with_prefix
@@ -21,13 +22,23 @@ from fedbn.optim.schedules import rate
 from fedbn.personalization.base import Personalization
 from fedbn.seeds import generator
 from fedbn.stacked.check import checked_program
-from fedbn.stacked.fit import FitConfig, StackedClient, TrainResult, fit_stack
+from fedbn.stacked.fit import (
+    FitConfig,
+    StackedClient,
+    StackedClients,
+    TrainResult,
+    empty_optimizer_state,
+    fit_clients,
+    fit_stack,
+    stack_orders,
+    stack_values,
+)
 from fedbn.stacked.layers import Unstackable
 from fedbn.stacked.program import Program
 from fedbn.stacked.steps import stacked_step
 from fedbn.stacked.tracing import check_structure
 from fedbn.statistics.consensus import Aggregates
-from fedbn.strategies.base import NormStrategy, Progress, Update
+from fedbn.strategies.base import NormStrategy, Progress, StackedUpdates, Update
 
 
 @dataclass
@@ -57,6 +68,36 @@ class TrainJob(ClientJob, Protocol):
     def progress(self) -> Progress: ...
     @property
     def aggregates(self) -> Aggregates: ...
+
+
+@dataclass(frozen=True)
+class CohortRound:
+    """A training round of many clients, whose states are rows of a table.
+
+    Attributes:
+        users: the clients, each once.
+        received: shared entries that each client receives; often one object for all.
+        client_states: states of the clients after their last round; not modified.
+        progress: the current round.
+    """
+
+    users: list[int]
+    received: Sequence[State]
+    client_states: ClientTable
+    progress: Progress
+
+
+@dataclass(frozen=True)
+class CohortResult:
+    """What a `CohortRound` computes, in the order of its users.
+
+    Attributes:
+        updates: updates for the server.
+        client_states: new client states ``[N, *shape]``.
+    """
+
+    updates: StackedUpdates
+    client_states: State
 
 
 @dataclass
@@ -155,7 +196,7 @@ class Cohort:
 
         A client that cannot start, for example because entries are missing, is skipped, and its result is a `Failure`.
         """
-        ctx, plan = self.ctx, self.ctx.run.plan
+        ctx = self.ctx
         rows = self.rows if len(rounds) > 1 else StackedData.of(ctx, [rounds[0].user])
         results: dict[int, tuple[Update, State] | Failure] = {}
         clients: dict[int, StackedClient] = {}
@@ -166,50 +207,151 @@ class Cohort:
                 results[i] = Failure(error)
         order = sorted(clients, key=lambda i: -len(clients[i].order))
         if order:
-            config = FitConfig(
-                stacked_step(plan, rate(plan, rounds[0].progress.round)),
-                plan.proximal,
-                frozenset(ctx.ownership.travels),
-                plan.precision,
-                plan.max_grad_norm,
-                augmentation(plan.augment),
-            )
-            trained = fit_stack(program, [clients[i] for i in order], rows.x, rows.y, config, ctx.task)
+            config = self._config(rounds[0].progress)
+            trained = fit_clients(program, [clients[i] for i in order], rows.x, rows.y, config, ctx.task)
             results |= {i: self._result(rounds[i], result) for i, result in zip(order, trained, strict=True)}
         return [results[i] for i in range(len(rounds))]
 
-    def trial_step(self, rounds: Sequence[TrainJob], program: Program) -> None:
+    def trial_step(self, users: Sequence[int], program: Program) -> None:
         """Take one step of each client on its first rows, for timing; the result is discarded."""
         ctx, plan = self.ctx, self.ctx.run.plan
-        size = min(plan.batch_size, min(len(ctx.training_data(r.user)) for r in rounds))
-        rows, starts = torch.arange(size), range(0, size * len(rounds), size)
-        parts = [ctx.training_data(r.user).take(rows) for r in rounds]
+        size = min(plan.batch_size, min(len(ctx.training_data(user)) for user in users))
+        rows, starts = torch.arange(size), range(0, size * len(users), size)
+        parts = [ctx.training_data(user).take(rows) for user in users]
         x, y = torch.cat([p.x for p in parts]), torch.cat([p.y for p in parts])
         clients = [StackedClient(ctx.initial, rows, [size], torch.Generator(), first=first) for first in starts]
         config = FitConfig(stacked_step(plan, plan.lr), precision=plan.precision)
-        fit_stack(program, clients, x, y, config, ctx.task)
+        fit_clients(program, clients, x, y, config, ctx.task)
+
+    def empty_entries(self, program: Program, k: int) -> State:
+        """Entries ``[K, *shape]`` that K clients have after training, with undefined values."""
+        plan = self.ctx.run.plan
+        entries = {n: v.new_empty((k, *v.shape)) for n, v in self.ctx.initial.items()}
+        if plan.optimizer_state == "keep":
+            optimizer = empty_optimizer_state(program, stacked_step(plan, plan.lr), entries, k)
+            entries |= {OPTIMIZER + n: v for n, v in optimizer.items()}
+        return entries
+
+    def train_part(self, cohort: CohortRound, part: slice, program: Program, trained: State) -> list[float]:
+        """Train a part of a cohort in one stack.
+
+        Args:
+            cohort: the round.
+            part: positions in ``cohort.users``.
+            program: the stacked model.
+            trained: entries of the whole cohort (`empty_entries`); the rows of this part are written.
+
+        Returns:
+            Mean loss of each client.
+        """
+        ctx, number, users = self.ctx, cohort.progress.round, cohort.users[part]
+        rows = self.rows if len(users) > 1 else StackedData.of(ctx, users)
+        draw = torch.Generator()
+        drawn = [self._order(user, number, draw) for user in users]
+        order = sorted(range(len(users)), key=lambda i: -len(drawn[i]))
+        config = self._config(cohort.progress)
+        clients = StackedClients(
+            self._assemble(cohort, [part.start + i for i in order]),
+            {},
+            stack_orders([drawn[i] for i in order], [rows.first[users[i]] for i in order], rows.x.device),
+            [self._sizes(users[i]) for i in order],
+            [self._noise(users[i], number, program) for i in order],
+            [augmentation_draws(ctx.run.seed, number, users[i]) for i in order],
+        )
+        clients.optimizer_state = empty_optimizer_state(program, config.step, clients.tensors, len(users))
+        self._fill(clients.optimizer_state, cohort, [part.start + i for i in order], OPTIMIZER)
+        losses = fit_stack(program, clients, rows.x, rows.y, config, ctx.task)
+        positions = torch.tensor(order, device=rows.x.device)
+        entries = clients.tensors | {OPTIMIZER + n: v for n, v in clients.optimizer_state.items()}
+        for name in trained:
+            trained[name][part].index_copy_(0, positions, entries[name])
+        loss_of = dict(zip(order, losses, strict=True))
+        return [self._mean_loss(user, loss_of[i]) for i, user in enumerate(users)]
+
+    def result(self, cohort: CohortRound, trained: State, losses: list[float]) -> CohortResult:
+        """The result of a round, from the entries and losses of all parts."""
+        ownership = self.ctx.ownership
+        examples = [len(self.ctx.training_data(user)) for user in cohort.users]
+        shared = {n: trained[n] for n in ownership.travels}
+        return CohortResult(StackedUpdates(cohort.users, shared, examples, losses), self._retained(trained))
+
+    def state_bytes(self, trained: State) -> int:
+        """Bytes of the client states in ``trained`` (`empty_entries`)."""
+        return sum(v.nbytes for v in self._retained(trained).values())
+
+    def _retained(self, trained: State) -> State:
+        return {n: v for n, v in trained.items() if n in self.ctx.ownership.retained or n.startswith(OPTIMIZER)}
+
+    def _assemble(self, cohort: CohortRound, positions: list[int]) -> State:
+        """Models ``[K, *shape]`` of some clients of a cohort, as by `RunContext.assemble`."""
+        ctx, received = self.ctx, [cohort.received[i] for i in positions]
+        first = received[0]
+        if all(r is first for r in received):
+            received = [first] * len(received)
+        tensors = {n: stack_values([r.get(n, initial) for r in received]) for n, initial in ctx.initial.items()}
+        retained = {n: tensors[n] for n in ctx.ownership.retained}
+        self._fill(retained, cohort, positions)
+        return tensors
+
+    def _fill(self, tensors: State, cohort: CohortRound, positions: list[int], prefix: str = "") -> None:
+        """Write the client states of those clients that have one into ``tensors``, entries ``[K, *shape]``."""
+        users, states = [cohort.users[i] for i in positions], cohort.client_states
+        known = [i for i, user in enumerate(users) if user in states]
+        if known and tensors:
+            rows = torch.tensor(known)
+            for name, value in states.take([users[i] for i in known], [prefix + n for n in tensors]).items():
+                tensors[name.removeprefix(prefix)].index_copy_(0, rows.to(value.device), value)
+
+    def _order(self, user: int, number: int, draw: torch.Generator) -> Tensor:
+        """Row indices of all steps of a client's round, in order; reuses a generator."""
+        ctx = self.ctx
+        n, seed, random_user = len(ctx.training_data(user)), ctx.run.seed, ctx.rng_user(user)
+        epochs = range(ctx.run.plan.local_epochs)
+        orders = [torch.randperm(n, generator=shuffle(seed, number, random_user, e, reuse=draw)) for e in epochs]
+        return torch.cat(orders) if len(orders) > 1 else orders[0]
+
+    def _sizes(self, user: int) -> list[int]:
+        """Batch sizes of all steps of a client's round."""
+        plan = self.ctx.run.plan
+        return batch_sizes(len(self.ctx.training_data(user)), plan.batch_size) * plan.local_epochs
+
+    def _noise(self, user: int, number: int, program: Program) -> torch.Generator | None:
+        """Generator of a client's dropout masks."""
+        if not program.draws_noise:
+            return None
+        return generator(self.ctx.run.seed, "noise", number, self.ctx.rng_user(user))
+
+    def _mean_loss(self, user: int, total: float) -> float:
+        return total / (len(self.ctx.training_data(user)) * max(self.ctx.run.plan.local_epochs, 1))
+
+    def _config(self, progress: Progress) -> FitConfig:
+        plan = self.ctx.run.plan
+        return FitConfig(
+            stacked_step(plan, rate(plan, progress.round)),
+            plan.proximal,
+            frozenset(self.ctx.ownership.travels),
+            plan.precision,
+            plan.max_grad_norm,
+            augmentation(plan.augment),
+        )
 
     def _stacked_client(self, job: TrainJob, rows: StackedData, program: Program) -> StackedClient:
-        ctx, plan, client_state = self.ctx, self.ctx.run.plan, job.client_state or {}
-        seed, number, random_user = ctx.run.seed, job.progress.round, ctx.rng_user(job.user)
-        n = len(ctx.training_data(job.user))
-        orders = [torch.randperm(n, generator=shuffle(seed, number, random_user, e)) for e in range(plan.local_epochs)]
+        ctx, client_state, number = self.ctx, job.client_state or {}, job.progress.round
         return StackedClient(
             ctx.assemble(job.received, client_state),
-            torch.cat(orders) if len(orders) > 1 else orders[0],
-            batch_sizes(n, plan.batch_size) * plan.local_epochs,
-            generator(seed, "noise", number, random_user) if program.draws_noise else None,
+            self._order(job.user, number, torch.Generator()),
+            self._sizes(job.user),
+            self._noise(job.user, number, program),
             with_prefix(client_state, OPTIMIZER),
             rows.first[job.user],
-            augmentation_draws(seed, number, random_user),
+            augmentation_draws(ctx.run.seed, number, ctx.rng_user(job.user)),
         )
 
     def _result(self, job: TrainJob, result: TrainResult) -> tuple[Update, State]:
-        ctx, plan = self.ctx, self.ctx.run.plan
-        examples = len(ctx.training_data(job.user))
-        loss = result.loss / (examples * max(plan.local_epochs, 1))
+        ctx = self.ctx
         client_state = {k: result.state[k] for k in ctx.ownership.retained}
-        if plan.optimizer_state == "keep":
+        if ctx.run.plan.optimizer_state == "keep":
             client_state |= {OPTIMIZER + k: v for k, v in result.optimizer_state.items()}
         client_state |= {k: v for k, v in (job.client_state or {}).items() if k.startswith(METHOD_STATE)}
+        examples, loss = len(ctx.training_data(job.user)), self._mean_loss(job.user, result.loss)
         return Update(job.user, {k: result.state[k] for k in ctx.ownership.travels}, examples, loss), client_state

@@ -39,7 +39,7 @@ from fedbn.nn.plain import copy_model
 from fedbn.nn.roles import State, statistics_layers
 from fedbn.nn.threads import torch_threads
 from fedbn.online.stream import BLOCK
-from fedbn.stacked.cohort import Cohort, Failure, TrainJob
+from fedbn.stacked.cohort import Cohort, CohortResult, CohortRound, Failure, TrainJob
 from fedbn.stacked.evaluate import EvaluateJob, evaluate_stack, is_stackable
 from fedbn.stacked.layers import Unstackable
 from fedbn.stacked.program import Program
@@ -56,6 +56,9 @@ Execution = dict[str, list[str]]
 """How the jobs of a run were executed, by kind of job: `STACKED`, and reasons why they ran one by one."""
 
 STACKED = "stacked"
+
+STACKING = ("auto", "lean", "stacked")
+"""Executors that train clients in stacked programs."""
 
 MIN_THREADED_SECONDS = 0.002
 """Minimum seconds of a step for threads to pay off; shorter steps mostly wait for the interpreter lock."""
@@ -148,7 +151,7 @@ class ClientExecutor:
         """
         self._start_run(jobs[0].ctx)
         kind = jobs[0].kind
-        if self.executor in ("auto", "lean", "stacked") and kind in ("train", "evaluate"):
+        if self.executor in STACKING and kind in ("train", "evaluate"):
             try:
                 if kind in self._failed:
                     raise Unstackable(self._failed[kind])
@@ -228,23 +231,62 @@ class ClientExecutor:
         finally:
             torch.set_rng_state(state)
 
+    def train_cohort(self, ctx: RunContext, cohort: CohortRound, max_state_bytes: float) -> CohortResult | None:
+        """Train many clients whose states are stacked already, as `run` does with one job per client.
+
+        Args:
+            ctx: the run's context.
+            cohort: the round and its clients.
+            max_state_bytes: largest client state that may be kept in memory.
+
+        Returns:
+            The result; None if the clients need jobs of their own: their states are too large, the executor does not
+            stack them, or they cannot be stacked, for which `run` then records the reason.
+        """
+        self._start_run(ctx)
+        if self.executor not in STACKING or "train" in self._failed:
+            return None
+        try:
+            program = self._cohort.program(cohort.progress)
+            if self._select_executor(cohort.users, cohort.progress, program) != "stacked":
+                return None
+            trained = self._cohort.empty_entries(program, len(cohort.users))
+            if self._cohort.state_bytes(trained) > max_state_bytes * len(cohort.users):
+                return None
+            train = partial(self._cohort.train_part, cohort, program=program, trained=trained)
+            parts = self._train_parts(cohort.users, cohort.progress, program, train)
+            return self._cohort.result(cohort, trained, [loss for part in parts for loss in part])
+        except Exception as error:
+            log.info("clients train one by one: %s", error)
+            return None
+
     def _train_stacked(self, rounds: Sequence[TrainJob]) -> list[Any]:
         program = self._cohort.program(rounds[0].progress, rounds[0].aggregates)
-        width = stack_width(rounds[0].ctx, len(rounds))
-        executor = self._select_executor(rounds, program, width) if self.executor == "auto" else self.executor
+        users = [job.user for job in rounds]
+        train = self._cohort.train
+        parts = self._train_parts(users, rounds[0].progress, program, lambda part: train(rounds[part], program))
+        return [result for part in parts for result in part]
+
+    def _train_parts(
+        self, users: Sequence[int], progress: Progress, program: Program, train: Callable[[slice], list[Any]]
+    ) -> list[list[Any]]:
+        """Call ``train`` with parts of the clients, in the stacks and on the threads of the executor."""
+        clients, ctx = len(users), cast(RunContext, self._ctx)
+        width = stack_width(ctx, clients)
+        executor = self._select_executor(users, progress, program)
         if executor == "threads":
             raise Unstackable("one by one is faster on this machine")
         size = 1 if executor == "lean" else width
-        parts = [rounds[i : i + size] for i in range(0, len(rounds), size)]
+        parts = [slice(i, min(i + size, clients)) for i in range(0, clients, size)]
         # A small number of parts may not divide evenly by the threads; the remainder runs one by one with all threads.
         few = executor == "lean" and len(parts) < 4 * self.threads
         rest = len(parts) % self.threads if few else len(parts) if self.threads == 1 or len(parts) == 1 else 0
         parallel = parts[: len(parts) - rest]
-        results = self._on_threads(parallel, lambda part, _: self._cohort.train(part, program)) if parallel else []
+        results = self._on_threads(parallel, lambda part, _: train(part)) if parallel else []
         with torch_threads(self.threads if few else 1):
-            results += [self._cohort.train(part, program) for part in parts[len(parallel) :]]
+            results += [train(part) for part in parts[len(parallel) :]]
         self._record("train", STACKED)
-        return [result for part in results for result in part]
+        return results
 
     def _evaluate_stacked(self, jobs: Sequence[EvaluateJob]) -> list[Any]:
         ctx = jobs[0].ctx
@@ -300,13 +342,16 @@ class ClientExecutor:
             return results + [cell for part in self._on_threads(parts, stack) for cell in part]
         return results + [cell for part in parts for cell in stack(part, ctx)]
 
-    def _select_executor(self, rounds: Sequence[TrainJob], program: Program, width: int) -> Executor:
-        """The fastest executor for a round, measured once per run with one step of the first clients."""
+    def _select_executor(self, users: Sequence[int], progress: Progress, program: Program) -> Executor:
+        """The selected executor; for ``auto`` the fastest, measured once per run with a step of the first clients."""
+        if self.executor != "auto":
+            return self.executor
         if self._fastest is None:
-            clients = len(rounds)
-            lean, stacked = (partial(self._cohort.trial_step, rounds[:size], program) for size in (1, width))
+            clients, ctx = len(users), cast(RunContext, self._ctx)
+            width = stack_width(ctx, clients)
+            lean, stacked = (partial(self._cohort.trial_step, users[:size], program) for size in (1, width))
             steps = {
-                "threads": (clients, _fastest_seconds(lambda: _single_step(rounds[0]))),
+                "threads": (clients, _fastest_seconds(lambda: _single_step(ctx, users[0], progress))),
                 "lean": (clients, _fastest_seconds(lean)),
                 "stacked": (-(-clients // width), _fastest_seconds(stacked)),
             }
@@ -342,11 +387,11 @@ def stack_width(ctx: RunContext, clients: int, rows: int | None = None, cache_sh
     return -(-clients // stacks)
 
 
-def _single_step(job: TrainJob) -> None:
-    ctx, data = job.ctx, job.ctx.training_data(job.user)
+def _single_step(ctx: RunContext, user: int, progress: Progress) -> None:
+    data = ctx.training_data(user)
     rows = torch.arange(min(ctx.run.plan.batch_size, len(data)), device=data.y.device)
     model = ctx.load(ctx.initial)
-    ctx.strategy.set_training_mode(model, job.progress)
+    ctx.strategy.set_training_mode(model, progress)
     fit(model, data.take(rows), ctx.run.plan, task=ctx.task, seed=0, round=1, user=0, epochs=1)
 
 

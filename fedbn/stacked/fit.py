@@ -20,6 +20,29 @@ from fedbn.tasks import Task
 
 
 @dataclass
+class StackedClients:
+    """The clients of a stack.
+
+    Groups of steps are cheapest if clients with more batches come first.
+
+    Attributes:
+        tensors: entries of their models ``[K, *shape]``; trained in place.
+        optimizer_state: state of their optimizers ``[K, *shape]`` by ``ENTRY/PARAMETER``; updated in place.
+        orders: row indices ``[K, N]`` of all steps in order, in the data of the stack; shorter rows are padded.
+        sizes: batch size of each step of each client.
+        noise: generator of each client's dropout masks; None without dropout.
+        draws: generators for the augmentation of each client's batches, step by step.
+    """
+
+    tensors: State
+    optimizer_state: State
+    orders: Tensor
+    sizes: Sequence[Sequence[int]]
+    noise: Sequence[torch.Generator | None]
+    draws: Sequence[Iterator[torch.Generator]]
+
+
+@dataclass
 class StackedClient:
     """One client of a stack.
 
@@ -135,24 +158,16 @@ class StepGroup:
 
 
 class Stack:
-    """States of K clients as tensors ``[K, *shape]``."""
+    """The clients of a stack, in groups that take a step at the same time."""
 
-    def __init__(self, program: Program, clients: Sequence[StackedClient], config: FitConfig, axes: int) -> None:
+    def __init__(self, program: Program, clients: StackedClients, config: FitConfig, axes: int) -> None:
         self.program = program
-        self.device = next(iter(clients[0].state.values())).device
+        self.device = clients.orders.device
         self.batch_last = program.supports_batch_last(axes)
         self.lr = config.fused_lr
-        self.noise = [t.noise for t in clients]
-        self.tensors = {n: _stack([t.state[n] for t in clients]) for n in clients[0].state}
-        steps = torch.zeros(len(clients), device=self.device)
-        self.optimizer_state = {
-            f"{entry}/{n}": steps.clone() if entry == STEP else torch.zeros_like(self.tensors[n])
-            for entry in config.step.entries
-            for n in program.trained
-        }
-        for i, client in enumerate(clients):
-            for name, value in client.optimizer_state.items():
-                self.optimizer_state[name][i] = value
+        self.noise = clients.noise
+        self.tensors = clients.tensors
+        self.optimizer_state = clients.optimizer_state
         self._groups: dict[tuple[int, ...], StepGroup] = {}
 
     def group(self, members: tuple[int, ...]) -> StepGroup:
@@ -186,35 +201,80 @@ class Stack:
                 tensor[group.rows] = parts[name].detach().reshape(len(group.members), *tensor.shape[1:])
 
 
-def _stack(tensors: Sequence[Tensor]) -> Tensor:
-    first = tensors[0]
-    if all(t is first for t in tensors):
-        return first.unsqueeze(0).repeat(len(tensors), *[1] * first.dim())
-    return torch.stack(list(tensors)).contiguous()
+def stack_values(values: Sequence[Tensor]) -> Tensor:
+    """Stack the tensors of all clients, which are often one and the same."""
+    first = values[0]
+    if all(t is first for t in values):
+        return first.unsqueeze(0).repeat(len(values), *[1] * first.dim())
+    return torch.stack(list(values)).contiguous()
+
+
+def stack_orders(orders: Sequence[Tensor], first: Sequence[int], device: torch.device) -> Tensor:
+    """Row indices ``[K, N]`` in the data of a stack, from each client's order and the index of its first row."""
+    padded = pad_sequence(list(orders), batch_first=True)
+    return (padded + torch.tensor(first)[:, None]).to(device)
+
+
+def empty_optimizer_state(program: Program, step: StackedStep, tensors: State, k: int) -> State:
+    """State ``[K, *shape]`` of the optimizers of K clients before their first step."""
+    steps = torch.zeros(k, device=next(iter(tensors.values())).device)
+    return {
+        f"{entry}/{n}": steps.clone() if entry == STEP else torch.zeros_like(tensors[n])
+        for entry in step.entries
+        for n in program.trained
+    }
+
+
+def fit_clients(
+    program: Program, clients: Sequence[StackedClient], x: Tensor, y: Tensor, config: FitConfig, task: Task
+) -> list[TrainResult]:
+    """Train clients that are given one by one; arguments as in `fit_stack`."""
+    tensors = {n: stack_values([t.state[n] for t in clients]) for n in clients[0].state}
+    optimizer_state = empty_optimizer_state(program, config.step, tensors, len(clients))
+    for i, client in enumerate(clients):
+        for name, value in client.optimizer_state.items():
+            optimizer_state[name][i] = value
+    stacked = StackedClients(
+        tensors,
+        optimizer_state,
+        stack_orders([t.order for t in clients], [t.first for t in clients], x.device),
+        [t.sizes for t in clients],
+        [t.noise for t in clients],
+        [t.draws for t in clients],
+    )
+    losses = fit_stack(program, stacked, x, y, config, task)
+    states, optimizer_states = (
+        {n: t.unbind() for n, t in entries.items()} for entries in (stacked.tensors, stacked.optimizer_state)
+    )
+    return [
+        TrainResult({n: t[i] for n, t in states.items()}, loss, {n: t[i] for n, t in optimizer_states.items()})
+        for i, loss in enumerate(losses)
+    ]
 
 
 def fit_stack(
-    program: Program, clients: Sequence[StackedClient], x: Tensor, y: Tensor, config: FitConfig, task: Task
-) -> list[TrainResult]:
-    """Train all clients.
+    program: Program, clients: StackedClients, x: Tensor, y: Tensor, config: FitConfig, task: Task
+) -> list[float]:
+    """Train all clients in place.
 
     Args:
         program: the stacked program of their model.
-        clients: clients; groups are cheapest if clients with more batches come first.
+        clients: the clients.
         x: rows ``[n, C, *positions]`` of all clients.
         y: targets ``[n, ...]``.
         config: options of training.
         task: the task, which defines the loss.
+
+    Returns:
+        The sum of the losses of each client's examples.
     """
-    stack = Stack(program, clients, config, x.dim())
+    stack, orders = Stack(program, clients, config, x.dim()), clients.orders
     initial = {n: stack.tensors[n].clone() for n in program.trained if config.mu and n in config.proximal}
-    total = torch.zeros(len(clients), device=x.device)
-    orders = pad_sequence([t.order for t in clients], batch_first=True)
-    orders = (orders + torch.tensor([[t.first] for t in clients])).to(x.device)
-    offset = [0] * len(clients)
-    for steps in step_schedule([t.sizes for t in clients]):
+    total = torch.zeros(len(orders), device=x.device)
+    offset = [0] * len(orders)
+    for steps in step_schedule(clients.sizes):
         group = stack.group(tuple(i for i, _ in steps))
-        size = clients[steps[0][0]].sizes[steps[0][1]]
+        size = clients.sizes[steps[0][0]][steps[0][1]]
         starts = [offset[i] for i in group.members]
         if starts.count(starts[0]) == len(starts):
             rows = orders[group.rows, starts[0] : starts[0] + size]
@@ -223,7 +283,7 @@ def fit_stack(
             rows = orders[group.rows].gather(1, columns.to(x.device))
         inputs, targets = x, y
         if config.augment is not None:
-            inputs, targets, rows = _augmented(config.augment, [clients[i].draws for i in group.members], x, y, rows)
+            inputs, targets, rows = _augmented(config.augment, [clients.draws[i] for i in group.members], x, y, rows)
         losses = _losses(task, group, inputs, targets, rows, config.precision)
         gradients = torch.autograd.grad(losses.sum(), list(group.leaves.values()), allow_unused=True)
         with torch.no_grad():
@@ -233,12 +293,7 @@ def fit_stack(
         stack.write_back(group)
         for i in group.members:
             offset[i] += size
-    states = {n: t.unbind() for n, t in stack.tensors.items()}
-    optimizer_states = {n: t.unbind() for n, t in stack.optimizer_state.items()}
-    return [
-        TrainResult({n: t[i] for n, t in states.items()}, loss, {n: t[i] for n, t in optimizer_states.items()})
-        for i, loss in enumerate(total.tolist())
-    ]
+    return total.tolist()
 
 
 def _losses(task: Task, group: StepGroup, x: Tensor, y: Tensor, rows: Tensor, precision: Precision) -> Tensor:

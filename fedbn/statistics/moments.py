@@ -149,8 +149,8 @@ STACK_SIZE = 1024
 """Number of values that are stacked at once; larger stacks only use more memory."""
 
 
-def naive_mean(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """Weighted mean, accumulated in float64 (complex128 for complex values) and returned in the values' dtype.
+def naive_mean(values: Sequence[Tensor] | Tensor, weights: Sequence[float]) -> Tensor:
+    """Weighted mean of tensors or of the rows of one, in float64 (complex128 for complex values); the dtype is kept.
 
     It is correct for weights and means. For variances it ignores the variance between the parts' means, as FedAvg on a
     whole state dict does; it is the baseline for `pooled_variance`.
@@ -161,7 +161,7 @@ def naive_mean(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
         shares = torch.tensor(weights, dtype=torch.float64, device=first.device) / total
         mean = torch.zeros(first.numel(), dtype=wide, device=first.device)
         for i in range(0, len(values), STACK_SIZE):
-            flat = torch.stack(list(values[i : i + STACK_SIZE])).to(wide).reshape(-1, first.numel())
+            flat = _stacked(values[i : i + STACK_SIZE]).to(wide).reshape(-1, first.numel())
             mean += (flat * shares[i : i + STACK_SIZE, None]).sum(0)
         return mean.view(first.shape).to(first.dtype)
     acc = torch.zeros_like(first, dtype=wide)
@@ -170,15 +170,20 @@ def naive_mean(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     return acc.to(first.dtype)
 
 
-def pooled_variance(means: Sequence[Tensor], variances: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+def _stacked(values: Sequence[Tensor] | Tensor) -> Tensor:
+    return values if isinstance(values, Tensor) else torch.stack(list(values))
+
+
+def pooled_variance(
+    means: Sequence[Tensor] | Tensor, variances: Sequence[Tensor] | Tensor, weights: Sequence[float]
+) -> Tensor:
     """Law of total variance: mean of the variances plus variance of the means, computed in float64.
 
     It is exact for biased variances, or for parts so large that ``n - 1`` and ``n`` hardly differ. The dtype is kept.
     """
     shares = torch.tensor(weights, dtype=torch.float64) / float(sum(weights))
     shape = (-1, *[1] * variances[0].dim())
-    mu = torch.stack([m.double().cpu() for m in means])
-    var = torch.stack([v.double().cpu() for v in variances])
+    mu, var = (_stacked(values).double().cpu() for values in (means, variances))
     w = shares.view(shape)
     center = (w * mu).sum(0)
     return (w * (var + (mu - center) ** 2)).sum(0).to(variances[0].device, variances[0].dtype)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import ClassVar
+from typing import ClassVar, overload
 
 from torch import Tensor, nn
 
@@ -110,6 +110,47 @@ class Update:
 
 
 Updates = Sequence[Update]
+
+
+class StackedUpdates(Sequence[Update]):
+    """The updates of many clients without notes, with one tensor per entry for all of them.
+
+    A sequence of updates whose tensors are views; `entry_values` and `reported_results` need no updates one by one.
+
+    Attributes:
+        users: index of each client.
+        tensors: the shared entries ``[N, *shape]`` after local training.
+        examples: number of training examples of each client.
+        losses: mean training loss of each client.
+    """
+
+    def __init__(self, users: list[int], tensors: State, examples: list[int], losses: list[float]) -> None:
+        self.users, self.tensors, self.examples, self.losses = users, tensors, examples, losses
+
+    def __len__(self) -> int:
+        return len(self.users)
+
+    @overload
+    def __getitem__(self, index: int) -> Update: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Update]: ...
+    def __getitem__(self, index: int | slice) -> Update | list[Update]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        state = {name: t[index] for name, t in self.tensors.items()}
+        return Update(self.users[index], state, self.examples[index], self.losses[index])
+
+
+def entry_values(updates: Updates, name: str) -> Sequence[Tensor] | Tensor:
+    """Values of a shared entry: a tensor per client, or ``[N, *shape]`` for `StackedUpdates`."""
+    return updates.tensors[name] if isinstance(updates, StackedUpdates) else [u.state[name] for u in updates]
+
+
+def reported_results(updates: Updates) -> list[tuple[int, int, float]]:
+    """Client, number of examples and loss of each update."""
+    if isinstance(updates, StackedUpdates):
+        return list(zip(updates.users, updates.examples, updates.losses, strict=True))
+    return [(u.user, u.examples, u.loss) for u in updates]
 
 
 @dataclass(frozen=True)
@@ -218,7 +259,7 @@ class NormStrategy:
         self, updates: Updates, weights: Sequence[float], keys: Sequence[str], old: State, progress: Progress
     ) -> State:
         """New statistics entries ``keys`` of the server, from the updates and its ``old`` entries."""
-        return {k: naive_mean([u.state[k] for u in updates], weights) for k in keys}
+        return {k: naive_mean(entry_values(updates, k), weights) for k in keys}
 
     def is_known_client(self, user: int, known: State) -> bool:
         """Whether the server needs no further statistics from a client, given the memory of `group_states`."""

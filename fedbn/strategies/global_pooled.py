@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from fedbn.nn.roles import State
 from fedbn.statistics.moments import naive_mean, pooled_variance
-from fedbn.strategies.base import NormStrategy, Progress, Updates
+from fedbn.strategies.base import NormStrategy, Progress, Updates, entry_values
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,11 @@ class GlobalPooled(NormStrategy):
     ) -> State:
         out: State = {}
         for key in keys:
-            values = [u.state[key] for u in updates]
+            values = entry_values(updates, key)
             layer, _, entry = key.rpartition(".")
             mean_key = f"{layer}.running_mean" if layer else "running_mean"
             if entry == "running_var" and mean_key in keys:
-                out[key] = pooled_variance([u.state[mean_key] for u in updates], values, weights)
+                out[key] = pooled_variance(entry_values(updates, mean_key), values, weights)
             else:
                 out[key] = naive_mean(values, weights)
         return out

@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 import tempfile
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -73,6 +74,11 @@ class ClientStates:
         for name, state in by_reference.items():
             if self.on_disk and all(value.device.type == "cpu" for value in state.values()):
                 records[name] = LazyArrayRecord(self._write((node, name), state))
+
+    @cached_property
+    def max_bytes(self) -> float:
+        """Largest state of a client with which all states stay in memory."""
+        return MAX_MEMORY_SHARE * available_memory() / self.nodes
 
     def _choose_storage(self, bytes_per_node: int) -> None:
         needed, free = bytes_per_node * self.nodes, available_memory()

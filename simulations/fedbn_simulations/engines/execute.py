@@ -23,7 +23,7 @@ from fedbn.federation.setup import build_context
 from fedbn.objects import require_importable
 from fedbn.stacked.executors import Executor, parse_executor
 from fedbn_clients.app import app as client_app
-from fedbn_clients.records import arrays, set_threads, tensors
+from fedbn_clients.records import set_threads
 from fedbn_simulations.app import app as server_app
 from fedbn_simulations.engines.grid import InProcessGrid
 from fedbn_simulations.flower.compat import task_identity
@@ -117,15 +117,12 @@ def _in_process(
     ctx = build_context(run)
     config = {"run": run.to_json(), "sums": ",".join(sums)} | ({} if deployed else SIMULATION_CONFIG)
     grid = InProcessGrid(client_app, len(ctx.population.users), config, executor=executor)
-    for user, client_state in (resume.client_states if resume else {}).items():
-        grid.partition_context(max(user, 0)).state[f"client-state-{user}"] = arrays(client_state)
+    if resume:
+        grid.set_client_states(resume.client_states, run.device)
     finished: list[Outcome] = []
 
     def completed(outcome: Outcome) -> Outcome:
-        for context in grid.contexts.values():
-            for name, record in context.state.array_records.items():
-                outcome.client_states[int(name.removeprefix("client-state-"))] = tensors(record, run.device)
-        outcome.client_states = dict(sorted(outcome.client_states.items()))
+        outcome.client_states = grid.client_states()
         for kind, how in grid.execution.items():
             outcome.execution[kind] = list(dict.fromkeys([*outcome.execution.get(kind, []), *how]))
         return outcome

@@ -6,7 +6,8 @@ records as over the network; containers are copied, so that clients do not see e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,9 +15,17 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
+from fedbn.federation.client_table import ClientTable
+from fedbn.nn.roles import State
+from fedbn.stacked.cohort import CohortRound
 from fedbn.stacked.executors import MAX_STACK_WIDTH, ClientExecutor, Execution, Executor
+from fedbn.strategies.base import Progress, StackedUpdates
+from fedbn_clients.app import app, train_cohort
 from fedbn_clients.errors import report_errors
 from fedbn_clients.jobs import run_batched
+from fedbn_clients.persistence import STATE_DIR_VARIABLE
+from fedbn_clients.records import arrays, tensors
+from fedbn_clients.serialization import LazyArrayRecord
 from fedbn_simulations.engines.client_states import ClientStates
 from fedbn_simulations.flower.compat import (
     NODE_UNAVAILABLE,
@@ -70,6 +79,7 @@ class InProcessGrid(Grid):
         self._run, self._first, self._fault = flower_run(run_id), first_node, fault
         self._executor = ClientExecutor(executor)
         self._states = ClientStates(nodes)
+        self._table = ClientTable(range(nodes))
         self._replies: dict[str, Message] = {}
         self._sent = 0
 
@@ -119,12 +129,75 @@ class InProcessGrid(Grid):
         """Push messages and pull the replies; ``timeout`` is ignored."""
         return self.pull_messages(self.push_messages(messages))
 
+    def train_cohort(
+        self, users: list[int], received: Sequence[State], progress: Progress, trained: Iterable[int]
+    ) -> StackedUpdates | None:
+        """Train many clients in one call of the app, without messages.
+
+        Args:
+            users: partitions of the clients.
+            received: shared entries that each client receives.
+            progress: the current round.
+            trained: users that should have a client state.
+
+        Returns:
+            The updates; None if the clients need messages: this is not the project's own app, messages can fail or are
+            counted by a subclass, states are stored on disk or lost, or the clients cannot train stacked.
+        """
+        if type(self) is not InProcessGrid or self.client_app is not app or self._fault is not None:
+            return None
+        if self._states.on_disk or STATE_DIR_VARIABLE in os.environ or not self._move_states(users):
+            return None
+        if any(user not in self._table for user in trained):
+            return None
+        cohort = CohortRound(users, received, self._table, progress)
+        if (result := train_cohort(self.run_config, cohort, self._executor, self._states.max_bytes)) is None:
+            return None
+        self._table.write(users, result.client_states)
+        return result.updates
+
+    def _move_states(self, users: Sequence[int]) -> bool:
+        """Move the states of clients from their contexts to the table; False if they do not fit into it."""
+        for user in users:
+            context, name = self.contexts.get(self._first + user), f"client-state-{user}"
+            if context is not None and name in context.state:
+                try:
+                    self._table[user] = tensors(context.state.array_records[name])
+                except ValueError:
+                    return False
+                del context.state[name]
+        return True
+
+    def client_states(self) -> MutableMapping[int, State]:
+        """Client states by user; as a table that the next round changes, if no client had to handle a message."""
+        states = {
+            int(name.removeprefix("client-state-")): tensors(record)
+            for context in self.contexts.values()
+            for name, record in context.state.array_records.items()
+        }
+        return dict(sorted((dict(self._table) | states).items())) if states else self._table
+
+    def set_client_states(self, states: Mapping[int, State], device: str) -> None:
+        """Set the client states of a run that continues on a device."""
+        if isinstance(states, ClientTable) and states:
+            users = list(states)
+            self._table.write(users, {name: t.to(device) for name, t in states.take(users).items()})
+            return
+        for user, state in states.items():
+            self.partition_context(max(user, 0)).state[f"client-state-{user}"] = arrays(state)
+
     def context(self, node: int) -> Context:
-        """The context of a node.
+        """The context of a node, with its client state.
 
         Raises:
             KeyError: unknown node.
         """
+        context, user = self._context(node), node - self._first
+        if user in self._table:
+            context.state[f"client-state-{user}"] = LazyArrayRecord(self._table.pop(user))
+        return context
+
+    def _context(self, node: int) -> Context:
         if node not in self.contexts:
             if not 0 <= node - self._first < self.nodes:
                 raise KeyError(node)
@@ -142,12 +215,21 @@ class InProcessGrid(Grid):
 
     def _deliver(self, message: Message) -> Message:
         try:
-            context = self.context(message.metadata.dst_node_id)
+            context = self._context(message.metadata.dst_node_id)
         except KeyError:
             return Message(Error(NODE_UNAVAILABLE, "no such node"), reply_to=message)
         if self._fault and (reason := self._fault(message)):
             return Message(Error(NODE_UNAVAILABLE, reason), reply_to=message)
         received = with_content(message, copy_records(message.content))
+        user = context.node_id - self._first
+        name, in_table = f"client-state-{user}", user in self._table
+        if in_table:
+            context.state[name] = stored = LazyArrayRecord(self._table.row(user))
         reply = report_errors(received, context, self.client_app)  # for apps without this mod
+        if in_table:
+            if context.state.get(name) is stored:  # unchanged
+                del context.state[name]
+            else:
+                del self._table[user]
         self._states.store(context.node_id, context.state)
         return reply

@@ -34,12 +34,12 @@ from fedbn.federation.server import (
 )
 from fedbn.federation.setup import build_context
 from fedbn.nn.roles import State
-from fedbn.nn.schema import Schema
+from fedbn.nn.schema import NO_LIMITS, Schema
 from fedbn.online.sums import SumsMethod
 from fedbn.plugins import render
 from fedbn.statistics.consensus import run_consensus
 from fedbn.statistics.moments import Moments
-from fedbn.strategies.base import Update
+from fedbn.strategies.base import Progress, StackedUpdates, Update
 from fedbn_clients.records import aggregates_to, client_statistics_to
 from fedbn_simulations.server.keys import UserKeys
 from fedbn_simulations.server.nodes import REPLY_SECONDS, WAIT_SECONDS, NodePool
@@ -207,10 +207,12 @@ def _train(
     nodes: NodePool,
     server: Server,
     number: int,
-    sampled: Sequence[int],
+    sampled: list[int],
     aggregates: list[dict[str, Moments]],
-) -> list[Update]:
+) -> Sequence[Update]:
     ctx = validator.ctx
+    if (stacked := _train_cohort(validator, nodes, server, number, sampled, aggregates)) is not None:
+        return stacked
     outgoing = _outgoing(ctx, nodes, server, sampled)
     common = aggregates_to(aggregates)
     if server.broadcast:
@@ -231,6 +233,28 @@ def _train(
     updates = nodes.send("train", {u: content(u) for u in sampled}, read)
     nodes.trained |= dict.fromkeys(updates, number)
     return list(updates.values())
+
+
+def _train_cohort(
+    validator: ReplyValidator,
+    nodes: NodePool,
+    server: Server,
+    number: int,
+    sampled: list[int],
+    aggregates: list[dict[str, Moments]],
+) -> StackedUpdates | None:
+    """Updates of all clients from one call of a grid in this process; None if the clients need messages."""
+    ctx, train = validator.ctx, getattr(nodes.grid, "train_cohort", None)
+    sends_more = bool(aggregates or server.broadcast) or ctx.privacy is not None
+    if train is None or sends_more or validator.limits != NO_LIMITS or any(user not in nodes.node for user in sampled):
+        return None
+    received = [server.state_for(ctx, user) for user in sampled] if server.groups else [server.state] * len(sampled)
+    progress = Progress(number, ctx.run.plan.rounds, ctx.strategy.is_known_client(sampled[0], server.known))
+    updates: StackedUpdates | None = train(sampled, received, progress, nodes.trained.keys() & set(sampled))
+    if updates is not None:
+        validator.stacked_updates(updates)
+        nodes.trained |= dict.fromkeys(sampled, number)
+    return updates
 
 
 def _sync_statistics(validator: ReplyValidator, nodes: NodePool, out: Outcome) -> State:

@@ -20,7 +20,7 @@ from fedbn.nn.roles import State
 from fedbn.nn.schema import NO_LIMITS, Kind, Limits, Schema, check_names, check_tensors, check_values, parameter_norm
 from fedbn.statistics.consensus import unflatten
 from fedbn.statistics.moments import Moments
-from fedbn.strategies.base import Update
+from fedbn.strategies.base import StackedUpdates, Update
 from fedbn_clients.records import scores_from, tensors
 from fedbn_clients.serialization import LazyArrayRecord
 
@@ -67,6 +67,14 @@ class ReplyValidator:
             raise _invalid_reply(user, "sent notes that are no arrays")
         state = self.entries(user, records, received)
         return Update(user, state, examples, loss, {} if notes is None else self.notes(user, notes))
+
+    def stacked_updates(self, updates: StackedUpdates) -> None:
+        """Check names, types and shapes of the updates of clients in this process."""
+        first, schema = updates[0], self.schemas.entries
+        if wrong := check_names(first.state, schema):
+            raise _invalid_reply(first.user, f"sent unexpected or missing entries: {_listed(wrong)}")
+        if tensor := check_tensors(first.state, schema):
+            raise _invalid_reply(first.user, f"sent {tensor}")
 
     def entries(self, user: int, record: ArrayRecord, received: State) -> State:
         """Shared entries in a reply to a training round."""

@@ -7,6 +7,7 @@ It is replaced atomically, so an interruption at any time leaves the last comple
 from __future__ import annotations
 
 import json
+from collections.abc import MutableMapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from fedbn.errors import UserError
+from fedbn.federation.client_table import ClientTable
 from fedbn.federation.metrics import Score
 from fedbn.federation.run import Run
 from fedbn.federation.server import ClientFailure, Outcome, RoundMetrics, Server
@@ -40,9 +42,14 @@ def save_outcome(
         states["serving"] = server.serving
     states |= {"known": server.known, "broadcast": server.broadcast}
     states |= {f"group/{view}": entries for view, entries in server.groups.items()}
-    states |= {f"client_statistics/{user}": entries for user, entries in server.client_statistics.items()}
-    states |= {f"client_states/{user}": entries for user, entries in outcome.client_states.items()}
     states |= {f"sums/{text}": entries for text, entries in outcome.sums.items()}
+    tables = {"client_statistics": server.client_statistics, "client_states": outcome.client_states}
+    stacked = [name for name, table in tables.items() if isinstance(table, ClientTable)]
+    for name, table in tables.items():
+        if isinstance(table, ClientTable):
+            states[name] = table.take(list(table))
+        else:
+            states |= {f"{name}/{user}": entries for user, entries in table.items()}
     tensors = {f"{name}/{k}": v.detach().cpu().contiguous().clone() for name, s in states.items() for k, v in s.items()}
     header = {
         "run": run.to_json(),
@@ -53,6 +60,7 @@ def save_outcome(
         "seconds": outcome.seconds,
         "cpu_seconds": outcome.cpu_seconds,
         "curve": [asdict(p) for p in outcome.curve],
+        "stacked": stacked,
         "client_states": sorted(outcome.client_states),
         "groups": list(server.groups),
         "client_statistics": list(server.client_statistics),
@@ -96,9 +104,9 @@ def load_outcome(path: Path, run: Run, sources: dict[str, str] | None = None) ->
             {v: with_prefix(tensors, f"group/{v}/") for v in header["groups"]},
             with_prefix(tensors, "known/"),
             with_prefix(tensors, "broadcast/"),
-            {u: with_prefix(tensors, f"client_statistics/{u}/") for u in header["client_statistics"]},
+            _client_states(header, tensors, "client_statistics"),
         ),
-        client_states={u: with_prefix(tensors, f"client_states/{u}/") for u in header["client_states"]},
+        client_states=_client_states(header, tensors, "client_states"),
         curve=[RoundMetrics(**p) for p in header["curve"]],
         scores={int(u): [Score.from_dict(s) for s in scores] for u, scores in header["scores"].items()},
         seconds=header["seconds"],
@@ -109,6 +117,16 @@ def load_outcome(path: Path, run: Run, sources: dict[str, str] | None = None) ->
         sums={text: with_prefix(tensors, f"sums/{text}/") for text in header.get("sums", ())},
         execution=header.get("execution", {}),
     )
+
+
+def _client_states(header: dict[str, Any], tensors: State, name: str) -> MutableMapping[int, State]:
+    """States of the clients by user, which are stored with one tensor per entry or one by one."""
+    users = header[name]
+    if name not in header.get("stacked", []):
+        return {user: with_prefix(tensors, f"{name}/{user}/") for user in users}
+    table = ClientTable(users)
+    table.write(users, with_prefix(tensors, f"{name}/"))
+    return table
 
 
 def load_latest(path: Path, run: Run, sources: dict[str, str] | None = None) -> Outcome | None:

@@ -24,6 +24,7 @@ Stored results of another version are rejected.
 PACKAGES = ("fedbn", "flwr", "torch", "numpy", "scikit-learn", "flwr-datasets")
 
 
+@cache
 def versions() -> dict[str, str]:
     """Versions of the packages that influence results."""
     return {name: version(name) for name in PACKAGES}

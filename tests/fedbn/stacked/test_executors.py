@@ -26,7 +26,7 @@ from fedbn.nn.roles import clone
 from fedbn.personalization.base import personalizations
 from fedbn.stacked.cohort import Cohort, Failure
 from fedbn.stacked.executors import ClientExecutor, Kind, cores, parse_executor, stack_width
-from fedbn.stacked.fit import FitConfig, StackedClient, fit_stack, step_schedule
+from fedbn.stacked.fit import FitConfig, StackedClient, fit_clients, step_schedule
 from fedbn.stacked.layers import Unstackable
 from fedbn.stacked.program import build_program
 from fedbn.stacked.steps import SGDStep
@@ -240,9 +240,9 @@ def test_fit_stack_groups_non_adjacent_clients():
     clients = [StackedClient(state, torch.cat(p), s, torch.Generator()) for p, s in zip(parts, sizes)]
     assert next(step_schedule(sizes)) == [(0, 0), (2, 0)]
     for client, stacked in zip(
-        clients, fit_stack(build_program(net), clients, x, y, sgd, Classification()), strict=True
+        clients, fit_clients(build_program(net), clients, x, y, sgd, Classification()), strict=True
     ):
-        (expected,) = fit_stack(build_program(net), [client], x, y, sgd, Classification())
+        (expected,) = fit_clients(build_program(net), [client], x, y, sgd, Classification())
         assert stacked.loss == pytest.approx(expected.loss, rel=1e-6)
         torch.testing.assert_close(stacked.state, expected.state, rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(stacked.optimizer_state, expected.optimizer_state, rtol=1e-10, atol=1e-12)
@@ -270,7 +270,7 @@ def test_fit_stack_skips_parameters_without_gradient():
     state = clone(net.state_dict())
     x, y, rows = torch.randn(4, 3), torch.zeros(4, dtype=torch.long), torch.arange(4)
     sgd = FitConfig(SGDStep(0.1, 0.9, 0.5))
-    (done,) = fit_stack(
+    (done,) = fit_clients(
         build_program(net), [StackedClient(state, rows, [len(rows)], torch.Generator())], x, y, sgd, Classification()
     )
     assert torch.equal(done.state["unused.weight"], state["unused.weight"])
@@ -287,8 +287,7 @@ def run_grid(run, executor, threads=2):
     outcomes = []
     with task_identity(1):
         run_rounds(grid, run, Listener(on_end=outcomes.append))
-    records = {node: context.state.array_records for node, context in grid.contexts.items()}
-    return outcomes[0], {(n, k): r.to_torch_state_dict() for n, rs in records.items() for k, r in rs.items()}
+    return outcomes[0], dict(grid.client_states())
 
 
 def test_threads_executor_is_bit_identical(small):
@@ -372,7 +371,7 @@ def stop(*args, **kwargs):
     raise RuntimeError("wrong shape\nin a long message")
 
 
-@pytest.mark.parametrize("failing", ["cohort.fit_stack", "executors.stack_width", "cohort.checked_program"])
+@pytest.mark.parametrize("failing", ["fit.Stack", "executors.stack_width", "cohort.checked_program"])
 @pytest.mark.parametrize("executor", ["stacked", "auto"])
 def test_training_falls_back_if_the_stacked_engine_fails(executor, failing, small, monkeypatch):
     jobs = train_jobs(small("fedbn", model="mlp"))
@@ -407,7 +406,7 @@ def test_user_errors_are_raised_by_the_exact_executor(small, monkeypatch):
         raise UserError("stacked")
 
     jobs = train_jobs(small("fedbn", model="mlp"), 2)
-    monkeypatch.setattr("fedbn.stacked.cohort.fit_stack", rejects)
+    monkeypatch.setattr("fedbn.stacked.fit.Stack", rejects)
     executor = ClientExecutor("stacked", 1)
     assert all(not isinstance(result, Failure) for result in executor.run(jobs))
     monkeypatch.setattr("fedbn_clients.jobs.client_round", rejects)

@@ -14,7 +14,7 @@ from fedbn.federation.setup import build_context
 from fedbn.nn.roles import clone
 from fedbn.stacked import fit
 from fedbn.stacked.executors import ClientExecutor
-from fedbn.stacked.fit import FitConfig, StackedClient, fit_stack
+from fedbn.stacked.fit import FitConfig, StackedClient, fit_clients
 from fedbn.stacked.layers import mkldnn_linear
 from fedbn.stacked.memory import collect_garbage_rarely, keep_freed_memory
 from fedbn.stacked.program import build_program
@@ -40,8 +40,8 @@ def train_stacked_and_separately(net, x, y, sgd, clients=3, noise=False):
         return StackedClient(state, torch.arange(rows), [rows // 2, rows - rows // 2], draw, first=i * rows)
 
     program = build_program(net)
-    separate = [fit_stack(program, [client(i)], x, y, sgd, Classification())[0] for i in range(clients)]
-    return fit_stack(program, [client(i) for i in range(clients)], x, y, sgd, Classification()), separate
+    separate = [fit_clients(program, [client(i)], x, y, sgd, Classification())[0] for i in range(clients)]
+    return fit_clients(program, [client(i) for i in range(clients)], x, y, sgd, Classification()), separate
 
 
 def assert_close(a, b, **tolerance):
@@ -165,7 +165,7 @@ def test_fit_stack_needs_no_host_synchronization():
     x, y = torch.empty(20, 5, device="meta"), torch.empty(20, dtype=torch.long, device="meta")
     clients = [StackedClient(state, torch.arange(10), [6, 4], None, first=10 * i) for i in range(2)]
     with pytest.raises(NotImplementedError, match="meta") as caught:
-        fit_stack(build_program(net), clients, x, y, FitConfig(SGDStep(0.1, 0.9, 0.1)), Classification())
+        fit_clients(build_program(net), clients, x, y, FitConfig(SGDStep(0.1, 0.9, 0.1)), Classification())
     assert "total.tolist()" in str(next(e.statement for e in reversed(caught.traceback) if "fit.py" in str(e.path)))
 
 

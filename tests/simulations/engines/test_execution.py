@@ -30,6 +30,6 @@ def test_resumed_outcome_unites_how_clients_ran(small, monkeypatch):
     def broken(*args):
         raise RuntimeError("broken")
 
-    monkeypatch.setattr("fedbn.stacked.cohort.fit_stack", broken)
+    monkeypatch.setattr("fedbn.stacked.fit.Stack", broken)
     outcome = execute(run, "grid:stacked", resume=partial[0])
     assert outcome.execution["train"] == ["stacked", "the stacked engine failed with RuntimeError"]
