@@ -187,17 +187,11 @@ class InProcessGrid(Grid):
             self.partition_context(max(user, 0)).state[f"client-state-{user}"] = arrays(state)
 
     def context(self, node: int) -> Context:
-        """The context of a node, with its client state.
+        """The context of a node. It lacks a client state that is in the table of the cohort.
 
         Raises:
             KeyError: unknown node.
         """
-        context, user = self._context(node), node - self._first
-        if user in self._table:
-            context.state[f"client-state-{user}"] = LazyArrayRecord(self._table.pop(user))
-        return context
-
-    def _context(self, node: int) -> Context:
         if node not in self.contexts:
             if not 0 <= node - self._first < self.nodes:
                 raise KeyError(node)
@@ -206,8 +200,11 @@ class InProcessGrid(Grid):
         return self.contexts[node]
 
     def partition_context(self, partition: int) -> Context:
-        """The context of the node that serves a partition."""
-        return self.context(self._first + partition)
+        """The context of the node that serves a partition, with its client state."""
+        context = self.context(self._first + partition)
+        if partition in self._table:
+            context.state[f"client-state-{partition}"] = LazyArrayRecord(self._table.pop(partition))
+        return context
 
     def _next_id(self) -> str:
         self._sent += 1
@@ -215,7 +212,7 @@ class InProcessGrid(Grid):
 
     def _deliver(self, message: Message) -> Message:
         try:
-            context = self._context(message.metadata.dst_node_id)
+            context = self.context(message.metadata.dst_node_id)
         except KeyError:
             return Message(Error(NODE_UNAVAILABLE, "no such node"), reply_to=message)
         if self._fault and (reason := self._fault(message)):
