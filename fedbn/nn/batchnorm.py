@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -32,7 +34,11 @@ class AnyInstanceNorm(_InstanceNorm):
 
 
 class AnyBatchNorm(_BatchNorm):
-    """Batch normalization of ``[N, C, *positions]`` with any number of position axes."""
+    """Batch normalization of ``[N, C, *positions]`` with any number of position axes.
+
+    A subclass that computes each channel by itself declares it with ``channelwise = True``. Then K clients train as one
+    layer with K*C channels (`fedbn.stacked`), whose buffers of one value have K values; `per_channel` reads them.
+    """
 
     running_mean: Tensor
     running_var: Tensor
@@ -41,6 +47,18 @@ class AnyBatchNorm(_BatchNorm):
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:
             raise ValueError(f"expected [N, C, *positions], got {list(input.shape)}")
+
+    def per_channel(self, function: Callable[..., float], *buffers: Tensor) -> float | Tensor:
+        """A function of buffers of one value: a number, or with the buffers of K clients a value for each channel.
+
+        >>> layer = AnyBatchNorm(4)
+        >>> layer.per_channel(lambda n: n + 1, torch.tensor(2)), layer.per_channel(float, torch.tensor([2, 5]))
+        (3, tensor([2., 2., 5., 5.]))
+        """
+        if buffers[0].dim() == 0:
+            return function(*(b.item() for b in buffers))
+        values = [function(*own) for own in zip(*(b.tolist() for b in buffers), strict=True)]
+        return self.running_mean.new_tensor(values).repeat_interleave(len(self.running_mean) // len(values))
 
     def scale_and_shift(self, normalized: Tensor) -> Tensor:
         """Apply ``weight`` and ``bias``, if there are any, to normalized activations ``[N, C, *positions]``."""

@@ -45,6 +45,8 @@ class BatchRenorm(AnyBatchNorm):
     [0.0, 2.0]
     """
 
+    channelwise = True
+
     def __init__(
         self,
         num_features: int,
@@ -80,7 +82,8 @@ class BatchRenorm(AnyBatchNorm):
         self._check_input_dim(input)
         mean, var, _ = batch_statistics(input.detach())
         sigma, running = torch.sqrt(var + self.eps), torch.sqrt(self.running_var + self.eps)
-        r_max, d_max = self.limits(int(self.num_batches_tracked))
+        r_max = self.per_channel(lambda step: self.limits(step)[0], self.num_batches_tracked)
+        d_max = self.per_channel(lambda step: self.limits(step)[1], self.num_batches_tracked)
         r = (sigma / running).clamp(1 / r_max, r_max)
         d = ((mean - self.running_mean) / running).clamp(-d_max, d_max)
         self.num_batches_tracked += 1

@@ -73,6 +73,7 @@ class DiminishingBN(AnyBatchNorm):
     5.0
     """
 
+    channelwise = True
     steps: Tensor
 
     def __init__(
@@ -111,13 +112,13 @@ class DiminishingBN(AnyBatchNorm):
 
     @torch.no_grad()
     def _update(self, mean: Tensor, var: Tensor) -> None:
-        alpha = self.alpha(float(self.steps))
+        alpha = self.per_channel(self.alpha, self.steps)
         mean, var = mean.to(self.running_mean), var.to(self.running_var)
         self.running_mean.lerp_(mean, alpha)
         self.running_var.copy_(diminished(self.running_var, var, alpha, self.stat))
 
 
-def diminished(old: Tensor, new: Tensor, alpha: float, stat: Stat) -> Tensor:
+def diminished(old: Tensor, new: Tensor, alpha: float | Tensor, stat: Stat) -> Tensor:
     """Move the variance ``old`` towards ``new`` by a weight ``alpha``, on the scale given by ``stat``.
 
     >>> float(diminished(torch.tensor(1.0), torch.tensor(9.0), 0.5, "std"))

@@ -13,6 +13,7 @@ learned variant is a reconstruction.
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any, Literal
 
@@ -56,6 +57,7 @@ class EvalNorm(AnyBatchNorm):
     [0.95, -0.95]
     """
 
+    channelwise = True
     running_size: Tensor
     running_logits: Tensor
 
@@ -75,33 +77,36 @@ class EvalNorm(AnyBatchNorm):
         """M, the number of rows of a training batch."""
         if self.size is None and torch.compiler.is_compiling():
             return self.running_size  # a graph cannot branch on values
-        rows = float(self.running_size) if self.size is None else self.size
-        if not rows:
-            raise UserError(
-                "evalnorm: this network was trained without recording the rows M of a batch; give size=M, or train on"
-            )
-        return rows
+        return self.per_channel(_known_rows, self.running_size, self.num_batches_tracked) if self.size is None else self.size
 
     def weights(self) -> tuple[float | Tensor, float | Tensor]:
         """Weights (a, b) of the sample in its mean and in its variance."""
         if self.rule == "learned":
-            a, b = torch.sigmoid(self.running_logits)
-            return a, b
+            return self._learned(self.running_logits)
         a = 1 / self.rows if self.rule == "1/M" else 1 / self.rows**2
         return a, a
+
+    def _learned(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights (a, b) of the learned rule; with the logits of K clients, for each channel."""
+        if logits.dim() == 1 and len(logits) == 2:
+            a, b = torch.sigmoid(logits)
+            return a, b
+        a, b = torch.sigmoid(logits).view(-1, 2).repeat_interleave(self.num_features, 0).unbind(1)
+        return a, b
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalized activations, of the input's shape."""
         if self.training:
             with torch.no_grad():
                 size = torch.full_like(self.running_size, len(input))
-                self.running_size.copy_(size if self.running_size == 0 else self.running_size.lerp(size, 0.1))
+                moved = self.running_size.lerp(size, 0.1)
+                self.running_size.copy_(torch.where(self.running_size == 0, size, moved))
             out = super().forward(input)
             if self.rule == "learned":
                 self._learn(input.detach())
             return out
         known = self.size is not None or torch.compiler.is_compiling()
-        if not known and self.running_size == 0 and self.num_batches_tracked == 0:
+        if not known and not self.running_size.any() and not self.num_batches_tracked.any():
             return super().forward(input)  # not trained yet
         self._check_input_dim(input)
         m, s2 = instance_statistics(input)
@@ -117,13 +122,26 @@ class EvalNorm(AnyBatchNorm):
         v = self.running_var * (1 - 1 / n)
         with torch.enable_grad():
             logits = self.running_logits.detach().clone().requires_grad_()
-            a, b = torch.sigmoid(logits)
+            a, b = self._learned(logits)
             mu_i, v_i = blend(self.running_mean, v, m, s2, a, b)
             ratio = torch.sqrt((v_i + self.eps) / (var + self.eps))
-            loss = ((mu_i - mean) ** 2 / (v + self.eps) + (ratio - 1) ** 2).mean()
-            (gradient,) = torch.autograd.grad(loss, logits)
+            distance = ((mu_i - mean) ** 2 / (v + self.eps) + (ratio - 1) ** 2).mean()
+            (gradient,) = torch.autograd.grad(distance * self.running_size.numel(), logits)  # the sum of K means
         with torch.no_grad():
             self.running_logits.sub_(self.lr * gradient)
+
+
+def _known_rows(rows: float, batches: int) -> float:
+    """Rows of a training batch; infinite before any training, so that the layer is BN.
+
+    Raises:
+        UserError: the network was trained without recording them.
+    """
+    if not rows and batches:
+        raise UserError(
+            "evalnorm: this network was trained without recording the rows M of a batch; give size=M, or train on"
+        )
+    return rows or math.inf
 
 
 convert = partial(convert_norms, cls=EvalNorm, kind="evalnorm")

@@ -53,6 +53,7 @@ class ExchangedNorm(AnyBatchNorm):
     the running statistics by the aggregated ones.
     """
 
+    channelwise = True
     exchange: Exchange | None = None
 
     def forward(self, input: Tensor) -> Tensor:

@@ -33,6 +33,8 @@ class ScaledWeightStandardization(nn.Module):
     1.0
     """
 
+    rowwise = True
+
     def __init__(self, out: int, *, gamma: float = GAMMA_RELU, eps: float = 1e-4) -> None:
         super().__init__()
         self.gain = nn.Parameter(torch.ones(out))

@@ -46,6 +46,7 @@ class FullNorm(AnyBatchNorm):
     (4.0, 10.0)
     """
 
+    channelwise = True
     running_grad_mean: Tensor
     running_grad_second: Tensor
     steps: Tensor
@@ -65,7 +66,7 @@ class FullNorm(AnyBatchNorm):
         if not self.training:
             return super().forward(input)
         self._check_input_dim(input)
-        a = 1.0 if self.steps == 0 else self.a
+        a = self.per_channel(lambda steps: self.a if steps else 1.0, self.steps)
         self.num_batches_tracked += 1
         self.steps += 1
         mean, var, _ = batch_statistics(input.detach())

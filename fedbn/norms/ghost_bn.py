@@ -34,6 +34,8 @@ class GhostBN(AnyBatchNorm):
     [-1.0, 1.0, -1.0, 1.0]
     """
 
+    channelwise = True
+
     def __init__(self, num_features: int, *, size: int = 16, **kwargs: Any) -> None:
         if size < 1:
             raise UserError(f"ghost batch normalization needs parts of at least one row, not size={size}")

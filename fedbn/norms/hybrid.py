@@ -29,6 +29,7 @@ class HybridNorm(AnyBatchNorm):
     [-0.632, 1.897]
     """
 
+    channelwise = True
     gates = ("gate",)
 
     def __init__(self, num_features: int, eps: float = 1e-5, affine: bool = True) -> None:

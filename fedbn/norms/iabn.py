@@ -44,6 +44,8 @@ class IABN(AnyBatchNorm):
     [-0.71, 0.71]
     """
 
+    channelwise = True
+
     def __init__(self, num_features: int, *, k: float = 4.0, skip: int = 1, **kwargs: Any) -> None:
         if k < 0 or skip < 1:
             raise UserError(f"iabn needs k >= 0 and skip >= 1, not k={k} and skip={skip}")

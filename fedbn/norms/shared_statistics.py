@@ -16,8 +16,8 @@ from fedbn.norms.statnorm import batch_statistics
 class SharedStatisticsNorm(AnyBatchNorm):
     """Normalizes by the constants ``running_mean`` and ``running_var`` in training and in evaluation.
 
-    In training the mean and biased variance of each batch are accumulated; `publish` writes their averages into the
-    running statistics, which are sent to the server.
+    In training the mean and biased variance of each batch are accumulated in buffers that do not belong to the state;
+    `publish` writes their averages into the running statistics, which are sent to the server.
 
     >>> layer = SharedStatisticsNorm(1); x = torch.tensor([[0.0], [4.0]])
     >>> [round(v, 3) for v in layer(x).flatten().tolist()]
@@ -26,29 +26,37 @@ class SharedStatisticsNorm(AnyBatchNorm):
     (2.0, 4.0)
     """
 
+    channelwise = True
+    sum_mean: Tensor
+    sum_var: Tensor
+    batches: Tensor
+
     def __init__(self, num_features: int, eps: float = 1e-5, affine: bool = True) -> None:
         super().__init__(num_features, eps=eps, affine=affine)
-        self.reset_sums()
+        self.register_buffer("sum_mean", torch.zeros(num_features), persistent=False)
+        self.register_buffer("sum_var", torch.zeros(num_features), persistent=False)
+        self.register_buffer("batches", torch.zeros(()), persistent=False)
 
     def reset_sums(self) -> None:
         """Discard the accumulated statistics."""
-        self._batches = 0
-        self._mean = self._var = torch.zeros(())
+        for total in (self.sum_mean, self.sum_var, self.batches):
+            total.zero_()
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalized activations ``[N, C, *positions]``."""
         if self.training:
             mean, var, _ = batch_statistics(input.detach())
-            self._mean, self._var, self._batches = self._mean + mean, self._var + var, self._batches + 1
+            self.sum_mean += mean
+            self.sum_var += var
+            self.batches += 1
             self.num_batches_tracked.add_(1)
         return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
 
     def publish(self) -> None:
         """Replace the running statistics by the averages over the batches since `reset_sums`."""
-        if self._batches:
-            with torch.no_grad():
-                self.running_mean.copy_(self._mean / self._batches)
-                self.running_var.copy_(self._var / self._batches)
+        if self.batches:
+            self.running_mean.copy_(self.sum_mean / self.batches)
+            self.running_var.copy_(self.sum_var / self.batches)
 
 
 def shared_statistics_layers(model: nn.Module) -> list[SharedStatisticsNorm]:

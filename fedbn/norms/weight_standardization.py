@@ -22,6 +22,8 @@ class WeightStandardization(nn.Module):
     tensor([[[-0.7071,  0.7071]]])
     """
 
+    rowwise = True
+
     def forward(self, weight: Tensor) -> Tensor:
         """Standardized weights."""
         std, mean = torch.std_mean(weight.flatten(1), 1)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fedbn.nn.roles import State
 from fedbn.stacked.layers import Unstackable
+from fedbn.stacked.modules import entries
 from fedbn.stacked.program import Program, build_program
 from fedbn.stacked.vectorized import VMAP, vectorize
 
@@ -93,14 +94,16 @@ class _Exact:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = copy.deepcopy(model).double()
-        start = {n: v.clone() for n, v in self.model.state_dict().items()}
-        # The clients differ in all entries. Signs do not change, so variances stay positive.
-        self.states = [start, {n: v * 1.1 if v.is_floating_point() else v + 1 for n, v in start.items()}]
+        start = {n: v.clone() for n, v in entries(self.model).items()}
+        # The clients differ in all entries, and variances stay positive.
+        self.states = [start, {n: v * 1.1 + 0.01 if v.is_floating_point() else v + 1 for n, v in start.items()}]
         self.trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
 
     def run(self, x: Tensor, state: State) -> tuple[Tensor, list[Tensor | None], State]:
         """Outputs, gradients, and the buffers after a forward pass with the first dropout masks."""
-        self.model.load_state_dict(state)
+        with torch.no_grad():
+            for name, value in entries(self.model).items():
+                value.copy_(state[name])
         before = _hidden_state(self.model)
         torch.manual_seed(0)
         output: Any = self.model(x.clone())
@@ -108,8 +111,9 @@ class _Exact:
             raise Unstackable("forward changes attributes of the model or draws from a global generator")
         if not isinstance(output, Tensor) or output.dim() < 2:
             raise Unstackable("forward does not return one tensor with an axis of outputs")
+        gradients = _gradients(output, list(self.trained.values()))  # the backward pass may update buffers
         after = {n: v.clone() for n, v in self.model.named_buffers() if n in state}
-        return output.detach(), _gradients(output, list(self.trained.values())), after
+        return output.detach(), gradients, after
 
 
 def _hidden_state(model: nn.Module) -> Any:
@@ -141,8 +145,8 @@ def _gradients(outputs: Tensor, parameters: list[Tensor]) -> list[Tensor | None]
 
 
 def _compare(program: Program, exact: _Exact, inputs: list[Tensor], expected: list[Any], *, batch_last: bool) -> None:
-    entries, forward = _bind(program, exact, len(inputs[0]), batch_last=batch_last)
-    leaves = [entries[n].requires_grad_() for n in exact.trained] if torch.is_grad_enabled() else []
+    tensors, forward = _bind(program, exact, len(inputs[0]), batch_last=batch_last)
+    leaves = [tensors[n].requires_grad_() for n in exact.trained] if torch.is_grad_enabled() else []
     stacked = forward(inputs)
     outputs, gradients, states = zip(*expected, strict=True)
     _assert_close(stacked.detach(), torch.stack(outputs))
@@ -156,22 +160,22 @@ def _compare(program: Program, exact: _Exact, inputs: list[Tensor], expected: li
         else:
             _assert_close(gradient, program.lay_out(name, torch.stack(own)))
     for name in states[0]:
-        _assert_close(entries[name], program.lay_out(name, torch.stack([s[name] for s in states])))
+        _assert_close(tensors[name], program.lay_out(name, torch.stack([s[name] for s in states])))
 
 
 def _bind(program: Program, exact: _Exact, rows: int, *, batch_last: bool, on_norm_input: Any = None) -> Any:
     """Entries of both clients in the program's layout, and a function from inputs to outputs ``[2, n, ...]``."""
     states = exact.states
-    entries = {n: program.lay_out(n, torch.stack([s[n] for s in states])).detach() for n in states[0]}
+    tensors = {n: program.lay_out(n, torch.stack([s[n] for s in states])).detach() for n in states[0]}
     noise = [torch.Generator(v.device).manual_seed(0) for v in (next(iter(states[0].values())),) * 2]
-    forward = program.bind(entries, 2, noise, batch_last=batch_last, on_norm_input=on_norm_input)
+    forward = program.bind(tensors, 2, noise, batch_last=batch_last, on_norm_input=on_norm_input)
 
     def outputs(inputs: list[Tensor]) -> Tensor:
         if batch_last:
             return forward(torch.stack([own.flatten(1).T for own in inputs])).mT
         return torch.stack(forward(torch.cat(inputs, 1)).chunk(2, 1))
 
-    return entries, outputs
+    return tensors, outputs
 
 
 def _check_rows(program: Program, exact: _Exact, inputs: list[Tensor], *, batch_last: bool) -> None:

@@ -33,12 +33,14 @@ from fedbn.stacked.fit import (
     stack_orders,
     stack_values,
 )
+from fedbn.stacked.hooks import ClientModel, defines
 from fedbn.stacked.layers import Unstackable
+from fedbn.stacked.modules import entries
 from fedbn.stacked.program import Program
 from fedbn.stacked.steps import stacked_step
 from fedbn.stacked.tracing import check_structure
 from fedbn.statistics.consensus import Aggregates
-from fedbn.strategies.base import NormStrategy, Progress, StackedUpdates, Update
+from fedbn.strategies.base import Progress, StackedUpdates, Update
 
 
 @dataclass
@@ -127,6 +129,11 @@ class StackedData:
 class Cohort:
     """What the rounds of a run share: the training data, and the stacked programs or why there is none, by mode.
 
+    Attributes:
+        ctx: the run's context.
+        programs: programs, or why there is none, by mode of the model.
+        runs_hooks: whether the strategy's hooks run on each client's model in the round of the last `program`.
+
     >>> from fedbn.config import Plan
     >>> from fedbn.federation.run import Run
     >>> from fedbn.federation.setup import build_context
@@ -136,6 +143,7 @@ class Cohort:
 
     ctx: RunContext
     programs: dict[tuple[object, ...], Program | Unstackable] = field(default_factory=dict)
+    runs_hooks: bool = False
 
     @cached_property
     def rows(self) -> StackedData:
@@ -148,13 +156,10 @@ class Cohort:
         Raises:
             Unstackable: clients do more than steps of a built-in optimizer, or the model has unsupported parts.
         """
-        ctx, kind = self.ctx, type(self.ctx.strategy)
+        ctx = self.ctx
         stacked_step(ctx.run.plan, ctx.run.plan.lr)
         if aggregates:
             raise Unstackable("the strategy synchronizes statistics before training")
-        for hook in ("on_before_optimizer_step", "before_local_training", "after_local_training"):
-            if getattr(kind, hook) is not getattr(NormStrategy, hook):
-                raise Unstackable("the strategy has its own training steps")
         if ctx.row_users(ctx.trainers[0]) is not None:
             raise Unstackable("each batch holds the examples of one user")
         if type(ctx.personal).train is not Personalization.train:
@@ -162,8 +167,9 @@ class Cohort:
         model = ctx.load(ctx.initial)
         ctx.strategy.set_training_mode(model, progress, aggregates)
         state = model.state_dict()
-        if any(not torch.equal(state[n], v) for n, v in ctx.initial.items()):
-            raise Unstackable("the strategy changes the model before training")
+        self.runs_hooks = any(not torch.equal(state[n], v) for n, v in ctx.initial.items()) or defines(
+            ctx.strategy, "before_local_training", "on_before_optimizer_step", "after_local_training"
+        )
         return self._build(model, trains=True)
 
     def evaluation_program(self) -> Program:
@@ -200,16 +206,26 @@ class Cohort:
         rows = self.rows if len(rounds) > 1 else StackedData.of(ctx, [rounds[0].user])
         results: dict[int, tuple[Update, State] | Failure] = {}
         clients: dict[int, StackedClient] = {}
+        models: dict[int, ClientModel] = {}
         for i, job in enumerate(rounds):
             try:
-                clients[i] = self._stacked_client(job, rows, program)
+                state = ctx.assemble(job.received, job.client_state or {})
+                if self.runs_hooks:
+                    models[i] = ClientModel.start(ctx, job.user, state, job.progress)
+                    state = entries(models[i].model)
+                clients[i] = self._stacked_client(job, state, rows, program)
+                clients[i].model = models[i].model if i in models else None
             except Exception as error:
                 results[i] = Failure(error)
         order = sorted(clients, key=lambda i: -len(clients[i].order))
         if order:
             config = self._config(rounds[0].progress)
             trained = fit_clients(program, [clients[i] for i in order], rows.x, rows.y, config, ctx.task)
-            results |= {i: self._result(rounds[i], result) for i, result in zip(order, trained, strict=True)}
+            for i, result in zip(order, trained, strict=True):
+                try:
+                    results[i] = self._result(rounds[i], result, models.get(i))
+                except Exception as error:
+                    results[i] = Failure(error)
         return [results[i] for i in range(len(rounds))]
 
     def trial_step(self, users: Sequence[int], program: Program) -> None:
@@ -219,7 +235,8 @@ class Cohort:
         rows, starts = torch.arange(size), range(0, size * len(users), size)
         parts = [ctx.training_data(user).take(rows) for user in users]
         x, y = torch.cat([p.x for p in parts]), torch.cat([p.y for p in parts])
-        clients = [StackedClient(ctx.initial, rows, [size], torch.Generator(), first=first) for first in starts]
+        state = entries(ctx.scratch) | ctx.initial
+        clients = [StackedClient(state, rows, [size], torch.Generator(), first=first) for first in starts]
         config = FitConfig(stacked_step(plan, plan.lr), precision=plan.precision)
         fit_clients(program, clients, x, y, config, ctx.task)
 
@@ -325,7 +342,7 @@ class Cohort:
         return total / (len(self.ctx.training_data(user)) * max(self.ctx.run.plan.local_epochs, 1))
 
     def _config(self, progress: Progress) -> FitConfig:
-        plan = self.ctx.run.plan
+        plan, strategy = self.ctx.run.plan, self.ctx.strategy
         return FitConfig(
             stacked_step(plan, rate(plan, progress.round)),
             plan.proximal,
@@ -333,12 +350,13 @@ class Cohort:
             plan.precision,
             plan.max_grad_norm,
             augmentation(plan.augment),
+            strategy.on_before_optimizer_step if defines(strategy, "on_before_optimizer_step") else None,
         )
 
-    def _stacked_client(self, job: TrainJob, rows: StackedData, program: Program) -> StackedClient:
+    def _stacked_client(self, job: TrainJob, state: State, rows: StackedData, program: Program) -> StackedClient:
         ctx, client_state, number = self.ctx, job.client_state or {}, job.progress.round
         return StackedClient(
-            ctx.assemble(job.received, client_state),
+            state,
             self._order(job.user, number, torch.Generator()),
             self._sizes(job.user),
             self._noise(job.user, number, program),
@@ -347,11 +365,13 @@ class Cohort:
             augmentation_draws(ctx.run.seed, number, ctx.rng_user(job.user)),
         )
 
-    def _result(self, job: TrainJob, result: TrainResult) -> tuple[Update, State]:
+    def _result(self, job: TrainJob, result: TrainResult, model: ClientModel | None) -> tuple[Update, State]:
         ctx = self.ctx
-        client_state = {k: result.state[k] for k in ctx.ownership.retained}
+        state = result.state if model is None else model.finish(ctx, result.state)
+        client_state = {k: state[k] for k in ctx.ownership.retained}
         if ctx.run.plan.optimizer_state == "keep":
             client_state |= {OPTIMIZER + k: v for k, v in result.optimizer_state.items()}
         client_state |= {k: v for k, v in (job.client_state or {}).items() if k.startswith(METHOD_STATE)}
         examples, loss = len(ctx.training_data(job.user)), self._mean_loss(job.user, result.loss)
-        return Update(job.user, {k: result.state[k] for k in ctx.ownership.travels}, examples, loss), client_state
+        shared, notes = {k: state[k] for k in ctx.ownership.travels}, {} if model is None else model.notes
+        return Update(job.user, shared, examples, loss, notes), client_state

@@ -241,14 +241,14 @@ class ClientExecutor:
 
         Returns:
             The result; None if the clients need jobs of their own: their states are too large, the executor does not
-            stack them, or they cannot be stacked, for which `run` then records the reason.
+            stack them, their strategy has hooks, or they cannot be stacked, for which `run` then records the reason.
         """
         self._start_run(ctx)
         if self.executor not in STACKING or "train" in self._failed:
             return None
         try:
             program = self._cohort.program(cohort.progress)
-            if self._select_executor(cohort.users, cohort.progress, program) != "stacked":
+            if self._cohort.runs_hooks or self._select_executor(cohort.users, cohort.progress, program) != "stacked":
                 return None
             trained = self._cohort.empty_entries(program, len(cohort.users))
             if self._cohort.state_bytes(trained) > max_state_bytes * len(cohort.users):

@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from fedbn.augment.base import Augmentation
 from fedbn.config import Precision
 from fedbn.federation.training import autocast_forward
 from fedbn.nn.roles import State
+from fedbn.stacked.hooks import Hook, before_step, share_memory
 from fedbn.stacked.program import Program
 from fedbn.stacked.steps import STEP, SGDStep, StackedStep, clip_gradients
 from fedbn.tasks import Task
@@ -32,6 +33,7 @@ class StackedClients:
         sizes: batch size of each step of each client.
         noise: generator of each client's dropout masks; None without dropout.
         draws: generators for the augmentation of each client's batches, step by step.
+        models: model of each client for hooks; empty without hooks.
     """
 
     tensors: State
@@ -40,6 +42,7 @@ class StackedClients:
     sizes: Sequence[Sequence[int]]
     noise: Sequence[torch.Generator | None]
     draws: Sequence[Iterator[torch.Generator]]
+    models: Sequence[nn.Module] = ()
 
 
 @dataclass
@@ -54,6 +57,7 @@ class StackedClient:
         optimizer_state: state of its optimizer after its last round (`fedbn.optim.base.read_state`).
         first: index of its first row in the data of the stack.
         draws: generators for the augmentation of its batches, step by step.
+        model: its model, if its strategy has hooks.
     """
 
     state: State
@@ -63,6 +67,7 @@ class StackedClient:
     optimizer_state: State = field(default_factory=dict)
     first: int = 0
     draws: Iterator[torch.Generator] = field(default_factory=lambda: iter(()))
+    model: nn.Module | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,7 @@ class FitConfig:
         precision: precision of matrix products and convolutions.
         max_grad_norm: largest norm of a client's gradient; None for no clipping.
         augment: augmentation of each client's batches.
+        hook: called with each client's model between the backward pass and the step.
     """
 
     step: StackedStep
@@ -84,13 +90,14 @@ class FitConfig:
     precision: Precision = "float32"
     max_grad_norm: float | None = None
     augment: Augmentation | None = None
+    hook: Hook | None = None
 
     @property
     def fused_lr(self) -> float | None:
         """Learning rate if the step is plain gradient descent, which `_FusedLinearStep` can take; else None."""
         if not isinstance(self.step, SGDStep) or self.step.momentum or self.step.weight_decay:
             return None
-        changed = self.mu or self.precision != "float32" or self.max_grad_norm is not None
+        changed = self.mu or self.precision != "float32" or self.max_grad_norm is not None or self.hook is not None
         return None if changed else self.step.lr
 
 
@@ -146,6 +153,7 @@ class StepGroup:
         forward: forward pass of the members.
         entries: all entries of the members, in the layout of the program.
         batch_last: whether examples are on the last axis (`fedbn.stacked.program.Program.supports_batch_last`).
+        models: models of the members for hooks, if there are any; their entries are views of ``entries``.
     """
 
     members: tuple[int, ...]
@@ -155,6 +163,7 @@ class StepGroup:
     forward: Callable[[Tensor], Tensor]
     entries: State
     batch_last: bool
+    models: list[nn.Module]
 
 
 class Stack:
@@ -166,6 +175,7 @@ class Stack:
         self.batch_last = program.supports_batch_last(axes)
         self.lr = config.fused_lr
         self.noise = clients.noise
+        self.models = clients.models
         self.tensors = clients.tensors
         self.optimizer_state = clients.optimizer_state
         self._groups: dict[tuple[int, ...], StepGroup] = {}
@@ -187,7 +197,9 @@ class Stack:
         leaves = {n: entries[n].requires_grad_() for n in self.program.trained if n not in fused}
         batch_last = self.batch_last and k > 1
         forward = self.program.bind(entries, k, noise, batch_last=batch_last, fused_weights=fused, lr=self.lr)
-        group = StepGroup(members, rows, leaves, optimizer_state, forward, entries, batch_last)
+        models = [self.models[i] for i in members] if self.models else []
+        share_memory(models, entries)
+        group = StepGroup(members, rows, leaves, optimizer_state, forward, entries, batch_last, models)
         if contiguous:
             self._groups[members] = group
         return group
@@ -199,6 +211,8 @@ class Stack:
         for stacked, parts in ((self.tensors, group.entries), (self.optimizer_state, group.optimizer_state)):
             for name, tensor in stacked.items():
                 tensor[group.rows] = parts[name].detach().reshape(len(group.members), *tensor.shape[1:])
+        for i, model in zip(group.members, group.models, strict=False):
+            share_memory([model], {n: t[i] for n, t in self.tensors.items()})
 
 
 def stack_values(values: Sequence[Tensor]) -> Tensor:
@@ -241,6 +255,7 @@ def fit_clients(
         [t.sizes for t in clients],
         [t.noise for t in clients],
         [t.draws for t in clients],
+        [t.model for t in clients if t.model is not None],
     )
     losses = fit_stack(program, stacked, x, y, config, task)
     states, optimizer_states = (
@@ -322,6 +337,12 @@ def _step(config: FitConfig, group: StepGroup, gradients: Sequence[Tensor | None
     """One in-place step of the optimizer on all parameters that have a gradient."""
     used = [(n, p, g) for (n, p), g in zip(group.leaves.items(), gradients, strict=True) if g is not None]
     directions = [g.add(p - proximal[n], alpha=config.mu) if n in proximal else g for n, p, g in used]
+    if config.hook is not None:
+        hooked = before_step(config.hook, group.models, [n for n, _, _ in used], directions)
+        used = [entry for entry, g in zip(used, hooked, strict=True) if g is not None]
+        directions = [g for g in hooked if g is not None]
+    if not used:
+        return
     if config.max_grad_norm is not None:
         directions = clip_gradients(directions, len(group.members), config.max_grad_norm)
     state = {entry: [group.optimizer_state[f"{entry}/{n}"] for n, _, _ in used] for entry in config.step.entries}

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from fedbn.nn.batchnorm import AnyBatchNorm, AnyInstanceNorm
 from fedbn.nn.roles import State
+from fedbn.norms.feature_norm import FeatureNormLinear, normalize_features
 
 
 class Unstackable(Exception):
@@ -103,6 +104,10 @@ def _linear(m: nn.Linear, context: StackContext, x: Tensor) -> Tensor:
     rows = x.view(len(x), context.k, -1).transpose(0, 1)
     out = torch.bmm(rows, weight.mT) if bias is None else torch.baddbmm(bias, rows, weight.mT)
     return out.transpose(0, 1).flatten(1)
+
+
+def _feature_norm_linear(m: FeatureNormLinear, context: StackContext, x: Tensor) -> Tensor:
+    return _linear(m, context, normalize_features(unstack(context, x)).flatten(1))
 
 
 def _convolution(m: Any, context: StackContext, x: Tensor) -> Tensor:
@@ -254,6 +259,7 @@ _POOLING = (
 STACKED_LAYERS: dict[type[nn.Module], StackedLayer] = {
     nn.Flatten: lambda m, context, x: flatten(context, x, m.start_dim, m.end_dim),
     nn.Linear: _linear,
+    FeatureNormLinear: _feature_norm_linear,
     nn.LayerNorm: _layer_norm,
     nn.GroupNorm: _group_norm,
     **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), _convolution),
@@ -269,6 +275,9 @@ STACKED_LAYERS: dict[type[nn.Module], StackedLayer] = {
 
 IMAGE_LAYERS: set[StackedLayer] = {_convolution, batch_norm, _group_norm, _instance_norm, _apply, _pool}
 """Layers with the same result on signals and on images of height one."""
+
+LINEAR_LAYERS = (nn.Linear, FeatureNormLinear)
+"""Layers whose weight is ``[K, outputs, inputs]``."""
 
 FEATURE_LAYERS = (nn.Linear, nn.BatchNorm1d, AnyBatchNorm, nn.Dropout, *_ELEMENTWISE)
 """Layers that also work on activations ``[K, C, B]``."""

@@ -21,18 +21,25 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from fedbn.nn.roles import State
+from fedbn.nn.roles import State, keeps_statistics
 from fedbn.stacked.functions import DROPOUT_FUNCTIONS, FEATURE_FUNCTIONS, FUNCTIONS, METHODS
 from fedbn.stacked.layers import (
-    FEATURE_LAYERS,
-    IMAGE_LAYERS,
-    STACKED_LAYERS,
     StackContext,
+    LINEAR_LAYERS,
     StackedLayer,
     Unstackable,
     as_image,
     batch_norm,
     dropout,
+)
+from fedbn.stacked.modules import (
+    OWN_CODE,
+    channelwise,
+    entries,
+    stacked_layer,
+    takes_features,
+    takes_images,
+    with_tensors,
 )
 from fedbn.stacked.tracing import trace
 
@@ -45,6 +52,11 @@ class _Layer:
     path: str
     compute: StackedLayer
     names: tuple[tuple[str, str], ...]
+
+    @property
+    def is_batch_norm(self) -> bool:
+        """Whether the layer normalizes by statistics of batches."""
+        return self.compute is batch_norm or (self.compute is channelwise and keeps_statistics(self.module))
 
 
 class Program(Protocol):
@@ -133,7 +145,7 @@ class GraphProgram:
         first = [n for n in nodes if any(a.op == "placeholder" for a in n.all_input_nodes)]
         flattened = all(self._flattens(n) for n in first)
         return (axes == 2 or flattened) and all(
-            type(self.layers[n.name].module) in FEATURE_LAYERS
+            takes_features(self.layers[n.name].module)
             if n.op == "call_module"
             else n.target in FEATURE_FUNCTIONS
             for n in nodes
@@ -157,7 +169,7 @@ class GraphProgram:
     def norm_paths(self) -> list[str]:
         """As in `Program`."""
         calls = [self.layers[n.name] for n in self.graph.nodes if n.op == "call_module"]
-        return [layer.path for layer in calls if layer.compute is batch_norm]
+        return [layer.path for layer in calls if layer.is_batch_norm]
 
     @cached_property
     def draws_noise(self) -> bool:
@@ -169,7 +181,7 @@ class GraphProgram:
     def lay_out(self, name: str, stacked: Tensor) -> Tensor:
         """View an entry ``[K, *shape]`` in the layout of the kernels, with the clients on the channel axis."""
         owner = self.owner.get(name)  # None if the entry is not used
-        if type(owner) is nn.Linear:
+        if type(owner) in LINEAR_LAYERS:
             return stacked.unsqueeze(1) if stacked.dim() == 2 else stacked
         if stacked.dim() == 1 or owner is None or isinstance(owner, nn.LayerNorm):
             return stacked
@@ -201,13 +213,15 @@ class GraphProgram:
             elif node.op == "call_module":
                 layer = self.layers[node.name]
                 rate = lr if any(key in fused_weights for _, key in layer.names) else None
-                ctx = StackContext(k, {n: tensors[key] for n, key in layer.names}, noise, batch_last, rate)
-                compute: Callable[..., Any] = partial(layer.compute, layer.module, ctx)
+                own = {n: tensors[key] for n, key in layer.names if key in tensors}
+                ctx = StackContext(k, own, noise, batch_last, rate)
+                module = with_tensors(layer.module, own) if layer.compute in OWN_CODE else layer.module
+                compute: Callable[..., Any] = partial(layer.compute, module, ctx)
                 if node in delayed.values():
                     compute = _then_relu(compute)
-                if on_norm_input is not None and layer.compute is batch_norm:
+                if on_norm_input is not None and layer.is_batch_norm:
                     compute = _with_callback(compute, partial(on_norm_input, layer.path))
-                steps.append((node, compute, layer.compute in IMAGE_LAYERS and not batch_last, node.args, {}))
+                steps.append((node, compute, takes_images(layer.compute) and not batch_last, node.args, {}))
             else:
                 compute = METHODS[node.target] if node.op == "call_method" else FUNCTIONS[node.target]
                 compute = partial(compute, context)
@@ -315,14 +329,15 @@ def build_program(model: nn.Module) -> GraphProgram:
 
 def _layer(module: nn.Module, path: str, node: fx.Node) -> _Layer:
     kind = type(module)
-    if kind not in STACKED_LAYERS:
+    compute = stacked_layer(module)
+    if compute is None:
         raise Unstackable(f"layer {kind.__name__} is not supported")
     if len(node.args) != 1 or node.kwargs:
         raise Unstackable(f"{path} is called with more than one argument")
     if getattr(module, "padding_mode", "zeros") != "zeros":
         raise Unstackable(f"{path} pads with {module.padding_mode}")
-    if STACKED_LAYERS[kind] is batch_norm and module.momentum is None:
+    if compute in (batch_norm, channelwise) and getattr(module, "momentum", 0) is None:
         raise Unstackable(f"{path} averages cumulatively (momentum=None)")
     if getattr(module, "return_indices", False):
         raise Unstackable(f"{path} returns indices")
-    return _Layer(module, path, STACKED_LAYERS[kind], tuple((n, f"{path}.{n}") for n in module.state_dict()))
+    return _Layer(module, path, compute, tuple((n, f"{path}.{n}") for n in entries(module)))

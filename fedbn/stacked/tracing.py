@@ -11,7 +11,8 @@ import torch
 from torch import fx, nn
 
 from fedbn.stacked.functions import IN_PLACE_FUNCTIONS, VIEW_FUNCTIONS
-from fedbn.stacked.layers import STACKED_LAYERS, VIEW_LAYERS, Unstackable
+from fedbn.stacked.layers import VIEW_LAYERS, Unstackable
+from fedbn.stacked.modules import stacked_layer
 
 
 class _Proxy(fx.Proxy):
@@ -34,7 +35,7 @@ class _Tracer(fx.Tracer):
         return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return type(m) in STACKED_LAYERS or super().is_leaf_module(m, module_qualified_name)
+        return stacked_layer(m) is not None or super().is_leaf_module(m, module_qualified_name)
 
 
 def trace(model: nn.Module) -> fx.Graph:

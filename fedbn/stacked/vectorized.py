@@ -7,7 +7,6 @@ place keep their meaning. Every operation needs a batching rule of PyTorch.
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Container, Sequence
 from contextlib import nullcontext
@@ -22,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from fedbn.nn.roles import State, statistics_layers
 from fedbn.stacked.layers import Unstackable
+from fedbn.stacked.modules import copy_without_tensors
 from fedbn.stacked.tracing import check_structure
 
 VMAP = "torch.vmap:"
@@ -65,7 +65,7 @@ class VectorizedProgram:
         on_norm_input: Callable[[str, Tensor], None] | None = None,
     ) -> Callable[[Tensor], Tensor]:
         """As in `fedbn.stacked.program.Program`."""
-        model = _copy_without_tensors(self.model)  # `functional_call` replaces its tensors, in each thread
+        model = copy_without_tensors(self.model)  # `functional_call` replaces its tensors, in each thread
         if on_norm_input is not None:
             for path, layer in statistics_layers(model).items():
                 layer.register_forward_pre_hook(_observe(partial(on_norm_input, path)))
@@ -127,10 +127,6 @@ def _first_pass(program: VectorizedProgram, x: Tensor) -> list[str]:
         noise = [torch.Generator(x.device).manual_seed(0)]
         program.bind(state, 1, noise, on_norm_input=lambda path, _: paths.append(path))(x)
     return paths
-
-
-def _copy_without_tensors(model: nn.Module) -> nn.Module:
-    return copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
 
 
 class _KeyedDropout(TorchFunctionMode):

@@ -31,5 +31,5 @@ class WeightNorm(StatelessNorm):
 
     def before_local_training(self, model: nn.Module, data: Examples, progress: Progress) -> State:
         if progress.round == 1:
-            initialize(model, data.x)
+            initialize(model.eval(), data.x)
         return {}

@@ -40,10 +40,8 @@ from fedbn_simulations.flower.compat import task_identity
 from fedbn_simulations.server.rounds import Listener, run_rounds
 from tests.helpers import same
 
-STACKED = {  # must be stackable; strategies with custom steps or layers train client by client
-    *("centralized", "fedbn", "fedbn-seeded", "fixbn", "global-naive", "global-pooled", "global-recalibrated"),
-    *("groupnorm", "instancenorm", "layernorm", "local", "mtfl", "nonorm", "params-only", "silobn"),
-}
+STACKED = sorted(set(strategies()) - {"fedtan"})
+"""All strategies but FedTAN, whose clients exchange statistics in the first step."""
 NETWORK = "tests.fedbn.stacked.test_executors:network"
 VECTORIZED = "tests.fedbn.stacked.test_executors:mixed"
 MODELS = {"digit-cnn", "har-cnn", "mlp", "resnet20", "small-cnn", NETWORK, VECTORIZED}
@@ -98,10 +96,17 @@ def overwriting(shape, classes):
 
 
 def in_double_precision(ctx: RunContext) -> RunContext:
-    """The context in double precision, with few rows per user and different sizes."""
+    """The context in double precision, with few rows per user and different sizes.
+
+    Noise makes all pixels different: standardized filters map regions of one value to zero up to rounding, where
+    rounding would decide about the gradient of ReLU.
+    """
+    draw = torch.Generator().manual_seed(0)
 
     def wide(data: Examples, rows: int) -> Examples:
-        return Examples(data.x[:rows].double(), data.y[:rows], data.recording[:rows])
+        x = data.x[:rows].double()
+        x += 1e-3 * torch.randn(x.shape, generator=draw, dtype=x.dtype)
+        return Examples(x, data.y[:rows], data.recording[:rows])
 
     numbered = enumerate(ctx.population.users)
     users = tuple(User(u.name, u.domain, wide(u.train, 25 + 6 * i), wide(u.test, 4)) for i, u in numbered)
@@ -152,16 +157,13 @@ def context_or_skip(run):
 
 
 @pytest.mark.parametrize(
-    ("name", "model"), [*((n, "mlp") for n in strategies()), *((n, "small-cnn") for n in sorted(STACKED))]
+    ("name", "model"), [*((n, "mlp") for n in STACKED), *((n, "small-cnn") for n in STACKED)]
 )
 def test_stacked_training_matches_every_strategy(name, model):
-    if strategies()[name].syncs_first_batch:
-        pytest.skip("synchronizes statistics before training: see test_program_rejects_sync_before_training")
     ctx = in_double_precision(context_or_skip(unequal_users_run(name, model, proximal=0.1)))
     executor = ClientExecutor("stacked", 1)
     stacked = run_n_rounds(ctx, executor, 4)
-    assert executor.execution == {"train": ["stacked"]} or name not in STACKED
-    assert "failed" not in str(executor.execution)
+    assert executor.execution == {"train": ["stacked"]}
     states, losses = max_differences(run_n_rounds(ctx, ClientExecutor("one"), 4), stacked)
     assert states < 1e-10
     assert losses < 1e-6  # the reference sums in single precision

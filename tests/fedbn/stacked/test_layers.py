@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from fedbn.nn.batchnorm import AnyBatchNorm, AnyInstanceNorm
-from fedbn.stacked.layers import FEATURE_LAYERS, STACKED_LAYERS, VIEW_LAYERS
+from fedbn.nn.conversion import convert, kinds
+from fedbn.norms.batch_renorm import BatchRenorm
+from fedbn.norms.dbn import DiminishingBN
+from fedbn.norms.evalnorm import EvalNorm
+from fedbn.norms.exchanged import ExchangedNorm
+from fedbn.norms.feature_norm import FeatureNormLinear
+from fedbn.norms.full_norm import FullNorm
+from fedbn.norms.ghost_bn import GhostBN
+from fedbn.norms.hybrid import HybridNorm
+from fedbn.norms.iabn import IABN
+from fedbn.norms.shared_statistics import SharedStatisticsNorm
+from fedbn.stacked.layers import FEATURE_LAYERS, STACKED_LAYERS, VIEW_LAYERS, Unstackable
 from fedbn.stacked.program import build_program
 from tests.fedbn.stacked.programs import assert_program_matches
 
@@ -26,6 +40,7 @@ LAYERS = {
     "transposed conv3d": (lambda: nn.ConvTranspose3d(2, 3, 2), (2, 3, 2, 2)),
     "linear": (lambda: nn.Linear(5, 3), (5,)),
     "linear without bias": (lambda: nn.Linear(5, 3, bias=False), (5,)),
+    "linear with feature normalization": (lambda: FeatureNormLinear(5, 3), (5,)),
     "bn of features": (lambda: nn.BatchNorm1d(5), (5,)),
     "bn of signals": (lambda: nn.BatchNorm1d(5, momentum=0.3), (5, 4)),
     "bn of images": (lambda: AnyBatchNorm(3, affine=False), (3, 4, 5)),
@@ -77,12 +92,30 @@ LAYERS = {
     **{kind.__name__: (lambda kind=kind: kind(), (3, 5)) for kind in STACKED_LAYERS if kind in FEATURE_LAYERS[4:]},
     "relu6 in place": (lambda: nn.ReLU6(inplace=True), (5,)),
 }
+OWN_CODE = {
+    "batch renorm": (lambda: BatchRenorm(3, start=0, r_full=2, d_full=2), (3, 4)),
+    "diminishing bn": (lambda: DiminishingBN(3, alpha="1/m", mode="algorithm1"), (3, 4, 2)),
+    "diminishing bn of variances": (lambda: DiminishingBN(3, stat="var", unbiased=True), (3,)),
+    "evalnorm": (lambda: EvalNorm(3, rule="1/M^2"), (3, 4)),
+    "evalnorm, learned": (lambda: EvalNorm(3, rule="learned"), (3, 4)),
+    "evalnorm of features": (lambda: EvalNorm(3, size=8), (3,)),
+    "exchanged": (lambda: ExchangedNorm(3), (3, 4)),
+    "full norm": (lambda: FullNorm(3, a=0.3), (3, 4)),
+    "ghost bn": (lambda: GhostBN(3, size=2), (3,)),
+    "hybrid": (lambda: HybridNorm(3), (3, 4)),
+    "iabn": (lambda: IABN(3, k=0.5), (3, 4, 2)),
+    "shared statistics": (lambda: SharedStatisticsNorm(3), (3, 4)),
+    "weight norm": (lambda: weight_norm(nn.Linear(5, 3, bias=False)), (5,)),
+    "weight norm of signals": (lambda: weight_norm(nn.Conv1d(3, 4, 2)), (3, 6)),
+    "standardized": (lambda: convert(nn.Sequential(nn.Conv2d(2, 4, 2, groups=2)), "fedwon")[0], (2, 4, 4)),
+}
+"""Layers whose own code computes all clients: those with ``channelwise``, and parametrized weights."""
 
 
 @pytest.mark.parametrize(("k", "training"), [(3, True), (3, False), (1, True)])
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", [*LAYERS, *OWN_CODE])
 def test_stacked_layer_matches_separate_layers(name, k, training):
-    make, shape = LAYERS[name]
+    make, shape = (LAYERS | OWN_CODE)[name]
     torch.manual_seed(k)
     # The first layer makes the gradient of the layer's input part of the comparison.
     first = (
@@ -97,3 +130,23 @@ def test_stacked_layer_matches_separate_layers(name, k, training):
 def test_tests_cover_every_layer():
     assert {type(make()) for make, _ in LAYERS.values()} == set(STACKED_LAYERS)
     assert {*FEATURE_LAYERS, *VIEW_LAYERS} <= set(STACKED_LAYERS)
+    norms = [m for name in kinds() for m in vars(import_module(f"fedbn.norms.{name.replace('-', '_')}")).values()]
+    declared = {m for m in norms if isinstance(m, type) and "channelwise" in vars(m)}
+    assert declared <= {type(make()) for make, _ in OWN_CODE.values()}
+
+
+@pytest.mark.parametrize("options", [{"dim": None}, {"dim": 1}])
+def test_parametrization_that_mixes_rows_is_not_stacked_by_rows(options):
+    with pytest.raises(Unstackable, match="ParametrizedLinear is not supported"):
+        build_program(nn.Sequential(weight_norm(nn.Linear(3, 4), **options)))
+
+
+def test_subclass_of_channelwise_layer_is_not_channelwise():
+    """A subclass may compute something else, so it must declare it itself."""
+
+    class Mixed(IABN):
+        def forward(self, input):
+            return super().forward(input) + input.mean(1, keepdim=True)
+
+    with pytest.raises(Unstackable):
+        build_program(nn.Sequential(Mixed(3)))
