@@ -82,8 +82,8 @@ class BatchRenorm(AnyBatchNorm):
         self._check_input_dim(input)
         mean, var, _ = batch_statistics(input.detach())
         sigma, running = torch.sqrt(var + self.eps), torch.sqrt(self.running_var + self.eps)
-        r_max = self.per_channel(lambda step: self.limits(step)[0], self.num_batches_tracked)
-        d_max = self.per_channel(lambda step: self.limits(step)[1], self.num_batches_tracked)
+        r_max: Any = self.per_channel(lambda step: self.limits(step)[0], self.num_batches_tracked)
+        d_max: Any = self.per_channel(lambda step: self.limits(step)[1], self.num_batches_tracked)
         r = (sigma / running).clamp(1 / r_max, r_max)
         d = ((mean - self.running_mean) / running).clamp(-d_max, d_max)
         self.num_batches_tracked += 1

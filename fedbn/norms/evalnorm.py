@@ -74,10 +74,16 @@ class EvalNorm(AnyBatchNorm):
 
     @property
     def rows(self) -> float | Tensor:
-        """M, the number of rows of a training batch."""
-        if self.size is None and torch.compiler.is_compiling():
+        """M, the number of rows of a training batch; infinite before any training, so that the layer is BN.
+
+        Raises:
+            UserError: the network was trained without recording M.
+        """
+        if self.size is not None:
+            return self.size
+        if torch.compiler.is_compiling():
             return self.running_size  # a graph cannot branch on values
-        return self.per_channel(_known_rows, self.running_size, self.num_batches_tracked) if self.size is None else self.size
+        return self.per_channel(_known_rows, self.running_size, self.num_batches_tracked)
 
     def weights(self) -> tuple[float | Tensor, float | Tensor]:
         """Weights (a, b) of the sample in its mean and in its variance."""
@@ -132,11 +138,6 @@ class EvalNorm(AnyBatchNorm):
 
 
 def _known_rows(rows: float, batches: int) -> float:
-    """Rows of a training batch; infinite before any training, so that the layer is BN.
-
-    Raises:
-        UserError: the network was trained without recording them.
-    """
     if not rows and batches:
         raise UserError(
             "evalnorm: this network was trained without recording the rows M of a batch; give size=M, or train on"

@@ -99,9 +99,10 @@ def before_step(
             own = {}
             for name, parameter in model.named_parameters():
                 i = position.get(name)
-                parameter.grad = None if i is None else gradients[i].view(len(models), *parameter.shape)[k]
+                parameter.grad = None
                 if i is not None:
-                    own[i] = parameter, parameter.grad
+                    parameter.grad = view = gradients[i].view(len(models), *parameter.shape)[k]
+                    own[i] = parameter, view
             hook(model)
             for i, (parameter, view) in own.items():
                 if parameter.grad is None:

@@ -54,7 +54,12 @@ def as_image(x: Tensor) -> Tensor:
 
 
 def _channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+    if x.dim() != 4:
+        return x
+    height, width = x.shape[2:]
+    if x.shape[1] == 1:  # both formats are the same; the strides tell the kernels which to use for their output
+        return x.contiguous().as_strided(x.shape, (height * width, 1, width, 1))
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 def mkldnn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import _WeightNorm
 from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
@@ -88,12 +87,12 @@ def stacked_layer(module: nn.Module) -> StackedLayer | None:
     return STACKED_LAYERS.get(type(module))
 
 
-def takes_images(compute: StackedLayer) -> bool:
+def accepts_images(compute: StackedLayer) -> bool:
     """Whether a layer has the same result on signals and on images of height one."""
     return compute in IMAGE_LAYERS or compute in OWN_CODE
 
 
-def takes_features(module: nn.Module) -> bool:
+def accepts_features(module: nn.Module) -> bool:
     """Whether a layer also works on activations ``[K, C, B]``."""
     return layer_type(module) in FEATURE_LAYERS or stacked_layer(module) is channelwise
 

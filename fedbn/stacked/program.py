@@ -24,8 +24,8 @@ from torch.nn import functional as F
 from fedbn.nn.roles import State, keeps_statistics
 from fedbn.stacked.functions import DROPOUT_FUNCTIONS, FEATURE_FUNCTIONS, FUNCTIONS, METHODS
 from fedbn.stacked.layers import (
-    StackContext,
     LINEAR_LAYERS,
+    StackContext,
     StackedLayer,
     Unstackable,
     as_image,
@@ -34,11 +34,11 @@ from fedbn.stacked.layers import (
 )
 from fedbn.stacked.modules import (
     OWN_CODE,
+    accepts_features,
+    accepts_images,
     channelwise,
     entries,
     stacked_layer,
-    takes_features,
-    takes_images,
     with_tensors,
 )
 from fedbn.stacked.tracing import trace
@@ -145,9 +145,7 @@ class GraphProgram:
         first = [n for n in nodes if any(a.op == "placeholder" for a in n.all_input_nodes)]
         flattened = all(self._flattens(n) for n in first)
         return (axes == 2 or flattened) and all(
-            takes_features(self.layers[n.name].module)
-            if n.op == "call_module"
-            else n.target in FEATURE_FUNCTIONS
+            accepts_features(self.layers[n.name].module) if n.op == "call_module" else n.target in FEATURE_FUNCTIONS
             for n in nodes
             if not (flattened and n in first)
         )
@@ -221,7 +219,7 @@ class GraphProgram:
                     compute = _then_relu(compute)
                 if on_norm_input is not None and layer.is_batch_norm:
                     compute = _with_callback(compute, partial(on_norm_input, layer.path))
-                steps.append((node, compute, takes_images(layer.compute) and not batch_last, node.args, {}))
+                steps.append((node, compute, accepts_images(layer.compute) and not batch_last, node.args, {}))
             else:
                 compute = METHODS[node.target] if node.op == "call_method" else FUNCTIONS[node.target]
                 compute = partial(compute, context)

@@ -156,9 +156,7 @@ def context_or_skip(run):
         pytest.skip(str(error))
 
 
-@pytest.mark.parametrize(
-    ("name", "model"), [*((n, "mlp") for n in STACKED), *((n, "small-cnn") for n in STACKED)]
-)
+@pytest.mark.parametrize(("name", "model"), [*((n, "mlp") for n in STACKED), *((n, "small-cnn") for n in STACKED)])
 def test_stacked_training_matches_every_strategy(name, model):
     ctx = in_double_precision(context_or_skip(unequal_users_run(name, model, proximal=0.1)))
     executor = ClientExecutor("stacked", 1)
