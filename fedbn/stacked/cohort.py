@@ -228,12 +228,11 @@ class Cohort:
                     results[i] = Failure(error)
         return [results[i] for i in range(len(rounds))]
 
-    def trial_step(self, users: Sequence[int], program: Program) -> None:
-        """Take one step of each client on its first rows, for timing; the result is discarded."""
+    def trial_step(self, users: Sequence[int], program: Program, size: int) -> None:
+        """Take one step of each client with ``size`` of its rows, for timing; the result is discarded."""
         ctx, plan = self.ctx, self.ctx.run.plan
-        size = min(plan.batch_size, min(len(ctx.training_data(user)) for user in users))
         rows, starts = torch.arange(size), range(0, size * len(users), size)
-        parts = [ctx.training_data(user).take(rows) for user in users]
+        parts = [ctx.training_data(user).take(rows % len(ctx.training_data(user))) for user in users]
         x, y = torch.cat([p.x for p in parts]), torch.cat([p.y for p in parts])
         state = entries(ctx.scratch) | ctx.initial
         clients = [StackedClient(state, rows, [size], torch.Generator(), first=first) for first in starts]
@@ -271,7 +270,7 @@ class Cohort:
             self._assemble(cohort, [part.start + i for i in order]),
             {},
             stack_orders([drawn[i] for i in order], [rows.first[users[i]] for i in order], rows.x.device),
-            [self._sizes(users[i]) for i in order],
+            [self.batch_sizes(users[i]) for i in order],
             [self._noise(users[i], number, program) for i in order],
             [augmentation_draws(ctx.run.seed, number, users[i]) for i in order],
         )
@@ -327,7 +326,7 @@ class Cohort:
         orders = [torch.randperm(n, generator=shuffle(seed, number, random_user, e, reuse=draw)) for e in epochs]
         return torch.cat(orders) if len(orders) > 1 else orders[0]
 
-    def _sizes(self, user: int) -> list[int]:
+    def batch_sizes(self, user: int) -> list[int]:
         """Batch sizes of all steps of a client's round."""
         plan = self.ctx.run.plan
         return batch_sizes(len(self.ctx.training_data(user)), plan.batch_size) * plan.local_epochs
@@ -358,7 +357,7 @@ class Cohort:
         return StackedClient(
             state,
             self._order(job.user, number, torch.Generator()),
-            self._sizes(job.user),
+            self.batch_sizes(job.user),
             self._noise(job.user, number, program),
             with_prefix(client_state, OPTIMIZER),
             rows.first[job.user],

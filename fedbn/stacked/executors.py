@@ -20,7 +20,8 @@ import logging
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -41,6 +42,7 @@ from fedbn.nn.threads import torch_threads
 from fedbn.online.stream import BLOCK
 from fedbn.stacked.cohort import Cohort, CohortResult, CohortRound, Failure, TrainJob
 from fedbn.stacked.evaluate import EvaluateJob, evaluate_stack, is_stackable
+from fedbn.stacked.fit import step_schedule
 from fedbn.stacked.layers import Unstackable
 from fedbn.stacked.program import Program
 from fedbn.statistics.recalibration import CHUNK
@@ -347,20 +349,18 @@ class ClientExecutor:
         if self.executor != "auto":
             return self.executor
         if self._fastest is None:
-            clients, ctx = len(users), cast(RunContext, self._ctx)
-            width = stack_width(ctx, clients)
-            lean, stacked = (partial(self._cohort.trial_step, users[:size], program) for size in (1, width))
-            steps = {
-                "threads": (clients, _fastest_seconds(lambda: _single_step(ctx, users[0], progress))),
-                "lean": (clients, _fastest_seconds(lean)),
-                "stacked": (-(-clients // width), _fastest_seconds(stacked)),
+            ctx = cast(RunContext, self._ctx)
+            width, sizes = stack_width(ctx, len(users)), [self._cohort.batch_sizes(user) for user in users]
+            (size, _), *_ = Counter(s for own in sizes for s in own).most_common(1) or [(1, 0)]
+            lean, stacked = (partial(self._cohort.trial_step, users[:k], program, size) for k in (1, width))
+            seconds = {
+                "threads": _fastest_seconds(lambda: _single_step(ctx, users[0], progress, size)),
+                "lean": _fastest_seconds(lean),
+                "stacked": _fastest_seconds(stacked),
             }
-            cost = {
-                executor: seconds * (-(-parts // self.threads) if seconds > MIN_THREADED_SECONDS else parts)
-                for executor, (parts, seconds) in steps.items()
-            }
+            cost = round_seconds(sizes, width, self.threads, seconds)
             self._fastest = cast(Executor, min(cost, key=cost.__getitem__))
-            log.info("seconds of a step of %d clients: %s; using %s", clients, cost, self._fastest)
+            log.info("seconds of a round of %d clients: %s; using %s", len(users), cost, self._fastest)
         return self._fastest
 
 
@@ -387,9 +387,39 @@ def stack_width(ctx: RunContext, clients: int, rows: int | None = None, cache_sh
     return -(-clients // stacks)
 
 
-def _single_step(ctx: RunContext, user: int, progress: Progress) -> None:
+def round_seconds(
+    sizes: Sequence[Sequence[int]], width: int, threads: int, seconds: Mapping[str, float]
+) -> dict[str, float]:
+    """Estimated seconds of a round by executor.
+
+    When clients have different numbers of batches, the last steps of a stack have few clients and cost relatively more.
+
+    Args:
+        sizes: batch sizes of each client.
+        width: clients per stack.
+        threads: number of cores.
+        seconds: seconds of a step of one client (``threads``, ``lean``) and of ``width`` clients (``stacked``).
+
+    >>> seconds = {"threads": 1.0, "lean": 0.5, "stacked": 0.75}
+    >>> round_seconds([[8], [8]], 2, 1, seconds), round_seconds([[8] * 9, [8]], 2, 1, seconds)["stacked"]
+    ({'threads': 2.0, 'lean': 1.0, 'stacked': 0.75}, 4.75)
+    """
+
+    def per_core(executor: str, total: float, parts: int) -> float:
+        return total / min(parts, threads) if seconds[executor] > MIN_THREADED_SECONDS else total
+
+    steps = sum(map(len, sizes))
+    stacks = [sorted(sizes[i : i + width], key=len, reverse=True) for i in range(0, len(sizes), width)]
+    groups = [len(group) for stack in stacks for group in step_schedule(stack)]
+    per_client = (seconds["stacked"] - seconds["lean"]) / max(1, width - 1)
+    stacked = sum(seconds["lean"] + per_client * (members - 1) for members in groups)
+    cost = {name: per_core(name, steps * seconds[name], len(sizes)) for name in ("threads", "lean")}
+    return cost | {"stacked": per_core("stacked", stacked, len(stacks))}
+
+
+def _single_step(ctx: RunContext, user: int, progress: Progress, size: int) -> None:
     data = ctx.training_data(user)
-    rows = torch.arange(min(ctx.run.plan.batch_size, len(data)), device=data.y.device)
+    rows = torch.arange(size, device=data.y.device) % len(data)
     model = ctx.load(ctx.initial)
     ctx.strategy.set_training_mode(model, progress)
     fit(model, data.take(rows), ctx.run.plan, task=ctx.task, seed=0, round=1, user=0, epochs=1)

@@ -118,4 +118,5 @@ def before_step(
 
 def _generators() -> Any:
     """States of the global generators."""
-    return torch.get_rng_state().numpy().tobytes(), random.getstate(), str(np.random.get_state())
+    state: Any = np.random.get_state(legacy=False)["state"]
+    return torch.get_rng_state().numpy().tobytes(), random.getstate(), state["key"].tobytes(), state["pos"]
