@@ -7,7 +7,6 @@ import math
 import multiprocessing
 import os
 import shutil
-import signal
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -26,7 +25,7 @@ from fedbn.strategies.base import strategy as parse_strategy
 from fedbn_simulations.experiments.app_runs import FILES, LOG, AppRun, directions, execute_app
 from fedbn_simulations.flower.apps import FlowerApp
 from fedbn_simulations.flower.normalized import normalized
-from fedbn_simulations.flower.processes import end_with_parent
+from fedbn_simulations.flower.processes import kill_worker, prepare_worker
 from fedbn_simulations.results.files import write_comparison, write_run
 from fedbn_simulations.storage.provenance import NUMERICS, code_digest, versions
 
@@ -144,13 +143,12 @@ def _execute(runs: Sequence[AppRun], out: Path, workers: int, report: Callable[[
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in list((pool._processes or {}).values()):
-                process.terminate()
+                kill_worker(process)
             raise
 
 
 def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles interrupts
-    end_with_parent()
+    prepare_worker()
     torch.set_num_threads(1)
 
 
