@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,20 @@ def test_compare_app_stores_metrics_of_every_client_and_keeps_finished_runs(in_t
     assert [(r.strategy, r.seed) for r in in_this_process[4:]] == [("silobn", 0), ("silobn", 1)]
     with pytest.raises(UserError, match="run its command again"):
         resume(tmp_path)
+
+
+def test_compare_app_does_not_mix_results_of_other_settings(in_this_process, tmp_path):
+    compare_app(experiment(strategies=("fedbn",), seeds=1), tmp_path / "out")
+    app = tmp_path / "app"
+    shutil.copytree(MESSAGES, app)
+    changes = {"run_config": ("num-server-rounds=1",)}, {"num_supernodes": 2}, {"app": app}
+    for change, text in zip(changes, ("another run-config", "another number of nodes", "another app"), strict=True):
+        with pytest.raises(UserError, match=f"out has results with {text}, which .* choose another --out"):
+            compare_app(experiment(**change), tmp_path / "out")
+    (app / "messages" / "more.py").write_text("")
+    with pytest.raises(UserError, match="another app and other files of the app"):
+        compare_app(experiment(app=app), tmp_path / "out")
+    assert len(in_this_process) == 1
 
 
 def test_compare_app_says_that_an_app_sets_its_own_seed(in_this_process, tmp_path):
