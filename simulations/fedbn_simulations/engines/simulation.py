@@ -364,6 +364,11 @@ def run_app(
     """
     config = app.run_config(run_config)
     nodes = num_supernodes or app.num_supernodes or DEFAULT_SUPERNODES
+    if backend == "processes" and app.hidden_packages:
+        raise UserError(
+            f"the app's package {app.hidden_packages[0]} has the name of one of this project, so worker processes "
+            "would import the wrong one: use backend serial or threads"
+        )
     log.info("Starting Flower Simulation")
     log.info("App `%s` (%s simulated SuperNodes)", app.name, nodes)
     try:

@@ -326,6 +326,10 @@ def test_apps_with_the_same_package_name_run_their_own_code(package, run_cli, tm
         assert run_cli("run", app)[0] == 0
         assert (tmp_path / "who.txt").read_text() == str(app / package / "server.py")
     assert sys.modules["fedbn"].__file__ == str(ROOT / "fedbn" / "__init__.py")
+    if package != "same_name":
+        code, _, err = run_cli("run", app, "--backend", "processes")
+        assert code == 2
+        assert f"the app's package {package} has the name of one of this project" in err
 
 
 def test_app_whose_package_hides_this_project_cannot_import_its_mods(run_cli, tmp_path, caplog):
