@@ -140,7 +140,9 @@ def build(model_fn: ModelFn, state: State | None = None) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         model = model_fn()
     if not isinstance(model, nn.Module):
-        raise UserError(f"model_fn must return a torch.nn.Module, not {type(model).__name__}")
+        raise UserError(
+            f"model_fn must return a torch.nn.Module, not {type(model).__name__}: only PyTorch networks have strategies"
+        )
     if state is not None:
         model.load_state_dict(state)
     return model

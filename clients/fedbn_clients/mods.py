@@ -257,13 +257,19 @@ def adaptation(
         classes: number of classes; None: the width of the last layer.
 
     Raises:
-        UserError: an unknown rule.
+        UserError: an unknown rule, or one that needs more than the prior has.
 
     >>> from flwr.clientapp import ClientApp
     >>> from fedbn.models.small_cnn import SmallCNN
     >>> app = ClientApp(mods=[adaptation(lambda: SmallCNN((1, 8, 8), 10), "ema:rate=0.05")])
     """
     resolved = parse_rule(rule) if isinstance(rule, str) else rule
+    field = resolved.requires
+    if field and not (prior and all(getattr(layer, field) is not None for layer in prior.values())):
+        raise UserError(
+            f"rule {resolved.name!r} needs {field} of every layer, which running statistics do not have: pass a prior "
+            "from windows (population_prior, source_prior or learn_alpha of fedbn.online), or use pseudo:n0=64"
+        )
     return AdaptationMod(model_fn, resolved, prior, message_types, classes)
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from fedbn.errors import UserError
 from fedbn.online.personalized import personalize
-from fedbn.online.prior import population_prior
+from fedbn.online.prior import layer_priors, population_prior
 from fedbn.online.rules.base import rule
 from fedbn.online.stream import follow_rule
 from fedbn_clients.mods import ADAPTATION_STATE, NORMALIZATION_STATE, _warn_once, adaptation, normalization
@@ -128,6 +128,9 @@ def test_prior_of_a_population_and_pickling():
     mod = pickle.loads(pickle.dumps(adaptation(Classifier, "population", prior)))  # noqa: S301
     out = predict(message_app([mod], net=Classifier), stream(), node_context())
     assert torch.equal(out, follow_rule(source(), stream(), rule("population"), prior)[0])
+    for incomplete in (None, layer_priors(source())):
+        with pytest.raises(UserError, match="'population' needs n0 of every layer.*or use pseudo:n0=64"):
+            adaptation(Classifier, "population", incomplete)
 
 
 def test_regression_and_inference_mode():

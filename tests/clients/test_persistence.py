@@ -60,9 +60,8 @@ def test_client_state_on_disk_detects_any_flipped_bit(tmp_path):
     (file,) = tmp_path.iterdir()
     data = file.read_bytes()
     for byte in range(len(data)):
-        for bit in (0, 6):
-            file.write_bytes(data[:byte] + bytes([data[byte] ^ 1 << bit]) + data[byte + 1 :])
-            assert rounds_on_disk(tmp_path) in ({}, {1: 1}), (byte, bit)
+        file.write_bytes(data[:byte] + bytes([data[byte] ^ 1 << byte % 8]) + data[byte + 1 :])
+        assert rounds_on_disk(tmp_path) in ({}, {1: 1}), byte
     for byte in range(1, 9):
         file.write_bytes(data[:-byte] + bytes([data[-byte] ^ 1]) + data[len(data) - byte + 1 :])
         assert rounds_on_disk(tmp_path) == {}, "a value has changed"

@@ -24,6 +24,7 @@ from fedbn.errors import UserError, unknown
 from fedbn.seeds import key
 from fedbn.stacked.executors import available_cores
 from fedbn_simulations.engines.grid import FIRST_NODE, InProcessGrid
+from fedbn_simulations.engines.waiting import NodeWait, former_servers_do_not_wait
 from fedbn_simulations.engines.workers import (
     Caller,
     ClientCallable,
@@ -152,7 +153,7 @@ class SimulationGrid(InProcessGrid):
             on_reply: called with each message and its reply.
         """
         super().__init__(cast(Any, client_app), nodes, run_config, run_id=run_id)
-        self._seed, self._on_reply = seed, on_reply
+        self._seed, self._on_reply, self._wait = seed, on_reply, NodeWait(nodes)
         self._changed, self._closed = threading.Condition(), False
         self._failure: Exception | None = None
         self._ready: queue.SimpleQueue[int | None] = queue.SimpleQueue()
@@ -162,8 +163,18 @@ class SimulationGrid(InProcessGrid):
         for caller in self._callers:
             threading.Thread(target=self._work, args=(caller,), daemon=True).start()
 
+    def get_node_ids(self) -> Iterable[int]:
+        """Node ids, in the order of the partitions.
+
+        Raises:
+            UserError: the server waits for more nodes.
+        """
+        self._wait.ask()
+        return super().get_node_ids()
+
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Send messages to the workers without waiting."""
+        self._wait.reset()
         ids = []
         with self._changed:
             for message in messages:
@@ -180,6 +191,7 @@ class SimulationGrid(InProcessGrid):
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Return and remove the replies that have arrived, in the order of the ids."""
+        self._wait.reset()
         with self._changed:
             self.raise_failure()
             return super().pull_messages(message_ids)
@@ -284,7 +296,8 @@ def run_simulation(
         The context of the server.
 
     Raises:
-        UserError: an unknown backend or option, fewer than one node, or a seed with threads.
+        UserError: an unknown backend or option, fewer than one node, a seed with threads, or a server that waits for
+            more nodes.
 
     >>> from flwr.app import Message
     >>> from flwr.clientapp import ClientApp
@@ -315,7 +328,11 @@ def run_simulation(
     grid = SimulationGrid(client_app, num_supernodes, config, workers, seed=seed, on_reply=on_reply)
     context = Context(RUN_ID, SERVER_NODE_ID, {}, RecordDict(), config)
     try:
-        with task_identity(RUN_ID), seeded(None if seed is None else key(seed, "server")):
+        with (
+            task_identity(RUN_ID),
+            seeded(None if seed is None else key(seed, "server")),
+            former_servers_do_not_wait(num_supernodes),
+        ):
             server_app(grid=grid, context=context)
             grid.raise_failure()  # servers of the former interface ignore it
     finally:
@@ -347,6 +364,11 @@ def run_app(
     """
     config = app.run_config(run_config)
     nodes = num_supernodes or app.num_supernodes or DEFAULT_SUPERNODES
+    if backend == "processes" and app.hidden_packages:
+        raise UserError(
+            f"the app's package {app.hidden_packages[0]} has the name of one of this project, so worker processes "
+            "would import the wrong one: use backend serial or threads"
+        )
     log.info("Starting Flower Simulation")
     log.info("App `%s` (%s simulated SuperNodes)", app.name, nodes)
     try:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import queue
 import random
-import signal
 import threading
 import traceback
 from collections.abc import Callable, Iterator
@@ -23,7 +22,7 @@ import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from fedbn_simulations.flower.processes import STOP_SECONDS, end_with_parent, worker_context
+from fedbn_simulations.flower.processes import STOP_SECONDS, kill_worker, prepare_worker, worker_context
 
 ClientCallable = Callable[[Message, Context], Message]
 Result = tuple[Message, Context]
@@ -175,7 +174,7 @@ class ProcessCaller:
         """Stop the process."""
         if self._process is not None and self._connection is not None:
             self._connection.close()
-            self._process.kill()
+            kill_worker(self._process)
             self._process.join(STOP_SECONDS)
         self._process = self._connection = None
 
@@ -198,8 +197,7 @@ def _too_slow(seconds: float | None) -> ClientCallError:
 def _serve(connection: Connection, pickled_app: bytes, threads: int, environment: dict[str, str]) -> None:
     """Answer calls until the parent ends."""
     os.environ.update(environment)  # the server of processes has that of its own start
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles interrupts
-    end_with_parent()
+    prepare_worker()
     torch.set_num_threads(threads)
     app: ClientApp = cloudpickle.loads(pickled_app)
     connection.send_bytes(b"")

@@ -7,7 +7,6 @@ import math
 import multiprocessing
 import os
 import shutil
-import signal
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -23,14 +22,23 @@ from fedbn.errors import UserError, unknown
 from fedbn.files import DamagedFile, locked, read_json
 from fedbn.plugins import render
 from fedbn.strategies.base import strategy as parse_strategy
-from fedbn_simulations.experiments.app_runs import FILES, LOG, AppRun, directions, execute_app
+from fedbn_simulations.experiments.app_runs import FILES, LOG, AppRun, directions, execute_app, settings_of
 from fedbn_simulations.flower.apps import FlowerApp
 from fedbn_simulations.flower.normalized import normalized
-from fedbn_simulations.flower.processes import end_with_parent
+from fedbn_simulations.flower.processes import kill_worker, prepare_worker
 from fedbn_simulations.results.files import write_comparison, write_run
 from fedbn_simulations.storage.provenance import NUMERICS, code_digest, versions
 
 ENGINE = "app"
+
+SETTINGS = {
+    "app": "another app",
+    "digest": "other files of the app",
+    "model": "another model",
+    "num_supernodes": "another number of nodes",
+    "run_config": "another run-config",
+}
+"""What all runs of a comparison have in common, in the words of an error."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +108,7 @@ def compare_app(
     app = FlowerApp.read(experiment.app)
     out = out or Path("results") / app.name
     with locked(out):
+        _require_equal_settings(out, runs[0])
         write_comparison(out, _meta(experiment, app, runs, command, []))
         pending = [run for run in runs if not _is_finished(_path(out, run), run)]
         _execute(pending, out, workers or os.cpu_count() or 1, report)
@@ -119,6 +128,19 @@ def digest_files(directory: Path) -> str:
 def run_id(run: AppRun) -> str:
     """Name of the directory of a run: equal runs of equal files have the same."""
     return hashlib.sha256(repr(run).encode()).hexdigest()[:12]
+
+
+def _require_equal_settings(out: Path, run: AppRun) -> None:
+    """Raise `UserError` if a directory has results with other settings or files of the app, which would be mixed."""
+    wanted = settings_of(run)
+    for path in sorted((out / "runs").glob("*/result.json")):
+        with suppress(DamagedFile):  # it is computed again
+            found = read_json(path).get("run", {})
+            if changed := [SETTINGS[name] for name in SETTINGS if found.get(name) != wanted[name]]:
+                raise UserError(
+                    f"{out} has results with {' and '.join(changed)}, which cannot be compared with new ones: choose "
+                    "another --out, or delete it"
+                )
 
 
 def _path(out: Path, run: AppRun) -> Path:
@@ -144,13 +166,12 @@ def _execute(runs: Sequence[AppRun], out: Path, workers: int, report: Callable[[
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in list((pool._processes or {}).values()):
-                process.terminate()
+                kill_worker(process)
             raise
 
 
 def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles interrupts
-    end_with_parent()
+    prepare_worker()
     torch.set_num_threads(1)
 
 

@@ -63,6 +63,11 @@ class AppRun:
     seed: int
 
 
+def settings_of(run: AppRun) -> dict[str, Any]:
+    """A run in the form in which its result has it."""
+    return asdict(run) | {"run_config": list(run.run_config)}
+
+
 @dataclass
 class Evaluations:
     """The metrics in the replies of the clients.
@@ -159,7 +164,7 @@ def execute_app(run: AppRun, log: TextIO, directory: Path) -> dict[str, Any]:
 
         run_simulation(serve, components.client, nodes, run_config=config, seed=run.seed, on_reply=evaluations.add)
     return {
-        "run": asdict(run) | {"run_config": list(run.run_config)},
+        "run": settings_of(run),
         "numerics": NUMERICS,
         "code": code_digest(),
         "strategy": run.strategy,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import queue
-import signal
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -27,7 +26,7 @@ from fedbn.objects import load_objects, save_objects
 from fedbn.optim.schedules import schedule
 from fedbn.stacked.memory import collect_garbage_rarely, keep_freed_memory
 from fedbn_simulations.engines.execute import Engine, execute
-from fedbn_simulations.flower.processes import end_with_parent
+from fedbn_simulations.flower.processes import kill_worker, prepare_worker
 from fedbn_simulations.results.files import write_run
 from fedbn_simulations.storage.checkpoint import (
     UnreadableCheckpoint,
@@ -196,8 +195,7 @@ def _start_worker(events: Any, objects: Path) -> None:
     global _events
     _events = events
     load_objects(objects)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles interrupts
-    end_with_parent()
+    prepare_worker()
     torch.set_num_threads(1)
     keep_freed_memory()
     collect_garbage_rarely()
@@ -247,7 +245,7 @@ def _run_on_workers(tasks: Sequence[Task], engine: Engine, workers: int, report:
             future.cancel()
         for process in list((pool._processes or {}).values()):
             if not all(f.done() for f in futures):
-                process.terminate()
+                kill_worker(process)
         pool.shutdown(wait=True, cancel_futures=True)
 
 

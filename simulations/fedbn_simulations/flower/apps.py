@@ -91,6 +91,11 @@ class FlowerApp:
         """``model`` in ``[tool.fedbn]``: reference of the function or class that builds the app's model."""
         return self._table("tool", "fedbn").get("model")
 
+    @property
+    def hidden_packages(self) -> list[str]:
+        """Packages of this project that packages of the app hide, because they have the same names."""
+        return [name for name in OWN_PACKAGES if (self.directory / name).is_dir()]
+
     def run_config(self, overrides: Sequence[str] = ()) -> dict[str, Any]:
         """The run-config of a run.
 
@@ -148,7 +153,7 @@ class FlowerApp:
     def _hidden_package(self, module: str | None) -> str | None:
         """The package of this project that a package of the app hides, if it would have the module."""
         parts = (module or "").split(".")
-        if parts[0] not in OWN_PACKAGES or not (self.directory / parts[0]).is_dir():
+        if parts[0] not in self.hidden_packages:
             return None
         path = DIRECTORIES[parts[0]].joinpath(*parts[1:])
         return parts[0] if path.is_dir() or path.with_suffix(".py").is_file() else None

@@ -22,6 +22,7 @@ from flwr.serverapp.strategy import Strategy
 from torch import nn
 
 from fedbn.errors import UserError
+from fedbn.nn.conversion import kinds
 from fedbn.nn.roles import Role
 from fedbn.strategies.base import NormStrategy
 from fedbn.strategies.base import strategy as parse_strategy
@@ -64,6 +65,7 @@ def normalized(app: FlowerApp, model: str | None, strategy: str) -> Iterator[Nor
         UserError: the model is unknown or has no normalization layers, or the strategy cannot be applied from outside.
     """
     norms = parse_strategy(strategy)
+    kinds()  # imports modules of this project, which a package of the app may hide
     with app.loaded() as (server, client), ExitStack() as stack:
         model_fn, reference = app_model(app, model)
         network = build(model_fn)
@@ -96,8 +98,9 @@ def app_model(app: FlowerApp, model: str | None) -> tuple[ModelFn, str]:
     reference = model or app.model
     if reference is None:
         raise UserError(
-            "the function or class that builds the model of the app is not known: give --model-fn package.module:Net, "
-            'or add model = "package.module:Net" to [tool.fedbn] in its pyproject.toml'
+            "it is not known which function or class builds the PyTorch network of the app: give --model-fn "
+            'package.module:Net, or add model = "package.module:Net" to [tool.fedbn] in its pyproject.toml; an app '
+            "without a PyTorch network has no normalization to compare or audit"
         )
     if len(reference.split(":")) != 2:
         raise UserError(f"the model is given as package.module:Net, not {reference!r}")

@@ -26,6 +26,7 @@ import psutil
 
 if TYPE_CHECKING:  # not on Windows
     from multiprocessing.context import ForkServerContext, SpawnContext
+    from multiprocessing.process import BaseProcess
 
 HOST = "127.0.0.1"
 STOP_SECONDS = 10.0
@@ -168,6 +169,21 @@ def preload_workers() -> None:
         forkserver.ensure_running()
 
 
+def prepare_worker() -> None:
+    """Let this worker of `multiprocessing` run code of users, which may start processes such as those of a DataLoader.
+
+    The worker starts them as any other process does, and ends with them when its parent ends or calls `kill_worker`.
+    It ignores interrupts, which its parent handles.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    process = multiprocessing.current_process()
+    process.daemon = False  # daemons cannot start processes
+    multiprocessing.set_start_method(None, force=True)  # a spawned process would spawn others, too, which takes seconds
+    if hasattr(os, "setpgrp"):  # not on Windows
+        os.setpgrp()
+    end_with_parent()
+
+
 def end_with_parent() -> None:
     """Let this worker of `multiprocessing` end as soon as its parent ends, even if the parent was killed."""
     parent = multiprocessing.parent_process()
@@ -176,9 +192,19 @@ def end_with_parent() -> None:
 
     def watch(sentinel: int) -> None:
         multiprocessing.connection.wait([sentinel])
+        if hasattr(os, "getpgrp") and os.getpgrp() == os.getpid():
+            os.killpg(os.getpid(), signal.SIGKILL)
         os._exit(1)
 
     threading.Thread(target=watch, args=(parent.sentinel,), daemon=True).start()
+
+
+def kill_worker(process: BaseProcess) -> None:
+    """Kill a worker that has called `prepare_worker`, with the processes that it has started."""
+    if hasattr(os, "killpg") and process.pid is not None:
+        with suppress(ProcessLookupError, PermissionError):  # it has not begun, or has ended
+            os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
 
 
 def terminate(process: Process) -> None:

@@ -127,6 +127,7 @@ def cost_table(comparison: Comparison, width: int = 100) -> Group:
     owned = owners.loc[owners["owner"] != MESSAGE, "role"]
     roles = [role for role in dict.fromkeys(owned) if role != Role.COUNTER]
     seconds = comparison.seconds().set_index("strategy")
+    has_rates = (seconds["lr"] != "").any()  # an app has none
     rows = []
     for strategy in seconds.index:
         lines = owners[owners["strategy"] == strategy].set_index("role")
@@ -136,7 +137,8 @@ def cost_table(comparison: Comparison, width: int = 100) -> Group:
             {"strategy": fold_label(strategy, MAX_LABEL_WIDTH)}
             | {role: lines["owner"].get(role, "–") for role in roles}
             | {"down": format_size(lines["bytes_down"].sum()), "up": format_size(lines["bytes_up"].sum())}
-            | {"seconds": f"{run['mean']:.1f}{sd}", "lr": run["lr"]}
+            | {"seconds": f"{run['mean']:.1f}{sd}"}
+            | ({"lr": run["lr"]} if has_rates else {})
         )
     return fitted_table(
         rows,

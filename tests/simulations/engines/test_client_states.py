@@ -34,9 +34,16 @@ def run_of(strategy, rounds=3, **plan):
     return Run("digits8", strategy, model="mlp", partition="dirichlet:alpha=1:clients=4", plan=plan)
 
 
-@pytest.mark.parametrize("strategy", ["fedbn", "local", "fedbn+scaffold", "silobn+ditto"])
-@pytest.mark.parametrize("engine", ["grid", "grid:stacked"])
-def test_run_with_states_on_disk_is_bit_identical(strategy, engine, low_memory, caplog, monkeypatch):
+@pytest.mark.parametrize(
+    ("engine", "strategy"),
+    [
+        ("grid", "fedbn+scaffold"),
+        ("grid:stacked", "silobn+ditto"),
+        *(pytest.param("grid", name, marks=pytest.mark.slow) for name in ("fedbn", "local", "silobn+ditto")),
+        *(pytest.param("grid:stacked", name, marks=pytest.mark.slow) for name in ("fedbn", "local", "fedbn+scaffold")),
+    ],
+)
+def test_run_with_states_on_disk_is_bit_identical(engine, strategy, low_memory, caplog, monkeypatch):
     with caplog.at_level(logging.WARNING, logger="fedbn_simulations.engines.client_states"):
         on_files = execute(run_of(strategy), engine)
     warning = r"the states of \d clients need .* GB, more than 50% of the available memory: using files in"

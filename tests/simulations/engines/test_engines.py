@@ -36,13 +36,26 @@ def grid_of(run, app=client_app, **options):
     return InProcessGrid(app, len(users), {"run": run.to_json()}, **options)
 
 
-@pytest.mark.parametrize("name", strategies())
+SAME_EXCHANGE = {
+    *("batch-renorm", "evalnorm", "iabn"),  # as ghost-bn
+    *("feature-norm", "nonorm", "weight-standardization", "instancenorm", "layernorm"),  # as groupnorm
+    *("divergence-pooled", "global-robust"),  # as global-pooled
+    *("fedap", "hbn", "params-only"),  # as bn-similarity, hbn-full, silobn
+}
+"""Strategies that exchange the same as another one; only their layers or formulas differ."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n in SAME_EXCHANGE else ()) for n in strategies()]
+)
 def test_grid_matches_reference_loop(name, small):
     run = small(name, optimizer_state="keep", proximal=0.01, **sampling_options(name))
     assert_same(execute(run, "reference"), execute(run, "grid"))
 
 
-@pytest.mark.parametrize("optimizer", ["fedavgm", "fedadam", "fedyogi", "fedadagrad"])
+@pytest.mark.parametrize(
+    "optimizer", ["fedadam", *(pytest.param(n, marks=pytest.mark.slow) for n in ("fedavgm", "fedyogi", "fedadagrad"))]
+)
 def test_grid_matches_reference_loop_with_server_optimizers(optimizer, small):
     run = small("global-pooled", server_optimizer=optimizer, server_lr=0.1, weighting="uniform")
     a, b = execute(run, "reference"), execute(run, "grid")
@@ -62,8 +75,7 @@ TRAINING = {
     ("strategy", "name"),
     [
         ("fedbn", "adam"),
-        ("fedbn", "factory"),
-        *(pytest.param("fedbn", name, marks=pytest.mark.slow) for name in ("adamw", "rmsprop")),
+        *(pytest.param("fedbn", name, marks=pytest.mark.slow) for name in ("adamw", "rmsprop", "factory")),
         *(pytest.param("fedtan", name, marks=pytest.mark.slow) for name in TRAINING),
     ],
 )

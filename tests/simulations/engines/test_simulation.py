@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import sys
@@ -21,28 +20,9 @@ from fedbn.errors import UserError
 from fedbn_simulations.engines.grid import FIRST_NODE
 from fedbn_simulations.engines.simulation import Workers, run_simulation
 from tests.helpers import ROOT
+from tests.simulations.engines.calls import reply, simulate, slow_second
 
 APPS = ROOT / "tests" / "apps"
-
-
-def simulate(client, *args, kind="query", rounds=1, timeout=None, **options):
-    """Send one message per round to every node; returns the error or the value ``x`` of every reply, by round."""
-    app, server, found = ClientApp(), ServerApp(), []
-    getattr(app, kind)()(client)
-
-    @server.main()
-    def main(grid, context):
-        for _ in range(rounds):
-            messages = [Message(RecordDict(), node, kind) for node in grid.get_node_ids()]
-            replies = grid.send_and_receive(messages, timeout=timeout)
-            found.append([r.error.reason if r.has_error() else r.content["x"]["x"] for r in replies])
-
-    run_simulation(server, app, *args, **options)
-    return found
-
-
-def reply(message, value):
-    return Message(RecordDict({"x": ConfigRecord({"x": value})}), reply_to=message)
 
 
 def count(message, context):
@@ -113,32 +93,12 @@ def test_send_and_receive_respects_timeout_and_late_replies_arrive():
     assert found == [[], [0], [1, 2]]
 
 
-def slow_second(message, context):
-    if context.node_config["partition-id"] == 1:
-        time.sleep(5)
-    return reply(message, 0)
-
-
 @pytest.mark.parametrize("backend", ["serial", "threads"])
 def test_client_timeout_fails_slow_client_only(backend):
     start = time.perf_counter()
     found = simulate(slow_second, 3, backend, {"client-timeout": 0.2})
     assert found == [[0, "no reply after 0.2 seconds, the limit for each client", 0]]
     assert time.perf_counter() - start < 3
-
-
-def dies(message, context):
-    if context.node_config["partition-id"] == 0:
-        os._exit(3)
-    return slow_second(message, context)
-
-
-@pytest.mark.slow
-def test_process_backend_survives_death_and_timeout():
-    found = simulate(dies, 3, "processes", {"client_timeout": 0.5, "num_workers": 1})
-    assert found == [
-        ["the worker process ended with exit code 3", "no reply after 0.5 seconds, the limit for each client", 0]
-    ]
 
 
 def draw(message, context):
@@ -257,32 +217,6 @@ def test_threads_of_the_server_end_with_the_simulation():
     released.set()
 
 
-@pytest.mark.slow
-def test_app_that_cannot_be_loaded_in_a_worker_process_fails_at_each_client():
-    class App(ClientApp):
-        def __reduce__(self):
-            return int, ("not a number",)
-
-    found = []
-
-    def server(grid, context):
-        messages = [Message(RecordDict(), node, "query") for node in grid.get_node_ids()]
-        found.extend(r.error.reason for r in grid.send_and_receive(messages))
-
-    run_simulation(server, App(), 2, "processes", {"num_workers": 1})
-    assert found == ["the worker process ended with exit code 1"] * 2
-
-
-@pytest.mark.slow
-def test_worker_processes_see_the_current_environment(monkeypatch):
-    def environment(message, context):
-        return reply(message, os.environ["FEDBN_TEST_VALUE"])
-
-    for value in ("1", "2"):
-        monkeypatch.setenv("FEDBN_TEST_VALUE", value)
-        assert simulate(environment, 1, "processes") == [[value]]
-
-
 @pytest.mark.parametrize(
     ("options", "text"),
     [
@@ -392,6 +326,10 @@ def test_apps_with_the_same_package_name_run_their_own_code(package, run_cli, tm
         assert run_cli("run", app)[0] == 0
         assert (tmp_path / "who.txt").read_text() == str(app / package / "server.py")
     assert sys.modules["fedbn"].__file__ == str(ROOT / "fedbn" / "__init__.py")
+    if package != "same_name":
+        code, _, err = run_cli("run", app, "--backend", "processes")
+        assert code == 2
+        assert f"the app's package {package} has the name of one of this project" in err
 
 
 def test_app_whose_package_hides_this_project_cannot_import_its_mods(run_cli, tmp_path, caplog):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,20 @@ def test_compare_app_stores_metrics_of_every_client_and_keeps_finished_runs(in_t
         resume(tmp_path)
 
 
+def test_compare_app_does_not_mix_results_of_other_settings(in_this_process, tmp_path):
+    compare_app(experiment(strategies=("fedbn",), seeds=1), tmp_path / "out")
+    app = tmp_path / "app"
+    shutil.copytree(MESSAGES, app)
+    changes = {"run_config": ("num-server-rounds=1",)}, {"num_supernodes": 2}, {"app": app}
+    for change, text in zip(changes, ("another run-config", "another number of nodes", "another app"), strict=True):
+        with pytest.raises(UserError, match=f"out has results with {text}, which .* choose another --out"):
+            compare_app(experiment(**change), tmp_path / "out")
+    (app / "messages" / "more.py").write_text("")
+    with pytest.raises(UserError, match="another app and other files of the app"):
+        compare_app(experiment(app=app), tmp_path / "out")
+    assert len(in_this_process) == 1
+
+
 def test_compare_app_says_that_an_app_sets_its_own_seed(in_this_process, tmp_path):
     config = ("num-server-rounds=1 seeded=true",)
     out = compare_app(experiment(strategies=("fedbn",), run_config=config), tmp_path)
@@ -100,7 +115,10 @@ def test_compare_app_reports_an_app_without_metrics(tmp_path):
         ({"strategies": ("fedbn", "fixbn")}, "'fixbn' needs control over local training"),
         ({"run_config": ("epochs=1",)}, "unknown run-config key 'epochs'"),
         ({"model": "messages.task:Model"}, "has no 'Model'"),
-        ({"app": ROOT / "tests" / "apps" / "sklearn", "run_config": ()}, "give --model-fn package.module:Net, or add"),
+        (
+            {"app": ROOT / "tests" / "apps" / "sklearn", "run_config": ()},
+            "an app without a PyTorch network has no",
+        ),
     ],
 )
 def test_compare_app_checks_everything_before_the_first_run(changes, text, in_this_process, tmp_path):

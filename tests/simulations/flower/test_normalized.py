@@ -9,6 +9,7 @@ import torch
 from flwr.serverapp.strategy import Strategy
 
 from fedbn.errors import UserError
+from fedbn.nn.conversion import kinds
 from fedbn_simulations.engines.simulation import run_simulation
 from fedbn_simulations.flower.apps import FlowerApp
 from fedbn_simulations.flower.compat import copy_records, with_content
@@ -103,6 +104,18 @@ def test_app_is_as_before_after_groupnorm():
         with normalized(app, None, "groupnorm"):
             assert "GroupNorm" in repr(app.load("messages.client_app:Net")())
         assert "BatchNorm1d" in repr(app.load("messages.client_app:Net")())
+
+
+def test_groupnorm_applies_to_an_app_whose_package_hides_this_project(tmp_path):
+    """As Flower's own baseline, whose package is called fedbn."""
+    shutil.copytree(APPS / "messages", tmp_path, dirs_exist_ok=True)
+    (tmp_path / "messages").rename(tmp_path / "fedbn")
+    for file in [*(tmp_path / "fedbn").glob("*.py"), tmp_path / "pyproject.toml"]:
+        file.write_text(file.read_text().replace("messages.", "fedbn."))
+    kinds.cache_clear()
+    app = FlowerApp.read(tmp_path)
+    with normalized(app, None, "groupnorm"):
+        assert "GroupNorm" in repr(app.load("fedbn.client_app:Net")())
 
 
 def test_mod_applies_to_numpy_clients(tmp_path):
