@@ -25,12 +25,13 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, ClassVar, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fedbn.errors import UserError
 from fedbn.nn.roles import State
-from fedbn.online.alignments.cells import Cells, insert, reduce
+from fedbn.online.alignments.cells import Array, Cells, insert, reduce
 from fedbn.online.sums import LabeledWindows, SumsMethod, Triples, positive, sums_of_users
 from fedbn.plugins import discover, parse, render
 
@@ -45,6 +46,12 @@ AGAINST = math.log(20)
 
 EVIDENCE_MEMORY = 50.0
 """Windows after which the weight of a window in the evidence has fallen to 1/e."""
+
+CONFIRMED = 50
+"""Windows before which every search is full."""
+
+FULL = 4
+"""Later, one of so many searches is full; the others only follow the last parameters."""
 
 STATE = ("n", "mean", "value", "count", "evidence")
 """Names of the tensors in the state of a user."""
@@ -85,12 +92,13 @@ class AlignmentPrior:
 class Search(Protocol):
     """Search for the parameters of users; all tensors are float64."""
 
-    def __call__(self, cells: Cells, last: Tensor) -> Tensor:
+    def __call__(self, cells: Cells, last: Tensor, full: bool = True) -> Tensor:
         """Parameters ``[U, P]`` with the largest J among those found, the identity included.
 
         Args:
             cells: ``[U, M]`` and ``[U, M, D]``.
             last: last parameters ``[U, P]``.
+            full: whether to search far from the last parameters, too.
         """
         ...
 
@@ -362,7 +370,9 @@ class Aligner:
         """
         offered = weight > 0
         rows["align_count"][slots] += torch.stack([offered & usable, offered & ~usable], 1).to(rows["align_count"])
-        slots, z, weight = (t[offered & usable] for t in (slots, z, weight))
+        chosen = offered & usable
+        if not chosen.all():  # indexing is slow for a single user
+            slots, z, weight = (t[chosen] for t in (slots, z, weight))
         if not len(slots):
             return
         fading = rows["align_evidence"][slots] * math.exp(-1 / EVIDENCE_MEMORY)
@@ -371,7 +381,10 @@ class Aligner:
         fade = math.exp(-1 / self.alignment.memory) if self.alignment.memory else 1.0
         cells = insert((n[slots] * fade, mean[slots]), z.to(mean), weight.to(n), self.prior.scale)
         n[slots], mean[slots] = cells
-        self.estimate(rows, slots[self._due(rows["align_count"][slots, 0])])
+        due, full = self._due(rows["align_count"][slots, 0].numpy(force=True))
+        for now, far in ((due & full, True), (due & ~full, False)):
+            if now.any():
+                self.estimate(rows, slots[torch.from_numpy(now).to(slots.device)], far)
 
     def evidence(self, rows: Mapping[str, Tensor], slots: Tensor) -> Tensor:
         r"""Log likelihood ratio of the alignment against the identity ``[U]``, in nats, for the users ``slots``.
@@ -403,19 +416,17 @@ class Aligner:
             out[moved] = (found[:, 0] - found[:, 1]).clamp(-limit, limit)
         return out
 
-    def _due(self, learned: Tensor) -> Tensor:
-        """Whether users get an estimate after so many windows ``[U]``."""
-        size = learned.clamp_max(self.alignment.memory or math.inf)
-        interval = torch.exp2((size / 10).log2().floor()).clamp_min(self.alignment.every)
-        return learned % interval == 0
+    def _due(self, learned: Array) -> tuple[Array, Array]:
+        """Whether users get an estimate after so many windows ``[U]``, and whether by a full search."""
+        size = np.minimum(learned, self.alignment.memory or np.inf)
+        interval = np.maximum(2 ** np.floor(np.log2(size / 10)), self.alignment.every)
+        return learned % interval == 0, (size < CONFIRMED) | (learned % (FULL * interval) == 0)
 
-    def estimate(self, rows: dict[str, Tensor], slots: Tensor) -> None:
+    def estimate(self, rows: dict[str, Tensor], slots: Tensor, full: bool = True) -> None:
         """Estimate the parameters of the users ``slots`` from their cells, in place."""
-        if len(slots):
-            cells = rows["align_n"][slots].double(), rows["align_mean"][slots].double()
-            last = rows["align_value"][slots].double()
-            value = self.estimator(cells, last)
-            rows["align_value"][slots] = value.to(rows["align_value"])
+        cells = rows["align_n"][slots].double(), rows["align_mean"][slots].double()
+        value = self.estimator(cells, rows["align_value"][slots].double(), full)
+        rows["align_value"][slots] = value.to(rows["align_value"])
 
     def follow(self, x: Tensor, like: Tensor) -> dict[str, Tensor]:
         """Tables of one user after the windows ``[n, *shape]`` in this order, with an estimate at the end.
