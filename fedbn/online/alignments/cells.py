@@ -49,10 +49,13 @@ def reduce(cells: Cells, size: int, scale: Tensor) -> Cells:
     if missing > 0:
         n = torch.cat([n, n.new_zeros(len(n), missing)], 1)
         mean = torch.cat([mean, mean.new_zeros(len(n), missing, mean.shape[2])], 1)
-    arrays, unit = [a.copy() for a in _arrays(n, mean)], scale.numpy(force=True)
+    if missing >= 0:
+        return n, mean
+    weights, means, unit = _arrays(n, mean, scale)
+    weights, means = weights.copy(), means.copy()
     for _ in range(-missing):
-        arrays = [a.copy() for a in _merge_closest(*arrays, unit)]
-    return torch.from_numpy(arrays[0]).to(n), torch.from_numpy(arrays[1]).to(mean)
+        weights, means = _merge_closest(weights, means, unit)
+    return torch.from_numpy(weights).to(n), torch.from_numpy(means).to(mean)
 
 
 @lru_cache(maxsize=8)

@@ -10,8 +10,8 @@ Rubin, 1977, https://doi.org/10.1111/j.2517-6161.1977.tb01600.x) with a Gauss-Ne
       +\|\log R+\delta\|^2/s^2 .
 
 The density of a class and, given :math:`p`, the normal equations are linear in :math:`\phi(q)=(qq^\top,q,1)` with
-:math:`q=Rg`, so that a step is a few matrix products over all users, starts, cells and classes. They are computed with NumPy, because
-calls of PyTorch take longer than these products for a single user.
+:math:`q=Rg`, so that a step is a few matrix products over all users, starts, cells and classes. NumPy computes them, because calls of
+PyTorch take longer than these products for a single user.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class RotationSearch:
         A full search starts from all yaws, another one from the last rotation only.
         """
         parts = zip(cells[0].split(CHUNK), cells[1].split(CHUNK), last.split(CHUNK), strict=True)
-        found = [self._best(*(t.numpy(force=True) for t in part), full) for part in parts]
+        found = [self._best(n.numpy(force=True), z.numpy(force=True), q.numpy(force=True), full) for n, z, q in parts]
         return torch.from_numpy(np.concatenate(found)).to(last)
 
     def _best(self, n: Array, z: Array, last: Array, full: bool) -> Array:

@@ -251,9 +251,7 @@ def decide(
         both, recorded = gains.mean(0), gains[0]
         worse = harmed(adapted[0], base[0], metric.higher_is_better, metric.is_share)
         bounds = lower_bound(both, level), lower_bound(recorded, level)
-        found_gains.append(
-            Gain(text, float(both.mean()), bounds[0], float(recorded.mean()), bounds[1], worse, margin)
-        )
+        found_gains.append(Gain(text, float(both.mean()), bounds[0], float(recorded.mean()), bounds[1], worse, margin))
     where = f"later recordings{', as recorded and turned,' if len(conditions) > 1 else ''} of {seen} seen users"
     chosen, reason = _choose([g for g in found_gains if g.rule in listed], where)
     return Decision(chosen, reason, tuple(found_gains), seen, where, windows, size + 8 * len(values), trainings)

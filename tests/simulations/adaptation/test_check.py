@@ -69,7 +69,7 @@ def refuse(run):
 
 
 def follow_with(accuracy):
-    """Traces of 100 windows, with the accuracy of each rule, or rule and stream, in hundredths: one, or one per user."""
+    """Traces of 100 windows, with the accuracy of each rule (and stream) in hundredths: a number, or one per user."""
 
     def follow(cell, model):
         y = np.zeros(100, int)
@@ -172,7 +172,8 @@ def test_decide_needs_a_mean_gain_and_no_loss_as_recorded(source, recorded, turn
     [gain] = [g for g in found.gains if g.rule == rule]
     assert (gain.value, gain.recorded) == pytest.approx(((recorded + turned) / 200 - 0.5, recorded / 100 - 0.5))
     assert gain.margin == pytest.approx(0.02)
-    assert found.reason.endswith(f"{format_signed(gain.recorded)} ({format_signed(gain.recorded)}) as recorded.") or not chosen
+    figure = format_signed(gain.recorded)
+    assert found.reason.endswith(f"{figure} ({figure}) as recorded.") or not chosen
 
 
 def test_check_turns_sensors_with_axes_only(source):
