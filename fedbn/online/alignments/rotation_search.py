@@ -10,8 +10,8 @@ Rubin, 1977, https://doi.org/10.1111/j.2517-6161.1977.tb01600.x) with a Gauss-Ne
       +\|\log R+\delta\|^2/s^2 .
 
 The density of a class and, given :math:`p`, the normal equations are linear in :math:`\phi(q)=(qq^\top,q,1)` with
-:math:`q=Rg`, so that a step is a few matrix products over all users, starts, cells and classes. NumPy computes them, because calls of
-PyTorch take longer than these products for a single user.
+:math:`q=Rg`, so that a step is a few matrix products over all users, starts, cells and classes. NumPy computes them,
+because calls of PyTorch take longer than these products for a single user.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from fedbn.online.traces import ClassTrace
 from fedbn.plugins import render
 from fedbn.streams import stream
 from fedbn.tasks import parse_task
-from fedbn_simulations.adaptation.cells import SOURCE
+from fedbn_simulations.adaptation.cells import SOURCE, read_cell
 from fedbn_simulations.adaptation.check import (
     AUGMENTED,
     AUTO,
@@ -208,8 +208,9 @@ def test_study_of_auto_writes_choice_and_warns(tmp_path):
     study, results, decisions = run_study(Study.from_dict(given), tmp_path)
     assert study.rules == (SOURCE, AUTO, POPULATION, AUGMENTED)
     [decision] = decisions.values()
-    of = {cell.rule: traces for cell, (traces, _) in results.items()}
-    for one, other in zip(of[AUTO], of[decision.chosen], strict=True):
+    [(cell, traces)] = [(cell, traces) for cell, (traces, _) in results.items() if cell.rule == AUTO]
+    others, _ = read_cell(tmp_path, replace(cell, rule=decision.chosen))
+    for one, other in zip(traces, others, strict=True):
         assert one.predicted.tolist() == other.predicted.tolist()
     [facts] = [facts for cell, (_, facts) in results.items() if cell.rule == AUGMENTED]
     assert facts["augment"] in given["augments"]
@@ -217,7 +218,8 @@ def test_study_of_auto_writes_choice_and_warns(tmp_path):
     command += ["--rounds", "1", "--augments", ",".join(given["augments"]), "--check-rules", "--out", str(tmp_path)]
     shown = CliRunner().invoke(app, command, catch_exceptions=False).stdout
     assert decision.reason in shown
-    assert ("is not supported by the federation's own check" in shown) is (decision.chosen == SOURCE)
+    [gain] = [g for g in decision.gains if g.rule == POPULATION]
+    assert ("is not supported by the federation's own check" in shown) is not gain.supported
     stored = json.loads((tmp_path / "adapt.json").read_text())
     assert stored["auto"][0]["reason"] == decision.reason
     assert list(stored["augmented"].values()) == [facts["augment"]]
