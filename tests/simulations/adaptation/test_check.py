@@ -144,6 +144,7 @@ def test_decide_chooses_the_largest_lower_bound(source):
     assert json.loads(json.dumps(found.as_dict()))["chosen"] == found.chosen
 
 
+@pytest.mark.slow
 def test_decide_stays_with_the_source_without_a_sure_gain(source):
     names = [source.ctx.population.users[i].name for i in source.ctx.population.seen]
     uneven = dict(zip(names, [50, 50, 50, 50, 50, 45, 99]))
@@ -163,6 +164,7 @@ def test_decide_stays_with_the_source_without_a_sure_gain(source):
     assert few == Decision(SOURCE, "auto uses the source: 3 seen users are too few for a check.", (), 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("recorded", "turned", "chosen"), [(49, 60, True), (47, 99, False), (51, 45, False)])
 def test_decide_needs_a_mean_gain_and_no_loss_as_recorded(source, recorded, turned, chosen):
     rule = "rotation/fallback"
