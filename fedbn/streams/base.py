@@ -28,6 +28,7 @@ BOUNDS: dict[str, Callable[[float], bool]] = {
     "at least 1 window": lambda value: value >= 1,
     "at least 2": lambda value: value >= 2,
     "a share between 0 and 1": lambda value: 0 < value < 1,
+    "a share from 0 to below 1": lambda value: 0 <= value < 1,
 }
 """Bounds of options, as in error messages."""
 

@@ -20,7 +20,7 @@ class Turned(StreamSpec):
     """The recording, with every triple of channels turned about a random axis from one window on.
 
     Attributes:
-        at: share of the recording after which the device turns.
+        at: share of the recording after which the device turns; 0: it is worn differently from the start.
         degrees: angle of the turn.
 
     >>> own = Examples(torch.ones(4, 3, 2), torch.zeros(4, dtype=torch.int64), torch.zeros(4))
@@ -31,7 +31,7 @@ class Turned(StreamSpec):
 
     name = "turned"
     about = "the device turns in mid-stream"
-    bounds = (("at", "a share between 0 and 1"), ("degrees", "above 0"))
+    bounds = (("at", "a share from 0 to below 1"), ("degrees", "above 0"))
     at: float = 0.5
     degrees: float = 90.0
 

@@ -97,12 +97,15 @@ class AffineSearch:
         self.weighted_mean = self.precision * prior.mean
         self.constant = prior.log_scale - 0.5 * (self.weighted_mean * prior.mean).sum(1)
 
-    def __call__(self, cells: Cells, last: Tensor) -> Tensor:
-        """Parameters ``[U, P]`` with the largest objective among those found; the identity is a candidate."""
+    def __call__(self, cells: Cells, last: Tensor, full: bool = True) -> Tensor:
+        """Parameters ``[U, P]`` with the largest objective among those found; the identity is a candidate.
+
+        A full search starts from the identity and from the other sign, too.
+        """
         n, z = cells
         identity = torch.zeros_like(last)[:, None]
-        starts = torch.cat([identity, last[:, None]], 1)
-        if self.layout.signed:
+        starts = torch.cat([identity, last[:, None]], 1) if full else last[:, None]
+        if full and self.layout.signed:
             flipped = starts.clone()
             flipped[..., -1] = 1 - flipped[..., -1]
             starts = torch.cat([starts, flipped], 1)

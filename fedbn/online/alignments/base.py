@@ -25,17 +25,33 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, ClassVar, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fedbn.errors import UserError
 from fedbn.nn.roles import State
-from fedbn.online.alignments.cells import Cells, insert, reduce
+from fedbn.online.alignments.cells import Array, Cells, insert, reduce
 from fedbn.online.sums import LabeledWindows, SumsMethod, Triples, positive, sums_of_users
 from fedbn.plugins import discover, parse, render
 
 MARGIN = 1e-6
 """Smallest gain in J, in nats, for which a candidate replaces the identity."""
+
+LARGEST = 10.0
+"""Largest log likelihood ratio of one window, in nats, so that a single strange window does not decide."""
+
+AGAINST = math.log(20)
+"""Evidence against an alignment, in nats per independent window, from which it is rejected: odds of 20 to 1."""
+
+EVIDENCE_MEMORY = 50.0
+"""Windows after which the weight of a window in the evidence has fallen to 1/e."""
+
+CONFIRMED = 50
+"""Windows before which every search is full."""
+
+FULL = 4
+"""Later, one of so many searches is full; the others only follow the last parameters."""
 
 STATE = ("n", "mean", "value", "count", "evidence")
 """Names of the tensors in the state of a user."""
@@ -76,12 +92,13 @@ class AlignmentPrior:
 class Search(Protocol):
     """Search for the parameters of users; all tensors are float64."""
 
-    def __call__(self, cells: Cells, last: Tensor) -> Tensor:
+    def __call__(self, cells: Cells, last: Tensor, full: bool = True) -> Tensor:
         """Parameters ``[U, P]`` with the largest J among those found, the identity included.
 
         Args:
             cells: ``[U, M]`` and ``[U, M, D]``.
             last: last parameters ``[U, P]``.
+            full: whether to search far from the last parameters, too.
         """
         ...
 
@@ -317,7 +334,7 @@ class Aligner:
 
         ``align_n`` ``[1, M]`` and ``align_mean`` ``[1, M, D]`` are cells, ``align_value`` ``[1, P]`` the parameters,
         ``align_count`` ``[1, 2]`` the windows learned from and those that were not usable, and ``align_evidence``
-        ``[1]`` the sum of `evidence`.
+        ``[1]`` the `evidence`.
         """
         size = self.alignment.cells
         return {
@@ -353,49 +370,63 @@ class Aligner:
         """
         offered = weight > 0
         rows["align_count"][slots] += torch.stack([offered & usable, offered & ~usable], 1).to(rows["align_count"])
-        slots, z, weight = (t[offered & usable] for t in (slots, z, weight))
+        chosen = offered & usable
+        if not chosen.all():  # indexing is slow for a single user
+            slots, z, weight = (t[chosen] for t in (slots, z, weight))
         if not len(slots):
             return
-        self._add_evidence(rows, slots, z)
+        fading = rows["align_evidence"][slots] * math.exp(-1 / EVIDENCE_MEMORY)
+        rows["align_evidence"][slots] = fading + self._log_ratio(rows["align_value"][slots], z).to(fading)
         n, mean = rows["align_n"], rows["align_mean"]
         fade = math.exp(-1 / self.alignment.memory) if self.alignment.memory else 1.0
         cells = insert((n[slots] * fade, mean[slots]), z.to(mean), weight.to(n), self.prior.scale)
         n[slots], mean[slots] = cells
-        self.estimate(rows, slots[self._due(rows["align_count"][slots, 0])])
+        due, full = self._due(rows["align_count"][slots, 0].numpy(force=True))
+        for now, far in ((due & full, True), (due & ~full, False)):
+            if now.any():
+                self.estimate(rows, slots[torch.from_numpy(now).to(slots.device)], far)
 
     def evidence(self, rows: Mapping[str, Tensor], slots: Tensor) -> Tensor:
         r"""Log likelihood ratio of the alignment against the identity ``[U]``, in nats, for the users ``slots``.
 
-        It is prequential: each window is judged by the parameters before it,
-        :math:`\frac1b\sum_t[\log p(\theta_{t-1}z_t)-\log p(z_t)]`, so that it is not optimistic. A negative value says
-        that the user's windows fit the seen clients better without the alignment. It needs no labels. It cannot show
-        that an alignment changes the meaning of windows that fit well in both ways.
+        It is prequential (Dawid, 1984, *Statistical theory: the prequential approach*): each window is judged by the
+        parameters before it, so that it is not optimistic. It forgets, and b windows count as one independent window:
+
+        .. math:: \ell_t=\log\frac{\sum_k N(\theta_{t-1}z_t;\mu_k,\Sigma_k)}{\sum_k N(z_t;\mu_k,\Sigma_k)},\qquad
+                  L_t=e^{-1/50}L_{t-1}+\tfrac1b\operatorname{clip}(\ell_t,-10,10).
+
+        A negative value says that the user's windows fit the seen clients better without the alignment. It needs no
+        labels. It cannot show that an alignment changes the meaning of windows that fit well in both ways.
         """
         return rows["align_evidence"][slots]
 
-    def _add_evidence(self, rows: dict[str, Tensor], slots: Tensor, z: Tensor) -> None:
-        value, identity = rows["align_value"][slots].double(), self.identity.to(z)
-        moved = (value != identity).any(1)
-        if not moved.any():
-            return
-        slots, values = slots[moved], torch.stack([value[moved], identity.expand_as(value[moved])], 1)
-        n = z.new_ones(len(slots), 1)
-        gain = self.estimator.likelihood(n, z[moved, None], values)
-        rows["align_evidence"][slots] += (gain[:, 0] - gain[:, 1]).to(rows["align_evidence"])
+    def rejected(self, rows: Mapping[str, Tensor], slots: Tensor) -> Tensor:
+        """Whether the `evidence` is against the alignment ``[U]``, for the users ``slots``."""
+        return self.evidence(rows, slots) < -AGAINST
 
-    def _due(self, learned: Tensor) -> Tensor:
-        """Whether users get an estimate after so many windows ``[U]``."""
-        size = learned.clamp_max(self.alignment.memory or math.inf)
-        interval = torch.exp2((size / 10).log2().floor()).clamp_min(self.alignment.every)
-        return learned % interval == 0
+    def _log_ratio(self, value: Tensor, z: Tensor) -> Tensor:
+        """Clipped log likelihood ratios ``[U]`` of windows ``[U, D]`` under parameters ``[U, P]``, divided by b."""
+        out, identity = z.new_zeros(len(z)), self.identity.to(z)
+        moved = (value.to(z) != identity).any(1)
+        if moved.any():
+            value = value[moved].to(z)
+            values = torch.stack([value, identity.expand_as(value)], 1)
+            found = self.estimator.likelihood(z.new_ones(len(value), 1), z[moved, None], values)
+            limit = LARGEST / self.alignment.b
+            out[moved] = (found[:, 0] - found[:, 1]).clamp(-limit, limit)
+        return out
 
-    def estimate(self, rows: dict[str, Tensor], slots: Tensor) -> None:
+    def _due(self, learned: Array) -> tuple[Array, Array]:
+        """Whether users get an estimate after so many windows ``[U]``, and whether by a full search."""
+        size = np.minimum(learned, self.alignment.memory or np.inf)
+        interval = np.maximum(2 ** np.floor(np.log2(size / 10)), self.alignment.every)
+        return learned % interval == 0, (size < CONFIRMED) | (learned % (FULL * interval) == 0)
+
+    def estimate(self, rows: dict[str, Tensor], slots: Tensor, full: bool = True) -> None:
         """Estimate the parameters of the users ``slots`` from their cells, in place."""
-        if len(slots):
-            cells = rows["align_n"][slots].double(), rows["align_mean"][slots].double()
-            last = rows["align_value"][slots].double()
-            value = self.estimator(cells, last)
-            rows["align_value"][slots] = value.to(rows["align_value"])
+        cells = rows["align_n"][slots].double(), rows["align_mean"][slots].double()
+        value = self.estimator(cells, rows["align_value"][slots].double(), full)
+        rows["align_value"][slots] = value.to(rows["align_value"])
 
     def follow(self, x: Tensor, like: Tensor) -> dict[str, Tensor]:
         """Tables of one user after the windows ``[n, *shape]`` in this order, with an estimate at the end.

@@ -4,15 +4,20 @@ A cell has a weight :math:`n` and a mean :math:`z`. A new window becomes a cell 
 the two cells are merged whose union raises the sum of squared deviations least, by
 :math:`\frac{n_i n_j}{n_i+n_j}\|z_i-z_j\|^2` (Ward, 1963, *Hierarchical grouping to optimize an objective function*).
 Streams that have at most as many windows as there are cells are stored exactly. All functions are vectorized over
-users.
+users. They use NumPy, because calls of PyTorch take longer than these computations for a single user.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
+
+Array = npt.NDArray[Any]
 
 Cells = tuple[Tensor, Tensor]
 """Weights ``[U, M]``, 0 for free cells, and means ``[U, M, D]``."""
@@ -32,7 +37,9 @@ def insert(cells: Cells, z: Tensor, weight: Tensor, scale: Tensor) -> Cells:
     >>> n.tolist(), mean.flatten().tolist()
     ([[2.0, 1.0]], [0.5, 9.0])
     """
-    return _merge_closest((torch.cat([cells[0], weight[:, None]], 1), torch.cat([cells[1], z[:, None]], 1)), scale)
+    n, mean, new_n, new, unit = _arrays(*cells, weight, z, scale)
+    found = _merge_closest(np.concatenate([n, new_n[:, None]], 1), np.concatenate([mean, new[:, None]], 1), unit)
+    return torch.from_numpy(found[0]).to(cells[0]), torch.from_numpy(found[1]).to(cells[1])
 
 
 def reduce(cells: Cells, size: int, scale: Tensor) -> Cells:
@@ -42,31 +49,41 @@ def reduce(cells: Cells, size: int, scale: Tensor) -> Cells:
     if missing > 0:
         n = torch.cat([n, n.new_zeros(len(n), missing)], 1)
         mean = torch.cat([mean, mean.new_zeros(len(n), missing, mean.shape[2])], 1)
+    if missing >= 0:
+        return n, mean
+    weights, means, unit = _arrays(n, mean, scale)
+    weights, means = weights.copy(), means.copy()
     for _ in range(-missing):
-        n, mean = _merge_closest((n, mean), scale)
-    return n, mean
+        weights, means = _merge_closest(weights, means, unit)
+    return torch.from_numpy(weights).to(n), torch.from_numpy(means).to(mean)
 
 
 @lru_cache(maxsize=8)
-def _below(size: int, device: torch.device) -> Tensor:
+def _below(size: int) -> Array:
     """Infinity on and below the diagonal, so that each pair counts once."""
-    return torch.full((size, size), torch.inf, dtype=torch.float64, device=device).tril()
+    return np.tril(np.full((size, size), np.inf))
 
 
-def _merge_closest(cells: Cells, scale: Tensor) -> Cells:
+def _merge_closest(n: Array, mean: Array, scale: Array) -> tuple[Array, Array]:
     """Merge the two closest cells; the last cell takes the free place. A free cell is at distance 0 of any other."""
-    n, mean = cells
-    scaled = (mean / scale).double()
-    square = scaled.square().sum(-1)
-    distance = square[:, :, None] + square[:, None] - 2 * scaled @ scaled.mT
-    cost = n[:, :, None] * n[:, None] / (n[:, :, None] + n[:, None]).clamp_min(1e-30) * distance.clamp_min(0)
     users, size = n.shape
-    best = (cost + _below(size, n.device)).flatten(1).argmin(1)
-    i, j, row = best // size, best % size, torch.arange(users, device=n.device)
-    total = n[row, i] + n[row, j]
-    share = (n[row, j] / total.clamp_min(1e-30))[:, None]
-    n, mean = n.clone(), mean.clone()
-    mean[row, i] = torch.lerp(mean[row, i], mean[row, j], share.to(mean))
-    n[row, i] = total
-    n[row, j], mean[row, j] = n[:, -1].clone(), mean[:, -1].clone()
+    row = np.arange(users)
+    if (n[:, :-1] == 0).any(1).all():
+        j = (n[:, :-1] == 0).argmax(1)
+    else:
+        scaled = (mean / scale).astype(np.float64)
+        square = (scaled * scaled).sum(-1)
+        distance = square[:, :, None] + square[:, None] - 2 * (scaled @ scaled.swapaxes(1, 2))
+        total = n[:, :, None] + n[:, None]
+        cost = n[:, :, None] * n[:, None] / total.clip(1e-30) * distance.clip(0)
+        i, j = np.divmod((cost + _below(size)).reshape(users, -1).argmin(1), size)
+        joint = n[row, i] + n[row, j]
+        share = (n[row, j] / joint.clip(1e-30))[:, None]
+        mean[row, i] += share * (mean[row, j] - mean[row, i])
+        n[row, i] = joint
+    n[row, j], mean[row, j] = n[:, -1], mean[:, -1]
     return n[:, :-1], mean[:, :-1]
+
+
+def _arrays(*tensors: Tensor) -> list[Array]:
+    return [t.numpy(force=True) for t in tensors]

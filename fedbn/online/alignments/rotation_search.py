@@ -10,13 +10,17 @@ Rubin, 1977, https://doi.org/10.1111/j.2517-6161.1977.tb01600.x) with a Gauss-Ne
       +\|\log R+\delta\|^2/s^2 .
 
 The density of a class and, given :math:`p`, the normal equations are linear in :math:`\phi(q)=(qq^\top,q,1)` with
-:math:`q=Rg`, so that a step is a few matrix products over all users, starts, cells and classes.
+:math:`q=Rg`, so that a step is a few matrix products over all users, starts, cells and classes. NumPy computes them,
+because calls of PyTorch take longer than these products for a single user.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any, cast
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -24,6 +28,8 @@ from torch.nn import functional as F
 from fedbn.online.alignments import quaternions as so3
 from fedbn.online.alignments.base import MARGIN, AlignmentPrior
 from fedbn.online.alignments.cells import Cells
+
+Array = npt.NDArray[Any]
 
 YAWS = 6
 """Rotations about gravity from which the search starts."""
@@ -50,12 +56,11 @@ class RotationSearch:
     """
 
     def __init__(self, prior: AlignmentPrior, b: float) -> None:
-        self.b, self.precision = b, 1 / prior.spread
+        self.b = b
         mean, inverse = prior.mean[:, :3], prior.precision[:, :3, :3]
-        self.rest_mean, self.rest_inverse = prior.mean[:, 3:], prior.precision[:, 3:, 3:]
         linear = (inverse @ mean[:, :, None])[:, :, 0]
         constant = prior.log_scale - 0.5 * (mean * linear).sum(1)
-        self.density = torch.cat([-0.5 * inverse.flatten(1), linear, constant[:, None]], 1).T
+        density = torch.cat([-0.5 * inverse.flatten(1), linear, constant[:, None]], 1).T
         cross = so3.CROSS.to(mean)
         zeros = mean.new_zeros
         curvature = torch.einsum("iab,jdc,kbc->kadij", cross, cross, inverse).flatten(3).flatten(1, 2)
@@ -69,61 +74,83 @@ class RotationSearch:
             ],
             2,
         )
-        self.normal = normal.flatten(0, 1)
-        self.eye = torch.eye(3).to(mean)
-        self.spread = self.precision.diag()
         axis = F.normalize(prior.mean[prior.seen, :3].mean(0), dim=0)
         angles = torch.arange(YAWS).to(axis) * (2 * math.pi / YAWS)
+        arrays = density, normal.flatten(0, 1), prior.mean[:, 3:], prior.precision[:, 3:, 3:]
+        self.density, self.normal, self.rest_mean, self.rest_inverse = (t.numpy(force=True) for t in arrays)
+        self.precision = (1 / prior.spread).numpy(force=True)
         self.starts = so3.from_vector(angles[:, None] * axis)
 
-    def __call__(self, cells: Cells, last: Tensor) -> Tensor:
-        """Rotations ``[U, 4]`` with the largest objective among those found; the identity is a candidate."""
-        parts = zip(cells[0].split(CHUNK), cells[1].split(CHUNK), last.split(CHUNK), strict=True)
-        return torch.cat([self._best(n, z, q) for n, z, q in parts])
+    def __call__(self, cells: Cells, last: Tensor, full: bool = True) -> Tensor:
+        """Rotations ``[U, 4]`` with the largest objective among those found; the identity is a candidate.
 
-    def _best(self, n: Tensor, z: Tensor, last: Tensor) -> Tensor:
-        starts = torch.cat([self.starts.expand(len(n), -1, -1), last[:, None]], 1)
-        found = torch.cat([starts[:, :1], self.refine(n, z, starts)], 1)
-        objective = self.objective(n, z, found)
+        A full search starts from all yaws, another one from the last rotation only.
+        """
+        parts = zip(cells[0].split(CHUNK), cells[1].split(CHUNK), last.split(CHUNK), strict=True)
+        found = [self._best(n.numpy(force=True), z.numpy(force=True), q.numpy(force=True), full) for n, z, q in parts]
+        return torch.from_numpy(np.concatenate(found)).to(last)
+
+    def _best(self, n: Array, z: Array, last: Array, full: bool) -> Array:
+        yaws = np.broadcast_to(self.starts.numpy(force=True), (len(n), YAWS, 4))
+        identity, starts = yaws[:, :1], last[:, None]
+        if full:
+            starts = np.concatenate([yaws, starts], 1)
+        found = np.concatenate([identity, self._refine(n, z, starts)], 1)
+        objective = self._objective(n, z, found)
         objective[:, 0] += MARGIN
-        return found[torch.arange(len(n), device=n.device), objective.argmax(1)]
+        return found[np.arange(len(n)), objective.argmax(1)]
 
     def refine(self, n: Tensor, z: Tensor, q: Tensor) -> Tensor:
         """Rotations after steps from rotations ``[U, S, 4]``; cells as in `__call__`."""
+        return torch.from_numpy(self._refine(*(t.numpy(force=True) for t in (n, z, q)))).to(q)
+
+    def _refine(self, n: Array, z: Array, q: Array) -> Array:
         rest = self._log_rest(z)
         weight = (n / self.b)[:, None, :, None]
         for _ in range(STEPS):
             joint, features = self._densities(z, rest, q)
-            statistics = (joint.softmax(-1) * weight).mT @ features
-            equations = statistics.flatten(2) @ self.normal
-            vector = so3.to_vector(q)
-            curvature = equations[..., :9].unflatten(-1, (3, 3)) + self.spread
+            p = np.exp(joint - joint.max(-1, keepdims=True))
+            p *= weight / p.sum(-1, keepdims=True)
+            statistics = p.swapaxes(-1, -2) @ features
+            equations = statistics.reshape(*q.shape[:2], -1) @ self.normal
+            curvature = equations[..., :9].reshape(*q.shape[:2], 3, 3) + np.diag(self.precision)
             # Without gravity and without a prior, no direction is determined.
-            ridge = 1e-12 * (1 + curvature.amax((-2, -1), keepdim=True)) * self.eye
-            step = torch.linalg.solve(curvature + ridge, -equations[..., 9:] - self.precision * vector)
-            length = step.norm(dim=-1, keepdim=True)
-            q = so3.multiply(so3.from_vector(step * (LONGEST / length.clamp_min(LONGEST))), q)
-            if float(length.max()) < CONVERGED:
+            ridge = 1e-12 * (1 + curvature.max((-2, -1), keepdims=True)) * np.eye(3)
+            slope = -equations[..., 9:] - self.precision * so3.to_vector(q)
+            step = np.linalg.solve(curvature + ridge, slope[..., None])[..., 0]
+            length = (step**2).sum(-1, keepdims=True) ** 0.5
+            q = so3.multiply(so3.from_vector(step * (LONGEST / length.clip(LONGEST))), q)
+            if length.max() < CONVERGED:
                 break
         return q
 
     def objective(self, n: Tensor, z: Tensor, q: Tensor) -> Tensor:
         """Penalized log-likelihood J ``[U, S]`` of rotations ``[U, S, 4]``; cells as in `__call__`."""
-        return self.likelihood(n, z, q) - 0.5 * (so3.to_vector(q).square() * self.precision).sum(-1)
+        return torch.from_numpy(self._objective(*(t.numpy(force=True) for t in (n, z, q)))).to(n)
 
-    def likelihood(self, n: Tensor, z: Tensor, q: Tensor) -> Tensor:
-        """The objective without its penalty."""
+    def _objective(self, n: Array, z: Array, q: Array) -> Array:
+        penalty = 0.5 * (so3.to_vector(q) ** 2 * self.precision).sum(-1)
+        return cast("Array", self._likelihood(n, z, q) - penalty)
+
+    def likelihood(self, n: Tensor, z: Tensor, value: Tensor) -> Tensor:
+        """The objective ``[U, S]`` without its penalty, of rotations ``[U, S, 4]``."""
+        arrays = (t.numpy(force=True) for t in (n, z, value))
+        return torch.from_numpy(self._likelihood(*arrays)).to(n)
+
+    def _likelihood(self, n: Array, z: Array, q: Array) -> Array:
         joint, _ = self._densities(z, self._log_rest(z), q)
-        return (joint.logsumexp(-1) * n[:, None]).sum(-1) / self.b
+        top = joint.max(-1)
+        total = top + np.log(np.exp(joint - top[..., None]).sum(-1))
+        return cast("Array", (total * n[:, None]).sum(-1) / self.b)
 
-    def _log_rest(self, z: Tensor) -> Tensor:
+    def _log_rest(self, z: Array) -> Array:
         """Log density ``[U, 1, M, K]`` of the values that a rotation does not change, without constants."""
         d = z[:, :, None, 3:] - self.rest_mean
-        return -0.5 * (d * (d[..., None, :] @ self.rest_inverse)[..., 0, :]).sum(-1)[:, None]
+        return cast("Array", -0.5 * (d * (d[..., None, :] @ self.rest_inverse)[..., 0, :]).sum(-1)[:, None])
 
-    def _densities(self, z: Tensor, rest: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    def _densities(self, z: Array, rest: Array, q: Array) -> tuple[Array, Array]:
         """Log densities ``[U, S, M, K]`` and features ``[U, S, M, 13]`` of the turned cells."""
-        turned = z[:, None, :, :3] @ so3.to_matrix(q).mT
-        square = (turned[..., :, None] * turned[..., None, :]).flatten(-2)
-        features = torch.cat([square, turned, torch.ones_like(turned[..., :1])], -1)
+        turned = z[:, None, :, :3] @ so3.to_matrix(q).swapaxes(-1, -2)
+        square = (turned[..., :, None] * turned[..., None, :]).reshape(*turned.shape[:-1], 9)
+        features = np.concatenate([square, turned, np.ones_like(turned[..., :1])], -1)
         return features @ self.density + rest, features

@@ -1,9 +1,13 @@
 """``auto``: the federation's own evidence decides which rule follows new users.
 
 Seen users are divided into folds. Each fold's users follow every candidate over their later recordings in recorded
-order, as new users would: they are in none of the sums behind the candidate (population prior, alignment). A candidate
-is used only if the lower confidence bound of its mean gain over these users is above zero; otherwise the source model
-is.
+order, as new users would: they are in none of the sums behind the candidate (population prior, alignment).
+
+Seen users are those whose sensors the network knows, and a candidate is there for those whose sensors it does not know.
+If the data name the axes of sensors, the folds therefore follow the candidates a second time, with each user's device
+turned by `WORN` about a random axis. A candidate is used only if two lower confidence bounds over users allow it: the
+mean gain over both conditions is above zero (it helps), and the mean gain in recorded order is above minus a margin (it
+does no harm where there is nothing to correct; a non-inferiority test). Otherwise the source model is used.
 
 The network is another matter. ``check=seen`` evaluates the federation's network, which was trained on these users and
 whose running statistics include theirs. It costs one round without training. On familiar users the source model makes
@@ -25,11 +29,12 @@ from fedbn.errors import UserError
 from fedbn.federation.run import Run, task_of
 from fedbn.online.alignments.base import alignments
 from fedbn.online.matched import Matched
-from fedbn.online.prequential_metrics import harmed, scores
+from fedbn.online.prequential_metrics import harm_limits, harmed, scores
 from fedbn.online.rules.base import Rule
 from fedbn.online.traces import Trace
 from fedbn.plugins import render
 from fedbn.scenarios.base import scenario_text
+from fedbn.streams import stream
 from fedbn.tasks import Task, render_task
 from fedbn_simulations.adaptation.cells import SOURCE, Cell
 from fedbn_simulations.adaptation.methods import adaptation_method, check_classes
@@ -64,6 +69,15 @@ LEVEL = 0.95
 
 RESAMPLES = 10_000
 
+RECORDED = "natural"
+"""Stream of the check: recorded order."""
+
+WORN = "turned:at=0.0:degrees=45.0"
+"""Second stream of the check, for sensors with axes: the device is worn differently during the whole recording."""
+
+MARGIN = 2.0
+"""Largest mean loss in recorded order, in units of the loss from which a user is harmed: 2 points of accuracy."""
+
 Follow = Callable[[Cell, SourceModel], tuple[list[Trace], dict[str, Any]]]
 """Runs a cell, or reads it."""
 
@@ -77,15 +91,26 @@ class Gain:
 
     Attributes:
         rule: text of the candidate.
-        value: mean over users of the difference of the metric, positive where it is better.
+        value: mean over users and conditions of the difference of the metric, positive where it is better.
         low: lower confidence bound of this mean.
-        harmed: share of users whose metric is worse than the source's by more than a point.
+        recorded: mean over users in recorded order only.
+        recorded_low: lower confidence bound of this mean.
+        harmed: share of users whose metric in recorded order is worse than the source's by more than a point.
+        margin: largest mean loss in recorded order.
     """
 
     rule: str
     value: float
     low: float
+    recorded: float
+    recorded_low: float
     harmed: float
+    margin: float
+
+    @property
+    def supported(self) -> bool:
+        """Whether it helps, and does no harm in recorded order."""
+        return self.low > 0 and self.recorded_low > -self.margin
 
 
 @dataclass(frozen=True)
@@ -97,6 +122,7 @@ class Decision:
         reason: one sentence.
         gains: candidates, and other rules that were checked for a warning.
         users: number of seen users.
+        where: the recordings of the check, in words.
         windows: windows that all of them evaluated, over all candidates and the source.
         bytes_per_user: bytes that a client receives (priors) and sends (its scores) for the check.
         trainings: networks trained for the check.
@@ -106,6 +132,7 @@ class Decision:
     reason: str
     gains: tuple[Gain, ...]
     users: int
+    where: str = ""
     windows: int = 0
     bytes_per_user: int = 0
     trainings: int = 0
@@ -203,30 +230,40 @@ def decide(
         return Decision(SOURCE, f"auto uses the source: {seen} seen users are too few for a check.", (), seen)
     listed = candidates(source)
     texts = [*listed, *(text for text in named if text not in listed)]
-    values: dict[str, list[float]] = {text: [] for text in (SOURCE, *texts)}
+    conditions = check_streams(source)
+    values: dict[tuple[str, str], list[float]] = {(text, kind): [] for text in (SOURCE, *texts) for kind in conditions}
     windows, size, trainings = 0, 0, 0
     for run, fold, model in fold_sources(source, kind, train):
         trainings += kind == "held-out"
         size = max(size, _prior_bytes(model, listed))
-        for text, found in values.items():
-            traces, _ = follow(Cell(run, "unseen", "natural", "cold", text, fold), model)
+        for (text, order), found in values.items():
+            traces, _ = follow(Cell(run, "unseen", order, "cold", text, fold), model)
             found += [scores(t, source.ctx.task)[metric.name] for t in traces]
             windows += sum(map(len, traces))
     sign = 1 if metric.higher_is_better else -1
-    base = np.array(values[SOURCE])
-    gains = {text: sign * (np.array(values[text]) - base) for text in texts}
+    base = np.array([values[SOURCE, order] for order in conditions])
+    margin = MARGIN * float(np.mean(harm_limits(base[0], metric.is_share)))
     level = 1 - (1 - LEVEL) / max(1, len(listed))
-    found_gains = tuple(
-        Gain(
-            text,
-            float(g.mean()),
-            lower_bound(g, level),
-            harmed(values[text], values[SOURCE], metric.higher_is_better, metric.is_share),
-        )
-        for text, g in gains.items()
-    )
-    chosen, reason = _choose([g for g in found_gains if g.rule in listed], len(base))
-    return Decision(chosen, reason, found_gains, len(base), windows, size + 8 * len(values), trainings)
+    found_gains = []
+    for text in texts:
+        adapted = np.array([values[text, order] for order in conditions])
+        gains = sign * (adapted - base)
+        both, recorded = gains.mean(0), gains[0]
+        worse = harmed(adapted[0], base[0], metric.higher_is_better, metric.is_share)
+        bounds = lower_bound(both, level), lower_bound(recorded, level)
+        found_gains.append(Gain(text, float(both.mean()), bounds[0], float(recorded.mean()), bounds[1], worse, margin))
+    where = f"later recordings{', as recorded and turned,' if len(conditions) > 1 else ''} of {seen} seen users"
+    chosen, reason = _choose([g for g in found_gains if g.rule in listed], where)
+    return Decision(chosen, reason, tuple(found_gains), seen, where, windows, size + 8 * len(values), trainings)
+
+
+def check_streams(source: SourceModel) -> tuple[str, ...]:
+    """Streams of the check: recorded order and, if the data name the axes of sensors, another placement."""
+    try:
+        stream(WORN).make_all(["user"], [source.ctx.population.users[0].test], 0)
+    except UserError:
+        return (RECORDED,)
+    return (RECORDED, WORN) if source.ctx.population.triples else (RECORDED,)
 
 
 def choose_augmented(
@@ -261,16 +298,24 @@ def lower_bound(gains: np.ndarray, level: float) -> float:
     return float(np.quantile(means, 1 - level))
 
 
-def _choose(gains: Sequence[Gain], users: int) -> tuple[str, str]:
-    """The candidate with the largest lower bound, or the source; and one sentence."""
-    where = f"on later recordings of {users} seen users"
+def _choose(gains: Sequence[Gain], where: str) -> tuple[str, str]:
+    """The supported candidate with the largest lower bound, or the source; and one sentence."""
     if not gains:
         return SOURCE, "auto uses the source: no alignment or rule fits these data."
-    best = max(gains, key=lambda g: g.low)
-    figures = f"{format_signed(best.value)} (lower bound {format_signed(best.low)}) {where}"
-    if best.low > 0:
+    supported = [g for g in gains if g.supported]
+    best = max(supported or gains, key=lambda g: g.low)
+    figures = _figures(best, where)
+    if supported:
         return best.rule, f"auto uses {best.rule}, with the largest lower bound of {len(gains)} candidates: {figures}."
     return SOURCE, f"auto uses the source: no gain of {len(gains)} candidates is certain; best {best.rule}, {figures}."
+
+
+def _figures(gain: Gain, where: str) -> str:
+    """Mean and lower bound over all conditions and, if they differ, in recorded order."""
+    text = f"{format_signed(gain.value)} (lower bound {format_signed(gain.low)}) on {where}"
+    if gain.recorded == gain.value:
+        return text
+    return f"{text}, {format_signed(gain.recorded)} ({format_signed(gain.recorded_low)}) as recorded"
 
 
 def _prior_bytes(model: SourceModel, texts: Sequence[str]) -> int:
@@ -292,10 +337,9 @@ def warnings(decision: Decision, named: Sequence[str]) -> list[str]:
     """One sentence for each named rule that was checked and that the check does not support."""
     found: Mapping[str, Gain] = {_without_fallback(g.rule): g for g in decision.gains}
     return [
-        f"{text} is not supported by the federation's own check: {format_signed(g.value)} (lower bound "
-        f"{format_signed(g.low)}, {g.harmed:.0%} harmed) on later recordings of {decision.users} seen users"
+        f"{text} is not supported by the federation's own check: {_figures(g, decision.where)}, {g.harmed:.0%} harmed"
         for text in named
-        if (g := found.get(_without_fallback(text))) is not None and not g.low > 0
+        if (g := found.get(_without_fallback(text))) is not None and not g.supported
     ]
 
 

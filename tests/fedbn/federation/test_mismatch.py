@@ -47,6 +47,7 @@ def test_measuring_changes_neither_outcome_nor_random_numbers(outcome):
     assert measure_mismatch(ctx, out) == first
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("strategy", "measured"), [("silobn", True), ("fixbn", True), ("groupnorm", False)])
 def test_strategies_are_measured_in_their_own_modes(strategy, measured):
     ctx, out = finished(strategy)
@@ -57,6 +58,7 @@ def test_strategies_are_measured_in_their_own_modes(strategy, measured):
     assert mismatch_notices(ctx, None) == []
 
 
+@pytest.mark.slow
 def test_local_statistics_that_are_elsewhere_are_not_measured():
     ctx, out = finished("silobn")
     assert measure_mismatch(ctx, replace(out, client_states={})) is None

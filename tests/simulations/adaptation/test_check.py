@@ -13,13 +13,18 @@ from typer.testing import CliRunner
 import fedbn
 from fedbn.federation.run import Run
 from fedbn.online.traces import ClassTrace
+from fedbn.plugins import render
+from fedbn.streams import stream
 from fedbn.tasks import parse_task
-from fedbn_simulations.adaptation.cells import SOURCE
+from fedbn_simulations.adaptation.cells import SOURCE, read_cell
 from fedbn_simulations.adaptation.check import (
     AUGMENTED,
     AUTO,
+    RECORDED,
+    WORN,
     Decision,
     candidates,
+    check_streams,
     choose_augmented,
     decide,
     fold_populations,
@@ -32,6 +37,7 @@ from fedbn_simulations.adaptation.metric import StudyMetric
 from fedbn_simulations.adaptation.source_model import untrained_source_model
 from fedbn_simulations.adaptation.study import Study, run_study
 from fedbn_simulations.cli.app import app
+from fedbn_simulations.results.formatting import format_signed
 
 METRIC = StudyMetric.of(parse_task("classification"))
 POPULATION = "population:diversity=1.0"
@@ -63,12 +69,12 @@ def refuse(run):
 
 
 def follow_with(accuracy):
-    """Traces of 100 windows, with the accuracy of each rule in hundredths: a number, or one per user."""
+    """Traces of 100 windows, with the accuracy of each rule (and stream) in hundredths: a number, or one per user."""
 
     def follow(cell, model):
         y = np.zeros(100, int)
         names = [u.name for u in model.users(cell.users)]
-        values = accuracy.get(cell.rule, 40)
+        values = accuracy.get((cell.rule, cell.stream), accuracy.get(cell.rule, 40))
         right = [values[name] if isinstance(values, dict) else values for name in names]
         traces = [
             ClassTrace(n, "d", y, (np.arange(100) >= r).astype(int), y * 0.5, y * 1.0, y * 1.0)
@@ -127,17 +133,18 @@ def test_decide_chooses_the_largest_lower_bound(source):
     assert found.chosen == "rotation/fallback"
     assert found.reason == (
         "auto uses rotation/fallback, with the largest lower bound of 11 candidates: +.050 (lower bound +.050) on "
-        "later recordings of 7 seen users."
+        "later recordings, as recorded and turned, of 7 seen users."
     )
     gains = {g.rule: (g.value, g.harmed) for g in found.gains}
     assert gains[POPULATION] == pytest.approx((0.07, 0))
     assert gains["rotation/fallback"] == pytest.approx((0.05, 0))
     assert gains[f"rotation+{POPULATION}/fallback"] == pytest.approx((-0.1, 1))
-    assert (found.users, found.windows, found.trainings) == (7, 12 * 7 * 100, 0)
+    assert (found.users, found.windows, found.trainings) == (7, 2 * 12 * 7 * 100, 0)
     assert found.bytes_per_user > 0
     assert json.loads(json.dumps(found.as_dict()))["chosen"] == found.chosen
 
 
+@pytest.mark.slow
 def test_decide_stays_with_the_source_without_a_sure_gain(source):
     names = [source.ctx.population.users[i].name for i in source.ctx.population.seen]
     uneven = dict(zip(names, [50, 50, 50, 50, 50, 45, 99]))
@@ -150,11 +157,31 @@ def test_decide_stays_with_the_source_without_a_sure_gain(source):
         f"auto uses the source: no gain of 11 candidates is certain; best {POPULATION}, +.063 "
     )
     assert warnings(found, ("ema", "rotation", "source", "tent")) == [
-        "rotation is not supported by the federation's own check: −.050 (lower bound −.050, 100% harmed) on later "
-        "recordings of 7 seen users"
+        "rotation is not supported by the federation's own check: −.050 (lower bound −.050) on later recordings, "
+        "as recorded and turned, of 7 seen users, 100% harmed"
     ]
     few = decide(source_of(worn(users=4)), "seen", METRIC, refuse, refuse)
     assert few == Decision(SOURCE, "auto uses the source: 3 seen users are too few for a check.", (), 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("recorded", "turned", "chosen"), [(49, 60, True), (47, 99, False), (51, 45, False)])
+def test_decide_needs_a_mean_gain_and_no_loss_as_recorded(source, recorded, turned, chosen):
+    rule = "rotation/fallback"
+    accuracy = {SOURCE: 50, (rule, RECORDED): recorded, (rule, WORN): turned}
+    found = decide(source, "seen", METRIC, follow_with(accuracy), refuse)
+    assert found.chosen == (rule if chosen else SOURCE)
+    [gain] = [g for g in found.gains if g.rule == rule]
+    assert (gain.value, gain.recorded) == pytest.approx(((recorded + turned) / 200 - 0.5, recorded / 100 - 0.5))
+    assert gain.margin == pytest.approx(0.02)
+    figure = format_signed(gain.recorded)
+    assert found.reason.endswith(f"{figure} ({figure}) as recorded.") or not chosen
+
+
+def test_check_turns_sensors_with_axes_only(source):
+    assert check_streams(source) == (RECORDED, WORN)
+    assert check_streams(source_of(worn(triples=()))) == (RECORDED,)
+    assert render(stream(WORN)) == WORN
 
 
 def test_lower_bound_covers_the_mean_about_as_often_as_it_says():
@@ -183,8 +210,9 @@ def test_study_of_auto_writes_choice_and_warns(tmp_path):
     study, results, decisions = run_study(Study.from_dict(given), tmp_path)
     assert study.rules == (SOURCE, AUTO, POPULATION, AUGMENTED)
     [decision] = decisions.values()
-    of = {cell.rule: traces for cell, (traces, _) in results.items()}
-    for one, other in zip(of[AUTO], of[decision.chosen], strict=True):
+    [(cell, traces)] = [(cell, traces) for cell, (traces, _) in results.items() if cell.rule == AUTO]
+    others, _ = read_cell(tmp_path, replace(cell, rule=decision.chosen))
+    for one, other in zip(traces, others, strict=True):
         assert one.predicted.tolist() == other.predicted.tolist()
     [facts] = [facts for cell, (_, facts) in results.items() if cell.rule == AUGMENTED]
     assert facts["augment"] in given["augments"]
@@ -192,7 +220,8 @@ def test_study_of_auto_writes_choice_and_warns(tmp_path):
     command += ["--rounds", "1", "--augments", ",".join(given["augments"]), "--check-rules", "--out", str(tmp_path)]
     shown = CliRunner().invoke(app, command, catch_exceptions=False).stdout
     assert decision.reason in shown
-    assert ("is not supported by the federation's own check" in shown) is (decision.chosen == SOURCE)
+    [gain] = [g for g in decision.gains if g.rule == POPULATION]
+    assert ("is not supported by the federation's own check" in shown) is not gain.supported
     stored = json.loads((tmp_path / "adapt.json").read_text())
     assert stored["auto"][0]["reason"] == decision.reason
     assert list(stored["augmented"].values()) == [facts["augment"]]

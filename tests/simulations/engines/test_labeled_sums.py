@@ -24,6 +24,7 @@ def reference():
     return execute(RUN, "reference", sums=SUMS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["grid", "grid:stacked"])
 def test_grid_and_reference_have_the_same_sums(engine, reference):
     found = execute(RUN, engine, sums=SUMS)
@@ -35,12 +36,14 @@ def test_grid_and_reference_have_the_same_sums(engine, reference):
     assert found.traffic.up["labeled sums"] > 0
 
 
+@pytest.mark.slow
 def test_sums_survive_the_checkpoint(reference, tmp_path):
     path = tmp_path / "checkpoint.safetensors"
     save_outcome(path, RUN, reference)
     assert same(load_outcome(path, RUN).sums, reference.sums)
 
 
+@pytest.mark.slow
 def test_sums_do_not_change_the_run(reference):
     plain = execute(RUN, "reference")
     assert plain.sums == {}
