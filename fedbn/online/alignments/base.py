@@ -37,6 +37,15 @@ from fedbn.plugins import discover, parse, render
 MARGIN = 1e-6
 """Smallest gain in J, in nats, for which a candidate replaces the identity."""
 
+LARGEST = 10.0
+"""Largest log likelihood ratio of one window, in nats, so that a single strange window does not decide."""
+
+AGAINST = math.log(20)
+"""Evidence against an alignment, in nats per independent window, from which it is rejected: odds of 20 to 1."""
+
+EVIDENCE_MEMORY = 50.0
+"""Windows after which the weight of a window in the evidence has fallen to 1/e."""
+
 STATE = ("n", "mean", "value", "count", "evidence")
 """Names of the tensors in the state of a user."""
 
@@ -317,7 +326,7 @@ class Aligner:
 
         ``align_n`` ``[1, M]`` and ``align_mean`` ``[1, M, D]`` are cells, ``align_value`` ``[1, P]`` the parameters,
         ``align_count`` ``[1, 2]`` the windows learned from and those that were not usable, and ``align_evidence``
-        ``[1]`` the sum of `evidence`.
+        ``[1]`` the `evidence`.
         """
         size = self.alignment.cells
         return {
@@ -356,7 +365,8 @@ class Aligner:
         slots, z, weight = (t[offered & usable] for t in (slots, z, weight))
         if not len(slots):
             return
-        self._add_evidence(rows, slots, z)
+        fading = rows["align_evidence"][slots] * math.exp(-1 / EVIDENCE_MEMORY)
+        rows["align_evidence"][slots] = fading + self._log_ratio(rows["align_value"][slots], z).to(fading)
         n, mean = rows["align_n"], rows["align_mean"]
         fade = math.exp(-1 / self.alignment.memory) if self.alignment.memory else 1.0
         cells = insert((n[slots] * fade, mean[slots]), z.to(mean), weight.to(n), self.prior.scale)
@@ -366,22 +376,32 @@ class Aligner:
     def evidence(self, rows: Mapping[str, Tensor], slots: Tensor) -> Tensor:
         r"""Log likelihood ratio of the alignment against the identity ``[U]``, in nats, for the users ``slots``.
 
-        It is prequential: each window is judged by the parameters before it,
-        :math:`\frac1b\sum_t[\log p(\theta_{t-1}z_t)-\log p(z_t)]`, so that it is not optimistic. A negative value says
-        that the user's windows fit the seen clients better without the alignment. It needs no labels. It cannot show
-        that an alignment changes the meaning of windows that fit well in both ways.
+        It is prequential (Dawid, 1984, *Statistical theory: the prequential approach*): each window is judged by the
+        parameters before it, so that it is not optimistic. It forgets, and b windows count as one independent window:
+
+        .. math:: \ell_t=\log\frac{\sum_k N(\theta_{t-1}z_t;\mu_k,\Sigma_k)}{\sum_k N(z_t;\mu_k,\Sigma_k)},\qquad
+                  L_t=e^{-1/50}L_{t-1}+\tfrac1b\operatorname{clip}(\ell_t,-10,10).
+
+        A negative value says that the user's windows fit the seen clients better without the alignment. It needs no
+        labels. It cannot show that an alignment changes the meaning of windows that fit well in both ways.
         """
         return rows["align_evidence"][slots]
 
-    def _add_evidence(self, rows: dict[str, Tensor], slots: Tensor, z: Tensor) -> None:
-        value, identity = rows["align_value"][slots].double(), self.identity.to(z)
-        moved = (value != identity).any(1)
-        if not moved.any():
-            return
-        slots, values = slots[moved], torch.stack([value[moved], identity.expand_as(value[moved])], 1)
-        n = z.new_ones(len(slots), 1)
-        gain = self.estimator.likelihood(n, z[moved, None], values)
-        rows["align_evidence"][slots] += (gain[:, 0] - gain[:, 1]).to(rows["align_evidence"])
+    def rejected(self, rows: Mapping[str, Tensor], slots: Tensor) -> Tensor:
+        """Whether the `evidence` is against the alignment ``[U]``, for the users ``slots``."""
+        return self.evidence(rows, slots) < -AGAINST
+
+    def _log_ratio(self, value: Tensor, z: Tensor) -> Tensor:
+        """Clipped log likelihood ratios ``[U]`` of windows ``[U, D]`` under parameters ``[U, P]``, divided by b."""
+        out, identity = z.new_zeros(len(z)), self.identity.to(z)
+        moved = (value.to(z) != identity).any(1)
+        if moved.any():
+            value = value[moved].to(z)
+            values = torch.stack([value, identity.expand_as(value)], 1)
+            found = self.estimator.likelihood(z.new_ones(len(value), 1), z[moved, None], values)
+            limit = LARGEST / self.alignment.b
+            out[moved] = (found[:, 0] - found[:, 1]).clamp(-limit, limit)
+        return out
 
     def _due(self, learned: Tensor) -> Tensor:
         """Whether users get an estimate after so many windows ``[U]``."""

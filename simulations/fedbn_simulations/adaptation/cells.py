@@ -126,7 +126,7 @@ def run_cell(cell: Cell, source: SourceModel) -> tuple[list[Trace], dict[str, An
     if chosen.watch:
         follower = DriftMonitor(net, source.model, *chosen.watch)
     elif chosen.fallback:
-        follower = FallbackModel(net, source.model, chosen.fallback)
+        follower = FallbackModel(net, source.model)
     ask = ActiveLabeling(chosen.ask.budget) if chosen.ask else None
     traces = follow(follower, streams, ask, task)
     facts["includes_current"] = chosen.rule.includes_current

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
 
 from fedbn.errors import UserError
 from fedbn.online import fit_alignment, personalize
-from fedbn.online.fallback import AGAINST, LARGEST, Fallback, FallbackModel, log_ratio
+from fedbn.online.alignments.base import AGAINST, EVIDENCE_MEMORY, LARGEST
+from fedbn.online.fallback import FallbackModel
 from fedbn.seeds import generator
 
 TRIPLES = ((0, 1, 2), (3, 4, 5))
@@ -34,17 +37,22 @@ def network():
     return nn.Sequential(nn.BatchNorm1d(6), nn.Flatten(), nn.Linear(96, 3)).eval()
 
 
-def test_log_ratio_is_that_of_the_mixture_of_classes(aligner):
+def test_evidence_is_that_of_the_mixture_of_classes(aligner):
     draw = generator(1, "fallback")
-    z, _ = aligner.measure(windows(draw, torch.tensor([0, 1, 2, 0])))
+    z, usable = aligner.measure(windows(draw, torch.tensor([0, 1, 2, 0])))
     value = torch.nn.functional.normalize(torch.randn(4, 4, generator=draw), dim=1).double()
+    value[3] = aligner.identity
     moved = torch.cat([aligner.alignment.transform(v, row[None]) for v, row in zip(value, z)])
     classes = torch.distributions.MultivariateNormal(aligner.prior.mean, aligner.prior.cov)
     weights = torch.distributions.Categorical(torch.ones(3).double())
     density = torch.distributions.MixtureSameFamily(weights, classes).log_prob
-    torch.testing.assert_close(log_ratio(aligner, value, z), density(moved) - density(z))
-    identity = aligner.identity.expand(4, -1)
-    torch.testing.assert_close(log_ratio(aligner, identity, z), torch.zeros(4).double())
+    rows = {k: v.repeat(4, *[1] * (v.dim() - 1)).double() for k, v in aligner.start(torch.zeros(1)).items()}
+    rows["align_value"], rows["align_evidence"] = value, torch.full((4,), 2.0).double()
+    aligner.learn(rows, torch.arange(4), z, usable, torch.ones(4))
+    ratio = (density(moved) - density(z)).clamp(-LARGEST, LARGEST) / aligner.alignment.b
+    expected = 2 * math.exp(-1 / EVIDENCE_MEMORY) + ratio
+    torch.testing.assert_close(aligner.evidence(rows, torch.arange(4)), expected)
+    assert ratio[3] == 0
 
 
 def test_fallback_answers_as_source_after_the_device_turned(aligner):
@@ -53,48 +61,40 @@ def test_fallback_answers_as_source_after_the_device_turned(aligner):
     half = torch.linalg.matrix_exp(torch.tensor([[0.0, -2.5, 0], [2.5, 0, 0], [0, 0, 0]]))
     y = torch.arange(60) % 3
     x = torch.cat([windows(draw, y, half), windows(draw, y[:15])])
-    net = personalize(model, "source", align=aligner)
-    plain = personalize(model, "source", align=aligner)
-    follower = FallbackModel(net, model)
-    equal_net, equal_source, evidence = [], [], 0.0
+    net, plain = (personalize(model, "source", align=aligner) for _ in range(2))
+    follower, rejected = FallbackModel(net, model), []
     for window in x.split(1):
         aligned = plain(window, user=["ann"])
-        z, _ = aligner.measure(window)
-        ratio = log_ratio(aligner, net.bank.rows["align_value"][[net.bank.slot.get("ann", 0)]], z)
-        against = evidence < -AGAINST * aligner.alignment.b
+        rejected.append("ann" in net.users and net.report("ann")["alignment"]["evidence"] < -AGAINST)
         out = follower.predict(window, user=["ann"])
         follower.commit(out.softmax(1))
-        expected = model(window) if against else aligned
-        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
-        evidence = (1 - 1 / 50) * evidence + float(ratio.clamp(-LARGEST, LARGEST))
-        assert follower.evidence["ann"] == pytest.approx(evidence, rel=1e-6, abs=1e-6)
-        equal_net.append(torch.allclose(out, aligned, rtol=1e-4, atol=1e-5))
-        equal_source.append(against)
-    assert all(equal_net[:60])
-    assert not any(equal_source[:60])
-    assert any(equal_source[60:])
+        torch.testing.assert_close(out, model(window) if rejected[-1] else aligned, rtol=1e-4, atol=1e-5)
+    assert not any(rejected[:60])
+    assert any(rejected[60:])
+    assert follower.windows == {"ann": sum(rejected)}
 
 
-def test_fallback_is_of_one_user_only(aligner):
+def test_fallback_is_of_one_user_only_and_part_of_its_state(aligner):
     model = network()
-    follower = FallbackModel(personalize(model, "source", align=aligner), model, Fallback(memory=5))
+    follower = FallbackModel(personalize(model, "source", align=aligner), model)
     turn = torch.linalg.matrix_exp(torch.tensor([[0.0, -2.0, 0], [2.0, 0, 0], [0, 0, 0]]))
     x = windows(generator(3, "fallback"), torch.arange(20) % 3, turn)
     for window in x:
-        follower.net(window[None], user="bob")
-    follower.evidence["ann"] = -1000.0
-    out = follower.predict(torch.stack([x[0], x[0]]), user=["ann", "bob"])
-    torch.testing.assert_close(out[:1], model(x[:1]))
-    assert not torch.allclose(out[1], out[0])
-    assert follower.windows == {"ann": 1}
-    follower.commit(out.softmax(1))
-    assert follower.evidence["ann"] == pytest.approx(-800.0)
-    assert follower.evidence["bob"] > 0
+        follower.net(torch.stack([window, window]), user=["ann", "bob"])
+    rows, slot = follower.net.bank.rows, follower.net.bank.slot
+    assert float(rows["align_evidence"][slot["bob"]]) > 0
+    rows["align_evidence"][slot["ann"]] = -100.0
+    other = FallbackModel(personalize(model, "source", align=aligner), model)
+    for user in ("ann", "bob"):
+        other.net.load(user, follower.net.state(user))
+    for each in (follower, other):
+        out = each.predict(x[[0, 0, 0]], user=["ann", "bob", "ann"])
+        torch.testing.assert_close(out[[0, 2]], model(x[[0, 0]]))
+        assert not torch.allclose(out[1], out[0])
+        assert each.windows == {"ann": 2}
 
 
 def test_fallback_needs_an_alignment():
     model = network()
     with pytest.raises(UserError, match="name one, e.g. rotation/fallback"):
         FallbackModel(personalize(model, "source"), model)
-    with pytest.raises(UserError, match="memory must be at least 1, not 0"):
-        Fallback(memory=0)

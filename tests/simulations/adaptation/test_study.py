@@ -247,7 +247,7 @@ def test_check_same_windows_rejects_other_windows(finished_study):
 def test_adaptation_method_text_round_trips():
     for text in (
         "pseudo", "tent", "pseudo/adwin/decay:n=8", "ema/ask:budget=3", "ema/page-hinkley/branch/ask",
-        "rotation/fallback", "rotation+ema/ask/fallback:memory=20.0",
+        "rotation/fallback", "rotation+ema/ask/fallback",
     ):  # fmt: skip
         assert adaptation_method(text).text == text
 
