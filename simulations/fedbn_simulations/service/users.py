@@ -188,7 +188,7 @@ class UserStore:
         slots = [bank.slot[job.user] for job in jobs]
         class_counts = bank.rows["classes"][slots].tolist()
         predictions = self.task.predict(out).float().numpy()
-        rejected = set() if self.fallback is None else set(self.fallback.windows)
+        by_source = set() if self.fallback is None else set(self.fallback.windows)
         if self.fallback is not None:
             self.fallback.windows.clear()
         return {
@@ -203,7 +203,7 @@ class UserStore:
                 held=[self.held.add(job.user, window) for window in job.windows] if job.hold else (),
                 alignment=None
                 if aligner is None
-                else aligner.report(bank.rows, slot) | {"used": job.user not in rejected},
+                else aligner.report(bank.rows, slot) | {"used": job.user not in by_source},
             )
             for job, start, end, slot, counts in zip(jobs, starts, starts[1:], slots, class_counts, strict=False)
         }

@@ -131,7 +131,7 @@ def test_served_model_supports_rules_without_training_users(own_model):
         (["serve", "hapt", "--user-rate", "-1"], "--user-rate must be 0 or more"),
         (["serve", "nowhere"], "unknown scenario"),
         (["serve", "hapt", "--rule", "psuedo"], "unknown rule"),
-        (["serve", "hapt", "--rule", "rotaton"], "Did you mean 'rotation'"),
+        (["serve", "hapt", "--rule", "rotations"], "Did you mean 'rotation'"),
         (["serve", "digits8", "--rule", "rotation"], "needs to know the channels"),
         ([*SERVE_OWN, "--shape", "2,16", "--classes", "a,b,c", "--rule", "auto"], "needs seen users to decide"),
         (["serve", "hapt", "--drift", "adwim"], "unknown drift detector"),
