@@ -153,9 +153,7 @@ def test_presets_act_at_their_windows_on_people_chosen_by_earlier_recordings(pla
 
 
 def test_auto_gives_its_reason(playground):
-    description = playground.description()["rules"]
-    assert description["auto"] == "why"
-    assert description["source"] == RULES["source"][1]
+    assert playground.description()["reason"] == "why"
 
 
 def test_switch_of_person_raises_alarm(playground):

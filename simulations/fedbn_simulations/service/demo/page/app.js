@@ -52,6 +52,7 @@ function build() {
   $("person").replaceChildren(...Object.entries(info.people).map(([name, n]) => new Option(`${name} (${Math.round((n * info.hop) / 60)} min)`, name)));
   $("order").replaceChildren(...Object.entries(info.orders).map(([name, label]) => new Option(label, name)));
   $("criterion").textContent = info.criterion;
+  $("reason").textContent = info.reason;
   $("presets").replaceChildren(...Object.entries(info.presets).map(([name, title]) => {
     const button = document.createElement("button");
     button.type = "button";
