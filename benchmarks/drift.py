@@ -37,6 +37,9 @@ DEGREES = (30, 60, 90)
 Signal = Callable[[Tensor], Floats]
 """Channel means that a detector monitors, one row per window."""
 
+AXIS = torch.tensor([0.0, 0.0, 1.0])
+"""Axis of the rotated sensor."""
+
 
 def changes(recordings: Sequence[Tensor]) -> Iterator[tuple[str, Tensor, int | None]]:
     """Name of each change, the windows that contain it, and the first window after it (None: no change)."""
@@ -44,7 +47,7 @@ def changes(recordings: Sequence[Tensor]) -> Iterator[tuple[str, Tensor, int | N
         at = len(own) // 2
         yield "false alarms", own, None
         for degrees in DEGREES:
-            rotated = rotate(playground.AXIS, torch.tensor(math.radians(degrees)))(own[at:])
+            rotated = rotate(AXIS, torch.tensor(math.radians(degrees)))(own[at:])
             yield f"rotated by {degrees}°", torch.cat([own[:at], rotated]), at
         yield "another person", torch.cat([own[:at], other[at:]]), at
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from sklearn.preprocessing import LabelEncoder
 from sklearn.utils import check_random_state
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
+from torch import nn
 
 from fedbn.config import Plan
 from fedbn.data.population import Examples, Population, User
@@ -23,7 +25,9 @@ from fedbn.federation.run import Run
 from fedbn.federation.setup import build_context_for
 from fedbn.nn.conversion import require_statistics
 from fedbn.nn.roles import Role
-from fedbn.online import Personalized, personalize
+from fedbn.online import LayerPrior, Personalized, personalize, population_prior
+from fedbn.online.prior import MAX_N0, layer_priors
+from fedbn.online.rules.base import rule as parse_rule
 from fedbn.online.validation import require_batch_norm_formula, require_independent_rows
 from fedbn.strategies.ownership import LOCAL
 
@@ -39,7 +43,10 @@ class PersonalizedClassifier(ClassifierMixin, BaseEstimator):
 
     Args:
         model: built-in network or ``package.module:factory`` with BN layers.
-        rule: adaptation rule (``fedbn list rules``).
+        rule: adaptation rule (``fedbn list rules``). The default weights a user's own statistics by the differences
+            between the groups and by the diversity of the predicted classes: it gains most under a shift of the
+            features, and a stream of one class hardly moves it (docs/adaptation.md). With a single group, nothing is
+            known of such differences, and the network stays as it was trained.
         strategy: normalization strategy during training (``fedbn list strategies``).
         rounds: number of federated rounds; with one group, number of epochs.
         batch_size: training batch size.
@@ -63,7 +70,7 @@ class PersonalizedClassifier(ClassifierMixin, BaseEstimator):
     def __init__(
         self,
         model: str = "mlp",
-        rule: str = "pseudo:n0=64",
+        rule: str = "population:diversity=1",
         strategy: str = "global-pooled",
         rounds: int = 20,
         batch_size: int = 32,
@@ -100,6 +107,7 @@ class PersonalizedClassifier(ClassifierMixin, BaseEstimator):
             raise UserError(f"{len(rows)} rows and groups of shape {list(row_groups.shape)}: pass one group per row")
         if len(rows) < 2:
             raise UserError("batch normalization cannot train on 1 sample: pass at least 2")
+        chosen = parse_rule(self.rule)
         data = Examples(_tensor(rows), torch.as_tensor(encoder.transform(labels)).long(), torch.zeros(len(rows)).long())
         users = tuple(
             User(str(name), "", examples, examples)  # there is no evaluation
@@ -123,7 +131,9 @@ class PersonalizedClassifier(ClassifierMixin, BaseEstimator):
             )
         require_independent_rows(ctx.scratch.eval(), data.x[:4], type(self).__name__)
         serving = federate(ctx.run, ctx=ctx).server.serving
-        self.network_: Personalized = personalize(ctx.load(ctx.assemble(serving, None)), self.rule)
+        network = ctx.load(ctx.assemble(serving, None))
+        prior = _differences(network, users) if chosen.requires == "n0" else None
+        self.network_: Personalized = personalize(network, chosen, prior)
         return self
 
     def adapt(self, X: ArrayLike, user: Users) -> PersonalizedClassifier:
@@ -178,3 +188,11 @@ def _names(user: Users, rows: int) -> list[str]:
     if len(names) != rows:
         raise UserError(f"{rows} rows and {len(names)} users: pass one name per row, or one name for all")
     return [str(name) for name in names]
+
+
+def _differences(network: nn.Module, users: Sequence[User]) -> dict[str, LayerPrior]:
+    """Statistics of the training users with their weight; the largest one if differences cannot be measured."""
+    windows = [user.train.x for user in users if len(user.train) > 1]
+    if len(windows) > 1:
+        return population_prior(network, windows)
+    return {path: replace(p, n0=torch.full_like(p.mean, MAX_N0)) for path, p in layer_priors(network).items()}

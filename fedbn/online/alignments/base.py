@@ -56,6 +56,15 @@ FULL = 4
 STATE = ("n", "mean", "value", "count", "evidence")
 """Names of the tensors in the state of a user."""
 
+MAX_CELLS = 16
+"""Largest number of cells in a valid state, relative to that of the alignment; each one more costs a merge."""
+
+LARGEST_PARAMETER = 1e3
+"""Largest absolute parameter in a valid state."""
+
+LARGEST_SUMMARY = 1e9
+"""Largest absolute summary or evidence in a valid state."""
+
 
 @dataclass(frozen=True)
 class AlignmentPrior:
@@ -222,6 +231,10 @@ class Alignment(SumsMethod):
     @abstractmethod
     def apply(self, value: Tensor, x: Tensor, triples: Triples) -> Tensor:
         """Windows ``[B, *shape]``, each transformed by its row of parameters ``[B, P]``."""
+
+    def valid(self, value: Tensor) -> bool:
+        """Whether parameters ``[P]`` of a stored state are possible."""
+        return bool((value.abs() <= LARGEST_PARAMETER).all())
 
     def report(self, value: Tensor) -> dict[str, Any]:
         """Parameters ``[P]`` for people."""
@@ -468,15 +481,29 @@ class Aligner:
         shapes = {"n": (cells,), "mean": (cells, *shape), "value": self.identity.shape, "count": (2,), "evidence": ()}
         if {name: tuple(t.shape) for name, t in state.items()} != {name: tuple(s) for name, s in shapes.items()}:
             return False
-        counts = torch.cat([state["n"].double(), state["count"].double()])
-        return all(bool(t.isfinite().all()) for t in state.values()) and bool(((counts >= 0) & (counts < 1e12)).all())
+        values = {name: t.double() for name, t in state.items()}
+        counts = torch.cat([values["n"], values["count"]])
+        others = torch.cat([values["mean"].flatten(), values["evidence"][None]])
+        return (
+            cells <= MAX_CELLS * self.alignment.cells
+            and bool(((counts >= 0) & (counts < 1e12)).all())
+            and bool((values["n"] > 0).all())
+            and bool((others.abs() <= LARGEST_SUMMARY).all())
+            and self.alignment.valid(values["value"])
+        )
 
     def report(self, rows: Mapping[str, Tensor], slot: int) -> dict[str, Any]:
-        """Parameters of a user for people, and the numbers of windows learned from and not usable."""
+        """Parameters of a user for people, and the numbers of windows learned from and not usable.
+
+        ``certainty`` is the probability that the user's last windows are aligned windows of the seen clients' classes
+        rather than such windows as they are, from the `evidence` and equal prior odds.
+        """
         learned, unusable = rows["align_count"][slot].tolist()
         value = rows["align_value"][slot].detach().cpu()
-        counts = {"learned": learned, "unusable": unusable, "evidence": float(rows["align_evidence"][slot])}
-        return {"alignment": render(self.alignment), **counts, **self.alignment.report(value)}
+        evidence = rows["align_evidence"][slot]
+        counts = {"learned": learned, "unusable": unusable, "evidence": float(evidence)}
+        sure = {"certainty": float(evidence.sigmoid())}
+        return {"alignment": render(self.alignment), **counts, **sure, **self.alignment.report(value)}
 
 
 def merge_states(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -132,6 +132,9 @@ class Rotation(Alignment):
             out[:, list(channels)] = matrix @ _axes(x, channels)
         return out
 
+    def valid(self, value: Tensor) -> bool:
+        return abs(float(value.norm()) - 1) < 1e-3
+
     def report(self, value: Tensor) -> dict[str, Any]:
         """Axis, and angle in degrees."""
         vector = so3.to_vector(value.double())

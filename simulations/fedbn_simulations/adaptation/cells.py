@@ -203,6 +203,15 @@ def _trace(user: str, digest: str, part: pd.DataFrame, task: Task) -> Trace:
     return TaskTrace(user, digest, values, losses, seconds, metrics, task.directions[task.example_metric])
 
 
+def stored_cell(out: Path, cell: Cell, source: SourceModel) -> tuple[list[Trace], dict[str, Any]]:
+    """Read a finished cell, or run and write it."""
+    found = read_cell(out, cell)
+    if found is None:
+        found = run_cell(cell, source)
+        write_cell(out, cell, *found)
+    return found
+
+
 def read_cell(out: Path, cell: Cell) -> tuple[list[Trace], dict[str, Any]] | None:
     """Read a finished cell; None if it is not finished or damaged.
 

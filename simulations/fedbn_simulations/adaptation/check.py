@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,7 @@ from fedbn.plugins import render
 from fedbn.scenarios.base import scenario_text
 from fedbn.streams import stream
 from fedbn.tasks import Task, render_task
-from fedbn_simulations.adaptation.cells import SOURCE, Cell
+from fedbn_simulations.adaptation.cells import SOURCE, Cell, stored_cell
 from fedbn_simulations.adaptation.methods import adaptation_method, check_classes
 from fedbn_simulations.adaptation.metric import StudyMetric
 from fedbn_simulations.adaptation.options import CheckKind
@@ -264,6 +265,17 @@ def check_streams(source: SourceModel) -> tuple[str, ...]:
     except UserError:
         return (RECORDED,)
     return (RECORDED, WORN) if source.ctx.population.triples else (RECORDED,)
+
+
+def decide_stored(source: SourceModel, out: Path, done: Callable[[Cell], None] = lambda cell: None) -> Decision:
+    """Choose a rule for the users of a service, with the check ``seen``; finished cells in ``out`` are read."""
+
+    def follow(cell: Cell, model: SourceModel) -> tuple[list[Trace], dict[str, Any]]:
+        found = stored_cell(out, cell, model)
+        done(cell)
+        return found
+
+    return decide(source, "seen", StudyMetric.of(source.ctx.task), follow, lambda run: source)
 
 
 def choose_augmented(

@@ -23,7 +23,7 @@ from fedbn.online.traces import Trace
 from fedbn.plugins import build, render, table
 from fedbn.streams import stream
 from fedbn.tta import Adapter, Method
-from fedbn_simulations.adaptation.cells import SOURCE, Cell, bounds_of, read_cell, run_cell, write_cell
+from fedbn_simulations.adaptation.cells import SOURCE, Cell, bounds_of, stored_cell
 from fedbn_simulations.adaptation.check import AUGMENTED, AUTO, Decision, choose_augmented, decide
 from fedbn_simulations.adaptation.methods import adaptation_method, can_align, check_classes
 from fedbn_simulations.adaptation.metric import StudyMetric
@@ -201,11 +201,7 @@ def _run_study(
         return train_source_model(run, out, engine, lambda event: None)
 
     def follow(cell: Cell, source: SourceModel) -> CellResult:
-        found = read_cell(out, cell)
-        if found is None:
-            found = run_cell(cell, source)
-            write_cell(out, cell, *found)
-        return found
+        return stored_cell(out, cell, source)
 
     sources = {run: train_source_model(run, out, engine, report) for run in study.runs()}
 

@@ -13,7 +13,8 @@ from fedbn.errors import UserError, install_extra
 from fedbn_simulations.cli.options import console, options_of, progress_bars
 
 if TYPE_CHECKING:
-    from fedbn.online import Rule
+    from fedbn_simulations.adaptation.check import Decision
+    from fedbn_simulations.adaptation.methods import AdaptationMethod
     from fedbn_simulations.adaptation.source_model import SourceModel
     from fedbn_simulations.service.model import ServedModel
 
@@ -40,8 +41,13 @@ def serve(
         str, typer.Option(help="With --weights: names of the outputs, comma-separated.", show_default=False)
     ] = "",
     rule: Annotated[
-        str, typer.Option(help="Rule by which statistics follow users, e.g. population:diversity=1; source: none does.")
-    ] = "source",
+        str,
+        typer.Option(
+            help="What follows users: auto (decided by seen users' later recordings), source (nothing), or a rule with "
+            "optional alignment, head and fallback, e.g. rotation+population:diversity=1+matched/fallback.",
+            show_default="auto for a scenario, source with --weights",
+        ),
+    ] = "",
     drift: Annotated[str, typer.Option(help="Drift detector: adwin or page-hinkley, with options.")] = (
         "page-hinkley:threshold=18:delta=0.02"
     ),
@@ -88,38 +94,50 @@ def serve(
     _need()
     from fedbn.online import SQLiteStore
     from fedbn.online.drift.detectors import detector
-    from fedbn.online.rules.base import rule as parse_rule
+    from fedbn_simulations.adaptation.cells import SOURCE
+    from fedbn_simulations.adaptation.check import AUTO
     from fedbn_simulations.service import server
     from fedbn_simulations.service.access import Access
     from fedbn_simulations.service.api import create_app, log_start
-    from fedbn_simulations.service.model import ServedModel
+    from fedbn_simulations.service.model import ServedModel, served_rule
     from fedbn_simulations.service.observability import log_to_stderr
     from fedbn_simulations.service.users import Limits, UserStore
 
     access = Access(host, token, rate, body, timeout, user_rate, tls_cert, tls_key)
     limits = Limits(capacity, held)
-    chosen = parse_rule(rule)
+    rule = rule or (AUTO if weights is None else SOURCE)
+    named = None if rule == AUTO else served_rule(rule)
     detector(drift)
-    own = None if weights is None else _own_model(scenario, model, weights, shape, classes, chosen)
+    own = None if weights is None else _own_model(scenario, model, weights, shape, classes, rule)
     if own is None and (scenario is None or shape or classes):
         raise UserError("name a scenario, or your own --model with --weights, --shape and --classes")
     # Before training: it takes minutes, and another service may use the store.
     users_file = SQLiteStore(store) if store.exists() else None
     with server.listen(host, port) as listening:
-        served = own or ServedModel.from_source(_trained(strategy, options | {"model": model}, chosen), chosen)
+        if own is None:
+            source, reason = _trained(strategy, options | {"model": model}, named), ""
+            if named is None:
+                decision = _decided(source)
+                rule, reason = decision.chosen, decision.reason
+            served = ServedModel.from_source(source, rule, reason)
+        else:
+            served = own
         if users_file is None:
             users_file = SQLiteStore(store)
         users = UserStore(
             served.model,
             served.shape,
             served.classes,
-            rule,
+            served.rule,
             served.prior,
             users_file,
             drift,
             limits,
             served.task,
             served.outputs,
+            served.align,
+            served.head,
+            served.reason,
         )
         log_to_stderr(verbose)
         url = server.address(host, listening, tls=tls_cert is not None)
@@ -158,7 +176,8 @@ def demo(
     access = Access()
     with server.listen(access.host, port) as listening:
         source = _trained("global-naive", options | {"scenario": scenario})
-        playground = Playground.from_source(source)
+        decision = _decided(source)
+        playground = Playground.from_source(source, decision.chosen, decision.reason)
         users = UserStore(source.model, playground.shape, playground.classes, prior=source.prior)
         log_to_stderr(verbose=False)
         url = server.address(access.host, listening)
@@ -180,39 +199,57 @@ def _need() -> None:
         raise UserError(f"this needs {', '.join(missing)}: {install_extra('demo')}")
 
 
-def _own_model(scenario: str | None, model: str, weights: Path, shape: str, classes: str, rule: Rule) -> ServedModel:
+def _own_model(scenario: str | None, model: str, weights: Path, shape: str, classes: str, rule: str) -> ServedModel:
+    from fedbn_simulations.adaptation.check import AUTO
     from fedbn_simulations.service.model import ServedModel
 
     if scenario is not None or not model or not shape or not classes:
         raise UserError("--weights needs --model, --shape and --classes, and no scenario")
+    if rule == AUTO:
+        raise UserError("--rule auto needs seen users to decide, and --weights have none: name a rule, or source")
     sides = shape.split(",")
     if not all(n.strip().isdecimal() and int(n) for n in sides):
         raise UserError(f"--shape takes positive whole numbers such as 6,128, not {shape!r}")
     return ServedModel.from_weights(model, weights, tuple(map(int, sides)), parts(classes), rule)
 
 
-def _trained(strategy: str, options: dict[str, Any], rule: Rule | None = None) -> SourceModel:
+def _trained(strategy: str, options: dict[str, Any], method: AdaptationMethod | None = None) -> SourceModel:
     """The source model; read from the cache if it was trained before with the current numerics.
 
     Raises:
-        UserError: before training, also if the rule needs classes and the task has none.
+        UserError: before training, also if the rule does not fit the task or the data.
     """
-    from fedbn.data.packages import cache_dir
     from fedbn.federation.run import task_of
-    from fedbn.online.validation import require_no_classes
-    from fedbn_simulations.adaptation.source_model import train_source_model
+    from fedbn_simulations.adaptation.methods import check_classes
+    from fedbn_simulations.adaptation.source_model import train_source_model, untrained_source_model
     from fedbn_simulations.adaptation.study import Study
-    from fedbn_simulations.storage.provenance import NUMERICS
 
     study = Study.from_dict(options | {"rules": ("source",), "strategies": (strategy,), "seeds": 1})
     (run,) = study.resolved().runs()
-    if rule is not None and not (task := task_of(run)).has_posterior:
-        require_no_classes(rule, task.name)
+    if method is not None:
+        check_classes(task_of(run), [method], (), ())
+        if method.align or method.head:
+            untrained_source_model(run).sums_for(method)
     with progress_bars(disable=False) as progress:
         training = progress.add_task(f"training on {run.scenario}", total=run.plan.rounds)
         return train_source_model(
-            run,
-            cache_dir() / "served" / f"numerics-{NUMERICS}",
-            "grid:stacked",
-            lambda event: progress.update(training, completed=event.round),
+            run, _cache(), "grid:stacked", lambda event: progress.update(training, completed=event.round)
         )
+
+
+def _decided(source: SourceModel) -> Decision:
+    """What the seen users of a model decide, printed; checks that ran before are read from the cache."""
+    from fedbn_simulations.adaptation.check import decide_stored
+
+    with progress_bars(disable=False) as progress:
+        checking = progress.add_task("checking rules on seen users", total=None)
+        decision = decide_stored(source, _cache(), lambda cell: progress.advance(checking))
+    console.print(decision.reason, highlight=False, markup=False)
+    return decision
+
+
+def _cache() -> Path:
+    from fedbn.data.packages import cache_dir
+    from fedbn_simulations.storage.provenance import NUMERICS
+
+    return cache_dir() / "served" / f"numerics-{NUMERICS}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import nn
@@ -14,10 +15,14 @@ from fedbn.integrations.pretrained import load_pretrained
 from fedbn.models import build
 from fedbn.nn.conversion import require_statistics
 from fedbn.nn.roles import Role, roles
-from fedbn.online import LayerPrior, Rule
+from fedbn.online import Aligner, LayerPrior, MatchedHead, Personalized, Rule, Store, personalize
+from fedbn.online.fallback import FallbackModel
 from fedbn.online.prequential import CLASSIFICATION
 from fedbn.online.prior import layer_priors
+from fedbn.online.rules.base import not_a_rule
+from fedbn.online.rules.source import Source
 from fedbn.tasks import Task
+from fedbn_simulations.adaptation.methods import AdaptationMethod, adaptation_method, check_classes
 from fedbn_simulations.adaptation.source_model import SourceModel
 
 
@@ -32,6 +37,10 @@ class ServedModel:
         prior: initial statistics of users.
         task: the task of the model.
         outputs: names of the outputs.
+        rule: text of the rule that follows users, with alignment, matched head and fallback (`served_rule`).
+        align: its alignment.
+        head: its matched head.
+        reason: why this rule, one sentence; empty if it was named.
     """
 
     model: nn.Module
@@ -40,18 +49,53 @@ class ServedModel:
     prior: Mapping[str, LayerPrior]
     task: Task = CLASSIFICATION
     outputs: tuple[str, ...] = ()
+    rule: str = Source.name
+    align: Aligner | None = None
+    head: MatchedHead | None = None
+    reason: str = ""
+
+    def follower(self, capacity: int, store: Store | None = None) -> Personalized | FallbackModel:
+        """The model with separate states of users that follow the rule.
+
+        Raises:
+            UserError: the rule needs sums of seen users that are missing, or does not fit the task or the model.
+        """
+        method = served_rule(self.rule)
+        check_classes(self.task, [method], (), ())
+        for what, chosen, fitted in (("alignment", method.align, self.align), ("head", method.head, self.head)):
+            if chosen is not None and fitted is None:
+                raise UserError(f"rule {self.rule!r}: its {what} needs sums of seen users; serve a scenario's model")
+        net = personalize(
+            self.model,
+            cast(Rule, method.rule),
+            self.prior,
+            capacity,
+            store=store,
+            classes=len(self.classes) or None,
+            align=self.align if method.align else None,
+            head=self.head if method.head else None,
+        )
+        return net if method.fallback is None else FallbackModel(net, self.model)
 
     @staticmethod
-    def from_source(source: SourceModel, rule: Rule) -> ServedModel:
-        """A model trained on a scenario."""
-        population, task = source.ctx.population, source.ctx.task
+    def from_source(source: SourceModel, rule: str, reason: str = "") -> ServedModel:
+        """A model trained on a scenario.
+
+        Raises:
+            UserError: the rule is not one that a service can follow, or does not fit the data.
+        """
+        population, task, method = source.ctx.population, source.ctx.task, served_rule(rule)
         names = tuple(population.classes)
         classes = names if task.has_posterior else ()
-        return ServedModel(source.model, population.shape, classes, source.prior_for(rule), task, names)
+        prior = source.prior_for(cast(Rule, method.rule))
+        align, head = source.sums_for(method)
+        return ServedModel(
+            source.model, population.shape, classes, prior, task, names, method.text, align, head, reason
+        )
 
     @staticmethod
     def from_weights(
-        model: str, weights: Path, shape: tuple[int, ...], classes: tuple[str, ...], rule: Rule
+        model: str, weights: Path, shape: tuple[int, ...], classes: tuple[str, ...], rule: str
     ) -> ServedModel:
         """A model provided by the user.
 
@@ -68,9 +112,15 @@ class ServedModel:
         """
         if len(classes) < 2 or len(set(classes)) < len(classes):
             raise UserError(f"--classes must name two different classes or more, not {', '.join(classes) or 'none'}")
-        if rule.requires:
+        method = served_rule(rule)
+        if method.align or method.head:
             raise UserError(
-                f"rule {rule.name!r} needs statistics of training users ({rule.requires}): serve a scenario's model, "
+                f"rule {method.text!r} needs labeled sums of training users for its alignment or head: serve a "
+                "scenario's model, or choose another --rule"
+            )
+        if needed := cast(Rule, method.rule).requires:
+            raise UserError(
+                f"rule {method.rule.name!r} needs statistics of training users ({needed}): serve a scenario's model, "
                 "or choose another --rule"
             )
         net = build(model, shape, len(classes), seed=0)
@@ -95,4 +145,24 @@ class ServedModel:
                 f"[2, {len(classes)}]: --classes must name every output once, and the model must return a tensor of "
                 "logits"
             )
-        return ServedModel(net, shape, classes, layer_priors(net))
+        return ServedModel(net, shape, classes, layer_priors(net), rule=method.text)
+
+
+def served_rule(text: str) -> AdaptationMethod:
+    """Rule of a service: a rule on statistics, with an optional alignment, matched head and fallback.
+
+    Raises:
+        UserError: an unknown name or option, a test-time method, or a drift detector or questions.
+
+    >>> served_rule("rotation+population:diversity=1+matched/fallback").text
+    'rotation+population:diversity=1.0+matched/fallback'
+    """
+    method = adaptation_method(text)
+    if not isinstance(method.rule, Rule):
+        raise not_a_rule(method.rule.name)
+    if method.watch or method.ask:
+        raise UserError(
+            f"--rule {text!r}: a service has its own drift detector (--drift) and asks no questions; leave out "
+            "what follows '/', other than fallback"
+        )
+    return method

@@ -37,6 +37,17 @@ SCHEMAS: dict[str, Any] = {
             action=STRING | {"enum": ["none", "calibrate", "recalibrate"]}, classes=_array(STRING), text=STRING
         ),
         held=_array(STRING),
+        alignment=_object(
+            alignment=STRING,
+            learned=NUMBER,
+            unusable=NUMBER,
+            evidence=NUMBER,
+            certainty=NUMBER | {"description": "probability that the windows are aligned ones of the seen users"},
+            degrees=NUMBER | {"description": "of a rotation"},
+            axis=_array(NUMBER),
+            used=BOOLEAN | {"description": "false if the source model answered (fallback)"},
+        )
+        | {"description": "only if the rule has an alignment"},
     ),
 }
 

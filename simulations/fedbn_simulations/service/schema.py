@@ -51,6 +51,8 @@ class Answer:
         class_counts: learned windows per predicted class; empty for tasks without classes.
         calibrated: whether the user's statistics were calibrated on own windows.
         held: identifiers of the windows stored until labels arrive.
+        alignment: the user's alignment (`fedbn.online.alignments.base.Aligner.report`), and whether it was ``used`` for
+            these windows; None without one.
     """
 
     user: str
@@ -61,6 +63,7 @@ class Answer:
     class_counts: Sequence[float]
     calibrated: bool
     held: Sequence[str] = ()
+    alignment: Mapping[str, Any] | None = None
 
 
 def validate_name(user: str) -> str:
@@ -215,4 +218,6 @@ def encode_answer(answer: Answer, classes: Sequence[str]) -> bytes:
         "advice": advice(answer, classes),
         "held": answer.held,
     }
+    if answer.alignment is not None:
+        content["alignment"] = answer.alignment
     return orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)

@@ -18,18 +18,18 @@ from torch import Tensor, nn
 from fedbn.errors import UserError
 from fedbn.nn.hooks import capture_inputs
 from fedbn.nn.roles import statistics_layers
-from fedbn.online import BNState, LayerPrior, SQLiteStore, personalize
+from fedbn.online import Aligner, BNState, LayerPrior, MatchedHead, SQLiteStore
 from fedbn.online.drift.batched import BatchedMonitor
 from fedbn.online.drift.detectors import detector
 from fedbn.online.drift.signal import channel_means
+from fedbn.online.fallback import FallbackModel
 from fedbn.online.prequential import CLASSIFICATION
 from fedbn.online.records import DamagedRecordError
-from fedbn.online.rules.base import rule
-from fedbn.online.validation import require_no_classes
 from fedbn.tasks import Task
 from fedbn_simulations.service.batching import Job
 from fedbn_simulations.service.durability import Journal
 from fedbn_simulations.service.held import HeldWindows
+from fedbn_simulations.service.model import ServedModel, served_rule
 from fedbn_simulations.service.schema import Answer, RequestError
 
 T = TypeVar("T")
@@ -73,13 +73,17 @@ class UserStore:
         model: in evaluation mode.
         shape: shape of a window.
         classes: class names; empty for tasks without classes.
-        rule: text of the rule that updates users' statistics.
+        rule: text of the rule that follows users, with optional alignment, matched head and fallback
+            (`fedbn_simulations.service.model.served_rule`).
         prior: initial statistics of users.
         store: database of states; if None, states are lost when the service ends.
         drift: text of the drift detector.
         limits: memory limits.
         task: the task of the model.
         outputs: names of the outputs, for clients; those of the classes by default.
+        align: the alignment of the rule, if it has one.
+        head: the matched head of the rule, if it has one.
+        reason: why this rule, one sentence for clients.
 
     Attributes:
         journal: changes on their way to the store; None without one.
@@ -99,16 +103,29 @@ class UserStore:
     limits: Limits = field(default_factory=Limits)
     task: Task = CLASSIFICATION
     outputs: Sequence[str] = ()
+    align: Aligner | None = None
+    head: MatchedHead | None = None
+    reason: str = ""
 
     def __post_init__(self) -> None:
         self.outputs = self.outputs or self.classes
-        if not self.task.has_posterior:
-            require_no_classes(rule(self.rule), self.task.name)
+        self.rule = served_rule(self.rule).text
         self.journal = None if self.store is None else Journal(self.store)
         classes = len(self.classes) or None
-        self.net = personalize(
-            self.model, rule(self.rule), self.prior, self.limits.capacity, store=self.journal, classes=classes
+        served = ServedModel(
+            self.model,
+            self.shape,
+            tuple(self.classes),
+            self.prior or {},
+            self.task,
+            tuple(self.outputs),
+            self.rule,
+            self.align,
+            self.head,
         )
+        self.follower = served.follower(self.limits.capacity, self.journal)
+        self.fallback = self.follower if isinstance(self.follower, FallbackModel) else None
+        self.net = self.follower.net if isinstance(self.follower, FallbackModel) else self.follower
         self._damaged: set[str] = set()
         self._check_store()
         # The first prediction checks that the model does not mix windows. It must not see windows of requests.
@@ -145,13 +162,14 @@ class UserStore:
         activations: list[Tensor] = []
         try:
             with capture_inputs(self._first_layer, lambda _path, value: activations.append(value)):
-                out = self.net.predict(torch.cat([job.windows for job in jobs]), users)
+                out = self.follower.predict(torch.cat([job.windows for job in jobs]), users)
         except Exception as error:  # a model may raise anything
             if len(jobs) == 1:
                 return {jobs[0].user: error}
             middle = len(jobs) // 2
             return self._answer(jobs[:middle]) | self._answer(jobs[middle:])
-        usable = [bool(rows.all()) for rows in self.net.usable().split([job.n for job in jobs])]
+        finite = self.net.usable() & out.reshape(len(out), -1).isfinite().all(1)
+        usable = [bool(rows.all()) for rows in finite.split([job.n for job in jobs])]
         if not all(usable):
             text = "these windows are too large: the numbers of the network overflow; check the unit of the signals"
             rejected: dict[str, Answer | Exception] = {
@@ -162,14 +180,17 @@ class UserStore:
         posterior = self.task.posterior(out)
         learn = jobs[0].learn
         if learn:
-            self.net.commit(posterior=posterior)
+            self.follower.commit(posterior=posterior)
         predicted = np.zeros(len(out), int) if posterior is None else posterior.argmax(1).numpy()
         starts = np.cumsum([0, *(job.n for job in jobs)])
         drift = self._detect_drift(jobs, starts, channel_means(activations[-1]), predicted) if learn else {}
-        bank = self.net.bank
+        bank, aligner = self.net.bank, self.net.bank.aligner
         slots = [bank.slot[job.user] for job in jobs]
         class_counts = bank.rows["classes"][slots].tolist()
         predictions = self.task.predict(out).float().numpy()
+        by_source = set() if self.fallback is None else set(self.fallback.windows)
+        if self.fallback is not None:
+            self.fallback.windows.clear()
         return {
             job.user: Answer(
                 user=job.user,
@@ -180,6 +201,9 @@ class UserStore:
                 class_counts=counts,
                 calibrated=self._is_calibrated(job.user, slot),
                 held=[self.held.add(job.user, window) for window in job.windows] if job.hold else (),
+                alignment=None
+                if aligner is None
+                else aligner.report(bank.rows, slot) | {"used": job.user not in by_source},
             )
             for job, start, end, slot, counts in zip(jobs, starts, starts[1:], slots, class_counts, strict=False)
         }

@@ -42,7 +42,7 @@ def copy(model):
 
 
 def test_classifier_has_the_documented_defaults():
-    options = {"model": "mlp", "rule": "pseudo:n0=64", "strategy": "global-pooled", "random_state": None}
+    options = {"model": "mlp", "rule": "population:diversity=1", "strategy": "global-pooled", "random_state": None}
     assert PersonalizedClassifier().get_params() == options | {"rounds": 20, "batch_size": 32, "lr": 0.05}
 
 

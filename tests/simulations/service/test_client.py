@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import re
+import shlex
+
 import numpy as np
 import pytest
 
 pytest.importorskip("fastapi")
 
 from fedbn import Client, UserError
+from tests.helpers import ROOT
 from tests.simulations.service.test_load import CLASSES, SHAPE, TOKEN, serving
 
 WINDOWS = np.zeros((2, *SHAPE))
+
+
+def test_client_example_of_the_documentation_runs(capsys):
+    [command] = re.findall(r"```bash\n(python -c .*?)```", (ROOT / "docs/service.md").read_text(), re.DOTALL)
+    _, _, code = shlex.split(command)
+    with serving() as port:
+        exec(code.replace("127.0.0.1:8000", f"127.0.0.1:{port}"), {})
+    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert len(names) == 2
+    assert set(names) <= set(CLASSES)
 
 
 def test_client_enrolls_predicts_and_deletes():

@@ -22,16 +22,19 @@ from starlette.testclient import TestClient
 from fedbn.data.population import Examples, User
 from fedbn.errors import UserError
 from fedbn.models import build
-from fedbn.online import personalize
+from fedbn.online import fit_alignment, personalize
+from fedbn.online.alignments import quaternions as so3
+from fedbn_simulations.adaptation.methods import adaptation_method
 from fedbn_simulations.service.access import Access
 from fedbn_simulations.service.api import create_app
 from fedbn_simulations.service.demo.routes import FILES, MAX_VISITORS, PAGE, routes
-from fedbn_simulations.service.demo.session import RULES, USER, Playground, Session
+from fedbn_simulations.service.demo.session import RULES, TURN_AT, USER, Playground, Session
+from fedbn_simulations.service.model import ServedModel
 from fedbn_simulations.service.server import address, create_server, listen
 from fedbn_simulations.service.users import UserStore
 from tests.helpers import ROOT
 
-SHAPE, CLASSES = (6, 32), ("sitting", "walking")
+SHAPE, CLASSES, TRIPLES = (6, 32), ("sitting", "walking"), ((0, 1, 2), (3, 4, 5))
 
 
 def examples(n, level, seed):
@@ -50,7 +53,14 @@ def playground():
         name: User(name, "x", examples(40, level, 20 + i), examples(60, level, 30 + i))
         for i, (name, level) in enumerate({"user1": 0.5, "user2": -2.0}.items())
     }
-    return Playground(model.eval(), people, CLASSES, hop=1.28, title="two people", scale=np.ones(6))
+    model.eval()
+    seen = [(user.train.x, user.train.y) for user in people.values()]
+    aligner = fit_alignment(RULES["aligned"][0], seen, 2, TRIPLES)
+    rules = {
+        name: ServedModel(model, SHAPE, CLASSES, {}, rule=text or "source", align=aligner, reason="" if text else "why")
+        for name, (text, _) in RULES.items()
+    }
+    return Playground(model, people, CLASSES, 1.28, "two people", np.ones(6), rules)
 
 
 def test_session_predicts_windows_before_learning(playground):
@@ -61,7 +71,8 @@ def test_session_predicts_windows_before_learning(playground):
     assert session.ended
     assert session.step(1)["steps"] == []
     for name, (text, _) in RULES.items():
-        net = personalize(playground.model, text)
+        align = playground.rules[name].align if name == "aligned" else None
+        net = personalize(playground.model, adaptation_method(text or "source").rule, align=align)
         expected = [int(net(x[None], "you").argmax()) for x in data.x]
         assert [p[name] for p in predicted] == expected
         assert session.num_correct[name] == sum(int(a == y) for a, y in zip(expected, data.y.tolist(), strict=True))
@@ -100,9 +111,49 @@ def test_rotation_rotates_sensor_axes(playground):
     torch.testing.assert_close(rotated[:, [0, 3]], -x[:, [1, 4]])
     torch.testing.assert_close(rotated[:, [1, 4]], x[:, [0, 3]])
     torch.testing.assert_close(rotated[:, [2, 5]], x[:, [2, 5]])
-    for degrees in (181, -181, math.nan):
-        with pytest.raises(UserError, match="-180 to 180"):
+    session.rotate(90, (2.0, 0.0, 0.0))
+    torch.testing.assert_close(session._rotated(x)[:, [0, 1]], torch.stack([x[:, 0], -x[:, 2]], 1))
+    for degrees in (181, -1, math.nan):
+        with pytest.raises(UserError, match="0 to 180"):
             session.rotate(degrees)
+    for axis in ((0.0, 0.0, 0.0), (1.0, 0.0), (math.nan, 0.0, 1.0)):
+        with pytest.raises(UserError, match="three coordinates"):
+            session.rotate(90, axis)
+
+
+def test_rotation_compares_estimate_with_truth_without_the_placement_of_the_person(playground):
+    session = Session(playground, "user1")
+    bank = session.nets["aligned"].bank
+    session.rotate(60, (0.0, 1.0, 0.0))
+    own = so3.from_vector(session.axis.double() * math.radians(60))
+    perfect = so3.multiply(session._placement, own * torch.tensor([1.0, -1, -1, -1]))
+    slot = bank.group([USER], create=True).slots
+    bank.rows["align_value"][slot] = perfect.float()
+    found = session.rotation()
+    assert found["degrees"] == pytest.approx(60, abs=0.2)
+    assert found["axis"] == pytest.approx([0, 1, 0], abs=0.02)
+    assert found["error"] < 0.2
+    bank.rows["align_value"][slot] = session._placement.float()
+    assert session.rotation()["error"] == pytest.approx(60, abs=0.2)
+
+
+def test_presets_act_at_their_windows_on_people_chosen_by_earlier_recordings(playground):
+    presets = playground.presets
+    assert set(presets) == {"turn", "hand", "recalibrate"}
+    changed = replace(playground, users={n: replace(u, test=examples(60, 3.0, 1)) for n, u in playground.users.items()})
+    assert {n: p.person for n, p in changed.presets.items()} == {n: p.person for n, p in presets.items()}
+    session = Session(playground, presets["turn"].person, "short", presets["turn"].actions)
+    steps = session.step(50)["steps"]
+    assert [i for i, step in enumerate(steps) if step["event"]] == [TURN_AT]
+    assert session.degrees == 90
+    session = Session(playground, "user1", "recorded", {0: ("record_all", ()), 1: ("switch", ("user2",))})
+    session.step(2)
+    assert session.nets["calibrated"].report(USER)["calibrated"]
+    assert session.person.name == "user2"
+
+
+def test_auto_gives_its_reason(playground):
+    assert playground.description()["reason"] == "why"
 
 
 def test_switch_of_person_raises_alarm(playground):
@@ -280,12 +331,25 @@ def test_page_plays_switches_rotates_and_calibrates(page):
 
 
 @pytest.mark.slow
+def test_page_plays_a_preset_and_shows_the_rotation(page):
+    page.click("#presets >> text=Rotate the phone")
+    slide(page, "#speed", 2)
+    page.wait_for_selector("#events >> text=the sensor is rotated by 90°")
+    assert page.inner_text("#rotate-now") == "90°"
+    assert page.input_value("#axis") == "1,0,0"
+    assert page.input_value("#order") == "short"
+    assert page.inner_text("#rotation").startswith("True: 90° about (1.0, 0.0, 0.0). Estimated: ")
+    assert page.eval_on_selector("#angles", "c => c.width > 0")
+
+
+@pytest.mark.slow
 def test_page_is_accessible_by_keyboard(page):
     names = []
-    for _ in range(8):
+    for _ in range(13):
         page.keyboard.press("Tab")
         names.append(page.evaluate("document.activeElement.id || document.activeElement.className"))
-    assert names == ["skip", "person", "play", "calibrate", "switch", "restart", "speed", "rotate"]
+    expected = ["person", "order", "play", "calibrate", "switch", "restart", "speed", "rotate", "axis"]
+    assert names == ["skip", "", "", "", *expected], "the three buttons of presets have no names"
     page.focus("#play")
     page.keyboard.press("Enter")
     page.wait_for_selector("#play >> text=Pause")
@@ -334,7 +398,7 @@ def test_demo_command_prints_address_and_exits_cleanly(tmp_path):
         "-m",
         "fedbn_simulations",
         "demo",
-        "hapt",
+        "hapt:unseen=27",
         "--rounds",
         "1",
         "--no-browser",
@@ -345,6 +409,7 @@ def test_demo_command_prints_address_and_exits_cleanly(tmp_path):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(command, **pipes, env=environment, cwd=ROOT)
     try:
+        assert "auto uses the source: 3 seen users are too few" in process.stdout.readline()
         line = process.stdout.readline()
         match = re.search(r"http://127\.0\.0\.1:\d+", line)
         assert match, process.stderr.read()

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 pytest.importorskip("fastapi")
 
 from fedbn.errors import UserError
-from fedbn.online import SQLiteStore, rule
+from fedbn.online import SQLiteStore
 from fedbn.online.rules.base import rules
 from fedbn_simulations.cli.app import app as cli
 from fedbn_simulations.cli.service import serve
@@ -66,7 +66,7 @@ def own_model(tmp_path, monkeypatch):
 
 def served_model(**options):
     defaults = {"model": "own_nets:net", "weights": Path("net.safetensors"), "shape": (2, 16)}
-    defaults |= {"classes": CLASSES, "rule": rule("pseudo")}
+    defaults |= {"classes": CLASSES, "rule": "pseudo"}
     return ServedModel.from_weights(**(defaults | options))
 
 
@@ -88,7 +88,10 @@ def test_served_model_has_own_weights_and_statistics(own_model):
         ({"weights": Path("nowhere.safetensors")}, "no weights at nowhere"),
         ({"model": "own_nets:plain"}, "the weights in net.safetensors (lack|have)"),
         ({"model": "own_nets:nat"}, "Did you mean 'net'"),
-        ({"rule": rule("population")}, "needs statistics of training users"),
+        ({"rule": "population"}, "needs statistics of training users"),
+        ({"rule": "rotation"}, "needs labeled sums of training users"),
+        ({"rule": "tent"}, "test-time method"),
+        ({"rule": "pseudo/adwin/decay"}, "has its own drift detector"),
         ({"shape": (2,)}, "cannot take windows of shape \\[2\\]"),
     ],
 )
@@ -111,7 +114,7 @@ def test_served_model_rejects_unsuitable_models(own_model, name, message):
 def test_served_model_supports_rules_without_training_users(own_model):
     for name, kind in rules().items():
         if not kind.requires:
-            assert served_model(rule=rule(name)).prior.keys() == {"1"}
+            assert served_model(rule=name).prior.keys() == {"1"}
 
 
 @pytest.mark.parametrize(
@@ -128,6 +131,9 @@ def test_served_model_supports_rules_without_training_users(own_model):
         (["serve", "hapt", "--user-rate", "-1"], "--user-rate must be 0 or more"),
         (["serve", "nowhere"], "unknown scenario"),
         (["serve", "hapt", "--rule", "psuedo"], "unknown rule"),
+        (["serve", "hapt", "--rule", "rotations"], "Did you mean 'rotation'"),
+        (["serve", "digits8", "--rule", "rotation"], "needs to know the channels"),
+        ([*SERVE_OWN, "--shape", "2,16", "--classes", "a,b,c", "--rule", "auto"], "needs seen users to decide"),
         (["serve", "hapt", "--drift", "adwim"], "unknown drift detector"),
         (["demo", "digits8"], "recordings of motion"),
     ],

@@ -11,7 +11,7 @@ from typing import Any
 import orjson
 from fastapi import APIRouter, Response, WebSocket, WebSocketDisconnect
 
-from fedbn.errors import UserError
+from fedbn.errors import UserError, unknown
 from fedbn_simulations.service.demo.session import Playground, Session
 from fedbn_simulations.service.schema import RequestError, parse_json
 
@@ -104,8 +104,18 @@ class Player:
         person = str(message.get("person"))
         if action == "open":
             await self._pause()
-            self.session = await self.compute(lambda: Session(self.playground, person))
-            await self._send("opened", {"person": person})
+            order = str(message.get("order", "recorded"))
+            self.session = await self.compute(lambda: Session(self.playground, person, order))
+            await self._send("opened", {"person": person, "order": order})
+            return
+        if action == "preset":
+            presets, name = self.playground.presets, str(message.get("name"))
+            if name not in presets:
+                raise unknown("preset", name, presets)
+            await self._pause()
+            preset = presets[name]
+            self.session = await self.compute(lambda: Session(self.playground, preset.person, "short", preset.actions))
+            await self._send("opened", {"person": preset.person, "order": "short", "preset": preset.title})
             return
         if self.session is None:
             raise UserError("open a person's stream first")
@@ -124,8 +134,11 @@ class Player:
             await self.compute(lambda: session.switch(person))
             await self._send("switched", {"person": session.person.name} | await self._layers(session))
         elif action == "rotate":
-            degrees = _number(message, "degrees")
-            await self.compute(lambda: session.rotate(degrees))
+            degrees, given = _number(message, "degrees"), message.get("axis", [0, 0, 1])
+            if not isinstance(given, list):
+                raise UserError(f"'axis' must be a list of three numbers, not {given!r}")
+            axis = [_number({"axis": value}, "axis") for value in given]
+            await self.compute(lambda: session.rotate(degrees, axis))
             await self._send("rotated", {"degrees": degrees} | await self._layers(session))
         elif action == "record":
             label = int(_number(message, "class"))

@@ -15,29 +15,48 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fedbn.data.population import User
 from fedbn.data.shift import rotate
 from fedbn.errors import UserError, unknown
+from fedbn.nn.inference import logits
 from fedbn.nn.roles import statistics_layers
-from fedbn.online import personalize
+from fedbn.online.alignments import quaternions as so3
 from fedbn.online.drift.batched import BatchedMonitor
 from fedbn.online.drift.detectors import detector
 from fedbn.online.drift.signal import Floats, channel_means
-from fedbn.online.rules.base import rule
+from fedbn.online.fallback import FallbackModel
 from fedbn.scenarios.base import scenario
 from fedbn.seeds import generator
 from fedbn.statistics.moments import Moments
 from fedbn.statistics.recalibration import recalibrate
+from fedbn.streams import stream
 from fedbn_simulations.adaptation.source_model import SourceModel
+from fedbn_simulations.service.model import ServedModel
+
+ALIGNED, AUTO, CALIBRATED = "aligned", "auto", "calibrated"
 
 RULES = {
-    "source": ("source", "never adapts"),
-    "DA-BN": ("dabn", "running moments, updated before use"),
-    "gated": ("pseudo:n0=64:gate=0.9", "learns from confident windows; the population counts as 64 windows"),
-    "calibrated": ("source", "same as source until calibration, then fixed at the person's statistics"),
+    "source": ("source", "the trained network; never adapts"),
+    "DA-BN": ("dabn", "naive: the average of the last windows, whatever the activity"),
+    ALIGNED: ("rotation:memory=40.0:b=1.0:every=1", "estimates how the sensor is turned, and turns the signal back"),
+    AUTO: ("", "what the seen users' own recordings support"),
+    CALIBRATED: ("source", "as source until you calibrate, then fixed at the person's statistics"),
 }
-"""Name on the page -> text of the rule and short description."""
+"""Name on the page -> text of the rule, which the federation decides for `AUTO`, and short description."""
+
+ORDERS = {
+    "recorded": ("natural", "as recorded"),
+    "short": ("bouts:length=4", "changing every few windows"),
+}
+"""Orders of a recording: name -> stream and label. One activity alone does not show how a sensor is turned."""
+
+TURN_AT, RECORD_AT, SWITCH_AT = 40, 80, 60
+"""Windows at which presets act."""
+
+TURN = (90.0, (1.0, 0.0, 0.0))
+"""Degrees and axis of the turn in presets."""
 
 SIGNAL_SAMPLES = 32
 """Number of samples of a window that are sent for plotting."""
@@ -55,8 +74,11 @@ DETECTOR = "page-hinkley:threshold=15:delta=0.0"
 
 USER = "wearer"
 
-AXIS = torch.tensor([0.0, 0.0, 1.0])
-"""Rotations of the sensor are about its third axis."""
+CRITERION = (
+    "The person is the median of the unseen people by the source's accuracy on their earlier recordings, which are not "
+    "played; the other person's sensor differs most in direction, again in earlier recordings."
+)
+"""How the people of presets are chosen."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +92,7 @@ class Playground:
         hop: seconds from one window to the next.
         title: description of the scenario.
         scale: ``[channels]`` variance of the channel means of seen users' windows.
+        rules: the model with each rule of the page.
     """
 
     model: nn.Module
@@ -78,10 +101,16 @@ class Playground:
     hop: float
     title: str
     scale: Floats
+    rules: Mapping[str, ServedModel]
 
     @staticmethod
-    def from_source(source: SourceModel) -> Playground:
+    def from_source(source: SourceModel, chosen: str, reason: str) -> Playground:
         """Create from a trained model and its unseen users.
+
+        Args:
+            source: the model.
+            chosen: rule that the federation chose (`fedbn_simulations.adaptation.check.decide`).
+            reason: why, one sentence.
 
         Raises:
             UserError: the page cannot show the data, or no user is held out.
@@ -90,7 +119,11 @@ class Playground:
         users = {user.name: user for user in source.users("unseen")}
         hop = spec.window * (1 - spec.overlap) / SAMPLING_RATE
         scale = channel_means(source.source_windows).var(0)
-        return Playground(source.model, users, source.ctx.population.classes, hop, spec.about, scale)
+        rules = {
+            name: ServedModel.from_source(source, text or chosen, "" if text else reason)
+            for name, (text, _) in RULES.items()
+        }
+        return Playground(source.model, users, source.ctx.population.classes, hop, spec.about, scale, rules)
 
     @cached_property
     def shape(self) -> tuple[int, ...]:
@@ -112,6 +145,23 @@ class Playground:
             raise unknown("person", name, self.users)
         return self.users[name]
 
+    @cached_property
+    def presets(self) -> dict[str, Preset]:
+        """The presets, by name; `CRITERION` chooses their people."""
+        earlier = {name: user.train for name, user in self.users.items()}
+        right = {name: logits(self.model, own.x).argmax(1) == own.y for name, own in earlier.items()}
+        accuracy = {name: float(values.double().mean()) for name, values in right.items()}
+        ranked = sorted(self.users, key=lambda name: (accuracy[name], name))
+        median = ranked[(len(ranked) - 1) // 2]
+        direction = {name: F.normalize(own.x[:, :3].mean((0, 2)), dim=0) for name, own in earlier.items()}
+        other = min(self.users, key=lambda name: float(direction[name] @ direction[median]))
+        turn = {TURN_AT: ("rotate", TURN)}
+        return {
+            "turn": Preset("Rotate the phone", median, turn),
+            "hand": Preset("Hand it to someone else", median, {SWITCH_AT: ("switch", (other,))}),
+            "recalibrate": Preset("Recalibrate", median, {**turn, RECORD_AT: ("record_all", ())}),
+        }
+
     def description(self) -> dict[str, Any]:
         """Information that the page needs to start."""
         return {
@@ -119,10 +169,29 @@ class Playground:
             "people": {name: len(user.test) for name, user in self.users.items()},
             "classes": list(self.classes),
             "rules": {name: text for name, (_, text) in RULES.items()},
+            "reason": self.rules[AUTO].reason,
+            "orders": {name: label for name, (_, label) in ORDERS.items()},
+            "presets": {name: preset.title for name, preset in self.presets.items()},
+            "criterion": CRITERION,
             "layers": self.layers,
             "channels": self.shape[0],
             "hop": self.hop,
         }
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A story on the page: actions at fixed windows of a person's recording, with short activities.
+
+    Attributes:
+        title: label of the button.
+        person: the first person.
+        actions: window -> action and arguments of `Session`.
+    """
+
+    title: str
+    person: str
+    actions: Mapping[int, tuple[str, tuple[Any, ...]]]
 
 
 def demo_scenario(text: str) -> Any:
@@ -143,22 +212,30 @@ class Session:
     Args:
         playground: shared by all sessions.
         person: name of the first person.
+        order: name of an order (`ORDERS`).
+        actions: actions at windows, as of a `Preset`.
 
     Raises:
         UserError: unknown name.
     """
 
-    def __init__(self, playground: Playground, person: str) -> None:
-        self.playground = playground
-        self.nets = {
-            name: personalize(playground.model, rule(text), capacity=1, classes=len(playground.classes))
-            for name, (text, _) in RULES.items()
-        }
+    def __init__(
+        self,
+        playground: Playground,
+        person: str,
+        order: str = "recorded",
+        actions: Mapping[int, tuple[str, tuple[Any, ...]]] | None = None,
+    ) -> None:
+        if order not in ORDERS:
+            raise unknown("order", order, ORDERS)
+        self.playground, self.order, self.actions = playground, order, dict(actions or {})
+        self.followers = {name: served.follower(capacity=1) for name, served in playground.rules.items()}
+        self.nets = {name: f.net if isinstance(f, FallbackModel) else f for name, f in self.followers.items()}
         self.monitor = BatchedMonitor(detector(DETECTOR), playground.scale, len(playground.classes), capacity=1)
         self.position = self.num_windows = 0
         self.num_correct = dict.fromkeys(RULES, 0)
         self.recent: dict[str, deque[bool]] = {name: deque(maxlen=RECENT) for name in RULES}
-        self.degrees = 0.0
+        self.degrees, self.axis = 0.0, torch.tensor([0.0, 0.0, 1.0])
         self.recorded: dict[int, Tensor] = {}
         self.switch(person)
 
@@ -171,19 +248,23 @@ class Session:
             UserError: unknown name.
         """
         self.person = self.playground.person(person)
+        self.data = stream(ORDERS[self.order][0]).make_all([person], [self.person.test], 0)[0]
         self.position = 0
         self.recorded.clear()
         self._measure_statistics()
 
-    def rotate(self, degrees: float) -> None:
-        """Rotate the sensor for all further windows.
+    def rotate(self, degrees: float, axis: Sequence[float] = (0.0, 0.0, 1.0)) -> None:
+        """Rotate the sensor about an axis for all further windows.
 
         Raises:
-            UserError: the angle is not between -180 and 180.
+            UserError: the angle is not between 0 and 180, or the axis has no direction.
         """
-        if not -180 <= degrees <= 180:
-            raise UserError(f"the angle must be -180 to 180 degrees, not {degrees:g}")
-        self.degrees = degrees
+        if not 0 <= degrees <= 180:
+            raise UserError(f"the angle must be 0 to 180 degrees, not {degrees:g}")
+        direction = torch.tensor(axis, dtype=torch.float32)
+        if direction.shape != (3,) or not 1e-3 < float(direction.norm()) < 1e3:
+            raise UserError(f"the axis must have three coordinates that are not all 0, not {list(axis)}")
+        self.degrees, self.axis = degrees, F.normalize(direction, dim=0)
         self.recorded.clear()
         self._measure_statistics()
 
@@ -207,12 +288,16 @@ class Session:
             self.recorded.clear()
         return {"recorded": label, "missing": sorted(missing), "done": not missing}
 
+    def record_all(self) -> dict[str, Any]:
+        """Record one window of each class, and calibrate."""
+        return [self.record(label) for label in sorted(set(self.person.train.y.tolist()))][-1]
+
     # ---------------------------------------------------------------- the stream
 
     @property
     def ended(self) -> bool:
         """Whether the recording has ended."""
-        return self.position >= len(self.person.test)
+        return self.position >= len(self.data)
 
     def step(self, limit: int) -> dict[str, Any]:
         """Process up to ``limit`` windows. Every rule predicts each window before learning from it."""
@@ -222,23 +307,31 @@ class Session:
         return {
             "steps": steps,
             "position": self.position,
-            "total": len(self.person.test),
+            "total": len(self.data),
             "num_windows": self.num_windows,
             "accuracy": {
                 name: {"all": self.num_correct[name] / max(1, self.num_windows), "recent": _mean(self.recent[name])}
                 for name in RULES
             },
             "layers": self.positions(),
+            "rotation": self.rotation(),
+            "person": self.person.name,
+            "degrees": self.degrees,
         }
 
     def _process_window(self) -> dict[str, Any]:
-        data, i = self.person.test, self.position
+        event = ""
+        if self.num_windows in self.actions:
+            name, arguments = self.actions.pop(self.num_windows)
+            getattr(self, name)(*arguments)
+            event = _event(name, arguments)
+        data, i = self.data, self.position
         x = self._rotated(data.x[i : i + 1])
         label = int(data.y[i])
         predicted = {}
-        for name, net in self.nets.items():
-            posterior = net.predict(x, [USER]).softmax(1)
-            net.commit(posterior=posterior)
+        for name, follower in self.followers.items():
+            posterior = follower.predict(x, [USER]).softmax(1)
+            follower.commit(posterior=posterior)
             predicted[name] = int(posterior.argmax())
             self.num_correct[name] += predicted[name] == label
             self.recent[name].append(predicted[name] == label)
@@ -253,6 +346,28 @@ class Session:
             "label": label,
             "predicted": predicted,
             "alarm": alarm,
+            "event": event,
+        }
+
+    def rotation(self) -> dict[str, Any]:
+        """The true rotation of the sensor, the estimated one, and the angle between them in degrees.
+
+        The estimate turns windows onto the population. The person's own placement is not a rotation of the page, so it
+        is removed: it is the rotation that `fedbn.online.alignments.rotation.Rotation.register` finds with the labels
+        of the person's earlier recording.
+        """
+        bank = self.nets[ALIGNED].bank
+        slot = bank.group([USER], create=False).slots
+        found = so3.multiply(_inverse(bank.rows["align_value"][slot][0].double()), self._placement)
+        true = so3.from_vector(self.axis.double() * math.radians(self.degrees))
+        vector, error = so3.to_vector(found), so3.to_vector(so3.multiply(found, _inverse(true)))
+        return {
+            "degrees": round(float(vector.norm().rad2deg()), 1),
+            "axis": [round(v, 2) for v in F.normalize(vector, dim=0).tolist()],
+            "error": round(float(error.norm().rad2deg()), 1),
+            "certainty": round(self.nets[ALIGNED].report(USER)["alignment"]["certainty"], 3),
+            "true": self.degrees,
+            "true_axis": [round(v, 2) for v in self.axis.tolist()],
         }
 
     def positions(self) -> dict[str, list[float]]:
@@ -270,7 +385,7 @@ class Session:
         return positions
 
     def _rotated(self, x: Tensor) -> Tensor:
-        return rotate(AXIS, torch.tensor(math.radians(self.degrees)))(x) if self.degrees else x
+        return rotate(self.axis, torch.tensor(math.radians(self.degrees)))(x) if self.degrees else x
 
     def _measure_statistics(self) -> None:
         """Compute the person's own statistics from the earlier recording at the current rotation."""
@@ -279,6 +394,28 @@ class Session:
             {path: _moments(layer.running_mean, layer.running_var) for path, layer in statistics_layers(model).items()}
             for model in (self.playground.model, own)
         )
+        aligner = self.nets[ALIGNED].bank.aligner
+        assert aligner is not None
+        z, _ = aligner.measure(self.person.train.x)
+        y = self.person.train.y
+        classes = torch.tensor([c for c in sorted(set(y.tolist())) if aligner.prior.seen[c]])
+        means = torch.stack([z[y == c].mean(0) for c in classes])
+        self._placement = aligner.alignment.register(aligner.prior, means, classes)
+
+
+def _inverse(q: Tensor) -> Tensor:
+    return q * torch.tensor([1.0, -1.0, -1.0, -1.0]).to(q)
+
+
+def _event(action: str, arguments: Sequence[Any]) -> str:
+    """An action of a preset in words."""
+    match action:
+        case "rotate":
+            return f"the sensor is rotated by {arguments[0]:g}°"
+        case "switch":
+            return f"{arguments[0]} now has the device; the rules are not informed"
+        case _:
+            return "calibrated with one window of each activity"
 
 
 def _moments(mean: Any, var: Any) -> Moments:

@@ -10,6 +10,7 @@ function clear() {
   history = { windows: [], steps: [], points: [], marks: [], positions: {}, numWindows: 0 };
   $("events").innerHTML = '<li class="none">Nothing yet.</li>';
   $("progress").value = 0;
+  $("rotation").textContent = "–";
   $("true-class").textContent = "–";
   document.querySelectorAll("#rules tbody td:not(.description)").forEach((cell) => { cell.textContent = "–"; cell.className = cell.className.includes("n") ? "n" : ""; });
   dirty = true;
@@ -49,6 +50,17 @@ function showSpeed() {
 function build() {
   $("title").textContent = `Data: ${info.title}.`;
   $("person").replaceChildren(...Object.entries(info.people).map(([name, n]) => new Option(`${name} (${Math.round((n * info.hop) / 60)} min)`, name)));
+  $("order").replaceChildren(...Object.entries(info.orders).map(([name, label]) => new Option(label, name)));
+  $("criterion").textContent = info.criterion;
+  $("reason").textContent = info.reason;
+  $("presets").replaceChildren(...Object.entries(info.presets).map(([name, title]) => {
+    const button = document.createElement("button");
+    button.type = "button";
+    button.textContent = title;
+    button.dataset.preset = name;
+    button.onclick = () => { setPlaying(false); send("preset", { name }); };
+    return button;
+  }));
   $("rules").querySelector("tbody").replaceChildren(...Object.entries(info.rules).map(([name, description], i) => {
     const row = document.createElement("tr"), head = document.createElement("th");
     head.scope = "row";
@@ -81,13 +93,18 @@ function windows(message) {
     history.numWindows += 1;
     history.windows.push(step.signal);
     history.steps.push(step);
+    if (step.event) logEvent(step.event, "action");
     if (step.alarm) logEvent("drift detected: the signal has changed", "drift");
   }
   history.windows = history.windows.slice(-HISTORY.windows);
   history.steps = history.steps.slice(-HISTORY.steps);
   history.numWindows = message.num_windows;
   const recent = Object.fromEntries(Object.entries(message.accuracy).map(([name, a]) => [name, a.recent]));
-  history.points = [...history.points, { window: message.num_windows, recent }].slice(-HISTORY.points);
+  const rotation = message.rotation;
+  history.points = [...history.points, { window: message.num_windows, recent, rotation }].slice(-HISTORY.points);
+  showRotation(rotation);
+  if (message.person !== person) { person = message.person; $("person").value = person; }
+  if (message.steps.some((step) => step.event)) showSlider(message.degrees, rotation.true_axis);
   $("progress").value = message.position / message.total;
   const last = message.steps[message.steps.length - 1];
   if (last) {
@@ -101,6 +118,22 @@ function windows(message) {
     }
   }
   dirty = true;
+}
+
+function showRotation(r) {
+  const axis = (v) => `(${v.map((c) => c.toFixed(1)).join(", ")})`;
+  $("rotation").textContent = `True: ${r.true}°${r.true ? ` about ${axis(r.true_axis)}` : ""}. Estimated: ${Math.round(r.degrees)}°`
+    + `${r.degrees >= 1 ? ` about ${axis(r.axis)}` : ""}. Angle between them: ${Math.round(r.error)}°. Certainty: ${percent(r.certainty)}.`;
+}
+
+function showSlider(degrees, axis) {
+  $("rotate").value = degrees;
+  $("rotate-now").textContent = `${degrees}°`;
+  const found = [...$("axis").options].find((o) => {
+    const v = o.value.split(",").map(Number), n = Math.hypot(...v);
+    return v.every((c, i) => Math.abs(c / n - axis[i]) < 0.02);
+  });
+  if (found) $("axis").value = found.value;
 }
 
 function recorded(message) {
@@ -130,9 +163,15 @@ const HANDLERS = {
     clear();
     person = message.person;
     $("person").value = person;
-    $("rotate").value = 0;
-    $("rotate-now").textContent = "0°";
-    if (!playing) setStatus(`${person} is ready. Press Play.`);
+    $("order").value = message.order;
+    showSlider(0, [0, 0, 1]);
+    if (message.preset) {
+      $("speed").value = 1.5;
+      showSpeed();
+      setPlaying(true);
+      send("play", { speed: speed() });
+      setStatus(`${message.preset}: playing ${person}.`);
+    } else if (!playing) setStatus(`${person} is ready. Press Play.`);
   },
   windows,
   switched(message) {
@@ -153,7 +192,7 @@ const HANDLERS = {
 function open(name) {
   person = name;
   setPlaying(false);
-  send("open", { person: name });
+  send("open", { person: name, order: $("order").value || "recorded" });
 }
 
 function connect() {
@@ -179,7 +218,7 @@ $("play").onclick = () => {
   send(playing ? "play" : "pause", { speed: speed() });
 };
 $("restart").onclick = () => open(person);
-$("person").onchange = () => open($("person").value);
+$("person").onchange = $("order").onchange = () => open($("person").value);
 $("switch").onclick = () => {
   const names = Object.keys(info.people);
   send("switch", { person: names[(names.indexOf(person) + 1) % names.length] });
@@ -188,12 +227,13 @@ $("speed").oninput = () => {
   showSpeed();
   if (playing) send("play", { speed: speed() });
 };
-$("rotate").oninput = () => {
+$("rotate").oninput = $("axis").onchange = () => {
   const degrees = Number($("rotate").value);
   $("rotate-now").textContent = `${degrees}°`;
   $("rotate").setAttribute("aria-valuetext", `${degrees} degrees`);
   clearTimeout(rotation);
-  rotation = setTimeout(() => send("rotate", { degrees }), 250);
+  const axis = $("axis").value.split(",").map(Number);
+  rotation = setTimeout(() => send("rotate", { degrees, axis }), 250);
 };
 $("calibrate").onclick = () => {
   $("record-list").replaceChildren(...info.classes.map((name, i) => {
@@ -219,6 +259,7 @@ function draw() {
     const rules = Object.keys(info.rules);
     charts.signals($("signals"), history.windows);
     charts.accuracy($("accuracy"), rules, history.points, history.marks);
+    charts.angles($("angles"), history.points, history.marks);
     charts.activity($("activity"), rules, history.steps);
     charts.layers($("layers"), info.layers, rules, history.positions);
   }

@@ -1,6 +1,6 @@
 // Charts: redrawn from the history whenever it changes, in the colors of the style sheet.
 
-export const DASHES = [[6, 4], [2, 3], [], [10, 3, 2, 3]];
+export const DASHES = [[6, 4], [2, 3], [], [10, 3, 2, 3], [1, 5]];
 export const CLASSES = ["#4477AA", "#EE6677", "#228833", "#CCBB44", "#66CCEE", "#AA3377", "#BBBBBB"];
 
 export const color = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
@@ -80,6 +80,34 @@ export function accuracy(canvas, rules, points, marks) {
   });
 }
 
+export function angles(canvas, points, marks) {
+  const { g, w, h } = prepare(canvas);
+  const left = 46, bottom = h - 20, top = 8;
+  const last = points.length ? points[points.length - 1].window : 1, first = points.length ? points[0].window : 0;
+  const x = (n) => left + ((w - left - 4) * (n - first)) / Math.max(1, last - first), y = (v) => bottom - (v / 180) * (bottom - top);
+  g.fillStyle = color("--soft");
+  g.strokeStyle = color("--edge");
+  for (const v of [0, 45, 90, 135, 180]) {
+    g.beginPath(); g.moveTo(left, y(v)); g.lineTo(w, y(v)); g.stroke();
+    g.textAlign = "right";
+    g.fillText(`${v}°`, left - 5, y(v) + 4);
+  }
+  g.fillText(`window ${last}`, w - 2, h - 4);
+  g.textAlign = "left";
+  g.fillText(`${first}`, left, h - 4);
+  g.lineWidth = 2;
+  for (const mark of marks) {
+    if (mark.window < first || mark.kind === "drift") continue;
+    g.strokeStyle = color("--action");
+    g.beginPath(); g.moveTo(x(mark.window), top); g.lineTo(x(mark.window), bottom); g.stroke();
+  }
+  g.strokeStyle = color("--r2");
+  g.lineWidth = 3;
+  g.beginPath();
+  for (const point of points) g.lineTo(x(point.window), y(point.rotation.error));
+  g.stroke();
+}
+
 export function activity(canvas, rules, steps) {
   const { g, w, h } = prepare(canvas);
   const rows = ["true", ...rules], left = 76, numShown = 90, height = Math.min(34, h / rows.length), width = (w - left) / numShown;
@@ -113,7 +141,7 @@ function addElement(name, attributes, parent, text) {
 export function marker(i, x, y, parent) {
   const fill = `var(--r${i})`, style = `fill: ${fill}; stroke: var(--card); stroke-width: 1.5`;
   const shapes = [`M${x - 6},${y} a6,6 0 1,0 12,0 a6,6 0 1,0 -12,0`, `M${x - 6},${y - 6} h12 v12 h-12 z`,
-    `M${x},${y - 8} l8,14 h-16 z`, `M${x},${y - 8} l8,8 l-8,8 l-8,-8 z`];
+    `M${x},${y - 8} l8,14 h-16 z`, `M${x},${y - 8} l8,8 l-8,8 l-8,-8 z`, `M${x},${y + 8} l8,-14 h-16 z`];
   addElement("path", { d: shapes[i] }, parent).style.cssText = style;
 }
 
