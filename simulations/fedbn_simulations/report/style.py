@@ -20,6 +20,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_pdf import FigureCanvasPdf
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from PIL import Image
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -107,6 +108,14 @@ def png(figure: Figure) -> bytes:
     with mpl.rc_context(STYLE):
         FigureCanvasAgg(figure)
         figure.savefig(buffer, format="png", dpi=200, facecolor="white", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def small_png(figure: Figure) -> bytes:
+    """The figure as PNG with 48 colors, a fifth of the size of `png`, for pages with many figures."""
+    buffer = io.BytesIO()
+    with Image.open(io.BytesIO(png(figure))) as image:
+        image.convert("RGB").quantize(48, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(buffer, format="png", optimize=True)
     return buffer.getvalue()
 
 

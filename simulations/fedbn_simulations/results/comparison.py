@@ -157,8 +157,13 @@ class Comparison(Matrix):
             }
         ).reset_index()
 
-    def wide(self, metric: str = "") -> pd.DataFrame:
-        """The matrix as text: statistics and strategy down, rows of the matrix across; † marks `unlearned` ones."""
+    def wide(self, metric: str = "", labels: bool = False) -> pd.DataFrame:
+        """The matrix as text: statistics and strategy down, rows of the matrix across; † marks `unlearned` ones.
+
+        Args:
+            metric: a metric; the one that is displayed by default.
+            labels: name strategies by the labels of commands and files instead of readable names.
+        """
         marks = dict.fromkeys(self.unlearned, " †")
         text = {
             (line.column, line.strategy, line.row): format_estimate(line.mean, line.ci_low, line.ci_high)
@@ -174,7 +179,10 @@ class Comparison(Matrix):
         return pd.DataFrame(
             [[text.get((*key, row), "–") for row in rows] for key in index],
             index=pd.MultiIndex.from_tuples(
-                [(COLUMNS[column][0], strategy + marks.get(strategy, "")) for column, strategy in index],
+                [
+                    (COLUMNS[column][0], (s if labels else self.names[s]) + marks.get(s, ""))
+                    for column, s in index
+                ],
                 names=["statistics", "strategy"],
             ),
             columns=[ROWS[row][0] for row in rows],
