@@ -170,7 +170,7 @@ def paired(comparison: Comparison) -> Table:
         cells[line.strategy, line.column, line.row] = Cell(
             format_signed(line.difference), (users or seeds) + below, line.difference, is_clear(line)
         )
-    caption = f"{_title(comparison)} minus that of {comparison.names[comparison.reference]}, user by user [95 % interval over users]"
+    caption = f"{_title(comparison)} minus that of {comparison.reference_name}, user by user [95 % interval over users]"
     return _across(comparison, comparison.strategies[1:], cells, caption)
 
 

@@ -122,7 +122,7 @@ def _context(comparison: Comparison) -> dict[str, Any]:
             **({"unseen users": unseen} if unseen else {}),
             "seeds": comparison.runs["seed"].nunique(),
             "runs": len(comparison.runs),
-            "reference": comparison.names[comparison.reference],
+            "reference": comparison.reference_name,
             "engine": comparison.engine,
         },
         "rows": [ROWS[row] for row in dict.fromkeys(row for row, _ in comparison.cells)],

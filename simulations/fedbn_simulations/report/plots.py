@@ -100,7 +100,9 @@ def paired_figure(
     figure.supxlabel("users, sorted by their difference")
     better = "above" if comparison.higher_is_better(metric) else "below"
     name = metric_title(metric or comparison.metric)
-    figure.supylabel(f"{name} minus {_short(comparison.names[comparison.reference])}\n({better} 0 is better)", multialignment="center")
+    figure.supylabel(
+        f"{name} minus {_short(comparison.reference_name)}\n({better} 0 is better)", multialignment="center"
+    )
     return figure
 
 

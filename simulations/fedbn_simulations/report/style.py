@@ -115,7 +115,8 @@ def small_png(figure: Figure) -> bytes:
     """The figure as PNG with 48 colors, a fifth of the size of `png`, for pages with many figures."""
     buffer = io.BytesIO()
     with Image.open(io.BytesIO(png(figure))) as image:
-        image.convert("RGB").quantize(48, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(buffer, format="png", optimize=True)
+        few = image.convert("RGB").quantize(48, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+        few.save(buffer, format="png", optimize=True)
     return buffer.getvalue()
 
 

@@ -99,7 +99,7 @@ def paired_table(comparison: Comparison, metric: str = "", width: int = 100) -> 
         [first],
         text,
         width,
-        title=f"{_title(comparison, metric)} minus that of {comparison.names[comparison.reference]}, user by user [95 % interval]",
+        title=f"{_title(comparison, metric)} minus that of {comparison.reference_name}, user by user [95 % interval]",
         caption="*: interval excludes 0 and corrected p < .05. ↑ ↓: users gaining, losing over one point. "
         "More in the report.",
     )

@@ -133,6 +133,11 @@ class Matrix:
         return self.strategies[0]
 
     @property
+    def reference_name(self) -> str:
+        """Readable name of the reference."""
+        return self.names[self.reference]
+
+    @property
     def metrics(self) -> dict[str, bool]:
         """All metrics, and whether higher is better. Learning curves show the first."""
         return dict(self.meta.get("metrics", METRICS))
