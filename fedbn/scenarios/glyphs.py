@@ -179,7 +179,7 @@ def _fonts(paths: Paths) -> Labeled:
 
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     if missing := [face for face in FACES if not (folder / f"{face}.ttf").is_file()]:
-        raise UserError(f"scenario digits draws the typeface {missing[0]}: pip install 'matplotlib>=3.11', which has it")
+        raise UserError(f"scenario digits draws the typeface {missing[0]}: pip install 'matplotlib>=3.11'")
     rng = numpy_generator(0, "digits", "fonts")
     labels = (np.arange(FONT_IMAGES) % 10).astype(np.uint8)
     out = np.empty((FONT_IMAGES, SIZE, SIZE), np.uint8)
