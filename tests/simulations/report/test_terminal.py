@@ -52,3 +52,16 @@ def test_sentences_name_too_few_users(tmp_path, users):
     own, _, unseen = sentences(Comparison.load(tmp_path))
     assert (f"too few users ({users}) to test" in own) is (users < MIN_USERS)
     assert "too few users (2) to test" in unseen
+
+
+def test_objects_have_the_names_of_their_classes(tmp_path):
+    labels = ["global-naive", "memory:MyBN-eda7c51eaf03", "memory:MyBN-0b11c51eaf03:alpha=1", "mine:MyBN"]
+    write(tmp_path, dict(zip(labels, (0.7, 0.8, 0.75, 0.6))), seeds=(0,))
+    comparison = Comparison.load(tmp_path)
+    assert list(comparison.names.values()) == ["FedAvg (naive BN)", "MyBN (eda7)", "MyBN, alpha=1", "mine:MyBN"]
+    assert set(comparison.wide().index.get_level_values("strategy")) == set(comparison.names.values())
+    assert set(comparison.matrix()["strategy"]) == set(labels)
+    assert "MyBN (eda7) .8" in sentences(comparison)[0]
+    for text in (printed(comparison, 80), repr(comparison), comparison.to_markdown()):
+        assert "MyBN (eda7)" in text
+        assert "memory:" not in text
