@@ -70,9 +70,9 @@ def heat_map(means: Means) -> Figure:
         if np.isfinite(value):
             color = "white" if abs(differences[i, j]) > 0.8 * CLIP else "black"
             axes.text(j, i, format_number(value), ha="center", va="center", fontsize=6, color=color)
-    suffix = {"recalibrated": "\n(recal.)"}
+    suffix = {"recalibrated": "\n(recalib.)"}
     names = [test.replace(" ", "\n", 1) + suffix.get(statistics, "") for statistics, test in cells]
-    axes.set_xticks(range(len(cells)), names, fontsize=6.5)
+    axes.set_xticks(range(len(cells)), names, fontsize=6)
     axes.set_yticks(range(len(order)), [readable(s) for s in order], fontsize=6)
     axes.tick_params(length=0, top=True, bottom=False, labeltop=True, labelbottom=False)
     axes.spines[:].set_visible(False)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import runpy
+
 import nbformat
 import pytest
 
-from examples.execute import NOTEBOOKS, executed
-from tests.helpers import nonempty
+from tests.helpers import ROOT, nonempty
 
-EACH = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+# By path, because some packages install a top-level package named examples.
+SCRIPT = runpy.run_path(str(ROOT / "examples" / "execute.py"))
+EACH = pytest.mark.parametrize("path", SCRIPT["NOTEBOOKS"], ids=lambda path: path.stem)
 
 
 def outputs_of(notebook):
@@ -32,4 +35,4 @@ def test_notebooks_are_stored_with_outputs_and_plots(path):
 @pytest.mark.slow
 @EACH
 def test_notebooks_run(path):
-    assert outputs_of(executed(path)) == outputs_of(nbformat.read(path, as_version=4))
+    assert outputs_of(SCRIPT["executed"](path)) == outputs_of(nbformat.read(path, as_version=4))
