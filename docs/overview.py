@@ -52,7 +52,7 @@ def means_of(text: str, block: str) -> Means:
         for test in ("own test", "worst 10 %", "global test", "unseen users"):
             value = line.get(test, "–").split(" ")[0]
             if value != "–":
-                means.setdefault(line["strategy"], {})[line["statistics"], test] = float(value)
+                means.setdefault(line["strategy"].removesuffix(" †"), {})[line["statistics"], test] = float(value)
     return means
 
 

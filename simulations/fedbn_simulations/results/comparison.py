@@ -124,8 +124,9 @@ class Comparison(Matrix):
             engine=engine,
         )
         if unlearned := loaded.unlearned:
+            names = ", ".join(loaded.names[strategy] for strategy in unlearned)
             notice = (
-                f"Did not learn (†), and are left out of advice: {', '.join(unlearned)}. No mean accuracy of theirs "
+                f"Did not learn (†), and are left out of advice: {names}. No mean accuracy of theirs "
                 f"reaches {format_number(meta['floor'])} (share of the most frequent class plus a third of the rest)."
             )
             return replace(loaded, notices=(*loaded.notices, notice))
@@ -179,10 +180,7 @@ class Comparison(Matrix):
         return pd.DataFrame(
             [[text.get((*key, row), "–") for row in rows] for key in index],
             index=pd.MultiIndex.from_tuples(
-                [
-                    (COLUMNS[column][0], (s if labels else self.names[s]) + marks.get(s, ""))
-                    for column, s in index
-                ],
+                [(COLUMNS[column][0], (s if labels else self.names[s]) + marks.get(s, "")) for column, s in index],
                 names=["statistics", "strategy"],
             ),
             columns=[ROWS[row][0] for row in rows],
