@@ -40,7 +40,7 @@ def test_verdict_excludes_networks_that_did_not_learn(directory):
     result = verdict(comparison, "global", "aggregated")
     assert "nonorm" not in (result.best, *result.comparable)
     assert ("as aggregated", "no normalization †") in comparison.wide().index
-    assert ("as aggregated", "local") in comparison.wide().index
+    assert ("as aggregated", "local training") in comparison.wide().index
 
 
 def test_verdict_has_highest_mean(directory):
