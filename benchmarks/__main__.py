@@ -12,8 +12,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast, get_args
 
+from matplotlib.figure import Figure
+
 from fedbn.stacked.memory import collect_garbage_rarely, keep_freed_memory
 from fedbn_simulations.report.documents import replace_block
+from fedbn_simulations.report.style import INK, MARKERS, PAGE_WIDTH, PALETTE, direction, small_png, styled
 from fedbn_simulations.results.formatting import markdown_table
 
 STORED = Path(__file__).parent / "stored.json"
@@ -41,18 +44,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, default=Path("results/benchmarks"), help="output directory")
     parser.add_argument("--into", type=Path, help="also update the table and the plot of this document")
+    parser.add_argument("--stored", action="store_true", help="measure nothing, and show the stored baseline")
     parser.add_argument("--store", action="store_true", help="store these ratios as the new baseline")
     args = parser.parse_args(argv)
     executors = [parse_executor(t) for t in args.executors.split(",")]
     log = partial(print, file=sys.stderr)
-    result = measure(executors, args.rounds, args.most, args.ray, args.peers, log)
+    stored = json.loads(STORED.read_text(encoding="utf-8")) if STORED.exists() else {"ratios": []}
+    result = stored if args.stored else measure(executors, args.rounds, args.most, args.ray, args.peers, log)
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "benchmarks.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    draw(result, args.out / "benchmarks.png")
+    (args.out / "benchmarks.png").write_bytes(small_png(draw(result)))
     print(table(result))
     if args.into:
         update_document(result, args.out / "benchmarks.png", args.into)
-    stored = json.loads(STORED.read_text(encoding="utf-8")) if STORED.exists() else {"ratios": []}
     for line in slower(result, stored):
         print(f"warning: {line}", file=sys.stderr)
     if args.store:
@@ -136,34 +140,46 @@ def slower(result: dict[str, Any], stored: dict[str, Any]) -> list[str]:
     ]
 
 
-def draw(result: dict[str, Any], path: Path) -> None:
-    """Plot the ratios with their targets, and the scaling curve."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
+@styled
+def draw(result: dict[str, Any]) -> Figure:
+    """A dot per workload and engine, with the targets, and the scaling curve."""
+    figure = Figure(figsize=(PAGE_WIDTH, 2.9), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     rows = sorted(cast(list[dict[str, Any]], result["ratios"]), key=lambda row: str(row["workload"]))
-    positions = range(len(rows))
-    left.barh(list(positions), [row["ratio"] for row in rows])
-    targets = {y: row["target"] for y, row in enumerate(rows) if row["target"] is not None}
-    left.scatter(list(targets.values()), list(targets), marker="|", s=200, color="black", label="target")
-    left.axvline(1, linestyle=":", color="gray")
-    left.set_yticks(list(positions), [f"{row['workload']} {row['engine']}" for row in rows])
-    left.invert_yaxis()
+    engines = list(dict.fromkeys(row["engine"] for row in rows))
+    for i, engine in enumerate(engines):
+        dots = [(row["ratio"], y) for y, row in enumerate(rows) if row["engine"] == engine]
+        left.plot(*zip(*dots, strict=True), linestyle="", marker=MARKERS[i], color=PALETTE[i], zorder=3)
+    targets = [(row["target"], y) for y, row in enumerate(rows) if row["target"] is not None]
+    if targets:
+        left.plot(*zip(*targets, strict=True), linestyle="", marker="|", markersize=10, color=INK, label="target")
+        left.legend(loc="lower left", handletextpad=0.2)
+    left.axvline(1, linestyle=":", color=INK, linewidth=0.8)
+    left.set_yticks(range(len(rows)), [f"{row['workload']} {row['engine']}" for row in rows])
+    left.set_ylim(len(rows) - 0.5, -0.5)
     left.set_xscale("log")
-    left.set_xlabel("time of a round, ratio to the plain PyTorch loop")
-    figure.legend(loc="outside upper left")
-    for key, label in (("loop", "plain loop"), ("seconds", "engine")):
-        clients = [row["clients"] for row in result["scale"]]
-        right.loglog(clients, [row[key] for row in result["scale"]], marker="o", label=label)
-    right.set_xlabel("clients, at constant total work")
-    right.set_ylabel("seconds per round")
+    left.set_xticks([0.05, 0.1, 0.2, 0.5, 1, 2], ["0.05", "0.1", "0.2", "0.5", "1", "2"])
+    left.minorticks_off()
+    left.grid()
+    left.set_title("Time of a round")
+    left.set_xlabel(f"ratio to the plain PyTorch loop ({direction(False)})")
+    clients = [row["clients"] for row in result["scale"]]
+    for key, label, line in (
+        ("loop", "plain loop", {"color": INK, "linestyle": "--"}),
+        ("seconds", "grid:stacked", {}),
+    ):
+        right.loglog(
+            clients, [row[key] for row in result["scale"]], marker="o", label=label, **{"color": PALETTE[0], **line}
+        )
+    right.set_title("Constant total work")
+    right.set_xlabel("clients")
+    right.set_ylabel(f"seconds per round ({direction(False)})")
     right.set_ylim(bottom=0.01)
+    for axis in (right.xaxis, right.yaxis):
+        axis.set_major_formatter("{x:g}")
+    right.grid()
     right.legend()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    return figure
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from fedbn.files import write_atomically
 from fedbn_simulations.report.documents import replace_block
-from fedbn_simulations.report.style import COLUMN_WIDTH, png, styled
+from fedbn_simulations.report.style import COLUMN_WIDTH, small_png, styled
 from fedbn_simulations.results.formatting import capitalize, format_number
 from fedbn_simulations.results.labels import readable
 from fedbn_simulations.results.summary import is_bound
@@ -52,7 +52,7 @@ def means_of(text: str, block: str) -> Means:
         for test in ("own test", "worst 10 %", "global test", "unseen users"):
             value = line.get(test, "–").split(" ")[0]
             if value != "–":
-                means.setdefault(line["strategy"], {})[line["statistics"], test] = float(value)
+                means.setdefault(line["strategy"].removesuffix(" †"), {})[line["statistics"], test] = float(value)
     return means
 
 
@@ -72,7 +72,7 @@ def heat_map(means: Means) -> Figure:
             axes.text(j, i, format_number(value), ha="center", va="center", fontsize=6, color=color)
     suffix = {"recalibrated": "\n(recalib.)"}
     names = [test.replace(" ", "\n", 1) + suffix.get(statistics, "") for statistics, test in cells]
-    axes.set_xticks(range(len(cells)), names, fontsize=6.5)
+    axes.set_xticks(range(len(cells)), names, fontsize=6)
     axes.set_yticks(range(len(order)), [readable(s) for s in order], fontsize=6)
     axes.tick_params(length=0, top=True, bottom=False, labeltop=True, labelbottom=False)
     axes.spines[:].set_visible(False)
@@ -107,7 +107,7 @@ def main() -> None:
         if f"<!-- begin {name}-answer -->" in text:
             means = means_of(text, name)
             replace_block(page, f"{name}-answer", answer(means, advice.get(name, {})))
-            write_atomically(page.with_name(f"{name}-map.png"), png(heat_map(means)))
+            write_atomically(page.with_name(f"{name}-map.png"), small_png(heat_map(means)))
 
 
 if __name__ == "__main__":

@@ -26,8 +26,10 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from fedbn.data.packages import SOURCES, Arrays, cached, fetch
+from fedbn.errors import UserError
 from fedbn.seeds import numpy_generator
 
+# Pillow draws the glyphs. Matplotlib has the same files in all versions since 3.8, except cmti10, which 3.11 added.
 FACES = (
     *(f"DejaVuSans{s}" for s in ("", "-Bold", "-Oblique", "-BoldOblique")),
     *(f"DejaVuSansMono{s}" for s in ("", "-Bold", "-Oblique", "-BoldOblique")),
@@ -176,6 +178,8 @@ def _fonts(paths: Paths) -> Labeled:
     import matplotlib
 
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+    if missing := [face for face in FACES if not (folder / f"{face}.ttf").is_file()]:
+        raise UserError(f"scenario digits draws the typeface {missing[0]}: pip install 'matplotlib>=3.11'")
     rng = numpy_generator(0, "digits", "fonts")
     labels = (np.arange(FONT_IMAGES) % 10).astype(np.uint8)
     out = np.empty((FONT_IMAGES, SIZE, SIZE), np.uint8)

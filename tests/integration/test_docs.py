@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import doctest
+import html
+import json
 import os
 import re
 import subprocess
@@ -72,5 +74,8 @@ def test_site_builds_without_warnings(tmp_path):
     assert "fedbn.statistics.moments.Moments.merge" in page
     assert "math:" not in page
     assert "<math" in (tmp_path / "site" / "reference-methods" / "index.html").read_text()
+    index = json.loads((tmp_path / "site" / "search" / "search_index.json").read_text())
+    for word in ("fedavg", "F1", "wandb", "citation", "ClientApp", "Weights & Biases"):
+        assert any(re.search(rf"\b{word}\b", html.unescape(p["text"]), re.IGNORECASE) for p in index["docs"]), word
     for part in nonempty((tmp_path / "site").rglob("*.html")):
         assert not re.findall(r'(?:src|href)="https?://[^"]+\.(?:js|css|woff2?)"', part.read_text()), part

@@ -24,6 +24,7 @@ from fedbn_simulations.experiments.tasks import CHECKPOINT
 from fedbn_simulations.report.plots import convergence_figure, matrix_figure, paired_figure
 from fedbn_simulations.report.style import pdf, png, svg
 from fedbn_simulations.results.comparison import Comparison
+from fedbn_simulations.results.labels import readable
 from fedbn_simulations.storage.checkpoint import load_outcome
 
 
@@ -75,10 +76,10 @@ class ComparisonResult(Comparison):
         figure = paired_figure(self, row, column, metric)
         if figure is None:
             raise UserError(
-                f"no strategy has differences to {self.reference} in row {row!r}, column {column!r}: compare at least "
-                "two strategies, and choose a cell that both have"
+                f"no strategy has differences to {self.reference_name} in row {row!r}, column {column!r}: compare at "
+                "least two strategies, and choose a cell that both have"
             )
-        return Plot(figure, f"differences to {self.reference}")
+        return Plot(figure, f"differences to {self.reference_name}")
 
     def plot_convergence(self) -> Plot:
         """The task's main metric and the training loss by round.
@@ -174,7 +175,8 @@ class FederationResult:
         return f"<p>{escape(self._headline())}</p>{self._table().to_html()}"
 
     def _headline(self) -> str:
-        return f"{self.run.strategy} on {self.run.scenario}, seed {self.run.seed}: {self.run.plan.rounds} rounds"
+        run = self.run
+        return f"{readable(run.strategy)} on {run.scenario}, seed {run.seed}: {run.plan.rounds} rounds"
 
     def _table(self) -> pd.DataFrame:
         """Mean of the task's main metric over users: rows and columns of the matrix."""

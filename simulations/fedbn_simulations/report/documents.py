@@ -12,7 +12,6 @@ from fedbn.federation.traffic import REPEATED
 from fedbn.files import write_atomically
 from fedbn_simulations.results.comparison import Comparison
 from fedbn_simulations.results.formatting import capitalize, format_number, format_size, markdown_table, metric_title
-from fedbn_simulations.results.labels import readable
 from fedbn_simulations.results.matrix import BRIEF_CELLS
 from fedbn_simulations.results.summary import answer, is_bound, starts_rows
 
@@ -49,7 +48,7 @@ def update_document(
         if brief
         else [
             answer(comparison),
-            comparison.to_markdown().rstrip(),
+            markdown_table(comparison.wide(labels=True).reset_index().to_dict("records")).rstrip(),
             f"Mean {name_of_metric} over users [95 % interval over users], {made}",
         ]
     )
@@ -68,7 +67,7 @@ def brief_table(comparison: Comparison) -> str:
     shown = [strategy for strategy in comparison.strategies if not is_bound(strategy)][:MAX_BRIEF]
     return markdown_table(
         [
-            {"strategy": readable(strategy)}
+            {"strategy": comparison.names[strategy]}
             | {title: format_number(means.get((strategy, *cell), math.nan)) for title, cell in BRIEF_CELLS.items()}
             for strategy in shown
         ]

@@ -13,7 +13,6 @@ from fedbn.files import write_atomically
 from fedbn_simulations.report import plots
 from fedbn_simulations.report.style import COLUMN_WIDTH, PAGE_WIDTH, pdf, png, svg
 from fedbn_simulations.results.comparison import Comparison
-from fedbn_simulations.results.labels import readable
 from fedbn_simulations.results.matrix import COLUMNS, ROWS
 
 
@@ -45,7 +44,7 @@ def paired_pictures(comparison: Comparison) -> list[Picture]:
             continue
         figure, narrow = _both(partial(plots.paired_figure, comparison, row, column))
         if figure is not None and narrow is not None:
-            title = f"{ROWS[row][0]}, {COLUMNS[column][0]}: each user's difference to {readable(comparison.reference)}"
+            title = f"{ROWS[row][0]}, {COLUMNS[column][0]}: each user's difference to {comparison.reference_name}"
             caption = "One point per user. Line and band: mean and its 95 % interval. Below 0: worse for the user."
             pictures.append(
                 _save(comparison, f"paired-{row}-{column}", title[0].upper() + title[1:], caption, figure, narrow)

@@ -23,7 +23,6 @@ from fedbn_simulations.results.formatting import (
     format_size,
     metric_title,
 )
-from fedbn_simulations.results.labels import readable
 from fedbn_simulations.results.matrix import BRIEF_CELLS, COLUMNS, ROWS
 from fedbn_simulations.results.papers import link_of, without_link, without_options
 from fedbn_simulations.results.summary import is_bound, is_clear, starts_rows
@@ -124,7 +123,7 @@ def brief(comparison: Comparison) -> Table:
         others.sort(key=lambda s: sign * means.get((s, *first), -sign * math.inf) if first else 0)
         others = others[: MAX_BRIEF - 1]
     rows = [
-        [Cell(readable(s), sort=s), *(_number(means.get((s, *cell), math.nan)) for cell in cells.values())]
+        [_strategy(comparison, s), *(_number(means.get((s, *cell), math.nan)) for cell in cells.values())]
         for s in (comparison.reference, *others)
     ]
     better = direction(comparison.higher_is_better())
@@ -138,7 +137,7 @@ def strategies_table(comparison: Comparison) -> list[tuple[str, str, str, str, s
     for label in comparison.strategies:
         part = known.get(re.split("[:+]", label)[0])
         about = (without_options(part.about), without_link(part.source), link_of(part)) if part else ("", "", "")
-        lines.append((label, readable(label), *about))
+        lines.append((label, comparison.names[label], *about))
     return lines
 
 
@@ -171,7 +170,7 @@ def paired(comparison: Comparison) -> Table:
         cells[line.strategy, line.column, line.row] = Cell(
             format_signed(line.difference), (users or seeds) + below, line.difference, is_clear(line)
         )
-    caption = f"{_title(comparison)} minus that of {comparison.reference}, user by user [95 % interval over users]"
+    caption = f"{_title(comparison)} minus that of {comparison.reference_name}, user by user [95 % interval over users]"
     return _across(comparison, comparison.strategies[1:], cells, caption)
 
 
@@ -185,14 +184,14 @@ def _across(
             line = [cells.get((strategy, column, row), MISSING) for row in rows]
             if any(cell is not MISSING for cell in line):
                 title = COLUMNS[column][0]
-                lines.append([Cell(strategy, sort=strategy), Cell(title, sort=f"{i} {title}"), *line])
+                lines.append([_strategy(comparison, strategy), Cell(title, sort=f"{i} {title}"), *line])
     return Table(caption, ["strategy", "statistics", *(ROWS[row][0] for row in rows)], lines, names=2)
 
 
 def matrix_long(comparison: Comparison) -> Table:
     """One line per cell of the matrix, with every interval."""
     lines = [
-        [*_labels(line), _number(line.mean), *_intervals(line)]
+        [*_labels(comparison, line), _number(line.mean), *_intervals(line)]
         for line in comparison.matrix().dropna(subset="mean").itertuples()
     ]
     head = ["strategy", "test", "statistics", "mean", *INTERVALS]
@@ -203,7 +202,7 @@ def paired_long(comparison: Comparison) -> Table:
     """One line per difference to the reference, with every interval."""
     lines = [
         [
-            *_labels(line),
+            *_labels(comparison, line),
             _number(line.difference, format_signed),
             *_intervals(line, format_signed),
             _number(line.p),
@@ -230,7 +229,7 @@ def domains(comparison: Comparison) -> Table | None:
     }
     lines = [
         [
-            Cell(strategy, sort=strategy),
+            _strategy(comparison, strategy),
             Cell(ROWS[row][0], sort=row),
             Cell(COLUMNS[column][0], sort=column),
             *(cells.get((strategy, column, row, domain), MISSING) for domain in domains),
@@ -251,7 +250,7 @@ def ownership(comparison: Comparison) -> Table:
     lines = []
     for strategy, of_strategy in owners.groupby("strategy", sort=False):
         by_role = of_strategy.set_index("role")
-        line = [Cell(str(strategy), sort=str(strategy))]
+        line = [_strategy(comparison, str(strategy))]
         for role in roles:
             line.append(MISSING if role not in by_role.index else _owner(by_role.loc[role]))
         down, up = of_strategy["bytes_down"].sum(), of_strategy["bytes_up"].sum()
@@ -286,7 +285,7 @@ def newcomers(comparison: Comparison) -> Table:
     starts = comparison.runs.groupby("strategy")["newcomer"].first()
     lines = [
         [
-            Cell(line.strategy, sort=line.strategy),
+            _strategy(comparison, line.strategy),
             Cell(starts[line.strategy], sort=starts[line.strategy]),
             Cell(line.lr, sort=line.lr),
             Cell(f"{line.mean:.1f}", f"±{line.sd:.1f}" if math.isfinite(line.sd) else "", line.mean),
@@ -338,9 +337,13 @@ def _fact(value: Any) -> Cell:
     return Cell(text, sort=text)
 
 
-def _labels(line: Any) -> list[Cell]:
+def _strategy(comparison: Comparison, label: str) -> Cell:
+    return Cell(comparison.names[label], sort=comparison.names[label])
+
+
+def _labels(comparison: Comparison, line: Any) -> list[Cell]:
     return [
-        Cell(line.strategy, sort=line.strategy),
+        _strategy(comparison, line.strategy),
         Cell(ROWS[line.row][0], sort=list(ROWS).index(line.row)),
         Cell(COLUMNS[line.column][0], sort=list(COLUMNS).index(line.column)),
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 from rich.box import SIMPLE_HEAD
@@ -89,19 +90,19 @@ def titled(table: Table, title: str, caption: str = "") -> Group:
 
 
 def fold_label(label: str, width: int) -> str:
-    r"""Break a strategy's label into lines of at most ``width`` characters, between its options where possible.
+    r"""Break a strategy's name into lines of at most ``width`` characters, between words and options where possible.
 
     >>> fold_label("groupnorm:groups=4:affine=false", 18)
     'groupnorm:groups=4\n:affine=false'
-    >>> fold_label("fedbn", 18)
-    'fedbn'
+    >>> fold_label("GroupNorm, groups=4", 18)
+    'GroupNorm,\ngroups=4'
     """
     lines = [""]
-    for part in label.replace(":", "\n:").replace("+", "\n+").split("\n"):
-        if lines[-1] and len(lines[-1]) + len(part) > width:
+    for part in re.split("(?=[:+])|(?<= )(?![+])", label):
+        if lines[-1] and len(lines[-1]) + len(part.rstrip()) > width:
             lines.append("")
         lines[-1] += part
-    return "\n".join(lines)
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def _width(cells: Sequence[str]) -> int:

@@ -14,7 +14,6 @@ from matplotlib.lines import Line2D
 from fedbn_simulations.report.style import INK, MARKERS, PAGE_WIDTH, PALETTE, direction, styled
 from fedbn_simulations.results.comparison import Comparison
 from fedbn_simulations.results.formatting import format_signed, metric_title
-from fedbn_simulations.results.labels import readable
 from fedbn_simulations.results.matrix import COLUMNS, ROWS
 
 #: Maximum number of layers to draw, evenly spaced from the first to the last.
@@ -47,7 +46,7 @@ def matrix_figure(comparison: Comparison, metric: str = "", width: float = PAGE_
         axes.spines["left"].set_visible(False)
         axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(4))
     _hide_rest(panels, len(rows))
-    panels[0, 0].set_yticks(range(len(strategies)), [_name(s) for s in strategies])
+    panels[0, 0].set_yticks(range(len(strategies)), [_short(comparison.names[s]) for s in strategies])
     panels[0, 0].set_ylim(len(strategies) - 0.5, -0.5)
     better = direction(comparison.higher_is_better(metric))
     figure.supxlabel(f"{metric_title(metric or comparison.metric)}, mean and 95 % interval over users ({better})")
@@ -93,7 +92,7 @@ def paired_figure(
         axes.plot(
             rank, differences, linestyle="", marker=MARKERS[(index - 1) % len(MARKERS)], color=color, markersize=3
         )
-        axes.set_title(_short(_name(strategy), 20), fontsize=7.5 if across * 1.8 > width - 0.5 else None)
+        axes.set_title(_short(comparison.names[strategy], 20), fontsize=7.5 if across * 1.8 > width - 0.5 else None)
         axes.grid(axis="y")
         axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(4, integer=True))
         axes.yaxis.set_major_formatter(lambda value, _: format_signed(round(value, 6), 2))
@@ -101,7 +100,9 @@ def paired_figure(
     figure.supxlabel("users, sorted by their difference")
     better = "above" if comparison.higher_is_better(metric) else "below"
     name = metric_title(metric or comparison.metric)
-    figure.supylabel(f"{name} minus {_name(comparison.reference)}\n({better} 0 is better)", multialignment="center")
+    figure.supylabel(
+        f"{name} minus {_short(comparison.reference_name)}\n({better} 0 is better)", multialignment="center"
+    )
     return figure
 
 
@@ -143,7 +144,7 @@ def convergence_figure(comparison: Comparison, width: float = PAGE_WIDTH) -> Fig
     _hide_rest(panels, len(shown))
     figure.legend(
         list(handles.values()),
-        [_name(s) for s in handles],
+        [_short(comparison.names[s]) for s in handles],
         loc="outside lower center",
         ncols=min(legend_columns, len(handles)),
     )
@@ -216,11 +217,6 @@ def _stroke(index: int) -> dict[str, Any]:
 def _marker(column: int, color: str) -> dict[str, Any]:
     """Marker of a column of the matrix."""
     return {"marker": "osD"[column % 3], "color": color, "markerfacecolor": ("none", color)[column % 3 == 0]}
-
-
-def _name(label: str) -> str:
-    """Readable name of a strategy, as long as a figure has room for."""
-    return _short(readable(label))
 
 
 def _short(label: str, length: int = MAX_LABEL_LENGTH) -> str:

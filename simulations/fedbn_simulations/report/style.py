@@ -20,6 +20,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_pdf import FigureCanvasPdf
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from PIL import Image
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -39,6 +40,7 @@ STYLE: Any = {
     "figure.facecolor": "none",
     "axes.facecolor": "none",
     "font.size": 8,
+    "figure.labelsize": "medium",
     "axes.titlesize": 9,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
@@ -107,6 +109,15 @@ def png(figure: Figure) -> bytes:
     with mpl.rc_context(STYLE):
         FigureCanvasAgg(figure)
         figure.savefig(buffer, format="png", dpi=200, facecolor="white", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def small_png(figure: Figure) -> bytes:
+    """The figure as PNG with 48 colors, a fifth of the size of `png`, for pages with many figures."""
+    buffer = io.BytesIO()
+    with Image.open(io.BytesIO(png(figure))) as image:
+        few = image.convert("RGB").quantize(48, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+        few.save(buffer, format="png", optimize=True)
     return buffer.getvalue()
 
 

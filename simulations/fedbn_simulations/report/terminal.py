@@ -27,7 +27,6 @@ from fedbn_simulations.results.formatting import (
     format_size,
     metric_title,
 )
-from fedbn_simulations.results.labels import readable
 from fedbn_simulations.results.matrix import COLUMNS, ROWS, STARTS
 from fedbn_simulations.results.summary import answer, is_clear, starts_rows
 
@@ -100,7 +99,7 @@ def paired_table(comparison: Comparison, metric: str = "", width: int = 100) -> 
         [first],
         text,
         width,
-        title=f"{_title(comparison, metric)} minus that of {comparison.reference}, user by user [95 % interval]",
+        title=f"{_title(comparison, metric)} minus that of {comparison.reference_name}, user by user [95 % interval]",
         caption="*: interval excludes 0 and corrected p < .05. ↑ ↓: users gaining, losing over one point. "
         "More in the report.",
     )
@@ -134,7 +133,7 @@ def cost_table(comparison: Comparison, width: int = 100) -> Group:
         run = seconds.loc[strategy]
         sd = f" ±{run['sd']:.1f}" if math.isfinite(run["sd"]) else ""
         rows.append(
-            {"strategy": fold_label(strategy, MAX_LABEL_WIDTH)}
+            {"strategy": fold_label(comparison.names[strategy], MAX_LABEL_WIDTH)}
             | {role: lines["owner"].get(role, "–") for role in roles}
             | {"down": format_size(lines["bytes_down"].sum()), "up": format_size(lines["bytes_up"].sum())}
             | {"seconds": f"{run['mean']:.1f}{sd}"}
@@ -162,24 +161,22 @@ def _sections(
 ) -> Group:
     """Strategies down, rows of the matrix across, one section per column of the matrix.
 
-    The parts of a cell share a line if the console is wide enough, otherwise they are stacked. Readable names of the
-    strategies are added if there is room for them.
+    The parts of a cell share a line if the console is wide enough, otherwise they are stacked. The labels of the
+    strategies in commands are added if there is room for them.
     """
     rows = [r for r in ROWS if any(row == r and column in columns for column, _, row in text)]
     cells = {r: [" ".join(filter(None, parts)) for key, parts in text.items() if key[2] == r] for r in rows}
     widths = [max(map(len, [ROWS[r][0], *cells[r]])) for r in rows]
-    labels = [fold_label(strategy, MAX_LABEL_WIDTH) for strategy in strategies]
+    names = [fold_label(comparison.names[strategy], MAX_LABEL_WIDTH) for strategy in strategies]
     sections = [COLUMNS[column][0] for column in columns]
-    label = max(len(line) for text in (*labels, *sections) for line in text.split("\n"))
-    names = [readable(strategy) for strategy in strategies]
-    called = max(map(len, names)) + GAP
-    needed = sum(w + GAP for w in widths) + label
+    name_width = max(len(line) for text in (*names, *sections) for line in text.split("\n"))
+    needed = sum(w + GAP for w in widths) + name_width
     wide = needed <= width
-    named = needed + called <= width
+    labeled = needed + max(map(len, strategies)) + GAP <= width
     table = empty_table()
     table.add_column("strategy", no_wrap=True)
-    if named:
-        table.add_column("called", no_wrap=True)
+    if labeled:
+        table.add_column("label", no_wrap=True)
     for row in rows:
         table.add_column(ROWS[row][0], no_wrap=wide)
     for column, section in zip(columns, sections, strict=True):
@@ -191,7 +188,7 @@ def _sections(
             joined = [(" " if wide else "\n").join(filter(None, parts)) for parts in line]
             style = ["bold" if "*" in cell else "" for cell in joined]
             i = strategies.index(strategy)
-            heads = [labels[i], *([names[i]] if named else [])]
+            heads = [names[i], *([strategy] if labeled else [])]
             table.add_row(*map(Text, heads), *map(Text, joined, style))
     return titled(table, title, caption or "")
 

@@ -124,8 +124,9 @@ class Comparison(Matrix):
             engine=engine,
         )
         if unlearned := loaded.unlearned:
+            names = ", ".join(loaded.names[strategy] for strategy in unlearned)
             notice = (
-                f"Did not learn (†), and are left out of advice: {', '.join(unlearned)}. No mean accuracy of theirs "
+                f"Did not learn (†), and are left out of advice: {names}. No mean accuracy of theirs "
                 f"reaches {format_number(meta['floor'])} (share of the most frequent class plus a third of the rest)."
             )
             return replace(loaded, notices=(*loaded.notices, notice))
@@ -157,8 +158,13 @@ class Comparison(Matrix):
             }
         ).reset_index()
 
-    def wide(self, metric: str = "") -> pd.DataFrame:
-        """The matrix as text: statistics and strategy down, rows of the matrix across; † marks `unlearned` ones."""
+    def wide(self, metric: str = "", labels: bool = False) -> pd.DataFrame:
+        """The matrix as text: statistics and strategy down, rows of the matrix across; † marks `unlearned` ones.
+
+        Args:
+            metric: a metric; the one that is displayed by default.
+            labels: name strategies by the labels of commands and files instead of readable names.
+        """
         marks = dict.fromkeys(self.unlearned, " †")
         text = {
             (line.column, line.strategy, line.row): format_estimate(line.mean, line.ci_low, line.ci_high)
@@ -174,7 +180,7 @@ class Comparison(Matrix):
         return pd.DataFrame(
             [[text.get((*key, row), "–") for row in rows] for key in index],
             index=pd.MultiIndex.from_tuples(
-                [(COLUMNS[column][0], strategy + marks.get(strategy, "")) for column, strategy in index],
+                [(COLUMNS[column][0], (s if labels else self.names[s]) + marks.get(s, "")) for column, s in index],
                 names=["statistics", "strategy"],
             ),
             columns=[ROWS[row][0] for row in rows],

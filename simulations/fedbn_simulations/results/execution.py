@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fedbn_simulations.results.files import format_names
+from fedbn_simulations.results.labels import distinct_names
 
 STACKED = "stacked"
 
@@ -37,8 +38,9 @@ def summarize_execution(engine: str, runs: Sequence[dict[str, Any]]) -> str:
         for kind, how in run.get("execution", {}).items():
             kinds.setdefault(kind, {}).update(dict.fromkeys(how))
     strategies: dict[str, list[str]] = {}
+    names = distinct_names(of_strategy)
     for strategy, kinds in of_strategy.items():
-        strategies.setdefault(_describe({kind: list(how) for kind, how in kinds.items()}), []).append(strategy)
+        strategies.setdefault(_describe({kind: list(how) for kind, how in kinds.items()}), []).append(names[strategy])
     parts = [text if len(strategies) == 1 else f"{format_names(of)}: {text}" for text, of in strategies.items() if text]
     return ": ".join([engine, "; ".join(parts)] if parts else [engine])
 

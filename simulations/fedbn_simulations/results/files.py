@@ -18,6 +18,7 @@ import pandas as pd
 
 from fedbn.errors import UserError
 from fedbn.files import read_json, write_json
+from fedbn_simulations.results.labels import distinct_names
 
 MAX_NAMES = 3
 """Number of strategies that a notice lists by name."""
@@ -52,7 +53,7 @@ def summarize_notices(runs: Sequence[dict[str, Any]], known: Sequence[str] = ())
 
     >>> runs = [{"strategy": name, "seed": 0, "notices": ["few rows"]} for name in ("fedbn", "silobn")]
     >>> summarize_notices(runs), summarize_notices(runs[:1]), summarize_notices(runs, known=["few rows"])
-    (['fedbn, silobn, seed 0: few rows'], ['fedbn, seed 0: few rows'], [])
+    (['FedBN, SiloBN, seed 0: few rows'], ['FedBN, seed 0: few rows'], [])
     """
     by_notice: dict[str, list[dict[str, Any]]] = {}
     for run in runs:
@@ -60,8 +61,9 @@ def summarize_notices(runs: Sequence[dict[str, Any]], known: Sequence[str] = ())
             if notice not in known:
                 by_notice.setdefault(notice, []).append(run)
     lines = []
+    known_names = distinct_names(run["strategy"] for run in runs)
     for notice, affected in by_notice.items():
-        names = list(dict.fromkeys(run["strategy"] for run in affected))
+        names = list(dict.fromkeys(known_names[run["strategy"]] for run in affected))
         seeds = sorted({run["seed"] for run in affected})
         lines.append(f"{format_names(names)}, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}: {notice}")
     return lines

@@ -1,7 +1,12 @@
-"""Readable names of strategies for tables."""
+"""Readable names of strategies for tables, figures and sentences. Files and commands have their labels."""
 
 from __future__ import annotations
 
+import re
+from collections import Counter
+from collections.abc import Iterable
+
+from fedbn.objects import is_reference, split_options
 from fedbn.personalization.base import personalizations
 from fedbn.plugins import title
 from fedbn.strategies.base import strategies
@@ -10,18 +15,40 @@ from fedbn.strategies.base import strategies
 def readable(label: str) -> str:
     """Readable name of a strategy, with its options and its personalization method.
 
-    The label is returned unchanged where one of its parts is not installed.
+    An object is named by its class. The label is returned unchanged where one of its parts is not installed.
 
     >>> readable("global-naive"), readable("groupnorm:groups=4"), readable("fedbn+ditto:lam=0.5")
     ('FedAvg (naive BN)', 'GroupNorm, groups=4', 'FedBN + Ditto, lam=0.5')
-    >>> readable("third-party")
-    'third-party'
+    >>> readable("memory:MyBN-eda7c51eaf03"), readable("mine.strategies:Mine:alpha=1"), readable("third-party")
+    ('MyBN', 'Mine, alpha=1', 'third-party')
     """
     known = strategies() | personalizations()
     words = []
     for part in label.split("+"):
-        name, *options = part.split(":")
-        if name not in known:
+        name, options = split_options(part)
+        if name in known:
+            name = title(known[name])
+        elif is_reference(name):
+            name = re.sub(r"-[0-9a-f]{12}$", "", re.split("[:.]", name)[-1])
+        else:
             return label
-        words.append(", ".join([title(known[name]), *options]))
+        words.append(", ".join([name, *options]))
     return " + ".join(words)
+
+
+def distinct_names(labels: Iterable[str]) -> dict[str, str]:
+    """Readable name by label. Objects with the same name have the first characters of their digests, or their labels.
+
+    >>> list(distinct_names(["fedbn", "memory:MyBN-eda7c51eaf03", "memory:MyBN-0b11c51eaf03"]).values())
+    ['FedBN', 'MyBN (eda7)', 'MyBN (0b11)']
+    >>> list(distinct_names(["mine:BN", "yours:BN"]).values())
+    ['mine:BN', 'yours:BN']
+    """
+    names = {label: readable(label) for label in labels}
+    counts = Counter(names.values())
+    return {label: name if counts[name] == 1 else _with_digest(label, name) for label, name in names.items()}
+
+
+def _with_digest(label: str, name: str) -> str:
+    digests = re.findall(r"-([0-9a-f]{4})[0-9a-f]{8}\b", label)
+    return f"{name} ({', '.join(digests)})" if digests else label

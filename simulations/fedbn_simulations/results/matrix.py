@@ -11,7 +11,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import wraps
+from functools import cached_property, wraps
 from typing import Any, TypeVar
 
 import numpy as np
@@ -31,6 +31,7 @@ from fedbn_simulations.results.inference import (
     uniform,
     worst_of_users,
 )
+from fedbn_simulations.results.labels import distinct_names
 
 #: Rows of the evaluation matrix: name -> (title, description).
 ROWS = {
@@ -121,10 +122,20 @@ class Matrix:
         """Labels in display order; the first is the reference of paired comparisons."""
         return list(self.meta["strategies"])
 
+    @cached_property
+    def names(self) -> dict[str, str]:
+        """Readable name of each strategy by label; no two are the same."""
+        return distinct_names(self.strategies)
+
     @property
     def reference(self) -> str:
         """The strategy that all others are compared with."""
         return self.strategies[0]
+
+    @property
+    def reference_name(self) -> str:
+        """Readable name of the reference."""
+        return self.names[self.reference]
 
     @property
     def metrics(self) -> dict[str, bool]:

@@ -22,6 +22,7 @@ from fedbn_simulations.results.formatting import (
     markdown_table,
     metric_title,
 )
+from fedbn_simulations.results.labels import distinct_names
 from fedbn_simulations.results.matrix import COLUMNS, ROWS, contrast
 
 
@@ -66,6 +67,7 @@ class SideBySide:
             rank=frame["strategy"].map(order),
             run=frame["comparison"].map(list(self.comparisons).index),
         )
+        frame["strategy"] = frame["strategy"].map(distinct_names(order))
         return _across(frame, ["rank", "strategy", "run", "comparison"], drop=["rank", "run"])
 
     def differences(self, metric: str = "") -> pd.DataFrame:
@@ -97,6 +99,7 @@ class SideBySide:
             return frame
         lines = frame.itertuples()
         frame["text"] = [format_estimate(line.difference, line.ci_low, line.ci_high, format_signed) for line in lines]
+        frame["strategy"] = frame["strategy"].map(distinct_names(dict.fromkeys(frame["strategy"])))
         return _across(frame, ["strategy", "comparison"])
 
     def settings(self) -> pd.DataFrame:

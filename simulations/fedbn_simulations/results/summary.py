@@ -63,7 +63,7 @@ def starts_rows(comparison: Matrix, metric: str = "") -> list[list[str]]:
     rows = [["strategy", *(STARTS[s][0] for s in starts)]]
     for strategy, lines in frame.groupby("strategy", sort=False):
         by_start = {line.start: format_estimate(line.mean, line.ci_low, line.ci_high) for line in lines.itertuples()}
-        rows.append([str(strategy), *(by_start.get(s, "–") for s in starts)])
+        rows.append([comparison.names[strategy], *(by_start.get(s, "–") for s in starts)])
     return rows
 
 
@@ -73,9 +73,9 @@ def _sentence(comparison: Matrix, row: str, metric: str) -> str:
     title = ROWS[row][0].capitalize() + ("" if column == "aggregated" else f" ({COLUMNS[column][0]})")
     means = comparison.matrix(metric).query("row == @row and column == @column").set_index("strategy")["mean"]
     lines = comparison.paired(metric).query("row == @row and column == @column").dropna(subset="difference")
-    reference = comparison.reference
+    reference, names = comparison.reference, comparison.names
     if lines.empty:
-        return f"{title}: " + ", ".join(f"{name} {format_number(mean)}" for name, mean in means.dropna().items()) + "."
+        return f"{title}: " + ", ".join(f"{names[s]} {format_number(mean)}" for s, mean in means.dropna().items()) + "."
     choices = lines[~lines["strategy"].map(is_bound)]
     lines = choices if len(choices) else lines
     best = next(
@@ -83,7 +83,7 @@ def _sentence(comparison: Matrix, row: str, metric: str) -> str:
         .head(1)
         .itertuples()
     )
-    winner, baseline = (f"{name} {format_number(means[name])}" for name in (best.strategy, reference))
+    winner, baseline = (f"{names[s]} {format_number(means[s])}" for s in (best.strategy, reference))
     gain = best.difference if comparison.higher_is_better(metric) else -best.difference
     interval, over = _interval(best)
     # If the interval is over seeds, all users share one model and are not counted.

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fedbn_simulations.experiments.tasks import Event, Task
+from fedbn_simulations.results.labels import readable
 
 
 class Observer(Protocol):
@@ -81,7 +82,7 @@ class ProgressBar:
         if event.ended:
             self.ended += 1
             run = self.tasks[event.directory].run
-            line = f"{self.ended:3d}/{len(self.tasks)}  {run.strategy}, seed {run.seed}"
+            line = f"{self.ended:3d}/{len(self.tasks)}  {readable(run.strategy)}, seed {run.seed}"
             if run.validation:
                 line += f", lr {run.plan.lr:g} (validation)"
             self.console.print(line, highlight=False)

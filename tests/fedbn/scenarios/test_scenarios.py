@@ -268,6 +268,12 @@ def test_digits_shares_no_mnist_image_between_domains(monkeypatch):
     assert mnist | mnistm == set(range(200))
 
 
+def test_digits_fonts_name_the_version_that_has_them(monkeypatch):
+    monkeypatch.setattr(glyphs, "FACES", ("none",))
+    with pytest.raises(UserError, match="draws the typeface none: pip install 'matplotlib>="):
+        glyphs._fonts({})
+
+
 def test_digits_fonts_are_centered_and_of_the_size_of_mnist(monkeypatch):
     monkeypatch.setattr(glyphs, "FONT_IMAGES", 60)
     images, labels = glyphs._fonts({})

@@ -142,8 +142,9 @@ def test_page_is_accessible(page):
 def test_page_matrix_equals_frame(directory, page, monkeypatch):
     monkeypatch.setattr(inference, "RESAMPLES", FULL)
     table = page.table("Accuracy: mean over users").set_index(["strategy", "statistics"])
-    for line in Comparison.load(directory).matrix().itertuples():
-        key = line.strategy, COLUMNS[line.column][0]
+    comparison = Comparison.load(directory)
+    for line in comparison.matrix().itertuples():
+        key = comparison.names[line.strategy], COLUMNS[line.column][0]
         if key in table.index:
             value = format_estimate(line.mean, line.ci_low, line.ci_high).replace(" [", "[")
             assert table.loc[key, ROWS[line.row][0]] == value
@@ -159,7 +160,7 @@ def test_page_is_complete(directory, text, page, monkeypatch):
     for caption in ("Accuracy minus", "Accuracy by domain", "Owner of each role", "Settings", "Versions", "SHA-256"):
         assert len(page.table(caption))
     newcomers = page.table("Initial model of unseen").set_index("strategy")
-    assert newcomers.loc["fedbn", "unseen users start from"] == "the mean of the seen users' statistics"
+    assert newcomers.loc["FedBN", "unseen users start from"] == "the mean of the seen users' statistics"
     assert comparison.meta["skew"] in text
     assert comparison.meta["command"] in text
     skew = page.table("Differences between seen users").set_index("skew in")["value"]
@@ -202,7 +203,7 @@ def test_page_shows_missing_cells_as_dashes(tmp_path):
     for caption in ("Accuracy: mean", "Accuracy minus"):
         table = page.table(caption).set_index(["strategy", "statistics"])
         assert table.loc[("fedbn", "as aggregated"), "unseen users"] == "–"
-        assert ("groupnorm", "adapted online") not in table.index
+        assert ("GroupNorm", "adapted online") not in table.index
 
 
 @pytest.mark.parametrize(("users", "seeds"), [(1, (0, 1)), (6, (0,)), (1, (0,))])
@@ -258,8 +259,8 @@ def test_page_cites_data(tmp_path, text):
 
 def test_answer_excludes_bounds(tmp_path):
     write(tmp_path, {"global": 0.7, "centralized": 0.9, "fedbn": 0.8})
-    assert "fedbn" in terminal.answer(Comparison.load(tmp_path))
-    assert "centralized" not in terminal.answer(Comparison.load(tmp_path))
+    assert "FedBN" in terminal.answer(Comparison.load(tmp_path))
+    assert "centralized training" not in terminal.answer(Comparison.load(tmp_path))
 
 
 def test_answer_shows_corrected_p_if_not_significant(tmp_path):

@@ -32,7 +32,7 @@ def test_show_fits_80_columns_without_broken_words(comparison):
     text = printed(comparison, 80)
     assert max(map(len, text.splitlines())) <= 80
     words = text.split()
-    assert {"global-naive", "global-recalibrated", "weight-standardization", ":groups=4+fedrep"} <= set(words)
+    assert {"FedAvg", "(recalibrated", "standardization", "groups=4", "FedRep"} <= set(words)
     assert not any(word.startswith("[") and not word.endswith(",") for word in words if word != "[95")
 
 
@@ -41,9 +41,9 @@ def test_show_leaves_out_columns_before_it_breaks_words(comparison):
     assert "Left out" not in printed(comparison, 200)
 
 
-def test_show_has_readable_names_if_they_fit(comparison):
-    assert "FedAvg (naive BN)" in printed(comparison, 240)
-    assert "FedAvg (naive BN)" not in printed(comparison, 80)
+def test_show_has_labels_if_they_fit(comparison):
+    assert "global-naive" in printed(comparison, 240)
+    assert "global-naive" not in printed(comparison, 80)
 
 
 @pytest.mark.parametrize("users", [2, MIN_USERS - 1, MIN_USERS])
@@ -52,3 +52,16 @@ def test_sentences_name_too_few_users(tmp_path, users):
     own, _, unseen = sentences(Comparison.load(tmp_path))
     assert (f"too few users ({users}) to test" in own) is (users < MIN_USERS)
     assert "too few users (2) to test" in unseen
+
+
+def test_objects_have_the_names_of_their_classes(tmp_path):
+    labels = ["global-naive", "memory:MyBN-eda7c51eaf03", "memory:MyBN-0b11c51eaf03:alpha=1", "mine:MyBN"]
+    write(tmp_path, dict(zip(labels, (0.7, 0.8, 0.75, 0.6))), seeds=(0,))
+    comparison = Comparison.load(tmp_path)
+    assert list(comparison.names.values()) == ["FedAvg (naive BN)", "MyBN (eda7)", "MyBN, alpha=1", "mine:MyBN"]
+    assert set(comparison.wide().index.get_level_values("strategy")) == set(comparison.names.values())
+    assert set(comparison.matrix()["strategy"]) == set(labels)
+    assert "MyBN (eda7) .8" in sentences(comparison)[0]
+    for text in (printed(comparison, 80), repr(comparison), comparison.to_markdown()):
+        assert "MyBN (eda7)" in text
+        assert "memory:" not in text

@@ -39,8 +39,8 @@ def test_verdict_excludes_networks_that_did_not_learn(directory):
     assert comparison.unlearned == [s for s in comparison.strategies if best[s] <= best["nonorm"]]
     result = verdict(comparison, "global", "aggregated")
     assert "nonorm" not in (result.best, *result.comparable)
-    assert ("as aggregated", "nonorm †") in comparison.wide().index
-    assert ("as aggregated", "local") in comparison.wide().index
+    assert ("as aggregated", "no normalization †") in comparison.wide().index
+    assert ("as aggregated", "local training") in comparison.wide().index
 
 
 def test_verdict_has_highest_mean(directory):

@@ -308,14 +308,15 @@ def test_missing_cells_are_nan(comparison):
     line = single(comparison.paired(), strategy="groupnorm", row="unseen", column="recalibrated")
     assert np.isnan(line["difference"])
     assert line["n_users"] == 0
-    assert "groupnorm" not in comparison.wide().loc["adapted online"].index
+    assert "GroupNorm" not in comparison.wide().loc["adapted online"].index
     assert comparison.differences("groupnorm", "own", "online").empty
 
 
 def test_wide_without_unseen_users(tmp_path):
     keep_evaluations(write(tmp_path), lambda _, e: e["row"] == "own", "1-*")
     comparison = Comparison.load(tmp_path)
-    assert comparison.wide().loc[("as aggregated", "fedbn"), "unseen users"] == "–"
+    assert comparison.wide().loc[("as aggregated", "FedBN"), "unseen users"] == "–"
+    assert comparison.wide(labels=True).loc[("as aggregated", "fedbn"), "unseen users"] == "–"
 
 
 @pytest.mark.parametrize(("users", "seeds"), [(1, (0, 1)), (6, (0,)), (1, (0,))])
