@@ -120,6 +120,7 @@ def serve(
             limits,
             served.task,
             served.outputs,
+            served.sensors,
         )
         log_to_stderr(verbose)
         url = server.address(host, listening, tls=tls_cert is not None)

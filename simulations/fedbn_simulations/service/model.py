@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from fedbn.data.sensors import SensorLimits, sensor_limits
 from fedbn.errors import UserError
 from fedbn.integrations.pretrained import load_pretrained
 from fedbn.models import build
@@ -32,6 +33,7 @@ class ServedModel:
         prior: initial statistics of users.
         task: the task of the model.
         outputs: names of the outputs.
+        sensors: limits of the windows of a worn sensor; None if they are not known.
     """
 
     model: nn.Module
@@ -40,6 +42,7 @@ class ServedModel:
     prior: Mapping[str, LayerPrior]
     task: Task = CLASSIFICATION
     outputs: tuple[str, ...] = ()
+    sensors: SensorLimits | None = None
 
     @staticmethod
     def from_source(source: SourceModel, rule: Rule) -> ServedModel:
@@ -47,7 +50,8 @@ class ServedModel:
         population, task = source.ctx.population, source.ctx.task
         names = tuple(population.classes)
         classes = names if task.has_posterior else ()
-        return ServedModel(source.model, population.shape, classes, source.prior_for(rule), task, names)
+        limits = sensor_limits(population)
+        return ServedModel(source.model, population.shape, classes, source.prior_for(rule), task, names, limits)
 
     @staticmethod
     def from_weights(

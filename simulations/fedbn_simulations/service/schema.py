@@ -51,6 +51,7 @@ class Answer:
         class_counts: learned windows per predicted class; empty for tasks without classes.
         calibrated: whether the user's statistics were calibrated on own windows.
         held: identifiers of the windows stored until labels arrive.
+        saturated: number of windows that the sensor could not measure, which are not learned from.
     """
 
     user: str
@@ -61,6 +62,7 @@ class Answer:
     class_counts: Sequence[float]
     calibrated: bool
     held: Sequence[str] = ()
+    saturated: int = 0
 
 
 def validate_name(user: str) -> str:
@@ -183,7 +185,7 @@ def parse_labels(values: Any, classes: Sequence[str]) -> list[int]:
 
 
 def advice(answer: Answer, classes: Sequence[str]) -> dict[str, Any]:
-    """Recommended action for the user: ``none``, ``calibrate`` or ``recalibrate``.
+    """Recommended action for the user: ``none``, ``check`` (the sensor), ``calibrate`` or ``recalibrate``.
 
     Statistics of few activities are harmful on the others, so the advice lists the classes with hardly any windows.
 
@@ -191,6 +193,10 @@ def advice(answer: Answer, classes: Sequence[str]) -> dict[str, Any]:
     >>> advice(answer, ["sitting", "walking"])["action"], advice(answer, ["sitting", "walking"])["classes"]
     ('calibrate', ['walking'])
     """
+    if answer.saturated:
+        counted = f"{answer.saturated} of {len(answer.predictions)} windows"
+        text = f"the accelerometer is saturated in {counted}, which are not learned from: set a larger range"
+        return {"action": "check", "classes": [], "text": text}
     if answer.alarms:
         record = "a window of each class" if classes else "some windows"
         text = f"the signal has changed since the last calibration: record {record} again"

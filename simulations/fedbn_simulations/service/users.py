@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from fedbn.data.sensors import SensorLimits
 from fedbn.errors import UserError
 from fedbn.nn.hooks import capture_inputs
 from fedbn.nn.roles import statistics_layers
@@ -80,6 +81,7 @@ class UserStore:
         limits: memory limits.
         task: the task of the model.
         outputs: names of the outputs, for clients; those of the classes by default.
+        sensors: limits of the windows of a worn sensor; None if they are not known.
 
     Attributes:
         journal: changes on their way to the store; None without one.
@@ -99,6 +101,7 @@ class UserStore:
     limits: Limits = field(default_factory=Limits)
     task: Task = CLASSIFICATION
     outputs: Sequence[str] = ()
+    sensors: SensorLimits | None = None
 
     def __post_init__(self) -> None:
         self.outputs = self.outputs or self.classes
@@ -133,6 +136,7 @@ class UserStore:
         for job in jobs:
             try:
                 self._require(job.user)
+                self._require_valid(job.windows)
             except UserError as error:
                 answers[job.user] = error
         if valid := [job for job in jobs if job.user not in answers]:
@@ -161,8 +165,9 @@ class UserStore:
             return rejected | (self._answer(rest) if rest else {})
         posterior = self.task.posterior(out)
         learn = jobs[0].learn
+        saturated = self._saturated(jobs)
         if learn:
-            self.net.commit(posterior=posterior)
+            self.net.commit(posterior=posterior, weight=None if saturated is None else 1 - saturated)
         predicted = np.zeros(len(out), int) if posterior is None else posterior.argmax(1).numpy()
         starts = np.cumsum([0, *(job.n for job in jobs)])
         drift = self._detect_drift(jobs, starts, channel_means(activations[-1]), predicted) if learn else {}
@@ -180,9 +185,21 @@ class UserStore:
                 class_counts=counts,
                 calibrated=self._is_calibrated(job.user, slot),
                 held=[self.held.add(job.user, window) for window in job.windows] if job.hold else (),
+                saturated=0 if saturated is None else int(saturated[start:end].sum()),
             )
             for job, start, end, slot, counts in zip(jobs, starts, starts[1:], slots, class_counts, strict=False)
         }
+
+    def _require_valid(self, windows: Tensor) -> None:
+        if self.sensors is not None and (problem := self.sensors.problem(windows)):
+            raise RequestError(422, problem)
+
+    def _saturated(self, jobs: Sequence[Job]) -> Tensor | None:
+        """1 for each saturated window ``[n]`` of all jobs; they are not learned from. None if there is none."""
+        if self.sensors is None:
+            return None
+        found = self.sensors.saturated(torch.cat([job.windows for job in jobs])).float()
+        return found if found.any() else None
 
     def _detect_drift(
         self, jobs: Sequence[Job], starts: np.ndarray, means: np.ndarray, predicted: np.ndarray
@@ -228,9 +245,10 @@ class UserStore:
         """Update a user's statistics with labeled windows ``[n, *shape]``.
 
         Raises:
-            RequestError: unknown user, or not one label per window.
+            RequestError: unknown user, not one label per window, or windows in another unit.
         """
         self._require(user)
+        self._require_valid(windows)
         if len(windows) != len(labels):
             raise RequestError(422, f"{len(windows)} windows and {len(labels)} labels: give one label per window")
         self.net.predict(windows, user)
@@ -240,9 +258,10 @@ class UserStore:
         """Initialize a user's statistics from own windows (`fedbn.online.Personalized.calibrate`).
 
         Raises:
-            RequestError: unknown user, or not one label per window.
+            RequestError: unknown user, not one label per window, or windows in another unit.
         """
         self._require(user)
+        self._require_valid(windows)
         self.net.calibrate(windows, user, None if labels is None else torch.tensor(labels), then)  # type: ignore[arg-type]
         self._state_replaced(user)
 
