@@ -10,6 +10,9 @@ from torch import Tensor
 
 from fedbn.data.lazy import LazyRows
 
+UNLABELED = -1
+"""Label of a sample or window without a class."""
+
 
 @dataclass(frozen=True)
 class Examples:
@@ -68,6 +71,8 @@ class User:
         train: training examples.
         test: test examples.
         validation: examples that the data set reserves for tuning; None if training examples are held out instead.
+        stream: all windows of the test recordings, in the order of recording; those without a class have the label -1.
+            None if the test examples are all windows.
     """
 
     name: str
@@ -75,3 +80,4 @@ class User:
     train: Examples
     test: Examples
     validation: Examples | None = None
+    stream: Examples | None = None

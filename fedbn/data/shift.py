@@ -278,7 +278,7 @@ def shift(population: Population, text: str, seed: int) -> Population:
     for user in population.users:
         steps = [k.draw(population.shape, scale, generator(seed, "shift", k.name, user.name)) for k in kinds]
         train, test = (_shifted(part, steps) for part in (user.train, user.test))
-        validation = None if user.validation is None else _shifted(user.validation, steps)
-        users.append(replace(user, train=train, test=test, validation=validation))
+        validation, stream = (part and _shifted(part, steps) for part in (user.validation, user.stream))
+        users.append(replace(user, train=train, test=test, validation=validation, stream=stream))
     skew = f"{population.skew}; feature skew added by {parse_shift(text)}"
     return replace(population, users=tuple(users), skew=skew)

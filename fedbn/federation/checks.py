@@ -36,7 +36,10 @@ def check_population(population: Population, task: Task) -> list[str]:
     """
     targets = population.users[0].train.y.shape[1:]
     for user in population.users:
-        for part, data in (("training", user.train), ("test", user.test)):
+        parts = [("training", user.train), ("test", user.test)]
+        if user.stream is not None:
+            parts.append(("stream", user.stream))
+        for part, data in parts:
             if len(data) == 0:
                 raise UserError(f"user {user.name} has no {part} data: leave the user out, or use another partition")
             # In parts, because data that are memory-mapped may not fit in memory.
@@ -46,7 +49,8 @@ def check_population(population: Population, task: Task) -> list[str]:
                     f"user {user.name}: {int(bad.sum())} of {len(data)} {part} examples hold NaN or Inf (first: row "
                     f"{int(bad.nonzero()[0])}); remove or impute them"
                 )
-            check_targets(task, data.y, population.classes, f"user {user.name}")
+            if part != "stream":  # some of its windows have no target
+                check_targets(task, data.y, population.classes, f"user {user.name}")
             if data.y.shape[1:] != targets:
                 raise UserError(
                     f"user {user.name}: {part} targets have shape {list(data.y.shape[1:])}, others {list(targets)}"

@@ -55,8 +55,13 @@ def load_population(
     if validation:
         seen = tuple(carve_validation(population.users[i]) for i in population.seen)
         population = replace(population, users=seen, unseen=())
-    users = tuple(User(u.name, u.domain, u.train.to(device), u.test.to(device)) for u in population.users)
-    return replace(population, users=users)
+    return replace(population, users=tuple(_on_device(user, device) for user in population.users))
+
+
+def _on_device(user: User, device: str) -> User:
+    """The user's data on a device, without examples for validation, which are no longer needed."""
+    stream = None if user.stream is None else user.stream.to(device)
+    return User(user.name, user.domain, user.train.to(device), user.test.to(device), stream=stream)
 
 
 @lru_cache(maxsize=2)

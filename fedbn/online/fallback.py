@@ -64,6 +64,6 @@ class FallbackModel:
                 self.windows[user[i]] = self.windows.get(user[i], 0) + 1
         return out
 
-    def commit(self, posterior: Tensor | None = None) -> None:
-        """Update the wrapped model, and with it the evidence."""
-        self.net.commit(posterior=posterior)
+    def commit(self, posterior: Tensor | None = None, weight: Tensor | None = None) -> None:
+        """Update the wrapped model, and with it the evidence; see `Personalized.commit`."""
+        self.net.commit(posterior=posterior, weight=weight)

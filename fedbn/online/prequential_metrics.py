@@ -113,7 +113,7 @@ def fading_mean(values: Floats, factor: float = FADING) -> Floats:
     Gama, Sebastião, Rodrigues, 2013, *On evaluating stream learning algorithms*, Machine Learning 90.
 
     Args:
-        values: c, ``[n]``, NaN for windows that are not scored; the first window must be scored.
+        values: c, ``[n]``, NaN for windows that are not scored. The mean is NaN before the first scored window.
         factor: f.
 
     >>> fading_mean(np.array([1.0, 0.0]), 0.5).round(3).tolist()

@@ -34,7 +34,18 @@ class HaptIntensity(Hapt):
 
     def split(self, rows: Arrays, step: int) -> list[tuple[int, User]]:
         users = super().split(rows, step)
-        return [(i, replace(u, train=_rotation(u.train), test=_rotation(u.test))) for i, u in users]
+        return [
+            (
+                i,
+                replace(
+                    u,
+                    train=_rotation(u.train),
+                    test=_rotation(u.test),
+                    stream=None if u.stream is None else _rotation(u.stream),
+                ),
+            )
+            for i, u in users
+        ]
 
 
 def amplitude_deviation(acceleration: Tensor) -> Tensor:

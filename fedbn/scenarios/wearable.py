@@ -22,6 +22,7 @@ class WearableScenario(Scenario):
 
     Attributes:
         source: short name of the packaged file (`fedbn.data.packages.SOURCES`).
+        version: version of the parsed arrays.
         classes: names of the activities.
         skew: one sentence that describes the skew between users.
         unseen: number of people that never train.
@@ -41,6 +42,7 @@ class WearableScenario(Scenario):
         "momentum": 0.9,
     }
     source: ClassVar[str]
+    version: ClassVar[int] = 1
     classes: ClassVar[tuple[str, ...]]
     skew: ClassVar[str]
 
@@ -58,11 +60,16 @@ class WearableScenario(Scenario):
     def split(self, rows: Arrays, step: int) -> list[tuple[int, User]]:
         """Person number and `User` of each client, with windows ``step`` samples apart."""
 
-    def load(self, seed: int) -> Population:
-        step = hop(self.window, self.overlap)
+    def rows(self) -> tuple[Arrays, dict[str, str]]:
+        """The parsed file, and its hash by name."""
         source = SOURCES[self.source]
         path = fetch(source)
-        users = self.split(cached(self.source, 1, source.sha256, lambda: self.parse(path)), step)
+        return cached(self.source, self.version, source.sha256, lambda: self.parse(path)), {source.label: source.sha256}
+
+    def load(self, seed: int) -> Population:
+        step = hop(self.window, self.overlap)
+        rows, sources = self.rows()
+        users = self.split(rows, step)
         people = sorted({person for person, _ in users})
         unseen = {people[i] for i in hold_out(len(people), self.unseen, seed, self.reserved)}
         reserved = {people[i] for i in hold_out_order(len(people))[: self.reserved]}
@@ -72,6 +79,6 @@ class WearableScenario(Scenario):
             unseen=tuple(i for i, (person, _) in enumerate(users) if person in unseen),
             classes=self.classes,
             skew=self.skew,
-            sources={source.label: source.sha256},
+            sources=sources,
             triples=TRIPLES,
         )

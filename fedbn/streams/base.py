@@ -16,11 +16,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedbn.data.population import Examples
+from fedbn.data.examples import UNLABELED
+from fedbn.data.population import Examples, User
 from fedbn.errors import UserError
 from fedbn.plugins import discover, parse
 
-FOREIGN = -1
+FOREIGN = UNLABELED
 """Label of a window that belongs to no class. It is predicted and learned from like any other, but never scored."""
 
 BOUNDS: dict[str, Callable[[float], bool]] = {
@@ -105,6 +106,10 @@ class StreamSpec(ABC):
     @property
     def num_persons(self) -> int:
         return 1
+
+    def recording_of(self, user: User) -> Examples:
+        """The windows of a user that a stream consists of: all of the test recordings, or those with a class."""
+        return user.test if self.needs_classes or user.stream is None else user.stream
 
     @abstractmethod
     def make(self, user: str, recordings: Sequence[Examples], seed: int) -> Stream:

@@ -116,26 +116,6 @@ class Search(Protocol):
         ...
 
 
-SATURATED = 0.1
-"""Share of a channel's samples at one extreme value from which a window is saturated."""
-
-
-def clipped(x: Tensor, limit: Tensor | float) -> Tensor:
-    """Whether each channel ``[B, C]`` of windows ``[B, C, length]`` is saturated.
-
-    Args:
-        x: the windows.
-        limit: absolute value up to which a repeated extreme value is normal, 0-d or ``[C]``.
-
-    >>> clipped(torch.tensor([[[0.0, 2, 2, 2], [0.0, 1, 2, 3]]]), torch.tensor(1.0))
-    tensor([[ True, False]])
-    """
-    size = x.abs()
-    top = size.amax(2, keepdim=True)
-    repeats = (size == top).double().mean(2)
-    return (repeats >= SATURATED) & (repeats * x.shape[2] > 1) & (top[:, :, 0] > limit)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Alignment(SumsMethod):
     """Base class of alignments; fields are options.

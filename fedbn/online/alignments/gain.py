@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedbn.data.sensors import clipped
 from fedbn.errors import UserError
 from fedbn.online.alignments.affine import AffineLayout, AffineSearch, log_deviation, register
-from fedbn.online.alignments.base import Alignment, AlignmentPrior, clipped
+from fedbn.online.alignments.base import Alignment, AlignmentPrior
 from fedbn.online.sums import Triples
 
 IDENTITY_WEIGHT = 0.3

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fedbn.data.sensors import IMPOSSIBLE, OTHER_UNIT, SATURATION, STEADY, clipped
 from fedbn.errors import UserError
 from fedbn.online.alignments import quaternions as so3
-from fedbn.online.alignments.base import Alignment, AlignmentPrior, clipped
+from fedbn.online.alignments.base import Alignment, AlignmentPrior
 from fedbn.online.alignments.rotation_search import RotationSearch
 from fedbn.online.sums import Triples
 
@@ -33,18 +34,6 @@ TILT_NOISE = 0.03
 
 LOG_VARIANCE_NOISE = 0.05
 """Variance added to the log variances of a class."""
-
-IMPOSSIBLE = 5.0
-"""Ratio of a window's mean acceleration to gravity that only another unit explains."""
-
-UNUSUAL = 3.0
-"""Ratio, or its inverse, from which a window is not usable, and from which a client must have another unit."""
-
-STEADY = 0.25
-"""Relative standard deviation of the length of mean accelerations below which they are gravity; it is .42 for noise."""
-
-SATURATION = 1.5
-"""Absolute acceleration, relative to gravity, up to which a repeated extreme value is normal."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +71,7 @@ class Rotation(Alignment):
         ratio = z[:, :3].norm(dim=1) / gravity
         if len(ratio) and float(ratio.max()) > IMPOSSIBLE:
             raise self._unit_error(float(ratio.max()))
-        return usable & (ratio > 1 / UNUSUAL) & (ratio < UNUSUAL)
+        return usable & (ratio > 1 / OTHER_UNIT) & (ratio < OTHER_UNIT)
 
     def informative(self, prior: AlignmentPrior) -> bool:
         return bool(self.gravity(prior) > prior.scale[:3].norm())
@@ -91,7 +80,7 @@ class Rotation(Alignment):
         length = z[:, :3].norm(dim=1)
         ratio = float(length.median() / self.gravity(prior))
         measures_gravity = bool(length.std() < STEADY * length.median())
-        if measures_gravity and not 1 / UNUSUAL < ratio < UNUSUAL:
+        if measures_gravity and not 1 / OTHER_UNIT < ratio < OTHER_UNIT:
             raise self._unit_error(ratio)
 
     @staticmethod

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from fedbn.data.sensors import sensor_notices
 from fedbn.federation.run import Run, task_of
 from fedbn.federation.setup import build_context
 from fedbn.files import write_atomically, write_json
@@ -183,12 +184,15 @@ def metric_curve(results: Results, metric: str, longest: float = 0.9) -> pd.Data
             baseline += [fading_mean(t.values) for t in reference]
         end = int(np.quantile([len(c) for c in curves], 1 - longest))
         rule, base = (np.array([c[:end] for c in side if len(c) >= end]) for side in (curves, baseline))
+        # Streams may begin with windows that are not scored.
+        scored = np.flatnonzero(~np.isnan(rule).all(axis=0))
+        rule, base = rule[:, scored], base[:, scored]
         mean = np.nanmean(rule, axis=0)
         half = 1.96 * np.nanstd(rule - base, axis=0) / math.sqrt(max(1, len(rule) - 1))
         of = dict(zip(("strategy", "stream", "start", "rule"), kind, strict=True))
         lines += [
             of | {"window": t + 1, metric: m, "low": m - h, "high": m + h}
-            for t, (m, h) in enumerate(zip(mean, half, strict=True))
+            for t, m, h in zip(scored.tolist(), mean, half, strict=True)
         ]
     return pd.DataFrame(lines)
 
@@ -203,7 +207,8 @@ def group_cells(results: Results) -> dict[tuple[str, str, str, str], list[Cell]]
 
 def notices(study: Study) -> list[str]:
     """What was decided when the data of a study were read."""
-    return list(build_context(study.runs()[0]).population.notices)
+    population = build_context(study.runs()[0]).population
+    return [*population.notices, *sensor_notices(population)]
 
 
 def write(

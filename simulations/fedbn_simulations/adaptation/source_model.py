@@ -69,8 +69,8 @@ class SourceModel:
 
     def streams(self, text: str, which: UserGroup) -> list[Stream]:
         """The users' streams, over their later recordings."""
-        users = self.users(which)
-        return stream(text).make_all([u.name for u in users], [u.test for u in users], self.run.seed)
+        users, kind = self.users(which), stream(text)
+        return kind.make_all([u.name for u in users], [kind.recording_of(u) for u in users], self.run.seed)
 
     @cached_property
     def source_windows(self) -> Tensor:

@@ -138,6 +138,7 @@ def serve(
             served.align,
             served.head,
             served.reason,
+            served.sensors,
         )
         log_to_stderr(verbose)
         url = server.address(host, listening, tls=tls_cert is not None)

@@ -10,6 +10,7 @@ from typing import cast
 import torch
 from torch import nn
 
+from fedbn.data.sensors import SensorLimits, sensor_limits
 from fedbn.errors import UserError
 from fedbn.integrations.pretrained import load_pretrained
 from fedbn.models import build
@@ -41,6 +42,7 @@ class ServedModel:
         align: its alignment.
         head: its matched head.
         reason: why this rule, one sentence; empty if it was named.
+        sensors: limits of the windows of a worn sensor; None if they are not known.
     """
 
     model: nn.Module
@@ -53,6 +55,7 @@ class ServedModel:
     align: Aligner | None = None
     head: MatchedHead | None = None
     reason: str = ""
+    sensors: SensorLimits | None = None
 
     def follower(self, capacity: int, store: Store | None = None) -> Personalized | FallbackModel:
         """The model with separate states of users that follow the rule.
@@ -90,7 +93,17 @@ class ServedModel:
         prior = source.prior_for(cast(Rule, method.rule))
         align, head = source.sums_for(method)
         return ServedModel(
-            source.model, population.shape, classes, prior, task, names, method.text, align, head, reason
+            source.model,
+            population.shape,
+            classes,
+            prior,
+            task,
+            names,
+            method.text,
+            align,
+            head,
+            reason,
+            sensor_limits(population),
         )
 
     @staticmethod

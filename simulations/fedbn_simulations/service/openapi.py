@@ -34,7 +34,7 @@ SCHEMAS: dict[str, Any] = {
         ),
         drift=_object(distance=NUMBER | {"nullable": True}, alarm=BOOLEAN, alarms=INTEGER),
         advice=_object(
-            action=STRING | {"enum": ["none", "calibrate", "recalibrate"]}, classes=_array(STRING), text=STRING
+            action=STRING | {"enum": ["none", "check", "calibrate", "recalibrate"]}, classes=_array(STRING), text=STRING
         ),
         held=_array(STRING),
         alignment=_object(

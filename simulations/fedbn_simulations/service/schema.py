@@ -53,6 +53,7 @@ class Answer:
         held: identifiers of the windows stored until labels arrive.
         alignment: the user's alignment (`fedbn.online.alignments.base.Aligner.report`), and whether it was ``used`` for
             these windows; None without one.
+        saturated: number of windows that the sensor could not measure, which are not learned from.
     """
 
     user: str
@@ -64,6 +65,7 @@ class Answer:
     calibrated: bool
     held: Sequence[str] = ()
     alignment: Mapping[str, Any] | None = None
+    saturated: int = 0
 
 
 def validate_name(user: str) -> str:
@@ -186,7 +188,7 @@ def parse_labels(values: Any, classes: Sequence[str]) -> list[int]:
 
 
 def advice(answer: Answer, classes: Sequence[str]) -> dict[str, Any]:
-    """Recommended action for the user: ``none``, ``calibrate`` or ``recalibrate``.
+    """Recommended action for the user: ``none``, ``check`` (the sensor), ``calibrate`` or ``recalibrate``.
 
     Statistics of few activities are harmful on the others, so the advice lists the classes with hardly any windows.
 
@@ -194,6 +196,10 @@ def advice(answer: Answer, classes: Sequence[str]) -> dict[str, Any]:
     >>> advice(answer, ["sitting", "walking"])["action"], advice(answer, ["sitting", "walking"])["classes"]
     ('calibrate', ['walking'])
     """
+    if answer.saturated:
+        counted = f"{answer.saturated} of {len(answer.predictions)} windows"
+        text = f"the accelerometer is saturated in {counted}, which are not learned from: set a larger range"
+        return {"action": "check", "classes": [], "text": text}
     if answer.alarms:
         record = "a window of each class" if classes else "some windows"
         text = f"the signal has changed since the last calibration: record {record} again"

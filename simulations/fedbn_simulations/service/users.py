@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from fedbn.data.sensors import SensorLimits
 from fedbn.errors import UserError
 from fedbn.nn.hooks import capture_inputs
 from fedbn.nn.roles import statistics_layers
@@ -84,6 +85,7 @@ class UserStore:
         align: the alignment of the rule, if it has one.
         head: the matched head of the rule, if it has one.
         reason: why this rule, one sentence for clients.
+        sensors: limits of the windows of a worn sensor; None if they are not known.
 
     Attributes:
         journal: changes on their way to the store; None without one.
@@ -106,6 +108,7 @@ class UserStore:
     align: Aligner | None = None
     head: MatchedHead | None = None
     reason: str = ""
+    sensors: SensorLimits | None = None
 
     def __post_init__(self) -> None:
         self.outputs = self.outputs or self.classes
@@ -150,6 +153,7 @@ class UserStore:
         for job in jobs:
             try:
                 self._require(job.user)
+                self._require_valid(job.windows)
             except UserError as error:
                 answers[job.user] = error
         if valid := [job for job in jobs if job.user not in answers]:
@@ -179,8 +183,9 @@ class UserStore:
             return rejected | (self._answer(rest) if rest else {})
         posterior = self.task.posterior(out)
         learn = jobs[0].learn
+        saturated = self._saturated(jobs)
         if learn:
-            self.follower.commit(posterior=posterior)
+            self.follower.commit(posterior=posterior, weight=None if saturated is None else 1 - saturated)
         predicted = np.zeros(len(out), int) if posterior is None else posterior.argmax(1).numpy()
         starts = np.cumsum([0, *(job.n for job in jobs)])
         drift = self._detect_drift(jobs, starts, channel_means(activations[-1]), predicted) if learn else {}
@@ -204,9 +209,21 @@ class UserStore:
                 alignment=None
                 if aligner is None
                 else aligner.report(bank.rows, slot) | {"used": job.user not in by_source},
+                saturated=0 if saturated is None else int(saturated[start:end].sum()),
             )
             for job, start, end, slot, counts in zip(jobs, starts, starts[1:], slots, class_counts, strict=False)
         }
+
+    def _require_valid(self, windows: Tensor) -> None:
+        if self.sensors is not None and (problem := self.sensors.problem(windows)):
+            raise RequestError(422, problem)
+
+    def _saturated(self, jobs: Sequence[Job]) -> Tensor | None:
+        """1 for each saturated window ``[n]`` of all jobs; they are not learned from. None if there is none."""
+        if self.sensors is None:
+            return None
+        found = self.sensors.saturated(torch.cat([job.windows for job in jobs])).float()
+        return found if found.any() else None
 
     def _detect_drift(
         self, jobs: Sequence[Job], starts: np.ndarray, means: np.ndarray, predicted: np.ndarray
@@ -252,9 +269,10 @@ class UserStore:
         """Update a user's statistics with labeled windows ``[n, *shape]``.
 
         Raises:
-            RequestError: unknown user, or not one label per window.
+            RequestError: unknown user, not one label per window, or windows in another unit.
         """
         self._require(user)
+        self._require_valid(windows)
         if len(windows) != len(labels):
             raise RequestError(422, f"{len(windows)} windows and {len(labels)} labels: give one label per window")
         self.net.predict(windows, user)
@@ -264,9 +282,10 @@ class UserStore:
         """Initialize a user's statistics from own windows (`fedbn.online.Personalized.calibrate`).
 
         Raises:
-            RequestError: unknown user, or not one label per window.
+            RequestError: unknown user, not one label per window, or windows in another unit.
         """
         self._require(user)
+        self._require_valid(windows)
         self.net.calibrate(windows, user, None if labels is None else torch.tensor(labels), then)  # type: ignore[arg-type]
         self._state_replaced(user)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from functools import lru_cache
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from fedbn.scenarios.uci_har import SIGNALS
 from fedbn.seeds import numpy_generator
 from fedbn.tasks import parse_task
 from tests.fedbn.helpers import rejects
+from tests.fedbn.scenarios.archives import WRITERS
 from tests.fedbn.scenarios.test_image_sets import write_cifar, write_idx
 
 
@@ -35,9 +37,13 @@ def texts(tmp_path_factory):
     columns = {"image": images, "label": (n % 3).tolist(), "domain": [f"d{i % 4}" for i in n]}
     datasets.Dataset.from_dict(columns).save_to_disk(str(directory / "hub"))
     write_uci_har(directory / "har")
+    for name, write in WRITERS.items():
+        write(directory / name, 8)
     write_idx(directory / "idx")
     write_cifar(directory / "cifar")
     return {
+        **{name: f"{name}:path={directory / name}:unseen=1" for name in WRITERS},
+        **{f"{name} cache": str(directory / "cache") for name in WRITERS},
         "idx": f"idx:path={directory / 'idx'}:users=4",
         "cifar": f"cifar:path={directory / 'cifar'}:users=4",
         "files": f"files:path={directory / 'own.npz'}",
@@ -65,9 +71,11 @@ def _load(text, seed):
 
 
 @pytest.fixture
-def load(texts):
+def load(texts, monkeypatch):
     def load(name, seed=0, cached=True):
         text = texts.get(name, name)
+        if name in WRITERS:  # the data of other scenarios stay in the cache
+            monkeypatch.setenv("FEDBN_CACHE", texts[f"{name} cache"])
         try:
             return _load(text, seed) if cached else scenario(text).load(seed)
         except UserError as error:
@@ -212,13 +220,75 @@ def _frame():
     return frame
 
 
-def test_hapt_separates_stretches_at_dropped_rows(monkeypatch):
+def test_hapt_separates_stretches_at_other_rows(monkeypatch):
     monkeypatch.setattr(hapt, "unpickle", lambda *_: {1: [_frame()] * 2})
     monkeypatch.setattr(hapt.gzip, "open", lambda _: io.BytesIO())
     rows = hapt.Hapt.parse(None)
-    assert rows["label"].tolist() == [0, 0, 0, 0, 1, 1, 1, 1] * 2
-    assert np.unique(rows["stretch"], return_counts=True)[1].tolist() == [2, 2, 2, 2] * 2
-    assert rows["signal"][:, 0].tolist() == [1, 2, 5, 6, 7, 8, 10, 11] * 2
+    assert rows["label"].tolist() == [-1, 0, 0, 6, 6, 0, 0, 1, 1, -1, 1, 1] * 2
+    assert np.unique(rows["stretch"], return_counts=True)[1].tolist() == [1, 2, 2, 2, 2, 1, 2] * 2
+    assert rows["signal"][:, 0].tolist() == list(range(12)) * 2
+
+
+def test_hapt_full_stream_has_all_later_windows(monkeypatch):
+    lengths = [40, 20, 30, 10, 44]  # walk; walk, unlabeled, a transition, walk
+    columns = {"label": [0, 0, -1, 6, 0], "user": [1] * 5, "recording": [0, 1, 1, 1, 1], "stretch": range(5)}
+    rows = {name: np.repeat(values, lengths) for name, values in columns.items()}
+    serve(monkeypatch, rows | {"signal": numbered_signal(sum(lengths))})
+    labeled, full = (hapt.Hapt(unseen=0, window=16, stream=kind).load(0).users[0] for kind in ("labeled", "full"))
+    assert same_users(SimpleNamespace(users=[labeled]), SimpleNamespace(users=[full]))
+    assert labeled.stream is None
+    assert full.stream.x[:, 0, 0].tolist() == list(range(40, 40 + 104 - 15, 8))
+    # Samples 40 to 59 and 100 to 143 are labeled.
+    assert full.stream.y.tolist() == [0] + 7 * [-1] + 4 * [0]
+    assert set(full.stream.recording.tolist()) == {1}
+
+
+def write_hapt(directory, samples=400):
+    """Two recordings of two people with the layout of the archive; the acceleration counts the samples."""
+    raw = directory / "RawData"
+    raw.mkdir(parents=True)
+    lines = []
+    for experiment, user in enumerate((1, 1, 2, 2), 1):
+        name = f"exp{experiment:02d}_user{user:02d}.txt"
+        signal = np.repeat(np.arange(1.0, samples + 1)[:, None], 3, 1)
+        np.savetxt(raw / f"acc_{name}", signal, fmt="%.6f")
+        np.savetxt(raw / f"gyro_{name}", -signal, fmt="%.6f")
+        lines += [f"{experiment} {user} {k} {60 * k - 9} {60 * k + 30}" for k in range(1, 7)]
+        lines.append(f"{experiment} {user} 7 391 395")
+    (raw / "labels.txt").write_text("\n".join(lines) + "\n")
+
+
+def test_hapt_reads_archive(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEDBN_CACHE", str(tmp_path / "cache"))
+    write_hapt(tmp_path)
+    population = scenario(f"hapt:path={tmp_path}:window=20:unseen=1:stream=full").load(0)
+    assert [u.name for u in population.users] == ["user01", "user02"]
+    for user in population.users:
+        # Labels name their first and last sample, counted from 1, as the acceleration does.
+        for data in (user.train, user.test):
+            assert data.x[::3, 0, 0].tolist() == [60 * k - 9 for k in range(1, 7)]
+            assert data.x[2::3, 0, -1].tolist() == [60 * k + 30 for k in range(1, 7)]
+            assert data.y.tolist() == [k for k in range(6) for _ in range(3)]
+            assert torch.equal(data.x[:, 3:], -data.x[:, :3])
+        assert len(user.stream) == 39
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            lambda raw: (raw / "labels.txt").unlink(),
+            "lacks acc_exp01_user01.txt, .* or labels.txt: download",
+        ),
+        (lambda raw: (raw / "labels.txt").write_text("1 2 3\n"), "3 columns instead of 5"),
+        (lambda raw: (raw / "gyro_exp02_user01.txt").unlink(), "gyro_exp02_user01.txt is missing or is no table"),
+        (lambda raw: (raw / "acc_exp01_user01.txt").write_text("1 2 3\n"), "acc_exp01_user01.txt and gyro.* in length"),
+    ],
+)
+def test_hapt_rejects_incomplete_archive(tmp_path, damage, message):
+    write_hapt(tmp_path)
+    damage(tmp_path / "RawData")
+    rejects(message, lambda: scenario(f"hapt:path={tmp_path}").load(0))
 
 
 def test_watch_has_known_counts(load):

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedbn.data.population import Examples
+from fedbn.data.population import Examples, User
 from fedbn.errors import UserError
 from fedbn.plugins import render
 from fedbn.streams import FOREIGN, Event, Stream, stream, streams
@@ -245,3 +245,11 @@ def test_turned_rotates_windows_after_the_event():
     assert float(rotation.trace()) == pytest.approx(1 + 2 * np.cos(np.pi / 3), abs=1e-4)
     with pytest.raises(UserError, match="stream 'turned' works on 3-axis sensors"):
         stream("turned").make("ann", [windows(4, 2, 3)], seed=0)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_stream_uses_windows_without_class_unless_it_orders_by_class(name):
+    own, everything = person(20), person(50)
+    user, plain = User("ann", "", own, own, stream=everything), User("ann", "", own, own)
+    assert stream(name).recording_of(user) is (own if streams()[name].needs_classes else everything)
+    assert stream(name).recording_of(plain) is own

@@ -4,6 +4,7 @@ import copy
 import io
 import json
 import math
+import warnings
 import zlib
 from dataclasses import replace
 
@@ -440,3 +441,14 @@ def test_rotation_of_people_of_hapt_follows_their_streams():
     assert facts["reset_exact"]
     assert facts["bytes_per_user"] > source_facts["bytes_per_user"]
     assert len(traces[0].y) == len(source.streams("natural", "unseen")[0])
+
+
+def test_curve_begins_with_the_first_window_that_is_scored():
+    run = Run("digits8", "fedbn")
+    trace = ClassTrace("ann", "", np.array([-1, 0, 1]), np.array([0, 0, 0]), *np.zeros((3, 3)))
+    results = {Cell(run, "unseen", "natural", "cold", rule): ([trace], {}) for rule in (SOURCE, "ema")}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        curve = metric_curve(results, "accuracy")
+    assert curve["window"].tolist() == [2, 3, 2, 3]
+    assert (curve["accuracy"].iloc[0], curve["accuracy"].notna().all()) == (1.0, True)

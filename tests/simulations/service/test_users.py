@@ -11,6 +11,7 @@ from safetensors.torch import load
 
 pytest.importorskip("fastapi")
 
+from fedbn.data.sensors import SensorLimits
 from fedbn.errors import UserError
 from fedbn.models import build
 from fedbn.online import SQLiteStore, personalize
@@ -68,6 +69,27 @@ def test_detectors_observe_the_windows_of_their_user_in_order():
         (["cem"], [15], [25]),
     ]
     assert drift == {"ann": (11.0, True), "bob": (12.0, False), "cem": (15.0, True)}
+
+
+def test_windows_of_a_wrong_unit_are_refused_and_saturated_ones_not_learned(model):
+    users = make_users(model, "ann", "bob", sensors=SensorLimits((0, 1, 2), 1.0))
+    right = 0.1 * windows(3)
+    right[:, 2] += 1
+    saturated = right.clone()
+    saturated[1, 0] = (6 * torch.linspace(-1, 1, SHAPE[1])).clamp(-2, 2)
+    wrong, good = users.answer([Job("ann", 9.81 * right, True), Job("bob", saturated, True)])
+    assert isinstance(wrong, RequestError)
+    assert (wrong.status, "times gravity" in str(wrong)) == (422, True)
+    assert (good.saturated, advice(good, CLASSES)["action"]) == (1, "check")
+    assert "saturated in 1 of 3 windows" in advice(good, CLASSES)["text"]
+    assert [users.report(name)["learned"] for name in ("ann", "bob")] == [0, 2]
+    assert observe(users, "bob", right, learn=False).saturated == 0
+    for enter in (
+        lambda: users.learn("bob", 9.81 * right, [0, 1, 2]),
+        lambda: users.calibrate("bob", 0 * right, None, "adapt"),
+    ):
+        with pytest.raises(RequestError, match="times gravity"):
+            enter()
 
 
 def test_batched_answers_equal_single_predictions(model):
