@@ -31,6 +31,7 @@ def copy_without_tensors(model: nn.Module) -> nn.Module:
 def with_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     """A copy of a module that computes with other tensors, by name; operations in place change them.
 
+    >>> import torch
     >>> layer = with_tensors(nn.BatchNorm1d(2), {"weight": torch.ones(6), "num_batches_tracked": torch.zeros(3)})
     >>> layer.weight.shape, layer.running_mean.shape
     (torch.Size([6]), torch.Size([2]))

@@ -6,6 +6,8 @@ import copy
 
 import torch
 
+from fedbn.stacked.modules import entries
+
 
 def assert_program_matches(program, net, shape, rows=(5, 2), k=3, integers=0):
     """Outputs, gradients and statistics of K clients in one program equal those of K separate models.
@@ -16,11 +18,11 @@ def assert_program_matches(program, net, shape, rows=(5, 2), k=3, integers=0):
     separate = [with_random_entries(net) for _ in range(k)]
     for batch_last in (False, True) if program.supports_batch_last(len(shape) + 1) else (False,):
         nets = copy.deepcopy(separate)
-        stacked = {n: torch.stack([m.state_dict()[n] for m in nets]) for n in net.state_dict()}
-        entries = {n: program.lay_out(n, v).detach() for n, v in stacked.items()}
-        leaves = [entries[n].requires_grad_() for n in program.trained]
+        stacked = {n: torch.stack([entries(m)[n] for m in nets]) for n in entries(net)}
+        tensors = {n: program.lay_out(n, v).detach() for n, v in stacked.items()}
+        leaves = [tensors[n].requires_grad_() for n in program.trained]
         noise = [torch.Generator().manual_seed(i) for i in range(k)]
-        forward = program.bind(entries, k, noise, batch_last=batch_last)
+        forward = program.bind(tensors, k, noise, batch_last=batch_last)
         masks = [torch.Generator().manual_seed(i).get_state() for i in range(k)]
         for n in rows:
             size = (n, k, *shape)
@@ -41,8 +43,8 @@ def assert_program_matches(program, net, shape, rows=(5, 2), k=3, integers=0):
                 assert (gradient is None) == (own[j] is None)
                 if gradient is not None:
                     assert_close(gradient, program.lay_out(name, torch.stack(own[j :: len(leaves)])))
-        for n, value in entries.items():
-            assert_close(value.detach(), program.lay_out(n, torch.stack([m.state_dict()[n] for m in nets])))
+        for n, value in tensors.items():
+            assert_close(value.detach(), program.lay_out(n, torch.stack([entries(m)[n] for m in nets])))
 
 
 def with_random_entries(net):

@@ -54,7 +54,7 @@ class Noisy(EveryHook):
     ("kind", "how"), [(EveryHook, "stacked"), (Noisy, "the strategy draws random numbers before a step")]
 )
 def test_stacked_hooks_match_those_of_single_clients(kind, how):
-    ctx = in_double_precision(build_context(unequal_users_run(f"{__name__}:{kind.__name__}")))
+    ctx = in_double_precision(build_context(unequal_users_run(f"{__name__}:{kind.__name__}", optimizer_state="reset")))
     executor = ClientExecutor("stacked", 1)
     expected, actual = (run_n_rounds(ctx, e, 4) for e in (ClientExecutor("one"), executor))
     assert executor.execution == {"train": [how]}

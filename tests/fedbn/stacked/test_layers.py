@@ -96,7 +96,7 @@ OWN_CODE = {
     "batch renorm": (lambda: BatchRenorm(3, start=0, r_full=2, d_full=2), (3, 4)),
     "diminishing bn": (lambda: DiminishingBN(3, alpha="1/m", mode="algorithm1"), (3, 4, 2)),
     "diminishing bn of variances": (lambda: DiminishingBN(3, stat="var", unbiased=True), (3,)),
-    "evalnorm": (lambda: EvalNorm(3, rule="1/M^2"), (3, 4)),
+    "evalnorm": (lambda: EvalNorm(3, rule="1/M^2", size=8), (3, 4)),
     "evalnorm, learned": (lambda: EvalNorm(3, rule="learned"), (3, 4)),
     "evalnorm of features": (lambda: EvalNorm(3, size=8), (3,)),
     "exchanged": (lambda: ExchangedNorm(3), (3, 4)),
