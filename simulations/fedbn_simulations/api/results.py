@@ -174,7 +174,7 @@ class FederationResult:
         return f"<p>{escape(self._headline())}</p>{self._table().to_html()}"
 
     def _headline(self) -> str:
-        return f"{self.run.strategy} on {self.run.scenario}, seed {self.run.seed}: {self.run.plan.rounds} rounds"
+        return f"{self.run.strategy} on {self.run.scenario}, seed {self.run.seed}: {len(self.outcome.curve)} rounds"
 
     def _table(self) -> pd.DataFrame:
         """Mean of the task's main metric over users: rows and columns of the matrix."""
