@@ -22,10 +22,10 @@ from fedbn.tasks import render_task
 from fedbn.tasks.extra import metric_name
 from fedbn_simulations.experiments.options import ExperimentOptions
 
-TUNABLE = tuple(
-    f.name for f in fields(Plan) if f.metadata["panel"] != "Evaluation" and f.name not in ("rounds", "patience", "min_delta", "tolerate")
-)
-"""Options of the plan that can be tuned: those of training, except for what sets the number of rounds, the budget."""
+_BUDGET = ("rounds", "patience", "min_delta", "tolerate")
+
+TUNABLE = tuple(f.name for f in fields(Plan) if f.metadata["panel"] != "Evaluation" and f.name not in _BUDGET)
+"""Options of the plan that can be tuned: those of training, except for those of the budget."""
 
 
 @dataclass(frozen=True)
