@@ -88,6 +88,13 @@ class Plan(Checked):
 
     _: KW_ONLY
     rounds: int = option(20, "Communication rounds.", low=1, flags=("--rounds", "--num-rounds"), by_scenario=True)
+    patience: int | None = option(
+        None,
+        "Stop training if the training loss has not improved by more than --min-delta in so many evaluations; none "
+        "trains for all rounds. Not used where training depends on the number of rounds (cosine, FixBN).",
+        low=1,
+    )
+    min_delta: float = option(0.01, "Improvement of the training loss that counts for --patience.", low=0)
     clients_per_round: int | None = option(None, "Seen users sampled per round, seeded by round; none for all.", low=1)
     local_epochs: int = option(1, "Passes over a client's data per round.", low=1, by_scenario=True)
     batch_size: int = option(

@@ -14,6 +14,7 @@ from functools import partial
 from fedbn.federation.client import client_evaluation, client_round, client_sync_first_batch, client_sync_statistics
 from fedbn.federation.cold_start import statistics_for, summarize
 from fedbn.federation.context import RunContext
+from fedbn.federation.convergence import is_last_round, losses, remaining_rounds
 from fedbn.federation.failures import client_name, reported
 from fedbn.federation.labeled_sums import client_sums, collect_sums
 from fedbn.federation.metrics import COLUMNS, Score
@@ -72,7 +73,7 @@ def federate(
     start, cpu_start = time.perf_counter(), time.process_time()
     out = resume or Outcome(Server(ctx.initial_server_state(), ctx.initial_server_state()))
     previous_seconds, previous_cpu = out.seconds, out.cpu_seconds
-    for number in range(len(out.curve) + 1, run.plan.rounds + 1):
+    for number in remaining_rounds(ctx, out):
         progress = Progress(number, run.plan.rounds)
         sampled = ctx.sample_clients(number)
         aggregates = list(_sync_first_batch(ctx, out, sampled, progress)) if ctx.strategy.syncs_first_batch else []
@@ -89,13 +90,15 @@ def federate(
         out.trained |= dict.fromkeys(sampled, number)
         out.traffic.count_round(updates, out.server.broadcast, aggregates)
         out.server.advance(ctx, updates, number, step)
+        loss = mean_loss(updates)
+        last = is_last_round(ctx, [*losses(out), loss])
         if is_evaluated(ctx, number) and ctx.strategy.syncs_statistics:
             out.server.serving = with_synced_statistics(ctx, out.server.state, list(_sync_statistics(ctx, out)))
-        scores = _evaluate(ctx, out, last=number == run.plan.rounds) if is_evaluated(ctx, number) else {}
-        if number == run.plan.rounds:
+        scores = _evaluate(ctx, out, last=last) if is_evaluated(ctx, number) else {}
+        if last:
             out.scores = scores
         own, unseen = (mean_metric(ctx, scores, unseen=is_unseen) for is_unseen in (False, True))
-        out.curve.append(RoundMetrics(number, mean_loss(updates), own, unseen, diverged_client(ctx, updates)))
+        out.curve.append(RoundMetrics(number, loss, own, unseen, diverged_client(ctx, updates)))
         out.seconds = previous_seconds + time.perf_counter() - start
         out.cpu_seconds = previous_cpu + time.process_time() - cpu_start
         if on_round:

@@ -41,8 +41,8 @@ class Run(RunOptions):
         return f"{self.strategy.replace(':', '_').replace('=', '').replace('+', '-')}-s{self.seed}-{digest}"
 
     def to_json(self) -> str:
-        """Canonical JSON. The scenario's task is left out."""
-        values = asdict(self)
+        """Canonical JSON, without what does not change a number: the scenario's task, and options of unused rules."""
+        values = asdict(self) | {"plan": plan_values(self.plan)}
         return json.dumps(values if self.task else {k: v for k, v in values.items() if k != "task"}, sort_keys=True)
 
     @staticmethod
@@ -80,6 +80,16 @@ class Run(RunOptions):
             private=",".join(parts(self.private)),
             plan=resolved_plan(self.plan),
         )
+
+
+def plan_values(plan: Plan) -> dict[str, Any]:
+    """Plain values of a plan; without the rule of ``patience`` if it is not used.
+
+    >>> "min_delta" in plan_values(Plan()), "min_delta" in plan_values(Plan(patience=3))
+    (False, True)
+    """
+    values = asdict(plan)
+    return values if plan.patience else {k: v for k, v in values.items() if k not in ("patience", "min_delta")}
 
 
 def task_of(run: Conditions) -> Task:

@@ -4,8 +4,8 @@ The skew is a *feature* skew. Part of it is natural (writers and instruments), a
 of the domains that do not have images of that size.
 
 Images are independent of each other and some files are sorted by class, so their order does not reflect time. Rows are
-in a fixed random order. The file of ``mfeat`` contains six images twice; at the default size none of them is on both
-sides of the split.
+in a fixed random order. The file of ``mfeat`` contains six images twice; none of them is on both sides of the
+split.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class DigitScenario(Scenario):
 
 
 def split(domain: Domain) -> tuple[np.ndarray, np.ndarray]:
-    """Training and test rows of a domain, in a fixed random order.
+    """Training and test rows of a domain, in a fixed random order; no training image equals a test image.
 
     The test rows are the first fifth of each class, so the rows left over start with the classes that filled up first.
     They are shuffled again: their first rows are a random sample of the training rows, like the first test rows are one
@@ -102,7 +102,9 @@ def split(domain: Domain) -> tuple[np.ndarray, np.ndarray]:
     for digit in range(10):
         members = order[domain.labels[order] == digit]
         is_test[members[: len(members) // 5]] = True
-    return rng.permutation(order[~is_test[order]]), order[is_test[order]]
+    train, test = rng.permutation(order[~is_test[order]]), order[is_test[order]]
+    tested = {domain.images[row].tobytes() for row in test}
+    return np.array([row for row in train if domain.images[row].tobytes() not in tested]), test
 
 
 def backgrounds(domain: Domain, count: int, part: Part, rng: np.random.Generator) -> np.ndarray:

@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from fedbn.federation.run import Run, task_of
+from fedbn.federation.run import Run, plan_values, task_of
 from fedbn.files import DamagedFile, read_json, write_atomically, write_json
 from fedbn.nn.inference import logits
 from fedbn.online import personalize
@@ -80,7 +80,9 @@ class Cell:
     @property
     def id(self) -> str:
         """Digest of all fields."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+        values = asdict(self)
+        values["run"]["plan"] = plan_values(self.run.plan)
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 BOUNDS: dict[str, Callable[[nn.Module, Stream, int, Task], Trace]] = {

@@ -176,7 +176,7 @@ class FederationResult:
 
     def _headline(self) -> str:
         run = self.run
-        return f"{readable(run.strategy)} on {run.scenario}, seed {run.seed}: {run.plan.rounds} rounds"
+        return f"{readable(run.strategy)} on {run.scenario}, seed {run.seed}: {len(self.outcome.curve)} rounds"
 
     def _table(self) -> pd.DataFrame:
         """Mean of the task's main metric over users: rows and columns of the matrix."""

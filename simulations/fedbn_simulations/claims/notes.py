@@ -62,3 +62,50 @@ TRIED: dict[str, str] = {
     **dict.fromkeys(("resmlp-tables", "resmlp-tables-ic", "resmlp-hapt"), _RESMLP),
     **dict.fromkeys(("stroke-cnn", "stroke-cnn-f-score", "stroke-bn"), _STROKE),
 }
+
+_NO_HARM = (
+    "batches of two do not harm BN on these images, so nothing can be recovered; needs images on which they do, such "
+    "as CIFAR-10 with ResNet-20 (scenario `cifar`)"
+)
+_PRECISION = "one test image is .0022, as large as the effect; needs a larger test set (scenario `idx`)"
+_BATCHES = (
+    "the learning rate grows with the batch, and BN is worst with batches of 32 (.904): tune the rate for each arm, "
+    "and use images on which batches of two harm BN"
+)
+_UNSEEN = (
+    "the unseen domain changes with the seed, so its difficulty is part of the noise: every domain unseen with every "
+    "seed"
+)
+_STREAM = (
+    "the few unseen people (six; watch: two) change with the seed, so they are part of the noise: leave out every "
+    "person once, as the paper does"
+)
+_COHORT = "the cohort is synthetic and its signal is ours: only recordings of patients decide it (`fedbn eeg`)"
+
+NEXT: dict[str, str] = {
+    **dict.fromkeys(("bn-small-batch", "bn-one-row"), _BATCHES),
+    "bn-small-batch-evalnorm": _NO_HARM,
+    "bn-placement": "ten seeds cost 14 s: more seeds, and more than three epochs",
+    "bn-regularizes": "the gaps are equal (.071 with and without BN): needs a task with a larger gap (`cifar`)",
+    "binary-scale": "the interval ends just above the threshold, the direction is clear: more seeds",
+    "dbn-quarter-inference": "the effect has the published direction and the interval includes 0 by a little: more "
+    "seeds",
+    **dict.fromkeys(("bne-federated-weights", "bne-federated-pooled"), _UNSEEN),
+    "evalnorm-gap": "the gap is .003 and its inverse is noise: needs a setting with a gap, as in `evalnorm-accuracy`",
+    **dict.fromkeys(("evalnorm-accuracy", "evalnorm-square", "evalnorm-own-batch"), f"{_NO_HARM}; {_PRECISION}"),
+    "weighing-accuracy": f"the errors are equal to .001 for every batch; {_PRECISION}",
+    "fn-gradient-rate": "the mean is at the threshold, which more seeds do not change; the mean error falls with the "
+    "rate",
+    "fn-two-labels": "both networks reach .96: with one label per batch they differ, with two they need a harder task",
+    "groupnorm-label-skew": "neither network is well trained (.57 and .59): tune the rate of both (`--tune`) and train "
+    "to convergence (`--patience`)",
+    "recalibrated-label-skew": "the means are equal (.592 and .593): a setting with more drift, with partial "
+    "participation or more local epochs",
+    **dict.fromkeys(("dabn-mixed-stream", "dabn-mixed-stream-watch"), _STREAM),
+    "pretrained-rate": "errors depend on the rate far more than on the method: a finer grid of rates for both, tuned "
+    "on validation data",
+    "resmlp-tables-ic": "three small tables and one with six unseen people: more tables",
+    "resmlp-hapt": "the six unseen people change with the seed: leave out every person once",
+    **dict.fromkeys(("stroke-cnn", "stroke-cnn-f-score"), _COHORT),
+}
+"""Why a claim is undecided, or what would decide it. Numbers are those of the full runs in the documentation."""

@@ -6,16 +6,22 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from fedbn.errors import UserError
 from fedbn.files import write_atomically
 from fedbn_simulations.claims.claim import Verdict, discover_studies
 from fedbn_simulations.claims.figures import Verdicted, figure, verdicts_figure
-from fedbn_simulations.claims.notes import TRIED
+from fedbn_simulations.claims.notes import NEXT, TRIED
 from fedbn_simulations.claims.store import FULL_SEEDS, QUICK_SEEDS
 from fedbn_simulations.claims.verdicts import Entry, rerun_command
 from fedbn_simulations.report.style import png
 from fedbn_simulations.results.formatting import markdown_table
+from fedbn_simulations.results.inference import needed_count
 from fedbn_simulations.storage.provenance import versions
+
+MAX_SEEDS = 1000
+"""Larger numbers of seeds are not shown."""
 
 MARKS: dict[Verdict, str] = {"holds": "✔ holds", "does not hold": "✘ does not hold", "undecided": "? undecided"}
 
@@ -68,6 +74,36 @@ def _missed(entry: Entry) -> str:
         f"Detectable: with {len(entry.effects)} seeds, a true effect at least {entry.detectable:.3g} above or below "
         "the threshold is decided with a probability of 80 %."
     )
+
+
+def render_undecided(entries: Sequence[Entry]) -> list[str]:
+    """Lines of the section on undecided claims; empty without one."""
+    rows = []
+    for e in entries:
+        if e.verdict == "undecided":
+            distance = abs(e.effect.mean - e.claim.threshold)
+            needed = needed_count(np.array(e.effects), distance, MAX_SEEDS)
+            rows.append(
+                {
+                    "claim": f"[{e.claim.name}](claims/{e.claim.study}.md#{e.claim.name})",
+                    "distance": f"{distance:.2g}",
+                    "detectable": f"{e.detectable:.2g}",
+                    "seeds": "–" if not distance else str(needed or f"> {MAX_SEEDS}"),
+                    "reason and next step": NEXT.get(e.claim.name, ""),
+                }
+            )
+    if not rows:
+        return []
+    return [
+        "## Undecided claims",
+        "",
+        "*Distance* is that of the measured effect from the threshold. *Detectable* is the smallest true distance that "
+        "these seeds decide with a probability of 80 %. *Seeds* is how many seeds would do so if the true effect were "
+        "the measured one. More seeds are the next step only where this number is small; and a verdict after more "
+        "seeds counts only if their number is fixed before they run.",
+        "",
+        markdown_table(rows),
+    ]
 
 
 OWN_DATA = """## Using your own recordings or weights
@@ -147,6 +183,7 @@ def render(entries: Sequence[Entry]) -> str:
         markdown_table(table),
         "</details>",
         "",
+        *render_undecided(entries),
         "All runs were designed to take about an hour on two cores. After "
         "the first two seeds, three settings were changed, but not because of a verdict: rounds of the grid of "
         "normalizers with batches of 32 (4 to 16, because nothing had been learned), epochs of the stroke networks (6 "

@@ -26,6 +26,7 @@ from fedbn_simulations.cli.export import export
 from fedbn_simulations.cli.leakage import leakage
 from fedbn_simulations.cli.new import new
 from fedbn_simulations.cli.options import errors
+from fedbn_simulations.cli.papers import reproduce
 from fedbn_simulations.cli.quiet import add_quiet_option
 from fedbn_simulations.cli.report import report
 from fedbn_simulations.cli.run import run
@@ -44,7 +45,7 @@ ALLOCATION_FAILED = re.compile(
     re.IGNORECASE,
 )
 PANELS: dict[str, tuple[Callable[..., None], ...]] = {
-    "Compare strategies": (compare, resume, report, advise, claims),
+    "Compare strategies": (compare, resume, report, advise, claims, reproduce),
     "Adapt and deploy": (adapt, demo, serve, run, deploy, export),
     "Inspect and extend": (list_, data, audit, doctor, leakage, eeg, new),
 }

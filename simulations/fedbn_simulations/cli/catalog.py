@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -39,6 +40,7 @@ class Kind(StrEnum):
     MODELS = "models"
     PARTITIONS = "partitions"
     PROTOCOLS = "protocols"
+    PAPERS = "papers"
     TASKS = "tasks"
     SHIFTS = "shifts"
     RULES = "rules"
@@ -76,6 +78,9 @@ def list_(
 
     Example: [bold]fedbn list strategies fedbn[/]
     """
+    if kind is Kind.PAPERS:
+        _list_papers(name, into, as_json)
+        return
     if name is not None:
         if into is not None:
             raise UserError("--into takes a whole list: leave out the name, or leave out --into")
@@ -220,6 +225,31 @@ def _rows(kind: Kind) -> list[dict[str, str]]:
         about = "; also called ".join(filter(None, (part.about, ", ".join(aliases(part)))))
         rows.append({"name": name, "what": about} | ({more[kind]: getattr(part, more[kind])} if kind in more else {}))
     return rows
+
+
+def _list_papers(name: str | None, into: Path | None, as_json: bool) -> None:
+    """List papers, or describe one; ``into`` is a document next to ``claims.md``."""
+    from fedbn_simulations.papers import paper, papers
+
+    if into is not None:
+        from fedbn_simulations.papers.page import render
+        from fedbn_simulations.report.documents import replace_block
+
+        replace_block(into, Kind.PAPERS.value)
+        claims_page = into.with_name("claims.md")
+        if not claims_page.exists():
+            raise UserError(f"{claims_page} does not exist: run `fedbn claims --all --out {into.parent}`")
+        replace_block(into, Kind.PAPERS.value, render(claims_page.read_text(encoding="utf-8")))
+    shown = [asdict(p) for p in (papers().values() if name is None else [paper(name)])]
+    if as_json:
+        print(json.dumps(shown if name is None else shown[0], indent=1))
+    elif name is None:
+        print_table([{"name": p["name"], "source": p["source"]} for p in shown], text="source")
+        console.print("run one: fedbn reproduce NAME", highlight=False, markup=False)
+    else:
+        for key, value in shown[0].items():
+            text = value if isinstance(value, str) else "; ".join(value)
+            console.print(f"{key}: {text or 'none'}", soft_wrap=True, highlight=False, markup=False)
 
 
 def linked_rows(kind: Kind) -> list[dict[str, str]]:

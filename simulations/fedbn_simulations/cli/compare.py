@@ -97,7 +97,7 @@ def compare(
             experiment, directory, engine=engine, workers=workers, command=command, notices=notices, **listeners
         )
 
-    _show(run, directory, track, as_json)
+    run_and_show(run, directory, track, as_json)
 
 
 class CompareCommand(TyperCommand):
@@ -152,10 +152,13 @@ def resume(
     def run(**listeners: Any) -> Path:
         return resume_comparison(directory, rounds, workers=workers, **listeners)
 
-    _show(run, directory, track, as_json)
+    run_and_show(run, directory, track, as_json)
 
 
-def _show(run: Callable[..., Path], directory: Path, track: list[str] | None, as_json: bool) -> None:
+def run_and_show(
+    run: Callable[..., Path], directory: Path, track: list[str] | None = None, as_json: bool = False
+) -> None:
+    """Run a comparison with progress bars and trackers, and show its results."""
     from fedbn_simulations.results.formatting import format_elapsed
     from fedbn_simulations.tracking.progress import Observers, ProgressBar
     from fedbn_simulations.tracking.trackers import Tracking

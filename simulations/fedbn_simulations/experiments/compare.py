@@ -10,7 +10,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import torch
 from fedbn.errors import UserError
 from fedbn.federation.context import RunContext
 from fedbn.federation.metrics import COLUMNS
+from fedbn.federation.run import plan_values
 from fedbn.federation.setup import build_context
 from fedbn.files import locked, read_json, write_atomically
 from fedbn.scenarios.base import scenario
@@ -158,7 +159,7 @@ def compare(
         "columns": list(COLUMNS),
         "metrics": ctx.task.directions,
         "metric": experiment.metric or ctx.task.main_metric,
-        "settings": {**asdict(experiment.plan), **_settings(experiment), "engine": engine},
+        "settings": {**plan_values(experiment.plan), **_settings(experiment), "engine": engine},
         "versions": versions(),
         "numerics": NUMERICS,
         "code": code_digest(),
@@ -235,7 +236,7 @@ def _settings(experiment: Experiment) -> dict[str, Any]:
 
 def _remove_shorter_runs(out: Path, extends: Sequence[int]) -> None:
     for path in (out / "runs").glob("*/result.json"):
-        if read_json(path)["rounds"] in extends:
+        if read_json(path)["run"]["plan"]["rounds"] in extends:
             shutil.rmtree(path.parent)
 
 

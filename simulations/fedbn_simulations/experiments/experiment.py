@@ -12,7 +12,7 @@ from typing import Any
 
 from fedbn.config import EvaluatedConditions, Plan, nest, seed_numbers
 from fedbn.errors import UserError, unknown
-from fedbn.federation.run import Run, plan_for, resolved_plan, task_of
+from fedbn.federation.run import Run, plan_for, plan_values, resolved_plan, task_of
 from fedbn.objects import is_reference
 from fedbn.personalization.treatment import treatment
 from fedbn.plugins import build, table
@@ -22,10 +22,10 @@ from fedbn.tasks import render_task
 from fedbn.tasks.extra import metric_name
 from fedbn_simulations.experiments.options import ExperimentOptions
 
-TUNABLE = tuple(
-    f.name for f in fields(Plan) if f.metadata["panel"] != "Evaluation" and f.name not in ("rounds", "tolerate")
-)
-"""Options of the plan that can be tuned: those of training, except the number of rounds, which is the budget."""
+_BUDGET = ("rounds", "patience", "min_delta", "tolerate")
+
+TUNABLE = tuple(f.name for f in fields(Plan) if f.metadata["panel"] != "Evaluation" and f.name not in _BUDGET)
+"""Options of the plan that can be tuned: those of training, except for those of the budget."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Experiment(ExperimentOptions):
         """The run of one strategy and seed, with tuned options of the plan."""
         plan = replace(self.plan, **({"lr": self.rates.get(strategy, self.plan.lr)} | dict(tuned or {})))
         if validation:
-            plan = replace(plan, eval_every=plan.rounds)
+            plan = replace(plan, eval_every=plan.rounds, patience=None)  # all candidates have the same budget
         shared = {f.name: getattr(self, f.name) for f in fields(EvaluatedConditions)} | {"plan": plan}
         return Run(strategy=strategy, seed=seed, validation=validation, **shared)
 
@@ -113,7 +113,7 @@ class Experiment(ExperimentOptions):
 
         That is the scenario's task, and the displayed metric unless it selects learning rates.
         """
-        values = json.loads(json.dumps(asdict(self)))
+        values = json.loads(json.dumps(asdict(self) | {"plan": plan_values(self.plan)}))
         unchanged = {
             "task": not self.task,
             "metric": not self.tune or not self.metric,

@@ -16,6 +16,13 @@ import torch
 
 from fedbn.errors import UserError
 from fedbn.federation.context import RunContext
+from fedbn.federation.convergence import (
+    convergence,
+    convergence_notices,
+    depends_on_rounds,
+    has_converged,
+    losses,
+)
 from fedbn.federation.failures import CLIENT_LOG, client_log
 from fedbn.federation.mismatch import measure_mismatch, mismatch_notices
 from fedbn.federation.run import Run
@@ -23,7 +30,6 @@ from fedbn.federation.server import Outcome
 from fedbn.federation.setup import build_context
 from fedbn.files import DamagedFile, read_json
 from fedbn.objects import load_objects, save_objects
-from fedbn.optim.schedules import schedule
 from fedbn.stacked.memory import collect_garbage_rarely, keep_freed_memory
 from fedbn_simulations.engines.execute import Engine, execute
 from fedbn_simulations.flower.processes import kill_worker, prepare_worker
@@ -84,7 +90,13 @@ def run_result(run: Run, ctx: RunContext, outcome: Outcome) -> dict[str, Any]:
         "seconds": outcome.seconds,
         "cpu_seconds": outcome.cpu_seconds,
         "newcomer": ctx.strategy.newcomer,
-        "notices": [*ctx.notices, *outcome.notices(), *mismatch_notices(ctx, mismatch)],
+        "convergence": convergence(ctx, outcome),
+        "notices": [
+            *ctx.notices,
+            *outcome.notices(),
+            *convergence_notices(ctx, outcome),
+            *mismatch_notices(ctx, mismatch),
+        ],
         "mismatch": mismatch,
         "execution": outcome.execution,
         "ownership": [*ctx.ownership.rows(), *outcome.traffic.rows()],
@@ -123,12 +135,12 @@ def run_task(task: Task, engine: Engine, report: Report) -> None:
         measured = {k: v for k, v in asdict(outcome.curve[-1]).items() if isinstance(v, float)}
         report(Event(task.directory, number, values=measured))
 
-    if resume is not None and resume.scores:  # killed between its last checkpoint and its result
+    if resume is not None and resume.scores:  # killed between its last checkpoint and its result, or had converged
         outcome = resume
     else:
         with client_log(directory / CLIENT_LOG):
             outcome = execute(task.run, engine, resume, on_round, checkpoint)
-        save_outcome(checkpoint, task.run, outcome, sources)
+    save_outcome(checkpoint, task.run, outcome, sources)
     write_run(directory.parent.parent, directory.name, run_result(task.run, ctx, outcome))
     previous_checkpoint(checkpoint).unlink(missing_ok=True)
     report(Event(task.directory, rounds, ended=True, values=_means(outcome, ctx.task.main_metric)))
@@ -140,7 +152,7 @@ def load_shorter(task: Task, ctx: RunContext) -> Outcome | None:
     None if there is no such run, or if training depends on the total number of rounds.
     """
     plan = task.run.plan
-    if schedule(plan.schedule).depends_on_rounds or ctx.strategy.depends_on_rounds or ctx.personal.depends_on_rounds:
+    if depends_on_rounds(ctx):
         return None
     for rounds in sorted((r for r in task.extends if r < plan.rounds), reverse=True):
         run = replace(task.run, plan=replace(plan, rounds=rounds))
@@ -148,6 +160,8 @@ def load_shorter(task: Task, ctx: RunContext) -> Outcome | None:
         # The last round is always evaluated. A longer run evaluates it only if it is a multiple of eval_every.
         if path.exists() and rounds % plan.eval_every == 0:
             outcome = load_outcome(path, run, ctx.population.sources)
+            if outcome.scores and has_converged(plan, losses(outcome)):
+                return outcome  # more rounds would not be used
             if len(outcome.curve) == rounds:
                 outcome.scores = {}
                 return outcome

@@ -22,6 +22,7 @@ from fedbn_simulations.results.files import (
     ownership_table,
     recompute,
     runs_table,
+    summarize_convergence,
     summarize_notices,
 )
 from fedbn_simulations.results.formatting import (
@@ -47,7 +48,8 @@ class Comparison(Matrix):
         evaluations: one line per run x user x row x column: n, and the metrics.
         directory: the results directory.
         shift: ``shift.json``, or empty.
-        runs: one line per finished run: run, strategy, seed, lr, seconds, rounds, newcomer, cpu_seconds.
+        runs: one line per finished run: run, strategy, seed, lr, seconds, rounds, newcomer, cpu_seconds,
+            convergence.
         curves: one line per run and evaluated round: train_loss, own, unseen.
         ownership: one line per strategy and role (or kind of additional message): owner, entries, elements, and bytes
             per client and round.
@@ -98,6 +100,8 @@ class Comparison(Matrix):
         if foreign:
             notices.append(f"Runs that do not belong to this comparison are left out: {', '.join(foreign)}.")
         notices += summarize_notices([r for _, r in runs], notices)
+        table = runs_table(runs)
+        notices += summarize_convergence(table)
         engine = summarize_execution(meta.get("engine", ""), [r for _, r in runs])
         if ran_one_by_one([r for _, r in runs]):
             notices.append(f"engine {engine}")
@@ -106,7 +110,7 @@ class Comparison(Matrix):
             directory=directory,
             meta=meta,
             shift=read_json(shift, recompute(directory)) if shift.is_file() else {},
-            runs=runs_table(runs),
+            runs=table,
             evaluations=expand_shared_models(
                 lines_table(
                     runs,

@@ -48,6 +48,19 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def summarize_convergence(runs: pd.DataFrame) -> list[str]:
+    """One notice on the rounds after which training converged; none if no run did.
+
+    >>> runs = pd.DataFrame({"strategy": ["fedbn", "fedbn", "silobn"], "rounds": [30, 40, 50]})
+    >>> summarize_convergence(runs.assign(convergence=["converged", "converged", "not converged"]))
+    ['training converged, and stopped, after these rounds (--patience): fedbn 30 to 40']
+    """
+    stopped = runs[runs["convergence"] == "converged"].groupby("strategy", sort=False)["rounds"]
+    spans = [(name, min(rounds), max(rounds)) for name, rounds in stopped]
+    texts = [f"{name} {low}" + (f" to {high}" if high > low else "") for name, low, high in spans]
+    return [f"training converged, and stopped, after these rounds (--patience): {', '.join(texts)}"] if texts else []
+
+
 def summarize_notices(runs: Sequence[dict[str, Any]], known: Sequence[str] = ()) -> list[str]:
     """The notices of runs without duplicates, each with the strategies and seeds it applies to.
 
@@ -130,10 +143,11 @@ def expand_shared_models(evaluations: pd.DataFrame) -> pd.DataFrame:
 def runs_table(runs: list[tuple[str, dict[str, Any]]]) -> pd.DataFrame:
     """One line per run: its identity and cost."""
     keys = ["strategy", "seed", "lr", "seconds", "rounds", "newcomer"]
-    # An app has neither an lr nor CPU seconds.
+    # An app has neither an lr, CPU seconds nor a rule of convergence.
     frame = pd.DataFrame(
         [
-            {"run": run, **{key: result[key] for key in keys}, "cpu_seconds": result.get("cpu_seconds")}
+            {"run": run, **{key: result[key] for key in keys}}
+            | {key: result.get(key) for key in ("cpu_seconds", "convergence")}
             for run, result in runs
         ]
     )

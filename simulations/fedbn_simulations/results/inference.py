@@ -175,6 +175,22 @@ def detectable(values: np.ndarray) -> float:
     return float(quantiles.sum() * np.std(values, ddof=1) / math.sqrt(count))
 
 
+def needed_count(values: np.ndarray, distance: float, limit: int = 1000) -> int | None:
+    """Smallest number of values with this standard deviation for which `detectable` is at most a distance.
+
+    None if there are fewer than two values, or if more than ``limit`` are needed.
+
+    >>> needed_count(np.array([-1.0, 0.0, 1.0, 0.0]), 1.7), needed_count(np.array([-1.0, 0.0, 1.0, 0.0]), 0.01)
+    (4, None)
+    """
+    if len(values) < 2 or not distance > 0:
+        return None
+    counts = np.arange(2, limit + 1)
+    quantiles = stats.t.ppf((1 + LEVEL) / 2, counts - 1) + stats.t.ppf(POWER, counts - 1)
+    enough = quantiles * np.std(values, ddof=1) / np.sqrt(counts) <= distance
+    return int(counts[enough.argmax()]) if enough.any() else None
+
+
 class Estimate(NamedTuple):
     """A statistic with its interval over users, and its standard deviation and interval over seeds."""
 

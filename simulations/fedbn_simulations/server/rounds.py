@@ -15,6 +15,7 @@ from flwr.serverapp import Grid
 from fedbn.errors import UserError
 from fedbn.federation.cold_start import statistics_for, summarize
 from fedbn.federation.context import RunContext
+from fedbn.federation.convergence import is_last_round, losses, remaining_rounds
 from fedbn.federation.labeled_sums import collect_sums, sums_schema
 from fedbn.federation.metrics import COLUMNS, Score
 from fedbn.federation.run import Run
@@ -115,15 +116,16 @@ def run_rounds(
     out = listener.resume or Outcome(Server(ctx.initial_server_state(), ctx.initial_server_state()))
     nodes.trained = out.trained
     previous_seconds, previous_cpu = out.seconds, out.cpu_seconds
-    for number in range(len(out.curve) + 1, run.plan.rounds + 1):
+    for number in remaining_rounds(ctx, out):
         sampled = ctx.sample_clients(number)
         aggregates = _sync_first_batch(validator, nodes, out, number, sampled) if ctx.strategy.syncs_first_batch else []
         updates = _train(validator, nodes, out.server, number, sampled, aggregates)
         out.traffic.count_round(updates, out.server.broadcast, aggregates)
         out.server.advance(ctx, updates, number, step)
+        loss = mean_loss(updates)
+        last = is_last_round(ctx, [*losses(out), loss])
         if is_evaluated(ctx, number) and ctx.strategy.syncs_statistics:
             out.server.serving = _sync_statistics(validator, nodes, out)
-        last = number == run.plan.rounds
         cold_starts = safeguards.client_statistics
         scores = {}
         if is_evaluated(ctx, number):
@@ -132,7 +134,7 @@ def run_rounds(
             out.scores = scores
         point = RoundMetrics(
             number,
-            mean_loss(updates),
+            loss,
             mean_metric(ctx, scores, unseen=False),
             mean_metric(ctx, scores, unseen=True),
             diverged_client(ctx, updates),
@@ -146,9 +148,9 @@ def run_rounds(
             listener.on_round(number, out)
     if missing := [text for text in sums if text not in out.sums]:
         out.sums |= collect_sums(ctx, missing, partial(_send_sums, validator, nodes, out))
-        out.failures += [ClientFailure(run.plan.rounds, text) for text in nodes.failures]
+        out.failures += [ClientFailure(len(out.curve), text) for text in nodes.failures]
         if listener.on_round:
-            listener.on_round(run.plan.rounds, out)
+            listener.on_round(len(out.curve), out)
     if listener.on_end:
         listener.on_end(out)
     return out

@@ -54,6 +54,8 @@ VALUES = {
     "streams": ("iid", ("iid",)),
     "starts": ("recording", ("recording",)),
     "rounds": ("7", 7),
+    "patience": ("4", 4),
+    "min_delta": ("0.5", 0.5),
     "clients_per_round": ("2", 2),
     "local_epochs": ("4", 4),
     "batch_size": ("17", 17),

@@ -122,3 +122,18 @@ def test_first_rounds_do_not_depend_on_the_number_of_rounds(small, name):
     assert same(found[0].server.state, short.server.state)
     assert found[0].client_states.keys() == short.client_states.keys()
     assert all(same(found[0].client_states[u], short.client_states[u]) for u in short.client_states)
+
+
+def test_converged_runs_are_extended_without_training(tmp_path, executed):
+    what = {"patience": 1, "min_delta": 9.0, "eval_every": 1}
+    compare(experiment("fedbn", "fixbn", rounds=3, **what), tmp_path / "extended", workers=1)
+    first = Comparison.load(tmp_path / "extended")
+    assert list(first.runs["convergence"]) == ["converged", "all rounds"]
+    assert any("converged, and stopped, after these rounds (--patience): fedbn 2" in n for n in first.notices)
+    assert any("has all 3 rounds" in n for n in first.notices)
+    executed.clear()
+    resume(tmp_path / "extended", 4, workers=1)
+    assert executed == {"fixbn": 1}
+    compare(experiment("fedbn", "fixbn", rounds=4, **what), tmp_path / "whole", workers=1)
+    assert results(tmp_path / "extended") == results(tmp_path / "whole")
+    assert list(Comparison.load(tmp_path / "extended").runs["rounds"]) == [2, 4]
