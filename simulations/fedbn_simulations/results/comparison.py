@@ -14,7 +14,7 @@ import pandas as pd
 
 from fedbn.errors import UserError, unknown
 from fedbn.files import read_json
-from fedbn_simulations.results.execution import ran_one_by_one, summarize_execution
+from fedbn_simulations.results.execution import ran_one_by_one, summarize_execution, summarize_time
 from fedbn_simulations.results.files import (
     expand_shared_models,
     finished_runs,
@@ -55,6 +55,7 @@ class Comparison(Matrix):
         notices: notices of the comparison and its runs.
         engine: the engine, and how clients ran in it; also one of the notices if clients ran one by one in an engine
             that usually runs them side by side.
+        time: CPU seconds of all runs by phase, as text; empty if the engine did not measure them.
     """
 
     directory: Path
@@ -65,6 +66,7 @@ class Comparison(Matrix):
     missing: int
     notices: tuple[str, ...]
     engine: str
+    time: str
 
     long = to_pandas = Matrix.matrix
 
@@ -122,6 +124,7 @@ class Comparison(Matrix):
             missing=planned - len(runs),
             notices=tuple(dict.fromkeys(notices)),
             engine=engine,
+            time=summarize_time([r for _, r in runs]),
         )
         if unlearned := loaded.unlearned:
             notice = (
