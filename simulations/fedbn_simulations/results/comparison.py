@@ -15,15 +15,7 @@ import pandas as pd
 from fedbn.errors import UserError, unknown
 from fedbn.files import read_json
 from fedbn_simulations.results.execution import ran_one_by_one, summarize_execution, summarize_time
-from fedbn_simulations.results.files import (
-    expand_shared_models,
-    finished_runs,
-    lines_table,
-    ownership_table,
-    recompute,
-    runs_table,
-    summarize_notices,
-)
+from fedbn_simulations.results.files import finished_runs, recompute, summarize_notices
 from fedbn_simulations.results.formatting import (
     format_estimate,
     format_number,
@@ -33,6 +25,7 @@ from fedbn_simulations.results.formatting import (
 )
 from fedbn_simulations.results.matrix import COLUMNS, METRICS, ROWS, Matrix
 from fedbn_simulations.results.summary import answer
+from fedbn_simulations.results.tables import expand_shared_models, lines_table, ownership_table, runs_table
 
 CELL_LEGEND = "Mean over users [95 % interval over users]."
 CAPTION = "mean over users [95\\% cluster bootstrap interval]"

@@ -15,7 +15,7 @@ from fedbn.federation.run import Run
 from fedbn_simulations.engines.execute import execute
 
 execute(Run("digits8", "fedbn", plan=Plan(rounds=1), model="mlp"), "grid:stacked")
-print([name for name in ("matplotlib", "scipy.stats", "scipy.spatial", "sympy") if name in sys.modules])
+print([name for name in ("matplotlib", "pandas", "scipy.stats", "scipy.spatial", "sympy") if name in sys.modules])
 """
 
 
