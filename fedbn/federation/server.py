@@ -124,6 +124,7 @@ class Outcome:
         scores: cells of the evaluation matrix, by user index.
         seconds: time spent on training and evaluation in this process.
         cpu_seconds: CPU time of this process in it, of all its threads.
+        phases: CPU time by phase, such as ``training``; empty for engines that do not measure it.
         failures: tolerated client failures.
         traffic: bytes sent besides the model's entries.
         trained: last round in which each user's training was aggregated.
@@ -137,6 +138,7 @@ class Outcome:
     scores: dict[int, list[Score]] = field(default_factory=dict)
     seconds: float = 0.0
     cpu_seconds: float = 0.0
+    phases: dict[str, float] = field(default_factory=dict)
     failures: list[ClientFailure] = field(default_factory=list)
     traffic: Traffic = field(default_factory=Traffic)
     trained: dict[int, int] = field(default_factory=dict)

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from scipy.stats import trim_mean
 from torch import Tensor
 
 Location = Literal["trimmed", "median"]
@@ -32,6 +31,8 @@ def location(values: Sequence[Tensor], how: Location, trim: float) -> Tensor:
     stacked = torch.stack([v.double().cpu() for v in values]).nan_to_num(nan=torch.inf, posinf=torch.inf)
     if how == "median":
         return stacked.quantile(0.5, 0)
+    from scipy.stats import trim_mean  # imported for the trimmed mean only: scipy.stats is slow to import
+
     return torch.as_tensor(trim_mean(stacked.numpy(), trim, axis=0), dtype=torch.float64)
 
 

@@ -149,7 +149,7 @@ def run_study(
     study: Study,
     out: Path,
     *,
-    engine: Engine = "grid",
+    engine: Engine = "grid:stacked",
     report: Report = lambda event: None,
     began: Callable[[Sequence[Cell]], None] = lambda cells: None,
     done: Done = lambda cell: None,

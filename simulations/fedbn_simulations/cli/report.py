@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -78,6 +79,7 @@ def report(
 
 def show_comparison(directory: Path, as_json: bool, metric: str = "") -> None:
     """Write the page of a comparison, and print its tables, or all results as JSON."""
+    start = time.process_time()
     from fedbn_simulations.report.page import write_report
     from fedbn_simulations.report.terminal import show
     from fedbn_simulations.results.comparison import Comparison
@@ -92,6 +94,8 @@ def show_comparison(directory: Path, as_json: bool, metric: str = "") -> None:
         print(json.dumps(found, indent=1))
     else:
         show(comparison, console)
+        seconds = [comparison.time] * bool(comparison.time) + [f"report {time.process_time() - start:.1f}"]
+        console.print(f"CPU seconds: {', '.join(seconds)}", soft_wrap=True)
         console.print(f"report: {page.resolve()}", soft_wrap=True)
 
 

@@ -120,11 +120,14 @@ def _in_process(
     if resume:
         grid.set_client_states(resume.client_states, run.device)
     finished: list[Outcome] = []
+    earlier = dict(resume.phases) if resume else {}
 
     def completed(outcome: Outcome) -> Outcome:
         outcome.client_states = grid.client_states()
         for kind, how in grid.execution.items():
             outcome.execution[kind] = list(dict.fromkeys([*outcome.execution.get(kind, []), *how]))
+        for phase, seconds in grid.phases.items():
+            outcome.phases[phase] = earlier.get(phase, 0.0) + seconds
         return outcome
 
     listener = Listener(

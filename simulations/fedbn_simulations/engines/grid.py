@@ -7,6 +7,7 @@ records as over the network; containers are copied, so that clients do not see e
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from functools import partial
 from typing import Any
@@ -38,6 +39,9 @@ from fedbn_simulations.flower.compat import (
 
 FIRST_NODE = 1_000_000
 
+PHASES = {"train": "training", "evaluate": "evaluation", "consensus": "synchronization"}
+"""Names of the kinds of jobs in `InProcessGrid.phases`."""
+
 MAX_OPEN_CALLS = 8 * MAX_STACK_WIDTH
 """Maximum number of open client calls; each holds the tensors of a model and about a hundred kilobytes."""
 
@@ -48,6 +52,7 @@ class InProcessGrid(Grid):
     Attributes:
         contexts: node id -> context, created on first use.
         shares_memory: the nodes are in this process, so tensors can be passed by reference.
+        phases: CPU seconds of the clients' jobs by kind (`PHASES`), and of handling their ``messages``.
     """
 
     shares_memory = True
@@ -82,6 +87,7 @@ class InProcessGrid(Grid):
         self._table = ClientTable(range(nodes))
         self._replies: dict[str, Message] = {}
         self._sent = 0
+        self.phases: dict[str, float] = {}
 
     def set_run(self, run: FlowerRun) -> None:
         """Replace the run description."""
@@ -109,6 +115,7 @@ class InProcessGrid(Grid):
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Run the clients of the messages, with their jobs batched, and store the replies."""
+        start, in_jobs = time.process_time(), sum(self.phases.values())
         messages = list(messages)
         for message in messages:
             set_message_id(message, self._next_id())
@@ -116,9 +123,10 @@ class InProcessGrid(Grid):
         for first in range(0, len(messages), MAX_OPEN_CALLS):
             part = slice(first, first + MAX_OPEN_CALLS)
             calls = [partial(self._deliver, m) for m in messages[part]]
-            for message_id, reply in zip(ids[part], run_batched(calls, self._executor.run)):
+            for message_id, reply in zip(ids[part], run_batched(calls, self._run_jobs)):
                 set_message_id(reply, self._next_id())
                 self._replies[message_id] = reply
+        self._count("messages", time.process_time() - start - (sum(self.phases.values()) - in_jobs))
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
@@ -150,8 +158,10 @@ class InProcessGrid(Grid):
             return None
         if any(user not in self._table for user in trained):
             return None
-        cohort = CohortRound(users, received, self._table, progress)
-        if (result := train_cohort(self.run_config, cohort, self._executor, self._states.max_bytes)) is None:
+        cohort, start = CohortRound(users, received, self._table, progress), time.process_time()
+        result = train_cohort(self.run_config, cohort, self._executor, self._states.max_bytes)
+        self._count("training", time.process_time() - start)
+        if result is None:
             return None
         self._table.write(users, result.client_states)
         return result.updates
@@ -205,6 +215,15 @@ class InProcessGrid(Grid):
         if partition in self._table:
             context.state[f"client-state-{partition}"] = LazyArrayRecord(self._table.pop(partition))
         return context
+
+    def _run_jobs(self, jobs: list[Any]) -> Sequence[object]:
+        start = time.process_time()
+        results = self._executor.run(jobs)
+        self._count(PHASES[jobs[0].kind], time.process_time() - start)
+        return results
+
+    def _count(self, phase: str, seconds: float) -> None:
+        self.phases[phase] = self.phases.get(phase, 0.0) + seconds
 
     def _next_id(self) -> str:
         self._sent += 1

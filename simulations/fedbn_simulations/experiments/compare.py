@@ -29,7 +29,6 @@ from fedbn_simulations.experiments.experiment import Experiment, render_options
 from fedbn_simulations.experiments.preflight import LEFT_OUT, preflight
 from fedbn_simulations.experiments.shift import measure_shift
 from fedbn_simulations.experiments.tasks import Report, Task, run_tasks
-from fedbn_simulations.results.comparison import Comparison
 from fedbn_simulations.results.files import write_comparison, write_shift
 from fedbn_simulations.storage.provenance import NUMERICS, check_numerics, code_digest, versions
 
@@ -211,6 +210,9 @@ def _run(
     if extends:
         _remove_shorter_runs(out, extends)
     write_shift(out, measure_shift(experiment, tasks))
+    # Imported after the runs: it imports scipy.stats, which takes longer than a short run.
+    from fedbn_simulations.results.comparison import Comparison
+
     evaluations = Comparison.load(out).evaluations.to_parquet(index=False)
     write_atomically(out / "evaluations.parquet", evaluations)
 

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import queue
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -89,6 +90,7 @@ def run_result(run: Run, ctx: RunContext, outcome: Outcome) -> dict[str, Any]:
         "rounds": len(outcome.curve),
         "seconds": outcome.seconds,
         "cpu_seconds": outcome.cpu_seconds,
+        "phases": outcome.phases,
         "newcomer": ctx.strategy.newcomer,
         "convergence": convergence(ctx, outcome),
         "notices": [
@@ -130,8 +132,14 @@ def run_task(task: Task, engine: Engine, report: Report) -> None:
     if resume is not None:
         report(Event(task.directory, len(resume.curve)))
 
+    def save(outcome: Outcome, backup: Path | None = None) -> None:
+        start = time.process_time()
+        save_outcome(checkpoint, task.run, outcome, sources, backup)
+        spent = time.process_time() - start
+        outcome.phases["checkpoints"] = outcome.phases.get("checkpoints", 0.0) + spent
+
     def on_round(number: int, outcome: Outcome) -> None:
-        save_outcome(checkpoint, task.run, outcome, sources, previous_checkpoint(checkpoint))
+        save(outcome, previous_checkpoint(checkpoint))
         measured = {k: v for k, v in asdict(outcome.curve[-1]).items() if isinstance(v, float)}
         report(Event(task.directory, number, values=measured))
 
@@ -140,7 +148,7 @@ def run_task(task: Task, engine: Engine, report: Report) -> None:
     else:
         with client_log(directory / CLIENT_LOG):
             outcome = execute(task.run, engine, resume, on_round, checkpoint)
-    save_outcome(checkpoint, task.run, outcome, sources)
+    save(outcome)
     write_run(directory.parent.parent, directory.name, run_result(task.run, ctx, outcome))
     previous_checkpoint(checkpoint).unlink(missing_ok=True)
     report(Event(task.directory, rounds, ended=True, values=_means(outcome, ctx.task.main_metric)))

@@ -124,6 +124,7 @@ def _context(comparison: Comparison) -> dict[str, Any]:
             "runs": len(comparison.runs),
             "reference": comparison.reference_name,
             "engine": comparison.engine,
+            **({"CPU seconds": comparison.time} if comparison.time else {}),
         },
         "rows": [ROWS[row] for row in dict.fromkeys(row for row, _ in comparison.cells)],
         "columns": [COLUMNS[column] for column in dict.fromkeys(column for _, column in comparison.cells)],

@@ -14,17 +14,8 @@ import pandas as pd
 
 from fedbn.errors import UserError, unknown
 from fedbn.files import read_json
-from fedbn_simulations.results.execution import ran_one_by_one, summarize_execution
-from fedbn_simulations.results.files import (
-    expand_shared_models,
-    finished_runs,
-    lines_table,
-    ownership_table,
-    recompute,
-    runs_table,
-    summarize_convergence,
-    summarize_notices,
-)
+from fedbn_simulations.results.execution import ran_one_by_one, summarize_execution, summarize_time
+from fedbn_simulations.results.files import finished_runs, recompute, summarize_notices
 from fedbn_simulations.results.formatting import (
     format_estimate,
     format_number,
@@ -34,6 +25,13 @@ from fedbn_simulations.results.formatting import (
 )
 from fedbn_simulations.results.matrix import COLUMNS, METRICS, ROWS, Matrix
 from fedbn_simulations.results.summary import answer
+from fedbn_simulations.results.tables import (
+    expand_shared_models,
+    lines_table,
+    ownership_table,
+    runs_table,
+    summarize_convergence,
+)
 
 CELL_LEGEND = "Mean over users [95 % interval over users]."
 CAPTION = "mean over users [95\\% cluster bootstrap interval]"
@@ -57,6 +55,7 @@ class Comparison(Matrix):
         notices: notices of the comparison and its runs.
         engine: the engine, and how clients ran in it; also one of the notices if clients ran one by one in an engine
             that usually runs them side by side.
+        time: CPU seconds of all runs by phase, as text; empty if the engine did not measure them.
     """
 
     directory: Path
@@ -67,6 +66,7 @@ class Comparison(Matrix):
     missing: int
     notices: tuple[str, ...]
     engine: str
+    time: str
 
     long = to_pandas = Matrix.matrix
 
@@ -126,6 +126,7 @@ class Comparison(Matrix):
             missing=planned - len(runs),
             notices=tuple(dict.fromkeys(notices)),
             engine=engine,
+            time=summarize_time([r for _, r in runs]),
         )
         if unlearned := loaded.unlearned:
             names = ", ".join(loaded.names[strategy] for strategy in unlearned)

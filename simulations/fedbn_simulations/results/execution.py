@@ -45,6 +45,19 @@ def summarize_execution(engine: str, runs: Sequence[dict[str, Any]]) -> str:
     return ": ".join([engine, "; ".join(parts)] if parts else [engine])
 
 
+def summarize_time(runs: Sequence[dict[str, Any]]) -> str:
+    """CPU seconds of all runs by phase; empty if the engine did not measure them.
+
+    >>> summarize_time([{"phases": {"training": 1.2, "messages": 0.1}}, {"phases": {"training": 2.0}}])
+    'training 3.2, messages 0.1'
+    """
+    total: dict[str, float] = {}
+    for run in runs:
+        for phase, seconds in run.get("phases", {}).items():
+            total[phase] = total.get(phase, 0.0) + seconds
+    return ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in total.items())
+
+
 def ran_one_by_one(runs: Sequence[dict[str, Any]]) -> bool:
     """Whether clients ran one by one in any run of an engine that usually runs them side by side."""
     return any(how != STACKED for run in runs for kind in run.get("execution", {}).values() for how in kind)

@@ -100,9 +100,11 @@ def user_interval(statistic: Statistic, *samples: np.ndarray) -> Interval:
         del axis  # users are the last axis of the index, hence the second to last of the values
         return statistic(*(values[index.astype(int)] for values in samples))
 
+    # A mean over users only needs each user's mean, which is many times faster than all its seeds in every resample.
+    is_mean = statistic is mean_of_users
     low, high = stats.bootstrap(
-        (np.arange(users),),
-        resampled,
+        (np.nanmean(samples[0], axis=1) if is_mean else np.arange(users),),
+        np.mean if is_mean else resampled,
         vectorized=True,
         method="percentile",
         n_resamples=RESAMPLES,

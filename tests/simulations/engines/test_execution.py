@@ -13,6 +13,8 @@ def test_outcome_records_how_clients_ran(small):
     run, seen = small("fedbn", model="mlp", rounds=2), []
     outcome = execute(run, "grid:stacked", on_round=lambda number, partial: seen.append(dict(partial.execution)))
     assert outcome.execution == STACKED
+    assert set(outcome.phases) == {"training", "evaluation", "messages"}
+    assert 0 < sum(outcome.phases.values()) <= outcome.cpu_seconds
     assert seen == [STACKED, STACKED]
     assert execute(run, "grid").execution == {}
 

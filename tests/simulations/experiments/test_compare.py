@@ -45,7 +45,7 @@ def experiment(*strategies, **settings):
 
 def results(directory):
     paths = sorted((directory / "runs").glob("*/result.json"))
-    return {p.parent.name: read_json(p) | {"seconds": None, "cpu_seconds": None} for p in paths}
+    return {p.parent.name: read_json(p) | {"seconds": None, "cpu_seconds": None, "phases": None} for p in paths}
 
 
 def start(out, *options, **settings):

@@ -71,7 +71,7 @@ def test_resume_computes_a_damaged_file_of_a_finished_run_again(finished, copy, 
     before = {p: p.stat().st_mtime_ns for p in untouched}
     resume(copy, workers=1)
     again, expected = (
-        read_json(run_file(d, "result.json")) | {"seconds": 0, "cpu_seconds": 0} for d in (copy, finished)
+        read_json(run_file(d, "result.json")) | {"seconds": 0, "cpu_seconds": 0, "phases": {}} for d in (copy, finished)
     )
     assert again == expected
     assert before == {p: p.stat().st_mtime_ns for p in before}

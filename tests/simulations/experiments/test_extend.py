@@ -22,7 +22,7 @@ def experiment(*strategies, seeds=1, **plan):
 
 def results(directory):
     paths = sorted((directory / "runs").glob("*/result.json"))
-    return {p.parent.name: read_json(p) | {"seconds": None, "cpu_seconds": None} for p in paths}
+    return {p.parent.name: read_json(p) | {"seconds": None, "cpu_seconds": None, "phases": None} for p in paths}
 
 
 @pytest.fixture

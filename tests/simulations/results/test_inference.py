@@ -134,3 +134,9 @@ def test_detectable_effect_is_found_with_stated_power():
     p = stats.ttest_1samp(draw.standard_normal((4000, 12)) + effect, 0, axis=1).pvalue
     assert (p < 0.05).mean() == pytest.approx(0.8, abs=0.02)
     assert math.isnan(detectable(sample[:1]))
+
+
+def test_user_interval_of_means_equals_that_of_resampled_users_and_seeds():
+    values = np.random.default_rng(3).normal(size=(9, 3))
+    values[[0, 4], [1, 2]] = np.nan
+    assert user_interval(mean_of_users, values) == user_interval(lambda v: mean_of_users(v), values)
