@@ -105,11 +105,11 @@ adapt-tables: $(STAMP)-run  ## studies for docs/adaptation.md (about an hour)
 		--out results/adapt-hapt-shift-started --into $(PAGE)
 	$(FOLLOW) hapt:unseen=5 $(ALIGNED) --out results/adapt-hapt-aligned --into $(PAGE)
 	$(FOLLOW) hapt:unseen=5 $(ALIGNED) --shift $(SENSORS) --out results/adapt-hapt-shift-aligned --into $(PAGE)
-	$(FOLLOW) hapt:unseen=5 --seeds 6 $(NESTED) --out results/nested-hapt --into $(PAGE)
-	$(FOLLOW) hapt:unseen=5 --seeds 3 --streams natural --rules auto,rotation --augments rotate:strength=0.4,rotate:strength=0.8 --out results/nested-hapt-augmented --into $(PAGE)
-	$(FOLLOW) hapt:unseen=5 --seeds 6 $(NESTED) --shift $(SENSORS) --out results/nested-hapt-shift --into $(PAGE)
-	$(FOLLOW) hapt:unseen=5 --seeds 6 --streams bouts,iid,turned,switch --rules $(BRIEF) --out results/nested-hapt-orders --into $(PAGE)
-	$(FOLLOW) watch --seeds 5 $(NESTED) --out results/nested-watch --into $(PAGE)
+	$(FOLLOW) hapt:unseen=5 --seeds 6 $(NESTED) --out results/nested-hapt --into docs/auto.md
+	$(FOLLOW) hapt:unseen=5 --seeds 3 --streams natural --rules auto,rotation --augments rotate:strength=0.4,rotate:strength=0.8 --out results/nested-hapt-augmented --into docs/auto.md
+	$(FOLLOW) hapt:unseen=5 --seeds 6 $(NESTED) --shift $(SENSORS) --out results/nested-hapt-shift --into docs/auto.md
+	$(FOLLOW) hapt:unseen=5 --seeds 6 --streams bouts,iid,turned,switch --rules $(BRIEF) --out results/nested-hapt-orders --into docs/auto.md
+	$(FOLLOW) watch --seeds 5 $(NESTED) --out results/nested-watch --into docs/auto.md
 	$(FOLLOW) hapt:unseen=5 --seeds 3 --streams switch,recurring,natural --rules $(WATCHED) --out results/adapt-drift --into $(PAGE)
 	$(FOLLOW) watch $(ALL) --out results/adapt-watch --into $(PAGE)
 	$(FOLLOW) watch $(ALIGNED) --out results/adapt-watch-aligned --into $(PAGE)

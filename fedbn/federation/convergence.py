@@ -29,7 +29,7 @@ def has_converged(plan: Plan, losses: Sequence[float]) -> bool:
         losses: training loss of each round from the first.
 
     >>> plan = Plan(eval_every=2, patience=2, min_delta=0.1)
-    >>> [has_converged(plan, [1.0, 0.6, 0.5, 0.9, 0.9, 0.7][:rounds]) for rounds in (4, 5, 6)]
+    >>> [has_converged(plan, [1.0, 0.6, 0.6, 0.9, 0.9, 0.7][:rounds]) for rounds in (4, 5, 6)]
     [False, False, True]
     """
     every = plan.eval_every

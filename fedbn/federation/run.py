@@ -83,13 +83,13 @@ class Run(RunOptions):
 
 
 def plan_values(plan: Plan) -> dict[str, Any]:
-    """Plain values of a plan; without the rule of ``patience`` if it is not used.
+    """Plain values of a plan; without those of the rule of ``patience`` that are the defaults.
 
-    >>> "min_delta" in plan_values(Plan()), "min_delta" in plan_values(Plan(patience=3))
+    >>> "patience" in plan_values(Plan()), "patience" in plan_values(Plan(patience=3))
     (False, True)
     """
-    values = asdict(plan)
-    return values if plan.patience else {k: v for k, v in values.items() if k not in ("patience", "min_delta")}
+    added, default = ("patience", "min_delta"), Plan()
+    return {k: v for k, v in asdict(plan).items() if k not in added or v != getattr(default, k)}
 
 
 def task_of(run: Conditions) -> Task:

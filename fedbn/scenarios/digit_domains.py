@@ -104,7 +104,7 @@ def split(domain: Domain) -> tuple[np.ndarray, np.ndarray]:
         is_test[members[: len(members) // 5]] = True
     train, test = rng.permutation(order[~is_test[order]]), order[is_test[order]]
     tested = {domain.images[row].tobytes() for row in test}
-    return np.array([row for row in train if domain.images[row].tobytes() not in tested]), test
+    return train[[domain.images[row].tobytes() not in tested for row in train]], test
 
 
 def backgrounds(domain: Domain, count: int, part: Part, rng: np.random.Generator) -> np.ndarray:

@@ -259,7 +259,7 @@ class ClientExecutor:
             parts = self._train_parts(cohort.users, cohort.progress, program, train)
             return self._cohort.result(cohort, trained, [loss for part in parts for loss in part])
         except Exception as error:
-            log.info("clients train one by one: %s", error)
+            log.info(f"messages replace the cohort, which failed with {classify(error).name}", exc_info=True)
             return None
 
     def _train_stacked(self, rounds: Sequence[TrainJob]) -> list[Any]:

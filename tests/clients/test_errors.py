@@ -114,7 +114,7 @@ def test_engines_show_no_content_of_exception(stage, engine, small, log, monkeyp
         monkeypatch.setattr(module, function, failing(ValueError(SECRET), getattr(module, function)))
     if engine == "grid:stacked":
         monkeypatch.setattr("fedbn.stacked.executors.ClientExecutor._evaluate_stacked", failing(ValueError(SECRET)))
-        monkeypatch.setattr("fedbn.stacked.executors.ClientExecutor._train_stacked", failing(ValueError(SECRET)))
+        monkeypatch.setattr("fedbn.stacked.executors.ClientExecutor._train_parts", failing(ValueError(SECRET)))
     with pytest.raises(ClientError, match=r"user 2.*: ValueError \(code 100: .*\); the log of this client") as caught:
         execute(small(strategy), engine)
     assert not is_private("".join(traceback.format_exception(caught.value)))

@@ -52,7 +52,7 @@ def test_own_objects_are_equal_on_ray(example):
 def test_own_everything_is_short_and_documented():
     source = (ROOT / "examples" / "own_everything.py").read_text()
     assert len([line for line in source.splitlines() if line.strip()]) <= 25
-    assert f"```python\n{source}```" in (ROOT / "docs" / "own.md").read_text()
+    assert f"```python\n{source}```" in (ROOT / "docs" / "objects.md").read_text()
 
 
 @pytest.mark.slow

@@ -22,7 +22,6 @@ from fedbn.federation.metrics import Score
 from fedbn.federation.run import Run, plan_for
 from fedbn.federation.server import ClientFailure, Outcome, RoundMetrics, Server
 from fedbn.federation.setup import build_context
-from fedbn.federation.traffic import Traffic
 from fedbn.online.rules.base import rule, rules
 from fedbn.personalization.base import personalizations
 from fedbn.personalization.treatment import treatment
@@ -271,9 +270,8 @@ def test_load_outcome_returns_what_was_saved(tmp_path):
         [RoundMetrics(1, 0.1), RoundMetrics(2, 1 / 3, 0.25, None)],
         {2: [score]},
         1.5,
-        [ClientFailure(2, "no reply")],
-        Traffic(),
-        {2: 1, 5: 2},
+        failures=[ClientFailure(2, "no reply")],
+        trained={2: 1, 5: 2},
     )
     save_outcome(tmp_path / "c", run, outcome, {"data": "hash"})
     found = load_outcome(tmp_path / "c", run, {"data": "hash"})

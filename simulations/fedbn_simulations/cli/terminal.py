@@ -6,7 +6,7 @@ import codecs
 import sys
 from io import TextIOWrapper
 
-SUBSTITUTES = str.maketrans("−–—─…×°±→↓↑✔✘", "----.xo~>v^+x")
+SUBSTITUTES = str.maketrans("−–—─…×°±→↓↑✔✘†", "----.xo~>v^+x*")
 """One ASCII character for each character of the tables, so that columns stay aligned."""
 
 

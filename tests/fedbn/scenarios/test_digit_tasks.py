@@ -47,8 +47,8 @@ def orientation(images):
 
 def test_first_rows_of_both_parts_are_random_samples():
     labels = (np.arange(10_000) % 10).astype(np.uint8)
-    blank = np.zeros((len(labels), 1, 1), np.uint8)
-    for part, total in zip(split(Domain("mnist", blank, labels, blank, blank)), (8000, 2000), strict=True):
+    images = np.arange(len(labels), dtype=np.uint16).view(np.uint8).reshape(-1, 1, 2)
+    for part, total in zip(split(Domain("mnist", images, labels, images, images)), (8000, 2000), strict=True):
         counts = np.bincount(labels[part[:200]], minlength=10)
         assert len(part) == total
         assert ((counts - 20) ** 2 / 20).sum() < 21.7, "the chi-squared statistic, with 9 degrees of freedom, p = .01"

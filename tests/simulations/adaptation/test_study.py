@@ -24,7 +24,7 @@ from fedbn.online.prequential import source_baseline
 from fedbn.online.traces import ClassTrace
 from fedbn.statistics.recalibration import recalibrate
 from fedbn.tasks import parse_task
-from fedbn_simulations.adaptation import study as personalize
+from fedbn_simulations.adaptation import cells as adaptation_cells
 from fedbn_simulations.adaptation.cells import SOURCE, Cell, read_cell, run_cell
 from fedbn_simulations.adaptation.methods import adaptation_method
 from fedbn_simulations.adaptation.metric import StudyMetric
@@ -121,7 +121,7 @@ def test_classes_start_is_balanced(source):
 
 
 def test_run_study_reads_finished_cells(place, results, monkeypatch):
-    monkeypatch.setattr(personalize, "run_cell", lambda *a: pytest.fail("done again"))
+    monkeypatch.setattr(adaptation_cells, "run_cell", lambda *a: pytest.fail("done again"))
     _, again, _ = run_study(study(), place)
     assert again.keys() == results.keys()
     for cell in results:
@@ -136,9 +136,8 @@ def test_run_study_resumes_missing_cells(place, results):
     lost = next(c for c in results if c.rule == "tent")
     (place / "cells" / f"{lost.id}.json").unlink()
     calls = []
-    real = personalize.run_cell
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(personalize, "run_cell", lambda cell, m: calls.append(cell) or real(cell, m))
+        patch.setattr(adaptation_cells, "run_cell", lambda cell, m: calls.append(cell) or run_cell(cell, m))
         _, again, _ = run_study(study(), place)
     assert calls == [lost]
     np.testing.assert_array_equal(again[lost][0][0].nll, results[lost][0][0].nll)
@@ -295,7 +294,7 @@ def test_adapt_command_accepts_user_batches(tmp_path, monkeypatch):
     def stop(study, *args, **kwargs):
         raise UserError(f"{study.strategies[0]}, batches of one user: {study.plan.user_batches}")
 
-    monkeypatch.setattr(personalize, "run_study", stop)
+    monkeypatch.setattr("fedbn_simulations.adaptation.study.run_study", stop)
     arguments = ["adapt", "hapt", "--strategy", "centralized", "--rules", "dabn", "--out", str(tmp_path)]
     for options, expected in (([], "False"), (["--user-batches"], "True")):
         with pytest.raises(UserError, match=f"centralized, batches of one user: {expected}"):

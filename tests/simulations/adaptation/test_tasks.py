@@ -98,7 +98,7 @@ def test_study_of_every_task_uses_its_metric(finished):
 
 def test_study_of_every_task_resumes_from_its_cells(finished, monkeypatch):
     place, study, results, *_ = finished
-    monkeypatch.setattr("fedbn_simulations.adaptation.study.run_cell", lambda *a: pytest.fail("computed again"))
+    monkeypatch.setattr("fedbn_simulations.adaptation.cells.run_cell", lambda *a: pytest.fail("computed again"))
     _, again, _ = run_study(study, place / "out")
     pd.testing.assert_frame_equal(users_frame(again), users_frame(results), check_exact=True)
     for cell, (traces, _) in results.items():

@@ -43,13 +43,13 @@ def parts():
     for x, _ in seen:
         model(x)
     model.eval()
-    aligner = fit_alignment("rotation:every=1", seen, 3, TRIPLES)
+    aligner = fit_alignment("rotation:every=1:b=0.25", seen, 3, TRIPLES)
     return {"model": model, "align": aligner, "head": fit_matched_head(model, seen, 3)}
 
 
 def make_users(parts, **options):
     return UserStore(
-        parts["model"], SHAPE, CLASSES, **{"rule": "rotation:every=1+pseudo+matched/fallback"} | options,
+        parts["model"], SHAPE, CLASSES, **{"rule": "rotation:every=1:b=0.25+pseudo+matched/fallback"} | options,
         align=parts["align"], head=parts["head"],
     )  # fmt: skip
 
@@ -137,14 +137,14 @@ def test_routes_return_rule_reason_and_rotation(parts):
     app = create_app(make_users(parts, reason="because"), Access())
     with TestClient(app, base_url="http://localhost") as client:
         about = client.get("/v1/model").json()
-        assert (about["rule"], about["reason"]) == ("rotation:every=1+pseudo+matched/fallback", "because")
+        assert (about["rule"], about["reason"]) == ("rotation:every=1:b=0.25+pseudo+matched/fallback", "because")
         client.put("/v1/users/ann")
         x = TURN(recording(15, 8)[0])
         found = client.post("/v1/users/ann/observe", content=json.dumps({"windows": x.tolist()})).json()["alignment"]
         schema = client.get("/openapi.json").json()["components"]["schemas"]["Answers"]["properties"]["alignment"]
         assert found.keys() == schema["properties"].keys()
         assert 25 < found["degrees"] < 55
-        assert client.get("/v1/users/ann/export").status_code == 422
+        assert client.get("/v1/users/ann/export").status_code == 409
 
 
 def test_rules_need_their_sums(parts):
