@@ -23,7 +23,9 @@ def test_mod_and_wrapper_give_the_same_results_on_ray(monkeypatch):
     norms = "fedbn-seeded"  # entries are stored, sent, and pooled
 
     def app():
-        return server_app(strategies.normalization(FedAvg(min_available_nodes=3), Net, norms), rounds=2)
+        # Ray's nodes connect one by one, and the first round takes a share of those that are connected.
+        everyone = FedAvg(min_available_nodes=3, min_train_nodes=3, min_evaluate_nodes=3)
+        return server_app(strategies.normalization(everyone, Net, norms), rounds=2)
 
     def client():
         # Ray pickles the app; a lambda has no name by which it could be imported.
@@ -33,10 +35,10 @@ def test_mod_and_wrapper_give_the_same_results_on_ray(monkeypatch):
     simulate(in_process, client())
     resources = {"client_resources": {"num_cpus": 1}, "init_args": {"num_cpus": 1, "include_dashboard": False}}
     run_simulation(on_ray, client(), num_supernodes=3, backend_config=resources)
-    # Flower aggregates in the order of the replies, which is random on Ray, and Adam amplifies rounding errors.
+    # Flower aggregates in the order of the replies, which is random on Ray.
     errors = [x.result.evaluate_metrics_clientapp[2]["error"] for x in (in_process, on_ray)]
-    assert errors[0] == pytest.approx(errors[1], rel=1e-2)
+    assert errors[0] == pytest.approx(errors[1], rel=1e-4)
     a, b = (dict(x.result.arrays.to_torch_state_dict()) for x in (in_process, on_ray))
     assert list(a) == list(b)
     for name, value in a.items():
-        torch.testing.assert_close(b[name], value, rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(b[name], value, rtol=1e-4, atol=1e-5)
