@@ -105,7 +105,7 @@ def assert_stacked_matches(jobs, expected=None):
     return executor.execution["evaluate"]
 
 
-@pytest.mark.parametrize("model", ["mlp", "small-cnn"])
+@pytest.mark.parametrize("model", ["mlp", pytest.param("small-cnn", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", strategies())
 def test_stacked_evaluation_matches_every_strategy(name, model):
     if strategies()[name].syncs_first_batch:

@@ -156,7 +156,8 @@ def context_or_skip(run):
         pytest.skip(str(error))
 
 
-@pytest.mark.parametrize(("name", "model"), [*((n, "mlp") for n in STACKED), *((n, "small-cnn") for n in STACKED)])
+@pytest.mark.parametrize("model", ["mlp", pytest.param("small-cnn", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", STACKED)
 def test_stacked_training_matches_every_strategy(name, model):
     ctx = in_double_precision(context_or_skip(unequal_users_run(name, model, proximal=0.1)))
     executor = ClientExecutor("stacked", 1)

@@ -95,6 +95,7 @@ def test_newcomer_state_is_complete_and_finite(name, small):
     assert ctx.strategy.newcomer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 def test_run_is_reproducible_and_depends_on_seed(name, small):
     a, b = (federate(small(name, rounds=1, **sampling_options(name))) for _ in range(2))
