@@ -125,8 +125,8 @@ def test_report_page_shows_repeated_bytes(tmp_path, monkeypatch):
     update_document(compare(experiment, tmp_path / "out", workers=1), page, full=True)
     costs = page.read_text().split("bytes per client and round; repeated is the part of down")[1].splitlines()
     cells = {cells[0]: cells[1:] for line in costs if (cells := [c.strip() for c in line.split("|")[1:-1]])}
-    assert cells["strategy"] == ["time", "down", "up", "repeated"]
-    assert cells["global-naive"][3] == "0 B"
+    assert cells["strategy"] == ["time", "CPU s", "down", "up", "repeated"]
+    assert cells["global-naive"][4] == "0 B"
     traffic = Comparison.load(tmp_path / "out").traffic().set_index(["strategy", "role"])["bytes_down"]
-    assert cells["fedtan"][3] == format_size(traffic["fedtan", REPEATED]) != "0 B"
-    assert cells["fedtan"][1] == format_size(traffic["fedtan"].sum())
+    assert cells["fedtan"][4] == format_size(traffic["fedtan", REPEATED]) != "0 B"
+    assert cells["fedtan"][2] == format_size(traffic["fedtan"].sum())

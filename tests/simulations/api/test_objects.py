@@ -165,7 +165,7 @@ def test_result_offers_plots(tmp_path):
     with pytest.raises(UserError, match=r"plots are saved as .png, .pdf, .svg, not as 'm.gif'"):
         found.plot_matrix().save("m.gif")
     single = fedbn.compare(population(), "fedavg", model=Net, **SMALL | {"rounds": 1})
-    with pytest.raises(UserError, match="no strategy has differences to global-naive"):
+    with pytest.raises(UserError, match=r"no strategy has differences to FedAvg \(naive BN\)"):
         single.plot_paired()
     with pytest.raises(UserError, match="one evaluated round makes no curve"):
         single.plot_convergence()

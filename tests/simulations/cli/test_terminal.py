@@ -39,7 +39,7 @@ def test_tables_print_on_an_ascii_terminal(tmp_path):
     done = run(*COMPARE, "--workers", "1", "--out", str(tmp_path / "out"))
     text = done.stdout.decode("ascii")
     assert done.returncode == 0, done.stderr
-    assert re.search(r"fedbn +\|\.\d{3} ", text)
+    assert re.search(r"FedBN +\|\.\d{3} ", text)
     assert max(len(line) for line in text.splitlines() if "|" in line) <= 80
 
 

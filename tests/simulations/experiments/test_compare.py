@@ -28,7 +28,7 @@ from tests.helpers import same
 COMMAND = (
     sys.executable,
     "-m",
-    "fedbn_simulations",
+    "fedbn",
     "compare",
     "digits8",
     "--strategies",

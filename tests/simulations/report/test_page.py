@@ -202,7 +202,7 @@ def test_page_shows_missing_cells_as_dashes(tmp_path):
     page = page_of(tmp_path)
     for caption in ("Accuracy: mean", "Accuracy minus"):
         table = page.table(caption).set_index(["strategy", "statistics"])
-        assert table.loc[("fedbn", "as aggregated"), "unseen users"] == "–"
+        assert table.loc[("FedBN", "as aggregated"), "unseen users"] == "–"
         assert ("GroupNorm", "adapted online") not in table.index
 
 

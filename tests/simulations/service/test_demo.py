@@ -396,7 +396,7 @@ def test_demo_command_prints_address_and_exits_cleanly(tmp_path):
     command = [
         sys.executable,
         "-m",
-        "fedbn_simulations",
+        "fedbn",
         "demo",
         "hapt:unseen=27",
         "--rounds",
