@@ -171,7 +171,7 @@ def test_second_service_on_a_store_is_refused_before_training(own_model, monkeyp
 @pytest.mark.slow
 def test_serve_command_keeps_users_after_restart(own_model, tmp_path):
     command = [sys.executable, "-c", "from fedbn_simulations.cli import main; main()", *SERVE_OWN]
-    command += ["--shape", "2,16", "--classes", ",".join(CLASSES), "--port", "0"]
+    command += ["--shape", "2,16", "--classes", ",".join(CLASSES), "--port", "0", "--rule", "pseudo:n0=64"]
     environment = {"PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
     learned = []
     for _ in range(2):
