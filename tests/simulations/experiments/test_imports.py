@@ -1,4 +1,4 @@
-"""Heavy packages that a run does not need are not imported by it; scikit-learn imports pandas and SciPy's statistics."""
+"""Heavy packages that no run needs are not imported by one; scikit-learn itself imports pandas and SciPy."""
 
 from __future__ import annotations
 
