@@ -24,8 +24,9 @@ SMALL = {
     "claims": ["--seeds", "2", "--workers", "1"],
 }
 FEWER = {"hapt": "hapt:reserved=15", "digits": "digits:train=64:test=32"}  # half of its users; few images
+# These read files that are not in a package; tests of the scenarios and protocols use small local files.
+DOWNLOADS = ("fedbn compare idx ", "fedbn compare cifar:", "fedbn compare --protocol ")
 # Commands that keep running or take minutes; they have separate tests.
-DOWNLOADS = ("fedbn compare idx ", "fedbn compare cifar:")
 SKIPPED = ("fedbn demo", "fedbn leakage hapt", "fedbn leakage hapt --states")
 MODEL = """
 from torch import nn

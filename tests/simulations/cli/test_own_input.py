@@ -37,6 +37,9 @@ def net(classes):
     return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, classes))
 
 linear = nn.Linear(3, 2)
+
+def deep(classes):  # with a huge step, the product of the last two layers overflows with every kernel
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 8), nn.Linear(8, classes))
 """
 
 QUICK = ["--strategies", "fedbn", "--seeds", "1", "--rounds", "2", "--batch-size", "8", "--workers", "1"]
@@ -83,6 +86,6 @@ def test_own_input_is_refused_in_one_sentence(arguments, message, own, tmp_path)
 
 @pytest.mark.slow
 def test_diverged_training_names_client_and_round(own):
-    code, out, errors = own("compare", "--data", "classes.npz", "--model", "own_input:net", *QUICK, "--lr", "3e38")
+    code, out, errors = own("compare", "--data", "classes.npz", "--model", "own_input:deep", *QUICK, "--lr", "3e38")
     assert code == 0, errors
     assert re.search(r"training diverged: the loss of .* became NaN or infinite in round \d", f"{out} {errors}")
