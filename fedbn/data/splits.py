@@ -23,11 +23,17 @@ def pooled_test(parts: list[Examples], rows: int, rng: torch.Generator) -> Examp
     return Examples.concat([p.take(torch.randperm(len(p), generator=rng)[:share].sort().values) for p in parts])
 
 
+def _held_out(rows: torch.Tensor, share: float) -> int:
+    """Number of rows to hold out, 0 if none would remain for training."""
+    n = int(len(rows) * share)
+    return n if len(rows) > n + 1 else 0
+
+
 def carve_validation(user: User, share: float = 0.2) -> User:
     """Split a user's training data in time: the last ``share`` of each recording and class becomes the test set.
 
-    The row at the boundary is dropped, because neighboring windows overlap. If the data set reserves examples for
-    validation, these are used instead.
+    The row at the boundary is dropped, because neighboring windows overlap. Few rows of every class are split together,
+    at one place. If the data set reserves examples for validation, these are used instead.
 
     Raises:
         UserError: if the user has too few examples.
@@ -35,17 +41,19 @@ def carve_validation(user: User, share: float = 0.2) -> User:
     if user.validation is not None:
         return User(user.name, user.domain, user.train, user.validation)
     data = user.train
+    groups = [
+        ((data.recording == recording) & (data.groups == group)).nonzero().flatten()
+        for recording in data.recording.unique().tolist()
+        for group in data.groups.unique().tolist()
+    ]
+    if all(_held_out(rows, share) == 0 for rows in groups):
+        groups = [torch.arange(len(data))]  # few rows of every class: split all of them
     train_rows, test_rows = [], []
-    for recording in data.recording.unique().tolist():
-        for group in data.groups.unique().tolist():
-            rows = ((data.recording == recording) & (data.groups == group)).nonzero().flatten()
-            n = int(len(rows) * share)
-            if n < 1 or len(rows) - n - 1 < 1:
-                train_rows.append(rows)
-                continue
-            train_rows.append(rows[: len(rows) - n - 1])
-            test_rows.append(rows[len(rows) - n :])
-    if not test_rows:
+    for rows in groups:
+        n = _held_out(rows, share)
+        train_rows.append(rows[: len(rows) - n - 1] if n else rows)
+        test_rows.append(rows[len(rows) - n :])
+    if not any(map(len, test_rows)):
         raise UserError(
             f"user {user.name} has too few examples ({len(data)}) to hold any out for validation: tune with fewer "
             "clients in --partition, or set --lr yourself"

@@ -113,6 +113,13 @@ def test_carve_validation_rejects_too_few_rows():
         carve_validation(user)
 
 
+def test_carve_validation_splits_few_rows_of_every_class_at_one_place():
+    data = Examples(torch.arange(11.0)[:, None], torch.arange(11) % 4, torch.zeros(11, dtype=torch.long))
+    split = carve_validation(User("u", "d", data, data))
+    assert split.train.x.flatten().tolist() == list(range(8))
+    assert split.test.x.flatten().tolist() == [9, 10]
+
+
 def test_carve_validation_leaves_gap_between_parts():
     data = Examples(torch.arange(40.0)[:, None], torch.arange(40) // 20, torch.zeros(40).long())
     split = carve_validation(User("u", "d", data, data))
