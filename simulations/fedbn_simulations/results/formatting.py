@@ -11,27 +11,35 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-def format_number(value: float, digits: int = 3) -> str:
+def format_number(value: float, digits: int | None = None) -> str:
     """Format a number for a table; an en dash if it is missing.
+
+    Args:
+        value: the number.
+        digits: decimal places; by default 3, and 1 from 10 on.
 
     >>> format_number(0.8824), format_number(1.0), format_number(-0.0312), format_number(float("nan"))
     ('.882', '1.000', '−.031', '–')
+    >>> format_number(22.6994), format_number(128.0354)
+    ('22.7', '128.0')
     """
     if not math.isfinite(value):
         return "–"
+    if digits is None:
+        digits = 3 if abs(value) < 10 else 1
     text = f"{abs(value):.{digits}f}"
     sign = "−" if value < 0 and float(text) else ""
     return sign + (text[1:] if text.startswith("0.") else text)
 
 
-def format_signed(value: float, digits: int = 3) -> str:
+def format_signed(value: float, digits: int | None = None) -> str:
     """Format a difference for a table, always with its sign.
 
     >>> format_signed(0.0271), format_signed(-0.0271), format_signed(0.0)
     ('+.027', '−.027', '.000')
     """
     text = format_number(value, digits)
-    return f"+{text}" if value > 0 and float(f"{value:.{digits}f}") else text
+    return f"+{text}" if value > 0 and float(text) else text
 
 
 def format_interval(low: float, high: float, style: Callable[[float], str] = format_number) -> str:
