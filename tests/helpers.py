@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 
 from fedbn.federation.loop import federate
@@ -18,6 +19,14 @@ ROOT = Path(__file__).parents[1]
 """Root of the repository."""
 PYTHONPATH = os.pathsep.join(str(ROOT / name) for name in (".", "clients", "simulations"))
 """Directories of the packages, for processes that a test starts."""
+
+
+def mostly_slow(values, *quick):
+    """Parameters of a test that runs with the ``quick`` values by default, and with all in the slow suite."""
+    values = [value if isinstance(value, tuple) else (value,) for value in values]
+    quick = {value if isinstance(value, tuple) else (value,) for value in quick}
+    assert quick <= set(values)
+    return [pytest.param(*value, marks=() if value in quick else pytest.mark.slow) for value in values]
 
 
 def nonempty(values):

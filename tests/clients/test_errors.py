@@ -29,6 +29,7 @@ from fedbn_simulations.flower.compat import task_identity
 from fedbn_simulations.server.rounds import run_rounds
 from fedbn_simulations.storage.checkpoint import save_outcome
 from tests.exceptions import ERRORS, EXPECTED, SECRET, is_private
+from tests.helpers import mostly_slow
 
 WITHOUT_TEXT = ("tensor", "unreadable", "UnicodeDecodeError", "JSONDecodeError")
 """Exceptions whose text does not contain the private text."""
@@ -107,7 +108,7 @@ STAGES = {
 
 
 @pytest.mark.parametrize("engine", ["grid", "grid:stacked", "reference"])
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", mostly_slow(STAGES, "train", "evaluate"))
 def test_engines_show_no_content_of_exception(stage, engine, small, log, monkeypatch):
     function, strategy = STAGES[stage]
     for module in (jobs, loop):

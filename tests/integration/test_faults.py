@@ -32,7 +32,7 @@ from fedbn_simulations.server.rounds import Listener, run_rounds
 from fedbn_simulations.server.safeguards import SIMULATION_CONFIG, Safeguards
 from fedbn_simulations.server.validation import InvalidReply
 from fedbn_simulations.storage.checkpoint import load_latest, load_outcome, previous_checkpoint, save_outcome
-from tests.helpers import same
+from tests.helpers import mostly_slow, same
 
 SCENARIO = "digits8:users=4:unseen=1"
 VICTIM = 3
@@ -192,7 +192,7 @@ def test_fault_stops_run_and_names_client(name, small):
         run_with(small("silobn"), *faults)
 
 
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize("name", mostly_slow(FAULTS, "raises", "no reply", "NaN", "shape"))
 def test_tolerated_fault_excludes_client_and_is_recorded(name, small):
     _, message, *faults = FAULTS[name]
     seen = len(build_context(small()).population.seen)
@@ -312,6 +312,7 @@ def random_dropout(share, seed=0):
     return tamper
 
 
+@pytest.mark.slow
 def test_training_tolerates_dropouts(small):
     run = small("fedbn", rounds=6, scenario="digits8", batch_size=64)
     plain = run_with(run)
@@ -425,7 +426,7 @@ LOSSES = {
 }
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", mostly_slow(LOSSES, "file gone", "truncated"))
 def test_lost_client_state_is_recorded(loss, tmp_path, small):
     run = small("fedbn", rounds=3)
     clean = run_with(run)
@@ -513,7 +514,9 @@ def submit(run, grid):
     return load_outcome(grid.run_config["out"], run)
 
 
-@pytest.mark.parametrize(("strategy", "clients"), [("fedbn", None), ("silobn", 2), ("global-recalibrated", 2)])
+@pytest.mark.parametrize(
+    ("strategy", "clients"), mostly_slow([("fedbn", None), ("silobn", 2), ("global-recalibrated", 2)], ("silobn", 2))
+)
 def test_resubmitted_run_resumes_after_server_kill(strategy, clients, small, tmp_path):
     run = small(strategy, rounds=4, optimizer_state="keep", momentum=0.5, clients_per_round=clients, eval_every=2)
     expected = run_with(run)
@@ -615,7 +618,7 @@ def complete_run(tmp_path_factory):
     return run, run_to_end(run, tmp_path_factory.mktemp("complete") / "runs" / "x")
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("damage", mostly_slow(DAMAGE, "bit", "gone"))
 def test_damaged_checkpoint_falls_back_to_previous(damage, tmp_path, complete_run):
     run, expected = complete_run
     path = run_until_killed(run, tmp_path / "runs" / "x")

@@ -39,7 +39,7 @@ from fedbn_simulations.server.validation import ReplyValidator
 from fedbn_simulations.storage.checkpoint import load_outcome, save_outcome
 from tests.helpers import same
 
-CASES = settings(max_examples=40, deadline=None)
+CASES = settings(max_examples=20, deadline=None)
 
 
 REFUSED = {("population", "n0")}

@@ -14,7 +14,7 @@ from fedbn.nn.roles import Role, with_prefix
 from fedbn.personalization.base import Personalization, personalizations
 from fedbn.personalization.treatment import treatment
 from fedbn.strategies.base import Progress
-from tests.helpers import assert_engines_agree, federated, same
+from tests.helpers import assert_engines_agree, federated, mostly_slow, same
 
 METHODS = list(personalizations())
 NORMS = ["fedbn", *(pytest.param(n, marks=pytest.mark.slow) for n in ("global-naive", "silobn", "groupnorm"))]
@@ -31,7 +31,7 @@ def test_methods_with_equal_options_are_equal():
 
 
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", mostly_slow(METHODS, "ditto", "fedrep"))
 def test_engines_agree_for_every_norm_and_method(name, norm, small):
     assert_engines_agree(small(f"{norm}+{name}", clients_per_round=3))
 

@@ -45,7 +45,7 @@ from fedbn_simulations.engines.execute import execute
 from fedbn_simulations.engines.grid import InProcessGrid
 from fedbn_simulations.flower.compat import task_identity
 from fedbn_simulations.server.rounds import Listener, run_rounds
-from tests.helpers import assert_engines_agree, same
+from tests.helpers import assert_engines_agree, mostly_slow, same
 
 PAIRS = [("bn.running_mean", "bn.running_var")]
 FIRST = Progress(1, 2)
@@ -74,7 +74,7 @@ def test_privacy_without_noise_and_clipping_changes_nothing(engine, small):
 
 
 @pytest.mark.parametrize("text", ["clip=0.5:noise=0.1", "secure=true", "clip=0.5:noise=0.1:secure=true"])
-@pytest.mark.parametrize("strategy", ["global-pooled", "silobn"])
+@pytest.mark.parametrize("strategy", mostly_slow(["global-pooled", "silobn"], "silobn"))
 def test_privacy_engines_agree(text, strategy, small):
     plain = small(strategy, rounds=1, clients_per_round=3)
     protected = assert_engines_agree(with_privacy(plain, text))
@@ -314,7 +314,9 @@ def test_encode_largest_numbers_do_not_overflow():
         encode(torch.tensor([1.01 * limit]), 24, 4)
 
 
-@pytest.mark.parametrize("strategy", ["global-pooled", "global-naive", "fedbn", "fedbn-seeded", "silobn"])
+@pytest.mark.parametrize(
+    "strategy", mostly_slow(["global-pooled", "global-naive", "fedbn", "fedbn-seeded", "silobn"], "global-pooled")
+)
 def test_secure_sums_match_plain_aggregation(strategy, small):
     plain = replace(small(strategy, rounds=1, clients_per_round=4), partition="linear:clients=6").resolved()
     ctx = build_context(plain)
@@ -380,7 +382,7 @@ def record_messages(run):
 QUICK = {"fedbn", "fedbn-seeded", "silobn", "mtfl", "local", "global-pooled"}
 
 
-@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in strategies()])
+@pytest.mark.parametrize("name", mostly_slow(strategies(), *QUICK))
 def test_local_entries_are_in_no_message(name, small):
     """Neither names nor bytes of local entries are in any reply of a client."""
     ctx, replies, grid = record_messages(small(name, rounds=1, eval_every=1))

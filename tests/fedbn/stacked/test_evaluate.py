@@ -33,6 +33,7 @@ from tests.fedbn.stacked.test_executors import (
     unequal_users_run,
     with_model,
 )
+from tests.helpers import mostly_slow
 
 
 def with_test_sizes(ctx, sizes=(1, 30, 9, 17, 16, 8)):
@@ -106,7 +107,7 @@ def assert_stacked_matches(jobs, expected=None):
 
 
 @pytest.mark.parametrize("model", ["mlp", pytest.param("small-cnn", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", strategies())
+@pytest.mark.parametrize("name", mostly_slow(strategies(), "fedbn", "evalnorm", "batch-renorm", "hbn", "groupnorm"))
 def test_stacked_evaluation_matches_every_strategy(name, model):
     if strategies()[name].syncs_first_batch:
         pytest.skip("synchronizes statistics before training")

@@ -9,7 +9,7 @@ from torch import nn
 from fedbn.federation.setup import build_context
 from fedbn.nn.roles import Role, norm_layers
 from fedbn.strategies.base import Progress, strategy
-from tests.helpers import federated
+from tests.helpers import federated, mostly_slow
 
 
 @pytest.fixture
@@ -21,7 +21,10 @@ def finished(small, name, rounds=1):
     return federated(small(name, rounds=rounds, eval_every=rounds))
 
 
-@pytest.mark.parametrize("name", ["evalnorm", "evalnorm:rule=learned", "dbn", "iabn:k=inf", "ghost-bn:size=1000"])
+@pytest.mark.parametrize(
+    "name",
+    mostly_slow(["evalnorm", "evalnorm:rule=learned", "dbn", "iabn:k=inf", "ghost-bn:size=1000"], "dbn", "evalnorm"),
+)
 def test_training_equals_global_bn_exactly(name, small, naive_state):
     ctx, out = finished(small, name)
     for key, value in naive_state.items():

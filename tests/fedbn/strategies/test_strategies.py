@@ -22,7 +22,7 @@ from fedbn.strategies.hbn import HBN
 from fedbn.strategies.ownership import LOCAL, SEEDED, SHARED
 from fedbn.tta.adaptation_rates import RATES
 from fedbn_simulations.engines.execute import execute
-from tests.helpers import assert_statistics, federated, same, sampling_options
+from tests.helpers import assert_statistics, federated, mostly_slow, same, sampling_options
 
 ALL = list(strategies())
 FIRST = Progress(1, 2)
@@ -105,7 +105,7 @@ def test_run_is_reproducible_and_depends_on_seed(name, small):
     assert a.curve != other.curve
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", mostly_slow(ALL, "fedbn", "silobn", "hbn", "fedtan"))
 def test_unsampled_clients_keep_their_state(name, small):
     if strategies()[name].is_centralized:
         pytest.skip("only one client")
@@ -227,6 +227,7 @@ def test_silobn_equals_params_only_for_persistent_users(small):
     assert silo.scores == params.scores
 
 
+@pytest.mark.slow
 def test_mtfl_choices_equal_named_strategies(small):
     for private, name in (("us", "silobn"), ("usyb", "fedbn"), ("none", "global-naive")):
         a, b = federate(small(f"mtfl:private={private}")), federate(small(name))

@@ -49,6 +49,7 @@ def test_resume_with_more_rounds_extends_every_run_to_the_same_numbers(tmp_path,
     assert Comparison.load(tmp_path / "extended").missing == 0
 
 
+@pytest.mark.slow
 def test_interrupted_extension_is_resumed_and_extended_again(tmp_path, monkeypatch, executed):
     compare(experiment(seeds=2), tmp_path / "extended", workers=1)
     save, saved = tasks.save_outcome, []
@@ -71,6 +72,7 @@ def test_interrupted_extension_is_resumed_and_extended_again(tmp_path, monkeypat
     assert results(tmp_path / "extended") == results(tmp_path / "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("plan", "first"), [({"schedule": "cosine"}, 1), ({"rounds": 3}, 1), ({}, 3)])
 def test_runs_start_again_if_their_first_rounds_would_differ(tmp_path, executed, plan, first):
     compare(experiment(**plan), tmp_path, workers=1)
