@@ -151,7 +151,7 @@ def population_prior_from(model: nn.Module, users: Sequence[State]) -> dict[str,
         users: results of `summarize_windows`.
 
     Raises:
-        UserError: too few users or windows, or summaries of different models.
+        UserError: too few users or windows, values that are not finite, or summaries of different models.
 
     >>> model = nn.BatchNorm1d(1)
     >>> users = [torch.tensor([[0.0], [2.0]]), torch.tensor([[4.0], [6.0]])]
@@ -168,6 +168,8 @@ def population_prior_from(model: nn.Module, users: Sequence[State]) -> dict[str,
     expected = {f"{path}|{name}": p.shape for path, p in measured.items() for name in ("mean", "spread", "var")}
     if any(shape != expected | {WINDOWS: torch.Size()} for shape in shapes):
         raise UserError("the users' statistics are those of different networks: measure all with the same model")
+    if not all(value.isfinite().all() for user in users for value in user.values()):
+        raise UserError("the statistics of a user are not finite: remove windows with NaN or infinite values")
     unmeasured = {path: replace(p, n0=torch.full_like(p.mean, MAX_N0)) for path, p in start.items()}
     return unmeasured | {path: _population(users, counts, path, like) for path, like in measured.items()}
 

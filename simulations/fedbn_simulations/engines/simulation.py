@@ -13,7 +13,8 @@ import os
 import queue
 import threading
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
@@ -374,9 +375,20 @@ def run_app(
         )
     log.info("Starting Flower Simulation")
     log.info("App `%s` (%s simulated SuperNodes)", app.name, nodes)
+    with failures_end_like_flower(), app.loaded() as (server_app, client_app):
+        return run_simulation(server_app, client_app, nodes, backend, backend_config, run_config=config, seed=seed)
+
+
+@contextmanager
+def failures_end_like_flower() -> Iterator[None]:
+    """Log an exception of an app, and exit with the code of Flower's simulation process.
+
+    Raises:
+        UserError: raised in this context.
+        SystemExit: with code 1, if the app raises another exception.
+    """
     try:
-        with app.loaded() as (server_app, client_app):
-            return run_simulation(server_app, client_app, nodes, backend, backend_config, run_config=config, seed=seed)
+        yield
     except UserError:
         raise
     except Exception as error:

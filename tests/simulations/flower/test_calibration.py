@@ -99,3 +99,6 @@ def test_population_prior_names_a_client_that_cannot_measure():
     short = message_app([client_normalization(Net, NORMS, lambda context: data(0)[0][:1])], net=Net)
     with pytest.raises(UserError, match="at least two users with two windows each"):
         simulate(server_with_prior(rounds=0), short)
+    broken = message_app([client_normalization(Net, NORMS, lambda context: data(0)[0] / 0)], net=Net)
+    with pytest.raises(UserError, match="not finite: remove windows with NaN"):
+        simulate(server_with_prior(rounds=0), broken)
