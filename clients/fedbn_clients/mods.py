@@ -10,12 +10,9 @@ returned as they were received. So everything that a server does with keys, orde
 from __future__ import annotations
 
 import copy
-import logging
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,12 +20,12 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp.typing import ClientAppCallable
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.nn.modules.module import register_module_forward_hook
 
 from fedbn.errors import UserError
-from fedbn.nn.roles import Role, keeps_statistics
+from fedbn.nn.roles import Role
 from fedbn.online.personalized import Personalized, personalize
-from fedbn.online.prior import LayerPrior
+from fedbn.online.prior import LayerPrior, summarize_windows
 from fedbn.online.rules.base import Rule
 from fedbn.online.rules.base import rule as parse_rule
 from fedbn.online.stream import USER
@@ -37,7 +34,8 @@ from fedbn.strategies.base import NormStrategy
 from fedbn.strategies.ownership import LOCAL
 from fedbn_clients.entries import Entries, ModelFn, build, entries, model_record, resolve_strategy
 from fedbn_clients.persistence import FORMAT_VERSION, read_states, state_folder, write_states
-from fedbn_clients.records import aggregates_from, arrays
+from fedbn_clients.records import aggregates_from, arrays, prior_from
+from fedbn_clients.training_mode import notice_training_mode, warn_once
 
 NORMALIZATION_STATE = "fedbn.normalization"
 """Record of ``Context.state`` with the entries that stay at the client."""
@@ -48,8 +46,14 @@ ADAPTATION_STATE = "fedbn.adaptation"
 SYNC = "fedbn.sync_statistics"
 """Record of a message that asks for moments; the mod replies to it in place of the app."""
 
+SUMMARIES = "fedbn.window_summaries"
+"""Record of a message that asks for what a population prior needs; the mod replies to it in place of the app."""
+
 MOMENTS = "moments"
-"""Record of the reply to a message with `SYNC`; empty at the end of the exchange."""
+"""Record of the reply to a message with `SYNC` or `SUMMARIES`; empty at the end of a synchronization."""
+
+PRIOR = "fedbn.prior"
+"""Record with the prior of `adaptation` in a message in which the app predicts."""
 
 Calibration = Callable[[Context], Tensor | Iterable[Tensor]]
 """Unlabeled data of a client: one tensor ``[n, *shape]``, or batches."""
@@ -64,7 +68,8 @@ def normalization(
         model_fn: function or class that builds the app's network. Only its types and names are used.
         strategy: for example ``fedbn``. The server aggregates all other entries as before; strategies that aggregate
             statistics also need `fedbn_simulations.flower.strategies.normalization`.
-        calibration: unlabeled data of the client, for ``global-recalibrated`` and ``static-bn``.
+        calibration: unlabeled data of the client, for ``global-recalibrated`` and ``static-bn``, and for
+            `fedbn_simulations.flower.calibration.population_prior`.
 
     Raises:
         UserError: an unknown strategy, one that cannot be applied from outside an app, or missing calibration data.
@@ -107,13 +112,15 @@ class NormalizationMod:
         try:
             if SYNC in message.content:
                 return self._sync(message, context, {names[k]: array for k, array in model.items()})
+            if SUMMARIES in message.content:  # of all clients under the same network, that of the server
+                return self._summarize(message, context, {names[k]: array for k, array in received.items()})
             # Outer mods and the engine hold the message, so the app gets a copy.
             inner = copy.copy(message)
             inner.content = RecordDict({**message.content, key: model})
-            with _notice_training_mode(active=not _is_train(message)):
+            with notice_training_mode(active=not _is_train(message)):
                 reply = call_next(inner, context)
             if reply.has_content():
-                trained = self._separate(message, reply, received)
+                trained = self._separate(message, reply, key, received)
                 if trained:
                     own = own | trained
                     self._save(context, own)
@@ -134,27 +141,28 @@ class NormalizationMod:
             return Array(torch.from_numpy(array.numpy()).to(self._entries.dtypes[name]).numpy())
         return array
 
-    def _separate(self, message: Message, reply: Message, received: ArrayRecord) -> dict[str, Array]:
+    def _separate(self, message: Message, reply: Message, key: str, received: ArrayRecord) -> dict[str, Array]:
         """Replace local entries of a reply by the received ones. Returns the client's entries after training."""
-        ownership = self._entries.ownership
+        ownership, names = self._entries.ownership, self._entries.names(received)
+        records = {name: record for name, record in reply.content.array_records.items() if record}
         trained: dict[str, Array] = {}
-        for key, record in dict(reply.content.array_records).items():
-            if not _is_train(message) and record.keys() != received.keys():
-                continue  # not the model, for example predictions
-            if not record:
-                continue
+        if _is_train(message) and records:
+            key = key if key in records else next(iter(records))
+            record = records.pop(key)
             values = {name: record[k] for k, name in self._entries.names(record).items()}
-            names = self._entries.names(received)
             if difference := sorted(values.keys() ^ set(names.values())):
                 raise UserError(
                     f"the arrays of the reply and of the message differ in {', '.join(difference[:3])}: let the app "
                     "return all arrays that it received"
                 )
-            if _is_train(message):
-                trained = {name: values[name] for name in ownership.retained if name in values}
+            trained = {name: values[name] for name in ownership.retained if name in values}
             reply.content[key] = ArrayRecord(
                 {k: a if ownership.owner(names[k]) is LOCAL else values[names[k]] for k, a in received.items()}
             )
+        for other, record in records.items():  # such as a model that a query returns, or a part of it; or predictions
+            if record.keys() == received.keys() or not any(k.isdigit() for k in record):
+                local = {k for k in record.keys() & received.keys() if ownership.owner(names[k]) is LOCAL}
+                reply.content[other] = ArrayRecord({k: received[k] if k in local else a for k, a in record.items()})
         return trained
 
     def _load(self, context: Context) -> dict[str, Array]:
@@ -176,18 +184,26 @@ class NormalizationMod:
 
     def _sync(self, message: Message, context: Context, model: Mapping[str, Array]) -> Message:
         """Reply with the client's next moments in the synchronization of statistics."""
-        if self.calibration is None:
-            raise UserError(
-                f"the server synchronizes statistics, but strategy {self.strategy.name!r} of this client has no data "
-                "for it: use one strategy on both sides, and pass calibration=lambda context: batches"
-            )
-        batches = self.calibration(context)
-        x = batches if isinstance(batches, Tensor) else torch.cat(list(batches))
-        state = {k: torch.from_numpy(a.numpy()) for k, a in model.items()}
-        network = build(self.model_fn, state)
+        network, x = self._calibrated(context, model)
         moments = replay(lambda: self.strategy.sync_statistics(network, x), aggregates_from(message.content))
         record = ArrayRecord() if moments is None else arrays(flatten(moments))
         return Message(RecordDict({MOMENTS: record}), reply_to=message)
+
+    def _summarize(self, message: Message, context: Context, model: Mapping[str, Array]) -> Message:
+        """Reply with what a population prior needs of this client."""
+        record = arrays(summarize_windows(*self._calibrated(context, model)))
+        return Message(RecordDict({MOMENTS: record}), reply_to=message)
+
+    def _calibrated(self, context: Context, model: Mapping[str, Array]) -> tuple[nn.Module, Tensor]:
+        """The network with some arrays, and the client's unlabeled data."""
+        if self.calibration is None:
+            raise UserError(
+                f"the server asks for statistics, but strategy {self.strategy.name!r} of this client has no data for "
+                "them: use one strategy on both sides, and pass calibration=lambda context: batches"
+            )
+        batches = self.calibration(context)
+        x = batches if isinstance(batches, Tensor) else torch.cat(list(batches))
+        return build(self.model_fn, {k: torch.from_numpy(a.numpy()) for k, a in model.items()}), x
 
 
 def _owner(context: Context) -> dict[str, int | str]:
@@ -214,27 +230,6 @@ def _require_no_inner_secure_aggregation(content: RecordDict) -> None:
         )
 
 
-@contextmanager
-def _notice_training_mode(*, active: bool) -> Iterator[None]:
-    """Log a warning if the app evaluates in training mode, in which BN ignores its running statistics."""
-    if not active:
-        yield
-        return
-    thread = threading.get_ident()
-
-    def check(module: nn.Module, _inputs: Any) -> None:
-        if module.training and keeps_statistics(module) and threading.get_ident() == thread:
-            _warn_once("evaluation runs in training mode, which ignores running statistics: call model.eval() before")
-
-    with register_module_forward_pre_hook(check):
-        yield
-
-
-@lru_cache
-def _warn_once(text: str) -> None:
-    logging.getLogger("flwr").warning(text)
-
-
 def adaptation(
     model_fn: ModelFn,
     rule: Rule | str,
@@ -252,7 +247,8 @@ def adaptation(
     Args:
         model_fn: function or class that builds the app's network, by which its network is recognized.
         rule: rule that updates the statistics, such as ``pseudo:n0=64``.
-        prior: initial statistics; None: those of the app's network.
+        prior: initial statistics; None: those of the app's network. A prior in the record ``fedbn.prior`` of a message
+            replaces it (`fedbn_simulations.flower.calibration.population_prior`).
         message_types: types of the messages in which the app predicts.
         classes: number of classes; None: the width of the last layer.
 
@@ -264,13 +260,20 @@ def adaptation(
     >>> app = ClientApp(mods=[adaptation(lambda: SmallCNN((1, 8, 8), 10), "ema:rate=0.05")])
     """
     resolved = parse_rule(rule) if isinstance(rule, str) else rule
-    field = resolved.requires
-    if field and not (prior and all(getattr(layer, field) is not None for layer in prior.values())):
-        raise UserError(
-            f"rule {resolved.name!r} needs {field} of every layer, which running statistics do not have: pass a prior "
-            "from windows (population_prior, source_prior or learn_alpha of fedbn.online), or use pseudo:n0=64"
-        )
+    if prior is not None or resolved.requires != "n0":  # n0 can be in the messages
+        _require_field(resolved, prior)
     return AdaptationMod(model_fn, resolved, prior, message_types, classes)
+
+
+def _require_field(rule: Rule, prior: Mapping[str, LayerPrior] | None) -> None:
+    """Raise `UserError` if a rule needs more than a prior has."""
+    field = rule.requires
+    if field and not (prior and all(getattr(layer, field) is not None for layer in prior.values())):
+        sent = f", let the server send it in the record {PRIOR!r}" if field == "n0" else ""
+        raise UserError(
+            f"rule {rule.name!r} needs {field} of every layer, which running statistics do not have: pass a prior "
+            f"from windows (population_prior, source_prior or learn_alpha of fedbn.online){sent}, or use pseudo:n0=64"
+        )
 
 
 @dataclass(frozen=True)
@@ -287,19 +290,26 @@ class AdaptationMod:
         """Pass a message to the app; predictions follow the stream if the message is one in which the app predicts.
 
         Raises:
-            UserError: the app's network is called with something else than one tensor.
+            UserError: the app's network is called with something else than one tensor, or neither the mod nor the
+                message has the prior that the rule needs.
         """
         if message.metadata.message_type not in self.message_types:
             return call_next(message, context)
+        inner, mod = message, self
+        if message.has_content() and PRIOR in message.content:
+            mod = replace(self, prior=prior_from(message.content.array_records[PRIOR]))
+            inner = copy.copy(message)
+            inner.content = RecordDict({k: record for k, record in message.content.items() if k != PRIOR})
+        _require_field(mod.rule, mod.prior)
         record = cast(ConfigRecord | None, context.state.pop(ADAPTATION_STATE, None))
-        follower = _Follower(self, record)
+        follower = _Follower(mod, record)
         try:
             with register_module_forward_hook(cast(Any, follower)):
-                reply = call_next(message, context)
+                reply = call_next(inner, context)
             if reply.has_content():
                 record = follower.record()
-            if record is None:
-                _warn_once(
+            if record is None and reply.has_content():
+                warn_once(
                     "adaptation saw no prediction by a network of model_fn: call it as model(x), after model.eval()"
                 )
             return reply
@@ -325,7 +335,7 @@ class _Follower:
         if list(module.state_dict(keep_vars=True)) != self._names:
             return None
         if module.training:  # the app trains, or has forgotten model.eval()
-            _warn_once("adaptation does not change calls in training mode: call model.eval() before predictions")
+            warn_once("adaptation does not change calls in training mode: call model.eval() before predictions")
             self._finish()
             return None
         if len(inputs) != 1 or not isinstance(inputs[0], Tensor):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import cast
 
 import torch
@@ -10,6 +11,7 @@ from flwr.app import ArrayRecord, MetricRecord, RecordDict
 from fedbn.federation.cold_start import ClientStatistics
 from fedbn.federation.metrics import Score
 from fedbn.nn.roles import State
+from fedbn.online.prior import LayerPrior
 from fedbn.statistics.consensus import flatten, unflatten
 from fedbn.statistics.moments import Moments
 from fedbn_clients.jobs import is_batched
@@ -95,6 +97,19 @@ def client_statistics_from(record: ArrayRecord, device: str) -> ClientStatistics
         part, _, name = key.partition("|")
         parts.setdefault(part, {})[name] = value
     return ClientStatistics(parts.pop("mean"), parts.pop("variance"), parts.pop("between"), tuple(parts.values()))
+
+
+def prior_to(prior: Mapping[str, LayerPrior]) -> ArrayRecord:
+    """Convert the mean, variance and weight of a population prior to one record."""
+    fields = ("mean", "var", "n0")
+    return arrays({f"{path}|{name}": getattr(p, name) for path, p in prior.items() for name in fields})
+
+
+def prior_from(record: ArrayRecord) -> dict[str, LayerPrior]:
+    """The prior of a record of `prior_to`."""
+    state = tensors(record)
+    paths = dict.fromkeys(name.rpartition("|")[0] for name in state)
+    return {path: LayerPrior(*(state[f"{path}|{name}"] for name in ("mean", "var", "n0"))) for path in paths}
 
 
 def set_threads() -> None:

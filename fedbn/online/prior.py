@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fedbn.errors import UserError, unknown
 from fedbn.nn.hooks import capture_inputs
-from fedbn.nn.roles import statistics_layers
+from fedbn.nn.roles import State, statistics_layers
 from fedbn.online.layer import UserNorm, row_moments
 from fedbn.online.statistics import Pair, Prior, mix
 from fedbn.statistics.moments import Moments
@@ -26,6 +26,9 @@ OPTIONAL = ("n0", "alpha", "class_mean", "class_var")
 
 MAX_N0 = 1e4
 """Largest weight of a prior in windows, used if users do not differ."""
+
+WINDOWS = "windows"
+"""Entry of a user's summary with its number of windows."""
 
 
 @dataclass(frozen=True)
@@ -106,26 +109,69 @@ def population_prior(model: nn.Module, users: Sequence[Tensor]) -> dict[str, Lay
     Raises:
         UserError: too few users or windows.
     """
-    if len(users) < 2 or min(map(len, users)) < 2:
-        raise UserError("differences between users need at least two users with two windows each: pass more")
-    start = layer_priors(model)
-    layers = statistics_layers(model)
-    rows: dict[str, list[Pair]] = {}
-    calls: dict[str, list[tuple[Pair, int]]] = {}
+    return population_prior_from(model, [summarize_windows(model, windows) for windows in users])
+
+
+def summarize_windows(model: nn.Module, windows: Tensor) -> State:
+    """What `population_prior_from` needs of one user.
+
+    Args:
+        model: the source model; it is set to evaluation mode.
+        windows: ``[n, *shape]``.
+
+    Returns:
+        ``windows``, their number, and for each layer that runs, with its path before a ``|``, in float64: ``mean``,
+        ``[C]`` mean of the windows' means, ``spread``, ``[C]`` their unbiased variance, and ``var``, ``[C]`` variance
+        of all values.
+    """
+    start, calls = layer_priors(model), dict[str, list[tuple[Pair, int]]]()
 
     def record(path: str, x: Tensor) -> None:
         pair = row_moments(x.double(), start[path].mean.double())
         calls.setdefault(path, []).append((pair, x[0, 0].numel()))
 
+    summary = {WINDOWS: torch.tensor(len(windows))}
+    if len(windows) < 2:  # `population_prior_from` refuses it
+        return summary
     model.eval()
-    with torch.no_grad(), capture_inputs(layers, record):
-        for windows in users:
-            model(windows)
-            for path, inputs in calls.items():
-                rows.setdefault(path, []).append(_joint(inputs))
-            calls.clear()
+    with torch.no_grad(), capture_inputs(statistics_layers(model), record):
+        model(windows)
+    for path, inputs in calls.items():
+        mean, within = _joint(inputs)
+        var = within.mean(0) + mean.var(0, correction=0)
+        summary |= {f"{path}|mean": mean.mean(0), f"{path}|spread": mean.var(0), f"{path}|var": var}
+    return summary
+
+
+def population_prior_from(model: nn.Module, users: Sequence[State]) -> dict[str, LayerPrior]:
+    """The result of `population_prior` from the summaries of its users.
+
+    Args:
+        model: the source model.
+        users: results of `summarize_windows`.
+
+    Raises:
+        UserError: too few users or windows, values that are not finite, or summaries of different models.
+
+    >>> model = nn.BatchNorm1d(1)
+    >>> users = [torch.tensor([[0.0], [2.0]]), torch.tensor([[4.0], [6.0]])]
+    >>> prior = population_prior_from(model, [summarize_windows(model, windows) for windows in users])[""]
+    >>> prior.mean.item(), prior.var.item(), round(prior.n0.item(), 3)
+    (3.0, 5.0, 0.286)
+    """
+    counts = [int(user[WINDOWS]) for user in users]
+    if len(counts) < 2 or min(counts) < 2:
+        raise UserError("differences between users need at least two users with two windows each: pass more")
+    start = layer_priors(model)
+    shapes = [{name: value.shape for name, value in user.items()} for user in users]
+    measured = {path: p.mean for path, p in start.items() if f"{path}|mean" in users[0]}
+    expected = {f"{path}|{name}": p.shape for path, p in measured.items() for name in ("mean", "spread", "var")}
+    if any(shape != expected | {WINDOWS: torch.Size()} for shape in shapes):
+        raise UserError("the users' statistics are those of different networks: measure all with the same model")
+    if not all(value.isfinite().all() for user in users for value in user.values()):
+        raise UserError("the statistics of a user are not finite: remove windows with NaN or infinite values")
     unmeasured = {path: replace(p, n0=torch.full_like(p.mean, MAX_N0)) for path, p in start.items()}
-    return unmeasured | {path: _population(found, start[path].mean) for path, found in rows.items()}
+    return unmeasured | {path: _population(users, counts, path, like) for path, like in measured.items()}
 
 
 def _joint(inputs: list[tuple[Pair, int]]) -> Pair:
@@ -137,11 +183,11 @@ def _joint(inputs: list[tuple[Pair, int]]) -> Pair:
     return joint
 
 
-def _population(users: Sequence[Pair], like: Tensor) -> LayerPrior:
-    means = torch.stack([mean.mean(0) for mean, _ in users])
-    window_var = torch.stack([mean.var(0) for mean, _ in users])
-    variances = torch.stack([within.mean(0) + mean.var(0, correction=0) for mean, within in users])
-    noise = torch.stack([s / len(mean) for s, (mean, _) in zip(window_var, users, strict=True)]).mean(0)
+def _population(users: Sequence[State], counts: Sequence[int], path: str, like: Tensor) -> LayerPrior:
+    means, window_var, variances = (
+        torch.stack([user[f"{path}|{name}"] for user in users]) for name in ("mean", "spread", "var")
+    )
+    noise = torch.stack([s / n for s, n in zip(window_var, counts, strict=True)]).mean(0)
     tau2 = (means.var(0) - noise).clamp_min(0)
     n0 = (window_var.mean(0) / tau2.clamp_min(1e-300)).clamp_max(MAX_N0)
     var = variances.mean(0) + means.var(0, correction=0)

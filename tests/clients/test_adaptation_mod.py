@@ -15,7 +15,8 @@ from fedbn.online.personalized import personalize
 from fedbn.online.prior import layer_priors, population_prior
 from fedbn.online.rules.base import rule
 from fedbn.online.stream import follow_rule
-from fedbn_clients.mods import ADAPTATION_STATE, NORMALIZATION_STATE, _warn_once, adaptation, normalization
+from fedbn_clients.mods import ADAPTATION_STATE, NORMALIZATION_STATE, adaptation, normalization
+from fedbn_clients.training_mode import warn_once
 from tests.flower_apps import data, initial_state, message_app, node_context, send, train_content
 
 
@@ -128,9 +129,13 @@ def test_prior_of_a_population_and_pickling():
     mod = pickle.loads(pickle.dumps(adaptation(Classifier, "population", prior)))  # noqa: S301
     out = predict(message_app([mod], net=Classifier), stream(), node_context())
     assert torch.equal(out, follow_rule(source(), stream(), rule("population"), prior)[0])
-    for incomplete in (None, layer_priors(source())):
-        with pytest.raises(UserError, match="'population' needs n0 of every layer.*or use pseudo:n0=64"):
-            adaptation(Classifier, "population", incomplete)
+    with pytest.raises(UserError, match="'population' needs n0 of every layer.*or use pseudo:n0=64"):
+        adaptation(Classifier, "population", layer_priors(source()))
+    with pytest.raises(UserError, match="'ttn' needs alpha of every layer"):
+        adaptation(Classifier, "ttn")
+    without = message_app([adaptation(Classifier, "population")], net=Classifier)
+    with pytest.raises(UserError, match=r"needs n0 .*let the server send it in the record 'fedbn.prior', or use"):
+        predict(without, stream(), node_context())
 
 
 def test_regression_and_inference_mode():
@@ -212,7 +217,7 @@ def test_calls_in_training_mode_are_not_adapted(caplog):
             RecordDict({"predictions": ArrayRecord([o.detach().numpy() for o in outputs])}), reply_to=message
         )
 
-    _warn_once.cache_clear()
+    warn_once.cache_clear()
     outputs = send(app, "query.predict", windows(x), node_context()).content["predictions"].to_numpy_ndarrays()
     net, expected = source(), []
     expected.append(follow_batch(net, x))
@@ -249,7 +254,7 @@ def test_app_that_does_not_call_its_network_is_reported(caplog):
         net.forward(stream())
         return Message(RecordDict(), reply_to=message)
 
-    _warn_once.cache_clear()
+    warn_once.cache_clear()
     with caplog.at_level(logging.WARNING):
         send(app, "query.predict", windows(stream()), node_context())
     (record,) = caplog.records

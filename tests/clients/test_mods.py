@@ -21,8 +21,9 @@ from fedbn.nn.roles import clone
 from fedbn.strategies.base import strategies
 from fedbn.strategies.fedbn import FedBN
 from fedbn_clients import entries as entries_module
-from fedbn_clients.mods import NORMALIZATION_STATE, _warn_once, normalization
+from fedbn_clients.mods import NORMALIZATION_STATE, normalization
 from fedbn_clients.persistence import STATE_DIR_VARIABLE
+from fedbn_clients.training_mode import warn_once
 from tests.flower_apps import (
     Module,
     Net,
@@ -197,12 +198,15 @@ def test_query_that_returns_the_model_sends_nothing_local():
     @app.query("model")
     def model(message, context):
         predictions = ArrayRecord([np.ones(2)])
-        return Message(RecordDict({"model": message.content["arrays"], "predictions": predictions}), reply_to=message)
+        part = ArrayRecord({"scaler.running_mean": message.content["arrays"]["scaler.running_mean"]})
+        content = {"model": message.content["arrays"], "predictions": predictions, "part": part}
+        return Message(RecordDict(content), reply_to=message)
 
     context = node_context(1)
     send(app, "train", train_content(), context)
     reply = send(app, "query.model", RecordDict({"arrays": ArrayRecord(initial_state())}), context)
     assert same(state_of(reply.content["model"]), initial_state())
+    assert torch.equal(state_of(reply.content["part"])["scaler.running_mean"], initial_state()["scaler.running_mean"])
     assert reply.content["predictions"]["0"].numpy().tolist() == [1, 1]
 
 
@@ -216,6 +220,23 @@ def test_messages_without_model_reach_the_app():
     for content in (RecordDict(), RecordDict({"other": ArrayRecord({"x": Array(np.ones(1))})})):
         reply = send(app, "query.info", content, node_context())
         assert reply.content["keys"]["names"] == list(content)
+
+
+def test_train_reply_may_have_other_records():
+    """Such as the control variates of an app that implements SCAFFOLD; they can have any names."""
+    app, context = ClientApp(mods=[normalization(Net, "fedbn")]), node_context()
+
+    @app.train()
+    def train(message, context):
+        model = ArrayRecord({k: v + 1 for k, v in message.content["arrays"].to_torch_state_dict().items()})
+        control = ArrayRecord({"control": Array(np.ones(2)), "scaler.weight": model["scaler.weight"]})
+        return Message(RecordDict({"controls": control, "arrays": model}), reply_to=message)
+
+    reply = send(app, "train", train_content(), context).content
+    assert own(context)["scaler.weight"].tolist() == [2.0] * 6
+    assert state_of(reply["arrays"])["scaler.weight"].tolist() == [1.0] * 6
+    assert state_of(reply["controls"])["scaler.weight"].tolist() == [1.0] * 6
+    assert state_of(reply["controls"])["control"].tolist() == [1.0, 1.0]
 
 
 def test_train_reply_without_arrays_leaves_state():
@@ -313,7 +334,17 @@ def test_normalization_outside_other_mods_keeps_the_messages_valid(mod):
     app = message_app(train_mods=[normalization(Net, "fedbn"), mod])
     reply = send(app, "train", content, context)
     assert all(reply.content["arrays"][name].data == content["arrays"][name].data for name in LOCAL)
+    plain = node_context(1)
+    send(message_app([normalization(Net, "fedbn")]), "train", clip_content(), plain)
+    clips = mod is fixedclipping_mod or isinstance(mod, LocalDpMod)
     assert list(own(context)) == LOCAL
+    assert same(own(context), own(plain)) != clips, "a clipping mod inside also clips the client's own entries"
+
+
+@pytest.mark.parametrize("mod", [fixedclipping_mod, LocalDpMod(0.5, 1e-9, 1.0, 0.5)])
+def test_clipping_mods_of_the_whole_app_break_evaluation_without_normalization_too(mod):
+    assert send(message_app([mod]), "evaluate", clip_content(), node_context()).has_error()
+    assert not send(message_app(train_mods=[mod]), "evaluate", clip_content(), node_context()).has_error()
 
 
 @pytest.mark.parametrize("strategy", [FedAdam, FedYogi, FedAvgM, FedMedian, FedTrimmedAvg, Krum])
@@ -349,7 +380,7 @@ def test_evaluation_in_training_mode_is_reported_once(caplog):
         net(torch.randn(4, 4))
         return Message(RecordDict(), reply_to=message)
 
-    _warn_once.cache_clear()
+    warn_once.cache_clear()
     send(app, "evaluate", train_content(), node_context(1))
     assert not caplog.records
     for _ in range(2):

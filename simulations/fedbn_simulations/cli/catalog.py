@@ -155,12 +155,14 @@ def audit(
 def _audit_app(
     app: Path, model: str | None, num_supernodes: int | None, run_config: list[str] | None, as_json: bool
 ) -> None:
+    from fedbn_simulations.engines.simulation import failures_end_like_flower
     from fedbn_simulations.experiments.app_audit import audit_app
     from fedbn_simulations.flower.apps import FlowerApp
     from fedbn_simulations.report.audit import show_findings
     from fedbn_simulations.results.formatting import format_size
 
-    found = audit_app(FlowerApp.read(app), model, num_supernodes, tuple(run_config or ()))
+    with failures_end_like_flower():
+        found = audit_app(FlowerApp.read(app), model, num_supernodes, tuple(run_config or ()))
     if as_json:
         print(json.dumps(found.as_dict(), indent=1))
         return

@@ -13,7 +13,8 @@ import os
 import queue
 import threading
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
@@ -148,7 +149,8 @@ class SimulationGrid(InProcessGrid):
             run_config: run-config, copied to every context.
             workers: how the app is called.
             run_id: Flower's run id.
-            seed: global random numbers of a call are keyed by this seed, the partition and the number of the call;
+            seed: global random numbers of a call are keyed by this seed, the partition, the type of the message and
+                the number of such messages before, so that training does not depend on how often a client evaluates;
                 None: they are not seeded.
             on_reply: called with each message and its reply.
         """
@@ -158,7 +160,7 @@ class SimulationGrid(InProcessGrid):
         self._failure: Exception | None = None
         self._ready: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._waiting: dict[int, deque[Message]] = defaultdict(deque)
-        self._calls: dict[int, int] = defaultdict(int)
+        self._calls: dict[tuple[int, str], int] = defaultdict(int)
         self._callers = (workers or Workers()).callers(client_app, nodes)
         for caller in self._callers:
             threading.Thread(target=self._work, args=(caller,), daemon=True).start()
@@ -249,8 +251,10 @@ class SimulationGrid(InProcessGrid):
         stored = self.context(node)
         config, state = dict(stored.run_config), copy_records(stored.state)
         context = Context(stored.run_id, node, dict(stored.node_config), state, config)
-        seed = None if self._seed is None else key(self._seed, "client", node - FIRST_NODE, self._calls[node])
-        self._calls[node] += 1
+        kind = message.metadata.message_type
+        number = self._calls[node, kind]
+        self._calls[node, kind] += 1
+        seed = None if self._seed is None else key(self._seed, "client", node - FIRST_NODE, kind, number)
         try:
             reply, self.contexts[node] = caller(with_content(message, copy_records(message.content)), context, seed)
             return reply
@@ -289,7 +293,7 @@ def run_simulation(
         verbose_logging: also show messages of level DEBUG.
         run_config: run-config of the app, which Flower's function does not have.
         seed: key the global random numbers of Python, NumPy and PyTorch by this seed: those of the server, and those
-            of each client by partition and number of the call, so that they do not depend on the order of calls.
+            of each client by partition, type of the message and number of such messages before.
         on_reply: called with each message and its reply.
 
     Returns:
@@ -371,9 +375,20 @@ def run_app(
         )
     log.info("Starting Flower Simulation")
     log.info("App `%s` (%s simulated SuperNodes)", app.name, nodes)
+    with failures_end_like_flower(), app.loaded() as (server_app, client_app):
+        return run_simulation(server_app, client_app, nodes, backend, backend_config, run_config=config, seed=seed)
+
+
+@contextmanager
+def failures_end_like_flower() -> Iterator[None]:
+    """Log an exception of an app, and exit with the code of Flower's simulation process.
+
+    Raises:
+        UserError: raised in this context.
+        SystemExit: with code 1, if the app raises another exception.
+    """
     try:
-        with app.loaded() as (server_app, client_app):
-            return run_simulation(server_app, client_app, nodes, backend, backend_config, run_config=config, seed=seed)
+        yield
     except UserError:
         raise
     except Exception as error:

@@ -118,10 +118,12 @@ def compare_app(
 
 
 def digest_files(directory: Path) -> str:
-    """Digest of the Python and TOML files of an app."""
+    """Digest of the Python and TOML files of an app, without those in hidden directories such as ``.venv``."""
     digest = hashlib.sha256()
-    for path in sorted(p for p in directory.rglob("*") if p.suffix in (".py", ".toml") and p.is_file()):
-        digest.update(str(path.relative_to(directory)).encode() + path.read_bytes())
+    for folder, subfolders, names in os.walk(directory):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        for path in sorted(Path(folder, name) for name in names if name.endswith((".py", ".toml"))):
+            digest.update(str(path.relative_to(directory)).encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
 

@@ -73,6 +73,11 @@ def normalized(app: FlowerApp, model: str | None, strategy: str) -> Iterator[Nor
         if not {Role.STATISTICS, Role.AFFINE} & set(roles.values()):
             raise UserError(f"{reference} has no normalization layers, so all strategies are equal: nothing to compare")
         resolve_strategy(norms)
+        if norms.syncs_statistics:
+            raise UserError(
+                f"strategy {norms.name!r} measures statistics on data of the clients, which cannot be had from outside "
+                "an app: give the app the mod with calibration=... and the wrapper, or choose global-pooled"
+            )
         if isinstance(norms, GlobalNaive):
             yield NormalizedApp(server, client, Ownership.of(network, norms))
         elif _replaces_layers(norms, build(model_fn)):

@@ -15,7 +15,7 @@ from itertools import pairwise
 from typing import Any, TypeVar, cast
 
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import (
     DifferentialPrivacyClientSideAdaptiveClipping,
@@ -27,13 +27,10 @@ from flwr.serverapp.strategy import (
 
 from fedbn.errors import UserError
 from fedbn.nn.roles import Role
-from fedbn.statistics.consensus import run_consensus, unflatten
-from fedbn.statistics.moments import Moments
 from fedbn.strategies.base import NormStrategy, Progress, Update
 from fedbn.strategies.ownership import LOCAL
-from fedbn_clients.entries import ARRAYS, Entries, ModelFn, build, entries, model_record, resolve_strategy
-from fedbn_clients.mods import MOMENTS, SYNC
-from fedbn_clients.records import aggregates_to, arrays, tensors
+from fedbn_clients.entries import Entries, ModelFn, entries, model_record, resolve_strategy
+from fedbn_simulations.flower.calibration import synchronize
 
 S = TypeVar("S", bound=Strategy)
 
@@ -215,7 +212,8 @@ class _NormalizedStrategy(Strategy):
         }
         norms.returned = ArrayRecord({k: _with_dtype(a, norms.received[k]) for k, a in complete.items()})
         if norms.table.strategy.syncs_statistics:
-            norms.returned = _synchronize(norms, names, [r.node for r in chosen])
+            nodes = [r.node for r in chosen]
+            norms.returned = synchronize(cast(Grid, norms.grid), norms.returned, norms.table, norms.model_fn, nodes)
         return norms.returned, metrics
 
 
@@ -309,37 +307,3 @@ def _aggregate_statistics(
 def _with_dtype(array: Array, like: Array) -> Array:
     value, dtype = array.numpy(), like.numpy().dtype
     return array if value.dtype == dtype else Array(value.astype(dtype))
-
-
-def _synchronize(norms: _Norms, names: Mapping[str, str], nodes: Sequence[int]) -> ArrayRecord:
-    """Arrays with the statistics on which the clients of a round agree.
-
-    Raises:
-        UserError: a client does not answer, for example because its app has no mod with data for calibration.
-    """
-    current, grid = cast(ArrayRecord, norms.returned), cast(Grid, norms.grid)
-
-    def query(aggregates: list[dict[str, Moments]]) -> list[dict[str, Moments] | None]:
-        content = RecordDict({ARRAYS: current, SYNC: ConfigRecord(), **aggregates_to(aggregates)})
-        # The app needs a function for the type of a message, and every app with statistics evaluates.
-        messages = [Message(content, node, MessageType.EVALUATE) for node in nodes]
-        replies = {reply.metadata.src_node_id: reply for reply in grid.send_and_receive(messages)}
-        return [_moments(replies.get(node)) or None for node in nodes]
-
-    aggregates = list(run_consensus(query))
-    model = build(norms.model_fn, {names[k]: _tensor(a) for k, a in current.items()})
-    norms.table.strategy.load_statistics(model, aggregates)
-    state = model.state_dict()
-    synchronized = arrays({name: state[name] for name in norms.table.ownership.shared_statistics})
-    return ArrayRecord({k: synchronized.get(names[k], a) for k, a in current.items()})
-
-
-def _moments(reply: Message | None) -> dict[str, Moments]:
-    record = reply.content.array_records.get(MOMENTS) if reply is not None and reply.has_content() else None
-    if record is None:
-        reason = "no reply" if reply is None else reply.error.reason if reply.has_error() else "no moments"
-        raise UserError(
-            f"a client does not synchronize its statistics ({reason}): give its ClientApp a function for evaluation "
-            "and mods=[normalization(..., calibration=...)]"
-        )
-    return unflatten(tensors(record))

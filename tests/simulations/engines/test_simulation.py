@@ -117,6 +117,29 @@ def test_seed_keys_random_numbers_by_client_and_call():
     assert torch.equal(torch.rand(3), expected)
 
 
+def test_seed_of_training_does_not_depend_on_how_often_a_client_evaluates():
+    drawn = []
+    for evaluations in (0, 2):
+        app, numbers = ClientApp(), []
+
+        @app.train()
+        @app.evaluate()
+        def draws(message, context, numbers=numbers):
+            if message.metadata.message_type == "train":
+                numbers.append(float(torch.rand(())))
+            return Message(RecordDict(), reply_to=message)
+
+        def server(grid, context, evaluations=evaluations):
+            for _ in range(3):
+                for kind in ["train", *["evaluate"] * evaluations]:
+                    grid.send_and_receive([Message(RecordDict(), FIRST_NODE, kind)])
+
+        run_simulation(server, app, 1, seed=4)
+        drawn.append(numbers)
+    assert drawn[0] == drawn[1]
+    assert len(set(drawn[0])) == 3
+
+
 @pytest.mark.slow
 def test_seed_gives_the_same_numbers_in_processes():
     assert simulate(draw, 3, "processes", rounds=2, seed=1) == simulate(draw, 3, rounds=2, seed=1)

@@ -70,6 +70,13 @@ def test_audit_app_finds_errors_of_clients(tmp_path):
     assert "ZeroDivisionError: division by zero" in found_by(audit_app(app))["client-errors"].message
 
 
+def test_audit_command_of_an_app_that_fails_ends_like_a_run(tmp_path, run_cli, caplog):
+    app = copy_app(tmp_path, "server_app", ("    config = ", '    raise RuntimeError("no disk")\n    config = '))
+    assert run_cli("audit", "--app", app.directory)[0] == 1
+    assert "Simulation raised an exception" in caplog.text
+    assert "no disk" in caplog.text
+
+
 def test_audit_command_prints_traffic_and_findings_of_an_app(run_cli):
     model = ("--model-fn", "numpyclient.task:make_net")
     code, out, err = run_cli("audit", "--app", APPS / "numpy_client", *model)

@@ -69,6 +69,10 @@ def test_compare_app_does_not_mix_results_of_other_settings(in_this_process, tmp
     for change, text in zip(changes, ("another run-config", "another number of nodes", "another app"), strict=True):
         with pytest.raises(UserError, match=f"out has results with {text}, which .* choose another --out"):
             compare_app(experiment(**change), tmp_path / "out")
+    (app / ".venv").mkdir()
+    (app / ".venv" / "more.py").write_text("")
+    with pytest.raises(UserError, match="has results with another app, which"):
+        compare_app(experiment(app=app), tmp_path / "out")
     (app / "messages" / "more.py").write_text("")
     with pytest.raises(UserError, match="another app and other files of the app"):
         compare_app(experiment(app=app), tmp_path / "out")

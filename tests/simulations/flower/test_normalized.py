@@ -155,6 +155,7 @@ def enter(app, strategy, model=None):
         ("fedbn", {}, "messages.client_app:MetricRecord", "must return a torch.nn.Module, not MetricRecord"),
         ("fedbn", {"task": ("nn.BatchNorm1d(8)", "nn.Identity()")}, None, "has no normalization layers"),
         ("fixbn", {}, None, "strategy 'fixbn' needs control over local training"),
+        ("global-recalibrated", {}, None, "measures statistics on data of the clients.*or choose global-pooled"),
         ("centralized", {}, None, "strategy 'centralized' .*outside an app"),
         ("dbn", {}, None, "strategy 'dbn'"),
         ("fedbm", {}, None, "unknown strategy 'fedbm'. Did you mean 'fedbn'"),

@@ -253,6 +253,11 @@ def test_noise_lands_on_parameters_only(cls, norms):
     assert torch.equal(state["scaler.weight"], initial["scaler.weight"]) == (norms == "fedbn")
 
 
+def test_without_the_wrapper_noise_lands_on_local_entries_of_the_server_too():
+    state, _, _ = train(private(), "fedbn")
+    assert not torch.equal(state[VAR].float(), initial_state()[VAR])
+
+
 def test_client_side_clipping_works_with_the_mod_inside():
     strategy = normalization(private(DifferentialPrivacyClientSideFixedClipping), Net, "fedbn")
     mods = [fixedclipping_mod, client_normalization(Net, "fedbn")]
