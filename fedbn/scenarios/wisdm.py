@@ -58,7 +58,7 @@ class Wisdm(RecordedScenario):
 
     name: ClassVar[str] = "wisdm"
     about: ClassVar[str] = (
-        "51 people, phone in the pocket or watch, 18 activities, from the archive's directory (path=)"
+        "51 people, phone in the pocket or watch, 18 activities (path=)"
     )
     archive: ClassVar[str] = "wisdm-dataset"
     pattern: ClassVar[str] = "raw/*/*/data_*.txt"
