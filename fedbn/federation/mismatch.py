@@ -71,6 +71,6 @@ def mismatch_notices(ctx: RunContext, found: dict[str, Any] | None) -> list[str]
     # Without the size of the difference, so that seeds share a notice.
     metric = str(found["metric"]).replace("_", " ")
     return [
-        f"{metric} on the clients' own training data is more than {LARGE_GAP:g} worse with the running statistics, which "
-        f"serve predictions, than with batch statistics: {REMEDY}"
+        f"{metric} on the clients' own training data is more than {LARGE_GAP:g} worse with the running statistics, "
+        f"which serve predictions, than with batch statistics: {REMEDY}"
     ]

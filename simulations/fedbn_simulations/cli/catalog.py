@@ -90,7 +90,10 @@ def advise(
 
 
 def list_(
-    kind: Annotated[Kind | None, typer.Argument(help="What to list; without it, the kinds are listed.", metavar="[KIND]", show_default=False)] = None,
+    kind: Annotated[
+        Kind | None,
+        typer.Argument(help="What to list; without it, the kinds are listed.", metavar="[KIND]", show_default=False),
+    ] = None,
     name: Annotated[str | None, typer.Argument(help="One of them, for its options, paper and link.")] = None,
     into: Into = None,
     as_json: AsJson = False,

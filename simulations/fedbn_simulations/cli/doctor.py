@@ -53,7 +53,12 @@ def doctor(as_json: AsJson = False) -> None:
         return
     rows = [
         # The name of a group is in its first line.
-        {"part": "" if previous and previous.part == c.part else c.part, "name": c.name, "state": c.state, "found": c.found}
+        {
+            "part": "" if previous and previous.part == c.part else c.part,
+            "name": c.name,
+            "state": c.state,
+            "found": c.found,
+        }
         for previous, c in zip([None, *checks], checks)
     ]
     print_table(rows, text="found")
@@ -65,7 +70,9 @@ def doctor(as_json: AsJson = False) -> None:
 
 def versions() -> list[Check]:
     """Versions of Python and of the packages that determine results, compared with the required ones."""
-    found = [Check("versions", "python", "ok", f"{platform.python_version()} on {platform.system()}, {platform.machine()}")]
+    found = [
+        Check("versions", "python", "ok", f"{platform.python_version()} on {platform.system()}, {platform.machine()}")
+    ]
     needed = {r.name: r for r in _requirements("")}
     found.append(Check("versions", "fedbn", "ok", metadata.version("fedbn")))
     for name in ("torch", "flwr", "numpy", "scipy", "pandas"):

@@ -77,7 +77,9 @@ AsJson = Annotated[
 RunFile = Annotated[
     Path | None, typer.Option(help="TOML file with the same options.", show_default=False, rich_help_panel="Data")
 ]
-Scenario = Annotated[str | None, typer.Argument(help="Data set with options, e.g. hapt:unseen=10; see fedbn list scenarios.")]
+Scenario = Annotated[
+    str | None, typer.Argument(help="Data set with options, e.g. hapt:unseen=10; see fedbn list scenarios.")
+]
 Data = Annotated[
     Path | None,
     typer.Option(

@@ -11,8 +11,8 @@ import pytest
 from rich.console import Console
 
 from fedbn.data.packages import SOURCES
-from fedbn.scenarios.base import scenarios
 from fedbn.errors import UserError
+from fedbn.scenarios.base import scenarios
 from fedbn_simulations.report import figures, html_tables, plots, terminal
 from fedbn_simulations.report.page import write_report
 from fedbn_simulations.results import inference, summary
