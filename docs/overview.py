@@ -77,7 +77,7 @@ def heat_map(means: Means) -> Figure:
     axes.tick_params(length=0, top=True, bottom=False, labeltop=True, labelbottom=False)
     axes.spines[:].set_visible(False)
     bar = figure.colorbar(image, ax=axes, location="bottom", aspect=40, pad=0.01)
-    bar.set_label("minus FedAvg (naive BN); higher is better", fontsize=6.5)
+    bar.set_label("accuracy minus that of FedAvg (naive BN),\nin the same column (higher is better)", fontsize=6.5)
     bar.outline.set_visible(False)
     return figure
 

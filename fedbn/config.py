@@ -235,8 +235,8 @@ class EvaluatedConditions(Conditions):
     _: KW_ONLY
     rule: str = option(
         "",
-        "Rule of the online column, window by window, e.g. population:diversity=1; empty for the pseudo-count of "
-        "--online-prior, in blocks.",
+        "Online rule of the column 'adapted online', e.g. population:diversity=1; empty to update the statistics in "
+        "blocks, with the weight of --online-prior.",
         panel="Evaluation",
     )
 

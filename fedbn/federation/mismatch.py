@@ -68,9 +68,9 @@ def mismatch_notices(ctx: RunContext, found: dict[str, Any] | None) -> list[str]
     gap = (found["batch"] - found["served"]) * (1 if ctx.task.directions[found["metric"]] else -1)
     if gap <= LARGE_GAP:
         return []
-    # Rounded down to a few steps, so that seeds share a notice.
-    shown = max(step for step in (LARGE_GAP, 0.05, 0.1, 0.2, 0.3, 0.5) if step <= gap)
+    # Without the size of the difference, so that seeds share a notice.
+    metric = str(found["metric"]).replace("_", " ")
     return [
-        f"served statistics cost more than {shown:g} {found['metric']} on the clients' own training windows, compared "
-        f"with batch statistics: {REMEDY}"
+        f"{metric} on the clients' own training data is more than {LARGE_GAP:g} worse with the running statistics, "
+        f"which serve predictions, than with batch statistics: {REMEDY}"
     ]

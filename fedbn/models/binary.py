@@ -170,7 +170,7 @@ class BinaryMLP(Network):
     """
 
     name = "binary-mlp"
-    about = "MLP with 4 binary layers of 128 (signs of weights and activations) and BN"
+    about = "MLP with 4 binary layers of 128 (signs of weights) and BN"
 
     def __init__(
         self, shape: tuple[int, ...], classes: int, norm: BinaryNorm = "bn", width: int = 128, depth: int = 4

@@ -18,7 +18,7 @@ class ImageCNN(Network):
     """
 
     name = "image-cnn"
-    about = "2-D CNN for images with several objects, 3 blocks with BN (16-32-64 channels)"
+    about = "2-D CNN for several objects, 3 blocks with BN (16-32-64)"
 
     def __init__(self, shape: tuple[int, ...], classes: int) -> None:
         super().__init__(shape, classes)

@@ -86,7 +86,7 @@ class ResMLP(Network):
     """
 
     name = "resmlp"
-    about = "MLP with BN and dropout before every layer and skip connections, for embeddings"
+    about = "MLP with BN, dropout and skip connections, for embeddings"
 
     def __init__(
         self,

@@ -20,7 +20,7 @@ class UNet(Network):
     """
 
     name = "unet"
-    about = "small U-Net with BN (8-16-32 channels), for segmentation of images"
+    about = "small U-Net with BN (8-16-32 channels), for segmentation"
 
     def __init__(self, shape: tuple[int, ...], classes: int) -> None:
         super().__init__(shape, classes)

@@ -61,7 +61,7 @@ class DigitMasks(DigitScenario):
     """Images ``[1, 28, 28]`` and masks ``[28, 28]`` of two classes; options as in `DigitScenario`."""
 
     name: ClassVar[str] = "digit-masks"
-    about: ClassVar[str] = "segmentation: digits over photographs, 6 domains with a scanner each"
+    about: ClassVar[str] = "segmentation: digits over photographs, 6 domains (scanners)"
     model: ClassVar[str] = "unet"
     task: ClassVar[str] = "segmentation"
     plan: ClassVar[dict[str, object]] = {"rounds": 6, "batch_size": 16, "lr": 0.1, "global_test": 60}

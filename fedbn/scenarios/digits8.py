@@ -39,6 +39,9 @@ class Digits8(Scenario):
     model: ClassVar[str] = "small-cnn"
     plan: ClassVar[dict[str, object]] = {"rounds": 10, "local_epochs": 1, "batch_size": 16, "lr": 0.05, "momentum": 0.9}
 
+    citation: ClassVar[str] = "Alpaydin, Kaynak, Optical Recognition of Handwritten Digits, UCI (1998)"
+    license: ClassVar[str] = "BSD-3-Clause (scikit-learn); data originally from the UCI repository"
+
     unseen: int = 2
     users: int = 10
     images: int = IMAGES

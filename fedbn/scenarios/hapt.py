@@ -57,7 +57,7 @@ class Hapt(WearableScenario):
     """
 
     name: ClassVar[str] = "hapt"
-    about: ClassVar[str] = "30 people, phone at the waist, 6 activities; later recordings test"
+    about: ClassVar[str] = "30 people, phone at the waist, 6 activities; split by time"
     source: ClassVar[str] = "hapt"
     version: ClassVar[int] = 2
     plan: ClassVar[dict[str, object]] = WearableScenario.plan | {"rounds": 16, "global_test": 240}

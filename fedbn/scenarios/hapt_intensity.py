@@ -25,7 +25,7 @@ class HaptIntensity(Hapt):
     """30 users, rotation (rad/s) ``[3, window]``, targets in thousandths of g; options as in `WearableScenario`."""
 
     name: ClassVar[str] = "hapt-intensity"
-    about: ClassVar[str] = "regression: intensity of movement from the gyroscope, 30 people of hapt"
+    about: ClassVar[str] = "regression: intensity of movement of the people of hapt"
     task: ClassVar[str] = "regression"
     plan: ClassVar[dict[str, object]] = Hapt.plan | {"rounds": 8, "global_test": 120}
     rates: ClassVar[dict[str, float]] = {}

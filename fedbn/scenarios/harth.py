@@ -48,7 +48,7 @@ class Harth(RecordedScenario):
     """
 
     name: ClassVar[str] = "harth"
-    about: ClassVar[str] = "22 people in daily life, sensor on back or thigh, 12 activities, from the files (path=)"
+    about: ClassVar[str] = "22 people, sensor on back or thigh, 12 activities (path=)"
     archive: ClassVar[str] = "harth"
     pattern: ClassVar[str] = "S*.csv"
     link: ClassVar[str] = "https://doi.org/10.24432/C5NC90"

@@ -125,7 +125,7 @@ class Hub(Scenario):
     """
 
     name: ClassVar[str] = "hub"
-    about: ClassVar[str] = "image data sets by name: femnist, pacs, cifar10, ... (needs a connection)"
+    about: ClassVar[str] = "image data sets by name, e.g. femnist or cifar10 (downloads)"
     model: ClassVar[str] = "resnet20"
 
     data: str = "pacs"

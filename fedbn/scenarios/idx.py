@@ -40,7 +40,7 @@ class Idx(ImageScenario):
     """
 
     name: ClassVar[str] = "idx"
-    about: ClassVar[str] = "MNIST, Fashion-MNIST, KMNIST, EMNIST from IDX files (path=, or found)"
+    about: ClassVar[str] = "MNIST, Fashion-MNIST, KMNIST or EMNIST from IDX files (path=)"
 
     data: str = "fashion-mnist"
 

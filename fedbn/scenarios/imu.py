@@ -90,7 +90,7 @@ class Imu(Scenario):
     """
 
     name: ClassVar[str] = "imu"
-    about: ClassVar[str] = "synthetic accelerometer and gyroscope, 12 made-up people with turned sensors, 6 activities"
+    about: ClassVar[str] = "synthetic motion sensors, 12 made-up people, 6 activities"
     model: ClassVar[str] = "har-cnn"
     plan: ClassVar[dict[str, object]] = WearableScenario.plan | {"rounds": 12}
 

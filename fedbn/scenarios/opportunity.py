@@ -44,7 +44,7 @@ class Opportunity(RecordedScenario):
     """
 
     name: ClassVar[str] = "opportunity"
-    about: ClassVar[str] = "4 people in a kitchen, unit on back or arm, 4 modes of locomotion, from the archive (path=)"
+    about: ClassVar[str] = "4 people in a kitchen, 4 modes of locomotion (path=)"
     archive: ClassVar[str] = "OpportunityUCIDataset"
     pattern: ClassVar[str] = "dataset/S*-*.dat"
     link: ClassVar[str] = "https://doi.org/10.24432/C5M027"

@@ -54,7 +54,7 @@ class Pamap2(RecordedScenario):
     """
 
     name: ClassVar[str] = "pamap2"
-    about: ClassVar[str] = "9 people, unit on hand, chest or ankle, 12 activities, from the archive's directory (path=)"
+    about: ClassVar[str] = "9 people, unit on hand, chest or ankle, 12 activities (path=)"
     archive: ClassVar[str] = "PAMAP2_Dataset"
     pattern: ClassVar[str] = "Protocol/subject*.dat"
     link: ClassVar[str] = "https://doi.org/10.24432/C5NW2H"

@@ -196,7 +196,7 @@ class Stroke(Scenario):
     """
 
     name: ClassVar[str] = "stroke"
-    about: ClassVar[str] = "synthetic EEG/EOG band powers, 62 made-up subjects in 6 hospitals"
+    about: ClassVar[str] = "synthetic EEG/EOG powers, 62 made-up subjects, 6 hospitals"
     model: ClassVar[str] = "stroke-cnn"
     plan: ClassVar[dict[str, object]] = {"rounds": 20, "local_epochs": 2, "batch_size": 16, "lr": 0.05, "momentum": 0.9}
 

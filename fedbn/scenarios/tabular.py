@@ -38,7 +38,7 @@ class Tabular(Scenario):
     """
 
     name: ClassVar[str] = "tabular"
-    about: ClassVar[str] = "breast-cancer, wine or digits tables of scikit-learn, dealt to clients"
+    about: ClassVar[str] = "scikit-learn's breast-cancer, wine or digits, dealt to clients"
     model: ClassVar[str] = "mlp"
     plan: ClassVar[dict[str, object]] = {"rounds": 20, "local_epochs": 1, "batch_size": 16, "lr": 0.05, "momentum": 0.9}
 

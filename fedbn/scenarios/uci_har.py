@@ -38,7 +38,7 @@ class UciHar(Scenario):
     """
 
     name: ClassVar[str] = "uci-har"
-    about: ClassVar[str] = "30 people, phone at the waist, 6 activities, from the archive's directory (path=)"
+    about: ClassVar[str] = "30 people, phone at the waist, 6 activities (path=)"
     model: ClassVar[str] = "har-cnn"
 
     path: str = ""

@@ -40,7 +40,7 @@ class Watch(WearableScenario):
     """
 
     name: ClassVar[str] = "watch"
-    about: ClassVar[str] = "10 people x 2 arms, watch at the wrist, 7 exercises; second halves test"
+    about: ClassVar[str] = "10 people x 2 arms, watch, 7 exercises; split by time"
     source: ClassVar[str] = "watch"
     classes: ClassVar[tuple[str, ...]] = (
         "pendulum",

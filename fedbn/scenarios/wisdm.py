@@ -57,9 +57,7 @@ class Wisdm(RecordedScenario):
     """
 
     name: ClassVar[str] = "wisdm"
-    about: ClassVar[str] = (
-        "51 people, phone in the pocket or watch, 18 activities, from the archive's directory (path=)"
-    )
+    about: ClassVar[str] = "51 people, phone in the pocket or watch, 18 activities (path=)"
     archive: ClassVar[str] = "wisdm-dataset"
     pattern: ClassVar[str] = "raw/*/*/data_*.txt"
     link: ClassVar[str] = "https://doi.org/10.24432/C5HK59"

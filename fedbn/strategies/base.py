@@ -304,8 +304,11 @@ class NormStrategy:
         owners = self.owners()
         if owners[Role.BODY] is LOCAL:
             return "none: no model is shared"
-        origin = {SHARED: "the server's", SEEDED: "the clients' mean", LOCAL: "initial"}
-        return f"statistics {origin[owners[Role.STATISTICS]]}, scale and shift {origin[owners[Role.AFFINE]]}"
+        origin = {SHARED: "the server's", SEEDED: "the mean of the clients'", LOCAL: "initial"}
+        statistics, affine = (origin[owners[role]] for role in (Role.STATISTICS, Role.AFFINE))
+        if statistics == affine:
+            return f"{statistics} statistics, scale and shift"
+        return f"{statistics} statistics; {affine} scale and shift"
 
 
 class LayerStrategy(NormStrategy):

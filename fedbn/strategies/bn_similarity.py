@@ -28,7 +28,7 @@ class BNSimilarity(SimilarityWeighted):
 
     name = "bn-similarity"
     title = "BN similarity"
-    about = "FedBN with parameters weighted by exp(-distance of statistics / tau)"
+    about = "FedBN; parameters weighted by similarity of statistics; option tau (weight exp(-distance / tau))"
     source = "after pFedBBN, 2025"
     tau: float = 1.0
 

@@ -26,7 +26,7 @@ class DivergencePooled(GlobalPooled):
 
     name = "divergence-pooled"
     title = "FedAvg (divergence-weighted BN)"
-    about = "global BN; outlying clients count less in the pooled statistics (stand-in for FedDNA)"
+    about = "global BN; outlying statistics count less (cf. FedDNA)"
     source = "after Duan et al. 2021"
 
     def aggregate_statistics(

@@ -25,7 +25,7 @@ class EvalNormStrategy(LayerStrategy):
 
     name = "evalnorm"
     title = "EvalNorm"
-    about = "global BN; each sample contributes to its own statistics in evaluation; option rule"
+    about = "global BN; each test sample adjusts its own statistics; option rule"
     source = "Singh & Shrivastava 2019"
     kind = "evalnorm"
     rule: Literal["1/M", "1/M^2", "learned"] = "1/M"

@@ -19,6 +19,6 @@ class FeatureNorm(StatelessNorm):
 
     name = "feature-norm"
     title = "FedFN (feature norm)"
-    about = "features of fixed norm before the classifier instead of BN (FedFN)"
+    about = "fixed norm of the features instead of BN (FedFN)"
     source = "Zhang et al. 2024"
     kind = "feature-norm"

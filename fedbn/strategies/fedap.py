@@ -28,7 +28,7 @@ class FedAP(SimilarityWeighted):
 
     name = "fedap"
     title = "FedAP"
-    about = "FedBN with parameters weighted by the distance of clients' statistics; options lam, warm_up"
+    about = "FedBN; parameters weighted by distance of statistics; options lam, warm_up"
     source = "Lu et al. 2022"
     lam: float = 0.5
 

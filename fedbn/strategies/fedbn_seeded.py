@@ -23,7 +23,7 @@ class FedBNSeeded(FedBN, GlobalPooled):
 
     name = "fedbn-seeded"
     title = "FedBN (seeded)"
-    about = "FedBN; an unseen user starts from the mean of the clients' BN; option norms"
+    about = "FedBN; unseen users start from the mean of clients' BN; option norms"
     source = "Li et al. 2021"
     affine = SEEDED
     statistics = SEEDED

@@ -29,7 +29,7 @@ class FedTAN(NormStrategy):
 
     name = "fedtan"
     title = "FedTAN"
-    about = "first step of a round with exact global statistics and statistic gradients; 3L+1 exchanges"
+    about = "exact global statistics in the first step of a round"
     needs_cross_entropy = True
     source = "Wang et al. 2023"
     syncs_first_batch = True

@@ -27,7 +27,7 @@ class FedWon(StatelessNorm):
 
     name = "fedwon"
     title = "FedWon"
-    about = "no normalization: scaled weight standardization and adaptive gradient clipping; option clip"
+    about = "no normalization; standardized weights, clipped steps; option clip (adaptive gradient clipping)"
     source = "after Zhuang & Lyu 2024"
     clip: float = 0.16
 

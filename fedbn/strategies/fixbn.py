@@ -30,7 +30,7 @@ class FixBN(NormStrategy):
 
     name = "fixbn"
     title = "FixBN"
-    about = "global BN with statistics frozen after a share of the rounds; option stage1 (0.5)"
+    about = "global BN; statistics frozen after a share of rounds; option stage1 (0.5)"
     source = "Zhong et al. 2023"
     depends_on_rounds = True
     stage1: float = 0.5

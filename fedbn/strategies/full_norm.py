@@ -28,7 +28,7 @@ class FullNormStrategy(GlobalPooled):
 
     name = "full-norm"
     title = "Full Norm"
-    about = "full normalization: shared running statistics and statistic gradients; options a, clip; needs a small lr"
+    about = "shared running statistics in training, with gradients; options a, clip; needs a small lr"
     source = "after Lian & Liu 2019"
     a: float = 0.1
     clip: float = 1.0

@@ -25,7 +25,7 @@ class GlobalNaive(NormStrategy):
     name = "global-naive"
     title = "FedAvg (naive BN)"
     aliases = ("fedavg", "bn")
-    about = "one BN for all; means and variances averaged like weights (FedAvg)"
+    about = "one BN for all; averaged like weights (plain FedAvg)"
     source = "McMahan et al. 2017"
 
     def prepare_model(self, model: nn.Module) -> nn.Module:

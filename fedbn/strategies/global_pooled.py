@@ -29,7 +29,7 @@ class GlobalPooled(NormStrategy):
 
     name = "global-pooled"
     title = "FedAvg (pooled BN)"
-    about = "one BN for all; variance of the union (law of total variance)"
+    about = "one BN for all; variances by the law of total variance"
     source = "Chan, Golub, LeVeque 1979"
 
     def aggregate_statistics(

@@ -27,7 +27,7 @@ class GlobalRecalibrated(NormStrategy):
 
     name = "global-recalibrated"
     title = "FedAvg (recalibrated BN)"
-    about = "one BN for all; exact moments re-measured under the aggregated weights"
+    about = "one BN for all; statistics re-measured after averaging"
     source = "after Diao et al. 2021 (sBN)"
     syncs_statistics = True
 

@@ -41,7 +41,7 @@ class GlobalRobust(NormStrategy):
 
     name = "global-robust"
     title = "FedAvg (robust BN)"
-    about = "one BN for all; statistics pooled by a trimmed mean or median of moments"
+    about = "one BN for all; trimmed mean or median of statistics; options how, trim"
     source = "after Yin et al. 2018"
     how: Literal["trimmed", "median"] = "trimmed"
     trim: float = 0.2

@@ -36,7 +36,7 @@ class HBN(GlobalPooled):
 
     name = "hbn"
     title = "Hybrid BN"
-    about = "learned mixture of global and batch statistics, measured on the first 64 rows"
+    about = "learned mixture of global and batch statistics (64 rows)"
     source = "Chen et al. 2025"
     gate = SEEDED
     syncs_statistics = True

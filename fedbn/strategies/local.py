@@ -20,7 +20,7 @@ class Local(NormStrategy):
 
     name = "local"
     title = "local training"
-    about = "bound: every user trains its own model, nothing is shared"
+    about = "bound: every user trains a model alone"
     body = LOCAL
     head = LOCAL
     affine = LOCAL

@@ -24,7 +24,7 @@ class MTFL(NormStrategy):
 
     name = "mtfl"
     title = "MTFL"
-    about = "private BN patches: yb (local affine, shared statistics), us, usyb or none"
+    about = "scale and shift, statistics, or both stay local; option private (yb, us, usyb or none)"
     source = "Mills et al. 2021"
     private: Literal["yb", "us", "usyb", "none"] = "yb"
 

@@ -23,7 +23,7 @@ class ParamsOnly(NormStrategy):
 
     name = "params-only"
     title = "FedAvg (parameters only)"
-    about = "FedAvg on parameters() only: statistics silently stay local"
+    about = "FedAvg on parameters(): statistics silently stay local"
     source = "common in FL frameworks"
     statistics = LOCAL
 

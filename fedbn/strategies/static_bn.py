@@ -31,7 +31,7 @@ class StaticBN(NormStrategy):
 
     name = "static-bn"
     title = "Static BN"
-    about = "no running statistics in training; means over all clients' batches before evaluation"
+    about = "batch statistics in training; clients' means for tests; option batch"
     source = "Diao et al. 2021"
     syncs_statistics = True
     batch: int = 32

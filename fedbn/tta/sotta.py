@@ -40,7 +40,7 @@ class Sotta(Method):
     """
 
     name = "sotta"
-    about = "sharpness-aware entropy on a balanced memory of confident windows"
+    about = "sharpness-aware entropy on a memory of confident windows"
     source = "Gong et al. 2023, https://arxiv.org/abs/2310.10074"
     includes_current = False
     block: int = 1

@@ -371,7 +371,7 @@ def test_compose_file_example_run_fits_its_nodes():
     arguments = get_command(flwr_app).commands[name].make_context(name, options).params
     run = run_from_config(parse_config_args(arguments["run_config_overrides"]))
     assert len(build_context(run).population.users) == len(yaml.safe_load(text)["services"]) - 1
-    image = yaml.safe_load(text)["services"]["superlink"]["build"]["dockerfile_inline"]
+    image = COMPOSE.with_name("Dockerfile").read_text()
     assert f"[superlink.{arguments['superlink']}]" in image
     assert f"WORKDIR {arguments['app']}" in image
 

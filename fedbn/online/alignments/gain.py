@@ -52,7 +52,7 @@ class Gain(Alignment):
     """
 
     name = "gain"
-    about = "gain and offset of each channel, from means and deviations in each class"
+    about = "gain and offset of channels, from each class's mean and spread"
     source = "proposed by this project, after Dempster, Laird, Rubin 1977"
 
     def identity(self, dims: int) -> Tensor:

@@ -45,7 +45,7 @@ class Image(Alignment):
     """
 
     name = "image"
-    about = "brightness, contrast and inversion of images, from their histograms in each class"
+    about = "brightness, contrast, inversion of images, by class histograms"
     source = "proposed by this project, after Dempster, Laird, Rubin 1977"
 
     def identity(self, dims: int) -> Tensor:

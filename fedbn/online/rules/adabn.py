@@ -17,6 +17,6 @@ class AdaBN(Rule):
     """
 
     name = "adabn"
-    about = "statistics of all the user's data, measured in advance (calibrate), then frozen"
+    about = "statistics of all the user's data, measured once (calibrate)"
     source = "Li, Wang, Shi, Liu, Hou 2016, arXiv:1603.04779"
     learns = False

@@ -29,7 +29,7 @@ class Balanced(Rule):
     """
 
     name = "balanced"
-    about = "running moments of each pseudo-class, mixed with equal weights (Balanced BN of TRIBE)"
+    about = "moments of each pseudo-class, mixed equally (TRIBE)"
     source = "Su, Xu, Jia 2024, arXiv:2309.14949"
     classwise = True
     ranges = (("rate", 0, 1),)

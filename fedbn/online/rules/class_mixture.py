@@ -30,7 +30,7 @@ class ClassMixture(ClassConditional):
     """
 
     name = "class-mixture"
-    about = "equal mixture of all classes: the user's own, or the source's moved by the user's mean shift"
+    about = "equal mixture of the classes' moments, own or shifted source's"
 
     def use(self, prior: Prior, state: State) -> Pair:
         class_mean, class_var = prior.class_moments(self.name)

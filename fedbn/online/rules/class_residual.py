@@ -25,7 +25,7 @@ class ClassResidual(ClassConditional):
     """
 
     name = "class-residual"
-    about = "mean shift of the user's windows from the source's windows of the same class"
+    about = "mean shift from the source's windows of the same class"
 
     def use(self, prior: Prior, state: State) -> Pair:
         u, residual = self.class_shifts(prior, state)

@@ -26,7 +26,7 @@ class EDTN(BatchRule):
     """
 
     name = "edtn"
-    about = "mixture with the user's rows in the same call, decreasing towards the last layer"
+    about = "mixture with the same call's rows, decreasing with depth"
     source = "Wang et al. 2024, arXiv:2310.18562"
     ranges = (("first", 1e-6, 1), ("last", 1e-6, 1))
     first: float = 0.1

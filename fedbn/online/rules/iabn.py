@@ -34,7 +34,7 @@ class IABN(BatchRule):
     """
 
     name = "iabn"
-    about = "source statistics, corrected by the window's own beyond k standard errors (part of NOTE)"
+    about = "source statistics, corrected where a window is far off (NOTE)"
     source = "Gong et al. 2022, arXiv:2208.05117"
     ranges = (("k", 0, INF), ("effective", 0, 1))
     k: float = 4.0

@@ -32,7 +32,7 @@ class Population(Pseudo):
     """
 
     name = "population"
-    about = "seen users' statistics, weighted by how much users agree in a channel, merged with the user's"
+    about = "seen users' statistics as a prior, merged with the user's own"
     source = "after Efron, Morris 1975, https://doi.org/10.1080/01621459.1975.10479864"
     requires = "n0"
     ranges = (("bout", 0, INF),)

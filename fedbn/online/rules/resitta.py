@@ -28,7 +28,7 @@ class ResiTTA(RunningAverage, TrainPass):
     """
 
     name = "resitta"
-    about = "running average that is pulled back to the source after each step"
+    about = "running average, pulled back to the source after each step"
     source = "Zhou et al. 2025, arXiv:2401.14619"
     ranges = (("leash", 0, 0.5),)
     rate: float = 0.05

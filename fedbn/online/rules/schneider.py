@@ -23,7 +23,7 @@ class Schneider(BatchRule):
     """
 
     name = "schneider"
-    about = "mixture of the source and the user's rows in the same call, with weights N and n"
+    about = "mixture of the source and the same call's rows, weights N, n"
     source = "Schneider et al. 2020, arXiv:2006.16971"
     ranges = (("N", 0, INF),)
     N: float = 16.0

@@ -18,5 +18,5 @@ class TBN(BatchRule):
     """
 
     name = "tbn"
-    about = "statistics of the user's rows in the same call (prediction-time BN)"
+    about = "statistics of the rows in the same call (prediction-time)"
     source = "Nado et al. 2020, arXiv:2006.10963"

@@ -30,7 +30,7 @@ class TEMA(Rule):
     """
 
     name = "tema"
-    about = "running average with gain by batch size and weight of the source by divergence of the layer"
+    about = "running average, gain by batch size and layer divergence"
     source = "Su et al. 2024, arXiv:2312.09486"
     includes_current = True
     ranges = (("smooth", 0, 1),)

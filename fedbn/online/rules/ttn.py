@@ -20,7 +20,7 @@ class TTN(BatchRule):
     """
 
     name = "ttn"
-    about = "mixture with the user's rows in the same call, with a learned weight per channel"
+    about = "mixture with the same call's rows, learned for each channel"
     source = "Lim, Kim, Choo, Choi 2023, arXiv:2302.05155"
     requires = "alpha"
 

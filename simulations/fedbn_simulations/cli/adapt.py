@@ -39,9 +39,9 @@ def adapt(
     track: Track = None,
     as_json: AsJson = False,
 ) -> None:
-    """Adapt a trained model online to users it has never seen, by several rules on the same streams.
+    """Adapt a trained model online to users it has never seen, and compare several rules on the same data.
 
-    The default rule, auto, is what the seen users' later recordings support, or the source model.
+    The default rule, auto, is chosen on later recordings of the seen users; if none helps them, nothing is adapted.
 
     Example: [bold]fedbn adapt hapt --rules auto,pseudo:n0=64,ema:rate=0.1 --starts cold,recording[/]
     """

@@ -51,6 +51,27 @@ class Kind(StrEnum):
     AUGMENTATIONS = "augmentations"
 
 
+KINDS = {
+    Kind.STRATEGIES: "which parts of the model are shared, and how",
+    Kind.PERSONALIZATIONS: "personal models on top of a strategy, as in fedbn+ditto",
+    Kind.SCENARIOS: "data sets with their users, splits and default training",
+    Kind.MODELS: "neural networks",
+    Kind.PARTITIONS: "ways to deal one data set to clients",
+    Kind.PROTOCOLS: "settings of published benchmarks",
+    Kind.PAPERS: "papers that are tested",
+    Kind.TASKS: "losses and metrics",
+    Kind.SHIFTS: "artificial differences between users",
+    Kind.RULES: "online adaptation of one user's statistics",
+    Kind.ALIGNMENTS: "corrections of a user's inputs, e.g. of a turned sensor",
+    Kind.STREAMS: "orders in which a user's data arrive",
+    Kind.OPTIMIZERS: "optimizers of the clients",
+    Kind.SCHEDULES: "learning rates over the rounds",
+    Kind.AUGMENTATIONS: "changes to training batches",
+}
+SINGULAR = {Kind.STRATEGIES: "strategy"}
+"""Names of one plug-in where the kind has no plural in -s."""
+
+
 def advise(
     directories: Annotated[list[Path], typer.Argument(help="Directories of comparisons.")],
     metric: Metric = "",
@@ -69,22 +90,33 @@ def advise(
 
 
 def list_(
-    kind: Annotated[Kind, typer.Argument(help="What to list.")],
+    kind: Annotated[
+        Kind | None,
+        typer.Argument(help="What to list; without it, the kinds are listed.", metavar="[KIND]", show_default=False),
+    ] = None,
     name: Annotated[str | None, typer.Argument(help="One of them, for its options, paper and link.")] = None,
     into: Into = None,
     as_json: AsJson = False,
 ) -> None:
-    """List strategies, scenarios, models, rules and other plug-ins, including installed ones.
+    """List strategies, data sets (scenarios), models, rules and other plug-ins; with a name, show its details.
 
     Example: [bold]fedbn list strategies fedbn[/]
     """
+    if kind is None:
+        print_table([{"kind": kind.value, "what": about} for kind, about in KINDS.items()], text="what")
+        console.print("list one: fedbn list KIND", highlight=False, markup=False)
+        return
     if kind is Kind.PAPERS:
         _list_papers(name, into, as_json)
         return
     if name is not None:
         if into is not None:
             raise UserError("--into takes a whole list: leave out the name, or leave out --into")
-        found = describe(_known(kind), kind.value, name)
+        known = _known(kind)
+        if kind is Kind.STRATEGIES:
+            # A personalization is written like a strategy: fedprox is global-naive+fedprox.
+            known = _known(Kind.PERSONALIZATIONS) | known
+        found = describe(known, SINGULAR.get(kind, kind.value.removesuffix("s")), name)
         if as_json:
             print(json.dumps(found, indent=1))
         else:
@@ -101,12 +133,12 @@ def list_(
         return
     lines = [
         {"name": row["name"]}
-        | ({"called": _title(part)} if hasattr(part, "title") else {})
+        | ({"title": _title(part)} if hasattr(part, "title") else {})
         | {"what": without_options(part.about)}
         | {key: value for key, value in row.items() if key not in ("name", "what")}
         for row, part in zip(rows, _known(kind).values(), strict=True)
     ]
-    print_table(lines, text="what", optional=("source", "called"), one_line=True)
+    print_table(lines, text="what", optional=("source", "title", "model"), one_line=True)
     console.print(f"more: fedbn list {kind.value} NAME", highlight=False, markup=False)
 
 

@@ -29,6 +29,7 @@ from fedbn_simulations.cli.options import (
     options_of,
     suggest,
 )
+from fedbn_simulations.cli.quiet import CLIENTS
 from fedbn_simulations.cli.report import show_comparison
 from fedbn_simulations.experiments.options import ExperimentOptions
 
@@ -50,7 +51,8 @@ def compare(
     engine: Annotated[
         str,
         typer.Option(
-            help="grid:stacked trains and scores clients side by side; grid, reference and ray agree bit for bit."
+            help="How clients run: side by side in one tensor program (grid:stacked), or one by one, with results that "
+            "agree bit for bit (grid, reference, ray)."
         ),
     ] = "grid:stacked",
     workers: Workers = None,
@@ -72,8 +74,10 @@ def compare(
             raise UserError(f"{given[0]} does not go with --app, whose data and training are its own")
         compare_app(app, model_fn, num_supernodes, run_config, options, out, workers, as_json)
         return
-    if model_fn or num_supernodes or run_config:
-        raise UserError("--model-fn, --num-supernodes and --run-config go with --app: name the directory of the app")
+    if num_supernodes:
+        raise UserError(f"--num-supernodes goes with --app; in a scenario, {CLIENTS}")
+    if model_fn or run_config:
+        raise UserError("--model-fn and --run-config go with --app: name the directory of the app")
     from fedbn_simulations.experiments.compare import compare as run_comparison
     from fedbn_simulations.experiments.experiment import Experiment, read_run_file
     from fedbn_simulations.experiments.preflight import default_directory, drop_unsupported

@@ -47,10 +47,11 @@ def deploy(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Run a federation on Flower's SuperLink with one SuperNode per user, on this machine, and in this process.
+    """Run a federation as separate processes, and check that its result equals the simulation.
 
-    Reports whether both runs are equal bit for bit (exit code 1 if not). Nothing listens beyond loopback, and all
-    processes are stopped at the end. Without options: strategy fedbn, two rounds.
+    A SuperLink and one SuperNode per user are started on this machine. The exit code is 1 if the results differ by a
+    bit. Nothing listens beyond loopback, and all processes are stopped at the end. Without options: strategy fedbn, two
+    rounds.
 
     Example: [bold]fedbn deploy digits8:users=3:unseen=1 --strategy silobn --tls[/]
     """

@@ -20,7 +20,7 @@ def describe(known: Mapping[str, type], kind: str, name: str) -> dict[str, Any]:
 
     Args:
         known: plug-ins of one kind, by name.
-        kind: their kind, in the plural.
+        kind: what one of them is called.
         name: a name or alias.
 
     Returns:
@@ -33,7 +33,7 @@ def describe(known: Mapping[str, type], kind: str, name: str) -> dict[str, Any]:
     """
     from fedbn.plugins import aliases, find, title
 
-    part: type = find(name, kind.removesuffix("s"), known)
+    part: type = find(name, kind, known)
     source = getattr(part, "source", "")
     return {
         "name": vars(part)["name"],

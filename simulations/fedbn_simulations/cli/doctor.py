@@ -51,7 +51,17 @@ def doctor(as_json: AsJson = False) -> None:
     if as_json:
         print(json.dumps([asdict(check) for check in checks], indent=1))
         return
-    print_table([{"": c.part, "name": c.name, "state": c.state, "found": c.found} for c in checks], text="found")
+    rows = [
+        # The name of a group is in its first line.
+        {
+            "part": "" if previous and previous.part == c.part else c.part,
+            "name": c.name,
+            "state": c.state,
+            "found": c.found,
+        }
+        for previous, c in zip([None, *checks], checks)
+    ]
+    print_table(rows, text="found")
     fixes = dict.fromkeys(check.fix for check in checks if check.fix)
     console.print("\nto add what is missing:" if fixes else "\nnothing is missing")
     for fix in fixes:
@@ -60,7 +70,9 @@ def doctor(as_json: AsJson = False) -> None:
 
 def versions() -> list[Check]:
     """Versions of Python and of the packages that determine results, compared with the required ones."""
-    found = [Check("versions", "python", "ok", f"{platform.python_version()} on {platform.platform(terse=True)}")]
+    found = [
+        Check("versions", "python", "ok", f"{platform.python_version()} on {platform.system()}, {platform.machine()}")
+    ]
     needed = {r.name: r for r in _requirements("")}
     found.append(Check("versions", "fedbn", "ok", metadata.version("fedbn")))
     for name in ("torch", "flwr", "numpy", "scipy", "pandas"):

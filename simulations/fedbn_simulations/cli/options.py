@@ -77,7 +77,9 @@ AsJson = Annotated[
 RunFile = Annotated[
     Path | None, typer.Option(help="TOML file with the same options.", show_default=False, rich_help_panel="Data")
 ]
-Scenario = Annotated[str | None, typer.Argument(help="hapt, watch, digits, ... with options, e.g. hapt:unseen=10.")]
+Scenario = Annotated[
+    str | None, typer.Argument(help="Data set with options, e.g. hapt:unseen=10; see fedbn list scenarios.")
+]
 Data = Annotated[
     Path | None,
     typer.Option(
@@ -217,14 +219,16 @@ def _flag(f: dataclasses.Field[Any], hint: Any) -> inspect.Parameter:
 
 
 def _panel(parameter: inspect.Parameter) -> int:
-    """Position of a parameter's help panel."""
+    """Position of a parameter's help panel: options without one first, those of a command's own panel last."""
     (info,) = parameter.annotation.__metadata__
-    return PANELS.index(info.rich_help_panel) if info.rich_help_panel in PANELS else -1
+    panel = info.rich_help_panel
+    return PANELS.index(panel) if panel in PANELS else len(PANELS) if isinstance(panel, str) else -1
 
 
 def _default(f: dataclasses.Field[Any]) -> str | bool:
     """The default of a field as the help shows it; False to show none."""
-    return "scenario default" if f.metadata["by_scenario"] else _text(f.default) or False
+    # Spaces after commas, because the help can only be wrapped there.
+    return "scenario default" if f.metadata["by_scenario"] else _text(f.default).replace(",", ", ") or False
 
 
 def _text(value: Any) -> str:

@@ -1,7 +1,8 @@
-"""The option ``--quiet`` of every command: no progress and no tables, only errors and ``--json`` output."""
+"""Every command: the option ``--quiet`` (only errors and ``--json`` output), help of arguments, options of Flower."""
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 from collections.abc import Callable
@@ -10,7 +11,8 @@ from typing import Any
 
 import click
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperArgument, TyperCommand
+from typer.utils import get_params_from_function
 
 from fedbn.errors import UserError
 
@@ -35,6 +37,7 @@ class Quiet(TyperCommand):
         super().__init__(*arguments, **options)
         text = "Print only errors and the output of --json."
         self.params.append(typer.core.TyperOption(param_decls=["--quiet", "-q"], is_flag=True, help=text))
+        _restore_help(self)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse the arguments; options of Flower that have no equal are answered with those that replace them."""
@@ -59,6 +62,15 @@ class Quiet(TyperCommand):
             # Typer would turn it into a silent exit before the entry point can catch it.
             print("interrupted; finished results are stored", file=sys.stderr)
             raise typer.Exit(130) from None
+
+
+def _restore_help(command: click.Command) -> None:
+    """Restore the help of arguments, which Click from 8.5 deletes where they come from Typer before 0.21."""
+    function = inspect.unwrap(command.callback) if command.callback else None
+    infos = {name: meta.default for name, meta in get_params_from_function(function).items()} if function else {}
+    for parameter in command.params:
+        if isinstance(parameter, TyperArgument) and not parameter.help:
+            parameter.help = infos[parameter.name].help if parameter.name in infos else None
 
 
 def add_quiet_option(app: typer.Typer) -> Callable[[], Any]:

@@ -41,7 +41,7 @@ def run(
         typer.Option(help="Seed of the app's global random numbers, by client and call.", show_default="not seeded"),
     ] = None,
 ) -> None:
-    """Run any Flower app in this process, without Ray, a SuperLink or an installation of the app.
+    """Run any Flower app in this process: no Ray, no SuperLink, and the app need not be installed.
 
     Log messages and exit codes are those of Flower's simulation: 0 after success, 1 after an exception of the server.
 

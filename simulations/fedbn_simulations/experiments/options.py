@@ -32,7 +32,7 @@ class ExperimentOptions(EvaluatedConditions):
     metric: str = option(
         "",
         "Metric of tables, intervals, tuning and the worst 10 %, e.g. macro_f1, or package.module:function; empty for "
-        "the task's first. All are stored.",
+        "the task's first. The results hold all metrics.",
         panel="Evaluation",
     )
     halvings: int = option(

@@ -34,7 +34,7 @@ def fitted_table(
         width: width of the terminal, in characters.
         optional: columns that may be left out, the first one first. The caption names those that are.
         text: column of sentences, which takes what is left and is wrapped between words.
-        one_line: cut sentences off instead of wrapping them.
+        one_line: cut sentences off instead of wrapping them, if leaving out columns is not enough.
         title: a line above the table.
         caption: a line below the table.
         right: columns that are aligned to the right.
@@ -52,7 +52,7 @@ def fitted_table(
     Left out in this width: source.
     """
     widths = {name: _width([name, *(row[name] for row in rows)]) for name in next(iter(rows), ())}
-    least = {name: min(n, MIN_TEXT_WIDTH) if name == text else n for name, n in widths.items()}
+    least = {name: min(n, MIN_TEXT_WIDTH) if name == text and not one_line else n for name, n in widths.items()}
     left_out = []
     for name in optional:
         if sum(least.values()) + GAP * (len(least) - 1) <= width:
@@ -68,7 +68,7 @@ def fitted_table(
             justify="right" if name in right else "left",
             no_wrap=not is_text or one_line,
             overflow="ellipsis" if is_text else "ignore",
-            max_width=max(least[name], width - others) if is_text else None,
+            max_width=max(min(least[name], MIN_TEXT_WIDTH), width - others) if is_text else None,
             min_width=None if is_text else least[name],
         )
     for row in rows:

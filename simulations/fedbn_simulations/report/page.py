@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shlex
 from base64 import b64encode
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from fedbn.data.packages import SOURCES
 from fedbn.files import write_atomically
+from fedbn.scenarios.base import scenarios
 from fedbn_simulations.report import html_tables
 from fedbn_simulations.report.figures import paired_pictures, picture
 from fedbn_simulations.results.comparison import Comparison
@@ -188,8 +189,12 @@ def cite(meta: dict[str, Any]) -> str:
     )
 
 
-def _citations(meta: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """Package, citation and license of the data, if known."""
-    scenario = str(meta["scenario"]).partition(":")[0]
-    sources: Iterable[Any] = (s for s in SOURCES.values() if s.label in meta["sources"] or s.scenario == scenario)
-    return [(source.package, source.citation, source.license) for source in sources]
+def _citations(meta: dict[str, Any]) -> list[tuple[str, str]]:
+    """Citation of the data, and where they are from with their license, if known."""
+    name = str(meta["scenario"]).partition(":")[0]
+    sources = (s for s in SOURCES.values() if s.label in meta["sources"] or s.scenario == name)
+    found = [(s.citation, f"From {s.package}; license: {s.license}.") for s in sources]
+    scenario = scenarios().get(name)
+    if citation := getattr(scenario, "citation", ""):
+        found.append((citation, f"License: {getattr(scenario, 'license', 'unknown')}."))
+    return found

@@ -15,6 +15,10 @@ import pandas as pd
 from scipy import stats
 
 LEVEL = 0.95
+ALPHA = 0.05
+"""A difference is clear if its interval excludes 0 and its corrected p-value is below this."""
+MIN_USERS = 6
+"""With fewer users, no outcome of the signed-rank test has a p-value below `ALPHA`: the smallest is 2 / 2^users."""
 POWER = 0.8
 """Probability with which `detectable` finds an effect."""
 RESAMPLES = 2000

@@ -19,6 +19,7 @@ import pandas as pd
 
 from fedbn.errors import unknown
 from fedbn_simulations.results.inference import (
+    MIN_USERS,
     Estimate,
     Interval,
     Statistic,
@@ -250,14 +251,19 @@ class Matrix:
 
     @_cached
     def clear_best(self, metric: str = "") -> set[tuple[str, str, str]]:
-        """The (strategy, row, column) that beat every other strategy, each paired interval excluding 0."""
+        """The (strategy, row, column) that beat every other strategy, each paired interval excluding 0.
+
+        With fewer than `MIN_USERS` users in common, no strategy is clearly the best.
+        """
         sign = 1 if self.higher_is_better(metric) else -1
         clear = set()
         for (row, column), lines in self.matrix(metric).dropna(subset="mean").groupby(["row", "column"]):
             best, *others = lines.sort_values("mean", ascending=sign < 0)["strategy"]
             # The closest strategy first: it decides most cells.
             gaps = (self.contrast(best, other, row, column, metric) for other in others)
-            if others and all(gap.users.excludes_zero and sign * gap.value > 0 for gap in gaps):
+            if others and all(
+                gap.n_users >= MIN_USERS and gap.users.excludes_zero and sign * gap.value > 0 for gap in gaps
+            ):
                 clear.add((best, row, column))
         return clear
 

@@ -15,13 +15,8 @@ from fedbn_simulations.results.formatting import (
     format_p_value,
     format_signed,
 )
-from fedbn_simulations.results.inference import Interval
+from fedbn_simulations.results.inference import ALPHA, MIN_USERS, Interval
 from fedbn_simulations.results.matrix import COLUMNS, ROWS, STARTS, Matrix
-
-#: A difference is clear if its interval excludes 0 and its corrected p-value is below this.
-ALPHA = 0.05
-#: With fewer users, no outcome of the signed-rank test has a p-value below `ALPHA`: the smallest is 2 / 2^users.
-MIN_USERS = 6
 
 
 def answer(comparison: Matrix, metric: str = "") -> str:
@@ -101,7 +96,7 @@ def _sentence(comparison: Matrix, row: str, metric: str) -> str:
     if not over and few:
         return f"{title}: {winner} and {baseline}, too few users ({best.n_users}) to test ({evidence})."
     if not is_clear(best):
-        missed = f"; {format_number(best.detectable)} would be found with 80 % power" if best.detectable > 0 else ""
+        missed = f"; {format_number(best.detectable)} would be detected with 80 % power" if best.detectable > 0 else ""
         return f"{title}: no clear difference between {winner} and {baseline} ({evidence}{missed})."
     if gain > 0:
         return f"{title}: {winner} against {baseline} ({evidence})."

@@ -32,7 +32,7 @@ def test_wrong_served_statistics_are_measured_and_noticed(outcome):
     bad = measure_mismatch(ctx, replace(out, server=replace(out.server, serving=spoiled)))
     assert bad["batch"] == pytest.approx(good["batch"])
     assert bad["served"] < good["served"] - 0.2
-    assert "served statistics cost more than 0." in mismatch_notices(ctx, bad)[0]
+    assert "training data is more than 0.03 worse with the running statistics" in mismatch_notices(ctx, bad)[0]
     assert mismatch_notices(ctx, bad | {"served": bad["batch"]}) == []
     assert good["clients"] == len(ctx.population.seen)
 

@@ -95,13 +95,27 @@ def test_help_groups_every_command(run_cli):
     assert "─ Commands ─" not in out
 
 
-def test_list_prints_one_line_each(run_cli, monkeypatch):
+@pytest.mark.parametrize("kind", [kind for kind in catalog.Kind if kind is not catalog.Kind.PAPERS])
+def test_list_prints_one_complete_line_each(kind, run_cli, monkeypatch):
     monkeypatch.setattr(options, "console", Console(width=80))
     monkeypatch.setattr(catalog, "console", Console(width=80))
-    _, out, _ = run_cli("list", "strategies")
+    _, out, _ = run_cli("list", kind)
     lines = out.splitlines()
     assert max(map(len, lines)) <= 80
-    assert [line.split()[0] for line in lines[2 : 2 + len(strategies())]] == list(strategies())
+    assert "…" not in out
+    names = list(catalog._known(kind))
+    assert [line.split()[0] for line in lines[2 : 2 + len(names)]] == names
+
+
+def test_list_without_a_kind_lists_the_kinds(run_cli):
+    code, out, _ = run_cli("list")
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()[2:-1]] == list(catalog.Kind)
+
+
+def test_help_describes_arguments(run_cli):
+    assert "Results directory of a comparison." in run_cli("resume", "--help")[1]
+    assert "Data set with options" in run_cli("compare", "--help")[1]
 
 
 def test_list_shows_details_of_a_name(run_cli):
@@ -113,7 +127,9 @@ def test_list_shows_details_of_a_name(run_cli):
     found = json.loads(run_cli("list", "rules", "ema", "--json")[1])
     assert found["link"] == "https://arxiv.org/abs/1502.03167"
     assert {option["name"] for option in found["options"]} >= {"rate", "pass"}
-    assert "Did you mean 'fedbn'" in run_cli("list", "strategies", "fedbm")[2]
+    assert "unknown strategy 'fedbm'. Did you mean 'fedbn'" in run_cli("list", "strategies", "fedbm")[2]
+    # A personalization is written like a strategy.
+    assert run_cli("list", "strategies", "fedprox")[1] == run_cli("list", "personalizations", "fedprox")[1]
 
 
 @pytest.mark.parametrize("kind", ["strategies", "personalizations", "rules"])
@@ -148,6 +164,7 @@ def test_audit_and_data_print_tables(run_cli):
     [
         (["compare", "hapd"], "unknown scenario 'hapd'. Did you mean 'hapt'?"),
         (["compare", "digits8", "--strategies", "fedbm"], "unknown strategy 'fedbm'. Did you mean 'fedbn'?"),
+        (["compare", "digits8", "--num-supernodes", "5"], "goes with --app; in a scenario, the number of clients"),
         (["compare", "digits8", "--fraction-fit", "0.5"], "number of clients of a round with --clients-per-round"),
         (["adapt", "digits8", "--num-supernodes", "5"], "from the users of the scenario or from --partition"),
         (["compare"], "no scenario given: see `fedbn list scenarios`"),

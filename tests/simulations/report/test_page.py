@@ -12,6 +12,7 @@ from rich.console import Console
 
 from fedbn.data.packages import SOURCES
 from fedbn.errors import UserError
+from fedbn.scenarios.base import scenarios
 from fedbn_simulations.report import figures, html_tables, plots, terminal
 from fedbn_simulations.report.page import write_report
 from fedbn_simulations.results import inference, summary
@@ -255,6 +256,8 @@ def test_page_cites_data(tmp_path, text):
     cited = write_report(tmp_path).read_text(encoding="utf-8")
     assert source.citation in cited
     assert source.license in cited
+    write(tmp_path / "own", {"global": 0.8}, seeds=(0,), scenario="digits8:users=4")
+    assert scenarios()["digits8"].citation in write_report(tmp_path / "own").read_text(encoding="utf-8")
 
 
 def test_answer_excludes_bounds(tmp_path):

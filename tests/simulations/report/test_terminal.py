@@ -9,7 +9,8 @@ from rich.console import Console
 
 from fedbn_simulations.report.terminal import show
 from fedbn_simulations.results.comparison import Comparison
-from fedbn_simulations.results.summary import MIN_USERS, sentences
+from fedbn_simulations.results.inference import MIN_USERS
+from fedbn_simulations.results.summary import sentences
 from tests.simulations.results.test_comparison import write
 
 MEANS = {"global-naive": 0.80, "global-recalibrated": 0.85, "weight-standardization:groups=4+fedrep": 0.82}

@@ -5,7 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from fedbn_simulations.results.summary import ALPHA, is_clear
+from fedbn_simulations.results.inference import ALPHA
+from fedbn_simulations.results.summary import is_clear
 
 
 def line(low, high, p, seed_low=math.nan, seed_high=math.nan):
