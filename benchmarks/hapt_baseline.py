@@ -1,9 +1,10 @@
 """Subject-independent accuracy on HAPT: ``python -m benchmarks.hapt_baseline``.
 
-Three folds over the 30 people; the first has the test people of UCI HAR. In each fold, a third of the training people is left
-out, and each change of the scenario's settings is tried alone on these people (one seed). All changes that gain `MARGIN` are
-chosen together. The chosen and the default settings are then tested once on the people of the fold, who had no part in any
-choice. Windows of both recordings are used, as in UCI HAR. Finished runs are stored in ``results/hapt-baseline``.
+Three folds over the 30 people; the first has the test people of UCI HAR. In each fold, a third of the training people
+is left out, and each change of the scenario's settings is tried alone on these people (one seed). All changes that gain
+`MARGIN` are chosen together. The chosen and the default settings are then tested once on the people of the fold, who had
+no part in any choice. Windows of both recordings are used, as in UCI HAR. Finished runs are stored in
+``results/hapt-baseline``.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "lower rate": {"lr": 0.02},
     "rotate": {"augment": "rotate:strength=0.2"},
     "jitter": {"augment": "jitter:scale=0.05"},
-    "wide": {"model": WideHarCNN},
+    "wide": {"model": "benchmarks.hapt_baseline:WideHarCNN"},
 }
 """Changes of the scenario's settings, as options of `fedbn.compare`."""
 
@@ -118,7 +119,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = []
 
     def run(name: str, population: Population, settings: dict[str, Any], **options: Any) -> pd.DataFrame:
-        plan = {"model": "har-cnn", "rounds": 16, "lr": 0.05, "schedule": "cosine", "batch_size": 32, "global_test": 100}
+        plan = {
+            "model": "har-cnn",
+            "rounds": 16,
+            "lr": 0.05,
+            "schedule": "cosine",
+            "batch_size": 32,
+            "global_test": 100,
+        }
         place = args.out / name.replace(", ", "-").replace(" ", "-")
         found = fedbn.compare(population, out=place, progress=False, eval_every=100, **(plan | settings | options))
         frame = found.evaluations

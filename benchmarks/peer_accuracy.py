@@ -1,14 +1,14 @@
 """Accuracy and time of other implementations on the same data, model and plan.
 
-``python -m benchmarks.peer_accuracy pfllib CLONE --data DIR`` runs PFLlib's ``FedAvg`` and ``FedBN`` (clone of TsingZ0/PFLlib,
-Zhang et al. 2023, https://arxiv.org/abs/2312.04992) on Fashion-MNIST files in DIR, and
-``python -m benchmarks.peer_accuracy fedbn CLONE`` runs the ``fedavg`` and ``fedbn`` of FedBN's authors (clone of med-air/FedBN,
-Li et al. 2021, https://arxiv.org/abs/2102.07623) on the six domains of digits. Both use their own training loops, evaluation
-and aggregation. Nothing of them is part of this repository.
+``python -m benchmarks.peer_accuracy pfllib CLONE --data DIR`` runs PFLlib's ``FedAvg`` and ``FedBN`` (clone of
+TsingZ0/PFLlib, Zhang et al. 2023, https://arxiv.org/abs/2312.04992) on Fashion-MNIST files in DIR, and
+``python -m benchmarks.peer_accuracy fedbn CLONE`` runs the ``fedavg`` and ``fedbn`` of FedBN's authors (clone of
+med-air/FedBN, Li et al. 2021, https://arxiv.org/abs/2102.07623) on the six domains of digits. Both use their own
+training loops, evaluation and aggregation. Nothing of them is part of this repository.
 
-PFLlib's ``FedAvg`` exchanges ``parameters()``, so running statistics stay with the clients: this is SiloBN. Its ``FedBN`` finds
-BN by the letters ``bn`` in the name, so the model here is named like that. It drops incomplete batches, so each client's
-training data are cut to whole batches for both sides.
+PFLlib's ``FedAvg`` exchanges ``parameters()``, so running statistics stay with the clients: this is SiloBN. Its
+``FedBN`` finds BN by the letters ``bn`` in the name, so the model here is named like that. It drops incomplete batches,
+so each client's training data are cut to whole batches for both sides.
 """
 
 from __future__ import annotations
@@ -83,7 +83,9 @@ def _whole_batches(user: User) -> User:
     return replace(user, train=user.train.take(torch.arange(rows)))
 
 
-def pfllib(clone: Path, population: Population, algorithm: str, rounds: int, lr: float, seed: int) -> tuple[Curve, float]:
+def pfllib(
+    clone: Path, population: Population, algorithm: str, rounds: int, lr: float, seed: int
+) -> tuple[Curve, float]:
     """Curve and CPU seconds per round of training and aggregation of one of PFLlib's algorithms."""
     sys.path.insert(0, str(clone / "system"))
     sys.modules.setdefault("h5py", ModuleType("h5py"))  # imported for a file that is not written here
@@ -134,13 +136,37 @@ def pfllib(clone: Path, population: Population, algorithm: str, rounds: int, lr:
 def _pfllib_options(model: nn.Module, clients: int, rounds: int, lr: float) -> SimpleNamespace:
     """The options of PFLlib's command line that its servers read."""
     return SimpleNamespace(
-        model=model, device="cpu", dataset="peer", num_classes=10, global_rounds=rounds, local_epochs=1, batch_size=BATCH,
-        local_learning_rate=lr, learning_rate_decay=False, learning_rate_decay_gamma=0.99, num_clients=clients,
-        join_ratio=1.0, random_join_ratio=False, few_shot=0, algorithm="peer", time_select=False, goal="peer",
-        time_threthold=10000, save_folder_name="items", top_cnt=100, auto_break=False, eval_gap=1, client_drop_rate=0.0,
-        train_slow_rate=0.0, send_slow_rate=0.0, dlg_eval=False, dlg_gap=100, batch_num_per_client=2, num_new_clients=0,
+        model=model,
+        device="cpu",
+        dataset="peer",
+        num_classes=10,
+        num_clients=clients,
+        global_rounds=rounds,
+        local_epochs=1,
+        batch_size=BATCH,
+        local_learning_rate=lr,
+        learning_rate_decay=False,
+        learning_rate_decay_gamma=0.99,
+        join_ratio=1.0,
+        random_join_ratio=False,
+        few_shot=0,
+        algorithm="peer",
+        time_select=False,
+        time_threthold=10000,
+        goal="peer",
+        save_folder_name="items",
+        top_cnt=100,
+        auto_break=False,
+        eval_gap=1,
+        client_drop_rate=0.0,
+        train_slow_rate=0.0,
+        send_slow_rate=0.0,
+        dlg_eval=False,
+        dlg_gap=100,
+        batch_num_per_client=2,
+        num_new_clients=0,
         fine_tuning_epoch_new=0,
-    )  # fmt: skip
+    )
 
 
 def authors(clone: Path, population: Population, mode: str, rounds: int, lr: float, seed: int) -> tuple[Curve, float]:
