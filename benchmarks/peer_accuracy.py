@@ -89,12 +89,12 @@ def pfllib(
     """Curve and CPU seconds per round of training and aggregation of one of PFLlib's algorithms."""
     sys.path.insert(0, str(clone / "system"))
     sys.modules.setdefault("h5py", ModuleType("h5py"))  # imported for a file that is not written here
-    from flcore.servers.serveravg import FedAvg  # type: ignore[import-not-found]
-    from flcore.servers.serverbn import FedBN  # type: ignore[import-not-found]
+    from flcore.servers.serveravg import FedAvg
+    from flcore.servers.serverbn import FedBN
 
     base = {"FedAvg": FedAvg, "FedBN": FedBN}[algorithm]
 
-    class Recorder(base):  # type: ignore[misc, valid-type]
+    class Recorder(base):
         curve: Curve
         spent = 0.0
 
@@ -193,12 +193,12 @@ def _authors_module(clone: Path) -> Any:
     """Their script as a module. It imports torchvision for the reading of files, which is not used here."""
     sys.path.insert(0, str(clone))
     try:
-        import torchvision  # type: ignore[import-not-found]  # noqa: F401
+        import torchvision  # noqa: F401
     except ImportError:
         stub, transforms = ModuleType("torchvision"), ModuleType("torchvision.transforms")
-        stub.transforms = transforms  # type: ignore[attr-defined]
+        stub.transforms = transforms
         sys.modules.update({"torchvision": stub, "torchvision.transforms": transforms})
-    from federated import fed_digits  # type: ignore[import-not-found]
+    from federated import fed_digits
 
     return fed_digits
 
