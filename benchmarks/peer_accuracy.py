@@ -233,6 +233,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--images", type=int, default=2500, help="pfllib: images of each published part")
     parser.add_argument("--train", type=int, default=128, help="fedbn: training images per domain")
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--lr", type=float, help="learning rate; by default the peer's (0.005, 0.01)")
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args(argv)
     folder = "system" if args.peer == "pfllib" else "federated"
@@ -242,11 +243,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.peer == "pfllib":
         run, model, pairs = pfllib, NamedImageCNN, {"FedAvg": "silobn", "FedBN": "fedbn"}
         data = fashion(args.data, args.images)
-        plan = Plan(rounds=args.rounds, batch_size=BATCH, lr=0.005, momentum=0.0)
+        plan = Plan(rounds=args.rounds, batch_size=BATCH, lr=args.lr or 0.005, momentum=0.0)
     else:
         run, model, pairs = authors, "digit-cnn", {"fedavg": "global-naive", "fedbn": "fedbn"}
         data = scenario(f"digits:unseen=0:train={args.train}:test=100").load(0)
-        plan = Plan(rounds=args.rounds, batch_size=32, lr=0.01, momentum=0.0, weighting="uniform")
+        plan = Plan(rounds=args.rounds, batch_size=32, lr=args.lr or 0.01, momentum=0.0, weighting="uniform")
     print("| peer | here | round | peer's accuracy | accuracy here | difference | s* peer | s* here |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for theirs, strategy in pairs.items():
