@@ -27,6 +27,7 @@ from fedbn.data.splits import carve_validation
 from fedbn.errors import UserError
 from fedbn.models.har_cnn import HarCNN
 from fedbn.scenarios.base import scenario
+from fedbn.scenarios.hapt import Hapt
 from fedbn.seeds import numpy_generator
 
 UCI_HAR_TEST = (2, 4, 9, 10, 12, 13, 18, 20, 24)
@@ -74,7 +75,7 @@ def left_out(users: Sequence[User], tested: Sequence[int]) -> Population:
     return Population(
         users=tuple(_tested(u) if i in tested else _trained(u) for i, u in enumerate(users)),
         unseen=tuple(tested),
-        classes=scenario("hapt").load(0).classes,
+        classes=Hapt.classes,
         skew="natural",
     )
 
