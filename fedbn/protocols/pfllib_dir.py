@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from fedbn.errors import UserError
-from fedbn.protocols.base import Protocol, with_path
+from fedbn.protocols.base import Protocol, Published, with_path
 
 CLIENTS = 20
 
@@ -33,6 +33,9 @@ class PfllibDir(Protocol):
         "reported: the last round instead of the best round on test data",
     )
 
+    published: ClassVar[tuple[Published, ...]] = (
+        Published("nonorm", "85.85 ± 0.19 % (FedAvg, Fashion-MNIST)", "docs/benchmark.html, practical label skew"),
+    )
     partition: ClassVar[str] = f"dirichlet:alpha=0.1:clients={CLIENTS}:least=2"
 
     data: str = "fashion-mnist"
