@@ -62,10 +62,13 @@ def with_nan(x, y):
     [
         ({"columns": "unseen=1"}, "set triples of its Population or of scenario files (triples=0+1+2)"),
         ({"columns": "unseen=1:triples=0+1+6"}, "must name three channels of each sensor once"),
-        ({"change": with_nan}, "1 of"),
+        (
+            {"change": with_nan},
+            "x holds 1 NaN or infinite values (first: row 45, position 2, 5); remove or",
+        ),
         ({"change": in_other_unit, "user": (UNSEEN + 1) % USERS}, "use one unit for all of them (1 g is 9.81 m/s2)"),
         ({"change": in_other_unit}, f"user '{UNSEEN}': a mean acceleration is"),
-        ({"change": in_other_unit, "rules": "auto"}, f"user '{UNSEEN}': a mean acceleration is"),
+        ({"change": in_other_unit, "rules": "auto"}, f"user '{UNSEEN}': every channel varies at least 8.11 times"),
     ],
 )
 def test_bad_sensor_data_are_refused_in_one_sentence(options, message, adapt):
