@@ -125,9 +125,12 @@ def clipped(x: Tensor, limit: Tensor | float) -> Tensor:
     tensor([[ True, False]])
     """
     size = x.abs()
-    top = size.amax(2, keepdim=True)
-    repeats = (size == top).double().mean(2)
-    return (repeats >= SATURATED_SAMPLES) & (repeats * x.shape[2] > 1) & (top[:, :, 0] > limit)
+    top = size.amax(2)
+    large = top > limit
+    if not large.any():
+        return large
+    repeats = (size == top[:, :, None]).double().mean(2)
+    return (repeats >= SATURATED_SAMPLES) & (repeats * x.shape[2] > 1) & large
 
 
 def _recordings(user: User, channels: Sequence[int]) -> list[Tensor]:

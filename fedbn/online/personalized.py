@@ -247,18 +247,16 @@ class Personalized(Users):
             raise UserError(f"weight must have one number of at least 0 per row, {len(last.ids)} in total")
         if last.summaries is not None:
             z, trusted = last.summaries
-            for rows in split_duplicates(group):
-                self.bank.learn_alignment(_part(group, rows), z[rows], trusted[rows], counts[rows])
+            for part, rows in _rounds(group):
+                self.bank.learn_alignment(part, z[rows], trusted[rows], counts[rows])
         if not self.bank.rule.learns:
             return
         if self.bank.rule.gate:
             counts = counts * (posterior.max(1).values >= self.bank.rule.gate)
         moments, positions = self._moments(last)
         if self._sequential or self.bank.rule.classwise:
-            for rows in split_duplicates(group):
-                self.bank.learn(
-                    _part(group, rows), (moments[0][rows], moments[1][rows]), positions, counts[rows], posterior[rows]
-                )
+            for part, rows in _rounds(group):
+                self.bank.learn(part, (moments[0][rows], moments[1][rows]), positions, counts[rows], posterior[rows])
         else:
             self.bank.learn(group, moments, positions, counts, posterior)
         if last.fallback is not None:
@@ -450,10 +448,14 @@ class Personalized(Users):
             )
 
 
-def _part(group: Group, rows: Tensor) -> Group:
-    """Some rows of a batch, all of different users."""
-    users = group.row[rows]
-    return Group([group.users[i] for i in users.tolist()], group.slots[users], arange_like(rows))
+def _rounds(group: Group) -> Iterator[tuple[Group, Tensor | slice]]:
+    """Parts of a batch in which all users differ, in order, and their rows."""
+    if group.distinct:
+        yield group, slice(None)
+        return
+    for rows in split_duplicates(group):
+        users = group.row[rows]
+        yield Group([group.users[i] for i in users.tolist()], group.slots[users], arange_like(rows)), rows
 
 
 def _num_classes(model: nn.Module) -> int:

@@ -17,7 +17,7 @@ Formats: ``.npz`` (arrays, no Python objects), ``.csv`` and other text tables, `
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -61,6 +61,8 @@ class Files(Scenario):
         gap: number of rows dropped before the test rows if recordings are unknown; with ``window``, those that overlap
             test windows are dropped.
         unseen: number of users that never train.
+        triples: channels of the axes x, y, z of each sensor of a worn device, acceleration with gravity first, e.g.
+            ``0+1+2+3+4+5``. Needed by the alignment ``rotation``, and for checks of units and saturation.
     """
 
     name: ClassVar[str] = "files"
@@ -85,6 +87,7 @@ class Files(Scenario):
     test: float = 0.25
     gap: int = 1
     unseen: int = 1
+    triples: tuple[int, ...] = ()
 
     def load(self, seed: int) -> Population:
         return self.load_for(parse_task(self.task), seed)
@@ -104,7 +107,7 @@ class Files(Scenario):
             )
         path = Path(self.path)
         rows, gap, notices = self._rows(read(path), path.name)
-        return build_population(
+        population = build_population(
             rows,
             name=path.name,
             test=self.test,
@@ -117,6 +120,16 @@ class Files(Scenario):
             encode=task.encode,
             notices=notices,
         )
+        return replace(population, triples=self._triples(population.shape))
+
+    def _triples(self, shape: tuple[int, ...]) -> tuple[tuple[int, int, int], ...]:
+        chosen = self.triples
+        if chosen and (len(shape) != 2 or len(chosen) % 3 or len({*chosen} & {*range(shape[0])}) != len(chosen)):
+            raise UserError(
+                f"triples={'+'.join(map(str, chosen))} must name three channels of each sensor once, numbered from 0, "
+                f"of windows [channels, length]; examples have shape {list(shape)}"
+            )
+        return tuple((chosen[i], chosen[i + 1], chosen[i + 2]) for i in range(0, len(chosen), 3))
 
     def _rows(self, columns: Columns, name: str) -> tuple[Rows, int, list[str]]:
         """Examples, the rows to drop between training and test data, and notices."""

@@ -23,11 +23,20 @@ SMALL = {
     "adapt": ["--rounds", "1", "--seeds", "1", "--quiet"],
     "claims": ["--seeds", "2", "--workers", "1"],
 }
-FEWER = {"hapt": "hapt:reserved=15", "digits": "digits:train=64:test=32"}  # half of its users; few images
+FEWER = {
+    "hapt": "hapt:reserved=15",
+    "watch": "watch:reserved=4",
+    "digits": "digits:train=64:test=32",
+}  # half of its users; few images
 # These read files that are not in a package; tests of the scenarios and protocols use small local files.
 DOWNLOADS = ("fedbn compare idx ", "fedbn compare cifar:", "fedbn compare --protocol ")
 # Commands that keep running or take minutes; they have separate tests.
-SKIPPED = ("fedbn demo", "fedbn leakage hapt", "fedbn leakage hapt --states")
+SKIPPED = (
+    "fedbn demo",
+    "fedbn leakage hapt",
+    "fedbn leakage hapt --states",
+    "fedbn serve hapt --rule rotation+population:diversity=1+matched/fallback",
+)
 MODEL = """
 from torch import nn
 

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from fedbn.online.alignments.base import MARGIN, AlignmentPrior
-from fedbn.online.alignments.cells import Cells
 
 STEPS = 12
 """Largest number of steps of a search."""
@@ -97,7 +96,7 @@ class AffineSearch:
         self.weighted_mean = self.precision * prior.mean
         self.constant = prior.log_scale - 0.5 * (self.weighted_mean * prior.mean).sum(1)
 
-    def __call__(self, cells: Cells, last: Tensor, full: bool = True) -> Tensor:
+    def __call__(self, cells: tuple[Tensor, Tensor], last: Tensor, full: bool = True) -> Tensor:
         """Parameters ``[U, P]`` with the largest objective among those found; the identity is a candidate.
 
         A full search starts from the identity and from the other sign, too.

@@ -23,7 +23,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, cast
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from fedbn.errors import UserError
 from fedbn.nn.roles import State
-from fedbn.online.alignments.cells import Array, Cells, insert, reduce
+from fedbn.online.alignments.cells import Array, insert, reduce
 from fedbn.online.sums import LabeledWindows, SumsMethod, Triples, positive, sums_of_users
 from fedbn.plugins import discover, parse, render
 
@@ -101,11 +101,11 @@ class AlignmentPrior:
 class Search(Protocol):
     """Search for the parameters of users; all tensors are float64."""
 
-    def __call__(self, cells: Cells, last: Tensor, full: bool = True) -> Tensor:
+    def __call__(self, cells: tuple[Tensor, Tensor], last: Tensor, full: bool = True) -> Tensor:
         """Parameters ``[U, P]`` with the largest J among those found, the identity included.
 
         Args:
-            cells: ``[U, M]`` and ``[U, M, D]``.
+            cells: weights ``[U, M]`` and means ``[U, M, D]``.
             last: last parameters ``[U, P]``.
             full: whether to search far from the last parameters, too.
         """
@@ -307,6 +307,11 @@ class Aligner:
         return self.alignment.identity(self.prior.mean.shape[1])
 
     @cached_property
+    def scale(self) -> Array:
+        """``[D]`` unit of each summary in distances between cells."""
+        return cast("Array", self.prior.scale.numpy(force=True))
+
+    @cached_property
     def informative(self) -> bool:
         """Whether the summaries of the classes determine a transformation."""
         return self.alignment.informative(self.prior)
@@ -361,20 +366,26 @@ class Aligner:
             usable: ``[U]`` whether each window may be used, as `measure` returns it.
             weight: ``[U]`` weights of the windows; those with weight 0 are left out.
         """
-        offered = weight > 0
-        rows["align_count"][slots] += torch.stack([offered & usable, offered & ~usable], 1).to(rows["align_count"])
-        chosen = offered & usable
-        if not chosen.all():  # indexing is slow for a single user
-            slots, z, weight = (t[chosen] for t in (slots, z, weight))
+        offered, trusted = (weight > 0).numpy(force=True), usable.numpy(force=True)
+        count = _gather(rows["align_count"], slots)
+        count[:, 0] += offered & trusted
+        count[:, 1] += offered & ~trusted
+        _scatter(rows["align_count"], slots, count)
+        chosen = offered & trusted
+        if not chosen.all():
+            keep = torch.from_numpy(chosen).to(slots.device)
+            slots, z, weight, count = slots[keep], z[keep], weight[keep], count[chosen]
         if not len(slots):
             return
-        fading = rows["align_evidence"][slots] * math.exp(-1 / EVIDENCE_MEMORY)
-        rows["align_evidence"][slots] = fading + self._log_ratio(rows["align_value"][slots], z).to(fading)
-        n, mean = rows["align_n"], rows["align_mean"]
-        fade = math.exp(-1 / self.alignment.memory) if self.alignment.memory else 1.0
-        cells = insert((n[slots] * fade, mean[slots]), z.to(mean), weight.to(n), self.prior.scale)
-        n[slots], mean[slots] = cells
-        due, full = self._due(rows["align_count"][slots, 0].numpy(force=True))
+        evidence = _gather(rows["align_evidence"], slots) * math.exp(-1 / EVIDENCE_MEMORY)
+        _scatter(rows["align_evidence"], slots, evidence + self._log_ratio(_gather(rows["align_value"], slots), z))
+        n, mean = (_gather(rows[name], slots) for name in ("align_n", "align_mean"))
+        if self.alignment.memory:
+            n *= math.exp(-1 / self.alignment.memory)
+        n, mean = insert((n, mean), z.numpy(force=True), weight.numpy(force=True), self.scale)
+        _scatter(rows["align_n"], slots, n)
+        _scatter(rows["align_mean"], slots, mean)
+        due, full = self._due(count[:, 0])
         for now, far in ((due & full, True), (due & ~full, False)):
             if now.any():
                 self.estimate(rows, slots[torch.from_numpy(now).to(slots.device)], far)
@@ -397,17 +408,16 @@ class Aligner:
         """Whether the `evidence` is against the alignment ``[U]``, for the users ``slots``."""
         return self.evidence(rows, slots) < -AGAINST
 
-    def _log_ratio(self, value: Tensor, z: Tensor) -> Tensor:
+    def _log_ratio(self, value: Array, z: Tensor) -> Array:
         """Clipped log likelihood ratios ``[U]`` of windows ``[U, D]`` under parameters ``[U, P]``, divided by b."""
-        out, identity = z.new_zeros(len(z)), self.identity.to(z)
-        moved = (value.to(z) != identity).any(1)
-        if moved.any():
-            value = value[moved].to(z)
-            values = torch.stack([value, identity.expand_as(value)], 1)
-            found = self.estimator.likelihood(z.new_ones(len(value), 1), z[moved, None], values)
-            limit = LARGEST / self.alignment.b
-            out[moved] = (found[:, 0] - found[:, 1]).clamp(-limit, limit)
-        return out
+        identity = self.identity.numpy(force=True)
+        moved = (value != identity).any(1)
+        if not moved.any():
+            return np.zeros(len(z))
+        values = torch.from_numpy(np.stack([value, np.broadcast_to(identity, value.shape)], 1)).to(z)
+        found = self.estimator.likelihood(z.new_ones(len(z), 1), z[:, None], values).numpy(force=True)
+        limit = LARGEST / self.alignment.b
+        return np.where(moved, (found[:, 0] - found[:, 1]).clip(-limit, limit), 0.0)
 
     def _due(self, learned: Array) -> tuple[Array, Array]:
         """Whether users get an estimate after so many windows ``[U]``, and whether by a full search."""
@@ -448,9 +458,9 @@ class Aligner:
             rows[name][slot] = value[0]
         if not state:
             return
-        n, mean = (state[name][None].to(rows["align_n"]) for name in ("n", "mean"))
-        n, mean = reduce((n, mean), self.alignment.cells, self.prior.scale)
-        for name, value in {**state, "n": n[0], "mean": mean[0]}.items():
+        n, mean = (state[name][None].to(rows["align_n"]).numpy(force=True) for name in ("n", "mean"))
+        n, mean = reduce((n, mean), self.alignment.cells, self.scale)
+        for name, value in {**state, "n": torch.from_numpy(n[0]), "mean": torch.from_numpy(mean[0])}.items():
             rows[f"align_{name}"][slot] = value.to(rows["align_n"])
 
     def check(self, state: Mapping[str, Tensor]) -> bool:
@@ -484,6 +494,21 @@ class Aligner:
         counts = {"learned": learned, "unusable": unusable, "evidence": float(evidence)}
         sure = {"certainty": float(evidence.sigmoid())}
         return {"alignment": render(self.alignment), **counts, **sure, **self.alignment.report(value)}
+
+
+def _gather(table: Tensor, slots: Tensor) -> Array:
+    """Copy of the rows ``slots``. On a CPU, NumPy is faster for a few rows."""
+    if table.device.type == "cpu":
+        return cast("Array", table.numpy()[slots.numpy()])
+    return cast("Array", table[slots].numpy(force=True))
+
+
+def _scatter(table: Tensor, slots: Tensor, value: Array) -> None:
+    """Write the rows ``slots``."""
+    if table.device.type == "cpu":
+        table.numpy()[slots.numpy()] = value
+    else:
+        table[slots] = torch.from_numpy(value).to(table)
 
 
 def merge_states(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ A cell has a weight :math:`n` and a mean :math:`z`. A new window becomes a cell 
 the two cells are merged whose union raises the sum of squared deviations least, by
 :math:`\frac{n_i n_j}{n_i+n_j}\|z_i-z_j\|^2` (Ward, 1963, *Hierarchical grouping to optimize an objective function*).
 Streams that have at most as many windows as there are cells are stored exactly. All functions are vectorized over
-users. They use NumPy, because calls of PyTorch take longer than these computations for a single user.
+users. They are in NumPy, because calls of PyTorch take longer than these computations for a single user.
 """
 
 from __future__ import annotations
@@ -14,16 +14,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 Array = npt.NDArray[Any]
 
-Cells = tuple[Tensor, Tensor]
+Cells = tuple[Array, Array]
 """Weights ``[U, M]``, 0 for free cells, and means ``[U, M, D]``."""
 
 
-def insert(cells: Cells, z: Tensor, weight: Tensor, scale: Tensor) -> Cells:
+def insert(cells: Cells, z: Array, weight: Array, scale: Array) -> Cells:
     """Cells after one more window per user.
 
     Args:
@@ -32,30 +30,25 @@ def insert(cells: Cells, z: Tensor, weight: Tensor, scale: Tensor) -> Cells:
         weight: ``[U]`` their weights.
         scale: ``[D]`` unit of each value in distances.
 
-    >>> n, mean = torch.tensor([[1.0, 1.0]]), torch.tensor([[[0.0], [9.0]]])
-    >>> n, mean = insert((n, mean), torch.tensor([[1.0]]), torch.ones(1), torch.ones(1))
+    >>> n, mean = insert((np.ones((1, 2)), np.array([[[0.0], [9.0]]])), np.ones((1, 1)), np.ones(1), np.ones(1))
     >>> n.tolist(), mean.flatten().tolist()
     ([[2.0, 1.0]], [0.5, 9.0])
     """
-    n, mean, new_n, new, unit = _arrays(*cells, weight, z, scale)
-    found = _merge_closest(np.concatenate([n, new_n[:, None]], 1), np.concatenate([mean, new[:, None]], 1), unit)
-    return torch.from_numpy(found[0]).to(cells[0]), torch.from_numpy(found[1]).to(cells[1])
+    n, mean = cells
+    n = np.concatenate([n, weight[:, None].astype(n.dtype)], 1)
+    return _merge_closest(n, np.concatenate([mean, z[:, None].astype(mean.dtype)], 1), scale)
 
 
-def reduce(cells: Cells, size: int, scale: Tensor) -> Cells:
+def reduce(cells: Cells, size: int, scale: Array) -> Cells:
     """Merge cells until there are ``size``, or add free cells."""
     n, mean = cells
     missing = size - n.shape[1]
-    if missing > 0:
-        n = torch.cat([n, n.new_zeros(len(n), missing)], 1)
-        mean = torch.cat([mean, mean.new_zeros(len(n), missing, mean.shape[2])], 1)
     if missing >= 0:
-        return n, mean
-    weights, means, unit = _arrays(n, mean, scale)
-    weights, means = weights.copy(), means.copy()
+        return np.pad(n, ((0, 0), (0, missing))), np.pad(mean, ((0, 0), (0, missing), (0, 0)))
+    n, mean = n.copy(), mean.copy()
     for _ in range(-missing):
-        weights, means = _merge_closest(weights, means, unit)
-    return torch.from_numpy(weights).to(n), torch.from_numpy(means).to(mean)
+        n, mean = _merge_closest(n, mean, scale)
+    return n, mean
 
 
 @lru_cache(maxsize=8)
@@ -71,19 +64,15 @@ def _merge_closest(n: Array, mean: Array, scale: Array) -> tuple[Array, Array]:
     if (n[:, :-1] == 0).any(1).all():
         j = (n[:, :-1] == 0).argmax(1)
     else:
-        scaled = (mean / scale).astype(np.float64)
+        scaled = (mean / scale).astype(np.float64, copy=False)
         square = (scaled * scaled).sum(-1)
         distance = square[:, :, None] + square[:, None] - 2 * (scaled @ scaled.swapaxes(1, 2))
         total = n[:, :, None] + n[:, None]
-        cost = n[:, :, None] * n[:, None] / total.clip(1e-30) * distance.clip(0)
+        cost = n[:, :, None] * n[:, None] / np.maximum(total, 1e-30) * np.maximum(distance, 0)
         i, j = np.divmod((cost + _below(size)).reshape(users, -1).argmin(1), size)
         joint = n[row, i] + n[row, j]
-        share = (n[row, j] / joint.clip(1e-30))[:, None]
+        share = (n[row, j] / np.maximum(joint, 1e-30))[:, None]
         mean[row, i] += share * (mean[row, j] - mean[row, i])
         n[row, i] = joint
     n[row, j], mean[row, j] = n[:, -1], mean[:, -1]
     return n[:, :-1], mean[:, :-1]
-
-
-def _arrays(*tensors: Tensor) -> list[Array]:
-    return [t.numpy(force=True) for t in tensors]

@@ -55,9 +55,9 @@ class Rotation(Alignment):
 
     def summaries(self, x: Tensor, triples: Triples) -> Tensor:
         self._require(x, triples)
-        x = x.double()
-        variances = [_axes(x, channels).var(2, correction=0).sum(1) for channels in triples]
-        return torch.cat([_axes(x, triples[0]).mean(2), torch.stack(variances, 1).add(1e-6).log()], 1)
+        var, mean = torch.var_mean(x.double(), 2, correction=0)
+        log_variance = var[:, torch.tensor(triples)].sum(2).add_(1e-6).log_()
+        return torch.cat([mean[:, _index(triples[0])], log_variance], 1)
 
     def limits(self, prior: AlignmentPrior) -> tuple[float, bool]:
         """Gravity, and whether the classes have any."""
@@ -65,12 +65,12 @@ class Rotation(Alignment):
 
     def usable(self, x: Tensor, z: Tensor, limits: tuple[float, bool], triples: Triples) -> Tensor:
         gravity, informative = limits
-        usable = ~clipped(_axes(x, triples[0]), SATURATION * gravity).any(1)
+        usable = ~clipped(x[:, _index(triples[0])], SATURATION * gravity).any(1)
         if not informative:
             return usable
         ratio = z[:, :3].norm(dim=1) / gravity
-        if len(ratio) and float(ratio.max()) > IMPOSSIBLE:
-            raise self._unit_error(float(ratio.max()))
+        if len(ratio) and (largest := float(ratio.max())) > IMPOSSIBLE:
+            raise self._unit_error(largest)
         return usable & (ratio > 1 / OTHER_UNIT) & (ratio < OTHER_UNIT)
 
     def informative(self, prior: AlignmentPrior) -> bool:
@@ -116,9 +116,9 @@ class Rotation(Alignment):
 
     def apply(self, value: Tensor, x: Tensor, triples: Triples) -> Tensor:
         self._require(x, triples)
-        matrix, out = so3.to_matrix(value).to(x), x.clone()
+        matrix, out = torch.from_numpy(so3.to_matrix(value.numpy(force=True))).to(x), x.clone()
         for channels in triples:
-            out[:, list(channels)] = matrix @ _axes(x, channels)
+            out[:, _index(channels)] = matrix @ x[:, _index(channels)]
         return out
 
     def valid(self, value: Tensor) -> bool:
@@ -143,7 +143,7 @@ class Rotation(Alignment):
         if not triples:
             raise UserError(
                 "alignment 'rotation' needs to know the channels of each sensor's axes, which this scenario does not "
-                "name: set triples of its Population, or use another alignment"
+                "name: set triples of its Population or of scenario files (triples=0+1+2), or use another alignment"
             )
         if x.dim() != 3 or x.shape[1] <= max(max(t) for t in triples):
             raise UserError(
@@ -152,7 +152,7 @@ class Rotation(Alignment):
             )
 
 
-def _axes(x: Tensor, channels: tuple[int, int, int]) -> Tensor:
-    """Three channels of windows; a view if they are neighbors, which is much faster."""
+def _index(channels: tuple[int, int, int]) -> slice | list[int]:
+    """Index of three channels; a slice if they are neighbors, which is much faster."""
     first = channels[0]
-    return x[:, first : first + 3] if channels == (first, first + 1, first + 2) else x[:, list(channels)]
+    return slice(first, first + 3) if channels == (first, first + 1, first + 2) else list(channels)

@@ -10,8 +10,9 @@ Rubin, 1977, https://doi.org/10.1111/j.2517-6161.1977.tb01600.x) with a Gauss-Ne
       +\|\log R+\delta\|^2/s^2 .
 
 The density of a class and, given :math:`p`, the normal equations are linear in :math:`\phi(q)=(qq^\top,q,1)` with
-:math:`q=Rg`, so that a step is a few matrix products over all users, starts, cells and classes. NumPy computes them,
-because calls of PyTorch take longer than these products for a single user.
+:math:`q=Rg`, so that a step is a few matrix products over all users, starts, cells and classes. So is the density of
+:math:`e` in :math:`\phi(e)`. NumPy computes them, because calls of PyTorch take longer than these products for a single
+user.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ from torch.nn import functional as F
 
 from fedbn.online.alignments import quaternions as so3
 from fedbn.online.alignments.base import MARGIN, AlignmentPrior
-from fedbn.online.alignments.cells import Cells
 
 Array = npt.NDArray[Any]
+
+EYE = np.eye(3)
 
 YAWS = 6
 """Rotations about gravity from which the search starts."""
@@ -58,9 +60,9 @@ class RotationSearch:
     def __init__(self, prior: AlignmentPrior, b: float) -> None:
         self.b = b
         mean, inverse = prior.mean[:, :3], prior.precision[:, :3, :3]
-        linear = (inverse @ mean[:, :, None])[:, :, 0]
-        constant = prior.log_scale - 0.5 * (mean * linear).sum(1)
-        density = torch.cat([-0.5 * inverse.flatten(1), linear, constant[:, None]], 1).T
+        density, linear = _log_density(mean, inverse)
+        density[:, -1] += prior.log_scale
+        rest, _ = _log_density(prior.mean[:, 3:], prior.precision[:, 3:, 3:])
         cross = so3.CROSS.to(mean)
         zeros = mean.new_zeros
         curvature = torch.einsum("iab,jdc,kbc->kadij", cross, cross, inverse).flatten(3).flatten(1, 2)
@@ -76,12 +78,12 @@ class RotationSearch:
         )
         axis = F.normalize(prior.mean[prior.seen, :3].mean(0), dim=0)
         angles = torch.arange(YAWS).to(axis) * (2 * math.pi / YAWS)
-        arrays = density, normal.flatten(0, 1), prior.mean[:, 3:], prior.precision[:, 3:, 3:]
-        self.density, self.normal, self.rest_mean, self.rest_inverse = (t.numpy(force=True) for t in arrays)
-        self.precision = (1 / prior.spread).numpy(force=True)
+        arrays = density.T, rest.T, normal.flatten(0, 1), 1 / prior.spread
+        self.density, self.rest, self.normal, self.precision = (t.numpy(force=True) for t in arrays)
+        self.diagonal = np.diag(self.precision)
         self.starts = so3.from_vector(angles[:, None] * axis)
 
-    def __call__(self, cells: Cells, last: Tensor, full: bool = True) -> Tensor:
+    def __call__(self, cells: tuple[Tensor, Tensor], last: Tensor, full: bool = True) -> Tensor:
         """Rotations ``[U, 4]`` with the largest objective among those found; the identity is a candidate.
 
         A full search starts from all yaws, another one from the last rotation only.
@@ -113,9 +115,9 @@ class RotationSearch:
             p *= weight / p.sum(-1, keepdims=True)
             statistics = p.swapaxes(-1, -2) @ features
             equations = statistics.reshape(*q.shape[:2], -1) @ self.normal
-            curvature = equations[..., :9].reshape(*q.shape[:2], 3, 3) + np.diag(self.precision)
+            curvature = equations[..., :9].reshape(*q.shape[:2], 3, 3) + self.diagonal
             # Without gravity and without a prior, no direction is determined.
-            ridge = 1e-12 * (1 + curvature.max((-2, -1), keepdims=True)) * np.eye(3)
+            ridge = 1e-12 * (1 + curvature.max((-2, -1), keepdims=True)) * EYE
             slope = -equations[..., 9:] - self.precision * so3.to_vector(q)
             step = np.linalg.solve(curvature + ridge, slope[..., None])[..., 0]
             length = (step**2).sum(-1, keepdims=True) ** 0.5
@@ -145,12 +147,26 @@ class RotationSearch:
 
     def _log_rest(self, z: Array) -> Array:
         """Log density ``[U, 1, M, K]`` of the values that a rotation does not change, without constants."""
-        d = z[:, :, None, 3:] - self.rest_mean
-        return cast("Array", -0.5 * (d * (d[..., None, :] @ self.rest_inverse)[..., 0, :]).sum(-1)[:, None])
+        return cast("Array", (_features(z[..., 3:]) @ self.rest)[:, None])
 
     def _densities(self, z: Array, rest: Array, q: Array) -> tuple[Array, Array]:
         """Log densities ``[U, S, M, K]`` and features ``[U, S, M, 13]`` of the turned cells."""
-        turned = z[:, None, :, :3] @ so3.to_matrix(q).swapaxes(-1, -2)
-        square = (turned[..., :, None] * turned[..., None, :]).reshape(*turned.shape[:-1], 9)
-        features = np.concatenate([square, turned, np.ones_like(turned[..., :1])], -1)
+        features = _features(z[:, None, :, :3] @ so3.to_matrix(q).swapaxes(-1, -2))
         return features @ self.density + rest, features
+
+
+def _features(q: Array) -> Array:
+    """The features ``[..., D * D + D + 1]`` of vectors ``[..., D]``: products, entries and 1."""
+    dims = q.shape[-1]
+    out = np.empty((*q.shape[:-1], dims * dims + dims + 1))
+    square = out[..., : dims * dims].reshape(*q.shape, dims)
+    np.multiply(q[..., :, None], q[..., None, :], out=square)
+    out[..., dims * dims : -1], out[..., -1] = q, 1.0
+    return out
+
+
+def _log_density(mean: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
+    """Coefficients of the features in the Gaussian log densities ``[K, D * D + D + 1]``, and their linear part."""
+    linear = (inverse @ mean[:, :, None])[:, :, 0]
+    constant = -0.5 * (mean * linear).sum(1)
+    return torch.cat([-0.5 * inverse.flatten(1), linear, constant[:, None]], 1), linear

@@ -304,11 +304,16 @@ def client_rule(text: str) -> Rule:
     """Rule that a client can use with its own windows and a prior from the federation.
 
     Raises:
-        UserError: as for `rule`, or the rule needs labeled data of other users.
+        UserError: as for `rule`, the rule needs labeled data of other users, or it is ``auto``.
 
     >>> client_rule("population:diversity=1").requires
     'n0'
     """
+    if text == "auto":
+        raise UserError(
+            "rule 'auto' needs a check on seen users for every strategy: run fedbn adapt SCENARIO --strategies ... "
+            "--rules auto, or name a rule here, e.g. population:diversity=1"
+        )
     parsed = rule(text)
     if parsed.requires not in ("", "n0"):
         raise UserError(

@@ -19,13 +19,14 @@ from fedbn.federation.run import Run, plan_for, task_of
 from fedbn.files import locked
 from fedbn.objects import split_options
 from fedbn.online.alignments.base import parse_alignment
+from fedbn.online.rules.source import Source
 from fedbn.online.traces import Trace
 from fedbn.plugins import build, render, table
-from fedbn.streams import stream
+from fedbn.streams import Stream, stream
 from fedbn.tta import Adapter, Method
 from fedbn_simulations.adaptation.cells import SOURCE, Cell, bounds_of, stored_cell
-from fedbn_simulations.adaptation.check import AUGMENTED, AUTO, Decision, choose_augmented, decide
-from fedbn_simulations.adaptation.methods import adaptation_method, can_align, check_classes
+from fedbn_simulations.adaptation.check import AUGMENTED, AUTO, Decision, candidates, choose_augmented, decide
+from fedbn_simulations.adaptation.methods import AdaptationMethod, adaptation_method, can_align, check_classes
 from fedbn_simulations.adaptation.metric import StudyMetric
 from fedbn_simulations.adaptation.options import StudyOptions
 from fedbn_simulations.adaptation.source_model import SourceModel, UserGroup, train_source_model, untrained_source_model
@@ -177,10 +178,11 @@ def run_study(
     methods = [method.rule for method in named if isinstance(method.rule, Method)]
     for run in study.runs():
         untrained = untrained_source_model(run)
-        for text in study.streams:
-            untrained.streams(text, "unseen")
+        streams = [s for text in study.streams for s in untrained.streams(text, "unseen")]
         for method in named:
             untrained.sums_for(method)
+        possible = candidates(untrained) if AUTO in study.rules else ()
+        check_windows(untrained, [*named, *map(adaptation_method, possible)], streams)
         for adapting in methods:
             Adapter(adapting, untrained.model, untrained.source_windows[:CHECKED_WINDOWS])
     with locked(out):
@@ -240,6 +242,22 @@ def _run_study(
     results = run_cells(cells_of(study, "unseen", study.rules))
     check_same_windows(results)
     return study, results, decisions
+
+
+def check_windows(source: SourceModel, methods: Sequence[AdaptationMethod], streams: Sequence[Stream]) -> None:
+    """Check that the alignments of methods can use all windows of streams.
+
+    Raises:
+        UserError: the windows of a user have another unit than those of the seen users.
+    """
+    for align in dict.fromkeys(method.align for method in methods if method.align):
+        aligner, _ = source.sums_for(AdaptationMethod(Source(), align=align))
+        assert aligner is not None
+        for s in streams:
+            try:
+                aligner.measure(s.x)
+            except UserError as error:
+                raise UserError(f"user {s.user!r}: {error}") from None
 
 
 def checkable(texts: Sequence[str]) -> list[str]:

@@ -310,3 +310,12 @@ def test_build_population_rejects_class_beyond_names():
         skew="",
         sources={},
     )
+
+
+def test_files_names_the_sensors_of_a_worn_device(save):
+    path = save(x=np.random.default_rng(0).normal(size=(60, 7, 8)))
+    assert load(path, "triples=0+1+2+5+4+3").triples == ((0, 1, 2), (5, 4, 3))
+    assert load(path).triples == ()
+    for text in ("0+1", "0+1+1", "0+1+7"):
+        rejects(r"must name three channels of each sensor once.*\[7, 8\]", load, path, f"triples={text}")
+    rejects("must name three channels", load, save(), "triples=0+1+2")

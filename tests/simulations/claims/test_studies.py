@@ -18,6 +18,7 @@ from fedbn.norms import bne
 from fedbn.scenarios.base import scenario
 from fedbn_simulations.claims import claims
 from fedbn_simulations.claims.studies import (
+    alignment,
     batch_norm,
     binary,
     common,
@@ -330,3 +331,24 @@ def test_classical_tests_on_unseen_subjects():
     for accuracy, f_score in stroke.classical(cohort, 20, 0).values():
         assert accuracy < 0.8
         assert 0 <= f_score <= 1
+
+
+# --- alignment of a sensor
+
+
+def test_quick_alignment_has_a_part_of_every_stream():
+    population = scenario("imu:users=4:unseen=1").load(0)
+    thinned = alignment._thinned(population)
+    for whole, part in zip(population.users, thinned.users, strict=True):
+        assert torch.equal(part.test.x, whole.test.x[:: alignment.THINNED])
+        assert torch.equal(part.train.x, whole.train.x)
+    assert thinned.unseen == population.unseen
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", [alignment.phone, alignment.watch])
+def test_alignment_study_measures_all_arms_of_its_claims(run):
+    measured = run("federated", 0, True)
+    arms = {f"accuracy: {arm}" for claim in alignment.CLAIMS if claim.run is run for arm in claim.arms}
+    assert set(measured) == arms
+    assert all(0 <= value <= 1 for value in measured.values())

@@ -139,21 +139,27 @@ def test_rotation_compares_estimate_with_truth_without_the_placement_of_the_pers
 
 def test_presets_act_at_their_windows_on_people_chosen_by_earlier_recordings(playground):
     presets = playground.presets
-    assert set(presets) == {"turn", "hand", "recalibrate"}
+    assert set(presets) == {"worn", "hand", "recalibrate", "turn"}
     changed = replace(playground, users={n: replace(u, test=examples(60, 3.0, 1)) for n, u in playground.users.items()})
     assert {n: p.person for n, p in changed.presets.items()} == {n: p.person for n, p in presets.items()}
     session = Session(playground, presets["turn"].person, "short", presets["turn"].actions)
     steps = session.step(50)["steps"]
     assert [i for i, step in enumerate(steps) if step["event"]] == [TURN_AT]
-    assert session.degrees == 90
+    assert session.degrees == 60
+    for name in ("worn", "recalibrate"):
+        session = Session(playground, presets[name].person, "short", presets[name].actions)
+        assert session.step(1)["degrees"] == 60
     session = Session(playground, "user1", "recorded", {0: ("record_all", ()), 1: ("switch", ("user2",))})
     session.step(2)
     assert session.nets["calibrated"].report(USER)["calibrated"]
     assert session.person.name == "user2"
 
 
-def test_auto_gives_its_reason(playground):
+def test_auto_says_what_was_chosen_and_why(playground):
     assert playground.description()["reason"] == "why"
+    assert playground.description()["rules"]["auto"].startswith("off: ")
+    chosen = {**playground.rules, "auto": replace(playground.rules["auto"], rule="rotation/fallback")}
+    assert replace(playground, rules=chosen).description()["rules"]["auto"] == "chosen: rotation/fallback"
 
 
 def test_switch_of_person_raises_alarm(playground):
@@ -332,24 +338,26 @@ def test_page_plays_switches_rotates_and_calibrates(page):
 
 @pytest.mark.slow
 def test_page_plays_a_preset_and_shows_the_rotation(page):
-    page.click("#presets >> text=Rotate the phone")
+    page.click("#presets >> text=A new user wears it turned")
     slide(page, "#speed", 2)
-    page.wait_for_selector("#events >> text=the sensor is rotated by 90°")
-    assert page.inner_text("#rotate-now") == "90°"
+    page.wait_for_selector("#events >> text=the sensor is rotated by 60°")
+    assert page.inner_text("#rotate-now") == "60°"
+    assert "wears the sensor turned by 60°" in page.inner_text("#story")
+    assert page.get_attribute("#presets >> text=A new user wears it turned", "aria-pressed") == "true"
     assert page.input_value("#axis") == "1,0,0"
     assert page.input_value("#order") == "short"
-    assert page.inner_text("#rotation").startswith("True: 90° about (1.0, 0.0, 0.0). Estimated: ")
+    assert page.inner_text("#rotation").startswith("True: 60° about (1.0, 0.0, 0.0). Estimated: ")
     assert page.eval_on_selector("#angles", "c => c.width > 0")
 
 
 @pytest.mark.slow
 def test_page_is_accessible_by_keyboard(page):
     names = []
-    for _ in range(13):
+    for _ in range(14):
         page.keyboard.press("Tab")
         names.append(page.evaluate("document.activeElement.id || document.activeElement.className"))
     expected = ["person", "order", "play", "calibrate", "switch", "restart", "speed", "rotate", "axis"]
-    assert names == ["skip", "", "", "", *expected], "the three buttons of presets have no names"
+    assert names == ["skip", "", "", "", "", *expected], "the four buttons of presets have no names"
     page.focus("#play")
     page.keyboard.press("Enter")
     page.wait_for_selector("#play >> text=Pause")

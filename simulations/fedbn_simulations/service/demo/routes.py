@@ -115,7 +115,7 @@ class Player:
             await self._pause()
             preset = presets[name]
             self.session = await self.compute(lambda: Session(self.playground, preset.person, "short", preset.actions))
-            await self._send("opened", {"person": preset.person, "order": "short", "preset": preset.title})
+            await self._send("opened", {"person": preset.person, "order": "short", "preset": name})
             return
         if self.session is None:
             raise UserError("open a person's stream first")

@@ -32,6 +32,7 @@ from fedbn.seeds import generator
 from fedbn.statistics.moments import Moments
 from fedbn.statistics.recalibration import recalibrate
 from fedbn.streams import stream
+from fedbn_simulations.adaptation.cells import SOURCE
 from fedbn_simulations.adaptation.source_model import SourceModel
 from fedbn_simulations.service.model import ServedModel
 
@@ -41,10 +42,10 @@ RULES = {
     "source": ("source", "the trained network; never adapts"),
     "DA-BN": ("dabn", "naive: the average of the last windows, whatever the activity"),
     ALIGNED: ("rotation:memory=40.0:b=1.0:every=1", "estimates how the sensor is turned, and turns the signal back"),
-    AUTO: ("", "what the seen users' own recordings support"),
+    AUTO: ("", ""),
     CALIBRATED: ("source", "as source until you calibrate, then fixed at the person's statistics"),
 }
-"""Name on the page -> text of the rule, which the federation decides for `AUTO`, and short description."""
+"""Name on the page -> text of the rule and short description; for `AUTO`, the federation decides both."""
 
 ORDERS = {
     "recorded": ("natural", "as recorded"),
@@ -52,10 +53,10 @@ ORDERS = {
 }
 """Orders of a recording: name -> stream and label. One activity alone does not show how a sensor is turned."""
 
-TURN_AT, RECORD_AT, SWITCH_AT = 40, 80, 60
+TURN_AT, RECORD_AT, SWITCH_AT = 40, 60, 60
 """Windows at which presets act."""
 
-TURN = (90.0, (1.0, 0.0, 0.0))
+TURN = (60.0, (1.0, 0.0, 0.0))
 """Degrees and axis of the turn in presets."""
 
 SIGNAL_SAMPLES = 32
@@ -155,12 +156,40 @@ class Playground:
         median = ranked[(len(ranked) - 1) // 2]
         direction = {name: F.normalize(own.x[:, :3].mean((0, 2)), dim=0) for name, own in earlier.items()}
         other = min(self.users, key=lambda name: float(direction[name] @ direction[median]))
-        turn = {TURN_AT: ("rotate", TURN)}
+        turned = f"{TURN[0]:g}°"
         return {
-            "turn": Preset("Rotate the phone", median, turn),
-            "hand": Preset("Hand it to someone else", median, {SWITCH_AT: ("switch", (other,))}),
-            "recalibrate": Preset("Recalibrate", median, {**turn, RECORD_AT: ("record_all", ())}),
+            "worn": Preset(
+                "A new user wears it turned",
+                f"{median} wears the sensor turned by {turned} from the start. The rules are not informed.",
+                median,
+                {0: ("rotate", TURN)},
+            ),
+            "hand": Preset(
+                "Hand it to someone else",
+                f"After {SWITCH_AT} windows, {median} hands the sensor to {other}, who wears it differently.",
+                median,
+                {SWITCH_AT: ("switch", (other,))},
+            ),
+            "recalibrate": Preset(
+                "Recalibrate",
+                f"{median} wears the sensor turned by {turned}, and after {RECORD_AT} windows records one window of "
+                "each activity. Watch the rule “calibrated”.",
+                median,
+                {0: ("rotate", TURN), RECORD_AT: ("record_all", ())},
+            ),
+            "turn": Preset(
+                "It turns in mid-stream",
+                f"After {TURN_AT} windows, the sensor of {median} slips by {turned}.",
+                median,
+                {TURN_AT: ("rotate", TURN)},
+            ),
         }
+
+    @property
+    def _auto(self) -> str:
+        """Description of `AUTO`, with what the federation chose."""
+        chosen = self.rules[AUTO].rule
+        return "off: no rule helps the seen users, so the source answers" if chosen == SOURCE else f"chosen: {chosen}"
 
     def description(self) -> dict[str, Any]:
         """Information that the page needs to start."""
@@ -168,10 +197,10 @@ class Playground:
             "title": self.title,
             "people": {name: len(user.test) for name, user in self.users.items()},
             "classes": list(self.classes),
-            "rules": {name: text for name, (_, text) in RULES.items()},
+            "rules": {name: text for name, (_, text) in RULES.items()} | {AUTO: self._auto},
             "reason": self.rules[AUTO].reason,
             "orders": {name: label for name, (_, label) in ORDERS.items()},
-            "presets": {name: preset.title for name, preset in self.presets.items()},
+            "presets": {name: {"title": p.title, "about": p.about} for name, p in self.presets.items()},
             "criterion": CRITERION,
             "layers": self.layers,
             "channels": self.shape[0],
@@ -185,11 +214,13 @@ class Preset:
 
     Attributes:
         title: label of the button.
+        about: what happens, in one or two sentences.
         person: the first person.
         actions: window -> action and arguments of `Session`.
     """
 
     title: str
+    about: str
     person: str
     actions: Mapping[int, tuple[str, tuple[Any, ...]]]
 

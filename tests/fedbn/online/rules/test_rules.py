@@ -17,7 +17,7 @@ from fedbn.errors import UserError
 from fedbn.nn.hooks import capture_inputs
 from fedbn.nn.roles import statistics_layers
 from fedbn.online import LayerPrior, personalize, population_prior, rule, source_prior
-from fedbn.online.rules.base import rules
+from fedbn.online.rules.base import client_rule, rules
 from fedbn.online.statistics import Prior, mix
 from fedbn.plugins import render
 
@@ -578,6 +578,8 @@ def test_rule_options_reject_bad_values(text):
 
 
 def test_rule_suggests_similar_name():
+    with pytest.raises(UserError, match=r"run fedbn adapt SCENARIO --strategies .* --rules auto"):
+        client_rule("auto")
     with pytest.raises(UserError, match="unknown rule or method 'pseudoo'. Did you mean 'pseudo'"):
         rule("pseudoo")
     with pytest.raises(UserError, match="unknown option of rule or method 'pseudo' 'no'. Did you mean 'n0'"):

@@ -53,7 +53,7 @@ function build() {
   $("order").replaceChildren(...Object.entries(info.orders).map(([name, label]) => new Option(label, name)));
   $("criterion").textContent = info.criterion;
   $("reason").textContent = info.reason;
-  $("presets").replaceChildren(...Object.entries(info.presets).map(([name, title]) => {
+  $("presets").replaceChildren(...Object.entries(info.presets).map(([name, { title }]) => {
     const button = document.createElement("button");
     button.type = "button";
     button.textContent = title;
@@ -165,12 +165,15 @@ const HANDLERS = {
     $("person").value = person;
     $("order").value = message.order;
     showSlider(0, [0, 0, 1]);
-    if (message.preset) {
+    const preset = info.presets[message.preset];
+    $("story").textContent = preset?.about ?? "";
+    document.querySelectorAll("#presets button").forEach((b) => b.setAttribute("aria-pressed", b.dataset.preset === message.preset));
+    if (preset) {
       $("speed").value = 1.5;
       showSpeed();
       setPlaying(true);
       send("play", { speed: speed() });
-      setStatus(`${message.preset}: playing ${person}.`);
+      setStatus(`${preset.title}: playing ${person}.`);
     } else if (!playing) setStatus(`${person} is ready. Press Play.`);
   },
   windows,
