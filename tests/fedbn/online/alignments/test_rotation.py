@@ -52,8 +52,9 @@ def test_rotation_recovers_a_known_rotation_within_three_degrees(vector, aligner
     assert angle(found, inverse(q)) < 3 + angle(straight, IDENTITY)
 
 
-@pytest.mark.parametrize("degrees", [90.0, 180.0])
-@pytest.mark.parametrize("axis", [(1.0, 0, 0), (0, 1.0, 0), (0, 0, 1.0), (0.6, -0.6, 0.53)])
+@pytest.mark.parametrize(
+    ("degrees", "axis"), [(90.0, (1.0, 0, 0)), (90.0, (0, 0, 1.0)), (180.0, (0, 1.0, 0)), (180.0, (0.6, -0.6, 0.53))]
+)
 def test_rotation_finds_a_large_rotation_despite_its_prior(degrees, axis, aligner):
     q = so3.from_vector(torch.tensor(axis).double() * degrees * torch.pi / 180)
     assert angle(estimated(aligner, windows(96, 1, q=q)[0]), inverse(q)) < 10
