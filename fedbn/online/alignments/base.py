@@ -41,11 +41,20 @@ MARGIN = 1e-6
 LARGEST = 10.0
 """Largest log likelihood ratio of one window, in nats, so that a single strange window does not decide."""
 
+FOR = math.log(20)
+"""Evidence for an alignment, in nats per independent window, from which it is used: odds of 20 to 1."""
+
 AGAINST = math.log(20)
 """Evidence against an alignment, in nats per independent window, from which it is rejected: odds of 20 to 1."""
 
 EVIDENCE_MEMORY = 50.0
 """Windows after which the weight of a window in the evidence has fallen to 1/e."""
+
+CHANGED = math.log(1e4)
+"""Evidence for a change of the device, in nats per independent window, from which a user starts again.
+
+It outweighs the prior odds of a change that happens once in ten thousand windows, hours of recording.
+"""
 
 CONFIRMED = 50
 """Windows before which every search is full."""
@@ -53,7 +62,7 @@ CONFIRMED = 50
 FULL = 4
 """Later, one of so many searches is full; the others only follow the last parameters."""
 
-STATE = ("n", "mean", "value", "count", "evidence")
+STATE = ("n", "mean", "value", "count", "evidence", "recent")
 """Names of the tensors in the state of a user."""
 
 MAX_CELLS = 16
@@ -115,6 +124,10 @@ class Search(Protocol):
         """The first term of J ``[U, S]`` for cells ``[U, M]``, ``[U, M, D]`` and parameters ``[U, S, P]``."""
         ...
 
+    def objective(self, n: Tensor, z: Tensor, value: Tensor) -> Tensor:
+        """J ``[U, S]``."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class Alignment(SumsMethod):
@@ -128,6 +141,7 @@ class Alignment(SumsMethod):
         every: windows between two estimates; later, a stream grows by about a tenth between two.
         b: successive windows that count as one independent window.
         memory: windows after which the weight of a window has fallen to 1/e; 0: all windows count equally.
+        recent: last windows that are tested for a change (`Aligner.restart`); 0: no test.
     """
 
     about: ClassVar[str]
@@ -138,9 +152,10 @@ class Alignment(SumsMethod):
     every: int = 5
     b: float = 8.0
     memory: float = 0.0
+    recent: int = 16
 
     def __post_init__(self) -> None:
-        for option, low in (("cells", 2), ("every", 1), ("b", 1e-3), ("memory", 0)):
+        for option, low in (("cells", 2), ("every", 1), ("b", 1e-3), ("memory", 0), ("recent", 0)):
             if not low <= (value := getattr(self, option)) < torch.inf:
                 raise UserError(f"alignment {self.name!r}: {option}={value:g} is out of range; use {low:g} or more")
 
@@ -331,21 +346,26 @@ class Aligner:
         """Tables of one new user, with the type and device of ``like``.
 
         ``align_n`` ``[1, M]`` and ``align_mean`` ``[1, M, D]`` are cells, ``align_value`` ``[1, P]`` the parameters,
-        ``align_count`` ``[1, 2]`` the windows learned from and those that were not usable, and ``align_evidence``
-        ``[1]`` the `evidence`.
+        ``align_count`` ``[1, 2]`` the windows learned from and those that were not usable, ``align_evidence`` ``[1]``
+        the `evidence`, and ``align_recent`` ``[1, W, D]`` the summaries of the last windows, the latest at the end.
         """
-        size = self.alignment.cells
+        size, dims = self.alignment.cells, self.prior.mean.shape[1]
         return {
             "align_n": like.new_zeros(1, size),
-            "align_mean": like.new_zeros(1, size, self.prior.mean.shape[1]),
+            "align_mean": like.new_zeros(1, size, dims),
             "align_value": self.identity[None].to(like),
             "align_count": like.new_zeros(1, 2),
             "align_evidence": like.new_zeros(1),
+            "align_recent": like.new_zeros(1, self.alignment.recent, dims),
         }
 
     def apply(self, rows: Mapping[str, Tensor], slots: Tensor, x: Tensor) -> Tensor:
-        """Windows ``[B, *shape]``, each aligned for the user in its row ``[B]`` of the tables."""
-        return self.alignment.apply(rows["align_value"][slots], x, self.triples)
+        """Windows ``[B, *shape]``, each aligned for the user in its row ``[B]`` of the tables.
+
+        Windows stay as they are while the `evidence` for the user's alignment is below `FOR`.
+        """
+        value, supported = rows["align_value"][slots], rows["align_evidence"][slots] >= FOR
+        return self.alignment.apply(torch.where(supported[:, None], value, self.identity.to(value)), x, self.triples)
 
     def measure(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Summaries ``[B, D]`` of windows, and whether each may be used ``[B]``.
@@ -385,7 +405,14 @@ class Aligner:
         n, mean = insert((n, mean), z.numpy(force=True), weight.numpy(force=True), self.scale)
         _scatter(rows["align_n"], slots, n)
         _scatter(rows["align_mean"], slots, mean)
-        due, full = self._due(count[:, 0])
+        learned, size, recent = count[:, 0], n.sum(1), _gather(rows["align_recent"], slots)
+        last = np.concatenate([recent[:, 1:], z.numpy(force=True)[:, None].astype(recent.dtype)], 1)
+        _scatter(rows["align_recent"], slots, last[:, : recent.shape[1]])
+        tested = (learned % self.alignment.every == 0) & (size > self.alignment.recent)
+        if self.alignment.recent and tested.any():
+            self.restart(rows, slots[torch.from_numpy(tested).to(slots.device)])
+            size = _gather(rows["align_n"], slots).sum(1)
+        due, full = self._due(learned, size)
         for now, far in ((due & full, True), (due & ~full, False)):
             if now.any():
                 self.estimate(rows, slots[torch.from_numpy(now).to(slots.device)], far)
@@ -419,9 +446,35 @@ class Aligner:
         limit = LARGEST / self.alignment.b
         return np.where(moved, (found[:, 0] - found[:, 1]).clip(-limit, limit), 0.0)
 
-    def _due(self, learned: Array) -> tuple[Array, Array]:
-        """Whether users get an estimate after so many windows ``[U]``, and whether by a full search."""
-        size = np.minimum(learned, self.alignment.memory or np.inf)
+    def restart(self, rows: dict[str, Tensor], slots: Tensor) -> None:
+        r"""Start again from the last W windows if the device has changed since then, in place.
+
+        The test compares the transformation of all windows so far, :math:`\theta`, with the best one for the last W
+        windows alone, :math:`\theta'`: a generalized likelihood ratio, with the prior of the latter. Users start again
+        if :math:`J_W(\theta')-\ell_W(\theta)` is above `CHANGED`, where :math:`\ell` is J without its penalty. The
+        `evidence` starts again, too, so that only later windows can prove the new transformation.
+
+        Args:
+            rows: tables of all users.
+            slots: users ``[U]`` with more than W windows.
+        """
+        recent, value = (rows[name][slots].double() for name in ("align_recent", "align_value"))
+        n = recent.new_ones(recent.shape[:2])
+        found = self.estimator((n, recent), value)
+        gain = self.estimator.objective(n, recent, found[:, None])
+        gain -= self.estimator.likelihood(n, recent, value[:, None])
+        changed = gain[:, 0] > CHANGED
+        if not changed.any():
+            return
+        slots = slots[changed]
+        cells = reduce((n[changed].numpy(force=True), recent[changed].numpy(force=True)), self.alignment.cells, self.scale)
+        for name, new in zip(("align_n", "align_mean"), cells, strict=True):
+            _scatter(rows[name], slots, new)
+        rows["align_value"][slots] = found[changed].to(rows["align_value"])
+        rows["align_evidence"][slots] = 0.0
+
+    def _due(self, learned: Array, size: Array) -> tuple[Array, Array]:
+        """Whether users get an estimate, and whether by a full search, after so many windows and of so many ``[U]``."""
         interval = np.maximum(2 ** np.floor(np.log2(size / 10)), self.alignment.every)
         return learned % interval == 0, (size < CONFIRMED) | (learned % (FULL * interval) == 0)
 
@@ -469,11 +522,12 @@ class Aligner:
             return True
         cells, shape = len(state.get("n", ())), self.prior.mean.shape[1:]
         shapes = {"n": (cells,), "mean": (cells, *shape), "value": self.identity.shape, "count": (2,), "evidence": ()}
+        shapes |= {"recent": (self.alignment.recent, *shape)}
         if {name: tuple(t.shape) for name, t in state.items()} != {name: tuple(s) for name, s in shapes.items()}:
             return False
         values = {name: t.double() for name, t in state.items()}
         counts = torch.cat([values["n"], values["count"]])
-        others = torch.cat([values["mean"].flatten(), values["evidence"][None]])
+        others = torch.cat([values["mean"].flatten(), values["recent"].flatten(), values["evidence"][None]])
         return (
             cells <= MAX_CELLS * self.alignment.cells
             and bool(((counts >= 0) & (counts < 1e12)).all())
@@ -485,6 +539,7 @@ class Aligner:
     def report(self, rows: Mapping[str, Tensor], slot: int) -> dict[str, Any]:
         """Parameters of a user for people, and the numbers of windows learned from and not usable.
 
+        The parameters are in use if the `evidence` is at least `FOR`.
         ``certainty`` is the probability that the user's last windows are aligned windows of the seen clients' classes
         rather than such windows as they are, from the `evidence` and equal prior odds.
         """
@@ -512,13 +567,16 @@ def _scatter(table: Tensor, slots: Tensor, value: Array) -> None:
 
 
 def merge_states(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """State with the cells of both; the parameters are those of the state with more windows until the next estimate."""
+    """State with the cells of both; parameters and last windows are those of the state with more windows.
+
+    The parameters change with the next estimate.
+    """
     if not a or not b:
         return dict(a or b)
     larger = a if a["count"][0] >= b["count"][0] else b
     joint = {name: torch.cat([a[name], b[name].to(a[name])]) for name in ("n", "mean")}
     total = {name: a[name] + b[name].to(a[name]) for name in ("count", "evidence")}
-    return joint | total | {"value": larger["value"]}
+    return joint | total | {name: larger[name] for name in ("value", "recent")}
 
 
 def fit_alignment(

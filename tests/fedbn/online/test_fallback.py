@@ -29,7 +29,7 @@ def windows(draw, y, turn=None):
 def aligner():
     draw = generator(0, "fallback")
     y = torch.arange(30) % 3
-    return fit_alignment("rotation", [(windows(draw, y), y) for _ in range(3)], 3, TRIPLES)
+    return fit_alignment("rotation:recent=0", [(windows(draw, y), y) for _ in range(3)], 3, TRIPLES)
 
 
 def network():
@@ -59,8 +59,8 @@ def test_fallback_answers_as_source_after_the_device_turned(aligner):
     """The alignment of all windows so far does not fit those after a turn; before it, nothing changes."""
     draw, model = generator(2, "fallback"), network()
     half = torch.linalg.matrix_exp(torch.tensor([[0.0, -2.5, 0], [2.5, 0, 0], [0, 0, 0]]))
-    y = torch.arange(60) % 3
-    x = torch.cat([windows(draw, y, half), windows(draw, y[:15])])
+    y = torch.arange(30) % 3
+    x = torch.cat([windows(draw, y, half), windows(draw, y)])
     net, plain = (personalize(model, "source", align=aligner) for _ in range(2))
     follower, rejected = FallbackModel(net, model), []
     for window in x.split(1):
@@ -69,8 +69,8 @@ def test_fallback_answers_as_source_after_the_device_turned(aligner):
         out = follower.predict(window, user=["ann"])
         follower.commit(out.softmax(1))
         torch.testing.assert_close(out, model(window) if rejected[-1] else aligned, rtol=1e-4, atol=1e-5)
-    assert not any(rejected[:60])
-    assert any(rejected[60:])
+    assert not any(rejected[:30])
+    assert any(rejected[30:])
     assert follower.windows == {"ann": sum(rejected)}
 
 

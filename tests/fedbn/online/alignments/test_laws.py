@@ -9,7 +9,7 @@ import torch
 from fedbn.errors import UserError
 from fedbn.online import fit_alignment
 from fedbn.online.alignments import quaternions as so3
-from fedbn.online.alignments.base import AlignmentPrior, alignments, merge_states
+from fedbn.online.alignments.base import FOR, AlignmentPrior, alignments, merge_states
 from fedbn.online.sums import LabeledWindows, add_sums
 from tests.fedbn.online.alignments import data
 
@@ -217,6 +217,18 @@ def test_evidence_is_positive_for_an_error_and_small_without(aligner, case):
     )
     assert wrong > 3
     assert abs(right) < wrong / 2
+
+
+def test_alignment_is_used_only_with_evidence(aligner, case):
+    x, slots = case.distort(case.make(3, 15)[0], case.strong), torch.zeros(3, dtype=torch.long)
+    rows = aligner.start(LIKE) | {"align_value": value_of(aligner, x.repeat(20, *[1] * (x.dim() - 1)))}
+    rows["align_evidence"][0] = FOR - 0.01
+    assert torch.equal(aligner.apply(rows, slots, x), x)
+    rows["align_evidence"][0] = FOR
+    assert torch.equal(
+        aligner.apply(rows, slots, x), aligner.alignment.apply(rows["align_value"][slots], x, aligner.triples)
+    )
+    assert not torch.allclose(aligner.apply(rows, slots, x), x, atol=1e-3)
 
 
 def test_states_merge_and_survive_put(aligner, case):

@@ -7,7 +7,7 @@ from fedbn.errors import UserError
 from fedbn.online import fit_alignment
 from fedbn.online.alignments import quaternions as so3
 from fedbn.online.alignments.base import Aligner, parse_alignment
-from fedbn.online.alignments.rotation_search import RotationSearch
+from fedbn.online.alignments.rotation_search import OTHERWISE, RotationSearch
 from tests.fedbn.online.alignments.data import CLASSES, GRAVITY, TRIPLES, angle, clients, turn, windows
 
 LIKE = torch.zeros(1, dtype=torch.float64)
@@ -50,6 +50,37 @@ def test_rotation_recovers_a_known_rotation_within_three_degrees(vector, aligner
     straight = estimated(flat(aligner), windows(96, 1)[0])
     assert angle(found, so3.multiply(straight, inverse(q).double())) < 0.1
     assert angle(found, inverse(q)) < 3 + angle(straight, IDENTITY)
+
+
+@pytest.mark.parametrize(
+    ("degrees", "axis"), [(90.0, (1.0, 0, 0)), (90.0, (0, 0, 1.0)), (180.0, (0, 1.0, 0)), (180.0, (0.6, -0.6, 0.53))]
+)
+def test_rotation_finds_a_large_rotation_despite_its_prior(degrees, axis, aligner):
+    q = so3.from_vector(torch.tensor(axis).double() * degrees * torch.pi / 180)
+    assert angle(estimated(aligner, windows(96, 1, q=q)[0]), inverse(q)) < 10
+
+
+def test_search_starts_all_over_the_rotations(aligner):
+    starts = aligner.estimator.starts.double()
+    assert torch.equal(starts[0], IDENTITY.double())
+    assert len(starts) == 24
+    draw = torch.Generator().manual_seed(0)
+    some = torch.nn.functional.normalize(torch.randn(1000, 4, generator=draw).double(), dim=1)
+    nearest = (some @ starts.T).abs().max(1).values.clamp(max=1)
+    assert 55 < float(2 * nearest.acos().max().rad2deg()) < 63
+    axis = torch.nn.functional.normalize(aligner.prior.mean[:, :3].mean(0), dim=0)
+    assert float((so3.to_matrix(starts) @ axis - axis).norm(dim=1).lt(1e-9).sum()) == 4
+
+
+def test_prior_is_a_mixture_of_near_and_of_any_rotations(aligner):
+    search = RotationSearch(aligner.prior, 8.0)
+    vectors = torch.tensor([[0.0, 0, 0], [0.2, 0.1, 0], [0, 1.5, 0], [0, 0, -3.0]]).double()
+    z, n = aligner.measure(windows(4, 1)[0])[0][None], torch.ones(1, 4).double()
+    q = so3.from_vector(vectors)[None]
+    log_prior = search.objective(n, z, q) - search.likelihood(n, z, q)
+    near = torch.distributions.MultivariateNormal(torch.zeros(3).double(), aligner.prior.spread.diag())
+    density = (1 - OTHERWISE) * near.log_prob(vectors).exp() + OTHERWISE / (8 * torch.pi**2)
+    assert torch.allclose(log_prior[0], (density / density[0]).log())
 
 
 def test_refine_is_equivariant(aligner):
@@ -155,10 +186,43 @@ def test_memory_forgets_an_earlier_orientation():
     q = so3.from_vector(torch.tensor([0.0, 0.5, 0.5]))
     x = torch.cat([windows(240, 10)[0], windows(96, 11, q=q)[0]])
     users = clients()
-    short = flat(fit_alignment("rotation:memory=24", users, CLASSES, TRIPLES))
-    long = flat(fit_alignment("rotation", users, CLASSES, TRIPLES))
+    short = flat(fit_alignment("rotation:memory=24:recent=0", users, CLASSES, TRIPLES))
+    long = flat(fit_alignment("rotation:recent=0", users, CLASSES, TRIPLES))
     truth = estimated(short, x[240:])
     assert angle(estimated(short, x), truth) < 5 < angle(estimated(long, x), truth)
+
+
+@pytest.mark.parametrize("axis", [(1.0, 0, 0), (0, 1.0, 0), (0, 0, -1.0)])
+def test_rotation_follows_a_turn_in_mid_stream_within_twenty_windows(axis, aligner):
+    q = so3.from_vector(torch.tensor(axis).double() * torch.pi / 2)
+    x = torch.cat([windows(96, 10)[0], windows(20, 11, q=q)[0]])
+    assert angle(estimated(aligner, x), inverse(q)) < 12
+    never = replace(aligner, alignment=parse_alignment("rotation:recent=0"))
+    assert angle(estimated(never, x), inverse(q)) > 60
+
+
+@pytest.mark.parametrize("labels", [None, torch.arange(120) // 60, torch.arange(120) // 40 % 2 + 2])
+def test_rotation_starts_again_only_after_a_change(labels, aligner):
+    x, _ = windows(120, 12, labels=labels)
+    assert float(aligner.follow(x, LIKE)["align_n"].sum()) == 120
+
+
+def test_restart_is_of_one_user_only(aligner):
+    q = so3.from_vector(torch.tensor([0.0, 1.6, 0.0]))
+    ann, bob = (torch.cat([windows(60, 13)[0], windows(20, 14, q=turned)[0]]) for turned in (q, None))
+    rows = {name: table.repeat(2, *[1] * (table.dim() - 1)) for name, table in aligner.start(LIKE).items()}
+    slots, ones = torch.arange(2), torch.ones(2, dtype=torch.float64)
+    for both in zip(ann, bob, strict=True):
+        z, usable = aligner.measure(torch.stack(both))
+        aligner.learn(rows, slots, z, usable, ones)
+    assert rows["align_n"].sum(1).tolist()[1] == 80 > rows["align_n"].sum(1).tolist()[0]
+    for user, x in enumerate((ann, bob)):
+        alone = aligner.start(LIKE)
+        for t in range(80):
+            z, usable = aligner.measure(x[t : t + 1])
+            aligner.learn(alone, ZERO, z, usable, ones[:1])
+        assert torch.allclose(alone["align_value"][0], rows["align_value"][user])
+    assert torch.equal(rows["align_recent"][0], aligner.measure(ann[-16:])[0])
 
 
 def test_rotation_needs_triples_and_windows_of_sensors():
