@@ -467,7 +467,8 @@ class Aligner:
         if not changed.any():
             return
         slots = slots[changed]
-        cells = reduce((n[changed].numpy(force=True), recent[changed].numpy(force=True)), self.alignment.cells, self.scale)
+        last = n[changed].numpy(force=True), recent[changed].numpy(force=True)
+        cells = reduce(last, self.alignment.cells, self.scale)
         for name, new in zip(("align_n", "align_mean"), cells, strict=True):
             _scatter(rows[name], slots, new)
         rows["align_value"][slots] = found[changed].to(rows["align_value"])
