@@ -359,7 +359,7 @@ class ClientExecutor:
             return self.executor
         if self._fastest is None:
             ctx = cast(RunContext, self._ctx)
-            width, sizes = stack_width(ctx, len(users)), [self._cohort.batch_sizes(user) for user in users]
+            width, sizes = stack_width(ctx, len(users)), [self._cohort.batch_sizes[user] for user in users]
             (size, _), *_ = Counter(s for own in sizes for s in own).most_common(1) or [(1, 0)]
             lean, stacked = (partial(self._cohort.trial_step, users[:k], program, size) for k in (1, width))
             seconds = {
