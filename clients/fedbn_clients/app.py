@@ -145,7 +145,7 @@ def train(message: Message, context: Context) -> Message:
 def train_cohort(
     run_config: Mapping[str, Scalar], cohort: CohortRound, executor: ClientExecutor, max_state_bytes: float
 ) -> CohortResult | None:
-    """What the handler `train` does, for many clients of this process at once and without messages.
+    """What the handler `train` does, for many clients of this process at once.
 
     Args:
         run_config: the run-config of the clients' contexts.
@@ -154,12 +154,9 @@ def train_cohort(
         max_state_bytes: largest client state that may be kept in memory.
 
     Returns:
-        The result; None if each client must handle a message.
+        The result; None if the clients cannot train stacked.
     """
-    ctx = _run_context(run_config)
-    if ctx.privacy is not None or ctx.population.remote or ctx.strategy.is_centralized:
-        return None
-    return executor.train_cohort(ctx, cohort, max_state_bytes)
+    return executor.train_cohort(_run_context(run_config), cohort, max_state_bytes)
 
 
 @app.query("sync_first_batch")

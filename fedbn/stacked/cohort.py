@@ -150,6 +150,17 @@ class Cohort:
         """Training data of all trainers."""
         return StackedData.of(self.ctx, self.ctx.trainers)
 
+    @cached_property
+    def examples(self) -> dict[int, int]:
+        """Number of training examples of each trainer."""
+        return {user: len(self.ctx.training_data(user)) for user in self.ctx.trainers}
+
+    @cached_property
+    def batch_sizes(self) -> dict[int, list[int]]:
+        """Batch sizes of all steps of a round of each trainer."""
+        plan = self.ctx.run.plan
+        return {user: batch_sizes(n, plan.batch_size) * plan.local_epochs for user, n in self.examples.items()}
+
     def program(self, progress: Progress, aggregates: Aggregates = ()) -> Program:
         """The stacked model in the training mode of a round; use it before the mode changes.
 
@@ -270,7 +281,7 @@ class Cohort:
             self._assemble(cohort, [part.start + i for i in order]),
             {},
             stack_orders([drawn[i] for i in order], [rows.first[users[i]] for i in order], rows.x.device),
-            [self.batch_sizes(users[i]) for i in order],
+            [self.batch_sizes[users[i]] for i in order],
             [self._noise(users[i], number, program) for i in order],
             [augmentation_draws(ctx.run.seed, number, users[i]) for i in order],
         )
@@ -287,7 +298,7 @@ class Cohort:
     def result(self, cohort: CohortRound, trained: State, losses: list[float]) -> CohortResult:
         """The result of a round, from the entries and losses of all parts."""
         ownership = self.ctx.ownership
-        examples = [len(self.ctx.training_data(user)) for user in cohort.users]
+        examples = [self.examples[user] for user in cohort.users]
         shared = {n: trained[n] for n in ownership.travels}
         return CohortResult(StackedUpdates(cohort.users, shared, examples, losses), self._retained(trained))
 
@@ -321,15 +332,10 @@ class Cohort:
     def _order(self, user: int, number: int, draw: torch.Generator) -> Tensor:
         """Row indices of all steps of a client's round, in order; reuses a generator."""
         ctx = self.ctx
-        n, seed, random_user = len(ctx.training_data(user)), ctx.run.seed, ctx.rng_user(user)
+        n, seed, random_user = self.examples[user], ctx.run.seed, ctx.rng_user(user)
         epochs = range(ctx.run.plan.local_epochs)
         orders = [torch.randperm(n, generator=shuffle(seed, number, random_user, e, reuse=draw)) for e in epochs]
         return torch.cat(orders) if len(orders) > 1 else orders[0]
-
-    def batch_sizes(self, user: int) -> list[int]:
-        """Batch sizes of all steps of a client's round."""
-        plan = self.ctx.run.plan
-        return batch_sizes(len(self.ctx.training_data(user)), plan.batch_size) * plan.local_epochs
 
     def _noise(self, user: int, number: int, program: Program) -> torch.Generator | None:
         """Generator of a client's dropout masks."""
@@ -338,7 +344,7 @@ class Cohort:
         return generator(self.ctx.run.seed, "noise", number, self.ctx.rng_user(user))
 
     def _mean_loss(self, user: int, total: float) -> float:
-        return total / (len(self.ctx.training_data(user)) * max(self.ctx.run.plan.local_epochs, 1))
+        return total / (self.examples[user] * max(self.ctx.run.plan.local_epochs, 1))
 
     def _config(self, progress: Progress) -> FitConfig:
         plan, strategy = self.ctx.run.plan, self.ctx.strategy
@@ -357,7 +363,7 @@ class Cohort:
         return StackedClient(
             state,
             self._order(job.user, number, torch.Generator()),
-            self.batch_sizes(job.user),
+            self.batch_sizes[job.user],
             self._noise(job.user, number, program),
             with_prefix(client_state, OPTIMIZER),
             rows.first[job.user],
@@ -371,6 +377,6 @@ class Cohort:
         if ctx.run.plan.optimizer_state == "keep":
             client_state |= {OPTIMIZER + k: v for k, v in result.optimizer_state.items()}
         client_state |= {k: v for k, v in (job.client_state or {}).items() if k.startswith(METHOD_STATE)}
-        examples, loss = len(ctx.training_data(job.user)), self._mean_loss(job.user, result.loss)
+        examples, loss = self.examples[job.user], self._mean_loss(job.user, result.loss)
         shared, notes = {k: state[k] for k in ctx.ownership.travels}, {} if model is None else model.notes
         return Update(job.user, shared, examples, loss, notes), client_state

@@ -137,6 +137,7 @@ class ClientExecutor:
         if ctx is not self._ctx:
             self.execution = {}
             self._failed: dict[Kind, str] = {}
+            self._cohorts_failed = False
             self._ctx, self._cohort = ctx, Cohort(ctx)
             self._replicas: list[RunContext] = []
             self._fastest: Executor | None = None
@@ -243,10 +244,11 @@ class ClientExecutor:
 
         Returns:
             The result; None if the clients need jobs of their own: their states are too large, the executor does not
-            stack them, their strategy has hooks, or they cannot be stacked, for which `run` then records the reason.
+            stack them, their strategy has hooks, they cannot be stacked, for which `run` then records the reason, or a
+            cohort of this run has failed.
         """
         self._start_run(ctx)
-        if self.executor not in STACKING or "train" in self._failed:
+        if self.executor not in STACKING or "train" in self._failed or self._cohorts_failed:
             return None
         try:
             program = self._cohort.program(cohort.progress)
@@ -258,8 +260,15 @@ class ClientExecutor:
             train = partial(self._cohort.train_part, cohort, program=program, trained=trained)
             parts = self._train_parts(cohort.users, cohort.progress, program, train)
             return self._cohort.result(cohort, trained, [loss for part in parts for loss in part])
+        except (UserError, Unstackable):
+            return None  # raised again by the jobs
         except Exception as error:
-            log.info(f"messages replace the cohort, which failed with {classify(error).name}", exc_info=True)
+            self._cohorts_failed = True
+            log.info("training of all clients in one call failed", exc_info=True)
+            log.warning(
+                f"training of all clients in one call failed with {classify(error).name}: from now on, each client "
+                "receives messages, with the same results in more time"
+            )
             return None
 
     def _train_stacked(self, rounds: Sequence[TrainJob]) -> list[Any]:
@@ -350,7 +359,7 @@ class ClientExecutor:
             return self.executor
         if self._fastest is None:
             ctx = cast(RunContext, self._ctx)
-            width, sizes = stack_width(ctx, len(users)), [self._cohort.batch_sizes(user) for user in users]
+            width, sizes = stack_width(ctx, len(users)), [self._cohort.batch_sizes[user] for user in users]
             (size, _), *_ = Counter(s for own in sizes for s in own).most_common(1) or [(1, 0)]
             lean, stacked = (partial(self._cohort.trial_step, users[:k], program, size) for k in (1, width))
             seconds = {

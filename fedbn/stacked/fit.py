@@ -225,7 +225,8 @@ def stack_values(values: Sequence[Tensor]) -> Tensor:
 
 def stack_orders(orders: Sequence[Tensor], first: Sequence[int], device: torch.device) -> Tensor:
     """Row indices ``[K, N]`` in the data of a stack, from each client's order and the index of its first row."""
-    padded = pad_sequence(list(orders), batch_first=True)
+    equal = all(len(order) == len(orders[0]) for order in orders)
+    padded = torch.stack(list(orders)) if equal else pad_sequence(list(orders), batch_first=True)
     return (padded + torch.tensor(first)[:, None]).to(device)
 
 

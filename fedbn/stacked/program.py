@@ -12,6 +12,7 @@ else. A model with an unsupported part is `Unstackable`; `fedbn.stacked.vectoriz
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -159,9 +160,10 @@ class GraphProgram:
     @cached_property
     def fusable_weights(self) -> tuple[str, ...]:
         """As in `Program`."""
-        linear = [layer for layer in self.layers.values() if type(layer.module) is nn.Linear]
-        keys = [dict(layer.names) for layer in linear]
-        return tuple(k["weight"] for k in keys if {k["weight"], k.get("bias")} <= set(self.trained))
+        keys = [dict(layer.names) for layer in self.layers.values() if type(layer.module) is nn.Linear]
+        calls = Counter(k["weight"] for k in keys)  # a layer that runs twice needs its weight for both gradients
+        trained = set(self.trained)
+        return tuple(k["weight"] for k in keys if {k["weight"], k.get("bias")} <= trained and calls[k["weight"]] == 1)
 
     @cached_property
     def norm_paths(self) -> list[str]:

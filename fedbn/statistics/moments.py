@@ -161,8 +161,8 @@ def naive_mean(values: Sequence[Tensor] | Tensor, weights: Sequence[float]) -> T
         shares = torch.tensor(weights, dtype=torch.float64, device=first.device) / total
         mean = torch.zeros(first.numel(), dtype=wide, device=first.device)
         for i in range(0, len(values), STACK_SIZE):
-            flat = _stacked(values[i : i + STACK_SIZE]).to(wide).reshape(-1, first.numel())
-            mean += (flat * shares[i : i + STACK_SIZE, None]).sum(0)
+            flat = _stacked(values[i : i + STACK_SIZE]).to(wide, copy=True).reshape(-1, first.numel())
+            mean += flat.mul_(shares[i : i + STACK_SIZE, None]).sum(0)
         return mean.view(first.shape).to(first.dtype)
     acc = torch.zeros_like(first, dtype=wide)
     for value, weight in zip(values, weights, strict=True):

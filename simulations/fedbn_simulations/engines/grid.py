@@ -137,6 +137,15 @@ class InProcessGrid(Grid):
         """Push messages and pull the replies; ``timeout`` is ignored."""
         return self.pull_messages(self.push_messages(messages))
 
+    @property
+    def trains_cohorts(self) -> bool:
+        """Whether `train_cohort` does the same as messages.
+
+        Messages matter to other apps and to subclasses, if they can fail, and if client states are stored on disk.
+        """
+        own = type(self) is InProcessGrid and self.client_app is app and self._fault is None
+        return own and not self._states.on_disk and STATE_DIR_VARIABLE not in os.environ
+
     def train_cohort(
         self, users: list[int], received: Sequence[State], progress: Progress, trained: Iterable[int]
     ) -> StackedUpdates | None:
@@ -149,14 +158,9 @@ class InProcessGrid(Grid):
             trained: users that should have a client state.
 
         Returns:
-            The updates; None if the clients need messages: this is not the project's own app, messages can fail or are
-            counted by a subclass, states are stored on disk or lost, or the clients cannot train stacked.
+            The updates; None if client states are lost or have different entries, or the clients cannot train stacked.
         """
-        if type(self) is not InProcessGrid or self.client_app is not app or self._fault is not None:
-            return None
-        if self._states.on_disk or STATE_DIR_VARIABLE in os.environ or not self._move_states(users):
-            return None
-        if any(user not in self._table for user in trained):
+        if not self._move_states(users) or any(user not in self._table for user in trained):
             return None
         cohort, start = CohortRound(users, received, self._table, progress), time.process_time()
         result = train_cohort(self.run_config, cohort, self._executor, self._states.max_bytes)

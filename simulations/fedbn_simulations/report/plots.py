@@ -34,12 +34,23 @@ def matrix_figure(comparison: Comparison, metric: str = "", width: float = PAGE_
     panels = figure.subplots(down, across, sharey=True, squeeze=False)
     shifts = dict(zip(columns, np.linspace(-0.24, 0.24, len(columns)) if len(columns) > 1 else [0.0]))
     for axes, row in zip(panels.flat, rows):
-        for line in matrix[matrix["row"] == row].itertuples():
-            position = strategies.index(line.strategy)
-            y = position + shifts[line.column]
-            color = _color(position)
-            axes.plot([line.ci_low, line.ci_high], [y, y], color=color, linewidth=1.2)
-            axes.plot(line.mean, y, **_marker(columns.index(line.column), color))
+        for column, lines in matrix[matrix["row"] == row].groupby("column"):
+            positions = [strategies.index(strategy) for strategy in lines["strategy"]]
+            y, colors = np.array(positions) + shifts[column], [_color(position) for position in positions]
+            axes.hlines(y, lines["ci_low"], lines["ci_high"], colors=colors, linewidth=1.2)
+            marker = _marker(columns.index(column), INK)
+            faces = "none" if marker["markerfacecolor"] == "none" else colors
+            size = mpl.rcParams["lines.markersize"] ** 2
+            axes.scatter(
+                lines["mean"],
+                y,
+                size,
+                marker=marker["marker"],
+                facecolors=faces,
+                edgecolors=colors,
+                linewidths=1,
+                zorder=3,
+            )
         axes.set_title(ROWS[row][0])
         axes.grid(axis="x")
         axes.tick_params(axis="y", length=0)

@@ -7,7 +7,8 @@ seeds shows how much of a mean is due to initialization and sampling; it has its
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +23,8 @@ MIN_USERS = 6
 POWER = 0.8
 """Probability with which `detectable` finds an effect."""
 RESAMPLES = 2000
+MAX_VALUES = 4_000_000
+"""Number of values of all resamples that fit into memory at once, which they do not with thousands of users."""
 EXACT_LIMIT = 13
 """Up to this many differences the test enumerates all signs; `scipy.stats.wilcoxon` has the same limit."""
 
@@ -100,23 +103,35 @@ def user_interval(statistic: Statistic, *samples: np.ndarray) -> Interval:
     if users < 2 or all(uniform(values) or np.ptp(np.nanmean(values, axis=1)) < 1e-12 for values in samples):
         return NO_INTERVAL
 
-    def resampled(index: np.ndarray, axis: int) -> np.ndarray:
-        del axis  # users are the last axis of the index, hence the second to last of the values
-        return statistic(*(values[index.astype(int)] for values in samples))
-
     # A mean over users only needs each user's mean, which is many times faster than all its seeds in every resample.
-    is_mean = statistic is mean_of_users
-    low, high = stats.bootstrap(
-        (np.nanmean(samples[0], axis=1) if is_mean else np.arange(users),),
-        np.mean if is_mean else resampled,
-        vectorized=True,
-        method="percentile",
-        n_resamples=RESAMPLES,
-        confidence_level=LEVEL,
-        # With thousands of users, all resamples at once do not fit into memory.
-        batch=max(1, 4_000_000 // samples[0].size),
-        rng=np.random.default_rng(0),
-    ).confidence_interval
+    means = np.nanmean(samples[0], axis=1) if statistic is mean_of_users else None
+    values = [
+        statistic(*(sample[index] for sample in samples)) if means is None else means[index].mean(axis=1)
+        for index in _resamples(users, samples[0].shape[1])
+    ]
+    return _percentiles(np.concatenate(values))
+
+
+def _resamples(users: int, seeds: int) -> Iterable[np.ndarray]:
+    """Indices of the users of all resamples, ``[n, users]`` each: parts of which all values fit into memory."""
+    count = max(1, MAX_VALUES // (users * seeds))
+    return [_all_resamples(users)] if count >= RESAMPLES else _resampled_parts(users, count)
+
+
+@lru_cache(maxsize=8)
+def _all_resamples(users: int) -> np.ndarray:
+    """The same users are drawn for every statistic, so drawing them once saves most of the time of a report."""
+    return next(_resampled_parts(users, RESAMPLES))
+
+
+def _resampled_parts(users: int, count: int) -> Iterator[np.ndarray]:
+    rng = np.random.default_rng(0)
+    for done in range(0, RESAMPLES, count):
+        yield rng.integers(0, users, (min(count, RESAMPLES - done), users))
+
+
+def _percentiles(values: np.ndarray) -> Interval:
+    low, high = np.percentile(values, [100 * (1 - LEVEL) / 2, 100 * (1 + LEVEL) / 2])
     return Interval(float(low), float(high))
 
 
@@ -148,21 +163,29 @@ def crossed_interval(values: np.ndarray) -> Interval:
     users, seeds = values.shape
     if users < 2 or seeds < 2:
         return NO_INTERVAL
-    rng = np.random.default_rng(0)
     present = ~np.isnan(values)
     known = np.where(present, values, 0.0)
     means: list[np.ndarray] = []
-    step = max(1, 4_000_000 // users)  # resamples that fit into memory at once
-    for count in (min(step, RESAMPLES - done) for done in range(0, RESAMPLES, step)):
-        of_user = rng.multinomial(users, np.full(users, 1 / users), count)
-        of_seed = rng.multinomial(seeds, np.full(seeds, 1 / seeds), count)
+    count = max(1, MAX_VALUES // users)
+    for of_user, of_seed in [_all_counts(users, seeds)] if count >= RESAMPLES else _count_parts(users, seeds, count):
         drawn = of_seed @ present.T
         user_means = np.divide(of_seed @ known.T, drawn, out=np.zeros(drawn.shape), where=drawn > 0)
         weights = of_user * (drawn > 0)
         total = weights.sum(axis=1)
         means.append((weights * user_means).sum(axis=1)[total > 0] / total[total > 0])
-    low, high = np.quantile(np.concatenate(means), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Interval(float(low), float(high))
+    return _percentiles(np.concatenate(means))
+
+
+@lru_cache(maxsize=8)
+def _all_counts(users: int, seeds: int) -> tuple[np.ndarray, np.ndarray]:
+    return next(_count_parts(users, seeds, RESAMPLES))
+
+
+def _count_parts(users: int, seeds: int, count: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """How often each user and each seed is drawn, ``[n, users]`` and ``[n, seeds]``."""
+    rng = np.random.default_rng(0)
+    for n in (min(count, RESAMPLES - done) for done in range(0, RESAMPLES, count)):
+        yield rng.multinomial(users, np.full(users, 1 / users), n), rng.multinomial(seeds, np.full(seeds, 1 / seeds), n)
 
 
 def detectable(values: np.ndarray) -> float:

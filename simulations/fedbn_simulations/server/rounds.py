@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, cast
 
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from flwr.serverapp import Grid
@@ -246,13 +247,22 @@ def _train_cohort(
     aggregates: list[dict[str, Moments]],
 ) -> StackedUpdates | None:
     """Updates of all clients from one call of a grid in this process; None if the clients need messages."""
-    ctx, train = validator.ctx, getattr(nodes.grid, "train_cohort", None)
-    sends_more = bool(aggregates or server.broadcast) or ctx.privacy is not None
-    if train is None or sends_more or validator.limits != NO_LIMITS or any(user not in nodes.node for user in sampled):
+    ctx = validator.ctx
+    if (
+        not getattr(nodes.grid, "trains_cohorts", False)
+        or aggregates
+        or server.broadcast
+        or ctx.privacy is not None
+        or ctx.population.remote
+        or ctx.strategy.is_centralized
+        or validator.limits != NO_LIMITS
+        or any(user not in nodes.node for user in sampled)
+    ):
         return None
     received = [server.state_for(ctx, user) for user in sampled] if server.groups else [server.state] * len(sampled)
     progress = Progress(number, ctx.run.plan.rounds, ctx.strategy.is_known_client(sampled[0], server.known))
-    updates: StackedUpdates | None = train(sampled, received, progress, nodes.trained.keys() & set(sampled))
+    trained = nodes.trained.keys() & set(sampled)
+    updates: StackedUpdates | None = cast(Any, nodes.grid).train_cohort(sampled, received, progress, trained)
     if updates is not None:
         validator.stacked_updates(updates)
         nodes.trained |= dict.fromkeys(sampled, number)

@@ -106,6 +106,24 @@ def test_fused_linear_step_matches_sgd(first, monkeypatch):
     assert not used
 
 
+def test_layer_that_runs_twice_is_not_fused(monkeypatch):
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.layer(torch.relu(self.layer(x)))
+
+    net = Twice().double()
+    assert build_program(net).fusable_weights == ()
+    x, y = torch.randn(12, 4, dtype=torch.float64), torch.randint(0, 4, (12,))
+    _, expected = train_stacked_and_separately(net, x, y, FitConfig(SGDStep(0.1)))
+    monkeypatch.setattr(fit, "MIN_FUSED_SIZE", 1)
+    _, stepped = train_stacked_and_separately(net, x, y, FitConfig(SGDStep(0.1)))
+    assert_close(stepped, expected, rtol=1e-12, atol=1e-14)
+
+
 @pytest.mark.parametrize("kind", [nn.MaxPool1d, nn.MaxPool2d])
 def test_relu_is_delayed_until_after_max_pooling(kind):
     shape = (4, 3, 8) if kind is nn.MaxPool1d else (4, 3, 8, 8)
