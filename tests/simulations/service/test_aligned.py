@@ -22,6 +22,8 @@ from fedbn_simulations.service.api import create_app
 from fedbn_simulations.service.batching import Job
 from fedbn_simulations.service.users import UserStore
 
+GRAVITY = torch.tensor([[1.0, 0, 0], [0.6, 0.8, 0], [0, 0, 1]])
+"""Directions of gravity of the classes. Their angles differ, so that only one rotation fits."""
 SHAPE, CLASSES, TRIPLES = (6, 16), ("sit", "walk", "lie"), ((0, 1, 2), (3, 4, 5))
 TURN = rotate(torch.tensor([0.0, 0.0, 1.0]), torch.tensor(math.radians(40.0)))
 
@@ -31,7 +33,7 @@ def recording(n, seed):
     draw = torch.Generator().manual_seed(seed)
     y = torch.arange(n) % 3
     x = 0.1 * torch.randn(n, *SHAPE, generator=draw)
-    x[:, :3] += torch.eye(3)[y][:, :, None] + 0.05 * torch.randn(n, 3, 1, generator=draw)
+    x[:, :3] += GRAVITY[y][:, :, None] + 0.05 * torch.randn(n, 3, 1, generator=draw)
     return x, y
 
 

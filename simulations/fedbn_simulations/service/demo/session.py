@@ -173,7 +173,7 @@ class Playground:
             "recalibrate": Preset(
                 "Recalibrate",
                 f"{median} wears the sensor turned by {turned}, and after {RECORD_AT} windows records one window of "
-                "each activity. Watch the rule “calibrated”.",
+                "each activity. Watch the rule 'calibrated'.",
                 median,
                 {0: ("rotate", TURN), RECORD_AT: ("record_all", ())},
             ),
