@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 import shlex
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 
 import typer
+from click import Command
 
 from fedbn.strategies.base import strategies
 from fedbn_simulations.adaptation.study import Study
@@ -19,6 +21,12 @@ from fedbn_simulations.experiments.experiment import Experiment
 KINDS = {"compare": Experiment, "adapt": Study}
 
 
+@cache
+def command_line() -> Command:
+    """The command ``fedbn``. Typer takes 50 ms to build it."""
+    return typer.main.get_command(app)
+
+
 def commands_in(document: Path) -> list[str]:
     """Lines that begin with ``fedbn``, without their comments."""
     return re.findall(r"^\s*(fedbn .*?)(?:\s+#.*)?$", document.read_text(encoding="utf-8"), re.MULTILINE)
@@ -27,7 +35,7 @@ def commands_in(document: Path) -> list[str]:
 def parses(line: str) -> None:
     """Fail unless the command exists, takes these options, and they name things that exist."""
     _, name, *arguments = shlex.split(line)
-    command = typer.main.get_command(app).commands[name]
+    command = command_line().commands[name]
     if "--help" in arguments:
         return
     given = command.make_context(name, list(arguments)).params

@@ -17,12 +17,15 @@ import pytest
 from fedbn.federation.loop import federate
 from fedbn.strategies.base import strategies
 from fedbn_simulations.storage.provenance import NUMERICS
-from tests.helpers import double_precision
+from tests.helpers import double_precision, mostly_slow
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "curves.json"
 
 
-@pytest.mark.parametrize("name", strategies())
+QUICK = ("centralized", "fbn", "fedbn", "fedtan", "fixbn", "global-naive", "groupnorm", "hbn", "iabn", "mtfl", "silobn")
+
+
+@pytest.mark.parametrize("name", mostly_slow(strategies(), *QUICK))
 def test_learning_curve_matches_golden(name, small):
     run = small(name, rounds=3)
     with double_precision(run) as ctx:

@@ -38,10 +38,11 @@ from fedbn_clients.jobs import Train, execute, run_batched
 from fedbn_simulations.engines.grid import InProcessGrid
 from fedbn_simulations.flower.compat import task_identity
 from fedbn_simulations.server.rounds import Listener, run_rounds
-from tests.helpers import same
+from tests.helpers import mostly_slow, same
 
 STACKED = sorted(set(strategies()) - {"fedtan"})
 """All strategies but FedTAN, whose clients exchange statistics in the first step."""
+QUICK = ("batch-renorm", "dbn", "evalnorm", "fedbn", "fixbn", "full-norm", "global-naive", "groupnorm", "hbn", "iabn")
 NETWORK = "tests.fedbn.stacked.test_executors:network"
 VECTORIZED = "tests.fedbn.stacked.test_executors:mixed"
 MODELS = {"digit-cnn", "har-cnn", "mlp", "resnet20", "small-cnn", NETWORK, VECTORIZED}
@@ -157,7 +158,7 @@ def context_or_skip(run):
 
 
 @pytest.mark.parametrize("model", ["mlp", pytest.param("small-cnn", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", STACKED)
+@pytest.mark.parametrize("name", mostly_slow(STACKED, *QUICK))
 def test_stacked_training_matches_every_strategy(name, model):
     ctx = in_double_precision(context_or_skip(unequal_users_run(name, model, proximal=0.1)))
     executor = ClientExecutor("stacked", 1)

@@ -132,7 +132,7 @@ OWN_STATISTICS = {
 }
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", mostly_slow(ALL, "fedbn", "global-pooled", "groupnorm", "hbn", "fedtan", "mtfl"))
 def test_strategy_with_one_user_equals_local(name, small):
     options = {"partition": "iid:clients=1", "rounds": 2}
     local = trained(small("local", **options))

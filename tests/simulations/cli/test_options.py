@@ -9,6 +9,7 @@ import typing
 import pytest
 import tomli_w
 import typer
+from click import testing
 from typer.testing import CliRunner
 
 import fedbn
@@ -23,6 +24,7 @@ from fedbn_simulations.cli.app import app
 from fedbn_simulations.cli.options import options_of
 from fedbn_simulations.experiments.experiment import Experiment
 from fedbn_simulations.experiments.options import ExperimentOptions
+from tests.commands import command_line
 from tests.helpers import ROOT
 
 # A value other than the default for every option, as text of the command line and as a value.
@@ -124,7 +126,7 @@ def flags(name):
 
 
 def invoke(captured, arguments):
-    result = CliRunner().invoke(app, arguments)
+    result = testing.CliRunner().invoke(command_line(), arguments)
     assert isinstance(result.exception, Stop), (result.output, result.exception)
     return captured.pop()
 
@@ -264,7 +266,7 @@ def test_data_and_columns_name_a_scenario(captured, tmp_path):
         (["compare", "digits8", "--data", str(path)], "give a scenario or --data, not both"),
         (["adapt", "digits8", "--columns", "x=a"], "--columns goes with --data"),
     ):
-        result = CliRunner().invoke(app, wrong)
+        result = testing.CliRunner().invoke(command_line(), wrong)
         assert isinstance(result.exception, UserError)
         assert message in str(result.exception)
 

@@ -22,7 +22,7 @@ from fedbn_simulations.engines.grid import FIRST_NODE, InProcessGrid
 from fedbn_simulations.flower.compat import task_identity
 from fedbn_simulations.server.nodes import NodePool
 from fedbn_simulations.server.rounds import run_rounds
-from tests.helpers import same, sampling_options
+from tests.helpers import mostly_slow, same, sampling_options
 
 
 def assert_same(a, b):
@@ -36,18 +36,20 @@ def grid_of(run, app=client_app, **options):
     return InProcessGrid(app, len(users), {"run": run.to_json()}, **options)
 
 
-SAME_EXCHANGE = {
-    *("batch-renorm", "evalnorm", "iabn"),  # as ghost-bn
-    *("feature-norm", "nonorm", "weight-standardization", "instancenorm", "layernorm"),  # as groupnorm
-    *("divergence-pooled", "global-robust"),  # as global-pooled
-    *("fedap", "hbn", "params-only"),  # as bn-similarity, hbn-full, silobn
-}
-"""Strategies that exchange the same as another one; only their layers or formulas differ."""
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow if n in SAME_EXCHANGE else ()) for n in strategies()]
+QUICK = (
+    "bn-similarity",
+    "fedbn",
+    "fedbn-seeded",
+    "fedtan",
+    "global-pooled",
+    "global-recalibrated",
+    "hbn-full",
+    "local",
 )
+"""Strategies with different exchanges."""
+
+
+@pytest.mark.parametrize("name", mostly_slow(strategies(), *QUICK))
 def test_grid_matches_reference_loop(name, small):
     run = small(name, optimizer_state="keep", proximal=0.01, **sampling_options(name))
     assert_same(execute(run, "reference"), execute(run, "grid"))
