@@ -68,7 +68,8 @@ def heat_map(means: Means) -> Figure:
     image = axes.imshow(differences, cmap="PuOr", vmin=-CLIP, vmax=CLIP, aspect="auto")
     for (i, j), value in np.ndenumerate(values):
         if np.isfinite(value):
-            color = "white" if abs(differences[i, j]) > 0.8 * CLIP else "black"
+            luminance = np.dot(image.to_rgba(differences[i, j])[:3], (0.2126, 0.7152, 0.0722))
+            color = "white" if luminance < 0.45 else "black"
             axes.text(j, i, format_number(value), ha="center", va="center", fontsize=6, color=color)
     suffix = {"recalibrated": "\n(recalib.)"}
     names = [test.replace(" ", "\n", 1) + suffix.get(statistics, "") for statistics, test in cells]
@@ -77,7 +78,7 @@ def heat_map(means: Means) -> Figure:
     axes.tick_params(length=0, top=True, bottom=False, labeltop=True, labelbottom=False)
     axes.spines[:].set_visible(False)
     bar = figure.colorbar(image, ax=axes, location="bottom", aspect=40, pad=0.01)
-    bar.set_label("accuracy minus that of FedAvg (naive BN),\nin the same column (higher is better)", fontsize=6.5)
+    bar.set_label("accuracy minus that of FedAvg (naive BN)\nin the same column (higher is better)", fontsize=6.5)
     bar.outline.set_visible(False)
     return figure
 
