@@ -88,4 +88,5 @@ def test_own_input_is_refused_in_one_sentence(arguments, message, own, tmp_path)
 def test_diverged_training_names_client_and_round(own):
     code, out, errors = own("compare", "--data", "classes.npz", "--model", "own_input:deep", *QUICK, "--lr", "3e38")
     assert code == 0, errors
-    assert re.search(r"training diverged: the loss of .* became NaN or infinite in round \d", f"{out} {errors}")
+    text = " ".join(f"{out} {errors}".split())
+    assert re.search(r"training diverged: the loss of .* became NaN or infinite in round \d", text), text

@@ -14,7 +14,7 @@ from tests.fedbn.online.alignments.data import windows
 
 USERS = 6
 UNSEEN = hold_out(USERS, 1, 0)[0]
-QUICK = ["--model", "har-cnn", "--rounds", "1", "--streams", "natural", "--seeds", "1", "--quiet"]
+QUICK = ["--model", "har-cnn", "--rounds", "1", "--streams", "natural", "--seeds", "1"]
 
 
 @pytest.fixture
