@@ -18,7 +18,6 @@ import contextlib
 import copy
 import io
 import json
-import os
 import sys
 import tempfile
 import time
@@ -119,17 +118,13 @@ def pfllib(
                 examples = getattr(user, part)
                 np.savez(place / f"{i}.npz", data={"x": examples.x.numpy(), "y": examples.y.numpy()})
         Path(folder, "system").mkdir()
-        here = Path.cwd()
-        os.chdir(Path(folder, "system"))
-        try:
+        with contextlib.chdir(Path(folder, "system")):
             server = Recorder(args, 0)
             server.curve = []
             torch.manual_seed(seed)
             start = time.process_time()
             server.train()
             seconds = time.process_time() - start - server.spent
-        finally:
-            os.chdir(here)
     return server.curve, seconds / (rounds + 1)
 
 
