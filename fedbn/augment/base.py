@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fedbn.errors import UserError
 from fedbn.plugins import callable_of, callable_text, discover, parse, render
+from fedbn.seeds import seed_torch
 
 Batch = tuple[Tensor, Tensor]
 """Inputs ``[B, *shape]`` and targets ``[B, ...]``."""
@@ -142,7 +143,7 @@ def _seeded(seed: int) -> Iterator[None]:
     """Context in which the global generators are seeded; their states are restored afterwards."""
     with _LOCK, torch.random.fork_rng(devices=[]):
         states = random.getstate(), np.random.get_state()
-        torch.manual_seed(seed)
+        seed_torch(seed)
         random.seed(seed)
         np.random.seed(seed)
         try:

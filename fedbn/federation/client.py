@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from fedbn.augment.base import augmentation
@@ -18,7 +17,7 @@ from fedbn.nn.inference import logits
 from fedbn.nn.roles import State, clone, with_prefix
 from fedbn.online.rules.base import client_rule
 from fedbn.personalization.base import ClientTrainer
-from fedbn.seeds import key
+from fedbn.seeds import seeded
 from fedbn.statistics.consensus import Aggregates, replay
 from fedbn.statistics.moments import Moments
 from fedbn.strategies.base import Progress, Update
@@ -128,8 +127,7 @@ def client_sync_first_batch(
     if (augment := augmentation(ctx.run.plan.augment)) is not None:
         x, y = augment(batch.x, batch.y, next(augmentation_draws(ctx.run.seed, progress.round, rng_user)))
         batch = replace(batch, x=x, y=y)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(key(ctx.run.seed, "noise", progress.round, rng_user))  # same dropout as in the first step
+    with seeded(ctx.run.seed, "noise", progress.round, rng_user):  # same dropout as in the first step
         return ctx.strategy.sync_first_batch(model, batch, aggregates)
 
 

@@ -16,7 +16,7 @@ from fedbn.data.population import Examples
 from fedbn.nn.roles import State, statistics_layers
 from fedbn.optim.base import load_state, optimizer, read_state
 from fedbn.optim.schedules import rate
-from fedbn.seeds import generator, key
+from fedbn.seeds import generator, seeded
 from fedbn.tasks import Task
 
 
@@ -117,8 +117,7 @@ def fit(
     for parameter in frozen:
         parameter.requires_grad_(False)
     try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(key(seed, "noise" + purpose, round, user))  # dropout draws from the global generator
+        with seeded(seed, "noise" + purpose, round, user):  # dropout draws from the global generator
             for epoch in range(epochs):
                 for index in epoch_batches(len(data), plan, seed, round, user, epoch, purpose, row_users):
                     statistics = nullcontext() if per_user is None else per_user.of_row(int(index[0]))

@@ -18,7 +18,7 @@ from fedbn.nn.plain import plain
 from fedbn.nn.roles import set_head
 from fedbn.objects import in_memory, reference, resolve
 from fedbn.plugins import discover
-from fedbn.seeds import key
+from fedbn.seeds import seeded
 
 
 class Network(nn.Module):
@@ -159,8 +159,7 @@ def build(text: str, shape: tuple[int, ...], classes: int, seed: int, head: str 
     make = factory(text)
     if not shape and ":" not in text:
         raise UserError(f"model {text!r} needs the shape of an example: give it, e.g. --shape 3,32,32")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(key(seed, "initial weights"))
+    with seeded(seed, "initial weights"):
         try:
             model = make(shape=shape, classes=classes)
         except UserError:

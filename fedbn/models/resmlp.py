@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fedbn.errors import UserError
 from fedbn.models.base import Network
-from fedbn.seeds import key
+from fedbn.seeds import seeded
 
 
 def ic_layer(width: int, p: float) -> nn.Sequential:
@@ -138,8 +138,7 @@ def mc_dropout(model: nn.Module, x: Tensor, samples: int, seed: int = 0) -> tupl
     dropouts = [m for m in model.modules() if isinstance(m, nn.Dropout)]
     for layer in dropouts:
         layer.train()
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(key(seed, "dropout masks"))
+    with seeded(seed, "dropout masks"), torch.no_grad():
         p = torch.stack([model(x).softmax(1) for _ in range(samples)]).mean(0)
     for layer in dropouts:
         layer.eval()

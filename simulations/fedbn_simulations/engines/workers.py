@@ -22,6 +22,7 @@ import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
+from fedbn.seeds import seed_torch
 from fedbn_simulations.flower.processes import STOP_SECONDS, kill_worker, prepare_worker, worker_context
 
 ClientCallable = Callable[[Message, Context], Message]
@@ -73,7 +74,7 @@ def seeded(seed: int | None) -> Iterator[None]:
     with torch.random.fork_rng():
         random.seed(seed)
         np.random.seed(seed % 2**32)
-        torch.manual_seed(seed)
+        seed_torch(seed)
         try:
             yield
         finally:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from functools import cache
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fedbn import seeds
 from fedbn.data.population import Examples
 from fedbn.federation.metrics import Row
 from fedbn.federation.server import Outcome
 from fedbn.nn.inference import logits
 from fedbn.scenarios.digits import Digits
-from fedbn.seeds import generator, key
+from fedbn.seeds import generator
 
 NUMERICS = 1
 """Numerics version of all studies; each study also has its own. Increase it if a change affects results."""
@@ -54,12 +55,9 @@ def _downsample(data: Examples) -> Examples:
     return Examples(F.avg_pool2d(data.x, 2), data.y, data.recording)
 
 
-@contextmanager
-def seeded(seed: int, *purpose: object) -> Iterator[None]:
-    """Seed torch's global generator for one purpose, e.g. initial weights, and restore it afterwards."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(key(seed, "claims", *purpose))
-        yield
+def seeded(seed: int, *purpose: object) -> AbstractContextManager[None]:
+    """Context in which PyTorch's global generator is seeded for one purpose, e.g. initial weights."""
+    return seeds.seeded(seed, "claims", *purpose)
 
 
 def shuffled(n: int, size: int, epochs: int, seed: int) -> Iterator[Tensor]:
