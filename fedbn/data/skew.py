@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
+import scipy
 import torch
-from scipy.special import rel_entr
 from torch import Tensor
 
 from fedbn.data.population import Population
@@ -47,7 +47,7 @@ def _jensen_shannon(p: np.ndarray, q: np.ndarray) -> float:
     """
     # scipy.spatial, which has its square root, is slow to import.
     middle = (p + q) / 2
-    return float((rel_entr(p, middle) + rel_entr(q, middle)).sum() / (2 * np.log(2)))
+    return float((scipy.special.rel_entr(p, middle) + scipy.special.rel_entr(q, middle)).sum() / (2 * np.log(2)))
 
 
 def measure(population: Population) -> Skew:

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
+import scipy
 from numpy.typing import ArrayLike
-from scipy.signal import lfilter
-from sklearn.metrics import f1_score
 
 from fedbn.online.traces import ClassTrace, Floats, Trace
 from fedbn.tasks import Task
@@ -74,6 +73,8 @@ def score(trace: ClassTrace) -> UserScore:
     >>> score(ClassTrace.of_logits(s, torch.tensor([[9.0, 0.0], [9.0, 0.0]]))).accuracy
     0.5
     """
+    from sklearn.metrics import f1_score
+
     scored = trace.scored
     y, predicted = trace.y[scored], trace.predicted[scored]
     weights = _fading_weights(len(y))
@@ -121,8 +122,8 @@ def fading_mean(values: Floats, factor: float = FADING) -> Floats:
     """
     scored = ~np.isnan(values)
     filters = [1.0], [1.0, -factor]
-    total = lfilter(*filters, np.where(scored, values, 0.0))
-    weight = lfilter(*filters, scored.astype(float))
+    total = scipy.signal.lfilter(*filters, np.where(scored, values, 0.0))
+    weight = scipy.signal.lfilter(*filters, scored.astype(float))
     return np.asarray(total / np.where(weight > 0, weight, np.nan))
 
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+import scipy
 import torch
-from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
 from fedbn.scenarios.digit_domains import DigitScenario, Part, backgrounds
@@ -41,7 +41,7 @@ class Scanner:
 
     def record(self, images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Record images ``[n, height, width]``."""
-        blurred = gaussian_filter(images, (0, self.blur, self.blur))
+        blurred = scipy.ndimage.gaussian_filter(images, (0, self.blur, self.blur))
         noise = rng.normal(0, self.noise, images.shape)
         return (self.contrast * (blurred + noise) + self.brightness).astype(np.float32)
 

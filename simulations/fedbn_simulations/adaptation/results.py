@@ -23,9 +23,7 @@ from fedbn.online.traces import Trace
 from fedbn_simulations.adaptation.cells import BOUNDS, SOURCE, Cell
 from fedbn_simulations.adaptation.check import AUGMENTED, Decision
 from fedbn_simulations.adaptation.metric import StudyMetric
-from fedbn_simulations.adaptation.plots import curve_figure, users_figure
 from fedbn_simulations.adaptation.study import Results, Study
-from fedbn_simulations.report.style import png
 from fedbn_simulations.results.inference import adjust, estimate, mean_of_users, signed_rank
 from fedbn_simulations.storage.provenance import NUMERICS, code_digest, versions
 
@@ -221,6 +219,9 @@ def write(
     Returns:
         The summary.
     """
+    from fedbn_simulations.adaptation.plots import curve_figure, users_figure
+    from fedbn_simulations.report.style import png
+
     metric = metric_of(study)
     users, curves = users_frame(results), metric_curve(results, metric.of_windows)
     found, curve = summary(results, users, metric), f"{metric.of_windows}_curve"

@@ -6,10 +6,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-from matplotlib.figure import Figure
 from torch import nn
 
 from fedbn.data.population import Population
@@ -21,11 +20,12 @@ from fedbn.federation.trained import trained_model
 from fedbn.files import read_json, write_atomically
 from fedbn.personalization.treatment import treatment, treatment_text
 from fedbn_simulations.experiments.tasks import CHECKPOINT
-from fedbn_simulations.report.plots import convergence_figure, matrix_figure, paired_figure
-from fedbn_simulations.report.style import pdf, png, svg
 from fedbn_simulations.results.comparison import Comparison
 from fedbn_simulations.results.labels import readable
 from fedbn_simulations.storage.checkpoint import load_outcome
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,8 @@ class Plot:
         Raises:
             UserError: another suffix.
         """
+        from fedbn_simulations.report.style import pdf, png, svg
+
         path = Path(path)
         writers: dict[str, Callable[[], bytes]] = {
             ".png": lambda: png(self.figure),
@@ -57,6 +59,8 @@ class Plot:
         write_atomically(path, writers[path.suffix]())
 
     def _repr_png_(self) -> bytes:
+        from fedbn_simulations.report.style import png
+
         return png(self.figure)
 
 
@@ -65,6 +69,8 @@ class ComparisonResult(Comparison):
 
     def plot_matrix(self, metric: str = "") -> Plot:
         """The evaluation matrix: one panel per row, a dot with its 95 % interval over users per cell."""
+        from fedbn_simulations.report.plots import matrix_figure
+
         return Plot(matrix_figure(self, metric), f"matrix of {metric or self.metric}")
 
     def plot_paired(self, row: str = "own", column: str = "aggregated", metric: str = "") -> Plot:
@@ -73,6 +79,8 @@ class ComparisonResult(Comparison):
         Raises:
             UserError: no strategy can be compared with the reference in this cell.
         """
+        from fedbn_simulations.report.plots import paired_figure
+
         figure = paired_figure(self, row, column, metric)
         if figure is None:
             raise UserError(
@@ -87,6 +95,8 @@ class ComparisonResult(Comparison):
         Raises:
             UserError: a single round was evaluated.
         """
+        from fedbn_simulations.report.plots import convergence_figure
+
         figure = convergence_figure(self)
         if figure is None:
             raise UserError("one evaluated round makes no curve: train for more rounds, or set a smaller eval_every")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from scipy import stats
+import scipy
 
 from fedbn.errors import UserError, unknown
 
@@ -94,7 +94,7 @@ class Effect:
         if len(values) < 2 or not np.isfinite(values).all():
             raise ValueError(f"an interval needs at least two finite effects, not {list(effects)}")
         mean = float(values.mean())
-        half = float(stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values)))
+        half = float(scipy.stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values)))
         return Effect(mean, mean - half, mean + half)
 
     def verdict(self, threshold: float) -> Verdict:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+import scipy
 
 LEVEL = 0.95
 ALPHA = 0.05
@@ -141,7 +141,7 @@ def seed_interval(per_seed: np.ndarray) -> tuple[float, Interval]:
     if count < 2:
         return math.nan, NO_INTERVAL
     sd = float(np.std(per_seed, ddof=1))
-    half = float(stats.t.ppf((1 + LEVEL) / 2, count - 1)) * sd / math.sqrt(count)
+    half = float(scipy.stats.t.ppf((1 + LEVEL) / 2, count - 1)) * sd / math.sqrt(count)
     center = float(np.mean(per_seed))
     return sd, Interval(center - half, center + half)
 
@@ -200,7 +200,7 @@ def detectable(values: np.ndarray) -> float:
     count = len(values)
     if count < 2:
         return math.nan
-    quantiles = stats.t.ppf([(1 + LEVEL) / 2, POWER], count - 1)
+    quantiles = scipy.stats.t.ppf([(1 + LEVEL) / 2, POWER], count - 1)
     return float(quantiles.sum() * np.std(values, ddof=1) / math.sqrt(count))
 
 
@@ -215,7 +215,7 @@ def needed_count(values: np.ndarray, distance: float, limit: int = 1000) -> int 
     if len(values) < 2 or not distance > 0:
         return None
     counts = np.arange(2, limit + 1)
-    quantiles = stats.t.ppf((1 + LEVEL) / 2, counts - 1) + stats.t.ppf(POWER, counts - 1)
+    quantiles = scipy.stats.t.ppf((1 + LEVEL) / 2, counts - 1) + scipy.stats.t.ppf(POWER, counts - 1)
     enough = quantiles * np.std(values, ddof=1) / np.sqrt(counts) <= distance
     return int(counts[enough.argmax()]) if enough.any() else None
 
@@ -263,12 +263,12 @@ def signed_rank(differences: np.ndarray) -> float:
     if np.ptp(differences) == 0:
         return math.nan
     if len(differences) > EXACT_LIMIT:
-        return float(stats.wilcoxon(differences).pvalue)
+        return float(scipy.stats.wilcoxon(differences).pvalue)
     # Same as SciPy for few and tied differences, but SciPy computes the ranks again for every choice of signs.
     ranks = np.zeros(len(differences))
     nonzero = differences != 0
-    ranks[nonzero] = np.sign(differences[nonzero]) * stats.rankdata(np.abs(differences[nonzero]))
-    return float(stats.permutation_test((ranks,), np.sum, permutation_type="samples", n_resamples=np.inf).pvalue)
+    ranks[nonzero] = np.sign(differences[nonzero]) * scipy.stats.rankdata(np.abs(differences[nonzero]))
+    return float(scipy.stats.permutation_test((ranks,), np.sum, permutation_type="samples", n_resamples=np.inf).pvalue)
 
 
 def adjust(p: pd.Series) -> pd.Series:
@@ -280,5 +280,5 @@ def adjust(p: pd.Series) -> pd.Series:
     adjusted = p.astype(float).copy()
     known = adjusted.notna()
     if known.any():
-        adjusted[known] = stats.false_discovery_control(adjusted[known].to_numpy())
+        adjusted[known] = scipy.stats.false_discovery_control(adjusted[known].to_numpy())
     return adjusted
