@@ -15,6 +15,7 @@ import numpy as np
 
 from fedbn.errors import UserError
 from fedbn.federation.labeled_sums import parse_sums_method, sums_notice
+from fedbn.federation.run import plan_for
 from fedbn.federation.setup import build_context
 from fedbn.online.prequential_metrics import scores
 from fedbn_simulations.adaptation.cells import SOURCE, Cell, run_cell
@@ -34,7 +35,7 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--noise", type=float, nargs="+", default=[0.001, 0.003, 0.01, 0.03, 0.1])
     parser.add_argument("--out", type=Path, default=Path("results/private-sums"))
     chosen = parser.parse_args(args)
-    study = Study(SCENARIO, seeds=chosen.seeds).resolved()
+    study = Study(SCENARIO, plan=plan_for(SCENARIO), seeds=chosen.seeds).resolved()
     sources = [train_source_model(run, chosen.out, "grid:stacked", lambda event: None) for run in study.runs()]
     print(f"source {format_number(_accuracy(sources, SOURCE, ''))}")
     protections = ["", f"clip={chosen.clip:g}", *(f"clip={chosen.clip:g}:noise={noise:g}" for noise in chosen.noise)]

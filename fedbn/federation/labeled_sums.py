@@ -59,7 +59,13 @@ def client_sums(
     Raises:
         UserError: the model or the data do not fit the method, or a value does not fit a secure sum.
     """
-    sums, privacy = method.client_sums(model.eval(), _windows(ctx, user), received), ctx.privacy
+    privacy = ctx.privacy
+    try:
+        sums = method.client_sums(model.eval(), _windows(ctx, user), received)
+    except UserError as error:
+        if privacy is None or not privacy.noise or not number:
+            raise
+        raise UserError(f"{error}. Or the noise on the sums of the rounds before is too large: lower it") from error
     if privacy is None:
         return sums
     if privacy.is_bounded:

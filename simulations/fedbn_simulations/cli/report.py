@@ -47,6 +47,7 @@ def report(
     brief: Annotated[
         bool, typer.Option("--brief", help="With --into: only means of the first five strategies.")
     ] = False,
+    figures: Annotated[bool, typer.Option("--figures", help="Also write the figures as PNG and PDF.")] = False,
     metric: Metric = "",
     as_json: AsJson = False,
 ) -> None:
@@ -65,20 +66,25 @@ def report(
         raise UserError("give --format or --json, not both")
     if out is not None and not several and format_ is None:
         raise UserError("a comparison's page is written into its directory: --out goes with --format")
+    if figures and (several or format_ is not None):
+        raise UserError("--figures takes one directory and no --format")
     if format_ is not None:
         _write(directories, format_, out, metric)
     elif several:
         _show_side_by_side(directories, out or Path("side-by-side.html"), as_json, metric)
     else:
-        show_comparison(directories[0], as_json, metric)
+        show_comparison(directories[0], as_json, metric, print_formats=figures)
     if into is not None:
         from fedbn_simulations.report.documents import update_document
 
         update_document(directories[0], into, full=full, brief=brief, metric=metric)
 
 
-def show_comparison(directory: Path, as_json: bool, metric: str = "") -> None:
-    """Write the page of a comparison, and print its tables, or all results as JSON."""
+def show_comparison(directory: Path, as_json: bool, metric: str = "", *, print_formats: bool = False) -> None:
+    """Write the page of a comparison, and print its tables, or all results as JSON.
+
+    With ``print_formats``, the figures are also written as PNG and PDF.
+    """
     start = time.process_time()
     from fedbn_simulations.report.page import write_report
     from fedbn_simulations.report.terminal import show
@@ -86,7 +92,7 @@ def show_comparison(directory: Path, as_json: bool, metric: str = "") -> None:
     from fedbn_simulations.results.summary import answer
 
     comparison = Comparison.load(directory, metric)
-    page = write_report(directory, metric)
+    page = write_report(directory, metric, print_formats=print_formats)
     if as_json:
         matrix = json.loads(comparison.matrix().to_json(orient="records"))
         paired = json.loads(comparison.paired().to_json(orient="records"))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-import shutil
 from pathlib import Path
 
 from fedbn.errors import UserError
 from fedbn.federation.traffic import REPEATED
 from fedbn.files import write_atomically
+from fedbn_simulations.report.plots import paired_figure
+from fedbn_simulations.report.style import png
 from fedbn_simulations.results.comparison import Comparison
 from fedbn_simulations.results.formatting import capitalize, format_number, format_size, markdown_table, metric_title
 from fedbn_simulations.results.matrix import BRIEF_CELLS
@@ -24,7 +25,7 @@ def update_document(
 ) -> None:
     """Replace the text between ``<!-- begin NAME -->`` and ``<!-- end NAME -->``; NAME is the directory's name.
 
-    If the document shows ``NAME.png``, the plot of paired differences is copied to that path.
+    If the document shows ``NAME.png``, the plot of paired differences is drawn there.
 
     Args:
         directory: results directory of a comparison.
@@ -34,7 +35,7 @@ def update_document(
         brief: insert only means of the first strategies, with readable names.
 
     Raises:
-        UserError: the document or its markers are missing.
+        UserError: the document or its markers are missing, or there is nothing to draw.
     """
     name = directory.resolve().name
     replace_block(document, name)  # fail before any computation
@@ -57,7 +58,10 @@ def update_document(
     for target in re.findall(rf"!\[.*?\]\((.*?{re.escape(name)}\.png)\)", document.read_text(encoding="utf-8")):
         picture = document.parent / target
         picture.parent.mkdir(exist_ok=True)
-        shutil.copy(directory / "figures" / "paired-own-aggregated.png", picture)
+        figure = paired_figure(comparison, "own", "aggregated")
+        if figure is None:
+            raise UserError(f"{target} cannot be drawn: {name} compares a single strategy")
+        write_atomically(picture, png(figure))
     replace_block(document, name, "\n\n".join(parts) + "\n")
 
 

@@ -18,7 +18,7 @@ from fedbn_simulations.results.matrix import COLUMNS, ROWS
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure of the page; also saved as ``figures/<name>`` with ``.png``, ``.svg`` and ``.pdf``.
+    """A figure of the page; also saved as ``figures/<name>.svg``, and as PNG and PDF if asked for.
 
     Attributes:
         name: name of its files.
@@ -35,8 +35,13 @@ class Picture:
     narrow: Markup
 
 
-def paired_pictures(comparison: Comparison) -> list[Picture]:
-    """Paired differences on own test and unseen users, each in the first column that has the row."""
+def paired_pictures(comparison: Comparison, *, print_formats: bool = False) -> list[Picture]:
+    """Paired differences on own test and unseen users, each in the first column that has the row.
+
+    Args:
+        comparison: the comparison.
+        print_formats: also write PNG and PDF, which takes longer than drawing the page.
+    """
     pictures = []
     for row in ("own", "unseen"):
         column = next((c for r, c in comparison.cells if r == row), None)
@@ -46,13 +51,15 @@ def paired_pictures(comparison: Comparison) -> list[Picture]:
         if figure is not None and narrow is not None:
             title = f"{ROWS[row][0]}, {COLUMNS[column][0]}: each user's difference to {comparison.reference_name}"
             caption = "One point per user. Line and band: mean and its 95 % interval. Below 0: worse for the user."
-            pictures.append(
-                _save(comparison, f"paired-{row}-{column}", title[0].upper() + title[1:], caption, figure, narrow)
-            )
+            picture = _picture(f"paired-{row}-{column}", title[0].upper() + title[1:], caption, figure, narrow)
+            _save(comparison, picture, figure, print_formats)
+            pictures.append(picture)
     return pictures
 
 
-def picture(comparison: Comparison, name: str, title: str, caption: str) -> Picture | None:
+def picture(
+    comparison: Comparison, name: str, title: str, caption: str, *, print_formats: bool = False
+) -> Picture | None:
     """The figure ``matrix``, ``convergence`` or ``shift``; None if there is nothing to draw."""
     known: dict[str, Callable[..., Figure | None]] = {
         "matrix": plots.matrix_figure,
@@ -62,7 +69,9 @@ def picture(comparison: Comparison, name: str, title: str, caption: str) -> Pict
     figure, narrow = _both(partial(known[name], comparison))
     if figure is None or narrow is None:
         return None
-    return _save(comparison, name, title, caption, figure, narrow)
+    found = _picture(name, title, caption, figure, narrow)
+    _save(comparison, found, figure, print_formats)
+    return found
 
 
 def _both(draw: Callable[..., Figure | None]) -> tuple[Figure | None, Figure | None]:
@@ -70,13 +79,16 @@ def _both(draw: Callable[..., Figure | None]) -> tuple[Figure | None, Figure | N
     return draw(width=PAGE_WIDTH), draw(width=COLUMN_WIDTH)
 
 
-def _save(comparison: Comparison, name: str, title: str, caption: str, figure: Figure, narrow: Figure) -> Picture:
-    """Save a figure in the results directory and return it for the page."""
+def _picture(name: str, title: str, caption: str, figure: Figure, narrow: Figure) -> Picture:
     description = f"{title}. {caption} The numbers are in the tables of this page."
-    text = svg(figure, name, description)
-    figure.set_layout_engine("none")  # the layout is done, and takes half of the time of a drawing
-    for suffix, draw in ((".png", png), (".pdf", pdf)):
-        write_atomically(comparison.directory / "figures" / f"{name}{suffix}", draw(figure))
-    write_atomically(comparison.directory / "figures" / f"{name}.svg", text.encode())
-    # Matplotlib's XML writer escapes the labels.
-    return Picture(name, title, caption, Markup(text), Markup(svg(narrow, f"{name}-narrow", description)))
+    texts = (svg(figure, name, description), svg(narrow, f"{name}-narrow", description))
+    return Picture(name, title, caption, *map(Markup, texts))  # Matplotlib's XML writer escapes the labels
+
+
+def _save(comparison: Comparison, picture: Picture, figure: Figure, print_formats: bool) -> None:
+    path = comparison.directory / "figures" / picture.name
+    write_atomically(path.with_suffix(".svg"), picture.svg.encode())
+    if print_formats:
+        figure.set_layout_engine("none")  # the layout is done, and takes half of the time of a drawing
+        for suffix, draw in ((".png", png), (".pdf", pdf)):
+            write_atomically(path.with_suffix(suffix), draw(figure))

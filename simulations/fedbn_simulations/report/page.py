@@ -9,7 +9,7 @@ from __future__ import annotations
 import shlex
 from base64 import b64encode
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,13 @@ from fedbn_simulations.results.side_by_side import SideBySide
 from fedbn_simulations.results.summary import is_bound, sentences
 
 
-def write_report(directory: str | Path, metric: str = "") -> Path:
+def write_report(directory: str | Path, metric: str = "", *, print_formats: bool = False) -> Path:
     """Write ``report.html``, the matrix as ``matrix`` with ``.csv``, ``.tex`` and ``.md``, ``paired.csv`` and figures.
 
     Args:
         directory: results directory of a comparison, finished or not.
         metric: the metric to show; the comparison's by default.
+        print_formats: write the figures not only as SVG, but also as PNG and PDF.
 
     Returns:
         Path of the page.
@@ -46,7 +47,7 @@ def write_report(directory: str | Path, metric: str = "") -> Path:
         write_atomically(directory / f"matrix{suffix}", write(comparison).encode())
     write_atomically(directory / "paired.csv", comparison.paired().to_csv(index=False).encode())
     page = directory / "report.html"
-    write_atomically(page, _template().render(_context(comparison)).encode())
+    write_atomically(page, _template().render(_context(comparison, print_formats)).encode())
     return page
 
 
@@ -108,7 +109,8 @@ def _template(name: str = "report.html.j2") -> Template:
     return environment.get_template(name)
 
 
-def _context(comparison: Comparison) -> dict[str, Any]:
+def _context(comparison: Comparison, print_formats: bool) -> dict[str, Any]:
+    draw = partial(picture, comparison, print_formats=print_formats)
     meta = comparison.meta
     unseen = comparison.evaluations.query("row == 'unseen'")["user"].nunique()
     digest = {"code digest": meta["code"]} if "code" in meta else {}
@@ -135,14 +137,11 @@ def _context(comparison: Comparison) -> dict[str, Any]:
         "matrix": html_tables.matrix(comparison),
         "matrix_second": html_tables.matrix(comparison, _second_metric(comparison)),
         "matrix_long": html_tables.matrix_long(comparison),
-        "matrix_picture": picture(
-            comparison, "matrix", "Evaluation matrix", "Dots: mean over users. Bars: 95 % interval over users."
-        ),
+        "matrix_picture": draw("matrix", "Evaluation matrix", "Dots: mean over users. Bars: 95 % interval over users."),
         "paired": html_tables.paired(comparison),
         "paired_long": html_tables.paired_long(comparison),
-        "paired_pictures": paired_pictures(comparison),
-        "convergence": picture(
-            comparison,
+        "paired_pictures": paired_pictures(comparison, print_formats=print_formats),
+        "convergence": draw(
             "convergence",
             "Convergence",
             "Lines: mean over seeds, each the mean over users. Bands: from the lowest to the highest seed.",
@@ -152,8 +151,7 @@ def _context(comparison: Comparison) -> dict[str, Any]:
         "newcomers": html_tables.newcomers(comparison),
         "starts": html_tables.starts(comparison),
         "skew": html_tables.skew(comparison),
-        "shift": picture(
-            comparison,
+        "shift": draw(
             "shift",
             "Distance between users' statistics",
             "Every user's training data are passed through the same network. Each square compares two users; brighter "

@@ -147,7 +147,8 @@ def test_page_embeds_its_tables(written, monkeypatch):
         assert (place / f"matrix{suffix}").read_text() == made(Comparison.load(place)), name
         assert f'download="matrix{suffix}" href="data:text/plain;base64,' in page
     figures = {p.name for p in (place / "figures").iterdir()}
-    assert {f"matrix{s}" for s in (".png", ".pdf", ".svg")} <= figures
+    assert figures
+    assert all(name.endswith(".svg") for name in figures)
     assert "@software{fedbn," in page
     assert (place / "figures" / "matrix.svg").read_text().startswith("<svg")
 
@@ -234,7 +235,7 @@ def test_quiet_keeps_errors_files_and_json(pair, run_cli, tmp_path, flag):
 
 
 def test_quiet_command_reports_interruption(pair, run_cli, monkeypatch):
-    def interrupted(*arguments):
+    def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("fedbn_simulations.report.page.write_report", interrupted)

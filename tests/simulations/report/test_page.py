@@ -13,7 +13,7 @@ from rich.console import Console
 from fedbn.data.packages import SOURCES
 from fedbn.errors import UserError
 from fedbn.scenarios.base import scenarios
-from fedbn_simulations.report import figures, html_tables, plots, terminal
+from fedbn_simulations.report import html_tables, plots, terminal
 from fedbn_simulations.report.page import write_report
 from fedbn_simulations.results import inference, summary
 from fedbn_simulations.results.comparison import Comparison
@@ -74,10 +74,8 @@ def terminal_text(directory, width):
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
-    """Use fewer resamples and no image files, except for the module's directory."""
+    """Use fewer resamples, except for the module's directory."""
     monkeypatch.setattr(inference, "RESAMPLES", 100)
-    for name in ("png", "pdf"):
-        monkeypatch.setattr(figures, name, lambda figure: b"")
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +85,7 @@ def directory(tmp_path_factory):
     distance = [[abs(i - j) / 10 for i in range(12)] for j in range(12)]
     layers = [{"layer": "norm1", "users": users, "distance": distance}]
     write_shift(directory, {"label_divergence": 0.25, "feature_w2": None, "new": 3.0, "layers": layers})
-    write_report(directory)
+    write_report(directory, print_formats=True)
     return directory
 
 
