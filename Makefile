@@ -93,7 +93,7 @@ PASSES := dua,dua:pass=train,onda,onda:pass=train,ema,ema:pass=train,resitta,res
 STARTED := --seeds 3 --starts recording,recording:n0=100,classes:k=3 --rules
 ALIGNED := --seeds 3 --streams natural --rules population:diversity=1 --align rotation
 BRIEF := auto,population:diversity=1,rotation,rotation+population:diversity=1
-NESTED := --streams natural --rules $(BRIEF),dabn
+NESTED := --streams natural --rules $(BRIEF),dabn,tent,note,rotta
 
 adapt-tables: $(STAMP)-run  ## studies for docs/adaptation.md (about an hour)
 	$(FOLLOW) hapt:unseen=3:reserved=15 $(CHOOSE) --out results/adapt-choice --into $(PAGE)

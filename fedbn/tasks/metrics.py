@@ -18,13 +18,14 @@ def mean_f1(correct: Tensor, occurring: Tensor) -> Tensor:
     """Mean F1 over the classes that occur or are predicted; the classes are on the last axis.
 
     Args:
-        correct: number of correct predictions of each class.
-        occurring: number of labels plus number of predictions of each class.
+        correct: number, or sum of weights, of correct predictions of each class.
+        occurring: that of labels plus that of predictions of each class.
 
     >>> float(mean_f1(torch.tensor([1, 1, 0]), torch.tensor([3, 3, 0])))
     0.6666666666666666
     """
-    return (2 * correct.double() / occurring.clamp_min(1)).sum(-1) / (occurring > 0).sum(-1)
+    seen = occurring > 0
+    return (2 * correct.double() / torch.where(seen, occurring, 1)).sum(-1) / seen.sum(-1)
 
 
 def count_classes(classes: Tensor, where: Tensor, number: int) -> Tensor:
