@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 STAMP := $(VENV)/.stamp
 
+# Without stored bytecode, each process of a test run compiles all modules and tests.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help demo deploy-demo test test-all mutants test-oldest test-newest test-avx2 audit-packages sbom lint bench bench-peers tables adapt-tables notebooks format clean
 
