@@ -29,6 +29,13 @@ def mostly_slow(values, *quick):
     return [pytest.param(*value, marks=() if value in quick else pytest.mark.slow) for value in values]
 
 
+def make_reports_quick(patch):
+    """Let reports draw few resamples and write no image files, until the patch is undone."""
+    patch.setattr("fedbn_simulations.results.inference.RESAMPLES", 50)
+    for name in ("png", "pdf"):
+        patch.setattr(f"fedbn_simulations.report.figures.{name}", lambda figure: b"")
+
+
 def nonempty(values):
     """List of values. Assertions about none could not fail, for example in a loop over matches of a pattern."""
     values = list(values)

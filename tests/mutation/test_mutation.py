@@ -29,12 +29,7 @@ class Counter:
         self.n = (self.n or 0) + 1
 """
 
-MODULES = (
-    "fedbn/statistics/moments.py",
-    "fedbn/strategies/divergence_pooled.py",
-    "fedbn/streams/switch.py",
-    "clients/fedbn_clients/persistence.py",
-)
+MODULES = ("fedbn/statistics/moments.py", "fedbn/streams/switch.py")
 
 
 @pytest.fixture
@@ -128,7 +123,7 @@ def test_sampled_mutants_are_killed(tmp_path):
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in session.read_text(encoding="utf-8").splitlines()]
-    assert len(lines) == 4
+    assert len(lines) == len(MODULES)
     known = accepted()
     lived = {(m["module"], m["before"], m["after"]) for m in lines if m["outcome"] not in ("killed", "timeout")}
     assert lived <= known.keys(), done.stdout

@@ -38,7 +38,7 @@ from fedbn_clients.jobs import Train, execute, run_batched
 from fedbn_simulations.engines.grid import InProcessGrid
 from fedbn_simulations.flower.compat import task_identity
 from fedbn_simulations.server.rounds import Listener, run_rounds
-from tests.helpers import mostly_slow, same
+from tests.helpers import same
 
 STACKED = sorted(set(strategies()) - {"fedtan"})
 """All strategies but FedTAN, whose clients exchange statistics in the first step."""
@@ -49,10 +49,10 @@ MODELS = {"digit-cnn", "har-cnn", "mlp", "resnet20", "small-cnn", NETWORK, VECTO
 LARGE = {name for name in models() if name.endswith("-cvgj")}
 MAPS = {"unet"}
 """Models with an output per pixel, which targets of one class per example do not fit."""
-DEEP = ("resnet20", "digit-cnn", "binary-cnn")
+SLOW = ("resnet20", "digit-cnn", "binary-cnn", "image-cnn", "stroke-cnn")
 ALL_MODELS = [
     *(
-        pytest.param(name, marks=pytest.mark.slow) if name in DEEP else name
+        pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name
         for name in sorted(set(models()) - LARGE - MAPS)
     ),
     NETWORK,
@@ -157,8 +157,17 @@ def context_or_skip(run):
         pytest.skip(str(error))
 
 
-@pytest.mark.parametrize("model", ["mlp", pytest.param("small-cnn", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", mostly_slow(STACKED, *QUICK))
+CONVOLUTIONS = ("batch-renorm", "dbn", "fedbn", "fedwon", "groupnorm", "hbn", "instancenorm", "weight-standardization")
+"""Strategies that are also tested with convolutions: one for each kind of layers."""
+
+
+def strategies_and_models(names, *quick):
+    """Pairs of a strategy and a model; by default the ``quick`` ones with ``mlp``."""
+    yield from (pytest.param(n, "mlp", marks=() if n in quick else pytest.mark.slow) for n in names)
+    yield from (pytest.param(n, "small-cnn", marks=pytest.mark.slow) for n in CONVOLUTIONS)
+
+
+@pytest.mark.parametrize(("name", "model"), strategies_and_models(STACKED, *QUICK))
 def test_stacked_training_matches_every_strategy(name, model):
     ctx = in_double_precision(context_or_skip(unequal_users_run(name, model, proximal=0.1)))
     executor = ClientExecutor("stacked", 1)

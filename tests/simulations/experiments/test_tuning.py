@@ -19,7 +19,7 @@ from fedbn_simulations.results.comparison import Comparison
 
 def experiment(tune, strategies=("global-naive", "groupnorm:groups=2"), **options):
     plan = {"rounds": 1, "global_test": 20, "clients_per_round": 3}
-    values = {"scenario": "digits8", "strategies": strategies, "seeds": 1, "tune": tune, "plan": plan, **options}
+    values = {"scenario": "digits8:images=900", "strategies": strategies, "seeds": 1, "tune": tune, "plan": plan, **options}
     return Experiment.from_dict(values).resolved()
 
 
