@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -43,9 +44,13 @@ def nonempty(values):
     return values
 
 
+trained = cache(federate)
+"""The outcome of a run in the reference loop, computed once per process; tests do not change it."""
+
+
 def federated(run):
-    """Context and outcome of a run in the reference loop."""
-    return build_context(run), federate(run)
+    """Context and outcome of a run in the reference loop, which tests do not change."""
+    return build_context(run), trained(run)
 
 
 def in_float64(data):

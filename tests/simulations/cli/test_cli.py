@@ -217,6 +217,7 @@ def test_cli_imports_nothing_heavy():
     assert python(script).stdout.strip() == "[]"
 
 
+@pytest.mark.slow
 def test_library_works_without_flower_and_ray():
     script = "import sys\nsys.modules['flwr'] = sys.modules['ray'] = None\n"
     script += "import fedbn.federation.loop, fedbn.auditing.audit\n"
