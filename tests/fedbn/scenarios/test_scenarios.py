@@ -72,12 +72,12 @@ def _load(text, seed):
 
 @pytest.fixture
 def load(texts, monkeypatch):
-    def load(name, seed=0, cached=True):
+    def load(name, seed=0):
         text = texts.get(name, name)
         if name in WRITERS:  # the data of other scenarios stay in the cache
             monkeypatch.setenv("FEDBN_CACHE", texts[f"{name} cache"])
         try:
-            return _load(text, seed) if cached else scenario(text).load(seed)
+            return _load(text, seed)
         except UserError as error:
             if "is not installed" in str(error):
                 pytest.skip(str(error))
