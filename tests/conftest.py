@@ -22,7 +22,7 @@ from tests.unequal import Unequal
 os.environ["LANGUAGE"] = "C"  # otherwise Click searches the disk for translations of each option
 collect_ignore = ["apps"]  # Flower apps, which are imported only while they run
 
-hypothesis.settings.register_profile("fedbn", deadline=None, max_examples=60, derandomize=True)
+hypothesis.settings.register_profile("fedbn", deadline=None, max_examples=40, derandomize=True)
 hypothesis.settings.load_profile("fedbn")
 
 
