@@ -469,13 +469,14 @@ def model_and_strategy():
     """
     changing = (n for n, cls in strategies().items() if cls.prepare_model is not NormStrategy.prepare_model)
     differing = [None, "fedbn", *changing]
-    yield from (("small-cnn", name) for name in [None, *strategies()])
+    found = [("small-cnn", name) for name in [None, *strategies()]]
     for model in models():
         if model.endswith("-cvgj"):  # large networks
             pairs = [(model, name) for name in (None, "fedbn", "groupnorm", "hbn", "instancenorm", "fedwon")]
         else:
             pairs = [(model, name) for name in differing if model != "small-cnn"]
-        yield from (pytest.param(*pair, marks=() if model == "mlp" else pytest.mark.slow) for pair in pairs)
+        found += [pytest.param(*pair, marks=() if model == "mlp" else pytest.mark.slow) for pair in pairs]
+    return found
 
 
 @pytest.mark.parametrize(("name", "strategy_text"), model_and_strategy())

@@ -156,6 +156,7 @@ def directory(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("export")
 @pytest.mark.parametrize(
     ("name", "unseen"),
     [(name, False) for name in STRATEGIES] + [(n, True) for n in ("fedbn", "iabn", "fednorm", "fedap", "local")],
@@ -186,6 +187,7 @@ def test_cli_export_has_the_accuracy_of_the_run(directory, run_cli, tmp_path, na
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("export")
 def test_cli_export_rejects_what_cannot_be_exported(directory, run_cli, tmp_path):
     for arguments, message in (
         (["iabn"], "would not give the same predictions without the layers"),

@@ -163,8 +163,8 @@ CONVOLUTIONS = ("batch-renorm", "dbn", "fedbn", "fedwon", "groupnorm", "hbn", "i
 
 def strategies_and_models(names, *quick):
     """Pairs of a strategy and a model; by default the ``quick`` ones with ``mlp``."""
-    yield from (pytest.param(n, "mlp", marks=() if n in quick else pytest.mark.slow) for n in names)
-    yield from (pytest.param(n, "small-cnn", marks=pytest.mark.slow) for n in CONVOLUTIONS)
+    pairs = [pytest.param(name, "mlp", marks=() if name in quick else pytest.mark.slow) for name in names]
+    return pairs + [pytest.param(name, "small-cnn", marks=pytest.mark.slow) for name in CONVOLUTIONS]
 
 
 @pytest.mark.parametrize(("name", "model"), strategies_and_models(STACKED, *QUICK))

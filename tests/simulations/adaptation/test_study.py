@@ -37,6 +37,8 @@ from fedbn_simulations.adaptation.warm_starts import start
 from fedbn_simulations.cli.app import app
 from fedbn_simulations.storage import provenance
 
+pytestmark = pytest.mark.xdist_group("study")
+
 SCENARIO = "digits8:images=900"
 METRIC = StudyMetric.of(parse_task("classification"))
 RULES = ("pseudo:n0=16", "tent", "pseudo:n0=16/adwin/decay", "ema:rate=0.05/ask:budget=2")

@@ -24,7 +24,7 @@ from tests.simulations.results.test_comparison import write
 HOSTILE = '<script>alert("x")</script>&$_{|'
 
 
-pytestmark = pytest.mark.usefixtures("quick_reports")
+pytestmark = [pytest.mark.usefixtures("quick_reports"), pytest.mark.xdist_group("reports")]
 
 
 @pytest.fixture(scope="module")
