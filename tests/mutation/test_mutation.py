@@ -77,6 +77,7 @@ def test_draw_is_stable_if_other_lines_change(sample):
     assert [a.line - b.line for a, b in zip(after, before, strict=True)] == [5] * 5
 
 
+@pytest.mark.slow
 def test_likely_tests_are_doctests_mirrored_and_importing_tests():
     tests = likely_tests("fedbn/statistics/moments.py", ROOT)
     assert tests[0] == "fedbn/statistics/moments.py"

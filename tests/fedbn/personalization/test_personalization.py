@@ -74,7 +74,7 @@ def test_personalization_rejects_misspelled_and_former_hooks(name, hook):
         type("Own", (Personalization,), {name: lambda self, trainer: {}})
 
 
-@pytest.mark.parametrize("method", ["ditto", "apfl", "finetune", "fedprox:mu=0"])
+@pytest.mark.parametrize("method", mostly_slow(["ditto", "apfl", "finetune", "fedprox:mu=0"], "ditto", "finetune"))
 def test_method_does_not_change_shared_model(method, small):
     assert same(trained(small("silobn")).server.state, trained(small(f"silobn+{method}")).server.state)
 
@@ -138,6 +138,7 @@ def test_finetune_affects_seen_users_only(small):
     assert any(plain.scores[u] != tuned.scores[u] for u in ctx.population.seen)
 
 
+@pytest.mark.slow
 def test_ditto_penalty_controls_distance_to_received_model(small):
     for lam, near in ((50.0, True), (0.0, False)):
         ctx, out = federated(small(f"groupnorm+ditto:lam={lam}", lr=0.01, local_epochs=10, rounds=1, momentum=0.0))

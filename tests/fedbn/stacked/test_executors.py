@@ -38,18 +38,18 @@ from fedbn_clients.jobs import Train, execute, run_batched
 from fedbn_simulations.engines.grid import InProcessGrid
 from fedbn_simulations.flower.compat import task_identity
 from fedbn_simulations.server.rounds import Listener, run_rounds
-from tests.helpers import same
+from tests.helpers import mostly_slow, same
 
 STACKED = sorted(set(strategies()) - {"fedtan"})
 """All strategies but FedTAN, whose clients exchange statistics in the first step."""
-QUICK = ("batch-renorm", "dbn", "evalnorm", "fedbn", "fixbn", "full-norm", "global-naive", "groupnorm", "hbn", "iabn")
+QUICK = ("dbn", "evalnorm", "fedbn", "full-norm", "groupnorm", "hbn")
 NETWORK = "tests.fedbn.stacked.test_executors:network"
 VECTORIZED = "tests.fedbn.stacked.test_executors:mixed"
 MODELS = {"digit-cnn", "har-cnn", "mlp", "resnet20", "small-cnn", NETWORK, VECTORIZED}
 LARGE = {name for name in models() if name.endswith("-cvgj")}
 MAPS = {"unet"}
 """Models with an output per pixel, which targets of one class per example do not fit."""
-SLOW = ("resnet20", "digit-cnn", "binary-cnn", "image-cnn", "stroke-cnn")
+SLOW = ("resnet20", "digit-cnn", "binary-cnn", "binary-mlp", "image-cnn", "resmlp", "stroke-cnn")
 ALL_MODELS = [
     *(
         pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name
@@ -209,7 +209,7 @@ def with_model(ctx, name):
     return replace(ctx, population=population, scratch=model, initial=clone(model.state_dict()), ownership=ownership)
 
 
-@pytest.mark.parametrize("name", personalizations())
+@pytest.mark.parametrize("name", mostly_slow(personalizations(), "ditto", "apfl", "fedrep", "scaffold"))
 def test_stacked_training_matches_every_personalization(name):
     ctx = in_double_precision(context_or_skip(unequal_users_run(f"fedbn+{name}", proximal=0.0)))
     one, stacked = (run_n_rounds(ctx, ClientExecutor(executor, 1), 3) for executor in ("one", "stacked"))

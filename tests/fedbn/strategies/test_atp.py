@@ -165,6 +165,7 @@ def test_atp_does_not_adapt_without_learned_rates(small):
         assert exact == {name: aggregated.metrics[name] for name in exact}
 
 
+@pytest.mark.slow
 def test_online_column_uses_learned_rates_in_every_engine(small):
     run = small("atp:lr=0.1")
     out = execute(run, "reference")

@@ -216,6 +216,7 @@ def test_metric_curve_is_mean_fading_accuracy(results):
     assert len(line) <= min(len(t.y) for t in traces) + 1
 
 
+@pytest.mark.slow
 def test_tuning_selects_on_seen_users(tmp_path):
     done, results, _ = run_study(
         study(rules=("pseudo:n0=2", "pseudo:n0=400", "ema"), starts=("cold",), tune=True), tmp_path
