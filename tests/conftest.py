@@ -71,7 +71,7 @@ def register_model(monkeypatch):
 
 @pytest.fixture
 def quick_reports(monkeypatch):
-    """Reports with few resamples and without image files."""
+    """Reports with few resamples."""
     make_reports_quick(monkeypatch)
 
 

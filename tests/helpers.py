@@ -31,10 +31,8 @@ def mostly_slow(values, *quick):
 
 
 def make_reports_quick(patch):
-    """Let reports draw few resamples and write no image files, until the patch is undone."""
+    """Let reports draw few resamples, until the patch is undone."""
     patch.setattr("fedbn_simulations.results.inference.RESAMPLES", 50)
-    for name in ("png", "pdf"):
-        patch.setattr(f"fedbn_simulations.report.figures.{name}", lambda figure: b"")
 
 
 def nonempty(values):
