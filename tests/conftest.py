@@ -1,22 +1,35 @@
 from __future__ import annotations
 
+import os
 import sys
 import types
-from functools import partial
+from functools import cache, partial
 
 import hypothesis
 import pytest
 import torch
+import typer
+from click import Command
 
 from fedbn.federation.run import Run, plan_for
 from fedbn.scenarios.base import scenarios
-from fedbn_simulations.cli import main
+from fedbn.stacked.memory import collect_garbage_rarely, keep_freed_memory
+from fedbn_simulations.cli import app as cli
+from fedbn_simulations.cli.quiet import add_quiet_option
+from tests.helpers import make_reports_quick
 from tests.unequal import Unequal
 
+os.environ["LANGUAGE"] = "C"  # otherwise Click searches the disk for translations of each option
 collect_ignore = ["apps"]  # Flower apps, which are imported only while they run
 
-hypothesis.settings.register_profile("fedbn", deadline=None, max_examples=60, derandomize=True)
+hypothesis.settings.register_profile("fedbn", deadline=None, max_examples=40, derandomize=True)
 hypothesis.settings.load_profile("fedbn")
+
+
+def pytest_collection_finish():
+    """Garbage collections leave out modules and tests, which live as long as the process."""
+    keep_freed_memory()
+    collect_garbage_rarely()
 
 
 @pytest.fixture(autouse=True)
@@ -57,8 +70,21 @@ def register_model(monkeypatch):
 
 
 @pytest.fixture
-def run_cli(tmp_path, monkeypatch, capsys):
+def quick_reports(monkeypatch):
+    """Reports with few resamples."""
+    make_reports_quick(monkeypatch)
+
+
+@cache
+def _command_line() -> Command:
+    """The command ``fedbn``. Typer takes 50 ms to build it."""
+    return typer.main.get_command(add_quiet_option(cli.app))
+
+
+@pytest.fixture
+def run_cli(tmp_path, monkeypatch, capsys, quick_reports):
     """Run a command in this process, in a temporary directory. Returns exit code, output, and errors on one line."""
+    monkeypatch.setattr(cli, "add_quiet_option", lambda app: _command_line())
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
 
@@ -66,7 +92,7 @@ def run_cli(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["fedbn", *map(str, arguments)])
         code = 0
         try:
-            main()
+            cli.main()
         except SystemExit as stop:
             code = stop.code or 0
         captured = capsys.readouterr()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,11 @@ def mostly_slow(values, *quick):
     return [pytest.param(*value, marks=() if value in quick else pytest.mark.slow) for value in values]
 
 
+def make_reports_quick(patch):
+    """Let reports draw few resamples, until the patch is undone."""
+    patch.setattr("fedbn_simulations.results.inference.RESAMPLES", 50)
+
+
 def nonempty(values):
     """List of values. Assertions about none could not fail, for example in a loop over matches of a pattern."""
     values = list(values)
@@ -36,9 +42,13 @@ def nonempty(values):
     return values
 
 
+trained = cache(federate)
+"""The outcome of a run in the reference loop, computed once per process; tests do not change it."""
+
+
 def federated(run):
-    """Context and outcome of a run in the reference loop."""
-    return build_context(run), federate(run)
+    """Context and outcome of a run in the reference loop, which tests do not change."""
+    return build_context(run), trained(run)
 
 
 def in_float64(data):

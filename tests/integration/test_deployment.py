@@ -206,16 +206,16 @@ def test_second_interrupt_does_not_stop_cleanup(mark, tmp_path):
 
 @pytest.mark.slow
 def test_deployment_resumes_after_server_kill(mark, tmp_path):
-    run = short_run("fedbn", 3)
+    run = short_run("fedbn", 2)
     checkpoint = tmp_path / CHECKPOINT
     kill_server_of(lambda: deploy(run, out=tmp_path), mark, "flwr-serverapp", checkpoint)
-    assert 1 <= len(load_outcome(checkpoint, run).curve) < 3
+    assert len(load_outcome(checkpoint, run).curve) == 1
     messages = []
     result = deploy(run, out=tmp_path, notify=messages.append)
-    assert "of 3 rounds; resuming" in messages[0]
+    assert "of 2 rounds; resuming" in messages[0]
     assert "without TLS" in messages[1]
     assert result.differences == ()
-    assert len(result.deployed.curve) == 3
+    assert len(result.deployed.curve) == 2
     assert result.deployed.scores.keys() == {0, 1, 2}
 
 

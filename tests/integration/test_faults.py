@@ -34,7 +34,7 @@ from fedbn_simulations.server.validation import InvalidReply
 from fedbn_simulations.storage.checkpoint import load_latest, load_outcome, previous_checkpoint, save_outcome
 from tests.helpers import mostly_slow, same
 
-SCENARIO = "digits8:users=4:unseen=1"
+SCENARIO = "digits8:users=4:unseen=1:images=600"
 VICTIM = 3
 NODE = FIRST_NODE + VICTIM
 """Node of the victim."""

@@ -41,7 +41,7 @@ from fedbn_simulations.experiments.experiment import Experiment, read_run_file
 from fedbn_simulations.server.validation import ReplyValidator
 from fedbn_simulations.storage.checkpoint import load_outcome, save_outcome
 
-DEFAULT_CASES, SLOW_CASES = 25, 600
+DEFAULT_CASES, SLOW_CASES = 25, 300
 """Cases per test by default and under the slow marker; there are nineteen tests."""
 
 SUPPRESSED_CHECKS = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.filter_too_much]

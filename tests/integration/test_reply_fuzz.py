@@ -33,7 +33,7 @@ from fedbn_simulations.server.rounds import Listener, run_rounds
 from fedbn_simulations.server.validation import InvalidReply, ReplyValidator
 from tests.unequal import Unequal
 
-DEFAULT_REPLIES, SLOW_REPLIES = 60, 300
+DEFAULT_REPLIES, SLOW_REPLIES = 40, 150
 """Damaged replies of each treatment by default and under the slow marker."""
 
 QUICK = ["global-robust", "hbn", "fedtan", "fedbn-seeded+scaffold", "fedap"]

@@ -23,11 +23,10 @@ SMALL = {
     "adapt": ["--rounds", "1", "--seeds", "1", "--quiet"],
     "claims": ["--seeds", "2", "--workers", "1"],
 }
-FEWER = {
-    "hapt": "hapt:reserved=15",
-    "watch": "watch:reserved=4",
-    "digits": "digits:train=64:test=32",
-}  # half of its users; few images
+FEWER = {"hapt": "hapt:reserved=15", "watch": "watch:reserved=4", "digits": "digits:train=64:test=32"}
+"""Scenarios with half of their users, or with few images."""
+FOLLOWED = {"hapt": "hapt:unseen=2:reserved=22", "watch": "watch:unseen=1:reserved=6"}
+"""Scenarios of studies with few unseen users, whose windows each rule follows one after the other."""
 # These read files that are not in a package; tests of the scenarios and protocols use small local files.
 DOWNLOADS = ("fedbn compare idx ", "fedbn compare cifar:", "fedbn compare --protocol ")
 # Commands that keep running or take minutes; they have separate tests.
@@ -68,7 +67,8 @@ def run_line(tmp_path, monkeypatch):
         _, name, *arguments = shlex.split(line)
         is_listing = "--help" in arguments or not arguments  # `fedbn claims` only prints a list
         small = [] if is_listing else SMALL.get(name, [])
-        monkeypatch.setattr(sys, "argv", ["fedbn", name, *(FEWER.get(word, word) for word in arguments), *small])
+        fewer = FOLLOWED if name == "adapt" else FEWER
+        monkeypatch.setattr(sys, "argv", ["fedbn", name, *(fewer.get(word, word) for word in arguments), *small])
         try:
             cli.main()
         except SystemExit as stop:

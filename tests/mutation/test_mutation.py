@@ -29,12 +29,7 @@ class Counter:
         self.n = (self.n or 0) + 1
 """
 
-MODULES = (
-    "fedbn/statistics/moments.py",
-    "fedbn/strategies/divergence_pooled.py",
-    "fedbn/streams/switch.py",
-    "clients/fedbn_clients/persistence.py",
-)
+MODULES = ("fedbn/statistics/moments.py", "fedbn/streams/switch.py")
 
 
 @pytest.fixture
@@ -82,6 +77,7 @@ def test_draw_is_stable_if_other_lines_change(sample):
     assert [a.line - b.line for a, b in zip(after, before, strict=True)] == [5] * 5
 
 
+@pytest.mark.slow
 def test_likely_tests_are_doctests_mirrored_and_importing_tests():
     tests = likely_tests("fedbn/statistics/moments.py", ROOT)
     assert tests[0] == "fedbn/statistics/moments.py"
@@ -128,7 +124,7 @@ def test_sampled_mutants_are_killed(tmp_path):
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in session.read_text(encoding="utf-8").splitlines()]
-    assert len(lines) == 4
+    assert len(lines) == len(MODULES)
     known = accepted()
     lived = {(m["module"], m["before"], m["after"]) for m in lines if m["outcome"] not in ("killed", "timeout")}
     assert lived <= known.keys(), done.stdout

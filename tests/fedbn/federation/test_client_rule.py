@@ -111,7 +111,8 @@ def test_run_rejects_rules_that_need_labels():
 @pytest.mark.slow
 def test_compare_command_accepts_rule(tmp_path):
     out = str(tmp_path / "out")
-    arguments = ["compare", "hapt:reserved=15", "--strategies", "global-naive", "--rule", "pseudo:n0=16:diversity=1"]
-    result = CliRunner().invoke(app, [*arguments, "--rounds", "2", "--seeds", "1", "--workers", "1", "--out", out])
+    arguments = ["compare", "hapt:unseen=2:reserved=24", "--strategies", "global-naive"]
+    arguments += ["--rule", "pseudo:n0=16:diversity=1", "--rounds", "1", "--seeds", "1", "--workers", "1"]
+    result = CliRunner().invoke(app, [*arguments, "--out", out])
     assert result.exit_code == 0, result.output
     assert "adapted online" in result.output

@@ -49,7 +49,8 @@ def test_no_rule_leaves_the_identity_of_a_run_as_it_was():
     assert with_rule.id != Run("digits8", "fedbn", plan=Plan(patience=2, min_delta=0.5)).id
 
 
-@pytest.mark.parametrize("strategy", ["fedbn", pytest.param("global-recalibrated", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["fedbn", "global-recalibrated"])
 def test_engines_stop_in_the_same_round_and_resume_to_the_same_numbers(strategy, small):
     run = small(strategy, rounds=6, patience=1, min_delta=0.3)
     saved = {}

@@ -11,13 +11,13 @@ from fedbn.config import Plan
 from fedbn.data.batching import batches
 from fedbn.data.population import Examples
 from fedbn.federation.client import OPTIMIZER, client_round
-from fedbn.federation.loop import federate
 from fedbn.federation.setup import build_context
 from fedbn.federation.training import epoch_batches, fit
 from fedbn.optim.schedules import rate
 from fedbn.strategies.base import Progress
 from fedbn.tasks.classification import Classification
 from tests import oracles
+from tests.helpers import trained
 
 
 def examples(n=21):
@@ -104,6 +104,6 @@ def test_optimizer_state_is_kept_and_never_sent(small):
 
 
 def test_momentum_is_reset_between_rounds_by_default(small):
-    reset, keep = federate(small("fedbn")), federate(small("fedbn", optimizer_state="keep"))
+    reset, keep = trained(small("fedbn")), trained(small("fedbn", optimizer_state="keep"))
     assert reset.curve[0] == keep.curve[0]
     assert reset.curve[1] != keep.curve[1]

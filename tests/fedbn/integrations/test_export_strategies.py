@@ -18,7 +18,7 @@ from fedbn.integrations.export import export
 from fedbn.models import build
 from fedbn.nn.conversion import convert
 from fedbn.personalization.treatment import treatment
-from fedbn.strategies.base import strategies, strategy
+from fedbn.strategies.base import NormStrategy, strategies, strategy
 from fedbn.tasks.classification import Classification
 from fedbn_simulations.experiments.compare import compare
 from fedbn_simulations.experiments.experiment import Experiment
@@ -64,8 +64,12 @@ def test_weights_predict_the_same_in_the_plain_network_or_are_refused(name, x, t
         torch.testing.assert_close(plain(x), expected, rtol=1e-4, atol=1e-4)
 
 
+CHANGED = [n for n, cls in strategies().items() if cls.prepare_model is not NormStrategy.prepare_model]
+"""Strategies that change the network; the others export the same program as FedBN."""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", strategies())
+@pytest.mark.parametrize("name", ["fedbn", *CHANGED])
 def test_program_contains_the_layers_of_every_strategy(name, x, tmp_path):
     model = trained(strategy(name).prepare_model(plain_network()), x)
     expected = model(x)
@@ -152,8 +156,11 @@ def directory(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("unseen", [False, True])
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.xdist_group("export")
+@pytest.mark.parametrize(
+    ("name", "unseen"),
+    [(name, False) for name in STRATEGIES] + [(n, True) for n in ("fedbn", "iabn", "fednorm", "fedap", "local")],
+)
 def test_cli_export_has_the_accuracy_of_the_run(directory, run_cli, tmp_path, name, unseen):
     runs = [json.loads(p.read_text()) for p in directory.glob("runs/*/result.json")]
     found = next(r for r in runs if r["run"]["strategy"] == str(treatment(name)))
@@ -180,6 +187,7 @@ def test_cli_export_has_the_accuracy_of_the_run(directory, run_cli, tmp_path, na
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("export")
 def test_cli_export_rejects_what_cannot_be_exported(directory, run_cli, tmp_path):
     for arguments, message in (
         (["iabn"], "would not give the same predictions without the layers"),

@@ -18,7 +18,7 @@ from fedbn.online import LayerPrior, personalize
 from fedbn.online.layer import row_moments
 from fedbn.online.rules.base import rules
 from fedbn.statistics.recalibration import recalibrate
-from tests.helpers import same
+from tests.helpers import mostly_slow, same
 
 EXCLUDES_CURRENT = [n for n, r in rules().items() if not r.includes_current and not r.classwise and not r.requires]
 
@@ -114,7 +114,7 @@ def test_rows_of_other_users_have_no_influence(net, name):
     assert not torch.equal(a[~is_ann], b[~is_ann])
 
 
-@pytest.mark.parametrize("net", ["har", "branched", "linear"])
+@pytest.mark.parametrize("net", mostly_slow(["har", "branched", "linear"], "branched"))
 @pytest.mark.parametrize("name", ["pseudo:n0=2", "ema:rate=0.3", "dabn", "dua", "tbn", "membn:size=3", "tema"])
 def test_batch_of_users_matches_single_users(net, name):
     model, x = (value.double() for value in NETS[net]())

@@ -12,6 +12,7 @@ from fedbn.models.har_cnn import HarCNN
 from fedbn.online import personalize, population_prior, source_prior
 from fedbn.online.records import DamagedRecordError
 from fedbn.online.rules.base import rules
+from tests.helpers import mostly_slow
 
 
 def network(seed=0):
@@ -40,7 +41,7 @@ def net():
 
 
 @pytest.mark.parametrize("name", [name for name, rule in rules().items() if rule.requires in ("", "n0", "class_mean")])
-@pytest.mark.parametrize("calibrated", [False, True])
+@pytest.mark.parametrize("calibrated", mostly_slow([False, True], True))
 def test_record_restores_every_bit(name, calibrated):
     model = network()
     net = personalize(model, name, prior_of(rules()[name], model))

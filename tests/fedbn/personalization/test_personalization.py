@@ -7,14 +7,13 @@ import torch
 
 from fedbn.errors import UserError
 from fedbn.federation.client import METHOD_STATE, client_round
-from fedbn.federation.loop import federate
 from fedbn.federation.server import mean_metric
 from fedbn.federation.setup import build_context
 from fedbn.nn.roles import Role, with_prefix
 from fedbn.personalization.base import Personalization, personalizations
 from fedbn.personalization.treatment import treatment
 from fedbn.strategies.base import Progress
-from tests.helpers import assert_engines_agree, federated, mostly_slow, same
+from tests.helpers import assert_engines_agree, federated, mostly_slow, same, trained
 
 METHODS = list(personalizations())
 NORMS = ["fedbn", *(pytest.param(n, marks=pytest.mark.slow) for n in ("global-naive", "silobn", "groupnorm"))]
@@ -75,9 +74,9 @@ def test_personalization_rejects_misspelled_and_former_hooks(name, hook):
         type("Own", (Personalization,), {name: lambda self, trainer: {}})
 
 
-@pytest.mark.parametrize("method", ["ditto", "apfl", "finetune", "fedprox:mu=0"])
+@pytest.mark.parametrize("method", mostly_slow(["ditto", "apfl", "finetune", "fedprox:mu=0"], "ditto", "finetune"))
 def test_method_does_not_change_shared_model(method, small):
-    assert same(federate(small("silobn")).server.state, federate(small(f"silobn+{method}")).server.state)
+    assert same(trained(small("silobn")).server.state, trained(small(f"silobn+{method}")).server.state)
 
 
 def test_fedprox_regularizes_body_and_head_not_norm_layers(small):
@@ -124,21 +123,22 @@ def test_fedbabu_trains_head_only_for_evaluation(small):
             assert torch.equal(out.server.state[key], ctx.initial[key])
         elif role is Role.BODY:
             assert not torch.equal(out.server.state[key], ctx.initial[key])
-    tuned = federate(small("global-naive+fedbabu:epochs=3:lr=0.05"))
+    tuned = trained(small("global-naive+fedbabu:epochs=3:lr=0.05"))
     assert mean_metric(ctx, tuned.scores, unseen=False) > mean_metric(ctx, out.scores, unseen=False)
 
 
 def test_finetune_with_zero_epochs_changes_nothing(small):
-    assert federate(small("fedbn+finetune:epochs=0")).scores == federate(small("fedbn")).scores
+    assert trained(small("fedbn+finetune:epochs=0")).scores == trained(small("fedbn")).scores
 
 
 def test_finetune_affects_seen_users_only(small):
     ctx, tuned = federated(small("global-naive+finetune:epochs=2:lr=0.05"))
-    plain = federate(small("global-naive"))
+    plain = trained(small("global-naive"))
     assert all(plain.scores[u] == tuned.scores[u] for u in ctx.population.unseen)
     assert any(plain.scores[u] != tuned.scores[u] for u in ctx.population.seen)
 
 
+@pytest.mark.slow
 def test_ditto_penalty_controls_distance_to_received_model(small):
     for lam, near in ((50.0, True), (0.0, False)):
         ctx, out = federated(small(f"groupnorm+ditto:lam={lam}", lr=0.01, local_epochs=10, rounds=1, momentum=0.0))
@@ -150,7 +150,7 @@ def test_ditto_penalty_controls_distance_to_received_model(small):
 
 def test_ditto_without_penalty_is_independent_of_others(small):
     name, partition = "groupnorm+ditto:lam=0", "linear:clients=4"
-    a, b = (federate(small(name, partition=partition, weighting=weighting)) for weighting in ("samples", "uniform"))
+    a, b = (trained(small(name, partition=partition, weighting=weighting)) for weighting in ("samples", "uniform"))
     assert not same(a.server.state, b.server.state)
     for user, client_state in a.client_states.items():
         personal = with_prefix(client_state, METHOD_STATE)
@@ -159,7 +159,7 @@ def test_ditto_without_penalty_is_independent_of_others(small):
 
 
 def test_apfl_alpha_0_is_shared_and_1_is_personal_model(small):
-    mixed, plain = federate(small("groupnorm+apfl:alpha=0")), federate(small("groupnorm"))
+    mixed, plain = trained(small("groupnorm+apfl:alpha=0")), trained(small("groupnorm"))
     for user, scores in plain.scores.items():
         assert mixed.scores[user][0] == scores[0]
     ctx, out = federated(small("groupnorm+apfl:alpha=1"))
@@ -197,13 +197,13 @@ def test_scaffold_server_variate_is_mean_over_all_clients(small):
 
 def test_scaffold_equals_fedavg_in_first_round_only(small):
     for rounds, equal in ((1, True), (2, False)):
-        a, b = (federate(small(name, rounds=rounds)).server.state for name in ("groupnorm+scaffold", "groupnorm"))
+        a, b = (trained(small(name, rounds=rounds)).server.state for name in ("groupnorm+scaffold", "groupnorm"))
         assert same(a, b) is equal
 
 
 def test_scaffold_with_one_client_equals_fedavg(small):
     options = {"partition": "iid:clients=1", "rounds": 3, "momentum": 0.0}
-    a, b = (federate(small(name, **options)).server.state for name in ("groupnorm+scaffold", "groupnorm"))
+    a, b = (trained(small(name, **options)).server.state for name in ("groupnorm+scaffold", "groupnorm"))
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 

@@ -30,10 +30,10 @@ from tests.fedbn.stacked.test_executors import (
     STACKED,
     context_or_skip,
     in_double_precision,
+    strategies_and_models,
     unequal_users_run,
     with_model,
 )
-from tests.helpers import mostly_slow
 
 
 def with_test_sizes(ctx, sizes=(1, 30, 9, 17, 16, 8)):
@@ -106,8 +106,10 @@ def assert_stacked_matches(jobs, expected=None):
     return executor.execution["evaluate"]
 
 
-@pytest.mark.parametrize("model", ["mlp", pytest.param("small-cnn", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", mostly_slow(strategies(), "fedbn", "evalnorm", "batch-renorm", "hbn", "groupnorm"))
+QUICK = ("fedbn", "evalnorm", "batch-renorm", "hbn", "groupnorm")
+
+
+@pytest.mark.parametrize(("name", "model"), strategies_and_models(strategies(), *QUICK))
 def test_stacked_evaluation_matches_every_strategy(name, model):
     if strategies()[name].syncs_first_batch:
         pytest.skip("synchronizes statistics before training")

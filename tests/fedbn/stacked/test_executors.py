@@ -42,17 +42,17 @@ from tests.helpers import mostly_slow, same
 
 STACKED = sorted(set(strategies()) - {"fedtan"})
 """All strategies but FedTAN, whose clients exchange statistics in the first step."""
-QUICK = ("batch-renorm", "dbn", "evalnorm", "fedbn", "fixbn", "full-norm", "global-naive", "groupnorm", "hbn", "iabn")
+QUICK = ("dbn", "evalnorm", "fedbn", "full-norm", "groupnorm", "hbn")
 NETWORK = "tests.fedbn.stacked.test_executors:network"
 VECTORIZED = "tests.fedbn.stacked.test_executors:mixed"
 MODELS = {"digit-cnn", "har-cnn", "mlp", "resnet20", "small-cnn", NETWORK, VECTORIZED}
 LARGE = {name for name in models() if name.endswith("-cvgj")}
 MAPS = {"unet"}
 """Models with an output per pixel, which targets of one class per example do not fit."""
-DEEP = ("resnet20", "digit-cnn", "binary-cnn")
+SLOW = ("resnet20", "digit-cnn", "binary-cnn", "binary-mlp", "image-cnn", "resmlp", "stroke-cnn")
 ALL_MODELS = [
     *(
-        pytest.param(name, marks=pytest.mark.slow) if name in DEEP else name
+        pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name
         for name in sorted(set(models()) - LARGE - MAPS)
     ),
     NETWORK,
@@ -157,8 +157,17 @@ def context_or_skip(run):
         pytest.skip(str(error))
 
 
-@pytest.mark.parametrize("model", ["mlp", pytest.param("small-cnn", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", mostly_slow(STACKED, *QUICK))
+CONVOLUTIONS = ("batch-renorm", "dbn", "fedbn", "fedwon", "groupnorm", "hbn", "instancenorm", "weight-standardization")
+"""Strategies that are also tested with convolutions: one for each kind of layers."""
+
+
+def strategies_and_models(names, *quick):
+    """Pairs of a strategy and a model; by default the ``quick`` ones with ``mlp``."""
+    pairs = [pytest.param(name, "mlp", marks=() if name in quick else pytest.mark.slow) for name in names]
+    return pairs + [pytest.param(name, "small-cnn", marks=pytest.mark.slow) for name in CONVOLUTIONS]
+
+
+@pytest.mark.parametrize(("name", "model"), strategies_and_models(STACKED, *QUICK))
 def test_stacked_training_matches_every_strategy(name, model):
     ctx = in_double_precision(context_or_skip(unequal_users_run(name, model, proximal=0.1)))
     executor = ClientExecutor("stacked", 1)
@@ -200,7 +209,7 @@ def with_model(ctx, name):
     return replace(ctx, population=population, scratch=model, initial=clone(model.state_dict()), ownership=ownership)
 
 
-@pytest.mark.parametrize("name", personalizations())
+@pytest.mark.parametrize("name", mostly_slow(personalizations(), "ditto", "apfl", "fedrep", "scaffold"))
 def test_stacked_training_matches_every_personalization(name):
     ctx = in_double_precision(context_or_skip(unequal_users_run(f"fedbn+{name}", proximal=0.0)))
     one, stacked = (run_n_rounds(ctx, ClientExecutor(executor, 1), 3) for executor in ("one", "stacked"))

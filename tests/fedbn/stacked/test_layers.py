@@ -112,7 +112,7 @@ OWN_CODE = {
 """Layers whose own code computes all clients: those with ``channelwise``, and parametrized weights."""
 
 
-@pytest.mark.parametrize(("k", "training"), [(3, True), (3, False), (1, True)])
+@pytest.mark.parametrize(("k", "training"), [(3, True), (3, False), pytest.param(1, True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", [*LAYERS, *OWN_CODE])
 def test_stacked_layer_matches_separate_layers(name, k, training):
     make, shape = (LAYERS | OWN_CODE)[name]

@@ -216,7 +216,6 @@ def test_collect_garbage_rarely_freezes_loaded_objects():
         assert gc.get_threshold()[0] > 700
         assert gc.isenabled()
     finally:
-        gc.unfreeze()
         gc.set_threshold(*previous)
 
 

@@ -10,14 +10,13 @@ from torch import nn
 
 from fedbn.data.population import Examples
 from fedbn.errors import UserError
-from fedbn.federation.loop import federate
 from fedbn.federation.setup import build_context
 from fedbn.nn.roles import clone
 from fedbn.strategies.base import strategy
 from fedbn.tta import method
 from fedbn.tta.adaptation_rates import RATES, adapt_state, adaptation_step, add_rates, learn_rates, rated_names
 from fedbn_simulations.engines.execute import execute
-from tests.helpers import same
+from tests.helpers import same, trained
 
 BLOCK = 8
 
@@ -149,14 +148,14 @@ def test_adaptation_step_averages_adapted_states():
 
 
 def test_atp_freezes_model_while_learning_rates(small):
-    naive, atp = federate(small("global-naive", rounds=2)), federate(small("atp", rounds=4))
+    naive, atp = trained(small("global-naive", rounds=2)), trained(small("atp", rounds=4))
     rates = atp.server.state.pop(RATES)
     assert same(atp.server.state, naive.server.state)
     assert rates.abs().min() > 0
 
 
 def test_atp_does_not_adapt_without_learned_rates(small):
-    out = federate(small("atp:lr=0"))
+    out = trained(small("atp:lr=0"))
     assert not out.server.state[RATES].any()
     for cells in out.scores.values():
         by_column = {s.column: s for s in cells if s.row in ("own", "unseen")}
@@ -166,6 +165,7 @@ def test_atp_does_not_adapt_without_learned_rates(small):
         assert exact == {name: aggregated.metrics[name] for name in exact}
 
 
+@pytest.mark.slow
 def test_online_column_uses_learned_rates_in_every_engine(small):
     run = small("atp:lr=0.1")
     out = execute(run, "reference")

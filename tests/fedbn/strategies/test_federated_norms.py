@@ -15,7 +15,6 @@ from fedbn.data.population import Examples, Population, User
 from fedbn.errors import UserError
 from fedbn.federation.client import client_round
 from fedbn.federation.cold_start import cold_starts, statistics_for, summarize, window_moments
-from fedbn.federation.loop import federate
 from fedbn.federation.schema import PROBE_ROWS
 from fedbn.federation.setup import build_context
 from fedbn.nn.hooks import capture_inputs
@@ -35,7 +34,7 @@ from fedbn.strategies.hbn import HBN
 from fedbn.strategies.hbn_full import HBNFull
 from fedbn.strategies.static_bn import StaticBN
 from fedbn_simulations.engines.execute import execute
-from tests.helpers import assert_engines_agree, assert_statistics, federated, same
+from tests.helpers import assert_engines_agree, assert_statistics, federated, same, trained
 
 # FedTAN --------------------------------------------------------------------------------------------------------------
 
@@ -167,7 +166,7 @@ def test_fedtan_with_equal_clients_is_bn():
 def test_fedtan_full_batch_round_is_centralized_training(small):
     options = {"batch_size": 10_000, "momentum": 0.0, "lr": 0.1, "rounds": 2}
     names = ("fedtan", "global-naive", "centralized")
-    fedtan, naive, expected = (federate(small(name, **options)).server.state for name in names)
+    fedtan, naive, expected = (trained(small(name, **options)).server.state for name in names)
 
     def gap(state):
         return max(float((state[k] - expected[k]).abs().max()) for k in expected if k.endswith("weight"))
@@ -202,7 +201,7 @@ def inputs_of(layer, model, batches):
 
 
 def test_fixbn_is_global_bn_until_frozen(small):
-    assert same(federate(small("fixbn:stage1=1")).server.state, federate(small("global-naive")).server.state)
+    assert same(trained(small("fixbn:stage1=1")).server.state, trained(small("global-naive")).server.state)
     ctx, out = federated(small("fixbn:stage1=0"))
     for key, role in ctx.ownership.roles.items():
         if role is Role.STATISTICS:
@@ -239,7 +238,7 @@ def test_fbn_publishes_mean_over_batches():
 
 @pytest.mark.parametrize(("name", "rate"), [("fbn", 0.1), ("hbn", 0.002)])
 def test_server_statistics_move_by_rate(name, rate, small):
-    slow, immediate = federate(small(name, rounds=1)), federate(small(f"{name}:rate=1", rounds=1))
+    slow, immediate = trained(small(name, rounds=1)), trained(small(f"{name}:rate=1", rounds=1))
     ctx = build_context(small(name, rounds=1))
     moved = 0.0
     for key, role in ctx.ownership.roles.items():
@@ -374,7 +373,7 @@ def test_fednorm_rejects_single_group():
 
 @pytest.mark.parametrize("name", ["fedap:warm_up=1", "bn-similarity:warm_up=1"])
 def test_similarity_strategies_warm_up_as_fedbn(name, small):
-    a, b = federate(small(name)), federate(small("fedbn"))
+    a, b = trained(small(name)), trained(small("fedbn"))
     assert same(a.server.state, b.server.state)
     assert a.scores == b.scores
 
@@ -395,7 +394,7 @@ def test_bn_similarity_weights_decay_with_distance():
 
 def test_fedap_with_lam_1_equals_local(small):
     ctx, out = federated(small("fedap:warm_up=0:lam=1"))
-    local = federate(small("local"))
+    local = trained(small("local"))
     for user in ctx.population.seen:
         state = ctx.assemble(out.server.state_for(ctx, user), out.client_states[user])
         torch.testing.assert_close(state, local.client_states[user], rtol=1e-4, atol=1e-6)

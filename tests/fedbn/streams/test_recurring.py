@@ -15,6 +15,7 @@ from fedbn.streams import stream
 from fedbn_simulations.adaptation.methods import adaptation_method
 
 TURN = 80
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("recurring")]
 
 
 def source():

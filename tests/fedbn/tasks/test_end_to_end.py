@@ -20,7 +20,7 @@ from fedbn.tasks.regression import Regression
 from fedbn_simulations.engines.deployment import differences
 from fedbn_simulations.engines.execute import execute
 from tests.fedbn.tasks.populations import MODELS, arrays
-from tests.helpers import assert_engines_agree
+from tests.helpers import assert_engines_agree, mostly_slow
 
 TASKS = {
     **{"class": "classification", "number": "regression", "labels": "multilabel"},
@@ -79,7 +79,16 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("task", CASES)
+QUICK = (
+    "classification:balanced=true",
+    "regression:loss=huber",
+    "multilabel",
+    "segmentation",
+    "sequence:weights=1+1+2",
+)
+
+
+@pytest.mark.parametrize("task", mostly_slow(CASES, *QUICK))
 def test_task_engines_agree_and_learn(tmp_path, task):
     kind, metric = CASES[task]
     run = run_of(tmp_path, kind, task, local_epochs=4 if kind in ("map", "sequence") else 1)

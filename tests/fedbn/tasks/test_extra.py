@@ -93,8 +93,7 @@ def test_metric_is_an_option_of_the_task():
     assert errors["mean_absolute_error"] == pytest.approx(2, rel=1e-6)
 
 
-def test_comparison_displays_the_metric(tmp_path, monkeypatch):
-    monkeypatch.setattr("fedbn_simulations.results.inference.RESAMPLES", 20)
+def test_comparison_displays_the_metric(tmp_path, quick_reports):
     options = {"rounds": 1, "seeds": 1, "engine": "grid", "progress": False, "out": tmp_path}
     found = fedbn.compare(population(), ["fedavg", "fedbn"], metric=surprise, **options)
     assert (found.metric, found.higher_is_better()) == ("surprise", False)

@@ -37,12 +37,15 @@ from fedbn_simulations.adaptation.warm_starts import start
 from fedbn_simulations.cli.app import app
 from fedbn_simulations.storage import provenance
 
+pytestmark = pytest.mark.xdist_group("study")
+
+SCENARIO = "digits8:images=900"
 METRIC = StudyMetric.of(parse_task("classification"))
 RULES = ("pseudo:n0=16", "tent", "pseudo:n0=16/adwin/decay", "ema:rate=0.05/ask:budget=2")
 
 
 def study(**values):
-    given = {"scenario": "digits8", "rules": RULES, "seeds": 1} | values
+    given = {"scenario": SCENARIO, "rules": RULES, "seeds": 1} | values
     return Study.from_dict(given | {"rounds": 1})
 
 
@@ -195,7 +198,7 @@ def test_write_writes_readable_files(finished_study, tmp_path):
     assert pd.read_parquet(tmp_path / "users.parquet").equals(users_frame(results))
     stored = json.loads((tmp_path / "adapt.json").read_text())
     assert len(stored["summary"]) == len(found)
-    assert stored["study"]["scenario"] == "digits8"
+    assert stored["study"]["scenario"] == SCENARIO
     assert (tmp_path / "accuracy_curve.png").stat().st_size > 10_000
     console = Console(width=80, file=io.StringIO())
     console.print(summary_table(found, done, metric_of(done), 80))
@@ -213,6 +216,7 @@ def test_metric_curve_is_mean_fading_accuracy(results):
     assert len(line) <= min(len(t.y) for t in traces) + 1
 
 
+@pytest.mark.slow
 def test_tuning_selects_on_seen_users(tmp_path):
     done, results, _ = run_study(
         study(rules=("pseudo:n0=2", "pseudo:n0=400", "ema"), starts=("cold",), tune=True), tmp_path
@@ -279,7 +283,7 @@ def test_study_rejects_bad_options(values, message, place):
 
 
 def test_adapt_command_prints_table_and_json(place, finished_study):
-    arguments = ["adapt", "digits8", "--rules", "tent", "--streams", "iid", "--seeds", "1"]
+    arguments = ["adapt", SCENARIO, "--rules", "tent", "--streams", "iid", "--seeds", "1"]
     options = ["--rounds", "1", "--out", str(place), "--json"]
     result = CliRunner().invoke(app, [*arguments, *options], catch_exceptions=False)
     assert result.exit_code == 0

@@ -16,7 +16,6 @@ from torch import nn
 import fedbn
 from fedbn.errors import UserError
 from fedbn_simulations.api import AdaptationResult
-from fedbn_simulations.results import inference
 from tests.helpers import PYTHONPATH, ROOT, nonempty
 from tests.simulations.results.test_comparison import write
 
@@ -24,10 +23,9 @@ HEAVY = {"torch", "numpy", "pandas", "scipy", "sklearn", "matplotlib", "flwr", "
 
 
 @pytest.fixture
-def quick(tmp_path, monkeypatch):
-    """Work in a temporary directory, with few resamples."""
+def quick(tmp_path, monkeypatch, quick_reports):
+    """Work in a temporary directory, with quick reports."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(inference, "RESAMPLES", 50)
 
 
 def python(*arguments):

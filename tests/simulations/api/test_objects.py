@@ -29,15 +29,13 @@ from fedbn.tta.tent import Tent
 from fedbn_simulations.adaptation.methods import adaptation_method, adaptation_text
 from fedbn_simulations.adaptation.study import families
 from fedbn_simulations.engines.deployment import deploy, differences
-from fedbn_simulations.results import inference
 from tests.helpers import PYTHONPATH, nonempty, same
 
 
 @pytest.fixture(autouse=True)
-def quick(tmp_path, monkeypatch):
-    """Work in a temporary directory, with few resamples."""
+def quick(tmp_path, monkeypatch, quick_reports):
+    """Work in a temporary directory, with quick reports."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(inference, "RESAMPLES", 50)
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,7 @@ def test_probabilities_weighted_and_uniform():
     assert (weighted - (branches[0] + branches[1]) / 2).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 def test_unseen_measures_every_arm(monkeypatch):
     few = {d: tuple(e.take(torch.arange(64)) for e in pair) for d, pair in common.digit_domains().items()}
     monkeypatch.setattr(embeddings, "digit_domains", lambda: few)
@@ -236,6 +237,7 @@ def test_gradient_error_shrinks_for_full_norm_only():
     assert errors[2] > 0.5
 
 
+@pytest.mark.slow
 def test_gradients_of_fedtan_are_exact():
     exact = fedtan.gradients("fedtan sorted", 0, True)
     naive = fedtan.gradients("global-naive sorted", 0, True)
@@ -273,6 +275,7 @@ def test_grid_runs():
     assert 0 < normalizers.grid("IN @ small-cnn iid 32", 0, True)["accuracy"] <= 1
 
 
+@pytest.mark.slow
 def test_transfer_trains_expected_modules(monkeypatch):
     few = {d: tuple(e.take(torch.arange(100)) for e in pair) for d, pair in common.digit_domains().items()}
     monkeypatch.setattr(pretrained, "digit_domains", lambda: few)

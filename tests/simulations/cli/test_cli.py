@@ -21,15 +21,13 @@ from fedbn.plugins import title
 from fedbn.strategies.base import strategies
 from fedbn_simulations.cli import app as cli
 from fedbn_simulations.cli import catalog, options
-from fedbn_simulations.results import inference
 from fedbn_simulations.results.papers import link_of
 from tests.helpers import ROOT
 
 QUICK = ["--rounds", 2, "--seeds", 1, "--workers", 1]
 
 
-def test_compare_and_report_print_tables_and_json(tmp_path, run_cli, monkeypatch):
-    monkeypatch.setattr(inference, "RESAMPLES", 100)
+def test_compare_and_report_print_tables_and_json(tmp_path, run_cli):
     code, out, errors = run_cli("compare", "digits8", "--strategies", "global-naive,fedbn", *QUICK)
     assert code == 0, errors
     page = tmp_path / "results" / "digits8" / "report.html"
@@ -219,6 +217,7 @@ def test_cli_imports_nothing_heavy():
     assert python(script).stdout.strip() == "[]"
 
 
+@pytest.mark.slow
 def test_library_works_without_flower_and_ray():
     script = "import sys\nsys.modules['flwr'] = sys.modules['ray'] = None\n"
     script += "import fedbn.federation.loop, fedbn.auditing.audit\n"

@@ -13,28 +13,18 @@ import pytest
 
 from fedbn.errors import UserError
 from fedbn_simulations.cli import app as cli
-from fedbn_simulations.report import figures as report_figures
 from fedbn_simulations.report import plots, style
 from fedbn_simulations.report.page import FORMATS, write_report, write_side_by_side
-from fedbn_simulations.results import inference
 from fedbn_simulations.results.comparison import Comparison
 from fedbn_simulations.results.inference import mean_of_users
 from fedbn_simulations.results.side_by_side import SideBySide
-from tests.helpers import nonempty
+from tests.helpers import make_reports_quick, nonempty
 from tests.simulations.results.test_comparison import write
 
 HOSTILE = '<script>alert("x")</script>&$_{|'
 
 
-def make_quick(patch):
-    patch.setattr(inference, "RESAMPLES", 50)
-    for name in ("png", "pdf"):
-        patch.setattr(report_figures, name, lambda figure: b"")
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch):
-    make_quick(monkeypatch)
+pytestmark = [pytest.mark.usefixtures("quick_reports"), pytest.mark.xdist_group("reports")]
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +42,7 @@ def written(pair, tmp_path_factory):
     """The first of them with its page."""
     place = shutil.copytree(pair[0], tmp_path_factory.mktemp("written") / "copy")
     with pytest.MonkeyPatch.context() as patch:
-        make_quick(patch)
+        make_reports_quick(patch)
         write_report(place)
     return place
 

@@ -15,7 +15,7 @@ from fedbn_simulations.engines.grid import InProcessGrid
 from fedbn_simulations.flower.compat import task_identity
 from fedbn_simulations.server.rounds import run_rounds
 from fedbn_simulations.storage.checkpoint import load_outcome, save_outcome
-from tests.helpers import same
+from tests.helpers import mostly_slow, same
 
 
 def assert_same(a, b):
@@ -44,7 +44,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", mostly_slow(CASES, "sampled", "groups", "dropout"))
 def test_cohort_matches_messages(case, small, monkeypatch):
     name, settings = CASES[case]
     run = small(name, **{"model": "mlp", "rounds": 3, "eval_every": 2, **settings})

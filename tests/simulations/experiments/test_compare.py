@@ -38,9 +38,12 @@ COMMAND = (
 )
 
 
+SCENARIO = "digits8:users=4:unseen=1:images=600"
+
+
 def experiment(*strategies, **settings):
-    plan = plan_for("digits8", **{"rounds": 2, "global_test": 60, "eval_every": 2} | settings.pop("plan", {}))
-    return Experiment("digits8", strategies or ("global-naive", "fedbn"), plan=plan, **{"seeds": 2} | settings)
+    plan = plan_for(SCENARIO, **{"rounds": 2, "global_test": 60, "eval_every": 2} | settings.pop("plan", {}))
+    return Experiment(SCENARIO, strategies or ("global-naive", "fedbn"), plan=plan, **{"seeds": 2} | settings)
 
 
 def results(directory):
@@ -69,7 +72,7 @@ def test_compare_runs_every_strategy_with_every_seed(tmp_path):
         for e in r["evaluations"]:
             if r["strategy"] == "fedbn" and (e["row"], e["column"]) == ("own", "aggregated"):
                 by_user.setdefault(e["user"], []).append(e["accuracy"])
-    assert sum(map(len, by_user.values())) == 16
+    assert sum(map(len, by_user.values())) == 3 * 2
     expected = sum(sum(v) / len(v) for v in by_user.values()) / len(by_user)
     assert float(own["mean"].iloc[0]) == pytest.approx(expected)
     meta = json.loads((tmp_path / "comparison.json").read_text())

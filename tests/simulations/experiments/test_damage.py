@@ -14,6 +14,7 @@ from fedbn_simulations.experiments.experiment import Experiment
 from fedbn_simulations.experiments.tasks import CHECKPOINT
 from fedbn_simulations.report.page import write_report
 from fedbn_simulations.results.comparison import Comparison
+from tests.helpers import mostly_slow
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,7 @@ def test_report_has_no_changed_number(finished, copy, name):
 
 
 @pytest.mark.parametrize("name", ["result.json", CHECKPOINT])
-@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "missing"])
+@pytest.mark.parametrize("damage", mostly_slow(["flip", "cut", "empty", "missing"], "flip"))
 def test_resume_computes_a_damaged_file_of_a_finished_run_again(finished, copy, name, damage):
     path = run_file(copy, name)
     content = path.read_bytes()

@@ -19,8 +19,8 @@ from fedbn_simulations.results.comparison import Comparison
 
 def experiment(tune, strategies=("global-naive", "groupnorm:groups=2"), **options):
     plan = {"rounds": 1, "global_test": 20, "clients_per_round": 3}
-    values = {"scenario": "digits8", "strategies": strategies, "seeds": 1, "tune": tune, "plan": plan, **options}
-    return Experiment.from_dict(values).resolved()
+    values = {"scenario": "digits8:images=900", "strategies": strategies, "seeds": 1, "tune": tune, "plan": plan}
+    return Experiment.from_dict(values | options).resolved()
 
 
 def test_every_strategy_has_the_same_candidates(tmp_path):

@@ -14,6 +14,7 @@ from fedbn.data.packages import SOURCES
 from fedbn.errors import UserError
 from fedbn.scenarios.base import scenarios
 from fedbn_simulations.report import html_tables, plots, terminal
+from fedbn_simulations.report import page as report_page
 from fedbn_simulations.report.page import write_report
 from fedbn_simulations.results import inference, summary
 from fedbn_simulations.results.comparison import Comparison
@@ -76,6 +77,12 @@ def terminal_text(directory, width):
 def _quick(monkeypatch):
     """Use fewer resamples, except for the module's directory."""
     monkeypatch.setattr(inference, "RESAMPLES", 100)
+
+
+@pytest.fixture
+def without_figures(monkeypatch):
+    monkeypatch.setattr(report_page, "picture", lambda *arguments, **options: None)
+    monkeypatch.setattr(report_page, "paired_pictures", lambda comparison, **options: [])
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +203,7 @@ def test_page_escapes_hostile_names(tmp_path):
     assert HOSTILE in terminal_text(tmp_path, 400)
 
 
-def test_page_shows_missing_cells_as_dashes(tmp_path):
+def test_page_shows_missing_cells_as_dashes(tmp_path, without_figures):
     keep_evaluations(write(tmp_path, seeds=(0,)), lambda _, e: e["row"] != "unseen", "1-*")
     page = page_of(tmp_path)
     for caption in ("Accuracy: mean", "Accuracy minus"):
@@ -213,7 +220,7 @@ def test_page_with_one_user_or_one_seed(tmp_path, users, seeds):
     assert "nan" not in terminal_text(tmp_path, 100)
 
 
-def test_page_counts_unfinished_runs(tmp_path):
+def test_page_counts_unfinished_runs(tmp_path, without_figures):
     write(tmp_path, unfinished=[("fedbn", 0), ("groupnorm", 2)], columns=("aggregated",))
     text = write_report(tmp_path).read_text(encoding="utf-8")
     assert "2 of 9 runs are not finished and left out." in text
@@ -238,7 +245,7 @@ def test_convergence_figure_needs_two_rounds(tmp_path):
     assert plots.convergence_figure(Comparison.load(tmp_path)) is None
 
 
-def test_page_quotes_command_for_shell(tmp_path):
+def test_page_quotes_command_for_shell(tmp_path, without_figures):
     directory = write(tmp_path / "it's; rm -rf", {"global": 0.8}, seeds=(0,), command="")
     page = write_report(directory).read_text(encoding="utf-8")
     assert "Differences to" not in page, "no differences with a single strategy"
@@ -247,7 +254,7 @@ def test_page_quotes_command_for_shell(tmp_path):
     assert shlex.split(command) == ["fedbn", "report", str(directory)]
 
 
-def test_page_cites_data(tmp_path, text):
+def test_page_cites_data(tmp_path, text, without_figures):
     assert "No citation is on record" in text
     source = SOURCES["hapt"]
     write(tmp_path, {"global": 0.8}, seeds=(0,), sources={source.label: source.sha256})

@@ -168,9 +168,9 @@ def test_switch_of_person_raises_alarm(playground):
         for name, u in playground.users.items()
     }
     session = Session(replace(playground, users=people), "user1")
-    assert sum(step["alarm"] for step in session.step(120)["steps"]) <= 1
+    assert sum(step["alarm"] for step in session.step(70)["steps"]) <= 1
     session.switch("user2")
-    assert any(step["alarm"] for step in session.step(60)["steps"])
+    assert any(step["alarm"] for step in session.step(40)["steps"])
 
 
 def test_session_rejects_unknown_person(playground):

@@ -51,8 +51,8 @@ def memory(monkeypatch, tmp_path):
 @pytest.fixture(scope="module")
 def experiment():
     plan = {"rounds": 2, "eval_every": 1, "global_test": 20}
-    values = {"scenario": "digits8", "strategies": ("global-naive", "fedbn"), "seeds": 1, "plan": plan}
-    return Experiment.from_dict(values).resolved()
+    values = {"scenario": "digits8:users=4:unseen=1:images=600", "strategies": ("global-naive", "fedbn"), "plan": plan}
+    return Experiment.from_dict(values | {"seeds": 1}).resolved()
 
 
 def tracked(experiment, out, *texts):
@@ -114,8 +114,9 @@ def test_log_run_sanitizes_names_and_drops_nonfinite_values(memory):
 
 
 def test_adapt_logs_training_and_every_rule(memory, tmp_path, run_cli):
-    arguments = ["adapt", "digits8", "--rules", "pseudo:n0=8", "--streams", "iid", "--seeds", 1, "--rounds", 1]
-    code, out, err = run_cli(*arguments, "--starts", "cold,recording", "--out", "out", "--json", "--track", memory)
+    arguments = ["adapt", "digits8:images=600", "--rules", "pseudo:n0=8", "--streams", "iid", "--seeds", 1]
+    arguments += ["--rounds", 1, "--starts", "cold,recording"]
+    code, out, err = run_cli(*arguments, "--out", "out", "--json", "--track", memory)
     assert code == 0, err
     rows = {row["rule"]: row for row in json.loads(out)}
     calls = Memory.instance.calls
