@@ -213,12 +213,12 @@ def data(
     task: Annotated[
         str, typer.Option(help="Task, e.g. regression; empty for the scenario's.", show_default=False)
     ] = "",
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the unseen users and the splits.")] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Show users, classes and splits of a data set; without one, which data sets are installed and intact.
 
-    Example: [bold]fedbn data --data mine.csv --columns y=activity[/]
+    Example: [bold]fedbn data --data mine.csv --columns x=acc:y=activity:user=subject[/]
     """
     from fedbn.data.packages import status
     from fedbn.scenarios.base import scenario as parse

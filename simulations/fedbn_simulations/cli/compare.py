@@ -42,7 +42,7 @@ def compare(
     tune: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="OPTION=VALUE,... ...",
+            metavar="OPTION=VALUES",
             help=field_help(ExperimentOptions, "tune"),
             show_default=False,
             rich_help_panel="Optimization",
