@@ -612,7 +612,7 @@ def test_show_full_lists_every_entry():
 def test_show_does_not_collapse_different_blocks():
     widths = (3, 3, 3, 4, 4, 2)
     text = render_text(audit(nn.Sequential(*(nn.Linear(a, b) for a, b in pairwise(widths)))))
-    assert [line.split()[1] for line in text.splitlines() if "shared" in line][:4] == ["[0-1]", "2", "3", "4"]
+    assert [line.split()[0] for line in text.splitlines() if "shared" in line][:4] == ["[0-1]", "2", "3", "4"]
 
 
 def test_show_sums_bytes_of_collapsed_blocks():
