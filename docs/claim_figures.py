@@ -20,7 +20,9 @@ from fedbn_simulations.report.style import small_png
 
 PAGES = Path(__file__).parent / "claims"
 NUMBER = r"(-?[\d.]+(?:e[+-]?\d+)?)"
-MEASURED = re.compile(rf"- Measured: .*: {NUMBER} \[{NUMBER}, {NUMBER}\], threshold .*?\. Mean .*?: (.*)\.$", re.MULTILINE)
+MEASURED = re.compile(
+    rf"- Measured: .*: {NUMBER} \[{NUMBER}, {NUMBER}\], threshold .*?\. Mean .*?: (.*)\.$", re.MULTILINE
+)
 
 
 def entry_of(claim: Claim, text: str) -> Entry:

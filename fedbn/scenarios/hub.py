@@ -174,7 +174,9 @@ class Hub(Scenario):
         if self.data in COLLECTIONS:
             collection = COLLECTIONS[self.data]
         elif "/" in self.data or self.path:
-            collection = Collection((Part(self.data),), (3, 32, 32), f"natural differences between the users of {self.data}")
+            collection = Collection(
+                (Part(self.data),), (3, 32, 32), f"natural differences between the users of {self.data}"
+            )
         else:
             raise unknown("data set of scenario 'hub' (or give owner/name)", self.data, COLLECTIONS)
         columns = {k: v for k in ("x", "y", "user") if (v := getattr(self, k))}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import tomllib
 import typing
+from itertools import pairwise
 
 import pytest
 import tomli_w
@@ -225,7 +226,7 @@ def test_help_fits_80_columns():
         assert "…" not in text, command
         # Paragraphs are filled up to the width, and not broken where the docstring is.
         prose = text[text.index("Usage") : text.index("╭")].splitlines()
-        pairs = [(a.strip(), b.strip()) for a, b in zip(prose, prose[1:], strict=False) if a.strip() and b.strip()]
+        pairs = [(a.strip(), b.strip()) for a, b in pairwise(prose) if a.strip() and b.strip()]
         assert all(len(a) + 1 + len(b.split()[0]) > 78 for a, b in pairs), command
 
 
