@@ -219,6 +219,7 @@ def test_help_shows_panels_and_defaults():
     assert text.count("none]") == 1  # the server optimizer's name is none
 
 
+@pytest.mark.slow  # renders the help of every command
 def test_help_fits_80_columns():
     for command in typer.main.get_command(app).commands:
         text = CliRunner().invoke(app, [command, "--help"], terminal_width=80).output
