@@ -9,7 +9,7 @@ STAMP := $(VENV)/.stamp
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo deploy-demo test test-all mutants test-oldest test-newest test-avx2 audit-packages sbom lint bench bench-peers tables adapt-tables notebooks format clean
+.PHONY: help demo deploy-demo test test-all mutants test-oldest test-newest test-avx2 audit-packages sbom lint bench bench-peers tables adapt-tables figures notebooks format clean
 
 help:  ## show this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -132,6 +132,10 @@ bench-peers: $(STAMP)-dev  ## the same, with Flower on Ray, and pfl-research in 
 
 notebooks: $(STAMP)-dev  ## run the notebooks and store their outputs (two minutes)
 	$(BIN)/python examples/execute.py
+
+figures: $(STAMP)-run  ## figures of the documentation, from the numbers of its pages (seconds)
+	$(BIN)/python docs/overview.py
+	$(BIN)/python docs/claim_figures.py
 
 docs: $(STAMP)-dev  ## build the documentation into build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build

@@ -101,14 +101,15 @@ def answer(means: Means, advice: dict[str, str]) -> str:
 
 
 def main() -> None:
-    """Update the pages that have a block NAME-answer."""
+    """Update the heat maps, and the answers of the pages that have a block NAME-answer."""
     advice = {line["comparison"]: line for line in lines_of((DOCS / "comparisons.md").read_text("utf-8"), "advice")}
     for page in sorted((DOCS / "comparisons").glob("*.md")):
         text, name = page.read_text(encoding="utf-8"), page.stem
-        if f"<!-- begin {name}-answer -->" in text:
+        if f"({name}-map.png)" in text:
             means = means_of(text, name)
-            replace_block(page, f"{name}-answer", answer(means, advice.get(name, {})))
             write_atomically(page.with_name(f"{name}-map.png"), small_png(heat_map(means)))
+            if f"<!-- begin {name}-answer -->" in text:
+                replace_block(page, f"{name}-answer", answer(means, advice.get(name, {})))
 
 
 if __name__ == "__main__":

@@ -90,8 +90,8 @@ class Plan(Checked):
     rounds: int = option(20, "Communication rounds.", low=1, flags=("--rounds", "--num-rounds"), by_scenario=True)
     patience: int | None = option(
         None,
-        "Stop training if the training loss has not improved by more than --min-delta in so many evaluations; none "
-        "trains for all rounds. Not used where training depends on the number of rounds (cosine, FixBN).",
+        "Stop training if the training loss has not improved by more than --min-delta in this number of evaluations; "
+        "none trains for all rounds. Not used where training depends on the number of rounds (cosine, FixBN).",
         low=1,
     )
     min_delta: float = option(0.01, "Improvement of the training loss that counts for --patience.", low=0)
@@ -197,7 +197,7 @@ class ModelSplit(Checked):
     )
     private: str = option(
         "",
-        "Layers whose entries stay local to each client, whatever the strategy, by path and comma-separated.",
+        "Layers whose entries stay local to each client under every strategy, by path and comma-separated.",
     )
 
 
@@ -219,7 +219,8 @@ class Conditions(ModelSplit):
     )
     partition: str = option(
         "natural",
-        "How seen users' data are dealt to clients, e.g. dirichlet:alpha=0.1:clients=20; natural keeps the users.",
+        "How the data of seen users are split into clients, e.g. dirichlet:alpha=0.1:clients=20; natural keeps the "
+        "users.",
         panel="Data",
     )
     shift: str = option("", "Feature shift between users, e.g. rotation:strength=0.5,gain.", panel="Data")

@@ -52,8 +52,9 @@ class Columns:
         """Load a column; for an unknown name, the error suggests the closest one."""
         found = self.find(name)
         if found is None:
-            error = unknown(f"column for {option} (set it with {option}=NAME)", name, self.names)
-            raise UserError(f"{error}{self.hint}")
+            several = ", x=A+B or x=FIRST..LAST" if option == "x" else ""
+            error = unknown(f"column for {option}", name, self.names)
+            raise UserError(f"{error}. Set it with {option}=NAME{several}{self.hint}")
         values = self.get(found)
         if not values.ndim:
             raise UserError(f"{name!r} is a single value, but {option} needs one value per row; set {option}=NAME")

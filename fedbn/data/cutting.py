@@ -96,7 +96,7 @@ def cut_rows(
             if labeling == "constant"
             else "a window has its most frequent label"
         )
-        + f"; no window crosses a user, a recording or one of {int(gaps.sum())} gaps in time" * (times is not None)
+        + f"; no window crosses one of {int(gaps.sum())} gaps in time" * bool(gaps.any())
         + f"; {int(missing.sum())} rows without a label are left out" * bool(missing.any())
     )
     return found, [notice]

@@ -298,7 +298,7 @@ def _population(
         gap=gap,
         unseen=unseen if isinstance(unseen, int) else 0,
         seed=0,
-        skew=f"whatever skew the users of {name} have",
+        skew=f"natural differences between the users of {name}",
         sources={},
         encode=encode_labels if task is None else task.encode,
         notices=notices,

@@ -114,7 +114,7 @@ class Files(Scenario):
             gap=gap,
             unseen=self.unseen,
             seed=seed,
-            skew=f"whatever skew the users of {path.name} have",
+            skew=f"natural differences between the users of {path.name}",
             sources={path.name: content_digest(path)},
             least=self.least,
             encode=task.encode,

@@ -174,7 +174,9 @@ class Hub(Scenario):
         if self.data in COLLECTIONS:
             collection = COLLECTIONS[self.data]
         elif "/" in self.data or self.path:
-            collection = Collection((Part(self.data),), (3, 32, 32), f"whatever skew the users of {self.data} have")
+            collection = Collection(
+                (Part(self.data),), (3, 32, 32), f"natural differences between the users of {self.data}"
+            )
         else:
             raise unknown("data set of scenario 'hub' (or give owner/name)", self.data, COLLECTIONS)
         columns = {k: v for k in ("x", "y", "user") if (v := getattr(self, k))}
@@ -195,7 +197,9 @@ class Hub(Scenario):
         for option in ("x", "y", "user"):
             column = getattr(part, option)
             if column and column not in table.column_names:
-                raise unknown(f"column of {self.data} (set it with {option}=NAME)", column, table.column_names)
+                raise UserError(
+                    f"{unknown(f'column of {self.data}', column, table.column_names)}. Set it with {option}=NAME"
+                )
         owners = self._owners(part, table)
         rng = numpy_generator(0, "hub", self.data, part.domain)
         names = rng.permutation(np.unique(owners))[: self.users]

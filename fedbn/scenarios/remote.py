@@ -61,7 +61,7 @@ class Remote(Scenario):
         users = tuple(User(str(i), f"node {i}", noise(), noise()) for i in range(self.users))
         unseen = hold_out(self.users, self.unseen, seed)
         classes = tuple(map(str, range(self.classes)))
-        return Population(users, unseen, classes, "whatever skew the nodes' data have", remote=True)
+        return Population(users, unseen, classes, "natural differences between the data of the nodes", remote=True)
 
 
 def load_node_user(text: str, path: str) -> User:

@@ -7,11 +7,14 @@ import html
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 
+from fedbn_simulations.claims.claim import discover_studies
 from fedbn_simulations.cli.catalog import Kind, linked_rows
 from fedbn_simulations.results.formatting import markdown_table
 from tests.commands import commands_in, parses
@@ -44,6 +47,17 @@ def test_links_to_files_exist(document):
 @pytest.mark.parametrize("line", dict.fromkeys(line for page in PAGES for line in commands_in(page)))
 def test_document_commands_parse(line):
     parses(line)
+
+
+def test_claim_figures_read_every_page():
+    entry_of = runpy.run_path(str(ROOT / "docs" / "claim_figures.py"))["entry_of"]
+    verdicts = Counter()
+    for study, (_, claims) in discover_studies().items():
+        page = ROOT / "docs" / "claims" / f"{study}.md"
+        verdicts.update(entry_of(claim, page.read_text("utf-8")).verdict for claim in claims if page.exists())
+    hold, not_hold, undecided = (verdicts[name] for name in ("holds", "does not hold", "undecided"))
+    text = (ROOT / "docs" / "claims.md").read_text("utf-8")
+    assert f"{hold} hold, {not_hold} do not, {undecided} are undecided" in text
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT / "docs")))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,8 @@ from matplotlib.lines import Line2D
 
 from fedbn_simulations.claims.claim import Verdict
 from fedbn_simulations.claims.verdicts import Entry
-from fedbn_simulations.report.style import INK, MARKERS, PAGE_WIDTH, PALETTE, styled
+from fedbn_simulations.report.style import INK, MARKERS, PAGE_WIDTH, PALETTE, direction, styled
+from fedbn_simulations.results.labels import readable
 
 #: Color and marker of each verdict.
 VERDICT_STYLE: dict[Verdict, tuple[str, str]] = {
@@ -57,7 +59,7 @@ def figure(entries: Sequence[Entry]) -> Figure:
         if is_first:
             left = fig.add_subplot(grid[i, 0])
             left.set_title(c.name)
-            left.set_xlabel(c.measure)
+            left.set_xlabel(_label(c.measure))
             {"dots": _dots, "curves": _curves, "grid": _grid}[c.drawing](left, entry)
         _effect(fig.add_subplot(grid[i, 1] if is_first else grid[i, :]), entry, title=not is_first)
     return fig
@@ -95,6 +97,27 @@ def verdicts_figure(entries: Sequence[Verdicted]) -> Figure:
     return fig
 
 
+def _readable(arm: str) -> str:
+    """An arm with the readable names of strategies.
+
+    >>> _readable("global-naive sorted")
+    'FedAvg (naive BN) sorted'
+    """
+    return " ".join(map(readable, arm.split(" ")))
+
+
+def _label(measure: str) -> str:
+    """Label of an axis, with the direction of quantities of which it is known.
+
+    >>> _label("own test"), _label("test error"), _label("growth per layer")
+    ('own test (higher is better)', 'test error (lower is better)', 'growth per layer')
+    """
+    if re.search("error|gap|distance|deviation|spread|shift", measure):
+        return f"{measure} ({direction(False)})"
+    is_score = re.match("(mean )?accuracy|F-score|own test|global test|largest stable rate", measure)
+    return f"{measure} ({direction(True)})" if is_score else measure
+
+
 def _scaled(entry: Verdicted) -> float:
     half, above = (entry.high - entry.low) / 2, entry.mean - entry.threshold
     return above / half if half else math.copysign(math.inf, above) if above else 0.0
@@ -110,8 +133,14 @@ def _dots(axes: Axes, entry: Entry) -> None:
         color = PALETTE[i % len(PALETTE)]
         axes.plot(values, [i] * len(values), linestyle="", marker=MARKERS[i % len(MARKERS)], color=color, alpha=0.5)
         axes.plot([sum(values) / len(values)] * 2, [i - 0.3, i + 0.3], color=color, linewidth=2)
-    axes.set_yticks(range(len(entry.values)), list(entry.values))
+    axes.set_yticks(range(len(entry.values)), [_readable(arm) for arm in entry.values])
     axes.set_ylim(len(entry.values) - 0.5, -0.5)
+    # Differences of less than a few percent of the values must not look large.
+    low, high = axes.get_xlim()
+    missing = max(abs(low), abs(high)) / 10 - (high - low)
+    if missing > 0:
+        axes.set_xlim(low - missing / 2, high + missing / 2)
+    axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(5))
 
 
 def _curves(axes: Axes, entry: Entry) -> None:
@@ -125,7 +154,7 @@ def _curves(axes: Axes, entry: Entry) -> None:
         xs, color = [x for x, _ in points], PALETTE[i % len(PALETTE)]
         axes.fill_between(xs, [min(v) for _, v in points], [max(v) for _, v in points], color=color, alpha=0.12, lw=0)
         means = [sum(v) / len(v) for _, v in points]
-        axes.plot(xs, means, marker=MARKERS[i % len(MARKERS)], markersize=4, color=color, label=name)
+        axes.plot(xs, means, marker=MARKERS[i % len(MARKERS)], markersize=4, color=color, label=_readable(name))
     numbers = sorted({x for points in series.values() for x, _ in points})
     if numbers[0] > 0 and numbers[-1] > 5 * numbers[0]:
         axes.set_xscale("log")
@@ -136,7 +165,7 @@ def _curves(axes: Axes, entry: Entry) -> None:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
     axes.set_xlabel(entry.claim.axis)
-    axes.set_ylabel(entry.claim.measure)
+    axes.set_ylabel(_label(entry.claim.measure).replace(" (", "\n("))
     axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
@@ -157,7 +186,7 @@ def _grid(axes: Axes, entry: Entry) -> None:
     axes.set_xticks(range(len(columns)), columns, rotation=60, ha="right", fontsize=7)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    axes.set_xlabel(f"mean {entry.claim.measure}, %")
+    axes.set_xlabel(f"mean {_label(entry.claim.measure)}, in %")
 
 
 def _effect(axes: Axes, entry: Entry, title: bool) -> None:
@@ -170,6 +199,6 @@ def _effect(axes: Axes, entry: Entry, title: bool) -> None:
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
     axes.set_title(f"{entry.claim.name}: {entry.verdict}" if title else entry.verdict)
-    axes.set_xlabel("effect (at or right of the dashed threshold: holds)")
+    axes.set_xlabel(f"effect{' ' if title else chr(10)}(right of the dashed line: holds)")
     axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(4))
     axes.xaxis.set_major_formatter("{x:g}")

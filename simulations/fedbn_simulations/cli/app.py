@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import inspect
 import os
 import re
 import signal
@@ -44,6 +45,14 @@ ALLOCATION_FAILED = re.compile(
     "can't allocate memory|cannot allocate memory|out of memory|failed to map segment|can't start new thread",
     re.IGNORECASE,
 )
+
+
+def _unwrapped(command: Callable[..., None]) -> str:
+    """The docstring of a command with one line per paragraph, since typer keeps the line breaks of the source."""
+    paragraphs = inspect.cleandoc(command.__doc__ or "").split("\n\n")
+    return "\n\n".join(paragraph.replace("\n", " ") for paragraph in paragraphs)
+
+
 PANELS: dict[str, tuple[Callable[..., None], ...]] = {
     "Compare strategies": (compare, resume, report, advise, claims, reproduce),
     "Adapt and deploy": (adapt, demo, serve, run, deploy, export),
@@ -52,9 +61,9 @@ PANELS: dict[str, tuple[Callable[..., None], ...]] = {
 for panel, commands in PANELS.items():
     for command in commands:
         cls = CompareCommand if command is compare else None
-        app.command(command.__name__.rstrip("_"), cls=cls, rich_help_panel=panel)(command)
+        app.command(command.__name__.rstrip("_"), cls=cls, help=_unwrapped(command), rich_help_panel=panel)(command)
 for alias in ("personalize", "personalise"):
-    app.command(alias, hidden=True)(adapt)
+    app.command(alias, help=_unwrapped(adapt), hidden=True)(adapt)
 
 
 def _version(wanted: bool) -> None:

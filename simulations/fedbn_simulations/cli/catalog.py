@@ -71,6 +71,9 @@ KINDS = {
 SINGULAR = {Kind.STRATEGIES: "strategy"}
 """Names of one plug-in where the kind has no plural in -s."""
 
+COMBINED = {Kind.STRATEGIES: Kind.PERSONALIZATIONS, Kind.RULES: Kind.ALIGNMENTS}
+"""Kinds that are written in the place of another one: --strategies global-naive+fedprox, --rules rotation."""
+
 
 def advise(
     directories: Annotated[list[Path], typer.Argument(help="Directories of comparisons.")],
@@ -113,9 +116,8 @@ def list_(
         if into is not None:
             raise UserError("--into takes a whole list: leave out the name, or leave out --into")
         known = _known(kind)
-        if kind is Kind.STRATEGIES:
-            # A personalization is written like a strategy: fedprox is global-naive+fedprox.
-            known = _known(Kind.PERSONALIZATIONS) | known
+        if kind in COMBINED:
+            known = _known(COMBINED[kind]) | known
         found = describe(known, SINGULAR.get(kind, kind.value.removesuffix("s")), name)
         if as_json:
             print(json.dumps(found, indent=1))
@@ -213,12 +215,12 @@ def data(
     task: Annotated[
         str, typer.Option(help="Task, e.g. regression; empty for the scenario's.", show_default=False)
     ] = "",
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the unseen users and the splits.")] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Show users, classes and splits of a data set; without one, which data sets are installed and intact.
 
-    Example: [bold]fedbn data --data mine.csv --columns y=activity[/]
+    Example: [bold]fedbn data --data mine.csv --columns x=acc:y=activity:user=subject[/]
     """
     from fedbn.data.packages import status
     from fedbn.scenarios.base import scenario as parse

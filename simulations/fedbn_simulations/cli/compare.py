@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import sys
@@ -42,7 +43,7 @@ def compare(
     tune: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="OPTION=VALUE,... ...",
+            metavar="OPTION=VALUES",
             help=field_help(ExperimentOptions, "tune"),
             show_default=False,
             rich_help_panel="Optimization",
@@ -190,5 +191,22 @@ def _suggest(directory: Path) -> None:
     suggest(
         ("fedbn", "resume", directory, "--rounds", str(2 * experiment["plan"]["rounds"])),
         ("fedbn", "report", directory, "--format", "latex"),
-        ("fedbn", "adapt", experiment["scenario"]),
+        ("fedbn", "adapt", *_data_options(experiment["scenario"], experiment.get("model", ""))),
     )
+
+
+def _data_options(text: str, model: str) -> list[str]:
+    """A scenario with its model, as written on the command line.
+
+    >>> _data_options("digits8", "mlp"), _data_options("digits8", "small-cnn")
+    (['digits8', '--model', 'mlp'], ['digits8'])
+    >>> _data_options("files:path=mine.csv:y=activity", "har-cnn")
+    ['--data', 'mine.csv', '--columns', 'y=activity', '--model', 'har-cnn']
+    """
+    from fedbn.scenarios.base import scenario as parse
+
+    options = [text]
+    if text.startswith(prefix := "files:path="):
+        path, _, columns = text.removeprefix(prefix).partition(":")
+        options = ["--data", os.path.relpath(path), *(["--columns", columns] if columns else [])]
+    return options if model in ("", parse(text).model) else [*options, "--model", model]

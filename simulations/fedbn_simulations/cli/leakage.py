@@ -22,7 +22,11 @@ def leakage(
     ] = None,
     strategy: Annotated[str, typer.Option(help="A strategy that sends statistics.")] = "global-pooled",
     controls: Annotated[
-        str, typer.Option(help="Protections to compare, comma-separated; no protection is always included.")
+        str,
+        typer.Option(
+            help="Protections to compare, comma-separated; no protection is always included.",
+            show_default="clip=1, clip=1:noise=0.1, clip=1:noise=0.5, clip=1:noise=2",
+        ),
     ] = "clip=1,clip=1:noise=0.1,clip=1:noise=0.5,clip=1:noise=2",
     states: Annotated[
         bool, typer.Option("--states", help="Measure users' states after each of two recordings, instead of messages.")

@@ -212,7 +212,10 @@ def _flag(f: dataclasses.Field[Any], hint: Any) -> inspect.Parameter:
     if kind not in (int, float, bool):
         kind = str
     names = f.metadata["flags"] or ("--" + f.name.replace("_", "-"),)
-    settings = typer.Option(*names, help=text, show_default=_default(f), rich_help_panel=f.metadata["panel"])
+    if default := _default(f):
+        # As a part of the text, because typer puts a default that is given as a text in parentheses.
+        text = rf"{text} [dim]\[default: {default}][/]"
+    settings = typer.Option(*names, help=text, show_default=False, rich_help_panel=f.metadata["panel"])
     return inspect.Parameter(
         f.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, settings]
     )
@@ -225,10 +228,10 @@ def _panel(parameter: inspect.Parameter) -> int:
     return PANELS.index(panel) if panel in PANELS else len(PANELS) if isinstance(panel, str) else -1
 
 
-def _default(f: dataclasses.Field[Any]) -> str | bool:
-    """The default of a field as the help shows it; False to show none."""
+def _default(f: dataclasses.Field[Any]) -> str:
+    """The default of a field as the help shows it; empty to show none."""
     # Spaces after commas, because the help can only be wrapped there.
-    return "scenario default" if f.metadata["by_scenario"] else _text(f.default).replace(",", ", ") or False
+    return "the scenario's" if f.metadata["by_scenario"] else _text(f.default).replace(",", ", ")
 
 
 def _text(value: Any) -> str:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from fedbn_simulations.adaptation.source_model import SourceModel
     from fedbn_simulations.service.model import ServedModel
 
-Port = Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 for any free one.")]
+Port = Annotated[int, typer.Option(min=0, max=65535, metavar="INTEGER", help="Port; 0 for any free one.")]
 
 
 @options_of(Conditions, Plan)
@@ -34,7 +34,7 @@ def serve(
         ),
     ] = None,
     model: Annotated[
-        str, typer.Option(help="Built-in name or package.module:factory.", show_default="scenario default")
+        str, typer.Option(help="Built-in name or package.module:factory.", show_default="the scenario's")
     ] = "",
     shape: Annotated[str, typer.Option(help="With --weights: shape of a window, e.g. 6,128.", show_default=False)] = "",
     classes: Annotated[
@@ -43,14 +43,18 @@ def serve(
     rule: Annotated[
         str,
         typer.Option(
-            help="What follows users: auto (decided by seen users' later recordings), source (nothing), or a rule with "
-            "optional alignment, head and fallback, e.g. rotation+population:diversity=1+matched/fallback.",
+            help="What follows users: auto (chosen on seen users' later recordings), source (nothing), or a rule, with "
+            "an alignment, a head and /fallback if wanted, e.g. rotation+pseudo:n0=64+matched.",
             show_default="auto for a scenario, source with --weights",
         ),
     ] = "",
-    drift: Annotated[str, typer.Option(help="Drift detector: adwin or page-hinkley, with options.")] = (
-        "page-hinkley:threshold=18:delta=0.02"
-    ),
+    drift: Annotated[
+        str,
+        typer.Option(
+            help="Drift detector: adwin or page-hinkley, with options.",
+            show_default="page-hinkley, threshold=18, delta=0.02",
+        ),
+    ] = "page-hinkley:threshold=18:delta=0.02",
     store: Annotated[Path, typer.Option(help="SQLite file for the users' states.")] = Path("fedbn-users.db"),
     host: Annotated[str, typer.Option(help="Address to listen on; a token is required beyond loopback.")] = "127.0.0.1",
     port: Port = 8000,

@@ -30,6 +30,7 @@ from fedbn_simulations.experiments.preflight import LEFT_OUT, preflight
 from fedbn_simulations.experiments.shift import measure_shift
 from fedbn_simulations.experiments.tasks import Report, Task, run_tasks
 from fedbn_simulations.results.files import write_comparison, write_shift
+from fedbn_simulations.results.labels import data_name
 from fedbn_simulations.storage.provenance import NUMERICS, check_numerics, code_digest, versions
 
 
@@ -151,7 +152,7 @@ def compare(
         workers = 1
     ctx = build_context(experiment.run(experiment.strategies[0], experiment.seed_numbers[0]))
     meta: dict[str, Any] = {
-        "title": f"{experiment.scenario}: {len(experiment.strategies)} normalization strategies",
+        "title": f"{data_name(experiment.scenario)}: {len(experiment.strategies)} normalization strategies",
         "scenario": experiment.scenario,
         "strategies": list(experiment.strategies),
         "seeds": list(experiment.seed_numbers),

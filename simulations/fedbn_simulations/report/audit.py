@@ -9,16 +9,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.padding import Padding
-from rich.table import Table
 from rich.text import Text
 
 from fedbn.auditing.audit import LEVELS, Audit, Entry, Finding
 from fedbn.nn.roles import Role
+from fedbn_simulations.report.layout import fitted_table
 from fedbn_simulations.results.formatting import format_count, format_size
 
 STYLES = {"error": "bold red", "warning": "bold yellow", "note": "bold cyan"}
+
+BYTES = {"bytes": "bytes", "down": "bytes_down", "up": "bytes_up"}
+"""Columns of bytes, and the field that holds each."""
 
 MAX_NAMES = 4
 """Number of layers that a finding lists by name."""
@@ -33,8 +36,9 @@ def show(audit: Audit, console: Console | None = None, *, full: bool = False) ->
         full: print one line per entry, and name every layer of a finding.
     """
     console = console or Console()
-    console.print(entry_table(audit) if full else layer_table(audit), "")
-    console.print(role_table(audit), "")
+    table = entry_table if full else layer_table
+    console.print(table(audit, console.width), "")
+    console.print(role_table(audit, console.width), "")
     show_findings(audit.findings, console, full=full)
 
 
@@ -60,76 +64,78 @@ def _print(finding: Finding, console: Console, full: bool) -> None:
     console.print(Padding(Text(f"fix: {finding.fix}", style="green"), (0, 0, 0, 6), expand=False))
 
 
-def entry_table(audit: Audit) -> Table:
-    """One line per state entry, without rules, so that keys of torchvision's networks fit into 100 columns."""
-    table = _table(audit, "entry", "role", "owner", "shape", "type")
-    table.box, table.pad_edge, table.collapse_padding = None, False, True
-    for e in audit.entries:
-        table.add_row(Text(e.key), e.role, e.owner, _shape(e), e.dtype, format_size(e.bytes), format_size(e.bytes_up))
-    return table
+def entry_table(audit: Audit, width: int) -> Group:
+    """One line per state entry."""
+    rows = [
+        {
+            "entry": e.key,
+            "role": e.role,
+            "owner": e.owner,
+            "shape": _shape(e),
+            "type": e.dtype,
+            "bytes": format_size(e.bytes),
+            "travels": format_size(e.bytes_up),
+        }
+        for e in audit.entries
+    ]
+    return _table(audit, rows, width, optional=("type", "shape"))
 
 
-def layer_table(audit: Audit) -> Table:
-    """One line per layer; equal consecutive blocks are merged."""
-    table = _table(audit, "layer", "×", "roles and owners", "shape")
-    for path, copies in _collapsed(_tree(audit.entries), ()):
-        layer = copies[0]
-        table.add_row(
-            Text(path or "(the model itself)"),
-            str(len(copies)) if len(copies) > 1 else "",
-            _owners(layer),
-            _shape(max(layer, key=lambda e: len(e.shape or ()))),
-            format_size(sum(e.bytes for entries in copies for e in entries)),
-            format_size(sum(e.bytes_up for entries in copies for e in entries)),
-        )
-    return table
+def layer_table(audit: Audit, width: int) -> Group:
+    """One line per layer; equal consecutive blocks are merged, and their bytes are added."""
+    rows = [
+        {
+            "layer": path or "(the model itself)",
+            "roles and owners": _owners(copies[0]),
+            "shape": _shape(max(copies[0], key=lambda e: len(e.shape or ()))),
+            "bytes": format_size(sum(e.bytes for entries in copies for e in entries)),
+            "travels": format_size(sum(e.bytes_up for entries in copies for e in entries)),
+        }
+        for path, copies in _collapsed(_tree(audit.entries), ())
+    ]
+    return _table(audit, rows, width, optional=("shape", "bytes"))
 
 
-def role_table(audit: Audit) -> Table:
+def role_table(audit: Audit, width: int) -> Group:
     """Owner, entries and bytes of each role."""
-    table = Table(title="Per role; bytes down and up are per client and round", title_justify="left", show_footer=True)
-    table.add_column("role", "total")
-    table.add_column("owner")
-    down, up = format_size(audit.bytes_down), format_size(audit.bytes_up)
+    rows = [
+        {
+            "role": row["role"],
+            "owner": row["owner"],
+            "entries": f"{row['entries']:,}",
+            "elements": f"{row['elements']:,}",
+            **{name: format_size(row[key]) for name, key in BYTES.items()},
+        }
+        for row in audit.totals
+    ]
     entries, elements = (f"{sum(row[name] for row in audit.totals):,}" for name in ("entries", "elements"))
-    footers = {"entries": entries, "elements": elements, "bytes": format_size(audit.bytes), "down": down, "up": up}
-    for name, footer in footers.items():
-        table.add_column(name, footer, justify="right")
-    for row in audit.totals:
-        table.add_row(
-            row["role"],
-            row["owner"],
-            f"{row['entries']:,}",
-            f"{row['elements']:,}",
-            *(format_size(row[name]) for name in ("bytes", "bytes_down", "bytes_up")),
-        )
-    return table
+    total = {name: format_size(getattr(audit, key)) for name, key in BYTES.items()}
+    rows.append({"role": "total", "owner": "", "entries": entries, "elements": elements, **total})
+    title = "Per role; bytes down and up are per client and round"
+    return fitted_table(rows, width, title=title, right=("entries", "elements", *BYTES))
 
 
-def _table(audit: Audit, *columns: str) -> Table:
-    table = Table(
+def _table(audit: Audit, rows: list[dict[str, str]], width: int, optional: Sequence[str]) -> Group:
+    return fitted_table(
+        rows,
+        width,
+        optional=optional,
         title=f"{audit.model} with {audit.strategy}",
-        title_justify="left",
         caption="travels: bytes in each direction, per client and round.",
-        caption_justify="left",
+        right=("bytes", "travels"),
     )
-    for name in columns:
-        table.add_column(name, overflow="fold", justify="right" if name == "×" else "left")
-    for name in ("bytes", "travels"):
-        table.add_column(name, justify="right", no_wrap=True)
-    return table
 
 
-def _shape(entry: Entry) -> Text:
-    return Text("lazy" if entry.shape is None else "×".join(map(str, entry.shape)) or "scalar")
+def _shape(entry: Entry) -> str:
+    return "lazy" if entry.shape is None else "×".join(map(str, entry.shape)) or "scalar"
 
 
-def _owners(layer: Iterable[Entry]) -> Text:
+def _owners(layer: Iterable[Entry]) -> str:
     """Roles by owner; the counter, which is always local, only if there are no other entries."""
     entries = list(layer)
     shown = [e for e in entries if e.role != Role.COUNTER] or entries
     owners = dict.fromkeys(e.owner for e in shown)
-    return Text("; ".join(f"{', '.join(dict.fromkeys(e.role for e in shown if e.owner == o))} {o}" for o in owners))
+    return "; ".join(f"{', '.join(dict.fromkeys(e.role for e in shown if e.owner == o))} {o}" for o in owners)
 
 
 @dataclass

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from fedbn.federation.traffic import REPEATED
 from fedbn.strategies.base import strategies
 from fedbn_simulations.report.style import direction
 from fedbn_simulations.results.comparison import Comparison
@@ -255,10 +256,9 @@ def ownership(comparison: Comparison) -> Table:
             line.append(MISSING if role not in by_role.index else _owner(by_role.loc[role]))
         down, up = of_strategy["bytes_down"].sum(), of_strategy["bytes_up"].sum()
         lines.append([*line, Cell(format_size(down + up), "\n" + _traffic(down, up), float(down + up))])
-    caption = (
-        "Owner of each role, and bytes received ↓ and sent ↑ per client and round; then additional messages, of which "
-        "repeated is sent again because clients are stateless between messages"
-    )
+    caption = "Owner of each role, with the bytes received ↓ and sent ↑ per client and round"
+    if REPEATED in roles:
+        caption += f"; {REPEATED}: sent once more, because clients keep no model between messages"
     return Table(caption, ["strategy", *roles, "total"], lines)
 
 

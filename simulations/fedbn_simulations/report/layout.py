@@ -50,6 +50,13 @@ def fitted_table(
     ─────────────────────
     fedbn  BN stays local
     Left out in this width: source.
+
+    >>> rows = [{"name": "fedbn", "bytes": "64 B"}, {"name": "silobn", "bytes": "1.7 kB"}]
+    >>> Console(width=31).print(fitted_table(rows, 31, right=["bytes"]))
+    name     bytes
+    ──────────────
+    fedbn     64 B
+    silobn  1.7 kB
     """
     widths = {name: _width([name, *(row[name] for row in rows)]) for name in next(iter(rows), ())}
     least = {name: min(n, MIN_TEXT_WIDTH) if name == text and not one_line else n for name, n in widths.items()}
@@ -64,15 +71,14 @@ def fitted_table(
     for name in least:
         is_text = name == text
         table.add_column(
-            name,
-            justify="right" if name in right else "left",
+            _justified(name, widths[name]) if name in right else name,
             no_wrap=not is_text or one_line,
             overflow="ellipsis" if is_text else "ignore",
             max_width=max(min(least[name], MIN_TEXT_WIDTH), width - others) if is_text else None,
             min_width=None if is_text else least[name],
         )
     for row in rows:
-        table.add_row(*(Text(row[name]) for name in least))
+        table.add_row(*(Text(_justified(row[name], widths[name]) if name in right else row[name]) for name in least))
     if left_out:
         caption = f"{caption} Left out in this width: {', '.join(left_out)}.".strip()
     return titled(table, title, caption)
@@ -103,6 +109,11 @@ def fold_label(label: str, width: int) -> str:
             lines.append("")
         lines[-1] += part
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _justified(cell: str, width: int) -> str:
+    """The lines of a cell, aligned to the right; rich does not justify text that may overflow."""
+    return "\n".join(line.rjust(width) for line in cell.split("\n"))
 
 
 def _width(cells: Sequence[str]) -> int:

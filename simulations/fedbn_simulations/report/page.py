@@ -22,6 +22,7 @@ from fedbn_simulations.report import html_tables
 from fedbn_simulations.report.figures import paired_pictures, picture
 from fedbn_simulations.results.comparison import Comparison
 from fedbn_simulations.results.formatting import capitalize, metric_title
+from fedbn_simulations.results.labels import data_name
 from fedbn_simulations.results.matrix import COLUMNS, ROWS
 from fedbn_simulations.results.side_by_side import SideBySide
 from fedbn_simulations.results.summary import is_bound, sentences
@@ -182,7 +183,7 @@ def cite(meta: dict[str, Any]) -> str:
         "  title = {fedbn: federated and domain-adaptive batch normalization},\n"
         f"  version = {{{version}}},\n"
         f"  year = {{{str(meta['created'])[:4]}}},\n"
-        f"  note = {{{meta['scenario']}, seeds {', '.join(map(str, meta['seeds']))}{digest}}},\n"
+        f"  note = {{{data_name(meta['scenario'])}, seeds {', '.join(map(str, meta['seeds']))}{digest}}},\n"
         "}"
     )
 

@@ -55,7 +55,7 @@ def matrix_figure(comparison: Comparison, metric: str = "", width: float = PAGE_
         axes.grid(axis="x")
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
-        axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(4))
+        axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(3))
     _hide_rest(panels, len(rows))
     panels[0, 0].set_yticks(range(len(strategies)), [_short(comparison.names[s]) for s in strategies])
     panels[0, 0].set_ylim(len(strategies) - 0.5, -0.5)
@@ -180,8 +180,8 @@ def shift_figure(comparison: Comparison, width: float = PAGE_WIDTH) -> Figure | 
         axes.set_title(_short(layer["layer"]))
         _name_users(axes, layer["users"])
     _hide_rest(panels, len(layers))
-    label = "distance of two users (2-Wasserstein)"
-    figure.colorbar(panels.flat[0].images[0], ax=panels, label=label, shrink=0.8).outline.set_visible(False)
+    label = "distance (2-Wasserstein)"
+    figure.colorbar(panels.flat[0].images[0], ax=panels, label=label).outline.set_visible(False)
     return figure
 
 

@@ -142,7 +142,7 @@ def cost_table(comparison: Comparison, width: int = 100) -> Group:
     return fitted_table(
         rows,
         width,
-        optional=(Role.GATE, Role.SAMPLE_AFFINE, "lr", Role.AFFINE, "seconds"),
+        optional=(Role.GATE, Role.SAMPLE_AFFINE, "lr", "seconds", Role.AFFINE),
         title="Owner of each role, bytes per client and round, seconds per run",
         caption="shared: on the server. seeded: per client, averaged for newcomers. local: per client, never sent.",
         right=("down", "up", "seconds", "lr"),

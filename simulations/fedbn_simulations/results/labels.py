@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable
+from pathlib import Path
 
 from fedbn.objects import is_reference, split_options
 from fedbn.personalization.base import personalizations
@@ -34,6 +35,17 @@ def readable(label: str) -> str:
             return label
         words.append(", ".join([name, *options]))
     return " + ".join(words)
+
+
+def data_name(scenario: str) -> str:
+    """Name of the data in titles: that of the file for a user's own data, else the scenario as in commands.
+
+    >>> data_name("hapt:unseen=10"), data_name("files:path=/home/ann/mine.csv:y=activity")
+    ('hapt:unseen=10', 'mine.csv')
+    """
+    name, options = split_options(scenario)
+    paths = [option.removeprefix("path=") for option in options if option.startswith("path=")]
+    return Path(paths[0]).name if name == "files" and paths else scenario
 
 
 def distinct_names(labels: Iterable[str]) -> dict[str, str]:

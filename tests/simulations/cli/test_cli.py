@@ -128,6 +128,7 @@ def test_list_shows_details_of_a_name(run_cli):
     assert "unknown strategy 'fedbm'. Did you mean 'fedbn'" in run_cli("list", "strategies", "fedbm")[2]
     # A personalization is written like a strategy.
     assert run_cli("list", "strategies", "fedprox")[1] == run_cli("list", "personalizations", "fedprox")[1]
+    assert run_cli("list", "rules", "rotation")[1] == run_cli("list", "alignments", "rotation")[1]
 
 
 @pytest.mark.parametrize("kind", ["strategies", "personalizations", "rules"])

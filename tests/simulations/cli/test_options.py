@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import tomllib
 import typing
+from itertools import pairwise
 
 import pytest
 import tomli_w
@@ -213,9 +214,21 @@ def test_help_shows_panels_and_defaults():
     text = CliRunner().invoke(app, ["compare", "--help"], terminal_width=80).output
     found = [text.index(f"─ {panel} ─") for panel in ("Data", "Federation", "Optimization", "Evaluation", "Output")]
     assert found == sorted(found)
-    assert "[default: (scenario default)]" in text
-    assert "[default: (natural)]" in text
-    assert "none)]" not in text.replace("(none)] ", "")  # the server optimizer's name is none
+    assert "[default: the scenario's]" in text
+    assert "[default: natural]" in text
+    assert text.count("none]") == 1  # the server optimizer's name is none
+
+
+@pytest.mark.slow  # renders the help of every command
+def test_help_fits_80_columns():
+    for command in typer.main.get_command(app).commands:
+        text = CliRunner().invoke(app, [command, "--help"], terminal_width=80).output
+        assert max(map(len, text.splitlines())) <= 80, command
+        assert "…" not in text, command
+        # Paragraphs are filled up to the width, and not broken where the docstring is.
+        prose = text[text.index("Usage") : text.index("╭")].splitlines()
+        pairs = [(a.strip(), b.strip()) for a, b in pairwise(prose) if a.strip() and b.strip()]
+        assert all(len(a) + 1 + len(b.split()[0]) > 78 for a, b in pairs), command
 
 
 def test_options_have_the_names_of_flower(captured):

@@ -38,7 +38,7 @@ def test_show_fits_80_columns_without_broken_words(comparison):
 
 
 def test_show_leaves_out_columns_before_it_breaks_words(comparison):
-    assert "Left out in this width: lr, affine" in " ".join(printed(comparison, 60).split())
+    assert "Left out in this width: lr, seconds, affine" in " ".join(printed(comparison, 60).split())
     assert "Left out" not in printed(comparison, 200)
 
 
