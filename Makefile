@@ -94,7 +94,6 @@ ALL := --seeds 3 --rules dabn,dua,ema:rate=0.1,ema:rate=0.01,pseudo:n0=64,pseudo
 WATCHED := pseudo:n0=64,pseudo:n0=64/page-hinkley/decay,pseudo:n0=64/page-hinkley/reset,pseudo:n0=64/page-hinkley/branch,pseudo:n0=64/adwin/reset,pseudo:n0=64/adwin/branch
 PASSES := dua,dua:pass=train,onda,onda:pass=train,ema,ema:pass=train,resitta,resitta:pass=train
 STARTED := --seeds 3 --starts recording,recording:n0=100,classes:k=3 --rules
-ALIGNED := --seeds 3 --streams natural --rules population:diversity=1 --align rotation
 BRIEF := auto,population:diversity=1,rotation,rotation+population:diversity=1
 NESTED := --streams natural --rules $(BRIEF),dabn,tent,note,rotta
 
@@ -107,8 +106,6 @@ adapt-tables: $(STAMP)-run  ## studies for docs/adaptation.md (about an hour)
 	$(FOLLOW) hapt:unseen=5 $(ALL) --shift $(SENSORS) --out results/adapt-hapt-shift --into $(PAGE)
 	$(FOLLOW) hapt:unseen=5 $(STARTED) pseudo:n0=64,population:diversity=1,class-mixture --shift $(SENSORS) \
 		--out results/adapt-hapt-shift-started --into $(PAGE)
-	$(FOLLOW) hapt:unseen=5 $(ALIGNED) --out results/adapt-hapt-aligned --into $(PAGE)
-	$(FOLLOW) hapt:unseen=5 $(ALIGNED) --shift $(SENSORS) --out results/adapt-hapt-shift-aligned --into $(PAGE)
 	$(FOLLOW) hapt:unseen=5 --seeds 6 $(NESTED) --out results/nested-hapt --into docs/auto.md
 	$(FOLLOW) hapt:unseen=5 --seeds 3 --streams natural --rules auto,rotation --augments rotate:strength=0.4,rotate:strength=0.8 --out results/nested-hapt-augmented --into docs/auto.md
 	$(FOLLOW) hapt:unseen=5 --seeds 6 $(NESTED) --shift $(SENSORS) --out results/nested-hapt-shift --into docs/auto.md
@@ -116,7 +113,6 @@ adapt-tables: $(STAMP)-run  ## studies for docs/adaptation.md (about an hour)
 	$(FOLLOW) watch --seeds 5 $(NESTED) --out results/nested-watch --into docs/auto.md
 	$(FOLLOW) hapt:unseen=5 --seeds 3 --streams switch,recurring,natural --rules $(WATCHED) --out results/adapt-drift --into $(PAGE)
 	$(FOLLOW) watch $(ALL) --out results/adapt-watch --into $(PAGE)
-	$(FOLLOW) watch $(ALIGNED) --out results/adapt-watch-aligned --into $(PAGE)
 	$(FOLLOW) watch $(STARTED) pseudo:n0=64,population:diversity=1 --out results/adapt-watch-started --into $(PAGE)
 	$(FOLLOW) watch $(ALL) --shift $(SENSORS) --out results/adapt-watch-shift --into $(PAGE)
 	$(FOLLOW) watch $(STARTED) pseudo:n0=64,population:diversity=1 --shift $(SENSORS) \

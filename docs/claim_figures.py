@@ -33,9 +33,10 @@ def entry_of(claim: Claim, text: str) -> Entry:
     if found is None or verdict is None:
         raise ValueError(f"the page has no numbers of {claim.name}")
     mean, low, high, arms = found.groups()
-    values = {arm: [float(value)] for arm, _, value in (part.rpartition(" ") for part in arms.split(", "))}
-    if tuple(values) != claim.arms:
-        raise ValueError(f"the page has the arms {list(values)} of {claim.name}, which now has {list(claim.arms)}")
+    numbers = re.fullmatch(", ".join(f"{re.escape(arm)} {NUMBER}" for arm in claim.arms), arms)
+    if numbers is None:
+        raise ValueError(f"the page has {arms!r} for {claim.name}, which now has the arms {list(claim.arms)}")
+    values = {arm: [float(value)] for arm, value in zip(claim.arms, numbers.groups(), strict=True)}
     return Entry(claim, values, [], Effect(float(mean), float(low), float(high)), verdict[1], math.nan, False, 0)  # type: ignore[arg-type]
 
 

@@ -156,7 +156,7 @@ def render(entries: Sequence[Entry]) -> str:
     lines = [
         "# Claims",
         "",
-        f"{len(entries)} claims of papers on normalization, tested again on small data ({size}): {counts[0]} hold, "
+        f"{len(entries)} claims on normalization, most of them of papers, tested on small data ({size}): {counts[0]} hold, "
         f"{counts[1]} do not, {counts[2]} are undecided. Seeds done: {num_seeds} of "
         f"{QUICK_SEEDS if entries[0].quick else FULL_SEEDS}.",
         "",
