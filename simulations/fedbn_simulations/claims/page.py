@@ -156,8 +156,8 @@ def render(entries: Sequence[Entry]) -> str:
     lines = [
         "# Claims",
         "",
-        f"{len(entries)} claims on normalization, most of them of papers, tested on small data ({size}): {counts[0]} hold, "
-        f"{counts[1]} do not, {counts[2]} are undecided. Seeds done: {num_seeds} of "
+        f"{len(entries)} claims on normalization, most of them of papers, tested on small data ({size}): "
+        f"{counts[0]} hold, {counts[1]} do not, {counts[2]} are undecided. Seeds done: {num_seeds} of "
         f"{QUICK_SEEDS if entries[0].quick else FULL_SEEDS}.",
         "",
         "![Effect of each claim minus its threshold, in half-widths of its interval](claims/verdicts.png)",
