@@ -1,6 +1,6 @@
 """Answer with the source model while label-free evidence is against a user's alignment.
 
-The evidence is the prequential likelihood ratio of `fedbn.online.alignments.base.Aligner.evidence`. It is part of the
+The evidence is the prequential likelihood ratio of `fedbn.online.alignments.aligner.Aligner.evidence`. It is part of the
 user's state. The statistics and the alignment learn on, so that the user returns to them when the evidence does.
 """
 

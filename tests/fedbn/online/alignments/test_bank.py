@@ -1,5 +1,7 @@
 """Alignment in a personalized model: predictions, states, stores."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -95,6 +97,17 @@ def test_state_of_an_aligned_user_survives_bytes_and_load(net, model, aligner):
     other.load("bob", back)
     assert torch.allclose(follow(other, x[33:], "bob"), follow(net, x[33:]), atol=1e-5)
     assert back.rule == "rotation:cells=8+pseudo:n0=8.0"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_state_does_not_change_with_later_windows(model, aligner, dtype):
+    net = personalize(copy.deepcopy(model).to(dtype), "pseudo:n0=8", align=aligner)
+    x = windows(20, 1, q=Q)[0].to(dtype)
+    follow(net, x[:10])
+    state = net.state("ann")
+    before = state.to_bytes()
+    follow(net, x[10:])
+    assert state.to_bytes() == before
 
 
 def test_aligned_users_survive_eviction_and_snapshot(model, aligner):
