@@ -14,7 +14,6 @@ from torch import Tensor
 
 from fedbn.errors import UserError
 from fedbn.online.alignments.aligner import Aligner
-from fedbn.online.alignments.states import is_valid
 from fedbn.online.layer import scale_and_shift
 from fedbn.online.records import BASE, Records
 from fedbn.online.rules.base import Rule
@@ -347,7 +346,7 @@ class Bank:
         state.require(self.model, self.rule_text)
         widths = {path: span.stop - span.start for path, span in self.spans.items()}
         state.validate(widths, self.rows["n"].shape[1], self.rows["extra"].shape[1], self.classes)
-        if not (is_valid(state.alignment, self.aligner) if self.aligner is not None else not state.alignment):
+        if not (self.aligner.check(state.alignment) if self.aligner is not None else not state.alignment):
             raise invalid_state("its alignment has other entries than this one, or values that are out of range")
 
     def put(self, slot: int, state: BNState) -> None:

@@ -59,7 +59,7 @@ class BNState:
         frozen: whether the statistics are frozen.
         rule: text of the rule.
         model: `fingerprint` of the network.
-        alignment: cells, parameters and counts of the alignment (`fedbn.online.alignments.aligner.Aligner.start`); empty
+        alignment: cells, parameters and counts (`fedbn.online.alignments.aligner.Aligner.start`); empty
             without one. Merging adds the cells of both states, which a bank reduces to its number of cells.
     """
 

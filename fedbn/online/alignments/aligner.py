@@ -16,7 +16,7 @@ from fedbn.errors import UserError
 from fedbn.online.alignments.base import Alignment, AlignmentPrior, Search, parse_alignment
 from fedbn.online.alignments.cells import Array, insert, reduce
 from fedbn.online.alignments.evidence import AGAINST, EVIDENCE_MEMORY, FOR, changes, log_ratios
-from fedbn.online.alignments.states import STATE
+from fedbn.online.alignments.states import STATE, is_valid
 from fedbn.online.sums import LabeledWindows, Triples, sums_of_users
 from fedbn.plugins import render
 
@@ -88,7 +88,7 @@ class Aligner:
         return {
             "align_n": like.new_zeros(1, size),
             "align_mean": like.new_zeros(1, size, dims),
-            "align_value": self.identity[None].to(like),
+            "align_value": self.identity[None].to(like, copy=True),
             "align_count": like.new_zeros(1, 2),
             "align_evidence": like.new_zeros(1),
             "align_recent": like.new_zeros(1, self.alignment.recent, dims),
@@ -99,8 +99,12 @@ class Aligner:
 
         Windows stay as they are while the `evidence` for the user's alignment is below `FOR`.
         """
-        value, supported = rows["align_value"][slots], rows["align_evidence"][slots] >= FOR
-        return self.alignment.apply(torch.where(supported[:, None], value, self.identity.to(value)), x, self.triples)
+        supported = _gather(rows["align_evidence"], slots) >= FOR
+        if not supported.any():
+            return x
+        identity, value = self.identity.numpy(force=True), _gather(rows["align_value"], slots)
+        used = torch.from_numpy(np.where(supported[:, None], value, identity)).to(slots.device)
+        return self.alignment.apply(used, x, self.triples)
 
     def measure(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Summaries ``[B, D]`` of windows, and whether each may be used ``[B]``.
@@ -150,6 +154,8 @@ class Aligner:
             self.restart(rows, slots[torch.from_numpy(tested).to(slots.device)])
             size = _gather(rows["align_n"], slots).sum(1)
         due, full = self._due(learned, size)
+        if not due.any():
+            return
         for now, far in ((due & full, True), (due & ~full, False)):
             if now.any():
                 self.estimate(rows, slots[torch.from_numpy(now).to(slots.device)], far)
@@ -227,6 +233,10 @@ class Aligner:
         n, mean = reduce((n, mean), self.alignment.cells, self.scale)
         for name, value in {**state, "n": torch.from_numpy(n[0]), "mean": torch.from_numpy(mean[0])}.items():
             rows[f"align_{name}"][slot] = value.to(rows["align_n"])
+
+    def check(self, state: Mapping[str, Tensor]) -> bool:
+        """Whether a state has the right names, shapes and values (`is_valid`)."""
+        return is_valid(state, self.alignment, self.prior.mean.shape[1])
 
     def report(self, rows: Mapping[str, Tensor], slot: int) -> dict[str, Any]:
         """Parameters of a user for people, and the numbers of windows learned from and not usable.

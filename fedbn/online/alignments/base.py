@@ -91,6 +91,10 @@ class Search(Protocol):
         """J ``[U, S]``."""
         ...
 
+    def bound(self, n: Tensor, z: Tensor) -> Tensor:
+        """A number ``[U]`` that J does not exceed for these cells, whatever the parameters."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class Alignment(SumsMethod):

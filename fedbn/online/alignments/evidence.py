@@ -73,7 +73,10 @@ def changes(search: Search, recent: Tensor, value: Tensor) -> tuple[Tensor, Tens
         value: parameters of all windows so far ``[U, P]``, float64.
     """
     n = recent.new_ones(recent.shape[:2])
+    now = search.likelihood(n, recent, value[:, None])[:, 0]
+    # The search costs far more than the bound, which excludes a change for most windows. A little is for rounding.
+    if not (search.bound(n, recent) - now > CHANGED - 1e-6).any():
+        return torch.zeros_like(now, dtype=torch.bool), value
     found = search((n, recent), value)
-    gain = search.objective(n, recent, found[:, None])
-    gain -= search.likelihood(n, recent, value[:, None])
-    return gain[:, 0] > CHANGED, found
+    gain = search.objective(n, recent, found[:, None])[:, 0] - now
+    return gain > CHANGED, found

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from fedbn.online.alignments.aligner import Aligner
+from fedbn.online.alignments.base import Alignment
 
 STATE = ("n", "mean", "value", "count", "evidence", "recent")
 """Names of the tensors in the state of a user."""
@@ -21,24 +19,30 @@ LARGEST_SUMMARY = 1e9
 """Largest absolute summary or evidence in a valid state."""
 
 
-def is_valid(state: Mapping[str, Tensor], aligner: Aligner) -> bool:
-    """Whether a state has the right names, shapes and values; an empty one is a new user's."""
+def is_valid(state: Mapping[str, Tensor], alignment: Alignment, dims: int) -> bool:
+    """Whether a state has the right names, shapes and values; an empty one is a new user's.
+
+    Args:
+        state: the state.
+        alignment: the alignment.
+        dims: number of summaries D.
+    """
     if not state:
         return True
-    cells, shape = len(state.get("n", ())), aligner.prior.mean.shape[1:]
-    shapes = {"n": (cells,), "mean": (cells, *shape), "value": aligner.identity.shape, "count": (2,), "evidence": ()}
-    shapes |= {"recent": (aligner.alignment.recent, *shape)}
+    cells, value = len(state.get("n", ())), alignment.identity(dims).shape
+    shapes = {"n": (cells,), "mean": (cells, dims), "value": value, "count": (2,), "evidence": ()}
+    shapes |= {"recent": (alignment.recent, dims)}
     if {name: tuple(t.shape) for name, t in state.items()} != {name: tuple(s) for name, s in shapes.items()}:
         return False
     values = {name: t.double() for name, t in state.items()}
     counts = torch.cat([values["n"], values["count"]])
     others = torch.cat([values["mean"].flatten(), values["recent"].flatten(), values["evidence"][None]])
     return (
-        cells <= MAX_CELLS * aligner.alignment.cells
+        cells <= MAX_CELLS * alignment.cells
         and bool(((counts >= 0) & (counts < 1e12)).all())
         and bool((values["n"] > 0).all())
         and bool((others.abs() <= LARGEST_SUMMARY).all())
-        and aligner.alignment.valid(values["value"])
+        and alignment.valid(values["value"])
     )
 
 

@@ -11,7 +11,7 @@ from fedbn.online import fit_alignment
 from fedbn.online.alignments import quaternions as so3
 from fedbn.online.alignments.base import AlignmentPrior, alignments
 from fedbn.online.alignments.evidence import FOR
-from fedbn.online.alignments.states import is_valid, merge_states
+from fedbn.online.alignments.states import merge_states
 from fedbn.online.sums import LabeledWindows, add_sums
 from tests.fedbn.online.alignments import data
 
@@ -171,6 +171,14 @@ def test_search_is_at_least_as_good_as_the_identity(aligner, case):
         assert both[0, 0] >= both[0, 1]
 
 
+def test_no_objective_is_above_the_bound(aligner, case):
+    for bad in (case.make(16, 21)[0], case.distort(case.make(16, 21)[0], case.strong)):
+        z, n = aligner.measure(bad)[0][None], torch.ones(1, 16, dtype=torch.float64)
+        start = aligner.identity.double()[None]
+        found = torch.stack([start, aligner.estimator((n, z), start), value_of(flat(aligner), bad)], 1)
+        assert (aligner.estimator.objective(n, z, found) <= aligner.estimator.bound(n, z)).all()
+
+
 def test_one_class_stays_near_the_identity(aligner, case):
     base = realigned(aligner, case.make(WINDOWS, 8)[0])
     reference = distance(base, case.make(WINDOWS, 8)[0])
@@ -240,7 +248,7 @@ def test_states_merge_and_survive_put(aligner, case):
     rows = aligner.start(LIKE)
     aligner.put(rows, 0, merged)
     assert float(rows["align_n"].sum()) == pytest.approx(50)
-    assert is_valid(aligner.get(rows, 0), aligner)
+    assert aligner.check(aligner.get(rows, 0))
 
 
 def test_sums_are_additive(name, aligner, case):
