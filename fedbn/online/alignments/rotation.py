@@ -67,11 +67,8 @@ class Rotation(Alignment):
 
     def usable(self, x: Tensor, z: Tensor, limits: tuple[float, bool], triples: Triples) -> Tensor:
         gravity, informative = limits
-        # Calls of PyTorch take longer than these checks of a single window, and nearly no window is saturated.
         acceleration, largest = x[:, _index(triples[0])], SATURATION * gravity
-        usable = np.ones(len(x), dtype=bool)
-        if not np.abs(acceleration.numpy(force=True)).max(initial=0) <= largest:
-            usable = ~clipped(acceleration, largest).any(1).numpy(force=True)
+        usable = ~clipped(acceleration, largest).numpy(force=True).any(1)
         if informative:
             ratio = np.linalg.norm(z[:, :3].numpy(force=True), axis=1) / gravity
             if ratio.max(initial=0) > IMPOSSIBLE:
