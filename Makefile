@@ -126,7 +126,7 @@ bench-peers: $(STAMP)-dev  ## the same, with Flower on Ray, and pfl-research in 
 	.venv-peers/bin/python -m pip install --quiet --editable . torch==2.13.0 pfl==0.6.0
 	$(BIN)/python -m benchmarks --ray --peers .venv-peers/bin/python
 
-notebooks: $(STAMP)-dev  ## run the notebooks and store their outputs (two minutes)
+notebooks: $(STAMP)-dev  ## run the notebooks and store their outputs (four minutes)
 	$(BIN)/python examples/execute.py
 
 figures: $(STAMP)-run  ## figures of the documentation, from the numbers of its pages (seconds)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -124,13 +125,13 @@ def clipped(x: Tensor, limit: Tensor | float) -> Tensor:
     >>> clipped(torch.tensor([[[0.0, 2, 2, 2], [0.0, 1, 2, 3]]]), torch.tensor(1.0))
     tensor([[ True, False]])
     """
-    size = x.abs()
-    top = size.amax(2)
-    large = top > limit
-    if not large.any():
-        return large
-    repeats = (size == top[:, :, None]).double().mean(2)
-    return (repeats >= SATURATED_SAMPLES) & (repeats * x.shape[2] > 1) & large
+    size = np.abs(x.numpy(force=True))  # for one window, NumPy is several times as fast
+    top = size.max(2, initial=0)
+    large = top > (limit.numpy(force=True) if isinstance(limit, Tensor) else limit)
+    if large.any():
+        repeats = (size == top[:, :, None]).mean(2)
+        large &= (repeats >= SATURATED_SAMPLES) & (repeats * x.shape[2] > 1)
+    return torch.from_numpy(large).to(x.device)
 
 
 def _recordings(user: User, channels: Sequence[int]) -> list[Tensor]:

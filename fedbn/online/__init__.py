@@ -1,6 +1,7 @@
 """Statistics that follow users: a bank of thousands of users in one network, rules, states as values."""
 
-from fedbn.online.alignments.base import Aligner, Alignment, fit_alignment
+from fedbn.online.alignments.aligner import Aligner, fit_alignment
+from fedbn.online.alignments.base import Alignment
 from fedbn.online.matched import Matched, MatchedHead, fit_matched_head
 from fedbn.online.methods import rule
 from fedbn.online.personalized import Personalized, personalize

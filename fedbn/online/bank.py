@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fedbn.errors import UserError
-from fedbn.online.alignments.base import Aligner
+from fedbn.online.alignments.aligner import Aligner
 from fedbn.online.layer import scale_and_shift
 from fedbn.online.records import BASE, Records
 from fedbn.online.rules.base import Rule
@@ -316,7 +316,7 @@ class Bank:
 
     def get(self, slot: int) -> BNState:
         """State of one row."""
-        row = {name: rows[slot].detach().cpu() for name, rows in self.rows.items()}
+        row = {name: rows[slot].detach().cpu().clone() for name, rows in self.rows.items()}
         calibrated = self.calibrated(slot)
         return BNState(
             parts={

@@ -1,7 +1,7 @@
 """Answer with the source model while label-free evidence is against a user's alignment.
 
-The evidence is the prequential likelihood ratio of `fedbn.online.alignments.base.Aligner.evidence`. It is part of the
-user's state. The statistics and the alignment learn on, so that the user returns to them when the evidence does.
+The evidence is the prequential likelihood ratio of `fedbn.online.alignments.aligner.Aligner.evidence`. It is part of
+the user's state. The statistics and the alignment learn on, so that the user returns to them when the evidence does.
 """
 
 from __future__ import annotations

@@ -19,7 +19,8 @@ from fedbn.errors import UserError
 from fedbn.nn.conversion import replace_norms, require_statistics
 from fedbn.nn.plain import copy_model, plain
 from fedbn.nn.roles import CLASSES, head_layer, statistics_layers
-from fedbn.online.alignments.base import Aligner, split_alignment
+from fedbn.online.alignments.aligner import Aligner
+from fedbn.online.alignments.base import split_alignment
 from fedbn.online.bank import Bank, Group
 from fedbn.online.layer import Pass, Transform, UserNorm, affine_entry, user_norm, write_statistics
 from fedbn.online.matched import MatchedHead, record_features

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fedbn.errors import UserError
-from fedbn.online.alignments.base import STATE, merge_states
+from fedbn.online.alignments.states import STATE, merge_states
 from fedbn.online.statistics import within_limits
 from fedbn.statistics.moments import Moments, pooled
 
@@ -59,7 +59,7 @@ class BNState:
         frozen: whether the statistics are frozen.
         rule: text of the rule.
         model: `fingerprint` of the network.
-        alignment: cells, parameters and counts of the alignment (`fedbn.online.alignments.base.Aligner.start`); empty
+        alignment: cells, parameters and counts (`fedbn.online.alignments.aligner.Aligner.start`); empty
             without one. Merging adds the cells of both states, which a bank reduces to its number of cells.
     """
 

@@ -94,6 +94,7 @@ class AffineSearch:
         self.layout, self.b, self.penalty = layout, b, 1 / prior.spread
         self.precision = 1 / prior.cov.diagonal(dim1=1, dim2=2)
         self.weighted_mean = self.precision * prior.mean
+        self.mean, self.log_scale = prior.mean, prior.log_scale
         self.constant = prior.log_scale - 0.5 * (self.weighted_mean * prior.mean).sum(1)
 
     def __call__(self, cells: tuple[Tensor, Tensor], last: Tensor, full: bool = True) -> Tensor:
@@ -149,6 +150,14 @@ class AffineSearch:
     def likelihood(self, n: Tensor, z: Tensor, value: Tensor) -> Tensor:
         """The objective without its penalty."""
         return (self._joint(z[:, None], value).logsumexp(-1) * n[:, None]).sum(-1) / self.b
+
+    def bound(self, n: Tensor, z: Tensor) -> Tensor:
+        """An upper bound ``[U]`` of the objective: every summary that changes is at the mean of each class."""
+        rest = slice(2 * self.layout.channels + self.layout.odd, None)
+        fixed, precision, weighted = z[..., rest], self.precision[:, rest], self.weighted_mean[:, rest]
+        constant = self.log_scale - 0.5 * (weighted * self.mean[:, rest]).sum(1)
+        joint = fixed @ weighted.T - 0.5 * fixed.square() @ precision.T + constant
+        return (joint.logsumexp(-1) * n).sum(-1) / self.b
 
     def _joint(self, z: Tensor, value: Tensor) -> Tensor:
         """Log densities ``[U, S, M, K]`` of the transformed cells, without constants."""

@@ -10,8 +10,10 @@ all by the rotation between class means (Kabsch, 1976, https://doi.org/10.1107/S
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -56,7 +58,7 @@ class Rotation(Alignment):
     def summaries(self, x: Tensor, triples: Triples) -> Tensor:
         self._require(x, triples)
         var, mean = torch.var_mean(x.double(), 2, correction=0)
-        log_variance = var[:, torch.tensor(triples)].sum(2).add_(1e-6).log_()
+        log_variance = var[:, _table(triples)].sum(2).add_(1e-6).log_()
         return torch.cat([mean[:, _index(triples[0])], log_variance], 1)
 
     def limits(self, prior: AlignmentPrior) -> tuple[float, bool]:
@@ -65,13 +67,14 @@ class Rotation(Alignment):
 
     def usable(self, x: Tensor, z: Tensor, limits: tuple[float, bool], triples: Triples) -> Tensor:
         gravity, informative = limits
-        usable = ~clipped(x[:, _index(triples[0])], SATURATION * gravity).any(1)
-        if not informative:
-            return usable
-        ratio = z[:, :3].norm(dim=1) / gravity
-        if len(ratio) and (largest := float(ratio.max())) > IMPOSSIBLE:
-            raise self._unit_error(largest)
-        return usable & (ratio > 1 / OTHER_UNIT) & (ratio < OTHER_UNIT)
+        acceleration, largest = x[:, _index(triples[0])], SATURATION * gravity
+        usable = ~clipped(acceleration, largest).numpy(force=True).any(1)
+        if informative:
+            ratio = np.linalg.norm(z[:, :3].numpy(force=True), axis=1) / gravity
+            if ratio.max(initial=0) > IMPOSSIBLE:
+                raise self._unit_error(float(ratio.max()))
+            usable &= (ratio > 1 / OTHER_UNIT) & (ratio < OTHER_UNIT)
+        return torch.from_numpy(usable).to(x.device)
 
     def informative(self, prior: AlignmentPrior) -> bool:
         return bool(self.gravity(prior) > prior.scale[:3].norm())
@@ -95,11 +98,7 @@ class Rotation(Alignment):
         return so3.to_vector(value)
 
     def register(self, prior: AlignmentPrior, means: Tensor, classes: Tensor) -> Tensor:
-        weight = KABSCH_PRIOR * self.gravity(prior) ** 2
-        u, _, v = torch.linalg.svd(prior.mean[classes, :3].T @ means[:, :3] + weight * torch.eye(3).to(means))
-        sign = torch.ones(3).to(means)
-        sign[2] = torch.linalg.det(u @ v)
-        return so3.from_matrix(u @ sign.diag() @ v)
+        return closest_rotation(prior.mean[classes, :3], means[:, :3], KABSCH_PRIOR * self.gravity(prior) ** 2)
 
     def covariance(self, cov: Tensor, mean: Tensor) -> Tensor:
         noise = torch.full_like(mean[0], LOG_VARIANCE_NOISE)
@@ -150,6 +149,30 @@ class Rotation(Alignment):
                 f"alignment 'rotation' works on windows [channels, length] with the channels {triples}, not on "
                 f"examples of shape {list(x.shape[1:])}"
             )
+
+
+def closest_rotation(target: Tensor, points: Tensor, weight: Tensor | float = 0.0) -> Tensor:
+    """Rotation ``[4]`` that moves ``points`` ``[n, 3]`` closest to ``target``, in squared distance (Kabsch, 1976).
+
+    Args:
+        target: ``[n, 3]``.
+        points: ``[n, 3]``.
+        weight: weight of the identity, in squared units of the points.
+
+    >>> target, points = torch.eye(3)[[1, 2]], torch.eye(3)[[0, 2]]
+    >>> so3.to_vector(closest_rotation(target, points)).rad2deg().round().abs()
+    tensor([ 0.,  0., 90.])
+    """
+    u, _, v = torch.linalg.svd(target.T @ points + weight * torch.eye(3).to(points))
+    sign = torch.ones(3).to(points)
+    sign[2] = torch.linalg.det(u @ v)
+    return so3.from_matrix(u @ sign.diag() @ v)
+
+
+@lru_cache(maxsize=8)
+def _table(triples: Triples) -> Tensor:
+    """Channels ``[sensors, 3]``."""
+    return torch.tensor(triples)
 
 
 def _index(channels: tuple[int, int, int]) -> slice | list[int]:

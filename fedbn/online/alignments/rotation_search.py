@@ -85,8 +85,8 @@ class RotationSearch:
             2,
         )
         axis = F.normalize(prior.mean[prior.seen, :3].mean(0), dim=0)
-        arrays = density.T, rest.T, normal.flatten(0, 1), 1 / prior.spread
-        self.density, self.rest, self.normal, self.precision = (t.numpy(force=True) for t in arrays)
+        arrays = density.T, rest.T, normal.flatten(0, 1), 1 / prior.spread, prior.log_scale
+        self.density, self.rest, self.normal, self.precision, self.log_scale = (t.numpy(force=True) for t in arrays)
         self.log_odds = _log_odds(self.precision)
         self.starts = _starts(axis)
 
@@ -156,9 +156,12 @@ class RotationSearch:
 
     def _likelihood(self, n: Array, z: Array, q: Array) -> Array:
         joint, _ = self._densities(z, self._log_rest(z), q)
-        top = joint.max(-1)
-        total = top + np.log(np.exp(joint - top[..., None]).sum(-1))
-        return cast("Array", (total * n[:, None]).sum(-1) / self.b)
+        return cast("Array", (_log_sum(joint) * n[:, None]).sum(-1) / self.b)
+
+    def bound(self, n: Tensor, z: Tensor) -> Tensor:
+        """An upper bound ``[U]`` of the objective: gravity is at the mean of each class."""
+        joint = self._log_rest(z.numpy(force=True))[:, 0] + self.log_scale
+        return torch.from_numpy((_log_sum(joint) * n.numpy(force=True)).sum(-1) / self.b).to(n)
 
     def _log_rest(self, z: Array) -> Array:
         """Log density ``[U, 1, M, K]`` of the values that a rotation does not change, without constants."""
@@ -168,6 +171,12 @@ class RotationSearch:
         """Log densities ``[U, S, M, K]`` and features ``[U, S, M, 13]`` of the turned cells."""
         features = _features(z[:, None, :, :3] @ so3.to_matrix(q).swapaxes(-1, -2))
         return features @ self.density + rest, features
+
+
+def _log_sum(x: Array) -> Array:
+    """Logarithm of the sum of exponentials over the last axis."""
+    top = x.max(-1)
+    return cast("Array", top + np.log(np.exp(x - top[..., None]).sum(-1)))
 
 
 def _features(q: Array) -> Array:

@@ -51,8 +51,8 @@ class Answer:
         class_counts: learned windows per predicted class; empty for tasks without classes.
         calibrated: whether the user's statistics were calibrated on own windows.
         held: identifiers of the windows stored until labels arrive.
-        alignment: the user's alignment (`fedbn.online.alignments.base.Aligner.report`), and whether it was ``used`` for
-            these windows; None without one.
+        alignment: the user's alignment (`fedbn.online.alignments.aligner.Aligner.report`), and whether it was ``used``
+            for these windows; None without one.
         saturated: number of windows that the sensor could not measure, which are not learned from.
     """
 

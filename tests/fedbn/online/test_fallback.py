@@ -8,7 +8,7 @@ from torch import nn
 
 from fedbn.errors import UserError
 from fedbn.online import fit_alignment, personalize
-from fedbn.online.alignments.base import AGAINST, EVIDENCE_MEMORY, LARGEST
+from fedbn.online.alignments.evidence import AGAINST, EVIDENCE_MEMORY, LARGEST
 from fedbn.online.fallback import FallbackModel
 from fedbn.seeds import generator
 

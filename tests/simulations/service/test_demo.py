@@ -20,6 +20,7 @@ pytest.importorskip("fastapi")
 from starlette.testclient import TestClient
 
 from fedbn.data.population import Examples, User
+from fedbn.data.shift import rotate
 from fedbn.errors import UserError
 from fedbn.models import build
 from fedbn.online import fit_alignment, personalize
@@ -85,8 +86,8 @@ def test_positions_start_at_population_and_move_to_person(playground):
     assert all(v == 0 for v in positions["source"] + positions["calibrated"])
     assert all(0 < v <= 1 for v in positions["DA-BN"])
     person = playground.person("user2")
-    session.nets["calibrated"].calibrate(person.train.x, USER, n0=0.0)
-    assert min(session.positions()["calibrated"]) > 0.95
+    session.nets["source"].calibrate(person.train.x, USER, n0=0.0)
+    assert min(session.positions()["source"]) > 0.95
 
 
 def test_calibration_needs_one_window_of_each_activity(playground):
@@ -137,11 +138,12 @@ def test_rotation_compares_estimate_with_truth_without_the_placement_of_the_pers
     assert session.rotation()["error"] == pytest.approx(60, abs=0.2)
 
 
-def test_presets_act_at_their_windows_on_people_chosen_by_earlier_recordings(playground):
+def test_presets_act_at_their_windows(playground):
     presets = playground.presets
     assert set(presets) == {"worn", "hand", "recalibrate", "turn"}
     changed = replace(playground, users={n: replace(u, test=examples(60, 3.0, 1)) for n, u in playground.users.items()})
-    assert {n: p.person for n, p in changed.presets.items()} == {n: p.person for n, p in presets.items()}
+    for name in ("worn", "recalibrate", "turn"):
+        assert changed.presets[name].person == presets[name].person
     session = Session(playground, presets["turn"].person, "short", presets["turn"].actions)
     steps = session.step(50)["steps"]
     assert [i for i, step in enumerate(steps) if step["event"]] == [TURN_AT]
@@ -153,6 +155,36 @@ def test_presets_act_at_their_windows_on_people_chosen_by_earlier_recordings(pla
     session.step(2)
     assert session.nets["calibrated"].report(USER)["calibrated"]
     assert session.person.name == "user2"
+
+
+def test_sensor_is_handed_to_the_person_who_wears_it_most_turned(playground):
+    aligned, axis = playground.rules["aligned"], torch.tensor([0.0, 0.0, 1.0])
+    mean = aligned.align.prior.mean.clone()
+    mean[:, :3] = torch.eye(3)[:2]
+    aligner = replace(aligned.align, prior=replace(aligned.align.prior, mean=mean))
+    y = torch.arange(8) % 2
+    gravity = torch.eye(6)[y, :, None].expand(-1, -1, 32)
+    turns = {"ann": 0.1, "bob": 1.0, "eve": 0.4}
+    worn = {n: Examples(rotate(axis, torch.tensor(a))(gravity), y, torch.zeros_like(y)) for n, a in turns.items()}
+    people = {name: replace(playground.users["user1"], name=name, test=data) for name, data in worn.items()}
+    rules = {**playground.rules, "aligned": replace(aligned, align=aligner)}
+    page = replace(playground, users=people, rules=rules)
+    for name, turn in turns.items():
+        assert float(so3.to_vector(page.placement(worn[name])).norm()) == pytest.approx(turn, abs=0.05)
+    hand = page.presets["hand"]
+    assert hand.person == "ann"
+    assert [arguments for _, arguments in hand.actions.values()] == [("bob",)]
+
+
+def test_calibrated_is_the_source_until_it_is_calibrated_and_then_fixed(playground):
+    session = Session(playground, "user1", actions={20: ("record_all", ())})
+    steps = session.step(20)["steps"]
+    assert all(step["predicted"]["calibrated"] == step["predicted"]["source"] for step in steps)
+    assert session.nets["calibrated"].users == []
+    session.step(1)
+    fixed = session.nets["calibrated"].state("wearer").to_bytes()
+    session.step(10)
+    assert session.nets["calibrated"].state("wearer").to_bytes() == fixed
 
 
 def test_auto_says_what_was_chosen_and_why(playground):
@@ -344,9 +376,9 @@ def test_page_plays_a_preset_and_shows_the_rotation(page):
     assert page.inner_text("#rotate-now") == "60°"
     assert "wears the sensor turned by 60°" in page.inner_text("#story")
     assert page.get_attribute("#presets >> text=A new user wears it turned", "aria-pressed") == "true"
-    assert page.input_value("#axis") == "1,0,0"
+    assert page.input_value("#axis") == "0,1,0"
     assert page.input_value("#order") == "short"
-    assert page.inner_text("#rotation").startswith("True: 60° about (1.0, 0.0, 0.0). Estimated: ")
+    assert page.inner_text("#rotation").startswith("True: 60° about (0.0, 1.0, 0.0). Estimated: ")
     assert page.eval_on_selector("#angles", "c => c.width > 0")
 
 

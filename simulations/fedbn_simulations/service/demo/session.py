@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedbn.data.population import User
+from fedbn.data.population import Examples, User
 from fedbn.data.shift import rotate
 from fedbn.errors import UserError, unknown
 from fedbn.nn.inference import logits
 from fedbn.nn.roles import statistics_layers
 from fedbn.online.alignments import quaternions as so3
+from fedbn.online.alignments.rotation import closest_rotation
 from fedbn.online.drift.batched import BatchedMonitor
 from fedbn.online.drift.detectors import detector
 from fedbn.online.drift.signal import Floats, channel_means
@@ -38,12 +39,15 @@ from fedbn_simulations.service.model import ServedModel
 
 ALIGNED, AUTO, CALIBRATED = "aligned", "auto", "calibrated"
 
+ROTATION = "rotation:memory=40.0:b=1.0:every=1"
+"""Estimates after every window, and forgets old windows."""
+
 RULES = {
     "source": ("source", "the trained network; never adapts"),
     "DA-BN": ("dabn", "naive: the average of the last windows, whatever the activity"),
-    ALIGNED: ("rotation:memory=40.0:b=1.0:every=1", "estimates how the sensor is turned, and turns the signal back"),
+    ALIGNED: (ROTATION, "estimates how the sensor is turned, and turns the signal back"),
     AUTO: ("", ""),
-    CALIBRATED: ("source", "as source until you calibrate, then fixed at the person's statistics"),
+    CALIBRATED: (ROTATION, "as source until you calibrate, then fixed at how these windows are turned and distributed"),
 }
 """Name on the page -> text of the rule and short description; for `AUTO`, the federation decides both."""
 
@@ -56,8 +60,8 @@ ORDERS = {
 TURN_AT, RECORD_AT, SWITCH_AT = 40, 60, 60
 """Windows at which presets act."""
 
-TURN = (60.0, (1.0, 0.0, 0.0))
-"""Degrees and axis of the turn in presets."""
+TURN = (60.0, (0.0, 1.0, 0.0))
+"""Degrees and axis of the turn in presets. While a person stands, gravity is along x, so the phone tips over."""
 
 SIGNAL_SAMPLES = 32
 """Number of samples of a window that are sent for plotting."""
@@ -77,7 +81,7 @@ USER = "wearer"
 
 CRITERION = (
     "The person is the median of the unseen people by the source's accuracy on their earlier recordings, which are not "
-    "played; the other person's sensor differs most in direction, again in earlier recordings."
+    "played. The sensor is handed from the person who wears it least turned to the one who wears it most turned."
 )
 """How the people of presets are chosen."""
 
@@ -154,8 +158,8 @@ class Playground:
         accuracy = {name: float(values.double().mean()) for name, values in right.items()}
         ranked = sorted(self.users, key=lambda name: (accuracy[name], name))
         median = ranked[(len(ranked) - 1) // 2]
-        direction = {name: F.normalize(own.x[:, :3].mean((0, 2)), dim=0) for name, own in earlier.items()}
-        other = min(self.users, key=lambda name: float(direction[name] @ direction[median]))
+        turned_by = {name: float(so3.to_vector(self.placement(user.test)).norm()) for name, user in self.users.items()}
+        first, other = min(self.users, key=turned_by.__getitem__), max(self.users, key=turned_by.__getitem__)
         turned = f"{TURN[0]:g}°"
         return {
             "worn": Preset(
@@ -166,14 +170,15 @@ class Playground:
             ),
             "hand": Preset(
                 "Hand it to someone else",
-                f"After {SWITCH_AT} windows, {median} hands the sensor to {other}, who wears it differently.",
-                median,
+                f"After {SWITCH_AT} windows, {first} hands the sensor to {other}, who wears it turned by "
+                f"{math.degrees(turned_by[other]):.0f}°.",
+                first,
                 {SWITCH_AT: ("switch", (other,))},
             ),
             "recalibrate": Preset(
                 "Recalibrate",
                 f"{median} wears the sensor turned by {turned}, and after {RECORD_AT} windows records one window of "
-                "each activity. Watch the rule 'calibrated'.",
+                "each activity. Watch the rule 'calibrated', which is the source until then.",
                 median,
                 {0: ("rotate", TURN), RECORD_AT: ("record_all", ())},
             ),
@@ -184,6 +189,19 @@ class Playground:
                 {TURN_AT: ("rotate", TURN)},
             ),
         }
+
+    def placement(self, data: Examples) -> Tensor:
+        """The rotation ``[4]`` that moves a person's gravity in each activity onto the seen people's, from labels.
+
+        Only the page knows it; no rule uses labels.
+        """
+        aligner = self.rules[ALIGNED].align
+        assert aligner is not None
+        z, prior = aligner.alignment.summaries(data.x, aligner.triples), aligner.prior
+        known = [c for c in sorted(set(data.y.tolist())) if c >= 0 and prior.seen[c]]
+        means = torch.stack([z[data.y == c, :3].mean(0) for c in known])
+        # A small weight of the identity decides if the person has one activity only.
+        return closest_rotation(prior.mean[known, :3], means, 0.01 * float(means.square().sum(1).mean()))
 
     @property
     def _auto(self) -> str:
@@ -362,7 +380,8 @@ class Session:
         predicted = {}
         for name, follower in self.followers.items():
             posterior = follower.predict(x, [USER]).softmax(1)
-            follower.commit(posterior=posterior)
+            if name != CALIBRATED:
+                follower.commit(posterior=posterior)
             predicted[name] = int(posterior.argmax())
             self.num_correct[name] += predicted[name] == label
             self.recent[name].append(predicted[name] == label)
@@ -376,6 +395,8 @@ class Session:
             "signal": [[round(v, 3) for v in channel] for channel in signal.tolist()],
             "label": label,
             "predicted": predicted,
+            "recent": {name: _mean(values) for name, values in self.recent.items()},
+            "angle": self.rotation()["error"],
             "alarm": alarm,
             "event": event,
         }
@@ -383,9 +404,8 @@ class Session:
     def rotation(self) -> dict[str, Any]:
         """The true rotation of the sensor, the estimated one, and the angle between them in degrees.
 
-        The estimate turns windows onto the population. The person's own placement is not a rotation of the page, so it
-        is removed: it is the rotation that `fedbn.online.alignments.rotation.Rotation.register` finds with the labels
-        of the person's earlier recording.
+        The estimate turns windows onto the population. The person's own placement (`Playground.placement`) is not a
+        rotation of the page, so it is removed.
         """
         bank = self.nets[ALIGNED].bank
         slot = bank.group([USER], create=False).slots
@@ -425,13 +445,7 @@ class Session:
             {path: _moments(layer.running_mean, layer.running_var) for path, layer in statistics_layers(model).items()}
             for model in (self.playground.model, own)
         )
-        aligner = self.nets[ALIGNED].bank.aligner
-        assert aligner is not None
-        z, _ = aligner.measure(self.person.train.x)
-        y = self.person.train.y
-        classes = torch.tensor([c for c in sorted(set(y.tolist())) if aligner.prior.seen[c]])
-        means = torch.stack([z[y == c].mean(0) for c in classes])
-        self._placement = aligner.alignment.register(aligner.prior, means, classes)
+        self._placement = self.playground.placement(self.person.test)
 
 
 def _inverse(q: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """Alignment in a personalized model: predictions, states, stores."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -97,6 +99,17 @@ def test_state_of_an_aligned_user_survives_bytes_and_load(net, model, aligner):
     assert back.rule == "rotation:cells=8+pseudo:n0=8.0"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_state_does_not_change_with_later_windows(model, aligner, dtype):
+    net = personalize(copy.deepcopy(model).to(dtype), "pseudo:n0=8", align=aligner)
+    x = windows(20, 1, q=Q)[0].to(dtype)
+    follow(net, x[:10])
+    state = net.state("ann")
+    before = state.to_bytes()
+    follow(net, x[10:])
+    assert state.to_bytes() == before
+
+
 def test_aligned_users_survive_eviction_and_snapshot(model, aligner):
     small = personalize(model, "pseudo:n0=8", align=aligner, capacity=1)
     large = personalize(model, "pseudo:n0=8", align=aligner)
@@ -140,6 +153,14 @@ def test_calibration_aligns_first(net, model, aligner):
     plain = personalize(model, "pseudo:n0=8")
     plain.calibrate(turn(x, q), user="ann")
     assert torch.allclose(net.predict(x, user="ann"), plain.predict(turn(x, q), user="ann"), atol=1e-4)
+
+
+def test_calibration_does_not_change_other_users(net):
+    x = windows(10, 1, q=Q)[0]
+    before = net.predict(x, user="bob")
+    net.calibrate(windows(48, 1, q=Q)[0], user="ann")
+    assert torch.equal(net.predict(x, user="bob"), before)
+    assert so3.to_vector(net.bank.aligner.identity).norm() == 0
 
 
 def test_frozen_user_keeps_its_alignment(net):

@@ -9,7 +9,9 @@ import torch
 from fedbn.errors import UserError
 from fedbn.online import fit_alignment
 from fedbn.online.alignments import quaternions as so3
-from fedbn.online.alignments.base import FOR, AlignmentPrior, alignments, merge_states
+from fedbn.online.alignments.base import AlignmentPrior, alignments
+from fedbn.online.alignments.evidence import FOR
+from fedbn.online.alignments.states import merge_states
 from fedbn.online.sums import LabeledWindows, add_sums
 from tests.fedbn.online.alignments import data
 
@@ -167,6 +169,14 @@ def test_search_is_at_least_as_good_as_the_identity(aligner, case):
         found = aligner.estimator((n, z), identity)
         both = aligner.estimator.objective(n, z, torch.stack([found, identity], 1))
         assert both[0, 0] >= both[0, 1]
+
+
+def test_no_objective_is_above_the_bound(aligner, case):
+    for bad in (case.make(16, 21)[0], case.distort(case.make(16, 21)[0], case.strong)):
+        z, n = aligner.measure(bad)[0][None], torch.ones(1, 16, dtype=torch.float64)
+        start = aligner.identity.double()[None]
+        found = torch.stack([start, aligner.estimator((n, z), start), value_of(flat(aligner), bad)], 1)
+        assert (aligner.estimator.objective(n, z, found) <= aligner.estimator.bound(n, z)).all()
 
 
 def test_one_class_stays_near_the_identity(aligner, case):

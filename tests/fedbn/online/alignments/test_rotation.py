@@ -6,7 +6,8 @@ import torch
 from fedbn.errors import UserError
 from fedbn.online import fit_alignment
 from fedbn.online.alignments import quaternions as so3
-from fedbn.online.alignments.base import Aligner, parse_alignment
+from fedbn.online.alignments.aligner import Aligner
+from fedbn.online.alignments.base import parse_alignment
 from fedbn.online.alignments.rotation_search import OTHERWISE, RotationSearch
 from tests.fedbn.online.alignments.data import CLASSES, GRAVITY, TRIPLES, angle, clients, turn, windows
 

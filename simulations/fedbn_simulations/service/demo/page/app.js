@@ -93,18 +93,17 @@ function windows(message) {
     history.numWindows += 1;
     history.windows.push(step.signal);
     history.steps.push(step);
+    history.points.push({ window: history.numWindows, recent: step.recent, angle: step.angle });
     if (step.event) logEvent(step.event, "action");
     if (step.alarm) logEvent("drift detected: the signal has changed", "drift");
   }
   history.windows = history.windows.slice(-HISTORY.windows);
   history.steps = history.steps.slice(-HISTORY.steps);
   history.numWindows = message.num_windows;
-  const recent = Object.fromEntries(Object.entries(message.accuracy).map(([name, a]) => [name, a.recent]));
-  const rotation = message.rotation;
-  history.points = [...history.points, { window: message.num_windows, recent, rotation }].slice(-HISTORY.points);
-  showRotation(rotation);
+  history.points = history.points.slice(-HISTORY.points);
+  showRotation(message.rotation);
   if (message.person !== person) { person = message.person; $("person").value = person; }
-  if (message.steps.some((step) => step.event)) showSlider(message.degrees, rotation.true_axis);
+  if (message.steps.some((step) => step.event)) showSlider(message.degrees, message.rotation.true_axis);
   $("progress").value = message.position / message.total;
   const last = message.steps[message.steps.length - 1];
   if (last) {

@@ -104,7 +104,7 @@ export function angles(canvas, points, marks) {
   g.strokeStyle = color("--r2");
   g.lineWidth = 3;
   g.beginPath();
-  for (const point of points) g.lineTo(x(point.window), y(point.rotation.error));
+  for (const point of points) g.lineTo(x(point.window), y(point.angle));
   g.stroke();
 }
 
