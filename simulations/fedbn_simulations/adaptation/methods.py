@@ -15,6 +15,7 @@ from fedbn.online.drift.detectors import Detector, detector
 from fedbn.online.fallback import Fallback
 from fedbn.online.matched import Matched, parse_matched, split_head
 from fedbn.online.methods import rules_and_methods
+from fedbn.online.rules.base import not_a_rule
 from fedbn.online.rules.source import Source
 from fedbn.online.validation import require_no_classes
 from fedbn.plugins import find, parse, render, text_of
@@ -162,3 +163,23 @@ def can_align(text: str) -> bool:
     """
     method = adaptation_method(text)
     return isinstance(method.rule, Rule) and method.align is None
+
+
+def served_rule(text: str) -> AdaptationMethod:
+    """Rule of a model that serves users: on statistics, with an optional alignment, matched head and fallback.
+
+    Raises:
+        UserError: an unknown name or option, a test-time method, or a drift detector or questions.
+
+    >>> served_rule("rotation+population:diversity=1+matched/fallback").text
+    'rotation+population:diversity=1.0+matched/fallback'
+    """
+    method = adaptation_method(text)
+    if not isinstance(method.rule, Rule):
+        raise not_a_rule(method.rule.name)
+    if method.watch or method.ask:
+        raise UserError(
+            f"rule {text!r}: leave out what follows '/', other than fallback. A service has its own drift detector "
+            "(--drift), and only fedbn adapt asks questions"
+        )
+    return method

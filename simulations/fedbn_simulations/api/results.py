@@ -18,7 +18,11 @@ from fedbn.federation.server import Outcome
 from fedbn.federation.setup import build_context
 from fedbn.federation.trained import trained_model
 from fedbn.files import read_json, write_atomically
+from fedbn.online import Personalized
+from fedbn.online.fallback import FallbackModel
 from fedbn.personalization.treatment import treatment, treatment_text
+from fedbn_simulations.adaptation.check import Decision
+from fedbn_simulations.adaptation.following import CAPACITY, choose_rule, personalize_source, source_of
 from fedbn_simulations.experiments.tasks import CHECKPOINT
 from fedbn_simulations.results.comparison import Comparison
 from fedbn_simulations.results.labels import readable
@@ -129,6 +133,39 @@ class ComparisonResult(Comparison):
         Raises:
             UserError: an unknown strategy, user or seed, an unfinished run, or a strategy that shares no model.
         """
+        run, outcome = self._finished(strategy, seed)
+        return trained_model(build_context(run), outcome, user)
+
+    def choose_rule(self, strategy: Any, seed: int | None = None) -> Decision:
+        """The online rule that the seen users choose for a trained network, with the reason and all gains.
+
+        Every candidate is checked on their later recordings, which takes minutes; the parts are stored. See
+        `fedbn_simulations.adaptation.check`.
+
+        Raises:
+            UserError: as `model`, or a network without statistics to follow.
+        """
+        return choose_rule(source_of(*self._finished(strategy, seed)), self.directory)
+
+    def personalize(
+        self, strategy: Any, rule: str = "auto", seed: int | None = None, capacity: int = CAPACITY
+    ) -> Personalized | FallbackModel:
+        """The trained network with separate states of users that it follows online; see `fedbn.personalize`.
+
+        Args:
+            strategy: a strategy of the comparison, as text or object.
+            rule: text of the rule, such as ``"rotation+population:diversity=1"``, with the priors that the seen users'
+                data determine; ``"auto"`` for that of `choose_rule`.
+            seed: a seed of the comparison; None for the first.
+            capacity: number of users in memory.
+
+        Raises:
+            UserError: as `choose_rule`, or an unknown rule, or one that does not fit the task or the data.
+        """
+        return personalize_source(source_of(*self._finished(strategy, seed)), rule, self.directory, capacity)
+
+    def _finished(self, strategy: Any, seed: int | None) -> tuple[Run, Outcome]:
+        """A run with its outcome."""
         text = str(treatment(treatment_text(strategy)))
         if text not in self.meta["strategies"]:
             raise unknown("strategy of this comparison", text, self.meta["strategies"])
@@ -140,8 +177,8 @@ class ComparisonResult(Comparison):
             raise UserError(f"the run of {text} with seed {seed} is not finished: `fedbn resume {self.directory}`")
         directory = self.directory / "runs" / found.iloc[0]
         run = Run.from_dict(read_json(directory / "result.json")["run"])
-        ctx = build_context(run)
-        return trained_model(ctx, load_outcome(directory / CHECKPOINT, run, ctx.population.sources), user)
+        sources = build_context(run).population.sources
+        return run, load_outcome(directory / CHECKPOINT, run, sources)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -177,6 +214,14 @@ class FederationResult:
     def model(self, user: str | None = None) -> nn.Module:
         """Copy of the trained network, in evaluation mode; see `fedbn.federation.trained.trained_model`."""
         return trained_model(build_context(self.run), self.outcome, user)
+
+    def choose_rule(self) -> Decision:
+        """The online rule that the seen users choose; see `ComparisonResult.choose_rule`. Nothing is stored."""
+        return choose_rule(source_of(self.run, self.outcome))
+
+    def personalize(self, rule: str = "auto", capacity: int = CAPACITY) -> Personalized | FallbackModel:
+        """The trained network with separate states of users; see `ComparisonResult.personalize`."""
+        return personalize_source(source_of(self.run, self.outcome), rule, capacity=capacity)
 
     def __repr__(self) -> str:
         return f"{self._headline()}\n{self._table().to_string()}"

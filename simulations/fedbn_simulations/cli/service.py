@@ -100,10 +100,11 @@ def serve(
     from fedbn.online.drift.detectors import detector
     from fedbn_simulations.adaptation.cells import SOURCE
     from fedbn_simulations.adaptation.check import AUTO
+    from fedbn_simulations.adaptation.methods import served_rule
     from fedbn_simulations.service import server
     from fedbn_simulations.service.access import Access
     from fedbn_simulations.service.api import create_app, log_start
-    from fedbn_simulations.service.model import ServedModel, served_rule
+    from fedbn_simulations.service.model import ServedModel
     from fedbn_simulations.service.observability import log_to_stderr
     from fedbn_simulations.service.users import Limits, UserStore
 

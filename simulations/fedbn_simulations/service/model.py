@@ -16,14 +16,14 @@ from fedbn.integrations.pretrained import load_pretrained
 from fedbn.models import build
 from fedbn.nn.conversion import require_statistics
 from fedbn.nn.roles import Role, roles
-from fedbn.online import Aligner, LayerPrior, MatchedHead, Personalized, Rule, Store, personalize
+from fedbn.online import Aligner, LayerPrior, MatchedHead, Personalized, Rule, Store
 from fedbn.online.fallback import FallbackModel
 from fedbn.online.prequential import CLASSIFICATION
 from fedbn.online.prior import layer_priors
-from fedbn.online.rules.base import not_a_rule
 from fedbn.online.rules.source import Source
 from fedbn.tasks import Task
-from fedbn_simulations.adaptation.methods import AdaptationMethod, adaptation_method, check_classes
+from fedbn_simulations.adaptation.following import following
+from fedbn_simulations.adaptation.methods import check_classes, served_rule
 from fedbn_simulations.adaptation.source_model import SourceModel
 
 
@@ -68,17 +68,16 @@ class ServedModel:
         for what, chosen, fitted in (("alignment", method.align, self.align), ("head", method.head, self.head)):
             if chosen is not None and fitted is None:
                 raise UserError(f"rule {self.rule!r}: its {what} needs sums of seen users; serve a scenario's model")
-        net = personalize(
+        return following(
             self.model,
-            cast(Rule, method.rule),
+            method,
             self.prior,
-            capacity,
-            store=store,
             classes=len(self.classes) or None,
-            align=self.align if method.align else None,
-            head=self.head if method.head else None,
+            align=self.align,
+            head=self.head,
+            capacity=capacity,
+            store=store,
         )
-        return net if method.fallback is None else FallbackModel(net, self.model)
 
     @staticmethod
     def from_source(source: SourceModel, rule: str, reason: str = "") -> ServedModel:
@@ -159,23 +158,3 @@ class ServedModel:
                 "logits"
             )
         return ServedModel(net, shape, classes, layer_priors(net), rule=method.text)
-
-
-def served_rule(text: str) -> AdaptationMethod:
-    """Rule of a service: a rule on statistics, with an optional alignment, matched head and fallback.
-
-    Raises:
-        UserError: an unknown name or option, a test-time method, or a drift detector or questions.
-
-    >>> served_rule("rotation+population:diversity=1+matched/fallback").text
-    'rotation+population:diversity=1.0+matched/fallback'
-    """
-    method = adaptation_method(text)
-    if not isinstance(method.rule, Rule):
-        raise not_a_rule(method.rule.name)
-    if method.watch or method.ask:
-        raise UserError(
-            f"--rule {text!r}: a service has its own drift detector (--drift) and asks no questions; leave out "
-            "what follows '/', other than fallback"
-        )
-    return method

@@ -27,10 +27,11 @@ from fedbn.online.fallback import FallbackModel
 from fedbn.online.prequential import CLASSIFICATION
 from fedbn.online.records import DamagedRecordError
 from fedbn.tasks import Task
+from fedbn_simulations.adaptation.methods import served_rule
 from fedbn_simulations.service.batching import Job
 from fedbn_simulations.service.durability import Journal
 from fedbn_simulations.service.held import HeldWindows
-from fedbn_simulations.service.model import ServedModel, served_rule
+from fedbn_simulations.service.model import ServedModel
 from fedbn_simulations.service.schema import Answer, RequestError
 
 T = TypeVar("T")
@@ -75,7 +76,7 @@ class UserStore:
         shape: shape of a window.
         classes: class names; empty for tasks without classes.
         rule: text of the rule that follows users, with optional alignment, matched head and fallback
-            (`fedbn_simulations.service.model.served_rule`).
+            (`fedbn_simulations.adaptation.methods.served_rule`).
         prior: initial statistics of users.
         store: database of states; if None, states are lost when the service ends.
         drift: text of the drift detector.

@@ -91,7 +91,7 @@ def test_served_model_has_own_weights_and_statistics(own_model):
         ({"rule": "population"}, "needs statistics of training users"),
         ({"rule": "rotation"}, "needs labeled sums of training users"),
         ({"rule": "tent"}, "test-time method"),
-        ({"rule": "pseudo/adwin/decay"}, "has its own drift detector"),
+        ({"rule": "pseudo/adwin/decay"}, "own drift detector"),
         ({"shape": (2,)}, "cannot take windows of shape \\[2\\]"),
     ],
 )
