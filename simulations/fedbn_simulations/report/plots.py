@@ -7,6 +7,7 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -19,6 +20,8 @@ from fedbn_simulations.results.matrix import COLUMNS, ROWS
 #: Maximum number of layers to draw, evenly spaced from the first to the last.
 MAX_LAYERS = 8
 MAX_LABEL_LENGTH = 26
+MAX_PANELS = 12
+"""Strategies with a panel of their own in the figure of paired differences; more have a line each."""
 
 
 @styled
@@ -76,9 +79,10 @@ def matrix_figure(comparison: Comparison, metric: str = "", width: float = PAGE_
 def paired_figure(
     comparison: Comparison, row: str, column: str, metric: str = "", width: float = PAGE_WIDTH
 ) -> Figure | None:
-    """Every user's difference to the reference, sorted, one panel per strategy; None if there is none.
+    """Every user's difference to the reference; None if there is none.
 
-    A mean hides differences between users: points below the line are users harmed by the strategy.
+    A mean hides differences between users: points below 0 are users harmed by the strategy. Each strategy has a panel
+    with its users sorted, or a line if there are many.
     """
     by_strategy = {
         strategy: differences
@@ -87,10 +91,16 @@ def paired_figure(
     }
     if not by_strategy:
         return None
+    lines = comparison.paired(metric).query("row == @row and column == @column").set_index("strategy")
+    better = comparison.higher_is_better(metric)
+    name = f"{metric_title(metric or comparison.metric)} minus {_short(comparison.reference_name)}"
+    if len(by_strategy) > MAX_PANELS:
+        return _strips(
+            comparison, by_strategy, lines, f"{name}\n({'right' if better else 'left'} of 0 is better)", width
+        )
     down, across = _grid(len(by_strategy), width, 1.7)
     figure = Figure(figsize=(min(width, 1.0 + 2.4 * across), 0.6 + 1.4 * down), layout="constrained")
     panels = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
-    lines = comparison.paired(metric).query("row == @row and column == @column").set_index("strategy")
     for axes, (strategy, differences) in zip(panels.flat, by_strategy.items()):
         index = comparison.strategies.index(strategy)
         color = _color(index)
@@ -109,11 +119,29 @@ def paired_figure(
         axes.yaxis.set_major_formatter(lambda value, _: format_signed(round(value, 6), 2))
     _hide_rest(panels, len(by_strategy))
     figure.supxlabel("users, sorted by their difference")
-    better = "above" if comparison.higher_is_better(metric) else "below"
-    name = metric_title(metric or comparison.metric)
-    figure.supylabel(
-        f"{name} minus {_short(comparison.reference_name)}\n({better} 0 is better)", multialignment="center"
-    )
+    figure.supylabel(f"{name}\n({'above' if better else 'below'} 0 is better)", multialignment="center")
+    return figure
+
+
+def _strips(
+    comparison: Comparison, by_strategy: dict[str, pd.Series], lines: pd.DataFrame, label: str, width: float
+) -> Figure:
+    """One line per strategy: a point per user, and a bar with the mean and its 95 % interval."""
+    figure = Figure(figsize=(width, 0.7 + 0.19 * len(by_strategy)), layout="constrained")
+    axes = figure.subplots()
+    axes.axvline(0, color=INK, linewidth=0.8)
+    for y, (strategy, differences) in enumerate(by_strategy.items()):
+        line, color = lines.loc[strategy], _color(comparison.strategies.index(strategy))
+        axes.plot(differences, np.full(len(differences), y), "o", color=color, markersize=2.5, alpha=0.5, linewidth=0)
+        axes.hlines(y, line["ci_low"], line["ci_high"], color=INK, linewidth=1.2, zorder=3)
+        axes.plot(line["difference"], y, "|", color=INK, markersize=7, markeredgewidth=1.5, zorder=3)
+    axes.set_yticks(range(len(by_strategy)), [_short(comparison.names[s]) for s in by_strategy])
+    axes.set_ylim(len(by_strategy) - 0.5, -0.5)
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    axes.grid(axis="x")
+    axes.xaxis.set_major_formatter(lambda value, _: format_signed(round(value, 6), 2))
+    figure.supxlabel(label, multialignment="center")
     return figure
 
 

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, wraps
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import pandas as pd
@@ -158,7 +158,7 @@ class Matrix:
             raise unknown("metric", metric or self.metric, self.metrics)
         return self.metrics[metric or self.metric]
 
-    @property
+    @cached_property
     def cells(self) -> list[tuple[str, str]]:
         """The (row, column) pairs that at least one strategy has, in display order."""
         present = set(zip(self.evaluations["row"], self.evaluations["column"]))
@@ -304,15 +304,17 @@ class Matrix:
                     lines.append((strategy, start, result.value, *result.users, result.n_users))
         return pd.DataFrame(lines, columns=["strategy", "start", "mean", "ci_low", "ci_high", "n_users"])
 
-    @_cached
     def _cube(self, metric: str) -> dict[tuple[str, str, str], pd.DataFrame]:
-        """Users x seeds by (strategy, row, column)."""
+        """Users x seeds by (strategy, row, column). Computed once per metric; not to be changed."""
+        metric = metric or self.metric
         self.higher_is_better(metric)
-        known = self.evaluations.dropna(subset=metric)
-        return {
-            key: lines.pivot(index="user", columns="seed", values=metric)
-            for key, lines in known.groupby(["strategy", "row", "column"], sort=False)
-        }
+        if ("cube", metric) not in self._cache:
+            known = self.evaluations.dropna(subset=metric)
+            self._cache["cube", metric] = {
+                key: lines.pivot(index="user", columns="seed", values=metric)
+                for key, lines in known.groupby(["strategy", "row", "column"], sort=False)
+            }
+        return cast("dict[tuple[str, str, str], pd.DataFrame]", self._cache["cube", metric])
 
     def _gap(self, strategy: str, row: str, column: str, metric: str) -> pd.DataFrame:
         """Strategy minus reference, users x seeds in common; empty if one of them does not have the cell."""
@@ -329,12 +331,9 @@ class Matrix:
 
 def contrast(a: pd.DataFrame, b: pd.DataFrame, row: str, higher_is_better: bool = True) -> Estimate:
     """One cell minus another (each users x seeds, see `Matrix.values`), on the users and seeds in common."""
-    a, b = a.align(b, join="inner")
-    both = a.notna() & b.notna()
-    selected = both.any(axis=1), both.any(axis=0)
-    if not any(selected[0]):
+    x, y = _common(a, b)
+    if not x.size:
         return Estimate()
-    x, y = (frame.where(both).loc[selected].to_numpy() for frame in (a, b))
     if row == "worst":
         statistic = _statistic(row, higher_is_better)
         return estimate(lambda left, right: statistic(left) - statistic(right), x, y)
@@ -356,3 +355,14 @@ def _statistic(row: str, higher_is_better: bool) -> Statistic:
     if row != "worst":
         return mean_of_users
     return worst_of_users if higher_is_better else lambda values: -worst_of_users(-values)
+
+
+def _common(a: pd.DataFrame, b: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    """Values of two cells on the users and seeds in common, with NaN where one of them misses."""
+    if not (a.index.equals(b.index) and a.columns.equals(b.columns)):
+        a, b = a.align(b, join="inner")
+    x, y = a.to_numpy(float), b.to_numpy(float)
+    both = ~(np.isnan(x) | np.isnan(y))
+    rows, columns = both.any(axis=1), both.any(axis=0)
+    x, y = (np.where(both, values, np.nan)[rows][:, columns] for values in (x, y))
+    return x, y
