@@ -20,6 +20,7 @@ from fedbn.tasks import parse_task
 from tests.fedbn.helpers import rejects
 from tests.fedbn.scenarios.archives import WRITERS
 from tests.fedbn.scenarios.test_image_sets import write_cifar, write_idx
+from tests.helpers import mostly_slow
 
 
 @pytest.fixture(scope="session")
@@ -98,7 +99,7 @@ def same_users(a, b):
 every = pytest.mark.parametrize("name", scenarios())
 
 
-@every
+@pytest.mark.parametrize("name", mostly_slow(scenarios(), "digits8", "hapt", "watch", "imu", "files", "cifar"))
 def test_scenario_seed_changes_unseen_users_only(name, load):
     """Loaded twice, data are the same to the last bit."""
     a, b = load(name), load(name, 1)

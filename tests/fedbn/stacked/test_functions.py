@@ -144,7 +144,7 @@ NETS = {name: (net, shape) for name, net, shape in nets()}
 
 
 @pytest.mark.parametrize("name", NETS)
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("training", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_stacked_function_matches_separate_models(name, training):
     net, shape = NETS[name]
     torch.manual_seed(1)

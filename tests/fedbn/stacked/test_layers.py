@@ -24,6 +24,7 @@ from fedbn.norms.shared_statistics import SharedStatisticsNorm
 from fedbn.stacked.layers import FEATURE_LAYERS, STACKED_LAYERS, VIEW_LAYERS, Unstackable
 from fedbn.stacked.program import build_program
 from tests.fedbn.stacked.programs import assert_program_matches
+from tests.helpers import mostly_slow
 
 CONSTANT = (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)
 OTHER_PADS = (
@@ -112,7 +113,7 @@ OWN_CODE = {
 """Layers whose own code computes all clients: those with ``channelwise``, and parametrized weights."""
 
 
-@pytest.mark.parametrize(("k", "training"), [(3, True), (3, False), pytest.param(1, True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("k", "training"), mostly_slow([(3, True), (3, False), (1, True)], (3, True)))
 @pytest.mark.parametrize("name", [*LAYERS, *OWN_CODE])
 def test_stacked_layer_matches_separate_layers(name, k, training):
     make, shape = (LAYERS | OWN_CODE)[name]

@@ -48,6 +48,7 @@ def followed():
     return recurring, results
 
 
+@pytest.mark.slow
 def test_drift_is_detected_at_every_switch_and_only_there(followed):
     recurring, results = followed
     for _, alarms in results.values():

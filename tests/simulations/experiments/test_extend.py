@@ -126,6 +126,7 @@ def test_first_rounds_do_not_depend_on_the_number_of_rounds(small, name):
     assert all(same(found[0].client_states[u], short.client_states[u]) for u in short.client_states)
 
 
+@pytest.mark.slow
 def test_converged_runs_are_extended_without_training(tmp_path, executed):
     what = {"patience": 1, "min_delta": 9.0, "eval_every": 1}
     compare(experiment("fedbn", "fixbn", rounds=3, **what), tmp_path / "extended", workers=1)

@@ -194,6 +194,7 @@ def test_auto_says_what_was_chosen_and_why(playground):
     assert replace(playground, rules=chosen).description()["rules"]["auto"] == "chosen: rotation/fallback"
 
 
+@pytest.mark.slow
 def test_switch_of_person_raises_alarm(playground):
     people = {
         name: replace(u, test=examples(200, 0.5 if name == "user1" else -2.0, 9))

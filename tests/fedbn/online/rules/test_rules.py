@@ -312,6 +312,7 @@ def test_dabn_with_tiny_rate_matches_source():
     assert not torch.allclose(fast.statistics(1)["0"][0], frozen.statistics(1)["0"][0], atol=0.01)
 
 
+@pytest.mark.slow
 def test_dabn_converges_on_stationary_stream():
     model = nn.Sequential(layer()[0])
     x = torch.randn(800, C, dtype=torch.float64, generator=torch.Generator().manual_seed(4)) + 5
