@@ -267,6 +267,14 @@ def check_streams(source: SourceModel) -> tuple[str, ...]:
     return (RECORDED, WORN) if source.ctx.population.triples else (RECORDED,)
 
 
+def number_of_cells(source: SourceModel) -> int:
+    """Number of cells that `decide` follows with the check ``seen``, to show progress."""
+    if len(source.ctx.population.seen) < FEWEST:
+        return 0
+    rules = 1 + len(candidates(source))
+    return len(fold_populations(source.ctx.population)) * rules * len(check_streams(source))
+
+
 def decide_stored(source: SourceModel, out: Path, done: Callable[[Cell], None] = lambda cell: None) -> Decision:
     """Choose a rule for the users of a service, with the check ``seen``; finished cells in ``out`` are read."""
 

@@ -245,10 +245,10 @@ def _trained(strategy: str, options: dict[str, Any], method: AdaptationMethod | 
 
 def _decided(source: SourceModel) -> Decision:
     """What the seen users of a model decide, printed; checks that ran before are read from the cache."""
-    from fedbn_simulations.adaptation.check import decide_stored
+    from fedbn_simulations.adaptation.check import decide_stored, number_of_cells
 
     with progress_bars(disable=False) as progress:
-        checking = progress.add_task("checking rules on seen users", total=None)
+        checking = progress.add_task("checking rules on seen users", total=number_of_cells(source))
         decision = decide_stored(source, _cache(), lambda cell: progress.advance(checking))
     console.print(decision.reason, highlight=False, markup=False)
     return decision

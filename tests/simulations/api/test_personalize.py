@@ -9,7 +9,8 @@ import torch
 import fedbn
 from fedbn.errors import UserError
 from fedbn.online import population_prior
-from fedbn_simulations.adaptation.check import Decision
+from fedbn_simulations.adaptation.check import Decision, number_of_cells
+from fedbn_simulations.adaptation.following import source_of
 
 USERS, ROWS = 5, 24
 
@@ -44,7 +45,8 @@ def test_personalize_uses_the_rule_that_seen_users_choose(result, monkeypatch):
     decision = result.choose_rule("fedavg")
     assert decision.users == 4
     assert decision.gains
-    assert list((result.directory / "cells").iterdir())
+    cells = list((result.directory / "cells").glob("*.json"))
+    assert len(cells) == number_of_cells(source_of(*result._finished("fedavg", None))) > 0
     chosen = Decision("population:diversity=1", "", (), 4)
     monkeypatch.setattr("fedbn_simulations.adaptation.following.decide_stored", lambda source, out: chosen)
     assert result.personalize("fedavg").bank.rule.name == "population"
