@@ -96,7 +96,7 @@ def test_loop_process_runs_rounds_and_reports_exit(tmp_path):
 
 @pytest.mark.slow
 def test_scale_keeps_work_constant(tmp_path):
-    rows = list(scale(tmp_path, "stacked", 2, 100))
+    rows = list(scale(tmp_path, "stacked", 3, 100))
     assert [(row["clients"], row["steps"]) for row in rows] == [(10, 10), (100, 1)]
     assert rows[0]["data"] > 0
 
