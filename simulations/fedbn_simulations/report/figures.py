@@ -51,9 +51,9 @@ def paired_pictures(comparison: Comparison, *, print_formats: bool = False) -> l
         if figure is not None and narrow is not None:
             title = f"{ROWS[row][0]}, {COLUMNS[column][0]}: each user's difference to {comparison.reference_name}"
             caption = "One point per user. Line or mark: mean over users. Band or bar: its 95 % interval."
-            picture = _picture(f"paired-{row}-{column}", title[0].upper() + title[1:], caption, figure, narrow)
-            _save(comparison, picture, figure, print_formats)
-            pictures.append(picture)
+            found = _picture(f"paired-{row}-{column}", title[0].upper() + title[1:], caption, figure, narrow)
+            _save(comparison, found, figure, print_formats)
+            pictures.append(found)
     return pictures
 
 

@@ -94,3 +94,17 @@ def test_sums_of_clients_is_the_result_of_all_rounds():
     found = sums_of_clients(ctx, ctx.load(ctx.initial), MATCHED)
     expected = MATCHED.from_sums(add_sums(messages(ctx)))
     assert all(torch.equal(value, expected[name]) for name, value in found.items())
+
+
+@pytest.mark.parametrize(
+    ("privacy", "number", "hint"), [("clip=1:noise=1", 1, True), ("clip=1:noise=1", 0, False), ("", 1, False)]
+)
+def test_error_names_noise_of_earlier_rounds(monkeypatch, privacy, number, hint):
+    def fails(self, model, data, received):
+        raise UserError("unusable")
+
+    monkeypatch.setattr(type(MATCHED), "client_sums", fails)
+    ctx = context(privacy)
+    with pytest.raises(UserError, match="unusable") as caught:
+        client_sums(ctx, 0, ctx.load(ctx.initial), MATCHED, number, {})
+    assert ("noise" in str(caught.value)) is hint

@@ -245,6 +245,15 @@ def test_convergence_figure_needs_two_rounds(tmp_path):
     assert plots.convergence_figure(Comparison.load(tmp_path)) is None
 
 
+def test_paired_differences_of_many_strategies_are_lines(tmp_path):
+    many = {"global": 0.8, **{f"strategy {i}": 0.7 for i in range(plots.MAX_PANELS + 1)}}
+    comparison = Comparison.load(write(tmp_path, many))
+    (axes,) = plots.paired_figure(comparison, "own", "aggregated").axes
+    assert len(axes.get_yticks()) == plots.MAX_PANELS + 1
+    few = Comparison.load(write(tmp_path / "few", dict(list(many.items())[:-1])))
+    assert sum(a.get_visible() for a in plots.paired_figure(few, "own", "aggregated").axes) == plots.MAX_PANELS
+
+
 def test_page_quotes_command_for_shell(tmp_path, without_figures):
     directory = write(tmp_path / "it's; rm -rf", {"global": 0.8}, seeds=(0,), command="")
     page = write_report(directory).read_text(encoding="utf-8")
