@@ -123,7 +123,8 @@ def _hidden_state(model: nn.Module) -> Any:
         for m in model.modules()
     ]
     versions = [p._version for p in model.parameters()]
-    return attributes, versions, random.getstate(), str(np.random.get_state())
+    kind, keys, *position = np.random.get_state()
+    return attributes, versions, random.getstate(), (kind, keys.tobytes(), *position)
 
 
 def _comparable(value: Any) -> Any:
