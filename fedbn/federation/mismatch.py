@@ -51,7 +51,7 @@ def measure_mismatch(ctx: RunContext, outcome: Outcome) -> dict[str, Any] | None
         outputs = outputs_in_both_modes(
             model, sample.x, ctx.run.plan.batch_size, lambda m: strategy.set_training_mode(m, finished)
         )
-        pair = [ctx.task.evaluate(out, sample.y).get(metric) for out in outputs]
+        pair = [ctx.task.evaluate(out, sample.y, final=False).get(metric) for out in outputs]
         if None not in pair:
             values.append(pair)
             windows += len(sample)

@@ -34,6 +34,7 @@ from fedbn.online.personalized import personalize
 from fedbn.online.prior import LayerPrior, layer_priors
 from fedbn.online.rules.source import Source
 from fedbn.online.statistics import Pair, mix
+from fedbn.optim.eager import eager
 
 Batch = tuple[Tensor, Tensor]
 """Windows ``[n, *shape]`` of one user and their targets ``[n, ...]``."""
@@ -106,7 +107,7 @@ def learn_alpha(
     low, high = sensitivity[runs].min(), sensitivity[runs].max()
     prior = (((sensitivity - low) / (high - low).clamp_min(1e-12)) ** 2).where(runs, 0.0)
     alpha = prior.clone().requires_grad_()
-    optimizer = torch.optim.Adam([alpha], lr)
+    optimizer = eager(torch.optim.Adam)([alpha], lr)
     for _ in range(epochs):
         for x, y in batches:
             for windows in (x, augment(x, draw)):

@@ -11,6 +11,7 @@ from torch import nn
 from fedbn.config import Plan
 from fedbn.errors import UserError
 from fedbn.optim.base import Optimizer
+from fedbn.optim.eager import eager
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Adam(Optimizer):
             raise UserError(f"{self.name}: eps and weight_decay must be 0 or more")
 
     def build(self, parameters: Sequence[nn.Parameter], plan: Plan, lr: float) -> torch.optim.Optimizer:
-        return torch.optim.Adam(
+        return eager(torch.optim.Adam)(
             list(parameters),
             lr=lr,
             betas=(self.betas[0], self.betas[1]),

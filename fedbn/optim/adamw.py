@@ -10,6 +10,7 @@ from torch import nn
 
 from fedbn.config import Plan
 from fedbn.optim.adam import Adam
+from fedbn.optim.eager import eager
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class AdamW(Adam):
     weight_decay: float = 0.01
 
     def build(self, parameters: Sequence[nn.Parameter], plan: Plan, lr: float) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(
+        return eager(torch.optim.AdamW)(
             list(parameters),
             lr=lr,
             betas=(self.betas[0], self.betas[1]),

@@ -11,6 +11,7 @@ from torch import nn
 from fedbn.config import Plan
 from fedbn.errors import UserError
 from fedbn.optim.base import Optimizer
+from fedbn.optim.eager import eager
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class RMSprop(Optimizer):
             raise UserError("rmsprop: eps and weight_decay must be 0 or more")
 
     def build(self, parameters: Sequence[nn.Parameter], plan: Plan, lr: float) -> torch.optim.Optimizer:
-        return torch.optim.RMSprop(
+        return eager(torch.optim.RMSprop)(
             list(parameters),
             lr=lr,
             alpha=self.alpha,

@@ -10,6 +10,7 @@ from torch import nn
 
 from fedbn.config import Plan
 from fedbn.optim.base import Optimizer
+from fedbn.optim.eager import eager
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class SGD(Optimizer):
     about = "stochastic gradient descent; options --momentum and --weight-decay"
 
     def build(self, parameters: Sequence[nn.Parameter], plan: Plan, lr: float) -> torch.optim.Optimizer:
-        return torch.optim.SGD(list(parameters), lr=lr, momentum=plan.momentum, weight_decay=plan.weight_decay)
+        return eager(torch.optim.SGD)(list(parameters), lr=lr, momentum=plan.momentum, weight_decay=plan.weight_decay)
 
     def validate(self, plan: Plan) -> None:
         pass

@@ -123,7 +123,8 @@ def _hidden_state(model: nn.Module) -> Any:
         for m in model.modules()
     ]
     versions = [p._version for p in model.parameters()]
-    return attributes, versions, random.getstate(), str(np.random.get_state())
+    drawn: Any = np.random.get_state()
+    return attributes, versions, random.getstate(), [v.tobytes() if isinstance(v, np.ndarray) else v for v in drawn]
 
 
 def _comparable(value: Any) -> Any:

@@ -133,6 +133,7 @@ class Cohort:
         ctx: the run's context.
         programs: programs, or why there is none, by mode of the model.
         runs_hooks: whether the strategy's hooks run on each client's model in the round of the last `program`.
+        unused: copies of the model for hooks, which no client uses.
 
     >>> from fedbn.config import Plan
     >>> from fedbn.federation.run import Run
@@ -144,6 +145,7 @@ class Cohort:
     ctx: RunContext
     programs: dict[tuple[object, ...], Program | Unstackable] = field(default_factory=dict)
     runs_hooks: bool = False
+    unused: list[nn.Module] = field(default_factory=list)
 
     @cached_property
     def rows(self) -> StackedData:
@@ -222,7 +224,7 @@ class Cohort:
             try:
                 state = ctx.assemble(job.received, job.client_state or {})
                 if self.runs_hooks:
-                    models[i] = ClientModel.start(ctx, job.user, state, job.progress)
+                    models[i] = ClientModel.start(ctx, job.user, state, job.progress, self.unused)
                     state = entries(models[i].model)
                 clients[i] = self._stacked_client(job, state, rows, program)
                 clients[i].model = models[i].model if i in models else None
@@ -237,6 +239,7 @@ class Cohort:
                     results[i] = self._result(rounds[i], result, models.get(i))
                 except Exception as error:
                     results[i] = Failure(error)
+        self.unused += [client.model for client in models.values()]
         return [results[i] for i in range(len(rounds))]
 
     def trial_step(self, users: Sequence[int], program: Program, size: int) -> None:

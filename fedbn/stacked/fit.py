@@ -14,7 +14,7 @@ from fedbn.augment.base import Augmentation
 from fedbn.config import Precision
 from fedbn.federation.training import autocast_forward
 from fedbn.nn.roles import State
-from fedbn.stacked.hooks import Hook, before_step, share_memory
+from fedbn.stacked.hooks import Hook, ModelWithParameters, before_step, share_memory
 from fedbn.stacked.program import Program
 from fedbn.stacked.steps import STEP, SGDStep, StackedStep, clip_gradients
 from fedbn.tasks import Task
@@ -97,7 +97,7 @@ class FitConfig:
         """Learning rate if the step is plain gradient descent, which `_FusedLinearStep` can take; else None."""
         if not isinstance(self.step, SGDStep) or self.step.momentum or self.step.weight_decay:
             return None
-        changed = self.mu or self.precision != "float32" or self.max_grad_norm is not None or self.hook is not None
+        changed = self.mu or self.max_grad_norm is not None or self.hook is not None
         return None if changed else self.step.lr
 
 
@@ -153,7 +153,7 @@ class StepGroup:
         forward: forward pass of the members.
         entries: all entries of the members, in the layout of the program.
         batch_last: whether examples are on the last axis (`fedbn.stacked.program.Program.supports_batch_last`).
-        models: models of the members for hooks, if there are any; their entries are views of ``entries``.
+        models: models of the members for hooks, if there are any, and their parameters; all are views of ``entries``.
     """
 
     members: tuple[int, ...]
@@ -163,7 +163,7 @@ class StepGroup:
     forward: Callable[[Tensor], Tensor]
     entries: State
     batch_last: bool
-    models: list[nn.Module]
+    models: list[ModelWithParameters]
 
 
 class Stack:
@@ -199,7 +199,8 @@ class Stack:
         forward = self.program.bind(entries, k, noise, batch_last=batch_last, fused_weights=fused, lr=self.lr)
         models = [self.models[i] for i in members] if self.models else []
         share_memory(models, entries)
-        group = StepGroup(members, rows, leaves, optimizer_state, forward, entries, batch_last, models)
+        named = [(model, dict(model.named_parameters())) for model in models]
+        group = StepGroup(members, rows, leaves, optimizer_state, forward, entries, batch_last, named)
         if contiguous:
             self._groups[members] = group
         return group
@@ -211,7 +212,7 @@ class Stack:
         for stacked, parts in ((self.tensors, group.entries), (self.optimizer_state, group.optimizer_state)):
             for name, tensor in stacked.items():
                 tensor[group.rows] = parts[name].detach().reshape(len(group.members), *tensor.shape[1:])
-        for i, model in zip(group.members, group.models, strict=False):
+        for i, (model, _) in zip(group.members, group.models, strict=False):
             share_memory([model], {n: t[i] for n, t in self.tensors.items()})
 
 

@@ -23,6 +23,9 @@ from fedbn.strategies.base import NormStrategy, Progress
 
 Hook = Callable[[nn.Module], None]
 
+ModelWithParameters = tuple[nn.Module, dict[str, nn.Parameter]]
+"""A model and its parameters by name."""
+
 
 def defines(strategy: NormStrategy, *hooks: str) -> bool:
     """Whether a strategy defines any of some hooks.
@@ -47,9 +50,20 @@ class ClientModel:
     notes: State
 
     @staticmethod
-    def start(ctx: RunContext, user: int, state: State, progress: Progress) -> ClientModel:
-        """The model of a client after the hooks before training."""
-        model = copy_model(ctx.scratch)  # several threads may train at once
+    def start(ctx: RunContext, user: int, state: State, progress: Progress, unused: list[nn.Module]) -> ClientModel:
+        """The model of a client after the hooks before training.
+
+        Args:
+            ctx: the run's context.
+            user: index of the client.
+            state: entries of its model.
+            progress: the current round.
+            unused: copies of the run's model from earlier rounds, one of which is taken.
+        """
+        # Several threads may train at once, so the run's own model is not used.
+        model = unused.pop() if unused else copy_model(ctx.scratch)
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.grad, tensor.data = None, tensor.data.clone()  # no longer in the memory of a stack
         model.load_state_dict(state)
         notes = ctx.strategy.before_local_training(model, ctx.training_data(user), progress)
         ctx.strategy.set_training_mode(model, progress)
@@ -73,7 +87,7 @@ def share_memory(models: Sequence[nn.Module], tensors: State) -> None:
 
 
 def before_step(
-    hook: Hook, models: Sequence[nn.Module], names: Sequence[str], gradients: Sequence[Tensor]
+    hook: Hook, models: Sequence[ModelWithParameters], names: Sequence[str], gradients: Sequence[Tensor]
 ) -> list[Tensor | None]:
     """Call `on_before_optimizer_step` of each client, which may change or remove the gradients of its model.
 
@@ -95,9 +109,9 @@ def before_step(
     removed = [0] * len(names)
     before = _generators()
     with torch.enable_grad():
-        for k, model in enumerate(models):
+        for k, (model, parameters) in enumerate(models):
             own = {}
-            for name, parameter in model.named_parameters():
+            for name, parameter in parameters.items():
                 i = position.get(name)
                 parameter.grad = None
                 if i is not None:

@@ -75,24 +75,37 @@ def mkldnn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
+UPDATE_BLOCK = 2**18
+"""Number of weights that a fused step in bfloat16 updates at once, so that their gradients stay in the cache."""
+
+
 class _FusedLinearStep(torch.autograd.Function):
     """A linear layer whose backward pass applies the plain SGD step to its weight.
 
     The gradient is added to the weight directly. Writing a large gradient to memory and reading it back would cost a
-    quarter of the whole step.
+    quarter of the whole step, and half of it under autocast.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, lr: float) -> Tensor:
-        ctx.save_for_backward(x)
         ctx.weight, ctx.lr = weight, lr  # not saved for backward: autograd rejects tensors that change in place
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
+        ctx.save_for_backward(x)
+        ctx.multiplied = weight
         return mkldnn_linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, Tensor, None]:
-        (g,), (x,) = gradients, ctx.saved_tensors
-        input_gradient = mkldnn_linear(g, ctx.weight.T, None) if ctx.needs_input_grad[0] else None
-        ctx.weight.addmm_(g.T, x, alpha=-ctx.lr)
+        (g,), (x,), weight = gradients, ctx.saved_tensors, ctx.weight
+        input_gradient = mkldnn_linear(g, ctx.multiplied.T, None) if ctx.needs_input_grad[0] else None
+        if x.dtype == weight.dtype:
+            weight.addmm_(g.T, x, alpha=-ctx.lr)
+        else:
+            rows = max(1, UPDATE_BLOCK // weight.shape[1])
+            for part, own in zip(weight.split(rows), g.T.split(rows), strict=True):
+                part.add_(own @ x, alpha=-ctx.lr)
         return input_gradient, None, g.sum(0), None
 
 

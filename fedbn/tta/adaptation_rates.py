@@ -22,6 +22,7 @@ Statistics are treated as parameters. For :math:`y=\gamma(x-\mu)/\sqrt{v+\epsilo
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import cast
 
@@ -74,6 +75,32 @@ def rated_names(model: nn.Module) -> list[str]:
     return [name for name in model.state_dict() if name in parameters | statistics]
 
 
+@dataclass(frozen=True)
+class RatedEntries:
+    """The entries of a model that have a rate; finding them takes longer than a small batch.
+
+    Attributes:
+        model: the model.
+        names: their names, in the order of the rates.
+        statistics: layers with running statistics by path, and the names of their running mean and variance.
+        parameters, buffers: names of the model's parameters and buffers.
+    """
+
+    model: nn.Module
+    names: list[str]
+    statistics: dict[str, tuple[nn.Module, str, str]]
+    parameters: list[str]
+    buffers: list[str]
+
+    @staticmethod
+    def of(model: nn.Module) -> RatedEntries:
+        """Find the entries of a model."""
+        pairs = zip(statistics_layers(model).items(), _statistics_names(model), strict=True)
+        statistics = {path: (layer, *names) for (path, layer), names in pairs}
+        parameters, buffers = ([n for n, _ in named] for named in (model.named_parameters(), model.named_buffers()))
+        return RatedEntries(model, rated_names(model), statistics, parameters, buffers)
+
+
 def learn_rates(model: nn.Module, data: Examples, *, block: int, lr: float) -> None:
     """Learn a model's rates from labeled examples, in place. Each batch adapts a fresh copy of the model's state.
 
@@ -87,40 +114,41 @@ def learn_rates(model: nn.Module, data: Examples, *, block: int, lr: float) -> N
         UserError: the rates have diverged.
     """
     model.eval()
-    state, names = clone(model.state_dict()), rated_names(model)
+    state, rated = clone(model.state_dict()), RatedEntries.of(model)
     rates = state.pop(RATES)
     for rows in torch.arange(len(data), device=data.y.device).split(batch_sizes(len(data), block)):
         x, y = data.x[rows], data.y[rows]
-        adapted, direction = adapt_state(model, state, rates, x)
-        gradient = _gradient(model, adapted, x, partial(F.cross_entropy, target=y))
-        for d, name in enumerate(names):
+        adapted, direction = adapt_state(rated, state, rates, x)
+        gradient = _gradient(rated, adapted, x, partial(F.cross_entropy, target=y))
+        for d, name in enumerate(rated.names):
             rates[d] += lr * (gradient[name] * direction[name]).sum() / direction[name].numel() ** 0.5
         if not rates.isfinite().all():
             raise UserError("ATP's rates have diverged: give a smaller learning rate, e.g. --strategies atp:lr=0.0001")
     model.get_buffer(RATES).copy_(rates)
 
 
-def adapt_state(model: nn.Module, state: State, rates: Tensor, x: Tensor) -> tuple[State, State]:
+def adapt_state(rated: RatedEntries, state: State, rates: Tensor, x: Tensor) -> tuple[State, State]:
     """The state after one step on unlabeled examples ``[n, *shape]``, and the direction g of the step.
 
     Args:
-        model: in evaluation mode; its own state is not used.
+        rated: of a model in evaluation mode, whose own state is not used.
         state: state before the step.
         rates: ``[D]``, in the order of `rated_names`.
         x: at least two examples; a variance stays unchanged if its channel has a single value.
     """
-    inputs: dict[str, list[Tensor]] = {path: [] for path in statistics_layers(model)}
-    with capture_inputs(statistics_layers(model), lambda path, value: inputs[path].append(value.detach())):
-        g = _gradient(model, state, x, lambda out: entropy(out).mean())
-    for path, (mean, var) in zip(statistics_layers(model), _statistics_names(model), strict=True):
+    inputs: dict[str, list[Tensor]] = {path: [] for path in rated.statistics}
+    layers = {path: layer for path, (layer, _, _) in rated.statistics.items()}
+    with capture_inputs(layers, lambda path, value: inputs[path].append(value.detach())):
+        g = _gradient(rated, state, x, lambda out: entropy(out).mean())
+    for path, (_, mean, var) in rated.statistics.items():
         if not inputs[path]:  # the layer does not run
             g[mean], g[var] = torch.zeros_like(state[mean]), torch.zeros_like(state[var])
             continue
         values = torch.cat([value.transpose(0, 1).flatten(1) for value in inputs[path]], 1)
         g[mean] = state[mean] - values.mean(1)
         g[var] = state[var] - values.var(1) if values.shape[1] > 1 else torch.zeros_like(state[var])
-    adapted = state | {name: state[name] - rates[d] * g[name] for d, name in enumerate(rated_names(model))}
-    return adapted | {var: adapted[var].clamp_min(0) for _, var in _statistics_names(model)}, g
+    adapted = state | {name: state[name] - rates[d] * g[name] for d, name in enumerate(rated.names)}
+    return adapted | {var: adapted[var].clamp_min(0) for _, _, var in rated.statistics.values()}, g
 
 
 def adaptation_step(model: nn.Module, *, online: bool) -> Step:
@@ -131,16 +159,16 @@ def adaptation_step(model: nn.Module, *, online: bool) -> Step:
         online: predict with the mean of the states adapted to each batch so far, otherwise with the last one. All are
             adapted from the model's initial state.
     """
-    start, names = clone(model.state_dict()), rated_names(model)
+    start, rated = clone(model.state_dict()), RatedEntries.of(model)
     rates = start.pop(RATES)
-    mean, steps = {name: start[name] for name in names}, 0
+    mean, steps = {name: start[name] for name in rated.names}, 0
 
     def step(x: Tensor) -> Tensor:
         nonlocal mean, steps
         steps += 1
-        adapted, _ = adapt_state(model, start, rates, x)
+        adapted, _ = adapt_state(rated, start, rates, x)
         weight = 1 / steps if online else 1.0
-        mean = {name: mean[name].lerp(adapted[name], weight) for name in names}
+        mean = {name: mean[name].lerp(adapted[name], weight) for name in rated.names}
         model.load_state_dict(mean, strict=False)
         with torch.no_grad():
             return cast(Tensor, model(x))
@@ -154,16 +182,16 @@ def _statistics_names(model: nn.Module) -> list[tuple[str, str]]:
     return [(f"{prefix}running_mean", f"{prefix}running_var") for prefix in prefixes]
 
 
-def _gradient(model: nn.Module, state: State, x: Tensor, loss: Loss) -> State:
+def _gradient(rated: RatedEntries, state: State, x: Tensor, loss: Loss) -> State:
     """Gradient of a loss with respect to every entry that has a rate, at ``state``."""
-    leaves = {name: state[name].detach().requires_grad_() for name, _ in model.named_parameters()}
+    leaves = {name: state[name].detach().requires_grad_() for name in rated.parameters}
     # Tied entries are passed once: `functional_call` uses the value for all their names.
-    buffers = {name: state[name] for name, _ in model.named_buffers() if name in state}
+    buffers = {name: state[name] for name in rated.buffers if name in state}
     with torch.enable_grad():
-        value = loss(functional_call(model, buffers | leaves, (x,)))
+        value = loss(functional_call(rated.model, buffers | leaves, (x,)))
         gradients = torch.autograd.grad(value, list(leaves.values()), materialize_grads=True)
     out = dict(zip(leaves, gradients, strict=True))
-    for (path, layer), (mean, var) in zip(statistics_layers(model).items(), _statistics_names(model), strict=True):
+    for path, (layer, mean, var) in rated.statistics.items():
         prefix = f"{path}." if path else ""
         scale, variance = state[f"{prefix}weight"], state[var] + cast(float, layer.eps)
         out[mean] = -scale * variance.rsqrt() * out[f"{prefix}bias"]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fedbn.nn.plain import copy_model
+from fedbn.optim.eager import eager
 from fedbn.tta.base import Method, Step, augment, use_batch_statistics
 
 
@@ -46,7 +47,7 @@ class CoTTA(Method):
         use_batch_statistics(model)
         anchor, teacher = copy_model(model), copy_model(model)
         student = model.requires_grad_()
-        optimizer = torch.optim.Adam(student.parameters(), self.lr)
+        optimizer = eager(torch.optim.Adam)(student.parameters(), self.lr)
 
         def step(x: Tensor) -> Tensor:
             with torch.no_grad():

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fedbn.optim.eager import eager
 from fedbn.tta.base import Method, Step, affine_parameters, entropy, use_batch_statistics
 
 CHUNK = 64
@@ -53,7 +54,7 @@ class Eata(Method):
         parameters = affine_parameters(model)
         importance = fisher_information(model, parameters, source)
         start = [p.detach().clone() for p in parameters]
-        optimizer = torch.optim.SGD(parameters, self.lr, momentum=0.9)
+        optimizer = eager(torch.optim.SGD)(parameters, self.lr, momentum=0.9)
         average: Tensor | None = None
 
         def step(x: Tensor) -> Tensor:

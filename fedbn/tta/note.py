@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fedbn.nn.batchnorm import AnyBatchNorm
+from fedbn.optim.eager import eager
 from fedbn.tta.base import (
     Method,
     Step,
@@ -54,7 +55,7 @@ class Note(Method):
     def begin(self, model: nn.Module, source: Tensor, draw: torch.Generator) -> Step:
         replace_bn(model, InstanceAwareBN, k=self.k)
         set_momentum(model, self.momentum)
-        optimizer = torch.optim.Adam(affine_parameters(model), self.lr)
+        optimizer = eager(torch.optim.Adam)(affine_parameters(model), self.lr)
         memory = Reservoir(self.capacity, draw)
         seen = 0
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fedbn.nn.batchnorm import AnyBatchNorm, along
 from fedbn.nn.plain import copy_model
+from fedbn.optim.eager import eager
 from fedbn.tta.base import Method, Step, affine_parameters, augment, bn_training, entropy, replace_bn, set_momentum
 
 
@@ -49,7 +50,7 @@ class Rotta(Method):
         student = replace_bn(model, RobustBN)
         set_momentum(student, self.momentum)
         teacher = copy_model(student)
-        optimizer = torch.optim.Adam(affine_parameters(student), self.lr)
+        optimizer = eager(torch.optim.Adam)(affine_parameters(student), self.lr)
         memory: Memory | None = None
         seen = 0
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fedbn.optim.eager import eager
 from fedbn.tta.base import Method, Step, affine_parameters, entropy, sharpness_aware_step, use_batch_statistics
 
 
@@ -49,7 +50,7 @@ class Sar(Method):
         parameters = affine_parameters(model)
         start = [p.detach().clone() for p in parameters]
         rate = 2.5e-4 * min(1, self.block / 32) if self.lr is None else self.lr
-        optimizer = torch.optim.SGD(parameters, rate, momentum=0.9)
+        optimizer = eager(torch.optim.SGD)(parameters, rate, momentum=0.9)
         average: float | None = None
 
         def step(x: Tensor) -> Tensor:

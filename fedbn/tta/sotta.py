@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from fedbn.optim.eager import eager
 from fedbn.tta.base import (
     Method,
     Step,
@@ -52,7 +53,7 @@ class Sotta(Method):
 
     def begin(self, model: nn.Module, source: Tensor, draw: torch.Generator) -> Step:
         set_momentum(model, self.momentum)
-        optimizer = torch.optim.Adam(affine_parameters(model), self.lr)
+        optimizer = eager(torch.optim.Adam)(affine_parameters(model), self.lr)
         memory = ConfidentMemory(self.capacity, self.confident, draw)
         seen = 0
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fedbn.optim.eager import eager
 from fedbn.tta.base import Method, Step, affine_parameters, entropy, use_batch_statistics
 
 
@@ -29,7 +30,7 @@ class Tent(Method):
 
     def begin(self, model: nn.Module, source: Tensor, draw: torch.Generator) -> Step:
         use_batch_statistics(model)
-        optimizer = torch.optim.Adam(affine_parameters(model), self.lr)
+        optimizer = eager(torch.optim.Adam)(affine_parameters(model), self.lr)
 
         def step(x: Tensor) -> Tensor:
             out: Tensor = model(x)

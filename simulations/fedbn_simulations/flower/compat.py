@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from flwr.app import Message, RecordDict
-from flwr.common.config import flatten_dict
 from flwr.supercore.exit import ExitCode
 from flwr.supercore.exit.exit_code import EXIT_CODE_HELP
 from flwr.supercore.object_ref import load_app
@@ -76,6 +75,8 @@ def flatten_config(config: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: a value that a run-config cannot have.
     """
+    from flwr.common.config import flatten_dict  # imports requests
+
     return dict(flatten_dict(config))
 
 

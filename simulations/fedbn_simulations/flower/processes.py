@@ -22,8 +22,6 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, TYPE_CHECKING, Any
 
-import psutil
-
 if TYPE_CHECKING:  # not on Windows
     from multiprocessing.context import ForkServerContext, SpawnContext
     from multiprocessing.process import BaseProcess
@@ -256,6 +254,8 @@ def _short_temporary_directory() -> str | None:
 
 def _process_table() -> list[tuple[int, int, int, str]]:
     """Process id, parent id, session and group of all live processes, without zombies."""
+    import psutil  # not needed by runs in this process
+
     table = []
     for process in psutil.process_iter(["ppid", "status", "environ"]):
         if process.info["status"] != psutil.STATUS_ZOMBIE:

@@ -44,11 +44,12 @@ def write_report(directory: str | Path, metric: str = "", *, print_formats: bool
     """
     comparison = Comparison.load(directory, metric)
     directory = comparison.directory
-    for suffix, write in FORMATS.values():
-        write_atomically(directory / f"matrix{suffix}", write(comparison).encode())
+    tables = {name: write(comparison) for name, (_, write) in FORMATS.items()}
+    for name, text in tables.items():
+        write_atomically(directory / _file_name(name), text.encode())
     write_atomically(directory / "paired.csv", comparison.paired().to_csv(index=False).encode())
     page = directory / "report.html"
-    write_atomically(page, _template().render(_context(comparison, print_formats)).encode())
+    write_atomically(page, _template().render(_context(comparison, tables, print_formats)).encode())
     return page
 
 
@@ -75,19 +76,23 @@ def write_side_by_side(directories: Sequence[Path], page: Path, metric: str = ""
             titles,
         ),
         "settings": html_tables.plain(loaded.settings(), "Settings that differ", ("setting",)),
-        "exports": _exports(loaded),
+        "exports": _exports({name: write(loaded) for name, (_, write) in FORMATS.items()}),
         "page_command": shlex.join(["fedbn", "report", *map(str, directories)]),
     }
     write_atomically(page, _template("side_by_side.html.j2").render(context).encode())
     return loaded
 
 
-def _exports(comparison: Comparison | SideBySide) -> list[tuple[str, str, str]]:
+def _exports(tables: dict[str, str]) -> list[tuple[str, str, str]]:
     """File name, format and content as a data URI, so that the page contains its tables when it is mailed."""
     return [
-        (f"matrix{suffix}", name, "data:text/plain;base64," + b64encode(write(comparison).encode()).decode())
-        for name, (suffix, write) in FORMATS.items()
+        (_file_name(name), name, "data:text/plain;base64," + b64encode(text.encode()).decode())
+        for name, text in tables.items()
     ]
+
+
+def _file_name(name: str) -> str:
+    return f"matrix{FORMATS[name][0]}"
 
 
 #: Formats of the evaluation matrix: name -> (suffix, function that makes it).
@@ -110,7 +115,7 @@ def _template(name: str = "report.html.j2") -> Template:
     return environment.get_template(name)
 
 
-def _context(comparison: Comparison, print_formats: bool) -> dict[str, Any]:
+def _context(comparison: Comparison, tables: dict[str, str], print_formats: bool) -> dict[str, Any]:
     draw = partial(picture, comparison, print_formats=print_formats)
     meta = comparison.meta
     unseen = comparison.evaluations.query("row == 'unseen'")["user"].nunique()
@@ -118,7 +123,7 @@ def _context(comparison: Comparison, print_formats: bool) -> dict[str, Any]:
     return {
         "meta": meta,
         "title": meta["title"],
-        "exports": _exports(comparison),
+        "exports": _exports(tables),
         "sentences": sentences(comparison),
         "notices": comparison.notices,
         "facts": {

@@ -166,10 +166,11 @@ def convergence_figure(comparison: Comparison, width: float = PAGE_WIDTH) -> Fig
     panels = figure.subplots(down, across, squeeze=False)
     handles: dict[str, Line2D] = {}
     for axes, name in zip(panels.flat, shown):
-        for strategy, lines in comparison.curves.dropna(subset=name).groupby("strategy", sort=False):
+        lines = comparison.curves.dropna(subset=name)
+        values = lines.groupby(["strategy", "round"])[name].agg(["mean", "min", "max"])
+        for strategy in lines["strategy"].unique():
             index = comparison.strategies.index(strategy)
-            color = _color(index)
-            by_round = lines.groupby("round")[name].agg(["mean", "min", "max"])
+            color, by_round = _color(index), values.loc[strategy]
             axes.fill_between(by_round.index, by_round["min"], by_round["max"], color=color, alpha=0.15, linewidth=0)
             (handles[strategy],) = axes.plot(
                 by_round.index, by_round["mean"], color=color, **_stroke(index), markersize=3, markevery=0.2

@@ -141,9 +141,15 @@ def seed_interval(per_seed: np.ndarray) -> tuple[float, Interval]:
     if count < 2:
         return math.nan, NO_INTERVAL
     sd = float(np.std(per_seed, ddof=1))
-    half = float(scipy.stats.t.ppf((1 + LEVEL) / 2, count - 1)) * sd / math.sqrt(count)
+    half = _t_quantile((1 + LEVEL) / 2, count - 1) * sd / math.sqrt(count)
     center = float(np.mean(per_seed))
     return sd, Interval(center - half, center + half)
+
+
+@lru_cache(maxsize=64)
+def _t_quantile(probability: float, degrees: int) -> float:
+    """Quantile of Student's t distribution; a call of SciPy takes longer than the rest of an interval."""
+    return float(scipy.stats.t.ppf(probability, degrees))
 
 
 def crossed_interval(values: np.ndarray) -> Interval:
@@ -200,8 +206,8 @@ def detectable(values: np.ndarray) -> float:
     count = len(values)
     if count < 2:
         return math.nan
-    quantiles = scipy.stats.t.ppf([(1 + LEVEL) / 2, POWER], count - 1)
-    return float(quantiles.sum() * np.std(values, ddof=1) / math.sqrt(count))
+    quantiles = _t_quantile((1 + LEVEL) / 2, count - 1) + _t_quantile(POWER, count - 1)
+    return float(quantiles * np.std(values, ddof=1) / math.sqrt(count))
 
 
 def needed_count(values: np.ndarray, distance: float, limit: int = 1000) -> int | None:
@@ -240,9 +246,12 @@ def estimate(statistic: Statistic, *samples: np.ndarray) -> Estimate:
     """
     n_users, n_seeds = samples[0].shape
     present = ~np.isnan(samples[0])
-    per_seed = np.array(
-        [float(statistic(*(values[present[:, s], s : s + 1] for values in samples))) for s in range(n_seeds)]
-    )
+    if present.all():
+        per_seed = statistic(*(values.T[:, :, None].copy() for values in samples))
+    else:
+        per_seed = np.array(
+            [float(statistic(*(values[present[:, s], s : s + 1] for values in samples))) for s in range(n_seeds)]
+        )
     sd, seeds = seed_interval(per_seed)
     return Estimate(float(statistic(*samples)), user_interval(statistic, *samples), sd, seeds, n_users, n_seeds)
 
@@ -265,10 +274,16 @@ def signed_rank(differences: np.ndarray) -> float:
     if len(differences) > EXACT_LIMIT:
         return float(scipy.stats.wilcoxon(differences).pvalue)
     # Same as SciPy for few and tied differences, but SciPy computes the ranks again for every choice of signs.
-    ranks = np.zeros(len(differences))
-    nonzero = differences != 0
-    ranks[nonzero] = np.sign(differences[nonzero]) * scipy.stats.rankdata(np.abs(differences[nonzero]))
-    return float(scipy.stats.permutation_test((ranks,), np.sum, permutation_type="samples", n_resamples=np.inf).pvalue)
+    nonzero = differences[differences != 0]
+    ranks = scipy.stats.rankdata(np.abs(nonzero))
+    sums, observed = _all_signs(len(ranks)) @ ranks, np.sign(nonzero) @ ranks  # ranks are multiples of 1/2: exact sums
+    return float(min(1.0, 2 * min((sums <= observed).mean(), (sums >= observed).mean())))
+
+
+@lru_cache(maxsize=16)
+def _all_signs(count: int) -> np.ndarray:
+    """Every choice of the signs of ``count`` numbers, ``[2^count, count]``."""
+    return 1.0 - 2 * (np.arange(2**count)[:, None] >> np.arange(count) & 1)
 
 
 def adjust(p: pd.Series) -> pd.Series:

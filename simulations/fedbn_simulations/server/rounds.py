@@ -123,7 +123,8 @@ def run_rounds(
         updates = _train(validator, nodes, out.server, number, sampled, aggregates)
         out.traffic.count_round(updates, out.server.broadcast, aggregates)
         out.server.advance(ctx, updates, number, step)
-        loss = mean_loss(updates)
+        loss, diverged = mean_loss(updates), diverged_client(ctx, updates)
+        del updates  # with thousands of clients, the largest part of the memory
         last = is_last_round(ctx, [*losses(out), loss])
         if is_evaluated(ctx, number) and ctx.strategy.syncs_statistics:
             out.server.serving = _sync_statistics(validator, nodes, out)
@@ -138,7 +139,7 @@ def run_rounds(
             loss,
             mean_metric(ctx, scores, unseen=False),
             mean_metric(ctx, scores, unseen=True),
-            diverged_client(ctx, updates),
+            diverged,
         )
         out.curve.append(point)
         out.failures += [ClientFailure(number, text) for text in nodes.failures]

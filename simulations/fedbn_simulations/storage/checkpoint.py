@@ -44,13 +44,13 @@ def save_outcome(
     states |= {f"group/{view}": entries for view, entries in server.groups.items()}
     states |= {f"sums/{text}": entries for text, entries in outcome.sums.items()}
     tables = {"client_statistics": server.client_statistics, "client_states": outcome.client_states}
-    stacked = [name for name, table in tables.items() if isinstance(table, ClientTable)]
+    stacked = {name: table.take(list(table)) for name, table in tables.items() if isinstance(table, ClientTable)}
     for name, table in tables.items():
-        if isinstance(table, ClientTable):
-            states[name] = table.take(list(table))
-        else:
+        if name not in stacked:
             states |= {f"{name}/{user}": entries for user, entries in table.items()}
     tensors = {f"{name}/{k}": v.detach().cpu().contiguous().clone() for name, s in states.items() for k, v in s.items()}
+    # `ClientTable.take` has copied these.
+    tensors |= {f"{name}/{k}": v.cpu().contiguous() for name, s in stacked.items() for k, v in s.items()}
     header = {
         "run": run.to_json(),
         "numerics": NUMERICS,
@@ -61,7 +61,7 @@ def save_outcome(
         "cpu_seconds": outcome.cpu_seconds,
         "phases": outcome.phases,
         "curve": [asdict(p) for p in outcome.curve],
-        "stacked": stacked,
+        "stacked": list(stacked),
         "client_states": sorted(outcome.client_states),
         "groups": list(server.groups),
         "client_statistics": list(server.client_statistics),

@@ -432,6 +432,20 @@ def test_auto_records_that_one_by_one_is_faster(small, monkeypatch):
     assert executor.execution == {"train": ["one by one is faster on this machine"]}
 
 
+@pytest.mark.parametrize(("longest", "expected"), [(2, "stacked"), (40, "lean")])
+def test_auto_chooses_by_the_sizes_of_all_clients(longest, expected, small, monkeypatch):
+    """A client with many more steps than the others is alone in its stack most of the time."""
+    ctx = build_context(small("fedbn", model="mlp"))
+    executor, users = ClientExecutor("auto", 2), ctx.trainers
+    executor._start_run(ctx)
+    executor._cohort.batch_sizes = {user: [8] * (longest if user == users[0] else 2) for user in users}
+    seconds = {"threads": 9.0, "lean": 1.0, "stacked": 1.0 + 0.1 * (len(users) - 1)}
+    measured = iter(seconds.values())
+    monkeypatch.setattr("fedbn.stacked.executors._fastest_seconds", lambda _: next(measured))
+    progress = Progress(1, 1)
+    assert executor._select_executor(users, progress, executor._cohort.program(progress)) == expected
+
+
 def mixed(shape, classes):
     """A network that needs ``torch.vmap``, with dropout and an operation in place on a view that is read again."""
     return nn.Sequential(nn.Conv2d(1, 4, 3, (2, 1)), AnyBatchNorm(4), Mixed(), nn.Dropout(0.3), nn.Linear(72, classes))

@@ -80,7 +80,7 @@ def test_stacked_hooks_send_notes(monkeypatch):
 
 
 def test_hook_must_remove_gradients_of_all_clients():
-    models = [nn.Linear(1, 1), nn.Linear(1, 1).eval()]
+    models = [(m, dict(m.named_parameters())) for m in (nn.Linear(1, 1), nn.Linear(1, 1).eval())]
 
     def hook(model):
         model.bias.grad = None

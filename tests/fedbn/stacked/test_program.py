@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from fedbn.federation.setup import build_context
 from fedbn.nn.roles import clone
-from fedbn.stacked import fit
+from fedbn.stacked import fit, layers
 from fedbn.stacked.executors import ClientExecutor
 from fedbn.stacked.fit import FitConfig, StackedClient, fit_clients
 from fedbn.stacked.layers import mkldnn_linear
@@ -89,8 +89,8 @@ def test_batch_first_and_batch_last_layouts_match(noise):
 @pytest.mark.parametrize("first", [True, False])
 def test_fused_linear_step_matches_sgd(first, monkeypatch):
     torch.manual_seed(1)
-    layers = [nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6, bias=False), nn.Linear(6, 3)]
-    net = nn.Sequential(*layers if first else layers[1:]).double()
+    modules = [nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6, bias=False), nn.Linear(6, 3)]
+    net = nn.Sequential(*modules if first else modules[1:]).double()
     x, y = torch.randn(12, 6, dtype=torch.float64), torch.randint(0, 3, (12,))
     stacked, expected = train_stacked_and_separately(net, x, y, FitConfig(SGDStep(0.1)))
     monkeypatch.setattr(fit, "MIN_FUSED_SIZE", 1)
@@ -104,6 +104,23 @@ def test_fused_linear_step_matches_sgd(first, monkeypatch):
     used.clear()
     train_stacked_and_separately(net, x, y, FitConfig(SGDStep(0.1, 0.9)))  # the buffer needs the gradient
     assert not used
+
+
+def test_fused_linear_step_in_bfloat16_matches_sgd(monkeypatch):
+    torch.manual_seed(1)
+    net = nn.Sequential(nn.Linear(6, 7), nn.BatchNorm1d(7), nn.ReLU(), nn.Linear(7, 3))
+    x, y = torch.randn(12, 6), torch.randint(0, 3, (12,))
+    config = FitConfig(SGDStep(0.5), precision="bfloat16")
+    _, expected = train_stacked_and_separately(net, x, y, config)
+    _, single = train_stacked_and_separately(net, x, y, FitConfig(SGDStep(0.5)))
+    monkeypatch.setattr(fit, "MIN_FUSED_SIZE", 1)
+    monkeypatch.setattr(layers, "UPDATE_BLOCK", 12)  # blocks of two rows, and a last one of one
+    updated, real = [], torch.Tensor.add_
+    monkeypatch.setattr(torch.Tensor, "add_", lambda t, *a, **k: updated.append(t.shape) or real(t, *a, **k))
+    _, stepped = train_stacked_and_separately(net, x, y, config)
+    assert updated.count((2, 6)) == 3 * updated.count((1, 6)) == 3 * 3 * 2  # blocks, clients and steps
+    assert_close(stepped, expected, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(single[0].state["0.weight"], expected[0].state["0.weight"], rtol=1e-5, atol=1e-6)
 
 
 def test_layer_that_runs_twice_is_not_fused(monkeypatch):

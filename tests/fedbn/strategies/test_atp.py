@@ -14,7 +14,15 @@ from fedbn.federation.setup import build_context
 from fedbn.nn.roles import clone
 from fedbn.strategies.base import strategy
 from fedbn.tta import method
-from fedbn.tta.adaptation_rates import RATES, adapt_state, adaptation_step, add_rates, learn_rates, rated_names
+from fedbn.tta.adaptation_rates import (
+    RATES,
+    RatedEntries,
+    adapt_state,
+    adaptation_step,
+    add_rates,
+    learn_rates,
+    rated_names,
+)
 from fedbn_simulations.engines.execute import execute
 from tests.helpers import same, trained
 
@@ -80,7 +88,7 @@ def example_rates(net):
 def test_adapt_state_matches_explicit_step():
     net, x = network(), windows()
     values, by_name = example_rates(net)
-    moved, g = adapt_state(net, clone(net.state_dict()), values, x)
+    moved, g = adapt_state(RatedEntries.of(net), clone(net.state_dict()), values, x)
     expected, directions = explicit_step(net, x, by_name)
     assert list(directions) == rated_names(net)
     for name in rated_names(net):
@@ -90,7 +98,7 @@ def test_adapt_state_matches_explicit_step():
 def test_adapt_state_keeps_variances_nonnegative():
     net = network()
     high = torch.full((len(rated_names(net)),), 50.0, dtype=torch.float64)
-    moved, _ = adapt_state(net, clone(net.state_dict()), high, windows())
+    moved, _ = adapt_state(RatedEntries.of(net), clone(net.state_dict()), high, windows())
     assert moved["1.running_var"].min() == 0
 
 
@@ -100,7 +108,7 @@ def test_learn_rates_matches_finite_differences():
     net.get_buffer(RATES).copy_(values)
 
     def loss(rates):
-        moved, _ = adapt_state(net, clone(net.state_dict()), rates, data.x)
+        moved, _ = adapt_state(RatedEntries.of(net), clone(net.state_dict()), rates, data.x)
         return nn.functional.cross_entropy(torch.func.functional_call(net, moved, (data.x,)), data.y)
 
     h, expected = 1e-6, []
@@ -230,7 +238,7 @@ def test_adapt_state_supports_shared_tied_and_unused_layers():
     loss = -(out.softmax(1) * out.log_softmax(1)).sum(1).mean()
     parameters = dict(net.named_parameters())
     gradients = torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True)
-    adapted, g = adapt_state(net, state, rates, x)
+    adapted, g = adapt_state(RatedEntries.of(net), state, rates, x)
     for name, gradient in zip(parameters, gradients, strict=True):
         torch.testing.assert_close(g[name], gradient)
     seen = torch.cat(inputs)  # of both runs

@@ -219,9 +219,14 @@ def test_cli_imports_nothing_heavy():
 
 
 @pytest.mark.slow
-def test_library_works_without_flower_and_ray():
-    script = "import sys\nsys.modules['flwr'] = sys.modules['ray'] = None\n"
+def test_library_works_without_flower_ray_and_compiler():
+    script = "import sys\nsys.modules['flwr'] = sys.modules['ray'] = sys.modules['torch._dynamo'] = None\n"
     script += "import fedbn.federation.loop, fedbn.auditing.audit\n"
+    script += "import torch\nfrom fedbn.config import Plan\nfrom fedbn.optim.base import optimizers\n"
+    script += "for kind in optimizers().values():\n"
+    script += "  p = torch.nn.Parameter(torch.ones(2))\n  p.grad = torch.ones(2)\n"
+    script += "  built = kind().build([p], Plan(), 0.1)\n  built.step()\n"
+    script += "  built.load_state_dict(built.state_dict())\n  built.zero_grad()\n"
     script += "from fedbn.strategies.base import strategies; print(len(strategies()))"
     done = python(script)
     assert int(done.stdout) >= 14, done.stderr
