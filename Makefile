@@ -121,10 +121,10 @@ adapt-tables: $(STAMP)-run  ## studies for docs/adaptation.md (about an hour)
 bench: $(STAMP)-dev  ## measure engines against the plain PyTorch loop, and report regressions
 	$(BIN)/python -m benchmarks
 
-bench-peers: $(STAMP)-dev  ## the same, with Flower on Ray, and pfl-research in a separate environment
+bench-peers: $(STAMP)-dev  ## the same, with Flower on Ray, pfl-research, JAX, and PFLlib with PFLLIB=CLONE
 	$(PYTHON) -m venv .venv-peers
-	.venv-peers/bin/python -m pip install --quiet --editable . torch==2.13.0 pfl==0.6.0
-	$(BIN)/python -m benchmarks --ray --peers .venv-peers/bin/python
+	.venv-peers/bin/python -m pip install --quiet --editable . torch==2.13.0 pfl==0.6.0 jax==0.10.2
+	$(BIN)/python -m benchmarks --ray --peers .venv-peers/bin/python $(if $(PFLLIB),--pfllib $(PFLLIB))
 
 notebooks: $(STAMP)-dev  ## run the notebooks and store their outputs (four minutes)
 	$(BIN)/python examples/execute.py

@@ -1,43 +1,50 @@
-"""Measure rounds of the engines, and compare them with the plain PyTorch loop."""
+"""Measure rounds of the engines and of other simulators, and compare them with the plain PyTorch loop."""
 
 from __future__ import annotations
 
-import multiprocessing
+import math
 import os
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from benchmarks.loop import Loop
-from benchmarks.workloads import WORKLOADS, Workload
+from benchmarks.rounds import ProcessEnded, RoundProcess
+from benchmarks.workloads import QUICK, WORKLOADS, Workload
+from fedbn.config import Precision
 from fedbn.federation.metrics import COLUMNS
-from fedbn.federation.run import Run
-from fedbn.federation.server import Outcome, global_columns, served_users
+from fedbn.federation.server import global_columns, served_users
 from fedbn.federation.setup import build_context
 from fedbn.models import build
 from fedbn.nn.threads import torch_threads
 from fedbn.online import personalize
 from fedbn.online.rules.base import rule
-from fedbn.stacked.executors import ClientExecutor, Executor
-from fedbn.stacked.memory import collect_garbage_rarely, keep_freed_memory
-from fedbn_clients.app import app as client_app
+from fedbn.stacked.executors import ClientExecutor
 from fedbn_clients.jobs import Evaluate
-from fedbn_simulations.engines.grid import InProcessGrid
-from fedbn_simulations.flower.compat import task_identity
-from fedbn_simulations.server.rounds import Listener, run_rounds
 
-TARGETS = {"W1": 0.60, "W2": 0.40, "W3": 0.05}
-"""Target ratio of a round's time to the plain loop's, by workload."""
+Row = dict[str, object]
+
+TARGETS = {
+    (1, "W1", "grid:auto"): 0.87,
+    (1, "W2", "grid:auto"): 0.70,
+    (1, "W3", "grid:auto"): 0.06,
+    (1, "W4", "grid:auto"): 0.72,
+    (1, "W1", "grid:auto, bfloat16"): 0.56,
+    (1, "W2", "grid:auto, bfloat16"): 0.60,
+    (1, "W4", "grid:auto, bfloat16"): 0.52,
+    (2, "W1", "grid:auto"): 0.60,
+    (2, "W2", "grid:auto"): 0.40,
+    (2, "W3", "grid:auto"): 0.05,
+}
+"""Target ratio of a round's time to the loop's, by threads, workload and system."""
 
 COMMANDS = {
     "import fedbn": "import fedbn",
@@ -47,11 +54,42 @@ COMMANDS = {
 
 
 @dataclass(frozen=True)
-class Timing:
-    """Wall-clock and CPU seconds of each round of an engine."""
+class System:
+    """An engine or another simulator.
 
-    wall: list[float]
-    cpu: list[float]
+    Attributes:
+        name: its name in tables.
+        module: module of its `RoundProcess`.
+        options: options of the process.
+        python: interpreter of the process.
+        precision: precision of training.
+    """
+
+    name: str
+    module: str
+    options: tuple[str, ...] = ()
+    python: str = sys.executable
+    precision: Precision = "float32"
+
+
+OURS = (
+    System("grid:auto", "benchmarks.grid", ("auto",)),
+    System("grid:auto, bfloat16", "benchmarks.grid", ("auto",), precision="bfloat16"),
+    System("grid:exact", "benchmarks.grid", ("exact",)),
+)
+
+
+def other_systems(python: str | None, pfllib: Path | None, ray: bool) -> list[System]:
+    """Other simulators: those of an interpreter that has pfl and jax, PFLlib in a clone, and Flower on Ray."""
+    peers: list[System] = []
+    if python:
+        peers += [System("JAX", "benchmarks.peers.jax_vmap", python=python)]
+        peers += [System("pfl-research", "benchmarks.peers.pfl_research", python=python)]
+    if pfllib:
+        peers += [System("PFLlib", "benchmarks.peers.pfllib", (str(pfllib),))]
+    if ray:
+        peers += [System("Flower on Ray", "benchmarks.peers.ray")]
+    return peers
 
 
 def seconds_of(call: Callable[[], object]) -> float:
@@ -70,119 +108,96 @@ def interleaved(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict
     return times
 
 
-def grid_rounds(run: Run, executor: Executor, between: Callable[[], None] = lambda: None) -> Timing:
-    """Time rounds on the grid, with messages, states, aggregation and metrics.
+@contextmanager
+def restricted_to(cores: int) -> Iterator[None]:
+    """Restrict this process, and the processes that it starts, to a number of cores."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(allowed)[:cores])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, allowed)
 
-    The first round (warm-up, choice of executor) and the last (evaluation) are left out.
+
+def compare(
+    work: Workload, systems: Sequence[System], folder: Path, threads: int, rounds: int, seconds: float
+) -> Iterator[Row]:
+    """One row per system. Rounds of all systems and of the plain loop alternate.
 
     Args:
-        run: the run to execute.
-        executor: how the clients' jobs are executed.
-        between: called after each round, outside the measured time.
+        work: the workload.
+        systems: what to compare with the loop.
+        folder: directory for data.
+        threads: number of threads.
+        rounds: smallest number of measured rounds, after one that is not measured.
+        seconds: short rounds are repeated for so many seconds.
     """
-    users = len(build_context(run).population.users)
-    grid = InProcessGrid(client_app, users, {"run": run.to_json()}, executor=executor)
-    timing = Timing([], [])
-    start = [time.perf_counter(), time.process_time()]
+    with ExitStack() as stack:
+        stack.enter_context(restricted_to(threads))
+        loop = stack.enter_context(RoundProcess("benchmarks.loop", work.run(folder), threads))
+        processes = {
+            system.name: stack.enter_context(
+                RoundProcess(
+                    system.module,
+                    work.run(folder, precision=system.precision),
+                    threads,
+                    system.options,
+                    system.python,
+                )
+            )
+            for system in systems
+        }
+        reasons: dict[str, str] = {}
+        start, number = math.inf, 0
+        while number <= rounds or time.perf_counter() - start < seconds:
+            loop.round()
+            for name, process in processes.items():
+                try:
+                    process.round()
+                except ProcessEnded as reason:
+                    reasons.setdefault(name, str(reason))
+            start, number = min(start, time.perf_counter()), number + 1
+        for name, process in processes.items():
+            yield row(work, name, threads, loop, process, reasons.get(name))
 
-    def on_round(number: int, outcome: Outcome) -> None:
-        timing.wall.append(time.perf_counter() - start[0])
-        timing.cpu.append(time.process_time() - start[1])
-        between()
-        start[:] = time.perf_counter(), time.process_time()
 
-    with torch_threads(1), task_identity(grid.run.run_id):
-        run_rounds(grid, run, Listener(on_round=on_round))
-    return Timing(timing.wall[1:-1], timing.cpu[1:-1])
-
-
-def row(work: Workload, engine: str, loop: Loop, timing: Timing) -> dict[str, object]:
-    """One row of the table. The ratio uses the fastest rounds, since other load on the machine only adds time."""
-    return {
-        "workload": work.name,
-        "engine": engine,
-        "loop": min(loop.wall),
-        "seconds": min(timing.wall),
-        "ratio": min(timing.wall) / min(loop.wall),
-        "ratio of medians": statistics.median(timing.wall) / statistics.median(loop.wall),
-        "ratio of CPU time": min(timing.cpu) / min(loop.cpu) if timing.cpu else None,
+def row(
+    work: Workload, system: str, threads: int, loop: RoundProcess, process: RoundProcess, reason: str | None
+) -> Row:
+    """One row of the table. The ratios use the fastest rounds, since other load on the machine only adds time."""
+    start: Row = {"workload": work.name, "clients": work.clients, "steps": work.steps}
+    start |= {"system": system, "threads": threads, "loop": min(loop.wall[1:])}
+    if reason is not None:
+        return start | {"reason": reason}
+    wall, cpu = process.wall[1:], process.cpu[1:]
+    return start | {
+        "seconds": min(wall),
+        "cpu": min(cpu),
+        "memory": process.memory,
+        "ratio": min(wall) / min(loop.wall[1:]),
+        "ratio of medians": statistics.median(wall) / statistics.median(loop.wall[1:]),
+        "ratio of CPU time": min(cpu) / min(loop.cpu[1:]),
+        "rounds": len(wall),
         "load": os.getloadavg()[0],
-        "target": TARGETS[work.name] if engine.startswith("grid:") else None,
+        "target": TARGETS.get((threads, work.name, system)),
     }
 
 
-def ratios(
-    folder: Path, executors: Sequence[Executor], rounds: int, workloads: Sequence[Workload]
-) -> Iterator[dict[str, object]]:
-    """One row per workload and executor. A round of the plain loop follows each round of the engine."""
-    for work in workloads:
-        run = work.run(folder, rounds)
-        for executor in executors:
-            with Loop(run) as loop:
-                timing = grid_rounds(run, executor, loop.round)
-                yield row(work, f"grid:{executor}", loop, timing)
-
-
-def ray_rows(folder: Path, rounds: int, workloads: Sequence[Workload]) -> Iterator[dict[str, object]]:
-    """The same for Flower's Ray simulation. A run of one round is subtracted to exclude the start of Ray."""
-    from fedbn_simulations.engines.execute import execute
-
-    for work in workloads:
-        seconds = {n: seconds_of(partial(execute, work.run(folder, n), "ray")) for n in (1, rounds)}
-        with Loop(work.run(folder, rounds)) as loop:
-            for _ in range(rounds):
-                loop.round()
-            yield row(work, "ray", loop, Timing([(seconds[rounds] - seconds[1]) / (rounds - 1)], []))
-
-
-def peer_rows(folder: Path, python: str, rounds: int, workloads: Sequence[Workload]) -> Iterator[dict[str, object]]:
-    """The same for pfl-research, alternating with the loop. ``python`` is an interpreter with pfl installed."""
-    for work in workloads:
-        run = work.run(folder, rounds)
-        with Loop(run) as loop, Loop(run, python=python, module="benchmarks.peers") as peer:
-            for _ in range(rounds):
-                peer.round()
-                loop.round()
-            yield row(work, "pfl", loop, Timing(peer.wall, peer.cpu))
-
-
-def scale(folder: Path, executor: Executor, rounds: int, max_clients: int) -> Iterator[dict[str, object]]:
-    """Rounds of W3 with an increasing number of clients and a constant total number of steps.
-
-    Each number of clients is measured in a separate process, because peak memory is per process.
-    """
+def scale(folder: Path, threads: int, rounds: int, max_clients: int) -> Iterator[Row]:
+    """Rounds of W3 with an increasing number of clients and a constant total number of steps."""
     counts = [10]
     while counts[-1] * 10 <= max_clients:
         counts.append(counts[-1] * 10)
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, spawn, max_tasks_per_child=1) as pool:
-        yield from pool.map(partial(_scale_row, folder, executor, rounds, counts[-1]), counts)
-
-
-def _scale_row(folder: Path, executor: Executor, rounds: int, steps: int, clients: int) -> dict[str, object]:
-    small = WORKLOADS[2]
-    # A client takes at least one step, so the largest number of clients determines the total work.
-    work = Workload("W3", small.shape, small.classes, small.model, clients, steps // clients, small.batch)
-    keep_freed_memory()
-    collect_garbage_rarely()
-    run = work.run(folder, rounds)
-    data = sum(u.train.x.nbytes + u.test.x.nbytes for u in build_context(run).population.users)
-    before = _peak_memory()
-    with Loop(run) as loop:
-        seconds = min(grid_rounds(run, executor, loop.round).wall)
-    row = {"clients": clients, "steps": work.steps, "seconds": seconds, "loop": min(loop.wall)}
-    return row | {"data": data, "memory": _peak_memory() - before}
-
-
-def _peak_memory() -> int:
-    """Peak memory of this process in bytes.
-
-    On Linux, ``ru_maxrss`` includes the memory of the parent process; ``VmHWM`` does not.
-    """
-    status = Path("/proc/self/status")
-    if status.exists():
-        return 1024 * int(status.read_text(encoding="utf-8").split("VmHWM:")[1].split()[0])
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    stacked = System("grid:stacked", "benchmarks.grid", ("stacked",))
+    for clients in counts:
+        # A client takes at least one step, so the largest number of clients determines the total work.
+        work = replace(WORKLOADS[2], clients=clients, steps=counts[-1] // clients)
+        size = clients * (work.steps * work.batch + work.tests) * math.prod(work.shape) * 4
+        for found in compare(work, [stacked], folder, threads, rounds, 0):
+            yield found | {"data": size}
 
 
 def evaluations(folder: Path, workloads: Sequence[Workload], tests: int = 64) -> dict[str, float]:
@@ -239,41 +254,49 @@ def starts() -> dict[str, float]:
 
 
 def measure(
-    executors: Sequence[Executor],
+    systems: Sequence[System],
+    threads: Sequence[int],
     rounds: int,
     max_clients: int,
-    ray: bool,
-    peers: str | None = None,
     log: Callable[[str], None] = print,
 ) -> dict[str, object]:
     """Run all benchmarks and return the results as plain values.
 
     Args:
-        executors: executors of the grid.
-        rounds: number of rounds of each engine.
+        systems: other simulators to measure beside `OURS`.
+        threads: numbers of threads; other simulators and the scaling curve have the last.
+        rounds: smallest number of measured rounds.
         max_clients: largest number of clients of the scaling curve.
-        ray: also measure Flower's Ray simulation.
-        peers: interpreter with pfl installed; measures pfl-research too.
         log: called with each row as soon as it is measured.
     """
-
-    def logged(rows: Iterable[dict[str, object]]) -> list[dict[str, object]]:
-        out = []
-        for row in rows:
-            log(", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
-            out.append(row)
-        return out
-
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        rows: list[Row] = []
+        for count in threads:
+            compared = [*OURS, *systems] if count == threads[-1] else OURS
+            for work in WORKLOADS:
+                rows += logged(compare(work, compared, folder, count, rounds, 10), log)
         return {
-            "rounds": rounds,
             "torch": torch.__version__,
-            "ratios": logged(ratios(folder, executors, rounds, WORKLOADS))
-            + logged(ray_rows(folder, rounds, WORKLOADS) if ray else ())
-            + logged(peer_rows(folder, peers, rounds, WORKLOADS) if peers else ()),
-            "scale": logged(scale(folder, "stacked", rounds, max_clients)),
+            "ratios": rows,
+            **measure_quick(log),
+            "scale": logged(scale(folder, threads[-1], rounds, max_clients), log),
             "evaluation": evaluations(folder, WORKLOADS),
             "bank": bank(),
             "starts": starts(),
         }
+
+
+def measure_quick(log: Callable[[str], None] = print) -> dict[str, list[Row]]:
+    """Two small workloads on one thread, to warn about regressions in half a minute."""
+    with tempfile.TemporaryDirectory() as name:
+        return {"quick": [row for work in QUICK for row in logged(compare(work, OURS[:1], Path(name), 1, 3, 2), log)]}
+
+
+def logged(rows: Iterable[Row], log: Callable[[str], None]) -> list[Row]:
+    """All rows; each is logged as soon as it is measured."""
+    out = []
+    for found in rows:
+        log(", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in found.items()))
+        out.append(found)
+    return out

@@ -14,14 +14,10 @@ so each client's training data are cut to whole batches for both sides.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
-import io
 import json
 import sys
-import tempfile
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +31,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fedbn
+from benchmarks.peers.pfllib import server, with_bn_names
 from fedbn.config import Plan
 from fedbn.data.examples import User
 from fedbn.data.population import Population
@@ -49,19 +46,6 @@ CLIENTS = 20
 
 Curve = list[float]
 """Mean accuracy over clients before training and after each round, or after each round only."""
-
-
-class NamedImageCNN(ImageCNN):
-    """`ImageCNN` whose BN layers have ``bn`` in their names."""
-
-    name = "image-cnn-bn"
-    about = "image-cnn with other names of layers"
-
-    def __init__(self, shape: tuple[int, ...], classes: int) -> None:
-        super().__init__(shape, classes)
-        kinds = {nn.BatchNorm2d: "bn", nn.Conv2d: "conv"}
-        named = ((f"{kinds.get(type(m), 'layer')}{i}", m) for i, m in enumerate(self.features))
-        self.features = nn.Sequential(OrderedDict(named))
 
 
 def fashion(directory: str, images: int) -> Population:
@@ -86,90 +70,34 @@ def pfllib(
     clone: Path, population: Population, algorithm: str, rounds: int, lr: float, seed: int
 ) -> tuple[Curve, float]:
     """Curve and CPU seconds per round of training and aggregation of one of PFLlib's algorithms."""
-    sys.path.insert(0, str(clone / "system"))
-    sys.modules.setdefault("h5py", ModuleType("h5py"))  # imported for a file that is not written here
-    from flcore.servers.serveravg import FedAvg
-    from flcore.servers.serverbn import FedBN
+    curve: Curve = []
+    spent = 0.0
 
-    base = {"FedAvg": FedAvg, "FedBN": FedBN}[algorithm]
-
-    class Recorder(base):
-        curve: Curve
-        spent = 0.0
-
-        def evaluate(self, acc: object = None, loss: object = None) -> None:
-            start = time.process_time()
-            _, sizes, correct, _ = self.test_metrics()
-            self.curve.append(float(np.mean([c / n for c, n in zip(correct, sizes, strict=True)])))
-            self.rs_test_acc.append(sum(correct) / sum(sizes))
-            self.spent += time.process_time() - start
-
-        def save_results(self) -> None: ...
-
-        def save_global_model(self) -> None: ...
+    def evaluate(peer: Any) -> None:
+        nonlocal spent
+        start = time.process_time()
+        _, sizes, correct, _ = peer.test_metrics()
+        curve.append(float(np.mean([c / n for c, n in zip(correct, sizes, strict=True)])))
+        peer.rs_test_acc.append(sum(correct) / sum(sizes))
+        spent += time.process_time() - start
 
     torch.manual_seed(seed)
-    args = _pfllib_options(NamedImageCNN(population.shape, len(population.classes)), len(population.users), rounds, lr)
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        for part in ("train", "test"):
-            place = Path(folder, "dataset", "peer", part)
-            place.mkdir(parents=True)
-            for i, user in enumerate(population.users):
-                examples = getattr(user, part)
-                np.savez(place / f"{i}.npz", data={"x": examples.x.numpy(), "y": examples.y.numpy()})
-        Path(folder, "system").mkdir()
-        with contextlib.chdir(Path(folder, "system")):
-            server = Recorder(args, 0)
-            server.curve = []
-            torch.manual_seed(seed)
-            start = time.process_time()
-            server.train()
-            seconds = time.process_time() - start - server.spent
-    return server.curve, seconds / (rounds + 1)
-
-
-def _pfllib_options(model: nn.Module, clients: int, rounds: int, lr: float) -> SimpleNamespace:
-    """The options of PFLlib's command line that its servers read."""
-    return SimpleNamespace(
-        model=model,
-        device="cpu",
-        dataset="peer",
-        num_classes=10,
-        num_clients=clients,
-        global_rounds=rounds,
-        local_epochs=1,
-        batch_size=BATCH,
-        local_learning_rate=lr,
-        learning_rate_decay=False,
-        learning_rate_decay_gamma=0.99,
-        join_ratio=1.0,
-        random_join_ratio=False,
-        few_shot=0,
-        algorithm="peer",
-        time_select=False,
-        time_threthold=10000,
-        goal="peer",
-        save_folder_name="items",
-        top_cnt=100,
-        auto_break=False,
-        eval_gap=1,
-        client_drop_rate=0.0,
-        train_slow_rate=0.0,
-        send_slow_rate=0.0,
-        dlg_eval=False,
-        dlg_gap=100,
-        batch_num_per_client=2,
-        num_new_clients=0,
-        fine_tuning_epoch_new=0,
-    )
+    classes, plan = len(population.classes), Plan(rounds=rounds, batch_size=BATCH, lr=lr)
+    model = with_bn_names(ImageCNN(population.shape, classes))
+    with server(clone, algorithm, population.users, model, classes, plan, evaluate) as peer:
+        torch.manual_seed(seed)
+        start = time.process_time()
+        peer.train()
+        seconds = time.process_time() - start - spent
+    return curve, seconds / (rounds + 1)
 
 
 def authors(clone: Path, population: Population, mode: str, rounds: int, lr: float, seed: int) -> tuple[Curve, float]:
     """Curve and CPU seconds per round of training and aggregation of FedBN's digit experiment."""
     module = _authors_module(clone)
     torch.manual_seed(seed)
-    server, users = module.DigitModel(), population.users
-    models = [copy.deepcopy(server) for _ in users]
+    shared, users = module.DigitModel(), population.users
+    models = [copy.deepcopy(shared) for _ in users]
     loaders = [DataLoader(TensorDataset(u.train.x, u.train.y), 32, shuffle=True) for u in users]
     tests = [DataLoader(TensorDataset(u.test.x, u.test.y), 32) for u in users]
     module.client_num = len(users)  # a global variable that their functions read
@@ -178,7 +106,7 @@ def authors(clone: Path, population: Population, mode: str, rounds: int, lr: flo
         start = time.process_time()
         for i, (model, loader) in enumerate(zip(models, loaders, strict=True)):
             module.train(model, loader, torch.optim.SGD(model.parameters(), lr), loss, i, "cpu")
-        server, models = module.communication(SimpleNamespace(mode=mode), server, models, weights)
+        shared, models = module.communication(SimpleNamespace(mode=mode), shared, models, weights)
         seconds += time.process_time() - start
         curve.append(float(np.mean([module.test(m, t, loss, "cpu")[1] for m, t in zip(models, tests, strict=True)])))
     return curve, seconds / rounds
@@ -236,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"{args.clone} has no directory {folder!r}: give the directory of a clone of the repository")
     run: Callable[..., tuple[Curve, float]]
     if args.peer == "pfllib":
-        run, model, pairs = pfllib, NamedImageCNN, {"FedAvg": "silobn", "FedBN": "fedbn"}
+        run, model, pairs = pfllib, "image-cnn", {"FedAvg": "silobn", "FedBN": "fedbn"}
         data = fashion(args.data, args.images)
         plan = Plan(rounds=args.rounds, batch_size=BATCH, lr=args.lr or 0.005, momentum=0.0)
     else:

@@ -8,7 +8,6 @@ import torch
 from benchmarks import hapt_baseline, peer_accuracy
 from fedbn.data.examples import Examples, User
 from fedbn.errors import UserError
-from fedbn.models.image_cnn import ImageCNN
 from fedbn.scenarios.base import scenario
 
 
@@ -37,18 +36,6 @@ def test_changes_combine_those_with_a_gain():
     chosen = hapt_baseline.combine(scores)
     assert chosen == ["lower rate", "rotate", "jitter"]
     assert hapt_baseline.together(chosen) == {"lr": 0.02, "augment": "rotate:strength=0.2+jitter:scale=0.05"}
-
-
-def test_named_model_equals_the_model():
-    torch.manual_seed(0)
-    named = peer_accuracy.NamedImageCNN((1, 28, 28), 10)
-    plain = ImageCNN((1, 28, 28), 10)
-    plain.load_state_dict(dict(zip(plain.state_dict(), named.state_dict().values(), strict=True)))
-    x = torch.randn(3, 1, 28, 28)
-    assert torch.equal(named(x), plain(x))
-    norms = [n for n, m in named.named_modules() if isinstance(m, torch.nn.BatchNorm2d)]
-    assert len(norms) == 3
-    assert all("bn" in name for name in norms)
 
 
 def test_training_data_are_whole_batches():

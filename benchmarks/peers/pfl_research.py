@@ -1,4 +1,4 @@
-"""pfl-research on the same workloads: ``python -m benchmarks.peers RUN THREADS``.
+"""pfl-research on the same workloads: ``python -m benchmarks.peers.pfl_research RUN THREADS``.
 
 Its requirements conflict with those of this project, so it needs a separate environment (``make bench-peers``). It
 averages parameters and keeps updating the running statistics of its single model, so only times are comparable.
@@ -8,19 +8,16 @@ https://arxiv.org/abs/2404.06430
 
 from __future__ import annotations
 
-import json
 import sys
-import time
 from itertools import cycle
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.rounds import Meter, context_from_arguments
 from fedbn.errors import UserError
 from fedbn.federation.context import RunContext
-from fedbn.federation.run import Run
-from fedbn.federation.setup import build_context
 
 
 class Learner(nn.Module):
@@ -41,7 +38,7 @@ class Learner(nn.Module):
 
 
 def serve(ctx: RunContext) -> None:
-    """Run a round for each line on standard input and print its seconds.
+    """Run a round for each line on standard input.
 
     Raises:
         UserError: pfl is not installed.
@@ -60,16 +57,12 @@ def serve(ctx: RunContext) -> None:
         raise UserError(f"pfl needs its own environment: run make bench-peers ({error})") from None
 
     class TimeRounds(TrainingProcessCallback):  # type: ignore[misc]
-        start = time.perf_counter(), time.process_time()
-
         def after_central_iteration(
             self, aggregate_metrics: object, model: object, *, central_iteration: int
         ) -> tuple[bool, Metrics]:
-            wall, cpu = self.start
-            print(json.dumps([time.perf_counter() - wall, time.process_time() - cpu]), flush=True)
-            stop = not sys.stdin.readline()
-            self.start = time.perf_counter(), time.process_time()
-            return stop, Metrics()
+            meter.reply()
+            meter.wait()
+            return False, Metrics()
 
     def data(user: int) -> Dataset:
         return Dataset((ctx.training_data(user).x, ctx.training_data(user).y), user_id=str(user))
@@ -78,7 +71,8 @@ def serve(ctx: RunContext) -> None:
     learner = Learner(ctx.scratch)
     model = PyTorchModel(learner, torch.optim.SGD, torch.optim.SGD(learner.parameters(), lr=1.0))
     dataset = FederatedDataset(data, lambda: next(users))
-    sys.stdin.readline()
+    meter = Meter()
+    meter.wait()
     FederatedAveraging().run(
         NNAlgorithmParams(
             central_num_iterations=sys.maxsize,
@@ -98,5 +92,6 @@ def serve(ctx: RunContext) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(int(sys.argv[2]))
-    serve(build_context(Run.from_dict(json.loads(sys.argv[1]))))
+    ctx, threads = context_from_arguments()
+    torch.set_num_threads(threads)
+    serve(ctx)

@@ -1,0 +1,1 @@
+"""Other simulators on the same workloads, each as the process of a `benchmarks.rounds.RoundProcess`."""
