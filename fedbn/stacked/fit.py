@@ -330,7 +330,8 @@ def _losses_and_gradients(
     k, batch = rows.shape
     if group.batch_last:
         flat = rows.flatten()
-        inputs, targets = x.index_select(0, flat).view(k, batch, -1).mT, y.index_select(0, flat).unflatten(0, (k, batch))
+        inputs, targets = x.index_select(0, flat).view(k, batch, -1).mT, y.index_select(0, flat)
+        targets = targets.unflatten(0, (k, batch))
         if isinstance(group.forward, Chain):
             return group.forward.step(inputs, targets, task), [group.forward.gradients.get(n) for n in group.leaves]
         outputs = autocast_forward(group.forward, inputs, precision)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from dataclasses import dataclass
 
 import pytest
@@ -36,31 +37,28 @@ class Block(nn.Module):
         self.layer = nn.Linear(inputs, outputs)
 
     def forward(self, x):
-        return F.relu(self.layer(x.flatten(1)).relu_()).relu()
+        return self.layer(F.relu(x.flatten(1)).relu())
 
 
-@st.composite
-def networks(draw):
-    """Networks of the supported layers, in the mode of training, with some parameters frozen."""
-    width, layers = 4, draw(st.sampled_from([[], [nn.Flatten()], [nn.BatchNorm1d(4)], [nn.ReLU()]]))
-    for _ in range(draw(st.integers(0, 3))):
-        new = draw(st.integers(1, 7))
-        norms = [
-            lambda n: nn.BatchNorm1d(n),
-            lambda n: AnyBatchNorm(n, momentum=0.3, eps=0.1),
-            lambda n: nn.BatchNorm1d(n, affine=False),
-            lambda n: nn.BatchNorm1d(n, track_running_stats=False),
-            lambda n: nn.BatchNorm1d(n).eval(),
-            lambda n: nn.Identity(),
-        ]
-        linear = Block(width, new) if draw(st.booleans()) else nn.Linear(width, new, bias=draw(st.booleans()))
-        norm = draw(st.sampled_from(norms))(new)
-        layers += [linear, norm, nn.ReLU(inplace=draw(st.booleans())), nn.Dropout(draw(st.sampled_from([0, 0.5, 1])))]
-        width = new
-    net = nn.Sequential(*layers, nn.Linear(width, CLASSES)).double()
-    for parameter in net.parameters():
-        parameter.requires_grad_(draw(st.sampled_from([True, True, False])))
-    net[-1].bias.requires_grad_(True)
+NORMS = {
+    "BN": lambda n: nn.BatchNorm1d(n),
+    "options": lambda n: AnyBatchNorm(n, momentum=0.3, eps=0.1),
+    "not affine": lambda n: nn.BatchNorm1d(n, affine=False),
+    "not tracked": lambda n: nn.BatchNorm1d(n, track_running_stats=False),
+    "evaluation": lambda n: nn.BatchNorm1d(n).eval(),
+    "identity": lambda n: nn.Identity(),
+}
+
+
+def network(norm, widths, *, functional=False, frozen=()):
+    """A network with these widths, without the parameters whose names end with one of ``frozen``."""
+    layers = [nn.Flatten(), nn.BatchNorm1d(widths[0])]
+    for inputs, outputs in itertools.pairwise(widths):
+        linear = Block(inputs, outputs) if functional else nn.Linear(inputs, outputs, bias=outputs != 3)
+        layers += [linear, NORMS[norm](outputs), nn.ReLU(inplace=True), nn.Dropout(0.3)]
+    net = nn.Sequential(*layers, nn.Dropout(0.0), nn.Linear(widths[-1], CLASSES)).double()
+    for name, parameter in net.named_parameters():
+        parameter.requires_grad_(not name.endswith(tuple(frozen)))
     return net
 
 
@@ -74,16 +72,39 @@ def bind(net, models, lr):
     return program, tensors, chain
 
 
-@settings(max_examples=40)
-@given(networks(), st.integers(2, 6), st.sampled_from([0.3, None, "each"]), st.integers(0, 99))
-def test_steps_match_autograd_of_each_client(net, batch, lr, seed):
-    torch.manual_seed(seed)
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("lr", [0.3, None, "each"])
+def test_steps_match_autograd_of_each_client(norm, lr):
+    assert_steps_match(network(norm, (4, 6, 3)), 5, lr)
+
+
+@settings(max_examples=10)
+@given(
+    st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    st.booleans(),
+    st.sets(st.sampled_from(["0.weight", "1.weight", "2.weight", "layer.weight", "bias", ".6.weight"])),
+    st.integers(2, 40),
+    st.sampled_from([0.3, None]),
+)
+def test_steps_match_for_all_shapes_and_frozen_parameters(widths, functional, frozen, batch, lr):
+    assert_steps_match(network("BN", widths, functional=functional, frozen=frozen), batch, lr)
+
+
+def test_dropout_of_everything_matches_autograd():
+    net = nn.Sequential(nn.Linear(4, 4), nn.Dropout(1.0), nn.ReLU(), nn.Linear(4, CLASSES)).double()
+    assert_steps_match(net, 4, 0.3)
+
+
+def assert_steps_match(net, batch, lr):
+    """Two steps of three clients in a chain equal those of each client with autograd."""
+    torch.manual_seed(0)
     models = [with_random_entries(net) for _ in range(3)]
     lrs = torch.tensor([0.3, 0.1, 0.2], dtype=torch.float64)
     program, tensors, chain = bind(net, models, lrs if lr == "each" else lr)
     masks = [torch.Generator().manual_seed(i).get_state() for i in range(3)]
+    width = next(p for n, p in net.named_parameters() if p.dim() == 2).shape[1]
     for _ in range(2):
-        x, y = torch.randn(3, batch, 4, dtype=torch.float64), torch.randint(0, CLASSES - 1, (3, batch))
+        x, y = torch.randn(3, batch, width, dtype=torch.float64), torch.randint(0, CLASSES - 1, (3, batch))
         losses = chain.step(x.clone().mT, y, Classification())
         gradients = []
         for i, model in enumerate(models):
@@ -132,8 +153,9 @@ class Own(nn.ReLU):
 @pytest.mark.parametrize(
     "net",
     [
-        *(Residual(), Repeated(), Early(), nn.Sequential(nn.Linear(4, 4), Own()), nn.Sequential(weight_norm(nn.Linear(4, 4)))),
-        *(nn.Sequential(nn.Linear(4, 4), nn.Tanh()), nn.Sequential(nn.Conv1d(1, 1, 1), nn.Flatten(), nn.Linear(4, 3))),
+        *(Residual(), Repeated(), Early(), nn.Sequential(nn.Linear(4, 4), Own())),
+        *(nn.Sequential(weight_norm(nn.Linear(4, 4))), nn.Sequential(nn.Linear(4, 4), nn.Tanh())),
+        *(nn.Sequential(nn.Conv1d(1, 1, 1), nn.Flatten(), nn.Linear(4, 3)),),
     ],
 )
 def test_other_models_are_no_chains(net):
