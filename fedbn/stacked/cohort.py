@@ -30,6 +30,7 @@ from fedbn.stacked.fit import (
     empty_optimizer_state,
     fit_clients,
     fit_stack,
+    repeat,
     stack_orders,
     stack_values,
 )
@@ -177,10 +178,11 @@ class Cohort:
             raise Unstackable("each batch holds the examples of one user")
         if type(ctx.personal).train is not Personalization.train:
             raise Unstackable("the personalization method has its own training procedure")
-        model = ctx.load(ctx.initial)
+        sets_mode = defines(ctx.strategy, "set_training_mode")
+        model = ctx.load(ctx.initial) if sets_mode else ctx.scratch
         ctx.strategy.set_training_mode(model, progress, aggregates)
-        state = model.state_dict()
-        self.runs_hooks = any(not torch.equal(state[n], v) for n, v in ctx.initial.items()) or defines(
+        state = model.state_dict() if sets_mode else ctx.initial
+        self.runs_hooks = any(not torch.equal(state[n], v) for n, v in ctx.initial.items() if sets_mode) or defines(
             ctx.strategy, "before_local_training", "on_before_optimizer_step", "after_local_training"
         )
         return self._build(model, trains=True)
@@ -278,7 +280,7 @@ class Cohort:
         rows = self.rows if len(users) > 1 else StackedData.of(ctx, users)
         draw = torch.Generator()
         drawn = [self._order(user, number, draw) for user in users]
-        order = sorted(range(len(users)), key=lambda i: -len(drawn[i]))
+        order = sorted(range(len(users)), key=lambda i: -self.examples[users[i]])
         config = self._config(cohort.progress)
         clients = StackedClients(
             self._assemble(cohort, [part.start + i for i in order]),
@@ -315,10 +317,10 @@ class Cohort:
     def _assemble(self, cohort: CohortRound, positions: list[int]) -> State:
         """Models ``[K, *shape]`` of some clients of a cohort, as by `RunContext.assemble`."""
         ctx, received = self.ctx, [cohort.received[i] for i in positions]
-        first = received[0]
-        if all(r is first for r in received):
-            received = [first] * len(received)
-        tensors = {n: stack_values([r.get(n, initial) for r in received]) for n, initial in ctx.initial.items()}
+        if all(r is received[0] for r in received):
+            tensors = {n: repeat(received[0].get(n, v), len(received)) for n, v in ctx.initial.items()}
+        else:
+            tensors = {n: stack_values([r.get(n, v) for r in received]) for n, v in ctx.initial.items()}
         retained = {n: tensors[n] for n in ctx.ownership.retained}
         self._fill(retained, cohort, positions)
         return tensors

@@ -419,7 +419,7 @@ def round_seconds(
 
     steps = sum(map(len, sizes))
     stacks = [sorted(sizes[i : i + width], key=len, reverse=True) for i in range(0, len(sizes), width)]
-    groups = [len(group) for stack in stacks for group in step_schedule(stack)]
+    groups = [len(members) for stack in stacks for members, *_ in step_schedule(stack)]
     per_client = (seconds["stacked"] - seconds["lean"]) / max(1, width - 1)
     stacked = sum(seconds["lean"] + per_client * (members - 1) for members in groups)
     cost = {name: per_core(name, steps * seconds[name], len(sizes)) for name in ("threads", "lean")}

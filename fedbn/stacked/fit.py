@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from fedbn.augment.base import Augmentation
 from fedbn.config import Precision
 from fedbn.federation.training import autocast_forward
 from fedbn.nn.roles import State
+from fedbn.stacked.chain import Chain, find_chain
 from fedbn.stacked.hooks import Hook, ModelWithParameters, before_step, share_memory
 from fedbn.stacked.program import Program
 from fedbn.stacked.steps import STEP, SGDStep, StackedStep, clip_gradients
@@ -114,7 +116,7 @@ MIN_FUSED_SIZE = 2**18
 """Number of weights above which a fused step of a linear layer is faster: they no longer fit into the cache."""
 
 
-def step_schedule(sizes: Sequence[Sequence[int]]) -> Iterator[list[tuple[int, int]]]:
+def step_schedule(sizes: Sequence[Sequence[int]]) -> Iterator[tuple[tuple[int, ...], list[int], int]]:
     """Group the steps of all clients so that as many as possible are taken at once.
 
     Only batches of equal size can be grouped. The steps of each client stay in order. The next group consists of the
@@ -124,21 +126,25 @@ def step_schedule(sizes: Sequence[Sequence[int]]) -> Iterator[list[tuple[int, in
         sizes: batch sizes of each client.
 
     Yields:
-        Groups of (client, step) pairs.
+        The clients of a group, the number of examples that each has seen before, and the batch size.
 
-    >>> list(step_schedule([[4, 4, 1], [4, 4, 3], [4, 1]]))
-    [[(0, 0), (1, 0), (2, 0)], [(0, 1), (1, 1)], [(0, 2), (2, 1)], [(1, 2)]]
+    >>> list(step_schedule([[4, 4, 1], [4, 1]]))
+    [((0, 1), [0, 0], 4), ((0,), [4], 4), ((0, 1), [8, 4], 1)]
     """
     if all(s == sizes[0] for s in sizes):
-        yield from ([(i, step) for i in range(len(sizes))] for step in range(len(sizes[0])))
+        everyone, seen = tuple(range(len(sizes))), 0
+        for size in sizes[0]:
+            yield everyone, [seen] * len(everyone), size
+            seen += size
         return
-    step = [0] * len(sizes)
+    step, starts = [0] * len(sizes), [0] * len(sizes)
     while unfinished := [i for i, s in enumerate(sizes) if step[i] < len(s)]:
         size, _ = Counter(sizes[i][step[i]] for i in unfinished).most_common(1)[0]
-        group = [i for i in unfinished if sizes[i][step[i]] == size]
-        yield [(i, step[i]) for i in group]
+        group = tuple(i for i in unfinished if sizes[i][step[i]] == size)
+        yield group, [starts[i] for i in group], size
         for i in group:
             step[i] += 1
+            starts[i] += size
 
 
 @dataclass(frozen=True)
@@ -150,7 +156,7 @@ class StepGroup:
         rows: the same indices as a slice if they are contiguous, else as a tensor.
         leaves: trainable parameters by name, in the layout of the program.
         optimizer_state: state of the optimizer in the same layout, by ``ENTRY/PARAMETER``.
-        forward: forward pass of the members.
+        forward: forward pass of the members, or their steps in closed form.
         entries: all entries of the members, in the layout of the program.
         batch_last: whether examples are on the last axis (`fedbn.stacked.program.Program.supports_batch_last`).
         models: models of the members for hooks, if there are any, and their parameters; all are views of ``entries``.
@@ -160,7 +166,7 @@ class StepGroup:
     rows: slice | Tensor
     leaves: State
     optimizer_state: State
-    forward: Callable[[Tensor], Tensor]
+    forward: Callable[[Tensor], Tensor] | Chain
     entries: State
     batch_last: bool
     models: list[ModelWithParameters]
@@ -174,6 +180,7 @@ class Stack:
         self.device = clients.orders.device
         self.batch_last = program.supports_batch_last(axes)
         self.lr = config.fused_lr
+        self.calls = find_chain(program) if self.batch_last and config.precision == "float32" else None
         self.noise = clients.noise
         self.models = clients.models
         self.tensors = clients.tensors
@@ -194,9 +201,14 @@ class Stack:
         k, noise = len(members), [self.noise[i] for i in members]
         fusable = self.program.fusable_weights if self.lr is not None and k == 1 else ()
         fused = {n for n in fusable if entries[n].numel() >= MIN_FUSED_SIZE}
-        leaves = {n: entries[n].requires_grad_() for n in self.program.trained if n not in fused}
         batch_last = self.batch_last and k > 1
-        forward = self.program.bind(entries, k, noise, batch_last=batch_last, fused_weights=fused, lr=self.lr)
+        forward: Callable[[Tensor], Tensor] | Chain
+        if self.calls is not None and batch_last:
+            forward = Chain(self.calls, entries, self.program.trained, noise, k, self.lr)
+            leaves = {n: entries[n] for n in self.program.trained if self.lr is None}
+        else:
+            leaves = {n: entries[n].requires_grad_() for n in self.program.trained if n not in fused}
+            forward = self.program.bind(entries, k, noise, batch_last=batch_last, fused_weights=fused, lr=self.lr)
         models = [self.models[i] for i in members] if self.models else []
         share_memory(models, entries)
         named = [(model, dict(model.named_parameters())) for model in models]
@@ -218,15 +230,19 @@ class Stack:
 
 def stack_values(values: Sequence[Tensor]) -> Tensor:
     """Stack the tensors of all clients, which are often one and the same."""
-    first = values[0]
-    if all(t is first for t in values):
-        return first.unsqueeze(0).repeat(len(values), *[1] * first.dim())
+    if all(t is values[0] for t in values):
+        return repeat(values[0], len(values))
     return torch.stack(list(values)).contiguous()
+
+
+def repeat(value: Tensor, k: int) -> Tensor:
+    """The same tensor for K clients."""
+    return value.unsqueeze(0).repeat(k, *[1] * value.dim())
 
 
 def stack_orders(orders: Sequence[Tensor], first: Sequence[int], device: torch.device) -> Tensor:
     """Row indices ``[K, N]`` in the data of a stack, from each client's order and the index of its first row."""
-    equal = all(len(order) == len(orders[0]) for order in orders)
+    equal = len({order.numel() for order in orders}) == 1
     padded = torch.stack(list(orders)) if equal else pad_sequence(list(orders), batch_first=True)
     return (padded + torch.tensor(first)[:, None]).to(device)
 
@@ -288,11 +304,8 @@ def fit_stack(
     stack, orders = Stack(program, clients, config, x.dim()), clients.orders
     initial = {n: stack.tensors[n].clone() for n in program.trained if config.mu and n in config.proximal}
     total = torch.zeros(len(orders), device=x.device)
-    offset = [0] * len(orders)
-    for steps in step_schedule(clients.sizes):
-        group = stack.group(tuple(i for i, _ in steps))
-        size = clients.sizes[steps[0][0]][steps[0][1]]
-        starts = [offset[i] for i in group.members]
+    for members, starts, size in step_schedule(clients.sizes):
+        group = stack.group(members)
         if starts.count(starts[0]) == len(starts):
             rows = orders[group.rows, starts[0] : starts[0] + size]
         else:
@@ -300,30 +313,35 @@ def fit_stack(
             rows = orders[group.rows].gather(1, columns.to(x.device))
         inputs, targets = x, y
         if config.augment is not None:
-            inputs, targets, rows = _augmented(config.augment, [clients.draws[i] for i in group.members], x, y, rows)
-        losses = _losses(task, group, inputs, targets, rows, config.precision)
-        gradients = torch.autograd.grad(losses.sum(), list(group.leaves.values()), allow_unused=True)
+            inputs, targets, rows = _augmented(config.augment, [clients.draws[i] for i in members], x, y, rows)
+        losses, gradients = _losses_and_gradients(task, group, inputs, targets, rows, config.precision)
         with torch.no_grad():
-            total[group.rows] += losses.detach() * size
+            total[group.rows] += losses
             proximal = {n: program.lay_out(n, v[group.rows]) for n, v in initial.items()}
             _step(config, group, gradients, proximal)
         stack.write_back(group)
-        for i in group.members:
-            offset[i] += size
     return total.tolist()
 
 
-def _losses(task: Task, group: StepGroup, x: Tensor, y: Tensor, rows: Tensor, precision: Precision) -> Tensor:
-    """Mean loss ``[K]`` of each client's batch, for row indices ``[K, B]``."""
+def _losses_and_gradients(
+    task: Task, group: StepGroup, x: Tensor, y: Tensor, rows: Tensor, precision: Precision
+) -> tuple[Tensor, Sequence[Tensor | None]]:
+    """Sum ``[K]`` of the losses of each client's batch, and the gradients of the leaves, for row indices ``[K, B]``."""
     k, batch = rows.shape
     if group.batch_last:
-        inputs = x.index_select(0, rows.flatten()).view(k, batch, -1).mT
+        flat = rows.flatten()
+        inputs, targets = x.index_select(0, flat).view(k, batch, -1).mT, y.index_select(0, flat)
+        targets = targets.unflatten(0, (k, batch))
+        if isinstance(group.forward, Chain):
+            return group.forward.step(inputs, targets, task), [group.forward.gradients.get(n) for n in group.leaves]
         outputs = autocast_forward(group.forward, inputs, precision)
     else:
-        inputs = x.index_select(0, rows.T.flatten()).view(batch, k * x.shape[1], *x.shape[2:])
-        outputs = autocast_forward(group.forward, inputs, precision)
+        inputs, targets = x.index_select(0, rows.T.flatten()).view(batch, k * x.shape[1], *x.shape[2:]), y[rows]
+        outputs = autocast_forward(cast(Callable[[Tensor], Tensor], group.forward), inputs, precision)
         outputs = outputs.view(batch, k, -1, *outputs.shape[2:]).movedim(0, 2).contiguous()
-    return task.stacked_losses(outputs, y[rows]).mean(1)
+    losses = task.stacked_losses(outputs, targets)
+    gradients = torch.autograd.grad(losses.mean(1).sum(), list(group.leaves.values()), allow_unused=True)
+    return losses.detach().sum(1), gradients
 
 
 def _augmented(

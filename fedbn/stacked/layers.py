@@ -148,13 +148,23 @@ def _transposed_convolution(m: Any, context: StackContext, x: Tensor) -> Tensor:
 def batch_norm(m: Any, context: StackContext, x: Tensor) -> Tensor:
     """K batch normalizations as one, because statistics are per channel."""
     t = context.tensors
-    if m.training and m.track_running_stats:
-        t["num_batches_tracked"].add_(1)
-    stored, batch = not m.training or m.track_running_stats, m.training or m.running_mean is None
-    mean, variance = (t.get("running_mean"), t.get("running_var")) if stored else (None, None)
+    mean, variance, batch = select_statistics(m, t)
     rows = x.reshape(1, -1, x.shape[2]) if context.batch_last else x
     out = F.batch_norm(rows, mean, variance, t.get("weight"), t.get("bias"), batch, m.momentum, m.eps)
     return out.view(x.shape) if context.batch_last else out
+
+
+def select_statistics(m: Any, tensors: State) -> tuple[Tensor | None, Tensor | None, bool]:
+    """Running mean and variance of a batch normalization, if it uses them, and whether it normalizes by the batch.
+
+    In training, the batch is counted.
+    """
+    if m.training and m.track_running_stats:
+        tensors["num_batches_tracked"].add_(1)
+    batch = m.training or m.running_mean is None
+    if m.training and not m.track_running_stats:
+        return None, None, batch
+    return tensors.get("running_mean"), tensors.get("running_var"), batch
 
 
 def _instance_norm(m: Any, context: StackContext, x: Tensor) -> Tensor:
@@ -189,14 +199,21 @@ def apply_dropout(context: StackContext, x: Tensor, p: float, training: bool, wh
     """Zero elements, or whole channels, with probability ``p``; each client has its own generator."""
     if not training or p == 0:
         return x
+    if context.batch_last:
+        return x * dropout_mask(context, x, p)
     if p == 1:
         return x * 0
-    if context.batch_last:
-        masks = [x.new_empty(x.shape[2], x.shape[1]).bernoulli_(1 - p, generator=draw) for draw in context.noise]
-        return x * torch.stack(masks).mT.div(1 - p)
     shape = (len(x), x.shape[1] // context.k, *([1] * (x.dim() - 2) if whole_channels else x.shape[2:]))
     masks = [x.new_empty(shape).bernoulli_(1 - p, generator=draw) for draw in context.noise]
     return x * torch.stack(masks, 1).div_(1 - p).flatten(1, 2)
+
+
+def dropout_mask(context: StackContext, x: Tensor, p: float) -> Tensor:
+    """Factors ``[K, C, B]`` of a dropout of features."""
+    if p == 1:
+        return torch.zeros_like(x)
+    masks = [x.new_empty(x.shape[2], x.shape[1]).bernoulli_(1 - p, generator=draw) for draw in context.noise]
+    return torch.stack(masks).mT.div(1 - p)
 
 
 def _apply(m: nn.Module, context: StackContext, x: Tensor) -> Tensor:

@@ -124,7 +124,7 @@ class Program(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class GraphProgram:
     """A `Program` from the traced graph of a model.
 
@@ -144,14 +144,15 @@ class GraphProgram:
         """As in `Program`."""
         nodes = [n for n in self.graph.nodes if n.op.startswith("call")]
         first = [n for n in nodes if any(a.op == "placeholder" for a in n.all_input_nodes)]
-        flattened = all(self._flattens(n) for n in first)
+        flattened = all(self.flattens(n) for n in first)
         return (axes == 2 or flattened) and all(
             accepts_features(self.layers[n.name].module) if n.op == "call_module" else n.target in FEATURE_FUNCTIONS
             for n in nodes
             if not (flattened and n in first)
         )
 
-    def _flattens(self, node: fx.Node) -> bool:
+    def flattens(self, node: fx.Node) -> bool:
+        """Whether a call flattens all axes but the batch."""
         if node.op == "call_module":
             module = self.layers[node.name].module
             return type(module) is nn.Flatten and (module.start_dim, module.end_dim) == (1, -1)
@@ -208,7 +209,7 @@ class GraphProgram:
                 input_node = node
             elif node.op == "output":
                 output_node = node.args[0]
-            elif node in delayed or (batch_last and self._flattens(node)):
+            elif node in delayed or (batch_last and self.flattens(node)):
                 steps.append((node, lambda x, *_: x, not batch_last, node.args, {}))
             elif node.op == "call_module":
                 layer = self.layers[node.name]

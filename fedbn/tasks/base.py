@@ -9,6 +9,7 @@ from dataclasses import KW_ONLY, dataclass, replace
 from typing import ClassVar, Self
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from fedbn.data.labels import encode_numbers
@@ -91,6 +92,14 @@ class Task(ABC):
         """Losses ``[K, B]`` of K clients, from outputs ``[K, outputs, B, *positions]`` and targets ``[K, B, ...]``."""
         k, _, batch = outputs.shape[:3]
         return self.losses(outputs.transpose(1, 2).flatten(0, 1), y.flatten(0, 1)).view(k, batch)
+
+    def stacked_gradients(self, outputs: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """`stacked_losses`, and the gradient of their sum with respect to the outputs."""
+        with torch.enable_grad():
+            outputs = outputs.detach().requires_grad_()
+            losses = self.stacked_losses(outputs, y)
+            (gradient,) = torch.autograd.grad(losses.sum(), outputs)
+        return losses.detach(), gradient
 
     def evaluate(self, outputs: Tensor, y: Tensor, *, final: bool = True) -> dict[str, float]:
         """Metrics, with the loss in double precision.

@@ -82,6 +82,13 @@ class Classification(VectorizedTask):
         # A softmax over the short innermost axis would be several times slower, so classes are on an outer axis.
         return self.losses(outputs, y)
 
+    def stacked_gradients(self, outputs: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        if type(self) is not Classification or not self.is_cross_entropy:
+            return super().stacked_gradients(outputs, y)
+        log_p, classes = outputs.log_softmax(1), y.unsqueeze(1)
+        losses = log_p.gather(1, classes).neg_().squeeze(1)
+        return losses, log_p.exp_().scatter_(1, classes, -1.0, reduce="add")
+
     def example_values(self, outputs: Tensor, y: Tensor) -> Tensor:
         return (outputs.argmax(1) == y).double()
 

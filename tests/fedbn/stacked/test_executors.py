@@ -228,16 +228,16 @@ def test_program_rejects_sync_before_training(small):
 @given(st.lists(st.lists(st.integers(1, 3), max_size=5), min_size=1, max_size=5))
 def test_step_schedule_covers_all_steps_in_order(sizes):
     taken = {i: [] for i in range(len(sizes))}
-    for group in step_schedule(sizes):
-        assert len({sizes[i][step] for i, step in group}) == 1
-        assert len({i for i, _ in group}) == len(group)
-        for i, step in group:
-            taken[i].append(step)
-    assert taken == {i: list(range(len(own))) for i, own in enumerate(sizes)}
+    for members, starts, size in step_schedule(sizes):
+        assert len(set(members)) == len(members)
+        for i, start in zip(members, starts, strict=True):
+            assert start == sum(taken[i])
+            taken[i].append(size)
+    assert taken == dict(enumerate(sizes))
 
 
 def test_step_schedule_groups_equal_clients():
-    assert [len(group) for group in step_schedule([[4, 4, 2]] * 6)] == [6, 6, 6]
+    assert [len(members) for members, *_ in step_schedule([[4, 4, 2]] * 6)] == [6, 6, 6]
 
 
 def test_fit_stack_groups_non_adjacent_clients():
@@ -249,7 +249,7 @@ def test_fit_stack_groups_non_adjacent_clients():
     sizes = [[4, 4, 2], [2, 4, 4], [4, 4, 2]]
     parts, state = [torch.arange(10 * i, 10 * i + 10).split(s) for i, s in enumerate(sizes)], net.state_dict()
     clients = [StackedClient(state, torch.cat(p), s, torch.Generator()) for p, s in zip(parts, sizes)]
-    assert next(step_schedule(sizes)) == [(0, 0), (2, 0)]
+    assert next(step_schedule(sizes)) == ((0, 2), [0, 0], 4)
     for client, stacked in zip(
         clients, fit_clients(build_program(net), clients, x, y, sgd, Classification()), strict=True
     ):
