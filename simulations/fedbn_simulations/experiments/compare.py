@@ -25,6 +25,7 @@ from fedbn.federation.setup import build_context
 from fedbn.files import locked, read_json, write_atomically
 from fedbn.scenarios.base import scenario
 from fedbn_simulations.engines.execute import Engine, check_engine, parse_engine
+from fedbn_simulations.engines.together import runs_together
 from fedbn_simulations.experiments.experiment import Experiment, render_options
 from fedbn_simulations.experiments.preflight import LEFT_OUT, preflight
 from fedbn_simulations.experiments.shift import measure_shift
@@ -176,7 +177,7 @@ def compare(
     if (floor := accuracy_floor(ctx)) is not None:
         meta["floor"] = floor
     with locked(out):
-        _run(experiment, out, meta, engine, workers, report, started, extends)
+        _run(experiment, out, meta, engine, workers, runs_together(ctx, engine), report, started, extends)
     return out
 
 
@@ -186,6 +187,7 @@ def _run(
     meta: dict[str, Any],
     engine: Engine,
     workers: int,
+    together: int,
     report: Report,
     started: Callable[[str, Sequence[Task]], None],
     extends: Sequence[int],
@@ -199,7 +201,7 @@ def _run(
             left = {s: found[: -(-len(found) // 2)] if stage else found for s, found in ranked.items()}
             tuning = tuning_tasks(experiment, out, left, rounds)
             started("tuning", tuning)
-            run_tasks(tuning, engine, workers, report)
+            run_tasks(tuning, engine, workers, report, together)
             ranked = rank_candidates(experiment, tuning, meta["metric"], meta["metrics"][meta["metric"]])
         tuned = {strategy: found[0] for strategy, found in ranked.items()}
         chosen = ", ".join(f"{s} {render_options(c)}" for s, c in tuned.items())
@@ -207,7 +209,7 @@ def _run(
         write_comparison(out, meta)
     tasks = comparison_tasks(experiment, out, tuned, extends)
     started("comparing", tasks)
-    run_tasks(tasks, engine, workers, report)
+    run_tasks(tasks, engine, workers, report, together)
     if extends:
         _remove_shorter_runs(out, extends)
     write_shift(out, measure_shift(experiment, tasks))
