@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,12 +13,14 @@ from fedbn.errors import UserError
 from fedbn.federation.run import Run, plan_for
 from fedbn.federation.setup import build_context
 from fedbn.files import read_json
-from fedbn.stacked.joint import JoinedStacks
+from fedbn.stacked.joint import JoinedStacks, PendingStack, trainer
+from fedbn.strategies.base import Progress
 from fedbn_simulations.engines import together
 from fedbn_simulations.engines.execute import execute
 from fedbn_simulations.engines.together import run_together, runs_together
 from fedbn_simulations.experiments import tasks
 from fedbn_simulations.experiments.tasks import Task, grouped, run_group
+from fedbn_simulations.server.clock import cpu_seconds
 from tests.helpers import mostly_slow
 
 
@@ -70,14 +71,43 @@ def variants(run, seed=(0,), lr=(None,)):
 def test_runs_together_match_separate_runs(case, small, widths):
     strategy, varied, settings = CASES[case]
     runs = variants(small(strategy, model="mlp", **settings), **varied)
-    start = time.process_time()
     outcomes = execute_together(runs)
-    spent = time.process_time() - start
     assert widths == [len(runs)] * 2, "one joined stack a round"
     for run, outcome in zip(runs, outcomes, strict=True):
         assert_close(outcome, execute(run, "grid:stacked"))
         assert 0 < outcome.phases["training"] < outcome.cpu_seconds
-    assert sum(outcome.cpu_seconds for outcome in outcomes) < spent
+
+
+class Waiting(PendingStack):
+    """A stack with a number of steps, which matches all others."""
+
+    steps = 0
+
+    def __init__(self, steps):
+        vars(self).update(steps=steps, progress=Progress(1, 1))
+
+    def matches(self, other):
+        return True
+
+
+def test_runs_count_their_own_time_and_share_that_of_joined_stacks(monkeypatch):
+    now, counted = [0.0], {}
+    monkeypatch.setattr("time.process_time", lambda: now[0])
+
+    def spend(seconds):
+        now[0] += seconds
+
+    def run(name, seconds, steps):
+        start = cpu_seconds()
+        spend(seconds)
+        together.meet(0)
+        spend(seconds)
+        trainer.get()(Waiting(steps))
+        counted[name] = cpu_seconds() - start
+
+    monkeypatch.setattr(JoinedStacks, "fit", lambda self, stacks: spend(100) or [[0.0] for _ in stacks])
+    run_together([(partial(run, "short", 1, 25), Path("log")), (partial(run, "long", 2, 75), Path("log"))])
+    assert counted == {"short": 27, "long": 79}
 
 
 @pytest.mark.slow
