@@ -30,7 +30,7 @@ MAX_RUNS = MAX_CONTEXTS
 """Maximum number of runs that train together: a step of more runs gains little, and other cores have less to do."""
 
 MAX_ELEMENTS = 2**20
-"""Maximum number of activations in a step of a run's clients, above which arithmetic takes most of the time."""
+"""Maximum number of activations and weights in a step of a run, above which arithmetic takes most of the time."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,8 @@ def runs_together(ctx: RunContext, engine: str) -> int:
         return 1
     plan, clients = ctx.run.plan, len(ctx.population.seen)
     clients = min(clients, plan.clients_per_round or clients)
-    elements = clients * plan.batch_size * _activations(ctx)
+    weights = sum(value.numel() for value in ctx.initial.values())
+    elements = clients * (plan.batch_size * _activations(ctx) + weights)
     return max(1, min(MAX_RUNS, stack_limit(ctx) // clients)) if elements <= MAX_ELEMENTS else 1
 
 

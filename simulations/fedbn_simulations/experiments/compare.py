@@ -1,7 +1,8 @@
 """Run an experiment: tune if requested, run every strategy with every seed, measure the shift, write the results.
 
-Runs are independent and are distributed over worker processes, with one torch thread each. Every run has a checkpoint
-in its own directory. Finished runs are not repeated, and a resumed experiment gives the same numbers.
+Runs are independent and are distributed over worker processes, with one torch thread each. Runs of tiny networks that
+differ only in seed or learning rate train together in one process. Every run has a checkpoint in its own directory.
+Finished runs are not repeated, and a resumed experiment gives the same numbers.
 """
 
 from __future__ import annotations
@@ -38,7 +39,10 @@ from fedbn_simulations.storage.provenance import NUMERICS, check_numerics, code_
 def comparison_tasks(
     experiment: Experiment, out: Path, tuned: Mapping[str, Mapping[str, Any]], extends: Sequence[int] = ()
 ) -> list[Task]:
-    """Every strategy with every seed; seeds are outermost, so that an interrupted experiment has complete seeds."""
+    """Every strategy with every seed; seeds are outermost, so that an interrupted experiment has complete seeds.
+
+    If runs train together, all seeds of a strategy are executed before the next strategy.
+    """
     runs = [
         experiment.run(strategy, seed, tuned=tuned.get(strategy))
         for seed in experiment.seed_numbers

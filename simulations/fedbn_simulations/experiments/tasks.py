@@ -264,7 +264,7 @@ def _work(tasks: Sequence[Task], engine: Engine) -> None:
 
 
 def grouped(tasks: Sequence[Task], size: int) -> list[list[Task]]:
-    """Groups of tasks that differ only in seed or learning rate, with at most ``size`` tasks each."""
+    """Groups of at most ``size`` tasks that differ only in seed or learning rate, in the order of their first tasks."""
     similar: dict[Run, list[Task]] = {}
     for task in tasks:
         similar.setdefault(comparable(task.run), []).append(task)
