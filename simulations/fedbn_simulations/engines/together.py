@@ -112,8 +112,9 @@ def runs_together(ctx: RunContext, engine: str) -> int:
 
 
 def _activations(ctx: RunContext) -> int:
-    """Number of outputs of all layers for one example."""
+    """Number of outputs of all layers for one example, in a pass like that of `check_context`."""
     model, count = ctx.load(ctx.initial).eval(), 0
+    x = ctx.training_data(ctx.trainers[0]).x[: min(ctx.run.plan.batch_size, 4)]
 
     def add(module: nn.Module, inputs: Any, output: Any) -> None:
         nonlocal count
@@ -121,12 +122,12 @@ def _activations(ctx: RunContext) -> int:
 
     hooks = [m.register_forward_hook(add) for m in model.modules() if not list(m.children())]
     try:
-        with torch.no_grad():
-            model(ctx.training_data(ctx.trainers[0]).x[:1])
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            model(x)
     finally:
         for hook in hooks:
             hook.remove()
-    return count
+    return count // len(x)
 
 
 def run_together(runs: Sequence[tuple[Callable[[], None], Path]]) -> None:
