@@ -19,7 +19,7 @@ from fedbn.federation.labeled_sums import client_sums, parse_sums_method
 from fedbn.federation.metrics import Column
 from fedbn.federation.protection import protect_update
 from fedbn.federation.run import Run
-from fedbn.federation.setup import build_context, build_context_for
+from fedbn.federation.setup import MAX_CONTEXTS, build_context, build_context_for
 from fedbn.nn.roles import Role, State
 from fedbn.scenarios.remote import load_node_user
 from fedbn.stacked.cohort import CohortResult, CohortRound
@@ -48,7 +48,7 @@ app = ClientApp(mods=[report_errors, client_state_on_disk])
 _decode = Decoder()
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=MAX_CONTEXTS)
 def _build_context(text: str) -> RunContext:
     return build_context(run_from_config({"run": text}))
 

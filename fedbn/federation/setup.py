@@ -24,6 +24,9 @@ from fedbn.scenarios.base import scenario
 from fedbn.strategies.ownership import Ownership
 from fedbn.tasks import Task
 
+MAX_CONTEXTS = 4
+"""Number of contexts of runs that are kept, so that this many runs can take turns in one process."""
+
 
 def check_device(text: str) -> None:
     """Check that tensors can be created on a device.
@@ -64,7 +67,7 @@ def _on_device(user: User, device: str) -> User:
     return User(user.name, user.domain, user.train.to(device), user.test.to(device), stream=stream)
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=MAX_CONTEXTS)
 def build_context(run: Run) -> RunContext:
     """Load, build and check everything a run needs.
 

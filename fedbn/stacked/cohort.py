@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate
 from typing import Protocol
 
@@ -29,12 +29,12 @@ from fedbn.stacked.fit import (
     TrainResult,
     empty_optimizer_state,
     fit_clients,
-    fit_stack,
     repeat,
     stack_orders,
     stack_values,
 )
 from fedbn.stacked.hooks import ClientModel, defines
+from fedbn.stacked.joint import PendingStack, trainer
 from fedbn.stacked.layers import Unstackable
 from fedbn.stacked.modules import entries
 from fedbn.stacked.program import Program
@@ -235,7 +235,9 @@ class Cohort:
         order = sorted(clients, key=lambda i: -len(clients[i].order))
         if order:
             config = self._config(rounds[0].progress)
-            trained = fit_clients(program, [clients[i] for i in order], rows.x, rows.y, config, ctx.task)
+            fit = partial(self._fit, rounds[0].progress, program, rows, config)
+            stacked = [clients[i] for i in order]
+            trained = fit_clients(program, stacked, rows.x, rows.y, config, ctx.task, fit)
             for i, result in zip(order, trained, strict=True):
                 try:
                     results[i] = self._result(rounds[i], result, models.get(i))
@@ -292,13 +294,19 @@ class Cohort:
         )
         clients.optimizer_state = empty_optimizer_state(program, config.step, clients.tensors, len(users))
         self._fill(clients.optimizer_state, cohort, [part.start + i for i in order], OPTIMIZER)
-        losses = fit_stack(program, clients, rows.x, rows.y, config, ctx.task)
+        losses = self._fit(cohort.progress, program, rows, config, clients)
         positions = torch.tensor(order, device=rows.x.device)
         entries = clients.tensors | {OPTIMIZER + n: v for n, v in clients.optimizer_state.items()}
         for name in trained:
             trained[name][part].index_copy_(0, positions, entries[name])
         loss_of = dict(zip(order, losses, strict=True))
         return [self._mean_loss(user, loss_of[i]) for i, user in enumerate(users)]
+
+    def _fit(
+        self, progress: Progress, program: Program, rows: StackedData, config: FitConfig, clients: StackedClients
+    ) -> list[float]:
+        """Train a stack in place, alone or with those of other runs; returns what `fit_stack` returns."""
+        return trainer.get()(PendingStack(self.ctx, progress, program, clients, rows.x, rows.y, config))
 
     def result(self, cohort: CohortRound, trained: State, losses: list[float]) -> CohortResult:
         """The result of a round, from the entries and losses of all parts."""

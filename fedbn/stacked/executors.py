@@ -43,6 +43,7 @@ from fedbn.online.stream import BLOCK
 from fedbn.stacked.cohort import Cohort, CohortResult, CohortRound, Failure, TrainJob
 from fedbn.stacked.evaluate import EvaluateJob, evaluate_stack, is_stackable
 from fedbn.stacked.fit import step_schedule
+from fedbn.stacked.joint import train_part
 from fedbn.stacked.layers import Unstackable
 from fedbn.stacked.program import Program
 from fedbn.statistics.recalibration import CHUNK
@@ -295,7 +296,7 @@ class ClientExecutor:
         parallel = parts[: len(parts) - rest]
         results = self._on_threads(parallel, lambda part, _: train(part)) if parallel else []
         with torch_threads(self.threads if few else 1):
-            results += [train(part) for part in parts[len(parallel) :]]
+            results += [train_part(train, part) for part in parts[len(parallel) :]]
         self._record("train", STACKED)
         return results
 
@@ -390,10 +391,15 @@ def stack_width(ctx: RunContext, clients: int, rows: int | None = None, cache_sh
     >>> stack_width(build_context(Run("digits8", "fedbn", plan=Plan(), model="mlp")), 300)
     100
     """
+    stacks = -(-clients // stack_limit(ctx, rows, cache_share))
+    return -(-clients // stacks)
+
+
+def stack_limit(ctx: RunContext, rows: int | None = None, cache_share: float = 1.0) -> int:
+    """Maximum number of clients per stack; arguments as in `stack_width`."""
     data = ctx.training_data(ctx.trainers[0])
     inputs = data.x[0].numel() * data.x.element_size() * (rows or min(ctx.run.plan.batch_size, len(data)))
-    stacks = -(-clients // max(1, min(MAX_STACK_WIDTH, int(cache_share * CACHE_BYTES) // inputs)))
-    return -(-clients // stacks)
+    return max(1, min(MAX_STACK_WIDTH, int(cache_share * CACHE_BYTES) // inputs))
 
 
 def round_seconds(

@@ -18,7 +18,7 @@ from fedbn.nn.roles import State
 from fedbn.stacked.chain import Chain, find_chain
 from fedbn.stacked.hooks import Hook, ModelWithParameters, before_step, share_memory
 from fedbn.stacked.program import Program
-from fedbn.stacked.steps import STEP, SGDStep, StackedStep, clip_gradients
+from fedbn.stacked.steps import STEP, SGDStep, StackedStep, clip_gradients, step_of
 from fedbn.tasks import Task
 
 
@@ -97,10 +97,11 @@ class FitConfig:
     @property
     def fused_lr(self) -> float | None:
         """Learning rate if the step is plain gradient descent, which `_FusedLinearStep` can take; else None."""
-        if not isinstance(self.step, SGDStep) or self.step.momentum or self.step.weight_decay:
+        step = self.step
+        if not isinstance(step, SGDStep) or isinstance(step.lr, Tensor) or step.momentum or step.weight_decay:
             return None
         changed = self.mu or self.max_grad_norm is not None or self.hook is not None
-        return None if changed else self.step.lr
+        return None if changed else step.lr
 
 
 @dataclass
@@ -258,9 +259,15 @@ def empty_optimizer_state(program: Program, step: StackedStep, tensors: State, k
 
 
 def fit_clients(
-    program: Program, clients: Sequence[StackedClient], x: Tensor, y: Tensor, config: FitConfig, task: Task
+    program: Program,
+    clients: Sequence[StackedClient],
+    x: Tensor,
+    y: Tensor,
+    config: FitConfig,
+    task: Task,
+    fit: Callable[[StackedClients], list[float]] | None = None,
 ) -> list[TrainResult]:
-    """Train clients that are given one by one; arguments as in `fit_stack`."""
+    """Train clients that are given one by one; arguments as in `fit_stack`, which ``fit`` replaces if given."""
     tensors = {n: stack_values([t.state[n] for t in clients]) for n in clients[0].state}
     optimizer_state = empty_optimizer_state(program, config.step, tensors, len(clients))
     for i, client in enumerate(clients):
@@ -275,7 +282,7 @@ def fit_clients(
         [t.draws for t in clients],
         [t.model for t in clients if t.model is not None],
     )
-    losses = fit_stack(program, stacked, x, y, config, task)
+    losses = fit(stacked) if fit else fit_stack(program, stacked, x, y, config, task)
     states, optimizer_states = (
         {n: t.unbind() for n, t in entries.items()} for entries in (stacked.tensors, stacked.optimizer_state)
     )
@@ -366,4 +373,5 @@ def _step(config: FitConfig, group: StepGroup, gradients: Sequence[Tensor | None
     if config.max_grad_norm is not None:
         directions = clip_gradients(directions, len(group.members), config.max_grad_norm)
     state = {entry: [group.optimizer_state[f"{entry}/{n}"] for n, _, _ in used] for entry in config.step.entries}
-    config.step([p for _, p, _ in used], directions, state, len(group.members))
+    step = step_of(config.step, group.rows)
+    step([p for _, p, _ in used], directions, state, len(group.members))

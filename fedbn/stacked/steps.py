@@ -7,8 +7,8 @@ corrections depend on the number of steps of a client, which can differ between 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -29,8 +29,10 @@ Entries = dict[str, list[Tensor]]
 
 
 class StackedStep(Protocol):
-    """One step of an optimizer."""
+    """One step of an optimizer; ``lr`` is the learning rate of all clients, or ``[K]`` in double precision."""
 
+    @property
+    def lr(self) -> float | Tensor: ...
     @property
     def entries(self) -> tuple[str, ...]:
         """Names of the state's entries, as in ``torch.optim``."""
@@ -45,7 +47,7 @@ class StackedStep(Protocol):
 class SGDStep:
     """``torch.optim.SGD``."""
 
-    lr: float
+    lr: float | Tensor
     momentum: float = 0.0
     weight_decay: float = 0.0
 
@@ -62,14 +64,15 @@ class SGDStep:
             torch._foreach_mul_(buffers, self.momentum)
             torch._foreach_add_(buffers, gradients)
             gradients = buffers
-        torch._foreach_add_(parameters, gradients, alpha=-self.lr)
+        gradients, lr = _with_rate(gradients, self.lr, k)
+        torch._foreach_add_(parameters, gradients, alpha=-lr)
 
 
 @dataclass(frozen=True)
 class AdamStep:
     """``torch.optim.Adam``, or with ``decoupled`` weight decay ``torch.optim.AdamW``."""
 
-    lr: float
+    lr: float | Tensor
     betas: tuple[float, ...]
     eps: float
     weight_decay: float
@@ -81,7 +84,12 @@ class AdamStep:
         means, squares, (beta1, beta2) = state["exp_avg"], state["exp_avg_sq"], self.betas
         torch._foreach_add_(state[STEP], 1)
         if self.decoupled:
-            torch._foreach_mul_(parameters, 1 - self.lr * self.weight_decay)
+            decay = 1 - self.lr * self.weight_decay
+            if isinstance(decay, Tensor):
+                for parameter in parameters:
+                    _rows(parameter, k).mul_(_column(decay, parameter))
+            else:
+                torch._foreach_mul_(parameters, decay)
         elif self.weight_decay:
             gradients = list(torch._foreach_add(gradients, parameters, alpha=self.weight_decay))
         torch._foreach_lerp_(means, gradients, 1 - beta1)
@@ -98,7 +106,7 @@ class AdamStep:
 class RMSpropStep:
     """``torch.optim.RMSprop``."""
 
-    lr: float
+    lr: float | Tensor
     alpha: float
     eps: float
     momentum: float
@@ -122,9 +130,11 @@ class RMSpropStep:
             buffers = state["momentum_buffer"]
             torch._foreach_mul_(buffers, self.momentum)
             torch._foreach_addcdiv_(buffers, gradients, denominators)
-            torch._foreach_add_(parameters, buffers, alpha=-self.lr)
+            directions, lr = _with_rate(buffers, self.lr, k)
+            torch._foreach_add_(parameters, directions, alpha=-lr)
         else:
-            torch._foreach_addcdiv_(parameters, gradients, denominators, value=-self.lr)
+            gradients, lr = _with_rate(gradients, self.lr, k)
+            torch._foreach_addcdiv_(parameters, gradients, denominators, value=-lr)
 
 
 _STEPS: dict[type[Optimizer], Callable[..., StackedStep]] = {
@@ -150,6 +160,20 @@ def stacked_step(plan: Plan, lr: float) -> StackedStep:
     return _STEPS[type(chosen)](chosen, plan, lr)
 
 
+def step_of(step: StackedStep, rows: slice | Tensor) -> StackedStep:
+    """The step of some clients of a stack.
+
+    >>> step_of(SGDStep(torch.tensor([0.1, 0.2, 0.3])), slice(1, 3)).lr
+    tensor([0.2000, 0.3000])
+    """
+    return with_rates(step, step.lr[rows]) if isinstance(step.lr, Tensor) else step
+
+
+def with_rates(step: StackedStep, lr: Tensor) -> StackedStep:
+    """The step with a learning rate ``[K]`` for each client."""
+    return replace(cast(Any, step), lr=lr)
+
+
 def clip_gradients(gradients: Sequence[Tensor], k: int, max_norm: float) -> list[Tensor]:
     """Scale the gradients of each client to a largest norm, as ``torch.nn.utils.clip_grad_norm_`` does.
 
@@ -159,6 +183,13 @@ def clip_gradients(gradients: Sequence[Tensor], k: int, max_norm: float) -> list
     norms = torch.stack([torch.linalg.vector_norm(_rows(g, k), dim=1) for g in gradients]).norm(dim=0)
     scale = (max_norm / (norms + 1e-6)).clamp(max=1.0)
     return [(_rows(g, k) * scale[:, None]).view(g.shape) for g in gradients]
+
+
+def _with_rate(tensors: list[Tensor], lr: float | Tensor, k: int) -> tuple[list[Tensor], float]:
+    """Tensors and a factor for all of them, whose products are the tensors times each client's learning rate."""
+    if not isinstance(lr, Tensor):
+        return tensors, lr
+    return [(_rows(t, k) * _column(lr, t)).view(t.shape) for t in tensors], 1.0
 
 
 def _rows(t: Tensor, k: int) -> Tensor:

@@ -7,7 +7,6 @@ records as over the network; containers are copied, so that clients do not see e
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from functools import partial
 from typing import Any
@@ -36,6 +35,7 @@ from fedbn_simulations.flower.compat import (
     set_message_id,
     with_content,
 )
+from fedbn_simulations.server.clock import cpu_seconds
 
 FIRST_NODE = 1_000_000
 
@@ -115,7 +115,7 @@ class InProcessGrid(Grid):
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Run the clients of the messages, with their jobs batched, and store the replies."""
-        start, in_jobs = time.process_time(), sum(self.phases.values())
+        start, in_jobs = cpu_seconds(), sum(self.phases.values())
         messages = list(messages)
         for message in messages:
             set_message_id(message, self._next_id())
@@ -126,7 +126,7 @@ class InProcessGrid(Grid):
             for message_id, reply in zip(ids[part], run_batched(calls, self._run_jobs)):
                 set_message_id(reply, self._next_id())
                 self._replies[message_id] = reply
-        self._count("messages", time.process_time() - start - (sum(self.phases.values()) - in_jobs))
+        self._count("messages", cpu_seconds() - start - (sum(self.phases.values()) - in_jobs))
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
@@ -162,9 +162,9 @@ class InProcessGrid(Grid):
         """
         if not self._move_states(users) or any(user not in self._table for user in trained):
             return None
-        cohort, start = CohortRound(users, received, self._table, progress), time.process_time()
+        cohort, start = CohortRound(users, received, self._table, progress), cpu_seconds()
         result = train_cohort(self.run_config, cohort, self._executor, self._states.max_bytes)
-        self._count("training", time.process_time() - start)
+        self._count("training", cpu_seconds() - start)
         if result is None:
             return None
         self._table.write(users, result.client_states)
@@ -221,9 +221,9 @@ class InProcessGrid(Grid):
         return context
 
     def _run_jobs(self, jobs: list[Any]) -> Sequence[object]:
-        start = time.process_time()
+        start = cpu_seconds()
         results = self._executor.run(jobs)
-        self._count(PHASES[jobs[0].kind], time.process_time() - start)
+        self._count(PHASES[jobs[0].kind], cpu_seconds() - start)
         return results
 
     def _count(self, phase: str, seconds: float) -> None:

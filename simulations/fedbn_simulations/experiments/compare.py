@@ -1,7 +1,8 @@
 """Run an experiment: tune if requested, run every strategy with every seed, measure the shift, write the results.
 
-Runs are independent and are distributed over worker processes, with one torch thread each. Every run has a checkpoint
-in its own directory. Finished runs are not repeated, and a resumed experiment gives the same numbers.
+Runs are independent and are distributed over worker processes, with one torch thread each. Runs of tiny networks that
+differ only in seed or learning rate train together in one process. Every run has a checkpoint in its own directory.
+Finished runs are not repeated, and a resumed experiment gives the same numbers.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from fedbn.federation.setup import build_context
 from fedbn.files import locked, read_json, write_atomically
 from fedbn.scenarios.base import scenario
 from fedbn_simulations.engines.execute import Engine, check_engine, parse_engine
+from fedbn_simulations.engines.together import runs_together
 from fedbn_simulations.experiments.experiment import Experiment, render_options
 from fedbn_simulations.experiments.preflight import LEFT_OUT, preflight
 from fedbn_simulations.experiments.shift import measure_shift
@@ -37,7 +39,10 @@ from fedbn_simulations.storage.provenance import NUMERICS, check_numerics, code_
 def comparison_tasks(
     experiment: Experiment, out: Path, tuned: Mapping[str, Mapping[str, Any]], extends: Sequence[int] = ()
 ) -> list[Task]:
-    """Every strategy with every seed; seeds are outermost, so that an interrupted experiment has complete seeds."""
+    """Every strategy with every seed; seeds are outermost, so that an interrupted experiment has complete seeds.
+
+    If runs train together, all seeds of a strategy are executed before the next strategy.
+    """
     runs = [
         experiment.run(strategy, seed, tuned=tuned.get(strategy))
         for seed in experiment.seed_numbers
@@ -176,7 +181,7 @@ def compare(
     if (floor := accuracy_floor(ctx)) is not None:
         meta["floor"] = floor
     with locked(out):
-        _run(experiment, out, meta, engine, workers, report, started, extends)
+        _run(experiment, out, meta, engine, workers, runs_together(ctx, engine), report, started, extends)
     return out
 
 
@@ -186,6 +191,7 @@ def _run(
     meta: dict[str, Any],
     engine: Engine,
     workers: int,
+    together: int,
     report: Report,
     started: Callable[[str, Sequence[Task]], None],
     extends: Sequence[int],
@@ -199,7 +205,7 @@ def _run(
             left = {s: found[: -(-len(found) // 2)] if stage else found for s, found in ranked.items()}
             tuning = tuning_tasks(experiment, out, left, rounds)
             started("tuning", tuning)
-            run_tasks(tuning, engine, workers, report)
+            run_tasks(tuning, engine, workers, report, together)
             ranked = rank_candidates(experiment, tuning, meta["metric"], meta["metrics"][meta["metric"]])
         tuned = {strategy: found[0] for strategy, found in ranked.items()}
         chosen = ", ".join(f"{s} {render_options(c)}" for s, c in tuned.items())
@@ -207,7 +213,7 @@ def _run(
         write_comparison(out, meta)
     tasks = comparison_tasks(experiment, out, tuned, extends)
     started("comparing", tasks)
-    run_tasks(tasks, engine, workers, report)
+    run_tasks(tasks, engine, workers, report, together)
     if extends:
         _remove_shorter_runs(out, extends)
     write_shift(out, measure_shift(experiment, tasks))

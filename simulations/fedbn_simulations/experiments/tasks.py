@@ -6,10 +6,10 @@ import json
 import multiprocessing
 import queue
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,13 @@ from fedbn.federation.server import Outcome
 from fedbn.federation.setup import build_context
 from fedbn.files import DamagedFile, read_json
 from fedbn.objects import load_objects, save_objects
+from fedbn.stacked.joint import comparable
 from fedbn.stacked.memory import collect_garbage_rarely, keep_freed_memory
 from fedbn_simulations.engines.execute import Engine, execute
+from fedbn_simulations.engines.together import meet, run_together
 from fedbn_simulations.flower.processes import kill_worker, prepare_worker
 from fedbn_simulations.results.files import write_run
+from fedbn_simulations.server.clock import cpu_seconds
 from fedbn_simulations.storage.checkpoint import (
     UnreadableCheckpoint,
     load_latest,
@@ -120,6 +123,23 @@ def run_task(task: Task, engine: Engine, report: Report) -> None:
         UserError: the checkpoint or result has other numerics or other data.
         ClientError: a client failed; the message names the log.
     """
+    with client_log(Path(task.directory) / CLIENT_LOG):
+        _run_task(task, engine, report)
+
+
+def run_group(tasks: Sequence[Task], engine: Engine, report: Report) -> None:
+    """Execute tasks that train together (`fedbn_simulations.engines.together`), as `run_task` does with one.
+
+    A resumed group has the same numbers as one without the interruption. All its runs continue from the same round, and
+    none is finished before the others have stored the round that was its last.
+    """
+    if len(tasks) == 1:
+        run_task(tasks[0], engine, report)
+    else:
+        run_together([(partial(_run_task, t, engine, report), Path(t.directory) / CLIENT_LOG) for t in tasks])
+
+
+def _run_task(task: Task, engine: Engine, report: Report) -> None:
     directory = Path(task.directory)
     rounds = task.run.plan.rounds
     if is_finished(directory, task.run):
@@ -129,13 +149,17 @@ def run_task(task: Task, engine: Engine, report: Report) -> None:
     sources = ctx.population.sources
     checkpoint = directory / CHECKPOINT
     resume = load_latest(checkpoint, task.run, sources) or load_shorter(task, ctx)
+    completed = 0 if resume is None else len(resume.curve)
+    lowest = meet(completed)
+    if resume is not None and lowest == completed - 1:
+        resume = load_round_before(task, ctx, resume)
     if resume is not None:
         report(Event(task.directory, len(resume.curve)))
 
     def save(outcome: Outcome, backup: Path | None = None) -> None:
-        start = time.process_time()
+        start = cpu_seconds()
         save_outcome(checkpoint, task.run, outcome, sources, backup)
-        spent = time.process_time() - start
+        spent = cpu_seconds() - start
         outcome.phases["checkpoints"] = outcome.phases.get("checkpoints", 0.0) + spent
 
     def on_round(number: int, outcome: Outcome) -> None:
@@ -146,9 +170,9 @@ def run_task(task: Task, engine: Engine, report: Report) -> None:
     if resume is not None and resume.scores:  # killed between its last checkpoint and its result, or had converged
         outcome = resume
     else:
-        with client_log(directory / CLIENT_LOG):
-            outcome = execute(task.run, engine, resume, on_round, checkpoint)
+        outcome = execute(task.run, engine, resume, on_round, checkpoint)
     save(outcome)
+    meet(len(outcome.curve))
     write_run(directory.parent.parent, directory.name, run_result(task.run, ctx, outcome))
     previous_checkpoint(checkpoint).unlink(missing_ok=True)
     report(Event(task.directory, rounds, ended=True, values=_means(outcome, ctx.task.main_metric)))
@@ -174,6 +198,18 @@ def load_shorter(task: Task, ctx: RunContext) -> Outcome | None:
                 outcome.scores = {}
                 return outcome
     return None
+
+
+def load_round_before(task: Task, ctx: RunContext, outcome: Outcome) -> Outcome | None:
+    """The outcome without its last round; None if that was the first, and the same outcome if it is not stored."""
+    rounds, path = len(outcome.curve) - 1, previous_checkpoint(Path(task.directory) / CHECKPOINT)
+    if rounds == 0:
+        return None
+    try:
+        before = load_outcome(path, task.run, ctx.population.sources) if path.exists() else load_shorter(task, ctx)
+    except UnreadableCheckpoint:
+        return outcome
+    return before if before is not None and len(before.curve) == rounds else outcome
 
 
 def _means(outcome: Outcome, metric: str) -> dict[str, float]:
@@ -223,35 +259,53 @@ def _start_worker(events: Any, objects: Path) -> None:
     collect_garbage_rarely()
 
 
-def _work(task: Task, engine: Engine) -> None:
-    run_task(task, engine, _events.put)
+def _work(tasks: Sequence[Task], engine: Engine) -> None:
+    run_group(tasks, engine, _events.put)
 
 
-def run_tasks(tasks: Sequence[Task], engine: Engine, workers: int, report: Report) -> None:
+def grouped(tasks: Sequence[Task], size: int) -> list[list[Task]]:
+    """Groups of at most ``size`` tasks that differ only in seed or learning rate, in the order of their first tasks."""
+    similar: dict[Run, list[Task]] = {}
+    for task in tasks:
+        similar.setdefault(comparable(task.run), []).append(task)
+    return [group[i : i + size] for group in similar.values() for i in range(0, len(group), size)]
+
+
+def run_tasks(tasks: Sequence[Task], engine: Engine, workers: int, report: Report, together: int = 1) -> None:
     """Execute tasks on worker processes, or in this process if ``workers`` is 1; the first error stops all tasks.
+
+    Args:
+        tasks: the tasks.
+        engine: how runs are executed.
+        workers: number of processes.
+        report: called after each round.
+        together: maximum number of tasks that train together (`run_group`).
 
     Raises:
         UserError: worker processes cannot import an object that a run names.
     """
-    if workers <= 1 or len(tasks) <= 1:
-        for task in tasks:
-            run_task(task, engine, report)
+    groups = grouped(tasks, together) if together > 1 else [[task] for task in tasks]
+    if workers <= 1 or len(groups) <= 1:
+        for group in groups:
+            run_group(group, engine, report)
         return
     with tempfile.TemporaryDirectory(prefix="fedbn-objects-") as directory:
         objects = Path(directory) / "objects.pt"
         save_objects(objects, [task.run.to_json() for task in tasks])
-        _run_on_workers(tasks, engine, workers, report, objects)
+        _run_on_workers(groups, engine, workers, report, objects)
 
 
-def _run_on_workers(tasks: Sequence[Task], engine: Engine, workers: int, report: Report, objects: Path) -> None:
+def _run_on_workers(
+    groups: Sequence[Sequence[Task]], engine: Engine, workers: int, report: Report, objects: Path
+) -> None:
     context = multiprocessing.get_context("spawn")
     events: Any = context.Queue()
     pool = ProcessPoolExecutor(
-        min(workers, len(tasks)), mp_context=context, initializer=_start_worker, initargs=(events, objects)
+        min(workers, len(groups)), mp_context=context, initializer=_start_worker, initargs=(events, objects)
     )
     futures: list[Future[None]] = []
     try:
-        futures = [pool.submit(_work, task, engine) for task in tasks]
+        futures = [pool.submit(_work, group, engine) for group in groups]
         while not all(f.done() for f in futures):
             for event in _drain(events, 0.2):
                 report(event)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -43,6 +42,7 @@ from fedbn.statistics.consensus import run_consensus
 from fedbn.statistics.moments import Moments
 from fedbn.strategies.base import Progress, StackedUpdates, Update
 from fedbn_clients.records import aggregates_to, client_statistics_to
+from fedbn_simulations.server.clock import cpu_seconds, wall_seconds
 from fedbn_simulations.server.keys import UserKeys
 from fedbn_simulations.server.nodes import REPLY_SECONDS, WAIT_SECONDS, NodePool
 from fedbn_simulations.server.optimizer import server_step
@@ -113,7 +113,7 @@ def run_rounds(
         raise UserError("secure sums need every client of a round: remove secure=true or tolerate")
     nodes = NodePool(grid, len(ctx.population.users), run.plan.tolerate, timeout, wait, keys)
     validator = ReplyValidator(ctx, safeguards.limits, simulated=getattr(grid, "shares_memory", False))
-    start, cpu_start = time.perf_counter(), time.process_time()
+    start, cpu_start = wall_seconds(), cpu_seconds()
     out = listener.resume or Outcome(Server(ctx.initial_server_state(), ctx.initial_server_state()))
     nodes.trained = out.trained
     previous_seconds, previous_cpu = out.seconds, out.cpu_seconds
@@ -144,8 +144,8 @@ def run_rounds(
         out.curve.append(point)
         out.failures += [ClientFailure(number, text) for text in nodes.failures]
         nodes.failures.clear()
-        out.seconds = previous_seconds + time.perf_counter() - start
-        out.cpu_seconds = previous_cpu + time.process_time() - cpu_start
+        out.seconds = previous_seconds + wall_seconds() - start
+        out.cpu_seconds = previous_cpu + cpu_seconds() - cpu_start
         if listener.on_round:
             listener.on_round(number, out)
     if missing := [text for text in sums if text not in out.sums]:
