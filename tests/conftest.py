@@ -12,8 +12,10 @@ import typer
 from click import Command
 
 from fedbn.federation.run import Run, plan_for
+from fedbn.federation.setup import build_context
 from fedbn.scenarios.base import scenarios
 from fedbn.stacked.memory import collect_garbage_rarely, keep_freed_memory
+from fedbn_clients.app import _build_context as client_contexts
 from fedbn_simulations.cli import app as cli
 from fedbn_simulations.cli.quiet import add_quiet_option
 from tests.helpers import make_reports_quick
@@ -64,6 +66,8 @@ def register_model(monkeypatch):
         module = types.ModuleType("registered_models")
         module.make = make
         monkeypatch.setitem(sys.modules, "registered_models", module)
+        for known in (build_context, client_contexts):
+            known.cache_clear()  # they may have another model with the same text
         return "registered_models:make"
 
     return register
