@@ -65,9 +65,13 @@ lint: $(STAMP)-dev  ## style, types, import contracts and spelling
 
 TABLES := results/tables
 COMPARE := $(BIN)/fedbn compare digits8 --strategies all --seeds 3 --out $(TABLES)
-SKEWS := feature-skew label-dirichlet tuned label-two-classes label-one-class both quantity participation domains hapt watch
+SKEWS := feature-skew label-dirichlet tuned label-two-classes label-one-class both quantity participation domains hapt watch fashion-dirichlet fashion-two-classes fashion-cameras
 
-tables: $(STAMP)-run  ## comparisons for docs/comparisons (about three hours)
+# Fashion-MNIST is in Debian's package dataset-fashion-mnist, and in torchvision's folder.
+FASHION := $(BIN)/fedbn compare --model image-cnn --seeds 3 --strategies global-naive,global-pooled,global-recalibrated,fedbn,silobn,groupnorm,weight-standardization,fedwon,iabn,fixbn,hbn,fedap,local,centralized
+RATES := global-naive=0.03,global-pooled=0.03,global-recalibrated=0.03,fedbn=0.03,silobn=0.03,groupnorm=0.01,weight-standardization=0.03,fedwon=0.03,iabn=0.03,fixbn=0.03,hbn=0.3,fedap=0.03,local=0.1,centralized=0.03
+
+tables: $(STAMP)-run  ## comparisons for docs/comparisons (about four hours)
 	$(COMPARE)/feature-skew
 	$(COMPARE)/label-dirichlet --partition dirichlet:alpha=0.1:clients=20
 	$(COMPARE)/tuned --partition dirichlet:alpha=0.1:clients=20 --tune lr=0.01,0.03,0.1,0.3,1
@@ -81,6 +85,12 @@ tables: $(STAMP)-run  ## comparisons for docs/comparisons (about three hours)
 	$(BIN)/fedbn compare digits --model small-cnn --strategies all --seeds 1 --lr 0.1 --out $(TABLES)/domains
 	$(BIN)/fedbn compare hapt --strategies all --seeds 2 --out $(TABLES)/hapt
 	$(BIN)/fedbn compare watch --strategies all --seeds 2 --out $(TABLES)/watch
+	$(FASHION) idx:images=1650:users=22:unseen=2:split=pooled --partition dirichlet:alpha=0.1:clients=20 \
+		--tune lr=0.01,0.03,0.1,0.3 --halvings 2 --out $(TABLES)/fashion-dirichlet
+	$(FASHION) idx:images=1650:users=22:unseen=2:split=pooled --partition shard:shards=2:clients=20 --rates $(RATES) \
+		--out $(TABLES)/fashion-two-classes
+	$(FASHION) idx:images=1800:users=24:unseen=4:split=pooled --shift contrast,noise,blur --rates $(RATES) \
+		--out $(TABLES)/fashion-cameras
 	for name in $(SKEWS); do $(BIN)/fedbn report $(TABLES)/$$name --into docs/comparisons/$$name.md --full; done
 	$(BIN)/fedbn advise $(addprefix $(TABLES)/,$(SKEWS)) --into docs/comparisons.md
 	$(BIN)/python docs/overview.py
