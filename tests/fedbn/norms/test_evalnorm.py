@@ -149,6 +149,7 @@ def test_evalnorm_halves_gap_between_training_and_evaluation():
     assert float(gap) < 0.5 * float(plain)
 
 
+@pytest.mark.slow
 def test_evalnorm_learns_one_over_m():
     g, learned = torch.Generator().manual_seed(0), {}
     for size in (2, 8):

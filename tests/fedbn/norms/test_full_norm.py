@@ -88,6 +88,7 @@ def mean_gradient(net, x, y, cycles, skip):
     return total / count
 
 
+@pytest.mark.slow
 def test_full_norm_gradient_error_shrinks_with_a():
     y = torch.arange(3).repeat_interleave(20)
     x = draw(60, 4) + y[:, None].double() * 2

@@ -346,6 +346,7 @@ def test_merge_that_exceeds_the_limits_changes_nothing():
     assert net.state("ann").tally == many.tally
 
 
+@pytest.mark.slow
 @given(st.data())
 @settings(max_examples=30, deadline=None)
 def test_damaged_bytes_of_a_state_are_rejected(drawn):

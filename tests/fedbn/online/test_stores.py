@@ -148,6 +148,7 @@ def test_second_store_is_refused_until_the_first_is_closed(tmp_path):
     assert dict(SQLiteStore(path)) == {"ann": b"1"}
 
 
+@pytest.mark.slow
 def test_owner_disappears_with_its_process_and_acknowledged_writes_survive(tmp_path):
     path = tmp_path / "users.db"
     code = (

@@ -116,6 +116,7 @@ def test_fedrep_trains_head_before_body(small, monkeypatch):
     assert phases == [(head, 2), (set(ctx.ownership.roles) - head, None)]
 
 
+@pytest.mark.slow
 def test_fedbabu_trains_head_only_for_evaluation(small):
     ctx, out = federated(small("global-naive+fedbabu:epochs=0"))
     for key, role in ctx.ownership.roles.items():

@@ -195,6 +195,7 @@ def test_noise_differs_between_rounds_and_clients(small):
         assert not torch.equal(first[key], other_client[key])
 
 
+@pytest.mark.slow
 def test_noise_entropy_run_is_reproducible_system_is_not(small):
     run = small("global-pooled", rounds=1, clients_per_round=2)
     for entropy, equal in (("run", True), ("system", False)):

@@ -326,6 +326,7 @@ def test_read_cohort_rejects_bad_table(text, message, cohort_on_disk):
     rejects("no table at", lambda: read_cohort(cohort_on_disk.with_name("none.csv"), ["F3"]))
 
 
+@pytest.mark.slow
 def test_eeg_command_classifies_recordings(cohort_on_disk, run_cli):
     code, out, err = run_cli("eeg", cohort_on_disk, "--channels", "F3,F4", "--epochs", "1", "--json")
     assert code == 0, err

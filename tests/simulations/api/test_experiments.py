@@ -97,6 +97,7 @@ def test_python_m_fedbn_is_the_cli():
 SMALL = {"strategies": ("global-naive", "fedbn"), "seeds": 1, "rounds": 1, "eval_every": 1, "progress": False}
 
 
+@pytest.mark.slow
 def test_compare_equals_the_command(quick):
     found = fedbn.compare("digits8", **SMALL)
     assert found.strategies == ["global-naive", "fedbn"]

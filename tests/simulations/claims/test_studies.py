@@ -324,6 +324,7 @@ def test_network_intermediate_score_equals_shorter_training():
     assert set(both) == {2, 4}
 
 
+@pytest.mark.slow
 def test_classical_tests_on_unseen_subjects():
     """Labels that can only be predicted by memorizing a subject: accuracy must be near chance."""
     rng = torch.Generator().manual_seed(0)

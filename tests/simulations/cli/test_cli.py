@@ -27,6 +27,7 @@ from tests.helpers import ROOT
 QUICK = ["--rounds", 2, "--seeds", 1, "--workers", 1]
 
 
+@pytest.mark.slow
 def test_compare_and_report_print_tables_and_json(tmp_path, run_cli):
     code, out, errors = run_cli("compare", "digits8", "--strategies", "global-naive,fedbn", *QUICK)
     assert code == 0, errors
@@ -53,6 +54,7 @@ def test_compare_options_override_run_file(run_cli, tmp_path):
     assert pd.read_parquet(tmp_path / "o" / "evaluations.parquet").strategy.unique().tolist() == ["silobn"]
 
 
+@pytest.mark.slow
 def test_compare_and_audit_accept_own_data_and_model(run_cli, tmp_path):
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(120, 5)).astype("float32"), np.arange(120) % 3

@@ -131,6 +131,7 @@ def test_report_writes_every_format(pair, run_cli, several):
     assert len(bars) == 1  # every line has as many cells
 
 
+@pytest.mark.slow
 def test_page_embeds_its_tables(written, monkeypatch):
     place, page = written, (written / "report.html").read_text()
     for name, (suffix, made) in FORMATS.items():

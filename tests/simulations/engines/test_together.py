@@ -122,6 +122,7 @@ def test_runs_that_end_early_leave_the_others(small, widths):
         assert_close(outcome, execute(run, "grid:stacked"))
 
 
+@pytest.mark.slow
 def test_failing_joined_stack_trains_separately(small, widths, monkeypatch):
     runs = variants(small("silobn", model="mlp", rounds=3, optimizer_state="keep"), lr=(0.05, 0.02))
     expected = [execute(run, "grid:stacked") for run in runs]

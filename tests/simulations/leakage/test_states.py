@@ -36,6 +36,7 @@ def leaks():
     return {leak.control: leak for leak in measure_states(net, make_users(), seed=0)}
 
 
+@pytest.mark.slow
 def test_users_and_windows_leak_without_control(leaks):
     assert list(leaks) == list(CONTROLS)
     for control in ("none", "clip=3"):

@@ -79,6 +79,7 @@ def test_session_predicts_windows_before_learning(playground):
         assert session.num_correct[name] == sum(int(a == y) for a, y in zip(expected, data.y.tolist(), strict=True))
 
 
+@pytest.mark.slow
 def test_positions_start_at_population_and_move_to_person(playground):
     session = Session(playground, "user2")
     assert all(v == 0 for shares in session.positions().values() for v in shares)
@@ -138,6 +139,7 @@ def test_rotation_compares_estimate_with_truth_without_the_placement_of_the_pers
     assert session.rotation()["error"] == pytest.approx(60, abs=0.2)
 
 
+@pytest.mark.slow
 def test_presets_act_at_their_windows(playground):
     presets = playground.presets
     assert set(presets) == {"worn", "hand", "recalibrate", "turn"}
@@ -248,6 +250,7 @@ def ask(socket, kind, action, **content):
     return message
 
 
+@pytest.mark.slow
 def test_socket_protocol_of_the_page(client):
     with client.websocket_connect("ws://localhost/play") as socket:
         assert set(socket.receive_json()["people"]) == {"user1", "user2"}

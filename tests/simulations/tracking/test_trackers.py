@@ -113,6 +113,7 @@ def test_log_run_sanitizes_names_and_drops_nonfinite_values(memory):
     ]
 
 
+@pytest.mark.slow
 def test_adapt_logs_training_and_every_rule(memory, tmp_path, run_cli):
     arguments = ["adapt", "digits8:images=600", "--rules", "pseudo:n0=8", "--streams", "iid", "--seeds", 1]
     arguments += ["--rounds", 1, "--starts", "cold,recording"]
