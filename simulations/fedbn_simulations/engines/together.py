@@ -136,18 +136,18 @@ def run_together(runs: Sequence[tuple[Callable[[], None], Path]]) -> None:
     The first exception ends all runs and is raised.
     """
     members, stacks = [_Member(*run) for run in runs], JoinedStacks()
-    try:
-        with task_identity(1):
+    with task_identity(1):  # restored last: members that end here restore the identity that they have found
+        try:
             waiting = {m: waits_for for m in members if (waits_for := m.resume()) is not None}
             while waiting:
                 for member, answer in _answers(waiting, stacks).items():
                     del waiting[member]
                     if (waits_for := member.resume(answer)) is not None:
                         waiting[member] = waits_for
-    finally:
-        for member in members:
-            if not member.dead:
-                member.throw()
+        finally:
+            for member in members:
+                if not member.dead:
+                    member.throw()
 
 
 def _answers(waiting: dict[_Member, PendingStack | Meeting], stacks: JoinedStacks) -> dict[_Member, Any]:

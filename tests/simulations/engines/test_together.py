@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from flwr.app import Message, RecordDict
 
 from fedbn.errors import UserError
 from fedbn.federation.run import Run, plan_for
@@ -20,6 +21,7 @@ from fedbn_simulations.engines.execute import execute
 from fedbn_simulations.engines.together import run_together, runs_together
 from fedbn_simulations.experiments import tasks
 from fedbn_simulations.experiments.tasks import Task, grouped, run_group
+from fedbn_simulations.flower.compat import task_identity
 from fedbn_simulations.server.clock import cpu_seconds
 from tests.helpers import mostly_slow
 
@@ -144,16 +146,19 @@ def test_failing_run_ends_the_group(small):
 
     def run(number):
         try:
-            together.meet(number)
-            if number:
-                raise UserError("no such file")
-            together.meet(2)
+            with task_identity(1):
+                together.meet(number)
+                if number:
+                    raise UserError("no such file")
+                together.meet(2)
         finally:
             ended.append(number)
 
     with pytest.raises(UserError, match="no such file"):
         run_together([(partial(run, i), Path("log")) for i in range(2)])
     assert sorted(ended) == [0, 1]
+    with pytest.raises(RuntimeError, match="not set"):  # Flower's identity of the process is as before
+        Message(RecordDict(), 3, "train")
 
 
 def stored(directory):
