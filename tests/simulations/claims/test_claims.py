@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import re
@@ -43,7 +44,9 @@ def toy(arm, seed, quick):
 def claim(monkeypatch):
     """A claim of a study in this file."""
     CALLS.clear()
-    monkeypatch.setattr(claim_store.importlib, "import_module", lambda _: sys.modules[__name__])
+    load, studies = importlib.import_module, "fedbn_simulations.claims.studies."
+    here = sys.modules[__name__]
+    monkeypatch.setattr(importlib, "import_module", lambda name: here if name.startswith(studies) else load(name))
     monkeypatch.setattr(page, "discover_studies", lambda: {"test_claims": ("Toys", ())})
     return Claim(
         name="toy", sentence="Good beats bad.", source="Somebody 2024", published="none", setting="none", run=toy,
