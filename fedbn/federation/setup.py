@@ -25,7 +25,7 @@ from fedbn.strategies.ownership import Ownership
 from fedbn.tasks import Task
 
 MAX_CONTEXTS = 4
-"""Number of contexts of runs that are kept, so that this many runs can take turns in one process."""
+"""Size of the cache of contexts: this many runs can train in turns in one process."""
 
 
 def check_device(text: str) -> None:

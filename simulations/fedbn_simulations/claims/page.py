@@ -13,7 +13,6 @@ from fedbn.files import write_atomically
 from fedbn_simulations.claims.claim import Verdict, discover_studies
 from fedbn_simulations.claims.figures import Verdicted, figure, verdicts_figure
 from fedbn_simulations.claims.notes import NEXT, TRIED
-from fedbn_simulations.claims.store import FULL_SEEDS, QUICK_SEEDS
 from fedbn_simulations.claims.verdicts import Entry, rerun_command
 from fedbn_simulations.report.style import png
 from fedbn_simulations.results.formatting import markdown_table
@@ -157,8 +156,8 @@ def render(entries: Sequence[Entry]) -> str:
         "# Claims",
         "",
         f"{len(entries)} claims on normalization, most of them of papers, tested on small data ({size}): "
-        f"{counts[0]} hold, {counts[1]} do not, {counts[2]} are undecided. Seeds done: {num_seeds} of "
-        f"{QUICK_SEEDS if entries[0].quick else FULL_SEEDS}.",
+        f"{counts[0]} hold, {counts[1]} do not, {counts[2]} are undecided. Seeds per claim: "
+        f"{num_seeds}.",
         "",
         "![Effect of each claim minus its threshold, in half-widths of its interval](claims/verdicts.png)",
         "",

@@ -35,7 +35,7 @@ MAX_ELEMENTS = 2**20
 
 @dataclass(frozen=True)
 class Meeting:
-    """A run waits until the others have come to their next meeting or round; it is told the lowest number.
+    """A run waits until the others have come to their next meeting or round, and receives the lowest number.
 
     Attributes:
         number: number of rounds that the run has completed.
