@@ -270,7 +270,9 @@ def resume(out: Path, rounds: int | None = None, **options: Any) -> Path:
     if "app" in meta:
         raise UserError(f"{out} compares strategies in an app: run its command again, finished runs are used")
     check_numerics(out, meta.get("numerics"))
-    experiment = Experiment.from_dict(meta["experiment"] | {"metric": meta.get("metric", "")})
+    experiment = Experiment.from_dict(meta["experiment"])
+    if not experiment.tune:  # stored apart from the experiment, as it changes no number
+        experiment = replace(experiment, metric=meta.get("metric", ""))
     extends = list(meta.get("extends", ()))
     if rounds is not None and rounds != experiment.plan.rounds:
         if rounds < experiment.plan.rounds:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -153,6 +154,17 @@ def test_resume_after_any_round_is_bit_identical(tmp_path, engine):
             compare(what, out, workers=1, engine=engine, report=report)
         resume(out, workers=1)
         assert results(out) == results(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("metric", ["", "macro_f1"])
+def test_resume_of_tuned_comparison_continues(tmp_path, metric):
+    what = experiment("fedbn", seeds=1, plan={"rounds": 2}, tune={"lr": ("0.1", "0.3")}, metric=metric)
+    compare(what, tmp_path, workers=1)
+    before = results(tmp_path)
+    shutil.rmtree(next((tmp_path / "runs").iterdir()))
+    resume(tmp_path, workers=1)
+    assert results(tmp_path) == before
+    assert read_json(tmp_path / "comparison.json")["metric"] == (metric or "accuracy")
 
 
 @pytest.mark.slow
