@@ -178,16 +178,13 @@ def run_and_show(
         sys.exit(130)
     if not as_json:
         console.print(f"done in {format_elapsed(start)}")
-    show_comparison(directory, as_json)
+    comparison = show_comparison(directory, as_json)
     if not as_json:
-        _suggest(directory)
+        _suggest(directory, comparison.meta["experiment"])
 
 
-def _suggest(directory: Path) -> None:
+def _suggest(directory: Path, experiment: dict[str, Any]) -> None:
     """Commands that continue from a comparison: more rounds, a table for a paper, online adaptation."""
-    from fedbn_simulations.results.comparison import Comparison
-
-    experiment = Comparison.load(directory).meta["experiment"]
     suggest(
         ("fedbn", "resume", directory, "--rounds", str(2 * experiment["plan"]["rounds"])),
         ("fedbn", "report", directory, "--format", "latex"),
