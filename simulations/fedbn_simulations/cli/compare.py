@@ -91,15 +91,15 @@ def compare(
 
         options["strategies"] = ("global-naive", *(name for name in strategies() if name != "global-naive"))
     experiment = Experiment.from_dict((read_run_file(run_file) if run_file else {}) | options).resolved()
-    notices: list[str] = []
+    checked: list[str] | None = None
     if everything:
-        experiment, notices = drop_unsupported(experiment)
+        experiment, checked = drop_unsupported(experiment)
     directory = out or default_directory(experiment)
     command = shlex.join(["fedbn", *sys.argv[1:]])
 
     def run(**listeners: Any) -> Path:
         return run_comparison(
-            experiment, directory, engine=engine, workers=workers, command=command, notices=notices, **listeners
+            experiment, directory, engine=engine, workers=workers, command=command, checked=checked, **listeners
         )
 
     run_and_show(run, directory, track, as_json)
