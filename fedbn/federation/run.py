@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from fedbn.augment.base import augmentation_text
@@ -42,6 +43,10 @@ class Run(RunOptions):
 
     def to_json(self) -> str:
         """Canonical JSON, without what does not change a number: the scenario's task, and options of unused rules."""
+        return self._json  # every checkpoint has it
+
+    @cached_property
+    def _json(self) -> str:
         values = asdict(self) | {"plan": plan_values(self.plan)}
         return json.dumps(values if self.task else {k: v for k, v in values.items() if k != "task"}, sort_keys=True)
 

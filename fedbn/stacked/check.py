@@ -9,13 +9,16 @@ from __future__ import annotations
 import copy
 import logging
 import random
+from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fedbn.nn.roles import State
+from fedbn.stacked.joint import same_modules
 from fedbn.stacked.layers import Unstackable
 from fedbn.stacked.modules import entries
 from fedbn.stacked.program import Program, build_program
@@ -26,9 +29,18 @@ log = logging.getLogger(__name__)
 ROWS = 8
 """Number of examples of each of the two clients of a check."""
 
+Builder = Callable[[nn.Module, Tensor], Program]
+BUILDERS: tuple[Builder, ...] = (lambda model, x: build_program(model), lambda model, x: vectorize(model, x[:ROWS]))
+"""Functions that build the program of a model, the fastest program first."""
+
+_checked: WeakKeyDictionary[nn.Module, dict[Any, Builder | str]] = WeakKeyDictionary()
+"""How the programs of models are built, or why there is none, by mode and shapes."""
+
 
 def checked_program(model: nn.Module, x: Tensor, *, trains: bool) -> Program:
     """The fastest stacked program that computes what the model computes in its current mode.
+
+    Models of other runs that differ only in their weights, such as those of other seeds, are not checked again.
 
     Args:
         model: the model; it does not change.
@@ -43,18 +55,28 @@ def checked_program(model: nn.Module, x: Tensor, *, trains: bool) -> Program:
     >>> type(checked_program(nn.Sequential(nn.Linear(4, 3), nn.PReLU()), torch.randn(5, 4), trains=True)).__name__
     'VectorizedProgram'
     """
-    reasons: list[str] = []
-    for build in (build_program, lambda model: vectorize(model, x[:ROWS])):
+    state = model.state_dict(keep_vars=True)
+    layout = tuple((name, v.shape, v.dtype, v.device, v.requires_grad) for name, v in state.items())
+    key = trains, tuple(m.training for m in model.modules()), layout, min(len(x), ROWS), x.shape[1:], x.dtype
+    for other, found in list(_checked.items()):
+        if key in found and other is not model and same_modules(other, model, modes=False):
+            if isinstance(build := found[key], str):
+                raise Unstackable(build)
+            return build(model, x)
+    results, reasons = _checked.setdefault(model, {}), list[str]()
+    for build in BUILDERS:
         try:
-            program = build(model)
+            program = build(model, x)
             check_program(program, model, x, trains=trains)
+            results[key] = build
             return program
         except Unstackable as reason:
             reasons.append(str(reason))
     log.info("%s runs one by one: %s", type(model).__name__, "; ".join(reasons))
     # What torch.vmap does not support is usually an internal operation, which says nothing to a user.
     shown = [reason for reason in dict.fromkeys(reasons) if not reason.startswith(VMAP)]
-    raise Unstackable("; ".join(shown or reasons))
+    results[key] = "; ".join(shown or reasons)
+    raise Unstackable(results[key])
 
 
 def check_program(program: Program, model: nn.Module, x: Tensor, *, trains: bool = True) -> None:

@@ -170,17 +170,23 @@ def _config(stacks: Sequence[PendingStack], counts: Sequence[int], index: Tensor
     return replace(config, step=with_rates(config.step, by_client))
 
 
-def same_modules(a: nn.Module, b: nn.Module) -> bool:
-    """Whether two models have the same layers, options and modes; parameters and stored buffers can differ.
+def same_modules(a: nn.Module, b: nn.Module, *, modes: bool = True) -> bool:
+    """Whether two models have the same layers and options; parameters and stored buffers can differ.
 
     What cannot be compared counts as different.
+
+    Args:
+        a: a model.
+        b: another model.
+        modes: also compare whether layers are in training mode.
 
     >>> same_modules(nn.Linear(2, 3), nn.Linear(2, 3)), same_modules(nn.BatchNorm1d(2), nn.BatchNorm1d(2).eval())
     (True, False)
     """
     first, second = dict(a.named_modules()), dict(b.named_modules())
     return list(first) == list(second) and all(
-        _kind(m) == _kind(second[name]) and _equal(_constants(m), _constants(second[name])) for name, m in first.items()
+        _kind(m) == _kind(second[name]) and _equal(_constants(m, modes), _constants(second[name], modes))
+        for name, m in first.items()
     )
 
 
@@ -189,9 +195,9 @@ def _kind(module: nn.Module) -> Any:
     return type(module).__bases__ if parametrize.is_parametrized(module) else type(module)
 
 
-def _constants(module: nn.Module) -> dict[str, Any]:
+def _constants(module: nn.Module, modes: bool) -> dict[str, Any]:
     """Attributes of a module besides its state and the hooks that read or write it, and buffers that are not stored."""
-    skipped = ("_parameters", "_buffers", "_modules")
+    skipped = ("_parameters", "_buffers", "_modules", *(() if modes else ("training",)))
     attributes = {n: v for n, v in vars(module).items() if n not in skipped and "state_dict" not in n}
     return attributes | {n: module._buffers[n] for n in module._non_persistent_buffers_set}
 

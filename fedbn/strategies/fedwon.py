@@ -8,7 +8,7 @@ from torch import nn
 
 from fedbn.errors import UserError
 from fedbn.nn.conversion import convert
-from fedbn.nn.roles import Role, roles
+from fedbn.nn.roles import head, is_below
 from fedbn.norms.fedwon import clip_adaptively
 from fedbn.strategies.base import StatelessNorm
 
@@ -37,5 +37,5 @@ class FedWon(StatelessNorm):
         return convert(model, "fedwon")
 
     def on_before_optimizer_step(self, model: nn.Module) -> None:
-        role = roles(model)
-        clip_adaptively([p for n, p in model.named_parameters() if role[n] is not Role.HEAD], self.clip)
+        classifier = head(model)
+        clip_adaptively([p for n, p in model.named_parameters() if not is_below(n, classifier)], self.clip)

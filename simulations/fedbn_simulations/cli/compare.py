@@ -91,15 +91,15 @@ def compare(
 
         options["strategies"] = ("global-naive", *(name for name in strategies() if name != "global-naive"))
     experiment = Experiment.from_dict((read_run_file(run_file) if run_file else {}) | options).resolved()
-    notices: list[str] = []
+    checked: list[str] | None = None
     if everything:
-        experiment, notices = drop_unsupported(experiment)
+        experiment, checked = drop_unsupported(experiment)
     directory = out or default_directory(experiment)
     command = shlex.join(["fedbn", *sys.argv[1:]])
 
     def run(**listeners: Any) -> Path:
         return run_comparison(
-            experiment, directory, engine=engine, workers=workers, command=command, notices=notices, **listeners
+            experiment, directory, engine=engine, workers=workers, command=command, checked=checked, **listeners
         )
 
     run_and_show(run, directory, track, as_json)
@@ -178,16 +178,13 @@ def run_and_show(
         sys.exit(130)
     if not as_json:
         console.print(f"done in {format_elapsed(start)}")
-    show_comparison(directory, as_json)
+    comparison = show_comparison(directory, as_json)
     if not as_json:
-        _suggest(directory)
+        _suggest(directory, comparison.meta["experiment"])
 
 
-def _suggest(directory: Path) -> None:
+def _suggest(directory: Path, experiment: dict[str, Any]) -> None:
     """Commands that continue from a comparison: more rounds, a table for a paper, online adaptation."""
-    from fedbn_simulations.results.comparison import Comparison
-
-    experiment = Comparison.load(directory).meta["experiment"]
     suggest(
         ("fedbn", "resume", directory, "--rounds", str(2 * experiment["plan"]["rounds"])),
         ("fedbn", "report", directory, "--format", "latex"),

@@ -6,12 +6,15 @@ import json
 import time
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fedbn.errors import UserError
 from fedbn_simulations.cli.options import AsJson, Into, Metric, console
+
+if TYPE_CHECKING:
+    from fedbn_simulations.results.comparison import Comparison
 
 
 class Format(StrEnum):
@@ -80,8 +83,8 @@ def report(
         update_document(directories[0], into, full=full, brief=brief, metric=metric)
 
 
-def show_comparison(directory: Path, as_json: bool, metric: str = "", *, print_formats: bool = False) -> None:
-    """Write the page of a comparison, and print its tables, or all results as JSON.
+def show_comparison(directory: Path, as_json: bool, metric: str = "", *, print_formats: bool = False) -> Comparison:
+    """Write the page of a comparison, and print its tables, or all results as JSON; returns the comparison.
 
     With ``print_formats``, the figures are also written as PNG and PDF.
     """
@@ -92,7 +95,7 @@ def show_comparison(directory: Path, as_json: bool, metric: str = "", *, print_f
     from fedbn_simulations.results.summary import answer
 
     comparison = Comparison.load(directory, metric)
-    page = write_report(directory, metric, print_formats=print_formats)
+    page = write_report(comparison, print_formats=print_formats)
     if as_json:
         matrix = json.loads(comparison.matrix().to_json(orient="records"))
         paired = json.loads(comparison.paired().to_json(orient="records"))
@@ -103,6 +106,7 @@ def show_comparison(directory: Path, as_json: bool, metric: str = "", *, print_f
         seconds = [comparison.time] * bool(comparison.time) + [f"report {time.process_time() - start:.1f}"]
         console.print(f"CPU seconds: {', '.join(seconds)}", soft_wrap=True)
         console.print(f"report: {page.resolve()}", soft_wrap=True)
+    return comparison
 
 
 def _write(directories: list[Path], format_: Format, out: Path | None, metric: str) -> None:

@@ -127,6 +127,7 @@ def compare(
     started: Callable[[str, Sequence[Task]], None] = lambda title, tasks: None,
     command: str = "",
     notices: Sequence[str] = (),
+    checked: Sequence[str] | None = None,
     extends: Sequence[int] = (),
 ) -> Path:
     """Run an experiment, or the rest of it, and write the results to ``out``.
@@ -140,6 +141,7 @@ def compare(
         started: called before each batch of tasks.
         command: command that reproduces the experiment, for the record.
         notices: additional notices for the report.
+        checked: notices of the runs, if they have been checked (`fedbn_simulations.experiments.preflight`).
         extends: numbers of rounds of former versions of the experiment, which this one extends.
 
     Returns:
@@ -151,7 +153,7 @@ def compare(
     parse_engine(engine)
     experiment = experiment.resolved()
     check_engine(engine, [experiment.run(strategy, 0) for strategy in experiment.strategies])
-    notices = [*notices, *preflight(experiment, out, extends)]
+    notices = [*notices, *preflight(experiment, out, extends, checked)]
     workers = workers or os.cpu_count() or 1
     if engine.startswith("ray") or experiment.device != "cpu":
         workers = 1

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from fedbn.errors import UserError
-from fedbn.federation.run import Run
 from fedbn.federation.setup import build_context
 from fedbn.files import read_json
 from fedbn_simulations.experiments.experiment import Experiment
@@ -37,33 +36,35 @@ def _stored_experiment(directory: Path) -> Any:
     return read_json(directory / "comparison.json", remedy).get("experiment")
 
 
-def _first_runs(experiment: Experiment, strategy: str) -> list[Run]:
-    """A strategy's first run, and its first tuning run, which has fewer users and fewer rows per user.
+def _check(experiment: Experiment, strategy: str, is_first: bool) -> list[str]:
+    """Check a strategy's first run, and its first tuning run, which has fewer users and fewer rows per user.
 
     The first strategy also tries the other candidates, because they do not depend on the strategy.
     """
     seed = experiment.seed_numbers[0]
     candidates = experiment.candidates()
-    tried = candidates if strategy == experiment.strategies[0] else candidates[:1]
+    tried = candidates if is_first else candidates[:1]
     tuning = [experiment.run(strategy, seed, tuned=candidate, validation=True) for candidate in tried]
-    return [experiment.run(strategy, seed), *tuning]
+    return [notice for run in (experiment.run(strategy, seed), *tuning) for notice in build_context(run).notices]
 
 
-def preflight(experiment: Experiment, out: Path, extends: Sequence[int] = ()) -> list[str]:
+def preflight(
+    experiment: Experiment, out: Path, extends: Sequence[int] = (), checked: Sequence[str] | None = None
+) -> list[str]:
     """Check the experiment before any run and return notices.
 
     Args:
         experiment: what to compare.
         out: results directory.
         extends: numbers of rounds of former versions of the experiment, which may be stored in ``out``.
+        checked: notices of the runs, if they have been checked (`drop_unsupported`).
 
     Raises:
         UserError: a run would fail, or ``out`` cannot be used.
     """
-    notices = experiment.deviations()
-    for strategy in experiment.strategies:
-        for run in _first_runs(experiment, strategy):
-            notices += [n for n in build_context(run).notices if n not in notices]
+    if checked is None:
+        checked = [n for i, strategy in enumerate(experiment.strategies) for n in _check(experiment, strategy, i == 0)]
+    notices = list(dict.fromkeys([*experiment.deviations(), *checked]))
     try:
         out.mkdir(parents=True, exist_ok=True)
         probe = out / f".probe{os.getpid()}"
@@ -91,19 +92,23 @@ def _check_stored(stored: Any, experiment: Experiment, out: Path, extends: Seque
 
 
 def drop_unsupported(experiment: Experiment) -> tuple[Experiment, list[str]]:
-    """Drop strategies that do not support the experiment's users or model; also returns a notice for each.
+    """Drop strategies that do not support the experiment's users or model.
+
+    Returns:
+        The experiment, and a notice for each dropped strategy, followed by those of the runs of the others.
 
     Raises:
         UserError: no strategy is supported.
     """
-    supported, notices = [], []
+    supported: list[str] = []
+    notices: list[str] = []
+    checked: list[str] = []
     for strategy in experiment.strategies:
         try:
-            for run in _first_runs(experiment, strategy):
-                build_context(run)
+            checked += _check(experiment, strategy, not supported)
             supported.append(strategy)
         except UserError as error:
             notices.append(f"{LEFT_OUT} {strategy}: {error}")
     if not supported:
         raise UserError(f"no strategy supports this experiment: {notices[0]}")
-    return replace(experiment, strategies=tuple(supported)), notices
+    return replace(experiment, strategies=tuple(supported)), [*notices, *checked]

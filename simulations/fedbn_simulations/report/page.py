@@ -28,21 +28,21 @@ from fedbn_simulations.results.side_by_side import SideBySide
 from fedbn_simulations.results.summary import is_bound, sentences
 
 
-def write_report(directory: str | Path, metric: str = "", *, print_formats: bool = False) -> Path:
+def write_report(comparison: Comparison, *, print_formats: bool = False) -> Path:
     """Write ``report.html``, the matrix as ``matrix`` with ``.csv``, ``.tex`` and ``.md``, ``paired.csv`` and figures.
 
+    The files are in the results directory of the comparison.
+
     Args:
-        directory: results directory of a comparison, finished or not.
-        metric: the metric to show; the comparison's by default.
+        comparison: a comparison, finished or not.
         print_formats: write the figures not only as SVG, but also as PNG and PDF.
 
     Returns:
         Path of the page.
 
     Raises:
-        UserError: the directory is not a comparison, is damaged, has no finished run, or cannot be written.
+        UserError: the directory cannot be written.
     """
-    comparison = Comparison.load(directory, metric)
     directory = comparison.directory
     tables = {name: write(comparison) for name, (_, write) in FORMATS.items()}
     for name, text in tables.items():

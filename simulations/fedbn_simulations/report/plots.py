@@ -9,6 +9,7 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
@@ -130,11 +131,13 @@ def _strips(
     figure = Figure(figsize=(width, 0.7 + 0.19 * len(by_strategy)), layout="constrained")
     axes = figure.subplots()
     axes.axvline(0, color=INK, linewidth=0.8)
-    for y, (strategy, differences) in enumerate(by_strategy.items()):
-        line, color = lines.loc[strategy], _color(comparison.strategies.index(strategy))
-        axes.plot(differences, np.full(len(differences), y), "o", color=color, markersize=2.5, alpha=0.5, linewidth=0)
-        axes.hlines(y, line["ci_low"], line["ci_high"], color=INK, linewidth=1.2, zorder=3)
-        axes.plot(line["difference"], y, "|", color=INK, markersize=7, markeredgewidth=1.5, zorder=3)
+    # All strategies in one collection: artists take time, and there can be many strategies.
+    y, users = np.arange(len(by_strategy)), [len(differences) for differences in by_strategy.values()]
+    colors = np.repeat([_color(comparison.strategies.index(strategy)) for strategy in by_strategy], users)
+    axes.scatter(pd.concat(by_strategy), np.repeat(y, users), 2.5**2, color=colors, alpha=0.5, linewidths=1)
+    lines = lines.loc[list(by_strategy)]
+    axes.hlines(y, lines["ci_low"], lines["ci_high"], color=INK, linewidth=1.2, zorder=3)
+    axes.plot(lines["difference"], y, "|", color=INK, markersize=7, markeredgewidth=1.5, zorder=3)
     axes.set_yticks(range(len(by_strategy)), [_short(comparison.names[s]) for s in by_strategy])
     axes.set_ylim(len(by_strategy) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
@@ -168,13 +171,17 @@ def convergence_figure(comparison: Comparison, width: float = PAGE_WIDTH) -> Fig
     for axes, name in zip(panels.flat, shown):
         lines = comparison.curves.dropna(subset=name)
         values = lines.groupby(["strategy", "round"])[name].agg(["mean", "min", "max"])
+        bands, colors = [], []
         for strategy in lines["strategy"].unique():
             index = comparison.strategies.index(strategy)
             color, by_round = _color(index), values.loc[strategy]
-            axes.fill_between(by_round.index, by_round["min"], by_round["max"], color=color, alpha=0.15, linewidth=0)
+            rounds, low, high = by_round.index.to_numpy(), by_round["min"].to_numpy(), by_round["max"].to_numpy()
+            bands.append(np.column_stack([np.r_[rounds, rounds[::-1]], np.r_[low, high[::-1]]]))
+            colors.append(color)
             (handles[strategy],) = axes.plot(
                 by_round.index, by_round["mean"], color=color, **_stroke(index), markersize=3, markevery=0.2
             )
+        axes.add_collection(PolyCollection(bands, facecolors=colors, alpha=0.15, linewidths=0))
         title, label = titles[name]
         axes.set_title(title)
         axes.set_xlabel("round")

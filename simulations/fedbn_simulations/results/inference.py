@@ -7,7 +7,7 @@ seeds shows how much of a mean is due to initialization and sampling; it has its
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -67,13 +67,22 @@ def worst_of_users(values: np.ndarray) -> np.ndarray:
     >>> float(worst_of_users(np.array([[0.5, 0.7], [0.8, 0.3]])))
     0.4
     """
-    ordered = np.sort(values, axis=-2)  # NaN is sorted to the end
     present = (~np.isnan(values)).sum(axis=-2, keepdims=True)
     count = np.minimum(np.maximum(1, present // 10), present)
-    selected = np.arange(values.shape[-2])[:, None] < count
+    ordered = np.sort(values, axis=-2)[..., : count.max(), :]  # NaN is sorted to the end
+    selected = np.arange(ordered.shape[-2])[:, None] < count
     total = np.where(selected, ordered, 0.0).sum(axis=-2)
     size = count[..., 0, :]
     return np.nanmean(np.where(size > 0, total / np.maximum(size, 1), np.nan), axis=-1)
+
+
+def highest_of_users(values: np.ndarray) -> np.ndarray:
+    """The same for a metric of which lower values are better: mean over seeds of each seed's highest tenth of users.
+
+    >>> float(highest_of_users(np.array([[0.5, 0.7], [0.8, 0.3]])))
+    0.75
+    """
+    return -worst_of_users(-values)
 
 
 def uniform(values: np.ndarray) -> bool:
@@ -91,43 +100,59 @@ def uniform(values: np.ndarray) -> bool:
 
 
 def user_interval(statistic: Statistic, *samples: np.ndarray) -> Interval:
-    """Percentile bootstrap interval of a statistic; users are resampled with all their seeds.
+    """Percentile bootstrap interval of a statistic, or of its difference between two samples.
 
-    The interval is NaN for a single user and for users that do not differ.
+    Users are resampled with all their seeds. The interval is NaN for a single user and for users that do not differ.
 
     Args:
         statistic: maps arrays ``[..., users, seeds]`` to ``[...]``.
-        samples: ``[users, seeds]`` each, the same users in the same order.
+        samples: one or two, ``[users, seeds]`` each, the same users in the same order.
     """
     users = len(samples[0])
     if users < 2 or all(uniform(values) or np.ptp(np.nanmean(values, axis=1)) < 1e-12 for values in samples):
         return NO_INTERVAL
+    return _percentiles(_difference([_resampled(statistic, sample) for sample in samples]))
 
+
+def _difference(values: Sequence[np.ndarray]) -> np.ndarray:
+    """The first values minus the second, if any."""
+    first, *second = values
+    return first - second[0] if second else first
+
+
+def _resampled(statistic: Statistic, values: np.ndarray) -> np.ndarray:
+    """The statistic of all resamples of the users."""
+    users, seeds = values.shape
+    if statistic is not mean_of_users:
+        return _resampled_once(statistic, values.tobytes(), users, seeds, RESAMPLES)
     # A mean over users only needs each user's mean, which is many times faster than all its seeds in every resample.
-    means = np.nanmean(samples[0], axis=1) if statistic is mean_of_users else None
-    values = [
-        statistic(*(sample[index] for sample in samples)) if means is None else means[index].mean(axis=1)
-        for index in _resamples(users, samples[0].shape[1])
-    ]
-    return _percentiles(np.concatenate(values))
+    means = np.nanmean(values, axis=1)
+    return np.concatenate([means[index].mean(axis=1) for index in _resamples(users, seeds, RESAMPLES)])
 
 
-def _resamples(users: int, seeds: int) -> Iterable[np.ndarray]:
+@lru_cache(maxsize=256)
+def _resampled_once(statistic: Statistic, data: bytes, users: int, seeds: int, number: int) -> np.ndarray:
+    """Every strategy is compared with the same reference, whose resamples take longer than all the rest."""
+    values = np.frombuffer(data).reshape(users, seeds)
+    return np.concatenate([statistic(values[index]) for index in _resamples(users, seeds, number)])
+
+
+def _resamples(users: int, seeds: int, number: int) -> Iterable[np.ndarray]:
     """Indices of the users of all resamples, ``[n, users]`` each: parts of which all values fit into memory."""
     count = max(1, MAX_VALUES // (users * seeds))
-    return [_all_resamples(users)] if count >= RESAMPLES else _resampled_parts(users, count)
+    return [_all_resamples(users, number)] if count >= number else _resampled_parts(users, number, count)
 
 
 @lru_cache(maxsize=8)
-def _all_resamples(users: int) -> np.ndarray:
+def _all_resamples(users: int, number: int) -> np.ndarray:
     """The same users are drawn for every statistic, so drawing them once saves most of the time of a report."""
-    return next(_resampled_parts(users, RESAMPLES))
+    return next(_resampled_parts(users, number, number))
 
 
-def _resampled_parts(users: int, count: int) -> Iterator[np.ndarray]:
+def _resampled_parts(users: int, number: int, count: int) -> Iterator[np.ndarray]:
     rng = np.random.default_rng(0)
-    for done in range(0, RESAMPLES, count):
-        yield rng.integers(0, users, (min(count, RESAMPLES - done), users))
+    for done in range(0, number, count):
+        yield rng.integers(0, users, (min(count, number - done), users))
 
 
 def _percentiles(values: np.ndarray) -> Interval:
@@ -238,7 +263,9 @@ class Estimate(NamedTuple):
 
 
 def estimate(statistic: Statistic, *samples: np.ndarray) -> Estimate:
-    """Estimate a statistic of ``[users, seeds]`` samples with NaN at the same positions; no user is all NaN.
+    """Estimate a statistic of ``[users, seeds]``, or its difference between two samples with NaN at the same positions.
+
+    No user is all NaN.
 
     >>> result = estimate(mean_of_users, np.array([[0.5, 0.7], [0.8, 0.6]]))
     >>> round(result.value, 3), round(result.seed_sd, 3), result.n_users, result.n_seeds
@@ -247,13 +274,13 @@ def estimate(statistic: Statistic, *samples: np.ndarray) -> Estimate:
     n_users, n_seeds = samples[0].shape
     present = ~np.isnan(samples[0])
     if present.all():
-        per_seed = statistic(*(values.T[:, :, None].copy() for values in samples))
+        per_seed = _difference([statistic(values.T[:, :, None].copy()) for values in samples])
     else:
-        per_seed = np.array(
-            [float(statistic(*(values[present[:, s], s : s + 1] for values in samples))) for s in range(n_seeds)]
-        )
+        of_seeds = [[statistic(v[present[:, s], s : s + 1]) for s in range(n_seeds)] for v in samples]
+        per_seed = _difference([np.array(values) for values in of_seeds])
     sd, seeds = seed_interval(per_seed)
-    return Estimate(float(statistic(*samples)), user_interval(statistic, *samples), sd, seeds, n_users, n_seeds)
+    value = float(_difference([statistic(values) for values in samples]))
+    return Estimate(value, user_interval(statistic, *samples), sd, seeds, n_users, n_seeds)
 
 
 def signed_rank(differences: np.ndarray) -> float:

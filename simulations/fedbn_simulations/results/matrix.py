@@ -27,6 +27,7 @@ from fedbn_simulations.results.inference import (
     crossed_interval,
     detectable,
     estimate,
+    highest_of_users,
     mean_of_users,
     signed_rank,
     uniform,
@@ -207,22 +208,23 @@ class Matrix:
         lines = []
         for strategy in self.strategies[1:]:
             for row, column in self.cells:
-                result = self.contrast(strategy, self.reference, row, column, metric)
-                gap = self._gap(strategy, row, column, metric)
-                by_user = gap.mean(axis=1).to_numpy()
+                reference = self.values(self.reference, row, column, metric)
+                x, y = common(self.values(strategy, row, column, metric), reference)
+                result = contrast(x, y, row, self.higher_is_better(metric))
                 line = (strategy, self.reference, row, column, *_flat(result))
-                if row == "worst" or not by_user.size:
+                if row == "worst" or not x.size:
                     lines.append((*line, math.nan, pd.NA, pd.NA, math.nan, math.nan, math.nan))
                     continue
+                gap = x - y
+                by_user = np.nanmean(gap, axis=1)
                 gain = by_user if self.higher_is_better(metric) else -by_user
-                level = self.values(self.reference, row, column, metric).abs().mean(axis=None)
-                point = POINT * max(1.0, float(level))
+                point = POINT * max(1.0, float(np.nanmean(np.abs(reference.to_numpy()))))
                 better, worse = int((gain > point).sum()), int((gain < -point).sum())
                 # Repeats of one observation are no sample of users; a difference of exactly 0 is still valid.
-                repeated = by_user.any() and uniform(gap.to_numpy())
+                repeated = by_user.any() and uniform(gap)
                 p = math.nan if repeated else signed_rank(by_user)
-                both = crossed_interval(gap.to_numpy())
-                found = detectable(gap.mean(axis=0).to_numpy() if repeated else by_user)
+                both = crossed_interval(gap)
+                found = detectable(np.nanmean(gap, axis=0) if repeated else by_user)
                 lines.append((*line, p, better, worse, *both, found))
         columns = ["strategy", "reference", "row", "column", "difference", *_INTERVALS, "p", "better", "worse"]
         frame = pd.DataFrame(lines, columns=[*columns, "both_low", "both_high", "detectable"]).astype(
@@ -247,7 +249,8 @@ class Matrix:
 
     def differences(self, strategy: str, row: str, column: str, metric: str = "") -> pd.Series:
         """Strategy minus reference by user, mean over common seeds, ascending; empty if there is no such cell."""
-        return self._gap(strategy, row, column, metric).mean(axis=1).sort_values()
+        a, b = (self.values(s, row, column, metric) for s in (strategy, self.reference))
+        return (a - b).mean(axis=1).dropna().sort_values()
 
     @_cached
     def clear_best(self, metric: str = "") -> set[tuple[str, str, str]]:
@@ -280,9 +283,11 @@ class Matrix:
             for (strategy, row, column), frame in self._cube(metric).items():
                 if row == "global" or column not in self.meta["columns"]:
                     continue
-                for name, users in frame.groupby(domain.reindex(frame.index)):
+                names = domain.reindex(frame.index).to_numpy()
+                for name in np.unique(names):
+                    values = frame.to_numpy()[names == name]
                     # A domain that is unseen in a seed has no own test in it.
-                    result = estimate(mean_of_users, users.dropna(axis=1, how="all").to_numpy())
+                    result = estimate(mean_of_users, values[:, ~np.isnan(values).all(axis=0)])
                     lines.append((strategy, row, column, name, result.value, *result.users, result.n_users))
         return pd.DataFrame(
             lines, columns=["strategy", "row", "column", "domain", "mean", "ci_low", "ci_high", "n_users"]
@@ -312,17 +317,10 @@ class Matrix:
             self._cache["cube", metric] = _cubes(self.evaluations.dropna(subset=metric), metric)
         return cast("dict[tuple[str, str, str], pd.DataFrame]", self._cache["cube", metric])
 
-    def _gap(self, strategy: str, row: str, column: str, metric: str) -> pd.DataFrame:
-        """Strategy minus reference, users x seeds in common; empty if one of them does not have the cell."""
-        a, b = (self.values(s, row, column, metric) for s in (strategy, self.reference))
-        if a.empty or b.empty:
-            return pd.DataFrame(dtype=float)
-        return (a - b).dropna(how="all").dropna(how="all", axis=1)
-
     def contrast(self, strategy: str, other: str, row: str, column: str, metric: str = "") -> Estimate:
         """One strategy minus another on the users and seeds they have in common."""
         a, b = (self.values(s, row, column, metric) for s in (strategy, other))
-        return contrast(a, b, row, self.higher_is_better(metric))
+        return contrast(*common(a, b), row, self.higher_is_better(metric))
 
 
 def _cubes(lines: pd.DataFrame, metric: str) -> dict[tuple[str, str, str], pd.DataFrame]:
@@ -348,14 +346,12 @@ def _cubes(lines: pd.DataFrame, metric: str) -> dict[tuple[str, str, str], pd.Da
     return cubes
 
 
-def contrast(a: pd.DataFrame, b: pd.DataFrame, row: str, higher_is_better: bool = True) -> Estimate:
-    """One cell minus another (each users x seeds, see `Matrix.values`), on the users and seeds in common."""
-    x, y = _common(a, b)
+def contrast(x: np.ndarray, y: np.ndarray, row: str, higher_is_better: bool = True) -> Estimate:
+    """One cell minus another, each ``[users, seeds]`` as `common` returns them."""
     if not x.size:
         return Estimate()
     if row == "worst":
-        statistic = _statistic(row, higher_is_better)
-        return estimate(lambda left, right: statistic(left) - statistic(right), x, y)
+        return estimate(_statistic(row, higher_is_better), x, y)
     result = estimate(mean_of_users, x - y)
     # If no user differs, the interval is known exactly.
     return result._replace(users=Interval(0.0, 0.0)) if not np.nan_to_num(x - y).any() else result
@@ -373,11 +369,11 @@ def _statistic(row: str, higher_is_better: bool) -> Statistic:
     """The statistic of a row; where lower is better, the worst users are those with the highest values."""
     if row != "worst":
         return mean_of_users
-    return worst_of_users if higher_is_better else lambda values: -worst_of_users(-values)
+    return worst_of_users if higher_is_better else highest_of_users
 
 
-def _common(a: pd.DataFrame, b: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
-    """Values of two cells on the users and seeds in common, with NaN where one of them misses."""
+def common(a: pd.DataFrame, b: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    """Values of two cells (`Matrix.values`) on the users and seeds in common, with NaN where one of them misses."""
     if not (a.index.equals(b.index) and a.columns.equals(b.columns)):
         a, b = a.align(b, join="inner")
     x, y = a.to_numpy(float), b.to_numpy(float)

@@ -23,7 +23,7 @@ from fedbn_simulations.results.formatting import (
     metric_title,
 )
 from fedbn_simulations.results.labels import distinct_names
-from fedbn_simulations.results.matrix import COLUMNS, ROWS, contrast
+from fedbn_simulations.results.matrix import COLUMNS, ROWS, common, contrast
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class SideBySide:
             for strategy in (s for s in base.strategies if s in other.strategies):
                 for row, column in base.cells:
                     a, b = (c.values(strategy, row, column, metric or self.metric) for c in (other, base))
-                    result = contrast(a, b, row, base.higher_is_better(metric or self.metric))
+                    result = contrast(*common(a, b), row, base.higher_is_better(metric or self.metric))
                     if result.n_users:
                         counts = result.n_users, result.n_seeds
                         lines.append((strategy, name, first, row, column, result.value, *result.users, *counts))

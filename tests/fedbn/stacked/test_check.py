@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from fedbn.stacked import check
 from fedbn.stacked.check import check_program, checked_program
 from fedbn.stacked.layers import Unstackable
 from fedbn.stacked.program import build_program
@@ -210,3 +212,34 @@ def test_check_program_leaves_the_model_unchanged():
     assert all(torch.equal(v, before[n]) for n, v in net.state_dict().items())
     assert all(p.grad is None for p in net.parameters())
     assert torch.equal(random_state, torch.get_rng_state())
+
+
+def test_checked_program_checks_models_that_differ_in_weights_once(monkeypatch):
+    checked = []
+    monkeypatch.setattr(check, "check_program", lambda program, model, x, trains: checked.append(model))
+
+    def build(p=0.5):
+        return nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Dropout(p))
+
+    x, first, second = torch.randn(9, 4), build(), build()
+    checked_program(first, x, trains=True)
+    first.eval()
+    program = checked_program(second, x, trains=True)
+    assert checked == [first], "the mode in which the first one was checked counts"
+    assert {id(layer.module) for layer in program.layers.values()} == {id(m) for m in second}
+    frozen = build()
+    frozen[0].requires_grad_(False)
+    others = [build(0.1), build().eval(), build().double(), frozen]
+    for net in others:
+        checked_program(net, x.to(net[0].weight.dtype), trains=True)
+    checked_program(second, x, trains=False)
+    assert checked == [first, *others, second]
+
+
+def test_checked_program_remembers_why_there_is_none(monkeypatch):
+    first, second = Net(clips_weights), Net(clips_weights)
+    with pytest.raises(Unstackable) as reason:
+        checked_program(first, torch.randn(9, 4), trains=True)
+    monkeypatch.setattr(check, "check_program", None)
+    with pytest.raises(Unstackable, match=re.escape(str(reason.value))):
+        checked_program(second, torch.randn(9, 4), trains=True)

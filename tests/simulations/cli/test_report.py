@@ -43,7 +43,7 @@ def written(pair, tmp_path_factory):
     place = shutil.copytree(pair[0], tmp_path_factory.mktemp("written") / "copy")
     with pytest.MonkeyPatch.context() as patch:
         make_reports_quick(patch)
-        write_report(place)
+        write_report(Comparison.load(place))
     return place
 
 

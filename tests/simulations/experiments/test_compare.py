@@ -18,7 +18,7 @@ from fedbn.federation.setup import build_context
 from fedbn.files import read_json, write_json
 from fedbn_simulations.experiments.compare import compare, rank_candidates, resume, tuning_tasks
 from fedbn_simulations.experiments.experiment import Experiment, read_run_file
-from fedbn_simulations.experiments.preflight import default_directory, drop_unsupported
+from fedbn_simulations.experiments.preflight import default_directory, drop_unsupported, preflight
 from fedbn_simulations.experiments.tasks import CHECKPOINT
 from fedbn_simulations.report.documents import update_document
 from fedbn_simulations.results.comparison import Comparison
@@ -242,6 +242,16 @@ def test_unsupported_tuning_is_rejected_before_any_run(tmp_path):
     with pytest.raises(UserError, match="users of known groups"):
         compare(what, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_preflight_does_not_repeat_checks(tmp_path, monkeypatch):
+    what = experiment("fedbn", "centralized", plan={"batch_size": 512}).resolved()
+    supported, found = drop_unsupported(what)
+    assert supported == what
+    assert any("fewer training examples" in notice for notice in found)
+    assert preflight(what, tmp_path) == list(dict.fromkeys(found))
+    monkeypatch.setattr("fedbn_simulations.experiments.preflight.build_context", None)
+    assert preflight(what, tmp_path, checked=found) == list(dict.fromkeys(found))
 
 
 def test_validation_data_come_from_training_rows_only(small):

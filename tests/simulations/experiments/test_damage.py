@@ -87,5 +87,5 @@ def test_report_on_a_full_disk_leaves_results(copy, monkeypatch):
 
     monkeypatch.setattr("fedbn.files.replace_file", full)
     with pytest.raises(UserError, match="cannot write .*: No space left on device; choose another --out or free"):
-        write_report(copy)
+        write_report(Comparison.load(copy))
     assert before == {p: p.read_bytes() for p in copy.rglob("*.json")}

@@ -64,7 +64,7 @@ class Page(HTMLParser):
 
 
 def page_of(directory):
-    return Page(write_report(directory).read_text(encoding="utf-8"))
+    return Page(write_report(Comparison.load(directory)).read_text(encoding="utf-8"))
 
 
 def terminal_text(directory, width):
@@ -92,7 +92,7 @@ def directory(tmp_path_factory):
     distance = [[abs(i - j) / 10 for i in range(12)] for j in range(12)]
     layers = [{"layer": "norm1", "users": users, "distance": distance}]
     write_shift(directory, {"label_divergence": 0.25, "feature_w2": None, "new": 3.0, "layers": layers})
-    write_report(directory, print_formats=True)
+    write_report(Comparison.load(directory), print_formats=True)
     return directory
 
 
@@ -188,7 +188,7 @@ def test_exported_csv_equals_frames(directory, monkeypatch):
 
 def test_write_report_is_deterministic(directory, text, monkeypatch):
     monkeypatch.setattr(inference, "RESAMPLES", FULL)
-    assert write_report(directory).read_text(encoding="utf-8") == text
+    assert write_report(Comparison.load(directory)).read_text(encoding="utf-8") == text
 
 
 def test_page_escapes_hostile_names(tmp_path):
@@ -222,11 +222,11 @@ def test_page_with_one_user_or_one_seed(tmp_path, users, seeds):
 
 def test_page_counts_unfinished_runs(tmp_path, without_figures):
     write(tmp_path, unfinished=[("fedbn", 0), ("groupnorm", 2)], columns=("aggregated",))
-    text = write_report(tmp_path).read_text(encoding="utf-8")
+    text = write_report(Comparison.load(tmp_path)).read_text(encoding="utf-8")
     assert "2 of 9 runs are not finished and left out." in text
     assert "2 of 9 runs" in terminal_text(tmp_path, 100)
     with pytest.raises(UserError, match="no finished run"):
-        write_report(write(tmp_path / "none", {"global": 0.8}, seeds=(0,), unfinished=[("global", 0)]))
+        Comparison.load(write(tmp_path / "none", {"global": 0.8}, seeds=(0,), unfinished=[("global", 0)]))
 
 
 def test_page_with_identical_strategies(tmp_path):
@@ -256,7 +256,7 @@ def test_paired_differences_of_many_strategies_are_lines(tmp_path):
 
 def test_page_quotes_command_for_shell(tmp_path, without_figures):
     directory = write(tmp_path / "it's; rm -rf", {"global": 0.8}, seeds=(0,), command="")
-    page = write_report(directory).read_text(encoding="utf-8")
+    page = write_report(Comparison.load(directory)).read_text(encoding="utf-8")
     assert "Differences to" not in page, "no differences with a single strategy"
     (command,) = re.findall(r"<code>(fedbn report .*)</code>", page)
     command = command.replace("&#39;", "'").replace("&#34;", '"')
@@ -267,11 +267,13 @@ def test_page_cites_data(tmp_path, text, without_figures):
     assert "No citation is on record" in text
     source = SOURCES["hapt"]
     write(tmp_path, {"global": 0.8}, seeds=(0,), sources={source.label: source.sha256})
-    cited = write_report(tmp_path).read_text(encoding="utf-8")
+    cited = write_report(Comparison.load(tmp_path)).read_text(encoding="utf-8")
     assert source.citation in cited
     assert source.license in cited
     write(tmp_path / "own", {"global": 0.8}, seeds=(0,), scenario="digits8:users=4")
-    assert scenarios()["digits8"].citation in write_report(tmp_path / "own").read_text(encoding="utf-8")
+    assert scenarios()["digits8"].citation in write_report(Comparison.load(tmp_path / "own")).read_text(
+        encoding="utf-8"
+    )
 
 
 def test_answer_excludes_bounds(tmp_path):

@@ -17,6 +17,7 @@ from fedbn_simulations.results.inference import (
     adjust,
     crossed_interval,
     detectable,
+    estimate,
     mean_of_users,
     seed_interval,
     signed_rank,
@@ -140,3 +141,12 @@ def test_user_interval_of_means_equals_that_of_resampled_users_and_seeds():
     values = np.random.default_rng(3).normal(size=(9, 3))
     values[[0, 4], [1, 2]] = np.nan
     assert user_interval(mean_of_users, values) == user_interval(lambda v: mean_of_users(v), values)
+
+
+def test_user_interval_of_difference_resamples_users_of_both_samples():
+    x, y = np.random.default_rng(4).normal(size=(2, 23, 3))
+    x[2, 1] = y[2, 1] = np.nan
+    both = np.concatenate([x, y], axis=1)
+    expected = user_interval(lambda v: worst_of_users(v[..., :3]) - worst_of_users(v[..., 3:]), both)
+    assert user_interval(worst_of_users, x, y) == expected
+    assert estimate(worst_of_users, x, y).users == expected
