@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -276,17 +277,19 @@ def resume(out: Path, rounds: int | None = None, **options: Any) -> Path:
     if not experiment.tune:  # stored apart from the experiment, as it changes no number
         experiment = replace(experiment, metric=meta.get("metric", ""))
     extends = list(meta.get("extends", ()))
+    command = meta["command"]
     if rounds is not None and rounds != experiment.plan.rounds:
         if rounds < experiment.plan.rounds:
             raise UserError(f"{out} already has {experiment.plan.rounds} rounds: give --rounds a larger number")
         extends.append(experiment.plan.rounds)
+        command = re.sub(r" --(num-)?rounds[ =]\S+", "", command) + f" --rounds {rounds}" * bool(command)
         experiment = replace(experiment, plan=replace(experiment.plan, rounds=rounds))
     notices = [n for n in meta["notices"] if n.startswith(LEFT_OUT)]
     return compare(
         experiment,
         out,
         engine=meta["engine"],
-        command=meta["command"],
+        command=command,
         notices=notices,
         extends=extends,
         **options,

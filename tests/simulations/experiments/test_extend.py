@@ -94,6 +94,8 @@ def test_more_rounds_in_the_same_directory_suggest_to_extend(tmp_path, run_cli):
     assert results(tmp_path / "out") == before
     assert run_cli("resume", "out", "--rounds", 2, "--workers", 1)[0] == 0
     assert {r["rounds"] for r in results(tmp_path / "out").values()} == {2}
+    recorded = read_json(tmp_path / "out" / "comparison.json")["command"]
+    assert recorded == "fedbn compare digits8:images=600 --strategies fedbn --seeds 1 --out out --rounds 2"
     code, _, error = run_cli("resume", "out", "--rounds", 1)
     assert code == 2
     assert "already has 2 rounds" in error
