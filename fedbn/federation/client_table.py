@@ -54,6 +54,17 @@ class ClientTable(MutableMapping[int, State]):
         tensors = self.tensors if names is None else {n: self.tensors[n] for n in names if n in self.tensors}
         return {n: t.clone() if rows is None else t.index_select(0, rows.to(t.device)) for n, t in tensors.items()}
 
+    def copy_to(self, tensors: State, users: Sequence[int]) -> None:
+        """Write the states of those users that have one into ``tensors``, entries ``[K, *shape]`` of all ``users``.
+
+        Entries that the table lacks do not change.
+        """
+        known = [i for i, user in enumerate(users) if user in self._present]
+        if known:
+            positions = torch.tensor(known)
+            for name, values in self.take([users[i] for i in known], tensors).items():
+                tensors[name].index_copy_(0, positions.to(values.device), values)
+
     def write(self, users: Sequence[int], tensors: State) -> None:
         """Replace the states of users by ``tensors``, entries ``[K, *shape]``.
 

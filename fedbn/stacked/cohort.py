@@ -266,41 +266,43 @@ class Cohort:
             entries |= {OPTIMIZER + n: v for n, v in optimizer.items()}
         return entries
 
-    def train_part(self, cohort: CohortRound, part: slice, program: Program, trained: State) -> list[float]:
+    def train_part(
+        self, cohort: CohortRound, part: slice, program: Program, shuffled: Sequence[Tensor], trained: State
+    ) -> list[float]:
         """Train a part of a cohort in one stack.
 
         Args:
             cohort: the round.
             part: positions in ``cohort.users``.
             program: the stacked model.
+            shuffled: row indices of each client of the whole cohort (`shuffled_rows`).
             trained: entries of the whole cohort (`empty_entries`); the rows of this part are written.
 
         Returns:
             Mean loss of each client.
         """
-        ctx, number, users = self.ctx, cohort.progress.round, cohort.users[part]
-        rows = self.rows if len(users) > 1 else StackedData.of(ctx, users)
-        draw = torch.Generator()
-        drawn = [self._order(user, number, draw) for user in users]
-        order = sorted(range(len(users)), key=lambda i: -self.examples[users[i]])
-        config = self._config(cohort.progress)
+        ctx, number, users = self.ctx, cohort.progress.round, cohort.users
+        rows = self.rows if len(users[part]) > 1 else StackedData.of(ctx, users[part])
+        order = sorted(range(part.start, part.stop), key=lambda i: -self.examples[users[i]])
+        ordered, config = [users[i] for i in order], self._config(cohort.progress)
+        tensors = self._assemble([cohort.received[i] for i in order])
+        optimizer_state = empty_optimizer_state(program, config.step, tensors, len(order))
+        entries = tensors | {OPTIMIZER + n: v for n, v in optimizer_state.items()}
+        cohort.client_states.copy_to(self._retained(entries), ordered)
         clients = StackedClients(
-            self._assemble(cohort, [part.start + i for i in order]),
-            {},
-            stack_orders([drawn[i] for i in order], [rows.first[users[i]] for i in order], rows.x.device),
-            [self.batch_sizes[users[i]] for i in order],
-            [self._noise(users[i], number, program) for i in order],
-            [augmentation_draws(ctx.run.seed, number, users[i]) for i in order],
+            tensors,
+            optimizer_state,
+            stack_orders([shuffled[i] for i in order], [rows.first[user] for user in ordered], rows.x.device),
+            [self.batch_sizes[user] for user in ordered],
+            [self._noise(user, number, program) for user in ordered],
+            [augmentation_draws(ctx.run.seed, number, user) for user in ordered] if config.augment else [],
         )
-        clients.optimizer_state = empty_optimizer_state(program, config.step, clients.tensors, len(users))
-        self._fill(clients.optimizer_state, cohort, [part.start + i for i in order], OPTIMIZER)
         losses = self._fit(cohort.progress, program, rows, config, clients)
         positions = torch.tensor(order, device=rows.x.device)
-        entries = clients.tensors | {OPTIMIZER + n: v for n, v in clients.optimizer_state.items()}
         for name in trained:
-            trained[name][part].index_copy_(0, positions, entries[name])
-        loss_of = dict(zip(order, losses, strict=True))
-        return [self._mean_loss(user, loss_of[i]) for i, user in enumerate(users)]
+            trained[name].index_copy_(0, positions, entries[name])
+        loss_of = dict(zip(ordered, losses, strict=True))
+        return [self._mean_loss(user, loss_of[user]) for user in users[part]]
 
     def _fit(
         self, progress: Progress, program: Program, rows: StackedData, config: FitConfig, clients: StackedClients
@@ -322,33 +324,23 @@ class Cohort:
     def _retained(self, trained: State) -> State:
         return {n: v for n, v in trained.items() if n in self.ctx.ownership.retained or n.startswith(OPTIMIZER)}
 
-    def _assemble(self, cohort: CohortRound, positions: list[int]) -> State:
-        """Models ``[K, *shape]`` of some clients of a cohort, as by `RunContext.assemble`."""
-        ctx, received = self.ctx, [cohort.received[i] for i in positions]
+    def _assemble(self, received: Sequence[State]) -> State:
+        """Models ``[K, *shape]`` of clients without client state, as by `RunContext.assemble`."""
+        initial = self.ctx.initial
         if all(r is received[0] for r in received):
-            tensors = {n: repeat(received[0].get(n, v), len(received)) for n, v in ctx.initial.items()}
-        else:
-            tensors = {n: stack_values([r.get(n, v) for r in received]) for n, v in ctx.initial.items()}
-        retained = {n: tensors[n] for n in ctx.ownership.retained}
-        self._fill(retained, cohort, positions)
-        return tensors
+            return {n: repeat(received[0].get(n, v), len(received)) for n, v in initial.items()}
+        return {n: stack_values([r.get(n, v) for r in received]) for n, v in initial.items()}
 
-    def _fill(self, tensors: State, cohort: CohortRound, positions: list[int], prefix: str = "") -> None:
-        """Write the client states of those clients that have one into ``tensors``, entries ``[K, *shape]``."""
-        users, states = [cohort.users[i] for i in positions], cohort.client_states
-        known = [i for i, user in enumerate(users) if user in states]
-        if known and tensors:
-            rows = torch.tensor(known)
-            for name, value in states.take([users[i] for i in known], [prefix + n for n in tensors]).items():
-                tensors[name.removeprefix(prefix)].index_copy_(0, rows.to(value.device), value)
-
-    def _order(self, user: int, number: int, draw: torch.Generator) -> Tensor:
-        """Row indices of all steps of a client's round, in order; reuses a generator."""
-        ctx = self.ctx
-        n, seed, random_user = self.examples[user], ctx.run.seed, ctx.rng_user(user)
-        epochs = range(ctx.run.plan.local_epochs)
-        orders = [torch.randperm(n, generator=shuffle(seed, number, random_user, e, reuse=draw)) for e in epochs]
-        return torch.cat(orders) if len(orders) > 1 else orders[0]
+    def shuffled_rows(self, users: Sequence[int], number: int) -> list[Tensor]:
+        """Row indices of all steps of each client's round, in order."""
+        ctx, draw = self.ctx, torch.Generator()
+        seed, epochs = ctx.run.seed, range(ctx.run.plan.local_epochs)
+        shuffled = []
+        for user in users:
+            n, random_user = self.examples[user], ctx.rng_user(user)
+            orders = [torch.randperm(n, generator=shuffle(seed, number, random_user, e, reuse=draw)) for e in epochs]
+            shuffled.append(torch.cat(orders) if len(orders) > 1 else orders[0])
+        return shuffled
 
     def _noise(self, user: int, number: int, program: Program) -> torch.Generator | None:
         """Generator of a client's dropout masks."""
@@ -375,7 +367,7 @@ class Cohort:
         ctx, client_state, number = self.ctx, job.client_state or {}, job.progress.round
         return StackedClient(
             state,
-            self._order(job.user, number, torch.Generator()),
+            self.shuffled_rows([job.user], number)[0],
             self.batch_sizes[job.user],
             self._noise(job.user, number, program),
             with_prefix(client_state, OPTIMIZER),

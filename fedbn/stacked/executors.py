@@ -261,7 +261,9 @@ class ClientExecutor:
             trained = self._cohort.empty_entries(program, len(cohort.users))
             if self._cohort.state_bytes(trained) > max_state_bytes * len(cohort.users):
                 return None
-            train = partial(self._cohort.train_part, cohort, program=program, trained=trained)
+            # Not on the threads: each of these short draws would wait for the interpreter lock of the others.
+            shuffled = self._cohort.shuffled_rows(cohort.users, cohort.progress.round)
+            train = partial(self._cohort.train_part, cohort, program=program, shuffled=shuffled, trained=trained)
             parts = self._train_parts(cohort.users, cohort.progress, program, train)
             return self._cohort.result(cohort, trained, [loss for part in parts for loss in part])
         except (UserError, Unstackable):

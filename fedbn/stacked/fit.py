@@ -34,7 +34,7 @@ class StackedClients:
         orders: row indices ``[K, N]`` of all steps in order, in the data of the stack; shorter rows are padded.
         sizes: batch size of each step of each client.
         noise: generator of each client's dropout masks; None without dropout.
-        draws: generators for the augmentation of each client's batches, step by step.
+        draws: generators for the augmentation of each client's batches, step by step; empty without augmentation.
         models: model of each client for hooks; empty without hooks.
     """
 
@@ -238,7 +238,7 @@ def stack_values(values: Sequence[Tensor]) -> Tensor:
 
 def repeat(value: Tensor, k: int) -> Tensor:
     """The same tensor for K clients."""
-    return value.unsqueeze(0).repeat(k, *[1] * value.dim())
+    return value.new_empty((k, *value.shape)).copy_(value)
 
 
 def stack_orders(orders: Sequence[Tensor], first: Sequence[int], device: torch.device) -> Tensor:

@@ -142,14 +142,26 @@ class GraphProgram:
 
     def supports_batch_last(self, axes: int) -> bool:
         """As in `Program`."""
-        nodes = [n for n in self.graph.nodes if n.op.startswith("call")]
-        first = [n for n in nodes if any(a.op == "placeholder" for a in n.all_input_nodes)]
-        flattened = all(self.flattens(n) for n in first)
-        return (axes == 2 or flattened) and all(
+        return (axes == 2 or self._flattens_inputs) and self._has_only_features
+
+    @cached_property
+    def _flattens_inputs(self) -> bool:
+        return all(self.flattens(node) for node in self._first_calls)
+
+    @cached_property
+    def _has_only_features(self) -> bool:
+        skipped = self._first_calls if self._flattens_inputs else []
+        return all(
             accepts_features(self.layers[n.name].module) if n.op == "call_module" else n.target in FEATURE_FUNCTIONS
-            for n in nodes
-            if not (flattened and n in first)
+            for n in self.graph.nodes
+            if n.op.startswith("call") and n not in skipped
         )
+
+    @property
+    def _first_calls(self) -> list[fx.Node]:
+        """The calls that take the input."""
+        calls = [n for n in self.graph.nodes if n.op.startswith("call")]
+        return [n for n in calls if any(a.op == "placeholder" for a in n.all_input_nodes)]
 
     def flattens(self, node: fx.Node) -> bool:
         """Whether a call flattens all axes but the batch."""

@@ -148,6 +148,9 @@ MAX_STACKED_ELEMENTS = 2**16
 STACK_SIZE = 1024
 """Number of values that are stacked at once; larger stacks only use more memory."""
 
+STACK_COLUMNS = 256
+"""Number of elements of stacked values that are converted and summed at once, so that they stay in the cache."""
+
 
 def naive_mean(values: Sequence[Tensor] | Tensor, weights: Sequence[float]) -> Tensor:
     """Weighted mean of tensors or of the rows of one, in float64 (complex128 for complex values); the dtype is kept.
@@ -160,9 +163,12 @@ def naive_mean(values: Sequence[Tensor] | Tensor, weights: Sequence[float]) -> T
     if first.numel() <= MAX_STACKED_ELEMENTS:
         shares = torch.tensor(weights, dtype=torch.float64, device=first.device) / total
         mean = torch.zeros(first.numel(), dtype=wide, device=first.device)
+        # Rest columns belong to the last part: PyTorch sums a single column in another order.
+        bounds = tuple(range(STACK_COLUMNS, first.numel() - STACK_COLUMNS + 1, STACK_COLUMNS))
         for i in range(0, len(values), STACK_SIZE):
-            flat = _stacked(values[i : i + STACK_SIZE]).to(wide, copy=True).reshape(-1, first.numel())
-            mean += flat.mul_(shares[i : i + STACK_SIZE, None]).sum(0)
+            flat = _stacked(values[i : i + STACK_SIZE]).reshape(-1, first.numel())
+            for columns, sums in zip(flat.tensor_split(bounds, 1), mean.tensor_split(bounds), strict=True):
+                sums += columns.to(wide, copy=True).mul_(shares[i : i + STACK_SIZE, None]).sum(0)
         return mean.view(first.shape).to(first.dtype)
     acc = torch.zeros_like(first, dtype=wide)
     for value, weight in zip(values, weights, strict=True):

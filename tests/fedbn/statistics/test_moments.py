@@ -80,6 +80,15 @@ def test_naive_mean_is_independent_of_stack_size(count, size):
     assert mean.tolist() == [[pytest.approx(expected), -1.0]]
 
 
+@pytest.mark.parametrize("count", [1, 255, 256, 257, 511, 512, 513, 1030])
+def test_naive_mean_has_the_bits_of_one_sum_over_all_columns(count):
+    draw = torch.Generator().manual_seed(count)
+    values = torch.randn(300, count, dtype=torch.float64, generator=draw)
+    weights = torch.rand(300, dtype=torch.float64, generator=draw)
+    shares = weights / sum(weights.tolist())
+    assert torch.equal(naive_mean(values, weights.tolist()), values.clone().mul_(shares[:, None]).sum(0))
+
+
 @pytest.mark.parametrize("count", [MAX_STACKED_ELEMENTS, MAX_STACKED_ELEMENTS + 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_naive_mean_weights_tensors_of_any_size(count, dtype):
