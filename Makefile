@@ -64,34 +64,41 @@ lint: $(STAMP)-dev  ## style, types, import contracts and spelling
 	$(BIN)/codespell $$(git ls-files)
 
 TABLES := results/tables
-COMPARE := $(BIN)/fedbn compare digits8 --strategies all --seeds 3 --out $(TABLES)
-SKEWS := feature-skew label-dirichlet tuned label-two-classes label-one-class both quantity participation domains hapt watch fashion-dirichlet fashion-two-classes fashion-cameras
+TUNE := --tune lr=0.01,0.03,0.1,0.3,1 --halvings 2
+COMPARE := $(BIN)/fedbn compare digits8 --strategies all --rounds 60 --patience 4 --out $(TABLES)
+SKEWS := feature-skew label-dirichlet label-two-classes label-one-class both quantity domains hapt watch hapt-tuned watch-tuned fashion-dirichlet fashion-mild fashion-two-classes fashion-participation fashion-cameras
+TWENTY := dirichlet:alpha=0.1:clients=20
 
-# Fashion-MNIST is in Debian's package dataset-fashion-mnist, and in torchvision's folder.
-FASHION := $(BIN)/fedbn compare --model image-cnn --seeds 3 --strategies global-naive,global-pooled,global-recalibrated,fedbn,silobn,groupnorm,weight-standardization,fedwon,iabn,fixbn,hbn,fedap,local,centralized
-RATES := global-naive=0.03,global-pooled=0.03,global-recalibrated=0.03,fedbn=0.03,silobn=0.03,groupnorm=0.01,weight-standardization=0.03,fedwon=0.03,iabn=0.03,fixbn=0.03,hbn=0.3,fedap=0.03,local=0.1,centralized=0.03
+# Learning rates that --tune chooses in label-dirichlet and fashion-rates. Fashion-MNIST is in Debian's package
+# dataset-fashion-mnist, and in torchvision's folder.
+DIGIT_RATES := global-naive=0.3,atp=0.3,batch-renorm=0.3,bn-similarity=0.03,centralized=0.3,dbn=0.3,divergence-pooled=0.3,evalnorm=0.3,fbn=0.3,feature-norm=0.01,fedap=0.03,fedbn=0.03,fedbn-seeded=0.03,fedtan=0.1,fedwon=0.3,fixbn=0.03,full-norm=0.03,ghost-bn=0.3,global-pooled=0.3,global-recalibrated=0.3,global-robust=0.3,groupnorm=0.3,hbn=1,hbn-full=0.3,iabn=0.1,instancenorm=0.3,layernorm=0.3,local=0.1,mtfl=0.3,nonorm=0.3,params-only=0.1,silobn=0.1,static-bn=0.3,weight-norm=0.01,weight-standardization=0.3
+FASHION_RATES := global-naive=0.03,global-pooled=0.03,global-recalibrated=0.03,fedbn=0.03,silobn=0.03,groupnorm=0.01,weight-standardization=0.03,fedwon=0.03,iabn=0.03,fixbn=0.03,hbn=0.3,fedap=0.03,local=0.1,centralized=0.03
+SOME := global-naive,global-pooled,global-recalibrated,fedbn,silobn,groupnorm,weight-standardization,fedwon,iabn,fixbn,hbn,fedap,local,centralized
+FASHION := $(BIN)/fedbn compare --model image-cnn --strategies $(SOME)
+IMAGES := idx:images=1650:users=22:unseen=2:split=pooled
 
-tables: $(STAMP)-run  ## comparisons for docs/comparisons (about four hours)
-	$(COMPARE)/feature-skew
-	$(COMPARE)/label-dirichlet --partition dirichlet:alpha=0.1:clients=20
-	$(COMPARE)/tuned --partition dirichlet:alpha=0.1:clients=20 --tune lr=0.01,0.03,0.1,0.3,1
-	$(COMPARE)/label-two-classes --partition shard:shards=2:clients=20
-	$(COMPARE)/label-one-class --partition shard:shards=1:clients=20
-	$(COMPARE)/both --partition dirichlet:alpha=0.1:clients=20 --shift contrast,inversion
-	$(COMPARE)/quantity --partition linear:clients=20
-	$(BIN)/fedbn compare digits --model small-cnn --strategies all --seeds 1 --out $(TABLES)/participation \
-		--partition dirichlet:alpha=0.1:clients=200:least=4 --clients-per-round 20 --rounds 100 --eval-every 100 \
-		--local-epochs 2 --batch-size 16 --lr 0.05 --momentum 0
+tables: $(STAMP)-run  ## comparisons for docs/comparisons (about five hours)
+	$(COMPARE)/feature-skew --seeds 5 $(TUNE)
+	$(COMPARE)/label-dirichlet --seeds 5 $(TUNE) --rounds 100 --partition $(TWENTY)
+	$(COMPARE)/label-two-classes --rates $(DIGIT_RATES) --partition shard:shards=2:clients=20
+	$(COMPARE)/label-one-class --rates $(DIGIT_RATES) --partition shard:shards=1:clients=20
+	$(COMPARE)/both --rates $(DIGIT_RATES) --partition $(TWENTY) --shift contrast,inversion
+	$(COMPARE)/quantity --rates $(DIGIT_RATES) --partition linear:clients=20
 	$(BIN)/fedbn compare digits --model small-cnn --strategies all --seeds 1 --lr 0.1 --out $(TABLES)/domains
-	$(BIN)/fedbn compare hapt --strategies all --seeds 2 --out $(TABLES)/hapt
-	$(BIN)/fedbn compare watch --strategies all --seeds 2 --out $(TABLES)/watch
-	$(FASHION) idx:images=1650:users=22:unseen=2:split=pooled --partition dirichlet:alpha=0.1:clients=20 \
-		--tune lr=0.01,0.03,0.1,0.3 --halvings 2 --out $(TABLES)/fashion-dirichlet
-	$(FASHION) idx:images=1650:users=22:unseen=2:split=pooled --partition shard:shards=2:clients=20 --rates $(RATES) \
-		--out $(TABLES)/fashion-two-classes
-	$(FASHION) idx:images=1800:users=24:unseen=4:split=pooled --shift contrast,noise,blur --rates $(RATES) \
+	for data in hapt watch; do \
+		$(BIN)/fedbn compare $$data --strategies all --seeds 2 --out $(TABLES)/$$data; \
+		$(BIN)/fedbn compare $$data --strategies $(SOME) --tune lr=0.01,0.03,0.1,0.3 --halvings 2 --out $(TABLES)/$$data-tuned; \
+	done
+	$(FASHION) $(IMAGES) --partition $(TWENTY) --tune lr=0.01,0.03,0.1,0.3 --halvings 2 --out $(TABLES)/fashion-rates
+	$(FASHION) $(IMAGES) --partition $(TWENTY) --rates $(FASHION_RATES) --rounds 100 --out $(TABLES)/fashion-dirichlet
+	$(FASHION) $(IMAGES) --partition dirichlet:alpha=0.5:clients=20 --rates $(FASHION_RATES) --out $(TABLES)/fashion-mild
+	$(FASHION) $(IMAGES) --partition shard:shards=2:clients=20 --rates $(FASHION_RATES) --out $(TABLES)/fashion-two-classes
+	$(FASHION) idx:images=3060:users=102:unseen=2:split=pooled --partition dirichlet:alpha=0.1:clients=100 \
+		--clients-per-round 10 --rounds 100 --eval-every 100 --rates $(FASHION_RATES) --out $(TABLES)/fashion-participation
+	$(FASHION) idx:images=1800:users=24:unseen=4:split=pooled --shift contrast,noise,blur --rates $(FASHION_RATES) \
 		--out $(TABLES)/fashion-cameras
-	for name in $(SKEWS); do $(BIN)/fedbn report $(TABLES)/$$name --into docs/comparisons/$$name.md --full; done
+	for name in $(SKEWS); do page=docs/comparisons/$${name%-tuned}.md; $(BIN)/fedbn report $(TABLES)/$$name --into $$page \
+		$$([ $$page = docs/comparisons/$$name.md ] && echo --full); done
 	$(BIN)/fedbn advise $(addprefix $(TABLES)/,$(SKEWS)) --into docs/comparisons.md
 	$(BIN)/python docs/overview.py
 
