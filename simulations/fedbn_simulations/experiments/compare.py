@@ -282,7 +282,8 @@ def resume(out: Path, rounds: int | None = None, **options: Any) -> Path:
         if rounds < experiment.plan.rounds:
             raise UserError(f"{out} already has {experiment.plan.rounds} rounds: give --rounds a larger number")
         extends.append(experiment.plan.rounds)
-        command = re.sub(r" --(num-)?rounds[ =]\S+", "", command) + f" --rounds {rounds}" * bool(command)
+        if command:  # empty without a command line
+            command = re.sub(r" --(num-)?rounds[ =]\S+", "", command) + f" --rounds {rounds}"
         experiment = replace(experiment, plan=replace(experiment.plan, rounds=rounds))
     notices = [n for n in meta["notices"] if n.startswith(LEFT_OUT)]
     return compare(
