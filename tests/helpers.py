@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
@@ -33,6 +34,14 @@ def mostly_slow(values, *quick):
 def make_reports_quick(patch):
     """Let reports draw few resamples, until the patch is undone."""
     patch.setattr("fedbn_simulations.results.inference.RESAMPLES", 50)
+
+
+def wait_until(condition, seconds=120):
+    """Wait until the condition is true. Returns whether it became true in time."""
+    deadline = time.monotonic() + seconds
+    while not (is_met := condition()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return bool(is_met)
 
 
 def nonempty(values):

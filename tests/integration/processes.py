@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from fedbn_simulations.flower.superlink import FlowerRunError
+from tests.helpers import wait_until
 
 MARK = "FEDBN_TEST_MARK"
 
@@ -38,14 +39,6 @@ def kill_marked(mark):
     while pids := marked(mark):
         kill(pids)
         time.sleep(0.2)
-
-
-def wait_until(condition, seconds=120):
-    """Wait until the condition is true. Returns whether it became true in time."""
-    deadline = time.monotonic() + seconds
-    while not (is_met := condition()) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return bool(is_met)
 
 
 def kill_server_of(execute, mark, command, checkpoint):

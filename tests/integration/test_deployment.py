@@ -40,7 +40,8 @@ from fedbn_simulations.flower.superlink import FlowerRunError, SuperLink
 from fedbn_simulations.server.keys import read_keys
 from fedbn_simulations.storage.checkpoint import load_outcome
 from tests.fedbn.scenarios.test_remote import SCENARIO, make_run, run_on_nodes, write_node_files
-from tests.integration.processes import kill_server_of, marked, wait_until
+from tests.helpers import wait_until
+from tests.integration.processes import kill_server_of, marked
 
 COMPOSE = Path(__file__).parents[2] / "compose.yaml"
 

@@ -32,8 +32,8 @@ from fedbn_simulations.server.nodes import NodePool
 from fedbn_simulations.storage.checkpoint import load_outcome
 from tests.fedbn.tasks.populations import MODELS as MODELS_OF_TASKS
 from tests.fedbn.tasks.stacked_table import task_run
-from tests.helpers import ROOT
-from tests.integration.processes import MARK, kill_marked, marked, wait_until
+from tests.helpers import ROOT, wait_until
+from tests.integration.processes import MARK, kill_marked, marked
 from tests.integration.ray_server import RUNS
 from tests.simulations.engines.test_engines import QUICK
 

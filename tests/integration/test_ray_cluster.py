@@ -16,7 +16,8 @@ from fedbn_simulations.engines.execute import execute, parse_engine
 from fedbn_simulations.experiments.tasks import CHECKPOINT, Task, run_task
 from fedbn_simulations.flower.processes import free_port, script_path
 from fedbn_simulations.storage.checkpoint import load_outcome
-from tests.integration.processes import kill_marked, kill_server_of, wait_until
+from tests.helpers import wait_until
+from tests.integration.processes import kill_marked, kill_server_of
 
 
 def short_run(rounds):

@@ -19,7 +19,7 @@ from flwr.serverapp import ServerApp
 from fedbn.errors import UserError
 from fedbn_simulations.engines.grid import FIRST_NODE
 from fedbn_simulations.engines.simulation import Workers, run_simulation
-from tests.helpers import ROOT
+from tests.helpers import ROOT, wait_until
 from tests.simulations.engines.calls import reply, simulate, slow_second
 
 APPS = ROOT / "tests" / "apps"
@@ -65,8 +65,7 @@ def test_run_simulation_passes_error_of_server():
     threads = set(threading.enumerate())
     with pytest.raises(KeyError, match="missing"):
         run_simulation(server, ClientApp(), 2)
-    time.sleep(0.1)
-    assert not set(threading.enumerate()) - threads
+    assert wait_until(lambda: not set(threading.enumerate()) - threads)
 
 
 def test_send_and_receive_respects_timeout_and_late_replies_arrive():

@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import subprocess
 import sys
-import time
 
 import psutil
 import pytest
@@ -16,7 +15,7 @@ from flwr.clientapp import ClientApp
 from torch.utils.data import DataLoader, TensorDataset
 
 from fedbn_simulations.engines.simulation import run_simulation
-from tests.helpers import ROOT
+from tests.helpers import ROOT, wait_until
 from tests.simulations.engines.calls import reply, simulate, slow_second
 
 pytestmark = pytest.mark.slow  # a worker process starts in a second
@@ -81,17 +80,10 @@ def is_running(pid):
         return False
 
 
-def wait_for_end(pids):
-    deadline = time.monotonic() + 10
-    while any(map(is_running, pids)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return not any(map(is_running, pids))
-
-
 @pytest.mark.skipif(not hasattr(os, "setpgrp"), reason="needs process groups")
 def test_processes_that_clients_start_end_with_the_simulation():
     ((pid, other),) = simulate(start_sleep, 2, "processes", {"num_workers": 2})
-    assert wait_for_end([pid, other])
+    assert wait_until(lambda: not any(map(is_running, [pid, other])), 10)
 
 
 KILLED = """
@@ -117,4 +109,4 @@ def test_worker_processes_end_with_a_parent_that_is_killed(tmp_path):
         assert len(pids) == 2
         assert all(map(is_running, pids))
         parent.kill()
-    assert wait_for_end(pids)
+    assert wait_until(lambda: not any(map(is_running, pids)), 10)

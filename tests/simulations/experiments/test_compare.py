@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 
 import pytest
@@ -24,7 +23,7 @@ from fedbn_simulations.report.documents import update_document
 from fedbn_simulations.results.comparison import Comparison
 from fedbn_simulations.storage import checkpoint as store
 from fedbn_simulations.storage import provenance
-from tests.helpers import same
+from tests.helpers import same, wait_until
 
 COMMAND = (
     sys.executable,
@@ -55,9 +54,7 @@ def results(directory):
 def start(out, *options, **settings):
     """Start a comparison in its own process group, and return the process when it has a checkpoint."""
     process = subprocess.Popen([*COMMAND, *options, "--out", str(out)], start_new_session=True, **settings)
-    deadline = time.monotonic() + 120
-    while not list(out.glob(f"runs/*/{CHECKPOINT}")) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_until(lambda: list(out.glob(f"runs/*/{CHECKPOINT}")) or process.poll() is not None)
     return process
 
 
@@ -169,11 +166,10 @@ def test_resume_of_tuned_comparison_continues(tmp_path, metric):
 
 @pytest.mark.slow
 def test_resume_after_kill_is_bit_identical(tmp_path):
-    options = ("--rounds", "6", "--seeds", "2")
+    options = ("--rounds", "20", "--seeds", "2")
     subprocess.run([*COMMAND, *options, "--out", str(tmp_path / "whole")], check=True, capture_output=True)
     out = tmp_path / "killed"
     process = start(out, *options, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    time.sleep(0.4)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert len(results(out)) < 4
@@ -192,7 +188,7 @@ def test_interrupted_compare_leaves_no_process(tmp_path, number):
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert f"interrupted; resume with fedbn resume {out}" in " ".join(errors.split()).replace("/ ", "/")
-    assert _gone(process.pid)
+    assert wait_until(lambda: _gone(process.pid), 15)
 
 
 @pytest.mark.slow
@@ -201,18 +197,15 @@ def test_killed_compare_leaves_no_worker(tmp_path):
     process = start(tmp_path / "killed", "--rounds", "200", "--seeds", "1", *tracker, stderr=subprocess.DEVNULL)
     process.kill()
     process.wait()
-    assert _gone(process.pid)
+    assert wait_until(lambda: _gone(process.pid), 15)
 
 
 def _gone(group):
-    """Whether a process group has no members left within 15 seconds."""
-    end = time.monotonic() + 15
-    while time.monotonic() < end:
-        try:
-            os.killpg(group, 0)
-        except ProcessLookupError:
-            return True
-        time.sleep(0.1)
+    """Whether a process group has no members left."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return True
     return False
 
 

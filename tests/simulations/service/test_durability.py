@@ -22,6 +22,7 @@ from fedbn_simulations.service.api import create_app
 from fedbn_simulations.service.durability import GroupCommit, Journal
 from fedbn_simulations.service.schema import BINARY
 from fedbn_simulations.service.users import Limits, UserStore
+from tests.helpers import wait_until
 
 SHAPE, CLASSES = (6, 16), ("sit", "walk", "lie")
 
@@ -190,10 +191,7 @@ def test_relaxed_answers_before_the_disk_and_saves_by_itself(serve, store, monke
     assert started.wait(3)
     assert store["ann"] == before
     release.set()
-    deadline = time.monotonic() + 5
-    while store["ann"] == before and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert store["ann"] != before
+    assert wait_until(lambda: store["ann"] != before)
     assert client.delete("/v1/users/ann").status_code == 204
     assert "ann" not in store, "other changes are on disk when they are acknowledged"
 
@@ -216,10 +214,7 @@ def test_full_disk_is_reported_and_nothing_is_lost(serve, store, monkeypatch):
     assert "fedbn_store_failed 1.0" in client.get("/metrics").text
     assert observe(client, "bob", route="predict").status_code == 200, "predictions need no disk"
     monkeypatch.undo()
-    deadline = time.monotonic() + 5
-    while client.get("/health").status_code != 200 and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert client.get("/health").json() == {"status": "ok"}
+    assert wait_until(lambda: client.get("/health").json() == {"status": "ok"})
     learned = client.get("/v1/users/ann").json()["learned"]
     client.stop()
     assert serve().get("/v1/users/ann").json()["learned"] == learned == 1
@@ -242,9 +237,7 @@ def test_locked_store_does_not_block_the_bank(serve, store):
         assert client.get("/health").status_code == 503
         other.execute("ROLLBACK")
     other.close()
-    deadline = time.monotonic() + 5
-    while client.get("/health").status_code != 200 and time.monotonic() < deadline:
-        time.sleep(0.05)
+    assert wait_until(lambda: client.get("/health").status_code == 200)
     assert observe(client, "ann").status_code == 200
 
 
@@ -256,8 +249,7 @@ def test_store_that_hangs_is_reported(serve, store, monkeypatch):
     answers = []
     thread = threading.Thread(target=lambda: answers.append(observe(client, "ann")))
     thread.start()
-    time.sleep(0.2)
-    assert client.get("/health").status_code == 503
+    assert wait_until(lambda: client.get("/health").status_code == 503, 5)
     assert observe(client, "ann").status_code == 503
     release.set()
     thread.join(10)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import time
+import threading
 
 import numpy as np
 import pytest
@@ -21,6 +21,7 @@ from fedbn_simulations.service.api import create_app
 from fedbn_simulations.service.observability import JsonLines
 from fedbn_simulations.service.schema import BINARY
 from fedbn_simulations.service.users import UserStore
+from tests.helpers import wait_until
 
 SHAPE, CLASSES = (6, 16), ("sit", "walk", "lie")
 TOKEN = "a-token-of-twenty-four-c"
@@ -202,12 +203,13 @@ def test_rate_limit_returns_retry_after(serve):
 def test_slow_requests_time_out(serve):
     client = serve("ann", timeout=0.2)
     batcher = client.app.app.service.batcher
-    client.portal.start_task_soon(batcher.call, lambda: time.sleep(0.6))
+    release = threading.Event()
+    client.portal.start_task_soon(batcher.call, lambda: release.wait(10))
     late = observe(client, windows(1).tobytes())
     assert late.status_code == 504
     assert "no answer within 0.2 s" in late.json()["error"]
-    time.sleep(0.6)
-    assert observe(client, windows(1).tobytes()).status_code == 200
+    release.set()
+    assert wait_until(lambda: observe(client, windows(1).tobytes()).status_code == 200)
 
 
 def test_internal_errors_are_logged_but_not_returned(serve, monkeypatch, caplog):

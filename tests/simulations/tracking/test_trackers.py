@@ -21,8 +21,8 @@ from fedbn_simulations.experiments.experiment import Experiment
 from fedbn_simulations.experiments.tasks import Event, Task
 from fedbn_simulations.flower.processes import GROUP_VARIABLE
 from fedbn_simulations.tracking.trackers import TRACKERS, Tracker, Tracking, open_tracker
-from tests.helpers import PYTHONPATH
-from tests.integration.processes import MARK, kill_marked, marked, wait_until
+from tests.helpers import PYTHONPATH, wait_until
+from tests.integration.processes import MARK, kill_marked, marked
 
 
 class Memory(Tracker):
