@@ -144,18 +144,21 @@ def resume(
     rounds: Annotated[
         int | None, typer.Option(help="New number of rounds, to extend the comparison.", min=1, show_default=False)
     ] = None,
+    seeds: Annotated[
+        int | None, typer.Option(help="New number of seeds, to extend the comparison.", min=1, show_default=False)
+    ] = None,
     workers: Workers = None,
     track: Track = None,
     as_json: AsJson = False,
 ) -> None:
-    """Resume an interrupted comparison, or extend it by more rounds.
+    """Resume an interrupted comparison, or extend it by more rounds or seeds.
 
     The numbers are the same as those of one comparison without the interruption.
     """
     from fedbn_simulations.experiments.compare import resume as resume_comparison
 
     def run(**listeners: Any) -> Path:
-        return resume_comparison(directory, rounds, workers=workers, **listeners)
+        return resume_comparison(directory, rounds, seeds, workers=workers, **listeners)
 
     run_and_show(run, directory, track, as_json)
 

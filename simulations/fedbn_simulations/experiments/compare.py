@@ -252,19 +252,21 @@ def _remove_shorter_runs(out: Path, extends: Sequence[int]) -> None:
             shutil.rmtree(path.parent)
 
 
-def resume(out: Path, rounds: int | None = None, **options: Any) -> Path:
-    """Resume an interrupted comparison, or extend it by more rounds.
+def resume(out: Path, rounds: int | None = None, seeds: int | None = None, **options: Any) -> Path:
+    """Resume an interrupted comparison, or extend it by more rounds or seeds.
 
-    The numbers equal those of a comparison that had this number of rounds from the start. A run whose training depends
-    on the total number of rounds (a schedule, FixBN) starts again.
+    The numbers equal those of a comparison that had these numbers of rounds and seeds from the start, for additional
+    seeds up to the rounding of runs that train together. A run whose training depends on the total number of rounds
+    (a schedule, FixBN) starts again.
 
     Args:
         out: results directory of the comparison.
         rounds: new number of rounds; None: unchanged.
+        seeds: new number of seeds; None: unchanged.
         options: options of `compare`.
 
     Raises:
-        UserError: there is no comparison, numerics or data have changed, or it already has more rounds.
+        UserError: there is no comparison, numerics or data have changed, or it already has more rounds or other seeds.
     """
     stored = out / "comparison.json"
     if not stored.exists():
@@ -285,6 +287,13 @@ def resume(out: Path, rounds: int | None = None, **options: Any) -> Path:
         if command:  # empty without a command line
             command = re.sub(r" --(num-)?rounds[ =]\S+", "", command) + f" --rounds {rounds}"
         experiment = replace(experiment, plan=replace(experiment.plan, rounds=rounds))
+    if seeds is not None and seeds != experiment.seeds:
+        if not set(experiment.seed_numbers) <= set(range(seeds)):
+            has = f"{len(experiment.seed_numbers)} seeds up to {max(experiment.seed_numbers)}"
+            raise UserError(f"{out} already has {has}: give --seeds a number above {max(experiment.seed_numbers)}")
+        if command:
+            command = re.sub(r" --seeds[ =]\S+", "", command) + f" --seeds {seeds}"
+        experiment = replace(experiment, seeds=seeds)
     notices = [n for n in meta["notices"] if n.startswith(LEFT_OUT)]
     return compare(
         experiment,

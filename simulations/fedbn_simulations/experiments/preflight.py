@@ -78,8 +78,10 @@ def preflight(
 
 
 def _check_stored(stored: Any, experiment: Experiment, out: Path, extends: Sequence[int]) -> None:
-    """Raise an error unless ``out`` has this experiment, with its number of rounds or one that it extends."""
+    """Raise an error unless ``out`` has this experiment, with its seeds or fewer, and its rounds or those it extends."""
     new = experiment.to_dict()
+    if stored and set(Experiment.from_dict(stored).seed_numbers) <= set(experiment.seed_numbers):
+        stored = {**stored, "seeds": new["seeds"]}
     if stored == new:
         return
     advice, rounds = "choose another --out, or delete it", experiment.plan.rounds

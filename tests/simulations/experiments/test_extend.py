@@ -102,6 +102,27 @@ def test_more_rounds_in_the_same_directory_suggest_to_extend(tmp_path, run_cli):
 
 
 @pytest.mark.slow
+def test_resume_with_more_seeds_computes_only_those(tmp_path, run_cli, executed):
+    command = ("compare", "digits8:images=600", "--strategies", "fedbn", "--rounds", 1, "--workers", 1)
+    assert run_cli(*command, "--tune", "lr=0.1,0.3", "--seeds=1", "--out", "out")[0] == 0
+    before = results(tmp_path / "out")
+    executed.clear()
+    assert run_cli("resume", "out", "--seeds", 2, "--workers", 1)[0] == 0
+    assert executed == {"fedbn": 1}
+    assert len(found := results(tmp_path / "out")) == 2
+    assert found | before == found
+    assert run_cli(*command, "--tune", "lr=0.1,0.3", "--seeds", 2, "--out", "whole")[0] == 0
+    whole = results(tmp_path / "whole")
+    assert {name: r["evaluations"] for name, r in found.items()} == {n: r["evaluations"] for n, r in whole.items()}
+    stored = read_json(tmp_path / "out" / "comparison.json")
+    assert stored["command"].endswith("--out out --seeds 2")
+    assert stored["seeds"] == [0, 1]
+    code, _, error = run_cli("resume", "out", "--seeds", 1)
+    assert code == 2
+    assert "already has 2 seeds up to 1: give --seeds a number above 1" in error
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n, kind in strategies().items() if not kind.depends_on_rounds])
 def test_first_rounds_do_not_depend_on_the_number_of_rounds(small, name):
     try:
