@@ -78,7 +78,7 @@ def preflight(
 
 
 def _check_stored(stored: Any, experiment: Experiment, out: Path, extends: Sequence[int]) -> None:
-    """Raise an error unless ``out`` has this experiment, with its seeds or fewer, and its rounds or those it extends."""
+    """Raise an error unless ``out`` has this experiment, perhaps with fewer seeds or with rounds that it extends."""
     new = experiment.to_dict()
     if stored and set(Experiment.from_dict(stored).seed_numbers) <= set(experiment.seed_numbers):
         stored = {**stored, "seeds": new["seeds"]}
