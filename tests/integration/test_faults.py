@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import threading
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -31,7 +32,14 @@ from fedbn_simulations.server.nodes import REPLY_SECONDS
 from fedbn_simulations.server.rounds import Listener, run_rounds
 from fedbn_simulations.server.safeguards import SIMULATION_CONFIG, Safeguards
 from fedbn_simulations.server.validation import InvalidReply
-from fedbn_simulations.storage.checkpoint import load_latest, load_outcome, previous_checkpoint, save_outcome
+from fedbn_simulations.storage import checkpoint as checkpoints
+from fedbn_simulations.storage.checkpoint import (
+    CheckpointWriter,
+    load_latest,
+    load_outcome,
+    previous_checkpoint,
+    save_outcome,
+)
 from tests.helpers import mostly_slow, same
 
 SCENARIO = "digits8:users=4:unseen=1:images=600"
@@ -684,6 +692,32 @@ def test_full_disk_stops_run_and_keeps_checkpoint(tmp_path, complete_run, monkey
     resumed = run_to_end(run, directory)
     assert equal(resumed, expected)
     assert resumed.failures == []
+
+
+def test_checkpoint_writer_does_not_wait_for_the_disk(tmp_path, monkeypatch):
+    release, written = threading.Event(), []
+    monkeypatch.setattr(checkpoints, "write_atomically", lambda p, *_: release.wait(10) and written.append(p.name))
+    with CheckpointWriter() as first, CheckpointWriter() as second:
+        first.write(tmp_path / "a", b"")
+        second.write(tmp_path / "b", b"")
+        assert written == []
+        release.set()
+        first.write(tmp_path / "c", b"")
+        assert written[0] == "a"
+    assert written == ["a", "b", "c"]
+
+
+def test_checkpoint_writer_reports_a_full_disk_but_does_not_hide_an_interruption(tmp_path):
+    (tmp_path / "file").touch()
+    writer = CheckpointWriter()
+    writer.write(tmp_path / "file" / "x", b"")
+    with pytest.raises(UserError, match="cannot write .*x"):
+        writer.write(tmp_path / "y", b"")
+    with pytest.raises(UserError, match="cannot write"), writer:
+        writer.write(tmp_path / "file" / "x", b"")
+    writer.write(tmp_path / "file" / "x", b"")
+    with pytest.raises(KeyboardInterrupt), writer:
+        raise KeyboardInterrupt
 
 
 def test_failures_round_trip_through_checkpoint(tmp_path, small):

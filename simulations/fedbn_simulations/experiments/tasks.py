@@ -39,11 +39,12 @@ from fedbn_simulations.flower.processes import kill_worker, prepare_worker
 from fedbn_simulations.results.files import write_run
 from fedbn_simulations.server.clock import cpu_seconds
 from fedbn_simulations.storage.checkpoint import (
+    CheckpointWriter,
     UnreadableCheckpoint,
     load_latest,
     load_outcome,
+    pack_outcome,
     previous_checkpoint,
-    save_outcome,
 )
 from fedbn_simulations.storage.provenance import NUMERICS, check_numerics, code_digest
 
@@ -158,7 +159,7 @@ def _run_task(task: Task, engine: Engine, report: Report) -> None:
 
     def save(outcome: Outcome, backup: Path | None = None) -> None:
         start = cpu_seconds()
-        save_outcome(checkpoint, task.run, outcome, sources, backup)
+        writer.write(checkpoint, pack_outcome(task.run, outcome, sources), backup)
         spent = cpu_seconds() - start
         outcome.phases["checkpoints"] = outcome.phases.get("checkpoints", 0.0) + spent
 
@@ -167,11 +168,12 @@ def _run_task(task: Task, engine: Engine, report: Report) -> None:
         measured = {k: v for k, v in asdict(outcome.curve[-1]).items() if isinstance(v, float)}
         report(Event(task.directory, number, values=measured))
 
-    if resume is not None and resume.scores:  # killed between its last checkpoint and its result, or had converged
-        outcome = resume
-    else:
-        outcome = execute(task.run, engine, resume, on_round, checkpoint)
-    save(outcome)
+    with CheckpointWriter() as writer:
+        if resume is not None and resume.scores:  # killed between its last checkpoint and its result, or had converged
+            outcome = resume
+        else:
+            outcome = execute(task.run, engine, resume, on_round, checkpoint)
+        save(outcome)
     meet(len(outcome.curve))
     write_run(directory.parent.parent, directory.name, run_result(task.run, ctx, outcome))
     previous_checkpoint(checkpoint).unlink(missing_ok=True)

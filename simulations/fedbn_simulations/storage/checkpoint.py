@@ -1,16 +1,18 @@
 """Checkpoints of runs: one safetensors file per run, replaced after every round.
 
 The file holds the tensors of the server and the clients; its header holds the learning curve, the scores and the run.
-It is replaced atomically, so an interruption at any time leaves the last complete round.
+It is replaced atomically, so an interruption at any time leaves a complete round: the last one or, while its file is
+written in the background, the one before.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import MutableMapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -36,6 +38,54 @@ def save_outcome(
     path: Path, run: Run, outcome: Outcome, sources: dict[str, str] | None = None, backup: Path | None = None
 ) -> None:
     """Write a complete or partial outcome; the old file moves to ``backup``, if given."""
+    write_atomically(path, pack_outcome(run, outcome, sources), backup)
+
+
+_thread = ThreadPoolExecutor(1, "checkpoints")
+
+
+class CheckpointWriter:
+    """Writes files in a thread, so that the next round does not wait for the disk.
+
+    It has at most one file to write: the next one waits for it. All writers of a process share the thread, so the files
+    of runs that train together are written in the order of the calls. The context ends when the last file is written.
+    """
+
+    def __init__(self) -> None:
+        self._pending: Future[None] | None = None
+
+    def write(self, path: Path, data: bytes, backup: Path | None = None) -> None:
+        """Write a file, as `fedbn.files.write_atomically`, after the last one.
+
+        Raises:
+            UserError: the last file could not be written.
+        """
+        self.wait()
+        self._pending = _thread.submit(write_atomically, path, data, backup)
+
+    def wait(self) -> None:
+        """Wait until the last file is written.
+
+        Raises:
+            UserError: it could not be written.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self.wait()
+        except UserError:
+            if kind is None:
+                raise
+
+
+def pack_outcome(run: Run, outcome: Outcome, sources: dict[str, str] | None = None) -> bytes:
+    """The content of a checkpoint with a complete or partial outcome."""
     server = outcome.server
     states = {"server": server.state, "memory": server.memory}
     if server.serving is not server.state:
@@ -74,7 +124,7 @@ def save_outcome(
     }
     text = json.dumps(header)
     metadata = {"outcome": text, "crc32": str(checksum(text, tensors))}
-    write_atomically(path, save(tensors, metadata=metadata), backup)
+    return save(tensors, metadata=metadata)
 
 
 def load_outcome(path: Path, run: Run, sources: dict[str, str] | None = None) -> Outcome:

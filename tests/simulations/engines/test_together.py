@@ -171,24 +171,24 @@ def stored(directory):
 def test_interrupted_group_resumes_to_the_same_numbers(saved, rounds, small, tmp_path, monkeypatch, widths):
     """Runs are interrupted after one of them has stored a round, or the last one, and another one has not."""
     runs = variants(small("fedbn", model="mlp", rounds=2), seed=(0, 1))
-    save, calls = tasks.save_outcome, []
+    pack, calls = tasks.pack_outcome, []
 
     def interrupt(*args):
         calls.append(1)
         if len(calls) == saved + 1:
             raise KeyboardInterrupt
-        save(*args)
+        return pack(*args)
 
     def run_all(name):
         group = [Task(run, str(tmp_path / name / "runs" / run.id)) for run in runs]
         run_group(group, "grid:stacked", lambda event: None)
 
     run_all("whole")
-    monkeypatch.setattr(tasks, "save_outcome", interrupt)
+    monkeypatch.setattr(tasks, "pack_outcome", interrupt)
     with pytest.raises(KeyboardInterrupt):
         run_all("resumed")
     assert not stored(tmp_path / "resumed")
-    monkeypatch.setattr(tasks, "save_outcome", save)
+    monkeypatch.setattr(tasks, "pack_outcome", pack)
     widths.clear()
     run_all("resumed")
     assert widths == [2] * rounds, "a run that is ahead repeats its last round"

@@ -52,20 +52,19 @@ def test_resume_with_more_rounds_extends_every_run_to_the_same_numbers(tmp_path,
 @pytest.mark.slow
 def test_interrupted_extension_is_resumed_and_extended_again(tmp_path, monkeypatch, executed):
     compare(experiment(seeds=2), tmp_path / "extended", workers=1)
-    save, saved = tasks.save_outcome, []
+    pack = tasks.pack_outcome
 
-    def interrupt(path, run, outcome, *rest):
-        save(path, run, outcome, *rest)
-        saved.append(len(outcome.curve))
-        if saved[-1] == 3:
+    def interrupt(run, outcome, *rest):
+        if len(outcome.curve) == 4:
             raise KeyboardInterrupt
+        return pack(run, outcome, *rest)
 
-    monkeypatch.setattr(tasks, "save_outcome", interrupt)
+    monkeypatch.setattr(tasks, "pack_outcome", interrupt)
     with pytest.raises(KeyboardInterrupt):
         resume(tmp_path / "extended", 4, workers=1)
     with pytest.raises(UserError, match="no finished run yet"):
         Comparison.load(tmp_path / "extended")  # shorter runs are not mixed with longer ones
-    monkeypatch.setattr(tasks, "save_outcome", save)
+    monkeypatch.setattr(tasks, "pack_outcome", pack)
     resume(tmp_path / "extended", 6, workers=1)
     assert executed["fedbn"] == 3  # of the second seed, which the interrupted extension had not reached
     compare(experiment(rounds=6, seeds=2), tmp_path / "whole", workers=1)
