@@ -202,7 +202,7 @@ def text_of(value: Any, kind: str, known: dict[str, type[T]], base: Base) -> str
 
 def build(cls: type[T], values: Mapping[str, Any], what: str) -> T:
     """Build ``cls(**values)`` with each value converted to its field's type; errors name the field."""
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls) if values else {}  # resolving them takes longer than the rest
     fields = {f.name.rstrip("_"): f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
     converted: dict[str, Any] = {}
     for field, value in values.items():
