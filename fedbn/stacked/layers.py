@@ -5,8 +5,12 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -75,6 +79,18 @@ def mkldnn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
+@cache
+def is_intel() -> bool:
+    """Whether the processor is made by Intel.
+
+    On Intel's processors, MKL computes the input gradient of a large layer in 70 % of oneDNN's time, on an AMD EPYC in
+    140 %. The vendor decides, and not a measurement, so the rounding does not depend on timing.
+    """
+    with suppress(OSError):
+        return "GenuineIntel" in Path("/proc/cpuinfo").read_text()
+    return "GenuineIntel" in platform.processor()
+
+
 UPDATE_BLOCK = 2**18
 """Number of weights that a fused step in bfloat16 updates at once, so that their gradients stay in the cache."""
 
@@ -99,7 +115,8 @@ class _FusedLinearStep(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, Tensor, None]:
         (g,), (x,), weight = gradients, ctx.saved_tensors, ctx.weight
-        input_gradient = mkldnn_linear(g, ctx.multiplied.T, None) if ctx.needs_input_grad[0] else None
+        multiply = F.linear if is_intel() else mkldnn_linear
+        input_gradient = multiply(g, ctx.multiplied.T, None) if ctx.needs_input_grad[0] else None
         if x.dtype == weight.dtype:
             weight.addmm_(g.T, x, alpha=-ctx.lr)
         else:

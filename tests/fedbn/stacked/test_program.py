@@ -106,6 +106,18 @@ def test_fused_linear_step_matches_sgd(first, monkeypatch):
     assert not used
 
 
+@pytest.mark.parametrize("intel", [True, False])
+def test_processor_vendor_decides_how_input_gradients_are_multiplied(intel, monkeypatch):
+    calls = []
+    monkeypatch.setattr(layers, "is_intel", lambda: intel)
+    monkeypatch.setattr(layers, "mkldnn_linear", lambda *a: calls.append(a) or F.linear(*a))
+    x, weight, bias = torch.randn(4, 6, requires_grad=True), torch.randn(3, 6), torch.randn(3, requires_grad=True)
+    expected = torch.ones(4, 3) @ weight
+    layers._FusedLinearStep.apply(x, weight, bias, 0.1).sum().backward()
+    assert len(calls) == (1 if intel else 2)  # in the forward pass, and in both
+    torch.testing.assert_close(x.grad, expected)
+
+
 def test_fused_linear_step_in_bfloat16_matches_sgd(monkeypatch):
     torch.manual_seed(1)
     net = nn.Sequential(nn.Linear(6, 7), nn.BatchNorm1d(7), nn.ReLU(), nn.Linear(7, 3))
