@@ -101,6 +101,7 @@ def blocks(result: dict[str, Any]) -> dict[str, str]:
     """Markdown tables by block name: rounds, everything else, and an estimate of rounds of 1,000 clients."""
     scale = [
         {
+            "threads": f"{row['threads']}",
             "clients": f"{row['clients']}",
             "steps per client": f"{row['steps']}",
             "plain loop ms": f"{1e3 * row['loop']:.1f}",
@@ -131,7 +132,7 @@ def blocks(result: dict[str, Any]) -> dict[str, str]:
 def million(result: dict[str, Any], clients: int = 1_000, steps: int = 10) -> list[dict[str, str]]:
     """Estimated time of rounds of W3 with many clients, by system, from the measured time per step."""
     measured = [row for row in result["ratios"] if row["workload"] == "W3" and "reason" not in row]
-    rows = [row for row in result["scale"] if row["clients"] == clients]
+    rows = [row for row in result["scale"] if row["clients"] == clients][-1:]
     for system in ("grid:exact", "Flower on Ray"):
         rows += [row for row in measured if row["system"] == system][-1:]
     table = []

@@ -264,7 +264,7 @@ def measure(
 
     Args:
         systems: other simulators to measure beside `OURS`.
-        threads: numbers of threads; other simulators and the scaling curve have the last.
+        threads: numbers of threads; other simulators have the last.
         rounds: smallest number of measured rounds.
         max_clients: largest number of clients of the scaling curve.
         log: called with each row as soon as it is measured.
@@ -280,7 +280,7 @@ def measure(
             "torch": torch.__version__,
             "ratios": rows,
             **measure_quick(log),
-            "scale": logged(scale(folder, threads[-1], rounds, max_clients), log),
+            "scale": [row for n in threads for row in logged(scale(folder, n, rounds, max_clients), log)],
             "evaluation": evaluations(folder, WORKLOADS),
             "bank": bank(),
             "starts": starts(),
